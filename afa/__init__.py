@@ -1,0 +1,26 @@
+"""afa: Adaptive Feature Aggregation. Combine several text-to-image diffusion models into one (arXiv:2405.17082)."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from afa.denoiser.base import only_expert, record_weights
+    from afa.ensemble import Ensemble
+    from afa.errors import UserError
+
+__version__ = "0.1.0"
+__all__ = ["Ensemble", "UserError", "only_expert", "record_weights"]
+
+_HOMES = {
+    "Ensemble": "afa.ensemble",
+    "UserError": "afa.errors",
+    "only_expert": "afa.denoiser.base",
+    "record_weights": "afa.denoiser.base",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used, so that `import afa` does not import torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'afa' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)

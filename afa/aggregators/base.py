@@ -1,0 +1,29 @@
+"""What every aggregator is: per-pixel convex weights over the experts, and the sum they make."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Aggregator(nn.Module, ABC):
+    """Fuses the experts' features of one stage. A kind of aggregator says how they are weighed."""
+
+    @abstractmethod
+    def weigh(self, features: Tensor, temb: Tensor, text: Tensor) -> Tensor:
+        """features (B, N, C, H, W), temb (B, E), text (B, T, D) -> weights (B, N, H, W), convex over N."""
+
+    def forward(self, features: Tensor, temb: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Blend the experts' features: -> fused (B, C, H, W) in the features' dtype, weights (B, N, H, W).
+
+        Source: arXiv:2405.17082, section 3.2. Deviation: none.
+        """
+        weights = self.weigh(features, temb, text)
+        return blend(features, weights.to(features.dtype)), weights
+
+
+def blend(features: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum over experts, without a second copy of all features: (B, N, C, H, W) -> (B, C, H, W)."""
+    fused = features[:, 0] * weights[:, 0, None]
+    for expert in range(1, features.shape[1]):
+        fused = fused.addcmul(features[:, expert], weights[:, expert, None])
+    return fused

@@ -1,0 +1,55 @@
+"""SABW: the Spatial-Aware Block-Wise aggregator of AFA (arXiv:2405.17082, section 3.2 and figure 3)."""
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from afa.aggregators.base import Aggregator
+
+
+class SABW(Aggregator):
+    """Look at all experts' features, the time and the text; weigh the experts at every pixel.
+
+    experts N, channels C, time_width E, text_width D: of the stage it fuses.
+    hidden: width inside, a multiple of heads. Cost grows with its square; 128 is the paper's.
+    heads: of the attention; the paper's 8 heads are 16 wide.
+    depth: transformer layers, the paper's is 2; self-attention costs (H·W)², the larger part of the cost on big maps.
+    0 leaves out the transformer and with it all knowledge of the text, at about a quarter of the parameters.
+
+    An untrained one is the mean: conv_out starts at zero, so the softmax starts at 1/N everywhere.
+    The names of the sub-modules are those of the reference release, so that its files load. Deviation: none.
+    """
+
+    def __init__(
+        self,
+        *,
+        experts: int,
+        channels: int,
+        time_width: int,
+        text_width: int,
+        hidden: int = 128,
+        heads: int = 8,
+        depth: int = 2,
+    ) -> None:
+        super().__init__()
+        if hidden % heads:
+            raise ValueError(f"hidden {hidden} is not a multiple of heads {heads}; choose widths that divide")
+        groups = 32 if hidden % 32 == 0 else heads  # diffusers' default where it divides, as in the release
+        self.conv_in = nn.Conv2d(experts * channels, hidden, 1)
+        self.res_block = ResnetBlock2D(in_channels=hidden, temb_channels=time_width, groups=groups)
+        self.transformer = (
+            Transformer2DModel(heads, hidden // heads, hidden, num_layers=depth, cross_attention_dim=text_width, norm_num_groups=groups)
+            if depth
+            else None
+        )
+        self.conv_out = nn.Conv2d(hidden, experts, 1, bias=False)
+        nn.init.zeros_(self.conv_out.weight)
+
+    def weigh(self, features: Tensor, temb: Tensor, text: Tensor) -> Tensor:
+        dtype = self.conv_in.weight.dtype  # aggregators may be kept in float32 beside half-precision experts
+        hidden = self.conv_in(features.flatten(1, 2).to(dtype))  # (B, hidden, H, W)
+        hidden = self.res_block(hidden, temb.to(dtype))
+        if self.transformer is not None:
+            hidden = self.transformer(hidden, encoder_hidden_states=text.to(dtype), return_dict=False)[0]
+        return torch.softmax(self.conv_out(hidden), dim=1)  # (B, N, H, W)

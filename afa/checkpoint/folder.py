@@ -1,0 +1,191 @@
+"""Save and load an ensemble: afa.json + aggregators.safetensors + README.md."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+
+from afa import __version__
+from afa.aggregators.table import count_parameters
+from afa.checkpoint.aggregators import read_tensors, recipe_of
+from afa.checkpoint.card import model_card
+from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, ExpertEntry, Manifest, check_hashes, entry_for, read_manifest, relative
+from afa.checkpoint.release import write_release
+from afa.checkpoint.staging import staged
+from afa.errors import UserError
+from afa.experts.hashing import hash_expert, sha256
+from afa.experts.load import TEXT_ENCODERS, TOKENIZERS, Expert
+from afa.experts.locate import Located, locate
+from afa.experts.original import KNOWN_CONFIGS
+from afa.experts.spec import ExpertSpec, Lora
+from afa.lookup import unknown
+
+if TYPE_CHECKING:
+    from afa.ensemble import Ensemble
+
+
+def save_ensemble(ensemble: "Ensemble", folder: Path, *, bundle: bool) -> None:
+    """See Ensemble.save."""
+    _check_target(folder)
+    with staged(folder, last=MANIFEST) as stage:
+        tensors = {name: tensor.contiguous() for name, tensor in ensemble.aggregators.state_dict().items()}
+        save_file(tensors, stage / AGGREGATORS, metadata={"format": "pt", "afa": __version__})
+        entries = [_bundle(expert, stage) if bundle else _refer(expert, folder) for expert in ensemble.experts]
+        frame = {part: _frame(part, choice, ensemble, folder, stage if bundle else None) for part, choice in ensemble.frame.choice.items()}
+        manifest = _manifest(ensemble, entries, frame, sha256(stage / AGGREGATORS))
+        (stage / "README.md").write_text(model_card(manifest))
+        (stage / MANIFEST).write_text(manifest.to_json())
+
+
+def _check_target(folder: Path) -> None:
+    """An ensemble may replace an ensemble; it never writes into a folder of something else."""
+    for mark in ("model_index.json", "config.json"):
+        if (folder / mark).exists():
+            raise UserError(f"{folder} holds a model ({mark}); save the ensemble into a folder of its own")
+
+
+def _frame(part: str, choice: str, ensemble: "Ensemble", folder: Path, stage: Path | None) -> str:
+    """A choice of the frame as the manifest keeps it: an expert's name, or a path from the ensemble's folder."""
+    if choice in ensemble.names:
+        return choice
+    if stage is None:
+        return relative(Path(choice), folder)
+    copied = _copy(Path(choice), stage / "frame" / part)
+    return copied.relative_to(stage).as_posix()
+
+
+def _copy(source: Path, target: Path) -> Path:
+    """Copy a file or a folder to `target`, a file with its ending kept: -> the copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        return Path(shutil.copytree(source, target, dirs_exist_ok=True))
+    return Path(shutil.copy2(source, target.with_name(f"{target.name}{source.suffix}")))
+
+
+def _manifest(ensemble: "Ensemble", entries: list[ExpertEntry], frame: dict[str, str], digest: str) -> Manifest:
+    denoiser = ensemble.denoiser
+    return Manifest(
+        family=denoiser.family,
+        experts=entries,
+        frame=frame,
+        placement=denoiser.placement if isinstance(denoiser.placement, str) else list(denoiser.placement),
+        stages=[
+            {"name": stage.name, "channels": stage.channels, "level": stage.level, "fused": stage.name in denoiser.aggregators}
+            for stage in denoiser.stages
+        ],
+        aggregator={
+            "kind": denoiser.recipe.kind,
+            "options": dict(denoiser.recipe.options),
+            "attention_up_to": denoiser.recipe.attention_up_to,
+            "parameters": count_parameters(denoiser.aggregators),
+            "sha256": digest,
+        },
+        training=ensemble.training,
+        afa_version=__version__,
+    )
+
+
+def _prediction_type(expert: Expert) -> str | None:
+    return None if expert.scheduler is None else expert.scheduler.config.get("prediction_type")
+
+
+def _refer(expert: Expert, folder: Path) -> ExpertEntry:
+    """An entry for an expert that has a place of its own. Raises UserError for one that only lives in memory."""
+    if expert.located is None:
+        raise UserError(f"expert '{expert.name}' was given as an object and has no place to refer to; save with bundle=True to copy it in")
+    if not expert.hashes:
+        expert.hashes = hash_expert(expert.located)
+    return entry_for(expert.located, folder, expert.hashes, expert.config, _prediction_type(expert))
+
+
+def _bundle(expert: Expert, stage: Path) -> ExpertEntry:
+    """Copy an expert in. One from files keeps its form; LoRAs stay files beside it."""
+    target = stage / "experts" / expert.name
+    config = expert.config
+    if expert.located is None:
+        _save_object(expert, target)
+        located = Located(ExpertSpec(expert.name, str(target)), target)
+    else:
+        located = _copy_files(expert.located, target)
+        if config is not None and config not in KNOWN_CONFIGS:
+            config = str(_copy(Path(config), stage / "config"))
+    return entry_for(located, stage, hash_expert(located), config, _prediction_type(expert))
+
+
+def _copy_files(located: Located, target: Path) -> Located:
+    loras = tuple(
+        Lora(str(_copy(Path(lora.path), target.with_name(f"{target.name}-lora{index}"))), lora.strength)
+        for index, lora in enumerate(located.spec.loras)
+    )
+    path = _copy(located.path, target)
+    return Located(ExpertSpec(located.spec.name, str(path), None, loras), path)
+
+
+def _save_object(expert: Expert, target: Path) -> None:
+    """Write an expert that was handed over as an object, as the diffusers folder it would have come from."""
+    if getattr(expert.model, "peft_config", None):
+        raise UserError(f"expert '{expert.name}' has a LoRA loaded beside its weights; call pipe.fuse_lora() and pipe.unload_lora_weights() before saving")
+    if not expert.text_encoders:
+        expert.model.save_pretrained(target)
+        return
+    import diffusers
+
+    parts = dict(zip(TEXT_ENCODERS, expert.text_encoders, strict=False)) | dict(zip(TOKENIZERS, expert.tokenizers, strict=False))
+    if len(expert.text_encoders) == 1:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    maker = getattr(diffusers, "StableDiffusionPipeline" if len(expert.text_encoders) == 1 else "StableDiffusionXLPipeline")
+    pipe = maker(unet=expert.model, vae=expert.load_vae(), scheduler=expert.scheduler, **parts, **expert.pipeline_options)
+    pipe.save_pretrained(target)
+
+
+def load_ensemble(kind: "type[Ensemble]", folder: Path, moved: Mapping[str, str], *, dtype: torch.dtype | None, verify: bool) -> "Ensemble":
+    """See Ensemble.load."""
+    manifest = read_manifest(folder)
+    names = [entry.name for entry in manifest.experts]
+    for name in moved:
+        if name not in names:
+            raise UserError(unknown(name, names, "expert of this ensemble"))
+    specs = [_spec(entry, folder, moved.get(entry.name)) for entry in manifest.experts]
+    if verify:
+        for entry, spec in zip(manifest.experts, specs, strict=True):
+            check_hashes(entry, locate(spec))
+    config = next((entry.config for entry in manifest.experts if entry.config), None)
+    ensemble = kind.from_experts(
+        specs,
+        placement=manifest.placement,
+        aggregator=manifest.aggregator["kind"],
+        attention_up_to=manifest.aggregator["attention_up_to"],
+        dtype=dtype,
+        config=config if config is None or config in KNOWN_CONFIGS else str(folder / config),
+        **{part: choice if choice in names else str(folder / choice) for part, choice in manifest.frame.items()},
+        **recipe_of(manifest).options,
+    )
+    ensemble.denoiser.aggregators.load_state_dict(read_tensors(folder, manifest))
+    ensemble.training = manifest.training
+    for expert, entry in zip(ensemble.experts, manifest.experts, strict=True):
+        expert.hashes = entry.files if verify else {}
+    return ensemble
+
+
+def _spec(entry: ExpertEntry, folder: Path, moved: str | None) -> ExpertSpec:
+    """Where an expert is to be read from. Raises UserError if it is not there any more."""
+    spec = entry.spec(folder)
+    if moved is not None:
+        other = ExpertSpec.parse(moved)
+        return ExpertSpec(entry.name, other.source, other.revision, other.loras or spec.loras)
+    if entry.commit is None and not Path(spec.source).exists():
+        place = Path(spec.source).resolve()
+        raise UserError(f"expert '{entry.name}' was at {place}, which is not there; give its new place, e.g. experts={{'{entry.name}': 'FOLDER'}}")
+    return spec
+
+
+def export_release(ensemble: "Ensemble", folder: Path) -> None:
+    """See Ensemble.export_release."""
+    denoiser = ensemble.denoiser
+    with staged(folder, last="aggregator_0") as stage:
+        write_release(stage, denoiser.aggregators, denoiser.stages, denoiser.recipe, denoiser.widths, len(denoiser.experts))
+
+

@@ -1,0 +1,63 @@
+"""The reference release's form: one folder aggregator_K per stage, with config.json and aggregator.safetensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from afa.aggregators.sabw import SABW
+from afa.aggregators.table import Recipe
+from afa.errors import UserError
+from afa.families.stage import Stage
+
+OPTIONS = {"hidden_size": "hidden", "num_attn_heads": "heads", "num_layers": "depth"}  # their word -> ours
+
+
+def is_release(folder: Path) -> bool:
+    """Whether a folder holds aggregators as the reference release writes them."""
+    return (folder / "aggregator_0" / "config.json").is_file()
+
+
+def read_release(folder: Path, stages: tuple[Stage, ...], experts: int) -> tuple[Recipe, dict[str, Tensor]]:
+    """-> how such aggregators are made, and their tensors as "STAGE.name". Raises UserError if they do not fit."""
+    count = len([path for path in folder.iterdir() if path.name.startswith("aggregator_")])
+    if count != len(stages):
+        raise UserError(f"{folder} has {count} aggregators, the experts have {len(stages)} stages; they belong to another architecture")
+    configs = [json.loads((folder / f"aggregator_{index}" / "config.json").read_text()) for index in range(count)]
+    for stage, config in zip(stages, configs, strict=True):
+        for name, expected in (("in_channels", stage.channels), ("num_experts", experts)):
+            if config[name] != expected:
+                raise UserError(f"{folder}: the aggregator of {stage.name} has {name} {config[name]}, the experts need {expected}")
+    options = {ours: configs[0][theirs] for theirs, ours in OPTIONS.items()}
+    tensors = {
+        f"{stage.name}.{name}": tensor
+        for index, stage in enumerate(stages)
+        for name, tensor in load_file(folder / f"aggregator_{index}" / "aggregator.safetensors").items()
+    }
+    return Recipe("sabw", options), tensors
+
+
+def write_release(folder: Path, aggregators: nn.ModuleDict, stages: tuple[Stage, ...], recipe: Recipe, widths: tuple[int, int], experts: int) -> None:
+    """Write aggregators in that form. Raises UserError if the form cannot hold them."""
+    if list(aggregators) != [stage.name for stage in stages] or recipe.kind != "sabw" or recipe.attention_up_to is not None:
+        raise UserError("the reference release knows only sabw with attention at every stage (placement layers); this ensemble is another")
+    for index, stage in enumerate(stages):
+        aggregator = aggregators[stage.name]
+        assert isinstance(aggregator, SABW)
+        if aggregator.transformer is None:
+            raise UserError("the reference release knows no aggregators of depth 0")
+        config: dict[str, Any] = {
+            "in_channels": stage.channels,
+            "hidden_size": aggregator.conv_in.out_channels,
+            "num_experts": experts,
+            "num_layers": len(aggregator.transformer.transformer_blocks),
+            "num_attn_heads": aggregator.transformer.config.num_attention_heads,
+            "cross_attn_dim": widths[1],
+            "temb_channels": widths[0],
+        }
+        target = folder / f"aggregator_{index}"
+        target.mkdir()
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file({name: tensor.contiguous() for name, tensor in aggregator.state_dict().items()}, target / "aggregator.safetensors")

@@ -1,0 +1,45 @@
+"""Write several files so that either all of them appear or none."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from afa.errors import UserError
+
+
+@contextmanager
+def staged(folder: Path, last: str) -> Iterator[Path]:
+    """Yield an empty folder to write into; on success what is in it moves to `folder`, the file `last` at the end.
+
+    If anything fails (a full disk, Ctrl-C), `folder` is as it was before. Raises UserError if it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder to write to")
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+    try:
+        yield stage
+        names = sorted((path.name for path in stage.iterdir()), key=lambda name: name == last)
+        for name in names:
+            target = folder / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(stage / name, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if created and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Replace one file's content; a reader sees the old or the new, never a part."""
+    temporary = path.with_name(f".writing-{path.name}")
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,204 @@
+"""Captioned scenes, drawn exactly: two coloured shapes on a textured background, 64×64 pixels.
+
+The embedded world is made of these. A scene is a handful of attributes; its caption and its picture follow from them,
+so a picture can be judged attribute by attribute (see scorer.py) instead of by taste.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+SIZE = 64  # pixels
+SUPERSAMPLING = 3  # subpixels per side when an outline is drawn
+
+
+def _star(x: Array, y: Array) -> NDArray[np.bool_]:
+    """A five-pointed star: fold the plane into one of ten equal wedges, then one straight edge decides."""
+    angle = np.abs(np.mod(np.arctan2(x, -y) + np.pi / 5, 2 * np.pi / 5) - np.pi / 5)
+    u, v = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
+    inner_u, inner_v = 0.44 * np.cos(np.pi / 5), 0.44 * np.sin(np.pi / 5)
+    return (u - 1.05) * inner_v - v * (inner_u - 1.05) < 0
+
+
+# Inside test in the shape's own frame: x right, y down, the shape within the unit circle.
+SHAPES: dict[str, Callable[[Array, Array], NDArray[np.bool_]]] = {
+    "circle": lambda x, y: np.hypot(x, y) < 0.88,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.68) < 0.27,
+    "moon": lambda x, y: (np.hypot(x, y) < 0.95) & (np.hypot(x - 0.5, y + 0.15) > 0.72),
+    "heart": lambda x, y: (1.2 * x**2 + (0.1 - 1.15 * y) ** 2 - 0.8) ** 3 < 1.2 * x**2 * (0.1 - 1.15 * y) ** 3,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) < 0.75,
+    "triangle": lambda x, y: (y < 0.7) & (np.abs(x) * 1.7 - y < 0.95),
+    "star": _star,
+    "cross": lambda x, y: (np.minimum(np.abs(x), np.abs(y)) < 0.3) & (np.maximum(np.abs(x), np.abs(y)) < 0.92),
+    "diamond": lambda x, y: np.abs(x) * 1.45 + np.abs(y) < 1.02,
+}
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 38, 38),
+    "orange": (245, 140, 20),
+    "yellow": (250, 222, 40),
+    "green": (36, 150, 60),
+    "blue": (35, 80, 210),
+    "purple": (125, 45, 165),
+    "pink": (250, 130, 190),
+    "black": (25, 25, 30),
+}
+
+GROUNDS: dict[str, tuple[int, int, int]] = {
+    "grey": (176, 178, 182),
+    "tan": (206, 180, 140),
+    "mint": (160, 214, 184),
+    "lavender": (190, 176, 226),
+}
+
+# Where the darker part of a texture lies: position in pixels, a random phase for each axis -> a mask in [0, 1].
+TEXTURES: dict[str, Callable[[Array, Array], Array]] = {
+    "plain": lambda x, y: np.zeros_like(x),
+    "striped": lambda x, y: _soft(np.sin(2 * np.pi * (x + y) / 15)),
+    "checked": lambda x, y: _soft(2 * np.sin(2 * np.pi * x / 21) * np.sin(2 * np.pi * y / 21)),
+    "dotted": lambda x, y: _soft(np.cos(2 * np.pi * x / 11) + np.cos(2 * np.pi * y / 11) - 0.9),
+    "wavy": lambda x, y: _soft(np.sin(2 * np.pi * (y + 3.2 * np.sin(2 * np.pi * x / 22)) / 12)),
+}
+
+RELATIONS: dict[str, tuple[str, str]] = {  # words of the caption -> place of the first and of the second object
+    "left of": ("left", "right"),
+    "right of": ("right", "left"),
+    "above": ("top", "bottom"),
+    "below": ("bottom", "top"),
+}
+CENTRES: dict[str, tuple[float, float]] = {  # place -> centre in pixels, x then y
+    "left": (17, 32),
+    "right": (47, 32),
+    "top": (32, 17),
+    "bottom": (32, 47),
+}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene: its shape and its colour."""
+
+    shape: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything a caption says: two things, how the first lies to the second, and the background."""
+
+    first: Thing
+    second: Thing
+    relation: str
+    texture: str
+    ground: str
+
+    @property
+    def caption(self) -> str:
+        first, second = (f"{_article(thing.colour)} {thing.colour} {thing.shape}" for thing in (self.first, self.second))
+        return f"{first} {self.relation} {second} on a {self.texture} {self.ground} background"
+
+    @property
+    def places(self) -> dict[str, Thing]:
+        """The things by the place they stand at."""
+        return dict(zip(RELATIONS[self.relation], (self.first, self.second), strict=True))
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A part of the world: which shapes the two objects may have, and which textures lie behind them."""
+
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    textures: tuple[str, ...]
+
+    def sample(self, rng: np.random.Generator) -> Scene:
+        """A scene of this domain, all its attributes equally likely; the two objects never share a colour."""
+        shapes = [str(rng.choice(self.first)), str(rng.choice(self.second))]
+        colours = [str(colour) for colour in rng.choice(list(COLOURS), 2, replace=False)]
+        things = [Thing(shape, colour) for shape, colour in zip(shapes, colours, strict=True)]
+        if rng.random() < 0.5:
+            things.reverse()
+        return Scene(
+            *things,
+            relation=str(rng.choice(list(RELATIONS))),
+            texture=str(rng.choice(self.textures)),
+            ground=str(rng.choice(list(GROUNDS))),
+        )
+
+
+CURVES = ("circle", "ring", "moon", "heart")
+ANGLES = ("triangle", "star", "cross", "diamond")
+DOMAINS: dict[str, Domain] = {
+    "curves": Domain((*CURVES, "square"), (*CURVES, "square"), ("plain", "striped")),
+    "angles": Domain((*ANGLES, "square"), (*ANGLES, "square"), ("plain", "striped")),
+    "patterns": Domain(("circle", "square", "triangle"), ("circle", "square", "triangle"), ("checked", "dotted", "wavy")),
+}
+MIXED = Domain(CURVES, ANGLES, ("checked", "dotted", "wavy"))  # one part of every domain, together in none
+
+
+def sample_scenes(domain: str, count: int, seed: int) -> list[Scene]:
+    """`count` scenes of one domain, of "mixed", or of "union" (each scene from one domain at random)."""
+    rng = np.random.default_rng(seed)
+    if domain == "union":
+        names = list(DOMAINS)
+        return [DOMAINS[str(rng.choice(names))].sample(rng) for _ in range(count)]
+    chosen = MIXED if domain == "mixed" else DOMAINS[domain]
+    return [chosen.sample(rng) for _ in range(count)]
+
+
+def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Draw a scene: (64, 64, 3) uint8. Places, sizes, angles, phases and shades vary with `rng`, attributes do not."""
+    image = _background(scene, rng)
+    for place, thing in scene.places.items():
+        _draw(image, thing, place, rng)
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
+
+
+def render_all(scenes: list[Scene], seed: int) -> Iterator[NDArray[np.uint8]]:
+    """Draw scenes one by one; scene i depends on (seed, i) only."""
+    for index, scene in enumerate(scenes):
+        yield render(scene, np.random.default_rng((seed, index)))
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def _soft(wave: Array) -> Array:
+    """A wave with edges about a pixel wide."""
+    return np.clip(wave * 2.5 + 0.5, 0, 1)
+
+
+def _background(scene: Scene, rng: np.random.Generator) -> Array:
+    axis = np.arange(SIZE, dtype=np.float32)
+    x, y = np.meshgrid(axis + rng.uniform(0, 64), axis + rng.uniform(0, 64))
+    dark = TEXTURES[scene.texture](x, y)[..., None]
+    base = np.asarray(GROUNDS[scene.ground], np.float32) * rng.uniform(0.95, 1.05)
+    return (base * (1 - 0.3 * dark)).astype(np.float32)
+
+
+def _draw(image: Array, thing: Thing, place: str, rng: np.random.Generator) -> None:
+    """Blend one shape into the image, its edge anti-aliased by supersampling."""
+    jitter = (2.0, 5.0) if place in ("left", "right") else (5.0, 2.0)
+    centre = np.asarray(CENTRES[place]) + rng.uniform(-1, 1, 2) * jitter
+    radius, angle = rng.uniform(11.5, 13.5), np.deg2rad(rng.uniform(-10, 10))
+    left, top = (max(int(edge - radius) - 1, 0) for edge in centre)
+    right, bottom = (min(int(edge + radius) + 3, SIZE) for edge in centre)
+    u = (_subpixels(left, right) - centre[0]) / radius
+    v = (_subpixels(top, bottom) - centre[1]) / radius
+    x, y = np.meshgrid(u * np.cos(angle), v * np.cos(angle))
+    x, y = x + v[:, None] * np.sin(angle), y - u * np.sin(angle)
+    inside = SHAPES[thing.shape](x, y)
+    cover = inside.reshape(bottom - top, SUPERSAMPLING, right - left, SUPERSAMPLING).mean((1, 3), dtype=np.float32)
+    colour = np.asarray(COLOURS[thing.colour], np.float32) + rng.uniform(-10, 10, 3)
+    patch = image[top:bottom, left:right]
+    patch += cover[..., None] * (colour - patch)
+
+
+def _subpixels(start: int, stop: int) -> Array:
+    """Centres of the subpixels of the pixels start … stop-1."""
+    return (np.arange(start * SUPERSAMPLING, stop * SUPERSAMPLING, dtype=np.float32) + 0.5) / SUPERSAMPLING

@@ -1,0 +1,190 @@
+"""What the drop-in denoisers of all families share: experts, aggregators, and the switches of a pass."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor, nn
+
+from afa.aggregators.table import Recipe
+from afa.denoiser.placement import fused_stages
+from afa.denoiser.walk import Column, Observer, Residuals, walk
+from afa.families.stage import Stage, Trace
+from afa.families.table import FAMILIES
+from afa.lookup import unknown
+
+
+@dataclass
+class WeightMaps:
+    """The weight maps of the passes made while `record_weights` was open, one entry a pass.
+
+    timesteps: of each pass. maps: of each pass, by stage name, (B, N, H, W) float32 on the CPU; B is doubled by
+    guidance, the unconditional half first.
+    """
+
+    experts: tuple[str, ...]
+    timesteps: list[float] = field(default_factory=list)
+    maps: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def stage(self, name: str) -> Tensor:
+        """The maps of one stage over all passes: (passes, B, N, H, W)."""
+        return torch.stack([maps[name] for maps in self.maps])
+
+    def begin(self, timestep: Tensor | float | int) -> None:
+        """Open the entry of the next pass."""
+        self.timesteps.append(float(torch.as_tensor(timestep).flatten()[0]))
+        self.maps.append({})
+
+    def observe(self, stage: str, weights: Tensor) -> None:
+        """Keep one map of the open pass."""
+        self.maps[-1][stage] = weights.detach().float().cpu()
+
+
+class EnsembleDenoiser(ModelMixin, ConfigMixin):
+    """N frozen experts and their trainable aggregators, in the place of one diffusers denoiser.
+
+    A family's subclass adds the stock forward. `config` is the first expert's, so pipelines find what they ask for.
+    experts: the models, not copied; they are frozen and stay in evaluation mode.
+    names: of the experts, in their order. placement: see placement.py. recipe: how the aggregators are made.
+    """
+
+    family: ClassVar[str]
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["aggregators"]
+
+    def __init__(
+        self,
+        experts: Sequence[nn.Module],
+        names: Sequence[str] | None = None,
+        recipe: Recipe | None = None,
+        placement: str | Sequence[str] = "layers",
+    ) -> None:
+        super().__init__()
+        self.names = tuple(names) if names else tuple(f"expert_{index}" for index in range(len(experts)))
+        if not experts or len(self.names) != len(experts) or len(set(self.names)) != len(experts):
+            raise ValueError(f"{len(experts)} experts with names {list(self.names)}; give at least one, and each its own name")
+        self.register_to_config(**experts[0].config)
+        self.gradient_checkpointing = False
+        self.experts = nn.ModuleList(experts).requires_grad_(False).eval()
+        self.columns = _columns(FAMILIES[self.family].stages, experts, self.names)
+        self.placement = placement
+        self.recipe = recipe or Recipe()
+        self.aggregators = nn.ModuleDict(self._aggregators())
+        self._maps: WeightMaps | None = None
+        self._only: int | None = None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages, as the first expert has them; names, channels and levels hold for all."""
+        return tuple(column[0] for column in self.columns)
+
+    @property
+    def fused(self) -> list[str]:
+        """The names of the stages that are fused."""
+        return list(self.aggregators)
+
+    def _aggregators(self) -> dict[str, nn.Module]:
+        """One aggregator per fused stage, on the experts' device, in float32 until someone casts the ensemble."""
+        widths = self.widths
+        side = self.config.sample_size if isinstance(self.config.sample_size, int) else max(self.config.sample_size)
+        chosen = fused_stages(self.placement, self.stages)
+        device = next(self.experts[0].parameters()).device
+        with device:
+            return {s.name: self.recipe.make(s, side, len(self.experts), *widths) for s in self.stages if s.name in chosen}
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Widths of the time embedding and of the text that aggregators see."""
+        raise NotImplementedError
+
+    def _run(self, begin: Callable[[int], tuple[Tensor, Trace]], timestep: Tensor | float | int, residuals: Residuals, odd_size: bool) -> Tensor:
+        """One pass. begin: starts the expert of that index."""
+        chosen = range(len(self.experts)) if self._only is None else (self._only,)
+        hidden, traces = zip(*(begin(index) for index in chosen), strict=True)
+        columns, aggregators = self.columns, self.aggregators
+        if self._only is not None:
+            columns, aggregators = [(column[self._only],) for column in columns], {}
+        observe: Observer | None = None
+        if self._maps is not None:
+            self._maps.begin(timestep)
+            observe = self._maps.observe
+        return walk(
+            columns, aggregators, hidden, traces, residuals, odd_size=odd_size, observe=observe, checkpoint=self.gradient_checkpointing
+        )
+
+    def train(self, mode: bool = True) -> "EnsembleDenoiser":
+        """Only aggregators have a training mode; experts stay as they were frozen."""
+        super().train(mode)
+        self.experts.eval()
+        return self
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
+        """Recompute each stage in the backward pass: memory of one stage, for one more forward.
+
+        A function of the caller's own is refused: stages pass more than tensors.
+        """
+        if gradient_checkpointing_func is not None:
+            raise NotImplementedError("an ensemble checkpoints its stages itself; call enable_gradient_checkpointing() without a function")
+        self.gradient_checkpointing = True  # not the experts' own switches: that would recompute twice
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep all activations again."""
+        self.gradient_checkpointing = False
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the inherited one would copy every expert."""
+        raise NotImplementedError("an ensemble is saved with Ensemble.save(folder), which refers to its experts instead of copying them")
+
+    def enable_freeu(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("FreeU is not supported on an ensemble: it rewrites features between stages")
+
+    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("a LoRA belongs to one expert: give the expert as name=base.safetensors+lora.safetensors")
+
+
+def _columns(stages: Callable[[nn.Module], tuple[Stage, ...]], experts: Sequence[nn.Module], names: Sequence[str]) -> list[Column]:
+    """Stage k of every expert, for all k. Raises ValueError at the first stage where two experts differ."""
+    walked = [stages(expert) for expert in experts]
+    for name, other in zip(names[1:], walked[1:], strict=True):
+        for mine, theirs in zip(walked[0], other, strict=False):
+            if (mine.name, mine.channels) != (theirs.name, theirs.channels):
+                raise ValueError(
+                    f"'{name}' cannot join '{names[0]}': stage {theirs.name} has {theirs.channels} channels, expected {mine.name} with"
+                    f" {mine.channels}. Experts must share one architecture; compare them with: afa inspect {names[0]} {name}"
+                )
+        if len(walked[0]) != len(other):
+            raise ValueError(
+                f"'{name}' cannot join '{names[0]}': it has {len(other)} stages, expected {len(walked[0])}."
+                f" Experts must share one architecture; compare them with: afa inspect {names[0]} {name}"
+            )
+    return list(zip(*walked, strict=True))
+
+
+@contextmanager
+def record_weights(denoiser: EnsembleDenoiser) -> Iterator[WeightMaps]:
+    """Keep every weight map of the passes made inside: `with record_weights(ensemble.denoiser) as maps: pipe(...)`."""
+    if denoiser._maps is not None:
+        raise RuntimeError("weights of this denoiser are being recorded already; close the outer record_weights first")
+    maps = denoiser._maps = WeightMaps(denoiser.names)
+    try:
+        yield maps
+    finally:
+        denoiser._maps = None
+
+
+@contextmanager
+def only_expert(denoiser: EnsembleDenoiser, name: str) -> Iterator[None]:
+    """Inside, the denoiser is one expert alone, in the ensemble's frame (its text encoders, VAE and scheduler).
+
+    The control for what the frame does without routing. Raises ValueError for a name that is no expert's.
+    """
+    if name not in denoiser.names:
+        raise ValueError(unknown(name, denoiser.names, "expert"))
+    before, denoiser._only = denoiser._only, denoiser.names.index(name)
+    try:
+        yield
+    finally:
+        denoiser._only = before

@@ -1,0 +1,40 @@
+"""Placement: which stages of an ensemble are fused. Between them every expert goes its own way."""
+
+from collections.abc import Callable, Sequence
+
+from afa.families.stage import Stage
+from afa.lookup import unknown
+
+
+def _layers(stages: Sequence[Stage]) -> list[str]:
+    return [stage.name for stage in stages]
+
+
+def _blocks(stages: Sequence[Stage]) -> list[str]:
+    following = [*stages[1:], None]
+    return [stage.name for stage, after in zip(stages, following, strict=True) if stage.block and (not after or after.block != stage.block)]
+
+
+def _out(stages: Sequence[Stage]) -> list[str]:
+    return [stages[-1].name]
+
+
+# name -> the fused stages: all (the paper), the last of every diffusers block, only the predictions (a router)
+PLACEMENTS: dict[str, Callable[[Sequence[Stage]], list[str]]] = {"layers": _layers, "blocks": _blocks, "out": _out}
+
+
+def fused_stages(placement: str | Sequence[str], stages: Sequence[Stage]) -> list[str]:
+    """The names of the fused stages, in order: of a named placement, of a list, or of "IN04,M00,OUT11".
+
+    The last stage must be among them, since an ensemble makes one prediction. Raises ValueError otherwise.
+    """
+    if isinstance(placement, str) and placement in PLACEMENTS:
+        return PLACEMENTS[placement](stages)
+    chosen = [name.strip() for name in placement.split(",")] if isinstance(placement, str) else list(placement)
+    names = [stage.name for stage in stages]
+    for name in chosen:
+        if name not in names:
+            raise ValueError(unknown(name, [*PLACEMENTS, *names], "placement or stage"))
+    if names[-1] not in chosen:
+        raise ValueError(f"placement {','.join(chosen)} leaves the last stage unfused; add {names[-1]}, where the predictions become one")
+    return [name for name in names if name in chosen]

@@ -1,0 +1,99 @@
+"""The walk: N experts past their stages in lockstep, fused where an aggregator stands.
+
+Source: arXiv:2405.17082, section 3. Deviation: none where every stage is fused; unfused stages are ours.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from afa.aggregators.base import Aggregator
+from afa.families.stage import Stage, Trace
+
+Column = tuple[Stage, ...]  # the same stage of every expert
+Observer = Callable[[str, Tensor], None]  # told the name of a fused stage and its weights (B, N, H, W)
+
+
+@dataclass
+class Residuals:
+    """What ControlNets and T2I-Adapters add, by the name of the stage after which it is added.
+
+    to_hidden: to what goes on to the next stage (and is saved). to_skip: only to what is saved.
+    """
+
+    to_hidden: dict[str, Tensor] = field(default_factory=dict)
+    to_skip: dict[str, Tensor] = field(default_factory=dict)
+
+
+def walk(
+    columns: Sequence[Column],
+    aggregators: Mapping[str, Aggregator],
+    hidden: Sequence[Tensor],
+    traces: Sequence[Trace],
+    residuals: Residuals,
+    *,
+    odd_size: bool = False,
+    observe: Observer | None = None,
+    checkpoint: bool = False,
+) -> Tensor:
+    """Run a denoiser of N experts: -> the prediction of the last stage.
+
+    hidden: N × (B, C, H, W), what enters each expert. aggregators: by stage name; a stage without one is not fused, and
+    every expert keeps its own features and skips there. odd_size: a side does not divide by the down-sampling factor,
+    so upsamplers are told the size of the next skip. checkpoint: recompute a column in the backward pass instead of
+    keeping its activations.
+    """
+    temb = torch.stack([trace.temb for trace in traces]).mean(0)  # (B, E)
+    text = torch.stack([trace.text for trace in traces]).mean(0)  # (B, T, D)
+    features = list(hidden)
+    skips: list[list[Tensor]] = []
+    for column in columns:
+        stage = column[0]
+        skip: Sequence[Tensor | None] = skips.pop() if stage.takes_skip else [None] * len(column)
+        size = _size(skips) if odd_size and stage.upsamples and skips else None
+        aggregator = aggregators[stage.name] if stage.name in aggregators else None
+        if checkpoint and torch.is_grad_enabled():
+            features, weights = torch.utils.checkpoint.checkpoint(
+                _step, column, aggregator, features, traces, skip, size, temb, text, use_reentrant=False
+            )
+        else:
+            features, weights = _step(column, aggregator, features, traces, skip, size, temb, text)
+        if observe is not None and weights is not None:
+            observe(stage.name, weights)
+        features = _add(features, residuals.to_hidden.get(stage.name))
+        if stage.saves_skip:
+            skips.append(_add(features, residuals.to_skip.get(stage.name)))
+    return features[0]
+
+
+def _step(
+    column: Column,
+    aggregator: Aggregator | None,
+    features: Sequence[Tensor],
+    traces: Sequence[Trace],
+    skip: Sequence[Tensor | None],
+    size: tuple[int, int] | None,
+    temb: Tensor,
+    text: Tensor,
+) -> tuple[list[Tensor], Tensor | None]:
+    """One stage of all experts: -> what each carries on (the same tensor N times where it was fused), the weights."""
+    outputs = [stage.run(x, trace, s, size) for stage, x, trace, s in zip(column, features, traces, skip, strict=True)]
+    if aggregator is None:
+        return outputs, None
+    fused, weights = aggregator(torch.stack(outputs, dim=1), temb, text)
+    return [fused] * len(column), weights
+
+
+def _size(skips: Sequence[Sequence[Tensor]]) -> tuple[int, int]:
+    height, width = skips[-1][0].shape[-2:]
+    return height, width
+
+
+def _add(features: list[Tensor], residual: Tensor | None) -> list[Tensor]:
+    """Add a residual to what every expert carries, once where they carry the same."""
+    if residual is None:
+        return features
+    first = features[0] + residual
+    return [first if tensor is features[0] else tensor + residual for tensor in features]

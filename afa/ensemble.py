@@ -1,0 +1,165 @@
+"""The ensemble: experts, their aggregators, and the frame (VAE, tokenizer, scheduler) they work in."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from afa.aggregators.table import Recipe
+from afa.denoiser.base import EnsembleDenoiser
+from afa.denoiser.unet import UNetEnsemble
+from afa.errors import UserError
+from afa.experts.compatible import mismatches
+from afa.experts.load import Expert, load_experts
+from afa.frame import Frame
+from afa.text import EnsembleTextEncoder, join_text_encoders
+
+DENOISERS: dict[str, type[EnsembleDenoiser]] = {"unet": UNetEnsemble}
+
+
+class Ensemble:
+    """N frozen experts and the trainable aggregators that fuse them.
+
+    denoiser: the drop-in for a pipeline's denoiser. text_encoders: the drop-ins for its text encoders, in the
+    pipeline's order; empty if the experts are bare denoisers. Made by from_experts or load.
+    """
+
+    def __init__(self, experts: Sequence[Expert], denoiser: EnsembleDenoiser, frame: Frame) -> None:
+        self.experts = list(experts)
+        self.denoiser = denoiser
+        self.frame = frame
+        slots = zip(*(expert.text_encoders for expert in experts), strict=True)
+        self.text_encoders: list[EnsembleTextEncoder] = join_text_encoders(list(slots))
+        self.training: dict[str, Any] | None = None  # the recipe the aggregators were trained with, and what it measured
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Sequence[object],
+        aggregator: str = "sabw",
+        placement: str | Sequence[str] = "layers",
+        *,
+        aggregators: str | Path | None = None,
+        attention_up_to: int | None = None,
+        vae: str | None = None,
+        tokenizer: str | None = None,
+        scheduler: str | None = None,
+        dtype: torch.dtype | None = None,
+        config: str | None = None,
+        **aggregator_options: Any,
+    ) -> "Ensemble":
+        """Combine experts; untrained, their ensemble is the mean of their features.
+
+        experts: strings (a diffusers folder, a .safetensors file, org/name@revision, name=… any of these, …+lora.safetensors),
+        diffusers pipelines, or bare denoisers. aggregator, aggregator_options, attention_up_to: see afa.aggregators.
+        placement: layers, blocks, out, or stage names. aggregators: a folder of trained ones, ours or the reference
+        release's; then kind, options and placement come from there. vae, tokenizer, scheduler: an expert's name or a
+        path; default the first expert's. dtype: of the experts. config: of single files, found out by default.
+        Raises UserError, with every reason, for experts that cannot be fused.
+        """
+        if not experts:
+            raise UserError("an ensemble needs at least one expert")
+        loaded = load_experts(experts, dtype, config)
+        _check(loaded)
+        frame = Frame(loaded, vae=vae, tokenizer=tokenizer, scheduler=scheduler, config=config)
+        recipe, tensors = Recipe(aggregator, aggregator_options, attention_up_to), None
+        if aggregators is not None:
+            from afa.checkpoint.aggregators import read_aggregators
+
+            recipe, placement, tensors = read_aggregators(Path(aggregators), loaded[0], len(loaded))
+        ensemble = cls(loaded, _denoiser(loaded, recipe, placement), frame)
+        if tensors is not None:
+            ensemble.denoiser.aggregators.load_state_dict(tensors)
+        return ensemble
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        experts: Mapping[str, str] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        verify: bool = True,
+    ) -> "Ensemble":
+        """Load what save wrote. experts: new places of experts that have moved, by name.
+
+        verify: compare every expert file with its recorded sha256. Raises UserError naming the file and both hashes.
+        """
+        from afa.checkpoint.folder import load_ensemble
+
+        return load_ensemble(cls, Path(folder), experts or {}, dtype=dtype, verify=verify)
+
+    def save(self, folder: str | Path, *, bundle: bool = False) -> None:
+        """Write afa.json, aggregators.safetensors and a model card; experts are referred to by source and sha256.
+
+        bundle: copy the experts in, so that the folder is complete. All or nothing is written.
+        """
+        from afa.checkpoint.folder import save_ensemble
+
+        save_ensemble(self, Path(folder), bundle=bundle)
+
+    def export_release(self, folder: str | Path) -> None:
+        """Write the aggregators as the reference release does: aggregator_0 … aggregator_24. Raises UserError if they cannot be."""
+        from afa.checkpoint.folder import export_release
+
+        export_release(self, Path(folder))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts' names, in order."""
+        return self.denoiser.names
+
+    @property
+    def aggregators(self) -> nn.ModuleDict:
+        """The trainable part, by stage name."""
+        return self.denoiser.aggregators
+
+    def to(self, *args: Any, **kwargs: Any) -> "Ensemble":
+        """Move or cast everything, as nn.Module.to does."""
+        for module in (self.denoiser, *self.text_encoders):
+            module.to(*args, **kwargs)
+        return self
+
+    def pipeline(self, pipeline_class: type | None = None, **components: Any) -> Any:
+        """A stock diffusers pipeline whose denoiser and text encoders are the ensemble's.
+
+        pipeline_class: default the text-to-image pipeline of the architecture; any other of the same components works
+        (img2img, inpainting with 4 channels, ControlNet). components: replace or add, e.g. controlnet=….
+        Raises UserError if the experts brought no text encoders or no VAE.
+        """
+        return self.frame.pipeline(self, pipeline_class, components)
+
+    def attach(self, controlnet: nn.Module) -> nn.Module:
+        """Let a ControlNet (or several in one MultiControlNetModel) see the first expert's text, as it was trained to.
+
+        Done by pipeline(controlnet=…); call it yourself before AutoPipeline….from_pipe(pipe, controlnet=…).
+        """
+        nets = getattr(controlnet, "nets", [controlnet])
+        for net in nets:
+            net.register_forward_pre_hook(self.denoiser.narrow, with_kwargs=True)
+        return controlnet
+
+
+def _check(experts: Sequence[Expert]) -> None:
+    """Refuse experts that cannot be fused, with every reason and how to see more."""
+    try:
+        reasons = mismatches(experts)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if reasons:
+        compare = " ".join(str(expert.located.spec.source) if expert.located else expert.name for expert in experts)
+        raise UserError("; ".join(reasons) + f". Compare them with: afa inspect {compare}")
+
+
+def _denoiser(experts: Sequence[Expert], recipe: Recipe, placement: str | Sequence[str]) -> EnsembleDenoiser:
+    """The drop-in denoiser of a family."""
+    options: dict[str, Any] = {}
+    if experts[0].text_encoders:
+        options["text_widths"] = [encoder.config.hidden_size for encoder in experts[0].text_encoders]
+    names = [expert.name for expert in experts]
+    try:
+        return DENOISERS[experts[0].family]([expert.model for expert in experts], names, recipe, placement, **options)
+    except ValueError as error:
+        raise UserError(str(error)) from None

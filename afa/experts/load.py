@@ -1,0 +1,230 @@
+"""From located files to an expert in memory: the denoiser, its text encoders, tokenizers and scheduler; a VAE on demand."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from afa.errors import UserError
+from afa.experts.locate import Located, locate
+from afa.experts.original import config_folder, detect_config, load_tokenizers
+from afa.experts.spec import ExpertSpec
+from afa.families.table import FAMILIES, family_of
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+
+@dataclass
+class Expert:
+    """One frozen source model.
+
+    model: the denoiser. text_encoders, tokenizers: in the pipeline's order; empty if only a denoiser was given.
+    located: where it came from; None if it was handed over as an object. config: of a single file.
+    pipeline: the class it was, or would be, loaded with.
+    """
+
+    name: str
+    model: nn.Module
+    text_encoders: list[nn.Module] = field(default_factory=list)
+    tokenizers: list[Any] = field(default_factory=list)
+    scheduler: Any = None
+    vae: nn.Module | None = None
+    pipeline: str | None = None
+    pipeline_options: dict[str, Any] = field(default_factory=dict)
+    located: Located | None = None
+    config: str | None = None
+    hashes: dict[str, str] = field(default_factory=dict)  # of its files, once they have been computed
+
+    @property
+    def family(self) -> str:
+        return family_of(self.model)
+
+    def load_vae(self) -> nn.Module:
+        """The expert's VAE, read on the first call. Raises UserError if it has none."""
+        if self.vae is None and self.located is not None and self.located.whole_pipeline:
+            self.vae = load_vae(self.located, self.config, next(self.model.parameters()).dtype)
+        if self.vae is None:
+            raise UserError(f"expert '{self.name}' has no VAE; give one with vae=")
+        return self.vae
+
+
+def load_expert(source: object, dtype: torch.dtype | None = None, config: str | None = None) -> Expert:
+    """An expert from a string (see ExpertSpec), a spec, a diffusers pipeline, or a bare denoiser.
+
+    config: for a single file, the name of a shipped config or a folder of configs; found out by default.
+    Raises UserError if it cannot be found, read, or be an expert.
+    """
+    if isinstance(source, (str, Path)):
+        source = ExpertSpec.parse(str(source))
+    if isinstance(source, ExpertSpec):
+        return _from_files(locate(source), dtype or torch.float32, config)
+    if isinstance(source, nn.Module):
+        return Expert(name="", model=source)
+    if hasattr(source, "components"):
+        return _from_pipeline(source)
+    raise UserError(f"a {type(source).__name__} cannot be an expert; give a path, a hub id, a diffusers pipeline or a denoiser")
+
+
+def load_experts(sources: Sequence[object], dtype: torch.dtype | None = None, config: str | None = None) -> list[Expert]:
+    """Load several, and give every one a name of its own. Raises UserError for two of one name, before loading."""
+    specs = [ExpertSpec.parse(str(source)) if isinstance(source, (str, Path)) else source for source in sources]
+    named = [(spec.name, str(spec)) for spec in specs if isinstance(spec, ExpertSpec)]
+    for index, (name, text) in enumerate(named):
+        for earlier, other in named[:index]:
+            if earlier == name:
+                raise UserError(f"two experts are called '{name}' ({other} and {text}); name them, e.g. first={other.partition('=')[2]}")
+    experts = [load_expert(spec, dtype, config) for spec in specs]
+    for index, expert in enumerate(experts):
+        expert.name = expert.name or f"expert_{index}"
+    return experts
+
+
+def _from_pipeline(pipe: Any) -> Expert:
+    """The expert in a pipeline that is already built, LoRAs and all."""
+    components = pipe.components
+    component = next((family.component for family in FAMILIES.values() if components.get(family.component) is not None), None)
+    if component is None:
+        raise UserError(f"a {type(pipe).__name__} has no denoiser that can be an expert")
+    return Expert(
+        name="",
+        model=components[component],
+        text_encoders=[components[name] for name in TEXT_ENCODERS if components.get(name) is not None],
+        tokenizers=[components[name] for name in TOKENIZERS if components.get(name) is not None],
+        scheduler=pipe.scheduler,
+        vae=components.get("vae"),
+        pipeline=type(pipe).__name__,
+        pipeline_options=_options(dict(pipe.config)),
+    )
+
+
+def _from_files(located: Located, dtype: torch.dtype, config: str | None) -> Expert:
+    spec = located.spec
+    if located.single_file:
+        return _from_single_file(located, dtype, config)
+    if not located.whole_pipeline:
+        if spec.loras:
+            raise UserError(f"expert '{spec.name}': a LoRA needs a whole pipeline to join, and {located.path} is only a denoiser")
+        return Expert(name=spec.name, model=_load_part(located.path, None, dtype), located=located)
+    index = _read_index(located.path)
+    component = _component(located.path, index)
+    if spec.loras:
+        return _with_loras(located, _load_pipeline(located, dtype, None))
+    return Expert(
+        name=spec.name,
+        model=_load_part(located.path, component, dtype),
+        text_encoders=[_load_part(located.path, name, dtype) for name in TEXT_ENCODERS if _has(index, name)],
+        tokenizers=[_load_part(located.path, name) for name in TOKENIZERS if _has(index, name)],
+        scheduler=_load_part(located.path, "scheduler") if _has(index, "scheduler") else None,
+        pipeline=index["_class_name"],
+        pipeline_options=_options(index),
+        located=located,
+    )
+
+
+def _from_single_file(located: Located, dtype: torch.dtype, config: str | None) -> Expert:
+    pipe = _load_pipeline(located, dtype, config)
+    expert = _with_loras(located, pipe) if located.spec.loras else _from_pipeline(pipe)
+    expert.name, expert.located, expert.config = located.spec.name, located, config
+    return expert
+
+
+def _load_pipeline(located: Located, dtype: torch.dtype, config: str | None) -> Any:
+    """A stock pipeline without its VAE (read later, for one expert only), from a folder or a single file."""
+    import diffusers
+
+    folder = config_folder(config or detect_config(located.path)) if located.single_file else located.path
+    maker = getattr(diffusers, _read_index(folder)["_class_name"])
+    if not located.single_file:
+        return maker.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, vae=None, safety_checker=None)
+    options = {"config": str(folder), "local_files_only": True, "torch_dtype": dtype, "vae": None, **load_tokenizers(folder)}
+    try:
+        pipe = maker.from_single_file(str(located.path), **options)
+    except (KeyError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"{located.path} could not be read with the config {folder.name}: {_first_line(error)}") from error
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and any(parameter.is_meta for parameter in part.parameters()):
+            missing = next(key for key, parameter in part.named_parameters() if parameter.is_meta)
+            raise UserError(f"{located.path} lacks weights of its {name} (first: {missing}); it is no complete checkpoint of config {folder.name}")
+    return pipe
+
+
+def _with_loras(located: Located, pipe: Any) -> Expert:
+    """Fuse LoRA files into a pipeline's weights: from then on they are the expert."""
+    for index, lora in enumerate(located.spec.loras):
+        try:
+            pipe.load_lora_weights(lora.path, adapter_name=f"lora_{index}", local_files_only=True)
+        except (KeyError, ValueError, RuntimeError, OSError) as error:
+            raise UserError(f"LoRA {lora.path} does not fit expert '{located.spec.name}': {_first_line(error)}") from error
+        pipe.fuse_lora(adapter_names=[f"lora_{index}"], lora_scale=lora.strength)
+        pipe.unload_lora_weights()
+    expert = _from_pipeline(pipe)
+    expert.name, expert.located = located.spec.name, located
+    return expert
+
+
+def load_vae(located: Located, config: str | None, dtype: torch.dtype) -> nn.Module:
+    """The VAE of a folder (a whole pipeline, or a VAE alone) or of a single file."""
+    from diffusers import AutoencoderKL
+
+    if located.single_file:
+        folder = config_folder(config or detect_config(located.path))
+        options = {"config": str(folder), "subfolder": "vae", "local_files_only": True, "torch_dtype": dtype}
+        return AutoencoderKL.from_single_file(str(located.path), **options).eval()
+    return _load_part(located.path, "vae" if located.whole_pipeline else None, dtype)
+
+
+def _load_part(folder: Path, part: str | None, dtype: torch.dtype | None = None) -> Any:
+    """One component of a diffusers folder (or the folder itself, for part None), by the class it names."""
+    import diffusers
+    import transformers
+
+    if part is None:
+        library, name = "diffusers", json.loads((folder / "config.json").read_text()).get("_class_name", "")
+    else:
+        library, name = _read_index(folder)[part]
+    maker = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
+    if maker is None:
+        raise UserError(f"{folder / (part or '')}: the class {library}.{name} is not known to the installed {library}")
+    options: dict[str, Any] = {"subfolder": part} if part else {}
+    if dtype is not None:
+        options |= {"torch_dtype" if library == "diffusers" else "dtype": dtype}
+    try:
+        loaded = maker.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{folder / (part or '')} could not be loaded as {name}: {_first_line(error)}") from error
+    return loaded.eval() if isinstance(loaded, nn.Module) else loaded
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'model_index.json'} cannot be read: {error}") from None
+    return index
+
+
+def _component(folder: Path, index: dict[str, Any]) -> str:
+    """The name of the denoiser in a pipeline folder."""
+    for family in FAMILIES.values():
+        if _has(index, family.component):
+            return family.component
+    raise UserError(f"{folder} is a {index.get('_class_name')}, which has no denoiser that can be an expert")
+
+
+def _has(index: dict[str, Any], name: str) -> bool:
+    entry = index.get(name)
+    return isinstance(entry, list) and entry[0] is not None
+
+
+def _options(config: dict[str, Any]) -> dict[str, Any]:
+    """What a pipeline was configured with besides its components."""
+    return {name: config[name] for name in ("force_zeros_for_empty_prompt",) if name in config}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

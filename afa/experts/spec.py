@@ -1,0 +1,74 @@
+"""How a user names an expert: NAME=SOURCE@REVISION+LORA*STRENGTH, of which only SOURCE is needed."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from afa.errors import UserError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+\.safetensors)?")
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file that becomes part of an expert, and how strongly (1 = as trained)."""
+
+    path: str
+    strength: float = 1.0
+
+    def __str__(self) -> str:
+        return self.path if self.strength == 1 else f"{self.path}*{self.strength:g}"
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """One expert as asked for.
+
+    source: a diffusers folder, a .safetensors file, a hub id org/name, or org/name/file.safetensors.
+    revision: branch, tag or commit of a hub id.
+    """
+
+    name: str
+    source: str
+    revision: str | None = None
+    loras: tuple[Lora, ...] = field(default=())
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{self.name}={self.source}{revision}{''.join(f'+{lora}' for lora in self.loras)}"
+
+    @classmethod
+    def parse(cls, text: str) -> "ExpertSpec":
+        """Read "name=source@revision+lora*strength". Raises UserError if the parts make no sense.
+
+        A path that exists as it stands is taken whole, whatever characters are in it.
+        """
+        name, rest = None, text
+        head, equals, tail = text.partition("=")
+        if equals and NAME.fullmatch(head) and not Path(text).exists():
+            name, rest = head, tail
+        pieces = [rest] if Path(rest).exists() else rest.split("+")
+        source, loras = pieces[0], tuple(_lora(piece) for piece in pieces[1:])
+        revision = None
+        if "@" in source and not Path(source).exists():
+            source, _, revision = source.rpartition("@")
+        if not source:
+            raise UserError(f"expert '{text}' has no source; write a folder, a .safetensors file or org/name, optionally as name=source")
+        return cls(name or _default_name(source), source, revision, loras)
+
+
+def _lora(text: str) -> Lora:
+    path, star, strength = text.rpartition("*")
+    if not star:
+        return Lora(text)
+    try:
+        return Lora(path, float(strength))
+    except ValueError:
+        raise UserError(f"the strength '{strength}' of LoRA {path} is no number; write e.g. +{path}*0.8") from None
+
+
+def _default_name(source: str) -> str:
+    """The folder's or file's name, without .safetensors."""
+    last = Path(source).resolve().name if Path(source).exists() else Path(source).name
+    return last.removesuffix(".safetensors")

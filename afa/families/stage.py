@@ -1,0 +1,48 @@
+"""The one idea: a denoiser is a list of stages, and a trace is what one expert carries past them."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """What one expert carries through a pass besides its features: its own conditions, embedded by its own layers.
+
+    temb (B, E) time embedding, text (B, T, D) text states. A family adds what its sub-modules ask for.
+    """
+
+    temb: Tensor
+    text: Tensor
+
+
+@dataclass(kw_only=True, eq=False)
+class Stage(ABC):
+    """One cut of a denoiser: a few of the model's own sub-modules, run one after another.
+
+    name: unique in the model, IN00 … OUT11. channels: of the output. level: the output has 1/2**level of the
+    latent's height and width (rounded up). block: the diffusers block the stage belongs to, None for the first
+    convolution. saves_skip / takes_skip: the output is kept for, or one is taken from, the stack of skip connections.
+    upsamples: the stage ends with an upsampler, so that `size` says how large its output must be.
+    """
+
+    name: str
+    channels: int
+    level: int
+    block: str | None = None
+    saves_skip: bool = False
+    takes_skip: bool = False
+    upsamples: bool = False
+
+    @abstractmethod
+    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        """Features in, features out: (B, C_in, H, W) -> (B, channels, H', W').
+
+        skip (B, C_skip, H, W) if the stage takes one. size (H', W') forces the output size of an upsampler; None
+        doubles it.
+        """
+
+    @abstractmethod
+    def modules(self) -> list[object]:
+        """The model's own sub-modules this stage runs, in order."""

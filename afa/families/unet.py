@@ -1,0 +1,245 @@
+"""The U-Net family: SD 1.x, 2.x and SDXL `UNet2DConditionModel` as stages IN00 … M00 … OUT11.
+
+The names are those of the merging community (method.md of the paper's reference and MBW coincide): IN stages save a
+skip, OUT stages take one, the last one includes the output head. Only the model's own sub-modules run; nothing of
+diffusers is copied or subclassed. Which sub-modules follow each other is the architecture's definition:
+Ronneberger et al. 2015 (arXiv:1505.04597) as in Rombach et al. 2021 (arXiv:2112.10752).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afa.families.stage import Stage, Trace
+
+DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
+MIDDLE_BLOCKS = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
+UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+
+
+@dataclass(kw_only=True)
+class UNetTrace(Trace):
+    """A U-Net's trace: masks are additive biases, (B, 1, T); options go to the attention processors."""
+
+    mask: Tensor | None = None
+    text_mask: Tensor | None = None
+    options: dict[str, Any] | None = None
+
+    def attention(self) -> dict[str, Any]:
+        """The keyword arguments of a diffusers attention block."""
+        return {
+            "encoder_hidden_states": self.text,
+            "attention_mask": self.mask,
+            "encoder_attention_mask": self.text_mask,
+            "cross_attention_kwargs": self.options,
+        }
+
+
+@dataclass(kw_only=True, eq=False)
+class Convolution(Stage):
+    """The first convolution, or a downsampler."""
+
+    conv: nn.Module
+
+    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        return self.conv(hidden)
+
+    def modules(self) -> list[object]:
+        return [self.conv]
+
+
+@dataclass(kw_only=True, eq=False)
+class Layer(Stage):
+    """A residual block and its attention, with the upsampler or the output head where it ends a block."""
+
+    resnet: nn.Module
+    attention: nn.Module | None = None
+    upsampler: nn.Module | None = None
+    head: tuple[nn.Module, ...] = ()
+
+    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        assert isinstance(trace, UNetTrace)
+        if skip is not None:
+            hidden = torch.cat([hidden, skip], dim=1)
+        hidden = self.resnet(hidden, trace.temb)
+        if self.attention is not None:
+            hidden = self.attention(hidden, **trace.attention(), return_dict=False)[0]
+        if self.upsampler is not None:
+            hidden = self.upsampler(hidden, size)
+        for module in self.head:
+            hidden = module(hidden)
+        return hidden
+
+    def modules(self) -> list[object]:
+        return [module for module in (self.resnet, self.attention, self.upsampler, *self.head) if module is not None]
+
+
+@dataclass(kw_only=True, eq=False)
+class Middle(Stage):
+    """The middle block as a whole."""
+
+    middle: nn.Module
+
+    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        assert isinstance(trace, UNetTrace)
+        if getattr(self.middle, "has_cross_attention", False):
+            return self.middle(hidden, trace.temb, **trace.attention())
+        return self.middle(hidden, trace.temb)
+
+    def modules(self) -> list[object]:
+        return [self.middle]
+
+
+def stages(unet: nn.Module) -> tuple[Stage, ...]:
+    """Read a `UNet2DConditionModel` as its stages: 25 for SD 1.x and 2.x, 19 for SDXL.
+
+    Raises ValueError, naming the part, for a U-Net with parts that this family cannot walk.
+    """
+    check_supported(unet)
+    down = list(_down_stages(unet))
+    return (*down, *_middle_stages(unet, level=down[-1].level), *_up_stages(unet, level=down[-1].level))
+
+
+def _down_stages(unet: nn.Module) -> Iterator[Stage]:
+    level, index = 0, 1
+    first: nn.Module = unet.conv_in
+    yield Convolution(name="IN00", channels=first.out_channels, level=level, saves_skip=True, conv=first)
+    for number, block in enumerate(unet.down_blocks):
+        place = f"down_blocks.{number}"
+        for resnet, attention in zip(block.resnets, attentions(block), strict=True):
+            layer = {"resnet": resnet, "attention": attention}
+            yield Layer(name=f"IN{index:02}", channels=resnet.out_channels, level=level, block=place, saves_skip=True, **layer)
+            index += 1
+        for conv in block.downsamplers or ():
+            level += 1
+            yield Convolution(name=f"IN{index:02}", channels=conv.out_channels, level=level, block=place, saves_skip=True, conv=conv)
+            index += 1
+
+
+def _middle_stages(unet: nn.Module, level: int) -> Iterator[Stage]:
+    if unet.mid_block is not None:
+        channels = unet.mid_block.resnets[-1].out_channels
+        yield Middle(name="M00", channels=channels, level=level, block="mid_block", middle=unet.mid_block)
+
+
+def _up_stages(unet: nn.Module, level: int) -> Iterator[Stage]:
+    index, last_block = 0, len(unet.up_blocks) - 1
+    for number, block in enumerate(unet.up_blocks):
+        for layer, (resnet, attention) in enumerate(zip(block.resnets, attentions(block), strict=True)):
+            ends = layer == len(block.resnets) - 1
+            upsampler = block.upsamplers[0] if ends and block.upsamplers else None
+            head = output_head(unet) if ends and number == last_block else ()
+            level -= upsampler is not None
+            yield Layer(
+                name=f"OUT{index:02}",
+                channels=head[-1].out_channels if head else resnet.out_channels,
+                level=level,
+                block=f"up_blocks.{number}",
+                takes_skip=True,
+                upsamples=upsampler is not None,
+                resnet=resnet,
+                attention=attention,
+                upsampler=upsampler,
+                head=head,
+            )
+            index += 1
+
+
+def attentions(block: nn.Module) -> list[nn.Module | None]:
+    """The attention after each residual block of a down or up block; None where there is none."""
+    return list(block.attentions) if getattr(block, "has_cross_attention", False) else [None] * len(block.resnets)
+
+
+def output_head(unet: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules after the last up block."""
+    norm = (unet.conv_norm_out, unet.conv_act) if unet.conv_norm_out is not None else ()
+    return (*norm, unet.conv_out)
+
+
+def check_supported(unet: nn.Module) -> None:
+    """Refuse, by name, what the stages would compute differently from the model's own forward."""
+    parts = [(block, UP_BLOCKS) for block in unet.up_blocks] + [(block, DOWN_BLOCKS) for block in unet.down_blocks]
+    parts += [(unet.mid_block, MIDDLE_BLOCKS)] if unet.mid_block is not None else []
+    for block, known in parts:
+        kind = type(block).__name__
+        if kind not in known:
+            raise ValueError(f"a U-Net with a {kind} cannot be read as stages; supported here are {', '.join(known)}")
+        if len(getattr(block, "upsamplers", None) or ()) > 1:
+            raise ValueError(f"a {kind} with several upsamplers cannot be read as stages")
+    config = unet.config
+    if config.addition_embed_type not in (None, "text", "text_time"):
+        raise ValueError(f"addition_embed_type '{config.addition_embed_type}' is not supported; only text and text_time are")
+    if config.encoder_hid_dim_type not in (None, "text_proj"):
+        raise ValueError(f"encoder_hid_dim_type '{config.encoder_hid_dim_type}' (image conditions) is not supported")
+
+
+def check_state(unet: nn.Module) -> None:
+    """Refuse, by name, switches that someone may have turned since the stages were read."""
+    if any(getattr(block, "s1", None) is not None for block in unet.up_blocks):
+        raise NotImplementedError("FreeU is enabled on an expert, and an ensemble does not support it; call disable_freeu() on that expert")
+    if unet.encoder_hid_proj is not None and unet.config.encoder_hid_dim_type == "ip_image_proj":
+        raise NotImplementedError("IP-Adapter weights are loaded into an expert, and an ensemble does not support them; call unload_ip_adapter()")
+
+
+def begin(
+    unet: nn.Module,
+    sample: Tensor,
+    timestep: Tensor | float | int,
+    text: Tensor,
+    *,
+    class_labels: Tensor | None = None,
+    timestep_cond: Tensor | None = None,
+    added: dict[str, Tensor] | None = None,
+    mask: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    options: dict[str, Any] | None = None,
+) -> tuple[Tensor, UNetTrace]:
+    """Start a pass: what enters the first stage, and the trace of this expert.
+
+    sample (B, C, H, W) noisy latents; text (B, T, D); masks (B, T) with 1 for tokens to keep.
+    """
+    check_state(unet)
+    if unet.config.center_input_sample:
+        sample = 2 * sample - 1.0
+    temb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), timestep_cond)
+    classes = unet.get_class_embed(sample=sample, class_labels=class_labels)
+    if classes is not None:
+        temb = torch.cat([temb, classes], dim=-1) if unet.config.class_embeddings_concat else temb + classes
+    added = added or {}
+    extra = unet.get_aug_embed(emb=temb, encoder_hidden_states=text, added_cond_kwargs=added)
+    temb = temb if extra is None else temb + extra
+    if unet.time_embed_act is not None:
+        temb = unet.time_embed_act(temb)
+    text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added)
+    return sample, UNetTrace(temb=temb, text=text, mask=_bias(mask, sample), text_mask=_bias(text_mask, sample), options=options)
+
+
+def adapter_stages(unet: nn.Module) -> list[str]:
+    """Where T2I-Adapter residuals enter: the last attention of a block that has some, else the block's end; then M00."""
+    names, walked = [], stages(unet)
+    for number, block in enumerate(unet.down_blocks):
+        own = [stage for stage in walked if stage.block == f"down_blocks.{number}"]
+        layers = [stage for stage in own if isinstance(stage, Layer)]
+        names.append((layers if getattr(block, "has_cross_attention", False) else own)[-1].name)
+    return names + [stage.name for stage in walked if isinstance(stage, Middle)]
+
+
+def _bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """Keep/discard tokens as an additive bias, broadcast over queries: (B, T) -> (B, 1, T)."""
+    return None if mask is None else ((1 - mask.to(like.dtype)) * -10000.0).unsqueeze(1)
+
+
+def widths(unet: nn.Module) -> tuple[int, int]:
+    """Widths of what a trace carries: of the time embedding (E) and of the text states (D)."""
+    time = unet.time_embedding.linear_2.out_features
+    if unet.class_embedding is not None and unet.config.class_embeddings_concat:
+        time *= 2
+    text = unet.config.cross_attention_dim
+    if isinstance(text, (list, tuple)):
+        if len(set(text)) > 1:
+            raise ValueError(f"blocks with different cross_attention_dim {list(text)} cannot share one text input")
+        text = text[0]
+    return time, text

@@ -1,0 +1,23 @@
+"""Find a name in a table, or say what was probably meant."""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import TypeVar
+
+
+T = TypeVar("T")
+
+
+def look_up(name: str, table: Mapping[str, T], what: str) -> T:
+    """The entry of that name. Raises ValueError with the nearest names and all there are."""
+    if name not in table:
+        raise ValueError(unknown(name, table, what))
+    return table[name]
+
+
+def unknown(name: str, names: Iterable[str], what: str) -> str:
+    """The sentence for a name that is not there."""
+    names = list(names)
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    meant = f"; did you mean '{near[0]}'?" if near else "."
+    return f"there is no {what} '{name}'{meant} Known: {', '.join(names)}"

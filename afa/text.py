@@ -1,0 +1,127 @@
+"""The drop-in text encoder: every expert's own encoder behind one stock interface, their states joined."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+
+class EnsembleTextEncoder(nn.Module):
+    """N CLIP text encoders as one: states of (B, T, D) each are joined on the last axis to (B, T, N·D).
+
+    encoders: one per expert, in the experts' order. Those with equal weights are run, and kept in memory, once.
+    joined: False keeps the single width D; allowed only if all encoders are the same.
+    """
+
+    def __init__(self, encoders: Sequence[nn.Module], joined: bool | None = None) -> None:
+        super().__init__()
+        unique: list[nn.Module] = []
+        self.of_expert: list[int] = []  # index of each expert's encoder among the unique ones
+        for encoder in encoders:
+            same = [index for index, other in enumerate(unique) if same_weights(encoder, other)]
+            self.of_expert.append(same[0] if same else len(unique))
+            if not same:
+                unique.append(encoder)
+        self.encoders = nn.ModuleList(unique).requires_grad_(False).eval()
+        self.joined = len(unique) > 1 if joined is None else joined
+        if len(unique) > 1 and not self.joined:
+            raise ValueError(f"{len(unique)} different text encoders must be joined")
+
+    @property
+    def config(self) -> Any:
+        """The first encoder's; its widths are those of one expert."""
+        return self.encoders[0].config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.encoders[0].parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.encoders[0].parameters()).device
+
+    @property
+    def text_model(self) -> "_TextModel":
+        """What `clip_skip` of the stock pipelines reaches for: the final layer norms."""
+        return _TextModel(self)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ModelOutput | tuple:
+        """The stock forward; every tensor of the output is joined over the experts on its last axis."""
+        options = {"attention_mask": attention_mask, "output_hidden_states": output_hidden_states, "return_dict": True}
+        outputs = [encoder(input_ids, **options) for encoder in self.encoders]
+        if self.joined:
+            values = {name: self._join([output[name] for output in outputs]) for name in outputs[0]}
+            joined = type(outputs[0])(**values)
+        else:
+            joined = outputs[0]
+        return joined.to_tuple() if return_dict is False else joined
+
+    def _join(self, values: list[Any]) -> Any:
+        if isinstance(values[0], tuple):  # hidden states: one tensor a layer
+            return tuple(self._join(list(layer)) for layer in zip(*values, strict=True))
+        return torch.cat([values[index] for index in self.of_expert], dim=-1)
+
+    def final_layer_norm(self, states: Tensor) -> Tensor:
+        """Each expert's own final layer norm on its own part: (B, T, D or N·D) -> the same shape."""
+        if not self.joined:
+            return _final_layer_norm(self.encoders[0])(states)
+        parts = states.chunk(len(self.of_expert), dim=-1)
+        normed = [_final_layer_norm(self.encoders[index])(part) for index, part in zip(self.of_expert, parts, strict=True)]
+        return torch.cat(normed, dim=-1)
+
+    def train(self, mode: bool = True) -> "EnsembleTextEncoder":
+        """Frozen: it has no training mode."""
+        return super().train(False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError("textual inversion is not supported on an ensemble; load it into each expert's own pipeline before it joins")
+
+
+class _TextModel:
+    """Stands where transformers < 5.6 keeps a CLIP encoder's inner model."""
+
+    def __init__(self, encoder: EnsembleTextEncoder) -> None:
+        self.final_layer_norm: Callable[[Tensor], Tensor] = encoder.final_layer_norm
+
+
+def join_text_encoders(slots: Sequence[Sequence[nn.Module]]) -> list[EnsembleTextEncoder]:
+    """One drop-in per text encoder of the pipeline (SDXL has two), from every expert's encoder in that place.
+
+    Either all slots are joined or none, so that a denoiser can tell from the width alone.
+    """
+    single = [EnsembleTextEncoder(encoders) for encoders in slots]
+    if any(encoder.joined for encoder in single):
+        for encoder in single:
+            encoder.joined = True
+    return single
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two text encoders compute the same, bit for bit; stops at the first difference."""
+    if one is other:
+        return True
+    if type(one) is not type(other) or _arithmetic(one) != _arithmetic(other):
+        return False
+    mine, theirs = one.state_dict(), other.state_dict()
+    if mine.keys() != theirs.keys():
+        return False
+    return all(mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def _arithmetic(encoder: nn.Module) -> list[Any]:
+    """The settings that change what the same weights compute."""
+    names = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "projection_dim")
+    return [getattr(encoder.config, name, None) for name in names]
+
+
+def _final_layer_norm(encoder: nn.Module) -> nn.Module:
+    inner = getattr(encoder, "text_model", encoder)  # transformers >= 5.6 has no inner model on CLIPTextModel
+    return inner.final_layer_norm

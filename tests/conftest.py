@@ -1,0 +1,18 @@
+"""Small real experts, built once per test session; no network, no mocks."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["DIFFUSERS_VERBOSITY"] = "error"
+
+import pytest
+import torch
+from tiny import sd_unet
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def three_unets():
+    return [sd_unet(seed) for seed in range(3)]
