@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from torch import nn
 
 from afa.errors import UserError
@@ -15,6 +16,7 @@ from afa.experts.original import config_folder, detect_config, load_tokenizers
 from afa.experts.spec import ExpertSpec
 from afa.families.table import FAMILIES, family_of
 
+READING = (OSError, ValueError, RuntimeError, KeyError, SingleFileComponentError)  # what readers of files raise
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 
@@ -140,11 +142,11 @@ def _load_pipeline(located: Located, dtype: torch.dtype, config: str | None) -> 
     folder = config_folder(config or detect_config(located.path)) if located.single_file else located.path
     maker = getattr(diffusers, _read_index(folder)["_class_name"])
     if not located.single_file:
-        return maker.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, vae=None, safety_checker=None)
-    options = {"config": str(folder), "local_files_only": True, "torch_dtype": dtype, "vae": None, **load_tokenizers(folder)}
+        return maker.from_pretrained(folder, dtype=dtype, local_files_only=True, vae=None, safety_checker=None)
+    options = {"config": str(folder), "local_files_only": True, "dtype": dtype, "vae": None, **load_tokenizers(folder)}
     try:
         pipe = maker.from_single_file(str(located.path), **options)
-    except (KeyError, ValueError, RuntimeError, OSError) as error:
+    except READING as error:
         raise UserError(f"{located.path} could not be read with the config {folder.name}: {_first_line(error)}") from error
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and any(parameter.is_meta for parameter in part.parameters()):
@@ -158,7 +160,7 @@ def _with_loras(located: Located, pipe: Any) -> Expert:
     for index, lora in enumerate(located.spec.loras):
         try:
             pipe.load_lora_weights(lora.path, adapter_name=f"lora_{index}", local_files_only=True)
-        except (KeyError, ValueError, RuntimeError, OSError) as error:
+        except READING as error:
             raise UserError(f"LoRA {lora.path} does not fit expert '{located.spec.name}': {_first_line(error)}") from error
         pipe.fuse_lora(adapter_names=[f"lora_{index}"], lora_scale=lora.strength)
         pipe.unload_lora_weights()
@@ -173,8 +175,11 @@ def load_vae(located: Located, config: str | None, dtype: torch.dtype) -> nn.Mod
 
     if located.single_file:
         folder = config_folder(config or detect_config(located.path))
-        options = {"config": str(folder), "subfolder": "vae", "local_files_only": True, "torch_dtype": dtype}
-        return AutoencoderKL.from_single_file(str(located.path), **options).eval()
+        options = {"config": str(folder), "subfolder": "vae", "local_files_only": True, "dtype": dtype}
+        try:
+            return AutoencoderKL.from_single_file(str(located.path), **options).eval()
+        except READING as error:
+            raise UserError(f"{located.path} has no VAE that could be read; choose another with vae= ({_first_line(error)})") from error
     return _load_part(located.path, "vae" if located.whole_pipeline else None, dtype)
 
 
@@ -192,10 +197,10 @@ def _load_part(folder: Path, part: str | None, dtype: torch.dtype | None = None)
         raise UserError(f"{folder / (part or '')}: the class {library}.{name} is not known to the installed {library}")
     options: dict[str, Any] = {"subfolder": part} if part else {}
     if dtype is not None:
-        options |= {"torch_dtype" if library == "diffusers" else "dtype": dtype}
+        options |= {"dtype": dtype}
     try:
         loaded = maker.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except READING as error:
         raise UserError(f"{folder / (part or '')} could not be loaded as {name}: {_first_line(error)}") from error
     return loaded.eval() if isinstance(loaded, nn.Module) else loaded
 
@@ -203,7 +208,7 @@ def _load_part(folder: Path, part: str | None, dtype: torch.dtype | None = None)
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
-    except (OSError, ValueError) as error:
+    except READING as error:
         raise UserError(f"{folder / 'model_index.json'} cannot be read: {error}") from None
     return index
 

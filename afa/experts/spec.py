@@ -6,7 +6,7 @@ from pathlib import Path
 
 from afa.errors import UserError
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+\.safetensors)?")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w./-]+\.safetensors)?")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 

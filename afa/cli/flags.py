@@ -1,0 +1,58 @@
+"""A command's options are one flat dataclass; its fields become the flags."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from typing import Any
+
+
+def option(default: Any = dataclasses.MISSING, *, help: str, positional: bool = False, choices: list[str] | None = None) -> Any:
+    """A field that is a flag (or a positional argument), with its help. Without a default it is required."""
+    metadata = {"help": help, "positional": positional, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
+    """One flag per field: a list takes several values, a bool is a switch, None means not given."""
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        parser.add_argument(*_names(field), **_settings(field, hints[field.name]))
+
+
+def read_flags(options: type, arguments: argparse.Namespace) -> Any:
+    """The options as given, checked by the dataclass itself."""
+    return options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(options)})
+
+
+def _names(field: dataclasses.Field[Any]) -> list[str]:
+    return [field.name] if field.metadata["positional"] else ["--" + field.name.replace("_", "-")]
+
+
+def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    kind, several = _kind(hint)
+    default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    required = default is dataclasses.MISSING
+    shown = "" if required or default in (None, False, []) else f" (default: {default})"
+    settings: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%") + shown}
+    if kind is bool:
+        return settings | {"action": "store_true"}
+    settings |= {"type": kind, "choices": field.metadata["choices"]}
+    if several:
+        settings["nargs"] = "+"
+    if field.metadata["positional"]:
+        return settings | {"metavar": field.name.upper().rstrip("S")}
+    if field.metadata["choices"] is None:
+        settings["metavar"] = kind.__name__.upper() if kind is not str else field.name.upper()
+    return settings | {"required": required, "default": None if required else default}
+
+
+def _kind(hint: Any) -> tuple[type, bool]:
+    """The type of one value, and whether there are several."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], True
+    return hint, False

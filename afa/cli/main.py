@@ -1,0 +1,80 @@
+"""`afa VERB …`: find the command, run it, turn errors into sentences and exit codes."""
+
+import argparse
+import importlib
+import os
+import sys
+import textwrap
+from typing import Any
+
+from afa import __version__
+from afa.cli.flags import add_flags, read_flags
+from afa.errors import UserError
+
+# verb -> module with Options, EXAMPLES and run(options); its docstring is the help
+COMMANDS = {
+    "inspect": "afa.cli.inspect",
+    "train": "afa.cli.train",
+    "generate": "afa.cli.generate",
+    "demo": "afa.cli.demo",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. -> 0 done, 1 failed, 2 not as asked, 130 interrupted."""
+    parser = build_parser(arguments if arguments is not None else sys.argv[1:])
+    parsed = parser.parse_args(arguments)
+    module = importlib.import_module(COMMANDS[parsed.command])
+    _quiet_libraries()
+    try:
+        module.run(read_flags(module.Options, parsed))
+    except (UserError, NotImplementedError) as error:
+        return _say(str(error), 2)
+    except KeyboardInterrupt as interrupt:
+        return _say(str(interrupt) or "interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader (head, less) has seen enough
+        return 0
+    except OSError as error:
+        return _say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    return 0
+
+
+def build_parser(arguments: list[str]) -> argparse.ArgumentParser:
+    """The parser; only the command that is asked for is imported in full."""
+    parser = argparse.ArgumentParser(
+        prog="afa",
+        description="Combine several text-to-image diffusion models into one (Adaptive Feature Aggregation, arXiv:2405.17082).",
+        epilog="`afa VERB --help` shows the options of a verb and examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"afa {__version__}")
+    verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
+    for verb, path in COMMANDS.items():
+        module: Any = importlib.import_module(path)
+        summary, _, rest = (module.__doc__ or "").strip().partition("\n")
+        command = verbs.add_parser(
+            verb,
+            help=summary,
+            description=f"{summary}\n{textwrap.dedent(rest)}",
+            epilog="examples:\n" + textwrap.indent("\n".join(module.EXAMPLES), "  "),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if verb in arguments:
+            add_flags(command, module.Options)
+    return parser
+
+
+def _quiet_libraries() -> None:
+    """The libraries' own progress bars and advice would bury the result."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _say(sentence: str, code: int) -> int:
+    print(f"afa: {sentence}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
