@@ -23,6 +23,7 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
     stage = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
     try:
         yield stage
+        _as_others_are(stage)
         names = sorted((path.name for path in stage.iterdir()), key=lambda name: name == last)
         for name in names:
             target = folder / name
@@ -35,11 +36,27 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
             folder.rmdir()
 
 
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Replace one file's content; a reader sees the old or the new, never a part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; on success it replaces `path`, so a reader sees the old or the new, never a part."""
     temporary = path.with_name(f".writing-{path.name}")
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Replace one file's content whole."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def _as_others_are(stage: Path) -> None:
+    """Some writers (safetensors) make files that only their owner may read; give them the permissions of any new file."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in stage.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)

@@ -1,4 +1,4 @@
-"""A command's options are one flat dataclass; its fields become the flags."""
+"""The fields of a command's options become its flags."""
 
 import argparse
 import dataclasses
@@ -6,13 +6,7 @@ import types
 import typing
 from typing import Any
 
-
-def option(default: Any = dataclasses.MISSING, *, help: str, positional: bool = False, choices: list[str] | None = None) -> Any:
-    """A field that is a flag (or a positional argument), with its help. Without a default it is required."""
-    metadata = {"help": help, "positional": positional, "choices": choices}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+from afa.options import option as option  # commands take both from here
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type) -> None:

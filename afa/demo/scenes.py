@@ -4,6 +4,7 @@ The embedded world is made of these. A scene is a handful of attributes; its cap
 so a picture can be judged attribute by attribute (see scorer.py) instead of by taste.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -138,6 +139,17 @@ DOMAINS: dict[str, Domain] = {
     "patterns": Domain(("circle", "square", "triangle"), ("circle", "square", "triangle"), ("checked", "dotted", "wavy")),
 }
 MIXED = Domain(CURVES, ANGLES, ("checked", "dotted", "wavy"))  # one part of every domain, together in none
+
+
+def parse(caption: str) -> Scene:
+    """The scene a caption describes; ValueError when the words are not of this world."""
+    words = re.fullmatch(r"an? (\w+) (\w+) (\w+(?: of)?) an? (\w+) (\w+) on a (\w+) (\w+) background", caption.strip())
+    if words:
+        colour, shape, relation, other_colour, other_shape, texture, ground = words.groups()
+        known = {colour, other_colour} <= COLOURS.keys() and {shape, other_shape} <= SHAPES.keys()
+        if known and relation in RELATIONS and texture in TEXTURES and ground in GROUNDS:
+            return Scene(Thing(shape, colour), Thing(other_shape, other_colour), relation, texture, ground)
+    raise ValueError(f"'{caption}' is not a caption of the demo world, such as '{sample_scenes('mixed', 1, 0)[0].caption}'.")
 
 
 def sample_scenes(domain: str, count: int, seed: int) -> list[Scene]:

@@ -1,0 +1,33 @@
+"""See the whole path on small embedded experts: inspect, train, generate, compare, report.
+
+Three small but real Stable Diffusion experts that draw different things well, and mixed scenes that need all three.
+Leaves OUTPUT/report.html and prints the table. No network; a few minutes on two cores.
+"""
+
+from pathlib import Path
+
+from afa.demo.settings import DemoSettings as Options
+
+EXAMPLES = ["afa demo", "afa demo --output demo-quick --prompts 16 --train-steps 20"]
+
+
+def run(options: Options) -> None:
+    """Inspect, compare, report."""
+    from afa.demo.report import as_json, as_text, write_report
+    from afa.demo.run import demonstrate, weight_pictures
+
+    if not options.json:
+        _inspect()
+    outcome = demonstrate(options)
+    report = Path(options.output) / "report.html"
+    write_report(outcome, weight_pictures(options, outcome.captions), report)
+    print(as_json(outcome) if options.json else f"{as_text(outcome)}\n\nPictures and weight maps: {report}")
+
+
+def _inspect() -> None:
+    """The experts, as `afa inspect` shows them."""
+    from afa.cli import inspect
+    from afa.demo.world import EXPERTS
+
+    inspect.run(inspect.Options(experts=[str(path) for path in EXPERTS.values()]))
+    print(flush=True)

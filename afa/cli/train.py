@@ -1,0 +1,64 @@
+"""Train the aggregators of an ensemble on captioned images.
+
+The experts stay as they are; what is trained, and saved with a manifest that refers to the experts, are the aggregators.
+Interrupt it with Ctrl-C: the same command goes on where it stopped.
+"""
+
+import json
+from typing import Any
+
+from afa.training.settings import TrainSettings as Options
+
+EXAMPLES = [
+    "afa train --experts afa/demo/assets/curves afa/demo/assets/angles --data my-images --output my-ensemble --steps 100 --lr 2e-3",
+    "afa train --experts photo=./photo.safetensors paint=org/name@main --data my-images --output my-ensemble --dry-run",
+]
+
+
+def run(options: Options) -> None:
+    """Plan, train, say what came of it."""
+    from afa.training.run import finished, plan, train
+
+    record = finished(options)
+    if record is not None:
+        print(f"{options.output} is complete; nothing to do" if not options.json else json.dumps(record, indent=2))
+        return
+    planned = plan(options)
+    facts = planned.facts()
+    if options.dry_run:
+        print(json.dumps(facts, indent=2) if options.json else _plan(facts))
+        return
+    if not options.json:
+        print(_plan(facts), flush=True)
+    record = train(options, planned)
+    print(json.dumps(record, indent=2) if options.json else _result(record, options.output))
+
+
+def _plan(facts: dict[str, Any]) -> str:
+    """The plan as lines."""
+    return "\n".join(
+        [
+            f"experts      {', '.join(facts['experts'])} ({facts['expert_memory_gb']} GB, frozen)",
+            f"data         {facts['data']}",
+            f"             {facts['training_images']} to train on, {facts['held_out_images']} held out, {facts['resolution']} px",
+            f"aggregators  {facts['fused_stages']} stages, {facts['trainable_parameters']:,} parameters"
+            f" ({facts['aggregator_memory_gb']} GB with optimiser and averages)",
+            f"steps        at most {facts['steps']}, {facts['images_a_step']} images each",
+        ]
+    )
+
+
+def _result(record: dict[str, Any], output: str) -> str:
+    """The measured result, as a table and a sentence."""
+    lines = [f"held-out loss (95 % interval, n = {record['held_out_loss']['trained']['n']})"]
+    width = max(map(len, record["held_out_loss"]))
+    for name, value in record["held_out_loss"].items():
+        lines.append(f"  {name:<{width}}  {value['value']:.5f}  [{value['low']:.5f}, {value['high']:.5f}]")
+    change, best = record["difference_to_best_expert"], record["best_expert"]
+    verdict = "lower than" if change["high"] < 0 else "higher than" if change["low"] > 0 else "not distinguishable from"
+    lines.append(
+        f"The trained ensemble's loss is {verdict} that of its best expert, {best}:"
+        f" {change['value']:+.5f} [{change['low']:+.5f}, {change['high']:+.5f}], paired."
+    )
+    lines.append(f"{record['steps']} steps in {record['seconds']:.0f} s, kept the average of step {record['best_step']}; saved in {output}")
+    return "\n".join(lines)

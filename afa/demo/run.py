@@ -1,0 +1,151 @@
+"""The demonstration: train, generate with every method from the same noise, score, report."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from afa.checkpoint.staging import replacing
+from afa.demo.draw import draw
+from afa.demo.methods import methods
+from afa.demo.scenes import sample_scenes
+from afa.demo.scorer import AttributeScorer
+from afa.demo.settings import DemoSettings
+from afa.demo.world import BASE, EXPERTS, SCORER
+from afa.denoiser.base import record_weights
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.evaluation.statistics import Estimate, difference, estimate
+from afa.generation.sample import Request, Sampling, sample, sample_all
+
+TEST_SCENES, TRAINING_SCENES = 500_000, 600_000  # seeds; neither occurs in the building of the world
+SHOWN = 6  # images in the report's sheet
+MAPPED = 2  # of them with weight maps
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method reached: per-image scores by name, (n,) each; its images; seconds an image."""
+
+    name: str
+    scores: dict[str, NDArray[np.float64]]
+    images: NDArray[np.uint8]
+    seconds: float
+
+    def value(self, score: str) -> Estimate:
+        return estimate(self.scores[score])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All methods on the same scenes, and what training measured."""
+
+    settings: DemoSettings
+    captions: list[str]
+    rows: list[Row]
+
+    @property
+    def best_single(self) -> Row:
+        """The expert with the highest attribute accuracy on these very scenes: the hardest opponent among them."""
+        return max((row for row in self.rows if row.name in EXPERTS), key=lambda row: row.scores["attributes"].mean())
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+    def lead(self, name: str, over: str) -> Estimate:
+        """Attribute accuracy of one method minus another's, paired by scene."""
+        return difference(self.row(name).scores["attributes"], self.row(over).scores["attributes"])
+
+
+def demonstrate(settings: DemoSettings) -> Outcome:
+    """Do everything that is not done yet in settings.output. Raises UserError if it holds something else."""
+    for place in (*EXPERTS.values(), BASE):
+        if not (place / "model_index.json").is_file():
+            raise UserError(f"the embedded world is not complete: {place} is missing; make it with: python -m afa.demo.build")
+    output = Path(settings.output)
+    _claim(output, settings)
+    draw(output / "data", "mixed", settings.train_images, TRAINING_SCENES + settings.seed)
+    captions = [scene.caption for scene in sample_scenes("mixed", settings.prompts, TEST_SCENES)]
+    scorer = AttributeScorer.load(SCORER)
+    rows = []
+    for name, make in methods(settings).items():
+        images, seconds = _images(output, name, make, captions, settings)
+        rows.append(Row(name, scorer.score(images, captions), images, seconds))
+    return Outcome(settings, captions, rows)
+
+
+def _claim(output: Path, settings: DemoSettings) -> None:
+    """Note the settings in the folder; refuse one that was begun with others."""
+    note = output / "settings.json"
+    asked = {name: value for name, value in asdict(settings).items() if name not in ("output", "json")}
+    if note.exists():
+        begun = json.loads(note.read_text())
+        changed = [f"--{name.replace('_', '-')} {value} (now {asked[name]})" for name, value in begun.items() if asked[name] != value]
+        if changed:
+            raise UserError(f"the demonstration in {output} was begun with {', '.join(changed)}; choose another --output")
+        return
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"--output {output} holds other files; choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(asked))
+
+
+def _images(output: Path, name: str, make: object, captions: list[str], settings: DemoSettings) -> tuple[NDArray[np.uint8], float]:
+    """A method's images of all captions, (n, 64, 64, 3), and seconds an image; made once, kept as .npz."""
+    file = output / "images" / f"{name.replace(' ', '_')}.npz"
+    if not file.exists():
+        assert callable(make)
+        ensemble = make()
+        with _timed() as clock:
+            images = np.concatenate(list(_sampled(name, ensemble, captions, settings)))
+        file.parent.mkdir(exist_ok=True)
+        with replacing(file) as temporary, temporary.open("wb") as stream:
+            np.savez_compressed(stream, images=images, seconds=clock[0] / len(images))
+    with np.load(file) as kept:
+        return kept["images"], float(kept["seconds"])
+
+
+@contextmanager
+def _timed() -> Iterator[list[float]]:
+    clock, started = [0.0], time.monotonic()
+    yield clock
+    clock[0] = time.monotonic() - started
+
+
+def sampling(settings: DemoSettings) -> Sampling:
+    return Sampling(settings.steps, settings.guidance)
+
+
+def requests(captions: list[str], settings: DemoSettings) -> list[Request]:
+    """Scene k is drawn from the noise of seed + k, whatever the method."""
+    return [Request(caption, settings.seed + index) for index, caption in enumerate(captions)]
+
+
+def _sampled(name: str, ensemble: Ensemble, captions: list[str], settings: DemoSettings) -> Iterator[NDArray[np.uint8]]:
+    pipeline = ensemble.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    with tqdm(total=len(captions), desc=name, unit="image", file=sys.stderr) as bar:
+        for images in sample_all(pipeline, requests(captions, settings), sampling(settings), batch_size=32):
+            bar.update(len(images))
+            yield images
+
+
+def weight_pictures(settings: DemoSettings, captions: list[str]) -> list[NDArray[np.uint8]]:
+    """Weight maps over steps of the first images, as pictures (H, W, 3) uint8."""
+    from afa.visualise.weights import conditional, picture
+
+    ensemble = Ensemble.load(Path(settings.output) / "ensemble")
+    pipeline = ensemble.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    with record_weights(ensemble.denoiser) as maps:
+        images = sample(pipeline, requests(captions, settings)[:MAPPED], sampling(settings))
+    passes = conditional(maps, len(images))
+    own = [[{name: weights[index] for name, weights in one.items()} for one in passes] for index in range(len(images))]
+    return [np.asarray(picture(image, maps_of, maps.experts, maps.timesteps)) for image, maps_of in zip(images, own, strict=True)]

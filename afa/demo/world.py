@@ -1,0 +1,9 @@
+"""Where the embedded world lies: three experts, the base they came from, and the scorer that judges pictures."""
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+BASE = ASSETS / "base"
+EXPERTS = {name: ASSETS / name for name in ("curves", "angles", "patterns")}
+SCORER = ASSETS / "scorer.safetensors"
+RECORD = ASSETS / "build.json"  # steps and losses of everything above

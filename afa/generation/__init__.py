@@ -1,0 +1,1 @@
+"""Prompts in, pictures out, image by image. Importing this package costs nothing."""

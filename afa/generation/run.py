@@ -1,0 +1,177 @@
+"""A generation run: resumable image by image, every image a PNG that says how it was made."""
+
+import contextlib
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+from afa import __version__
+from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
+from afa.checkpoint.staging import replacing, write_atomically
+from afa.denoiser.base import WeightMaps, only_expert, record_weights
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.experts.hashing import sha256
+from afa.generation.prompts import read_prompts
+from afa.generation.sample import Request, Sampling, sample
+from afa.generation.settings import GenerateSettings
+from afa.lookup import unknown
+from afa.schedulers import make_scheduler
+
+CHUNK = "afa"  # the PNG text chunk that holds the settings
+GRID_UP_TO = 400  # images; a larger grid is no longer looked at
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image: its place, what is asked, and what its PNG will say."""
+
+    path: Path
+    request: Request
+    metadata: dict[str, Any]
+
+    @property
+    def made(self) -> bool:
+        """Whether the image is there. Raises UserError if one of this name was made otherwise."""
+        if not self.path.exists():
+            return False
+        try:
+            with Image.open(self.path) as image:
+                found = json.loads(image.info.get(CHUNK, "{}"))
+        except OSError:
+            return False  # broken: made again
+        for name, value in self.metadata.items():
+            if found.get(name) != value:
+                raise UserError(f"{self.path} was made with {name} {found.get(name)!r}, now {value!r} is asked; choose another --output or delete it")
+        return True
+
+
+def generate(settings: GenerateSettings) -> list[Path]:
+    """Make what is not there yet: -> the paths of all images. Ctrl-C loses at most one batch."""
+    prompts = settings.prompt if settings.prompt is not None else read_prompts(Path(str(settings.prompts)))
+    ensemble = _load(settings)
+    if settings.expert is not None and settings.expert not in ensemble.names:
+        raise UserError(unknown(settings.expert, ensemble.names, "expert"))
+    if settings.weights and (settings.expert is not None or len(ensemble.names) == 1):
+        raise UserError("--weights needs an ensemble of several experts; a single expert has no weight maps")
+    pipeline = _pipeline(settings, ensemble)
+    output = Path(settings.output)
+    if output.is_file():
+        raise UserError(f"--output {output} is a file; give a folder")
+    output.mkdir(parents=True, exist_ok=True)
+    jobs = _jobs(settings, prompts, pipeline, ensemble)
+    todo = [job for job in jobs if not job.made or (settings.weights and not _weights_path(job).exists())]
+    _make(settings, ensemble, pipeline, todo, done=len(jobs) - len(todo))
+    _finish(output, jobs, settings.images_per_prompt)
+    return [job.path for job in jobs]
+
+
+def _load(settings: GenerateSettings) -> Ensemble:
+    """The ensemble, or one expert as an ensemble of its own: that is the expert, bit for bit."""
+    dtype = getattr(torch, settings.dtype)
+    if (Path(settings.source) / MANIFEST).exists():
+        return Ensemble.load(settings.source, dtype=dtype)
+    return Ensemble.from_experts([settings.source], aggregator="mean", dtype=dtype)
+
+
+def _device(settings: GenerateSettings) -> torch.device:
+    from accelerate import PartialState
+
+    try:
+        return torch.device(settings.device) if settings.device else PartialState().default_device
+    except RuntimeError as error:
+        raise UserError(f"--device {settings.device}: {error}") from None
+
+
+def _pipeline(settings: GenerateSettings, ensemble: Ensemble) -> Any:
+    pipeline = ensemble.pipeline()
+    if settings.scheduler is not None:
+        pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(_device(settings))
+
+
+def _jobs(settings: GenerateSettings, prompts: list[str], pipeline: Any, ensemble: Ensemble) -> list[Job]:
+    """Every image asked for, in order. Seeds count on over prompts, so a file's images differ in noise too."""
+    sampling = _sampling(settings)
+    aggregators = Path(settings.source) / AGGREGATORS
+    common = {
+        **asdict(sampling),
+        "scheduler": type(pipeline.scheduler).__name__ if settings.scheduler is None else settings.scheduler,
+        "source": settings.source,
+        "expert": settings.expert,
+        "experts": list(ensemble.names),
+        "aggregators": sha256(aggregators) if aggregators.exists() else None,
+        "dtype": settings.dtype,
+    }
+    jobs = []
+    for index, prompt in enumerate(prompts):
+        for copy in range(settings.images_per_prompt):
+            request = Request(prompt, settings.seed + index * settings.images_per_prompt + copy)
+            path = Path(settings.output) / f"{index:05d}-{copy:02d}.png"
+            jobs.append(Job(path, request, {**common, "prompt": prompt, "seed": request.seed}))
+    return jobs
+
+
+def _sampling(settings: GenerateSettings) -> Sampling:
+    return Sampling(settings.steps, settings.guidance, settings.negative_prompt, settings.height, settings.width)
+
+
+def _make(settings: GenerateSettings, ensemble: Ensemble, pipeline: Any, todo: list[Job], done: int) -> None:
+    """Batch by batch, saved as soon as it is made."""
+    alone = only_expert(ensemble.denoiser, settings.expert) if settings.expert else contextlib.nullcontext()
+    with alone, tqdm(total=done + len(todo), initial=done, desc="images", unit="image", file=sys.stderr) as bar:
+        for start in range(0, len(todo), settings.batch_size):
+            batch = todo[start : start + settings.batch_size]
+            recording = record_weights(ensemble.denoiser) if settings.weights else contextlib.nullcontext()
+            with recording as maps:
+                images = sample(pipeline, [job.request for job in batch], _sampling(settings))
+            for index, (job, image) in enumerate(zip(batch, images, strict=True)):
+                if isinstance(maps, WeightMaps):
+                    _save_weights(job, image, maps, index, len(batch))
+                _save_image(job, image)
+            bar.update(len(batch))
+
+
+def _save_image(job: Job, image: NDArray[np.uint8]) -> None:
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_itxt(CHUNK, json.dumps({**job.metadata, "afa": __version__}, ensure_ascii=False))
+    with replacing(job.path) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunk)
+
+
+def _weights_path(job: Job) -> Path:
+    return job.path.with_suffix(".weights.npz")
+
+
+def _save_weights(job: Job, image: NDArray[np.uint8], maps: WeightMaps, index: int, batch: int) -> None:
+    """The maps of one image: STAGE -> (passes, N, h, w) float16, timesteps (passes,), and the picture beside them."""
+    from afa.visualise.weights import conditional, picture
+
+    own = [{name: weights[index] for name, weights in one.items()} for one in conditional(maps, batch)]
+    arrays = {name: torch.stack([one[name] for one in own]).half().numpy() for name in own[0]}
+    with replacing(_weights_path(job)) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, timesteps=np.asarray(maps.timesteps, np.float32), experts=np.asarray(maps.experts), **arrays)
+    with replacing(job.path.with_suffix(".weights.png")) as temporary:
+        picture(image, own, maps.experts, maps.timesteps).save(temporary, format="PNG")
+
+
+def _finish(output: Path, jobs: list[Job], columns: int) -> None:
+    """images.jsonl (readable by `afa train --data` after a rename) and a grid, a row per prompt."""
+    lines = [json.dumps({"file_name": job.path.name, "text": job.request.prompt, "seed": job.request.seed}, ensure_ascii=False) for job in jobs]
+    write_atomically(output / "images.jsonl", "\n".join(lines) + "\n")
+    if 1 < len(jobs) <= GRID_UP_TO:
+        from afa.visualise.grid import grid
+
+        images = [np.asarray(Image.open(job.path).convert("RGB")) for job in jobs]
+        width = columns if columns > 1 else min(8, len(images))
+        with replacing(output / "grid.png") as temporary:
+            grid([images[start : start + width] for start in range(0, len(images), width)]).save(temporary, format="PNG")

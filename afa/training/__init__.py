@@ -1,0 +1,1 @@
+"""Train the aggregators of an ensemble. Importing this package costs nothing."""

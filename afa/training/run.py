@@ -1,0 +1,193 @@
+"""A training run from its settings: experts and data in, a saved ensemble with its measured result out."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from afa import __version__
+from afa.aggregators.table import count_parameters
+from afa.checkpoint.manifest import MANIFEST, read_manifest
+from afa.denoiser.base import only_expert
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.evaluation.statistics import Estimate, difference, estimate
+from afa.training.conditions import Conditions
+from afa.training.data import Encoded, Folder, encode, read_folder, split
+from afa.training.loop import Progress, Trainer
+from afa.training.objective import Objective
+from afa.training.settings import TrainSettings
+from afa.training.state import FOLDER, check_unchanged, state_file
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do; `--dry-run` stops here."""
+
+    settings: TrainSettings
+    ensemble: Ensemble
+    folder: Folder
+    resolution: int
+
+    def facts(self) -> dict[str, Any]:
+        """For people and for --json."""
+        denoiser, settings = self.ensemble.denoiser, self.settings
+        held_out = min(settings.held_out, len(self.folder.examples) // 5)
+        experts = sum(tensor.numel() * tensor.element_size() for tensor in denoiser.experts.parameters())
+        trainable = count_parameters(denoiser.aggregators)
+        return {
+            "experts": list(denoiser.names),
+            "data": self.folder.summary(),
+            "training_images": len(self.folder.examples) - held_out,
+            "held_out_images": held_out,
+            "resolution": self.resolution,
+            "fused_stages": len(denoiser.fused),
+            "trainable_parameters": trainable,
+            "expert_memory_gb": round(experts / 1e9, 2),
+            "aggregator_memory_gb": round(trainable * 4 * 6 / 1e9, 2),  # weights, gradient, two moments, average, best
+            "steps": settings.steps,
+            "images_a_step": settings.batch_size * settings.accumulate,
+        }
+
+
+def plan(settings: TrainSettings) -> Plan:
+    """Read data and experts, and find everything that would fail later. Raises UserError."""
+    folder = read_folder(Path(settings.data))
+    split(folder.examples, settings.held_out, settings.seed)  # raises where there are too few
+    _check_output(settings)
+    ensemble = Ensemble.from_experts(
+        settings.experts,
+        aggregator=settings.aggregator,
+        placement=settings.placement,
+        attention_up_to=settings.attention_up_to,
+        vae=settings.vae,
+        dtype=getattr(torch, settings.dtype),
+        **settings.aggregator_options(),
+    )
+    return Plan(settings, ensemble, folder, _resolution(settings, ensemble))
+
+
+def _check_output(settings: TrainSettings) -> None:
+    output = Path(settings.output)
+    if output.is_file():
+        raise UserError(f"--output {output} is a file; give a folder")
+    if (output / MANIFEST).exists() or state_file(settings).exists() or not output.exists():
+        return
+    if any(output.iterdir()):
+        raise UserError(f"--output {output} holds other files; give a new or empty folder")
+
+
+def _resolution(settings: TrainSettings, ensemble: Ensemble) -> int:
+    """In pixels, a multiple of the latent's. Raises UserError for another."""
+    factor = 2 ** (len(ensemble.frame.vae.config["block_out_channels"]) - 1)
+    side = ensemble.denoiser.config["sample_size"]
+    resolution = settings.resolution or (side if isinstance(side, int) else max(side)) * factor
+    if resolution % factor:
+        raise UserError(f"--resolution {resolution} is not a multiple of {factor}, the VAE's down-sampling factor")
+    return resolution
+
+
+def finished(settings: TrainSettings) -> dict[str, Any] | None:
+    """The record of a run that is complete, None if there is none. Raises UserError if it was another run."""
+    if not (Path(settings.output) / MANIFEST).exists() or state_file(settings).exists():
+        return None
+    record = read_manifest(Path(settings.output)).training
+    if record is None:
+        raise UserError(f"{settings.output} holds an ensemble that was not trained here; give another --output")
+    begun = TrainSettings(**record["settings"])
+    check_unchanged(settings, json.loads(json.dumps(begun.binding())), f"the ensemble in {settings.output}")
+    return record
+
+
+def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any]:
+    """Train, save the ensemble into settings.output, and return the record kept in its manifest.
+
+    Resumes from a saved state; a complete run is only read. Raises UserError, or KeyboardInterrupt with the state saved.
+    """
+    done = finished(settings)
+    if done is not None:
+        return done
+    planned = planned or plan(settings)
+    accelerator = Accelerator(cpu=settings.device == "cpu")
+    if settings.device not in (None, "cpu") and torch.device(str(settings.device)).type != accelerator.device.type:
+        raise UserError(f"--device {settings.device} is not available here; the best there is: {accelerator.device}")
+    started = time.monotonic()
+    trainer = _trainer(planned, accelerator)
+    baselines = _baselines(trainer)
+    progress = trainer.train()
+    record = _record(settings, trainer, progress, baselines, time.monotonic() - started)
+    if accelerator.is_main_process:
+        planned.ensemble.training = record
+        planned.ensemble.save(settings.output)
+        shutil.rmtree(Path(settings.output) / FOLDER, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return record
+
+
+def _trainer(planned: Plan, accelerator: Accelerator) -> Trainer:
+    """Everything a run needs, in memory; the VAE has done its work and is not moved to the device for good."""
+    settings, ensemble = planned.settings, planned.ensemble
+    vae = ensemble.frame.vae.to(accelerator.device)
+    chosen = split(planned.folder.examples, settings.held_out, settings.seed)
+    data, held_out = (encode(part, planned.resolution, vae, settings.batch_size, _bar) for part in chosen)
+    config = vae.config
+    vae.to("cpu")
+    ensemble.to(accelerator.device)
+    torch.manual_seed(settings.seed)
+    _initialise(ensemble)
+    if settings.gradient_checkpointing:
+        ensemble.denoiser.enable_gradient_checkpointing()
+    objective = Objective(ensemble.frame.scheduler, config["scaling_factor"], config.get("shift_factor"), accelerator.device)
+    conditions = Conditions(ensemble.pipeline(), accelerator.device)
+    return Trainer(settings, accelerator, ensemble.denoiser, objective, conditions, data, held_out)
+
+
+def _initialise(ensemble: Ensemble) -> None:
+    """Draw the aggregators' first weights anew, so that --seed decides them whatever was loaded before."""
+    denoiser = ensemble.denoiser
+    device = next(denoiser.experts.parameters()).device
+    for name, fresh in denoiser._aggregators().items():
+        denoiser.aggregators[name] = fresh.to(device)
+
+
+def _bar(items: list[Any]) -> Iterable[Any]:
+    return tqdm(items, desc="encoding images", unit="batch", file=sys.stderr, disable=len(items) < 3)
+
+
+def _baselines(trainer: Trainer) -> dict[str, np.ndarray]:
+    """Held-out losses, per image, of the untrained mean and of each expert alone in the same frame."""
+    losses = {"untrained mean": trainer.held_out_losses()}
+    for name in trainer.denoiser.names:
+        with only_expert(trainer.denoiser, name):
+            losses[name] = trainer.held_out_losses()
+    return losses
+
+
+def _record(settings: TrainSettings, trainer: Trainer, progress: Progress, baselines: dict[str, np.ndarray], seconds: float) -> dict[str, Any]:
+    """What the manifest keeps: recipe, course and measured result. Differences are paired over the held-out images."""
+    trained = trainer.held_out_losses()
+    losses: dict[str, Estimate] = {"trained": estimate(trained)} | {name: estimate(values) for name, values in baselines.items()}
+    best = min(trainer.denoiser.names, key=lambda name: baselines[name].mean())
+    return {
+        "settings": asdict(settings),
+        "afa": __version__,
+        "torch": torch.__version__,
+        "training_images": len(trainer.data),
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "seconds": round(seconds, 1),
+        "held_out_loss": {name: asdict(value) for name, value in losses.items()},
+        "best_expert": best,
+        "difference_to_best_expert": asdict(difference(trained, baselines[best])),
+        "difference_to_untrained_mean": asdict(difference(trained, baselines["untrained mean"])),
+        "history": progress.history,
+    }
