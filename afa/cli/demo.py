@@ -13,9 +13,11 @@ EXAMPLES = ["afa demo", "afa demo --output demo-quick --prompts 16 --train-steps
 
 def run(options: Options) -> None:
     """Inspect, compare, report."""
+    from afa.cli.quiet import hush
     from afa.demo.report import as_json, as_text, write_report
     from afa.demo.run import demonstrate, weight_pictures
 
+    hush()
     if not options.json:
         _inspect()
     outcome = demonstrate(options)

@@ -35,9 +35,9 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
         return settings | {"action": "store_true"}
     settings |= {"type": kind, "choices": field.metadata["choices"]}
     if several:
-        settings["nargs"] = "+"
+        settings["nargs"] = "+" if required or not field.metadata["positional"] else "*"
     if field.metadata["positional"]:
-        return settings | {"metavar": field.name.upper().rstrip("S")}
+        return settings | {"metavar": field.name.upper().rstrip("S")} | ({} if required else {"default": default})
     if field.metadata["choices"] is None:
         settings["metavar"] = kind.__name__.upper() if kind is not str else field.name.upper()
     return settings | {"required": required, "default": None if required else default}

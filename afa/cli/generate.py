@@ -15,8 +15,10 @@ EXAMPLES = [
 
 def run(options: Options) -> None:
     """Generate, say where the images are."""
+    from afa.cli.quiet import hush
     from afa.generation.run import generate
 
+    hush()
     paths = generate(options)
     if options.json:
         print(json.dumps({"images": [str(path) for path in paths]}, indent=2))

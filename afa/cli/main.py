@@ -65,10 +65,9 @@ def build_parser(arguments: list[str]) -> argparse.ArgumentParser:
 
 
 def _quiet_libraries() -> None:
-    """The libraries' own progress bars and advice would bury the result."""
+    """The libraries' advice would bury the result. (Their bars: see quiet.py, for commands that load them anyway.)"""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _say(sentence: str, code: int) -> int:

@@ -17,8 +17,10 @@ EXAMPLES = [
 
 def run(options: Options) -> None:
     """Plan, train, say what came of it."""
+    from afa.cli.quiet import hush
     from afa.training.run import finished, plan, train
 
+    hush()
     record = finished(options)
     if record is not None:
         print(f"{options.output} is complete; nothing to do" if not options.json else json.dumps(record, indent=2))

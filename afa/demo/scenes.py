@@ -138,7 +138,8 @@ DOMAINS: dict[str, Domain] = {
     "angles": Domain((*ANGLES, "square"), (*ANGLES, "square"), ("plain", "striped")),
     "patterns": Domain(("circle", "square", "triangle"), ("circle", "square", "triangle"), ("checked", "dotted", "wavy")),
 }
-MIXED = Domain(CURVES, ANGLES, ("checked", "dotted", "wavy"))  # one part of every domain, together in none
+# A curve and an angle on a pattern: only circle with triangle, one scene in sixteen, lies in a single domain (patterns).
+MIXED = Domain(CURVES, ANGLES, ("checked", "dotted", "wavy"))
 
 
 def parse(caption: str) -> Scene:

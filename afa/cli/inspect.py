@@ -1,0 +1,98 @@
+"""Show experts, whether they can be fused, and what their ensemble would cost; no weights are loaded.
+
+Config files and the headers of weight files are read, so that broken, incomplete and unlike models are found before a
+GPU minute is spent. A saved ensemble is shown with its own experts and aggregators. Hub ids are downloaded once.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afa.cli.flags import option
+from afa.errors import UserError
+
+if TYPE_CHECKING:
+    from afa.inspection import Subject
+
+EXAMPLES = [
+    "afa inspect afa/demo/assets/curves afa/demo/assets/angles afa/demo/assets/patterns",
+    "afa inspect afa/demo/assets/curves afa/demo/assets/angles --placement out --json",
+    "afa inspect --config sdxl --count 2 --depth 1",
+]
+FUSION = ("aggregator", "placement", "hidden", "heads", "depth", "weights", "attention_up_to")  # a saved ensemble has its own
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to show, and how the experts would be fused."""
+
+    experts: list[str] = option(
+        [],
+        help="a diffusers folder, .safetensors file of original layout, or org/name@revision, each optionally NAME=… and …+LORA; or one saved ensemble",
+        positional=True,
+    )
+    config: str | None = option(None, help="sd15, sd21, sd21-base, sdxl or a folder: of single files; without EXPERT, the architecture to show")
+    count: int | None = option(None, help="with --config and without EXPERT: how many experts (default: 3)")
+    aggregator: str | None = option(None, help="kind of aggregator: sabw, mean or fixed (default: sabw)")
+    placement: str | None = option(None, help="fused stages: layers (all), blocks, out, or names such as M00,OUT11 (default: layers)")
+    hidden: int | None = option(None, help="width inside the aggregators (default: 128)")
+    heads: int | None = option(None, help="attention heads of the aggregators (default: 8)")
+    depth: int | None = option(None, help="transformer layers of the aggregators; 0: none (default: 2)")
+    weights: list[float] | None = option(None, help="of aggregator fixed: one weight per expert")
+    attention_up_to: int | None = option(None, help="build the transformer only on maps up to this side in latent pixels (default: everywhere)")
+    resolution: int | None = option(None, help="side of the images in pixels (default: the experts' own)")
+    batch_size: int = option(1, help="images at once; guidance doubles the cost of each")
+    json: bool = option(False, help="print one JSON document instead of tables")
+
+    def __post_init__(self) -> None:
+        if not self.experts and self.config is None:
+            raise UserError("give EXPERT..., or --config sd15, sd21, sd21-base or sdxl")
+        if self.experts and self.count is not None:
+            raise UserError(f"--count {self.count} is for --config without EXPERT; leave out one of them")
+        for name, least in (("count", 1), ("hidden", 1), ("heads", 1), ("depth", 0), ("attention_up_to", 0), ("resolution", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+
+
+def run(options: Options) -> None:
+    """Print the report; then, if the experts cannot be fused, raise UserError with every reason."""
+    from afa.inspection import facts
+
+    found = facts(_subject(options), options.resolution, options.batch_size)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        from afa.cli.inspect_report import report
+
+        print(report(found))
+    if found["mismatches"]:
+        raise UserError("; ".join(found["mismatches"]))
+
+
+def _subject(options: Options) -> "Subject":
+    from afa.aggregators.table import Recipe
+    from afa.checkpoint.manifest import MANIFEST
+    from afa.inspection import Subject
+
+    ensembles = [source for source in options.experts if (Path(source) / MANIFEST).is_file()]
+    if ensembles:
+        _check_alone(options, ensembles[0])
+        return Subject.from_ensemble(Path(ensembles[0]))
+    inner: dict[str, Any] = {name: getattr(options, name) for name in ("hidden", "heads", "depth", "weights")}
+    recipe = Recipe(options.aggregator or "sabw", {name: value for name, value in inner.items() if value is not None}, options.attention_up_to)
+    placement = options.placement or "layers"
+    if not options.experts:
+        assert options.config is not None
+        return Subject.from_config(options.config, 3 if options.count is None else options.count, recipe, placement)
+    return Subject.from_sources(options.experts, options.config, recipe, placement)
+
+
+def _check_alone(options: Options, ensemble: str) -> None:
+    """Raises UserError for what a saved ensemble brings along itself."""
+    if len(options.experts) > 1:
+        raise UserError(f"{ensemble} is a saved ensemble; inspect it alone, without {next(source for source in options.experts if source != ensemble)}")
+    for name in ("config", *FUSION):
+        if getattr(options, name) is not None:
+            raise UserError(f"{ensemble} is a saved ensemble with aggregators and configs of its own; leave out --{name.replace('_', '-')}")

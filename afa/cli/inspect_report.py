@@ -1,0 +1,111 @@
+"""The facts of `afa inspect` as tables."""
+
+from typing import Any
+
+from afa.cli.tables import count, scaled, section, table
+
+
+def report(facts: dict[str, Any]) -> str:
+    """Experts, what goes with them, stages, whether they can be fused, and the cost."""
+    parts = [
+        section("experts", _experts(facts["experts"])),
+        section("text encoders", _text_encoders(facts["experts"])),
+        section("VAE", _vaes(facts["experts"])),
+        section(f"stages of '{facts['experts'][0]['name']}'" if facts["mismatches"] else "stages", _stages(facts["stages"])),
+        section("aggregators", _aggregators(facts)) if facts["aggregators"] else None,
+        section("fusion", _fusion(facts)),
+        section(_title(facts["cost"]), _cost(facts)),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _experts(experts: list[dict[str, Any]]) -> str:
+    headers = ["name", "source", "family", "class", ">parameters", "stored as", "predicts"]
+    rows = [[e["name"], _source(e), e["family"], e["class"], count(e["parameters"]), e["dtype"], e["prediction_type"]] for e in experts]
+    return table(headers, rows)
+
+
+def _source(expert: dict[str, Any]) -> str:
+    """Where an expert comes from, with commit, LoRAs, and the config of a single file."""
+    commit = f"@{expert['commit'][:12]}" if expert["commit"] else ""
+    config = f" ({expert['config']})" if expert["config"] and not expert["source"].startswith("config ") else ""
+    return f"{expert['source']}{commit}{''.join(f'+{lora}' for lora in expert['loras'])}{config}"
+
+
+def _text_encoders(experts: list[dict[str, Any]]) -> str:
+    rows = [
+        [expert["name"], text["part"], text["class"], text["width"], count(text["parameters"]), text["dtype"], text["same_as"]]
+        for expert in experts
+        for text in expert["text_encoders"]
+    ]
+    return table(["expert", "part", "class", ">width", ">parameters", "stored as", "same as"], rows) if rows else "none; the experts are bare denoisers"
+
+
+def _vaes(experts: list[dict[str, Any]]) -> str:
+    found = [(expert["name"], expert["vae"]) for expert in experts if expert["vae"]]
+    rows = [[name, vae["class"], f"1/{vae['factor']}", vae["latent_channels"], vae["scaling_factor"], count(vae["parameters"]), vae["dtype"]] for name, vae in found]
+    return table(["expert", "class", "latent", ">channels", ">scale", ">parameters", "stored as"], rows) if rows else "none; give one with vae="
+
+
+def _stages(stages: list[dict[str, Any]]) -> str:
+    headers = ["stage", ">channels", "size", "block", "skip", "fused", ">aggregator parameters", ">its FLOPs a step"]
+    return table(headers, [_stage(stage) for stage in stages])
+
+
+def _stage(stage: dict[str, Any]) -> list[object]:
+    skip = "saves" if stage["saves_skip"] else "takes" if stage["takes_skip"] else None
+    fused = None if stage["fused"] is None else "yes" if stage["fused"] else "no"
+    size = f"1/{2 ** stage['level']}"
+    numbers = [count(stage["aggregator_parameters"]), scaled(stage["aggregator_flops"], "FLOP")]
+    return [stage["name"], stage["channels"], size, stage["block"], skip, fused, *numbers]
+
+
+def _aggregators(facts: dict[str, Any]) -> str:
+    made = facts["aggregators"]
+    options = ", ".join(f"{name} {value}" for name, value in made["options"].items())
+    up_to = "" if made["attention_up_to"] is None else f", attention up to {made['attention_up_to']} latent pixels"
+    placement = made["placement"] if isinstance(made["placement"], str) else ",".join(made["placement"])
+    lines = [
+        f"{made['kind']}{f' ({options})' if options else ''}{up_to}, {count(made['parameters'])} parameters",
+        f"placement {placement}: {made['fused']} of {len(facts['stages'])} stages are fused",
+    ]
+    if facts["ensemble"]:
+        trained = ", ".join(f"{name} {value}" for name, value in (made["training"] or {}).items() if not isinstance(value, (dict, list)))
+        lines.append(f"saved in {facts['ensemble']}, {f'trained: {trained}' if trained else 'no training recorded'}")
+    return "\n".join(lines)
+
+
+def _fusion(facts: dict[str, Any]) -> str:
+    if facts["mismatches"]:
+        return "\n".join(["these experts cannot be fused:", *(f"- {reason}" for reason in facts["mismatches"])])
+    names = [expert["name"] for expert in facts["experts"]]
+    return "a single expert, nothing to compare" if len(names) == 1 else f"{', '.join(names)} can be fused: no mismatch"
+
+
+def _title(cost: dict[str, Any]) -> str:
+    height, width = cost["resolution"]
+    images = "1 image" if cost["batch_size"] == 1 else f"{cost['batch_size']} images"
+    return f"cost for {images} of {width}x{height} pixels (latent {cost['latent'][1]}x{cost['latent'][0]})"
+
+
+def _cost(facts: dict[str, Any]) -> str:
+    cost, experts = facts["cost"], facts["experts"]
+    flops, number = cost["flops"], len(experts)
+    unique = sum(text["same_as"] is None for expert in experts for text in expert["text_encoders"])
+    one = experts[0]["parameters"]
+    rows = [[f"one expert ({experts[0]['name']})", count(one), scaled(4 * one, "B"), scaled(2 * one, "B"), scaled(flops["each_expert"][0], "FLOP")]]
+    rows += [_row(f"{number} expert{'s' if number > 1 else ''}", "experts", cost, flops["experts"])]
+    rows += [_row("aggregators", "aggregators", cost, flops["aggregators"])] if facts["aggregators"] else []
+    rows += [_row(f"{unique} text encoder{'s' if unique > 1 else ''}", "text_encoders", cost, None)] if unique else []
+    rows += [_row("VAE", "vae", cost, None)] if cost["parameters"]["vae"] else []
+    rows += [_row("all" if facts["aggregators"] else "all, unfused", "total", cost, flops["ensemble"])]
+    notes = ["Memory is that of the weights; activations come on top.", "Guidance doubles the FLOPs of a step."]
+    if flops["ensemble"] and flops["each_expert"][0]:
+        notes.append(f"A step of the ensemble costs {flops['ensemble'] / flops['each_expert'][0]:.2f} times that of '{experts[0]['name']}'.")
+    return "\n".join([table(["", ">parameters", ">float32", ">float16", ">FLOPs a step"], rows), *notes])
+
+
+def _row(title: str, part: str, cost: dict[str, Any], flops: int | None) -> list[str | None]:
+    """One line of the cost table."""
+    sizes = [scaled(cost["bytes"][dtype][part], "B") for dtype in ("float32", "float16")]
+    return [title, count(cost["parameters"][part]), *sizes, scaled(flops, "FLOP")]

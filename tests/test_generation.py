@@ -1,0 +1,149 @@
+"""Laws of generation: whose noise, which files, what is kept and what is refused."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import quiet, sd_pipeline
+
+from afa import Ensemble, UserError
+from afa.generation.prompts import read_prompts
+from afa.generation.run import generate
+from afa.generation.settings import GenerateSettings
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Two experts and a saved ensemble of them."""
+    folder = tmp_path_factory.mktemp("generation")
+    for seed, name in enumerate(("photo", "paint")):
+        sd_pipeline(seed).save_pretrained(folder / name)
+    ensemble = Ensemble.from_experts([str(folder / "photo"), str(folder / "paint")], hidden=8, heads=2, depth=1)
+    torch.manual_seed(0)
+    for aggregator in ensemble.aggregators.values():
+        torch.nn.init.normal_(aggregator.conv_out.weight)  # as if trained: not the mean
+    ensemble.save(folder / "ensemble")
+    return folder
+
+
+@pytest.fixture
+def settings(places, tmp_path):
+    small = {"steps": 2, "guidance": 3.0, "width": 32, "height": 32, "device": "cpu"}
+    return GenerateSettings(source=str(places / "ensemble"), output=str(tmp_path / "out"), prompt=["a cat", "a dog"], **small)
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def test_an_expert_generates_what_its_stock_pipeline_does(places, settings):
+    paths = generate(replace(settings, source=str(places / "photo"), seed=5, batch_size=1))
+    stock = quiet(sd_pipeline(0))
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
+    expected = stock("a dog", generator=torch.Generator().manual_seed(6), output_type="np", **options).images[0]
+    assert np.array_equal(pixels(paths[1]), (expected * 255).round().astype(int))
+
+
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(settings, tmp_path):
+    together = generate(replace(settings, batch_size=4, images_per_prompt=2))
+    alone = generate(replace(settings, batch_size=1, images_per_prompt=2, output=str(tmp_path / "alone")))
+    assert len(together) == 4
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(pixels(one) - pixels(other)).max() <= 1  # batched float32 sums may round differently
+    assert np.abs(pixels(together[0]) - pixels(together[1])).max() > 1
+
+
+def test_only_missing_images_are_made_again(settings):
+    first, second = generate(settings)
+    before, expected = first.stat().st_mtime_ns, pixels(second)
+    second.unlink()
+    generate(settings)
+    assert first.stat().st_mtime_ns == before and np.abs(pixels(second) - expected).max() <= 1
+
+
+def test_a_broken_image_is_made_again(settings):
+    first = generate(settings)[0]
+    expected = pixels(first)
+    first.write_bytes(first.read_bytes()[:20])
+    generate(settings)
+    assert np.abs(pixels(first) - expected).max() <= 1
+
+
+def test_images_made_otherwise_are_not_overwritten(settings):
+    first = generate(settings)[0]
+    before = first.read_bytes()
+    with pytest.raises(UserError, match="was made with guidance 3.0, now 4.0 is asked"):
+        generate(replace(settings, guidance=4.0))
+    assert first.read_bytes() == before
+
+
+def test_a_png_says_how_it_was_made(settings):
+    second = generate(replace(settings, seed=11, scheduler="euler"))[1]
+    said = json.loads(Image.open(second).info["afa"])
+    assert (said["prompt"], said["seed"], said["steps"], said["scheduler"]) == ("a dog", 12, 2, "euler")
+    assert said["experts"] == ["photo", "paint"] and len(said["aggregators"]) == 64
+
+
+def test_weights_are_saved_per_image_and_sum_to_one(settings):
+    first = generate(replace(settings, weights=True, prompt=["a cat"], batch_size=2, images_per_prompt=2))[0]
+    with np.load(first.with_suffix(".weights.npz")) as kept:
+        assert list(kept["experts"]) == ["photo", "paint"] and len(kept["timesteps"]) == 2
+        stages = [name for name in kept.files if name not in ("experts", "timesteps")]
+        assert len(stages) == 25 and kept["OUT11"].shape == (2, 2, 4, 4)
+        assert all(np.allclose(kept[name].astype(np.float32).sum(1), 1, atol=2e-3) for name in stages)
+        assert kept["OUT11"].std() > 0
+    assert Image.open(first.with_suffix(".weights.png")).size[0] > 128
+
+
+def test_one_expert_in_the_ensembles_frame_differs_from_the_ensemble(settings, tmp_path):
+    whole = generate(settings)[0]
+    alone = generate(replace(settings, expert="paint", output=str(tmp_path / "alone")))[0]
+    assert np.abs(pixels(whole) - pixels(alone)).max() > 1
+    with pytest.raises(UserError, match="did you mean 'paint'"):
+        generate(replace(settings, expert="pant", output=str(tmp_path / "x")))
+
+
+def test_a_grid_and_a_list_are_left(settings):
+    generate(replace(settings, images_per_prompt=2))
+    from pathlib import Path
+
+    lines = [json.loads(line) for line in (Path(settings.output) / "images.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == ["a cat", "a cat", "a dog", "a dog"]
+    assert Image.open(Path(settings.output) / "grid.png").size == (68, 68)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("p.txt", "a cat\n\n  a dog  \n", ["a cat", "a dog"]),
+        ("p.jsonl", '{"text": "a cat"}\n{"text": "a dog", "seed": 1}\n', ["a cat", "a dog"]),
+        ("p.txt", '{"text": "a cat"}\n', ["a cat"]),
+    ],
+)
+def test_prompts_are_lines_or_json_lines(tmp_path, name, content, expected):
+    (tmp_path / name).write_text(content)
+    assert read_prompts(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"), [(b"", "holds no prompt"), (b"\xff\xfe", "not UTF-8"), (b'{"text": 1}', 'line 1 has no "text"'), (b"{", "line 1 is not JSON")]
+)
+def test_bad_prompts_are_one_sentence(tmp_path, content, sentence):
+    (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        read_prompts(tmp_path / "p.txt")
+
+
+def test_nothing_to_say_is_refused():
+    with pytest.raises(UserError, match="either --prompt"):
+        GenerateSettings(source="a", output="b")
+    with pytest.raises(UserError, match="--width 30 must be a multiple of 8"):
+        GenerateSettings(source="a", output="b", prompt=["x"], width=30)
+
+
+def test_weights_of_a_single_expert_are_refused(places, settings):
+    with pytest.raises(UserError, match="no weight maps"):
+        generate(replace(settings, source=str(places / "photo"), weights=True))

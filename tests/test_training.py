@@ -1,0 +1,282 @@
+"""Laws of training, on tiny real experts and real image folders."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import scheduler, sd_pipeline, sdxl_pipeline
+
+from afa import Ensemble, UserError
+from afa.training.conditions import Conditions
+from afa.training.data import encode, read_folder, split
+from afa.training.loop import Trainer
+from afa.training.objective import Objective
+from afa.training.run import plan, train
+from afa.training.settings import TrainSettings
+
+
+@pytest.fixture(scope="session")
+def experts(tmp_path_factory):
+    """Two SD experts with text encoders of their own, as folders."""
+    folder = tmp_path_factory.mktemp("experts")
+    for seed, name in enumerate(("photo", "paint")):
+        sd_pipeline(seed).save_pretrained(folder / name)
+    return [str(folder / "photo"), str(folder / "paint")]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Ten captioned images of several sizes."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    lines = []
+    for index in range(10):
+        Image.fromarray(rng.integers(0, 255, (40 + index, 48, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": f"picture {index}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def settings(experts, images, tmp_path):
+    small = {"hidden": 8, "heads": 2, "depth": 1, "resolution": 32, "batch_size": 2, "held_out": 2}
+    return TrainSettings(
+        experts=experts, data=str(images), output=str(tmp_path / "out"), steps=6, evaluate_every=2, lr=1e-2, device="cpu", **small
+    )
+
+
+def aggregators(settings):
+    return load_file(Path(settings.output) / "aggregators.safetensors")
+
+
+def interrupt_after(monkeypatch, step):
+    """Press Ctrl-C while that step is running."""
+    original = Trainer._after_step
+
+    def after(self, loss):
+        original(self, loss)
+        if self.progress.step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_after_step", after)
+
+
+def test_resumed_training_equals_uninterrupted(settings, monkeypatch, tmp_path):
+    whole = train(replace(settings, output=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt, match="after step 3"):
+            train(settings)
+    assert not (Path(settings.output) / "afa.json").exists()
+    resumed = train(settings)
+    assert resumed["history"] == whole["history"] and resumed["steps"] == 6
+    expected = aggregators(replace(settings, output=str(tmp_path / "whole")))
+    assert all(torch.equal(value, expected[name]) for name, value in aggregators(settings).items())
+    assert not (Path(settings.output) / ".training").exists()
+
+
+def test_a_complete_run_is_not_repeated(settings):
+    first = train(settings)
+    before = (Path(settings.output) / "afa.json").stat().st_mtime_ns
+    assert train(settings) == first
+    assert (Path(settings.output) / "afa.json").stat().st_mtime_ns == before
+
+
+def test_training_with_other_options_is_refused_by_name(settings, monkeypatch):
+    interrupt_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings)
+    with pytest.raises(UserError, match=r"--lr 0.01 \(now 0.5\)"):
+        train(replace(settings, lr=0.5))
+
+
+def test_training_lowers_the_held_out_loss_and_keeps_the_best(settings):
+    record = train(replace(settings, steps=30, ema=0.9, evaluate_every=5))
+    assert record["held_out_loss"]["trained"]["value"] < record["held_out_loss"]["untrained mean"]["value"]
+    measured = {entry["step"]: entry["held_out_loss"] for entry in record["history"]}
+    assert record["held_out_loss"]["trained"]["value"] == pytest.approx(min(measured.values()), rel=1e-6)
+    assert measured[record["best_step"]] == min(measured.values())
+    assert measured[0] == pytest.approx(record["held_out_loss"]["untrained mean"]["value"], rel=1e-5)
+
+
+def test_training_stops_when_the_held_out_loss_no_longer_falls(settings):
+    record = train(replace(settings, steps=50, lr=0.0, evaluate_every=2, patience=2))
+    assert record["steps"] == 4 and record["best_step"] == 0
+
+
+def test_trained_ensemble_loads_and_says_how_it_was_trained(settings):
+    record = train(settings)
+    ensemble = Ensemble.load(settings.output)
+    assert ensemble.training == json.loads(json.dumps(record))
+    assert ensemble.names == ("photo", "paint") and record["difference_to_best_expert"]["n"] == 2
+
+
+def test_checkpointing_changes_memory_not_results(settings, tmp_path):
+    train(settings)
+    other = replace(settings, output=str(tmp_path / "other"), gradient_checkpointing=True)
+    train(other)
+    expected = aggregators(settings)
+    assert all(torch.allclose(value, expected[name], atol=1e-5) for name, value in aggregators(other).items())
+
+
+def test_a_prediction_router_trains(settings):
+    record = train(replace(settings, placement="out"))
+    assert record["steps"] == 6
+    assert {name.split(".")[0] for name in aggregators(settings)} == {"OUT11"}
+
+
+def test_sdxl_trains_with_sizes_and_dropped_captions(images, tmp_path):
+    for seed in range(2):
+        sdxl_pipeline(seed).save_pretrained(tmp_path / f"xl{seed}")
+    small = {"hidden": 8, "heads": 2, "depth": 1, "resolution": 32, "batch_size": 2, "held_out": 2, "steps": 2, "evaluate_every": 1}
+    experts = [str(tmp_path / "xl0"), str(tmp_path / "xl1")]
+    record = train(TrainSettings(experts=experts, data=str(images), output=str(tmp_path / "out"), caption_dropout=0.5, device="cpu", **small))
+    assert len(record["history"]) == 3 and all(np.isfinite(entry["held_out_loss"]) for entry in record["history"])
+
+
+def test_two_processes_train_one_ensemble(settings, tmp_path):
+    """Real processes, real gradient exchange: both must end with the same aggregators, saved once."""
+    script = tmp_path / "go.py"
+    script.write_text(
+        "import json, sys, torch\n"
+        "from accelerate import PartialState\n"
+        "import afa.training.loop as loop\n"
+        "from afa.training.run import train\n"
+        "from afa.training.settings import TrainSettings\n"
+        "kept = []\n"
+        "init = loop.Trainer.__init__\n"
+        "def remember(self, *args): init(self, *args); kept.append(self)\n"
+        "loop.Trainer.__init__ = remember\n"
+        "train(TrainSettings(**json.loads(sys.argv[1])))\n"
+        "total = sum(p.double().abs().sum().item() for p in kept[0].optimiser.param_groups[0]['params'])\n"
+        "print('TOTAL', total, flush=True)\n"
+    )
+    from dataclasses import asdict
+
+    arguments = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617", str(script), json.dumps(asdict(settings))]
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    totals = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("TOTAL")]
+    assert len(totals) == 2 and totals[0] == totals[1]
+    assert Ensemble.load(settings.output).training["steps"] == 6
+
+
+def test_dry_run_leaves_nothing_behind(settings):
+    facts = plan(replace(settings, dry_run=True)).facts()
+    assert facts["training_images"] == 8 and facts["held_out_images"] == 2 and facts["fused_stages"] == 25
+    assert not Path(settings.output).exists()
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def test_unusable_images_are_left_out_and_counted(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "silent.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    entries = [("good.png", "a square"), ("silent.png", "  "), ("broken.png", "b"), ("gone.png", "c")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "text": text}) for name, text in entries))
+    found = read_folder(tmp_path)
+    assert [example.text for example in found.examples] == ["a square"]
+    assert found.skipped == {"no caption": ["silent.png"], "not readable as an image": ["broken.png"], "no such file": ["gone.png"]}
+    assert "1 left out: no caption (silent.png)" in found.summary()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "has no metadata.jsonl"),
+        ("", "no image to train on"),
+        ("{", "line 1 is not JSON"),
+        ('{"text": "a"}', 'line 1 has no "file_name"'),
+        ('{"file_name": "gone.png", "text": "a"}', "no image to train on: 0 captioned images; 1 left out: no such file"),
+    ],
+)
+def test_a_folder_without_data_is_one_sentence(tmp_path, content, sentence):
+    if content is not None:
+        (tmp_path / "metadata.jsonl").write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        read_folder(tmp_path)
+
+
+def test_held_out_images_are_never_trained_on(images):
+    examples = read_folder(images).examples
+    training, held_out = split(examples, 64, seed=3)
+    assert len(held_out) == 2 and len(training) == 8 and not {e.path for e in training} & {e.path for e in held_out}
+
+
+def test_every_epoch_uses_every_image_once(settings):
+    trainer = object.__new__(Trainer)
+    trainer.settings, trainer.data = replace(settings, batch_size=3), range(8)
+    trainer.progress = type("Progress", (), {"step": 0})()
+    trainer.accelerator = type("One", (), {"num_processes": 1, "process_index": 0})()
+    chosen = []
+    for step in range(8):  # 24 places: three epochs of eight
+        trainer.progress.step = step
+        chosen += trainer._choose(0)
+    epochs = [chosen[:8], chosen[8:16], chosen[16:]]
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and epochs[0] != epochs[1]
+
+
+def test_images_are_cropped_to_their_centre_and_sizes_say_so(images):
+    vae = sd_pipeline().vae
+    encoded = encode(read_folder(images).examples[-1:], 32, vae, 4)
+    assert encoded.moments.shape == (1, 8, 4, 4)
+    assert encoded.sizes.tolist() == [[49, 48, 0, 0, 32, 32]] or encoded.sizes.tolist() == [[49, 48, 0.0, 0.0, 32, 32]]
+
+
+# --- objective and conditions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_perfect_prediction_has_no_loss(kind):
+    objective = Objective(scheduler(kind), 0.5, None, torch.device("cpu"))
+    data = type("Data", (), {"moments": torch.randn(3, 8, 4, 4)})()
+    batch = objective.draw(data, [0, 1, 2], torch.Generator().manual_seed(0))
+    alpha = objective.noises.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    truth = {
+        "epsilon": batch.noise,
+        "sample": batch.latents,
+        "v_prediction": alpha.sqrt() * batch.noise - (1 - alpha).sqrt() * batch.latents,
+    }[kind]
+
+    def perfect(noisy, timesteps, return_dict):
+        assert torch.allclose(noisy, alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * batch.noise, atol=1e-6)
+        return (truth,)
+
+    assert objective.loss(perfect, batch, {}, torch.float32).abs().max() < 1e-10
+    wrong = objective.loss(lambda *args, **options: (truth + 0.5,), batch, {}, torch.float32)
+    assert torch.allclose(wrong, torch.full((3,), 0.25), atol=1e-5)
+
+
+def test_an_unknown_prediction_type_is_refused():
+    strange = scheduler()
+    strange.register_to_config(prediction_type="flow")
+    with pytest.raises(UserError, match="'flow'"):
+        Objective(strange, 1.0, None, torch.device("cpu"))
+
+
+def test_captions_are_dropped_sample_by_sample(experts):
+    pipeline = Ensemble.from_experts(experts).pipeline()
+    conditions = Conditions(pipeline, torch.device("cpu"))
+    both = conditions(["a cat", "a dog"], torch.zeros(2, 6), torch.tensor([True, False]))["encoder_hidden_states"]
+    kept = conditions(["a cat", "a dog"], torch.zeros(2, 6), torch.tensor([False, False]))["encoder_hidden_states"]
+    empty = conditions(["", ""], torch.zeros(2, 6), torch.tensor([False, False]))["encoder_hidden_states"]
+    assert torch.equal(both[0], empty[0]) and torch.equal(both[1], kept[1]) and not torch.equal(kept[0], empty[0])
+
+
+def test_the_measure_spreads_its_timesteps_evenly():
+    objective = Objective(scheduler(), 1.0, None, torch.device("cpu"))
+    data = type("Data", (), {"moments": torch.randn(10, 8, 4, 4), "__len__": lambda self: 10})()
+    first, second = objective.spread(data, 7), objective.spread(data, 7)
+    assert sorted(first.timesteps.tolist()) == list(range(50, 1000, 100))
+    assert torch.equal(first.noise, second.noise) and torch.equal(first.timesteps, second.timesteps)
