@@ -108,7 +108,7 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     """Whether two text encoders compute the same, bit for bit; stops at the first difference."""
     if one is other:
         return True
-    if type(one) is not type(other) or _arithmetic(one) != _arithmetic(other):
+    if type(one) is not type(other) or arithmetic(one) != arithmetic(other):
         return False
     mine, theirs = one.state_dict(), other.state_dict()
     if mine.keys() != theirs.keys():
@@ -116,7 +116,7 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     return all(mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def _arithmetic(encoder: nn.Module) -> list[Any]:
+def arithmetic(encoder: nn.Module) -> list[Any]:
     """The settings that change what the same weights compute."""
     names = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "projection_dim")
     return [getattr(encoder.config, name, None) for name in names]

@@ -15,6 +15,7 @@ from tiny import sd_pipeline
 
 from afa import Ensemble, UserError
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
+from afa.checkpoint.staging import replacing
 from afa.experts.hashing import sha256
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -207,3 +208,12 @@ def test_the_model_card_names_the_experts(folders, ensemble):
     card = (folders / "mine" / "README.md").read_text()
     assert "| photo | ../photo | epsilon |" in card
     assert "| steps | 100 |" in card
+
+
+@pytest.mark.parametrize("words", ["Error while serializing: I/O error: No space left on device (os error 28)", "[enforce fail at inline_container.cc:672]"])
+def test_a_full_disk_is_said_plainly_and_leaves_what_was_there(tmp_path, words):
+    (tmp_path / "a.bin").write_bytes(b"old")
+    with pytest.raises(OSError, match="No space left on the disk"), replacing(tmp_path / "a.bin") as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError(words)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"] and (tmp_path / "a.bin").read_bytes() == b"old"

@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from afa.aggregators.table import Recipe, count_parameters
+from afa.aggregators.table import Recipe
 from afa.denoiser.base import record_weights
 from afa.denoiser.unet import UNetEnsemble
 

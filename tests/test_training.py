@@ -280,3 +280,20 @@ def test_the_measure_spreads_its_timesteps_evenly():
     first, second = objective.spread(data, 7), objective.spread(data, 7)
     assert sorted(first.timesteps.tolist()) == list(range(50, 1000, 100))
     assert torch.equal(first.noise, second.noise) and torch.equal(first.timesteps, second.timesteps)
+
+
+def test_a_full_disk_at_the_end_loses_nothing(settings, monkeypatch):
+    """Saving the ensemble fails; the same command then only saves."""
+    steps = []
+    original = Trainer._step
+    monkeypatch.setattr(Trainer, "_step", lambda self: steps.append(1) or original(self))
+
+    def full(self, *args, **options):
+        raise OSError(28, "No space left on device", "out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ensemble, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            train(settings)
+    assert len(steps) == 6
+    assert train(settings)["steps"] == 6 and len(steps) == 6

@@ -1,5 +1,6 @@
 """Write several files so that either all of them appear or none."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -22,7 +23,8 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
     try:
-        yield stage
+        with _plain_errors(folder):
+            yield stage
         _as_others_are(stage)
         names = sorted((path.name for path in stage.iterdir()), key=lambda name: name == last)
         for name in names:
@@ -41,10 +43,22 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; on success it replaces `path`, so a reader sees the old or the new, never a part."""
     temporary = path.with_name(f".writing-{path.name}")
     try:
-        yield temporary
+        with _plain_errors(path):
+            yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _plain_errors(target: Path) -> Iterator[None]:
+    """Writers of tensors report a full disk in words of their own (SafetensorError, a failed assertion of torch); make it an OSError."""
+    try:
+        yield
+    except Exception as error:
+        if "No space left" in str(error) or "inline_container" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on the disk; make room and repeat the command", str(target)) from error
+        raise
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

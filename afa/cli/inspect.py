@@ -29,18 +29,25 @@ class Options:
 
     experts: list[str] = option(
         [],
-        help="a diffusers folder, .safetensors file of original layout, or org/name@revision, each optionally NAME=… and …+LORA; or one saved ensemble",
+        help="a diffusers folder, .safetensors file of original layout or org/name@revision, each optionally NAME=… and …+LORA;"
+        " or one saved ensemble",
         positional=True,
     )
-    config: str | None = option(None, help="sd15, sd21, sd21-base, sdxl or a folder: of single files; without EXPERT, the architecture to show")
+    config: str | None = option(
+        None, help="sd15, sd21, sd21-base, sdxl or a folder: of single files; without EXPERT, the architecture to show"
+    )
     count: int | None = option(None, help="with --config and without EXPERT: how many experts (default: 3)")
     aggregator: str | None = option(None, help="kind of aggregator: sabw, mean or fixed (default: sabw)")
-    placement: str | None = option(None, help="fused stages: layers (all), blocks, out, or names such as M00,OUT11 (default: layers)")
+    placement: str | None = option(
+        None, help="fused stages: layers (all), blocks, out, or names such as M00,OUT11 (default: layers)"
+    )
     hidden: int | None = option(None, help="width inside the aggregators (default: 128)")
     heads: int | None = option(None, help="attention heads of the aggregators (default: 8)")
     depth: int | None = option(None, help="transformer layers of the aggregators; 0: none (default: 2)")
     weights: list[float] | None = option(None, help="of aggregator fixed: one weight per expert")
-    attention_up_to: int | None = option(None, help="build the transformer only on maps up to this side in latent pixels (default: everywhere)")
+    attention_up_to: int | None = option(
+        None, help="build the transformer only on maps up to this side in latent pixels (default: everywhere)"
+    )
     resolution: int | None = option(None, help="side of the images in pixels (default: the experts' own)")
     batch_size: int = option(1, help="images at once; guidance doubles the cost of each")
     json: bool = option(False, help="print one JSON document instead of tables")
@@ -50,8 +57,8 @@ class Options:
             raise UserError("give EXPERT..., or --config sd15, sd21, sd21-base or sdxl")
         if self.experts and self.count is not None:
             raise UserError(f"--count {self.count} is for --config without EXPERT; leave out one of them")
-        for name, least in (("count", 1), ("hidden", 1), ("heads", 1), ("depth", 0), ("attention_up_to", 0), ("resolution", 1), ("batch_size", 1)):
-            value = getattr(self, name)
+        for name in ("count", "hidden", "heads", "resolution", "batch_size", "depth", "attention_up_to"):
+            value, least = getattr(self, name), 0 if name in ("depth", "attention_up_to") else 1
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
 
@@ -81,7 +88,8 @@ def _subject(options: Options) -> "Subject":
         _check_alone(options, ensembles[0])
         return Subject.from_ensemble(Path(ensembles[0]))
     inner: dict[str, Any] = {name: getattr(options, name) for name in ("hidden", "heads", "depth", "weights")}
-    recipe = Recipe(options.aggregator or "sabw", {name: value for name, value in inner.items() if value is not None}, options.attention_up_to)
+    given = {name: value for name, value in inner.items() if value is not None}
+    recipe = Recipe(options.aggregator or "sabw", given, options.attention_up_to)
     placement = options.placement or "layers"
     if not options.experts:
         assert options.config is not None
@@ -92,7 +100,8 @@ def _subject(options: Options) -> "Subject":
 def _check_alone(options: Options, ensemble: str) -> None:
     """Raises UserError for what a saved ensemble brings along itself."""
     if len(options.experts) > 1:
-        raise UserError(f"{ensemble} is a saved ensemble; inspect it alone, without {next(source for source in options.experts if source != ensemble)}")
+        other = next(source for source in options.experts if source != ensemble)
+        raise UserError(f"{ensemble} is a saved ensemble; inspect it alone, without {other}")
     for name in ("config", *FUSION):
         if getattr(options, name) is not None:
-            raise UserError(f"{ensemble} is a saved ensemble with aggregators and configs of its own; leave out --{name.replace('_', '-')}")
+            raise UserError(f"{ensemble} is a saved ensemble with settings of its own; leave out --{name.replace('_', '-')}")

@@ -21,7 +21,10 @@ def report(facts: dict[str, Any]) -> str:
 
 def _experts(experts: list[dict[str, Any]]) -> str:
     headers = ["name", "source", "family", "class", ">parameters", "stored as", "predicts"]
-    rows = [[e["name"], _source(e), e["family"], e["class"], count(e["parameters"]), e["dtype"], e["prediction_type"]] for e in experts]
+    rows = [
+        [e["name"], _source(e), e["family"], e["class"], count(e["parameters"]), e["dtype"], e["prediction_type"]]
+        for e in experts
+    ]
     return table(headers, rows)
 
 
@@ -38,13 +41,19 @@ def _text_encoders(experts: list[dict[str, Any]]) -> str:
         for expert in experts
         for text in expert["text_encoders"]
     ]
-    return table(["expert", "part", "class", ">width", ">parameters", "stored as", "same as"], rows) if rows else "none; the experts are bare denoisers"
+    headers = ["expert", "part", "class", ">width", ">parameters", "stored as", "same as"]
+    return table(headers, rows) if rows else "none; the experts are bare denoisers"
 
 
 def _vaes(experts: list[dict[str, Any]]) -> str:
-    found = [(expert["name"], expert["vae"]) for expert in experts if expert["vae"]]
-    rows = [[name, vae["class"], f"1/{vae['factor']}", vae["latent_channels"], vae["scaling_factor"], count(vae["parameters"]), vae["dtype"]] for name, vae in found]
-    return table(["expert", "class", "latent", ">channels", ">scale", ">parameters", "stored as"], rows) if rows else "none; give one with vae="
+    headers = ["expert", "class", "latent", ">channels", ">scale", ">parameters", "stored as"]
+    rows = [[expert["name"], *_vae(expert["vae"])] for expert in experts if expert["vae"]]
+    return table(headers, rows) if rows else "none; give one with vae="
+
+
+def _vae(vae: dict[str, Any]) -> list[object]:
+    size = [f"1/{vae['factor']}", vae["latent_channels"], vae["scaling_factor"]]
+    return [vae["class"], *size, count(vae["parameters"]), vae["dtype"]]
 
 
 def _stages(stages: list[dict[str, Any]]) -> str:
@@ -70,8 +79,8 @@ def _aggregators(facts: dict[str, Any]) -> str:
         f"placement {placement}: {made['fused']} of {len(facts['stages'])} stages are fused",
     ]
     if facts["ensemble"]:
-        trained = ", ".join(f"{name} {value}" for name, value in (made["training"] or {}).items() if not isinstance(value, (dict, list)))
-        lines.append(f"saved in {facts['ensemble']}, {f'trained: {trained}' if trained else 'no training recorded'}")
+        recorded = [f"{name} {value}" for name, value in (made["training"] or {}).items() if not isinstance(value, (dict, list))]
+        lines.append(f"saved in {facts['ensemble']}; {'trained: ' + ', '.join(recorded) if recorded else 'no training recorded'}")
     return "\n".join(lines)
 
 
@@ -89,23 +98,26 @@ def _title(cost: dict[str, Any]) -> str:
 
 
 def _cost(facts: dict[str, Any]) -> str:
-    cost, experts = facts["cost"], facts["experts"]
-    flops, number = cost["flops"], len(experts)
+    cost, experts, first = facts["cost"], facts["experts"], facts["experts"][0]
+    flops, held, number = cost["flops"], cost["parameters"], len(experts)
     unique = sum(text["same_as"] is None for expert in experts for text in expert["text_encoders"])
-    one = experts[0]["parameters"]
-    rows = [[f"one expert ({experts[0]['name']})", count(one), scaled(4 * one, "B"), scaled(2 * one, "B"), scaled(flops["each_expert"][0], "FLOP")]]
-    rows += [_row(f"{number} expert{'s' if number > 1 else ''}", "experts", cost, flops["experts"])]
-    rows += [_row("aggregators", "aggregators", cost, flops["aggregators"])] if facts["aggregators"] else []
-    rows += [_row(f"{unique} text encoder{'s' if unique > 1 else ''}", "text_encoders", cost, None)] if unique else []
-    rows += [_row("VAE", "vae", cost, None)] if cost["parameters"]["vae"] else []
-    rows += [_row("all" if facts["aggregators"] else "all, unfused", "total", cost, flops["ensemble"])]
+    rows = [
+        _row(f"one expert ({first['name']})", first["parameters"], flops["each_expert"][0]),
+        _row(f"{number} expert{'s' if number > 1 else ''}", held["experts"], flops["experts"]),
+        _row("aggregators", held["aggregators"], flops["aggregators"]),
+        _row(f"{unique} text encoder{'s' if unique > 1 else ''}", held["text_encoders"] or None, None),
+        _row("VAE", held["vae"], None),
+        _row("all" if facts["aggregators"] else "all, unfused", held["total"], flops["ensemble"]),
+    ]
+    there = [row for row in rows if row[1] is not None]
     notes = ["Memory is that of the weights; activations come on top.", "Guidance doubles the FLOPs of a step."]
-    if flops["ensemble"] and flops["each_expert"][0]:
-        notes.append(f"A step of the ensemble costs {flops['ensemble'] / flops['each_expert'][0]:.2f} times that of '{experts[0]['name']}'.")
-    return "\n".join([table(["", ">parameters", ">float32", ">float16", ">FLOPs a step"], rows), *notes])
+    if flops["ensemble"]:
+        times = flops["ensemble"] / flops["each_expert"][0]
+        notes.append(f"A step of the ensemble costs {times:.2f} times that of '{first['name']}'.")
+    return "\n".join([table(["", ">parameters", ">float32", ">float16", ">FLOPs a step"], there), *notes])
 
 
-def _row(title: str, part: str, cost: dict[str, Any], flops: int | None) -> list[str | None]:
-    """One line of the cost table."""
-    sizes = [scaled(cost["bytes"][dtype][part], "B") for dtype in ("float32", "float16")]
-    return [title, count(cost["parameters"][part]), *sizes, scaled(flops, "FLOP")]
+def _row(title: str, parameters: int | None, flops: int | None) -> list[str | None]:
+    """One line of the cost table; 4 and 2 bytes a parameter."""
+    sizes = [None if parameters is None else scaled(width * parameters, "B") for width in (4, 2)]
+    return [title, count(parameters), *sizes, scaled(flops, "FLOP")]

@@ -7,7 +7,14 @@ from afa.experts.load import Expert
 from afa.families.table import FAMILIES
 
 # What changes the meaning of features or predictions without changing a stage.
-CONFIG = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "addition_time_embed_dim", "time_cond_proj_dim")
+CONFIG = (
+    "in_channels",
+    "out_channels",
+    "cross_attention_dim",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "time_cond_proj_dim",
+)
 SCHEDULER = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 
 
@@ -21,32 +28,55 @@ def _pair(first: Expert, other: Expert) -> list[str]:
     start = f"'{other.name}' cannot join '{first.name}'"
     if first.family != other.family:
         return [f"{start}: it is of family {other.family}, expected {first.family}; experts must share one architecture"]
-    found = _stage_mismatch(first, other) or _value_mismatches(first.model.config, other.model.config, CONFIG)
+    found = _stage_mismatches(first, other) + _value_mismatches(first.model.config, other.model.config, CONFIG)
     if first.scheduler is not None and other.scheduler is not None:
         found += _value_mismatches(first.scheduler.config, other.scheduler.config, SCHEDULER)
-    if len(first.text_encoders) != len(other.text_encoders):
-        found.append(f"it has {len(other.text_encoders)} text encoders, expected {len(first.text_encoders)}; load both as whole pipelines")
-    for one, another in zip(first.tokenizers, other.tokenizers, strict=False):
-        if one.get_vocab() != another.get_vocab():
-            found.append(f"its tokenizer has {len(another)} tokens of its own vocabulary, expected the {len(one)} of '{first.name}'; one tokenizer serves all")
+    found += _text_mismatches(first, other)
     return [f"{start}: {reason}" for reason in found]
 
 
-def _stage_mismatch(first: Expert, other: Expert) -> list[str]:
-    """The first stage where two experts differ, if they do."""
+def _stage_mismatches(first: Expert, other: Expert) -> list[str]:
+    """Stages that only one of two experts has; if there are none, stages that differ, alike differences in one sentence."""
     stages = FAMILIES[first.family].stages
-    mine, theirs = stages(first.model), stages(other.model)
-    for expected, stage in zip(mine, theirs, strict=False):
-        if expected.name != stage.name:
-            return [f"stage {stage.name} stands where {expected.name} is expected; the blocks are cut differently"]
-        if expected.channels != stage.channels:
-            return [f"stage {stage.name} has {stage.channels} channels, expected {expected.channels}"]
-    return [] if len(mine) == len(theirs) else [f"it has {len(theirs)} stages, expected {len(mine)}"]
+    mine, theirs = ({stage.name: stage for stage in stages(expert.model)} for expert in (first, other))
+    lacking, extra = [name for name in mine if name not in theirs], [name for name in theirs if name not in mine]
+    if lacking or extra:  # then equal names mean different places
+        counts = f"it has {len(theirs)} stages, expected {len(mine)}; the blocks are cut differently"
+        return [
+            f"stages {', '.join(names)} are {how}; {counts}"
+            for names, how in ((lacking, "missing"), (extra, "not expected"))
+            if names
+        ]
+    alike: dict[str, list[str]] = {}
+    for name, stage in theirs.items():
+        if stage.channels != mine[name].channels:
+            alike.setdefault(f"has {stage.channels} channels, expected {mine[name].channels}", []).append(name)
+        if stage.level != mine[name].level:
+            alike.setdefault(f"is at level {stage.level}, expected {mine[name].level}", []).append(name)
+    return [f"stage {name} {difference}{_others(rest)}" for difference, (name, *rest) in alike.items()]
+
+
+def _others(names: Sequence[str]) -> str:
+    return f" (and so {', '.join(names)})" if names else ""
+
+
+def _text_mismatches(first: Expert, other: Expert) -> list[str]:
+    """What keeps two experts from being given the same prompt."""
+    mine, theirs = first.text_encoders, other.text_encoders
+    if len(mine) != len(theirs):
+        return [f"it has {len(theirs)} text encoders, expected {len(mine)}; load both as whole pipelines"]
+    found = []
+    for number, (one, another) in enumerate(zip(mine, theirs, strict=True), start=1):
+        expected, width = (getattr(encoder.config, "hidden_size", None) for encoder in (one, another))
+        if width != expected:
+            found.append(f"text encoder {number} is {width} wide, expected {expected}")
+    for one, another in zip(first.tokenizers, other.tokenizers, strict=False):
+        if one.get_vocab() != another.get_vocab():
+            found.append(
+                f"its tokenizer has {len(another)} tokens of its own vocabulary, expected the {len(one)} of '{first.name}'; one tokenizer serves all"
+            )
+    return found
 
 
 def _value_mismatches(mine: Any, theirs: Any, names: Sequence[str]) -> list[str]:
-    return [
-        f"{name} is {theirs.get(name)}, expected {mine.get(name)}"
-        for name in names
-        if mine.get(name) != theirs.get(name)
-    ]
+    return [f"{name} is {theirs.get(name)}, expected {mine.get(name)}" for name in names if mine.get(name) != theirs.get(name)]

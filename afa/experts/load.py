@@ -75,15 +75,20 @@ def load_expert(source: object, dtype: torch.dtype | None = None, config: str | 
 def load_experts(sources: Sequence[object], dtype: torch.dtype | None = None, config: str | None = None) -> list[Expert]:
     """Load several, and give every one a name of its own. Raises UserError for two of one name, before loading."""
     specs = [ExpertSpec.parse(str(source)) if isinstance(source, (str, Path)) else source for source in sources]
-    named = [(spec.name, str(spec)) for spec in specs if isinstance(spec, ExpertSpec)]
-    for index, (name, text) in enumerate(named):
-        for earlier, other in named[:index]:
-            if earlier == name:
-                raise UserError(f"two experts are called '{name}' ({other} and {text}); name them, e.g. first={other.partition('=')[2]}")
+    check_names([spec for spec in specs if isinstance(spec, ExpertSpec)])
     experts = [load_expert(spec, dtype, config) for spec in specs]
     for index, expert in enumerate(experts):
         expert.name = expert.name or f"expert_{index}"
     return experts
+
+
+def check_names(specs: Sequence[ExpertSpec]) -> None:
+    """Raises UserError if two experts have one name."""
+    named = [(spec.name, str(spec)) for spec in specs]
+    for index, (name, text) in enumerate(named):
+        for earlier, other in named[:index]:
+            if earlier == name:
+                raise UserError(f"two experts are called '{name}' ({other} and {text}); name them, e.g. first={other.partition('=')[2]}")
 
 
 def _from_pipeline(pipe: Any) -> Expert:
@@ -111,17 +116,17 @@ def _from_files(located: Located, dtype: torch.dtype, config: str | None) -> Exp
     if not located.whole_pipeline:
         if spec.loras:
             raise UserError(f"expert '{spec.name}': a LoRA needs a whole pipeline to join, and {located.path} is only a denoiser")
-        return Expert(name=spec.name, model=_load_part(located.path, None, dtype), located=located)
-    index = _read_index(located.path)
-    component = _component(located.path, index)
+        return Expert(name=spec.name, model=load_part(located.path, None, dtype), located=located)
+    index = read_index(located.path)
+    component = component_of(located.path, index)
     if spec.loras:
         return _with_loras(located, _load_pipeline(located, dtype, None))
     return Expert(
         name=spec.name,
-        model=_load_part(located.path, component, dtype),
-        text_encoders=[_load_part(located.path, name, dtype) for name in TEXT_ENCODERS if _has(index, name)],
-        tokenizers=[_load_part(located.path, name) for name in TOKENIZERS if _has(index, name)],
-        scheduler=_load_part(located.path, "scheduler") if _has(index, "scheduler") else None,
+        model=load_part(located.path, component, dtype),
+        text_encoders=[load_part(located.path, name, dtype) for name in TEXT_ENCODERS if has_part(index, name)],
+        tokenizers=[load_part(located.path, name) for name in TOKENIZERS if has_part(index, name)],
+        scheduler=load_part(located.path, "scheduler") if has_part(index, "scheduler") else None,
         pipeline=index["_class_name"],
         pipeline_options=_options(index),
         located=located,
@@ -140,7 +145,7 @@ def _load_pipeline(located: Located, dtype: torch.dtype, config: str | None) -> 
     import diffusers
 
     folder = config_folder(config or detect_config(located.path)) if located.single_file else located.path
-    maker = getattr(diffusers, _read_index(folder)["_class_name"])
+    maker = getattr(diffusers, read_index(folder)["_class_name"])
     if not located.single_file:
         return maker.from_pretrained(folder, dtype=dtype, local_files_only=True, vae=None, safety_checker=None)
     options = {"config": str(folder), "local_files_only": True, "dtype": dtype, "vae": None, **load_tokenizers(folder)}
@@ -180,10 +185,10 @@ def load_vae(located: Located, config: str | None, dtype: torch.dtype) -> nn.Mod
             return AutoencoderKL.from_single_file(str(located.path), **options).eval()
         except READING as error:
             raise UserError(f"{located.path} has no VAE that could be read; choose another with vae= ({_first_line(error)})") from error
-    return _load_part(located.path, "vae" if located.whole_pipeline else None, dtype)
+    return load_part(located.path, "vae" if located.whole_pipeline else None, dtype)
 
 
-def _load_part(folder: Path, part: str | None, dtype: torch.dtype | None = None) -> Any:
+def load_part(folder: Path, part: str | None, dtype: torch.dtype | None = None) -> Any:
     """One component of a diffusers folder (or the folder itself, for part None), by the class it names."""
     import diffusers
     import transformers
@@ -191,7 +196,7 @@ def _load_part(folder: Path, part: str | None, dtype: torch.dtype | None = None)
     if part is None:
         library, name = "diffusers", json.loads((folder / "config.json").read_text()).get("_class_name", "")
     else:
-        library, name = _read_index(folder)[part]
+        library, name = read_index(folder)[part]
     maker = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
     if maker is None:
         raise UserError(f"{folder / (part or '')}: the class {library}.{name} is not known to the installed {library}")
@@ -205,7 +210,8 @@ def _load_part(folder: Path, part: str | None, dtype: torch.dtype | None = None)
     return loaded.eval() if isinstance(loaded, nn.Module) else loaded
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a pipeline folder is made of. Raises UserError if that cannot be read."""
     try:
         index: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
     except READING as error:
@@ -213,15 +219,16 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _component(folder: Path, index: dict[str, Any]) -> str:
-    """The name of the denoiser in a pipeline folder."""
+def component_of(folder: Path, index: dict[str, Any]) -> str:
+    """The name of the denoiser in a pipeline folder. Raises UserError if it has none that can be an expert."""
     for family in FAMILIES.values():
-        if _has(index, family.component):
+        if has_part(index, family.component):
             return family.component
     raise UserError(f"{folder} is a {index.get('_class_name')}, which has no denoiser that can be an expert")
 
 
-def _has(index: dict[str, Any], name: str) -> bool:
+def has_part(index: dict[str, Any], name: str) -> bool:
+    """Whether a pipeline has a component of that name."""
     entry = index.get(name)
     return isinstance(entry, list) and entry[0] is not None
 

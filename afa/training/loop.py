@@ -71,6 +71,7 @@ class Trainer:
                 if self._any(interrupted.is_set()):
                     self._save()
                     raise KeyboardInterrupt(f"interrupted after step {self.progress.step}; the state is saved, the same command goes on from there")
+        self._save()  # what follows may fail (a full disk) without losing what was trained
         with torch.no_grad():
             for parameter, best in zip(self.parameters, self.best, strict=True):
                 parameter.copy_(best)

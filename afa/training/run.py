@@ -22,7 +22,7 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.statistics import Estimate, difference, estimate
 from afa.training.conditions import Conditions
-from afa.training.data import Encoded, Folder, encode, read_folder, split
+from afa.training.data import Folder, encode, read_folder, split
 from afa.training.loop import Progress, Trainer
 from afa.training.objective import Objective
 from afa.training.settings import TrainSettings

@@ -1,0 +1,38 @@
+# From a fresh checkout: `make demo`, `make test`, `make check`. The first of them makes .venv and installs afa into it.
+# Which build of torch pip takes (CPU, CUDA …) is its index's affair: set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL to choose.
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+NAMES := python3 python3.14 python3.13 python3.12 python3.11
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+
+.PHONY: help demo test check clean
+.DEFAULT_GOAL := help
+
+help: ## say what there is to make
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(INSTALLED) ## see the whole path on small embedded experts; leaves demo/report.html
+	$(BIN)/afa demo
+
+test: $(INSTALLED) ## run the tests, two at a time, without a network
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+check: $(INSTALLED) ## lint everything, check the types of the core
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## remove the environment, the demonstration and all that was built
+	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Done again when the dependencies change. PYTHON names an interpreter; by default the first of NAMES that is recent.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  for name in $(or $(PYTHON),$(NAMES)); do \
+	    if "$$name" -c '$(RECENT)' >/dev/null 2>&1; then echo "$$name -m venv .venv"; exec "$$name" -m venv .venv; fi; \
+	  done; \
+	  echo "afa needs Python 3.11 or later, found none among: $(or $(PYTHON),$(NAMES)). Install one, or name it: make PYTHON=/path/to/python3" >&2; \
+	  exit 1; }
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""The embedded world from nothing: scorer, text encoder, autoencoder, base and experts."""

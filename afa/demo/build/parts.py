@@ -1,0 +1,160 @@
+"""The parts every expert shares: the scorer, the tokenizer, the text encoder and the autoencoder."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from afa.demo import scorer
+from afa.demo.build.fit import Schedule, fit
+from afa.demo.scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Domain, Scene, render_all
+
+EVERYTHING = Domain(tuple(SHAPES), tuple(SHAPES), tuple(TEXTURES))  # no expert has seen all of it
+TOKENS = 24
+
+
+def draw(scenes: list[Scene], seed: int) -> Tensor:
+    """Pictures of scenes, (n, 3, 64, 64) uint8."""
+    return torch.from_numpy(np.stack(list(render_all(scenes, seed)))).permute(0, 3, 1, 2).contiguous()
+
+
+def sample_everything(count: int, seed: int) -> list[Scene]:
+    rng = np.random.default_rng(seed)
+    return [EVERYTHING.sample(rng) for _ in range(count)]
+
+
+def degrade(images: Tensor, rng: torch.Generator) -> Tensor:
+    """What generated pictures suffer from: wrong contrast and tint, blur, grain and blotches, a shift. Images in [-1, 1]."""
+    n = len(images)
+
+    def between(low: float, high: float, channels: int = 1) -> Tensor:
+        return torch.rand(n, channels, 1, 1, generator=rng) * (high - low) + low
+
+    def now_and_then(share: float) -> Tensor:
+        return (torch.rand(n, 1, 1, 1, generator=rng) < share).float()
+
+    shift = torch.randint(-3, 4, (2,), generator=rng).tolist()
+    images = torch.roll(images, shift, (2, 3)) * between(0.8, 1.2) + between(-0.16, 0.16)
+    images = images * between(0.92, 1.08, channels=3)
+    small = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
+    blur = between(0, 1) * now_and_then(0.6)
+    images = torch.lerp(images, F.interpolate(small, size=64, mode="bilinear"), blur)
+    grain = torch.randn(images.shape, generator=rng) * between(0, 0.24)
+    blotches = F.interpolate(torch.randn(n, 3, 16, 16, generator=rng), size=64, mode="bicubic")
+    return (images + grain + blotches * between(0, 0.2) * now_and_then(0.5)).clamp(-1, 1)
+
+
+def build_scorer(work: Path, quick: int) -> nn.Module:
+    """The judge, trained on degraded renders of every combination of attributes."""
+    schedule = Schedule(1000 // quick, 2e-3, batch=64)
+    scenes = sample_everything(12000 // quick, seed=5)
+    images, truth = draw(scenes, seed=9), scorer.labels(scenes)
+
+    def loss(rng: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(images), (schedule.batch,), generator=rng)
+        logits = scorer.answers(net(degrade(images[chosen].float() / 127.5 - 1, rng)))
+        return sum((F.cross_entropy(answer, truth[chosen, k]) for k, answer in enumerate(logits)), torch.zeros(()))
+
+    torch.manual_seed(1)
+    net = scorer.network()
+    fit("scorer", net, loss, schedule, work)
+    return net.eval()
+
+
+def build_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-pair merges were learnt on the words of the captions: one token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    words = [*SHAPES, *COLOURS, *GROUNDS, *TEXTURES, *"a an left right of above below on background the with and".split()]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = [chr(code) for code in range(33, 127)]
+    special = [letter + end for letter in letters for end in ("", "</w>")]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, end_of_word_suffix="</w>", special_tokens=special, initial_alphabet=letters, show_progress=False
+    )
+    bpe.train_from_iterator([word for word in words for _ in range(10)], trainer)
+    learnt = json.loads(bpe.to_str())["model"]
+    vocabulary = dict(sorted(learnt["vocab"].items(), key=lambda item: item[1]))
+    for end in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary[end] = len(vocabulary)
+    merges = [tuple(merge) for merge in learnt["merges"]]
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    lines = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)])
+    (folder / "merges.txt").write_text(lines + "\n")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    return tokenizer
+
+
+def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """(n, 24) token ids."""
+    ids: Tensor = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return ids
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, work: Path, quick: int) -> CLIPTextModel:
+    """A CLIP text model that has learnt to say what a caption says: every attribute, from its last token."""
+    schedule = Schedule(3000 // quick, 2e-3, batch=128)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        projection_dim=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(2)
+    both = nn.ModuleDict({"encoder": CLIPTextModel(config), "heads": nn.Linear(64, sum(map(len, scorer.CLASSES.values())))})
+    scenes = sample_everything(20000 // quick, seed=6)
+    ids, truth = token_ids(tokenizer, [scene.caption for scene in scenes]), scorer.labels(scenes)
+
+    def loss(rng: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(ids), (schedule.batch,), generator=rng)
+        logits = scorer.answers(both["heads"](both["encoder"](ids[chosen]).pooler_output))
+        return sum((F.cross_entropy(answer, truth[chosen, k]) for k, answer in enumerate(logits)), torch.zeros(()))
+
+    fit("text", both, loss, schedule, work)
+    return both["encoder"].eval()
+
+
+def build_autoencoder(work: Path, quick: int) -> AutoencoderKL:
+    """64×64 pixels -> 16×16×4 latents of unit variance. Trained on renders of everything."""
+    schedule = Schedule(2500 // quick, 2e-3, batch=16)
+    images = draw(sample_everything(12000 // quick, seed=7), seed=10)
+    torch.manual_seed(3)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 48),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+    )
+
+    def loss(rng: torch.Generator) -> Tensor:
+        pixels = images[torch.randint(len(images), (schedule.batch,), generator=rng)].float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            spread = vae.encode(pixels).latent_dist
+            latents = spread.sample(rng)
+            back = vae.decode(latents).sample
+        return (back.float() - pixels).abs().mean() + 1e-4 * spread.kl().float().mean() / latents[0].numel()
+
+    fit("vae", vae, loss, schedule, work)
+    vae.eval().requires_grad_(False)
+    with torch.no_grad():
+        deviation = vae.encode(images[:256].float() / 127.5 - 1).latent_dist.mode().std().item()
+    vae.register_to_config(scaling_factor=round(1 / deviation, 4))
+    return vae

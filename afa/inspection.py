@@ -1,0 +1,250 @@
+"""What can be known about a set of experts, and the ensemble they would make, before a weight is read."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from afa.aggregators.table import AGGREGATORS, Recipe, count_parameters
+from afa.checkpoint.aggregators import recipe_of
+from afa.checkpoint.manifest import AGGREGATORS as AGGREGATORS_FILE
+from afa.checkpoint.manifest import Manifest, read_manifest
+from afa.denoiser.base import EnsembleDenoiser
+from afa.denoiser.cost import Flops, count_flops
+from afa.ensemble import DENOISERS
+from afa.errors import UserError
+from afa.experts.compatible import mismatches
+from afa.experts.headers import check_fit, dtype_of, read_file
+from afa.experts.load import Expert, check_names
+from afa.experts.original import KNOWN_CONFIGS
+from afa.experts.outline import Outline, config_outline, read_outline, shared_text_encoders
+from afa.experts.spec import ExpertSpec
+from afa.families.table import FAMILIES
+
+DTYPES = {"float32": 4, "float16": 2}  # bytes a number; bfloat16 is as large as float16
+VAE_FACTOR = 8  # of all known VAEs of SD and SDXL; for denoisers that come without one
+TOKENS = 77  # of CLIP's prompts; for denoisers that come without a text encoder
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is inspected: experts, and how they are, or would be, fused. manifest: of an ensemble that is saved in folder."""
+
+    outlines: list[Outline]
+    recipe: Recipe
+    placement: str | Sequence[str]
+    manifest: Manifest | None = None
+    folder: Path | None = None
+
+    @classmethod
+    def from_sources(cls, sources: Sequence[str], config: str | None, recipe: Recipe, placement: str) -> "Subject":
+        """Experts as Ensemble.from_experts takes them. Raises UserError for what is not there, broken or incomplete."""
+        specs = [ExpertSpec.parse(source) for source in sources]
+        check_names(specs)
+        return cls([read_outline(spec, config) for spec in specs], recipe, placement)
+
+    @classmethod
+    def from_config(cls, config: str, count: int, recipe: Recipe, placement: str) -> "Subject":
+        """As many experts of a shipped architecture."""
+        return cls([config_outline(f"expert_{index}", config) for index in range(count)], recipe, placement)
+
+    @classmethod
+    def from_ensemble(cls, folder: Path) -> "Subject":
+        """A saved ensemble. Raises UserError if it, or one of its experts, is not complete."""
+        manifest = read_manifest(folder)
+        outlines = []
+        for entry in manifest.experts:
+            config = entry.config if entry.config is None or entry.config in KNOWN_CONFIGS else str(folder / entry.config)
+            try:
+                outlines.append(read_outline(entry.spec(folder), config))
+            except UserError as error:
+                raise UserError(f"expert '{entry.name}' of {folder}: {error}") from None
+        return cls(outlines, recipe_of(manifest), manifest.placement, manifest, folder)
+
+    def denoiser(self) -> EnsembleDenoiser:
+        """The ensemble on the meta device. Raises UserError if aggregators cannot be made, or a saved file does not fit."""
+        experts = [outline.expert for outline in self.outlines]
+        models, names = [expert.model for expert in experts], [expert.name for expert in experts]
+        try:
+            denoiser = DENOISERS[experts[0].family](models, names, self.recipe, self.placement)
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from None
+        if self.folder is not None:
+            _check_saved(denoiser.aggregators, self.folder / AGGREGATORS_FILE)
+        return denoiser
+
+
+def _check_saved(aggregators: nn.Module, file: Path) -> None:
+    """Raises UserError if a file does not hold these aggregators."""
+    if not file.is_file():
+        raise UserError(f"{file.parent} is incomplete: it has no {file.name}")
+    check_fit(aggregators, {name: entry.meta() for name, entry in read_file(file).items()}, str(file))
+
+
+def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) -> dict[str, Any]:
+    """Everything `afa inspect` shows, ready for JSON. What only an ensemble has is None if the experts cannot be fused."""
+    experts = [outline.expert for outline in subject.outlines]
+    reasons = mismatches(experts)
+    denoiser = None if reasons else subject.denoiser()
+    size = _size(subject, resolution)
+    count = partial(count_flops, height=size["latent"][0], width=size["latent"][1], batch=batch_size, tokens=size["tokens"])
+    flops = None if denoiser is None else count(denoiser)
+    shared = shared_text_encoders(subject.outlines)
+    described = [_expert(outline, same) for outline, same in zip(subject.outlines, shared, strict=True)]
+    memory = _memory(subject, described, denoiser)
+    return {
+        "ensemble": None if subject.folder is None else str(subject.folder),
+        "experts": described,
+        "mismatches": reasons,
+        "stages": _stages(subject.outlines[0], denoiser, flops),
+        "aggregators": None if denoiser is None else _aggregators(subject, denoiser),
+        "cost": {**size, "batch_size": batch_size, **memory, "flops": _flops(experts, count, flops)},
+    }
+
+
+def _expert(outline: Outline, same: Sequence[str | None]) -> dict[str, Any]:
+    expert = outline.expert
+    located = expert.located
+    return {
+        "name": expert.name,
+        "source": located.spec.source if located else f"config {outline.config}",
+        "commit": located.commit if located else None,
+        "config": outline.config,
+        "loras": [str(lora) for lora in located.spec.loras] if located else [],
+        "family": expert.family,
+        "class": type(expert.model).__name__,
+        "parameters": count_parameters(expert.model),
+        "dtype": outline.dtype,
+        "prediction_type": None if expert.scheduler is None else expert.scheduler.config.get("prediction_type"),
+        "text_encoders": [_text_encoder(outline, part, other) for part, other in zip(outline.text_parts, same, strict=True)],
+        "vae": None if expert.vae is None else _vae(outline, expert.vae),
+    }
+
+
+def _text_encoder(outline: Outline, part: str, same: str | None) -> dict[str, Any]:
+    model: Any = outline.parts[part]
+    return {
+        "part": part,
+        "class": type(model).__name__,
+        "width": model.config.hidden_size,
+        "parameters": count_parameters(model),
+        "dtype": dtype_of(outline.stored.get(part)),
+        "same_as": same,
+    }
+
+
+def _vae(outline: Outline, vae: Any) -> dict[str, Any]:
+    return {
+        "class": type(vae).__name__,
+        "parameters": count_parameters(vae),
+        "dtype": dtype_of(outline.stored.get("vae")),
+        "factor": _factor(vae),
+        "latent_channels": vae.config.get("latent_channels"),
+        "scaling_factor": vae.config.get("scaling_factor"),
+    }
+
+
+def _factor(vae: Any) -> int:
+    """How many pixels stand behind a side of one latent pixel."""
+    return VAE_FACTOR if vae is None else int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def _stages(outline: Outline, denoiser: EnsembleDenoiser | None, flops: Flops | None) -> list[dict[str, Any]]:
+    """The first expert's stages, and what stands at each in the ensemble."""
+    fused: Any = {} if denoiser is None else denoiser.aggregators
+    return [
+        {
+            "name": stage.name,
+            "channels": stage.channels,
+            "level": stage.level,
+            "block": stage.block,
+            "saves_skip": stage.saves_skip,
+            "takes_skip": stage.takes_skip,
+            "fused": None if denoiser is None else stage.name in fused,
+            "aggregator_parameters": count_parameters(fused[stage.name]) if stage.name in fused else None,
+            "aggregator_flops": flops.aggregators[stage.name] if flops is not None and stage.name in fused else None,
+        }
+        for stage in FAMILIES[outline.expert.family].stages(outline.expert.model)
+    ]
+
+
+def _aggregators(subject: Subject, denoiser: EnsembleDenoiser) -> dict[str, Any]:
+    recipe = subject.recipe
+    return {
+        "kind": recipe.kind,
+        "options": _defaults(recipe) | dict(recipe.options),
+        "attention_up_to": recipe.attention_up_to,
+        "placement": subject.placement if isinstance(subject.placement, str) else list(subject.placement),
+        "fused": len(denoiser.fused),
+        "parameters": count_parameters(denoiser.aggregators),
+        "training": None if subject.manifest is None else subject.manifest.training,
+    }
+
+
+def _defaults(recipe: Recipe) -> dict[str, Any]:
+    """The options of a kind of aggregator that have a value of their own."""
+    parameters = inspect.signature(AGGREGATORS[recipe.kind]).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not inspect.Parameter.empty}
+
+
+def _size(subject: Subject, resolution: int | None) -> dict[str, Any]:
+    """The image in pixels, its latent, and the length of a prompt. Raises UserError for a size no latent has."""
+    first = subject.outlines[0].expert
+    settings: Any = first.model.config
+    factor, side = _factor(first.vae), settings.sample_size
+    if resolution is not None and resolution % factor:
+        near = max(1, resolution // factor) * factor
+        raise UserError(f"--resolution {resolution} is not a multiple of {factor}, the factor of the VAE; try {near}")
+    if resolution is None and side is None:
+        raise UserError(f"'{first.name}' has no size of its own (sample_size); give --resolution")
+    side = side if resolution is None else resolution // factor
+    latent = [side, side] if isinstance(side, int) else list(side)
+    texts: list[Any] = [encoder.config for encoder in first.text_encoders]
+    tokens = getattr(texts[0], "max_position_embeddings", TOKENS) if texts else TOKENS
+    return {"resolution": [factor * length for length in latent], "latent": latent, "tokens": tokens}
+
+
+def _memory(subject: Subject, described: Sequence[dict[str, Any]], denoiser: EnsembleDenoiser | None) -> dict[str, Any]:
+    """Parameters that have to be held, and their bytes; activations come on top. Equal text encoders count once."""
+    texts = [text for expert in described for text in expert["text_encoders"] if text["same_as"] is None]
+    held: dict[str, int | None] = {
+        "experts": sum(expert["parameters"] for expert in described),
+        "aggregators": None if denoiser is None else count_parameters(denoiser.aggregators),
+        "text_encoders": sum(text["parameters"] for text in texts),
+        "vae": _vae_parameters(subject, described),
+    }
+    held["total"] = sum(value or 0 for value in held.values())
+    return {"parameters": held, "bytes": {dtype: _times(held, width) for dtype, width in DTYPES.items()}}
+
+
+def _times(held: dict[str, int | None], width: int) -> dict[str, int | None]:
+    return {name: None if value is None else value * width for name, value in held.items()}
+
+
+def _vae_parameters(subject: Subject, described: Sequence[dict[str, Any]]) -> int | None:
+    """Of the one VAE that serves all; None if it is not an expert's."""
+    choice = described[0]["name"] if subject.manifest is None else subject.manifest.frame["vae"]
+    vae = next((expert["vae"] for expert in described if expert["name"] == choice), None)
+    return None if vae is None else int(vae["parameters"])
+
+
+def _flops(experts: Sequence[Expert], count: Callable[[nn.Module], Flops], ensemble: Flops | None) -> dict[str, Any]:
+    """Of one denoising step."""
+    counted: dict[str, int] = {}  # by config: experts are mostly of one architecture
+    single = []
+    for expert in experts:
+        settings: Any = expert.model.config
+        config = repr(sorted((name, value) for name, value in settings.items() if not name.startswith("_")))
+        if config not in counted:
+            counted[config] = count(expert.model).total
+        single.append(counted[config])
+    return {
+        "each_expert": single,
+        "experts": sum(single),
+        "aggregators": None if ensemble is None else sum(ensemble.aggregators.values()),
+        "ensemble": None if ensemble is None else ensemble.total,
+    }

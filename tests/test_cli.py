@@ -1,0 +1,110 @@
+"""The command line as people and scripts meet it: help, sentences, exit codes, interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from afa.cli.main import COMMANDS, main
+from afa.demo.draw import draw
+from afa.demo.world import EXPERTS
+
+CURVES, ANGLES, PATTERNS = (str(path) for path in EXPERTS.values())
+SMALL = ["--hidden", "8", "--heads", "2", "--depth", "1", "--batch-size", "2", "--held-out", "4", "--lr", "1e-3", "--device", "cpu"]
+
+
+def afa(*arguments):
+    return [sys.executable, "-m", "afa", *map(str, arguments)]
+
+
+def test_help_needs_no_torch():
+    """Measured by what is imported, not by a clock."""
+    for verb in ("", *COMMANDS):
+        script = f"import sys; from afa.cli.main import main\ntry: main({[verb, '--help'] if verb else ['--help']!r})\nexcept SystemExit: pass\n"
+        script += "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules), sorted(sys.modules)"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "examples:" in done.stdout if verb else all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("verb", list(COMMANDS))
+def test_examples_of_the_help_can_be_parsed(verb):
+    import importlib
+    import shlex
+
+    from afa.cli.flags import read_flags
+    from afa.cli.main import build_parser
+
+    module = importlib.import_module(COMMANDS[verb])
+    assert module.EXAMPLES
+    for example in module.EXAMPLES:
+        words = shlex.split(example)
+        assert words[:2] == ["afa", verb]
+        read_flags(module.Options, build_parser(words[1:]).parse_args(words[1:]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["generate", "nowhere", "--prompt", "a", "--output", "OUT"], "there is no folder or file nowhere"),
+        (["generate", CURVES, "--output", "OUT"], "either --prompt"),
+        (["generate", CURVES, "--prompt", "a", "--output", "OUT", "--scheduler", "eulr"], "did you mean 'euler'"),
+        (["generate", CURVES, "--prompt", "a", "--output", "OUT", "--steps", "0"], "--steps 0 must be at least 1"),
+        (["train", "--experts", CURVES, ANGLES, "--data", "nowhere", "--output", "OUT"], "--data nowhere is no folder"),
+        (["train", "--experts", CURVES, "nowhere", "--data", "DATA", "--output", "OUT"], "there is no folder or file nowhere"),
+        (["train", "--experts", CURVES, CURVES, "--data", "DATA", "--output", "OUT"], "two experts are called 'curves'"),
+        (["train", "--experts", CURVES, ANGLES, "--data", "DATA", "--output", "OUT", "--resolution", "30"], "not a multiple of 4"),
+        (["train", "--experts", CURVES, ANGLES, "--data", "DATA", "--output", "OUT", "--placement", "layer"], "did you mean 'layers'"),
+        (["train", "--experts", CURVES, ANGLES, "--data", "DATA", "--output", "OUT", "--hidden", "30"], "not a multiple of heads 8"),
+        (["train", "--experts", CURVES, ANGLES, "--data", "DATA", "--output", CURVES], "holds other files"),
+        (["inspect", "nowhere"], "there is no folder or file nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, sentence, tmp_path, capsys):
+    if "DATA" in arguments:
+        draw(tmp_path / "data", "mixed", 10, 0)
+    places = {"OUT": str(tmp_path / "out"), "DATA": str(tmp_path / "data")}
+    assert main([places.get(word, word) for word in arguments]) == 2
+    said = capsys.readouterr()
+    assert sentence in said.err.splitlines()[-1] and said.err.splitlines()[-1].startswith("afa: ") and said.out == ""
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_interrupted_training_goes_on_with_the_same_command(tmp_path):
+    """A real process, a real Ctrl-C."""
+    draw(tmp_path / "data", "mixed", 20, 0)
+    command = afa("train", "--experts", CURVES, ANGLES, "--data", tmp_path / "data", "--output", tmp_path / "out", "--steps", "12", *SMALL)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    seen = ""
+    while "1/12" not in seen:  # the first step is made
+        seen += running.stderr.read(1)
+        assert running.poll() is None or "1/12" in seen, seen
+    running.send_signal(signal.SIGINT)
+    _, error = running.communicate(timeout=120)
+    assert running.returncode == 130 and "the same command goes on from there" in error
+    assert (tmp_path / "out" / ".training" / "state.pt").exists() and not (tmp_path / "out" / "afa.json").exists()
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["steps"] == 12 and [entry["step"] for entry in record["history"]] == [0, 12]
+    assert "0/12" not in done.stderr  # it did not begin again
+
+
+def test_the_whole_path_through_the_command_line(tmp_path, capsys):
+    draw(tmp_path / "data", "mixed", 12, 0)
+    trained = ["train", "--experts", CURVES, f"a={ANGLES}", PATTERNS, "--data", str(tmp_path / "data"), "--output", str(tmp_path / "e"), *SMALL]
+    assert main([*trained, "--steps", "2"]) == 0
+    assert "held-out loss" in capsys.readouterr().out
+    prompt = "a red star left of a blue ring on a dotted mint background"
+    made = ["generate", str(tmp_path / "e"), "--prompt", prompt, "--output", str(tmp_path / "out"), "--steps", "2", "--weights", "--json"]
+    assert main(made) == 0
+    images = json.loads(capsys.readouterr().out)["images"]
+    assert [Path(image).name for image in images] == ["00000-00.png"] and Path(images[0]).exists()
+    assert main(["inspect", str(tmp_path / "e"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
