@@ -118,8 +118,9 @@ class Ensemble:
 
     def to(self, *args: Any, **kwargs: Any) -> "Ensemble":
         """Move or cast everything, as nn.Module.to does."""
-        for module in (self.denoiser, *self.text_encoders):
-            module.to(*args, **kwargs)
+        self.denoiser.to(*args, **kwargs)
+        for encoder in self.text_encoders:
+            encoder.to(*args, **kwargs)
         return self
 
     def pipeline(self, pipeline_class: type | None = None, **components: Any) -> Any:

@@ -86,7 +86,10 @@ class Frame:
         import diffusers
 
         if not ensemble.text_encoders or self.scheduler is None:
-            raise UserError("the experts were given as bare denoisers, without text encoders and scheduler; give whole pipelines, or put ensemble.denoiser into your own")
+            raise UserError(
+                "the experts were given as bare denoisers, without text encoders and scheduler;"
+                " give whole pipelines, or put ensemble.denoiser into your own"
+            )
         chosen = pipeline_class or getattr(diffusers, PIPELINES[len(ensemble.text_encoders)])
         parts: dict[str, Any] = {
             "unet": ensemble.denoiser,

@@ -161,6 +161,18 @@ def test_the_reference_releases_folders_load_and_export_the_same(tmp_path):
         assert all(torch.equal(expected[name].float(), got[name]) for name in got)
 
 
+def test_the_releases_depth_is_that_of_its_tensors(tmp_path):
+    """Its num_layers is ignored by the release itself."""
+    shutil.copytree(REFERENCE, tmp_path / "release")
+    for file in (tmp_path / "release").glob("aggregator_*/config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": 7}))
+    experts = [str(REFERENCE / f"unet_{index}") for index in range(2)]
+    assert Ensemble.from_experts(experts, aggregators=tmp_path / "release").denoiser.recipe.options["depth"] == 2
+    with pytest.raises(UserError, match="always builds aggregators of depth 2"):
+        Ensemble.from_experts(experts, hidden=8, heads=2, depth=1).export_release(tmp_path / "shallow")
+    assert not (tmp_path / "shallow").exists()
+
+
 def test_the_release_knows_only_its_own_kind(folders, tmp_path):
     router = Ensemble.from_experts([str(folders / "photo"), str(folders / "paint")], placement="out", **SMALL)
     with pytest.raises(UserError, match="knows only sabw with attention at every stage"):

@@ -52,7 +52,10 @@ class TestSpecs:
             ("org/name@v1.2", ExpertSpec("name", "org/name", "v1.2")),
             ("photo=org/name@main", ExpertSpec("photo", "org/name", "main")),
             ("a=base.safetensors+style.safetensors", ExpertSpec("a", "base.safetensors", None, (Lora("style.safetensors"),))),
-            ("b.safetensors+x.safetensors*0.8+y.safetensors*-1", ExpertSpec("b", "b.safetensors", None, (Lora("x.safetensors", 0.8), Lora("y.safetensors", -1.0)))),
+            (
+                "b.safetensors+x.safetensors*0.8+y.safetensors*-1",
+                ExpertSpec("b", "b.safetensors", None, (Lora("x.safetensors", 0.8), Lora("y.safetensors", -1.0))),
+            ),
             ("./models/photo-real/", ExpertSpec("photo-real", "./models/photo-real/")),
         ],
     )
@@ -266,9 +269,10 @@ def test_depth_has_the_published_cost(depth, millions):
 
 def test_architectures_are_told_apart_by_the_header(tmp_path):
     for (block, width), config in [((1, 768), "sd15"), ((1, 1024), "sd21"), ((4, 2048), "sdxl")]:
+        attention = f"model.diffusion_model.input_blocks.{block}.1.transformer_blocks.0.attn2.to_k.weight"
         header = {
             "model.diffusion_model.input_blocks.0.0.weight": {"dtype": "F16", "shape": [0, 4, 3, 3], "data_offsets": [0, 0]},
-            f"model.diffusion_model.input_blocks.{block}.1.transformer_blocks.0.attn2.to_k.weight": {"dtype": "F16", "shape": [0, width], "data_offsets": [0, 0]},
+            attention: {"dtype": "F16", "shape": [0, width], "data_offsets": [0, 0]},
         }
         text = json.dumps(header).encode()
         (tmp_path / config).write_bytes(struct.pack("<Q", len(text)) + text)

@@ -14,6 +14,8 @@ class Fixed(Aggregator):
     weights: one number per expert, not negative, with sum 1. Cost: one multiplication per feature.
     """
 
+    weights: Tensor
+
     def __init__(self, *, experts: int, channels: int, time_width: int, text_width: int, weights: list[float]) -> None:
         super().__init__()
         if len(weights) != experts:

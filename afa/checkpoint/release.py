@@ -1,6 +1,7 @@
 """The reference release's form: one folder aggregator_K per stage, with config.json and aggregator.safetensors."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from afa.aggregators.table import Recipe
 from afa.errors import UserError
 from afa.families.stage import Stage
 
-OPTIONS = {"hidden_size": "hidden", "num_attn_heads": "heads", "num_layers": "depth"}  # their word -> ours
+OPTIONS = {"hidden_size": "hidden", "num_attn_heads": "heads"}  # their word -> ours
+RELEASE_DEPTH = 2  # whatever num_layers its config says: a shadowed variable
+LAYER = re.compile(r"transformer\.transformer_blocks\.(\d+)\.")
 
 
 def is_release(folder: Path) -> bool:
@@ -30,12 +33,14 @@ def read_release(folder: Path, stages: tuple[Stage, ...], experts: int) -> tuple
         for name, expected in (("in_channels", stage.channels), ("num_experts", experts)):
             if config[name] != expected:
                 raise UserError(f"{folder}: the aggregator of {stage.name} has {name} {config[name]}, the experts need {expected}")
-    options = {ours: configs[0][theirs] for theirs, ours in OPTIONS.items()}
     tensors = {
         f"{stage.name}.{name}": tensor
         for index, stage in enumerate(stages)
         for name, tensor in load_file(folder / f"aggregator_{index}" / "aggregator.safetensors").items()
     }
+    options = {ours: configs[0][theirs] for theirs, ours in OPTIONS.items()}
+    # From the tensors, not from num_layers of the config, which the release ignores.
+    options["depth"] = 1 + max((int(found[1]) for name in tensors if (found := LAYER.search(name))), default=-1)
     return Recipe("sabw", options), tensors
 
 
@@ -46,13 +51,14 @@ def write_release(folder: Path, aggregators: nn.ModuleDict, stages: tuple[Stage,
     for index, stage in enumerate(stages):
         aggregator = aggregators[stage.name]
         assert isinstance(aggregator, SABW)
-        if aggregator.transformer is None:
-            raise UserError("the reference release knows no aggregators of depth 0")
+        depth = 0 if aggregator.transformer is None else len(aggregator.transformer.transformer_blocks)
+        if aggregator.transformer is None or depth != RELEASE_DEPTH:
+            raise UserError(f"the reference release always builds aggregators of depth {RELEASE_DEPTH}; it could not read these, of depth {depth}")
         config: dict[str, Any] = {
             "in_channels": stage.channels,
             "hidden_size": aggregator.conv_in.out_channels,
             "num_experts": experts,
-            "num_layers": len(aggregator.transformer.transformer_blocks),
+            "num_layers": depth,
             "num_attn_heads": aggregator.transformer.config.num_attention_heads,
             "cross_attn_dim": widths[1],
             "temb_channels": widths[0],

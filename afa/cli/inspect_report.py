@@ -103,7 +103,7 @@ def _cost(facts: dict[str, Any]) -> str:
     unique = sum(text["same_as"] is None for expert in experts for text in expert["text_encoders"])
     rows = [
         _row(f"one expert ({first['name']})", first["parameters"], flops["each_expert"][0]),
-        _row(f"{number} expert{'s' if number > 1 else ''}", held["experts"], flops["experts"]),
+        _row(f"{number} experts", held["experts"] if number > 1 else None, flops["experts"]),
         _row("aggregators", held["aggregators"], flops["aggregators"]),
         _row(f"{unique} text encoder{'s' if unique > 1 else ''}", held["text_encoders"] or None, None),
         _row("VAE", held["vae"], None),

@@ -43,8 +43,8 @@ def _plan(facts: dict[str, Any]) -> str:
             f"experts      {', '.join(facts['experts'])} ({facts['expert_memory_gb']} GB, frozen)",
             f"data         {facts['data']}",
             f"             {facts['training_images']} to train on, {facts['held_out_images']} held out, {facts['resolution']} px",
-            f"aggregators  {facts['fused_stages']} stages, {facts['trainable_parameters']:,} parameters"
-            f" ({facts['aggregator_memory_gb']} GB with optimiser and averages)",
+            f"aggregators  {facts['fused_stages']} stages, {facts['trainable_parameters']:,} parameters",
+            f"             {facts['aggregator_memory_gb']} GB with optimiser and averages",
             f"steps        at most {facts['steps']}, {facts['images_a_step']} images each",
         ]
     )

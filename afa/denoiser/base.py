@@ -1,14 +1,15 @@
 """What the drop-in denoisers of all families share: experts, aggregators, and the switches of a pass."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
+from afa.aggregators.base import Aggregator
 from afa.aggregators.table import Recipe
 from afa.denoiser.placement import fused_stages
 from afa.denoiser.walk import Column, Observer, Residuals, walk
@@ -53,7 +54,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
 
     family: ClassVar[str]
     _supports_gradient_checkpointing = True
-    _skip_layerwise_casting_patterns = ["aggregators"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["aggregators"]
 
     def __init__(
         self,
@@ -66,7 +67,8 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         self.names = tuple(names) if names else tuple(f"expert_{index}" for index in range(len(experts)))
         if not experts or len(self.names) != len(experts) or len(set(self.names)) != len(experts):
             raise ValueError(f"{len(experts)} experts with names {list(self.names)}; give at least one, and each its own name")
-        self.register_to_config(**experts[0].config)
+        first: Any = experts[0]
+        self.register_to_config(**first.config)
         self.gradient_checkpointing = False
         self.experts = nn.ModuleList(experts).requires_grad_(False).eval()
         self.columns = _columns(FAMILIES[self.family].stages, experts, self.names)
@@ -86,7 +88,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         """The names of the stages that are fused."""
         return list(self.aggregators)
 
-    def _aggregators(self) -> dict[str, nn.Module]:
+    def _aggregators(self) -> dict[str, Aggregator]:
         """One aggregator per fused stage, on the experts' device, in float32 until someone casts the ensemble."""
         widths = self.widths
         side = self.config.sample_size if isinstance(self.config.sample_size, int) else max(self.config.sample_size)
@@ -104,7 +106,8 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         """One pass. begin: starts the expert of that index."""
         chosen = range(len(self.experts)) if self._only is None else (self._only,)
         hidden, traces = zip(*(begin(index) for index in chosen), strict=True)
-        columns, aggregators = self.columns, self.aggregators
+        columns = self.columns
+        aggregators = cast(Mapping[str, Aggregator], self.aggregators)  # a ModuleDict is one in all but name
         if self._only is not None:
             columns, aggregators = [(column[self._only],) for column in columns], {}
         observe: Observer | None = None
@@ -121,7 +124,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         self.experts.eval()
         return self
 
-    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
         """Recompute each stage in the backward pass: memory of one stage, for one more forward.
 
         A function of the caller's own is refused: stages pass more than tensors.

@@ -27,7 +27,7 @@ class UNetEnsemble(EnsembleDenoiser):
 
     def __init__(
         self,
-        experts: Sequence[nn.Module],
+        experts: Sequence[Any],
         names: Sequence[str] | None = None,
         recipe: Recipe | None = None,
         placement: str | Sequence[str] = "layers",
@@ -43,7 +43,7 @@ class UNetEnsemble(EnsembleDenoiser):
         return unet.widths(self.experts[0])
 
     @property
-    def add_embedding(self) -> nn.Module:
+    def add_embedding(self) -> Any:
         """The first expert's; the SDXL pipeline reads its width."""
         return self.experts[0].add_embedding
 
@@ -155,7 +155,7 @@ def split_joined(states: Tensor, widths: Sequence[int], experts: int, what: str)
     return [parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1) for parts in zip(*per_encoder, strict=True)]
 
 
-def _text_input_width(model: nn.Module) -> int:
+def _text_input_width(model: Any) -> int:
     """How wide the text states are that a pipeline hands to this U-Net."""
     return model.config.encoder_hid_dim or unet.widths(model)[1]
 

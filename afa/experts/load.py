@@ -31,8 +31,8 @@ class Expert:
     """
 
     name: str
-    model: nn.Module
-    text_encoders: list[nn.Module] = field(default_factory=list)
+    model: Any
+    text_encoders: list[Any] = field(default_factory=list)
     tokenizers: list[Any] = field(default_factory=list)
     scheduler: Any = None
     vae: nn.Module | None = None

@@ -103,9 +103,8 @@ def _from_folder(located: Located) -> Outline:
 def _from_single_file(located: Located, config: str | None) -> Outline:
     tensors = read_file(located.path)
     if FIRST_CONV not in tensors and "conv_in.weight" in tensors:
-        raise UserError(
-            f"{located.path} holds one component in diffusers' layout, not a whole expert; give the folder it lies in: {located.path.parent}"
-        )
+        folder = located.path.parent
+        raise UserError(f"{located.path} holds one component in diffusers' layout, not a whole expert; give its folder: {folder}")
     config = config or detect_config(located.path)
     folder = config_folder(config)
     parts = _build_all(folder)

@@ -93,7 +93,7 @@ class Middle(Stage):
         return [self.middle]
 
 
-def stages(unet: nn.Module) -> tuple[Stage, ...]:
+def stages(unet: Any) -> tuple[Stage, ...]:
     """Read a `UNet2DConditionModel` as its stages: 25 for SD 1.x and 2.x, 19 for SDXL.
 
     Raises ValueError, naming the part, for a U-Net with parts that this family cannot walk.
@@ -103,9 +103,9 @@ def stages(unet: nn.Module) -> tuple[Stage, ...]:
     return (*down, *_middle_stages(unet, level=down[-1].level), *_up_stages(unet, level=down[-1].level))
 
 
-def _down_stages(unet: nn.Module) -> Iterator[Stage]:
+def _down_stages(unet: Any) -> Iterator[Stage]:
     level, index = 0, 1
-    first: nn.Module = unet.conv_in
+    first = unet.conv_in
     yield Convolution(name="IN00", channels=first.out_channels, level=level, saves_skip=True, conv=first)
     for number, block in enumerate(unet.down_blocks):
         place = f"down_blocks.{number}"
@@ -119,13 +119,13 @@ def _down_stages(unet: nn.Module) -> Iterator[Stage]:
             index += 1
 
 
-def _middle_stages(unet: nn.Module, level: int) -> Iterator[Stage]:
+def _middle_stages(unet: Any, level: int) -> Iterator[Stage]:
     if unet.mid_block is not None:
         channels = unet.mid_block.resnets[-1].out_channels
         yield Middle(name="M00", channels=channels, level=level, block="mid_block", middle=unet.mid_block)
 
 
-def _up_stages(unet: nn.Module, level: int) -> Iterator[Stage]:
+def _up_stages(unet: Any, level: int) -> Iterator[Stage]:
     index, last_block = 0, len(unet.up_blocks) - 1
     for number, block in enumerate(unet.up_blocks):
         for layer, (resnet, attention) in enumerate(zip(block.resnets, attentions(block), strict=True)):
@@ -148,18 +148,18 @@ def _up_stages(unet: nn.Module, level: int) -> Iterator[Stage]:
             index += 1
 
 
-def attentions(block: nn.Module) -> list[nn.Module | None]:
+def attentions(block: Any) -> list[nn.Module | None]:
     """The attention after each residual block of a down or up block; None where there is none."""
     return list(block.attentions) if getattr(block, "has_cross_attention", False) else [None] * len(block.resnets)
 
 
-def output_head(unet: nn.Module) -> tuple[nn.Module, ...]:
+def output_head(unet: Any) -> tuple[Any, ...]:
     """The modules after the last up block."""
     norm = (unet.conv_norm_out, unet.conv_act) if unet.conv_norm_out is not None else ()
     return (*norm, unet.conv_out)
 
 
-def check_supported(unet: nn.Module) -> None:
+def check_supported(unet: Any) -> None:
     """Refuse, by name, what the stages would compute differently from the model's own forward."""
     parts = [(block, UP_BLOCKS) for block in unet.up_blocks] + [(block, DOWN_BLOCKS) for block in unet.down_blocks]
     parts += [(unet.mid_block, MIDDLE_BLOCKS)] if unet.mid_block is not None else []
@@ -176,7 +176,7 @@ def check_supported(unet: nn.Module) -> None:
         raise ValueError(f"encoder_hid_dim_type '{config.encoder_hid_dim_type}' (image conditions) is not supported")
 
 
-def check_state(unet: nn.Module) -> None:
+def check_state(unet: Any) -> None:
     """Refuse, by name, switches that someone may have turned since the stages were read."""
     if any(getattr(block, "s1", None) is not None for block in unet.up_blocks):
         raise NotImplementedError("FreeU is enabled on an expert, and an ensemble does not support it; call disable_freeu() on that expert")
@@ -185,7 +185,7 @@ def check_state(unet: nn.Module) -> None:
 
 
 def begin(
-    unet: nn.Module,
+    unet: Any,
     sample: Tensor,
     timestep: Tensor | float | int,
     text: Tensor,
@@ -217,7 +217,7 @@ def begin(
     return sample, UNetTrace(temb=temb, text=text, mask=_bias(mask, sample), text_mask=_bias(text_mask, sample), options=options)
 
 
-def adapter_stages(unet: nn.Module) -> list[str]:
+def adapter_stages(unet: Any) -> list[str]:
     """Where T2I-Adapter residuals enter: the last attention of a block that has some, else the block's end; then M00."""
     names, walked = [], stages(unet)
     for number, block in enumerate(unet.down_blocks):
@@ -232,7 +232,7 @@ def _bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return None if mask is None else ((1 - mask.to(like.dtype)) * -10000.0).unsqueeze(1)
 
 
-def widths(unet: nn.Module) -> tuple[int, int]:
+def widths(unet: Any) -> tuple[int, int]:
     """Widths of what a trace carries: of the time embedding (E) and of the text states (D)."""
     time = unet.time_embedding.linear_2.out_features
     if unet.class_embedding is not None and unet.config.class_embeddings_concat:
