@@ -150,7 +150,7 @@ def _check(experts: Sequence[Expert]) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     if reasons:
-        compare = " ".join(str(expert.located.spec.source) if expert.located else expert.name for expert in experts)
+        compare = " ".join(str(expert.located.spec) if expert.located else expert.name for expert in experts)
         raise UserError("; ".join(reasons) + f". Compare them with: afa inspect {compare}")
 
 

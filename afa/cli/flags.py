@@ -29,7 +29,7 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     kind, several = _kind(hint)
     default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     required = default is dataclasses.MISSING
-    shown = "" if required or default in (None, False, []) else f" (default: {default})"
+    shown = "" if required or default is None or default is False or default == [] else f" (default: {default})"
     settings: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%") + shown}
     if kind is bool:
         return settings | {"action": "store_true"}
