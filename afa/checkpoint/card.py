@@ -2,6 +2,7 @@
 
 from afa.checkpoint.manifest import ExpertEntry, Manifest
 
+SHOWN = ("lr", "batch_size", "accumulate", "warm_up", "weight_decay", "ema", "caption_dropout", "resolution", "seed", "dtype")  # of the options
 CARD = """---
 library_name: afa
 pipeline_tag: text-to-image
@@ -56,7 +57,27 @@ def _row(expert: ExpertEntry) -> str:
 
 
 def _training(manifest: Manifest) -> str:
-    if manifest.training is None:
-        return "The aggregators are untrained: the ensemble is the mean of the experts' features."
-    rows = "\n".join(f"| {name} | {value} |" for name, value in manifest.training.items())
-    return f"| training | |\n|---|---|\n{rows}"
+    """What training measured, and with which options. Tolerates records without a measurement (aggregators from elsewhere)."""
+    record = manifest.training
+    if record is None:
+        return "No training was recorded; untrained aggregators are the mean of the experts' features."
+    if "held_out_loss" not in record:
+        return "\n".join(["Training:", "", *(f"* {name}: {value}" for name, value in record.items())])
+    losses = record["held_out_loss"]
+    rows = [f"| {name} | {value['value']:.5f} [{value['low']:.5f}, {value['high']:.5f}] |" for name, value in losses.items()]
+    change, settings = record["difference_to_best_expert"], record["settings"]
+    options = ", ".join(f"{name} {settings[name]}" for name in SHOWN if name in settings)
+    return "\n".join(
+        [
+            f"Trained for {record['steps']} steps on {record['training_images']} images; the average of step {record['best_step']} was kept:"
+            " it was the best of those measured on the held-out images below, which favours it a little.",
+            "",
+            f"| held-out loss, n = {losses['trained']['n']} | mean [95 % interval] |",
+            "|---|---|",
+            *rows,
+            "",
+            f"Trained minus best expert ({record['best_expert']}), paired: {change['value']:+.5f} [{change['low']:+.5f}, {change['high']:+.5f}].",
+            "",
+            f"Options: {options}.",
+        ]
+    )

@@ -35,7 +35,7 @@ class Progress:
     step: int = 0
     best: float = float("inf")
     best_step: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, float | None]] = field(default_factory=list)
     since: float = 0.0  # training loss summed since the last measurement
 
 
@@ -63,7 +63,7 @@ class Trainer:
         with _interruptible() as interrupted, self._bar() as bar:
             while self.progress.step < self.settings.steps and not self._stopped_falling():
                 if self.progress.step == 0 and not self.progress.history:
-                    self._evaluate(0.0)
+                    self._evaluate(None)
                 loss = self._step()
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.4f}", held_out=f"{self.progress.best:.5f}@{self.progress.best_step}")
@@ -138,7 +138,7 @@ class Trainer:
         if progress.step % settings.save_every == 0:
             self._save()
 
-    def _evaluate(self, training_loss: float) -> None:
+    def _evaluate(self, training_loss: float | None) -> None:
         """Measure the average of the aggregators; keep it if it is the best so far."""
         progress = self.progress
         if progress.step:
