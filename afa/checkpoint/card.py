@@ -69,8 +69,8 @@ def _training(manifest: Manifest) -> str:
     options = ", ".join(f"{name} {settings[name]}" for name in SHOWN if name in settings)
     return "\n".join(
         [
-            f"Trained for {record['steps']} steps on {record['training_images']} images; the average of step {record['best_step']} was kept:"
-            " it was the best of those measured on the held-out images below, which favours it a little.",
+            f"Trained for {record['steps']} steps on {record['training_images']} images; the average of step {record['best_step']} was kept.",
+            "It was the best of those measured on the held-out images below, which favours it a little.",
             "",
             f"| held-out loss, n = {losses['trained']['n']} | mean [95 % interval] |",
             "|---|---|",

@@ -29,7 +29,8 @@ def run(options: Options) -> None:
 def _inspect() -> None:
     """The experts, as `afa inspect` shows them."""
     from afa.cli import inspect
+    from afa.demo.methods import AGGREGATORS
     from afa.demo.world import EXPERTS
 
-    inspect.run(inspect.Options(experts=[str(path) for path in EXPERTS.values()]))
+    inspect.run(inspect.Options(experts=[str(path) for path in EXPERTS.values()], **AGGREGATORS))
     print(flush=True)

@@ -36,7 +36,8 @@ def training(settings: DemoSettings, folder: Path, placement: str, sources: list
         data=str(Path(settings.output) / "data"),
         output=str(folder),
         steps=settings.train_steps,
-        batch_size=16,
+        batch_size=8,
+        patience=100,  # as many steps as asked for: the comparison is at equal effort
         lr=2e-3,
         held_out=48,
         ema=0.98,

@@ -17,6 +17,7 @@ from afa import __version__
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
 from afa.checkpoint.staging import replacing, write_atomically
 from afa.denoiser.base import WeightMaps, only_expert, record_weights
+from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.hashing import sha256
@@ -57,12 +58,13 @@ class Job:
 def generate(settings: GenerateSettings) -> list[Path]:
     """Make what is not there yet: -> the paths of all images. Ctrl-C loses at most one batch."""
     prompts = settings.prompt if settings.prompt is not None else read_prompts(Path(str(settings.prompts)))
+    device = choose_device(settings.device)  # before minutes are spent on loading
     ensemble = _load(settings)
     if settings.expert is not None and settings.expert not in ensemble.names:
         raise UserError(unknown(settings.expert, ensemble.names, "expert"))
     if settings.weights and (settings.expert is not None or len(ensemble.names) == 1):
         raise UserError("--weights needs an ensemble of several experts; a single expert has no weight maps")
-    pipeline = _pipeline(settings, ensemble)
+    pipeline = _pipeline(settings, ensemble, device)
     output = Path(settings.output)
     if output.is_file():
         raise UserError(f"--output {output} is a file; give a folder")
@@ -82,21 +84,12 @@ def _load(settings: GenerateSettings) -> Ensemble:
     return Ensemble.from_experts([settings.source], aggregator="mean", dtype=dtype)
 
 
-def _device(settings: GenerateSettings) -> torch.device:
-    from accelerate import PartialState
-
-    try:
-        return torch.device(settings.device) if settings.device else PartialState().default_device
-    except RuntimeError as error:
-        raise UserError(f"--device {settings.device}: {error}") from None
-
-
-def _pipeline(settings: GenerateSettings, ensemble: Ensemble) -> Any:
+def _pipeline(settings: GenerateSettings, ensemble: Ensemble, device: torch.device) -> Any:
     pipeline = ensemble.pipeline()
     if settings.scheduler is not None:
         pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(_device(settings))
+    return pipeline.to(device)
 
 
 def _jobs(settings: GenerateSettings, prompts: list[str], pipeline: Any, ensemble: Ensemble) -> list[Job]:

@@ -18,6 +18,7 @@ from afa import __version__
 from afa.aggregators.table import count_parameters
 from afa.checkpoint.manifest import MANIFEST, read_manifest
 from afa.denoiser.base import only_expert
+from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.statistics import Estimate, difference, estimate
@@ -64,6 +65,8 @@ def plan(settings: TrainSettings) -> Plan:
     folder = read_folder(Path(settings.data))
     split(folder.examples, settings.held_out, settings.seed)  # raises where there are too few
     _check_output(settings)
+    if settings.device is not None:
+        choose_device(settings.device)
     ensemble = Ensemble.from_experts(
         settings.experts,
         aggregator=settings.aggregator,
@@ -118,8 +121,8 @@ def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any
         return done
     planned = planned or plan(settings)
     accelerator = Accelerator(cpu=settings.device == "cpu")
-    if settings.device not in (None, "cpu") and torch.device(str(settings.device)).type != accelerator.device.type:
-        raise UserError(f"--device {settings.device} is not available here; the best there is: {accelerator.device}")
+    if settings.device not in (None, accelerator.device.type):
+        raise UserError(f"--device {settings.device} was asked for, but training would run on {accelerator.device}; leave --device out")
     started = time.monotonic()
     trainer = _trainer(planned, accelerator)
     baselines = _baselines(trainer)

@@ -40,7 +40,7 @@ class TrainSettings:
     vae: str | None = option(None, help="an expert's name or a path (default: the first expert's)")
     dtype: str = option("float32", help="of the frozen experts; aggregators are always float32", choices=["float32", "bfloat16"])
     gradient_checkpointing: bool = option(False, help="recompute stages in the backward pass: less memory, a third more time")
-    device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
+    device: str | None = option(None, help="default: the best there is; several are used with accelerate launch", choices=["cpu", "cuda", "mps", "xpu"])
     dry_run: bool = option(False, help="print what would be trained and what it costs, then stop")
     json: bool = option(False, help="print the result as JSON")
 
