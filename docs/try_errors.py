@@ -146,7 +146,7 @@ def _broken_data(folder: Path) -> None:
     (folder / "broken" / "a.png").write_bytes(b"no image")
     (folder / "none.txt").write_text("\n\n")
     (folder / "begun").mkdir()
-    begun = {"prompts": 96, "train_images": 512, "train_steps": 300, "steps": 20, "guidance": 3.0, "seed": 0}
+    begun = {"prompts": 80, "train_images": 512, "train_steps": 250, "steps": 20, "guidance": 3.0, "seed": 0}
     (folder / "begun" / "settings.json").write_text(json.dumps(begun))
 
 

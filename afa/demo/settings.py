@@ -11,9 +11,9 @@ class DemoSettings:
     """One demonstration, field by field a flag of `afa demo`."""
 
     output: str = option("demo", help="a folder for report.html and everything it rests on; what is finished there is kept")
-    prompts: int = option(96, help="mixed scenes that every method draws, each from the same noise")
+    prompts: int = option(80, help="mixed scenes that every method draws, each from the same noise")
     train_images: int = option(512, help="mixed scenes the aggregators are trained on")
-    train_steps: int = option(300, help="training steps of AFA and of the router")
+    train_steps: int = option(250, help="training steps of AFA and of the router")
     steps: int = option(20, help="denoising steps")
     guidance: float = option(3.0, help="strength of classifier-free guidance")
     seed: int = option(0, help="of training and noise")

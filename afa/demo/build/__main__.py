@@ -20,7 +20,7 @@ from afa.demo.build import denoisers, parts
 from afa.demo.build.fit import Schedule
 
 BASE = Schedule(900, 1e-3, batch=64, average=0.999, warm_up=200)
-EXPERT = Schedule(600, 4e-4, batch=64, average=0.998)  # equal effort for each, and not far from the base: features must stay comparable
+EXPERT = Schedule(1200, 7e-4, batch=64, average=0.999)  # equal effort for each
 OWN_TEXT_ENCODER = "patterns"  # the expert that fine-tunes its text encoder too
 
 
