@@ -219,7 +219,7 @@ def test_the_model_card_names_the_experts(folders, ensemble):
     ensemble.save(folders / "mine")
     card = (folders / "mine" / "README.md").read_text()
     assert "| photo | ../photo | epsilon |" in card
-    assert "| steps | 100 |" in card
+    assert "* steps: 100" in card
 
 
 @pytest.mark.parametrize("words", ["Error while serializing: I/O error: No space left on device (os error 28)", "[enforce fail at inline_container.cc:672]"])

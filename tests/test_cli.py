@@ -93,7 +93,7 @@ def test_interrupted_training_goes_on_with_the_same_command(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["steps"] == 12 and [entry["step"] for entry in record["history"]] == [0, 12]
-    assert "0/12" not in done.stderr  # it did not begin again
+    assert " 0/12" not in done.stderr  # it did not begin again
 
 
 def test_the_whole_path_through_the_command_line(tmp_path, capsys):

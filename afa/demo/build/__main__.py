@@ -30,7 +30,6 @@ def main() -> None:
     flags.add_argument("--work", type=Path, default=Path("build/demo"), help="training states (default: build/demo)")
     flags.add_argument("--quick", type=int, default=1, metavar="K", help="divide every number of steps by K, to try the machinery")
     given = flags.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     build(given.output, given.work, given.quick)
     print(f"{given.output} is complete ({(time.monotonic() - started) / 60:.0f} min). Judge it with: python -m afa.demo.gate {given.output}")
@@ -38,6 +37,7 @@ def main() -> None:
 
 def build(output: Path, work: Path, quick: int = 1) -> None:
     """Scorer first: it is fixed before any picture exists. Then the shared parts, the base and the experts."""
+    work.mkdir(parents=True, exist_ok=True)
     judge = parts.build_scorer(work, quick)
     tokenizer = parts.build_tokenizer(work / "tokenizer")
     shared = denoisers.Parts(tokenizer, parts.build_text_encoder(tokenizer, work, quick), parts.build_autoencoder(work, quick))
