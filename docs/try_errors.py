@@ -32,6 +32,7 @@ CASES = [
     ("A LoRA given as an expert", "afa inspect lora.safetensors"),
     ("Weights cut short in a folder", "afa inspect cut"),
     ("Weights with a missing tensor in a folder", "afa generate hole --prompt a --output out"),
+    ("A text encoder with a missing tensor", "afa generate mute --prompt a --output out"),
     ("Experts of two architectures", "afa inspect curves wide"),
     ("The same, on the way to training", f"afa train --experts curves wide --data data --output out {SMALL}"),
     ("Experts that predict different things", "afa inspect curves epsilon"),
@@ -78,11 +79,11 @@ def main() -> None:
 def report(what: str, command: str, folder: Path) -> None:
     """Run one command; print its last words and its exit code."""
     before = inventory(folder)
-    words = [sys.executable, "-m", *command.split()]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run([sys.executable, "-m", *command.split()], cwd=folder, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     said = done.stderr.strip().splitlines() or ["(nothing)"]
     left = sorted(inventory(folder) - before)
-    print(f"\n## {what}\n\n    $ {command}\n    {said[-1]}\n\nExit code {done.returncode}.{f' Left behind: {left}.' if left else ''}", flush=True)
+    words = said[-1].replace(str(folder.resolve()), "/…")
+    print(f"\n## {what}\n\n    $ {command}\n    {words}\n\nExit code {done.returncode}.{f' Left behind: {left}.' if left else ''}", flush=True)
 
 
 def inventory(folder: Path) -> set[str]:
@@ -116,11 +117,14 @@ def _broken_models(folder: Path) -> None:
     whole = (folder / "curves" / weights).read_bytes()
     (folder / "old.ckpt").write_bytes(b"\x80\x02")
     (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    for name in ("cut", "hole", "wide", "epsilon"):
+    for name in ("cut", "hole", "mute", "wide", "epsilon"):
         shutil.copytree(folder / "curves", folder / name)
     (folder / "cut" / weights).write_bytes(whole[: len(whole) // 2])
     tensors = load_file(folder / "hole" / weights)
     save_file({name: tensors[name] for name in list(tensors)[1:]}, folder / "hole" / weights)
+    text = folder / "mute" / "text_encoder" / "model.safetensors"
+    words = load_file(text)
+    save_file({name: words[name] for name in list(words)[1:]}, text)
     save_file({"lora_unet_down_blocks_0.lora_down.weight": tensors["conv_in.weight"]}, folder / "lora.safetensors")
     config = json.loads((folder / "curves" / "unet" / "config.json").read_text()) | {"block_out_channels": [48, 112]}
     UNet2DConditionModel.from_config(config).save_pretrained(folder / "wide" / "unet")

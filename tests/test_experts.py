@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from original_layout import write_single_file
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from test_pipeline import run
 from tiny import scheduler, sd_pipeline, sd_unet, sdxl_pipeline
 
@@ -283,3 +284,13 @@ def test_the_shipped_tokenizer_is_clips():
     """Token ids of CLIP's vocabulary as published with the model."""
     ids = clip_tokenizer()("a photo of a cat").input_ids
     assert ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
+@pytest.mark.parametrize(("part", "file"), [("unet", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors")])
+def test_missing_weights_are_never_made_up(tmp_path, part, file):
+    sd_pipeline().save_pretrained(tmp_path / "hole")
+    tensors = load_file(tmp_path / "hole" / part / file)
+    first = sorted(tensors)[0]
+    save_file({name: tensor for name, tensor in tensors.items() if name != first}, tmp_path / "hole" / part / file)
+    with pytest.raises(UserError, match="lacks 1 of the weights"):
+        load_expert(str(tmp_path / "hole"))

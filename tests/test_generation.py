@@ -147,3 +147,17 @@ def test_nothing_to_say_is_refused():
 def test_weights_of_a_single_expert_are_refused(places, settings):
     with pytest.raises(UserError, match="no weight maps"):
         generate(replace(settings, source=str(places / "photo"), weights=True))
+
+
+def test_experts_that_moved_are_found_where_they_are_now(places, settings, tmp_path):
+    import shutil
+
+    shutil.copytree(places / "ensemble", tmp_path / "sub" / "ensemble")
+    shutil.copytree(places / "photo", tmp_path / "here")
+    shutil.copytree(places / "paint", tmp_path / "sub" / "paint")
+    moved = replace(settings, source=str(tmp_path / "sub" / "ensemble"))
+    with pytest.raises(UserError, match="--experts photo=FOLDER"):
+        generate(moved)
+    assert len(generate(replace(moved, experts=[f"photo={tmp_path / 'here'}"]))) == 2
+    with pytest.raises(UserError, match="write NAME="):
+        generate(replace(moved, experts=["here"]))

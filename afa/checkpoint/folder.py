@@ -178,7 +178,10 @@ def _spec(entry: ExpertEntry, folder: Path, moved: str | None) -> ExpertSpec:
         return ExpertSpec(entry.name, other.source, other.revision, other.loras or spec.loras)
     if entry.commit is None and not Path(spec.source).exists():
         place = Path(spec.source).resolve()
-        raise UserError(f"expert '{entry.name}' was at {place}, which is not there; give its new place, e.g. experts={{'{entry.name}': 'FOLDER'}}")
+        raise UserError(
+            f"expert '{entry.name}' was at {place}, which is not there;"
+            f" give its new place: --experts {entry.name}=FOLDER, or in Python experts={{'{entry.name}': 'FOLDER'}}"
+        )
     return spec
 
 

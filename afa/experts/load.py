@@ -203,11 +203,18 @@ def load_part(folder: Path, part: str | None, dtype: torch.dtype | None = None) 
     options: dict[str, Any] = {"subfolder": part} if part else {}
     if dtype is not None:
         options |= {"dtype": dtype}
+    network = issubclass(maker, nn.Module)
     try:
-        loaded = maker.from_pretrained(folder, local_files_only=True, **options)
+        loaded = maker.from_pretrained(folder, local_files_only=True, **options, **({"output_loading_info": True} if network else {}))
     except READING as error:
         raise UserError(f"{folder / (part or '')} could not be loaded as {name}: {_first_line(error)}") from error
-    return loaded.eval() if isinstance(loaded, nn.Module) else loaded
+    if not network:
+        return loaded
+    model, info = loaded
+    if info["missing_keys"]:  # the libraries would leave them empty, or draw them at random
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"{folder / (part or '')} lacks {len(missing)} of the weights of a {name} (first: {missing[0]}); download or export it again")
+    return model.eval()
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def _from_hub(spec: ExpertSpec) -> Located:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "ON", "YES") else ""
         revision = f" at revision {spec.revision}" if spec.revision else ""
         raise UserError(
-            f"'{spec.source}' is neither a folder nor a file here, and as a hub id it could not be loaded{revision}{offline}: {_first_line(error)}"
+            f"'{spec.source}' is neither a folder nor a file here, and as a hub id it could not be loaded{revision}{offline}: {_reason(error)}"
         ) from error
 
 
@@ -76,5 +76,6 @@ def _commit(path: Path) -> str | None:
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _reason(error: Exception) -> str:
+    """What went wrong, without the library's advice on its own internals in brackets behind it."""
+    return str(error).strip().partition("\n")[0].partition(" (")[0]

@@ -80,8 +80,18 @@ def _load(settings: GenerateSettings) -> Ensemble:
     """The ensemble, or one expert as an ensemble of its own: that is the expert, bit for bit."""
     dtype = getattr(torch, settings.dtype)
     if (Path(settings.source) / MANIFEST).exists():
-        return Ensemble.load(settings.source, dtype=dtype)
+        return Ensemble.load(settings.source, _moved(settings.experts or []), dtype=dtype)
+    if settings.experts:
+        raise UserError(f"--experts is for a saved ensemble, and {settings.source} is none: it has no {MANIFEST}")
     return Ensemble.from_experts([settings.source], aggregator="mean", dtype=dtype)
+
+
+def _moved(places: list[str]) -> dict[str, str]:
+    """NAME=PLACE, split. Raises UserError where there is no name."""
+    for place in places:
+        if "=" not in place:
+            raise UserError(f"--experts {place} names no expert; write NAME={place}")
+    return dict(place.split("=", 1) for place in places)
 
 
 def _pipeline(settings: GenerateSettings, ensemble: Ensemble, device: torch.device) -> Any:

@@ -24,6 +24,7 @@ class GenerateSettings:
     height: int | None = option(None, help="in pixels (default: the experts' own)")
     batch_size: int = option(4, help="images made at once")
     expert: str | None = option(None, help="use only this expert, in the ensemble's frame")
+    experts: list[str] | None = option(None, help="new places of an ensemble's experts that have moved, each NAME=PLACE")
     weights: bool = option(False, help="save the weight maps of every image: .npz, and a picture of them over the image")
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
