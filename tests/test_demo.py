@@ -25,7 +25,7 @@ def test_other_captions_are_refused(caption):
         parse(caption)
 
 
-def test_mixed_scenes_are_in_no_experts_domain():
+def test_mixed_scenes_lie_outside_curves_and_angles():
     for scene in sample_scenes("mixed", 100, 2):
         shapes = {scene.first.shape, scene.second.shape}
         assert not any(shapes <= set(domain.first) and scene.texture in domain.textures for name, domain in DOMAINS.items() if name != "patterns")

@@ -91,6 +91,12 @@ def test_a_complete_run_is_not_repeated(settings):
     assert (Path(settings.output) / "afa.json").stat().st_mtime_ns == before
 
 
+def test_more_steps_for_a_finished_run_are_refused_not_ignored(settings):
+    train(settings)
+    with pytest.raises(UserError, match=r"--steps 6 \(now 9\)"):
+        train(replace(settings, steps=9))
+
+
 def test_training_with_other_options_is_refused_by_name(settings, monkeypatch):
     interrupt_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):

@@ -14,21 +14,27 @@ from PIL import Image
 from afa import __version__
 from afa.checkpoint.manifest import read_manifest
 from afa.demo.run import SHOWN, Outcome
-from afa.evaluation.statistics import Estimate
+from afa.evaluation.statistics import Estimate, estimate
 from afa.visualise.grid import grid
 
-SCORES = {"attributes": "all attributes", "shapes": "shapes", "colours": "colours", "texture": "texture", "ground": "ground", "all": "all six right"}
+PARTS = {"shapes": "shapes", "colours": "colours", "texture": "texture", "ground": "ground", "all": "all six right"}
 
 
 def table(outcome: Outcome) -> list[list[str]]:
-    """Header and rows: attribute accuracy with its interval, the paired lead over the best expert, parts, seconds."""
+    """Header and rows: attribute accuracy, the paired lead over the best expert, seconds an image (n: batches)."""
     best = outcome.best_single.name
-    lines = [["method", "attributes [95 %]", f"minus {best} [95 %]", "shapes", "colours", "texture", "ground", "all six", "s/image"]]
+    lines = [["method", "attributes [95 %]", f"minus {best} [95 %]", "s/image [95 %], n batches"]]
     for row in outcome.rows:
         lead = "" if row.name == best else _signed(outcome.lead(row.name, best))
-        parts = [f"{row.value(score).value:.3f}" for score in list(SCORES)[1:]]
-        lines.append([row.name, str(row.value("attributes")), lead, *parts, f"{row.seconds:.2f}"])
+        seconds = estimate(row.seconds)
+        lines.append([row.name, str(row.value("attributes")), lead, f"{seconds}, {seconds.n}"])
     return lines
+
+
+def parts(outcome: Outcome) -> list[list[str]]:
+    """Header and rows: what attribute accuracy is made of, and pictures without a mistake."""
+    rows = [[row.name, *(str(row.value(score)) for score in PARTS)] for row in outcome.rows]
+    return [["method [95 %]", *PARTS.values()], *rows]
 
 
 def sentence(outcome: Outcome) -> str:
@@ -48,11 +54,14 @@ def sentence(outcome: Outcome) -> str:
 
 
 def as_text(outcome: Outcome) -> str:
-    """The table in aligned columns, and the sentence."""
-    rows = table(outcome)
+    """The tables in aligned columns, and the sentence."""
+    return "\n".join([_aligned(table(outcome)), "", _aligned(parts(outcome)), "", f"n = {len(outcome.captions)} scenes", sentence(outcome)])
+
+
+def _aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", f"n = {len(outcome.captions)} scenes", sentence(outcome)])
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def as_json(outcome: Outcome) -> str:
@@ -60,8 +69,8 @@ def as_json(outcome: Outcome) -> str:
     best = outcome.best_single.name
     rows: list[dict[str, Any]] = []
     for row in outcome.rows:
-        scores = {score: vars(row.value(score)) for score in SCORES}
-        rows.append({"method": row.name, **scores, "lead_over_best_expert": vars(outcome.lead(row.name, best)), "seconds": row.seconds})
+        scores = {score: vars(row.value(score)) for score in ("attributes", *PARTS)}
+        rows.append({"method": row.name, **scores, "lead_over_best_expert": vars(outcome.lead(row.name, best)), "seconds": vars(estimate(row.seconds))})
     return json.dumps({"best_expert": best, "rows": rows, "sentence": sentence(outcome)}, indent=2)
 
 
@@ -73,7 +82,6 @@ def sheet(outcome: Outcome, count: int = SHOWN) -> NDArray[np.uint8]:
 
 def write_report(outcome: Outcome, weight_maps: list[NDArray[np.uint8]], file: Path) -> None:
     """One HTML file that needs nothing else."""
-    head, *rows = table(outcome)
     best = outcome.best_single.name
     records = {name: read_manifest(Path(outcome.settings.output) / folder).training for name, folder in (("AFA", "ensemble"), ("prediction router", "router"))}
     captions = "".join(f"<li>{escape(caption)}</li>" for caption in outcome.captions[:SHOWN])
@@ -84,13 +92,14 @@ def write_report(outcome: Outcome, weight_maps: list[NDArray[np.uint8]], file: P
 <h1>Three experts, and every way here to combine them</h1>
 <p class="lead">{escape(sentence(outcome))}</p>
 <h2>Attribute accuracy on {len(outcome.captions)} mixed scenes</h2>
-<div class="scroll"><table><thead><tr>{"".join(f"<th>{escape(cell)}</th>" for cell in head)}</tr></thead><tbody>
-{"".join(_html_row(row, row[0] == "AFA") for row in rows)}</tbody></table></div>
-<p class="note">n = {len(outcome.captions)} scenes for every number; brackets are 95 % bootstrap intervals over scenes, differences are paired by scene.
+{_html_table(table(outcome))}
+<h3>What it is made of</h3>
+{_html_table(parts(outcome))}
+<p class="note">n = {len(outcome.captions)} scenes for every score; brackets are 95 % bootstrap intervals over scenes, differences are paired by scene.
 A picture has six attributes: two shapes, two colours (each in the place the caption says), the texture and the ground. “All six” is the share of pictures
 without a mistake. The scorer is a classifier fixed before any method was compared. The best single expert ({escape(best)}) was chosen on these same scenes,
 which favours it. Every method starts from the same noise, {outcome.settings.steps} steps, guidance {outcome.settings.guidance:g}.
-Seconds an image were measured once, in batches of 32, on the machine that made this page.</p>
+Seconds an image are means over batches of up to 32, on the machine that made this page.</p>
 <h2>The first {min(SHOWN, len(outcome.captions))} scenes</h2>
 <ol>{captions}</ol>
 <figure>{_image(sheet(outcome))}<figcaption>A row per scene, the same noise along a row.</figcaption></figure>
@@ -104,6 +113,12 @@ On the right the image, and its mean weights laid over it.</p>
 </body></html>
 """
     file.write_text(page)
+
+
+def _html_table(rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
+    body = "".join(_html_row(row, row[0] == "AFA") for row in rows[1:])
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _html_row(cells: list[str], ours: bool) -> str:

@@ -3,8 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,12 +31,12 @@ MAPPED = 2  # of them with weight maps
 
 @dataclass(frozen=True)
 class Row:
-    """What one method reached: per-image scores by name, (n,) each; its images; seconds an image."""
+    """What one method reached: per-image scores by name, (n,) each; its images; seconds an image, one a batch."""
 
     name: str
     scores: dict[str, NDArray[np.float64]]
     images: NDArray[np.uint8]
-    seconds: float
+    seconds: NDArray[np.float64]
 
     def value(self, score: str) -> Estimate:
         return estimate(self.scores[score])
@@ -97,26 +96,18 @@ def _claim(output: Path, settings: DemoSettings) -> None:
     note.write_text(json.dumps(asked))
 
 
-def _images(output: Path, name: str, make: object, captions: list[str], settings: DemoSettings) -> tuple[NDArray[np.uint8], float]:
-    """A method's images of all captions, (n, 64, 64, 3), and seconds an image; made once, kept as .npz."""
+def _images(
+    output: Path, name: str, make: Callable[[], Ensemble], captions: list[str], settings: DemoSettings
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """A method's images of all captions, (n, 64, 64, 3), and the seconds an image of each batch; made once, kept as .npz."""
     file = output / "images" / f"{name.replace(' ', '_')}.npz"
     if not file.exists():
-        assert callable(make)
-        ensemble = make()
-        with _timed() as clock:
-            images = np.concatenate(list(_sampled(name, ensemble, captions, settings)))
+        batches, seconds = zip(*_sampled(name, make(), captions, settings), strict=True)
         file.parent.mkdir(exist_ok=True)
         with replacing(file) as temporary, temporary.open("wb") as stream:
-            np.savez_compressed(stream, images=images, seconds=clock[0] / len(images))
+            np.savez_compressed(stream, images=np.concatenate(batches), seconds=np.asarray(seconds))
     with np.load(file) as kept:
-        return kept["images"], float(kept["seconds"])
-
-
-@contextmanager
-def _timed() -> Iterator[list[float]]:
-    clock, started = [0.0], time.monotonic()
-    yield clock
-    clock[0] = time.monotonic() - started
+        return kept["images"], kept["seconds"]
 
 
 def sampling(settings: DemoSettings) -> Sampling:
@@ -128,13 +119,18 @@ def requests(captions: list[str], settings: DemoSettings) -> list[Request]:
     return [Request(caption, settings.seed + index) for index, caption in enumerate(captions)]
 
 
-def _sampled(name: str, ensemble: Ensemble, captions: list[str], settings: DemoSettings) -> Iterator[NDArray[np.uint8]]:
+def _sampled(
+    name: str, ensemble: Ensemble, captions: list[str], settings: DemoSettings
+) -> Iterator[tuple[NDArray[np.uint8], float]]:
+    """Batch after batch: images, and seconds an image."""
     pipeline = ensemble.pipeline()
     pipeline.set_progress_bar_config(disable=True)
+    started = time.monotonic()
     with tqdm(total=len(captions), desc=name, unit="image", file=sys.stderr) as bar:
         for images in sample_all(pipeline, requests(captions, settings), sampling(settings), batch_size=32):
             bar.update(len(images))
-            yield images
+            yield images, (time.monotonic() - started) / len(images)
+            started = time.monotonic()
 
 
 def weight_pictures(settings: DemoSettings, captions: list[str]) -> list[NDArray[np.uint8]]:

@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -37,6 +38,7 @@ class Progress:
     best_step: int = 0
     history: list[dict[str, float | None]] = field(default_factory=list)
     since: float = 0.0  # training loss summed since the last measurement
+    seconds: float = 0.0  # spent in the loop, interruptions left out
 
 
 class Trainer:
@@ -59,6 +61,7 @@ class Trainer:
     def train(self) -> Progress:
         """Run to the end, or to Ctrl-C: then the state is saved and KeyboardInterrupt raised. Leaves the best average in place."""
         self._resume()
+        self._resumed = time.monotonic() - self.progress.seconds
         self.denoiser.train()
         with _interruptible() as interrupted, self._bar() as bar:
             while self.progress.step < self.settings.steps and not self._stopped_falling():
@@ -163,6 +166,7 @@ class Trainer:
         return bool(flags.any())
 
     def _save(self) -> None:
+        self.progress.seconds = time.monotonic() - self._resumed
         if self.accelerator.is_main_process:
             state = {"optimiser": self.optimiser.state_dict(), "average": self.average.state_dict(), "progress": asdict(self.progress)}
             save_state(self.settings, {"aggregators": self.denoiser.aggregators.state_dict(), "best": self.best, **state})

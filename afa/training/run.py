@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,9 +103,11 @@ def finished(settings: TrainSettings) -> dict[str, Any] | None:
     if not (Path(settings.output) / MANIFEST).exists() or state_file(settings).exists():
         return None
     record = read_manifest(Path(settings.output)).training
-    if record is None:
+    if record is None or "settings" not in record:
         raise UserError(f"{settings.output} holds an ensemble that was not trained here; give another --output")
     begun = TrainSettings(**record["settings"])
+    if settings.steps != begun.steps:  # its state is gone, so it cannot go on
+        raise UserError(f"the ensemble in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); choose another --output")
     check_unchanged(settings, json.loads(json.dumps(begun.binding())), f"the ensemble in {settings.output}")
     return record
 
@@ -123,11 +124,10 @@ def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any
     accelerator = Accelerator(cpu=settings.device == "cpu")
     if settings.device not in (None, accelerator.device.type):
         raise UserError(f"--device {settings.device} was asked for, but training would run on {accelerator.device}; leave --device out")
-    started = time.monotonic()
     trainer = _trainer(planned, accelerator)
     baselines = _baselines(trainer)
     progress = trainer.train()
-    record = _record(settings, trainer, progress, baselines, time.monotonic() - started)
+    record = _record(settings, trainer, progress, baselines)
     if accelerator.is_main_process:
         planned.ensemble.training = record
         planned.ensemble.save(settings.output)
@@ -175,7 +175,7 @@ def _baselines(trainer: Trainer) -> dict[str, np.ndarray]:
     return losses
 
 
-def _record(settings: TrainSettings, trainer: Trainer, progress: Progress, baselines: dict[str, np.ndarray], seconds: float) -> dict[str, Any]:
+def _record(settings: TrainSettings, trainer: Trainer, progress: Progress, baselines: dict[str, np.ndarray]) -> dict[str, Any]:
     """What the manifest keeps: recipe, course and measured result. Differences are paired over the held-out images."""
     trained = trainer.held_out_losses()
     losses: dict[str, Estimate] = {"trained": estimate(trained)} | {name: estimate(values) for name, values in baselines.items()}
@@ -187,7 +187,7 @@ def _record(settings: TrainSettings, trainer: Trainer, progress: Progress, basel
         "training_images": len(trainer.data),
         "steps": progress.step,
         "best_step": progress.best_step,
-        "seconds": round(seconds, 1),
+        "seconds": round(progress.seconds, 1),
         "held_out_loss": {name: asdict(value) for name, value in losses.items()},
         "best_expert": best,
         "difference_to_best_expert": asdict(difference(trained, baselines[best])),
