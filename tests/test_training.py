@@ -13,13 +13,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import scheduler, sd_pipeline, sdxl_pipeline
+from tiny import sd_pipeline, sdxl_pipeline
 
 from afa import Ensemble, UserError
 from afa.training.conditions import Conditions
 from afa.training.data import encode, read_folder, split
 from afa.training.loop import Trainer
-from afa.training.objective import Objective
 from afa.training.run import plan, train
 from afa.training.settings import TrainSettings
 
@@ -240,35 +239,7 @@ def test_images_are_cropped_to_their_centre_and_sizes_say_so(images):
     assert encoded.sizes.tolist() == [[49, 48, 0, 0, 32, 32]] or encoded.sizes.tolist() == [[49, 48, 0.0, 0.0, 32, 32]]
 
 
-# --- objective and conditions ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_a_perfect_prediction_has_no_loss(kind):
-    objective = Objective(scheduler(kind), 0.5, None, torch.device("cpu"))
-    data = type("Data", (), {"moments": torch.randn(3, 8, 4, 4)})()
-    batch = objective.draw(data, [0, 1, 2], torch.Generator().manual_seed(0))
-    alpha = objective.noises.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
-    truth = {
-        "epsilon": batch.noise,
-        "sample": batch.latents,
-        "v_prediction": alpha.sqrt() * batch.noise - (1 - alpha).sqrt() * batch.latents,
-    }[kind]
-
-    def perfect(noisy, timesteps, return_dict):
-        assert torch.allclose(noisy, alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * batch.noise, atol=1e-6)
-        return (truth,)
-
-    assert objective.loss(perfect, batch, {}, torch.float32).abs().max() < 1e-10
-    wrong = objective.loss(lambda *args, **options: (truth + 0.5,), batch, {}, torch.float32)
-    assert torch.allclose(wrong, torch.full((3,), 0.25), atol=1e-5)
-
-
-def test_an_unknown_prediction_type_is_refused():
-    strange = scheduler()
-    strange.register_to_config(prediction_type="flow")
-    with pytest.raises(UserError, match="'flow'"):
-        Objective(strange, 1.0, None, torch.device("cpu"))
+# --- conditions ------------------------------------------------------------------------------------
 
 
 def test_captions_are_dropped_sample_by_sample(experts):
@@ -280,12 +251,6 @@ def test_captions_are_dropped_sample_by_sample(experts):
     assert torch.equal(both[0], empty[0]) and torch.equal(both[1], kept[1]) and not torch.equal(kept[0], empty[0])
 
 
-def test_the_measure_spreads_its_timesteps_evenly():
-    objective = Objective(scheduler(), 1.0, None, torch.device("cpu"))
-    data = type("Data", (), {"moments": torch.randn(10, 8, 4, 4), "__len__": lambda self: 10})()
-    first, second = objective.spread(data, 7), objective.spread(data, 7)
-    assert sorted(first.timesteps.tolist()) == list(range(50, 1000, 100))
-    assert torch.equal(first.noise, second.noise) and torch.equal(first.timesteps, second.timesteps)
 
 
 def test_a_full_disk_at_the_end_loses_nothing(settings, monkeypatch):
