@@ -11,7 +11,12 @@ from afa.denoiser.unet import UNetEnsemble
 
 MODELS = {"sd": (sd_unet, inputs), "sdxl": (sdxl_unet, sdxl_inputs)}
 LAST = {sd_unet: "OUT11", sdxl_unet: "OUT08"}
-SMALL = {"sabw": {"hidden": 32, "heads": 2, "depth": 1}, "fixed": {"weights": [0.5, 0.3, 0.2]}, "mean": {}}
+SMALL = {
+    "sabw": {"hidden": 32, "heads": 2, "depth": 1},
+    "stitch": {"hidden": 32, "heads": 2, "depth": 1},
+    "fixed": {"weights": [0.5, 0.3, 0.2]},
+    "mean": {},
+}
 FUSED = [*PLACEMENTS, "a list"]
 
 

@@ -15,6 +15,7 @@ class Aggregator(nn.Module, ABC):
     def forward(self, features: Tensor, temb: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Blend the experts' features: -> fused (B, C, H, W) in the features' dtype, weights (B, N, H, W).
 
+        An aggregator may hand every expert a blend of its own: then fused is (B, N, C, H, W) (see stitch.py).
         Source: arXiv:2405.17082, section 3.2. Deviation: none.
         """
         weights = self.weigh(features, temb, text)

@@ -1,11 +1,16 @@
 """SABW: the Spatial-Aware Block-Wise aggregator of AFA (arXiv:2405.17082, section 3.2 and figure 3)."""
 
+from collections.abc import Sequence
+
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from afa.aggregators.base import Aggregator
+from afa.lookup import look_up
+
+SEEN = ("text", "time", "place")  # what the weights depend on besides the features
 
 
 class SABW(Aggregator):
@@ -16,6 +21,9 @@ class SABW(Aggregator):
     heads: of the attention; the paper's 8 heads are 16 wide.
     depth: transformer layers, the paper's is 2; self-attention costs (H·W)², the larger part of the cost on big maps.
     0 leaves out the transformer and with it all knowledge of the text, at about a quarter of the parameters.
+
+    ignore: of SEEN, what the weights must not depend on, for ablations: the text states or the time embedding are taken
+    as zeros; without place, one weight an expert serves the whole map.
 
     An untrained one is the mean: conv_out starts at zero, so the softmax starts at 1/N everywhere.
     The names of the sub-modules are those of the reference release, so that its files load. Deviation: none.
@@ -31,10 +39,14 @@ class SABW(Aggregator):
         hidden: int = 128,
         heads: int = 8,
         depth: int = 2,
+        ignore: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if hidden % heads:
             raise ValueError(f"hidden {hidden} is not a multiple of heads {heads}; choose widths that divide")
+        for name in ignore:
+            look_up(name, dict.fromkeys(SEEN), "thing that weights depend on,")
+        self.ignore = frozenset(ignore)
         groups = 32 if hidden % 32 == 0 else heads  # diffusers' default where it divides, as in the release
         self.conv_in = nn.Conv2d(experts * channels, hidden, 1)
         self.res_block = ResnetBlock2D(in_channels=hidden, temb_channels=time_width, groups=groups)
@@ -47,9 +59,19 @@ class SABW(Aggregator):
         nn.init.zeros_(self.conv_out.weight)
 
     def weigh(self, features: Tensor, temb: Tensor, text: Tensor) -> Tensor:
+        return torch.softmax(self.logits(features, temb, text), dim=1)  # (B, N, H, W)
+
+    def logits(self, features: Tensor, temb: Tensor, text: Tensor) -> Tensor:
+        """What the softmax is taken of: (B, conv_out's channels, H, W)."""
         dtype = self.conv_in.weight.dtype  # aggregators may be kept in float32 beside half-precision experts
         hidden = self.conv_in(features.flatten(1, 2).to(dtype))  # (B, hidden, H, W)
-        hidden = self.res_block(hidden, temb.to(dtype))
+        hidden = self.res_block(hidden, _seen(temb, "time" not in self.ignore).to(dtype))
         if self.transformer is not None:
-            hidden = self.transformer(hidden, encoder_hidden_states=text.to(dtype), return_dict=False)[0]
-        return torch.softmax(self.conv_out(hidden), dim=1)  # (B, N, H, W)
+            text = _seen(text, "text" not in self.ignore).to(dtype)
+            hidden = self.transformer(hidden, encoder_hidden_states=text, return_dict=False)[0]
+        logits: Tensor = self.conv_out(hidden)
+        return logits.mean((2, 3), keepdim=True).expand_as(logits) if "place" in self.ignore else logits
+
+
+def _seen(condition: Tensor, seen: bool) -> Tensor:
+    return condition if seen else torch.zeros_like(condition)

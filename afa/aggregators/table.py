@@ -10,11 +10,13 @@ from torch import nn
 from afa.aggregators.base import Aggregator
 from afa.aggregators.convex import Fixed, Mean
 from afa.aggregators.sabw import SABW
+from afa.aggregators.stitch import Stitch
 from afa.families.stage import Stage
 from afa.lookup import look_up
 
 AGGREGATORS: dict[str, type[Aggregator]] = {
     "sabw": SABW,
+    "stitch": Stitch,
     "mean": Mean,
     "fixed": Fixed,
 }
@@ -33,16 +35,23 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     attention_up_to: int | None = None
 
-    def make(self, stage: Stage, side: int, experts: int, time_width: int, text_width: int) -> Aggregator:
-        """The aggregator of one stage; side: of the latent, at the model's own sample_size."""
+    def make(self, stage: Stage, side: int, experts: int, time_width: int, text_width: int, last: bool = False) -> Aggregator:
+        """The aggregator of one stage; side: of the latent, at the model's own sample_size; last: where predictions become one."""
         maker = look_up(self.kind, AGGREGATORS, "aggregator")
+        if last and maker is Stitch:
+            maker = SABW
         options = dict(self.options)
         if self.attention_up_to is not None and -(-side // 2**stage.level) > self.attention_up_to:
             options["depth"] = 0
         for name in options:
-            if name not in inspect.signature(maker).parameters:
+            if name not in _options(maker):
                 raise ValueError(f"aggregator '{self.kind}' has no option '{name}'")
         return maker(experts=experts, channels=stage.channels, time_width=time_width, text_width=text_width, **options)
+
+
+def _options(maker: type[Aggregator]) -> set[str]:
+    """The names a kind of aggregator can be made with; stitch takes those of SABW."""
+    return set(inspect.signature(SABW if maker is Stitch else maker).parameters)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -37,7 +37,7 @@ class Options:
         None, help="sd15, sd21, sd21-base, sdxl or a folder: of single files; without EXPERT, the architecture to show"
     )
     count: int | None = option(None, help="with --config and without EXPERT: how many experts (default: 3)")
-    aggregator: str | None = option(None, help="kind of aggregator: sabw, mean or fixed (default: sabw)")
+    aggregator: str | None = option(None, help="kind of aggregator: sabw, stitch, mean or fixed (default: sabw)")
     placement: str | None = option(
         None, help="fused stages: layers (all), blocks, out, or names such as M00,OUT11 (default: layers)"
     )

@@ -95,7 +95,11 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         chosen = fused_stages(self.placement, self.stages)
         device = next(self.experts[0].parameters()).device
         with device:
-            return {s.name: self.recipe.make(s, side, len(self.experts), *widths) for s in self.stages if s.name in chosen}
+            return {
+                stage.name: self.recipe.make(stage, side, len(self.experts), *widths, last=stage is self.stages[-1])
+                for stage in self.stages
+                if stage.name in chosen
+            }
 
     @property
     def widths(self) -> tuple[int, int]:

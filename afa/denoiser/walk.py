@@ -78,12 +78,13 @@ def _step(
     temb: Tensor,
     text: Tensor,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """One stage of all experts: -> what each carries on (the same tensor N times where it was fused), the weights."""
+    """One stage of all experts: -> what each carries on (the same tensor N times where one blend serves all), the weights."""
     outputs = [stage.run(x, trace, s, size) for stage, x, trace, s in zip(column, features, traces, skip, strict=True)]
     if aggregator is None:
         return outputs, None
     fused, weights = aggregator(torch.stack(outputs, dim=1), temb, text)
-    return [fused] * len(column), weights
+    each_its_own = fused.ndim == len(outputs[0].shape) + 1
+    return list(fused.unbind(1)) if each_its_own else [fused] * len(column), weights
 
 
 def _size(skips: Sequence[Sequence[Tensor]]) -> tuple[int, int]:

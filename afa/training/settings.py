@@ -31,11 +31,12 @@ class TrainSettings:
     patience: int = option(5, help="measurements without a better one before training stops")
     save_every: int = option(200, help="steps between two saved states; Ctrl-C saves one too")
     seed: int = option(0, help="of everything random")
-    aggregator: str = option("sabw", help="kind of aggregator", choices=["sabw"])
+    aggregator: str = option("sabw", help="sabw (the paper's), or stitch: every expert keeps a path of its own", choices=["sabw", "stitch"])
     placement: str = option("layers", help="fused stages: layers (all), blocks, out (a router on the predictions), or names such as M00,OUT11")
     hidden: int = option(128, help="width inside the aggregators")
     heads: int = option(8, help="attention heads of the aggregators")
     depth: int = option(2, help="transformer layers of the aggregators; 0: none")
+    ignore: list[str] | None = option(None, help="what the weights must not depend on, for ablations", choices=["text", "time", "place"])
     attention_up_to: int | None = option(None, help="build the transformer only on maps up to this side in latent pixels (default: everywhere)")
     vae: str | None = option(None, help="an expert's name or a path (default: the first expert's)")
     dtype: str = option("float32", help="of the frozen experts; aggregators are always float32", choices=["float32", "bfloat16"])
@@ -54,9 +55,10 @@ class TrainSettings:
         if self.depth < 0:
             raise UserError(f"--depth {self.depth} must be at least 0")
 
-    def aggregator_options(self) -> dict[str, int]:
+    def aggregator_options(self) -> dict[str, object]:
         """Options of the kind of aggregator."""
-        return {"hidden": self.hidden, "heads": self.heads, "depth": self.depth}
+        options: dict[str, object] = {"hidden": self.hidden, "heads": self.heads, "depth": self.depth}
+        return options | ({"ignore": list(self.ignore)} if self.ignore else {})
 
     def binding(self) -> dict[str, object]:
         """What must stay the same when a run is resumed."""

@@ -1,0 +1,46 @@
+"""Cross-stitched SABW: every expert goes its own way and takes from the others, pixel by pixel, what it lacks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afa.aggregators.sabw import SABW
+
+KEPT = 4.0  # logit an untrained expert gives itself over each other: .965 of three, .948 of four
+
+
+class Stitch(SABW):
+    """SABW that hands every expert a convex blend of its own instead of one blend to all.
+
+    The weights are a matrix per pixel: row j says what expert j goes on with. It starts near the identity, so an
+    untrained ensemble is nearly the mean of the experts' *predictions*: experts whose features have drifted apart are
+    not thrown into each other's hands before anything is learnt. With equal rows it is SABW, with the identity a router on
+    the predictions; it can learn to be either, at every pixel. The arguments are SABW's; besides, `kept` (a scalar) is trained.
+    Where an ensemble must make one prediction, at its last stage, SABW itself stands (see table.py).
+
+    Ours; the idea of learning what parallel networks share is that of Misra et al., Cross-stitch networks,
+    arXiv:1604.03539, there with one scalar per stage and channel.
+    """
+
+    def __init__(self, *, experts: int, **options: Any) -> None:
+        super().__init__(experts=experts, **options)
+        self.conv_out = nn.Conv2d(self.conv_in.out_channels, experts * experts, 1, bias=False)
+        nn.init.zeros_(self.conv_out.weight)
+        self.kept = nn.Parameter(torch.tensor(KEPT))
+        self.experts = experts
+
+    def matrix(self, features: Tensor, temb: Tensor, text: Tensor) -> Tensor:
+        """features (B, N, C, H, W), temb (B, E), text (B, T, D) -> (B, N, N, H, W): to each expert (dim 1) from all (dim 2)."""
+        logits = self.logits(features, temb, text).unflatten(1, (self.experts, self.experts))
+        own = torch.eye(self.experts, device=logits.device, dtype=logits.dtype).view(1, self.experts, self.experts, 1, 1)
+        return torch.softmax(logits + self.kept * own, dim=2)
+
+    def weigh(self, features: Tensor, temb: Tensor, text: Tensor) -> Tensor:
+        """How much of each expert all of them together take: (B, N, H, W), convex over N."""
+        return self.matrix(features, temb, text).mean(1)
+
+    def forward(self, features: Tensor, temb: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """-> each expert's own blend (B, N, C, H, W) in the features' dtype, weights (B, N, H, W)."""
+        matrix = self.matrix(features, temb, text)
+        return torch.einsum("bjihw,bichw->bjchw", matrix.to(features.dtype), features), matrix.mean(1)

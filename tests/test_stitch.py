@@ -1,0 +1,100 @@
+"""What cross-stitched aggregators can be, and what an aggregator's weights depend on."""
+
+import pytest
+import torch
+from tiny import inputs, sd_unet
+
+from afa.aggregators.sabw import SABW, SEEN
+from afa.aggregators.stitch import Stitch
+from afa.aggregators.table import Recipe
+from afa.denoiser.unet import UNetEnsemble
+
+SHAPE = {"experts": 3, "channels": 8, "time_width": 16, "text_width": 24}
+SMALL = {"hidden": 32, "heads": 2, "depth": 1}
+
+
+def stage_inputs(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"features": (2, 3, 8, 6, 5), "temb": (2, 16), "text": (2, 7, 24)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def trained(aggregator, seed=1):
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(aggregator.conv_out.weight, std=1.0)
+    return aggregator.eval()
+
+
+def ensemble(kind, placement="layers", seeds=(0, 1, 2)):
+    torch.manual_seed(7)
+    return UNetEnsemble([sd_unet(seed) for seed in seeds], recipe=Recipe(kind, {} if kind == "mean" else SMALL), placement=placement).eval()
+
+
+def test_every_expert_is_handed_a_convex_blend_of_its_own():
+    call = stage_inputs()
+    stitch = trained(Stitch(**SHAPE, **SMALL))
+    with torch.no_grad():
+        fused, weights = stitch(**call)
+        matrix = stitch.matrix(**call)
+    assert fused.shape == call["features"].shape
+    assert torch.allclose(matrix.sum(2), torch.ones(()), atol=1e-6)
+    by_hand = torch.stack([(matrix[:, j, :, None] * call["features"]).sum(1) for j in range(3)], dim=1)
+    assert torch.allclose(fused, by_hand, atol=1e-6)
+    assert torch.equal(weights, matrix.mean(1))
+
+
+def test_with_the_identity_it_is_a_router_on_the_predictions():
+    model, router = ensemble("stitch"), ensemble("mean", "out")
+    for aggregator in model.aggregators.values():
+        if isinstance(aggregator, Stitch):
+            aggregator.kept.data.fill_(200.0)
+    with torch.no_grad():
+        assert torch.allclose(model(**inputs()).sample, router(**inputs()).sample, atol=1e-6)
+
+
+def test_with_equal_rows_it_is_sabw():
+    sabw, stitch = ensemble("sabw"), ensemble("stitch")
+    for mine, other in zip(sabw.aggregators.values(), stitch.aggregators.values(), strict=True):
+        trained(mine)
+        state = mine.state_dict()
+        if isinstance(other, Stitch):
+            state["conv_out.weight"], state["kept"] = mine.conv_out.weight.repeat(3, 1, 1, 1), torch.zeros(())
+        other.load_state_dict(state)
+    call = {name: value.double() if value.is_floating_point() else value for name, value in inputs().items()}
+    with torch.no_grad():
+        assert torch.allclose(stitch.double()(**call).sample, sabw.double()(**call).sample, atol=1e-8)
+
+
+def test_the_last_stage_makes_one_prediction():
+    model = ensemble("stitch")
+    kinds = [type(aggregator) for aggregator in model.aggregators.values()]
+    assert kinds == [Stitch] * 24 + [SABW]
+    assert [type(aggregator) for aggregator in ensemble("stitch", "out").aggregators.values()] == [SABW]
+
+
+def test_an_untrained_one_is_nearer_to_the_mean_of_predictions_than_to_that_of_features():
+    with torch.no_grad():
+        untrained, predictions, features = (ensemble(*how)(**inputs()).sample for how in (("stitch",), ("mean", "out"), ("mean",)))
+    assert (untrained - predictions).norm() < (untrained - features).norm()
+
+
+@pytest.mark.parametrize("kind", [SABW, Stitch])
+@pytest.mark.parametrize("ignored", SEEN)
+def test_weights_do_not_depend_on_what_is_ignored(kind, ignored):
+    call, other = stage_inputs(0), stage_inputs(1)
+    changed = {"text": {"text": other["text"]}, "time": {"temb": other["temb"]}}
+    torch.manual_seed(0)
+    seeing, ignoring = (trained(kind(**SHAPE, **SMALL, ignore=ignore)) for ignore in ((), (ignored,)))
+    with torch.no_grad():
+        if ignored == "place":
+            weights = ignoring.weigh(**call)
+            assert torch.equal(weights, weights[..., :1, :1].expand_as(weights))
+            assert seeing.weigh(**call).std((2, 3)).max() > 0
+            return
+        assert torch.equal(ignoring.weigh(**call), ignoring.weigh(**{**call, **changed[ignored]}))
+        assert not torch.equal(seeing.weigh(**call), seeing.weigh(**{**call, **changed[ignored]}))
+
+
+def test_what_cannot_be_ignored_is_named():
+    with pytest.raises(ValueError, match="did you mean 'text'"):
+        SABW(**SHAPE, **SMALL, ignore=["txt"])
