@@ -1,6 +1,6 @@
 """Images from a stock pipeline, each from the noise of its own seed whatever the batch it is made in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,10 @@ class Sampling:
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
+
+
+# Any way of making images from requests: a pipeline's, or one with a loop of its own.
+Sampler = Callable[[Sequence[Request], Sampling], NDArray[np.uint8]]
 
 
 def sample(pipeline: Any, requests: Sequence[Request], sampling: Sampling) -> NDArray[np.uint8]:

@@ -1,0 +1,119 @@
+"""The images of one method: one PNG an item, each saying how it was made; what is there is not made again."""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+from afa.checkpoint.staging import replacing
+from afa.errors import UserError
+from afa.evaluation.results import Item
+from afa.generation.sample import Request, Sampler, Sampling
+
+CHUNK = "afa"  # the PNG text chunk that says how an image was made
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A folder of PNGs. identity: everything the images depend on besides prompt and seed; others are refused."""
+
+    folder: Path
+    items: Sequence[Item]
+    sampling: Sampling
+    identity: Mapping[str, Any]
+
+    @cached_property
+    def made_by(self) -> str:
+        """A hash of the identity and of how all images are sampled."""
+        facts = json.dumps([dict(self.identity), vars(self.sampling)], sort_keys=True, default=str)
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"{index:06d}.png"
+
+    def missing(self) -> list[int]:
+        """The items whose image is not there. Raises UserError for one that was made otherwise."""
+        return [index for index in range(len(self.items)) if self._facts(index) is None]
+
+    def _facts(self, index: int) -> dict[str, Any] | None:
+        """What an image says of itself; None if it is not there, or broken."""
+        try:
+            with Image.open(self.path(index)) as image:
+                found: dict[str, Any] = json.loads(image.info.get(CHUNK, "{}"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            return None  # broken: made again
+        item = self.items[index]
+        asked = {"made_by": self.made_by, "prompt": item.caption, "seed": item.seed}
+        for name, value in asked.items():
+            if found.get(name) != value:
+                raise UserError(
+                    f"{self.path(index)} was made with {name} {found.get(name)!r}, now {value!r} is asked; choose another --output or delete the folder"
+                )
+        return found
+
+    def seconds(self) -> list[float]:
+        """How long each image took, in the batch it was made in."""
+        return [float((self._facts(index) or {})["seconds"]) for index in range(len(self.items))]
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """One image, (H, W, 3)."""
+        with Image.open(self.path(index)) as image:
+            return np.asarray(image.convert("RGB"))
+
+    def write(self, index: int, image: NDArray[np.uint8], seconds: float) -> None:
+        """Save one image with its facts, whole or not at all."""
+        item = self.items[index]
+        facts = {"made_by": self.made_by, "prompt": item.caption, "seed": item.seed, "seconds": round(seconds, 4), **self.identity}
+        chunk = PngImagePlugin.PngInfo()
+        chunk.add_itxt(CHUNK, json.dumps(facts, ensure_ascii=False, default=str))
+        with replacing(self.path(index)) as temporary:
+            Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunk)
+
+    def digest(self) -> str:
+        """A hash of all pixels and captions, in order."""
+        total = hashlib.sha256()
+        for index, item in enumerate(self.items):
+            total.update(item.caption.encode() + self.path(index).read_bytes())
+        return total.hexdigest()
+
+
+def make_images(images: ImageSet, make: Callable[[], Sampler], batch_size: int, title: str) -> None:
+    """Make what is missing, batch by batch, spread over all processes; the model is made only if anything is missing.
+
+    Every image comes from its own seed, so neither the batch nor the process it is made in changes it.
+    """
+    state = PartialState()
+    missing = images.missing()
+    state.wait_for_everyone()  # nobody writes before everybody has looked
+    own = missing[state.process_index :: state.num_processes]
+    if own:
+        images.folder.mkdir(parents=True, exist_ok=True)
+        sampler = make()
+        done = len(images.items) - len(missing)
+        with tqdm(total=done + len(own), initial=done, desc=title, unit="image", file=sys.stderr, disable=not state.is_main_process) as bar:
+            for start in range(0, len(own), batch_size):
+                batch = own[start : start + batch_size]
+                _make_batch(images, sampler, batch)
+                bar.update(len(batch))
+    state.wait_for_everyone()
+
+
+def _make_batch(images: ImageSet, sampler: Sampler, batch: list[int]) -> None:
+    began = time.perf_counter()
+    made = sampler([Request(images.items[index].caption, images.items[index].seed) for index in batch], images.sampling)
+    seconds = (time.perf_counter() - began) / len(batch)
+    for index, image in zip(batch, made, strict=True):
+        images.write(index, image, seconds)

@@ -1,0 +1,1 @@
+"""What every method is asked to do, the same for all. Importing this package costs nothing."""

@@ -1,0 +1,125 @@
+"""What a comparison found, raw enough that every number of a report can be computed from it: results.json."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from afa.checkpoint.staging import write_atomically
+from afa.errors import UserError
+
+FILE = "results.json"
+FORMAT = 1
+GROUPS = ("expert", "merge", "sampling", "control", "ours", "bound")  # kinds of methods, in the order of the table
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image that every method makes: the prompt's index, its words, the seed of its noise."""
+
+    prompt: int
+    caption: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class MetricNote:
+    """What a score's name means. kind: image (a value an image) or set (one for all). primary: leads the table."""
+
+    kind: str
+    higher_is_better: bool
+    source: str
+    primary: bool = False
+
+
+@dataclass(frozen=True)
+class SetScore:
+    """A value of a whole set of images, and the same under shared resamplings of the prompts.
+
+    replicates[r] of every method comes from the same resampled prompts, so differences of replicates are paired.
+    n: images.
+    """
+
+    value: float
+    replicates: list[float]
+    n: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one training seed (0 for what is not trained).
+
+    images: folder of its PNGs, relative to results.json. scores: by metric, a value an item. seconds: an image, one value
+    an item; memory_mb: peak of the process while it made them.
+    """
+
+    seed: int
+    images: str
+    scores: dict[str, list[float]]
+    sets: dict[str, SetScore] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    memory_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row. group: one of GROUPS. title: for people. axes: where it stands in a study, e.g. {"steps": 10} or
+    {"experts": 2} or {"variant": "no text"}; empty for the rows of the main table.
+
+    of: the method a variant was derived from (its own name in the main table).
+    """
+
+    name: str
+    group: str
+    title: str
+    runs: list[Run]
+    axes: dict[str, Any] = field(default_factory=dict)
+    of: str = ""
+    trained_parameters: int = 0
+    training_steps: int = 0
+    training_seconds: list[float] = field(default_factory=list)  # one a run
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole comparison. protocol: what was asked of every method. errors: what could not be computed, as sentences."""
+
+    protocol: dict[str, Any]
+    items: list[Item]
+    metrics: dict[str, MetricNote]
+    methods: list[Method]
+    errors: list[str] = field(default_factory=list)
+    experts: list[dict[str, Any]] = field(default_factory=list)  # name, source, sha256 of files
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: str = ""
+
+    def save(self, folder: Path) -> None:
+        """Write results.json whole or not at all."""
+        write_atomically(folder / FILE, json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Results":
+        """Read what save wrote. Raises UserError if there is nothing, or of another format."""
+        file = folder / FILE
+        if not file.is_file():
+            raise UserError(f"{folder} has no {FILE}; make it with: afa evaluate … --output {folder}")
+        try:
+            found = json.loads(file.read_text())
+            if found.pop("format") != FORMAT:
+                raise UserError(f"{file} is of another format than {FORMAT}; make it again with this version")
+            return cls(
+                **found
+                | {
+                    "items": [Item(**item) for item in found["items"]],
+                    "metrics": {name: MetricNote(**note) for name, note in found["metrics"].items()},
+                    "methods": [_method(method) for method in found["methods"]],
+                }
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} cannot be read ({error}); make it again") from None
+
+
+def _method(found: dict[str, Any]) -> Method:
+    runs = [Run(**run | {"sets": {name: SetScore(**score) for name, score in run["sets"].items()}}) for run in found["runs"]]
+    return Method(**found | {"runs": runs})
