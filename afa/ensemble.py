@@ -64,12 +64,32 @@ class Ensemble:
         loaded = load_experts(experts, dtype, config)
         _check(loaded)
         frame = Frame(loaded, vae=vae, tokenizer=tokenizer, scheduler=scheduler, config=config)
-        recipe, tensors = Recipe(aggregator, aggregator_options, attention_up_to), None
+        recipe = Recipe(aggregator, aggregator_options, attention_up_to)
+        return cls._combined(loaded, frame, recipe, placement, aggregators)
+
+    def sharing(
+        self,
+        aggregator: str = "sabw",
+        placement: str | Sequence[str] = "layers",
+        *,
+        aggregators: str | Path | None = None,
+        attention_up_to: int | None = None,
+        **aggregator_options: Any,
+    ) -> "Ensemble":
+        """Another ensemble of the very same experts and frame, which stay in memory once. Arguments: see from_experts."""
+        recipe = Recipe(aggregator, aggregator_options, attention_up_to)
+        return self._combined(self.experts, self.frame, recipe, placement, aggregators)
+
+    @classmethod
+    def _combined(
+        cls, experts: Sequence[Expert], frame: Frame, recipe: Recipe, placement: str | Sequence[str], aggregators: str | Path | None
+    ) -> "Ensemble":
+        tensors = None
         if aggregators is not None:
             from afa.checkpoint.aggregators import read_aggregators
 
-            recipe, placement, tensors = read_aggregators(Path(aggregators), loaded[0], len(loaded))
-        ensemble = cls(loaded, _denoiser(loaded, recipe, placement), frame)
+            recipe, placement, tensors = read_aggregators(Path(aggregators), experts[0], len(experts))
+        ensemble = cls(experts, _denoiser(experts, recipe, placement), frame)
         if tensors is not None:
             ensemble.denoiser.aggregators.load_state_dict(tensors)
         return ensemble

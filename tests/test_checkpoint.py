@@ -47,9 +47,9 @@ def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("placement", ["layers", "out"])
-def test_what_is_loaded_makes_the_same_picture(folders, placement):
-    ensemble = trained(Ensemble.from_experts([str(folders / "photo"), str(folders / "paint")], placement=placement, **SMALL))
+@pytest.mark.parametrize("how", [{"placement": "layers"}, {"placement": "out"}, {"aggregator": "stitch", "ignore": ["time"]}], ids=str)
+def test_what_is_loaded_makes_the_same_picture(folders, how):
+    ensemble = trained(Ensemble.from_experts([str(folders / "photo"), str(folders / "paint")], **how, **SMALL))
     ensemble.save(folders / "mine")
     assert files(folders / "mine") == ["README.md", MANIFEST, AGGREGATORS]
     loaded = Ensemble.load(folders / "mine")
@@ -140,6 +140,16 @@ def test_trained_aggregators_join_other_copies_of_the_experts(folders, ensemble)
     ensemble.save(folders / "mine")
     again = Ensemble.from_experts([str(folders / "photo"), str(folders / "paint")], aggregators=folders / "mine", vae="paint")
     assert np.array_equal(run(again.pipeline()), run(ensemble.pipeline()))
+
+
+def test_ensembles_that_share_experts_are_as_if_each_had_its_own(folders, ensemble):
+    ensemble.save(folders / "mine")
+    router = ensemble.sharing("mean", "out")
+    again = router.sharing(aggregators=folders / "mine")
+    assert all(mine is other for mine, other in zip(ensemble.denoiser.experts, again.denoiser.experts, strict=True))
+    assert np.array_equal(run(again.pipeline()), run(ensemble.pipeline()))
+    alone = Ensemble.from_experts([str(folders / "photo"), str(folders / "paint")], aggregator="mean", placement="out", vae="paint")
+    assert np.array_equal(run(router.pipeline()), run(alone.pipeline()))
 
 
 def test_aggregators_for_another_number_of_experts(folders, ensemble):
