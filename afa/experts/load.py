@@ -56,7 +56,7 @@ class Expert:
 
 
 def load_expert(source: object, dtype: torch.dtype | None = None, config: str | None = None) -> Expert:
-    """An expert from a string (see ExpertSpec), a spec, a diffusers pipeline, or a bare denoiser.
+    """An expert from a string (see ExpertSpec), a spec, a diffusers pipeline, or a bare denoiser; an Expert is one already.
 
     config: for a single file, the name of a shipped config or a folder of configs; found out by default.
     Raises UserError if it cannot be found, read, or be an expert.
@@ -65,6 +65,8 @@ def load_expert(source: object, dtype: torch.dtype | None = None, config: str | 
         source = ExpertSpec.parse(str(source))
     if isinstance(source, ExpertSpec):
         return _from_files(locate(source), dtype or torch.float32, config)
+    if isinstance(source, Expert):
+        return source
     if isinstance(source, nn.Module):
         return Expert(name="", model=source)
     if hasattr(source, "components"):

@@ -59,14 +59,17 @@ class Plan:
         }
 
 
-def plan(settings: TrainSettings) -> Plan:
-    """Read data and experts, and find everything that would fail later. Raises UserError."""
+def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
+    """Read data and experts, and find everything that would fail later. Raises UserError.
+
+    ensemble: the one to train, where its experts are in memory already.
+    """
     folder = read_folder(Path(settings.data))
     split(folder.examples, settings.held_out, settings.seed)  # raises where there are too few
     _check_output(settings)
     if settings.device is not None:
         choose_device(settings.device)
-    ensemble = Ensemble.from_experts(
+    ensemble = ensemble or Ensemble.from_experts(
         settings.experts,
         aggregator=settings.aggregator,
         placement=settings.placement,
