@@ -12,8 +12,8 @@ from afa.ensemble import Ensemble
 from afa.training.run import train
 from afa.training.settings import TrainSettings
 
-# Small, as the experts are; the paper's 128 would be larger than they.
-AGGREGATORS = {"hidden": 32, "heads": 4, "depth": 1}
+# Small, as the experts are; the paper's 128 would be larger than they. Own paths: see docs/log.md.
+AGGREGATORS = {"aggregator": "stitch", "hidden": 32, "heads": 4, "depth": 1}
 
 
 def methods(settings: DemoSettings) -> dict[str, Callable[[], Ensemble]]:

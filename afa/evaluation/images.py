@@ -86,7 +86,7 @@ class ImageSet:
         """A hash of all pixels and captions, in order."""
         total = hashlib.sha256()
         for index, item in enumerate(self.items):
-            total.update(item.caption.encode() + self.path(index).read_bytes())
+            total.update(item.caption.encode() + self.read(index).tobytes())
         return total.hexdigest()
 
 

@@ -1,0 +1,53 @@
+"""Compare an ensemble with its experts and with every other way to combine them: same prompts, same noise, same judges.
+
+Leaves images, scores and results.json; `afa report` makes a page of them. Ctrl-C loses at most one batch of images: the
+same command goes on. With several devices or machines: `accelerate launch -m afa evaluate …`.
+"""
+
+import json
+
+from afa.evaluation.settings import EvaluateSettings as Options
+
+EXAMPLES = [
+    "afa evaluate --ensemble demo/ensemble --protocol scenes --methods single weighted prediction_router --prompts 16 --output compared",
+    "afa evaluate --ensemble my-ensemble --protocol prompts.txt --methods all --scorer my_scorer.py --seeds 3 --output compared",
+]
+
+
+def run(options: Options) -> None:
+    """Compare, print the table."""
+    if options.methods == ["list"]:
+        _list()
+        return
+    from afa.cli.quiet import hush
+    from afa.evaluation.plan import plan
+    from afa.evaluation.run import evaluate
+
+    hush()
+    if options.dry_run:
+        facts = plan(options)
+        print(json.dumps(facts, indent=2) if options.json else _plan(facts))
+        return
+    results = evaluate(options)
+    if results is None:
+        return  # another process prints
+    if options.json:
+        from dataclasses import asdict
+
+        print(json.dumps(asdict(results), indent=1, ensure_ascii=False))
+    else:
+        from afa.evaluation.report.text import as_text
+
+        print(f"{as_text(results)}\n\nresults.json in {options.output}; a page of them: afa report {options.output} --output report.html")
+
+
+def _list() -> None:
+    from afa.cli.tables import table
+    from afa.evaluation.names import METHODS
+
+    print(table(["method", "what it is"], list(METHODS.items())))
+
+
+def _plan(facts: dict[str, object]) -> str:
+    width = max(map(len, facts))
+    return "\n".join(f"{name.replace('_', ' '):<{width}}  {value}" for name, value in facts.items())

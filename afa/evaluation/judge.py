@@ -1,0 +1,174 @@
+"""All metrics of a comparison: made early, applied to image sets, their values and features kept by content."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from afa.checkpoint.staging import replacing, write_atomically
+from afa.errors import UserError
+from afa.evaluation.images import ImageSet
+from afa.evaluation.metrics.base import ImageMetric, SetMetric
+from afa.evaluation.metrics.table import METRICS, Resources, make_metric
+from afa.evaluation.pictures import Picture
+from afa.evaluation.protocols.base import Protocol
+from afa.evaluation.protocols.own import read_image
+from afa.evaluation.results import MetricNote, SetScore
+from afa.evaluation.settings import EvaluateSettings
+from afa.evaluation.tuning import Score
+
+CHUNK = 64  # pictures in memory at once
+Attempt = Callable[[str, bool, Callable[[], Any]], Any]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What all metrics said of one image set."""
+
+    scores: dict[str, list[float]]
+    sets: dict[str, SetScore]
+
+
+class Judge:
+    """The metrics of a comparison, in order; the first leads its table. folder: for what has been computed."""
+
+    def __init__(self, metrics: Sequence[ImageMetric | SetMetric], folder: Path, resamples: int) -> None:
+        self.metrics, self.folder, self.resamples = list(metrics), folder, resamples
+
+    @classmethod
+    def make(cls, settings: EvaluateSettings, protocol: Protocol, folder: Path, device: torch.device) -> "Judge":
+        """The protocol's metrics, or those asked for, and the user's scorer. Raises UserError for what is missing, before any image is made."""
+        weights = dict(_given(place) for place in settings.metric_weights or [])
+        names = list(settings.metrics or ([] if settings.scorer else protocol.metrics))
+        for name in weights:
+            if name not in names:
+                raise UserError(f"--metric-weights {name}={weights[name]}: the metric '{name}' is not used here; used are {', '.join(names)}")
+        metrics = [make_metric(name, Resources(weights.get(name), device, settings.batch_size)) for name in names]
+        if settings.scorer is not None:
+            from afa.evaluation.metrics.user import load_scorer
+
+            own = load_scorer(Path(settings.scorer))
+            metrics = [*(metric for metric in own if isinstance(metric, ImageMetric) or protocol.real is not None), *metrics]
+        for metric in metrics:
+            if isinstance(metric, SetMetric) and metric.needs_reference and protocol.real is None:
+                raise UserError(f"metric '{metric.name}' compares with real images, and protocol '{protocol.name}' has none; leave it out")
+        if not metrics:
+            raise UserError("there is nothing to judge by; give --metrics or --scorer")
+        return cls(metrics, folder, settings.resamples)
+
+    @property
+    def primary(self) -> str:
+        """The first score an image can have; empty if all metrics are of sets, or a user's scorer has not been asked yet."""
+        return next((name for metric in self.metrics if isinstance(metric, ImageMetric) for name in metric.names), "")
+
+    @property
+    def tuning_score(self) -> Score | None:
+        """The mean of the primary score over some pictures, higher better; None if all metrics are of sets."""
+        metric = next((metric for metric in self.metrics if isinstance(metric, ImageMetric)), None)
+        if metric is None:
+            return None
+        sign = 1 if metric.higher_is_better else -1
+        return lambda pictures: sign * float(np.mean(next(iter(metric.score(pictures).values()))))
+
+    def notes(self) -> dict[str, MetricNote]:
+        """What every score's name means."""
+        notes = {}
+        for metric in self.metrics:
+            names = metric.names if isinstance(metric, ImageMetric) else (metric.name,)
+            kind = "image" if isinstance(metric, ImageMetric) else "set"
+            notes |= {name: MetricNote(kind, metric.higher_is_better, metric.source, name == self.primary) for name in names}
+        return notes
+
+    def judge(self, images: ImageSet, protocol: Protocol, title: str, attempt: Attempt) -> Judged:
+        """Everything that can be said of an image set; a metric that fails costs only itself."""
+        judged = Judged({}, {})
+        for metric in self.metrics:
+            if isinstance(metric, ImageMetric):
+                found = attempt(f"{(metric.names or ('the scorer',))[0]} of {title}", False, lambda metric=metric: self._score(metric, images, protocol))
+                judged.scores.update(found or {})
+            else:
+                value = attempt(f"{metric.name} of {title}", False, lambda metric=metric: self._set_score(metric, images, protocol))
+                judged.sets.update({} if value is None else {metric.name: value})
+        return judged
+
+    def _score(self, metric: ImageMetric, images: ImageSet, protocol: Protocol) -> dict[str, list[float]]:
+        """The values of every image, or of the first so many, where a protocol says so."""
+        count = min([len(images.items), *(protocol.first[name] for name in metric.names if name in protocol.first)])
+        file = self._file("scores", metric, images.digest(), f"{count}.json")
+        if not file.exists():
+            pictures = [self._picture(images, index, protocol) for index in range(count)]
+            found = metric.score(pictures)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps({name: [float(value) for value in values] for name, values in found.items()}))
+        scores: dict[str, list[float]] = json.loads(file.read_text())
+        metric.names = metric.names or tuple(scores)  # of a user's scorer that had nothing new to look at
+        return scores
+
+    def _picture(self, images: ImageSet, index: int, protocol: Protocol) -> Picture:
+        item = images.items[index]
+        reference = None if protocol.references is None else read_image(protocol.references[index])
+        return Picture(images.read(index), item.caption, item.prompt, reference)
+
+    def _set_score(self, metric: SetMetric, images: ImageSet, protocol: Protocol) -> SetScore:
+        """The value of all images, and under resampled prompts, the same for every method."""
+        reference = self._reference(metric, protocol) if metric.needs_reference else None
+        features = self._features(metric, images.digest(), (images.read(index) for index in range(len(images.items))))
+        groups = np.asarray([item.prompt for item in images.items])
+        count = int(groups.max()) + 1
+        draws = np.random.default_rng(0).integers(count, size=(self.resamples, count))
+        replicates = metric.replicates(features, groups, reference, draws)
+        return SetScore(metric.value(features, reference), [float(value) for value in replicates], len(features))
+
+    @cached_property
+    def _prepared(self) -> dict[str, Any]:
+        return {}
+
+    def _reference(self, metric: SetMetric, protocol: Protocol) -> Any:
+        """What a metric needs of the real images, computed once."""
+        assert protocol.real is not None
+        if metric.name not in self._prepared:
+            digest = hashlib.sha256(protocol.real.identity.encode()).hexdigest()
+            self._prepared[metric.name] = metric.prepare(self._features(metric, digest, protocol.real.images()))
+        return self._prepared[metric.name]
+
+    def _features(self, metric: SetMetric, digest: str, images: Any) -> NDArray[np.floating]:
+        """Features (n, D) of a set of that digest, read or computed."""
+        file = self._file("features", metric, digest, "npy")
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            parts = [metric.features(chunk) for chunk in tqdm(_chunks(images), desc=f"features for {metric.name}", unit="chunk", leave=False)]
+            with replacing(file) as temporary, temporary.open("wb") as stream:
+                np.save(stream, np.concatenate(parts))
+        return np.load(file)
+
+    def _file(self, kind: str, metric: ImageMetric | SetMetric, digest: str, ending: str) -> Path:
+        """Where something is kept: by what it was computed from, and by what."""
+        facts = json.dumps([type(metric).__qualname__, metric.identity, digest], sort_keys=True)
+        return self.folder / kind / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.{ending}"
+
+
+def _chunks(images: Any) -> Any:
+    chunk: list[NDArray[np.uint8]] = []
+    for image in images:
+        chunk.append(image)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _given(place: str) -> tuple[str, str]:
+    """METRIC=PLACE, split. Raises UserError where there is no name."""
+    name, equals, where = place.partition("=")
+    if not equals or name not in METRICS:
+        raise UserError(f"--metric-weights {place} names no metric; write METRIC=PATH with one of {', '.join(METRICS)}")
+    return name, where

@@ -1,0 +1,51 @@
+"""From names to rows: what every method of a comparison is made of, and the rows of its studies."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from afa.evaluation.controls import control_rows
+from afa.evaluation.merges import merge_rows
+from afa.evaluation.rivals import auto_mbw_rows, sampling_rows
+from afa.evaluation.rows import Row
+from afa.evaluation.setup import Setup
+from afa.evaluation.trained import ablation_rows, expert_rows, trained_rows
+
+STEPS = (10, 20, 30, 50)
+STEPPED = ("weighted", "prediction_router", "afa")  # besides the best expert: what the study of steps looks at
+MAKERS: tuple[Callable[[Setup], list[Row]], ...] = (sampling_rows, merge_rows, auto_mbw_rows, control_rows, trained_rows)
+
+
+def all_rows(setup: Setup, names: Sequence[str]) -> list[Row]:
+    """The rows of some methods, in the order of the table; `single` has one for every expert."""
+    rows = [row for make in MAKERS for row in make(setup)]
+    return [row for name in names for row in rows if row.name.partition(":")[0] == name]
+
+
+def study_rows(setup: Setup, rows: Sequence[Row], studies: Sequence[str]) -> list[Row]:
+    """What studies add: other numbers of steps, fewer experts, the ensemble without one of its parts."""
+    makers: dict[str, Callable[[], list[Row]]] = {
+        "steps": lambda: _stepped(setup, rows),
+        "experts": lambda: expert_rows(setup),
+        "ablations": lambda: ablation_rows(setup),
+    }
+    return [row for study in studies for row in makers[study]()]
+
+
+def _stepped(setup: Setup, rows: Sequence[Row]) -> list[Row]:
+    """Rows at other numbers of denoising steps, one training seed."""
+    names = (f"single:{setup.ranking[0]}", *STEPPED)
+    return [
+        dataclasses.replace(
+            row,
+            name=f"{row.name}, {steps} steps",
+            title=f"{row.title}, {steps} steps",
+            sampling=dataclasses.replace(setup.sampling, steps=steps),
+            runs=1,
+            axes={"steps": steps},
+            of=row.name,
+        )
+        for row in rows
+        if row.name in names
+        for steps in STEPS
+        if steps != setup.sampling.steps
+    ]

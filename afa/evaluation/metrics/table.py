@@ -1,0 +1,44 @@
+"""The table of metrics."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from afa.errors import UserError
+from afa.lookup import look_up
+
+# name -> module with `make(weights, device, batch_size) -> Metric`, imported when asked for. A metric may live beside its data.
+METRICS: dict[str, str] = {
+    "attributes": "afa.demo.metric",
+    "frechet": "afa.demo.metric:frechet",
+    "fid": "afa.evaluation.metrics.fid",
+    "kid": "afa.evaluation.metrics.kid",
+    "inception_score": "afa.evaluation.metrics.inception_score",
+    "cmmd": "afa.evaluation.metrics.cmmd",
+    "clip_t": "afa.evaluation.metrics.clip_t",
+    "clip_i": "afa.evaluation.metrics.clip_i",
+    "aesthetic": "afa.evaluation.metrics.aesthetic",
+    "pickscore": "afa.evaluation.metrics.pickscore",
+    "hpsv2": "afa.evaluation.metrics.hpsv2",
+    "imagereward": "afa.evaluation.metrics.imagereward",
+    "lpips": "afa.evaluation.metrics.lpips",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a metric is made with. weights: a path or hub id given for it, None for its default."""
+
+    weights: str | None
+    device: Any
+    batch_size: int = 16
+
+
+def make_metric(name: str, resources: Resources) -> Any:
+    """A metric by name, its weights found and loaded. Raises UserError for an unknown name or weights that are missing."""
+    try:
+        place = look_up(name, METRICS, "metric")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    module, _, function = place.partition(":")
+    return getattr(importlib.import_module(module), function or "make")(resources)

@@ -1,0 +1,46 @@
+"""A row of a comparison: how one method makes images, what may be chosen about it, what must be trained first."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from afa.generation.sample import Sampler, Sampling
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training left. file: its weights; parameters: how many were trained; loss: on the held-out images."""
+
+    folder: Path
+    file: Path
+    parameters: int
+    steps: int
+    seconds: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method. group: one of results.GROUPS. title: for people.
+
+    sampler: options and training run -> the method, ready to make images. candidates: options to choose among; the first
+    is taken where nothing can be chosen by. train: trains run k with some options (or reads what was trained).
+    by_loss: candidates are told apart by the held-out loss of run 0 instead of by images. runs: training seeds.
+    sampling: where it differs from the protocol's. axes, of: see results.Method. note: for the report.
+    """
+
+    name: str
+    group: str
+    title: str
+    sampler: Callable[[Options, int], Sampler]
+    candidates: tuple[Options, ...] = ({},)
+    train: Callable[[Options, int], Trained] | None = None
+    by_loss: bool = False
+    runs: int = 1
+    sampling: Sampling | None = None
+    axes: Mapping[str, Any] = field(default_factory=dict)
+    of: str = ""
+    note: str = ""

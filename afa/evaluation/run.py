@@ -1,0 +1,246 @@
+"""A comparison from its settings: every method's images from the same noise, every metric on every image, one results.json."""
+
+import dataclasses
+import functools
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from accelerate import PartialState
+
+from afa.checkpoint.staging import write_atomically
+from afa.errors import UserError
+from afa.evaluation.images import ImageSet, make_images
+from afa.evaluation.judge import Judge, Judged
+from afa.evaluation.machine import machine, versions
+from afa.evaluation.memory import peak_megabytes
+from afa.evaluation.methods import all_rows, study_rows
+from afa.evaluation.names import METHODS, chosen_methods
+from afa.evaluation.results import Method, Results, Run
+from afa.evaluation.rows import Options, Row, Trained
+from afa.evaluation.settings import EvaluateSettings
+from afa.evaluation.setup import Setup
+from afa.evaluation.tuning import Tuner
+from afa.experts.hashing import sha256
+from afa.generation.sample import Request, Sampler
+
+NOTE = "settings.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison works with."""
+
+    setup: Setup
+    judge: Judge
+    tuner: Tuner
+    names: tuple[str, ...]
+    errors: list[str]
+
+    def attempt(self, what: str, asked_for: bool, work: Callable[[], T]) -> T | None:
+        """Do some work; if it fails, say so, note it, and go on with the rest. What a user asked for by name must not fail quietly."""
+        try:
+            return work()
+        except (UserError, ValueError, NotImplementedError) as error:
+            if asked_for:
+                raise UserError(f"{what}: {error}") from error
+            self._note(f"{what}: {error}")
+        except Exception as error:
+            with (self.setup.output / "errors.log").open("a") as log:
+                log.write(f"{what}\n{traceback.format_exc()}\n")
+            self._note(f"{what}: {type(error).__name__}: {error} (see errors.log)")
+        return None
+
+    def _note(self, sentence: str) -> None:
+        self.errors.append(sentence)
+        if PartialState().is_main_process:
+            print(f"afa: left out: {sentence}", file=sys.stderr)
+
+
+def prepare(settings: EvaluateSettings, keep: bool = True) -> Comparison:
+    """Find everything that would fail later: names, protocol data, weights of metrics, places of experts. Raises UserError.
+
+    keep: note the settings in the output folder.
+    """
+    names = chosen_methods(settings.methods)
+    setup = Setup(settings)
+    judge = Judge.make(settings, setup.protocol, setup.output / "features", setup.device)
+    _claim(setup, keep)
+    captions = setup.tuning_captions() if settings.tuning else []
+    tuner = Tuner(setup.output / "tuning", captions, setup.sampling, judge.tuning_score, settings.batch_size)
+    return Comparison(setup, judge, tuner, names, [])
+
+
+def evaluate(settings: EvaluateSettings) -> Results | None:
+    """Do everything that is not done yet in settings.output: -> the results (None on all processes but the first).
+
+    Resumes image by image; a metric or a rival that fails costs only itself. Raises UserError for what cannot be compared.
+    """
+    comparison = prepare(settings)
+    rows = _rows(comparison)
+    made = [done for row in rows if (done := comparison.attempt(row.title, _asked_for(settings, row), lambda row=row: _make(comparison, row)))]
+    if not PartialState().is_main_process:
+        return None
+    results = _results(comparison, [_judge(comparison, *done) for done in made])
+    results.save(comparison.setup.output)
+    return results
+
+
+def _asked_for(settings: EvaluateSettings, row: Row) -> bool:
+    return "all" not in settings.methods and row.name.partition(":")[0] in settings.methods
+
+
+def _claim(setup: Setup, keep: bool) -> None:
+    """Refuse a folder that was begun with other settings, or holds other files; note ours in a new one."""
+    asked = json.loads(json.dumps({**setup.settings.binding(), "manifest": sha256(setup.folder / "afa.json")}))
+    note = setup.output / NOTE
+    if note.exists():
+        begun = json.loads(note.read_text())
+        changed = [f"--{name.replace('_', '-')} {begun.get(name)} (now {value})" for name, value in asked.items() if begun.get(name) != value]
+        if changed:
+            raise UserError(f"the comparison in {setup.output} was begun with {', '.join(changed)}; choose another --output")
+    elif setup.output.is_file() or (setup.output.exists() and any(setup.output.iterdir())):
+        raise UserError(f"--output {setup.output} holds other files; choose another folder")
+    PartialState().wait_for_everyone()
+    if keep and not note.exists() and PartialState().is_main_process:
+        setup.output.mkdir(parents=True, exist_ok=True)
+        write_atomically(note, json.dumps(asked, indent=1))
+
+
+def _rows(comparison: Comparison) -> list[Row]:
+    """The rows asked for, with the experts ranked before any rival is made of them."""
+    setup = comparison.setup
+    comparison.attempt("ranking the experts", False, lambda: _rank(comparison))
+    rows = all_rows(setup, comparison.names)
+    return rows + study_rows(setup, rows, tuple(setup.settings.study or ()))
+
+
+def _rank(comparison: Comparison) -> None:
+    """Order the experts by what they reach on the tuning images; else by the held-out loss that training measured."""
+    setup, tuner = comparison.setup, comparison.tuner
+    if tuner.able:
+        rows = {row.name.partition(":")[2]: row for row in all_rows(setup, ("single",))}
+        candidates: list[Options] = [{"expert": name} for name in setup.names]
+        reached = tuner.scores("single", candidates, lambda options: rows[options["expert"]].sampler({}, 0))
+        order = np.argsort([-value for value in reached], kind="stable")
+    else:
+        losses = (setup.manifest.training or {}).get("held_out_loss", {})
+        order = np.argsort([losses.get(name, {}).get("value", 0.0) for name in setup.names], kind="stable")
+    setup.ranking = tuple(setup.names[index] for index in order)
+
+
+@dataclass(frozen=True)
+class Made:
+    """One run's images, and what they cost."""
+
+    images: ImageSet
+    trained: Trained | None
+    memory_mb: float
+
+
+def _make(comparison: Comparison, row: Row) -> tuple[Row, Options, list[Made]]:
+    """Choose, train, draw: everything of a row that costs time."""
+    options = _choose(comparison, row)
+    return row, options, [_make_run(comparison, row, options, run) for run in range(row.runs)]
+
+
+def _choose(comparison: Comparison, row: Row) -> Options:
+    if row.by_loss and row.train is not None:
+        losses = [row.train(options, 0).loss for options in row.candidates]
+        return row.candidates[int(np.argmin(losses))]
+    return comparison.tuner.best(row.of or row.name, row.candidates, lambda options: row.sampler(options, 0))
+
+
+def _make_run(comparison: Comparison, row: Row, options: Options, run: int) -> Made:
+    setup = comparison.setup
+    trained = row.train(options, run) if row.train is not None else None
+    folder = setup.output / "images" / row.name.replace(":", "-").replace(", ", "-").replace(" ", "-")
+    if row.train is not None:
+        folder = folder / f"seed-{run}"
+    identity = {
+        "method": row.name,
+        "options": options,
+        "experts": {entry.name: sorted(entry.files.values()) for entry in setup.manifest.experts},
+        "weights": sha256(trained.file) if trained is not None else None,
+        "scheduler": setup.protocol.scheduler,
+        "dtype": setup.settings.dtype,
+    }
+    images = ImageSet(folder, setup.protocol.items, row.sampling or setup.sampling, identity)
+    make = functools.cache(lambda: row.sampler(options, run))  # once, and not at all if everything is there
+    make_images(images, make, setup.settings.batch_size, f"{row.title}{f', seed {run}' if row.runs > 1 else ''}")
+    return Made(images, trained, _memory(images, make))
+
+
+def _memory(images: ImageSet, make: Callable[[], Sampler]) -> float:
+    """Megabytes of all tensors alive while one image is made in two steps; measured once, by one process, kept beside the images."""
+    file = images.folder / "memory.json"
+    if PartialState().is_main_process and not file.exists():
+        short = dataclasses.replace(images.sampling, steps=min(2, images.sampling.steps))
+        sampler, item = make(), images.items[0]
+        megabytes = peak_megabytes(lambda: sampler([Request(item.caption, item.seed)], short))
+        write_atomically(file, json.dumps({"megabytes": round(megabytes, 2)}))
+    PartialState().wait_for_everyone()
+    return float(json.loads(file.read_text())["megabytes"])
+
+
+def _judge(comparison: Comparison, row: Row, options: Options, made: list[Made]) -> Method:
+    """A row of the results, from its images."""
+    setup = comparison.setup
+    runs = []
+    for run, one in enumerate(made):
+        judged: Judged = comparison.judge.judge(one.images, setup.protocol, row.title, comparison.attempt)
+        folder = str(one.images.folder.relative_to(setup.output))
+        runs.append(Run(run, folder, judged.scores, judged.sets, one.images.seconds(), one.memory_mb))
+    trained = [one.trained for one in made if one.trained is not None]
+    chosen = f"chosen on {len(comparison.tuner.captions)} other images: {_words(options)}" if len(row.candidates) > 1 and options else _words(options)
+    return Method(
+        row.name,
+        row.group,
+        row.title,
+        runs,
+        dict(row.axes),
+        row.of,
+        trained_parameters=trained[0].parameters if trained else 0,
+        training_steps=trained[0].steps if trained else 0,
+        training_seconds=[one.seconds for one in trained],
+        note="; ".join(part for part in (row.note, chosen) if part),
+    )
+
+
+def _words(options: Options) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def _results(comparison: Comparison, methods: list[Method]) -> Results:
+    setup = comparison.setup
+    if "best_of_n" in comparison.names:
+        methods = [*methods, *best_of_n(methods, comparison.judge.primary)]
+    experts: list[dict[str, Any]] = [{"name": entry.name, "source": entry.source, "files": entry.files} for entry in setup.manifest.experts]
+    return Results(
+        setup.protocol.facts() | {"training_seeds": setup.settings.seeds, "ranking": list(setup.ranking)},
+        setup.protocol.items,
+        comparison.judge.notes(),
+        methods,
+        comparison.errors,
+        experts,
+        versions(),
+        machine(setup.device),
+    )
+
+
+def best_of_n(methods: list[Method], primary: str) -> list[Method]:
+    """For every image, the single expert that drew it best, known only by judging all: an upper bound, no method."""
+    alone = [method.runs[0] for method in methods if method.name.startswith("single:") and primary in method.runs[0].scores]
+    if len(alone) < 2:
+        return []
+    best = np.argmax([run.scores[primary] for run in alone], axis=0)
+    shared = set.intersection(*(set(run.scores) for run in alone))
+    scores = {name: [alone[int(which)].scores[name][index] for index, which in enumerate(best)] for name in sorted(shared)}
+    seconds = np.sum([run.seconds for run in alone], axis=0).tolist()
+    note = METHODS["best_of_n"]
+    return [Method("best_of_n", "bound", "best of N (oracle)", [Run(0, "", scores, {}, seconds)], note=note)]

@@ -1,0 +1,142 @@
+"""What all rows of a comparison share: the protocol, the experts (in memory once), the training recipe, the folders."""
+
+import dataclasses
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from afa.checkpoint.manifest import read_manifest
+from afa.devices import choose_device
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.evaluation.protocols.base import Protocol, Request
+from afa.evaluation.protocols.table import make_protocol
+from afa.evaluation.settings import EvaluateSettings
+from afa.experts.load import Expert, load_expert
+from afa.generation.sample import Sampling
+from afa.schedulers import make_scheduler
+from afa.training.data import read_folder
+from afa.training.settings import TrainSettings
+
+TRAINING_DATA = "training-data"  # inside the output, where a protocol draws its own
+
+
+class Setup:
+    """One comparison's common ground. Raises UserError for what cannot be compared.
+
+    ranking: the experts' names from best to worst, as far as anybody may know before judging (see tuning.py).
+    """
+
+    def __init__(self, settings: EvaluateSettings) -> None:
+        self.settings = settings
+        self.output = Path(settings.output)
+        self.folder = Path(settings.ensemble)
+        self.manifest = read_manifest(self.folder)
+        self.device = choose_device(settings.device)
+        self.protocol: Protocol = make_protocol(settings.protocol, _request(settings))
+        self.ranking: tuple[str, ...] = self.names
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(entry.name for entry in self.manifest.experts)
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.protocol.sampling
+
+    @cached_property
+    def moved(self) -> dict[str, str]:
+        """New places of experts, by name. Raises UserError where there is no name."""
+        places = self.settings.experts or []
+        for place in places:
+            if "=" not in place:
+                raise UserError(f"--experts {place} names no expert; write NAME={place}")
+        return dict(place.split("=", 1) for place in places)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        kind: torch.dtype = getattr(torch, self.settings.dtype)
+        return kind
+
+    @cached_property
+    def ensemble(self) -> Ensemble:
+        """The ensemble itself, its experts in memory for every row; with the protocol's scheduler, where it has one."""
+        ensemble = Ensemble.load(self.folder, self.moved, dtype=self.dtype).to(self.device)
+        if self.protocol.scheduler is not None:
+            ensemble.frame.scheduler = make_scheduler(self.protocol.scheduler, ensemble.frame.scheduler)
+            for expert in ensemble.experts:
+                expert.scheduler = make_scheduler(self.protocol.scheduler, expert.scheduler)
+        return ensemble
+
+    @cached_property
+    def base(self) -> Expert:
+        """What the experts were tuned from. Raises UserError if nobody said."""
+        if self.settings.base is None:
+            raise UserError("it needs the model the experts were tuned from; give it with --base")
+        loaded = load_expert(self.settings.base, self.dtype)
+        for module in (loaded.model, *loaded.text_encoders):
+            module.to(self.device)
+        return loaded
+
+    def expert_specs(self) -> list[str]:
+        """The experts as `afa train` takes them."""
+        specs = [entry.spec(self.folder) for entry in self.manifest.experts]
+        return [f"{spec.name}={self.moved[spec.name]}" if spec.name in self.moved else str(spec) for spec in specs]
+
+    def training(self, output: Path, run: int, **changes: Any) -> TrainSettings:
+        """The ensemble's own training recipe at its seed + run. Raises UserError if it has none."""
+        record = self.manifest.training
+        if record is None or "settings" not in record:
+            raise UserError(f"{self.folder} was not trained by `afa train`, so nothing can be trained as it was")
+        recorded = TrainSettings(**record["settings"])
+        fixed = {"experts": self.expert_specs(), "data": str(self.training_data), "output": str(output), "device": self.settings.device}
+        seed = recorded.seed + run
+        return dataclasses.replace(recorded, **{**fixed, "seed": seed, "json": False, "dry_run": False, **changes})
+
+    @cached_property
+    def training_data(self) -> Path:
+        """Where the captioned training images are: as given, as recorded, or drawn by the protocol. Raises UserError if nowhere."""
+        if self.settings.train_data is not None:
+            return Path(self.settings.train_data)
+        recorded = Path((self.manifest.training or {}).get("settings", {}).get("data", ""))
+        if recorded.name and recorded.is_dir():
+            return recorded
+        drawn = self.output / TRAINING_DATA
+        if self.protocol.training is not None and not (drawn / "metadata.jsonl").exists():
+            self.protocol.training(drawn)
+        if not drawn.is_dir():
+            raise UserError(f"the training data of {self.folder} are not at {recorded} any more; give their place with --train-data")
+        return drawn
+
+    def tuning_captions(self) -> list[str]:
+        """Captions that options may be chosen on: the protocol's, else those of the training data; none if there are neither."""
+        if self.protocol.tuning:
+            return list(self.protocol.tuning[: self.settings.tuning])
+        try:
+            examples = read_folder(self.training_data).examples
+        except UserError:
+            return []
+        return [example.text for example in examples[: self.settings.tuning]]
+
+    def pipeline(self, ensemble: Ensemble) -> Any:
+        """A stock pipeline in the comparison's frame: the ensemble's VAE and scheduler, whatever the denoiser."""
+        scheduler = self.ensemble.frame.scheduler
+        pipe = ensemble.pipeline(vae=self.ensemble.frame.vae, scheduler=type(scheduler).from_config(scheduler.config))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(self.device)
+
+
+def _request(settings: EvaluateSettings) -> Request:
+    return Request(
+        prompts=settings.prompts,
+        images_per_prompt=settings.images_per_prompt,
+        seed=settings.seed,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        scheduler=settings.scheduler,
+        width=settings.width,
+        height=settings.height,
+        data=None if settings.protocol_data is None else Path(settings.protocol_data),
+    )

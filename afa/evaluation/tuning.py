@@ -1,0 +1,77 @@
+"""Rivals at their best: a method's options are chosen by the leading score on images that are never judged."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from tqdm import tqdm
+
+from afa.checkpoint.staging import write_atomically
+from afa.evaluation.pictures import Picture
+from afa.evaluation.protocols.base import TUNING_SEED
+from afa.generation.sample import Request, Sampler, Sampling
+
+Options = dict[str, Any]
+Score = Callable[[Sequence[Picture]], float]
+
+
+class Tuner:
+    """Scores candidates on a few images; what was scored is kept in `folder` and not scored again.
+
+    captions: of the images; their noise is the same for every candidate. score: of a set of pictures, higher is better.
+    """
+
+    def __init__(self, folder: Path, captions: Sequence[str], sampling: Sampling, score: Score | None, batch_size: int) -> None:
+        self.folder, self.captions, self.sampling, self.score, self.batch_size = folder, captions, sampling, score, batch_size
+
+    @property
+    def able(self) -> bool:
+        """Whether there is something to choose by."""
+        return self.score is not None and len(self.captions) > 0
+
+    def scores(self, name: str, candidates: Sequence[Options], make: Callable[[Options], Sampler]) -> list[float]:
+        """The score of every candidate, in order. Done by one process; the others wait."""
+        state = PartialState()
+        if state.is_main_process:
+            self._score_all(name, candidates, make)
+        state.wait_for_everyone()
+        known = self._known(name)
+        return [known[_key(options)] for options in candidates]
+
+    def best(self, name: str, candidates: Sequence[Options], make: Callable[[Options], Sampler]) -> Options:
+        """The candidate with the highest score; the first where nothing can be told."""
+        if len(candidates) == 1 or not self.able:
+            return candidates[0]
+        scores = self.scores(name, candidates, make)
+        return candidates[max(range(len(candidates)), key=lambda index: scores[index])]
+
+    def _score_all(self, name: str, candidates: Sequence[Options], make: Callable[[Options], Sampler]) -> None:
+        known = self._known(name)
+        todo = [options for options in candidates if _key(options) not in known]
+        for options in tqdm(todo, desc=f"choosing options of {name}", unit="candidate", disable=not todo):
+            known[_key(options)] = self._judge(make(options))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._file(name), json.dumps(known, indent=1))
+
+    def _judge(self, sampler: Sampler) -> float:
+        assert self.score is not None
+        requests = [Request(caption, TUNING_SEED + index) for index, caption in enumerate(self.captions)]
+        pictures: list[Picture] = []
+        for start in range(0, len(requests), self.batch_size):
+            batch = requests[start : start + self.batch_size]
+            made = zip(sampler(batch, self.sampling), batch, strict=True)
+            pictures += [Picture(image, request.prompt, start + index) for index, (image, request) in enumerate(made)]
+        return self.score(pictures)
+
+    def _known(self, name: str) -> dict[str, float]:
+        file = self._file(name)
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name.replace(':', '-')}.json"
+
+
+def _key(options: Options) -> str:
+    return json.dumps(options, sort_keys=True)
