@@ -1,0 +1,240 @@
+"""Comparisons from end to end, on tiny real experts: the same noise for all, resumable, and nothing finished is lost."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import sd_pipeline
+
+from afa.checkpoint.manifest import read_manifest
+from afa.cli.main import main
+from afa.errors import UserError
+from afa.evaluation.plan import plan
+from afa.evaluation.results import Results
+from afa.evaluation.run import evaluate
+from afa.evaluation.settings import EvaluateSettings
+from afa.training.run import train
+from afa.training.settings import TrainSettings
+
+SCORER = """
+import numpy as np
+def score(images, captions):
+    return {"light": images.mean((1, 2, 3)) / 255, "words": np.asarray([len(caption) for caption in captions])}
+def features(images):
+    return images.mean((1, 2))
+"""
+METHODS = ["weighted", "prediction_router", "best_of_n"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two experts, ten captioned images, an ensemble trained for two steps, a file of prompts, a scorer."""
+    folder = tmp_path_factory.mktemp("world")
+    for seed, name in enumerate(("photo", "paint")):
+        sd_pipeline(seed).save_pretrained(folder / name)
+    rng = np.random.default_rng(0)
+    (folder / "data").mkdir()
+    lines = []
+    for index in range(10):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / "data" / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": f"picture {index}"}))
+    (folder / "data" / "metadata.jsonl").write_text("\n".join(lines))
+    small = {"hidden": 8, "heads": 2, "depth": 1, "resolution": 32, "batch_size": 2, "held_out": 2, "steps": 2, "lr": 1e-2}
+    experts = [str(folder / "photo"), str(folder / "paint")]
+    train(TrainSettings(experts=experts, data=str(folder / "data"), output=str(folder / "afa"), device="cpu", **small))
+    (folder / "prompts.txt").write_text("a cat\na dog and a bird\n")
+    (folder / "scorer.py").write_text(SCORER)
+    return folder
+
+
+@pytest.fixture
+def settings(world, tmp_path):
+    return EvaluateSettings(
+        ensemble=str(world / "afa"),
+        output=str(tmp_path / "out"),
+        protocol=str(world / "prompts.txt"),
+        methods=METHODS,
+        scorer=str(world / "scorer.py"),
+        images_per_prompt=2,
+        steps=2,
+        guidance=2.0,
+        width=32,
+        height=32,
+        tuning=2,
+        device="cpu",
+    )
+
+
+def images(settings):
+    """Every image of a comparison, by its place."""
+    return {path.relative_to(settings.output): np.asarray(Image.open(path)) for path in sorted(Path(settings.output).rglob("images/**/*.png"))}
+
+
+@pytest.fixture(scope="module")
+def done(world, tmp_path_factory):
+    """One comparison that is finished, to be read."""
+    output = tmp_path_factory.mktemp("done") / "out"
+    settings = EvaluateSettings(
+        ensemble=str(world / "afa"), output=str(output), protocol=str(world / "prompts.txt"), methods=METHODS, scorer=str(world / "scorer.py"),
+        images_per_prompt=2, steps=2, guidance=2.0, width=32, height=32, tuning=2, device="cpu", seeds=2,
+    )  # fmt: skip
+    return settings, evaluate(settings)
+
+
+def test_every_method_has_a_score_for_every_image(done):
+    _, results = done
+    assert [method.name for method in results.methods] == ["single:photo", "single:paint", "weighted", "prediction_router", "afa", "best_of_n"]
+    assert results.errors == []
+    for method in results.methods:
+        for run in method.runs:
+            assert set(run.scores) == {"light", "words"}
+            assert all(len(values) == len(results.items) == 4 for values in run.scores.values())
+            assert len(run.seconds) == 4
+
+
+def test_what_is_trained_has_a_run_for_every_seed(done):
+    settings, results = done
+    trained = {method.name: method for method in results.methods if method.trained_parameters}
+    assert set(trained) == {"prediction_router", "afa"}
+    assert all([run.seed for run in method.runs] == [0, 1] for method in trained.values())
+    for name, seed in (("prediction_router/seed-0", 0), ("prediction_router/seed-1", 1), ("afa/seed-1", 1)):
+        assert read_manifest(Path(settings.output) / "trained" / name).training["settings"]["seed"] == seed
+
+
+def test_no_score_is_of_another_images_caption(done):
+    _, results = done
+    for method in results.methods:
+        assert method.runs[0].scores["words"] == [len(item.caption) for item in results.items]
+
+
+def test_the_oracle_is_the_best_expert_image_by_image(done):
+    _, results = done
+    by_name = {method.name: method.runs[0].scores["light"] for method in results.methods}
+    assert by_name["best_of_n"] == list(map(max, zip(by_name["single:photo"], by_name["single:paint"], strict=True)))
+
+
+def test_results_come_back_from_their_file(done):
+    settings, results = done
+    assert Results.load(Path(settings.output)) == results
+
+
+def test_a_finished_comparison_is_only_read(done, monkeypatch):
+    settings, results = done
+    monkeypatch.setattr("afa.evaluation.images._make_batch", lambda *given: pytest.fail("made again"))
+    monkeypatch.setattr("afa.evaluation.trained.train", lambda *given: pytest.fail("trained again"))
+    again = evaluate(settings)
+    assert again is not None
+    assert [asdict(method) for method in again.methods] == [asdict(method) for method in results.methods]
+
+
+def test_methods_and_seeds_can_be_added_later(settings):
+    first = evaluate(replace(settings, methods=["weighted"]))
+    later = evaluate(replace(settings, methods=["weighted", "slerp"]))
+    assert first is not None and later is not None
+    names = [method.name for method in later.methods]
+    assert names == ["single:photo", "single:paint", "weighted", "slerp", "afa"]
+    assert later.methods[2] == first.methods[2]
+
+
+def test_an_interrupted_comparison_goes_on_to_the_same_images(settings, monkeypatch):
+    import afa.evaluation.images as module
+
+    make, calls = module._make_batch, []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        make(*given)
+
+    small = replace(settings, batch_size=1)
+    monkeypatch.setattr(module, "_make_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(small)
+    monkeypatch.setattr(module, "_make_batch", make)
+    evaluate(small)
+    found = images(small)
+    shutil.rmtree(small.output)
+    evaluate(small)
+    whole = images(small)
+    assert found.keys() == whole.keys()
+    assert all(np.array_equal(found[path], whole[path]) for path in whole)
+
+
+def test_a_metric_that_fails_costs_only_itself(settings, world, tmp_path):
+    (tmp_path / "bad.py").write_text(SCORER.replace("def score", "calls = []\ndef score").replace("    return {", "    calls.append(1)\n    assert len(calls) != 7\n    return {"))
+    results = evaluate(replace(settings, scorer=str(tmp_path / "bad.py"), methods=["weighted"]))
+    assert results is not None
+    assert len(results.errors) == 1 and "AssertionError" in results.errors[0]
+    assert "assert len(calls) != 7" in (Path(settings.output) / "errors.log").read_text()
+    assert sum(bool(run.scores) for method in results.methods for run in method.runs) == len(results.methods) - 1
+
+
+def test_a_method_that_cannot_be_done_is_left_out_of_all_but_not_of_a_list(settings):
+    with pytest.raises(UserError, match="task arithmetic: it needs the model the experts were tuned from; give it with --base"):
+        evaluate(replace(settings, methods=["task_arithmetic"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"methods": ["wieghted"]}, "did you mean 'weighted'"),
+        ({"protocol": "scenez"}, "did you mean 'scenes'"),
+        ({"scorer": "nowhere.py"}, "--scorer nowhere.py is no Python file"),
+        ({"metrics": ["fdi"]}, "did you mean 'fid'"),
+        ({"metric_weights": ["fid"]}, "--metric-weights fid names no metric; write METRIC=PATH"),
+        ({"experts": ["photo"]}, "--experts photo names no expert; write NAME=PLACE"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_image(settings, changes, sentence):
+    with pytest.raises(UserError) as raised:
+        evaluate(replace(settings, **changes))
+    assert sentence in str(raised.value)
+    assert not list(Path(settings.output).rglob("*.png"))
+
+
+def test_a_comparison_begun_otherwise_is_refused(done):
+    settings, _ = done
+    with pytest.raises(UserError, match=r"was begun with --steps 2 \(now 3\)"):
+        evaluate(replace(settings, steps=3))
+
+
+def test_a_folder_of_something_else_is_refused(settings):
+    Path(settings.output).mkdir()
+    (Path(settings.output) / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        evaluate(settings)
+
+
+def test_a_dry_run_leaves_nothing_behind(settings):
+    facts = plan(settings)
+    assert facts["images"] == 4 * 5
+    assert not Path(settings.output).exists()
+
+
+def test_two_processes_make_the_images_of_one(settings, done, tmp_path):
+    """accelerate launch with two real processes: the same images, the same results, printed once."""
+    flags = ["--methods", "weighted", "--images-per-prompt", "2", "--steps", "2", "--guidance", "2", "--width", "32", "--height", "32"]
+    places = ["--ensemble", settings.ensemble, "--protocol", settings.protocol, "--scorer", settings.scorer, "--output", settings.output]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29631", "-m", "afa", "evaluate"]
+    command = [sys.executable, *launch, *flags, *places, "--tuning", "2", "--device", "cpu", "--batch-size", "1", "--json"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert len(json.loads(finished.stdout)["methods"]) == 4
+    one = images(done[0])
+    for path, image in images(settings).items():
+        assert np.array_equal(image, one[path]), path
+    assert len(images(settings)) == 4 * 4
+
+
+def test_the_command_prints_the_list_of_methods(capsys):
+    assert main(["evaluate", "--ensemble", "x", "--protocol", "x", "--output", "x", "--methods", "list"]) == 0
+    assert "prediction_router" in capsys.readouterr().out
