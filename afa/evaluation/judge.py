@@ -79,12 +79,13 @@ class Judge:
         return lambda pictures: sign * float(np.mean(next(iter(metric.score(pictures).values()))))
 
     def notes(self) -> dict[str, MetricNote]:
-        """What every score's name means."""
+        """What every score's name means; the first of an image and the first of a set lead the tables."""
+        leading = {self.primary, next((metric.name for metric in self.metrics if isinstance(metric, SetMetric)), "")}
         notes = {}
         for metric in self.metrics:
             names = metric.names if isinstance(metric, ImageMetric) else (metric.name,)
             kind = "image" if isinstance(metric, ImageMetric) else "set"
-            notes |= {name: MetricNote(kind, metric.higher_is_better, metric.source, name == self.primary) for name in names}
+            notes |= {name: MetricNote(kind, metric.higher_is_better, metric.source, name in leading) for name in names}
         return notes
 
     def judge(self, images: ImageSet, protocol: Protocol, title: str, attempt: Attempt) -> Judged:

@@ -37,7 +37,7 @@ def _candidates(name: str, setup: Setup) -> list[Options]:
     """Options to choose among on the tuning images; the first is the method's default."""
     count = len(setup.names)
     makers: dict[str, Callable[[], list[Options]]] = {
-        "weighted": lambda: [{"weights": weights} for weights in _shares(count)],
+        "weighted": lambda: [{"weights": weights} for weights in shares(count)],
         "mbw": lambda: [{"preset": shape, "order": order} for shape in SHAPES for order in ("best first", "second first")],
         "add_difference": lambda: [{"alpha": alpha, "order": order} for alpha in SCALES for order in ("best first", "second first")],
         "task_arithmetic": lambda: [{"scale": scale} for scale in (1 / count, *SCALES)],
@@ -49,7 +49,7 @@ def _candidates(name: str, setup: Setup) -> list[Options]:
     return makers[name]()
 
 
-def _shares(count: int) -> list[list[float]]:
+def shares(count: int) -> list[list[float]]:
     """Equal shares, and one expert ahead of the others."""
     ahead = [[0.6 if place == first else 0.4 / (count - 1) for place in range(count)] for first in range(count)] if count > 1 else []
     return [[1 / count] * count, *ahead]

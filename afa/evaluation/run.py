@@ -126,7 +126,7 @@ def _rank(comparison: Comparison) -> None:
     if tuner.able:
         rows = {row.name.partition(":")[2]: row for row in all_rows(setup, ("single",))}
         candidates: list[Options] = [{"expert": name} for name in setup.names]
-        reached = tuner.scores("single", candidates, lambda options: rows[options["expert"]].sampler({}, 0))
+        reached = tuner.scores("single", candidates, lambda options: rows[options["expert"]].sampler(options, 0))
         order = np.argsort([-value for value in reached], kind="stable")
     else:
         losses = (setup.manifest.training or {}).get("held_out_loss", {})
@@ -197,7 +197,7 @@ def _judge(comparison: Comparison, row: Row, options: Options, made: list[Made])
         folder = str(one.images.folder.relative_to(setup.output))
         runs.append(Run(run, folder, judged.scores, judged.sets, one.images.seconds(), one.memory_mb))
     trained = [one.trained for one in made if one.trained is not None]
-    chosen = f"chosen on {len(comparison.tuner.captions)} other images: {_words(options)}" if len(row.candidates) > 1 and options else _words(options)
+    chosen = f"chosen on {len(comparison.tuner.captions)} other images: {_words(options)}" if len(row.candidates) > 1 else ""
     return Method(
         row.name,
         row.group,
