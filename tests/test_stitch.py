@@ -36,6 +36,7 @@ def test_every_expert_is_handed_a_convex_blend_of_its_own():
     with torch.no_grad():
         fused, weights = stitch(**call)
         matrix = stitch.matrix(**call)
+    fused = torch.stack(fused, dim=1)
     assert fused.shape == call["features"].shape
     assert torch.allclose(matrix.sum(2), torch.ones(()), atol=1e-6)
     by_hand = torch.stack([(matrix[:, j, :, None] * call["features"]).sum(1) for j in range(3)], dim=1)

@@ -12,10 +12,10 @@ class Aggregator(nn.Module, ABC):
     def weigh(self, features: Tensor, temb: Tensor, text: Tensor) -> Tensor:
         """features (B, N, C, H, W), temb (B, E), text (B, T, D) -> weights (B, N, H, W), convex over N."""
 
-    def forward(self, features: Tensor, temb: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, temb: Tensor, text: Tensor) -> tuple[Tensor | list[Tensor], Tensor]:
         """Blend the experts' features: -> fused (B, C, H, W) in the features' dtype, weights (B, N, H, W).
 
-        An aggregator may hand every expert a blend of its own: then fused is (B, N, C, H, W) (see stitch.py).
+        An aggregator may hand every expert a blend of its own: then fused is a list, one for each (see stitch.py).
         Source: arXiv:2405.17082, section 3.2. Deviation: none.
         """
         weights = self.weigh(features, temb, text)

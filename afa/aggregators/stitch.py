@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from afa.aggregators.base import blend
 from afa.aggregators.sabw import SABW
 
 KEPT = 4.0  # logit an untrained expert gives itself over each other: .965 of three, .948 of four
@@ -40,7 +41,7 @@ class Stitch(SABW):
         """How much of each expert all of them together take: (B, N, H, W), convex over N."""
         return self.matrix(features, temb, text).mean(1)
 
-    def forward(self, features: Tensor, temb: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """-> each expert's own blend (B, N, C, H, W) in the features' dtype, weights (B, N, H, W)."""
+    def forward(self, features: Tensor, temb: Tensor, text: Tensor) -> tuple[list[Tensor], Tensor]:
+        """-> each expert's own blend, N × (B, C, H, W) in the features' dtype, weights (B, N, H, W)."""
         matrix = self.matrix(features, temb, text)
-        return torch.einsum("bjihw,bichw->bjchw", matrix.to(features.dtype), features), matrix.mean(1)
+        return [blend(features, rows.to(features.dtype)) for rows in matrix.unbind(1)], matrix.mean(1)

@@ -83,8 +83,7 @@ def _step(
     if aggregator is None:
         return outputs, None
     fused, weights = aggregator(torch.stack(outputs, dim=1), temb, text)
-    each_its_own = fused.ndim == len(outputs[0].shape) + 1
-    return list(fused.unbind(1)) if each_its_own else [fused] * len(column), weights
+    return fused if isinstance(fused, list) else [fused] * len(column), weights
 
 
 def _size(skips: Sequence[Sequence[Tensor]]) -> tuple[int, int]:
