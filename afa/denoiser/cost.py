@@ -36,6 +36,14 @@ def count_flops(denoiser: nn.Module, height: int, width: int, batch: int = 1, to
     return Flops(counter.get_total_flops(), aggregators)
 
 
+def count_training_flops(denoiser: nn.Module, height: int, width: int, batch: int = 1, tokens: int = 77) -> int:
+    """Floating point operations of one training step on the meta device: forward, and backward to whatever requires a gradient."""
+    call = _unet_call(denoiser, height, width, batch, tokens)
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        denoiser(**call).sample.sum().backward()
+    return counter.get_total_flops()
+
+
 def _unet_call(unet: Any, height: int, width: int, batch: int, tokens: int) -> dict[str, Any]:
     """What a pipeline hands to a U-Net, or to an ensemble of them, without content."""
     config = unet.config

@@ -1,8 +1,89 @@
-"""tmp"""
+"""The rows of trained controls: a LoRA on the best expert and on the weighted merge, at equal steps and at equal compute."""
 
-from afa.evaluation.rows import Row
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from afa.checkpoint.manifest import read_manifest
+from afa.controls.compute import equal_compute_steps
+from afa.controls.lora import FILE, fuse_lora, matching_rank
+from afa.controls.run import finetune, finished, plan
+from afa.controls.settings import LoraSettings
+from afa.ensemble import Ensemble
+from afa.evaluation.merges import merged_sampler
+from afa.evaluation.rows import Options, Row, Trained
 from afa.evaluation.setup import Setup
+from afa.experts.load import Expert
+from afa.generation.sample import Sampler
+from afa.merging.memory import merge_experts
+from afa.training.settings import LoopSettings
+
+RATES = (1.0, 0.25)  # of the ensemble's learning rate: the better by held-out loss is taken
 
 
 def control_rows(setup: Setup) -> list[Row]:
-    return []
+    """Four rows; as many trained parameters as the ensemble has, never fewer."""
+    kinds: dict[str, tuple[str, Callable[[Setup], Expert]]] = {
+        "finetune_best": ("LoRA on the best expert", _best),
+        "finetune_merge": ("LoRA on the weighted merge", _merge),
+    }
+    return [
+        _row(setup, f"{name}{ending}", f"{title}, equal {equal}", start, equal == "compute")
+        for name, (title, start) in kinds.items()
+        for ending, equal in (("", "steps"), ("_compute", "compute"))
+    ]
+
+
+def _row(setup: Setup, name: str, title: str, start: Callable[[Setup], Expert], by_compute: bool) -> Row:
+    train = functools.partial(_train, setup, name, start, by_compute)
+    candidates = tuple({"lr": rate} for rate in RATES)
+    sampler = functools.partial(_sampler, setup, start, train)
+    return Row(name, "control", title, sampler, candidates, train=train, by_loss=True, runs=setup.settings.seeds, note="lr: times the ensemble's")
+
+
+def _best(setup: Setup) -> Expert:
+    """A copy of the expert that was ranked best, its U-Net to be changed."""
+    best = dict(zip(setup.names, setup.ensemble.experts, strict=True))[setup.ranking[0]]
+    return dataclasses.replace(best, model=copy.deepcopy(best.model))
+
+
+def _merge(setup: Setup) -> Expert:
+    """The mean of all experts' weights."""
+    return merge_experts(setup.ensemble.experts, "weighted")
+
+
+def _train(setup: Setup, name: str, start: Callable[[Setup], Expert], by_compute: bool, options: Options, run: int) -> Trained:
+    """Train with the ensemble's recipe; what is trained is only read."""
+    folder = setup.output / "trained" / name / f"lr-{options['lr']:g}" / f"seed-{run}"
+    settings = _settings(setup, name, start, by_compute, options, run, folder)
+    record = finished(settings)
+    if record is None:
+        record = finetune(settings, plan(settings, Ensemble.from_experts([start(setup)], aggregator="mean", placement="out")))
+    return Trained(folder, folder / FILE, record["parameters"], record["steps"], record["seconds"], record["held_out_loss"]["trained"]["value"])
+
+
+def _settings(
+    setup: Setup, name: str, start: Callable[[Setup], Expert], by_compute: bool, options: Options, run: int, folder: Path
+) -> LoraSettings:
+    """The ensemble's own settings, with its rate scaled, and its steps where compute is to be equal."""
+    ensemble = setup.training(folder, run)
+    shared = {field.name: getattr(ensemble, field.name) for field in dataclasses.fields(LoopSettings)}
+    expert = setup.ensemble.experts[0].model
+    rank = matching_rank(expert, read_manifest(setup.folder).aggregator["parameters"])
+    steps = _equal_steps(setup, rank, ensemble.steps, ensemble.batch_size) if by_compute else ensemble.steps
+    source = setup.ranking[0] if start is _best else "+".join(setup.names)
+    return LoraSettings(**{**shared, "expert": source, "rank": rank, "lr": ensemble.lr * options["lr"], "steps": steps})
+
+
+@functools.lru_cache(maxsize=1)
+def _equal_steps(setup: Setup, rank: int, steps: int, batch_size: int) -> int:
+    return equal_compute_steps(steps, setup.ensemble.denoiser, rank, batch_size)
+
+
+def _sampler(setup: Setup, start: Callable[[Setup], Expert], train: Callable[[Options, int], Trained], options: Options, run: int) -> Sampler:
+    """A stock pipeline around the expert with its LoRA in its weights."""
+    expert = start(setup)
+    fuse_lora(expert.model, train(options, run).file)
+    return merged_sampler(setup, expert)

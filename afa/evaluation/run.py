@@ -197,7 +197,8 @@ def _judge(comparison: Comparison, row: Row, options: Options, made: list[Made])
         folder = str(one.images.folder.relative_to(setup.output))
         runs.append(Run(run, folder, judged.scores, judged.sets, one.images.seconds(), one.memory_mb))
     trained = [one.trained for one in made if one.trained is not None]
-    chosen = f"chosen on {len(comparison.tuner.captions)} other images: {_words(options)}" if len(row.candidates) > 1 else ""
+    by = "held-out loss of the first run" if row.by_loss else f"{len(comparison.tuner.captions)} other images"
+    chosen = f"chosen by {by}: {_words(options)}" if len(row.candidates) > 1 else ""
     return Method(
         row.name,
         row.group,

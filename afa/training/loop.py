@@ -20,7 +20,7 @@ from afa.errors import UserError
 from afa.training.conditions import Conditions
 from afa.training.data import Encoded
 from afa.training.objective import Objective
-from afa.training.settings import TrainSettings
+from afa.training.settings import LoopSettings
 from afa.training.state import load_state, save_state
 
 EVALUATION_SEED = 777  # of the held-out noise: the same for every run, so that runs can be compared
@@ -42,15 +42,19 @@ class Progress:
 
 
 class Trainer:
-    """Trains the aggregators of one ensemble's denoiser; experts are frozen, but gradients pass through them."""
+    """Trains a part of one ensemble's denoiser; all else is frozen, but gradients pass through it.
+
+    trained: what is trained, as a module of its own; default the denoiser's aggregators.
+    """
 
     def __init__(
-        self, settings: TrainSettings, accelerator: Accelerator, denoiser: Any, objective: Objective, conditions: Conditions,
-        data: Encoded, held_out: Encoded,
+        self, settings: LoopSettings, accelerator: Accelerator, denoiser: Any, objective: Objective, conditions: Conditions,
+        data: Encoded, held_out: Encoded, trained: nn.Module | None = None,
     ) -> None:  # fmt: skip
         self.settings, self.accelerator, self.objective, self.conditions = settings, accelerator, objective, conditions
         self.data, self.held_out, self.denoiser = data, held_out, denoiser
-        self.parameters = list(denoiser.aggregators.parameters())
+        self.trained: nn.Module = denoiser.aggregators if trained is None else trained
+        self.parameters = list(self.trained.parameters())
         self.wrapped: nn.Module = accelerator.prepare(denoiser) if accelerator.num_processes > 1 else denoiser
         self.optimiser = torch.optim.AdamW(self.parameters, settings.lr, weight_decay=settings.weight_decay)
         self.average = EMAModel(self.parameters, decay=settings.ema)
@@ -169,12 +173,12 @@ class Trainer:
         self.progress.seconds = time.monotonic() - self._resumed
         if self.accelerator.is_main_process:
             state = {"optimiser": self.optimiser.state_dict(), "average": self.average.state_dict(), "progress": asdict(self.progress)}
-            save_state(self.settings, {"aggregators": self.denoiser.aggregators.state_dict(), "best": self.best, **state})
+            save_state(self.settings, {"aggregators": self.trained.state_dict(), "best": self.best, **state})
 
     def _resume(self) -> None:
         state = load_state(self.settings, self.accelerator.device)
         if state is not None:
-            self.denoiser.aggregators.load_state_dict(state["aggregators"])
+            self.trained.load_state_dict(state["aggregators"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.average.load_state_dict(state["average"])
             self.best, self.progress = state["best"], Progress(**state["progress"])

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import nn
 from tqdm import tqdm
 
 from afa import __version__
@@ -25,7 +26,7 @@ from afa.training.conditions import Conditions
 from afa.training.data import Folder, encode, read_folder, split
 from afa.training.loop import Progress, Trainer
 from afa.training.objective import Objective
-from afa.training.settings import TrainSettings
+from afa.training.settings import LoopSettings, TrainSettings
 from afa.training.state import FOLDER, check_unchanged, state_file
 
 
@@ -33,7 +34,7 @@ from afa.training.state import FOLDER, check_unchanged, state_file
 class Plan:
     """What a run would do; `--dry-run` stops here."""
 
-    settings: TrainSettings
+    settings: LoopSettings
     ensemble: Ensemble
     folder: Folder
     resolution: int
@@ -66,7 +67,7 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
     """
     folder = read_folder(Path(settings.data))
     split(folder.examples, settings.held_out, settings.seed)  # raises where there are too few
-    _check_output(settings)
+    check_output(settings)
     if settings.device is not None:
         choose_device(settings.device)
     ensemble = ensemble or Ensemble.from_experts(
@@ -78,10 +79,10 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
         dtype=getattr(torch, settings.dtype),
         **settings.aggregator_options(),
     )
-    return Plan(settings, ensemble, folder, _resolution(settings, ensemble))
+    return Plan(settings, ensemble, folder, resolution_of(settings, ensemble))
 
 
-def _check_output(settings: TrainSettings) -> None:
+def check_output(settings: LoopSettings) -> None:
     output = Path(settings.output)
     if output.is_file():
         raise UserError(f"--output {output} is a file; give a folder")
@@ -91,7 +92,7 @@ def _check_output(settings: TrainSettings) -> None:
         raise UserError(f"--output {output} holds other files; give a new or empty folder")
 
 
-def _resolution(settings: TrainSettings, ensemble: Ensemble) -> int:
+def resolution_of(settings: LoopSettings, ensemble: Ensemble) -> int:
     """In pixels, a multiple of the latent's. Raises UserError for another."""
     factor = 2 ** (len(ensemble.frame.vae.config["block_out_channels"]) - 1)
     side = ensemble.denoiser.config["sample_size"]
@@ -124,10 +125,8 @@ def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any
     if done is not None:
         return done
     planned = planned or plan(settings)
-    accelerator = Accelerator(cpu=settings.device == "cpu")
-    if settings.device not in (None, accelerator.device.type):
-        raise UserError(f"--device {settings.device} was asked for, but training would run on {accelerator.device}; leave --device out")
-    trainer = _trainer(planned, accelerator)
+    accelerator = make_accelerator(settings)
+    trainer = make_trainer(planned, accelerator, _initialise)
     baselines = _baselines(trainer)
     progress = trainer.train()
     record = _record(settings, trainer, progress, baselines)
@@ -139,8 +138,19 @@ def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any
     return record
 
 
-def _trainer(planned: Plan, accelerator: Accelerator) -> Trainer:
-    """Everything a run needs, in memory; the VAE has done its work and is not moved to the device for good."""
+def make_accelerator(settings: LoopSettings) -> Accelerator:
+    """The processes and devices of this run. Raises UserError if they are not what was asked for."""
+    accelerator = Accelerator(cpu=settings.device == "cpu")
+    if settings.device not in (None, accelerator.device.type):
+        raise UserError(f"--device {settings.device} was asked for, but training would run on {accelerator.device}; leave --device out")
+    return accelerator
+
+
+def make_trainer(planned: Plan, accelerator: Accelerator, initialise: Callable[[Ensemble], nn.Module]) -> Trainer:
+    """Everything a run needs, in memory; the VAE has done its work and is not moved to the device for good.
+
+    initialise: draws the first weights of what is trained, by torch's own generator, and returns it.
+    """
     settings, ensemble = planned.settings, planned.ensemble
     vae = ensemble.frame.vae.to(accelerator.device)
     chosen = split(planned.folder.examples, settings.held_out, settings.seed)
@@ -149,20 +159,21 @@ def _trainer(planned: Plan, accelerator: Accelerator) -> Trainer:
     vae.to("cpu")
     ensemble.to(accelerator.device)
     torch.manual_seed(settings.seed)
-    _initialise(ensemble)
+    trained = initialise(ensemble)
     if settings.gradient_checkpointing:
         ensemble.denoiser.enable_gradient_checkpointing()
     objective = Objective(ensemble.frame.scheduler, config["scaling_factor"], config.get("shift_factor"), accelerator.device)
     conditions = Conditions(ensemble.pipeline(), accelerator.device)
-    return Trainer(settings, accelerator, ensemble.denoiser, objective, conditions, data, held_out)
+    return Trainer(settings, accelerator, ensemble.denoiser, objective, conditions, data, held_out, trained)
 
 
-def _initialise(ensemble: Ensemble) -> None:
+def _initialise(ensemble: Ensemble) -> nn.Module:
     """Draw the aggregators' first weights anew, so that --seed decides them whatever was loaded before."""
     denoiser = ensemble.denoiser
     device = next(denoiser.experts.parameters()).device
     for name, fresh in denoiser._aggregators().items():
         denoiser.aggregators[name] = fresh.to(device)
+    return denoiser.aggregators
 
 
 def _bar(items: list[Any]) -> Iterable[Any]:

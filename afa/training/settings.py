@@ -9,13 +9,12 @@ from afa.options import option
 FREE = ("steps", "output", "save_every", "gradient_checkpointing", "device", "dry_run", "json")
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """One training run, field by field a flag of `afa train`."""
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What every training run is told, whatever it trains, field by field a flag."""
 
-    experts: list[str] = option(help="the experts: diffusers folder, .safetensors file or org/name@revision, each optionally NAME=…")
     data: str = option(help="a folder of images with metadata.jsonl: one {\"file_name\": …, \"text\": …} a line")
-    output: str = option(help="where the ensemble goes; an interrupted run goes on from here")
+    output: str = option(help="where the result goes; an interrupted run goes on from here")
     steps: int = option(1000, help="optimiser steps at most; training stops earlier when the held-out loss no longer falls")
     batch_size: int = option(8, help="images a step and process")
     accumulate: int = option(1, help="batches whose gradients make one step")
@@ -23,7 +22,7 @@ class TrainSettings:
     warm_up: int = option(20, help="steps over which the learning rate rises from 0")
     weight_decay: float = option(0.01, help="of AdamW")
     clip: float = option(1.0, help="largest norm of the gradient")
-    ema: float = option(0.999, help="decay of the moving average of the aggregators, which is what is kept")
+    ema: float = option(0.999, help="decay of the moving average of what is trained; the average is what is kept")
     caption_dropout: float = option(0.1, help="share of samples trained without their caption, so that guidance keeps working")
     resolution: int | None = option(None, help="side of the images in pixels, cropped to a square (default: the experts' own)")
     held_out: int = option(64, help="images that are never trained on, at most a fifth: the measure of early stopping")
@@ -31,6 +30,29 @@ class TrainSettings:
     patience: int = option(5, help="measurements without a better one before training stops")
     save_every: int = option(200, help="steps between two saved states; Ctrl-C saves one too")
     seed: int = option(0, help="of everything random")
+    dtype: str = option("float32", help="of what is frozen; what is trained is always float32", choices=["float32", "bfloat16"])
+    gradient_checkpointing: bool = option(False, help="recompute stages in the backward pass: less memory, a third more time")
+    device: str | None = option(None, help="default: the best there is; several are used with accelerate launch", choices=["cpu", "cuda", "mps", "xpu"])
+    dry_run: bool = option(False, help="print what would be trained and what it costs, then stop")
+    json: bool = option(False, help="print the result as JSON")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "held_out", "evaluate_every", "patience", "save_every"):
+            at_least_one(name, getattr(self, name))
+        for name, low, high in (("caption_dropout", 0, 1), ("ema", 0, 1), ("lr", 0, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must lie between {low} and {high}")
+
+    def binding(self) -> dict[str, object]:
+        """What must stay the same when a run is resumed."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in FREE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(LoopSettings):
+    """One training run of aggregators, field by field a flag of `afa train`."""
+
+    experts: list[str] = option(help="the experts: diffusers folder, .safetensors file or org/name@revision, each optionally NAME=…")
     aggregator: str = option("sabw", help="sabw (the paper's), or stitch: every expert keeps a path of its own", choices=["sabw", "stitch"])
     placement: str = option("layers", help="fused stages: layers (all), blocks, out (a router on the predictions), or names such as M00,OUT11")
     hidden: int = option(128, help="width inside the aggregators")
@@ -39,19 +61,11 @@ class TrainSettings:
     ignore: list[str] | None = option(None, help="what the weights must not depend on, for ablations", choices=["text", "time", "place"])
     attention_up_to: int | None = option(None, help="build the transformer only on maps up to this side in latent pixels (default: everywhere)")
     vae: str | None = option(None, help="an expert's name or a path (default: the first expert's)")
-    dtype: str = option("float32", help="of the frozen experts; aggregators are always float32", choices=["float32", "bfloat16"])
-    gradient_checkpointing: bool = option(False, help="recompute stages in the backward pass: less memory, a third more time")
-    device: str | None = option(None, help="default: the best there is; several are used with accelerate launch", choices=["cpu", "cuda", "mps", "xpu"])
-    dry_run: bool = option(False, help="print what would be trained and what it costs, then stop")
-    json: bool = option(False, help="print the result as JSON")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "held_out", "evaluate_every", "patience", "save_every", "hidden", "heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        for name, low, high in (("caption_dropout", 0, 1), ("ema", 0, 1), ("lr", 0, 1)):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must lie between {low} and {high}")
+        super().__post_init__()
+        for name in ("hidden", "heads"):
+            at_least_one(name, getattr(self, name))
         if self.depth < 0:
             raise UserError(f"--depth {self.depth} must be at least 0")
 
@@ -60,6 +74,8 @@ class TrainSettings:
         options: dict[str, object] = {"hidden": self.hidden, "heads": self.heads, "depth": self.depth}
         return options | ({"ignore": list(self.ignore)} if self.ignore else {})
 
-    def binding(self) -> dict[str, object]:
-        """What must stay the same when a run is resumed."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in FREE}
+
+def at_least_one(name: str, value: int) -> None:
+    """Raises UserError, naming the flag, for less."""
+    if value < 1:
+        raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")

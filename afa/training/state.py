@@ -8,17 +8,17 @@ import torch
 
 from afa.checkpoint.staging import replacing
 from afa.errors import UserError
-from afa.training.settings import TrainSettings
+from afa.training.settings import LoopSettings
 
 FOLDER = ".training"  # inside the output folder, gone when training is complete
 STATE = "state.pt"
 
 
-def state_file(settings: TrainSettings) -> Path:
+def state_file(settings: LoopSettings) -> Path:
     return Path(settings.output) / FOLDER / STATE
 
 
-def save_state(settings: TrainSettings, state: dict[str, Any]) -> None:
+def save_state(settings: LoopSettings, state: dict[str, Any]) -> None:
     """Replace the saved state; a crash in between leaves the old one."""
     file = state_file(settings)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ def save_state(settings: TrainSettings, state: dict[str, Any]) -> None:
         torch.save({"settings": json.dumps(settings.binding()), **state}, temporary)
 
 
-def load_state(settings: TrainSettings, device: torch.device) -> dict[str, Any] | None:
+def load_state(settings: LoopSettings, device: torch.device) -> dict[str, Any] | None:
     """The state to go on from, None if there is none. Raises UserError if it was begun with other options, naming them."""
     file = state_file(settings)
     if not file.exists():
@@ -40,7 +40,7 @@ def load_state(settings: TrainSettings, device: torch.device) -> dict[str, Any] 
     return state
 
 
-def check_unchanged(settings: TrainSettings, begun: dict[str, Any], what: str) -> None:
+def check_unchanged(settings: LoopSettings, begun: dict[str, Any], what: str) -> None:
     """Raises UserError, naming every option that differs from those a run was begun with."""
     asked = json.loads(json.dumps(settings.binding()))
     changed = [f"--{name.replace('_', '-')} {value} (now {asked[name]})" for name, value in begun.items() if asked.get(name) != value]

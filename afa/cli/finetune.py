@@ -1,0 +1,57 @@
+"""Train a LoRA on one expert as `afa train` trains aggregators: the control for what the data alone would do.
+
+Same split, noise, captions and measure at the same seed. Leaves pytorch_lora_weights.safetensors, which diffusers loads, and
+which joins an expert as EXPERT+FILE. Interrupt it with Ctrl-C: the same command goes on where it stopped.
+"""
+
+import json
+from typing import Any
+
+from afa.controls.settings import LoraSettings as Options
+
+EXAMPLES = [
+    "afa finetune afa/demo/assets/patterns --data demo/data --like demo/ensemble --output tuned --steps 50 --lr 2e-3",
+    "afa finetune photo.safetensors --data my-images --rank 64 --output tuned --dry-run",
+]
+
+
+def run(options: Options) -> None:
+    """Plan, train, say what came of it."""
+    from afa.cli.quiet import hush
+    from afa.controls.run import facts, finetune, finished, plan
+
+    hush()
+    record = finished(options)
+    if record is None:
+        planned = plan(options)
+        shown = facts(*planned)
+        if options.dry_run or not options.json:
+            print(json.dumps(shown, indent=2) if options.json else _plan(shown), flush=True)
+        if options.dry_run:
+            return
+        record = finetune(options, planned)
+    print(json.dumps(record, indent=2) if options.json else _result(record, options.output))
+
+
+def _plan(facts: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            f"expert  {facts['expert']}",
+            f"data    {facts['data']}",
+            f"        {facts['training_images']} to train on, {facts['held_out_images']} held out, {facts['resolution']} px",
+            f"LoRA    rank {facts['rank']}, {facts['trainable_parameters']:,} parameters",
+            f"steps   at most {facts['steps']}, {facts['images_a_step']} images each",
+        ]
+    )
+
+
+def _result(record: dict[str, Any], output: str) -> str:
+    """The measured result, as a sentence."""
+    change = record["difference_to_expert"]
+    verdict = "lower than" if change["high"] < 0 else "higher than" if change["low"] > 0 else "not distinguishable from"
+    trained = record["held_out_loss"]["trained"]
+    return (
+        f"held-out loss {trained['value']:.5f} [{trained['low']:.5f}, {trained['high']:.5f}] (n = {trained['n']}), {verdict} that of the expert:"
+        f" {change['value']:+.5f} [{change['low']:+.5f}, {change['high']:+.5f}], paired\n"
+        f"{record['steps']} steps in {record['seconds']:.0f} s, kept the average of step {record['best_step']}; saved in {output}"
+    )

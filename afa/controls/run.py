@@ -1,0 +1,124 @@
+"""A LoRA from its settings: an expert and data in, a file that diffusers and afa load out, with what it measured."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from afa import __version__
+from afa.checkpoint.manifest import read_manifest
+from afa.checkpoint.staging import staged
+from afa.controls.lora import FILE, add_lora, lora_tensors, matching_rank, parameters_at_rank
+from afa.controls.settings import LoraSettings
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.evaluation.statistics import difference, estimate
+from afa.training.data import read_folder, split
+from afa.training.loop import Progress, Trainer
+from afa.training.run import Plan, check_output, make_accelerator, make_trainer, resolution_of
+from afa.training.state import FOLDER, check_unchanged, state_file
+
+RECORD = "finetune.json"
+
+
+def plan(settings: LoraSettings, alone: Ensemble | None = None) -> tuple[Plan, int]:
+    """-> what would be trained, and the rank. Finds everything that would fail later. Raises UserError.
+
+    alone: an ensemble of the one expert, where it is in memory already; its U-Net is changed.
+    """
+    folder = read_folder(Path(settings.data))
+    split(folder.examples, settings.held_out, settings.seed)
+    if not (Path(settings.output) / RECORD).exists():
+        check_output(settings)
+    if alone is None:
+        alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", dtype=getattr(torch, settings.dtype))
+    if alone.denoiser.family != "unet":
+        raise UserError(f"expert '{alone.names[0]}' is a {alone.denoiser.family}; LoRAs are trained on U-Nets only")
+    return Plan(settings, alone, folder, resolution_of(settings, alone)), _rank(settings, alone.denoiser.experts[0])
+
+
+def _rank(settings: LoraSettings, model: nn.Module) -> int:
+    if settings.rank is not None:
+        return settings.rank
+    manifest = read_manifest(Path(str(settings.like)))
+    return matching_rank(model, manifest.aggregator["parameters"])
+
+
+def facts(planned: Plan, rank: int) -> dict[str, Any]:
+    """For people and for --json."""
+    model = planned.ensemble.denoiser.experts[0]
+    held_out = min(planned.settings.held_out, len(planned.folder.examples) // 5)
+    return {
+        "expert": planned.ensemble.names[0],
+        "data": planned.folder.summary(),
+        "training_images": len(planned.folder.examples) - held_out,
+        "held_out_images": held_out,
+        "resolution": planned.resolution,
+        "rank": rank,
+        "trainable_parameters": parameters_at_rank(model, rank),
+        "steps": planned.settings.steps,
+        "images_a_step": planned.settings.batch_size * planned.settings.accumulate,
+    }
+
+
+def finished(settings: LoraSettings) -> dict[str, Any] | None:
+    """The record of a run that is complete, None if there is none. Raises UserError if it was another run."""
+    file = Path(settings.output) / RECORD
+    if not file.exists() or state_file(settings).exists():
+        return None
+    record: dict[str, Any] = json.loads(file.read_text())
+    begun = LoraSettings(**record["settings"])
+    if settings.steps != begun.steps:  # its state is gone, so it cannot go on
+        raise UserError(f"the LoRA in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); choose another --output")
+    check_unchanged(settings, json.loads(json.dumps(begun.binding())), f"the LoRA in {settings.output}")
+    return record
+
+
+def finetune(settings: LoraSettings, planned: tuple[Plan, int] | None = None) -> dict[str, Any]:
+    """Train a LoRA, write it into settings.output, and return the record kept beside it.
+
+    Data, split, noise, timesteps, dropped captions and measure are those of `afa train` with the same seed. Resumes from a
+    saved state; a complete run is only read. Raises UserError, or KeyboardInterrupt with the state saved.
+    """
+    done = finished(settings)
+    if done is not None:
+        return done
+    work, rank = planned or plan(settings)
+    accelerator = make_accelerator(settings)
+    trainer = make_trainer(work, accelerator, lambda alone: add_lora(alone.denoiser.experts[0], rank))
+    before = trainer.held_out_losses()
+    progress = trainer.train()
+    record = _record(settings, trainer, progress, before, rank)
+    if accelerator.is_main_process:
+        with staged(Path(settings.output), last=RECORD) as stage:
+            metadata = {"format": "pt", "afa": __version__, "expert": settings.expert, "rank": str(rank)}
+            save_file(lora_tensors(work.ensemble.denoiser.experts[0]), stage / FILE, metadata=metadata)
+            (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        shutil.rmtree(Path(settings.output) / FOLDER, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return record
+
+
+def _record(settings: LoraSettings, trainer: Trainer, progress: Progress, before: np.ndarray, rank: int) -> dict[str, Any]:
+    """Recipe, course and measured result; differences are paired over the held-out images."""
+    after = trainer.held_out_losses()
+    return {
+        "settings": asdict(settings),
+        "afa": __version__,
+        "torch": torch.__version__,
+        "rank": rank,
+        "parameters": sum(parameter.numel() for parameter in trainer.parameters),
+        "training_images": len(trainer.data),
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "seconds": round(progress.seconds, 1),
+        "held_out_loss": {"trained": asdict(estimate(after)), "expert": asdict(estimate(before))},
+        "difference_to_expert": asdict(difference(after, before)),
+        "history": progress.history,
+    }

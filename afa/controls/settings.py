@@ -1,0 +1,23 @@
+"""What fine-tuning is asked to do. No heavy imports: the command line's help comes from here."""
+
+from dataclasses import dataclass
+
+from afa.errors import UserError
+from afa.options import option
+from afa.training.settings import LoopSettings, at_least_one
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(LoopSettings):
+    """One LoRA on one expert, field by field a flag of `afa finetune`."""
+
+    expert: str = option(help="diffusers folder, .safetensors file or org/name@revision, optionally NAME=…", positional=True)
+    rank: int | None = option(None, help="of every pair of matrices")
+    like: str | None = option(None, help="a saved ensemble: take the smallest rank with at least as many trained parameters")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.rank is None) == (self.like is None):
+            raise UserError("give either --rank N or --like ENSEMBLE")
+        if self.rank is not None:
+            at_least_one("rank", self.rank)

@@ -1,0 +1,189 @@
+"""Trained controls: a LoRA sees what the ensemble saw, has as many parameters, and costs as much where it should."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import experts, images  # noqa: F401 (fixtures)
+from tiny import inputs, sd_unet
+
+from afa import Ensemble, UserError
+from afa.aggregators.table import Recipe
+from afa.cli.main import main
+from afa.controls.compute import equal_compute_steps
+from afa.controls.lora import FILE, adapted, add_lora, matching_rank, parameters_at_rank
+from afa.controls.run import RECORD, finetune, plan
+from afa.controls.settings import LoraSettings
+from afa.denoiser.unet import UNetEnsemble
+from afa.training.loop import Trainer
+from afa.training.run import train
+from afa.training.settings import TrainSettings
+
+
+@pytest.fixture
+def settings(experts, images, tmp_path):  # noqa: F811
+    small = {"resolution": 32, "batch_size": 2, "held_out": 2, "steps": 4, "evaluate_every": 2, "lr": 1e-2, "device": "cpu"}
+    return LoraSettings(expert=experts[0], data=str(images), output=str(tmp_path / "lora"), rank=2, **small)
+
+
+def tensors(settings):
+    from safetensors.torch import load_file
+
+    return load_file(Path(settings.output) / FILE)
+
+
+def test_an_untrained_lora_changes_nothing():
+    model = sd_unet()
+    with torch.no_grad():
+        before = model(**inputs()).sample
+        add_lora(model.requires_grad_(False), 3)
+        assert torch.equal(model(**inputs()).sample, before)
+
+
+def test_only_the_lora_is_trained_and_it_has_the_parameters_that_were_promised():
+    model = sd_unet().requires_grad_(False)
+    promised = parameters_at_rank(model, 3)
+    trained = add_lora(model, 3)
+    assert sum(parameter.numel() for parameter in trained.parameters()) == promised
+    assert {parameter for parameter in model.parameters() if parameter.requires_grad} == set(trained.parameters())
+    model(**inputs()).sample.square().mean().backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+
+
+def test_attention_feed_forward_and_convolutions_are_adapted():
+    names = [name for name, _ in adapted(sd_unet())]
+    for part in ("attn1.to_q", "attn2.to_out.0", "ff.net.0.proj", "resnets.0.conv1"):
+        assert any(name.endswith(part) for name in names), part
+    assert not any(name.endswith(("conv_in", "conv_shortcut", "time_emb_proj")) for name in names)
+
+
+def test_the_matching_rank_is_the_smallest_with_enough_parameters():
+    model = sd_unet()
+    for wanted in (1, 10_000, 123_456):
+        rank = matching_rank(model, wanted)
+        assert parameters_at_rank(model, rank) >= wanted
+        assert rank == 1 or parameters_at_rank(model, rank - 1) < wanted
+
+
+def test_equal_compute_gives_a_single_model_more_steps_the_more_experts_there_are():
+    steps = [
+        equal_compute_steps(100, UNetEnsemble([sd_unet(seed) for seed in range(count)], recipe=Recipe("sabw", {"hidden": 8, "heads": 2})), 2, 2)
+        for count in (2, 3)
+    ]
+    assert 100 < steps[0] < steps[1]
+
+
+def test_equal_compute_ignores_where_the_experts_lie():
+    """Counting touches no weights: not even those of experts that are too large to copy."""
+    denoiser = UNetEnsemble([sd_unet(0), sd_unet(1)], recipe=Recipe("sabw", {"hidden": 8, "heads": 2}))
+    before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
+    equal_compute_steps(10, denoiser, 2, 2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in denoiser.state_dict().items())
+
+
+def test_the_file_joins_the_expert_as_it_was_trained(settings):
+    planned = plan(settings)
+    record = finetune(settings, planned)
+    assert record["steps"] == 4 and record["parameters"] == parameters_at_rank(sd_unet(), 2)
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors(settings).items() if "lora_B" in name)
+    joined = Ensemble.from_experts([f"tuned={settings.expert}+{Path(settings.output) / FILE}"], aggregator="mean")
+    call = inputs()
+    with torch.no_grad():
+        trained = planned[0].ensemble.denoiser.experts[0](**call).sample
+        assert torch.allclose(joined.denoiser.experts[0](**call).sample, trained, atol=1e-5)
+
+
+def test_a_stock_pipeline_loads_the_file(settings):
+    from diffusers import StableDiffusionPipeline
+
+    planned = plan(settings)
+    finetune(settings, planned)
+    pipe = StableDiffusionPipeline.from_pretrained(settings.expert, safety_checker=None)
+    pipe.load_lora_weights(settings.output)
+    with torch.no_grad():
+        trained = planned[0].ensemble.denoiser.experts[0](**inputs()).sample
+        assert torch.allclose(pipe.unet(**inputs()).sample, trained, atol=1e-5)
+
+
+def test_resumed_training_equals_uninterrupted(settings, tmp_path, monkeypatch):
+    finetune(settings)
+    again = replace(settings, output=str(tmp_path / "again"))
+    step = Trainer._step
+
+    def interrupted(self):
+        if self.progress.step == 2:
+            self._save()
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(again)
+    monkeypatch.setattr(Trainer, "_step", step)
+    finetune(again)
+    assert all(torch.equal(tensor, tensors(again)[name]) for name, tensor in tensors(settings).items())
+
+
+def test_a_lora_sees_what_the_ensemble_saw(settings, experts, tmp_path, monkeypatch):  # noqa: F811
+    """The same examples, latents, noise and timesteps at every step, and the same held-out measure."""
+    from afa.training.objective import Objective
+
+    seen, loss = [], Objective.loss
+
+    def note(self, denoiser, batch, text, dtype):
+        seen.append((batch.latents.clone(), batch.noise.clone(), batch.timesteps.clone()))
+        return loss(self, denoiser, batch, text, dtype)
+
+    monkeypatch.setattr(Objective, "loss", note)
+    finetune(settings)
+    shared = {name: getattr(settings, name) for name in ("data", "resolution", "batch_size", "held_out", "steps", "evaluate_every", "lr", "device")}
+    tuned = [batch for batch in seen if len(batch[2]) == 2]
+    seen.clear()
+    train(TrainSettings(experts=experts, output=str(tmp_path / "ensemble"), hidden=8, heads=2, depth=1, **shared))
+    ensemble = [batch for batch in seen if len(batch[2]) == 2]
+    assert len(tuned) > 4
+    for one in tuned:
+        assert any(all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) for other in ensemble)
+
+
+def test_a_complete_run_is_only_read_and_another_is_refused(settings, monkeypatch):
+    record = finetune(settings)
+    monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("trained again"))
+    assert finetune(settings) == json.loads((Path(settings.output) / RECORD).read_text()) == json.loads(json.dumps(record))
+    with pytest.raises(UserError, match=r"was begun with --rank 2 \(now 3\)"):
+        finetune(replace(settings, rank=3))
+    with pytest.raises(UserError, match=r"finished with --steps 4 \(now 5\)"):
+        finetune(replace(settings, steps=5))
+
+
+def test_as_many_parameters_as_an_ensemble(settings, experts, tmp_path):  # noqa: F811
+    Ensemble.from_experts(experts, hidden=8, heads=2, depth=1).save(tmp_path / "ensemble")
+    planned, rank = plan(replace(settings, rank=None, like=str(tmp_path / "ensemble")))
+    wanted = json.loads((tmp_path / "ensemble" / "afa.json").read_text())["aggregator"]["parameters"]
+    model = planned.ensemble.denoiser.experts[0]
+    assert parameters_at_rank(model, rank) >= wanted > parameters_at_rank(model, rank - 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--rank", "2", "--like", "x"], "give either --rank N or --like ENSEMBLE"),
+        ([], "give either --rank N or --like ENSEMBLE"),
+        (["--rank", "0"], "--rank 0 must be at least 1"),
+        (["--like", "nowhere"], "nowhere is no ensemble"),
+    ],
+)
+def test_bad_input_is_one_sentence(settings, flags, sentence, capsys):
+    command = ["finetune", settings.expert, "--data", settings.data, "--output", settings.output, "--resolution", "32"]
+    assert main([*command, *flags]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not Path(settings.output).exists()
+
+
+def test_a_dry_run_leaves_nothing_behind(settings, capsys):
+    command = ["finetune", settings.expert, "--data", settings.data, "--output", settings.output, "--resolution", "32", "--rank", "2"]
+    assert main([*command, "--dry-run"]) == 0
+    assert "rank 2" in capsys.readouterr().out
+    assert not Path(settings.output).exists()
