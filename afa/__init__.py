@@ -7,13 +7,16 @@ if TYPE_CHECKING:
     from afa.denoiser.base import only_expert, record_weights
     from afa.ensemble import Ensemble
     from afa.errors import UserError
+    from afa.merging.memory import merge_experts, merge_pipelines
 
 __version__ = "0.1.0"
-__all__ = ["Ensemble", "UserError", "only_expert", "record_weights"]
+__all__ = ["Ensemble", "UserError", "merge_experts", "merge_pipelines", "only_expert", "record_weights"]
 
 _HOMES = {
     "Ensemble": "afa.ensemble",
     "UserError": "afa.errors",
+    "merge_experts": "afa.merging.memory",
+    "merge_pipelines": "afa.merging.memory",
     "only_expert": "afa.denoiser.base",
     "record_weights": "afa.denoiser.base",
 }

@@ -1,0 +1,84 @@
+"""Merge experts into one new checkpoint: weighted, by blocks, by differences from their base, and more.
+
+Tensors are read and written one after the other, so a merge of any number of models needs the memory of one tensor of
+each. Expert folders and single files may be mixed. Text encoders are merged with the denoiser; the VAE is the first
+expert's. How it was made, and the sha256 of every file it was made from, stand in the header of the files written.
+
+  weighted         Σ wᵢ θᵢ, equal weights by default           mbw          weighted, stage by stage
+  add_difference   A + alpha (B - base)                        slerp        along the great circle, from A to B
+  task_arithmetic  base + scale Σ (θᵢ - base)                  dare         the same, most differences dropped at random
+  ties             base + scale · the differences that agree   model_stock  mean, closer to base the less experts agree
+
+A TOML file of block weights names stages: IN00 = 0.5 (the second expert's share) or IN00 = [2, 1, 1] (for three), `base`
+for all but the denoiser, `others` for the rest. `afa inspect` shows a model's stages. Presets: GRAD_V GRAD_A FLAT_25
+FLAT_50 FLAT_75 WRAP08 WRAP12 WRAP14 WRAP16 MID12_50 OUT07 OUT12 OUT12_5 RING08_5 RING08_SOFT RING10_3 RING10_5
+SMOOTHSTEP REVERSE_SMOOTHSTEP ALL_A ALL_B
+"""
+
+import json
+from typing import Any
+
+from afa.cli.tables import scaled
+from afa.merging.settings import MergeSettings as Options
+
+EXAMPLES = [
+    "afa merge --experts afa/demo/assets/curves afa/demo/assets/angles afa/demo/assets/patterns --weights 2 1 1 --output soup",
+    "afa merge --method mbw --experts afa/demo/assets/curves afa/demo/assets/angles --weights GRAD_V --output blocks.safetensors",
+    "afa merge --method ties --experts afa/demo/assets/curves afa/demo/assets/angles --base afa/demo/assets/base --output ties --dry-run",
+]
+
+
+def run(options: Options) -> None:
+    """Plan, merge, say where it is."""
+    from afa.cli.quiet import hush
+    from afa.merging.plan import make_plan
+    from afa.merging.run import merge_files
+
+    hush()
+    plan = make_plan(options)
+    if options.dry_run:
+        facts = plan.facts()
+        print(json.dumps(facts, indent=2, default=list) if options.json else _plan(facts))
+        return
+    facts = merge_files(options, plan)
+    print(json.dumps(facts, indent=2, default=list) if options.json else f"{_plan(facts)}\n{_result(facts)}")
+
+
+def _plan(facts: dict[str, Any]) -> str:
+    """The plan as lines."""
+    settings = {name: value for name, value in facts["options"].items() if name != "weights" or facts["method"] == "weighted"}
+    named = "  ".join(f"{name} {_short(value)}" for name, value in settings.items())
+    lines = [f"method   {facts['method']}{f'  {named}' if named else ''}"]
+    lines += [f"expert   {name}  {path}" for name, path in facts["experts"].items()]
+    lines += [f"base     {facts['base']}"] if facts["base"] else []
+    lines += _stages(facts["options"]["weights"]) if facts["method"] == "mbw" else []
+    vae = {None: "none", "merged": "merged"}.get(facts["vae"], f"of {facts['vae']}")
+    lines += [f"merged   {', '.join(facts['merged'])}; VAE {vae}"]
+    size = f"{facts['tensors']:,} tensors, {scaled(facts['bytes'], 'B')}, dtype {facts['dtype']}, {facts['layout']} layout"
+    return "\n".join(
+        [
+            *lines,
+            f"output   {facts['output']}: {size}",
+            f"memory   about {scaled(facts['memory_bytes'], 'B')} besides the program itself",
+        ]
+    )
+
+
+def _stages(weights: dict[str, tuple[float, ...]]) -> list[str]:
+    """Stages with equal weights side by side in one line."""
+    groups: list[tuple[list[str], tuple[float, ...]]] = []
+    for stage, row in weights.items():
+        if groups and groups[-1][1] == row:
+            groups[-1][0].append(stage)
+        else:
+            groups.append(([stage], row))
+    return [f"stage    {names[0] if len(names) == 1 else f'{names[0]} … {names[-1]}'}: {_short(row)}" for names, row in groups]
+
+
+def _short(value: Any) -> str:
+    return " ".join(f"{one:.4g}" for one in value) if isinstance(value, (list, tuple)) else f"{value}"
+
+
+def _result(facts: dict[str, Any]) -> str:
+    once = f" Equal in all experts: {', '.join(facts['same_in_all'])}." if facts["same_in_all"] else ""
+    return f"Written to {facts['output']} in {facts['seconds']:.1f} s.{once}"

@@ -1,0 +1,207 @@
+"""Merges of models that are in memory: experts or pipelines in, a new one out; and many merges of the same experts, fast."""
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afa.errors import UserError
+from afa.experts.compatible import mismatches
+from afa.experts.load import TEXT_ENCODERS, Expert, load_expert
+from afa.families.table import FAMILIES
+from afa.merging.parts import DENOISERS, MERGED, Parts, Slot, slots
+from afa.merging.stages import stage_names
+from afa.merging.table import check_merge, find_merge, merge_key, needs
+from afa.merging.weights import Given, stage_weights
+
+
+class PartsMerge:
+    """Merged values written into copies of the first model's parts, as often as wanted.
+
+    experts, base: each its parts by name. names: the experts', and the base's at the end, for messages.
+    parts: the copies; they hold the first expert's values until the first merge.
+    Raises UserError for parts that do not fit, naming the key and both shapes.
+    """
+
+    def __init__(self, experts: Sequence[Parts], names: Sequence[str], base: Parts | None = None) -> None:
+        self.parts = {part: copy.deepcopy(module) for part, module in experts[0].items()}
+        self.count, self.based = len(experts), base is not None
+        self._slots = slots(self.parts, experts, names, base)
+        self.stages = stage_names(self.parts[next(part for part in self.parts if part in DENOISERS)].state_dict())
+        self._written: dict[str, tuple[float, ...]] = {}  # stage -> the block weights its values were last made with
+
+    def apply(self, method: str, **options: Any) -> None:
+        """Write one merge's values over the last ones. A base is used by those that need it.
+
+        Raises UserError if the options do not fit.
+        """
+        based = needs(method, "base")
+        check_merge(method, self.count, self.based and based, options)
+        if method == "mbw":
+            self.apply_mbw(**options)
+            return
+        self._written = {}
+        for slot in self._slots:
+            self._write(slot, find_merge(method), options, based)
+
+    def apply_mbw(self, weights: Given, base_alpha: float | None = None) -> None:
+        """Write a block-weighted merge; only stages whose weights changed since the last one are computed.
+
+        weights: see afa.merging.weights.stage_weights.
+        """
+        rows = stage_weights(weights, self.stages, self.count, base_alpha)
+        before, self._written = self._written, {}  # should this be interrupted, nothing counts as written
+        for slot in self._slots:
+            if before.get(slot.stage) != rows[slot.stage]:
+                self._write(slot, find_merge("mbw"), {"weights": rows}, based=False)
+        self._written = rows
+
+    @torch.no_grad()
+    def _write(self, slot: Slot, rule: Callable[..., Tensor], options: dict[str, Any], based: bool) -> None:
+        if slot.same_base if based else slot.same:
+            slot.target.copy_(slot.tensors[0])
+        else:
+            dtype = slot.target.dtype
+            slot.target.copy_(merge_key(rule, slot.tensors, slot.base, key=slot.key, stage=slot.stage, dtype=dtype, **options))
+
+
+class InMemoryMerge:
+    """Many merges of the same experts, each written into one model in place: for a search over weights.
+
+        merge = InMemoryMerge(experts)
+        expert = merge.apply_mbw({"others": 0.5, "OUT11": 1})    # always the same Expert object, with new values
+
+    base: for the merges of differences. vae: the name of the expert whose VAE the result has (default: the first's);
+    it is that expert's own object, unless merge_vae asks for a merged one. stages: IN00 …, M00, OUT00 … in order.
+    Raises UserError, with every reason, for experts that cannot be merged.
+    """
+
+    def __init__(
+        self, experts: Sequence[Expert], base: Expert | None = None, *, vae: str | None = None, merge_vae: bool = False
+    ) -> None:
+        everyone = [*experts, *([base] if base is not None else [])]
+        check_experts(everyone)
+        parts = [expert_parts(expert, merge_vae) for expert in everyone]
+        names = [expert.name for expert in everyone]
+        self._merge = PartsMerge(parts[: len(experts)], names, parts[-1] if base is not None else None)
+        self.stages = self._merge.stages
+        merged = self._merge.parts
+        self.expert = dataclasses.replace(
+            experts[0],
+            name="merge",
+            model=merged[FAMILIES[experts[0].family].component],
+            text_encoders=[merged[part] for part in TEXT_ENCODERS if part in merged],
+            vae=merged.get("vae") or _vae_of(experts, vae),
+            located=None,
+            config=None,
+            hashes={},
+        )
+
+    def apply(self, method: str, **options: Any) -> Expert:
+        """Merge by a method of afa.merging.table.MERGES, with its options. -> the expert, which the next call changes."""
+        self._merge.apply(method, **options)
+        return self.expert
+
+    def apply_mbw(self, weights: Given, base_alpha: float | None = None) -> Expert:
+        """Merge by block weights; stages whose weights are as in the last call are left as they are.
+
+        weights: stage -> the second expert's share, or a weight per expert; other forms: see stage_weights.
+        """
+        self._merge.apply_mbw(weights, base_alpha)
+        return self.expert
+
+
+def merge_experts(
+    experts: Sequence[Expert],
+    method: str = "weighted",
+    *,
+    base: Expert | None = None,
+    vae: str | None = None,
+    merge_vae: bool = False,
+    **options: Any,
+) -> Expert:
+    """A new expert, merged from others that stay as they are. Arguments: see InMemoryMerge and MERGES."""
+    check_merge(method, len(experts), base is not None, options)
+    return InMemoryMerge(experts, base, vae=vae, merge_vae=merge_vae).apply(method, **options)
+
+
+def merge_pipelines(
+    pipelines: Sequence[Any], method: str = "weighted", *, base: Any = None, merge_vae: bool = False, **options: Any
+) -> Any:
+    """A new diffusers pipeline, merged from others that stay as they are.
+
+    pipelines: of one architecture: Stable Diffusion 1.x, 2.x, XL, SD3 or FLUX. Denoiser and text encoders are merged;
+    everything else (VAE, scheduler, tokenizers) is a copy of the first's, unless merge_vae merges the VAE, too.
+    method, options: one of afa.merging.table.MERGES and its options; base: a pipeline, for merges of differences.
+    Raises UserError for pipelines that do not fit, and options that do not belong to the method.
+
+        merged = merge_pipelines([photo, paint], "mbw", weights="GRAD_V")
+    """
+    check_merge(method, len(pipelines), base is not None, options)
+    everyone = [*pipelines, *([base] if base is not None else [])]
+    names = [f"pipeline {place}" for place in range(len(pipelines))] + ["base"]
+    _check_pipelines(everyone, names)
+    parts = [pipeline_parts(pipe, merge_vae) for pipe in everyone]
+    merge = PartsMerge(parts[: len(pipelines)], names, parts[-1] if base is not None else None)
+    merge.apply(method, **options)
+    first = pipelines[0]
+    components = {name: merge.parts.get(name) or copy.deepcopy(part) for name, part in first.components.items()}
+    return type(first)(**{**_switches(first), **components})
+
+
+def check_experts(experts: Sequence[Expert]) -> None:
+    """Raises UserError, with every reason, for experts that are not of one architecture."""
+    if not experts:
+        raise UserError("a merge needs at least one expert")
+    try:
+        reasons = mismatches(experts)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if reasons:
+        raise UserError("; ".join(reasons))
+
+
+def expert_parts(expert: Expert, vae: bool) -> dict[str, nn.Module]:
+    """What is merged of an expert, by its names in a pipeline."""
+    parts = {FAMILIES[expert.family].component: expert.model, **dict(zip(TEXT_ENCODERS, expert.text_encoders, strict=False))}
+    return {**parts, **({"vae": expert.load_vae()} if vae else {})}
+
+
+def pipeline_parts(pipe: Any, vae: bool) -> dict[str, nn.Module]:
+    """What is merged of a pipeline. Raises UserError if it has no denoiser."""
+    names = (*MERGED, "vae") if vae else MERGED
+    found = {name: pipe.components[name] for name in names if pipe.components.get(name) is not None}
+    if not any(name in found for name in DENOISERS):
+        raise UserError(f"a {type(pipe).__name__} has no unet or transformer that could be merged")
+    return found
+
+
+def _check_pipelines(pipelines: Sequence[Any], names: Sequence[str]) -> None:
+    """U-Nets are compared as experts are; of transformers, the classes (names and shapes of weights are, in any case)."""
+    first = pipelines[0]
+    for pipe, name in zip(pipelines[1:], names[1:], strict=False):
+        if set(pipeline_parts(pipe, False)) != set(pipeline_parts(first, False)):
+            mine, theirs = (", ".join(pipeline_parts(one, False)) for one in (first, pipe))
+            raise UserError(f"'{name}' cannot join '{names[0]}': it has {theirs}, expected {mine}")
+    if pipelines[0].components.get("unet") is not None:
+        experts = [load_expert(pipe) for pipe in pipelines]
+        check_experts([dataclasses.replace(expert, name=name) for expert, name in zip(experts, names, strict=False)])
+
+
+def _vae_of(experts: Sequence[Expert], name: str | None) -> nn.Module | None:
+    """The chosen expert's VAE; None if the first has none and nobody was chosen."""
+    chosen = next((expert for expert in experts if expert.name == name), experts[0] if name is None else None)
+    if chosen is None:
+        raise UserError(f"vae='{name}' is no expert's name; these are {', '.join(expert.name for expert in experts)}")
+    has_one = chosen.vae is not None or (chosen.located is not None and chosen.located.whole_pipeline)
+    return chosen.load_vae() if has_one or name is not None else None
+
+
+def _switches(pipe: Any) -> dict[str, Any]:
+    """What a pipeline was built with besides its components, e.g. requires_safety_checker."""
+    taken = inspect.signature(type(pipe).__init__).parameters
+    return {name: pipe.config[name] for name in taken if name in pipe.config and name not in pipe.components}

@@ -1,0 +1,205 @@
+"""An expert as a merge reads it: every tensor by its name in a diffusers pipeline, wherever and in whichever layout it lies."""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from afa.errors import UserError
+from afa.experts.headers import DTYPES, Tensors, read_file, read_folder
+from afa.experts.load import has_part, read_index
+from afa.experts.locate import Located, locate
+from afa.experts.original import config_folder
+from afa.experts.outline import OPEN_CLIP, Outline, read_outline
+from afa.experts.spec import ExpertSpec
+from afa.merging.original import Place, from_original, original_places, shape_from_original
+from afa.merging.parts import DENOISERS, MERGED, today
+
+EMA = "model_ema."
+MAPPED = 256 << 20  # bytes read from all files before they are mapped anew, which lets the read pages go
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of an expert: in which file, under which name, in which form (see original.Place), and what it is."""
+
+    file: Path
+    name: str
+    form: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in DTYPES.values() or self.dtype.startswith("F8")
+
+    @property
+    def numbers(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass
+class Source:
+    """tensors: by "part.name". spare: what a single file holds besides (never its EMA copy). outline: of a U-Net's expert.
+
+    config: folder of configs: the expert's own, or the one a single file is read with.
+    """
+
+    located: Located
+    tensors: dict[str, Stored]
+    config: Path
+    spare: dict[str, Stored] = field(default_factory=dict)
+    outline: Outline | None = None
+
+    @property
+    def name(self) -> str:
+        return self.located.spec.name
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of a pipeline that it has weights of, the denoiser first."""
+        return tuple(dict.fromkeys(key.partition(".")[0] for key in self.tensors))
+
+    @property
+    def denoiser(self) -> str:
+        return self.parts[0]
+
+    def files(self, part: str) -> list[Path]:
+        """The files a part's weights are in."""
+        return sorted({stored.file for key, stored in self.tensors.items() if key.startswith(f"{part}.")})
+
+    def floats(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what can be merged: all but whole numbers, such as position_ids."""
+        return {key: stored.shape for key, stored in self.tensors.items() if stored.is_float}
+
+    def open_clip(self, part: str) -> bool:
+        """Whether a text encoder was OpenCLIP's: SDXL's second, and SD 2.x'.
+
+        Of the latter, a single file's names tell, and in a folder the activation.
+        """
+        if "text_encoder_2" in self.parts:
+            return part == "text_encoder_2"
+        if self.located.single_file:
+            return any(stored.name.startswith(OPEN_CLIP) for key, stored in self.tensors.items() if key.startswith(f"{part}."))
+        return _read_json(self.config / part / "config.json").get("hidden_act") == "gelu"
+
+
+def open_source(spec: ExpertSpec, config: str | None = None) -> Source:
+    """Find an expert's tensors, without reading them. config: of a single file, as in load_expert.
+
+    Raises UserError if it cannot be found, is broken, incomplete or pickled, or has LoRAs.
+    """
+    if spec.loras:
+        raise UserError(
+            f"expert '{spec.name}' has a LoRA ({spec.loras[0].path}), and only whole checkpoints are merged from files;"
+            " fuse it into a pipeline and save that, or merge in memory with afa.merge_pipelines"
+        )
+    located = locate(spec)
+    if located.single_file:
+        return _from_single_file(located, config)
+    return _from_folder(located)
+
+
+def open_vae(text: str, config: str | None = None) -> Source:
+    """The source of a VAE: an expert's, or a VAE's own folder. Raises UserError if there is none."""
+    spec = ExpertSpec.parse(text)
+    located = locate(spec)
+    if not located.single_file and not located.whole_pipeline:
+        if _read_json(located.path / "config.json").get("_class_name") != "AutoencoderKL":
+            raise UserError(
+                f"{located.path} is no VAE (its config.json says {_read_json(located.path / 'config.json').get('_class_name')})"
+            )
+        return Source(located, _folder_tensors(located.path, "vae"), located.path)
+    source = open_source(spec, config)
+    if "vae" not in source.parts:
+        raise UserError(f"'{spec.name}' has no VAE; choose another with --vae")
+    return source
+
+
+def _from_folder(located: Located) -> Source:
+    """A diffusers pipeline's folder, or a bare denoiser's."""
+    path, outline = located.path, None
+    if not located.whole_pipeline:
+        kind = _read_json(path / "config.json").get("_class_name", "")
+        part = "unet" if kind.startswith("UNet") else "transformer"
+        tensors = _folder_tensors(path, part)
+    else:
+        index = read_index(path)
+        present = [part for part in (*MERGED, "vae") if has_part(index, part) and (path / part).is_dir()]
+        if not any(part in DENOISERS for part in present):
+            raise UserError(f"{path} is a {index.get('_class_name')}, which has no unet or transformer that could be merged")
+        part = next(part for part in present if part in DENOISERS)
+        tensors = {key: stored for each in present for key, stored in _folder_tensors(path / each, each).items()}
+    if part == "unet":
+        outline = read_outline(located.spec)
+    return Source(located, tensors, path, outline=outline)
+
+
+def _folder_tensors(folder: Path, part: str) -> dict[str, Stored]:
+    found = read_folder(folder)
+    if found is None:
+        raise UserError(f"the weights in {folder} are pickled (.bin), and a merge reads only .safetensors; convert them first")
+    return {f"{part}.{today(name)}": Stored(entry.file, name, "same", entry.dtype, entry.shape) for name, entry in found.items()}
+
+
+def _from_single_file(located: Located, config: str | None) -> Source:
+    outline = read_outline(located.spec, config)
+    assert outline.config is not None
+    tensors: dict[str, Stored] = {}
+    for part, entries in outline.stored.items():
+        names = [today(name) for name in outline.parts[part].state_dict()]
+        opened = any(name.startswith(OPEN_CLIP) for name in entries)
+        places = original_places(part, names, xl="text_encoder_2" in outline.parts, open_clip=opened)
+        tensors |= {f"{part}.{name}": _stored(entries, place) for name, place in places.items()}
+    used = {stored.name for stored in tensors.values()}
+    found = {name: entry for name, entry in read_file(located.path).items() if name not in used and not name.startswith(EMA)}
+    spare = {name: Stored(entry.file, name, "same", entry.dtype, entry.shape) for name, entry in found.items()}
+    return Source(located, tensors, config_folder(outline.config), spare, outline)
+
+
+def _stored(entries: Tensors, place: Place) -> Stored:
+    """A tensor at its place, allowing for what the oldest files have otherwise."""
+    key = place.key if place.key in entries else place.key.replace(".text_model.", ".")
+    entry = entries[key]
+    form = "same" if place.form == "conv" and len(entry.shape) == 2 else place.form
+    return Stored(entry.file, key, form, entry.dtype, shape_from_original(entry.shape, form))
+
+
+class Reader:
+    """Tensors from memory-mapped files, which stay open while it is used: with Reader() as reader: reader.read(stored)."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, Any] = {}
+        self._stack = ExitStack()
+        self._mapped = 0  # bytes read since the files were mapped
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+        self._open.clear()
+        self._mapped = 0
+
+    def read(self, stored: Stored) -> Tensor:
+        """One tensor, in its diffusers form and in the file's dtype."""
+        if self._mapped > MAPPED:
+            self.__exit__()
+        if stored.file not in self._open:
+            self._open[stored.file] = self._stack.enter_context(safe_open(stored.file, framework="pt"))
+        tensor: Tensor = self._open[stored.file].get_tensor(stored.name)
+        self._mapped += tensor.numel() * tensor.element_size()
+        return from_original(tensor, stored.form)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return found

@@ -1,0 +1,126 @@
+"""The table of merges, and one key's merge in the precision it needs."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afa.errors import UserError
+from afa.lookup import look_up, unknown
+from afa.merging.differences import add_difference, dare, model_stock, task_arithmetic, ties
+from afa.merging.rules import mbw, normalised, slerp, weighted
+from afa.merging.stages import BASE
+
+MERGES: dict[str, Callable[..., Tensor]] = {
+    "weighted": weighted,
+    "mbw": mbw,
+    "add_difference": add_difference,
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+    "dare": dare,
+    "model_stock": model_stock,
+    "slerp": slerp,
+}
+PAIRS = ("add_difference", "slerp")  # of exactly two experts
+GIVEN = ("base", "stage", "key")  # what a rule is told about a key; all else are its options
+WRITTEN = {"mbw": {"base_alpha": None}}  # options that say how weights are read, before a rule sees them
+# option -> (least, most, whether the most itself is allowed)
+RANGES = {"density": (0.0, 1.0, True), "drop": (0.0, 1.0, False), "t": (0.0, 1.0, True)}
+
+
+def find_merge(method: str) -> Callable[..., Tensor]:
+    """A merge's rule by its name. Raises UserError with the nearest names."""
+    try:
+        return look_up(method, MERGES, "merge")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def options_of(method: str) -> dict[str, Any]:
+    """A merge's own options with their defaults; inspect.Parameter.empty for one that must be given."""
+    parameters = inspect.signature(find_merge(method)).parameters.values()
+    own = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY and one.name not in GIVEN}
+    return {**own, **WRITTEN.get(method, {})}
+
+
+def needs(method: str, given: str) -> bool:
+    """Whether a merge asks for `base`, `stage` or `key`."""
+    return given in inspect.signature(find_merge(method)).parameters
+
+
+def check_merge(method: str, experts: int, base: bool, options: Mapping[str, Any]) -> None:
+    """Refuse, in one sentence, what does not belong together. Raises UserError.
+
+    experts: how many there are, the base not among them. base: whether one was given. options: the merge's own.
+    """
+    known = options_of(method)
+    for name in options:
+        if name not in known:
+            raise UserError(
+                f"{method}: {unknown(name, known, 'option')}" if known else f"{method} has no options, so it cannot take '{name}'"
+            )
+    if experts < 1:
+        raise UserError("a merge needs at least one expert")
+    for name, default in known.items():
+        if default is inspect.Parameter.empty and name not in options:
+            raise UserError(f"{method} needs {name}")
+    if needs(method, "base") and not base:
+        raise UserError(f"{method} adds what experts learnt to their base: give the model they were tuned from as base")
+    if base and not needs(method, "base"):
+        raise UserError(f"{method} takes no base; leave it out, or give it as one of the experts")
+    if method in PAIRS and experts != 2:
+        raise UserError(
+            f"{method} is of exactly 2 experts, and {experts} were given; for other numbers there are weighted and task_arithmetic"
+        )
+    _check_values(method, experts, options)
+
+
+def _check_values(method: str, experts: int, options: Mapping[str, Any]) -> None:
+    """Numbers must be in their ranges."""
+    for name, value in options.items():
+        if name == "weights" or value is None:
+            continue
+        least, most, included = RANGES.get(name, (-math.inf, math.inf, False))
+        if not (least <= value < most or (included and value == most)):
+            expected = (
+                f"from {least:g} to {most:g}{'' if included else ', but not that itself'}"
+                if name in RANGES
+                else "a finite number"
+            )
+            raise UserError(f"{method}: {name} is {value:g}, expected {expected}")
+    if method == "weighted" and options.get("weights") is not None:
+        try:
+            normalised(options["weights"], experts)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+
+def merge_key(
+    rule: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    base: Tensor | None = None,
+    *,
+    key: str = "",
+    stage: str = BASE,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Tensor:
+    """Apply a rule to one key, computed in float32 (float64 tensors in float64): -> the merged tensor.
+
+    key, stage: where it stands. dtype: of the result, default the first tensor's. Whole numbers are the first expert's.
+    """
+    first = tensors[0]
+    dtype = dtype or first.dtype
+    if not first.is_floating_point():
+        return first.clone()
+    asked = inspect.signature(rule).parameters
+    given = {"base": None if base is None else _fine(base, first), "stage": stage, "key": key}
+    given = {name: value for name, value in given.items() if name in asked}
+    return rule([_fine(tensor, first) for tensor in tensors], **given, **options).to(dtype)
+
+
+def _fine(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(like.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32)

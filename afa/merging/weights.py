@@ -1,0 +1,148 @@
+"""Weights of a block-weighted merge, from however they were written to one convex set per stage."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from afa.errors import UserError
+from afa.lookup import unknown
+from afa.merging.presets import PRESETS, preset_weights
+from afa.merging.stages import BASE
+
+OTHERS = "others"  # in a TOML file: what stages get that it does not name
+Named = Mapping[str, float | Sequence[float]]
+Given = Named | Sequence[float] | Sequence[str] | str
+
+
+def stage_weights(
+    given: Given, stages: Sequence[str], experts: int, base_alpha: float | None = None
+) -> dict[str, tuple[float, ...]]:
+    """One weight per expert, summing to 1, for `base` and for every stage.
+
+    given: a mapping stage -> share of the second of two experts, or stage -> a weight for each expert (`others` is for
+    the stages it does not name); or the numbers of all stages in order, with or without `base` in front; or a preset's
+    name, a string of numbers, a TOML file; or a list of such strings, one per expert.
+    base_alpha: the second of two experts' share of `base`, where the weights do not say it. What nobody says of `base`
+    is the first expert's. Raises UserError for unknown stages, wrong numbers of weights, and what is no share.
+    """
+    stages = tuple(stages)
+    texts = [given] if isinstance(given, str) else list(given) if _all(given, str) else []
+    if len(texts) > 1 and len(texts) == experts:
+        rows = _side_by_side([_named(text, stages) for text in texts], stages)
+    elif len(texts) > 1:
+        raise UserError(
+            f"{len(texts)} sets of block weights for {experts} experts; give one for each, or the second's alone if there are two"
+        )
+    else:
+        rows = _rows(_named(texts[0] if texts else given, stages), stages, experts)
+    return _with_base(rows, experts, base_alpha)
+
+
+def _all(given: object, kind: type) -> bool:
+    return isinstance(given, Sequence) and len(given) > 0 and all(isinstance(one, kind) for one in given)
+
+
+def _named(given: object, stages: tuple[str, ...]) -> dict[str, float | Sequence[float]]:
+    """What was given, by stage, with `others` spread over the stages that are not named; `base` may be missing."""
+    if isinstance(given, str):
+        given = _read(given, stages)
+    if not isinstance(given, Mapping):
+        given = _in_order([float(one) for one in given], stages)  # type: ignore[attr-defined]
+    for name in given:
+        if name not in (BASE, OTHERS, *stages):
+            raise UserError(unknown(name, (BASE, *stages, OTHERS), "stage"))
+    lacking = [stage for stage in stages if stage not in given]
+    if lacking and OTHERS not in given:
+        raise UserError(f"there is no weight for {', '.join(lacking)}; name every stage, or say '{OTHERS} = 0.5' for the rest")
+    named = BASE in given or OTHERS in given
+    return {stage: given.get(stage, given.get(OTHERS, 0)) for stage in ((BASE, *stages) if named else stages)}
+
+
+def _read(text: str, stages: tuple[str, ...]) -> Named | list[float]:
+    """A preset, a TOML file, or numbers."""
+    if text in PRESETS:
+        if not any(stage.startswith("IN") for stage in stages):
+            raise UserError(f"preset {text} is for the stages of a U-Net; for this model give numbers or a TOML file")
+        return preset_weights(text, stages)
+    if text.endswith(".toml"):
+        return read_toml(Path(text))
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        kinds = "numbers with commas between them, a .toml file or a preset"
+        raise UserError(f"'{text}' are no block weights ({kinds}): {unknown(text, PRESETS, 'preset')}") from None
+
+
+def read_toml(path: Path) -> dict[str, float | list[float]]:
+    """Weights by stage, e.g. IN00 = 0.5, or IN00 = [0.2, 0.3, 0.5] for three experts. Raises UserError if it cannot be read."""
+    try:
+        found = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a TOML file of block weights: {error}") from None
+    for name, value in found.items():
+        numbers = value if isinstance(value, list) else [value]
+        if not numbers or any(isinstance(one, bool) or not isinstance(one, (int, float)) for one in numbers):
+            raise UserError(f"{path}: {name} = {value} is neither a number nor a list with a number for each expert")
+    return found
+
+
+def _in_order(numbers: list[float], stages: tuple[str, ...]) -> dict[str, float]:
+    """Numbers without names: of all stages in order, `base` in front or not."""
+    if len(numbers) not in (len(stages), len(stages) + 1):
+        expected = f"{len(stages)} ({stages[0]} … {stages[-1]}) or {len(stages) + 1} ({BASE} in front of them)"
+        raise UserError(f"{len(numbers)} block weights, expected {expected} for this model")
+    return dict(zip((BASE, *stages)[-len(numbers) :], numbers, strict=True))
+
+
+def _rows(named: Mapping[str, float | Sequence[float]], stages: tuple[str, ...], experts: int) -> dict[str, tuple[float, ...]]:
+    """One set of weights for all: a share of the second of two experts, or a list."""
+    rows = {}
+    for stage, value in named.items():
+        if isinstance(value, Sequence):
+            rows[stage] = _shares(stage, value, experts)
+        elif experts != 2:
+            raise UserError(f"{stage} = {value:g} is a share of the second of two experts; for {experts}, give a weight for each")
+        elif not 0 <= value <= 1:
+            raise UserError(f"{stage} = {value:g} is no share of the second expert; give a number from 0 to 1")
+        else:
+            rows[stage] = (1 - value, value)
+    return rows
+
+
+def _side_by_side(
+    columns: Sequence[Mapping[str, float | Sequence[float]]], stages: tuple[str, ...]
+) -> dict[str, tuple[float, ...]]:
+    """One set of numbers per expert; one that does not name `base` has no part in it."""
+    rows = {}
+    for stage in (BASE, *stages) if any(BASE in column for column in columns) else stages:
+        values = [column.get(stage, 0.0) for column in columns]
+        if any(isinstance(value, Sequence) for value in values):
+            raise UserError(
+                f"{stage} has a list of weights in a set that is one expert's; give that file alone, or a number for each stage"
+            )
+        rows[stage] = _shares(stage, values, len(columns))  # type: ignore[arg-type]
+    return rows
+
+
+def _with_base(rows: dict[str, tuple[float, ...]], experts: int, base_alpha: float | None) -> dict[str, tuple[float, ...]]:
+    if base_alpha is not None and BASE in rows:
+        raise UserError(
+            f"the block weights name {BASE} ({' '.join(f'{one:g}' for one in rows[BASE])}); leave out base_alpha {base_alpha:g}"
+        )
+    if base_alpha is not None and (experts != 2 or not 0 <= base_alpha <= 1):
+        raise UserError(f"base_alpha {base_alpha:g} is the share of the second of two experts, from 0 to 1; here are {experts}")
+    share = base_alpha or 0.0
+    return {
+        BASE: rows.get(BASE, (1 - share, share, *[0.0] * (experts - 2))),
+        **{stage: row for stage, row in rows.items() if stage != BASE},
+    }
+
+
+def _shares(stage: str, weights: Sequence[float], experts: int) -> tuple[float, ...]:
+    """Weights of one stage in any unit as shares that sum to 1."""
+    listed = " ".join(f"{weight:g}" for weight in weights)
+    if len(weights) != experts:
+        raise UserError(f"{stage} has {len(weights)} weights ({listed}) for {experts} experts; give one for each")
+    if any(not 0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
+        raise UserError(f"the weights {listed} of {stage} are no shares; give numbers of at least 0 that are not all 0")
+    return tuple(weight / sum(weights) for weight in weights)

@@ -1,0 +1,175 @@
+"""Pipelines to merge: tiny real ones of every family, saved once per session in every layout."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from original_layout import write_single_file
+from tiny import scheduler, sd_unet, sdxl_unet, text_encoder
+from transformers import CLIPTokenizer, T5Config, T5EncoderModel
+
+import afa
+from afa.cli.main import main
+from afa.merging.settings import MergeSettings
+
+SMALL = {  # two levels, one layer each: IN00 … IN03, M00, OUT00 … OUT03
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+SD3 = {
+    "sample_size": 8,
+    "patch_size": 1,
+    "in_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "caption_projection_dim": 16,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 32,
+    "out_channels": 4,
+    "pos_embed_max_size": 16,
+}
+FLUX = {
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 16,
+    "axes_dims_rope": [2, 2, 4],
+}
+
+
+def small_tokenizer() -> CLIPTokenizer:
+    """The demonstration's tokenizer of 307 tokens; CLIP's own takes most of a test's time to read."""
+    return CLIPTokenizer.from_pretrained(Path(afa.__file__).parent / "demo/assets/base/tokenizer", local_files_only=True)
+
+
+def small_text(seed: int, width: int, **changes: Any) -> Any:
+    """A text encoder for it."""
+    tokens = {"vocab_size": 307, "bos_token_id": 305, "eos_token_id": 306, "pad_token_id": 306, "max_position_embeddings": 24}
+    return text_encoder(seed, width=width, **{**tokens, **changes})
+
+
+def small_vae(seed: int, **changes: Any) -> AutoencoderKL:
+    """Two levels: half of the image's side."""
+    torch.manual_seed(2000 + seed)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, **blocks, **changes).eval()
+
+
+def sd(seed: int = 0, text_seed: int | None = None, **unet: Any) -> StableDiffusionPipeline:
+    """A whole SD 1.x pipeline with a small U-Net and VAE."""
+    return StableDiffusionPipeline(
+        unet=sd_unet(seed, **{**SMALL, **unet}),
+        text_encoder=small_text(seed if text_seed is None else text_seed, 24),
+        tokenizer=small_tokenizer(),
+        vae=small_vae(seed),
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
+    """A whole SDXL pipeline with its two text encoders."""
+    return StableDiffusionXLPipeline(
+        unet=sdxl_unet(seed),
+        text_encoder=small_text(seed, 16),
+        text_encoder_2=small_text(50 + seed, 24, projected=True),
+        tokenizer=small_tokenizer(),
+        tokenizer_2=small_tokenizer(),
+        vae=small_vae(seed),
+        scheduler=scheduler(),
+    )
+
+
+def t5(seed: int = 0) -> T5EncoderModel:
+    """A T5 encoder of one layer, 24 wide."""
+    torch.manual_seed(3000 + seed)
+    return T5EncoderModel(T5Config(vocab_size=99, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
+
+
+def sd3_pipeline(seed: int = 0, text_seed: int = 0) -> StableDiffusion3Pipeline:
+    """A whole SD3 pipeline without T5; its text encoders are frozen, as in the wild."""
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(**SD3).eval()
+    encoders = [small_text(text_seed, 16, projected=True), small_text(text_seed + 1, 8, projected=True)]
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=small_vae(0, shift_factor=0.0),
+        text_encoder=encoders[0],
+        text_encoder_2=encoders[1],
+        text_encoder_3=None,
+        tokenizer=small_tokenizer(),
+        tokenizer_2=small_tokenizer(),
+        tokenizer_3=None,
+    )
+
+
+def flux_pipeline(seed: int = 0, text_seed: int = 0) -> FluxPipeline:
+    """A whole FLUX.1 pipeline; T5's tokenizer is CLIP's, which nobody asks here."""
+    torch.manual_seed(seed)
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(**FLUX).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=small_vae(0, shift_factor=0.0),
+        text_encoder=small_text(text_seed, 16),
+        text_encoder_2=t5(text_seed),
+        tokenizer=small_tokenizer(),
+        tokenizer_2=small_tokenizer(),
+    )
+
+
+def saved(pipe: Any, folder: Path, **options: Any) -> Path:
+    """Save a pipeline as a diffusers folder."""
+    pipe.save_pretrained(folder, **options)
+    return folder
+
+
+def weights_of(pipe: Any) -> dict[str, torch.Tensor]:
+    """All weights of a pipeline, by "part.name"."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
+
+
+def apart(one: Any, other: Any, part: str = "") -> float:
+    """The largest difference between the weights of two pipelines (or of one part of them)."""
+    mine, theirs = weights_of(one), weights_of(other)
+    assert mine.keys() == theirs.keys()
+    return max((mine[key].float() - theirs[key].float()).abs().max().item() for key in mine if key.startswith(part))
+
+
+def write_experts(home: Path) -> Path:
+    """Three experts and their base as folders and as single files; "wide" does not fit."""
+    for seed, name in enumerate(["a", "b", "c", "base"]):
+        write_single_file(sd(seed), home / f"{name}.safetensors")
+        saved(sd(seed), home / name)
+    saved(sd(9, block_out_channels=(16, 64)), home / "wide")
+    return home
+
+
+def settings(home: Path, output: Path, *names: str, **changes: Any) -> MergeSettings:
+    """A merge of some of them."""
+    return MergeSettings([str(home / name) for name in names], str(output), **{"config": str(home / "a"), **changes})
+
+
+def afa_merge(*arguments: object) -> int:
+    """The command, and its exit code."""
+    return main(["merge", *map(str, arguments)])
