@@ -14,8 +14,13 @@ from afa.errors import UserError
 # verb -> module with Options, EXAMPLES and run(options); its docstring is the help
 COMMANDS = {
     "inspect": "afa.cli.inspect",
+    "merge": "afa.cli.merge",
+    "search": "afa.cli.search",
     "train": "afa.cli.train",
+    "finetune": "afa.cli.finetune",
     "generate": "afa.cli.generate",
+    "evaluate": "afa.cli.evaluate",
+    "report": "afa.cli.report",
     "demo": "afa.cli.demo",
 }
 

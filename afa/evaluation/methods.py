@@ -9,15 +9,16 @@ from afa.evaluation.rivals import auto_mbw_rows, sampling_rows
 from afa.evaluation.rows import Row
 from afa.evaluation.setup import Setup
 from afa.evaluation.trained import ablation_rows, expert_rows, trained_rows
+from afa.evaluation.tuning import Tuner
 
 STEPS = (10, 20, 30, 50)
 STEPPED = ("weighted", "prediction_router", "afa")  # besides the best expert: what the study of steps looks at
-MAKERS: tuple[Callable[[Setup], list[Row]], ...] = (sampling_rows, merge_rows, auto_mbw_rows, control_rows, trained_rows)
+MAKERS: tuple[Callable[[Setup], list[Row]], ...] = (sampling_rows, merge_rows, control_rows, trained_rows)
 
 
-def all_rows(setup: Setup, names: Sequence[str]) -> list[Row]:
+def all_rows(setup: Setup, tuner: Tuner, names: Sequence[str]) -> list[Row]:
     """The rows of some methods, in the order of the table; `single` has one for every expert."""
-    rows = [row for make in MAKERS for row in make(setup)]
+    rows = [*auto_mbw_rows(setup, tuner), *(row for make in MAKERS for row in make(setup))]
     return [row for name in names for row in rows if row.name.partition(":")[0] == name]
 
 

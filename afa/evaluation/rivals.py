@@ -4,11 +4,20 @@ import functools
 import itertools
 from collections.abc import Callable
 
+from accelerate import PartialState
+from tqdm import tqdm
+
 from afa.baselines.table import make_sampler
-from afa.evaluation.merges import shares
-from afa.evaluation.rows import Options, Row
+from afa.checkpoint.staging import write_atomically
+from afa.evaluation.merges import merged_sampler, merger, shares
+from afa.evaluation.rows import Options, Row, Trained
 from afa.evaluation.setup import Setup
+from afa.evaluation.tuning import Tuner
 from afa.generation.sample import Sampler
+from afa.merging.search.bayesian import bayesian_search
+from afa.merging.search.journal import Journal
+from afa.merging.search.run import BEST, POINTS, as_toml
+from afa.merging.search.space import Space, Weights
 
 TITLES = {
     "random_expert": "random expert",
@@ -57,5 +66,35 @@ def _tables(setup: Setup) -> list[str]:
     return [",".join(f"{top}-{bottom}:{name}" for name, (top, bottom) in zip(order, intervals, strict=True)) for order in orders]
 
 
-def auto_mbw_rows(setup: Setup) -> list[Row]:
-    return []
+def auto_mbw_rows(setup: Setup, tuner: Tuner) -> list[Row]:
+    """Block weights searched for on the tuning images; a row only where there is something to search by."""
+    if not tuner.able or setup.settings.search_trials < 1:
+        return []
+    search = functools.partial(_search, setup, tuner)
+    note = f"{setup.settings.search_trials} merges tried by Optuna on {len(tuner.captions)} other images"
+    return [Row("auto_mbw", "merge", "auto MBW", functools.partial(_searched, setup, search), train=search, note=note)]
+
+
+def _search(setup: Setup, tuner: Tuner, options: Options, run: int) -> Trained:
+    """Search, by one process; what was tried is kept and not tried again."""
+    folder = setup.output / "tuning" / f"auto_mbw-{setup.settings.search_trials}"
+    file = folder / BEST
+    if PartialState().is_main_process and not file.exists():
+        merge = merger(setup, setup.names, False)
+        space = Space(merge.stages, len(setup.names))
+        with tqdm(total=setup.settings.search_trials, desc="auto MBW: merges judged", unit="merge") as bar:
+
+            def judge(weights: Weights) -> list[float]:
+                bar.update()
+                return [tuner.judge(merged_sampler(setup, merge.apply_mbw(weights)))]
+
+            journal = Journal(folder / POINTS, judge)
+            best = bayesian_search(space, journal, trials=setup.settings.search_trials, seed=setup.settings.seed)
+        write_atomically(file, as_toml(best, setup.names))
+    PartialState().wait_for_everyone()
+    return Trained(folder, file, 0, 0, 0.0, float("nan"))
+
+
+def _searched(setup: Setup, search: Callable[[Options, int], Trained], options: Options, run: int) -> Sampler:
+    merge = merger(setup, setup.names, False)
+    return merged_sampler(setup, merge.apply_mbw(str(search(options, run).file)))

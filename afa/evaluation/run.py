@@ -116,7 +116,7 @@ def _rows(comparison: Comparison) -> list[Row]:
     """The rows asked for, with the experts ranked before any rival is made of them."""
     setup = comparison.setup
     comparison.attempt("ranking the experts", False, lambda: _rank(comparison))
-    rows = all_rows(setup, comparison.names)
+    rows = all_rows(setup, comparison.tuner, comparison.names)
     return rows + study_rows(setup, rows, tuple(setup.settings.study or ()))
 
 
@@ -124,7 +124,7 @@ def _rank(comparison: Comparison) -> None:
     """Order the experts by what they reach on the tuning images; else by the held-out loss that training measured."""
     setup, tuner = comparison.setup, comparison.tuner
     if tuner.able:
-        rows = {row.name.partition(":")[2]: row for row in all_rows(setup, ("single",))}
+        rows = {row.name.partition(":")[2]: row for row in all_rows(setup, tuner, ("single",))}
         candidates: list[Options] = [{"expert": name} for name in setup.names]
         reached = tuner.scores("single", candidates, lambda options: rows[options["expert"]].sampler(options, 0))
         order = np.argsort([-value for value in reached], kind="stable")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 RESAMPLES = 10_000
+FLIPS = 50_000  # of signs, more than resamples: correction for many comparisons needs small p; fewer of very many prompts
 BLOCK = 4_000_000  # draws held in memory at once
 LEVEL = 0.05  # 1 - the intervals' confidence; also of the tests
 QUANTILES = (LEVEL / 2, 1 - LEVEL / 2)
@@ -47,10 +48,10 @@ def estimate(values: NDArray[np.floating], seed: int = 0) -> Estimate:
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
     """
-    values = np.asarray(values, np.float64)
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"an estimate needs one value per item, got shape {values.shape}")
-    return estimates([values[None]], seed)[0]
+    sample: Array = np.asarray(values, np.float64)
+    if sample.ndim != 1 or not len(sample):
+        raise ValueError(f"an estimate needs one value per item, got shape {sample.shape}")
+    return estimates([sample[None]], seed)[0]
 
 
 def difference(values: NDArray[np.floating], others: NDArray[np.floating], seed: int = 0) -> Estimate:
@@ -160,9 +161,12 @@ def sign_flip_tests(samples: Sequence[Array], seed: int = 0) -> list[float]:
 
 
 def set_test(values: Array, replicates: Array, seed: int = 0) -> float:
-    """Two-sided p of a difference of set scores, shapes as in set_estimate. Such a difference has no part for each prompt to flip,
-    and few replicates, so it is held against a normal distribution of their spread."""
-    null = replicates.mean(0).std() * np.random.default_rng((seed, NORMAL)).standard_normal(RESAMPLES)
+    """Two-sided p of a difference of set scores, shapes as in set_estimate.
+
+    Such a difference has no part for each prompt to flip, and few replicates, so it is held against a normal distribution with
+    their spread. It is about these runs.
+    """
+    null = replicates.mean(0).std() * np.random.default_rng((seed, NORMAL)).standard_normal(FLIPS)
     return _tail(float(values.mean()), null)
 
 
@@ -194,13 +198,13 @@ def _product(draws: NDArray[np.int8], rows: Array) -> Array:
     return rows @ draws.T.astype(np.float64) / rows.shape[1]
 
 
-def _blocks(n: int) -> Iterator[int]:
-    """RESAMPLES in parts of at most BLOCK numbers."""
+def _blocks(n: int, draws: int) -> Iterator[int]:
+    """So many draws of n numbers in parts of at most BLOCK numbers."""
     size = max(1, BLOCK // n)
-    yield from (min(size, RESAMPLES - start) for start in range(0, RESAMPLES, size))
+    yield from (min(size, draws - start) for start in range(0, draws, size))
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _kept_counts(n: int, seed: int) -> tuple[NDArray[np.int8], ...]:
     return tuple(_drawn_counts(n, seed))
 
@@ -212,7 +216,7 @@ def _counts(n: int, seed: int) -> Sequence[NDArray[np.int8]] | Iterator[NDArray[
 
 def _drawn_counts(n: int, seed: int) -> Iterator[NDArray[np.int8]]:
     rng = np.random.default_rng(seed)
-    for size in _blocks(n):
+    for size in _blocks(n, RESAMPLES):
         drawn = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
         yield np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(np.int8)
 
@@ -220,5 +224,5 @@ def _drawn_counts(n: int, seed: int) -> Iterator[NDArray[np.int8]]:
 def _signs(n: int, seed: int) -> Iterator[NDArray[np.int8]]:
     """Random signs in blocks (flips, n)."""
     rng = np.random.default_rng((seed, SIGNS))
-    for size in _blocks(n):
+    for size in _blocks(n, min(FLIPS, max(RESAMPLES, 12 * BLOCK // n))):
         yield (2 * rng.integers(2, size=(size, n), dtype=np.int8) - 1).astype(np.int8)

@@ -51,11 +51,12 @@ class Tuner:
         known = self._known(name)
         todo = [options for options in candidates if _key(options) not in known]
         for options in tqdm(todo, desc=f"choosing options of {name}", unit="candidate", disable=not todo):
-            known[_key(options)] = self._judge(make(options))
+            known[_key(options)] = self.judge(make(options))
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file(name), json.dumps(known, indent=1))
 
-    def _judge(self, sampler: Sampler) -> float:
+    def judge(self, sampler: Sampler) -> float:
+        """The score of one method on the tuning images."""
         assert self.score is not None
         requests = [Request(caption, TUNING_SEED + index) for index, caption in enumerate(self.captions)]
         pictures: list[Picture] = []

@@ -1,0 +1,37 @@
+"""Make a report of one or several evaluations: a self-contained page, Markdown and CSV.
+
+Every number carries its n and 95 % interval. Differences are paired by prompt; what is claimed is corrected for the number
+of comparisons of the whole report. Several folders (other protocols, other experts) stand side by side, then one by one.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from afa.cli.flags import option
+
+EXAMPLES = [
+    "afa report comparison --output report.html",
+    "afa report scenes drawbench --output both.html --csv numbers.csv",
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to report, and where to."""
+
+    folders: list[str] = option(help="what `afa evaluate` left: a folder with results.json and its images", positional=True)
+    output: str = option(help="the page, an .html file")
+    markdown: str | None = option(None, help="the tables as Markdown (default: beside the page, .md)")
+    csv: str | None = option(None, help="every number, a line for each comparison (default: beside the page, .csv)")
+
+
+def run(options: Options) -> None:
+    """Write the files, print the tables of every evaluation and what they allow to be said."""
+    from afa.evaluation.report.text import analysis_text
+    from afa.evaluation.report.write import write_report
+
+    markdown, csv = (None if path is None else Path(path) for path in (options.markdown, options.csv))
+    several = write_report([Path(folder) for folder in options.folders], Path(options.output), markdown, csv)
+    for folder, one in zip(options.folders, several, strict=True):
+        print(f"{folder}\n\n{analysis_text(one)}\n" if len(several) > 1 else f"{analysis_text(one)}\n")
+    print(f"With pictures: {options.output}")

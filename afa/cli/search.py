@@ -1,0 +1,49 @@
+"""Search for the block weights whose merge draws the best images (auto-MBW): merges in memory, judged by any metric.
+
+Leaves best.toml for `afa merge --method mbw --weights best.toml`. Interrupt it with Ctrl-C: the same command goes on.
+"""
+
+import json
+from typing import Any
+
+from afa.merging.search.settings import SearchSettings as Options
+
+EXAMPLES = [
+    "afa search --experts afa/demo/assets/curves afa/demo/assets/angles --prompts prompts.txt --metric attributes --trials 20 --output searched",
+    "afa search --experts photo.safetensors paint.safetensors --search coordinate --line binary --prompts prompts.txt --output searched",
+]
+
+
+def run(options: Options) -> None:
+    """Search, say what was found."""
+    from afa.cli.quiet import hush
+    from afa.merging.search.run import search
+
+    hush()
+    if options.dry_run:
+        facts = _facts(options)
+        print(json.dumps(facts, indent=2) if options.json else "\n".join(f"{name}  {value}" for name, value in facts.items()))
+        return
+    record = search(options)
+    print(json.dumps(record, indent=2) if options.json else _result(record, options.output))
+
+
+def _facts(options: Options) -> dict[str, Any]:
+    """What a search would do."""
+    from afa.experts.load import load_experts
+    from afa.merging.memory import InMemoryMerge
+    from afa.merging.search.run import evaluations
+    from afa.merging.search.space import Space
+
+    experts = load_experts(options.experts)
+    space = Space(InMemoryMerge(experts).stages, len(experts))
+    merges = evaluations(options, space)
+    return {"experts": ", ".join(expert.name for expert in experts), "weights": len(space.places), "merges": merges, "images": merges * options.images}
+
+
+def _result(record: dict[str, Any], output: str) -> str:
+    first = "equal weights" if record["search"] == "bayesian" else "the first expert"
+    return (
+        f"score {record['score']:.4f} after {record['merges']} merges ({first}: {record['first_score']:.4f}), on the images it was chosen by\n"
+        f"use it: afa merge --method mbw --weights {output}/best.toml --experts {' '.join(record['experts'])} --output merged"
+    )

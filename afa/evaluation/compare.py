@@ -1,0 +1,174 @@
+"""Every comparison of a report, computed from Results; p-values are corrected as one family."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from afa.errors import UserError
+from afa.evaluation.columns import Column, Pair, compare, image_sample, make_column
+from afa.evaluation.results import GROUPS, Method, Results
+from afa.evaluation.statistics import Estimate, estimates, holm
+
+OURS, BOUND, EXPERT = "ours", "bound", "expert"
+RIVALS = ("merge", "sampling", "control")  # groups of what else could be done with the same experts
+Key = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One evaluation with everything computed.
+
+    columns: by metric, those that lead first; metrics that no method has are left out. family: how many comparisons were
+    corrected together. folder: where results.json and the images are; None if nobody said.
+    """
+
+    results: Results
+    columns: dict[str, Column]
+    family: int = 0
+    folder: Path | None = None
+
+    @cached_property
+    def methods(self) -> dict[str, Method]:
+        return {method.name: method for method in self.results.methods}
+
+    @cached_property
+    def rows(self) -> list[Method]:
+        """The rows of the main table, group by group."""
+        return sorted(main_methods(self.results), key=lambda method: GROUPS.index(method.group))
+
+    @cached_property
+    def primary(self) -> list[Column]:
+        """The metrics that claims are made about: those marked so, else the first."""
+        columns = list(self.columns.values())
+        return [column for column in columns if column.note.primary] or columns[:1]
+
+    @property
+    def lead(self) -> Column:
+        """The metric of the main table."""
+        return self.primary[0]
+
+    @cached_property
+    def ours(self) -> str | None:
+        return our_method(self.results)
+
+    @cached_property
+    def problems(self) -> list[str]:
+        """What is not in the report: what evaluate could not compute, and runs whose values cannot be used."""
+        unused = [
+            f"{column.metric} of {method.title}, training seed {run.seed}: some values are missing or no numbers"
+            for column in self.columns.values()
+            for method in self.results.methods
+            for run in method.runs
+            if (column.metric in run.scores or column.metric in run.sets) and (method.name, run.seed) not in column.by_run
+        ]
+        return [*self.results.errors, *unused]
+
+    def title(self, name: str) -> str:
+        """A method's title for people."""
+        return self.methods[name].title
+
+    def group(self, *groups: str) -> list[str]:
+        """Names of the main table's rows in some groups."""
+        return [method.name for method in self.rows if method.group in groups]
+
+    @cached_property
+    def seconds(self) -> dict[str, Estimate]:
+        """Seconds an image, by method. Images of one batch share their time."""
+        prompts = [item.prompt for item in self.results.items]
+        timed = {method.name: image_sample("seconds", method, prompts) for method in self.results.methods}
+        known = {name: sample.scores for name, sample in timed.items() if sample is not None}
+        whole = {name: scores for name, scores in known.items() if scores.shape[1] == len(set(prompts))}
+        return dict(zip(whole, estimates(list(whole.values())), strict=True)) if whole else {}
+
+
+def analyse(several: Sequence[Results], folders: Sequence[Path | None] = ()) -> list[Analysis]:
+    """Compute everything; p-values are corrected over all evaluations of the report together.
+
+    The family: on every leading metric, our method and the best single expert against every other row but the bounds.
+    Raises UserError for results that cannot be compared.
+    """
+    found = [_analyse(results) for results in several]
+    family = {
+        _key(place, column, pair): column.comparisons[pair].p for place, one in enumerate(found) for column, pair in _claims(one)
+    }
+    corrected = dict(zip(family, holm(list(family.values())), strict=True))
+    places = list(folders) or [None] * len(found)
+    return [
+        dataclasses.replace(one, columns=_corrected(one, place, corrected), family=len(family), folder=folder)
+        for place, (one, folder) in enumerate(zip(found, places, strict=True))
+    ]
+
+
+def main_methods(results: Results) -> list[Method]:
+    """The methods that are rows of the main table; the others belong to studies."""
+    return [method for method in results.methods if not method.axes]
+
+
+def our_method(results: Results) -> str | None:
+    """The row that claims are made about: `afa`, else the first by name of group ours; None if there is none."""
+    ours = sorted(method.name for method in main_methods(results) if method.group == OURS)
+    return "afa" if "afa" in ours else ours[0] if ours else None
+
+
+def _analyse(results: Results) -> Analysis:
+    _check(results)
+    names = sorted(results.metrics, key=lambda name: not results.metrics[name].primary)
+    columns = [make_column(name, results.metrics[name], results.methods, results.items) for name in names]
+    known = {column.metric: _compared(results, column) for column in columns if column.values}
+    if not known:
+        raise UserError(
+            "there is nothing to report: no method has a score; see the errors in results.json and run afa evaluate again"
+        )
+    return Analysis(results, known)
+
+
+def _check(results: Results) -> None:
+    """Raises UserError for what no comparison can be made of."""
+    names = [method.name for method in results.methods]
+    if not names or not results.items or not results.metrics:
+        raise UserError("there is nothing to report: the results have no methods, images or metrics; run afa evaluate again")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"two methods of the results are called '{twice}'; run afa evaluate again")
+    for method in results.methods:
+        if not method.runs:
+            raise UserError(f"method '{method.name}' has no runs; run afa evaluate again")
+        if method.group not in GROUPS:
+            raise UserError(f"method '{method.name}' is of group '{method.group}', which is none of: {', '.join(GROUPS)}")
+
+
+def _compared(results: Results, column: Column) -> Column:
+    """With the best single expert, and every row against it and against our method, every variant against what it came from."""
+    main = [method.name for method in main_methods(results) if method.name in column.values]
+    best = column.leader(name for name in main if name in {method.name for method in results.methods if method.group == EXPERT})
+    references = [name for name in (best, our_method(results)) if name in column.values]
+    pairs = [(name, other) for other in references if other is not None for name in main if name != other]
+    derived = [
+        (method.name, method.of) for method in results.methods if method.axes and {method.name, method.of} <= set(column.values)
+    ]
+    return dataclasses.replace(column, best=best, comparisons=compare(column, list(dict.fromkeys(pairs)), derived))
+
+
+def _claims(one: Analysis) -> list[tuple[Column, Pair]]:
+    rivals = {method.name for method in one.rows if method.group != BOUND}
+    return [(column, pair) for column in one.primary for pair in column.comparisons if set(pair) <= rivals]
+
+
+def _key(place: int, column: Column, pair: Pair) -> Key:
+    """A comparison has one place in the family, whichever way round it is told."""
+    return (place, column.metric, *sorted(pair))
+
+
+def _corrected(one: Analysis, place: int, corrected: dict[Key, float]) -> dict[str, Column]:
+    return {
+        name: dataclasses.replace(
+            column,
+            comparisons={
+                pair: dataclasses.replace(found, p_holm=corrected.get(_key(place, column, pair)))
+                for pair, found in column.comparisons.items()
+            },
+        )
+        for name, column in one.columns.items()
+    }

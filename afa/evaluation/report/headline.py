@@ -1,0 +1,93 @@
+"""What the numbers allow to be said, and no more: which rivals our method beats, which beat it, which are undecided."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from afa.evaluation.columns import Column, Comparison
+from afa.evaluation.compare import EXPERT, OURS, RIVALS, Analysis
+from afa.evaluation.report.content import GROUP_TITLES
+from afa.evaluation.report.numbers import decimals, interval, number, plural, probability
+from afa.evaluation.statistics import LEVEL
+
+WORDS = {"better": "better than", "worse": "worse than", "undecided": "undecided against"}
+
+
+@dataclass(frozen=True)
+class Headline:
+    """By one leading metric: the sentence about the best single expert, then a kind of rival and what is said about it."""
+
+    metric: str
+    lead: str
+    kinds: list[tuple[str, str]]
+
+
+def headlines(one: Analysis) -> list[Headline]:
+    """One for every leading metric."""
+    return [Headline(column.metric, _lead(one, column), _kinds(one, column)) for column in one.primary]
+
+
+def terms(one: Analysis) -> str:
+    """On what terms the sentences are said."""
+    runs = len(one.methods[one.ours].runs) if one.ours is not None else 1
+    several = f"{runs} training seeds: intervals are for others too, p is about these"
+    seeds = several if runs > 1 else "one training seed: others would spread further"
+    prompts, images = plural(len({item.prompt for item in one.results.items}), "prompt"), plural(len(one.results.items), "image")
+    return (
+        f"{prompts}, {images} a method, {seeds}. Said only where the 95 % interval of the paired difference excludes zero"
+        f" and p < {LEVEL} after Holm's correction over {plural(one.family, 'comparison')}."
+    )
+
+
+def _lead(one: Analysis, column: Column) -> str:
+    direction = "higher" if column.note.higher_is_better else "lower"
+    if one.ours is None:
+        return f"By {column.metric} ({direction} is better) nothing is claimed: the evaluation has no method of group '{OURS}'."
+    found = column.against(one.ours, column.best)
+    if found is None:
+        missing = "there is no single expert to compare with" if column.best is None else f"{one.title(one.ours)} has no value"
+        return f"By {column.metric} ({direction} is better) nothing can be said about the best single expert: {missing}."
+    best = f"the best single expert, {one.title(found.other)}"
+    return f"By {column.metric} ({direction} is better) {one.title(one.ours)} is {_verdict(found)} {best}: {_figures(found)}."
+
+
+def _verdict(found: Comparison) -> str:
+    return "not distinguishable from" if found.verdict == "undecided" else WORDS[found.verdict]
+
+
+def _figures(found: Comparison) -> str:
+    places = decimals([found.difference])
+    p = (
+        ""
+        if found.p_holm is None
+        else f", p {probability(found.p_holm) if found.p_holm < 0.001 else f'= {probability(found.p_holm)}'}"
+    )
+    return f"{number(found.difference.value, places, True)} {interval(found.difference, places, True)}{p}"
+
+
+def _kinds(one: Analysis, column: Column) -> list[tuple[str, str]]:
+    if one.ours is None:
+        return []
+    found = [(group, [column.against(one.ours, name) for name in one.group(group)]) for group in (EXPERT, *RIVALS, OURS)]
+    return [
+        (GROUP_TITLES[group], _kind(one, comparisons))
+        for group, every in found
+        if (comparisons := [known for known in every if known is not None])
+    ]
+
+
+def _kind(one: Analysis, comparisons: Sequence[Comparison]) -> str:
+    """Of one kind: how many it beats; those that it does not, by name."""
+    by_verdict = {verdict: [known for known in comparisons if known.verdict == verdict] for verdict in WORDS}
+    total = len(comparisons)
+    beaten = len(by_verdict["better"])
+    clauses = [_beaten(beaten, total)] if beaten else []
+    for verdict in ("undecided", "worse"):
+        named = [f"{one.title(known.other)} ({_figures(known)})" for known in by_verdict[verdict]]
+        clauses += [f"{WORDS[verdict]} {', '.join(named)}"] if named else []
+    return f"{'; '.join(clauses)}."
+
+
+def _beaten(beaten: int, total: int) -> str:
+    if beaten == total:
+        return "better than " + ("it" if total == 1 else "both" if total == 2 else f"all {total}")
+    return f"better than {beaten} of {total}"

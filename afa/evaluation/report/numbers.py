@@ -1,0 +1,61 @@
+"""Numbers for people: as many digits as the interval carries, a true minus sign, units that fit."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from afa.evaluation.statistics import Estimate
+
+MINUS = "\N{MINUS SIGN}"
+DASH = "\N{EN DASH}"  # where there is nothing to show
+MOST = 6  # decimals
+
+
+def decimals(estimates: Sequence[Estimate]) -> int:
+    """Digits after the point that show two digits of a usual interval's half width: the same for a whole column."""
+    widths = [(one.high - one.low) / 2 for one in estimates if one.high > one.low]
+    if not widths:
+        return 3
+    return min(MOST, max(0, 1 - math.floor(math.log10(statistics.median(widths)))))
+
+
+def number(value: float, places: int, signed: bool = False) -> str:
+    """0.123, or +0.123; minus zero is zero."""
+    text = f"{value:+.{places}f}" if signed else f"{value:.{places}f}"
+    if not text.strip("+-0."):
+        text = text.lstrip("+-")
+    return text.replace("-", MINUS)
+
+
+def interval(estimate: Estimate, places: int, signed: bool = False) -> str:
+    """[low, high]"""
+    return f"[{number(estimate.low, places, signed)}, {number(estimate.high, places, signed)}]"
+
+
+def percent(estimate: Estimate) -> tuple[str, str]:
+    """A share as value and interval in percent."""
+    whole = Estimate(100 * estimate.value, 100 * estimate.low, 100 * estimate.high, estimate.n)
+    return f"{number(whole.value, 0)} %", interval(whole, 0)
+
+
+def probability(p: float) -> str:
+    """0.012, or < 0.001."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def count(value: int) -> str:
+    """1234567 -> "1,234,567"."""
+    return f"{value:,}"
+
+
+def durations(seconds: Sequence[float]) -> str:
+    """The mean of some times and [smallest, largest], in seconds, minutes or hours, whatever reads best."""
+    mean = sum(seconds) / len(seconds)
+    size, unit = (1, "s") if mean < 600 else (60, "min") if mean < 36_000 else (3600, "h")
+    ends = f" [{min(seconds) / size:.0f}, {max(seconds) / size:.0f}]" if len(seconds) > 1 else ""
+    return f"{mean / size:.0f}{ends} {unit}"
+
+
+def plural(number_of: int, word: str) -> str:
+    """3, "prompt" -> "3 prompts"."""
+    return f"{count(number_of)} {word}{'' if number_of == 1 else 's'}"

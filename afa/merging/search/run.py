@@ -1,0 +1,157 @@
+"""A search from its settings: merges made in memory, judged by the images they draw; the best is written as best.toml."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from afa.checkpoint.staging import write_atomically
+from afa.devices import choose_device
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.evaluation.metrics.base import ImageMetric
+from afa.evaluation.metrics.table import Resources, make_metric
+from afa.evaluation.metrics.user import load_scorer
+from afa.evaluation.pictures import Picture
+from afa.experts.load import Expert, load_experts
+from afa.generation.prompts import read_prompts
+from afa.generation.sample import Request, Sampling, sample
+from afa.merging.memory import InMemoryMerge
+from afa.merging.search.bayesian import bayesian_search, best_point
+from afa.merging.search.coordinate import LINES, coordinate_search, groups
+from afa.merging.search.journal import Journal, Objective, Scores
+from afa.merging.search.means import arithmetic
+from afa.merging.search.settings import SearchSettings
+from afa.merging.search.space import Space, Weights
+
+BEST, POINTS, NOTE, RESULT = "best.toml", "journal.jsonl", "settings.json", "search.json"
+
+
+def search(settings: SearchSettings) -> dict[str, Any]:
+    """Search, and leave best.toml (for `afa merge --method mbw --weights`) and search.json in settings.output.
+
+    Resumes after every merge that was judged. Raises UserError for what cannot be searched, before anything is merged.
+    """
+    metric = _metric(settings)  # missing weights fail here
+    device = choose_device(settings.device)
+    output = Path(settings.output)
+    _claim(output, settings)
+    experts = load_experts(settings.experts, getattr(torch, settings.dtype))
+    for expert in experts:
+        for module in (expert.model, *expert.text_encoders):
+            module.to(device)
+    merge = InMemoryMerge(experts)
+    space = Space(merge.stages, len(experts))
+    objective = _objective(settings, merge, metric, device)
+    with tqdm(total=evaluations(settings, space), desc="merges judged", unit="merge", file=sys.stderr) as bar:
+        journal = Journal(output / POINTS, _counted(objective, bar))
+        bar.update(len(journal.points))
+        best = find(settings, space, journal)
+    return _finish(output, settings, [expert.name for expert in experts], journal, best)
+
+
+def find(settings: SearchSettings, space: Space, journal: Journal) -> Weights:
+    """The best weights by the search that was asked for. The journal's best is never worse than what a crash would leave."""
+    if settings.search == "bayesian":
+        return bayesian_search(space, journal, trials=settings.trials, seed=settings.seed)
+    return coordinate_search(space, journal, passes=settings.passes, line=settings.line, grouping=settings.grouping, means=settings.means)
+
+
+def evaluations(settings: SearchSettings, space: Space) -> int:
+    """How many merges a search judges at most."""
+    if settings.search == "bayesian":
+        return settings.trials
+    a_line = {"linear": 11, "binary": 6, "binary_mid": 9}[settings.line]
+    assert set(LINES) == {"linear", "binary", "binary_mid"}
+    return 1 + settings.passes * len(groups(space, settings.grouping)) * (space.experts - 1) * a_line
+
+
+def _metric(settings: SearchSettings) -> ImageMetric:
+    if settings.scorer is not None:
+        own = load_scorer(Path(settings.scorer))[0]
+    else:
+        own = make_metric(settings.metric, Resources(settings.metric_weights, choose_device(settings.device), settings.batch_size))
+    if not isinstance(own, ImageMetric):
+        raise UserError(f"--metric {settings.metric} is one value for a set of images; choose one that judges each image")
+    return own
+
+
+def _claim(output: Path, settings: SearchSettings) -> None:
+    """Note the settings in the folder; refuse one that was begun with others."""
+    asked = json.loads(json.dumps(settings.binding()))
+    note = output / NOTE
+    if note.exists():
+        begun = json.loads(note.read_text())
+        changed = [f"--{name.replace('_', '-')} {value} (now {asked[name]})" for name, value in begun.items() if asked.get(name) != value]
+        if changed:
+            raise UserError(f"the search in {output} was begun with {', '.join(changed)}; use the same options, or another --output")
+        return
+    if output.is_file() or (output.exists() and any(output.iterdir())):
+        raise UserError(f"--output {output} holds other files; choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(note, json.dumps(asked, indent=1))
+
+
+def _objective(settings: SearchSettings, merge: InMemoryMerge, metric: ImageMetric, device: torch.device) -> Objective:
+    """Draw the same images with a merge, and judge each."""
+    prompts = settings.prompt if settings.prompt is not None else read_prompts(Path(str(settings.prompts)))
+    requests = [Request(prompts[index % len(prompts)], settings.seed + index) for index in range(settings.images)]
+    sampling = Sampling(settings.steps, settings.guidance, height=settings.height, width=settings.width)
+    pipeline = _pipeline(merge.expert, device)
+
+    def judge(weights: Weights) -> Scores:
+        merge.apply_mbw(weights)  # into the very model that stands in the pipeline
+        pictures: list[Picture] = []
+        for start in range(0, len(requests), settings.batch_size):
+            batch = requests[start : start + settings.batch_size]
+            made = zip(sample(pipeline, batch, sampling), batch, strict=True)
+            pictures += [Picture(image, request.prompt, start + index) for index, (image, request) in enumerate(made)]
+        sign = 1 if metric.higher_is_better else -1
+        return [sign * float(value) for value in next(iter(metric.score(pictures).values()))]
+
+    return judge
+
+
+def _pipeline(expert: Expert, device: torch.device) -> Any:
+    pipeline = Ensemble.from_experts([expert], aggregator="mean", placement="out").pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _counted(objective: Objective, bar: Any) -> Objective:
+    def judge(weights: Weights) -> Scores:
+        scores = objective(weights)
+        bar.update()
+        bar.set_postfix(score=f"{arithmetic(scores):.4f}")
+        return scores
+
+    return judge
+
+
+def _finish(output: Path, settings: SearchSettings, names: Sequence[str], journal: Journal, best: Weights) -> dict[str, Any]:
+    """The weights for `afa merge`, and what was found; the best of all points where the search ends elsewhere."""
+    write_atomically(output / BEST, as_toml(best, names))
+    top = best_point(journal)
+    record = {
+        "experts": list(names),
+        "search": settings.search,
+        "merges": len(journal.points),
+        "score": arithmetic(journal(best)),
+        "highest_score": arithmetic(journal(top)),
+        "first_score": arithmetic(journal.points[0][1]),
+        "weights": best,
+    }
+    write_atomically(output / RESULT, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def as_toml(weights: Weights, names: Sequence[str]) -> str:
+    """Weights as `afa merge --method mbw --weights FILE.toml` reads them: one for each expert."""
+    lines = [f"{place} = [{', '.join(f'{value:.6g}' for value in row)}]" for place, row in weights.items()]
+    return f"# experts: {', '.join(names)}\n" + "\n".join(lines) + "\n"
+
+
