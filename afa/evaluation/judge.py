@@ -151,8 +151,8 @@ class Judge:
         return np.load(file)
 
     def _file(self, kind: str, metric: ImageMetric | SetMetric, digest: str, ending: str) -> Path:
-        """Where something is kept: by what it was computed from, and by what."""
-        facts = json.dumps([type(metric).__qualname__, metric.identity, digest], sort_keys=True)
+        """Where something is kept: by what it was computed from, and by what. Metrics of equal identity share their features."""
+        facts = json.dumps(["" if kind == "features" else type(metric).__qualname__, metric.identity, digest], sort_keys=True)
         return self.folder / kind / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.{ending}"
 
 
