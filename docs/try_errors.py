@@ -22,6 +22,8 @@ from afa.demo.world import EXPERTS
 SMALL = "--hidden 8 --heads 2 --batch-size 2 --steps 2 --device cpu"
 TRAIN = f"afa train --experts curves angles --data data --output out {SMALL}"
 
+COMPARE = "afa evaluate --ensemble done --output out"
+
 # (what is wrong, command); everything is relative to a folder with curves, angles, patterns, data and the broken things
 CASES = [
     ("A path that is not there", "afa inspect curves curvs"),
@@ -57,6 +59,34 @@ CASES = [
     ("Weights of a single expert", "afa generate curves --prompt a --output out --weights"),
     ("An image there already, made otherwise", "afa generate curves --prompt a --output pictures --steps 3"),
     ("A demonstration begun otherwise", "afa demo --output begun --seed 1"),
+    ("A merge that does not exist", "afa merge --method wieghted --experts curves angles --output out"),
+    ("A merge without the base it needs", "afa merge --method ties --experts curves angles --output out"),
+    ("Weights for two of three experts", "afa merge --method weighted --experts curves angles patterns --weights 1 2 --output out"),
+    ("An option of another merge", "afa merge --method weighted --experts curves angles --density 0.2 --output out"),
+    ("Merging two architectures", "afa merge --method weighted --experts curves wide --output out"),
+    ("A merge over one of its own experts", "afa merge --method weighted --experts curves angles --output curves"),
+    ("Block weights of a stage that does not exist", "afa merge --method mbw --experts curves angles --weights stages.toml --output out"),
+    ("A search whose metric lacks its weights", "afa search --experts curves angles --prompt a --output out"),
+    ("A search for a metric of whole sets", "afa search --experts curves angles --prompt a --metric frechet --output out"),
+    ("A LoRA of no rank", "afa finetune curves --data data --output out"),
+    ("A LoRA like an ensemble that is none", "afa finetune curves --data data --like data --output out"),
+    ("A method that does not exist", "afa generate done --method noise_avrage --prompt a --output out"),
+    ("An option of another method", "afa generate done --method magicfusion --method-option temperature=1 --prompt a --output out"),
+    ("MagicFusion without guidance", "afa generate done --method magicfusion --guidance 1 --prompt a --output out"),
+    ("A comparison by a method that does not exist", f"{COMPARE} --protocol scenes --methods magicfussion"),
+    ("A protocol that does not exist", f"{COMPARE} --protocol scenez"),
+    ("COCO without its files", f"{COMPARE} --protocol coco2017"),
+    ("COCO from a folder of something else", f"{COMPARE} --protocol coco2017 --protocol-data data"),
+    ("DrawBench from another table", f"{COMPARE} --protocol drawbench --protocol-data table.csv"),
+    ("A metric without its weights", f"{COMPARE} --protocol scenes --metrics fid"),
+    ("Weights for a metric that is not used", f"{COMPARE} --protocol scenes --metric-weights fid=weights.pth"),
+    ("A metric that needs real images, without any", f"{COMPARE} --protocol prompts.txt --metrics frechet"),
+    ("A scorer that cannot be run", f"{COMPARE} --protocol prompts.txt --scorer broken.py"),
+    ("A scorer without score()", f"{COMPARE} --protocol prompts.txt --scorer silent.py"),
+    ("A rival that needs a base, asked for by name", f"{COMPARE} --protocol scenes --prompts 2 --steps 1 --tuning 0 --methods ties"),
+    ("A comparison into a folder of something else", f"{COMPARE.replace('--output out', '--output data')} --protocol scenes"),
+    ("A report of a folder without results", "afa report data --output report.html"),
+    ("A report that is no page", "afa report data --output data"),
 ]
 
 
@@ -149,6 +179,11 @@ def _broken_data(folder: Path) -> None:
         (folder / name / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "broken" / "a.png").write_bytes(b"no image")
     (folder / "none.txt").write_text("\n\n")
+    (folder / "prompts.txt").write_text("a cat\na dog\n")
+    (folder / "stages.toml").write_text("IN99 = 0.5\n")
+    (folder / "table.csv").write_text("Prompts,Category\na cat,Animals\n")
+    (folder / "broken.py").write_text("import no_such_module\n")
+    (folder / "silent.py").write_text("def judge(images, captions):\n    return {}\n")
     (folder / "begun").mkdir()
     begun = {"prompts": 80, "train_images": 512, "train_steps": 250, "steps": 20, "guidance": 3.0, "seed": 0}
     (folder / "begun" / "settings.json").write_text(json.dumps(begun))
