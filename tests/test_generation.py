@@ -32,7 +32,7 @@ def places(tmp_path_factory):
 @pytest.fixture
 def settings(places, tmp_path):
     small = {"steps": 2, "guidance": 3.0, "width": 32, "height": 32, "device": "cpu"}
-    return GenerateSettings(source=str(places / "ensemble"), output=str(tmp_path / "out"), prompt=["a cat", "a dog"], **small)
+    return GenerateSettings(sources=[str(places / "ensemble")], output=str(tmp_path / "out"), prompt=["a cat", "a dog"], **small)
 
 
 def pixels(path):
@@ -40,7 +40,7 @@ def pixels(path):
 
 
 def test_an_expert_generates_what_its_stock_pipeline_does(places, settings):
-    paths = generate(replace(settings, source=str(places / "photo"), seed=5, batch_size=1))
+    paths = generate(replace(settings, sources=[str(places / "photo")], seed=5, batch_size=1))
     stock = quiet(sd_pipeline(0))
     options = {"num_inference_steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
     expected = stock("a dog", generator=torch.Generator().manual_seed(6), output_type="np", **options).images[0]
@@ -139,14 +139,14 @@ def test_bad_prompts_are_one_sentence(tmp_path, content, sentence):
 
 def test_nothing_to_say_is_refused():
     with pytest.raises(UserError, match="either --prompt"):
-        GenerateSettings(source="a", output="b")
+        GenerateSettings(sources=["a"], output="b")
     with pytest.raises(UserError, match="--width 30 must be a multiple of 8"):
-        GenerateSettings(source="a", output="b", prompt=["x"], width=30)
+        GenerateSettings(sources=["a"], output="b", prompt=["x"], width=30)
 
 
 def test_weights_of_a_single_expert_are_refused(places, settings):
     with pytest.raises(UserError, match="no weight maps"):
-        generate(replace(settings, source=str(places / "photo"), weights=True))
+        generate(replace(settings, sources=[str(places / "photo")], weights=True))
 
 
 def test_experts_that_moved_are_found_where_they_are_now(places, settings, tmp_path):
@@ -155,9 +155,11 @@ def test_experts_that_moved_are_found_where_they_are_now(places, settings, tmp_p
     shutil.copytree(places / "ensemble", tmp_path / "sub" / "ensemble")
     shutil.copytree(places / "photo", tmp_path / "here")
     shutil.copytree(places / "paint", tmp_path / "sub" / "paint")
-    moved = replace(settings, source=str(tmp_path / "sub" / "ensemble"))
+    moved = replace(settings, sources=[str(tmp_path / "sub" / "ensemble")])
     with pytest.raises(UserError, match="--experts photo=FOLDER"):
         generate(moved)
     assert len(generate(replace(moved, experts=[f"photo={tmp_path / 'here'}"]))) == 2
     with pytest.raises(UserError, match="write NAME="):
         generate(replace(moved, experts=["here"]))
+    with pytest.raises(UserError, match="--experts is for a saved ensemble"):
+        generate(replace(settings, sources=[str(places / "photo")], experts=["photo=x"]))

@@ -1,15 +1,22 @@
-"""Generate images with a trained ensemble, or with a single expert.
+"""Generate images with a trained ensemble, with a single expert, or with experts combined while sampling.
 
 Every PNG says how it was made. A run that was interrupted goes on with the same command.
 """
 
 import json
 
+from afa.baselines.options import explain
 from afa.generation.settings import GenerateSettings as Options
 
+__doc__ = f"{__doc__}\nmethods (--method NAME) and their options (--method-option KEY=VALUE):\n{explain()}\n"
+
+DEMO = "afa/demo/assets"
+PROMPT = '"a red star left of a blue ring on a dotted mint background"'
 EXAMPLES = [
-    'afa generate my-ensemble --prompt "a red star left of a blue ring on a dotted mint background" --output out --guidance 3 --weights',
-    "afa generate afa/demo/assets/curves --prompts prompts.txt --output out-curves --steps 20 --guidance 3 --scheduler ddim",
+    f"afa generate {DEMO}/curves --prompt {PROMPT} --output out-curves --steps 20 --guidance 3",
+    f"afa generate {DEMO}/curves {DEMO}/angles --method magicfusion --prompt {PROMPT} --output out-fusion --steps 20 --guidance 3 --weights",
+    f"afa generate {DEMO}/curves {DEMO}/angles --method noise_average --method-option weights=1,2 --prompts prompts.txt --output out-average",
+    f"afa generate my-ensemble --prompt {PROMPT} --output out --guidance 3 --weights",
 ]
 
 

@@ -14,15 +14,17 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from afa import __version__
+from afa.baselines.sampler import PipelineSampler, in_frame
+from afa.baselines.table import make_sampler
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
 from afa.checkpoint.staging import replacing, write_atomically
-from afa.denoiser.base import WeightMaps, only_expert, record_weights
+from afa.denoiser.base import WeightMaps, record_weights
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.hashing import sha256
 from afa.generation.prompts import read_prompts
-from afa.generation.sample import Request, Sampling, sample
+from afa.generation.sample import Request, Sampling
 from afa.generation.settings import GenerateSettings
 from afa.lookup import unknown
 from afa.schedulers import make_scheduler
@@ -64,26 +66,30 @@ def generate(settings: GenerateSettings) -> list[Path]:
         raise UserError(unknown(settings.expert, ensemble.names, "expert"))
     if settings.weights and (settings.expert is not None or len(ensemble.names) == 1):
         raise UserError("--weights needs an ensemble of several experts; a single expert has no weight maps")
-    pipeline = _pipeline(settings, ensemble, device)
+    _reschedule(ensemble, settings.scheduler)
+    sampler = _sampler(settings, ensemble.to(device))
     output = Path(settings.output)
     if output.is_file():
         raise UserError(f"--output {output} is a file; give a folder")
     output.mkdir(parents=True, exist_ok=True)
-    jobs = _jobs(settings, prompts, pipeline, ensemble)
+    jobs = _jobs(settings, prompts, ensemble, sampler)
     todo = [job for job in jobs if not job.made or (settings.weights and not _weights_path(job).exists())]
-    _make(settings, ensemble, pipeline, todo, done=len(jobs) - len(todo))
+    _make(settings, sampler, todo, done=len(jobs) - len(todo))
     _finish(output, jobs, settings.images_per_prompt)
     return [job.path for job in jobs]
 
 
 def _load(settings: GenerateSettings) -> Ensemble:
-    """The ensemble, or one expert as an ensemble of its own: that is the expert, bit for bit."""
+    """The saved ensemble, or experts as an ensemble: of one, that is the expert, bit for bit."""
     dtype = getattr(torch, settings.dtype)
-    if (Path(settings.source) / MANIFEST).exists():
-        return Ensemble.load(settings.source, _moved(settings.experts or []), dtype=dtype)
+    saved = [source for source in settings.sources if (Path(source) / MANIFEST).exists()]
+    if saved and len(settings.sources) > 1:
+        raise UserError(f"{saved[0]} is a saved ensemble, which has its experts; give it alone, or give experts only")
+    if saved:
+        return Ensemble.load(saved[0], _moved(settings.experts or []), dtype=dtype)
     if settings.experts:
-        raise UserError(f"--experts is for a saved ensemble, and {settings.source} is none: it has no {MANIFEST}")
-    return Ensemble.from_experts([settings.source], aggregator="mean", dtype=dtype)
+        raise UserError(f"--experts is for a saved ensemble, and {settings.sources[0]} is none: it has no {MANIFEST}; give experts as SOURCE")
+    return Ensemble.from_experts(settings.sources, aggregator="mean", dtype=dtype)
 
 
 def _moved(places: list[str]) -> dict[str, str]:
@@ -94,25 +100,37 @@ def _moved(places: list[str]) -> dict[str, str]:
     return dict(place.split("=", 1) for place in places)
 
 
-def _pipeline(settings: GenerateSettings, ensemble: Ensemble, device: torch.device) -> Any:
-    pipeline = ensemble.pipeline()
-    if settings.scheduler is not None:
-        pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+def _reschedule(ensemble: Ensemble, name: str | None) -> None:
+    """Another scheduler for the frame and for every expert's own pipeline."""
+    if name is not None:
+        ensemble.frame.scheduler = make_scheduler(name, ensemble.frame.scheduler)
+        for expert in ensemble.experts:
+            expert.scheduler = make_scheduler(name, expert.scheduler)
 
 
-def _jobs(settings: GenerateSettings, prompts: list[str], pipeline: Any, ensemble: Ensemble) -> list[Job]:
+def _sampler(settings: GenerateSettings, ensemble: Ensemble) -> Any:
+    """The method asked for; without one the ensemble itself."""
+    if settings.method is not None:
+        return make_sampler(settings.method, ensemble, **(settings.method_record() or {}))
+    if settings.expert is not None:
+        return make_sampler("single_in_ensemble", ensemble, expert=settings.expert)
+    return PipelineSampler(in_frame(ensemble, ensemble.denoiser))
+
+
+def _jobs(settings: GenerateSettings, prompts: list[str], ensemble: Ensemble, sampler: Any) -> list[Job]:
     """Every image asked for, in order. Seeds count on over prompts, so a file's images differ in noise too."""
-    sampling = _sampling(settings)
-    aggregators = Path(settings.source) / AGGREGATORS
+    used = getattr(sampler, "pipeline", ensemble.frame).scheduler  # drawn experts have a pipeline each
+    aggregators = Path(settings.sources[0]) / AGGREGATORS
+    trained = settings.method is None and aggregators.exists()
     common = {
-        **asdict(sampling),
-        "scheduler": type(pipeline.scheduler).__name__ if settings.scheduler is None else settings.scheduler,
-        "source": settings.source,
+        **asdict(_sampling(settings)),
+        "scheduler": type(used).__name__ if settings.scheduler is None else settings.scheduler,
+        "source": settings.sources[0] if len(settings.sources) == 1 else settings.sources,
+        "method": settings.method,
+        "method_options": settings.method_record(),
         "expert": settings.expert,
         "experts": list(ensemble.names),
-        "aggregators": sha256(aggregators) if aggregators.exists() else None,
+        "aggregators": sha256(aggregators) if trained else None,
         "dtype": settings.dtype,
     }
     jobs = []
@@ -128,15 +146,14 @@ def _sampling(settings: GenerateSettings) -> Sampling:
     return Sampling(settings.steps, settings.guidance, settings.negative_prompt, settings.height, settings.width)
 
 
-def _make(settings: GenerateSettings, ensemble: Ensemble, pipeline: Any, todo: list[Job], done: int) -> None:
+def _make(settings: GenerateSettings, sampler: Any, todo: list[Job], done: int) -> None:
     """Batch by batch, saved as soon as it is made."""
-    alone = only_expert(ensemble.denoiser, settings.expert) if settings.expert else contextlib.nullcontext()
-    with alone, tqdm(total=done + len(todo), initial=done, desc="images", unit="image", file=sys.stderr) as bar:
+    with tqdm(total=done + len(todo), initial=done, desc="images", unit="image", file=sys.stderr) as bar:
         for start in range(0, len(todo), settings.batch_size):
             batch = todo[start : start + settings.batch_size]
-            recording = record_weights(ensemble.denoiser) if settings.weights else contextlib.nullcontext()
+            recording = record_weights(sampler.denoiser) if settings.weights else contextlib.nullcontext()
             with recording as maps:
-                images = sample(pipeline, [job.request for job in batch], _sampling(settings))
+                images = sampler([job.request for job in batch], _sampling(settings))
             for index, (job, image) in enumerate(zip(batch, images, strict=True)):
                 if isinstance(maps, WeightMaps):
                     _save_weights(job, image, maps, index, len(batch))

@@ -1,7 +1,9 @@
 """What a generation run is asked to do. No heavy imports: the command line's help comes from here."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from afa.baselines.options import MethodOptions, read_options
 from afa.errors import UserError
 from afa.options import option
 
@@ -10,7 +12,9 @@ from afa.options import option
 class GenerateSettings:
     """One generation run, field by field a flag of `afa generate`."""
 
-    source: str = option(help="a saved ensemble, or a single expert (folder, .safetensors, org/name@revision)", positional=True)
+    sources: list[str] = option(
+        help="a saved ensemble or an expert (folder, .safetensors, org/name@revision); with --method also several experts", positional=True
+    )
     output: str = option(help="a folder for the images; images that are there already, made the same way, are kept")
     prompt: list[str] | None = option(None, help="one or more prompts")
     prompts: str | None = option(None, help="a file of prompts: one a line, or JSON lines with \"text\"")
@@ -23,7 +27,9 @@ class GenerateSettings:
     width: int | None = option(None, help="in pixels (default: the experts' own)")
     height: int | None = option(None, help="in pixels (default: the experts' own)")
     batch_size: int = option(4, help="images made at once")
-    expert: str | None = option(None, help="use only this expert, in the ensemble's frame")
+    method: str | None = option(None, help="combine the experts this way instead, see below (default: the saved ensemble, or the expert)")
+    method_option: list[str] | None = option(None, help="options of the method, each KEY=VALUE, lists with commas")
+    expert: str | None = option(None, help="use only this expert, in the ensemble's frame; with --method single: this one")
     experts: list[str] | None = option(None, help="new places of an ensemble's experts that have moved, each NAME=PLACE")
     weights: bool = option(False, help="save the weight maps of every image: .npz, and a picture of them over the image")
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
@@ -42,3 +48,32 @@ class GenerateSettings:
                 raise UserError(f"--{name} {side} must be a multiple of 8 pixels")
         if self.guidance < 0 or self.seed < 0:
             raise UserError(f"--guidance {self.guidance:g} and --seed {self.seed} must not be negative")
+        self._check_method()
+
+    def method_options(self) -> MethodOptions | None:
+        """The method's options, checked; --expert is one of them. None without a method. Raises UserError."""
+        if self.method is None:
+            return None
+        named = [] if self.expert is None else [f"expert={self.expert}"]
+        return read_options(self.method, [*(self.method_option or []), *named])
+
+    def method_record(self) -> dict[str, Any] | None:
+        """All options of the method with their values, for what an image says of itself."""
+        options = self.method_options()
+        return None if options is None else asdict(options)
+
+    def _check_method(self) -> None:
+        """What method and other flags ask of each other."""
+        options = self.method_options()
+        if options is None:
+            if self.method_option:
+                raise UserError(f"--method-option {' '.join(self.method_option)} needs a --method that it is an option of")
+            if len(self.sources) > 1:
+                raise UserError(f"{len(self.sources)} sources ({', '.join(self.sources)}) must be combined somehow; choose with --method")
+            return
+        if options.needs_guidance and self.guidance <= 1:
+            raise UserError(f"--method {self.method} compares what guidance adds, and --guidance {self.guidance:g} adds nothing; give one above 1")
+        if options.own_loop and self.scheduler is not None:
+            raise UserError(f"--method {self.method} makes its steps itself; leave out --scheduler {self.scheduler}")
+        if self.weights and not options.has_maps:
+            raise UserError(f"--method {self.method} has no weight maps; leave out --weights")

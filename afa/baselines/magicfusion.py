@@ -1,0 +1,71 @@
+"""MagicFusion (arXiv:2303.13126) as a drop-in denoiser for any number of experts and any latent size."""
+
+import torch
+from torch import Tensor
+
+from afa.baselines.combination import Combination, Predict
+from afa.baselines.noise import alpha_at, as_noise, check_kind
+from afa.baselines.options import MagicFusion
+from afa.baselines.saliency import pick, saliency, winners
+from afa.baselines.sampler import PipelineSampler, check_guidable, find_expert, in_frame
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+
+
+class Blended(Combination):
+    """Hands the pipeline, pixel by pixel, the winner's unconditional and conditional prediction.
+
+    Guidance is linear, so what the pipeline makes of them is the winner's guided prediction, exactly. Saliency is defined
+    on ε: other prediction types are converted to tell the winner; the prediction handed on is the winner's own.
+    guidance: must be set, above 1, before a pass; the sampler does it.
+    """
+
+    def __init__(self, ensemble: Ensemble, options: MagicFusion) -> None:
+        super().__init__(ensemble.denoiser)
+        general = 0 if options.general is None else find_expert(ensemble, options.general)
+        self.order = [general, *(expert for expert in range(len(self.names)) if expert != general)]  # ties go to the general one
+        self.options = options
+        self.alphas = ensemble.frame.scheduler.alphas_cumprod
+        self.kind = check_kind(ensemble.frame.scheduler.config.prediction_type)
+        self.sharpness = torch.tensor([options.k_general] + [options.k_expert] * (len(self.names) - 1))
+        self._guidance: float | None = None
+
+    @property
+    def guidance(self) -> float:
+        if self._guidance is None:
+            raise UserError("magicfusion must know the strength of guidance; set denoiser.guidance to the pipeline's guidance_scale")
+        return self._guidance
+
+    @guidance.setter
+    def guidance(self, value: float) -> None:
+        if value <= 1:
+            raise UserError(f"magicfusion compares what guidance adds, and guidance {value:g} adds nothing; give one above 1")
+        self._guidance = value
+
+    def combine(self, predict: Predict, sample: Tensor, timestep: float) -> tuple[Tensor, Tensor | None]:
+        above = timestep > self.options.t0
+        if above == (self.options.mode == 1):
+            return predict(self.order[0]), self.one_hot(self.order[0])
+        predictions = torch.stack([predict(expert) for expert in self.order], dim=1)  # (2B, N, C, H, W)
+        winner = self._winner(predictions, sample, timestep).repeat(2, 1, 1)  # for both halves of the doubled batch
+        weights = torch.nn.functional.one_hot(winner, len(self.order)).movedim(-1, 1).float()
+        return pick(predictions, winner), weights[:, torch.tensor(self.order).argsort()]
+
+    def _winner(self, predictions: Tensor, sample: Tensor, timestep: float) -> Tensor:
+        """(2B, N, C, H, W) -> (B, H, W), indices into self.order; in float32, for softmax over many positions."""
+        alpha = alpha_at(self.alphas, timestep)
+        noise = as_noise(predictions.float(), sample.float()[:, None], alpha, self.kind)
+        unconditional, conditional = noise.chunk(2)
+        reference = unconditional[:, :1] if self.options.saliency_reference == "general" else unconditional
+        return winners(saliency(conditional, reference, self.guidance), self.sharpness)
+
+
+def magicfusion(ensemble: Ensemble, options: MagicFusion) -> PipelineSampler:
+    """Saliency-aware noise blending: arXiv:2303.13126, section 3, with the published program's schedule and defaults.
+
+    N experts: the winner is the argmax over all of them; the paper has two. Raises UserError for experts that have no
+    unconditional prediction to compare with.
+    """
+    check_guidable(ensemble, "magicfusion")
+    denoiser = Blended(ensemble, options)
+    return PipelineSampler(in_frame(ensemble, denoiser), guided=(denoiser,))

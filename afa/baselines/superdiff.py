@@ -1,0 +1,171 @@
+"""SuperDiff (arXiv:2412.17762) in a stock pipeline: a denoiser that hands on all predictions, a scheduler that superposes them.
+
+The method weighs experts by how likely each finds the increment, noise included, so weighing is done where the increment is
+made. Noise comes from the images' own generators, as in any stochastic scheduler.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from diffusers import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from afa.baselines.combination import Combination, Predict
+from afa.baselines.noise import as_noise, check_kind
+from afa.baselines.options import SuperdiffAnd, SuperdiffOr, shares
+from afa.baselines.sampler import PipelineSampler, check_guidable, in_frame
+from afa.baselines.superposition import (
+    Step,
+    and_shares,
+    and_velocity,
+    log_density_change,
+    or_shares,
+    or_velocity,
+    published_change,
+)
+from afa.denoiser.base import EnsembleDenoiser
+from afa.ensemble import Ensemble
+
+# The published sampler's steps, whatever those of the experts' scheduler are.
+SPACING = {
+    "timestep_spacing": "linspace",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "final_sigmas_type": "zero",
+}
+
+
+class Rule(Protocol):
+    """What is superposed."""
+
+    def begin(self) -> None:
+        """Forget the last images."""
+
+    def increment(self, step: Step) -> Tensor:
+        """The way of one step, (B, C, H, W)."""
+
+
+class Or:
+    """A mixture of the experts' densities. prior: one per expert, with sum 1. theorem: which estimate (see published_change)."""
+
+    def __init__(self, prior: Sequence[float], temperature: float, theorem: bool) -> None:
+        self.log_prior = torch.tensor(prior).log()
+        self.temperature = temperature
+        self.change = log_density_change if theorem else published_change
+        self.log_densities: Tensor | None = None  # (B, N), up to a constant
+
+    def begin(self) -> None:
+        self.log_densities = None
+
+    def increment(self, step: Step) -> Tensor:
+        if self.log_densities is None:
+            self.log_densities = step.conditional.new_zeros(step.conditional.shape[:2])
+        kappa = or_shares(self.log_densities, self.log_prior.to(self.log_densities), self.temperature)
+        increment = step.increment(or_velocity(step, kappa))
+        self.log_densities = self.log_densities + self.change(step.conditional, increment, step.sigma, step.dsigma)
+        return increment
+
+
+class And:
+    """Where the experts' densities are equal; lift: of the last over the others."""
+
+    def __init__(self, lift: float) -> None:
+        self.lift = lift
+
+    def begin(self) -> None:
+        """Nothing is carried from step to step."""
+
+    def increment(self, step: Step) -> Tensor:
+        return step.increment(and_velocity(step, and_shares(step, self.lift)))
+
+
+class Stacked(Combination):
+    """Hands on what every expert predicts, (B, 2·N·C, H, W): unconditional and conditional, one after another on the channels.
+
+    Both halves of a batch doubled by guidance are equal, so the pipeline's own guidance leaves them as they are.
+    run: the experts that are asked. guidance: set by the sampler.
+    """
+
+    def __init__(self, denoiser: EnsembleDenoiser, run: Sequence[int]) -> None:
+        super().__init__(denoiser)
+        self.run = list(run)
+        self.guidance = 1.0
+
+    @property
+    def doubled(self) -> bool:
+        """Whether a stock pipeline doubles the batch."""
+        return self.guidance > 1
+
+    def combine(self, predict: Predict, sample: Tensor, timestep: float) -> tuple[Tensor, Tensor | None]:
+        predictions = torch.stack([predict(expert) for expert in self.run], dim=1)  # (B or 2B, N, C, H, W)
+        halves = predictions.chunk(2) if self.doubled else (predictions, predictions)
+        stacked = torch.stack(halves, dim=1).flatten(1, 3)  # (B, 2·N·C, H, W)
+        return (torch.cat([stacked, stacked]) if self.doubled else stacked), None
+
+
+class SuperposedScheduler(EulerDiscreteScheduler):
+    """The reverse SDE in sigma space, its velocity superposed by a rule. Made by `superposed`; guidance: set by the sampler."""
+
+    rule: Rule
+    guidance: float = 1.0
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, **kwargs: Any) -> None:
+        """As the Euler scheduler's; begins anew."""
+        super().set_timesteps(num_inference_steps, device=device, **kwargs)
+        self.rule.begin()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> EulerDiscreteSchedulerOutput | tuple[Tensor]:
+        """One step: model_output (B, 2·N·C, H, W) of Stacked, sample (B, C, H, W) -> the next sample; computed in float32."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        sigma, after = self.sigmas[self.step_index].item(), self.sigmas[self.step_index + 1].item()
+        unconditional, conditional = self._noises(model_output, sample, sigma)
+        noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
+        step = Step(unconditional, conditional, max(self.guidance, 1.0), sigma, after - sigma, noise, len(self.timesteps))
+        following = (sample.float() + self.rule.increment(step)).to(sample.dtype)
+        self._step_index += 1
+        return EulerDiscreteSchedulerOutput(prev_sample=following) if return_dict else (following,)
+
+    def _noises(self, model_output: Tensor, sample: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """ε of every expert, without and with its condition: 2 × (B, N, C, H, W)."""
+        alpha = 1 / (sigma**2 + 1)
+        noisy = math.sqrt(alpha) * sample.float()[:, None, None]
+        parts = model_output.float().unflatten(1, (2, -1, sample.shape[1]))  # (B, 2, N, C, H, W)
+        unconditional, conditional = as_noise(parts, noisy, alpha, self.config.prediction_type).unbind(1)
+        return unconditional, conditional
+
+
+def superdiff_or(ensemble: Ensemble, options: SuperdiffOr) -> PipelineSampler:
+    """κ = softmax(T (log q + log prior)), arXiv:2412.17762, algorithm 1."""
+    prior = shares(options.weights, len(ensemble.names))
+    run = [expert for expert, weight in enumerate(prior) if weight > 0]
+    rule = Or([prior[expert] for expert in run], options.temperature, options.density == "theorem")
+    return superposed(ensemble, rule, run)
+
+
+def superdiff_and(ensemble: Ensemble, options: SuperdiffAnd) -> PipelineSampler:
+    """Equal log-densities, arXiv:2412.17762, proposition 6."""
+    return superposed(ensemble, And(options.lift), range(len(ensemble.names)))
+
+
+def superposed(ensemble: Ensemble, rule: Rule, run: Sequence[int]) -> PipelineSampler:
+    """The ensemble's frame with the experts of `run` superposed; the noise schedule is the frame's, the steps are the SDE's."""
+    check_guidable(ensemble, "superdiff")
+    config = ensemble.frame.scheduler.config
+    check_kind(config.prediction_type)
+    scheduler = SuperposedScheduler.from_config(config, **SPACING)
+    scheduler.rule = rule
+    denoiser = Stacked(ensemble.denoiser, run)
+    return PipelineSampler(in_frame(ensemble, denoiser, scheduler=scheduler), guided=(denoiser, scheduler))
