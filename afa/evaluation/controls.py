@@ -44,14 +44,14 @@ def _row(setup: Setup, name: str, title: str, start: Callable[[Setup], Expert], 
 
 
 def _best(setup: Setup) -> Expert:
-    """A copy of the expert that was ranked best, its U-Net to be changed."""
+    """A copy of the expert that was ranked best, its U-Net to be changed, trained with the VAE the ensemble was trained with."""
     best = dict(zip(setup.names, setup.ensemble.experts, strict=True))[setup.ranking[0]]
-    return dataclasses.replace(best, model=copy.deepcopy(best.model))
+    return dataclasses.replace(best, model=copy.deepcopy(best.model), vae=setup.ensemble.frame.vae)
 
 
 def _merge(setup: Setup) -> Expert:
-    """The mean of all experts' weights."""
-    return merge_experts(setup.ensemble.experts, "weighted")
+    """The mean of all experts' weights, with the ensemble's VAE."""
+    return dataclasses.replace(merge_experts(setup.ensemble.experts, "weighted"), vae=setup.ensemble.frame.vae)
 
 
 def _train(setup: Setup, name: str, start: Callable[[Setup], Expert], by_compute: bool, options: Options, run: int) -> Trained:

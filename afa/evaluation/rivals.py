@@ -53,7 +53,9 @@ def _candidates(name: str, setup: Setup) -> tuple[Options, ...]:
         "magicfusion": lambda: [
             {"general": general, "mode": mode, "t0": t0} for general in setup.ranking for mode, t0 in ((1, 850.0), (2, 600.0))
         ],
-        "superdiff_or": lambda: [{"temperature": temperature} for temperature in (1.0, 0.1, 0.0)],
+        "superdiff_or": lambda: [
+            {"temperature": temperature, "density": density} for density in ("code", "theorem") for temperature in (1.0, 0.1)
+        ],
     }
     return tuple(makers[name]()) if name in makers else ({},)
 

@@ -1,7 +1,7 @@
 """What every metric is: a value for every picture, or one for a whole set of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 from afa.evaluation.pictures import Picture
 
 Values = NDArray[np.float64]
+Features = NDArray[np.floating]
+Indices = NDArray[np.int64]
 
 
 class Metric(ABC):
-    """What image and set metrics share.
+    """What image and set metrics share. Whoever makes one finds its weights; one that exists can be used.
 
-    source: weights, preprocessing and paper, in a sentence. identity: everything that a value depends on besides the
+    source: weights, preprocessing and paper, in a sentence. identity: everything that its numbers depend on besides the
     pictures, above all the weights' hashes; what was computed under another identity is computed anew.
     """
 
@@ -25,7 +27,7 @@ class Metric(ABC):
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """JSON that changes whenever values would."""
+        """JSON that changes whenever values would; of a set metric: whenever its features would, so equal ones are shared."""
 
 
 class ImageMetric(Metric):
@@ -48,23 +50,33 @@ class SetMetric(Metric):
     needs_reference: ClassVar[bool] = True
 
     @abstractmethod
-    def features(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.floating]:
+    def features(self, images: Sequence[NDArray[np.uint8]]) -> Features:
         """n images (H, W, 3) -> (n, D)."""
 
     @abstractmethod
-    def value(self, features: NDArray[np.floating], reference: Any) -> float:
+    def value(self, features: Features, reference: Any) -> float:
         """features (n, D), what `prepare` made of the reference's (None without one) -> the value."""
 
-    def prepare(self, reference: NDArray[np.floating]) -> Any:
+    def prepare(self, reference: Features) -> Any:
         """What `value` needs of the reference features (m, D), computed once."""
         return reference
 
-    def replicates(self, features: NDArray[np.floating], groups: NDArray[np.int64], reference: Any, draws: NDArray[np.int64]) -> Values:
+    def replicates(self, features: Features, groups: Indices, reference: Any, draws: Indices) -> Values:
         """The value under resampled prompts: (R,).
 
         groups (n,): the prompt of each image, counted from 0. draws (R, prompts): prompts drawn with replacement; all
-        images of a drawn prompt come along.
+        images of a drawn prompt come along, as often as it was drawn. This is the definition; metrics have faster ways.
         """
-        members = [np.flatnonzero(groups == group) for group in range(int(groups.max()) + 1)]
-        chosen = (np.concatenate([members[group] for group in draw]) for draw in draws)
-        return np.asarray([self.value(features[indices], reference) for indices in chosen])
+        return np.asarray([self.value(np.repeat(features, times, axis=0), reference) for times in copies(groups, draws)])
+
+
+def copies(groups: Indices, draws: Indices) -> Iterator[Indices]:
+    """How often each image is drawn, draw by draw: (n,) each; arguments as for `replicates`."""
+    for draw in draws:
+        yield np.bincount(draw, minlength=draws.shape[1])[groups]
+
+
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """The items in parts of at most that many."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -7,7 +7,7 @@ from typing import Any
 from afa.errors import UserError
 from afa.lookup import look_up
 
-# name -> module with `make(weights, device, batch_size) -> Metric`, imported when asked for. A metric may live beside its data.
+# name -> module with `make(resources) -> Metric`, imported when asked for. A metric may live beside its data.
 METRICS: dict[str, str] = {
     "attributes": "afa.demo.metric",
     "frechet": "afa.demo.metric:frechet",
@@ -15,6 +15,7 @@ METRICS: dict[str, str] = {
     "kid": "afa.evaluation.metrics.kid",
     "inception_score": "afa.evaluation.metrics.inception_score",
     "cmmd": "afa.evaluation.metrics.cmmd",
+    "fd_dinov2": "afa.evaluation.metrics.fd_dinov2",
     "clip_t": "afa.evaluation.metrics.clip_t",
     "clip_i": "afa.evaluation.metrics.clip_i",
     "aesthetic": "afa.evaluation.metrics.aesthetic",
@@ -27,7 +28,7 @@ METRICS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What a metric is made with. weights: a path or hub id given for it, None for its default."""
+    """What a metric is made with. weights: the places given for its parts (see weights.find), None for its defaults."""
 
     weights: str | None
     device: Any
@@ -35,7 +36,7 @@ class Resources:
 
 
 def make_metric(name: str, resources: Resources) -> Any:
-    """A metric by name, its weights found and loaded. Raises UserError for an unknown name or weights that are missing."""
+    """A metric by name, its weights found and checked. Raises UserError for an unknown name or weights that are missing."""
     try:
         place = look_up(name, METRICS, "metric")
     except ValueError as error:

@@ -1,6 +1,7 @@
 """A user's own scorer: a Python file with score(images, captions), and perhaps features(images)."""
 
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.errors import UserError
-from afa.evaluation.metrics.base import ImageMetric, SetMetric, Values
-from afa.evaluation.metrics.frechet import Moments, frechet_distance, moments
+from afa.evaluation.metrics.base import Features, ImageMetric, SetMetric, Values
+from afa.evaluation.metrics.frechet import FrechetDistance
 from afa.evaluation.pictures import Picture
 from afa.experts.hashing import sha256
 
@@ -18,8 +19,8 @@ from afa.experts.hashing import sha256
 def load_scorer(path: Path) -> list[ImageMetric | SetMetric]:
     """The metrics of a scorer file: its scores, and with features() a Fréchet distance named frechet.
 
-    The file is run. score(images (n, H, W, 3) uint8, captions) returns a dict of n values each, higher is better, the
-    first leading; features(images) returns (n, D). Raises UserError if the file cannot be used.
+    The file is run; it may import files beside it. score(images (n, H, W, 3) uint8, captions) returns a dict of n values
+    each, higher is better, the first leading; features(images) returns (n, D). Raises UserError if the file cannot be used.
     """
     module = _load(path)
     if not callable(getattr(module, "score", None)):
@@ -32,12 +33,17 @@ def load_scorer(path: Path) -> list[ImageMetric | SetMetric]:
 def _load(path: Path) -> Any:
     if path.suffix != ".py" or not path.is_file():
         raise UserError(f"--scorer {path} is no Python file")
-    spec = importlib.util.spec_from_file_location(f"afa_scorer_{path.stem}", path)
+    name = f"afa_scorer_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles look their module up
+    beside = str(path.resolve().parent)
+    if beside not in sys.path:
+        sys.path.append(beside)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--scorer {path} cannot be run: {type(error).__name__}: {error}") from error
     return module
 
@@ -47,7 +53,7 @@ class UserScore(ImageMetric):
 
     def __init__(self, path: Path, function: Callable[..., Any]) -> None:
         self.path, self.function = path, function
-        self.source = f"score() of {path.name}"
+        self.source = f"score() of {path.name} (sha256 {sha256(path)[:12]})"
         self.names = ()  # known once something has been scored
 
     @property
@@ -55,8 +61,8 @@ class UserScore(ImageMetric):
         return {"file": sha256(self.path)}
 
     def score(self, pictures: Sequence[Picture]) -> dict[str, Values]:
-        images = [picture.image for picture in pictures]
-        values = self._call(np.stack(images), [picture.caption for picture in pictures])
+        images = _stacked(self.path, [picture.image for picture in pictures])
+        values = self._call(images, [picture.caption for picture in pictures])
         if self.names and tuple(values) != self.names:
             raise UserError(f"score() of {self.path} returned {', '.join(values)} where it returned {', '.join(self.names)} before")
         self.names = tuple(values)
@@ -66,37 +72,47 @@ class UserScore(ImageMetric):
         found = self.function(images, captions)
         if not isinstance(found, dict) or not found:
             raise UserError(f"score() of {self.path} returned {type(found).__name__}, expected a dict of arrays with at least one")
-        values = {str(name): np.asarray(value, np.float64) for name, value in found.items()}
-        for name, value in values.items():
-            if value.shape != (len(images),):
-                raise UserError(f"score() of {self.path}: '{name}' has shape {value.shape} for {len(images)} images, expected ({len(images)},)")
-            if not np.isfinite(value).all():
-                raise UserError(f"score() of {self.path}: '{name}' is not finite for image {int(np.argmin(np.isfinite(value)))}")
-        return values
+        return {str(name): self._checked(str(name), value, len(images)) for name, value in found.items()}
+
+    def _checked(self, name: str, value: Any, count: int) -> Values:
+        """One score of all images."""
+        try:
+            numbers = np.asarray(value, np.float64)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"score() of {self.path}: '{name}' is no array of numbers ({error})") from error
+        if numbers.shape != (count,):
+            raise UserError(f"score() of {self.path}: '{name}' has shape {numbers.shape} for {count} images, expected ({count},)")
+        if not np.isfinite(numbers).all():
+            raise UserError(f"score() of {self.path}: '{name}' is not finite for image {int(np.argmin(np.isfinite(numbers)))}")
+        return numbers
 
 
-class UserFrechet(SetMetric):
+class UserFrechet(FrechetDistance):
     """A Fréchet distance on a user's features."""
 
     name = "frechet"
-    higher_is_better = False
 
     def __init__(self, path: Path, function: Callable[..., Any]) -> None:
         self.path, self.function = path, function
-        self.source = f"Fréchet distance on features() of {path.name}"
+        self.source = f"Fréchet distance on features() of {path.name} (sha256 {sha256(path)[:12]})"
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"file": sha256(self.path)}
 
-    def features(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.floating]:
-        found = np.asarray(self.function(np.stack(images)), np.float64)
+    def features(self, images: Sequence[NDArray[np.uint8]]) -> Features:
+        try:
+            found = np.asarray(self.function(_stacked(self.path, images)), np.float64)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"features() of {self.path} returned no array of numbers ({error})") from error
         if found.ndim != 2 or len(found) != len(images) or not np.isfinite(found).all():
             raise UserError(f"features() of {self.path} returned shape {found.shape} for {len(images)} images, expected ({len(images)}, D), finite")
         return found
 
-    def prepare(self, reference: NDArray[np.floating]) -> Moments:
-        return moments(reference)
 
-    def value(self, features: NDArray[np.floating], reference: Moments) -> float:
-        return frechet_distance(features, reference)
+def _stacked(path: Path, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """(n, H, W, 3). Raises UserError if the images are not of one size."""
+    sizes = sorted({image.shape for image in images})
+    if len(sizes) > 1:
+        raise UserError(f"--scorer {path} is given images of one size, and these have {len(sizes)}: {sizes[0]} and {sizes[1]} among them")
+    return np.stack(images)

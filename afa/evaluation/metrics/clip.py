@@ -1,0 +1,96 @@
+"""One CLIP for all metrics that look through one: embeddings of images and captions, computed once, on the unit sphere."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from afa.evaluation.metrics.base import Values, batches
+from afa.evaluation.metrics.loading import check_folder, load_folder
+from afa.evaluation.metrics.memo import Memo, content_key
+from afa.evaluation.metrics.pixels import CLIP_MEAN, CLIP_STD, FITS, to_tensor
+from afa.evaluation.metrics.weights import Found, Part
+from afa.experts.original import clip_tokenizer
+
+LARGE = "openai/clip-vit-large-patch14"
+VIT_L = Part("CLIP ViT-L/14", "clip-vit-large-patch14", hub=LARGE, folder=True)
+
+Rows = NDArray[np.float32]
+
+
+class Clip:
+    """A CLIPModel of transformers, loaded when first looked through. Every CLIP has the same tokenizer and normalisation."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = load
+        self._images, self._texts = Memo(), Memo()
+
+    @cached_property
+    def model(self) -> Any:
+        return self._load()
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return clip_tokenizer()
+
+    @property
+    def scale(self) -> float:
+        """What the model multiplies cosines by (exp of logit_scale, about 100 when trained)."""
+        return float(self.model.logit_scale.exp())
+
+    def images(self, images: Sequence[NDArray[np.uint8]], batch_size: int, fit: str = "crop") -> Rows:
+        """n images -> unit vectors (n, D). fit: one of pixels.FITS, to the side the model was trained at."""
+        keys = [(fit, content_key(image)) for image in images]
+        return self._images.rows(keys, lambda places: self._embed([images[place] for place in places], batch_size, self._pixels(fit)))
+
+    def texts(self, captions: Sequence[str], batch_size: int) -> Rows:
+        """n captions, each cut after 77 tokens -> unit vectors (n, D)."""
+        return self._texts.rows(captions, lambda places: self._embed([captions[place] for place in places], batch_size, self._words))
+
+    def cosines(self, images: Sequence[NDArray[np.uint8]], captions: Sequence[str], batch_size: int, fit: str = "crop") -> Values:
+        """Image k against caption k: (n,) in [-1, 1]."""
+        return cosines(self.images(images, batch_size, fit), self.texts(captions, batch_size))
+
+    @torch.no_grad()
+    def _embed(self, items: Sequence[Any], batch_size: int, run: Callable[[Sequence[Any]], Tensor]) -> Rows:
+        vectors = torch.cat([run(batch) for batch in batches(items, batch_size)])
+        unit: Rows = torch.nn.functional.normalize(vectors, dim=1).cpu().numpy()
+        return unit
+
+    def _pixels(self, fit: str) -> Callable[[Sequence[NDArray[np.uint8]]], Tensor]:
+        def run(images: Sequence[NDArray[np.uint8]]) -> Tensor:
+            side = self.model.config.vision_config.image_size
+            pixels = to_tensor([FITS[fit](image, side) for image in images], CLIP_MEAN, CLIP_STD).to(self.model.device)
+            return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+
+        return run
+
+    def _words(self, captions: Sequence[str]) -> Tensor:
+        """Padded with the end token, of which the first counts; what follows it is hidden by the causal mask."""
+        tokens = self._tokenizer(list(captions), padding="max_length", truncation=True, max_length=77, return_tensors="pt")
+        states = self.model.text_model(input_ids=tokens.input_ids.to(self.model.device))
+        return self.model.text_projection(states.pooler_output)
+
+
+def cosines(one: Rows, other: Rows) -> Values:
+    """Row k against row k of unit vectors: (n,)."""
+    return np.einsum("nd,nd->n", one.astype(np.float64), other.astype(np.float64))
+
+
+def shared_clip(found: Found, device: torch.device) -> Clip:
+    """The one CLIP of that folder on that device. Raises UserError if its weights do not fit."""
+    return _shared(found.path.resolve(), tuple(found.hashes.values()), str(device))
+
+
+@lru_cache(maxsize=4)
+def _shared(folder: Path, hashes: tuple[str, ...], device: str) -> Clip:
+    """hashes: files that were replaced are another CLIP."""
+    from transformers import CLIPModel
+
+    check_folder(CLIPModel, folder)
+    return Clip(lambda: load_folder(CLIPModel, folder, torch.device(device)))

@@ -1,0 +1,103 @@
+"""The squared maximum mean discrepancy of two sets of features: how differently a kernel sees them.
+
+MMD² = E k(x, x') + E k(y, y') - 2 E k(x, y). Source: Gretton et al., A kernel two-sample test, JMLR 13 (2012). Over all pairs,
+in float64.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from afa.evaluation.metrics.base import Features, Indices, SetMetric, Values, copies
+
+Array = NDArray[np.float64]
+BLOCK = 1 << 24  # entries of a kernel matrix in memory at once
+EXACT_UP_TO = 5_000  # images; of more, replicates are linear
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The real images: features (m, D), and the mean kernel within them."""
+
+    features: Features
+    within: float
+
+
+class Discrepancy(SetMetric):
+    """A metric that is an MMD² of its features to those of real images, times `scale`.
+
+    unbiased: pairs of an image with itself do not count (then it can be negative); else they do (then it is a squared norm).
+    """
+
+    higher_is_better: ClassVar[bool] = False
+    unbiased: ClassVar[bool]
+    scale: ClassVar[float] = 1.0
+    device: torch.device
+
+    @abstractmethod
+    def kernel(self, one: Tensor, other: Tensor) -> Tensor:
+        """(a, D), (b, D) -> (a, b)."""
+
+    def prepare(self, reference: Features) -> Reference:
+        return Reference(reference, self._within(reference))
+
+    def value(self, features: Features, reference: Reference) -> float:
+        across = np.concatenate([block.mean(1) for block in self._blocks(features, reference.features)]).mean()
+        return float(self.scale * (self._within(features) + reference.within - 2 * across))
+
+    def replicates(self, features: Features, groups: Indices, reference: Reference, draws: Indices) -> Values:
+        exact = len(features) <= EXACT_UP_TO
+        return (self._exact if exact else self._linear)(features, groups, reference, draws)
+
+    def _exact(self, features: Features, groups: Indices, reference: Reference, draws: Indices) -> Values:
+        """From kernels summed over the images of every pair of prompts."""
+        order = np.argsort(groups, kind="stable")
+        present, starts = np.unique(groups[order], return_index=True)
+        own = features[order]
+        rows = np.concatenate([np.add.reduceat(block, starts, axis=1) for block in self._blocks(own, own)])
+        across = np.concatenate([block.mean(1) for block in self._blocks(own, reference.features)])
+        counts = np.stack([np.bincount(draw, minlength=draws.shape[1])[present] for draw in draws]).astype(np.float64)
+        pairs = np.einsum("rg,rg->r", counts @ np.add.reduceat(rows, starts, axis=0), counts)
+        selves, across, sizes = (counts @ np.add.reduceat(each, starts) for each in (self._selves(own), across, np.ones(len(own))))
+        found: Values = self.scale * (self._mean(pairs, selves, sizes) + reference.within - 2 * across / sizes)
+        return found
+
+    def _linear(self, features: Features, groups: Indices, reference: Reference, draws: Indices) -> Values:
+        """The value plus the mean influence of the images drawn, less that of all; see frechet.linear_replicates.
+
+        Influences are measured against at most EXACT_UP_TO images of each set, evenly spread.
+        """
+        marks, real = (each[:: -(-len(each) // EXACT_UP_TO)] for each in (features, reference.features))
+        near, far = (np.concatenate([block.mean(1) for block in self._blocks(features, others)]) for others in (marks, real))
+        influence = 2 * self.scale * (near - far)
+        influence -= influence.mean()
+        value = self.value(features, reference)
+        return np.asarray([value + times @ influence / times.sum() for times in copies(groups, draws)])
+
+    def _within(self, features: Features) -> float:
+        """The mean kernel of a set with itself. Raises ValueError if it has no pairs."""
+        if len(features) < 2:
+            raise ValueError(f"a discrepancy needs at least 2 images, got {len(features)}")
+        total = sum(block.sum() for block in self._blocks(features, features))
+        return float(self._mean(total, self._selves(features).sum(), len(features)))
+
+    def _mean(self, pairs: Array | float, selves: Array | float, n: Array | int) -> Array | float:
+        """From sums over all n² pairs, and over the n of an image with itself."""
+        return (pairs - selves) / (n * (n - 1)) if self.unbiased else pairs / n**2
+
+    def _selves(self, features: Features) -> Array:
+        """Every image's kernel with itself: (n,)."""
+        rows = torch.as_tensor(features, dtype=torch.float64)
+        return np.asarray([self.kernel(row[None], row[None])[0, 0] for row in rows], np.float64)
+
+    def _blocks(self, one: Features, other: Features) -> Iterator[Array]:
+        """The kernel matrix, some rows at a time."""
+        columns = torch.as_tensor(other).to(self.device, torch.float64)
+        for part in torch.as_tensor(one).split(max(1, BLOCK // len(other))):
+            yield self.kernel(part.to(self.device, torch.float64), columns).cpu().numpy()

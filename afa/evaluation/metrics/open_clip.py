@@ -1,0 +1,101 @@
+"""CLIP checkpoints as open_clip writes them, as a CLIPModel of transformers. Sizes are read from the tensors."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afa.errors import UserError
+from afa.evaluation.metrics.clip import Clip
+from afa.evaluation.metrics.loading import check_network, load_transformer, read_tensors
+
+VISION_HEAD, TEXT_HEAD = 80, 64  # widths of a ViT-H/14's attention heads, which no tensor shows
+# In order; {} is visual. of the image tower, nothing of the text tower.
+TOWERS = {"visual.": "vision_model.", "": "text_model."}
+BLOCKS = [
+    (r"transformer\.resblocks\.(\d+)\.", r"encoder.layers.\1."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+]
+NAMES = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "logit_scale": "logit_scale",
+    **{f"visual.ln_pre.{kind}": f"vision_model.pre_layrnorm.{kind}" for kind in ("weight", "bias")},
+    **{f"visual.ln_post.{kind}": f"vision_model.post_layernorm.{kind}" for kind in ("weight", "bias")},
+    **{f"ln_final.{kind}": f"text_model.final_layer_norm.{kind}" for kind in ("weight", "bias")},
+}
+PROJECTIONS = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}  # stored the other way round
+
+
+def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor under the name CLIPModel has for it; the joined query, key and value taken apart. Others are left out."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in NAMES:
+            found[NAMES[name]] = tensor
+        elif name in PROJECTIONS:
+            found[PROJECTIONS[name]] = tensor.T.contiguous()
+        elif ".resblocks." in name:
+            found |= _block(name, tensor)
+    return found
+
+
+def _block(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """One tensor of a transformer block: three of them if it holds query, key and value."""
+    old = next(prefix for prefix in TOWERS if name.startswith(prefix))
+    new = TOWERS[old] + name.removeprefix(old)
+    for pattern, replacement in BLOCKS:
+        new = re.sub(pattern, replacement, new)
+    start, joined, kind = new.partition(".attn.in_proj_")
+    if not joined:
+        return {new: tensor}
+    return {f"{start}.self_attn.{part}_proj.{kind}": piece for part, piece in zip("qkv", tensor.chunk(3), strict=True)}
+
+
+def read_config(tensors: Mapping[str, Tensor], where: Path) -> Any:
+    """The CLIPConfig of such a checkpoint of a ViT-H/14, whatever its sizes.
+
+    Raises UserError if it is no CLIP of open_clip with a vision transformer.
+    """
+    from transformers import CLIPConfig
+
+    try:
+        (width, _, patch, _), (places, _) = tensors["visual.conv1.weight"].shape, tensors["visual.positional_embedding"].shape
+        (words, text_width), (length, _) = tensors["token_embedding.weight"].shape, tensors["positional_embedding"].shape
+        projected = tensors["text_projection"].shape[1]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{where} is no CLIP checkpoint of open_clip (looked for {error}); is it the right file?") from error
+    shared = {"hidden_act": "gelu", "projection_dim": projected}
+    ends = {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1}
+    image = {"image_size": round((places - 1) ** 0.5) * patch, "patch_size": patch}
+    text = {"vocab_size": words, "max_position_embeddings": length, **ends}
+    return CLIPConfig(
+        vision_config={**_tower(tensors, "visual.", width, VISION_HEAD), **shared, **image},
+        text_config={**_tower(tensors, "", text_width, TEXT_HEAD), **shared, **text},
+        projection_dim=projected,
+    )
+
+
+def _tower(tensors: Mapping[str, Tensor], prefix: str, width: int, head: int) -> dict[str, int]:
+    blocks = {int(found[1]) for name in tensors if (found := re.match(rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.", name))}
+    inner = tensors[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
+    return {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": len(blocks), "num_attention_heads": width // head}
+
+
+def open_clip(file: Path, device: torch.device) -> Clip:
+    """The CLIP of a checkpoint, checked now and loaded when first needed. Raises UserError if it is none, or weights are missing."""
+    from transformers import CLIPModel
+
+    tensors = read_tensors(file)  # mapped, not read
+    config = read_config(tensors, file)
+    check_network(lambda: CLIPModel(config), to_transformers(tensors), file)
+    return Clip(lambda: load_transformer(CLIPModel, config, to_transformers(read_tensors(file)), file, device))

@@ -1,0 +1,51 @@
+"""From images of any size to the tensors that networks were trained on."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+Image8 = NDArray[np.uint8]
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def crop(image: Image8, side: int) -> Image8:
+    """The shorter side resized (bicubic, antialiased), then the centre: (H, W, 3) -> (side, side, 3)."""
+    height, width = image.shape[:2]
+    short = min(height, width)
+    resized = _resize(image, int(side * width / short), int(side * height / short))
+    top, left = (resized.shape[0] - side) // 2, (resized.shape[1] - side) // 2
+    return resized[top : top + side, left : left + side]
+
+
+def stretch(image: Image8, side: int) -> Image8:
+    """Both sides resized, whatever becomes of the proportions: (H, W, 3) -> (side, side, 3)."""
+    return _resize(image, side, side)
+
+
+def pad(image: Image8, side: int) -> Image8:
+    """The longer side resized, black beside the shorter: (H, W, 3) -> (side, side, 3)."""
+    height, width = image.shape[:2]
+    long = max(height, width)
+    resized = _resize(image, round(width * side / long), round(height * side / long))
+    canvas = np.zeros((side, side, 3), np.uint8)
+    top, left = (side - resized.shape[0]) // 2, (side - resized.shape[1]) // 2
+    canvas[top : top + resized.shape[0], left : left + resized.shape[1]] = resized
+    return canvas
+
+
+def _resize(image: Image8, width: int, height: int) -> Image8:
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+FITS: dict[str, Callable[[Image8, int], Image8]] = {"crop": crop, "stretch": stretch, "pad": pad}
+
+
+def to_tensor(images: Sequence[Image8], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images of one size -> (n, 3, H, W) float32, normalised channel by channel."""
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]

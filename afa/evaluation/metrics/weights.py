@@ -1,0 +1,184 @@
+"""A metric's weights: found where they were given, in a cache or on the hub, and known by their hashes."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from afa.errors import UserError
+from afa.experts import hashing
+
+HUB_PLACE = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w./+-]+)?")
+NAMED_HASH = re.compile(r"-([0-9a-f]{8})\.pth?$")  # torch's convention: a file's name ends with the start of its sha256
+WEIGHTS = (".safetensors", ".bin")
+TIMEOUT = 10  # seconds until the hub must have answered
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that a metric needs.
+
+    what: in words. name: of the published file, or of a folder as transformers writes it. hub: org/name of a folder, or
+    org/name/file. url: of the original, where it is on no hub. sha256: as published (whole, or its beginning), where that is
+    known. also: other names of the same file. folder: whether it is one.
+    """
+
+    what: str
+    name: str
+    hub: str = ""
+    url: str = ""
+    sha256: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    folder: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """A part on this machine. hashes: sha256 of its weights' files."""
+
+    part: Part
+    path: Path
+    hashes: dict[str, str]
+
+    def __str__(self) -> str:
+        """For a metric's source: what it is, and its hash, with a word if that is not the published one."""
+        digest = next(iter(self.hashes.values()))
+        known = self.part.sha256
+        others = f", not {' or '.join(each[:12] for each in known)} as published" if known and not digest.startswith(known) else ""
+        return f"{self.part.what} ({self.path.name}, sha256 {digest[:12]}{others})"
+
+
+def find(metric: str, parts: Sequence[Part], given: str | None) -> list[Found]:
+    """Every part of a metric: from the place given, else a cache, else the hub.
+
+    given: PLACE, or PLACE,PLACE … in the order of the parts (an empty one: the default), or a folder that holds parts under
+    their published names; a place is a path or a hub id. Raises UserError with what is missing and how to give it.
+    """
+    places = _places(metric, given, len(parts))
+    several = len(parts) > 1 and len(places) == 1 and Path(places[0]).expanduser().is_dir()
+    asked = places * len(parts) if several else [*places, *[""] * (len(parts) - len(places))]
+    there = [_given(metric, part, place, optional=several) for part, place in zip(parts, asked, strict=True)]
+    if several and not any(there):
+        raise UserError(f"--metric-weights {metric}={given} holds none of {', '.join(part.name for part in parts)}")
+    paths = [path or _cached(part) or _default(metric, part, len(parts)) for part, path in zip(parts, there, strict=True)]
+    return [Found(part, path, _hashes(part, path)) for part, path in zip(parts, paths, strict=True)]
+
+
+def _places(metric: str, given: str | None, count: int) -> list[str]:
+    if given is None:
+        return []
+    places = [given] if count == 1 or Path(given).expanduser().exists() else given.split(",")
+    if len(places) > count:
+        raise UserError(f"--metric-weights {metric}={given} names {len(places)} places, '{metric}' needs {count}")
+    return places
+
+
+def _given(metric: str, part: Part, place: str, optional: bool) -> Path | None:
+    """A part at the place that was given for it; optional: the place may hold other parts only."""
+    if not place:
+        return None
+    path = Path(place).expanduser()
+    if not path.exists():
+        if not HUB_PLACE.fullmatch(place):
+            raise UserError(f"--metric-weights {metric}={place}: there is no such file or folder")
+        return _from_hub(metric, part, place)
+    found = next((candidate for candidate in (path, *(path / name for name in (part.name, *part.also))) if _is(part, candidate)), None)
+    if found is None and not optional:
+        raise UserError(f"--metric-weights {metric}={place} is not {part.what}: {_expected(part)}")
+    return found
+
+
+def _is(part: Part, path: Path) -> bool:
+    return (path / "config.json").is_file() if part.folder else path.is_file()
+
+
+def _expected(part: Part) -> str:
+    return f"expected a folder of transformers, as {part.name}" if part.folder else f"expected a file, as {part.name}"
+
+
+def _cached(part: Part) -> Path | None:
+    """Where torch.hub would have put it, for whichever package downloaded it."""
+    import torch
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    names = () if part.folder else (part.name, *part.also)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _default(metric: str, part: Part, count: int) -> Path:
+    if part.hub:
+        return _from_hub(metric, part, part.hub)
+    where = "PATH" if count == 1 else f"FOLDER, a folder with {part.name} in it"
+    raise UserError(f"metric '{metric}' needs {part.what}: download {part.url} and give it with --metric-weights {metric}={where}")
+
+
+def _from_hub(metric: str, part: Part, place: str) -> Path:
+    """A folder or file of the hub: from its cache, else downloaded unless the hub is switched off."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    fetch = _fetch_folder if part.folder else _fetch_file
+    failures = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError)
+    try:
+        return fetch(place, local_files_only=True)
+    except failures:
+        pass
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
+    try:
+        if offline:
+            raise OSError("HF_HUB_OFFLINE is set")
+        return fetch(place, local_files_only=False)
+    except failures as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"metric '{metric}' needs {part.what}, and {place} is neither in the hub's cache nor can it be loaded ({reason}); "
+            f"give its place with --metric-weights {metric}=PATH"
+        ) from error
+
+
+def _fetch_file(place: str, local_files_only: bool) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    owner, name, *file = place.split("/")
+    if not file:
+        raise OSError(f"{place} names no file")
+    return Path(hf_hub_download(f"{owner}/{name}", "/".join(file), local_files_only=local_files_only, etag_timeout=TIMEOUT))
+
+
+def _fetch_folder(place: str, local_files_only: bool) -> Path:
+    """The config and the weights alone; pickled ones only where there are no others."""
+    from huggingface_hub import snapshot_download
+
+    options: dict[str, Any] = {"local_files_only": local_files_only, "etag_timeout": TIMEOUT}
+    for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
+        folder = Path(snapshot_download(place, allow_patterns=["config.json", weights], **options))
+        if (folder / "config.json").is_file() and _weight_files(folder):
+            return folder
+    raise OSError(f"{place} has no config.json with weights beside it")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """What transformers would load: safetensors where there are any."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
+    return [path for path in files if path.suffix == ".safetensors"] or files
+
+
+def _hashes(part: Part, path: Path) -> dict[str, str]:
+    """Hashes of a part's files. Raises UserError for a file that is not what its name promises."""
+    files = [*_weight_files(path), path / "config.json"] if part.folder else [path]
+    if part.folder and len(files) == 1:
+        raise UserError(f"{path} has no weights (.safetensors or .bin) beside its config.json; download it again")
+    hashes = {file.name: _sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+    for name, digest in hashes.items():
+        promised = NAMED_HASH.search(name)
+        if promised and not digest.startswith(promised[1]):
+            raise UserError(f"{path} is damaged: by its name its sha256 begins with {promised[1]}, it is {digest[:8]}…; download it again")
+    return hashes
+
+
+@lru_cache(maxsize=64)
+def _sha256(file: Path, size: int, changed: int) -> str:
+    """The hash of a file that has not changed meanwhile; several metrics ask for the same gigabytes."""
+    return hashing.sha256(file)
