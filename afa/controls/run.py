@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from afa import __version__
 from afa.checkpoint.manifest import read_manifest
 from afa.checkpoint.staging import staged
 from afa.controls.lora import FILE, add_lora, lora_tensors, matching_rank, parameters_at_rank
 from afa.controls.settings import LoraSettings
+from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.statistics import difference, estimate
@@ -36,18 +36,16 @@ def plan(settings: LoraSettings, alone: Ensemble | None = None) -> tuple[Plan, i
     split(folder.examples, settings.held_out, settings.seed)
     if not (Path(settings.output) / RECORD).exists():
         check_output(settings)
+    if settings.device is not None:
+        choose_device(settings.device)
+    wanted = None if settings.like is None else read_manifest(Path(settings.like)).aggregator["parameters"]
     if alone is None:
-        alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", dtype=getattr(torch, settings.dtype))
+        dtype = getattr(torch, settings.dtype)
+        alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", vae=settings.vae, dtype=dtype)
     if alone.denoiser.family != "unet":
         raise UserError(f"expert '{alone.names[0]}' is a {alone.denoiser.family}; LoRAs are trained on U-Nets only")
-    return Plan(settings, alone, folder, resolution_of(settings, alone)), _rank(settings, alone.denoiser.experts[0])
-
-
-def _rank(settings: LoraSettings, model: nn.Module) -> int:
-    if settings.rank is not None:
-        return settings.rank
-    manifest = read_manifest(Path(str(settings.like)))
-    return matching_rank(model, manifest.aggregator["parameters"])
+    rank = settings.rank or matching_rank(alone.denoiser.experts[0], wanted)
+    return Plan(settings, alone, folder, resolution_of(settings, alone)), rank
 
 
 def facts(planned: Plan, rank: int) -> dict[str, Any]:
@@ -72,8 +70,11 @@ def finished(settings: LoraSettings) -> dict[str, Any] | None:
     file = Path(settings.output) / RECORD
     if not file.exists() or state_file(settings).exists():
         return None
-    record: dict[str, Any] = json.loads(file.read_text())
-    begun = LoraSettings(**record["settings"])
+    try:
+        record: dict[str, Any] = json.loads(file.read_text())
+        begun = LoraSettings(**record["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read as the record of a finished LoRA ({error}); choose another --output") from None
     if settings.steps != begun.steps:  # its state is gone, so it cannot go on
         raise UserError(f"the LoRA in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); choose another --output")
     check_unchanged(settings, json.loads(json.dumps(begun.binding())), f"the LoRA in {settings.output}")

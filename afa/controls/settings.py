@@ -14,6 +14,7 @@ class LoraSettings(LoopSettings):
     expert: str = option(help="diffusers folder, .safetensors file or org/name@revision, optionally NAME=…", positional=True)
     rank: int | None = option(None, help="of every pair of matrices")
     like: str | None = option(None, help="a saved ensemble: take the smallest rank with at least as many trained parameters")
+    vae: str | None = option(None, help="a path; the ensemble's, where the two are compared (default: the expert's own)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
