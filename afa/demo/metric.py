@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from afa.demo.scorer import AttributeScorer
 from afa.demo.world import SCORER
-from afa.evaluation.metrics.base import ImageMetric, SetMetric, Values
-from afa.evaluation.metrics.frechet import Moments, frechet_distance, moments
+from afa.errors import UserError
+from afa.evaluation.metrics.base import Features, ImageMetric, SetMetric, Values
+from afa.evaluation.metrics.frechet import FrechetDistance
 from afa.evaluation.metrics.table import Resources
 from afa.evaluation.pictures import Picture
 from afa.experts.hashing import sha256
@@ -36,32 +37,32 @@ class Attributes(ImageMetric):
         return _scorer().score(images, [picture.caption for picture in pictures])
 
 
-class Frechet(SetMetric):
+class Frechet(FrechetDistance):
     """Fréchet distance to real renders, on the 128 features before the scorer's last layer."""
 
     name = "frechet"
-    higher_is_better = False
     source = "Fréchet distance to real mixed scenes on the classifier's 128 features; biased upward by few images, equally for all methods"
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"scorer": sha256(SCORER)}
 
-    def features(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.floating]:
+    def features(self, images: Sequence[NDArray[np.uint8]]) -> Features:
         return _scorer().features(np.stack(images))
-
-    def prepare(self, reference: NDArray[np.floating]) -> Moments:
-        return moments(reference)
-
-    def value(self, features: NDArray[np.floating], reference: Moments) -> float:
-        return frechet_distance(features, reference)
 
 
 def make(resources: Resources) -> ImageMetric:
-    """Attribute accuracy; its weights are shipped."""
+    """Attribute accuracy; its weights are shipped. Raises UserError if others are given."""
+    _refuse_weights("attributes", resources)
     return Attributes()
 
 
 def frechet(resources: Resources) -> SetMetric:
-    """The Fréchet distance; its weights are shipped."""
+    """The Fréchet distance; its weights are shipped. Raises UserError if others are given."""
+    _refuse_weights("frechet", resources)
     return Frechet()
+
+
+def _refuse_weights(name: str, resources: Resources) -> None:
+    if resources.weights is not None:
+        raise UserError(f"metric '{name}' brings its own weights; leave out --metric-weights {name}={resources.weights}")

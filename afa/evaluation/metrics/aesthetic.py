@@ -48,7 +48,7 @@ class Aesthetic(ImageMetric):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"preprocessing": "crop", "head": self.found.hashes, "clip": self.backbone.hashes}
+        return {"preprocessing": "crop", "head": self.found.identity, "clip": self.backbone.identity}
 
     @torch.no_grad()
     def score(self, pictures: Sequence[Picture]) -> dict[str, Values]:

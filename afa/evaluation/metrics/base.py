@@ -76,7 +76,7 @@ def copies(groups: Indices, draws: Indices) -> Iterator[Indices]:
         yield np.bincount(draw, minlength=draws.shape[1])[groups]
 
 
-def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """The items in parts of at most that many."""
+def batches(items: Any, size: int) -> Iterator[Any]:
+    """A sequence, or the rows of an array, in parts of at most that many."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

@@ -16,7 +16,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from afa.errors import UserError
 from afa.evaluation.metrics.head import Head
-from afa.evaluation.metrics.loading import check_network, load_network, load_transformer
+from afa.evaluation.metrics.loading import check_network, check_transformer, load_network, load_transformer
 
 IMAGE, TEXT, HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
 WIDTH = 64  # of an attention head
@@ -44,8 +44,8 @@ class Checkpoint:
             self.image_config, self.text_config = self._image_config(), self._text_config()
         except (KeyError, ValueError) as error:
             raise UserError(f"{where} is no checkpoint of ImageReward (looked for {error}); is it the right file?") from error
-        check_network(lambda: BlipVisionModel(self.image_config), self.image, where)
-        check_network(lambda: BlipTextModel(self.text_config, add_pooling_layer=False), self.text, where)
+        check_transformer(BlipVisionModel, self.image_config, self.image, where)
+        check_transformer(BlipTextModel, self.text_config, self.text, where, add_pooling_layer=False)
         check_network(self._build_head, self.head, where)
 
     def load(self, device: torch.device) -> "Reward":
@@ -75,12 +75,8 @@ class Checkpoint:
             **unused,
             vocab_size=words,
             max_position_embeddings=self.text["embeddings.position_embeddings.weight"].shape[0],
-            encoder_hidden_size=self.image_config_width(),
+            encoder_hidden_size=self.image["post_layernorm.weight"].shape[0],
         )
-
-    def image_config_width(self) -> int:
-        """What the text encoder looks at: as wide as the image encoder."""
-        return self.image["post_layernorm.weight"].shape[0]
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -46,11 +46,11 @@ class Clip:
     def images(self, images: Sequence[NDArray[np.uint8]], batch_size: int, fit: str = "crop") -> Rows:
         """n images -> unit vectors (n, D). fit: one of pixels.FITS, to the side the model was trained at."""
         keys = [(fit, content_key(image)) for image in images]
-        return self._images.rows(keys, lambda places: self._embed([images[place] for place in places], batch_size, self._pixels(fit)))
+        return self._images.rows(keys, lambda places: self._embed([images[k] for k in places], batch_size, self._pixels(fit)))
 
     def texts(self, captions: Sequence[str], batch_size: int) -> Rows:
         """n captions, each cut after 77 tokens -> unit vectors (n, D)."""
-        return self._texts.rows(captions, lambda places: self._embed([captions[place] for place in places], batch_size, self._words))
+        return self._texts.rows(captions, lambda places: self._embed([captions[k] for k in places], batch_size, self._words))
 
     def cosines(self, images: Sequence[NDArray[np.uint8]], captions: Sequence[str], batch_size: int, fit: str = "crop") -> Values:
         """Image k against caption k: (n,) in [-1, 1]."""
@@ -84,7 +84,7 @@ def cosines(one: Rows, other: Rows) -> Values:
 
 def shared_clip(found: Found, device: torch.device) -> Clip:
     """The one CLIP of that folder on that device. Raises UserError if its weights do not fit."""
-    return _shared(found.path.resolve(), tuple(found.hashes.values()), str(device))
+    return _shared(found.path.resolve(), tuple(found.identity), str(device))
 
 
 @lru_cache(maxsize=4)

@@ -27,7 +27,7 @@ class ClipImage(ImageMetric):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"preprocessing": "crop", **self.found.hashes}
+        return {"preprocessing": "crop", "weights": self.found.identity}
 
     def score(self, pictures: Sequence[Picture]) -> dict[str, Values]:
         real = [picture.reference for picture in pictures if picture.reference is not None]

@@ -26,7 +26,7 @@ class ClipText(ImageMetric):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"preprocessing": "crop", **self.found.hashes}
+        return {"preprocessing": "crop", "weights": self.found.identity}
 
     def score(self, pictures: Sequence[Picture]) -> dict[str, Values]:
         images, captions = [picture.image for picture in pictures], [picture.caption for picture in pictures]

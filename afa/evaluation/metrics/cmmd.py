@@ -14,7 +14,7 @@ from torch import Tensor
 
 from afa.evaluation.metrics.base import Features
 from afa.evaluation.metrics.clip import Clip, shared_clip
-from afa.evaluation.metrics.mmd import Discrepancy
+from afa.evaluation.metrics.mmd import Discrepancy, double_device
 from afa.evaluation.metrics.table import Resources
 from afa.evaluation.metrics.weights import Found, Part, find
 
@@ -30,12 +30,12 @@ class ClipDiscrepancy(Discrepancy):
     scale = 1000.0
 
     def __init__(self, clip: Clip, found: Found, batch_size: int, device: torch.device) -> None:
-        self.clip, self.found, self.batch_size, self.device = clip, found, batch_size, device
+        self.clip, self.found, self.batch_size, self.device = clip, found, batch_size, double_device(device)
         self.source = f"1000 · MMD², Gaussian kernel of width 10, on embeddings of {found}, images stretched to its side; arXiv:2401.09603"
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"features": "clip-unit", "preprocessing": "stretch", **self.found.hashes}
+        return {"features": "clip-unit", "preprocessing": "stretch", "weights": self.found.identity}
 
     def features(self, images: Sequence[NDArray[np.uint8]]) -> Features:
         return self.clip.images(images, self.batch_size, fit="stretch")

@@ -36,7 +36,7 @@ class DinoDistance(FrechetDistance):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"features": "dinov2-class-token", "preprocessing": f"stretch-{SIDE}", **self.found.hashes}
+        return {"features": "dinov2-class-token", "preprocessing": f"stretch-{SIDE}", "weights": self.found.identity}
 
     @cached_property
     def _network(self) -> Any:

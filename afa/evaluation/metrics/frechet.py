@@ -14,7 +14,7 @@ from afa.evaluation.metrics.base import Features, Indices, SetMetric, Values, ba
 
 Array = NDArray[np.float64]
 BLOCK = 4096  # rows in float64 at once
-EXACT_UP_TO = 10_000  # images; of more, replicates are linear (see linear_replicates)
+EXACT_UP_TO = 1_000  # rows of the matrix whose eigenvalues a replicate needs; a thousand of larger ones would take hours
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,11 @@ def moments(features: Features) -> Moments:
 
 def _covariance(features: Features, mean: Array) -> Array:
     """(D, D), summed block by block, so that a hundred thousand images fit into memory."""
-    parts = (np.asarray(block, np.float64) - mean for block in batches(features, BLOCK))  # type: ignore[arg-type]
-    return sum(part.T @ part for part in parts) / (len(features) - 1)
+    total = np.zeros((features.shape[1], features.shape[1]))
+    for block in batches(features, BLOCK):
+        centred = np.asarray(block, np.float64) - mean
+        total += centred.T @ centred
+    return total / (len(features) - 1)
 
 
 def frechet_distance(features: Features, reference: Moments) -> float:
@@ -96,17 +99,19 @@ class _Draws:
 
 
 def linear_replicates(features: Features, groups: Indices, reference: Moments, draws: Indices) -> Values:
-    """The same to first order in how the draw differs from the sample: right where there are many more images than features.
+    """The same to first order in how a draw differs from the sample, from one decomposition.
 
     Every image has its influence on the distance, 2 (μ₁ - μ₂)'z + |z|² - |(B Σ₁ B')^-¼ B z|² with z = x - μ₁; a replicate is the
-    distance plus the mean influence of the images drawn, less that of all. Source: the infinitesimal jackknife, Efron and
-    Tibshirani, An Introduction to the Bootstrap (1993), chapter 21; the derivative of tr (Σ₁ Σ₂)^½ is ours.
+    distance plus the mean influence of the images drawn, less that of all. What images drawn twice add to every distance is
+    not in it, so with few images its spread is narrower than the exact one, and nearer to that of other images.
+    Source: the infinitesimal jackknife, Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 21; the
+    derivative of tr (Σ₁ Σ₂)^½ is ours.
     """
     own = moments(features)
     values, vectors = np.linalg.eigh((reference.root @ own.root.T) @ (own.root @ reference.root.T))
     kept = values > values.max() * 1e-12  # directions in which nothing varies have no influence
     quarter = (vectors[:, kept] * values[kept] ** -0.25).T @ reference.root
-    influence = np.concatenate([_influence(block, own, reference, quarter) for block in batches(features, BLOCK)])  # type: ignore[arg-type]
+    influence = np.concatenate([_influence(block, own, reference, quarter) for block in batches(features, BLOCK)])
     influence -= influence.mean()
     distance = frechet_distance(features, reference)
     return np.asarray([distance + times @ influence / times.sum() for times in copies(groups, draws)])
@@ -130,5 +135,5 @@ class FrechetDistance(SetMetric):
         return frechet_distance(features, reference)
 
     def replicates(self, features: Features, groups: Indices, reference: Moments, draws: Indices) -> Values:
-        replicates = exact_replicates if len(features) <= EXACT_UP_TO else linear_replicates
-        return replicates(features, groups, reference, draws)
+        exact = min(len(features), len(reference.root)) <= EXACT_UP_TO
+        return (exact_replicates if exact else linear_replicates)(features, groups, reference, draws)

@@ -1,6 +1,6 @@
 """The head that the aesthetic predictor and ImageReward have in common: five linear layers, nothing between them."""
 
-from torch import nn
+from torch import Tensor, nn
 
 WIDTHS = (1024, 128, 64, 16, 1)
 PLACES = (0, 2, 4, 6, 7)  # of the linear layers in the published files; between the first of them was dropout
@@ -14,5 +14,5 @@ class Head(nn.Module):
         linear = {place: nn.Linear(before, after) for place, before, after in zip(PLACES, (width, *WIDTHS), WIDTHS, strict=False)}
         self.layers = nn.Sequential(*(linear.get(place, nn.Identity()) for place in range(max(PLACES) + 1)))
 
-    def forward(self, hidden):  # type: ignore[no-untyped-def]
+    def forward(self, hidden: Tensor) -> Tensor:
         return self.layers(hidden)

@@ -17,7 +17,7 @@ from afa.evaluation.metrics.weights import Found, Part, find
 from afa.evaluation.pictures import Picture
 
 NAME = "HPS_v2.1_compressed.pt"
-WEIGHTS = Part("HPSv2", NAME, hub=f"xswu/HPSv2/{NAME}", also=("HPS_v2_compressed.pt",))
+WEIGHTS = Part("HPSv2", NAME, hub=f"xswu/HPSv2/{NAME}")
 
 
 class HumanPreference(ImageMetric):
@@ -31,7 +31,7 @@ class HumanPreference(ImageMetric):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"preprocessing": "pad", **self.found.hashes}
+        return {"preprocessing": "pad", "weights": self.found.identity}
 
     def score(self, pictures: Sequence[Picture]) -> dict[str, Values]:
         images, captions = [picture.image for picture in pictures], [picture.caption for picture in pictures]

@@ -43,7 +43,7 @@ class ImageReward(ImageMetric):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"preprocessing": "crop", "weights": self.weights.hashes, "vocabulary": self.vocabulary.hashes}
+        return {"preprocessing": "crop", "weights": self.weights.identity, "vocabulary": self.vocabulary.identity}
 
     @cached_property
     def _network(self) -> Any:
@@ -61,7 +61,7 @@ class ImageReward(ImageMetric):
         read = self._tokenizer.encode_batch([picture.caption for picture in pictures])
         tokens, mask = torch.tensor([each.ids for each in read]), torch.tensor([each.attention_mask for each in read])
         rewards = self._network(pixels.to(self.device), tokens.to(self.device), mask.to(self.device))
-        return rewards.double().cpu().numpy()
+        return rewards.cpu().double().numpy()
 
 
 def word_pieces(vocabulary: Path) -> Any:

@@ -36,7 +36,7 @@ class InceptionFeatures:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"features": "inception-2048", "preprocessing": "tf1-299", **self.found.hashes}
+        return {"features": "inception-2048", "preprocessing": "tf1-299", "weights": self.found.identity}
 
     @property
     def source(self) -> str:
@@ -49,11 +49,12 @@ class InceptionFeatures:
     @torch.no_grad()
     def __call__(self, images: Sequence[NDArray[np.uint8]], batch_size: int) -> NDArray[np.float32]:
         """n images of any sizes -> (n, 2048)."""
-        return np.concatenate([self._network(_pixels(batch).to(self.device)).cpu().numpy() for batch in batches(images, batch_size)])
+        parts = [self._network(_pixels(batch).to(self.device)) for batch in batches(images, batch_size)]
+        return torch.cat(parts).cpu().numpy()
 
     def logits(self, features: Features) -> NDArray[np.float64]:
         """(n, 2048) -> (n, 1008): the classifier without its bias, as the inception score has always been computed."""
-        weight = self._network.fc.weight.double().cpu().numpy()
+        weight = self._network.fc.weight.cpu().double().numpy()
         return np.asarray(features, np.float64) @ weight.T
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from afa.evaluation.metrics.base import Features
 from afa.evaluation.metrics.inception_features import InceptionFeatures, inception_features
-from afa.evaluation.metrics.mmd import Discrepancy
+from afa.evaluation.metrics.mmd import Discrepancy, double_device
 from afa.evaluation.metrics.table import Resources
 
 
@@ -25,7 +25,7 @@ class KernelInceptionDistance(Discrepancy):
     unbiased = True
 
     def __init__(self, extract: InceptionFeatures, batch_size: int, device: torch.device) -> None:
-        self.extract, self.batch_size, self.device = extract, batch_size, device
+        self.extract, self.batch_size, self.device = extract, batch_size, double_device(device)
         self.source = f"unbiased MMD² with a cubic kernel over all pairs on {extract.source}; arXiv:1801.01401"
 
     @property

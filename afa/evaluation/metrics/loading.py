@@ -1,18 +1,20 @@
 """From weight files to networks: names and shapes are checked at once, the weights are read when they are first needed."""
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from afa.errors import UserError
-from afa.experts.headers import check_fit, read_folder
+from afa.experts.headers import check_fit
 
 Network = TypeVar("Network", bound=nn.Module)
-UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
+UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -53,44 +55,57 @@ def load_network(build: Callable[[], Network], tensors: Mapping[str, Tensor], de
     with torch.device("meta"):
         network = build()
     wanted = {name: tensors[name] for name in network.state_dict()}
-    network.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in wanted.items()}, assign=True)
+    single = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in wanted.items()}
+    network.load_state_dict(single, assign=True)
     return network.to(device).eval().requires_grad_(False)
 
 
-def check_folder(maker: Any, folder: Path, **options: Any) -> None:
-    """Raises UserError if a folder of transformers is not this model's, or lacks weights (seen at once unless pickled)."""
-    config = _config(maker, folder)
-    found = read_folder(folder)
-    if found is not None:
-        with torch.device("meta"):
-            network = maker(config, **options)
-        check_fit(network, {name: entry.meta() for name, entry in found.items()}, str(folder))
+def check_folder(maker: Any, folder: Path) -> None:
+    """Raises UserError if a folder of transformers is not this model's, or lacks weights. Nothing is read but headers."""
+    _made(maker, folder, folder, device_map="meta")
 
 
 def load_folder(maker: Any, folder: Path, device: torch.device) -> Any:
     """A model of transformers from its folder, in float32. Raises UserError if weights are missing."""
-    return _made(maker, folder, device, config=_config(maker, folder))
+    return _made(maker, folder, folder).to(device)
 
 
-def load_transformer(maker: Any, config: Any, tensors: Mapping[str, Tensor], where: Path, device: torch.device, **options: Any) -> Any:
-    """The same from tensors in memory, under the names that transformers has for them."""
+def check_transformer(maker: Any, config: Any, tensors: Mapping[str, Tensor], where: Path, **options: Any) -> None:
+    """Raises UserError if tensors, under the names that transformers has for them, are not all that a model needs."""
+    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    _made(maker, None, where, config=config, state_dict=shapes, device_map="meta", **options)
+
+
+def load_transformer(
+    maker: Any, config: Any, tensors: Mapping[str, Tensor], where: Path, device: torch.device, **options: Any
+) -> Any:
+    """A model of transformers from such tensors, in float32."""
     state = {name: tensor.float() for name, tensor in tensors.items()}
-    return _made(maker, None, device, where=where, config=config, state_dict=state, **options)
+    return _made(maker, None, where, config=config, state_dict=state, **options).to(device)
 
 
-def _made(maker: Any, source: Path | None, device: torch.device, where: Path | None = None, **options: Any) -> Any:
+def _made(maker: Any, source: Path | None, where: Path, **options: Any) -> Any:
+    """By transformers' own loader, which knows older names. What it would draw at random, or leave out, is an error."""
+    common = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
     try:
-        model, info = maker.from_pretrained(source, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options)
+        with _quiet():
+            model, info = maker.from_pretrained(source, **common, **options)
     except UNREADABLE as error:
-        raise UserError(f"{where or source} could not be loaded as {maker.__name__}: {_first_line(error)}") from error
+        raise UserError(f"{where} could not be loaded as {maker.__name__}: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"])
-    if missing:  # transformers would draw them at random
-        raise UserError(f"{where or source} lacks {len(missing)} weights of a {maker.__name__} (first: {missing[0]}); download it again")
-    return model.to(device).eval().requires_grad_(False)
+    if missing:
+        raise UserError(f"{where} lacks {len(missing)} weights of a {maker.__name__} (first: {missing[0]}); download it again")
+    return model.eval().requires_grad_(False)
 
 
-def _config(maker: Any, folder: Path) -> Any:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own report of what is missing; ours is one sentence."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
     try:
-        return maker.config_class.from_pretrained(folder, local_files_only=True)
-    except UNREADABLE as error:
-        raise UserError(f"{folder} has no config of a {maker.__name__}: {_first_line(error)}") from error
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

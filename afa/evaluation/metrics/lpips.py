@@ -13,7 +13,6 @@ from torch import Tensor
 
 from afa.errors import UserError
 from afa.evaluation.metrics.base import ImageMetric, Values, batches
-from afa.evaluation.metrics.loading import read_tensors
 from afa.evaluation.metrics.perceptual import Perceptual, distance
 from afa.evaluation.metrics.pixels import to_tensor
 from afa.evaluation.metrics.table import Resources
@@ -25,17 +24,15 @@ TRUNK = Part(
     "alexnet-owt-7be5be79.pth",
     url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
     sha256=("7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02", "397923af"),  # AlexNet, VGG16
-    also=("vgg16-397923af.pth",),
 )
 LINEAR = Part(
     "LPIPS's linear weights 0.1",
     "alex.pth",
     url="https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/alex.pth",
-    sha256=(
+    sha256=(  # AlexNet's, VGG16's
         "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
         "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
     ),
-    also=("vgg.pth",),
 )
 
 
@@ -47,11 +44,11 @@ class Diversity(ImageMetric):
     def __init__(self, trunk: Found, linear: Found, batch_size: int, device: torch.device) -> None:
         self.trunk, self.linear, self.batch_size, self.device = trunk, linear, batch_size, device
         self.source = f"mean LPIPS to the other images of the prompt, by {trunk} and {linear}, images as they are; arXiv:1801.03924"
-        self._perceptual = Perceptual(read_tensors(trunk.path), read_tensors(linear.path), (trunk.path, linear.path))
+        self._perceptual = Perceptual(trunk.path, linear.path)
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"trunk": self.trunk.hashes, "linear": self.linear.hashes}
+        return {"trunk": self.trunk.identity, "linear": self.linear.identity}
 
     @cached_property
     def _network(self) -> Any:

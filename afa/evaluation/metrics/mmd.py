@@ -29,10 +29,16 @@ class Reference:
     within: float
 
 
+def double_device(device: torch.device) -> torch.device:
+    """The device itself, or the processor where it has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 class Discrepancy(SetMetric):
     """A metric that is an MMD² of its features to those of real images, times `scale`.
 
     unbiased: pairs of an image with itself do not count (then it can be negative); else they do (then it is a squared norm).
+    device: where kernels are computed; see double_device.
     """
 
     higher_is_better: ClassVar[bool] = False
@@ -61,10 +67,11 @@ class Discrepancy(SetMetric):
         present, starts = np.unique(groups[order], return_index=True)
         own = features[order]
         rows = np.concatenate([np.add.reduceat(block, starts, axis=1) for block in self._blocks(own, own)])
-        across = np.concatenate([block.mean(1) for block in self._blocks(own, reference.features)])
+        means = np.concatenate([block.mean(1) for block in self._blocks(own, reference.features)])
         counts = np.stack([np.bincount(draw, minlength=draws.shape[1])[present] for draw in draws]).astype(np.float64)
         pairs = np.einsum("rg,rg->r", counts @ np.add.reduceat(rows, starts, axis=0), counts)
-        selves, across, sizes = (counts @ np.add.reduceat(each, starts) for each in (self._selves(own), across, np.ones(len(own))))
+        of_images = (self._selves(own), means, np.ones(len(own)))
+        selves, across, sizes = (counts @ np.add.reduceat(each, starts) for each in of_images)
         found: Values = self.scale * (self._mean(pairs, selves, sizes) + reference.within - 2 * across / sizes)
         return found
 
@@ -93,11 +100,12 @@ class Discrepancy(SetMetric):
 
     def _selves(self, features: Features) -> Array:
         """Every image's kernel with itself: (n,)."""
-        rows = torch.as_tensor(features, dtype=torch.float64)
-        return np.asarray([self.kernel(row[None], row[None])[0, 0] for row in rows], np.float64)
+        rows = torch.from_numpy(np.asarray(features, np.float64, order="C"))
+        return np.asarray([self.kernel(row[None], row[None])[0, 0] for row in rows])
 
     def _blocks(self, one: Features, other: Features) -> Iterator[Array]:
         """The kernel matrix, some rows at a time."""
-        columns = torch.as_tensor(other).to(self.device, torch.float64)
-        for part in torch.as_tensor(one).split(max(1, BLOCK // len(other))):
-            yield self.kernel(part.to(self.device, torch.float64), columns).cpu().numpy()
+        rows, columns = (torch.from_numpy(np.asarray(each, np.float64, order="C")) for each in (one, other))
+        columns = columns.to(self.device)
+        for part in rows.split(max(1, BLOCK // len(columns))):
+            yield self.kernel(part.to(self.device), columns).cpu().numpy()

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from afa.errors import UserError
 from afa.evaluation.metrics.clip import Clip
-from afa.evaluation.metrics.loading import check_network, load_transformer, read_tensors
+from afa.evaluation.metrics.loading import check_transformer, load_transformer, read_tensors
 
 VISION_HEAD, TEXT_HEAD = 80, 64  # widths of a ViT-H/14's attention heads, which no tensor shows
-# In order; {} is visual. of the image tower, nothing of the text tower.
 TOWERS = {"visual.": "vision_model.", "": "text_model."}
 BLOCKS = [
     (r"transformer\.resblocks\.(\d+)\.", r"encoder.layers.\1."),
@@ -33,7 +32,8 @@ NAMES = {
     **{f"visual.ln_post.{kind}": f"vision_model.post_layernorm.{kind}" for kind in ("weight", "bias")},
     **{f"ln_final.{kind}": f"text_model.final_layer_norm.{kind}" for kind in ("weight", "bias")},
 }
-PROJECTIONS = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}  # stored the other way round
+# Stored the other way round.
+PROJECTIONS = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 
 
 def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,9 +86,11 @@ def read_config(tensors: Mapping[str, Tensor], where: Path) -> Any:
 
 
 def _tower(tensors: Mapping[str, Tensor], prefix: str, width: int, head: int) -> dict[str, int]:
-    blocks = {int(found[1]) for name in tensors if (found := re.match(rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.", name))}
-    inner = tensors[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
-    return {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": len(blocks), "num_attention_heads": width // head}
+    start = f"{prefix}transformer.resblocks."
+    blocks = {name.removeprefix(start).partition(".")[0] for name in tensors if name.startswith(start)}
+    inner = tensors[f"{start}0.mlp.c_fc.weight"].shape[0]
+    sizes = {"hidden_size": width, "num_hidden_layers": len(blocks), "num_attention_heads": width // head}
+    return {**sizes, "intermediate_size": inner}
 
 
 def open_clip(file: Path, device: torch.device) -> Clip:
@@ -97,5 +99,5 @@ def open_clip(file: Path, device: torch.device) -> Clip:
 
     tensors = read_tensors(file)  # mapped, not read
     config = read_config(tensors, file)
-    check_network(lambda: CLIPModel(config), to_transformers(tensors), file)
+    check_transformer(CLIPModel, config, to_transformers(tensors), file)
     return Clip(lambda: load_transformer(CLIPModel, config, to_transformers(read_tensors(file)), file, device))

@@ -4,13 +4,12 @@ Source: Zhang et al., arXiv:1801.03924, version 0.1 with its linear weights. The
 publishes, AlexNet (the default) or VGG16; which, is read from the tensors. Deviation: none.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from afa.evaluation.metrics.loading import check_network, load_network
+from afa.evaluation.metrics.loading import check_network, load_network, read_tensors
 
 # Layers of torchvision's `features`: (channels, kernel, stride, padding) of a convolution with its ReLU, or max pooling.
 POOL, POOL_VGG = ("pool", 3, 2), ("pool", 2, 2)
@@ -55,10 +54,11 @@ class Trunk(nn.Module):
 class Linear(nn.Module):
     """What each channel counts at the five places, under the published names (lin0.model.1 …; model.0 was dropout)."""
 
-    def __init__(self, channels: tuple[int, ...]) -> None:
+    def __init__(self, layers: tuple[Layer, ...]) -> None:
         super().__init__()
-        for index, width in enumerate(channels):
-            self.add_module(f"lin{index}", nn.ModuleDict({"model": nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))}))
+        for index, tap in enumerate(TAPS[layers]):
+            layer = nn.Sequential(nn.Identity(), nn.Conv2d(int(layers[tap][0]), 1, 1, bias=False))
+            self.add_module(f"lin{index}", nn.ModuleDict({"model": layer}))
 
     def weights(self) -> list[Tensor]:
         """Five of (C,)."""
@@ -66,23 +66,27 @@ class Linear(nn.Module):
 
 
 class Perceptual:
-    """Distances between images, from two files. Raises UserError if they are no such weights, or not of one classifier."""
+    """The two networks in two files. Raises UserError if they are no such weights, or not of one classifier."""
 
-    def __init__(self, trunk: Mapping[str, Tensor], linear: Mapping[str, Tensor], files: tuple[Path, Path]) -> None:
-        self.layers = VGG16 if "features.28.weight" in trunk else ALEXNET
-        self._tensors = (trunk, linear)
-        channels = tuple(int(self.layers[tap][0]) for tap in TAPS[self.layers])
-        self._builders = (lambda: Trunk(self.layers), lambda: Linear(channels))
-        for build, tensors, file in zip(self._builders, self._tensors, files, strict=True):
-            check_network(build, tensors, file)
+    def __init__(self, trunk: Path, linear: Path) -> None:
+        self._trunk, self._linear = read_tensors(trunk), read_tensors(linear)
+        self._layers = VGG16 if "features.28.weight" in self._trunk else ALEXNET
+        check_network(self._build_trunk, self._trunk, trunk)
+        check_network(self._build_linear, self._linear, linear)
+
+    def _build_trunk(self) -> Trunk:
+        return Trunk(self._layers)
+
+    def _build_linear(self) -> Linear:
+        return Linear(self._layers)
 
     def load(self, device: torch.device) -> tuple[Trunk, list[Tensor]]:
         """The trunk, and what its channels count."""
-        trunk, linear = (load_network(build, tensors, device) for build, tensors in zip(self._builders, self._tensors, strict=True))
-        return trunk, linear.weights()
+        linear = load_network(self._build_linear, self._linear, device)
+        return load_network(self._build_trunk, self._trunk, device), linear.weights()
 
 
 def distance(one: list[Tensor], other: list[Tensor], weights: list[Tensor]) -> Tensor:
     """Two images' maps, five of (C, h, w) each -> a number: squared differences, weighted by channel, averaged over the map."""
-    places = [torch.einsum("c,chw->hw", weight, (a - b).square()).mean() for a, b, weight in zip(one, other, weights, strict=True)]
-    return torch.stack(places).sum()
+    squares = [(a - b).square() for a, b in zip(one, other, strict=True)]
+    return torch.stack([torch.einsum("c,chw->hw", *each).mean() for each in zip(weights, squares, strict=True)]).sum()

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,11 +44,17 @@ class Found:
     path: Path
     hashes: dict[str, str]
 
+    @property
+    def identity(self) -> list[str]:
+        """What it is, whatever its files are called."""
+        return list(self.hashes.values())
+
     def __str__(self) -> str:
         """For a metric's source: what it is, and its hash, with a word if that is not the published one."""
-        digest = next(iter(self.hashes.values()))
+        digest = self.identity[0]
         known = self.part.sha256
-        others = f", not {' or '.join(each[:12] for each in known)} as published" if known and not digest.startswith(known) else ""
+        published = " or ".join(each[:12] for each in known)
+        others = f", not {published} as published" if known and not digest.startswith(known) else ""
         return f"{self.part.what} ({self.path.name}, sha256 {digest[:12]}{others})"
 
 
@@ -60,7 +67,7 @@ def find(metric: str, parts: Sequence[Part], given: str | None) -> list[Found]:
     places = _places(metric, given, len(parts))
     several = len(parts) > 1 and len(places) == 1 and Path(places[0]).expanduser().is_dir()
     asked = places * len(parts) if several else [*places, *[""] * (len(parts) - len(places))]
-    there = [_given(metric, part, place, optional=several) for part, place in zip(parts, asked, strict=True)]
+    there = [_given(metric, part, place, len(parts), optional=several) for part, place in zip(parts, asked, strict=True)]
     if several and not any(there):
         raise UserError(f"--metric-weights {metric}={given} holds none of {', '.join(part.name for part in parts)}")
     paths = [path or _cached(part) or _default(metric, part, len(parts)) for part, path in zip(parts, there, strict=True)]
@@ -76,16 +83,17 @@ def _places(metric: str, given: str | None, count: int) -> list[str]:
     return places
 
 
-def _given(metric: str, part: Part, place: str, optional: bool) -> Path | None:
-    """A part at the place that was given for it; optional: the place may hold other parts only."""
+def _given(metric: str, part: Part, place: str, count: int, optional: bool) -> Path | None:
+    """A part at the place that was given for it, one of `count`; optional: the place may hold other parts only."""
     if not place:
         return None
     path = Path(place).expanduser()
     if not path.exists():
         if not HUB_PLACE.fullmatch(place):
             raise UserError(f"--metric-weights {metric}={place}: there is no such file or folder")
-        return _from_hub(metric, part, place)
-    found = next((candidate for candidate in (path, *(path / name for name in (part.name, *part.also))) if _is(part, candidate)), None)
+        return _from_hub(metric, part, place, count)
+    candidates = [path, *(path / name for name in (part.name, *part.also))]
+    found = next((candidate for candidate in candidates if _is(part, candidate)), None)
     if found is None and not optional:
         raise UserError(f"--metric-weights {metric}={place} is not {part.what}: {_expected(part)}")
     return found
@@ -110,31 +118,30 @@ def _cached(part: Part) -> Path | None:
 
 def _default(metric: str, part: Part, count: int) -> Path:
     if part.hub:
-        return _from_hub(metric, part, part.hub)
+        return _from_hub(metric, part, part.hub, count)
+    raise UserError(f"metric '{metric}' needs {part.what}: download {part.url} and give it with {_flag(metric, part, count)}")
+
+
+def _flag(metric: str, part: Part, count: int) -> str:
     where = "PATH" if count == 1 else f"FOLDER, a folder with {part.name} in it"
-    raise UserError(f"metric '{metric}' needs {part.what}: download {part.url} and give it with --metric-weights {metric}={where}")
+    return f"--metric-weights {metric}={where}"
 
 
-def _from_hub(metric: str, part: Part, place: str) -> Path:
+def _from_hub(metric: str, part: Part, place: str, count: int) -> Path:
     """A folder or file of the hub: from its cache, else downloaded unless the hub is switched off."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
     fetch = _fetch_folder if part.folder else _fetch_file
-    failures = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError)
-    try:
-        return fetch(place, local_files_only=True)
-    except failures:
-        pass
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
     try:
+        with suppress(Exception):  # whatever keeps it from being in the cache
+            return fetch(place, local_files_only=True)
         if offline:
             raise OSError("HF_HUB_OFFLINE is set")
         return fetch(place, local_files_only=False)
-    except failures as error:
+    except Exception as error:  # the hub's, or those of any library below it
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"metric '{metric}' needs {part.what}, and {place} is neither in the hub's cache nor can it be loaded ({reason}); "
-            f"give its place with --metric-weights {metric}=PATH"
+            f"give its place with {_flag(metric, part, count)}"
         ) from error
 
 
@@ -166,15 +173,15 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _hashes(part: Part, path: Path) -> dict[str, str]:
-    """Hashes of a part's files. Raises UserError for a file that is not what its name promises."""
+    """Hashes of a part's files. Raises UserError for a file of a published name that is not what the name promises."""
     files = [*_weight_files(path), path / "config.json"] if part.folder else [path]
     if part.folder and len(files) == 1:
         raise UserError(f"{path} has no weights (.safetensors or .bin) beside its config.json; download it again")
     hashes = {file.name: _sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
-    for name, digest in hashes.items():
-        promised = NAMED_HASH.search(name)
-        if promised and not digest.startswith(promised[1]):
-            raise UserError(f"{path} is damaged: by its name its sha256 begins with {promised[1]}, it is {digest[:8]}…; download it again")
+    promised = NAMED_HASH.search(path.name) if path.name in (part.name, *part.also) else None
+    if promised and not hashes[path.name].startswith(promised[1]):
+        begins = f"by its name its sha256 begins with {promised[1]}, it is {hashes[path.name][:8]}…"
+        raise UserError(f"{path} is damaged: {begins}; download it again")
     return hashes
 
 
