@@ -169,7 +169,9 @@ def test_an_interrupted_comparison_goes_on_to_the_same_images(settings, monkeypa
 
 
 def test_a_metric_that_fails_costs_only_itself(settings, world, tmp_path):
-    (tmp_path / "bad.py").write_text(SCORER.replace("def score", "calls = []\ndef score").replace("    return {", "    calls.append(1)\n    assert len(calls) != 7\n    return {"))
+    failing = SCORER.replace("def score", "calls = []\ndef score")
+    failing = failing.replace("    return {", "    calls.append(1)\n    assert len(calls) != 7\n    return {", 1)
+    (tmp_path / "bad.py").write_text(failing)
     results = evaluate(replace(settings, scorer=str(tmp_path / "bad.py"), methods=["weighted"]))
     assert results is not None
     assert len(results.errors) == 1 and "AssertionError" in results.errors[0]

@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +72,10 @@ class ImageSet:
         """One image, (H, W, 3)."""
         with Image.open(self.path(index)) as image:
             return np.asarray(image.convert("RGB"))
+
+    def read_all(self) -> Iterator[NDArray[np.uint8]]:
+        """All images, one by one."""
+        return (self.read(index) for index in range(len(self.items)))
 
     def write(self, index: int, image: NDArray[np.uint8], seconds: float) -> None:
         """Save one image with its facts, whole or not at all."""

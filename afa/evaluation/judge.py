@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from tqdm import tqdm
 
-from afa.checkpoint.staging import replacing, write_atomically
+from afa.checkpoint.staging import write_atomically
 from afa.errors import UserError
+from afa.evaluation.cache import cached_features
 from afa.evaluation.images import ImageSet
 from afa.evaluation.metrics.base import ImageMetric, SetMetric
 from afa.evaluation.metrics.table import METRICS, Resources, make_metric
@@ -25,7 +24,7 @@ from afa.evaluation.results import MetricNote, SetScore
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.tuning import Score
 
-CHUNK = 64  # pictures in memory at once
+CHUNK = 256  # pictures in memory at once
 Attempt = Callable[[str, bool, Callable[[], Any]], Any]
 
 
@@ -103,12 +102,15 @@ class Judge:
     def _score(self, metric: ImageMetric, images: ImageSet, protocol: Protocol) -> dict[str, list[float]]:
         """The values of every image, or of the first so many, where a protocol says so."""
         count = min([len(images.items), *(protocol.first[name] for name in metric.names if name in protocol.first)])
-        file = self._file("scores", metric, images.digest(), f"{count}.json")
+        file = self._file(metric, images.digest(), f"{count}.json")
         if not file.exists():
-            pictures = [self._picture(images, index, protocol) for index in range(count)]
-            found = metric.score(pictures)
+            found: dict[str, list[float]] = {}
+            for indices in _by_prompt(images, count):
+                values = metric.score([self._picture(images, index, protocol) for index in indices])
+                for name, column in values.items():
+                    found.setdefault(name, []).extend(float(value) for value in column)
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps({name: [float(value) for value in values] for name, values in found.items()}))
+            write_atomically(file, json.dumps(found))
         scores: dict[str, list[float]] = json.loads(file.read_text())
         metric.names = metric.names or tuple(scores)  # of a user's scorer that had nothing new to look at
         return scores
@@ -121,7 +123,7 @@ class Judge:
     def _set_score(self, metric: SetMetric, images: ImageSet, protocol: Protocol) -> SetScore:
         """The value of all images, and under resampled prompts, the same for every method."""
         reference = self._reference(metric, protocol) if metric.needs_reference else None
-        features = self._features(metric, images.digest(), (images.read(index) for index in range(len(images.items))))
+        features = cached_features(metric, images.read_all, self.folder / "features", images.digest())
         groups = np.asarray([item.prompt for item in images.items])
         count = int(groups.max()) + 1
         draws = np.random.default_rng(0).integers(count, size=(self.resamples, count))
@@ -136,35 +138,25 @@ class Judge:
         """What a metric needs of the real images, computed once."""
         assert protocol.real is not None
         if metric.name not in self._prepared:
-            digest = hashlib.sha256(protocol.real.identity.encode()).hexdigest()
-            self._prepared[metric.name] = metric.prepare(self._features(metric, digest, protocol.real.images()))
+            real = cached_features(metric, protocol.real.images, self.folder / "features", protocol.real.identity)
+            self._prepared[metric.name] = metric.prepare(real)
         return self._prepared[metric.name]
 
-    def _features(self, metric: SetMetric, digest: str, images: Any) -> NDArray[np.floating]:
-        """Features (n, D) of a set of that digest, read or computed."""
-        file = self._file("features", metric, digest, "npy")
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            parts = [metric.features(chunk) for chunk in tqdm(_chunks(images), desc=f"features for {metric.name}", unit="chunk", leave=False)]
-            with replacing(file) as temporary, temporary.open("wb") as stream:
-                np.save(stream, np.concatenate(parts))
-        return np.load(file)
-
-    def _file(self, kind: str, metric: ImageMetric | SetMetric, digest: str, ending: str) -> Path:
-        """Where something is kept: by what it was computed from, and by what. Metrics of equal identity share their features."""
-        facts = json.dumps(["" if kind == "features" else type(metric).__qualname__, metric.identity, digest], sort_keys=True)
-        return self.folder / kind / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.{ending}"
+    def _file(self, metric: ImageMetric, digest: str, ending: str) -> Path:
+        """Where scores are kept: by what they were computed from, and by what."""
+        facts = json.dumps([type(metric).__qualname__, metric.identity, digest], sort_keys=True)
+        return self.folder / "scores" / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.{ending}"
 
 
-def _chunks(images: Any) -> Any:
-    chunk: list[NDArray[np.uint8]] = []
-    for image in images:
-        chunk.append(image)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def _by_prompt(images: ImageSet, count: int) -> Iterator[list[int]]:
+    """The first `count` items in parts of whole prompts, some CHUNK at once: what is in memory together."""
+    part: list[int] = []
+    for index in range(count):
+        if len(part) >= CHUNK and images.items[index].prompt != images.items[index - 1].prompt:
+            yield part
+            part = []
+        part.append(index)
+    yield part
 
 
 def _given(place: str) -> tuple[str, str]:

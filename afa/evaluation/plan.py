@@ -11,7 +11,8 @@ def plan(settings: EvaluateSettings) -> dict[str, Any]:
     comparison = prepare(settings, keep=False)
     setup, names = comparison.setup, comparison.names
     protocol = setup.protocol
-    rows = len(names) + ("single" in names) * (len(setup.names) - 1) + ("single_in_ensemble" in names) * (len(setup.names) - 1)
+    for_each = sum(name in names for name in ("single", "single_in_ensemble"))
+    rows = len(names) + for_each * (len(setup.names) - 1) - ("best_of_n" in names)  # which makes no images of its own
     trained = [name for name in names if name.startswith("finetune") or name in ("prediction_router", "afa")]
     return {
         "ensemble": f"{setup.folder}: {', '.join(setup.names)}",

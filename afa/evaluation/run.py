@@ -69,7 +69,7 @@ def prepare(settings: EvaluateSettings, keep: bool = True) -> Comparison:
     """
     names = chosen_methods(settings.methods)
     setup = Setup(settings)
-    judge = Judge.make(settings, setup.protocol, setup.output / "features", setup.device)
+    judge = Judge.make(settings, setup.protocol, setup.output / "judged", setup.device)
     _claim(setup, keep)
     captions = setup.tuning_captions() if settings.tuning else []
     tuner = Tuner(setup.output / "tuning", captions, setup.sampling, judge.tuning_score, settings.batch_size)

@@ -36,6 +36,7 @@ class Setup:
         self.manifest = read_manifest(self.folder)
         self.device = choose_device(settings.device)
         self.protocol: Protocol = make_protocol(settings.protocol, _request(settings))
+        self.moved = _moved(settings.experts or [])
         self.ranking: tuple[str, ...] = self.names
 
     @property
@@ -45,15 +46,6 @@ class Setup:
     @property
     def sampling(self) -> Sampling:
         return self.protocol.sampling
-
-    @cached_property
-    def moved(self) -> dict[str, str]:
-        """New places of experts, by name. Raises UserError where there is no name."""
-        places = self.settings.experts or []
-        for place in places:
-            if "=" not in place:
-                raise UserError(f"--experts {place} names no expert; write NAME={place}")
-        return dict(place.split("=", 1) for place in places)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -126,6 +118,14 @@ class Setup:
         pipe = ensemble.pipeline(vae=self.ensemble.frame.vae, scheduler=type(scheduler).from_config(scheduler.config))
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.device)
+
+
+def _moved(places: list[str]) -> dict[str, str]:
+    """New places of experts, by name. Raises UserError where there is no name."""
+    for place in places:
+        if "=" not in place:
+            raise UserError(f"--experts {place} names no expert; write NAME={place}")
+    return dict(place.split("=", 1) for place in places)
 
 
 def _request(settings: EvaluateSettings) -> Request:
