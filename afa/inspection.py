@@ -176,7 +176,7 @@ def _aggregators(subject: Subject, denoiser: EnsembleDenoiser) -> dict[str, Any]
     recipe = subject.recipe
     return {
         "kind": recipe.kind,
-        "options": _defaults(recipe) | dict(recipe.options),
+        "options": {name: value for name, value in (_defaults(recipe) | dict(recipe.options)).items() if value != ()},
         "attention_up_to": recipe.attention_up_to,
         "placement": subject.placement if isinstance(subject.placement, str) else list(subject.placement),
         "fused": len(denoiser.fused),

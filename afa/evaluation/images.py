@@ -97,7 +97,7 @@ class ImageSet:
 def make_images(images: ImageSet, make: Callable[[], Sampler], batch_size: int, title: str) -> None:
     """Make what is missing, batch by batch, spread over all processes; the model is made only if anything is missing.
 
-    Every image comes from its own seed, so neither the batch nor the process it is made in changes it.
+    Every image comes from its own seed, so neither the batch nor the process it is made in changes more than its rounding.
     """
     state = PartialState()
     missing = images.missing()

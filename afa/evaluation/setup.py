@@ -1,11 +1,13 @@
 """What all rows of a comparison share: the protocol, the experts (in memory once), the training recipe, the folders."""
 
 import dataclasses
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from afa.checkpoint.manifest import read_manifest
 from afa.devices import choose_device
@@ -34,7 +36,7 @@ class Setup:
         self.output = Path(settings.output)
         self.folder = Path(settings.ensemble)
         self.manifest = read_manifest(self.folder)
-        self.device = choose_device(settings.device)
+        self.device = _device(settings.device)
         self.protocol: Protocol = make_protocol(settings.protocol, _request(settings))
         self.moved = _moved(settings.experts or [])
         self.ranking: tuple[str, ...] = self.names
@@ -118,6 +120,15 @@ class Setup:
         pipe = ensemble.pipeline(vae=self.ensemble.frame.vae, scheduler=type(scheduler).from_config(scheduler.config))
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.device)
+
+
+def _device(name: str | None) -> torch.device:
+    """The device asked for; of several processes, each its own. The first to ask accelerate decides how processes talk."""
+    cpu = name == "cpu" or (name is None and not torch.accelerator.is_available())
+    # Others may wait for hours while one process searches for weights or judges.
+    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+    device = choose_device(name)
+    return state.device if state.num_processes > 1 else device
 
 
 def _moved(places: list[str]) -> dict[str, str]:
