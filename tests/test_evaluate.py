@@ -226,7 +226,7 @@ def test_two_processes_make_the_images_of_one(settings, done, tmp_path):
     flags = ["--methods", "weighted", "--images-per-prompt", "2", "--steps", "2", "--guidance", "2", "--width", "32", "--height", "32"]
     places = ["--ensemble", settings.ensemble, "--protocol", settings.protocol, "--scorer", settings.scorer, "--output", settings.output]
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29631", "-m", "afa", "evaluate"]
-    command = [sys.executable, *launch, *flags, *places, "--tuning", "2", "--device", "cpu", "--batch-size", "1", "--json"]
+    command = [sys.executable, *launch, *flags, *places, "--tuning", "2", "--device", "cpu", "--json"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert finished.returncode == 0, finished.stderr[-3000:]
