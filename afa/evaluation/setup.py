@@ -128,7 +128,7 @@ def _device(name: str | None) -> torch.device:
     # Others may wait for hours while one process searches for weights or judges.
     state = PartialState(cpu=cpu, timeout=timedelta(days=7))
     device = choose_device(name)
-    return state.device if state.num_processes > 1 else device
+    return state.device if state.num_processes > 1 and not cpu else device  # accelerate's cpu:0 would be copied to
 
 
 def _moved(places: list[str]) -> dict[str, str]:
