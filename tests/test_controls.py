@@ -20,6 +20,7 @@ from afa.denoiser.unet import UNetEnsemble
 from afa.training.loop import Trainer
 from afa.training.run import train
 from afa.training.settings import TrainSettings
+from afa.training.state import begin_from, state_file
 
 
 @pytest.fixture
@@ -187,3 +188,31 @@ def test_a_dry_run_leaves_nothing_behind(settings, capsys):
     assert main([*command, "--dry-run"]) == 0
     assert "rank 2" in capsys.readouterr().out
     assert not Path(settings.output).exists()
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one_bit_for_bit(settings, tmp_path):
+    whole, longer = (replace(settings, output=str(tmp_path / name), steps=7) for name in ("whole", "longer"))
+    kept = tmp_path / "kept.pt"
+    wanted = finetune(whole)
+    finetune(settings, keep=kept)
+    assert kept.exists() and sorted(path.name for path in Path(settings.output).iterdir()) == [RECORD, FILE]
+    begin_from(longer, kept)
+    record = finetune(longer)
+    assert not kept.exists() and not state_file(longer).exists()
+    assert record["history"] == wanted["history"] and record["held_out_loss"] == wanted["held_out_loss"]
+    assert all(torch.equal(tensor, tensors(longer)[name]) for name, tensor in tensors(whole).items())
+
+
+def test_what_was_summed_before_a_longer_run_is_not_lost(settings, tmp_path):
+    """The shorter one ended between two measurements, with one of its own."""
+    finetune(replace(settings, steps=3), keep=tmp_path / "kept.pt")
+    longer, whole = (replace(settings, output=str(tmp_path / name), steps=6) for name in ("longer", "whole"))
+    begin_from(longer, tmp_path / "kept.pt")
+    losses = {entry["step"]: entry["training_loss"] for entry in finetune(longer)["history"]}
+    wanted = {entry["step"]: entry["training_loss"] for entry in finetune(whole)["history"]}
+    assert losses[6] == wanted[6] and (losses[3] + losses[4]) / 2 == pytest.approx(wanted[4])
+
+
+def test_a_run_begins_anew_where_no_shorter_one_left_its_state(settings, tmp_path):
+    begin_from(settings, tmp_path / "nothing.pt")
+    assert finetune(settings)["steps"] == 4

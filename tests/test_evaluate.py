@@ -221,6 +221,18 @@ def test_a_dry_run_leaves_nothing_behind(settings):
     assert not Path(settings.output).exists()
 
 
+def test_loras_to_equal_compute_go_on_from_those_to_equal_steps(settings):
+    results = evaluate(replace(settings, methods=["finetune_merge_compute", "finetune_merge"], images_per_prompt=1, seeds=2))
+    assert not results.errors
+    steps, compute = (next(method for method in results.methods if method.name == name) for name in ("finetune_merge", "finetune_merge_compute"))
+    assert len(steps.runs) == len(compute.runs) == 2 and steps.trained_parameters == compute.trained_parameters
+    trained = Path(settings.output) / "trained"
+    records = {name: json.loads((trained / name / "lr-1" / "seed-0" / "finetune.json").read_text()) for name in (steps.name, compute.name)}
+    assert records[compute.name]["steps"] > records[steps.name]["steps"] == 2
+    assert records[compute.name]["history"][: len(records[steps.name]["history"])] == records[steps.name]["history"]
+    assert not list(trained.rglob("*.pt"))
+
+
 def test_two_processes_make_the_images_of_one(settings, done, tmp_path):
     """accelerate launch with two real processes: the same images, the same results, printed once."""
     flags = ["--methods", "weighted", "--images-per-prompt", "2", "--steps", "2", "--guidance", "2", "--width", "32", "--height", "32"]

@@ -22,7 +22,7 @@ from afa.evaluation.statistics import difference, estimate
 from afa.training.data import read_folder, split
 from afa.training.loop import Progress, Trainer
 from afa.training.run import Plan, check_output, make_accelerator, make_trainer, resolution_of
-from afa.training.state import FOLDER, check_unchanged, state_file
+from afa.training.state import FOLDER, check_unchanged, move_state, state_file
 
 RECORD = "finetune.json"
 
@@ -81,8 +81,10 @@ def finished(settings: LoraSettings) -> dict[str, Any] | None:
     return record
 
 
-def finetune(settings: LoraSettings, planned: tuple[Plan, int] | None = None) -> dict[str, Any]:
+def finetune(settings: LoraSettings, planned: tuple[Plan, int] | None = None, keep: Path | None = None) -> dict[str, Any]:
     """Train a LoRA, write it into settings.output, and return the record kept beside it.
+
+    keep: where the last state goes, so that a longer run can go on from it (see begin_from); by default it is deleted.
 
     Data, split, noise, timesteps, dropped captions and measure are those of `afa train` with the same seed. Resumes from a
     saved state; a complete run is only read. Raises UserError, or KeyboardInterrupt with the state saved.
@@ -101,6 +103,8 @@ def finetune(settings: LoraSettings, planned: tuple[Plan, int] | None = None) ->
             metadata = {"format": "pt", "afa": __version__, "expert": settings.expert, "rank": str(rank)}
             save_file(lora_tensors(work.ensemble.denoiser.experts[0]), stage / FILE, metadata=metadata)
             (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        if keep is not None:
+            move_state(settings, keep)
         shutil.rmtree(Path(settings.output) / FOLDER, ignore_errors=True)
     accelerator.wait_for_everyone()
     return record

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+from accelerate import PartialState
+
 from afa.checkpoint.manifest import read_manifest
 from afa.controls.compute import equal_compute_steps
 from afa.controls.lora import FILE, fuse_lora, matching_rank
@@ -13,13 +15,17 @@ from afa.controls.run import finetune, finished, plan
 from afa.controls.settings import LoraSettings
 from afa.ensemble import Ensemble
 from afa.evaluation.merges import merged_sampler
+from afa.evaluation.names import chosen_methods
 from afa.evaluation.rows import Options, Row, Trained
 from afa.evaluation.setup import Setup
 from afa.experts.load import Expert
 from afa.generation.sample import Sampler
 from afa.merging.memory import merge_experts
 from afa.training.settings import LoopSettings
+from afa.training.state import begin_from
 
+COMPUTE = "_compute"  # ends the names of rows at equal compute
+KEPT = "last-state.pt"  # of a run to equal steps, until the one to equal compute takes it over
 RATES = (1.0, 0.25)  # of the ensemble's learning rate: the better by held-out loss is taken
 
 
@@ -32,7 +38,7 @@ def control_rows(setup: Setup) -> list[Row]:
     return [
         _row(setup, f"{name}{ending}", f"{title}, equal {equal}", start, equal == "compute")
         for name, (title, start) in kinds.items()
-        for ending, equal in (("", "steps"), ("_compute", "compute"))
+        for ending, equal in (("", "steps"), (COMPUTE, "compute"))
     ]
 
 
@@ -55,18 +61,28 @@ def _merge(setup: Setup) -> Expert:
 
 
 def _train(setup: Setup, name: str, start: Callable[[Setup], Expert], by_compute: bool, options: Options, run: int) -> Trained:
-    """Train with the ensemble's recipe; what is trained is only read."""
-    folder = setup.output / "trained" / name / f"lr-{options['lr']:g}" / f"seed-{run}"
-    settings = _settings(setup, name, start, by_compute, options, run, folder)
+    """Train with the ensemble's recipe; what is trained is only read. A run to equal compute goes on from that to equal steps."""
+    place = Path(f"lr-{options['lr']:g}") / f"seed-{run}"
+    folder = setup.output / "trained" / name / place
+    settings = _settings(setup, start, by_compute, options, run, folder)
     record = finished(settings)
     if record is None:
-        record = finetune(settings, plan(settings, Ensemble.from_experts([start(setup)], aggregator="mean", placement="out")))
+        if by_compute:
+            _go_on(settings, setup.output / "trained" / name.removesuffix(COMPUTE) / place / KEPT)
+        kept = folder / KEPT if f"{name}{COMPUTE}" in chosen_methods(setup.settings.methods) else None
+        record = finetune(settings, plan(settings, Ensemble.from_experts([start(setup)], aggregator="mean", placement="out")), kept)
     return Trained(folder, folder / FILE, record["parameters"], record["steps"], record["seconds"], record["held_out_loss"]["trained"]["value"])
 
 
-def _settings(
-    setup: Setup, name: str, start: Callable[[Setup], Expert], by_compute: bool, options: Options, run: int, folder: Path
-) -> LoraSettings:
+def _go_on(settings: LoraSettings, place: Path) -> None:
+    """Let a run that has not begun go on from where a shorter one ended."""
+    state = PartialState()
+    if state.is_main_process and not Path(settings.output).exists():
+        begin_from(settings, place)
+    state.wait_for_everyone()
+
+
+def _settings(setup: Setup, start: Callable[[Setup], Expert], by_compute: bool, options: Options, run: int, folder: Path) -> LoraSettings:
     """The ensemble's own settings, with its rate scaled, and its steps where compute is to be equal."""
     ensemble = setup.training(folder, run)
     shared = {field.name: getattr(ensemble, field.name) for field in dataclasses.fields(LoopSettings)}

@@ -38,6 +38,7 @@ class Progress:
     best_step: int = 0
     history: list[dict[str, float | None]] = field(default_factory=list)
     since: float = 0.0  # training loss summed since the last measurement
+    counted: int = 0  # steps in that sum
     seconds: float = 0.0  # spent in the loop, interruptions left out
 
 
@@ -138,10 +139,10 @@ class Trainer:
         progress, settings = self.progress, self.settings
         progress.step += 1
         progress.since += loss
+        progress.counted += 1
         if progress.step % settings.evaluate_every == 0 or progress.step == settings.steps:
-            count = (progress.step - 1) % settings.evaluate_every + 1
-            self._evaluate(progress.since / count)
-            progress.since = 0.0
+            self._evaluate(progress.since / progress.counted)
+            progress.since, progress.counted = 0.0, 0
         if progress.step % settings.save_every == 0:
             self._save()
 

@@ -1,6 +1,7 @@
 """The state of a run on disk: everything that the next step depends on, so that resuming changes no bit."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,18 @@ def load_state(settings: LoopSettings, device: torch.device) -> dict[str, Any] |
         raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}); delete it to begin again") from None
     check_unchanged(settings, begun, f"the run in {settings.output}")
     return state
+
+
+def move_state(settings: LoopSettings, place: Path) -> None:
+    """Put the saved state somewhere else, for a longer run to go on from."""
+    os.replace(state_file(settings), place)
+
+
+def begin_from(settings: LoopSettings, place: Path) -> None:
+    """Let a run that has not begun go on from a state that a shorter one left; nothing where there is none."""
+    if place.exists():
+        state_file(settings).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(place, state_file(settings))
 
 
 def check_unchanged(settings: LoopSettings, begun: dict[str, Any], what: str) -> None:
