@@ -5,6 +5,7 @@ same command goes on. With several devices or machines: `accelerate launch -m af
 """
 
 import json
+import time
 
 from afa.evaluation.settings import EvaluateSettings as Options
 
@@ -28,7 +29,9 @@ def run(options: Options) -> None:
         facts = plan(options)
         print(json.dumps(facts, indent=2) if options.json else _plan(facts))
         return
+    began = time.monotonic()
     results = evaluate(options)
+    took = (time.monotonic() - began) / 60
     if results is None:
         return  # another process prints
     if options.json:
@@ -38,7 +41,8 @@ def run(options: Options) -> None:
     else:
         from afa.evaluation.report.text import as_text
 
-        print(f"{as_text(results)}\n\nresults.json in {options.output}; a page of them: afa report {options.output} --output report.html")
+        print(f"{as_text(results)}\n\nThis run took {took:.0f} min; what was there before is not counted.")
+        print(f"results.json in {options.output}; a page of them: afa report {options.output} --output report.html")
 
 
 def _list() -> None:

@@ -83,7 +83,10 @@ def evaluate(settings: EvaluateSettings) -> Results | None:
     """
     comparison = prepare(settings)
     rows = _rows(comparison)
-    made = [done for row in rows if (done := comparison.attempt(row.title, _asked_for(settings, row), lambda row=row: _make(comparison, row)))]
+    made = []
+    for place, row in enumerate(rows, 1):
+        work = functools.partial(_make, comparison, row, f"{place}/{len(rows)} ")
+        made += [done] if (done := comparison.attempt(row.title, _asked_for(settings, row), work)) else []
     if not PartialState().is_main_process:
         return None
     results = _results(comparison, [_judge(comparison, *done) for done in made])
@@ -143,10 +146,10 @@ class Made:
     memory_mb: float
 
 
-def _make(comparison: Comparison, row: Row) -> tuple[Row, Options, list[Made]]:
-    """Choose, train, draw: everything of a row that costs time."""
+def _make(comparison: Comparison, row: Row, place: str) -> tuple[Row, Options, list[Made]]:
+    """Choose, train, draw: everything of a row that costs time. place: among the rows, shown with the progress."""
     options = _choose(comparison, row)
-    return row, options, [_make_run(comparison, row, options, run) for run in range(row.runs)]
+    return row, options, [_make_run(comparison, row, options, run, place) for run in range(row.runs)]
 
 
 def _choose(comparison: Comparison, row: Row) -> Options:
@@ -156,7 +159,7 @@ def _choose(comparison: Comparison, row: Row) -> Options:
     return comparison.tuner.best(row.of or row.name, row.candidates, lambda options: row.sampler(options, 0))
 
 
-def _make_run(comparison: Comparison, row: Row, options: Options, run: int) -> Made:
+def _make_run(comparison: Comparison, row: Row, options: Options, run: int, place: str) -> Made:
     setup = comparison.setup
     trained = row.train(options, run) if row.train is not None else None
     folder = setup.output / "images" / row.name.replace(":", "-").replace(", ", "-").replace(" ", "-")
@@ -172,7 +175,7 @@ def _make_run(comparison: Comparison, row: Row, options: Options, run: int) -> M
     }
     images = ImageSet(folder, setup.protocol.items, row.sampling or setup.sampling, identity)
     make = functools.cache(lambda: row.sampler(options, run))  # once, and not at all if everything is there
-    make_images(images, make, setup.settings.batch_size, f"{row.title}{f', seed {run}' if row.runs > 1 else ''}")
+    make_images(images, make, setup.settings.batch_size, f"{place}{row.title}{f', seed {run}' if row.runs > 1 else ''}")
     return Made(images, trained, _memory(images, make))
 
 

@@ -17,6 +17,7 @@ from afa.evaluation.protocols.base import Protocol, Request
 from afa.evaluation.protocols.table import make_protocol
 from afa.evaluation.settings import EvaluateSettings
 from afa.experts.load import Expert, load_expert
+from afa.experts.spec import new_places
 from afa.generation.sample import Sampling
 from afa.schedulers import make_scheduler
 from afa.training.data import read_folder
@@ -38,7 +39,7 @@ class Setup:
         self.manifest = read_manifest(self.folder)
         self.device = _device(settings.device)
         self.protocol: Protocol = make_protocol(settings.protocol, _request(settings))
-        self.moved = _moved(settings.experts or [])
+        self.moved = new_places(settings.experts or [])
         self.ranking: tuple[str, ...] = self.names
 
     @property
@@ -129,14 +130,6 @@ def _device(name: str | None) -> torch.device:
     state = PartialState(cpu=cpu, timeout=timedelta(days=7))
     device = choose_device(name)
     return state.device if state.num_processes > 1 and not cpu else device  # accelerate's cpu:0 would be copied to
-
-
-def _moved(places: list[str]) -> dict[str, str]:
-    """New places of experts, by name. Raises UserError where there is no name."""
-    for place in places:
-        if "=" not in place:
-            raise UserError(f"--experts {place} names no expert; write NAME={place}")
-    return dict(place.split("=", 1) for place in places)
 
 
 def _request(settings: EvaluateSettings) -> Request:

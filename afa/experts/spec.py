@@ -58,6 +58,14 @@ class ExpertSpec:
         return cls(name or _default_name(source), source, revision, loras)
 
 
+def new_places(given: list[str]) -> dict[str, str]:
+    """Where the experts of a saved ensemble are now: NAME=PLACE, split. Raises UserError where there is no name."""
+    for place in given:
+        if "=" not in place:
+            raise UserError(f"--experts {place} names no expert; write NAME={place}")
+    return dict(place.split("=", 1) for place in given)
+
+
 def _lora(text: str) -> Lora:
     path, star, strength = text.rpartition("*")
     if not star:

@@ -23,6 +23,7 @@ from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.hashing import sha256
+from afa.experts.spec import new_places
 from afa.generation.prompts import read_prompts
 from afa.generation.sample import Request, Sampling
 from afa.generation.settings import GenerateSettings
@@ -86,18 +87,10 @@ def _load(settings: GenerateSettings) -> Ensemble:
     if saved and len(settings.sources) > 1:
         raise UserError(f"{saved[0]} is a saved ensemble, which has its experts; give it alone, or give experts only")
     if saved:
-        return Ensemble.load(saved[0], _moved(settings.experts or []), dtype=dtype)
+        return Ensemble.load(saved[0], new_places(settings.experts or []), dtype=dtype)
     if settings.experts:
         raise UserError(f"--experts is for a saved ensemble, and {settings.sources[0]} is none: it has no {MANIFEST}; give experts as SOURCE")
     return Ensemble.from_experts(settings.sources, aggregator="mean", dtype=dtype)
-
-
-def _moved(places: list[str]) -> dict[str, str]:
-    """NAME=PLACE, split. Raises UserError where there is no name."""
-    for place in places:
-        if "=" not in place:
-            raise UserError(f"--experts {place} names no expert; write NAME={place}")
-    return dict(place.split("=", 1) for place in places)
 
 
 def _reschedule(ensemble: Ensemble, name: str | None) -> None:
