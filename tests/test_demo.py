@@ -11,6 +11,7 @@ from afa.demo.build.parts import degrade
 from afa.demo.scenes import DOMAINS, MIXED, parse, render, render_all, sample_scenes
 from afa.demo.scorer import CLASSES, AttributeScorer, labels, network
 from afa.demo.world import ASSETS, BASE, EXPERTS, RECORD, SCORER
+from afa.errors import UserError
 
 
 @pytest.mark.parametrize("domain", [*DOMAINS, "mixed", "union"])
@@ -117,3 +118,11 @@ def test_demo_ends_with_a_table_and_a_page_that_needs_nothing(tmp_path, capsys):
     assert all({"value", "low", "high", "n"} <= set(row["attributes"]) for row in rows) and len(rows) == 7
     assert main([*arguments, "--seed", "1"]) == 2
     assert "--seed 0 (now 1)" in capsys.readouterr().err
+
+
+def test_captions_of_another_world_are_one_sentence():
+    from afa.demo.metric import Attributes
+    from afa.evaluation.pictures import Picture
+
+    with pytest.raises(UserError, match="metric 'attributes' judges scenes of the embedded world only: 'a cat' is not a caption"):
+        Attributes().score([Picture(np.zeros((64, 64, 3), np.uint8), "a cat", 0)])

@@ -10,6 +10,7 @@ from PIL import Image
 from tiny import quiet, sd_pipeline
 
 from afa import Ensemble, UserError
+from afa.cli.main import main
 from afa.generation.prompts import read_prompts
 from afa.generation.run import generate
 from afa.generation.settings import GenerateSettings
@@ -163,3 +164,14 @@ def test_experts_that_moved_are_found_where_they_are_now(places, settings, tmp_p
         generate(replace(moved, experts=["here"]))
     with pytest.raises(UserError, match="--experts is for a saved ensemble"):
         generate(replace(settings, sources=[str(places / "photo")], experts=["photo=x"]))
+
+
+def test_a_single_file_of_an_architecture_of_its_own_is_drawn_with_its_config(tmp_path):
+    """What the error proposes can be done: the embedded experts' U-Net is none that is known by its shape."""
+    from afa.demo.world import EXPERTS
+
+    merged = tmp_path / "soup.safetensors"
+    assert main(["merge", "--experts", *map(str, EXPERTS.values()), "--output", str(merged)]) == 0
+    command = ["generate", str(merged), "--prompt", "a cat", "--steps", "1", "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert main([*command, "--config", str(EXPERTS["curves"])]) == 0

@@ -41,7 +41,7 @@ def plan(settings: LoraSettings, alone: Ensemble | None = None) -> tuple[Plan, i
     wanted = None if settings.like is None else read_manifest(Path(settings.like)).aggregator["parameters"]
     if alone is None:
         dtype = getattr(torch, settings.dtype)
-        alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", vae=settings.vae, dtype=dtype)
+        alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", vae=settings.vae, dtype=dtype, config=settings.config)
     if alone.denoiser.family != "unet":
         raise UserError(f"expert '{alone.names[0]}' is a {alone.denoiser.family}; LoRAs are trained on U-Nets only")
     rank = settings.rank or matching_rank(alone.denoiser.experts[0], wanted)

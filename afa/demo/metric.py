@@ -34,7 +34,10 @@ class Attributes(ImageMetric):
 
     def score(self, pictures: Sequence[Picture]) -> dict[str, Values]:
         images = np.stack([picture.image for picture in pictures])
-        return _scorer().score(images, [picture.caption for picture in pictures])
+        try:
+            return _scorer().score(images, [picture.caption for picture in pictures])
+        except ValueError as error:
+            raise UserError(f"metric 'attributes' judges scenes of the embedded world only: {error}") from None
 
 
 class Frechet(FrechetDistance):

@@ -1,6 +1,5 @@
 """The demonstration: train, generate with every method from the same noise, score, report."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from afa.checkpoint.staging import replacing
+from afa.claims import claim
 from afa.demo.draw import draw
 from afa.demo.methods import methods
 from afa.demo.scenes import sample_scenes
@@ -69,7 +69,7 @@ def demonstrate(settings: DemoSettings) -> Outcome:
         if not (place / "model_index.json").is_file():
             raise UserError(f"the embedded world is not complete: {place} is missing; make it with: python -m afa.demo.build")
     output = Path(settings.output)
-    _claim(output, settings)
+    claim(output, {name: value for name, value in asdict(settings).items() if name not in ("output", "json")}, "the demonstration")
     draw(output / "data", "mixed", settings.train_images, TRAINING_SCENES + settings.seed)
     captions = [scene.caption for scene in sample_scenes("mixed", settings.prompts, TEST_SCENES)]
     scorer = AttributeScorer.load(SCORER)
@@ -78,22 +78,6 @@ def demonstrate(settings: DemoSettings) -> Outcome:
         images, seconds = _images(output, name, make, captions, settings)
         rows.append(Row(name, scorer.score(images, captions), images, seconds))
     return Outcome(settings, captions, rows)
-
-
-def _claim(output: Path, settings: DemoSettings) -> None:
-    """Note the settings in the folder; refuse one that was begun with others."""
-    note = output / "settings.json"
-    asked = {name: value for name, value in asdict(settings).items() if name not in ("output", "json")}
-    if note.exists():
-        begun = json.loads(note.read_text())
-        changed = [f"--{name.replace('_', '-')} {value} (now {asked[name]})" for name, value in begun.items() if asked[name] != value]
-        if changed:
-            raise UserError(f"the demonstration in {output} was begun with {', '.join(changed)}; choose another --output")
-        return
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"--output {output} holds other files; choose another folder")
-    output.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(asked))
 
 
 def _images(

@@ -13,6 +13,7 @@ import numpy as np
 from accelerate import PartialState
 
 from afa.checkpoint.staging import write_atomically
+from afa.claims import check_claim, claim
 from afa.errors import UserError
 from afa.evaluation.images import ImageSet, make_images
 from afa.evaluation.judge import Judge, Judged
@@ -28,7 +29,6 @@ from afa.evaluation.tuning import Tuner
 from afa.experts.hashing import sha256
 from afa.generation.sample import Request, Sampler
 
-NOTE = "settings.json"
 T = TypeVar("T")
 
 
@@ -99,20 +99,12 @@ def _asked_for(settings: EvaluateSettings, row: Row) -> bool:
 
 
 def _claim(setup: Setup, keep: bool) -> None:
-    """Refuse a folder that was begun with other settings, or holds other files; note ours in a new one."""
-    asked = json.loads(json.dumps({**setup.settings.binding(), "manifest": sha256(setup.folder / "afa.json")}))
-    note = setup.output / NOTE
-    if note.exists():
-        begun = json.loads(note.read_text())
-        changed = [f"--{name.replace('_', '-')} {begun.get(name)} (now {value})" for name, value in asked.items() if begun.get(name) != value]
-        if changed:
-            raise UserError(f"the comparison in {setup.output} was begun with {', '.join(changed)}; choose another --output")
-    elif setup.output.is_file() or (setup.output.exists() and any(setup.output.iterdir())):
-        raise UserError(f"--output {setup.output} holds other files; choose another folder")
+    """The output folder is ours, or nobody's yet; all processes look before the first one writes."""
+    asked = {**setup.settings.binding(), "the ensemble's afa.json": sha256(setup.folder / "afa.json")}
+    check_claim(setup.output, asked, "the comparison")
     PartialState().wait_for_everyone()
-    if keep and not note.exists() and PartialState().is_main_process:
-        setup.output.mkdir(parents=True, exist_ok=True)
-        write_atomically(note, json.dumps(asked, indent=1))
+    if keep and PartialState().is_main_process:
+        claim(setup.output, asked, "the comparison")
 
 
 def _rows(comparison: Comparison) -> list[Row]:

@@ -70,7 +70,7 @@ class Setup:
         """What the experts were tuned from. Raises UserError if nobody said."""
         if self.settings.base is None:
             raise UserError("it needs the model the experts were tuned from; give it with --base")
-        loaded = load_expert(self.settings.base, self.dtype)
+        loaded = load_expert(self.settings.base, self.dtype, self.ensemble.experts[0].config)
         for module in (loaded.model, *loaded.text_encoders):
             module.to(self.device)
         return loaded

@@ -90,7 +90,7 @@ def _load(settings: GenerateSettings) -> Ensemble:
         return Ensemble.load(saved[0], new_places(settings.experts or []), dtype=dtype)
     if settings.experts:
         raise UserError(f"--experts is for a saved ensemble, and {settings.sources[0]} is none: it has no {MANIFEST}; give experts as SOURCE")
-    return Ensemble.from_experts(settings.sources, aggregator="mean", dtype=dtype)
+    return Ensemble.from_experts(settings.sources, aggregator="mean", dtype=dtype, config=settings.config)
 
 
 def _reschedule(ensemble: Ensemble, name: str | None) -> None:

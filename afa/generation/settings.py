@@ -31,6 +31,7 @@ class GenerateSettings:
     method_option: list[str] | None = option(None, help="options of the method, each KEY=VALUE, lists with commas")
     expert: str | None = option(None, help="use only this expert, in the ensemble's frame; with --method single: this one")
     experts: list[str] | None = option(None, help="new places of an ensemble's experts that have moved, each NAME=PLACE")
+    config: str | None = option(None, help="sd15, sd21, sd21-base, sdxl or a folder: of single files (default: found out)")
     weights: bool = option(False, help="save the weight maps of every image: .npz, and a picture of them over the image")
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")

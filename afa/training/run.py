@@ -77,6 +77,7 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
         attention_up_to=settings.attention_up_to,
         vae=settings.vae,
         dtype=getattr(torch, settings.dtype),
+        config=settings.config,
         **settings.aggregator_options(),
     )
     return Plan(settings, ensemble, folder, resolution_of(settings, ensemble))

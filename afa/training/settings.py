@@ -31,6 +31,7 @@ class LoopSettings:
     save_every: int = option(200, help="steps between two saved states; Ctrl-C saves one too")
     seed: int = option(0, help="of everything random")
     dtype: str = option("float32", help="of what is frozen; what is trained is always float32", choices=["float32", "bfloat16"])
+    config: str | None = option(None, help="sd15, sd21, sd21-base, sdxl or a folder: of single files (default: found out)")
     gradient_checkpointing: bool = option(False, help="recompute stages in the backward pass: less memory, a third more time")
     device: str | None = option(None, help="default: the best there is; several are used with accelerate launch", choices=["cpu", "cuda", "mps", "xpu"])
     dry_run: bool = option(False, help="print what would be trained and what it costs, then stop")

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from afa.checkpoint.staging import write_atomically
+from afa.claims import claim
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
@@ -28,7 +29,7 @@ from afa.merging.search.means import arithmetic
 from afa.merging.search.settings import SearchSettings
 from afa.merging.search.space import Space, Weights
 
-BEST, POINTS, NOTE, RESULT = "best.toml", "journal.jsonl", "settings.json", "search.json"
+BEST, POINTS, RESULT = "best.toml", "journal.jsonl", "search.json"
 
 
 def search(settings: SearchSettings) -> dict[str, Any]:
@@ -39,8 +40,8 @@ def search(settings: SearchSettings) -> dict[str, Any]:
     metric = _metric(settings)  # missing weights fail here
     device = choose_device(settings.device)
     output = Path(settings.output)
-    _claim(output, settings)
-    experts = load_experts(settings.experts, getattr(torch, settings.dtype))
+    claim(output, settings.binding(), "the search")
+    experts = load_experts(settings.experts, getattr(torch, settings.dtype), settings.config)
     for expert in experts:
         for module in (expert.model, *expert.text_encoders):
             module.to(device)
@@ -78,22 +79,6 @@ def _metric(settings: SearchSettings) -> ImageMetric:
     if not isinstance(own, ImageMetric):
         raise UserError(f"--metric {settings.metric} is one value for a set of images; choose one that judges each image")
     return own
-
-
-def _claim(output: Path, settings: SearchSettings) -> None:
-    """Note the settings in the folder; refuse one that was begun with others."""
-    asked = json.loads(json.dumps(settings.binding()))
-    note = output / NOTE
-    if note.exists():
-        begun = json.loads(note.read_text())
-        changed = [f"--{name.replace('_', '-')} {value} (now {asked[name]})" for name, value in begun.items() if asked.get(name) != value]
-        if changed:
-            raise UserError(f"the search in {output} was begun with {', '.join(changed)}; use the same options, or another --output")
-        return
-    if output.is_file() or (output.exists() and any(output.iterdir())):
-        raise UserError(f"--output {output} holds other files; choose another folder")
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(note, json.dumps(asked, indent=1))
 
 
 def _objective(settings: SearchSettings, merge: InMemoryMerge, metric: ImageMetric, device: torch.device) -> Objective:
