@@ -25,7 +25,7 @@ def run(options: Options) -> None:
         print(json.dumps(facts, indent=2) if options.json else "\n".join(f"{name}  {value}" for name, value in facts.items()))
         return
     record = search(options)
-    print(json.dumps(record, indent=2) if options.json else _result(record, options.output))
+    print(json.dumps(record, indent=2) if options.json else _result(record, options))
 
 
 def _facts(options: Options) -> dict[str, Any]:
@@ -35,15 +35,15 @@ def _facts(options: Options) -> dict[str, Any]:
     from afa.merging.search.run import evaluations
     from afa.merging.search.space import Space
 
-    experts = load_experts(options.experts)
+    experts = load_experts(options.experts, config=options.config)
     space = Space(InMemoryMerge(experts).stages, len(experts))
     merges = evaluations(options, space)
     return {"experts": ", ".join(expert.name for expert in experts), "weights": len(space.places), "merges": merges, "images": merges * options.images}
 
 
-def _result(record: dict[str, Any], output: str) -> str:
+def _result(record: dict[str, Any], options: Options) -> str:
     first = "equal weights" if record["search"] == "bayesian" else "the first expert"
     return (
         f"score {record['score']:.4f} after {record['merges']} merges ({first}: {record['first_score']:.4f}), on the images it was chosen by\n"
-        f"use it: afa merge --method mbw --weights {output}/best.toml --experts {' '.join(record['experts'])} --output merged"
+        f"use it: afa merge --method mbw --weights {options.output}/best.toml --experts {' '.join(options.experts)} --output merged"
     )
