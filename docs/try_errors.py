@@ -187,6 +187,7 @@ def _broken_data(folder: Path) -> None:
     (folder / "begun").mkdir()
     begun = {"prompts": 80, "train_images": 512, "train_steps": 250, "steps": 20, "guidance": 3.0, "seed": 0}
     (folder / "begun" / "settings.json").write_text(json.dumps(begun))
+    (folder / "begun" / "data").mkdir()  # something was made: an empty beginning binds nobody
 
 
 if __name__ == "__main__":
