@@ -1,0 +1,55 @@
+"""Which source a place is: told by what lies there."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from afa.errors import UserError
+from afa.experts.spec import HUB_ID
+from afa.training.sources.base import Columns, Source
+from afa.training.sources.files import METADATA, from_folder, from_jsonl
+from afa.training.sources.hub import from_hub
+from afa.training.sources.parquet import from_parquet
+from afa.training.sources.shards import expand, from_shards
+
+# ending of a file, or of the files in a folder -> how they are read
+FORMS: dict[str, Callable[[str, list[Path], Columns], Source]] = {
+    ".jsonl": lambda place, files, columns: from_jsonl(files[0], columns),
+    ".parquet": from_parquet,
+    ".tar": from_shards,
+}
+WANTED = f"a folder with {METADATA}, a .jsonl, .parquet files, .tar shards, or a data set of the hub"
+
+
+def open_source(place: str, columns: Columns | None = None) -> Source:
+    """List what a place holds. Raises UserError if nothing there can be trained on."""
+    columns = columns or Columns()
+    source = _open(place, columns)
+    if not source.samples:
+        raise UserError(f"--data {place} has no image to train on: {source.summary()}")
+    return source
+
+
+def _open(place: str, columns: Columns) -> Source:
+    path = Path(place)
+    if path.is_dir():
+        return _from_directory(path, columns)
+    files = expand(place)
+    missing = [file for file in files if not file.is_file()]
+    form = FORMS.get(path.suffix)
+    if form is not None and files and not missing:
+        return form(place, files, columns)
+    if form is None and not path.exists() and HUB_ID.fullmatch(place.partition("@")[0]):
+        return from_hub(place, columns)
+    if form is not None:
+        raise UserError(f"--data {place}: there is no file {missing[0] if missing else place}")
+    raise UserError(f"--data {place} is {'of no known form' if path.exists() else 'not there'}; give {WANTED}")
+
+
+def _from_directory(folder: Path, columns: Columns) -> Source:
+    if (folder / METADATA).is_file():
+        return from_folder(folder, columns)
+    for ending in (".parquet", ".tar"):
+        files = sorted(folder.rglob(f"*{ending}"))
+        if files:
+            return FORMS[ending](str(folder), files, columns)
+    raise UserError(f'{folder} has no {METADATA}; write one line {{"file_name": "a.png", "text": "caption"}} per image, or give {WANTED}')
