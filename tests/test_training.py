@@ -17,10 +17,13 @@ from tiny import sd_pipeline, sdxl_pipeline
 
 from afa import Ensemble, UserError
 from afa.training.conditions import Conditions
-from afa.training.data import encode, read_folder, split
+from afa.training.data import encode, split
 from afa.training.loop import Trainer
+from afa.training.pictures import Crop
 from afa.training.run import plan, train
 from afa.training.settings import TrainSettings
+from afa.training.sources.base import Skipped
+from afa.training.sources.table import open_source
 
 
 @pytest.fixture(scope="session")
@@ -188,12 +191,11 @@ def test_dry_run_leaves_nothing_behind(settings):
 def test_unusable_images_are_left_out_and_counted(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "silent.png")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
-    entries = [("good.png", "a square"), ("silent.png", "  "), ("broken.png", "b"), ("gone.png", "c")]
+    entries = [("good.png", "a square"), ("silent.png", "  "), ("gone.png", "c")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "text": text}) for name, text in entries))
-    found = read_folder(tmp_path)
-    assert [example.text for example in found.examples] == ["a square"]
-    assert found.skipped == {"no caption": ["silent.png"], "not readable as an image": ["broken.png"], "no such file": ["gone.png"]}
+    found = open_source(str(tmp_path))
+    assert [sample.caption for sample in found.samples] == ["a square"]
+    assert found.skipped.names == {"no caption": ["silent.png"], "no such file": ["gone.png"]}
     assert "1 left out: no caption (silent.png)" in found.summary()
 
 
@@ -211,31 +213,30 @@ def test_a_folder_without_data_is_one_sentence(tmp_path, content, sentence):
     if content is not None:
         (tmp_path / "metadata.jsonl").write_text(content)
     with pytest.raises(UserError, match=sentence):
-        read_folder(tmp_path)
+        open_source(str(tmp_path))
 
 
 def test_held_out_images_are_never_trained_on(images):
-    examples = read_folder(images).examples
-    training, held_out = split(examples, 64, seed=3)
-    assert len(held_out) == 2 and len(training) == 8 and not {e.path for e in training} & {e.path for e in held_out}
+    training, held_out = split(open_source(str(images)).samples, 64, seed=3)
+    assert len(held_out) == 2 and len(training) == 8 and not {s.name for s in training} & {s.name for s in held_out}
 
 
 def test_every_epoch_uses_every_image_once(settings):
     trainer = object.__new__(Trainer)
-    trainer.settings, trainer.data = replace(settings, batch_size=3), range(8)
+    trainer.settings, trainer.data = replace(settings, batch_size=3, accumulate=1), range(8)
     trainer.progress = type("Progress", (), {"step": 0})()
     trainer.accelerator = type("One", (), {"num_processes": 1, "process_index": 0})()
     chosen = []
     for step in range(8):  # 24 places: three epochs of eight
         trainer.progress.step = step
-        chosen += trainer._choose(0)
+        chosen += trainer._choose()
     epochs = [chosen[:8], chosen[8:16], chosen[16:]]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
 def test_images_are_cropped_to_their_centre_and_sizes_say_so(images):
     vae = sd_pipeline().vae
-    encoded = encode(read_folder(images).examples[-1:], 32, vae, 4)
+    encoded = encode([(open_source(str(images)).samples[-1], [Crop(32)])], vae, 4, Skipped())
     assert encoded.moments.shape == (1, 8, 4, 4)
     assert encoded.sizes.tolist() == [[49, 48, 0, 0, 32, 32]] or encoded.sizes.tolist() == [[49, 48, 0.0, 0.0, 32, 32]]
 

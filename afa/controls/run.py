@@ -19,9 +19,9 @@ from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.statistics import difference, estimate
-from afa.training.data import read_folder, split
 from afa.training.loop import Progress, Trainer
-from afa.training.run import Plan, check_output, make_accelerator, make_trainer, resolution_of
+from afa.training.prepare import find_data, resolution_of
+from afa.training.run import LEFT_OUT, Plan, check_output, keep_log, make_accelerator, make_trainer
 from afa.training.state import FOLDER, check_unchanged, move_state, state_file
 
 RECORD = "finetune.json"
@@ -32,30 +32,30 @@ def plan(settings: LoraSettings, alone: Ensemble | None = None) -> tuple[Plan, i
 
     alone: an ensemble of the one expert, where it is in memory already; its U-Net is changed.
     """
-    folder = read_folder(Path(settings.data))
-    split(folder.examples, settings.held_out, settings.seed)
+    source = find_data(settings)
     if not (Path(settings.output) / RECORD).exists():
         check_output(settings)
     if settings.device is not None:
         choose_device(settings.device)
     wanted = None if settings.like is None else read_manifest(Path(settings.like)).aggregator["parameters"]
+    own = alone is None
     if alone is None:
         dtype = getattr(torch, settings.dtype)
         alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", vae=settings.vae, dtype=dtype, config=settings.config)
     if alone.denoiser.family != "unet":
         raise UserError(f"expert '{alone.names[0]}' is a {alone.denoiser.family}; LoRAs are trained on U-Nets only")
     rank = settings.rank or matching_rank(alone.denoiser.experts[0], wanted)
-    return Plan(settings, alone, folder, resolution_of(settings, alone)), rank
+    return Plan(settings, alone, source, resolution_of(settings, alone), own), rank
 
 
 def facts(planned: Plan, rank: int) -> dict[str, Any]:
     """For people and for --json."""
     model = planned.ensemble.denoiser.experts[0]
-    held_out = min(planned.settings.held_out, len(planned.folder.examples) // 5)
+    held_out = min(planned.settings.held_out, len(planned.source.samples) // 5)
     return {
         "expert": planned.ensemble.names[0],
-        "data": planned.folder.summary(),
-        "training_images": len(planned.folder.examples) - held_out,
+        "data": planned.source.summary(),
+        "training_images": len(planned.source.samples) - held_out,
         "held_out_images": held_out,
         "resolution": planned.resolution,
         "rank": rank,
@@ -97,12 +97,14 @@ def finetune(settings: LoraSettings, planned: tuple[Plan, int] | None = None, ke
     trainer = make_trainer(work, accelerator, lambda alone: add_lora(alone.denoiser.experts[0], rank))
     before = trainer.held_out_losses()
     progress = trainer.train()
-    record = _record(settings, trainer, progress, before, rank)
+    record = _record(settings, trainer, progress, before, rank) | {"left_out": work.source.skipped.counts()}
     if accelerator.is_main_process:
         with staged(Path(settings.output), last=RECORD) as stage:
             metadata = {"format": "pt", "afa": __version__, "expert": settings.expert, "rank": str(rank)}
             save_file(lora_tensors(work.ensemble.denoiser.experts[0]), stage / FILE, metadata=metadata)
+            work.source.skipped.write(stage / LEFT_OUT)
             (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        keep_log(settings)
         if keep is not None:
             move_state(settings, keep)
         shutil.rmtree(Path(settings.output) / FOLDER, ignore_errors=True)

@@ -19,7 +19,6 @@ from afa.evaluation.metrics.base import ImageMetric, SetMetric
 from afa.evaluation.metrics.table import METRICS, Resources, make_metric
 from afa.evaluation.pictures import Picture
 from afa.evaluation.protocols.base import Protocol
-from afa.evaluation.protocols.own import read_image
 from afa.evaluation.results import MetricNote, SetScore
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.tuning import Score
@@ -117,7 +116,7 @@ class Judge:
 
     def _picture(self, images: ImageSet, index: int, protocol: Protocol) -> Picture:
         item = images.items[index]
-        reference = None if protocol.references is None else read_image(protocol.references[index])
+        reference = None if protocol.references is None else protocol.references[index]()
         return Picture(images.read(index), item.caption, item.prompt, reference)
 
     def _set_score(self, metric: SetMetric, images: ImageSet, protocol: Protocol) -> SetScore:

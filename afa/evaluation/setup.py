@@ -20,8 +20,8 @@ from afa.experts.load import Expert, load_expert
 from afa.experts.spec import new_places
 from afa.generation.sample import Sampling
 from afa.schedulers import make_scheduler
-from afa.training.data import read_folder
 from afa.training.settings import TrainSettings
+from afa.training.sources.table import open_source
 
 TRAINING_DATA = "training-data"  # inside the output, where a protocol draws its own
 
@@ -110,10 +110,10 @@ class Setup:
         if self.protocol.tuning:
             return list(self.protocol.tuning[: self.settings.tuning])
         try:
-            examples = read_folder(self.training_data).examples
+            samples = open_source(str(self.training_data)).samples
         except UserError:
             return []
-        return [example.text for example in examples[: self.settings.tuning]]
+        return [sample.caption for sample in samples[: self.settings.tuning]]
 
     def pipeline(self, ensemble: Ensemble) -> Any:
         """A stock pipeline in the comparison's frame: the ensemble's VAE and scheduler, whatever the denoiser."""

@@ -1,13 +1,24 @@
 """Captions as the denoiser takes them: through the pipeline's own encode_prompt, with captions dropped sample by sample."""
 
+import hashlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
+from tqdm import tqdm
+
+from afa.training.cache import TextCache, content_hash
+from afa.training.cached import announce
+
+FEW = 50  # captions, encoded without a bar
 
 
 class Conditions:
-    """Encodes captions with the ensemble's stock pipeline.
+    """Encodes captions with the ensemble's stock pipeline, or reads them from a cache that it filled.
 
     A dropped caption is what guidance uses for "no prompt": the empty caption, or zeros where the pipeline is
     configured so (SDXL's force_zeros_for_empty_prompt).
@@ -16,13 +27,42 @@ class Conditions:
     def __init__(self, pipeline: Any, device: torch.device) -> None:
         self.pipeline, self.device = pipeline, device
         self.pooled = hasattr(pipeline, "text_encoder_2")
+        self.cache: TextCache | None = None
         self._none = self._encode([""])
         if self.pooled and pipeline.config.get("force_zeros_for_empty_prompt"):
             self._none = tuple(torch.zeros_like(part) for part in self._none)
 
+    def keep(self, folder: Path, captions: Iterable[str], batch_size: int) -> None:
+        """Encode what the cache in a folder lacks, each process its share; from now on captions are read there."""
+        state, captions = PartialState(), list(captions)
+        shapes = [(tuple(part.shape[1:]), part.dtype) for part in self._none]
+        cache = TextCache(folder, self._identity(), shapes)
+        missing = cache.missing(captions)
+        announce(folder, "captions", len(missing), cache.row_bytes)
+        state.wait_for_everyone()  # nobody writes before everybody has looked
+        own = missing[state.process_index :: state.num_processes]
+        parts = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+        for part in tqdm(parts, desc="encoding captions", unit="batch", file=sys.stderr, disable=len(own) < FEW):
+            cache.add(part, self._encode(part))
+        state.wait_for_everyone()
+        cache.refresh()
+        self.cache = cache
+
+    def _identity(self) -> str:
+        """Of everything that decides a caption's states."""
+        names = [name for name in ("text_encoder", "text_encoder_2") if getattr(self.pipeline, name, None) is not None]
+        tokenizers = [getattr(self.pipeline, name.replace("text_encoder", "tokenizer")) for name in names]
+        words = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
+        lengths = [tokenizer.model_max_length for tokenizer in tokenizers]
+        encoders = [getattr(self.pipeline, name) for name in names]
+        joined = [getattr(encoder, "of_expert", None) for encoder in encoders]
+        return hashlib.sha256(f"{content_hash(*encoders)} {joined} {words} {lengths}".encode()).hexdigest()
+
     @torch.no_grad()
     def _encode(self, captions: list[str]) -> tuple[Tensor, ...]:
         """States (B, T, D) and, for SDXL, pooled states (B, P)."""
+        if self.cache is not None:
+            return tuple(part.to(self.device, non_blocking=True) for part in self.cache.read(captions))
         options = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         encoded = self.pipeline.encode_prompt(captions, **options)
         return (encoded[0], encoded[2]) if self.pooled else (encoded[0],)

@@ -1,141 +1,155 @@
-"""The training set: images and captions in a folder, read once, kept as the VAE's latents."""
+"""The training set: captioned images from a source, each read once, kept as the VAE's latents."""
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from afa.errors import UserError
+from afa.training.pictures import UNREADABLE, Crop, decode, square
+from afa.training.sources.base import BROKEN, Sample, Skipped, Source
+from afa.training.store import StoredRows
 
-METADATA = "metadata.jsonl"
-
-
-@dataclass(frozen=True)
-class Example:
-    """One captioned image."""
-
-    path: Path
-    text: str
+EMPTY = torch.empty(0)
+AHEAD = 4  # batches decoded before they are needed
+FEWEST = 5  # images, a fifth of them held out
+Work = tuple[Sample, Sequence[Crop]]
 
 
-@dataclass
-class Folder:
-    """What a data folder holds: examples, and what had to be left out, by reason."""
-
-    examples: list[Example]
-    skipped: dict[str, list[str]] = field(default_factory=dict)
-
-    def summary(self) -> str:
-        """One line: what there is, what was left out."""
-        reasons = [f"{len(names)} left out: {reason} ({names[0]}{', …' if len(names) > 1 else ''})" for reason, names in self.skipped.items()]
-        return "; ".join([f"{len(self.examples)} captioned images", *reasons])
+def split(samples: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any], list[Any]]:
+    """-> training samples, held-out samples: `held_out` of them, at most a fifth. Raises UserError for fewer than five."""
+    if len(samples) < FEWEST:
+        raise UserError(f"{len(samples)} captioned images are too few to train on; at least {FEWEST} are needed, a fifth of them held out")
+    order = np.random.default_rng(seed).permutation(len(samples))
+    count = min(held_out, len(samples) // 5)
+    return [samples[index] for index in sorted(order[count:])], [samples[index] for index in sorted(order[:count])]
 
 
-def read_folder(folder: Path) -> Folder:
-    """Read metadata.jsonl and open every image's header. Raises UserError if nothing usable is there."""
-    file = folder / METADATA
-    if not folder.is_dir():
-        raise UserError(f"--data {folder} is no folder; give one with images and a {METADATA}")
-    if not file.is_file():
-        raise UserError(f'{folder} has no {METADATA}; write one line {{"file_name": "a.png", "text": "caption"}} per image')
-    found = Folder([])
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        if line.strip():
-            _sort(_entry(line, file, number), folder, found)
-    if not found.examples:
-        raise UserError(f"{folder} has no image to train on: {found.summary()}")
-    return found
-
-
-def _entry(line: str, file: Path, number: int) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{file}, line {number} is not JSON: {error}") from None
-    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-        raise UserError(f'{file}, line {number} has no "file_name"; expected {{"file_name": "a.png", "text": "caption"}}')
-    return entry
-
-
-def _sort(entry: dict[str, Any], folder: Path, found: Folder) -> None:
-    """Put one line among the examples, or among the skipped with its reason."""
-    path, text = folder / entry["file_name"], entry.get("text")
-    if not isinstance(text, str) or not text.strip():
-        reason = "no caption"
-    elif not path.is_file():
-        reason = "no such file"
-    elif not _readable(path):
-        reason = "not readable as an image"
-    else:
-        found.examples.append(Example(path, text.strip()))
-        return
-    found.skipped.setdefault(reason, []).append(entry["file_name"])
-
-
-def _readable(path: Path) -> bool:
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError):  # PIL raises SyntaxError for a broken PNG
-        return False
-    return True
-
-
-def split(examples: list[Example], held_out: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """-> training examples, held-out examples: `held_out` of them, at most a fifth. Raises UserError for fewer than five."""
-    if len(examples) < 5:
-        raise UserError(f"{len(examples)} captioned images are too few to train on; at least 5 are needed, a fifth of them held out")
-    order = np.random.default_rng(seed).permutation(len(examples))
-    count = min(held_out, len(examples) // 5)
-    return [examples[index] for index in sorted(order[count:])], [examples[index] for index in sorted(order[:count])]
+def check_skipped(source: Source, share: float) -> None:
+    """Raises UserError if more than a share of the images had to be left out."""
+    skipped = len(source.skipped)
+    total = source.listed
+    if skipped > share * total:
+        raise UserError(
+            f"{skipped} of the {total} images of {source.origin} cannot be used, more than --max-skipped {share:g} allows: "
+            f"{source.skipped.summary()}"
+        )
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples as the experts see them: moments (n, 2C, h, w) of the VAE's posterior, captions, SDXL's size conditions (n, 6)."""
+    """Images as the experts see them, `variants` rows an image, one after another.
 
-    moments: Tensor
+    moments (rows, 2C, h, w): of the VAE's posterior, in memory or in a cache. captions: of each row. sizes (rows, 6): SDXL's size conditions.
+    digest: changes when an image, a caption or their order does.
+    """
+
+    moments: Tensor | StoredRows
     captions: list[str]
     sizes: Tensor
+    digest: str = ""
+    variants: int = 1
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return len(self.captions) // self.variants
+
+    def rows(self, images: list[int], rng: torch.Generator) -> list[int]:
+        """One row of each image, drawn where it has several."""
+        if self.variants == 1:
+            return images
+        drawn = torch.randint(self.variants, (len(images),), generator=rng).tolist()
+        return [image * self.variants + variant for image, variant in zip(images, drawn, strict=True)]
 
 
-def encode(examples: list[Example], resolution: int, vae: Any, batch_size: int, progress: Any = iter) -> Encoded:
-    """Encode every image once. progress: wraps the iteration, e.g. in a bar."""
-    moments, sizes = [], []
-    device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
-    for batch in progress(list(_batches(examples, batch_size))):
-        pixels, conditions = zip(*(_load(example, resolution) for example in batch), strict=True)
-        with torch.no_grad():
-            posterior = vae.encode(torch.stack(pixels).to(device, dtype)).latent_dist
-        moments.append(posterior.parameters.float().cpu())
-        sizes.extend(conditions)
-    return Encoded(torch.cat(moments), [example.text for example in examples], torch.tensor(sizes))
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images; held-out ones keep their centre. crops: at random places of each, 0 for its centre."""
+
+    crops: int = 0
+    flip: bool = False
+
+    def of(self, resolution: int, seed: int, index: int) -> list[Crop]:
+        """The crops of the image with that place in the set."""
+        return [Crop(resolution, (seed, index, copy), self.flip) for copy in range(self.crops)] or [Crop(resolution)]
 
 
-def _batches(examples: list[Example], size: int) -> Iterator[list[Example]]:
-    for start in range(0, len(examples), size):
-        yield examples[start : start + size]
+@dataclass(frozen=True)
+class Row:
+    """One square of an image. sha256: of the image's bytes. size: as SDXL is told of it."""
+
+    pixels: Tensor
+    size: tuple[float, ...]
+    sample: Sample
+    crop: Crop
+    sha256: bytes
 
 
-def _load(example: Example, resolution: int) -> tuple[Tensor, tuple[float, ...]]:
-    """An image's centre square: (3, R, R) in [-1, 1], and (height, width, top, left, R, R) as SDXL is told of it."""
-    with Image.open(example.path) as opened:
-        image = opened.convert("RGB")
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    original = (float(image.height), float(image.width))
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    image = image.crop((left, top, left + resolution, top + resolution))
-    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
-    return pixels, (*original, float(top), float(left), float(resolution), float(resolution))
+def encode(work: Sequence[Work], vae: Any, batch_size: int, skipped: Skipped, progress: Any = iter) -> Encoded:
+    """Encode every crop of every image once, in memory; an image that cannot be read is left out and noted in `skipped`.
+
+    work: samples with their crops, equally many each. progress: wraps the iteration over images, e.g. in a bar.
+    Raises UserError if no image can be read.
+    """
+    moments: list[Tensor] = []
+    rows: list[Row] = []
+    for batch in batches(work, batch_size, skipped, progress):
+        moments.append(moments_of(vae, batch))
+        rows += [replace(row, pixels=EMPTY) for row in batch]
+    if not moments:
+        raise UserError(f"none of the images can be read: {skipped.summary()}")
+    return Encoded(torch.cat(moments), [row.sample.caption for row in rows], torch.tensor([row.size for row in rows]), digest(rows), len(work[0][1]))
+
+
+def digest(rows: Iterable[Any]) -> str:
+    """Of images and captions in their order; rows: have sha256 and sample."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(row.sha256 + row.sample.caption.encode())
+    return total.hexdigest()
+
+
+@torch.no_grad()
+def moments_of(vae: Any, batch: Sequence[Row]) -> Tensor:
+    """The VAE's posterior of each row: (B, 2C, h, w) float32 on the CPU."""
+    first = next(vae.parameters())
+    posterior = vae.encode(torch.stack([row.pixels for row in batch]).to(first.device, first.dtype)).latent_dist
+    moments: Tensor = posterior.parameters.float().cpu()
+    return moments
+
+
+def batches(work: Sequence[Work], size: int, skipped: Skipped, progress: Any = iter) -> Iterator[list[Row]]:
+    """All rows in order, so many at once, read by several threads ahead of their use."""
+    images = progress(_read_ahead(work, AHEAD * size, skipped))
+    rows = (row for image in images for row in image or ())
+    while batch := list(islice(rows, size)):
+        yield batch
+
+
+def _read_ahead(work: Sequence[Work], ahead: int, skipped: Skipped) -> Iterator[list[Row] | None]:
+    """The rows of every image in order; None for one that cannot be read."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        rest = iter(work)
+        waiting = deque(pool.submit(_read, *item) for item in islice(rest, ahead))
+        for sample, _ in work:
+            rows = waiting.popleft().result()
+            waiting.extend(pool.submit(_read, *item) for item in islice(rest, 1))
+            if rows is None:
+                skipped.add(BROKEN, sample.name)
+            yield rows
+
+
+def _read(sample: Sample, crops: Sequence[Crop]) -> list[Row] | None:
+    try:
+        data = sample.read()
+        image, sha256 = decode(data), hashlib.sha256(data).digest()
+        return [Row(*square(image, crop), sample, crop, sha256) for crop in crops]
+    except UNREADABLE:
+        return None

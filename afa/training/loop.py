@@ -1,11 +1,7 @@
 """The training loop: steps, measurements, early stopping, states, interruption."""
 
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,11 +15,14 @@ from tqdm import tqdm
 from afa.errors import UserError
 from afa.training.conditions import Conditions
 from afa.training.data import Encoded
-from afa.training.objective import Objective
+from afa.training.interrupt import interruptible
+from afa.training.log import LOG, Monitor
+from afa.training.measure import HeldOut
+from afa.training.objective import Batch, Objective
 from afa.training.settings import LoopSettings
-from afa.training.state import load_state, save_state
+from afa.training.state import load_state, save_state, state_file
 
-EVALUATION_SEED = 777  # of the held-out noise: the same for every run, so that runs can be compared
+PERSISTS = 10  # steps in a row without a finite gradient: then the run stops
 
 
 @dataclass
@@ -36,10 +35,25 @@ class Progress:
     step: int = 0
     best: float = float("inf")
     best_step: int = 0
-    history: list[dict[str, float | None]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
     since: float = 0.0  # training loss summed since the last measurement
     counted: int = 0  # steps in that sum
+    skipped: int = 0  # steps without a finite gradient
+    skipped_last: int = 0  # of these, the last in a row
     seconds: float = 0.0  # spent in the loop, interruptions left out
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a step is made of: rows of the data, whose captions are dropped, latents with noise and timesteps."""
+
+    rows: list[int]
+    dropped: Tensor
+    batch: Batch
+
+    def part(self, start: int, stop: int) -> "Drawn":
+        """Samples start … stop-1."""
+        return Drawn(self.rows[start:stop], self.dropped[start:stop], self.batch.part(start, stop))
 
 
 class Trainer:
@@ -53,13 +67,14 @@ class Trainer:
         data: Encoded, held_out: Encoded, trained: nn.Module | None = None,
     ) -> None:  # fmt: skip
         self.settings, self.accelerator, self.objective, self.conditions = settings, accelerator, objective, conditions
-        self.data, self.held_out, self.denoiser = data, held_out, denoiser
+        self.data, self.denoiser = data, denoiser
+        self.held_out = HeldOut(held_out, objective, conditions, settings.batch_size)
+        self.monitor = Monitor(state_file(settings).with_name(LOG), accelerator, settings.batch_size * settings.accumulate)
         self.trained: nn.Module = denoiser.aggregators if trained is None else trained
         self.parameters = list(self.trained.parameters())
         self.wrapped: nn.Module = accelerator.prepare(denoiser) if accelerator.num_processes > 1 else denoiser
         self.optimiser = torch.optim.AdamW(self.parameters, settings.lr, weight_decay=settings.weight_decay)
         self.average = EMAModel(self.parameters, decay=settings.ema)
-        self.measure = objective.spread(held_out, EVALUATION_SEED)
         self.progress = Progress()
         self.best: list[Tensor] = [parameter.detach().clone() for parameter in self.parameters]
 
@@ -67,14 +82,15 @@ class Trainer:
         """Run to the end, or to Ctrl-C: then the state is saved and KeyboardInterrupt raised. Leaves the best average in place."""
         self._resume()
         self._resumed = time.monotonic() - self.progress.seconds
+        self.monitor.begin(self.progress.step, measured=bool(self.progress.history))
         self.denoiser.train()
-        with _interruptible() as interrupted, self._bar() as bar:
+        with interruptible() as interrupted, self._bar() as bar:
             while self.progress.step < self.settings.steps and not self._stopped_falling():
                 if self.progress.step == 0 and not self.progress.history:
                     self._evaluate(None)
                 loss = self._step()
                 bar.update()
-                bar.set_postfix(loss=f"{loss:.4f}", held_out=f"{self.progress.best:.5f}@{self.progress.best_step}")
+                bar.set_postfix(loss="skipped" if loss is None else f"{loss:.4f}", held_out=f"{self.progress.best:.5f}@{self.progress.best_step}")
                 self._after_step(loss)
                 if self._any(interrupted.is_set()):
                     self._save()
@@ -86,79 +102,109 @@ class Trainer:
         return self.progress
 
     def held_out_losses(self) -> np.ndarray:
-        """Loss of every held-out sample, (n,), of the denoiser as it is now."""
-        size, losses = self.settings.batch_size, []
-        none = torch.zeros(size, dtype=torch.bool)
-        for start in range(0, len(self.held_out), size):
-            stop = min(start + size, len(self.held_out))
-            text = self.conditions(self.held_out.captions[start:stop], self.held_out.sizes[start:stop], none[: stop - start])
-            with torch.no_grad():
-                losses.append(self.objective.loss(self.denoiser, self.measure.part(start, stop), text, self._dtype))
-        return torch.cat(losses).double().cpu().numpy()
+        """Loss of every held-out image, (n,), of the denoiser as it is now."""
+        return self.held_out.measure(self.denoiser).losses
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.denoiser.experts.parameters()).dtype
 
-    def _step(self) -> float:
-        """One optimiser step over all processes: -> the loss of this one."""
+    def _step(self) -> float | None:
+        """One optimiser step over all processes: -> the loss of this one, None if it was skipped for want of a finite gradient."""
         settings, total = self.settings, 0.0
         for group in self.optimiser.param_groups:
-            group["lr"] = settings.lr * min(1.0, (self.progress.step + 1) / max(settings.warm_up, 1))
+            group["lr"] = settings.rate(self.progress.step)
+        drawn = self._draw()
         for micro in range(settings.accumulate):
-            rng = self._generator(micro)
-            chosen = self._choose(micro)
-            dropped = torch.rand(len(chosen), generator=rng) < settings.caption_dropout
-            text = self.conditions([self.data.captions[index] for index in chosen], self.data.sizes[chosen], dropped)
-            batch = self.objective.draw(self.data, chosen, rng)
-            loss = self.objective.loss(self.wrapped, batch, text, self._dtype).mean() / settings.accumulate
-            self.accelerator.backward(loss)
-            total += loss.item()
-        if not np.isfinite(total):
-            raise UserError(f"the loss is {total} at step {self.progress.step}; lower --lr (now {settings.lr:g}), or use --dtype float32")
-        self.accelerator.clip_grad_norm_(self.parameters, settings.clip)
-        self.optimiser.step()
+            total += self._backward(drawn.part(*self._part(micro)))
+        norm = self.accelerator.clip_grad_norm_(self.parameters, settings.clip)
+        finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))  # the same on all processes: gradients are
+        if finite:
+            self.optimiser.step()
+            self.average.step(self.parameters)
         self.optimiser.zero_grad()
-        self.average.step(self.parameters)
-        return total
+        return total if finite else None
 
-    def _generator(self, micro: int) -> torch.Generator:
-        """Random numbers that depend on seed, step, process and batch only: a resumed run draws the same."""
-        key = (self.settings.seed, self.progress.step, self.accelerator.process_index, micro)
-        return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    def _backward(self, drawn: Drawn) -> float:
+        """The gradients of one batch, added to those that are there: -> its part of the loss."""
+        rows = drawn.rows
+        text = self.conditions([self.data.captions[row] for row in rows], self.data.sizes[rows], drawn.dropped)
+        batch = drawn.batch.to(self.accelerator.device)
+        losses = self.objective.loss(self.wrapped, batch, text, self._dtype) * self.objective.weights(batch.timesteps)
+        loss = losses.mean() / self.settings.accumulate
+        self.accelerator.backward(loss)
+        return float(loss.item())
 
-    def _choose(self, micro: int) -> list[int]:
-        """The examples of this batch: every epoch goes once through all of them in its own order."""
-        size, processes = self.settings.batch_size, self.accelerator.num_processes
-        batch = (self.progress.step * self.settings.accumulate + micro) * processes + self.accelerator.process_index
-        places = [divmod(place, len(self.data)) for place in range(batch * size, (batch + 1) * size)]
+    def _draw(self) -> Drawn:
+        """Everything random of a whole step, of all processes: however it is divided among them, the step is the same.
+
+        It depends on seed and step only, so a resumed run draws it again.
+        """
+        key = (self.settings.seed, self.progress.step, 0, 0)
+        rng = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        chosen = self._choose()
+        dropped = torch.rand(len(chosen), generator=rng) < self.settings.caption_dropout
+        rows = self.data.rows(chosen, rng)
+        return Drawn(rows, dropped, self.objective.draw(self.data, rows, rng))
+
+    def _part(self, micro: int) -> tuple[int, int]:
+        """Where a batch of this process begins and ends in the step."""
+        size = self.settings.batch_size
+        place = micro * self.accelerator.num_processes + self.accelerator.process_index
+        return place * size, (place + 1) * size
+
+    def _choose(self) -> list[int]:
+        """The images of a step, of all processes: every epoch goes once through all of them in its own order."""
+        size = self.settings.batch_size * self.settings.accumulate * self.accelerator.num_processes
+        places = [divmod(place, len(self.data)) for place in range(self.progress.step * size, (self.progress.step + 1) * size)]
         orders = {epoch: np.random.default_rng((self.settings.seed, epoch)).permutation(len(self.data)) for epoch, _ in places}
         return [int(orders[epoch][place]) for epoch, place in places]
 
-    def _after_step(self, loss: float) -> None:
+    def _after_step(self, loss: float | None) -> None:
         progress, settings = self.progress, self.settings
         progress.step += 1
-        progress.since += loss
-        progress.counted += 1
+        if loss is None:
+            self._skipped()
+        else:
+            progress.skipped_last = 0
+            progress.since += loss
+            progress.counted += 1
         if progress.step % settings.evaluate_every == 0 or progress.step == settings.steps:
-            self._evaluate(progress.since / progress.counted)
+            self._evaluate(progress.since / progress.counted if progress.counted else None)
             progress.since, progress.counted = 0.0, 0
         if progress.step % settings.save_every == 0:
             self._save()
 
-    def _evaluate(self, training_loss: float | None) -> None:
-        """Measure the average of the aggregators; keep it if it is the best so far."""
+    def _skipped(self) -> None:
+        """Count a step that was skipped. Raises UserError, with what is wrong, when there is no end of it."""
         progress = self.progress
+        progress.skipped += 1
+        progress.skipped_last += 1
+        if progress.skipped_last < PERSISTS:
+            return
+        broken = self.held_out.broken(self.denoiser)
+        reason = (
+            f"expert '{broken[0]}' alone already predicts what is no number; use --dtype float32, or leave it out"
+            if broken
+            else f"the experts alone are fine, so the aggregators have run away; lower --lr (now {self.settings.lr:g})"
+        )
+        raise UserError(f"no finite gradient for {PERSISTS} steps in a row, up to step {progress.step}: {reason}")
+
+    def _evaluate(self, training_loss: float | None) -> None:
+        """Measure the average of what is trained; keep it if it is the best so far."""
+        progress, settings = self.progress, self.settings
         if progress.step:
             self.average.store(self.parameters)
             self.average.copy_to(self.parameters)
-        loss = float(self.held_out_losses().mean())
-        progress.history.append({"step": progress.step, "training_loss": training_loss, "held_out_loss": loss})
-        if loss < progress.best:
-            progress.best, progress.best_step = loss, progress.step
+        measured = self.held_out.measure(self.denoiser, routing=True)
+        entry: dict[str, Any] = {"step": progress.step, "training_loss": training_loss, "held_out_loss": measured.loss}
+        progress.history.append(entry)
+        if measured.loss < progress.best:
+            progress.best, progress.best_step = measured.loss, progress.step
             self.best = [parameter.detach().clone() for parameter in self.parameters]
         if progress.step:
             self.average.restore(self.parameters)
+        self.monitor.write(entry, measured, settings.rate(max(0, progress.step - 1)), progress.skipped)
 
     def _stopped_falling(self) -> bool:
         return self.progress.step - self.progress.best_step >= self.settings.patience * self.settings.evaluate_every
@@ -174,11 +220,15 @@ class Trainer:
         self.progress.seconds = time.monotonic() - self._resumed
         if self.accelerator.is_main_process:
             state = {"optimiser": self.optimiser.state_dict(), "average": self.average.state_dict(), "progress": asdict(self.progress)}
-            save_state(self.settings, {"aggregators": self.trained.state_dict(), "best": self.best, **state})
+            shared = {"data": self.data.digest, "aggregators": self.trained.state_dict(), "best": self.best}
+            save_state(self.settings, {**shared, **state})
 
     def _resume(self) -> None:
         state = load_state(self.settings, self.accelerator.device)
         if state is not None:
+            if state["data"] != self.data.digest:
+                what = f"the images or captions of --data {self.settings.data} have changed since the run in {self.settings.output}"
+                raise UserError(f"{what} was begun; give another --output")
             self.trained.load_state_dict(state["aggregators"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.average.load_state_dict(state["average"])
@@ -187,26 +237,3 @@ class Trainer:
     def _bar(self) -> tqdm:
         quiet = not self.accelerator.is_main_process
         return tqdm(total=self.settings.steps, initial=self.progress.step, desc="training", unit="step", disable=quiet, file=sys.stderr)
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into an event, so that a step can end; the second one stops at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield event
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

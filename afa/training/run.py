@@ -1,9 +1,9 @@
 """A training run from its settings: experts and data in, a saved ensemble with its measured result out."""
 
 import json
+import os
 import shutil
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 
 from afa import __version__
 from afa.aggregators.table import count_parameters
@@ -23,32 +22,39 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.statistics import Estimate, difference, estimate
 from afa.training.conditions import Conditions
-from afa.training.data import Folder, encode, read_folder, split
+from afa.training.estimate import advice, expected
+from afa.training.log import LOG, flat
 from afa.training.loop import Progress, Trainer
 from afa.training.objective import Objective
+from afa.training.prepare import encode_data, find_data, resolution_of
 from afa.training.settings import LoopSettings, TrainSettings
+from afa.training.sources.base import Source
 from afa.training.state import FOLDER, check_unchanged, state_file
+
+RUNS = "runs"  # the folder of what trackers write, and the name of their project
+LEFT_OUT = "left-out.jsonl"  # the images that could not be used, and why
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do; `--dry-run` stops here."""
+    """What a run would do; `--dry-run` stops here. own: the ensemble was loaded for this run alone."""
 
     settings: LoopSettings
     ensemble: Ensemble
-    folder: Folder
+    source: Source
     resolution: int
+    own: bool = True
 
     def facts(self) -> dict[str, Any]:
         """For people and for --json."""
         denoiser, settings = self.ensemble.denoiser, self.settings
-        held_out = min(settings.held_out, len(self.folder.examples) // 5)
+        held_out = min(settings.held_out, len(self.source.samples) // 5)
         experts = sum(tensor.numel() * tensor.element_size() for tensor in denoiser.experts.parameters())
         trainable = count_parameters(denoiser.aggregators)
         return {
             "experts": list(denoiser.names),
-            "data": self.folder.summary(),
-            "training_images": len(self.folder.examples) - held_out,
+            "data": self.source.summary(),
+            "training_images": len(self.source.samples) - held_out,
             "held_out_images": held_out,
             "resolution": self.resolution,
             "fused_stages": len(denoiser.fused),
@@ -59,17 +65,27 @@ class Plan:
             "images_a_step": settings.batch_size * settings.accumulate,
         }
 
+    def memory(self) -> dict[str, Any]:
+        """What a step is expected to need, and what would make it less; takes as long as a few steps."""
+        settings, frame = self.settings, self.ensemble.frame
+        dtype = getattr(torch, settings.dtype)
+        beside = [] if settings.cache is not None else [frame.vae, *self.ensemble.text_encoders]
+        side = self.resolution // 2 ** (len(frame.vae.config["block_out_channels"]) - 1)
+        found = expected(self.ensemble.denoiser, beside, settings.batch_size, side, dtype, settings.gradient_checkpointing)
+        less = advice(found, checkpointing=settings.gradient_checkpointing, dtype=dtype, cached=not beside, batch_size=settings.batch_size)
+        return {"expected_memory_gb": round(found.total / 1e9, 2), "for_less_memory": less}
+
 
 def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
     """Read data and experts, and find everything that would fail later. Raises UserError.
 
     ensemble: the one to train, where its experts are in memory already.
     """
-    folder = read_folder(Path(settings.data))
-    split(folder.examples, settings.held_out, settings.seed)  # raises where there are too few
+    source = find_data(settings)
     check_output(settings)
     if settings.device is not None:
         choose_device(settings.device)
+    own = ensemble is None
     ensemble = ensemble or Ensemble.from_experts(
         settings.experts,
         aggregator=settings.aggregator,
@@ -80,7 +96,7 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
         config=settings.config,
         **settings.aggregator_options(),
     )
-    return Plan(settings, ensemble, folder, resolution_of(settings, ensemble))
+    return Plan(settings, ensemble, source, resolution_of(settings, ensemble), own)
 
 
 def check_output(settings: LoopSettings) -> None:
@@ -89,18 +105,8 @@ def check_output(settings: LoopSettings) -> None:
         raise UserError(f"--output {output} is a file; give a folder")
     if (output / MANIFEST).exists() or state_file(settings).exists() or not output.exists():
         return
-    if any(output.iterdir()):
+    if any(path.name not in (FOLDER, RUNS) for path in output.iterdir()):
         raise UserError(f"--output {output} holds other files; give a new or empty folder")
-
-
-def resolution_of(settings: LoopSettings, ensemble: Ensemble) -> int:
-    """In pixels, a multiple of the latent's. Raises UserError for another."""
-    factor = 2 ** (len(ensemble.frame.vae.config["block_out_channels"]) - 1)
-    side = ensemble.denoiser.config["sample_size"]
-    resolution = settings.resolution or (side if isinstance(side, int) else max(side)) * factor
-    if resolution % factor:
-        raise UserError(f"--resolution {resolution} is not a multiple of {factor}, the VAE's down-sampling factor")
-    return resolution
 
 
 def finished(settings: TrainSettings) -> dict[str, Any] | None:
@@ -130,20 +136,41 @@ def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any
     trainer = make_trainer(planned, accelerator, _initialise)
     baselines = _baselines(trainer)
     progress = trainer.train()
-    record = _record(settings, trainer, progress, baselines)
+    record = _record(settings, trainer, progress, baselines) | {"left_out": planned.source.skipped.counts()}
     if accelerator.is_main_process:
         planned.ensemble.training = record
         planned.ensemble.save(settings.output)
+        planned.source.skipped.write(Path(settings.output) / LEFT_OUT)
+        keep_log(settings)
         shutil.rmtree(Path(settings.output) / FOLDER, ignore_errors=True)
+    for tracker in accelerator.trackers:
+        tracker.finish()
     accelerator.wait_for_everyone()
     return record
 
 
+def keep_log(settings: LoopSettings) -> None:
+    """Move the log beside what was trained."""
+    log = state_file(settings).with_name(LOG)
+    if log.exists():
+        os.replace(log, Path(settings.output) / LOG)
+
+
 def make_accelerator(settings: LoopSettings) -> Accelerator:
     """The processes and devices of this run. Raises UserError if they are not what was asked for."""
-    accelerator = Accelerator(cpu=settings.device == "cpu")
+    accelerator = _accelerator(settings)
     if settings.device not in (None, accelerator.device.type):
         raise UserError(f"--device {settings.device} was asked for, but training would run on {accelerator.device}; leave --device out")
+    return accelerator
+
+
+def _accelerator(settings: LoopSettings) -> Accelerator:
+    if settings.log_with is None:
+        return Accelerator(cpu=settings.device == "cpu")
+    accelerator = Accelerator(cpu=settings.device == "cpu", log_with=settings.log_with, project_dir=settings.output)
+    if not accelerator.log_with:
+        raise UserError(f"--log-with {settings.log_with} cannot be used; install it with: pip install {settings.log_with}")
+    accelerator.init_trackers(RUNS, config=flat(asdict(settings)))
     return accelerator
 
 
@@ -154,8 +181,7 @@ def make_trainer(planned: Plan, accelerator: Accelerator, initialise: Callable[[
     """
     settings, ensemble = planned.settings, planned.ensemble
     vae = ensemble.frame.vae.to(accelerator.device)
-    chosen = split(planned.folder.examples, settings.held_out, settings.seed)
-    data, held_out = (encode(part, planned.resolution, vae, settings.batch_size, _bar) for part in chosen)
+    data, held_out = encode_data(settings, planned.source, planned.resolution, vae)
     config = vae.config
     vae.to("cpu")
     ensemble.to(accelerator.device)
@@ -163,9 +189,19 @@ def make_trainer(planned: Plan, accelerator: Accelerator, initialise: Callable[[
     trained = initialise(ensemble)
     if settings.gradient_checkpointing:
         ensemble.denoiser.enable_gradient_checkpointing()
-    objective = Objective(ensemble.frame.scheduler, config["scaling_factor"], config.get("shift_factor"), accelerator.device)
+    objective = Objective(ensemble.frame.scheduler, config["scaling_factor"], config.get("shift_factor"), accelerator.device, settings.snr_gamma)
     conditions = Conditions(ensemble.pipeline(), accelerator.device)
+    if settings.cache is not None:
+        conditions.keep(Path(settings.cache), [*data.captions, *held_out.captions], settings.batch_size)
+        if planned.own:
+            _forget(ensemble)
     return Trainer(settings, accelerator, ensemble.denoiser, objective, conditions, data, held_out, trained)
+
+
+def _forget(ensemble: Ensemble) -> None:
+    """Free the memory of what the cache stands for; the ensemble can still be trained and saved, but draws nothing any more."""
+    for module in (ensemble.frame.vae, *ensemble.text_encoders, *(encoder for expert in ensemble.experts for encoder in expert.text_encoders)):
+        module.to("meta")
 
 
 def _initialise(ensemble: Ensemble) -> nn.Module:
@@ -175,10 +211,6 @@ def _initialise(ensemble: Ensemble) -> nn.Module:
     for name, fresh in denoiser._aggregators().items():
         denoiser.aggregators[name] = fresh.to(device)
     return denoiser.aggregators
-
-
-def _bar(items: list[Any]) -> Iterable[Any]:
-    return tqdm(items, desc="encoding images", unit="batch", file=sys.stderr, disable=len(items) < 3)
 
 
 def _baselines(trainer: Trainer) -> dict[str, np.ndarray]:

@@ -1,30 +1,39 @@
 """What a training run is asked to do. No heavy imports: the command line's help comes from here."""
 
+import math
 from dataclasses import dataclass, fields
 
 from afa.errors import UserError
 from afa.options import option
 
 # May differ between the two halves of an interrupted run: they do not change what is computed.
-FREE = ("steps", "output", "save_every", "gradient_checkpointing", "device", "dry_run", "json")
+FREE = ("steps", "output", "save_every", "cache", "max_skipped", "gradient_checkpointing", "log_with", "device", "dry_run", "json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
     """What every training run is told, whatever it trains, field by field a flag."""
 
-    data: str = option(help="a folder of images with metadata.jsonl: one {\"file_name\": …, \"text\": …} a line")
+    data: str = option(help="a folder with metadata.jsonl, a .jsonl of paths, .parquet, .tar shards (x-{000..099}.tar), or a data set of the hub")
+    image_column: str | None = option(None, help="of the data: where the image or its path is (default: image, jpg, file_name …)")
+    caption_column: str | None = option(None, help="of the data: where the caption is (default: text, caption, prompt)")
+    crops: int = option(0, help="squares cut at random places of every training image, each encoded once; 0: its centre")
+    flip: bool = option(False, help="mirror half of the random crops")
+    max_skipped: float = option(0.1, help="share of the images that may be unusable before the run stops")
     output: str = option(help="where the result goes; an interrupted run goes on from here")
     steps: int = option(1000, help="optimiser steps at most; training stops earlier when the held-out loss no longer falls")
     batch_size: int = option(8, help="images a step and process")
     accumulate: int = option(1, help="batches whose gradients make one step")
     lr: float = option(1e-4, help="learning rate of AdamW after the warm-up")
     warm_up: int = option(20, help="steps over which the learning rate rises from 0")
+    schedule: str = option("constant", help="of the rate after the warm-up; all but constant fall to 0 at --steps", choices=["constant", "cosine", "linear"])
     weight_decay: float = option(0.01, help="of AdamW")
     clip: float = option(1.0, help="largest norm of the gradient")
     ema: float = option(0.999, help="decay of the moving average of what is trained; the average is what is kept")
+    snr_gamma: float | None = option(None, help="min-SNR-γ weighting of the loss, 5 as published; default: all timesteps count alike")
     caption_dropout: float = option(0.1, help="share of samples trained without their caption, so that guidance keeps working")
     resolution: int | None = option(None, help="side of the images in pixels, cropped to a square (default: the experts' own)")
+    cache: str | None = option(None, help="folder that keeps latents and text states for all runs; VAE and text encoders then leave the memory")
     held_out: int = option(64, help="images that are never trained on, at most a fifth: the measure of early stopping")
     evaluate_every: int = option(50, help="steps between two measurements on the held-out images")
     patience: int = option(5, help="measurements without a better one before training stops")
@@ -33,6 +42,7 @@ class LoopSettings:
     dtype: str = option("float32", help="of what is frozen; what is trained is always float32", choices=["float32", "bfloat16"])
     config: str | None = option(None, help="sd15, sd21, sd21-base, sdxl or a folder: of single files (default: found out)")
     gradient_checkpointing: bool = option(False, help="recompute stages in the backward pass: less memory, a third more time")
+    log_with: str | None = option(None, help="besides the terminal and log.jsonl", choices=["tensorboard", "trackio", "wandb"])
     device: str | None = option(None, help="default: the best there is; several are used with accelerate launch", choices=["cpu", "cuda", "mps", "xpu"])
     dry_run: bool = option(False, help="print what would be trained and what it costs, then stop")
     json: bool = option(False, help="print the result as JSON")
@@ -40,13 +50,27 @@ class LoopSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "held_out", "evaluate_every", "patience", "save_every"):
             at_least_one(name, getattr(self, name))
-        for name, low, high in (("caption_dropout", 0, 1), ("ema", 0, 1), ("lr", 0, 1)):
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            raise UserError(f"--snr-gamma {self.snr_gamma} must be above 0")
+        if self.crops < 0:
+            raise UserError(f"--crops {self.crops} must be at least 0")
+        if self.flip and not self.crops:
+            raise UserError("--flip mirrors random crops, and there are none; give --crops 1 or more")
+        for name, low, high in (("caption_dropout", 0, 1), ("max_skipped", 0, 1), ("ema", 0, 1), ("lr", 0, 1)):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must lie between {low} and {high}")
 
     def binding(self) -> dict[str, object]:
         """What must stay the same when a run is resumed."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in FREE}
+        free = FREE if self.schedule == "constant" else tuple(name for name in FREE if name != "steps")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in free}
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0. Warm-up: linear from lr / warm_up to lr."""
+        if step < self.warm_up:
+            return self.lr * (step + 1) / self.warm_up
+        part = (step - self.warm_up) / max(1, self.steps - self.warm_up)
+        return self.lr * {"constant": 1.0, "linear": 1 - part, "cosine": 0.5 * (1 + math.cos(math.pi * part))}[self.schedule]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ class Protocol:
     scheduler: str | None = None
     first: Mapping[str, int] = field(default_factory=dict)
     real: Real | None = None
-    references: Sequence[Path] | None = None
+    references: Sequence[Callable[[], NDArray[np.uint8]]] | None = None
     tuning: Sequence[str] = ()
     training: Callable[[Path], None] | None = None
 

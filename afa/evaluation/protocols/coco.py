@@ -4,6 +4,7 @@ Source: arXiv:2405.17082, section 4.1 (118,287 pairs of COCO 2017, one caption a
 which of an image's five captions; here the first by annotation id.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def protocol(request: Request) -> Protocol:
         scheduler=request.scheduler,
         first={"clip_i": CLIP_PAIRS, "clip_t": CLIP_PAIRS},
         real=Real(identity, lambda: (square(path) for path in paths)),
-        references=[paths[item.prompt] for item in items],
+        references=[functools.partial(read_image, paths[item.prompt]) for item in items],
     )
 
 
@@ -67,3 +68,9 @@ def square(path: Path) -> np.ndarray:
     rgb = rgb.resize((max(SIDE, round(rgb.width * scale)), max(SIDE, round(rgb.height * scale))), Image.Resampling.BICUBIC)
     left, top = (rgb.width - SIDE) // 2, (rgb.height - SIDE) // 2
     return np.asarray(rgb.crop((left, top, left + SIDE, top + SIDE)))
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))

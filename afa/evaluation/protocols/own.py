@@ -1,15 +1,18 @@
-"""A user's own protocol: a file of prompts, or a folder of captioned images, whose images are then the references."""
+"""A user's own protocol: a file of prompts, or captioned images in any form that training takes, which are then the references."""
 
+import functools
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from afa.errors import UserError
 from afa.evaluation.protocols.base import Protocol, Real, Request
-from afa.experts.hashing import sha256
 from afa.generation.prompts import read_prompts
-from afa.training.data import METADATA, read_folder
+from afa.training.pictures import UNREADABLE, decode, looks_whole
+from afa.training.sources.base import Sample
+from afa.training.sources.table import open_source
 
 STEPS, GUIDANCE = 50, 7.5
 
@@ -20,26 +23,29 @@ def protocol(source: Path, request: Request) -> Protocol:
     if source.is_file():
         items = request.items(read_prompts(source))
         return Protocol(source.stem, items, sampling, metrics=("imagereward", "clip_t", "aesthetic"), scheduler=request.scheduler)
-    examples = read_folder(source).examples
-    items = request.items([example.text for example in examples])
+    samples = [sample for sample in open_source(str(source)).samples if looks_whole(sample)]
+    items = request.items([sample.caption for sample in samples])
     return Protocol(
         source.resolve().name,
         items,
         sampling,
         metrics=("fid", "clip_t", "clip_i"),
         scheduler=request.scheduler,
-        real=real_images([example.path for example in examples], sha256(source / METADATA)),
-        references=[examples[item.prompt].path for item in items],
+        real=real_images(samples),
+        references=[functools.partial(sample_image, samples[item.prompt]) for item in items],
     )
 
 
-def real_images(paths: list[Path], digest: str) -> Real:
-    """Images of a folder, read one by one; digest: of the list that names them."""
-    identity = json.dumps({"images": len(paths), "list": digest})
-    return Real(identity, lambda: (read_image(path) for path in paths))
+def real_images(samples: list[Sample]) -> Real:
+    """Captioned images, read one by one."""
+    listed = json.dumps([[sample.name, sample.caption, sample.mark] for sample in samples])
+    identity = json.dumps({"images": len(samples), "list": hashlib.sha256(listed.encode()).hexdigest()})
+    return Real(identity, lambda: (sample_image(sample) for sample in samples))
 
 
-def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+def sample_image(sample: Sample) -> np.ndarray:
+    """(H, W, 3) uint8. Raises UserError where it cannot be read."""
+    try:
+        return np.asarray(decode(sample.read()))
+    except UNREADABLE as error:
+        raise UserError(f"image {sample.name} cannot be read ({error}); mend it, or leave it out of the list") from None

@@ -1,0 +1,74 @@
+"""From settings to what the loop draws from: data found, sized, encoded, or taken from a cache."""
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from tqdm import tqdm
+
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.training.cache import LatentCache
+from afa.training.cached import announce, encode_cached, missing_rows
+from afa.training.data import Augmentation, Encoded, Work, check_skipped, encode, split
+from afa.training.pictures import Crop
+from afa.training.settings import LoopSettings
+from afa.training.sources.base import Columns, Source
+from afa.training.sources.table import open_source
+
+FEW = 50  # images, encoded without a bar
+
+
+def find_data(settings: LoopSettings) -> Source:
+    """List the data, reading no image. Raises UserError if there are too few, or too many cannot be used."""
+    source = open_source(settings.data, Columns(settings.image_column, settings.caption_column))
+    check_skipped(source, settings.max_skipped)
+    split(source.samples, settings.held_out, settings.seed)  # raises where there are too few
+    return source
+
+
+def resolution_of(settings: LoopSettings, ensemble: Ensemble) -> int:
+    """In pixels, a multiple of the latent's. Raises UserError for another."""
+    factor = 2 ** (len(ensemble.frame.vae.config["block_out_channels"]) - 1)
+    side = ensemble.denoiser.config["sample_size"]
+    resolution = settings.resolution or (side if isinstance(side, int) else max(side)) * factor
+    if resolution % factor:
+        raise UserError(f"--resolution {resolution} is not a multiple of {factor}, the VAE's down-sampling factor")
+    return resolution
+
+
+def encode_data(settings: LoopSettings, source: Source, resolution: int, vae: Any) -> tuple[Encoded, Encoded]:
+    """-> training set, held-out set; what cannot be read is left out and said. Raises UserError where that is too much."""
+    training, held_out = split(list(enumerate(source.samples)), settings.held_out, settings.seed)
+    augmentation = Augmentation(settings.crops, settings.flip)
+    parts: list[list[Work]] = [
+        [(sample, augmentation.of(resolution, settings.seed, index)) for index, sample in training],
+        [(sample, [Crop(resolution)]) for _, sample in held_out],
+    ]
+    encoder: Callable[..., Encoded] = encode if settings.cache is None else _caching(Path(settings.cache), parts, resolution, vae)
+    found = [
+        encoder(part, vae, settings.batch_size, source.skipped, functools.partial(_watched, source, settings.max_skipped, len(part))) for part in parts
+    ]
+    check_skipped(source, settings.max_skipped)
+    if source.skipped and PartialState().is_main_process:
+        print(f"afa: {source.skipped.summary()}", file=sys.stderr)
+    return found[0], found[1]
+
+
+def _caching(folder: Path, parts: list[list[Work]], resolution: int, vae: Any) -> Callable[..., Encoded]:
+    """An encoder that keeps everything in a folder; what will be written is said first."""
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    cache = LatentCache(folder, vae, (2 * vae.config["latent_channels"], resolution // factor, resolution // factor))
+    missing = sum(missing_rows(part, cache) for part in parts)
+    announce(folder, "images", missing, cache.moments.row_bytes + cache.sizes.row_bytes)
+    return functools.partial(encode_cached, cache=cache)
+
+
+def _watched(source: Source, share: float, total: int, images: Iterable[Any]) -> Iterator[Any]:
+    """A bar, and a look after every image at how many cannot be used."""
+    for image in tqdm(images, desc="encoding images", unit="image", total=total, file=sys.stderr, disable=total < FEW):
+        yield image
+        check_skipped(source, share)
