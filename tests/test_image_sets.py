@@ -6,10 +6,10 @@ import torch
 
 from afa.errors import UserError
 from afa.evaluation.images import ImageSet, make_images
-from afa.evaluation.memory import peak_megabytes
 from afa.evaluation.results import Item
 from afa.evaluation.tuning import Tuner
 from afa.generation.sample import Sampling
+from afa.memory import peak_megabytes
 
 ITEMS = [Item(index // 2, f"prompt {index // 2}", 10 + index) for index in range(6)]
 SAMPLING = Sampling(steps=3, guidance=2.0)

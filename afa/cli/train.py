@@ -28,7 +28,8 @@ def run(options: Options) -> None:
     planned = plan(options)
     facts = planned.facts()
     if options.dry_run:
-        print(json.dumps(facts, indent=2) if options.json else _plan(facts))
+        facts |= planned.memory()
+        print(json.dumps(facts, indent=2) if options.json else f"{_plan(facts)}\n{_memory(facts)}")
         return
     if not options.json:
         print(_plan(facts), flush=True)
@@ -47,6 +48,13 @@ def _plan(facts: dict[str, Any]) -> str:
             f"             {facts['aggregator_memory_gb']} GB with optimiser and averages",
             f"steps        at most {facts['steps']}, {facts['images_a_step']} images each",
         ]
+    )
+
+
+def _memory(facts: dict[str, Any]) -> str:
+    """The expected memory as lines."""
+    return "\n".join(
+        [f"memory       about {facts['expected_memory_gb']} GB of tensors in a step", *(f"             less with {way}" for way in facts["for_less_memory"])]
     )
 
 

@@ -18,7 +18,6 @@ from afa.errors import UserError
 from afa.evaluation.images import ImageSet, make_images
 from afa.evaluation.judge import Judge, Judged
 from afa.evaluation.machine import machine, versions
-from afa.evaluation.memory import peak_megabytes
 from afa.evaluation.methods import all_rows, study_rows
 from afa.evaluation.names import METHODS, chosen_methods
 from afa.evaluation.results import Method, Results, Run
@@ -28,6 +27,7 @@ from afa.evaluation.setup import Setup
 from afa.evaluation.tuning import Tuner
 from afa.experts.hashing import sha256
 from afa.generation.sample import Request, Sampler
+from afa.memory import peak_megabytes
 
 T = TypeVar("T")
 
