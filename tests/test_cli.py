@@ -55,7 +55,7 @@ def test_examples_of_the_help_can_be_parsed(verb):
         (["generate", CURVES, "--prompt", "a", "--output", "OUT", "--scheduler", "eulr"], "did you mean 'euler'"),
         (["generate", CURVES, "--prompt", "a", "--output", "OUT", "--steps", "0"], "--steps 0 must be at least 1"),
         (["generate", CURVES, "--prompt", "a", "--output", "OUT", "--device", "fpga"], "--device fpga cannot be used here"),
-        (["train", "--experts", CURVES, ANGLES, "--data", "nowhere", "--output", "OUT"], "--data nowhere is no folder"),
+        (["train", "--experts", CURVES, ANGLES, "--data", "nowhere", "--output", "OUT"], "--data nowhere is not there; give a folder with metadata.jsonl"),
         (["train", "--experts", CURVES, "nowhere", "--data", "DATA", "--output", "OUT"], "there is no folder or file nowhere"),
         (["train", "--experts", CURVES, CURVES, "--data", "DATA", "--output", "OUT"], "two experts are called 'curves'"),
         (["train", "--experts", CURVES, ANGLES, "--data", "DATA", "--output", "OUT", "--resolution", "30"], "not a multiple of 4"),

@@ -17,6 +17,7 @@ from afa.controls.lora import FILE, adapted, add_lora, matching_rank, parameters
 from afa.controls.run import RECORD, finetune, plan
 from afa.controls.settings import LoraSettings
 from afa.denoiser.unet import UNetEnsemble
+from afa.training.log import LOG
 from afa.training.loop import Trainer
 from afa.training.run import train
 from afa.training.settings import TrainSettings
@@ -195,7 +196,7 @@ def test_a_longer_run_goes_on_from_a_shorter_one_bit_for_bit(settings, tmp_path)
     kept = tmp_path / "kept.pt"
     wanted = finetune(whole)
     finetune(settings, keep=kept)
-    assert kept.exists() and sorted(path.name for path in Path(settings.output).iterdir()) == [RECORD, FILE]
+    assert kept.exists() and sorted(path.name for path in Path(settings.output).iterdir()) == [RECORD, LOG, FILE]
     begin_from(longer, kept)
     record = finetune(longer)
     assert not kept.exists() and not state_file(longer).exists()

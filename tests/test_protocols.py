@@ -56,7 +56,8 @@ def test_more_prompts_change_no_earlier_one():
 def test_a_coco_pair_is_an_image_and_its_first_caption(coco):
     protocol = make_protocol("coco2017", Request(data=coco))
     assert [item.caption for item in protocol.items] == ["the first caption", "another image"]
-    assert [path.name for path in protocol.references] == ["000000000009.jpg", "000000000025.jpg"]
+    wanted = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(coco.rglob("0000000000*.jpg")) if path.name.endswith(("09.jpg", "25.jpg"))]
+    assert all((reference() == image).all() for reference, image in zip(protocol.references, wanted, strict=True))
     assert (protocol.sampling.width, protocol.sampling.height, protocol.sampling.steps) == (256, 256, 50)
     assert protocol.first == {"clip_i": 5000, "clip_t": 5000}
 
@@ -91,9 +92,12 @@ def test_a_file_of_prompts_is_a_protocol(tmp_path):
 def test_captioned_images_are_prompts_and_references(tmp_path):
     for name in "ab":
         write_image(tmp_path / f"{name}.png")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "b.png")
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{name}.png", "text": f"image {name}"}) + "\n" for name in "ab"))
     protocol = make_protocol(str(tmp_path), Request(images_per_prompt=2))
-    assert [path.name for path in protocol.references] == ["a.png", "a.png", "b.png", "b.png"]
+    wanted = [np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")) for name in "aabb"]
+    assert all((reference() == image).all() for reference, image in zip(protocol.references, wanted, strict=True))
+    assert not (wanted[1] == wanted[2]).all()
     assert np.asarray([image.shape for image in protocol.real.images()]).tolist() == [[30, 40, 3]] * 2
 
 
