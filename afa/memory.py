@@ -1,7 +1,7 @@
 """How much memory a method needs, counted from its tensors: the same on every machine."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Inside, counts the bytes of tensors that are alive at once. peak: the most there were, on all devices together.
 
-    Tensors made before are counted when an operation first reads them: parameters, when they are used.
+    Tensors made before are counted when an operation first reads them: parameters, when they are used. ignored: tensors that never count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ignored: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        self._seen: set[int] = set()
+        self._seen = {tensor.untyped_storage()._cdata for tensor in ignored}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))

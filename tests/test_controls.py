@@ -130,15 +130,15 @@ def test_resumed_training_equals_uninterrupted(settings, tmp_path, monkeypatch):
 
 def test_a_lora_sees_what_the_ensemble_saw(settings, experts, tmp_path, monkeypatch):  # noqa: F811
     """The same examples, latents, noise and timesteps at every step, and the same held-out measure."""
-    from afa.training.objective import Objective
+    from afa.training.objectives.mse import Mse
 
-    seen, loss = [], Objective.loss
+    seen, loss = [], Mse.loss
 
-    def note(self, denoiser, batch, text, dtype):
-        seen.append((batch.latents.clone(), batch.noise.clone(), batch.timesteps.clone()))
-        return loss(self, denoiser, batch, text, dtype)
+    def note(self, work):
+        seen.append((work.batch.latents.clone(), work.batch.noise.clone(), work.batch.steps.clone()))
+        return loss(self, work)
 
-    monkeypatch.setattr(Objective, "loss", note)
+    monkeypatch.setattr(Mse, "loss", note)
     finetune(settings)
     shared = {name: getattr(settings, name) for name in ("data", "resolution", "batch_size", "held_out", "steps", "evaluate_every", "lr", "device")}
     tuned = [batch for batch in seen if len(batch[2]) == 2]

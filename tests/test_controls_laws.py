@@ -23,7 +23,7 @@ from afa.denoiser.unet import UNetEnsemble
 from afa.experts.load import load_expert
 from afa.experts.outline import config_outline
 from afa.training.conditions import Conditions
-from afa.training.objective import Objective
+from afa.training.objectives.mse import Mse
 from afa.training.run import train
 from afa.training.settings import LoopSettings, TrainSettings
 
@@ -62,19 +62,20 @@ def lora_flops(rank, batch=1):
 
 def test_batches_noise_and_dropped_captions_are_those_of_the_aggregators_step_by_step(settings, experts, tmp_path, monkeypatch):  # noqa: F811
     """With micro-batches and many dropped captions: the same examples, latents, noise and timesteps in the same order."""
-    seen, loss, encode = [], Objective.loss, Conditions.__call__
+    seen, loss, encode = [], Mse.loss, Conditions.__call__
 
     def note_captions(self, captions, sizes, dropped):
         seen.append((captions, sizes.tolist(), dropped.tolist()))
         return encode(self, captions, sizes, dropped)
 
-    def note_batch(self, denoiser, batch, text, dtype):
+    def note_batch(self, work):
+        found, batch = loss(self, work), work.batch
         if torch.is_grad_enabled():
-            seen[-1] += (batch.latents.tolist(), batch.noise.tolist(), batch.timesteps.tolist())
-        return loss(self, denoiser, batch, text, dtype)
+            seen[-1] += (batch.latents.tolist(), batch.noise.tolist(), batch.steps.tolist())
+        return found
 
     monkeypatch.setattr(Conditions, "__call__", note_captions)
-    monkeypatch.setattr(Objective, "loss", note_batch)
+    monkeypatch.setattr(Mse, "loss", note_batch)
     settings = replace(settings, caption_dropout=0.5, accumulate=2, steps=3, evaluate_every=3)
     train(as_aggregators(settings, experts, tmp_path / "ensemble"))
     ensemble = [entry for entry in seen if len(entry) == 6]

@@ -1,44 +1,127 @@
-"""Laws of what is minimised."""
+"""Laws of the forward process and of the diffusion loss."""
 
 import pytest
 import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from tiny import scheduler
 
 from afa import UserError
-from afa.training.objective import Objective
+from afa.training.noise import Noising
+from afa.training.objectives.base import Pass
+from afa.training.objectives.mse import Mse
+
+KINDS = ["epsilon", "v_prediction", "sample", "flow"]
+
+
+def of_kind(kind):
+    return FlowMatchEulerDiscreteScheduler(shift=3.0) if kind == "flow" else scheduler(kind)
+
+
+def noising(kind="epsilon", scale=1.0, **options):
+    return Noising(of_kind(kind), scale, None, torch.device("cpu"), **options)
+
+
+def rows(count=3):
+    return type("Data", (), {"moments": torch.randn(count, 8, 4, 4), "__len__": lambda self: count})()
+
+
+class Oracle(torch.nn.Module):
+    """A denoiser that answers what it is told to."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.experts, self.answer = torch.nn.Linear(1, 1), answer
+
+    def forward(self, noisy, times, return_dict):
+        self.seen = noisy, times
+        return (self.answer,)
+
+
+def a_pass(denoiser, process, batch):
+    count = len(batch.steps)
+    return Pass(denoiser, denoiser, process, batch, ["x"] * count, torch.zeros(count, dtype=torch.bool), lambda dropped: {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_perfect_prediction_has_no_loss_and_claims_the_clean_latents(kind):
+    process = noising(kind, 0.5)
+    batch = process.draw(rows(), [0, 1, 2], torch.Generator().manual_seed(0))
+    truth = process.target(batch)
+    work = a_pass(Oracle(truth), process, batch)
+    assert Mse(process).loss(work).abs().max() < 1e-10
+    assert torch.allclose(work.clean, batch.latents, atol=1e-4)
+    wrong = Mse(process).loss(a_pass(Oracle(truth + 0.5), process, batch))
+    assert torch.allclose(wrong, torch.full((3,), 0.25), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_a_perfect_prediction_has_no_loss(kind):
-    objective = Objective(scheduler(kind), 0.5, None, torch.device("cpu"))
-    data = type("Data", (), {"moments": torch.randn(3, 8, 4, 4)})()
-    batch = objective.draw(data, [0, 1, 2], torch.Generator().manual_seed(0))
-    alpha = objective.noises.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
-    truth = {
-        "epsilon": batch.noise,
-        "sample": batch.latents,
-        "v_prediction": alpha.sqrt() * batch.noise - (1 - alpha).sqrt() * batch.latents,
-    }[kind]
+def test_noise_and_targets_are_those_of_the_scheduler(kind):
+    process, known = noising(kind), DDPMScheduler.from_config(scheduler(kind).config)
+    batch = process.draw(rows(), [0, 1, 2], torch.Generator().manual_seed(0))
+    assert torch.equal(process.noisy(batch.latents, batch.noise, batch.steps), known.add_noise(batch.latents, batch.noise, batch.steps))
+    targets = {"epsilon": batch.noise, "sample": batch.latents, "v_prediction": known.get_velocity(batch.latents, batch.noise, batch.steps)}
+    assert torch.equal(process.target(batch), targets[kind])
+    assert torch.equal(process.told(batch.steps), batch.steps)
 
-    def perfect(noisy, timesteps, return_dict):
-        assert torch.allclose(noisy, alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * batch.noise, atol=1e-6)
-        return (truth,)
 
-    assert objective.loss(perfect, batch, {}, torch.float32).abs().max() < 1e-10
-    wrong = objective.loss(lambda *args, **options: (truth + 0.5,), batch, {}, torch.float32)
-    assert torch.allclose(wrong, torch.full((3,), 0.25), atol=1e-5)
+def test_a_flow_is_noised_and_told_the_time_as_its_scheduler_does():
+    process, known = noising("flow"), of_kind("flow")
+    batch = process.draw(rows(), [0, 1, 2], torch.Generator().manual_seed(0))
+    times = process.told(batch.steps)
+    assert torch.allclose(process.noisy(batch.latents, batch.noise, batch.steps), known.scale_noise(batch.latents, times, batch.noise), atol=1e-6)
+    assert torch.equal(process.target(batch), batch.noise - batch.latents)
+    assert process.told(torch.tensor([0]))[0] < process.told(torch.tensor([999]))[0]  # step 0 has the least noise, as everywhere
 
 
 def test_an_unknown_prediction_type_is_refused():
     strange = scheduler()
     strange.register_to_config(prediction_type="flow")
     with pytest.raises(UserError, match="'flow'"):
-        Objective(strange, 1.0, None, torch.device("cpu"))
+        Noising(strange, 1.0, None, torch.device("cpu"))
 
 
 def test_the_measure_spreads_its_timesteps_evenly():
-    objective = Objective(scheduler(), 1.0, None, torch.device("cpu"))
-    data = type("Data", (), {"moments": torch.randn(10, 8, 4, 4), "__len__": lambda self: 10})()
-    first, second = objective.spread(data, 7), objective.spread(data, 7)
-    assert sorted(first.timesteps.tolist()) == list(range(50, 1000, 100))
-    assert torch.equal(first.noise, second.noise) and torch.equal(first.timesteps, second.timesteps)
+    data = rows(10)
+    first, second = noising().spread(data, 7), noising().spread(data, 7)
+    assert sorted(first.steps.tolist()) == list(range(50, 1000, 100))
+    assert torch.equal(first.noise, second.noise) and torch.equal(first.steps, second.steps)
+
+
+def test_spare_noise_changes_nothing_else():
+    data = rows()
+    plain, spare = (noising().draw(data, [0, 1, 2], torch.Generator().manual_seed(3), count) for count in (0, 2))
+    assert torch.equal(plain.noise, spare.noise) and torch.equal(plain.steps, spare.steps)
+    assert plain.spare is None and spare.spare.shape == (3, 2, 4, 4, 4)
+
+
+def test_the_densities_of_sd3_prefer_the_middle():
+    def middle(density):
+        steps = noising("flow", density=density).draw(rows(), [0] * 4000, torch.Generator().manual_seed(0)).steps
+        assert steps.min() >= 0 and steps.max() <= 999
+        return ((steps > 250) & (steps < 750)).float().mean()
+
+    assert abs(middle("uniform") - 0.5) < 0.03
+    assert middle("logit_normal") > 0.68  # P(|N(0,1)| < log 3) = .728
+    assert middle("mode") > 0.55
+
+
+# --- what steps count -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_snr_bounds_what_a_sample_counts(kind):
+    """In units of the error of x0, a weight is SNR below γ and γ above it."""
+    process, steps = noising(kind), torch.tensor([1, 100, 400, 998])
+    signal, noise = process.signal[steps], process.noise[steps]
+    snr = (signal / noise) ** 2
+    per_x0 = {"epsilon": snr, "v_prediction": noise**-2, "flow": noise**-2, "sample": torch.ones(4)}[kind]  # squared error of the target over x0's
+    assert torch.allclose(Mse(process, snr_gamma=5.0).weights(steps) * per_x0, snr.clamp(max=5.0), rtol=1e-3)
+
+
+def test_weights_of_a_flow_are_those_of_sd3():
+    process, steps = noising("flow"), torch.tensor([100, 500, 900])
+    sigma = process.noise[steps]
+    assert torch.allclose(Mse(process, weighting="sigma_sqrt").weights(steps), sigma**-2.0)
+    assert torch.allclose(Mse(process, weighting="cosmap").weights(steps), 2 / (torch.pi * (1 - 2 * sigma + 2 * sigma**2)))
+    with pytest.raises(UserError, match="--weighting cosmap weighs a flow"):
+        Mse(noising(), weighting="cosmap")

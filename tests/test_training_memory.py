@@ -1,6 +1,7 @@
 """The plan's memory is what a step then needs, counted tensor by tensor."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,28 +34,42 @@ def measured(settings, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"placement": "out"}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}, {"batch_size": 6, "depth": 2}]
+    "changes",
+    [
+        {},
+        {"placement": "out"},
+        {"gradient_checkpointing": True},
+        {"dtype": "bfloat16"},
+        {"batch_size": 6, "depth": 2},
+        {"store": "int8"},
+        {"objective": "mse+reward", "reward": "red.py"},
+    ],
 )
-def test_a_step_needs_what_the_plan_says(settings, monkeypatch, changes):  # noqa: F811
+def test_a_step_needs_what_the_plan_says(settings, monkeypatch, changes, tmp_path):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    Path("red.py").write_text("def reward(images, captions): return images.mean((1, 2, 3))")
     run = replace(settings, steps=2, **changes)
     planned = plan(run)
     before = planned.memory()["expected_memory_gb"]
     from afa.training.estimate import expected
 
     encoders = list(planned.ensemble.text_encoders)  # a step touches them, not the VAE
-    found = expected(planned.ensemble.denoiser, encoders, run.batch_size, 4, getattr(torch, run.dtype), run.gradient_checkpointing)
+    vae = planned.ensemble.frame.vae if run.rewarded else None
+    dtype = getattr(torch, run.dtype)
+    found = expected(planned.ensemble.denoiser, encoders, run.batch_size, 4, dtype, run.gradient_checkpointing, run.store, vae)
     assert found.total == pytest.approx(measured(run, monkeypatch), rel=0.15)
     assert before >= 0
 
 
 def test_less_memory_is_proposed_until_everything_is_on(settings):  # noqa: F811
     ways = plan(settings).memory()["for_less_memory"]
-    assert [way.split()[0] for way in ways][-3:] == ["--dtype", "--cache", "--batch-size"]
-    low = replace(settings, dtype="bfloat16", cache="somewhere", batch_size=1, gradient_checkpointing=True)
+    assert [way.split()[0] for way in ways][-4:] == ["--dtype", "--store", "--cache", "--batch-size"]
+    low = replace(settings, dtype="bfloat16", cache="somewhere", batch_size=1, gradient_checkpointing=True, store="int8")
     assert plan(low).memory()["for_less_memory"] == []
 
 
 def test_a_dry_run_says_the_memory(settings, capsys):  # noqa: F811
     small = ["--hidden", "8", "--heads", "2", "--depth", "1", "--resolution", "32", "--batch-size", "2", "--held-out", "2", "--device", "cpu"]
     assert main(["train", "--experts", *settings.experts, "--data", settings.data, "--output", settings.output, *small, "--dry-run"]) == 0
-    assert "GB of tensors in a step" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "GB of tensors in a step" in said and "s a step" in said

@@ -19,7 +19,7 @@ from afa.errors import UserError
 from afa.experts.load import load_expert
 from afa.training.log import LOG, flat
 from afa.training.loop import PERSISTS
-from afa.training.objective import Objective
+from afa.training.objectives.mse import Mse
 from afa.training.routing import BANDS, Routing, RoutingSums, bands_of, group_of
 from afa.training.run import train
 
@@ -28,16 +28,16 @@ from afa.training.run import train
 
 def spoil(monkeypatch, steps):
     """Make the loss of some steps (counted from 1) no number."""
-    original, counted = Objective.loss, [0]
+    original, counted = Mse.loss, [0]
 
-    def loss(self, denoiser, batch, text, dtype):
-        found = original(self, denoiser, batch, text, dtype)
+    def loss(self, work):
+        found = original(self, work)
         if torch.is_grad_enabled():
             counted[0] += 1
             return found * float("nan") if counted[0] in steps else found
         return found
 
-    monkeypatch.setattr(Objective, "loss", loss)
+    monkeypatch.setattr(Mse, "loss", loss)
 
 
 def test_a_step_that_is_no_number_is_skipped_and_counted(settings, monkeypatch):  # noqa: F811
@@ -165,22 +165,7 @@ def test_a_schedule_that_ends_at_the_last_step_binds_their_number(settings, monk
     assert train(run)["steps"] == 6
 
 
-# --- what timesteps count ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_min_snr_bounds_what_a_sample_counts(kind):
-    """In units of the error of x0, a weight is SNR below γ and γ above it."""
-    from diffusers import DDPMScheduler
-
-    scheduler = DDPMScheduler(prediction_type=kind)
-    objective = Objective(scheduler, 1.0, None, torch.device("cpu"), snr_gamma=5.0)
-    steps = torch.tensor([0, 100, 400, 999])
-    kept = scheduler.alphas_cumprod[steps]
-    snr = kept / (1 - kept)
-    per_x0 = {"epsilon": snr, "v_prediction": 1 / (1 - kept), "sample": torch.ones(4)}[kind]  # squared error of the target over that of x0
-    assert torch.allclose(objective.weights(steps) * per_x0, snr.clamp(max=5.0), rtol=1e-4)
-    assert Objective(scheduler, 1.0, None, torch.device("cpu")).weights(steps).tolist() == [1, 1, 1, 1]
+# --- the measure -------------------------------------------------------------------------------------------------------
 
 
 def test_the_held_out_measure_is_never_weighed(settings, tmp_path):  # noqa: F811

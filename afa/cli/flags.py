@@ -4,16 +4,27 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from afa.options import option as option  # commands take both from here
 
 
-def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
-    """One flag per field: a list takes several values, a bool is a switch, None means not given."""
+def add_flags(parser: argparse.ArgumentParser, options: type, preset: Mapping[str, Any] | None = None) -> None:
+    """One flag per field, the required ones first: a list takes several values, a bool is a switch, None means not given.
+
+    preset: what a recipe sets, by field; it takes the place of defaults.
+    """
     hints = typing.get_type_hints(options)
-    for field in dataclasses.fields(options):
-        parser.add_argument(*_names(field), **_settings(field, hints[field.name]))
+    for field in sorted(dataclasses.fields(options), key=lambda field: not _required(field)):
+        settings = _settings(field, hints[field.name])
+        if preset is not None and field.name in preset:
+            settings |= {"default": preset[field.name], "required": False}
+        parser.add_argument(*_names(field), **settings)
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def read_flags(options: type, arguments: argparse.Namespace) -> Any:

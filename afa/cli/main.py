@@ -10,6 +10,7 @@ from typing import Any
 from afa import __version__
 from afa.cli.flags import add_flags, read_flags
 from afa.errors import UserError
+from afa.recipes import PLACES, read_recipe
 
 # verb -> module with Options, EXAMPLES and run(options); its docstring is the help
 COMMANDS = {
@@ -27,7 +28,10 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. -> 0 done, 1 failed, 2 not as asked, 130 interrupted."""
-    parser = build_parser(arguments if arguments is not None else sys.argv[1:])
+    try:
+        parser = build_parser(arguments if arguments is not None else sys.argv[1:])
+    except UserError as error:  # in a recipe
+        return _say(str(error), 2)
     parsed = parser.parse_args(arguments)
     module = importlib.import_module(COMMANDS[parsed.command])
     _quiet_libraries()
@@ -65,8 +69,16 @@ def build_parser(arguments: list[str]) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if verb in arguments:
-            add_flags(command, module.Options)
+            add_flags(command, module.Options, _preset(verb, module.Options, arguments))
     return parser
+
+
+def _preset(verb: str, options: type, arguments: list[str]) -> dict[str, Any]:
+    """What a recipe that is asked for sets. Raises UserError if it cannot be read."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--recipe")
+    recipe = reader.parse_known_args(arguments)[0].recipe if verb in PLACES else None
+    return {} if recipe is None else read_recipe(verb, recipe, options)
 
 
 def _quiet_libraries() -> None:

@@ -28,8 +28,8 @@ def run(options: Options) -> None:
     planned = plan(options)
     facts = planned.facts()
     if options.dry_run:
-        facts |= planned.memory()
-        print(json.dumps(facts, indent=2) if options.json else f"{_plan(facts)}\n{_memory(facts)}")
+        facts |= planned.memory() | planned.time()
+        print(json.dumps(facts, indent=2) if options.json else f"{_plan(facts)}\n{_cost(facts)}")
         return
     if not options.json:
         print(_plan(facts), flush=True)
@@ -51,11 +51,19 @@ def _plan(facts: dict[str, Any]) -> str:
     )
 
 
-def _memory(facts: dict[str, Any]) -> str:
-    """The expected memory as lines."""
-    return "\n".join(
-        [f"memory       about {facts['expected_memory_gb']} GB of tensors in a step", *(f"             less with {way}" for way in facts["for_less_memory"])]
-    )
+def _cost(facts: dict[str, Any]) -> str:
+    """The expected memory and time as lines."""
+    lines = [f"memory       about {facts['expected_memory_gb']} GB of tensors in a step"]
+    lines += [f"             less with {way}" for way in facts["for_less_memory"]]
+    one, measurement = (_duration(facts[name]) for name in ("seconds_a_step", "seconds_a_measurement"))
+    return "\n".join([*lines, f"time         about {_duration(facts['seconds'])} here: {one} a step, {measurement} a measurement, after encoding the images"])
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that people would use."""
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _result(record: dict[str, Any], output: str) -> str:

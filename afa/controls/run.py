@@ -19,9 +19,11 @@ from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.statistics import difference, estimate
+from afa.training.assemble import keep_log, make_accelerator, make_trainer
 from afa.training.loop import Progress, Trainer
-from afa.training.prepare import find_data, resolution_of
-from afa.training.run import LEFT_OUT, Plan, check_output, keep_log, make_accelerator, make_trainer
+from afa.training.plan import Plan
+from afa.training.prepare import check_objective, find_data, resolution_of
+from afa.training.run import LEFT_OUT, check_output
 from afa.training.state import FOLDER, check_unchanged, move_state, state_file
 
 RECORD = "finetune.json"
@@ -44,6 +46,7 @@ def plan(settings: LoraSettings, alone: Ensemble | None = None) -> tuple[Plan, i
         alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", vae=settings.vae, dtype=dtype, config=settings.config)
     if alone.denoiser.family != "unet":
         raise UserError(f"expert '{alone.names[0]}' is a {alone.denoiser.family}; LoRAs are trained on U-Nets only")
+    check_objective(settings, alone)
     rank = settings.rank or matching_rank(alone.denoiser.experts[0], wanted)
     return Plan(settings, alone, source, resolution_of(settings, alone), own), rank
 

@@ -76,6 +76,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         self.recipe = recipe or Recipe()
         self.aggregators = nn.ModuleDict(self._aggregators())
         self._maps: WeightMaps | None = None
+        self._watch: Observer | None = None
         self._only: int | None = None
 
     @property
@@ -114,13 +115,19 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         aggregators = cast(Mapping[str, Aggregator], self.aggregators)  # a ModuleDict is one in all but name
         if self._only is not None:
             columns, aggregators = [(column[self._only],) for column in columns], {}
-        observe: Observer | None = None
         if self._maps is not None:
             self._maps.begin(timestep)
-            observe = self._maps.observe
+        observe = None if self._maps is None and self._watch is None else self._observe
         return walk(
             columns, aggregators, hidden, traces, residuals, odd_size=odd_size, observe=observe, checkpoint=self.gradient_checkpointing
         )
+
+    def _observe(self, stage: str, weights: Tensor) -> None:
+        """Show a stage's weights to whoever wants them."""
+        if self._maps is not None:
+            self._maps.observe(stage, weights)
+        if self._watch is not None:
+            self._watch(stage, weights)
 
     def train(self, mode: bool = True) -> "EnsembleDenoiser":
         """Only aggregators have a training mode; experts stay as they were frozen."""
@@ -180,6 +187,21 @@ def record_weights(denoiser: EnsembleDenoiser) -> Iterator[WeightMaps]:
         yield maps
     finally:
         denoiser._maps = None
+
+
+@contextmanager
+def watch_weights(denoiser: EnsembleDenoiser, observer: Observer) -> Iterator[None]:
+    """Inside, every fused stage's name and weights (B, N, H, W) are shown to the observer as they are, gradients and all.
+
+    For losses on weights; whoever wants to keep maps takes record_weights.
+    """
+    if denoiser._watch is not None:
+        raise RuntimeError("weights of this denoiser are being watched already")
+    denoiser._watch = observer
+    try:
+        yield
+    finally:
+        denoiser._watch = None
 
 
 @contextmanager

@@ -86,6 +86,8 @@ class Setup:
         if record is None or "settings" not in record:
             raise UserError(f"{self.folder} was not trained by `afa train`, so nothing can be trained as it was")
         recorded = TrainSettings(**record["settings"])
+        if recorded.start is not None:
+            raise UserError(f"{self.folder} was trained further from {recorded.start}, so it is no recipe for others; compare its start, or use --seeds 1")
         fixed = {"experts": self.expert_specs(), "data": str(self.training_data), "output": str(output), "device": self.settings.device}
         seed = recorded.seed + run
         return dataclasses.replace(recorded, **{**fixed, "seed": seed, "json": False, "dry_run": False, **changes})

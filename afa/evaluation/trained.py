@@ -85,7 +85,7 @@ def _train(setup: Setup, name: str, changes: dict[str, Any], options: Options, r
     settings = setup.training(setup.output / "trained" / name / f"seed-{run}", run, **changes)
     if finished(settings) is None:
         shared = None
-        if settings.experts == setup.expert_specs() and settings.dtype == setup.settings.dtype:
+        if settings.experts == setup.expert_specs() and settings.dtype == setup.settings.dtype and settings.store is None:
             shared = setup.ensemble.sharing(
                 settings.aggregator, settings.placement, attention_up_to=settings.attention_up_to, **settings.aggregator_options()
             )

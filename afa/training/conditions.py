@@ -70,7 +70,7 @@ class Conditions:
     def __call__(self, captions: list[str], sizes: Tensor, dropped: Tensor) -> dict[str, Any]:
         """Keyword arguments of the denoiser. sizes (B, 6) for SDXL; dropped (B,) bool: samples without their caption."""
         parts = []
-        for part, none in zip(self._encode(captions), self._none, strict=True):
+        for part, none in zip(self._encode(list(captions)), self._none, strict=True):
             mask = dropped.to(part.device).view(-1, *[1] * (part.ndim - 1))
             parts.append(torch.where(mask, none, part))
         arguments: dict[str, Any] = {"encoder_hidden_states": parts[0]}

@@ -9,7 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.cost import call_of
+from afa.experts.storage import kept_elsewhere, store_weights, stored_bytes
 from afa.memory import LiveBytes
+from afa.training.objectives.decode import Decoder
 
 COPIES = 2  # of what is trained, besides the optimiser's: the moving average, and the best so far
 
@@ -30,56 +32,69 @@ class Memory:
         return self.step + self.beside
 
 
-def step_bytes(denoiser: EnsembleDenoiser, batch_size: int, side: int, dtype: torch.dtype, checkpointing: bool) -> int:
+def step_bytes(
+    denoiser: EnsembleDenoiser, batch_size: int, side: int, dtype: torch.dtype, checkpointing: bool, store: str | None = None, vae: Any = None
+) -> int:
     """The most bytes of tensors alive in a training step of a denoiser like this one: weights, activations, gradients, optimiser.
 
     Counted on a copy under FakeTensorMode, which picks the same kernels as a real step, fused attention above all.
-    side: of the latent. What an allocator adds by fragmentation is not in it.
+    side: of the latent. store: see afa.experts.storage. vae: where an objective judges images, drawn through it.
+    What an allocator adds by fragmentation is not in it, nor a reward's own network.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         copy = _copy(denoiser, dtype)
         if checkpointing:
             copy.enable_gradient_checkpointing()
         copy.train()
-        with LiveBytes() as counter:
-            _step(copy, list(copy.aggregators.parameters()), batch_size, side, dtype)
+        decoder = None if vae is None else Decoder(_made(vae, dtype), 1.0, 0.0, checkpointing)
+        elsewhere = []
+        if store is not None:
+            for expert in copy.experts:
+                store_weights(expert, store)
+                elsewhere += kept_elsewhere(expert)
+        with LiveBytes(elsewhere) as counter:
+            _step(copy, list(copy.aggregators.parameters()), batch_size, side, dtype, decoder)
     return counter.peak
 
 
 def _copy(denoiser: EnsembleDenoiser, dtype: torch.dtype) -> Any:
     """The same ensemble, made anew from configs."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # tensors without content cannot be cast in place
-    try:
-        experts = [type(expert).from_config(expert.config) for expert in denoiser.experts]
-    finally:
-        torch.set_default_dtype(before)
+    experts = [_made(expert, dtype) for expert in denoiser.experts]
     return type(denoiser)(experts, denoiser.names, denoiser.recipe, denoiser.placement)
 
 
-def _step(denoiser: Any, parameters: list[nn.Parameter], batch_size: int, side: int, dtype: torch.dtype) -> None:
+def _made(model: Any, dtype: torch.dtype) -> Any:
+    """A model of the same config."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # tensors without content cannot be cast in place
+    try:
+        return type(model).from_config(model.config).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _step(denoiser: Any, parameters: list[nn.Parameter], batch_size: int, side: int, dtype: torch.dtype, decoder: Decoder | None) -> None:
     kept = [[parameter.detach().clone() for parameter in parameters] for _ in range(COPIES)]
     optimiser = torch.optim.AdamW(parameters)
     for _ in range(2):  # the optimiser makes its moments in the first
         call = call_of(denoiser, side, side, batch_size, dtype=dtype)
-        denoiser(**call).sample.float().square().mean().backward()
+        answer = denoiser(**call).sample.float()
+        (answer if decoder is None else decoder(answer)).square().mean().backward()
         optimiser.step()
         optimiser.zero_grad()
     del kept
 
 
-def expected(denoiser: EnsembleDenoiser, beside: list[nn.Module], batch_size: int, side: int, dtype: torch.dtype, checkpointing: bool) -> Memory:
+def expected(
+    denoiser: EnsembleDenoiser, beside: list[nn.Module], batch_size: int, side: int, dtype: torch.dtype, checkpointing: bool,
+    store: str | None = None, vae: Any = None,
+) -> Memory:  # fmt: skip
     """What training this ensemble's aggregators will need. beside: VAE and text encoders, as far as they stay in memory."""
-    step = step_bytes(denoiser, batch_size, side, dtype, checkpointing)
-    return Memory(step, sum(map(bytes_of, denoiser.experts)), sum(map(bytes_of, beside)))
+    step = step_bytes(denoiser, batch_size, side, dtype, checkpointing, store, vae)
+    return Memory(step, sum(map(stored_bytes, denoiser.experts)), sum(map(stored_bytes, beside)))
 
 
-def bytes_of(module: nn.Module) -> int:
-    """Of a model's weights."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters() if not parameter.is_meta)
-
-
-def advice(memory: Memory, *, checkpointing: bool, dtype: torch.dtype, cached: bool, batch_size: int) -> list[str]:
+def advice(memory: Memory, *, checkpointing: bool, dtype: torch.dtype, cached: bool, batch_size: int, store: str | None) -> list[str]:
     """What to switch on for less memory, what saves most first; none if all of it is on."""
     activations = memory.step - memory.frozen
     found = []
@@ -87,7 +102,9 @@ def advice(memory: Memory, *, checkpointing: bool, dtype: torch.dtype, cached: b
         found.append("--gradient-checkpointing (activations of one stage instead of all)")
     if dtype == torch.float32:
         found.append("--dtype bfloat16 (half of the experts and of the activations)")
-    if not cached and memory.beside:
+    if store is None and memory.frozen > memory.total / 4:
+        found.append(f"--store int8 (a quarter of {memory.frozen / 1e9:.2f} GB of experts in float32, half in bfloat16), or --store cpu")
+    if not cached and memory.beside > memory.total / 100:
         found.append(f"--cache DIR ({memory.beside / 1e9:.2f} GB of VAE and text encoders)")
     if batch_size > 1:
         found.append(f"--batch-size {batch_size // 2} --accumulate 2 (the same step in two parts)")

@@ -1,5 +1,6 @@
 """The training loop: steps, measurements, early stopping, states, interruption."""
 
+import functools
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -18,8 +19,11 @@ from afa.training.data import Encoded
 from afa.training.interrupt import interruptible
 from afa.training.log import LOG, Monitor
 from afa.training.measure import HeldOut
-from afa.training.objective import Batch, Objective
+from afa.training.noise import Batch, Noising
+from afa.training.objectives.base import Pass
+from afa.training.objectives.table import Objectives
 from afa.training.settings import LoopSettings
+from afa.training.sheets import Sheets
 from afa.training.state import load_state, save_state, state_file
 
 PERSISTS = 10  # steps in a row without a finite gradient: then the run stops
@@ -29,7 +33,7 @@ PERSISTS = 10  # steps in a row without a finite gradient: then the run stops
 class Progress:
     """Where a run stands, all of it saved.
 
-    best: held-out loss of the best measurement, and its step. history: one entry a measurement.
+    best: held-out objective of the best measurement, and its step. history: one entry a measurement.
     """
 
     step: int = 0
@@ -59,18 +63,18 @@ class Drawn:
 class Trainer:
     """Trains a part of one ensemble's denoiser; all else is frozen, but gradients pass through it.
 
-    trained: what is trained, as a module of its own; default the denoiser's aggregators.
+    trained: what is trained, as a module of its own. sheets: drawn at measurements, if there are any.
     """
 
     def __init__(
-        self, settings: LoopSettings, accelerator: Accelerator, denoiser: Any, objective: Objective, conditions: Conditions,
-        data: Encoded, held_out: Encoded, trained: nn.Module | None = None,
+        self, settings: LoopSettings, accelerator: Accelerator, denoiser: Any, noising: Noising, objectives: Objectives, conditions: Conditions,
+        data: Encoded, held_out: Encoded, trained: nn.Module, sheets: Sheets | None = None,
     ) -> None:  # fmt: skip
-        self.settings, self.accelerator, self.objective, self.conditions = settings, accelerator, objective, conditions
-        self.data, self.denoiser = data, denoiser
-        self.held_out = HeldOut(held_out, objective, conditions, settings.batch_size)
+        self.settings, self.accelerator, self.noising, self.conditions = settings, accelerator, noising, conditions
+        self.data, self.denoiser, self.total, self.sheets = data, denoiser, objectives.training, sheets
+        self.held_out = HeldOut(held_out, noising, conditions, settings.batch_size, objectives.held_out)
         self.monitor = Monitor(state_file(settings).with_name(LOG), accelerator, settings.batch_size * settings.accumulate)
-        self.trained: nn.Module = denoiser.aggregators if trained is None else trained
+        self.trained = trained
         self.parameters = list(self.trained.parameters())
         self.wrapped: nn.Module = accelerator.prepare(denoiser) if accelerator.num_processes > 1 else denoiser
         self.optimiser = torch.optim.AdamW(self.parameters, settings.lr, weight_decay=settings.weight_decay)
@@ -105,10 +109,6 @@ class Trainer:
         """Loss of every held-out image, (n,), of the denoiser as it is now."""
         return self.held_out.measure(self.denoiser).losses
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.denoiser.experts.parameters()).dtype
-
     def _step(self) -> float | None:
         """One optimiser step over all processes: -> the loss of this one, None if it was skipped for want of a finite gradient."""
         settings, total = self.settings, 0.0
@@ -127,11 +127,11 @@ class Trainer:
 
     def _backward(self, drawn: Drawn) -> float:
         """The gradients of one batch, added to those that are there: -> its part of the loss."""
-        rows = drawn.rows
-        text = self.conditions([self.data.captions[row] for row in rows], self.data.sizes[rows], drawn.dropped)
-        batch = drawn.batch.to(self.accelerator.device)
-        losses = self.objective.loss(self.wrapped, batch, text, self._dtype) * self.objective.weights(batch.timesteps)
-        loss = losses.mean() / self.settings.accumulate
+        captions, sizes = [self.data.captions[row] for row in drawn.rows], self.data.sizes[drawn.rows]
+        encode = functools.partial(self.conditions, captions, sizes)
+        device = self.accelerator.device
+        work = Pass(self.wrapped, self.denoiser, self.noising, drawn.batch.to(device), captions, drawn.dropped.to(device), encode)
+        loss = self.total.sum(self.total.losses(work)).mean() / self.settings.accumulate
         self.accelerator.backward(loss)
         return float(loss.item())
 
@@ -145,7 +145,7 @@ class Trainer:
         chosen = self._choose()
         dropped = torch.rand(len(chosen), generator=rng) < self.settings.caption_dropout
         rows = self.data.rows(chosen, rng)
-        return Drawn(rows, dropped, self.objective.draw(self.data, rows, rng))
+        return Drawn(rows, dropped, self.noising.draw(self.data, rows, rng, self.total.spare))
 
     def _part(self, micro: int) -> tuple[int, int]:
         """Where a batch of this process begins and ends in the step."""
@@ -196,11 +196,15 @@ class Trainer:
         if progress.step:
             self.average.store(self.parameters)
             self.average.copy_to(self.parameters)
-        measured = self.held_out.measure(self.denoiser, routing=True)
+        measured = self.held_out.measure(self.denoiser, whole=True)
         entry: dict[str, Any] = {"step": progress.step, "training_loss": training_loss, "held_out_loss": measured.loss}
+        if measured.terms:
+            entry |= {"objective": measured.objective, "terms": measured.terms}
+        if self.sheets is not None and self.accelerator.is_main_process and progress.step % self.settings.sheet_every == 0:
+            entry |= self.sheets.draw(progress.step)
         progress.history.append(entry)
-        if measured.loss < progress.best:
-            progress.best, progress.best_step = measured.loss, progress.step
+        if measured.objective < progress.best:
+            progress.best, progress.best_step = measured.objective, progress.step
             self.best = [parameter.detach().clone() for parameter in self.parameters]
         if progress.step:
             self.average.restore(self.parameters)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
@@ -14,8 +15,11 @@ from afa.errors import UserError
 from afa.training.cache import LatentCache
 from afa.training.cached import announce, encode_cached, missing_rows
 from afa.training.data import Augmentation, Encoded, Work, check_skipped, encode, split
+from afa.training.noise import Noising
+from afa.training.objectives.table import make_means, make_objectives
 from afa.training.pictures import Crop
 from afa.training.settings import LoopSettings
+from afa.training.sheets import make_watch
 from afa.training.sources.base import Columns, Source
 from afa.training.sources.table import open_source
 
@@ -38,6 +42,20 @@ def resolution_of(settings: LoopSettings, ensemble: Ensemble) -> int:
     if resolution % factor:
         raise UserError(f"--resolution {resolution} is not a multiple of {factor}, the VAE's down-sampling factor")
     return resolution
+
+
+def noising_of(settings: LoopSettings, ensemble: Ensemble, device: torch.device) -> Noising:
+    """The frame's forward process. Raises UserError for a prediction type that cannot be trained."""
+    config = ensemble.frame.vae.config
+    return Noising(ensemble.frame.scheduler, config["scaling_factor"], config.get("shift_factor"), device, settings.timesteps)
+
+
+def check_objective(settings: LoopSettings, ensemble: Ensemble) -> None:
+    """Raises UserError for whatever would stop the run once its data are encoded: a schedule, a weighting, weights of judges."""
+    cpu = torch.device("cpu")
+    means = make_means(settings, noising_of(settings, ensemble, cpu), ensemble.frame.vae, cpu, False)
+    make_objectives(means, [])
+    make_watch(settings, cpu)
 
 
 def encode_data(settings: LoopSettings, source: Source, resolution: int, vae: Any) -> tuple[Encoded, Encoded]:

@@ -1,79 +1,32 @@
 """A training run from its settings: experts and data in, a saved ensemble with its measured result out."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from afa import __version__
-from afa.aggregators.table import count_parameters
 from afa.checkpoint.manifest import MANIFEST, read_manifest
 from afa.denoiser.base import only_expert
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.statistics import Estimate, difference, estimate
-from afa.training.conditions import Conditions
-from afa.training.estimate import advice, expected
-from afa.training.log import LOG, flat
+from afa.experts.storage import store_weights
+from afa.training.assemble import RUNS, keep_log, make_accelerator, make_trainer
 from afa.training.loop import Progress, Trainer
-from afa.training.objective import Objective
-from afa.training.prepare import encode_data, find_data, resolution_of
+from afa.training.plan import Plan
+from afa.training.prepare import check_objective, find_data, resolution_of
 from afa.training.settings import LoopSettings, TrainSettings
-from afa.training.sources.base import Source
+from afa.training.sheets import FOLDER as SHEETS
 from afa.training.state import FOLDER, check_unchanged, state_file
 
-RUNS = "runs"  # the folder of what trackers write, and the name of their project
 LEFT_OUT = "left-out.jsonl"  # the images that could not be used, and why
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run would do; `--dry-run` stops here. own: the ensemble was loaded for this run alone."""
-
-    settings: LoopSettings
-    ensemble: Ensemble
-    source: Source
-    resolution: int
-    own: bool = True
-
-    def facts(self) -> dict[str, Any]:
-        """For people and for --json."""
-        denoiser, settings = self.ensemble.denoiser, self.settings
-        held_out = min(settings.held_out, len(self.source.samples) // 5)
-        experts = sum(tensor.numel() * tensor.element_size() for tensor in denoiser.experts.parameters())
-        trainable = count_parameters(denoiser.aggregators)
-        return {
-            "experts": list(denoiser.names),
-            "data": self.source.summary(),
-            "training_images": len(self.source.samples) - held_out,
-            "held_out_images": held_out,
-            "resolution": self.resolution,
-            "fused_stages": len(denoiser.fused),
-            "trainable_parameters": trainable,
-            "expert_memory_gb": round(experts / 1e9, 2),
-            "aggregator_memory_gb": round(trainable * 4 * 6 / 1e9, 2),  # weights, gradient, two moments, average, best
-            "steps": settings.steps,
-            "images_a_step": settings.batch_size * settings.accumulate,
-        }
-
-    def memory(self) -> dict[str, Any]:
-        """What a step is expected to need, and what would make it less; takes as long as a few steps."""
-        settings, frame = self.settings, self.ensemble.frame
-        dtype = getattr(torch, settings.dtype)
-        beside = [] if settings.cache is not None else [frame.vae, *self.ensemble.text_encoders]
-        side = self.resolution // 2 ** (len(frame.vae.config["block_out_channels"]) - 1)
-        found = expected(self.ensemble.denoiser, beside, settings.batch_size, side, dtype, settings.gradient_checkpointing)
-        less = advice(found, checkpointing=settings.gradient_checkpointing, dtype=dtype, cached=not beside, batch_size=settings.batch_size)
-        return {"expected_memory_gb": round(found.total / 1e9, 2), "for_less_memory": less}
 
 
 def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
@@ -86,17 +39,36 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
     if settings.device is not None:
         choose_device(settings.device)
     own = ensemble is None
-    ensemble = ensemble or Ensemble.from_experts(
-        settings.experts,
+    ensemble = ensemble or _ensemble(settings)
+    if settings.store is not None:
+        _store(settings.store, ensemble, choose_device(settings.device))
+    check_objective(settings, ensemble)
+    return Plan(settings, ensemble, source, resolution_of(settings, ensemble), own, settings.store)
+
+
+def _ensemble(settings: TrainSettings) -> Ensemble:
+    """With new aggregators, or as a saved one has them."""
+    dtype = getattr(torch, settings.dtype)
+    if settings.start is not None:
+        return Ensemble.load(settings.start, dtype=dtype)
+    return Ensemble.from_experts(
+        settings.experts or [],
         aggregator=settings.aggregator,
         placement=settings.placement,
         attention_up_to=settings.attention_up_to,
         vae=settings.vae,
-        dtype=getattr(torch, settings.dtype),
+        dtype=dtype,
         config=settings.config,
         **settings.aggregator_options(),
     )
-    return Plan(settings, ensemble, source, resolution_of(settings, ensemble), own)
+
+
+def _store(store: str, ensemble: Ensemble, device: torch.device) -> None:
+    """Raises UserError where the store is no help."""
+    if store == "cpu" and device.type == "cpu":
+        raise UserError("--store cpu keeps experts beside a GPU, and training would run on the CPU; leave it out, or use --store int8")
+    for expert in ensemble.denoiser.experts:
+        store_weights(expert, store)
 
 
 def check_output(settings: LoopSettings) -> None:
@@ -105,7 +77,7 @@ def check_output(settings: LoopSettings) -> None:
         raise UserError(f"--output {output} is a file; give a folder")
     if (output / MANIFEST).exists() or state_file(settings).exists() or not output.exists():
         return
-    if any(path.name not in (FOLDER, RUNS) for path in output.iterdir()):
+    if any(path.name not in (FOLDER, RUNS, SHEETS) for path in output.iterdir()):
         raise UserError(f"--output {output} holds other files; give a new or empty folder")
 
 
@@ -133,7 +105,7 @@ def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any
         return done
     planned = planned or plan(settings)
     accelerator = make_accelerator(settings)
-    trainer = make_trainer(planned, accelerator, _initialise)
+    trainer = make_trainer(planned, accelerator, _initialise if settings.start is None else lambda ensemble: ensemble.denoiser.aggregators.float())
     baselines = _baselines(trainer)
     progress = trainer.train()
     record = _record(settings, trainer, progress, baselines) | {"left_out": planned.source.skipped.counts()}
@@ -147,61 +119,6 @@ def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any
         tracker.finish()
     accelerator.wait_for_everyone()
     return record
-
-
-def keep_log(settings: LoopSettings) -> None:
-    """Move the log beside what was trained."""
-    log = state_file(settings).with_name(LOG)
-    if log.exists():
-        os.replace(log, Path(settings.output) / LOG)
-
-
-def make_accelerator(settings: LoopSettings) -> Accelerator:
-    """The processes and devices of this run. Raises UserError if they are not what was asked for."""
-    accelerator = _accelerator(settings)
-    if settings.device not in (None, accelerator.device.type):
-        raise UserError(f"--device {settings.device} was asked for, but training would run on {accelerator.device}; leave --device out")
-    return accelerator
-
-
-def _accelerator(settings: LoopSettings) -> Accelerator:
-    if settings.log_with is None:
-        return Accelerator(cpu=settings.device == "cpu")
-    accelerator = Accelerator(cpu=settings.device == "cpu", log_with=settings.log_with, project_dir=settings.output)
-    if not accelerator.log_with:
-        raise UserError(f"--log-with {settings.log_with} cannot be used; install it with: pip install {settings.log_with}")
-    accelerator.init_trackers(RUNS, config=flat(asdict(settings)))
-    return accelerator
-
-
-def make_trainer(planned: Plan, accelerator: Accelerator, initialise: Callable[[Ensemble], nn.Module]) -> Trainer:
-    """Everything a run needs, in memory; the VAE has done its work and is not moved to the device for good.
-
-    initialise: draws the first weights of what is trained, by torch's own generator, and returns it.
-    """
-    settings, ensemble = planned.settings, planned.ensemble
-    vae = ensemble.frame.vae.to(accelerator.device)
-    data, held_out = encode_data(settings, planned.source, planned.resolution, vae)
-    config = vae.config
-    vae.to("cpu")
-    ensemble.to(accelerator.device)
-    torch.manual_seed(settings.seed)
-    trained = initialise(ensemble)
-    if settings.gradient_checkpointing:
-        ensemble.denoiser.enable_gradient_checkpointing()
-    objective = Objective(ensemble.frame.scheduler, config["scaling_factor"], config.get("shift_factor"), accelerator.device, settings.snr_gamma)
-    conditions = Conditions(ensemble.pipeline(), accelerator.device)
-    if settings.cache is not None:
-        conditions.keep(Path(settings.cache), [*data.captions, *held_out.captions], settings.batch_size)
-        if planned.own:
-            _forget(ensemble)
-    return Trainer(settings, accelerator, ensemble.denoiser, objective, conditions, data, held_out, trained)
-
-
-def _forget(ensemble: Ensemble) -> None:
-    """Free the memory of what the cache stands for; the ensemble can still be trained and saved, but draws nothing any more."""
-    for module in (ensemble.frame.vae, *ensemble.text_encoders, *(encoder for expert in ensemble.experts for encoder in expert.text_encoders)):
-        module.to("meta")
 
 
 def _initialise(ensemble: Ensemble) -> nn.Module:

@@ -5,13 +5,17 @@ from dataclasses import dataclass, fields
 
 from afa.errors import UserError
 from afa.options import option
+from afa.training.objectives.settings import ObjectiveSettings
 
 # May differ between the two halves of an interrupted run: they do not change what is computed.
-FREE = ("steps", "output", "save_every", "cache", "max_skipped", "gradient_checkpointing", "log_with", "device", "dry_run", "json")
+SHEETS = ("sheet_every", "sheet_images", "sheet_steps", "sheet_guidance", "watch", "watch_weights")
+FREE = ("recipe", "steps", "output", "save_every", "cache", "max_skipped", "gradient_checkpointing", "log_with", "device", "dry_run", "json", *SHEETS)
+
+MADE = ("aggregator", "placement", "hidden", "heads", "depth", "ignore", "attention_up_to", "vae", "config")  # once, when an ensemble is
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopSettings:
+class LoopSettings(ObjectiveSettings):
     """What every training run is told, whatever it trains, field by field a flag."""
 
     data: str = option(help="a folder with metadata.jsonl, a .jsonl of paths, .parquet, .tar shards (x-{000..099}.tar), or a data set of the hub")
@@ -30,7 +34,6 @@ class LoopSettings:
     weight_decay: float = option(0.01, help="of AdamW")
     clip: float = option(1.0, help="largest norm of the gradient")
     ema: float = option(0.999, help="decay of the moving average of what is trained; the average is what is kept")
-    snr_gamma: float | None = option(None, help="min-SNR-γ weighting of the loss, 5 as published; default: all timesteps count alike")
     caption_dropout: float = option(0.1, help="share of samples trained without their caption, so that guidance keeps working")
     resolution: int | None = option(None, help="side of the images in pixels, cropped to a square (default: the experts' own)")
     cache: str | None = option(None, help="folder that keeps latents and text states for all runs; VAE and text encoders then leave the memory")
@@ -42,16 +45,25 @@ class LoopSettings:
     dtype: str = option("float32", help="of what is frozen; what is trained is always float32", choices=["float32", "bfloat16"])
     config: str | None = option(None, help="sd15, sd21, sd21-base, sdxl or a folder: of single files (default: found out)")
     gradient_checkpointing: bool = option(False, help="recompute stages in the backward pass: less memory, a third more time")
+    sheet_every: int | None = option(None, help="steps between two sample sheets with weight maps, a multiple of --evaluate-every (default: none)")
+    sheet_images: int = option(4, help="held-out captions on a sheet")
+    sheet_steps: int = option(20, help="sampling steps of a sheet")
+    sheet_guidance: float = option(7.5, help="strength of classifier-free guidance of a sheet")
+    watch: str | None = option(None, help="a metric of every sheet's images, never trained on: it shows when a reward is hacked")
+    watch_weights: str | None = option(None, help="where that metric's weights are (default: the hub)")
     log_with: str | None = option(None, help="besides the terminal and log.jsonl", choices=["tensorboard", "trackio", "wandb"])
     device: str | None = option(None, help="default: the best there is; several are used with accelerate launch", choices=["cpu", "cuda", "mps", "xpu"])
     dry_run: bool = option(False, help="print what would be trained and what it costs, then stop")
     json: bool = option(False, help="print the result as JSON")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "held_out", "evaluate_every", "patience", "save_every"):
+        super().__post_init__()
+        for name in ("steps", "batch_size", "accumulate", "held_out", "evaluate_every", "patience", "save_every", "sheet_images", "sheet_steps"):
             at_least_one(name, getattr(self, name))
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise UserError(f"--snr-gamma {self.snr_gamma} must be above 0")
+        if self.watch is not None and self.sheet_every is None:
+            raise UserError(f"--watch {self.watch} judges sheets; give --sheet-every {self.evaluate_every}")
+        if self.sheet_every is not None and (self.sheet_every < 1 or self.sheet_every % self.evaluate_every):
+            raise UserError(f"--sheet-every {self.sheet_every} must be a multiple of --evaluate-every {self.evaluate_every}")
         if self.crops < 0:
             raise UserError(f"--crops {self.crops} must be at least 0")
         if self.flip and not self.crops:
@@ -77,7 +89,9 @@ class LoopSettings:
 class TrainSettings(LoopSettings):
     """One training run of aggregators, field by field a flag of `afa train`."""
 
-    experts: list[str] = option(help="the experts: diffusers folder, .safetensors file or org/name@revision, each optionally NAME=…")
+    recipe: str | None = option(None, help="paper-sd15, paper-sdxl, low-memory, scenes, or a .toml file of flags; a flag that is given too goes first")
+    experts: list[str] | None = option(None, help="the experts: diffusers folder, .safetensors file or org/name@revision, each optionally NAME=…")
+    start: str | None = option(None, help="a saved ensemble to go on from, instead of --experts: its experts, its aggregators as they are")
     aggregator: str = option("sabw", help="sabw (the paper's), or stitch: every expert keeps a path of its own", choices=["sabw", "stitch"])
     placement: str = option("layers", help="fused stages: layers (all), blocks, out (a router on the predictions), or names such as M00,OUT11")
     hidden: int = option(128, help="width inside the aggregators")
@@ -86,9 +100,16 @@ class TrainSettings(LoopSettings):
     ignore: list[str] | None = option(None, help="what the weights must not depend on, for ablations", choices=["text", "time", "place"])
     attention_up_to: int | None = option(None, help="build the transformer only on maps up to this side in latent pixels (default: everywhere)")
     vae: str | None = option(None, help="an expert's name or a path (default: the first expert's)")
+    store: str | None = option(None, help="of the experts' weights: in 8 bits, or in the CPU's memory until needed", choices=["int8", "fp8", "cpu"])
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.experts is None) == (self.start is None):
+            raise UserError("give either --experts A B …, or --start ENSEMBLE")
+        made = [field for field in fields(self) if field.name in MADE and getattr(self, field.name) != field.default]
+        if self.start is not None and made:
+            flag = f"--{made[0].name.replace('_', '-')} {getattr(self, made[0].name)}"
+            raise UserError(f"{flag} cannot be given with --start {self.start}: its aggregators and its frame are made already")
         for name in ("hidden", "heads"):
             at_least_one(name, getattr(self, name))
         if self.depth < 0:

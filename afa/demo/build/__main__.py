@@ -52,6 +52,8 @@ def build(output: Path, work: Path, quick: int = 1) -> None:
         _train(name, name, unet, text, EXPERT, shared, work, quick, seed=index + 1)
         _save(output / name, unet, text, shared)
     save_file(judge.state_dict(), output / "scorer.safetensors")
+    halves = {name: tensor.half() for name, tensor in parts.build_reward(work, quick).state_dict().items()}
+    save_file(halves, output / "reward.safetensors")
     records = {file.stem: json.loads(file.read_text()) for file in sorted(work.glob("*.json"))}
     (output / "build.json").write_text(json.dumps(records, indent=1) + "\n")
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from afa.demo import scorer
+from afa.demo import reward, scorer
 from afa.demo.build.fit import Schedule, fit
 from afa.demo.scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Domain, Scene, render_all
 
@@ -63,6 +63,35 @@ def build_scorer(work: Path, quick: int) -> nn.Module:
     torch.manual_seed(1)
     net = scorer.network()
     fit("scorer", net, loss, schedule, work)
+    return net.eval()
+
+
+def spoil(images: Tensor, rng: torch.Generator) -> Tensor:
+    """What a reward meets in training: blends of two pictures, strong blurs, grain. Images in [-1, 1]."""
+    n = len(images)
+    share = torch.rand(n, 1, 1, 1, generator=rng) * 0.35
+    images = torch.lerp(images, images.roll(1, 0), share)
+    size = (64, 32, 16, 8)[int(torch.randint(4, (1,), generator=rng))]
+    blurred = F.interpolate(F.interpolate(images, size=size, mode="area"), size=64, mode="bilinear")
+    images = torch.lerp(images, blurred, torch.rand(n, 1, 1, 1, generator=rng))
+    contrast = 0.7 + 0.5 * torch.rand(n, 3, 1, 1, generator=rng)
+    return images * contrast + torch.randn(images.shape, generator=rng) * torch.rand(n, 1, 1, 1, generator=rng) * 0.3
+
+
+def build_reward(work: Path, quick: int) -> nn.Module:
+    """What training may be guided by; it shares neither scenes nor weights nor degradations with the judge."""
+    schedule = Schedule(1600 // quick, 2e-3, batch=64)
+    scenes = sample_everything(12000 // quick, seed=15)
+    images, truth = draw(scenes, seed=19), scorer.labels(scenes)
+
+    def loss(rng: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(images), (schedule.batch,), generator=rng)
+        logits = scorer.answers(net(spoil(images[chosen].float() / 127.5 - 1, rng)))
+        return sum((F.cross_entropy(answer, truth[chosen, k]) for k, answer in enumerate(logits)), torch.zeros(()))
+
+    torch.manual_seed(11)
+    net = reward.network()
+    fit("reward", net, loss, schedule, work)
     return net.eval()
 
 

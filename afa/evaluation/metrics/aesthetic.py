@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from afa.evaluation.metrics.base import ImageMetric, Values
+from afa.evaluation.metrics.base import Differentiable, ImageMetric, Values
 from afa.evaluation.metrics.clip import VIT_L, Clip, shared_clip
 from afa.evaluation.metrics.head import Head
 from afa.evaluation.metrics.loading import check_network, load_network, read_tensors
@@ -28,7 +29,7 @@ HEAD = Part(
 )
 
 
-class Aesthetic(ImageMetric):
+class Aesthetic(ImageMetric, Differentiable):
     """About 1 to 10, higher is better."""
 
     names = ("aesthetic",)
@@ -54,6 +55,9 @@ class Aesthetic(ImageMetric):
     def score(self, pictures: Sequence[Picture]) -> dict[str, Values]:
         vectors = self.clip.images([picture.image for picture in pictures], self.batch_size)
         return {"aesthetic": self._head(torch.from_numpy(vectors))[:, 0].double().numpy()}
+
+    def reward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        return self._head(self.clip.gradients(images).cpu())[:, 0]
 
 
 def make(resources: Resources) -> Aesthetic:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from afa.evaluation.pictures import Picture
 
@@ -38,6 +39,14 @@ class ImageMetric(Metric):
     @abstractmethod
     def score(self, pictures: Sequence[Picture]) -> dict[str, Values]:
         """n pictures -> (n,) values for every name."""
+
+
+class Differentiable(ABC):
+    """A metric that can also be a reward in training: its value with gradients to the pixels."""
+
+    @abstractmethod
+    def reward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """images (B, 3, H, W) about [-1, 1], captions -> (B,), what score() says of them but for the rounding to 8 bits."""
 
 
 class SetMetric(Metric):

@@ -13,7 +13,7 @@ from torch import Tensor
 from afa.evaluation.metrics.base import Values, batches
 from afa.evaluation.metrics.loading import check_folder, load_folder
 from afa.evaluation.metrics.memo import Memo, content_key
-from afa.evaluation.metrics.pixels import CLIP_MEAN, CLIP_STD, FITS, to_tensor
+from afa.evaluation.metrics.pixels import CLIP_MEAN, CLIP_STD, FITS, fit_tensor, to_tensor
 from afa.evaluation.metrics.weights import Found, Part
 from afa.experts.original import clip_tokenizer
 
@@ -55,6 +55,17 @@ class Clip:
     def cosines(self, images: Sequence[NDArray[np.uint8]], captions: Sequence[str], batch_size: int, fit: str = "crop") -> Values:
         """Image k against caption k: (n,) in [-1, 1]."""
         return cosines(self.images(images, batch_size, fit), self.texts(captions, batch_size))
+
+    def gradients(self, images: Tensor, fit: str = "crop") -> Tensor:
+        """As images(), of a tensor (B, 3, H, W) about [-1, 1], with gradients: -> unit vectors (B, D)."""
+        pixels = fit_tensor(images.to(self.model.device), self.model.config.vision_config.image_size, fit)
+        vectors = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+        return torch.nn.functional.normalize(vectors, dim=1)
+
+    def cosine_gradients(self, images: Tensor, captions: Sequence[str], fit: str = "crop") -> Tensor:
+        """As cosines(), with gradients to the images: (B,)."""
+        words = torch.from_numpy(self.texts(captions, len(captions)))
+        return (self.gradients(images, fit) * words.to(self.model.device)).sum(1)
 
     @torch.no_grad()
     def _embed(self, items: Sequence[Any], batch_size: int, run: Callable[[Sequence[Any]], Tensor]) -> Rows:

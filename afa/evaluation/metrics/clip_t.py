@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from afa.evaluation.metrics.base import ImageMetric, Values
+from afa.evaluation.metrics.base import Differentiable, ImageMetric, Values
 from afa.evaluation.metrics.clip import VIT_L, Clip, shared_clip
 from afa.evaluation.metrics.table import Resources
 from afa.evaluation.metrics.weights import Found, find
 from afa.evaluation.pictures import Picture
 
 
-class ClipText(ImageMetric):
+class ClipText(ImageMetric, Differentiable):
     """In [-1, 1], about 0.2 to 0.35 for captioned images; higher is better."""
 
     names = ("clip_t",)
@@ -31,6 +32,9 @@ class ClipText(ImageMetric):
     def score(self, pictures: Sequence[Picture]) -> dict[str, Values]:
         images, captions = [picture.image for picture in pictures], [picture.caption for picture in pictures]
         return {"clip_t": self.clip.cosines(images, captions, self.batch_size)}
+
+    def reward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        return self.clip.cosine_gradients(images, captions)
 
 
 def make(resources: Resources) -> ClipText:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from afa.evaluation.metrics.base import ImageMetric, Values
+from afa.evaluation.metrics.base import Differentiable, ImageMetric, Values
 from afa.evaluation.metrics.clip import Clip
 from afa.evaluation.metrics.open_clip import open_clip
 from afa.evaluation.metrics.table import Resources
@@ -20,7 +21,7 @@ NAME = "HPS_v2.1_compressed.pt"
 WEIGHTS = Part("HPSv2", NAME, hub=f"xswu/HPSv2/{NAME}")
 
 
-class HumanPreference(ImageMetric):
+class HumanPreference(ImageMetric, Differentiable):
     """A cosine, about 0.2 to 0.35; higher is better, within one caption."""
 
     names = ("hpsv2",)
@@ -36,6 +37,9 @@ class HumanPreference(ImageMetric):
     def score(self, pictures: Sequence[Picture]) -> dict[str, Values]:
         images, captions = [picture.image for picture in pictures], [picture.caption for picture in pictures]
         return {"hpsv2": self.clip.cosines(images, captions, self.batch_size, fit="pad")}
+
+    def reward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        return self.clip.cosine_gradients(images, captions, fit="pad")
 
 
 def make(resources: Resources) -> HumanPreference:

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from afa.errors import UserError
-from afa.evaluation.metrics.base import ImageMetric, Values, batches
+from afa.evaluation.metrics.base import Differentiable, ImageMetric, Values, batches
 from afa.evaluation.metrics.loading import read_tensors
-from afa.evaluation.metrics.pixels import CLIP_MEAN, CLIP_STD, crop, to_tensor
+from afa.evaluation.metrics.pixels import CLIP_MEAN, CLIP_STD, crop, fit_tensor, to_tensor
 from afa.evaluation.metrics.table import Resources
 from afa.evaluation.metrics.weights import Found, Part, find
 from afa.evaluation.pictures import Picture
@@ -25,7 +26,7 @@ WEIGHTS = Part("ImageReward", "ImageReward.pt", hub="THUDM/ImageReward/ImageRewa
 VOCABULARY = Part("BERT's vocabulary", "vocab.txt", hub="google-bert/bert-base-uncased/vocab.txt")
 
 
-class ImageReward(ImageMetric):
+class ImageReward(ImageMetric, Differentiable):
     """About -2 to 2, 0 for an average image of its training data; higher is better."""
 
     names = ("imagereward",)
@@ -54,14 +55,24 @@ class ImageReward(ImageMetric):
         rewards = np.concatenate([self._rewards(batch) for batch in batches(pictures, self.batch_size)])
         return {"imagereward": (rewards - MEAN) / DEVIATION}
 
+    def reward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        pixels = fit_tensor(images.to(self.device), self._checkpoint.image_config.image_size, "crop")
+        found: Tensor = self._network(pixels, *self._read(captions))
+        return (found - MEAN) / DEVIATION
+
     def _rewards(self, pictures: Sequence[Picture]) -> Values:
         """Image and caption of one picture go through the network side by side: (n,) before standardising."""
         side = self._checkpoint.image_config.image_size
         pixels = to_tensor([crop(picture.image, side) for picture in pictures], CLIP_MEAN, CLIP_STD)
-        read = self._tokenizer.encode_batch([picture.caption for picture in pictures])
+        rewards = self._network(pixels.to(self.device), *self._read([picture.caption for picture in pictures]))
+        found: Values = rewards.cpu().double().numpy()
+        return found
+
+    def _read(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens and their mask, (n, T)."""
+        read = self._tokenizer.encode_batch(list(captions))
         tokens, mask = torch.tensor([each.ids for each in read]), torch.tensor([each.attention_mask for each in read])
-        rewards = self._network(pixels.to(self.device), tokens.to(self.device), mask.to(self.device))
-        return rewards.cpu().double().numpy()
+        return tokens.to(self.device), mask.to(self.device)
 
 
 def word_pieces(vocabulary: Path) -> Any:

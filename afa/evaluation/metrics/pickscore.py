@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from afa.evaluation.metrics.base import ImageMetric, Values
+from afa.evaluation.metrics.base import Differentiable, ImageMetric, Values
 from afa.evaluation.metrics.clip import Clip, shared_clip
 from afa.evaluation.metrics.table import Resources
 from afa.evaluation.metrics.weights import Found, Part, find
@@ -17,7 +18,7 @@ from afa.evaluation.pictures import Picture
 WEIGHTS = Part("PickScore", "PickScore_v1", hub="yuvalkirstain/PickScore_v1", folder=True)
 
 
-class PickScore(ImageMetric):
+class PickScore(ImageMetric, Differentiable):
     """A logit, within ± the model's scale; higher is better, by the sigmoid of the difference within one caption."""
 
     names = ("pickscore",)
@@ -33,6 +34,9 @@ class PickScore(ImageMetric):
     def score(self, pictures: Sequence[Picture]) -> dict[str, Values]:
         images, captions = [picture.image for picture in pictures], [picture.caption for picture in pictures]
         return {"pickscore": self.clip.scale * self.clip.cosines(images, captions, self.batch_size)}
+
+    def reward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        return self.clip.scale * self.clip.cosine_gradients(images, captions)
 
 
 def make(resources: Resources) -> PickScore:

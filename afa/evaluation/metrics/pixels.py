@@ -42,6 +42,25 @@ def _resize(image: Image8, width: int, height: int) -> Image8:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
+def fit_tensor(images: Tensor, side: int, fit: str) -> Tensor:
+    """As FITS and to_tensor with CLIP's mean, with gradients: (B, 3, H, W) in [-1, 1] -> (B, 3, side, side)."""
+    height, width = images.shape[-2:]
+    short, long = min(height, width), max(height, width)
+    sizes = {
+        "crop": (int(side * height / short), int(side * width / short)),
+        "stretch": (side, side),
+        "pad": (round(height * side / long), round(width * side / long)),
+    }
+    pixels = images / 2 + 0.5
+    if sizes[fit] != (height, width):
+        pixels = torch.nn.functional.interpolate(pixels, size=sizes[fit], mode="bicubic", antialias=True)
+    down, right = (side - size for size in sizes[fit])  # below 0: cut away
+    top, left = int(down / 2), int(right / 2)
+    pixels = torch.nn.functional.pad(pixels, (left, right - left, top, down - top))
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std
+
+
 FITS: dict[str, Callable[[Image8, int], Image8]] = {"crop": crop, "stretch": stretch, "pad": pad}
 
 

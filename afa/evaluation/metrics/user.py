@@ -22,7 +22,7 @@ def load_scorer(path: Path) -> list[ImageMetric | SetMetric]:
     The file is run; it may import files beside it. score(images (n, H, W, 3) uint8, captions) returns a dict of n values
     each, higher is better, the first leading; features(images) returns (n, D). Raises UserError if the file cannot be used.
     """
-    module = _load(path)
+    module = run_file(path, "--scorer")
     if not callable(getattr(module, "score", None)):
         raise UserError(f"--scorer {path} has no function score(images, captions); it must return a dict of arrays, one value an image")
     scorer: list[ImageMetric | SetMetric] = [UserScore(path, module.score)]
@@ -30,10 +30,11 @@ def load_scorer(path: Path) -> list[ImageMetric | SetMetric]:
     return [*scorer, UserFrechet(path, features)] if callable(features) else scorer
 
 
-def _load(path: Path) -> Any:
+def run_file(path: Path, flag: str) -> Any:
+    """A user's Python file as a module; it may import files beside it. Raises UserError, naming the flag, if it cannot be run."""
     if path.suffix != ".py" or not path.is_file():
-        raise UserError(f"--scorer {path} is no Python file")
-    name = f"afa_scorer_{path.stem}"
+        raise UserError(f"{flag} {path} is no Python file")
+    name = f"afa_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -44,7 +45,7 @@ def _load(path: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UserError(f"--scorer {path} cannot be run: {type(error).__name__}: {error}") from error
+        raise UserError(f"{flag} {path} cannot be run: {type(error).__name__}: {error}") from error
     return module
 
 

@@ -1,5 +1,6 @@
 """Which source a place is: told by what lies there."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ FORMS: dict[str, Callable[[str, list[Path], Columns], Source]] = {
     ".parquet": from_parquet,
     ".tar": from_shards,
 }
+# what a place begins with -> module:function(place) that draws its images
+DRAWN = {"scenes:": "afa.demo.source:from_scenes"}
 WANTED = f"a folder with {METADATA}, a .jsonl, .parquet files, .tar shards, or a data set of the hub"
 
 
@@ -31,6 +34,11 @@ def open_source(place: str, columns: Columns | None = None) -> Source:
 
 def _open(place: str, columns: Columns) -> Source:
     path = Path(place)
+    for prefix, drawer in DRAWN.items():
+        if place.startswith(prefix):
+            module, _, function = drawer.partition(":")
+            source: Source = getattr(importlib.import_module(module), function)(place)
+            return source
     if path.is_dir():
         return _from_directory(path, columns)
     files = expand(place)

@@ -1,0 +1,62 @@
+"""Recipes: TOML files whose keys are a command's flags. No heavy imports: the command line's help needs them."""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from afa.errors import UserError
+from afa.lookup import unknown
+
+PACKAGE = "afa:"  # begins a path inside this package
+PLACES = {"train": Path(__file__).parent / "training" / "recipes"}  # command -> the recipes that are shipped
+
+
+def names(command: str) -> list[str]:
+    """The recipes that a command brings along."""
+    return sorted(file.stem for file in PLACES[command].glob("*.toml"))
+
+
+def read_recipe(command: str, recipe: str, options: type) -> dict[str, Any]:
+    """What a recipe sets, by field of the options. recipe: a shipped one's name, or a .toml file.
+
+    Raises UserError for a recipe that is not there, a key that is no flag, or a value of another kind.
+    """
+    file = Path(recipe) if recipe.endswith(".toml") else PLACES[command] / f"{recipe}.toml"
+    if not file.is_file():
+        known = unknown(recipe, names(command), "recipe")
+        raise UserError(f"--recipe: {known}; or give a .toml file" if file.parent == PLACES[command] else f"--recipe {file} is not there")
+    try:
+        found = tomllib.loads(file.read_text())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"--recipe {file} is no TOML: {error}") from None
+    hints = typing.get_type_hints(options)
+    flags = [field.name for field in dataclasses.fields(options) if field.name != "recipe"]
+    return {field: _checked(file, key, value, hints[field]) for key, value in found.items() for field in [_field(file, key, flags)]}
+
+
+def _field(file: Path, key: str, flags: list[str]) -> str:
+    name = key.replace("-", "_")
+    if name not in flags:
+        raise UserError(f"--recipe {file}: {unknown(name, flags, 'flag')}".replace("_", "-"))
+    return name
+
+
+def _checked(file: Path, key: str, value: Any, hint: Any) -> Any:
+    """The value as its field wants it."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    kind, several = (typing.get_args(hint)[0], True) if typing.get_origin(hint) is list else (hint, False)
+    values = value if several and isinstance(value, list) else [value]
+    fits = (int, float) if kind is float else kind
+    if several != isinstance(value, list) or any(not isinstance(each, fits) or (isinstance(each, bool) and kind is not bool) for each in values):
+        raise UserError(f"--recipe {file}: {key} = {value!r} is no {'list of ' if several else ''}{kind.__name__}")
+    values = [_located(each) for each in values]
+    return values if several else kind(values[0])
+
+
+def _located(value: Any) -> Any:
+    """A path inside this package where it lies on this machine."""
+    return str(Path(__file__).parent / value.removeprefix(PACKAGE)) if isinstance(value, str) and value.startswith(PACKAGE) else value

@@ -1,0 +1,152 @@
+"""The forward process: clean latents, noise, a step; what lies between them, and what a denoiser is asked to say of it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from afa.errors import UserError
+from afa.training.data import Encoded
+
+FLOW = "flow"
+TARGETS = ("epsilon", "v_prediction", "sample")  # of a diffusion schedule; a flow has one of its own
+DENSITIES = ("uniform", "logit_normal", "mode")  # how steps are drawn
+WEIGHTINGS = ("sigma_sqrt", "cosmap")  # of a flow's loss
+
+
+class Noising:
+    """x = signal(i) · x0 + noise(i) · ε for steps i = 0 (nearly clean) … steps-1 (nearly noise), and its inversions.
+
+    scheduler: the frame's; its noise schedule and prediction type decide. A flow-matching scheduler has signal 1 - s, noise s.
+    density: of DENSITIES, how training draws steps. Raises UserError for a prediction type that has no target here.
+    """
+
+    def __init__(
+        self, scheduler: Any, scaling_factor: float, shift_factor: float | None, device: torch.device, density: str = "uniform"
+    ) -> None:  # fmt: skip
+        self.scheduler = scheduler
+        self.kind, self.signal, self.noise, self.times = _tables(scheduler)
+        self.steps = len(self.times)
+        self.scale, self.shift, self.device, self.density = scaling_factor, shift_factor or 0.0, device, density
+
+    def draw(self, data: Encoded, rows: list[int], rng: torch.Generator, spare: int = 0) -> "Batch":
+        """Latents, noise and steps for some rows, on the CPU, as is rng, which every random number comes from."""
+        mean, log_variance = data.moments[rows].chunk(2, dim=1)
+        deviation = torch.exp(0.5 * log_variance.clamp(-30, 20))
+        latents = (mean + deviation * torch.randn(mean.shape, generator=rng) - self.shift) * self.scale
+        steps = self._steps(len(rows), rng)
+        noise = torch.randn(latents.shape, generator=rng)
+        more = torch.randn((len(rows), spare, *latents.shape[1:]), generator=rng) if spare else None
+        return Batch(latents, noise, steps, more)
+
+    def _steps(self, count: int, rng: torch.Generator) -> Tensor:
+        """Uniform, or by the densities of SD3. Source: Esser et al., arXiv:2403.03206, section 3.1, as in diffusers."""
+        if self.density == "uniform":
+            return torch.randint(self.steps, (count,), generator=rng)
+        from diffusers.training_utils import compute_density_for_timestep_sampling
+
+        # diffusers counts from the noise: 0 is pure noise there
+        place = compute_density_for_timestep_sampling(self.density, count, logit_mean=0.0, logit_std=1.0, mode_scale=1.29, generator=rng)
+        return (self.steps - 1 - (place * self.steps).long()).clamp(0, self.steps - 1)
+
+    def spread(self, data: Encoded, seed: int, spare: int = 0) -> "Batch":
+        """The fixed measure: every example once, its noise fixed, the steps spread evenly over all examples."""
+        rng = torch.Generator().manual_seed(seed)
+        batch = self.draw(data, list(range(len(data))), rng, spare)
+        steps = (torch.arange(len(data)) + 0.5) * self.steps / len(data)
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(data)))
+        batch.steps = steps.long()[order]
+        return batch.to(self.device)
+
+    def noisy(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        """What the denoiser sees: (B, C, h, w)."""
+        return self._at(self.signal, steps) * latents + self._at(self.noise, steps) * noise
+
+    def told(self, steps: Tensor) -> Tensor:
+        """The times a denoiser is told: (B,)."""
+        return self.times.to(steps.device)[steps]
+
+    def target(self, batch: "Batch") -> Tensor:
+        """What it should answer: (B, C, h, w)."""
+        if self.kind == "epsilon":
+            return batch.noise
+        if self.kind == "sample":
+            return batch.latents
+        if self.kind == FLOW:
+            return batch.noise - batch.latents
+        return self._at(self.signal, batch.steps) * batch.noise - self._at(self.noise, batch.steps) * batch.latents
+
+    def clean(self, noisy: Tensor, prediction: Tensor, steps: Tensor) -> Tensor:
+        """The clean latents that a prediction claims: (B, C, h, w)."""
+        signal, noise = self._at(self.signal, steps), self._at(self.noise, steps)
+        if self.kind == "epsilon":
+            return (noisy - noise * prediction) / signal
+        if self.kind == "sample":
+            return prediction
+        return noisy - noise * prediction if self.kind == FLOW else signal * noisy - noise * prediction
+
+    def ratio(self, steps: Tensor) -> Tensor:
+        """Noise over signal, (B, 1, 1, 1): what remains of an error of x0 when a sampler goes from one step to another."""
+        return self._at(self.noise, steps) / self._at(self.signal, steps)
+
+    def min_snr(self, steps: Tensor, gamma: float) -> Tensor:
+        """What a sample's loss counts, (B,).
+
+        Source: Hang et al., arXiv:2303.09556, equations 5 to 7: min(SNR, γ) on the squared error of x0, here in units of the target's.
+        """
+        snr = self.ratio(steps).view(-1) ** -2
+        below = (gamma / snr).clamp(max=1)  # min(SNR, γ) / SNR
+        if self.kind == "epsilon":
+            return below
+        return snr.clamp(max=gamma) * (1 if self.kind == "sample" else self._at(self.noise, steps).view(-1) ** 2)
+
+    def flow_weighting(self, steps: Tensor, scheme: str) -> Tensor:
+        """SD3's weights of a flow's loss, (B,). scheme: of WEIGHTINGS. Source: arXiv:2403.03206, as in diffusers."""
+        from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+        weights: Tensor = compute_loss_weighting_for_sd3(scheme, sigmas=self._at(self.noise, steps).view(-1))
+        return weights
+
+    def _at(self, table: Tensor, steps: Tensor) -> Tensor:
+        return table.to(steps.device)[steps].view(-1, 1, 1, 1)
+
+    @cached_property
+    def is_flow(self) -> bool:
+        return self.kind == FLOW
+
+
+def _tables(scheduler: Any) -> tuple[str, Tensor, Tensor, Tensor]:
+    """-> kind of prediction; signal, noise and told time of every step, float32, from little noise to much."""
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        flow = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        noise = flow.sigmas[: flow.config.num_train_timesteps].flip(0)
+        return FLOW, 1 - noise, noise, flow.timesteps.flip(0)
+    noises = DDPMScheduler.from_config(scheduler.config)
+    kind = noises.config.prediction_type
+    if kind not in TARGETS:
+        raise UserError(f"prediction type '{kind}' cannot be trained; known are {', '.join(TARGETS)}, and flow matching by its scheduler")
+    kept = noises.alphas_cumprod
+    return kind, kept**0.5, (1 - kept) ** 0.5, torch.arange(len(kept))
+
+
+@dataclass
+class Batch:
+    """Clean latents (B, C, h, w), noise of the same shape, steps (B,). spare (B, n, C, h, w): more noise, for what asks for it."""
+
+    latents: Tensor
+    noise: Tensor
+    steps: Tensor
+    spare: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.latents.to(device), self.noise.to(device), self.steps.to(device), None if self.spare is None else self.spare.to(device))
+
+    def part(self, start: int, stop: int) -> "Batch":
+        """Samples start … stop-1."""
+        spare = None if self.spare is None else self.spare[start:stop]
+        return Batch(self.latents[start:stop], self.noise[start:stop], self.steps[start:stop], spare)

@@ -1,0 +1,1 @@
+"""What is minimised, a file each. The table is in table.py."""

@@ -1,0 +1,124 @@
+"""Sample sheets: what the ensemble draws while it is trained, with its weight maps, and what another metric says of it."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from afa.checkpoint.staging import replacing
+from afa.denoiser.base import record_weights
+from afa.errors import UserError
+from afa.evaluation.metrics.base import ImageMetric
+from afa.evaluation.metrics.table import Resources, make_metric
+from afa.evaluation.pictures import Picture
+from afa.evaluation.statistics import difference
+from afa.training.settings import LoopSettings
+
+FOLDER = "sheets"  # inside the output folder
+SEED = 500  # of the first image's noise, the same at every step
+
+
+def make_watch(settings: LoopSettings, device: torch.device) -> ImageMetric | None:
+    """The metric that watches. Raises UserError if it cannot: a reward cannot watch itself, and a set of few images says nothing."""
+    if settings.watch is None:
+        return None
+    if settings.watch == settings.reward:
+        raise UserError(f"--watch {settings.watch} is the reward itself; choose another metric")
+    metric = make_metric(settings.watch, Resources(settings.watch_weights, device))
+    if not isinstance(metric, ImageMetric):
+        raise UserError(f"--watch {settings.watch} judges whole sets, and sheets are small; choose a metric of single images")
+    return metric
+
+
+class Sheets:
+    """Draws the first held-out captions, always from the same noise, with the pipeline as it is now.
+
+    pipeline: its own; the captions' states are computed at once, and the text encoders taken out, so that they may leave the memory.
+    """
+
+    def __init__(self, settings: LoopSettings, pipeline: Any, captions: Sequence[str], side: int, watch: ImageMetric | None) -> None:
+        self.settings, self.pipeline, self.side, self.watch = settings, pipeline, side, watch
+        self.captions = list(dict.fromkeys(captions))[: settings.sheet_images]
+        pipeline.set_progress_bar_config(disable=True)
+        self._prompt = _encoded(pipeline, self.captions)
+        for name in ("text_encoder", "text_encoder_2"):
+            if getattr(pipeline, name, None) is not None:
+                setattr(pipeline, name, None)
+        self._first: dict[str, NDArray[np.float64]] = {}
+        self._warned = False
+
+    def draw(self, step: int) -> dict[str, Any]:
+        """Write the sheet of a step: -> what the watching metric says, {} without one."""
+        routed = len(self.pipeline.unet.names) > 1
+        with torch.no_grad(), record_weights(self.pipeline.unet) if routed else nullcontext() as maps:
+            images = self._images()
+        sheet = _sheet(images, maps) if maps is not None else _row(images)
+        file = Path(self.settings.output) / FOLDER / f"step-{step:06d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            sheet.save(temporary, format="png")
+        return self._watched(images)
+
+    def _images(self) -> NDArray[np.uint8]:
+        settings = self.settings
+        noise = [torch.Generator().manual_seed(SEED + index) for index in range(len(self.captions))]
+        drawn = self.pipeline(
+            **self._prompt,
+            num_inference_steps=settings.sheet_steps,
+            guidance_scale=settings.sheet_guidance,
+            height=self.side,
+            width=self.side,
+            generator=noise,
+            output_type="np",
+        ).images
+        return (np.asarray(drawn) * 255).round().astype(np.uint8)
+
+    def _watched(self, images: NDArray[np.uint8]) -> dict[str, Any]:
+        """Scores; a warning, once, when the leading one has fallen since the first sheet."""
+        if self.watch is None:
+            return {}
+        pictures = [Picture(image, caption, index) for index, (image, caption) in enumerate(zip(images, self.captions, strict=True))]
+        scores = self.watch.score(pictures)
+        leading = self.watch.names[0]
+        first = self._first.setdefault(leading, scores[leading])
+        change = difference(scores[leading], first)
+        worse = change.high < 0 if self.watch.higher_is_better else change.low > 0
+        if worse and not self._warned:
+            self._warned = True
+            tqdm.write(f"afa: {leading} of the sheet has become worse since training began ({change}): the reward may be hacked", file=sys.stderr)
+        return {"watched": {name: float(values.mean()) for name, values in scores.items()}}
+
+
+def _encoded(pipeline: Any, captions: list[str]) -> dict[str, Any]:
+    """The pipeline's arguments for captions, with the empty one for guidance."""
+    options = {"device": pipeline._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    with torch.no_grad():
+        found = pipeline.encode_prompt(captions, **options)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return dict(zip(names, found, strict=False))
+
+
+def _row(images: NDArray[np.uint8]) -> Image.Image:
+    from afa.visualise.grid import grid
+
+    return grid([list(images)], side=max(128, images.shape[2]))
+
+
+def _sheet(images: NDArray[np.uint8], maps: Any) -> Image.Image:
+    """A column an image: the image, and below it the mean weights of every expert over stages and steps."""
+    from afa.visualise.grid import grid
+    from afa.visualise.weights import COLOURS, conditional, heat, mean_over_stages
+
+    size = images.shape[1:3]
+    mean = torch.stack([mean_over_stages(one, size) for one in conditional(maps, len(images))]).mean(0).numpy()
+    rows = [list(images)]
+    rows += [[heat(weights[index], COLOURS[index % len(COLOURS)]) for weights in mean] for index in range(len(maps.experts))]
+    labels = ["", *(f"{name} {mean[:, index].mean():.2f}" for index, name in enumerate(maps.experts))]
+    return grid(rows, labels=labels, side=max(128, size[1]))

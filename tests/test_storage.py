@@ -1,0 +1,91 @@
+"""Laws of frozen weights that take less room: the same model, but for the rounding, and the same gradients."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from test_training import aggregators, experts, images, settings  # noqa: F401 (fixtures)
+from tiny import sd_unet
+from torch import nn
+
+from afa import UserError
+from afa.experts.storage import STORES, Kept, store_weights, stored_bytes
+from afa.training.run import plan, train
+
+LARGEST_ERROR = {"cpu": 0.0, "int8": 0.5 / 127, "fp8": 2.0**-4}  # of a channel's largest number, of each number
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_stored_weight_is_the_weight_but_for_the_rounding(store):
+    torch.manual_seed(0)
+    weight = torch.randn(8, 16, 3, 3) * torch.logspace(-3, 2, 8).view(8, 1, 1, 1)
+    error = (Kept(weight, store).fetch(weight) - weight).abs()
+    scale = weight.abs() if store == "fp8" else weight.abs().amax((1, 2, 3), keepdim=True)
+    assert (error <= LARGEST_ERROR[store] * scale * 1.001 + 1e-3 * weight.abs().amax((1, 2, 3), keepdim=True) * (store == "fp8")).all()
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("layer", [nn.Linear(64, 96), nn.Linear(64, 96, bias=False), nn.Conv2d(32, 48, 3, 2, 1), nn.Conv2d(32, 48, 3, groups=2)])
+def test_a_stored_layer_is_a_plain_layer_with_that_weight_and_so_are_its_gradients(store, layer):
+    layer = copy.deepcopy(layer).requires_grad_(False)
+    stored = copy.deepcopy(layer)
+    store_weights(stored, store)
+    with torch.no_grad():
+        layer.weight.copy_(stored.weight)
+    shape = (3, 5, 64) if isinstance(layer, nn.Linear) else (3, 32, 9, 8)
+    inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
+    outputs = [each(x) for each, x in zip((layer, stored), inputs, strict=True)]
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    assert torch.allclose(inputs[0].grad, inputs[1].grad, rtol=1e-5, atol=1e-5)
+    assert isinstance(stored, type(layer)) and stored_bytes(stored) < stored_bytes(layer)
+
+
+@pytest.mark.parametrize(("store", "share"), [("int8", 0.3), ("fp8", 0.3), ("cpu", 0.06)])
+def test_a_stored_expert_takes_less_room_and_predicts_nearly_the_same(store, share):
+    unet = sd_unet(0, block_out_channels=(32, 64, 64, 64)).requires_grad_(False)
+    stored = copy.deepcopy(unet)
+    store_weights(stored, store)
+    assert stored_bytes(stored) < share * stored_bytes(unet)
+    sample, text = torch.randn(2, 4, 16, 16), torch.randn(2, 5, unet.config.cross_attention_dim)
+    with torch.no_grad():
+        one, other = (model(sample, torch.tensor([10, 900]), text).sample for model in (unet, stored))
+    error = (one - other).square().mean() / one.square().mean()
+    assert error < {"cpu": 1e-10, "int8": 1e-3, "fp8": 5e-3}[store]
+
+
+def test_weights_in_eight_bits_follow_a_cast_of_what_they_compute_in():
+    layer = nn.Linear(64, 96).requires_grad_(False)
+    store_weights(layer, "int8")
+    layer.to(torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16 and layer.kept.values.dtype == torch.int8
+    assert layer(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_small_layers_stay_as_they_are():
+    layer = nn.Linear(8, 8)
+    store_weights(layer, "int8")
+    assert type(layer) is nn.Linear and "weight" in dict(layer.named_parameters())
+    with pytest.raises(ValueError, match="no store 'int4'"):
+        store_weights(layer, "int4")
+
+
+def test_training_over_stored_experts_trains_the_same_aggregators_nearly(settings, tmp_path):  # noqa: F811
+    runs = [replace(settings, store=store, output=str(tmp_path / str(store))) for store in (None, "int8")]
+    histories = [train(run)["history"] for run in runs]
+    assert histories[0] != histories[1]  # it is really used
+    assert histories[1][-1]["held_out_loss"] == pytest.approx(histories[0][-1]["held_out_loss"], rel=2e-2)
+    assert aggregators(runs[1]).keys() == aggregators(runs[0]).keys()
+
+
+def test_checkpointed_stages_fetch_their_weights_again(settings, tmp_path):  # noqa: F811
+    runs = [replace(settings, store="fp8", gradient_checkpointing=on, output=str(tmp_path / str(on))) for on in (False, True)]
+    plain, checkpointed = (train(run)["history"] for run in runs)
+    assert [entry["held_out_loss"] for entry in plain] == pytest.approx([entry["held_out_loss"] for entry in checkpointed], rel=1e-4)
+
+
+def test_experts_in_the_memory_of_the_cpu_need_another_device(settings):  # noqa: F811
+    with pytest.raises(UserError, match="--store cpu keeps experts beside a GPU"):
+        plan(replace(settings, store="cpu"))
