@@ -65,14 +65,14 @@ class Options:
             raise UserError("--device cuda is not available here; use --device cpu")
 
 
-def make_experts(options: Options) -> list[UNet2DConditionModel]:
+def make_experts(options: Options, device: str | None = None) -> list[UNet2DConditionModel]:
     """Experts of one config with random weights, made in their dtype. Raises UserError if there is no such config."""
     place = Path(options.config)
     folder = place if (place / "config.json").is_file() else config_folder(options.config) / "unet"
     config = UNet2DConditionModel.load_config(folder)
     torch.set_default_dtype(getattr(torch, options.dtype))
     try:
-        made = [UNet2DConditionModel.from_config(config).to(options.device) for _ in range(options.experts)]
+        made = [UNet2DConditionModel.from_config(config).to(device or options.device) for _ in range(options.experts)]
     finally:
         torch.set_default_dtype(torch.float32)
     return [expert.eval().requires_grad_(False) for expert in made]

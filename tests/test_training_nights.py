@@ -131,10 +131,18 @@ def test_two_small_batches_make_the_step_of_a_large_one(settings, tmp_path):  # 
     assert close(large, settings)
 
 
-def test_two_processes_make_the_step_of_one_with_twice_the_batch(settings, tmp_path):  # noqa: F811
-    large = replace(settings, batch_size=4, output=str(tmp_path / "large"), lr=1e-4, steps=3)
+REWARDED = {"objective": "mse+draft", "reward": "red.py", "draft_steps": 3, "draft_last": 2, "sparsity": 0.1}
+
+
+@pytest.mark.parametrize("objective", [{}, REWARDED], ids=["mse", "mse+draft"])
+def test_two_processes_make_the_step_of_one_with_twice_the_batch(settings, tmp_path, objective, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    Path("red.py").write_text("def reward(images, captions):\n    return images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2))\n")
+    large = replace(settings, batch_size=4, output=str(tmp_path / "large"), lr=1e-4, steps=3, **objective)
     train(large)
-    arguments = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29619", *command(settings)[1:], "--lr", "1e-4", "--steps", "3"]
+    more = [word for name, value in objective.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29619"]
+    arguments = [*launch, *command(settings)[1:], "--lr", "1e-4", "--steps", "3", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

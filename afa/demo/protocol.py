@@ -23,4 +23,5 @@ def protocol(request: Request) -> Protocol:
         real=Real(json.dumps({"mixed scenes": REAL_SCENES, "seed": REAL}), lambda: render_all(sample_scenes("mixed", REAL_SCENES, REAL), REAL)),
         tuning=[scene.caption for scene in sample_scenes("mixed", TUNING_SCENES, TUNING)],
         training=lambda folder: draw(folder, "mixed", TRAINING_SCENES, TRAINING + request.seed),
+        reward="scenes",
     )

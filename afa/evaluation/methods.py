@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from afa.evaluation.controls import control_rows
 from afa.evaluation.merges import merge_rows
+from afa.evaluation.objectives import objective_rows
 from afa.evaluation.rivals import auto_mbw_rows, sampling_rows
 from afa.evaluation.rows import Row
 from afa.evaluation.setup import Setup
@@ -23,11 +24,12 @@ def all_rows(setup: Setup, tuner: Tuner, names: Sequence[str]) -> list[Row]:
 
 
 def study_rows(setup: Setup, rows: Sequence[Row], studies: Sequence[str]) -> list[Row]:
-    """What studies add: other numbers of steps, fewer experts, the ensemble without one of its parts."""
+    """What studies add: other numbers of steps, fewer experts, the ensemble without one of its parts, other objectives."""
     makers: dict[str, Callable[[], list[Row]]] = {
         "steps": lambda: _stepped(setup, rows),
         "experts": lambda: expert_rows(setup),
         "ablations": lambda: ablation_rows(setup),
+        "objectives": lambda: objective_rows(setup),
     }
     return [row for study in studies for row in makers[study]()]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from afa.errors import UserError
 from afa.options import option
 
-STUDIES = ["steps", "experts", "ablations"]
+STUDIES = ["steps", "experts", "ablations", "objectives"]
 # May differ between the two halves of an interrupted comparison: they do not change any image or score.
 FREE = ("output", "methods", "seeds", "metrics", "metric_weights", "scorer", "study", "batch_size", "device", "resamples", "dry_run", "json")
 
@@ -25,7 +25,9 @@ class EvaluateSettings:
     metrics: list[str] | None = option(None, help="judge by these, the first leading the table (default: the protocol's)")
     metric_weights: list[str] | None = option(None, help="where a metric's weights are, each METRIC=PATH or METRIC=org/name")
     scorer: str | None = option(None, help="a Python file with score(images, captions) -> dict of arrays, and perhaps features(images)")
-    study: list[str] | None = option(None, help="also: steps (10, 20, 30, 50), experts (how many), ablations", choices=STUDIES)
+    study: list[str] | None = option(None, help="also: steps (10, 20, 30, 50), experts (how many), ablations (placement, depth …), objectives", choices=STUDIES)
+    reward: str | None = option(None, help="of the study of objectives, as in `afa train` (default: the protocol's own)")
+    reward_weights: str | None = option(None, help="where that reward's weights are (default: the hub)")
     prompts: int | None = option(None, help="only the first so many prompts (default: all of the protocol's)")
     images_per_prompt: int | None = option(None, help="images of each prompt (default: the protocol's)")
     seed: int = option(0, help="seed of the first image's noise; image k has seed + k, for every method")

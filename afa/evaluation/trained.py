@@ -32,7 +32,7 @@ def trained_rows(setup: Setup) -> list[Row]:
     router = functools.partial(_train, setup, "prediction_router", {"placement": "out"})
     return [
         _row(setup, "prediction_router", "control", "prediction router", router),
-        _row(setup, "afa", "ours", "AFA", functools.partial(_afa, setup)),
+        _row(setup, "afa", "ours", "AFA", functools.partial(afa_run, setup)),
     ]
 
 
@@ -41,7 +41,7 @@ def ablation_rows(setup: Setup) -> list[Row]:
     recorded = setup.training(setup.output, 0)
     changed = {title: changes for title, changes in ABLATIONS.items() if any(_value(recorded, name) != value for name, value in changes.items())}
     return [
-        _row(setup, f"afa, {title}", "ours", title, functools.partial(_train, setup, _folder_name(title), changes), axes={"variant": title}, of="afa")
+        _row(setup, f"afa, {title}", "ours", title, functools.partial(_train, setup, folder_name(title), changes), axes={"variant": title}, of="afa")
         for title, changes in changed.items()
     ]
 
@@ -64,20 +64,21 @@ def _value(recorded: Any, name: str) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-def _folder_name(title: str) -> str:
+def folder_name(title: str) -> str:
+    """A title as a folder is called."""
     return "".join(letter if letter.isalnum() else "-" for letter in title).strip("-")
 
 
 def _row(
     setup: Setup, name: str, group: str, title: str, make: Any, *, axes: Mapping[str, Any] | None = None, of: str = "", names: Sequence[str] = ()
 ) -> Row:
-    sampler = functools.partial(_sampler, setup, make, tuple(names))
+    sampler = functools.partial(trained_sampler, setup, make, tuple(names))
     return Row(name, group, title, sampler, train=make, runs=setup.settings.seeds, axes=axes or {}, of=of)
 
 
-def _afa(setup: Setup, options: Options, run: int) -> Trained:
+def afa_run(setup: Setup, options: Options, run: int) -> Trained:
     """The ensemble as it was given, and its like at later seeds."""
-    return _read(setup.folder) if run == 0 else _train(setup, "afa", {}, options, run)
+    return read_trained(setup.folder) if run == 0 else _train(setup, "afa", {}, options, run)
 
 
 def _train(setup: Setup, name: str, changes: dict[str, Any], options: Options, run: int) -> Trained:
@@ -90,10 +91,11 @@ def _train(setup: Setup, name: str, changes: dict[str, Any], options: Options, r
                 settings.aggregator, settings.placement, attention_up_to=settings.attention_up_to, **settings.aggregator_options()
             )
         train(settings, plan(settings, shared))
-    return _read(Path(settings.output))
+    return read_trained(Path(settings.output))
 
 
-def _read(folder: Path) -> Trained:
+def read_trained(folder: Path) -> Trained:
+    """What training left in a folder."""
     manifest = read_manifest(folder)
     record = manifest.training or {}
     return Trained(
@@ -106,7 +108,7 @@ def _read(folder: Path) -> Trained:
     )
 
 
-def _sampler(setup: Setup, make: Any, names: tuple[str, ...], options: Options, run: int) -> Sampler:
+def trained_sampler(setup: Setup, make: Any, names: tuple[str, ...], options: Options, run: int) -> Sampler:
     """A stock pipeline around the trained ensemble; experts in memory are shared."""
     folder = make(options, run).folder
     if names:

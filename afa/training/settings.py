@@ -1,7 +1,9 @@
 """What a training run is asked to do. No heavy imports: the command line's help comes from here."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
 from afa.errors import UserError
 from afa.options import option
@@ -114,6 +116,11 @@ class TrainSettings(LoopSettings):
             at_least_one(name, getattr(self, name))
         if self.depth < 0:
             raise UserError(f"--depth {self.depth} must be at least 0")
+
+    def further(self, start: Path | str, **changes: Any) -> "TrainSettings":
+        """The same run, going on from a saved ensemble instead of experts."""
+        made = {field.name: field.default for field in fields(self) if field.name in MADE}
+        return replace(self, **{**made, "experts": None, "recipe": None, "start": str(start), **changes})
 
     def aggregator_options(self) -> dict[str, object]:
         """Options of the kind of aggregator."""

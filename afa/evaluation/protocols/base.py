@@ -31,6 +31,7 @@ class Protocol:
     metrics: judged by default; the first leads the table. first: metrics that look only at the first so many items.
     real: for distances between sets. references: the real image of each item, where prompts are captions of images.
     tuning: captions that options may be chosen on; never those that are judged.
+    reward: of afa.training.rewards, where a protocol has one that its metrics do not judge by.
     training: writes captioned images to train on into a folder, where a protocol brings its own.
     """
 
@@ -44,6 +45,7 @@ class Protocol:
     references: Sequence[Callable[[], NDArray[np.uint8]]] | None = None
     tuning: Sequence[str] = ()
     training: Callable[[Path], None] | None = None
+    reward: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """For the report: what was asked, without the prompts."""

@@ -9,7 +9,12 @@ from afa.evaluation.report.tables import Row, Shown, Table
 from afa.evaluation.results import Method
 from afa.evaluation.statistics import Estimate
 
-TITLES = {"steps": "Quality against steps", "experts": "Quality against the number of experts", "variant": "Ablations"}
+TITLES = {
+    "steps": "Quality against steps",
+    "experts": "Quality against the number of experts",
+    "variant": "Ablations",
+    "objective": "Objectives, further steps by each",
+}
 
 
 @dataclass(frozen=True)

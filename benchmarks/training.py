@@ -1,0 +1,178 @@
+"""What training costs: time over the experts' own passes, memory by what is switched on, and what a cache saves.
+
+    python benchmarks/training.py                                     # the embedded experts, everything measured
+    python benchmarks/training.py --config sd15 --batch 8 --plan      # memory of every way, counted without memory (minutes)
+
+A training step is compared with what no method can avoid: each expert's forward pass and the backward pass to its activations, one
+expert after another. Ratios are taken within a round; given are the median, the smallest and the largest of n rounds. Memory is counted
+from the tensors of a step: what an allocator adds is not in it. `--device cuda` measures the allocator's peak as well.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import step as steps
+import torch
+from timing import Clock, Spread, Work, rounds
+
+from afa.cli.flags import add_flags, read_flags
+from afa.demo.world import BASE, EXPERTS
+from afa.denoiser.unet import UNetEnsemble
+from afa.errors import UserError
+from afa.experts.storage import store_weights
+from afa.options import option
+from afa.training.estimate import step_bytes
+from afa.training.run import plan
+from afa.training.settings import TrainSettings
+
+EMBEDDED = str(BASE / "unet")
+# name -> experts in, stages recomputed, experts' weights in
+WAYS: dict[str, tuple[str, bool, str | None]] = {
+    "float32": ("float32", False, None),
+    "float32, checkpointing": ("float32", True, None),
+    "bfloat16": ("bfloat16", False, None),
+    "bfloat16, checkpointing": ("bfloat16", True, None),
+    "bfloat16, checkpointing, int8": ("bfloat16", True, "int8"),
+    "bfloat16, checkpointing, cpu": ("bfloat16", True, "cpu"),
+}
+MEASURED = ("float32", "float32, checkpointing")  # in time: what a CPU is good at
+
+
+@dataclass(frozen=True)
+class Options:
+    """One measurement, field by field a flag."""
+
+    config: str = option(EMBEDDED, help="sd15, sd21, sdxl or a folder with a U-Net's config.json (default: the embedded experts')")
+    experts: int = option(3, help="how many experts")
+    size: int | None = option(None, help="side of the image in pixels, eight for one of the latent's (default: the model's own)")
+    batch: int = option(8, help="images a step")
+    small: bool = option(False, help="aggregators of hidden 32, 4 heads, depth 1, as the embedded experts' always are; else the paper's 128, 8, 2")
+    attention_up_to: int | None = option(None, help="build the transformer only on maps up to this side in latent pixels")
+    repeats: int = option(3, help="rounds")
+    plan: bool = option(False, help="only count memory; nothing is run")
+    images: int = option(256, help="for the cache, of the embedded world")
+    device: str = option("cpu", help="where", choices=["cpu", "cuda"])
+    json: bool = option(False, help="print JSON")
+
+    def __post_init__(self) -> None:
+        for name in ("experts", "batch", "repeats", "images"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
+
+    def steps(self, dtype: str = "float32", checkpointing: bool = False) -> steps.Options:
+        """The same for the benchmark of steps."""
+        shared = {name: getattr(self, name) for name in ("config", "experts", "size", "batch", "attention_up_to", "device")}
+        small = self.small or self.config == EMBEDDED
+        shape = {"hidden": 32, "heads": 4, "depth": 1} if small else {"hidden": 128, "heads": 8, "depth": 2}
+        return steps.Options(**shared, **shape, dtype=dtype, gradient_checkpointing=checkpointing, placement="layers", repeats=self.repeats)
+
+
+def memory(options: Options) -> dict[str, float]:
+    """GB of tensors in a step, by way."""
+    with torch.device("meta"):
+        experts = steps.make_experts(options.steps(), "meta")
+        model = UNetEnsemble(experts, recipe=steps.recipe(options.steps()))
+    side = (options.size or experts[0].config.sample_size * steps.PIXELS) // steps.PIXELS
+    found = {}
+    for name, (dtype, checkpointing, store) in WAYS.items():
+        print(f"counting memory: {name}", file=sys.stderr, flush=True)
+        found[name] = step_bytes(model, options.batch, side, getattr(torch, dtype), checkpointing, store) / 1e9
+    return found
+
+
+def times(options: Options) -> dict[str, Any]:
+    """Seconds of a step and their ratio to the experts', by way."""
+    found: dict[str, Any] = {}
+    for name in MEASURED if options.device == "cpu" else WAYS:
+        dtype, checkpointing, store = WAYS[name]
+        torch.manual_seed(0)
+        asked = options.steps(dtype, checkpointing)
+        experts = steps.make_experts(asked)
+        call = steps.make_call(experts[0], asked)
+        alone: list[Work] = [steps.train_step(expert, call, (), False) for expert in experts]
+        stored = [copy.deepcopy(expert) for expert in experts] if store else experts
+        for expert in stored if store else ():
+            store_weights(expert, str(store))
+        model = UNetEnsemble(stored, recipe=steps.recipe(asked)).to(options.device).train()
+        own = steps.train_step(model, call, list(model.aggregators.parameters()), checkpointing)
+        found[name] = rounds(name, Clock(options.device), alone, own, options.repeats)
+        del found[name]["aggregators_share"]  # the backward pass is not watched
+        if options.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            own()
+            found[name]["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return found
+
+
+def caching(options: Options) -> dict[str, Any]:
+    """Seconds until the first step: without a cache, filling it, and from a full one; on the embedded experts."""
+    from afa.training.assemble import make_accelerator, make_trainer
+    from afa.training.run import _initialise
+
+    found: dict[str, list[float]] = {"without": [], "filling": [], "from_the_cache": []}
+    for number in range(options.repeats):
+        with tempfile.TemporaryDirectory() as place, _quiet():
+            for name, cache in (("without", None), ("filling", f"{place}/cache"), ("from_the_cache", f"{place}/cache")):
+                settings = TrainSettings(
+                    experts=[str(path) for path in EXPERTS.values()], data=f"scenes:{options.images}", output=f"{place}/{number}-{name}",
+                    hidden=32, heads=4, depth=1, cache=cache, device=options.device,
+                )  # fmt: skip
+                planned, accelerator = plan(settings), make_accelerator(settings)
+                started = time.monotonic()
+                make_trainer(planned, accelerator, _initialise)
+                found[name].append(time.monotonic() - started)
+    ratio = [cached / plain for cached, plain in zip(found["from_the_cache"], found["without"], strict=True)]
+    return {**{f"{name}_seconds": Spread.of(values) for name, values in found.items()}, "cached_over_without": Spread.of(ratio)}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from afa.cli.quiet import hush
+
+    hush()
+    yield
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Everything asked for."""
+    found: dict[str, Any] = {"setting": {**asdict(options), "torch": torch.__version__, "threads": torch.get_num_threads()}}
+    found["memory_gb"] = memory(options)
+    if not options.plan:
+        found |= {f"step, {name}": values for name, values in times(options).items()}
+        found["until the first step"] = caching(options)
+    return found
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The result as lines."""
+    lines = [", ".join(f"{name} {value}" for name, value in found["setting"].items())]
+    for part, values in list(found.items())[1:]:
+        for name, value in values.items():
+            lines.append(f"{part:<28} {name.replace('_', ' '):<30} {value if isinstance(value, Spread) else f'{value:9.3f}'}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """-> 0 done, 2 not as asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, Options)
+    try:
+        options = read_flags(Options, parser.parse_args())
+        found = measure(options)
+    except (UserError, ValueError) as error:
+        print(f"training.py: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found, indent=2, default=asdict) if options.json else as_text(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Studies of a comparison, on tiny real experts: each part and each objective is really changed, and told against what it came from."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_evaluate import settings, world  # noqa: F401 (fixtures)
+
+from afa.checkpoint.manifest import read_manifest
+from afa.cli.main import main
+from afa.evaluation.objectives import OBJECTIVES
+from afa.evaluation.results import Results
+from afa.evaluation.run import evaluate
+
+
+@pytest.fixture
+def red(tmp_path):
+    (tmp_path / "red.py").write_text("def reward(images, captions):\n    return images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2))\n")
+    return str(tmp_path / "red.py")
+
+
+def test_objectives_are_compared_with_as_many_steps_of_the_diffusion_loss(settings, red, tmp_path, capsys):  # noqa: F811
+    run = replace(settings, methods=["single"], study=["objectives"], images_per_prompt=1, reward=red)
+    evaluate(run)
+    results = Results.load(Path(run.output))
+    assert not results.errors
+    rows = {method.axes["objective"]: method for method in results.methods if method.axes}
+    assert list(rows) == list(OBJECTIVES)
+    assert {name: method.of for name, method in rows.items()} == {name: "afa" if name == "mse" else "afa, objective mse" for name in OBJECTIVES}
+    for name in OBJECTIVES:
+        (folder,) = (Path(run.output) / "trained").glob(f"objective-{name.replace('+', '-')}/seed-0")
+        record = read_manifest(folder).training["settings"]
+        assert record["objective"] == name and record["start"] == run.ensemble and record["batch_size"] == 1
+        assert (record["reward"] is None) == (name == "mse")
+    assert main(["report", run.output, "--output", str(tmp_path / "report.html"), "--markdown", str(tmp_path / "report.md")]) == 0
+    said = (tmp_path / "report.md").read_text()
+    assert "Objectives, further steps by each" in said and "AFA, further by mse" in said
+
+
+def test_the_study_of_objectives_needs_a_reward_that_is_named(settings):  # noqa: F811
+    run = replace(settings, methods=["single"], study=["objectives"], images_per_prompt=1)
+    evaluate(run)
+    errors = json.loads((Path(run.output) / "results.json").read_text())["errors"]
+    assert len(errors) == len(OBJECTIVES) - 1 and all("name one with --reward" in error for error in errors)
+
+
+def test_ablations_change_one_thing_each(settings):  # noqa: F811
+    run = replace(settings, methods=["single"], study=["ablations"], images_per_prompt=1)
+    evaluate(run)
+    results = Results.load(Path(run.output))
+    assert not results.errors
+    variants = {method.axes["variant"] for method in results.methods if "variant" in method.axes}
+    assert variants == {"own paths (stitch)", "no text", "no time", "no spatial map", "depth 0", "depth 2", "placement blocks", "placement out"}
+    own = read_manifest(Path(run.ensemble)).training["settings"]
+    for folder in (Path(run.output) / "trained").glob("*/seed-0"):
+        changed = {name for name, value in read_manifest(folder).training["settings"].items() if value != own[name]}
+        assert len(changed - {"output", "vae", "device"}) == 1, (folder, changed)
