@@ -34,13 +34,14 @@ def read_recipe(command: str, recipe: str, options: type) -> dict[str, Any]:
         raise UserError(f"--recipe {file} is no TOML: {error}") from None
     hints = typing.get_type_hints(options)
     flags = [field.name for field in dataclasses.fields(options) if field.name != "recipe"]
-    return {field: _checked(file, key, value, hints[field]) for key, value in found.items() for field in [_field(file, key, flags)]}
+    return {field: _checked(file, key, value, hints[field]) for key, value in found.items() for field in [_field(command, file, key, flags)]}
 
 
-def _field(file: Path, key: str, flags: list[str]) -> str:
+def _field(command: str, file: Path, key: str, flags: list[str]) -> str:
     name = key.replace("-", "_")
     if name not in flags:
-        raise UserError(f"--recipe {file}: {unknown(name, flags, 'flag')}".replace("_", "-"))
+        told = unknown(name, flags, "flag").partition(" Known:")[0].replace("_", "-")
+        raise UserError(f"--recipe {file}: {told} All are shown by: afa {command} --help")
     return name
 
 

@@ -48,6 +48,16 @@ CASES = [
     ("Shards that are not there", TRAIN.replace("--data data", "--data shards/{00..03}.tar")),
     ("Mirrored crops without crops", f"{TRAIN} --flip"),
     ("A tracker that is not installed", f"{TRAIN} --log-with wandb"),
+    ("A recipe that does not exist", "afa train --recipe scene"),
+    ("A recipe with a flag that does not exist", "afa train --recipe wrong.toml --data data --output out"),
+    ("An objective that does not exist", f"{TRAIN} --objective mse+rewrad"),
+    ("A reward without its weights", f"{TRAIN} --objective reward --reward pickscore"),
+    ("A reward that cannot be differentiated", f"{TRAIN} --objective reward --reward fid"),
+    ("The embedded reward for captions of another world", f"{TRAIN.replace('--data data', '--data foreign')} --objective reward --reward scenes"),
+    ("A flow's weighting where nothing flows", f"{TRAIN} --weighting cosmap"),
+    ("A metric that watches nothing", f"{TRAIN} --watch clip_t"),
+    ("Experts beside a GPU that is not there", f"{TRAIN} --store cpu"),
+    ("New aggregators for an ensemble that has some", "afa train --start done --hidden 16 --data data --output out"),
     ("A resolution the VAE cannot halve", f"{TRAIN} --resolution 30"),
     ("A placement that does not exist", f"{TRAIN} --placement layer"),
     ("A placement without the last stage", f"{TRAIN} --placement IN00,M00"),
@@ -176,12 +186,14 @@ def _change(unet: Path) -> None:
 def _broken_data(folder: Path) -> None:
     entries = {"silent": [{"file_name": "a.png", "text": ""}], "broken": [{"file_name": "a.png", "text": "x"}, {"file_name": "gone.png", "text": "x"}]}
     entries["few"] = [{"file_name": "a.png", "text": "x"}] * 3
+    entries["foreign"] = [{"file_name": "a.png", "text": "a cat"}] * 12
     for name in ("empty", *entries):
         (folder / name).mkdir()
     for name, lines in entries.items():
         Image.new("RGB", (8, 8)).save(folder / name / "a.png")
         (folder / name / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "broken" / "a.png").write_bytes(b"no image")
+    (folder / "wrong.toml").write_text("learning-rate = 0.1\n")
     (folder / "none.txt").write_text("\n\n")
     (folder / "prompts.txt").write_text("a cat\na dog\n")
     (folder / "stages.toml").write_text("IN99 = 0.5\n")

@@ -46,7 +46,7 @@ def plan(settings: LoraSettings, alone: Ensemble | None = None) -> tuple[Plan, i
         alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", vae=settings.vae, dtype=dtype, config=settings.config)
     if alone.denoiser.family != "unet":
         raise UserError(f"expert '{alone.names[0]}' is a {alone.denoiser.family}; LoRAs are trained on U-Nets only")
-    check_objective(settings, alone)
+    check_objective(settings, alone, source)
     rank = settings.rank or matching_rank(alone.denoiser.experts[0], wanted)
     return Plan(settings, alone, source, resolution_of(settings, alone), own), rank
 

@@ -88,31 +88,31 @@ class Setup:
         recorded = TrainSettings(**record["settings"])
         if recorded.start is not None:
             raise UserError(f"{self.folder} was trained further from {recorded.start}, so it is no recipe for others; compare its start, or use --seeds 1")
-        fixed = {"experts": self.expert_specs(), "data": str(self.training_data), "output": str(output), "device": self.settings.device}
+        fixed = {"experts": self.expert_specs(), "data": self.training_data, "output": str(output), "device": self.settings.device}
         seed = recorded.seed + run
         return dataclasses.replace(recorded, **{**fixed, "seed": seed, "json": False, "dry_run": False, **changes})
 
     @cached_property
-    def training_data(self) -> Path:
+    def training_data(self) -> str:
         """Where the captioned training images are: as given, as recorded, or drawn by the protocol. Raises UserError if nowhere."""
         if self.settings.train_data is not None:
-            return Path(self.settings.train_data)
-        recorded = Path((self.manifest.training or {}).get("settings", {}).get("data", ""))
-        if recorded.name and recorded.is_dir():
-            return recorded
+            return self.settings.train_data
+        recorded = (self.manifest.training or {}).get("settings", {}).get("data", "")
+        if recorded and _opens(recorded):
+            return str(recorded)
         drawn = self.output / TRAINING_DATA
         if self.protocol.training is not None and not (drawn / "metadata.jsonl").exists():
             self.protocol.training(drawn)
         if not drawn.is_dir():
             raise UserError(f"the training data of {self.folder} are not at {recorded} any more; give their place with --train-data")
-        return drawn
+        return str(drawn)
 
     def tuning_captions(self) -> list[str]:
         """Captions that options may be chosen on: the protocol's, else those of the training data; none if there are neither."""
         if self.protocol.tuning:
             return list(self.protocol.tuning[: self.settings.tuning])
         try:
-            samples = open_source(str(self.training_data)).samples
+            samples = open_source(self.training_data).samples
         except UserError:
             return []
         return [sample.caption for sample in samples[: self.settings.tuning]]
@@ -123,6 +123,15 @@ class Setup:
         pipe = ensemble.pipeline(vae=self.ensemble.frame.vae, scheduler=type(scheduler).from_config(scheduler.config))
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.device)
+
+
+def _opens(data: str) -> bool:
+    """Whether training data are still where they were, in whatever form."""
+    try:
+        open_source(data)
+    except UserError:
+        return False
+    return True
 
 
 def _device(name: str | None) -> torch.device:

@@ -18,6 +18,7 @@ from afa.training.data import Augmentation, Encoded, Work, check_skipped, encode
 from afa.training.noise import Noising
 from afa.training.objectives.table import make_means, make_objectives
 from afa.training.pictures import Crop
+from afa.training.rewards import is_small
 from afa.training.settings import LoopSettings
 from afa.training.sheets import make_watch
 from afa.training.sources.base import Columns, Source
@@ -28,7 +29,7 @@ FEW = 50  # images, encoded without a bar
 
 def find_data(settings: LoopSettings) -> Source:
     """List the data, reading no image. Raises UserError if there are too few, or too many cannot be used."""
-    source = open_source(settings.data, Columns(settings.image_column, settings.caption_column))
+    source = open_source(settings.data, Columns(settings.image_column, settings.caption_column), settings.limit)
     check_skipped(source, settings.max_skipped)
     split(source.samples, settings.held_out, settings.seed)  # raises where there are too few
     return source
@@ -50,12 +51,15 @@ def noising_of(settings: LoopSettings, ensemble: Ensemble, device: torch.device)
     return Noising(ensemble.frame.scheduler, config["scaling_factor"], config.get("shift_factor"), device, settings.timesteps)
 
 
-def check_objective(settings: LoopSettings, ensemble: Ensemble) -> None:
-    """Raises UserError for whatever would stop the run once its data are encoded: a schedule, a weighting, weights of judges."""
+def check_objective(settings: LoopSettings, ensemble: Ensemble, source: Source) -> None:
+    """Raises UserError for whatever would stop the run once its data are encoded: a schedule, a weighting, weights of judges, their answers."""
     cpu = torch.device("cpu")
     means = make_means(settings, noising_of(settings, ensemble, cpu), ensemble.frame.vae, cpu, False)
     make_objectives(means, [])
     make_watch(settings, cpu)
+    if means.reward is not None and is_small(settings.reward):
+        side = resolution_of(settings, ensemble)
+        means.reward(torch.zeros(1, 3, side, side, requires_grad=True), [source.samples[0].caption])
 
 
 def encode_data(settings: LoopSettings, source: Source, resolution: int, vae: Any) -> tuple[Encoded, Encoded]:

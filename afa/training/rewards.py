@@ -33,6 +33,11 @@ def make_reward(name: str, device: torch.device, weights: str | None = None, bet
     return Relative(reward, better, worse) if better or worse else reward
 
 
+def is_small(name: str | None) -> bool:
+    """Whether a reward can be tried on one image without reading large weights: the embedded one, a user's own."""
+    return name is not None and (name in OWN or name.endswith(".py"))
+
+
 def _named(name: str, device: torch.device, weights: str | None) -> Reward:
     if name in OWN:
         if weights is not None:
@@ -43,7 +48,10 @@ def _named(name: str, device: torch.device, weights: str | None) -> Reward:
     if name not in NAMES:
         why = "; it cannot be differentiated, or judges sets" if name in METRICS else ""
         raise UserError(f"--reward: {unknown(name, NAMES, 'reward')}{why}, or give a Python file with reward(images, captions)")
-    metric: Any = make_metric(name, Resources(weights, device))
+    try:
+        metric: Any = make_metric(name, Resources(weights, device))
+    except UserError as error:
+        raise UserError(str(error).replace(f"--metric-weights {name}=", "--reward-weights ")) from None
     assert isinstance(metric, Differentiable)
     return metric.reward
 

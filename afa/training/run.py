@@ -42,7 +42,7 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
     ensemble = ensemble or _ensemble(settings)
     if settings.store is not None:
         _store(settings.store, ensemble, choose_device(settings.device))
-    check_objective(settings, ensemble)
+    check_objective(settings, ensemble, source)
     return Plan(settings, ensemble, source, resolution_of(settings, ensemble), own, settings.store)
 
 

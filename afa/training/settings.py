@@ -23,6 +23,7 @@ class LoopSettings(ObjectiveSettings):
     data: str = option(help="a folder with metadata.jsonl, a .jsonl of paths, .parquet, .tar shards (x-{000..099}.tar), or a data set of the hub")
     image_column: str | None = option(None, help="of the data: where the image or its path is (default: image, jpg, file_name …)")
     caption_column: str | None = option(None, help="of the data: where the caption is (default: text, caption, prompt)")
+    limit: int | None = option(None, help="only the first so many images; a data set of the hub is then streamed instead of downloaded")
     crops: int = option(0, help="squares cut at random places of every training image, each encoded once; 0: its centre")
     flip: bool = option(False, help="mirror half of the random crops")
     max_skipped: float = option(0.1, help="share of the images that may be unusable before the run stops")
@@ -60,8 +61,9 @@ class LoopSettings(ObjectiveSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "batch_size", "accumulate", "held_out", "evaluate_every", "patience", "save_every", "sheet_images", "sheet_steps"):
-            at_least_one(name, getattr(self, name))
+        for name in ("steps", "batch_size", "accumulate", "held_out", "evaluate_every", "patience", "save_every", "sheet_images", "sheet_steps", "limit"):
+            if getattr(self, name) is not None:
+                at_least_one(name, getattr(self, name))
         if self.watch is not None and self.sheet_every is None:
             raise UserError(f"--watch {self.watch} judges sheets; give --sheet-every {self.evaluate_every}")
         if self.sheet_every is not None and (self.sheet_every < 1 or self.sheet_every % self.evaluate_every):

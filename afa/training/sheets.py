@@ -31,7 +31,10 @@ def make_watch(settings: LoopSettings, device: torch.device) -> ImageMetric | No
         return None
     if settings.watch == settings.reward:
         raise UserError(f"--watch {settings.watch} is the reward itself; choose another metric")
-    metric = make_metric(settings.watch, Resources(settings.watch_weights, device))
+    try:
+        metric = make_metric(settings.watch, Resources(settings.watch_weights, device))
+    except UserError as error:
+        raise UserError(str(error).replace(f"--metric-weights {settings.watch}=", "--watch-weights ")) from None
     if not isinstance(metric, ImageMetric):
         raise UserError(f"--watch {settings.watch} judges whole sets, and sheets are small; choose a metric of single images")
     return metric
@@ -92,7 +95,8 @@ class Sheets:
         worse = change.high < 0 if self.watch.higher_is_better else change.low > 0
         if worse and not self._warned:
             self._warned = True
-            tqdm.write(f"afa: {leading} of the sheet has become worse since training began ({change}): the reward may be hacked", file=sys.stderr)
+            worse_by = f"{leading} of the sheet has become worse since training was begun, or gone on with ({change})"
+            tqdm.write(f"afa: {worse_by}: the reward may be hacked", file=sys.stderr)
         return {"watched": {name: float(values.mean()) for name, values in scores.items()}}
 
 

@@ -23,16 +23,17 @@ DRAWN = {"scenes:": "afa.demo.source:from_scenes"}
 WANTED = f"a folder with {METADATA}, a .jsonl, .parquet files, .tar shards, or a data set of the hub"
 
 
-def open_source(place: str, columns: Columns | None = None) -> Source:
-    """List what a place holds. Raises UserError if nothing there can be trained on."""
-    columns = columns or Columns()
-    source = _open(place, columns)
+def open_source(place: str, columns: Columns | None = None, limit: int | None = None) -> Source:
+    """List what a place holds, or the first so many images of it. Raises UserError if nothing there can be trained on."""
+    source = _open(place, columns or Columns(), limit)
+    if limit is not None:
+        source = Source(source.origin, source.samples[:limit], source.skipped)
     if not source.samples:
         raise UserError(f"--data {place} has no image to train on: {source.summary()}")
     return source
 
 
-def _open(place: str, columns: Columns) -> Source:
+def _open(place: str, columns: Columns, limit: int | None) -> Source:
     path = Path(place)
     for prefix, drawer in DRAWN.items():
         if place.startswith(prefix):
@@ -47,7 +48,7 @@ def _open(place: str, columns: Columns) -> Source:
     if form is not None and files and not missing:
         return form(place, files, columns)
     if form is None and not path.exists() and HUB_ID.fullmatch(place.partition("@")[0]):
-        return from_hub(place, columns)
+        return from_hub(place, columns, limit)
     if form is not None:
         raise UserError(f"--data {place}: there is no file {missing[0] if missing else place}")
     raise UserError(f"--data {place} is {'of no known form' if path.exists() else 'not there'}; give {WANTED}")
