@@ -16,7 +16,6 @@ from afa.training.data import Augmentation, check_skipped, encode
 from afa.training.pictures import Crop, decode, square
 from afa.training.run import LEFT_OUT, train
 from afa.training.sources.base import Columns, Skipped
-from afa.training.sources.hub import from_hub
 from afa.training.sources.shards import expand
 from afa.training.sources.table import open_source
 
@@ -103,46 +102,9 @@ def test_a_folder_of_shards_or_of_parquet_files_is_a_source(tmp_path):
         assert [sample.caption for sample in open_source(str(place)).samples] == CAPTIONS
 
 
-def test_a_data_set_of_the_hub_is_read_as_others_are(tmp_path):
-    """A folder in the form of a hub's data set: the same loader, without a network."""
-    write_parquet(tmp_path)
-    source = from_hub(str(tmp_path), Columns())
-    assert [sample.caption for sample in source.samples] == CAPTIONS and [sample.read() for sample in source.samples] == PICTURES
-
-
-def test_a_data_set_of_the_hub_can_be_streamed(tmp_path):
-    write_parquet(tmp_path)
-    source = from_hub(str(tmp_path), Columns(), limit=4)
-    assert [sample.caption for sample in source.samples] == CAPTIONS[:4] and [sample.read() for sample in source.samples[::-1]] == PICTURES[3::-1]
-    assert len({sample.mark for sample in source.samples}) == 4
-    again = from_hub(str(tmp_path), Columns(), limit=99)
-    assert [sample.mark for sample in again.samples][:4] == [sample.mark for sample in source.samples] and len(again.samples) == 6
-
-
 @pytest.mark.parametrize("write", [write_folder, write_jsonl, write_parquet, write_shards])
 def test_only_the_first_images_are_taken(write, tmp_path):
     assert [sample.caption for sample in open_source(str(write(tmp_path)), limit=3).samples] == CAPTIONS[:3]
-
-
-def test_a_stream_that_breaks_is_one_sentence(tmp_path, monkeypatch):
-    from datasets import IterableDataset
-
-    write_parquet(tmp_path)
-    original = IterableDataset.__iter__
-
-    def broken(self):
-        for row in original(self):
-            yield row
-            raise ConnectionError("the other side has gone")
-
-    monkeypatch.setattr(IterableDataset, "__iter__", broken)
-    with pytest.raises(UserError, match="could not be streamed to its 4 rows: the other side has gone"):
-        from_hub(str(tmp_path), Columns(), limit=4)
-
-
-def test_a_data_set_that_is_nowhere_is_one_sentence():
-    with pytest.raises(UserError, match="--data nobody/nothing is no file or folder, and cannot be loaded from the hub"):
-        open_source("nobody/nothing")
 
 
 def test_samples_can_be_read_in_any_order(tmp_path):

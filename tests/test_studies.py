@@ -1,6 +1,7 @@
 """Studies of a comparison, on tiny real experts: each part and each objective is really changed, and told against what it came from."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,3 +57,19 @@ def test_ablations_change_one_thing_each(settings):  # noqa: F811
     for folder in (Path(run.output) / "trained").glob("*/seed-0"):
         changed = {name for name, value in read_manifest(folder).training["settings"].items() if value != own[name]}
         assert len(changed - {"output", "vae", "device"}) == 1, (folder, changed)
+
+
+def test_training_data_are_found_again_in_the_form_they_had(settings, world):  # noqa: F811
+    from afa.evaluation.setup import Setup
+
+    lines = [json.loads(line) for line in (world / "data" / "metadata.jsonl").read_text().splitlines()]
+    listed = world / "list.jsonl"
+    listed.write_text("\n".join(json.dumps({"path": str(world / "data" / line["file_name"]), "caption": line["text"]}) for line in lines))
+    copied = world / "afa-listed"
+    shutil.copytree(world / "afa", copied, dirs_exist_ok=True)
+    manifest = json.loads((copied / "afa.json").read_text())
+    manifest["training"]["settings"]["data"] = str(listed)
+    (copied / "afa.json").write_text(json.dumps(manifest))
+    setup = Setup(replace(settings, ensemble=str(copied)))
+    assert setup.training_data == str(listed)
+    assert setup.training(Path("out"), 1).data == str(listed)
