@@ -36,7 +36,8 @@ def test_objectives_are_compared_with_as_many_steps_of_the_diffusion_loss(settin
         assert (record["reward"] is None) == (name == "mse")
     assert main(["report", run.output, "--output", str(tmp_path / "report.html"), "--markdown", str(tmp_path / "report.md")]) == 0
     said = (tmp_path / "report.md").read_text()
-    assert "Objectives, further steps by each" in said and "AFA, further by mse" in said
+    assert "Objectives, further steps by each" in said
+    assert said.count("as it is") == 1 and said.count("(with AFA, further by mse)") == 4
 
 
 def test_the_study_of_objectives_needs_a_reward_that_is_named(settings):  # noqa: F811

@@ -76,6 +76,11 @@ def _differences(one: Analysis, study: Study) -> str:
     for of, points in study.lines.items():
         known = [(point, one.lead.against(point.method.name, of)) for point in points]
         entries = [Entry(str(point.place), point.method.group, found) for point, found in known if found is not None]
-        title = f"{one.lead.metric} minus that of {one.title(of) if of in one.methods else of} as it is"
+        title = f"{one.lead.metric} minus that of {one.title(of) if of in one.methods else of}{_as_it_is(one, of)}"
         parts += [forest(entries, f"{title}, n = {entries[0].found.difference.n}")] if entries else []
     return "".join(parts)
+
+
+def _as_it_is(one: Analysis, of: str) -> str:
+    """Said of rows of the main table; another row of the study is not as it is."""
+    return "" if of in one.methods and one.methods[of].axes else " as it is"

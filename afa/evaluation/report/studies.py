@@ -54,7 +54,7 @@ def study_table(one: Analysis, study: Study) -> Table:
         "method" if study.numeric else study.axis,
         *([study.axis] if study.numeric else []),
         f"{one.lead.metric} {arrow(one.lead)}",
-        "minus the main table's",
+        "minus the main table's" if _all_main(one, study) else "minus what it is compared with",
         "trained parameters",
         "seconds an image",
     ]
@@ -62,6 +62,11 @@ def study_table(one: Analysis, study: Study) -> Table:
         "Differences are paired by prompt and compare runs of the same training seeds; they are not corrected for their number."
     )
     return Table(headers, rows, f"{note} In bold: as in the main table." if any(row.strong for row in rows) else note)
+
+
+def _all_main(one: Analysis, study: Study) -> bool:
+    """Whether every point was derived from a row of the main table."""
+    return not any(of in one.methods and one.methods[of].axes for of in study.lines)
 
 
 def _axis(method: Method) -> str:
@@ -80,7 +85,7 @@ def _points(one: Analysis, axis: str, of: str, methods: Sequence[Method], numeri
         for method in methods
     ]
     main = _place_of_main(one, axis) if numeric else "as it is"
-    if main is not None and of in one.lead.values:
+    if main is not None and of in one.lead.values and not one.methods[of].axes:
         points.insert(0, Point(main, one.methods[of], _value_of_main(one, of, methods), main=True))
     return sorted(points, key=lambda point: float(point.place)) if numeric else points
 
@@ -103,6 +108,8 @@ def _cells(one: Analysis, study: Study, point: Point) -> list[Shown | str | None
     of, method = point.method.of or point.method.name, point.method
     title = one.title(of) if of in one.methods and study.axis != "experts" else method.title
     names = [title, f"{point.place:g}"] if study.numeric else [f"{title}, {point.place}"]
+    if of in one.methods and one.methods[of].axes:  # compared with another row of the study
+        names = [f"{method.title} (with {one.methods[of].title})"]
     return [
         *names,
         Shown(point.value),
