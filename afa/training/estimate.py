@@ -104,7 +104,7 @@ def advice(memory: Memory, *, checkpointing: bool, dtype: torch.dtype, cached: b
         found.append("--dtype bfloat16 (half of the experts and of the activations)")
     if store is None and memory.frozen > memory.total / 4:
         found.append(f"--store int8 (a quarter of {memory.frozen / 1e9:.2f} GB of experts in float32, half in bfloat16), or --store cpu")
-    if not cached and memory.beside > memory.total / 100:
+    if not cached and memory.beside > memory.total / 20:
         found.append(f"--cache DIR ({memory.beside / 1e9:.2f} GB of VAE and text encoders)")
     if batch_size > 1:
         found.append(f"--batch-size {batch_size // 2} --accumulate 2 (the same step in two parts)")
