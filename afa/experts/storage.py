@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 STORES = ("int8", "fp8", "cpu")
 LEAST = 4096  # numbers of a weight, below which nothing is gained
@@ -74,30 +75,26 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return torch.nn.grad.conv2d_input(ctx.shape, ctx.kept.fetch(grads[0]), grads[0], *ctx.how), None, None, None
+        return conv2d_input(ctx.shape, ctx.kept.fetch(grads[0]), grads[0], *ctx.how), None, None, None
 
 
 class _Stored(nn.Module):
     """What stored layers share: the weight is no parameter any more, but can still be read."""
 
     kept: Kept
+    _like: Tensor
 
     @property
     def weight(self) -> Tensor:
         """As it is computed with, in the dtype it came in."""
-        return self.kept.fetch(self.like)
-
-    @property
-    def like(self) -> Tensor:
-        found: Tensor = self._like
-        return found
+        return self.kept.fetch(self._like)
 
     def _apply(self, function: Any, recurse: bool = True) -> Any:
         self.kept.move(function)
-        return super()._apply(function, recurse)
+        return super()._apply(function, recurse)  # type: ignore[no-untyped-call]
 
 
-class StoredLinear(_Stored, nn.Linear):
+class StoredLinear(_Stored, nn.Linear):  # type: ignore[override]
     """A linear layer whose weight is kept elsewhere or smaller."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +102,7 @@ class StoredLinear(_Stored, nn.Linear):
         return found
 
 
-class StoredConv2d(_Stored, nn.Conv2d):
+class StoredConv2d(_Stored, nn.Conv2d):  # type: ignore[override]
     """A convolution whose weight is kept elsewhere or smaller."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,6 +118,7 @@ def store_weights(model: nn.Module, store: str) -> None:
     """
     if store not in STORES:
         raise ValueError(f"there is no store '{store}'. Known: {', '.join(STORES)}")
+    layer: Any
     for layer in list(model.modules()):
         large = isinstance(layer, (nn.Linear, nn.Conv2d)) and not isinstance(layer, _Stored) and layer.weight.numel() >= LEAST
         if not large or (isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str))):
