@@ -9,14 +9,12 @@ from torch import nn
 
 from afa.aggregators.table import Recipe
 from afa.denoiser.base import EnsembleDenoiser
-from afa.denoiser.unet import UNetEnsemble
+from afa.denoiser.table import DENOISERS
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
 from afa.experts.load import Expert, load_experts
 from afa.frame import Frame
 from afa.text import EnsembleTextEncoder, join_text_encoders
-
-DENOISERS: dict[str, type[EnsembleDenoiser]] = {"unet": UNetEnsemble}
 
 
 class Ensemble:
@@ -39,10 +37,11 @@ class Ensemble:
         cls,
         experts: Sequence[object],
         aggregator: str = "sabw",
-        placement: str | Sequence[str] = "layers",
+        placement: str | Sequence[str] | None = None,
         *,
         aggregators: str | Path | None = None,
         attention_up_to: int | None = None,
+        text_stream: str = "own",
         vae: str | None = None,
         tokenizer: str | None = None,
         scheduler: str | None = None,
@@ -53,8 +52,8 @@ class Ensemble:
         """Combine experts; untrained, their ensemble is the mean of their features.
 
         experts: strings (a diffusers folder, a .safetensors file, org/name@revision, name=… any of these, …+lora.safetensors),
-        diffusers pipelines, or bare denoisers. aggregator, aggregator_options, attention_up_to: see afa.aggregators.
-        placement: layers, blocks, out, or stage names. aggregators: a folder of trained ones, ours or the reference
+        diffusers pipelines, or bare denoisers. aggregator, aggregator_options, attention_up_to, text_stream: see afa.aggregators.
+        placement: layers, blocks, every-K, double, out, or stage names; default the family's. aggregators: a folder of trained ones, ours or the reference
         release's; then kind, options and placement come from there. vae, tokenizer, scheduler: an expert's name or a
         path; default the first expert's. dtype: of the experts. config: of single files, found out by default.
         Raises UserError, with every reason, for experts that cannot be fused.
@@ -64,25 +63,26 @@ class Ensemble:
         loaded = load_experts(experts, dtype, config)
         _check(loaded)
         frame = Frame(loaded, vae=vae, tokenizer=tokenizer, scheduler=scheduler, config=config)
-        recipe = Recipe(aggregator, aggregator_options, attention_up_to)
+        recipe = _recipe(aggregator, aggregator_options, attention_up_to, text_stream)
         return cls._combined(loaded, frame, recipe, placement, aggregators)
 
     def sharing(
         self,
         aggregator: str = "sabw",
-        placement: str | Sequence[str] = "layers",
+        placement: str | Sequence[str] | None = None,
         *,
         aggregators: str | Path | None = None,
         attention_up_to: int | None = None,
+        text_stream: str = "own",
         **aggregator_options: Any,
     ) -> "Ensemble":
         """Another ensemble of the very same experts and frame, which stay in memory once. Arguments: see from_experts."""
-        recipe = Recipe(aggregator, aggregator_options, attention_up_to)
+        recipe = _recipe(aggregator, aggregator_options, attention_up_to, text_stream)
         return self._combined(self.experts, self.frame, recipe, placement, aggregators)
 
     @classmethod
     def _combined(
-        cls, experts: Sequence[Expert], frame: Frame, recipe: Recipe, placement: str | Sequence[str], aggregators: str | Path | None
+        cls, experts: Sequence[Expert], frame: Frame, recipe: Recipe, placement: str | Sequence[str] | None, aggregators: str | Path | None
     ) -> "Ensemble":
         tensors = None
         if aggregators is not None:
@@ -174,13 +174,18 @@ def _check(experts: Sequence[Expert]) -> None:
         raise UserError("; ".join(reasons) + f". Compare them with: afa inspect {compare}")
 
 
-def _denoiser(experts: Sequence[Expert], recipe: Recipe, placement: str | Sequence[str]) -> EnsembleDenoiser:
+def _denoiser(experts: Sequence[Expert], recipe: Recipe, placement: str | Sequence[str] | None) -> EnsembleDenoiser:
     """The drop-in denoiser of a family."""
-    options: dict[str, Any] = {}
-    if experts[0].text_encoders:
-        options["text_widths"] = [encoder.config.hidden_size for encoder in experts[0].text_encoders]
+    widths = [encoder.config.hidden_size for encoder in experts[0].text_encoders]
     names = [expert.name for expert in experts]
     try:
-        return DENOISERS[experts[0].family]([expert.model for expert in experts], names, recipe, placement, **options)
+        return DENOISERS[experts[0].family]([expert.model for expert in experts], names, recipe, placement, widths)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _recipe(aggregator: str, options: Mapping[str, Any], attention_up_to: int | None, text_stream: str) -> Recipe:
+    try:
+        return Recipe(aggregator, options, attention_up_to, text_stream)
     except ValueError as error:
         raise UserError(str(error)) from None

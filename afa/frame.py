@@ -12,12 +12,12 @@ from afa.errors import UserError
 from afa.experts.load import TEXT_ENCODERS, TOKENIZERS, Expert, load_vae
 from afa.experts.locate import locate
 from afa.experts.spec import ExpertSpec
+from afa.families.table import FAMILIES
 
 if TYPE_CHECKING:
     from afa.ensemble import Ensemble
 
 NO_SAFETY_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-PIPELINES = {1: "StableDiffusionPipeline", 2: "StableDiffusionXLPipeline"}  # by number of text encoders
 
 
 class Frame:
@@ -90,9 +90,10 @@ class Frame:
                 "the experts were given as bare denoisers, without text encoders and scheduler;"
                 " give whole pipelines, or put ensemble.denoiser into your own"
             )
-        chosen = pipeline_class or getattr(diffusers, PIPELINES[len(ensemble.text_encoders)])
+        family = FAMILIES[self.experts[0].family]
+        chosen = pipeline_class or getattr(diffusers, family.call.pipeline(len(ensemble.text_encoders)))
         parts: dict[str, Any] = {
-            "unet": ensemble.denoiser,
+            family.component: ensemble.denoiser,
             **dict(zip(TEXT_ENCODERS, ensemble.text_encoders, strict=False)),
             **dict(zip(TOKENIZERS, self.tokenizers, strict=False)),
             "scheduler": type(self.scheduler).from_config(self.scheduler.config),

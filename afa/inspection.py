@@ -15,7 +15,7 @@ from afa.checkpoint.manifest import AGGREGATORS as AGGREGATORS_FILE
 from afa.checkpoint.manifest import Manifest, read_manifest
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.cost import Flops, count_flops
-from afa.ensemble import DENOISERS
+from afa.denoiser.table import DENOISERS
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
 from afa.experts.headers import check_fit, dtype_of, read_file
@@ -27,7 +27,6 @@ from afa.families.table import FAMILIES
 
 DTYPES = {"float32": 4, "float16": 2}  # bytes a number; bfloat16 is as large as float16
 VAE_FACTOR = 8  # of all known VAEs of SD and SDXL; for denoisers that come without one
-TOKENS = 77  # of CLIP's prompts; for denoisers that come without a text encoder
 
 
 @dataclass(frozen=True)
@@ -36,19 +35,19 @@ class Subject:
 
     outlines: list[Outline]
     recipe: Recipe
-    placement: str | Sequence[str]
+    placement: str | Sequence[str] | None
     manifest: Manifest | None = None
     folder: Path | None = None
 
     @classmethod
-    def from_sources(cls, sources: Sequence[str], config: str | None, recipe: Recipe, placement: str) -> "Subject":
+    def from_sources(cls, sources: Sequence[str], config: str | None, recipe: Recipe, placement: str | None) -> "Subject":
         """Experts as Ensemble.from_experts takes them. Raises UserError for what is not there, broken or incomplete."""
         specs = [ExpertSpec.parse(source) for source in sources]
         check_names(specs)
         return cls([read_outline(spec, config) for spec in specs], recipe, placement)
 
     @classmethod
-    def from_config(cls, config: str, count: int, recipe: Recipe, placement: str) -> "Subject":
+    def from_config(cls, config: str, count: int, recipe: Recipe, placement: str | None) -> "Subject":
         """As many experts of a shipped architecture."""
         return cls([config_outline(f"expert_{index}", config) for index in range(count)], recipe, placement)
 
@@ -178,7 +177,7 @@ def _aggregators(subject: Subject, denoiser: EnsembleDenoiser) -> dict[str, Any]
         "kind": recipe.kind,
         "options": {name: value for name, value in (_defaults(recipe) | dict(recipe.options)).items() if value != ()},
         "attention_up_to": recipe.attention_up_to,
-        "placement": subject.placement if isinstance(subject.placement, str) else list(subject.placement),
+        "placement": denoiser.placement if isinstance(denoiser.placement, str) else list(denoiser.placement),
         "fused": len(denoiser.fused),
         "parameters": count_parameters(denoiser.aggregators),
         "training": None if subject.manifest is None else subject.manifest.training,
@@ -195,17 +194,19 @@ def _size(subject: Subject, resolution: int | None) -> dict[str, Any]:
     """The image in pixels, its latent, and the length of a prompt. Raises UserError for a size no latent has."""
     first = subject.outlines[0].expert
     settings: Any = first.model.config
-    factor, side = _factor(first.vae), settings.sample_size
-    if resolution is not None and resolution % factor:
-        near = max(1, resolution // factor) * factor
-        raise UserError(f"--resolution {resolution} is not a multiple of {factor}, the factor of the VAE; try {near}")
+    convention = FAMILIES[first.family].call
+    factor, side = _factor(first.vae), convention.side(settings)
+    multiple = factor * convention.patch
+    if resolution is not None and resolution % multiple:
+        near = max(1, resolution // multiple) * multiple
+        patches = "" if convention.patch == 1 else f" times patches of {convention.patch}"
+        raise UserError(f"--resolution {resolution} is not a multiple of {multiple}, the factor of the VAE{patches}; try {near}")
     if resolution is None and side is None:
         raise UserError(f"'{first.name}' has no size of its own (sample_size); give --resolution")
     side = side if resolution is None else resolution // factor
     latent = [side, side] if isinstance(side, int) else list(side)
-    texts: list[Any] = [encoder.config for encoder in first.text_encoders]
-    tokens = getattr(texts[0], "max_position_embeddings", TOKENS) if texts else TOKENS
-    return {"resolution": [factor * length for length in latent], "latent": latent, "tokens": tokens}
+    texts = [encoder.config for encoder in first.text_encoders]
+    return {"resolution": [factor * length for length in latent], "latent": latent, "tokens": convention.prompt_tokens(texts)}
 
 
 def _memory(subject: Subject, described: Sequence[dict[str, Any]], denoiser: EnsembleDenoiser | None) -> dict[str, Any]:

@@ -2,116 +2,148 @@
 
 import pytest
 import torch
-from tiny import inputs, sd_unet, sdxl_inputs, sdxl_unet
+from family_models import FUSED, MODELS
+from tiny import inputs, sd_unet, sdxl_unet
 
 from afa.aggregators.table import AGGREGATORS, Recipe
 from afa.denoiser.base import only_expert, record_weights
-from afa.denoiser.placement import PLACEMENTS
 from afa.denoiser.unet import UNetEnsemble
 
-MODELS = {"sd": (sd_unet, inputs), "sdxl": (sdxl_unet, sdxl_inputs)}
-LAST = {sd_unet: "OUT11", sdxl_unet: "OUT08"}
 SMALL = {
     "sabw": {"hidden": 32, "heads": 2, "depth": 1},
     "stitch": {"hidden": 32, "heads": 2, "depth": 1},
     "fixed": {"weights": [0.5, 0.3, 0.2]},
     "mean": {},
 }
-FUSED = [*PLACEMENTS, "a list"]
 
 
-def ensemble(make, kind, placement, seeds=(0, 1, 2), trained=True):
-    experts = [make(seed) for seed in seeds]
-    if placement == "a list":
-        placement = ["IN00", "IN04", "M00", "OUT02", LAST[make]]
+def ensemble(model, kind, placement, seeds=(0, 1, 2), trained=True, **recipe):
+    experts = [model.make(seed) for seed in seeds]
     torch.manual_seed(7)
-    model = UNetEnsemble(experts, recipe=Recipe(kind, SMALL[kind]), placement=placement).eval()
+    made = model.ensemble(experts, recipe=Recipe(kind, SMALL[kind], **recipe), placement=placement).eval()
     if trained:
-        for name, parameter in model.aggregators.named_parameters():
+        for name, parameter in made.aggregators.named_parameters():
             if name.endswith("conv_out.weight"):
                 torch.nn.init.normal_(parameter, std=1.0)
-    return model
+    return made
 
 
-@pytest.fixture(params=MODELS, scope="module")
-def kind_of_model(request):
-    return MODELS[request.param]
+@pytest.fixture(params=FUSED, scope="module", ids=lambda param: f"{param[0]}-{'a list' if isinstance(param[1], tuple) else param[1]}")
+def fused(request):
+    """A family's tiny model, and where it is fused."""
+    name, placement = request.param
+    return MODELS[name], placement
 
 
-@pytest.mark.parametrize("placement", FUSED)
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
 class TestLaws:
-    def test_copies_of_one_expert_change_nothing(self, kind_of_model, aggregator, placement):
-        make, call = kind_of_model
-        model = ensemble(make, aggregator, placement, seeds=(0, 0, 0))
+    def test_copies_of_one_expert_change_nothing(self, fused, aggregator):
+        model, placement = fused
+        made = ensemble(model, aggregator, placement, seeds=(0, 0, 0))
         with torch.no_grad():
-            assert torch.allclose(model(**call()).sample, model.experts[0](**call()).sample, atol=2e-5)
+            expected = made.experts[0](**model.call()).sample
+            assert torch.allclose(made(**model.call()).sample, expected, atol=2e-5 * max(1, expected.abs().max()))
 
-    def test_weights_sum_to_one(self, kind_of_model, aggregator, placement):
-        make, call = kind_of_model
-        model = ensemble(make, aggregator, placement)
-        with torch.no_grad(), record_weights(model) as maps:
-            model(**call(height=10, width=12))
-        assert list(maps.maps[0]) == model.fused
+    def test_weights_sum_to_one(self, fused, aggregator):
+        model, placement = fused
+        made = ensemble(model, aggregator, placement)
+        with torch.no_grad(), record_weights(made) as maps:
+            made(**model.call(height=10, width=12))
+        assert list(maps.maps[0]) == made.fused
         for weights in maps.maps[0].values():
             assert weights.shape[:2] == (2, 3)
             assert weights.min() >= 0
             assert torch.allclose(weights.sum(1), torch.ones(()), atol=1e-5)
 
-    def test_only_aggregators_get_gradients(self, kind_of_model, aggregator, placement):
-        make, call = kind_of_model
-        model = ensemble(make, aggregator, placement).train()
-        trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    def test_only_aggregators_get_gradients(self, fused, aggregator):
+        model, placement = fused
+        made = ensemble(model, aggregator, placement).train()
+        trainable = [name for name, parameter in made.named_parameters() if parameter.requires_grad]
         assert all(name.startswith("aggregators.") for name in trainable)
         if not trainable:
             return
-        model(**call()).sample.square().mean().backward()
-        assert all(parameter.grad is None for parameter in model.experts.parameters())
-        first = next(iter(model.aggregators.values()))
+        made(**model.call()).sample.square().mean().backward()
+        assert all(parameter.grad is None for parameter in made.experts.parameters())
+        first = next(iter(made.aggregators.values()))
         assert first.conv_out.weight.grad.abs().max() > 0  # through every later stage of the frozen experts
 
-    def test_gradient_checkpointing_changes_nothing(self, kind_of_model, aggregator, placement):
-        make, call = kind_of_model
-        model = ensemble(make, aggregator, placement).train()
-        if not list(model.aggregators.parameters()):
+    def test_gradient_checkpointing_changes_nothing(self, fused, aggregator):
+        model, placement = fused
+        made = ensemble(model, aggregator, placement).train()
+        if not list(made.aggregators.parameters()):
             return
         grads = []
-        for switch in (model.disable_gradient_checkpointing, model.enable_gradient_checkpointing):
+        for switch in (made.disable_gradient_checkpointing, made.enable_gradient_checkpointing):
             switch()
-            model.zero_grad()
-            model(**call()).sample.square().mean().backward()
-            grads.append([parameter.grad.clone() for parameter in model.aggregators.parameters()])
+            made.zero_grad()
+            made(**model.call()).sample.square().mean().backward()
+            grads.append([parameter.grad.clone() for parameter in made.aggregators.parameters()])
         assert all(torch.equal(kept, again) for kept, again in zip(*grads, strict=True))
 
-    def test_one_expert_of_the_ensemble_alone_is_itself(self, kind_of_model, aggregator, placement):
-        make, call = kind_of_model
-        model = ensemble(make, aggregator, placement)
-        with torch.no_grad(), only_expert(model, "expert_1"):
-            assert torch.equal(model(**call()).sample, model.experts[1](**call()).sample)
+    def test_one_expert_of_the_ensemble_alone_is_itself(self, fused, aggregator):
+        model, placement = fused
+        made = ensemble(model, aggregator, placement)
+        with torch.no_grad(), only_expert(made, "expert_1"):
+            assert torch.equal(made(**model.call()).sample, made.experts[1](**model.call()).sample)
 
 
-@pytest.mark.parametrize("placement", FUSED)
-def test_untrained_sabw_is_the_mean(kind_of_model, placement):
-    make, call = kind_of_model
-    untrained = ensemble(make, "sabw", placement, trained=False)
-    mean = ensemble(make, "mean", placement)
+def test_untrained_sabw_is_the_mean(fused):
+    model, placement = fused
+    untrained = ensemble(model, "sabw", placement, trained=False)
+    mean = ensemble(model, "mean", placement)
     with torch.no_grad():
-        assert torch.allclose(untrained(**call()).sample, mean(**call()).sample, atol=1e-6)
+        expected = mean(**model.call()).sample
+        assert torch.allclose(untrained(**model.call()).sample, expected, atol=1e-6 * max(1, expected.abs().max()))
 
 
-@pytest.mark.parametrize("placement", FUSED)
-def test_the_order_of_experts_changes_nothing_for_the_mean(kind_of_model, placement):
-    make, call = kind_of_model
+def test_the_order_of_experts_changes_nothing_for_the_mean(fused):
+    model, placement = fused
     with torch.no_grad():
-        outputs = [ensemble(make, "mean", placement, seeds=seeds)(**call()).sample for seeds in [(0, 1, 2), (2, 0, 1)]]
-    assert torch.allclose(*outputs, atol=1e-5)
+        one, other = (ensemble(model, "mean", placement, seeds=seeds)(**model.call()).sample for seeds in [(0, 1, 2), (2, 0, 1)])
+    assert torch.allclose(one, other, atol=1e-5 * max(1, one.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+class TestTextTokens:
+    """Where blocks change text tokens, every expert keeps its own, or they are fused as image tokens are."""
+
+    def test_copies_of_one_expert_change_nothing(self, name):
+        model = MODELS[name]
+        made = ensemble(model, "sabw", "layers", seeds=(0, 0, 0), text_stream="fused")
+        with torch.no_grad():
+            expected = made.experts[0](**model.call()).sample
+            assert torch.allclose(made(**model.call()).sample, expected, atol=2e-5 * max(1, expected.abs().max()))
+
+    def test_fused_ones_make_a_difference(self, name):
+        model = MODELS[name]
+        with torch.no_grad():
+            own, together = (ensemble(model, "mean", "layers", text_stream=text)(**model.call()).sample for text in ("own", "fused"))
+        assert not torch.allclose(own, together, atol=1e-2)
+
+    def test_an_expert_of_all_the_weight_gives_its_own(self, name):
+        model = MODELS[name]
+        experts = [model.make(seed) for seed in range(3)]
+        recipe = Recipe("fixed", {"weights": [0, 1, 0]}, text_stream="fused")
+        with torch.no_grad():
+            assert torch.equal(model.ensemble(experts, recipe=recipe)(**model.call()).sample, experts[1](**model.call()).sample)
+
+    def test_gradient_checkpointing_changes_nothing(self, name):
+        model = MODELS[name]
+        made = ensemble(model, "stitch", "layers", text_stream="fused").train()
+        grads = []
+        for switch in (made.disable_gradient_checkpointing, made.enable_gradient_checkpointing):
+            switch()
+            made.zero_grad()
+            made(**model.call()).sample.square().mean().backward()
+            grads.append([parameter.grad.clone() for parameter in made.aggregators.parameters()])
+        assert all(torch.equal(kept, again) for kept, again in zip(*grads, strict=True))
 
 
 def test_the_order_of_experts_permutes_the_weights():
     """SABW with its in- and output channels permuted as the experts are gives permuted weights and the same output."""
     torch.manual_seed(3)
-    model, order = ensemble(sd_unet, "sabw", "layers"), [2, 0, 1]
-    other = ensemble(sd_unet, "sabw", "layers", seeds=order)
+    model, order = ensemble(MODELS["sd"], "sabw", "layers"), [2, 0, 1]
+    other = ensemble(MODELS["sd"], "sabw", "layers", seeds=order)
     for mine, theirs, stage in zip(model.aggregators.values(), other.aggregators.values(), model.stages, strict=True):
         theirs.load_state_dict(mine.state_dict())
         by_expert = mine.conv_in.weight.data.unflatten(1, (3, stage.channels))
@@ -132,7 +164,7 @@ def test_a_weight_of_one_is_that_expert():
 
 
 def test_each_expert_reads_its_own_part_of_the_joined_text():
-    model = ensemble(sd_unet, "mean", "out")
+    model = ensemble(MODELS["sd"], "mean", "out")
     call = inputs(text_width=72)
     with torch.no_grad():
         for index, expert in enumerate(model.experts):
@@ -151,7 +183,7 @@ def test_the_joined_text_of_two_encoders_is_taken_apart_encoder_by_encoder():
 
 
 def test_nothing_is_recorded_unless_asked():
-    model = ensemble(sd_unet, "sabw", "layers")
+    model = ensemble(MODELS["sd"], "sabw", "layers")
     with record_weights(model) as maps, torch.no_grad():
         model(**inputs())
     with torch.no_grad():
@@ -161,13 +193,13 @@ def test_nothing_is_recorded_unless_asked():
 
 
 def test_experts_stay_in_evaluation_mode():
-    model = ensemble(sd_unet, "sabw", "layers").train()
+    model = ensemble(MODELS["sd"], "sabw", "layers").train()
     assert model.aggregators.training
     assert not any(module.training for module in model.experts.modules())
 
 
 def test_a_compiled_denoiser_gives_the_same():
-    model = ensemble(sd_unet, "sabw", "layers")
+    model = ensemble(MODELS["sd"], "sabw", "layers")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert torch.allclose(compiled(**inputs()).sample, model(**inputs()).sample, atol=1e-5)

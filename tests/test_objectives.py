@@ -49,7 +49,7 @@ def work(ensemble):
     process = Noising(frame.scheduler, frame.vae.config.scaling_factor, None, torch.device("cpu"))
     rng = torch.Generator().manual_seed(0)
     latents, noise, spare = (torch.randn(shape, generator=rng) for shape in ((2, 4, 4, 4), (2, 4, 4, 4), (2, 2, 4, 4, 4)))
-    captions, conditions = ["a cat", "a dog"], Conditions(quiet(ensemble.pipeline()), torch.device("cpu"))
+    captions, conditions = ["a cat", "a dog"], Conditions(quiet(ensemble.pipeline()), ensemble.denoiser, torch.device("cpu"))
     encode = functools.partial(conditions, captions, torch.zeros(2, 6))
     batch = Batch(latents, noise, torch.tensor([300, 800]), spare)
     return Pass(ensemble.denoiser, ensemble.denoiser, process, batch, captions, torch.tensor([False, True]), encode)

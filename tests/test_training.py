@@ -245,8 +245,8 @@ def test_images_are_cropped_to_their_centre_and_sizes_say_so(images):
 
 
 def test_captions_are_dropped_sample_by_sample(experts):
-    pipeline = Ensemble.from_experts(experts).pipeline()
-    conditions = Conditions(pipeline, torch.device("cpu"))
+    ensemble = Ensemble.from_experts(experts)
+    conditions = Conditions(ensemble.pipeline(), ensemble.denoiser, torch.device("cpu"))
     both = conditions(["a cat", "a dog"], torch.zeros(2, 6), torch.tensor([True, False]))["encoder_hidden_states"]
     kept = conditions(["a cat", "a dog"], torch.zeros(2, 6), torch.tensor([False, False]))["encoder_hidden_states"]
     empty = conditions(["", ""], torch.zeros(2, 6), torch.tensor([False, False]))["encoder_hidden_states"]

@@ -23,7 +23,7 @@ class Fixed(Aggregator):
         if min(weights) < 0 or not math.isclose(sum(weights), 1, abs_tol=1e-6):
             raise ValueError(f"weights {list(weights)} (sum {sum(weights):g}) are not convex; they must be >= 0 with sum 1")
         # A constant of the configuration, not a state: it moves with the module but is not saved.
-        self.register_buffer("weights", torch.tensor(weights), persistent=False)
+        self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
 
     def weigh(self, features: Tensor, temb: Tensor, text: Tensor) -> Tensor:
         batch, experts, _, height, width = features.shape

@@ -22,6 +22,9 @@ AGGREGATORS: dict[str, type[Aggregator]] = {
 }
 
 
+TEXT_STREAMS = ("own", "fused")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How the aggregators of an ensemble are made: kind, options of that kind, and where attention is spared.
@@ -29,11 +32,17 @@ class Recipe:
     attention_up_to: for sabw, the largest side (in latent pixels, at the model's own sample_size) of a map on which
     the transformer is built; larger maps get depth 0. None: everywhere, as in the paper. With 32, SD 1.5 spends no
     attention on its seven 64×64 stages, which cost most.
+    text_stream: in families whose blocks change text tokens, own: every expert keeps its own; fused: where image tokens are
+    fused, text tokens are, too, by what each expert weighs in the whole image. Raises ValueError for another.
     """
 
     kind: str = "sabw"
     options: Mapping[str, Any] = field(default_factory=dict)
     attention_up_to: int | None = None
+    text_stream: str = "own"
+
+    def __post_init__(self) -> None:
+        look_up(self.text_stream, dict.fromkeys(TEXT_STREAMS), "text_stream")
 
     def make(self, stage: Stage, side: int, experts: int, time_width: int, text_width: int, last: bool = False) -> Aggregator:
         """The aggregator of one stage; side: of the latent, at the model's own sample_size; last: where predictions become one."""

@@ -35,7 +35,7 @@ def read_aggregators(folder: Path, expert: Expert, experts: int) -> tuple[Recipe
 def recipe_of(manifest: Manifest) -> Recipe:
     """How a manifest's aggregators are made."""
     entry = manifest.aggregator
-    return Recipe(entry["kind"], entry["options"], entry["attention_up_to"])
+    return Recipe(entry["kind"], entry["options"], entry["attention_up_to"], entry.get("text_stream", "own"))
 
 
 def read_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ class Manifest:
     """What is written to afa.json.
 
     frame: which VAE, tokenizer and scheduler serve the ensemble: an expert's name or a path. placement: a name or a list.
-    aggregator: kind, options, attention_up_to, parameters, sha256 of the file. training: the recipe and what it measured.
+    aggregator: kind, options, attention_up_to, text_stream, parameters, sha256 of the file. training: the recipe and what it measured.
     """
 
     family: str

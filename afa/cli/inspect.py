@@ -90,7 +90,7 @@ def _subject(options: Options) -> "Subject":
     inner: dict[str, Any] = {name: getattr(options, name) for name in ("hidden", "heads", "depth", "weights")}
     given = {name: value for name, value in inner.items() if value is not None}
     recipe = Recipe(options.aggregator or "sabw", given, options.attention_up_to)
-    placement = options.placement or "layers"
+    placement = options.placement
     if not options.experts:
         assert options.config is not None
         return Subject.from_config(options.config, 3 if options.count is None else options.count, recipe, placement)

@@ -17,13 +17,12 @@ def equal_compute_steps(steps: int, denoiser: EnsembleDenoiser, rank: int, batch
     Forward and backward passes are counted, in floating point operations (see afa.denoiser.cost); what both do once (text
     encoders, VAE, optimiser) is left out.
     """
-    side = denoiser.config.sample_size
-    height, width = (side, side) if isinstance(side, int) else side
-    whole = count_training_flops(_on_meta(denoiser), height, width, batch_size)
+    side = denoiser.side
+    whole = count_training_flops(_on_meta(denoiser), side, side, batch_size)
     single = type(denoiser)([_copy(denoiser.experts[0])], recipe=Recipe("mean"), placement="out")
     with torch.device("meta"):
         add_lora(single.experts[0], rank)
-    return round(steps * whole / count_training_flops(single, height, width, batch_size))
+    return round(steps * whole / count_training_flops(single, side, side, batch_size))
 
 
 def _on_meta(denoiser: EnsembleDenoiser) -> EnsembleDenoiser:

@@ -1,6 +1,6 @@
 """What the drop-in denoisers of all families share: experts, aggregators, and the switches of a pass."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -13,6 +13,7 @@ from afa.aggregators.base import Aggregator
 from afa.aggregators.table import Recipe
 from afa.denoiser.placement import fused_stages
 from afa.denoiser.walk import Column, Observer, Residuals, walk
+from afa.families.call import Call
 from afa.families.stage import Stage, Trace
 from afa.families.table import FAMILIES
 from afa.lookup import unknown
@@ -50,6 +51,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
     A family's subclass adds the stock forward. `config` is the first expert's, so pipelines find what they ask for.
     experts: the models, not copied; they are frozen and stay in evaluation mode.
     names: of the experts, in their order. placement: see placement.py. recipe: how the aggregators are made.
+    text_widths: of the states of each text encoder, where a pipeline puts several side by side (SDXL).
     """
 
     family: ClassVar[str]
@@ -61,7 +63,8 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         experts: Sequence[nn.Module],
         names: Sequence[str] | None = None,
         recipe: Recipe | None = None,
-        placement: str | Sequence[str] = "layers",
+        placement: str | Sequence[str] | None = None,
+        text_widths: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.names = tuple(names) if names else tuple(f"expert_{index}" for index in range(len(experts)))
@@ -72,7 +75,8 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
         self.experts = nn.ModuleList(experts).requires_grad_(False).eval()
         self.columns = _columns(FAMILIES[self.family].stages, experts, self.names)
-        self.placement = placement
+        self.placement = placement or FAMILIES[self.family].placement
+        self.text_widths = tuple(text_widths)
         self.recipe = recipe or Recipe()
         self.aggregators = nn.ModuleDict(self._aggregators())
         self._maps: WeightMaps | None = None
@@ -91,8 +95,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
 
     def _aggregators(self) -> dict[str, Aggregator]:
         """One aggregator per fused stage, on the experts' device, in float32 until someone casts the ensemble."""
-        widths = self.widths
-        side = self.config.sample_size if isinstance(self.config.sample_size, int) else max(self.config.sample_size)
+        widths, side = self.widths, self.side
         chosen = fused_stages(self.placement, self.stages)
         device = next(self.experts[0].parameters()).device
         with device:
@@ -103,12 +106,30 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
             }
 
     @property
+    def call(self) -> Call:
+        """How the denoiser is called."""
+        return FAMILIES[self.family].call
+
+    @property
+    def side(self) -> int:
+        """The larger side of the latents the experts are made for; 0 if nobody says."""
+        found = self.call.side(self.config)
+        return int(found or 0) if isinstance(found, int | None) else max(found)
+
+    @property
     def widths(self) -> tuple[int, int]:
         """Widths of the time embedding and of the text that aggregators see."""
         raise NotImplementedError
 
-    def _run(self, begin: Callable[[int], tuple[Tensor, Trace]], timestep: Tensor | float | int, residuals: Residuals, odd_size: bool) -> Tensor:
-        """One pass. begin: starts the expert of that index."""
+    def _run(
+        self,
+        begin: Callable[[int], tuple[Tensor, Trace]],
+        timestep: Tensor | float | int,
+        residuals: Residuals,
+        odd_size: bool = False,
+        skipped: Collection[str] = (),
+    ) -> Tensor:
+        """One pass. begin: starts the expert of that index. The other arguments: see walk."""
         chosen = range(len(self.experts)) if self._only is None else (self._only,)
         hidden, traces = zip(*(begin(index) for index in chosen), strict=True)
         columns = self.columns
@@ -119,7 +140,16 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
             self._maps.begin(timestep)
         observe = None if self._maps is None and self._watch is None else self._observe
         return walk(
-            columns, aggregators, hidden, traces, residuals, odd_size=odd_size, observe=observe, checkpoint=self.gradient_checkpointing
+            columns,
+            aggregators,
+            hidden,
+            traces,
+            residuals,
+            odd_size=odd_size,
+            observe=observe,
+            checkpoint=self.gradient_checkpointing,
+            skipped=skipped,
+            blend_streams=self.recipe.text_stream == "fused",
         )
 
     def _observe(self, stage: str, weights: Tensor) -> None:
@@ -154,6 +184,9 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
 
     def enable_freeu(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("FreeU is not supported on an ensemble: it rewrites features between stages")
+
+    def enable_cache(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("caches between steps (FirstBlockCache and others) are not supported on an ensemble: its blocks run by stages")
 
     def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("a LoRA belongs to one expert: give the expert as name=base.safetensors+lora.safetensors")

@@ -1,5 +1,6 @@
 """Placement: which stages of an ensemble are fused. Between them every expert goes its own way."""
 
+import re
 from collections.abc import Callable, Sequence
 
 from afa.families.stage import Stage
@@ -19,22 +20,37 @@ def _out(stages: Sequence[Stage]) -> list[str]:
     return [stages[-1].name]
 
 
-# name -> the fused stages: all (the paper), the last of every diffusers block, only the predictions (a router)
-PLACEMENTS: dict[str, Callable[[Sequence[Stage]], list[str]]] = {"layers": _layers, "blocks": _blocks, "out": _out}
+def _double(stages: Sequence[Stage]) -> list[str]:
+    chosen = [stage.name for stage in stages if stage.group == "double"]
+    if not chosen:
+        raise ValueError("placement double is for models with double and single blocks (FLUX), and this one has none; take layers")
+    return [*chosen, stages[-1].name]
+
+
+def _every(stages: Sequence[Stage], count: int) -> list[str]:
+    """The count-th, the 2·count-th … and the last."""
+    return [stage.name for place, stage in enumerate(stages, start=1) if place % count == 0 or place == len(stages)]
+
+
+# name -> the fused stages: all (the paper), the last of every diffusers block, FLUX's double blocks, only the predictions (a router)
+PLACEMENTS: dict[str, Callable[[Sequence[Stage]], list[str]]] = {"layers": _layers, "blocks": _blocks, "double": _double, "out": _out}
+EVERY = re.compile(r"every-([1-9]\d*)")  # every-4: each fourth stage
 
 
 def fused_stages(placement: str | Sequence[str], stages: Sequence[Stage]) -> list[str]:
-    """The names of the fused stages, in order: of a named placement, of a list, or of "IN04,M00,OUT11".
+    """The names of the fused stages, in order: of a named placement, of every-K, of a list, or of "IN04,M00,OUT11".
 
     The last stage must be among them, since an ensemble makes one prediction. Raises ValueError otherwise.
     """
     if isinstance(placement, str) and placement in PLACEMENTS:
         return PLACEMENTS[placement](stages)
+    if isinstance(placement, str) and (found := EVERY.fullmatch(placement)):
+        return _every(stages, int(found[1]))
     chosen = [name.strip() for name in placement.split(",")] if isinstance(placement, str) else list(placement)
     names = [stage.name for stage in stages]
     for name in chosen:
         if name not in names:
-            raise ValueError(unknown(name, [*PLACEMENTS, *names], "placement or stage"))
+            raise ValueError(unknown(name, [*PLACEMENTS, "every-K", *names], "placement or stage"))
     if names[-1] not in chosen:
         raise ValueError(f"placement {','.join(chosen)} leaves the last stage unfused; add {names[-1]}, where the predictions become one")
     return [name for name in names if name in chosen]

@@ -3,13 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
-from afa.aggregators.table import Recipe
 from afa.denoiser.base import EnsembleDenoiser
+from afa.denoiser.inputs import attention_options, lora_scaled, split_joined
 from afa.denoiser.walk import Residuals
 from afa.families import unet
 
@@ -19,22 +17,15 @@ IMAGE_CONDITIONS = ("image_embeds", "hint")  # of added_cond_kwargs: IP-Adapter,
 class UNetEnsemble(EnsembleDenoiser):
     """N `UNet2DConditionModel` experts as one. See EnsembleDenoiser for the arguments.
 
-    text_widths: width of each text encoder's states (768 and 1280 for SDXL); needed to take apart the joined states of
-    several encoders. Default: one encoder, as wide as the U-Net's cross-attention.
+    text_widths: 768 and 1280 for SDXL; needed to take apart the joined states of several encoders. Default: one encoder, as
+    wide as the U-Net's cross-attention.
     """
 
     family = "unet"
 
-    def __init__(
-        self,
-        experts: Sequence[Any],
-        names: Sequence[str] | None = None,
-        recipe: Recipe | None = None,
-        placement: str | Sequence[str] = "layers",
-        text_widths: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(experts, names, recipe, placement)
-        self.text_widths = tuple(text_widths or (_text_input_width(experts[0]),))
+    def __init__(self, experts: Sequence[Any], *args: Any, **options: Any) -> None:
+        super().__init__(experts, *args, **options)
+        self.text_widths = self.text_widths or (_text_input_width(experts[0]),)
         self._adapter_stages = unet.adapter_stages(experts[0])
         self._down_factor = 2 ** experts[0].num_upsamplers
 
@@ -68,7 +59,7 @@ class UNetEnsemble(EnsembleDenoiser):
         The same holds for added_cond_kwargs["text_embeds"]. Raises NotImplementedError for GLIGEN, IP-Adapter and
         other image conditions.
         """
-        options, lora_scale = _attention_options(cross_attention_kwargs)
+        options, lora_scale = attention_options(cross_attention_kwargs)
         texts = self.split_text(encoder_hidden_states)
         added = self._split_added(added_cond_kwargs)
         residuals = self._residuals(down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals)
@@ -88,13 +79,8 @@ class UNetEnsemble(EnsembleDenoiser):
             )
 
         odd_size = any(side % self._down_factor for side in sample.shape[-2:])
-        if lora_scale != 1:
-            scale_lora_layers(self.experts, lora_scale)
-        try:
+        with lora_scaled(self.experts, lora_scale):
             prediction = self._run(begin, timestep, residuals, odd_size)
-        finally:
-            if lora_scale != 1:
-                unscale_lora_layers(self.experts, lora_scale)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
     def split_text(self, states: Tensor) -> list[Tensor]:
@@ -141,31 +127,6 @@ class UNetEnsemble(EnsembleDenoiser):
         return residuals
 
 
-def split_joined(states: Tensor, widths: Sequence[int], experts: int, what: str) -> list[Tensor]:
-    """Take apart states joined on the last axis as [encoder 1 of every expert | encoder 2 of every expert | …].
-
-    (…, ΣD) belongs to every expert; (…, N·ΣD) gives each (…, ΣD). Any other width raises ValueError.
-    """
-    single = sum(widths)
-    if states.shape[-1] == single:
-        return [states] * experts
-    if states.shape[-1] != experts * single:
-        raise ValueError(f"{what} is {states.shape[-1]} wide; expected {single} (for all experts) or {experts * single} (for {experts} experts)")
-    per_encoder = [part.chunk(experts, dim=-1) for part in states.split([experts * width for width in widths], dim=-1)]
-    return [parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1) for parts in zip(*per_encoder, strict=True)]
-
-
 def _text_input_width(model: Any) -> int:
     """How wide the text states are that a pipeline hands to this U-Net."""
     return model.config.encoder_hid_dim or unet.widths(model)[1]
-
-
-def _attention_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, float]:
-    """The attention processors' options without the LoRA scale, and that scale."""
-    if options is None:
-        return None, 1.0
-    if "gligen" in options:
-        raise NotImplementedError("GLIGEN (cross_attention_kwargs['gligen']) is not supported by an ensemble; leave it out")
-    rest = dict(options)
-    scale = rest.pop("scale", 1.0)
-    return rest, scale

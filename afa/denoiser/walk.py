@@ -3,7 +3,8 @@
 Source: arXiv:2405.17082, section 3. Deviation: none where every stage is fused; unfused stages are ours.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,31 +38,34 @@ def walk(
     odd_size: bool = False,
     observe: Observer | None = None,
     checkpoint: bool = False,
+    skipped: Collection[str] = (),
+    blend_streams: bool = False,
 ) -> Tensor:
     """Run a denoiser of N experts: -> the prediction of the last stage.
 
     hidden: N × (B, C, H, W), what enters each expert. aggregators: by stage name; a stage without one is not fused, and
     every expert keeps its own features and skips there. odd_size: a side does not divide by the down-sampling factor,
     so upsamplers are told the size of the next skip. checkpoint: recompute a column in the backward pass instead of
-    keeping its activations.
+    keeping its activations. skipped: stages that are left out (skip-layer guidance). blend_streams: where image tokens are
+    fused, so are text tokens; otherwise every expert keeps its own.
     """
     temb = torch.stack([trace.temb for trace in traces]).mean(0)  # (B, E)
     text = torch.stack([trace.text for trace in traces]).mean(0)  # (B, T, D)
-    features = list(hidden)
+    features, traces = list(hidden), list(traces)
     skips: list[list[Tensor]] = []
     for column in columns:
         stage = column[0]
-        skip: Sequence[Tensor | None] = skips.pop() if stage.takes_skip else [None] * len(column)
-        size = _size(skips) if odd_size and stage.upsamples and skips else None
-        aggregator = aggregators[stage.name] if stage.name in aggregators else None
-        if checkpoint and torch.is_grad_enabled():
-            features, weights = torch.utils.checkpoint.checkpoint(
-                _step, column, aggregator, features, traces, skip, size, temb, text, use_reentrant=False
-            )
-        else:
-            features, weights = _step(column, aggregator, features, traces, skip, size, temb, text)
-        if observe is not None and weights is not None:
-            observe(stage.name, weights)
+        if stage.name not in skipped:
+            skip: Sequence[Tensor | None] = skips.pop() if stage.takes_skip else [None] * len(column)
+            size = _size(skips) if odd_size and stage.upsamples and skips else None
+            aggregator = aggregators[stage.name] if stage.name in aggregators else None
+            step = (column, aggregator, features, traces, skip, size, temb, text, blend_streams)
+            if checkpoint and torch.is_grad_enabled():
+                features, traces, weights = torch.utils.checkpoint.checkpoint(_step, *step, use_reentrant=False)
+            else:
+                features, traces, weights = _step(*step)
+            if observe is not None and weights is not None:
+                observe(stage.name, weights)
         features = _add(features, residuals.to_hidden.get(stage.name))
         if stage.saves_skip:
             skips.append(_add(features, residuals.to_skip.get(stage.name)))
@@ -77,13 +81,25 @@ def _step(
     size: tuple[int, int] | None,
     temb: Tensor,
     text: Tensor,
-) -> tuple[list[Tensor], Tensor | None]:
-    """One stage of all experts: -> what each carries on (the same tensor N times where one blend serves all), the weights."""
-    outputs = [stage.run(x, trace, s, size) for stage, x, trace, s in zip(column, features, traces, skip, strict=True)]
+    blend_streams: bool,
+) -> tuple[list[Tensor], list[Trace], Tensor | None]:
+    """One stage of all experts: -> what each carries on (the same tensor N times where one blend serves all), traces, weights."""
+    ran = [stage.run(x, trace, s, size) for stage, x, trace, s in zip(column, features, traces, skip, strict=True)]
+    outputs, after = [output for output, _ in ran], [trace for _, trace in ran]
     if aggregator is None:
-        return outputs, None
+        return outputs, after, None
     fused, weights = aggregator(torch.stack(outputs, dim=1), temb, text)
-    return fused if isinstance(fused, list) else [fused] * len(column), weights
+    if blend_streams and after[0].stream is not None:
+        after = _with_one_stream(after, weights)
+    return fused if isinstance(fused, list) else [fused] * len(column), after, weights
+
+
+def _with_one_stream(traces: Sequence[Trace], weights: Tensor) -> list[Trace]:
+    """Everyone's text tokens blended by what each expert weighs in the whole image: weights (B, N, H, W)."""
+    streams = torch.stack([trace.stream for trace in traces if trace.stream is not None], dim=1)  # (B, N, T, D)
+    shares = weights.mean((2, 3)).to(streams.dtype)  # (B, N)
+    stream = torch.einsum("bntd,bn->btd", streams, shares)
+    return [dataclasses.replace(trace, stream=stream) for trace in traces]
 
 
 def _size(skips: Sequence[Sequence[Tensor]]) -> tuple[int, int]:

@@ -88,7 +88,11 @@ def _train(setup: Setup, name: str, changes: dict[str, Any], options: Options, r
         shared = None
         if settings.experts == setup.expert_specs() and settings.dtype == setup.settings.dtype and settings.store is None:
             shared = setup.ensemble.sharing(
-                settings.aggregator, settings.placement, attention_up_to=settings.attention_up_to, **settings.aggregator_options()
+                settings.aggregator,
+                settings.placement,
+                attention_up_to=settings.attention_up_to,
+                text_stream=settings.text_stream,
+                **settings.aggregator_options(),
             )
         train(settings, plan(settings, shared))
     return read_trained(Path(settings.output))

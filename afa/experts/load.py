@@ -17,8 +17,8 @@ from afa.experts.spec import ExpertSpec
 from afa.families.table import FAMILIES, family_of
 
 READING = (OSError, ValueError, RuntimeError, KeyError, SingleFileComponentError)  # what readers of files raise
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 @dataclass

@@ -10,20 +10,24 @@ from torch import Tensor
 class Trace:
     """What one expert carries through a pass besides its features: its own conditions, embedded by its own layers.
 
-    temb (B, E) time embedding, text (B, T, D) text states. A family adds what its sub-modules ask for.
+    temb (B, E) time embedding, text (B, T, D) text states: the same for the whole pass, and what aggregators see.
+    stream (B, T, D'): where blocks change text tokens together with the image's, as they are now; None elsewhere.
+    A family adds what its sub-modules ask for.
     """
 
     temb: Tensor
     text: Tensor
+    stream: Tensor | None = None
 
 
 @dataclass(kw_only=True, eq=False)
 class Stage(ABC):
     """One cut of a denoiser: a few of the model's own sub-modules, run one after another.
 
-    name: unique in the model, IN00 … OUT11. channels: of the output. level: the output has 1/2**level of the
-    latent's height and width (rounded up). block: the diffusers block the stage belongs to, None for the first
-    convolution. saves_skip / takes_skip: the output is kept for, or one is taken from, the stack of skip connections.
+    name: unique in the model, IN00 … OUT11; no dots. channels: of the output. level: the output has 1/2**level of the
+    latent's height and width (rounded up). block: the diffusers block the stage belongs to, None for what stands before
+    or after all blocks. group: what a family calls blocks of that kind (double, single …), for placements; "" where all are of one.
+    saves_skip / takes_skip: the output is kept for, or one is taken from, the stack of skip connections.
     upsamples: the stage ends with an upsampler, so that `size` says how large its output must be.
     """
 
@@ -31,14 +35,16 @@ class Stage(ABC):
     channels: int
     level: int
     block: str | None = None
+    group: str = ""
     saves_skip: bool = False
     takes_skip: bool = False
     upsamples: bool = False
 
     @abstractmethod
-    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        """Features in, features out: (B, C_in, H, W) -> (B, channels, H', W').
+    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
+        """Features in, features out: (B, C_in, H, W) -> (B, channels, H', W'), and the trace to go on with.
 
+        The trace that came in is never changed: a stage may be run again in the backward pass.
         skip (B, C_skip, H, W) if the stage takes one. size (H', W') forces the output size of an upsampler; None
         doubles it.
         """

@@ -1,25 +1,35 @@
-"""The table of families: which diffusers models can be read as stages, and how."""
+"""The table of families: which diffusers models can be read as stages, and how each is called."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from afa.families import unet
+from afa.families import flux, sd3, unet
+from afa.families.call import Call
 from afa.families.stage import Stage
+from afa.families.unet_call import UNetCall
 
 
 @dataclass(frozen=True)
 class Family:
-    """model: the diffusers class it reads. component: its name in a pipeline. stages: the reading itself."""
+    """model: the diffusers class it reads. component: its name in a pipeline. stages: the reading itself. call: how it is called.
+
+    placement: where aggregators stand if nobody says; why: docs/families.md.
+    """
 
     model: str
     component: str
-    stages: Callable[[nn.Module], tuple[Stage, ...]]
+    stages: Callable[[Any], tuple[Stage, ...]]
+    call: Call
+    placement: str = "layers"
 
 
 FAMILIES: dict[str, Family] = {
-    "unet": Family(model="UNet2DConditionModel", component="unet", stages=unet.stages),
+    "unet": Family("UNet2DConditionModel", "unet", unet.stages, UNetCall()),
+    "sd3": Family("SD3Transformer2DModel", "transformer", sd3.stages, sd3.SD3Call()),
+    "flux": Family("FluxTransformer2DModel", "transformer", flux.stages, flux.FluxCall()),
 }
 
 

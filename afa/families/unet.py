@@ -44,8 +44,8 @@ class Convolution(Stage):
 
     conv: nn.Module
 
-    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        return self.conv(hidden)
+    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
+        return self.conv(hidden), trace
 
     def modules(self) -> list[object]:
         return [self.conv]
@@ -60,7 +60,7 @@ class Layer(Stage):
     upsampler: nn.Module | None = None
     head: tuple[nn.Module, ...] = ()
 
-    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
         assert isinstance(trace, UNetTrace)
         if skip is not None:
             hidden = torch.cat([hidden, skip], dim=1)
@@ -71,7 +71,7 @@ class Layer(Stage):
             hidden = self.upsampler(hidden, size)
         for module in self.head:
             hidden = module(hidden)
-        return hidden
+        return hidden, trace
 
     def modules(self) -> list[object]:
         return [module for module in (self.resnet, self.attention, self.upsampler, *self.head) if module is not None]
@@ -83,11 +83,11 @@ class Middle(Stage):
 
     middle: nn.Module
 
-    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
         assert isinstance(trace, UNetTrace)
         if getattr(self.middle, "has_cross_attention", False):
-            return self.middle(hidden, trace.temb, **trace.attention())
-        return self.middle(hidden, trace.temb)
+            return self.middle(hidden, trace.temb, **trace.attention()), trace
+        return self.middle(hidden, trace.temb), trace
 
     def modules(self) -> list[object]:
         return [self.middle]

@@ -66,7 +66,7 @@ def make_trainer(planned: Plan, accelerator: Accelerator, initialise: Callable[[
     if settings.gradient_checkpointing:
         ensemble.denoiser.enable_gradient_checkpointing()
     means = make_means(settings, noising_of(settings, ensemble, accelerator.device), vae, accelerator.device, settings.gradient_checkpointing)
-    conditions = Conditions(ensemble.pipeline(), accelerator.device)
+    conditions = Conditions(ensemble.pipeline(), ensemble.denoiser, accelerator.device)
     sheets = _sheets(planned, held_out.captions, accelerator.device)
     if settings.cache is not None:
         conditions.keep(Path(settings.cache), [*data.captions, *held_out.captions], settings.batch_size)
@@ -80,7 +80,8 @@ def _sheets(planned: Plan, captions: list[str], device: torch.device) -> Sheets 
     """The sample sheets that were asked for."""
     if planned.settings.sheet_every is None:
         return None
-    return Sheets(planned.settings, planned.ensemble.pipeline(), captions, planned.resolution, make_watch(planned.settings, device))
+    ensemble, watch = planned.ensemble, make_watch(planned.settings, device)
+    return Sheets(planned.settings, ensemble.pipeline(), ensemble.denoiser, captions, planned.resolution, watch)
 
 
 def _forget(ensemble: Ensemble, draws: bool) -> None:

@@ -1,6 +1,7 @@
 """Captions as the denoiser takes them: through the pipeline's own encode_prompt, with captions dropped sample by sample."""
 
 import hashlib
+import inspect
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,8 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
+from afa.denoiser.base import EnsembleDenoiser
+from afa.experts.load import TEXT_ENCODERS
 from afa.training.cache import TextCache, content_hash
 from afa.training.cached import announce
 
@@ -24,12 +27,12 @@ class Conditions:
     configured so (SDXL's force_zeros_for_empty_prompt).
     """
 
-    def __init__(self, pipeline: Any, device: torch.device) -> None:
+    def __init__(self, pipeline: Any, denoiser: EnsembleDenoiser, device: torch.device) -> None:
         self.pipeline, self.device = pipeline, device
-        self.pooled = hasattr(pipeline, "text_encoder_2")
+        self.call, self.config = denoiser.call, denoiser.config
         self.cache: TextCache | None = None
         self._none = self._encode([""])
-        if self.pooled and pipeline.config.get("force_zeros_for_empty_prompt"):
+        if pipeline.config.get("force_zeros_for_empty_prompt"):
             self._none = tuple(torch.zeros_like(part) for part in self._none)
 
     def keep(self, folder: Path, captions: Iterable[str], batch_size: int) -> None:
@@ -50,7 +53,7 @@ class Conditions:
 
     def _identity(self) -> str:
         """Of everything that decides a caption's states."""
-        names = [name for name in ("text_encoder", "text_encoder_2") if getattr(self.pipeline, name, None) is not None]
+        names = [name for name in TEXT_ENCODERS if getattr(self.pipeline, name, None) is not None]
         tokenizers = [getattr(self.pipeline, name.replace("text_encoder", "tokenizer")) for name in names]
         words = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
         lengths = [tokenizer.model_max_length for tokenizer in tokenizers]
@@ -60,20 +63,27 @@ class Conditions:
 
     @torch.no_grad()
     def _encode(self, captions: list[str]) -> tuple[Tensor, ...]:
-        """States (B, T, D) and, for SDXL, pooled states (B, P)."""
+        """What the denoiser is given of the pipeline's encode_prompt: states (B, T, D) and, in most families, pooled states (B, P)."""
         if self.cache is not None:
             return tuple(part.to(self.device, non_blocking=True) for part in self.cache.read(captions))
-        options = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        encoded = self.pipeline.encode_prompt(captions, **options)
-        return (encoded[0], encoded[2]) if self.pooled else (encoded[0],)
+        encoded = encode_prompt(self.pipeline, captions, self.device, guided=False)
+        return tuple(encoded[place] for place in self.call.encoded if place < len(encoded))
 
     def __call__(self, captions: list[str], sizes: Tensor, dropped: Tensor) -> dict[str, Any]:
-        """Keyword arguments of the denoiser. sizes (B, 6) for SDXL; dropped (B,) bool: samples without their caption."""
+        """The prompts' part of the denoiser's call. sizes (B, 6) for SDXL; dropped (B,) bool: samples without their caption."""
         parts = []
         for part, none in zip(self._encode(list(captions)), self._none, strict=True):
             mask = dropped.to(part.device).view(-1, *[1] * (part.ndim - 1))
             parts.append(torch.where(mask, none, part))
-        arguments: dict[str, Any] = {"encoder_hidden_states": parts[0]}
-        if self.pooled:
-            arguments["added_cond_kwargs"] = {"text_embeds": parts[1], "time_ids": sizes.to(self.device, parts[1].dtype)}
-        return arguments
+        return self.call.conditions(self.config, parts, sizes.to(self.device, parts[-1].dtype))
+
+
+def encode_prompt(pipeline: Any, captions: list[str], device: torch.device, *, guided: bool) -> tuple[Any, ...]:
+    """A stock pipeline's encode_prompt, as far as it takes the options: every text encoder gets the same prompt.
+
+    guided: with the empty prompt for guidance, where the pipeline encodes one beside it.
+    """
+    taken = inspect.signature(pipeline.encode_prompt).parameters
+    options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided, "prompt_2": None, "prompt_3": None}
+    found: tuple[Any, ...] = pipeline.encode_prompt(captions, **{name: value for name, value in options.items() if name in taken})
+    return found

@@ -36,12 +36,16 @@ def find_data(settings: LoopSettings) -> Source:
 
 
 def resolution_of(settings: LoopSettings, ensemble: Ensemble) -> int:
-    """In pixels, a multiple of the latent's. Raises UserError for another."""
+    """In pixels, a multiple of the latent's, and of the patches a transformer cuts it into. Raises UserError for another."""
     factor = 2 ** (len(ensemble.frame.vae.config["block_out_channels"]) - 1)
-    side = ensemble.denoiser.config["sample_size"]
-    resolution = settings.resolution or (side if isinstance(side, int) else max(side)) * factor
-    if resolution % factor:
-        raise UserError(f"--resolution {resolution} is not a multiple of {factor}, the VAE's down-sampling factor")
+    denoiser = ensemble.denoiser
+    if not settings.resolution and not denoiser.side:
+        raise UserError(f"'{denoiser.names[0]}' has no size of its own (sample_size); give --resolution")
+    resolution = settings.resolution or denoiser.side * factor
+    multiple = factor * denoiser.call.patch
+    if resolution % multiple:
+        what = "the VAE's down-sampling factor" if multiple == factor else f"{factor} of the VAE times patches of {denoiser.call.patch}"
+        raise UserError(f"--resolution {resolution} is not a multiple of {multiple}, {what}")
     return resolution
 
 

@@ -27,7 +27,7 @@ def rehearse(planned: Plan) -> tuple[float, float]:
     means = make_means(settings, noising, vae, device, settings.gradient_checkpointing)
     parameters = list(ensemble.aggregators.parameters())
     objectives = make_objectives(means, parameters)
-    conditions = Conditions(ensemble.pipeline(), device)
+    conditions = Conditions(ensemble.pipeline(), ensemble.denoiser, device)
     side = planned.resolution // 2 ** (len(vae.config["block_out_channels"]) - 1)
 
     def work(total: Total) -> torch.Tensor:

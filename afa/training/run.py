@@ -56,6 +56,7 @@ def _ensemble(settings: TrainSettings) -> Ensemble:
         aggregator=settings.aggregator,
         placement=settings.placement,
         attention_up_to=settings.attention_up_to,
+        text_stream=settings.text_stream,
         vae=settings.vae,
         dtype=dtype,
         config=settings.config,

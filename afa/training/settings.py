@@ -13,7 +13,7 @@ from afa.training.objectives.settings import ObjectiveSettings
 SHEETS = ("sheet_every", "sheet_images", "sheet_steps", "sheet_guidance", "watch", "watch_weights")
 FREE = ("recipe", "steps", "output", "save_every", "cache", "max_skipped", "gradient_checkpointing", "log_with", "device", "dry_run", "json", *SHEETS)
 
-MADE = ("aggregator", "placement", "hidden", "heads", "depth", "ignore", "attention_up_to", "vae", "config")  # once, when an ensemble is
+MADE = ("aggregator", "placement", "hidden", "heads", "depth", "ignore", "attention_up_to", "text_stream", "vae", "config")  # once, when an ensemble is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +97,15 @@ class TrainSettings(LoopSettings):
     experts: list[str] | None = option(None, help="the experts: diffusers folder, .safetensors file or org/name@revision, each optionally NAME=…")
     start: str | None = option(None, help="a saved ensemble to go on from, instead of --experts: its experts, its aggregators as they are")
     aggregator: str = option("sabw", help="sabw (the paper's), or stitch: every expert keeps a path of its own", choices=["sabw", "stitch"])
-    placement: str = option("layers", help="fused stages: layers (all), blocks, out (a router on the predictions), or names such as M00,OUT11")
+    placement: str | None = option(
+        None, help="fused stages: layers (all), blocks, every-K, double (FLUX), out (a router on the predictions), or names such as M00,OUT11"
+    )
     hidden: int = option(128, help="width inside the aggregators")
     heads: int = option(8, help="attention heads of the aggregators")
     depth: int = option(2, help="transformer layers of the aggregators; 0: none")
     ignore: list[str] | None = option(None, help="what the weights must not depend on, for ablations", choices=["text", "time", "place"])
     attention_up_to: int | None = option(None, help="build the transformer only on maps up to this side in latent pixels (default: everywhere)")
+    text_stream: str = option("own", help="SD3, FLUX: text tokens of every expert's own, or fused where image tokens are", choices=["own", "fused"])
     vae: str | None = option(None, help="an expert's name or a path (default: the first expert's)")
     store: str | None = option(None, help="of the experts' weights: in 8 bits, or in the CPU's memory until needed", choices=["int8", "fp8", "cpu"])
 

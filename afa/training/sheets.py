@@ -13,12 +13,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from afa.checkpoint.staging import replacing
-from afa.denoiser.base import record_weights
+from afa.denoiser.base import EnsembleDenoiser, record_weights
 from afa.errors import UserError
 from afa.evaluation.metrics.base import ImageMetric
 from afa.evaluation.metrics.table import Resources, make_metric
 from afa.evaluation.pictures import Picture
 from afa.evaluation.statistics import difference
+from afa.experts.load import TEXT_ENCODERS
+from afa.training.conditions import encode_prompt
 from afa.training.settings import LoopSettings
 
 FOLDER = "sheets"  # inside the output folder
@@ -46,12 +48,15 @@ class Sheets:
     pipeline: its own; the captions' states are computed at once, and the text encoders taken out, so that they may leave the memory.
     """
 
-    def __init__(self, settings: LoopSettings, pipeline: Any, captions: Sequence[str], side: int, watch: ImageMetric | None) -> None:
+    def __init__(
+        self, settings: LoopSettings, pipeline: Any, denoiser: EnsembleDenoiser, captions: Sequence[str], side: int, watch: ImageMetric | None
+    ) -> None:  # fmt: skip
         self.settings, self.pipeline, self.side, self.watch = settings, pipeline, side, watch
+        self.denoiser = denoiser
         self.captions = list(dict.fromkeys(captions))[: settings.sheet_images]
         pipeline.set_progress_bar_config(disable=True)
-        self._prompt = _encoded(pipeline, self.captions)
-        for name in ("text_encoder", "text_encoder_2"):
+        self._prompt = _encoded(pipeline, denoiser, self.captions)
+        for name in TEXT_ENCODERS:
             if getattr(pipeline, name, None) is not None:
                 setattr(pipeline, name, None)
         self._first: dict[str, NDArray[np.float64]] = {}
@@ -59,8 +64,8 @@ class Sheets:
 
     def draw(self, step: int) -> dict[str, Any]:
         """Write the sheet of a step: -> what the watching metric says, {} without one."""
-        routed = len(self.pipeline.unet.names) > 1
-        with torch.no_grad(), record_weights(self.pipeline.unet) if routed else nullcontext() as maps:
+        routed = len(self.denoiser.names) > 1
+        with torch.no_grad(), record_weights(self.denoiser) if routed else nullcontext() as maps:
             images = self._images()
         sheet = _sheet(images, maps) if maps is not None else _row(images)
         file = Path(self.settings.output) / FOLDER / f"step-{step:06d}.png"
@@ -100,13 +105,11 @@ class Sheets:
         return {"watched": {name: float(values.mean()) for name, values in scores.items()}}
 
 
-def _encoded(pipeline: Any, captions: list[str]) -> dict[str, Any]:
+def _encoded(pipeline: Any, denoiser: EnsembleDenoiser, captions: list[str]) -> dict[str, Any]:
     """The pipeline's arguments for captions, with the empty one for guidance."""
-    options = {"device": pipeline._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
     with torch.no_grad():
-        found = pipeline.encode_prompt(captions, **options)
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return dict(zip(names, found, strict=False))
+        found = encode_prompt(pipeline, captions, pipeline._execution_device, guided=True)
+    return dict(zip(denoiser.call.named, found, strict=False))
 
 
 def _row(images: NDArray[np.uint8]) -> Image.Image:

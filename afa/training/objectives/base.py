@@ -52,9 +52,11 @@ class Pass:
         return self.noising.clean(self.noisy, self.prediction, self.batch.steps)
 
     def predict(self, call: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]) -> Tensor:
-        """The denoiser's answer in float32, whatever it computes in."""
+        """The denoiser's answer as latents (B, C, h, w) in float32, whatever it computes in."""
         dtype = next(self.denoiser.experts.parameters()).dtype
-        answer: Tensor = call(noisy.to(dtype), times, **conditions, return_dict=False)[0]
+        convention = self.denoiser.call
+        arguments = convention.arguments(self.denoiser.config, noisy.to(dtype), times, conditions)
+        answer: Tensor = convention.prediction(call(**arguments, return_dict=False)[0], (noisy.shape[-2], noisy.shape[-1]))
         return answer.float()
 
 

@@ -1,0 +1,55 @@
+"""How a family's denoiser is called: what training, measuring and counting need to know besides its stages."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class Call(ABC):
+    """A family's way of calling its denoisers. config: always the denoiser's own.
+
+    tokens: of a prompt, as the stock pipelines pad it. patch: a side of the latents must divide by it.
+    encoded: which results of the pipeline's encode_prompt a denoiser is given, as far as there are as many.
+    named: what the pipeline calls them as arguments, all of them, in order.
+    joined: whether experts may have different text encoders, whose states are then joined on the feature axis.
+    """
+
+    tokens: int
+    patch: int
+    encoded: tuple[int, ...]
+    named: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    joined: bool
+
+    @abstractmethod
+    def pipeline(self, text_encoders: int) -> str:
+        """The stock text-to-image pipeline, by the number of text encoders."""
+
+    def prompt_tokens(self, encoders: Sequence[Any]) -> int:
+        """Of a prompt, given the configs of a model's own text encoders, if it brings some."""
+        return self.tokens
+
+    @abstractmethod
+    def side(self, config: Any) -> Any:
+        """Of the latents a model is made for, or (height, width); None if nobody says."""
+
+    def latent_channels(self, config: Any) -> int:
+        """Of the latents."""
+        return int(config.in_channels)
+
+    @abstractmethod
+    def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:
+        """What of a call belongs to the prompts, batch first. parts: the encoded ones; sizes (B, 6): SDXL's micro-conditioning."""
+
+    @abstractmethod
+    def blank(self, config: Any, batch: int, tokens: int, empty: Callable[..., Tensor]) -> dict[str, Any]:
+        """Conditions without content. empty: makes a tensor of a shape."""
+
+    @abstractmethod
+    def arguments(self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
+        """The call for noisy latents (B, C, H, W) at times (B,), as schedulers count them."""
+
+    def prediction(self, answer: Tensor, size: tuple[int, int]) -> Tensor:
+        """A denoiser's answer as latents of that size, (B, C, H, W)."""
+        return answer

@@ -1,0 +1,87 @@
+"""The SD3 family: `SD3Transformer2DModel` of Stable Diffusion 3 and 3.5 as stages J00 … and OUT.
+
+Joint blocks change image and text tokens together (Esser et al., arXiv:2403.03206, section 4); those of 3.5-medium attend to
+the image twice. Every expert keeps its own text tokens. Only the model's own sub-modules run.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afa.families.call import Call
+from afa.families.stage import Stage
+from afa.families.tokens import LEVEL, Block, Head, TokenTrace, as_map
+
+
+def stages(model: Any) -> tuple[Stage, ...]:
+    """Read a `SD3Transformer2DModel` as its stages: 24 blocks for SD3 and 3.5-medium, 38 for 3.5-large, and the head.
+
+    Raises ValueError for a patch size that tokens of a map cannot have here.
+    """
+    if model.config.patch_size != 2**LEVEL:
+        raise ValueError(f"patch_size {model.config.patch_size} is not supported; only {2**LEVEL} is")
+    blocks = [
+        Block(name=f"J{index:02}", channels=model.inner_dim, level=LEVEL, block=f"transformer_blocks.{index}", module=block)
+        for index, block in enumerate(model.transformer_blocks)
+    ]
+    return (*blocks, Head(name="OUT", channels=model.proj_out.out_features, level=LEVEL, norm=model.norm_out, projection=model.proj_out))
+
+
+def widths(model: Any) -> tuple[int, int]:
+    """Widths of the time embedding (E) and of the text states (D)."""
+    return model.inner_dim, model.context_embedder.out_features
+
+
+def begin(
+    model: Any, sample: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, options: dict[str, Any] | None = None
+) -> tuple[Tensor, TokenTrace]:
+    """Start a pass: sample (B, C, H, W) noisy latents, text (B, T, D), pooled (B, P) -> image tokens as a map, the trace.
+
+    options: of the attention processors.
+    """
+    grid = (sample.shape[-2] // 2**LEVEL, sample.shape[-1] // 2**LEVEL)
+    hidden = model.pos_embed(sample)
+    temb = model.time_text_embed(timestep, pooled)
+    states = model.context_embedder(text)
+    conditions = {"temb": temb, "joint_attention_kwargs": options}
+    return as_map(hidden, grid), TokenTrace(temb=temb, text=states, stream=states, grid=grid, conditions=conditions)
+
+
+def unfold(patches: Tensor) -> Tensor:
+    """The head's patches as latents: (B, p·p·C, H, W), ordered p, p, C -> (B, C, p·H, p·W)."""
+    side = 2**LEVEL
+    batch, channels, height, width = patches.shape
+    parts = patches.view(batch, side, side, channels // side**2, height, width)
+    return torch.einsum("npqchw->nchpwq", parts).reshape(batch, channels // side**2, side * height, side * width)
+
+
+def without_text(model: Any) -> list[str]:
+    """The names of the blocks that leave no text behind: the last one, where a ControlNet adds nothing."""
+    return [f"J{index:02}" for index, block in enumerate(model.transformer_blocks) if block.context_pre_only]
+
+
+class SD3Call(Call):
+    """Latents as they are; the states of all text encoders, and pooled states."""
+
+    tokens = 77 + 256  # of CLIP's and of T5's, one behind the other
+    patch = 2**LEVEL
+    encoded = (0, 2)
+    joined = False  # the stock pipelines pad CLIP's states to T5's width, which would cut joined ones
+
+    def pipeline(self, text_encoders: int) -> str:
+        return "StableDiffusion3Pipeline"
+
+    def side(self, config: Any) -> Any:
+        return config.sample_size
+
+    def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:
+        return {"encoder_hidden_states": parts[0], "pooled_projections": parts[1]}
+
+    def blank(self, config: Any, batch: int, tokens: int, empty: Callable[..., Tensor]) -> dict[str, Any]:
+        parts = [empty(batch, tokens, config.joint_attention_dim), empty(batch, config.pooled_projection_dim)]
+        return self.conditions(config, parts, empty())
+
+    def arguments(self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
+        return {"hidden_states": noisy, "timestep": times, **conditions}

@@ -1,0 +1,36 @@
+"""Every family's tiny models, side by side, for the laws that all of them obey."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tiny import inputs, sd_unet, sdxl_inputs, sdxl_unet
+from tiny_transformers import flux_inputs, flux_transformer, sd3_inputs, sd3_transformer
+
+from afa.denoiser.base import EnsembleDenoiser
+from afa.denoiser.flux import FluxEnsemble
+from afa.denoiser.sd3 import SD3Ensemble
+from afa.denoiser.unet import UNetEnsemble
+
+
+@dataclass(frozen=True)
+class Model:
+    """make(seed): a denoiser. call(batch=, height=, width=): what a pipeline hands to it; sides are of the latents. ensemble: its drop-in.
+
+    placements: all that make sense for it; chosen: some stages by name.
+    """
+
+    make: Callable[..., Any]
+    call: Callable[..., dict[str, Any]]
+    ensemble: type[EnsembleDenoiser]
+    chosen: tuple[str, ...]
+    placements: tuple[str, ...] = ("layers", "blocks", "every-2", "out")
+
+
+MODELS: dict[str, Model] = {
+    "sd": Model(sd_unet, inputs, UNetEnsemble, ("IN00", "IN04", "M00", "OUT02", "OUT11")),
+    "sdxl": Model(sdxl_unet, sdxl_inputs, UNetEnsemble, ("IN00", "IN04", "M00", "OUT02", "OUT08")),
+    "sd3": Model(sd3_transformer, sd3_inputs, SD3Ensemble, ("J01", "OUT"), ("layers", "every-2", "out")),
+    "flux": Model(flux_transformer, flux_inputs, FluxEnsemble, ("D01", "S00", "OUT"), ("layers", "double", "every-2", "out")),
+}
+FUSED = [(name, placement) for name, model in MODELS.items() for placement in (*model.placements, model.chosen)]
