@@ -29,7 +29,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "unet": Family("UNet2DConditionModel", "unet", unet.stages, UNetCall()),
     "sd3": Family("SD3Transformer2DModel", "transformer", sd3.stages, sd3.SD3Call()),
-    "flux": Family("FluxTransformer2DModel", "transformer", flux.stages, flux.FluxCall()),
+    "flux": Family("FluxTransformer2DModel", "transformer", flux.stages, flux.FluxCall(), placement="every-4"),
 }
 
 
