@@ -6,6 +6,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from tiny import scheduler
 
 from afa import UserError
+from afa.families.unet_call import UNetCall
 from afa.training.noise import Noising
 from afa.training.objectives.base import Pass
 from afa.training.objectives.mse import Mse
@@ -26,14 +27,16 @@ def rows(count=3):
 
 
 class Oracle(torch.nn.Module):
-    """A denoiser that answers what it is told to."""
+    """A denoiser that answers what it is told to; it is called as a U-Net is."""
+
+    call, config = UNetCall(), None
 
     def __init__(self, answer):
         super().__init__()
         self.experts, self.answer = torch.nn.Linear(1, 1), answer
 
-    def forward(self, noisy, times, return_dict):
-        self.seen = noisy, times
+    def forward(self, sample, timestep, return_dict):
+        self.seen = sample, timestep
         return (self.answer,)
 
 
