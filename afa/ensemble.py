@@ -12,6 +12,7 @@ from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.table import DENOISERS
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
+from afa.experts.lending import lend
 from afa.experts.load import Expert, load_experts
 from afa.frame import Frame
 from afa.text import EnsembleTextEncoder, join_text_encoders
@@ -45,6 +46,7 @@ class Ensemble:
         vae: str | None = None,
         tokenizer: str | None = None,
         scheduler: str | None = None,
+        frame: str | None = None,
         dtype: torch.dtype | None = None,
         config: str | None = None,
         **aggregator_options: Any,
@@ -53,18 +55,21 @@ class Ensemble:
 
         experts: strings (a diffusers folder, a .safetensors file, org/name@revision, name=… any of these, …+lora.safetensors),
         diffusers pipelines, or bare denoisers. aggregator, aggregator_options, attention_up_to, text_stream: see afa.aggregators.
-        placement: layers, blocks, every-K, double, out, or stage names; default the family's. aggregators: a folder of trained ones, ours or the reference
-        release's; then kind, options and placement come from there. vae, tokenizer, scheduler: an expert's name or a
-        path; default the first expert's. dtype: of the experts. config: of single files, found out by default.
+        placement: layers, blocks, every-K, double, out, or stage names; default the family's. aggregators: a folder of trained ones,
+        ours or the reference release's; then kind, options and placement come from there. frame: the folder of a pipeline for
+        experts that are denoisers alone: its text encoders, tokenizers, scheduler and VAE; default the first expert that has them.
+        vae, tokenizer, scheduler: an expert's name or a path, instead of the frame's. dtype: of the experts. config: of single
+        files, found out by default.
         Raises UserError, with every reason, for experts that cannot be fused.
         """
         if not experts:
             raise UserError("an ensemble needs at least one expert")
-        loaded = load_experts(experts, dtype, config)
-        _check(loaded)
-        frame = Frame(loaded, vae=vae, tokenizer=tokenizer, scheduler=scheduler, config=config)
         recipe = _recipe(aggregator, aggregator_options, attention_up_to, text_stream)
-        return cls._combined(loaded, frame, recipe, placement, aggregators)
+        loaded = load_experts(experts, dtype, config)
+        lender = lend(loaded, frame, dtype)
+        _check(loaded)
+        framed = Frame(loaded, vae=vae, tokenizer=tokenizer, scheduler=scheduler, config=config, lender=lender)
+        return cls._combined(loaded, framed, recipe, placement, aggregators)
 
     def sharing(
         self,

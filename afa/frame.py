@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from afa.ensemble import Ensemble
 
 NO_SAFETY_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+OPTIONAL = (*NO_SAFETY_CHECKER, *TEXT_ENCODERS, *TOKENIZERS, "force_zeros_for_empty_prompt")  # not every pipeline takes these
 
 
 class Frame:
-    """Which VAE, tokenizer and scheduler an ensemble uses: each an expert's name or a path, the first expert's by default.
+    """Which VAE, tokenizer and scheduler an ensemble uses: each an expert's name or a path.
 
-    Raises UserError for a name that is neither.
+    By default those of the first expert that is a whole pipeline, or of the lender: a pipeline that serves experts which are denoisers
+    alone, if it is none of the experts (see experts/lending.py). Raises UserError for a name that is neither.
     """
 
     def __init__(
@@ -33,10 +35,12 @@ class Frame:
         tokenizer: str | None = None,
         scheduler: str | None = None,
         config: str | None = None,
+        lender: Expert | None = None,
     ) -> None:
         self.experts = list(experts)
-        first = experts[0].name
-        self.choice = {"vae": vae or first, "tokenizer": tokenizer or first, "scheduler": scheduler or first}
+        self.lender = None if lender is None or any(lender is expert for expert in experts) else lender
+        whole = lender or next((expert for expert in experts if expert.text_encoders), experts[0])
+        self.choice = {part: chosen or whole.name for part, chosen in (("vae", vae), ("tokenizer", tokenizer), ("scheduler", scheduler))}
         self.config = config
         for part, choice in self.choice.items():
             if self._expert(choice) is None and not Path(choice).exists():
@@ -44,7 +48,8 @@ class Frame:
                 raise UserError(f"{part}='{choice}' is neither an expert's name ({names}) nor a folder or file here")
 
     def _expert(self, name: str) -> Expert | None:
-        return next((expert for expert in self.experts if expert.name == name), None)
+        known = [*self.experts, *([self.lender] if self.lender else [])]
+        return next((expert for expert in known if expert.name == name), None)
 
     @functools.cached_property
     def vae(self) -> nn.Module:
@@ -52,8 +57,7 @@ class Frame:
         expert = self._expert(self.choice["vae"])
         if expert is not None:
             return expert.load_vae()
-        dtype = next(self.experts[0].model.parameters()).dtype
-        return load_vae(locate(ExpertSpec("vae", self.choice["vae"])), self.config, dtype)
+        return load_vae(locate(ExpertSpec("vae", self.choice["vae"])), self.config, self.experts[0].dtype)
 
     @functools.cached_property
     def tokenizers(self) -> list[Any]:
@@ -69,17 +73,15 @@ class Frame:
         expert = self._expert(self.choice[part])
         if expert is not None:
             return getattr(expert, attribute)
-        from diffusers import SchedulerMixin
-        from transformers import CLIPTokenizer
-
         folder = Path(self.choice[part])
         if part == "scheduler":
             from afa.schedulers import read_scheduler
 
-            scheduler: SchedulerMixin = read_scheduler(folder)
-            return scheduler
+            return read_scheduler(folder)
+        from transformers import AutoTokenizer
+
         found = [folder / name for name in names if (folder / name).is_dir()] or [folder]
-        return [CLIPTokenizer.from_pretrained(path, local_files_only=True) for path in found]
+        return [AutoTokenizer.from_pretrained(path, local_files_only=True) for path in found]
 
     def pipeline(self, ensemble: "Ensemble", pipeline_class: type | None, components: dict[str, Any]) -> Any:
         """See Ensemble.pipeline."""
@@ -90,24 +92,56 @@ class Frame:
                 "the experts were given as bare denoisers, without text encoders and scheduler;"
                 " give whole pipelines, or put ensemble.denoiser into your own"
             )
-        family = FAMILIES[self.experts[0].family]
+        first = self.experts[0]
+        family = FAMILIES[first.family]
         chosen = pipeline_class or getattr(diffusers, family.call.pipeline(len(ensemble.text_encoders)))
+        if pipeline_class is None and "vae" not in components:
+            _check_channels(first, self.vae)
         parts: dict[str, Any] = {
             family.component: ensemble.denoiser,
-            **dict(zip(TEXT_ENCODERS, ensemble.text_encoders, strict=False)),
-            **dict(zip(TOKENIZERS, self.tokenizers, strict=False)),
+            **_named(ensemble.text_encoders, self.tokenizers),
             "scheduler": type(self.scheduler).from_config(self.scheduler.config),
             **({} if "vae" in components else {"vae": self.vae}),
-            **NO_SAFETY_CHECKER,
-            **self.experts[0].pipeline_options,
+            **first.pipeline_options,
         }
-        taken = inspect.signature(chosen.__init__).parameters
-        parts = {name: part for name, part in parts.items() if name in taken} | components
         if components.get("controlnet") is not None:
             ensemble.attach(components["controlnet"])
-        pipe = chosen(**parts)
+        pipe = _made(chosen, parts | components)
         pipe.save_pretrained = _refuse_saving  # before it has written half of it
         return pipe
+
+
+def stock_pipeline(expert: Expert) -> Any:
+    """An expert's own parts in the stock pipeline of its family. Raises UserError if it has no VAE."""
+    import diffusers
+
+    family = FAMILIES[expert.family]
+    parts = {family.component: expert.model, "vae": expert.load_vae(), "scheduler": expert.scheduler, **expert.pipeline_options}
+    chosen = getattr(diffusers, family.call.pipeline(len(expert.text_encoders)))
+    return _made(chosen, parts | _named(expert.text_encoders, expert.tokenizers))
+
+
+def _named(text_encoders: Sequence[Any], tokenizers: Sequence[Any]) -> dict[str, Any]:
+    """By the names they have in pipelines."""
+    return dict(zip(TEXT_ENCODERS, text_encoders, strict=False)) | dict(zip(TOKENIZERS, tokenizers, strict=False))
+
+
+def _made(chosen: type, parts: dict[str, Any]) -> Any:
+    """A pipeline of these parts, as far as it takes them; of text encoders and tokenizers it may do without some."""
+    taken = inspect.signature(chosen.__init__).parameters
+    absent = {name: None for name in (*TEXT_ENCODERS, *TOKENIZERS) if name in taken and name not in parts}
+    given = {name: part for name, part in (NO_SAFETY_CHECKER | parts).items() if name in taken or name not in OPTIONAL}
+    return chosen(**absent, **given)
+
+
+def _check_channels(expert: Expert, vae: Any) -> None:
+    """Raises UserError for denoisers that take more than noisy latents: text-to-image pipelines would fail at their first step."""
+    expected, found = vae.config.get("latent_channels"), FAMILIES[expert.family].call.latent_channels(expert.model.config)
+    if expected is not None and found != expected:
+        raise UserError(
+            f"'{expert.name}' takes {found} latent channels and its VAE has {expected}: it is made for filling in or editing;"
+            " say which pipeline with pipeline(diffusers.FluxFillPipeline) or the like"
+        )
 
 
 def _refuse_saving(*args: Any, **kwargs: Any) -> None:

@@ -1,5 +1,6 @@
 """What can be known about a set of experts, and the ensemble they would make, before a weight is read."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from afa.checkpoint.manifest import AGGREGATORS as AGGREGATORS_FILE
 from afa.checkpoint.manifest import Manifest, read_manifest
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.cost import Flops, count_flops
+from afa.denoiser.placement import choices
 from afa.denoiser.table import DENOISERS
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
@@ -101,8 +103,28 @@ def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) 
         "mismatches": reasons,
         "stages": _stages(subject.outlines[0], denoiser, flops),
         "aggregators": None if denoiser is None else _aggregators(subject, denoiser),
+        "placements": None if denoiser is None or subject.folder else _placements(subject, denoiser, flops, count),
         "cost": {**size, "batch_size": batch_size, **memory, "flops": _flops(experts, count, flops)},
     }
+
+
+def _placements(subject: Subject, denoiser: EnsembleDenoiser, flops: Flops | None, count: Callable[[nn.Module], Flops]) -> list[dict[str, Any]]:
+    """What other placements of the same aggregators would cost: parameters to train, operations a step."""
+    if denoiser.fused != [stage.name for stage in denoiser.stages]:
+        denoiser = dataclasses.replace(subject, placement="layers").denoiser()
+        flops = count(denoiser)
+    assert flops is not None
+    parameters = {name: count_parameters(aggregator) for name, aggregator in denoiser.aggregators.items()}
+    return [
+        {
+            "placement": name,
+            "fused": len(fused),
+            "parameters": sum(parameters[stage] for stage in fused),
+            "flops": sum(flops.aggregators[stage] for stage in fused),
+            "default": name == FAMILIES[denoiser.family].placement,
+        }
+        for name, fused in choices(denoiser.stages).items()
+    ]
 
 
 def _expert(outline: Outline, same: Sequence[str | None]) -> dict[str, Any]:
@@ -118,7 +140,7 @@ def _expert(outline: Outline, same: Sequence[str | None]) -> dict[str, Any]:
         "class": type(expert.model).__name__,
         "parameters": count_parameters(expert.model),
         "dtype": outline.dtype,
-        "prediction_type": None if expert.scheduler is None else expert.scheduler.config.get("prediction_type"),
+        "prediction_type": prediction_type(expert.scheduler),
         "text_encoders": [_text_encoder(outline, part, other) for part, other in zip(outline.text_parts, same, strict=True)],
         "vae": None if expert.vae is None else _vae(outline, expert.vae),
     }

@@ -17,10 +17,11 @@ from afa.checkpoint.release import write_release
 from afa.checkpoint.staging import staged
 from afa.errors import UserError
 from afa.experts.hashing import hash_expert, sha256
-from afa.experts.load import TEXT_ENCODERS, TOKENIZERS, Expert
+from afa.experts.load import Expert, component_of, read_index
 from afa.experts.locate import Located, locate
 from afa.experts.original import KNOWN_CONFIGS
 from afa.experts.spec import ExpertSpec, Lora
+from afa.frame import stock_pipeline
 from afa.lookup import unknown
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ def save_ensemble(ensemble: "Ensemble", folder: Path, *, bundle: bool) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in ensemble.aggregators.state_dict().items()}
         save_file(tensors, stage / AGGREGATORS, metadata={"format": "pt", "afa": __version__})
         entries = [_bundle(expert, stage) if bundle else _refer(expert, folder) for expert in ensemble.experts]
-        frame = {part: _frame(part, choice, ensemble, folder, stage if bundle else None) for part, choice in ensemble.frame.choice.items()}
+        lender = ensemble.frame.lender
+        choices = ensemble.frame.choice | ({} if lender is None else {"frame": lender.name})
+        frame = {part: _frame(part, choice, ensemble, folder, stage if bundle else None) for part, choice in choices.items()}
         manifest = _manifest(ensemble, entries, frame, sha256(stage / AGGREGATORS))
         (stage / "README.md").write_text(model_card(manifest))
         (stage / MANIFEST).write_text(manifest.to_json())
@@ -53,8 +56,19 @@ def _frame(part: str, choice: str, ensemble: "Ensemble", folder: Path, stage: Pa
         return choice
     if stage is None:
         return relative(Path(choice), folder)
+    lender = ensemble.frame.lender
+    if lender is not None and choice == lender.name:  # several parts of one folder
+        return _copy_lender(Path(choice), stage / "frame" / "pipeline").relative_to(stage).as_posix()
     copied = _copy(Path(choice), stage / "frame" / part)
     return copied.relative_to(stage).as_posix()
+
+
+def _copy_lender(source: Path, target: Path) -> Path:
+    """Copy a pipeline's folder, once, without the denoiser, which nobody asks for."""
+    if not target.exists():
+        denoiser = component_of(source, read_index(source))
+        shutil.copytree(source, target, ignore=lambda place, names: [denoiser] if Path(place) == source else [])
+    return target
 
 
 def _copy(source: Path, target: Path) -> Path:
@@ -129,17 +143,10 @@ def _save_object(expert: Expert, target: Path) -> None:
     """Write an expert that was handed over as an object, as the diffusers folder it would have come from."""
     if getattr(expert.model, "peft_config", None):
         raise UserError(f"expert '{expert.name}' has a LoRA loaded beside its weights; call pipe.fuse_lora() and pipe.unload_lora_weights() before saving")
-    if not expert.text_encoders:
+    if not expert.text_encoders or expert.lender is not None:
         expert.model.save_pretrained(target)
         return
-    import diffusers
-
-    parts = dict(zip(TEXT_ENCODERS, expert.text_encoders, strict=False)) | dict(zip(TOKENIZERS, expert.tokenizers, strict=False))
-    if len(expert.text_encoders) == 1:
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    maker = getattr(diffusers, "StableDiffusionPipeline" if len(expert.text_encoders) == 1 else "StableDiffusionXLPipeline")
-    pipe = maker(unet=expert.model, vae=expert.load_vae(), scheduler=expert.scheduler, **parts, **expert.pipeline_options)
-    pipe.save_pretrained(target)
+    stock_pipeline(expert).save_pretrained(target)
 
 
 def load_ensemble(kind: "type[Ensemble]", folder: Path, moved: Mapping[str, str], *, dtype: torch.dtype | None, verify: bool) -> "Ensemble":

@@ -44,7 +44,8 @@ class ExpertEntry:
 class Manifest:
     """What is written to afa.json.
 
-    frame: which VAE, tokenizer and scheduler serve the ensemble: an expert's name or a path. placement: a name or a list.
+    frame: which VAE, tokenizer and scheduler serve the ensemble: an expert's name or a path; and the frame that lends experts their
+    text encoders, if it is none of them. placement: a name or a list.
     aggregator: kind, options, attention_up_to, text_stream, parameters, sha256 of the file. training: the recipe and what it measured.
     """
 

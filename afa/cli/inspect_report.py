@@ -13,6 +13,7 @@ def report(facts: dict[str, Any]) -> str:
         section("VAE", _vaes(facts["experts"])),
         section(f"stages of '{facts['experts'][0]['name']}'" if facts["mismatches"] else "stages", _stages(facts["stages"])),
         section("aggregators", _aggregators(facts)) if facts["aggregators"] else None,
+        section("placements", _placements(facts)) if facts["placements"] else None,
         section("fusion", _fusion(facts)),
         section(_title(facts["cost"]), _cost(facts)),
     ]
@@ -82,6 +83,22 @@ def _aggregators(facts: dict[str, Any]) -> str:
         recorded = [f"{name} {value}" for name, value in (made["training"] or {}).items() if not isinstance(value, (dict, list))]
         lines.append(f"saved in {facts['ensemble']}; {'trained: ' + ', '.join(recorded) if recorded else 'no training recorded'}")
     return "\n".join(lines)
+
+
+def _placements(facts: dict[str, Any]) -> str:
+    """The aggregators' cost where fewer stages are fused; that of a step is over the experts' own."""
+    experts = facts["cost"]["flops"]["experts"]
+    rows = [
+        [
+            f"{one['placement']} (default)" if one["default"] else one["placement"],
+            one["fused"],
+            count(one["parameters"]),
+            scaled(one["flops"], "FLOP"),
+            f"{100 * one['flops'] / experts:.1f} %",
+        ]
+        for one in facts["placements"]
+    ]
+    return table(["placement", ">fused stages", ">parameters", ">FLOPs a step", ">over the experts"], rows)
 
 
 def _fusion(facts: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ def _layers(stages: Sequence[Stage]) -> list[str]:
 
 def _blocks(stages: Sequence[Stage]) -> list[str]:
     following = [*stages[1:], None]
-    return [stage.name for stage, after in zip(stages, following, strict=True) if stage.block and (not after or after.block != stage.block)]
+    return [stage.name for stage, after in zip(stages, following, strict=True) if not after or (stage.block and after.block != stage.block)]
 
 
 def _out(stages: Sequence[Stage]) -> list[str]:
@@ -35,6 +35,7 @@ def _every(stages: Sequence[Stage], count: int) -> list[str]:
 # name -> the fused stages: all (the paper), the last of every diffusers block, FLUX's double blocks, only the predictions (a router)
 PLACEMENTS: dict[str, Callable[[Sequence[Stage]], list[str]]] = {"layers": _layers, "blocks": _blocks, "double": _double, "out": _out}
 EVERY = re.compile(r"every-([1-9]\d*)")  # every-4: each fourth stage
+SHOWN = ("layers", "blocks", "every-2", "double", "every-4", "every-8", "out")  # what may be chosen from, dearest first
 
 
 def fused_stages(placement: str | Sequence[str], stages: Sequence[Stage]) -> list[str]:
@@ -54,3 +55,14 @@ def fused_stages(placement: str | Sequence[str], stages: Sequence[Stage]) -> lis
     if names[-1] not in chosen:
         raise ValueError(f"placement {','.join(chosen)} leaves the last stage unfused; add {names[-1]}, where the predictions become one")
     return [name for name in names if name in chosen]
+
+
+def choices(stages: Sequence[Stage]) -> dict[str, list[str]]:
+    """The placements of SHOWN that differ for a model, each with its fused stages."""
+    found: dict[str, list[str]] = {}
+    for name in SHOWN:
+        if name != "double" or any(stage.group == "double" for stage in stages):
+            fused = fused_stages(name, stages)
+            if fused not in found.values():
+                found[name] = fused
+    return found

@@ -38,7 +38,7 @@ def trained_rows(setup: Setup) -> list[Row]:
 
 def ablation_rows(setup: Setup) -> list[Row]:
     """The ensemble's recipe with one thing changed, trained anew."""
-    recorded = setup.training(setup.output, 0)
+    recorded = setup.training(setup.output, 0, placement=setup.ensemble.denoiser.placement)  # the family's, where nobody chose one
     changed = {title: changes for title, changes in ABLATIONS.items() if any(_value(recorded, name) != value for name, value in changes.items())}
     return [
         _row(setup, f"afa, {title}", "ours", title, functools.partial(_train, setup, folder_name(title), changes), axes={"variant": title}, of="afa")

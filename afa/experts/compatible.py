@@ -5,16 +5,8 @@ from typing import Any
 
 from afa.experts.load import Expert
 from afa.families.table import FAMILIES
+from afa.text import same_weights
 
-# What changes the meaning of features or predictions without changing a stage.
-CONFIG = (
-    "in_channels",
-    "out_channels",
-    "cross_attention_dim",
-    "addition_embed_type",
-    "addition_time_embed_dim",
-    "time_cond_proj_dim",
-)
 SCHEDULER = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 
 
@@ -28,7 +20,7 @@ def _pair(first: Expert, other: Expert) -> list[str]:
     start = f"'{other.name}' cannot join '{first.name}'"
     if first.family != other.family:
         return [f"{start}: it is of family {other.family}, expected {first.family}; experts must share one architecture"]
-    found = _stage_mismatches(first, other) + _value_mismatches(first.model.config, other.model.config, CONFIG)
+    found = _stage_mismatches(first, other) + _value_mismatches(first.model.config, other.model.config, FAMILIES[first.family].call.alike)
     if first.scheduler is not None and other.scheduler is not None:
         found += _value_mismatches(first.scheduler.config, other.scheduler.config, SCHEDULER)
     found += _text_mismatches(first, other)
@@ -70,6 +62,8 @@ def _text_mismatches(first: Expert, other: Expert) -> list[str]:
         expected, width = (getattr(encoder.config, "hidden_size", None) for encoder in (one, another))
         if width != expected:
             found.append(f"text encoder {number} is {width} wide, expected {expected}")
+        elif not FAMILIES[first.family].call.joined and not any(_is_meta(encoder) for encoder in (one, another)) and not same_weights(one, another):
+            found.append(f"text encoder {number} has other weights; experts of family {first.family} must share theirs, give its denoiser alone")
     for one, another in zip(first.tokenizers, other.tokenizers, strict=False):
         if one.get_vocab() != another.get_vocab():
             found.append(
@@ -78,5 +72,16 @@ def _text_mismatches(first: Expert, other: Expert) -> list[str]:
     return found
 
 
+def _is_meta(encoder: Any) -> bool:
+    """Whether only its shapes are known."""
+    return any(parameter.is_meta for parameter in encoder.parameters())
+
+
 def _value_mismatches(mine: Any, theirs: Any, names: Sequence[str]) -> list[str]:
-    return [f"{name} is {theirs.get(name)}, expected {mine.get(name)}" for name in names if mine.get(name) != theirs.get(name)]
+    one, other = ({name: _plain(settings.get(name)) for name in names} for settings in (mine, theirs))
+    return [f"{name} is {other[name]}, expected {one[name]}" for name in names if one[name] != other[name]]
+
+
+def _plain(value: Any) -> Any:
+    """A tuple that went through a file is a list."""
+    return list(value) if isinstance(value, tuple) else value

@@ -11,6 +11,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from torch import nn
 
 from afa.errors import UserError
+from afa.experts.known import KnownParts
 from afa.experts.locate import Located, locate
 from afa.experts.original import config_folder, detect_config, load_tokenizers
 from afa.experts.spec import ExpertSpec
@@ -25,9 +26,10 @@ TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 class Expert:
     """One frozen source model.
 
-    model: the denoiser. text_encoders, tokenizers: in the pipeline's order; empty if only a denoiser was given.
-    located: where it came from; None if it was handed over as an object. config: of a single file.
-    pipeline: the class it was, or would be, loaded with.
+    model: the denoiser; None for a lender that is no expert. text_encoders, tokenizers: in the pipeline's order; empty if only a
+    denoiser was given. located: where it came from; None if it was handed over as an object. config: of a single file.
+    pipeline: the class it was, or would be, loaded with. lender: whose text encoders, tokenizers, scheduler and VAE it uses, if it
+    is a denoiser alone (see lending.py).
     """
 
     name: str
@@ -41,30 +43,47 @@ class Expert:
     located: Located | None = None
     config: str | None = None
     hashes: dict[str, str] = field(default_factory=dict)  # of its files, once they have been computed
+    lender: "Expert | None" = None
 
     @property
     def family(self) -> str:
         return family_of(self.model)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the denoiser; of a lender, of what it lends."""
+        found: torch.dtype = next((self.model or self.text_encoders[0]).parameters()).dtype
+        return found
+
+    @property
+    def has_vae(self) -> bool:
+        """Whether there is one in its files, or handed over with it."""
+        return self.vae is not None or (self.located is not None and self.located.whole_pipeline)
+
     def load_vae(self) -> nn.Module:
-        """The expert's VAE, read on the first call. Raises UserError if it has none."""
+        """The expert's VAE, or its lender's, read on the first call. Raises UserError if there is none."""
         if self.vae is None and self.located is not None and self.located.whole_pipeline:
-            self.vae = load_vae(self.located, self.config, next(self.model.parameters()).dtype)
+            self.vae = load_vae(self.located, self.config, self.dtype)
+        if self.vae is None and self.lender is not None:
+            return self.lender.load_vae()
         if self.vae is None:
             raise UserError(f"expert '{self.name}' has no VAE; give one with vae=")
         return self.vae
 
 
-def load_expert(source: object, dtype: torch.dtype | None = None, config: str | None = None) -> Expert:
+def load_expert(
+    source: object, dtype: torch.dtype | None = None, config: str | None = None, known: KnownParts | None = None
+) -> Expert:  # fmt: skip
     """An expert from a string (see ExpertSpec), a spec, a diffusers pipeline, or a bare denoiser; an Expert is one already.
 
-    config: for a single file, the name of a shipped config or a folder of configs; found out by default.
+    config: for a single file, the name of a shipped config or a folder of configs; found out by default. known: parts of other
+    experts, of which equal ones are taken instead of being loaded again.
     Raises UserError if it cannot be found, read, or be an expert.
     """
     if isinstance(source, (str, Path)):
         source = ExpertSpec.parse(str(source))
     if isinstance(source, ExpertSpec):
-        return _from_files(locate(source), dtype or torch.float32, config)
+        return _from_files(locate(source), dtype or torch.float32, config, known or KnownParts())
     if isinstance(source, Expert):
         return source
     if isinstance(source, nn.Module):
@@ -78,7 +97,8 @@ def load_experts(sources: Sequence[object], dtype: torch.dtype | None = None, co
     """Load several, and give every one a name of its own. Raises UserError for two of one name, before loading."""
     specs = [ExpertSpec.parse(str(source)) if isinstance(source, (str, Path)) else source for source in sources]
     check_names([spec for spec in specs if isinstance(spec, ExpertSpec)])
-    experts = [load_expert(spec, dtype, config) for spec in specs]
+    known = KnownParts()
+    experts = [load_expert(spec, dtype, config, known) for spec in specs]
     for index, expert in enumerate(experts):
         expert.name = expert.name or f"expert_{index}"
     return experts
@@ -111,14 +131,16 @@ def _from_pipeline(pipe: Any) -> Expert:
     )
 
 
-def _from_files(located: Located, dtype: torch.dtype, config: str | None) -> Expert:
+def _from_files(located: Located, dtype: torch.dtype, config: str | None, known: KnownParts) -> Expert:
     spec = located.spec
-    if located.single_file:
-        return _from_single_file(located, dtype, config)
     if not located.whole_pipeline:
         if spec.loras:
             raise UserError(f"expert '{spec.name}': a LoRA needs a whole pipeline to join, and {located.path} is only a denoiser")
+        if located.single_file:
+            return _denoiser_file(located, dtype, config)
         return Expert(name=spec.name, model=load_part(located.path, None, dtype), located=located)
+    if located.single_file:
+        return _from_single_file(located, dtype, config)
     index = read_index(located.path)
     component = component_of(located.path, index)
     if spec.loras:
@@ -126,13 +148,49 @@ def _from_files(located: Located, dtype: torch.dtype, config: str | None) -> Exp
     return Expert(
         name=spec.name,
         model=load_part(located.path, component, dtype),
-        text_encoders=[load_part(located.path, name, dtype) for name in TEXT_ENCODERS if has_part(index, name)],
+        text_encoders=[_load_known(known, located.path, name, dtype) for name in TEXT_ENCODERS if has_part(index, name)],
         tokenizers=[load_part(located.path, name) for name in TOKENIZERS if has_part(index, name)],
         scheduler=load_part(located.path, "scheduler") if has_part(index, "scheduler") else None,
         pipeline=index["_class_name"],
         pipeline_options=_options(index),
         located=located,
     )
+
+
+def _load_known(known: KnownParts, folder: Path, part: str, dtype: torch.dtype) -> Any:
+    """A component that may have been loaded from equal files before."""
+    if not (folder / part / "config.json").is_file():
+        return load_part(folder, part, dtype)  # which says what is wrong
+    module = known.find(folder / part, dtype)
+    if module is None:
+        module = load_part(folder, part, dtype)
+        known.add(folder / part, dtype, module)
+    return module
+
+
+def _denoiser_file(located: Located, dtype: torch.dtype, config: str | None) -> Expert:
+    """A transformer in its original layout, whatever else its file holds."""
+    import diffusers
+
+    folder = config_folder(config or detect_config(located.path))
+    index = read_index(folder)
+    part = component_of(folder, index)
+    maker = getattr(diffusers, index[part][1])
+    try:
+        options = {"config": str(folder), "subfolder": part, "local_files_only": True, "dtype": dtype}
+        model = maker.from_single_file(str(located.path), **options).eval()
+    except READING as error:
+        raise UserError(f"{located.path} could not be read with the config {folder.name}: {_first_line(error)}") from error
+    _check_whole(located, folder, {part: model})
+    return Expert(name=located.spec.name, model=model, located=located, config=config)
+
+
+def _check_whole(located: Located, folder: Path, parts: dict[str, Any]) -> None:
+    """Raises UserError for modules whose weights a single file did not hold."""
+    for name, part in parts.items():
+        if isinstance(part, nn.Module) and any(parameter.is_meta for parameter in part.parameters()):
+            missing = next(key for key, parameter in part.named_parameters() if parameter.is_meta)
+            raise UserError(f"{located.path} lacks weights of its {name} (first: {missing}); it is no complete checkpoint of config {folder.name}")
 
 
 def _from_single_file(located: Located, dtype: torch.dtype, config: str | None) -> Expert:
@@ -155,10 +213,7 @@ def _load_pipeline(located: Located, dtype: torch.dtype, config: str | None) -> 
         pipe = maker.from_single_file(str(located.path), **options)
     except READING as error:
         raise UserError(f"{located.path} could not be read with the config {folder.name}: {_first_line(error)}") from error
-    for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and any(parameter.is_meta for parameter in part.parameters()):
-            missing = next(key for key, parameter in part.named_parameters() if parameter.is_meta)
-            raise UserError(f"{located.path} lacks weights of its {name} (first: {missing}); it is no complete checkpoint of config {folder.name}")
+    _check_whole(located, folder, pipe.components)
     return pipe
 
 

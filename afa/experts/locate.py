@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from afa.errors import UserError
+from afa.experts.original import is_alone
 from afa.experts.spec import HUB_ID, ExpertSpec
 
 
@@ -23,7 +24,7 @@ class Located:
     @property
     def whole_pipeline(self) -> bool:
         """Whether it brings text encoders, VAE and scheduler, not only the denoiser."""
-        return self.single_file or (self.path / "model_index.json").is_file()
+        return not is_alone(self.path) if self.single_file else (self.path / "model_index.json").is_file()
 
 
 def locate(spec: ExpertSpec) -> Located:

@@ -1,11 +1,14 @@
-"""Single .safetensors files in the original (LDM) layout: which architecture, and loading them without a network.
+"""Single .safetensors files in their original layout: which architecture, and loading them without a network.
 
-diffusers converts the keys; what it would fetch from a hub (configs, tokenizer) ships in configs/.
+U-Nets come with text encoders and VAE in one file (LDM's layout); of transformers (SD 3, FLUX) only the denoiser is read, since
+their fine-tunes share everything else. diffusers converts the keys; what it would fetch from a hub (configs, CLIP's
+tokenizer) ships in configs/.
 """
 
 import gzip
 import json
 import struct
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,16 @@ from afa.errors import UserError
 from afa.lookup import unknown
 
 CONFIGS = Path(__file__).parent / "configs"
-KNOWN_CONFIGS = ("sd15", "sd21", "sd21-base", "sdxl")
-FIRST_CONV = "model.diffusion_model.input_blocks.0.0.weight"
-ATTENTION = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"
+KNOWN_CONFIGS = ("sd15", "sd21", "sd21-base", "sdxl", "sd3", "sd35", "sd35-large", "flux", "flux-schnell")
+DENOISER = "model.diffusion_model."  # before a denoiser's keys, unless it is alone in its file
+FIRST_CONV = f"{DENOISER}input_blocks.0.0.weight"
+ATTENTION = f"{DENOISER}input_blocks.{{}}.1.transformer_blocks.0.attn2.to_k.weight"
 # (block of the first attention, width of its text input) -> shipped config.
 # SD 2.x with and without v-prediction have the same shapes: 2.1 at 768 px is taken, sd21-base must be asked for.
 ARCHITECTURES = {(1, 768): "sd15", (1, 1024): "sd21", (4, 2048): "sdxl"}
+SD3, FLUX = "joint_blocks.0.x_block.attn.qkv.weight", "double_blocks.0.img_attn.qkv.weight"
+TRANSFORMERS = (SD3, FLUX)
+QUANTISED = ("scale_weight", "scaled_fp8", ".absmax", ".quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
 
 
 def read_header(file: Path) -> dict[str, Any]:
@@ -42,8 +49,10 @@ def read_header(file: Path) -> dict[str, Any]:
 def detect_config(file: Path) -> str:
     """Which shipped config fits a single file, from the shapes in its header. Raises UserError if none does."""
     header = read_header(file)
+    if is_transformer(header):
+        return _transformer_config(file, {name.removeprefix(DENOISER): entry["shape"] for name, entry in header.items()})
     if FIRST_CONV not in header:
-        raise UserError(f"{file} is no Stable Diffusion checkpoint in original layout: it has no {FIRST_CONV}; is it a LoRA, a VAE or another family?")
+        raise UserError(f"{file} is no checkpoint in original layout: it has no {FIRST_CONV}, and is no SD 3 or FLUX; is it a LoRA, a VAE or another family?")
     channels = header[FIRST_CONV]["shape"][1]
     if channels != 4:
         raise UserError(f"{file} takes {channels} input channels, expected 4; inpainting and other conditioned U-Nets are not supported as single files")
@@ -51,6 +60,32 @@ def detect_config(file: Path) -> str:
         if header.get(ATTENTION.format(block), {}).get("shape", [0, 0])[1] == width:
             return config
     raise UserError(f"{file} is of no architecture known here ({', '.join(KNOWN_CONFIGS)}); give its config folder with --config")
+
+
+def is_transformer(names: Collection[str]) -> bool:
+    """Whether a single file with these keys has a transformer of SD 3 or FLUX in its original layout."""
+    return any(f"{prefix}{mark}" in names for prefix in (DENOISER, "") for mark in TRANSFORMERS)
+
+
+def is_alone(file: Path) -> bool:
+    """Whether of a single file only the denoiser is read. Raises UserError if it is broken."""
+    return is_transformer(read_header(file))
+
+
+def _transformer_config(file: Path, shapes: Mapping[str, list[int]]) -> str:
+    """Of SD 3 by depth and by the largest image, of FLUX by whether guidance is told. Raises UserError for what is none of them."""
+    strange = next((name for name in shapes if name.endswith(QUANTISED)), None)
+    if strange is not None:
+        raise UserError(f"{file} holds quantised weights ({strange}), which would be read without their scales; take the file in bf16, fp16 or plain fp8")
+    if SD3 in shapes:
+        if "joint_blocks.37.x_block.attn.qkv.weight" in shapes:
+            return "sd35-large"
+        return "sd35" if "joint_blocks.0.x_block.attn2.qkv.weight" in shapes else "sd3"
+    channels = shapes["img_in.weight"][1]
+    if channels != 64:
+        kinds = {384: "FLUX.1 Fill", 128: "FLUX.1 Depth or Canny"}
+        raise UserError(f"{file} takes {channels} input channels ({kinds.get(channels, 'unknown')}), expected the 64 of FLUX.1; give a diffusers folder")
+    return "flux" if "guidance_in.in_layer.weight" in shapes else "flux-schnell"
 
 
 def config_folder(name_or_folder: str) -> Path:

@@ -12,14 +12,14 @@ from afa.errors import UserError
 from afa.experts.headers import Tensors, check_fit, dtype_of, read_file, read_folder, same_bytes
 from afa.experts.load import READING, TEXT_ENCODERS, TOKENIZERS, Expert, component_of, has_part, load_part, read_index
 from afa.experts.locate import Located, locate
-from afa.experts.original import FIRST_CONV, config_folder, detect_config, load_tokenizers
+from afa.experts.original import DENOISER, FIRST_CONV, config_folder, detect_config, load_tokenizers
 from afa.experts.spec import ExpertSpec
 from afa.families.table import FAMILIES, family_of
 from afa.text import arithmetic
 
 # Where the components lie in a single file of original layout (SD 1.x and 2.x; SDXL).
 PREFIXES = {
-    "unet": ("model.diffusion_model.",),
+    "unet": (DENOISER,),
     "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
     "text_encoder_2": ("conditioner.embedders.1.",),
     "vae": ("first_stage_model.",),
@@ -86,7 +86,7 @@ def _from_folder(located: Located) -> Outline:
     name, path = located.spec.name, located.path
     if not located.whole_pipeline:
         model = _build(path, "diffusers", str(_read_config(path).get("_class_name", "")))
-        found = Outline(Expert(name=name, model=model, located=located), {"unet": model})
+        found = Outline(Expert(name=name, model=model, located=located), {FAMILIES[family_of(model)].component: model})
     else:
         found = _described(name, path, _build_all(path), {})
         found.expert.located = located
@@ -107,6 +107,8 @@ def _from_single_file(located: Located, config: str | None) -> Outline:
         raise UserError(f"{located.path} holds one component in diffusers' layout, not a whole expert; give its folder: {folder}")
     config = config or detect_config(located.path)
     folder = config_folder(config)
+    if not located.whole_pipeline:
+        return _from_denoiser_file(located, config, tensors)
     parts = _build_all(folder)
     stored = {part: {key: entry for key, entry in tensors.items() if key.startswith(PREFIXES[part])} for part in parts}
     if "vae" in stored and not stored["vae"]:  # allowed: another expert may have the VAE for all
@@ -117,6 +119,18 @@ def _from_single_file(located: Located, config: str | None) -> Outline:
     found.expert.located, found.config = located, config
     found.expert.tokenizers = list(load_tokenizers(folder).values())
     return found
+
+
+def _from_denoiser_file(located: Located, config: str, tensors: Tensors) -> Outline:
+    """A transformer in its original layout; what else its file may hold is not read."""
+    folder = config_folder(config)
+    index = read_index(folder)
+    part = component_of(folder, index)
+    model = _build(folder / part, *index[part])
+    prefixed = {key: entry for key, entry in tensors.items() if key.startswith(DENOISER)}
+    entries = prefixed or tensors
+    _check_original(part, model, entries, f"the {part} in {located.path} (read with the config {folder.name})")
+    return Outline(Expert(name=located.spec.name, model=model, located=located), {part: model}, {part: entries}, config)
 
 
 def _check_original(part: str, model: nn.Module, entries: Tensors, where: str) -> None:
@@ -133,10 +147,10 @@ def _check_original(part: str, model: nn.Module, entries: Tensors, where: str) -
 def _as_diffusers(part: str, model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     from diffusers.loaders import single_file_utils as original
 
-    if part == "vae":
-        return dict(original.convert_ldm_vae_checkpoint(tensors, model.config))
-    if part == "unet":
-        return dict(original.convert_ldm_unet_checkpoint(tensors, model.config))
+    if part not in TEXT_ENCODERS:
+        from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES as READABLE  # noqa: N811
+
+        return dict(READABLE[type(model).__name__]["checkpoint_mapping_fn"](checkpoint=tensors, config=model.config))
     for prefix in OPEN_CLIP:
         if any(key.startswith(prefix) for key in tensors):
             return dict(original.convert_open_clip_checkpoint(model, tensors, prefix=prefix))

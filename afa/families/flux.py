@@ -113,6 +113,7 @@ class FluxCall(Call):
     encoded = (0, 1)
     named = ("prompt_embeds", "pooled_prompt_embeds")
     joined = True
+    alike = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds", "axes_dims_rope", "attention_head_dim")
 
     def pipeline(self, text_encoders: int) -> str:
         return "FluxPipeline"

@@ -69,6 +69,7 @@ class SD3Call(Call):
     patch = 2**LEVEL
     encoded = (0, 2)
     joined = False  # the stock pipelines pad CLIP's states to T5's width, which would cut joined ones
+    alike = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "qk_norm", "dual_attention_layers")
 
     def pipeline(self, text_encoders: int) -> str:
         return "StableDiffusion3Pipeline"

@@ -18,6 +18,8 @@ class UNetCall(Call):
     patch = 1
     encoded = (0, 2)
     joined = True
+    frozen_text = False
+    alike = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "addition_time_embed_dim", "time_cond_proj_dim")
 
     def pipeline(self, text_encoders: int) -> str:
         return "StableDiffusionXLPipeline" if text_encoders == 2 else "StableDiffusionPipeline"
