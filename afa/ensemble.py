@@ -9,9 +9,11 @@ from torch import nn
 
 from afa.aggregators.table import Recipe
 from afa.denoiser.base import EnsembleDenoiser
+from afa.denoiser.conversion import Conversion, conversion
+from afa.denoiser.schedule import Schedule
 from afa.denoiser.table import DENOISERS
 from afa.errors import UserError
-from afa.experts.compatible import mismatches
+from afa.experts.compatible import kind_mismatches, mismatches, only_predictions
 from afa.experts.lending import lend
 from afa.experts.load import Expert, load_experts
 from afa.frame import Frame
@@ -67,7 +69,7 @@ class Ensemble:
         recipe = _recipe(aggregator, aggregator_options, attention_up_to, text_stream)
         loaded = load_experts(experts, dtype, config)
         lender = lend(loaded, frame, dtype)
-        _check(loaded)
+        _check(loaded, placement, aggregators)
         framed = Frame(loaded, vae=vae, tokenizer=tokenizer, scheduler=scheduler, config=config, lender=lender)
         return cls._combined(loaded, framed, recipe, placement, aggregators)
 
@@ -94,7 +96,7 @@ class Ensemble:
             from afa.checkpoint.aggregators import read_aggregators
 
             recipe, placement, tensors = read_aggregators(Path(aggregators), experts[0], len(experts))
-        ensemble = cls(experts, _denoiser(experts, recipe, placement), frame)
+        ensemble = cls(experts, _denoiser(experts, recipe, placement, frame), frame)
         if tensors is not None:
             ensemble.denoiser.aggregators.load_state_dict(tensors)
         return ensemble
@@ -168,25 +170,44 @@ class Ensemble:
         return controlnet
 
 
-def _check(experts: Sequence[Expert]) -> None:
-    """Refuse experts that cannot be fused, with every reason and how to see more."""
+def _check(experts: Sequence[Expert], placement: str | Sequence[str] | None, aggregators: str | Path | None) -> None:
+    """Refuse experts that cannot be fused, with every reason and how to see more. A folder's placement is not known yet."""
     try:
-        reasons = mismatches(experts)
+        _refuse(experts, mismatches(experts, features=aggregators is None and not only_predictions(placement, experts[0])))
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _refuse(experts: Sequence[Expert], reasons: Sequence[str]) -> None:
     if reasons:
         compare = " ".join(str(expert.located.spec) if expert.located else expert.name for expert in experts)
         raise UserError("; ".join(reasons) + f". Compare them with: afa inspect {compare}")
 
 
-def _denoiser(experts: Sequence[Expert], recipe: Recipe, placement: str | Sequence[str] | None) -> EnsembleDenoiser:
+def _denoiser(experts: Sequence[Expert], recipe: Recipe, placement: str | Sequence[str] | None, frame: Frame) -> EnsembleDenoiser:
     """The drop-in denoiser of a family."""
     widths = [encoder.config.hidden_size for encoder in experts[0].text_encoders]
-    names = [expert.name for expert in experts]
+    names, models = [expert.name for expert in experts], [expert.model for expert in experts]
     try:
-        return DENOISERS[experts[0].family]([expert.model for expert in experts], names, recipe, placement, widths)
+        conversions = _conversions(experts, placement, frame)
+        return DENOISERS[experts[0].family](models, names, recipe, placement, widths, conversions)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _conversions(experts: Sequence[Expert], placement: str | Sequence[str] | None, frame: Frame) -> list[Conversion | None]:
+    """Where only predictions are combined, how every expert's become the frame's. Raises UserError where features are, of experts of other kinds."""
+    if not only_predictions(placement, experts[0]):
+        _refuse(experts, kind_mismatches(experts))
+        return []
+    if frame.scheduler is None:  # bare denoisers: nobody knows what they predict
+        return []
+    own = Schedule.of(frame.scheduler)
+    return [None if expert.scheduler is None else conversion(Schedule.of(expert.scheduler), own) for expert in experts]
 
 
 def _recipe(aggregator: str, options: Mapping[str, Any], attention_up_to: int | None, text_stream: str) -> Recipe:

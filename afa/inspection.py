@@ -17,9 +17,10 @@ from afa.checkpoint.manifest import Manifest, read_manifest
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.cost import Flops, count_flops
 from afa.denoiser.placement import choices
+from afa.denoiser.schedule import kind_of
 from afa.denoiser.table import DENOISERS
 from afa.errors import UserError
-from afa.experts.compatible import mismatches
+from afa.experts.compatible import mismatches, only_predictions
 from afa.experts.headers import check_fit, dtype_of, read_file
 from afa.experts.load import Expert, check_names
 from afa.experts.original import KNOWN_CONFIGS
@@ -89,7 +90,7 @@ def _check_saved(aggregators: nn.Module, file: Path) -> None:
 def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) -> dict[str, Any]:
     """Everything `afa inspect` shows, ready for JSON. What only an ensemble has is None if the experts cannot be fused."""
     experts = [outline.expert for outline in subject.outlines]
-    reasons = mismatches(experts)
+    reasons = _mismatches(subject, experts)
     denoiser = None if reasons else subject.denoiser()
     size = _size(subject, resolution)
     count = partial(count_flops, height=size["latent"][0], width=size["latent"][1], batch=batch_size, tokens=size["tokens"])
@@ -106,6 +107,14 @@ def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) 
         "placements": None if denoiser is None or subject.folder else _placements(subject, denoiser, flops, count),
         "cost": {**size, "batch_size": batch_size, **memory, "flops": _flops(experts, count, flops)},
     }
+
+
+def _mismatches(subject: Subject, experts: Sequence[Expert]) -> list[str]:
+    """Why they cannot be fused as they would be. Raises UserError for a placement that does not exist."""
+    try:
+        return mismatches(experts, features=not only_predictions(subject.placement, experts[0]))
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _placements(subject: Subject, denoiser: EnsembleDenoiser, flops: Flops | None, count: Callable[[nn.Module], Flops]) -> list[dict[str, Any]]:
@@ -140,7 +149,7 @@ def _expert(outline: Outline, same: Sequence[str | None]) -> dict[str, Any]:
         "class": type(expert.model).__name__,
         "parameters": count_parameters(expert.model),
         "dtype": outline.dtype,
-        "prediction_type": prediction_type(expert.scheduler),
+        "prediction_type": None if expert.scheduler is None else kind_of(expert.scheduler),
         "text_encoders": [_text_encoder(outline, part, other) for part, other in zip(outline.text_parts, same, strict=True)],
         "vae": None if expert.vae is None else _vae(outline, expert.vae),
     }

@@ -164,7 +164,7 @@ class TestRefusals:
 
     def test_a_lora_where_a_checkpoint_is_expected(self, tmp_path):
         lora = write_lora(sd_pipeline(0), tmp_path / "style.safetensors")
-        with pytest.raises(UserError, match="no Stable Diffusion checkpoint in original layout"):
+        with pytest.raises(UserError, match="no checkpoint in original layout"):
             load_expert(str(lora))
 
     def test_a_single_file_of_unknown_architecture(self, folders):

@@ -15,6 +15,7 @@ from afa.checkpoint.card import model_card
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, ExpertEntry, Manifest, check_hashes, entry_for, read_manifest, relative
 from afa.checkpoint.release import write_release
 from afa.checkpoint.staging import staged
+from afa.denoiser.schedule import kind_of
 from afa.errors import UserError
 from afa.experts.hashing import hash_expert, sha256
 from afa.experts.load import Expert, component_of, read_index
@@ -104,7 +105,7 @@ def _manifest(ensemble: "Ensemble", entries: list[ExpertEntry], frame: dict[str,
 
 
 def _prediction_type(expert: Expert) -> str | None:
-    return None if expert.scheduler is None else expert.scheduler.config.get("prediction_type")
+    return None if expert.scheduler is None else kind_of(expert.scheduler)
 
 
 def _refer(expert: Expert, folder: Path) -> ExpertEntry:

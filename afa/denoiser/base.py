@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from afa.aggregators.base import Aggregator
 from afa.aggregators.table import Recipe
+from afa.denoiser.conversion import Conversion
 from afa.denoiser.placement import fused_stages
-from afa.denoiser.walk import Column, Observer, Residuals, walk
+from afa.denoiser.walk import Answer, Column, Observer, Residuals, walk
 from afa.families.call import Call
 from afa.families.stage import Stage, Trace
 from afa.families.table import FAMILIES
@@ -52,6 +53,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
     experts: the models, not copied; they are frozen and stay in evaluation mode.
     names: of the experts, in their order. placement: see placement.py. recipe: how the aggregators are made.
     text_widths: of the states of each text encoder, where a pipeline puts several side by side (SDXL).
+    conversions: of experts whose predictions are of another kind than the frame's; None for the others. Only predictions can be.
     """
 
     family: ClassVar[str]
@@ -65,6 +67,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         recipe: Recipe | None = None,
         placement: str | Sequence[str] | None = None,
         text_widths: Sequence[int] = (),
+        conversions: Sequence[Conversion | None] = (),
     ) -> None:
         super().__init__()
         self.names = tuple(names) if names else tuple(f"expert_{index}" for index in range(len(experts)))
@@ -79,6 +82,8 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         self.text_widths = tuple(text_widths)
         self.recipe = recipe or Recipe()
         self.aggregators = nn.ModuleDict(self._aggregators())
+        self.conversions = tuple(conversions) or (None,) * len(experts)
+        self._check_conversions()
         self._maps: WeightMaps | None = None
         self._watch: Observer | None = None
         self._only: int | None = None
@@ -105,6 +110,23 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
                 if stage.name in chosen
             }
 
+    def _check_conversions(self) -> None:
+        """Raises ValueError where predictions would have to be converted that are not, or not only, latents."""
+        converted = [name for name, found in zip(self.names, self.conversions, strict=True) if found is not None]
+        if not converted:
+            return
+        if self.fused != [self.stages[-1].name]:
+            raise ValueError(
+                f"the predictions of {', '.join(converted)} are of another kind than the frame's, so features have nothing in common;"
+                f" only predictions can be combined: placement out, not {','.join(self.fused)}"
+            )
+        taken, answered = self.config.in_channels, self.config.get("out_channels") or self.config.in_channels
+        if taken != answered:
+            raise ValueError(
+                f"the predictions of {', '.join(converted)} are of another kind than the frame's, and those of models with"
+                f" {taken} channels in and {answered} out (inpainting) are not converted; take experts of one kind"
+            )
+
     @property
     def call(self) -> Call:
         """How the denoiser is called."""
@@ -128,8 +150,12 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         residuals: Residuals,
         odd_size: bool = False,
         skipped: Collection[str] = (),
+        noisy: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """One pass. begin: starts the expert of that index. The other arguments: see walk."""
+        """One pass. begin: starts the expert of that index. noisy: the call's latents as the last stage lays predictions out.
+
+        The other arguments: see walk.
+        """
         chosen = range(len(self.experts)) if self._only is None else (self._only,)
         hidden, traces = zip(*(begin(index) for index in chosen), strict=True)
         columns = self.columns
@@ -137,7 +163,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         if self._only is not None:
             columns, aggregators = [(column[self._only],) for column in columns], {}
         if self._maps is not None:
-            self._maps.begin(timestep)
+            self._maps.begin(self.call.counted(timestep))
         observe = None if self._maps is None and self._watch is None else self._observe
         return walk(
             columns,
@@ -150,7 +176,30 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
             checkpoint=self.gradient_checkpointing,
             skipped=skipped,
             blend_streams=self.recipe.text_stream == "fused",
+            answers=self._answers(chosen, timestep, noisy),
         )
+
+    def given(self, expert: int, noisy: Tensor, timestep: Tensor | float | int) -> tuple[Tensor, Any]:
+        """What one expert is handed for a call's latents and timestep: the same, unless its predictions are of another kind."""
+        found = self.conversions[expert]
+        if found is None:
+            return noisy, timestep
+        own, times = found.given(noisy, self._times(timestep, noisy))
+        return own, self.call.told(times.float())
+
+    def _answers(self, chosen: Sequence[int], timestep: Tensor | float | int, noisy: Callable[[], Tensor] | None) -> list[Answer]:
+        """What becomes of the prediction of every expert that is run; none if they are of one kind."""
+        if all(self.conversions[index] is None for index in chosen):
+            return []
+        if noisy is None:
+            raise NotImplementedError(f"predictions of family {self.family} are not converted; take experts of one kind")
+        latents = noisy()
+        times = self._times(timestep, latents)
+        return [_answer(self.conversions[index], latents, times) for index in chosen]
+
+    def _times(self, timestep: Tensor | float | int, like: Tensor) -> Tensor:
+        """A call's timestep as schedulers count it, () or (B,)."""
+        return torch.as_tensor(self.call.counted(timestep), device=like.device)
 
     def _observe(self, stage: str, weights: Tensor) -> None:
         """Show a stage's weights to whoever wants them."""
@@ -190,6 +239,10 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
 
     def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("a LoRA belongs to one expert: give the expert as name=base.safetensors+lora.safetensors")
+
+
+def _answer(conversion: Conversion | None, noisy: Tensor, times: Tensor) -> Answer:
+    return (lambda prediction: prediction) if conversion is None else lambda prediction: conversion.answer(prediction, noisy, times)
 
 
 def _columns(stages: Callable[[nn.Module], tuple[Stage, ...]], experts: Sequence[nn.Module], names: Sequence[str]) -> list[Column]:

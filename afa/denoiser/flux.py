@@ -55,8 +55,8 @@ class FluxEnsemble(EnsembleDenoiser):
         pooled = split_joined(pooled_projections, (config.pooled_projection_dim,), count, "pooled_projections")
 
         def begin(expert: int) -> tuple[Tensor, TokenTrace]:
-            ids = (txt_ids, img_ids)
-            return flux.begin(self.experts[expert], hidden_states, timestep, texts[expert], pooled[expert], ids, guidance, options)
+            own, ids = self.given(expert, hidden_states, timestep), (txt_ids, img_ids)
+            return flux.begin(self.experts[expert], *own, texts[expert], pooled[expert], ids, guidance, options)
 
         residuals = Residuals()
         if controlnet_block_samples or controlnet_single_block_samples:
@@ -64,7 +64,7 @@ class FluxEnsemble(EnsembleDenoiser):
             self._add("double", controlnet_block_samples, grid, residuals, controlnet_blocks_repeat)
             self._add("single", controlnet_single_block_samples, grid, residuals)
         with lora_scaled(self.experts, lora_scale):
-            prediction = as_tokens(self._run(begin, timestep, residuals))
+            prediction = as_tokens(self._run(begin, timestep, residuals, noisy=lambda: as_map(hidden_states, flux.grid_of(img_ids))))
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
     def _add(

@@ -43,13 +43,13 @@ class SD3Ensemble(EnsembleDenoiser):
         pooled = split_joined(pooled_projections, (config.pooled_projection_dim,), count, "pooled_projections")
 
         def begin(expert: int) -> tuple[Tensor, TokenTrace]:
-            return sd3.begin(self.experts[expert], hidden_states, timestep, texts[expert], pooled[expert], options)
+            return sd3.begin(self.experts[expert], *self.given(expert, hidden_states, timestep), texts[expert], pooled[expert], options)
 
         grid = (hidden_states.shape[-2] // sd3.SD3Call.patch, hidden_states.shape[-1] // sd3.SD3Call.patch)
         residuals = self._residuals(block_controlnet_hidden_states, grid)
         skipped = [self.stages[index].name for index in skip_layers or ()]
         with lora_scaled(self.experts, lora_scale):
-            prediction = sd3.unfold(self._run(begin, timestep, residuals, skipped=skipped))
+            prediction = sd3.unfold(self._run(begin, timestep, residuals, skipped=skipped, noisy=lambda: sd3.fold(hidden_states)))
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
     def _residuals(self, controls: Sequence[Tensor] | None, grid: tuple[int, int]) -> Residuals:

@@ -67,8 +67,7 @@ class UNetEnsemble(EnsembleDenoiser):
         def begin(expert: int) -> tuple[Tensor, unet.UNetTrace]:
             return unet.begin(
                 self.experts[expert],
-                sample,
-                timestep,
+                *self.given(expert, sample, timestep),
                 texts[expert],
                 class_labels=class_labels,
                 timestep_cond=timestep_cond,
@@ -80,7 +79,7 @@ class UNetEnsemble(EnsembleDenoiser):
 
         odd_size = any(side % self._down_factor for side in sample.shape[-2:])
         with lora_scaled(self.experts, lora_scale):
-            prediction = self._run(begin, timestep, residuals, odd_size)
+            prediction = self._run(begin, timestep, residuals, odd_size, noisy=lambda: sample)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
     def split_text(self, states: Tensor) -> list[Tensor]:

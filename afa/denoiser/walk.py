@@ -14,6 +14,7 @@ from afa.aggregators.base import Aggregator
 from afa.families.stage import Stage, Trace
 
 Column = tuple[Stage, ...]  # the same stage of every expert
+Answer = Callable[[Tensor], Tensor]  # an expert's prediction as all understand it
 Observer = Callable[[str, Tensor], None]  # told the name of a fused stage and its weights (B, N, H, W)
 
 
@@ -40,6 +41,7 @@ def walk(
     checkpoint: bool = False,
     skipped: Collection[str] = (),
     blend_streams: bool = False,
+    answers: Sequence[Answer] = (),
 ) -> Tensor:
     """Run a denoiser of N experts: -> the prediction of the last stage.
 
@@ -47,19 +49,21 @@ def walk(
     every expert keeps its own features and skips there. odd_size: a side does not divide by the down-sampling factor,
     so upsamplers are told the size of the next skip. checkpoint: recompute a column in the backward pass instead of
     keeping its activations. skipped: stages that are left out (skip-layer guidance). blend_streams: where image tokens are
-    fused, so are text tokens; otherwise every expert keeps its own.
+    fused, so are text tokens; otherwise every expert keeps its own. answers: what becomes of each expert's own prediction
+    before it is fused; none where they are predictions of one kind.
     """
     temb = torch.stack([trace.temb for trace in traces]).mean(0)  # (B, E)
     text = torch.stack([trace.text for trace in traces]).mean(0)  # (B, T, D)
     features, traces = list(hidden), list(traces)
     skips: list[list[Tensor]] = []
+    last = columns[-1][0].name
     for column in columns:
         stage = column[0]
         if stage.name not in skipped:
             skip: Sequence[Tensor | None] = skips.pop() if stage.takes_skip else [None] * len(column)
             size = _size(skips) if odd_size and stage.upsamples and skips else None
             aggregator = aggregators[stage.name] if stage.name in aggregators else None
-            step = (column, aggregator, features, traces, skip, size, temb, text, blend_streams)
+            step = (column, aggregator, features, traces, skip, size, temb, text, blend_streams, answers if stage.name == last else ())
             if checkpoint and torch.is_grad_enabled():
                 features, traces, weights = torch.utils.checkpoint.checkpoint(_step, *step, use_reentrant=False)
             else:
@@ -82,10 +86,13 @@ def _step(
     temb: Tensor,
     text: Tensor,
     blend_streams: bool,
+    answers: Sequence[Answer],
 ) -> tuple[list[Tensor], list[Trace], Tensor | None]:
     """One stage of all experts: -> what each carries on (the same tensor N times where one blend serves all), traces, weights."""
     ran = [stage.run(x, trace, s, size) for stage, x, trace, s in zip(column, features, traces, skip, strict=True)]
     outputs, after = [output for output, _ in ran], [trace for _, trace in ran]
+    if answers:
+        outputs = [answer(output) for answer, output in zip(answers, outputs, strict=True)]
     if aggregator is None:
         return outputs, after, None
     fused, weights = aggregator(torch.stack(outputs, dim=1), temb, text)

@@ -3,28 +3,62 @@
 from collections.abc import Sequence
 from typing import Any
 
+from afa.denoiser.placement import fused_stages
+from afa.denoiser.schedule import kind_of
 from afa.experts.load import Expert
 from afa.families.table import FAMILIES
 from afa.text import same_weights
 
-SCHEDULER = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+SCHEDULER = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 
 
-def mismatches(experts: Sequence[Expert]) -> list[str]:
-    """Why the others cannot join the first: one sentence each, none if they can."""
+ROUTE = "may differ where only predictions are combined: placement out"
+
+
+def mismatches(experts: Sequence[Expert], features: bool = True) -> list[str]:
+    """Why the others cannot join the first: one sentence each, none if they can.
+
+    features: they are to be fused, not only predictions, which may be of different kinds.
+    """
     first, *others = experts
-    return [sentence for other in others for sentence in _pair(first, other)]
+    return [sentence for other in others for sentence in _pair(first, other, features)]
 
 
-def _pair(first: Expert, other: Expert) -> list[str]:
-    start = f"'{other.name}' cannot join '{first.name}'"
+def kind_mismatches(experts: Sequence[Expert]) -> list[str]:
+    """Why features of the others mean something else than the first's: they predict another thing, or at another noise."""
+    first, *others = experts
+    return [f"{_start(first, other)}: {reason}" for other in others for reason in _kind_mismatches(first, other)]
+
+
+def _pair(first: Expert, other: Expert, features: bool) -> list[str]:
+    start = _start(first, other)
     if first.family != other.family:
         return [f"{start}: it is of family {other.family}, expected {first.family}; experts must share one architecture"]
     found = _stage_mismatches(first, other) + _value_mismatches(first.model.config, other.model.config, FAMILIES[first.family].call.alike)
-    if first.scheduler is not None and other.scheduler is not None:
-        found += _value_mismatches(first.scheduler.config, other.scheduler.config, SCHEDULER)
+    found += _kind_mismatches(first, other) if features else []
     found += _text_mismatches(first, other)
     return [f"{start}: {reason}" for reason in found]
+
+
+def _start(first: Expert, other: Expert) -> str:
+    return f"'{other.name}' cannot join '{first.name}'"
+
+
+def _kind_mismatches(first: Expert, other: Expert) -> list[str]:
+    """By their schedulers, where both have one."""
+    if first.scheduler is None or other.scheduler is None:
+        return []
+    mine, theirs = kind_of(first.scheduler), kind_of(other.scheduler)
+    if mine != theirs:
+        return [f"prediction_type is {theirs}, expected {mine} ({ROUTE})"]
+    return [f"{reason} ({ROUTE})" for reason in _value_mismatches(first.scheduler.config, other.scheduler.config, SCHEDULER)]
+
+
+def only_predictions(placement: str | Sequence[str] | None, expert: Expert) -> bool:
+    """Whether nothing before the last stage is fused. Raises ValueError for a placement that does not exist."""
+    family = FAMILIES[expert.family]
+    stages = family.stages(expert.model)
+    return fused_stages(placement or family.placement, stages) == [stages[-1].name]
 
 
 def _stage_mismatches(first: Expert, other: Expert) -> list[str]:

@@ -148,9 +148,9 @@ def _as_diffusers(part: str, model: Any, tensors: dict[str, Tensor]) -> dict[str
     from diffusers.loaders import single_file_utils as original
 
     if part not in TEXT_ENCODERS:
-        from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES as READABLE  # noqa: N811
+        from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-        return dict(READABLE[type(model).__name__]["checkpoint_mapping_fn"](checkpoint=tensors, config=model.config))
+        return dict(SINGLE_FILE_LOADABLE_CLASSES[type(model).__name__]["checkpoint_mapping_fn"](checkpoint=tensors, config=model.config))
     for prefix in OPEN_CLIP:
         if any(key.startswith(prefix) for key in tensors):
             return dict(original.convert_open_clip_checkpoint(model, tensors, prefix=prefix))
@@ -222,13 +222,16 @@ def shared_text_encoders(outlines: list[Outline]) -> list[list[str | None]]:
     """For every expert and each of its text encoders: the name of the first expert that has the same, None if it is the first.
 
     The same is: equal bit for bit in the files, with equal settings; an ensemble keeps and runs such encoders once.
-    Files are read until their first difference.
+    Files are read until their first difference. Of bare configs: in families whose fine-tunes leave the text encoders alone.
     """
     return [[_same_as(outlines[:index], mine, part) for part in mine.text_parts] for index, mine in enumerate(outlines)]
 
 
 def _same_as(earlier: list[Outline], mine: Outline, part: str) -> str | None:
+    frozen = mine.expert.located is None and FAMILIES[mine.expert.family].call.frozen_text
     for other in earlier:
+        if frozen and other.config == mine.config:
+            return other.expert.name
         known = part in mine.stored and part in other.stored and arithmetic(mine.parts[part]) == arithmetic(other.parts[part])
         if known and same_bytes(other.stored[part], mine.stored[part]):
             return other.expert.name

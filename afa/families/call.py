@@ -54,6 +54,14 @@ class Call(ABC):
     def arguments(self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
         """The call for noisy latents (B, C, H, W) at times (B,), as schedulers count them."""
 
+    def counted(self, timestep: Tensor | float | int) -> Tensor | float | int:
+        """A call's timestep as schedulers count it."""
+        return timestep
+
+    def told(self, times: Tensor) -> Tensor:
+        """Times as schedulers count them, as a call has them: the inverse of counted."""
+        return times
+
     def prediction(self, answer: Tensor, size: tuple[int, int]) -> Tensor:
         """A denoiser's answer as latents of that size, (B, C, H, W)."""
         return answer

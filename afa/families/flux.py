@@ -16,6 +16,7 @@ from afa.families.stage import Stage
 from afa.families.tokens import LEVEL, Block, Head, TokenTrace, as_map
 
 GUIDANCE = 3.5  # told to guidance-distilled models in training, as their pipelines do by default
+TIMES = 1000  # of a schedule: its models are told a share of them
 SIDE = 128  # of the latents of 1024 px, what these models are made for; their config says nothing
 
 
@@ -51,8 +52,8 @@ def begin(
     timestep (B,) from 0 to 1; guidance (B,) for distilled models. -> image tokens as a map, the trace.
     """
     hidden = model.x_embedder(tokens)
-    time = timestep.to(hidden.dtype) * 1000
-    told = (time, pooled) if guidance is None else (time, guidance.to(hidden.dtype) * 1000, pooled)
+    time = timestep.to(hidden.dtype) * TIMES
+    told = (time, pooled) if guidance is None else (time, guidance.to(hidden.dtype) * TIMES, pooled)
     temb = model.time_text_embed(*told)
     states = model.context_embedder(text)
     rotary = model.pos_embed(torch.cat([_flat(part) for part in ids], dim=0))
@@ -134,7 +135,7 @@ class FluxCall(Call):
     def arguments(self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
         call = {
             "hidden_states": pack(noisy),
-            "timestep": times.to(noisy.dtype) / 1000,
+            "timestep": self.told(times.to(noisy.dtype)),
             "img_ids": image_ids((noisy.shape[-2], noisy.shape[-1]), noisy),
             "txt_ids": noisy.new_zeros(conditions["encoder_hidden_states"].shape[1], 3),
             **conditions,
@@ -142,6 +143,12 @@ class FluxCall(Call):
         if config.guidance_embeds:
             call["guidance"] = torch.full((len(noisy),), GUIDANCE, device=noisy.device)
         return call
+
+    def counted(self, timestep: Tensor | float | int) -> Tensor | float | int:
+        return timestep * TIMES
+
+    def told(self, times: Tensor) -> Tensor:
+        return times / TIMES
 
     def prediction(self, answer: Tensor, size: tuple[int, int]) -> Tensor:
         return unpack(answer, size)

@@ -57,6 +57,13 @@ def unfold(patches: Tensor) -> Tensor:
     return torch.einsum("npqchw->nchpwq", parts).reshape(batch, channels // side**2, side * height, side * width)
 
 
+def fold(latents: Tensor) -> Tensor:
+    """The inverse of unfold: latents as patches in the head's order, (B, C, p·H, p·W) -> (B, p·p·C, H, W)."""
+    side = 2**LEVEL
+    parts = latents.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, C, H, p, W, p)
+    return torch.einsum("nchpwq->npqchw", parts).flatten(1, 3)
+
+
 def without_text(model: Any) -> list[str]:
     """The names of the blocks that leave no text behind: the last one, where a ControlNet adds nothing."""
     return [f"J{index:02}" for index, block in enumerate(model.transformer_blocks) if block.context_pre_only]

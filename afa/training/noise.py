@@ -8,11 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afa.errors import UserError
+from afa.denoiser.schedule import FLOW, clean_of, tables
 from afa.training.data import Encoded
 
-FLOW = "flow"
-TARGETS = ("epsilon", "v_prediction", "sample")  # of a diffusion schedule; a flow has one of its own
 DENSITIES = ("uniform", "logit_normal", "mode")  # how steps are drawn
 WEIGHTINGS = ("sigma_sqrt", "cosmap")  # of a flow's loss
 
@@ -28,7 +26,7 @@ class Noising:
         self, scheduler: Any, scaling_factor: float, shift_factor: float | None, device: torch.device, density: str = "uniform"
     ) -> None:  # fmt: skip
         self.scheduler = scheduler
-        self.kind, self.signal, self.noise, self.times = _tables(scheduler)
+        self.kind, self.signal, self.noise, self.times = tables(scheduler)
         self.steps = len(self.times)
         self.scale, self.shift, self.device, self.density = scaling_factor, shift_factor or 0.0, device, density
 
@@ -81,12 +79,7 @@ class Noising:
 
     def clean(self, noisy: Tensor, prediction: Tensor, steps: Tensor) -> Tensor:
         """The clean latents that a prediction claims: (B, C, h, w)."""
-        signal, noise = self._at(self.signal, steps), self._at(self.noise, steps)
-        if self.kind == "epsilon":
-            return (noisy - noise * prediction) / signal
-        if self.kind == "sample":
-            return prediction
-        return noisy - noise * prediction if self.kind == FLOW else signal * noisy - noise * prediction
+        return clean_of(self.kind, prediction, noisy, self._at(self.signal, steps), self._at(self.noise, steps))
 
     def ratio(self, steps: Tensor) -> Tensor:
         """Noise over signal, (B, 1, 1, 1): what remains of an error of x0 when a sampler goes from one step to another."""
@@ -116,22 +109,6 @@ class Noising:
     @cached_property
     def is_flow(self) -> bool:
         return self.kind == FLOW
-
-
-def _tables(scheduler: Any) -> tuple[str, Tensor, Tensor, Tensor]:
-    """-> kind of prediction; signal, noise and told time of every step, float32, from little noise to much."""
-    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        flow = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-        noise = flow.sigmas[: flow.config.num_train_timesteps].flip(0)
-        return FLOW, 1 - noise, noise, flow.timesteps.flip(0)
-    noises = DDPMScheduler.from_config(scheduler.config)
-    kind = noises.config.prediction_type
-    if kind not in TARGETS:
-        raise UserError(f"prediction type '{kind}' cannot be trained; known are {', '.join(TARGETS)}, and flow matching by its scheduler")
-    kept = noises.alphas_cumprod
-    return kind, kept**0.5, (1 - kept) ** 0.5, torch.arange(len(kept))
 
 
 @dataclass
