@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from afa.denoiser.schedule import FLOW, flow_config, kind_of
 from afa.errors import UserError
 from afa.lookup import look_up
 
@@ -24,15 +25,56 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# The same for flows. Others of diffusers draw noise in every step, and pipelines of flows give them no generator of an image's own.
+FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+
 def make_scheduler(name: str, like: Any) -> Any:
-    """The scheduler of that name with the noise schedule and prediction type of another. Raises UserError for an unknown name."""
+    """The scheduler of that name with the noise schedule and prediction type of another.
+
+    Raises UserError for an unknown name, and for one that is not for models of that kind.
+    """
+    flows = kind_of(like) == FLOW
+    try:
+        kind, options = look_up(name, FLOWS if flows else SCHEDULERS, "scheduler")
+    except ValueError as error:
+        raise UserError(_not_for_flows(name) if flows and name in SCHEDULERS else str(error)) from None
+    return _flow(kind, like) if flows else _maker(kind).from_config(like.config, **options)
+
+
+def _not_for_flows(name: str) -> str:
+    return f"scheduler '{name}' is for models with a diffusion schedule, and these are flow models; choose one of {', '.join(FLOWS)}"
+
+
+def _flow(kind: str, like: Any) -> Any:
+    """A scheduler of flows with the shift of another, whichever name it has there."""
+    config, shift = flow_config(like)
+    if kind.startswith("FlowMatch"):
+        return _maker(kind).from_config(config, shift=shift)
+    return _static(_maker(kind)).from_config(config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+def _maker(kind: str) -> Any:
     import diffusers
 
-    try:
-        kind, options = look_up(name, SCHEDULERS, "scheduler")
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return getattr(diffusers, kind).from_config(like.config, **options)
+    return getattr(diffusers, kind)
+
+
+def _static(maker: Any) -> Any:
+    """A scheduler that takes no notice of a picture's size where it is not made to, as FLUX's pipeline expects; diffusers' own refuse."""
+
+    class Static(maker):  # type: ignore[misc]
+        def set_timesteps(self, num_inference_steps: int, device: Any = None, mu: float | None = None, **kwargs: Any) -> None:
+            dynamic = {"mu": mu} if self.config.use_dynamic_shifting else {}
+            super().set_timesteps(num_inference_steps, device, **dynamic, **kwargs)
+
+    Static.__name__ = Static.__qualname__ = maker.__name__
+    return Static
 
 
 def read_scheduler(folder: Path) -> Any:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from afa.baselines.average import average
-from afa.baselines.noise import alpha_at, as_noise
 from afa.baselines.saliency import pick, saliency, winners
 from afa.baselines.superposition import (
     Step,
@@ -17,6 +16,7 @@ from afa.baselines.superposition import (
     or_velocity,
     published_change,
 )
+from afa.denoiser.schedule import Schedule, noise_of
 
 
 def random(*shape, seed=0):
@@ -51,16 +51,17 @@ class TestAverage:
 
 
 class TestNoise:
-    @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+    @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
     def test_every_prediction_type_names_the_same_noise(self, kind):
-        clean, noise, alpha = random(1, 4, 4, 4), random(1, 4, 4, 4, seed=1), 0.3
-        noisy = math.sqrt(alpha) * clean + math.sqrt(1 - alpha) * noise
-        said = {"epsilon": noise, "v_prediction": math.sqrt(alpha) * noise - math.sqrt(1 - alpha) * clean, "sample": clean}
-        assert torch.allclose(as_noise(said[kind], noisy, alpha, kind), noise)
+        clean, noise, s = random(1, 4, 4, 4), random(1, 4, 4, 4, seed=1), 0.3
+        a = 1 - s if kind == "flow" else math.sqrt(1 - s**2)
+        said = {"epsilon": noise, "v_prediction": a * noise - s * clean, "sample": clean, "flow": noise - clean}
+        assert torch.allclose(noise_of(kind, said[kind], a * clean + s * noise, a, s), noise)
 
     def test_alphas_between_timesteps_are_interpolated(self):
-        alphas = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
-        assert [alpha_at(alphas, t) for t in (0, 0.5, 2, 7)] == pytest.approx([0.9, 0.7, 0.1, 0.1])
+        schedule = Schedule("epsilon", 3, torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64))
+        signal, noise = schedule.at(torch.tensor([0, 0.5, 2, 7]))
+        assert (signal**2).tolist() == pytest.approx([0.9, 0.7, 0.1, 0.1]) and torch.allclose(signal**2 + noise**2, torch.ones(4).double())
 
 
 class TestSaliency:

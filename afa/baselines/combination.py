@@ -1,12 +1,14 @@
 """The drop-in denoiser whose prediction is made of the experts' whole predictions."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
 from afa.denoiser.base import EnsembleDenoiser, WeightMaps, only_expert
@@ -29,9 +31,9 @@ class Combination(ModelMixin, ConfigMixin, ABC):
 
     @abstractmethod
     def combine(self, predict: Predict, sample: Tensor, timestep: float) -> tuple[Tensor, Tensor | None]:
-        """One pass: sample (B, C, H, W), B doubled by guidance -> prediction (B, C, H, W), weights of the experts.
+        """One pass: sample (B, C, H, W), B doubled where guidance does so -> prediction (B, C, H, W), weights of the experts.
 
-        weights: (N,) the same everywhere, (B, N, H, W), or None where there are none to look at.
+        timestep: as schedulers count it. weights: (N,) the same everywhere, (B, N, H, W), or None where there are none to look at.
         """
 
     @property
@@ -40,29 +42,44 @@ class Combination(ModelMixin, ConfigMixin, ABC):
         return self.ensemble.names
 
     @property
+    def family(self) -> str:
+        """The experts'."""
+        return self.ensemble.family
+
+    @property
     def add_embedding(self) -> Any:
         """The first expert's; the SDXL pipeline reads its width."""
         return self.ensemble.add_embedding
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float | int,
-        encoder_hidden_states: Tensor,
-        return_dict: bool = True,
-        **conditions: Any,
-    ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """The stock forward; conditions: what else it takes (see UNetEnsemble.forward)."""
+    @property
+    def encoder_hid_proj(self) -> Any:
+        """FLUX pipelines ask whether there is an IP-Adapter."""
+        return self.ensemble.encoder_hid_proj
+
+    def cache_context(self, name: str, **where: Any) -> AbstractContextManager[None]:
+        """Asked for by the pipelines of some transformers."""
+        return self.ensemble.cache_context(name, **where)
+
+    @cached_property
+    def _stock(self) -> inspect.Signature:
+        return inspect.signature(self.ensemble.forward)
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """The stock forward of the experts' family."""
+        given, call = self._stock.bind(*args, **kwargs).arguments, self.ensemble.call
+        sample, timestep = call.latents(given), _one(call.counted(given["timestep"]))
+        size = (sample.shape[-2], sample.shape[-1])
 
         def predict(expert: int) -> Tensor:
             with only_expert(self.ensemble, self.names[expert]):
-                return self.ensemble(sample, timestep, encoder_hidden_states, return_dict=False, **conditions)[0]
+                return call.prediction(self.ensemble(**given, return_dict=False)[0], size)
 
-        prediction, weights = self.combine(predict, sample, _one(timestep))
+        prediction, weights = self.combine(predict, sample, timestep)
         if self._maps is not None and weights is not None:
             self._maps.begin(timestep)
             self._maps.observe(self.ensemble.stages[-1].name, _everywhere(weights, sample))
-        return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+        answer = call.answer(prediction)
+        return self.ensemble.output(sample=answer) if return_dict else (answer,)
 
     def one_hot(self, expert: int) -> Tensor:
         """The weights of one expert alone, (N,)."""

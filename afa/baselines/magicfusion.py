@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from afa.baselines.combination import Combination, Predict
-from afa.baselines.noise import alpha_at, as_noise, check_kind
 from afa.baselines.options import MagicFusion
 from afa.baselines.saliency import pick, saliency, winners
 from afa.baselines.sampler import PipelineSampler, check_guidable, find_expert, in_frame
+from afa.denoiser.schedule import Schedule, noise_of
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 
@@ -16,7 +16,7 @@ class Blended(Combination):
     """Hands the pipeline, pixel by pixel, the winner's unconditional and conditional prediction.
 
     Guidance is linear, so what the pipeline makes of them is the winner's guided prediction, exactly. Saliency is defined
-    on ε: other prediction types are converted to tell the winner; the prediction handed on is the winner's own.
+    on ε: other predictions, a flow's velocity too, are converted to tell the winner; the prediction handed on is the winner's own.
     guidance: must be set, above 1, before a pass; the sampler does it.
     """
 
@@ -25,8 +25,7 @@ class Blended(Combination):
         general = 0 if options.general is None else find_expert(ensemble, options.general)
         self.order = [general, *(expert for expert in range(len(self.names)) if expert != general)]  # ties go to the general one
         self.options = options
-        self.alphas = ensemble.frame.scheduler.alphas_cumprod
-        self.kind = check_kind(ensemble.frame.scheduler.config.prediction_type)
+        self.schedule = Schedule.of(ensemble.frame.scheduler)
         self.sharpness = torch.tensor([options.k_general] + [options.k_expert] * (len(self.names) - 1))
         self._guidance: float | None = None
 
@@ -53,8 +52,8 @@ class Blended(Combination):
 
     def _winner(self, predictions: Tensor, sample: Tensor, timestep: float) -> Tensor:
         """(2B, N, C, H, W) -> (B, H, W), indices into self.order; in float32, for softmax over many positions."""
-        alpha = alpha_at(self.alphas, timestep)
-        noise = as_noise(predictions.float(), sample.float()[:, None], alpha, self.kind)
+        levels = (float(level) for level in self.schedule.at(torch.tensor(timestep, dtype=torch.float64)))
+        noise = noise_of(self.schedule.kind, predictions.float(), sample.float()[:, None], *levels)
         unconditional, conditional = noise.chunk(2)
         reference = unconditional[:, :1] if self.options.saliency_reference == "general" else unconditional
         return winners(saliency(conditional, reference, self.guidance), self.sharpness)

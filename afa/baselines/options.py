@@ -19,11 +19,13 @@ class MethodOptions:
 
     has_maps: the method weighs the experts before the step is made, so weight maps can be saved. own_loop: it makes the
     steps itself and takes no scheduler. needs_guidance: it compares what guidance adds, so guidance must be above 1.
+    only_predictions: it combines whole predictions, which may be of different kinds.
     """
 
     has_maps: ClassVar[bool] = False
     own_loop: ClassVar[bool] = False
     needs_guidance: ClassVar[bool] = False
+    only_predictions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -67,6 +69,7 @@ class FeatureMean(MethodOptions):
     """The untrained ensemble: the mean of the experts' features at every stage."""
 
     has_maps: ClassVar[bool] = True
+    only_predictions: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)

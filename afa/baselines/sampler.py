@@ -12,7 +12,7 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.load import Expert
 from afa.families.table import FAMILIES
-from afa.generation.sample import Request, Sampling, sample
+from afa.generation.sample import Request, Sampling, sample, strength
 from afa.lookup import unknown
 
 
@@ -31,7 +31,7 @@ class PipelineSampler:
     def __call__(self, requests: Sequence[Request], sampling: Sampling) -> NDArray[np.uint8]:
         """-> (n, H, W, 3) uint8."""
         for part in self.guided:
-            part.guidance = sampling.guidance
+            part.guidance = strength(self.pipeline, sampling)
         return sample(self.pipeline, requests, sampling)
 
 
@@ -48,9 +48,10 @@ def settled(pipeline: Any, expert: Expert) -> Any:
 
 
 def check_guidable(ensemble: Ensemble, method: str) -> None:
-    """Raises UserError for experts without an unconditional prediction: their guidance is built in, and pipelines do none."""
-    if ensemble.denoiser.config.time_cond_proj_dim is not None:
-        raise UserError(f"{method} needs classifier-free guidance, and these experts have theirs built in (time_cond_proj_dim)")
+    """Raises UserError for experts whose pipelines make no unconditional prediction beside the conditional one."""
+    reason = ensemble.denoiser.call.unpaired(ensemble.denoiser.config)
+    if reason:
+        raise UserError(f"{method} needs classifier-free guidance, and {reason}; choose another method")
 
 
 def find_expert(ensemble: Ensemble, name: str | None) -> int:

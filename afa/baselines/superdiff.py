@@ -15,7 +15,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from afa.baselines.combination import Combination, Predict
-from afa.baselines.noise import as_noise, check_kind
 from afa.baselines.options import SuperdiffAnd, SuperdiffOr, shares
 from afa.baselines.sampler import PipelineSampler, check_guidable, in_frame
 from afa.baselines.superposition import (
@@ -28,7 +27,9 @@ from afa.baselines.superposition import (
     published_change,
 )
 from afa.denoiser.base import EnsembleDenoiser
+from afa.denoiser.schedule import FLOW, kind_of, noise_of
 from afa.ensemble import Ensemble
+from afa.errors import UserError
 
 # The published sampler's steps, whatever those of the experts' scheduler are.
 SPACING = {
@@ -143,7 +144,8 @@ class SuperposedScheduler(EulerDiscreteScheduler):
         alpha = 1 / (sigma**2 + 1)
         noisy = math.sqrt(alpha) * sample.float()[:, None, None]
         parts = model_output.float().unflatten(1, (2, -1, sample.shape[1]))  # (B, 2, N, C, H, W)
-        unconditional, conditional = as_noise(parts, noisy, alpha, self.config.prediction_type).unbind(1)
+        levels = math.sqrt(alpha), math.sqrt(1 - alpha)
+        unconditional, conditional = noise_of(self.config.prediction_type, parts, noisy, *levels).unbind(1)
         return unconditional, conditional
 
 
@@ -164,7 +166,8 @@ def superposed(ensemble: Ensemble, rule: Rule, run: Sequence[int]) -> PipelineSa
     """The ensemble's frame with the experts of `run` superposed; the noise schedule is the frame's, the steps are the SDE's."""
     check_guidable(ensemble, "superdiff")
     config = ensemble.frame.scheduler.config
-    check_kind(config.prediction_type)
+    if kind_of(ensemble.frame.scheduler) == FLOW:
+        raise UserError("superdiff makes its steps in x0 + sigma ε from a largest sigma, and a flow begins without any signal; choose another method")
     scheduler = SuperposedScheduler.from_config(config, **SPACING)
     scheduler.rule = rule
     denoiser = Stacked(ensemble.denoiser, run)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from afa.aggregators.base import Aggregator
@@ -57,6 +58,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
     """
 
     family: ClassVar[str]
+    output: ClassVar[type] = Transformer2DModelOutput  # what the stock forward returns
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["aggregators"]
 

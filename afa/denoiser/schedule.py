@@ -9,6 +9,7 @@ from torch import Tensor
 from afa.errors import UserError
 
 FLOW = "flow"
+NAMES = ("shift", "flow_shift", "use_flow_sigmas", "prediction_type")  # of a flow: the first is its own schedulers', the others are general ones'
 DIFFUSION = ("epsilon", "v_prediction", "sample")  # of a diffusion schedule; a flow has one kind of its own
 Level = Tensor | float  # of signal or noise: one number, or one that broadcasts over a batch
 
@@ -56,10 +57,10 @@ def kind_of(scheduler: Any) -> str:
     return str(kind)
 
 
-def shift_of(scheduler: Any) -> float:
-    """How far a flow's steps are shifted towards the noise; its schedulers have two names for it."""
-    config = scheduler.config
-    return float(config.get("shift") or config.get("flow_shift") or 1.0)
+def flow_config(scheduler: Any) -> tuple[dict[str, Any], float]:
+    """A flow's scheduler without what its kinds of schedulers name differently, and how far its steps are shifted towards the noise."""
+    config = {name: value for name, value in scheduler.config.items() if name not in NAMES}
+    return config, float(scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0)
 
 
 def tables(scheduler: Any) -> tuple[str, Tensor, Tensor, Tensor]:
@@ -68,7 +69,8 @@ def tables(scheduler: Any) -> tuple[str, Tensor, Tensor, Tensor]:
 
     kind = kind_of(scheduler)
     if kind == FLOW:
-        flow = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, shift=shift_of(scheduler))
+        config, shift = flow_config(scheduler)
+        flow = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
         noise = flow.sigmas[: flow.config.num_train_timesteps].flip(0)
         return kind, 1 - noise, noise, flow.timesteps.flip(0)
     kept = DDPMScheduler.from_config(scheduler.config).alphas_cumprod

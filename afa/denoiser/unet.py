@@ -22,6 +22,7 @@ class UNetEnsemble(EnsembleDenoiser):
     """
 
     family = "unet"
+    output = UNet2DConditionOutput
 
     def __init__(self, experts: Sequence[Any], *args: Any, **options: Any) -> None:
         super().__init__(experts, *args, **options)

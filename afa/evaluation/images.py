@@ -36,7 +36,8 @@ class ImageSet:
     @cached_property
     def made_by(self) -> str:
         """A hash of the identity and of how all images are sampled."""
-        facts = json.dumps([dict(self.identity), vars(self.sampling)], sort_keys=True, default=str)
+        sampling = {name: value for name, value in vars(self.sampling).items() if name != "true_guidance" or value is not None}
+        facts = json.dumps([dict(self.identity), sampling], sort_keys=True, default=str)  # as it was before there was that
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def path(self, index: int) -> Path:

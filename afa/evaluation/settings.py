@@ -32,8 +32,9 @@ class EvaluateSettings:
     images_per_prompt: int | None = option(None, help="images of each prompt (default: the protocol's)")
     seed: int = option(0, help="seed of the first image's noise; image k has seed + k, for every method")
     steps: int | None = option(None, help="denoising steps (default: the protocol's)")
-    guidance: float | None = option(None, help="strength of classifier-free guidance (default: the protocol's)")
-    scheduler: str | None = option(None, help="ddim, euler, dpm++ … (default: the ensemble's)")
+    guidance: float | None = option(None, help="strength of guidance (default: the protocol's, or the family's own)")
+    true_guidance: float | None = option(None, help="FLUX: strength of classifier-free guidance beside the built-in one")
+    scheduler: str | None = option(None, help="ddim, euler, dpm++ …; of flows: euler, dpm++, deis, unipc (default: the ensemble's)")
     width: int | None = option(None, help="in pixels (default: the protocol's, or the experts' own)")
     height: int | None = option(None, help="in pixels (default: the protocol's, or the experts' own)")
     protocol_data: str | None = option(None, help="COCO's folder, or DrawBench's table")
@@ -51,7 +52,7 @@ class EvaluateSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-        for name in ("tuning", "seed", "guidance", "search_trials"):
+        for name in ("tuning", "seed", "guidance", "true_guidance", "search_trials"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UserError(f"--{name.replace('_', '-')} {value} must not be negative")

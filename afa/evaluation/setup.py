@@ -17,7 +17,10 @@ from afa.evaluation.protocols.base import Protocol, Request
 from afa.evaluation.protocols.table import make_protocol
 from afa.evaluation.settings import EvaluateSettings
 from afa.experts.load import Expert, load_expert
-from afa.experts.spec import new_places
+from afa.experts.original import KNOWN_CONFIGS
+from afa.experts.outline import read_outline
+from afa.experts.spec import ExpertSpec, new_places
+from afa.families.table import FAMILIES
 from afa.generation.sample import Sampling
 from afa.schedulers import make_scheduler
 from afa.training.settings import TrainSettings
@@ -38,9 +41,21 @@ class Setup:
         self.folder = Path(settings.ensemble)
         self.manifest = read_manifest(self.folder)
         self.device = _device(settings.device)
-        self.protocol: Protocol = make_protocol(settings.protocol, _request(settings))
         self.moved = new_places(settings.experts or [])
+        self.protocol: Protocol = self._settled(make_protocol(settings.protocol, _request(settings)))
         self.ranking: tuple[str, ...] = self.names
+
+    def _settled(self, protocol: Protocol) -> Protocol:
+        """With the family's own strength of guidance where the protocol has none. Raises UserError for guidance the family does not know."""
+        entry, sampling = self.manifest.experts[0], protocol.sampling
+        if sampling.guidance is None or sampling.true_guidance is not None:
+            shape = entry.config if entry.config is None or entry.config in KNOWN_CONFIGS else str(self.folder / entry.config)
+            config = read_outline(ExpertSpec.parse(self.expert_specs()[0]), shape).expert.model.config
+            call = FAMILIES[self.manifest.family].call
+            call.guided(config, 1, sampling.guidance, sampling.negative_prompt, sampling.true_guidance)
+            guidance = call.strength(config) if sampling.guidance is None else sampling.guidance
+            protocol = dataclasses.replace(protocol, sampling=dataclasses.replace(sampling, guidance=guidance))
+        return protocol
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -150,6 +165,7 @@ def _request(settings: EvaluateSettings) -> Request:
         seed=settings.seed,
         steps=settings.steps,
         guidance=settings.guidance,
+        true_guidance=settings.true_guidance,
         scheduler=settings.scheduler,
         width=settings.width,
         height=settings.height,

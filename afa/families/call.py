@@ -1,10 +1,12 @@
 """How a family's denoiser is called: what training, measuring and counting need to know besides its stages."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from afa.errors import UserError
 
 
 class Call(ABC):
@@ -16,6 +18,7 @@ class Call(ABC):
     joined: whether experts may have different text encoders, whose states are then joined on the feature axis.
     frozen_text: whether fine-tunes leave the text encoders as they were, so that experts have the same ones.
     alike: settings that experts must have in common, because they change what features or predictions mean, not the stages.
+    guidance: its strength where nobody says; None: the models know none.
     """
 
     tokens: int
@@ -25,6 +28,7 @@ class Call(ABC):
     joined: bool
     frozen_text: bool = True
     alike: tuple[str, ...]
+    guidance: float | None = None
 
     @abstractmethod
     def pipeline(self, text_encoders: int) -> str:
@@ -62,6 +66,35 @@ class Call(ABC):
         """Times as schedulers count them, as a call has them: the inverse of counted."""
         return times
 
+    @abstractmethod
+    def latents(self, call: Mapping[str, Any]) -> Tensor:
+        """The noisy latents of a call, (B, C, H, W)."""
+
     def prediction(self, answer: Tensor, size: tuple[int, int]) -> Tensor:
         """A denoiser's answer as latents of that size, (B, C, H, W)."""
         return answer
+
+    def answer(self, prediction: Tensor) -> Tensor:
+        """Predicted latents as a denoiser answers them: the inverse of prediction."""
+        return prediction
+
+    def strength(self, config: Any) -> float | None:
+        """Of guidance where nobody says: as the stock pipeline has it; None: the models know none."""
+        return self.guidance
+
+    def guided(self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None) -> dict[str, Any]:
+        """The stock pipeline's arguments for guidance of `count` images.
+
+        strength: None: as above. negative: what the images should not show. true: of classifier-free guidance beside the one
+        that is built in. Raises UserError for what these models cannot do. Here: for models with classifier-free guidance.
+        """
+        strength = self.strength(config) if strength is None else strength
+        if true is not None:
+            raise UserError(f"true guidance {true:g} is for models whose own guidance is built in; say how strong theirs is with --guidance")
+        if negative is not None and strength is not None and strength <= 1:
+            raise UserError(f"guidance {strength:g} is none, so a negative prompt changes nothing; give one above 1, or leave the prompt out")
+        return {"guidance_scale": strength, "negative_prompt": None if negative is None else [negative] * count}
+
+    def unpaired(self, config: Any) -> str:
+        """Why no pass makes predictions with a prompt and without one side by side, as the end of a sentence; "" if they are so made."""
+        return ""

@@ -5,12 +5,13 @@ keeps its own text tokens. Only the model's own sub-modules run. Source of the a
 (github.com/black-forest-labs/flux).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from afa.errors import UserError
 from afa.families.call import Call
 from afa.families.stage import Stage
 from afa.families.tokens import LEVEL, Block, Head, TokenTrace, as_map
@@ -57,7 +58,7 @@ def begin(
     temb = model.time_text_embed(*told)
     states = model.context_embedder(text)
     rotary = model.pos_embed(torch.cat([_flat(part) for part in ids], dim=0))
-    grid = grid_of(_flat(ids[1]))
+    grid = grid_of(ids[1])
     conditions = {"temb": temb, "image_rotary_emb": rotary, "joint_attention_kwargs": options}
     return as_map(hidden, grid), TokenTrace(temb=temb, text=states, stream=states, grid=grid, conditions=conditions)
 
@@ -68,6 +69,7 @@ def grid_of(ids: Tensor) -> tuple[int, int]:
     On the meta device, where there are no numbers, the most nearly square grid of as many. Raises NotImplementedError for
     tokens of several images (Kontext, reference images), which are no map.
     """
+    ids = _flat(ids)
     count = ids.shape[0]
     if ids.is_meta:
         rows = next(rows for rows in range(int(count**0.5), 0, -1) if count % rows == 0)
@@ -115,6 +117,7 @@ class FluxCall(Call):
     named = ("prompt_embeds", "pooled_prompt_embeds")
     joined = True
     alike = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds", "axes_dims_rope", "attention_head_dim")
+    guidance = GUIDANCE
 
     def pipeline(self, text_encoders: int) -> str:
         return "FluxPipeline"
@@ -150,5 +153,36 @@ class FluxCall(Call):
     def told(self, times: Tensor) -> Tensor:
         return times / TIMES
 
+    def latents(self, call: Mapping[str, Any]) -> Tensor:
+        rows, columns = grid_of(call["img_ids"])
+        return unpack(call["hidden_states"], (rows * self.patch, columns * self.patch))
+
     def prediction(self, answer: Tensor, size: tuple[int, int]) -> Tensor:
         return unpack(answer, size)
+
+    def answer(self, prediction: Tensor) -> Tensor:
+        return pack(prediction)
+
+    def strength(self, config: Any) -> float | None:
+        return self.guidance if config.guidance_embeds else None
+
+    def guided(self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None) -> dict[str, Any]:
+        """strength is told to the model; true guidance is made of two passes a step, against the negative or the empty prompt."""
+        if strength is not None and not config.guidance_embeds:
+            raise UserError(
+                f"guidance {strength:g} changes nothing in models that were distilled without one (FLUX.1-schnell); leave it out,"
+                " or give classifier-free guidance a strength of its own (--true-guidance)"
+            )
+        if true is None and negative is not None:
+            raise UserError(
+                f"a negative prompt needs classifier-free guidance, and {self.unpaired(config)};"
+                " give that a strength above 1 (--true-guidance), or leave the prompt out"
+            )
+        if true is not None and true <= 1:
+            raise UserError(f"true guidance {true:g} adds nothing; give one above 1, or leave it out")
+        told = self.strength(config) if strength is None else strength
+        guided: dict[str, Any] = {} if told is None else {"guidance_scale": told}
+        return guided if true is None else {**guided, "true_cfg_scale": true, "negative_prompt": [negative or ""] * count}
+
+    def unpaired(self, config: Any) -> str:
+        return "these experts have theirs built in (guidance_embeds)" if config.guidance_embeds else "these experts were distilled to do without"

@@ -4,7 +4,7 @@ Joint blocks change image and text tokens together (Esser et al., arXiv:2403.032
 the image twice. Every expert keeps its own text tokens. Only the model's own sub-modules run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class SD3Call(Call):
     tokens = 77 + 256  # of CLIP's and of T5's, one behind the other
     patch = 2**LEVEL
     encoded = (0, 2)
+    guidance = 7.0
     joined = False  # the stock pipelines pad CLIP's states to T5's width, which would cut joined ones
     alike = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "qk_norm", "dual_attention_layers")
 
@@ -93,3 +94,6 @@ class SD3Call(Call):
 
     def arguments(self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
         return {"hidden_states": noisy, "timestep": times, **conditions}
+
+    def latents(self, call: Mapping[str, Any]) -> Tensor:
+        return call["hidden_states"]

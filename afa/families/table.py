@@ -33,6 +33,15 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def called(pipeline: Any) -> tuple[Call, Any]:
+    """How a pipeline's denoiser is called, be it a model or a drop-in, and its config. Raises ValueError if there is none."""
+    for family in FAMILIES.values():
+        denoiser = pipeline.components.get(family.component)
+        if denoiser is not None:
+            return FAMILIES[getattr(denoiser, "family", None) or family_of(denoiser)].call, denoiser.config
+    raise ValueError(f"a {type(pipeline).__name__} has no denoiser of a known family")
+
+
 def family_of(model: nn.Module) -> str:
     """The name of the family that reads this model. Raises ValueError if none does."""
     kind = type(model).__name__

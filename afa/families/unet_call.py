@@ -1,13 +1,15 @@
 """How Stable Diffusion 1.x, 2.x and XL U-Nets are called."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from afa.errors import UserError
 from afa.families.call import Call
 
+XL = 5.0  # the strength of guidance of SDXL's pipeline
 TIMES = 6  # of SDXL's micro-conditioning: original size, crop, target size, two numbers each
 
 
@@ -20,6 +22,7 @@ class UNetCall(Call):
     joined = True
     frozen_text = False
     alike = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "addition_time_embed_dim", "time_cond_proj_dim")
+    guidance = 7.5
 
     def pipeline(self, text_encoders: int) -> str:
         return "StableDiffusionXLPipeline" if text_encoders == 2 else "StableDiffusionPipeline"
@@ -47,6 +50,20 @@ class UNetCall(Call):
 
     def arguments(self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
         return {"sample": noisy, "timestep": times, **conditions}
+
+    def latents(self, call: Mapping[str, Any]) -> Tensor:
+        return call["sample"]
+
+    def strength(self, config: Any) -> float | None:
+        return XL if config.addition_embed_type == "text_time" else self.guidance
+
+    def guided(self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None) -> dict[str, Any]:
+        if negative is not None and self.unpaired(config):
+            raise UserError(f"a negative prompt needs classifier-free guidance, and {self.unpaired(config)}; leave it out")
+        return super().guided(config, count, strength, negative, true)
+
+    def unpaired(self, config: Any) -> str:
+        return "" if config.time_cond_proj_dim is None else "these experts have theirs built in (time_cond_proj_dim)"
 
 
 def _labels(config: Any, batch: int, empty: Callable[..., Tensor]) -> Tensor:

@@ -67,15 +67,16 @@ def generate(settings: GenerateSettings) -> list[Path]:
         raise UserError(unknown(settings.expert, ensemble.names, "expert"))
     if settings.weights and (settings.expert is not None or len(ensemble.names) == 1):
         raise UserError("--weights needs an ensemble of several experts; a single expert has no weight maps")
+    sampling = _sampling(settings, ensemble)
     _reschedule(ensemble, settings.scheduler)
     sampler = _sampler(settings, ensemble.to(device))
     output = Path(settings.output)
     if output.is_file():
         raise UserError(f"--output {output} is a file; give a folder")
     output.mkdir(parents=True, exist_ok=True)
-    jobs = _jobs(settings, prompts, ensemble, sampler)
+    jobs = _jobs(settings, sampling, prompts, ensemble, sampler)
     todo = [job for job in jobs if not job.made or (settings.weights and not _weights_path(job).exists())]
-    _make(settings, sampler, todo, done=len(jobs) - len(todo))
+    _make(settings, sampling, sampler, todo, done=len(jobs) - len(todo))
     _finish(output, jobs, settings.images_per_prompt)
     return [job.path for job in jobs]
 
@@ -90,7 +91,9 @@ def _load(settings: GenerateSettings) -> Ensemble:
         return Ensemble.load(saved[0], new_places(settings.experts or []), dtype=dtype)
     if settings.experts:
         raise UserError(f"--experts is for a saved ensemble, and {settings.sources[0]} is none: it has no {MANIFEST}; give experts as SOURCE")
-    return Ensemble.from_experts(settings.sources, aggregator="mean", dtype=dtype, config=settings.config)
+    options = settings.method_options()
+    placement = "out" if options is not None and options.only_predictions else None  # which may then be of different kinds
+    return Ensemble.from_experts(settings.sources, aggregator="mean", placement=placement, dtype=dtype, config=settings.config)
 
 
 def _reschedule(ensemble: Ensemble, name: str | None) -> None:
@@ -110,13 +113,13 @@ def _sampler(settings: GenerateSettings, ensemble: Ensemble) -> Any:
     return PipelineSampler(in_frame(ensemble, ensemble.denoiser))
 
 
-def _jobs(settings: GenerateSettings, prompts: list[str], ensemble: Ensemble, sampler: Any) -> list[Job]:
+def _jobs(settings: GenerateSettings, sampling: Sampling, prompts: list[str], ensemble: Ensemble, sampler: Any) -> list[Job]:
     """Every image asked for, in order. Seeds count on over prompts, so a file's images differ in noise too."""
     used = getattr(sampler, "pipeline", ensemble.frame).scheduler  # drawn experts have a pipeline each
     aggregators = Path(settings.sources[0]) / AGGREGATORS
     trained = settings.method is None and aggregators.exists()
     common = {
-        **asdict(_sampling(settings)),
+        **asdict(sampling),
         "scheduler": type(used).__name__ if settings.scheduler is None else settings.scheduler,
         "source": settings.sources[0] if len(settings.sources) == 1 else settings.sources,
         "method": settings.method,
@@ -135,18 +138,22 @@ def _jobs(settings: GenerateSettings, prompts: list[str], ensemble: Ensemble, sa
     return jobs
 
 
-def _sampling(settings: GenerateSettings) -> Sampling:
-    return Sampling(settings.steps, settings.guidance, settings.negative_prompt, settings.height, settings.width)
+def _sampling(settings: GenerateSettings, ensemble: Ensemble) -> Sampling:
+    """As asked, with the strength of guidance that images will say they were made with. Raises UserError for guidance the family does not know."""
+    call, config = ensemble.denoiser.call, ensemble.denoiser.config
+    call.guided(config, 1, settings.guidance, settings.negative_prompt, settings.true_guidance)
+    guidance = call.strength(config) if settings.guidance is None else settings.guidance
+    return Sampling(settings.steps, guidance, settings.negative_prompt, settings.height, settings.width, settings.true_guidance)
 
 
-def _make(settings: GenerateSettings, sampler: Any, todo: list[Job], done: int) -> None:
+def _make(settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: list[Job], done: int) -> None:
     """Batch by batch, saved as soon as it is made."""
     with tqdm(total=done + len(todo), initial=done, desc="images", unit="image", file=sys.stderr) as bar:
         for start in range(0, len(todo), settings.batch_size):
             batch = todo[start : start + settings.batch_size]
             recording = record_weights(sampler.denoiser) if settings.weights else contextlib.nullcontext()
             with recording as maps:
-                images = sampler([job.request for job in batch], _sampling(settings))
+                images = sampler([job.request for job in batch], sampling)
             for index, (job, image) in enumerate(zip(batch, images, strict=True)):
                 if isinstance(maps, WeightMaps):
                     _save_weights(job, image, maps, index, len(batch))

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from afa.errors import UserError
+from afa.families.table import called
+
 
 @dataclass(frozen=True)
 class Request:
@@ -19,13 +22,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How all images of a run are made. Sides in pixels, None: the model's own."""
+    """How all images of a run are made. Sides in pixels; None, of sides and of guidance: the model's own.
+
+    true_guidance: of classifier-free guidance beside the one that is built in (FLUX).
+    """
 
     steps: int
-    guidance: float
+    guidance: float | None = None
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
+    true_guidance: float | None = None
 
 
 # Any way of making images from requests: a pipeline's, or one with a loop of its own.
@@ -33,12 +40,16 @@ Sampler = Callable[[Sequence[Request], Sampling], NDArray[np.uint8]]
 
 
 def sample(pipeline: Any, requests: Sequence[Request], sampling: Sampling) -> NDArray[np.uint8]:
-    """One batch: -> (n, H, W, 3) uint8. The noise comes from CPU generators, so it is the same on every device."""
+    """One batch: -> (n, H, W, 3) uint8. The noise comes from CPU generators, so it is the same on every device.
+
+    Raises UserError for guidance, negative prompts and sides that the model does not know.
+    """
+    call, config = called(pipeline)
+    _check_sides(sampling, pipeline.vae_scale_factor * call.patch)
     result = pipeline(
         [request.prompt for request in requests],
-        negative_prompt=None if sampling.negative_prompt is None else [sampling.negative_prompt] * len(requests),
+        **call.guided(config, len(requests), sampling.guidance, sampling.negative_prompt, sampling.true_guidance),
         num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance,
         height=sampling.height,
         width=sampling.width,
         generator=[torch.Generator("cpu").manual_seed(request.seed) for request in requests],
@@ -46,6 +57,18 @@ def sample(pipeline: Any, requests: Sequence[Request], sampling: Sampling) -> ND
     )
     images: NDArray[np.uint8] = (result.images * 255).round().astype(np.uint8)
     return images
+
+
+def strength(pipeline: Any, sampling: Sampling) -> float | None:
+    """Of guidance, in a pipeline: as asked, or its family's own."""
+    call, config = called(pipeline)
+    return call.strength(config) if sampling.guidance is None else sampling.guidance
+
+
+def _check_sides(sampling: Sampling, unit: int) -> None:
+    for name, side in (("height", sampling.height), ("width", sampling.width)):
+        if side is not None and side % unit:
+            raise UserError(f"{name} {side} must be a multiple of {unit} pixels for this model; {max(1, round(side / unit)) * unit} is the nearest")
 
 
 def sample_all(pipeline: Any, requests: Sequence[Request], sampling: Sampling, batch_size: int) -> Iterator[NDArray[np.uint8]]:

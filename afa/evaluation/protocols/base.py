@@ -68,18 +68,20 @@ class Request:
     seed: int = 0
     steps: int | None = None
     guidance: float | None = None
+    true_guidance: float | None = None
     scheduler: str | None = None
     width: int | None = None
     height: int | None = None
     data: Path | None = None
 
-    def sampling(self, steps: int, guidance: float, side: int | None = None) -> Sampling:
-        """A protocol's own sampling, changed by what was asked for."""
+    def sampling(self, steps: int, guidance: float | None = None, side: int | None = None) -> Sampling:
+        """A protocol's own sampling, changed by what was asked for. guidance: None: the family's own."""
         return Sampling(
             steps if self.steps is None else self.steps,
             guidance if self.guidance is None else self.guidance,
             height=self.height or side,
             width=self.width or side,
+            true_guidance=self.true_guidance,
         )
 
     def items(self, captions: Sequence[str], copies: int = 1) -> list[Item]:

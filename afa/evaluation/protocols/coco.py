@@ -15,7 +15,7 @@ from afa.errors import UserError
 from afa.evaluation.protocols.base import Protocol, Real, Request
 from afa.experts.hashing import sha256
 
-SIDE, STEPS, GUIDANCE = 256, 50, 7.5
+SIDE, STEPS = 256, 50
 CLIP_PAIRS = 5_000
 ANNOTATIONS, IMAGES = "annotations/captions_train2017.json", "train2017"
 HOLDS = f"a folder with COCO 2017's {ANNOTATIONS} and {IMAGES}/"
@@ -31,7 +31,7 @@ def protocol(request: Request) -> Protocol:
     return Protocol(
         "coco2017",
         items,
-        request.sampling(STEPS, GUIDANCE, SIDE),
+        request.sampling(STEPS, side=SIDE),
         metrics=("fid", "inception_score", "clip_i", "clip_t"),
         scheduler=request.scheduler,
         first={"clip_i": CLIP_PAIRS, "clip_t": CLIP_PAIRS},

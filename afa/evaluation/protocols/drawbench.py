@@ -11,7 +11,7 @@ from pathlib import Path
 from afa.errors import UserError
 from afa.evaluation.protocols.base import Protocol, Request
 
-PROMPTS, COPIES, STEPS, GUIDANCE = 200, 4, 50, 7.5
+PROMPTS, COPIES, STEPS = 200, 4, 50
 HOLDS = "DrawBench's table of 200 prompts (.csv, .tsv or .jsonl with a column Prompts)"
 
 
@@ -22,7 +22,7 @@ def protocol(request: Request) -> Protocol:
     if len(captions) != PROMPTS:
         raise UserError(f"{path} holds {len(captions)} prompts, DrawBench has {PROMPTS}; for prompts of your own give the file as --protocol")
     metrics = ("imagereward", "pickscore", "hpsv2", "aesthetic")
-    return Protocol("drawbench", request.items(captions, COPIES), request.sampling(STEPS, GUIDANCE), metrics, request.scheduler)
+    return Protocol("drawbench", request.items(captions, COPIES), request.sampling(STEPS), metrics, request.scheduler)
 
 
 def read_table(path: Path) -> list[str]:

@@ -14,12 +14,12 @@ from afa.training.pictures import UNREADABLE, decode, looks_whole
 from afa.training.sources.base import Sample
 from afa.training.sources.table import open_source
 
-STEPS, GUIDANCE = 50, 7.5
+STEPS = 50
 
 
 def protocol(source: Path, request: Request) -> Protocol:
-    """50 steps and guidance 7.5 unless asked otherwise. Raises UserError if there is nothing to ask for."""
-    sampling = request.sampling(STEPS, GUIDANCE)
+    """50 steps and the family's own guidance unless asked otherwise. Raises UserError if there is nothing to ask for."""
+    sampling = request.sampling(STEPS)
     if source.is_file():
         items = request.items(read_prompts(source))
         return Protocol(source.stem, items, sampling, metrics=("imagereward", "clip_t", "aesthetic"), scheduler=request.scheduler)

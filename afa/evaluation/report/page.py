@@ -75,7 +75,7 @@ def _facts(one: Analysis) -> str:
     counts = [(len({item.prompt for item in items}), "prompt"), (len(items), "image"), (len(one.rows), "method")]
     facts = [plural(count, word) + " a method" * (word == "image") for count, word in counts]
     facts += [f"{protocol['steps']} steps"] if "steps" in protocol else []
-    facts += [f"guidance {protocol['guidance']}"] if "guidance" in protocol else []
+    facts += [f"guidance {protocol['guidance']}"] if protocol.get("guidance") is not None else []
     return ", ".join([*facts, "the same noise for every method"])
 
 
