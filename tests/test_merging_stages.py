@@ -133,6 +133,20 @@ def test_presets_are_those_of_the_community():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+def test_sdxl_gets_what_stages_of_the_same_name_get(preset):
+    """As in supermerger, where IN09 … IN11 and OUT09 … OUT11 are left out."""
+    full = preset_weights(preset, SD)
+    assert preset_weights(preset, SDXL) == {stage: full[stage] for stage in SDXL}
+
+
+def test_sdxl_has_19_stages_and_base():
+    assert stage_weights([0.5] * 20, SDXL, 2) == {"base": (0.5, 0.5), **dict.fromkeys(SDXL, (0.5, 0.5))}
+    assert stage_weights([0.0, *[1.0] * 19], SDXL, 2) == stage_weights([1.0] * 19, SDXL, 2)
+    with pytest.raises(UserError, match=r"26 block weights, expected 19 \(IN00 … OUT08\) or 20 \(base in front of them\)"):
+        stage_weights([0.5] * 26, SDXL, 2)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_keep_their_ends_and_middle_on_any_number_of_stages(preset):
     full, small = preset_weights(preset, SD), preset_weights(preset, ("IN00", "IN01", "M00", "OUT00", "OUT01"))
     assert [small[stage] for stage in ("IN00", "M00", "OUT01")] == [full[stage] for stage in ("IN00", "M00", "OUT11")]
