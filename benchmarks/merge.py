@@ -47,12 +47,14 @@ def write_sparse(file: Path, config: str, seed: int) -> int:
     from afa.experts.outline import config_outline
     from afa.merging.original import names_by_key, original_places, shape_to_original
     from afa.merging.parts import today
+    from afa.merging.stages import key_stages
 
     header, end, parts = {}, 0, config_outline("bench", config).parts
     for part, model in parts.items():
         shapes = {today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         opened = part == "text_encoder_2" or (part == "text_encoder" and config.startswith("sd2"))
-        places = original_places(part, shapes, xl="text_encoder_2" in parts, open_clip=opened)
+        stages = key_stages([f"{part}.{name}" for name in shapes], parts["unet"])
+        places = original_places(part, shapes, stages=stages, xl="text_encoder_2" in parts, open_clip=opened)
         for key, names in names_by_key(places).items():
             shape = shape_to_original(shapes[names[0]], places[names[0]].form)
             header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + 2 * prod(shape)]}

@@ -6,17 +6,15 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
 from original_layout import write_single_file
 from tiny import scheduler, sd_unet, sdxl_unet, text_encoder
-from transformers import CLIPTokenizer, T5Config, T5EncoderModel
+from tiny_transformers import flow_scheduler, flux_transformer, sd3_transformer, t5_encoder, t5_tokenizer
+from transformers import CLIPTokenizer
 
 import afa
 from afa.cli.main import main
@@ -27,30 +25,6 @@ SMALL = {  # two levels, one layer each: IN00 … IN03, M00, OUT00 … OUT03
     "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-}
-SD3 = {
-    "sample_size": 8,
-    "patch_size": 1,
-    "in_channels": 4,
-    "num_layers": 2,
-    "attention_head_dim": 8,
-    "num_attention_heads": 2,
-    "caption_projection_dim": 16,
-    "joint_attention_dim": 24,
-    "pooled_projection_dim": 32,
-    "out_channels": 4,
-    "pos_embed_max_size": 16,
-}
-FLUX = {
-    "patch_size": 1,
-    "in_channels": 16,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "attention_head_dim": 8,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 24,
-    "pooled_projection_dim": 16,
-    "axes_dims_rope": [2, 2, 4],
 }
 
 
@@ -99,42 +73,35 @@ def sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
     )
 
 
-def t5(seed: int = 0) -> T5EncoderModel:
-    """A T5 encoder of one layer, 24 wide."""
-    torch.manual_seed(3000 + seed)
-    return T5EncoderModel(T5Config(vocab_size=99, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
-
-
-def sd3_pipeline(seed: int = 0, text_seed: int = 0) -> StableDiffusion3Pipeline:
-    """A whole SD3 pipeline without T5; its text encoders are frozen, as in the wild."""
-    torch.manual_seed(seed)
-    transformer = SD3Transformer2DModel(**SD3).eval()
-    encoders = [small_text(text_seed, 16, projected=True), small_text(text_seed + 1, 8, projected=True)]
+def sd3(seed: int = 0, text_seed: int = 0, **transformer: Any) -> StableDiffusion3Pipeline:
+    """A whole SD3 pipeline with its three text encoders; they are frozen, as in the wild."""
     return StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=small_vae(0, shift_factor=0.0),
-        text_encoder=encoders[0],
-        text_encoder_2=encoders[1],
-        text_encoder_3=None,
+        transformer=sd3_transformer(seed, **transformer),
+        text_encoder=small_text(text_seed, 16, projected=True),
+        text_encoder_2=small_text(50 + text_seed, 24, projected=True),
+        text_encoder_3=t5_encoder(text_seed, width=48),
         tokenizer=small_tokenizer(),
         tokenizer_2=small_tokenizer(),
-        tokenizer_3=None,
+        tokenizer_3=t5_tokenizer(),
+        vae=small_vae(seed, latent_channels=4, shift_factor=0.06),
+        scheduler=flow_scheduler(),
     )
 
 
-def flux_pipeline(seed: int = 0, text_seed: int = 0) -> FluxPipeline:
-    """A whole FLUX.1 pipeline; T5's tokenizer is CLIP's, which nobody asks here."""
-    torch.manual_seed(seed)
+def flux(seed: int = 0, text_seed: int = 0, **transformer: Any) -> FluxPipeline:
+    """A whole FLUX.1 pipeline."""
     return FluxPipeline(
-        transformer=FluxTransformer2DModel(**FLUX).eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=small_vae(0, shift_factor=0.0),
+        transformer=flux_transformer(seed, **transformer),
         text_encoder=small_text(text_seed, 16),
-        text_encoder_2=t5(text_seed),
+        text_encoder_2=t5_encoder(text_seed),
         tokenizer=small_tokenizer(),
-        tokenizer_2=small_tokenizer(),
+        tokenizer_2=t5_tokenizer(),
+        vae=small_vae(seed, latent_channels=4, shift_factor=0.06),
+        scheduler=flow_scheduler(),
     )
+
+
+PIPELINES = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 
 def saved(pipe: Any, folder: Path, **options: Any) -> Path:

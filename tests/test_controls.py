@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from family_models import MODELS
 from test_training import experts, images  # noqa: F401 (fixtures)
 from tiny import inputs, sd_unet
 
@@ -36,44 +38,91 @@ def tensors(settings):
     return load_file(Path(settings.output) / FILE)
 
 
-def test_an_untrained_lora_changes_nothing():
-    model = sd_unet()
+@pytest.mark.parametrize("family", MODELS)
+def test_an_untrained_lora_changes_nothing(family):
+    model, call = MODELS[family].make(), MODELS[family].call()
     with torch.no_grad():
-        before = model(**inputs()).sample
+        before = model(**call).sample
         add_lora(model.requires_grad_(False), 3)
-        assert torch.equal(model(**inputs()).sample, before)
+        assert torch.equal(model(**call).sample, before)
 
 
-def test_only_the_lora_is_trained_and_it_has_the_parameters_that_were_promised():
-    model = sd_unet().requires_grad_(False)
+@pytest.mark.parametrize("family", MODELS)
+def test_only_the_lora_is_trained_and_it_has_the_parameters_that_were_promised(family):
+    model = MODELS[family].make().requires_grad_(False)
     promised = parameters_at_rank(model, 3)
     trained = add_lora(model, 3)
     assert sum(parameter.numel() for parameter in trained.parameters()) == promised
     assert {parameter for parameter in model.parameters() if parameter.requires_grad} == set(trained.parameters())
-    model(**inputs()).sample.square().mean().backward()
+    model(**MODELS[family].call()).sample.square().mean().backward()
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
 
 
-def test_attention_feed_forward_and_convolutions_are_adapted():
-    names = [name for name, _ in adapted(sd_unet())]
-    for part in ("attn1.to_q", "attn2.to_out.0", "ff.net.0.proj", "resnets.0.conv1"):
-        assert any(name.endswith(part) for name in names), part
-    assert not any(name.endswith(("conv_in", "conv_shortcut", "time_emb_proj")) for name in names)
+@pytest.mark.parametrize("family", MODELS)
+def test_every_trained_parameter_has_a_say(family):
+    """None is counted that cannot change the prediction, such as those of SD3's last question of the text."""
+    model = MODELS[family].make().requires_grad_(False)
+    trained = dict(add_lora(model, 2).named_parameters())
+    for name, parameter in trained.items():
+        torch.nn.init.normal_(parameter, std=0.1 if "lora_B" in name else 1)
+    model(**MODELS[family].call()).sample.square().mean().backward()
+    assert [name for name, parameter in trained.items() if not parameter.grad.any()] == []
 
 
-def test_the_matching_rank_is_the_smallest_with_enough_parameters():
-    model = sd_unet()
+ATTENTION = {"attn.to_q", "attn.to_k", "attn.to_v"}
+JOINT = ATTENTION | {"attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"}
+FEED_FORWARD = {f"{part}.net.{layer}" for part in ("ff", "ff_context") for layer in ("0.proj", "2")}
+LAST_OF_SD3 = (JOINT | {"ff.net.0.proj", "ff.net.2"}) - {"attn.add_q_proj", "attn.to_add_out"}
+ADAPTED = {  # place -> what is adapted there, written out
+    "sd": {
+        "down_blocks.3.resnets.0": {"conv1", "conv2"},
+        "mid_block.attentions.0": {f"transformer_blocks.0.{part}" for part in (
+            *(f"attn{number}.{layer}" for number in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")), "ff.net.0.proj", "ff.net.2",
+        )},
+        "up_blocks.0.upsamplers.0": set(), "time_embedding": set(), "conv_in": set(), "conv_out": set(),
+    },
+    "sd3": {
+        "transformer_blocks.0": JOINT | FEED_FORWARD | {f"attn2.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")},
+        "transformer_blocks.2": JOINT | FEED_FORWARD, "transformer_blocks.3": LAST_OF_SD3,
+        "norm_out": set(), "proj_out": set(), "context_embedder": set(), "time_text_embed": set(), "pos_embed": set(),
+    },
+    "flux": {
+        "transformer_blocks.1": JOINT | FEED_FORWARD, "single_transformer_blocks.2": ATTENTION | {"proj_mlp", "proj_out"},
+        "norm_out": set(), "proj_out": set(), "context_embedder": set(), "x_embedder": set(), "time_text_embed": set(),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "place"), [(family, place) for family, places in ADAPTED.items() for place in places])
+def test_attention_feed_forward_and_residual_convolutions_are_adapted(family, place):
+    names = [name for name, _ in adapted(MODELS[family].make())]
+    assert len(names) == len(set(names))
+    inside = {name.removeprefix(f"{place}.") for name in names if name == place or name.startswith(f"{place}.")}
+    assert inside == ADAPTED[family][place]
+
+
+def test_flux_and_sd3_of_published_sizes_have_the_parameters_counted_by_hand():
+    """A linear layer of n inputs and m outputs has n + m a rank; in units of the width, an attention of image and text has 16."""
+    with torch.device("meta"):
+        sd3 = SD3Transformer2DModel(num_layers=24, num_attention_heads=24, caption_projection_dim=1536)
+        flux = FluxTransformer2DModel(guidance_embeds=True)
+    assert parameters_at_rank(sd3, 1) == (23 * (16 + 10 + 10) + (16 - 4) + 10) * 1536
+    assert parameters_at_rank(flux, 4) == 4 * (19 * (16 + 10 + 10) + 38 * (6 + 5 + 6)) * 3072
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_matching_rank_is_the_smallest_with_enough_parameters(family):
+    model = MODELS[family].make()
     for wanted in (1, 10_000, 123_456):
         rank = matching_rank(model, wanted)
         assert parameters_at_rank(model, rank) >= wanted
         assert rank == 1 or parameters_at_rank(model, rank - 1) < wanted
 
 
-def test_equal_compute_gives_a_single_model_more_steps_the_more_experts_there_are():
-    steps = [
-        equal_compute_steps(100, UNetEnsemble([sd_unet(seed) for seed in range(count)], recipe=Recipe("sabw", {"hidden": 8, "heads": 2})), 2, 2)
-        for count in (2, 3)
-    ]
+@pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
+def test_equal_compute_gives_a_single_model_more_steps_the_more_experts_there_are(family):
+    kind, make, recipe = MODELS[family].ensemble, MODELS[family].make, Recipe("sabw", {"hidden": 8, "heads": 2})
+    steps = [equal_compute_steps(100, kind([make(seed) for seed in range(count)], recipe=recipe, placement="layers"), 2, 2) for count in (2, 3)]
     assert 100 < steps[0] < steps[1]
 
 

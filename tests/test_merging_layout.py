@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from afa.experts.outline import config_outline
 from afa.merging.original import from_original, names_by_key, original_places, shape_from_original, shape_to_original, to_original
 from afa.merging.parts import today
+from afa.merging.stages import key_stages
 
 OPEN_CLIP = {"hidden_act": "gelu", "width": 24}
 
@@ -16,8 +17,13 @@ OPEN_CLIP = {"hidden_act": "gelu", "width": 24}
 def as_original(part: str, module: nn.Module, **layout: bool) -> dict[str, Tensor]:
     """A part's weights under their original names."""
     own = {today(name): tensor for name, tensor in module.state_dict().items()}
-    places = original_places(part, own, **layout)
+    places = original_places(part, own, stages=stages(part, module), **layout)
     return {key: to_original([own[name] for name in names], places[names[0]].form) for key, names in names_by_key(places).items()}
+
+
+def stages(part: str, module: nn.Module) -> dict[str, str] | None:
+    """A U-Net's, by key; None of other parts."""
+    return key_stages([f"unet.{name}" for name in module.state_dict()], module) if part == "unet" else None
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -70,7 +76,9 @@ def real_names(config: str) -> set[str]:
     xl = "text_encoder_2" in parts
     opened = {"text_encoder": config.startswith("sd21"), "text_encoder_2": True}
     names = {part: [today(name) for name in model.state_dict()] for part, model in parts.items()}
-    places = [original_places(part, own, xl=xl, open_clip=opened.get(part, False)) for part, own in names.items()]
+    places = [
+        original_places(part, own, stages=stages(part, parts[part]), xl=xl, open_clip=opened.get(part, False)) for part, own in names.items()
+    ]
     return {place.key for each in places for place in each.values()}
 
 
@@ -92,5 +100,6 @@ def test_real_architectures_have_as_many_names_as_their_published_files(config):
 
 def test_names_without_a_place_are_refused():
     names = [*sd_unet().state_dict(), "class_embedding.weight"]
+    stages = key_stages([f"unet.{name}" for name in names], sd_unet())
     with pytest.raises(ValueError, match=r"no place for class_embedding\.weight"):
-        original_places("unet", names)
+        original_places("unet", names, stages=stages)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline
-from merging_models import SMALL, afa_merge, apart, flux_pipeline, saved, sd, sd3_pipeline, sdxl, weights_of
+from merging_models import PIPELINES, SMALL, apart, flux, sd, sd3, sdxl, weights_of
 from tiny import quiet, sd_unet
 
 import afa
@@ -13,17 +12,14 @@ from afa.experts.load import load_experts
 from afa.merging.memory import InMemoryMerge, merge_experts, merge_pipelines
 from afa.merging.rules import weighted
 
-FAMILIES = {"sd": sd, "sdxl": sdxl, "sd3": sd3_pipeline, "flux": flux_pipeline}
-CLASSES = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline}
 
-
-def experts(count: int = 3):
-    return load_experts([sd(seed) for seed in range(count)])
+def experts(count: int = 3, family: str = "sd"):
+    return load_experts([PIPELINES[family](seed) for seed in range(count)])
 
 
 def state(expert) -> dict[str, torch.Tensor]:
     """A copy of an expert's weights."""
-    models = {"unet": expert.model, **{f"text{place}": encoder for place, encoder in enumerate(expert.text_encoders)}}
+    models = {"model": expert.model, **{f"text{place}": encoder for place, encoder in enumerate(expert.text_encoders)}}
     return {f"{part}.{name}": tensor.clone() for part, model in models.items() for name, tensor in model.state_dict().items()}
 
 
@@ -31,9 +27,9 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PIPELINES)
 def test_a_merged_pipeline_is_new_and_the_others_stay_as_they_were(family):
-    pipes = [FAMILIES[family](seed) for seed in range(2)]
+    pipes = [PIPELINES[family](seed) for seed in range(2)]
     before = [{key: tensor.clone() for key, tensor in weights_of(pipe).items()} for pipe in pipes]
     merged = afa.merge_pipelines(pipes, "weighted", weights=[1, 3])
     assert type(merged) is type(pipes[0])
@@ -51,37 +47,31 @@ def test_a_merged_pipeline_makes_pictures():
     assert merged("a tree", num_inference_steps=1, height=32, width=32).images[0].size == (32, 32)
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
-def test_transformers_are_merged_from_files_too_and_frozen_text_encoders_are_read_once(family, tmp_path, capsys):
-    pipes = [FAMILIES[family](seed) for seed in range(2)]
-    folders = [saved(pipe, tmp_path / f"expert{seed}") for seed, pipe in enumerate(pipes)]
-    weights = ["--method", "mbw", "--weights", ",".join(["0.25"] * (2 if family == "sd3" else 4))]
-    assert afa_merge("--experts", *folders, *weights, "--output", tmp_path / "merged") == 0
-    assert "Equal in all experts: text_encoder, text_encoder_2." in capsys.readouterr().out
-    without_t5 = {"text_encoder_3": None, "tokenizer_3": None} if family == "sd3" else {}
-    read = CLASSES[family].from_pretrained(tmp_path / "merged", local_files_only=True, **without_t5)
-    merged = merge_pipelines(pipes, "weighted", weights=(0.75, 0.25))
-    assert apart(read, merged) == 0
-    assert apart(merged, pipes[0], "transformer.") > 0.01
-    assert afa_merge("--experts", *folders, "--output", tmp_path / "merged.safetensors") == 2
-    assert "'expert0' has a transformer, and a single file in original layout is of a whole SD 1.x, 2.x or XL" in capsys.readouterr().err
+CHANGED = {  # stage -> the modules it runs, written out
+    "sd": ("OUT01", ("unet.up_blocks.0.resnets.1", "unet.up_blocks.0.attentions.1", "unet.up_blocks.0.upsamplers")),
+    "sdxl": ("OUT08", ("unet.up_blocks.2.resnets.2", "unet.conv_out")),
+    "sd3": ("J02", ("transformer.transformer_blocks.2.",)),
+    "flux": ("S01", ("transformer.single_transformer_blocks.1.",)),
+}
 
 
-def test_block_weights_change_their_stage_and_nothing_else():
-    first, second = sd(0), sd(1)
-    merged = merge_pipelines([first, second], "mbw", weights={"others": 0, "OUT01": 1})
-    changed = {key for key, tensor in weights_of(merged).items() if not torch.equal(tensor, weights_of(first)[key])}
-    layer = ("unet.up_blocks.0.resnets.1", "unet.up_blocks.0.attentions.1", "unet.up_blocks.0.upsamplers")
-    assert changed
-    assert all(key.startswith(layer) for key in changed)
-    assert all(torch.equal(weights_of(merged)[key], weights_of(second)[key]) for key in changed)
+@pytest.mark.parametrize("family", PIPELINES)
+def test_block_weights_change_their_stage_and_nothing_else(family):
+    first, second = (PIPELINES[family](seed) for seed in range(2))
+    stage, modules = CHANGED[family]
+    before, then, other = (weights_of(pipe) for pipe in (first, merge_pipelines([first, second], "mbw", weights={"others": 0, stage: 1}), second))
+    changed = {key for key, tensor in then.items() if not torch.equal(tensor, before[key])}
+    assert {module for module in modules for key in changed if key.startswith(module)} == set(modules)
+    assert all(key.startswith(modules) for key in changed)
+    assert all(torch.equal(then[key], other[key]) for key in changed)
 
 
-def test_many_merges_into_one_model_equal_new_ones():
+@pytest.mark.parametrize(("family", "stage"), [("sd", "M00"), ("sd3", "OUT"), ("flux", "D01")])
+def test_many_merges_into_one_model_equal_new_ones(family, stage):
     """Whatever was written before, and though stages with unchanged weights are not written again."""
-    *others, base = experts(3)
+    *others, base = experts(3, family)
     merge = InMemoryMerge(others, base)
-    one_stage = {"others": 0.25, "M00": 1}
+    one_stage = {"others": 0.25, stage: 1}
     for method, options in [
         ("mbw", {"weights": {"others": 0.25}}),
         ("mbw", {"weights": one_stage}),
@@ -118,6 +108,8 @@ def test_an_interrupted_write_leaves_nothing_taken_for_written():
 
 def test_stages_are_those_of_the_experts():
     assert InMemoryMerge(experts(2)).stages == ("IN00", "IN01", "IN02", "IN03", "M00", "OUT00", "OUT01", "OUT02", "OUT03")
+    assert InMemoryMerge(experts(2, "sd3")).stages == ("J00", "J01", "J02", "J03", "OUT")
+    assert InMemoryMerge(experts(2, "flux")).stages == ("D00", "D01", "S00", "S01", "S02", "OUT")
 
 
 def test_a_merged_expert_can_join_an_ensemble():
@@ -141,7 +133,7 @@ def test_the_vae_is_the_firsts_anothers_or_merged():
 
 
 def test_equal_experts_merge_to_themselves_in_every_family():
-    for family, make in FAMILIES.items():
+    for family, make in PIPELINES.items():
         pipe = make(0)
         for method in ("weighted", "slerp"):
             assert apart(merge_pipelines([pipe, make(0)], method), pipe) == 0, (family, method)
@@ -151,7 +143,7 @@ def test_pipelines_that_do_not_fit_are_refused_in_one_sentence():
     for other, sentence in [
         (sd(1, block_out_channels=(16, 64)), "'pipeline 1' cannot join 'pipeline 0': stage"),
         (sdxl(1), "'pipeline 1' cannot join 'pipeline 0': it has unet, text_encoder, text_encoder_2, expected unet, text_encoder"),
-        (flux_pipeline(1), "'pipeline 1' cannot join 'pipeline 0': it has transformer"),
+        (flux(1), "'pipeline 1' cannot join 'pipeline 0': it has transformer"),
     ]:
         with pytest.raises(UserError) as refusal:
             merge_pipelines([sd(0), other])
@@ -163,13 +155,28 @@ def test_pipelines_that_do_not_fit_are_refused_in_one_sentence():
 
 
 def test_transformers_of_other_shapes_are_refused_naming_key_and_shapes():
-    other = sd3_pipeline(1)
-    other.transformer.proj_out = torch.nn.Linear(16, 8)
-    with pytest.raises(UserError, match=r"transformer\.proj_out\.weight has shape \(8, 16\), expected \(4, 16\)"):
-        merge_pipelines([sd3_pipeline(0), other])
-    other.transformer.proj_out = torch.nn.Identity()
-    with pytest.raises(UserError, match=r"it lacks transformer\.proj_out"):
-        merge_pipelines([sd3_pipeline(0), other])
+    other = sd3(1)
+    other.transformer.x_embedder = torch.nn.Linear(16, 8)
+    with pytest.raises(UserError, match=r"'pipeline 1' cannot join 'pipeline 0': it has, besides what is expected, transformer\.x_embedder"):
+        merge_pipelines([sd3(0), other])
+    with pytest.raises(UserError, match=r"transformer\.pos_embed\.pos_embed has shape \(1, 64, 32\), expected \(1, 256, 32\)"):
+        merge_pipelines([sd3(0), sd3(1, pos_embed_max_size=8)])
+
+
+@pytest.mark.parametrize(
+    ("make", "other", "sentence"),
+    [
+        (sd3, lambda: sd3(1, num_layers=3), "'pipeline 1' cannot join 'pipeline 0': stages J03 are missing; it has 4 stages, expected 5"),
+        (flux, lambda: flux(1, num_single_layers=4), "'pipeline 1' cannot join 'pipeline 0': stages S03 are not expected; it has 7 stages"),
+        (flux, lambda: flux(1, guidance_embeds=False), "'pipeline 1' cannot join 'pipeline 0': it lacks transformer.time_text_embed.guidance_embedder"),
+        (flux, lambda: sd3(1), "'pipeline 1' cannot join 'pipeline 0': it has transformer, text_encoder, text_encoder_2, text_encoder_3, expected"),
+    ],
+    ids=["fewer blocks", "more single blocks", "schnell", "another family"],
+)
+def test_transformers_that_do_not_fit_are_refused_as_experts_are(make, other, sentence):
+    with pytest.raises(UserError) as refusal:
+        merge_pipelines([make(0), other()])
+    assert str(refusal.value).startswith(sentence)
 
 
 def test_weights_that_are_not_in_memory_are_refused():

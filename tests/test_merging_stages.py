@@ -1,68 +1,95 @@
 """Which stage a parameter belongs to, and block weights in every form they are written in."""
 
+import re
+
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-from merging_models import FLUX, SD3, SMALL
+from diffusers import PixArtTransformer2DModel
+from family_models import MODELS
+from merging_models import SMALL
 from tiny import sd_unet, sdxl_unet
+from tiny_transformers import flux_transformer, sd3_transformer
 
 from afa.errors import UserError
-from afa.families.unet import stages
+from afa.families.names import stages_of
+from afa.families.table import FAMILIES, family_of
 from afa.merging.original import original_places
 from afa.merging.presets import PRESETS, preset_weights
-from afa.merging.stages import stage_names, stages_of
+from afa.merging.stages import key_stages, stage_names
 from afa.merging.weights import stage_weights
 
 SD = (*(f"IN{k:02}" for k in range(12)), "M00", *(f"OUT{k:02}" for k in range(12)))
 SDXL = (*(f"IN{k:02}" for k in range(9)), "M00", *(f"OUT{k:02}" for k in range(9)))
+SMALL_FLUX = ("D00", "D01", "S00", "S01", "S02", "OUT")
+EVERY = {**{name: model.make for name, model in MODELS.items()}, "small": lambda: sd_unet(**SMALL)}
 
 
-@pytest.mark.parametrize("unet", [sd_unet(), sdxl_unet(), sd_unet(**SMALL)], ids=["sd", "sdxl", "small"])
-def test_every_parameter_belongs_to_the_stage_that_runs_it(unet):
-    found = stages_of(dict(unet.named_parameters()))
-    of = {id(parameter): found[name] for name, parameter in unet.named_parameters()}
-    for stage in stages(unet):
-        own = {of.pop(id(parameter)) for module in stage.modules() for parameter in module.parameters()}
-        assert own <= {stage.name}
-    assert set(of.values()) == {"IN00"}  # only the embeddings are left, which every stage uses
-    assert all("embedding" in name for name, parameter in unet.named_parameters() if id(parameter) in of)
+@pytest.mark.parametrize("name", EVERY)
+def test_every_parameter_belongs_to_the_stage_that_runs_it(name):
+    model = EVERY[name]()
+    found = stages_of(dict(model.named_parameters()), model)
+    of = {id(parameter): found[name] for name, parameter in model.named_parameters()}
+    walked = FAMILIES[family_of(model)].stages(model)
+    for stage in walked:
+        own = [of.pop(id(parameter)) for module in stage.modules() for parameter in module.parameters()]
+        assert set(own) == {stage.name}
+    assert set(of.values()) == {walked[0].name}  # only the embeddings are left, which every stage uses
+    assert all("embed" in name for name, parameter in model.named_parameters() if id(parameter) in of)
+
+
+def blocks_of(name: str) -> str:
+    """The stage a published name of a transformer's parameter says it belongs to; none for what is before and after all blocks."""
+    found = re.match(r"(single_)?transformer_blocks\.(\d+)\.", name)
+    return "" if found is None else f"{'S' if found[1] else ''}{int(found[2]):02}"
+
+
+@pytest.mark.parametrize(("make", "letter"), [(sd3_transformer, "J"), (flux_transformer, "D")], ids=["sd3", "flux"])
+def test_a_transformers_blocks_are_its_stages_by_number(make, letter):
+    model = make()
+    found = stages_of(model.state_dict(), model)
+    for name, stage in found.items():
+        if block := blocks_of(name):
+            assert stage == (block if block.startswith("S") else letter + block)
+    ends = {name: stage for name, stage in found.items() if not blocks_of(name)}
+    assert {stage for name, stage in ends.items() if name.startswith(("norm_out.", "proj_out."))} == {"OUT"}
+    assert {stage for name, stage in ends.items() if not name.startswith(("norm_out.", "proj_out."))} == {f"{letter}00"}
 
 
 @pytest.mark.parametrize(("unet", "expected"), [(sd_unet(), SD), (sdxl_unet(), SDXL)], ids=["sd", "sdxl"])
-def test_both_layouts_name_the_same_stages(unet, expected):
-    names = list(unet.state_dict())
-    places = original_places("unet", names)
-    original = {name: places[name].key.removeprefix("model.diffusion_model.") for name in names}
-    in_original = stages_of(original.values())
-    assert stage_names(names) == stage_names(original.values()) == expected == tuple(stage.name for stage in stages(unet))
-    assert all(stages_of(names)[name] == in_original[original[name]] for name in names)
+def test_the_original_layout_numbers_the_same_stages(unet, expected):
+    """input_blocks.4 is IN04: that is where the community's names come from."""
+    stages = key_stages([f"unet.{name}" for name in unet.state_dict()], unet)
+    places = original_places("unet", list(unet.state_dict()), stages=stages)
+    assert stage_names(unet) == expected
+    for name, place in places.items():
+        found = re.search(r"\.(input|output)_blocks\.(\d+)\.", place.key)
+        middle = "M00" if ".middle_block." in place.key else expected[-1] if ".out." in place.key else "IN00"
+        assert stages[f"unet.{name}"] == (f"{'IN' if found[1] == 'input' else 'OUT'}{int(found[2]):02}" if found else middle)
 
 
 def test_the_ends_follow_the_rule_of_block_merging():
-    found = stages_of(sdxl_unet().state_dict())
+    found = stages_of(sdxl_unet().state_dict(), sdxl_unet())
     assert {found[f"{name}.weight"] for name in ("time_embedding.linear_1", "add_embedding.linear_2", "conv_in")} == {"IN00"}
     assert {found["conv_norm_out.weight"], found["conv_out.bias"]} == {"OUT08"}
     assert found["up_blocks.0.upsamplers.0.conv.weight"] == "OUT02"
     assert found["down_blocks.0.downsamplers.0.conv.weight"] == "IN03"
 
 
-@pytest.mark.parametrize(
-    ("kind", "config", "expected"),
-    [(SD3Transformer2DModel, SD3, ("block.0", "block.1")), (FluxTransformer2DModel, FLUX, ("block.0", "block.1", "single.0", "single.1"))],
-    ids=["sd3", "flux"],
-)
-def test_a_transformers_blocks_are_its_stages(kind, config, expected):
+def test_what_a_file_holds_besides_belongs_to_the_stage_around_it():
+    found = stages_of(["transformer_blocks.2.attn.to_q.scale_weight", "single_transformer_blocks.1.x"], flux_transformer(num_layers=3))
+    assert list(found.values()) == ["D02", "S01"]
+
+
+def test_everything_but_the_denoiser_is_base():
+    found = key_stages(["transformer.proj_out.weight", "text_encoder_3.shared.weight", "vae.transformer_blocks.1.x"], sd3_transformer())
+    assert list(found.values()) == ["OUT", "base", "base"]
+
+
+def test_a_denoiser_of_no_known_family_is_refused():
     with torch.device("meta"):
-        names = list(kind(**config).state_dict())
-    found = stages_of(names)
-    assert stage_names(names) == expected
-    assert found["x_embedder.weight" if "x_embedder.weight" in found else "pos_embed.proj.weight"] == "block.0"
-    assert found["proj_out.weight"] == found["norm_out.linear.weight"] == expected[-1]
-
-
-def test_names_of_no_known_denoiser_are_refused():
-    with pytest.raises(ValueError, match="'layers.0.weight' are those of no denoiser"):
-        stages_of(["layers.0.weight"])
+        other = PixArtTransformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16)
+    with pytest.raises(UserError, match="a PixArtTransformer2DModel cannot be an expert; supported are: UNet2DConditionModel"):
+        stage_names(other)
 
 
 def test_a_share_is_the_seconds_and_base_is_the_firsts_unless_said():
@@ -103,6 +130,20 @@ def test_presets_are_those_of_the_community():
     assert list(preset_weights("GRAD_V", SD).values())[:3] == pytest.approx([1, 0.9166666667, 0.8333333333])
     assert list(preset_weights("SMOOTHSTEP", SD).values())[1:3] == pytest.approx([0.00506365740740741, 0.0196759259259259])
     assert {f"FLAT_{k}" for k in (25, 50, 75)} | {f"WRAP{k}" for k in ("08", "12", "14", "16")} | {"GRAD_A", "MID12_50"} <= set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_sdxl_gets_what_stages_of_the_same_name_get(preset):
+    """As in supermerger, where IN09 … IN11 and OUT09 … OUT11 are left out."""
+    full = preset_weights(preset, SD)
+    assert preset_weights(preset, SDXL) == {stage: full[stage] for stage in SDXL}
+
+
+def test_sdxl_has_19_stages_and_base():
+    assert stage_weights([0.5] * 20, SDXL, 2) == {"base": (0.5, 0.5), **dict.fromkeys(SDXL, (0.5, 0.5))}
+    assert stage_weights([0.0, *[1.0] * 19], SDXL, 2) == stage_weights([1.0] * 19, SDXL, 2)
+    with pytest.raises(UserError, match=r"26 block weights, expected 19 \(IN00 … OUT08\) or 20 \(base in front of them\)"):
+        stage_weights([0.5] * 26, SDXL, 2)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -149,6 +190,15 @@ def test_a_toml_file_of_something_else_is_refused(tmp_path, text):
         stage_weights(str(file), SD, 2)
 
 
-def test_presets_are_for_unets():
+@pytest.mark.parametrize("stages", [("J00", "J01", "OUT"), SMALL_FLUX], ids=["sd3", "flux"])
+def test_presets_are_for_unets(stages):
     with pytest.raises(UserError, match="preset GRAD_V is for the stages of a U-Net"):
-        stage_weights("GRAD_V", ("block.0", "block.1"), 2)
+        stage_weights("GRAD_V", stages, 2)
+
+
+def test_a_transformers_stages_are_weighted_by_name_and_in_order():
+    weights = stage_weights({"others": 0.25, "S01": 1}, SMALL_FLUX, 2)
+    assert weights == {"base": (0.75, 0.25), **dict.fromkeys(SMALL_FLUX, (0.75, 0.25)), "S01": (0, 1)}
+    assert stage_weights("0,0,0,1,0,0", SMALL_FLUX, 2)["S01"] == (0, 1)
+    with pytest.raises(UserError, match=r"5 block weights, expected 6 \(D00 … OUT\) or 7 \(base in front of them\)"):
+        stage_weights("0,0,0,1,0", SMALL_FLUX, 2)

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from merging_models import PIPELINES
 from tiny import sd_pipeline
 
 from afa.cli.main import main
 from afa.errors import UserError
+from afa.experts.load import load_expert
 from afa.merging.search.bayesian import bayesian_search, best_point
 from afa.merging.search.coordinate import LINES, coordinate_search, groups
 from afa.merging.search.journal import Journal
@@ -50,6 +52,12 @@ def test_the_coordinate_search_finds_the_best_point_of_its_grid():
 def test_base_and_the_middle_come_first():
     assert groups(SPACE, 1) == [("base",), ("M00",), ("IN00",), ("IN01",), ("OUT00",), ("OUT01",)]
     assert groups(SPACE, 2) == [("base",), ("M00",), ("IN00", "IN01"), ("OUT00", "OUT01")]
+
+
+def test_a_transformers_stages_are_searched_in_order_and_only_blocks_of_one_kind_together():
+    space = Space(("D00", "D01", "D02", "S00", "S01", "OUT"), 2)
+    assert groups(space, 1) == [("base",), ("D00",), ("D01",), ("D02",), ("S00",), ("S01",), ("OUT",)]
+    assert groups(space, 2) == [("base",), ("D00", "D01"), ("D02",), ("S00", "S01"), ("OUT",)]
 
 
 @pytest.mark.parametrize(("line", "most"), [("linear", 11), ("binary", 6), ("binary_mid", 9)])
@@ -190,6 +198,31 @@ def test_a_search_leaves_weights_that_merge(settings, tmp_path):
     assert record["score"] >= record["first_score"]
     merge = ["merge", "--method", "mbw", "--weights", str(Path(settings.output) / BEST), "--experts", *settings.experts]
     assert main([*merge, "--output", str(tmp_path / "merged")]) == 0
+
+
+@pytest.fixture(scope="module", params=["sd3", "flux"])
+def transformers(request, tmp_path_factory):
+    """The settings of a search over two transformers."""
+    folder = tmp_path_factory.mktemp(request.param)
+    for seed, name in enumerate(("photo", "paint")):
+        PIPELINES[request.param](seed, text_seed=seed).save_pretrained(folder / name)
+    (folder / "scorer.py").write_text("def score(images, captions):\n    return {'light': images.mean((1, 2, 3)) / 255}\n")
+    return SearchSettings(
+        experts=[str(folder / "photo"), str(folder / "paint")], output=str(folder / "out"), prompt=["a cat"], images=1, steps=1, width=32, height=32,
+        scorer=str(folder / "scorer.py"), trials=4, device="cpu",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["bayesian", "coordinate"])
+def test_transformers_are_searched_by_their_own_stages(how, transformers, tmp_path):
+    settings = replace(transformers, search=how, line="binary", grouping=2, output=str(tmp_path / "out"))
+    record = search(settings)
+    assert record["highest_score"] >= record["score"] >= record["first_score"]
+    assert len({tuple(scores) for _, scores in Journal(Path(settings.output) / POINTS, hill).points}) > 1
+    stages = {"sd3": "J00 J01 J02 J03 OUT", "flux": "D00 D01 S00 S01 S02 OUT"}[load_expert(settings.experts[0]).family]
+    assert list(record["weights"]) == ["base", *stages.split()]
+    merge = ["merge", "--method", "mbw", "--weights", str(Path(settings.output) / BEST), "--experts", *settings.experts]
+    assert main([*merge, "--output", str(tmp_path / "merged"), "--dry-run"]) == 0
 
 
 def test_a_finished_search_judges_nothing_again_and_may_be_extended(settings, monkeypatch):

@@ -1,7 +1,7 @@
-"""LoRA on a U-Net: where it goes, how many parameters a rank has, and its file.
+"""LoRA on a denoiser of any family: where it goes, how many parameters a rank has, and its file.
 
 Source: Hu et al., arXiv:2106.09685, by way of peft. Deviation: besides the attention it adapts the feed-forward layers and
-the convolutions of the residual blocks, so that it reaches all of the network, as aggregators at every stage do.
+the convolutions of residual blocks, so that it reaches all of the network, as aggregators at every stage do.
 """
 
 import math
@@ -9,22 +9,44 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers.models.attention import FeedForward
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+
+from afa.families.table import FAMILIES, family_of
 
 ADAPTER = "default"
 FILE = "pytorch_lora_weights.safetensors"
-PARTS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2")  # ends of the adapted modules' names
+Layer = nn.Linear | nn.Conv2d
 
 
-def adapted(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    """The modules of a U-Net that get a LoRA, by name."""
+def adapted(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """The modules of a denoiser that get a LoRA, by name: of its stages, what attends, feeds forward, or convolves in residual blocks."""
+    stages = FAMILIES[family_of(model)].stages(model)
+    parts = (part for stage in stages for module in stage.modules() if isinstance(module, nn.Module) for part in module.modules())
+    chosen = {id(layer) for part in parts for layer in _layers(part)}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and any(name == part or name.endswith(f".{part}") for part in PARTS):
+        if isinstance(module, Layer) and id(module) in chosen:
             yield name, module
 
 
+def _layers(part: nn.Module) -> list[nn.Module]:
+    """What is adapted of one module of a denoiser: all or some of its layers, nothing of other kinds of modules."""
+    if hasattr(part, "to_q"):
+        # where the text's answer is not read, as in SD3's last block, its question changes nothing
+        unread = getattr(part, "add_q_proj", None) if getattr(part, "to_add_out", None) is None else None
+        return [layer for layer in part.modules() if isinstance(layer, nn.Linear) and layer is not unread]
+    if isinstance(part, FeedForward):
+        return [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
+    if isinstance(part, ResnetBlock2D):
+        return [part.conv1, part.conv2]
+    if hasattr(part, "proj_mlp"):  # feeds forward beside its attention, as FLUX's single blocks do
+        return [part.proj_mlp, part.proj_out]
+    return []
+
+
 def parameters_at_rank(model: nn.Module, rank: int) -> int:
-    """How many parameters a LoRA of that rank trains on a U-Net that has none yet."""
+    """How many parameters a LoRA of that rank trains on a denoiser that has none yet."""
     return rank * sum(_in_and_out(module) for _, module in adapted(model))
 
 
@@ -33,7 +55,7 @@ def matching_rank(model: nn.Module, parameters: int) -> int:
     return max(1, math.ceil(parameters / parameters_at_rank(model, 1)))
 
 
-def _in_and_out(module: nn.Linear | nn.Conv2d) -> int:
+def _in_and_out(module: Layer) -> int:
     """Parameters of one rank: down has the module's inputs (and its kernel), up its outputs."""
     if isinstance(module, nn.Linear):
         return module.in_features + module.out_features
@@ -41,7 +63,7 @@ def _in_and_out(module: nn.Linear | nn.Conv2d) -> int:
 
 
 def add_lora(model: nn.Module, rank: int) -> "LoraParameters":
-    """Put a LoRA into a frozen U-Net, in float32; it changes nothing until it is trained. -> what is to be trained."""
+    """Put a LoRA into a frozen denoiser, in float32; it changes nothing until it is trained. -> what is to be trained."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[name for name, _ in adapted(model)], init_lora_weights=True)
@@ -62,16 +84,21 @@ class LoraParameters(nn.Module):
             self.register_parameter(name.replace(".", ":"), parameter)  # module names may hold no dots
 
 
+def component_of(model: nn.Module) -> str:
+    """What a pipeline calls a denoiser of this kind."""
+    return FAMILIES[family_of(model)].component
+
+
 def lora_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The LoRA in a U-Net in diffusers' own form, ready for its file: unet.….lora_A.weight, alpha equal to rank."""
+    """The LoRA in a denoiser in diffusers' own form, ready for its file: unet.… or transformer.….lora_A.weight, alpha equal to rank."""
     from peft import get_peft_model_state_dict
 
     found: Mapping[str, Tensor] = get_peft_model_state_dict(model, adapter_name=ADAPTER)
-    return {f"unet.{name}": tensor.detach().contiguous().cpu() for name, tensor in found.items()}
+    return {f"{component_of(model)}.{name}": tensor.detach().contiguous().cpu() for name, tensor in found.items()}
 
 
 def fuse_lora(model: Any, file: Path) -> None:
-    """Add a LoRA file to a U-Net's own weights."""
-    model.load_lora_adapter(str(file.parent), weight_name=file.name, prefix="unet")
+    """Add a LoRA file to a denoiser's own weights."""
+    model.load_lora_adapter(str(file.parent), weight_name=file.name, prefix=component_of(model))
     model.fuse_lora()
     model.unload_lora()

@@ -32,7 +32,7 @@ RECORD = "finetune.json"
 def plan(settings: LoraSettings, alone: Ensemble | None = None) -> tuple[Plan, int]:
     """-> what would be trained, and the rank. Finds everything that would fail later. Raises UserError.
 
-    alone: an ensemble of the one expert, where it is in memory already; its U-Net is changed.
+    alone: an ensemble of the one expert, where it is in memory already; its denoiser is changed.
     """
     source = find_data(settings)
     if not (Path(settings.output) / RECORD).exists():
@@ -44,8 +44,6 @@ def plan(settings: LoraSettings, alone: Ensemble | None = None) -> tuple[Plan, i
     if alone is None:
         dtype = getattr(torch, settings.dtype)
         alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", vae=settings.vae, dtype=dtype, config=settings.config)
-    if alone.denoiser.family != "unet":
-        raise UserError(f"expert '{alone.names[0]}' is a {alone.denoiser.family}; LoRAs are trained on U-Nets only")
     check_objective(settings, alone, source)
     rank = settings.rank or matching_rank(alone.denoiser.experts[0], wanted)
     return Plan(settings, alone, source, resolution_of(settings, alone), own), rank

@@ -50,7 +50,7 @@ def _row(setup: Setup, name: str, title: str, start: Callable[[Setup], Expert], 
 
 
 def _best(setup: Setup) -> Expert:
-    """A copy of the expert that was ranked best, its U-Net to be changed, trained with the VAE the ensemble was trained with."""
+    """A copy of the expert that was ranked best, its denoiser to be changed, trained with the VAE the ensemble was trained with."""
     best = dict(zip(setup.names, setup.ensemble.experts, strict=True))[setup.ranking[0]]
     return dataclasses.replace(best, model=copy.deepcopy(best.model), vae=setup.ensemble.frame.vae)
 

@@ -103,8 +103,9 @@ def dtype_of(tensors: Tensors | None) -> str | None:
 
 def check_fit(model: nn.Module, found: Mapping[str, Tensor], where: str) -> None:
     """Raises UserError for weights that a model needs and a file lacks, or has in another shape. It may have more."""
-    present = {_today(name): tensor for name, tensor in found.items()}
-    wanted = {_today(name): tensor for name, tensor in model.state_dict().items()}
+    same = tied(model)
+    present = {same.get(_today(name), _today(name)): tensor for name, tensor in found.items()}
+    wanted = {_today(name): tensor for name, tensor in model.state_dict().items() if _today(name) not in same}
     lacking = [name for name in wanted if name not in present]
     if lacking:
         missing = f"{len(lacking)} of {len(wanted)} weights (first: {lacking[0]})"
@@ -113,6 +114,13 @@ def check_fit(model: nn.Module, found: Mapping[str, Tensor], where: str) -> None
         if present[name].shape != tensor.shape:
             shapes = f"{tuple(present[name].shape)}, its config makes it {tuple(tensor.shape)}"
             raise UserError(f"{where}: {name} has shape {shapes}; weights and config belong to different models")
+
+
+def tied(model: nn.Module) -> dict[str, str]:
+    """Names of a model's state that stand for the tensor of another name -> that name. T5 ties its embeddings; files hold either or both."""
+    first: dict[int, str] = {}
+    state = {_today(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    return {name: first[id(tensor)] for name, tensor in state.items() if first.setdefault(id(tensor), name) != name}
 
 
 def _today(name: str) -> str:

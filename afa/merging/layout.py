@@ -6,7 +6,7 @@ from math import prod
 
 from afa.errors import UserError
 from afa.experts.headers import DTYPES
-from afa.merging.original import names_by_key, original_places, shape_to_original
+from afa.merging.original import DENOISER, names_by_key, original_places, shape_to_original
 from afa.merging.parts import TEXT_ENCODERS
 from afa.merging.sources import Source, Stored
 
@@ -68,8 +68,8 @@ def original_file(first: Source, vae: Source | None, dtype: str | None) -> list[
 
     Arguments as above. Raises UserError for what the layout has no place for.
     """
-    if first.denoiser != "unet" or not first.located.whole_pipeline:
-        what = "is only a denoiser" if first.denoiser == "unet" else f"has a {first.denoiser}"
+    if first.denoiser != DENOISER or not first.located.whole_pipeline:
+        what = "is only a denoiser" if first.denoiser == DENOISER else f"has a {first.denoiser}"
         raise UserError(
             f"'{first.name}' {what}, and a single file in original layout is of a whole SD 1.x, 2.x or XL; give a folder as --output"
         )
@@ -86,7 +86,7 @@ def _original_part(part: str, origin: Source, first: Source, dtype: str | None) 
     own = {key.partition(".")[2]: stored for key, stored in origin.tensors.items() if key.startswith(f"{part}.")}
     own = {name: stored for name, stored in own.items() if stored.is_float or not opened}  # OpenCLIP has no position_ids
     try:
-        places = original_places(part, own, xl="text_encoder_2" in first.parts, open_clip=opened)
+        places = original_places(part, own, stages=first.stages, xl="text_encoder_2" in first.parts, open_clip=opened)
     except ValueError as error:
         raise UserError(f"'{origin.name}': {error}; give a folder as --output") from None
     for key, names in names_by_key(places).items():

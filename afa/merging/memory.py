@@ -13,8 +13,8 @@ from afa.errors import UserError
 from afa.experts.compatible import mismatches
 from afa.experts.load import TEXT_ENCODERS, Expert, load_expert
 from afa.families.table import FAMILIES
-from afa.merging.parts import DENOISERS, MERGED, Parts, Slot, slots
-from afa.merging.stages import stage_names
+from afa.merging.parts import MERGED, Parts, Slot, denoiser_of, slots
+from afa.merging.stages import DENOISERS, stage_names
 from afa.merging.table import check_merge, find_merge, merge_key, needs
 from afa.merging.weights import Given, stage_weights
 
@@ -31,7 +31,7 @@ class PartsMerge:
         self.parts = {part: copy.deepcopy(module) for part, module in experts[0].items()}
         self.count, self.based = len(experts), base is not None
         self._slots = slots(self.parts, experts, names, base)
-        self.stages = stage_names(self.parts[next(part for part in self.parts if part in DENOISERS)].state_dict())
+        self.stages = stage_names(denoiser_of(self.parts))
         self._written: dict[str, tuple[float, ...]] = {}  # stage -> the block weights its values were last made with
 
     def apply(self, method: str, **options: Any) -> None:
@@ -76,7 +76,7 @@ class InMemoryMerge:
         expert = merge.apply_mbw({"others": 0.5, "OUT11": 1})    # always the same Expert object, with new values
 
     base: for the merges of differences. vae: the name of the expert whose VAE the result has (default: the first's);
-    it is that expert's own object, unless merge_vae asks for a merged one. stages: IN00 …, M00, OUT00 … in order.
+    it is that expert's own object, unless merge_vae asks for a merged one. stages: the denoiser's, in order.
     Raises UserError, with every reason, for experts that cannot be merged.
     """
 
@@ -181,15 +181,14 @@ def pipeline_parts(pipe: Any, vae: bool) -> dict[str, nn.Module]:
 
 
 def _check_pipelines(pipelines: Sequence[Any], names: Sequence[str]) -> None:
-    """U-Nets are compared as experts are; of transformers, the classes (names and shapes of weights are, in any case)."""
+    """Parts first; then they are compared as experts are (names and shapes of weights are, in any case)."""
     first = pipelines[0]
     for pipe, name in zip(pipelines[1:], names[1:], strict=False):
         if set(pipeline_parts(pipe, False)) != set(pipeline_parts(first, False)):
             mine, theirs = (", ".join(pipeline_parts(one, False)) for one in (first, pipe))
             raise UserError(f"'{name}' cannot join '{names[0]}': it has {theirs}, expected {mine}")
-    if pipelines[0].components.get("unet") is not None:
-        experts = [load_expert(pipe) for pipe in pipelines]
-        check_experts([dataclasses.replace(expert, name=name) for expert, name in zip(experts, names, strict=False)])
+    experts = [load_expert(pipe) for pipe in pipelines]
+    check_experts([dataclasses.replace(expert, name=name) for expert, name in zip(experts, names, strict=False)])
 
 
 def _vae_of(experts: Sequence[Expert], name: str | None) -> nn.Module | None:

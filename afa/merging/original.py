@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afa.merging.stages import PLACE, stages_of
-
+DENOISER = "unet"  # the only one this layout is known for
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+PLACE = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.")
 # text encoder -> its prefixes, (CLIP, OpenCLIP); SDXL's stand in conditioner.embedders
 TEXT = {
     "text_encoder": ("cond_stage_model.transformer.text_model.", "cond_stage_model.model."),
@@ -75,15 +75,18 @@ class Place:
     form: str = "same"
 
 
-def original_places(part: str, names: Collection[str], *, xl: bool = False, open_clip: bool = False) -> dict[str, Place]:
+def original_places(
+    part: str, names: Collection[str], *, stages: Mapping[str, str] | None = None, xl: bool = False, open_clip: bool = False
+) -> dict[str, Place]:
     """The place of every tensor of one part of a pipeline.
 
     part: unet, vae, text_encoder or text_encoder_2. names: all of the part's own, as diffusers has them (see
-    parts.today). xl: of an SDXL pipeline. open_clip: a text encoder that was OpenCLIP's (SD 2.x; SDXL's second).
+    parts.today). stages: of a U-Net's, by "unet.name". xl: of an SDXL pipeline. open_clip: a text encoder that was OpenCLIP's (SD 2.x; SDXL's second).
     Raises ValueError for names that the layout has no place for.
     """
-    if part == "unet":
-        return {name: Place(UNET + new) for name, new in _unet(names).items()}
+    if part == DENOISER:
+        assert stages is not None
+        return {name: Place(UNET + new) for name, new in _unet(names, stages).items()}
     if part == "vae":
         return _vae(names)
     clip, opened = TEXT[f"{'xl.' if xl else ''}{part}"]
@@ -136,11 +139,11 @@ def shape_to_original(shape: Sequence[int], form: str) -> tuple[int, ...]:
     return tuple(reversed(shape)) if form == "transposed" else (*shape, 1, 1) if form == "conv" else tuple(shape)
 
 
-def _unet(names: Collection[str]) -> dict[str, str]:
+def _unet(names: Collection[str], stages: Mapping[str, str]) -> dict[str, str]:
     """Blocks by their stage; in a block, a residual layer is 0, its attention 1, an upsampler comes last."""
-    stages = stages_of(names)
-    attended = {stages[name] for name in names if ".attentions." in name}
-    return {name: _unet_name(name, stages[name], stages[name] in attended) for name in names}
+    own = {name: stages[f"{DENOISER}.{name}"] for name in names}
+    attended = {own[name] for name in names if ".attentions." in name}
+    return {name: _unet_name(name, own[name], own[name] in attended) for name in names}
 
 
 def _unet_name(name: str, stage: str, attended: bool) -> str:

@@ -1,17 +1,16 @@
 """The parameters of several models side by side: key by key, with the stage each belongs to."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from afa.errors import UserError
-from afa.experts.headers import RENAMED
-from afa.merging.stages import BASE, stages_of
+from afa.experts.headers import RENAMED, tied
+from afa.merging.stages import DENOISERS, key_stages
 
-DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 MERGED = (*DENOISERS, *TEXT_ENCODERS)  # parts of a pipeline that a merge is made of; the VAE only when asked for
 
@@ -26,18 +25,9 @@ def today(name: str) -> str:
     return name
 
 
-def key_stages(keys: Iterable[str]) -> dict[str, str]:
-    """The stage of every key "part.name" of a pipeline: its denoiser's stages, and `base` for all that is not the denoiser.
-
-    Raises UserError for a denoiser of no known family.
-    """
-    keys = list(keys)
-    own = {key: key.partition(".")[2] for key in keys if key.startswith(tuple(f"{part}." for part in DENOISERS))}
-    try:
-        stages = stages_of(own.values()) if own else {}
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return {key: stages[own[key]] if key in own else BASE for key in keys}
+def denoiser_of(parts: Parts) -> nn.Module:
+    """The denoiser among some parts."""
+    return next(module for name, module in parts.items() if name in DENOISERS)
 
 
 def check_same_keys(first: Mapping[str, Sequence[int]], other: Mapping[str, Sequence[int]], name: str, expected: str) -> None:
@@ -81,7 +71,7 @@ def slots(targets: Parts, experts: Sequence[Parts], names: Sequence[str], base: 
     shapes = [{key: tensor.shape for key, tensor in one.items()} for one in states]
     for one, name in zip(shapes[1:], names[1:], strict=False):
         check_same_keys(shapes[0], one, name, names[0])
-    stages = key_stages(into)
+    stages = key_stages(into, denoiser_of(targets))
     return [_slot(key, stages[key], into[key], [one[key] for one in states], base is not None) for key in into]
 
 
@@ -101,8 +91,10 @@ def equal(one: Tensor, other: Tensor) -> bool:
 
 
 def state(parts: Parts) -> dict[str, Tensor]:
-    """All parameters and buffers of some modules as "part.name". Raises UserError for weights that are not in memory."""
+    """All parameters and buffers of some modules as "part.name", each once. Raises UserError for weights that are not in memory."""
     found = {f"{part}.{today(name)}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
+    again = {f"{part}.{name}" for part, module in parts.items() for name in tied(module)}
+    found = {key: tensor for key, tensor in found.items() if key not in again}
     absent = next((key for key, tensor in found.items() if tensor.is_meta), None)
     if absent:
         raise UserError(f"{absent} is not in memory (offloaded, or without weights); merge before offloading is enabled")

@@ -12,7 +12,7 @@ from afa.experts.headers import DTYPES
 from afa.experts.load import check_names
 from afa.experts.spec import ExpertSpec
 from afa.merging.layout import Item, diffusers_files, original_file
-from afa.merging.parts import MERGED, check_same_keys, key_stages
+from afa.merging.parts import MERGED, check_same_keys
 from afa.merging.rules import normalised
 from afa.merging.settings import MergeSettings
 from afa.merging.sources import Source, open_source, open_vae
@@ -94,17 +94,16 @@ def make_plan(settings: MergeSettings) -> Plan:
     base = open_source(based[0], settings.config) if based else None
     vae = _vae(settings, experts)
     _check_fit([*experts, *([base] if base else [])], settings.merge_vae)
-    stages = key_stages(experts[0].tensors)
     layout = (experts[0], vae, settings.dtype)
     files = {settings.output: original_file(*layout)} if settings.single_file else dict(diffusers_files(*layout))
-    return Plan(settings, _filled(settings.method, options, experts), experts, base, vae, stages, files)
+    return Plan(settings, _filled(settings.method, options, experts), experts, base, vae, experts[0].stages, files)
 
 
 def _filled(method: str, options: dict[str, Any], experts: Sequence[Source]) -> dict[str, Any]:
     """A method's options with its defaults, and weights as shares that sum to 1: all that it takes to repeat the merge."""
     if method == "mbw":
-        denoiser = [key.partition(".")[2] for key in experts[0].tensors if key.startswith(f"{experts[0].denoiser}.")]
-        return {"weights": stage_weights(options["weights"], stage_names(denoiser), len(experts), options.get("base_alpha"))}
+        stages = stage_names(experts[0].model)
+        return {"weights": stage_weights(options["weights"], stages, len(experts), options.get("base_alpha"))}
     if method == "weighted":
         return {"weights": normalised(options.get("weights") or [1.0] * len(experts), len(experts))}
     return {**options_of(method), **options}
@@ -141,13 +140,9 @@ def _vae(settings: MergeSettings, experts: Sequence[Source]) -> Source | None:
 def _check_fit(sources: Sequence[Source], vae: bool) -> None:
     """Refuse what cannot be merged: as experts are compared, then weight by weight."""
     first, *others = sources
-    for other in others:
-        if first.outline is None or other.outline is None:
-            _check_parts(first, other)
-    if first.outline is not None:
-        reasons = mismatches([source.outline.expert for source in sources if source.outline])
-        if reasons:
-            raise UserError("; ".join(reasons))
+    reasons = mismatches([source.outline.expert for source in sources if source.outline])
+    if reasons:
+        raise UserError("; ".join(reasons))
     if vae:
         for source in sources:
             if "vae" not in source.parts:
@@ -155,12 +150,6 @@ def _check_fit(sources: Sequence[Source], vae: bool) -> None:
     for other in others:
         mine, theirs = (_shapes(source, vae) for source in (first, other))
         check_same_keys(mine, theirs, other.name, first.name)
-
-
-def _check_parts(first: Source, other: Source) -> None:
-    mine, theirs = ([part for part in source.parts if part != "vae"] for source in (first, other))
-    if mine != theirs:
-        raise UserError(f"'{other.name}' cannot join '{first.name}': it has {', '.join(theirs)}, expected {', '.join(mine)}")
 
 
 def _shapes(source: Source, vae: bool) -> dict[str, tuple[int, ...]]:

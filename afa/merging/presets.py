@@ -1,13 +1,15 @@
 """The community's presets of block weights: the share of the second expert along the 25 stages of SD 1.x.
 
 Names and shapes as in bbc-mc's sdweb-merge-block-weighted-gui and hako-mikan's sd-webui-supermerger. All leave `base`
-at 0. They are written as functions of the stage's place k = 0 (IN00) … 12 (M00) … 24 (OUT11), and read in between for
-models that have other numbers of stages: their IN and OUT halves are stretched or shrunk, M00 stays M00.
+at 0. They are written as functions of the stage's place k = 0 (IN00) … 12 (M00) … 24 (OUT11). SDXL's stages get what SD 1.x'
+stages of the same name get, as in supermerger: IN09 … IN11 and OUT09 … OUT11 are left out. For other numbers of stages the
+IN and OUT halves are stretched or shrunk; M00 stays M00.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 MIDDLE, LAST = 12, 24
+SDXL = 9  # stages of each half
 
 
 def _steps(*edges: tuple[int, float]) -> Callable[[int], float]:
@@ -49,6 +51,11 @@ PRESETS: dict[str, Callable[[int], float]] = {
 }
 
 
+def has_presets(stages: Sequence[str]) -> bool:
+    """Whether presets are for a model of these stages: it must be a U-Net."""
+    return any(stage.startswith("IN") for stage in stages)
+
+
 def preset_weights(name: str, stages: tuple[str, ...]) -> dict[str, float]:
     """A preset's share of the second expert for every stage IN00 …, M00, OUT00 … of a U-Net."""
     curve = PRESETS[name]
@@ -61,6 +68,8 @@ def preset_weights(name: str, stages: tuple[str, ...]) -> dict[str, float]:
 
 def _stretched(index: int, count: int, start: int) -> float:
     """The place of one of `count` stages among the 12 of a half that begins at `start`."""
+    if count == SDXL:
+        return start + index
     return start + (index * (MIDDLE - 1) / (count - 1) if count > 1 else 0)
 
 

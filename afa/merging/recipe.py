@@ -55,7 +55,7 @@ def metadata(plan: Plan, hashes: Hashes) -> dict[str, str]:
         "modelspec.merged_from": ", ".join(names),
         "afa.merge": json.dumps(recipe, sort_keys=True, default=list),
     }
-    text = first.expert.model.config.cross_attention_dim if first else None
+    text = first.expert.model.config.get("cross_attention_dim") if first else None
     architecture = ARCHITECTURES.get((str(first.expert.pipeline), text)) if first and isinstance(text, int) else None
     return found | ({"modelspec.architecture": architecture} if architecture else {})
 

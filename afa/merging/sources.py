@@ -3,22 +3,24 @@
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from afa.errors import UserError
-from afa.experts.headers import DTYPES, Tensors, read_file, read_folder
-from afa.experts.load import has_part, read_index
+from afa.experts.headers import DTYPES, Tensors, read_file, read_folder, tied
 from afa.experts.locate import Located, locate
-from afa.experts.original import config_folder
+from afa.experts.original import FIRST_CONV, config_folder
 from afa.experts.outline import OPEN_CLIP, Outline, read_outline
 from afa.experts.spec import ExpertSpec
+from afa.families.table import FAMILIES
 from afa.merging.original import Place, from_original, original_places, shape_from_original
-from afa.merging.parts import DENOISERS, MERGED, today
+from afa.merging.parts import MERGED, today
+from afa.merging.stages import key_stages
 
 EMA = "model_ema."
 MAPPED = 256 << 20  # bytes read from all files before they are mapped anew, which lets the read pages go
@@ -45,7 +47,7 @@ class Stored:
 
 @dataclass
 class Source:
-    """tensors: by "part.name". spare: what a single file holds besides (never its EMA copy). outline: of a U-Net's expert.
+    """tensors: by "part.name". spare: what a single file holds besides (never its EMA copy). outline: of an expert; a VAE has none.
 
     config: folder of configs: the expert's own, or the one a single file is read with.
     """
@@ -68,6 +70,17 @@ class Source:
     @property
     def denoiser(self) -> str:
         return self.parts[0]
+
+    @property
+    def model(self) -> nn.Module:
+        """An expert's denoiser, without its numbers."""
+        assert self.outline is not None
+        return self.outline.expert.model
+
+    @cached_property
+    def stages(self) -> dict[str, str]:
+        """The stage of every tensor of an expert."""
+        return key_stages(self.tensors, self.model)
 
     def files(self, part: str) -> list[Path]:
         """The files a part's weights are in."""
@@ -123,43 +136,52 @@ def open_vae(text: str, config: str | None = None) -> Source:
 
 def _from_folder(located: Located) -> Source:
     """A diffusers pipeline's folder, or a bare denoiser's."""
-    path, outline = located.path, None
+    path, outline = located.path, read_outline(located.spec)
     if not located.whole_pipeline:
-        kind = _read_json(path / "config.json").get("_class_name", "")
-        part = "unet" if kind.startswith("UNet") else "transformer"
-        tensors = _folder_tensors(path, part)
-    else:
-        index = read_index(path)
-        present = [part for part in (*MERGED, "vae") if has_part(index, part) and (path / part).is_dir()]
-        if not any(part in DENOISERS for part in present):
-            raise UserError(f"{path} is a {index.get('_class_name')}, which has no unet or transformer that could be merged")
-        part = next(part for part in present if part in DENOISERS)
-        tensors = {key: stored for each in present for key, stored in _folder_tensors(path / each, each).items()}
-    if part == "unet":
-        outline = read_outline(located.spec)
+        part = FAMILIES[outline.expert.family].component
+        return Source(located, _folder_tensors(path, part, outline.expert.model), path, outline=outline)
+    parts = [part for part in (*MERGED, "vae") if part in outline.parts]
+    tensors = {key: stored for part in parts for key, stored in _folder_tensors(path / part, part, outline.parts[part]).items()}
     return Source(located, tensors, path, outline=outline)
 
 
-def _folder_tensors(folder: Path, part: str) -> dict[str, Stored]:
-    found = read_folder(folder)
+def _folder_tensors(folder: Path, part: str, model: nn.Module | None = None) -> dict[str, Stored]:
+    """A part's tensors, each once, though a file may hold one under two names. model: the part's, without its numbers."""
+    found, same = read_folder(folder), tied(model) if model is not None else {}
     if found is None:
         raise UserError(f"the weights in {folder} are pickled (.bin), and a merge reads only .safetensors; convert them first")
-    return {f"{part}.{today(name)}": Stored(entry.file, name, "same", entry.dtype, entry.shape) for name, entry in found.items()}
+    tensors: dict[str, Stored] = {}
+    for name, entry in found.items():
+        key = same.get(today(name), today(name))
+        tensors.setdefault(f"{part}.{key}", Stored(entry.file, name, "same", entry.dtype, entry.shape))
+    return tensors
 
 
 def _from_single_file(located: Located, config: str | None) -> Source:
+    _check_original(located.path)
     outline = read_outline(located.spec, config)
     assert outline.config is not None
     tensors: dict[str, Stored] = {}
     for part, entries in outline.stored.items():
         names = [today(name) for name in outline.parts[part].state_dict()]
         opened = any(name.startswith(OPEN_CLIP) for name in entries)
-        places = original_places(part, names, xl="text_encoder_2" in outline.parts, open_clip=opened)
+        stages = key_stages([f"{part}.{name}" for name in names], outline.expert.model)
+        places = original_places(part, names, stages=stages, xl="text_encoder_2" in outline.parts, open_clip=opened)
         tensors |= {f"{part}.{name}": _stored(entries, place) for name, place in places.items()}
     used = {stored.name for stored in tensors.values()}
     found = {name: entry for name, entry in read_file(located.path).items() if name not in used and not name.startswith(EMA)}
     spare = {name: Stored(entry.file, name, "same", entry.dtype, entry.shape) for name, entry in found.items()}
     return Source(located, tensors, config_folder(outline.config), spare, outline)
+
+
+def _check_original(file: Path) -> None:
+    """Raises UserError for a single file of anything but a U-Net; one component in diffusers' layout is explained by the outline."""
+    names = read_file(file)
+    if FIRST_CONV not in names and "conv_in.weight" not in names:
+        raise UserError(
+            f"{file} is no single file of SD 1.x, 2.x or XL (it has no {FIRST_CONV}), and other models are merged from"
+            " diffusers folders only; give its folder"
+        )
 
 
 def _stored(entries: Tensors, place: Place) -> Stored:

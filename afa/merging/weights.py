@@ -6,7 +6,7 @@ from pathlib import Path
 
 from afa.errors import UserError
 from afa.lookup import unknown
-from afa.merging.presets import PRESETS, preset_weights
+from afa.merging.presets import PRESETS, has_presets, preset_weights
 from afa.merging.stages import BASE
 
 OTHERS = "others"  # in a TOML file: what stages get that it does not name
@@ -61,7 +61,7 @@ def _named(given: object, stages: tuple[str, ...]) -> dict[str, float | Sequence
 def _read(text: str, stages: tuple[str, ...]) -> Named | list[float]:
     """A preset, a TOML file, or numbers."""
     if text in PRESETS:
-        if not any(stage.startswith("IN") for stage in stages):
+        if not has_presets(stages):
             raise UserError(f"preset {text} is for the stages of a U-Net; for this model give numbers or a TOML file")
         return preset_weights(text, stages)
     if text.endswith(".toml"):

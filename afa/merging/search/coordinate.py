@@ -4,6 +4,7 @@ Source: Xerxemi, sdweb-auto-MBW and auto-MBW-rt. Deviations: more than two exper
 against the others as they stand); where a candidate is as good as what is there, what is there stays.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from afa.merging.search.journal import Journal
@@ -50,7 +51,7 @@ def coordinate_search(
 ) -> Weights:
     """Begin with the first expert alone and improve place after place. -> the best weights by the last pass's mean.
 
-    line: how one share is found, of LINES. grouping: IN and OUT stages changed together, 1 or 2. means: of MEANS, one a
+    line: how one share is found, of LINES. grouping: neighbouring stages of one kind changed together, 1 or 2. means: of MEANS, one a
     pass; the last serves all later passes. Every point goes through the journal.
     """
     best = space.corner(0)
@@ -75,9 +76,6 @@ def _improve(
 
 
 def groups(space: Space, grouping: int) -> list[tuple[str, ...]]:
-    """base and the middle alone, then the stages of each side one by one or two by two."""
-    alone = [place for place in space.places if place in ("base", "M00")]
-    sides = [[place for place in space.places if place.startswith(side)] for side in ("IN", "OUT")]
-    rest = [place for place in space.places if place not in alone and not any(place in side for side in sides)]
-    parts = [side[start : start + grouping] for side in (*sides, rest) for start in range(0, len(side), grouping)]
-    return [*((place,) for place in alone), *(tuple(part) for part in parts)]
+    """All places in their order; the stages of one kind (IN, OUT; J, D, S) one by one or two by two."""
+    kinds = [list(places) for _, places in itertools.groupby(space.places, key=lambda place: place.rstrip("0123456789"))]
+    return [tuple(kind[start : start + grouping]) for kind in kinds for start in range(0, len(kind), grouping)]

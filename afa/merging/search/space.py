@@ -17,7 +17,7 @@ class Space:
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Everything that has weights of its own, in the order in which it is searched: base and the middle first."""
+        """Everything that has weights of its own, in the order in which it is searched: base and a U-Net's middle first."""
         first = (BASE, *(stage for stage in self.stages if stage == "M00"))
         return (*first, *(stage for stage in self.stages if stage not in first))
 
