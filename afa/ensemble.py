@@ -13,7 +13,7 @@ from afa.denoiser.conversion import Conversion, conversion
 from afa.denoiser.schedule import Schedule
 from afa.denoiser.table import DENOISERS
 from afa.errors import UserError
-from afa.experts.compatible import kind_mismatches, mismatches, only_predictions
+from afa.experts.compatible import kind_mismatches, mismatches, only_predictions, text_mismatches
 from afa.experts.lending import lend
 from afa.experts.load import Expert, load_experts
 from afa.frame import Frame
@@ -173,7 +173,8 @@ class Ensemble:
 def _check(experts: Sequence[Expert], placement: str | Sequence[str] | None, aggregators: str | Path | None) -> None:
     """Refuse experts that cannot be fused, with every reason and how to see more. A folder's placement is not known yet."""
     try:
-        _refuse(experts, mismatches(experts, features=aggregators is None and not only_predictions(placement, experts[0])))
+        reasons = mismatches(experts, features=aggregators is None and not only_predictions(placement, experts[0]))
+        _refuse(experts, reasons or text_mismatches(experts))
     except UserError:
         raise
     except ValueError as error:

@@ -30,6 +30,21 @@ def kind_mismatches(experts: Sequence[Expert]) -> list[str]:
     return [f"{_start(first, other)}: {reason}" for other in others for reason in _kind_mismatches(first, other)]
 
 
+def text_mismatches(experts: Sequence[Expert]) -> list[str]:
+    """Whose text encoders differ from the first's where a family's pipelines have no room for several."""
+    first, *others = experts
+    found = []
+    for other in [] if FAMILIES[first.family].call.joined else others:
+        pairs = enumerate(zip(first.text_encoders, other.text_encoders, strict=False), start=1)
+        unlike = [str(number) for number, (one, another) in pairs if not same_weights(one, another)]
+        if unlike:
+            found.append(
+                f"{_start(first, other)}: it has text encoders of its own (number {', '.join(unlike)}), and experts of family {first.family}"
+                " must share theirs; give its denoiser alone (FOLDER/transformer), which then reads the first expert's"
+            )
+    return found
+
+
 def _pair(first: Expert, other: Expert, features: bool) -> list[str]:
     start = _start(first, other)
     if first.family != other.family:
@@ -96,19 +111,12 @@ def _text_mismatches(first: Expert, other: Expert) -> list[str]:
         expected, width = (getattr(encoder.config, "hidden_size", None) for encoder in (one, another))
         if width != expected:
             found.append(f"text encoder {number} is {width} wide, expected {expected}")
-        elif not FAMILIES[first.family].call.joined and not any(_is_meta(encoder) for encoder in (one, another)) and not same_weights(one, another):
-            found.append(f"text encoder {number} has other weights; experts of family {first.family} must share theirs, give its denoiser alone")
     for one, another in zip(first.tokenizers, other.tokenizers, strict=False):
         if one.get_vocab() != another.get_vocab():
             found.append(
                 f"its tokenizer has {len(another)} tokens of its own vocabulary, expected the {len(one)} of '{first.name}'; one tokenizer serves all"
             )
     return found
-
-
-def _is_meta(encoder: Any) -> bool:
-    """Whether only its shapes are known."""
-    return any(parameter.is_meta for parameter in encoder.parameters())
 
 
 def _value_mismatches(mine: Any, theirs: Any, names: Sequence[str]) -> list[str]:
