@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = [
     "afa inspect afa/demo/assets/curves afa/demo/assets/angles afa/demo/assets/patterns",
     "afa inspect afa/demo/assets/curves afa/demo/assets/angles --placement out --json",
-    "afa inspect --config sdxl --count 2 --depth 1",
+    "afa inspect --config flux --count 2 --placement double",
 ]
 FUSION = ("aggregator", "placement", "hidden", "heads", "depth", "weights", "attention_up_to")  # a saved ensemble has its own
 
@@ -34,12 +34,14 @@ class Options:
         positional=True,
     )
     config: str | None = option(
-        None, help="sd15, sd21, sd21-base, sdxl or a folder: of single files; without EXPERT, the architecture to show"
+        None,
+        help="sd15, sd21, sd21-base, sdxl, sd3, sd35, sd35-large, flux, flux-schnell or a folder: of single files; without EXPERT, the"
+        " architecture to show",
     )
     count: int | None = option(None, help="with --config and without EXPERT: how many experts (default: 3)")
     aggregator: str | None = option(None, help="kind of aggregator: sabw, stitch, mean or fixed (default: sabw)")
     placement: str | None = option(
-        None, help="fused stages: layers (all), blocks, out, or names such as M00,OUT11 (default: layers)"
+        None, help="fused stages: layers (all), blocks, every-K, double (FLUX), out, or names such as M00,OUT11 (default: the family's)"
     )
     hidden: int | None = option(None, help="width inside the aggregators (default: 128)")
     heads: int | None = option(None, help="attention heads of the aggregators (default: 8)")
@@ -54,7 +56,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if not self.experts and self.config is None:
-            raise UserError("give EXPERT..., or --config sd15, sd21, sd21-base or sdxl")
+            raise UserError("give EXPERT..., or --config sd15, sdxl, sd35, flux or another; afa inspect --help names them")
         if self.experts and self.count is not None:
             raise UserError(f"--count {self.count} is for --config without EXPERT; leave out one of them")
         for name in ("count", "hidden", "heads", "resolution", "batch_size", "depth", "attention_up_to"):

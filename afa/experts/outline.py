@@ -12,7 +12,7 @@ from afa.errors import UserError
 from afa.experts.headers import Tensors, check_fit, dtype_of, read_file, read_folder, same_bytes
 from afa.experts.load import READING, TEXT_ENCODERS, TOKENIZERS, Expert, component_of, has_part, load_part, read_index
 from afa.experts.locate import Located, locate
-from afa.experts.original import DENOISER, FIRST_CONV, config_folder, detect_config, load_tokenizers
+from afa.experts.original import DENOISER, config_folder, detect_config, load_tokenizers
 from afa.experts.spec import ExpertSpec
 from afa.families.table import FAMILIES, family_of
 from afa.text import arithmetic
@@ -102,7 +102,7 @@ def _from_folder(located: Located) -> Outline:
 
 def _from_single_file(located: Located, config: str | None) -> Outline:
     tensors = read_file(located.path)
-    if FIRST_CONV not in tensors and "conv_in.weight" in tensors:
+    if "conv_in.weight" in tensors or any(name.startswith("transformer_blocks.") for name in tensors):
         folder = located.path.parent
         raise UserError(f"{located.path} holds one component in diffusers' layout, not a whole expert; give its folder: {folder}")
     config = config or detect_config(located.path)

@@ -87,13 +87,15 @@ def _load(settings: GenerateSettings) -> Ensemble:
     saved = [source for source in settings.sources if (Path(source) / MANIFEST).exists()]
     if saved and len(settings.sources) > 1:
         raise UserError(f"{saved[0]} is a saved ensemble, which has its experts; give it alone, or give experts only")
+    if saved and settings.frame is not None:
+        raise UserError(f"--frame {settings.frame} is for experts, and {saved[0]} is a saved ensemble, which has its frame; leave it out")
     if saved:
         return Ensemble.load(saved[0], new_places(settings.experts or []), dtype=dtype)
     if settings.experts:
         raise UserError(f"--experts is for a saved ensemble, and {settings.sources[0]} is none: it has no {MANIFEST}; give experts as SOURCE")
     options = settings.method_options()
     placement = "out" if options is not None and options.only_predictions else None  # which may then be of different kinds
-    return Ensemble.from_experts(settings.sources, aggregator="mean", placement=placement, dtype=dtype, config=settings.config)
+    return Ensemble.from_experts(settings.sources, aggregator="mean", placement=placement, frame=settings.frame, dtype=dtype, config=settings.config)
 
 
 def _reschedule(ensemble: Ensemble, name: str | None) -> None:

@@ -45,7 +45,7 @@ class MergeSettings:
     dtype: str | None = option(
         None, help="of the result (default: that of the first expert)", choices=["float32", "bfloat16", "float16"]
     )
-    config: str | None = option(None, help="sd15, sd21, sd21-base, sdxl or a folder: of single files (default: found out)")
+    config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
     dry_run: bool = option(False, help="check everything, print the plan and its size, write nothing")
     json: bool = option(False, help="print one JSON document")
 

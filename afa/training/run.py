@@ -58,6 +58,7 @@ def _ensemble(settings: TrainSettings) -> Ensemble:
         attention_up_to=settings.attention_up_to,
         text_stream=settings.text_stream,
         vae=settings.vae,
+        frame=settings.frame,
         dtype=dtype,
         config=settings.config,
         **settings.aggregator_options(),

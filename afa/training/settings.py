@@ -13,7 +13,7 @@ from afa.training.objectives.settings import ObjectiveSettings
 SHEETS = ("sheet_every", "sheet_images", "sheet_steps", "sheet_guidance", "watch", "watch_weights")
 FREE = ("recipe", "steps", "output", "save_every", "cache", "max_skipped", "gradient_checkpointing", "log_with", "device", "dry_run", "json", *SHEETS)
 
-MADE = ("aggregator", "placement", "hidden", "heads", "depth", "ignore", "attention_up_to", "text_stream", "vae", "config")  # once, when an ensemble is
+MADE = ("aggregator", "placement", "hidden", "heads", "depth", "ignore", "attention_up_to", "text_stream", "vae", "config", "frame")  # once, when an ensemble is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,8 @@ class LoopSettings(ObjectiveSettings):
     save_every: int = option(200, help="steps between two saved states; Ctrl-C saves one too")
     seed: int = option(0, help="of everything random")
     dtype: str = option("float32", help="of what is frozen; what is trained is always float32", choices=["float32", "bfloat16"])
-    config: str | None = option(None, help="sd15, sd21, sd21-base, sdxl or a folder: of single files (default: found out)")
+    config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
+    frame: str | None = option(None, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
     gradient_checkpointing: bool = option(False, help="recompute stages in the backward pass: less memory, a third more time")
     sheet_every: int | None = option(None, help="steps between two sample sheets with weight maps, a multiple of --evaluate-every (default: none)")
     sheet_images: int = option(4, help="held-out captions on a sheet")

@@ -32,7 +32,7 @@ class SearchSettings:
     height: int | None = option(None, help="in pixels (default: the experts' own)")
     seed: int = option(0, help="of the noise and of the optimiser")
     batch_size: int = option(8, help="images made at once")
-    config: str | None = option(None, help="sd15, sd21, sd21-base, sdxl or a folder: of single files (default: found out)")
+    config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
     dry_run: bool = option(False, help="print what would be done, then stop")
