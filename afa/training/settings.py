@@ -13,7 +13,8 @@ from afa.training.objectives.settings import ObjectiveSettings
 SHEETS = ("sheet_every", "sheet_images", "sheet_steps", "sheet_guidance", "watch", "watch_weights")
 FREE = ("recipe", "steps", "output", "save_every", "cache", "max_skipped", "gradient_checkpointing", "log_with", "device", "dry_run", "json", *SHEETS)
 
-MADE = ("aggregator", "placement", "hidden", "heads", "depth", "ignore", "attention_up_to", "text_stream", "vae", "config", "frame")  # once, when an ensemble is
+# Once, when an ensemble is made.
+MADE = ("aggregator", "placement", "hidden", "heads", "depth", "ignore", "attention_up_to", "text_stream", "vae", "config", "frame")
 
 
 @dataclass(frozen=True, kw_only=True)
