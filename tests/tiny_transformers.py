@@ -9,6 +9,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -43,6 +44,15 @@ FLUX = {
     "guidance_embeds": True,
     "axes_dims_rope": (4, 6, 6),
 }
+QWEN_IMAGE = {
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 4,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "axes_dims_rope": (4, 6, 6),
+}
 WORDS = ["a", "red", "bicycle", "on", "lawn", "cat", "dog", "blurry", "dark"]
 
 
@@ -66,16 +76,33 @@ def flux_transformer(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:
     return lively(FluxTransformer2DModel, seed, **{**FLUX, **changes})
 
 
+def qwen_image_transformer(seed: int = 0, **changes: Any) -> QwenImageTransformer2DModel:
+    """Four blocks."""
+    return lively(QwenImageTransformer2DModel, seed, **{**QWEN_IMAGE, **changes})
+
+
 def call(make: Any, batch: int = 2, height: int = 16, width: int = 16, seed: int = 0, tokens: int = 7) -> dict[str, Any]:
     """What a pipeline hands to such a model at one step, with random content."""
     generator = torch.Generator().manual_seed(seed)
     given = call_of(make(), height, width, batch, tokens)
     found = {
-        name: value if name.endswith("_ids") or not value.is_floating_point() else torch.randn(value.shape, generator=generator)
+        name: torch.randn(value.shape, generator=generator) if _is_content(name, value) else value
         for name, value in given.items()
     }
-    scale = 1.0 if "img_ids" in found else 1000.0
+    scale = 1.0 if "img_ids" in found or "img_shapes" in found else 1000.0
     return {**found, "timestep": torch.full((batch,), 0.5 * scale)}
+
+
+def _is_content(name: str, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and not name.endswith("_ids")
+
+
+def qwen_image_inputs(lengths: tuple[int, ...] = (), **changes: Any) -> dict[str, Any]:
+    """The same for Qwen-Image. lengths: of the prompts, where they are padded to the longest."""
+    found = call(qwen_image_transformer, **changes)
+    if lengths:
+        found["encoder_hidden_states_mask"] = torch.arange(found["encoder_hidden_states"].shape[1])[None] < torch.tensor(lengths)[:, None]
+    return found
 
 
 sd3_inputs = functools.partial(call, sd3_transformer)

@@ -51,6 +51,7 @@ def walk(
     """
     temb = torch.stack([trace.temb for trace in traces]).mean(0)  # (B, E)
     text = torch.stack([trace.text for trace in traces]).mean(0)  # (B, T, D)
+    kept = traces[0].kept  # all experts are given the same prompts
     features, traces = list(hidden), list(traces)
     skips: list[list[Tensor]] = []
     for column in columns:
@@ -59,7 +60,7 @@ def walk(
             skip: Sequence[Tensor | None] = skips.pop() if stage.takes_skip else [None] * len(column)
             size = _size(skips) if odd_size and stage.upsamples and skips else None
             aggregator = aggregators[stage.name] if stage.name in aggregators else None
-            step = (column, aggregator, features, traces, skip, size, temb, text, blend_streams)
+            step = (column, aggregator, features, traces, skip, size, temb, text, kept, blend_streams)
             if checkpoint and torch.is_grad_enabled():
                 features, traces, weights = torch.utils.checkpoint.checkpoint(_step, *step, use_reentrant=False)
             else:
@@ -81,6 +82,7 @@ def _step(
     size: tuple[int, int] | None,
     temb: Tensor,
     text: Tensor,
+    kept: Tensor | None,
     blend_streams: bool,
 ) -> tuple[list[Tensor], list[Trace], Tensor | None]:
     """One stage of all experts: -> what each carries on (the same tensor N times where one blend serves all), traces, weights."""
@@ -88,7 +90,7 @@ def _step(
     outputs, after = [output for output, _ in ran], [trace for _, trace in ran]
     if aggregator is None:
         return outputs, after, None
-    fused, weights = aggregator(torch.stack(outputs, dim=1), temb, text)
+    fused, weights = aggregator(torch.stack(outputs, dim=1), temb, text, kept)
     if blend_streams and after[0].stream is not None:
         after = _with_one_stream(after, weights)
     return fused if isinstance(fused, list) else [fused] * len(column), after, weights

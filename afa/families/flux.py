@@ -13,7 +13,7 @@ from torch import Tensor
 
 from afa.families.call import Call
 from afa.families.stage import Stage
-from afa.families.tokens import LEVEL, Block, Head, TokenTrace, as_map
+from afa.families.tokens import LEVEL, Block, Head, TokenTrace, as_map, pack, unpack
 
 GUIDANCE = 3.5  # told to guidance-distilled models in training, as their pipelines do by default
 SIDE = 128  # of the latents of 1024 px, what these models are made for; their config says nothing
@@ -75,20 +75,6 @@ def grid_of(ids: Tensor) -> tuple[int, int]:
     if kind or (height + 1) * (width + 1) != count:
         raise NotImplementedError("tokens of reference images (Kontext, editing) are not supported by an ensemble; leave the image out")
     return height + 1, width + 1
-
-
-def pack(latents: Tensor) -> Tensor:
-    """Latents as FLUX's tokens, one for 2×2 pixels: (B, C, H, W) -> (B, H/2·W/2, C·4), ordered C, row, column."""
-    batch, channels, height, width = latents.shape
-    parts = latents.view(batch, channels, height // 2, 2, width // 2, 2)
-    return parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
-
-
-def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """The inverse of pack. size: height and width of the latents."""
-    height, width = size
-    parts = tokens.unflatten(1, (height // 2, width // 2)).unflatten(-1, (-1, 2, 2))
-    return parts.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
 
 
 def image_ids(size: tuple[int, int], like: Tensor) -> Tensor:

@@ -21,6 +21,20 @@ def as_tokens(features: Tensor) -> Tensor:
     return features.flatten(2).transpose(1, 2).contiguous()
 
 
+def pack(latents: Tensor) -> Tensor:
+    """Latents as the tokens that pipelines make of them, one for 2×2 pixels: (B, C, H, W) -> (B, H/2·W/2, C·4), ordered C, row, column."""
+    batch, channels, height, width = latents.shape
+    parts = latents.view(batch, channels, height // 2, 2, width // 2, 2)
+    return parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
+
+
+def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """The inverse of pack. size: height and width of the latents."""
+    height, width = size
+    parts = tokens.unflatten(1, (height // 2, width // 2)).unflatten(-1, (-1, 2, 2))
+    return parts.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
+
+
 @dataclass(kw_only=True)
 class TokenTrace(Trace):
     """A transformer's trace. grid: rows and columns of image tokens. conditions: keyword arguments of every block."""
