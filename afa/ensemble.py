@@ -14,7 +14,7 @@ from afa.errors import UserError
 from afa.experts.compatible import mismatches
 from afa.experts.load import Expert, load_experts
 from afa.frame import Frame
-from afa.text import EnsembleTextEncoder, join_text_encoders
+from afa.text import EnsembleTextEncoder, join_text_encoders, width_of
 
 
 class Ensemble:
@@ -176,7 +176,7 @@ def _check(experts: Sequence[Expert]) -> None:
 
 def _denoiser(experts: Sequence[Expert], recipe: Recipe, placement: str | Sequence[str] | None) -> EnsembleDenoiser:
     """The drop-in denoiser of a family."""
-    widths = [encoder.config.hidden_size for encoder in experts[0].text_encoders]
+    widths = [width_of(encoder) for encoder in experts[0].text_encoders]
     names = [expert.name for expert in experts]
     try:
         return DENOISERS[experts[0].family]([expert.model for expert in experts], names, recipe, placement, widths)

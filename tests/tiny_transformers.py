@@ -1,20 +1,31 @@
 """Factories of tiny random transformers of the real classes, and of their whole pipelines."""
 
 import functools
+import json
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from tiny import text_encoder
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from tokenizers import pre_tokenizers, trainers
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from afa.denoiser.cost import call_of
 from afa.experts.original import clip_tokenizer
@@ -159,5 +170,47 @@ def flux_pipeline(seed: int = 0, text_seed: int = 0, **transformer: Any) -> Flux
         tokenizer=clip_tokenizer(),
         tokenizer_2=t5_tokenizer(),
         vae=vae(seed),
+        scheduler=flow_scheduler(),
+    )
+
+
+def frame_vae(seed: int = 0, **changes: Any) -> AutoencoderKLQwenImage:
+    """Qwen-Image's: images as films of one frame, 1/8 of the image's side, a mean and a deviation of every channel."""
+    torch.manual_seed(2000 + seed)
+    shape = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+    spread = {"latents_mean": [-0.7, 0.2, 0.9, -0.1], "latents_std": [2.8, 1.4, 0.6, 1.9]}
+    return AutoencoderKLQwenImage(**shape | spread | changes).eval()
+
+
+@functools.cache
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte pairs learnt from the pipeline's template and our words: each word is one token, so the template is as long as the real one."""
+    template = QwenImagePipeline(*[None] * 5).prompt_template_encode
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner = Qwen2Tokenizer()._tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    learner.train_from_iterator([template, *WORDS, *(f" {word}" for word in WORDS)], trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    return Qwen2Tokenizer(learnt["vocab"], [tuple(pair) for pair in learnt["merges"]], additional_special_tokens=special[1:])
+
+
+def qwen_encoder(seed: int = 0, width: int = 24) -> Qwen2_5_VLForConditionalGeneration:
+    """Two layers of text, one of vision."""
+    torch.manual_seed(4000 + seed)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]}}
+    shape = {"vocab_size": 512, "hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    text = {**heads, **shape, "bos_token_id": 0, "eos_token_id": 0}
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": width}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+
+
+def qwen_image_pipeline(seed: int = 0, text_seed: int = 0, **transformer: Any) -> QwenImagePipeline:
+    """A whole Qwen-Image pipeline."""
+    return QwenImagePipeline(
+        transformer=qwen_image_transformer(seed, **transformer),
+        text_encoder=qwen_encoder(text_seed),
+        tokenizer=qwen_tokenizer(),
+        vae=frame_vae(seed),
         scheduler=flow_scheduler(),
     )

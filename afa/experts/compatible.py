@@ -5,6 +5,7 @@ from typing import Any
 
 from afa.experts.load import Expert
 from afa.families.table import FAMILIES
+from afa.text import width_of
 
 # What changes the meaning of features or predictions without changing a stage.
 CONFIG = (
@@ -67,7 +68,7 @@ def _text_mismatches(first: Expert, other: Expert) -> list[str]:
         return [f"it has {len(theirs)} text encoders, expected {len(mine)}; load both as whole pipelines"]
     found = []
     for number, (one, another) in enumerate(zip(mine, theirs, strict=True), start=1):
-        expected, width = (getattr(encoder.config, "hidden_size", None) for encoder in (one, another))
+        expected, width = (width_of(encoder) for encoder in (one, another))
         if width != expected:
             found.append(f"text encoder {number} is {width} wide, expected {expected}")
     for one, another in zip(first.tokenizers, other.tokenizers, strict=False):
