@@ -30,6 +30,7 @@ class Ensemble:
         self.frame = frame
         slots = zip(*(expert.text_encoders for expert in experts), strict=True)
         self.text_encoders: list[EnsembleTextEncoder] = join_text_encoders(list(slots))
+        _check_text_encoders(self)
         self.training: dict[str, Any] | None = None  # the recipe the aggregators were trained with, and what it measured
 
     @classmethod
@@ -172,6 +173,19 @@ def _check(experts: Sequence[Expert]) -> None:
     if reasons:
         compare = " ".join(str(expert.located.spec) if expert.located else expert.name for expert in experts)
         raise UserError("; ".join(reasons) + f". Compare them with: afa inspect {compare}")
+
+
+def _check_text_encoders(ensemble: Ensemble) -> None:
+    """Refuse text encoders of different weights where the family's pipelines cannot hand on what they say side by side."""
+    if ensemble.denoiser.call.joined:
+        return
+    for encoder in ensemble.text_encoders:
+        for name, place in zip(ensemble.names, encoder.of_expert, strict=True):
+            if place:
+                raise UserError(
+                    f"'{name}' has another {type(encoder.encoders[0]).__name__} than '{ensemble.names[0]}', and experts of family"
+                    f" {ensemble.denoiser.family} must share their text encoders; give all of them the same"
+                )
 
 
 def _denoiser(experts: Sequence[Expert], recipe: Recipe, placement: str | Sequence[str] | None) -> EnsembleDenoiser:

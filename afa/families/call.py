@@ -14,6 +14,8 @@ class Call(ABC):
     encoded: which results of the pipeline's encode_prompt a denoiser is given, as far as there are as many.
     named: what the pipeline calls them as arguments, all of them, in order.
     joined: whether experts may have different text encoders, whose states are then joined on the feature axis.
+    varying: whether a batch's states are as long as its longest prompt, and parts are (states, a mask of them).
+    nothing: the prompt that guidance takes for none.
     """
 
     tokens: int
@@ -21,6 +23,8 @@ class Call(ABC):
     encoded: tuple[int, ...]
     named: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     joined: bool
+    varying: bool = False
+    nothing: str = ""
 
     @abstractmethod
     def pipeline(self, text_encoders: int) -> str:
@@ -37,6 +41,22 @@ class Call(ABC):
     def latent_channels(self, config: Any) -> int:
         """Of the latents."""
         return int(config.in_channels)
+
+    def parts(self, encoded: Sequence[Any]) -> tuple[Tensor, ...]:
+        """What a denoiser is given of the results of the pipeline's encode_prompt, batch first."""
+        return tuple(encoded[place] for place in self.encoded if place < len(encoded))
+
+    def prompts(self, encode: Callable[[list[str]], Sequence[Any]], captions: list[str]) -> dict[str, Any]:
+        """A pipeline's arguments for captions that are encoded already, guidance's empty prompt among them. encode: its encode_prompt."""
+        return dict(zip(self.named, encode(captions), strict=False))
+
+    def guidance(self, strength: float) -> dict[str, Any]:
+        """A pipeline's arguments for guidance of that strength."""
+        return {"guidance_scale": strength}
+
+    def guided(self, strength: float, negative: list[str] | None, count: int) -> dict[str, Any]:
+        """The same for a batch of so many prompts, with the prompts to guide away from, if there are some."""
+        return {**self.guidance(strength), "negative_prompt": negative}
 
     @abstractmethod
     def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:

@@ -88,6 +88,8 @@ class QwenImageCall(Call):
     patch = 2**LEVEL
     encoded = (0, 1)
     named = ("prompt_embeds", "prompt_embeds_mask")
+    varying = True
+    nothing = " "  # as in the examples of its authors
     joined = False  # experts share the encoder of 7 billion parameters, which fine-tunes leave as it is
 
     def pipeline(self, text_encoders: int) -> str:
@@ -98,6 +100,23 @@ class QwenImageCall(Call):
 
     def latent_channels(self, config: Any) -> int:
         return int(config.in_channels) // self.patch**2
+
+    def parts(self, encoded: Sequence[Any]) -> tuple[Tensor, ...]:
+        """States, and a mask even where the pipeline found no padding and left it out."""
+        states, mask = encoded
+        return states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask.to(torch.bool)
+
+    def prompts(self, encode: Callable[[list[str]], Sequence[Any]], captions: list[str]) -> dict[str, Any]:
+        found = zip(self.named, self.parts(encode(captions)), strict=True)
+        nothing = zip(self.named, self.parts(encode([self.nothing] * len(captions))), strict=True)
+        return {**dict(found), **{f"negative_{name}": part for name, part in nothing}}
+
+    def guidance(self, strength: float) -> dict[str, Any]:
+        return {"true_cfg_scale": strength}
+
+    def guided(self, strength: float, negative: list[str] | None, count: int) -> dict[str, Any]:
+        """Its pipelines guide only where there is something to guide away from."""
+        return super().guided(strength, [self.nothing] * count if negative is None and strength > 1 else negative, count)
 
     def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": parts[0], "encoder_hidden_states_mask": parts[1]}

@@ -35,6 +35,12 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def call_of_pipeline(pipeline: object) -> Call | None:
+    """How the denoiser of a stock text-to-image pipeline is called; None for a pipeline of another kind."""
+    kind = type(pipeline).__name__
+    return next((family.call for family in FAMILIES.values() if kind in {family.call.pipeline(encoders) for encoders in (1, 2)}), None)
+
+
 def family_of(model: nn.Module) -> str:
     """The name of the family that reads this model. Raises ValueError if none does."""
     kind = type(model).__name__

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from afa.families.table import call_of_pipeline
+
 
 @dataclass(frozen=True)
 class Request:
@@ -34,11 +36,13 @@ Sampler = Callable[[Sequence[Request], Sampling], NDArray[np.uint8]]
 
 def sample(pipeline: Any, requests: Sequence[Request], sampling: Sampling) -> NDArray[np.uint8]:
     """One batch: -> (n, H, W, 3) uint8. The noise comes from CPU generators, so it is the same on every device."""
+    negative = None if sampling.negative_prompt is None else [sampling.negative_prompt] * len(requests)
+    call = call_of_pipeline(pipeline)
+    given = {"guidance_scale": sampling.guidance, "negative_prompt": negative}
     result = pipeline(
         [request.prompt for request in requests],
-        negative_prompt=None if sampling.negative_prompt is None else [sampling.negative_prompt] * len(requests),
+        **given if call is None else call.guided(sampling.guidance, negative, len(requests)),
         num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance,
         height=sampling.height,
         width=sampling.width,
         generator=[torch.Generator("cpu").manual_seed(request.seed) for request in requests],

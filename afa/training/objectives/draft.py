@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from afa.errors import UserError
+from afa.training.conditions import equally_long
 from afa.training.noise import Noising
 from afa.training.objectives.base import Objective, Pass
 from afa.training.objectives.decode import Decoder
@@ -33,10 +34,15 @@ class Draft(Objective):
 
     def loss(self, work: Pass) -> Tensor:
         everybody = torch.zeros_like(work.dropped)
-        conditions = _joined(work.encode(~everybody), work.encode(everybody)) if self.guidance != 1 else work.encode(everybody)
+        conditions = self._joined(work, ~everybody, everybody) if self.guidance != 1 else work.encode(everybody)
         drawn = self._draw(work, conditions)
         rewards = torch.stack([self.reward(self.decoder(latents), work.captions) for latents in drawn])
         return -rewards.mean(0)
+
+    def _joined(self, work: Pass, *dropped: Tensor) -> dict[str, Any]:
+        """The conditions of two batches as one."""
+        one, other = (work.encode(which) for which in dropped)
+        return _joined(one, other, work.denoiser.call.varying)
 
     def _draw(self, work: Pass, conditions: dict[str, Any]) -> list[Tensor]:
         """The clean latents of each sample, with gradients through the last steps; several where the last is repeated."""
@@ -81,6 +87,8 @@ class Draft(Objective):
         return sampler
 
 
-def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Two batches of conditions as one."""
-    return {name: _joined(value, other[name]) if isinstance(value, dict) else torch.cat([value, other[name]]) for name, value in one.items()}
+def _joined(one: Any, other: Any, varying: bool) -> Any:
+    """Two batches of conditions as one. varying: they may be of different lengths."""
+    if isinstance(one, dict):
+        return {name: _joined(value, other[name], varying) for name, value in one.items()}
+    return torch.cat(equally_long(one, other) if varying else (one, other))
