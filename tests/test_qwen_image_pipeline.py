@@ -2,19 +2,30 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import QwenImageImg2ImgPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageImg2ImgPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import quiet
-from tiny_transformers import qwen_encoder, qwen_image_pipeline
+from tiny_transformers import flux_pipeline, qwen_encoder, qwen_image_pipeline
 
 from afa import Ensemble, UserError
 from afa.families.table import call_of_pipeline
+from afa.families.tokens import pack
 from afa.generation.sample import Request, Sampling, sample
+from afa.latents import latents_of
 from afa.training.conditions import Conditions, equally_long
+from afa.training.noise import Batch, Noising
+from afa.training.objectives.base import Pass
+from afa.training.objectives.decode import Decoder
+from afa.training.objectives.direct_align import DirectAlign
+from afa.training.objectives.draft import Draft
+from afa.training.run import plan, train
+from afa.training.settings import TrainSettings
 from afa.training.varying import VaryingTextCache
 
 CPU = torch.device("cpu")
@@ -202,3 +213,84 @@ def images(tmp_path_factory):
         lines.append(json.dumps({"file_name": f"{index}.png", "text": CAPTIONS[index % 3]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two experts, as folders."""
+    place = tmp_path_factory.mktemp("experts")
+    for seed in range(2):
+        qwen_image_pipeline(seed).save_pretrained(place / f"expert_{seed}")
+    return [str(place / f"expert_{seed}") for seed in range(2)]
+
+
+@pytest.fixture
+def settings(folders, images, tmp_path):
+    small = {"hidden": 8, "heads": 2, "depth": 1, "resolution": 32, "batch_size": 2, "held_out": 2}
+    return TrainSettings(experts=folders, data=str(images), output=str(tmp_path / "out"), steps=4, evaluate_every=2, lr=1e-3, device="cpu", **small)
+
+
+def test_training_from_a_cache_equals_training_without(settings, tmp_path):
+    wanted = train(settings)["history"]
+    assert wanted[-1]["held_out_loss"] < wanted[0]["held_out_loss"]
+    for name in ("first", "second"):
+        found = train(replace(settings, output=str(tmp_path / name), cache=str(tmp_path / "cache")))["history"]
+        assert [entry["held_out_loss"] for entry in found] == pytest.approx([entry["held_out_loss"] for entry in wanted], rel=1e-5)
+    mine, theirs = (load_file(tmp_path / name / "aggregators.safetensors") for name in ("out", "second"))
+    assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
+
+
+def test_a_trained_ensemble_is_loaded_and_draws(settings, tmp_path):
+    train(replace(settings, sheet_every=4, sheet_images=2, sheet_steps=2, caption_dropout=0.5))
+    assert len(list(tmp_path.glob("out/sheets/*.png"))) == 2
+    loaded = Ensemble.load(settings.output)
+    assert loaded.denoiser.placement == "every-4" and loaded.training["steps"] == 4
+    assert draw(loaded.pipeline(), "a cat").shape == (1, 3, 32, 48)
+
+
+def test_a_plan_says_memory_and_time(settings):
+    planned = plan(replace(settings, dry_run=True))
+    assert planned.memory()["expected_memory_gb"] > 0 and planned.time()["seconds_a_step"] > 0
+
+
+# --- rewards -----------------------------------------------------------------------------------------------------------
+
+
+def a_pass(made, dropped=(False, False), captions=tuple(CAPTIONS[1:])):
+    process = Noising(made.frame.scheduler, latents_of(made.frame.vae), CPU)
+    latents, noise = torch.randn(2, 2, 4, 4, 6, generator=torch.Generator().manual_seed(0))
+    encode = functools.partial(Conditions(quiet(made.pipeline()), made.denoiser, CPU), list(captions), torch.zeros(2, 6))
+    return Pass(made.denoiser, made.denoiser, process, Batch(latents, noise, torch.tensor([300, 800])), captions, torch.tensor(dropped), encode)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_draft_judges_what_the_pipeline_draws(three, guidance, dynamic):
+    shift = {"base_shift": 0.5, "max_shift": 0.9, "shift_terminal": 0.02, "max_image_seq_len": 8192}  # Qwen-Image's own
+    made = ensemble(2) if dynamic else three
+    if dynamic:
+        made.frame.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **shift)
+    work, seen = a_pass(made), []
+    judge = Draft(work.noising, Decoder(made.frame.vae), lambda shown, captions: seen.append(shown) or shown.sum((1, 2, 3)), steps=3, last=1, guidance=guidance)
+    losses = judge.loss(work)
+    pipe = quiet(made.pipeline())
+    guided = call_of_pipeline(pipe).guided(guidance, None, 2)
+    drawn = pipe(list(work.captions), **guided, latents=pack(work.batch.noise), **DRAWN | {"num_inference_steps": 3}).images
+    assert torch.allclose((seen[0] / 2 + 0.5).clamp(0, 1), drawn, atol=1e-4)
+    losses.sum().backward()
+    assert max(float(aggregator.conv_out.weight.grad.abs().max()) for aggregator in made.aggregators.values()) > 0
+    made.denoiser.zero_grad()
+
+
+def test_a_recovered_image_is_judged(three):
+    work = a_pass(three, dropped=(False, True))
+    losses = DirectAlign(work.noising, Decoder(three.frame.vae), lambda shown, captions: shown.sum((1, 2, 3)), 0.5).loss(work)
+    assert losses[0] != 0 and losses[1] == 0 and torch.isfinite(losses).all()
+
+
+def test_flux_draws_what_its_pipeline_draws():
+    made = Ensemble.from_experts([flux_pipeline(seed) for seed in range(2)], **SMALL)
+    work, seen = a_pass(made), []
+    Draft(work.noising, Decoder(made.frame.vae), lambda shown, captions: seen.append(shown) or shown.sum((1, 2, 3)), steps=3, last=1, guidance=1.0).loss(work)
+    drawn = quiet(made.pipeline())(list(work.captions), latents=pack(work.batch.noise), **DRAWN | {"num_inference_steps": 3}).images
+    assert torch.allclose((seen[0] / 2 + 0.5).clamp(0, 1), drawn, atol=1e-4)

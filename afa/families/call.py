@@ -70,6 +70,14 @@ class Call(ABC):
     def arguments(self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
         """The call for noisy latents (B, C, H, W) at times (B,), as schedulers count them."""
 
+    def schedule(self, scheduler: Any, steps: int, size: tuple[int, int]) -> None:
+        """Set a scheduler's steps as the pipelines do for latents of that size."""
+        scheduler.set_timesteps(steps)
+
+    def combined(self, without: Tensor, told: Tensor, strength: float) -> Tensor:
+        """Classifier-free guidance, of predictions (B, C, H, W) without and with the prompt. Source: Ho and Salimans, arXiv:2207.12598."""
+        return without + strength * (told - without)
+
     def prediction(self, answer: Tensor, size: tuple[int, int]) -> Tensor:
         """A denoiser's answer as latents of that size, (B, C, H, W)."""
         return answer

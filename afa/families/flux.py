@@ -13,7 +13,7 @@ from torch import Tensor
 
 from afa.families.call import Call
 from afa.families.stage import Stage
-from afa.families.tokens import LEVEL, Block, Head, TokenTrace, as_map, pack, unpack
+from afa.families.tokens import LEVEL, Block, Head, TokenTrace, as_map, pack, set_steps, unpack
 
 GUIDANCE = 3.5  # told to guidance-distilled models in training, as their pipelines do by default
 SIDE = 128  # of the latents of 1024 px, what these models are made for; their config says nothing
@@ -127,6 +127,9 @@ class FluxCall(Call):
         if config.guidance_embeds:
             call["guidance"] = torch.full((len(noisy),), GUIDANCE, device=noisy.device)
         return call
+
+    def schedule(self, scheduler: Any, steps: int, size: tuple[int, int]) -> None:
+        set_steps(scheduler, steps, size[0] * size[1] // self.patch**2)
 
     def prediction(self, answer: Tensor, size: tuple[int, int]) -> Tensor:
         return unpack(answer, size)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from afa.families.call import Call
 from afa.families.stage import Stage
-from afa.families.tokens import LEVEL, Block, Head, TokenTrace, as_map, pack, unpack
+from afa.families.tokens import LEVEL, Block, Head, TokenTrace, as_map, pack, set_steps, unpack
 
 SIDE = 128  # of the latents of 1024 px, what its pipeline draws by default; the config says nothing
 VARIANTS = {  # switches of the config, and what has them; guidance_embeds: the stock forward fails on such a model
@@ -134,6 +134,15 @@ class QwenImageCall(Call):
             **conditions,
             "encoder_hidden_states_mask": None if mask is None or mask.all() else mask,  # as the pipeline: without padding, attention is faster
         }
+
+    def schedule(self, scheduler: Any, steps: int, size: tuple[int, int]) -> None:
+        set_steps(scheduler, steps, size[0] * size[1] // self.patch**2)
+
+    def combined(self, without: Tensor, told: Tensor, strength: float) -> Tensor:
+        """Guidance that leaves every token as long as it is with the prompt, as the pipelines do it."""
+        combined, as_told = (pack(part) for part in (super().combined(without, told, strength), told))
+        size = (told.shape[-2], told.shape[-1])
+        return unpack(combined * (as_told.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)), size)
 
     def prediction(self, answer: Tensor, size: tuple[int, int]) -> Tensor:
         return unpack(answer, size)

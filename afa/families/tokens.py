@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from afa.families.stage import Stage, Trace
@@ -33,6 +34,17 @@ def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = size
     parts = tokens.unflatten(1, (height // 2, width // 2)).unflatten(-1, (-1, 2, 2))
     return parts.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
+
+
+def set_steps(scheduler: Any, steps: int, tokens: int) -> None:
+    """A flow's steps as pipelines of packed latents set them: even from noise to image, shifted by how many image tokens there are.
+
+    Source: Esser et al., arXiv:2403.03206, section 5.3.2; the straight line between two sizes as in FLUX.1.
+    """
+    known = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # the pipelines' defaults
+    few, many, low, high = (scheduler.config.get(name, value) for name, value in known.items())
+    slope = (high - low) / (many - few)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=tokens * slope + (low - slope * few))
 
 
 @dataclass(kw_only=True)

@@ -46,7 +46,7 @@ class Draft(Objective):
 
     def _draw(self, work: Pass, conditions: dict[str, Any]) -> list[Tensor]:
         """The clean latents of each sample, with gradients through the last steps; several where the last is repeated."""
-        sampler = self._sampler()
+        sampler = self._sampler(work)
         latents = work.batch.noise * getattr(sampler, "init_noise_sigma", 1.0)
         outer = torch.is_grad_enabled()
         for place, time in enumerate(sampler.timesteps):
@@ -63,7 +63,7 @@ class Draft(Objective):
         for noise in work.batch.spare[:, : self.spare].unbind(1):
             step = torch.full((len(clean),), self.step_of(time), device=clean.device)
             noisy = self.noising.noisy(clean, noise, step)
-            fresh = self._sampler()
+            fresh = self._sampler(work)
             found.append(fresh.step(self._guided(work, noisy, time, conditions), time, noisy).prev_sample)
         return found
 
@@ -76,14 +76,15 @@ class Draft(Objective):
             return work.predict(work.call, latents, time.expand(len(latents)).to(latents.device), conditions)
         twice = torch.cat([latents, latents])
         without, with_caption = work.predict(work.call, twice, time.expand(len(twice)).to(latents.device), conditions).chunk(2)
-        return without + self.guidance * (with_caption - without)
+        return work.denoiser.call.combined(without, with_caption, self.guidance)
 
-    def _sampler(self) -> Any:
+    def _sampler(self, work: Pass) -> Any:
         from diffusers import DDIMScheduler
 
         maker: Any = type(self.noising.scheduler) if self.noising.is_flow else DDIMScheduler
         sampler = maker.from_config(self.noising.scheduler.config)
-        sampler.set_timesteps(self.steps)
+        height, width = work.batch.noise.shape[-2:]
+        work.denoiser.call.schedule(sampler, self.steps, (height, width))
         return sampler
 
 
