@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import QwenImageImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKLQwenImage, QwenImageImg2ImgPipeline, StableDiffusionXLPipeline
 from tiny import quiet, sd_pipeline, sdxl_pipeline
 from tiny import vae as plain_vae
 from tiny_transformers import flow_scheduler, frame_vae, qwen_image_pipeline, vae
@@ -124,6 +124,14 @@ def test_training_sees_the_latents_of_img2img():
     torch.randn(batch.latents.shape, generator=generator)  # what the encoding took
     noise = torch.randn(batch.latents.shape, generator=generator)
     assert torch.equal(pack(sigma * noise + (1.0 - sigma) * batch.latents), stock)
+
+
+def test_qwen_images_own_vae_has_sixteen_channels_of_eight_pixels():
+    with torch.device("meta"):
+        real = AutoencoderKLQwenImage()
+    latents = latents_of(real)
+    assert (latents.channels, latents.factor) == (16, 8) and latents.scale.shape == latents.shift.shape == (16, 1, 1)
+    assert torch.allclose(latents.scaled(latents.shift[None].expand(1, 16, 2, 2)), torch.zeros(()))
 
 
 def test_half_precision_is_kept():

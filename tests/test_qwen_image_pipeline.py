@@ -7,16 +7,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageImg2ImgPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageControlNetModel,
+    QwenImageControlNetPipeline,
+    QwenImageImg2ImgPipeline,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import quiet
-from tiny_transformers import flux_pipeline, qwen_encoder, qwen_image_pipeline
+from tiny_transformers import QWEN_IMAGE, flux_pipeline, qwen_encoder, qwen_image_pipeline
 
 from afa import Ensemble, UserError
+from afa.aggregators.table import Recipe
 from afa.families.table import call_of_pipeline
 from afa.families.tokens import pack
 from afa.generation.sample import Request, Sampling, sample
+from afa.inspection import Subject, facts
 from afa.latents import latents_of
 from afa.training.conditions import Conditions, equally_long
 from afa.training.noise import Batch, Noising
@@ -88,6 +95,21 @@ def test_img2img_takes_the_ensemble(three):
     given = {"image": picture, "strength": 0.6, "num_inference_steps": 4, "generator": torch.Generator().manual_seed(1)}
     images = pipe("a cat", height=32, width=48, output_type="pt", **given).images
     assert images.shape == (1, 3, 32, 48) and torch.isfinite(images).all()
+
+
+def test_a_controlnet_of_the_stock_pipeline_steers_all_experts(three):
+    torch.manual_seed(9)
+    net = QwenImageControlNetModel(**QWEN_IMAGE | {"num_layers": 2}).eval()
+    for block in (net.controlnet_x_embedder, *net.controlnet_blocks):
+        torch.nn.init.normal_(block.weight, std=0.3)  # as they are made, they add nothing
+    picture = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    one, pipe = Ensemble.from_experts([qwen_image_pipeline()], **SMALL), qwen_image_pipeline()
+    stock = QwenImageControlNetPipeline(**pipe.components, controlnet=net)
+    given = {"control_image": picture, "controlnet_conditioning_scale": 1.0}
+    expected = draw(stock, "a cat", **given)
+    assert torch.equal(draw(one.pipeline(QwenImageControlNetPipeline, controlnet=net), "a cat", **given), expected)
+    made = three.pipeline(QwenImageControlNetPipeline, controlnet=net)
+    assert not torch.allclose(draw(made, "a cat", **given), draw(made, "a cat", **given | {"controlnet_conditioning_scale": 0.0}), atol=1e-3)
 
 
 def test_the_text_encoder_is_kept_once(three):
@@ -251,6 +273,15 @@ def test_a_trained_ensemble_is_loaded_and_draws(settings, tmp_path):
 def test_a_plan_says_memory_and_time(settings):
     planned = plan(replace(settings, dry_run=True))
     assert planned.memory()["expected_memory_gb"] > 0 and planned.time()["seconds_a_step"] > 0
+
+
+def test_inspection_knows_what_is_in_the_folders(folders):
+    found = facts(Subject.from_sources(folders, None, Recipe("sabw", SMALL), None), resolution=32)
+    assert found["mismatches"] == [] and found["experts"][0]["vae"] | {"parameters": 0} == {
+        "class": "AutoencoderKLQwenImage", "parameters": 0, "dtype": "float32", "factor": 8, "latent_channels": 4, "scaling_factor": "per channel",
+    }  # fmt: skip
+    assert [text["same_as"] for expert in found["experts"] for text in expert["text_encoders"]] == [None, "expert_0"]
+    assert found["experts"][0]["text_encoders"][0]["width"] == 24 and found["cost"]["latent"] == [4, 4] and found["cost"]["tokens"] == 512
 
 
 # --- rewards -----------------------------------------------------------------------------------------------------------
