@@ -13,11 +13,11 @@ from afa.denoiser.conversion import Conversion, conversion
 from afa.denoiser.schedule import Schedule
 from afa.denoiser.table import DENOISERS
 from afa.errors import UserError
-from afa.experts.compatible import kind_mismatches, mismatches, only_predictions, text_mismatches
+from afa.experts.compatible import kind_mismatches, mismatches, only_predictions
 from afa.experts.lending import lend
 from afa.experts.load import Expert, load_experts
 from afa.frame import Frame
-from afa.text import EnsembleTextEncoder, join_text_encoders
+from afa.text import EnsembleTextEncoder, join_text_encoders, width_of
 
 
 class Ensemble:
@@ -33,6 +33,7 @@ class Ensemble:
         self.frame = frame
         slots = zip(*(expert.text_encoders for expert in experts), strict=True)
         self.text_encoders: list[EnsembleTextEncoder] = join_text_encoders(list(slots))
+        _check_text_encoders(self)
         self.training: dict[str, Any] | None = None  # the recipe the aggregators were trained with, and what it measured
 
     @classmethod
@@ -174,7 +175,7 @@ def _check(experts: Sequence[Expert], placement: str | Sequence[str] | None, agg
     """Refuse experts that cannot be fused, with every reason and how to see more. A folder's placement is not known yet."""
     try:
         reasons = mismatches(experts, features=aggregators is None and not only_predictions(placement, experts[0]))
-        _refuse(experts, reasons or text_mismatches(experts))
+        _refuse(experts, reasons)
     except UserError:
         raise
     except ValueError as error:
@@ -187,9 +188,22 @@ def _refuse(experts: Sequence[Expert], reasons: Sequence[str]) -> None:
         raise UserError("; ".join(reasons) + f". Compare them with: afa inspect {compare}")
 
 
+def _check_text_encoders(ensemble: Ensemble) -> None:
+    """Refuse text encoders of different weights where the family's pipelines cannot hand on what they say side by side."""
+    if ensemble.denoiser.call.joined:
+        return
+    for index, name in enumerate(ensemble.names):
+        unlike = [str(number) for number, encoder in enumerate(ensemble.text_encoders, start=1) if encoder.of_expert[index]]
+        if unlike:
+            raise UserError(
+                f"'{name}' cannot join '{ensemble.names[0]}': it has text encoders of its own (number {', '.join(unlike)}), and experts of family"
+                f" {ensemble.denoiser.family} must share theirs; give its denoiser alone (FOLDER/transformer), which then reads the first expert's"
+            )
+
+
 def _denoiser(experts: Sequence[Expert], recipe: Recipe, placement: str | Sequence[str] | None, frame: Frame) -> EnsembleDenoiser:
     """The drop-in denoiser of a family."""
-    widths = [encoder.config.hidden_size for encoder in experts[0].text_encoders]
+    widths = [width_of(encoder) for encoder in experts[0].text_encoders]
     names, models = [expert.name for expert in experts], [expert.model for expert in experts]
     try:
         conversions = _conversions(experts, placement, frame)

@@ -27,6 +27,8 @@ from afa.experts.original import KNOWN_CONFIGS
 from afa.experts.outline import Outline, config_outline, read_outline, shared_text_encoders
 from afa.experts.spec import ExpertSpec
 from afa.families.table import FAMILIES
+from afa.latents import latents_of
+from afa.text import width_of
 
 DTYPES = {"float32": 4, "float16": 2}  # bytes a number; bfloat16 is as large as float16
 VAE_FACTOR = 8  # of all known VAEs of SD and SDXL; for denoisers that come without one
@@ -160,7 +162,7 @@ def _text_encoder(outline: Outline, part: str, same: str | None) -> dict[str, An
     return {
         "part": part,
         "class": type(model).__name__,
-        "width": model.config.hidden_size,
+        "width": width_of(model),
         "parameters": count_parameters(model),
         "dtype": dtype_of(outline.stored.get(part)),
         "same_as": same,
@@ -168,19 +170,20 @@ def _text_encoder(outline: Outline, part: str, same: str | None) -> dict[str, An
 
 
 def _vae(outline: Outline, vae: Any) -> dict[str, Any]:
+    latents = latents_of(vae)
     return {
         "class": type(vae).__name__,
         "parameters": count_parameters(vae),
         "dtype": dtype_of(outline.stored.get("vae")),
-        "factor": _factor(vae),
-        "latent_channels": vae.config.get("latent_channels"),
-        "scaling_factor": vae.config.get("scaling_factor"),
+        "factor": latents.factor,
+        "latent_channels": latents.channels,
+        "scaling_factor": latents.scale if isinstance(latents.scale, int | float) else "per channel",
     }
 
 
 def _factor(vae: Any) -> int:
     """How many pixels stand behind a side of one latent pixel."""
-    return VAE_FACTOR if vae is None else int(2 ** (len(vae.config.block_out_channels) - 1))
+    return VAE_FACTOR if vae is None else latents_of(vae).factor
 
 
 def _stages(outline: Outline, denoiser: EnsembleDenoiser | None, flops: Flops | None) -> list[dict[str, Any]]:

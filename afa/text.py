@@ -118,8 +118,13 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 def arithmetic(encoder: nn.Module) -> list[Any]:
     """The settings that change what the same weights compute."""
-    names = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "projection_dim")
-    return [getattr(encoder.config, name, None) for name in names]
+    names = ("hidden_act", "layer_norm_eps", "rms_norm_eps", "num_attention_heads", "eos_token_id", "projection_dim", "rope_parameters")
+    return [getattr(encoder.config.get_text_config(), name, None) for name in names]
+
+
+def width_of(encoder: Any) -> int:
+    """How wide an encoder's states of text are; models of text and pictures say it of their text part."""
+    return int(encoder.config.get_text_config().hidden_size)
 
 
 def _final_layer_norm(encoder: nn.Module) -> nn.Module:

@@ -1,14 +1,23 @@
 """Every family's tiny models, side by side, for the laws that all of them obey."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tiny import inputs, sd_unet, sdxl_inputs, sdxl_unet
-from tiny_transformers import flux_inputs, flux_transformer, sd3_inputs, sd3_transformer
+from tiny_transformers import (
+    flux_inputs,
+    flux_transformer,
+    qwen_image_inputs,
+    qwen_image_transformer,
+    sd3_inputs,
+    sd3_transformer,
+)
 
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.flux import FluxEnsemble
+from afa.denoiser.qwen_image import QwenImageEnsemble
 from afa.denoiser.sd3 import SD3Ensemble
 from afa.denoiser.unet import UNetEnsemble
 
@@ -32,5 +41,12 @@ MODELS: dict[str, Model] = {
     "sdxl": Model(sdxl_unet, sdxl_inputs, UNetEnsemble, ("IN00", "IN04", "M00", "OUT02", "OUT08")),
     "sd3": Model(sd3_transformer, sd3_inputs, SD3Ensemble, ("J01", "OUT"), ("layers", "every-2", "out")),
     "flux": Model(flux_transformer, flux_inputs, FluxEnsemble, ("D01", "S00", "OUT"), ("layers", "double", "every-2", "out")),
+    "qwen-image": Model(
+        qwen_image_transformer,
+        functools.partial(qwen_image_inputs, lengths=(7, 4)),
+        QwenImageEnsemble,
+        ("Q01", "Q02", "OUT"),
+        ("layers", "every-2", "out"),
+    ),
 }
 FUSED = [(name, placement) for name, model in MODELS.items() for placement in (*model.placements, model.chosen)]

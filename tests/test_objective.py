@@ -7,6 +7,7 @@ from tiny import scheduler
 
 from afa import UserError
 from afa.families.unet_call import UNetCall
+from afa.latents import Latents
 from afa.training.noise import Noising
 from afa.training.objectives.base import Pass
 from afa.training.objectives.mse import Mse
@@ -19,7 +20,8 @@ def of_kind(kind):
 
 
 def noising(kind="epsilon", scale=1.0, **options):
-    return Noising(of_kind(kind), scale, None, torch.device("cpu"), **options)
+    latents = Latents({"latent_channels": 4, "block_out_channels": (8,), "scaling_factor": scale})
+    return Noising(of_kind(kind), latents, torch.device("cpu"), **options)
 
 
 def rows(count=3):
@@ -80,7 +82,7 @@ def test_an_unknown_prediction_type_is_refused():
     strange = scheduler()
     strange.register_to_config(prediction_type="flow")
     with pytest.raises(UserError, match="'flow'"):
-        Noising(strange, 1.0, None, torch.device("cpu"))
+        Noising(strange, None, torch.device("cpu"))
 
 
 def test_the_measure_spreads_its_timesteps_evenly():

@@ -13,6 +13,7 @@ from tiny import quiet, sd_pipeline
 
 from afa import Ensemble, UserError
 from afa.denoiser.base import record_weights
+from afa.latents import latents_of
 from afa.training.conditions import Conditions
 from afa.training.noise import Batch, Noising
 from afa.training.objectives.anchor import Anchor
@@ -46,7 +47,7 @@ def ensemble():
 def work(ensemble):
     """A pass of two samples, the second without its caption."""
     frame = ensemble.frame
-    process = Noising(frame.scheduler, frame.vae.config.scaling_factor, None, torch.device("cpu"))
+    process = Noising(frame.scheduler, latents_of(frame.vae), torch.device("cpu"))
     rng = torch.Generator().manual_seed(0)
     latents, noise, spare = (torch.randn(shape, generator=rng) for shape in ((2, 4, 4, 4), (2, 4, 4, 4), (2, 2, 4, 4, 4)))
     captions, conditions = ["a cat", "a dog"], Conditions(quiet(ensemble.pipeline()), ensemble.denoiser, torch.device("cpu"))
@@ -90,7 +91,7 @@ def test_the_recovery_is_a_samplers_step_with_the_known_noise_taken_out(kind):
 
 
 def test_a_reward_moves_aggregators_only_and_spares_what_has_no_caption(ensemble, work):
-    decoder = Decoder(ensemble.frame.vae, 0.18, 0.0)
+    decoder = Decoder(ensemble.frame.vae)
     losses = DirectAlign(work.noising, decoder, itself, 1.0).loss(work)
     assert losses[0] != 0 and losses[1] == 0
     assert gradients(ensemble, losses[0]).abs().sum() > 0
@@ -103,14 +104,14 @@ def test_a_reward_moves_aggregators_only_and_spares_what_has_no_caption(ensemble
 
 
 def draft(work, ensemble, **options):
-    decoder = Decoder(ensemble.frame.vae, work.noising.scale, work.noising.shift)
+    decoder = Decoder(ensemble.frame.vae)
     return Draft(work.noising, decoder, itself, **{"steps": 3, "last": 1, "guidance": 4.0, **options})
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_draft_judges_what_the_pipeline_draws(ensemble, work, guidance):
     seen = []
-    judge = Draft(work.noising, Decoder(ensemble.frame.vae, work.noising.scale, 0.0), lambda shown, captions: seen.append(shown) or itself(shown, captions),
+    judge = Draft(work.noising, Decoder(ensemble.frame.vae), lambda shown, captions: seen.append(shown) or itself(shown, captions),
                   steps=3, last=1, guidance=guidance)  # fmt: skip
     with torch.no_grad():
         judge.loss(work)

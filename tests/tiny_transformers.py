@@ -1,19 +1,31 @@
 """Factories of tiny random transformers of the real classes, and of their whole pipelines."""
 
 import functools
+import json
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from tiny import text_encoder
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from tokenizers import pre_tokenizers, trainers
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from afa.denoiser.cost import call_of
 from afa.experts.original import clip_tokenizer
@@ -43,6 +55,15 @@ FLUX = {
     "guidance_embeds": True,
     "axes_dims_rope": (4, 6, 6),
 }
+QWEN_IMAGE = {
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 4,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "axes_dims_rope": (4, 6, 6),
+}
 WORDS = ["a", "red", "bicycle", "on", "lawn", "cat", "dog", "blurry", "dark"]
 
 
@@ -66,16 +87,33 @@ def flux_transformer(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:
     return lively(FluxTransformer2DModel, seed, **{**FLUX, **changes})
 
 
+def qwen_image_transformer(seed: int = 0, **changes: Any) -> QwenImageTransformer2DModel:
+    """Four blocks."""
+    return lively(QwenImageTransformer2DModel, seed, **{**QWEN_IMAGE, **changes})
+
+
 def call(make: Any, batch: int = 2, height: int = 16, width: int = 16, seed: int = 0, tokens: int = 7) -> dict[str, Any]:
     """What a pipeline hands to such a model at one step, with random content."""
     generator = torch.Generator().manual_seed(seed)
     given = call_of(make(), height, width, batch, tokens)
     found = {
-        name: value if name.endswith("_ids") or not value.is_floating_point() else torch.randn(value.shape, generator=generator)
+        name: torch.randn(value.shape, generator=generator) if _is_content(name, value) else value
         for name, value in given.items()
     }
-    scale = 1.0 if "img_ids" in found else 1000.0
+    scale = 1.0 if "img_ids" in found or "img_shapes" in found else 1000.0
     return {**found, "timestep": torch.full((batch,), 0.5 * scale)}
+
+
+def _is_content(name: str, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and not name.endswith("_ids")
+
+
+def qwen_image_inputs(lengths: tuple[int, ...] = (), **changes: Any) -> dict[str, Any]:
+    """The same for Qwen-Image. lengths: of the prompts, where they are padded to the longest."""
+    found = call(qwen_image_transformer, **changes)
+    if lengths:
+        found["encoder_hidden_states_mask"] = torch.arange(found["encoder_hidden_states"].shape[1])[None] < torch.tensor(lengths)[:, None]
+    return found
 
 
 sd3_inputs = functools.partial(call, sd3_transformer)
@@ -132,5 +170,47 @@ def flux_pipeline(seed: int = 0, text_seed: int = 0, **transformer: Any) -> Flux
         tokenizer=clip_tokenizer(),
         tokenizer_2=t5_tokenizer(),
         vae=vae(seed),
+        scheduler=flow_scheduler(),
+    )
+
+
+def frame_vae(seed: int = 0, **changes: Any) -> AutoencoderKLQwenImage:
+    """Qwen-Image's: images as films of one frame, 1/8 of the image's side, a mean and a deviation of every channel."""
+    torch.manual_seed(2000 + seed)
+    shape = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+    spread = {"latents_mean": [-0.7, 0.2, 0.9, -0.1], "latents_std": [2.8, 1.4, 0.6, 1.9]}
+    return AutoencoderKLQwenImage(**shape | spread | changes).eval()
+
+
+@functools.cache
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte pairs learnt from the pipeline's template and our words: each word is one token, so the template is as long as the real one."""
+    template = QwenImagePipeline(*[None] * 5).prompt_template_encode
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner = Qwen2Tokenizer()._tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    learner.train_from_iterator([template, *WORDS, *(f" {word}" for word in WORDS)], trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    return Qwen2Tokenizer(learnt["vocab"], [tuple(pair) for pair in learnt["merges"]], additional_special_tokens=special[1:])
+
+
+def qwen_encoder(seed: int = 0, width: int = 24) -> Qwen2_5_VLForConditionalGeneration:
+    """Two layers of text, one of vision."""
+    torch.manual_seed(4000 + seed)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]}}
+    shape = {"vocab_size": 512, "hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    text = {**heads, **shape, "bos_token_id": 0, "eos_token_id": 0}
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": width}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+
+
+def qwen_image_pipeline(seed: int = 0, text_seed: int = 0, **transformer: Any) -> QwenImagePipeline:
+    """A whole Qwen-Image pipeline."""
+    return QwenImagePipeline(
+        transformer=qwen_image_transformer(seed, **transformer),
+        text_encoder=qwen_encoder(text_seed),
+        tokenizer=qwen_tokenizer(),
+        vae=frame_vae(seed),
         scheduler=flow_scheduler(),
     )

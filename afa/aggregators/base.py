@@ -9,16 +9,19 @@ class Aggregator(nn.Module, ABC):
     """Fuses the experts' features of one stage. A kind of aggregator says how they are weighed."""
 
     @abstractmethod
-    def weigh(self, features: Tensor, temb: Tensor, text: Tensor) -> Tensor:
-        """features (B, N, C, H, W), temb (B, E), text (B, T, D) -> weights (B, N, H, W), convex over N."""
+    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
+        """features (B, N, C, H, W), temb (B, E), text (B, T, D) -> weights (B, N, H, W), convex over N.
 
-    def forward(self, features: Tensor, temb: Tensor, text: Tensor) -> tuple[Tensor | list[Tensor], Tensor]:
+        kept (B, T) bool: which of the text is no padding, and may be looked at; None: all of it.
+        """
+
+    def forward(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> tuple[Tensor | list[Tensor], Tensor]:
         """Blend the experts' features: -> fused (B, C, H, W) in the features' dtype, weights (B, N, H, W).
 
         An aggregator may hand every expert a blend of its own: then fused is a list, one for each (see stitch.py).
         Source: arXiv:2405.17082, section 3.2. Deviation: none.
         """
-        weights = self.weigh(features, temb, text)
+        weights = self.weigh(features, temb, text, kept)
         return blend(features, weights.to(features.dtype)), weights
 
 

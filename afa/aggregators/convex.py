@@ -25,7 +25,7 @@ class Fixed(Aggregator):
         # A constant of the configuration, not a state: it moves with the module but is not saved.
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
 
-    def weigh(self, features: Tensor, temb: Tensor, text: Tensor) -> Tensor:
+    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
         batch, experts, _, height, width = features.shape
         return self.weights.view(1, experts, 1, 1).expand(batch, experts, height, width)
 

@@ -58,17 +58,17 @@ class SABW(Aggregator):
         self.conv_out = nn.Conv2d(hidden, experts, 1, bias=False)
         nn.init.zeros_(self.conv_out.weight)
 
-    def weigh(self, features: Tensor, temb: Tensor, text: Tensor) -> Tensor:
-        return torch.softmax(self.logits(features, temb, text), dim=1)  # (B, N, H, W)
+    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
+        return torch.softmax(self.logits(features, temb, text, kept), dim=1)  # (B, N, H, W)
 
-    def logits(self, features: Tensor, temb: Tensor, text: Tensor) -> Tensor:
+    def logits(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
         """What the softmax is taken of: (B, conv_out's channels, H, W)."""
         dtype = self.conv_in.weight.dtype  # aggregators may be kept in float32 beside half-precision experts
         hidden = self.conv_in(features.flatten(1, 2).to(dtype))  # (B, hidden, H, W)
         hidden = self.res_block(hidden, _seen(temb, "time" not in self.ignore).to(dtype))
         if self.transformer is not None:
             text = _seen(text, "text" not in self.ignore).to(dtype)
-            hidden = self.transformer(hidden, encoder_hidden_states=text, return_dict=False)[0]
+            hidden = self.transformer(hidden, encoder_hidden_states=text, encoder_attention_mask=kept, return_dict=False)[0]
         logits: Tensor = self.conv_out(hidden)
         return logits.mean((2, 3), keepdim=True).expand_as(logits) if "place" in self.ignore else logits
 

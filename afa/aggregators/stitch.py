@@ -31,17 +31,17 @@ class Stitch(SABW):
         self.kept = nn.Parameter(torch.tensor(KEPT))
         self.experts = experts
 
-    def matrix(self, features: Tensor, temb: Tensor, text: Tensor) -> Tensor:
+    def matrix(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
         """features (B, N, C, H, W), temb (B, E), text (B, T, D) -> (B, N, N, H, W): to each expert (dim 1) from all (dim 2)."""
-        logits = self.logits(features, temb, text).unflatten(1, (self.experts, self.experts))
+        logits = self.logits(features, temb, text, kept).unflatten(1, (self.experts, self.experts))
         own = torch.eye(self.experts, device=logits.device, dtype=logits.dtype).view(1, self.experts, self.experts, 1, 1)
         return torch.softmax(logits + self.kept * own, dim=2)
 
-    def weigh(self, features: Tensor, temb: Tensor, text: Tensor) -> Tensor:
+    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
         """How much of each expert all of them together take: (B, N, H, W), convex over N."""
-        return self.matrix(features, temb, text).mean(1)
+        return self.matrix(features, temb, text, kept).mean(1)
 
-    def forward(self, features: Tensor, temb: Tensor, text: Tensor) -> tuple[list[Tensor], Tensor]:
+    def forward(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
         """-> each expert's own blend, N × (B, C, H, W) in the features' dtype, weights (B, N, H, W)."""
-        matrix = self.matrix(features, temb, text)
+        matrix = self.matrix(features, temb, text, kept)
         return [blend(features, rows.to(features.dtype)) for rows in matrix.unbind(1)], matrix.mean(1)

@@ -43,7 +43,8 @@ def plan(settings: LoraSettings, alone: Ensemble | None = None) -> tuple[Plan, i
     own = alone is None
     if alone is None:
         dtype = getattr(torch, settings.dtype)
-        alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", vae=settings.vae, frame=settings.frame, dtype=dtype, config=settings.config)
+        framed = {"vae": settings.vae, "frame": settings.frame}
+        alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", dtype=dtype, config=settings.config, **framed)
     check_objective(settings, alone, source)
     rank = settings.rank or matching_rank(alone.denoiser.experts[0], wanted)
     return Plan(settings, alone, source, resolution_of(settings, alone), own), rank

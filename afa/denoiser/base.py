@@ -145,6 +145,10 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         """Widths of the time embedding and of the text that aggregators see."""
         raise NotImplementedError
 
+    def narrow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A forward pre-hook for a ControlNet: hand it the first expert's part of joined text. Here: the text that all share."""
+        return args, kwargs
+
     def _run(
         self,
         begin: Callable[[int], tuple[Tensor, Trace]],

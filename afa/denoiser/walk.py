@@ -54,6 +54,7 @@ def walk(
     """
     temb = torch.stack([trace.temb for trace in traces]).mean(0)  # (B, E)
     text = torch.stack([trace.text for trace in traces]).mean(0)  # (B, T, D)
+    kept = traces[0].kept  # all experts are given the same prompts
     features, traces = list(hidden), list(traces)
     skips: list[list[Tensor]] = []
     last = columns[-1][0].name
@@ -63,7 +64,8 @@ def walk(
             skip: Sequence[Tensor | None] = skips.pop() if stage.takes_skip else [None] * len(column)
             size = _size(skips) if odd_size and stage.upsamples and skips else None
             aggregator = aggregators[stage.name] if stage.name in aggregators else None
-            step = (column, aggregator, features, traces, skip, size, temb, text, blend_streams, answers if stage.name == last else ())
+            final = answers if stage.name == last else ()
+            step = (column, aggregator, features, traces, skip, size, temb, text, kept, blend_streams, final)
             if checkpoint and torch.is_grad_enabled():
                 features, traces, weights = torch.utils.checkpoint.checkpoint(_step, *step, use_reentrant=False)
             else:
@@ -85,6 +87,7 @@ def _step(
     size: tuple[int, int] | None,
     temb: Tensor,
     text: Tensor,
+    kept: Tensor | None,
     blend_streams: bool,
     answers: Sequence[Answer],
 ) -> tuple[list[Tensor], list[Trace], Tensor | None]:
@@ -95,7 +98,7 @@ def _step(
         outputs = [answer(output) for answer, output in zip(answers, outputs, strict=True)]
     if aggregator is None:
         return outputs, after, None
-    fused, weights = aggregator(torch.stack(outputs, dim=1), temb, text)
+    fused, weights = aggregator(torch.stack(outputs, dim=1), temb, text, kept)
     if blend_streams and after[0].stream is not None:
         after = _with_one_stream(after, weights)
     return fused if isinstance(fused, list) else [fused] * len(column), after, weights

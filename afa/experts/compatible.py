@@ -7,7 +7,7 @@ from afa.denoiser.placement import fused_stages
 from afa.denoiser.schedule import kind_of
 from afa.experts.load import Expert
 from afa.families.table import FAMILIES
-from afa.text import same_weights
+from afa.text import width_of
 
 SCHEDULER = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 
@@ -28,21 +28,6 @@ def kind_mismatches(experts: Sequence[Expert]) -> list[str]:
     """Why features of the others mean something else than the first's: they predict another thing, or at another noise."""
     first, *others = experts
     return [f"{_start(first, other)}: {reason}" for other in others for reason in _kind_mismatches(first, other)]
-
-
-def text_mismatches(experts: Sequence[Expert]) -> list[str]:
-    """Whose text encoders differ from the first's where a family's pipelines have no room for several."""
-    first, *others = experts
-    found = []
-    for other in [] if FAMILIES[first.family].call.joined else others:
-        pairs = enumerate(zip(first.text_encoders, other.text_encoders, strict=False), start=1)
-        unlike = [str(number) for number, (one, another) in pairs if not same_weights(one, another)]
-        if unlike:
-            found.append(
-                f"{_start(first, other)}: it has text encoders of its own (number {', '.join(unlike)}), and experts of family {first.family}"
-                " must share theirs; give its denoiser alone (FOLDER/transformer), which then reads the first expert's"
-            )
-    return found
 
 
 def _pair(first: Expert, other: Expert, features: bool) -> list[str]:
@@ -108,7 +93,7 @@ def _text_mismatches(first: Expert, other: Expert) -> list[str]:
         return [f"it has {len(theirs)} text encoders, expected {len(mine)}; load both as whole pipelines"]
     found = []
     for number, (one, another) in enumerate(zip(mine, theirs, strict=True), start=1):
-        expected, width = (getattr(encoder.config, "hidden_size", None) for encoder in (one, another))
+        expected, width = (width_of(encoder) for encoder in (one, another))
         if width != expected:
             found.append(f"text encoder {number} is {width} wide, expected {expected}")
     for one, another in zip(first.tokenizers, other.tokenizers, strict=False):

@@ -17,13 +17,16 @@ NAMES = ("diffusion_pytorch_model", "model")  # of weight files: diffusers', tra
 PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BLOCK = 1 << 20
-# Renamed since: attention of old VAEs by diffusers, the inner model of CLIP encoders by transformers 5.6.
+# Renamed since: attention of old VAEs by diffusers; the inner model of CLIP encoders by transformers 5.6, and the two of Qwen2.5-VL
+# by 4.52, which are still stored as they were.
 RENAMED = [
     (r"\.query\.", ".to_q."),
     (r"\.key\.", ".to_k."),
     (r"\.value\.", ".to_v."),
     (r"\.proj_attn\.", ".to_out.0."),
     (r"^text_model\.", ""),
+    (r"^visual\.", "model.visual."),
+    (r"^model\.(layers|embed_tokens|norm)\b", r"model.language_model.\1"),
 ]
 
 

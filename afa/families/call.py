@@ -19,6 +19,8 @@ class Call(ABC):
     frozen_text: whether fine-tunes leave the text encoders as they were, so that experts have the same ones.
     alike: settings that experts must have in common, because they change what features or predictions mean, not the stages.
     guidance: its strength where nobody says; None: the models know none.
+    varying: whether a batch's states are as long as its longest prompt, and parts are (states, a mask of them).
+    nothing: the prompt that guidance takes for none.
     """
 
     tokens: int
@@ -29,6 +31,8 @@ class Call(ABC):
     frozen_text: bool = True
     alike: tuple[str, ...]
     guidance: float | None = None
+    varying: bool = False
+    nothing: str = ""
 
     @abstractmethod
     def pipeline(self, text_encoders: int) -> str:
@@ -45,6 +49,18 @@ class Call(ABC):
     def latent_channels(self, config: Any) -> int:
         """Of the latents."""
         return int(config.in_channels)
+
+    def parts(self, encoded: Sequence[Any]) -> tuple[Tensor, ...]:
+        """What a denoiser is given of the results of the pipeline's encode_prompt, batch first."""
+        return tuple(encoded[place] for place in self.encoded if place < len(encoded))
+
+    def prompts(self, encode: Callable[[list[str]], Sequence[Any]], captions: list[str]) -> dict[str, Any]:
+        """A pipeline's arguments for captions that are encoded already, guidance's empty prompt among them. encode: its encode_prompt."""
+        return dict(zip(self.named, encode(captions), strict=False))
+
+    def guiding(self, strength: float) -> dict[str, Any]:
+        """A pipeline's argument for guidance of that strength, where the prompts are encoded already."""
+        return {"guidance_scale": strength}
 
     @abstractmethod
     def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:
@@ -69,6 +85,14 @@ class Call(ABC):
     @abstractmethod
     def latents(self, call: Mapping[str, Any]) -> Tensor:
         """The noisy latents of a call, (B, C, H, W)."""
+
+    def schedule(self, scheduler: Any, steps: int, size: tuple[int, int]) -> None:
+        """Set a scheduler's steps as the pipelines do for latents of that size."""
+        scheduler.set_timesteps(steps)
+
+    def combined(self, without: Tensor, told: Tensor, strength: float) -> Tensor:
+        """Classifier-free guidance, of predictions (B, C, H, W) without and with the prompt. Source: Ho and Salimans, arXiv:2207.12598."""
+        return without + strength * (told - without)
 
     def prediction(self, answer: Tensor, size: tuple[int, int]) -> Tensor:
         """A denoiser's answer as latents of that size, (B, C, H, W)."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from afa.errors import UserError
 from afa.families.call import Call
 from afa.families.stage import Stage
-from afa.families.tokens import LEVEL, Block, Head, TokenTrace, as_map
+from afa.families.tokens import LEVEL, Block, Head, TokenTrace, as_map, pack, set_steps, unpack
 
 GUIDANCE = 3.5  # told to guidance-distilled models in training, as their pipelines do by default
 TIMES = 1000  # of a schedule: its models are told a share of them
@@ -80,20 +80,6 @@ def grid_of(ids: Tensor) -> tuple[int, int]:
     return height + 1, width + 1
 
 
-def pack(latents: Tensor) -> Tensor:
-    """Latents as FLUX's tokens, one for 2×2 pixels: (B, C, H, W) -> (B, H/2·W/2, C·4), ordered C, row, column."""
-    batch, channels, height, width = latents.shape
-    parts = latents.view(batch, channels, height // 2, 2, width // 2, 2)
-    return parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
-
-
-def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """The inverse of pack. size: height and width of the latents."""
-    height, width = size
-    parts = tokens.unflatten(1, (height // 2, width // 2)).unflatten(-1, (-1, 2, 2))
-    return parts.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
-
-
 def image_ids(size: tuple[int, int], like: Tensor) -> Tensor:
     """The ids a pipeline gives image tokens: (H/2·W/2, 3): zero, row, column. size: of the latents."""
     rows, columns = size[0] // 2, size[1] // 2
@@ -156,6 +142,9 @@ class FluxCall(Call):
     def latents(self, call: Mapping[str, Any]) -> Tensor:
         rows, columns = grid_of(call["img_ids"])
         return unpack(call["hidden_states"], (rows * self.patch, columns * self.patch))
+
+    def schedule(self, scheduler: Any, steps: int, size: tuple[int, int]) -> None:
+        set_steps(scheduler, steps, size[0] * size[1] // self.patch**2)
 
     def prediction(self, answer: Tensor, size: tuple[int, int]) -> Tensor:
         return unpack(answer, size)

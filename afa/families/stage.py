@@ -11,12 +11,14 @@ class Trace:
     """What one expert carries through a pass besides its features: its own conditions, embedded by its own layers.
 
     temb (B, E) time embedding, text (B, T, D) text states: the same for the whole pass, and what aggregators see.
+    kept (B, T) bool: which of the text is no padding, where prompts are padded to the longest of a batch; None: all of it.
     stream (B, T, D'): where blocks change text tokens together with the image's, as they are now; None elsewhere.
     A family adds what its sub-modules ask for.
     """
 
     temb: Tensor
     text: Tensor
+    kept: Tensor | None = None
     stream: Tensor | None = None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from afa.families import flux, sd3, unet
+from afa.families import flux, qwen_image, sd3, unet
 from afa.families.call import Call
 from afa.families.stage import Stage
 from afa.families.unet_call import UNetCall
@@ -30,6 +30,8 @@ FAMILIES: dict[str, Family] = {
     "unet": Family("UNet2DConditionModel", "unet", unet.stages, UNetCall()),
     "sd3": Family("SD3Transformer2DModel", "transformer", sd3.stages, sd3.SD3Call()),
     "flux": Family("FluxTransformer2DModel", "transformer", flux.stages, flux.FluxCall(), placement="every-4"),
+    # 60 blocks 3072 wide: aggregators of three experts have 247 million parameters at all stages, 64 at every fourth, as FLUX.1's and SD3's
+    "qwen-image": Family("QwenImageTransformer2DModel", "transformer", qwen_image.stages, qwen_image.QwenImageCall(), placement="every-4"),
 }
 
 

@@ -21,6 +21,31 @@ def as_tokens(features: Tensor) -> Tensor:
     return features.flatten(2).transpose(1, 2).contiguous()
 
 
+def pack(latents: Tensor) -> Tensor:
+    """Latents as the tokens that pipelines make of them, one for 2×2 pixels: (B, C, H, W) -> (B, H/2·W/2, C·4), ordered C, row, column."""
+    batch, channels, height, width = latents.shape
+    parts = latents.view(batch, channels, height // 2, 2, width // 2, 2)
+    return parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
+
+
+def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """The inverse of pack. size: height and width of the latents."""
+    height, width = size
+    parts = tokens.unflatten(1, (height // 2, width // 2)).unflatten(-1, (-1, 2, 2))
+    return parts.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
+
+
+def set_steps(scheduler: Any, steps: int, tokens: int) -> None:
+    """A flow's steps as pipelines of packed latents set them: even from noise to image, shifted by how many image tokens there are.
+
+    Source: Esser et al., arXiv:2403.03206, section 5.3.2; the straight line between two sizes as in FLUX.1.
+    """
+    known = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # the pipelines' defaults
+    few, many, low, high = (scheduler.config.get(name, value) for name, value in known.items())
+    slope = (high - low) / (many - few)
+    scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)], mu=tokens * slope + (low - slope * few))
+
+
 @dataclass(kw_only=True)
 class TokenTrace(Trace):
     """A transformer's trace. grid: rows and columns of image tokens. conditions: keyword arguments of every block."""

@@ -16,8 +16,16 @@ from afa.denoiser.base import EnsembleDenoiser
 from afa.experts.load import TEXT_ENCODERS
 from afa.training.cache import TextCache, content_hash
 from afa.training.cached import announce
+from afa.training.varying import VaryingTextCache
 
 FEW = 50  # captions, encoded without a bar
+
+
+def equally_long(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """States or masks of two batches, (B, T, …), the shorter ones padded with zeros: a mask says then that there is nothing."""
+    length = max(one.shape[1], other.shape[1])
+    first, second = (torch.cat([part, part.new_zeros(len(part), length - part.shape[1], *part.shape[2:])], dim=1) for part in (one, other))
+    return first, second
 
 
 class Conditions:
@@ -30,16 +38,15 @@ class Conditions:
     def __init__(self, pipeline: Any, denoiser: EnsembleDenoiser, device: torch.device) -> None:
         self.pipeline, self.device = pipeline, device
         self.call, self.config = denoiser.call, denoiser.config
-        self.cache: TextCache | None = None
-        self._none = self._encode([""])
+        self.cache: TextCache | VaryingTextCache | None = None
+        self._none = self._encode([self.call.nothing])
         if pipeline.config.get("force_zeros_for_empty_prompt"):
             self._none = tuple(torch.zeros_like(part) for part in self._none)
 
     def keep(self, folder: Path, captions: Iterable[str], batch_size: int) -> None:
         """Encode what the cache in a folder lacks, each process its share; from now on captions are read there."""
         state, captions = PartialState(), list(captions)
-        shapes = [(tuple(part.shape[1:]), part.dtype) for part in self._none]
-        cache = TextCache(folder, self._identity(), shapes)
+        cache = self._cache(folder, captions)
         missing = cache.missing(captions)
         announce(folder, "captions", len(missing), cache.row_bytes)
         state.wait_for_everyone()  # nobody writes before everybody has looked
@@ -50,6 +57,12 @@ class Conditions:
         state.wait_for_everyone()
         cache.refresh()
         self.cache = cache
+
+    def _cache(self, folder: Path, captions: list[str]) -> TextCache | VaryingTextCache:
+        if not self.call.varying:
+            return TextCache(folder, self._identity(), [(tuple(part.shape[1:]), part.dtype) for part in self._none])
+        states, mask = self._encode([max(captions, key=len)])
+        return VaryingTextCache(folder, self._identity(), states.shape[-1], states.dtype, longest=int(mask.sum()))
 
     def _identity(self) -> str:
         """Of everything that decides a caption's states."""
@@ -63,27 +76,33 @@ class Conditions:
 
     @torch.no_grad()
     def _encode(self, captions: list[str]) -> tuple[Tensor, ...]:
-        """What the denoiser is given of the pipeline's encode_prompt: states (B, T, D) and, in most families, pooled states (B, P)."""
+        """What the denoiser is given of the pipeline's encode_prompt: states (B, T, D) and, in most families, pooled states (B, P) or a mask (B, T)."""
         if self.cache is not None:
             return tuple(part.to(self.device, non_blocking=True) for part in self.cache.read(captions))
         encoded = encode_prompt(self.pipeline, captions, self.device, guided=False)
-        return tuple(encoded[place] for place in self.call.encoded if place < len(encoded))
+        return self.call.parts(encoded)
 
     def __call__(self, captions: list[str], sizes: Tensor, dropped: Tensor) -> dict[str, Any]:
         """The prompts' part of the denoiser's call. sizes (B, 6) for SDXL; dropped (B,) bool: samples without their caption."""
         parts = []
         for part, none in zip(self._encode(list(captions)), self._none, strict=True):
+            if self.call.varying:
+                part, none = equally_long(part, none)
             mask = dropped.to(part.device).view(-1, *[1] * (part.ndim - 1))
             parts.append(torch.where(mask, none, part))
-        return self.call.conditions(self.config, parts, sizes.to(self.device, parts[-1].dtype))
+        return self.call.conditions(self.config, parts, sizes.to(self.device, parts[0].dtype))
 
 
 def encode_prompt(pipeline: Any, captions: list[str], device: torch.device, *, guided: bool) -> tuple[Any, ...]:
     """A stock pipeline's encode_prompt, as far as it takes the options: every text encoder gets the same prompt.
 
-    guided: with the empty prompt for guidance, where the pipeline encodes one beside it.
+    guided: with the empty prompt for guidance, where the pipeline encodes one beside it. Prompts are cut where the pipeline cuts
+    those it draws, which is not everywhere the default of encode_prompt.
     """
     taken = inspect.signature(pipeline.encode_prompt).parameters
+    called = inspect.signature(pipeline.__call__).parameters
     options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided, "prompt_2": None, "prompt_3": None}
+    if "max_sequence_length" in called:
+        options["max_sequence_length"] = called["max_sequence_length"].default
     found: tuple[Any, ...] = pipeline.encode_prompt(captions, **{name: value for name, value in options.items() if name in taken})
     return found

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from afa.errors import UserError
+from afa.latents import latents_of
 from afa.training.pictures import UNREADABLE, Crop, decode, square
 from afa.training.sources.base import BROKEN, Sample, Skipped, Source
 from afa.training.store import StoredRows
@@ -120,9 +121,8 @@ def digest(rows: Iterable[Any]) -> str:
 def moments_of(vae: Any, batch: Sequence[Row]) -> Tensor:
     """The VAE's posterior of each row: (B, 2C, h, w) float32 on the CPU."""
     first = next(vae.parameters())
-    posterior = vae.encode(torch.stack([row.pixels for row in batch]).to(first.device, first.dtype)).latent_dist
-    moments: Tensor = posterior.parameters.float().cpu()
-    return moments
+    images = torch.stack([row.pixels for row in batch]).to(first.device, first.dtype)
+    return latents_of(vae).moments(vae, images).float().cpu()
 
 
 def batches(work: Sequence[Work], size: int, skipped: Skipped, progress: Any = iter) -> Iterator[list[Row]]:

@@ -46,7 +46,7 @@ def step_bytes(
         if checkpointing:
             copy.enable_gradient_checkpointing()
         copy.train()
-        decoder = None if vae is None else Decoder(_made(vae, dtype), 1.0, 0.0, checkpointing)
+        decoder = None if vae is None else Decoder(_made(vae, dtype), checkpointing)
         elsewhere = []
         if store is not None:
             for expert in copy.experts:

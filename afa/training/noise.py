@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from afa.denoiser.schedule import FLOW, clean_of, tables
+from afa.latents import Latents
 from afa.training.data import Encoded
 
 DENSITIES = ("uniform", "logit_normal", "mode")  # how steps are drawn
@@ -19,22 +20,20 @@ class Noising:
     """x = signal(i) · x0 + noise(i) · ε for steps i = 0 (nearly clean) … steps-1 (nearly noise), and its inversions.
 
     scheduler: the frame's; its noise schedule and prediction type decide. A flow-matching scheduler has signal 1 - s, noise s.
-    density: of DENSITIES, how training draws steps. Raises UserError for a prediction type that has no target here.
+    latents: of the frame's VAE. density: of DENSITIES, how training draws steps. Raises UserError for a prediction type that has no target here.
     """
 
-    def __init__(
-        self, scheduler: Any, scaling_factor: float, shift_factor: float | None, device: torch.device, density: str = "uniform"
-    ) -> None:  # fmt: skip
+    def __init__(self, scheduler: Any, latents: Latents, device: torch.device, density: str = "uniform") -> None:
         self.scheduler = scheduler
         self.kind, self.signal, self.noise, self.times = tables(scheduler)
         self.steps = len(self.times)
-        self.scale, self.shift, self.device, self.density = scaling_factor, shift_factor or 0.0, device, density
+        self.latents, self.device, self.density = latents, device, density
 
     def draw(self, data: Encoded, rows: list[int], rng: torch.Generator, spare: int = 0) -> "Batch":
         """Latents, noise and steps for some rows, on the CPU, as is rng, which every random number comes from."""
         mean, log_variance = data.moments[rows].chunk(2, dim=1)
         deviation = torch.exp(0.5 * log_variance.clamp(-30, 20))
-        latents = (mean + deviation * torch.randn(mean.shape, generator=rng) - self.shift) * self.scale
+        latents = self.latents.scaled(mean + deviation * torch.randn(mean.shape, generator=rng))
         steps = self._steps(len(rows), rng)
         noise = torch.randn(latents.shape, generator=rng)
         more = torch.randn((len(rows), spare, *latents.shape[1:]), generator=rng) if spare else None

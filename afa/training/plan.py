@@ -8,6 +8,7 @@ import torch
 from afa.aggregators.table import count_parameters
 from afa.ensemble import Ensemble
 from afa.experts.storage import stored_bytes
+from afa.latents import latents_of
 from afa.training.estimate import advice, expected
 from afa.training.settings import LoopSettings
 from afa.training.sources.base import Source
@@ -48,7 +49,7 @@ class Plan:
         settings, frame = self.settings, self.ensemble.frame
         dtype = getattr(torch, settings.dtype)
         beside = [] if settings.cache is not None else [frame.vae, *self.ensemble.text_encoders]
-        side = self.resolution // 2 ** (len(frame.vae.config["block_out_channels"]) - 1)
+        side = self.resolution // latents_of(frame.vae).factor
         vae = frame.vae if settings.rewarded else None
         checkpointing, size = settings.gradient_checkpointing, settings.batch_size
         found = expected(self.ensemble.denoiser, beside, size, side, dtype, checkpointing, self.store, vae)

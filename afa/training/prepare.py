@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from afa.ensemble import Ensemble
 from afa.errors import UserError
+from afa.latents import latents_of
 from afa.training.cache import LatentCache
 from afa.training.cached import announce, encode_cached, missing_rows
 from afa.training.data import Augmentation, Encoded, Work, check_skipped, encode, split
@@ -37,7 +38,7 @@ def find_data(settings: LoopSettings) -> Source:
 
 def resolution_of(settings: LoopSettings, ensemble: Ensemble) -> int:
     """In pixels, a multiple of the latent's, and of the patches a transformer cuts it into. Raises UserError for another."""
-    factor = 2 ** (len(ensemble.frame.vae.config["block_out_channels"]) - 1)
+    factor = latents_of(ensemble.frame.vae).factor
     denoiser = ensemble.denoiser
     if not settings.resolution and not denoiser.side:
         raise UserError(f"'{denoiser.names[0]}' has no size of its own (sample_size); give --resolution")
@@ -51,8 +52,7 @@ def resolution_of(settings: LoopSettings, ensemble: Ensemble) -> int:
 
 def noising_of(settings: LoopSettings, ensemble: Ensemble, device: torch.device) -> Noising:
     """The frame's forward process. Raises UserError for a prediction type that cannot be trained."""
-    config = ensemble.frame.vae.config
-    return Noising(ensemble.frame.scheduler, config["scaling_factor"], config.get("shift_factor"), device, settings.timesteps)
+    return Noising(ensemble.frame.scheduler, latents_of(ensemble.frame.vae), device, settings.timesteps)
 
 
 def check_objective(settings: LoopSettings, ensemble: Ensemble, source: Source) -> None:
@@ -86,8 +86,9 @@ def encode_data(settings: LoopSettings, source: Source, resolution: int, vae: An
 
 def _caching(folder: Path, parts: list[list[Work]], resolution: int, vae: Any) -> Callable[..., Encoded]:
     """An encoder that keeps everything in a folder; what will be written is said first."""
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-    cache = LatentCache(folder, vae, (2 * vae.config["latent_channels"], resolution // factor, resolution // factor))
+    latents = latents_of(vae)
+    side = resolution // latents.factor
+    cache = LatentCache(folder, vae, (2 * latents.channels, side, side))
     missing = sum(missing_rows(part, cache) for part in parts)
     announce(folder, "images", missing, cache.moments.row_bytes + cache.sizes.row_bytes)
     return functools.partial(encode_cached, cache=cache)

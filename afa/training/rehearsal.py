@@ -28,10 +28,10 @@ def rehearse(planned: Plan) -> tuple[float, float]:
     parameters = list(ensemble.aggregators.parameters())
     objectives = make_objectives(means, parameters)
     conditions = Conditions(ensemble.pipeline(), ensemble.denoiser, device)
-    side = planned.resolution // 2 ** (len(vae.config["block_out_channels"]) - 1)
+    side = planned.resolution // noising.latents.factor
 
     def work(total: Total) -> torch.Tensor:
-        latents = torch.randn(settings.batch_size, vae.config["latent_channels"], side, side, device=device)
+        latents = torch.randn(settings.batch_size, noising.latents.channels, side, side, device=device)
         spare = torch.randn(len(latents), total.spare, *latents.shape[1:], device=device) if total.spare else None
         batch = Batch(latents, torch.randn_like(latents), torch.randint(noising.steps, (len(latents),), device=device), spare)
         captions = [sample.caption for sample in planned.source.samples[: len(latents)]]

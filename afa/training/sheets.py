@@ -1,5 +1,6 @@
 """Sample sheets: what the ensemble draws while it is trained, with its weight maps, and what another metric says of it."""
 
+import functools
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -80,7 +81,7 @@ class Sheets:
         drawn = self.pipeline(
             **self._prompt,
             num_inference_steps=settings.sheet_steps,
-            guidance_scale=settings.sheet_guidance,
+            **self.denoiser.call.guiding(settings.sheet_guidance),
             height=self.side,
             width=self.side,
             generator=noise,
@@ -107,9 +108,9 @@ class Sheets:
 
 def _encoded(pipeline: Any, denoiser: EnsembleDenoiser, captions: list[str]) -> dict[str, Any]:
     """The pipeline's arguments for captions, with the empty one for guidance."""
+    encode = functools.partial(encode_prompt, pipeline, device=pipeline._execution_device, guided=True)
     with torch.no_grad():
-        found = encode_prompt(pipeline, captions, pipeline._execution_device, guided=True)
-    return dict(zip(denoiser.call.named, found, strict=False))
+        return denoiser.call.prompts(encode, captions)
 
 
 def _row(images: NDArray[np.uint8]) -> Image.Image:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from afa.errors import UserError
+from afa.training.conditions import equally_long
 from afa.training.noise import Noising
 from afa.training.objectives.base import Objective, Pass
 from afa.training.objectives.decode import Decoder
@@ -33,14 +34,19 @@ class Draft(Objective):
 
     def loss(self, work: Pass) -> Tensor:
         everybody = torch.zeros_like(work.dropped)
-        conditions = _joined(work.encode(~everybody), work.encode(everybody)) if self.guidance != 1 else work.encode(everybody)
+        conditions = self._joined(work, ~everybody, everybody) if self.guidance != 1 else work.encode(everybody)
         drawn = self._draw(work, conditions)
         rewards = torch.stack([self.reward(self.decoder(latents), work.captions) for latents in drawn])
         return -rewards.mean(0)
 
+    def _joined(self, work: Pass, *dropped: Tensor) -> dict[str, Any]:
+        """The conditions of two batches as one."""
+        one, other = (work.encode(which) for which in dropped)
+        return _joined(one, other, work.denoiser.call.varying)
+
     def _draw(self, work: Pass, conditions: dict[str, Any]) -> list[Tensor]:
         """The clean latents of each sample, with gradients through the last steps; several where the last is repeated."""
-        sampler = self._sampler()
+        sampler = self._sampler(work)
         latents = work.batch.noise * getattr(sampler, "init_noise_sigma", 1.0)
         outer = torch.is_grad_enabled()
         for place, time in enumerate(sampler.timesteps):
@@ -57,7 +63,7 @@ class Draft(Objective):
         for noise in work.batch.spare[:, : self.spare].unbind(1):
             step = torch.full((len(clean),), self.step_of(time), device=clean.device)
             noisy = self.noising.noisy(clean, noise, step)
-            fresh = self._sampler()
+            fresh = self._sampler(work)
             found.append(fresh.step(self._guided(work, noisy, time, conditions), time, noisy).prev_sample)
         return found
 
@@ -70,17 +76,20 @@ class Draft(Objective):
             return work.predict(work.call, latents, time.expand(len(latents)).to(latents.device), conditions)
         twice = torch.cat([latents, latents])
         without, with_caption = work.predict(work.call, twice, time.expand(len(twice)).to(latents.device), conditions).chunk(2)
-        return without + self.guidance * (with_caption - without)
+        return work.denoiser.call.combined(without, with_caption, self.guidance)
 
-    def _sampler(self) -> Any:
+    def _sampler(self, work: Pass) -> Any:
         from diffusers import DDIMScheduler
 
         maker: Any = type(self.noising.scheduler) if self.noising.is_flow else DDIMScheduler
         sampler = maker.from_config(self.noising.scheduler.config)
-        sampler.set_timesteps(self.steps)
+        height, width = work.batch.noise.shape[-2:]
+        work.denoiser.call.schedule(sampler, self.steps, (height, width))
         return sampler
 
 
-def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Two batches of conditions as one."""
-    return {name: _joined(value, other[name]) if isinstance(value, dict) else torch.cat([value, other[name]]) for name, value in one.items()}
+def _joined(one: Any, other: Any, varying: bool) -> Any:
+    """Two batches of conditions as one. varying: they may be of different lengths."""
+    if isinstance(one, dict):
+        return {name: _joined(value, other[name], varying) for name, value in one.items()}
+    return torch.cat(equally_long(one, other) if varying else (one, other))

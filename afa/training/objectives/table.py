@@ -60,7 +60,7 @@ def make_means(settings: ObjectiveSettings, noising: Noising, vae: Any, device: 
         return Means(settings, noising)
     assert settings.reward is not None
     reward = make_reward(settings.reward, device, settings.reward_weights, settings.better or "", settings.worse or "")
-    return Means(settings, noising, Decoder(vae, noising.scale, noising.shift, checkpointing), reward)
+    return Means(settings, noising, Decoder(vae, checkpointing), reward)
 
 
 def make_objectives(means: Means, parameters: Sequence[nn.Parameter]) -> Objectives:

@@ -1,0 +1,97 @@
+"""What stands between images and the latents that denoisers see: how a VAE encodes, scales and draws, and how large its latents are."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afa.errors import UserError
+
+
+class Latents:
+    """The latents of an `AutoencoderKL` (SD, SDXL, SD3, FLUX.1). Denoisers see them as (x - shift) · scale.
+
+    config: the VAE's. channels: C. factor: how many pixels stand behind a side of one. scale, shift: numbers, or (C, 1, 1)
+    where the config has a mean and a deviation of every channel.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.channels: int = config["latent_channels"]
+        self.factor: int = 2 ** (len(config["block_out_channels"]) - 1)
+        self._scaled_by(config)
+
+    def _scaled_by(self, config: Mapping[str, Any]) -> None:
+        self.scale: float | Tensor = config.get("scaling_factor", 1.0)
+        self.shift: float | Tensor = config.get("shift_factor") or 0.0
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            self.scale = self.scale / torch.tensor(config["latents_std"]).view(-1, 1, 1)
+            self.shift = torch.tensor(config["latents_mean"]).view(-1, 1, 1)
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """A VAE's latents (…, C, h, w) as denoisers see them."""
+        return (latents - _beside(self.shift, latents)) * _beside(self.scale, latents)
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The inverse of scaled."""
+        return latents / _beside(self.scale, latents) + _beside(self.shift, latents)
+
+    def moments(self, vae: Any, images: Tensor) -> Tensor:
+        """The posterior's means and log-variances, not scaled: (B, 3, H, W) from -1 to 1 -> (B, 2C, h, w)."""
+        moments: Tensor = vae.encode(images).latent_dist.parameters
+        return moments
+
+    def draw(self, vae: Any, latents: Tensor) -> Tensor:
+        """(B, C, h, w), not scaled -> images (B, 3, H, W) as the decoder makes them, about -1 to 1 but not cut there."""
+        images: Tensor = vae.decode(latents, return_dict=False)[0]
+        return images
+
+    def recompute(self, vae: Any) -> None:
+        """From now on, what this draws keeps the activations of one block instead of all for the backward pass."""
+        vae.enable_gradient_checkpointing()
+        vae.train()  # only then it checkpoints; it has neither dropout nor batch statistics
+
+
+class FrameLatents(Latents):
+    """The latents of an `AutoencoderKLQwenImage`, whose images are films of one frame: (B, C, 1, h, w)."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.channels = config["z_dim"]
+        self.factor = 2 ** len(config["temperal_downsample"])
+        self.recomputes = False
+        self._scaled_by(config)
+
+    def moments(self, vae: Any, images: Tensor) -> Tensor:
+        return super().moments(vae, images[:, :, None])[:, :, 0]
+
+    def draw(self, vae: Any, latents: Tensor) -> Tensor:
+        """As Latents.draw; by the decoder's own parts, since decode() cuts at -1 and 1, where gradients would end."""
+        decoder, hidden = vae.decoder, vae.decoder.conv_in(vae.post_quant_conv(latents[:, :, None]))
+        for block in (decoder.mid_block, *decoder.up_blocks):
+            hidden = self._run(block, hidden)
+        images: Tensor = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(hidden)))
+        return images[:, :, 0]
+
+    def _run(self, block: Any, hidden: Tensor) -> Tensor:
+        if not (self.recomputes and torch.is_grad_enabled()):
+            return block(hidden)
+        return torch.utils.checkpoint.checkpoint(block, hidden, use_reentrant=False)
+
+    def recompute(self, vae: Any) -> None:
+        self.recomputes = True  # the VAE has no switch of its own
+
+
+LATENTS: dict[str, type[Latents]] = {"AutoencoderKL": Latents, "AutoencoderKLQwenImage": FrameLatents}
+
+
+def latents_of(vae: Any) -> Latents:
+    """How a VAE's latents are treated. Raises UserError for a VAE of another kind."""
+    kind = type(vae).__name__
+    if kind not in LATENTS:
+        raise UserError(f"latents of a {kind} are not known here; known VAEs are {', '.join(LATENTS)}: choose another with vae=")
+    return LATENTS[kind](vae.config)
+
+
+def _beside(factor: float | Tensor, latents: Tensor) -> float | Tensor:
+    """Where, and as precise as, the latents are."""
+    return factor.to(latents) if isinstance(factor, Tensor) else factor
