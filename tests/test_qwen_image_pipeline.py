@@ -181,6 +181,12 @@ def test_a_dropped_caption_longer_than_all_others_is_kept_whole(three):
     assert found["encoder_hidden_states_mask"].sum(1).tolist() == [made._none[1].shape[1], made._encode(["a"])[1].shape[1]]
 
 
+def test_a_long_caption_is_cut_where_the_pipeline_cuts_what_it_draws(three):
+    """At 512 tokens; encode_prompt by itself would keep 1024."""
+    pipe, caption = three.pipeline(), " ".join(["red"] * 700)
+    assert told(conditions(three), [caption], [False])["encoder_hidden_states"].shape[1] == 512 < pipe.encode_prompt([caption], CPU)[0].shape[1]
+
+
 def test_equally_long_pads_the_shorter_with_zeros():
     one, other = torch.ones(2, 3, 4), torch.ones(1, 5, 4)
     longer, same = equally_long(one, other)
