@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel
 from family_models import MODELS
 from merging_models import PIPELINES, saved
 from safetensors import safe_open
@@ -13,7 +13,7 @@ from test_training import images  # noqa: F401 (a fixture)
 
 from afa import Ensemble
 from afa.cli.main import main
-from afa.controls.lora import FILE, fuse_lora, parameters_at_rank
+from afa.controls.lora import FILE, fuse_lora, matching_rank, parameters_at_rank
 from afa.controls.run import RECORD, finetune, plan
 from afa.controls.settings import LoraSettings
 from afa.experts.load import load_expert
@@ -76,6 +76,22 @@ def test_the_file_is_in_diffusers_own_form_and_says_what_it_is(tuned):
     assert all(name.startswith(f"{component(family)}.") and name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
     assert (strings["format"], strings["expert"], strings["rank"]) == ("pt", settings.expert, "2")
     assert json.loads((Path(settings.output) / RECORD).read_text())["rank"] == record["rank"] == 2
+
+
+PUBLISHED = {
+    "sd3": {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "joint_attention_dim": 4096},
+    "flux": {"guidance_embeds": True},
+}
+
+
+@pytest.mark.parametrize(("family", "aggregators", "rank", "parameters"), [("sd3", 61_850_752, 48, 62_668_800), ("flux", 59_887_488, 15, 61_286_400)])
+def test_the_rank_that_matches_three_experts_of_published_sizes(family, aggregators, rank, parameters):
+    kind = {"sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}[family]
+    with torch.device("meta"):
+        ensemble = MODELS[family].ensemble([kind(**PUBLISHED[family]) for _ in range(3)])
+    assert sum(parameter.numel() for parameter in ensemble.aggregators.parameters()) == aggregators
+    assert matching_rank(ensemble.experts[0], aggregators) == rank
+    assert parameters_at_rank(ensemble.experts[0], rank) == parameters
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])

@@ -10,9 +10,12 @@ from merging_models import SMALL
 from tiny import sd_unet, sdxl_unet
 from tiny_transformers import flux_transformer, sd3_transformer
 
+from afa.controls.lora import adapted
 from afa.errors import UserError
 from afa.families.names import stages_of
-from afa.families.table import FAMILIES, family_of
+from afa.families.table import FAMILIES, Family, family_of
+from afa.families.tokens import Block, Head
+from afa.merging.memory import PartsMerge
 from afa.merging.original import original_places
 from afa.merging.presets import PRESETS, preset_weights
 from afa.merging.stages import key_stages, stage_names
@@ -34,7 +37,8 @@ def test_every_parameter_belongs_to_the_stage_that_runs_it(name):
         own = [of.pop(id(parameter)) for module in stage.modules() for parameter in module.parameters()]
         assert set(own) == {stage.name}
     assert set(of.values()) == {walked[0].name}  # only the embeddings are left, which every stage uses
-    assert all("embed" in name for name, parameter in model.named_parameters() if id(parameter) in of)
+    blocks = tuple(f"{stage.block}." for stage in walked if stage.block)
+    assert not [name for name, parameter in model.named_parameters() if id(parameter) in of and name.startswith(blocks)]
 
 
 def blocks_of(name: str) -> str:
@@ -202,3 +206,24 @@ def test_a_transformers_stages_are_weighted_by_name_and_in_order():
     assert stage_weights("0,0,0,1,0,0", SMALL_FLUX, 2)["S01"] == (0, 1)
     with pytest.raises(UserError, match=r"5 block weights, expected 6 \(D00 … OUT\) or 7 \(base in front of them\)"):
         stage_weights("0,0,0,1,0", SMALL_FLUX, 2)
+
+
+def test_a_further_family_needs_only_its_entry_in_the_table(monkeypatch):
+    """Its blocks have the names of SD3's, and are stages of its own all the same: for merges, and for LoRAs."""
+
+    def read(model):
+        blocks = [Block(name=f"P{index:02}", channels=16, level=1, module=block) for index, block in enumerate(model.transformer_blocks)]
+        return (*blocks, Head(name="OUT", channels=16, level=1, norm=model.norm_out, projection=model.proj_out))
+
+    config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16, "norm_num_groups": 4}
+    first, second = (PixArtTransformer2DModel(**config, caption_channels=16, sample_size=8) for _ in range(2))
+    monkeypatch.setitem(FAMILIES, "pixart", Family("PixArtTransformer2DModel", "transformer", read, FAMILIES["sd3"].call))
+    merge = PartsMerge([{"transformer": first}, {"transformer": second}], ["first", "second"])
+    assert merge.stages == ("P00", "P01", "OUT")
+    merge.apply_mbw({"others": 0, "P01": 1})
+    merged = merge.parts["transformer"].state_dict()
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, (second if name.startswith("transformer_blocks.1.") else first).state_dict()[name]), name
+    layers = {f"transformer_blocks.1.{part}" for part in ("attn1.to_q", "attn2.to_out.0", "ff.net.0.proj")}
+    assert layers <= {name for name, _ in adapted(first)}
+    assert all(name.startswith("transformer_blocks.") for name, _ in adapted(first))

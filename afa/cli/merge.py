@@ -1,8 +1,9 @@
 """Merge experts into one new checkpoint: weighted, by blocks, by differences from their base, and more.
 
 Tensors are read and written one after the other, so a merge of any number of models needs the memory of one tensor of
-each. Expert folders and single files may be mixed. Text encoders are merged with the denoiser; the VAE is the first
-expert's. How it was made, and the sha256 of every file it was made from, stand in the header of the files written.
+each. Expert folders and single files may be mixed; SD3 and FLUX.1 are merged from folders to a folder. Text encoders are
+merged with the denoiser; the VAE is the first expert's. How it was made, and the sha256 of every file it was made from,
+stand in the header of the files written.
 
   weighted         Σ wᵢ θᵢ, equal weights by default           mbw          weighted, stage by stage
   add_difference   A + alpha (B - base)                        slerp        along the great circle, from A to B
@@ -10,9 +11,10 @@ expert's. How it was made, and the sha256 of every file it was made from, stand 
   ties             base + scale · the differences that agree   model_stock  mean, closer to base the less experts agree
 
 A TOML file of block weights names stages: IN00 = 0.5 (the second expert's share) or IN00 = [2, 1, 1] (for three), `base`
-for all but the denoiser, `others` for the rest. `afa inspect` shows a model's stages. Presets: GRAD_V GRAD_A FLAT_25
-FLAT_50 FLAT_75 WRAP08 WRAP12 WRAP14 WRAP16 MID12_50 OUT07 OUT12 OUT12_5 RING08_5 RING08_SOFT RING10_3 RING10_5
-SMOOTHSTEP REVERSE_SMOOTHSTEP ALL_A ALL_B
+for all but the denoiser, `others` for the rest. Stages: IN00 … M00 … OUT11 of SD 1.x and 2.x, IN00 … OUT08 of XL, J00 … OUT
+of SD3, D00 … S00 … OUT of FLUX.1; `afa inspect` shows a model's. Presets, for U-Nets: GRAD_V GRAD_A FLAT_25
+FLAT_50 FLAT_75 WRAP08 WRAP12 WRAP14 WRAP16 MID12_50 OUT07 OUT12 OUT12_5 RING08_5 RING08_SOFT RING10_3 RING10_5 SMOOTHSTEP
+REVERSE_SMOOTHSTEP ALL_A ALL_B
 """
 
 import json

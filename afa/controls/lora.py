@@ -5,7 +5,7 @@ the convolutions of residual blocks, so that it reaches all of the network, as a
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,26 @@ Layer = nn.Linear | nn.Conv2d
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """The modules of a denoiser that get a LoRA, by name: of its stages, what attends, feeds forward, or convolves in residual blocks."""
+    """The modules of a denoiser that get a LoRA, by name: of its stages, what attends, feeds forward, or convolves in residual blocks.
+
+    What has no say in the prediction gets none.
+    """
     stages = FAMILIES[family_of(model)].stages(model)
-    parts = (part for stage in stages for module in stage.modules() if isinstance(module, nn.Module) for part in module.modules())
-    chosen = {id(layer) for part in parts for layer in _layers(part)}
+    chosen = {id(layer) for stage in stages for part in _inside(stage.modules()) for layer in _layers(part)}
+    chosen -= {id(layer) for stage in stages for layer in _inside(stage.unheard())}
     for name, module in model.named_modules():
         if isinstance(module, Layer) and id(module) in chosen:
             yield name, module
 
 
+def _inside(modules: Iterable[object]) -> Iterator[nn.Module]:
+    """Some modules and all that they are made of."""
+    return (part for module in modules if isinstance(module, nn.Module) for part in module.modules())
+
+
 def _layers(part: nn.Module) -> list[nn.Module]:
     """What is adapted of one module of a denoiser: all or some of its layers, nothing of other kinds of modules."""
-    if hasattr(part, "to_q"):
-        # where the text's answer is not read, as in SD3's last block, its question changes nothing
-        unread = getattr(part, "add_q_proj", None) if getattr(part, "to_add_out", None) is None else None
-        return [layer for layer in part.modules() if isinstance(layer, nn.Linear) and layer is not unread]
-    if isinstance(part, FeedForward):
+    if hasattr(part, "to_q") or isinstance(part, FeedForward):
         return [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
     if isinstance(part, ResnetBlock2D):
         return [part.conv1, part.conv2]

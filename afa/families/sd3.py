@@ -23,7 +23,14 @@ def stages(model: Any) -> tuple[Stage, ...]:
     if model.config.patch_size != 2**LEVEL:
         raise ValueError(f"patch_size {model.config.patch_size} is not supported; only {2**LEVEL} is")
     blocks = [
-        Block(name=f"J{index:02}", channels=model.inner_dim, level=LEVEL, block=f"transformer_blocks.{index}", module=block)
+        Block(
+            name=f"J{index:02}",
+            channels=model.inner_dim,
+            level=LEVEL,
+            block=f"transformer_blocks.{index}",
+            module=block,
+            silent=("attn.add_q_proj",) if block.context_pre_only else (),  # the text asks, and its answer is dropped
+        )
         for index, block in enumerate(model.transformer_blocks)
     ]
     return (*blocks, Head(name="OUT", channels=model.proj_out.out_features, level=LEVEL, norm=model.norm_out, projection=model.proj_out))

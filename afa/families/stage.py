@@ -54,3 +54,7 @@ class Stage(ABC):
     @abstractmethod
     def modules(self) -> list[object]:
         """The model's own sub-modules this stage runs, in order."""
+
+    def unheard(self) -> list[object]:
+        """Those inside them that run without a say in the prediction, because nothing reads what they make."""
+        return []

@@ -56,9 +56,13 @@ class TokenTrace(Trace):
 
 @dataclass(kw_only=True, eq=False)
 class Block(Stage):
-    """One transformer block of image and text tokens. It returns (text, image), the text None where nothing reads it any more."""
+    """One transformer block of image and text tokens. It returns (text, image), the text None where nothing reads it any more.
+
+    silent: names of its sub-modules that have no say in the prediction: in a last block, what makes text tokens.
+    """
 
     module: nn.Module
+    silent: tuple[str, ...] = ()
 
     def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
         assert isinstance(trace, TokenTrace)
@@ -71,6 +75,9 @@ class Block(Stage):
 
     def modules(self) -> list[object]:
         return [self.module]
+
+    def unheard(self) -> list[object]:
+        return [self.module.get_submodule(name) for name in self.silent]
 
 
 @dataclass(kw_only=True, eq=False)

@@ -17,7 +17,7 @@ class MergeSettings:
     """One merge, field by field a flag of `afa merge`."""
 
     experts: list[str] = option(
-        help="two or more: a diffusers folder, .safetensors file of original layout or org/name@revision, each optionally NAME=…"
+        help="two or more: a diffusers folder, .safetensors file of original layout (SD 1.x, 2.x, XL) or org/name@revision, each optionally NAME=…"
     )
     output: str = option(help="what to write: FILE.safetensors in original layout, or a diffusers folder")
     method: str = option("weighted", help="how to merge", choices=METHODS)
