@@ -15,6 +15,7 @@ from afa.checkpoint.card import model_card
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, ExpertEntry, Manifest, check_hashes, entry_for, read_manifest, relative
 from afa.checkpoint.release import write_release
 from afa.checkpoint.staging import staged
+from afa.denoiser.schedule import kind_of
 from afa.errors import UserError
 from afa.experts.hashing import hash_expert, sha256
 from afa.experts.load import TEXT_ENCODERS, TOKENIZERS, Expert
@@ -90,7 +91,17 @@ def _manifest(ensemble: "Ensemble", entries: list[ExpertEntry], frame: dict[str,
 
 
 def _prediction_type(expert: Expert) -> str | None:
-    return None if expert.scheduler is None else expert.scheduler.config.get("prediction_type")
+    return None if expert.scheduler is None else kind_of(expert.scheduler)
+
+
+def _check_prediction_type(expert: Expert, entry: ExpertEntry) -> None:
+    """Raises UserError if an expert now predicts something else, by its scheduler, than what the ensemble was made with."""
+    found = _prediction_type(expert)
+    if entry.prediction_type is not None and found != entry.prediction_type:
+        raise UserError(
+            f"expert '{expert.name}' has changed: its scheduler says prediction_type {found}, the ensemble was made with {entry.prediction_type};"
+            " restore its scheduler_config.json or train again"
+        )
 
 
 def _refer(expert: Expert, folder: Path) -> ExpertEntry:
@@ -168,6 +179,7 @@ def load_ensemble(kind: "type[Ensemble]", folder: Path, moved: Mapping[str, str]
     ensemble.denoiser.aggregators.load_state_dict(read_tensors(folder, manifest))
     ensemble.training = manifest.training
     for expert, entry in zip(ensemble.experts, manifest.experts, strict=True):
+        _check_prediction_type(expert, entry)
         expert.hashes = entry.files if verify else {}
     return ensemble
 
