@@ -25,11 +25,11 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# The same for flows. Others of diffusers draw noise in every step, and pipelines of flows give them no generator of an image's own.
+# The same for flows. Of the others of diffusers, some draw noise in every step, and pipelines of flows give them no generator of an
+# image's own; DEIS divides by the signal, which a flow begins without.
 FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("FlowMatchEulerDiscreteScheduler", {}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 
