@@ -47,6 +47,16 @@ def make_scheduler(name: str, like: Any) -> Any:
     return _flow(kind, like) if flows else _maker(kind).from_config(like.config, **options)
 
 
+def reschedule(ensemble: Any, name: str) -> None:
+    """Another scheduler for an ensemble's frame and for every expert's own pipeline. Raises UserError for one that is not for all of them."""
+    ensemble.frame.scheduler = make_scheduler(name, ensemble.frame.scheduler)
+    for expert in ensemble.experts:
+        try:
+            expert.scheduler = make_scheduler(name, expert.scheduler)
+        except UserError as error:
+            raise UserError(f"expert '{expert.name}': {error}") from None
+
+
 def _not_for_flows(name: str) -> str:
     return f"scheduler '{name}' is for models with a diffusion schedule, and these are flow models; choose one of {', '.join(FLOWS)}"
 

@@ -13,9 +13,11 @@ from tiny import quiet, sd_pipeline
 from afa import Ensemble, UserError, only_expert
 from afa.baselines.table import make_sampler
 from afa.checkpoint.manifest import read_manifest
+from afa.denoiser.schedule import kind_of
 from afa.generation.run import generate
 from afa.generation.sample import sample
 from afa.generation.settings import GenerateSettings
+from afa.schedulers import make_scheduler, reschedule
 from afa.training.run import train
 from afa.training.settings import TrainSettings
 
@@ -61,12 +63,17 @@ class TestPictures:
         assert differ(*images) <= 1
 
     def test_an_expert_of_a_flow_joins_one_of_a_diffusion_schedule(self):
-        pipes, _ = mixed()
-        pipes[1].scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
-        ensemble = Ensemble.from_experts(pipes, "mean", "out")
+        pipes, ensemble = with_a_flow()
         assert ensemble.denoiser.conversions[1].own.kind == "flow"
         flow, both, noise = (make_sampler("noise_average", ensemble, weights=weights)([CAT], SAMPLING) for weights in ([0, 1], [1, 1], [1, 0]))
         assert np.array_equal(noise, sample(quiet(pipes[0]), [CAT], SAMPLING)) and min(differ(flow, both), differ(both, noise)) > 1
+
+
+def with_a_flow():
+    """An expert that predicts noise on a diffusion schedule, and one of a flow."""
+    pipes, _ = mixed()
+    pipes[1].scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
+    return pipes, Ensemble.from_experts(pipes, "mean", "out")
 
 
 class TestRefusals:
@@ -81,6 +88,19 @@ class TestRefusals:
             ensemble.sharing("mean", "layers")
         with pytest.raises(UserError, match="prediction_type is v_prediction"):
             make_sampler("feature_mean", ensemble)
+
+    def test_a_scheduler_for_other_predictions_than_they_are_converted_to(self):
+        pipes, ensemble = mixed()
+        with pytest.raises(UserError, match="models that predict v_prediction, and the experts' predictions are made epsilon, .*scheduler="):
+            ensemble.pipeline(scheduler=pipes[1].scheduler)
+        assert ensemble.pipeline(scheduler=make_scheduler("euler", pipes[0].scheduler)) is not None
+
+    def test_a_scheduler_by_name_that_is_not_for_all_of_them(self):
+        _, ensemble = with_a_flow()
+        reschedule(ensemble, "unipc")
+        assert [kind_of(expert.scheduler) for expert in ensemble.experts] == ["epsilon", "flow"]
+        with pytest.raises(UserError, match="expert 'expert_1': scheduler 'ddim' is for models with a diffusion schedule"):
+            reschedule(ensemble, "ddim")
 
     def test_inpainting(self):
         pipes = [sd_pipeline(seed, prediction_type=kind, in_channels=9, **UNET) for seed, kind in enumerate(("epsilon", "v_prediction"))]

@@ -23,7 +23,7 @@ from afa.experts.original import KNOWN_CONFIGS
 from afa.experts.spec import ExpertSpec, new_places
 from afa.families.table import FAMILIES
 from afa.generation.sample import Sampling
-from afa.schedulers import make_scheduler
+from afa.schedulers import reschedule
 from afa.training.settings import TrainSettings
 from afa.training.sources.table import open_source
 
@@ -76,9 +76,7 @@ class Setup:
         """The ensemble itself, its experts in memory for every row; with the protocol's scheduler, where it has one."""
         ensemble = Ensemble.load(self.folder, self.moved, dtype=self.dtype).to(self.device)
         if self.protocol.scheduler is not None:
-            ensemble.frame.scheduler = make_scheduler(self.protocol.scheduler, ensemble.frame.scheduler)
-            for expert in ensemble.experts:
-                expert.scheduler = make_scheduler(self.protocol.scheduler, expert.scheduler)
+            reschedule(ensemble, self.protocol.scheduler)
         return ensemble
 
     @cached_property
