@@ -10,7 +10,7 @@ from torch import nn
 from afa.aggregators.table import Recipe
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.conversion import Conversion, conversion
-from afa.denoiser.schedule import Schedule
+from afa.denoiser.schedule import Schedule, kind_of
 from afa.denoiser.table import DENOISERS
 from afa.errors import UserError
 from afa.experts.compatible import kind_mismatches, mismatches, only_predictions
@@ -156,9 +156,19 @@ class Ensemble:
 
         pipeline_class: default the text-to-image pipeline of the architecture; any other of the same components works
         (img2img, inpainting with 4 channels, ControlNet). components: replace or add, e.g. controlnet=….
-        Raises UserError if the experts brought no text encoders or no VAE.
+        Raises UserError if the experts brought no text encoders or no VAE, and for a scheduler of another kind than predictions are converted to.
         """
+        if components.get("scheduler") is not None:
+            self._check_scheduler(components["scheduler"])
         return self.frame.pipeline(self, pipeline_class, components)
+
+    def _check_scheduler(self, scheduler: Any) -> None:
+        found = next((found for found in self.denoiser.conversions if found is not None), None)
+        if found is not None and conversion(Schedule.of(scheduler), found.frame) is not None:
+            raise UserError(
+                f"the scheduler is for models that predict {kind_of(scheduler)}, and the experts' predictions are made {found.frame.kind}, at the noise"
+                " of the frame's scheduler; make the ensemble with scheduler=, an expert's name or a folder"
+            )
 
     def attach(self, controlnet: nn.Module) -> nn.Module:
         """Let a ControlNet (or several in one MultiControlNetModel) see the first expert's text, as it was trained to.

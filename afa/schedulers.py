@@ -25,11 +25,11 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# The same for flows. Others of diffusers draw noise in every step, and pipelines of flows give them no generator of an image's own.
+# The same for flows. Of the others of diffusers, some draw noise in every step, and pipelines of flows give them no generator of an
+# image's own; DEIS divides by the signal, which a flow begins without.
 FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("FlowMatchEulerDiscreteScheduler", {}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 
@@ -45,6 +45,16 @@ def make_scheduler(name: str, like: Any) -> Any:
     except ValueError as error:
         raise UserError(_not_for_flows(name) if flows and name in SCHEDULERS else str(error)) from None
     return _flow(kind, like) if flows else _maker(kind).from_config(like.config, **options)
+
+
+def reschedule(ensemble: Any, name: str) -> None:
+    """Another scheduler for an ensemble's frame and for every expert's own pipeline. Raises UserError for one that is not for all of them."""
+    ensemble.frame.scheduler = make_scheduler(name, ensemble.frame.scheduler)
+    for expert in ensemble.experts:
+        try:
+            expert.scheduler = make_scheduler(name, expert.scheduler)
+        except UserError as error:
+            raise UserError(f"expert '{expert.name}': {error}") from None
 
 
 def _not_for_flows(name: str) -> str:

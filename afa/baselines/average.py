@@ -38,7 +38,7 @@ class Averaged(Combination):
 
 
 def noise_average(ensemble: Ensemble, options: NoiseAverage) -> PipelineSampler:
-    """ε = Σ wᵢ εᵢ, each expert with its own text encoders; for any prediction type, since all are linear in ε."""
+    """ε = Σ wᵢ εᵢ, each expert with its own text encoders; for any kind of prediction, since all are linear in ε."""
     weights = shares(options.weights, len(ensemble.names))
     return PipelineSampler(in_frame(ensemble, Averaged(ensemble.denoiser, weights)))
 

@@ -67,7 +67,8 @@ class Combination(ModelMixin, ConfigMixin, ABC):
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """The stock forward of the experts' family."""
         given, call = self._stock.bind(*args, **kwargs).arguments, self.ensemble.call
-        sample, timestep = call.latents(given), _one(call.counted(given["timestep"]))
+        sample = call.latents(given)
+        timestep = _one(self.ensemble.times(given["timestep"], sample))
         size = (sample.shape[-2], sample.shape[-1])
 
         def predict(expert: int) -> Tensor:

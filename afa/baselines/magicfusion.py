@@ -17,6 +17,7 @@ class Blended(Combination):
 
     Guidance is linear, so what the pipeline makes of them is the winner's guided prediction, exactly. Saliency is defined
     on ε: other predictions, a flow's velocity too, are converted to tell the winner; the prediction handed on is the winner's own.
+    Of pure noise, a flow's first step, all claim the same noise, and the general expert wins.
     guidance: must be set, above 1, before a pass; the sampler does it.
     """
 

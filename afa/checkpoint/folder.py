@@ -108,6 +108,16 @@ def _prediction_type(expert: Expert) -> str | None:
     return None if expert.scheduler is None else kind_of(expert.scheduler)
 
 
+def _check_prediction_type(expert: Expert, entry: ExpertEntry) -> None:
+    """Raises UserError if an expert now predicts something else, by its scheduler, than what the ensemble was made with."""
+    found = _prediction_type(expert)
+    if entry.prediction_type is not None and found != entry.prediction_type:
+        raise UserError(
+            f"expert '{expert.name}' has changed: its scheduler says prediction_type {found}, the ensemble was made with {entry.prediction_type};"
+            " restore its scheduler_config.json or train again"
+        )
+
+
 def _refer(expert: Expert, folder: Path) -> ExpertEntry:
     """An entry for an expert that has a place of its own. Raises UserError for one that only lives in memory."""
     if expert.located is None:
@@ -176,6 +186,7 @@ def load_ensemble(kind: "type[Ensemble]", folder: Path, moved: Mapping[str, str]
     ensemble.denoiser.aggregators.load_state_dict(read_tensors(folder, manifest))
     ensemble.training = manifest.training
     for expert, entry in zip(ensemble.experts, manifest.experts, strict=True):
+        _check_prediction_type(expert, entry)
         expert.hashes = entry.files if verify else {}
     return ensemble
 

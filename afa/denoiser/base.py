@@ -190,7 +190,7 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         found = self.conversions[expert]
         if found is None:
             return noisy, timestep
-        own, times = found.given(noisy, self._times(timestep, noisy))
+        own, times = found.given(noisy, self.times(timestep, noisy))
         return own, self.call.told(times.float())
 
     def _answers(self, chosen: Sequence[int], timestep: Tensor | float | int, noisy: Callable[[], Tensor] | None) -> list[Answer]:
@@ -200,12 +200,13 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         if noisy is None:
             raise NotImplementedError(f"predictions of family {self.family} are not converted; take experts of one kind")
         latents = noisy()
-        times = self._times(timestep, latents)
+        times = self.times(timestep, latents)
         return [_answer(self.conversions[index], latents, times) for index in chosen]
 
-    def _times(self, timestep: Tensor | float | int, like: Tensor) -> Tensor:
-        """A call's timestep as schedulers count it, () or (B,)."""
-        return torch.as_tensor(self.call.counted(timestep), device=like.device)
+    def times(self, timestep: Tensor | float | int, like: Tensor) -> Tensor:
+        """A call's timestep as schedulers count it, () or (B,), where `like` is; half precision would round it once more."""
+        told = torch.as_tensor(timestep, device=like.device)
+        return torch.as_tensor(self.call.counted(told.to(torch.promote_types(told.dtype, torch.float32))))
 
     def _observe(self, stage: str, weights: Tensor) -> None:
         """Show a stage's weights to whoever wants them."""

@@ -34,7 +34,7 @@ class EvaluateSettings:
     steps: int | None = option(None, help="denoising steps (default: the protocol's)")
     guidance: float | None = option(None, help="strength of guidance (default: the protocol's, or the family's own)")
     true_guidance: float | None = option(None, help="FLUX: strength of classifier-free guidance beside the built-in one")
-    scheduler: str | None = option(None, help="ddim, euler, dpm++ …; of flows: euler, dpm++, deis, unipc (default: the ensemble's)")
+    scheduler: str | None = option(None, help="ddim, euler, dpm++ …; of flows: euler, dpm++, unipc (default: the ensemble's)")
     width: int | None = option(None, help="in pixels (default: the protocol's, or the experts' own)")
     height: int | None = option(None, help="in pixels (default: the protocol's, or the experts' own)")
     protocol_data: str | None = option(None, help="COCO's folder, or DrawBench's table")

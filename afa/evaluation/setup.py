@@ -16,13 +16,14 @@ from afa.errors import UserError
 from afa.evaluation.protocols.base import Protocol, Request
 from afa.evaluation.protocols.table import make_protocol
 from afa.evaluation.settings import EvaluateSettings
+from afa.experts.config import denoiser_config
 from afa.experts.load import Expert, load_expert
+from afa.experts.locate import locate
 from afa.experts.original import KNOWN_CONFIGS
-from afa.experts.outline import read_outline
 from afa.experts.spec import ExpertSpec, new_places
 from afa.families.table import FAMILIES
 from afa.generation.sample import Sampling
-from afa.schedulers import make_scheduler
+from afa.schedulers import reschedule
 from afa.training.settings import TrainSettings
 from afa.training.sources.table import open_source
 
@@ -50,7 +51,7 @@ class Setup:
         entry, sampling = self.manifest.experts[0], protocol.sampling
         if sampling.guidance is None or sampling.true_guidance is not None:
             shape = entry.config if entry.config is None or entry.config in KNOWN_CONFIGS else str(self.folder / entry.config)
-            config = read_outline(ExpertSpec.parse(self.expert_specs()[0]), shape).expert.model.config
+            config = denoiser_config(locate(ExpertSpec.parse(self.expert_specs()[0])), self.manifest.family, shape)
             call = FAMILIES[self.manifest.family].call
             call.guided(config, 1, sampling.guidance, sampling.negative_prompt, sampling.true_guidance)
             guidance = call.strength(config) if sampling.guidance is None else sampling.guidance
@@ -75,9 +76,7 @@ class Setup:
         """The ensemble itself, its experts in memory for every row; with the protocol's scheduler, where it has one."""
         ensemble = Ensemble.load(self.folder, self.moved, dtype=self.dtype).to(self.device)
         if self.protocol.scheduler is not None:
-            ensemble.frame.scheduler = make_scheduler(self.protocol.scheduler, ensemble.frame.scheduler)
-            for expert in ensemble.experts:
-                expert.scheduler = make_scheduler(self.protocol.scheduler, expert.scheduler)
+            reschedule(ensemble, self.protocol.scheduler)
         return ensemble
 
     @cached_property

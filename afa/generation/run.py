@@ -28,7 +28,7 @@ from afa.generation.prompts import read_prompts
 from afa.generation.sample import Request, Sampling
 from afa.generation.settings import GenerateSettings
 from afa.lookup import unknown
-from afa.schedulers import make_scheduler
+from afa.schedulers import reschedule
 
 CHUNK = "afa"  # the PNG text chunk that holds the settings
 GRID_UP_TO = 400  # images; a larger grid is no longer looked at
@@ -68,7 +68,8 @@ def generate(settings: GenerateSettings) -> list[Path]:
     if settings.weights and (settings.expert is not None or len(ensemble.names) == 1):
         raise UserError("--weights needs an ensemble of several experts; a single expert has no weight maps")
     sampling = _sampling(settings, ensemble)
-    _reschedule(ensemble, settings.scheduler)
+    if settings.scheduler is not None:
+        reschedule(ensemble, settings.scheduler)
     sampler = _sampler(settings, ensemble.to(device))
     output = Path(settings.output)
     if output.is_file():
@@ -96,14 +97,6 @@ def _load(settings: GenerateSettings) -> Ensemble:
     options = settings.method_options()
     placement = "out" if options is not None and options.only_predictions else None  # which may then be of different kinds
     return Ensemble.from_experts(settings.sources, aggregator="mean", placement=placement, frame=settings.frame, dtype=dtype, config=settings.config)
-
-
-def _reschedule(ensemble: Ensemble, name: str | None) -> None:
-    """Another scheduler for the frame and for every expert's own pipeline."""
-    if name is not None:
-        ensemble.frame.scheduler = make_scheduler(name, ensemble.frame.scheduler)
-        for expert in ensemble.experts:
-            expert.scheduler = make_scheduler(name, expert.scheduler)
 
 
 def _sampler(settings: GenerateSettings, ensemble: Ensemble) -> Any:

@@ -25,7 +25,7 @@ class GenerateSettings:
     guidance: float | None = option(None, help="strength of guidance, 1 turns it off (default: the family's own: 7.5, SDXL 5, SD3 7, FLUX.1-dev 3.5)")
     true_guidance: float | None = option(None, help="FLUX: strength of classifier-free guidance beside the built-in one, at twice the cost")
     scheduler: str | None = option(
-        None, help="ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, dpm++_karras, unipc …; of flows: euler, dpm++, deis, unipc (default: the experts')"
+        None, help="ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, dpm++_karras, unipc …; of flows: euler, dpm++, unipc (default: the experts')"
     )
     width: int | None = option(None, help="in pixels (default: the experts' own)")
     height: int | None = option(None, help="in pixels (default: the experts' own)")

@@ -1,0 +1,25 @@
+"""The config of an expert's denoiser, without its weights: what decides how its pipeline is called."""
+
+from typing import Any
+
+import torch
+
+from afa.errors import UserError
+from afa.experts.load import READING
+from afa.experts.locate import Located
+from afa.experts.original import config_folder, detect_config
+from afa.families.table import FAMILIES
+
+
+def denoiser_config(located: Located, family: str, config: str | None = None) -> Any:
+    """With the defaults of its class. config: of a single file, as in load_expert. Raises UserError where there is none to be read."""
+    import diffusers
+
+    folder = config_folder(config or detect_config(located.path)) if located.single_file else located.path
+    folder = folder / FAMILIES[family].component if located.whole_pipeline else folder
+    maker: Any = getattr(diffusers, FAMILIES[family].model)
+    try:
+        with torch.device("meta"):
+            return maker.from_config(maker.load_config(folder, local_files_only=True)).config
+    except READING as error:
+        raise UserError(f"{folder} has no config of a {FAMILIES[family].model}: {str(error).strip().partition(chr(10))[0]}") from None

@@ -1,0 +1,149 @@
+"""The laws of the sampling-time methods on flow models of tokens, through tiny real pipelines."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from rival_experts import differ, together
+from tiny import quiet
+from tiny_transformers import flux_pipeline, sd3_pipeline, text_encoder
+
+from afa import UserError, only_expert, record_weights
+from afa.baselines.options import OPTIONS
+from afa.baselines.saliency import saliency, winners
+from afa.baselines.table import make_sampler
+from afa.generation.sample import Request, Sampling, sample
+
+PIPELINES = {"sd3": sd3_pipeline, "flux": flux_pipeline, "schnell": functools.partial(flux_pipeline, guidance_embeds=False)}
+SAMPLING = Sampling(steps=3, height=32, width=48)
+CAT, DOG = Request("a red cat", 1), Request("a dog", 7)
+EVERYWHERE = ["single", "single_in_ensemble", "random_expert", "noise_average", "feature_mean", "timestep_experts"]
+CASES = [(method, family) for family in PIPELINES for method in (*EVERYWHERE, *(["magicfusion"] if family == "sd3" else []))]
+OPTION = {
+    "single": {"expert": "expert_0"},
+    "single_in_ensemble": {"expert": "expert_0"},
+    "magicfusion": {"mode": 2, "t0": 0},  # blended at every step
+}
+MADE_ONE = {  # options that leave only expert_1
+    "single_in_ensemble": {"expert": "expert_1"},
+    "random_expert": {"weights": [0, 5, 0], "frame": "ensemble"},
+    "noise_average": {"weights": [0, 5, 0]},
+    "timestep_experts": {"table": "1000-0:expert_1"},
+    "magicfusion": {"general": "expert_1", "mode": 1, "t0": 0},
+}
+
+
+@functools.cache
+def pipes(family):
+    return [PIPELINES[family](seed) for seed in range(3)]
+
+
+@functools.cache
+def ensemble(family):
+    return together(pipes(family))
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_identical_experts_are_the_single_expert(method, family):
+    images = make_sampler(method, together([pipes(family)[0]] * 3), **OPTION.get(method, {}))([CAT], SAMPLING)
+    assert differ(images, sample(quiet(pipes(family)[0]), [CAT], SAMPLING)) <= (1 if method == "feature_mean" else 0)
+
+
+@pytest.mark.parametrize(("method", "family"), [(method, family) for method, family in CASES if method in MADE_ONE])
+def test_a_weight_of_one_is_that_expert_in_the_ensembles_frame(method, family):
+    images = make_sampler(method, ensemble(family), **MADE_ONE[method])([CAT, DOG], SAMPLING)
+    with only_expert(ensemble(family).denoiser, "expert_1"):
+        assert np.array_equal(images, sample(quiet(ensemble(family).pipeline()), [CAT, DOG], SAMPLING))
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_single_is_the_pipeline_it_came_as(family):
+    images = make_sampler("single", ensemble(family), expert="expert_2")([CAT, DOG], SAMPLING)
+    assert np.array_equal(images, sample(quiet(PIPELINES[family](2)), [CAT, DOG], SAMPLING))
+
+
+@pytest.mark.parametrize(("method", "family"), [case for case in CASES if case[0] in ("random_expert", "noise_average", "feature_mean", "magicfusion")])
+def test_the_order_of_experts_changes_nothing_where_the_rule_is_symmetric(method, family):
+    # of pure noise, a flow's first step, all claim the same: there the general expert wins
+    options = {"magicfusion": {"mode": 2, "t0": 0, "saliency_reference": "own", "general": "expert_0"}}.get(method, {})
+    first, second, third = ensemble(family).experts
+    turned = together([third, first, second], vae="expert_0", scheduler="expert_0", tokenizer="expert_0")
+    assert differ(*(make_sampler(method, these, **options)([CAT], SAMPLING) for these in (ensemble(family), turned))) <= 1
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(method, family):
+    sampler = make_sampler(method, ensemble(family), **OPTION.get(method, {}))
+    batch, alone = sampler([CAT, DOG], SAMPLING), sampler([DOG], SAMPLING)
+    assert differ(batch[1:], alone) <= 1
+    assert differ(batch[1:], sampler([Request("a dog", 8)], SAMPLING)) > 1
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_half_precision_and_sizes_are_kept(method, family):
+    half = together([PIPELINES[family](seed).to(torch.bfloat16) for seed in range(2)])
+    images = make_sampler(method, half, **OPTION.get(method, {}))([CAT], Sampling(2, height=48, width=32))
+    assert images.shape == (1, 48, 32, 3) and images.std() > 0
+
+
+@pytest.mark.parametrize(("method", "family"), [case for case in CASES if OPTIONS[case[0]].has_maps])
+def test_recorded_weights_are_convex_at_the_schedulers_times(method, family):
+    sampler = make_sampler(method, ensemble(family), **OPTION.get(method, {}))
+    with record_weights(sampler.denoiser) as maps:
+        sampler([CAT], SAMPLING)
+    weights = maps.stage("OUT")
+    assert weights.shape[:3] == (3, 2 if family == "sd3" else 1, 3)  # SD3's pipeline doubles the batch
+    assert weights.min() >= 0 and torch.allclose(weights.sum(2), torch.ones(()))
+    assert maps.timesteps == pytest.approx(sampler.pipeline.scheduler.timesteps.tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_timesteps_are_counted_as_in_a_table(family):
+    """Of the three steps of a flow shifted by 3, at 1000, 858 (or so) and 601, the first two belong to expert_2."""
+    sampler = make_sampler("timestep_experts", ensemble(family), table="1000-700:expert_2,700-0:expert_0")
+    with record_weights(sampler.denoiser) as maps:
+        sampler([CAT], SAMPLING)
+    assert maps.stage("OUT").mean((1, 3, 4)).argmax(-1).tolist() == [2 if time >= 700 else 0 for time in maps.timesteps]
+    assert {time >= 700 for time in maps.timesteps} == {True, False}
+
+
+@pytest.mark.parametrize("family", ["flux", "schnell"])
+def test_text_encoders_of_its_own_belong_to_an_expert(family):
+    own = PIPELINES[family](1)
+    own.text_encoder = text_encoder(9, width=16)
+    pair = together([pipes(family)[0], own], vae="expert_1")
+    images = make_sampler("noise_average", pair, weights=[0, 1])([CAT], SAMPLING)
+    assert np.array_equal(images, sample(quiet(own), [CAT], SAMPLING))
+
+
+def test_magicfusion_on_a_flow_compares_the_noise_that_velocities_claim():
+    sampler, sigma = make_sampler("magicfusion", ensemble("sd3"), mode=2, t0=0), 0.7
+    denoiser = sampler.denoiser
+    denoiser.guidance = strength = 4.0
+    rng = torch.Generator().manual_seed(0)
+    predictions, noisy = torch.randn(2, 3, 4, 4, 6, generator=rng), torch.randn(1, 4, 4, 6, generator=rng).repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        got, weights = denoiser.combine(lambda expert: predictions[:, expert], noisy, 1000 * sigma)
+    unconditional, conditional = (noisy[:, None] + (1 - sigma) * predictions).chunk(2)
+    winner = winners(saliency(conditional, unconditional[:, :1], strength), torch.ones(3))[0]
+    assert len(winner.unique()) > 1
+    for row, column in np.ndindex(4, 6):
+        assert torch.equal(got[:, :, row, column], predictions[:, winner[row, column], :, row, column])
+        assert weights[:, winner[row, column], row, column].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "reason"),
+    [
+        ("magicfusion", "flux", r"theirs built in \(guidance_embeds\)"),
+        ("magicfusion", "schnell", "were distilled to do without"),
+        ("superdiff_or", "flux", r"theirs built in \(guidance_embeds\)"),
+        ("superdiff_and", "schnell", "were distilled to do without"),
+        ("superdiff_or", "sd3", "a flow begins without any signal"),
+        ("superdiff_and", "sd3", "a flow begins without any signal"),
+    ],
+)
+def test_what_a_method_cannot_do_it_refuses_by_name(method, family, reason):
+    with pytest.raises(UserError, match=f"{method.partition('_')[0]} .*{reason}"):
+        make_sampler(method, ensemble(family))

@@ -1,0 +1,71 @@
+"""Schedulers by name: of diffusion schedules, and of flows, each with the experts' own noise."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from rival_experts import UNET
+from tiny import quiet, scheduler, sd_pipeline
+from tiny_transformers import flux_pipeline, sd3_pipeline
+
+from afa import Ensemble, UserError
+from afa.denoiser.schedule import kind_of, tables
+from afa.generation.sample import Request, Sampling, sample
+from afa.schedulers import FLOWS, SCHEDULERS, make_scheduler
+
+CAT = Request("a red cat", 1)
+FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
+DYNAMIC = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.4, max_shift=1.2)  # by the picture's size
+
+
+@functools.cache
+def drawn(family, dynamic, name, steps):
+    pipe = {"sd3": sd3_pipeline, "flux": flux_pipeline}[family]()
+    pipe.scheduler = DYNAMIC if dynamic else FLOW
+    ensemble = Ensemble.from_experts([pipe])
+    ensemble.frame.scheduler = make_scheduler(name, ensemble.frame.scheduler)
+    return sample(quiet(ensemble.pipeline()), [CAT], Sampling(steps, height=32, width=48)).astype(int)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize(("family", "dynamic"), [("sd3", False), ("sd3", True), ("flux", False), ("flux", True)])
+def test_solvers_of_a_flow_come_to_one_picture(family, dynamic, name):
+    found, exact = drawn(family, dynamic, name, 24), drawn(family, dynamic, "euler", 72)
+    assert np.abs(found - exact).mean() < 4 < np.abs(exact - exact.mean()).mean() / 5
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_picture_of_a_flow_depends_on_its_own_noise_only(name):
+    torch.manual_seed(1)
+    first = drawn.__wrapped__("flux", False, name, 3)
+    torch.manual_seed(2)
+    assert np.array_equal(first, drawn.__wrapped__("flux", False, name, 3))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_noise_of_a_flow_is_kept_from_scheduler_to_scheduler(name):
+    for flow in (FLOW, DYNAMIC):
+        made = make_scheduler(name, flow)
+        for one in (made, make_scheduler("euler", made), make_scheduler("unipc", made)):
+            assert kind_of(one) == "flow"
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(tables(one)[1:], tables(flow)[1:], strict=True))
+            assert one.config.get("base_shift", 0.5) == flow.config.base_shift  # read by FLUX's pipeline, with that default
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_of_diffusion_schedules_keep_the_kind(name):
+    made = make_scheduler(name, scheduler("v_prediction"))
+    assert kind_of(made) == "v_prediction"
+    pipe = quiet(sd_pipeline(prediction_type="v_prediction", **UNET))
+    pipe.scheduler = made
+    assert sample(pipe, [CAT], Sampling(4, height=32, width=32)).std() > 0
+
+
+def test_what_is_not_for_flows_is_refused_and_a_mistyped_name_explained():
+    with pytest.raises(UserError, match="'ddim' is for models with a diffusion schedule, and these are flow models; choose one of euler, dpm"):
+        make_scheduler("ddim", FLOW)
+    for like in (FLOW, scheduler()):
+        with pytest.raises(UserError, match="did you mean 'unipc'"):
+            make_scheduler("unipcc", like)
