@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from afa.denoiser.sharing import applied
+
 
 class EnsembleTextEncoder(nn.Module):
     """N CLIP text encoders as one: states of (B, T, D) each are joined on the last axis to (B, T, N·D).
@@ -77,6 +79,10 @@ class EnsembleTextEncoder(nn.Module):
         normed = [_final_layer_norm(self.encoders[index])(part) for index, part in zip(self.of_expert, parts, strict=True)]
         return torch.cat(normed, dim=-1)
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Move or cast; weights that encoders share (with LoRAs of their own beside them) stay shared."""
+        return applied(self, lambda: super(EnsembleTextEncoder, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+
     def train(self, mode: bool = True) -> "EnsembleTextEncoder":
         """Frozen: it has no training mode."""
         return super().train(False)
@@ -117,9 +123,15 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 
 def arithmetic(encoder: nn.Module) -> list[Any]:
-    """The settings that change what the same weights compute."""
+    """The settings that change what the same weights compute, strengths of LoRAs among them."""
     names = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "projection_dim")
-    return [getattr(encoder.config, name, None) for name in names]
+    return [*(getattr(encoder.config, name, None) for name in names), *_strengths(encoder)]
+
+
+def _strengths(encoder: nn.Module) -> list[tuple[Any, ...]]:
+    """Of each layer with LoRAs beside its weight: which are on, and how strongly; in order."""
+    layers: list[Any] = [layer for layer in encoder.modules() if hasattr(layer, "active_adapters") and hasattr(layer, "scaling")]
+    return [(tuple(layer.active_adapters), dict(layer.scaling), layer.merged, layer.disable_adapters) for layer in layers]
 
 
 def _final_layer_norm(encoder: nn.Module) -> nn.Module:

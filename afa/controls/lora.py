@@ -17,8 +17,9 @@ PARTS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    """The modules of a U-Net that get a LoRA, by name."""
-    for name, module in model.named_modules():
+    """The modules of a U-Net that get a LoRA, by name; those that have one already count by the layer beneath."""
+    for path, module in model.named_modules():
+        name = path.removesuffix(".base_layer")
         if isinstance(module, (nn.Linear, nn.Conv2d)) and any(name == part or name.endswith(f".{part}") for part in PARTS):
             yield name, module
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from afa.aggregators.base import Aggregator
 from afa.aggregators.table import Recipe
 from afa.denoiser.placement import fused_stages
+from afa.denoiser.sharing import applied
 from afa.denoiser.walk import Column, Observer, Residuals, walk
 from afa.families.call import Call
 from afa.families.stage import Stage, Trace
@@ -158,6 +159,10 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
             self._maps.observe(stage, weights)
         if self._watch is not None:
             self._watch(stage, weights)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Move or cast; what experts share stays shared."""
+        return applied(self, lambda: super(EnsembleDenoiser, self)._apply(fn, recurse))
 
     def train(self, mode: bool = True) -> "EnsembleDenoiser":
         """Only aggregators have a training mode; experts stay as they were frozen."""
