@@ -150,7 +150,32 @@ class Ensemble:
         (img2img, inpainting with 4 channels, ControlNet). components: replace or add, e.g. controlnet=….
         Raises UserError if the experts brought no text encoders or no VAE.
         """
-        return self.frame.pipeline(self, pipeline_class, components)
+        pipe = self.frame.pipeline(self, pipeline_class, components)
+        own = (self.denoiser, *self.text_encoders)
+        if all(any(part is mine for part in pipe.components.values()) for mine in own) and hasattr(pipe, "load_lora_weights"):
+            pipe.load_lora_weights = self._load_lora_weights  # the stock one knows nothing of several text encoders
+        return pipe
+
+    def load_lora(
+        self, source: Any, experts: Sequence[str] | None = None, adapter_name: str | None = None, scale: float = 1.0, **options: Any
+    ) -> str:
+        """Load a LoRA beside the weights of all experts, or of some by name: -> the name it can be switched by.
+
+        source: a file, or what else diffusers takes (with its options, e.g. weight_name=…). It is on, as strong as scale says; LoRAs
+        that were loaded before are off there, as in a stock pipeline: pipe.set_adapters([one, other], [0.5, 1]) has both.
+        Raises UserError for one that does not fit, with how many of its weights found no place.
+        """
+        from afa.loras import load_into
+
+        return load_into(self, source, experts, adapter_name, scale, options)
+
+    def _load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict: Any, adapter_name: str | None = None, hotswap: bool = False, **options: Any
+    ) -> None:
+        """What a pipeline of the ensemble does in the place of the stock method."""
+        if hotswap:
+            raise NotImplementedError("hotswap is not supported on an ensemble; delete_adapters(name), then load the other")
+        self.load_lora(pretrained_model_name_or_path_or_dict, adapter_name=adapter_name, **options)
 
     def attach(self, controlnet: nn.Module) -> nn.Module:
         """Let a ControlNet (or several in one MultiControlNetModel) see the first expert's text, as it was trained to.

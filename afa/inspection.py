@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,10 @@ from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.cost import Flops, count_flops
 from afa.denoiser.table import DENOISERS
 from afa.errors import UserError
-from afa.experts.adapters import place_of
+from afa.experts.adapters import lora_numbers, place_of
 from afa.experts.compatible import mismatches
 from afa.experts.headers import check_fit, dtype_of, read_file
 from afa.experts.load import Expert, check_names
-from afa.experts.locate import Located
 from afa.experts.original import KNOWN_CONFIGS
 from afa.experts.outline import Outline, config_outline, read_outline, shared_text_encoders
 from afa.experts.spec import ExpertSpec
@@ -219,7 +217,7 @@ def _memory(subject: Subject, described: Sequence[dict[str, Any]], denoiser: Ens
     """
     places = [place_of(outline.expert.located) or index for index, outline in enumerate(subject.outlines)]
     firsts = [expert for index, expert in enumerate(described) if places[index] not in places[:index]]
-    loras = [_numbers_of_loras(outline.expert.located) for outline, place in zip(subject.outlines, places, strict=True) if places.count(place) > 1]
+    loras = [lora_numbers(outline.expert.located) for outline, place in zip(subject.outlines, places, strict=True) if places.count(place) > 1]
     texts = [text for expert in firsts for text in expert["text_encoders"] if text["same_as"] is None]
     held: dict[str, int | None] = {
         "experts": sum(expert["parameters"] for expert in firsts) + sum(loras),
@@ -229,13 +227,6 @@ def _memory(subject: Subject, described: Sequence[dict[str, Any]], denoiser: Ens
     }
     held["total"] = sum(value or 0 for value in held.values())
     return {"parameters": held, "bytes": {dtype: _times(held, width) for dtype, width in DTYPES.items()}}
-
-
-def _numbers_of_loras(located: Located | None) -> int:
-    """How many numbers the LoRAs of an expert have, by the headers of their files."""
-    files = [Path(lora.path) for lora in located.spec.loras] if located else []
-    entries = [entry for file in files if file.suffix == ".safetensors" for entry in read_file(file).items()]
-    return sum(prod(entry.shape) for key, entry in entries if "alpha" not in key)
 
 
 def _times(held: dict[str, int | None], width: int) -> dict[str, int | None]:

@@ -1,16 +1,18 @@
 """The drop-in text encoder: every expert's own encoder behind one stock interface, their states joined."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from afa.denoiser.lora import LoraHost
 from afa.denoiser.sharing import applied
 
 
-class EnsembleTextEncoder(nn.Module):
+class EnsembleTextEncoder(LoraHost, ModelMixin):
     """N CLIP text encoders as one: states of (B, T, D) each are joined on the last axis to (B, T, N·D).
 
     encoders: one per expert, in the experts' order. Those with equal weights are run, and kept in memory, once.
@@ -30,6 +32,26 @@ class EnsembleTextEncoder(nn.Module):
         self.joined = len(unique) > 1 if joined is None else joined
         if len(unique) > 1 and not self.joined:
             raise ValueError(f"{len(unique)} different text encoders must be joined")
+
+    def lora_models(self) -> Sequence[Any]:
+        """The encoders, each of which gets the LoRAs that are loaded."""
+        return list(self.encoders)
+
+    def replace(self, changed: Mapping[int, nn.Module]) -> None:
+        """Give some experts, by their index, other encoders than they had; those that shared one still do if all of them change."""
+        places: dict[int, int] = {}  # of an encoder -> where what came in its place is
+        for index, encoder in changed.items():
+            before = self.of_expert[index]
+            if before not in places:
+                alone = all(other in changed for other, place in enumerate(self.of_expert) if place == before)
+                places[before] = before if alone else len(self.encoders)
+                if alone:
+                    self.encoders[before] = encoder
+                else:
+                    self.encoders.append(encoder)
+        for index in changed:
+            self.of_expert[index] = places[self.of_expert[index]]
+        self.joined = self.joined or len(self.encoders) > 1
 
     @property
     def config(self) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from afa.aggregators.base import Aggregator
 from afa.aggregators.table import Recipe
+from afa.denoiser.lora import DenoiserLoras
 from afa.denoiser.placement import fused_stages
 from afa.denoiser.sharing import applied
 from afa.denoiser.walk import Column, Observer, Residuals, walk
@@ -46,7 +47,7 @@ class WeightMaps:
         self.maps[-1][stage] = weights.detach().float().cpu()
 
 
-class EnsembleDenoiser(ModelMixin, ConfigMixin):
+class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
     """N frozen experts and their trainable aggregators, in the place of one diffusers denoiser.
 
     A family's subclass adds the stock forward. `config` is the first expert's, so pipelines find what they ask for.
@@ -193,8 +194,9 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
     def enable_cache(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("caches between steps (FirstBlockCache and others) are not supported on an ensemble: its blocks run by stages")
 
-    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("a LoRA belongs to one expert: give the expert as name=base.safetensors+lora.safetensors")
+    def lora_models(self) -> Sequence[Any]:
+        """The experts, each of which gets the LoRAs that are loaded."""
+        return list(self.experts)
 
 
 def _columns(stages: Callable[[nn.Module], tuple[Stage, ...]], experts: Sequence[nn.Module], names: Sequence[str]) -> list[Column]:

@@ -9,7 +9,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from afa.denoiser.base import EnsembleDenoiser
-from afa.denoiser.inputs import attention_options, lora_scaled, split_joined
+from afa.denoiser.inputs import attention_options, split_joined
+from afa.denoiser.lora import lora_scaled
 from afa.denoiser.walk import Residuals
 from afa.families import flux
 from afa.families.tokens import TokenTrace, as_map, as_tokens

@@ -10,11 +10,13 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from afa.denoiser.lora import OWN, adapter_parameters, settle, tuner_layers
 from afa.denoiser.sharing import Model, shared_copy
 from afa.errors import UserError
 from afa.experts.locate import Located, locate
@@ -26,7 +28,6 @@ from afa.families.table import FAMILIES
 if TYPE_CHECKING:
     from afa.experts.load import Expert
 
-OWN = "own_"  # begins the adapter names of an expert's own LoRAs
 LOADERS = (OSError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, TypeError)  # what diffusers' loaders raise
 # What else is passed around as "a LoRA", by a piece of its keys.
 OTHER_KINDS = {
@@ -84,11 +85,11 @@ def add_own(expert: "Expert", loras: Sequence[Lora]) -> None:
     for name, lora in zip(names, loras, strict=True):
         load_lora(pipe, lora.path, name, f"expert '{expert.name}'")
     pipe.set_adapters(names, [lora.strength for lora in loras])
-    dtype = expert.model.dtype
     for module in (expert.model, *expert.text_encoders):
         for _, layer in tuner_layers(module):
             make_own(layer, names)
-        module.to(dtype).requires_grad_(False).eval()
+        for name in names:
+            settle(module, name)
 
 
 def carrier(expert: "Expert") -> Any:
@@ -168,16 +169,11 @@ def _count(pipe: Any, source: Any, options: dict[str, Any]) -> int:
     return sum("alpha" not in key for key in (read[0] if isinstance(read, tuple) else read))
 
 
-def adapter_parameters(module: nn.Module, name: str) -> list[nn.Parameter]:
-    """The parameters of one adapter."""
-    return [parameter for path, parameter in module.named_parameters() if "lora_" in path and name in path.split(".")]
-
-
-def tuner_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers of a model that have a LoRA beside their weight, by name."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer))
+def lora_numbers(located: Located | None) -> int:
+    """How many numbers the LoRAs of an expert have, by the headers of their files."""
+    files = [Path(lora.path) for lora in located.spec.loras] if located else []
+    headers = [read_header(file) for file in files if file.suffix == ".safetensors"]
+    return sum(prod(entry["shape"]) for header in headers for key, entry in header.items() if "alpha" not in key)
 
 
 def fuse(module: Model) -> Model:
