@@ -14,6 +14,7 @@ from afa.errors import UserError
 from afa.experts.compatible import mismatches
 from afa.experts.load import Expert, load_experts
 from afa.frame import Frame
+from afa.loading import equip, load_into
 from afa.text import EnsembleTextEncoder, join_text_encoders
 
 
@@ -151,9 +152,8 @@ class Ensemble:
         Raises UserError if the experts brought no text encoders or no VAE.
         """
         pipe = self.frame.pipeline(self, pipeline_class, components)
-        own = (self.denoiser, *self.text_encoders)
-        if all(any(part is mine for part in pipe.components.values()) for mine in own) and hasattr(pipe, "load_lora_weights"):
-            pipe.load_lora_weights = self._load_lora_weights  # the stock one knows nothing of several text encoders
+        if all(any(part is mine for part in pipe.components.values()) for mine in (self.denoiser, *self.text_encoders)):
+            equip(self, pipe)
         return pipe
 
     def load_lora(
@@ -165,17 +165,7 @@ class Ensemble:
         that were loaded before are off there, as in a stock pipeline: pipe.set_adapters([one, other], [0.5, 1]) has both.
         Raises UserError for one that does not fit, with how many of its weights found no place.
         """
-        from afa.loras import load_into
-
         return load_into(self, source, experts, adapter_name, scale, options)
-
-    def _load_lora_weights(
-        self, pretrained_model_name_or_path_or_dict: Any, adapter_name: str | None = None, hotswap: bool = False, **options: Any
-    ) -> None:
-        """What a pipeline of the ensemble does in the place of the stock method."""
-        if hotswap:
-            raise NotImplementedError("hotswap is not supported on an ensemble; delete_adapters(name), then load the other")
-        self.load_lora(pretrained_model_name_or_path_or_dict, adapter_name=adapter_name, **options)
 
     def attach(self, controlnet: nn.Module) -> nn.Module:
         """Let a ControlNet (or several in one MultiControlNetModel) see the first expert's text, as it was trained to.

@@ -110,7 +110,8 @@ class EnsembleTextEncoder(LoraHost, ModelMixin):
         return super().train(False)
 
     def get_input_embeddings(self) -> nn.Module:
-        raise NotImplementedError("textual inversion is not supported on an ensemble; load it into each expert's own pipeline before it joins")
+        """Refused: several encoders have vectors of their own."""
+        raise NotImplementedError("words (textual inversion) are loaded into an ensemble by a pipeline of ensemble.pipeline(), not by one of your own")
 
 
 class _TextModel:

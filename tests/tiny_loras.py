@@ -33,7 +33,7 @@ class Family:
 
 
 FAMILIES = {
-    "sd": Family(sd_pipeline, "unet", ("to_q", "to_v", "ff.net.2", "conv1"), ("text_encoder",)),
+    "sd": Family(sd_pipeline, "unet", ("to_q", "to_v", "ff.net.2", "conv1", "conv_in", "conv_out", "linear_1"), ("text_encoder",)),
     "sdxl": Family(sdxl_pipeline, "unet", ("to_k", "to_out.0"), ("text_encoder", "text_encoder_2")),
     "sd3": Family(sd3_pipeline, "transformer", ("to_q", "to_v", "add_k_proj"), ("text_encoder", "text_encoder_2")),
     "flux": Family(flux_pipeline, "transformer", ("to_q", "to_v", "proj_out"), ("text_encoder",)),

@@ -118,6 +118,10 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         found = self.call.side(self.config)
         return int(found or 0) if isinstance(found, int | None) else max(found)
 
+    def narrow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A forward pre-hook for a ControlNet: hand it the first expert's part of joined text, as it was trained to see."""
+        raise NotImplementedError
+
     @property
     def widths(self) -> tuple[int, int]:
         """Widths of the time embedding and of the text that aggregators see."""
@@ -190,6 +194,9 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
 
     def enable_freeu(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("FreeU is not supported on an ensemble: it rewrites features between stages")
+
+    def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("IP-Adapter is not supported on an ensemble: its projections belong to one model's attention")
 
     def enable_cache(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("caches between steps (FirstBlockCache and others) are not supported on an ensemble: its blocks run by stages")

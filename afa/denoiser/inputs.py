@@ -24,6 +24,12 @@ def split_joined(states: Tensor, widths: Sequence[int], experts: int, what: str)
     return [parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1) for parts in zip(*per_encoder, strict=True)]
 
 
+def first_parts(kwargs: Mapping[str, Any], widths: Mapping[str, int], experts: int) -> dict[str, Any]:
+    """A call with the first expert's part of joined states, as far as they are there. widths: of one expert's, by argument."""
+    own = {name: split_joined(kwargs[name], (width,), experts, name)[0] for name, width in widths.items() if kwargs.get(name) is not None}
+    return {**kwargs, **own}
+
+
 def attention_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, float]:
     """The attention processors' options without the LoRA scale, and that scale."""
     if options is None:

@@ -12,7 +12,6 @@ from diffusers.utils.peft_utils import delete_adapter_layers, set_adapter_layers
 from torch import nn
 
 from afa.denoiser.sharing import unshare
-from afa.lookup import unknown
 
 OWN = "own_"  # begins the names of LoRAs that are part of an expert
 
@@ -94,13 +93,10 @@ class LoraHost:
     def fuse_lora(self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Add LoRAs (those that are on, or by name) into the weights. What experts shared until then, each has for itself afterwards.
 
-        Raises ValueError for a name that is not loaded, NotImplementedError for weights that are stored in 8 bits or elsewhere.
+        Pipelines ask every component, whether it has a LoRA of that name or not. Raises NotImplementedError for weights that are
+        stored in 8 bits or elsewhere.
         """
         models = self.lora_models()
-        known = [name for model in models for name in loaded(model)]
-        for name in adapter_names or ():
-            if name not in known:
-                raise ValueError(unknown(name, known, "LoRA that is loaded"))
         for model in models:
             _check_fusible(model)
         owners = Counter(id(parameter) for model in models for parameter in model.parameters())

@@ -26,7 +26,7 @@ def stages(model: Any) -> tuple[Stage, ...]:
         Block(name=f"J{index:02}", channels=model.inner_dim, level=LEVEL, block=f"transformer_blocks.{index}", module=block)
         for index, block in enumerate(model.transformer_blocks)
     ]
-    return (*blocks, Head(name="OUT", channels=model.proj_out.out_features, level=LEVEL, norm=model.norm_out, projection=model.proj_out))
+    return (*blocks, Head(name="OUT", channels=model.proj_out.out_features, level=LEVEL, model=model))
 
 
 def widths(model: Any) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -52,3 +53,8 @@ class Stage(ABC):
     @abstractmethod
     def modules(self) -> list[object]:
         """The model's own sub-modules this stage runs, in order."""
+
+
+def plain(layer: Any) -> Any:
+    """A layer itself, where peft has put one with a LoRA in front of it: what has the sizes."""
+    return getattr(layer, "base_layer", layer)

@@ -1,4 +1,4 @@
-"""What a running ensemble is given besides: LoRAs for all experts or some, their text encoders included."""
+"""What a running ensemble is given besides: LoRAs for all experts or some, text encoders included; words by its pipelines."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +11,7 @@ from afa.denoiser.sharing import shared_copy
 from afa.errors import UserError
 from afa.experts.adapters import carrier, load_lora
 from afa.families.table import FAMILIES
+from afa.inversion import load_inversion, unload_inversion
 from afa.lookup import unknown
 
 if TYPE_CHECKING:
@@ -83,3 +84,29 @@ def _give(ensemble: "Ensemble", chosen: Sequence[int], encoders: Sequence[Sequen
     if any(host.joined for host in ensemble.text_encoders):
         for host in ensemble.text_encoders:
             host.joined = True
+
+
+def equip(ensemble: "Ensemble", pipe: Any) -> None:
+    """Replace those methods of a stock pipeline that know nothing of several models behind a component."""
+
+    def load_lora_weights(source: Any, adapter_name: str | None = None, hotswap: bool = False, **options: Any) -> None:
+        if hotswap:
+            raise NotImplementedError("hotswap is not supported on an ensemble; delete_adapters(name), then load the other")
+        load_into(ensemble, source, None, adapter_name, 1.0, options)
+
+    def fuse_lora(*args: Any, adapter_names: Sequence[str] | None = None, **options: Any) -> None:
+        known = [name for names in pipe.get_list_adapters().values() for name in names]
+        for name in adapter_names or ():
+            if name not in known:
+                raise UserError(unknown(name, sorted(set(known)), "LoRA that is loaded"))
+        type(pipe).fuse_lora(pipe, *args, adapter_names=adapter_names, **options)
+
+    def load_textual_inversion(source: Any, token: Any = None, tokenizer: Any = None, text_encoder: Any = None, **options: Any) -> None:
+        load_inversion(pipe, source, token, tokenizer, text_encoder, **options)
+
+    def unload_textual_inversion(tokens: Any = None, tokenizer: Any = None, text_encoder: Any = None) -> None:
+        unload_inversion(pipe, tokens, tokenizer, text_encoder)
+
+    for method in (load_lora_weights, fuse_lora, load_textual_inversion, unload_textual_inversion):
+        if hasattr(pipe, method.__name__):
+            setattr(pipe, method.__name__, method)
