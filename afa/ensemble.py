@@ -17,6 +17,7 @@ from afa.experts.compatible import kind_mismatches, mismatches, only_predictions
 from afa.experts.lending import lend
 from afa.experts.load import Expert, load_experts
 from afa.frame import Frame
+from afa.loading import equip, load_into
 from afa.text import EnsembleTextEncoder, join_text_encoders, width_of
 
 
@@ -160,7 +161,21 @@ class Ensemble:
         """
         if components.get("scheduler") is not None:
             self._check_scheduler(components["scheduler"])
-        return self.frame.pipeline(self, pipeline_class, components)
+        pipe = self.frame.pipeline(self, pipeline_class, components)
+        if all(any(part is mine for part in pipe.components.values()) for mine in (self.denoiser, *self.text_encoders)):
+            equip(self, pipe)
+        return pipe
+
+    def load_lora(
+        self, source: Any, experts: Sequence[str] | None = None, adapter_name: str | None = None, scale: float = 1.0, **options: Any
+    ) -> str:
+        """Load a LoRA beside the weights of all experts, or of some by name: -> the name it can be switched by.
+
+        source: a file, or what else diffusers takes (with its options, e.g. weight_name=…). It is on, as strong as scale says; LoRAs
+        that were loaded before are off there, as in a stock pipeline: pipe.set_adapters([one, other], [0.5, 1]) has both.
+        Raises UserError for one that does not fit, with how many of its weights found no place.
+        """
+        return load_into(self, source, experts, adapter_name, scale, options)
 
     def _check_scheduler(self, scheduler: Any) -> None:
         found = next((found for found in self.denoiser.conversions if found is not None), None)

@@ -20,6 +20,7 @@ from afa.denoiser.placement import choices
 from afa.denoiser.schedule import kind_of
 from afa.denoiser.table import DENOISERS
 from afa.errors import UserError
+from afa.experts.adapters import lora_numbers, place_of
 from afa.experts.compatible import mismatches, only_predictions
 from afa.experts.headers import check_fit, dtype_of, read_file
 from afa.experts.load import Expert, check_names
@@ -244,10 +245,16 @@ def _size(subject: Subject, resolution: int | None) -> dict[str, Any]:
 
 
 def _memory(subject: Subject, described: Sequence[dict[str, Any]], denoiser: EnsembleDenoiser | None) -> dict[str, Any]:
-    """Parameters that have to be held, and their bytes; activations come on top. Equal text encoders count once."""
-    texts = [text for expert in described for text in expert["text_encoders"] if text["same_as"] is None]
+    """Parameters that have to be held, and their bytes; activations come on top. Equal text encoders count once.
+
+    So does a base that LoRAs share, which lie beside it.
+    """
+    places = [place_of(outline.expert.located) or index for index, outline in enumerate(subject.outlines)]
+    firsts = [expert for index, expert in enumerate(described) if places[index] not in places[:index]]
+    loras = [lora_numbers(outline.expert.located) for outline, place in zip(subject.outlines, places, strict=True) if places.count(place) > 1]
+    texts = [text for expert in firsts for text in expert["text_encoders"] if text["same_as"] is None]
     held: dict[str, int | None] = {
-        "experts": sum(expert["parameters"] for expert in described),
+        "experts": sum(expert["parameters"] for expert in firsts) + sum(loras),
         "aggregators": None if denoiser is None else count_parameters(denoiser.aggregators),
         "text_encoders": sum(text["parameters"] for text in texts),
         "vae": _vae_parameters(subject, described),

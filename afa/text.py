@@ -1,14 +1,18 @@
 """The drop-in text encoder: every expert's own encoder behind one stock interface, their states joined."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from afa.denoiser.lora import LoraHost
+from afa.denoiser.sharing import applied
 
-class EnsembleTextEncoder(nn.Module):
+
+class EnsembleTextEncoder(LoraHost, ModelMixin):
     """N CLIP text encoders as one: states of (B, T, D) each are joined on the last axis to (B, T, N·D).
 
     encoders: one per expert, in the experts' order. Those with equal weights are run, and kept in memory, once.
@@ -28,6 +32,26 @@ class EnsembleTextEncoder(nn.Module):
         self.joined = len(unique) > 1 if joined is None else joined
         if len(unique) > 1 and not self.joined:
             raise ValueError(f"{len(unique)} different text encoders must be joined")
+
+    def lora_models(self) -> Sequence[Any]:
+        """The encoders, each of which gets the LoRAs that are loaded."""
+        return list(self.encoders)
+
+    def replace(self, changed: Mapping[int, nn.Module]) -> None:
+        """Give some experts, by their index, other encoders than they had; those that shared one still do if all of them change."""
+        places: dict[int, int] = {}  # of an encoder -> where what came in its place is
+        for index, encoder in changed.items():
+            before = self.of_expert[index]
+            if before not in places:
+                alone = all(other in changed for other, place in enumerate(self.of_expert) if place == before)
+                places[before] = before if alone else len(self.encoders)
+                if alone:
+                    self.encoders[before] = encoder
+                else:
+                    self.encoders.append(encoder)
+        for index in changed:
+            self.of_expert[index] = places[self.of_expert[index]]
+        self.joined = self.joined or len(self.encoders) > 1
 
     @property
     def config(self) -> Any:
@@ -77,12 +101,17 @@ class EnsembleTextEncoder(nn.Module):
         normed = [_final_layer_norm(self.encoders[index])(part) for index, part in zip(self.of_expert, parts, strict=True)]
         return torch.cat(normed, dim=-1)
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Move or cast; weights that encoders share (with LoRAs of their own beside them) stay shared."""
+        return applied(self, lambda: super(EnsembleTextEncoder, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+
     def train(self, mode: bool = True) -> "EnsembleTextEncoder":
         """Frozen: it has no training mode."""
         return super().train(False)
 
     def get_input_embeddings(self) -> nn.Module:
-        raise NotImplementedError("textual inversion is not supported on an ensemble; load it into each expert's own pipeline before it joins")
+        """Refused: several encoders have vectors of their own."""
+        raise NotImplementedError("words (textual inversion) are loaded into an ensemble by a pipeline of ensemble.pipeline(), not by one of your own")
 
 
 class _TextModel:
@@ -117,14 +146,20 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 
 def arithmetic(encoder: nn.Module) -> list[Any]:
-    """The settings that change what the same weights compute."""
+    """The settings that change what the same weights compute, strengths of LoRAs among them."""
     names = ("hidden_act", "layer_norm_eps", "rms_norm_eps", "num_attention_heads", "eos_token_id", "projection_dim", "rope_parameters")
-    return [getattr(encoder.config.get_text_config(), name, None) for name in names]
+    return [*(getattr(encoder.config.get_text_config(), name, None) for name in names), *_strengths(encoder)]
 
 
 def width_of(encoder: Any) -> int:
     """How wide an encoder's states of text are; models of text and pictures say it of their text part."""
     return int(encoder.config.get_text_config().hidden_size)
+
+
+def _strengths(encoder: nn.Module) -> list[tuple[Any, ...]]:
+    """Of each layer with LoRAs beside its weight: which are on, and how strongly; in order."""
+    layers: list[Any] = [layer for layer in encoder.modules() if hasattr(layer, "active_adapters") and hasattr(layer, "scaling")]
+    return [(tuple(layer.active_adapters), dict(layer.scaling), layer.merged, layer.disable_adapters) for layer in layers]
 
 
 def _final_layer_norm(encoder: nn.Module) -> nn.Module:

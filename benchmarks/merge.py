@@ -80,7 +80,7 @@ def measure(files: list[str], output: str, method: str) -> dict[str, float]:
     weights = {"weights": ["FLAT_50"]} if method == "mbw" else {}
     settings = MergeSettings(experts, output, method=method, **based, **weights)
     plan = make_plan(settings)
-    held, began = _resident(), time.perf_counter()
+    held, began = resident(), time.perf_counter()
     merge_files(settings, plan)
     return {"peak": _peak() - held, "held": held, "seconds": time.perf_counter() - began}
 
@@ -89,7 +89,7 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _resident() -> int:
+def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() if sys.platform == "linux" else _peak()
 
 

@@ -35,7 +35,8 @@ def save_ensemble(ensemble: "Ensemble", folder: Path, *, bundle: bool) -> None:
     with staged(folder, last=MANIFEST) as stage:
         tensors = {name: tensor.contiguous() for name, tensor in ensemble.aggregators.state_dict().items()}
         save_file(tensors, stage / AGGREGATORS, metadata={"format": "pt", "afa": __version__})
-        entries = [_bundle(expert, stage) if bundle else _refer(expert, folder) for expert in ensemble.experts]
+        copied: dict[Path, Path] = {}
+        entries = [_bundle(expert, stage, copied) if bundle else _refer(expert, folder) for expert in ensemble.experts]
         lender = ensemble.frame.lender
         choices = ensemble.frame.choice | ({} if lender is None else {"frame": lender.name})
         frame = {part: _frame(part, choice, ensemble, folder, stage if bundle else None) for part, choice in choices.items()}
@@ -127,26 +128,30 @@ def _refer(expert: Expert, folder: Path) -> ExpertEntry:
     return entry_for(expert.located, folder, expert.hashes, expert.config, _prediction_type(expert))
 
 
-def _bundle(expert: Expert, stage: Path) -> ExpertEntry:
-    """Copy an expert in. One from files keeps its form; LoRAs stay files beside it."""
+def _bundle(expert: Expert, stage: Path, copied: dict[Path, Path]) -> ExpertEntry:
+    """Copy an expert in. One from files keeps its form; LoRAs stay files beside it, and their base is copied once.
+
+    copied: where to, by the place the experts before came from.
+    """
     target = stage / "experts" / expert.name
     config = expert.config
     if expert.located is None:
         _save_object(expert, target)
         located = Located(ExpertSpec(expert.name, str(target)), target)
     else:
-        located = _copy_files(expert.located, target)
+        located = _copy_files(expert.located, target, copied)
         if config is not None and config not in KNOWN_CONFIGS:
             config = str(_copy(Path(config), stage / "config"))
     return entry_for(located, stage, hash_expert(located), config, _prediction_type(expert))
 
 
-def _copy_files(located: Located, target: Path) -> Located:
+def _copy_files(located: Located, target: Path, copied: dict[Path, Path]) -> Located:
     loras = tuple(
         Lora(str(_copy(Path(lora.path), target.with_name(f"{target.name}-lora{index}"))), lora.strength)
         for index, lora in enumerate(located.spec.loras)
     )
-    path = _copy(located.path, target)
+    source = located.path.resolve()
+    path = copied[source] = copied.get(source) or _copy(located.path, target)
     return Located(ExpertSpec(located.spec.name, str(path), None, loras), path)
 
 

@@ -13,6 +13,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from afa.families.stage import plain
 from afa.families.table import FAMILIES, family_of
 
 ADAPTER = "default"
@@ -23,13 +24,14 @@ Layer = nn.Linear | nn.Conv2d
 def adapted(model: nn.Module) -> Iterator[tuple[str, Layer]]:
     """The modules of a denoiser that get a LoRA, by name: of its stages, what attends, feeds forward, or convolves in residual blocks.
 
-    What has no say in the prediction gets none.
+    What has no say in the prediction gets none. Those that have a LoRA already count by the layer beneath.
     """
     stages = FAMILIES[family_of(model)].stages(model)
-    chosen = {id(layer) for stage in stages for part in _inside(stage.modules()) for layer in _layers(part)}
+    chosen = {id(plain(layer)) for stage in stages for part in _inside(stage.modules()) for layer in _layers(part)}
     chosen -= {id(layer) for stage in stages for layer in _inside(stage.unheard())}
-    for name, module in model.named_modules():
-        if isinstance(module, Layer) and id(module) in chosen:
+    for path, module in model.named_modules():
+        name = path.removesuffix(".base_layer")
+        if isinstance(module, Layer) and id(module) in chosen and "lora_" not in path:
             yield name, module
 
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from afa.aggregators.base import Aggregator
 from afa.aggregators.table import Recipe
 from afa.denoiser.conversion import Conversion
+from afa.denoiser.lora import DenoiserLoras
 from afa.denoiser.placement import fused_stages
+from afa.denoiser.sharing import applied
 from afa.denoiser.walk import Answer, Column, Observer, Residuals, walk
 from afa.families.call import Call
 from afa.families.stage import Stage, Trace
@@ -47,7 +49,7 @@ class WeightMaps:
         self.maps[-1][stage] = weights.detach().float().cpu()
 
 
-class EnsembleDenoiser(ModelMixin, ConfigMixin):
+class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
     """N frozen experts and their trainable aggregators, in the place of one diffusers denoiser.
 
     A family's subclass adds the stock forward. `config` is the first expert's, so pipelines find what they ask for.
@@ -215,6 +217,10 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
         if self._watch is not None:
             self._watch(stage, weights)
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Move or cast; what experts share stays shared."""
+        return applied(self, lambda: super(EnsembleDenoiser, self)._apply(fn, recurse))
+
     def train(self, mode: bool = True) -> "EnsembleDenoiser":
         """Only aggregators have a training mode; experts stay as they were frozen."""
         super().train(mode)
@@ -241,11 +247,15 @@ class EnsembleDenoiser(ModelMixin, ConfigMixin):
     def enable_freeu(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("FreeU is not supported on an ensemble: it rewrites features between stages")
 
+    def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("IP-Adapter is not supported on an ensemble: its projections belong to one model's attention")
+
     def enable_cache(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("caches between steps (FirstBlockCache and others) are not supported on an ensemble: its blocks run by stages")
 
-    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("a LoRA belongs to one expert: give the expert as name=base.safetensors+lora.safetensors")
+    def lora_models(self) -> Sequence[Any]:
+        """The experts, each of which gets the LoRAs that are loaded."""
+        return list(self.experts)
 
 
 def _answer(conversion: Conversion | None, noisy: Tensor, times: Tensor) -> Answer:

@@ -6,10 +6,11 @@ from math import ceil
 from typing import Any
 
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from afa.denoiser.base import EnsembleDenoiser
-from afa.denoiser.inputs import attention_options, lora_scaled, split_joined
+from afa.denoiser.inputs import attention_options, first_parts, split_joined
+from afa.denoiser.lora import lora_scaled
 from afa.denoiser.walk import Residuals
 from afa.families import flux
 from afa.families.tokens import TokenTrace, as_map, as_tokens
@@ -24,6 +25,10 @@ class FluxEnsemble(EnsembleDenoiser):
     @property
     def widths(self) -> tuple[int, int]:
         return flux.widths(self.experts[0])
+
+    def narrow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        widths = {"encoder_hidden_states": self.config.joint_attention_dim, "pooled_projections": self.config.pooled_projection_dim}
+        return args, first_parts(kwargs, widths, len(self.experts))
 
     @contextmanager
     def cache_context(self, name: str, **where: Any) -> Iterator[None]:

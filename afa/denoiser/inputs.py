@@ -1,12 +1,10 @@
 """What the denoisers of all families do with what a pipeline hands over: states of several experts, options of attention."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.utils import scale_lora_layers, unscale_lora_layers
-from torch import Tensor, nn
+from torch import Tensor
 
 # options of attention processors that belong to something an ensemble does not do
 REFUSED = {"gligen": "GLIGEN", "ip_adapter_image_embeds": "IP-Adapter", "ip_hidden_states": "IP-Adapter"}
@@ -26,6 +24,12 @@ def split_joined(states: Tensor, widths: Sequence[int], experts: int, what: str)
     return [parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1) for parts in zip(*per_encoder, strict=True)]
 
 
+def first_parts(kwargs: Mapping[str, Any], widths: Mapping[str, int], experts: int) -> dict[str, Any]:
+    """A call with the first expert's part of joined states, as far as they are there. widths: of one expert's, by argument."""
+    own = {name: split_joined(kwargs[name], (width,), experts, name)[0] for name, width in widths.items() if kwargs.get(name) is not None}
+    return {**kwargs, **own}
+
+
 def attention_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, float]:
     """The attention processors' options without the LoRA scale, and that scale."""
     if options is None:
@@ -36,16 +40,3 @@ def attention_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any]
     rest = dict(options)
     scale = rest.pop("scale", 1.0)
     return rest, scale
-
-
-@contextmanager
-def lora_scaled(experts: nn.Module, scale: float) -> Iterator[None]:
-    """Inside, LoRAs that are loaded beside the experts' weights count so much."""
-    if scale == 1:
-        yield
-        return
-    scale_lora_layers(experts, scale)
-    try:
-        yield
-    finally:
-        unscale_lora_layers(experts, scale)

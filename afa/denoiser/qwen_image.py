@@ -9,7 +9,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from afa.denoiser.base import EnsembleDenoiser
-from afa.denoiser.inputs import attention_options, lora_scaled
+from afa.denoiser.inputs import attention_options
+from afa.denoiser.lora import lora_scaled
 from afa.denoiser.walk import Residuals
 from afa.families import qwen_image
 from afa.families.tokens import TokenTrace, as_map, as_tokens

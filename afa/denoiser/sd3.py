@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from afa.denoiser.base import EnsembleDenoiser
-from afa.denoiser.inputs import attention_options, lora_scaled, split_joined
+from afa.denoiser.inputs import attention_options, first_parts, split_joined
+from afa.denoiser.lora import lora_scaled
 from afa.denoiser.walk import Residuals
 from afa.families import sd3
 from afa.families.tokens import TokenTrace, as_map
@@ -21,6 +22,10 @@ class SD3Ensemble(EnsembleDenoiser):
     @property
     def widths(self) -> tuple[int, int]:
         return sd3.widths(self.experts[0])
+
+    def narrow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        widths = {"encoder_hidden_states": self.config.joint_attention_dim, "pooled_projections": self.config.pooled_projection_dim}
+        return args, first_parts(kwargs, widths, len(self.experts))
 
     def forward(
         self,

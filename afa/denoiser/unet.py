@@ -7,7 +7,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from afa.denoiser.base import EnsembleDenoiser
-from afa.denoiser.inputs import attention_options, lora_scaled, split_joined
+from afa.denoiser.inputs import attention_options, split_joined
+from afa.denoiser.lora import lora_scaled
 from afa.denoiser.walk import Residuals
 from afa.families import unet
 

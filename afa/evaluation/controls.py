@@ -18,6 +18,7 @@ from afa.evaluation.merges import merged_sampler
 from afa.evaluation.names import chosen_methods
 from afa.evaluation.rows import Options, Row, Trained
 from afa.evaluation.setup import Setup
+from afa.experts.adapters import fuse
 from afa.experts.load import Expert
 from afa.generation.sample import Sampler
 from afa.merging.memory import merge_experts
@@ -52,7 +53,7 @@ def _row(setup: Setup, name: str, title: str, start: Callable[[Setup], Expert], 
 def _best(setup: Setup) -> Expert:
     """A copy of the expert that was ranked best, its denoiser to be changed, trained with the VAE the ensemble was trained with."""
     best = dict(zip(setup.names, setup.ensemble.experts, strict=True))[setup.ranking[0]]
-    return dataclasses.replace(best, model=copy.deepcopy(best.model), vae=setup.ensemble.frame.vae)
+    return dataclasses.replace(best, model=fuse(copy.deepcopy(best.model)), vae=setup.ensemble.frame.vae)
 
 
 def _merge(setup: Setup) -> Expert:

@@ -11,6 +11,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from torch import nn
 
 from afa.errors import UserError
+from afa.experts.adapters import add_own, fuse, load_sharing
 from afa.experts.known import KnownParts
 from afa.experts.locate import Located, locate
 from afa.experts.original import config_folder, detect_config, load_tokenizers
@@ -94,11 +95,14 @@ def load_expert(
 
 
 def load_experts(sources: Sequence[object], dtype: torch.dtype | None = None, config: str | None = None) -> list[Expert]:
-    """Load several, and give every one a name of its own. Raises UserError for two of one name, before loading."""
+    """Load several, and give every one a name of its own; those on one base share its weights (see adapters).
+
+    Raises UserError for two of one name, before loading.
+    """
     specs = [ExpertSpec.parse(str(source)) if isinstance(source, (str, Path)) else source for source in sources]
     check_names([spec for spec in specs if isinstance(spec, ExpertSpec)])
     known = KnownParts()
-    experts = [load_expert(spec, dtype, config, known) for spec in specs]
+    experts = load_sharing(specs, lambda source: load_expert(source, dtype, config, known))
     for index, expert in enumerate(experts):
         expert.name = expert.name or f"expert_{index}"
     return experts
@@ -218,16 +222,12 @@ def _load_pipeline(located: Located, dtype: torch.dtype, config: str | None) -> 
 
 
 def _with_loras(located: Located, pipe: Any) -> Expert:
-    """Fuse LoRA files into a pipeline's weights: from then on they are the expert."""
-    for index, lora in enumerate(located.spec.loras):
-        try:
-            pipe.load_lora_weights(lora.path, adapter_name=f"lora_{index}", local_files_only=True)
-        except READING as error:
-            raise UserError(f"LoRA {lora.path} does not fit expert '{located.spec.name}': {_first_line(error)}") from error
-        pipe.fuse_lora(adapter_names=[f"lora_{index}"], lora_scale=lora.strength)
-        pipe.unload_lora_weights()
+    """The expert in a pipeline, with LoRA files in its weights."""
     expert = _from_pipeline(pipe)
     expert.name, expert.located = located.spec.name, located
+    add_own(expert, located.spec.loras)
+    for module in (expert.model, *expert.text_encoders):
+        fuse(module)
     return expert
 
 

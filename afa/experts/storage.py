@@ -114,26 +114,28 @@ class StoredConv2d(_Stored, nn.Conv2d):  # type: ignore[override]
 def store_weights(model: nn.Module, store: str) -> None:
     """Store the large weights of a frozen model, in place; it can be used and differentiated through, not trained or saved.
 
-    store: of STORES. Padded convolutions of other kinds than zeros stay as they are. Raises ValueError for an unknown store.
+    store: of STORES. A weight that several layers share is stored once, if they are stored in one call. LoRAs beside weights
+    and padded convolutions of other kinds than zeros stay as they are. Raises ValueError for an unknown store.
     """
     if store not in STORES:
         raise ValueError(f"there is no store '{store}'. Known: {', '.join(STORES)}")
+    stored: dict[int, Kept] = {}  # by the weight's identity: all there are existed before, so that none is given twice
     layer: Any
-    for layer in list(model.modules()):
+    for layer in [layer for name, layer in model.named_modules() if "lora_" not in name]:
         large = isinstance(layer, (nn.Linear, nn.Conv2d)) and not isinstance(layer, _Stored) and layer.weight.numel() >= LEAST
         if not large or (isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str))):
             continue
         weight = layer.weight
         del layer._parameters["weight"]
         layer.__class__ = StoredLinear if isinstance(layer, nn.Linear) else StoredConv2d
-        layer.kept = Kept(weight, store)
+        layer.kept = stored[id(weight)] = stored.get(id(weight)) or Kept(weight, store)
         layer.register_buffer("_like", torch.empty(0, dtype=weight.dtype, device=weight.device), persistent=False)
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Of a model's weights on the device, however they are stored."""
+    """Of a model's weights on the device, however they are stored; what experts share counts once."""
     whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters() if not parameter.is_meta)
-    return whole + sum(layer.kept.bytes for layer in model.modules() if isinstance(layer, _Stored))
+    return whole + sum(kept.bytes for kept in {layer.kept for layer in model.modules() if isinstance(layer, _Stored)})
 
 
 def kept_elsewhere(model: nn.Module) -> list[Tensor]:

@@ -30,7 +30,7 @@ def stages(model: Any) -> tuple[Stage, ...]:
         for letter, group, place in (("D", "double", "transformer_blocks"), ("S", "single", "single_transformer_blocks"))
         for index, block in enumerate(getattr(model, place))
     ]
-    return (*blocks, Head(name="OUT", channels=model.proj_out.out_features, level=LEVEL, norm=model.norm_out, projection=model.proj_out))
+    return (*blocks, Head(name="OUT", channels=model.proj_out.out_features, level=LEVEL, model=model))
 
 
 def widths(model: Any) -> tuple[int, int]:

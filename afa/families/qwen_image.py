@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from afa.families.call import Call
-from afa.families.stage import Stage
+from afa.families.stage import Stage, plain
 from afa.families.tokens import LEVEL, Block, Head, TokenTrace, as_map, pack, set_steps, unpack
 
 TIMES = 1000  # of a schedule: its models are told a share of them
@@ -41,7 +41,7 @@ def stages(model: Any) -> tuple[Stage, ...]:
         Block(name=f"Q{index:02}", channels=model.inner_dim, level=LEVEL, block=f"transformer_blocks.{index}", module=block)
         for index, block in enumerate(model.transformer_blocks)
     ]
-    return (*blocks, Head(name="OUT", channels=model.proj_out.out_features, level=LEVEL, norm=model.norm_out, projection=model.proj_out))
+    return (*blocks, Head(name="OUT", channels=plain(model.proj_out).out_features, level=LEVEL, model=model))
 
 
 def widths(model: Any) -> tuple[int, int]:

@@ -33,7 +33,7 @@ def stages(model: Any) -> tuple[Stage, ...]:
         )
         for index, block in enumerate(model.transformer_blocks)
     ]
-    return (*blocks, Head(name="OUT", channels=model.proj_out.out_features, level=LEVEL, norm=model.norm_out, projection=model.proj_out))
+    return (*blocks, Head(name="OUT", channels=model.proj_out.out_features, level=LEVEL, model=model))
 
 
 def widths(model: Any) -> tuple[int, int]:

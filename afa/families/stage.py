@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -58,3 +59,8 @@ class Stage(ABC):
     def unheard(self) -> list[object]:
         """Those inside them that run without a say in the prediction, because nothing reads what they make."""
         return []
+
+
+def plain(layer: Any) -> Any:
+    """A layer itself, where peft has put one with a LoRA in front of it: what has the sizes."""
+    return getattr(layer, "base_layer", layer)

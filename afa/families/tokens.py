@@ -82,14 +82,16 @@ class Block(Stage):
 
 @dataclass(kw_only=True, eq=False)
 class Head(Stage):
-    """The output norm and projection: a patch of the prediction from every image token, not yet unfolded."""
+    """The output norm and projection: a patch of the prediction from every image token, not yet unfolded.
 
-    norm: nn.Module
-    projection: nn.Module
+    model: whose they are; a LoRA may be put in front of them later.
+    """
+
+    model: Any
 
     def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
         assert isinstance(trace, TokenTrace)
-        return as_map(self.projection(self.norm(as_tokens(hidden), trace.temb)), trace.grid), trace
+        return as_map(self.model.proj_out(self.model.norm_out(as_tokens(hidden), trace.temb)), trace.grid), trace
 
     def modules(self) -> list[object]:
-        return [self.norm, self.projection]
+        return [self.model.norm_out, self.model.proj_out]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afa.families.stage import Stage, Trace
+from afa.families.stage import Stage, Trace, plain
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 MIDDLE_BLOCKS = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
@@ -40,9 +40,14 @@ class UNetTrace(Trace):
 
 @dataclass(kw_only=True, eq=False)
 class Convolution(Stage):
-    """The first convolution, or a downsampler."""
+    """The first convolution, or a downsampler: a part of its owner by name, since a LoRA may be put in front of it later."""
 
-    conv: nn.Module
+    owner: nn.Module
+    part: str
+
+    @property
+    def conv(self) -> nn.Module:
+        return self.owner.get_submodule(self.part)
 
     def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
         return self.conv(hidden), trace
@@ -53,12 +58,17 @@ class Convolution(Stage):
 
 @dataclass(kw_only=True, eq=False)
 class Layer(Stage):
-    """A residual block and its attention, with the upsampler or the output head where it ends a block."""
+    """A residual block and its attention, with the upsampler where it ends a block, or the output head of the whole U-Net."""
 
     resnet: nn.Module
     attention: nn.Module | None = None
     upsampler: nn.Module | None = None
-    head: tuple[nn.Module, ...] = ()
+    whole: nn.Module | None = None
+
+    @property
+    def head(self) -> tuple[nn.Module, ...]:
+        """As it is now: a LoRA may have been put in front of a part."""
+        return () if self.whole is None else output_head(self.whole)
 
     def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
         assert isinstance(trace, UNetTrace)
@@ -105,17 +115,18 @@ def stages(unet: Any) -> tuple[Stage, ...]:
 
 def _down_stages(unet: Any) -> Iterator[Stage]:
     level, index = 0, 1
-    first = unet.conv_in
-    yield Convolution(name="IN00", channels=first.out_channels, level=level, saves_skip=True, conv=first)
+    first = {"owner": unet, "part": "conv_in"}
+    yield Convolution(name="IN00", channels=plain(unet.conv_in).out_channels, level=level, saves_skip=True, **first)
     for number, block in enumerate(unet.down_blocks):
         place = f"down_blocks.{number}"
         for resnet, attention in zip(block.resnets, attentions(block), strict=True):
             layer = {"resnet": resnet, "attention": attention}
             yield Layer(name=f"IN{index:02}", channels=resnet.out_channels, level=level, block=place, saves_skip=True, **layer)
             index += 1
-        for conv in block.downsamplers or ():
+        for count, conv in enumerate(block.downsamplers or ()):
             level += 1
-            yield Convolution(name=f"IN{index:02}", channels=conv.out_channels, level=level, block=place, saves_skip=True, conv=conv)
+            part = {"owner": block, "part": f"downsamplers.{count}"}
+            yield Convolution(name=f"IN{index:02}", channels=conv.out_channels, level=level, block=place, saves_skip=True, **part)
             index += 1
 
 
@@ -131,11 +142,11 @@ def _up_stages(unet: Any, level: int) -> Iterator[Stage]:
         for layer, (resnet, attention) in enumerate(zip(block.resnets, attentions(block), strict=True)):
             ends = layer == len(block.resnets) - 1
             upsampler = block.upsamplers[0] if ends and block.upsamplers else None
-            head = output_head(unet) if ends and number == last_block else ()
+            whole = unet if ends and number == last_block else None
             level -= upsampler is not None
             yield Layer(
                 name=f"OUT{index:02}",
-                channels=head[-1].out_channels if head else resnet.out_channels,
+                channels=resnet.out_channels if whole is None else plain(unet.conv_out).out_channels,
                 level=level,
                 block=f"up_blocks.{number}",
                 takes_skip=True,
@@ -143,7 +154,7 @@ def _up_stages(unet: Any, level: int) -> Iterator[Stage]:
                 resnet=resnet,
                 attention=attention,
                 upsampler=upsampler,
-                head=head,
+                whole=whole,
             )
             index += 1
 

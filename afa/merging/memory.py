@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from afa.errors import UserError
+from afa.experts.adapters import fused
 from afa.experts.compatible import mismatches
 from afa.experts.load import TEXT_ENCODERS, Expert, load_expert
 from afa.families.table import FAMILIES
@@ -166,15 +167,16 @@ def check_experts(experts: Sequence[Expert]) -> None:
 
 
 def expert_parts(expert: Expert, vae: bool) -> dict[str, nn.Module]:
-    """What is merged of an expert, by its names in a pipeline."""
-    parts = {FAMILIES[expert.family].component: expert.model, **dict(zip(TEXT_ENCODERS, expert.text_encoders, strict=False))}
+    """What is merged of an expert, by its names in a pipeline; LoRAs beside its weights are fused into copies of them."""
+    modules = {FAMILIES[expert.family].component: expert.model, **dict(zip(TEXT_ENCODERS, expert.text_encoders, strict=False))}
+    parts = {name: fused(module) for name, module in modules.items()}
     return {**parts, **({"vae": expert.load_vae()} if vae else {})}
 
 
 def pipeline_parts(pipe: Any, vae: bool) -> dict[str, nn.Module]:
-    """What is merged of a pipeline. Raises UserError if it has no denoiser."""
+    """What is merged of a pipeline, LoRAs in its weights. Raises UserError if it has no denoiser."""
     names = (*MERGED, "vae") if vae else MERGED
-    found = {name: pipe.components[name] for name in names if pipe.components.get(name) is not None}
+    found = {name: fused(pipe.components[name]) for name in names if pipe.components.get(name) is not None}
     if not any(name in found for name in DENOISERS):
         raise UserError(f"a {type(pipe).__name__} has no unet or transformer that could be merged")
     return found

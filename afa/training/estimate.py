@@ -1,5 +1,6 @@
 """What a training run will need, found out without its memory: one step on tensors that have shapes but no content."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.cost import call_of
+from afa.denoiser.sharing import base_of, shared_copy
+from afa.experts.adapters import tuner_layers
 from afa.experts.storage import kept_elsewhere, store_weights, stored_bytes
 from afa.memory import LiveBytes
 from afa.training.objectives.decode import Decoder
@@ -42,25 +45,39 @@ def step_bytes(
     What an allocator adds by fragmentation is not in it, nor a reward's own network.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        copy = _copy(denoiser, dtype)
+        twin = _copy(denoiser, dtype)
         if checkpointing:
-            copy.enable_gradient_checkpointing()
-        copy.train()
+            twin.enable_gradient_checkpointing()
+        twin.train()
         decoder = None if vae is None else Decoder(_made(vae, dtype), checkpointing)
-        elsewhere = []
+        elsewhere: list[torch.Tensor] = []
         if store is not None:
-            for expert in copy.experts:
-                store_weights(expert, store)
-                elsewhere += kept_elsewhere(expert)
+            store_weights(twin.experts, store)
+            elsewhere = kept_elsewhere(twin.experts)
         with LiveBytes(elsewhere) as counter:
-            _step(copy, list(copy.aggregators.parameters()), batch_size, side, dtype, decoder)
+            _step(twin, list(twin.aggregators.parameters()), batch_size, side, dtype, decoder)
     return counter.peak
 
 
 def _copy(denoiser: EnsembleDenoiser, dtype: torch.dtype) -> Any:
-    """The same ensemble, made anew from configs."""
-    experts = [_made(expert, dtype) for expert in denoiser.experts]
+    """The same ensemble, made anew from configs; what experts share is made once, and their LoRAs beside it."""
+    bases: dict[int, Any] = {}
+    for expert in denoiser.experts:
+        if base_of(expert) not in bases:
+            bases[base_of(expert)] = _made(expert, dtype)
+    experts = [_with_loras(shared_copy(bases[base_of(expert)]), expert, dtype) for expert in denoiser.experts]
     return type(denoiser)(experts, denoiser.names, denoiser.recipe, denoiser.placement)
+
+
+def _with_loras(model: Any, expert: Any, dtype: torch.dtype) -> Any:
+    """A model without LoRAs, with empty ones beside its weights where an expert has some."""
+    for name, layer in tuner_layers(expert):
+        known: dict[int, Any] = {id(layer.base_layer): model.get_submodule(name)}
+        for path, weight in layer.named_parameters():
+            if not path.startswith("base_layer."):
+                known[id(weight)] = nn.Parameter(torch.empty(weight.shape, dtype=dtype), requires_grad=False)
+        model.set_submodule(name, copy.deepcopy(layer, known))
+    return model
 
 
 def _made(model: Any, dtype: torch.dtype) -> Any:
@@ -91,7 +108,7 @@ def expected(
 ) -> Memory:  # fmt: skip
     """What training this ensemble's aggregators will need. beside: VAE and text encoders, as far as they stay in memory."""
     step = step_bytes(denoiser, batch_size, side, dtype, checkpointing, store, vae)
-    return Memory(step, sum(map(stored_bytes, denoiser.experts)), sum(map(stored_bytes, beside)))
+    return Memory(step, stored_bytes(denoiser.experts), sum(map(stored_bytes, beside)))
 
 
 def advice(memory: Memory, *, checkpointing: bool, dtype: torch.dtype, cached: bool, batch_size: int, store: str | None) -> list[str]:

@@ -38,7 +38,7 @@ class Plan:
             "resolution": self.resolution,
             "fused_stages": len(denoiser.fused),
             "trainable_parameters": trainable,
-            "expert_memory_gb": round(sum(map(stored_bytes, denoiser.experts)) / 1e9, 2),
+            "expert_memory_gb": round(stored_bytes(denoiser.experts) / 1e9, 2),
             "aggregator_memory_gb": round(trainable * 4 * 6 / 1e9, 2),  # weights, gradient, two moments, average, best
             "steps": settings.steps,
             "images_a_step": settings.batch_size * settings.accumulate,

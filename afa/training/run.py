@@ -69,8 +69,7 @@ def _store(store: str, ensemble: Ensemble, device: torch.device) -> None:
     """Raises UserError where the store is no help."""
     if store == "cpu" and device.type == "cpu":
         raise UserError("--store cpu keeps experts beside a GPU, and training would run on the CPU; leave it out, or use --store int8")
-    for expert in ensemble.denoiser.experts:
-        store_weights(expert, store)
+    store_weights(ensemble.denoiser.experts, store)
 
 
 def check_output(settings: LoopSettings) -> None:

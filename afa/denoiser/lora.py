@@ -1,0 +1,195 @@
+"""LoRAs in a component that stands for several models: what pipelines do to them is done to every model behind it.
+
+LoRAs that are part of an expert (see afa.experts.own) are not among them: they are neither listed nor changed.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers.utils.peft_utils import delete_adapter_layers, set_adapter_layers, set_weights_and_activate_adapters
+from torch import nn
+
+from afa.denoiser.sharing import unshare
+
+OWN = "own_"  # begins the names of LoRAs that are part of an expert
+
+
+def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers of a model that have LoRAs beside their weight, by name; peft's."""
+    return ((name, layer) for name, layer in model.named_modules() if hasattr(layer, "merged_adapters") and hasattr(layer, "base_layer"))
+
+
+def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameters of one LoRA in a model."""
+    return [parameter for path, parameter in model.named_parameters() if "lora_" in path and name in path.split(".")]
+
+
+def loaded(model: Any) -> list[str]:
+    """The names of LoRAs that were loaded into a model, without those that are part of it."""
+    return [name for name in getattr(model, "peft_config", None) or {} if not name.startswith(OWN)]
+
+
+def settle(model: Any, name: str) -> None:
+    """A LoRA that was just loaded is frozen, and computes in its model's dtype."""
+    for parameter in adapter_parameters(model, name):
+        parameter.data = parameter.data.to(model.dtype)
+    model.requires_grad_(False).eval()
+
+
+class LoraHost:
+    """The methods by which a stock pipeline handles LoRAs of a component."""
+
+    def lora_models(self) -> Sequence[Any]:
+        """The models behind the component, each once."""
+        raise NotImplementedError
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """By name, what is loaded into some of the models. AttributeError if nothing is, as pipelines expect."""
+        found = {name: model.peft_config[name] for model in self.lora_models() for name in loaded(model)}
+        if not found:
+            raise AttributeError("no LoRA is loaded")
+        return found
+
+    def free_name(self) -> str:
+        """A name for a LoRA that was given none."""
+        taken = {name for model in self.lora_models() for name in loaded(model)}
+        return next(name for name in (f"default_{count}" for count in range(len(taken) + 1)) if name not in taken)
+
+    def set_adapters(self, adapter_names: str | Sequence[str], weights: Any = None) -> None:
+        """Switch on these LoRAs, and no others, wherever they are loaded; pipelines ask every component, and check the names."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for model in self.lora_models():
+            if loaded(model):
+                activate(model, names, weights)
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Take LoRAs out again, wherever they are loaded; a layer that has none left is a plain one again."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for model in self.lora_models():
+            for name in names:
+                if name in loaded(model):
+                    delete_adapter_layers(model, name)
+            _tidy(model)
+
+    def unload_lora(self) -> None:
+        """Take all LoRAs out again that were loaded; weights that one was fused into stay as they are."""
+        self.delete_adapters([name for model in self.lora_models() for name in loaded(model)])
+
+    def enable_lora(self) -> None:
+        self._switch(True)
+
+    def disable_lora(self) -> None:
+        self._switch(False)
+
+    def _switch(self, enabled: bool) -> None:
+        for model in self.lora_models():
+            if loaded(model):
+                set_adapter_layers(model, enabled=enabled)
+                model.requires_grad_(False)
+
+    def fuse_lora(self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Add LoRAs (those that are on, or by name) into the weights. What experts shared until then, each has for itself afterwards.
+
+        Pipelines ask every component, whether it has a LoRA of that name or not. Raises NotImplementedError for weights that are
+        stored in 8 bits or elsewhere.
+        """
+        models = self.lora_models()
+        for model in models:
+            _check_fusible(model)
+        owners = Counter(id(parameter) for model in models for parameter in model.parameters())
+        for model in models:
+            for name, layer in tuner_layers(model):
+                chosen = [one for one in adapter_names or layer.active_adapters if one in layer.scaling and one in loaded(model)]
+                if chosen:
+                    weight = id(layer.base_layer._parameters["weight"])
+                    if owners[weight] > 1:
+                        unshare(model, [f"{name}.base_layer.{part}" for part in layer.base_layer._parameters])
+                        owners[weight] -= 1
+                    layer.scale_layer(lora_scale)
+                    layer.merge(safe_merge=safe_fusing, adapter_names=chosen)
+
+    def unfuse_lora(self) -> None:
+        """Take fused LoRAs out of the weights again, but for rounding."""
+        for model in self.lora_models():
+            for _, layer in tuner_layers(model):
+                layer.unmerge()
+
+
+class DenoiserLoras(LoraHost):
+    """A denoiser of several experts, into which a stock pipeline loads LoRAs: into every expert the same."""
+
+    def load_lora_adapter(
+        self, pretrained_model_name_or_path_or_dict: Any, prefix: str = "transformer", adapter_name: str | None = None, **options: Any
+    ) -> None:
+        """Load a LoRA beside the weights of every expert; all of it, or nothing and a ValueError.
+
+        What a pipeline hands over may also hold weights for text encoders, which only Ensemble.load_lora can place: then
+        NotImplementedError, before anything is loaded.
+        """
+        given = pretrained_model_name_or_path_or_dict
+        if isinstance(given, dict) and any(key.startswith("text_encoder") for key in given):
+            raise NotImplementedError("this LoRA is for text encoders, too; load it with ensemble.load_lora(…), or by a pipeline of ensemble.pipeline()")
+        name = adapter_name or self.free_name()
+        if name.startswith(OWN):
+            raise ValueError(f"adapter_name '{name}' begins with '{OWN}', as the names of experts' own LoRAs do; choose another")
+        try:
+            for model in self.lora_models():
+                model.load_lora_adapter(dict(given) if isinstance(given, dict) else given, prefix=prefix, adapter_name=name, **options)
+                settle(model, name)
+                _check_all_found(model, name, given, prefix)
+        except BaseException:
+            self.delete_adapters(name)
+            raise
+
+
+def _check_all_found(model: nn.Module, name: str, given: Any, prefix: str | None) -> None:
+    """Raises ValueError where some of a LoRA's weights for the denoiser have found no place."""
+    keys = [key for key in given if "alpha" not in key and key.startswith(prefix or "")] if isinstance(given, dict) else []
+    found = len(adapter_parameters(model, name))
+    if isinstance(given, dict) and (found < len(keys) or not found):
+        lost = f"{len(keys) - found} of its {len(keys)} weights for the {prefix} found no place"
+        raise ValueError(f"the LoRA does not fit the experts: {lost}; it was made for another architecture")
+
+
+def activate(model: Any, names: Sequence[str], weights: Any = None) -> None:
+    """Switch on some LoRAs of one model, of diffusers or transformers, each as strongly as its weight says (1 by default)."""
+    if hasattr(model, "set_adapters"):
+        model.set_adapters(list(names), weights)
+    else:
+        several = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
+        set_weights_and_activate_adapters(model, list(names), [1.0 if weight is None else weight for weight in several])
+    model.requires_grad_(False)  # peft makes what is on trainable
+
+
+def _check_fusible(model: nn.Module) -> None:
+    """Raises NotImplementedError where weights are no parameters."""
+    if any(hasattr(module, "kept") for module in model.modules()):
+        raise NotImplementedError("a LoRA cannot be fused into weights that are stored in 8 bits or on the CPU; leave it beside them")
+
+
+def _tidy(model: Any) -> None:
+    """Put plain layers back where no LoRA is left."""
+    for name, layer in list(tuner_layers(model)):
+        if not layer.scaling:
+            model.set_submodule(name, layer.base_layer)
+    if not getattr(model, "peft_config", True):
+        del model.peft_config
+    if not hasattr(model, "peft_config") and hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = False
+    model.requires_grad_(False)
+
+
+@contextmanager
+def lora_scaled(models: nn.Module, scale: float) -> Iterator[None]:
+    """Inside, LoRAs that were loaded beside the weights count so much; those that are part of an expert stay as they are."""
+    layers = [] if scale == 1 else [(layer, dict(layer.scaling)) for _, layer in tuner_layers(models)]
+    for layer, _ in layers:
+        layer.scale_layer(scale)
+    try:
+        yield
+    finally:
+        for layer, before in layers:
+            layer.scaling.update(before)  # dividing again would lose bits, and cannot undo 0
