@@ -4,7 +4,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from afa.families.stage import Stage, Trace
@@ -44,7 +43,7 @@ def set_steps(scheduler: Any, steps: int, tokens: int) -> None:
     known = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # the pipelines' defaults
     few, many, low, high = (scheduler.config.get(name, value) for name, value in known.items())
     slope = (high - low) / (many - few)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=tokens * slope + (low - slope * few))
+    scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)], mu=tokens * slope + (low - slope * few))
 
 
 @dataclass(kw_only=True)
