@@ -166,17 +166,18 @@ def test_transformers_of_other_shapes_are_refused_naming_key_and_shapes():
 @pytest.mark.parametrize(
     ("make", "other", "sentence"),
     [
-        (sd3, lambda: sd3(1, num_layers=3), "'pipeline 1' cannot join 'pipeline 0': stages J03 are missing; it has 4 stages, expected 5"),
-        (flux, lambda: flux(1, num_single_layers=4), "'pipeline 1' cannot join 'pipeline 0': stages S03 are not expected; it has 7 stages"),
-        (flux, lambda: flux(1, guidance_embeds=False), "'pipeline 1' cannot join 'pipeline 0': it lacks transformer.time_text_embed.guidance_embedder"),
-        (flux, lambda: sd3(1), "'pipeline 1' cannot join 'pipeline 0': it has transformer, text_encoder, text_encoder_2, text_encoder_3, expected"),
+        (sd3, lambda: sd3(1, num_layers=3), "stages J03 are missing; it has 4 stages, expected 5"),
+        (flux, lambda: flux(1, num_single_layers=4), "stages S03 are not expected; it has 7 stages"),
+        (flux, lambda: flux(1, guidance_embeds=False), "guidance_embed"),
+        (flux, lambda: sd3(1), "it has transformer, text_encoder, text_encoder_2, text_encoder_3, expected"),
     ],
     ids=["fewer blocks", "more single blocks", "schnell", "another family"],
 )
 def test_transformers_that_do_not_fit_are_refused_as_experts_are(make, other, sentence):
     with pytest.raises(UserError) as refusal:
         merge_pipelines([make(0), other()])
-    assert str(refusal.value).startswith(sentence)
+    assert str(refusal.value).startswith("'pipeline 1' cannot join 'pipeline 0': ")
+    assert sentence in str(refusal.value)
 
 
 def test_weights_that_are_not_in_memory_are_refused():
