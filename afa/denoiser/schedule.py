@@ -49,8 +49,10 @@ def kind_of(scheduler: Any) -> str:
     """The kind of prediction a scheduler works with: one of DIFFUSION, or FLOW. Raises UserError for any other."""
     config = scheduler.config
     flows = type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas")
-    kind = FLOW if flows or config.get("prediction_type") == "flow_prediction" else config.get("prediction_type", "epsilon")
-    if kind not in (*DIFFUSION, FLOW):
+    if flows or config.get("prediction_type") == "flow_prediction":
+        return FLOW
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in DIFFUSION:
         raise UserError(f"prediction type '{kind}' is not known here; known are {', '.join(DIFFUSION)}, and flow matching by its scheduler")
     return str(kind)
 
