@@ -58,7 +58,8 @@ def write_base(folder: Path, width: int) -> None:
     config = UNet2DConditionModel.load_config(CONFIGS / "sd15" / "unet")
     text = CLIPTextConfig(hidden_size=768, intermediate_size=768, num_hidden_layers=1, num_attention_heads=12)
     unet = UNet2DConditionModel.from_config({**config, "block_out_channels": [width, 2 * width, 4 * width, 4 * width]})
-    parts = {"unet": unet, "text_encoder": CLIPTextModel(text), "tokenizer": clip_tokenizer(), "scheduler": DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1), "vae": AutoencoderKL()}
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    parts = {"unet": unet, "text_encoder": CLIPTextModel(text), "tokenizer": clip_tokenizer(), "scheduler": scheduler, "vae": AutoencoderKL()}
     empty = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     StableDiffusionPipeline(**parts, **empty).save_pretrained(folder)
 
