@@ -211,9 +211,11 @@ class TestRefusals:
         with pytest.raises(NotImplementedError, match="IP-Adapter"):
             pipe.unet(**call, added_cond_kwargs={"image_embeds": torch.zeros(1, 4)})
 
-    def test_a_lora_on_the_whole_ensemble(self, pipe):
-        with pytest.raises((NotImplementedError, AttributeError, ValueError)):
-            pipe.unet.load_lora_adapter({})
+    def test_a_lora_that_fits_nowhere(self, pipe):
+        strange = {f"unet.nowhere.{part}.weight": torch.zeros(2, 2) for part in ("lora_A", "lora_B")}
+        with pytest.raises(ValueError, match=r"found no place|not found"):
+            pipe.unet.load_lora_adapter(strange, prefix="unet")
+        assert not hasattr(pipe.unet, "peft_config")
 
     def test_saving_the_pipeline(self, pipe, tmp_path):
         with pytest.raises(NotImplementedError, match=r"Ensemble\.save"):
