@@ -23,6 +23,7 @@ VARIANTS = {  # switches of the config, and what has them; guidance_embeds: the 
     "use_layer3d_rope": "for layers",
     "guidance_embeds": "distilled",
 }
+SILENT = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp")  # of the last block, whose text nobody reads
 Shape = tuple[int, int, int]
 
 
@@ -37,8 +38,16 @@ def stages(model: Any) -> tuple[Stage, ...]:
             raise ValueError(f"{switch} (a variant {variant}) is not supported; only Qwen-Image itself is, which draws images from text")
     if config.patch_size != 2**LEVEL:
         raise ValueError(f"patch_size {config.patch_size} is not supported; only {2**LEVEL} is")
+    last = len(model.transformer_blocks) - 1
     blocks = [
-        Block(name=f"Q{index:02}", channels=model.inner_dim, level=LEVEL, block=f"transformer_blocks.{index}", module=block)
+        Block(
+            name=f"Q{index:02}",
+            channels=model.inner_dim,
+            level=LEVEL,
+            block=f"transformer_blocks.{index}",
+            module=block,
+            silent=SILENT if index == last else (),
+        )
         for index, block in enumerate(model.transformer_blocks)
     ]
     return (*blocks, Head(name="OUT", channels=plain(model.proj_out).out_features, level=LEVEL, model=model))
