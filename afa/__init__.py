@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from afa.denoiser.base import only_expert, record_weights
+    from afa.denoiser.switches import only_expert, record_weights
     from afa.ensemble import Ensemble
     from afa.errors import UserError
     from afa.merging.memory import merge_experts, merge_pipelines
@@ -17,8 +17,8 @@ _HOMES = {
     "UserError": "afa.errors",
     "merge_experts": "afa.merging.memory",
     "merge_pipelines": "afa.merging.memory",
-    "only_expert": "afa.denoiser.base",
-    "record_weights": "afa.denoiser.base",
+    "only_expert": "afa.denoiser.switches",
+    "record_weights": "afa.denoiser.switches",
 }
 
 

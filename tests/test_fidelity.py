@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from afa.aggregators.table import Recipe
-from afa.denoiser.base import record_weights
+from afa.denoiser.switches import record_weights
 from afa.denoiser.unet import UNetEnsemble
 
 REFERENCE = Path(__file__).parent / "reference"  # made by the unmodified release; see its README.md

@@ -99,7 +99,7 @@ def test_each_expert_reads_its_own_part_of_joined_text(name):
     model = family.ensemble([family.make(seed) for seed in range(2)], placement="out")
     one, other = family.call(seed=0), family.call(seed=1)
     joined = {key: torch.cat([one[key], other[key]], dim=-1) for key in ("encoder_hidden_states", "pooled_projections")}
-    from afa.denoiser.base import only_expert
+    from afa.denoiser.switches import only_expert
 
     for index, own in enumerate((one, other)):
         call = one | {key: own[key] for key in joined}

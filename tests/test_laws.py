@@ -6,7 +6,7 @@ from family_models import FUSED, MODELS
 from tiny import inputs, sd_unet, sdxl_unet
 
 from afa.aggregators.table import AGGREGATORS, Recipe
-from afa.denoiser.base import only_expert, record_weights
+from afa.denoiser.switches import only_expert, record_weights
 from afa.denoiser.unet import UNetEnsemble
 
 SMALL = {

@@ -12,7 +12,7 @@ from test_training import aggregators, experts, images, interrupt_after, setting
 from tiny import quiet, sd_pipeline
 
 from afa import Ensemble, UserError
-from afa.denoiser.base import record_weights
+from afa.denoiser.switches import record_weights
 from afa.latents import latents_of
 from afa.training.conditions import Conditions
 from afa.training.noise import Batch, Noising

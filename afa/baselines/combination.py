@@ -11,7 +11,8 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor
 
-from afa.denoiser.base import EnsembleDenoiser, WeightMaps, only_expert
+from afa.denoiser.base import EnsembleDenoiser
+from afa.denoiser.switches import WeightMaps, only_expert
 
 Predict = Callable[[int], Tensor]  # runs the expert of that index on the inputs of this pass
 
@@ -76,7 +77,7 @@ class Combination(ModelMixin, ConfigMixin, ABC):
                 return call.prediction(self.ensemble(**given, return_dict=False)[0], size)
 
         prediction, weights = self.combine(predict, sample, timestep)
-        if self._maps is not None and weights is not None:
+        if self._maps is not None and weights is not None and not self.ensemble.aside:
             self._maps.begin(timestep)
             self._maps.observe(self.ensemble.stages[-1].name, _everywhere(weights, sample))
         answer = call.answer(prediction)

@@ -18,7 +18,7 @@ from afa.demo.scenes import sample_scenes
 from afa.demo.scorer import AttributeScorer
 from afa.demo.settings import DemoSettings
 from afa.demo.world import BASE, EXPERTS, SCORER
-from afa.denoiser.base import record_weights
+from afa.denoiser.switches import record_weights
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.statistics import Estimate, difference, estimate

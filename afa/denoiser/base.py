@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,37 +15,11 @@ from afa.denoiser.conversion import Conversion
 from afa.denoiser.lora import DenoiserLoras
 from afa.denoiser.placement import fused_stages
 from afa.denoiser.sharing import applied
+from afa.denoiser.switches import WeightMaps
 from afa.denoiser.walk import Answer, Column, Observer, Residuals, walk
 from afa.families.call import Call
 from afa.families.stage import Stage, Trace
 from afa.families.table import FAMILIES
-from afa.lookup import unknown
-
-
-@dataclass
-class WeightMaps:
-    """The weight maps of the passes made while `record_weights` was open, one entry a pass.
-
-    timesteps: of each pass. maps: of each pass, by stage name, (B, N, H, W) float32 on the CPU; B is doubled by
-    guidance, the unconditional half first.
-    """
-
-    experts: tuple[str, ...]
-    timesteps: list[float] = field(default_factory=list)
-    maps: list[dict[str, Tensor]] = field(default_factory=list)
-
-    def stage(self, name: str) -> Tensor:
-        """The maps of one stage over all passes: (passes, B, N, H, W)."""
-        return torch.stack([maps[name] for maps in self.maps])
-
-    def begin(self, timestep: Tensor | float | int) -> None:
-        """Open the entry of the next pass."""
-        self.timesteps.append(float(torch.as_tensor(timestep).flatten()[0]))
-        self.maps.append({})
-
-    def observe(self, stage: str, weights: Tensor) -> None:
-        """Keep one map of the open pass."""
-        self.maps[-1][stage] = weights.detach().float().cpu()
 
 
 class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
@@ -90,6 +63,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         self._check_conversions()
         self._maps: WeightMaps | None = None
         self._watch: Observer | None = None
+        self.aside = False  # in a pass that guidance makes without the prompt, by itself (see cache_context)
         self._only: int | None = None
 
     @property
@@ -170,7 +144,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         aggregators = cast(Mapping[str, Aggregator], self.aggregators)  # a ModuleDict is one in all but name
         if self._only is not None:
             columns, aggregators = [(column[self._only],) for column in columns], {}
-        if self._maps is not None:
+        if self._maps is not None and not self.aside:
             self._maps.begin(self.call.counted(timestep))
         observe = None if self._maps is None and self._watch is None else self._observe
         return walk(
@@ -212,7 +186,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
 
     def _observe(self, stage: str, weights: Tensor) -> None:
         """Show a stage's weights to whoever wants them."""
-        if self._maps is not None:
+        if self._maps is not None and not self.aside:
             self._maps.observe(stage, weights)
         if self._watch is not None:
             self._watch(stage, weights)
@@ -220,6 +194,18 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Move or cast; what experts share stays shared."""
         return applied(self, lambda: super(EnsembleDenoiser, self)._apply(fn, recurse))
+
+    @contextmanager
+    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
+        """Here pipelines whose guidance makes a pass of its own say which one it is: cond or uncond, whose weights are not recorded.
+
+        Nothing is cached (see enable_cache).
+        """
+        before, self.aside = self.aside, name == "uncond"
+        try:
+            yield
+        finally:
+            self.aside = before
 
     def train(self, mode: bool = True) -> "EnsembleDenoiser":
         """Only aggregators have a training mode; experts stay as they were frozen."""
@@ -278,45 +264,3 @@ def _columns(stages: Callable[[nn.Module], tuple[Stage, ...]], experts: Sequence
                 f" Experts must share one architecture; compare them with: afa inspect {names[0]} {name}"
             )
     return list(zip(*walked, strict=True))
-
-
-@contextmanager
-def record_weights(denoiser: EnsembleDenoiser) -> Iterator[WeightMaps]:
-    """Keep every weight map of the passes made inside: `with record_weights(ensemble.denoiser) as maps: pipe(...)`."""
-    if denoiser._maps is not None:
-        raise RuntimeError("weights of this denoiser are being recorded already; close the outer record_weights first")
-    maps = denoiser._maps = WeightMaps(denoiser.names)
-    try:
-        yield maps
-    finally:
-        denoiser._maps = None
-
-
-@contextmanager
-def watch_weights(denoiser: EnsembleDenoiser, observer: Observer) -> Iterator[None]:
-    """Inside, every fused stage's name and weights (B, N, H, W) are shown to the observer as they are, gradients and all.
-
-    For losses on weights; whoever wants to keep maps takes record_weights.
-    """
-    if denoiser._watch is not None:
-        raise RuntimeError("weights of this denoiser are being watched already")
-    denoiser._watch = observer
-    try:
-        yield
-    finally:
-        denoiser._watch = None
-
-
-@contextmanager
-def only_expert(denoiser: EnsembleDenoiser, name: str) -> Iterator[None]:
-    """Inside, the denoiser is one expert alone, in the ensemble's frame (its text encoders, VAE and scheduler).
-
-    The control for what the frame does without routing. Raises ValueError for a name that is no expert's.
-    """
-    if name not in denoiser.names:
-        raise ValueError(unknown(name, denoiser.names, "expert"))
-    before, denoiser._only = denoiser._only, denoiser.names.index(name)
-    try:
-        yield
-    finally:
-        denoiser._only = before

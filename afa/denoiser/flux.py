@@ -1,7 +1,6 @@
 """The drop-in FLUX.1 transformer: the stock `FluxTransformer2DModel` forward, with N experts behind it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -29,11 +28,6 @@ class FluxEnsemble(EnsembleDenoiser):
     def narrow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         widths = {"encoder_hidden_states": self.config.joint_attention_dim, "pooled_projections": self.config.pooled_projection_dim}
         return args, first_parts(kwargs, widths, len(self.experts))
-
-    @contextmanager
-    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
-        """Asked for by the stock pipelines; nothing is cached here (see enable_cache)."""
-        yield
 
     def forward(
         self,

@@ -1,7 +1,6 @@
 """The drop-in Qwen-Image transformer: the stock `QwenImageTransformer2DModel` forward, with N experts behind it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -24,11 +23,6 @@ class QwenImageEnsemble(EnsembleDenoiser):
     @property
     def widths(self) -> tuple[int, int]:
         return qwen_image.widths(self.experts[0])
-
-    @contextmanager
-    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
-        """Asked for by the stock pipelines; nothing is cached here (see enable_cache)."""
-        yield
 
     def forward(
         self,

@@ -18,7 +18,7 @@ from afa.baselines.sampler import PipelineSampler, in_frame
 from afa.baselines.table import make_sampler
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
 from afa.checkpoint.staging import replacing, write_atomically
-from afa.denoiser.base import WeightMaps, record_weights
+from afa.denoiser.switches import WeightMaps, record_weights
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from afa.denoiser.base import only_expert, record_weights
+from afa.denoiser.switches import only_expert, record_weights
 from afa.training.conditions import Conditions
 from afa.training.data import Encoded
 from afa.training.noise import Batch, Noising

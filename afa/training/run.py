@@ -12,7 +12,7 @@ from torch import nn
 
 from afa import __version__
 from afa.checkpoint.manifest import MANIFEST, read_manifest
-from afa.denoiser.base import only_expert
+from afa.denoiser.switches import only_expert
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError

@@ -14,7 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from afa.checkpoint.staging import replacing
-from afa.denoiser.base import EnsembleDenoiser, record_weights
+from afa.denoiser.base import EnsembleDenoiser
+from afa.denoiser.switches import record_weights
 from afa.errors import UserError
 from afa.evaluation.metrics.base import ImageMetric
 from afa.evaluation.metrics.table import Resources, make_metric

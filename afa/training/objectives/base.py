@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afa.denoiser.base import watch_weights
+from afa.denoiser.switches import watch_weights
 from afa.training.noise import Batch, Noising
 
 

@@ -1,0 +1,80 @@
+"""Every family from folders to pictures, by the commands people type: inspect, two steps of training, generate; saved and loaded."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import sd_pipeline, sdxl_pipeline
+from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
+
+from afa import Ensemble
+from afa.cli.main import main
+from afa.families.table import FAMILIES
+
+PIPELINES = {"sd": sd_pipeline, "sdxl": sdxl_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline, "qwen-image": qwen_image_pipeline}
+SMALL = "--hidden 8 --heads 2 --depth 1 --resolution 64 --batch-size 2 --held-out 2 --evaluate-every 1 --lr 1e-2 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captioned")
+    rng, lines = np.random.default_rng(0), []
+    for index in range(8):
+        Image.fromarray(rng.integers(0, 255, (64, 72, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": "a red bicycle" if index % 2 else "a cat on a lawn"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def trained(request, images, tmp_path_factory):
+    """Three random experts in folders, and their ensemble after two steps."""
+    place = tmp_path_factory.mktemp(request.param)
+    experts = [str(place / name) for name in ("photo", "paint", "draw")]
+    for seed, expert in enumerate(experts):
+        PIPELINES[request.param](seed).save_pretrained(expert)
+    assert main(["train", "--experts", *experts, "--data", str(images), "--output", str(place / "out"), "--steps", "2", *SMALL]) == 0
+    return place
+
+
+def test_there_is_a_pipeline_of_every_family():
+    families = {Ensemble.from_experts([make(0)]).denoiser.family for make in PIPELINES.values()}
+    assert families == set(FAMILIES)
+
+
+def test_two_steps_of_training_change_the_aggregators_and_are_measured(trained):
+    record = Ensemble.load(trained / "out").training
+    assert record["steps"] == 2
+    assert all(np.isfinite(value["value"]) for value in record["held_out_loss"].values())
+    ensemble = Ensemble.load(trained / "out")
+    assert any(parameter.abs().max() > 0 for name, parameter in ensemble.aggregators.named_parameters() if name.endswith("conv_out.weight"))
+
+
+def test_what_was_trained_draws_through_the_stock_pipeline_and_is_found_again(trained, tmp_path):
+    drawn = []
+    for folder in (trained / "out", tmp_path / "again"):
+        ensemble = Ensemble.load(folder) if folder.exists() else None
+        pipe = ensemble.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        assert type(pipe).__module__.startswith("diffusers.")
+        generator = torch.Generator().manual_seed(0)
+        drawn.append(pipe("a red bicycle", num_inference_steps=2, height=64, width=64, output_type="np", generator=generator).images)
+        if folder == trained / "out":
+            ensemble.save(tmp_path / "again", bundle=True)
+    assert np.isfinite(drawn[0]).all()
+    assert np.array_equal(*drawn)
+
+
+def test_the_commands_take_every_family(trained, tmp_path, capsys):
+    assert main(["inspect", str(trained / "out"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["mismatches"] == []
+    assert all(stage["fused"] in (True, False) for stage in facts["stages"])
+    sides = ["--width", "64", "--height", "64", "--steps", "2", "--device", "cpu"]
+    assert main(["generate", str(trained / "out"), "--prompt", "a cat", "--output", str(tmp_path / "drawn"), "--weights", *sides]) == 0
+    maps = np.load(tmp_path / "drawn" / "00000-00.weights.npz")
+    fused = [stage["name"] for stage in facts["stages"] if stage["fused"]]
+    assert [name for name in maps.files if name not in ("timesteps", "experts")] == fused
+    assert maps[fused[-1]].shape[:2] == (2, 3)  # steps, experts
