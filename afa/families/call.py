@@ -119,6 +119,10 @@ class Call(ABC):
             raise UserError(f"guidance {strength:g} is none, so a negative prompt changes nothing; give one above 1, or leave the prompt out")
         return {"guidance_scale": strength, "negative_prompt": None if negative is None else [negative] * count}
 
+    def classifier_free(self, config: Any) -> float:
+        """Strength, where nobody says, of guidance by two passes: the same, 1 (none) where guidance is told to the model or unknown to it."""
+        return self.strength(config) or 1.0
+
     def unpaired(self, config: Any) -> str:
         """Why no pass makes predictions with a prompt and without one side by side, as the end of a sentence; "" if they are so made."""
         return ""

@@ -173,5 +173,8 @@ class FluxCall(Call):
         guided: dict[str, Any] = {} if told is None else {"guidance_scale": told}
         return guided if true is None else {**guided, "true_cfg_scale": true, "negative_prompt": [negative or ""] * count}
 
+    def classifier_free(self, config: Any) -> float:
+        return 1.0
+
     def unpaired(self, config: Any) -> str:
         return "these experts have theirs built in (guidance_embeds)" if config.guidance_embeds else "these experts were distilled to do without"

@@ -53,7 +53,7 @@ class LoopSettings(ObjectiveSettings):
     sheet_every: int | None = option(None, help="steps between two sample sheets with weight maps, a multiple of --evaluate-every (default: none)")
     sheet_images: int = option(4, help="held-out captions on a sheet")
     sheet_steps: int = option(20, help="sampling steps of a sheet")
-    sheet_guidance: float = option(7.5, help="strength of classifier-free guidance of a sheet")
+    sheet_guidance: float | None = option(None, help="strength of guidance of a sheet (default: the family's own)")
     watch: str | None = option(None, help="a metric of every sheet's images, never trained on: it shows when a reward is hacked")
     watch_weights: str | None = option(None, help="where that metric's weights are (default: the hub)")
     log_with: str | None = option(None, help="besides the terminal and log.jsonl", choices=["tensorboard", "trackio", "wandb"])

@@ -82,13 +82,19 @@ class Sheets:
         drawn = self.pipeline(
             **self._prompt,
             num_inference_steps=settings.sheet_steps,
-            **self.denoiser.call.guiding(settings.sheet_guidance),
+            **self._guiding(),
             height=self.side,
             width=self.side,
             generator=noise,
             output_type="np",
         ).images
         return (np.asarray(drawn) * 255).round().astype(np.uint8)
+
+    def _guiding(self) -> dict[str, Any]:
+        """The pipeline's argument for guidance; none for models that know none, where nobody says."""
+        call, strength = self.denoiser.call, self.settings.sheet_guidance
+        strength = call.strength(self.denoiser.config) if strength is None else strength
+        return {} if strength is None else call.guiding(strength)
 
     def _watched(self, images: NDArray[np.uint8]) -> dict[str, Any]:
         """Scores; a warning, once, when the leading one has fallen since the first sheet."""

@@ -27,7 +27,7 @@ class SearchSettings:
     grouping: int = option(1, help="coordinate: neighbouring stages changed together")
     means: list[str] = option(["arithmetic"], help="coordinate: mean over the images, one a pass: arithmetic, geometric, harmonic")
     steps: int = option(20, help="denoising steps")
-    guidance: float = option(7.5, help="strength of classifier-free guidance")
+    guidance: float | None = option(None, help="strength of guidance (default: the family's own)")
     width: int | None = option(None, help="in pixels (default: the experts' own)")
     height: int | None = option(None, help="in pixels (default: the experts' own)")
     seed: int = option(0, help="of the noise and of the optimiser")

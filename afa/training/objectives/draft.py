@@ -20,11 +20,12 @@ from afa.training.rewards import Reward
 class Draft(Objective):
     """Minus the reward of images drawn with guidance from the batch's noise, by the deterministic sampler of the schedule.
 
-    steps: of sampling; last: of these, how many with gradients. again: LV's repetitions, for last = 1 only.
+    steps: of sampling; last: of these, how many with gradients. guidance: classifier-free; None: the family's own. again: LV's
+    repetitions, for last = 1 only.
     Raises UserError where that does not fit.
     """
 
-    def __init__(self, noising: Noising, decoder: Decoder, reward: Reward, *, steps: int, last: int, guidance: float, again: int = 0) -> None:
+    def __init__(self, noising: Noising, decoder: Decoder, reward: Reward, *, steps: int, last: int, guidance: float | None, again: int = 0) -> None:
         if last > steps:
             raise UserError(f"--draft-last {last} must be at most --draft-steps {steps}")
         if again and last != 1:
@@ -34,10 +35,13 @@ class Draft(Objective):
 
     def loss(self, work: Pass) -> Tensor:
         everybody = torch.zeros_like(work.dropped)
-        conditions = self._joined(work, ~everybody, everybody) if self.guidance != 1 else work.encode(everybody)
+        conditions = self._joined(work, ~everybody, everybody) if self._strength(work) != 1 else work.encode(everybody)
         drawn = self._draw(work, conditions)
         rewards = torch.stack([self.reward(self.decoder(latents), work.captions) for latents in drawn])
         return -rewards.mean(0)
+
+    def _strength(self, work: Pass) -> float:
+        return work.denoiser.call.classifier_free(work.denoiser.config) if self.guidance is None else self.guidance
 
     def _joined(self, work: Pass, *dropped: Tensor) -> dict[str, Any]:
         """The conditions of two batches as one."""
@@ -72,11 +76,12 @@ class Draft(Objective):
         return int((self.noising.times.float() - float(time)).abs().argmin())
 
     def _guided(self, work: Pass, latents: Tensor, time: Tensor, conditions: dict[str, Any]) -> Tensor:
-        if self.guidance == 1:
+        strength = self._strength(work)
+        if strength == 1:
             return work.predict(work.call, latents, time.expand(len(latents)).to(latents.device), conditions)
         twice = torch.cat([latents, latents])
         without, with_caption = work.predict(work.call, twice, time.expand(len(twice)).to(latents.device), conditions).chunk(2)
-        return work.denoiser.call.combined(without, with_caption, self.guidance)
+        return work.denoiser.call.combined(without, with_caption, strength)
 
     def _sampler(self, work: Pass) -> Any:
         from diffusers import DDIMScheduler

@@ -27,7 +27,7 @@ class ObjectiveSettings:
     draft_steps: int = option(20, help="of draft: sampling steps")
     draft_last: int = option(1, help="of draft: how many of them, the last ones, have gradients")
     draft_again: int = option(0, help="of draft: repetitions of the last step from fresh noise (LV)")
-    draft_guidance: float = option(7.5, help="of draft: strength of classifier-free guidance")
+    draft_guidance: float | None = option(None, help="of draft: strength of classifier-free guidance (default: the family's own)")
     anchor: float = option(0.0, help="weight of the squared distance to the predictions the run began with, against running away")
     sparsity: float = option(0.0, help="weight of the entropy of the experts' weights, so that fewer experts are used at a place")
     sparsity_top: int | None = option(None, help="instead of the entropy: the weight outside so many experts")
@@ -50,7 +50,7 @@ class ObjectiveSettings:
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
         for name in ("reward_weight", "anchor", "sparsity", "draft_again", "draft_guidance"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
         if self.snr_gamma is not None and self.snr_gamma <= 0:
             raise UserError(f"--snr-gamma {self.snr_gamma} must be above 0")
