@@ -61,6 +61,8 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         self.aggregators = nn.ModuleDict(self._aggregators())
         self.conversions = tuple(conversions) or (None,) * len(experts)
         self._check_conversions()
+        if self.recipe.text_stream == "fused" and not self.call.streams:
+            raise ValueError(f"text_stream fused is for blocks that change text tokens, and those of family {self.family} only read them; leave it out")
         self._maps: WeightMaps | None = None
         self._watch: Observer | None = None
         self.aside = False  # in a pass that guidance makes without the prompt, by itself (see cache_context)
@@ -98,7 +100,8 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
                 f"the predictions of {', '.join(converted)} are of another kind than the frame's, so features have nothing in common;"
                 f" only predictions can be combined: placement out, not {','.join(self.fused)}"
             )
-        taken, answered = self.config.in_channels, self.config.get("out_channels") or self.config.in_channels
+        last = self.stages[-1]
+        taken, answered = self.call.latent_channels(self.config), last.channels // 4**last.level  # of a map, patches unfolded
         if taken != answered:
             raise ValueError(
                 f"the predictions of {', '.join(converted)} are of another kind than the frame's, and those of models with"

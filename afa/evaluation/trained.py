@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from afa.checkpoint.manifest import AGGREGATORS, read_manifest
+from afa.denoiser.base import EnsembleDenoiser
+from afa.denoiser.placement import fused_stages
 from afa.evaluation.rows import Options, Row, Trained
 from afa.evaluation.setup import Setup
 from afa.generation.sample import Sampler, sample
@@ -21,6 +23,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "depth 0": {"depth": 0},
     "depth 1": {"depth": 1},
     "depth 2": {"depth": 2},
+    "text tokens fused": {"text_stream": "fused"},
     "placement layers": {"placement": "layers"},
     "placement blocks": {"placement": "blocks"},
     "placement out": {"placement": "out"},
@@ -38,12 +41,21 @@ def trained_rows(setup: Setup) -> list[Row]:
 
 def ablation_rows(setup: Setup) -> list[Row]:
     """The ensemble's recipe with one thing changed, trained anew."""
-    recorded = setup.training(setup.output, 0, placement=setup.ensemble.denoiser.placement)  # the family's, where nobody chose one
+    denoiser = setup.ensemble.denoiser
+    recorded = setup.training(setup.output, 0, placement=denoiser.placement)  # the family's, where nobody chose one
     changed = {title: changes for title, changes in ABLATIONS.items() if any(_value(recorded, name) != value for name, value in changes.items())}
+    changed = {title: changes for title, changes in changed.items() if _differs(denoiser, changes)}
     return [
         _row(setup, f"afa, {title}", "ours", title, functools.partial(_train, setup, folder_name(title), changes), axes={"variant": title}, of="afa")
         for title, changes in changed.items()
     ]
+
+
+def _differs(denoiser: EnsembleDenoiser, changes: Mapping[str, Any]) -> bool:
+    """Whether a change makes a difference in this family: its blocks may not change text tokens, or be stages already."""
+    if "text_stream" in changes:
+        return denoiser.call.streams
+    return "placement" not in changes or fused_stages(changes["placement"], denoiser.stages) != denoiser.fused
 
 
 def expert_rows(setup: Setup) -> list[Row]:

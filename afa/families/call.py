@@ -16,6 +16,7 @@ class Call(ABC):
     encoded: which results of the pipeline's encode_prompt a denoiser is given, as far as there are as many.
     named: what the pipeline calls them as arguments, all of them, in order.
     joined: whether experts may have different text encoders, whose states are then joined on the feature axis.
+    streams: whether blocks change text tokens together with the image's.
     frozen_text: whether fine-tunes leave the text encoders as they were, so that experts have the same ones.
     alike: settings that experts must have in common, because they change what features or predictions mean, not the stages.
     guidance: its strength where nobody says; None: the models know none.
@@ -28,6 +29,7 @@ class Call(ABC):
     encoded: tuple[int, ...]
     named: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     joined: bool
+    streams: bool = True
     frozen_text: bool = True
     alike: tuple[str, ...]
     guidance: float | None = None

@@ -20,6 +20,7 @@ class UNetCall(Call):
     patch = 1
     encoded = (0, 2)
     joined = True
+    streams = False
     frozen_text = False
     alike = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "addition_time_embed_dim", "time_cond_proj_dim")
     guidance = 7.5
