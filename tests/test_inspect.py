@@ -111,11 +111,13 @@ class TestCounts:
 
 
 class TestCost:
-    def test_three_copies_cost_three_times_one(self, look, experts):
+    def test_one_expert_under_three_names_is_computed_three_times_and_held_once(self, look, experts):
         places = [f"{name}={experts / 'photo'}" for name in "abc"]
         one, three = look(places[0])["cost"], look(*places)["cost"]
         assert three["flops"]["ensemble"] == three["flops"]["experts"] == 3 * one["flops"]["experts"] > 0
-        assert three["parameters"]["experts"] == 3 * one["parameters"]["experts"]
+        assert three["parameters"]["experts"] == one["parameters"]["experts"]
+        loaded = Ensemble.from_experts(places, aggregator="mean").denoiser
+        assert count(loaded.experts) == one["parameters"]["experts"]  # as it is when it is loaded
 
     def test_an_ensemble_costs_its_experts_and_its_aggregators(self, inspect, experts):
         found = inspect(experts / "photo", experts / "paint", **SMALL)
