@@ -213,7 +213,7 @@ def test_a_further_family_needs_only_its_entry_in_the_table(monkeypatch):
 
     def read(model):
         blocks = [Block(name=f"P{index:02}", channels=16, level=1, module=block) for index, block in enumerate(model.transformer_blocks)]
-        return (*blocks, Head(name="OUT", channels=16, level=1, norm=model.norm_out, projection=model.proj_out))
+        return (*blocks, Head(name="OUT", channels=16, level=1, model=model))
 
     config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16, "norm_num_groups": 4}
     first, second = (PixArtTransformer2DModel(**config, caption_channels=16, sample_size=8) for _ in range(2))
