@@ -4,7 +4,7 @@ Experts are made on the spot: one base transformer, fine-tuned on each domain of
 text encoder. Then aggregators are trained on mixed scenes, both ways, with the same seeds, batches and noise; what is printed is the
 held-out loss and the difference, paired by scene (seeds averaged first), with 95 % intervals.
 
-    python benchmarks/text_stream.py                      # two cores: about a quarter of an hour
+    python benchmarks/text_stream.py                      # two cores: about ten minutes
     python benchmarks/text_stream.py --quick 20           # a twentieth of the steps, to see that it runs
 """
 
@@ -34,7 +34,7 @@ from afa.training.noise import Batch, Noising
 
 ASSETS = Path(__file__).parents[1] / "afa/demo/assets/base"
 DOMAINS = ("curves", "angles", "patterns")
-BASE, EXPERT = Schedule(1500, 1e-3, batch=32, average=0.998), Schedule(600, 5e-4, batch=32, average=0.998)
+BASE, EXPERT = Schedule(800, 1e-3, batch=32, average=0.995), Schedule(300, 5e-4, batch=32, average=0.995)
 HELD_OUT, TRAINED = 96, 464
 CPU = torch.device("cpu")
 
@@ -161,7 +161,7 @@ def _shown(losses: np.ndarray) -> str:
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--seeds", type=int, default=3, help="training seeds (default: 3)")
-    flags.add_argument("--steps", type=int, default=150, help="of training the aggregators (default: 150)")
+    flags.add_argument("--steps", type=int, default=100, help="of training the aggregators (default: 100)")
     flags.add_argument("--quick", type=int, default=1, help="divide the steps and scenes of making experts by this")
     flags.add_argument("--work", type=Path, help="folder that keeps what is made, to go on from (default: none is kept)")
     given = flags.parse_args()
