@@ -9,7 +9,7 @@ from PIL import Image
 from tiny import sd_pipeline, sdxl_pipeline
 from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
-from afa import Ensemble
+from afa import Ensemble, UserError
 from afa.cli.main import main
 from afa.families.table import FAMILIES
 
@@ -78,3 +78,9 @@ def test_the_commands_take_every_family(trained, tmp_path, capsys):
     fused = [stage["name"] for stage in facts["stages"] if stage["fused"]]
     assert [name for name in maps.files if name not in ("timesteps", "experts")] == fused
     assert maps[fused[-1]].shape[:2] == (2, 3)  # steps, experts
+
+
+def test_fused_text_tokens_are_refused_where_blocks_only_read_them():
+    with pytest.raises(UserError, match="text_stream fused is for blocks that change text tokens"):
+        Ensemble.from_experts([sd_pipeline(0), sd_pipeline(1)], text_stream="fused")
+    assert Ensemble.from_experts([sd3_pipeline(0), sd3_pipeline(1)], text_stream="fused").denoiser.recipe.text_stream == "fused"
