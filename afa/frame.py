@@ -90,7 +90,7 @@ class Frame:
         if not ensemble.text_encoders or self.scheduler is None:
             raise UserError(
                 "the experts were given as bare denoisers, without text encoders and scheduler;"
-                " give whole pipelines, or put ensemble.denoiser into your own"
+                " give a pipeline among them or its folder as frame, or put ensemble.denoiser into your own"
             )
         first = self.experts[0]
         family = FAMILIES[first.family]
