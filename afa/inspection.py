@@ -108,8 +108,14 @@ def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) 
         "stages": _stages(subject.outlines[0], denoiser, flops),
         "aggregators": None if denoiser is None else _aggregators(subject, denoiser),
         "placements": None if denoiser is None or subject.folder else _placements(subject, denoiser, flops, count),
-        "cost": {**size, "batch_size": batch_size, **memory, "flops": _flops(experts, count, flops)},
+        "cost": {**size, "batch_size": batch_size, "guidance_doubles": _guidance_doubles(experts[0]), **memory, "flops": _flops(experts, count, flops)},
     }
+
+
+def _guidance_doubles(expert: Expert) -> bool:
+    """Whether guidance makes two passes a step, by default."""
+    settings: Any = expert.model.config
+    return FAMILIES[expert.family].call.classifier_free(settings) > 1
 
 
 def _mismatches(subject: Subject, experts: Sequence[Expert]) -> list[str]:

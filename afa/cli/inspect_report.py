@@ -127,11 +127,17 @@ def _cost(facts: dict[str, Any]) -> str:
         _row("all" if facts["aggregators"] else "all, unfused", held["total"], flops["ensemble"]),
     ]
     there = [row for row in rows if row[1] is not None]
-    notes = ["Memory is that of the weights; activations come on top.", "Guidance doubles the FLOPs of a step."]
+    notes = ["Memory is that of the weights; activations come on top.", _guidance(cost)]
     if flops["ensemble"]:
         times = flops["ensemble"] / flops["each_expert"][0]
         notes.append(f"A step of the ensemble costs {times:.2f} times that of '{first['name']}'.")
     return "\n".join([table(["", ">parameters", ">float32", ">float16", ">FLOPs a step"], there), *notes])
+
+
+def _guidance(cost: dict[str, Any]) -> str:
+    if cost["guidance_doubles"]:
+        return "Guidance doubles the FLOPs of a step."
+    return "Guidance is built in, or there is none: a step is one pass."
 
 
 def _row(title: str, parameters: int | None, flops: int | None) -> list[str | None]:
