@@ -4,21 +4,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from afa.denoiser.switches import only_expert, record_weights
+    from afa.denoiser.switches import adjust_weights, only_expert, record_weights, scale_weights
     from afa.ensemble import Ensemble
     from afa.errors import UserError
     from afa.merging.memory import merge_experts, merge_pipelines
 
 __version__ = "0.1.0"
-__all__ = ["Ensemble", "UserError", "merge_experts", "merge_pipelines", "only_expert", "record_weights"]
+__all__ = [
+    "Ensemble",
+    "UserError",
+    "adjust_weights",
+    "merge_experts",
+    "merge_pipelines",
+    "only_expert",
+    "record_weights",
+    "scale_weights",
+]
 
 _HOMES = {
     "Ensemble": "afa.ensemble",
     "UserError": "afa.errors",
+    "adjust_weights": "afa.denoiser.switches",
     "merge_experts": "afa.merging.memory",
     "merge_pipelines": "afa.merging.memory",
     "only_expert": "afa.denoiser.switches",
     "record_weights": "afa.denoiser.switches",
+    "scale_weights": "afa.denoiser.switches",
 }
 
 

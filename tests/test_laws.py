@@ -6,7 +6,7 @@ from family_models import FUSED, MODELS
 from tiny import inputs, sd_unet, sdxl_unet
 
 from afa.aggregators.table import AGGREGATORS, Recipe
-from afa.denoiser.switches import only_expert, record_weights
+from afa.denoiser.switches import adjust_weights, only_expert, record_weights, scale_weights
 from afa.denoiser.unet import UNetEnsemble
 
 SMALL = {
@@ -35,6 +35,10 @@ def fused(request):
     return MODELS[name], placement
 
 
+def assert_close(found, expected):
+    assert torch.allclose(found, expected, atol=2e-5 * max(1, expected.abs().max()))
+
+
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
 class TestLaws:
     def test_copies_of_one_expert_change_nothing(self, fused, aggregator):
@@ -42,7 +46,7 @@ class TestLaws:
         made = ensemble(model, aggregator, placement, seeds=(0, 0, 0))
         with torch.no_grad():
             expected = made.experts[0](**model.call()).sample
-            assert torch.allclose(made(**model.call()).sample, expected, atol=2e-5 * max(1, expected.abs().max()))
+            assert_close(made(**model.call()).sample, expected)
 
     def test_weights_sum_to_one(self, fused, aggregator):
         model, placement = fused
@@ -54,6 +58,22 @@ class TestLaws:
             assert weights.shape[:2] == (2, 3)
             assert weights.min() >= 0
             assert torch.allclose(weights.sum(1), torch.ones(()), atol=1e-5)
+
+    def test_with_the_others_turned_off_an_expert_is_itself(self, fused, aggregator):
+        model, placement = fused
+        made = ensemble(model, aggregator, placement)
+        names = made.names
+        with torch.no_grad(), scale_weights(made, {names[0]: 0, names[2]: 0}):
+            assert_close(made(**model.call()).sample, made.experts[1](**model.call()).sample)
+
+    def test_equal_strengths_change_nothing(self, fused, aggregator):
+        model, placement = fused
+        made = ensemble(model, aggregator, placement)
+        with torch.no_grad():
+            expected = made(**model.call()).sample
+            with scale_weights(made, dict.fromkeys(made.names, 3.0)):
+                found = made(**model.call()).sample
+        assert torch.allclose(found, expected, atol=1e-3 * max(1, expected.abs().max()))  # sums are rounded once more at every stage
 
     def test_only_aggregators_get_gradients(self, fused, aggregator):
         model, placement = fused
@@ -112,7 +132,7 @@ class TestTextTokens:
         made = ensemble(model, "sabw", "layers", seeds=(0, 0, 0), text_stream="fused")
         with torch.no_grad():
             expected = made.experts[0](**model.call()).sample
-            assert torch.allclose(made(**model.call()).sample, expected, atol=2e-5 * max(1, expected.abs().max()))
+            assert_close(made(**model.call()).sample, expected)
 
     def test_fused_ones_make_a_difference(self, name):
         model = MODELS[name]
@@ -210,3 +230,42 @@ def test_attention_is_spared_on_large_maps_only():
     model = UNetEnsemble(experts, recipe=Recipe("sabw", SMALL["sabw"], attention_up_to=8))
     spared = [name for name, aggregator in model.aggregators.items() if aggregator.transformer is None]
     assert spared == ["IN00", "IN01", "IN02", "OUT08", "OUT09", "OUT10", "OUT11"]  # the 16×16 maps
+
+
+def test_a_stronger_expert_weighs_more_and_weights_stay_convex():
+    made = ensemble(MODELS[FUSED[0][0]], "sabw", "layers")
+    call = MODELS[FUSED[0][0]].call()
+    with torch.no_grad(), record_weights(made) as plain:
+        made(**call)
+    with torch.no_grad(), record_weights(made) as changed, scale_weights(made, {made.names[0]: 4.0}):
+        made(**call)
+    first = made.fused[0]  # where both see the same features
+    before, after = plain.maps[0][first], changed.maps[0][first]
+    assert (after[:, 0] > before[:, 0]).all()
+    assert torch.allclose(after[:, 0], 4 * before[:, 0] / (1 + 3 * before[:, 0]), atol=1e-5)
+    assert torch.allclose(after.sum(1), torch.ones(()), atol=1e-5)
+
+
+def test_adjusted_weights_are_shown_row_by_row_where_everyone_has_a_blend_of_its_own():
+    seen = {}
+    made = ensemble(MODELS[FUSED[0][0]], "stitch", "layers")
+    with torch.no_grad(), adjust_weights(made, lambda stage, weights: seen.setdefault(stage, weights)):
+        made(**MODELS[FUSED[0][0]].call())
+    assert list(seen) == made.fused
+    assert {tuple(weights.shape[:2]) for weights in list(seen.values())[:-1]} == {(6, 3)}  # two samples, three rows each
+    assert seen[made.fused[-1]].shape[:2] == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "sentence"),
+    [
+        ({"expert_9": 1.0}, "expert_9"),
+        ({"expert_0": -1.0}, "strength -1 of expert 'expert_0' must be a number of at least 0"),
+        ({"expert_0": float("nan")}, "strength nan"),
+        ({"expert_0": 0, "expert_1": 0, "expert_2": 0}, "all experts .* are turned off"),
+    ],
+)
+def test_strengths_that_cannot_be_used_are_named(strengths, sentence):
+    made = ensemble(MODELS[FUSED[0][0]], "mean", "layers")
+    with pytest.raises(ValueError, match=sentence), scale_weights(made, strengths):
+        pass

@@ -1,8 +1,11 @@
 """What every aggregator is: per-pixel convex weights over the experts, and the sum they make."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor, nn
+
+Adjust = Callable[[Tensor], Tensor]  # weights (R, N, H, W), convex over N, to others of the same kind
 
 
 class Aggregator(nn.Module, ABC):
@@ -15,13 +18,18 @@ class Aggregator(nn.Module, ABC):
         kept (B, T) bool: which of the text is no padding, and may be looked at; None: all of it.
         """
 
-    def forward(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> tuple[Tensor | list[Tensor], Tensor]:
+    def forward(
+        self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None, adjust: Adjust | None = None
+    ) -> tuple[Tensor | list[Tensor], Tensor]:
         """Blend the experts' features: -> fused (B, C, H, W) in the features' dtype, weights (B, N, H, W).
 
         An aggregator may hand every expert a blend of its own: then fused is a list, one for each (see stitch.py).
+        adjust: changes the weights before anything is blended; it is shown R = B of them, or B·N where everyone has a blend of its own.
         Source: arXiv:2405.17082, section 3.2. Deviation: none.
         """
         weights = self.weigh(features, temb, text, kept)
+        if adjust is not None:
+            weights = adjust(weights)
         return blend(features, weights.to(features.dtype)), weights
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afa.aggregators.base import blend
+from afa.aggregators.base import Adjust, blend
 from afa.aggregators.sabw import SABW
 
 KEPT = 4.0  # logit an untrained expert gives itself over each other: .965 of three, .948 of four
@@ -41,7 +41,11 @@ class Stitch(SABW):
         """How much of each expert all of them together take: (B, N, H, W), convex over N."""
         return self.matrix(features, temb, text, kept).mean(1)
 
-    def forward(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def forward(
+        self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None, adjust: Adjust | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         """-> each expert's own blend, N × (B, C, H, W) in the features' dtype, weights (B, N, H, W)."""
         matrix = self.matrix(features, temb, text, kept)
+        if adjust is not None:  # a sample's rows stand one after another
+            matrix = adjust(matrix.flatten(0, 1)).unflatten(0, matrix.shape[:2])
         return [blend(features, rows.to(features.dtype)) for rows in matrix.unbind(1)], matrix.mean(1)

@@ -16,7 +16,7 @@ from afa.denoiser.lora import DenoiserLoras
 from afa.denoiser.placement import fused_stages
 from afa.denoiser.sharing import applied
 from afa.denoiser.switches import WeightMaps
-from afa.denoiser.walk import Answer, Column, Observer, Residuals, walk
+from afa.denoiser.walk import Adjuster, Answer, Column, Observer, Residuals, walk
 from afa.families.call import Call
 from afa.families.stage import Stage, Trace
 from afa.families.table import FAMILIES
@@ -65,6 +65,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
             raise ValueError(f"text_stream fused is for blocks that change text tokens, and those of family {self.family} only read them; leave it out")
         self._maps: WeightMaps | None = None
         self._watch: Observer | None = None
+        self._adjust: Adjuster | None = None
         self.aside = False  # in a pass that guidance makes without the prompt, by itself (see cache_context)
         self._only: int | None = None
 
@@ -162,6 +163,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
             skipped=skipped,
             blend_streams=self.recipe.text_stream == "fused",
             answers=self._answers(chosen, timestep, noisy),
+            adjust=self._adjust,
         )
 
     def given(self, expert: int, noisy: Tensor, timestep: Tensor | float | int) -> tuple[Tensor, Any]:

@@ -1,6 +1,7 @@
-"""What is switched on for a while: recording and watching weights, one expert alone."""
+"""What is switched on for a while: recording, watching and adjusting weights, one expert alone."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from afa.denoiser.walk import Observer
+from afa.denoiser.walk import Adjuster, Observer
 from afa.lookup import unknown
 
 if TYPE_CHECKING:
@@ -66,6 +67,54 @@ def watch_weights(denoiser: "EnsembleDenoiser", observer: Observer) -> Iterator[
         yield
     finally:
         denoiser._watch = None
+
+
+@contextmanager
+def adjust_weights(denoiser: "EnsembleDenoiser", adjuster: Adjuster) -> Iterator[None]:
+    """Inside, every fused stage uses what `adjuster(stage, weights)` answers instead of the weights it is shown.
+
+    weights (R, N, H, W), convex over N, to be answered in the same shape. R is the batch, or batch times N, a sample's N rows one
+    after another, where an aggregator hands every expert a blend of its own. Adjusted weights are what is recorded.
+    """
+    if denoiser._adjust is not None:
+        raise RuntimeError("weights of this denoiser are being adjusted already")
+    denoiser._adjust = adjuster
+    try:
+        yield
+    finally:
+        denoiser._adjust = None
+
+
+@contextmanager
+def scale_weights(denoiser: "EnsembleDenoiser", strengths: Mapping[str, float]) -> Iterator[None]:
+    """Inside, experts weigh more or less than their aggregators say: `with scale_weights(denoiser, {"curves": 0}): pipe(...)`.
+
+    strengths: factors by name, 1 for those left out, 0 turns an expert off; weights are brought back to sum 1 at every place.
+    The mapping is read at every stage, so a caller may change it meanwhile. Raises ValueError for a name that is no expert's, for
+    factors that are negative or not finite, and if all experts would be off.
+    """
+    check_strengths(denoiser.names, strengths)
+
+    def scaled(stage: str, weights: Tensor) -> Tensor:
+        factors = weights.new_tensor([strengths.get(name, 1.0) for name in denoiser.names]).view(1, -1, 1, 1)
+        changed = weights * factors
+        total = changed.sum(1, keepdim=True)
+        # where only experts that are off weigh anything, the others share alike
+        return torch.where(total > 0, changed / total.clamp_min(torch.finfo(total.dtype).tiny), factors / factors.sum())
+
+    with adjust_weights(denoiser, scaled):
+        yield
+
+
+def check_strengths(names: tuple[str, ...], strengths: Mapping[str, float]) -> None:
+    """Raises ValueError for strengths that scale_weights cannot use."""
+    for name, strength in strengths.items():
+        if name not in names:
+            raise ValueError(unknown(name, names, "expert"))
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"strength {strength:g} of expert '{name}' must be a number of at least 0")
+    if all(strengths.get(name) == 0 for name in names):
+        raise ValueError(f"all experts ({', '.join(names)}) are turned off; give at least one a strength above 0")
 
 
 @contextmanager

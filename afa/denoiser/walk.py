@@ -4,18 +4,20 @@ Source: arXiv:2405.17082, section 3. Deviation: none where every stage is fused;
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from afa.aggregators.base import Aggregator
+from afa.aggregators.base import Adjust, Aggregator
 from afa.families.stage import Stage, Trace
 
 Column = tuple[Stage, ...]  # the same stage of every expert
 Answer = Callable[[Tensor], Tensor]  # an expert's prediction as all understand it
 Observer = Callable[[str, Tensor], None]  # told the name of a fused stage and its weights (B, N, H, W)
+Adjuster = Callable[[str, Tensor], Tensor]  # told the name of a fused stage and its weights (R, N, H, W), answers what to use instead
 
 
 @dataclass
@@ -42,6 +44,7 @@ def walk(
     skipped: Collection[str] = (),
     blend_streams: bool = False,
     answers: Sequence[Answer] = (),
+    adjust: Adjuster | None = None,
 ) -> Tensor:
     """Run a denoiser of N experts: -> the prediction of the last stage.
 
@@ -50,7 +53,7 @@ def walk(
     so upsamplers are told the size of the next skip. checkpoint: recompute a column in the backward pass instead of
     keeping its activations. skipped: stages that are left out (skip-layer guidance). blend_streams: where image tokens are
     fused, so are text tokens; otherwise every expert keeps its own. answers: what becomes of each expert's own prediction
-    before it is fused; none where they are predictions of one kind.
+    before it is fused; none where they are predictions of one kind. adjust: changes weights before they are used, and observed.
     """
     temb = torch.stack([trace.temb for trace in traces]).mean(0)  # (B, E)
     text = torch.stack([trace.text for trace in traces]).mean(0)  # (B, T, D)
@@ -65,7 +68,8 @@ def walk(
             size = _size(skips) if odd_size and stage.upsamples and skips else None
             aggregator = aggregators[stage.name] if stage.name in aggregators else None
             final = answers if stage.name == last else ()
-            step = (column, aggregator, features, traces, skip, size, temb, text, kept, blend_streams, final)
+            change = None if adjust is None else functools.partial(adjust, stage.name)
+            step = (column, aggregator, features, traces, skip, size, temb, text, kept, blend_streams, final, change)
             if checkpoint and torch.is_grad_enabled():
                 features, traces, weights = torch.utils.checkpoint.checkpoint(_step, *step, use_reentrant=False)
             else:
@@ -90,6 +94,7 @@ def _step(
     kept: Tensor | None,
     blend_streams: bool,
     answers: Sequence[Answer],
+    adjust: Adjust | None,
 ) -> tuple[list[Tensor], list[Trace], Tensor | None]:
     """One stage of all experts: -> what each carries on (the same tensor N times where one blend serves all), traces, weights."""
     ran = [stage.run(x, trace, s, size) for stage, x, trace, s in zip(column, features, traces, skip, strict=True)]
@@ -98,7 +103,7 @@ def _step(
         outputs = [answer(output) for answer, output in zip(answers, outputs, strict=True)]
     if aggregator is None:
         return outputs, after, None
-    fused, weights = aggregator(torch.stack(outputs, dim=1), temb, text, kept)
+    fused, weights = aggregator(torch.stack(outputs, dim=1), temb, text, kept, adjust)
     if blend_streams and after[0].stream is not None:
         after = _with_one_stream(after, weights)
     return fused if isinstance(fused, list) else [fused] * len(column), after, weights
