@@ -15,6 +15,7 @@ from afa.recipes import PLACES, read_recipe
 # verb -> module with Options, EXAMPLES and run(options); its docstring is the help
 COMMANDS = {
     "inspect": "afa.cli.inspect",
+    "screen": "afa.cli.screen",
     "merge": "afa.cli.merge",
     "search": "afa.cli.search",
     "train": "afa.cli.train",

@@ -62,6 +62,20 @@ def difference(values: NDArray[np.floating], others: NDArray[np.floating], seed:
     return estimate(values - others, seed)
 
 
+def gain(values: NDArray[np.floating], others: NDArray[np.floating], seed: int = 0) -> Estimate:
+    """1 - mean(values) / the least mean of the others: how much lower than the best of them, paired item by item.
+
+    values (n,), others (k, n), such as losses. Which of the others is best is found anew in every resample, so that the one that was
+    lucky on these items is not taken for better than it is.
+    """
+    values, others = np.asarray(values, np.float64), np.asarray(others, np.float64)
+    if others.ndim != 2 or values.shape != others.shape[1:] or not len(values):
+        raise ValueError(f"paired values must be of the same items, got shapes {values.shape} and {others.shape}")
+    means = _resampled_means(np.concatenate([values[None], others]), seed)
+    low, high = np.quantile(1 - means[0] / means[1:].min(0), QUANTILES)
+    return Estimate(float(1 - values.mean() / others.mean(1).min()), float(low), float(high), len(values))
+
+
 def prompt_means(values: Sequence[float] | Array, prompts: Sequence[int]) -> Array:
     """One value an image (images,) -> one a prompt, in the order of the prompts' numbers. prompts: of each image."""
     _, place = np.unique(np.asarray(prompts), return_inverse=True)

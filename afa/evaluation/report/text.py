@@ -33,7 +33,8 @@ def analysis_text(one: Analysis) -> str:
 def aligned(table: Table) -> str:
     """Columns two spaces apart, numbers to the right, a line before each group of methods."""
     columns = range(len(table.headers))
-    headers = [list(table.headers), [table.under(column) for column in columns]]
+    under = [table.under(column) for column in columns]
+    headers = [list(table.headers), *([under] if any(under) else [])]
     lines = [[table.words(cell, column, DASH) for column, cell in enumerate(row.cells)] for row in table.rows]
     widths = [max(len(line[column]) for line in [*headers, *lines]) for column in columns]
     found = [*(_line(header, widths) for header in headers), "  ".join("-" * width for width in widths)]
@@ -42,7 +43,8 @@ def aligned(table: Table) -> str:
         found += [GROUP_TITLES.get(row.group, row.group)] if row.group != group else []
         group = row.group
         found.append(_line([f"{'*' if row.strong else ' '} {line[0]}", *line[1:]], [widths[0] + 2, *widths[1:]]))
-    return "\n".join([f"  {line}" for line in found[:3]] + found[3:])
+    above = len(headers) + 1
+    return "\n".join([f"  {line}" for line in found[:above]] + found[above:])
 
 
 def _line(cells: list[str], widths: list[int]) -> str:

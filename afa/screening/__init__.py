@@ -1,0 +1,1 @@
+"""Is this set of experts worth ensembling, and which of them? Asked before any training. Importing this package costs nothing."""

@@ -1,0 +1,110 @@
+"""How far apart experts lie as parameters, stage by stage, read key by key: never more than one key of all experts is in memory."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from afa.errors import UserError
+from afa.experts.spec import ExpertSpec
+from afa.merging.parts import TEXT_ENCODERS
+from afa.merging.sources import Reader, Source, open_source
+
+TEXT = "text"  # what stands for the text encoders beside the stages
+SAME = 2e-3  # relative distance below which two experts are one, but for rounding: half precision moves weights by 3e-4, bfloat16 by 1.1e-3
+
+
+@dataclass(frozen=True)
+class Distances:
+    """names: of the experts. stages: of the denoiser in order, and TEXT. grams: by stage, inner products (N + 1, N + 1) of the experts'
+    differences from a reference, which is the base if there is one, else the first expert; the last row is the reference itself. based: whether it is a base.
+    """
+
+    names: tuple[str, ...]
+    stages: tuple[str, ...]
+    grams: dict[str, NDArray[np.float64]]
+    based: bool
+
+    def between(self, one: int, other: int, stage: str | None = None) -> float:
+        """‖a - b‖ over the root mean square of ‖a‖ and ‖b‖: 0 for the same weights. stage: default all of the denoiser."""
+        gram = self._gram(stage)
+        apart = gram[one, one] + gram[other, other] - 2 * gram[one, other]
+        size = (self._norm(gram, one) + self._norm(gram, other)) / 2
+        return float(np.sqrt(max(apart, 0.0) / size)) if size else 0.0
+
+    def from_base(self, one: int) -> float:
+        """‖a - base‖ / ‖base‖, of the denoiser."""
+        gram = self._gram(None)
+        return float(np.sqrt(gram[one, one] / gram[-1, -1]))
+
+    def cosine_to_base(self, one: int) -> float:
+        """Of the parameters of the denoiser; 1 is the base itself."""
+        gram = self._gram(None)
+        return float((gram[one, -1] + gram[-1, -1]) / np.sqrt(self._norm(gram, one) * gram[-1, -1]))
+
+    def cosine_of_changes(self, one: int, other: int) -> float | None:
+        """Between what two experts changed about the base: 1 the same direction, 0 nothing in common. None if one changed nothing."""
+        gram = self._gram(None)
+        size = np.sqrt(gram[one, one] * gram[other, other])
+        return float(gram[one, other] / size) if size else None
+
+    def _gram(self, stage: str | None) -> NDArray[np.float64]:
+        if stage is not None:
+            return self.grams[stage]
+        return np.sum([self.grams[name] for name in self.stages if name != TEXT], axis=0)
+
+    @staticmethod
+    def _norm(gram: NDArray[np.float64], one: int) -> float:
+        """‖a‖², a being the reference plus its difference."""
+        return float(gram[one, one] + 2 * gram[one, -1] + gram[-1, -1])
+
+    def facts(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        count = range(len(self.names))
+        pairs = [(one, other) for one in count for other in count if one < other]
+        return {
+            "pairs": [
+                {
+                    "experts": [self.names[one], self.names[other]],
+                    "distance": self.between(one, other),
+                    "stages": {stage: self.between(one, other, stage) for stage in self.stages},
+                    "cosine_of_changes": self.cosine_of_changes(one, other) if self.based else None,
+                }
+                for one, other in pairs
+            ],
+            "base": {self.names[one]: {"cosine": self.cosine_to_base(one), "distance": self.from_base(one)} for one in count} if self.based else None,
+        }
+
+
+def distances(specs: Sequence[ExpertSpec], base: ExpertSpec | None, config: str | None) -> Distances:
+    """Read all weights once. Raises UserError for experts whose weights cannot be read key by key (LoRAs, pickles, some single files)."""
+    sources = [open_source(spec, config) for spec in specs]
+    reference = sources[0] if base is None else open_source(base, config)
+    grams: dict[str, NDArray[np.float64]] = {}
+    stages = sources[0].stages
+    keys = [key for key in _common(sources, reference) if key.partition(".")[0] != "vae"]
+    with Reader() as reader:
+        for key in tqdm(keys, desc="comparing weights", unit="tensor", file=sys.stderr):
+            zero = reader.read(reference.tensors[key]).double().flatten()
+            rows = [reader.read(source.tensors[key]).double().flatten() - zero for source in sources]
+            matrix = torch.stack([*rows, zero])  # (N + 1, numbers)
+            stage = TEXT if key.partition(".")[0] in TEXT_ENCODERS else stages[key]
+            grams[stage] = grams.get(stage, 0) + (matrix @ matrix.T).numpy()
+    ordered = [name for name in dict.fromkeys(stages.values()) if name in grams]
+    return Distances(tuple(spec.name for spec in specs), (*ordered, *([TEXT] if TEXT in grams else [])), grams, base is not None)
+
+
+def _common(sources: Sequence[Source], reference: Source) -> list[str]:
+    """The keys of numbers that all have. Raises UserError for shapes that differ."""
+    shapes = [source.floats() for source in (*sources, reference)]
+    keys = [key for key in shapes[0] if all(key in other for other in shapes)]
+    for key in keys:
+        for source, other in zip((*sources, reference), shapes, strict=True):
+            if other[key] != shapes[0][key]:
+                raise UserError(f"'{source.name}': {key} is {list(other[key])}, expected {list(shapes[0][key])}; all must be of one architecture")
+    return keys

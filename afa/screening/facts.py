@@ -1,0 +1,189 @@
+"""Everything a screening found, ready for JSON; numbers with interval and n where they are about images."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from afa import __version__
+from afa.evaluation.statistics import Estimate, difference, estimate
+from afa.screening.comparison import Comparison
+from afa.screening.distances import SAME, Distances
+from afa.screening.features import stage_pairs
+from afa.screening.foretell import fits, over
+from afa.screening.plan import Plan
+from afa.screening.store import Store
+from afa.screening.verdict import UNKNOWN, WORTH, Evidence, Verdict, judge
+
+UNKNOWABLE = (
+    "Which expert is right, what each adds, whether routing or merging gains anything: for that captioned images are needed (--data). "
+    "Known without them: which experts are the same, and where they disagree."
+)
+
+
+def facts_of(planned: Plan, comparison: Comparison, apart: Distances | str, average: Store | str, steps: int) -> dict[str, Any]:
+    """apart, average: or why there are none. steps: of the forward process."""
+    settings = planned.settings
+    common = {
+        "afa": __version__,
+        "experts": [{"name": spec.name, "source": str(spec)} for spec in planned.specs],
+        "data": settings.data,
+        "prompts": settings.prompts,
+        "images": comparison.images,
+        "draws": settings.draws,
+        "resolution": planned.resolution,
+        "timesteps": _bands(comparison.bands, steps),
+        "only_predictions": planned.apart,
+        "parameters": apart if isinstance(apart, str) else apart.facts(),
+        "predictions": _predictions(comparison),
+        "features": stage_pairs(comparison.names, [store.features() for store in comparison.stores]),
+    }
+    if settings.data is None:
+        return common | {"unknown": UNKNOWABLE, "verdict": _only_disagreement(comparison, apart)}
+    return common | _judged(comparison, apart, average)
+
+
+def _judged(comparison: Comparison, apart: Distances | str, average: Store | str) -> dict[str, Any]:
+    """What images tell."""
+    room, by_band = comparison.gains(comparison.routed(range(len(comparison.names))))
+    lost = leave_one_out(comparison)
+    averaged = None if isinstance(average, str) else comparison.gains(Comparison(("average",), [average]).losses[0])
+    average_gain = None if averaged is None else averaged[0]
+    foretold = {method: fit(room.value) for method, fit in fits().items()}
+    subsets = _subsets(comparison)
+    evidence = Evidence(
+        names=comparison.names,
+        best=comparison.best,
+        same=_same(comparison, apart),
+        base=_bases(comparison, apart),
+        lost=lost,
+        room=room,
+        afa=foretold["afa"],
+        average=average_gain,
+        order=[comparison.names[place] for place in comparison.greedy()[-1]],
+        enough=_enough(comparison),
+    )
+    predicted = {"over_best": asdict(foretold["afa"]), "over_router": asdict(over(foretold["afa"], foretold["router"].value))}
+    predicted["over_average"] = None if average_gain is None else asdict(over(foretold["afa"], average_gain.value))
+    return {
+        "best": comparison.best,
+        "losses": _losses(comparison),
+        "head_room": _gains((room, by_band)),
+        "bounds": _bounds(comparison),
+        "agreement": [{"observed": observed, "chance": chance} for observed, chance in comparison.agreement()],
+        "leave_one_out": {name: asdict(value) for name, value in lost.items()},
+        "subsets": subsets,
+        "average": average if averaged is None else _gains(averaged),
+        "predicted": predicted,
+        "verdict": _plain(judge(evidence)),
+    }
+
+
+def _bands(bands: int, steps: int) -> list[list[int]]:
+    """First and last timestep of each."""
+    return [[band * steps // bands, (band + 1) * steps // bands - 1] for band in range(bands)]
+
+
+def _losses(comparison: Comparison) -> dict[str, Any]:
+    """By expert: of all bands, of each; and the share of elements it wins, by band."""
+    wins = comparison.wins().mean(1)  # (N, BANDS)
+    found = {}
+    for place, name in enumerate(comparison.names):
+        losses = comparison.losses[place]
+        found[name] = {
+            "overall": asdict(estimate(losses.mean(1))),
+            "bands": [asdict(estimate(losses[:, band])) for band in range(comparison.bands)],
+            "wins": [float(share) for share in wins[place]],
+        }
+    return found
+
+
+def _bounds(comparison: Comparison) -> dict[str, Any]:
+    """Other ways of answering with the same experts, as gains over the best one."""
+    by_time = comparison.losses.mean(1).argmin(0)  # the best of each band
+    timesteps = np.stack([comparison.losses[place, :, band] for band, place in enumerate(by_time)], axis=1)
+    rows = {
+        "routed by element": comparison.values("routed"),
+        "best expert of each band": timesteps,
+        "mean of predictions": comparison.values("mean"),
+        "oracle, by sample": comparison.values("sample_oracle"),
+        "oracle, by element": comparison.values("element_oracle"),
+    }
+    found = {}
+    for name, losses in rows.items():
+        found[name] = _gains(comparison.gains(losses))
+    return found
+
+
+def _gains(found: tuple[Estimate, list[Estimate]]) -> dict[str, Any]:
+    return {"overall": asdict(found[0]), "bands": [asdict(one) for one in found[1]]}
+
+
+def leave_one_out(comparison: Comparison) -> dict[str, Estimate]:
+    """By how much the routed loss rises without an expert, as a share of it with all."""
+    places = range(len(comparison.names))
+    whole = comparison.routed(places).mean(1)
+    found = {}
+    for left_out, name in enumerate(comparison.names):
+        without = comparison.routed([place for place in places if place != left_out]).mean(1)
+        rise = difference(without, whole)
+        found[name] = Estimate(rise.value / whole.mean(), rise.low / whole.mean(), rise.high / whole.mean(), rise.n)
+    return found
+
+
+def _subsets(comparison: Comparison) -> list[dict[str, Any]]:
+    """The best set of every size."""
+    found = []
+    for size in range(1, len(comparison.names) + 1):
+        members = comparison.best_of_size(size)
+        overall, _ = comparison.gains(comparison.routed(members))
+        found.append({"size": size, "experts": [comparison.names[place] for place in sorted(members)], "head_room": asdict(overall)})
+    return found
+
+
+def _enough(comparison: Comparison) -> int:
+    """How many experts of the greedy path come within WORTH of all of them."""
+    path = comparison.greedy()
+    whole = min(comparison.routed(members).mean() for members in path)
+    return next(size for size, members in enumerate(path, start=1) if comparison.routed(members).mean() <= whole * (1 + WORTH))
+
+
+def _same(comparison: Comparison, apart: Distances | str) -> dict[str, str]:
+    """A later expert -> the earlier one whose weights it has; by its predictions where weights cannot be compared."""
+    count = range(len(comparison.names))
+    found = {}
+    for other in count:
+        for one in range(other):
+            distance = max(comparison.apart(one, other)) if isinstance(apart, str) else apart.between(one, other)
+            if distance < SAME and comparison.names[one] not in found:
+                found.setdefault(comparison.names[other], comparison.names[one])
+    return found
+
+
+def _bases(comparison: Comparison, apart: Distances | str) -> list[str]:
+    if isinstance(apart, str) or not apart.based:
+        return []
+    return [name for place, name in enumerate(comparison.names) if apart.from_base(place) < SAME]
+
+
+def _predictions(comparison: Comparison) -> list[dict[str, Any]]:
+    """How far predictions are apart, by pair and band."""
+    count = range(len(comparison.names))
+    return [
+        {"experts": [comparison.names[one], comparison.names[other]], "bands": comparison.apart(one, other)}
+        for one in count
+        for other in count
+        if one < other
+    ]
+
+
+def _only_disagreement(comparison: Comparison, apart: Distances | str) -> dict[str, Any]:
+    same = _same(comparison, apart)
+    dropped = {name: f"it is {other} but for rounding" for name, other in same.items()}
+    dropped |= dict.fromkeys(_bases(comparison, apart), "it is the base model under another name")
+    kept = tuple(name for name in comparison.names if name not in dropped)
+    return _plain(Verdict(UNKNOWN, kept, dropped, (UNKNOWABLE,)))
+
+
+def _plain(verdict: Verdict) -> dict[str, Any]:
+    return {"headline": verdict.headline} | asdict(verdict)

@@ -1,0 +1,42 @@
+"""What experts are asked: clean latents with their captions, and for each a step in every band, with several noises."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afa.training.noise import Noising
+from afa.training.routing import BANDS
+
+
+@dataclass(frozen=True)
+class Probes:
+    """latents (M, C, h, w): clean, as denoisers see them, on the CPU. captions (M). sizes (M, 6): SDXL's size conditions.
+
+    draws D: of noise, at every image and step. seed: of steps and noise; a point's numbers do not depend on how many points there are.
+    """
+
+    latents: Tensor
+    captions: list[str]
+    sizes: Tensor
+    draws: int
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def steps(self, image: int, noising: Noising) -> Tensor:
+        """One step in each band, drawn for this image: (BANDS,)."""
+        rng = torch.Generator().manual_seed(_mixed(self.seed, image))
+        places = (torch.arange(BANDS) + torch.rand(BANDS, generator=rng)) / BANDS
+        return (places * noising.steps).long().clamp(max=noising.steps - 1)
+
+    def noise(self, image: int) -> Tensor:
+        """(BANDS, D, C, h, w)."""
+        rng = torch.Generator().manual_seed(_mixed(self.seed, image) + 1)
+        return torch.randn((BANDS, self.draws, *self.latents.shape[1:]), generator=rng)
+
+
+def _mixed(seed: int, image: int) -> int:
+    """Apart for every pair, with room for one stream beside it."""
+    return (seed * 1_000_003 + image) * 2

@@ -1,0 +1,161 @@
+"""A screening from its settings: experts one after another, then what their answers say of each other."""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from afa.claims import claim
+from afa.devices import choose_device
+from afa.errors import UserError
+from afa.experts.hashing import expert_files
+from afa.experts.locate import locate
+from afa.experts.spec import ExpertSpec
+from afa.latents import latents_of
+from afa.merging.run import merge_files
+from afa.merging.settings import MergeSettings
+from afa.screening.alone import Common, common, forget
+from afa.screening.asking import Asking
+from afa.screening.comparison import Comparison
+from afa.screening.data import encoded, find
+from afa.screening.distances import Distances, distances
+from afa.screening.drawn import draw_prompts
+from afa.screening.facts import facts_of
+from afa.screening.plan import Plan, plan
+from afa.screening.probes import Probes
+from afa.screening.settings import ScreenSettings
+from afa.screening.store import Store
+from afa.training.data import check_skipped
+from afa.training.noise import Noising
+from afa.training.routing import BANDS
+
+FEATURED = 8  # images at which features are looked at
+AVERAGE = "weight-average"
+
+
+def screen(settings: ScreenSettings, planned: Plan | None = None) -> dict[str, Any]:
+    """Ask all experts and compare: -> everything found, ready for JSON. With settings.output, what is finished there is kept."""
+    planned = planned or plan(settings)
+    with _workplace(planned) as work:
+        frame = common(planned.first, planned.lender, settings.vae, settings.config, getattr(torch, settings.dtype), choose_device(settings.device))
+        noising = Noising(frame.scheduler, latents_of(frame.vae), frame.device)
+        probes = _probes(planned, frame, noising, work)
+        apart = _distances(planned)
+        asking = Questions(frame, noising, probes, settings, work)
+        comparison = Comparison(tuple(spec.name for spec in planned.specs), asking.all(planned.specs))
+        return facts_of(planned, comparison, apart, _average(planned, asking), noising.steps)
+
+
+@contextmanager
+def _workplace(planned: Plan) -> Iterator[Path]:
+    """The output folder, or one that vanishes."""
+    output = planned.settings.output
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="afa-screen-") as place:
+            yield Path(place)
+        return
+    claim(Path(output), planned.settings.binding() | _files(planned.specs), "the screening")
+    try:
+        yield Path(output)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; the same command goes on with what is in {output}") from None
+
+
+def _files(specs: list[ExpertSpec]) -> dict[str, str]:
+    """What tells an expert's files from others, without reading them; hashing would take as long as the screening."""
+    found = {}
+    for spec in specs:
+        facts = [file.stat() for file in expert_files(locate(spec)).values()]
+        found[f"files of {spec.name}"] = f"{sum(fact.st_size for fact in facts)} bytes, changed {max(fact.st_mtime_ns for fact in facts)}"
+    return found
+
+
+def _probes(planned: Plan, frame: Common, noising: Noising, work: Path) -> Probes:
+    """From the data, or from what the experts draw."""
+    settings = planned.settings
+    source: Any = planned.source
+    if source is None:
+        source = find(str(draw_prompts(settings, planned.specs, frame, planned.resolution, work / "drawn")), settings.images)
+    found = encoded(source, frame.vae, noising, images=settings.images, draws=settings.draws, seed=settings.seed, resolution=planned.resolution)
+    check_skipped(source, settings.max_skipped)
+    if source.skipped:
+        print(f"afa: {source.skipped.summary()}", file=sys.stderr)
+    return found
+
+
+class Questions:
+    """What experts are asked, and where their answers are kept."""
+
+    def __init__(self, frame: Common, noising: Noising, probes: Probes, settings: ScreenSettings, work: Path) -> None:
+        self.frame, self.noising, self.probes, self.settings, self.work = frame, noising, probes, settings, work
+        self.shape = (len(probes), BANDS, settings.draws, *probes.latents.shape[1:])
+
+    def all(self, specs: list[ExpertSpec]) -> list[Store]:
+        """The answers of every expert, one after another in memory; those that are there are kept."""
+        stores = [self.store(spec) for spec in specs]
+        self._check_space(sum(not store.complete for store in stores))
+        with tqdm(total=len(self.probes) * len(specs), desc="asking experts", unit="image", file=sys.stderr) as bar:
+            for spec, store in zip(specs, stores, strict=True):
+                self.ask(spec, store, bar)
+        return stores
+
+    def store(self, spec: ExpertSpec) -> Store:
+        """Where an expert's answers are, or will be."""
+        return Store(self.work / "answers" / spec.name, self.shape)
+
+    def ask(self, spec: ExpertSpec, store: Store, bar: Any) -> None:
+        """Whatever is missing of one expert, which is in memory only meanwhile."""
+        bar.set_postfix_str(spec.name)
+        bar.update(store.done)
+        if store.complete:
+            return
+        ensemble = self.frame.load(spec)
+        asking = Asking(ensemble, self.frame.conditions(ensemble), self.noising, self.probes, self.settings.batch_size)
+        while not store.complete:
+            store.add(asking.ask(store.done, features=store.done < FEATURED))
+            bar.update()
+        del ensemble, asking
+        forget()
+
+    def _check_space(self, missing: int) -> None:
+        """Raises UserError if the disk cannot hold the answers."""
+        needed, free = 4 * torch.Size(self.shape).numel() * missing, shutil.disk_usage(self.work).free
+        if needed > free:
+            raise UserError(
+                f"the answers need {needed / 1e9:.1f} GB in {self.work}, and its disk has {free / 1e9:.1f} GB left; lower --images or --draws"
+            )
+
+
+def _average(planned: Plan, asking: Questions) -> Store | str:
+    """The answers of the experts' weight average, or why there are none."""
+    reason = planned.no_average_reason()
+    if reason is not None:
+        return reason
+    place = asking.work / f"{AVERAGE}-model"
+    spec = ExpertSpec(AVERAGE, str(place))
+    store = Store(asking.work / AVERAGE, asking.shape)
+    try:
+        if not store.complete:
+            merge_files(MergeSettings(experts=[str(spec) for spec in planned.specs], output=str(place), config=planned.settings.config))
+        with tqdm(total=len(asking.probes), desc="asking their average", unit="image", file=sys.stderr) as bar:
+            asking.ask(spec, store, bar)
+    except UserError as error:
+        return f"cannot be made: {error}"
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return store
+
+
+def _distances(planned: Plan) -> Distances | str:
+    """Between parameters, or why they cannot be compared."""
+    base = planned.settings.base
+    try:
+        return distances(planned.specs, None if base is None else ExpertSpec.parse(base), planned.settings.config)
+    except UserError as error:
+        return str(error)

@@ -1,0 +1,65 @@
+"""What a screening is asked to do. No heavy imports: the command line's help comes from here."""
+
+from dataclasses import dataclass, fields
+
+from afa.errors import UserError
+from afa.options import option
+
+FREE = ("output", "batch_size", "device", "dry_run", "json")  # may differ when a screening goes on: they change no answer
+
+
+@dataclass(frozen=True)
+class ScreenSettings:
+    """One screening, field by field a flag of `afa screen`."""
+
+    experts: list[str] = option(
+        help="two or more: a diffusers folder, .safetensors file of original layout or org/name@revision, each optionally NAME=… and …+LORA", positional=True
+    )
+    data: str | None = option(None, help="captioned images: a folder with metadata.jsonl, a .jsonl, parquet files, tar shards or a data set of the hub")
+    prompts: str | None = option(None, help="instead of --data, a file of prompts: what experts draw of them shows where they disagree, not who is right")
+    output: str | None = option(None, help="a folder for report.html and screen.json, and for going on after an interruption (default: nothing is kept)")
+    base: str | None = option(None, help="the model the experts were fine-tuned from: an expert that is the base under another name is found")
+    images: int = option(64, help="the first so many images, or prompts")
+    draws: int = option(4, help="noises at every image and timestep; head-room is what all but one of them foretell of that one")
+    seed: int = option(0, help="of timesteps and noise")
+    resolution: int | None = option(None, help="side of the square that is cut from images, in pixels (default: the experts' own)")
+    image_column: str | None = option(None, help="of --data (default: image, jpg, file_name …)")
+    caption_column: str | None = option(None, help="of --data (default: text, caption, prompt …)")
+    max_skipped: float = option(0.1, help="share of images that may be unreadable")
+    no_average: bool = option(False, help="do not write and ask the weight average of all experts, which takes the disk space of one")
+    steps: int = option(20, help="with --prompts: denoising steps")
+    guidance: float | None = option(None, help="with --prompts: strength of guidance (default: the family's own)")
+    config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
+    frame: str | None = option(None, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
+    vae: str | None = option(None, help="a VAE's or pipeline's folder (default: the first expert's)")
+    batch_size: int = option(16, help="noisy latents in one pass of a denoiser, at most one image's")
+    dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
+    device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
+    dry_run: bool = option(False, help="print how many passes and how much disk it would take, then stop")
+    json: bool = option(False, help="print everything as one JSON document")
+
+    def __post_init__(self) -> None:
+        if len(self.experts) < 2:
+            raise UserError(f"screening compares experts, and {len(self.experts)} is given ({' '.join(self.experts)}); give at least two")
+        if (self.data is None) == (self.prompts is None):
+            raise UserError("give either --data, captioned images, or --prompts, a file of prompts")
+        for name, least in (("images", 2), ("draws", 2), ("batch_size", 1), ("steps", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
+        if self.guidance is not None and self.guidance < 0:
+            raise UserError(f"--guidance {self.guidance:g} must not be negative")
+        if not 0 <= self.max_skipped < 1:
+            raise UserError(f"--max-skipped {self.max_skipped:g} must be a share from 0 to below 1")
+        self._check_prompts_only()
+
+    def _check_prompts_only(self) -> None:
+        """Options of --prompts without it, and the other way round."""
+        if self.data is not None and (self.guidance is not None or self.steps != 20):
+            raise UserError("--steps and --guidance are for --prompts, where experts draw; with --data nothing is drawn, so leave them out")
+        for name in ("image_column", "caption_column"):
+            if self.prompts is not None and getattr(self, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} is for --data; leave it out with --prompts")
+
+    def binding(self) -> dict[str, object]:
+        """What must stay the same when a screening goes on."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in FREE}

@@ -1,0 +1,108 @@
+"""What to do with a set of experts, in words, with the reasons."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from afa.evaluation.statistics import Estimate
+from afa.screening.foretell import Foretold
+
+WORTH = 0.01  # a loss that is lower by less is not worth a second model in memory
+ENSEMBLE, MERGE, ONE, UNKNOWN = "ensemble", "merge", "one", "unknown"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a verdict rests on. names: in the order given. best: the lowest loss. same: a later expert -> the earlier one it is, but for rounding.
+
+    base: experts that are the base itself. lost: by how much the routed loss rises without an expert, as a share. afa: foretold gain over the best
+    expert. average: measured gain of the weight average over the best expert, None if it is not known. order: the greedy path, best expert
+    first. enough: how many of it come within WORTH of all.
+    """
+
+    names: Sequence[str]
+    best: str
+    same: Mapping[str, str]
+    base: Sequence[str]
+    lost: Mapping[str, Estimate]
+    room: Estimate
+    afa: Foretold
+    average: Estimate | None
+    order: Sequence[str]
+    enough: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """action: ensemble, merge, one or unknown. experts: to be taken. dropped: expert -> why not. reasons: sentences."""
+
+    action: str
+    experts: tuple[str, ...]
+    dropped: dict[str, str]
+    reasons: tuple[str, ...]
+
+    @property
+    def headline(self) -> str:
+        names = joined(self.experts)
+        if self.action == ENSEMBLE:
+            return f"Ensemble {names}."
+        if self.action == MERGE:
+            return f"Merging will do: {names}."
+        return f"One is enough: {names}." if self.action == ONE else "Without images there is no verdict."
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """The smallest set that is worth it, and the cheapest way to use it."""
+    dropped = {name: f"it is {other} but for rounding" for name, other in evidence.same.items()}
+    bases = [name for name in evidence.base if name not in dropped and name != evidence.best]
+    dropped |= dict.fromkeys(bases, "it is the base model under another name, which the others contain")
+    kept = [name for name in evidence.order[: evidence.enough] if name not in evidence.same]
+    for name in evidence.names:
+        if name not in kept and name not in dropped:
+            dropped[name] = _adds_little(evidence.lost.get(name))
+    dropped = {name: why for name, why in dropped.items() if name not in kept}
+    reasons = [f"Learnable head-room: routing by place would lower the loss of {evidence.best}, the best expert, by {share(evidence.room)}."]
+    if evidence.afa.value < WORTH or len(kept) == 1:
+        return _without_ensemble(evidence, dropped, reasons)
+    if evidence.average is not None:
+        if evidence.average.low > 0 and evidence.average.value >= evidence.afa.value - WORTH:
+            much = f"as much as AFA is expected to ({spread(evidence.afa)}), at the price of one model"
+            reasons.append(f"The weight average lowers it by {share(evidence.average)}, {much}.")
+            return Verdict(MERGE, tuple(kept), dropped, tuple(reasons))
+        how = "lowers it by" if evidence.average.value >= 0 else "raises it by"
+        reasons.append(f"The weight average {how} {share(evidence.average, absolute=True)}; AFA is expected to lower it by {spread(evidence.afa)}.")
+    return Verdict(ENSEMBLE, tuple(kept), dropped, tuple(reasons))
+
+
+def _without_ensemble(evidence: Evidence, dropped: dict[str, str], reasons: list[str]) -> Verdict:
+    """Head-room is not worth it: merge if that helps, else the best alone."""
+    average = evidence.average
+    distinct = [name for name in evidence.names if name not in evidence.same]
+    if average is not None and average.low > WORTH / 2 and len(distinct) > 1:
+        reasons.append(f"That is not worth several models; but their weight average lowers it by {share(average)}, at the price of one.")
+        return Verdict(MERGE, tuple(distinct), {name: why for name, why in dropped.items() if name in evidence.same}, tuple(reasons))
+    reasons.append(f"Less than {WORTH:.0%} is not worth a second model.")
+    rest = {name: why for name, why in dropped.items() if name != evidence.best}
+    return Verdict(ONE, (evidence.best,), rest, tuple(reasons))
+
+
+def _adds_little(lost: Estimate | None) -> str:
+    return "it adds nothing that could be learnt" if lost is None else f"without it the routed loss changes by {share(lost, signed=True)}"
+
+
+def share(estimate: Estimate, signed: bool = False, absolute: bool = False) -> str:
+    """0.23 [0.2, 0.26], n = 64 -> 23.0 % [20.0, 26.0], n = 64."""
+    value, low, high = estimate.value, estimate.low, estimate.high
+    if absolute and value < 0:
+        value, low, high = -value, -high, -low
+    sign = "+" if signed else ""
+    return f"{value * 100:{sign}.1f} % [{low * 100:{sign}.1f}, {high * 100:{sign}.1f}] (n = {estimate.n})"
+
+
+def spread(gain: Foretold) -> str:
+    """In words, with the interval and what it rests on."""
+    return f"{gain.value:.0%} [{gain.low:.0%}, {gain.high:.0%}] (from {gain.sets} expert sets of the embedded world)".replace("%", " %")
+
+
+def joined(names: Sequence[str]) -> str:
+    """a; a and b; a, b and c."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
