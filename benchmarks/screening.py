@@ -12,6 +12,7 @@ import argparse
 import functools
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,15 +28,23 @@ from afa.demo.run import TEST_SCENES, TRAINING_SCENES
 from afa.demo.settings import DemoSettings
 from afa.demo.world import BASE, EXPERTS
 from afa.ensemble import Ensemble
+from afa.evaluation.statistics import Estimate, gain
+from afa.experts.spec import ExpertSpec
 from afa.latents import latents_of
-from afa.screening.alone import Common
+from afa.screening.alone import Common, common
 from afa.screening.asking import Asking
+from afa.screening.comparison import Comparison
 from afa.screening.data import encoded
+from afa.screening.foretell import CALIBRATION, Fit
+from afa.screening.run import Questions
+from afa.screening.settings import ScreenSettings
 from afa.training.noise import Noising
 
 JUDGED = 96
 WEAK = 0.06  # noise on weights, in standard deviations of each tensor: worse, not broken
 NEAR = 0.002  # as much as rounding might do
+SIDE = 64  # pixels
+KEPT = ("name", "experts", "head_room", "afa", "router")
 
 # expert -> how its weights are made: shares of others, and noise on them
 MADE: dict[str, tuple[dict[str, float], float]] = {
@@ -108,8 +117,7 @@ def judge(ensemble: Ensemble, data: Path) -> list[list[float]]:
     cpu, vae = torch.device("cpu"), ensemble.frame.vae
     common = Common(vae, ensemble.frame.scheduler, None, None, torch.float32, cpu)
     noising = Noising(common.scheduler, latents_of(vae), cpu)
-    resolution = ensemble.denoiser.side * latents_of(vae).factor
-    probes = encoded(str(data), vae, noising, images=JUDGED, draws=1, seed=99, resolution=resolution)
+    probes = encoded(str(data), vae, noising, images=JUDGED, draws=1, seed=99, resolution=SIDE)
     asking = Asking(ensemble, common.conditions(ensemble), noising, probes, batch_size=4)
     return [asking.ask(image).errors.square().mean((1, 2, 3, 4)).tolist() for image in range(JUDGED)]
 
@@ -148,23 +156,88 @@ def realised(name: str, places: dict[str, Path], work: Path, steps: int, seed: i
     return {"experts": losses, "average": average, "router": router, "afa": afa}
 
 
+def head_rooms(places: dict[str, Path], work: Path) -> dict[str, Comparison]:
+    """What `afa screen` would find of every set; experts of several sets are asked once."""
+    from afa.experts.outline import read_outline
+
+    settings = ScreenSettings([str(BASE), *map(str, EXPERTS.values())], data=str(work.parent / "data"))
+    specs = {name: ExpertSpec(name, str(place)) for name, place in places.items()}
+    frame = common(read_outline(specs["base"]).expert, None, None, None, torch.float32, torch.device("cpu"))
+    noising = Noising(frame.scheduler, latents_of(frame.vae), frame.device)
+    probes = encoded(str(work.parent / "data"), frame.vae, noising, images=settings.images, draws=settings.draws, seed=settings.seed, resolution=SIDE)
+    stores = dict(zip(specs, Questions(frame, noising, probes, settings, work).all(list(specs.values())), strict=True))
+    return {name: Comparison(tuple(experts), [stores[expert] for expert in experts]) for name, experts in SETS.items()}
+
+
+def row(name: str, comparison: Comparison, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One set: head-room by place and by element, and the gains that were realised, means over training seeds."""
+    members = range(len(comparison.names))
+    experts = np.array([np.mean(losses, axis=1) for losses in runs[0]["experts"].values()])  # (N, JUDGED)
+    found: dict[str, Any] = {"name": name, "experts": SETS[name]}
+    found["head_room"], _ = comparison.gains(comparison.routed(members))
+    found["head_room_by_element"], _ = comparison.gains(comparison.values("routed"))
+    for method in ("afa", "router", "average"):
+        found[method] = gain(np.mean([np.mean(run[method], axis=1) for run in runs], axis=0), experts)
+    return found
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Rank correlation, ties sharing their mean rank. Source: Spearman (1904)."""
+    ranks = [(np.searchsorted(np.sort(v), v) + np.searchsorted(np.sort(v), v, side="right") - 1) / 2 for v in (x, y)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def correlation(rows: list[dict[str, Any]], one: str, other: str) -> Estimate:
+    """Spearman's, with the percentile bootstrap over sets."""
+    x, y = (np.array([row[key].value for row in rows]) for key in (one, other))
+    rng = np.random.default_rng(0)
+    draws = []
+    while len(draws) < 10_000:
+        chosen = rng.integers(len(rows), size=len(rows))
+        if len(set(x[chosen])) > 2:
+            draws.append(spearman(x[chosen], y[chosen]))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Estimate(spearman(x, y), float(low), float(high), len(rows))
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The table and what follows from it, as Markdown."""
+    shown = ("head_room", "head_room_by_element", "afa", "router", "average")
+    lines = ["| expert set | head-room | by element | AFA | router | weight average |", "|---|---|---|---|---|---|"]
+    for one in sorted(rows, key=lambda one: -one["head_room"].value):
+        cells = [f"{100 * one[key].value:.1f} [{100 * one[key].low:.1f}, {100 * one[key].high:.1f}]" for key in shown]
+        lines.append(f"| {one['name']} ({', '.join(one['experts'])}) | {' | '.join(cells)} |")
+    lines.append("")
+    for one in ("head_room", "head_room_by_element"):
+        for other in ("afa", "router"):
+            lines.append(f"rank correlation of {one} with the gain of {other}: {correlation(rows, one, other)}, n = {len(rows)} sets")
+    for method in ("afa", "router"):
+        fit = Fit.of([one["head_room"].value for one in rows], [one[method].value for one in rows])
+        lines.append(f"gain of {method} = {fit.slope:.3f} · head-room, within {fit.spread:.3f} for 95 % of the sets when foretold by the others")
+    return "\n".join(lines)
+
+
 def main() -> None:
     flags = argparse.ArgumentParser(prog="python benchmarks/screening.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--output", type=Path, default=Path("build/screening"))
     flags.add_argument("--steps", type=int, default=150, help="training steps (default: 150)")
     flags.add_argument("--seeds", type=int, default=1, help="training seeds a set (default: 1)")
+    flags.add_argument("--calibrate", action="store_true", help="keep the sets for the predictions of `afa screen`")
     given = flags.parse_args()
     work: Path = given.output
     for folder, count, seed in (("data", 512, TRAINING_SCENES), ("test", JUDGED, TEST_SCENES + 50_000)):
         if not (work / folder).exists():
             draw(work / folder, "mixed", count, seed)
     places = make_experts(work / "experts")
-    for seed in range(given.seeds):
-        for name in SETS:
-            found = realised(name, places, work, given.steps, seed)
-            best = min(np.mean(losses) for losses in found["experts"].values())
-            shown = {key: round(1 - float(np.mean(found[key])) / best, 4) for key in ("afa", "router", "average")}
-            print(f"{name}: {shown}", flush=True)
+    screened = head_rooms(places, work / "screened")
+    rows = []
+    for place, name in enumerate(SETS, start=1):
+        rows.append(row(name, screened[name], [realised(name, places, work, given.steps, seed) for seed in range(given.seeds)]))
+        print(f"{place} of {len(SETS)}: {name}, AFA {rows[-1]['afa']}", file=sys.stderr)
+    print(report(rows))
+    if given.calibrate:
+        kept_rows = [{key: round(one[key].value, 5) if key not in ("name", "experts") else one[key] for key in KEPT} for one in rows]
+        write_atomically(CALIBRATION, json.dumps({"command": "python benchmarks/screening.py", "sets": kept_rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -252,6 +252,10 @@ class TestVerdict:
         assert found.experts == ("a", "b")
         assert "without it the routed loss changes by +0.2 %" in found.dropped["c"]
 
+    def test_a_near_duplicate_is_called_one(self):
+        near = dataclasses.replace(GOOD, lost=GOOD.lost | {"c": about(0.002)}, enough=2, near={"c": ("b", 0.04)})
+        assert judge(near).dropped["c"].startswith("it is a near-duplicate of b (predictions 0.04 of their errors apart), and without it")
+
     def test_where_an_average_gains_as_much_merging_will_do(self):
         assert judge(dataclasses.replace(GOOD, average=about(0.16))).action == MERGE
         assert judge(dataclasses.replace(GOOD, average=about(0.05))).action == ENSEMBLE

@@ -113,6 +113,16 @@ class Comparison:
 
     def apart(self, one: int, other: int) -> list[float]:
         """How far two experts' predictions are apart, by band: root mean square, in units of what they are both wrong by."""
+        pair = (min(one, other), max(one, other))
+        if pair not in self._apart_by_pair:
+            self._apart_by_pair[pair] = self._measured_apart(*pair)
+        return self._apart_by_pair[pair]
+
+    @cached_property
+    def _apart_by_pair(self) -> dict[tuple[int, int], list[float]]:
+        return {}
+
+    def _measured_apart(self, one: int, other: int) -> list[float]:
         found = np.array([self._apart(one, other, image) for image in range(self.images)])  # (M, BANDS)
         errors = (self.losses[one] + self.losses[other]) / 2
         return [float(np.sqrt(value)) for value in found.mean(0) / errors.mean(0)]

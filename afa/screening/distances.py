@@ -14,6 +14,7 @@ from afa.errors import UserError
 from afa.experts.spec import ExpertSpec
 from afa.merging.parts import TEXT_ENCODERS
 from afa.merging.sources import Reader, Source, open_source
+from afa.merging.stages import stage_names
 
 TEXT = "text"  # what stands for the text encoders beside the stages
 SAME = 2e-3  # relative distance below which two experts are one, but for rounding: half precision moves weights by 3e-4, bfloat16 by 1.1e-3
@@ -95,7 +96,7 @@ def distances(specs: Sequence[ExpertSpec], base: ExpertSpec | None, config: str 
             matrix = torch.stack([*rows, zero])  # (N + 1, numbers)
             stage = TEXT if key.partition(".")[0] in TEXT_ENCODERS else stages[key]
             grams[stage] = grams.get(stage, 0) + (matrix @ matrix.T).numpy()
-    ordered = [name for name in dict.fromkeys(stages.values()) if name in grams]
+    ordered = [name for name in stage_names(sources[0].model) if name in grams]  # in the order they run, whatever the file's
     return Distances(tuple(spec.name for spec in specs), (*ordered, *([TEXT] if TEXT in grams else [])), grams, base is not None)
 
 

@@ -15,6 +15,7 @@ from afa.screening.plan import Plan
 from afa.screening.store import Store
 from afa.screening.verdict import UNKNOWN, WORTH, Evidence, Verdict, judge
 
+NEAR = 0.1  # of their errors: predictions that are less apart are nearly the same
 UNKNOWABLE = (
     "Which expert is right, what each adds, whether routing or merging gains anything: for that captioned images are needed (--data). "
     "Known without them: which experts are the same, and where they disagree."
@@ -62,6 +63,7 @@ def _judged(comparison: Comparison, apart: Distances | str, average: Store | str
         average=average_gain,
         order=[comparison.names[place] for place in comparison.greedy()[-1]],
         enough=_enough(comparison),
+        near=_near(comparison),
     )
     predicted = {"over_best": asdict(foretold["afa"]), "over_router": asdict(over(foretold["afa"], foretold["router"].value))}
     predicted["over_average"] = None if average_gain is None else asdict(over(foretold["afa"], average_gain.value))
@@ -157,6 +159,17 @@ def _same(comparison: Comparison, apart: Distances | str) -> dict[str, str]:
             distance = max(comparison.apart(one, other)) if isinstance(apart, str) else apart.between(one, other)
             if distance < SAME and comparison.names[one] not in found:
                 found.setdefault(comparison.names[other], comparison.names[one])
+    return found
+
+
+def _near(comparison: Comparison) -> dict[str, tuple[str, float]]:
+    """A later expert -> the earlier one whose predictions are nowhere further than NEAR from its own, and how far at most."""
+    found: dict[str, tuple[str, float]] = {}
+    for other in range(len(comparison.names)):
+        for one in range(other):
+            distance = max(comparison.apart(one, other))
+            if distance < NEAR:
+                found.setdefault(comparison.names[other], (comparison.names[one], distance))
     return found
 
 

@@ -29,7 +29,8 @@ VAE_FACTOR = 8  # of all known VAEs of SD and SDXL; for denoisers that come with
 class Plan:
     """What is found before a weight is read.
 
-    first: the first expert, without its weights. lender: a folder whose text encoders and scheduler denoisers alone borrow. apart: why features cannot be fused though predictions can, in sentences. latent: (C, h, w).
+    first: the first expert, without its weights. lender: a folder whose text encoders and scheduler denoisers alone borrow. apart: why
+    features cannot be fused though predictions can, in sentences. latent: (C, h, w).
     """
 
     settings: ScreenSettings

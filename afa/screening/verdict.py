@@ -1,7 +1,7 @@
 """What to do with a set of experts, in words, with the reasons."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from afa.evaluation.statistics import Estimate
 from afa.screening.foretell import Foretold
@@ -16,7 +16,8 @@ class Evidence:
 
     base: experts that are the base itself. lost: by how much the routed loss rises without an expert, as a share. afa: foretold gain over the best
     expert. average: measured gain of the weight average over the best expert, None if it is not known. order: the greedy path, best expert
-    first. enough: how many of it come within WORTH of all.
+    first. enough: how many of it come within WORTH of all. near: a later expert -> the earlier one whose predictions it nearly makes, and how far
+    they are apart, in units of their errors.
     """
 
     names: Sequence[str]
@@ -29,6 +30,7 @@ class Evidence:
     average: Estimate | None
     order: Sequence[str]
     enough: int
+    near: Mapping[str, tuple[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def judge(evidence: Evidence) -> Verdict:
     kept = [name for name in evidence.order[: evidence.enough] if name not in evidence.same]
     for name in evidence.names:
         if name not in kept and name not in dropped:
-            dropped[name] = _adds_little(evidence.lost.get(name))
+            dropped[name] = _adds_little(name, evidence)
     dropped = {name: why for name, why in dropped.items() if name not in kept}
     reasons = [f"Learnable head-room: routing by place would lower the loss of {evidence.best}, the best expert, by {share(evidence.room)}."]
     if evidence.afa.value < WORTH or len(kept) == 1:
@@ -85,8 +87,14 @@ def _without_ensemble(evidence: Evidence, dropped: dict[str, str], reasons: list
     return Verdict(ONE, (evidence.best,), rest, tuple(reasons))
 
 
-def _adds_little(lost: Estimate | None) -> str:
-    return "it adds nothing that could be learnt" if lost is None else f"without it the routed loss changes by {share(lost, signed=True)}"
+def _adds_little(name: str, evidence: Evidence) -> str:
+    """How much the set would lose without it, and whom it resembles."""
+    without = f"without it the routed loss changes by {share(evidence.lost[name], signed=True)}"
+    for one, (other, distance) in evidence.near.items():
+        if name in (one, other):
+            twin = other if name == one else one
+            return f"it is a near-duplicate of {twin} (predictions {distance:.2f} of their errors apart), and {without}"
+    return without
 
 
 def share(estimate: Estimate, signed: bool = False, absolute: bool = False) -> str:
