@@ -274,3 +274,5 @@ class TestVerdict:
     def test_the_base_under_another_name_is_named(self):
         found = judge(dataclasses.replace(GOOD, base=("c",), enough=2))
         assert "base model under another name" in found.dropped["c"]
+        kept = judge(dataclasses.replace(GOOD, base=("c",)))
+        assert "c is the base model under another name; it is kept" in " ".join(kept.reasons)

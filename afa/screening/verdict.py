@@ -56,13 +56,14 @@ def judge(evidence: Evidence) -> Verdict:
     """The smallest set that is worth it, and the cheapest way to use it."""
     dropped = {name: f"it is {other} but for rounding" for name, other in evidence.same.items()}
     bases = [name for name in evidence.base if name not in dropped and name != evidence.best]
-    dropped |= dict.fromkeys(bases, "it is the base model under another name, which the others contain")
+    dropped |= dict.fromkeys(bases, "it is the base model under another name, and adds nothing worth a model")
     kept = [name for name in evidence.order[: evidence.enough] if name not in evidence.same]
     for name in evidence.names:
         if name not in kept and name not in dropped:
             dropped[name] = _adds_little(name, evidence)
     dropped = {name: why for name, why in dropped.items() if name not in kept}
     reasons = [f"Learnable head-room: routing by place would lower the loss of {evidence.best}, the best expert, by {share(evidence.room)}."]
+    reasons += [f"{name} is the base model under another name; it is kept because it adds to the others." for name in evidence.base if name in kept]
     if evidence.afa.value < WORTH or len(kept) == 1:
         return _without_ensemble(evidence, dropped, reasons)
     if evidence.average is not None:
