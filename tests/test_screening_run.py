@@ -6,8 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from original_layout import write_single_file
 from PIL import Image
 from tiny import sd_pipeline
+from tiny_loras import write_lora
 from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
 from afa import Ensemble
@@ -22,6 +24,7 @@ from afa.screening.asking import Asking
 from afa.screening.data import encoded
 from afa.screening.plan import plan
 from afa.screening.report.page import as_html
+from afa.screening.report.text import as_text
 from afa.screening.run import screen
 from afa.screening.settings import ScreenSettings
 from afa.training.noise import Noising
@@ -189,6 +192,33 @@ def test_every_family_is_screened(make, images, tmp_path):
     assert all(np.isfinite(loss["overall"]["value"]) for loss in found["losses"].values())
     assert len(found["features"][0]["stages"]) == len(Ensemble.from_experts([str(tmp_path / "expert0")]).denoiser.stages)
     assert all(value > 0 for value in found["features"][0]["stages"].values())
+
+
+def test_single_files_are_asked_and_averaged_like_folders(images, tmp_path):
+    for seed, name in enumerate(("photo", "paint")):
+        pipe = sd_pipeline(seed, text_seed=0)
+        pipe.save_pretrained(tmp_path / name)
+        write_single_file(pipe, tmp_path / f"{name}.safetensors")
+    common_options = {"data": str(images), "images": 3, "draws": 2, "resolution": 64, "device": "cpu"}
+    folders = screen(ScreenSettings([str(tmp_path / name) for name in ("photo", "paint")], **common_options))
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("photo", "paint")]
+    single = screen(ScreenSettings(files, config=str(tmp_path / "photo"), **common_options))
+    assert single["parameters"] == folders["parameters"]
+    assert [one["losses"]["photo"]["overall"]["value"] for one in (single, folders)] == pytest.approx([single["losses"]["photo"]["overall"]["value"]] * 2)
+    for part in ("head_room", "average"):
+        assert single[part]["overall"] == pytest.approx(folders[part]["overall"], rel=1e-3)
+
+
+def test_experts_with_loras_are_asked_and_what_cannot_be_read_key_by_key_is_said(images, tmp_path):
+    sd_pipeline(0).save_pretrained(tmp_path / "base")
+    for seed in range(2):
+        write_lora("sd", tmp_path / f"style{seed}.safetensors", seed)
+    experts = [f"e{seed}={tmp_path / 'base'}+{tmp_path / f'style{seed}.safetensors'}" for seed in range(2)]
+    found = screen(ScreenSettings(experts, data=str(images), images=3, draws=2, resolution=64, device="cpu"))
+    assert found["predictions"][0]["bands"][0] > 0
+    assert "has a LoRA" in found["parameters"]
+    assert found["average"].startswith("cannot be made: expert 'e0' has a LoRA")
+    assert "Weights could not be compared" in as_text(found)
 
 
 def test_a_denoiser_alone_borrows_what_it_lacks(tmp_path, capsys):
