@@ -41,7 +41,7 @@ from afa.screening.settings import ScreenSettings
 from afa.training.noise import Noising
 
 JUDGED = 96
-WEAK = 0.06  # noise on weights, in standard deviations of each tensor: worse, not broken
+NOISED, POOR = 0.06, 0.4  # noise on weights, in standard deviations of each tensor: hardly worse; twice the loss
 NEAR = 0.002  # as much as rounding might do
 SIDE = 64  # pixels
 KEPT = ("name", "experts", "head_room", "afa", "router")
@@ -51,13 +51,15 @@ MADE: dict[str, tuple[dict[str, float], float]] = {
     "curves-copy": ({"curves": 1.0}, 0.0),
     "curves-near": ({"curves": 1.0}, NEAR),
     "patterns-near": ({"patterns": 1.0}, NEAR),
-    "curves-weak": ({"curves": 1.0}, WEAK),
-    "angles-weak": ({"angles": 1.0}, WEAK),
-    "patterns-weak": ({"patterns": 1.0}, WEAK),
+    "curves-noised": ({"curves": 1.0}, NOISED),
+    "angles-noised": ({"angles": 1.0}, NOISED),
+    "patterns-noised": ({"patterns": 1.0}, NOISED),
     "curves-half": ({"curves": 0.5, "base": 0.5}, 0.0),
     "angles-half": ({"angles": 0.5, "base": 0.5}, 0.0),
     "patterns-half": ({"patterns": 0.5, "base": 0.5}, 0.0),
     "curves-angles": ({"curves": 0.5, "angles": 0.5}, 0.0),
+    "curves-poor": ({"curves": 1.0}, POOR),
+    "patterns-poor": ({"patterns": 1.0}, POOR),
 }
 SETS = {
     "three good ones": ["curves", "angles", "patterns"],
@@ -71,15 +73,19 @@ SETS = {
     "the best and its base": ["patterns", "base"],
     "a narrow one and its base": ["curves", "base"],
     "two narrow ones and their base": ["curves", "angles", "base"],
-    "a weak copy": ["curves", "curves-weak"],
-    "a weak copy of the best": ["patterns", "patterns-weak"],
-    "the best and two weak ones": ["patterns", "curves-weak", "angles-weak"],
-    "two weak ones": ["curves-weak", "angles-weak"],
+    "a noised copy": ["curves", "curves-noised"],
+    "a noised copy of the best": ["patterns", "patterns-noised"],
+    "the best and two noised ones": ["patterns", "curves-noised", "angles-noised"],
+    "two noised ones": ["curves-noised", "angles-noised"],
     "half-way copies": ["curves", "curves-half"],
     "three half-way": ["curves-half", "angles-half", "patterns-half"],
     "the best and a merge": ["patterns", "curves-angles"],
     "the best, half-way": ["patterns", "patterns-half"],
     "a narrow one and half of another": ["curves", "angles-half"],
+    "a poor copy": ["curves", "curves-poor"],
+    "a poor copy of the best": ["patterns", "patterns-poor"],
+    "two narrow ones and a poor one": ["curves", "angles", "patterns-poor"],
+    "three good ones and their base": ["curves", "angles", "patterns", "base"],
 }
 
 
