@@ -21,15 +21,13 @@ AREA = 4  # a word's area: the 1/AREA of the places that look at it most
 
 @dataclass(frozen=True)
 class Attention:
-    """Means over passes, heads and layers. words: those with tokens; unseen: words that were cut off.
+    """Means over passes, heads and layers, for the U words of a recording.
 
     maps: by stage that reads, (U, h, w): the probability with which a place looks at the word's tokens.
     lean: by stage, (U, N): an expert's mean weight in the quarter of the places that look at the word most, minus its mean weight
     elsewhere; from -1 to 1, 0 in sum over experts.
     """
 
-    words: tuple[Word, ...]
-    unseen: tuple[str, ...]
     maps: dict[str, NDArray[np.float32]]
     lean: dict[str, NDArray[np.float32]]
 
@@ -64,18 +62,24 @@ class Listener:
     def open(self) -> Iterator[None]:
         """Listen inside."""
         with ExitStack() as stack:
+            first = self.denoiser.aggregators[self.denoiser.fused[0]]
+            stack.callback(first.register_forward_pre_hook(self._meet).remove)
             for stage in self.reading:
                 for block in self.denoiser.aggregators[stage].transformer.transformer_blocks:
                     stack.callback(block.attn2.register_forward_pre_hook(self._hook(stage), with_kwargs=True).remove)
             yield
+
+    def _meet(self, aggregator: Any, args: tuple[Any, ...]) -> None:
+        """The text is seen for the first time."""
+        if self.words is None:
+            self.words = self.read(args[2].shape[1])  # features, temb, text, as walk calls it
 
     def _hook(self, stage: str) -> Callable[..., None]:
         def listen(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             if self.denoiser.aside:
                 return
             states, mask = kwargs["encoder_hidden_states"], kwargs.get("attention_mask")
-            if self.words is None:
-                self.words = self.read(states.shape[1])
+            assert self.words is not None
             found = probabilities(layer, args[0][-1:], states[-1:], None if mask is None else mask[-1:])
             self._layers.setdefault(stage, []).append(per_word(found, self.words))
 
@@ -91,15 +95,12 @@ class Listener:
             sums[stage] = sums[stage] + found.cpu() if stage in sums else found.cpu()
         self._passes[stage] = self._passes.get(stage, 0) + 1
 
-    def heard(self, words: Sequence[Word] | None) -> Attention | None:
+    def heard(self) -> Attention | None:
         """The means; None if nobody read, or there was no word."""
-        if not words or not self._maps:
+        if not self._maps:
             return None
-        seen = [index for index, word in enumerate(words) if word.tokens]
-        maps, leans = (
-            {stage: (total / self._passes[stage])[seen].numpy() for stage, total in sums.items()} for sums in (self._maps, self._lean)
-        )
-        return Attention(tuple(words[index] for index in seen), tuple(word.text for word in words if not word.tokens), maps, leans)
+        maps, leans = ({stage: (total / self._passes[stage]).numpy() for stage, total in sums.items()} for sums in (self._maps, self._lean))
+        return Attention(maps, leans)
 
 
 def probabilities(layer: Any, hidden: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from afa.denoiser.schedule import Schedule, clean_of
 from afa.denoiser.switches import adjust_weights, watch_weights
 from afa.ensemble import Ensemble
 from afa.explanation.attention import Attention, Listener
-from afa.explanation.words import find_words
+from afa.explanation.words import Word, find_words
 from afa.generation.sample import Request, Sampling, sample
 from afa.latents import latents_of
 
@@ -33,8 +33,8 @@ class Recording:
     image (H, W, 3). timesteps: of every pass. maps: by fused stage, (passes, N, h, w) float16, convex over N.
     most (passes, K, N): an expert's mean weight in whichever blend takes most of it; where all have one blend, its mean weight.
     rows: by half (True: a pass that guidance makes by itself) and stage, the mean weights (R, N) of every pass, both halves.
-    calls: of every pass, what the denoiser was called with, without the half that has no prompt. attention: None where no aggregator
-    reads the text. drawn: by pass, the image that the ensemble believed in; none of those that could not be drawn.
+    calls: of every pass, what the denoiser was called with, without the half that has no prompt. words: of the prompt. attention: of
+    aggregators that read the text; None if none does. drawn: by pass, the image that the ensemble believed in; none of those that could not be drawn.
 
     Memory: SD 1.5 at 512 px with 50 steps and 3 experts has 11 MB of maps, 11 MB of attention, and 4 MB of calls.
     """
@@ -47,6 +47,7 @@ class Recording:
     most: NDArray[np.float32]
     rows: dict[tuple[bool, str], Tensor] = field(repr=False)
     calls: list[dict[str, Any]] = field(repr=False)
+    words: tuple[Word, ...]
     attention: Attention | None
     drawn: dict[int, Image8] = field(repr=False)
 
@@ -80,7 +81,8 @@ def record(ensemble: Ensemble, request: Request, sampling: Sampling, pipeline: A
         np.stack([np.stack(passes) for passes in recorder.most.values()], axis=1),
         {key: torch.stack(passes) for key, passes in recorder.rows.items()},
         recorder.calls,
-        recorder.listener.heard(recorder.words),
+        tuple(recorder.listener.words or ()),
+        recorder.listener.heard(),
         drawn,
     )
 
@@ -98,10 +100,6 @@ class Recorder:
         self.calls: list[dict[str, Any]] = []
         self.claims: dict[int, tuple[dict[str, Any], Tensor]] = {}  # by pass: its call, and what guidance made of it
         self._shown: Tensor | None = None
-
-    @property
-    def words(self) -> Any:
-        return self.listener.words
 
     @contextmanager
     def open(self, pipeline: Any) -> Iterator[None]:

@@ -9,22 +9,30 @@ from typing import Any
 from afa.experts.load import TOKENIZERS
 from afa.families.table import called
 
-WORD = re.compile(r"\w+(?:['’-]\w+)*")
+WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
 
 @dataclass(frozen=True)
 class Word:
-    """text: as written; the second "a" of a prompt is "a (2)". tokens: its places in the text states; none: it was cut off."""
+    """text: as written; the second "a" of a prompt is "a (2)". span: of its letters in the prompt.
+
+    tokens: its places in the text states; none: it was cut off, or the tokenizer does not say.
+    """
 
     text: str
+    span: tuple[int, int]
     tokens: tuple[int, ...]
+
+    def left_out(self, prompt: str) -> str:
+        """The prompt without this word."""
+        start, end = self.span
+        return " ".join(f"{prompt[:start]} {prompt[end:]}".split())
 
 
 def find_words(pipeline: Any, prompt: str, length: int) -> list[Word]:
     """The words of a prompt, in order. length: of the text states that aggregators see.
 
-    Punctuation, the start and the end of the text, and padding are no words. A tokenizer that does not say where its tokens
-    come from finds none.
+    Punctuation, the start and the end of the text, and padding are no words.
     """
     call, _ = called(pipeline)
     spans = [(found.group(), found.span()) for found in WORD.finditer(prompt)]
@@ -39,7 +47,7 @@ def find_words(pipeline: Any, prompt: str, length: int) -> list[Word]:
                     own.append(offset + place)
         offset += room
     labels = _numbered([text for text, _ in spans])
-    return [Word(label, tuple(own)) for label, own in zip(labels, places, strict=True)]
+    return [Word(label, span, tuple(own)) for label, (_, span), own in zip(labels, spans, places, strict=True)]
 
 
 def _offsets(tokenizer: Any, prompt: str, room: int) -> list[tuple[int, int]]:
