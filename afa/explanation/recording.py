@@ -31,8 +31,8 @@ class Recording:
     """What was seen while one image was made. Weights are those of the half with the prompt; passes in the order they were made.
 
     image (H, W, 3). timesteps: of every pass. maps: by fused stage, (passes, N, h, w) float16, convex over N.
-    most (passes, K, N): an expert's mean weight in whichever blend takes most of it; where all have one blend, its mean weight.
-    rows: by half (True: a pass that guidance makes by itself) and stage, the mean weights (R, N) of every pass, both halves.
+    most (passes, K, N): an expert's mean weight over places where that is largest, of both halves, and of all blends where every
+    expert has its own. rows: by half (True: a pass that guidance makes by itself) and stage, the mean weights (passes, R, N) of all.
     calls: of every pass, what the denoiser was called with, without the half that has no prompt. words: of the prompt. attention: of
     aggregators that read the text; None if none does. drawn: by pass, the image that the ensemble believed in; none of those that could not be drawn.
 
@@ -78,7 +78,7 @@ def record(ensemble: Ensemble, request: Request, sampling: Sampling, pipeline: A
         image,
         tuple(recorder.timesteps),
         {stage: torch.stack(maps) for stage, maps in recorder.maps.items()},
-        np.stack([np.stack(passes) for passes in recorder.most.values()], axis=1),
+        _most(recorder),
         {key: torch.stack(passes) for key, passes in recorder.rows.items()},
         recorder.calls,
         tuple(recorder.listener.words or ()),
@@ -95,11 +95,9 @@ class Recorder:
         self.listener = Listener(denoiser, read)
         self.timesteps: list[float] = []
         self.maps: dict[str, list[Tensor]] = {stage: [] for stage in denoiser.fused}
-        self.most: dict[str, list[NDArray[np.float32]]] = {stage: [] for stage in denoiser.fused}
         self.rows: dict[tuple[bool, str], list[Tensor]] = {}
         self.calls: list[dict[str, Any]] = []
         self.claims: dict[int, tuple[dict[str, Any], Tensor]] = {}  # by pass: its call, and what guidance made of it
-        self._shown: Tensor | None = None
 
     @contextmanager
     def open(self, pipeline: Any) -> Iterator[None]:
@@ -123,21 +121,27 @@ class Recorder:
     def _adjust(self, stage: str, weights: Tensor) -> Tensor:
         """Changes nothing; here the rows of every expert's own blend are to be seen."""
         self.rows.setdefault((self.denoiser.aside, stage), []).append(weights.float().mean((2, 3)).cpu())
-        self._shown = weights
         return weights
 
     def _observe(self, stage: str, weights: Tensor) -> None:
         if self.denoiser.aside:
             return
-        assert self._shown is not None
-        own = self._shown[-(len(self._shown) // len(weights)) :]  # the rows of the last sample: that of the prompt
         self.maps[stage].append(weights[-1].half().cpu())
-        self.most[stage].append(own.float().mean((2, 3)).amax(0).cpu().numpy())
-        self.listener.weighed(stage, weights[-1].float())
+        self.listener.weighed(stage, weights[-1].float())  # the last sample is that of the prompt
 
     def _step(self, prediction: Tensor) -> None:
         """The scheduler is handed what guidance made of the last pass."""
         self.claims[len(self.calls) - 1] = (self.calls[-1], prediction.detach())
+
+
+def _most(recorder: Recorder) -> NDArray[np.float32]:
+    """(passes, K, N): over all rows, and over both passes where guidance makes a step of two."""
+    halves = [
+        torch.stack([torch.stack(recorder.rows[aside, stage]).amax(1) for stage in recorder.maps], dim=1)
+        for aside in sorted({aside for aside, _ in recorder.rows})
+    ]
+    most: NDArray[np.float32] = torch.stack(halves).amax(0).numpy()
+    return most
 
 
 def arguments(denoiser: EnsembleDenoiser, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from afa.training.routing import DROPPED
 class Unused:
     """Where experts stay below `threshold` in every image.
 
-    most (passes, K, N): the largest over images of an expert's mean weight, in whichever blend takes most of it. cells: where that is
+    most (passes, K, N): the largest over images of an expert's mean weight, see Recording. cells: where that is
     below the threshold; never all experts at once. costs (K,): operations of one expert from the fused stage before up to this one.
     """
 
