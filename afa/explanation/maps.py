@@ -48,10 +48,9 @@ def resized(places: NDArray[np.floating], side: tuple[int, int]) -> NDArray[np.f
 
 
 def spotlight(image: NDArray[np.uint8], places: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """The image, bright where `places` (h, w) is large and dark where it is small, over the map's own range: (H, W, 3) uint8."""
+    """The image where `places` (h, w) is large, faded to white where it is small, over the map's own range: (H, W, 3) uint8."""
     height, width = image.shape[:2]
     light = resized(places, (height, width))
     low, high = float(light.min()), float(light.max())
-    light = (light - low) / (high - low) if high > low else np.ones_like(light)
-    grey = image.astype(np.float32).mean(-1, keepdims=True)
-    return np.clip((0.15 + 0.85 * light[..., None]) * (0.5 * grey + 0.5 * image), 0, 255).astype(np.uint8)
+    light = 0.08 + 0.92 * ((light - low) / (high - low) if high > low else np.ones_like(light))
+    return (255 - light[..., None] * (255 - image.astype(np.float32))).round().astype(np.uint8)

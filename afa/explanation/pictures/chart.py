@@ -11,7 +11,7 @@ from afa.explanation.skipping import Unused
 from afa.visualise.grid import INK
 from afa.visualise.weights import heat
 
-GAP, NAMES, WIDEST = 30, 64, 1280
+GAP, NAMES, WIDEST = 30, 64, 1340
 
 
 def chart(unused: Unused, means: NDArray[np.float32], timesteps: Sequence[float], images: int) -> Image.Image:

@@ -11,7 +11,12 @@ from afa.explanation.recording import Recording
 TILE, LABEL, GAP = 92, 130, 18
 BARS = 250  # width of the diverging bars
 MOST = 12  # words
-HEADS = ("where aggregators look", "where weights change", "weight that changes hands without it", "weight of each expert with the word, minus without")
+HEADS = (
+    "where aggregators look",
+    "where weights change",
+    "weight that changes hands without it",
+    "each expert's weight with the word minus without, in points of 100",
+)
 
 
 def words(recording: Recording, causes: Causes | None) -> Image.Image | None:
@@ -29,7 +34,7 @@ def words(recording: Recording, causes: Causes | None) -> Image.Image | None:
     for place, row in enumerate(rows):
         _row(canvas, recording, causes, row, xs, 124 + place * (high + GAP), rows)
     left = len(recording.words) - len(rows)
-    remarks = word_remarks(recording) + ([f"{left} more words, which move less, are in the table."] if left else [])
+    remarks = word_remarks(recording) + ([f"The {left} that move least are in the table."] if left else [])
     for place, line in enumerate(wrapped(" ".join(remarks), 13, canvas.image.width - 2 * MARGIN, 3)):
         canvas.text(MARGIN, canvas.image.height - 66 + 18 * place, line, 13, MUTED)
     return canvas.image
