@@ -78,7 +78,7 @@ class Canvas:
     def block(self, x: float, y: float, width: float, height: float, colour: Colour) -> None:
         """A filled rectangle; nothing if it is narrower than half a pixel."""
         if width >= 0.5:
-            self.pen.rectangle((x, y, x + width - 1, y + height - 1), fill=tuple(colour))
+            self.pen.rectangle((x, y, x + max(0.0, width - 1), y + height - 1), fill=tuple(colour))
 
     def rule(self, x: float, y: float, width: float) -> None:
         """A horizontal line."""
@@ -88,3 +88,9 @@ class Canvas:
 def decimals(value: float) -> str:
     """0.333 -> .33, as a share is read."""
     return f"{value:.2f}".removeprefix("0") if value < 0.995 else "1"
+
+
+def signed(value: float) -> str:
+    """+0.8, -0.4, and 0.0 without a sign."""
+    found = f"{value:+.1f}"
+    return found if found.strip("+-0.") else "0.0"

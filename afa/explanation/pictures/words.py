@@ -5,7 +5,7 @@ from PIL import Image
 from afa.explanation.causes import Causes
 from afa.explanation.explain import WordRow, word_remarks, word_rows
 from afa.explanation.maps import resized, spotlight
-from afa.explanation.pictures.canvas import LINE, MARGIN, MUTED, Canvas, colour_of, fitting, wrapped
+from afa.explanation.pictures.canvas import LINE, MARGIN, MUTED, Canvas, colour_of, fitting, signed, wrapped
 from afa.explanation.recording import Recording
 
 TILE, LABEL, GAP = 92, 130, 18
@@ -34,7 +34,7 @@ def words(recording: Recording, causes: Causes | None) -> Image.Image | None:
     for place, row in enumerate(rows):
         _row(canvas, recording, causes, row, xs, 124 + place * (high + GAP), rows)
     left = len(recording.words) - len(rows)
-    remarks = word_remarks(recording) + ([f"The {left} that move least are in the table."] if left else [])
+    remarks = word_remarks(recording) + ([f"Shown are the {MOST} that move most of {left + MOST}."] if left else [])
     for place, line in enumerate(wrapped(" ".join(remarks), 13, canvas.image.width - 2 * MARGIN, 3)):
         canvas.text(MARGIN, canvas.image.height - 66 + 18 * place, line, 13, MUTED)
     return canvas.image
@@ -74,4 +74,4 @@ def _pulls(canvas: Canvas, recording: Recording, row: WordRow, x: float, y: floa
         at, long = y + 3 + expert * 22, room * abs(float(pull)) / (float(most) or 1)
         canvas.block(middle if pull > 0 else middle - long, at, long, 16, colour_of(expert))
         side = "lm" if pull > 0 else "rm"
-        canvas.text(middle + (long + 5) * (1 if pull > 0 else -1), at + 8, f"{100 * float(pull):+.1f}", 12, MUTED, anchor=side)
+        canvas.text(middle + (long + 5) * (1 if pull > 0 else -1), at + 8, signed(100 * float(pull)), 12, MUTED, anchor=side)
