@@ -13,7 +13,7 @@ from PIL import Image
 from afa import Ensemble, UserError
 from afa.cli.main import main
 from afa.demo.world import ENSEMBLE, EXPERTS
-from afa.explanation.explain import explain
+from afa.explanation.explanation import explain
 from afa.explanation.pictures.canvas import fitting, font, wrapped
 from afa.explanation.pictures.chart import chart
 from afa.explanation.pictures.sheet import sheet

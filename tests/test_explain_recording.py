@@ -12,7 +12,7 @@ from afa.denoiser.switches import hide_tokens, record_weights, watch_weights
 from afa.denoiser.unet import UNetEnsemble
 from afa.explanation.attention import AREA, lean
 from afa.explanation.causes import find_causes
-from afa.explanation.explain import UNREAD, explain, word_remarks, word_rows
+from afa.explanation.explanation import UNREAD, explain, word_remarks, word_rows
 from afa.explanation.maps import lead_at, overlay_at, weights_at
 from afa.explanation.recording import record
 from afa.explanation.shares import FINAL, shares, stage_groups
@@ -180,3 +180,10 @@ def test_stages_cost_what_the_model_costs_but_for_embeddings(make):
     total, parts = count_flops(outline, 16, 16).total, count_stage_flops(model, 16, 16)
     assert 0.98 * total < sum(parts.values()) <= total and all(parts.values())
     assert call_of(model, 16, 16, 1)
+
+
+def test_public_names_are_what_they_say():
+    import afa.explanation
+
+    for name in afa.explanation.__all__:
+        assert callable(getattr(afa.explanation, name)) and getattr(afa.explanation, name).__name__ == name

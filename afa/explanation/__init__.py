@@ -4,13 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from afa.explanation.explain import Explanation, explain
+    from afa.explanation.explanation import Explanation, explain
     from afa.explanation.recording import Recording, record
 
 _HOMES = {
-    "Explanation": "afa.explanation.explain",
+    "Explanation": "afa.explanation.explanation",
     "Recording": "afa.explanation.recording",
-    "explain": "afa.explanation.explain",
+    "explain": "afa.explanation.explanation",
     "record": "afa.explanation.recording",
 }
 __all__ = ["Explanation", "Recording", "explain", "record"]

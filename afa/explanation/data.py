@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.checkpoint.staging import replacing, write_atomically
-from afa.explanation.explain import Explanation, WordRow, word_remarks, word_rows
+from afa.explanation.explanation import Explanation, WordRow, word_remarks, word_rows
 from afa.explanation.recording import Recording
 
 SUFFIXES = ("png", "sheet.png", "strip.webp", "npz")  # of every image; .words.png and .counterfactuals.png where there is something to show

@@ -24,7 +24,7 @@ from afa.experts.hashing import sha256
 from afa.experts.spec import new_places
 from afa.explanation.counterfactuals import Counterfactual, rmse
 from afa.explanation.data import Entry, explained, read_entry, stem_of, write_arrays, write_facts
-from afa.explanation.explain import Explanation, check, explain
+from afa.explanation.explanation import Explanation, check, explain
 from afa.explanation.page import as_html
 from afa.explanation.pictures.chart import chart
 from afa.explanation.pictures.contact import contact

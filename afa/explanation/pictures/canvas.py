@@ -38,6 +38,11 @@ def fitting(words: str, size: int, width: float) -> str:
     return "…"
 
 
+def name_width(names: Sequence[str], least: int, most: int) -> int:
+    """Room for the longest name in size 15 with a swatch before it."""
+    return round(min(most, max(least, 40 + max(font(15).getlength(name) for name in names))))
+
+
 def wrapped(words: str, size: int, width: float, lines: int = 3) -> list[str]:
     """Words in at most so many lines, each fitting; what does not fit any more ends in dots."""
     own, found = font(size), [""]

@@ -63,9 +63,10 @@ def _panel(
         canvas.text(left - 8, top + tall * (place + 0.5), stage, 12, MUTED, anchor="rm")
     for step, place in zip(*np.nonzero(unused.cells[:, :, expert]), strict=True):
         _cross(canvas, left + wide * step, top + tall * place, wide, tall)
-    for step in sorted({0, passes // 2, passes - 1}):
-        canvas.text(left + wide * (step + 0.5), top + tall * stages + 6, f"{timesteps[step]:.0f}", 12, MUTED, anchor="ma")
-    canvas.text(left - 8, top + tall * stages + 6, "t", 12, MUTED, anchor="ra")
+    ends = ((0, "la"), (passes // 2, "ma"), (passes - 1, "ra")) if passes > 2 else ((0, "la"),)
+    for step, anchor in ends:
+        x = left + wide * (step + {"la": 0.0, "ma": 0.5, "ra": 1.0}[anchor])
+        canvas.text(x, top + tall * stages + 6, f"t = {timesteps[step]:.0f}" if not step else f"{timesteps[step]:.0f}", 12, MUTED, anchor=anchor)
 
 
 def _cross(canvas: Canvas, x: float, y: float, wide: int, tall: int) -> None:

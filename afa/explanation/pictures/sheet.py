@@ -6,12 +6,12 @@ import numpy as np
 from PIL import Image
 
 from afa.explanation.maps import lead_at, weights_at
-from afa.explanation.pictures.canvas import MARGIN, MUTED, Canvas, colour_of, decimals, fitting, wrapped
+from afa.explanation.pictures.canvas import MARGIN, MUTED, Canvas, colour_of, decimals, fitting, font, name_width, wrapped
 from afa.explanation.recording import Recording
 from afa.explanation.shares import FINAL, stage_groups
 from afa.visualise.weights import heat
 
-CELL, GAP, LABEL, BIG = 104, 10, 150, 232
+CELL, GAP, BIG, NARROWEST = 104, 10, 232, 1160
 STEPS = 5  # columns
 Column = tuple[str, str, "Sequence[int] | None", "Sequence[str] | None"]  # two lines of heading, passes, stages
 
@@ -19,21 +19,21 @@ Column = tuple[str, str, "Sequence[int] | None", "Sequence[str] | None"]  # two 
 def sheet(recording: Recording, facts: str) -> Image.Image:
     """One image: it, its overlay and what every expert weighs; below, a row an expert. facts: said under the prompt."""
     sections = [("over the steps, all stages together", over_steps(recording)), ("by part of the network, all steps together", by_group(recording))]
-    columns = sum(len(part) for _, part in sections)
-    width = 2 * MARGIN + LABEL + columns * (CELL + GAP) + 2 * MARGIN
+    label = name_width(recording.experts, 130, 230)
+    wide = [max(len(part) * (CELL + GAP) - GAP, round(font(15).getlength(title))) for title, part in sections]
+    width = max(NARROWEST, 4 * MARGIN + label + sum(wide))
     high = round(CELL * recording.image.shape[0] / recording.image.shape[1])
     top = _top(recording, facts, width)
     canvas = Canvas(width, top.image.height + 92 + len(recording.experts) * (high + 30) + MARGIN)
     canvas.image.paste(top.image, (0, 0))
-    x = MARGIN + LABEL
-    for title, part in sections:
+    x = MARGIN + label
+    for (title, part), own in zip(sections, wide, strict=True):
         canvas.text(x, top.image.height + 8, title, 15)
-        canvas.rule(x, top.image.height + 31, len(part) * (CELL + GAP) - GAP)
-        for column in part:
-            _column(canvas, x, top.image.height + 40, column, recording, high)
-            x += CELL + GAP
-        x += 2 * MARGIN - GAP
-    _labels(canvas, top.image.height + 92, recording, high)
+        canvas.rule(x, top.image.height + 31, own)
+        for place, column in enumerate(part):
+            _column(canvas, x + place * (CELL + GAP), top.image.height + 40, column, recording, high)
+        x += own + 2 * MARGIN
+    _labels(canvas, top.image.height + 92, recording, high, label)
     return canvas.image
 
 
@@ -66,11 +66,11 @@ def _column(canvas: Canvas, x: float, y: float, column: Column, recording: Recor
         canvas.text(x + CELL / 2, at + high + 5, decimals(float(own.mean())), 12, MUTED, anchor="ma")
 
 
-def _labels(canvas: Canvas, y: float, recording: Recording, high: int) -> None:
+def _labels(canvas: Canvas, y: float, recording: Recording, high: int, label: int) -> None:
     for expert, name in enumerate(recording.experts):
         at = y + expert * (high + 30) + high / 2
         canvas.block(MARGIN, at - 8, 16, 16, colour_of(expert))
-        canvas.text(MARGIN + 24, at, fitting(name, 15, LABEL - 34), 15, anchor="lm")
+        canvas.text(MARGIN + 24, at, fitting(name, 15, label - 34), 15, anchor="lm")
 
 
 def _top(recording: Recording, facts: str, width: float) -> Canvas:
@@ -94,7 +94,8 @@ def _top(recording: Recording, facts: str, width: float) -> Canvas:
 def _legend(canvas: Canvas, x: float, y: float, recording: Recording, width: float) -> None:
     """Names, colours, and the mean weight as a bar."""
     canvas.text(x, y, "mean weight, all steps, stages and places", 15)
-    names, full = 180, width - x - MARGIN - 180 - 50
+    names = name_width(recording.experts, 130, 340)
+    full = width - x - MARGIN - names - 50
     for expert, (name, share) in enumerate(zip(recording.experts, weights_at(recording).mean((1, 2)), strict=True)):
         at = y + 34 + expert * 34
         canvas.block(x, at, 16, 16, colour_of(expert))

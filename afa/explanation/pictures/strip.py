@@ -28,7 +28,7 @@ def frame(recording: Recording, index: int) -> Image.Image:
     tile = TILE if len(recording.experts) <= 4 else 120
     image = recording.drawn.get(index, recording.image)
     high = round(tile * image.shape[0] / image.shape[1])
-    tiles = [(image, "the image so far" if recording.drawn else "the final image"), (lead_at(recording, index), "who weighs more here")]
+    tiles = [(image, "the image so far" if recording.drawn else "the final image"), (lead_at(recording, index), "who weighs more")]
     weights = weights_at(recording, index)
     canvas = Canvas(2 * MARGIN + (len(tiles) + len(weights)) * (tile + GAP) - GAP + GAP, 64 + high + 52)
     _progress(canvas, recording, index)

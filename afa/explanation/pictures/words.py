@@ -3,7 +3,7 @@
 from PIL import Image
 
 from afa.explanation.causes import Causes
-from afa.explanation.explain import WordRow, word_remarks, word_rows
+from afa.explanation.explanation import WordRow, word_remarks, word_rows
 from afa.explanation.maps import resized, spotlight
 from afa.explanation.pictures.canvas import LINE, MARGIN, MUTED, Canvas, colour_of, fitting, signed, wrapped
 from afa.explanation.recording import Recording
