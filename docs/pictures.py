@@ -37,7 +37,7 @@ def explain_pictures() -> None:
     save_strip(found.recording, TARGET / "explain.webp")
     drawn = words(found.recording, found.causes)
     assert drawn is not None
-    drawn.save(TARGET / "explain-words.png", optimize=True)
+    drawn.quantize(256).save(TARGET / "explain-words.png", optimize=True)
     print(f"explain.png, explain.webp and explain-words.png in {TARGET}: {PROMPT}")
 
 

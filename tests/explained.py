@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from tiny import sd_pipeline
+from tiny import sd_pipeline, sdxl_pipeline
 from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
 from afa import Ensemble
@@ -11,14 +11,14 @@ from afa.baselines.sampler import in_frame
 from afa.generation.sample import Request, Sampling
 
 SMALL = {"hidden": 8, "heads": 2, "depth": 1}
-MAKERS = {"sd": sd_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline, "qwen-image": qwen_image_pipeline}
-SIDE = {"sd": 32, "sd3": 64, "flux": 64, "qwen-image": 64}
+MAKERS = {"sd": sd_pipeline, "sdxl": sdxl_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline, "qwen-image": qwen_image_pipeline}
+SIDE = {"sd": 32, "sdxl": 32, "sd3": 64, "flux": 64, "qwen-image": 64}
 PROMPT = "a red bicycle, on a lawn"
 
 
 def ensemble(family: str = "sd", aggregator: str = "sabw", seeds: tuple[int, ...] = (0, 1), **options: Any) -> Ensemble:
     """Of one expert a seed; equal seeds are equal experts."""
-    alike = {} if family == "sd" else {"text_seed": 0}
+    alike = {} if family in ("sd", "sdxl") else {"text_seed": 0}
     pipelines = [MAKERS[family](seed, **alike) for seed in seeds]
     sized = {**SMALL, **options} if aggregator in ("sabw", "stitch") else options
     made = Ensemble.from_experts(pipelines, aggregator=aggregator, **sized)
@@ -31,7 +31,7 @@ def ensemble(family: str = "sd", aggregator: str = "sabw", seeds: tuple[int, ...
 
 def asked(family: str = "sd", steps: int = 3, **more: Any) -> tuple[Request, Sampling]:
     """One image with guidance."""
-    guided = {"guidance": 3.0} if family in ("sd", "sd3") else {"true_guidance": 3.0} if family == "flux" else {"guidance": 3.0}
+    guided = {"true_guidance" if family == "flux" else "guidance": 3.0}
     return Request(PROMPT, 3), Sampling(steps, **{**guided, "height": SIDE[family], "width": SIDE[family], **more})
 
 
