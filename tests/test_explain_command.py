@@ -28,14 +28,14 @@ from afa.explanation.settings import ExplainSettings
 from afa.explanation.shares import as_data, estimates, said
 from afa.explanation.skipping import Unused
 
-PROMPTS = ["a red star left of a blue ring", "a ring on a dotted background"]
+PROMPTS = ["a red star", "red ring"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Two images of the embedded world, explained."""
     folder = tmp_path_factory.mktemp("explain") / "out"
-    settings = ExplainSettings(output=str(folder), ensemble=str(ENSEMBLE), prompt=PROMPTS, steps=3, guidance=3.0, word_steps=1, device="cpu")
+    settings = ExplainSettings(output=str(folder), ensemble=str(ENSEMBLE), prompt=PROMPTS, steps=2, guidance=3.0, word_steps=1, device="cpu")
     return settings, folder, run(settings)
 
 
@@ -56,19 +56,19 @@ def test_numbers_have_n_and_an_interval(made):
     share = found["shares"]["weights"]["final"]["curves"][0]
     assert share["n"] == 2 and share["low"] <= share["value"] <= share["high"]
     words_ = {row["word"]: row for row in found["words"]}
-    assert words_["ring"]["omitted"]["n"] == 2 and words_["star"]["omitted"]["n"] == 1 and words_["star"]["omitted"]["low"] is None
+    assert words_["red"]["omitted"]["n"] == 2 and words_["star"]["omitted"]["n"] == 1 and words_["star"]["omitted"]["low"] is None
     assert set(found["counterfactuals"]) > {"curves off", "equal weights", "left out where unused"}
-    assert found["unused"]["counts"]["angles"] == sum(map(sum, found["unused"]["cells"]["angles"])) >= 3
+    assert found["unused"]["counts"]["angles"] == sum(map(sum, found["unused"]["cells"]["angles"])) >= 2
     for name in ("afa", "torch", "diffusers"):
         assert found["versions"][name]
 
 
 def test_arrays_hold_maps_and_attention(made):
     with np.load(made[1] / "00000.npz") as arrays:
-        assert arrays["OUT03"].shape == (3, 3, 16, 16) and arrays["OUT03"].dtype == np.float16
+        assert arrays["OUT03"].shape == (2, 3, 16, 16) and arrays["OUT03"].dtype == np.float16
         assert np.allclose(arrays["OUT03"].astype(float).sum(1), 1, atol=2e-3)
         assert arrays["attention.M00"].shape == (len(arrays["words"]), 8, 8) and list(arrays["words"])[:3] == ["a", "red", "star"]
-        assert arrays["means"].shape == arrays["most"].shape == (3, 9, 3)
+        assert arrays["means"].shape == arrays["most"].shape == (2, 9, 3)
 
 
 def test_only_what_is_missing_is_made_again(made):
@@ -84,7 +84,7 @@ def test_only_what_is_missing_is_made_again(made):
 
 def test_a_folder_of_other_settings_is_refused(made):
     settings, folder, _ = made
-    with pytest.raises(UserError, match=r"was begun with --steps 3 \(now 4\)"):
+    with pytest.raises(UserError, match=r"was begun with --steps 2 \(now 4\)"):
         run(replace(settings, steps=4))
     with pytest.raises(UserError, match="--prompt"):
         run(replace(settings, prompt=["another"]))
@@ -187,7 +187,7 @@ def test_the_help_names_every_counterfactual(capsys):
 
 def test_interruption_loses_at_most_one_image(tmp_path):
     """A real process, a real Ctrl-C; the same command goes on."""
-    prompts = ["a star", "a ring", "a heart"]
+    prompts = ["a star", "a ring", "a heart"]  # three, so that it cannot be through before the signal comes
     quick = ["--steps", "2", "--word-steps", "0", "--counterfactuals", "none", "--device", "cpu"]
     command = [sys.executable, "-m", "afa", "explain", "--prompt", *prompts, "--output", str(tmp_path / "out"), *quick]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -123,7 +123,7 @@ def _save(job: Run, stem: str, found: Explanation) -> None:
 
 def _save_png(picture: Image.Image, path: Path) -> None:
     with replacing(path) as temporary:
-        picture.save(temporary, format="PNG", optimize=True)
+        picture.save(temporary, format="PNG")
 
 
 def _unused(job: Run, entries: list[Entry]) -> Unused:
