@@ -5,7 +5,7 @@ from PIL import Image
 from afa.explanation.causes import Causes
 from afa.explanation.explanation import WordRow, word_remarks, word_rows
 from afa.explanation.maps import resized, spotlight
-from afa.explanation.pictures.canvas import LINE, MARGIN, MUTED, Canvas, colour_of, fitting, signed, wrapped
+from afa.explanation.pictures.canvas import LINE, MARGIN, MUTED, Canvas, colour_of, fitting, name_width, signed, wrapped
 from afa.explanation.recording import Recording
 
 TILE, LABEL, GAP = 92, 130, 18
@@ -15,7 +15,7 @@ HEADS = (
     "where aggregators look",
     "where weights change",
     "weight that changes hands without it",
-    "each expert's weight with the word minus without, in points of 100",
+    "each expert's weight with the word minus without, in percentage points",
 )
 
 
@@ -25,7 +25,7 @@ def words(recording: Recording, causes: Causes | None) -> Image.Image | None:
     if not rows:
         return None
     high = max(round(TILE * recording.image.shape[0] / recording.image.shape[1]), 22 * len(recording.experts) + 6)
-    canvas = Canvas(2 * MARGIN + LABEL + 2 * (TILE + GAP) + 2 * (BARS + GAP) + GAP, 128 + len(rows) * (high + GAP) + 74)
+    canvas = Canvas(2 * MARGIN + LABEL + 2 * (TILE + GAP) + 2 * (BARS + GAP) + GAP, 128 + len(rows) * (high + GAP) + 104)
     canvas.text(MARGIN, 18, fitting(recording.prompt, 20, canvas.image.width - 2 * MARGIN), 20)
     xs = [MARGIN + LABEL, MARGIN + LABEL + TILE + GAP, MARGIN + LABEL + 2 * (TILE + GAP) + GAP]
     for x, head, room in zip([*xs, xs[2] + BARS + GAP], HEADS, (TILE, TILE, BARS - 20, BARS), strict=True):
@@ -37,7 +37,17 @@ def words(recording: Recording, causes: Causes | None) -> Image.Image | None:
     remarks = word_remarks(recording) + ([f"Shown are the {MOST} that move most of {left + MOST}."] if left else [])
     for place, line in enumerate(wrapped(" ".join(remarks), 13, canvas.image.width - 2 * MARGIN, 3)):
         canvas.text(MARGIN, canvas.image.height - 66 + 18 * place, line, 13, MUTED)
+    _legend(canvas, recording, canvas.image.height - 100)
     return canvas.image
+
+
+def _legend(canvas: Canvas, recording: Recording, y: float) -> None:
+    """Whose bars they are, along the whole width."""
+    room = (canvas.image.width - 2 * MARGIN) / len(recording.experts)
+    width = min(room, name_width(recording.experts, 90, 400))
+    for expert, name in enumerate(recording.experts):
+        canvas.block(MARGIN + expert * width, y, 14, 14, colour_of(expert))
+        canvas.text(MARGIN + expert * width + 21, y + 7, fitting(name, 14, width - 32), 14, anchor="lm")
 
 
 def _row(canvas: Canvas, recording: Recording, causes: Causes | None, row: WordRow, xs: list[int], y: float, rows: list[WordRow]) -> None:
