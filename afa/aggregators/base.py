@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -9,7 +10,17 @@ Adjust = Callable[[Tensor], Tensor]  # weights (R, N, H, W), convex over N, to o
 
 
 class Aggregator(nn.Module, ABC):
-    """Fuses the experts' features of one stage. A kind of aggregator says how they are weighed."""
+    """Fuses the experts' features of one stage. A kind of aggregator says how they are weighed.
+
+    own_blends: whether it hands every expert a blend of its own, so that its weights are N rows a sample.
+    """
+
+    own_blends: ClassVar[bool] = False
+
+    @property
+    def reads(self) -> bool:
+        """Whether the weights depend on the text."""
+        return False
 
     @abstractmethod
     def weigh(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:

@@ -58,6 +58,10 @@ class SABW(Aggregator):
         self.conv_out = nn.Conv2d(hidden, experts, 1, bias=False)
         nn.init.zeros_(self.conv_out.weight)
 
+    @property
+    def reads(self) -> bool:
+        return self.transformer is not None and "text" not in self.ignore
+
     def weigh(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
         return torch.softmax(self.logits(features, temb, text, kept), dim=1)  # (B, N, H, W)
 

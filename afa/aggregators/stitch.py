@@ -24,6 +24,8 @@ class Stitch(SABW):
     arXiv:1604.03539, there with one scalar per stage and channel.
     """
 
+    own_blends = True
+
     def __init__(self, *, experts: int, **options: Any) -> None:
         super().__init__(experts=experts, **options)
         self.conv_out = nn.Conv2d(self.conv_in.out_channels, experts * experts, 1, bias=False)

@@ -48,7 +48,8 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     if several:
         settings["nargs"] = "+" if required or not field.metadata["positional"] else "*"
     if field.metadata["positional"]:
-        return settings | {"metavar": field.name.upper().rstrip("S")} | ({} if required else {"default": default})
+        optional = {} if required else {"default": default} | ({} if several else {"nargs": "?"})
+        return settings | {"metavar": field.name.upper().rstrip("S")} | optional
     if field.metadata["choices"] is None:
         settings["metavar"] = kind.__name__.upper() if kind is not str else field.name.upper()
     return settings | {"required": required, "default": None if required else default}

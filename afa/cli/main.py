@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "afa.cli.train",
     "finetune": "afa.cli.finetune",
     "generate": "afa.cli.generate",
+    "explain": "afa.cli.explain",
     "evaluate": "afa.cli.evaluate",
     "report": "afa.cli.report",
     "demo": "afa.cli.demo",

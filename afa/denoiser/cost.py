@@ -45,6 +45,23 @@ def count_training_flops(denoiser: nn.Module, height: int, width: int, batch: in
     return counter.get_total_flops()
 
 
+def count_stage_flops(model: Any, height: int, width: int, tokens: int | None = None) -> dict[str, int]:
+    """What each stage of one expert costs a pass, by name: operations of the stage's own modules. height, width: of the latent.
+
+    The expert is made again from its config, on the meta device; it may lie anywhere.
+    """
+    with torch.device("meta"):
+        outline = type(model).from_config(dict(model.config)).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        outline(**call_of(outline, height, width, 1, tokens, device="meta"))
+    names = {id(module): f"{type(outline).__name__}.{name}" for name, module in outline.named_modules()}
+    counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    return {
+        stage.name: sum(counts.get(names.get(id(module), ""), 0) for module in stage.modules())
+        for stage in FAMILIES[family_of(outline)].stages(outline)
+    }
+
+
 def call_of(
     denoiser: Any, height: int, width: int, batch: int, tokens: int | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""What is switched on for a while: recording, watching and adjusting weights, one expert alone."""
+"""What is switched on for a while: recording, watching and adjusting weights, words hidden, one expert alone."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afa.denoiser.walk import Adjuster, Observer
 from afa.lookup import unknown
@@ -103,6 +103,28 @@ def scale_weights(denoiser: "EnsembleDenoiser", strengths: Mapping[str, float]) 
         return torch.where(total > 0, changed / total.clamp_min(torch.finfo(total.dtype).tiny), factors / factors.sum())
 
     with adjust_weights(denoiser, scaled):
+        yield
+
+
+@contextmanager
+def hide_tokens(denoiser: "EnsembleDenoiser", tokens: Collection[int]) -> Iterator[None]:
+    """Inside, aggregators cannot look at some of the text's tokens, by their place; the experts read the whole prompt as ever.
+
+    What the weights owe to a word: hide its tokens and see what changes. Encoders have let every token hear of its neighbours, so what
+    a word says is not wholly hidden with it. Raises ValueError if no token would be left.
+    """
+
+    def hidden(aggregator: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        features, temb, text, kept, *rest = args  # as walk calls it
+        seen = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if kept is None else kept.bool().clone()
+        seen[:, list(tokens)] = False
+        if not seen.any(1).all():
+            raise ValueError(f"all {seen.shape[1]} tokens are hidden; leave aggregators at least one to look at")
+        return features, temb, text, seen, *rest
+
+    with ExitStack() as stack:
+        for aggregator in denoiser.aggregators.values():
+            stack.callback(aggregator.register_forward_pre_hook(hidden).remove)
         yield
 
 

@@ -22,6 +22,7 @@ class Call(ABC):
     guidance: its strength where nobody says; None: the models know none.
     varying: whether a batch's states are as long as its longest prompt, and parts are (states, a mask of them).
     nothing: the prompt that guidance takes for none.
+    read: which of the pipeline's tokenizers the text states that aggregators see come from, one behind the other.
     """
 
     tokens: int
@@ -35,6 +36,7 @@ class Call(ABC):
     guidance: float | None = None
     varying: bool = False
     nothing: str = ""
+    read: tuple[int, ...] = (0,)
 
     @abstractmethod
     def pipeline(self, text_encoders: int) -> str:

@@ -104,6 +104,7 @@ class FluxCall(Call):
     joined = True
     alike = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds", "axes_dims_rope", "attention_head_dim")
     guidance = GUIDANCE
+    read = (1,)
 
     def pipeline(self, text_encoders: int) -> str:
         return "FluxPipeline"

@@ -83,6 +83,7 @@ class SD3Call(Call):
     patch = 2**LEVEL
     encoded = (0, 2)
     guidance = 7.0
+    read = (0, 2)  # of CLIP's two encoders the tokens are the same
     joined = False  # the stock pipelines pad CLIP's states to T5's width, which would cut joined ones
     alike = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "qk_norm", "dual_attention_layers")
 

@@ -1,0 +1,1 @@
+"""An explanation as pictures: for readers, not for debugging."""

@@ -1,0 +1,169 @@
+"""An explanation of several prompts: image by image, gone on with by the same command, then what they say together."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from afa.baselines.sampler import in_frame
+from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
+from afa.checkpoint.staging import replacing, write_atomically
+from afa.claims import check_claim, claim
+from afa.denoiser.cost import count_stage_flops
+from afa.denoiser.switches import adjust_weights
+from afa.devices import choose_device
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.experts.hashing import sha256
+from afa.experts.spec import new_places
+from afa.explanation.counterfactuals import Counterfactual, rmse
+from afa.explanation.data import Entry, explained, read_entry, stem_of, write_arrays, write_facts
+from afa.explanation.explanation import Explanation, check, explain
+from afa.explanation.page import as_html
+from afa.explanation.pictures.chart import chart
+from afa.explanation.pictures.contact import contact
+from afa.explanation.pictures.sheet import sheet
+from afa.explanation.pictures.strip import save_strip
+from afa.explanation.pictures.words import words
+from afa.explanation.settings import ExplainSettings
+from afa.explanation.skipping import Skipping, Unused, find_unused
+from afa.explanation.summary import as_json
+from afa.generation.prompts import read_prompts
+from afa.generation.sample import Request, Sampling, sample
+from afa.schedulers import reschedule
+
+STEPS = 50  # where nobody says
+RESULTS, PAGE, CHART = "explain.json", "explain.html", "chart.png"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that is loaded once. facts: said under the prompts."""
+
+    ensemble: Ensemble
+    pipeline: Any
+    sampling: Sampling
+    requests: list[Request]
+    settings: ExplainSettings
+    output: Path
+
+    @property
+    def facts(self) -> str:
+        guidance = "" if self.sampling.guidance is None else f", guidance {self.sampling.guidance:g}"
+        return f"{self.sampling.steps} steps{guidance}, {len(self.ensemble.names)} experts, {len(self.ensemble.denoiser.fused)} fused stages"
+
+
+def run(settings: ExplainSettings) -> dict[str, Any]:
+    """Explain what is not explained yet: -> explain.json. Ctrl-C loses at most one image. Raises UserError."""
+    prompts = settings.prompt if settings.prompt is not None else read_prompts(Path(str(settings.prompts)))
+    device, output = choose_device(settings.device), Path(settings.output)
+    if settings.ensemble is None or not (Path(settings.ensemble) / MANIFEST).exists():
+        raise UserError(f"{settings.ensemble} is no saved ensemble: it has no {MANIFEST}; make one with afa train, or leave it out for the embedded one")
+    asked = {**settings.binding(), "prompt": prompts, "the ensemble": [sha256(Path(settings.ensemble) / name) for name in (MANIFEST, AGGREGATORS)]}
+    check_claim(output, asked, "the explanation")
+    job = _prepare(settings, prompts, device)
+    claim(output, asked, "the explanation")
+    _explain(job)
+    entries = [read_entry(output, stem_of(index)) for index in range(len(prompts))]
+    unused = _unused(job, entries)
+    skipped = _skipped(job, unused, entries)
+    found = as_json(asked | {"ensemble": settings.ensemble, "guidance": job.sampling.guidance, "steps": job.sampling.steps}, entries, unused, skipped)
+    _write(job, entries, unused, found)
+    return found
+
+
+def _prepare(settings: ExplainSettings, prompts: list[str], device: torch.device) -> Run:
+    ensemble = Ensemble.load(str(settings.ensemble), new_places(settings.experts or []), dtype=getattr(torch, settings.dtype))
+    check(ensemble)
+    call, config = ensemble.denoiser.call, ensemble.denoiser.config
+    call.guided(config, 1, settings.guidance, settings.negative_prompt, settings.true_guidance)
+    guidance = call.strength(config) if settings.guidance is None else settings.guidance
+    sides = settings.negative_prompt, settings.height, settings.width, settings.true_guidance
+    sampling = Sampling(settings.steps or STEPS, guidance, *sides)
+    if settings.scheduler is not None:
+        reschedule(ensemble, settings.scheduler)
+    pipeline = in_frame(ensemble.to(device), ensemble.denoiser)
+    requests = [Request(prompt, settings.seed + index) for index, prompt in enumerate(prompts)]
+    return Run(ensemble, pipeline, sampling, requests, settings, Path(settings.output))
+
+
+def _explain(job: Run) -> None:
+    """What is missing, saved as soon as it is made."""
+    done = [explained(job.output, stem_of(index)) for index in range(len(job.requests))]
+    with tqdm(total=len(done), initial=sum(done), desc="explaining", unit="image", file=sys.stderr) as bar:
+        for index, request in enumerate(job.requests):
+            if not done[index]:
+                found = explain(job.ensemble, request, job.sampling, job.settings.kinds, job.settings.word_steps, job.pipeline)
+                _save(job, stem_of(index), found)
+                bar.update()
+
+
+def _save(job: Run, stem: str, found: Explanation) -> None:
+    """Pictures and arrays first, then what says that they are whole."""
+    recording, drawn = found.recording, {}
+    drawn["png"] = Image.fromarray(recording.image)
+    drawn["sheet.png"] = sheet(recording, f"seed {found.request.seed}, {job.facts}")
+    drawn["words.png"] = words(recording, found.causes)
+    drawn["counterfactuals.png"] = contact(recording.prompt, recording.image, found.counterfactuals) if found.counterfactuals else None
+    files = [f"{stem}.{suffix}" for suffix, picture in drawn.items() if picture is not None]
+    for suffix, picture in drawn.items():
+        if picture is not None:
+            _save_png(picture, job.output / f"{stem}.{suffix}")
+    with replacing(job.output / f"{stem}.strip.webp") as temporary:
+        save_strip(recording, temporary)
+    write_arrays(recording, job.output / f"{stem}.npz")
+    write_facts(job.output, stem, found, [*files, f"{stem}.strip.webp", f"{stem}.npz"])
+
+
+def _save_png(picture: Image.Image, path: Path) -> None:
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def _unused(job: Run, entries: list[Entry]) -> Unused:
+    latent = [side // job.pipeline.vae_scale_factor for side in _size(job.output / f"{entries[0].stem}.png")]
+    tokens = job.ensemble.denoiser.call.prompt_tokens([encoder.config for encoder in job.ensemble.text_encoders])
+    costs = count_stage_flops(job.ensemble.experts[0].model, latent[0], latent[1], tokens)
+    return find_unused(job.ensemble.denoiser, [entry.most for entry in entries], costs, job.settings.threshold)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Height and width."""
+    with Image.open(path) as image:
+        return image.height, image.width
+
+
+def _skipped(job: Run, unused: Unused, entries: list[Entry]) -> list[float]:
+    """The images again, with experts left out where no image uses them: how far each is from what it was."""
+    if "skipped" not in job.settings.kinds or not unused.cells.any():
+        return []
+    found = []
+    for entry, request in zip(tqdm(entries, desc="left out where unused", unit="image", file=sys.stderr), job.requests, strict=True):
+        record, picture = job.output / f"{entry.stem}.skipped.json", job.output / f"{entry.stem}.skipped.png"
+        if not (record.is_file() and picture.is_file()):
+            _skip(job, unused, entry, request, record, picture)
+        found.append(float(json.loads(record.read_text())["rmse"]))
+    return found
+
+
+def _skip(job: Run, unused: Unused, entry: Entry, request: Request, record: Path, picture: Path) -> None:
+    with Image.open(job.output / f"{entry.stem}.png") as image:
+        before = np.asarray(image.convert("RGB"))
+    with torch.no_grad(), adjust_weights(job.ensemble.denoiser, Skipping(job.ensemble.denoiser, unused)):
+        after = sample(job.pipeline, [request], job.sampling)[0]
+    distance = rmse(before, after)
+    _save_png(contact(request.prompt, before, [Counterfactual("skipped", "experts left out where unused", after, distance)]), picture)
+    write_atomically(record, json.dumps({"rmse": distance}))
+
+
+def _write(job: Run, entries: list[Entry], unused: Unused, found: dict[str, Any]) -> None:
+    means = np.mean([entry.means for entry in entries], axis=0)
+    _save_png(chart(unused, means, entries[0].timesteps, len(entries)), job.output / CHART)
+    write_atomically(job.output / RESULTS, json.dumps(found, indent=1, ensure_ascii=False))
+    write_atomically(job.output / PAGE, as_html(job.output, entries, unused, found, job.facts))
