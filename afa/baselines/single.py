@@ -74,7 +74,10 @@ class Drawn:
         return self.names[generator.choice(len(self.names), p=[self.chances[name] for name in self.names])]
 
     def __call__(self, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None) -> NDArray[np.uint8]:
-        """-> (n, H, W, 3) uint8. on_step: counts anew for every expert that was drawn. Raises UserError if the experts' own sizes differ and none was asked for."""
+        """-> (n, H, W, 3) uint8. on_step: counts anew for every expert that was drawn.
+
+        Raises UserError if the experts' own sizes differ and none was asked for.
+        """
         drawn = [self.draw(request.seed) for request in requests]
         images: dict[int, NDArray[np.uint8]] = {}
         for name in sorted(set(drawn)):

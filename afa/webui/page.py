@@ -1,0 +1,158 @@
+"""The page: where its parts stand, and what happens when they are touched."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from afa.webui import about, markup
+from afa.webui.answers import answering
+from afa.webui.api import DEVICE, Api, offer
+from afa.webui.desk import Desk
+from afa.webui.handlers import Handlers
+from afa.webui.order import STRONGEST
+from afa.webui.reports import Report
+from afa.webui.studio import Studio
+
+TITLE = "Adaptive Feature Aggregation"
+NO_REPORTS = (
+    "No report was given. Make one with afa evaluate --ensemble my-ensemble --protocol prompts.txt --output compared,"
+    " and name it at the start: afa ui my-ensemble --reports compared"
+)
+
+
+def build(studio: Studio, reports: Sequence[Report], examples: Sequence[str], steps: int, guidance: float | None) -> gr.Blocks:
+    """The page of a studio. examples: prompts that are offered; steps, guidance: what the form begins with."""
+    desk = Desk(studio)
+    with gr.Blocks(title=f"afa: {TITLE}", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+        gr.HTML(f"<h1>{TITLE}</h1><p>{' · '.join(map(markup.escape, studio.ensemble.names))}</p>", elem_id="afa-head")
+        with gr.Tabs() as tabs:
+            with gr.Tab("Create", id="create"), gr.Row():
+                with gr.Column(scale=2, min_width=320):
+                    form = _form(studio, examples, steps, guidance)
+                with gr.Column(scale=3, min_width=320):
+                    shown = _results(studio)
+            with gr.Tab("Gallery", id="gallery"):
+                shown |= _gallery(studio)
+            with gr.Tab("Reports", id="reports"):
+                _reports(reports)
+            with gr.Tab("About", id="about"):
+                gr.HTML(about.about(studio))
+        shown["tabs"] = tabs
+        _wire(Handlers(desk, list(form["fields"])), form, shown, page)
+        offer(Api(desk))
+    return page
+
+
+def _form(studio: Studio, examples: Sequence[str], steps: int, guidance: float | None) -> dict[str, Any]:
+    """What a run is asked with. fields: by the names that a run takes."""
+    fields: dict[str, Any] = {"prompt": gr.Textbox(label="Prompt", lines=2, max_lines=6, placeholder="what the images shall show", elem_id="afa-prompt")}
+    if examples:
+        gr.Examples([[example] for example in examples], inputs=fields["prompt"], label="For example")
+    fields["methods"] = gr.CheckboxGroup(
+        [(method.title, method.name) for method in studio.methods.values()], value=[next(iter(studio.methods))], label="Methods", elem_id="afa-methods"
+    )
+    with gr.Row():
+        run = gr.Button("Create", variant="primary", elem_id="afa-run")
+        cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="afa-cancel")
+    with gr.Row():
+        fields["steps"] = gr.Slider(1, studio.limits.steps, value=steps, step=1, label="Steps", min_width=140)
+        fields["guidance"] = gr.Number(value=guidance, minimum=0, label="Guidance", info="1 turns it off; empty: the experts' own", min_width=140)
+    with gr.Row():
+        fields["seed"] = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="of the first image; the next has one more", min_width=140)
+        fields["images"] = gr.Slider(1, studio.limits.images, value=1, step=1, label="Images of each method", min_width=140)
+    strengths = _strengths(studio)
+    with gr.Accordion("More settings", open=False):
+        fields |= _more(studio)
+    return {"fields": fields, "run": run, "cancel": cancel, **strengths}
+
+
+def _strengths(studio: Studio) -> dict[str, Any]:
+    """A slider for each expert, where there is a method that they scale."""
+    scaled = [method.title for method in studio.methods.values() if method.scalable]
+    with gr.Accordion("Strength of each expert", open=True, visible=bool(scaled)):
+        info = f"Scales the weights of {' and '.join(scaled)}; moved while a run goes on, it works from the next stage on."
+        gr.HTML(markup.note(info))
+        sliders = [gr.Slider(0, STRONGEST, value=1, step=0.05, label=name, elem_classes="afa-strength") for name in studio.ensemble.names]
+        live = gr.Checkbox(value=True, label="Draw again when a strength was moved", elem_id="afa-live")
+    return {"strengths": sliders, "live": live}
+
+
+def _more(studio: Studio) -> dict[str, Any]:
+    own = type(studio.ensemble.frame.scheduler).__name__
+    fields: dict[str, Any] = {"negative_prompt": gr.Textbox(label="Negative prompt", lines=2, placeholder="what they should not show")}
+    fields["scheduler"] = gr.Dropdown([(f"the experts' own ({own})", ""), *studio.schedulers], value="", label="Scheduler")
+    with gr.Row():
+        for side in ("width", "height"):
+            info = f"multiple of {studio.limits.unit}, at most {studio.limits.side}; 0: the experts' own"
+            fields[side] = gr.Number(value=0, precision=0, minimum=0, label=f"{side.capitalize()} in pixels", info=info, min_width=140)
+    fields["true_guidance"] = gr.Number(value=None, label="True guidance", info="beside the built-in one; empty: none", visible=studio.has_true_guidance)
+    return fields
+
+
+def _results(studio: Studio) -> dict[str, Any]:
+    status = gr.HTML(markup.status(None), elem_id="afa-status")
+    results = gr.HTML("", elem_id="afa-results")
+    gr.Markdown("### Weights: which expert shaped what")
+    none = markup.note("Make a picture with a method that weighs experts, such as the first; then look at any step and stage of it.")
+    with gr.Row():
+        picture = gr.Dropdown([], label="Picture", interactive=True, elem_id="afa-picture", min_width=200)
+        step = gr.Slider(0, 1, value=0, step=1, label="Step (0: mean over all)", elem_id="afa-step", min_width=180)
+        stage = gr.Slider(0, 1, value=0, step=1, label="Stage (0: mean over all)", elem_id="afa-stage", min_width=180)
+    weights = gr.HTML(none, elem_id="afa-weights")
+    return {"status": status, "results": results, "picture": picture, "step": step, "stage": stage, "weights": weights}
+
+
+def _gallery(studio: Studio) -> dict[str, Any]:
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            pictures = gr.Gallery(
+                label="The latest pictures", columns=4, height="auto", object_fit="contain", allow_preview=False, buttons=[], elem_id="afa-gallery"
+            )
+            refresh = gr.Button("Look again", size="sm")
+        with gr.Column(scale=2, min_width=320):
+            settings = gr.HTML(markup.note("Choose a picture to see how it was made."), elem_id="afa-chosen")
+            use = gr.Button("Use these settings", interactive=False, elem_id="afa-use")
+            upload = gr.File(label="Or read the settings of a PNG", file_types=[".png"], type="filepath", height=130, elem_id="afa-upload")
+    names, chosen = gr.State([]), gr.State(None)
+    return {"pictures": pictures, "refresh": refresh, "settings": settings, "use": use, "upload": upload, "names": names, "chosen": chosen}
+
+
+def _reports(reports: Sequence[Report]) -> None:
+    if not reports:
+        gr.HTML(markup.note(NO_REPORTS))
+        return
+    with gr.Tabs():
+        for report in reports:
+            with gr.Tab(report.name):
+                gr.HTML(report.frame)
+
+
+def _wire(do: Handlers, form: dict[str, Any], shown: dict[str, Any], page: gr.Blocks) -> None:
+    """What happens when something is touched. Only drawing waits in the queue; the rest is done at once."""
+    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    looks = [shown["picture"], shown["step"], shown["stage"]]
+    asked = [*form["fields"].values(), *form["strengths"]]
+    started = [form["run"], form["cancel"], shown["status"], shown["results"]]
+
+    begun = gr.on([form["run"].click, form["fields"]["prompt"].submit], answering(do.begin), asked, started, **quick)
+    moved = [gr.on([slider.release], answering(do.again), [form["live"], *form["strengths"]], started, **quick) for slider in form["strengths"]]
+    for first in (begun, *moved):
+        drawn = first.success(
+            answering(do.draw), None, [shown["status"], shown["results"]], show_progress="hidden",
+            concurrency_id=DEVICE, concurrency_limit=1, api_visibility="private",
+        )  # fmt: skip
+        ended = drawn.then(answering(do.finish), None, [form["run"], form["cancel"], shown["status"], *looks], **quick)
+        ended.then(answering(do.look), looks, shown["weights"], **quick).then(do.pictures, None, [shown["pictures"], shown["names"]], **quick)
+    form["cancel"].click(answering(do.cancel), None, [form["cancel"]], **quick)
+    for slider in form["strengths"]:
+        slider.input(answering(do.strengthen), form["strengths"], None, **quick)
+    for part in looks:
+        part.input(answering(do.look), looks, shown["weights"], trigger_mode="always_last", **quick)
+
+    chosen = [shown["settings"], shown["chosen"], shown["use"]]
+    shown["pictures"].select(answering(do.choose), shown["names"], chosen, **quick)
+    shown["upload"].upload(answering(do.read), shown["upload"], chosen, **quick)
+    back = [*form["fields"].values(), *form["strengths"], shown["tabs"]]
+    shown["use"].click(answering(do.use), shown["chosen"], back, **quick)
+    gr.on([shown["refresh"].click, page.load], do.pictures, None, [shown["pictures"], shown["names"]], **quick)
