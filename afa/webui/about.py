@@ -11,8 +11,8 @@ from afa.webui.studio import Studio
 
 EXAMPLE = '''from gradio_client import Client
 
-client = Client("http://127.0.0.1:7860")                    # this page's address
-print(client.predict(api_name="/methods"))                  # methods, experts, schedulers, limits
+client = Client("http://127.0.0.1:7860", analytics_enabled=False)     # this page's address
+print(client.predict(api_name="/methods"))                            # methods, experts, schedulers, limits
 pictures = client.predict(prompt="{prompt}", methods={methods},
                           seed=1, steps=20, api_name="/generate")
 for one in pictures:
@@ -28,7 +28,7 @@ def about(studio: Studio) -> str:
     prompt = "a red star left of a blue ring on a dotted mint background"
     methods = "[" + ", ".join(f'"{name}"' for name in list(studio.methods)[:2]) + "]"
     return (
-        f'<div class="afa-about"><h3>Loaded</h3>{_rows(_loaded(studio))}<h3>Experts</h3>{_table(_experts(studio))}'
+        f'<div class="afa-about"><h3>Loaded</h3>{_rows(_loaded(studio))}<h3>Experts</h3>{_rows(_experts(studio))}'
         f"<h3>Methods</h3>{_rows([(method.title, method.about) for method in studio.methods.values()])}"
         f"{_refused(studio)}<h3>From Python</h3><pre><code>{escape(EXAMPLE.replace('{prompt}', prompt).replace('{methods}', methods))}</code></pre>"
         f"<h3>From a shell</h3><pre><code>{escape(CURL)}</code></pre></div>"
@@ -44,21 +44,21 @@ def _loaded(studio: Studio) -> list[tuple[str, str]]:
         ("source", ", ".join(studio.sources)),
         ("family", f"{denoiser.family}, {len(denoiser.stages)} stages"),
         ("aggregators", aggregators),
-        ("numbers", studio.dtype),
+        ("dtype", studio.dtype),
         ("gallery", str(studio.gallery.folder)),
     ]
 
 
-def _experts(studio: Studio) -> list[list[str]]:
-    """Name, source and the hashes that are recorded."""
+def _experts(studio: Studio) -> list[tuple[str, str]]:
+    """Name, and source with the hash that is recorded of the denoiser."""
     recorded: dict[str, Any] = {}
     if is_saved(studio.sources[0]):
         recorded = {expert.name: expert for expert in read_manifest(Path(studio.sources[0])).experts}
-    rows = [["expert", "source", "sha256 of its denoiser"]]
+    rows = []
     for expert in studio.ensemble.experts:
         known = recorded.get(expert.name)
         source = known.source if known else str(expert.located.spec.source if expert.located else "in memory")
-        rows.append([expert.name, source, _hash(known)])
+        rows.append((expert.name, f"{source}, sha256 of its denoiser {_hash(known)}"))
     return rows
 
 
@@ -74,8 +74,3 @@ def _refused(studio: Studio) -> str:
 def _rows(pairs: list[tuple[str, str]]) -> str:
     return f'<dl class="afa-settings">{"".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs)}</dl>'
 
-
-def _table(rows: list[list[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in rows[0])
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows[1:])
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

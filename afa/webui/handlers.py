@@ -78,7 +78,7 @@ class Handlers:
     def pictures(self) -> list[Any]:
         """The gallery, the latest first, and its names."""
         found = self.studio.gallery.pictures()
-        return [[(str(path), _title(path)) for path in found], [path.name for path in found]]
+        return [[(str(path), self._title(path)) for path in found], [path.name for path in found]]
 
     def choose(self, event: gr.SelectData, names: list[str]) -> list[Any]:
         """How a picture of the gallery was made."""
@@ -119,12 +119,11 @@ class Handlers:
         metadata = read_metadata(path, name)
         return [markup.settings(metadata, name), metadata, gr.Button(interactive=True)]
 
-
-def _title(path: Path) -> str:
-    """Of a picture in the gallery: its prompt and how it was made, as far as it says."""
-    try:
-        said = read_metadata(path)
-    except UserError:
-        return path.name
-    how = said.get("method") or (f"{said['expert']} alone" if said.get("expert") else "AFA")
-    return f"{how}, seed {said.get('seed')}: {said.get('prompt')}"
+    def _title(self, path: Path) -> str:
+        """Of a picture in the gallery: by which method and of what, as far as it says."""
+        try:
+            said = read_metadata(path)
+        except UserError:
+            return path.name
+        how = next((method.title for method in self.studio.methods.values() if method.made(said)), str(said.get("method") or said.get("expert")))
+        return f"{how}: {said.get('prompt')}"

@@ -40,7 +40,8 @@ def status(job: Job | None) -> str:
     made = sum(len(column.pictures) for column in job.columns)
     seconds = sum(column.seconds for column in job.columns)
     end = "Cancelled" if job.state == "cancelled" else "Done"
-    return _status(f"{end}: {made} picture{'' if made == 1 else 's'} in {seconds:.1f} s.")
+    how = f" in {seconds:.1f} s" if seconds else ", made before" if made else ""
+    return _status(f"{end}: {made} picture{'' if made == 1 else 's'}{how}.")
 
 
 def results(job: Job | None) -> str:

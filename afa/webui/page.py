@@ -20,6 +20,8 @@ NO_REPORTS = (
     " and name it at the start: afa ui my-ensemble --reports compared"
 )
 
+QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # done at once, whoever draws
+
 
 def build(studio: Studio, reports: Sequence[Report], examples: Sequence[str], steps: int, guidance: float | None) -> gr.Blocks:
     """The page of a studio. examples: prompts that are offered; steps, guidance: what the form begins with."""
@@ -27,24 +29,27 @@ def build(studio: Studio, reports: Sequence[Report], examples: Sequence[str], st
     with gr.Blocks(title=f"afa: {TITLE}", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML(f"<h1>{TITLE}</h1><p>{' · '.join(map(markup.escape, studio.ensemble.names))}</p>", elem_id="afa-head")
         with gr.Tabs() as tabs:
-            with gr.Tab("Create", id="create"), gr.Row():
-                with gr.Column(scale=2, min_width=320):
-                    form = _form(studio, examples, steps, guidance)
-                with gr.Column(scale=3, min_width=320):
-                    shown = _results(studio)
+            with gr.Tab("Create", id="create"), gr.Row(elem_id="afa-create"):
+                with gr.Column(elem_id="afa-ask"):
+                    form = _form(studio, examples)
+                with gr.Column(elem_id="afa-shown"):
+                    shown = _results()
+                with gr.Column(elem_id="afa-tune"):
+                    form |= _strengths(studio)
+                    form["fields"] |= _settings(studio, steps, guidance)
             with gr.Tab("Gallery", id="gallery"):
-                shown |= _gallery(studio)
-            with gr.Tab("Reports", id="reports"):
-                _reports(reports)
+                shown |= _gallery()
+            with gr.Tab("Reports", id="reports") as tab:
+                _reports(reports, tab)
             with gr.Tab("About", id="about"):
                 gr.HTML(about.about(studio))
         shown["tabs"] = tabs
+        offer(Api(desk))  # first: Gradio numbers later events of the same name
         _wire(Handlers(desk, list(form["fields"])), form, shown, page)
-        offer(Api(desk))
     return page
 
 
-def _form(studio: Studio, examples: Sequence[str], steps: int, guidance: float | None) -> dict[str, Any]:
+def _form(studio: Studio, examples: Sequence[str]) -> dict[str, Any]:
     """What a run is asked with. fields: by the names that a run takes."""
     fields: dict[str, Any] = {"prompt": gr.Textbox(label="Prompt", lines=2, max_lines=6, placeholder="what the images shall show", elem_id="afa-prompt")}
     if examples:
@@ -53,18 +58,22 @@ def _form(studio: Studio, examples: Sequence[str], steps: int, guidance: float |
         [(method.title, method.name) for method in studio.methods.values()], value=[next(iter(studio.methods))], label="Methods", elem_id="afa-methods"
     )
     with gr.Row():
-        run = gr.Button("Create", variant="primary", elem_id="afa-run")
-        cancel = gr.Button("Cancel", variant="stop", interactive=False, elem_id="afa-cancel")
+        run = gr.Button("Create", variant="primary", min_width=110, elem_id="afa-run")
+        cancel = gr.Button("Cancel", variant="stop", interactive=False, min_width=110, elem_id="afa-cancel")
+    return {"fields": fields, "run": run, "cancel": cancel}
+
+
+def _settings(studio: Studio, steps: int, guidance: float | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
     with gr.Row():
         fields["steps"] = gr.Slider(1, studio.limits.steps, value=steps, step=1, label="Steps", min_width=140)
-        fields["guidance"] = gr.Number(value=guidance, minimum=0, label="Guidance", info="1 turns it off; empty: the experts' own", min_width=140)
+        fields["guidance"] = gr.Number(value=guidance, minimum=0, label="Guidance", info="1: off; empty: the experts' own", min_width=140)
     with gr.Row():
-        fields["seed"] = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="of the first image; the next has one more", min_width=140)
-        fields["images"] = gr.Slider(1, studio.limits.images, value=1, step=1, label="Images of each method", min_width=140)
-    strengths = _strengths(studio)
+        fields["seed"] = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="one more for each next image", min_width=140)
+        fields["images"] = gr.Slider(1, studio.limits.images, value=1, step=1, label="Images a method", min_width=140)
     with gr.Accordion("More settings", open=False):
         fields |= _more(studio)
-    return {"fields": fields, "run": run, "cancel": cancel, **strengths}
+    return fields
 
 
 def _strengths(studio: Studio) -> dict[str, Any]:
@@ -90,69 +99,73 @@ def _more(studio: Studio) -> dict[str, Any]:
     return fields
 
 
-def _results(studio: Studio) -> dict[str, Any]:
+def _results() -> dict[str, Any]:
     status = gr.HTML(markup.status(None), elem_id="afa-status")
     results = gr.HTML("", elem_id="afa-results")
     gr.Markdown("### Weights: which expert shaped what")
     none = markup.note("Make a picture with a method that weighs experts, such as the first; then look at any step and stage of it.")
     with gr.Row():
         picture = gr.Dropdown([], label="Picture", interactive=True, elem_id="afa-picture", min_width=200)
-        step = gr.Slider(0, 1, value=0, step=1, label="Step (0: mean over all)", elem_id="afa-step", min_width=180)
-        stage = gr.Slider(0, 1, value=0, step=1, label="Stage (0: mean over all)", elem_id="afa-stage", min_width=180)
+        step = gr.Slider(0, 1, value=0, step=1, label="Step", info="0: mean over all", elem_id="afa-step", min_width=180)
+        stage = gr.Slider(0, 1, value=0, step=1, label="Stage", info="0: mean over all", elem_id="afa-stage", min_width=180)
     weights = gr.HTML(none, elem_id="afa-weights")
     return {"status": status, "results": results, "picture": picture, "step": step, "stage": stage, "weights": weights}
 
 
-def _gallery(studio: Studio) -> dict[str, Any]:
+def _gallery() -> dict[str, Any]:
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             pictures = gr.Gallery(
-                label="The latest pictures", columns=4, height="auto", object_fit="contain", allow_preview=False, buttons=[], elem_id="afa-gallery"
+                label="The latest pictures", show_label=False, columns=4, height="auto", object_fit="contain", allow_preview=False, buttons=[],
+                elem_id="afa-gallery",
             )
             refresh = gr.Button("Look again", size="sm")
         with gr.Column(scale=2, min_width=320):
             settings = gr.HTML(markup.note("Choose a picture to see how it was made."), elem_id="afa-chosen")
             use = gr.Button("Use these settings", interactive=False, elem_id="afa-use")
-            upload = gr.File(label="Or read the settings of a PNG", file_types=[".png"], type="filepath", height=130, elem_id="afa-upload")
+            gr.HTML(markup.note("Or read the settings of a PNG that was made here or by afa generate:"))
+            upload = gr.File(label="PNG", show_label=False, file_types=[".png"], type="filepath", height=120, elem_id="afa-upload")
     names, chosen = gr.State([]), gr.State(None)
     return {"pictures": pictures, "refresh": refresh, "settings": settings, "use": use, "upload": upload, "names": names, "chosen": chosen}
 
 
-def _reports(reports: Sequence[Report]) -> None:
+def _reports(reports: Sequence[Report], outer: gr.Tab) -> None:
+    """A tab each, filled when it is looked at: reports are large."""
     if not reports:
         gr.HTML(markup.note(NO_REPORTS))
         return
     with gr.Tabs():
         for report in reports:
-            with gr.Tab(report.name):
-                gr.HTML(report.frame)
+            with gr.Tab(report.name) as tab:
+                place = gr.HTML(markup.note("Reading the report …"))
+            looked = [tab.select, *([outer.select] if report is reports[0] else [])]
+            gr.on(looked, lambda frame=report.frame: frame, None, place, **QUICK)
 
 
 def _wire(do: Handlers, form: dict[str, Any], shown: dict[str, Any], page: gr.Blocks) -> None:
     """What happens when something is touched. Only drawing waits in the queue; the rest is done at once."""
-    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     looks = [shown["picture"], shown["step"], shown["stage"]]
     asked = [*form["fields"].values(), *form["strengths"]]
     started = [form["run"], form["cancel"], shown["status"], shown["results"]]
 
-    begun = gr.on([form["run"].click, form["fields"]["prompt"].submit], answering(do.begin), asked, started, **quick)
-    moved = [gr.on([slider.release], answering(do.again), [form["live"], *form["strengths"]], started, **quick) for slider in form["strengths"]]
+    begun = gr.on([form["run"].click, form["fields"]["prompt"].submit], answering(do.begin), asked, started, **QUICK)
+    moved = [gr.on([slider.release], answering(do.again), [form["live"], *form["strengths"]], started, **QUICK) for slider in form["strengths"]]
     for first in (begun, *moved):
         drawn = first.success(
             answering(do.draw), None, [shown["status"], shown["results"]], show_progress="hidden",
             concurrency_id=DEVICE, concurrency_limit=1, api_visibility="private",
         )  # fmt: skip
-        ended = drawn.then(answering(do.finish), None, [form["run"], form["cancel"], shown["status"], *looks], **quick)
-        ended.then(answering(do.look), looks, shown["weights"], **quick).then(do.pictures, None, [shown["pictures"], shown["names"]], **quick)
-    form["cancel"].click(answering(do.cancel), None, [form["cancel"]], **quick)
+        ended = drawn.then(answering(do.finish), None, [form["run"], form["cancel"], shown["status"], *looks], **QUICK)
+        ended.then(answering(do.look), looks, shown["weights"], **QUICK).then(do.pictures, None, [shown["pictures"], shown["names"]], **QUICK)
+    form["cancel"].click(answering(do.cancel), None, [form["cancel"]], **QUICK)
     for slider in form["strengths"]:
-        slider.input(answering(do.strengthen), form["strengths"], None, **quick)
+        slider.input(answering(do.strengthen), form["strengths"], None, **QUICK)
     for part in looks:
-        part.input(answering(do.look), looks, shown["weights"], trigger_mode="always_last", **quick)
+        part.input(answering(do.look), looks, shown["weights"], trigger_mode="always_last", **QUICK)
 
     chosen = [shown["settings"], shown["chosen"], shown["use"]]
-    shown["pictures"].select(answering(do.choose), shown["names"], chosen, **quick)
-    shown["upload"].upload(answering(do.read), shown["upload"], chosen, **quick)
+    shown["pictures"].select(answering(do.choose), shown["names"], chosen, **QUICK)
+    shown["upload"].upload(answering(do.read), shown["upload"], chosen, **QUICK)
     back = [*form["fields"].values(), *form["strengths"], shown["tabs"]]
-    shown["use"].click(answering(do.use), shown["chosen"], back, **quick)
-    gr.on([shown["refresh"].click, page.load], do.pictures, None, [shown["pictures"], shown["names"]], **quick)
+    shown["use"].click(answering(do.use), shown["chosen"], back, **QUICK)
+    gr.on([shown["refresh"].click, page.load], do.pictures, None, [shown["pictures"], shown["names"]], **QUICK)
