@@ -10,7 +10,7 @@ from afa.webui.desk import Desk
 from afa.webui.job import Column, Picture
 from afa.webui.reading import read_order
 
-DEVICE = "device"  # whoever draws waits for whoever draws
+DRAWING = "drawing"  # let in all at once: whose turn it is, turns.py decides
 PLACES = 4  # decimals of weights
 
 
@@ -84,7 +84,7 @@ class Api:
 
 def offer(api: Api) -> None:
     """Make the functions endpoints of the page that is being built."""
-    gr.api(answering(api.generate), api_name="generate", concurrency_id=DEVICE, concurrency_limit=1)
+    gr.api(answering(api.generate), api_name="generate", concurrency_id=DRAWING, concurrency_limit=None)
     for name in ("cancel", "weights", "methods", "settings"):
         gr.api(answering(getattr(api, name)), api_name=name, queue=name != "cancel")
 

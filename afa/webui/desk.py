@@ -50,6 +50,12 @@ class Desk:
         last.cancel()
         return last
 
+    def close(self) -> None:
+        """Stop everything, and wait for it: a device that is in use while the program ends makes it end badly."""
+        for job in self._jobs.values():
+            job.cancel()
+        self.studio.turns.empty(seconds=60)
+
     def _take(self, visitor: str | None, job: Job) -> Job:
         before = self._jobs.pop(visitor or "", None)
         if before is not None:

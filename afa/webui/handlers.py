@@ -40,18 +40,15 @@ class Handlers:
             return
         mark = None
         for _ in follow(self.studio.run, job):
-            yield [markup.status(job), gr.skip() if job.mark == mark else markup.results(job)]
+            yield [markup.status(job, self.studio.turns.before(job)), gr.skip() if job.mark == mark else markup.results(job)]
             mark = job.mark
         yield [markup.status(job), markup.results(job)]
 
     def finish(self, request: gr.Request) -> list[Any]:
         """The buttons as before the run, and its pictures to look into."""
         job = self.desk.job(request.session_hash)
-        if job is None or (not job.over and job.state == "running"):
+        if job is None or not job.over:
             return [gr.skip()] * 6
-        if job.state == "waiting":  # the queue was full: nothing came of it
-            job.cancel()
-            job.state = "cancelled"
         looked = [(f"{column.title}, seed {picture.seed}", picture.path.name) for column in job.columns for picture in column.pictures]
         looked = [(title, name) for title, name in looked if name in self.studio.shelf]
         return [gr.Button(interactive=True), gr.Button(interactive=False), markup.status(job), *self._looks(looked)]

@@ -4,6 +4,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +47,7 @@ class Job:
     order: Order
     columns: list[Column]
     strengths: dict[str, float]
-    state: Literal["waiting", "running", "done", "cancelled"] = "waiting"
+    state: Literal["waiting", "running", "done", "cancelled", "refused"] = "waiting"
     at: tuple[int, int] = (0, 0)  # the step that is done last, of how many, of the picture that is being made
     stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -67,7 +68,7 @@ class Job:
     @property
     def over(self) -> bool:
         """Whether nothing more will come of it."""
-        return self.state in ("done", "cancelled")
+        return self.state in ("done", "cancelled", "refused")
 
     @property
     def current(self) -> Column | None:
@@ -81,16 +82,16 @@ class Job:
 
 
 def follow(work: Callable[[Job], None], job: Job) -> Iterator[None]:
-    """Do the work beside, and yield while it goes on, once more at its end. Whoever stops listening stops the run."""
-    thread = threading.Thread(target=work, args=(job,), daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(REFRESH)
-            yield
-    finally:
-        job.cancel()
-        thread.join()
+    """Do the work beside, and yield while it goes on. Whoever stops listening stops the run. Raises what the work raises."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(work, job)
+        try:
+            while not done.done():
+                wait([done], REFRESH)
+                yield
+        finally:
+            job.cancel()
+        done.result()
 
 
 def unexpected(error: Exception) -> str:

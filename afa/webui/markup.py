@@ -25,12 +25,14 @@ def note(sentence: str, kind: str = "note") -> str:
     return f'<p class="afa-{kind}">{escape(sentence)}</p>'
 
 
-def status(job: Job | None) -> str:
-    """How a run stands, with a bar; read out by screen readers when it changes."""
+def status(job: Job | None, before: int = 0) -> str:
+    """How a run stands, with a bar; read out by screen readers when it changes. before: how many come before it."""
     if job is None:
         return _status("Nothing has been made yet.")
     if job.state == "waiting":
-        return _status("Leaves the queue when its turn comes." if job.stopped.is_set() else "Waiting for its turn.")
+        return _status(f"Waiting: {before} run{'' if before == 1 else 's'} before it." if before else "Beginning …")
+    if job.state == "refused":
+        return _status("Not begun: too many runs are waiting.")
     column = job.current
     if column is not None:
         made, (done, steps) = len(column.pictures), job.at

@@ -7,7 +7,7 @@ import gradio as gr
 
 from afa.webui import about, markup
 from afa.webui.answers import answering
-from afa.webui.api import DEVICE, Api, offer
+from afa.webui.api import DRAWING, Api, offer
 from afa.webui.desk import Desk
 from afa.webui.handlers import Handlers
 from afa.webui.order import STRONGEST
@@ -23,9 +23,9 @@ NO_REPORTS = (
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # done at once, whoever draws
 
 
-def build(studio: Studio, reports: Sequence[Report], examples: Sequence[str], steps: int, guidance: float | None) -> gr.Blocks:
+def build(desk: Desk, reports: Sequence[Report], examples: Sequence[str], steps: int, guidance: float | None) -> gr.Blocks:
     """The page of a studio. examples: prompts that are offered; steps, guidance: what the form begins with."""
-    desk = Desk(studio)
+    studio = desk.studio
     with gr.Blocks(title=f"afa: {TITLE}", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML(f"<h1>{TITLE}</h1><p>{' · '.join(map(markup.escape, studio.ensemble.names))}</p>", elem_id="afa-head")
         with gr.Tabs() as tabs:
@@ -143,7 +143,7 @@ def _reports(reports: Sequence[Report], outer: gr.Tab) -> None:
 
 
 def _wire(do: Handlers, form: dict[str, Any], shown: dict[str, Any], page: gr.Blocks) -> None:
-    """What happens when something is touched. Only drawing waits in the queue; the rest is done at once."""
+    """What happens when something is touched. Only drawing waits for its turn; the rest is done at once."""
     looks = [shown["picture"], shown["step"], shown["stage"]]
     asked = [*form["fields"].values(), *form["strengths"]]
     started = [form["run"], form["cancel"], shown["status"], shown["results"]]
@@ -153,7 +153,7 @@ def _wire(do: Handlers, form: dict[str, Any], shown: dict[str, Any], page: gr.Bl
     for first in (begun, *moved):
         drawn = first.success(
             answering(do.draw), None, [shown["status"], shown["results"]], show_progress="hidden",
-            concurrency_id=DEVICE, concurrency_limit=1, api_visibility="private",
+            concurrency_id=DRAWING, concurrency_limit=None, api_visibility="private",
         )  # fmt: skip
         ended = drawn.then(answering(do.finish), None, [form["run"], form["cancel"], shown["status"], *looks], **QUICK)
         ended.then(answering(do.look), looks, shown["weights"], **QUICK).then(do.pictures, None, [shown["pictures"], shown["names"]], **QUICK)

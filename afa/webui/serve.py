@@ -17,6 +17,7 @@ from afa.webui.reports import read_reports
 from afa.webui.settings import FIRST_PORT, UiSettings
 
 TRIED = 20  # ports after the first
+CALLS = 100  # of the page's functions that may wait besides runs; beyond it Gradio refuses by itself
 LARGEST_UPLOAD = "20mb"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SMALL = 128  # pixels: pictures up to this side are enlarged with hard edges
@@ -48,18 +49,21 @@ def serving(settings: UiSettings) -> Iterator[Served]:
     reports = read_reports(settings.reports or [])
     with tempfile.TemporaryDirectory(prefix="afa-ui-") as uploads:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        from afa.webui.desk import Desk
         from afa.webui.page import build
         from afa.webui.studio import Studio
 
         embedded = not settings.sources
         studio = Studio.open(settings, settings.sources or [str(ENSEMBLE)])
         steps = min(20 if embedded else 50, settings.max_steps)
-        page = build(studio, reports, _examples() if embedded else [], steps, 3.0 if embedded else studio.guidance)
-        page.queue(max_size=settings.queue, default_concurrency_limit=4)
+        desk = Desk(studio)
+        page = build(desk, reports, _examples() if embedded else [], steps, 3.0 if embedded else studio.guidance)
+        page.queue(max_size=settings.queue + CALLS, default_concurrency_limit=4)
         try:
             page.launch(server_name=settings.host, server_port=port, **_launching(settings, studio))
             yield Served(f"http://{_shown(settings.host)}:{port}", page)
         finally:
+            desk.close()
             page.close(verbose=False)
 
 
@@ -77,6 +81,7 @@ def _launching(settings: UiSettings, studio: Any) -> dict[str, Any]:
         "share": False,
         "quiet": True,
         "prevent_thread_lock": True,
+        "max_threads": settings.queue + 40,  # who waits for a turn holds one
         "show_error": False,  # what nobody foresaw is said by answers.py, without its words
         "allowed_paths": [str(studio.gallery.folder)],
         "max_file_size": LARGEST_UPLOAD,

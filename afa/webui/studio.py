@@ -1,7 +1,6 @@
 """The page's work, without a page: every method from the same noise, step by step, one run at a time."""
 
 import contextlib
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from afa.webui.maps import Kept, Shelf
 from afa.webui.methods import Method, find_methods
 from afa.webui.order import Limits, Order, make_order
 from afa.webui.settings import UiSettings
+from afa.webui.turns import Turns
 
 
 @dataclass
@@ -41,10 +41,10 @@ class Studio:
     methods: dict[str, Method]
     refused: dict[str, str]
     aggregators: str | None
+    turns: Turns
 
     def __post_init__(self) -> None:
         self.shelf = Shelf()
-        self._device = threading.Lock()
 
     @classmethod
     def open(cls, settings: UiSettings, sources: list[str]) -> "Studio":
@@ -56,7 +56,8 @@ class Studio:
         trained = is_saved(sources[0])
         methods, refused = find_methods(ensemble, trained)
         aggregators = sha256(Path(sources[0]) / AGGREGATORS) if trained else None
-        return cls(ensemble, sources, settings.dtype, gallery, _limits(settings, ensemble), methods, refused, aggregators)
+        limits, turns = _limits(settings, ensemble), Turns(settings.queue)
+        return cls(ensemble, sources, settings.dtype, gallery, limits, methods, refused, aggregators, turns)
 
     @property
     def schedulers(self) -> list[str]:
@@ -85,16 +86,22 @@ class Studio:
         return Job(order, [Column(name, self.methods[name].title) for name in order.methods], dict(order.strengths))
 
     def run(self, job: Job) -> None:
-        """Fill every column. What a method cannot do costs only its own; afterwards the experts are as they were."""
-        with self._device:
-            try:
+        """Fill every column when its turn has come. What a method cannot do costs only its own; afterwards the experts are as they were.
+
+        Raises UserError if too many are waiting.
+        """
+        try:
+            with self.turns.turn(job):
                 job.check()
                 job.state = "running"
                 for column in job.columns:
                     self._fill(job, column)
                 job.state = "done"
-            except Cancelled:
-                job.state = "cancelled"
+        except Cancelled:
+            job.state = "cancelled"
+        except UserError:
+            job.state = "refused"
+            raise
 
     def _fill(self, job: Job, column: Column) -> None:
         method = self.methods[column.method]
@@ -155,7 +162,7 @@ class Studio:
             "source": self.sources[0] if len(self.sources) == 1 else self.sources,
             **method.record,
             "experts": list(self.ensemble.names),
-            "aggregators": self.aggregators if method.name == "afa" else None,
+            "aggregators": self.aggregators if method.record["method"] is None else None,
             "dtype": self.dtype,
             "prompt": order.prompt,
             "seed": seed,
