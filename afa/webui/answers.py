@@ -37,11 +37,11 @@ def _said() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise gr.Error(_sentence(str(error)), title="Not as asked", print_exception=False) from None
+        raise gr.Error(_sentence(str(error)), print_exception=False) from None
     except gr.Error:
         raise
     except Exception as error:
-        raise gr.Error(_sentence(unexpected(error)), title="Failed", print_exception=False) from None
+        raise gr.Error(_sentence(unexpected(error)), print_exception=False) from None
 
 
 def _sentence(text: str) -> str:

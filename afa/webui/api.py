@@ -42,7 +42,7 @@ class Api:
         job = self.desk.begin(request.session_hash, given)
         self.studio.run(job)
         if job.state == "cancelled":
-            raise gr.Error("Cancelled.", title="Cancelled", print_exception=False)
+            raise gr.Error("Cancelled.", print_exception=False)
         return [one for column in job.columns for one in _told(column)]
 
     def cancel(self, request: gr.Request) -> bool:

@@ -20,7 +20,8 @@ NO_REPORTS = (
     " and name it at the start: afa ui my-ensemble --reports compared"
 )
 
-QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}  # done at once, whoever draws
+# Done at once, whoever draws. Through the queue all the same: what is refused elsewhere than there, Gradio does not show.
+QUICK: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(desk: Desk, reports: Sequence[Report], examples: Sequence[str], steps: int, guidance: float | None) -> gr.Blocks:
@@ -66,10 +67,10 @@ def _form(studio: Studio, examples: Sequence[str]) -> dict[str, Any]:
 def _settings(studio: Studio, steps: int, guidance: float | None) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     with gr.Row():
-        fields["steps"] = gr.Slider(1, studio.limits.steps, value=steps, step=1, label="Steps", min_width=140)
+        fields["steps"] = gr.Slider(1, studio.limits.steps, value=steps, step=1, label="Steps", min_width=140, elem_id="afa-steps")
         fields["guidance"] = gr.Number(value=guidance, minimum=0, label="Guidance", info="1: off; empty: the experts' own", min_width=140)
     with gr.Row():
-        fields["seed"] = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="one more for each next image", min_width=140)
+        fields["seed"] = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="one more for each next image", min_width=140, elem_id="afa-seed")
         fields["images"] = gr.Slider(1, studio.limits.images, value=1, step=1, label="Images a method", min_width=140)
     with gr.Accordion("More settings", open=False):
         fields |= _more(studio)
