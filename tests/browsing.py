@@ -117,6 +117,7 @@ class Browser:
         sent = [message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"]
         return [url for url in sent if not url.startswith(("data:", "blob:", "about:"))]
 
-    def complaints(self) -> list[str]:
-        """What the browser's console says is wrong."""
-        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+    def failures(self) -> list[str]:
+        """What the browser's console says was refused, broken or blocked."""
+        messages = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+        return [message for message in messages if any(word in message for word in ("Failed to load", "Content Security Policy", "net::"))]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_transformers import flux_pipeline
 from webui_studio import ASKED, PROMPT, open_studio, pixels, run
 
 from afa.cli.main import main
@@ -162,6 +163,16 @@ def test_weights_are_looked_at_by_step_and_stage(studio):
         kept.look(4, "")
     with pytest.raises(UserError, match=r"there are no weight maps of \.\./x"):
         studio.shelf.get("../x")
+
+
+def test_methods_that_do_not_go_with_a_family_are_left_out_with_the_reason(tmp_path):
+    for seed in range(2):
+        flux_pipeline(seed).save_pretrained(tmp_path / f"flux-{seed}")
+    studio = open_studio(tmp_path / "gallery", *(str(tmp_path / f"flux-{seed}") for seed in range(2)))
+    assert "magicfusion" not in studio.methods and "have theirs built in" in studio.refused["MagicFusion"]
+    assert studio.schedulers == ["euler", "dpm++", "unipc"] and studio.has_true_guidance
+    job = run(studio, methods=["noise_average", "feature_mean"], width=32, height=32, true_guidance=2, negative_prompt="a cross")
+    assert [column.error for column in job.columns] == ["", ""]
 
 
 def test_the_oldest_weights_make_room():

@@ -16,12 +16,13 @@ STRONGEST = 2.0  # of an expert, as the sliders have it
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may ask for. unit: sides are multiples of it, in pixels. side: the largest."""
+    """What a run may ask for. unit: sides are multiples of it, in pixels. side: the largest; own: the experts' own."""
 
     images: int
     steps: int
     side: int
     unit: int
+    own: int
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def _launching(settings: UiSettings, studio: Any) -> dict[str, Any]:
     from afa.webui.guard import Guard
     from afa.webui.style import CSS, FONT, HARD_EDGES, MONO
 
-    small = studio.limits.side <= 2 * SMALL
+    small = studio.limits.own <= SMALL
     hosts = LOOPBACK if settings.host in LOOPBACK else None
     return {
         "share": False,

@@ -25,6 +25,8 @@ from afa.webui.order import Limits, Order, make_order
 from afa.webui.settings import UiSettings
 from afa.webui.turns import Turns
 
+LATENTS = 128  # the side of latents where a model does not say: 1,024 pixels, as FLUX.1 and Qwen-Image are made for
+
 
 @dataclass
 class Studio:
@@ -191,8 +193,7 @@ def _rescheduled(ensemble: Ensemble, method: Method, name: str | None) -> Iterat
 
 
 def _limits(settings: UiSettings, ensemble: Ensemble) -> Limits:
-    pipeline = ensemble.pipeline()
-    call, config = ensemble.denoiser.call, ensemble.denoiser.config
-    side = call.side(config) or 128
-    own = max(side if isinstance(side, (tuple, list)) else (side,)) * pipeline.vae_scale_factor
-    return Limits(settings.max_images, settings.max_steps, settings.max_side or 2 * own, pipeline.vae_scale_factor * call.patch)
+    factor, call = ensemble.pipeline().vae_scale_factor, ensemble.denoiser.call
+    side = call.side(ensemble.denoiser.config) or LATENTS
+    own = factor * max(side if isinstance(side, (tuple, list)) else (side,))
+    return Limits(settings.max_images, settings.max_steps, settings.max_side or 2 * own, factor * call.patch, own)
