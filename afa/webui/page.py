@@ -54,7 +54,7 @@ def _form(studio: Studio, examples: Sequence[str]) -> dict[str, Any]:
     """What a run is asked with. fields: by the names that a run takes."""
     fields: dict[str, Any] = {"prompt": gr.Textbox(label="Prompt", lines=2, max_lines=6, placeholder="what the images shall show", elem_id="afa-prompt")}
     if examples:
-        gr.Examples([[example] for example in examples], inputs=fields["prompt"], label="For example")
+        gr.Examples([[one] for one in examples], inputs=fields["prompt"], label="For example")
     fields["methods"] = gr.CheckboxGroup(
         [(method.title, method.name) for method in studio.methods.values()], value=[next(iter(studio.methods))], label="Methods", elem_id="afa-methods"
     )
