@@ -65,6 +65,9 @@ def test_a_prompt_two_methods_and_their_weights(page):
     page.wait(lambda: "step 2 of 3" in page.text("#afa-weights"))
     page.move("#afa-stage", 5)
     page.wait(lambda: "stage M00" in page.text("#afa-weights"))
+    steps(page, 1)
+    page.create()
+    page.wait(lambda: "step 1 of 1, t = " in page.text("#afa-weights") and "stage M00" in page.text("#afa-weights"))
 
 
 def test_a_strength_that_is_moved_draws_again(page):

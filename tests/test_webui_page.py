@@ -165,7 +165,7 @@ def test_without_gradio_one_sentence_says_what_to_install(tmp_path, capsys, monk
 def test_it_starts_with_the_embedded_ensemble_and_ends_with_ctrl_c(tmp_path):
     """A real process, a real Ctrl-C."""
     command = [sys.executable, "-m", "afa", "ui", "--output", str(tmp_path / "gallery"), "--port", str(free_port()), "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     said = process.stdout.readline()
     assert said.startswith("The page is at http://127.0.0.1:"), process.stderr.read()
     assert fetch(said.split()[4])[0] == 200

@@ -38,7 +38,8 @@ def about(studio: Studio) -> str:
 def _loaded(studio: Studio) -> list[tuple[str, str]]:
     denoiser = studio.ensemble.denoiser
     fused = f"{len(studio.ensemble.aggregators)} of {len(denoiser.stages)} stages fused"
-    aggregators = f"{fused}, sha256 {studio.aggregators}" if studio.aggregators else "none that are trained: experts are combined while sampling"
+    untrained = "none that are trained: experts are combined while sampling"
+    aggregators = f"{fused}, sha256 {studio.aggregators}" if studio.aggregators else untrained
     return [
         ("afa", __version__),
         ("source", ", ".join(studio.sources)),
@@ -64,7 +65,8 @@ def _experts(studio: Studio) -> list[tuple[str, str]]:
 
 def _hash(recorded: Any) -> str:
     files = getattr(recorded, "files", None) or {}
-    return next((digest for name, digest in files.items() if "unet" in name or "transformer" in name), next(iter(files.values()), "not recorded"))
+    denoiser = [digest for name, digest in files.items() if "unet" in name or "transformer" in name]
+    return next(iter([*denoiser, *files.values()]), "not recorded")
 
 
 def _refused(studio: Studio) -> str:

@@ -79,7 +79,8 @@ class Api:
         """How a picture of the gallery was made: what it says of itself, what to hand to generate, what of it cannot be asked for here."""
         metadata = read_metadata(self.studio.gallery.find(picture))
         order, notes = read_order(metadata, self.studio)
-        return {"metadata": metadata, "generate": {name: value for name, value in order.items() if value is not None}, "notes": notes}
+        asked = {name: value for name, value in order.items() if value is not None}
+        return {"metadata": metadata, "generate": asked, "notes": notes}
 
 
 def offer(api: Api) -> None:
@@ -95,7 +96,7 @@ def _told(column: Column) -> list[dict[str, Any]]:
 
 
 def _one(column: Column, picture: Picture) -> dict[str, Any]:
-    image = {"path": str(picture.path), "orig_name": picture.path.name, "mime_type": "image/png", "meta": {"_type": "gradio.FileData"}}
+    file = {"path": str(picture.path), "orig_name": picture.path.name, "mime_type": "image/png"}
     return {
         "method": column.method,
         "title": column.title,
@@ -103,5 +104,5 @@ def _one(column: Column, picture: Picture) -> dict[str, Any]:
         "seconds": round(column.seconds / len(column.pictures), 3),
         "picture": picture.path.name,
         "settings": picture.metadata,
-        "image": image,
+        "image": file | {"meta": {"_type": "gradio.FileData"}},
     }

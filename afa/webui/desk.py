@@ -31,7 +31,9 @@ class Desk:
     def again(self, visitor: str | None, strengths: Mapping[str, Any]) -> Job | None:
         """The last run with other strengths, if it is over and made with others; its other pictures are there already."""
         last, wanted = self.job(visitor), make_strengths(strengths, self.studio.ensemble.names)
-        if last is None or not last.over or last.strengths == wanted or not any(self.studio.methods[name].scalable for name in last.order.methods):
+        if last is None or not last.over or last.strengths == wanted:
+            return None
+        if not any(self.studio.methods[name].scalable for name in last.order.methods):
             return None
         columns = [Column(column.method, column.title) for column in last.columns]
         return self._take(visitor, Job(dataclasses.replace(last.order, strengths=wanted), columns, wanted))

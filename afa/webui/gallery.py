@@ -45,7 +45,8 @@ class Gallery:
             found = read_metadata(path) if path.exists() else {}
         except UserError:
             return False
-        return bool(found) and all(found.get(name) == value for name, value in json.loads(json.dumps(dict(metadata))).items() if name not in UNMOVED)
+        told = json.loads(json.dumps(dict(metadata)))
+        return bool(found) and all(found.get(name) == value for name, value in told.items() if name not in UNMOVED)
 
     def save(self, path: Path, image: NDArray[np.uint8], metadata: dict[str, Any]) -> None:
         """Whole or not at all."""
@@ -53,7 +54,7 @@ class Gallery:
 
     def pictures(self) -> list[Path]:
         """The latest first."""
-        found = [path for path in self.folder.glob("*.png") if path.is_file() and not path.is_symlink() and not path.name.startswith(".")]
+        found = [path for path in self.folder.glob("[!.]*.png") if path.is_file() and not path.is_symlink()]
         return sorted(found, key=lambda path: (path.stat().st_mtime, path.name), reverse=True)[:SHOWN]
 
     def find(self, name: str) -> Path:

@@ -48,10 +48,20 @@ class Handlers:
         """The buttons as before the run, and its pictures to look into."""
         job = self.desk.job(request.session_hash)
         if job is None or not job.over:
-            return [gr.skip()] * 6
-        looked = [(f"{column.title}, seed {picture.seed}", picture.path.name) for column in job.columns for picture in column.pictures]
-        looked = [(title, name) for title, name in looked if name in self.studio.shelf]
-        return [gr.Button(interactive=True), gr.Button(interactive=False), markup.status(job), *self._looks(looked)]
+            return [gr.skip()] * 4
+        made = [(column, picture) for column in job.columns for picture in column.pictures if picture.path.name in self.studio.shelf]
+        looked = [(f"{column.title}, seed {picture.seed}", picture.path.name) for column, picture in made]
+        chosen = gr.Dropdown(choices=looked, value=looked[0][1] if looked else None)
+        return [gr.Button(interactive=True), gr.Button(interactive=False), markup.status(job), chosen]
+
+    def fit(self, picture: str | None, step: float, stage: float) -> list[Any]:
+        """The weights of another picture, and how far the sliders go there: where they stand they stay, as far as they can."""
+        if not picture:
+            return [gr.skip(), gr.skip(), self.look(picture, step, stage)]
+        kept = self.studio.shelf.get(picture)
+        last = len(kept.timesteps), len(kept.maps)
+        step, stage = min(step, last[0]), min(stage, last[1])
+        return [gr.Slider(maximum=last[0], value=step), gr.Slider(maximum=last[1], value=stage), self.look(picture, step, stage)]
 
     def look(self, picture: str | None, step: float, stage: float) -> str:
         """The weights of a picture at a step and stage."""
@@ -100,17 +110,11 @@ class Handlers:
             gr.Warning(markup.escape(f"{note[:1].upper()}{note[1:]}.", quote=False), title="Not everything is as it was")
         sides = {name: found[name] or 0 for name in ("width", "height")}
         values = found | sides
-        return [*(values[name] for name in self.names), *(found["strengths"][name] for name in self.experts), gr.Tabs(selected="create")]
+        strengths = [found["strengths"][name] for name in self.experts]
+        return [*(values[name] for name in self.names), *strengths, gr.Tabs(selected="create")]
 
     def _begun(self, job: Job) -> list[Any]:
         return [gr.Button(interactive=False), gr.Button(interactive=True), markup.status(job), markup.results(job)]
-
-    def _looks(self, looked: list[tuple[str, str]]) -> list[Any]:
-        """Which pictures can be looked into, and how far the sliders go. A step that was chosen stays so, as far as there is one."""
-        if not looked:
-            return [gr.Dropdown(choices=[], value=None), gr.skip(), gr.skip()]
-        kept = self.studio.shelf.get(looked[0][1])
-        return [gr.Dropdown(choices=looked, value=looked[0][1]), gr.Slider(maximum=len(kept.timesteps)), gr.Slider(maximum=len(kept.maps))]
 
     def _read(self, path: Path, name: str) -> list[Any]:
         metadata = read_metadata(path, name)
@@ -122,5 +126,6 @@ class Handlers:
             said = read_metadata(path)
         except UserError:
             return path.name
-        how = next((method.title for method in self.studio.methods.values() if method.made(said)), str(said.get("method") or said.get("expert")))
+        known = [method.title for method in self.studio.methods.values() if method.made(said)]
+        how = known[0] if known else str(said.get("method") or said.get("expert"))
         return f"{how}: {said.get('prompt')}"

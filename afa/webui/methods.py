@@ -58,13 +58,18 @@ def find_methods(ensemble: Ensemble, trained: bool) -> tuple[dict[str, Method], 
 def _afa(ensemble: Ensemble) -> Method:
     several = len(ensemble.names) > 1
     record = {"method": None, "method_options": None, "expert": None}
-    return Method("afa", "AFA", METHODS["afa"], lambda: PipelineSampler(in_frame(ensemble, ensemble.denoiser)), record, several, several)
+
+    def make() -> PipelineSampler:
+        return PipelineSampler(in_frame(ensemble, ensemble.denoiser))
+
+    return Method("afa", "AFA", METHODS["afa"], make, record, has_maps=several, scalable=several)
 
 
 def _alone(ensemble: Ensemble, name: str) -> Method:
     record = {"method": None, "method_options": None, "expert": name}
     make = partial(make_sampler, "single_in_ensemble", ensemble, expert=name)
-    return Method(f"expert:{name}", f"{name} alone", "one expert in the ensemble's frame (its VAE, tokenizer and scheduler)", make, record)
+    about = "one expert in the ensemble's frame (its VAE, tokenizer and scheduler)"
+    return Method(f"expert:{name}", f"{name} alone", about, make, record)
 
 
 def _own(ensemble: Ensemble, name: str) -> Method:

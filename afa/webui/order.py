@@ -43,7 +43,9 @@ class Order:
     strengths: Mapping[str, float]
 
 
-def make_order(given: Mapping[str, Any], limits: Limits, methods: Sequence[str], experts: tuple[str, ...], schedulers: Sequence[str]) -> Order:
+def make_order(
+    given: Mapping[str, Any], limits: Limits, methods: Sequence[str], experts: tuple[str, ...], schedulers: Sequence[str]
+) -> Order:
     """What was given, as an order. Raises UserError for the first thing that is not as it must be."""
     scheduler = given.get("scheduler") or None
     if scheduler is not None and scheduler not in schedulers:

@@ -52,26 +52,26 @@ def build(desk: Desk, reports: Sequence[Report], examples: Sequence[str], steps:
 
 def _form(studio: Studio, examples: Sequence[str]) -> dict[str, Any]:
     """What a run is asked with. fields: by the names that a run takes."""
-    fields: dict[str, Any] = {"prompt": gr.Textbox(label="Prompt", lines=2, max_lines=6, placeholder="what the images shall show", elem_id="afa-prompt")}
+    prompt = gr.Textbox(label="Prompt", lines=2, max_lines=6, placeholder="what the images shall show", elem_id="afa-prompt")
     if examples:
-        gr.Examples([[one] for one in examples], inputs=fields["prompt"], label="For example")
-    fields["methods"] = gr.CheckboxGroup(
-        [(method.title, method.name) for method in studio.methods.values()], value=[next(iter(studio.methods))], label="Methods", elem_id="afa-methods"
-    )
+        gr.Examples([[one] for one in examples], inputs=prompt, label="For example")
+    choices = [(method.title, method.name) for method in studio.methods.values()]
+    methods = gr.CheckboxGroup(choices, value=[choices[0][1]], label="Methods", elem_id="afa-methods")
     with gr.Row():
         run = gr.Button("Create", variant="primary", min_width=110, elem_id="afa-run")
         cancel = gr.Button("Cancel", variant="stop", interactive=False, min_width=110, elem_id="afa-cancel")
-    return {"fields": fields, "run": run, "cancel": cancel}
+    return {"fields": {"prompt": prompt, "methods": methods}, "run": run, "cancel": cancel}
 
 
 def _settings(studio: Studio, steps: int, guidance: float | None) -> dict[str, Any]:
     fields: dict[str, Any] = {}
+    half: dict[str, Any] = {"min_width": 140}
     with gr.Row():
-        fields["steps"] = gr.Slider(1, studio.limits.steps, value=steps, step=1, label="Steps", min_width=140, elem_id="afa-steps")
-        fields["guidance"] = gr.Number(value=guidance, minimum=0, label="Guidance", info="1: off; empty: the experts' own", min_width=140)
+        fields["steps"] = gr.Slider(1, studio.limits.steps, value=steps, step=1, label="Steps", elem_id="afa-steps", **half)
+        fields["guidance"] = gr.Number(value=guidance, minimum=0, label="Guidance", info="1: off; empty: the experts' own", **half)
     with gr.Row():
-        fields["seed"] = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="one more for each next image", min_width=140, elem_id="afa-seed")
-        fields["images"] = gr.Slider(1, studio.limits.images, value=1, step=1, label="Images a method", min_width=140)
+        fields["seed"] = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="one more for each next image", **half)
+        fields["images"] = gr.Slider(1, studio.limits.images, value=1, step=1, label="Images a method", **half)
     with gr.Accordion("More settings", open=False):
         fields |= _more(studio)
     return fields
@@ -83,20 +83,24 @@ def _strengths(studio: Studio) -> dict[str, Any]:
     with gr.Accordion("Strength of each expert", open=True, visible=bool(scaled)):
         info = f"Scales the weights of {' and '.join(scaled)}; moved while a run goes on, it works from the next stage on."
         gr.HTML(markup.note(info))
-        sliders = [gr.Slider(0, STRONGEST, value=1, step=0.05, label=name, elem_classes="afa-strength") for name in studio.ensemble.names]
+        names = studio.ensemble.names
+        sliders = [gr.Slider(0, STRONGEST, value=1, step=0.05, label=name, elem_classes="afa-strength") for name in names]
         live = gr.Checkbox(value=True, label="Draw again when a strength was moved", elem_id="afa-live")
     return {"strengths": sliders, "live": live}
 
 
 def _more(studio: Studio) -> dict[str, Any]:
     own = type(studio.ensemble.frame.scheduler).__name__
-    fields: dict[str, Any] = {"negative_prompt": gr.Textbox(label="Negative prompt", lines=2, placeholder="what they should not show")}
+    fields: dict[str, Any] = {}
+    fields["negative_prompt"] = gr.Textbox(label="Negative prompt", lines=2, placeholder="what they should not show")
     fields["scheduler"] = gr.Dropdown([(f"the experts' own ({own})", ""), *studio.schedulers], value="", label="Scheduler")
     with gr.Row():
         for side in ("width", "height"):
             info = f"multiple of {studio.limits.unit}, at most {studio.limits.side}; 0: the experts' own"
-            fields[side] = gr.Number(value=0, precision=0, minimum=0, label=f"{side.capitalize()} in pixels", info=info, min_width=140)
-    fields["true_guidance"] = gr.Number(value=None, label="True guidance", info="beside the built-in one; empty: none", visible=studio.has_true_guidance)
+            label = f"{side.capitalize()} in pixels"
+            fields[side] = gr.Number(value=0, precision=0, minimum=0, label=label, info=info, min_width=140)
+    info = "beside the built-in one; empty: none"
+    fields["true_guidance"] = gr.Number(value=None, label="True guidance", info=info, visible=studio.has_true_guidance)
     return fields
 
 
@@ -116,10 +120,8 @@ def _results() -> dict[str, Any]:
 def _gallery() -> dict[str, Any]:
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            pictures = gr.Gallery(
-                label="The latest pictures", show_label=False, columns=4, height="auto", object_fit="contain", allow_preview=False, buttons=[],
-                elem_id="afa-gallery",
-            )
+            looks: dict[str, Any] = {"columns": 4, "height": "auto", "object_fit": "contain", "allow_preview": False, "buttons": []}
+            pictures = gr.Gallery(label="The latest pictures", show_label=False, elem_id="afa-gallery", **looks)
             refresh = gr.Button("Look again", size="sm")
         with gr.Column(scale=2, min_width=320):
             settings = gr.HTML(markup.note("Choose a picture to see how it was made."), elem_id="afa-chosen")
@@ -127,7 +129,8 @@ def _gallery() -> dict[str, Any]:
             gr.HTML(markup.note("Or read the settings of a PNG that was made here or by afa generate:"))
             upload = gr.File(label="PNG", show_label=False, file_types=[".png"], type="filepath", height=120, elem_id="afa-upload")
     names, chosen = gr.State([]), gr.State(None)
-    return {"pictures": pictures, "refresh": refresh, "settings": settings, "use": use, "upload": upload, "names": names, "chosen": chosen}
+    found = {"pictures": pictures, "refresh": refresh, "names": names}
+    return found | {"settings": settings, "use": use, "upload": upload, "chosen": chosen}
 
 
 def _reports(reports: Sequence[Report], outer: gr.Tab) -> None:
@@ -150,23 +153,26 @@ def _wire(do: Handlers, form: dict[str, Any], shown: dict[str, Any], page: gr.Bl
     started = [form["run"], form["cancel"], shown["status"], shown["results"]]
 
     begun = gr.on([form["run"].click, form["fields"]["prompt"].submit], answering(do.begin), asked, started, **QUICK)
-    moved = [gr.on([slider.release], answering(do.again), [form["live"], *form["strengths"]], started, **QUICK) for slider in form["strengths"]]
-    for first in (begun, *moved):
+    moved = gr.on([slider.release for slider in form["strengths"]], answering(do.again), [form["live"], *form["strengths"]], started, **QUICK)
+    gallery = [shown["pictures"], shown["names"]]
+    fitted = [shown["step"], shown["stage"], shown["weights"]]
+    for first in (begun, moved):
         drawn = first.success(
             answering(do.draw), None, [shown["status"], shown["results"]], show_progress="hidden",
             concurrency_id=DRAWING, concurrency_limit=None, api_visibility="private",
         )  # fmt: skip
-        ended = drawn.then(answering(do.finish), None, [form["run"], form["cancel"], shown["status"], *looks], **QUICK)
-        ended.then(answering(do.look), looks, shown["weights"], **QUICK).then(do.pictures, None, [shown["pictures"], shown["names"]], **QUICK)
+        ended = drawn.then(answering(do.finish), None, [form["run"], form["cancel"], shown["status"], shown["picture"]], **QUICK)
+        ended.then(answering(do.fit), looks, fitted, **QUICK).then(answering(do.pictures), None, gallery, **QUICK)
     form["cancel"].click(answering(do.cancel), None, [form["cancel"]], **QUICK)
     for slider in form["strengths"]:
         slider.input(answering(do.strengthen), form["strengths"], None, **QUICK)
-    for part in looks:
-        part.input(answering(do.look), looks, shown["weights"], trigger_mode="always_last", **QUICK)
+    shown["picture"].input(answering(do.fit), looks, fitted, **QUICK)
+    for slider in (shown["step"], shown["stage"]):
+        slider.input(answering(do.look), looks, shown["weights"], trigger_mode="always_last", **QUICK)
 
     chosen = [shown["settings"], shown["chosen"], shown["use"]]
     shown["pictures"].select(answering(do.choose), shown["names"], chosen, **QUICK)
     shown["upload"].upload(answering(do.read), shown["upload"], chosen, **QUICK)
     back = [*form["fields"].values(), *form["strengths"], shown["tabs"]]
     shown["use"].click(answering(do.use), shown["chosen"], back, **QUICK)
-    gr.on([shown["refresh"].click, page.load], do.pictures, None, [shown["pictures"], shown["names"]], **QUICK)
+    gr.on([shown["refresh"].click, page.load], answering(do.pictures), None, gallery, **QUICK)
