@@ -122,6 +122,7 @@ def test_a_strength_moved_meanwhile_works_and_is_noted(studio):
     assert read_metadata(picture.path)["strength_changes"] == [[3, {"curves": 1.0, "angles": 1.0, "patterns": 0.0}]]
     kept = studio.shelf.get(picture.path.name)
     assert kept.look(3, "")[2].mean() > 0.1 and kept.look(4, "")[2].max() == 0
+    assert "after step 3: curves 1, angles 1, patterns 0<" in markup.settings(picture.metadata, picture.path.name)
     assert "strengths were changed while it was made" in read_order(picture.metadata, studio)[1][0]
 
 

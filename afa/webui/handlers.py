@@ -107,7 +107,7 @@ class Handlers:
             raise UserError("no picture is chosen")
         found, notes = read_order(metadata, self.studio)
         for note in notes:
-            gr.Warning(markup.escape(f"{note[:1].upper()}{note[1:]}.", quote=False), title="Not everything is as it was")
+            gr.Warning(markup.escape(f"{note[:1].upper()}{note[1:]}.", quote=False))
         sides = {name: found[name] or 0 for name in ("width", "height")}
         values = found | sides
         strengths = [found["strengths"][name] for name in self.experts]

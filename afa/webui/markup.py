@@ -139,4 +139,6 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
     if isinstance(value, str):
         return value
+    if isinstance(value, list) and value and all(isinstance(one, list) and len(one) == 2 for one in value):  # strength_changes
+        return "; ".join(f"after step {step}: {_plain(then)}" for step, then in value)
     return f"{value:g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
