@@ -15,7 +15,7 @@ from afa.cli.main import COMMANDS
 
 ROOT = Path(afa.__file__).parent
 CORE = {"families", "aggregators", "denoiser", "errors", "lookup", "options"}
-EDGES = {"cli", "__main__"}
+EDGES = {"cli", "webui", "__main__"}
 DEMO = {"demo"}
 ROOMS = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()} - {"__init__", "__pycache__"}
 HEAVY = ("torch", "diffusers", "transformers")

@@ -12,7 +12,7 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.load import Expert
 from afa.families.table import FAMILIES
-from afa.generation.sample import Request, Sampling, sample, strength
+from afa.generation.sample import OnStep, Request, Sampling, sample, strength
 from afa.lookup import unknown
 
 
@@ -28,11 +28,11 @@ class PipelineSampler:
         """What stands in the denoiser's place; weight maps are recorded there."""
         return next(part for family in FAMILIES.values() if (part := self.pipeline.components.get(family.component)) is not None)
 
-    def __call__(self, requests: Sequence[Request], sampling: Sampling) -> NDArray[np.uint8]:
+    def __call__(self, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None) -> NDArray[np.uint8]:
         """-> (n, H, W, 3) uint8."""
         for part in self.guided:
             part.guidance = strength(self.pipeline, sampling)
-        return sample(self.pipeline, requests, sampling)
+        return sample(self.pipeline, requests, sampling, on_step)
 
 
 def in_frame(ensemble: Ensemble, denoiser: nn.Module, **components: Any) -> Any:

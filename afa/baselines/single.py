@@ -16,7 +16,7 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.load import TEXT_ENCODERS, Expert
 from afa.families.table import FAMILIES
-from afa.generation.sample import Request, Sampler, Sampling
+from afa.generation.sample import OnStep, Request, Sampling
 
 DRAW = 20_824  # keeps the draw of an expert apart from other uses of the same seed
 
@@ -60,9 +60,9 @@ class Drawn:
     makers: expert's name -> its sampler, made when it is drawn first. chances: by name, with sum 1.
     """
 
-    def __init__(self, makers: dict[str, Callable[[], Sampler]], chances: dict[str, float]) -> None:
+    def __init__(self, makers: dict[str, Callable[[], PipelineSampler]], chances: dict[str, float]) -> None:
         self.makers, self.chances = makers, chances
-        self.made: dict[str, Sampler] = {}
+        self.made: dict[str, PipelineSampler] = {}
 
     @cached_property
     def names(self) -> list[str]:
@@ -73,15 +73,18 @@ class Drawn:
         generator = np.random.default_rng([DRAW, seed])
         return self.names[generator.choice(len(self.names), p=[self.chances[name] for name in self.names])]
 
-    def __call__(self, requests: Sequence[Request], sampling: Sampling) -> NDArray[np.uint8]:
-        """-> (n, H, W, 3) uint8. Raises UserError if the experts' own sizes differ and none was asked for."""
+    def __call__(self, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None) -> NDArray[np.uint8]:
+        """-> (n, H, W, 3) uint8. on_step: counts anew for every expert that was drawn.
+
+        Raises UserError if the experts' own sizes differ and none was asked for.
+        """
         drawn = [self.draw(request.seed) for request in requests]
         images: dict[int, NDArray[np.uint8]] = {}
         for name in sorted(set(drawn)):
             own = [index for index, other in enumerate(drawn) if other == name]
             if name not in self.made:
                 self.made[name] = self.makers[name]()
-            images |= dict(zip(own, self.made[name]([requests[index] for index in own], sampling), strict=True))
+            images |= dict(zip(own, self.made[name]([requests[index] for index in own], sampling, on_step), strict=True))
         if len({image.shape for image in images.values()}) > 1:
             raise UserError("the experts draw images of different sizes; give --width and --height")
         return np.stack([images[index] for index in range(len(requests))])
@@ -90,7 +93,7 @@ class Drawn:
 def random_expert(ensemble: Ensemble, options: RandomExpert) -> Drawn:
     """One expert an image: what a combination must beat before anything is said about combining."""
     chances = dict(zip(ensemble.names, shares(options.weights, len(ensemble.names)), strict=True))
-    makers: dict[str, Callable[[], Sampler]] = {
+    makers: dict[str, Callable[[], PipelineSampler]] = {
         expert.name: partial(own_pipeline, expert) if options.frame == "own" else partial(_framed, ensemble, index)
         for index, expert in enumerate(ensemble.experts)
     }

@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "afa.cli.evaluate",
     "report": "afa.cli.report",
     "demo": "afa.cli.demo",
+    "ui": "afa.cli.ui",
 }
 
 

@@ -96,7 +96,10 @@ def scale_weights(denoiser: "EnsembleDenoiser", strengths: Mapping[str, float]) 
     check_strengths(denoiser.names, strengths)
 
     def scaled(stage: str, weights: Tensor) -> Tensor:
-        factors = weights.new_tensor([strengths.get(name, 1.0) for name in denoiser.names]).view(1, -1, 1, 1)
+        values = [strengths.get(name, 1.0) for name in denoiser.names]
+        if all(value == 1 for value in values):
+            return weights  # a softmax sums to one only up to rounding: what nobody changes stays, bit for bit
+        factors = weights.new_tensor(values).view(1, -1, 1, 1)
         changed = weights * factors
         total = changed.sum(1, keepdim=True)
         # where only experts that are off weigh anything, the others share alike

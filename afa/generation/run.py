@@ -10,27 +10,26 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from tqdm import tqdm
 
-from afa import __version__
 from afa.baselines.sampler import PipelineSampler, in_frame
 from afa.baselines.table import make_sampler
-from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
+from afa.checkpoint.manifest import AGGREGATORS
 from afa.checkpoint.staging import replacing, write_atomically
 from afa.denoiser.switches import WeightMaps, record_weights
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.hashing import sha256
-from afa.experts.spec import new_places
+from afa.generation.pictures import CHUNK, save_picture
 from afa.generation.prompts import read_prompts
 from afa.generation.sample import Request, Sampling
 from afa.generation.settings import GenerateSettings
+from afa.generation.sources import load_sources
 from afa.lookup import unknown
 from afa.schedulers import reschedule
 
-CHUNK = "afa"  # the PNG text chunk that holds the settings
 GRID_UP_TO = 400  # images; a larger grid is no longer looked at
 
 
@@ -84,19 +83,10 @@ def generate(settings: GenerateSettings) -> list[Path]:
 
 def _load(settings: GenerateSettings) -> Ensemble:
     """The saved ensemble, or experts as an ensemble: of one, that is the expert, bit for bit."""
-    dtype = getattr(torch, settings.dtype)
-    saved = [source for source in settings.sources if (Path(source) / MANIFEST).exists()]
-    if saved and len(settings.sources) > 1:
-        raise UserError(f"{saved[0]} is a saved ensemble, which has its experts; give it alone, or give experts only")
-    if saved and settings.frame is not None:
-        raise UserError(f"--frame {settings.frame} is for experts, and {saved[0]} is a saved ensemble, which has its frame; leave it out")
-    if saved:
-        return Ensemble.load(saved[0], new_places(settings.experts or []), dtype=dtype)
-    if settings.experts:
-        raise UserError(f"--experts is for a saved ensemble, and {settings.sources[0]} is none: it has no {MANIFEST}; give experts as SOURCE")
     options = settings.method_options()
     placement = "out" if options is not None and options.only_predictions else None  # which may then be of different kinds
-    return Ensemble.from_experts(settings.sources, aggregator="mean", placement=placement, frame=settings.frame, dtype=dtype, config=settings.config)
+    given = {"experts": settings.experts, "frame": settings.frame, "config": settings.config, "dtype": settings.dtype}
+    return load_sources(settings.sources, **given, placement=placement)
 
 
 def _sampler(settings: GenerateSettings, ensemble: Ensemble) -> Any:
@@ -152,15 +142,8 @@ def _make(settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: li
             for index, (job, image) in enumerate(zip(batch, images, strict=True)):
                 if isinstance(maps, WeightMaps):
                     _save_weights(job, image, maps, index, len(batch))
-                _save_image(job, image)
+                save_picture(job.path, image, job.metadata)
             bar.update(len(batch))
-
-
-def _save_image(job: Job, image: NDArray[np.uint8]) -> None:
-    chunk = PngImagePlugin.PngInfo()
-    chunk.add_itxt(CHUNK, json.dumps({**job.metadata, "afa": __version__}, ensure_ascii=False))
-    with replacing(job.path) as temporary:
-        Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunk)
 
 
 def _weights_path(job: Job) -> Path:

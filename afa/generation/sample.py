@@ -37,9 +37,10 @@ class Sampling:
 
 # Any way of making images from requests: a pipeline's, or one with a loop of its own.
 Sampler = Callable[[Sequence[Request], Sampling], NDArray[np.uint8]]
+OnStep = Callable[[int, int], None]  # called after every denoising step with how many are done, of how many; what it raises ends the run
 
 
-def sample(pipeline: Any, requests: Sequence[Request], sampling: Sampling) -> NDArray[np.uint8]:
+def sample(pipeline: Any, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None) -> NDArray[np.uint8]:
     """One batch: -> (n, H, W, 3) uint8. The noise comes from CPU generators, so it is the same on every device.
 
     Raises UserError for guidance, negative prompts and sides that the model does not know.
@@ -54,9 +55,20 @@ def sample(pipeline: Any, requests: Sequence[Request], sampling: Sampling) -> ND
         width=sampling.width,
         generator=[torch.Generator("cpu").manual_seed(request.seed) for request in requests],
         output_type="np",
+        callback_on_step_end=None if on_step is None else _told(on_step),
     )
     images: NDArray[np.uint8] = (result.images * 255).round().astype(np.uint8)
     return images
+
+
+def _told(on_step: OnStep) -> Callable[..., dict[str, Any]]:
+    """The callback of diffusers that tells of every step and changes nothing."""
+
+    def callback(pipeline: Any, step: int, timestep: Any, changed: dict[str, Any]) -> dict[str, Any]:
+        on_step(step + 1, pipeline.num_timesteps)
+        return changed
+
+    return callback
 
 
 def strength(pipeline: Any, sampling: Sampling) -> float | None:

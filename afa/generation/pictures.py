@@ -1,0 +1,40 @@
+"""Pictures that say how they were made: PNGs with a text chunk of their settings."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from afa import __version__
+from afa.checkpoint.staging import replacing
+from afa.errors import UserError
+
+CHUNK = "afa"  # the PNG text chunk that holds the settings
+
+
+def save_picture(path: Path, image: NDArray[np.uint8], metadata: dict[str, Any]) -> None:
+    """One image (H, W, 3) as a PNG, whole or not at all."""
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_itxt(CHUNK, json.dumps({**metadata, "afa": __version__}, ensure_ascii=False))
+    with replacing(path) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunk)
+
+
+def read_metadata(path: Path, name: str | None = None) -> dict[str, Any]:
+    """What a picture says of itself. Raises UserError for one that says nothing, or is none; name: what to call it there."""
+    name = name or path.name
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.info.get(CHUNK)
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise UserError(f"{name} cannot be read as a PNG picture ({type(error).__name__}); give one that was made here or by afa generate") from None
+    try:
+        found = json.loads(text) if text is not None else None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{name} does not say how it was made (it has no text chunk '{CHUNK}'); give a PNG that was made here or by afa generate")
+    return found

@@ -1,0 +1,43 @@
+"""What is generated with: a saved ensemble, or experts that are combined while sampling."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from afa.checkpoint.manifest import MANIFEST
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.experts.spec import new_places
+
+
+def is_saved(source: str) -> bool:
+    """Whether this is the folder of a saved ensemble."""
+    return (Path(source) / MANIFEST).exists()
+
+
+def load_sources(
+    sources: Sequence[str],
+    *,
+    experts: Sequence[str] | None = None,
+    frame: str | None = None,
+    config: str | None = None,
+    dtype: str = "float32",
+    placement: str | None = None,
+) -> Ensemble:
+    """The saved ensemble, or experts as an ensemble: of one, that is the expert, bit for bit.
+
+    experts: new places of a saved ensemble's, NAME=PLACE. frame, config, placement: of experts, see Ensemble.from_experts; `out` takes
+    experts of different kinds. Raises UserError for what does not go together.
+    """
+    kind = getattr(torch, dtype)
+    saved = [source for source in sources if is_saved(source)]
+    if saved and len(sources) > 1:
+        raise UserError(f"{saved[0]} is a saved ensemble, which has its experts; give it alone, or give experts only")
+    if saved and frame is not None:
+        raise UserError(f"--frame {frame} is for experts, and {saved[0]} is a saved ensemble, which has its frame; leave it out")
+    if saved:
+        return Ensemble.load(saved[0], new_places(list(experts or [])), dtype=kind)
+    if experts:
+        raise UserError(f"--experts is for a saved ensemble, and {sources[0]} is none: it has no {MANIFEST}; give experts as SOURCE")
+    return Ensemble.from_experts(sources, aggregator="mean", placement=placement, frame=frame, dtype=kind, config=config)

@@ -1,0 +1,1 @@
+"""The web page: what `afa ui` serves. Importing this package costs nothing."""

@@ -1,0 +1,65 @@
+"""The folder of pictures: the only one that the page writes to and reads from."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from afa.errors import UserError
+from afa.generation.pictures import read_metadata, save_picture
+
+SHOWN = 60  # of the latest pictures
+UNMOVED = ("source",)  # what a picture says that does not change how it looks
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures under names made of what they are, so that the same one is made once and none takes another's place."""
+
+    folder: Path
+
+    @classmethod
+    def at(cls, folder: Path) -> "Gallery":
+        """Make the folder if it is not there. Raises UserError if it cannot be one."""
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output {folder} is a file; give a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder.resolve())
+
+    def path(self, method: str, metadata: Mapping[str, Any]) -> Path:
+        """Where a picture of this method and these settings lies, or will."""
+        told = {name: value for name, value in metadata.items() if name not in UNMOVED}
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        words = re.sub(r"[^a-z0-9]+", "-", str(metadata["prompt"]).lower()).strip("-")[:40].strip("-")
+        return self.folder / f"{words or 'picture'}-{method.replace(':', '-')}-{metadata['seed']}-{digest}.png"
+
+    def made(self, path: Path, metadata: Mapping[str, Any]) -> bool:
+        """Whether this very picture is there. One that is broken is made again."""
+        try:
+            found = read_metadata(path) if path.exists() else {}
+        except UserError:
+            return False
+        told = json.loads(json.dumps(dict(metadata)))
+        return bool(found) and all(found.get(name) == value for name, value in told.items() if name not in UNMOVED)
+
+    def save(self, path: Path, image: NDArray[np.uint8], metadata: dict[str, Any]) -> None:
+        """Whole or not at all."""
+        save_picture(path, image, metadata)
+
+    def pictures(self) -> list[Path]:
+        """The latest first."""
+        found = [path for path in self.folder.glob("[!.]*.png") if path.is_file() and not path.is_symlink()]
+        return sorted(found, key=lambda path: (path.stat().st_mtime, path.name), reverse=True)[:SHOWN]
+
+    def find(self, name: str) -> Path:
+        """A picture by its file name; nothing outside the folder has one. Raises UserError."""
+        for path in self.folder.glob("*.png"):
+            if path.name == name and path.is_file() and not path.is_symlink():
+                return path
+        raise UserError(f"there is no picture '{name[:80]}' in the gallery; its pictures are named as in the list of `generate`")

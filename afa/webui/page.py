@@ -1,0 +1,178 @@
+"""The page: where its parts stand, and what happens when they are touched."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from afa.webui import about, markup
+from afa.webui.answers import answering
+from afa.webui.api import DRAWING, Api, offer
+from afa.webui.desk import Desk
+from afa.webui.handlers import Handlers
+from afa.webui.order import STRONGEST
+from afa.webui.reports import Report
+from afa.webui.studio import Studio
+
+TITLE = "Adaptive Feature Aggregation"
+NO_REPORTS = (
+    "No report was given. Make one with afa evaluate --ensemble my-ensemble --protocol prompts.txt --output compared,"
+    " and name it at the start: afa ui my-ensemble --reports compared"
+)
+
+# Done at once, whoever draws. Through the queue all the same: what is refused elsewhere than there, Gradio does not show.
+QUICK: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+
+
+def build(desk: Desk, reports: Sequence[Report], examples: Sequence[str], steps: int, guidance: float | None) -> gr.Blocks:
+    """The page of a studio. examples: prompts that are offered; steps, guidance: what the form begins with."""
+    studio = desk.studio
+    with gr.Blocks(title=f"afa: {TITLE}", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+        gr.HTML(f"<h1>{TITLE}</h1><p>{' · '.join(map(markup.escape, studio.ensemble.names))}</p>", elem_id="afa-head")
+        with gr.Tabs() as tabs:
+            with gr.Tab("Create", id="create"), gr.Row(elem_id="afa-create"):
+                with gr.Column(elem_id="afa-ask"):
+                    form = _form(studio, examples)
+                with gr.Column(elem_id="afa-shown"):
+                    shown = _results()
+                with gr.Column(elem_id="afa-tune"):
+                    form |= _strengths(studio)
+                    form["fields"] |= _settings(studio, steps, guidance)
+            with gr.Tab("Gallery", id="gallery"):
+                shown |= _gallery()
+            with gr.Tab("Reports", id="reports") as tab:
+                _reports(reports, tab)
+            with gr.Tab("About", id="about"):
+                gr.HTML(about.about(studio))
+        shown["tabs"] = tabs
+        offer(Api(desk))  # first: Gradio numbers later events of the same name
+        _wire(Handlers(desk, list(form["fields"])), form, shown, page)
+    return page
+
+
+def _form(studio: Studio, examples: Sequence[str]) -> dict[str, Any]:
+    """What a run is asked with. fields: by the names that a run takes."""
+    prompt = gr.Textbox(label="Prompt", lines=2, max_lines=6, placeholder="what the images shall show", elem_id="afa-prompt")
+    if examples:
+        gr.Examples([[one] for one in examples], inputs=prompt, label="For example")
+    choices = [(method.title, method.name) for method in studio.methods.values()]
+    methods = gr.CheckboxGroup(choices, value=[choices[0][1]], label="Methods", elem_id="afa-methods")
+    with gr.Row():
+        run = gr.Button("Create", variant="primary", min_width=110, elem_id="afa-run")
+        cancel = gr.Button("Cancel", variant="stop", interactive=False, min_width=110, elem_id="afa-cancel")
+    return {"fields": {"prompt": prompt, "methods": methods}, "run": run, "cancel": cancel}
+
+
+def _settings(studio: Studio, steps: int, guidance: float | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    half: dict[str, Any] = {"min_width": 140}
+    with gr.Row():
+        fields["steps"] = gr.Slider(1, studio.limits.steps, value=steps, step=1, label="Steps", elem_id="afa-steps", **half)
+        fields["guidance"] = gr.Number(value=guidance, minimum=0, label="Guidance", info="1: off; empty: the experts' own", **half)
+    with gr.Row():
+        fields["seed"] = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="one more for each next image", **half)
+        fields["images"] = gr.Slider(1, studio.limits.images, value=1, step=1, label="Images a method", **half)
+    with gr.Accordion("More settings", open=False):
+        fields |= _more(studio)
+    return fields
+
+
+def _strengths(studio: Studio) -> dict[str, Any]:
+    """A slider for each expert, where there is a method that they scale."""
+    scaled = [method.title for method in studio.methods.values() if method.scalable]
+    with gr.Accordion("Strength of each expert", open=True, visible=bool(scaled)):
+        info = f"Scales the weights of {' and '.join(scaled)}; moved while a run goes on, it works from the next stage on."
+        gr.HTML(markup.note(info))
+        names = studio.ensemble.names
+        sliders = [gr.Slider(0, STRONGEST, value=1, step=0.05, label=name, elem_classes="afa-strength") for name in names]
+        live = gr.Checkbox(value=True, label="Draw again when a strength was moved", elem_id="afa-live")
+    return {"strengths": sliders, "live": live}
+
+
+def _more(studio: Studio) -> dict[str, Any]:
+    own = type(studio.ensemble.frame.scheduler).__name__
+    fields: dict[str, Any] = {}
+    fields["negative_prompt"] = gr.Textbox(label="Negative prompt", lines=2, placeholder="what they should not show")
+    fields["scheduler"] = gr.Dropdown([(f"the experts' own ({own})", ""), *studio.schedulers], value="", label="Scheduler")
+    with gr.Row():
+        for side in ("width", "height"):
+            info = f"multiple of {studio.limits.unit}, at most {studio.limits.side}; 0: the experts' own"
+            label = f"{side.capitalize()} in pixels"
+            fields[side] = gr.Number(value=0, precision=0, minimum=0, label=label, info=info, min_width=140)
+    info = "beside the built-in one; empty: none"
+    fields["true_guidance"] = gr.Number(value=None, label="True guidance", info=info, visible=studio.has_true_guidance)
+    return fields
+
+
+def _results() -> dict[str, Any]:
+    status = gr.HTML(markup.status(None), elem_id="afa-status")
+    results = gr.HTML("", elem_id="afa-results")
+    gr.Markdown("### Weights: which expert shaped what")
+    none = markup.note("Make a picture with a method that weighs experts, such as the first; then look at any step and stage of it.")
+    with gr.Row():
+        picture = gr.Dropdown([], label="Picture", interactive=True, elem_id="afa-picture", min_width=200)
+        step = gr.Slider(0, 1, value=0, step=1, label="Step", info="0: mean over all", elem_id="afa-step", min_width=180)
+        stage = gr.Slider(0, 1, value=0, step=1, label="Stage", info="0: mean over all", elem_id="afa-stage", min_width=180)
+    weights = gr.HTML(none, elem_id="afa-weights")
+    return {"status": status, "results": results, "picture": picture, "step": step, "stage": stage, "weights": weights}
+
+
+def _gallery() -> dict[str, Any]:
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            looks: dict[str, Any] = {"columns": 4, "height": "auto", "object_fit": "contain", "allow_preview": False, "buttons": []}
+            pictures = gr.Gallery(label="The latest pictures", show_label=False, elem_id="afa-gallery", **looks)
+            refresh = gr.Button("Look again", size="sm")
+        with gr.Column(scale=2, min_width=320):
+            settings = gr.HTML(markup.note("Choose a picture to see how it was made."), elem_id="afa-chosen")
+            use = gr.Button("Use these settings", interactive=False, elem_id="afa-use")
+            gr.HTML(markup.note("Or read the settings of a PNG that was made here or by afa generate:"))
+            upload = gr.File(label="PNG", show_label=False, file_types=[".png"], type="filepath", height=120, elem_id="afa-upload")
+    names, chosen = gr.State([]), gr.State(None)
+    found = {"pictures": pictures, "refresh": refresh, "names": names}
+    return found | {"settings": settings, "use": use, "upload": upload, "chosen": chosen}
+
+
+def _reports(reports: Sequence[Report], outer: gr.Tab) -> None:
+    """A tab each, filled when it is looked at: reports are large."""
+    if not reports:
+        gr.HTML(markup.note(NO_REPORTS))
+        return
+    with gr.Tabs():
+        for report in reports:
+            with gr.Tab(report.name) as tab:
+                place = gr.HTML(markup.note("Reading the report …"))
+            looked = [tab.select, *([outer.select] if report is reports[0] else [])]
+            gr.on(looked, lambda frame=report.frame: frame, None, place, **QUICK)
+
+
+def _wire(do: Handlers, form: dict[str, Any], shown: dict[str, Any], page: gr.Blocks) -> None:
+    """What happens when something is touched. Only drawing waits for its turn; the rest is done at once."""
+    looks = [shown["picture"], shown["step"], shown["stage"]]
+    asked = [*form["fields"].values(), *form["strengths"]]
+    started = [form["run"], form["cancel"], shown["status"], shown["results"]]
+
+    begun = gr.on([form["run"].click, form["fields"]["prompt"].submit], answering(do.begin), asked, started, **QUICK)
+    moved = gr.on([slider.release for slider in form["strengths"]], answering(do.again), [form["live"], *form["strengths"]], started, **QUICK)
+    gallery = [shown["pictures"], shown["names"]]
+    fitted = [shown["step"], shown["stage"], shown["weights"]]
+    for first in (begun, moved):
+        drawn = first.success(
+            answering(do.draw), None, [shown["status"], shown["results"]], show_progress="hidden",
+            concurrency_id=DRAWING, concurrency_limit=None, api_visibility="private",
+        )  # fmt: skip
+        ended = drawn.then(answering(do.finish), None, [form["run"], form["cancel"], shown["status"], shown["picture"]], **QUICK)
+        ended.then(answering(do.fit), looks, fitted, **QUICK).then(answering(do.pictures), None, gallery, **QUICK)
+    form["cancel"].click(answering(do.cancel), None, [form["cancel"]], **QUICK)
+    for slider in form["strengths"]:
+        slider.input(answering(do.strengthen), form["strengths"], None, **QUICK)
+    shown["picture"].input(answering(do.fit), looks, fitted, **QUICK)
+    for slider in (shown["step"], shown["stage"]):
+        slider.input(answering(do.look), looks, shown["weights"], trigger_mode="always_last", **QUICK)
+
+    chosen = [shown["settings"], shown["chosen"], shown["use"]]
+    shown["pictures"].select(answering(do.choose), shown["names"], chosen, **QUICK)
+    shown["upload"].upload(answering(do.read), shown["upload"], chosen, **QUICK)
+    back = [*form["fields"].values(), *form["strengths"], shown["tabs"]]
+    shown["use"].click(answering(do.use), shown["chosen"], back, **QUICK)
+    gr.on([shown["refresh"].click, page.load], answering(do.pictures), None, gallery, **QUICK)

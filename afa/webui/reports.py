@@ -1,0 +1,64 @@
+"""The reports that were named at the start, read once: whoever visits the page names no file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from afa.errors import UserError
+
+PAGE = "report.html"  # what afa demo and afa screen leave
+RESULTS = "results.json"  # what afa evaluate leaves
+
+
+@dataclass(frozen=True)
+class Report:
+    """One report: its name for a tab, and its page."""
+
+    name: str
+    html: str
+
+    @property
+    def frame(self) -> str:
+        """The page in a frame of its own, in which nothing runs and from which nothing is reached."""
+        return f'<iframe class="afa-report" sandbox="" title="{escape(self.name, quote=True)}" srcdoc="{escape(self.html, quote=True)}"></iframe>'
+
+
+def read_reports(places: Sequence[str]) -> list[Report]:
+    """Raises UserError for a place without a report, with how to make one."""
+    reports = [_read(Path(place)) for place in places]
+    names = [report.name for report in reports]
+    return [
+        report if names.count(report.name) == 1 else Report(f"{report.name} {index}", report.html)
+        for index, report in enumerate(reports, start=1)
+    ]
+
+
+def _read(place: Path) -> Report:
+    if place.is_file() and place.suffix.lower() in (".html", ".htm"):
+        return Report(place.stem if place.name != PAGE else place.resolve().parent.name, _text(place))
+    if (place / PAGE).is_file():
+        return Report(place.resolve().name, _text(place / PAGE))
+    if (place / RESULTS).is_file():
+        return Report(place.resolve().name, _evaluation(place))
+    raise UserError(
+        f"--reports {place} holds no report: it is neither an .html file nor a folder with {PAGE} (afa screen, afa demo)"
+        f" or {RESULTS} (afa evaluate)"
+    )
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except UnicodeDecodeError:
+        raise UserError(f"--reports {file} is not UTF-8 text; give a page that afa made") from None
+
+
+def _evaluation(folder: Path) -> str:
+    """As `afa report` would make it."""
+    from afa.evaluation.compare import analyse
+    from afa.evaluation.report.page import as_html
+    from afa.evaluation.results import Results
+
+    results = Results.load(folder)
+    return as_html(analyse([results], [folder]), [str(results.protocol.get("name", folder.name))])

@@ -1,0 +1,169 @@
+"""The page as people meet it: a real headless Chromium types, moves, cancels and breaks, on a wide window and on a phone."""
+
+import socket
+
+import pytest
+from webui_studio import HARMFUL, PROMPT
+
+pytest.importorskip("gradio", reason="the page needs gradio: pip install 'afa[ui]'")
+pytest.importorskip("selenium", reason="selenium drives the browser; it is not installed")
+from browsing import CHROMIUM, DRIVER, PHONE, WIDE, Browser
+from PIL import Image
+
+from afa.webui.serve import serving
+from afa.webui.settings import UiSettings
+
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no chromium or no chromedriver on this machine")
+REPORT = "<html><body><h1>A report</h1><script>document.title='owned'</script></body></html>"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("browser")
+
+
+@pytest.fixture(scope="module")
+def url(place):
+    (place / "compared.html").write_text(REPORT)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = UiSettings(output=str(place / "gallery"), device="cpu", port=port, reports=[str(place / "compared.html")])
+    with serving(settings) as served:
+        yield served.url
+
+
+@pytest.fixture(scope="module")
+def window():
+    browser = Browser()
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def page(window, url):
+    """Loaded anew, with few steps."""
+    window.resize(WIDE)
+    window.open(url)
+    steps(window, 3)
+    return window
+
+
+def steps(page, count):
+    page.move("#afa-steps", count)
+
+
+def test_a_prompt_two_methods_and_their_weights(page):
+    page.write("#afa-prompt textarea", PROMPT)
+    page.choose("AFA", "curves alone")
+    page.create()
+    assert page.wait(lambda: page.drawn("#afa-results") == [64, 64])
+    assert [one.text for one in page.all("#afa-results h4")] == ["AFA", "curves alone"]
+    assert page.wait(lambda: page.drawn("#afa-weights") == [64] * 5)
+    assert "mean over all steps; mean over 9 stages" in page.text("#afa-weights")
+    page.move("#afa-step", 2)
+    page.wait(lambda: "step 2 of 3" in page.text("#afa-weights"))
+    page.move("#afa-stage", 5)
+    page.wait(lambda: "stage M00" in page.text("#afa-weights"))
+    steps(page, 1)
+    page.create()
+    page.wait(lambda: "step 1 of 1, t = " in page.text("#afa-weights") and "stage M00" in page.text("#afa-weights"))
+
+
+def test_a_strength_that_is_moved_draws_again(page):
+    page.write("#afa-prompt textarea", PROMPT)
+    page.choose("AFA", "curves alone")
+    page.create()
+    page.wait(lambda: "curves" in page.text("#afa-weights"))
+    page.move(".afa-strength", 0)
+    page.wait(lambda: page.all("#afa-weights .afa-value") and page.text("#afa-weights .afa-value") == "0 %")
+    assert [one.text for one in page.all("#afa-results .afa-under")][1] == "made before"
+    for place in (1, 2):
+        page.move(".afa-strength", 0, place)
+    page.wait(lambda: "are turned off; give at least one a strength above 0" in page.text("body"))
+
+
+def test_a_run_is_cancelled_and_another_one_works(page):
+    steps(page, 90)
+    page.write("#afa-prompt textarea", PROMPT)
+    page.choose("AFA", "MagicFusion", "SuperDiff OR")
+    page.press("#afa-run")
+    page.wait(lambda: "step 3 of 90" in page.text("#afa-status"))
+    page.press("#afa-cancel")
+    page.wait(lambda: page.text("#afa-status").startswith("Cancelled: 0 pictures"), seconds=5)
+    steps(page, 3)
+    page.choose("angles alone")
+    page.create()
+    assert page.wait(lambda: page.drawn("#afa-results") == [64])
+
+
+def test_broken_input_is_a_sentence_and_the_page_goes_on(page):
+    page.press("#afa-run")
+    page.wait(lambda: "There is no prompt; write what the image shall show" in page.text("body"))
+    page.write("#afa-prompt textarea", PROMPT)
+    page.choose()
+    page.press("#afa-run")
+    page.wait(lambda: "No method is chosen; choose at least one" in page.text("body"))
+    page.choose("curves alone")
+    page.create()
+    assert page.wait(lambda: page.drawn("#afa-results") == [64])
+
+
+def test_a_prompt_is_text_wherever_it_is_shown(page):
+    page.write("#afa-prompt textarea", HARMFUL)
+    page.choose("AFA")
+    page.create()
+    page.wait(lambda: page.drawn("#afa-results") == [64])
+    page.tab("Gallery")
+    page.wait(lambda: page.all("#afa-gallery img"))
+    page.press("#afa-gallery button:has(img)")
+    page.wait(lambda: HARMFUL in page.text("#afa-chosen"))
+    assert page.driver.title.startswith("afa") and not page.all("img[src='x']")
+
+
+def test_settings_come_back_from_the_gallery_and_from_a_file(page, place):
+    page.write("#afa-prompt textarea", PROMPT)
+    page.choose("patterns alone")
+    page.create()
+    page.open(page.driver.current_url.partition("/?")[0])
+    page.tab("Gallery")
+    page.wait(lambda: page.all("#afa-gallery img"))
+    page.press("#afa-gallery button:has(img)")
+    page.wait(lambda: "steps" in page.text("#afa-chosen"))
+    page.press("#afa-use")
+    page.wait(lambda: page.find("#afa-prompt textarea").is_displayed() and page.find("#afa-prompt textarea").get_property("value") == PROMPT)
+    assert [one.text for one in page.all("#afa-methods label") if one.find_element("css selector", "input").is_selected()] == ["patterns alone"]
+    Image.new("RGB", (8, 8)).save(place / "foreign.png")
+    page.tab("Gallery")
+    page.find("#afa-upload input[type=file]").send_keys(str(place / "foreign.png"))
+    page.wait(lambda: "Foreign.png does not say how it was made" in page.text("body"))
+
+
+def test_reports_are_shown_and_run_nothing(page):
+    page.tab("Reports")
+    frame = page.wait(lambda: page.find("iframe.afa-report"))
+    page.driver.switch_to.frame(frame)
+    page.wait(lambda: page.text("h1") == "A report")
+    page.driver.switch_to.default_content()
+    assert page.driver.title.startswith("afa")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nothing_is_wider_than_a_phone(page, url, theme):
+    page.resize(PHONE)
+    page.open(url, theme)
+    steps(page, 2)
+    page.write("#afa-prompt textarea", PROMPT)
+    page.choose("AFA", "curves alone", "MagicFusion")
+    page.create()
+    page.wait(lambda: page.drawn("#afa-weights") == [64] * 5)
+    for name in ("Create", "Gallery", "Reports", "About"):
+        page.tab(name)
+        page.wait(lambda: page.overflow() <= 0, seconds=3)
+
+
+def test_the_page_asks_nobody_else_and_is_given_all_it_asks_for(page, url):
+    """Of all that the tests above made it do, too."""
+    asked = page.requests()
+    assert len(asked) > 10 and [one for one in asked if not one.startswith(url)] == []
+    assert page.failures() == []
