@@ -107,6 +107,34 @@ def test_one_expert_in_the_ensembles_frame_differs_from_the_ensemble(settings, t
         generate(replace(settings, expert="pant", output=str(tmp_path / "x")))
 
 
+def test_an_expert_of_all_the_strength_is_that_expert_and_the_image_says_so(settings, tmp_path):
+    (scaled, _) = generate(replace(settings, strength=["paint=0"]))
+    (alone, _) = generate(replace(settings, expert="photo", output=str(tmp_path / "alone")))
+    assert np.abs(pixels(scaled) - pixels(alone)).max() <= 1
+    assert json.loads(Image.open(scaled).info["afa"])["strengths"] == {"photo": 1.0, "paint": 0.0}
+    with pytest.raises(UserError, match="was made with strengths"):
+        generate(settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"strength": ["pant=0"]}, "did you mean 'paint'"),
+        ({"strength": ["paint=0", "photo=0"]}, "all experts"),
+        ({"strength": ["paint=1"], "method": "noise_average"}, "noise_average has none"),
+    ],
+)
+def test_strengths_that_scale_nothing_are_refused(settings, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        generate(replace(settings, **changes))
+
+
+@pytest.mark.parametrize(("strength", "sentence"), [("paint", "is no NAME=FACTOR"), ("=2", "names no expert"), ("paint=much", "no NAME=FACTOR")])
+def test_strengths_that_are_none_are_refused(strength, sentence):
+    with pytest.raises(UserError, match=sentence):
+        GenerateSettings(sources=["e"], output="out", prompt=["a"], strength=[strength])
+
+
 def test_a_grid_and_a_list_are_left(settings):
     generate(replace(settings, images_per_prompt=2))
     from pathlib import Path

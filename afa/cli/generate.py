@@ -17,6 +17,7 @@ EXAMPLES = [
     f"afa generate {DEMO}/curves {DEMO}/angles --method magicfusion --prompt {PROMPT} --output out-fusion --steps 20 --guidance 3 --weights",
     f"afa generate {DEMO}/curves {DEMO}/angles --method noise_average --method-option weights=1,2 --prompts prompts.txt --output out-average",
     f"afa generate my-ensemble --prompt {PROMPT} --output out --guidance 3 --weights",
+    f"afa generate {DEMO}/ensemble --prompt {PROMPT} --output weaker --steps 20 --guidance 3 --strength patterns=0.3",
 ]
 
 

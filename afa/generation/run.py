@@ -17,7 +17,8 @@ from afa.baselines.sampler import PipelineSampler, in_frame
 from afa.baselines.table import make_sampler
 from afa.checkpoint.manifest import AGGREGATORS
 from afa.checkpoint.staging import replacing, write_atomically
-from afa.denoiser.switches import WeightMaps, record_weights
+from afa.denoiser.base import EnsembleDenoiser
+from afa.denoiser.switches import WeightMaps, check_strengths, record_weights, scale_weights
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
@@ -70,6 +71,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
     if settings.scheduler is not None:
         reschedule(ensemble, settings.scheduler)
     sampler = _sampler(settings, ensemble.to(device))
+    _check_strengths(settings, ensemble, sampler)
     output = Path(settings.output)
     if output.is_file():
         raise UserError(f"--output {output} is a file; give a folder")
@@ -98,6 +100,19 @@ def _sampler(settings: GenerateSettings, ensemble: Ensemble) -> Any:
     return PipelineSampler(in_frame(ensemble, ensemble.denoiser))
 
 
+def _check_strengths(settings: GenerateSettings, ensemble: Ensemble, sampler: Any) -> None:
+    """Raises UserError for strengths of nobody, or where nothing weighs experts stage by stage."""
+    strengths = settings.strengths()
+    if not strengths:
+        return
+    try:
+        check_strengths(ensemble.names, strengths)
+    except ValueError as error:
+        raise UserError(f"--strength: {error}") from None
+    if not isinstance(getattr(sampler, "denoiser", None), EnsembleDenoiser) or len(ensemble.names) == 1:
+        raise UserError(f"--strength scales aggregators' weights, and {settings.method or settings.sources[0]} has none; give a saved ensemble")
+
+
 def _jobs(settings: GenerateSettings, sampling: Sampling, prompts: list[str], ensemble: Ensemble, sampler: Any) -> list[Job]:
     """Every image asked for, in order. Seeds count on over prompts, so a file's images differ in noise too."""
     used = getattr(sampler, "pipeline", ensemble.frame).scheduler  # drawn experts have a pipeline each
@@ -113,6 +128,7 @@ def _jobs(settings: GenerateSettings, sampling: Sampling, prompts: list[str], en
         "experts": list(ensemble.names),
         "aggregators": sha256(aggregators) if trained else None,
         "dtype": settings.dtype,
+        "strengths": dict.fromkeys(ensemble.names, 1.0) | settings.strengths() if settings.strength else None,
     }
     jobs = []
     for index, prompt in enumerate(prompts):
@@ -137,7 +153,8 @@ def _make(settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: li
         for start in range(0, len(todo), settings.batch_size):
             batch = todo[start : start + settings.batch_size]
             recording = record_weights(sampler.denoiser) if settings.weights else contextlib.nullcontext()
-            with recording as maps:
+            scaled = scale_weights(sampler.denoiser, settings.strengths()) if settings.strength else contextlib.nullcontext()
+            with recording as maps, scaled:
                 images = sampler([job.request for job in batch], sampling)
             for index, (job, image) in enumerate(zip(batch, images, strict=True)):
                 if isinstance(maps, WeightMaps):

@@ -32,6 +32,7 @@ class GenerateSettings:
     batch_size: int = option(4, help="images made at once")
     method: str | None = option(None, help="combine the experts this way instead, see below (default: the saved ensemble, or the expert)")
     method_option: list[str] | None = option(None, help="options of the method, each KEY=VALUE, lists with commas")
+    strength: list[str] | None = option(None, help="scale an expert's weights, each NAME=FACTOR: 0 turns it off, 1 changes nothing")
     expert: str | None = option(None, help="use only this expert, in the ensemble's frame; with --method single: this one")
     experts: list[str] | None = option(None, help="new places of an ensemble's experts that have moved, each NAME=PLACE")
     config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
@@ -56,6 +57,21 @@ class GenerateSettings:
             if value is not None and value < 0:
                 raise UserError(f"--{name.replace('_', '-')} {value:g} must not be negative")
         self._check_method()
+        if self.strengths() and self.expert is not None:
+            raise UserError(f"--strength scales what experts weigh, and --expert {self.expert} is alone; leave out one of them")
+
+    def strengths(self) -> dict[str, float]:
+        """Factors by expert's name. Raises UserError for what is none."""
+        found = {}
+        for text in self.strength or ():
+            name, _, factor = text.rpartition("=")
+            try:
+                found[name] = float(factor)
+            except ValueError:
+                raise UserError(f"--strength {text} is no NAME=FACTOR, such as {name or 'photo'}=0.5") from None
+            if not name:
+                raise UserError(f"--strength {text} names no expert; write NAME={text.lstrip('=')}")
+        return found
 
     def method_options(self) -> MethodOptions | None:
         """The method's options, checked; --expert is one of them. None without a method. Raises UserError."""
