@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from afa.evaluation.report.numbers import number
 from afa.evaluation.statistics import Estimate
 from afa.screening.foretell import Foretold
 
@@ -83,7 +84,7 @@ def _without_ensemble(evidence: Evidence, dropped: dict[str, str], reasons: list
     if average is not None and average.low > WORTH / 2 and len(distinct) > 1:
         reasons.append(f"That is not worth several models; but their weight average lowers it by {share(average)}, at the price of one.")
         return Verdict(MERGE, tuple(distinct), {name: why for name, why in dropped.items() if name in evidence.same}, tuple(reasons))
-    reasons.append(f"Less than {WORTH:.0%} is not worth a second model.")
+    reasons.append(f"Less than {100 * WORTH:g} % is not worth a second model.")
     rest = {name: why for name, why in dropped.items() if name != evidence.best}
     return Verdict(ONE, (evidence.best,), rest, tuple(reasons))
 
@@ -103,13 +104,14 @@ def share(estimate: Estimate, signed: bool = False, absolute: bool = False) -> s
     value, low, high = estimate.value, estimate.low, estimate.high
     if absolute and value < 0:
         value, low, high = -value, -high, -low
-    sign = "+" if signed else ""
-    return f"{value * 100:{sign}.1f} % [{low * 100:{sign}.1f}, {high * 100:{sign}.1f}] (n = {estimate.n})"
+    shown = [number(100 * part, 1, signed) for part in (value, low, high)]
+    return f"{shown[0]} % [{shown[1]}, {shown[2]}] (n = {estimate.n})"
 
 
 def spread(gain: Foretold) -> str:
     """In words, with the interval and what it rests on."""
-    return f"{gain.value:.0%} [{gain.low:.0%}, {gain.high:.0%}] (from {gain.sets} expert sets of the embedded world)".replace("%", " %")
+    shown = [number(100 * part, 0) for part in (gain.value, gain.low, gain.high)]
+    return f"{shown[0]} % [{shown[1]}, {shown[2]}] (from {gain.sets} expert sets of the embedded world)"
 
 
 def joined(names: Sequence[str]) -> str:
