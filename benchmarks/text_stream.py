@@ -27,7 +27,7 @@ from afa.demo.build.fit import Schedule, fit
 from afa.demo.build.parts import token_ids
 from afa.denoiser.sd3 import SD3Ensemble
 from afa.evaluation.statistics import difference, estimate
-from afa.experts.load import load_part
+from afa.experts.parts import load_part
 from afa.families.table import FAMILIES
 from afa.latents import latents_of
 from afa.training.noise import Batch, Noising

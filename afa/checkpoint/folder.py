@@ -18,9 +18,10 @@ from afa.checkpoint.staging import staged
 from afa.denoiser.schedule import kind_of
 from afa.errors import UserError
 from afa.experts.hashing import hash_expert, sha256
-from afa.experts.load import Expert, component_of, read_index
+from afa.experts.load import Expert
 from afa.experts.locate import Located, locate
 from afa.experts.original import KNOWN_CONFIGS
+from afa.experts.parts import component_of, read_index
 from afa.experts.spec import ExpertSpec, Lora
 from afa.frame import stock_pipeline
 from afa.lookup import unknown

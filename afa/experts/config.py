@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from afa.errors import UserError
-from afa.experts.load import READING
 from afa.experts.locate import Located
 from afa.experts.original import config_folder, detect_config
+from afa.experts.parts import READING
 from afa.families.table import FAMILIES
 
 

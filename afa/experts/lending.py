@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from afa.errors import UserError
-from afa.experts.load import TEXT_ENCODERS, TOKENIZERS, Expert, has_part, load_part, read_index
+from afa.experts.load import TEXT_ENCODERS, TOKENIZERS, Expert
 from afa.experts.locate import Located
+from afa.experts.parts import has_part, load_part, read_index
 from afa.experts.spec import ExpertSpec
 
 

@@ -1,13 +1,11 @@
 """From located files to an expert in memory: the denoiser, its text encoders, tokenizers and scheduler; a VAE on demand."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.single_file_utils import SingleFileComponentError
 from torch import nn
 
 from afa.errors import UserError
@@ -15,10 +13,10 @@ from afa.experts.adapters import add_own, fuse, load_sharing
 from afa.experts.known import KnownParts
 from afa.experts.locate import Located, locate
 from afa.experts.original import config_folder, detect_config, load_tokenizers
+from afa.experts.parts import READING, component_of, first_line, has_part, load_part, read_index
 from afa.experts.spec import ExpertSpec
 from afa.families.table import FAMILIES, family_of
 
-READING = (OSError, ValueError, RuntimeError, KeyError, SingleFileComponentError)  # what readers of files raise
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
@@ -184,7 +182,7 @@ def _denoiser_file(located: Located, dtype: torch.dtype, config: str | None) -> 
         options = {"config": str(folder), "subfolder": part, "local_files_only": True, "dtype": dtype}
         model = maker.from_single_file(str(located.path), **options).eval()
     except READING as error:
-        raise UserError(f"{located.path} could not be read with the config {folder.name}: {_first_line(error)}") from error
+        raise UserError(f"{located.path} could not be read with the config {folder.name}: {first_line(error)}") from error
     _check_whole(located, folder, {part: model})
     return Expert(name=located.spec.name, model=model, located=located, config=config)
 
@@ -216,7 +214,7 @@ def _load_pipeline(located: Located, dtype: torch.dtype, config: str | None) -> 
     try:
         pipe = maker.from_single_file(str(located.path), **options)
     except READING as error:
-        raise UserError(f"{located.path} could not be read with the config {folder.name}: {_first_line(error)}") from error
+        raise UserError(f"{located.path} could not be read with the config {folder.name}: {first_line(error)}") from error
     _check_whole(located, folder, pipe.components)
     return pipe
 
@@ -241,66 +239,10 @@ def load_vae(located: Located, config: str | None, dtype: torch.dtype) -> nn.Mod
         try:
             return AutoencoderKL.from_single_file(str(located.path), **options).eval()
         except READING as error:
-            raise UserError(f"{located.path} has no VAE that could be read; choose another with vae= ({_first_line(error)})") from error
+            raise UserError(f"{located.path} has no VAE that could be read; choose another with vae= ({first_line(error)})") from error
     return load_part(located.path, "vae" if located.whole_pipeline else None, dtype)
-
-
-def load_part(folder: Path, part: str | None, dtype: torch.dtype | None = None) -> Any:
-    """One component of a diffusers folder (or the folder itself, for part None), by the class it names."""
-    import diffusers
-    import transformers
-
-    if part is None:
-        library, name = "diffusers", json.loads((folder / "config.json").read_text()).get("_class_name", "")
-    else:
-        library, name = read_index(folder)[part]
-    maker = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
-    if maker is None:
-        raise UserError(f"{folder / (part or '')}: the class {library}.{name} is not known to the installed {library}")
-    options: dict[str, Any] = {"subfolder": part} if part else {}
-    if dtype is not None:
-        options |= {"dtype": dtype}
-    network = issubclass(maker, nn.Module)
-    try:
-        loaded = maker.from_pretrained(folder, local_files_only=True, **options, **({"output_loading_info": True} if network else {}))
-    except READING as error:
-        raise UserError(f"{folder / (part or '')} could not be loaded as {name}: {_first_line(error)}") from error
-    if not network:
-        return loaded
-    model, info = loaded
-    if info["missing_keys"]:  # the libraries would leave them empty, or draw them at random
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"{folder / (part or '')} lacks {len(missing)} of the weights of a {name} (first: {missing[0]}); download or export it again")
-    return model.eval()
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """What a pipeline folder is made of. Raises UserError if that cannot be read."""
-    try:
-        index: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
-    except READING as error:
-        raise UserError(f"{folder / 'model_index.json'} cannot be read: {error}") from None
-    return index
-
-
-def component_of(folder: Path, index: dict[str, Any]) -> str:
-    """The name of the denoiser in a pipeline folder. Raises UserError if it has none that can be an expert."""
-    for family in FAMILIES.values():
-        if has_part(index, family.component):
-            return family.component
-    raise UserError(f"{folder} is a {index.get('_class_name')}, which has no denoiser that can be an expert")
-
-
-def has_part(index: dict[str, Any], name: str) -> bool:
-    """Whether a pipeline has a component of that name."""
-    entry = index.get(name)
-    return isinstance(entry, list) and entry[0] is not None
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
     """What a pipeline was configured with besides its components."""
     return {name: config[name] for name in ("force_zeros_for_empty_prompt",) if name in config}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

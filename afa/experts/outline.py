@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from afa.errors import UserError
 from afa.experts.headers import Tensors, check_fit, dtype_of, read_file, read_folder, same_bytes
-from afa.experts.load import READING, TEXT_ENCODERS, TOKENIZERS, Expert, component_of, has_part, load_part, read_index
+from afa.experts.load import TEXT_ENCODERS, TOKENIZERS, Expert
 from afa.experts.locate import Located, locate
 from afa.experts.original import DENOISER, config_folder, detect_config, load_tokenizers
+from afa.experts.parts import READING, component_of, has_part, load_part, read_index
 from afa.experts.spec import ExpertSpec
 from afa.families.table import FAMILIES, family_of
 from afa.text import arithmetic

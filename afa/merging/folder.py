@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from afa.experts.load import read_index
 from afa.experts.original import load_tokenizers
+from afa.experts.parts import read_index
 from afa.merging.plan import Plan
 from afa.merging.sources import Source
 
