@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from explained import SMALL, asked, ensemble
 from PIL import Image
+from processes import start
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
@@ -190,7 +190,7 @@ def test_interruption_loses_at_most_one_image(tmp_path):
     prompts = ["a star", "a ring", "a heart"]  # three, so that it cannot be through before the signal comes
     quick = ["--steps", "2", "--word-steps", "0", "--counterfactuals", "none", "--device", "cpu"]
     command = [sys.executable, "-m", "afa", "explain", "--prompt", *prompts, "--output", str(tmp_path / "out"), *quick]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    running = start(command, start_new_session=True)
     seen = ""
     while "1/3" not in seen:
         seen += running.stderr.read(1)

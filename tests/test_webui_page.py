@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from processes import start
 from webui_studio import ASKED, HARMFUL, PROMPT
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'afa[ui]'")
@@ -165,10 +166,13 @@ def test_without_gradio_one_sentence_says_what_to_install(tmp_path, capsys, monk
 def test_it_starts_with_the_embedded_ensemble_and_ends_with_ctrl_c(tmp_path):
     """A real process, a real Ctrl-C."""
     command = [sys.executable, "-m", "afa", "ui", "--output", str(tmp_path / "gallery"), "--port", str(free_port()), "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    said = process.stdout.readline()
-    assert said.startswith("The page is at http://127.0.0.1:"), process.stderr.read()
-    assert fetch(said.split()[4])[0] == 200
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    process = start(command)
+    try:
+        said = process.stdout.readline()
+        assert said.startswith("The page is at http://127.0.0.1:"), process.stderr.read()
+        assert fetch(said.split()[4])[0] == 200
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 0 and "Traceback" not in errors and errors.rstrip().endswith("stopped")
