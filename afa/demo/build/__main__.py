@@ -32,7 +32,10 @@ def main() -> None:
     given = flags.parse_args()
     started = time.monotonic()
     build(given.output, given.work, given.quick)
-    print(f"{given.output} is complete ({(time.monotonic() - started) / 60:.0f} min). Judge it with: python -m afa.demo.gate {given.output}")
+    print(
+        f"{given.output} is complete ({(time.monotonic() - started) / 60:.0f} min). Judge it with: python -m afa.demo.gate {given.output}; "
+        "the demonstration's ensemble is made anew with: python -m afa.demo.build.ensemble"
+    )
 
 
 def build(output: Path, work: Path, quick: int = 1) -> None:
