@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from afa.denoiser.switches import adjust_weights, only_expert, record_weights, scale_weights
+    from afa.denoiser.switches import adjust_weights, hide_tokens, only_expert, record_weights, scale_weights
     from afa.ensemble import Ensemble
     from afa.errors import UserError
     from afa.merging.memory import merge_experts, merge_pipelines
@@ -14,6 +14,7 @@ __all__ = [
     "Ensemble",
     "UserError",
     "adjust_weights",
+    "hide_tokens",
     "merge_experts",
     "merge_pipelines",
     "only_expert",
@@ -25,6 +26,7 @@ _HOMES = {
     "Ensemble": "afa.ensemble",
     "UserError": "afa.errors",
     "adjust_weights": "afa.denoiser.switches",
+    "hide_tokens": "afa.denoiser.switches",
     "merge_experts": "afa.merging.memory",
     "merge_pipelines": "afa.merging.memory",
     "only_expert": "afa.denoiser.switches",
