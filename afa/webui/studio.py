@@ -129,10 +129,11 @@ class Studio:
             return Picture(path, seed, metadata, kept=True)
         began = time.monotonic()
         changes: list[list[Any]] = []
+        began_with = metadata["strengths"] or dict.fromkeys(self.ensemble.names, 1.0)
 
         def on_step(done: int, steps: int) -> None:
             job.on_step(done, steps)
-            if method.scalable and job.strengths != (changes[-1][1] if changes else metadata["strengths"]):
+            if method.scalable and job.strengths != (changes[-1][1] if changes else began_with):
                 changes.append([done, dict(job.strengths)])
 
         with self._watched(job, method, sampler) as maps:
@@ -168,7 +169,7 @@ class Studio:
             "dtype": self.dtype,
             "prompt": order.prompt,
             "seed": seed,
-            **({"strengths": dict(job.strengths)} if method.scalable else {}),
+            "strengths": dict(job.strengths) if method.scalable and set(job.strengths.values()) != {1.0} else None,
         }
 
 
