@@ -89,6 +89,11 @@ def test_the_world_is_small_and_says_how_it_was_made():
     assert all(record[name]["losses"] for name in (*EXPERTS, "base", "scorer", "text", "vae")) and BASE.is_dir()
 
 
+def test_the_embedded_ensemble_names_no_place_of_the_machine_it_was_made_on():
+    manifest = (ASSETS / "ensemble" / "afa.json").read_text()
+    assert str(ASSETS) not in manifest and '": "/' not in manifest and ' "/' not in manifest
+
+
 def test_the_world_is_built_from_nothing_and_resumes(tmp_path):
     from afa.demo.build.__main__ import build
 

@@ -12,7 +12,7 @@ from afa.denoiser.schedule import Schedule
 from afa.denoiser.table import DENOISERS
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.experts.lending import load_lender
+from afa.experts.lending import lend, load_lender
 from afa.experts.load import Expert, load_experts, load_vae
 from afa.experts.locate import locate
 from afa.experts.spec import ExpertSpec
@@ -53,28 +53,26 @@ def common(
     first: Expert, lender: str | None, vae: str | None, config: str | None, dtype: torch.dtype, device: torch.device
 ) -> Common:  # fmt: skip
     """first: an expert without its weights (see outline.py). vae: instead of its own. Raises UserError if VAE or scheduler is nowhere to be had."""
-    borrowed = None if first.scheduler is not None else _lender(first, lender, dtype)
+    borrowed = None if first.scheduler is not None else load_lender(_folder(first, lender), dtype)
     scheduler = first.scheduler if borrowed is None else borrowed.scheduler
     if vae is not None:
         return Common(load_vae(locate(ExpertSpec("vae", vae)), config, dtype), scheduler, lender, config, dtype, device)
     own = first.located if first.located is not None and first.located.whole_pipeline else None
-    found = load_vae(own, first.config or config, dtype) if own is not None else (borrowed or _lender(first, lender, dtype)).load_vae()
+    found = load_vae(own, first.config or config, dtype) if own is not None else (borrowed or load_lender(_folder(first, lender), dtype)).load_vae()
     return Common(found, scheduler, lender, config, dtype, device)
 
 
-def _lender(expert: Expert, frame: str | None, dtype: torch.dtype) -> Expert:
+def _folder(expert: Expert, frame: str | None) -> str:
     if frame is None:
         raise UserError(f"expert '{expert.name}' lacks a VAE, text encoders or a scheduler; name a pipeline's folder that lends them: --frame FOLDER")
-    return load_lender(frame, dtype)
+    return frame
 
 
 def load_alone(spec: ExpertSpec, lender: str | None, dtype: torch.dtype, config: str | None) -> Expert:
     """One expert. Raises UserError for a denoiser alone that nobody lends text encoders and scheduler to."""
     (expert,) = load_experts([spec], dtype, config)
     if not expert.text_encoders:
-        borrowed = _lender(expert, lender, dtype)
-        expert.text_encoders, expert.tokenizers, expert.lender = list(borrowed.text_encoders), list(borrowed.tokenizers), borrowed
-        expert.scheduler = expert.scheduler or borrowed.scheduler
+        lend([expert], _folder(expert, lender), dtype)
     return expert
 
 

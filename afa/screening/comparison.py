@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from afa.evaluation.statistics import Estimate, gain
+from afa.evaluation.statistics import Estimate, estimate, gain
 from afa.screening.headroom import Routes, chance_agreement, routed, routes
 from afa.screening.store import Store
 
@@ -23,7 +23,7 @@ FEW = 60  # sets of experts, all of which are tried
 class Comparison:
     """Experts' answers at the same probes. names, stores: in the order given; images M, bands as asked.
 
-    From one image and band only one image's answers are in memory at a time.
+    The answers of one image are in memory at a time.
     """
 
     names: tuple[str, ...]
@@ -71,11 +71,11 @@ class Comparison:
         best = self.losses[self.ranking[0]]
         return overall, [gain(losses[:, band], best[None, :, band]) for band in range(self.bands)]
 
-    def agreement(self) -> list[tuple[float, float]]:
+    def agreement(self) -> list[tuple[Estimate, float]]:
         """By band: how often the winners of two draws are the same, and how often they would be by chance."""
         wins = self.wins()
-        observed = self.values("agreement").mean(0)
-        return [(float(observed[band]), chance_agreement(wins[:, :, band].T)) for band in range(self.bands)]
+        observed = self.values("agreement")
+        return [(estimate(observed[:, band]), chance_agreement(wins[:, :, band].T)) for band in range(self.bands)]
 
     def routed(self, members: Sequence[int]) -> Array:
         """The routed loss (M, BANDS) of some of the experts, pixels: one winner for all channels of a place. One expert: its own."""

@@ -72,7 +72,7 @@ def _judged(comparison: Comparison, apart: Distances | str, average: Store | str
         "losses": _losses(comparison),
         "head_room": _gains((room, by_band)),
         "bounds": _bounds(comparison),
-        "agreement": [{"observed": observed, "chance": chance} for observed, chance in comparison.agreement()],
+        "agreement": [{"observed": asdict(observed), "chance": chance} for observed, chance in comparison.agreement()],
         "leave_one_out": {name: asdict(value) for name, value in lost.items()},
         "subsets": subsets,
         "average": average if averaged is None else _gains(averaged),
@@ -87,15 +87,15 @@ def _bands(bands: int, steps: int) -> list[list[int]]:
 
 
 def _losses(comparison: Comparison) -> dict[str, Any]:
-    """By expert: of all bands, of each; and the share of elements it wins, by band."""
-    wins = comparison.wins().mean(1)  # (N, BANDS)
+    """By expert: of all bands, of each; and the share of elements it wins."""
+    wins = comparison.wins().mean(2)  # (N, M)
     found = {}
     for place, name in enumerate(comparison.names):
         losses = comparison.losses[place]
         found[name] = {
             "overall": asdict(estimate(losses.mean(1))),
             "bands": [asdict(estimate(losses[:, band])) for band in range(comparison.bands)],
-            "wins": [float(share) for share in wins[place]],
+            "wins": asdict(estimate(wins[place])),
         }
     return found
 

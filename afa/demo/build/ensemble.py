@@ -24,7 +24,10 @@ def main() -> None:
         draw(data, "mixed", settings.train_images, TRAINING_SCENES + settings.seed)
     folder = Path(settings.output) / "ensemble"
     train(training(settings, folder, "layers", [str(path) for path in EXPERTS.values()]))
-    Ensemble.load(folder).save(ENSEMBLE)
+    ensemble = Ensemble.load(folder)
+    assert ensemble.training is not None
+    ensemble.training["settings"]["experts"] = [f"../{name}" for name in EXPERTS]  # as the manifest names them, not where they lie on this machine
+    ensemble.save(ENSEMBLE)
     print(f"the demonstration's ensemble is in {ENSEMBLE}")
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 from afa.evaluation.columns import Column
 from afa.evaluation.report.content import arrow
 from afa.evaluation.report.numbers import interval, number
-from afa.evaluation.report.placing import LINE
+from afa.evaluation.report.placing import names_beside
 from afa.evaluation.report.studies import Point
 from afa.evaluation.report.svg import Scale, drawing, line, mark, scale, text, tick_label, ticks
 from afa.evaluation.statistics import Estimate
@@ -54,11 +54,7 @@ def _names(lines: Lines, upwards: Scale, level: Level) -> list[str]:
     """The names at the lines' right ends, pushed apart where they would lie on each other."""
     wanted = [(upwards(points[-1].value.value), name, points[-1].method.group) for name, points in lines.items()]
     wanted += [(upwards(level[1].value), level[0], "level")] if level else []
-    parts, lowest = [], TOP - LINE
-    for y, name, group in sorted(wanted):
-        lowest = max(y, lowest + LINE + 1)
-        parts += [line(RIGHT + 2, y, RIGHT + 14, lowest, "leader"), text(RIGHT + 18, lowest + 4, name, f"label {group}")]
-    return parts
+    return names_beside(wanted, RIGHT, TOP)
 
 
 def _frame(across: Scale, upwards: Scale, column: Column, axis: str, places: Sequence[float]) -> list[str]:

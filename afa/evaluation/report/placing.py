@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from afa.evaluation.report.svg import line, text
+
 LETTER, LINE = 6.6, 14.0  # width of a letter and height of a line, in pixels of the drawing
 NEAR = 9.0  # from a point to its label
 # Where a label may stand, from its point, the best first: beside it, then further up or down, then further out.
@@ -66,3 +68,16 @@ def _cost(label: Label, place: int, placed: Sequence[Label], marks: Sequence[Box
     labels = sum(box.overlap(other.box) for other in placed)
     points = sum(box.overlap(mark) for mark in marks)
     return 1000 * (outside + labels) + 30 * points + 2 * sum(box.overlap(other) for other in obstacles) + 1.5 * place
+
+
+def names_beside(ends: Sequence[tuple[float, str, str]], right: float, top: float) -> list[str]:
+    """Names of lines right of where they end, pushed apart where they would lie on each other.
+
+    ends: y, name and class of each. right: where the lines end; top: of the field.
+    """
+    parts: list[str] = []
+    lowest = top - LINE
+    for y, name, group in sorted(ends):
+        lowest = max(y, lowest + LINE + 1)
+        parts += [line(right + 2, y, right + 14, lowest, "leader"), text(right + 18, lowest + 4, name, f"label {group}")]
+    return parts

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from afa.evaluation.report.placing import LINE
+from afa.evaluation.report.placing import names_beside
 from afa.evaluation.report.svg import drawing, line, mark, scale, text, tick_label, ticks
 
 WIDTH, HEIGHT = 760, 300
@@ -30,14 +30,5 @@ def stage_chart(lines: Sequence[tuple[str, Mapping[str, float]]], what: str) -> 
         points = [(x, upwards(values[stage])) for x, stage in zip(places, stages, strict=True)]
         parts += [line(*start, *end, f"curve {group}") for start, end in pairwise(points)]
         parts += [mark(x, y, group, f"{name}, {stage}: {values[stage]:.3g}") for (x, y), stage in zip(points, stages, strict=True)]
-    return drawing(WIDTH, HEIGHT, [*parts, *_names(lines, upwards)], f"{what} by stage for {', '.join(name for name, _ in lines)}")
-
-
-def _names(lines: Sequence[tuple[str, Mapping[str, float]]], upwards: object) -> list[str]:
-    """Right of the lines' ends, pushed apart."""
-    ends = sorted((upwards(list(values.values())[-1]), name, group) for group, (name, values) in zip(GROUPS, lines, strict=False))  # type: ignore[operator]
-    parts, lowest = [], TOP - LINE
-    for y, name, group in ends:
-        lowest = max(y, lowest + LINE + 1)
-        parts += [line(RIGHT + 2, y, RIGHT + 14, lowest, "leader"), text(RIGHT + 18, lowest + 4, name, f"label {group}")]
-    return parts
+    ends = [(upwards(values[stages[-1]]), name, group) for group, (name, values) in zip(GROUPS, lines, strict=False)]
+    return drawing(WIDTH, HEIGHT, [*parts, *names_beside(ends, RIGHT, TOP)], f"{what} by stage for {', '.join(name for name, _ in lines)}")

@@ -16,8 +16,7 @@ def loss_table(facts: Facts) -> Table:
     rows = []
     for name, found in facts["losses"].items():
         shown = [Shown(Estimate(**one)) for one in (found["overall"], *found["bands"])]
-        wins = sum(found["wins"]) / len(found["wins"])
-        rows.append(Row([name, *shown, f"{wins:.0%}".replace("%", " %")], "", name == facts["best"]))
+        rows.append(Row([name, *shown, Shown(Estimate(**found["wins"]), share=True)], "", name == facts["best"]))
     note = "Mean squared error of the prediction. wins: the share of all elements (channel and place) at which this expert's error is the least."
     return Table(headers, rows, note)
 
@@ -28,7 +27,7 @@ def room_table(facts: Facts) -> Table:
     made = [Row([name, *(share(one) for one in (found["overall"], *found["bands"]))], "", place == 0) for place, (name, found) in enumerate(rows)]
     if isinstance(facts["average"], Mapping):
         made.append(Row(["weight average", *(share(one) for one in (facts["average"]["overall"], *facts["average"]["bands"]))]))
-    agreement = [f"{number(one['observed'], 2)} (chance {number(one['chance'], 2)})" for one in facts["agreement"]]
+    agreement = [f"{share(one['observed'])}; chance {number(100 * one['chance'], 1)}" for one in facts["agreement"]]
     made.append(Row(["winners of two noises agree", None, *agreement]))
     note = (
         f"How much lower than the loss of {facts['best']}, the best expert of all timesteps (n = {facts['images']} images). Routed: at each place"
@@ -81,7 +80,10 @@ def weights_table(facts: Facts) -> Table:
 def apart_table(facts: Facts) -> Table:
     """Distances between predictions."""
     rows = [Row([" and ".join(pair["experts"]), *(number(value, 3) for value in pair["bands"])]) for pair in facts["predictions"]]
-    note = "Root mean square of their difference, relative to their errors; 0: the same, 1.41: errors that have nothing in common."
+    note = (
+        f"Root mean square of their difference, relative to their errors, over {facts['images']} images;"
+        " 0: the same, 1.41: errors that have nothing in common."
+    )
     return Table(["predictions of", *bands(facts)], rows, note)
 
 
