@@ -1,0 +1,200 @@
+"""The one opener of pictures, for all commands: each comes out as 8-bit RGB in sRGB, upright, on white.
+
+A picture that is 8-bit RGB already, without transparency and in sRGB, comes out as its bits are.
+"""
+
+import functools
+import io
+import struct
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from afa.errors import UserError
+
+MOST_PIXELS = 178_956_970  # of one picture; what Pillow calls a decompression bomb
+# Kinds that Pillow decodes itself. For EPS it would start Ghostscript, which runs the file as a program.
+FORMATS = "PNG JPEG MPO WEBP GIF BMP DIB TIFF PPM AVIF JPEG2000 TGA QOI ICO".split()
+# What Pillow raises for data that are no whole picture is one of these.
+PILLOW_ERRORS = (
+    *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError),
+    *(MemoryError, struct.error, ImageCms.PyCMSError),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+LEVELS = (255, 65_535, 2**31 - 1, 2**32 - 1)  # the largest values that integers of a picture are written for
+PROFILE_TOLERANCE = 2  # levels of 255; a profile that moves colours by less is sRGB's, rounded
+BITS, PHOTOMETRIC, SAMPLE_FORMAT, WHITE_IS_ZERO, SIGNED = 258, 262, 339, 0, 2  # of TIFF
+
+_warned: set[str] = set()  # reasons
+
+# Pillow warns from half of MOST_PIXELS on, in words for its own callers.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageError(UserError):
+    """A picture that cannot be used: which, and why, in one sentence."""
+
+
+def open_image(source: Path | str | bytes, name: str | None = None) -> Image.Image:
+    """A picture as 8-bit RGB: (width, height).
+
+    source: a file, or the encoded picture
+    name:   what to call it in an error; the file's path by default
+    Grey and colours of more than 8 bits are scaled by their range; transparency is laid on white; colours are
+    converted to sRGB; EXIF orientation is applied; of an animation the first frame is taken.
+    Raises ImageError for what is no picture, is cut off, or is too large.
+    """
+    name = name or ("the picture" if isinstance(source, bytes) else str(source))
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else _plain(source)
+        with Image.open(file, formats=_formats()) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise Image.DecompressionBombError(opened.size)
+            opened.load()
+            return _on_white(ImageOps.exif_transpose(_eight_bits(opened)), name)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} has too many pixels ({_counted(error)}; at most {MOST_PIXELS:,})") from None
+    except FileNotFoundError:
+        raise ImageError(f"{name} is not there") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} cannot be read as a picture (not {', '.join(FORMATS[:5])}, …)") from None
+    except PILLOW_ERRORS as error:
+        why = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ImageError(f"{name} cannot be read as a picture ({why[0][:120]})") from None
+
+
+def read_pixels(source: Path | str | bytes, name: str | None = None) -> NDArray[np.uint8]:
+    """As open_image: (H, W, 3) uint8."""
+    return np.asarray(open_image(source, name))
+
+
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # what this Pillow was built with
+
+
+def _plain(source: Path | str) -> Path:
+    """The path of a file. Raises OSError for a device, a pipe or a folder, which are never opened."""
+    path = Path(source)
+    if path.exists() and not path.is_file():
+        raise OSError("it is no plain file")
+    return path
+
+
+def _counted(error: Exception) -> str:
+    """How many pixels, from our size or from Pillow's sentence."""
+    size = error.args[0] if error.args else ""
+    if isinstance(size, tuple):
+        return f"{size[0]} × {size[1]}"
+    numbers = [word for word in str(size).replace("(", " ").split() if word.isdigit()]
+    return f"{int(numbers[0]):,}" if numbers else "a decompression bomb"
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits as L, or LA if one of its levels is transparent; everything else as it is.
+
+    Colours of 16 bits come from Pillow's decoders as 8 bits already.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    tags: Any = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    values = np.asarray(image)
+    bits = (tags.get(BITS) or (16,))[0]
+    if image.mode == "F":
+        shares = _float_shares(values.astype(np.float64))
+    elif image.mode.startswith("I;16"):
+        shares = values / float(2**bits - 1 if bits in (10, 12, 14) else 65_535)
+    else:
+        if bits == 32 and (tags.get(SAMPLE_FORMAT) or (1,))[0] != SIGNED:
+            values = values.view(np.uint32)
+        if values.min() < 0:
+            raise ValueError(f"negative values, {values.min()}; convert it to 8 or 16 bits without sign")
+        # 32 bits are mostly a container for 8 or 16; a picture of all 32 that stayed below would be black.
+        top = 65_535 if image.format == "PPM" else next(level for level in LEVELS if values.max() <= level)
+        shares = values / float(top)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        shares = 1 - shares
+    grey = Image.fromarray(np.rint(shares.clip(0, 1) * 255).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    grey.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    grey.getexif().update(image.getexif())
+    return grey
+
+
+def _float_shares(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Floating-point grey as shares of white. Raises ValueError where its range cannot be told."""
+    if not np.isfinite(values).all():
+        raise ValueError("values that are no numbers: NaN or infinite")
+    low, high = values.min(), values.max()
+    if low < 0 or (high > 1 and (high > 65_535 or (values != np.rint(values)).any())):
+        raise ValueError(f"floating-point values {low:.4g} to {high:.4g}; expected 0 to 1, or whole levels")
+    return values / (1 if high <= 1 else next(level for level in LEVELS if high <= level))
+
+
+def _on_white(image: Image.Image, name: str) -> Image.Image:
+    """In sRGB, and without transparency."""
+    profile = image.info.get("icc_profile")
+    alpha = None
+    if image.has_transparency_data:
+        layered = image.convert("RGBA")
+        alpha, image = layered.getchannel("A"), layered.convert("L" if image.mode in ("LA", "La") else "RGB")
+    colours = _srgb(image, profile, name)
+    if alpha is None:
+        return colours
+    colours.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+
+
+def _srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Image:
+    """In RGB; by the colour profile, if there is one, and it is not sRGB's."""
+    if image.mode == "LAB":
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    elif image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("RGB")
+    if not profile:
+        return image.convert("RGB")
+    try:
+        space = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip()
+        if space == "RGB" and image.mode == "L":  # grey pixels among colours
+            image = image.convert("RGB")
+        transform = _transform(profile, image.mode)
+    except (*PILLOW_ERRORS, AttributeError) as error:
+        _warn_of_profile(str(error).strip().splitlines()[0][:80], name)
+        return image.convert("RGB")
+    return image.convert("RGB") if transform is None else ImageCms.applyTransform(image, transform)
+
+
+@functools.lru_cache(maxsize=16)
+def _transform(profile: bytes, mode: str) -> Any:
+    """From a profile to sRGB; None if that changes nothing beyond rounding."""
+    transform = ImageCms.buildTransform(
+        ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+        ImageCms.createProfile("sRGB"),
+        mode,
+        "RGB",
+        ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+    if mode not in ("L", "RGB"):
+        return transform
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+    probe = Image.fromarray(cube if mode == "RGB" else levels[None])
+    moved = np.asarray(ImageCms.applyTransform(probe, transform)).astype(int)
+    return transform if np.abs(moved - np.asarray(probe.convert("RGB"))).max() > PROFILE_TOLERANCE else None
+
+
+def _warn_of_profile(reason: str, name: str) -> None:
+    """Once for each reason; as browsers do, the picture is then taken for sRGB."""
+    if reason not in _warned:
+        _warned.add(reason)
+        sentence = f"{name} has a colour profile that cannot be used ({reason}); it is read as sRGB"
+        print(f"afa: {sentence}", file=sys.stderr)
