@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from afa.checkpoint.staging import write_atomically
 from afa.errors import UserError
+from afa.files import present, write_atomically
 
 NOTE = "settings.json"
 
@@ -21,7 +21,7 @@ def check_claim(folder: Path, asked: Mapping[str, Any], what: str) -> None:
         return
     if folder.is_file():
         raise UserError(f"--output {folder} is a file; give a folder")
-    there = {path.name for path in folder.iterdir()}
+    there = {path.name for path in present(folder)}
     if there - {NOTE} and NOTE not in there:
         raise UserError(f"--output {folder} holds other files; choose another folder")
     if there - {NOTE}:

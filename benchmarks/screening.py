@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from afa.checkpoint.staging import write_atomically
 from afa.demo.draw import draw
 from afa.demo.methods import training
 from afa.demo.run import TEST_SCENES, TRAINING_SCENES
@@ -30,6 +29,7 @@ from afa.demo.world import BASE, EXPERTS
 from afa.ensemble import Ensemble
 from afa.evaluation.statistics import Estimate, gain
 from afa.experts.spec import ExpertSpec
+from afa.files import write_atomically
 from afa.latents import latents_of
 from afa.screening.alone import Common, common
 from afa.screening.asking import Asking

@@ -15,8 +15,7 @@ from tiny import sd_pipeline
 
 from afa import Ensemble, UserError
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
-from afa.checkpoint.staging import replacing
-from afa.experts.hashing import sha256
+from afa.files import replacing, sha256
 
 REFERENCE = Path(__file__).parent / "reference"
 SMALL = {"hidden": 32, "heads": 2, "depth": 1}

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from afa.cli import merge
 from afa.errors import UserError
-from afa.experts.hashing import sha256
 from afa.experts.spec import ExpertSpec
+from afa.files import sha256
 from afa.merging.plan import make_plan
 from afa.merging.presets import PRESETS
 from afa.merging.run import FileMerge, merge_files

@@ -19,7 +19,7 @@ from afa.evaluation.metrics.memo import Memo
 from afa.evaluation.metrics.pixels import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, crop, pad, stretch, to_tensor
 from afa.evaluation.metrics.table import METRICS, make_metric
 from afa.evaluation.metrics.weights import Part, find
-from afa.experts.hashing import sha256
+from afa.files import sha256
 
 FILE = Part("a test's weights", "weights.pth", url="https://example.org/weights.pth", sha256=("00ff",), also=("other.pth",))
 FOLDER = Part("a test's model", "tiny-clip", hub="nobody/tiny-clip", folder=True)

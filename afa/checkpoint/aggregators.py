@@ -10,9 +10,9 @@ from afa.aggregators.table import Recipe
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, Manifest, read_manifest
 from afa.checkpoint.release import is_release, read_release
 from afa.errors import UserError
-from afa.experts.hashing import sha256
 from afa.experts.load import Expert
 from afa.families.table import FAMILIES
+from afa.files import sha256
 
 
 def read_aggregators(folder: Path, expert: Expert, experts: int) -> tuple[Recipe, str | list[str], dict[str, Tensor]]:

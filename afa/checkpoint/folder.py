@@ -14,15 +14,15 @@ from afa.checkpoint.aggregators import read_tensors, recipe_of
 from afa.checkpoint.card import model_card
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, ExpertEntry, Manifest, check_hashes, entry_for, read_manifest, relative
 from afa.checkpoint.release import write_release
-from afa.checkpoint.staging import staged
 from afa.denoiser.schedule import kind_of
 from afa.errors import UserError
-from afa.experts.hashing import hash_expert, sha256
+from afa.experts.hashing import hash_expert
 from afa.experts.load import Expert
 from afa.experts.locate import Located, locate
 from afa.experts.original import KNOWN_CONFIGS
 from afa.experts.parts import component_of, read_index
 from afa.experts.spec import ExpertSpec, Lora
+from afa.files import sha256, staged
 from afa.frame import stock_pipeline
 from afa.lookup import unknown
 

@@ -10,6 +10,7 @@ from afa.errors import UserError
 from afa.experts.locate import Located
 from afa.experts.original import KNOWN_CONFIGS
 from afa.experts.spec import ExpertSpec, Lora
+from afa.files import settled
 
 FORMAT = 1
 MANIFEST = "afa.json"
@@ -65,7 +66,7 @@ class Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     """Read an ensemble's manifest. Raises UserError if there is none, or none that this version understands."""
-    path = folder / MANIFEST
+    path = settled(folder) / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} is no ensemble: it has no {MANIFEST}")
     try:

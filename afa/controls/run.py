@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 
 from afa import __version__
 from afa.checkpoint.manifest import read_manifest
-from afa.checkpoint.staging import staged
 from afa.controls.lora import FILE, add_lora, lora_tensors, matching_rank, parameters_at_rank
 from afa.controls.settings import LoraSettings
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.statistics import difference, estimate
+from afa.files import staged
 from afa.training.assemble import keep_log, make_accelerator, make_trainer
 from afa.training.loop import Progress, Trainer
 from afa.training.plan import Plan

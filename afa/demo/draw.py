@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from afa.checkpoint.staging import staged
 from afa.demo.scenes import DOMAINS, render_all, sample_scenes
+from afa.files import staged
 
 
 def draw(folder: Path, domain: str, count: int, seed: int) -> None:

@@ -14,7 +14,7 @@ from afa.evaluation.metrics.base import Features, ImageMetric, SetMetric, Values
 from afa.evaluation.metrics.frechet import FrechetDistance
 from afa.evaluation.metrics.table import Resources
 from afa.evaluation.pictures import Picture
-from afa.experts.hashing import sha256
+from afa.files import sha256
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from afa.checkpoint.staging import replacing
 from afa.claims import claim
 from afa.demo.draw import draw
 from afa.demo.methods import methods
@@ -22,6 +21,7 @@ from afa.denoiser.switches import record_weights
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.statistics import Estimate, difference, estimate
+from afa.files import replacing
 from afa.generation.sample import Request, Sampling, sample, sample_all
 
 TEST_SCENES, TRAINING_SCENES = 500_000, 600_000  # seeds; neither occurs in the building of the world

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from afa.checkpoint.staging import replacing
 from afa.errors import UserError
 from afa.evaluation.results import Item
+from afa.files import replacing
 from afa.generation.sample import Request, Sampler, Sampling
 
 CHUNK = "afa"  # the PNG text chunk that says how an image was made

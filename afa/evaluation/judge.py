@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from afa.checkpoint.staging import write_atomically
 from afa.errors import UserError
 from afa.evaluation.cache import cached_features
 from afa.evaluation.images import ImageSet
@@ -22,6 +21,7 @@ from afa.evaluation.protocols.base import Protocol
 from afa.evaluation.results import MetricNote, SetScore
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.tuning import Score
+from afa.files import write_atomically
 
 CHUNK = 256  # pictures in memory at once
 Attempt = Callable[[str, bool, Callable[[], Any]], Any]

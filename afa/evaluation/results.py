@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from afa.checkpoint.staging import write_atomically
 from afa.errors import UserError
+from afa.files import write_atomically
 
 FILE = "results.json"
 FORMAT = 1

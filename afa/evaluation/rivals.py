@@ -8,11 +8,11 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from afa.baselines.table import make_sampler
-from afa.checkpoint.staging import write_atomically
 from afa.evaluation.merges import merged_sampler, merger, shares
 from afa.evaluation.rows import Options, Row, Trained
 from afa.evaluation.setup import Setup
 from afa.evaluation.tuning import Tuner
+from afa.files import write_atomically
 from afa.generation.sample import Sampler
 from afa.merging.search.bayesian import bayesian_search
 from afa.merging.search.journal import Journal

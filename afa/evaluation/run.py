@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 from accelerate import PartialState
 
-from afa.checkpoint.staging import write_atomically
 from afa.claims import check_claim, claim
 from afa.errors import UserError
 from afa.evaluation.images import ImageSet, make_images
@@ -25,7 +24,7 @@ from afa.evaluation.rows import Options, Row, Trained
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.setup import Setup
 from afa.evaluation.tuning import Tuner
-from afa.experts.hashing import sha256
+from afa.files import sha256, write_atomically
 from afa.generation.sample import Request, Sampler
 from afa.memory import peak_megabytes
 

@@ -8,9 +8,9 @@ from typing import Any
 from accelerate import PartialState
 from tqdm import tqdm
 
-from afa.checkpoint.staging import write_atomically
 from afa.evaluation.pictures import Picture
 from afa.evaluation.protocols.base import TUNING_SEED
+from afa.files import write_atomically
 from afa.generation.sample import Request, Sampler, Sampling
 
 Options = dict[str, Any]

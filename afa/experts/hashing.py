@@ -1,18 +1,12 @@
 """What an expert is made of, as hashes: so that an ensemble can say that one of its experts has changed."""
 
-import hashlib
 from pathlib import Path
 
 from afa.experts.locate import Located
+from afa.files import sha256
 
 WEIGHTS = (".safetensors", ".bin")
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # what an ensemble computes with
-
-
-def sha256(path: Path) -> str:
-    """The hash of one file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def expert_files(located: Located) -> dict[str, Path]:

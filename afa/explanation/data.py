@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from afa.checkpoint.staging import replacing, write_atomically
 from afa.explanation.explanation import Explanation, WordRow, word_remarks, word_rows
 from afa.explanation.recording import Recording
+from afa.files import replacing, write_atomically
 
 SUFFIXES = ("png", "sheet.png", "strip.webp", "npz")  # of every image; .words.png and .counterfactuals.png where there is something to show
 

@@ -13,14 +13,12 @@ from tqdm import tqdm
 
 from afa.baselines.sampler import in_frame
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
-from afa.checkpoint.staging import replacing, write_atomically
 from afa.claims import check_claim, claim
 from afa.denoiser.cost import count_stage_flops
 from afa.denoiser.switches import adjust_weights
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.experts.hashing import sha256
 from afa.experts.spec import new_places
 from afa.explanation.counterfactuals import Counterfactual, rmse
 from afa.explanation.data import Entry, explained, read_entry, stem_of, write_arrays, write_facts
@@ -34,6 +32,7 @@ from afa.explanation.pictures.words import words
 from afa.explanation.settings import ExplainSettings
 from afa.explanation.skipping import Skipping, Unused, find_unused
 from afa.explanation.summary import as_json
+from afa.files import replacing, sha256, write_atomically
 from afa.generation.prompts import read_prompts
 from afa.generation.sample import Request, Sampling, sample
 from afa.schedulers import reschedule

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from afa import __version__
-from afa.checkpoint.staging import replacing
 from afa.errors import UserError
+from afa.files import replacing
 
 CHUNK = "afa"  # the PNG text chunk that holds the settings
 

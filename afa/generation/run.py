@@ -16,13 +16,12 @@ from tqdm import tqdm
 from afa.baselines.sampler import PipelineSampler, in_frame
 from afa.baselines.table import make_sampler
 from afa.checkpoint.manifest import AGGREGATORS
-from afa.checkpoint.staging import replacing, write_atomically
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.switches import WeightMaps, check_strengths, record_weights, scale_weights
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.experts.hashing import sha256
+from afa.files import replacing, sha256, write_atomically
 from afa.generation.pictures import CHUNK, save_picture
 from afa.generation.prompts import read_prompts
 from afa.generation.sample import Request, Sampling

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from afa import __version__
-from afa.experts.hashing import sha256
+from afa.files import sha256
 from afa.merging.plan import Plan
 from afa.merging.sources import Source
 

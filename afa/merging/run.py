@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from afa.checkpoint.staging import replacing, staged
+from afa.files import replacing, staged
 from afa.merging.folder import copy_surroundings
 from afa.merging.layout import Item
 from afa.merging.original import to_original

@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from afa.checkpoint.staging import replacing, write_atomically
 from afa.experts.spec import ExpertSpec
+from afa.files import replacing, write_atomically
 from afa.generation.prompts import read_prompts
 from afa.generation.sample import Request, Sampling, sample
 from afa.screening.alone import Common, forget

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from afa.checkpoint.staging import replacing, write_atomically
+from afa.files import replacing, write_atomically
 from afa.screening.asking import Answers
 
 DONE, ERRORS, FEATURES = "done", "errors.npy", "features.npz"

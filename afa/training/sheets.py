@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from afa.checkpoint.staging import replacing
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.switches import record_weights
 from afa.errors import UserError
@@ -22,6 +21,7 @@ from afa.evaluation.metrics.table import Resources, make_metric
 from afa.evaluation.pictures import Picture
 from afa.evaluation.statistics import difference
 from afa.experts.load import TEXT_ENCODERS
+from afa.files import replacing
 from afa.training.conditions import encode_prompt
 from afa.training.settings import LoopSettings
 

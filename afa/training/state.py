@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from afa.checkpoint.staging import replacing
 from afa.errors import UserError
+from afa.files import replacing
 from afa.training.settings import LoopSettings
 
 FOLDER = ".training"  # inside the output folder, gone when training is complete

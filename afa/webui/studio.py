@@ -13,7 +13,7 @@ from afa.denoiser.switches import WeightMaps, record_weights, scale_weights
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.experts.hashing import sha256
+from afa.files import sha256
 from afa.generation.sample import Request, Sampling
 from afa.generation.sources import is_saved, load_sources
 from afa.schedulers import FLOWS, SCHEDULERS, reschedule

@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import trange
 
-from afa.checkpoint.staging import replacing
+from afa.files import replacing
 
 SAVE_EVERY = 100  # steps
 

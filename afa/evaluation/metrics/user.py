@@ -13,7 +13,7 @@ from afa.errors import UserError
 from afa.evaluation.metrics.base import Features, ImageMetric, SetMetric, Values
 from afa.evaluation.metrics.frechet import FrechetDistance
 from afa.evaluation.pictures import Picture
-from afa.experts.hashing import sha256
+from afa.files import sha256
 
 
 def load_scorer(path: Path) -> list[ImageMetric | SetMetric]:

@@ -5,12 +5,11 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
-from afa.experts import hashing
+from afa.files import sha256
 
 HUB_PLACE = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w./+-]+)?")
 NAMED_HASH = re.compile(r"-([0-9a-f]{8})\.pth?$")  # torch's convention: a file's name ends with the start of its sha256
@@ -177,15 +176,9 @@ def _hashes(part: Part, path: Path) -> dict[str, str]:
     files = [*_weight_files(path), path / "config.json"] if part.folder else [path]
     if part.folder and len(files) == 1:
         raise UserError(f"{path} has no weights (.safetensors or .bin) beside its config.json; download it again")
-    hashes = {file.name: _sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+    hashes = {file.name: sha256(file) for file in files}
     promised = NAMED_HASH.search(path.name) if path.name in (part.name, *part.also) else None
     if promised and not hashes[path.name].startswith(promised[1]):
         begins = f"by its name its sha256 begins with {promised[1]}, it is {hashes[path.name][:8]}…"
         raise UserError(f"{path} is damaged: {begins}; download it again")
     return hashes
-
-
-@lru_cache(maxsize=64)
-def _sha256(file: Path, size: int, changed: int) -> str:
-    """The hash of a file that has not changed meanwhile; several metrics ask for the same gigabytes."""
-    return hashing.sha256(file)

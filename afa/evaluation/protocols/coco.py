@@ -13,7 +13,7 @@ from PIL import Image
 
 from afa.errors import UserError
 from afa.evaluation.protocols.base import Protocol, Real, Request
-from afa.experts.hashing import sha256
+from afa.files import sha256
 
 SIDE, STEPS = 256, 50
 CLIP_PAIRS = 5_000

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from afa.checkpoint.staging import write_atomically
 from afa.errors import UserError
 from afa.evaluation.compare import Analysis, analyse
 from afa.evaluation.report.longform import as_csv
 from afa.evaluation.report.markdown import as_markdown
 from afa.evaluation.report.page import as_html
 from afa.evaluation.results import Results
+from afa.files import write_atomically
 
 
 def write_report(folders: Sequence[Path], output: Path, markdown: Path | None = None, csv: Path | None = None) -> list[Analysis]:

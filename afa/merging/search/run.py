@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from afa.checkpoint.staging import write_atomically
 from afa.claims import claim
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
@@ -19,6 +18,7 @@ from afa.evaluation.metrics.table import Resources, make_metric
 from afa.evaluation.metrics.user import load_scorer
 from afa.evaluation.pictures import Picture
 from afa.experts.load import Expert, load_experts
+from afa.files import write_atomically
 from afa.generation.prompts import read_prompts
 from afa.generation.sample import Request, Sampling, sample
 from afa.merging.memory import InMemoryMerge

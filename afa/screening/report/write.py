@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from afa.checkpoint.staging import write_atomically
+from afa.files import write_atomically
 from afa.screening.report.page import as_html
 from afa.screening.report.tables import Facts
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from afa.checkpoint.staging import write_atomically
 from afa.errors import UserError
+from afa.files import write_atomically
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "file_name", "path", "image_path")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "txt")
