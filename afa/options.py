@@ -1,12 +1,130 @@
-"""A command's options are one flat dataclass; every field carries its own help. afa.cli.flags turns fields into flags."""
+"""A command's options are one flat dataclass; every field carries its own help and its bounds.
+
+afa.cli.flags turns fields into flags. Command line, recipes and Python all make the dataclass, which checks itself.
+"""
 
 import dataclasses
-from typing import Any
+import functools
+import math
+import types
+import typing
+from numbers import Integral, Real
+from typing import Any, ClassVar, TypedDict, Unpack
+
+from afa.errors import UserError
+from afa.lookup import unknown
+
+SEEDS = 2**64  # as many seeds as torch's generators and other programs know
+
+class Bounds(TypedDict, total=False):
+    """What a number must be.
+
+    least, most:  the smallest and the largest
+    above, below: the same, without the bound itself
+    multiple:     of what a whole number must be a multiple
+    """
+
+    least: float
+    most: float
+    above: float
+    below: float
+    multiple: int
 
 
-def option(default: Any = dataclasses.MISSING, *, help: str, positional: bool = False, choices: list[str] | None = None) -> Any:
-    """A field that is a flag (or a positional argument), with its help. Without a default it is required."""
-    metadata = {"help": help, "positional": positional, "choices": choices}
+# Bounds that many commands share.
+COUNT: Bounds = {"least": 1, "most": 10**6}  # of images, steps, trials: what is listed before it is made
+SAMPLING_STEPS: Bounds = {"least": 1, "most": 10_000}
+GUIDANCE: Bounds = {"least": 0, "most": 1000}
+SIDE: Bounds = {"least": 8, "most": 2**16, "multiple": 8}  # pixels
+SHARE: Bounds = {"least": 0, "most": 1}
+WEIGHT: Bounds = {"least": 0, "most": 10**6}
+SEED: Bounds = {"least": 0, "most": SEEDS - 1}
+SEED_OR_DRAWN: Bounds = {"least": -1, "most": SEEDS - 1}  # -1: one is drawn, see afa.seeds
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    positional: bool = False,
+    choices: list[str] | None = None,
+    **bounds: Unpack[Bounds],
+) -> Any:
+    """A field that is a flag (or a positional argument), with its help. Without a default it is required.
+
+    choices: the values there are
+    bounds:  of a number, or of each number of a list
+    """
+    metadata = {"help": help, "positional": positional, "choices": choices, "bounds": bounds}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+class CheckedOptions:
+    """Base of all options: making them checks kinds of numbers, bounds and choices. Raises UserError.
+
+    prefix: what stands before a field's name where it is named: options of a method are no flags.
+    """
+
+    prefix: ClassVar[str] = "--"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            name = field.name.replace("_", "-") if self.prefix else field.name
+            check_value(type(self), field, getattr(self, field.name), f"{self.prefix}{name}")
+
+
+def check_value(options: type, field: dataclasses.Field[Any], value: Any, name: str) -> None:
+    """Raises UserError, beginning with the name, for a value that its field does not allow.
+
+    options: the dataclass of the field. value: one value or a list; None where the field may be left out.
+    """
+    kind, several = kind_of(_hints(options)[field.name])
+    choices = field.metadata.get("choices")
+    if value is None or (kind not in (int, float) and choices is None):
+        return
+    for one in value if several and isinstance(value, (list, tuple)) else [value]:
+        if choices is not None and one not in choices:
+            raise UserError(f"{name}: {unknown(str(one), choices, 'value')}")
+        if kind in (int, float):
+            check_number(one, name, whole=kind is int, **field.metadata.get("bounds", {}))
+
+
+def check_number(value: Any, name: str, whole: bool = False, **bounds: Unpack[Bounds]) -> None:
+    """Raises UserError, beginning with the name and the value, for what is no finite number within the bounds."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        raise UserError(f"{name} {str(value)[:40]!r} is no {'whole ' if whole else ''}number")
+    shown = f"{name} {value if whole else f'{float(value):.16g}'}"
+    if not math.isfinite(value):
+        raise UserError(f"{shown} is no finite number; give one{_range(bounds)}")
+    if "least" in bounds and value < bounds["least"]:
+        raise UserError(f"{shown} is too small; the least is {bounds['least']}")
+    if "above" in bounds and value <= bounds["above"]:
+        raise UserError(f"{shown} is too small; it must be above {bounds['above']}")
+    if "most" in bounds and value > bounds["most"]:
+        raise UserError(f"{shown} is too large; the most is {bounds['most']}")
+    if "below" in bounds and value >= bounds["below"]:
+        raise UserError(f"{shown} is too large; it must be below {bounds['below']}")
+    if "multiple" in bounds and value % bounds["multiple"]:
+        unit = bounds["multiple"]
+        raise UserError(f"{shown} must be a multiple of {unit}; {max(1, round(value / unit)) * unit} is the nearest")
+
+
+def kind_of(hint: Any) -> tuple[type, bool]:
+    """The type of one value of a field with this type hint, and whether the field takes several."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def _range(bounds: Bounds) -> str:
+    words = {"least": "from", "above": "above", "most": "to", "below": "below"}
+    return "".join(f" {word} {bounds[name]}" for name, word in words.items() if name in bounds)  # type: ignore[literal-required]
+
+
+@functools.cache
+def _hints(options: type) -> dict[str, Any]:
+    return typing.get_type_hints(options)

@@ -2,13 +2,13 @@
 
 import dataclasses
 import tomllib
-import types
 import typing
 from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
 from afa.lookup import unknown
+from afa.options import check_value, kind_of
 
 PACKAGE = "afa:"  # begins a path inside this package
 PLACES = {"train": Path(__file__).parent / "training" / "recipes"}  # command -> the recipes that are shipped
@@ -33,8 +33,13 @@ def read_recipe(command: str, recipe: str, options: type) -> dict[str, Any]:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--recipe {file} is no TOML: {error}") from None
     hints = typing.get_type_hints(options)
-    flags = [field.name for field in dataclasses.fields(options) if field.name != "recipe"]
-    return {field: _checked(file, key, value, hints[field]) for key, value in found.items() for field in [_field(command, file, key, flags)]}
+    fields = {field.name: field for field in dataclasses.fields(options) if field.name != "recipe"}
+    recipe_values = {}
+    for key, value in found.items():
+        name = _field(command, file, key, list(fields))
+        recipe_values[name] = _checked(file, key, value, hints[name])
+        check_value(options, fields[name], recipe_values[name], f"--recipe {file}: {key}")
+    return recipe_values
 
 
 def _field(command: str, file: Path, key: str, flags: list[str]) -> str:
@@ -47,9 +52,7 @@ def _field(command: str, file: Path, key: str, flags: list[str]) -> str:
 
 def _checked(file: Path, key: str, value: Any, hint: Any) -> Any:
     """The value as its field wants it."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    kind, several = (typing.get_args(hint)[0], True) if typing.get_origin(hint) is list else (hint, False)
+    kind, several = kind_of(hint)
     values = value if several and isinstance(value, list) else [value]
     fits = (int, float) if kind is float else kind
     if several != isinstance(value, list) or any(not isinstance(each, fits) or (isinstance(each, bool) and kind is not bool) for each in values):

@@ -53,7 +53,7 @@ def test_examples_of_the_help_can_be_parsed(verb):
         (["generate", "nowhere", "--prompt", "a", "--output", "OUT"], "there is no folder or file nowhere"),
         (["generate", CURVES, "--output", "OUT"], "either --prompt"),
         (["generate", CURVES, "--prompt", "a", "--output", "OUT", "--scheduler", "eulr"], "did you mean 'euler'"),
-        (["generate", CURVES, "--prompt", "a", "--output", "OUT", "--steps", "0"], "--steps 0 must be at least 1"),
+        (["generate", CURVES, "--prompt", "a", "--output", "OUT", "--steps", "0"], "--steps 0 is too small"),
         (["generate", CURVES, "--prompt", "a", "--output", "OUT", "--device", "fpga"], "--device fpga cannot be used here"),
         (["train", "--experts", CURVES, ANGLES, "--data", "nowhere", "--output", "OUT"], "--data nowhere is not there; give a folder with metadata.jsonl"),
         (["train", "--experts", CURVES, "nowhere", "--data", "DATA", "--output", "OUT"], "there is no folder or file nowhere"),

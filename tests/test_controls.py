@@ -235,7 +235,7 @@ def test_as_many_parameters_as_an_ensemble(settings, experts, tmp_path):  # noqa
     [
         (["--rank", "2", "--like", "x"], "give either --rank N or --like ENSEMBLE"),
         ([], "give either --rank N or --like ENSEMBLE"),
-        (["--rank", "0"], "--rank 0 must be at least 1"),
+        (["--rank", "0"], "--rank 0 is too small"),
         (["--like", "nowhere"], "nowhere is no ensemble"),
     ],
 )

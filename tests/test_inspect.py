@@ -153,7 +153,7 @@ class TestRefusals:
         [
             ({}, "give EXPERT"),
             ({"experts": ["a"], "count": 3}, "--count 3 is for --config without EXPERT"),
-            ({"config": "sd15", "batch_size": 0}, "--batch-size 0 must be at least 1"),
+            ({"config": "sd15", "batch_size": 0}, "--batch-size 0 is too small"),
             ({"config": "sd15", "hidden": 100}, "hidden 100 is not a multiple of heads 8"),
             ({"config": "sd15", "aggregator": "sawb"}, "did you mean 'sabw'"),
             ({"config": "sd15", "aggregator": "mean", "hidden": 8}, "'mean' has no option 'hidden'"),

@@ -247,7 +247,7 @@ def test_the_plan_counts_passes_and_disk(capsys):
     [
         ([CURVES, "--data", "scenes:3"], "give at least two"),
         ([CURVES, ANGLES], "give either --data, captioned images, or --prompts"),
-        ([CURVES, ANGLES, "--data", "scenes:3", "--draws", "1"], "--draws 1 must be at least 2"),
+        ([CURVES, ANGLES, "--data", "scenes:3", "--draws", "1"], "--draws 1 is too small"),
         ([CURVES, ANGLES, "--data", "nowhere"], "nowhere"),
         ([CURVES, CURVES, "--data", "scenes:3"], "two experts are called 'curves'"),
         ([CURVES, "gone/away", "--data", "scenes:3"], "gone/away"),

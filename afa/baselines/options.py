@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 from afa.errors import UserError
 from afa.lookup import look_up, unknown
-from afa.options import option
+from afa.options import WEIGHT, CheckedOptions, option
 
 
 @dataclass(frozen=True)
-class MethodOptions:
+class MethodOptions(CheckedOptions):
     """What the options of all methods share.
 
     has_maps: the method weighs the experts before the step is made, so weight maps can be saved. own_loop: it makes the
@@ -26,12 +26,7 @@ class MethodOptions:
     own_loop: ClassVar[bool] = False
     needs_guidance: ClassVar[bool] = False
     only_predictions: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            choices, value = field.metadata["choices"], getattr(self, field.name)
-            if choices is not None and value not in choices:
-                raise UserError(unknown(str(value), choices, f"value of {field.name}"))
+    prefix: ClassVar[str] = ""  # of --method-option
 
 
 @dataclass(frozen=True)
@@ -87,20 +82,13 @@ class MagicFusion(MethodOptions):
     has_maps: ClassVar[bool] = True
     needs_guidance: ClassVar[bool] = True
     general: str | None = option(None, help="the expert that works alone outside the blended steps (default: the first)")
-    mode: int = option(1, help="1: the general expert alone above t0, then blended; 2: blended above t0, then alone")
-    t0: float = option(850.0, help="timestep of the change")
-    k_general: float = option(1.0, help="sharpness of the general expert's saliency")
-    k_expert: float = option(1.0, help="sharpness of the others' saliency")
+    mode: int = option(1, least=1, most=2, help="1: the general expert alone above t0, then blended; 2: blended above t0, then alone")
+    t0: float = option(850.0, **WEIGHT, help="timestep of the change")
+    k_general: float = option(1.0, **WEIGHT, help="sharpness of the general expert's saliency")
+    k_expert: float = option(1.0, **WEIGHT, help="sharpness of the others' saliency")
     saliency_reference: str = option(
         "general", help="general: against the general expert's unconditional prediction; own: each against its own", choices=["general", "own"]
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mode not in (1, 2):
-            raise UserError(f"mode {self.mode} of magicfusion is not known; it is 1 or 2")
-        if self.k_general < 0 or self.k_expert < 0 or self.t0 < 0:
-            raise UserError(f"k_general {self.k_general:g}, k_expert {self.k_expert:g} and t0 {self.t0:g} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -108,16 +96,11 @@ class SuperdiffOr(MethodOptions):
     """Superposition of densities: what any of the experts would draw."""
 
     own_loop: ClassVar[bool] = True
-    temperature: float = option(1.0, help="factor T of the log-densities; 0: equal shares throughout")
+    temperature: float = option(1.0, **WEIGHT, help="factor T of the log-densities; 0: equal shares throughout")
     weights: list[float] | None = option(None, help="prior of the experts, in any unit (default: equal); an expert of 0 is not run")
     density: str = option(
         "code", help="how log-densities are estimated: as in the published program, or by the paper's theorem", choices=["code", "theorem"]
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.temperature < 0:
-            raise UserError(f"temperature {self.temperature:g} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -214,6 +197,4 @@ def _read(method: str, name: str, text: str) -> Any:
     except ValueError:
         what = "numbers with commas between them" if several else "a whole number" if kind is int else "a number"
         raise UserError(f"--method-option {name}={text} is not {what}") from None
-    if kind is float and not all(map(math.isfinite, values)):
-        raise UserError(f"--method-option {name}={text} is not finite")
     return values if several else values[0]

@@ -2,12 +2,11 @@
 
 import argparse
 import dataclasses
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
-from afa.options import option as option  # commands take both from here
+from afa.options import kind_of
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type, preset: Mapping[str, Any] | None = None) -> None:
@@ -37,7 +36,7 @@ def _names(field: dataclasses.Field[Any]) -> list[str]:
 
 
 def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
-    kind, several = _kind(hint)
+    kind, several = kind_of(hint)
     default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     required = default is dataclasses.MISSING
     shown = "" if required or default is None or default is False or default == [] else f" (default: {default})"
@@ -53,12 +52,3 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     if field.metadata["choices"] is None:
         settings["metavar"] = kind.__name__.upper() if kind is not str else field.name.upper()
     return settings | {"required": required, "default": None if required else default}
-
-
-def _kind(hint: Any) -> tuple[type, bool]:
-    """The type of one value, and whether there are several."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    if typing.get_origin(hint) is list:
-        return typing.get_args(hint)[0], True
-    return hint, False

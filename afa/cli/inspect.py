@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afa.cli.flags import option
 from afa.errors import UserError
+from afa.options import COUNT, CheckedOptions, option
 
 if TYPE_CHECKING:
     from afa.inspection import Subject
@@ -24,7 +24,7 @@ FUSION = ("aggregator", "placement", "hidden", "heads", "depth", "weights", "att
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(CheckedOptions):
     """What to show, and how the experts would be fused."""
 
     experts: list[str] = option(
@@ -38,31 +38,28 @@ class Options:
         help="sd15, sd21, sd21-base, sdxl, sd3, sd35, sd35-large, flux, flux-schnell or a folder: of single files; without EXPERT, the"
         " architecture to show",
     )
-    count: int | None = option(None, help="with --config and without EXPERT: how many experts (default: 3)")
+    count: int | None = option(None, least=1, most=1000, help="with --config and without EXPERT: how many experts (default: 3)")
     aggregator: str | None = option(None, help="kind of aggregator: sabw, stitch, mean or fixed (default: sabw)")
     placement: str | None = option(
         None, help="fused stages: layers (all), blocks, every-K, double (FLUX), out, or names such as M00,OUT11 (default: the family's)"
     )
-    hidden: int | None = option(None, help="width inside the aggregators (default: 128)")
-    heads: int | None = option(None, help="attention heads of the aggregators (default: 8)")
-    depth: int | None = option(None, help="transformer layers of the aggregators; 0: none (default: 2)")
+    hidden: int | None = option(None, least=1, most=2**20, help="width inside the aggregators (default: 128)")
+    heads: int | None = option(None, least=1, most=2**20, help="attention heads of the aggregators (default: 8)")
+    depth: int | None = option(None, least=0, most=1000, help="transformer layers of the aggregators; 0: none (default: 2)")
     weights: list[float] | None = option(None, help="of aggregator fixed: one weight per expert")
     attention_up_to: int | None = option(
-        None, help="build the transformer only on maps up to this side in latent pixels (default: everywhere)"
+        None, least=0, most=2**16, help="build the transformer only on maps up to this side in latent pixels (default: everywhere)"
     )
-    resolution: int | None = option(None, help="side of the images in pixels (default: the experts' own)")
-    batch_size: int = option(1, help="images at once; guidance doubles the cost of each")
+    resolution: int | None = option(None, least=1, most=2**16, help="side of the images in pixels (default: the experts' own)")
+    batch_size: int = option(1, **COUNT, help="images at once; guidance doubles the cost of each")
     json: bool = option(False, help="print one JSON document instead of tables")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.experts and self.config is None:
             raise UserError("give EXPERT..., or --config sd15, sdxl, sd35, flux or another; afa inspect --help names them")
         if self.experts and self.count is not None:
             raise UserError(f"--count {self.count} is for --config without EXPERT; leave out one of them")
-        for name in ("count", "hidden", "heads", "resolution", "batch_size", "depth", "attention_up_to"):
-            value, least = getattr(self, name), 0 if name in ("depth", "attention_up_to") else 1
-            if value is not None and value < least:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
 
 
 def run(options: Options) -> None:

@@ -7,7 +7,7 @@ of comparisons of the whole report. Several folders (other protocols, other expe
 from dataclasses import dataclass
 from pathlib import Path
 
-from afa.cli.flags import option
+from afa.options import option
 
 EXAMPLES = [
     "afa report comparison --output report.html",

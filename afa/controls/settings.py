@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from afa.errors import UserError
 from afa.options import option
-from afa.training.settings import LoopSettings, at_least_one
+from afa.training.settings import LoopSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +12,7 @@ class LoraSettings(LoopSettings):
     """One LoRA on one expert, field by field a flag of `afa finetune`."""
 
     expert: str = option(help="diffusers folder, .safetensors file or org/name@revision, optionally NAME=…", positional=True)
-    rank: int | None = option(None, help="of every pair of matrices")
+    rank: int | None = option(None, least=1, most=2**20, help="of every pair of matrices")
     like: str | None = option(None, help="a saved ensemble: take the smallest rank with at least as many trained parameters")
     vae: str | None = option(None, help="a path; the ensemble's, where the two are compared (default: the expert's own)")
 
@@ -20,5 +20,3 @@ class LoraSettings(LoopSettings):
         super().__post_init__()
         if (self.rank is None) == (self.like is None):
             raise UserError("give either --rank N or --like ENSEMBLE")
-        if self.rank is not None:
-            at_least_one("rank", self.rank)

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from afa.errors import UserError
-from afa.options import option
+from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SIDE, CheckedOptions, option
 
 STUDIES = ["steps", "experts", "ablations", "objectives"]
 # May differ between the two halves of an interrupted comparison: they do not change any image or score.
@@ -11,7 +10,7 @@ FREE = ("output", "methods", "seeds", "metrics", "metric_weights", "scorer", "st
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
+class EvaluateSettings(CheckedOptions):
     """One comparison, field by field a flag of `afa evaluate`."""
 
     ensemble: str = option(help="a saved ensemble, as `afa train` leaves it")
@@ -19,7 +18,7 @@ class EvaluateSettings:
     protocol: str = option(help="scenes, coco2017, drawbench, a file of prompts, or a folder of captioned images")
     experts: list[str] | None = option(None, help="new places of the ensemble's experts that have moved, each NAME=PLACE")
     methods: list[str] = option(["all"], help="what to compare: all, or names (`afa evaluate --methods list` shows them)")
-    seeds: int = option(1, help="training seeds of everything that is trained; the ensemble itself is the first")
+    seeds: int = option(1, least=1, most=1000, help="training seeds of everything that is trained; the ensemble itself is the first")
     train_data: str | None = option(None, help="where the captioned training images are (default: where the ensemble's were, or the protocol's own)")
     base: str | None = option(None, help="the model the experts were fine-tuned from; task arithmetic, TIES, DARE and model stock need it")
     metrics: list[str] | None = option(None, help="judge by these, the first leading the table (default: the protocol's)")
@@ -28,38 +27,24 @@ class EvaluateSettings:
     study: list[str] | None = option(None, help="also: steps (10, 20, 30, 50), experts (how many), ablations (placement, depth …), objectives", choices=STUDIES)
     reward: str | None = option(None, help="of the study of objectives, as in `afa train` (default: the protocol's own)")
     reward_weights: str | None = option(None, help="where that reward's weights are (default: the hub)")
-    prompts: int | None = option(None, help="only the first so many prompts (default: all of the protocol's)")
-    images_per_prompt: int | None = option(None, help="images of each prompt (default: the protocol's)")
-    seed: int = option(0, help="seed of the first image's noise; image k has seed + k, for every method")
-    steps: int | None = option(None, help="denoising steps (default: the protocol's)")
-    guidance: float | None = option(None, help="strength of guidance (default: the protocol's, or the family's own)")
-    true_guidance: float | None = option(None, help="FLUX: strength of classifier-free guidance beside the built-in one")
+    prompts: int | None = option(None, least=2, most=10**6, help="only the first so many prompts (default: all of the protocol's)")
+    images_per_prompt: int | None = option(None, **COUNT, help="images of each prompt (default: the protocol's)")
+    seed: int = option(0, **SEED, help="seed of the first image's noise; image k has seed + k, for every method")
+    steps: int | None = option(None, **SAMPLING_STEPS, help="denoising steps (default: the protocol's)")
+    guidance: float | None = option(None, **GUIDANCE, help="strength of guidance (default: the protocol's, or the family's own)")
+    true_guidance: float | None = option(None, **GUIDANCE, help="FLUX: strength of classifier-free guidance beside the built-in one")
     scheduler: str | None = option(None, help="ddim, euler, dpm++ …; of flows: euler, dpm++, unipc (default: the ensemble's)")
-    width: int | None = option(None, help="in pixels (default: the protocol's, or the experts' own)")
-    height: int | None = option(None, help="in pixels (default: the protocol's, or the experts' own)")
+    width: int | None = option(None, **SIDE, help="in pixels (default: the protocol's, or the experts' own)")
+    height: int | None = option(None, **SIDE, help="in pixels (default: the protocol's, or the experts' own)")
     protocol_data: str | None = option(None, help="COCO's folder, or DrawBench's table")
-    tuning: int = option(24, help="images that a rival's options are chosen on, never judged; 0: its defaults are taken")
-    search_trials: int = option(60, help="merges that auto_mbw tries")
-    batch_size: int = option(8, help="images made at once")
-    resamples: int = option(1000, help="bootstrap resamples of distances between sets")
+    tuning: int = option(24, least=0, most=10**6, help="images that a rival's options are chosen on, never judged; 0: its defaults are taken")
+    search_trials: int = option(60, least=0, most=10**6, help="merges that auto_mbw tries")
+    batch_size: int = option(8, **COUNT, help="images made at once")
+    resamples: int = option(1000, least=100, most=10**6, help="bootstrap resamples of distances between sets")
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
     dry_run: bool = option(False, help="print what would be done, then stop")
     json: bool = option(False, help="print the results as JSON")
-
-    def __post_init__(self) -> None:
-        for name, least in (("seeds", 1), ("prompts", 2), ("images_per_prompt", 1), ("steps", 1), ("batch_size", 1), ("resamples", 100)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-        for name in ("tuning", "seed", "guidance", "true_guidance", "search_trials"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"--{name.replace('_', '-')} {value} must not be negative")
-        for name in ("width", "height"):
-            side = getattr(self, name)
-            if side is not None and (side < 8 or side % 8):
-                raise UserError(f"--{name} {side} must be a multiple of 8 pixels")
 
     def binding(self) -> dict[str, object]:
         """What must stay the same when a comparison is resumed or extended."""

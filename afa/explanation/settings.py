@@ -5,7 +5,7 @@ from typing import Any
 
 from afa.errors import UserError
 from afa.lookup import unknown
-from afa.options import option
+from afa.options import GUIDANCE, SAMPLING_STEPS, SEED_OR_DRAWN, SIDE, CheckedOptions, option
 
 COUNTERFACTUALS = {
     "off": "each expert off in turn",
@@ -21,7 +21,7 @@ UNBOUND = ("ensemble", "output", "device", "json", "prompts")  # may differ when
 
 
 @dataclass(frozen=True)
-class ExplainSettings:
+class ExplainSettings(CheckedOptions):
     """One explanation, field by field a flag of `afa explain`."""
 
     output: str = option(help="a folder for pictures, data and explain.html; images that are explained there already are kept")
@@ -29,38 +29,29 @@ class ExplainSettings:
     prompt: list[str] | None = option(None, help="one or more prompts")
     prompts: str | None = option(None, help="a file of prompts: one a line, or JSON lines with \"text\"")
     negative_prompt: str | None = option(None, help="what the images should not show")
-    seed: int = option(0, help="seed of the first image; image k has seed + k")
-    steps: int | None = option(None, help="denoising steps (default: 50)")
-    guidance: float | None = option(None, help="strength of guidance, 1 turns it off (default: the family's own: 7.5, SDXL 5, SD3 7, FLUX.1-dev 3.5)")
-    true_guidance: float | None = option(None, help="FLUX: strength of classifier-free guidance beside the built-in one, at twice the cost")
+    seed: int = option(0, **SEED_OR_DRAWN, help="seed of the first image; image k has seed + k")
+    steps: int | None = option(None, **SAMPLING_STEPS, help="denoising steps (default: 50)")
+    guidance: float | None = option(
+        None, **GUIDANCE, help="strength of guidance, 1 turns it off (default: the family's own: 7.5, SDXL 5, SD3 7, FLUX.1-dev 3.5)"
+    )
+    true_guidance: float | None = option(None, **GUIDANCE, help="FLUX: strength of classifier-free guidance beside the built-in one, at twice the cost")
     scheduler: str | None = option(None, help="ddim, euler, dpm++ … as in afa generate (default: the experts')")
-    width: int | None = option(None, help="in pixels (default: the experts' own)")
-    height: int | None = option(None, help="in pixels (default: the experts' own)")
+    width: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
+    height: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
     counterfactuals: list[str] = option(
         DEFAULT, help=f"what would have been: {'; '.join(f'{name} ({what})' for name, what in COUNTERFACTUALS.items())}; or {NONE}"
     )
-    word_steps: int = option(4, help="steps at which every word is left out to see what it changes; 0: none")
-    threshold: float = option(0.02, help="an expert whose mean weight stays below this is unused there")
+    word_steps: int = option(4, least=0, most=10_000, help="steps at which every word is left out to see what it changes; 0: none")
+    threshold: float = option(0.02, above=0, below=1, help="an expert whose mean weight stays below this is unused there")
     experts: list[str] | None = option(None, help="new places of the ensemble's experts that have moved, each NAME=PLACE")
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
     json: bool = option(False, help="print explain.json")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.prompt is None) == (self.prompts is None):
             raise UserError("give either --prompt TEXT... or --prompts FILE")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"--steps {self.steps} must be at least 1")
-        for name in ("width", "height"):
-            side = getattr(self, name)
-            if side is not None and (side < 8 or side % 8):
-                raise UserError(f"--{name} {side} must be a multiple of 8 pixels")
-        for name in ("guidance", "true_guidance", "seed", "word_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"--{name.replace('_', '-')} {value:g} must not be negative")
-        if not 0 < self.threshold < 1:
-            raise UserError(f"--threshold {self.threshold:g} must lie between 0 and 1")
         self._check_counterfactuals()
 
     @property

@@ -5,11 +5,11 @@ from typing import Any
 
 from afa.baselines.options import MethodOptions, read_options
 from afa.errors import UserError
-from afa.options import option
+from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED_OR_DRAWN, SIDE, CheckedOptions, option
 
 
 @dataclass(frozen=True)
-class GenerateSettings:
+class GenerateSettings(CheckedOptions):
     """One generation run, field by field a flag of `afa generate`."""
 
     sources: list[str] = option(
@@ -19,17 +19,19 @@ class GenerateSettings:
     prompt: list[str] | None = option(None, help="one or more prompts")
     prompts: str | None = option(None, help="a file of prompts: one a line, or JSON lines with \"text\"")
     negative_prompt: str | None = option(None, help="what the images should not show")
-    images_per_prompt: int = option(1, help="images of each prompt")
-    seed: int = option(0, help="seed of the first image; image k has seed + k")
-    steps: int = option(50, help="denoising steps")
-    guidance: float | None = option(None, help="strength of guidance, 1 turns it off (default: the family's own: 7.5, SDXL 5, SD3 7, FLUX.1-dev 3.5)")
-    true_guidance: float | None = option(None, help="FLUX: strength of classifier-free guidance beside the built-in one, at twice the cost")
+    images_per_prompt: int = option(1, **COUNT, help="images of each prompt")
+    seed: int = option(0, **SEED_OR_DRAWN, help="seed of the first image; image k has seed + k")
+    steps: int = option(50, **SAMPLING_STEPS, help="denoising steps")
+    guidance: float | None = option(
+        None, **GUIDANCE, help="strength of guidance, 1 turns it off (default: the family's own: 7.5, SDXL 5, SD3 7, FLUX.1-dev 3.5)"
+    )
+    true_guidance: float | None = option(None, **GUIDANCE, help="FLUX: strength of classifier-free guidance beside the built-in one, at twice the cost")
     scheduler: str | None = option(
         None, help="ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, dpm++_karras, unipc …; of flows: euler, dpm++, unipc (default: the experts')"
     )
-    width: int | None = option(None, help="in pixels (default: the experts' own)")
-    height: int | None = option(None, help="in pixels (default: the experts' own)")
-    batch_size: int = option(4, help="images made at once")
+    width: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
+    height: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
+    batch_size: int = option(4, **COUNT, help="images made at once")
     method: str | None = option(None, help="combine the experts this way instead, see below (default: the saved ensemble, or the expert)")
     method_option: list[str] | None = option(None, help="options of the method, each KEY=VALUE, lists with commas")
     strength: list[str] | None = option(None, help="scale an expert's weights, each NAME=FACTOR: 0 turns it off, 1 changes nothing")
@@ -43,19 +45,9 @@ class GenerateSettings:
     json: bool = option(False, help="print what was made as JSON")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.prompt is None) == (self.prompts is None):
             raise UserError("give either --prompt TEXT... or --prompts FILE")
-        for name in ("images_per_prompt", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        for name in ("width", "height"):
-            side = getattr(self, name)
-            if side is not None and (side < 8 or side % 8):
-                raise UserError(f"--{name} {side} must be a multiple of 8 pixels")
-        for name in ("guidance", "true_guidance", "seed"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"--{name.replace('_', '-')} {value:g} must not be negative")
         self._check_method()
         if self.strengths() and self.expert is not None:
             raise UserError(f"--strength scales what experts weigh, and --expert {self.expert} is alone; leave out one of them")

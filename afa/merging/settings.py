@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
-from afa.options import option
+from afa.options import SEED, CheckedOptions, option
 
 # The names of afa.merging.table.MERGES, which needs torch.
 METHODS = ["weighted", "mbw", "add_difference", "task_arithmetic", "ties", "dare", "model_stock", "slerp"]
@@ -13,7 +13,7 @@ OPTIONS = ("weights", "base_alpha", "alpha", "scale", "density", "drop", "seed",
 
 
 @dataclass(frozen=True)
-class MergeSettings:
+class MergeSettings(CheckedOptions):
     """One merge, field by field a flag of `afa merge`."""
 
     experts: list[str] = option(
@@ -36,7 +36,7 @@ class MergeSettings:
     scale: float | None = option(None, help="task_arithmetic, ties, dare: factor of the sum (default: 0.4; ties: 1)")
     density: float | None = option(None, help="ties: fraction of each tensor's differences that is kept (default: 0.2)")
     drop: float | None = option(None, help="dare: probability with which a difference is dropped (default: 0.5)")
-    seed: int | None = option(None, help="dare: which differences are dropped (default: 0)")
+    seed: int | None = option(None, **SEED, help="dare: which differences are dropped (default: 0)")
     t: float | None = option(None, help="slerp: from the first expert (0) to the second (1) (default: 0.5)")
     vae: str | None = option(
         None, help="where the VAE comes from: an expert's name, a pipeline or a VAE's folder (default: the first expert)"
@@ -50,6 +50,7 @@ class MergeSettings:
     json: bool = option(False, help="print one JSON document")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.vae is not None and self.merge_vae:
             raise UserError(f"--vae {self.vae} takes one VAE and --merge-vae merges them; leave out one")
         if Path(self.output).suffix in (".ckpt", ".pt", ".pth", ".bin"):

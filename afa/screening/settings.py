@@ -3,13 +3,13 @@
 from dataclasses import dataclass, fields
 
 from afa.errors import UserError
-from afa.options import option
+from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, CheckedOptions, option
 
 FREE = ("output", "batch_size", "device", "dry_run", "json")  # may differ when a screening goes on: they change no answer
 
 
 @dataclass(frozen=True)
-class ScreenSettings:
+class ScreenSettings(CheckedOptions):
     """One screening, field by field a flag of `afa screen`."""
 
     experts: list[str] = option(
@@ -19,37 +19,31 @@ class ScreenSettings:
     prompts: str | None = option(None, help="instead of --data, a file of prompts: what experts draw of them shows where they disagree, not who is right")
     output: str | None = option(None, help="a folder for report.html and screen.json, and for going on after an interruption (default: nothing is kept)")
     base: str | None = option(None, help="the model the experts were fine-tuned from: an expert that is the base under another name is found")
-    images: int = option(64, help="the first so many images, or prompts")
-    draws: int = option(4, help="noises at every image and timestep; head-room is what all but one of them foretell of that one")
-    seed: int = option(0, help="of timesteps and noise")
-    resolution: int | None = option(None, help="side of the square that is cut from images, in pixels (default: the experts' own)")
+    images: int = option(64, least=2, most=10**6, help="the first so many images, or prompts")
+    draws: int = option(4, least=2, most=1000, help="noises at every image and timestep; head-room is what all but one of them foretell of that one")
+    seed: int = option(0, **SEED, help="of timesteps and noise")
+    resolution: int | None = option(None, least=1, most=2**16, help="side of the square that is cut from images, in pixels (default: the experts' own)")
     image_column: str | None = option(None, help="of --data (default: image, jpg, file_name …)")
     caption_column: str | None = option(None, help="of --data (default: text, caption, prompt …)")
-    max_skipped: float = option(0.1, help="share of images that may be unreadable")
+    max_skipped: float = option(0.1, least=0, below=1, help="share of images that may be unreadable")
     no_average: bool = option(False, help="do not write and ask the weight average of all experts, which takes the disk space of one")
-    steps: int = option(20, help="with --prompts: denoising steps")
-    guidance: float | None = option(None, help="with --prompts: strength of guidance (default: the family's own)")
+    steps: int = option(20, **SAMPLING_STEPS, help="with --prompts: denoising steps")
+    guidance: float | None = option(None, **GUIDANCE, help="with --prompts: strength of guidance (default: the family's own)")
     config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
     frame: str | None = option(None, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
     vae: str | None = option(None, help="a VAE's or pipeline's folder (default: the first expert's)")
-    batch_size: int = option(16, help="noisy latents in one pass of a denoiser, at most one image's")
+    batch_size: int = option(16, **COUNT, help="noisy latents in one pass of a denoiser, at most one image's")
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
     dry_run: bool = option(False, help="print how many passes and how much disk it would take, then stop")
     json: bool = option(False, help="print everything as one JSON document")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.experts) < 2:
             raise UserError(f"screening compares experts, and {len(self.experts)} is given ({' '.join(self.experts)}); give at least two")
         if (self.data is None) == (self.prompts is None):
             raise UserError("give either --data, captioned images, or --prompts, a file of prompts")
-        for name, least in (("images", 2), ("draws", 2), ("batch_size", 1), ("steps", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
-        if self.guidance is not None and self.guidance < 0:
-            raise UserError(f"--guidance {self.guidance:g} must not be negative")
-        if not 0 <= self.max_skipped < 1:
-            raise UserError(f"--max-skipped {self.max_skipped:g} must be a share from 0 to below 1")
         self._check_prompts_only()
 
     def _check_prompts_only(self) -> None:

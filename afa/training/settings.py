@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
-from afa.options import option
+from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SHARE, WEIGHT, option
 from afa.training.objectives.settings import ObjectiveSettings
 
 # May differ between the two halves of an interrupted run: they do not change what is computed.
@@ -24,36 +24,38 @@ class LoopSettings(ObjectiveSettings):
     data: str = option(help="a folder with metadata.jsonl, a .jsonl of paths, .parquet, .tar shards (x-{000..099}.tar), or a data set of the hub")
     image_column: str | None = option(None, help="of the data: where the image or its path is (default: image, jpg, file_name …)")
     caption_column: str | None = option(None, help="of the data: where the caption is (default: text, caption, prompt)")
-    limit: int | None = option(None, help="only the first so many images; a data set of the hub is then streamed instead of downloaded")
-    crops: int = option(0, help="squares cut at random places of every training image, each encoded once; 0: its centre")
+    limit: int | None = option(None, least=1, most=10**9, help="only the first so many images; a data set of the hub is then streamed instead of downloaded")
+    crops: int = option(0, least=0, most=10_000, help="squares cut at random places of every training image, each encoded once; 0: its centre")
     flip: bool = option(False, help="mirror half of the random crops")
-    max_skipped: float = option(0.1, help="share of the images that may be unusable before the run stops")
+    max_skipped: float = option(0.1, **SHARE, help="share of the images that may be unusable before the run stops")
     output: str = option(help="where the result goes; an interrupted run goes on from here")
-    steps: int = option(1000, help="optimiser steps at most; training stops earlier when the held-out loss no longer falls")
-    batch_size: int = option(8, help="images a step and process")
-    accumulate: int = option(1, help="batches whose gradients make one step")
-    lr: float = option(1e-4, help="learning rate of AdamW after the warm-up")
-    warm_up: int = option(20, help="steps over which the learning rate rises from 0")
+    steps: int = option(1000, least=1, most=10**9, help="optimiser steps at most; training stops earlier when the held-out loss no longer falls")
+    batch_size: int = option(8, **COUNT, help="images a step and process")
+    accumulate: int = option(1, **COUNT, help="batches whose gradients make one step")
+    lr: float = option(1e-4, **SHARE, help="learning rate of AdamW after the warm-up")
+    warm_up: int = option(20, least=0, most=10**9, help="steps over which the learning rate rises from 0")
     schedule: str = option("constant", help="of the rate after the warm-up; all but constant fall to 0 at --steps", choices=["constant", "cosine", "linear"])
-    weight_decay: float = option(0.01, help="of AdamW")
-    clip: float = option(1.0, help="largest norm of the gradient")
-    ema: float = option(0.999, help="decay of the moving average of what is trained; the average is what is kept")
-    caption_dropout: float = option(0.1, help="share of samples trained without their caption, so that guidance keeps working")
-    resolution: int | None = option(None, help="side of the images in pixels, cropped to a square (default: the experts' own)")
+    weight_decay: float = option(0.01, **WEIGHT, help="of AdamW")
+    clip: float = option(1.0, above=0, most=10**9, help="largest norm of the gradient")
+    ema: float = option(0.999, **SHARE, help="decay of the moving average of what is trained; the average is what is kept")
+    caption_dropout: float = option(0.1, **SHARE, help="share of samples trained without their caption, so that guidance keeps working")
+    resolution: int | None = option(None, least=1, most=2**16, help="side of the images in pixels, cropped to a square (default: the experts' own)")
     cache: str | None = option(None, help="folder that keeps latents and text states for all runs; VAE and text encoders then leave the memory")
-    held_out: int = option(64, help="images that are never trained on, at most a fifth: the measure of early stopping")
-    evaluate_every: int = option(50, help="steps between two measurements on the held-out images")
-    patience: int = option(5, help="measurements without a better one before training stops")
-    save_every: int = option(200, help="steps between two saved states; Ctrl-C saves one too")
-    seed: int = option(0, help="of everything random")
+    held_out: int = option(64, **COUNT, help="images that are never trained on, at most a fifth: the measure of early stopping")
+    evaluate_every: int = option(50, least=1, most=10**9, help="steps between two measurements on the held-out images")
+    patience: int = option(5, least=1, most=10**9, help="measurements without a better one before training stops")
+    save_every: int = option(200, least=1, most=10**9, help="steps between two saved states; Ctrl-C saves one too")
+    seed: int = option(0, **SEED, help="of everything random")
     dtype: str = option("float32", help="of what is frozen; what is trained is always float32", choices=["float32", "bfloat16"])
     config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
     frame: str | None = option(None, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
     gradient_checkpointing: bool = option(False, help="recompute stages in the backward pass: less memory, a third more time")
-    sheet_every: int | None = option(None, help="steps between two sample sheets with weight maps, a multiple of --evaluate-every (default: none)")
-    sheet_images: int = option(4, help="held-out captions on a sheet")
-    sheet_steps: int = option(20, help="sampling steps of a sheet")
-    sheet_guidance: float | None = option(None, help="strength of guidance of a sheet (default: the family's own)")
+    sheet_every: int | None = option(
+        None, least=1, most=10**9, help="steps between two sample sheets with weight maps, a multiple of --evaluate-every (default: none)"
+    )
+    sheet_images: int = option(4, **COUNT, help="held-out captions on a sheet")
+    sheet_steps: int = option(20, **SAMPLING_STEPS, help="sampling steps of a sheet")
+    sheet_guidance: float | None = option(None, **GUIDANCE, help="strength of guidance of a sheet (default: the family's own)")
     watch: str | None = option(None, help="a metric of every sheet's images, never trained on: it shows when a reward is hacked")
     watch_weights: str | None = option(None, help="where that metric's weights are (default: the hub)")
     log_with: str | None = option(None, help="besides the terminal and log.jsonl", choices=["tensorboard", "trackio", "wandb"])
@@ -63,20 +65,12 @@ class LoopSettings(ObjectiveSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "batch_size", "accumulate", "held_out", "evaluate_every", "patience", "save_every", "sheet_images", "sheet_steps", "limit"):
-            if getattr(self, name) is not None:
-                at_least_one(name, getattr(self, name))
         if self.watch is not None and self.sheet_every is None:
             raise UserError(f"--watch {self.watch} judges sheets; give --sheet-every {self.evaluate_every}")
-        if self.sheet_every is not None and (self.sheet_every < 1 or self.sheet_every % self.evaluate_every):
+        if self.sheet_every is not None and self.sheet_every % self.evaluate_every:
             raise UserError(f"--sheet-every {self.sheet_every} must be a multiple of --evaluate-every {self.evaluate_every}")
-        if self.crops < 0:
-            raise UserError(f"--crops {self.crops} must be at least 0")
         if self.flip and not self.crops:
             raise UserError("--flip mirrors random crops, and there are none; give --crops 1 or more")
-        for name, low, high in (("caption_dropout", 0, 1), ("max_skipped", 0, 1), ("ema", 0, 1), ("lr", 0, 1)):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must lie between {low} and {high}")
 
     def binding(self) -> dict[str, object]:
         """What must stay the same when a run is resumed."""
@@ -102,11 +96,13 @@ class TrainSettings(LoopSettings):
     placement: str | None = option(
         None, help="fused stages: layers (all), blocks, every-K, double (FLUX), out (a router on the predictions), or names such as M00,OUT11"
     )
-    hidden: int = option(128, help="width inside the aggregators")
-    heads: int = option(8, help="attention heads of the aggregators")
-    depth: int = option(2, help="transformer layers of the aggregators; 0: none")
+    hidden: int = option(128, least=1, most=2**20, help="width inside the aggregators")
+    heads: int = option(8, least=1, most=2**20, help="attention heads of the aggregators")
+    depth: int = option(2, least=0, most=1000, help="transformer layers of the aggregators; 0: none")
     ignore: list[str] | None = option(None, help="what the weights must not depend on, for ablations", choices=["text", "time", "place"])
-    attention_up_to: int | None = option(None, help="build the transformer only on maps up to this side in latent pixels (default: everywhere)")
+    attention_up_to: int | None = option(
+        None, least=0, most=2**16, help="build the transformer only on maps up to this side in latent pixels (default: everywhere)"
+    )
     text_stream: str = option("own", help="SD3, FLUX: text tokens of every expert's own, or fused where image tokens are", choices=["own", "fused"])
     vae: str | None = option(None, help="an expert's name or a path (default: the first expert's)")
     store: str | None = option(None, help="of the experts' weights: in 8 bits, or in the CPU's memory until needed", choices=["int8", "fp8", "cpu"])
@@ -119,10 +115,6 @@ class TrainSettings(LoopSettings):
         if self.start is not None and made:
             flag = f"--{made[0].name.replace('_', '-')} {getattr(self, made[0].name)}"
             raise UserError(f"{flag} cannot be given with --start {self.start}: its aggregators and its frame are made already")
-        for name in ("hidden", "heads"):
-            at_least_one(name, getattr(self, name))
-        if self.depth < 0:
-            raise UserError(f"--depth {self.depth} must be at least 0")
 
     def further(self, start: Path | str, **changes: Any) -> "TrainSettings":
         """The same run, going on from a saved ensemble instead of experts."""
@@ -133,9 +125,3 @@ class TrainSettings(LoopSettings):
         """Options of the kind of aggregator."""
         options: dict[str, object] = {"hidden": self.hidden, "heads": self.heads, "depth": self.depth}
         return options | ({"ignore": list(self.ignore)} if self.ignore else {})
-
-
-def at_least_one(name: str, value: int) -> None:
-    """Raises UserError, naming the flag, for less."""
-    if value < 1:
-        raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")

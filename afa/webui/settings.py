@@ -2,37 +2,28 @@
 
 from dataclasses import dataclass
 
-from afa.errors import UserError
-from afa.options import option
+from afa.options import SAMPLING_STEPS, SIDE, CheckedOptions, option
 
 FIRST_PORT = 7860
 
 
 @dataclass(frozen=True)
-class UiSettings:
+class UiSettings(CheckedOptions):
     """One page, field by field a flag of `afa ui`."""
 
     sources: list[str] = option(
         [], help="a saved ensemble, or experts to combine while sampling (default: the embedded ensemble)", positional=True
     )
     host: str = option("127.0.0.1", help="address to listen at; 0.0.0.0 lets everybody in who can reach this machine")
-    port: int | None = option(None, help=f"port to listen at (default: {FIRST_PORT}, or the next one that is free)")
+    port: int | None = option(None, least=1, most=65535, help=f"port to listen at (default: {FIRST_PORT}, or the next one that is free)")
     output: str = option("afa-ui", help="a folder for the pictures, which is the page's gallery")
     reports: list[str] | None = option(None, help="reports to show: .html files, or folders of afa evaluate, afa screen or afa demo")
-    queue: int = option(8, help="runs that may wait; who comes later is told to come back")
-    max_images: int = option(4, help="images of each method that a run may ask for")
-    max_steps: int = option(100, help="denoising steps that a run may ask for")
-    max_side: int | None = option(None, help="height and width that a run may ask for, in pixels (default: twice the experts' own)")
+    queue: int = option(8, least=1, most=1000, help="runs that may wait; who comes later is told to come back")
+    max_images: int = option(4, least=1, most=1000, help="images of each method that a run may ask for")
+    max_steps: int = option(100, **SAMPLING_STEPS, help="denoising steps that a run may ask for")
+    max_side: int | None = option(None, **SIDE, help="height and width that a run may ask for, in pixels (default: twice the experts' own)")
     experts: list[str] | None = option(None, help="new places of an ensemble's experts that have moved, each NAME=PLACE")
     config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
     frame: str | None = option(None, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
-
-    def __post_init__(self) -> None:
-        for name in ("queue", "max_images", "max_steps", "max_side"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
-        if self.port is not None and not 1 <= self.port <= 65535:
-            raise UserError(f"--port {self.port} must be between 1 and 65535")

@@ -4,35 +4,36 @@ from dataclasses import dataclass
 
 from afa.errors import UserError
 from afa.lookup import unknown
-from afa.options import option
+from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, WEIGHT, CheckedOptions, option
 
 KINDS = ("mse", "reward", "draft")  # may be added: mse+reward
 REWARDED = ("reward", "draft")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveSettings:
+class ObjectiveSettings(CheckedOptions):
     """The objective, field by field a flag of every command that trains."""
 
     objective: str = option("mse", help="mse (the diffusion loss), reward (by one-step recovery), draft (through sampling), or a sum: mse+reward")
-    snr_gamma: float | None = option(None, help="min-SNR-γ weighting of mse, 5 as published; default: all timesteps count alike")
+    snr_gamma: float | None = option(None, above=0, most=10**6, help="min-SNR-γ weighting of mse, 5 as published; default: all timesteps count alike")
     weighting: str | None = option(None, help="SD3's weighting of mse, for flow matching (default: none)", choices=["sigma_sqrt", "cosmap"])
     timesteps: str = option("uniform", help="how training draws them", choices=["uniform", "logit_normal", "mode"])
     reward: str | None = option(None, help="scenes, imagereward, pickscore, hpsv2, aesthetic, clip_t, or a Python file with reward(images, captions)")
     reward_weights: str | None = option(None, help="where the reward's weights are (default: the hub)")
-    reward_weight: float = option(0.1, help="what reward or draft counts beside mse")
-    reward_reach: float = option(0.5, help="of reward: how far the recovered step goes towards the clean image, above 0, at most 1")
+    reward_weight: float = option(0.1, **WEIGHT, help="what reward or draft counts beside mse")
+    reward_reach: float = option(0.5, above=0, most=1, help="of reward: how far the recovered step goes towards the clean image, above 0, at most 1")
     better: str | None = option(None, help="words before the caption whose reward counts for, e.g. 'detailed photo'")
     worse: str | None = option(None, help="words before the caption whose reward counts against, e.g. 'blurry'")
-    draft_steps: int = option(20, help="of draft: sampling steps")
-    draft_last: int = option(1, help="of draft: how many of them, the last ones, have gradients")
-    draft_again: int = option(0, help="of draft: repetitions of the last step from fresh noise (LV)")
-    draft_guidance: float | None = option(None, help="of draft: strength of classifier-free guidance (default: the family's own)")
-    anchor: float = option(0.0, help="weight of the squared distance to the predictions the run began with, against running away")
-    sparsity: float = option(0.0, help="weight of the entropy of the experts' weights, so that fewer experts are used at a place")
-    sparsity_top: int | None = option(None, help="instead of the entropy: the weight outside so many experts")
+    draft_steps: int = option(20, **SAMPLING_STEPS, help="of draft: sampling steps")
+    draft_last: int = option(1, **SAMPLING_STEPS, help="of draft: how many of them, the last ones, have gradients")
+    draft_again: int = option(0, least=0, most=1000, help="of draft: repetitions of the last step from fresh noise (LV)")
+    draft_guidance: float | None = option(None, **GUIDANCE, help="of draft: strength of classifier-free guidance (default: the family's own)")
+    anchor: float = option(0.0, **WEIGHT, help="weight of the squared distance to the predictions the run began with, against running away")
+    sparsity: float = option(0.0, **WEIGHT, help="weight of the entropy of the experts' weights, so that fewer experts are used at a place")
+    sparsity_top: int | None = option(None, **COUNT, help="instead of the entropy: the weight outside so many experts")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = self.objective.split("+")
         for name in names:
             if name not in KINDS:
@@ -43,17 +44,6 @@ class ObjectiveSettings:
             raise UserError(f"--objective {self.objective} needs --reward, the judge whose gradient is followed")
         if self.reward is not None and not self.rewarded:
             raise UserError(f"--reward {self.reward} is not used by --objective {self.objective}; use --objective mse+reward")
-        if not 0 < self.reward_reach <= 1:
-            raise UserError(f"--reward-reach {self.reward_reach} must be above 0 and at most 1")
-        for name in ("draft_steps", "draft_last", "sparsity_top"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
-        for name in ("reward_weight", "anchor", "sparsity", "draft_again", "draft_guidance"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative")
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise UserError(f"--snr-gamma {self.snr_gamma} must be above 0")
         if self.snr_gamma is not None and self.weighting is not None:
             raise UserError(f"--snr-gamma {self.snr_gamma} and --weighting {self.weighting} weigh the same loss; give one")
         if self.sparsity_top is not None and not self.sparsity:
