@@ -13,7 +13,7 @@ from afa.denoiser.conversion import Conversion, conversion
 from afa.denoiser.schedule import Schedule, kind_of
 from afa.denoiser.table import DENOISERS
 from afa.errors import UserError
-from afa.experts.compatible import kind_mismatches, mismatches, only_predictions
+from afa.experts.compatible import kind_mismatches, mismatches, only_predictions, scheduler_mismatches
 from afa.experts.lending import lend
 from afa.experts.load import Expert, load_experts
 from afa.frame import Frame
@@ -179,6 +179,8 @@ class Ensemble:
 
     def _check_scheduler(self, scheduler: Any) -> None:
         found = next((found for found in self.denoiser.conversions if found is not None), None)
+        if not self.denoiser.conversions and self.experts[0].scheduler is not None:
+            _check_frame(self.experts[0], scheduler)
         if found is not None and conversion(Schedule.of(scheduler), found.frame) is not None:
             raise UserError(
                 f"the scheduler is for models that predict {kind_of(scheduler)}, and the experts' predictions are made {found.frame.kind}, at the noise"
@@ -243,11 +245,24 @@ def _conversions(experts: Sequence[Expert], placement: str | Sequence[str] | Non
     """Where only predictions are combined, how every expert's become the frame's. Raises UserError where features are, of experts of other kinds."""
     if not only_predictions(placement, experts[0]):
         _refuse(experts, kind_mismatches(experts))
+        if experts[0].scheduler is not None and frame.scheduler is not None:
+            _check_frame(experts[0], frame.scheduler)
         return []
     if frame.scheduler is None:  # bare denoisers: nobody knows what they predict
         return []
-    own = Schedule.of(frame.scheduler)
-    return [None if expert.scheduler is None else conversion(Schedule.of(expert.scheduler), own) for expert in experts]
+    return [
+        None
+        if expert.scheduler is None or not scheduler_mismatches(frame.scheduler, expert.scheduler)
+        else conversion(Schedule.of(expert.scheduler), Schedule.of(frame.scheduler))
+        for expert in experts
+    ]
+
+
+def _check_frame(expert: Expert, scheduler: Any) -> None:
+    """Raises UserError for a scheduler that would read what the experts predict as something else."""
+    reasons = scheduler_mismatches(expert.scheduler, scheduler)
+    if reasons:
+        raise UserError(f"the scheduler does not fit the experts: {'; '.join(reasons)}; leave it out, or choose one that does with scheduler=")
 
 
 def _recipe(aggregator: str, options: Mapping[str, Any], attention_up_to: int | None, text_stream: str) -> Recipe:

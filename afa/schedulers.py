@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from afa.denoiser.schedule import FLOW, flow_config, kind_of
+from afa.denoiser.schedule import FLOW, Schedule, flow_config, kind_of
 from afa.errors import UserError
 from afa.lookup import look_up
 
@@ -37,14 +37,21 @@ FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
 def make_scheduler(name: str, like: Any) -> Any:
     """The scheduler of that name with the noise schedule and prediction type of another.
 
-    Raises UserError for an unknown name, and for one that is not for models of that kind.
+    Raises UserError for an unknown name, for one that is not for models of that kind, and for one that cannot have that noise schedule.
     """
     flows = kind_of(like) == FLOW
     try:
         kind, options = look_up(name, FLOWS if flows else SCHEDULERS, "scheduler")
     except ValueError as error:
         raise UserError(_not_for_flows(name) if flows and name in SCHEDULERS else str(error)) from None
-    return _flow(kind, like) if flows else _maker(kind).from_config(like.config, **options)
+    if flows:
+        return _flow(kind, like)
+    wanted = Schedule.of(like)
+    made = _maker(kind).from_config(like.config, **options)
+    if not Schedule.of(made).same_noise(wanted):
+        what = "ends at zero terminal SNR (rescale_betas_zero_snr)" if wanted.zero_snr else "is not one of betas"
+        raise UserError(f"scheduler '{name}' cannot have the experts' noise schedule, which {what}; choose another, such as ddim, euler or dpm++")
+    return made
 
 
 def reschedule(ensemble: Any, name: str) -> None:

@@ -27,7 +27,7 @@ from afa.baselines.superposition import (
     published_change,
 )
 from afa.denoiser.base import EnsembleDenoiser
-from afa.denoiser.schedule import FLOW, kind_of, noise_of
+from afa.denoiser.schedule import FLOW, Schedule, noise_of
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 
@@ -166,7 +166,7 @@ def superposed(ensemble: Ensemble, rule: Rule, run: Sequence[int]) -> PipelineSa
     """The ensemble's frame with the experts of `run` superposed; the noise schedule is the frame's, the steps are the SDE's."""
     check_guidable(ensemble, "superdiff")
     config = ensemble.frame.scheduler.config
-    if kind_of(ensemble.frame.scheduler) == FLOW:
+    if Schedule.of(ensemble.frame.scheduler).kind == FLOW:
         raise UserError("superdiff makes its steps in x0 + sigma ε from a largest sigma, and a flow begins without any signal; choose another method")
     scheduler = SuperposedScheduler.from_config(config, **SPACING)
     scheduler.rule = rule

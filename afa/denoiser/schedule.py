@@ -11,6 +11,7 @@ from afa.errors import UserError
 FLOW = "flow"
 NAMES = ("shift", "flow_shift", "use_flow_sigmas", "prediction_type")  # of a flow: the first is its own schedulers', the others are general ones'
 DIFFUSION = ("epsilon", "v_prediction", "sample")  # of a diffusion schedule; a flow has one kind of its own
+LEAST = 2**-12  # signal that is divided by, as diffusers has it at zero terminal SNR
 Level = Tensor | float  # of signal or noise: one number, or one that broadcasts over a batch
 
 
@@ -18,9 +19,10 @@ def clean_of(kind: str, prediction: Tensor, noisy: Tensor, signal: Level, noise:
     """x0 of a prediction for noisy = signal · x0 + noise · ε. Shapes are kept.
 
     v = signal · ε - noise · x0 (Salimans and Ho, arXiv:2202.00512, appendix D); a flow has signal + noise = 1 and answers ε - x0.
+    At zero terminal SNR ε says nothing of x0; the division is then by LEAST.
     """
     if kind == "epsilon":
-        return (noisy - noise * prediction) / signal
+        return (noisy - noise * prediction) / (signal.clamp(min=LEAST) if isinstance(signal, Tensor) else max(signal, LEAST))
     if kind == "sample":
         return prediction
     return noisy - noise * prediction if kind == FLOW else signal * noisy - noise * prediction
@@ -63,9 +65,52 @@ def flow_config(scheduler: Any) -> tuple[dict[str, Any], float]:
     return config, float(scheduler.config.get("shift") or scheduler.config.get("flow_shift") or 1.0)
 
 
+def is_edm(scheduler: Any) -> bool:
+    """Whether a scheduler counts noise by sigma and preconditions its model: EDM (Karras et al., arXiv:2206.00364).
+
+    So do those of Playground v2.5, CosXL and Stable Video; their models are called at 0.25 · log(sigma) instead of a timestep.
+    """
+    kind = type(scheduler).__name__
+    return kind.startswith(("EDM", "CosineDPM")) or scheduler.config.get("timestep_type") == "continuous"
+
+
+def signal_table(scheduler: Any) -> Tensor:
+    """The squared signal (alphas_cumprod) of every training timestep, falling, float32.
+
+    It is the scheduler's own table, so that a setting which its class does not know counts for nothing. At zero terminal SNR
+    the last value is 0, where some classes keep 2^-24.
+    Raises UserError for a scheduler that has no such table, or one that is no noise schedule.
+    """
+    from diffusers import DDPMScheduler
+
+    name = type(scheduler).__name__
+    if is_edm(scheduler):
+        raise UserError(
+            f"the noise schedule of {name} is EDM's, counted by sigma; such models are drawn one by one with their own scheduler,"
+            " and are neither trained nor combined with others"
+        )
+    own = getattr(scheduler, "alphas_cumprod", None)
+    if own is None:
+        raise UserError(f"{name} has no table of noise (alphas_cumprod); choose another scheduler")
+    own = torch.as_tensor(own).float().cpu()
+    steps = scheduler.config.num_train_timesteps
+    if len(own) != steps:
+        raise UserError(f"{name} has {len(own)} betas (trained_betas) for num_train_timesteps {steps}; mend its scheduler_config.json")
+    if not bool(((own[1:] < own[:-1]).all()) & (own[0] <= 1) & (own[-1] >= 0)):  # also false for NaN
+        raise UserError(f"the betas of {name} are no noise schedule: the signal must fall from step to step; mend its scheduler_config.json")
+    usual = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
+    return usual if alike(usual, own) else own
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tables of squared signal are equal but for rounding, in their signal and in their noise."""
+    close = {"rtol": 1e-5, "atol": 2e-7}
+    return one.shape == other.shape and torch.allclose(one, other, **close) and torch.allclose(1 - one, 1 - other, **close)
+
+
 def tables(scheduler: Any) -> tuple[str, Tensor, Tensor, Tensor]:
     """-> kind of prediction; signal, noise and told time of every step of training, float32, from little noise to much."""
-    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
     kind = kind_of(scheduler)
     if kind == FLOW:
@@ -73,7 +118,7 @@ def tables(scheduler: Any) -> tuple[str, Tensor, Tensor, Tensor]:
         flow = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
         noise = flow.sigmas[: flow.config.num_train_timesteps].flip(0)
         return kind, 1 - noise, noise, flow.timesteps.flip(0)
-    kept = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
+    kept = signal_table(scheduler)
     return kind, kept**0.5, (1 - kept) ** 0.5, torch.arange(len(kept))
 
 
@@ -90,20 +135,23 @@ class Schedule:
 
     @classmethod
     def of(cls, scheduler: Any) -> "Schedule":
-        """Of the models that a scheduler is for. Raises UserError for a kind of prediction that is not known."""
-        from diffusers import DDPMScheduler
-
+        """Of the models that a scheduler is for. Raises UserError for a kind of prediction or of noise that is not known."""
         kind = kind_of(scheduler)
         if kind == FLOW:
             return cls(kind, int(scheduler.config.num_train_timesteps))
-        kept = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
+        kept = signal_table(scheduler)
         return cls(kind, len(kept), kept)
 
     def same_noise(self, other: "Schedule") -> bool:
-        """Whether both have the same noise at the same time."""
+        """Whether both have the same noise at the same time, but for rounding."""
         if self.kept is None or other.kept is None:
             return self.kept is other.kept and self.steps == other.steps
-        return torch.equal(self.kept, other.kept)
+        return alike(self.kept, other.kept)
+
+    @property
+    def zero_snr(self) -> bool:
+        """Whether a diffusion schedule ends without any signal (zero terminal SNR, Lin et al., arXiv:2305.08891)."""
+        return self.kept is not None and float(self.kept[-1]) < 1e-7
 
     def at(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """Signal and noise at times, of their shape, in double precision. Outside the schedule, at its end."""

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from afa.denoiser.placement import fused_stages
-from afa.denoiser.schedule import kind_of
+from afa.denoiser.schedule import Schedule, is_edm, kind_of
 from afa.experts.load import Expert
 from afa.families.table import FAMILIES
 from afa.text import width_of
 
-SCHEDULER = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
-
+# What tables of noise are made from: of diffusion schedules, of EDM's.
+SCHEDULER = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "trained_betas", "rescale_betas_zero_snr")
+EDM = ("sigma_min", "sigma_max", "sigma_data", "rho", "sigma_schedule", "num_train_timesteps")
 
 ROUTE = "may differ where only predictions are combined: placement out"
 
@@ -35,7 +36,7 @@ def _pair(first: Expert, other: Expert, features: bool) -> list[str]:
     if first.family != other.family:
         return [f"{start}: it is of family {other.family}, expected {first.family}; experts must share one architecture"]
     found = _stage_mismatches(first, other) + _value_mismatches(first.model.config, other.model.config, FAMILIES[first.family].call.alike)
-    found += _kind_mismatches(first, other) if features else []
+    found += _kind_mismatches(first, other, features)
     found += _text_mismatches(first, other)
     return [f"{start}: {reason}" for reason in found]
 
@@ -44,14 +45,44 @@ def _start(first: Expert, other: Expert) -> str:
     return f"'{other.name}' cannot join '{first.name}'"
 
 
-def _kind_mismatches(first: Expert, other: Expert) -> list[str]:
-    """By their schedulers, where both have one."""
+def _kind_mismatches(first: Expert, other: Expert, features: bool = True) -> list[str]:
+    """By their schedulers, where both have one. Predictions alone are converted, but for EDM's."""
     if first.scheduler is None or other.scheduler is None:
         return []
-    mine, theirs = kind_of(first.scheduler), kind_of(other.scheduler)
-    if mine != theirs:
-        return [f"prediction_type is {theirs}, expected {mine} ({ROUTE})"]
-    return [f"{reason} ({ROUTE})" for reason in _value_mismatches(first.scheduler.config, other.scheduler.config, SCHEDULER)]
+    convertible = not (is_edm(first.scheduler) or is_edm(other.scheduler))
+    if not features and convertible:
+        return []
+    hint = f" ({ROUTE})" if convertible else ""
+    return [f"{reason}{hint}" for reason in scheduler_mismatches(first.scheduler, other.scheduler)]
+
+
+def scheduler_mismatches(mine: Any, theirs: Any) -> list[str]:
+    """Why models of two schedulers do not mean the same: they predict different things, or at different noise.
+
+    The whole tables of noise are compared. How a sampler goes through them (timestep_spacing, steps_offset, a flow's shift) may
+    differ: a model is called at the same timestep with the same noise then.
+    """
+    one, other = kind_of(mine), kind_of(theirs)
+    if one != other:
+        return [f"prediction_type is {other}, expected {one}"]
+    if is_edm(mine) or is_edm(theirs):
+        if is_edm(mine) and is_edm(theirs):
+            return _value_mismatches(mine.config, theirs.config, EDM)
+        return [f"its noise schedule is that of {type(theirs).__name__}, expected that of {type(mine).__name__}: only one of them is EDM's"]
+    expected, found = Schedule.of(mine), Schedule.of(theirs)
+    if found.same_noise(expected):
+        return []
+    if found.kept is None or expected.kept is None or found.steps != expected.steps:
+        return [f"num_train_timesteps is {found.steps}, expected {expected.steps}"]
+    settings = [{name: _shown(scheduler.config.get(name)) for name in SCHEDULER} for scheduler in (mine, theirs)]
+    at = int((found.kept - expected.kept).abs().argmax())
+    table = f"the noise schedules differ (alphas_cumprod at timestep {at} is {found.kept[at]:.3g}, expected {expected.kept[at]:.3g})"
+    return _value_mismatches(*settings, SCHEDULER) or [table]
+
+
+def _shown(value: Any) -> Any:
+    """A setting for a message: a table of betas by its ends; what is off as if it were not there."""
+    return f"{len(value)} values from {value[0]:g} to {value[-1]:g}" if isinstance(value, (list, tuple)) and value else value or "none"
 
 
 def only_predictions(placement: str | Sequence[str] | None, expert: Expert) -> bool:

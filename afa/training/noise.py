@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afa.denoiser.schedule import FLOW, clean_of, tables
+from afa.denoiser.schedule import FLOW, LEAST, clean_of, tables
 from afa.latents import Latents
 from afa.training.data import Encoded
 
@@ -82,7 +82,7 @@ class Noising:
 
     def ratio(self, steps: Tensor) -> Tensor:
         """Noise over signal, (B, 1, 1, 1): what remains of an error of x0 when a sampler goes from one step to another."""
-        return self._at(self.noise, steps) / self._at(self.signal, steps)
+        return self._at(self.noise, steps) / self._at(self.signal, steps).clamp(min=LEAST)
 
     def min_snr(self, steps: Tensor, gamma: float) -> Tensor:
         """What a sample's loss counts, (B,).
