@@ -95,12 +95,12 @@ class Ensemble:
     ) -> "Ensemble":
         tensors = None
         if aggregators is not None:
-            from afa.checkpoint.aggregators import read_aggregators
+            from afa.checkpoint.aggregators import fill, read_aggregators
 
             recipe, placement, tensors = read_aggregators(Path(aggregators), experts[0], len(experts))
         ensemble = cls(experts, _denoiser(experts, recipe, placement, frame), frame)
         if tensors is not None:
-            ensemble.denoiser.aggregators.load_state_dict(tensors)
+            fill(ensemble.denoiser.aggregators, tensors, Path(str(aggregators)))
         return ensemble
 
     @classmethod

@@ -173,7 +173,7 @@ def _union(hints: Sequence[Any], value: Any, key: str, limits: Sequence[Any]) ->
 
 
 def _dataclass(kind: type, value: Any, key: str) -> Any:
-    """A dataclass of an object's keys: none unknown, none missing; `least`, `most` and `choices` of an option() hold, too."""
+    """A dataclass of an object's keys: none unknown, none missing."""
     hints = _hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     _as(dict, value, key)
@@ -183,16 +183,10 @@ def _dataclass(kind: type, value: Any, key: str) -> Any:
     built = {}
     for name, field in fields.items():
         if name in value:
-            built[name] = _build(hints[name], value[name], _inner(key, name), limits_of(field))
+            built[name] = _build(hints[name], value[name], _inner(key, name), ())
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise Misfit(_inner(key, name), None, "", "is missing")
     return kind(**built)
-
-
-def limits_of(field: "dataclasses.Field[Any]") -> tuple[Any, ...]:
-    """The bounds that stand on a field as option(least=…, most=…)."""
-    least, most = field.metadata.get("least"), field.metadata.get("most")
-    return () if least is None and most is None else (Within(-math.inf if least is None else least, math.inf if most is None else most),)
 
 
 def _typed(kind: Any, value: Any, key: str) -> dict[str, Any]:

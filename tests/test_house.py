@@ -14,7 +14,7 @@ import afa
 from afa.cli.main import COMMANDS
 
 ROOT = Path(afa.__file__).parent
-CORE = {"families", "aggregators", "denoiser", "errors", "lookup", "options", "schema"}
+CORE = {"families", "aggregators", "denoiser", "errors", "lookup", "options", "schema", "naming"}
 EDGES = {"cli", "webui", "__main__"}
 DEMO = {"demo"}
 ROOMS = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()} - {"__init__", "__pycache__"}

@@ -1,6 +1,7 @@
 """SABW: the Spatial-Aware Block-Wise aggregator of AFA (arXiv:2405.17082, section 3.2 and figure 3)."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from afa.aggregators.base import Aggregator
 from afa.lookup import look_up
+from afa.schema import Within
 
 SEEN = ("text", "time", "place")  # what the weights depend on besides the features
 
@@ -36,9 +38,9 @@ class SABW(Aggregator):
         channels: int,
         time_width: int,
         text_width: int,
-        hidden: int = 128,
-        heads: int = 8,
-        depth: int = 2,
+        hidden: Annotated[int, Within(1, 16384)] = 128,
+        heads: Annotated[int, Within(1, 1024)] = 8,
+        depth: Annotated[int, Within(0, 100)] = 2,
         ignore: Sequence[str] = (),
     ) -> None:
         super().__init__()

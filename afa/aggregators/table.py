@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 
@@ -11,8 +11,10 @@ from afa.aggregators.base import Aggregator
 from afa.aggregators.convex import Fixed, Mean
 from afa.aggregators.sabw import SABW
 from afa.aggregators.stitch import Stitch
+from afa.errors import UserError
 from afa.families.stage import Stage
 from afa.lookup import look_up
+from afa.schema import build, shown
 
 AGGREGATORS: dict[str, type[Aggregator]] = {
     "sabw": SABW,
@@ -23,6 +25,7 @@ AGGREGATORS: dict[str, type[Aggregator]] = {
 
 
 TEXT_STREAMS = ("own", "fused")
+GIVEN = {"experts", "channels", "time_width", "text_width"}  # what the experts decide
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,20 @@ class Recipe:
 def _options(maker: type[Aggregator]) -> set[str]:
     """The names a kind of aggregator can be made with; stitch takes those of SABW."""
     return set(inspect.signature(SABW if maker is Stitch else maker).parameters)
+
+
+def check_options(kind: str, options: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for options that were read from a file and are not known, of another kind, or out of bounds.
+
+    where: the file and key, for the message.
+    """
+    maker = AGGREGATORS[kind]
+    hints = get_type_hints(SABW.__init__ if maker is Stitch else maker.__init__, include_extras=True)
+    known = sorted(_options(maker) - GIVEN)
+    for name, value in options.items():
+        if name not in known:
+            raise UserError(f"{where}: aggregator '{kind}' has no option {shown(name)}; it has {', '.join(known) or 'none'}")
+        build(hints[name], value, f"{where}.{name}")
 
 
 def count_parameters(module: nn.Module) -> int:

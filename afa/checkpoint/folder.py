@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from afa import __version__
 from afa.aggregators.table import count_parameters
-from afa.checkpoint.aggregators import read_tensors, recipe_of
+from afa.checkpoint.aggregators import check_file, fill, read_tensors, recipe_of
 from afa.checkpoint.card import model_card
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, ExpertEntry, Manifest, check_hashes, entry_for, read_manifest, relative
 from afa.checkpoint.release import write_release
@@ -25,6 +25,7 @@ from afa.experts.spec import ExpertSpec, Lora
 from afa.files import sha256, staged
 from afa.frame import stock_pipeline
 from afa.lookup import unknown
+from afa.schema import shown
 
 if TYPE_CHECKING:
     from afa.ensemble import Ensemble
@@ -173,7 +174,11 @@ def load_ensemble(kind: "type[Ensemble]", folder: Path, moved: Mapping[str, str]
     for name in moved:
         if name not in names:
             raise UserError(unknown(name, names, "expert of this ensemble"))
+    check_file(folder, manifest)
     specs = [_spec(entry, folder, moved.get(entry.name)) for entry in manifest.experts]
+    for part, choice in manifest.frame.items():
+        if choice not in names and not (folder / choice).exists():
+            raise UserError(f"{folder / MANIFEST}: frame.{part} is {shown(choice)}, neither the name of an expert nor a place that is there")
     if verify:
         for entry, spec in zip(manifest.experts, specs, strict=True):
             check_hashes(entry, locate(spec))
@@ -189,7 +194,10 @@ def load_ensemble(kind: "type[Ensemble]", folder: Path, moved: Mapping[str, str]
         **{part: choice if choice in names else str(folder / choice) for part, choice in manifest.frame.items()},
         **recipe_of(manifest).options,
     )
-    ensemble.denoiser.aggregators.load_state_dict(read_tensors(folder, manifest))
+    made = [(stage.name, stage.channels) for stage in ensemble.denoiser.stages]
+    if made != [(stage["name"], stage["channels"]) for stage in manifest.stages]:
+        raise UserError(f"{folder / MANIFEST} has other stages than its experts; they belong to another architecture")
+    fill(ensemble.denoiser.aggregators, read_tensors(folder), folder)
     ensemble.training = manifest.training
     for expert, entry in zip(ensemble.experts, manifest.experts, strict=True):
         _check_prediction_type(expert, entry)

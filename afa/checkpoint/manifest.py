@@ -1,20 +1,85 @@
-"""afa.json: what an ensemble is, so that it can be found, checked and made again."""
+"""afa.json: what an ensemble is, so that it can be found, checked and made again.
+
+A manifest may come from a stranger: it is validated as a whole before anything of it is used, and names only places of weights.
+"""
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from afa.errors import UserError
 from afa.experts.locate import Located
 from afa.experts.original import KNOWN_CONFIGS
-from afa.experts.spec import ExpertSpec, Lora
+from afa.experts.spec import HUB_ID, ExpertSpec, Lora
 from afa.files import settled
+from afa.lookup import unknown
+from afa.naming import check_name
+from afa.schema import Count, Like, Score, Sha256, Within, build, shown
+from afa.text_files import read_json
 
 FORMAT = 1
 MANIFEST = "afa.json"
 AGGREGATORS = "aggregators.safetensors"
+FRAME = ("vae", "tokenizer", "scheduler", "frame")
+PLACE = Annotated[str, Within(1, 4096)]  # a path or a hub id
+MEASURED = ("settings", "training_images", "steps", "best_step", "best_expert", "difference_to_best_expert")  # beside held_out_loss
+
+
+class LoraEntry(TypedDict):
+    """A LoRA of an expert: its place from the manifest, and how strongly it counts."""
+
+    path: PLACE
+    strength: Annotated[float, Within(-1000, 1000)]
+
+
+class StageEntry(TypedDict):
+    """One stage of the experts, and whether an aggregator stands there."""
+
+    name: Annotated[str, Like("[A-Z]{1,8}[0-9]{0,4}", "a stage such as OUT11")]
+    channels: Annotated[int, Within(1, 10**6)]
+    level: Annotated[int, Within(0, 16)]
+    fused: bool
+
+
+class AggregatorEntry(TypedDict):
+    """How the aggregators are made, how many numbers they have, and the hash of their file."""
+
+    kind: str
+    options: dict[str, Any]
+    attention_up_to: Annotated[int, Within(0, 10**6)] | None
+    text_stream: NotRequired[Literal["own", "fused"]]
+    parameters: Count
+    sha256: Sha256
+
+
+class Loss(TypedDict):
+    """A measured value with its interval, of n images."""
+
+    value: Score
+    low: Score
+    high: Score
+    n: NotRequired[Count]
+
+
+class TrainingRecord(TypedDict, total=False):
+    """What training was asked for and measured. Aggregators from elsewhere may have less, or something else."""
+
+    settings: dict[str, Any]
+    afa: str
+    torch: str
+    training_images: Count
+    steps: Count
+    best_step: Count
+    seconds: Annotated[float, Within(0)]
+    held_out_loss: dict[str, Loss]
+    best_expert: str
+    difference_to_best_expert: Loss
+    difference_to_untrained_mean: Loss
+    history: list[dict[str, float | None]]
+    left_out: dict[str, Count]
 
 
 @dataclass
@@ -26,11 +91,11 @@ class ExpertEntry:
     """
 
     name: str
-    source: str
-    commit: str | None = None
-    config: str | None = None
-    loras: list[dict[str, Any]] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)
+    source: PLACE
+    commit: Annotated[str, Like("[0-9A-Za-z]{1,64}", "a commit's letters and digits")] | None = None
+    config: PLACE | None = None
+    loras: list[LoraEntry] = field(default_factory=list)
+    files: dict[str, Sha256] = field(default_factory=dict)
     prediction_type: str | None = None
 
     def spec(self, folder: Path) -> ExpertSpec:
@@ -38,7 +103,7 @@ class ExpertEntry:
         path = folder / self.source
         source = str(path) if self.commit is None or path.exists() else self.source
         loras = tuple(Lora(str(folder / lora["path"]), lora["strength"]) for lora in self.loras)
-        return ExpertSpec(self.name, source, self.commit, loras)
+        return ExpertSpec(self.name, source, self.commit, loras, str(folder / MANIFEST))
 
 
 @dataclass
@@ -47,40 +112,96 @@ class Manifest:
 
     frame: which VAE, tokenizer and scheduler serve the ensemble: an expert's name or a path; and the frame that lends experts their
     text encoders, if it is none of them. placement: a name or a list.
-    aggregator: kind, options, attention_up_to, text_stream, parameters, sha256 of the file. training: the recipe and what it measured.
     """
 
     family: str
-    experts: list[ExpertEntry]
-    frame: dict[str, str]
+    experts: Annotated[list[ExpertEntry], Within(1, 64)]
+    frame: dict[str, PLACE]
     placement: str | list[str]
-    stages: list[dict[str, Any]]
-    aggregator: dict[str, Any]
-    training: dict[str, Any] | None = None
+    stages: Annotated[list[StageEntry], Within(1, 10_000)]
+    aggregator: AggregatorEntry
+    training: TrainingRecord | None = None
     afa_version: str = ""
-    format: int = FORMAT
+    format: Literal[1] = FORMAT
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read an ensemble's manifest. Raises UserError if there is none, or none that this version understands."""
+    """Read an ensemble's manifest. Raises UserError, naming the key, if there is none, or one that is not as it has to be."""
     path = settled(folder) / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} is no ensemble: it has no {MANIFEST}")
-    try:
-        data = json.loads(path.read_text())
-        if data["format"] != FORMAT:
-            raise UserError(f"{path} has format {data['format']}, this afa reads {FORMAT}; use the afa that wrote it ({data.get('afa_version')})")
-        unknown = set(data) - {entry.name for entry in fields(Manifest)}
-        if unknown:
-            raise UserError(f"{path} has entries this afa does not know: {', '.join(sorted(unknown))}")
-        return Manifest(**{**data, "experts": [ExpertEntry(**expert) for expert in data["experts"]]})
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} cannot be read as an ensemble's manifest: {error}") from None
+    data = read_json(path)
+    found = data.get("format") if isinstance(data, dict) else None
+    if type(found) is int and found != FORMAT:
+        raise UserError(f"{path} has format {found}, this afa reads {FORMAT}; use the afa that wrote it ({shown(data.get('afa_version'))})")
+    manifest: Manifest = build(Manifest, data, path)
+    _check_whole(manifest, path)
+    return manifest
+
+
+def _check_whole(manifest: Manifest, path: Path) -> None:
+    """Raises UserError for parts of a manifest that do not fit each other."""
+    names = [entry.name for entry in manifest.experts]
+    for place, entry in enumerate(manifest.experts):
+        check_name(entry.name, f"{path}: experts[{place}]")
+        if entry.commit is not None and not (HUB_ID.fullmatch(entry.source) or (path.parent / entry.source).exists()):
+            raise UserError(f"{path}: experts[{place}].source is {shown(entry.source)}, expected a hub id org/name, since it has a commit")
+    _refuse_twice(names, f"{path}: experts")
+    stages = [stage["name"] for stage in manifest.stages]
+    _refuse_twice(stages, f"{path}: stages")
+    for part in manifest.frame:
+        if part not in FRAME:
+            raise UserError(f"{path}: frame: {unknown(shown(part)[1:-1], FRAME, 'part')}")
+    _check_tables(manifest, path, stages)
+    record = manifest.training or {}
+    if "settings" in record:
+        check_recorded(record["settings"], f"{path}: training.settings")
+    if "held_out_loss" in record:
+        for key in (*(key for key in MEASURED if key not in record), *({"trained"} - record["held_out_loss"].keys())):
+            raise UserError(f"{path}: training has a held_out_loss, but no {key}")
+
+
+def _check_tables(manifest: Manifest, path: Path, stages: list[str]) -> None:
+    """Raises UserError for a family, a kind of aggregator with its options, or fused stages that there are not."""
+    from afa.aggregators.table import AGGREGATORS as KINDS
+    from afa.aggregators.table import check_options
+    from afa.families.table import FAMILIES
+
+    entry = manifest.aggregator
+    for key, name, table in (("family", manifest.family, FAMILIES), ("aggregator.kind", entry["kind"], KINDS)):
+        if name not in table:
+            raise UserError(f"{path}: {key}: {unknown(shown(name)[1:-1], table, key.rpartition('.')[2])}")
+    check_options(entry["kind"], entry["options"], f"{path}: aggregator.options")
+    for name in manifest.placement if isinstance(manifest.placement, list) else []:
+        if name not in stages:
+            raise UserError(f"{path}: placement: {unknown(shown(name)[1:-1], stages, 'stage')}")
+    if not manifest.stages[-1]["fused"]:
+        raise UserError(f"{path}: stages[{len(stages) - 1}].fused is false; the last stage is always fused, since it makes the prediction")
+
+
+def check_recorded(settings: dict[str, Any], where: str) -> None:
+    """Raises UserError for recorded settings of a training whose values are of another kind than the option's.
+
+    Options that this version does not know are left alone: a later one may have written them.
+    """
+    from typing import get_type_hints
+
+    from afa.training.settings import TrainSettings
+
+    hints = get_type_hints(TrainSettings, include_extras=True)
+    for name, value in settings.items():
+        build(hints.get(name, Any), value, f"{where}.{name}")
+
+
+def _refuse_twice(names: Collection[str], where: str) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise UserError(f"{where} has '{name}' twice; every one needs a name of its own")
+        seen.add(name)
 
 
 def entry_for(located: Located, folder: Path, files: dict[str, str], config: str | None, prediction_type: str | None) -> ExpertEntry:

@@ -20,6 +20,7 @@ from afa.denoiser.walk import Adjuster, Answer, Column, Observer, Residuals, wal
 from afa.families.call import Call
 from afa.families.stage import Stage, Trace
 from afa.families.table import FAMILIES
+from afa.naming import check_name
 
 
 class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
@@ -47,7 +48,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         conversions: Sequence[Conversion | None] = (),
     ) -> None:
         super().__init__()
-        self.names = tuple(names) if names else tuple(f"expert_{index}" for index in range(len(experts)))
+        self.names = tuple(check_name(name, "an expert") for name in names or [f"expert_{index}" for index in range(len(experts))])
         if not experts or len(self.names) != len(experts) or len(set(self.names)) != len(experts):
             raise ValueError(f"{len(experts)} experts with names {list(self.names)}; give at least one, and each its own name")
         first: Any = experts[0]

@@ -1,12 +1,15 @@
 """From a spec to files on this machine: folders and files as they are, hub ids through the hub's cache."""
 
 import os
+import stat
+import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from afa.errors import UserError
 from afa.experts.original import is_alone
-from afa.experts.spec import HUB_ID, ExpertSpec
+from afa.experts.spec import HUB_ID, ExpertSpec, exists
 
 
 @dataclass(frozen=True)
@@ -33,20 +36,44 @@ def locate(spec: ExpertSpec) -> Located:
     What exists here is never taken for a hub id, and a mistyped path is not looked for on the network.
     """
     for lora in spec.loras:
-        if not Path(lora.path).is_file():
+        if not exists(lora.path):
             raise UserError(f"expert '{spec.name}': there is no LoRA file {lora.path}")
-    path = Path(spec.source)
-    if path.is_file():
+        _check_plain(Path(lora.path))
+        if Path(lora.path).suffix != ".safetensors":
+            raise UserError(f"expert '{spec.name}': the LoRA {lora.path} is no .safetensors file; convert pickles first")
+    path, there = Path(spec.source), exists(spec.source)
+    if there and path.is_dir():
+        if not (path / "model_index.json").is_file() and not (path / "config.json").is_file():
+            raise UserError(f"{path} is no diffusers folder: it has neither model_index.json nor config.json")
+        for file in (*path.iterdir(), *path.glob("*/*")):
+            _check_plain(file)
+        return Located(spec, path)
+    if there:
+        _check_plain(path)
         if path.suffix != ".safetensors":
             raise UserError(f"{path} is a '{path.suffix}' file; experts are diffusers folders or .safetensors files (convert pickles first)")
         return Located(spec, path)
-    if path.is_dir():
-        if not (path / "model_index.json").is_file() and not (path / "config.json").is_file():
-            raise UserError(f"{path} is no diffusers folder: it has neither model_index.json nor config.json")
-        return Located(spec, path)
-    if not HUB_ID.fullmatch(spec.source):
+    from_file = spec.named_by is not None and spec.revision is None  # what a file names without a commit is a path
+    if from_file or not HUB_ID.fullmatch(spec.source) or ".." in spec.source.split("/"):
         raise UserError(f"there is no folder or file {spec.source}")
     return _from_hub(spec)
+
+
+def _check_plain(path: Path) -> None:
+    """Raises UserError for a pipe, a socket or a device, which could be read without end; links to them, too."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # a link to nothing: its reader says so
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or path.resolve().parts[1:2] in (("dev",), ("proc",), ("sys",)):
+        raise UserError(f"{path} is no plain file or folder; experts are diffusers folders or .safetensors files")
+
+
+@cache
+def _tell(spec: ExpertSpec) -> None:
+    """Say once which hub id is fetched that the user did not type."""
+    at = f" at commit {spec.revision}" if spec.revision else ""
+    print(f"afa: {spec.named_by} names expert '{spec.name}' as {spec.source} of the hub{at}: fetched, unless it is here already", file=sys.stderr)
 
 
 def _from_hub(spec: ExpertSpec) -> Located:
@@ -54,6 +81,8 @@ def _from_hub(spec: ExpertSpec) -> Located:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    if spec.named_by is not None:
+        _tell(spec)
     parts = spec.source.split("/")
     try:
         if len(parts) > 2:
@@ -61,9 +90,9 @@ def _from_hub(spec: ExpertSpec) -> Located:
             return Located(spec, Path(file), commit=_commit(Path(file)))
         from diffusers import DiffusionPipeline
 
-        folder = DiffusionPipeline.download(spec.source, revision=spec.revision, safety_checker=None, feature_extractor=None)
+        folder = DiffusionPipeline.download(spec.source, revision=spec.revision, use_safetensors=True, safety_checker=None, feature_extractor=None)
         return Located(spec, Path(folder), commit=_commit(Path(folder)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "ON", "YES") else ""
         revision = f" at revision {spec.revision}" if spec.revision else ""
         raise UserError(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from afa.errors import UserError
+from afa.naming import check_name, plain_name
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w./-]+\.safetensors)?")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -27,12 +28,14 @@ class ExpertSpec:
 
     source: a diffusers folder, a .safetensors file, a hub id org/name, or org/name/file.safetensors.
     revision: branch, tag or commit of a hub id.
+    named_by: the file that names it, where the user did not.
     """
 
     name: str
     source: str
     revision: str | None = None
     loras: tuple[Lora, ...] = field(default=())
+    named_by: str | None = None
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
@@ -46,16 +49,25 @@ class ExpertSpec:
         """
         name, rest = None, text
         head, equals, tail = text.partition("=")
-        if equals and NAME.fullmatch(head) and not Path(text).exists():
-            name, rest = head, tail
-        pieces = [rest] if Path(rest).exists() else rest.split("+")
+        named = NAME.fullmatch(head) or exists(tail) or HUB_ID.fullmatch(tail)
+        if equals and named and not exists(text):
+            name, rest = check_name(head, "an expert"), tail
+        pieces = [rest] if exists(rest) else rest.split("+")
         source, loras = pieces[0], tuple(_lora(piece) for piece in pieces[1:])
         revision = None
-        if "@" in source and not Path(source).exists():
+        if "@" in source and not exists(source):
             source, _, revision = source.rpartition("@")
         if not source:
             raise UserError(f"expert '{text}' has no source; write a folder, a .safetensors file or org/name, optionally as name=source")
         return cls(name or _default_name(source), source, revision, loras)
+
+
+def exists(place: str) -> bool:
+    """Whether there is something of that name; a text that can be no path names nothing."""
+    try:
+        return Path(place).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def new_places(given: list[str]) -> dict[str, str]:
@@ -77,6 +89,6 @@ def _lora(text: str) -> Lora:
 
 
 def _default_name(source: str) -> str:
-    """The folder's or file's name, without .safetensors."""
-    last = Path(source).resolve().name if Path(source).exists() else Path(source).name
-    return last.removesuffix(".safetensors")
+    """The folder's or file's name, without .safetensors and what cannot be in a name."""
+    last = Path(source).resolve().name if exists(source) else Path(source).name
+    return plain_name(last.removesuffix(".safetensors"), "expert")

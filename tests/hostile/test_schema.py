@@ -7,7 +7,6 @@ import pytest
 from hostile import WRONG
 
 from afa.errors import UserError
-from afa.options import option
 from afa.schema import Like, Score, Sha256, Within, build
 
 
@@ -31,7 +30,7 @@ class Outer:
     extra: Extra
     digest: Sha256
     flag: bool = False
-    share: float = option(0.5, help="a share")
+    share: float = 0.5
     score: Score | None = None
 
 
