@@ -60,7 +60,7 @@ def test_ablations_change_one_thing_each(settings):  # noqa: F811
         assert len(changed - {"output", "vae", "device", "experts"}) == 1, (folder, changed)
 
 
-def test_training_data_are_found_again_in_the_form_they_had(settings, world):  # noqa: F811
+def test_training_data_are_those_that_the_user_names(settings, world):  # noqa: F811
     from afa.evaluation.setup import Setup
 
     lines = [json.loads(line) for line in (world / "data" / "metadata.jsonl").read_text().splitlines()]
@@ -71,6 +71,7 @@ def test_training_data_are_found_again_in_the_form_they_had(settings, world):  #
     manifest = json.loads((copied / "afa.json").read_text())
     manifest["training"]["settings"]["data"] = str(listed)
     (copied / "afa.json").write_text(json.dumps(manifest))
-    setup = Setup(replace(settings, ensemble=str(copied)))
+    setup = Setup(replace(settings, ensemble=str(copied), train_data=str(listed)))
     assert setup.training_data == str(listed)
     assert setup.training(Path("out"), 1).data == str(listed)
+    assert Setup(replace(settings, ensemble=str(copied))).training_data != str(listed)  # a file may not name what is read

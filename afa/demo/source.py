@@ -16,8 +16,8 @@ SEED = 600_000  # of the demonstration's training scenes too; nothing that is ju
 def from_scenes(place: str) -> Source:
     """scenes:COUNT. The images of `python -m afa.demo.draw --seed 600000`. Raises UserError for a count that is none."""
     count = place.partition(":")[2]
-    if not count.isdigit() or int(count) == 0:
-        raise UserError(f"--data {place}: say how many scenes, such as scenes:512")
+    if not (count.isascii() and count.isdigit() and len(count) <= 6 and int(count) > 0):
+        raise UserError(f"--data {place[:80]}: say how many scenes, from 1 to 999999, such as scenes:512")
     scenes = sample_scenes("mixed", int(count), SEED)
     return Source(place, [_sample(scene, index) for index, scene in enumerate(scenes)])
 

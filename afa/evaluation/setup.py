@@ -1,6 +1,7 @@
 """What all rows of a comparison share: the protocol, the experts (in memory once), the training recipe, the folders."""
 
 import dataclasses
+import sys
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from afa.checkpoint.manifest import read_manifest
+from afa.checkpoint.manifest import MANIFEST, read_manifest
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.protocols.base import Protocol, Request
 from afa.evaluation.protocols.table import make_protocol
+from afa.evaluation.recorded import recorded_data, recorded_settings, tell
 from afa.evaluation.settings import EvaluateSettings
 from afa.experts.config import denoiser_config
 from afa.experts.load import Expert, load_expert
@@ -24,9 +26,11 @@ from afa.experts.spec import ExpertSpec, new_places
 from afa.families.table import FAMILIES
 from afa.generation.sample import Sampling
 from afa.schedulers import reschedule
+from afa.schema import shown
 from afa.training.settings import TrainSettings
 from afa.training.sources.table import open_source
 
+PLAIN = "mse"  # the objective that needs no reward
 TRAINING_DATA = "training-data"  # inside the output, where a protocol draws its own
 
 
@@ -51,7 +55,8 @@ class Setup:
         entry, sampling = self.manifest.experts[0], protocol.sampling
         if sampling.guidance is None or sampling.true_guidance is not None:
             shape = entry.config if entry.config is None or entry.config in KNOWN_CONFIGS else str(self.folder / entry.config)
-            config = denoiser_config(locate(ExpertSpec.parse(self.expert_specs()[0])), self.manifest.family, shape)
+            spec = ExpertSpec.parse(self.expert_specs()[0]) if entry.name in self.moved else entry.spec(self.folder)
+            config = denoiser_config(locate(spec), self.manifest.family, shape)
             call = FAMILIES[self.manifest.family].call
             call.guided(config, 1, sampling.guidance, sampling.negative_prompt, sampling.true_guidance)
             guidance = call.strength(config) if sampling.guidance is None else sampling.guidance
@@ -94,42 +99,57 @@ class Setup:
         specs = [entry.spec(self.folder) for entry in self.manifest.experts]
         return [f"{spec.name}={self.moved[spec.name]}" if spec.name in self.moved else str(spec) for spec in specs]
 
+    @cached_property
+    def recorded(self) -> dict[str, Any]:
+        """What the ensemble's own training was asked for, as far as a file may say it. Raises UserError if it was not trained here."""
+        found = recorded_settings(self.manifest, self.folder)
+        if PartialState().is_main_process:
+            tell(self.manifest, self.folder)
+        return found
+
     def training(self, output: Path, run: int, **changes: Any) -> TrainSettings:
-        """The ensemble's own training recipe at its seed + run. Raises UserError if it has none."""
-        record = self.manifest.training
-        if record is None or "settings" not in record:
-            raise UserError(f"{self.folder} was not trained by `afa train`, so nothing can be trained as it was")
-        recorded = TrainSettings(**record["settings"])
-        if recorded.start is not None:
-            raise UserError(f"{self.folder} was trained further from {recorded.start}, so it is no recipe for others; compare its start, or use --seeds 1")
-        fixed = {"experts": self.expert_specs(), "data": self.training_data, "output": str(output), "device": self.settings.device}
-        seed = recorded.seed + run
-        return dataclasses.replace(recorded, **{**fixed, "seed": seed, "json": False, "dry_run": False, **changes})
+        """The ensemble's own training recipe at its seed + run. Raises UserError if it has none, or one that needs a reward."""
+        fixed: dict[str, Any] = {"experts": self.expert_specs(), "output": str(output), "device": self.settings.device}
+        objective = str(changes.get("objective", self.recorded.get("objective", PLAIN)))
+        if objective != PLAIN and "reward" not in changes:
+            if self.settings.reward is None:
+                raise UserError(
+                    f"{self.folder / MANIFEST} records training by {objective}, and a file may not name a reward; give it with --reward,"
+                    " a name or your own Python file"
+                )
+            fixed |= {"reward": self.settings.reward, "reward_weights": self.settings.reward_weights}
+        recorded = TrainSettings(**{**self.recorded, **fixed, "data": self.training_data})
+        return dataclasses.replace(recorded, **{"seed": recorded.seed + run, **changes})
 
     @cached_property
     def training_data(self) -> str:
-        """Where the captioned training images are: as given, as recorded, or drawn by the protocol. Raises UserError if nowhere."""
-        if self.settings.train_data is not None:
-            return self.settings.train_data
-        recorded = (self.manifest.training or {}).get("settings", {}).get("data", "")
-        if recorded and _opens(recorded):
-            return str(recorded)
+        """Where the captioned training images are: as given, drawn as recorded, or drawn by the protocol. Raises UserError if nowhere.
+
+        A place that a manifest names is not read: it may come from a stranger.
+        """
+        given = self.settings.train_data or recorded_data(self.manifest)
+        if given is not None:
+            return given
         drawn = self.output / TRAINING_DATA
         if self.protocol.training is not None and not (drawn / "metadata.jsonl").exists():
             self.protocol.training(drawn)
         if not drawn.is_dir():
-            raise UserError(f"the training data of {self.folder} are not at {recorded} any more; give their place with --train-data")
+            recorded = shown((self.manifest.training or {}).get("settings", {}).get("data"))
+            raise UserError(f"{self.folder / MANIFEST} names its training data as {recorded}, and a place is not taken from a file; give it with --train-data")
         return str(drawn)
+
+    @cached_property
+    def _captions(self) -> list[str]:
+        try:
+            return [sample.caption for sample in open_source(self.training_data).samples]
+        except UserError as error:
+            if PartialState().is_main_process:
+                print(f"afa: rivals keep their default options, since there are no captions to choose them on: {error}", file=sys.stderr)
+            return []
 
     def tuning_captions(self) -> list[str]:
         """Captions that options may be chosen on: the protocol's, else those of the training data; none if there are neither."""
-        if self.protocol.tuning:
-            return list(self.protocol.tuning[: self.settings.tuning])
-        try:
-            samples = open_source(self.training_data).samples
-        except UserError:
-            return []
-        return [sample.caption for sample in samples[: self.settings.tuning]]
+        return list((self.protocol.tuning or self._captions)[: self.settings.tuning])
 
     def pipeline(self, ensemble: Ensemble) -> Any:
         """A stock pipeline in the comparison's frame: the ensemble's VAE and scheduler, whatever the denoiser."""
@@ -137,15 +157,6 @@ class Setup:
         pipe = ensemble.pipeline(vae=self.ensemble.frame.vae, scheduler=type(scheduler).from_config(scheduler.config))
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.device)
-
-
-def _opens(data: str) -> bool:
-    """Whether training data are still where they were, in whatever form."""
-    try:
-        open_source(data)
-    except UserError:
-        return False
-    return True
 
 
 def _device(name: str | None) -> torch.device:

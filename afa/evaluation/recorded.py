@@ -1,0 +1,70 @@
+"""What a manifest records of its training, as far as a rival may be trained with it: numbers and choices, never code or places.
+
+A manifest may come from a stranger. What it says of data, rewards, loggers, caches and outputs is not used: the command line decides.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from afa.checkpoint.manifest import MANIFEST, Manifest
+from afa.errors import UserError
+from afa.experts.original import KNOWN_CONFIGS
+from afa.schema import shown
+from afa.training.settings import TrainSettings
+from afa.training.sources.table import DRAWN
+
+# Options that name neither code nor a file, of which a recorded value is taken.
+TAKEN = frozenset(
+    """objective snr_gamma weighting timesteps reward_weight reward_reach better worse draft_steps draft_last draft_again draft_guidance
+    anchor sparsity sparsity_top image_column caption_column limit crops flip max_skipped steps batch_size accumulate lr warm_up schedule
+    weight_decay clip ema caption_dropout resolution held_out evaluate_every patience save_every seed dtype gradient_checkpointing
+    aggregator placement hidden heads depth ignore attention_up_to text_stream store""".split()
+)
+OWN = frozenset({"experts", "start", "output", "recipe", "device", "json", "dry_run"})  # of every run, so that nothing is lost without it
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
+
+
+def recorded_settings(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """The recorded options that a rival is trained with. Raises UserError if the ensemble was not trained here, or further."""
+    settings = (manifest.training or {}).get("settings")
+    if settings is None:
+        raise UserError(f"{folder} was not trained by `afa train`, so nothing can be trained as it was")
+    if settings.get("start") is not None:
+        start = shown(settings["start"])
+        raise UserError(f"{folder} was trained further from {start}, so it is no recipe for others; compare its start, or use --seeds 1")
+    return {name: value for name, value in settings.items() if name in TAKEN} | _frame(manifest, folder, settings)
+
+
+def recorded_data(manifest: Manifest) -> str | None:
+    """The recorded place of the training images, if it is drawn by this package and no place on the machine."""
+    data = (manifest.training or {}).get("settings", {}).get("data")
+    return data if isinstance(data, str) and data.startswith(tuple(DRAWN)) else None
+
+
+def tell(manifest: Manifest, folder: Path) -> None:
+    """Say on stderr which recorded options rivals are trained with, and which are not used."""
+    settings = (manifest.training or {}).get("settings", {})
+    used = [f"{name} {shown(value)}" for name, value in settings.items() if name in TAKEN and DEFAULTS[name] != value]
+    print(f"afa: rivals are trained as {folder / MANIFEST} records: {', '.join(used) or 'with the defaults'}", file=sys.stderr)
+    left = [name for name, value in settings.items() if name not in TAKEN | OWN and value not in (None, DEFAULTS.get(name))]
+    left = [f"{name} {shown(settings[name])}" for name in left if name != "data" or recorded_data(manifest) is None]
+    if left:
+        print(
+            f"afa: not used, since they name places or code: {', '.join(left)}; this command takes them from --train-data and --reward",
+            file=sys.stderr,
+        )
+
+
+def _frame(manifest: Manifest, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Where training was given a VAE, a frame or a config: those of the manifest, which are the same, checked as experts are."""
+    names = [entry.name for entry in manifest.experts]
+    config = next((entry.config for entry in manifest.experts if entry.config), None)
+    places = {"vae": manifest.frame.get("vae"), "frame": manifest.frame.get("frame"), "config": config}
+    known = {*names, *KNOWN_CONFIGS, None}
+    return {
+        name: place if place in known else str(folder / str(place))
+        for name, place in places.items()
+        if settings.get(name) is not None
+    }
