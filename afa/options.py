@@ -8,6 +8,7 @@ import functools
 import math
 import types
 import typing
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypedDict, Unpack
 
@@ -93,22 +94,41 @@ def check_value(options: type, field: dataclasses.Field[Any], value: Any, name: 
 
 def check_number(value: Any, name: str, whole: bool = False, **bounds: Unpack[Bounds]) -> None:
     """Raises UserError, beginning with the name and the value, for what is no finite number within the bounds."""
-    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+    if isinstance(value, bool) or not isinstance(value, (int, Integral) if whole else (int, float, Real)):
         raise UserError(f"{name} {str(value)[:40]!r} is no {'whole ' if whole else ''}number")
     shown = f"{name} {value if whole else f'{float(value):.16g}'}"
     if not math.isfinite(value):
         raise UserError(f"{shown} is no finite number; give one{_range(bounds)}")
-    if "least" in bounds and value < bounds["least"]:
+    number: Any = value  # isinstance() has narrowed the type too far for comparisons
+    if "least" in bounds and number < bounds["least"]:
         raise UserError(f"{shown} is too small; the least is {bounds['least']}")
-    if "above" in bounds and value <= bounds["above"]:
+    if "above" in bounds and number <= bounds["above"]:
         raise UserError(f"{shown} is too small; it must be above {bounds['above']}")
-    if "most" in bounds and value > bounds["most"]:
+    if "most" in bounds and number > bounds["most"]:
         raise UserError(f"{shown} is too large; the most is {bounds['most']}")
-    if "below" in bounds and value >= bounds["below"]:
+    if "below" in bounds and number >= bounds["below"]:
         raise UserError(f"{shown} is too large; it must be below {bounds['below']}")
-    if "multiple" in bounds and value % bounds["multiple"]:
+    if "multiple" in bounds and number % bounds["multiple"]:
         unit = bounds["multiple"]
-        raise UserError(f"{shown} must be a multiple of {unit}; {max(1, round(value / unit)) * unit} is the nearest")
+        raise UserError(f"{shown} must be a multiple of {unit}; {max(1, round(number / unit)) * unit} is the nearest")
+
+
+def shares(weights: Sequence[float] | None, count: int, of: str = "") -> tuple[float, ...]:
+    """Weights of `count` experts, in any unit, as shares that sum to 1; None: equal. Raises UserError if they cannot be that.
+
+    of: what they are the weights of, where there are several sets.
+    """
+    weights = [1.0] * count if weights is None else weights
+    named = f" of {of}" if of else ""
+    if len(weights) != count:
+        raise UserError(f"{len(weights)} weights{named} for {count} experts; give one for each")
+    for weight in weights:
+        check_number(weight, f"weight{named}")
+    total = sum(weights)
+    if min(weights) < 0 or not 0 < total < math.inf:
+        listed = " ".join(f"{weight:g}" for weight in weights)
+        raise UserError(f"weights {listed}{named} are no shares; give numbers of at least 0 with a sum above 0 that is finite")
+    return tuple(weight / total for weight in weights)
 
 
 def kind_of(hint: Any) -> tuple[type, bool]:

@@ -1,7 +1,9 @@
 """Seeds: whole numbers from 0 to 2**64 - 1, as torch's generators and other programs take them. Imports torch when a generator is made."""
 
+import dataclasses
 import secrets
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,6 +12,7 @@ from afa.options import SEEDS
 if TYPE_CHECKING:
     import torch
 
+DRAW = -1  # asks for a seed that is drawn
 NARROW = 2**32  # torch's generator of the CPU uses so many seeds: it drops the upper half of 64 bits
 
 
@@ -33,3 +36,12 @@ def generator(seed: int) -> "torch.Generator":
     import torch
 
     return torch.Generator().manual_seed(narrow(seed))
+
+
+def with_seed(settings: Any) -> Any:
+    """A command's settings with a seed of their own: for -1 one is drawn, and said on stderr so that it can be given again."""
+    if settings.seed != DRAW:
+        return settings
+    seed = draw_seed()
+    print(f"seed {seed}, drawn; give --seed {seed} to have the same again", file=sys.stderr)
+    return dataclasses.replace(settings, seed=seed)

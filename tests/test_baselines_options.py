@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from afa.baselines.intervals import Interval, at, equal_intervals, read_table
-from afa.baselines.options import OPTIONS, explain, make_options, read_options, shares
+from afa.baselines.options import OPTIONS, explain, make_options, read_options
 from afa.errors import UserError
+from afa.options import shares
 
 NAMES = ["curves", "angles"]
 
@@ -73,9 +74,9 @@ def test_options_in_python_are_checked_alike():
 
 
 def test_shares_have_sum_one_in_any_unit():
-    assert shares([2, 1, 1], 3) == [0.5, 0.25, 0.25]
-    assert shares(None, 4) == [0.25] * 4
-    for weights, sentence in (([1, 1], "2 weights for 3 experts"), ([1, 1, -1], "1,1,-1 are no shares"), ([0, 0, 0], "not all 0")):
+    assert shares([2, 1, 1], 3) == (0.5, 0.25, 0.25)
+    assert shares(None, 4) == (0.25,) * 4
+    for weights, sentence in (([1, 1], "2 weights for 3 experts"), ([1, 1, -1], "1 1 -1 are no shares"), ([0, 0, 0], "sum above 0")):
         with pytest.raises(UserError, match=sentence):
             shares(weights, 3)
 

@@ -228,9 +228,9 @@ REFUSALS = [
     ("model_stock", 2, True, {"t": 0.5}, "model_stock has no options, so it cannot take 't'"),
     ("mbw", 2, False, {}, "mbw needs weights"),
     ("slerp", 3, False, {}, "slerp is of exactly 2 experts, and 3 were given"),
-    ("slerp", 2, False, {"t": 1.5}, "slerp: t is 1.5, expected from 0 to 1"),
-    ("dare", 2, True, {"drop": 1.0}, "dare: drop is 1, expected from 0 to 1, but not that itself"),
-    ("ties", 2, True, {"scale": math.nan}, "ties: scale is nan, expected a finite number"),
+    ("slerp", 2, False, {"t": 1.5}, "slerp: t 1.5 is too large; the most is 1"),
+    ("dare", 2, True, {"drop": 1.0}, "dare: drop 1 is too large; it must be below 1"),
+    ("ties", 2, True, {"scale": math.nan}, "ties: scale nan is no finite number"),
     *[(method, 2, False, {}, f"{method} adds what experts learnt to their base") for method in MERGES if needs(method, "base")],
 ]
 

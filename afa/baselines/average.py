@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from afa.baselines.combination import Combination, Predict
-from afa.baselines.options import FeatureMean, NoiseAverage, shares
+from afa.baselines.options import FeatureMean, NoiseAverage
 from afa.baselines.sampler import PipelineSampler, in_frame, settled
 from afa.denoiser.base import EnsembleDenoiser
 from afa.ensemble import Ensemble
+from afa.options import shares
 
 
 def average(predictions: Tensor, weights: Tensor) -> Tensor:

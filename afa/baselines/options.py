@@ -1,7 +1,6 @@
 """The options of every sampling-time method. No heavy imports: the command line checks and explains them from here."""
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -159,18 +158,6 @@ def explain() -> str:
             default = "" if value is None else f" (default: {value})"
             lines.append(f"    {field.name:<20}{field.metadata['help']}{default}")
     return "\n".join(lines)
-
-
-def shares(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Weights of `count` experts as shares of 1; None: equal. Raises UserError if they cannot be that."""
-    if weights is None:
-        return [1 / count] * count
-    if len(weights) != count:
-        raise UserError(f"{len(weights)} weights for {count} experts; give one per expert")
-    total = sum(weights)
-    if min(weights) < 0 or not 0 < total < math.inf:
-        raise UserError(f"weights {','.join(f'{weight:g}' for weight in weights)} are no shares; they must not be negative, and not all 0")
-    return [weight / total for weight in weights]
 
 
 def _field(method: str, name: str) -> dataclasses.Field[Any]:

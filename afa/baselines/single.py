@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from afa.baselines.combination import Combination, Predict
-from afa.baselines.options import RandomExpert, Single, SingleInEnsemble, shares
+from afa.baselines.options import RandomExpert, Single, SingleInEnsemble
 from afa.baselines.sampler import PipelineSampler, find_expert, in_frame, settled
 from afa.denoiser.base import EnsembleDenoiser
 from afa.ensemble import Ensemble
@@ -17,6 +17,7 @@ from afa.errors import UserError
 from afa.experts.load import TEXT_ENCODERS, Expert
 from afa.families.table import FAMILIES
 from afa.generation.sample import OnStep, Request, Sampling
+from afa.options import shares
 
 DRAW = 20_824  # keeps the draw of an expert apart from other uses of the same seed
 

@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from afa.baselines.combination import Combination, Predict
-from afa.baselines.options import SuperdiffAnd, SuperdiffOr, shares
+from afa.baselines.options import SuperdiffAnd, SuperdiffOr
 from afa.baselines.sampler import PipelineSampler, check_guidable, in_frame
 from afa.baselines.superposition import (
     Step,
@@ -30,6 +30,7 @@ from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.schedule import FLOW, Schedule, noise_of
 from afa.ensemble import Ensemble
 from afa.errors import UserError
+from afa.options import shares
 
 # The published sampler's steps, whatever those of the experts' scheduler are.
 SPACING = {

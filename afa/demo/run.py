@@ -23,6 +23,7 @@ from afa.errors import UserError
 from afa.evaluation.statistics import Estimate, difference, estimate
 from afa.files import replacing
 from afa.generation.sample import Request, Sampling, sample, sample_all
+from afa.seeds import nth_seed
 
 TEST_SCENES, TRAINING_SCENES = 500_000, 600_000  # seeds; neither occurs in the building of the world
 SHOWN = 6  # images in the report's sheet
@@ -100,7 +101,7 @@ def sampling(settings: DemoSettings) -> Sampling:
 
 def requests(captions: list[str], settings: DemoSettings) -> list[Request]:
     """Scene k is drawn from the noise of seed + k, whatever the method."""
-    return [Request(caption, settings.seed + index) for index, caption in enumerate(captions)]
+    return [Request(caption, nth_seed(settings.seed, index)) for index, caption in enumerate(captions)]
 
 
 def _sampled(

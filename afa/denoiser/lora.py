@@ -4,7 +4,7 @@ LoRAs that are part of an expert (see afa.experts.own) are not among them: they 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from diffusers.utils.peft_utils import delete_adapter_layers, set_adapter_layers
 from torch import nn
 
 from afa.denoiser.sharing import unshare
+from afa.options import check_number
 
 OWN = "own_"  # begins the names of LoRAs that are part of an expert
 
@@ -156,12 +157,22 @@ def _check_all_found(model: nn.Module, name: str, given: Any, prefix: str | None
 
 def activate(model: Any, names: Sequence[str], weights: Any = None) -> None:
     """Switch on some LoRAs of one model, of diffusers or transformers, each as strongly as its weight says (1 by default)."""
+    check_weights(weights)
     if hasattr(model, "set_adapters"):
         model.set_adapters(list(names), weights)
     else:
         several = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
         set_weights_and_activate_adapters(model, list(names), [1.0 if weight is None else weight for weight in several])
     model.requires_grad_(False)  # peft makes what is on trainable
+
+
+def check_weights(weights: Any) -> None:
+    """Raises UserError for a LoRA's weight that is no finite number. weights: one, several, or by part and block; None: 1."""
+    if isinstance(weights, (Mapping, list, tuple)):
+        for weight in weights.values() if isinstance(weights, Mapping) else weights:
+            check_weights(weight)
+    elif weights is not None:
+        check_number(weights, "the weight of a LoRA,")
 
 
 def _check_fusible(model: nn.Module) -> None:

@@ -1,6 +1,5 @@
 """What is switched on for a while: recording, watching and adjusting weights, words hidden, one expert alone."""
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -10,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from afa.denoiser.walk import Adjuster, Observer
+from afa.errors import UserError
 from afa.lookup import unknown
+from afa.options import WEIGHT, check_number
 
 if TYPE_CHECKING:
     from afa.denoiser.base import EnsembleDenoiser
+
+FAINTEST = 1e-6  # strength of an expert that is not off
 
 
 @dataclass
@@ -136,8 +139,9 @@ def check_strengths(names: tuple[str, ...], strengths: Mapping[str, float]) -> N
     for name, strength in strengths.items():
         if name not in names:
             raise ValueError(unknown(name, names, "expert"))
-        if not 0 <= strength < math.inf:
-            raise ValueError(f"strength {strength:g} of expert '{name}' must be a number of at least 0")
+        check_number(strength, f"strength of expert '{name}',", **WEIGHT)
+        if 0 < strength < FAINTEST:
+            raise UserError(f"strength {strength:g} of expert '{name}' is too small for float32; the least above 0 is {FAINTEST:g}")
     if all(strengths.get(name) == 0 for name in names):
         raise ValueError(f"all experts ({', '.join(names)}) are turned off; give at least one a strength above 0")
 

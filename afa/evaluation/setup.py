@@ -27,6 +27,7 @@ from afa.families.table import FAMILIES
 from afa.generation.sample import Sampling
 from afa.schedulers import reschedule
 from afa.schema import shown
+from afa.seeds import nth_seed
 from afa.training.settings import TrainSettings
 from afa.training.sources.table import open_source
 
@@ -119,7 +120,7 @@ class Setup:
                 )
             fixed |= {"reward": self.settings.reward, "reward_weights": self.settings.reward_weights}
         recorded = TrainSettings(**{**self.recorded, **fixed, "data": self.training_data})
-        return dataclasses.replace(recorded, **{"seed": recorded.seed + run, **changes})
+        return dataclasses.replace(recorded, **{"seed": nth_seed(recorded.seed, run), **changes})
 
     @cached_property
     def training_data(self) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from afa.errors import UserError
 from afa.naming import check_name, plain_name
+from afa.options import check_number
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w./-]+\.safetensors)?")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -17,6 +18,9 @@ class Lora:
 
     path: str
     strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number(self.strength, f"the strength of LoRA {self.path},", least=-1000, most=1000)
 
     def __str__(self) -> str:
         return self.path if self.strength == 1 else f"{self.path}*{self.strength:g}"
@@ -83,9 +87,10 @@ def _lora(text: str) -> Lora:
     if not star:
         return Lora(text)
     try:
-        return Lora(path, float(strength))
+        number = float(strength)
     except ValueError:
         raise UserError(f"the strength '{strength}' of LoRA {path} is no number; write e.g. +{path}*0.8") from None
+    return Lora(path, number)
 
 
 def _default_name(source: str) -> str:

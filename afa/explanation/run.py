@@ -36,6 +36,7 @@ from afa.files import replacing, sha256, write_atomically
 from afa.generation.prompts import read_prompts
 from afa.generation.sample import Request, Sampling, sample
 from afa.schedulers import reschedule
+from afa.seeds import nth_seed, with_seed
 
 STEPS = 50  # where nobody says
 RESULTS, PAGE, CHART = "explain.json", "explain.html", "chart.png"
@@ -60,6 +61,7 @@ class Run:
 
 def run(settings: ExplainSettings) -> dict[str, Any]:
     """Explain what is not explained yet: -> explain.json. Ctrl-C loses at most one image. Raises UserError."""
+    settings = with_seed(settings)
     prompts = settings.prompt if settings.prompt is not None else read_prompts(Path(str(settings.prompts)))
     device, output = choose_device(settings.device), Path(settings.output)
     if settings.ensemble is None or not (Path(settings.ensemble) / MANIFEST).exists():
@@ -88,7 +90,7 @@ def _prepare(settings: ExplainSettings, prompts: list[str], device: torch.device
     if settings.scheduler is not None:
         reschedule(ensemble, settings.scheduler)
     pipeline = in_frame(ensemble.to(device), ensemble.denoiser)
-    requests = [Request(prompt, settings.seed + index) for index, prompt in enumerate(prompts)]
+    requests = [Request(prompt, nth_seed(settings.seed, index)) for index, prompt in enumerate(prompts)]
     return Run(ensemble, pipeline, sampling, requests, settings, Path(settings.output))
 
 

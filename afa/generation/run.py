@@ -29,6 +29,7 @@ from afa.generation.settings import GenerateSettings
 from afa.generation.sources import load_sources
 from afa.lookup import unknown
 from afa.schedulers import reschedule
+from afa.seeds import nth_seed, with_seed
 
 GRID_UP_TO = 400  # images; a larger grid is no longer looked at
 
@@ -59,6 +60,7 @@ class Job:
 
 def generate(settings: GenerateSettings) -> list[Path]:
     """Make what is not there yet: -> the paths of all images. Ctrl-C loses at most one batch."""
+    settings = with_seed(settings)
     prompts = settings.prompt if settings.prompt is not None else read_prompts(Path(str(settings.prompts)))
     device = choose_device(settings.device)  # before minutes are spent on loading
     ensemble = _load(settings)
@@ -132,7 +134,7 @@ def _jobs(settings: GenerateSettings, sampling: Sampling, prompts: list[str], en
     jobs = []
     for index, prompt in enumerate(prompts):
         for copy in range(settings.images_per_prompt):
-            request = Request(prompt, settings.seed + index * settings.images_per_prompt + copy)
+            request = Request(prompt, nth_seed(settings.seed, index * settings.images_per_prompt + copy))
             path = Path(settings.output) / f"{index:05d}-{copy:02d}.png"
             jobs.append(Job(path, request, {**common, "prompt": prompt, "seed": request.seed}))
     return jobs

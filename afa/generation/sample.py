@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from afa.denoiser.schedule import FLOW, kind_of
 from afa.errors import UserError
 from afa.families.table import called
+from afa.options import GUIDANCE, SAMPLING_STEPS, SEED, check_number
+from afa.seeds import generator
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,9 @@ class Request:
 
     prompt: str
     seed: int
+
+    def __post_init__(self) -> None:
+        check_number(self.seed, "seed", whole=True, **SEED)
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,12 @@ class Sampling:
     width: int | None = None
     true_guidance: float | None = None
 
+    def __post_init__(self) -> None:
+        check_number(self.steps, "steps", whole=True, **SAMPLING_STEPS)
+        for name in ("guidance", "true_guidance"):
+            if getattr(self, name) is not None:
+                check_number(getattr(self, name), name, **GUIDANCE)
+
 
 # Any way of making images from requests: a pipeline's, or one with a loop of its own.
 Sampler = Callable[[Sequence[Request], Sampling], NDArray[np.uint8]]
@@ -47,13 +58,14 @@ def sample(pipeline: Any, requests: Sequence[Request], sampling: Sampling, on_st
     """
     call, config = called(pipeline)
     _check_sides(sampling, pipeline.vae_scale_factor * call.patch)
+    _check_steps(sampling, pipeline.scheduler)
     result = pipeline(
         [request.prompt for request in requests],
         **call.guided(config, len(requests), sampling.guidance, sampling.negative_prompt, sampling.true_guidance),
         num_inference_steps=sampling.steps,
         height=sampling.height,
         width=sampling.width,
-        generator=[torch.Generator("cpu").manual_seed(request.seed) for request in requests],
+        generator=[generator(request.seed) for request in requests],
         output_type="np",
         callback_on_step_end=None if on_step is None else _told(on_step),
     )
@@ -81,6 +93,13 @@ def _check_sides(sampling: Sampling, unit: int) -> None:
     for name, side in (("height", sampling.height), ("width", sampling.width)):
         if side is not None and side % unit:
             raise UserError(f"{name} {side} must be a multiple of {unit} pixels for this model; {max(1, round(side / unit)) * unit} is the nearest")
+
+
+def _check_steps(sampling: Sampling, scheduler: Any) -> None:
+    """A diffusion schedule has so many timesteps; beyond them diffusers draws without a word, or fails. A flow has any number."""
+    most = getattr(scheduler.config, "num_train_timesteps", None)
+    if most is not None and kind_of(scheduler) != FLOW and sampling.steps > most:
+        raise UserError(f"{sampling.steps} steps are more than the {most} timesteps of {type(scheduler).__name__}; give at most {most}")
 
 
 def sample_all(pipeline: Any, requests: Sequence[Request], sampling: Sampling, batch_size: int) -> Iterator[NDArray[np.uint8]]:

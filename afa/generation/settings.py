@@ -5,7 +5,7 @@ from typing import Any
 
 from afa.baselines.options import MethodOptions, read_options
 from afa.errors import UserError
-from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED_OR_DRAWN, SIDE, CheckedOptions, option
+from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED_OR_DRAWN, SIDE, WEIGHT, CheckedOptions, check_number, option
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class GenerateSettings(CheckedOptions):
     prompts: str | None = option(None, help="a file of prompts: one a line, or JSON lines with \"text\"")
     negative_prompt: str | None = option(None, help="what the images should not show")
     images_per_prompt: int = option(1, **COUNT, help="images of each prompt")
-    seed: int = option(0, **SEED_OR_DRAWN, help="seed of the first image; image k has seed + k")
+    seed: int = option(0, **SEED_OR_DRAWN, help="seed of the first image; image k has seed + k; -1 draws one and says it")
     steps: int = option(50, **SAMPLING_STEPS, help="denoising steps")
     guidance: float | None = option(
         None, **GUIDANCE, help="strength of guidance, 1 turns it off (default: the family's own: 7.5, SDXL 5, SD3 7, FLUX.1-dev 3.5)"
@@ -46,6 +46,7 @@ class GenerateSettings(CheckedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.strengths()
         if (self.prompt is None) == (self.prompts is None):
             raise UserError("give either --prompt TEXT... or --prompts FILE")
         self._check_method()
@@ -61,6 +62,7 @@ class GenerateSettings(CheckedOptions):
                 found[name] = float(factor)
             except ValueError:
                 raise UserError(f"--strength {text} is no NAME=FACTOR, such as {name or 'photo'}=0.5") from None
+            check_number(found[name], f"--strength {name}:", **WEIGHT)
             if not name:
                 raise UserError(f"--strength {text} names no expert; write NAME={text.lstrip('=')}")
         return found

@@ -13,12 +13,12 @@ from afa.experts.load import check_names
 from afa.experts.spec import ExpertSpec
 from afa.merging.layout import Item, diffusers_files, original_file
 from afa.merging.parts import MERGED, check_same_keys
-from afa.merging.rules import normalised
 from afa.merging.settings import MergeSettings
 from afa.merging.sources import Source, open_source, open_vae
 from afa.merging.stages import stage_names
 from afa.merging.table import check_merge, options_of
 from afa.merging.weights import stage_weights
+from afa.options import shares
 
 LATENTS = "vae.decoder.conv_in.weight"  # its second dimension is the latents' channels
 
@@ -105,7 +105,7 @@ def _filled(method: str, options: dict[str, Any], experts: Sequence[Source]) -> 
         stages = stage_names(experts[0].model)
         return {"weights": stage_weights(options["weights"], stages, len(experts), options.get("base_alpha"))}
     if method == "weighted":
-        return {"weights": normalised(options.get("weights") or [1.0] * len(experts), len(experts))}
+        return {"weights": shares(options.get("weights"), len(experts))}
     return {**options_of(method), **options}
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from afa.options import shares
+
 
 def weighted(tensors: Sequence[Tensor], *, weights: Sequence[float] | None = None) -> Tensor:
     """Weighted mean: θ = Σ wᵢ θᵢ with Σ wᵢ = 1.
@@ -18,8 +20,7 @@ def weighted(tensors: Sequence[Tensor], *, weights: Sequence[float] | None = Non
     An expert of weight 1 alone, and experts that are all equal, give that tensor bit for bit.
     Source: the weighted sum of sd-webui-supermerger; equal weights: Diffusion Soup, arXiv:2406.08431.
     """
-    shares = normalised(weights if weights is not None else [1.0] * len(tensors), len(tensors))
-    taking_part = [(tensor, share) for tensor, share in zip(tensors, shares, strict=True) if share]
+    taking_part = [(tensor, share) for tensor, share in zip(tensors, shares(weights, len(tensors)), strict=True) if share]
     first = taking_part[0][0]
     merged = first
     for tensor, share in taking_part[1:]:  # as differences, so that equal tensors change nothing
@@ -57,15 +58,3 @@ def slerp(tensors: Sequence[Tensor], *, t: float = 0.5) -> Tensor:
     turned = a / lengths[0] * (torch.sin((1 - t) * angle) / sine) + b / lengths[1] * (torch.sin(t * angle) / sine)
     merged: Tensor = turned * torch.lerp(*lengths, t)
     return merged.to(one.dtype)
-
-
-def normalised(weights: Sequence[float], count: int) -> tuple[float, ...]:
-    """Weights in any unit as shares that sum to one. Raises ValueError if they are not one per expert, negative, or all zero."""
-    if len(weights) != count:
-        raise ValueError(f"{len(weights)} weights for {count} experts; give one for each")
-    if any(not 0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
-        listed = " ".join(f"{weight:g}" for weight in weights)
-        raise ValueError(
-            f"weights {listed} are no shares; give numbers of at least 0 that are not all 0 (for more than 1: add_difference)"
-        )
-    return tuple(weight / sum(weights) for weight in weights)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
-from afa.options import SEED, CheckedOptions, option
+from afa.options import SEED, WEIGHT, CheckedOptions, check_number, option
 
 # The names of afa.merging.table.MERGES, which needs torch.
 METHODS = ["weighted", "mbw", "add_difference", "task_arithmetic", "ties", "dare", "model_stock", "slerp"]
@@ -71,6 +71,9 @@ class MergeSettings(CheckedOptions):
 
 def _numbers(texts: list[str]) -> list[float]:
     try:
-        return [float(text) for text in texts]
+        numbers = [float(text) for text in texts]
     except ValueError:
         raise UserError(f"--weights {' '.join(texts)} are not all numbers; stages are weighted by --method mbw") from None
+    for number in numbers:
+        check_number(number, "--weights", **WEIGHT)
+    return numbers

@@ -1,7 +1,6 @@
 """The table of merges, and one key's merge in the precision it needs."""
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import Tensor
 from afa.errors import UserError
 from afa.lookup import look_up, unknown
 from afa.merging.differences import add_difference, dare, model_stock, task_arithmetic, ties
-from afa.merging.rules import mbw, normalised, slerp, weighted
+from afa.merging.rules import mbw, slerp, weighted
 from afa.merging.stages import BASE
+from afa.options import SHARE, Bounds, check_number, shares
 
 MERGES: dict[str, Callable[..., Tensor]] = {
     "weighted": weighted,
@@ -27,8 +27,8 @@ MERGES: dict[str, Callable[..., Tensor]] = {
 PAIRS = ("add_difference", "slerp")  # of exactly two experts
 GIVEN = ("base", "stage", "key")  # what a rule is told about a key; all else are its options
 WRITTEN = {"mbw": {"base_alpha": None}}  # options that say how weights are read, before a rule sees them
-# option -> (least, most, whether the most itself is allowed)
-RANGES = {"density": (0.0, 1.0, True), "drop": (0.0, 1.0, False), "t": (0.0, 1.0, True)}
+# Bounds of options that are numbers; all others must be finite.
+RANGES: dict[str, Bounds] = {"density": {"above": 0, "most": 1}, "drop": {"least": 0, "below": 1}, "t": SHARE}
 
 
 def find_merge(method: str) -> Callable[..., Tensor]:
@@ -83,19 +83,9 @@ def _check_values(method: str, experts: int, options: Mapping[str, Any]) -> None
     for name, value in options.items():
         if name == "weights" or value is None:
             continue
-        least, most, included = RANGES.get(name, (-math.inf, math.inf, False))
-        if not (least <= value < most or (included and value == most)):
-            expected = (
-                f"from {least:g} to {most:g}{'' if included else ', but not that itself'}"
-                if name in RANGES
-                else "a finite number"
-            )
-            raise UserError(f"{method}: {name} is {value:g}, expected {expected}")
+        check_number(value, f"{method}: {name}", **RANGES.get(name, {}))
     if method == "weighted" and options.get("weights") is not None:
-        try:
-            normalised(options["weights"], experts)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        shares(options["weights"], experts)
 
 
 def merge_key(

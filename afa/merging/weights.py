@@ -8,6 +8,7 @@ from afa.errors import UserError
 from afa.lookup import unknown
 from afa.merging.presets import PRESETS, has_presets, preset_weights
 from afa.merging.stages import BASE
+from afa.options import shares
 
 OTHERS = "others"  # in a TOML file: what stages get that it does not name
 Named = Mapping[str, float | Sequence[float]]
@@ -99,7 +100,7 @@ def _rows(named: Mapping[str, float | Sequence[float]], stages: tuple[str, ...],
     rows = {}
     for stage, value in named.items():
         if isinstance(value, Sequence):
-            rows[stage] = _shares(stage, value, experts)
+            rows[stage] = shares(value, experts, stage)
         elif experts != 2:
             raise UserError(f"{stage} = {value:g} is a share of the second of two experts; for {experts}, give a weight for each")
         elif not 0 <= value <= 1:
@@ -120,7 +121,7 @@ def _side_by_side(
             raise UserError(
                 f"{stage} has a list of weights in a set that is one expert's; give that file alone, or a number for each stage"
             )
-        rows[stage] = _shares(stage, values, len(columns))  # type: ignore[arg-type]
+        rows[stage] = shares(values, len(columns), stage)  # type: ignore[arg-type]
     return rows
 
 
@@ -136,13 +137,3 @@ def _with_base(rows: dict[str, tuple[float, ...]], experts: int, base_alpha: flo
         BASE: rows.get(BASE, (1 - share, share, *[0.0] * (experts - 2))),
         **{stage: row for stage, row in rows.items() if stage != BASE},
     }
-
-
-def _shares(stage: str, weights: Sequence[float], experts: int) -> tuple[float, ...]:
-    """Weights of one stage in any unit as shares that sum to 1."""
-    listed = " ".join(f"{weight:g}" for weight in weights)
-    if len(weights) != experts:
-        raise UserError(f"{stage} has {len(weights)} weights ({listed}) for {experts} experts; give one for each")
-    if any(not 0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
-        raise UserError(f"the weights {listed} of {stage} are no shares; give numbers of at least 0 that are not all 0")
-    return tuple(weight / sum(weights) for weight in weights)

@@ -3,11 +3,11 @@
 import sys
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from afa.errors import UserError
 from afa.screening.probes import Probes
+from afa.seeds import generator
 from afa.training.data import encode
 from afa.training.noise import Noising
 from afa.training.pictures import Crop
@@ -36,6 +36,6 @@ def encoded(place: str | Source, vae: Any, noising: Noising, *, images: int, dra
         return tqdm(rows, desc="encoding images", unit="image", total=len(work), file=sys.stderr, disable=len(work) < FEW)
 
     found = encode(work, vae, AT_ONCE, source.skipped, watched)
-    batch = noising.draw(found, list(range(len(found))), torch.Generator().manual_seed(seed))
+    batch = noising.draw(found, list(range(len(found))), generator(seed))
     vae.to("cpu")
     return Probes(batch.latents, found.captions, found.sizes, draws, seed)

@@ -14,6 +14,7 @@ from afa.generation.prompts import read_prompts
 from afa.generation.sample import Request, Sampling, sample
 from afa.screening.alone import Common, forget
 from afa.screening.settings import ScreenSettings
+from afa.seeds import nth_seed
 from afa.training.sources.files import METADATA
 
 AT_ONCE = 4
@@ -45,7 +46,7 @@ def _draw(
     sampling = Sampling(settings.steps, settings.guidance, height=side, width=side)
     for start in range(0, len(places), AT_ONCE):
         part = places[start : start + AT_ONCE]
-        images = sample(pipeline, [Request(prompts[place], settings.seed + place) for place in part], sampling)
+        images = sample(pipeline, [Request(prompts[place], nth_seed(settings.seed, place)) for place in part], sampling)
         for place, image in zip(part, images, strict=True):
             with replacing(files[place]) as temporary:
                 Image.fromarray(image).save(temporary, format="PNG")

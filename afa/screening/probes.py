@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from afa.seeds import NARROW, narrow
 from afa.training.noise import Noising
 from afa.training.routing import BANDS
 
@@ -27,16 +28,17 @@ class Probes:
 
     def steps(self, image: int, noising: Noising) -> Tensor:
         """One step in each band, drawn for this image: (BANDS,)."""
-        rng = torch.Generator().manual_seed(_mixed(self.seed, image))
+        rng = _stream(self.seed, image, 0)
         places = (torch.arange(BANDS) + torch.rand(BANDS, generator=rng)) / BANDS
         return (places * noising.steps).long().clamp(max=noising.steps - 1)
 
     def noise(self, image: int) -> Tensor:
         """(BANDS, D, C, h, w)."""
-        rng = torch.Generator().manual_seed(_mixed(self.seed, image) + 1)
+        rng = _stream(self.seed, image, 1)
         return torch.randn((BANDS, self.draws, *self.latents.shape[1:]), generator=rng)
 
 
-def _mixed(seed: int, image: int) -> int:
-    """Apart for every pair, with room for one stream beside it."""
-    return (seed * 1_000_003 + image) * 2
+def _stream(seed: int, image: int, which: int) -> torch.Generator:
+    """A generator of its own for every seed, image and one of two uses."""
+    mixed = (seed * 1_000_003 + image) * 2 + which
+    return torch.Generator().manual_seed(mixed if seed < NARROW else narrow(mixed))

@@ -11,6 +11,7 @@ from torch import nn
 
 from afa.ensemble import Ensemble
 from afa.errors import UserError
+from afa.seeds import narrow
 from afa.training.conditions import Conditions
 from afa.training.log import LOG, flat
 from afa.training.loop import Trainer
@@ -61,7 +62,7 @@ def make_trainer(planned: Plan, accelerator: Accelerator, initialise: Callable[[
     if not draws:
         vae.to("cpu")
     ensemble.to(accelerator.device)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(narrow(settings.seed))
     trained = initialise(ensemble)
     if settings.gradient_checkpointing:
         ensemble.denoiser.enable_gradient_checkpointing()

@@ -7,9 +7,13 @@ import typing
 import numpy as np
 import pytest
 
+from afa.baselines.options import make_options
 from afa.cli.main import COMMANDS, main
+from afa.denoiser.lora import check_weights
+from afa.denoiser.switches import check_strengths
 from afa.errors import UserError
-from afa.options import check_value, kind_of, option
+from afa.merging.table import check_merge
+from afa.options import check_value, kind_of, option, shares
 from afa.recipes import read_recipe
 
 ALL = [
@@ -87,3 +91,41 @@ def test_bounds_without_the_bound_itself():
     for value in (0, 1.0):
         with pytest.raises(UserError, match="it must be"):
             check_value(Toy, field, value, "share")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_strengths_and_weights_that_are_none_are_refused_before_anything_is_loaded(value, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "out")]
+    for command, named in (
+        (["generate", "x=nowhere+style.safetensors*" + value, "--prompt", "p", *output], "strength"),
+        (["generate", "nowhere", "--strength", f"a={value}", "--prompt", "p", *output], "--strength a"),
+        (["merge", "--experts", "a", "b", "--weights", "1", value, *output], "--weights"),
+        (["merge", "--experts", "a", "b", "--method", "slerp", f"--t={value}", *output], "--t"),
+        (["generate", "a", "b", "--method", "noise_average", "--method-option", f"weights=1,{value}", "--prompt", "p", *output], "weights"),
+        (["inspect", "--config", "sd15", "--count", "2", "--aggregator", "fixed", "--weights", "1", value], "--weights"),
+    ):
+        assert main(command) == 2, command
+        told = capsys.readouterr().err
+        assert named in told
+        assert value in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weights", [[float("nan"), 1], [float("inf"), 1], [1e308, 1e308], [-1, 2], [0, 0], [True, 1]])
+def test_weights_that_are_no_shares_are_refused_in_python(weights):
+    with pytest.raises(UserError, match="weight"):
+        shares(weights, 2)
+    with pytest.raises(UserError, match="weight"):
+        check_merge("weighted", 2, False, {"weights": weights})
+    with pytest.raises(UserError, match="weight"):
+        make_options("noise_average", {"weights": weights}) and shares(weights, 2)
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -1, 1e-30, "1", True])
+def test_strengths_that_are_none_are_refused_in_python(strength):
+    with pytest.raises(UserError, match="strength"):
+        check_strengths(("a", "b"), {"a": strength})
+    for weights in (strength, [1.0, strength], {"unet": {"down": strength}}):
+        if strength not in (-1, 1e-30) or strength is True:
+            with pytest.raises(UserError, match="weight of a LoRA"):
+                check_weights(weights)

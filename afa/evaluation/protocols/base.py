@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from afa.errors import UserError
 from afa.evaluation.results import Item
 from afa.generation.sample import Sampling
+from afa.seeds import nth_seed
 
 TUNING_SEED = 40_000_000  # noise of the images that options are chosen on: far from any that is judged
 
@@ -89,7 +90,7 @@ class Request:
         captions = captions[: self.prompts]
         count = self.images_per_prompt or copies
         places = [(index, copy) for index in range(len(captions)) for copy in range(count)]
-        return [Item(index, captions[index], self.seed + index * count + copy) for index, copy in places]
+        return [Item(index, captions[index], nth_seed(self.seed, index * count + copy)) for index, copy in places]
 
     def data_folder(self, protocol: str, holds: str) -> Path:
         """The folder or file with a protocol's own data. Raises UserError if it was not given or is not there."""

@@ -28,6 +28,7 @@ from afa.merging.search.journal import Journal, Objective, Scores
 from afa.merging.search.means import arithmetic
 from afa.merging.search.settings import SearchSettings
 from afa.merging.search.space import Space, Weights
+from afa.seeds import nth_seed
 
 BEST, POINTS, RESULT = "best.toml", "journal.jsonl", "search.json"
 
@@ -84,7 +85,7 @@ def _metric(settings: SearchSettings) -> ImageMetric:
 def _objective(settings: SearchSettings, merge: InMemoryMerge, metric: ImageMetric, device: torch.device) -> Objective:
     """Draw the same images with a merge, and judge each."""
     prompts = settings.prompt if settings.prompt is not None else read_prompts(Path(str(settings.prompts)))
-    requests = [Request(prompts[index % len(prompts)], settings.seed + index) for index in range(settings.images)]
+    requests = [Request(prompts[index % len(prompts)], nth_seed(settings.seed, index)) for index in range(settings.images)]
     sampling = Sampling(settings.steps, settings.guidance, height=settings.height, width=settings.width)
     pipeline = _pipeline(merge.expert, device)
 
