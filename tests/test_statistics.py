@@ -14,7 +14,6 @@ from afa.evaluation.statistics import (
     estimate,
     estimates,
     holm,
-    paired_runs,
     prompt_means,
     set_estimate,
     set_test,
@@ -69,8 +68,8 @@ def test_values_of_different_items_do_not_pair():
 
 
 def test_one_run_is_the_plain_bootstrap_to_the_bit():
-    one, other = np.random.default_rng(4).normal(size=(2, 37))
-    direct = (one - other)[np.random.default_rng(0).integers(37, size=(RESAMPLES, 37))].mean(1)
+    one, other = np.random.default_rng(4).normal(size=(2, 67))
+    direct = (one - other)[np.random.default_rng(0).integers(67, size=(RESAMPLES, 67))].mean(1)
     assert [estimate(one - other)] == estimates([(one - other)[None]]) == [difference(one, other)]
     assert (difference(one, other).low, difference(one, other).high) == pytest.approx(np.quantile(direct, QUANTILES), abs=1e-12)
 
@@ -117,16 +116,10 @@ def test_a_shared_prompt_effect_cancels_in_differences():
 
 def test_identical_methods_differ_by_exactly_nothing():
     runs = np.random.default_rng(10).normal(size=(3, 30))
-    one, other = paired_runs(runs, runs.copy())
+    one, other = runs, runs.copy()
     assert estimates([one - other]) == [Estimate(0.0, 0.0, 0.0, 30)]
     assert sign_flip_tests([one - other]) == [1.0] and set_test(np.zeros(3), np.zeros((3, 50))) == 1.0
     assert win_rates([wins(one, other)])[0].value == 0.5
-
-
-def test_a_single_run_stands_against_every_run_and_equal_seeds_against_each_other():
-    three, two, single = np.arange(6.0).reshape(3, 2), np.ones((2, 2)), np.zeros((1, 2))
-    assert [rows.tolist() for rows in paired_runs(three, single)] == [three.tolist(), np.zeros((3, 2)).tolist()]
-    assert [rows.tolist() for rows in paired_runs(three, two)] == [three[:2].tolist(), two.tolist()]
 
 
 def test_the_order_of_methods_changes_nothing():
@@ -138,7 +131,7 @@ def test_the_order_of_methods_changes_nothing():
 
 
 def test_few_prompts_have_the_sign_flip_p_of_counting():
-    assert sign_flip_tests([np.array([[1.0, 2.0, 3.0]])])[0] == pytest.approx(2 / 8, abs=0.01)  # two of eight sign patterns
+    assert sign_flip_tests([np.array([[1.0, 2.0, 3.0]])])[0] == 2 / 8  # two of eight sign patterns
     assert sign_flip_tests([np.array([[5.0]])]) == [1.0]  # one prompt decides nothing
 
 

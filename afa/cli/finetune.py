@@ -47,11 +47,11 @@ def _plan(facts: dict[str, Any]) -> str:
 
 def _result(record: dict[str, Any], output: str) -> str:
     """The measured result, as a sentence."""
-    change = record["difference_to_expert"]
-    verdict = "lower than" if change["high"] < 0 else "higher than" if change["low"] > 0 else "not distinguishable from"
-    trained = record["held_out_loss"]["trained"]
+    from afa.evaluation.statistics import Estimate
+
+    change, trained = Estimate(**record["difference_to_expert"]), Estimate(**record["held_out_loss"]["trained"])
     return (
-        f"held-out loss {trained['value']:.5f} [{trained['low']:.5f}, {trained['high']:.5f}] (n = {trained['n']}), {verdict} that of the expert:"
-        f" {change['value']:+.5f} [{change['low']:+.5f}, {change['high']:+.5f}], paired\n"
+        f"held-out loss {trained.words(5)} (n = {trained.n}), {change.verdict} that of the expert: {change.words(5, signed=True)},"
+        f" paired{change.too_few}\n"
         f"{record['steps']} steps in {record['seconds']:.0f} s, kept the average of step {record['best_step']}; saved in {output}"
     )

@@ -14,7 +14,7 @@ from PIL import Image
 from afa import __version__
 from afa.checkpoint.manifest import read_manifest
 from afa.demo.run import SHOWN, Outcome
-from afa.evaluation.statistics import Estimate, estimate
+from afa.evaluation.statistics import Estimate, estimate, least_items
 from afa.visualise.grid import grid
 
 PARTS = {"shapes": "shapes", "colours": "colours", "texture": "texture", "ground": "ground", "all": "all six right"}
@@ -45,12 +45,16 @@ def sentence(outcome: Outcome) -> str:
     for other, what in ((best, f"the best single expert ({best})"), ("weight average", "the weight average"),
                         ("untrained mean", "the untrained mean"), ("prediction router", "the prediction router")):  # fmt: skip
         lead = outcome.lead("AFA", other)
-        verdict = "better than" if lead.low > 0 else "worse than" if lead.high < 0 else "not distinguishable from"
+        verdict = {"higher than": "better than", "lower than": "worse than"}.get(lead.verdict, lead.verdict)
         parts.append(f"{verdict} {what} ({_signed(lead)})")
     return (
         f"On {n} mixed scenes AFA is {'; '.join(parts)}. Attribute accuracy, paired by scene, 95 % bootstrap intervals,"
-        " one training seed: other seeds would spread further."
+        f" one training seed: other seeds would spread further.{_few(n)}"
     )
+
+
+def _few(n: int) -> str:
+    return f" A verdict needs at least {least_items()} scenes." if n < least_items() else ""
 
 
 def as_text(outcome: Outcome) -> str:
@@ -130,7 +134,7 @@ def _training(name: str, record: dict[str, Any]) -> str:
     """What training measured on the held-out images."""
     losses = record["held_out_loss"]
     rows = "".join(
-        f"<tr><td>{escape(name if which == 'trained' else which)}</td><td>{value['value']:.5f} [{value['low']:.5f}, {value['high']:.5f}]</td></tr>"
+        f"<tr><td>{escape(name if which == 'trained' else which)}</td><td>{Estimate(**value).words(5)}</td></tr>"
         for which, value in losses.items()
     )
     return (
@@ -140,7 +144,7 @@ def _training(name: str, record: dict[str, Any]) -> str:
 
 
 def _signed(value: Estimate) -> str:
-    return f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+    return value.words(3, signed=True)
 
 
 def _image(pixels: NDArray[np.uint8]) -> str:

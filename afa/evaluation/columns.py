@@ -1,23 +1,23 @@
 """One metric over all methods: values with intervals, and the differences of chosen pairs of methods."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
 
 from afa.errors import UserError
-from afa.evaluation.results import Item, Method, MetricNote
+from afa.evaluation.results import Item, Method, MetricNote, SetScore, prompts_of
 from afa.evaluation.statistics import (
     LEVEL,
     Array,
     Estimate,
+    difference_tests,
+    differences,
     estimates,
-    paired_runs,
     prompt_means,
     set_estimate,
     set_test,
-    sign_flip_tests,
     win_rates,
     wins,
 )
@@ -28,9 +28,15 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class Comparison:
-    """One method minus another. difference: paired by prompt. wins: share of prompts won, ties a half; None for scores of sets.
+    """One method minus another.
 
-    p: of no difference; p_holm: corrected over the report's family, None where a comparison is outside it.
+    difference: paired by prompt
+    p: of no difference
+    wins: share of prompts won, ties a half; None for scores of sets
+    p_holm: corrected over the report's family, None where a comparison is outside it
+    prompts: how many independent ones it rests on; least: how many a verdict needs in that family
+    seeds: the training seeds that both methods have, which are paired; empty where neither was trained
+    by_seed: the difference with each of them
     """
 
     method: str
@@ -40,13 +46,17 @@ class Comparison:
     p: float
     wins: Estimate | None = None
     p_holm: float | None = None
+    prompts: int = 0
+    least: int = 0
+    seeds: tuple[int, ...] = ()
+    by_seed: tuple[float, ...] = ()
 
     @property
     def verdict(self) -> str:
-        """better or worse only if p_holm and the interval both say so; else undecided; "" outside the family."""
+        """better or worse only if p_holm, the interval and the number of prompts all say so; else undecided; "" outside the family."""
         if self.p_holm is None:
             return ""
-        if self.p_holm >= LEVEL or not self.difference.excludes_zero:
+        if self.p_holm >= LEVEL or self.prompts < self.least or not self.difference.excludes_zero:
             return "undecided"
         return "better" if (self.difference.low > 0) == self.higher_is_better else "worse"
 
@@ -54,27 +64,35 @@ class Comparison:
     def reversed(self) -> "Comparison":
         """The same the other way round: other minus method."""
         won = None if self.wins is None else Estimate(1 - self.wins.value, 1 - self.wins.high, 1 - self.wins.low, self.wins.n)
-        return replace(self, method=self.other, other=self.method, difference=self.difference.reversed, wins=won)
+        back = tuple(-value for value in self.by_seed)
+        return replace(self, method=self.other, other=self.method, difference=self.difference.reversed, wins=won, by_seed=back)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one method scored in its runs. seeds: of the runs, rising. Of one kind:
+    """What one method scored in its runs. seeds: of the runs that have the score, rising. Of one kind:
 
     scores (runs, prompts), where a score is of an image; images of a prompt are averaged. replicates: None.
     scores (runs,), where it is of the whole set of n images; replicates (runs, resamples): the same of resampled prompts.
+    trained: whether the seeds are training seeds, so that runs are paired by them. prompts: independent ones.
     """
 
     seeds: tuple[int, ...]
     scores: Array
     replicates: Array | None = None
     n: int = 0
+    trained: bool = False
+    prompts: int = 0
 
-    def of_seeds(self, seeds: Iterable[int]) -> "Sample":
-        """Only the runs with these training seeds; all if it has none of them."""
-        chosen = [place for place, seed in enumerate(self.seeds) if seed in set(seeds)] or list(range(len(self.seeds)))
+    def of_seeds(self, seeds: Sequence[int]) -> "Sample":
+        """The runs with these training seeds, one each; of what is not trained its one run for every seed."""
+        chosen = [self.seeds.index(seed) if self.trained else 0 for seed in seeds]
         replicates = None if self.replicates is None else self.replicates[chosen]
-        return Sample(tuple(self.seeds[place] for place in chosen), self.scores[chosen], replicates, self.n)
+        return replace(self, seeds=tuple(seeds), scores=self.scores[chosen], replicates=replicates)
+
+    def means(self) -> tuple[float, ...]:
+        """Of each run alone, by training seed; none of what is not trained."""
+        return tuple(float(run.mean()) for run in self.scores) if self.trained else ()
 
 
 @dataclass(frozen=True)
@@ -108,9 +126,9 @@ class Column:
 
 def make_column(metric: str, note: MetricNote, methods: Sequence[Method], items: Sequence[Item]) -> Column:
     """The values of all methods that have this score in at least one run. Raises UserError if they do not pair."""
-    prompts = [item.prompt for item in items]
+    prompts = prompts_of(items)
     found = {
-        method.name: image_sample(metric, method, prompts) if note.kind == "image" else _set_sample(metric, method)
+        method.name: image_sample(method, prompts, metric) if note.kind == "image" else _set_sample(metric, method, prompts)
         for method in methods
     }
     samples = {name: sample for name, sample in found.items() if sample is not None}
@@ -119,40 +137,50 @@ def make_column(metric: str, note: MetricNote, methods: Sequence[Method], items:
     return Column(metric, note, samples, _by_key(samples), _by_key(alone))
 
 
-def compare(column: Column, pairs: Sequence[Pair], derived: Sequence[Pair] = ()) -> dict[Pair, Comparison]:
-    """The differences of pairs of methods that have this score, not corrected yet.
-
-    derived: pairs of a variant and what it was derived from, which are compared on the training seeds of the variant.
-    """
+def compare(column: Column, pairs: Sequence[Pair]) -> dict[Pair, Comparison]:
+    """The differences of pairs of methods that have this score, not corrected yet; none of two that share no training seed."""
     samples, higher = column.samples, column.note.higher_is_better
-    both = [(samples[one], samples[other]) for one, other in pairs]
-    both += [(samples[one], samples[other].of_seeds(samples[one].seeds)) for one, other in derived]
+    both = {pair: shared for pair in pairs if (shared := _paired(*(samples[name] for name in pair))) is not None}
     if not both:
         return {}
-    apart = [_minus(one, other) for one, other in both]
+    apart = [_minus(one, other) for one, other in both.values()]
     won: Sequence[Estimate | None] = [None] * len(both)
     if column.note.kind == "image":
-        won = win_rates([_wins(one, other, higher) for one, other in both])
-    found = zip([*pairs, *derived], _estimates(apart), _tests(apart), won, strict=True)
-    return {pair: Comparison(*pair, between, higher, p, share) for pair, between, p, share in found}
+        won = win_rates([wins(one.scores, other.scores) if higher else wins(other.scores, one.scores) for one, other in both.values()])
+    width = float(np.ptp(_span(samples.values())))
+    found = zip(zip(both, apart, strict=True), _estimates(apart, (-width, width), differences), _tests(apart), won, strict=True)
+    return {
+        pair: Comparison(*pair, between, higher, p, share, None, minus.prompts, 0, minus.seeds, minus.means())
+        for (pair, minus), between, p, share in found
+    }
 
 
-def image_sample(metric: str, method: Method, prompts: Sequence[int]) -> Sample | None:
+def _paired(one: Sample, other: Sample) -> tuple[Sample, Sample] | None:
+    """Run against run of the training seeds that both have; what is not trained stands against every run of the other."""
+    seeds = list(one.seeds if one.trained else other.seeds)
+    if one.trained and other.trained:
+        seeds = [seed for seed in seeds if seed in other.seeds]
+    return (one.of_seeds(seeds), other.of_seeds(seeds)) if seeds else None
+
+
+def image_sample(method: Method, prompts: Sequence[int], metric: str | None = None) -> Sample | None:
     """A score of images from every run that has it for all of them, or for the first so many; None if no run has.
 
-    metric: a score's name, or seconds. prompts: of each image.
+    metric: a score's name; None: seconds an image. prompts: of each image.
     """
     runs = sorted(method.runs, key=lambda run: run.seed)
-    given = {run.seed: run.seconds if metric == "seconds" else run.scores.get(metric, []) for run in runs}
+    given = {run.seed: run.seconds if metric is None else run.scores.get(metric, []) for run in runs}
     usable = {seed: values for seed, values in given.items() if 0 < len(values) <= len(prompts) and np.isfinite(values).all()}
     longest = max(map(len, usable.values()), default=0)
     whole = {seed: prompt_means(values, prompts[:longest]) for seed, values in usable.items() if len(values) == longest}
-    return Sample(tuple(whole), np.stack(list(whole.values()))) if whole else None
+    if not whole:
+        return None
+    return Sample(tuple(whole), np.stack(list(whole.values())), trained=method.is_trained, prompts=len(set(prompts[:longest])))
 
 
-def _set_sample(metric: str, method: Method) -> Sample | None:
+def _set_sample(metric: str, method: Method, prompts: Sequence[int]) -> Sample | None:
     runs = sorted(method.runs, key=lambda run: run.seed)
-    scores = {run.seed: run.sets[metric] for run in runs if metric in run.sets and np.isfinite(run.sets[metric].value)}
+    scores = {run.seed: run.sets[metric] for run in runs if metric in run.sets and _finite(run.sets[metric])}
     if not scores:
         return None
     count = min(len(score.replicates) for score in scores.values())
@@ -162,7 +190,12 @@ def _set_sample(metric: str, method: Method) -> Sample | None:
         )
     replicates = np.asarray([score.replicates[:count] for score in scores.values()])
     values = np.asarray([score.value for score in scores.values()])
-    return Sample(tuple(scores), values, replicates, min(score.n for score in scores.values()))
+    images = min(score.n for score in scores.values())
+    return Sample(tuple(scores), values, replicates, images, method.is_trained, len(set(prompts[:images])))
+
+
+def _finite(score: SetScore) -> bool:
+    return bool(np.isfinite(score.value) and np.isfinite(score.replicates).all())
 
 
 def _check_lengths(metric: str, samples: Mapping[str, Sample]) -> None:
@@ -175,30 +208,34 @@ def _check_lengths(metric: str, samples: Mapping[str, Sample]) -> None:
 
 
 def _by_key(samples: Mapping[K, Sample]) -> dict[K, Estimate]:
-    return dict(zip(samples, _estimates(list(samples.values())), strict=True))
+    return dict(zip(samples, _estimates(list(samples.values()), _span(samples.values())), strict=True))
 
 
-def _estimates(samples: Sequence[Sample]) -> list[Estimate]:
-    """All of one metric, so all of one kind."""
+def _span(samples: Iterable[Sample]) -> tuple[float, float]:
+    """The least and the largest value that any prompt has with any method: how far this score is known to reach."""
+    known = [sample.scores.mean(0) for sample in samples if sample.replicates is None]
+    return (float(min(map(np.min, known))), float(max(map(np.max, known)))) if known else (0.0, 0.0)
+
+
+def _estimates(
+    samples: Sequence[Sample], span: tuple[float, float], of_prompts: Callable[..., list[Estimate]] = estimates
+) -> list[Estimate]:
+    """All of one metric, so all of one kind. of_prompts: estimates, or differences."""
     of_sets = [set_estimate(sample.scores, sample.replicates, sample.n) for sample in samples if sample.replicates is not None]
-    return of_sets or (estimates([sample.scores for sample in samples]) if samples else [])
+    return of_sets or (of_prompts([sample.scores for sample in samples], span=span) if samples else [])
 
 
 def _tests(samples: Sequence[Sample]) -> list[float]:
-    of_sets = [set_test(sample.scores, sample.replicates) for sample in samples if sample.replicates is not None]
-    return of_sets or sign_flip_tests([sample.scores for sample in samples])
+    of_sets = [set_test(sample.scores, sample.replicates, sample.prompts) for sample in samples if sample.replicates is not None]
+    return of_sets or difference_tests([sample.scores for sample in samples])
 
 
 def _minus(one: Sample, other: Sample) -> Sample:
-    """The difference run by run: prompt by prompt, or resample by resample."""
-    scores, others = paired_runs(one.scores, other.scores)
+    """The difference run by run, of paired runs: prompt by prompt, or resample by resample."""
+    trained = one.trained or other.trained
+    made = replace(one, seeds=one.seeds if trained else (), scores=one.scores - other.scores, trained=trained)
     if one.replicates is None or other.replicates is None:
-        return Sample((), scores - others)
+        return made
     count = min(one.replicates.shape[1], other.replicates.shape[1])
-    replicates, against = paired_runs(one.replicates[:, :count], other.replicates[:, :count])
-    return Sample((), scores - others, replicates - against, min(one.n, other.n))
-
-
-def _wins(one: Sample, other: Sample, higher: bool) -> Array:
-    scores, others = paired_runs(one.scores, other.scores)
-    return wins(scores, others) if higher else wins(others, scores)
+    replicates = one.replicates[:, :count] - other.replicates[:, :count]
+    return replace(made, replicates=replicates, n=min(one.n, other.n))

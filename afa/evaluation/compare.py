@@ -8,8 +8,8 @@ from pathlib import Path
 
 from afa.errors import UserError
 from afa.evaluation.columns import Column, Pair, compare, image_sample, make_column
-from afa.evaluation.results import GROUPS, Method, Results
-from afa.evaluation.statistics import Estimate, estimates, holm
+from afa.evaluation.results import GROUPS, Method, Results, prompts_of
+from afa.evaluation.statistics import Estimate, estimates, holm, least_items
 
 OURS, BOUND, EXPERT = "ours", "bound", "expert"
 RIVALS = ("merge", "sampling", "control")  # groups of what else could be done with the same experts
@@ -20,8 +20,9 @@ Key = tuple[object, ...]
 class Analysis:
     """One evaluation with everything computed.
 
-    columns: by metric, those that lead first; metrics that no method has are left out. family: how many comparisons were
-    corrected together. folder: where results.json and the images are; None if nobody said.
+    columns: by metric, those that lead first; metrics that no method has are left out
+    family: how many comparisons were corrected together
+    folder: where results.json and the images are; None if not given
     """
 
     results: Results
@@ -63,7 +64,29 @@ class Analysis:
             for run in method.runs
             if (column.metric in run.scores or column.metric in run.sets) and (method.name, run.seed) not in column.by_run
         ]
-        return [*self.results.errors, *unused]
+        apart = [
+            f"{column.metric} of {self.title(one)} minus {self.title(other)}: they share no training seed"
+            for column in self.columns.values()
+            for one, other in _pairs(self.results, column)
+            if (one, other) not in column.comparisons
+        ]
+        return [*self.results.errors, *unused, *apart]
+
+    @cached_property
+    def prompts(self) -> int:
+        """How many independent prompts there are: equal words count once."""
+        return len(set(prompts_of(self.results.items)))
+
+    @property
+    def least(self) -> int:
+        """How many of them a verdict needs, corrected over the family."""
+        return least_items(self.family)
+
+    def seeds(self, name: str) -> int:
+        """The most training seeds that a leading metric of a method rests on; 0 for what is not trained."""
+        return max((len(column.samples[name].seeds) for column in self.primary if name in column.samples), default=0) * (
+            self.methods[name].is_trained
+        )
 
     def title(self, name: str) -> str:
         """A method's title for people."""
@@ -76,8 +99,8 @@ class Analysis:
     @cached_property
     def seconds(self) -> dict[str, Estimate]:
         """Seconds an image, by method. Images of one batch share their time."""
-        prompts = [item.prompt for item in self.results.items]
-        timed = {method.name: image_sample("seconds", method, prompts) for method in self.results.methods}
+        prompts = prompts_of(self.results.items)
+        timed = {method.name: image_sample(method, prompts) for method in self.results.methods}
         known = {name: sample.scores for name, sample in timed.items() if sample is not None}
         whole = {name: scores for name, scores in known.items() if scores.shape[1] == len(set(prompts))}
         return dict(zip(whole, estimates(list(whole.values())), strict=True)) if whole else {}
@@ -141,14 +164,19 @@ def _check(results: Results) -> None:
 
 def _compared(results: Results, column: Column) -> Column:
     """With the best single expert, and every row against it and against our method, every variant against what it came from."""
+    experts = [method.name for method in main_methods(results) if method.group == EXPERT]
+    column = dataclasses.replace(column, best=column.leader(experts))
+    return dataclasses.replace(column, comparisons=compare(column, _pairs(results, column)))
+
+
+def _pairs(results: Results, column: Column) -> list[Pair]:
     main = [method.name for method in main_methods(results) if method.name in column.values]
-    best = column.leader(name for name in main if name in {method.name for method in results.methods if method.group == EXPERT})
-    references = [name for name in (best, our_method(results)) if name in column.values]
+    references = [name for name in (column.best, our_method(results)) if name in column.values]
     pairs = [(name, other) for other in references if other is not None for name in main if name != other]
     derived = [
         (method.name, method.of) for method in results.methods if method.axes and {method.name, method.of} <= set(column.values)
     ]
-    return dataclasses.replace(column, best=best, comparisons=compare(column, list(dict.fromkeys(pairs)), derived))
+    return list(dict.fromkeys([*pairs, *derived]))
 
 
 def _claims(one: Analysis) -> list[tuple[Column, Pair]]:
@@ -166,7 +194,7 @@ def _corrected(one: Analysis, place: int, corrected: dict[Key, float]) -> dict[s
         name: dataclasses.replace(
             column,
             comparisons={
-                pair: dataclasses.replace(found, p_holm=corrected.get(_key(place, column, pair)))
+                pair: dataclasses.replace(found, p_holm=corrected.get(_key(place, column, pair)), least=least_items(len(corrected)))
                 for pair, found in column.comparisons.items()
             },
         )

@@ -1,6 +1,7 @@
 """What a comparison found, raw enough that every number of a report can be computed from it: results.json."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,15 @@ class Item:
     prompt: int
     caption: str
     seed: int
+
+
+def prompts_of(items: Sequence[Item]) -> list[int]:
+    """The independent prompt of each image, counted from 0: equal words are one prompt, wherever they stand in a list.
+
+    Images of one prompt are draws of it, not prompts of their own; statistics average them first.
+    """
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(" ".join(item.caption.split()), len(numbers)) for item in items]
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,11 @@ class Method:
     training_steps: int = 0
     training_seconds: list[float] = field(default_factory=list)  # one a run
     note: str = ""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its runs are training seeds; what is not trained has one run, the same for every seed."""
+        return self.trained_parameters > 0 or len(self.runs) > 1
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
 """A number is an estimate: a value, its 95 % interval and how many items it rests on.
 
-What is resampled are prompts: images of one prompt are averaged first, so a prompt's images always stay together. Whatever is
-compared shares the resamples, so what prompts do to all methods cancels. See estimates() for what several training runs add.
+Prompts are resampled: images of one prompt are averaged first, so a prompt's images always stay together. Methods that are
+compared share the resamples, so what prompts do to all methods cancels. See estimates() for what several training runs add.
+What these intervals and tests are worth is simulated by benchmarks/statistics.py.
 """
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +20,9 @@ FLIPS = 50_000  # of signs, more than resamples: correction for many comparisons
 BLOCK = 4_000_000  # draws held in memory at once
 LEVEL = 0.05  # 1 - the intervals' confidence; also of the tests
 QUANTILES = (LEVEL / 2, 1 - LEVEL / 2)
-RUNS, SIGNS, NORMAL = 1, 2, 3  # streams of random numbers, apart from that of the resamples
+RUNS, SIGNS, NORMAL, STUDENT = 1, 2, 3, 4  # streams of random numbers, apart from that of the resamples
+PADDED = 60  # with fewer items than this, two pseudo-items are added before resampling
+SEVERAL = 3  # training seeds from which on their spread is estimated; below, numbers are about the models that were trained
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,36 @@ class Estimate:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return self.words(3)
+
+    def words(self, places: int, signed: bool = False) -> str:
+        """0.123 [0.120, 0.126]; without brackets where there is no interval. places: digits after the point."""
+        kind = f"{'+' if signed else ''}.{places}f"
+        around = f" [{self.low:{kind}}, {self.high:{kind}}]" if self.has_interval else ""
+        return f"{self.value:{kind}}{around}"
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether the items say how far the value may be off: one item, or items that are all equal, do not."""
+        return self.n > 1 and not math.isclose(self.low, self.high, abs_tol=1e-12)
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of zero: a difference that is more than chance."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval lies on one side of zero and rests on enough items for a claim."""
+        return self.n >= least_items() and (self.low > 0 or self.high < 0)
+
+    @property
+    def verdict(self) -> str:
+        """Of a difference: what may be claimed, "higher than", "lower than" or "not distinguishable from"."""
+        if not self.excludes_zero:
+            return "not distinguishable from"
+        return "higher than" if self.low > 0 else "lower than"
+
+    @property
+    def too_few(self) -> str:
+        """Where there are too few items for any claim: a clause that says so; else nothing."""
+        few = f"; {self.n} {'item' if self.n == 1 else 'items'}, a claim needs at least {least_items()}"
+        return few if self.n < least_items() else ""
 
     @property
     def reversed(self) -> "Estimate":
@@ -59,7 +88,9 @@ def difference(values: NDArray[np.floating], others: NDArray[np.floating], seed:
     values, others = np.asarray(values, np.float64), np.asarray(others, np.float64)
     if values.shape != others.shape:
         raise ValueError(f"paired values must be of the same items, got shapes {values.shape} and {others.shape}")
-    return estimate(values - others, seed)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"a difference needs one value per item, got shape {values.shape}")
+    return differences([(values - others)[None]], seed)[0]
 
 
 def gain(values: NDArray[np.floating], others: NDArray[np.floating], seed: int = 0) -> Estimate:
@@ -76,23 +107,18 @@ def gain(values: NDArray[np.floating], others: NDArray[np.floating], seed: int =
     return Estimate(float(1 - values.mean() / others.mean(1).min()), float(low), float(high), len(values))
 
 
+def least_items(comparisons: int = 1) -> int:
+    """How many independent items a claim needs: with fewer, no sign-flip p can stay below LEVEL after Holm's correction.
+
+    The least p of n items is 2 / 2^n (all differences of one sign). comparisons: of the family that is corrected.
+    """
+    return math.floor(math.log2(2 * max(1, comparisons) / LEVEL)) + 1
+
+
 def prompt_means(values: Sequence[float] | Array, prompts: Sequence[int]) -> Array:
     """One value an image (images,) -> one a prompt, in the order of the prompts' numbers. prompts: of each image."""
     _, place = np.unique(np.asarray(prompts), return_inverse=True)
     return np.bincount(place, np.asarray(values, np.float64)) / np.bincount(place)
-
-
-def paired_runs(one: Array, other: Array) -> tuple[Array, Array]:
-    """The rows of two methods that stand against each other: (runs, …) each -> as many of both.
-
-    Run k against run k, as they share a training seed; a single run stands against every run of the other.
-    """
-    runs = min(len(one), len(other)) if min(len(one), len(other)) > 1 else max(len(one), len(other))
-    return _for_runs(one, runs), _for_runs(other, runs)
-
-
-def _for_runs(rows: Array, runs: int) -> Array:
-    return np.repeat(rows, runs, axis=0) if len(rows) == 1 else rows[:runs]
 
 
 def wins(one: Array, other: Array) -> Array:
@@ -100,21 +126,61 @@ def wins(one: Array, other: Array) -> Array:
     return np.where(one > other, 1.0, np.where(one == other, 0.5, 0.0))
 
 
-def estimates(samples: Sequence[Array], seed: int = 0) -> list[Estimate]:
+def estimates(samples: Sequence[Array], seed: int = 0, span: tuple[float, float] | None = None) -> list[Estimate]:
     """The mean of each sample (runs, prompts), all under the same resamples of the prompts. n: prompts.
 
-    One run: the percentile bootstrap of estimate(). Several training runs: prompts and runs are crossed, and the interval is
-    for the mean over other prompts *and* other training seeds, see run_effects(). A method that was trained once has an
-    interval for other prompts only.
+    One or two runs: the percentile bootstrap of estimate(), for other prompts and these very runs. From SEVERAL runs on,
+    prompts and runs are crossed, and the interval is for other prompts *and* other training seeds, see run_effects().
+
+    Below PADDED prompts two pseudo-prompts are added before resampling, as high and as low as any prompt of the sample, or
+    the ends of the span where all prompts have one value. Few prompts seldom show how far others may lie: without, 20
+    prompts near the end of a scale have intervals that cover too seldom, or no width at all. It is Agresti and Coull's idea
+    (see win_rates) on any scale. span: the least and the largest value a prompt can have, where known.
     """
-    means = _resampled_means(np.concatenate(samples), seed)  # (runs of all, resamples)
+    padded = []
+    for sample in samples:
+        prompts = sample.mean(0)
+        ends = (prompts.min(), prompts.max())
+        padded.append(_padded(sample, ends if span is None or ends[0] < ends[1] else span))
+    return _estimates(padded, samples, seed)
+
+
+def differences(samples: Sequence[Array], seed: int = 0, span: tuple[float, float] | None = None) -> list[Estimate]:
+    """As estimates(), of paired differences (runs, prompts).
+
+    Here the pseudo-prompts lie on both sides of the median, as far as the prompt that is farthest from it: few differences
+    often lie on one side only. Differences that are all zero are of one and the same thing, and not padded.
+    """
+    padded = []
+    for sample in samples:
+        prompts = sample.mean(0)
+        middle = np.median(prompts)
+        far = prompts[np.argmax(np.abs(prompts - middle))] - middle  # in this order, so that B - A has the mirrored interval
+        ends = (middle + far, middle - far)
+        if span is not None and far == 0 and middle != 0:
+            ends = tuple(sorted(span, key=lambda end: -abs(end - middle)))
+        padded.append(_padded(sample, ends))
+    return _estimates(padded, samples, seed)
+
+
+def _padded(sample: Array, ends: Sequence[float]) -> Array:
+    """(runs, prompts) -> (runs, prompts + 2), with two pseudo-prompts of these values, where prompts are few."""
+    if not 1 < sample.shape[1] < PADDED:
+        return sample
+    return np.concatenate([sample, np.tile(np.asarray(ends, np.float64), (len(sample), 1))], axis=1)
+
+
+def _estimates(resampled: Sequence[Array], samples: Sequence[Array], seed: int) -> list[Estimate]:
+    """The means of samples (runs, prompts), their intervals from what is resampled instead (runs, items)."""
+    means = _resampled_means(np.concatenate(resampled), seed)  # (runs of all, resamples)
     found, start = [], 0
     for sample in samples:
-        rows = means[start : start + len(sample)]
+        rows, value = means[start : start + len(sample)], float(sample.mean())
         start += len(sample)
         draws = rows.mean(0) + run_effects(sample.mean(1), rows, seed)
         low, high = np.quantile(draws, QUANTILES)
-        found.append(Estimate(float(sample.mean()), float(low), float(high), sample.shape[1]))
+        around = (float(low), float(high)) if sample.shape[1] >= PADDED else (min(value, float(low)), max(value, float(high)))
+        found.append(Estimate(value, *around, sample.shape[1]))
     return found
 
 
@@ -126,14 +192,15 @@ def win_rates(samples: Sequence[Array], seed: int = 0) -> list[Estimate]:
     """
     padded = [np.concatenate([sample, np.tile([1.0, 1.0, 0.0, 0.0], (len(sample), 1))], axis=1) for sample in samples]
     found = []
-    for sample, around in zip(samples, estimates(padded, seed), strict=True):
-        value = float(sample.mean())
-        found.append(Estimate(value, max(0.0, min(value, around.low)), min(1.0, max(value, around.high)), sample.shape[1]))
+    for sample, around in zip(samples, _estimates(padded, samples, seed), strict=True):
+        value, prompts = around.value, sample.shape[1]
+        low, high = (max(0.0, min(value, around.low)), min(1.0, max(value, around.high))) if prompts > 1 else (value, value)
+        found.append(Estimate(value, low, high, prompts))
     return found
 
 
 def run_effects(values: Array, replicates: Array, seed: int = 0) -> Array:
-    """What other training seeds would do to a mean over runs: draws (resamples,), zeros for a single run.
+    """What other training seeds would do to a mean over runs: draws (resamples,), zeros for fewer than SEVERAL runs.
 
     values (runs,), replicates (runs, resamples) of them under resampled prompts. Runs are too few to be resampled too: where
     seeds matter most, the percentile interval of three resampled runs covers the truth three times out of four. So their part
@@ -144,7 +211,7 @@ def run_effects(values: Array, replicates: Array, seed: int = 0) -> Array:
     pigeonhole bootstrap (2007).
     """
     runs, resamples = replicates.shape
-    if runs == 1:
+    if runs < SEVERAL:
         return np.zeros(resamples)
     noise = (replicates - replicates.mean(0)).var(1).sum() / (runs - 1)
     error = np.sqrt(max(0.0, values.var(ddof=1) - noise) / runs)
@@ -162,26 +229,76 @@ def set_estimate(values: Array, replicates: Array, n: int, seed: int = 0) -> Est
     return Estimate(float(values.mean()), float(values.mean() + low), float(values.mean() + high), n)
 
 
+def difference_tests(samples: Sequence[Array], seed: int = 0) -> list[float]:
+    """Two-sided p of each sample of differences (runs, prompts), for Holm's correction.
+
+    One or two runs: the sign-flip p, about these very runs. From SEVERAL runs on: the larger of that and crossed_test()'s p,
+    which is about other training seeds, too. Raises ValueError for values that are not finite.
+    """
+    flipped = sign_flip_tests(samples, seed)
+    several = [len(sample) >= SEVERAL and sample.shape[1] > 1 for sample in samples]
+    return [
+        max(p, crossed_test(sample, seed)) if more else p for p, sample, more in zip(flipped, samples, several, strict=True)
+    ]
+
+
 def sign_flip_tests(samples: Sequence[Array], seed: int = 0) -> list[float]:
     """Two-sided p of each sample of differences (runs, prompts): were the two methods' names exchangeable in every prompt?
 
-    The signs of the prompts' differences (means over runs) are flipped at random; p is how often the mean is as far from zero.
-    Right for any distribution, also for few and coarse differences, where a bootstrap is too sure. It is about these runs.
+    The signs of the prompts' differences (means over runs) are flipped: in all ways where there are at most FLIPS of them,
+    else at random; p is how often the mean is as far from zero. Right for any distribution, also for few and coarse
+    differences, where a bootstrap is too sure. It is about these runs. Raises ValueError for values that are not finite.
     Source: Fisher, The Design of Experiments (1935), section 21; plus one: Phipson and Smyth (2010).
     """
     prompts = np.stack([sample.mean(0) for sample in samples])  # (samples, prompts)
+    _check_finite(prompts)
+    if 2 ** prompts.shape[1] <= FLIPS:
+        ways = np.asarray(list(itertools.product((-1, 1), repeat=prompts.shape[1])), np.int8)
+        return [float(_beyond(row.mean(), draws).mean()) for row, draws in zip(prompts, _product(ways, prompts), strict=True)]
     null = np.concatenate([_product(signs, prompts) for signs in _signs(prompts.shape[1], seed)], axis=1)
     return [_tail(row.mean(), draws) for row, draws in zip(prompts, null, strict=True)]
 
 
-def set_test(values: Array, replicates: Array, seed: int = 0) -> float:
-    """Two-sided p of a difference of set scores, shapes as in set_estimate.
+def crossed_test(sample: Array, seed: int = 0) -> float:
+    """Two-sided p of no mean difference among other prompts *and* other training seeds. sample: differences (runs, prompts).
+
+    Analysis of variance with prompts and seeds crossed, both random: the mean's variance has the error term MS_prompts +
+    MS_seeds - MS_rest with Satterthwaite's degrees of freedom. Seeds that lie no further apart than the rest count as equal.
+    Raises ValueError for values that are not finite, or fewer than two runs or prompts.
+    Source: Winer, Statistical Principles in Experimental Design (1971), section 5.15, on quasi F ratios.
+    """
+    runs, prompts = sample.shape
+    if runs < 2 or prompts < 2:
+        raise ValueError(f"crossed runs and prompts need at least two of each, got shape {sample.shape}")
+    _check_finite(sample)
+    mean, of_runs, of_prompts = sample.mean(), sample.mean(1), sample.mean(0)
+    freedom = (runs - 1) * (prompts - 1)
+    rest = ((sample - of_runs[:, None] - of_prompts + mean) ** 2).sum() / freedom
+    parts = [(prompts * of_runs.var(ddof=1), runs - 1), (-rest, freedom)]
+    parts = [(runs * of_prompts.var(ddof=1), prompts - 1), *(parts if sum(part for part, _ in parts) > 0 else [])]
+    return _student(mean * math.sqrt(runs * prompts), parts, seed)
+
+
+def set_test(values: Array, replicates: Array, n: int = 0, seed: int = 0) -> float:
+    """Two-sided p of a difference of set scores, shapes as in set_estimate. n: prompts that were resampled.
 
     Such a difference has no part for each prompt to flip, and few replicates, so it is held against a normal distribution with
-    their spread. It is about these runs.
+    their spread: about these runs. From SEVERAL runs on, the larger of that and of Student's t with the spread of the runs added,
+    as in crossed_test(). Raises ValueError for values that are not finite.
     """
-    null = replicates.mean(0).std() * np.random.default_rng((seed, NORMAL)).standard_normal(FLIPS)
-    return _tail(float(values.mean()), null)
+    _check_finite(values)
+    _check_finite(replicates)
+    spread = replicates.mean(0).std()
+    p = _tail(float(values.mean()), spread * np.random.default_rng((seed, NORMAL)).standard_normal(FLIPS))
+    runs = len(values)
+    if runs < SEVERAL:
+        return p
+    between = values.var(ddof=1) / runs
+    noise = (replicates - replicates.mean(0)).var(1).sum() / (runs - 1) / runs
+    freedom = max(1, n - 1)
+    parts = [(between, runs - 1), (-noise, (runs - 1) * freedom)]
+    parts = [(spread**2, freedom), *(parts if between > noise else [])]
+    return max(p, _student(float(values.mean()), parts, seed))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -198,8 +315,25 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def _tail(value: float, null: Array) -> float:
     """How many of the null's draws lie as far from zero as the value; the value itself counts as one of them."""
-    beyond = np.abs(null) >= abs(value) * (1 - 1e-9)  # equal but for rounding is equal
-    return float((1 + beyond.sum()) / (1 + len(null)))
+    return float((1 + _beyond(value, null).sum()) / (1 + len(null)))
+
+
+def _beyond(value: float, null: Array) -> NDArray[np.bool_]:
+    return np.abs(null) >= abs(value) * (1 - 1e-9)  # equal but for rounding is equal
+
+
+def _student(value: float, parts: Sequence[tuple[float, int]], seed: int) -> float:
+    """Two-sided p of a value whose variance is the sum of parts (mean square, degrees of freedom), by Satterthwaite."""
+    variance = sum(part for part, _ in parts)
+    if variance <= 0:
+        return 1.0 if value == 0 else 1 / (1 + FLIPS)
+    freedom = variance**2 / sum(part**2 / of for part, of in parts)
+    return _tail(value / math.sqrt(variance), np.random.default_rng((seed, STUDENT)).standard_t(freedom, FLIPS))
+
+
+def _check_finite(values: Array) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} values are no finite numbers; leave these runs out")
 
 
 def _resampled_means(rows: Array, seed: int) -> Array:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from afa.evaluation.report.numbers import interval, number
+from afa.evaluation.report.numbers import with_interval
 from afa.evaluation.statistics import Estimate, estimate
 from afa.explanation.recording import Recording
 from afa.training.routing import BANDS, GROUPS
@@ -75,8 +75,7 @@ def said(found: Estimate | None, places: int = 3) -> str:
     """A number with its interval and n; a single image has no interval."""
     if found is None:
         return "no pass"
-    value = number(found.value, places)
-    return f"{value}, n = 1" if found.n == 1 else f"{value} {interval(found, places)}, n = {found.n}"
+    return f"{with_interval(found, places)}, n = {found.n}"
 
 
 def as_data(found: Estimate | None) -> dict[str, float | int | None] | None:

@@ -68,7 +68,7 @@ def judge(evidence: Evidence) -> Verdict:
     if evidence.afa.value < WORTH or len(kept) == 1:
         return _without_ensemble(evidence, dropped, reasons)
     if evidence.average is not None:
-        if evidence.average.low > 0 and evidence.average.value >= evidence.afa.value - WORTH:
+        if evidence.average.excludes_zero and evidence.average.low > 0 and evidence.average.value >= evidence.afa.value - WORTH:
             much = f"as much as AFA is expected to ({spread(evidence.afa)}), at the price of one model"
             reasons.append(f"The weight average lowers it by {share(evidence.average)}, {much}.")
             return Verdict(MERGE, tuple(kept), dropped, tuple(reasons))
@@ -81,7 +81,7 @@ def _without_ensemble(evidence: Evidence, dropped: dict[str, str], reasons: list
     """Head-room is not worth it: merge if that helps, else the best alone."""
     average = evidence.average
     distinct = [name for name in evidence.names if name not in evidence.same]
-    if average is not None and average.low > WORTH / 2 and len(distinct) > 1:
+    if average is not None and average.excludes_zero and average.low > WORTH / 2 and len(distinct) > 1:
         reasons.append(f"That is not worth several models; but their weight average lowers it by {share(average)}, at the price of one.")
         return Verdict(MERGE, tuple(distinct), {name: why for name, why in dropped.items() if name in evidence.same}, tuple(reasons))
     reasons.append(f"Less than {100 * WORTH:g} % is not worth a second model.")
@@ -105,7 +105,8 @@ def share(estimate: Estimate, signed: bool = False, absolute: bool = False) -> s
     if absolute and value < 0:
         value, low, high = -value, -high, -low
     shown = [number(100 * part, 1, signed) for part in (value, low, high)]
-    return f"{shown[0]} % [{shown[1]}, {shown[2]}] (n = {estimate.n})"
+    around = f" [{shown[1]}, {shown[2]}]" if estimate.has_interval else ""
+    return f"{shown[0]} %{around} (n = {estimate.n})"
 
 
 def spread(gain: Foretold) -> str:

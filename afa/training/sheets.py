@@ -105,10 +105,10 @@ class Sheets:
         leading = self.watch.names[0]
         first = self._first.setdefault(leading, scores[leading])
         change = difference(scores[leading], first)
-        worse = change.high < 0 if self.watch.higher_is_better else change.low > 0
+        worse = change.has_interval and (change.high < 0 if self.watch.higher_is_better else change.low > 0)
         if worse and not self._warned:
             self._warned = True
-            worse_by = f"{leading} of the sheet has become worse since training was begun, or gone on with ({change})"
+            worse_by = f"{leading} of the sheet has become worse since training was begun, or gone on with ({change}, n = {change.n})"
             tqdm.write(f"afa: {worse_by}: the reward may be hacked", file=sys.stderr)
         return {"watched": {name: float(values.mean()) for name, values in scores.items()}}
 

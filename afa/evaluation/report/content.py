@@ -5,20 +5,23 @@ from functools import partial
 
 from afa.evaluation.columns import Column
 from afa.evaluation.compare import Analysis
-from afa.evaluation.report.numbers import count, durations, number, plural
+from afa.evaluation.report.numbers import count, decimals, durations, number, plural
 from afa.evaluation.report.tables import Cell, Row, Shown, Table
 from afa.evaluation.results import GROUPS, Method
-from afa.evaluation.statistics import RESAMPLES
+from afa.evaluation.statistics import PADDED, RESAMPLES, SEVERAL
 
 Maker = tuple[str, Callable[[Method], Cell]]  # a column: its header, and the cell of a method
 COMPUTED = {
     "intervals": (
         f"95 %, bootstrap of {count(RESAMPLES)} resamples of the prompts, the same for every method; the images of a prompt are"
-        " averaged first. Several training runs add their own spread (Student's t). A score of a whole set has the replicates"
-        " that were made with it."
+        f" averaged first, wherever it stands in the list. Below {PADDED} prompts two pseudo-prompts are added. From {SEVERAL} training"
+        " seeds on their spread is added (Student's t); with fewer, an interval is for other prompts, of these trained models. A"
+        " score of a whole set has the replicates that were made with it, and its interval is for this number of images."
     ),
     "tests": (
-        "two-sided: the signs of the prompts' differences are flipped at random; scores of sets against a normal distribution."
+        "two-sided: the signs of the prompts' differences are flipped; scores of sets against a normal distribution. From"
+        f" {SEVERAL} training seeds on the larger of that p and the p of an analysis of variance with prompts and seeds crossed."
+        " Runs are paired by training seed."
         " Holm's correction over all claims of the report: our method and the best single expert against every other row, by the"
         " leading metrics."
     ),
@@ -42,7 +45,8 @@ def title(several: Sequence[Analysis], names: Sequence[str]) -> str:
 
 def main_table(one: Analysis, column: Column, brief: bool = False) -> Table:
     """Value, differences, win rate and cost of every row, by a leading metric. brief: as narrow as a terminal."""
-    columns = [*_scored(one, column, brief), ("seconds an image", lambda method: seconds_cell(one, method))]
+    seeds = [("seeds", partial(seeds_cell, column))] if any(method.is_trained for method in one.rows) else []
+    columns = [*_scored(one, column, brief), *seeds, ("seconds an image", lambda method: seconds_cell(one, method))]
     columns += [] if brief else [("memory", memory), ("trained parameters", parameters_cell)]
     return _table(one, columns, _main_note(one, column))
 
@@ -97,7 +101,8 @@ def overview_table(several: Sequence[Analysis], names: Sequence[str]) -> Table:
 def made_of(one: Analysis) -> list[tuple[str, str]]:
     """How the evaluation was made, as pairs of words."""
     results = one.results
-    protocol = [(name.replace("_", " "), _words(value)) for name, value in results.protocol.items() if value is not None]
+    asked = {"training_seeds": "training seeds asked for"}  # how many there are, the tables say
+    protocol = [(asked.get(name, name.replace("_", " ")), _words(value)) for name, value in results.protocol.items() if value is not None]
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     metrics = [(f"metric {name}", note.source) for name, note in results.metrics.items()]
     experts = [(f"expert {entry.get('name', '?')}", _source(entry)) for entry in results.experts]
@@ -128,6 +133,17 @@ def difference_cell(column: Column, name: str, other: str | None) -> Cell:
 def seconds_cell(one: Analysis, method: Method) -> Cell:
     """Seconds an image."""
     return Shown(one.seconds[method.name], coarse=True) if method.name in one.seconds else None
+
+
+def seeds_cell(column: Column, method: Method) -> Cell:
+    """How many training seeds a value rests on; too few to show their spread: each of them."""
+    sample = column.samples.get(method.name)
+    if sample is None or not method.is_trained:
+        return None
+    many, lost = len(sample.seeds), len(method.runs) - len(sample.seeds)
+    apart = decimals([column.values[method.name]])
+    values = ", ".join(number(value, apart) for value in sample.means()) if 1 < many < SEVERAL else ""
+    return f"{many}{f' of {len(method.runs)}' if lost else ''}{f' ({values})' if values else ''}"
 
 
 def parameters_cell(method: Method) -> Cell:
@@ -170,17 +186,22 @@ def _wins(column: Column, other: str, method: Method) -> Cell:
 
 def _main_note(one: Analysis, column: Column) -> str:
     """What must be known to read the main table."""
-    runs = max(len(method.runs) for method in one.rows)
+    seeds = {len(column.samples[method.name].seeds) for method in one.rows if method.is_trained and method.name in column.samples}
     unit = "prompts, the images of a prompt together" if column.note.kind == "image" else "images, of seconds prompts"
     parts = [f"n counts {unit}; brackets are 95 % bootstrap intervals, differences are paired."]
     if column.best is not None:
         parts.append(f"{one.title(column.best)} is the best single expert on these same images, which favours it.")
     family = plural(one.family, "comparison")
     parts.append(f"▲ better, ▼ worse, ○ undecided, after Holm's correction over the {family} of this report.")
-    if runs > 1:
-        parts.append(f"What was trained with {runs} seeds has intervals for other prompts and seeds, all else for other prompts.")
-    elif any(method.trained_parameters for method in one.rows):
-        parts.append("What is trained was trained once: other training seeds would spread further.")
+    if column.note.kind == "set":
+        parts.append(f"A bracket is for this number of images: {column.metric} of more images would lie elsewhere.")
+    if max(seeds, default=0) >= SEVERAL:
+        parts.append(f"From {SEVERAL} training seeds on intervals are for other prompts and seeds, all else for other prompts.")
+    elif seeds:
+        parts.append(
+            f"Intervals are for other prompts, of these trained models: other training seeds would spread further, which"
+            f" fewer than {SEVERAL} do not show."
+        )
     return " ".join(parts)
 
 

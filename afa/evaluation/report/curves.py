@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from afa.evaluation.columns import Column
 from afa.evaluation.report.content import arrow
-from afa.evaluation.report.numbers import interval, number
+from afa.evaluation.report.numbers import with_interval
 from afa.evaluation.report.placing import names_beside
 from afa.evaluation.report.studies import Point
 from afa.evaluation.report.svg import Scale, drawing, line, mark, scale, text, tick_label, ticks
@@ -39,7 +39,7 @@ def _line(name: str, points: Sequence[Point], across: Scale, upwards: Scale, shi
     at = [(across(float(point.place)) + shift, upwards(point.value.value)) for point in points]
     drawn = [line(*start, *end, f"curve {group}") for start, end in pairwise(at)]
     for (x, y), point in zip(at, points, strict=True):
-        tip = f"{name}, {point.place:g}: {number(point.value.value, 3)} {interval(point.value, 3)}, n = {point.value.n}"
+        tip = f"{name}, {point.place:g}: {with_interval(point.value, 3)}, n = {point.value.n}"
         drawn += [line(x, upwards(point.value.low), x, upwards(point.value.high), f"whisker {group}"), mark(x, y, group, tip)]
     return drawn
 

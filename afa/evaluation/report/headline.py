@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from afa.evaluation.columns import Column, Comparison
 from afa.evaluation.compare import EXPERT, OURS, RIVALS, Analysis
 from afa.evaluation.report.content import GROUP_TITLES
-from afa.evaluation.report.numbers import decimals, interval, number, plural, probability
-from afa.evaluation.statistics import LEVEL
+from afa.evaluation.report.numbers import decimals, number, plural, probability, with_interval
+from afa.evaluation.statistics import LEVEL, SEVERAL
 
 WORDS = {"better": "better than", "worse": "worse than", "undecided": "undecided against"}
 
@@ -28,14 +28,26 @@ def headlines(one: Analysis) -> list[Headline]:
 
 def terms(one: Analysis) -> str:
     """On what terms the sentences are said."""
-    runs = len(one.methods[one.ours].runs) if one.ours is not None else 1
-    several = f"{runs} training seeds: intervals are for others too, p is about these"
-    seeds = several if runs > 1 else "one training seed: others would spread further"
-    prompts, images = plural(len({item.prompt for item in one.results.items}), "prompt"), plural(len(one.results.items), "image")
+    prompts, images = plural(one.prompts, "independent prompt"), plural(len(one.results.items), "image")
+    enough = f"it needs at least {one.least} independent prompts for {'this' if one.family == 1 else 'that'}"
     return (
-        f"{prompts}, {images} a method, {seeds}. Said only where the 95 % interval of the paired difference excludes zero"
-        f" and p < {LEVEL} after Holm's correction over {plural(one.family, 'comparison')}."
+        f"{prompts}, {images} a method, {_seeds(one)}. A verdict is given only where the 95 % interval of the paired difference"
+        f" excludes zero and p < {LEVEL} after Holm's correction over {plural(one.family, 'comparison')};"
+        f" {enough}{', so none is possible here' if one.prompts < one.least else ''}."
     )
+
+
+def _seeds(one: Analysis) -> str:
+    """How many training seeds our method's comparisons rest on, and what that means."""
+    shared = [len(found.seeds) for column in one.primary for found in column.comparisons.values() if one.ours in (found.method, found.other)]
+    counts = sorted({count for count in shared if count})
+    if not counts:
+        return "nothing trained"
+    words = plural(counts[-1], "training seed") if len(counts) == 1 else f"{counts[0]} to {counts[-1]} shared training seeds"
+    if counts[0] >= SEVERAL:
+        return f"{words}: intervals and p are for other seeds, too"
+    few = f"with fewer than {SEVERAL} " if counts[-1] >= SEVERAL else ""
+    return f"{words}: {few}verdicts are about these trained models, others would spread further"
 
 
 def _lead(one: Analysis, column: Column) -> str:
@@ -47,7 +59,8 @@ def _lead(one: Analysis, column: Column) -> str:
         missing = "there is no single expert to compare with" if column.best is None else f"{one.title(one.ours)} has no value"
         return f"By {column.metric} ({direction} is better) nothing can be said about the best single expert: {missing}."
     best = f"the best single expert, {one.title(found.other)}"
-    return f"By {column.metric} ({direction} is better) {one.title(one.ours)} is {_verdict(found)} {best}: {_figures(found)}."
+    here = f", as trained here ({plural(len(found.seeds), 'seed')})," if 0 < len(found.seeds) < SEVERAL else ""
+    return f"By {column.metric} ({direction} is better) {one.title(one.ours)}{here} is {_verdict(found)} {best}: {_figures(found)}."
 
 
 def _verdict(found: Comparison) -> str:
@@ -61,7 +74,8 @@ def _figures(found: Comparison) -> str:
         if found.p_holm is None
         else f", p {probability(found.p_holm) if found.p_holm < 0.001 else f'= {probability(found.p_holm)}'}"
     )
-    return f"{number(found.difference.value, places, True)} {interval(found.difference, places, True)}{p}"
+    seeds = ", ".join(f"{number(value, places, True)} with seed {seed}" for seed, value in zip(found.seeds, found.by_seed, strict=True))
+    return f"{with_interval(found.difference, places, True)}{p}{f' ({seeds})' if 1 < len(found.seeds) < SEVERAL else ''}"
 
 
 def _kinds(one: Analysis, column: Column) -> list[tuple[str, str]]:

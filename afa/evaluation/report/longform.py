@@ -11,8 +11,8 @@ from afa.evaluation.results import Method
 from afa.evaluation.statistics import Estimate
 
 HEADERS = (
-    "evaluation method title group study of training_seeds metric kind higher_is_better leading value low high n"
-    " versus diff diff_low diff_high win win_low win_high p p_holm verdict trained_parameters training_steps"
+    "evaluation method title group study of training_seeds metric kind higher_is_better leading prompts value low high n"
+    " versus shared_seeds diff diff_low diff_high win win_low win_high p p_holm verdict trained_parameters training_steps"
     " seconds seconds_low seconds_high seconds_n memory_mb"
 ).split()
 
@@ -50,7 +50,6 @@ def _about(one: Analysis, method: Method) -> dict[str, Any]:
         "group": method.group,
         "study": "; ".join(f"{axis}={value}" for axis, value in method.axes.items()),
         "of": method.of,
-        "training_seeds": len(method.runs),
         "trained_parameters": method.trained_parameters,
         "training_steps": method.training_steps,
         "memory_mb": max(known, default=""),
@@ -61,13 +60,15 @@ def _about(one: Analysis, method: Method) -> dict[str, Any]:
 def _score(one: Analysis, column: Column, method: Method) -> dict[str, Any]:
     found = column.values[method.name]
     return {
+        "training_seeds": len(column.samples[method.name].seeds),
         "metric": column.metric,
         "kind": column.note.kind,
         "higher_is_better": int(column.note.higher_is_better),
         "leading": int(column in one.primary),
+        "prompts": column.samples[method.name].prompts,
         "value": found.value,
-        "low": found.low,
-        "high": found.high,
+        "low": _end(found, found.low),
+        "high": _end(found, found.high),
         "n": found.n,
     }
 
@@ -75,6 +76,7 @@ def _score(one: Analysis, column: Column, method: Method) -> dict[str, Any]:
 def _versus(found: Comparison) -> dict[str, Any]:
     return {
         "versus": found.other,
+        "shared_seeds": len(found.seeds) or "",
         **_named("diff", found.difference),
         **(_named("win", found.wins) if found.wins is not None else {}),
         "p": found.p,
@@ -84,4 +86,10 @@ def _versus(found: Comparison) -> dict[str, Any]:
 
 
 def _named(name: str, found: Estimate, n: bool = False) -> dict[str, Any]:
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high, **({f"{name}_n": found.n} if n else {})}
+    ends = {f"{name}_low": _end(found, found.low), f"{name}_high": _end(found, found.high)}
+    return {name: found.value, **ends, **({f"{name}_n": found.n} if n else {})}
+
+
+def _end(found: Estimate, end: float) -> float | str:
+    """Of an interval; empty where there is none."""
+    return end if found.has_interval else ""

@@ -28,8 +28,15 @@ def number(value: float, places: int, signed: bool = False) -> str:
 
 
 def interval(estimate: Estimate, places: int, signed: bool = False) -> str:
-    """[low, high]"""
+    """[low, high]; nothing where there is no interval."""
+    if not estimate.has_interval:
+        return ""
     return f"[{number(estimate.low, places, signed)}, {number(estimate.high, places, signed)}]"
+
+
+def with_interval(estimate: Estimate, places: int, signed: bool = False) -> str:
+    """0.123 [0.120, 0.126]"""
+    return f"{number(estimate.value, places, signed)} {interval(estimate, places, signed)}".strip()
 
 
 def percent(estimate: Estimate) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from afa.evaluation.columns import Column
 from afa.evaluation.compare import Analysis
 from afa.evaluation.report.content import arrow
-from afa.evaluation.report.numbers import decimals, interval, number
+from afa.evaluation.report.numbers import decimals, with_interval
 from afa.evaluation.report.placing import Box, place_labels
 from afa.evaluation.report.svg import Scale, drawing, line, mark, scale, text, tick_label, ticks
 from afa.evaluation.statistics import Estimate
@@ -54,7 +54,7 @@ def scatter(found: Sequence[Spot], column: Column, unit: str) -> str:
         parts += [line(x, y, label.x, label.y - 4, "leader")] if label.far else []
     places = decimals([spot.quality for spot in found])
     for (x, y, words), label, spot in zip(points, labels, found, strict=True):
-        quality = f"{number(spot.quality.value, places)} {interval(spot.quality, places)}, n = {spot.quality.n}"
+        quality = f"{with_interval(spot.quality, places)}, n = {spot.quality.n}"
         tip = f"{words}: {tick_label(round(spot.cost, 4))} {unit}, {quality}"
         parts += [mark(x, y, spot.group, tip), text(label.x, label.y, words, f"label {spot.group}", label.anchor)]
     return drawing(WIDTH, HEIGHT, parts, f"{column.metric} of {len(found)} methods against {unit}")

@@ -11,7 +11,7 @@ from afa.evaluation.compare import RIVALS, Analysis
 from afa.evaluation.report.markup import key, scrolling
 from afa.evaluation.report.numbers import decimals, number
 from afa.evaluation.report.thumbnails import Thumbnails
-from afa.evaluation.results import Method
+from afa.evaluation.results import Method, prompts_of
 
 ROWS = 6  # prompts of the sheets
 COLUMNS = 9  # methods beside our own in one sheet
@@ -58,9 +58,11 @@ def cases(one: Analysis, column: Column, other: str, pictures: Thumbnails) -> st
 
 
 def extreme_cases(one: Analysis, column: Column, other: str) -> tuple[list[Case], list[Case]]:
-    """Wins and losses, the largest first, by the first training seeds; equal scores are neither."""
-    ours = _first_run(one.methods[str(one.ours)], column.metric)
-    against = _first_run(one.methods[other], column.metric)
+    """Wins and losses, the largest first, by the first training seed that both have; equal scores are neither."""
+    found = column.against(str(one.ours), other)
+    if found is None:
+        return [], []
+    ours, against = (_scores(one.methods[name], column.metric, found.seeds) for name in (str(one.ours), other))
     every = [Case(index, mine, its) for index, (mine, its) in enumerate(zip(ours, against, strict=False)) if mine != its]
     sign = 1 if column.note.higher_is_better else -1
     every.sort(key=lambda case: (-sign * (case.ours - case.other), case.index))
@@ -77,13 +79,17 @@ def opponents(one: Analysis, column: Column) -> list[str]:
 
 def _one_a_prompt(one: Analysis, cases: Sequence[Case]) -> list[Case]:
     firsts: dict[int, Case] = {}
+    prompts = prompts_of(one.results.items)
     for case in cases:
-        firsts.setdefault(one.results.items[case.index].prompt, case)
+        firsts.setdefault(prompts[case.index], case)
     return list(firsts.values())[:CASES]
 
 
-def _first_run(method: Method, metric: str) -> list[float]:
-    return min(method.runs, key=lambda run: run.seed).scores.get(metric, [])
+def _scores(method: Method, metric: str, seeds: Sequence[int]) -> list[float]:
+    """Of the first of these training seeds, or of what is not trained."""
+    runs = {run.seed: run for run in method.runs}
+    run = runs[seeds[0]] if seeds and method.is_trained else method.runs[0]
+    return run.scores.get(metric, [])
 
 
 def _sheet(one: Analysis, methods: Sequence[Method], pictures: Thumbnails) -> str:

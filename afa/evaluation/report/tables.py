@@ -67,12 +67,13 @@ class Table:
     def under(self, column: int) -> str:
         """Interval and n, where there are estimates."""
         n = self.common_n(column)
-        return "" if not self.estimates(column) else "[95 %]" if n is None else f"[95 %], n = {n}"
+        brackets = "[95 %]" if any(shown.estimate.has_interval for shown in self.estimates(column)) else ""
+        return ", ".join(part for part in (brackets, "" if n is None else f"n = {n}") if part)
 
     def words(self, cell: Cell, column: int, missing: str = "") -> str:
         """A cell as plain words, whole."""
         if not isinstance(cell, Shown):
             return missing if cell is None else cell
         value, around = cell.parts(self.places(column))
-        n = "" if self.common_n(column) is not None else f" (n = {cell.estimate.n})"
-        return f"{value} {around}{n}{f' {MARKS[cell.verdict]}' if cell.verdict else ''}"
+        n = "" if self.common_n(column) is not None else f"(n = {cell.estimate.n})"
+        return " ".join(part for part in (value, around, n, MARKS[cell.verdict]) if part)
