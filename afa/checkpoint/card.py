@@ -1,6 +1,10 @@
 """The model card of a saved ensemble: what it is made of, how to load it, what its training measured."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from afa.checkpoint.manifest import ExpertEntry, Manifest
+from afa.evaluation.statistics import Estimate
 
 SHOWN = ("lr", "batch_size", "accumulate", "warm_up", "weight_decay", "ema", "caption_dropout", "resolution", "seed", "dtype")  # of the options
 CARD = """---
@@ -50,6 +54,35 @@ def model_card(manifest: Manifest) -> str:
     )
 
 
+def gains(record: Mapping[str, Any]) -> list[str]:
+    """What a training gained, in sentences: against the best expert, and against the ensemble before training.
+
+    Most of what an ensemble gains over its best expert is often there untrained, so the first alone would mislead.
+    """
+    best = Estimate(**record["difference_to_best_expert"])
+    against = f"{best.verdict} that of its best expert, {record['best_expert']}"
+    found = [f"The trained ensemble's loss is {against}: {best.words(5, signed=True)}, paired over the held-out images{best.too_few('image')}."]
+    for key, what, short in (
+        ("difference_to_untrained_mean", "the untrained ensemble", "untrained"),
+        ("difference_to_start", "the ensemble it was begun with", "before"),
+    ):
+        if key in record:
+            found.append(_learnt(Estimate(**record[key]), best, what, short))
+    return found
+
+
+def _learnt(change: Estimate, best: Estimate, what: str, short: str) -> str:
+    """What training itself changed. change, best: the trained loss minus that of `what`, and minus the best expert's."""
+    figures = f"{change.words(5, signed=True)}, paired"
+    if change.verdict == "higher than":
+        return f"Training made it worse than {short}: {figures}."
+    if change.verdict != "lower than":
+        return f"Nothing was learnt that these images show: no better than {short}: {figures}{change.too_few('image')}."
+    before = best.value - change.value  # of the ensemble before training, minus the best expert's
+    share = f"; {100 * before / best.value:.0f} % of the gain over the best expert was there {short}" if best.value < 0 and before < 0 else ""
+    return f"It is lower than that of {what}, too: {figures}{share}." if best.value < 0 else f"It is lower than that of {what}: {figures}."
+
+
 def _row(expert: ExpertEntry) -> str:
     loras = "".join(f" + {lora['path']} × {lora['strength']:g}" for lora in expert.loras)
     commit = f" @ {expert.commit[:12]}" if expert.commit else ""
@@ -64,8 +97,8 @@ def _training(manifest: Manifest) -> str:
     if "held_out_loss" not in record:
         return "\n".join(["Training:", "", *(f"* {name}: {value}" for name, value in record.items())])
     losses = record["held_out_loss"]
-    rows = [f"| {name} | {value['value']:.5f} [{value['low']:.5f}, {value['high']:.5f}] |" for name, value in losses.items()]
-    change, settings = record["difference_to_best_expert"], record["settings"]
+    rows = [f"| {name} | {Estimate(**value).words(5)} |" for name, value in losses.items()]
+    settings = record["settings"]
     options = ", ".join(f"{name} {settings[name]}" for name in SHOWN if name in settings)
     return "\n".join(
         [
@@ -76,7 +109,7 @@ def _training(manifest: Manifest) -> str:
             "|---|---|",
             *rows,
             "",
-            f"Trained minus best expert ({record['best_expert']}), paired: {change['value']:+.5f} [{change['low']:+.5f}, {change['high']:+.5f}].",
+            *gains(record),
             "",
             f"Options: {options}.",
         ]

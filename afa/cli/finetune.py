@@ -52,6 +52,6 @@ def _result(record: dict[str, Any], output: str) -> str:
     change, trained = Estimate(**record["difference_to_expert"]), Estimate(**record["held_out_loss"]["trained"])
     return (
         f"held-out loss {trained.words(5)} (n = {trained.n}), {change.verdict} that of the expert: {change.words(5, signed=True)},"
-        f" paired{change.too_few}\n"
+        f" paired{change.too_few('image')}\n"
         f"{record['steps']} steps in {record['seconds']:.0f} s, kept the average of step {record['best_step']}; saved in {output}"
     )

@@ -68,15 +68,12 @@ def _duration(seconds: float) -> str:
 
 def _result(record: dict[str, Any], output: str) -> str:
     """The measured result, as a table and a sentence."""
+    from afa.checkpoint.card import gains
+    from afa.evaluation.statistics import Estimate
+
     lines = [f"held-out loss (95 % interval, n = {record['held_out_loss']['trained']['n']})"]
     width = max(map(len, record["held_out_loss"]))
-    for name, value in record["held_out_loss"].items():
-        lines.append(f"  {name:<{width}}  {value['value']:.5f}  [{value['low']:.5f}, {value['high']:.5f}]")
-    change, best = record["difference_to_best_expert"], record["best_expert"]
-    verdict = "lower than" if change["high"] < 0 else "higher than" if change["low"] > 0 else "not distinguishable from"
-    lines.append(
-        f"The trained ensemble's loss is {verdict} that of its best expert, {best}:"
-        f" {change['value']:+.5f} [{change['low']:+.5f}, {change['high']:+.5f}], paired."
-    )
+    lines += [f"  {name:<{width}}  {Estimate(**value).words(5)}" for name, value in record["held_out_loss"].items()]
+    lines += gains(record)
     lines.append(f"{record['steps']} steps in {record['seconds']:.0f} s, kept the average of step {record['best_step']}; saved in {output}")
     return "\n".join(lines)

@@ -60,10 +60,9 @@ class Estimate:
             return "not distinguishable from"
         return "higher than" if self.low > 0 else "lower than"
 
-    @property
-    def too_few(self) -> str:
-        """Where there are too few items for any claim: a clause that says so; else nothing."""
-        few = f"; {self.n} {'item' if self.n == 1 else 'items'}, a claim needs at least {least_items()}"
+    def too_few(self, item: str) -> str:
+        """Where there are too few items for any claim: a clause that says so; else nothing. item: what they are, in one word."""
+        few = f"; here {'is' if self.n == 1 else 'are'} {self.n} {item}{'' if self.n == 1 else 's'}, a claim needs at least {least_items()}"
         return few if self.n < least_items() else ""
 
     @property

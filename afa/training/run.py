@@ -27,6 +27,7 @@ from afa.training.sheets import FOLDER as SHEETS
 from afa.training.state import FOLDER, check_unchanged, state_file
 
 LEFT_OUT = "left-out.jsonl"  # the images that could not be used, and why
+BEFORE, STARTED = "untrained mean", "as it was begun with"  # what a new ensemble's training, and a further one, is compared with
 
 
 def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
@@ -42,6 +43,8 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
     ensemble = ensemble or _ensemble(settings)
     if settings.store is not None:
         _store(settings.store, ensemble, choose_device(settings.device))
+    if len(ensemble.denoiser.names) < 2:
+        raise UserError(f"'{ensemble.denoiser.names[0]}' is one expert alone, and there is nothing to weigh; an ensemble needs at least two")
     check_objective(settings, ensemble, source)
     return Plan(settings, ensemble, source, resolution_of(settings, ensemble), own, settings.store)
 
@@ -107,7 +110,7 @@ def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any
     planned = planned or plan(settings)
     accelerator = make_accelerator(settings)
     trainer = make_trainer(planned, accelerator, _initialise if settings.start is None else lambda ensemble: ensemble.denoiser.aggregators.float())
-    baselines = _baselines(trainer)
+    baselines = _baselines(trainer, BEFORE if settings.start is None else STARTED)
     progress = trainer.train()
     record = _record(settings, trainer, progress, baselines) | {"left_out": planned.source.skipped.counts()}
     if accelerator.is_main_process:
@@ -131,9 +134,9 @@ def _initialise(ensemble: Ensemble) -> nn.Module:
     return denoiser.aggregators
 
 
-def _baselines(trainer: Trainer) -> dict[str, np.ndarray]:
-    """Held-out losses, per image, of the untrained mean and of each expert alone in the same frame."""
-    losses = {"untrained mean": trainer.held_out_losses()}
+def _baselines(trainer: Trainer, before: str) -> dict[str, np.ndarray]:
+    """Held-out losses, per image, of the ensemble before training and of each expert alone in the same frame."""
+    losses = {before: trainer.held_out_losses()}
     for name in trainer.denoiser.names:
         with only_expert(trainer.denoiser, name):
             losses[name] = trainer.held_out_losses()
@@ -156,6 +159,7 @@ def _record(settings: TrainSettings, trainer: Trainer, progress: Progress, basel
         "held_out_loss": {name: asdict(value) for name, value in losses.items()},
         "best_expert": best,
         "difference_to_best_expert": asdict(difference(trained, baselines[best])),
-        "difference_to_untrained_mean": asdict(difference(trained, baselines["untrained mean"])),
+        **({"difference_to_untrained_mean": asdict(difference(trained, baselines[BEFORE]))} if BEFORE in baselines else {}),
+        **({"difference_to_start": asdict(difference(trained, baselines[STARTED]))} if STARTED in baselines else {}),
         "history": progress.history,
     }

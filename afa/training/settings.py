@@ -111,6 +111,9 @@ class TrainSettings(LoopSettings):
         super().__post_init__()
         if (self.experts is None) == (self.start is None):
             raise UserError("give either --experts A B …, or --start ENSEMBLE")
+        if self.experts is not None and len(self.experts) < 2:
+            alone = f"only {self.experts[0]}" if self.experts else "none"
+            raise UserError(f"--experts names {alone}; an ensemble needs at least two experts (to train one alone: afa finetune)")
         made = [field for field in fields(self) if field.name in MADE and getattr(self, field.name) != field.default]
         if self.start is not None and made:
             flag = f"--{made[0].name.replace('_', '-')} {getattr(self, made[0].name)}"
