@@ -45,7 +45,9 @@ def title(several: Sequence[Analysis], names: Sequence[str]) -> str:
 
 def main_table(one: Analysis, column: Column, brief: bool = False) -> Table:
     """Value, differences, win rate and cost of every row, by a leading metric. brief: as narrow as a terminal."""
-    seeds = [("seeds", partial(seeds_cell, column))] if any(method.is_trained for method in one.rows) else []
+    found = {seeds_cell(column, method) for method in one.rows} - {None}
+    told = len(found) == 1 and str(next(iter(found))).isdecimal()  # then the note says it in fewer letters
+    seeds = [("seeds", partial(seeds_cell, column))] if found and not (brief and told) else []
     columns = [*_scored(one, column, brief), *seeds, ("seconds an image", lambda method: seconds_cell(one, method))]
     columns += [] if brief else [("memory", memory), ("trained parameters", parameters_cell)]
     return _table(one, columns, _main_note(one, column))
@@ -187,6 +189,7 @@ def _wins(column: Column, other: str, method: Method) -> Cell:
 def _main_note(one: Analysis, column: Column) -> str:
     """What must be known to read the main table."""
     seeds = {len(column.samples[method.name].seeds) for method in one.rows if method.is_trained and method.name in column.samples}
+    every = f"What was trained rests on {plural(max(seeds), 'seed')} each. " if len(seeds) == 1 else ""
     unit = "prompts, the images of a prompt together" if column.note.kind == "image" else "images, of seconds prompts"
     parts = [f"n counts {unit}; brackets are 95 % bootstrap intervals, differences are paired."]
     if column.best is not None:
@@ -196,10 +199,10 @@ def _main_note(one: Analysis, column: Column) -> str:
     if column.note.kind == "set":
         parts.append(f"A bracket is for this number of images: {column.metric} of more images would lie elsewhere.")
     if max(seeds, default=0) >= SEVERAL:
-        parts.append(f"From {SEVERAL} training seeds on intervals are for other prompts and seeds, all else for other prompts.")
+        parts.append(f"{every}From {SEVERAL} training seeds on intervals are for other prompts and seeds, all else for other prompts.")
     elif seeds:
         parts.append(
-            f"Intervals are for other prompts, of these trained models: other training seeds would spread further, which"
+            f"{every}Intervals are for other prompts, of these trained models: other training seeds would spread further, which"
             f" fewer than {SEVERAL} do not show."
         )
     return " ".join(parts)
