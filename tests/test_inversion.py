@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_lora_sharing import latents
-from tiny import sd_pipeline, sdxl_pipeline
+from tiny import WORDS, sd_pipeline, sdxl_pipeline
 from tiny_loras import write_lora
 
 from afa import Ensemble, UserError, only_expert
@@ -39,7 +39,7 @@ def ensemble(make, text_seeds=(0, 1)):
 def test_every_expert_reads_the_word_as_its_own_pipeline_does(count, text_seeds):
     made = ensemble(sd_pipeline, text_seeds)
     pipe = taught(made.pipeline(), (vectors(24, count), first))
-    assert len(pipe.tokenizer) == 49408 + count
+    assert len(pipe.tokenizer) == WORDS + count
     drawn = []
     for index, (name, text_seed) in enumerate(zip(made.names, text_seeds, strict=True)):
         alone = taught(sd_pipeline(index, text_seed=text_seed), (vectors(24, count), first))
@@ -55,7 +55,8 @@ def test_each_of_sdxls_encoders_is_taught_by_name():
     pipe = taught(made.pipeline(), *loads)
     for index, name in enumerate(made.names):
         with only_expert(made.denoiser, name):
-            assert torch.equal(latents(pipe, prompt=PROMPT), latents(taught(sdxl_pipeline(index), *loads), prompt=PROMPT))
+            alone = taught(sdxl_pipeline(index), *loads)
+            assert torch.allclose(latents(pipe, prompt=PROMPT), latents(alone, prompt=PROMPT), atol=1e-5)
 
 
 def test_a_word_can_be_forgotten():
@@ -63,8 +64,8 @@ def test_a_word_can_be_forgotten():
     pipe = made.pipeline()
     before = latents(pipe, prompt=PROMPT)
     taught(pipe, (vectors(24), first)).unload_textual_inversion("<cube>")
-    assert len(pipe.tokenizer) == 49408
-    assert [encoder.get_input_embeddings().weight.shape[0] for encoder in made.text_encoders[0].encoders] == [49408] * 2
+    assert len(pipe.tokenizer) == WORDS
+    assert [encoder.get_input_embeddings().weight.shape[0] for encoder in made.text_encoders[0].encoders] == [WORDS] * 2
     assert torch.equal(latents(pipe, prompt=PROMPT), before)
     assert not any(parameter.requires_grad for parameter in made.text_encoders[0].parameters())
 
@@ -75,7 +76,7 @@ def test_encoders_that_share_their_vectors_go_on_to_share_them(tmp_path):
     made = Ensemble.from_experts([f"plain={tmp_path / 'base'}", f"oil={tmp_path / 'base'}+{file}"], aggregator="mean")
     pipe = taught(made.pipeline(), (vectors(24), first))
     one, other = (encoder.get_input_embeddings().weight for encoder in made.text_encoders[0].encoders)
-    assert one is other and one.shape[0] == 49409
+    assert one is other and one.shape[0] == WORDS + 1
     alone = sd_pipeline(0)
     alone.load_lora_weights(str(file))
     with only_expert(made.denoiser, "oil"):
@@ -88,8 +89,8 @@ class TestRefusals:
         pipe = made.pipeline()
         with pytest.raises(UserError, match="does not fit text encoders that are 16 wide; give text_encoder="):
             pipe.load_textual_inversion(vectors(24))
-        assert len(pipe.tokenizer) == 49408
-        assert {encoder.get_input_embeddings().weight.shape[0] for encoder in made.text_encoders[0].encoders} == {49408}
+        assert len(pipe.tokenizer) == WORDS
+        assert {encoder.get_input_embeddings().weight.shape[0] for encoder in made.text_encoders[0].encoders} == {WORDS}
 
     def test_a_word_that_is_known(self):
         pipe = taught(ensemble(sd_pipeline).pipeline(), (vectors(24), first))

@@ -16,7 +16,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from tiny import text_encoder
+from tiny import text_encoder, tokenizer
 from tokenizers import pre_tokenizers, trainers
 from transformers import (
     Qwen2_5_VLConfig,
@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from afa.denoiser.cost import call_of
-from afa.experts.original import clip_tokenizer
 
 SD3 = {
     "sample_size": 16,
@@ -153,8 +152,8 @@ def sd3_pipeline(seed: int = 0, text_seed: int = 0, **transformer: Any) -> Stabl
         text_encoder=text_encoder(text_seed, width=16, projected=True),
         text_encoder_2=text_encoder(50 + text_seed, width=24, projected=True),
         text_encoder_3=t5_encoder(text_seed, width=48),
-        tokenizer=clip_tokenizer(),
-        tokenizer_2=clip_tokenizer("!"),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer("!"),
         tokenizer_3=t5_tokenizer(),
         vae=vae(seed),
         scheduler=flow_scheduler(),
@@ -167,7 +166,7 @@ def flux_pipeline(seed: int = 0, text_seed: int = 0, **transformer: Any) -> Flux
         transformer=flux_transformer(seed, **transformer),
         text_encoder=text_encoder(text_seed, width=16),
         text_encoder_2=t5_encoder(text_seed),
-        tokenizer=clip_tokenizer(),
+        tokenizer=tokenizer(),
         tokenizer_2=t5_tokenizer(),
         vae=vae(seed),
         scheduler=flow_scheduler(),
