@@ -12,20 +12,13 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from original_layout import write_single_file
-from tiny import scheduler, sd_unet, sdxl_unet, text_encoder
+from tiny import SMALL, scheduler, sd_unet, sdxl_unet, text_encoder
 from tiny_transformers import flow_scheduler, flux_transformer, sd3_transformer, t5_encoder, t5_tokenizer
 from transformers import CLIPTokenizer
 
 import afa
 from afa.cli.main import main
 from afa.merging.settings import MergeSettings
-
-SMALL = {  # two levels, one layer each: IN00 … IN03, M00, OUT00 … OUT03
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-}
 
 
 def small_tokenizer() -> CLIPTokenizer:

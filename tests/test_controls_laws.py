@@ -1,14 +1,11 @@
 """Trained controls, further laws: fair to the last bit, on every architecture, precision and number of processes."""
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from processes import in_processes
 from test_controls import settings, tensors  # noqa: F401 (a fixture)
 from test_training import experts, images  # noqa: F401 (fixtures)
 from tiny import inputs, sd_unet, sdxl_inputs, sdxl_pipeline
@@ -153,28 +150,17 @@ def test_checkpointing_changes_memory_not_results(settings, tmp_path):  # noqa: 
     assert plain[-1]["held_out_loss"] != plain[0]["held_out_loss"]
 
 
-def test_two_processes_train_one_lora(settings, tmp_path):  # noqa: F811
-    script = tmp_path / "go.py"
-    script.write_text(
-        "import json, sys\n"
-        "from pathlib import Path\n"
-        "from accelerate import PartialState\n"
-        "from afa.controls.run import finetune, plan\n"
-        "from afa.controls.settings import LoraSettings\n"
-        "settings = LoraSettings(**json.loads(sys.argv[1]))\n"
-        "planned = plan(settings)\n"
-        "finetune(settings, planned)\n"
-        "model = planned[0].ensemble.denoiser.experts[0]\n"
-        "total = sum(p.detach().double().abs().sum().item() for n, p in model.named_parameters() if 'lora_' in n)\n"
-        "Path(__file__).with_name(f'total-{PartialState().process_index}').write_text(str(total))\n"
-    )
-    arguments = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29633", str(script), json.dumps(asdict(settings))]
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    totals = [(tmp_path / f"total-{rank}").read_text() for rank in range(2)]
+def test_two_processes_train_one_lora(settings):  # noqa: F811
+    def work():
+        planned = plan(settings)
+        finetune(settings, planned)
+        model = planned[0].ensemble.denoiser.experts[0]
+        return sum(float(p.detach().double().abs().sum()) for name, p in model.named_parameters() if "lora_" in name)
+
+    totals = in_processes(work)
     assert totals[0] == totals[1]
     saved = sum(tensor.double().abs().sum().item() for tensor in tensors(settings).values())
-    assert saved == pytest.approx(float(totals[0]), rel=1e-9)
+    assert saved == pytest.approx(totals[0], rel=1e-9)
 
 
 def test_a_router_on_predictions_costs_the_forward_passes_and_itself():

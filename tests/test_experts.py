@@ -1,5 +1,6 @@
 """Experts: how they are named, found, read, compared and refused."""
 
+import copy
 import json
 import shutil
 import struct
@@ -39,7 +40,7 @@ def folders(tmp_path_factory):
 def write_lora(pipe, path: Path, seed: int = 0) -> Path:
     """A LoRA of a U-Net as diffusers saves it."""
     torch.manual_seed(seed)
-    unet = sd_unet(0)
+    unet = copy.deepcopy(pipe.unet)
     unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     type(pipe).save_lora_weights(path.parent, unet_lora_layers=get_peft_model_state_dict(unet), weight_name=path.name)
     return path

@@ -1,13 +1,10 @@
 """Laws of the cache: the same training with it as without, nothing computed twice, nothing stale, nothing lost by a crash."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from processes import in_processes
 from test_sources import PICTURES, picture, write_folder
 from test_training import aggregators, experts, images, interrupt_after, settings  # noqa: F401 (fixtures)
 from tiny import sd_pipeline, sdxl_pipeline
@@ -206,19 +203,8 @@ def test_a_disk_without_room_is_one_sentence_before_anything_is_written(settings
 
 def test_two_processes_fill_one_cache(settings, tmp_path):  # noqa: F811
     """Each its share: together every row once."""
-    script = tmp_path / "go.py"
-    script.write_text(
-        "import json, sys\n"
-        "from afa.training.run import train\n"
-        "from afa.training.settings import TrainSettings\n"
-        "train(TrainSettings(**json.loads(sys.argv[1])))\n"
-    )
-    from dataclasses import asdict
-
     run = replace(settings, cache=str(tmp_path / "cache"), steps=2, lr=1e-4)
-    arguments = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29621", str(script), json.dumps(asdict(run))]
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_processes(lambda: train(run))
     keys = [line for file in (tmp_path / "cache").glob("latents-*/moments/*/*.keys") for line in file.read_text().split()]
     assert len(keys) == len(set(keys)) == 10 and len(list((tmp_path / "cache").glob("latents-*/moments/*/*.keys"))) == 2
     alone = replace(run, cache=None, batch_size=4, output=str(tmp_path / "alone"))

@@ -2,17 +2,13 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import in_processes, killed
 from test_training import aggregators, experts, images, interrupt_after, settings  # noqa: F401 (fixtures)
 
 from afa.errors import UserError
@@ -81,36 +77,25 @@ def test_an_expert_that_predicts_no_numbers_is_named(settings, experts, tmp_path
 # --- killed at any moment ---------------------------------------------------------------------------------------------
 
 
-def command(run):
-    flags = ["--data", run.data, "--output", run.output, "--steps", "8", "--evaluate-every", "2", "--save-every", "1", "--lr", "1e-2"]
-    small = ["--hidden", "8", "--heads", "2", "--depth", "1", "--resolution", "32", "--batch-size", "2", "--held-out", "2", "--device", "cpu"]
-    return [sys.executable, "-m", "afa", "train", "--experts", *run.experts, *flags, *small]
-
-
-def kill_when(run, ready):
-    """Start the run and kill it as soon as ready(the folder of its state) holds; whether it was still running then."""
-    process = subprocess.Popen(command(run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = Path(run.output) / ".training"
-    while process.poll() is None and not ready(folder):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    return process.wait() == -signal.SIGKILL
-
-
 def test_killed_training_equals_uninterrupted(settings, tmp_path):  # noqa: F811
-    """While a state is being written, right after the first, and once more: the same bits in the end."""
-    whole = replace(settings, output=str(tmp_path / "whole"))
-    subprocess.run(command(whole), check=True, capture_output=True)
-    moments = [
-        lambda folder: (folder / ".writing-state.pt").exists(),
-        lambda folder: (folder / "state.pt").exists() and (folder / "state.pt").stat().st_mtime > began,
-    ]
-    for ready in moments:
-        began = time.time()
-        kill_when(settings, ready)
-    subprocess.run(command(settings), check=True, capture_output=True)
-    assert all(torch.equal(tensor, aggregators(whole)[name]) for name, tensor in aggregators(settings).items())
-    logs = [[json.loads(line) for line in (Path(run.output) / LOG).read_text().splitlines()] for run in (whole, settings)]
+    """Before a state takes its place, right after the first, and once more: the same bits in the end."""
+    run = replace(settings, steps=8, save_every=1)
+    whole = replace(run, output=str(tmp_path / "whole"))
+    train(whole)
+    renamed = []
+
+    def state_takes_its_place(event, details):
+        return event == "os.rename" and str(details[1]).endswith("state.pt")
+
+    def state_is_there(event, details):
+        renamed.extend([1] * state_takes_its_place(event, details))
+        return bool(renamed) and event == "open"
+
+    assert all(killed(lambda: train(run), ready) for ready in (state_takes_its_place, state_is_there, state_is_there))
+    assert (Path(run.output) / ".training" / "state.pt").exists()
+    train(run)
+    assert all(torch.equal(tensor, aggregators(whole)[name]) for name, tensor in aggregators(run).items())
+    logs = [[json.loads(line) for line in (Path(each.output) / LOG).read_text().splitlines()] for each in (whole, run)]
     timeless = [[{name: value for name, value in line.items() if name not in ("images_per_second", "memory_gb")} for line in log] for log in logs]
     assert timeless[0] == timeless[1]
 
@@ -140,12 +125,7 @@ def test_two_processes_make_the_step_of_one_with_twice_the_batch(settings, tmp_p
     Path("red.py").write_text("def reward(images, captions):\n    return images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2))\n")
     large = replace(settings, batch_size=4, output=str(tmp_path / "large"), lr=1e-4, steps=3, **objective)
     train(large)
-    more = [word for name, value in objective.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29619"]
-    arguments = [*launch, *command(settings)[1:], "--lr", "1e-4", "--steps", "3", *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_processes(lambda: train(replace(settings, lr=1e-4, steps=3, **objective)))
     assert close(large, settings)
 
 

@@ -18,6 +18,12 @@ SD = {
     "attention_head_dim": 4,
     "norm_num_groups": 8,
 }
+SMALL = {  # two levels, one layer each: IN00 … IN03, M00, OUT00 … OUT03
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
 SDXL = {
     "sample_size": 16,
     "block_out_channels": (16, 16, 32),
@@ -98,9 +104,9 @@ def scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
 
 
 def sd_pipeline(seed: int = 0, text_seed: int | None = None, prediction_type: str = "epsilon", **unet: Any) -> StableDiffusionPipeline:
-    """A whole SD 1.x pipeline; equal text seeds give byte-identical text encoders."""
+    """A whole SD 1.x pipeline with a U-Net of nine stages; equal text seeds give byte-identical text encoders."""
     return StableDiffusionPipeline(
-        unet=sd_unet(seed, **unet),
+        unet=sd_unet(seed, **{**SMALL, **unet}),
         text_encoder=text_encoder(seed if text_seed is None else text_seed),
         tokenizer=tokenizer(),
         vae=vae(seed),
