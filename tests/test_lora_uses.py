@@ -6,7 +6,7 @@ from inspected import pipe
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from test_lora_sharing import close, latents
-from tiny import inputs, sd_pipeline, sd_unet
+from tiny import SMALL, inputs, sd_pipeline, sd_unet
 from tiny_loras import write_lora
 
 from afa import Ensemble, merge_experts, merge_pipelines
@@ -79,17 +79,17 @@ def test_a_rival_alone_is_the_fused_expert(ensemble, copies):
 def test_the_control_is_trained_on_plain_layers_of_its_own(ensemble, copies):
     setup = type("Setup", (), {"names": ensemble.names, "ensemble": ensemble, "ranking": ("oil", "ink")})()
     best = _best(setup).model
-    assert best.state_dict().keys() == sd_unet().state_dict().keys()
+    assert best.state_dict().keys() == sd_unet(**SMALL).state_dict().keys()
     with torch.no_grad():
         assert close(best(**inputs()).sample, copies[1].model(**inputs()).sample)
         best.conv_in.weight.zero_()
     assert ensemble.experts[1].model.conv_in.weight.abs().max() > 0
-    assert matching_rank(ensemble.experts[0].model, 50_000) == matching_rank(sd_unet(), 50_000)
+    assert matching_rank(ensemble.experts[0].model, 50_000) == matching_rank(sd_unet(**SMALL), 50_000)
 
 
 @pytest.mark.parametrize("store", STORES)
 def test_a_shared_base_is_stored_once(tmp_path, store):
-    sizes = {"block_out_channels": (32, 64, 64, 64)}
+    sizes = {"block_out_channels": (32, 64)}
     base = sd_pipeline(0, **sizes)
     base.save_pretrained(tmp_path / "base")
     base.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "conv1"], init_lora_weights=False))

@@ -39,6 +39,14 @@ SDXL = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + 16,
 }
+SDXL_SMALL = {  # two levels, one layer each, as above
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2),
+    "attention_head_dim": (2, 4),
+}
 
 
 def sd_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
@@ -117,11 +125,11 @@ def sd_pipeline(seed: int = 0, text_seed: int | None = None, prediction_type: st
     )
 
 
-def sdxl_pipeline(seed: int = 0, text_seed: int | None = None) -> StableDiffusionXLPipeline:
-    """A whole SDXL pipeline with its two text encoders, 16 and 24 wide."""
+def sdxl_pipeline(seed: int = 0, text_seed: int | None = None, **unet: Any) -> StableDiffusionXLPipeline:
+    """A whole SDXL pipeline with a U-Net of nine stages and its two text encoders, 16 and 24 wide."""
     text_seed = seed if text_seed is None else text_seed
     return StableDiffusionXLPipeline(
-        unet=sdxl_unet(seed),
+        unet=sdxl_unet(seed, **{**SDXL_SMALL, **unet}),
         text_encoder=text_encoder(text_seed, width=16),
         text_encoder_2=text_encoder(50 + text_seed, width=24, projected=True),
         tokenizer=tokenizer(),

@@ -77,13 +77,13 @@ def write_kohya(name: str, path: Path, seed: int = 0, rank: int = 2, alpha: floa
 
 KOHYA = {  # layer -> numbers in and out
     "sd": {
-        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": (16, 16),
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q": (32, 32),
         "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k": (24, 32),
         "lora_te_text_model_encoder_layers_1_self_attn_q_proj": (24, 24),
         "lora_te_text_model_encoder_layers_1_self_attn_out_proj": (24, 24),
     },
     "sdxl": {
-        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (16, 16),
+        "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q": (32, 32),
         "lora_unet_output_blocks_0_1_transformer_blocks_1_attn2_to_v": (40, 32),
         "lora_te1_text_model_encoder_layers_0_mlp_fc1": (16, 32),
         "lora_te1_text_model_encoder_layers_0_self_attn_out_proj": (16, 16),
