@@ -57,6 +57,11 @@ def replacing(path: Path) -> Iterator[Path]:
         _active.discard(temporary)
 
 
+def given_name(path: Path) -> str:
+    """What a file or folder is called where the user points at it: a link by its own name, not by what it leads to."""
+    return path.name if path.name not in ("", "..") else path.resolve().name
+
+
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Replace one file's content whole."""
     with replacing(path) as temporary:

@@ -17,6 +17,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from afa.errors import UserError
 
+OPENER = 2  # part of what caches are kept by: it changes when a kind of picture comes out differently
 MOST_PIXELS = 178_956_970  # of one picture; what Pillow calls a decompression bomb
 # Kinds that Pillow decodes itself. For EPS it would start Ghostscript, which runs the file as a program.
 FORMATS = "PNG JPEG MPO WEBP GIF BMP DIB TIFF PPM AVIF JPEG2000 TGA QOI ICO".split()

@@ -85,6 +85,11 @@ def split_lines(text: str) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
+def clean(text: str) -> str:
+    """Without blanks, and byte order marks that joined files left, around it."""
+    return text.strip().strip("\ufeff").strip()
+
+
 def parse_json(text: str, name: str) -> Any:
     """What JSON holds. name: what to call it in an error.
 

@@ -12,8 +12,9 @@ from test_training import experts, images, interrupt_after, settings  # noqa: F4
 from tiny import sd_pipeline
 
 from afa.errors import UserError
+from afa.images import open_image as decode
 from afa.training.data import Augmentation, check_skipped, encode
-from afa.training.pictures import Crop, decode, square
+from afa.training.pictures import Crop, square
 from afa.training.run import LEFT_OUT, train
 from afa.training.sources.base import Columns, Skipped
 from afa.training.sources.shards import expand

@@ -6,7 +6,7 @@ from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SIDE, CheckedOpti
 
 STUDIES = ["steps", "experts", "ablations", "objectives"]
 # May differ between the two halves of an interrupted comparison: they do not change any image or score.
-FREE = ("output", "methods", "seeds", "metrics", "metric_weights", "scorer", "study", "batch_size", "device", "resamples", "dry_run", "json")
+FREE = ("output", "methods", "seeds", "metrics", "metric_weights", "scorer", "study", "batch_size", "device", "resamples", "allow_outside", "dry_run", "json")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class EvaluateSettings(CheckedOptions):
     scheduler: str | None = option(None, help="ddim, euler, dpm++ …; of flows: euler, dpm++, unipc (default: the ensemble's)")
     width: int | None = option(None, **SIDE, help="in pixels (default: the protocol's, or the experts' own)")
     height: int | None = option(None, **SIDE, help="in pixels (default: the protocol's, or the experts' own)")
+    allow_outside: bool = option(False, help="also read images that --protocol or --train-data name outside their own folder")
     protocol_data: str | None = option(None, help="COCO's folder, or DrawBench's table")
     tuning: int = option(24, least=0, most=10**6, help="images that a rival's options are chosen on, never judged; 0: its defaults are taken")
     search_trials: int = option(60, least=0, most=10**6, help="merges that auto_mbw tries")

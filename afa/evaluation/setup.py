@@ -29,6 +29,7 @@ from afa.schedulers import reschedule
 from afa.schema import shown
 from afa.seeds import nth_seed
 from afa.training.settings import TrainSettings
+from afa.training.sources.base import Columns
 from afa.training.sources.table import open_source
 
 PLAIN = "mse"  # the objective that needs no reward
@@ -111,6 +112,7 @@ class Setup:
     def training(self, output: Path, run: int, **changes: Any) -> TrainSettings:
         """The ensemble's own training recipe at its seed + run. Raises UserError if it has none, or one that needs a reward."""
         fixed: dict[str, Any] = {"experts": self.expert_specs(), "output": str(output), "device": self.settings.device}
+        fixed["allow_outside"] = self.settings.allow_outside
         objective = str(changes.get("objective", self.recorded.get("objective", PLAIN)))
         if objective != PLAIN and "reward" not in changes:
             if self.settings.reward is None:
@@ -141,8 +143,9 @@ class Setup:
 
     @cached_property
     def _captions(self) -> list[str]:
+        columns = Columns(allow_outside=self.settings.allow_outside)
         try:
-            return [sample.caption for sample in open_source(self.training_data).samples]
+            return [sample.caption for sample in open_source(self.training_data, columns).samples]
         except UserError as error:
             if PartialState().is_main_process:
                 print(f"afa: rivals keep their default options, since there are no captions to choose them on: {error}", file=sys.stderr)
@@ -181,4 +184,5 @@ def _request(settings: EvaluateSettings) -> Request:
         width=settings.width,
         height=settings.height,
         data=None if settings.protocol_data is None else Path(settings.protocol_data),
+        allow_outside=settings.allow_outside,
     )

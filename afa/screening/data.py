@@ -18,9 +18,9 @@ FEW = 50  # images, encoded without a bar
 AT_ONCE = 8
 
 
-def find(place: str, images: int, image_column: str | None = None, caption_column: str | None = None) -> Source:
+def find(place: str, images: int, columns: Columns | None = None) -> Source:
     """List the first so many captioned images. Raises UserError if there are fewer than two."""
-    source = open_source(place, Columns(image_column, caption_column), images)
+    source = open_source(place, columns, images)
     if len(source.samples) < 2:
         raise UserError(f"--data {place} holds {len(source.samples)} captioned image; at least 2 are needed for an interval")
     return source

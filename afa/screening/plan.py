@@ -80,7 +80,8 @@ def plan(settings: ScreenSettings) -> Plan:
         raise UserError("; ".join(reasons) + f". Compare them with: afa inspect {' '.join(settings.experts)}")
     if settings.device is not None:
         choose_device(settings.device)
-    source = None if settings.data is None else find(settings.data, settings.images, settings.image_column, settings.caption_column)
+    columns = Columns(settings.image_column, settings.caption_column, settings.allow_outside)
+    source = None if settings.data is None else find(settings.data, settings.images, columns)
     if source is not None:
         check_skipped(source, settings.max_skipped)
     images = _prompts(settings) if source is None else len(source.samples)

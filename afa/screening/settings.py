@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from afa.errors import UserError
 from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, CheckedOptions, option
 
-FREE = ("output", "batch_size", "device", "dry_run", "json")  # may differ when a screening goes on: they change no answer
+FREE = ("output", "batch_size", "allow_outside", "device", "dry_run", "json")  # may differ when a screening goes on: they change no answer
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class ScreenSettings(CheckedOptions):
     experts: list[str] = option(
         help="two or more: a diffusers folder, .safetensors file of original layout or org/name@revision, each optionally NAME=… and …+LORA", positional=True
     )
-    data: str | None = option(None, help="captioned images: a folder with metadata.jsonl, a .jsonl, parquet files, tar shards or a data set of the hub")
+    data: str | None = option(None, help="captioned images: a folder with metadata.jsonl or a .txt beside every image, a .jsonl, parquet files, tar shards or a data set of the hub")
     prompts: str | None = option(None, help="instead of --data, a file of prompts: what experts draw of them shows where they disagree, not who is right")
     output: str | None = option(None, help="a folder for report.html and screen.json, and for going on after an interruption (default: nothing is kept)")
     base: str | None = option(None, help="the model the experts were fine-tuned from: an expert that is the base under another name is found")
@@ -25,6 +25,7 @@ class ScreenSettings(CheckedOptions):
     resolution: int | None = option(None, least=1, most=2**16, help="side of the square that is cut from images, in pixels (default: the experts' own)")
     image_column: str | None = option(None, help="of --data (default: image, jpg, file_name …)")
     caption_column: str | None = option(None, help="of --data (default: text, caption, prompt …)")
+    allow_outside: bool = option(False, help="also read images that --data names outside its own folder: links, absolute paths, ..")
     max_skipped: float = option(0.1, least=0, below=1, help="share of images that may be unreadable")
     no_average: bool = option(False, help="do not write and ask the weight average of all experts, which takes the disk space of one")
     steps: int = option(20, **SAMPLING_STEPS, help="with --prompts: denoising steps")
@@ -50,8 +51,8 @@ class ScreenSettings(CheckedOptions):
         """Options of --prompts without it, and the other way round."""
         if self.data is not None and (self.guidance is not None or self.steps != 20):
             raise UserError("--steps and --guidance are for --prompts, where experts draw; with --data nothing is drawn, so leave them out")
-        for name in ("image_column", "caption_column"):
-            if self.prompts is not None and getattr(self, name) is not None:
+        for name in ("image_column", "caption_column", "allow_outside"):
+            if self.prompts is not None and getattr(self, name):
                 raise UserError(f"--{name.replace('_', '-')} is for --data; leave it out with --prompts")
 
     def binding(self) -> dict[str, object]:

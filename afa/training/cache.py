@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from afa.errors import UserError
+from afa.images import OPENER
 from afa.training.pictures import Crop
 from afa.training.sources.base import Sample
 from afa.training.store import RowStore
@@ -110,8 +111,9 @@ class TextCache:
 
 
 def row_key(image: str, crop: Crop) -> str:
-    """Of an image's content and how it is cut."""
-    return hashlib.sha256(f"{image} {crop.resolution} {crop.place} {crop.flip}".encode()).hexdigest()
+    """Of an image's content, how it is opened and how it is cut."""
+    facts = f"{image} {crop.resolution} {crop.place} {crop.flip} {OPENER}"
+    return hashlib.sha256(facts.encode()).hexdigest()
 
 
 def caption_key(caption: str) -> str:
@@ -127,7 +129,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _mark(sample: Sample) -> str:
-    return hashlib.sha256(sample.mark.encode()).hexdigest()
+    return hashlib.sha256(sample.mark.encode(errors="surrogateescape")).hexdigest()  # a path may be no UTF-8
 
 
 def _lines(file: Path) -> list[str]:

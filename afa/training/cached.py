@@ -1,7 +1,7 @@
 """The training set from a cache: what is missing is encoded first, by all processes together."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,23 +28,25 @@ def encode_cached(work: Sequence[Work], vae: Any, batch_size: int, skipped: Skip
     state = PartialState()
     todo = [item for item in work if cache.find(*item) is None]
     state.wait_for_everyone()  # nobody writes before everybody has looked
-    for batch in batches(todo[state.process_index :: state.num_processes], batch_size, Skipped(), progress):
+    left_out = Skipped()
+    for batch in batches(todo[state.process_index :: state.num_processes], batch_size, left_out, progress):
         keys = [row_key(row.sha256.hex(), row.crop) for row in batch]
         cache.add(keys, moments_of(vae, batch), [row.size for row in batch])
         cache.note((row.sample, row.sha256) for row in batch)
     state.wait_for_everyone()
     cache.refresh()
-    return _collect(work, skipped, cache)
+    reasons = {name: reason for reason, names in left_out.names.items() for name in names}
+    return _collect(work, skipped, reasons, cache)
 
 
-def _collect(work: Sequence[Work], skipped: Skipped, cache: LatentCache) -> Encoded:
-    """Everything in its order; what is still not there could not be read."""
+def _collect(work: Sequence[Work], skipped: Skipped, reasons: Mapping[str, str], cache: LatentCache) -> Encoded:
+    """Everything in its order; what is still not there could not be read. reasons: why, where this process knows."""
     keys: list[str] = []
     images: list[Found] = []
     for sample, crops in work:
         known = cache.find(sample, crops)
         if known is None:
-            skipped.add(BROKEN, sample.name)
+            skipped.add(reasons.get(sample.name, BROKEN), sample.name)
             continue
         keys += known.keys
         images += [Found(sample, known.sha256)] * len(crops)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from afa.errors import UserError
+from afa.images import open_image
 from afa.latents import latents_of
-from afa.training.pictures import UNREADABLE, Crop, decode, square
-from afa.training.sources.base import BROKEN, Sample, Skipped, Source
+from afa.training.pictures import UNREADABLE, Crop, reason, square
+from afa.training.sources.base import Sample, Skipped, Source
 from afa.training.store import StoredRows
 
 EMPTY = torch.empty(0)
@@ -141,15 +142,16 @@ def _read_ahead(work: Sequence[Work], ahead: int, skipped: Skipped) -> Iterator[
         for sample, _ in work:
             rows = waiting.popleft().result()
             waiting.extend(pool.submit(_read, *item) for item in islice(rest, 1))
-            if rows is None:
-                skipped.add(BROKEN, sample.name)
-            yield rows
+            if isinstance(rows, str):
+                skipped.add(rows, sample.name)
+            yield None if isinstance(rows, str) else rows
 
 
-def _read(sample: Sample, crops: Sequence[Crop]) -> list[Row] | None:
+def _read(sample: Sample, crops: Sequence[Crop]) -> list[Row] | str:
+    """The rows of an image, or why there are none."""
     try:
         data = sample.read()
-        image, sha256 = decode(data), hashlib.sha256(data).digest()
+        image, sha256 = open_image(data, sample.name), hashlib.sha256(data).digest()
         return [Row(*square(image, crop), sample, crop, sha256) for crop in crops]
-    except UNREADABLE:
-        return None
+    except UNREADABLE as error:
+        return reason(error)

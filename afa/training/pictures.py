@@ -1,18 +1,22 @@
 """From an encoded image to the pixels that are trained on: decoded whole, turned upright, cropped to a square."""
 
-import io
-import struct
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
-from afa.training.sources.base import Sample
+from afa.errors import UserError
+from afa.images import MOST_PIXELS, ImageError, open_image
+from afa.training.sources.base import BROKEN, LeftOutError, Sample
 
-# What Pillow raises for data that are no whole image: each is one of these.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+MANY = 500  # images, checked with a bar
+UNREADABLE = (OSError, UserError)  # what a sample's read and decode raise for an image that cannot be used
 
 
 @dataclass(frozen=True)
@@ -27,27 +31,40 @@ class Crop:
     flip: bool = False
 
 
-def decode(data: bytes) -> Image.Image:
-    """The whole image, upright, in RGB. Raises one of UNREADABLE for what is none, or was cut off."""
-    with Image.open(io.BytesIO(data)) as opened:
-        return ImageOps.exif_transpose(opened).convert("RGB")
+def reason(error: Exception) -> str:
+    """Why an image is left out, from one of UNREADABLE."""
+    return str(error) if isinstance(error, LeftOutError) else BROKEN
 
 
-def looks_whole(sample: Sample) -> bool:
-    """Whether an image can be opened, without decoding it: what is cut off at its end may pass."""
-    try:
-        with Image.open(io.BytesIO(sample.read())) as image:
-            image.verify()
-    except UNREADABLE:
-        return False
-    return True
+def unreadable(samples: Sequence[Sample]) -> list[Exception | None]:
+    """Decode every image whole, by several threads: of each what stops it, or None."""
+
+    def stopped(sample: Sample) -> Exception | None:
+        try:
+            open_image(sample.read(), sample.name)
+        except UNREADABLE as error:
+            return error
+        return None
+
+    bar = tqdm(desc="checking pictures", unit="image", total=len(samples), file=sys.stderr, disable=len(samples) < MANY)
+    with ThreadPoolExecutor() as pool, bar:
+        found = []
+        for error in pool.map(stopped, samples):
+            found.append(error)
+            bar.update()
+        return found
 
 
 def square(image: Image.Image, crop: Crop) -> tuple[Tensor, tuple[float, ...]]:
-    """The shorter side is resized to the resolution, and the square cut from the longer one."""
+    """The shorter side is resized to the resolution, and the square cut from the longer one.
+
+    Raises ImageError for a strip so narrow that it would grow beyond all memory.
+    """
     resolution, original = crop.resolution, (float(image.height), float(image.width))
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if width * height > MOST_PIXELS:
+        raise ImageError(f"a picture of {image.width} × {image.height} pixels is too narrow for squares of {resolution}")
     left, top, mirrored = _place(crop, width - resolution, height - resolution)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.LANCZOS)

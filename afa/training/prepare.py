@@ -30,7 +30,8 @@ FEW = 50  # images, encoded without a bar
 
 def find_data(settings: LoopSettings) -> Source:
     """List the data, reading no image. Raises UserError if there are too few, or too many cannot be used."""
-    source = open_source(settings.data, Columns(settings.image_column, settings.caption_column), settings.limit)
+    columns = Columns(settings.image_column, settings.caption_column, settings.allow_outside)
+    source = open_source(settings.data, columns, settings.limit)
     check_skipped(source, settings.max_skipped)
     split(source.samples, settings.held_out, settings.seed)  # raises where there are too few
     return source

@@ -12,6 +12,7 @@ from afa.errors import UserError
 from afa.evaluation.results import Item
 from afa.generation.sample import Sampling
 from afa.seeds import nth_seed
+from afa.training.sources.base import Skipped
 
 TUNING_SEED = 40_000_000  # noise of the images that options are chosen on: far from any that is judged
 
@@ -34,6 +35,7 @@ class Protocol:
     tuning: captions that options may be chosen on; never those that are judged.
     reward: of afa.training.rewards, where a protocol has one that its metrics do not judge by.
     training: writes captioned images to train on into a folder, where a protocol brings its own.
+    left_out: references that cannot be used, with their prompts.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Protocol:
     tuning: Sequence[str] = ()
     training: Callable[[Path], None] | None = None
     reward: str | None = None
+    left_out: Skipped = field(default_factory=Skipped)
 
     def facts(self) -> dict[str, Any]:
         """For the report: what was asked, without the prompts."""
@@ -74,6 +77,7 @@ class Request:
     width: int | None = None
     height: int | None = None
     data: Path | None = None
+    allow_outside: bool = False
 
     def sampling(self, steps: int, guidance: float | None = None, side: int | None = None) -> Sampling:
         """A protocol's own sampling, changed by what was asked for. guidance: None: the family's own."""

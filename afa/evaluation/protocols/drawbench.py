@@ -5,11 +5,12 @@ shipped here: give the file with --protocol-data.
 """
 
 import csv
-import json
+import io
 from pathlib import Path
 
 from afa.errors import UserError
 from afa.evaluation.protocols.base import Protocol, Request
+from afa.text_files import read_json_lines, read_text
 
 PROMPTS, COPIES, STEPS = 200, 4, 50
 HOLDS = "DrawBench's table of 200 prompts (.csv, .tsv or .jsonl with a column Prompts)"
@@ -27,13 +28,15 @@ def protocol(request: Request) -> Protocol:
 
 def read_table(path: Path) -> list[str]:
     """The column Prompts (or prompt) of a table, in its order. Raises UserError if there is none."""
-    text = path.read_text(encoding="utf-8-sig")
     try:
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [row for _, row in read_json_lines(path)]
         else:
-            rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
+            lines = io.StringIO(read_text(path), newline="")
+            rows = list(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ","))
         names = [name for name in ("Prompts", "prompts", "Prompt", "prompt") if rows and name in rows[0]]
         return [str(row[names[0]]).strip() for row in rows if str(row[names[0]] or "").strip()]
-    except (ValueError, IndexError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (ValueError, IndexError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is not {HOLDS} ({error!r})") from None

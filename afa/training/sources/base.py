@@ -1,5 +1,6 @@
 """What every source of captioned images gives: samples whose images are read one by one, and what had to be left out."""
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,19 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
+<<<<<<< HEAD
 from afa.files import write_atomically
+=======
+from afa.text_files import TextError, check_text, clean, parse_json, read_bytes
+>>>>>>> 90a8ece (wip)
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "file_name", "path", "image_path")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "txt")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif", "jp2")
+LONGEST = 2**20  # bytes of a caption
+# Why an image is left out.
 NO_CAPTION, NO_FILE, BROKEN = "no caption", "no such file", "not readable as an image"
+NO_IMAGE, NO_TEXT, NOT_PLAIN = "no image", "its caption is no UTF-8 text", "not a plain file"
+OUTSIDE = "outside the data's folder, which needs --allow-outside"
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One captioned image.
 
-    name: for people, unique in its source. mark: of the image wherever it lies, and different when it changes. read: the image as it was encoded; raises
-    OSError where it cannot be read.
+    name:    for people, unique in its source
+    caption: what it shows
+    mark:    of the image wherever it lies, and different when it changes
+    read:    the image as it was encoded; raises OSError or UserError where it cannot be read
     """
 
     name: str
@@ -32,6 +44,10 @@ def file_mark(file: Path) -> str:
     """Of a file and its content, without reading it."""
     facts = file.stat()
     return f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+
+
+class LeftOutError(OSError):
+    """An image that is not used. Its text is the reason, one of those above."""
 
 
 @dataclass
@@ -78,15 +94,21 @@ class Source:
 
 @dataclass(frozen=True)
 class Columns:
-    """What image and caption are called; None: the first of the usual names that is there."""
+    """How data are read.
+
+    image, caption: what they are called; None: the first of the usual names that is there
+    allow_outside:  whether images may lie outside the folder of the data that name them
+    """
 
     image: str | None = None
     caption: str | None = None
+    allow_outside: bool = False
 
     def choose(self, names: Iterable[str], what: str) -> tuple[str, str]:
         """-> the image's and the caption's. Raises UserError where one is missing."""
         known = list(names)
-        return _one(self.image, IMAGE_COLUMNS, known, "image", what), _one(self.caption, CAPTION_COLUMNS, known, "caption", what)
+        image = _one(self.image, IMAGE_COLUMNS, known, "image", what)
+        return image, _one(self.caption, CAPTION_COLUMNS, known, "caption", what)
 
 
 def _one(asked: str | None, usual: Sequence[str], known: list[str], kind: str, what: str) -> str:
@@ -98,12 +120,63 @@ def _one(asked: str | None, usual: Sequence[str], known: list[str], kind: str, w
 
 
 def caption_of(value: Any) -> str:
-    """A caption without blanks around it, empty if it is none; of several the first that says something."""
+    """A caption without blanks around it, empty if it is none; of several the first that says something.
+
+    Raises TextError for a string that is no text.
+    """
     if isinstance(value, (list, tuple)):
         return next((caption for caption in map(caption_of, value) if caption), "")
-    return value.strip() if isinstance(value, str) else ""
+    return clean(check_text(value, "a caption")) if isinstance(value, str) else ""
+
+
+def caption_in_json(text: str, asked: str | None) -> str:
+    """What JSON beside an image says of it, "" if nothing, or if it is none. asked: the key, None: the usual ones."""
+    try:
+        entry = parse_json(text, "a caption")
+    except TextError:
+        return ""
+    return caption_of(first_known(entry, asked, CAPTION_COLUMNS)) if isinstance(entry, dict) else ""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a path is of a file that macOS or others hide beside images: .DS_Store, ._a.png, __MACOSX/…"""
+    parts = [part for part in name.split("/") if part not in (".", "..")]
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
 def first_known(entry: Mapping[str, Any], asked: str | None, usual: Sequence[str]) -> Any:
-    """The value of the first usual name that an entry has, None if it has none."""
-    return next((entry[name] for name in ([asked] if asked else usual) if name in entry), None)
+    """The value of the first usual name that an entry has and that is not empty, None if it has none."""
+    return next((entry[name] for name in ([asked] if asked else usual) if entry.get(name)), None)
+
+
+def find_file(named: str, folder: Path, roots: Sequence[Path] | None) -> Path:
+    """The file that data name.
+
+    named:  as the data spell it, relative to the folder or absolute
+    roots:  folders it must lie in, links followed; None: it may lie anywhere
+    Raises LeftOutError for a file that is missing, elsewhere, or a device or pipe.
+    """
+    path = folder / named
+    try:
+        real = path.resolve()
+        if roots is not None and not any(real.is_relative_to(root) for root in roots):
+            raise LeftOutError(OUTSIDE)
+        if not real.exists():
+            raise LeftOutError(NO_FILE)
+        if not real.is_file():
+            raise LeftOutError(NOT_PLAIN)
+    except LeftOutError:
+        raise
+    except (OSError, ValueError, RuntimeError):  # too long, NUL, a loop of links
+        raise LeftOutError(NO_FILE) from None
+    return path
+
+
+def roots_of(folder: Path, columns: Columns) -> list[Path] | None:
+    """Where the files of a folder may lie, as find_file takes it."""
+    return None if columns.allow_outside else [folder.resolve()]
+
+
+def file_sample(name: str, caption: str, file: Path) -> Sample:
+    """A captioned image that is a file of its own."""
+    return Sample(name, caption, file_mark(file), functools.partial(read_bytes, file))

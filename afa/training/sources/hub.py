@@ -5,15 +5,16 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
 from afa.errors import UserError
-from afa.training.sources.base import NO_CAPTION, NO_FILE, Columns, Sample, Skipped, Source, caption_of
-from afa.training.sources.parquet import image_bytes
+from afa.text_files import TextError
+from afa.training.sources.base import NO_FILE, Columns, LeftOutError, Sample, Skipped, Source, find_file
+from afa.training.sources.parquet import image_bytes, row_caption
 
 SPLIT = "train"
 
@@ -28,14 +29,24 @@ def from_hub(spec: str, columns: Columns, limit: int | None = None) -> Source:
         return _streamed(spec, _load(name, revision or None, streaming=True), columns, limit)
     table = _load(name, revision or None)
     image, caption = columns.choose(table.column_names, f"data set {spec}")
-    samples, skipped = [], Skipped()
+    samples, skipped, find = [], Skipped(), _finder(columns)
     for row, value in enumerate(table[caption]):
-        text = caption_of(value)
-        if text:
-            samples.append(Sample(f"{name}:{row}", text, f"{table._fingerprint}-{row}", functools.partial(_read, table, image, row)))
-        else:
-            skipped.add(NO_CAPTION, f"{name}:{row}")
+        label, mark = f"{name}:{row}", f"{table._fingerprint}-{row}"
+        try:
+            samples.append(Sample(label, row_caption(lambda value=value: value), mark, functools.partial(_read, table, image, row, find)))
+        except LeftOutError as reason:
+            skipped.add(str(reason), label)
     return Source(spec, samples, skipped)
+
+
+def _finder(columns: Columns) -> Callable[[str], Path]:
+    """Of the images that a data set names by path: they must lie where the hub's downloads are kept."""
+    import datasets
+    from huggingface_hub import constants
+
+    kept = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH)
+    roots = None if columns.allow_outside else [Path(folder).resolve() for folder in kept]
+    return functools.partial(find_file, folder=Path(), roots=roots)
 
 
 def _load(name: str, revision: str | None, streaming: bool = False) -> Any:
@@ -53,24 +64,21 @@ def _load(name: str, revision: str | None, streaming: bool = False) -> Any:
     return table
 
 
-def _read(table: Any, column: str, row: int) -> bytes:
-    return image_bytes(table[row][column], Path())
+def _read(table: Any, column: str, row: int, find: Callable[[str], Path]) -> bytes:
+    return image_bytes(table[row][column], find)
 
 
 def _streamed(spec: str, table: Any, columns: Columns, limit: int) -> Source:
     """The first rows, their images as they came in one temporary file; it is gone with the process."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the samples)
-    samples, skipped, chosen = [], Skipped(), None
+    samples, skipped, chosen, find = [], Skipped(), None, _finder(columns)
     for row, entry in enumerate(_rows(spec, table, limit)):
         image, caption = chosen = chosen or columns.choose(entry, f"data set {spec}")
-        text, label = caption_of(entry[caption]), f"{spec}:{row}"
-        if not text:
-            skipped.add(NO_CAPTION, label)
-            continue
+        label = f"{spec}:{row}"
         try:
-            data = image_bytes(entry[image], Path())
-        except OSError:
-            skipped.add(NO_FILE, label)
+            text, data = row_caption(lambda value=entry[caption]: value), image_bytes(entry[image], find)
+        except (OSError, TextError) as reason:
+            skipped.add(str(reason) if isinstance(reason, LeftOutError) else NO_FILE, label)
             continue
         place = spool.seek(0, os.SEEK_END)
         spool.write(data)

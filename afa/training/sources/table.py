@@ -6,8 +6,8 @@ from pathlib import Path
 
 from afa.errors import UserError
 from afa.experts.spec import HUB_ID
-from afa.training.sources.base import Columns, Source
-from afa.training.sources.files import METADATA, from_folder, from_jsonl
+from afa.training.sources.base import Columns, LeftOutError, Source, find_file, is_hidden, roots_of
+from afa.training.sources.files import METADATA, TABLE, from_csv, from_jsonl, from_pairs
 from afa.training.sources.hub import from_hub
 from afa.training.sources.parquet import from_parquet
 from afa.training.sources.shards import expand, from_shards
@@ -20,7 +20,10 @@ FORMS: dict[str, Callable[[str, list[Path], Columns], Source]] = {
 }
 # what a place begins with -> module:function(place) that draws its images
 DRAWN = {"scenes:": "afa.demo.source:from_scenes"}
-WANTED = f"a folder with {METADATA}, a .jsonl, .parquet files, .tar shards, or a data set of the hub"
+WANTED = (
+    f"a folder with {METADATA} or with a .txt beside every image, a .jsonl, .parquet files, .tar shards, "
+    "or a data set of the hub"
+)
 
 
 def open_source(place: str, columns: Columns | None = None, limit: int | None = None) -> Source:
@@ -55,10 +58,23 @@ def _open(place: str, columns: Columns, limit: int | None) -> Source:
 
 
 def _from_directory(folder: Path, columns: Columns) -> Source:
-    if (folder / METADATA).is_file():
-        return from_folder(folder, columns)
+    """A list of images, else parquet files, else shards, else images with their captions beside them."""
+    for name, form in ((METADATA, from_jsonl), (TABLE, from_csv)):
+        if (folder / name).is_file():
+            return form(folder / name, columns)
     for ending in (".parquet", ".tar"):
-        files = sorted(folder.rglob(f"*{ending}"))
+        names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob(f"*{ending}"))]
+        files = []
+        for name in (name for name in names if not is_hidden(name)):
+            try:
+                files.append(find_file(name, folder, roots_of(folder, columns)))
+            except LeftOutError as reason:
+                raise UserError(f"--data {folder}: {name} is {reason}") from None
         if files:
             return FORMS[ending](str(folder), files, columns)
-    raise UserError(f'{folder} has no {METADATA}; write one line {{"file_name": "a.png", "text": "caption"}} per image, or give {WANTED}')
+    source = from_pairs(folder, columns)
+    if source is None:
+        raise UserError(
+            f'{folder} has no {METADATA}; write one line {{"file_name": "a.png", "text": "caption"}} per image, or give {WANTED}'
+        )
+    return source
