@@ -158,7 +158,7 @@ def test_prompts_are_lines_or_json_lines(tmp_path, name, content, expected):
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"), [(b"", "holds no prompt"), (b"\xff\xfe", "not UTF-8"), (b'{"text": 1}', 'line 1 has no "text"'), (b"{", "line 1 is not JSON")]
+    ("content", "sentence"), [(b"", "holds no prompt"), (b"\xff", "not UTF-8"), (b'{"text": 1}', 'line 1 has no "text"'), (b"{", "line 1 is not JSON")]
 )
 def test_bad_prompts_are_one_sentence(tmp_path, content, sentence):
     (tmp_path / "p.txt").write_bytes(content)

@@ -27,6 +27,7 @@ from afa.evaluation.tuning import Tuner
 from afa.files import sha256, write_atomically
 from afa.generation.sample import Request, Sampler
 from afa.memory import peak_megabytes
+from afa.training.run import LEFT_OUT
 
 T = TypeVar("T")
 
@@ -72,7 +73,13 @@ def prepare(settings: EvaluateSettings, keep: bool = True) -> Comparison:
     _claim(setup, keep)
     captions = setup.tuning_captions() if settings.tuning else []
     tuner = Tuner(setup.output / "tuning", captions, setup.sampling, judge.tuning_score, settings.batch_size)
-    return Comparison(setup, judge, tuner, names, [])
+    comparison = Comparison(setup, judge, tuner, names, [])
+    left_out = setup.protocol.left_out
+    if left_out:
+        comparison._note(f"pictures of --protocol {settings.protocol}, with their prompts: {left_out.summary()}")
+        if keep and PartialState().is_main_process:
+            left_out.write(setup.output / LEFT_OUT)
+    return comparison
 
 
 def evaluate(settings: EvaluateSettings) -> Results | None:

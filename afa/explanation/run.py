@@ -33,7 +33,7 @@ from afa.explanation.settings import ExplainSettings
 from afa.explanation.skipping import Skipping, Unused, find_unused
 from afa.explanation.summary import as_json
 from afa.files import replacing, sha256, write_atomically
-from afa.generation.prompts import read_prompts
+from afa.generation.prompts import asked_prompts
 from afa.generation.sample import Request, Sampling, sample
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
@@ -62,7 +62,7 @@ class Run:
 def run(settings: ExplainSettings) -> dict[str, Any]:
     """Explain what is not explained yet: -> explain.json. Ctrl-C loses at most one image. Raises UserError."""
     settings = with_seed(settings)
-    prompts = settings.prompt if settings.prompt is not None else read_prompts(Path(str(settings.prompts)))
+    prompts = asked_prompts(settings.prompt, settings.prompts)
     device, output = choose_device(settings.device), Path(settings.output)
     if settings.ensemble is None or not (Path(settings.ensemble) / MANIFEST).exists():
         raise UserError(f"{settings.ensemble} is no saved ensemble: it has no {MANIFEST}; make one with afa train, or leave it out for the embedded one")

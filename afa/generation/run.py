@@ -23,7 +23,7 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.files import replacing, sha256, write_atomically
 from afa.generation.pictures import CHUNK, save_picture
-from afa.generation.prompts import read_prompts
+from afa.generation.prompts import asked_prompts
 from afa.generation.sample import Request, Sampling
 from afa.generation.settings import GenerateSettings
 from afa.generation.sources import load_sources
@@ -61,7 +61,7 @@ class Job:
 def generate(settings: GenerateSettings) -> list[Path]:
     """Make what is not there yet: -> the paths of all images. Ctrl-C loses at most one batch."""
     settings = with_seed(settings)
-    prompts = settings.prompt if settings.prompt is not None else read_prompts(Path(str(settings.prompts)))
+    prompts = asked_prompts(settings.prompt, settings.prompts)
     device = choose_device(settings.device)  # before minutes are spent on loading
     ensemble = _load(settings)
     if settings.expert is not None and settings.expert not in ensemble.names:

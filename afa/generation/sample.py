@@ -12,6 +12,7 @@ from afa.errors import UserError
 from afa.families.table import called
 from afa.options import GUIDANCE, SAMPLING_STEPS, SEED, check_number
 from afa.seeds import generator
+from afa.text_files import check_text
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Request:
 
     def __post_init__(self) -> None:
         check_number(self.seed, "seed", whole=True, **SEED)
+        check_text(self.prompt, "the prompt")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Sampling:
         for name in ("guidance", "true_guidance"):
             if getattr(self, name) is not None:
                 check_number(getattr(self, name), name, **GUIDANCE)
+        check_text(self.negative_prompt or "", "the negative prompt")
 
 
 # Any way of making images from requests: a pipeline's, or one with a loop of its own.

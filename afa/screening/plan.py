@@ -20,7 +20,7 @@ from afa.screening.data import find
 from afa.screening.settings import ScreenSettings
 from afa.training.data import check_skipped
 from afa.training.routing import BANDS
-from afa.training.sources.base import Source
+from afa.training.sources.base import Columns, Source
 
 VAE_FACTOR = 8  # of all known VAEs of SD and SDXL; for denoisers that come without one
 

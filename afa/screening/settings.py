@@ -15,7 +15,11 @@ class ScreenSettings(CheckedOptions):
     experts: list[str] = option(
         help="two or more: a diffusers folder, .safetensors file of original layout or org/name@revision, each optionally NAME=… and …+LORA", positional=True
     )
-    data: str | None = option(None, help="captioned images: a folder with metadata.jsonl or a .txt beside every image, a .jsonl, parquet files, tar shards or a data set of the hub")
+    data: str | None = option(
+        None,
+        help="captioned images: a folder with metadata.jsonl or with a .txt beside every image, a .jsonl, parquet files, "
+        "tar shards or a data set of the hub",
+    )
     prompts: str | None = option(None, help="instead of --data, a file of prompts: what experts draw of them shows where they disagree, not who is right")
     output: str | None = option(None, help="a folder for report.html and screen.json, and for going on after an interruption (default: nothing is kept)")
     base: str | None = option(None, help="the model the experts were fine-tuned from: an expert that is the base under another name is found")

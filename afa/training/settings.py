@@ -11,7 +11,10 @@ from afa.training.objectives.settings import ObjectiveSettings
 
 # May differ between the two halves of an interrupted run: they do not change what is computed.
 SHEETS = ("sheet_every", "sheet_images", "sheet_steps", "sheet_guidance", "watch", "watch_weights")
-FREE = ("recipe", "steps", "output", "save_every", "cache", "max_skipped", "allow_outside", "gradient_checkpointing", "log_with", "device", "dry_run", "json", *SHEETS)
+FREE = (
+    *("recipe", "steps", "output", "save_every", "cache", "max_skipped"),
+    *("gradient_checkpointing", "log_with", "device", "dry_run", "json", "allow_outside", *SHEETS),
+)
 
 # Once, when an ensemble is made.
 MADE = ("aggregator", "placement", "hidden", "heads", "depth", "ignore", "attention_up_to", "text_stream", "vae", "config", "frame")
@@ -21,17 +24,15 @@ MADE = ("aggregator", "placement", "hidden", "heads", "depth", "ignore", "attent
 class LoopSettings(ObjectiveSettings):
     """What every training run is told, whatever it trains, field by field a flag."""
 
-    data: str = option(help="a folder with metadata.jsonl or with a .txt beside every image, a .jsonl, .parquet, .tar shards (x-{000..099}.tar), or a data set of the hub")
+    data: str = option(
+        help="a folder with metadata.jsonl or with a .txt beside every image, a .jsonl of paths, .parquet, .tar shards "
+        "(x-{000..099}.tar), or a data set of the hub"
+    )
     image_column: str | None = option(None, help="of the data: where the image or its path is (default: image, jpg, file_name …)")
     caption_column: str | None = option(None, help="of the data: where the caption is (default: text, caption, prompt)")
-<<<<<<< HEAD
+    allow_outside: bool = option(False, help="also read images that the data name outside their own folder: links, absolute paths, ..")
     limit: int | None = option(None, least=1, most=10**9, help="only the first so many images; a data set of the hub is then streamed instead of downloaded")
     crops: int = option(0, least=0, most=10_000, help="squares cut at random places of every training image, each encoded once; 0: its centre")
-=======
-    allow_outside: bool = option(False, help="also read images that the data name outside their own folder: links, absolute paths, ..")
-    limit: int | None = option(None, help="only the first so many images; a data set of the hub is then streamed instead of downloaded")
-    crops: int = option(0, help="squares cut at random places of every training image, each encoded once; 0: its centre")
->>>>>>> 90a8ece (wip)
     flip: bool = option(False, help="mirror half of the random crops")
     max_skipped: float = option(0.1, **SHARE, help="share of the images that may be unusable before the run stops")
     output: str = option(help="where the result goes; an interrupted run goes on from here")

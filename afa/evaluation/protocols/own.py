@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from afa.errors import UserError
-from afa.files import given_name
-from afa.images import read_pixels
 from afa.evaluation.protocols.base import Protocol, Real, Request
+from afa.files import given_name
 from afa.generation.prompts import read_prompts
+from afa.images import read_pixels
 from afa.training.pictures import UNREADABLE, reason, unreadable
 from afa.training.sources.base import Columns, Sample
 from afa.training.sources.table import open_source

@@ -19,7 +19,7 @@ from afa.evaluation.metrics.user import load_scorer
 from afa.evaluation.pictures import Picture
 from afa.experts.load import Expert, load_experts
 from afa.files import write_atomically
-from afa.generation.prompts import read_prompts
+from afa.generation.prompts import asked_prompts
 from afa.generation.sample import Request, Sampling, sample
 from afa.merging.memory import InMemoryMerge
 from afa.merging.search.bayesian import bayesian_search, best_point
@@ -84,7 +84,7 @@ def _metric(settings: SearchSettings) -> ImageMetric:
 
 def _objective(settings: SearchSettings, merge: InMemoryMerge, metric: ImageMetric, device: torch.device) -> Objective:
     """Draw the same images with a merge, and judge each."""
-    prompts = settings.prompt if settings.prompt is not None else read_prompts(Path(str(settings.prompts)))
+    prompts = asked_prompts(settings.prompt, settings.prompts)
     requests = [Request(prompts[index % len(prompts)], nth_seed(settings.seed, index)) for index in range(settings.images)]
     sampling = Sampling(settings.steps, settings.guidance, height=settings.height, width=settings.width)
     pipeline = _pipeline(merge.expert, device)

@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
-<<<<<<< HEAD
 from afa.files import write_atomically
-=======
 from afa.text_files import TextError, check_text, clean, parse_json, read_bytes
->>>>>>> 90a8ece (wip)
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "file_name", "path", "image_path")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "txt")

@@ -28,7 +28,10 @@ WANTED = (
 
 def open_source(place: str, columns: Columns | None = None, limit: int | None = None) -> Source:
     """List what a place holds, or the first so many images of it. Raises UserError if nothing there can be trained on."""
-    source = _open(place, columns or Columns(), limit)
+    try:
+        source = _open(place, columns or Columns(), limit)
+    except OSError as error:  # no right to read it, a disk that fails, a name that is too long
+        raise UserError(f"--data {place[:200]} cannot be read: {error.strerror or error}") from None
     if limit is not None:
         source = Source(source.origin, source.samples[:limit], source.skipped)
     if not source.samples:
