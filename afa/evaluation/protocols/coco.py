@@ -18,7 +18,7 @@ from afa.files import sha256
 from afa.images import open_image, read_pixels
 from afa.text_files import read_bytes, read_json
 from afa.training.pictures import unreadable
-from afa.training.sources.base import LeftOutError, Sample, find_file
+from afa.training.sources.base import NO_FILE, LeftOutError, Sample, find_file
 
 SIDE, STEPS = 256, 50
 CLIP_PAIRS = 5_000
@@ -68,7 +68,9 @@ def read_pairs(root: Path, inside: bool = True) -> list[tuple[Path, str]]:
         try:
             pairs.append((find_file(name, root / IMAGES, [(root / IMAGES).resolve()] if inside else None), caption))
         except LeftOutError as reason:
-            raise UserError(f"{root / IMAGES / name}, which {file.name} names: {reason}; unpack COCO's images again") from None
+            what = "missing" if str(reason) == NO_FILE else reason
+            sentence = f"{root / IMAGES / name} is {what}, which {file.name} names; unpack COCO's images again"
+            raise UserError(sentence) from None
     return pairs
 
 
