@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from afa.errors import UserError
+from afa.files import given_name
 from afa.naming import check_name, plain_name
 from afa.options import check_number
 
@@ -94,6 +95,5 @@ def _lora(text: str) -> Lora:
 
 
 def _default_name(source: str) -> str:
-    """The folder's or file's name, without .safetensors and what cannot be in a name."""
-    last = Path(source).resolve().name if exists(source) else Path(source).name
-    return plain_name(last.removesuffix(".safetensors"), "expert")
+    """The folder's or file's name as it was given, without .safetensors and what cannot be in a name."""
+    return plain_name(given_name(Path(source)).removesuffix(".safetensors"), "expert")

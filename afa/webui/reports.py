@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from afa.errors import UserError
+from afa.files import given_name
 
 PAGE = "report.html"  # what afa demo and afa screen leave
 RESULTS = "results.json"  # what afa evaluate leaves
@@ -38,9 +39,9 @@ def _read(place: Path) -> Report:
     if place.is_file() and place.suffix.lower() in (".html", ".htm"):
         return Report(place.stem if place.name != PAGE else place.resolve().parent.name, _text(place))
     if (place / PAGE).is_file():
-        return Report(place.resolve().name, _text(place / PAGE))
+        return Report(given_name(place), _text(place / PAGE))
     if (place / RESULTS).is_file():
-        return Report(place.resolve().name, _evaluation(place))
+        return Report(given_name(place), _evaluation(place))
     raise UserError(
         f"--reports {place} holds no report: it is neither an .html file nor a folder with {PAGE} (afa screen, afa demo)"
         f" or {RESULTS} (afa evaluate)"

@@ -10,6 +10,7 @@ from PIL import Image
 from afa.errors import UserError
 from afa.evaluation.protocols.base import Request
 from afa.evaluation.protocols.table import make_protocol
+from afa.experts.spec import ExpertSpec
 from afa.files import given_name
 
 
@@ -85,7 +86,11 @@ def test_a_link_is_called_by_its_own_name_in_every_place(tmp_path, monkeypatch):
     (tmp_path / "5891b5b5").write_text("a cat\n")
     (tmp_path / "my-prompts.txt").symlink_to(tmp_path / "5891b5b5")
     assert make_protocol(str(tmp_path / "my-prompts.txt"), Request()).name == "my-prompts"
+    assert ExpertSpec.parse(str(tmp_path / "my-pictures")).name == "my-pictures"
+    (tmp_path / "photo.safetensors").symlink_to(tmp_path / "5891b5b5")
+    assert ExpertSpec.parse(str(tmp_path / "photo.safetensors")).name == "photo"
     monkeypatch.chdir(place)
+    assert ExpertSpec.parse(".").name == "b1946ac9"
     assert given_name(type(place)(".")) == "b1946ac9"
 
 
