@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from afa.denoiser.lora import OWN, activate, adapter_parameters, loaded, settle
+from afa.denoiser.lora import OWN, activate, adapter_parameters, check_weights, loaded
 from afa.denoiser.sharing import shared_copy
 from afa.errors import UserError
-from afa.experts.adapters import carrier, load_lora
+from afa.experts.adapters import load_lora, lora_parts
 from afa.families.table import FAMILIES
 from afa.inversion import load_inversion, unload_inversion
 from afa.lookup import unknown
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 def load_into(ensemble: "Ensemble", source: Any, experts: Sequence[str] | None, name: str | None, scale: float, options: dict[str, Any]) -> str:
     """See Ensemble.load_lora. -> the adapter's name. Nothing is loaded if anything is refused."""
+    check_weights(scale)
     chosen = _chosen(ensemble, experts)
     name = name or ensemble.denoiser.free_name()
     _check_name(ensemble, name)
@@ -56,11 +57,15 @@ def _check_name(ensemble: "Ensemble", name: str) -> None:
 
 def _load_one(ensemble: "Ensemble", index: int, source: Any, name: str, options: dict[str, Any]) -> list[Any]:
     """Load a LoRA beside one expert's weights, and beside copies of its text encoders' that share them: -> these."""
+    import diffusers
+
     encoders: list[Any] = [shared_copy(host.encoders[host.of_expert[index]]) for host in ensemble.text_encoders]
     expert = replace(ensemble.experts[index], model=ensemble.denoiser.experts[index], text_encoders=encoders)
-    load_lora(carrier(expert), source, name, f"expert '{expert.name}'", **options)
-    for module in (expert.model, *encoders):
-        settle(module, name)
+    parts = lora_parts(expert)
+    kinds = FAMILIES[expert.family].call.pipeline(len(encoders))
+    switched = getattr(diffusers, kinds)._lora_loadable_modules  # others could never be switched off by a pipeline
+    parts = {part: module for part, module in parts.items() if part in switched}
+    load_lora(parts, source, name, f"expert '{expert.name}'", **options)
     return encoders
 
 

@@ -3,14 +3,17 @@
 LoRAs that are part of an expert (see afa.experts.own) are not among them: they are neither listed nor changed.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers.utils.peft_utils import delete_adapter_layers, set_adapter_layers, set_weights_and_activate_adapters
-from torch import nn
+from torch import Tensor, nn
 
+from afa.denoiser.lora_layers import lora_states
 from afa.denoiser.sharing import unshare
 from afa.options import check_number
 
@@ -97,6 +100,7 @@ class LoraHost:
         Pipelines ask every component, whether it has a LoRA of that name or not. Raises NotImplementedError for weights that are
         stored in 8 bits or elsewhere.
         """
+        check_weights(lora_scale)
         models = self.lora_models()
         for model in models:
             _check_fusible(model)
@@ -128,31 +132,31 @@ class DenoiserLoras(LoraHost):
         """Load a LoRA beside the weights of every expert; all of it, or nothing and a ValueError.
 
         What a pipeline hands over may also hold weights for text encoders, which only Ensemble.load_lora can place: then
-        NotImplementedError, before anything is loaded.
+        NotImplementedError, before anything is loaded. options: network_alphas and metadata as diffusers hands them over.
         """
         given = pretrained_model_name_or_path_or_dict
-        if isinstance(given, dict) and any(key.startswith("text_encoder") for key in given):
+        if not isinstance(given, dict):
+            raise NotImplementedError("a LoRA's file is loaded with ensemble.load_lora(…), or by a pipeline of ensemble.pipeline()")
+        if any(key.startswith("text_encoder") for key in given):
             raise NotImplementedError("this LoRA is for text encoders, too; load it with ensemble.load_lora(…), or by a pipeline of ensemble.pipeline()")
         name = adapter_name or self.free_name()
         if name.startswith(OWN):
             raise ValueError(f"adapter_name '{name}' begins with '{OWN}', as the names of experts' own LoRAs do; choose another")
+        alphas = {key: torch.tensor(alpha) for key, alpha in (options.pop("network_alphas", None) or {}).items()}
+        config, part = options.pop("metadata", None), prefix or "denoiser"
         try:
             for model in self.lora_models():
-                model.load_lora_adapter(dict(given) if isinstance(given, dict) else given, prefix=prefix, adapter_name=name, **options)
+                states = lora_states({**given, **_attention(alphas)}, {part: model}, "the LoRA", "the experts", config)
+                model.load_lora_adapter(states[part], prefix=None, adapter_name=name, **options)
                 settle(model, name)
-                _check_all_found(model, name, given, prefix)
         except BaseException:
             self.delete_adapters(name)
             raise
 
 
-def _check_all_found(model: nn.Module, name: str, given: Any, prefix: str | None) -> None:
-    """Raises ValueError where some of a LoRA's weights for the denoiser have found no place."""
-    keys = [key for key in given if "alpha" not in key and key.startswith(prefix or "")] if isinstance(given, dict) else []
-    found = len(adapter_parameters(model, name))
-    if isinstance(given, dict) and (found < len(keys) or not found):
-        lost = f"{len(keys) - found} of its {len(keys)} weights for the {prefix} found no place"
-        raise ValueError(f"the LoRA does not fit the experts: {lost}; it was made for another architecture")
+def _attention(alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Alphas as diffusers hands them over, by their layers' names; its names of attention layers have the factor's, too."""
+    return {re.sub(r"(_lora\.(down|up)\.weight)?\.alpha$", ".alpha", key): alpha for key, alpha in alphas.items()}
 
 
 def activate(model: Any, names: Sequence[str], weights: Any = None) -> None:
@@ -196,6 +200,7 @@ def _tidy(model: Any) -> None:
 @contextmanager
 def lora_scaled(models: nn.Module, scale: float) -> Iterator[None]:
     """Inside, LoRAs that were loaded beside the weights count so much; those that are part of an expert stay as they are."""
+    check_weights(scale)
     layers = [] if scale == 1 else [(layer, dict(layer.scaling)) for _, layer in tuner_layers(models)]
     for layer, _ in layers:
         layer.scale_layer(scale)

@@ -6,20 +6,22 @@ LoRAs left beside them. An expert's own LoRA is part of it: what pipelines do to
 
 import copy
 import dataclasses
-import inspect
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
-from afa.denoiser.lora import OWN, adapter_parameters, settle, tuner_layers
+from afa.denoiser.lora import OWN, activate, adapter_parameters, settle, tuner_layers
+from afa.denoiser.lora_layers import lora_states
 from afa.denoiser.sharing import Model, shared_copy
 from afa.errors import UserError
 from afa.experts.locate import Located, locate
+from afa.experts.lora_files import read_lora
 from afa.experts.original import read_header
 from afa.experts.own import make_own
 from afa.experts.spec import ExpertSpec, Lora
@@ -28,18 +30,7 @@ from afa.families.table import FAMILIES
 if TYPE_CHECKING:
     from afa.experts.load import Expert
 
-LOADERS = (OSError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, TypeError)  # what diffusers' loaders raise
-# What else is passed around as "a LoRA", by a piece of its keys.
-OTHER_KINDS = {
-    "hada_": "a LoHa (LyCORIS)",
-    "lokr_": "a LoKr (LyCORIS)",
-    "oft_": "an OFT (LyCORIS)",
-    "on_input": "an IA3 (LyCORIS)",
-    "dora_scale": "a DoRA in kohya's form",
-    "lora_mid": "a LoCon with a core tensor (LyCORIS)",
-    "diff_b": "a full difference of weights (LyCORIS)",
-}
-
+UP = ".lora_B.weight"
 
 def load_sharing(sources: Sequence[Any], load: Callable[[Any], "Expert"]) -> list["Expert"]:
     """Load experts, each base that several of them name once. An expert alone on its base has its LoRAs fused into it.
@@ -78,110 +69,78 @@ def on_base(base: "Expert", located: Located) -> "Expert":
 
 def add_own(expert: "Expert", loras: Sequence[Lora]) -> None:
     """Put LoRA files beside an expert's weights, as part of it. Raises UserError for one that does not fit, or is another kind."""
-    if not loras:
-        return
     names = [f"{OWN}{index}" for index in range(len(loras))]
-    pipe = carrier(expert)
+    parts = lora_parts(expert)
     for name, lora in zip(names, loras, strict=True):
-        load_lora(pipe, lora.path, name, f"expert '{expert.name}'")
-    pipe.set_adapters(names, [lora.strength for lora in loras])
-    for module in (expert.model, *expert.text_encoders):
+        load_lora(parts, lora.path, name, f"expert '{expert.name}'")
+    for module in parts.values():
+        present = [(name, lora.strength) for name, lora in zip(names, loras, strict=True) if adapter_parameters(module, name)]
+        if present:
+            activate(module, [name for name, _ in present], [strength for _, strength in present])
         for _, layer in tuner_layers(module):
             make_own(layer, names)
-        for name in names:
-            settle(module, name)
 
 
-def carrier(expert: "Expert") -> Any:
-    """A stock pipeline around an expert's models, which knows how to read LoRA files of its architecture."""
-    import diffusers
+def lora_parts(expert: "Expert") -> dict[str, Any]:
+    """What a LoRA can change of an expert, by the names in a pipeline: the denoiser first, then the text encoders."""
+    from afa.experts.load import TEXT_ENCODERS
 
-    from afa.experts.load import TEXT_ENCODERS, TOKENIZERS
-
-    family = FAMILIES[expert.family]
-    maker: Any = getattr(diffusers, expert.pipeline or "", None) or getattr(diffusers, family.call.pipeline(len(expert.text_encoders)))
-    taken = list(inspect.signature(maker.__init__).parameters)[1:]
-    parts = {family.component: expert.model, "scheduler": expert.scheduler}
-    parts |= dict(zip(TEXT_ENCODERS, expert.text_encoders, strict=False)) | dict(zip(TOKENIZERS, expert.tokenizers, strict=False))
-    required = [name for name, one in inspect.signature(maker.__init__).parameters.items() if one.default is one.empty]
-    missing = {name: None for name in required if name in taken and name not in parts}
-    switches = {"requires_safety_checker": False} if "requires_safety_checker" in taken else {}
-    return maker(**{name: part for name, part in parts.items() if name in taken}, **missing, **switches)
+    return {FAMILIES[expert.family].component: expert.model, **dict(zip(TEXT_ENCODERS, expert.text_encoders, strict=False))}
 
 
-def load_lora(pipe: Any, source: Any, name: str, where: str, **options: Any) -> None:
-    """Load a LoRA into a stock pipeline as an adapter of that name, all of it.
+def load_lora(parts: Mapping[str, Any], source: Any, name: str, where: str, **options: Any) -> None:
+    """Put a LoRA beside the weights of some models as an adapter of that name: all of it, or nothing.
 
-    source: a file, or what else diffusers takes, with its options. where: whose it is, for messages. Raises UserError if it is
-    of another kind or does not fit, with how many of its weights found no place.
+    parts: the denoiser first, then text encoders, by their names in a pipeline.
+    source, options: see afa.experts.lora_files.read_lora.
+    where: whose models they are, for messages.
+    Raises UserError for one that is of another kind, is broken, or does not fit.
     """
-    check_kind(source)
-    what = f"LoRA {source}" if isinstance(source, (str, Path)) else "the LoRA"
-    try:
-        with _silent():
-            expected = _count(pipe, source, options)
-            pipe.load_lora_weights(str(source) if isinstance(source, Path) else source, adapter_name=name, local_files_only=True, **options)
-    except LOADERS as error:
-        raise UserError(f"{what} does not fit {where}: {str(error).strip().partition(chr(10))[0]}") from error
-    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    found = sum(len(adapter_parameters(module, name)) for module in modules)
-    if found < expected:
-        lost = f"{expected - found} of its {expected} weights found no place"
-        raise UserError(f"{what} does not fit {where}: {lost}; it was made for another architecture")
+    what, tensors, config = read_lora(source, **options)
+    for part, state in lora_states(tensors, parts, what, where, config).items():
+        attach(parts[part], state, name)
+        settle(parts[part], name)
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the libraries' warnings of what a LoRA has nothing for, or too much of: both are counted."""
-    import diffusers
-    import transformers
+def attach(module: Any, state: dict[str, Tensor], name: str) -> None:
+    """Put one model's part of a LoRA beside its weights. state: as lora_states makes it, every layer of alpha = rank."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
-    logs = (diffusers.utils.logging, transformers.utils.logging)
-    before = [log.get_verbosity() for log in logs]
-    for log in logs:
-        log.set_verbosity(log.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several LoRAs are meant
-            yield
-    finally:
-        for log, level in zip(logs, before, strict=True):
-            log.set_verbosity(level)
-
-
-def check_kind(source: Any) -> None:
-    """Raises UserError for a file of what is called a LoRA, but is something else."""
-    if not isinstance(source, (str, Path)) or not Path(source).is_file() or Path(source).suffix != ".safetensors":
-        return
-    keys = list(read_header(Path(source)))
-    for mark, kind in OTHER_KINDS.items():
-        if any(mark in key.rpartition(".")[2] or f".{mark}" in key for key in keys):
-            raise UserError(f"LoRA {source} is {kind}, which diffusers does not load here; convert it to a plain LoRA")
-
-
-def _count(pipe: Any, source: Any, options: dict[str, Any]) -> int:
-    """How many tensors of a LoRA are to find a place."""
-    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-
-    config = {"unet_config": pipe.unet.config} if isinstance(pipe, StableDiffusionXLLoraLoaderMixin) else {}  # names SDXL's blocks
-    given = dict(source) if isinstance(source, dict) else str(source)
-    read = pipe.lora_state_dict(given, local_files_only=True, **config, **options)
-    return sum("alpha" not in key for key in (read[0] if isinstance(read, tuple) else read))
+    ranks = {key.removesuffix(UP): tensor.shape[1] for key, tensor in state.items() if key.endswith(UP)}
+    pattern = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items()}
+    config = LoraConfig(
+        rank_pattern=pattern,
+        alpha_pattern=pattern,
+        target_modules=list(ranks),
+        use_dora=any(key.endswith("lora_magnitude_vector") for key in state),
+        lora_bias=any(key.endswith("lora_B.bias") for key in state),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several LoRAs are meant
+        inject_adapter_in_model(config, module, adapter_name=name, state_dict=state)
+        set_peft_model_state_dict(module, state, adapter_name=name)
+    module._hf_peft_config_loaded = True  # as diffusers and transformers mark a model with adapters
 
 
 def lora_numbers(located: Located | None) -> int:
     """How many numbers the LoRAs of an expert have, by the headers of their files."""
-    files = [Path(lora.path) for lora in located.spec.loras] if located else []
-    headers = [read_header(file) for file in files if file.suffix == ".safetensors"]
+    headers = [read_header(Path(lora.path)) for lora in located.spec.loras] if located else []
     return sum(prod(entry["shape"]) for header in headers for key, entry in header.items() if "alpha" not in key)
 
 
 def fuse(module: Model) -> Model:
-    """Add the LoRAs that are on into a model's own weights, in place, and leave plain layers behind."""
+    """Add the LoRAs that are on into a model's own weights, in place, and leave plain layers behind.
+
+    Raises UserError for a weight that does not fit the model's dtype with the LoRA in it.
+    """
     for name, layer in list(tuner_layers(module)):
+        base = layer.get_base_layer()
         if not layer.merged and not layer.disable_adapters:
             layer.merge()
-        module.set_submodule(name, layer.get_base_layer())
+            if not torch.isfinite(base.weight).all():
+                advice = "load the experts in float32, or make the LoRA weaker"
+                raise UserError(f"{name}.weight does not fit {base.weight.dtype} with the LoRA in it; {advice}")
+        module.set_submodule(name, base)
     for mark in ("peft_config", "_hf_peft_config_loaded"):
         module.__dict__.pop(mark, None)
     return module

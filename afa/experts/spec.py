@@ -57,7 +57,7 @@ class ExpertSpec:
         named = NAME.fullmatch(head) or exists(tail) or HUB_ID.fullmatch(tail)
         if equals and named and not exists(text):
             name, rest = check_name(head, "an expert"), tail
-        pieces = [rest] if exists(rest) else rest.split("+")
+        pieces = _pieces(rest)
         source, loras = pieces[0], tuple(_lora(piece) for piece in pieces[1:])
         revision = None
         if "@" in source and not exists(source):
@@ -83,9 +83,22 @@ def new_places(given: list[str]) -> dict[str, str]:
     return dict(place.split("=", 1) for place in given)
 
 
+def _pieces(text: str) -> list[str]:
+    """The source and the LoRAs behind it. A + divides them, unless it belongs to the name of something that exists."""
+    parts, pieces = text.split("+"), []
+    while parts:
+        ends = range(len(parts), 0, -1)
+        joined = ("+".join(parts[:end]) for end in ends)
+        there = (any(exists(path) for path in (piece, piece.rpartition("*")[0]) if path) for piece in joined)
+        end = next((end for end, found in zip(ends, there, strict=True) if found), 1)
+        pieces.append("+".join(parts[:end]))
+        parts = parts[end:]
+    return pieces
+
+
 def _lora(text: str) -> Lora:
     path, star, strength = text.rpartition("*")
-    if not star:
+    if not star or exists(text):
         return Lora(text)
     try:
         number = float(strength)

@@ -12,31 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from afa.families.original_names import unet_names
+
 DENOISER = "unet"  # the only one this layout is known for
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-PLACE = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.")
 # text encoder -> its prefixes, (CLIP, OpenCLIP); SDXL's stand in conditioner.embedders
 TEXT = {
     "text_encoder": ("cond_stage_model.transformer.text_model.", "cond_stage_model.model."),
     "xl.text_encoder": ("conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.0.model."),
     "xl.text_encoder_2": ("conditioner.embedders.1.transformer.text_model.", "conditioner.embedders.1.model."),
-}
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-UNET_ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
 }
 VAE_PLACES = [
     (r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block."),
@@ -86,7 +70,8 @@ def original_places(
     """
     if part == DENOISER:
         assert stages is not None
-        return {name: Place(UNET + new) for name, new in _unet(names, stages).items()}
+        own = {name: stages[f"{DENOISER}.{name}"] for name in names}
+        return {name: Place(UNET + new) for name, new in unet_names(names, own).items()}
     if part == "vae":
         return _vae(names)
     clip, opened = TEXT[f"{'xl.' if xl else ''}{part}"]
@@ -137,43 +122,6 @@ def shape_to_original(shape: Sequence[int], form: str) -> tuple[int, ...]:
     if form in ("q", "k", "v"):
         return (3 * shape[0], *shape[1:])
     return tuple(reversed(shape)) if form == "transposed" else (*shape, 1, 1) if form == "conv" else tuple(shape)
-
-
-def _unet(names: Collection[str], stages: Mapping[str, str]) -> dict[str, str]:
-    """Blocks by their stage; in a block, a residual layer is 0, its attention 1, an upsampler comes last."""
-    own = {name: stages[f"{DENOISER}.{name}"] for name in names}
-    attended = {own[name] for name in names if ".attentions." in name}
-    return {name: _unet_name(name, own[name], own[name] in attended) for name in names}
-
-
-def _unet_name(name: str, stage: str, attended: bool) -> str:
-    if name.startswith("mid_block."):
-        _, kind, number, rest = name.split(".", 3)
-        return f"middle_block.{2 * int(number) + (kind == 'attentions')}.{_resnet(rest) if kind == 'resnets' else rest}"
-    place = PLACE.match(name)
-    if place is None:
-        return _unet_end(name)
-    side, rest = "input" if stage.startswith("IN") else "output", name[place.end() :]
-    block = f"{side}_blocks.{int(stage.lstrip('INOUT'))}"
-    inside = {
-        "resnets": lambda: f"0.{_resnet(rest)}",
-        "attentions": lambda: f"1.{rest}",
-        "downsamplers": lambda: f"0.op.{rest.removeprefix('conv.')}",
-        "upsamplers": lambda: f"{1 + attended}.{rest}",
-    }
-    return f"{block}.{inside[place[3]]()}"
-
-
-def _resnet(rest: str) -> str:
-    first, _, last = rest.partition(".")
-    return f"{RESNET[first]}.{last}"
-
-
-def _unet_end(name: str) -> str:
-    module, _, last = name.rpartition(".")
-    if module not in UNET_ENDS:
-        raise ValueError(f"the original layout has no place for {name}")
-    return f"{UNET_ENDS[module]}.{last}"
 
 
 def _vae(names: Collection[str]) -> dict[str, Place]:

@@ -1,0 +1,298 @@
+"""What a LoRA file holds, in one form: for every layer of a model its two factors, with alpha already multiplied in.
+
+Read are the names that kohya's scripts, diffusers, PEFT, ComfyUI, OneTrainer and XLabs write. Whose layer a tensor belongs
+to is looked up in the model, so nothing depends on a model's size. A layer adds alpha / rank · up @ down to its weight, with
+its own rank and alpha; without an alpha it adds up @ down. (diffusers 0.42 gives attention layers of kohya's files the most
+frequent alpha of the file: its pattern of the others is written for modules `attn1.processor.to_q_lora`, which do not exist.)
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afa.errors import UserError
+from afa.families.original_names import Layers, original_layers
+
+FACTOR = re.compile(r"(.+?)[._]lora([12]?)(?:_linear_layer)?[._](down|up|A|B)(?:\.[^.]+)?\.(weight|bias)")
+MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.[^.]+)??(?:\.weight)?")
+ALPHA = re.compile(r"(.+?)(?:\.lora)?\.alpha")
+ROLES = {"down": "down", "A": "down", "up": "up", "B": "up"}
+DENOISER, ANY, LAST = "denoiser", "any", "last text encoder"
+PREFIXES = {
+    "lora_unet_": DENOISER,
+    "lora_transformer_": DENOISER,
+    "unet.": DENOISER,
+    "transformer.": DENOISER,
+    "diffusion_model.": DENOISER,
+    "model.diffusion_model.": DENOISER,
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": LAST,
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoder_3.": "text_encoder_3",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "text_encoders.t5xxl.transformer.": LAST,
+}
+RENAMED = {"to_out": "to_out.0", "to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj"}  # by the first diffusers, -> today
+# What else is passed around as a LoRA, by a piece of its keys. The second item ends the sentence "LoRA FILE …".
+OTHER_KINDS = (
+    (r"\.hada_", "is a LoHa (LyCORIS)"),
+    (r"\.lokr_", "is a LoKr (LyCORIS)"),
+    (r"\.(oft_|boft_)", "is an OFT (LyCORIS)"),
+    (r"\.on_input$", "is an IA3 (LyCORIS)"),
+    (r"\.(dora_scale|weight_decompose)", "is a DoRA in kohya's form"),
+    (r"\.lora_mid\.", "is a LoCon with a core tensor (LyCORIS)"),
+    (r"\.(diff|diff_b|set_weight|w_norm|b_norm)$", "holds a full difference of weights (LyCORIS)"),
+    (r"\.[ab][12]\.weight$", "is a GLoRA (LyCORIS)"),
+    (r"scale_weight$|weight_scale$|scaled_fp8$|quant_map$|absmax$", "holds quantised weights with scales"),
+    (r"^lora_controlnet$", "is a Control-LoRA"),
+    (r"^bundle_emb\.|string_to_param|^emb_params$|^clip_[gl]$", "holds an embedding (a textual inversion)"),
+    (r"^first_stage_model\.|^conditioner\.|^cond_stage_model\.|^model\.diffusion_model\.(?!.*\.lora_)", "is a whole checkpoint"),
+)
+
+
+@dataclass
+class Found:
+    """One layer of a file. keys: of its tensors, the first one names it in messages."""
+
+    down: Tensor | None = None
+    up: Tensor | None = None
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    alpha: Tensor | float | None = None
+    keys: list[str] = field(default_factory=list)
+
+
+def lora_states(
+    tensors: Mapping[str, Tensor],
+    parts: Mapping[str, nn.Module],
+    what: str,
+    where: str,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a LoRA as PEFT names them, by the part of a pipeline: every layer counts up @ down and nothing else.
+
+    tensors: of the file, by their keys; on the meta device they are only compared with the model.
+    parts: the denoiser first, then text encoders, by their names in a pipeline.
+    what, where: the file and the model, for messages.
+    config: what PEFT or diffusers recorded beside the tensors: lora_alpha, alpha_pattern, use_rslora; keys may begin with
+    a part's name and a dot.
+    Raises UserError for what is no plain LoRA, does not fit, or holds numbers that are not finite.
+    """
+    found = _grouped(tensors, what)
+    names = {part: Names(module) for part, module in parts.items()}
+    placed, lost = {}, []
+    for key, layer in found.items():
+        place = _place(key, names)
+        placed[key] = place
+        lost += [] if place else [one for one in layer.keys if not one.endswith(".alpha")]
+    if lost:
+        count = sum(not key.endswith(".alpha") for key in tensors)
+        missing = f"{len(lost)} of its {count} weights found no place (first: {lost[0]})"
+        raise UserError(f"{what} does not fit {where}: {missing}; it was made for another architecture")
+    for key, layer in found.items():
+        if layer.down is None or layer.up is None:
+            lacks = "both factors" if layer.down is layer.up else "lora_up (lora_B)" if layer.up is None else "lora_down (lora_A)"
+            raise UserError(f"{what} is incomplete: layer {key} lacks {lacks}; download or export it again")
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, layer in found.items():
+        part, layers = placed[key]  # type: ignore[misc]
+        state = states.setdefault(part, {})
+        alpha = layer.alpha if layer.alpha is not None else _recorded(config or {}, part, layers.names[0], layer, what)
+        for name, tensor in _factors(layer, alpha, layers, names[part], what, where):
+            if name in state:
+                raise UserError(f"{what} holds layer {name.rpartition('.lora_')[0]} of the {part} twice (once as {layer.keys[0]})")
+            state[name] = tensor
+    return {part: _completed(state, what) for part, state in states.items()}
+
+
+def _grouped(tensors: Mapping[str, Tensor], what: str) -> dict[str, Found]:
+    """The tensors of every layer, by the layer's name in the file. Raises UserError for what is no plain LoRA."""
+    if not tensors:
+        raise UserError(f"{what} is empty: it holds no tensor")
+    found: dict[str, Found] = {}
+    for pattern, kind in OTHER_KINDS:
+        key = next((key for key in tensors if re.search(pattern, key)), None)
+        if key is not None:
+            raise UserError(f"{what} {kind} ({key}), which is not supported here; take a plain LoRA")
+    for key, tensor in tensors.items():
+        if match := FACTOR.fullmatch(key):
+            layer, role = match[1] + match[2], ROLES[match[3]] if match[4] == "weight" else "bias"
+        elif match := MAGNITUDE.fullmatch(key):
+            layer, role = match[1], "magnitude"
+        elif match := ALPHA.fullmatch(key):
+            layer, role = match[1], "alpha"
+        else:
+            some = any(FACTOR.fullmatch(other) for other in tensors)
+            besides = f"holds {key} besides its LoRA, and that would be lost" if some else f"holds no LoRA (its first key is {key})"
+            raise UserError(f"{what} {besides}; take a plain LoRA")
+        one = found.setdefault(layer, Found())
+        if getattr(one, role) is not None:
+            raise UserError(f"{what} holds {key} twice, under two names")
+        if role != "alpha" and not tensor.is_floating_point():
+            raise UserError(f"{what}: {key} is of type {tensor.dtype}, expected floating point; take a plain LoRA")
+        setattr(one, role, tensor)
+        one.keys.append(key)
+    return found
+
+
+class Names:
+    """The layers of a model that can have a LoRA, by every name they are known by."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        modules = {name: getattr(module, "base_layer", module) for name, module in model.named_modules()}
+        inner = re.compile(r"\.base_layer$|\.lora_[A-Za-z]")
+        self.layers = {
+            name: module
+            for name, module in modules.items()
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and not inner.search(name)
+        }
+
+    @cached_property
+    def known(self) -> dict[str, Layers]:
+        """Name, with dots or with underscores in their place -> the layers it stands for."""
+        found: dict[str, Layers] = {}
+        for name in self.layers:
+            for old, new in RENAMED.items():
+                if name.endswith(f".{new}"):
+                    found[name.removesuffix(new) + old] = Layers((name,))
+            if name.endswith(".out_proj"):
+                found[name.removesuffix("out_proj") + "to_out"] = Layers((name,))
+        if hasattr(self.model, "load_lora_adapter"):  # a denoiser; text encoders have one set of names
+            found |= {old: new for old, new in original_layers(self.model).items() if set(new.names) <= set(self.layers)}
+        found |= {name: Layers((name,)) for name in self.layers}
+        found = {name.removeprefix("text_model."): layers for name, layers in found.items()}
+        return {name.replace(".", "_"): layers for name, layers in found.items()} | found
+
+    def find(self, name: str) -> Layers | None:
+        """What a name in a file stands for; None if it is no layer of this model."""
+        name = name.replace(".processor", "").removeprefix("text_model.").removeprefix("text_model_")
+        return self.known.get(name)
+
+
+def _place(key: str, names: Mapping[str, Names]) -> tuple[str, Layers] | None:
+    """The part and the layers that a name in a file stands for."""
+    key = key.removeprefix("base_model.model.")
+    prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), "")
+    kind, rest = PREFIXES.get(prefix, ANY), key.removeprefix(prefix)
+    parts = list(names)
+    chosen = {DENOISER: parts[:1], ANY: parts, LAST: parts[1:][-1:]}.get(kind, [kind])
+    for part in chosen:
+        layers = names[part].find(rest) if part in names else None
+        if layers is not None:
+            return part, layers
+    return None
+
+
+def _recorded(config: Mapping[str, Any], part: str, name: str, layer: Found, what: str) -> float | None:
+    """A layer's alpha by the recorded settings; None if they say nothing of it. Raises UserError for what cannot be followed."""
+    own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
+    own = own or {key: value for key, value in config.items() if "." not in key}
+    if str(own.get("peft_type", "LORA")).rpartition(".")[2] != "LORA":
+        raise UserError(f"{what} is a {own['peft_type']} by its settings, which is not supported here; take a plain LoRA")
+    begun = str(own.get("init_lora_weights")).lower()
+    if begun.startswith(("pissa", "olora", "corda")):
+        raise UserError(f"{what} was begun with {begun} and fits only the weights that this left; convert it to a plain LoRA")
+    pattern = own.get("alpha_pattern") or {}
+    named = [value for key, value in dict(pattern).items() if f".{name}".endswith(f".{str(key).removeprefix('^')}")]
+    alpha = named[0] if named else own.get("lora_alpha")
+    if alpha is None:
+        return None
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise UserError(f"{what} records the alpha {alpha!r}, expected a number")
+    assert layer.down is not None
+    return alpha * math.sqrt(layer.down.shape[0]) if own.get("use_rslora") is True else alpha
+
+
+def _factors(
+    layer: Found, alpha: Tensor | float | None, layers: Layers, names: Names, what: str, where: str
+) -> list[tuple[str, Tensor]]:
+    """A layer's tensors under their names in PEFT, alpha / rank multiplied in, in the model's dtype.
+
+    Both factors take a share of it (a power of two goes into down), so that none of them gets small in half precision.
+    """
+    assert layer.down is not None and layer.up is not None
+    modules = [names.layers[name] for name in layers.names]
+    sizes = [module.out_features if isinstance(module, nn.Linear) else module.out_channels for module in modules]
+    down, up = _shaped(layer.down, layer.up, modules[0], sum(sizes), f"{what} does not fit {where}: {layer.keys[0]}")
+    rank = down.shape[0]
+    scale = (_number(alpha, f"{what}: the alpha of {layer.keys[0]}") if alpha is not None else rank) / rank
+    root = 2.0 ** round(math.log2(abs(scale)) / 2) if scale else 1.0
+    if layers.swapped:
+        up = torch.cat(tuple(reversed(up.chunk(2))))
+    tensors = {"lora_A.weight": down.float() * root, "lora_B.weight": up.float() * (scale / root)}
+    if layer.bias is not None:
+        tensors["lora_B.bias"] = layer.bias.float() * scale
+    if layer.magnitude is not None:
+        tensors["lora_magnitude_vector"] = layer.magnitude.float()
+    for end, tensor in tensors.items():
+        tensors[end] = tensor.to(names.model.dtype)
+        if not tensor.is_meta and not torch.isfinite(tensors[end]).all():
+            if torch.isfinite(tensor).all():
+                kind = f"does not fit {names.model.dtype}; load the experts in float32"
+            else:
+                kind = "holds NaN or infinity; it is broken, download or export it again"
+            raise UserError(f"{what}: {layer.keys[0]} {kind}")
+    found = []
+    for end, tensor in tensors.items():
+        pieces = [tensor] * len(modules) if end == "lora_A.weight" else tensor.split(sizes) if len(sizes) > 1 else [tensor]
+        found += [(f"{name}.{end}", piece) for name, piece in zip(layers.names, pieces, strict=True)]
+    return found
+
+
+def _shaped(down: Tensor, up: Tensor, module: Any, rows: int, start: str) -> tuple[Tensor, Tensor]:
+    """Both factors as PEFT has them for this layer; 1 × 1 convolutions and linear layers are the same. Raises UserError."""
+    linear = isinstance(module, nn.Linear)
+    kernel = () if linear else tuple(module.kernel_size)
+    rank = down.shape[0] if down.ndim else 0
+    columns = module.in_features if linear else module.in_channels
+    wanted = (rank, columns, *kernel), (rows, rank, *(() if linear else (1, 1)))
+    pairs = list(zip((down, up), wanted, strict=True))
+    if not rank or any(_trimmed(tensor.shape) != _trimmed(shape) for tensor, shape in pairs):
+        came = f"{tuple(down.shape)} and {tuple(up.shape)}"
+        expected = f"(rank, {', '.join(map(str, wanted[0][1:]))}) and ({rows}, rank{'' if linear else ', 1, 1'})"
+        raise UserError(
+            f"{start} and its other factor have shapes {came}, expected {expected}; it was made for another architecture"
+        )
+    return down.reshape(wanted[0]), up.reshape(wanted[1])
+
+
+def _trimmed(shape: Sequence[int]) -> list[int]:
+    """A shape without the sizes of 1 behind the second."""
+    return [*shape[:2], *(size for size in shape[2:] if size != 1)]
+
+
+def _number(alpha: Tensor | float, start: str) -> float:
+    """An alpha as a number, whatever it was stored as. Raises UserError for anything but one finite number."""
+    if isinstance(alpha, Tensor):
+        if alpha.is_meta:
+            return 1.0
+        if alpha.numel() != 1:
+            raise UserError(f"{start} has shape {tuple(alpha.shape)}, expected one number")
+        alpha = alpha.float().item()
+    if not math.isfinite(alpha):
+        raise UserError(f"{start} is {alpha}, expected a finite number")
+    return alpha
+
+
+def _completed(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    """PEFT gives all layers a bias, or none: those without one get zeros. Magnitudes cannot be filled in. Raises UserError."""
+    layers = [name.removesuffix(".lora_B.weight") for name in state if name.endswith(".lora_B.weight")]
+    with_magnitude = sum(name.endswith(".lora_magnitude_vector") for name in state)
+    if with_magnitude not in (0, len(layers)):
+        raise UserError(f"{what} is a DoRA in {with_magnitude} of its {len(layers)} layers only, which is not supported here")
+    if any(name.endswith(".lora_B.bias") for name in state):
+        for name in layers:
+            up = state[f"{name}.lora_B.weight"]
+            state.setdefault(f"{name}.lora_B.bias", torch.zeros(up.shape[0], dtype=up.dtype))
+    return state
