@@ -204,7 +204,9 @@ def _recorded(config: Mapping[str, Any], part: str, name: str, layer: Found, wha
     if begun.startswith(("pissa", "olora", "corda")):
         raise UserError(f"{what} was begun with {begun} and fits only the weights that this left; convert it to a plain LoRA")
     pattern = own.get("alpha_pattern") or {}
-    named = [value for key, value in dict(pattern).items() if f".{name}".endswith(f".{str(key).removeprefix('^')}")]
+    if not isinstance(pattern, Mapping):
+        raise UserError(f"{what} records the alpha_pattern {pattern!r}, expected a table of layers")
+    named = [value for key, value in pattern.items() if f".{name}".endswith(f".{str(key).removeprefix('^')}")]
     alpha = named[0] if named else own.get("lora_alpha")
     if alpha is None:
         return None

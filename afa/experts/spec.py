@@ -89,7 +89,7 @@ def _pieces(text: str) -> list[str]:
     while parts:
         ends = range(len(parts), 0, -1)
         joined = ("+".join(parts[:end]) for end in ends)
-        there = (any(exists(path) for path in (piece, piece.rpartition("*")[0]) if path) for piece in joined)
+        there = (exists(piece) or exists(re.sub(r"\*[^*+]*$", "", piece)) for piece in joined)
         end = next((end for end, found in zip(ends, there, strict=True) if found), 1)
         pieces.append("+".join(parts[:end]))
         parts = parts[end:]
