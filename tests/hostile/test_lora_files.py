@@ -101,8 +101,8 @@ def test_what_is_no_lora_of_this_model_is_refused_with_the_true_reason(parts, tm
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"abc", struct.pack("<Q", 2**60), struct.pack("<Q", 4) + b"null", struct.pack("<Q", 2) + b"[]", b"\x80\x04K\x01."],
-    ids=["nothing", "three bytes", "huge header", "null", "list", "pickle"],
+    [b"", b"abc", struct.pack("<Q", 2**60), struct.pack("<Q", 2) + b"[]", b"\x80\x04K\x01."],
+    ids=["nothing", "three bytes", "huge header", "list", "pickle"],
 )
 def test_broken_files_are_refused_by_name(parts, tmp_path, content):
     (tmp_path / "odd.safetensors").write_bytes(content)
