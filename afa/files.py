@@ -183,7 +183,7 @@ def locked(target: Path, *, file: bool = False) -> Iterator[None]:
     (accelerate launch) only the first one takes it. A folder that is empty afterwards, and was not there before, is removed.
     Raises UserError if another process holds it, or nothing can be written there.
     """
-    if os.environ.get("RANK", "0") != "0" or (lock := _lock_file(target, file)) in _held:
+    if _helper() or (lock := _lock_file(target, file)) in _held:
         yield
         return
     made = _make_folders(lock.parent, target)
@@ -208,7 +208,7 @@ def locked(target: Path, *, file: bool = False) -> Iterator[None]:
 def refuse_busy(target: Path, *, file: bool = False) -> None:
     """Raises UserError if another process writes to a folder or file; nothing is changed."""
     lock = _lock_file(target, file)
-    if lock in _held or not lock.exists():
+    if _helper() or lock in _held or not lock.exists():
         return
     with suppress(OSError):
         descriptor = os.open(lock, os.O_RDWR)
@@ -217,6 +217,11 @@ def refuse_busy(target: Path, *, file: bool = False) -> None:
                 raise _busy(target, descriptor)
         finally:
             os.close(descriptor)
+
+
+def _helper() -> bool:
+    """Whether this is one of several processes of a run, but not the first, which holds the lock for all."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def _lock_file(target: Path, file: bool) -> Path:

@@ -1,7 +1,7 @@
 """A LoRA from its settings: an expert and data in, a file that diffusers and afa load out, with what it measured."""
 
+import contextlib
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,20 @@ from safetensors.torch import save_file
 
 from afa import __version__
 from afa.checkpoint.manifest import read_manifest
+from afa.claims import FILES
 from afa.controls.lora import FILE, add_lora, lora_tensors, matching_rank, parameters_at_rank
 from afa.controls.settings import LoraSettings
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.statistics import difference, estimate
-from afa.files import staged
+from afa.files import locked, settled, staged
 from afa.training.assemble import keep_log, make_accelerator, make_trainer
 from afa.training.loop import Progress, Trainer
 from afa.training.plan import Plan
 from afa.training.prepare import check_objective, find_data, resolution_of
 from afa.training.run import LEFT_OUT, check_output
-from afa.training.state import FOLDER, check_unchanged, move_state, state_file
+from afa.training.state import check_finished, forget_state, move_state, state_file
 
 RECORD = "finetune.json"
 
@@ -69,7 +70,7 @@ def facts(planned: Plan, rank: int) -> dict[str, Any]:
 
 def finished(settings: LoraSettings) -> dict[str, Any] | None:
     """The record of a run that is complete, None if there is none. Raises UserError if it was another run."""
-    file = Path(settings.output) / RECORD
+    file = settled(Path(settings.output)) / RECORD
     if not file.exists() or state_file(settings).exists():
         return None
     try:
@@ -79,7 +80,8 @@ def finished(settings: LoraSettings) -> dict[str, Any] | None:
         raise UserError(f"{file} cannot be read as the record of a finished LoRA ({error}); choose another --output") from None
     if settings.steps != begun.steps:  # its state is gone, so it cannot go on
         raise UserError(f"the LoRA in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); choose another --output")
-    check_unchanged(settings, json.loads(json.dumps(begun.binding())), f"the LoRA in {settings.output}")
+    check_finished(settings, begun, record.get("files"), f"the LoRA in {settings.output}")
+    forget_state(settings)  # where a run was killed while it removed it
     return record
 
 
@@ -91,10 +93,13 @@ def finetune(settings: LoraSettings, planned: tuple[Plan, int] | None = None, ke
     Data, split, noise, timesteps, dropped captions and measure are those of `afa train` with the same seed. Resumes from a
     saved state; a complete run is only read. Raises UserError, or KeyboardInterrupt with the state saved.
     """
-    done = finished(settings)
-    if done is not None:
-        return done
-    work, rank = planned or plan(settings)
+    with contextlib.ExitStack() as stack:
+        if finished(settings) is None:
+            stack.enter_context(locked(Path(settings.output)))
+        return finished(settings) or _finetune(settings, *(planned or plan(settings)), keep)
+
+
+def _finetune(settings: LoraSettings, work: Plan, rank: int, keep: Path | None) -> dict[str, Any]:
     accelerator = make_accelerator(settings)
     trainer = make_trainer(work, accelerator, lambda alone: add_lora(alone.denoiser.experts[0], rank))
     before = trainer.held_out_losses()
@@ -109,7 +114,7 @@ def finetune(settings: LoraSettings, planned: tuple[Plan, int] | None = None, ke
         keep_log(settings)
         if keep is not None:
             move_state(settings, keep)
-        shutil.rmtree(Path(settings.output) / FOLDER, ignore_errors=True)
+        forget_state(settings)
     accelerator.wait_for_everyone()
     return record
 
@@ -119,6 +124,7 @@ def _record(settings: LoraSettings, trainer: Trainer, progress: Progress, before
     after = trainer.held_out_losses()
     return {
         "settings": asdict(settings),
+        "files": trainer.begun[FILES],
         "afa": __version__,
         "torch": torch.__version__,
         "rank": rank,

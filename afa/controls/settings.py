@@ -20,3 +20,9 @@ class LoraSettings(LoopSettings):
         super().__post_init__()
         if (self.rank is None) == (self.like is None):
             raise UserError("give either --rank N or --like ENSEMBLE")
+
+    def files(self) -> dict[str, str]:
+        """Of the expert, what was chosen for its frame, and the rewards."""
+        from afa.fingerprint import fingerprint
+
+        return fingerprint([self.expert], vae=self.vae, frame=self.frame, config=self.config, **self.judges())

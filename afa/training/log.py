@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from afa.files import write_atomically
 from afa.training.measure import Measured
 from afa.training.routing import DROPPED
 
@@ -31,7 +32,7 @@ class Monitor:
         self._mark = (time.monotonic(), step)
         if self.accelerator.is_main_process and self.file.exists():
             kept = [line for line in self.file.read_text().splitlines() if measured and _step(line) <= step]
-            self.file.write_text("".join(f"{line}\n" for line in kept))
+            write_atomically(self.file, "".join(f"{line}\n" for line in kept))
 
     def write(self, entry: dict[str, Any], measured: Measured, lr: float, skipped: int) -> None:
         """Log one measurement; its numbers also go to the trackers. entry: what the history keeps, with its step."""

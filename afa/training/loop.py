@@ -24,7 +24,7 @@ from afa.training.objectives.base import Pass
 from afa.training.objectives.table import Objectives
 from afa.training.settings import LoopSettings
 from afa.training.sheets import Sheets
-from afa.training.state import load_state, save_state, state_file
+from afa.training.state import belongings, load_state, save_state, state_file
 
 PERSISTS = 10  # steps in a row without a finite gradient: then the run stops
 
@@ -71,6 +71,7 @@ class Trainer:
         data: Encoded, held_out: Encoded, trained: nn.Module, sheets: Sheets | None = None,
     ) -> None:  # fmt: skip
         self.settings, self.accelerator, self.noising, self.conditions = settings, accelerator, noising, conditions
+        self.begun = belongings(settings)  # as they are now: a file that is replaced meanwhile is not what is trained
         self.data, self.denoiser, self.total, self.sheets = data, denoiser, objectives.training, sheets
         self.held_out = HeldOut(held_out, noising, conditions, settings.batch_size, objectives.held_out)
         self.monitor = Monitor(state_file(settings).with_name(LOG), accelerator, settings.batch_size * settings.accumulate)
@@ -225,10 +226,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             state = {"optimiser": self.optimiser.state_dict(), "average": self.average.state_dict(), "progress": asdict(self.progress)}
             shared = {"data": self.data.digest, "aggregators": self.trained.state_dict(), "best": self.best}
-            save_state(self.settings, {**shared, **state})
+            save_state(self.settings, self.begun, {**shared, **state})
 
     def _resume(self) -> None:
-        state = load_state(self.settings, self.accelerator.device)
+        state = load_state(self.settings, self.begun, self.accelerator.device)
         if state is not None:
             if state["data"] != self.data.digest:
                 what = f"the images or captions of --data {self.settings.data} have changed since the run in {self.settings.output}"

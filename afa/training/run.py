@@ -1,7 +1,6 @@
 """A training run from its settings: experts and data in, a saved ensemble with its measured result out."""
 
-import json
-import shutil
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,22 @@ from torch import nn
 
 from afa import __version__
 from afa.checkpoint.manifest import MANIFEST, read_manifest
+from afa.claims import FILES
 from afa.denoiser.switches import only_expert
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.statistics import Estimate, difference, estimate
+from afa.experts.hashing import hash_expert
 from afa.experts.storage import store_weights
+from afa.files import locked, present, refuse_busy, settled
 from afa.training.assemble import RUNS, keep_log, make_accelerator, make_trainer
 from afa.training.loop import Progress, Trainer
 from afa.training.plan import Plan
 from afa.training.prepare import check_objective, find_data, resolution_of
 from afa.training.settings import LoopSettings, TrainSettings
 from afa.training.sheets import FOLDER as SHEETS
-from afa.training.state import FOLDER, check_unchanged, state_file
+from afa.training.state import FOLDER, check_finished, forget_state, state_file
 
 LEFT_OUT = "left-out.jsonl"  # the images that could not be used, and why
 BEFORE, STARTED = "untrained mean", "as it was begun with"  # what a new ensemble's training, and a further one, is compared with
@@ -79,23 +81,27 @@ def check_output(settings: LoopSettings) -> None:
     output = Path(settings.output)
     if output.is_file():
         raise UserError(f"--output {output} is a file; give a folder")
-    if (output / MANIFEST).exists() or state_file(settings).exists() or not output.exists():
-        return
-    if any(path.name not in (FOLDER, RUNS, SHEETS) for path in output.iterdir()):
+    refuse_busy(output)
+    there = {path.name for path in present(output)}
+    if MANIFEST not in there and not state_file(settings).exists() and there - {FOLDER, RUNS, SHEETS}:
         raise UserError(f"--output {output} holds other files; give a new or empty folder")
 
 
 def finished(settings: TrainSettings) -> dict[str, Any] | None:
     """The record of a run that is complete, None if there is none. Raises UserError if it was another run."""
-    if not (Path(settings.output) / MANIFEST).exists() or state_file(settings).exists():
+    if not (settled(Path(settings.output)) / MANIFEST).exists() or state_file(settings).exists():
         return None
     record = read_manifest(Path(settings.output)).training
     if record is None or "settings" not in record:
         raise UserError(f"{settings.output} holds an ensemble that was not trained here; give another --output")
     begun = TrainSettings(**record["settings"])
     if settings.steps != begun.steps:  # its state is gone, so it cannot go on
-        raise UserError(f"the ensemble in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); choose another --output")
-    check_unchanged(settings, json.loads(json.dumps(begun.binding())), f"the ensemble in {settings.output}")
+        further = f"train it further with --start {settings.output}, or begin anew, both with" if settings.steps > begun.steps else "choose"
+        raise UserError(
+            f"the ensemble in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); {further} another --output"
+        )
+    check_finished(settings, begun, record.get("files"), f"the ensemble in {settings.output}")
+    forget_state(settings)  # where a run was killed while it removed it
     return record
 
 
@@ -104,12 +110,17 @@ def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any
 
     Resumes from a saved state; a complete run is only read. Raises UserError, or KeyboardInterrupt with the state saved.
     """
-    done = finished(settings)
-    if done is not None:
-        return done
-    planned = planned or plan(settings)
+    with contextlib.ExitStack() as stack:
+        if finished(settings) is None:
+            stack.enter_context(locked(Path(settings.output)))
+        return finished(settings) or _train(settings, planned or plan(settings))
+
+
+def _train(settings: TrainSettings, planned: Plan) -> dict[str, Any]:
     accelerator = make_accelerator(settings)
     trainer = make_trainer(planned, accelerator, _initialise if settings.start is None else lambda ensemble: ensemble.denoiser.aggregators.float())
+    for expert in planned.ensemble.experts:
+        expert.hashes = expert.hashes or ({} if expert.located is None else hash_expert(expert.located))
     baselines = _baselines(trainer, BEFORE if settings.start is None else STARTED)
     progress = trainer.train()
     record = _record(settings, trainer, progress, baselines) | {"left_out": planned.source.skipped.counts()}
@@ -118,7 +129,7 @@ def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any
         planned.ensemble.save(settings.output)
         planned.source.skipped.write(Path(settings.output) / LEFT_OUT)
         keep_log(settings)
-        shutil.rmtree(Path(settings.output) / FOLDER, ignore_errors=True)
+        forget_state(settings)
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()
@@ -150,6 +161,7 @@ def _record(settings: TrainSettings, trainer: Trainer, progress: Progress, basel
     best = min(trainer.denoiser.names, key=lambda name: baselines[name].mean())
     return {
         "settings": asdict(settings),
+        "files": trainer.begun[FILES],
         "afa": __version__,
         "torch": torch.__version__,
         "training_images": len(trainer.data),

@@ -84,6 +84,15 @@ class LoopSettings(ObjectiveSettings):
         free = FREE if self.schedule == "constant" else tuple(name for name in FREE if name != "steps")
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in free}
 
+    def files(self) -> dict[str, str]:
+        """What must stay the same, too: sha256 of the files that a run is made from."""
+        raise NotImplementedError
+
+    def judges(self) -> dict[str, str]:
+        """The reward's file and weights, where they lie here."""
+        given = {"reward": self.reward, "reward weights": self.reward_weights}
+        return {name: place for name, place in given.items() if place is not None and Path(place).exists()}
+
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0. Warm-up: linear from lr / warm_up to lr."""
         if step < self.warm_up:
@@ -125,6 +134,14 @@ class TrainSettings(LoopSettings):
         if self.start is not None and made:
             flag = f"--{made[0].name.replace('_', '-')} {getattr(self, made[0].name)}"
             raise UserError(f"{flag} cannot be given with --start {self.start}: its aggregators and its frame are made already")
+
+    def files(self) -> dict[str, str]:
+        """Of the experts, what was chosen for their frame, and the rewards; of a saved ensemble with all that it refers to."""
+        from afa.fingerprint import fingerprint, saved_fingerprint
+
+        if self.start is not None:
+            return saved_fingerprint(Path(self.start)) | fingerprint(**self.judges())
+        return fingerprint(self.experts or (), vae=self.vae, frame=self.frame, config=self.config, **self.judges())
 
     def further(self, start: Path | str, **changes: Any) -> "TrainSettings":
         """The same run, going on from a saved ensemble instead of experts."""

@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from afa.claims import FILES, check_same
 from afa.errors import UserError
 from afa.files import replacing
 from afa.training.settings import LoopSettings
@@ -19,16 +22,36 @@ def state_file(settings: LoopSettings) -> Path:
     return Path(settings.output) / FOLDER / STATE
 
 
-def save_state(settings: LoopSettings, state: dict[str, Any]) -> None:
-    """Replace the saved state; a crash in between leaves the old one."""
+def belongings(settings: LoopSettings) -> dict[str, Any]:
+    """What must be the same when a run goes on: options, and the files it is made from."""
+    found: dict[str, Any] = json.loads(json.dumps(settings.binding()))
+    return {**found, FILES: settings.files()}
+
+
+def check_finished(settings: LoopSettings, begun: LoopSettings, files: dict[str, str] | None, what: str) -> None:
+    """Raises UserError if a complete run was begun with other options or files. files: as its record has them, None in older ones."""
+    now: dict[str, Any] = json.loads(json.dumps(settings.binding()))
+    then: dict[str, Any] = json.loads(json.dumps(begun.binding()))
+    with suppress(UserError):  # what is gone by now cannot have changed what is complete
+        now, then = {**now, FILES: settings.files()}, {**then, FILES: files or {}}
+    check_same(then, now, what)
+
+
+def forget_state(settings: LoopSettings) -> None:
+    """Remove what is there for going on: of a run that is complete."""
+    shutil.rmtree(Path(settings.output) / FOLDER, ignore_errors=True)
+
+
+def save_state(settings: LoopSettings, begun: dict[str, Any], state: dict[str, Any]) -> None:
+    """Replace the saved state; a crash in between leaves the old one. begun: its belongings."""
     file = state_file(settings)
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
-        torch.save({"settings": json.dumps(settings.binding()), **state}, temporary)
+        torch.save({"settings": json.dumps(begun), **state}, temporary)
 
 
-def load_state(settings: LoopSettings, device: torch.device) -> dict[str, Any] | None:
-    """The state to go on from, None if there is none. Raises UserError if it was begun with other options, naming them."""
+def load_state(settings: LoopSettings, now: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
+    """The state to go on from, None if there is none. now: belongings. Raises UserError if it was begun with others, naming them."""
     file = state_file(settings)
     if not file.exists():
         return None
@@ -37,7 +60,7 @@ def load_state(settings: LoopSettings, device: torch.device) -> dict[str, Any] |
         begun = json.loads(state.pop("settings"))
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}); delete it to begin again") from None
-    check_unchanged(settings, begun, f"the run in {settings.output}")
+    check_same(begun, now, f"the run in {settings.output}")
     return state
 
 
@@ -51,11 +74,3 @@ def begin_from(settings: LoopSettings, place: Path) -> None:
     if place.exists():
         state_file(settings).parent.mkdir(parents=True, exist_ok=True)
         os.replace(place, state_file(settings))
-
-
-def check_unchanged(settings: LoopSettings, begun: dict[str, Any], what: str) -> None:
-    """Raises UserError, naming every option that differs from those a run was begun with."""
-    asked = json.loads(json.dumps(settings.binding()))
-    changed = [f"--{name.replace('_', '-')} {value} (now {asked[name]})" for name, value in begun.items() if asked.get(name) != value]
-    if changed:
-        raise UserError(f"{what} was begun with {', '.join(changed)}; use the same options, or another --output")

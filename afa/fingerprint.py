@@ -1,0 +1,88 @@
+"""What a run was begun with, as hashes of files: so that nobody goes on with half a result of other weights."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, read_manifest
+from afa.experts.locate import Located, locate
+from afa.experts.original import KNOWN_CONFIGS
+from afa.experts.spec import ExpertSpec
+from afa.files import settled, sha256
+
+Files = dict[str, str]  # "expert 'photo', unet/config.json" -> sha256
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".txt", ".model")
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a pipeline that no command here asks
+
+
+def fingerprint(experts: Sequence[str | ExpertSpec] = (), **others: str | Path | None) -> Files:
+    """Every file that decides what experts compute, LoRAs included, and those of other models and files.
+
+    experts: as given. others: by what they are called in a sentence, `vae="./vae"`: a folder, a file, or what an expert is given as;
+    names of experts and of known configs need no hash. Raises UserError for an expert that is not there.
+    """
+    specs = [spec if isinstance(spec, ExpertSpec) else ExpertSpec.parse(spec) for spec in experts]
+    found: Files = {}
+    for spec in specs:
+        found |= _of_expert(f"expert '{spec.name}'", locate(spec))
+    names = {spec.name for spec in specs}
+    for name, place in others.items():
+        if place is None or str(place) in names or str(place) in KNOWN_CONFIGS:
+            continue
+        what = f"the {name.replace('_', ' ')}"
+        found |= _of_place(what, Path(place)) if Path(place).exists() else _of_expert(what, locate(ExpertSpec.parse(str(place))))
+    return found
+
+
+def saved_fingerprint(folder: Path, moved: Mapping[str, str] | None = None) -> Files:
+    """The same of a saved ensemble: its manifest and aggregators, its experts, its frame. moved: new places of experts, by name."""
+    manifest = read_manifest(settled(folder))
+    specs = [entry.spec(folder) for entry in manifest.experts]
+    places = moved or {}
+    given = [ExpertSpec.parse(f"{spec.name}={places[spec.name]}") if spec.name in places else spec for spec in specs]
+    names = {spec.name for spec in specs}
+    frame = {part: folder / choice for part, choice in manifest.frame.items() if choice not in names}
+    own = {f"the ensemble, {name}": sha256(folder / name) for name in (MANIFEST, AGGREGATORS) if (folder / name).is_file()}
+    return own | fingerprint(given, **frame)
+
+
+def digest(files: Files) -> str:
+    """Of all of them, as one hash."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def summed(files: Files) -> Files:
+    """One hash for every expert or other source, for places where all files would be too much."""
+    sources = dict.fromkeys(name.partition(", ")[0] for name in files)
+    return {source: digest({name: found for name, found in files.items() if name.startswith(f"{source}, ")}) for source in sources}
+
+
+def changed(begun: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What is no longer as it was, as clauses that name expert and file."""
+    return [
+        f"{name} has {_short(now.get(name))} (then {_short(begun.get(name))})"
+        for name in sorted({*begun, *now})
+        if begun.get(name) != now.get(name)
+    ]
+
+
+def _short(found: str | None) -> str:
+    return "no file" if found is None else f"sha256 {found[:12]}…"
+
+
+def _of_expert(what: str, located: Located) -> Files:
+    paths = enumerate((Path(lora.path) for lora in located.spec.loras), 1)
+    loras = {f"{what}, LoRA {number} {path.name}": sha256(path) for number, path in paths}
+    return _of_place(what, located.path) | loras
+
+
+def _of_place(what: str, place: Path) -> Files:
+    """A file, or of a folder the files of its parts; weights that lie beside a pipeline's parts are not read."""
+    if place.is_file():
+        return {f"{what}, {place.name}": sha256(place)}
+    pipeline = (place / "model_index.json").is_file()
+    parts = [path for path in sorted(place.iterdir()) if path.is_dir() and path.name not in UNUSED and not path.name.startswith(".")]
+    files = [path for path in sorted(place.iterdir()) if path.is_file() and (path.suffix == ".json" or not pipeline)]
+    files += [path for part in parts for path in sorted(part.iterdir()) if path.is_file()]
+    return {f"{what}, {path.relative_to(place).as_posix()}": sha256(path) for path in files if path.suffix in SUFFIXES}
