@@ -3,6 +3,8 @@
 import contextlib
 import json
 import sys
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ from afa.denoiser.switches import WeightMaps, check_strengths, record_weights, s
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.files import replacing, sha256, write_atomically
-from afa.generation.pictures import CHUNK, save_picture
+from afa.files import locked, refuse_busy, replacing, sha256, write_atomically
+from afa.fingerprint import changed
+from afa.generation.pictures import read_pixels, read_whole, save_picture
 from afa.generation.prompts import asked_prompts
 from afa.generation.sample import Request, Sampling
 from afa.generation.settings import GenerateSettings
-from afa.generation.sources import load_sources
+from afa.generation.sources import load_sources, source_files
 from afa.lookup import unknown
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
@@ -47,13 +50,13 @@ class Job:
         """Whether the image is there. Raises UserError if one of this name was made otherwise."""
         if not self.path.exists():
             return False
-        try:
-            with Image.open(self.path) as image:
-                found = json.loads(image.info.get(CHUNK, "{}"))
-        except OSError:
-            return False  # broken: made again
+        found = read_whole(self.path)
+        if found is None:
+            return False  # broken or cut off: made again
+        for clause in changed(found.get("files") or {}, self.metadata["files"]) if "files" in found else ():
+            raise UserError(f"{self.path} was made with other files: {clause}; restore them, or choose another --output")
         for name, value in self.metadata.items():
-            if found.get(name) != value:
+            if name != "files" and found.get(name) != value:
                 raise UserError(f"{self.path} was made with {name} {found.get(name)!r}, now {value!r} is asked; choose another --output or delete it")
         return True
 
@@ -63,6 +66,11 @@ def generate(settings: GenerateSettings) -> list[Path]:
     settings = with_seed(settings)
     prompts = asked_prompts(settings.prompt, settings.prompts)
     device = choose_device(settings.device)  # before minutes are spent on loading
+    output = Path(settings.output)
+    if output.is_file():
+        raise UserError(f"--output {output} is a file; give a folder")
+    refuse_busy(output)
+    files = source_files(settings.sources, experts=settings.experts, frame=settings.frame, config=settings.config)
     ensemble = _load(settings)
     if settings.expert is not None and settings.expert not in ensemble.names:
         raise UserError(unknown(settings.expert, ensemble.names, "expert"))
@@ -73,14 +81,11 @@ def generate(settings: GenerateSettings) -> list[Path]:
         reschedule(ensemble, settings.scheduler)
     sampler = _sampler(settings, ensemble.to(device))
     _check_strengths(settings, ensemble, sampler)
-    output = Path(settings.output)
-    if output.is_file():
-        raise UserError(f"--output {output} is a file; give a folder")
-    output.mkdir(parents=True, exist_ok=True)
-    jobs = _jobs(settings, sampling, prompts, ensemble, sampler)
-    todo = [job for job in jobs if not job.made or (settings.weights and not _weights_path(job).exists())]
-    _make(settings, sampling, sampler, todo, done=len(jobs) - len(todo))
-    _finish(output, jobs, settings.images_per_prompt)
+    jobs = _jobs(settings, sampling, prompts, ensemble, sampler, files)
+    with locked(output):
+        todo = [job for job in jobs if not job.made or (settings.weights and not _weights_made(job))]
+        _make(settings, sampling, sampler, todo, done=len(jobs) - len(todo))
+        _finish(output, jobs, settings.images_per_prompt)
     return [job.path for job in jobs]
 
 
@@ -114,7 +119,9 @@ def _check_strengths(settings: GenerateSettings, ensemble: Ensemble, sampler: An
         raise UserError(f"--strength scales aggregators' weights, and {settings.method or settings.sources[0]} has none; give a saved ensemble")
 
 
-def _jobs(settings: GenerateSettings, sampling: Sampling, prompts: list[str], ensemble: Ensemble, sampler: Any) -> list[Job]:
+def _jobs(
+    settings: GenerateSettings, sampling: Sampling, prompts: list[str], ensemble: Ensemble, sampler: Any, files: dict[str, str]
+) -> list[Job]:
     """Every image asked for, in order. Seeds count on over prompts, so a file's images differ in noise too."""
     used = getattr(sampler, "pipeline", ensemble.frame).scheduler  # drawn experts have a pipeline each
     aggregators = Path(settings.sources[0]) / AGGREGATORS
@@ -128,6 +135,7 @@ def _jobs(settings: GenerateSettings, sampling: Sampling, prompts: list[str], en
         "expert": settings.expert,
         "experts": list(ensemble.names),
         "aggregators": sha256(aggregators) if trained else None,
+        "files": files,
         "dtype": settings.dtype,
         "strengths": dict.fromkeys(ensemble.names, 1.0) | settings.strengths() if settings.strength else None,
     }
@@ -162,6 +170,16 @@ def _make(settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: li
                     _save_weights(job, image, maps, index, len(batch))
                 save_picture(job.path, image, job.metadata)
             bar.update(len(batch))
+
+
+def _weights_made(job: Job) -> bool:
+    """Whether the weight maps of an image and their picture are there, and whole."""
+    try:
+        with np.load(_weights_path(job)) as arrays:
+            _ = [arrays[name] for name in arrays.files]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return False
+    return read_pixels(job.path.with_suffix(".weights.png")) is not None
 
 
 def _weights_path(job: Job) -> Path:
