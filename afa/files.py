@@ -7,15 +7,18 @@ by one rename of the staging place to `.committed`; what is in there is then mov
 import errno
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import socket
 import sys
 import time
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from afa.errors import UserError
 
@@ -170,6 +173,25 @@ def _plain_errors(target: Path) -> Iterator[None]:
         if "No space left" in str(error) or "inline_container" in str(error):
             raise OSError(errno.ENOSPC, "No space left on the disk; make room and repeat the command", str(target)) from error
         raise
+
+
+def read_arrays(path: Path) -> dict[str, Any] | None:
+    """All arrays of an .npz file; None if it is not there, or damaged."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+        return None
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds that a run keeps for itself; None if it is not there, or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 # ---- one process at a time --------------------------------------------------------------------------------------------

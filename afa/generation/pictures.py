@@ -11,6 +11,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from afa import __version__
 from afa.errors import UserError
 from afa.files import replacing
+from afa.images import PILLOW_ERRORS
 
 CHUNK = "afa"  # the PNG text chunk that holds the settings
 
@@ -21,6 +22,21 @@ def save_picture(path: Path, image: NDArray[np.uint8], metadata: dict[str, Any])
     chunk.add_itxt(CHUNK, json.dumps({**metadata, "afa": __version__}, ensure_ascii=False))
     with replacing(path) as temporary:
         Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunk)
+
+
+def read_made(path: Path, *, whole: bool = True) -> dict[str, Any] | None:
+    """What a picture that is to be kept says of itself, {} if nothing; None if it is not there, broken or cut off.
+
+    whole: decode it to the end, since a picture that a crash cut off begins like a whole one.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            found = json.loads(image.info.get(CHUNK, "{}"))
+            if whole:
+                image.load()
+    except PILLOW_ERRORS:
+        return None
+    return found if isinstance(found, dict) else {}
 
 
 def read_metadata(path: Path, name: str | None = None) -> dict[str, Any]:

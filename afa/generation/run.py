@@ -3,8 +3,6 @@
 import contextlib
 import json
 import sys
-import zipfile
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from afa.denoiser.switches import WeightMaps, check_strengths, record_weights, s
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.files import locked, refuse_busy, replacing, sha256, write_atomically
+from afa.files import locked, read_arrays, refuse_busy, replacing, sha256, write_atomically
 from afa.fingerprint import changed
-from afa.generation.pictures import read_pixels, read_whole, save_picture
+from afa.generation.pictures import read_made, save_picture
 from afa.generation.prompts import asked_prompts
 from afa.generation.sample import Request, Sampling
 from afa.generation.settings import GenerateSettings
@@ -50,11 +48,11 @@ class Job:
         """Whether the image is there. Raises UserError if one of this name was made otherwise."""
         if not self.path.exists():
             return False
-        found = read_whole(self.path)
+        found = read_made(self.path)
         if found is None:
             return False  # broken or cut off: made again
-        for clause in changed(found.get("files") or {}, self.metadata["files"]) if "files" in found else ():
-            raise UserError(f"{self.path} was made with other files: {clause}; restore them, or choose another --output")
+        if "files" in found and (clauses := changed(found["files"], self.metadata["files"])):  # older pictures do not say
+            raise UserError(f"{self.path} was made with other files: {clauses[0]}; restore them, or choose another --output")
         for name, value in self.metadata.items():
             if name != "files" and found.get(name) != value:
                 raise UserError(f"{self.path} was made with {name} {found.get(name)!r}, now {value!r} is asked; choose another --output or delete it")
@@ -174,12 +172,7 @@ def _make(settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: li
 
 def _weights_made(job: Job) -> bool:
     """Whether the weight maps of an image and their picture are there, and whole."""
-    try:
-        with np.load(_weights_path(job)) as arrays:
-            _ = [arrays[name] for name in arrays.files]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return False
-    return read_pixels(job.path.with_suffix(".weights.png")) is not None
+    return read_arrays(_weights_path(job)) is not None and read_made(job.path.with_suffix(".weights.png")) is not None
 
 
 def _weights_path(job: Job) -> Path:

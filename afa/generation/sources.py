@@ -9,11 +9,22 @@ from afa.checkpoint.manifest import MANIFEST
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.spec import new_places
+from afa.files import settled
+from afa.fingerprint import Files, fingerprint, saved_fingerprint, summed
 
 
 def is_saved(source: str) -> bool:
     """Whether this is the folder of a saved ensemble."""
-    return (Path(source) / MANIFEST).exists()
+    return (settled(Path(source)) / MANIFEST).exists()
+
+
+def source_files(
+    sources: Sequence[str], *, experts: Sequence[str] | None = None, frame: str | None = None, config: str | None = None
+) -> Files:
+    """One hash for every expert, the frame, and the ensemble: what pictures say that they were made with. Arguments: see load_sources."""
+    if is_saved(sources[0]):
+        return summed(saved_fingerprint(Path(sources[0]), new_places(list(experts or []))))
+    return summed(fingerprint(sources, frame=frame, config=config))
 
 
 def load_sources(

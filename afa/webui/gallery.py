@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.errors import UserError
-from afa.generation.pictures import read_metadata, save_picture
+from afa.generation.pictures import read_made, save_picture
 
 SHOWN = 60  # of the latest pictures
 UNMOVED = ("source",)  # what a picture says that does not change how it looks
@@ -41,10 +41,7 @@ class Gallery:
 
     def made(self, path: Path, metadata: Mapping[str, Any]) -> bool:
         """Whether this very picture is there. One that is broken is made again."""
-        try:
-            found = read_metadata(path) if path.exists() else {}
-        except UserError:
-            return False
+        found = read_made(path) or {}
         told = json.loads(json.dumps(dict(metadata)))
         return bool(found) and all(found.get(name) == value for name, value in told.items() if name not in UNMOVED)
 

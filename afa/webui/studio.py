@@ -15,7 +15,7 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.files import sha256
 from afa.generation.sample import Request, Sampling
-from afa.generation.sources import is_saved, load_sources
+from afa.generation.sources import is_saved, load_sources, source_files
 from afa.schedulers import FLOWS, SCHEDULERS, reschedule
 from afa.webui.gallery import Gallery
 from afa.webui.job import Cancelled, Column, Job, Picture, unexpected
@@ -33,6 +33,7 @@ class Studio:
     """The loaded experts, every method that goes with them, the gallery, and the weight maps of the latest pictures.
 
     sources: as given. refused: methods that do not go with these experts, and why. aggregators: their file's sha256, None if untrained.
+    files: hashes of what pictures are made with, by source.
     """
 
     ensemble: Ensemble
@@ -43,6 +44,7 @@ class Studio:
     methods: dict[str, Method]
     refused: dict[str, str]
     aggregators: str | None
+    files: dict[str, str]
     turns: Turns
 
     def __post_init__(self) -> None:
@@ -54,12 +56,13 @@ class Studio:
         device = choose_device(settings.device)  # before minutes are spent on loading
         gallery = Gallery.at(Path(settings.output))
         given = {"experts": settings.experts, "frame": settings.frame, "config": settings.config, "dtype": settings.dtype}
+        files = source_files(sources, experts=settings.experts, frame=settings.frame, config=settings.config)
         ensemble = load_sources(sources, **given, placement="out").to(device)
         trained = is_saved(sources[0])
         methods, refused = find_methods(ensemble, trained)
         aggregators = sha256(Path(sources[0]) / AGGREGATORS) if trained else None
         limits, turns = _limits(settings, ensemble), Turns(settings.queue)
-        return cls(ensemble, sources, settings.dtype, gallery, limits, methods, refused, aggregators, turns)
+        return cls(ensemble, sources, settings.dtype, gallery, limits, methods, refused, aggregators, files, turns)
 
     @property
     def schedulers(self) -> list[str]:
@@ -166,6 +169,7 @@ class Studio:
             **method.record,
             "experts": list(self.ensemble.names),
             "aggregators": self.aggregators if method.record["method"] is None else None,
+            "files": self.files,
             "dtype": self.dtype,
             "prompt": order.prompt,
             "seed": seed,
