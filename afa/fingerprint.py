@@ -8,7 +8,7 @@ from pathlib import Path
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, read_manifest
 from afa.experts.locate import Located, locate
 from afa.experts.original import KNOWN_CONFIGS
-from afa.experts.spec import ExpertSpec
+from afa.experts.spec import HUB_ID, ExpertSpec
 from afa.files import settled, sha256
 
 Files = dict[str, str]  # "expert 'photo', unet/config.json" -> sha256
@@ -41,6 +41,7 @@ def saved_fingerprint(folder: Path, moved: Mapping[str, str] | None = None) -> F
     specs = [entry.spec(folder) for entry in manifest.experts]
     places = moved or {}
     given = [ExpertSpec.parse(f"{spec.name}={places[spec.name]}") if spec.name in places else spec for spec in specs]
+    given = [spec for spec in given if HUB_ID.fullmatch(spec.source) or Path(spec.source).exists()]  # of others, loading will tell
     names = {spec.name for spec in specs}
     frame = {part: folder / choice for part, choice in manifest.frame.items() if choice not in names}
     own = {f"the ensemble, {name}": sha256(folder / name) for name in (MANIFEST, AGGREGATORS) if (folder / name).is_file()}
@@ -81,6 +82,8 @@ def _of_place(what: str, place: Path) -> Files:
     """A file, or of a folder the files of its parts; weights that lie beside a pipeline's parts are not read."""
     if place.is_file():
         return {f"{what}, {place.name}": sha256(place)}
+    if not place.is_dir():
+        return {}
     pipeline = (place / "model_index.json").is_file()
     parts = [path for path in sorted(place.iterdir()) if path.is_dir() and path.name not in UNUSED and not path.name.startswith(".")]
     files = [path for path in sorted(place.iterdir()) if path.is_file() and (path.suffix == ".json" or not pipeline)]

@@ -21,7 +21,8 @@ from afa.denoiser.switches import record_weights
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.statistics import Estimate, difference, estimate
-from afa.files import replacing
+from afa.files import locked, read_arrays, replacing
+from afa.fingerprint import fingerprint
 from afa.generation.sample import Request, Sampling, sample, sample_all
 from afa.seeds import nth_seed
 
@@ -69,8 +70,13 @@ def demonstrate(settings: DemoSettings) -> Outcome:
     for place in (*EXPERTS.values(), BASE):
         if not (place / "model_index.json").is_file():
             raise UserError(f"the embedded world is not complete: {place} is missing; make it with: python -m afa.demo.build")
-    output = Path(settings.output)
-    claim(output, {name: value for name, value in asdict(settings).items() if name not in ("output", "json")}, "the demonstration")
+    with locked(Path(settings.output)):
+        return _demonstrate(settings, Path(settings.output))
+
+
+def _demonstrate(settings: DemoSettings, output: Path) -> Outcome:
+    asked = {name: value for name, value in asdict(settings).items() if name not in ("output", "json")}
+    claim(output, asked, "the demonstration", fingerprint([str(place) for place in EXPERTS.values()], base=BASE))
     draw(output / "data", "mixed", settings.train_images, TRAINING_SCENES + settings.seed)
     captions = [scene.caption for scene in sample_scenes("mixed", settings.prompts, TEST_SCENES)]
     scorer = AttributeScorer.load(SCORER)
@@ -86,13 +92,15 @@ def _images(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """A method's images of all captions, (n, 64, 64, 3), and the seconds an image of each batch; made once, kept as .npz."""
     file = output / "images" / f"{name.replace(' ', '_')}.npz"
-    if not file.exists():
+    kept = read_arrays(file)
+    if kept is None:
         batches, seconds = zip(*_sampled(name, make(), captions, settings), strict=True)
         file.parent.mkdir(exist_ok=True)
         with replacing(file) as temporary, temporary.open("wb") as stream:
             np.savez_compressed(stream, images=np.concatenate(batches), seconds=np.asarray(seconds))
-    with np.load(file) as kept:
-        return kept["images"], kept["seconds"]
+        kept = read_arrays(file)
+    assert kept is not None
+    return kept["images"], kept["seconds"]
 
 
 def sampling(settings: DemoSettings) -> Sampling:

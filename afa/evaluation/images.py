@@ -19,9 +19,8 @@ from tqdm import tqdm
 from afa.errors import UserError
 from afa.evaluation.results import Item
 from afa.files import replacing
+from afa.generation.pictures import CHUNK, read_made
 from afa.generation.sample import Request, Sampler, Sampling
-
-CHUNK = "afa"  # the PNG text chunk that says how an image was made
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,11 @@ class ImageSet:
         """The items whose image is not there. Raises UserError for one that was made otherwise."""
         return [index for index in range(len(self.items)) if self._facts(index) is None]
 
-    def _facts(self, index: int) -> dict[str, Any] | None:
-        """What an image says of itself; None if it is not there, or broken."""
-        try:
-            with Image.open(self.path(index)) as image:
-                found: dict[str, Any] = json.loads(image.info.get(CHUNK, "{}"))
-        except FileNotFoundError:
+    def _facts(self, index: int, whole: bool = True) -> dict[str, Any] | None:
+        """What an image says of itself; None if it is not there, broken, or cut off by a crash: then it is made again."""
+        found = read_made(self.path(index), whole=whole)
+        if found is None:
             return None
-        except (OSError, ValueError):
-            return None  # broken: made again
         item = self.items[index]
         asked = {"made_by": self.made_by, "prompt": item.caption, "seed": item.seed}
         for name, value in asked.items():
@@ -67,7 +62,7 @@ class ImageSet:
 
     def seconds(self) -> list[float]:
         """How long each image took, in the batch it was made in."""
-        return [float((self._facts(index) or {})["seconds"]) for index in range(len(self.items))]
+        return [float((self._facts(index, whole=False) or {})["seconds"]) for index in range(len(self.items))]
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """One image, (H, W, 3)."""

@@ -21,7 +21,7 @@ from afa.evaluation.protocols.base import Protocol
 from afa.evaluation.results import MetricNote, SetScore
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.tuning import Score
-from afa.files import write_atomically
+from afa.files import read_json, write_atomically
 
 CHUNK = 256  # pictures in memory at once
 Attempt = Callable[[str, bool, Callable[[], Any]], Any]
@@ -76,6 +76,12 @@ class Judge:
         sign = 1 if metric.higher_is_better else -1
         return lambda pictures: sign * float(np.mean(next(iter(metric.score(pictures).values()))))
 
+    @property
+    def tuning_identity(self) -> str:
+        """What changes when tuning_score does: the metric, its weights, a scorer's file."""
+        metric = next((metric for metric in self.metrics if isinstance(metric, ImageMetric)), None)
+        return "" if metric is None else json.dumps([type(metric).__qualname__, metric.identity], sort_keys=True)
+
     def notes(self) -> dict[str, MetricNote]:
         """What every score's name means; the first of an image and the first of a set lead the tables."""
         leading = {self.primary, next((metric.name for metric in self.metrics if isinstance(metric, SetMetric)), "")}
@@ -102,7 +108,8 @@ class Judge:
         """The values of every image, or of the first so many, where a protocol says so."""
         count = min([len(images.items), *(protocol.first[name] for name in metric.names if name in protocol.first)])
         file = self._file(metric, images.digest(), f"{count}.json")
-        if not file.exists():
+        scores = _kept(file)
+        if scores is None:
             found: dict[str, list[float]] = {}
             for indices in _by_prompt(images, count):
                 values = metric.score([self._picture(images, index, protocol) for index in indices])
@@ -110,7 +117,7 @@ class Judge:
                     found.setdefault(name, []).extend(float(value) for value in column)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(found))
-        scores: dict[str, list[float]] = json.loads(file.read_text())
+            scores = found
         metric.names = metric.names or tuple(scores)  # of a user's scorer that had nothing new to look at
         return scores
 
@@ -145,6 +152,15 @@ class Judge:
         """Where scores are kept: by what they were computed from, and by what."""
         facts = json.dumps([type(metric).__qualname__, metric.identity, digest], sort_keys=True)
         return self.folder / "scores" / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.{ending}"
+
+
+def _kept(file: Path) -> dict[str, list[float]] | None:
+    """Scores that were kept; None if there are none, or the file is damaged."""
+    found = read_json(file)
+    if not isinstance(found, dict) or not found:
+        return None
+    columns = [isinstance(column, list) and all(isinstance(value, int | float) for value in column) for column in found.values()]
+    return found if all(columns) else None
 
 
 def _by_prompt(images: ImageSet, count: int) -> Iterator[list[int]]:

@@ -79,7 +79,7 @@ def auto_mbw_rows(setup: Setup, tuner: Tuner) -> list[Row]:
 
 def _search(setup: Setup, tuner: Tuner, options: Options, run: int) -> Trained:
     """Search, by one process; what was tried is kept and not tried again."""
-    folder = setup.output / "tuning" / f"auto_mbw-{setup.settings.search_trials}"
+    folder = tuner.folder / f"auto_mbw-{setup.settings.search_trials}"
     file = folder / BEST
     if PartialState().is_main_process and not file.exists():
         merge = merger(setup, setup.names, False)

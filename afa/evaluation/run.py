@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +25,8 @@ from afa.evaluation.rows import Options, Row, Trained
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.setup import Setup
 from afa.evaluation.tuning import Tuner
-from afa.files import sha256, write_atomically
+from afa.files import locked, read_json, sha256, write_atomically
+from afa.fingerprint import digest, fingerprint, saved_fingerprint
 from afa.generation.sample import Request, Sampler
 from afa.memory import peak_megabytes
 from afa.training.run import LEFT_OUT
@@ -72,7 +74,8 @@ def prepare(settings: EvaluateSettings, keep: bool = True) -> Comparison:
     judge = Judge.make(settings, setup.protocol, setup.output / "judged", setup.device)
     _claim(setup, keep)
     captions = setup.tuning_captions() if settings.tuning else []
-    tuner = Tuner(setup.output / "tuning", captions, setup.sampling, judge.tuning_score, settings.batch_size)
+    identity = digest({"judge": judge.tuning_identity, "captions": json.dumps(captions)})
+    tuner = Tuner(setup.output / "tuning" / identity[:16], captions, setup.sampling, judge.tuning_score, settings.batch_size)
     comparison = Comparison(setup, judge, tuner, names, [])
     left_out = setup.protocol.left_out
     if left_out:
@@ -87,7 +90,12 @@ def evaluate(settings: EvaluateSettings) -> Results | None:
 
     Resumes image by image; a metric or a rival that fails costs only itself. Raises UserError for what cannot be compared.
     """
-    comparison = prepare(settings)
+    with locked(Path(settings.output)):
+        return _evaluate(prepare(settings))
+
+
+def _evaluate(comparison: Comparison) -> Results | None:
+    settings = comparison.setup.settings
     rows = _rows(comparison)
     made = []
     for place, row in enumerate(rows, 1):
@@ -107,10 +115,11 @@ def _asked_for(settings: EvaluateSettings, row: Row) -> bool:
 def _claim(setup: Setup, keep: bool) -> None:
     """The output folder is ours, or nobody's yet; all processes look before the first one writes."""
     asked = {**setup.settings.binding(), "the ensemble's afa.json": sha256(setup.folder / "afa.json")}
-    check_claim(setup.output, asked, "the comparison")
+    files = saved_fingerprint(setup.folder, setup.moved) | fingerprint(base=setup.settings.base)
+    check_claim(setup.output, asked, "the comparison", files)
     PartialState().wait_for_everyone()
     if keep and PartialState().is_main_process:
-        claim(setup.output, asked, "the comparison")
+        claim(setup.output, asked, "the comparison", files)
 
 
 def _rows(comparison: Comparison) -> list[Row]:
@@ -180,13 +189,20 @@ def _make_run(comparison: Comparison, row: Row, options: Options, run: int, plac
 def _memory(images: ImageSet, make: Callable[[], Sampler]) -> float:
     """Megabytes of all tensors alive while one image is made in two steps; measured once, by one process, kept beside the images."""
     file = images.folder / "memory.json"
-    if PartialState().is_main_process and not file.exists():
+    if PartialState().is_main_process and not _megabytes(file):
         short = dataclasses.replace(images.sampling, steps=min(2, images.sampling.steps))
         sampler, item = make(), images.items[0]
         megabytes = peak_megabytes(lambda: sampler([Request(item.caption, item.seed)], short))
         write_atomically(file, json.dumps({"megabytes": round(megabytes, 2)}))
     PartialState().wait_for_everyone()
-    return float(json.loads(file.read_text())["megabytes"])
+    return _megabytes(file)
+
+
+def _megabytes(file: Path) -> float:
+    """What was measured before; 0 if nothing was, or the file is damaged."""
+    found = read_json(file)
+    value = found.get("megabytes") if isinstance(found, dict) else None
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _judge(comparison: Comparison, row: Row, options: Options, made: list[Made]) -> Method:

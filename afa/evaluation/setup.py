@@ -24,6 +24,7 @@ from afa.experts.locate import locate
 from afa.experts.original import KNOWN_CONFIGS
 from afa.experts.spec import ExpertSpec, new_places
 from afa.families.table import FAMILIES
+from afa.files import settled
 from afa.generation.sample import Sampling
 from afa.schedulers import reschedule
 from afa.schema import shown
@@ -134,7 +135,7 @@ class Setup:
         if given is not None:
             return given
         drawn = self.output / TRAINING_DATA
-        if self.protocol.training is not None and not (drawn / "metadata.jsonl").exists():
+        if self.protocol.training is not None and not (settled(drawn) / "metadata.jsonl").exists():
             self.protocol.training(drawn)
         if not drawn.is_dir():
             recorded = shown((self.manifest.training or {}).get("settings", {}).get("data"))

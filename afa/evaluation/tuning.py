@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from afa.evaluation.pictures import Picture
 from afa.evaluation.protocols.base import TUNING_SEED
-from afa.files import write_atomically
+from afa.files import read_json, write_atomically
 from afa.generation.sample import Request, Sampler, Sampling
 
 Options = dict[str, Any]
@@ -20,6 +20,7 @@ Score = Callable[[Sequence[Picture]], float]
 class Tuner:
     """Scores candidates on a few images; what was scored is kept in `folder` and not scored again.
 
+    folder: of this judge and these captions alone.
     captions: of the images; their noise is the same for every candidate. score: of a set of pictures, higher is better.
     """
 
@@ -67,8 +68,8 @@ class Tuner:
         return self.score(pictures)
 
     def _known(self, name: str) -> dict[str, float]:
-        file = self._file(name)
-        return json.loads(file.read_text()) if file.exists() else {}
+        found = read_json(self._file(name))  # damaged: scored again
+        return {key: value for key, value in found.items() if isinstance(value, int | float)} if isinstance(found, dict) else {}
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name.replace(':', '-')}.json"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from afa.explanation.explanation import Explanation, WordRow, word_remarks, word_rows
 from afa.explanation.recording import Recording
-from afa.files import replacing, write_atomically
+from afa.files import read_json, replacing, sha256, write_atomically
 
 SUFFIXES = ("png", "sheet.png", "strip.webp", "npz")  # of every image; .words.png and .counterfactuals.png where there is something to show
 
@@ -37,12 +37,11 @@ def stem_of(index: int) -> str:
 
 
 def explained(folder: Path, stem: str) -> bool:
-    """Whether everything of an image is there; its .json is written last and names the pictures."""
-    path = folder / f"{stem}.json"
-    if not path.is_file():
+    """Whether everything of an image is there; as it was written; its .json comes last and has the hashes of all others."""
+    facts = read_json(folder / f"{stem}.json")
+    if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict):
         return False
-    files = json.loads(path.read_text())["files"]
-    return all((folder / name).is_file() for name in files)
+    return all(isinstance(name, str) and (folder / name).is_file() and sha256(folder / name) == found for name, found in facts["files"].items())
 
 
 def write_arrays(recording: Recording, path: Path) -> None:
@@ -61,7 +60,7 @@ def write_facts(folder: Path, stem: str, found: Explanation, files: list[str]) -
     facts = {
         "prompt": found.request.prompt,
         "seed": found.request.seed,
-        "files": files,
+        "files": {name: sha256(folder / name) for name in files},
         "shares": {"groups": found.shares.groups, "weights": _rounded(found.shares.weights)},
         "words": [_word(row) for row in word_rows(found.recording, found.causes)],
         "word_remarks": word_remarks(found.recording),

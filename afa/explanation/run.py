@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from afa.baselines.sampler import in_frame
-from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
+from afa.checkpoint.manifest import MANIFEST
 from afa.claims import check_claim, claim
 from afa.denoiser.cost import count_stage_flops
 from afa.denoiser.switches import adjust_weights
@@ -32,7 +32,9 @@ from afa.explanation.pictures.words import words
 from afa.explanation.settings import ExplainSettings
 from afa.explanation.skipping import Skipping, Unused, find_unused
 from afa.explanation.summary import as_json
-from afa.files import replacing, sha256, write_atomically
+from afa.files import locked, read_json, replacing, settled, write_atomically
+from afa.fingerprint import saved_fingerprint
+from afa.generation.pictures import read_made
 from afa.generation.prompts import asked_prompts
 from afa.generation.sample import Request, Sampling, sample
 from afa.schedulers import reschedule
@@ -64,12 +66,20 @@ def run(settings: ExplainSettings) -> dict[str, Any]:
     settings = with_seed(settings)
     prompts = asked_prompts(settings.prompt, settings.prompts)
     device, output = choose_device(settings.device), Path(settings.output)
-    if settings.ensemble is None or not (Path(settings.ensemble) / MANIFEST).exists():
+    if settings.ensemble is None or not (settled(Path(settings.ensemble)) / MANIFEST).exists():
         raise UserError(f"{settings.ensemble} is no saved ensemble: it has no {MANIFEST}; make one with afa train, or leave it out for the embedded one")
-    asked = {**settings.binding(), "prompt": prompts, "the ensemble": [sha256(Path(settings.ensemble) / name) for name in (MANIFEST, AGGREGATORS)]}
-    check_claim(output, asked, "the explanation")
+    asked = {**settings.binding(), "prompt": prompts}
+    files = saved_fingerprint(Path(settings.ensemble), new_places(settings.experts or []))
+    check_claim(output, asked, "the explanation", files)
     job = _prepare(settings, prompts, device)
-    claim(output, asked, "the explanation")
+    with locked(output):
+        claim(output, asked, "the explanation", files)
+        return _run(job, asked)
+
+
+def _run(job: Run, asked: dict[str, Any]) -> dict[str, Any]:
+    """What is missing, then what all images say together."""
+    settings, output, prompts = job.settings, job.output, asked["prompt"]
     _explain(job)
     entries = [read_entry(output, stem_of(index)) for index in range(len(prompts))]
     unused = _unused(job, entries)
@@ -147,7 +157,7 @@ def _skipped(job: Run, unused: Unused, entries: list[Entry]) -> list[float]:
     found = []
     for entry, request in zip(tqdm(entries, desc="left out where unused", unit="image", file=sys.stderr), job.requests, strict=True):
         record, picture = job.output / f"{entry.stem}.skipped.json", job.output / f"{entry.stem}.skipped.png"
-        if not (record.is_file() and picture.is_file()):
+        if read_json(record) is None or read_made(picture) is None:
             _skip(job, unused, entry, request, record, picture)
         found.append(float(json.loads(record.read_text())["rmse"]))
     return found

@@ -11,6 +11,7 @@ from afa.experts.compatible import mismatches
 from afa.experts.headers import DTYPES
 from afa.experts.load import check_names
 from afa.experts.spec import ExpertSpec
+from afa.files import present, refuse_busy
 from afa.merging.layout import Item, diffusers_files, original_file
 from afa.merging.parts import MERGED, check_same_keys
 from afa.merging.settings import MergeSettings
@@ -89,7 +90,7 @@ def make_plan(settings: MergeSettings) -> Plan:
     specs = [ExpertSpec.parse(text) for text in settings.experts]
     based = [ExpertSpec.parse(settings.base)] if settings.base is not None else []
     check_names(specs)
-    _check_output(settings, [*specs, *based])
+    check_output(settings, [*specs, *based])
     experts = [open_source(spec, settings.config) for spec in specs]
     base = open_source(based[0], settings.config) if based else None
     vae = _vae(settings, experts)
@@ -109,7 +110,7 @@ def _filled(method: str, options: dict[str, Any], experts: Sequence[Source]) -> 
     return {**options_of(method), **options}
 
 
-def _check_output(settings: MergeSettings, specs: Sequence[ExpertSpec]) -> None:
+def check_output(settings: MergeSettings, specs: Sequence[ExpertSpec]) -> None:
     """The output must be new; nothing is overwritten, and no expert least of all."""
     output = Path(settings.output)
     for spec in specs:
@@ -117,7 +118,8 @@ def _check_output(settings: MergeSettings, specs: Sequence[ExpertSpec]) -> None:
             raise UserError(f"--output {output} is expert '{spec.name}' itself; choose another place")
     if settings.single_file and output.is_dir():
         raise UserError(f"{output} is a folder; a file of that name cannot be written")
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+    refuse_busy(output, file=settings.single_file)
+    if output.is_file() or present(output):
         raise UserError(f"{output} exists already; choose another --output or delete it")
 
 

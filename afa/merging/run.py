@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from afa.files import replacing, staged
+from afa.files import locked, replacing, staged
 from afa.merging.folder import copy_surroundings
 from afa.merging.layout import Item
 from afa.merging.original import to_original
 from afa.merging.parts import equal
-from afa.merging.plan import Plan, make_plan
+from afa.merging.plan import Plan, check_output, make_plan
 from afa.merging.recipe import hash_sources, metadata, same_parts
 from afa.merging.settings import MergeSettings
 from afa.merging.sources import Reader
@@ -25,6 +25,12 @@ from afa.merging.writer import write_safetensors
 def merge_files(settings: MergeSettings, plan: Plan | None = None) -> dict[str, Any]:
     """Merge and write: -> what was done, as plain data. All or nothing is written. Raises UserError if it cannot be done."""
     plan = plan or make_plan(settings)
+    with locked(Path(settings.output), file=settings.single_file):
+        check_output(settings, [])  # another process may have written it meanwhile
+        return _merge(plan)
+
+
+def _merge(plan: Plan) -> dict[str, Any]:
     began = time.perf_counter()
     hashes = hash_sources(plan)
     once = same_parts(plan, hashes)
@@ -50,7 +56,6 @@ class FileMerge:
         """Write every file of the plan."""
         output = Path(self.plan.settings.output)
         if self.plan.settings.single_file:
-            output.parent.mkdir(parents=True, exist_ok=True)
             with replacing(output) as path:
                 write_safetensors(path, self.plan.files[self.plan.settings.output], self.make, strings)
             return

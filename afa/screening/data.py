@@ -38,4 +38,4 @@ def encoded(place: str | Source, vae: Any, noising: Noising, *, images: int, dra
     found = encode(work, vae, AT_ONCE, source.skipped, watched)
     batch = noising.draw(found, list(range(len(found))), generator(seed))
     vae.to("cpu")
-    return Probes(batch.latents, found.captions, found.sizes, draws, seed)
+    return Probes(batch.latents, found.captions, found.sizes, draws, seed, found.digest)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from afa.experts.spec import ExpertSpec
 from afa.files import replacing, write_atomically
+from afa.generation.pictures import read_made
 from afa.generation.prompts import read_prompts
 from afa.generation.sample import Request, Sampling, sample
 from afa.screening.alone import Common, forget
@@ -25,9 +26,10 @@ def draw_prompts(settings: ScreenSettings, specs: Sequence[ExpertSpec], frame: C
     prompts = read_prompts(Path(str(settings.prompts)))[: settings.images]
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{place:05d}.png" for place in range(len(prompts))]
-    with tqdm(total=len(prompts), desc="drawing", unit="image", file=sys.stderr, initial=sum(file.exists() for file in files)) as bar:
+    there = [read_made(file) is not None for file in files]
+    with tqdm(total=len(prompts), desc="drawing", unit="image", file=sys.stderr, initial=sum(there)) as bar:
         for turn, spec in enumerate(specs):
-            missing = [place for place in range(turn, len(prompts), len(specs)) if not files[place].exists()]
+            missing = [place for place in range(turn, len(prompts), len(specs)) if not there[place]]
             if missing:
                 _draw(spec, missing, prompts, files, settings, frame, resolution, bar)
     lines = [json.dumps({"file_name": file.name, "text": prompt}, ensure_ascii=False) for file, prompt in zip(files, prompts, strict=True)]

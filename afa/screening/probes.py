@@ -14,6 +14,7 @@ from afa.training.routing import BANDS
 class Probes:
     """latents (M, C, h, w): clean, as denoisers see them, on the CPU. captions (M). sizes (M, 6): SDXL's size conditions.
 
+    digest: a hash of the images and captions.
     draws D: of noise, at every image and step. seed: of steps and noise; a point's numbers do not depend on how many points there are.
     """
 
@@ -22,6 +23,7 @@ class Probes:
     sizes: Tensor
     draws: int
     seed: int
+    digest: str = ""
 
     def __len__(self) -> int:
         return len(self.captions)

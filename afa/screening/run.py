@@ -1,5 +1,6 @@
 """A screening from its settings: experts one after another, then what their answers say of each other."""
 
+import json
 import shutil
 import sys
 import tempfile
@@ -14,9 +15,10 @@ from tqdm import tqdm
 from afa.claims import claim
 from afa.devices import choose_device
 from afa.errors import UserError
-from afa.experts.hashing import expert_files
-from afa.experts.locate import locate
 from afa.experts.spec import ExpertSpec
+from afa.files import locked, read_json, write_atomically
+from afa.fingerprint import fingerprint
+from afa.generation.prompts import read_prompts
 from afa.latents import latents_of
 from afa.merging.run import merge_files
 from afa.merging.settings import MergeSettings
@@ -37,6 +39,7 @@ from afa.training.routing import BANDS
 
 FEATURED = 8  # images at which features are looked at
 AVERAGE = "weight-average"
+PROBES = "probes.json"  # what experts are asked about, as a hash
 
 
 def screen(settings: ScreenSettings, planned: Plan | None = None) -> dict[str, Any]:
@@ -46,6 +49,7 @@ def screen(settings: ScreenSettings, planned: Plan | None = None) -> dict[str, A
         frame = common(planned.first, planned.lender, settings.vae, settings.config, getattr(torch, settings.dtype), choose_device(settings.device))
         noising = Noising(frame.scheduler, latents_of(frame.vae), frame.device)
         probes = _probes(planned, frame, noising, work)
+        _check_probes(work / PROBES, probes)
         apart = _distances(planned)
         asking = Questions(frame, noising, probes, settings, work)
         comparison = Comparison(tuple(spec.name for spec in planned.specs), asking.all(planned.specs))
@@ -60,20 +64,23 @@ def _workplace(planned: Plan) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="afa-screen-") as place:
             yield Path(place)
         return
-    claim(Path(output), planned.settings.binding() | _files(planned.specs), "the screening")
+    settings = planned.settings
     try:
-        yield Path(output)
+        with locked(Path(output)):
+            files = fingerprint(planned.specs, frame=settings.frame, vae=settings.vae, base=settings.base, config=settings.config)
+            asked = settings.binding() | ({} if settings.prompts is None else {"prompt": read_prompts(Path(settings.prompts))})
+            claim(Path(output), asked, "the screening", files)
+            yield Path(output)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the same command goes on with what is in {output}") from None
 
 
-def _files(specs: list[ExpertSpec]) -> dict[str, str]:
-    """What tells an expert's files from others, without reading them; hashing would take as long as the screening."""
-    found = {}
-    for spec in specs:
-        facts = [file.stat() for file in expert_files(locate(spec)).values()]
-        found[f"files of {spec.name}"] = f"{sum(fact.st_size for fact in facts)} bytes, changed {max(fact.st_mtime_ns for fact in facts)}"
-    return found
+def _check_probes(note: Path, probes: Probes) -> None:
+    """Raises UserError if the images are others than those that experts were asked about before."""
+    now = {"sha256 of images and captions": probes.digest}
+    if note.exists() and read_json(note) != now:
+        raise UserError(f"the images or captions have changed since the screening in {note.parent} was begun; choose another --output")
+    write_atomically(note, json.dumps(now))
 
 
 def _probes(planned: Plan, frame: Common, noising: Noising, work: Path) -> Probes:
@@ -142,6 +149,7 @@ def _average(planned: Plan, asking: Questions) -> Store | str:
     store = Store(asking.work / AVERAGE, asking.shape)
     try:
         if not store.complete:
+            shutil.rmtree(place, ignore_errors=True)  # of a run that was killed here
             merge_files(MergeSettings(experts=[str(spec) for spec in planned.specs], output=str(place), config=planned.settings.config))
         with tqdm(total=len(asking.probes), desc="asking their average", unit="image", file=sys.stderr) as bar:
             asking.ask(spec, store, bar)

@@ -20,7 +20,7 @@ from afa.training.plan import Plan
 from afa.training.prepare import encode_data, noising_of
 from afa.training.settings import LoopSettings
 from afa.training.sheets import Sheets, make_watch
-from afa.training.state import state_file
+from afa.training.state import belongings, state_file
 
 RUNS = "runs"  # the folder of what trackers write, and the name of their project
 
@@ -56,6 +56,7 @@ def make_trainer(planned: Plan, accelerator: Accelerator, initialise: Callable[[
     initialise: draws the first weights of what is trained, by torch's own generator, and returns it.
     """
     settings, ensemble = planned.settings, planned.ensemble
+    begun = belongings(settings, planned.own)  # as they are now: a file that is replaced meanwhile is not what is trained
     vae = ensemble.frame.vae.to(accelerator.device)
     data, held_out = encode_data(settings, planned.source, planned.resolution, vae)
     draws = settings.rewarded or settings.sheet_every is not None
@@ -74,7 +75,7 @@ def make_trainer(planned: Plan, accelerator: Accelerator, initialise: Callable[[
         if planned.own:
             _forget(ensemble, draws)
     objectives = make_objectives(means, list(trained.parameters()))
-    return Trainer(settings, accelerator, ensemble.denoiser, means.noising, objectives, conditions, data, held_out, trained, sheets)
+    return Trainer(settings, accelerator, ensemble.denoiser, means.noising, objectives, conditions, data, held_out, trained, begun, sheets)
 
 
 def _sheets(planned: Plan, captions: list[str], device: torch.device) -> Sheets | None:

@@ -24,7 +24,7 @@ from afa.training.objectives.base import Pass
 from afa.training.objectives.table import Objectives
 from afa.training.settings import LoopSettings
 from afa.training.sheets import Sheets
-from afa.training.state import belongings, load_state, save_state, state_file
+from afa.training.state import load_state, save_state, state_file
 
 PERSISTS = 10  # steps in a row without a finite gradient: then the run stops
 
@@ -63,15 +63,16 @@ class Drawn:
 class Trainer:
     """Trains a part of one ensemble's denoiser; all else is frozen, but gradients pass through it.
 
-    trained: what is trained, as a module of its own. sheets: drawn at measurements, if there are any.
+    trained: what is trained, as a module of its own. begun: its belongings.
+    sheets: drawn at measurements, if there are any.
     """
 
     def __init__(
         self, settings: LoopSettings, accelerator: Accelerator, denoiser: Any, noising: Noising, objectives: Objectives, conditions: Conditions,
-        data: Encoded, held_out: Encoded, trained: nn.Module, sheets: Sheets | None = None,
+        data: Encoded, held_out: Encoded, trained: nn.Module, begun: dict[str, Any], sheets: Sheets | None = None,
     ) -> None:  # fmt: skip
         self.settings, self.accelerator, self.noising, self.conditions = settings, accelerator, noising, conditions
-        self.begun = belongings(settings)  # as they are now: a file that is replaced meanwhile is not what is trained
+        self.begun = begun
         self.data, self.denoiser, self.total, self.sheets = data, denoiser, objectives.training, sheets
         self.held_out = HeldOut(held_out, noising, conditions, settings.batch_size, objectives.held_out)
         self.monitor = Monitor(state_file(settings).with_name(LOG), accelerator, settings.batch_size * settings.accumulate)

@@ -22,18 +22,19 @@ def state_file(settings: LoopSettings) -> Path:
     return Path(settings.output) / FOLDER / STATE
 
 
-def belongings(settings: LoopSettings) -> dict[str, Any]:
-    """What must be the same when a run goes on: options, and the files it is made from."""
+def belongings(settings: LoopSettings, from_files: bool) -> dict[str, Any]:
+    """What must be the same when a run goes on: options, and the files it is made from, unless its models were in memory before."""
     found: dict[str, Any] = json.loads(json.dumps(settings.binding()))
-    return {**found, FILES: settings.files()}
+    return {**found, FILES: settings.files() if from_files else {}}
 
 
 def check_finished(settings: LoopSettings, begun: LoopSettings, files: dict[str, str] | None, what: str) -> None:
     """Raises UserError if a complete run was begun with other options or files. files: as its record has them, None in older ones."""
     now: dict[str, Any] = json.loads(json.dumps(settings.binding()))
     then: dict[str, Any] = json.loads(json.dumps(begun.binding()))
-    with suppress(UserError):  # what is gone by now cannot have changed what is complete
-        now, then = {**now, FILES: settings.files()}, {**then, FILES: files or {}}
+    if files:
+        with suppress(UserError):  # what is gone by now cannot have changed what is complete
+            now, then = {**now, FILES: settings.files()}, {**then, FILES: files}
     check_same(then, now, what)
 
 

@@ -18,7 +18,8 @@ from afa.evaluation.metrics.table import Resources, make_metric
 from afa.evaluation.metrics.user import load_scorer
 from afa.evaluation.pictures import Picture
 from afa.experts.load import Expert, load_experts
-from afa.files import write_atomically
+from afa.files import locked, write_atomically
+from afa.fingerprint import fingerprint
 from afa.generation.prompts import asked_prompts
 from afa.generation.sample import Request, Sampling, sample
 from afa.merging.memory import InMemoryMerge
@@ -41,7 +42,13 @@ def search(settings: SearchSettings) -> dict[str, Any]:
     metric = _metric(settings)  # missing weights fail here
     device = choose_device(settings.device)
     output = Path(settings.output)
-    claim(output, settings.binding(), "the search")
+    asked = settings.binding() | {"prompt": asked_prompts(settings.prompt, settings.prompts), "the metric's identity": json.dumps(metric.identity, sort_keys=True)}
+    with locked(output):
+        claim(output, asked, "the search", fingerprint(settings.experts, config=settings.config))
+        return _search(settings, metric, device, output)
+
+
+def _search(settings: SearchSettings, metric: ImageMetric, device: torch.device, output: Path) -> dict[str, Any]:
     experts = load_experts(settings.experts, getattr(torch, settings.dtype), settings.config)
     for expert in experts:
         for module in (expert.model, *expert.text_encoders):
