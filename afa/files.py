@@ -228,17 +228,10 @@ def locked(target: Path, *, file: bool = False) -> Iterator[None]:
 
 
 def refuse_busy(target: Path, *, file: bool = False) -> None:
-    """Raises UserError if another process writes to a folder or file; nothing is changed."""
-    lock = _lock_file(target, file)
-    if _helper() or lock in _held or not lock.exists():
-        return
-    with suppress(OSError):
-        descriptor = os.open(lock, os.O_RDWR)
-        try:
-            if not _lock(descriptor):
-                raise _busy(target, descriptor)
-        finally:
-            os.close(descriptor)
+    """Raises UserError if another process writes to a folder or file. What a killed one left there is removed."""
+    if _lock_file(target, file).exists():
+        with locked(target, file=file):
+            pass
 
 
 def _helper() -> bool:

@@ -130,7 +130,9 @@ def test_other_settings_and_changed_files_are_not_mixed(screened, tmp_path):
     experts = [str(tmp_path / "moving"), PATTERNS]
     assert main(["screen", *experts, *FEW, "--no-average", "--output", str(tmp_path / "out")]) == 0
     file = tmp_path / "moving/unet/diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes())  # written anew
+    file.write_bytes(file.read_bytes())  # written anew, the same
+    assert main(["screen", *experts, *FEW, "--no-average", "--output", str(tmp_path / "out")]) == 0
+    file.write_bytes(file.read_bytes()[:-1] + b"\x3e")
     assert main(["screen", *experts, *FEW, "--no-average", "--output", str(tmp_path / "out")]) == 2
 
 
