@@ -42,7 +42,8 @@ def search(settings: SearchSettings) -> dict[str, Any]:
     metric = _metric(settings)  # missing weights fail here
     device = choose_device(settings.device)
     output = Path(settings.output)
-    asked = settings.binding() | {"prompt": asked_prompts(settings.prompt, settings.prompts), "the metric's identity": json.dumps(metric.identity, sort_keys=True)}
+    prompts, judge = asked_prompts(settings.prompt, settings.prompts), json.dumps(metric.identity, sort_keys=True)
+    asked = settings.binding() | {"prompt": prompts, "the metric's identity": judge}
     with locked(output):
         claim(output, asked, "the search", fingerprint(settings.experts, config=settings.config))
         return _search(settings, metric, device, output)
