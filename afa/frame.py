@@ -11,6 +11,7 @@ from torch import nn
 from afa.errors import UserError
 from afa.experts.load import TEXT_ENCODERS, TOKENIZERS, Expert, load_vae
 from afa.experts.locate import locate
+from afa.experts.parts import load_tokenizer
 from afa.experts.spec import ExpertSpec
 from afa.families.table import FAMILIES
 
@@ -78,10 +79,7 @@ class Frame:
             from afa.schedulers import read_scheduler
 
             return read_scheduler(folder)
-        from transformers import AutoTokenizer
-
-        found = [folder / name for name in names if (folder / name).is_dir()] or [folder]
-        return [AutoTokenizer.from_pretrained(path, local_files_only=True) for path in found]
+        return [load_tokenizer(path) for path in [folder / name for name in names if (folder / name).is_dir()] or [folder]]
 
     def pipeline(self, ensemble: "Ensemble", pipeline_class: type | None, components: dict[str, Any]) -> Any:
         """See Ensemble.pipeline."""

@@ -1,11 +1,11 @@
 """Schedulers by the names people use, and from a folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from afa.denoiser.schedule import FLOW, Schedule, flow_config, kind_of
 from afa.errors import UserError
+from afa.experts.parts import load_scheduler
 from afa.lookup import look_up
 
 # name on the command line -> diffusers class and what is set besides the experts' own noise schedule
@@ -95,12 +95,9 @@ def _static(maker: Any) -> Any:
 
 
 def read_scheduler(folder: Path) -> Any:
-    """The scheduler of a diffusers folder, or of its sub-folder `scheduler`."""
-    import diffusers
-
+    """The scheduler of a diffusers folder, or of its sub-folder `scheduler`. Raises UserError if there is none."""
     if (folder / "scheduler").is_dir():
         folder = folder / "scheduler"
-    file = folder / "scheduler_config.json"
-    if not file.is_file():
+    if not (folder / "scheduler_config.json").is_file():
         raise UserError(f"{folder} has no scheduler_config.json")
-    return getattr(diffusers, json.loads(file.read_text())["_class_name"]).from_pretrained(folder, local_files_only=True)
+    return load_scheduler(folder)

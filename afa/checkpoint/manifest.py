@@ -227,14 +227,22 @@ def relative(path: Path, folder: Path) -> str:
 
 def check_hashes(entry: ExpertEntry, located: Located) -> None:
     """Raises UserError, naming the file and both hashes, if an expert is not the one the ensemble was made with."""
-    from afa.experts.hashing import hash_expert
+    from afa.experts.hashing import expert_files, recorded_files
+    from afa.files import sha256
 
-    found = hash_expert(located)
+    files = recorded_files(located, entry.files)
     for name, expected in entry.files.items():
-        if name not in found:
+        if name not in files:
             raise UserError(f"expert '{entry.name}': {located.path} has no {name}, which the ensemble was made with (sha256 {expected})")
-        if found[name] != expected:
+        found = sha256(files[name])
+        if found != expected:
             raise UserError(
-                f"expert '{entry.name}' has changed: {name} in {located.path} has sha256 {found[name]}, the ensemble was made with {expected};"
+                f"expert '{entry.name}' has changed: {name} in {located.path} has sha256 {found}, the ensemble was made with {expected};"
                 " restore the file or train again"
             )
+    strange = next((name for name in expert_files(located) if name not in entry.files), None) if entry.files else None
+    if strange is not None:
+        raise UserError(
+            f"expert '{entry.name}' has changed: {located.path} is now loaded from {strange}, which the ensemble was not made with;"
+            " take it away or train again"
+        )

@@ -20,9 +20,9 @@ from afa.denoiser.lora import OWN, activate, adapter_parameters, settle, tuner_l
 from afa.denoiser.lora_layers import lora_states
 from afa.denoiser.sharing import Model, shared_copy
 from afa.errors import UserError
+from afa.experts.headers import read_header
 from afa.experts.locate import Located, locate
 from afa.experts.lora_files import read_lora
-from afa.experts.original import read_header
 from afa.experts.own import make_own
 from afa.experts.spec import ExpertSpec, Lora
 from afa.families.table import FAMILIES

@@ -7,7 +7,7 @@ import torch
 from afa.errors import UserError
 from afa.experts.locate import Located
 from afa.experts.original import config_folder, detect_config
-from afa.experts.parts import READING
+from afa.experts.parts import check_config, first_line
 from afa.families.table import FAMILIES
 
 
@@ -18,8 +18,9 @@ def denoiser_config(located: Located, family: str, config: str | None = None) ->
     folder = config_folder(config or detect_config(located.path)) if located.single_file else located.path
     folder = folder / FAMILIES[family].component if located.whole_pipeline else folder
     maker: Any = getattr(diffusers, FAMILIES[family].model)
+    config = check_config(folder, "diffusers", FAMILIES[family].model)
     try:
         with torch.device("meta"):
-            return maker.from_config(maker.load_config(folder, local_files_only=True)).config
-    except READING as error:
-        raise UserError(f"{folder} has no config of a {FAMILIES[family].model}: {str(error).strip().partition(chr(10))[0]}") from None
+            return maker.from_config(config).config
+    except Exception as error:  # the library raises anything for settings of a wrong type
+        raise UserError(f"{folder} has no config of a {FAMILIES[family].model}: {first_line(error)}") from None

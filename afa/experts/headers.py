@@ -1,9 +1,13 @@
-"""What weight files say about their tensors, read without the tensors: dtypes, shapes, and where the bytes lie."""
+"""What weight files say about their tensors, read without the tensors: dtypes, shapes, and where the bytes lie.
 
-import json
+Every .safetensors file that is opened goes through `read_header` first, so that a broken, packed or foreign file ends in the
+same sentence in every command. The format: https://github.com/huggingface/safetensors#format
+"""
+
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from afa.errors import UserError
-from afa.experts.original import read_header
+from afa.text_files import parse_json
 
-NAMES = ("diffusion_pytorch_model", "model")  # of weight files: diffusers', transformers'
-PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SMALL_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # one number a byte; torch converts them to others
+BITS = (
+    {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
+    | {"I8": 8, "U8": 8, "BOOL": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+    | dict.fromkeys(SMALL_FLOATS, 8)
+)
+LONGEST = 100_000_000  # bytes of a header that the safetensors library accepts
+AGAIN = "download or export it again"
+# What stands beside weights in fewer bits: ComfyUI's scaled fp8 and int8, ModelOpt, bitsandbytes, GPTQ and AWQ,
+# SVDQuant, quanto, torchao, compressed-tensors.
+PACKED = re.compile(
+    r"(^|[._])(weight_scale(_\w+)?|scale_weight|scale_input|(input|output)_scale|scaled_fp8|comfy_quant|(nested_)?absmax"
+    r"|(nested_)?quant_map|quant_state(\.\w+)?|qweight|qzeros|g_idx|qdata|weight_format|wscales|wcscales|wtscale|smooth_factor"
+    r"|weight_packed|weight_global_scale|(weight_)?zero_point|weight\._(data|scale|shift|qdata))$|\.SCB$"
+)
+PACKED_NOTES = ("_quantization_metadata", "quantization_config", "quantization")  # of a header's __metadata__
+# Of single files, parts that are never read: an average of the weights, text encoders beside a transformer.
+UNREAD = ("model_ema.", "text_encoders.")
 BLOCK = 1 << 20
 # Renamed since: attention of old VAEs by diffusers; the inner model of CLIP encoders by transformers 5.6, and the two of Qwen2.5-VL
 # by 4.52, which are still stored as they were.
@@ -40,58 +60,154 @@ class Entry:
     start: int
     end: int
 
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds numbers that a weight can be read from."""
+        return is_float(self.dtype)
+
     def meta(self) -> Tensor:
-        """A tensor of this shape without content."""
-        return torch.empty(self.shape, device="meta")
+        """A tensor of this shape without content: of float32, or int64 for what is no float."""
+        return torch.empty(self.shape, device="meta", dtype=torch.float32 if self.is_float else torch.int64)
 
 
 Tensors = dict[str, Entry]
 
 
+def is_float(dtype: str) -> bool:
+    """Whether a dtype, as a header or torch calls it, is one of floating-point numbers that torch converts to others."""
+    return dtype in DTYPES or dtype in DTYPES.values() or dtype in SMALL_FLOATS
+
+
 def read_file(file: Path) -> Tensors:
-    """The tensors of a .safetensors file. Raises UserError if it is broken or cut off."""
-    header = read_header(file)
-    with file.open("rb") as stream:
-        first = 8 + int.from_bytes(stream.read(8), "little")
-    return {
-        name: Entry(file, DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]), *_place(entry, first))
-        for name, entry in header.items()
-    }
-
-
-def _place(entry: dict[str, Any], first: int) -> tuple[int, int]:
-    """The bytes of a header's entry, counted from the beginning of the file."""
-    start, end = entry["data_offsets"]
-    return first + start, first + end
-
-
-def read_folder(folder: Path) -> Tensors | None:
-    """The tensors of a component's folder, whole or in shards; None if they are pickled and cannot be looked into.
-
-    Raises UserError if there are no weights that a loader would find, or if a file is missing, broken or cut off.
+    """The tensors of a .safetensors file, without CLIP's `position_ids`: a list 0, 1, 2 … that every encoder makes itself,
+    and that other programs leave in other types, or scaled. Raises UserError as read_header does.
     """
-    for name in NAMES:
-        if (folder / f"{name}.safetensors").is_file():
-            return read_file(folder / f"{name}.safetensors")
-        if (folder / f"{name}.safetensors.index.json").is_file():
-            return _read_shards(folder, folder / f"{name}.safetensors.index.json")
-    if any((folder / f"{name}{ending}").is_file() for name in PICKLES for ending in ("", ".index.json")):
-        return None
-    others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))) or "none at all"
-    raise UserError(f"{folder} has no weights under a name that is loaded ({' or '.join(NAMES)} + .safetensors); found: {others}")
+    header, _, first = _read(file)
+    found: Tensors = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        if not is_position_ids(name):
+            dtype = DTYPES.get(entry["dtype"], entry["dtype"])
+            found[name] = Entry(file, dtype, tuple(entry["shape"]), first + start, first + end)
+    return found
 
 
-def _read_shards(folder: Path, index: Path) -> Tensors:
+def read_header(file: Path) -> dict[str, Any]:
+    """Names of a .safetensors file -> dtype, shape and data_offsets, as its header has them.
+
+    Raises UserError if the file is broken, cut off or longer than it says, or holds quantised weights.
+    """
+    return _read(file)[0]
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The text that a .safetensors file has in its header beside its tensors. Raises UserError as read_header does."""
+    return _read(file)[1]
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """-> tensors, metadata, where the tensors' bytes begin."""
+    if not file.is_file():  # a pipe would never answer
+        raise UserError(f"{file} is no file; give a .safetensors file")
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index} cannot be read ({error}); download it again") from None
-    tensors: Tensors = {}
-    for name in files:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} lacks {name}, one of {len(files)} files its weights are in; download it again")
-        tensors |= read_file(folder / name)
-    return tensors
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            begin = stream.read(8)
+            length = int.from_bytes(begin, "little")
+            text = stream.read(length) if length <= min(LONGEST, size - 8) else None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    try:
+        if begin == b"version ":
+            raise ValueError("it is a pointer of Git LFS; fetch the weights with: git lfs pull")
+        if text is None:
+            raise ValueError(f"a header of {length} bytes is promised, the file has {size}")
+        header = parse_json(text.decode(), "its header")
+        if not isinstance(header, dict):
+            raise ValueError("its header is no table of tensors")
+        metadata = header.pop("__metadata__", None)
+        end = 8 + length + _check_entries(header)
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not a readable .safetensors file (its header is not UTF-8); {AGAIN}") from None
+    except ValueError as error:
+        raise UserError(f"{file} is not a readable .safetensors file ({error}); {AGAIN}") from None
+    if size < end:
+        raise UserError(f"{file} is cut off: it has {size} bytes, its header promises {end}; {AGAIN}")
+    if size > end:
+        raise UserError(f"{file} is longer than its header says: it has {size} bytes, its tensors end at {end}; {AGAIN}")
+    _check_metadata(file, metadata)
+    _check_plain(file, header, metadata or {})
+    return header, metadata or {}, 8 + length
+
+
+def _check_entries(header: dict[str, Any]) -> int:
+    """-> where the last tensor ends. Raises ValueError for entries that are none, and tensors that overlap or leave a gap."""
+    for name, entry in header.items():
+        fault = _fault(entry)
+        if fault:
+            raise ValueError(f"its tensor '{name}' {fault}")
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, following = entry["data_offsets"]
+        if start != end:
+            raise ValueError(f"its tensor '{name}' begins at byte {start}, the one before ends at {end}")
+        end = following
+    return end
+
+
+def _fault(entry: Any) -> str | None:
+    """Why an entry describes no tensor."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+        return "has no dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        return f"is of the unknown dtype {dtype!r:.60}"
+    if not isinstance(shape, list) or any(type(side) is not int or side < 0 for side in shape):
+        return f"has the shape {shape!r:.60}"
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(place) is not int for place in offsets):
+        return f"has the data_offsets {offsets!r:.60}, which must be two whole numbers"
+    start, end = offsets
+    if not 0 <= start <= end:
+        return f"has the data_offsets {offsets}, which are out of range"
+    if (end - start) * 8 != prod(shape) * BITS[dtype]:
+        return f"has {end - start} bytes, which is not what the shape {shape!r:.60} in {dtype} takes"
+    return None
+
+
+def _check_metadata(file: Path, metadata: Any) -> None:
+    """Raises UserError for __metadata__ that the safetensors library cannot read either."""
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict):
+        raise UserError(f"{file}: its __metadata__ is a {type(metadata).__name__}, not a table of texts; save it again without")
+    for name, value in metadata.items():
+        if not isinstance(value, str):
+            what = f"'{name}' is a {type(value).__name__}"
+            raise UserError(f"{file}: its __metadata__ may hold texts only, and {what}; save it again without that entry")
+
+
+def _check_plain(file: Path, header: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Raises UserError for quantised weights: their numbers mean nothing without the scales beside them, which loaders ignore."""
+    found = next((f"{name} in its __metadata__" for name in PACKED_NOTES if name in metadata), None)
+    for name, entry in header.items():
+        if name.startswith(UNREAD):
+            continue
+        if PACKED.search(name):
+            found = name
+            break
+        if name.endswith(("weight", "bias")) and not is_float(entry["dtype"]):
+            found = f"{name} in {entry['dtype']}"
+            break
+    if found:
+        raise UserError(
+            f"{file} holds quantised weights ({found}), which would be read without their scales;"
+            " take the model in bf16, fp16 or plain fp8, or save it as such"
+        )
+
+
+def is_position_ids(name: str) -> bool:
+    """Whether a tensor is CLIP's list of places 0, 1, 2 …, which is no weight."""
+    return name.rpartition(".")[2] == "position_ids"
 
 
 def dtype_of(tensors: Tensors | None) -> str | None:
@@ -105,10 +221,11 @@ def dtype_of(tensors: Tensors | None) -> str | None:
 
 
 def check_fit(model: nn.Module, found: Mapping[str, Tensor], where: str) -> None:
-    """Raises UserError for weights that a model needs and a file lacks, or has in another shape. It may have more."""
+    """Raises UserError for weights that a model needs and a file lacks, or has in another shape or kind. It may have more."""
     same = tied(model)
     present = {same.get(_today(name), _today(name)): tensor for name, tensor in found.items()}
-    wanted = {_today(name): tensor for name, tensor in model.state_dict().items() if _today(name) not in same}
+    state = {_today(name): tensor for name, tensor in model.state_dict().items() if not is_position_ids(name)}
+    wanted = {name: tensor for name, tensor in state.items() if name not in same}
     lacking = [name for name in wanted if name not in present]
     if lacking:
         missing = f"{len(lacking)} of {len(wanted)} weights (first: {lacking[0]})"
@@ -117,6 +234,8 @@ def check_fit(model: nn.Module, found: Mapping[str, Tensor], where: str) -> None
         if present[name].shape != tensor.shape:
             shapes = f"{tuple(present[name].shape)}, its config makes it {tuple(tensor.shape)}"
             raise UserError(f"{where}: {name} has shape {shapes}; weights and config belong to different models")
+        if tensor.is_floating_point() and not present[name].is_floating_point():
+            raise UserError(f"{where}: {name} holds whole numbers where weights are expected; take the model in bf16 or fp16")
 
 
 def tied(model: nn.Module) -> dict[str, str]:

@@ -1,12 +1,14 @@
 """Parts of experts that are loaded once because their files are equal: a text encoder of several gigabytes, mostly."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from afa.experts.headers import Tensors, read_folder, same_bytes
+from afa.experts.folders import read_config, read_folder
+from afa.experts.headers import Tensors, same_bytes
 
 
 @dataclass
@@ -21,8 +23,6 @@ class KnownParts:
         Weight files are read until their first difference, and kept by nobody.
         """
         settings, tensors = _read(folder)
-        if tensors is None:
-            return None
         for known, other, kind, stored, module in self.parts:
             if (known, other, kind) == (folder.name, dtype, settings) and same_bytes(stored, tensors):
                 return module
@@ -31,10 +31,9 @@ class KnownParts:
     def add(self, folder: Path, dtype: torch.dtype | None, module: nn.Module) -> None:
         """Remember a module for those that follow."""
         settings, tensors = _read(folder)
-        if tensors is not None:
-            self.parts.append((folder.name, dtype, settings, tensors, module))
+        self.parts.append((folder.name, dtype, settings, tensors, module))
 
 
-def _read(folder: Path) -> tuple[str, Tensors | None]:
-    """-> the config as it is written, the tensors; None for pickles, which cannot be looked into."""
-    return (folder / "config.json").read_text(), read_folder(folder)
+def _read(folder: Path) -> tuple[str, Tensors]:
+    """-> the settings as text, the tensors."""
+    return json.dumps(read_config(folder), sort_keys=True), read_folder(folder)

@@ -10,10 +10,11 @@ from torch import nn
 
 from afa.errors import UserError
 from afa.experts.adapters import add_own, fuse, load_sharing
+from afa.experts.finite import check_finite
 from afa.experts.known import KnownParts
 from afa.experts.locate import Located, locate
 from afa.experts.original import config_folder, detect_config, load_tokenizers
-from afa.experts.parts import READING, component_of, first_line, has_part, load_part, read_index
+from afa.experts.parts import component_of, first_line, has_part, load_part, read_index
 from afa.experts.spec import ExpertSpec
 from afa.families.table import FAMILIES, family_of
 
@@ -77,19 +78,24 @@ def load_expert(
 
     config: for a single file, the name of a shipped config or a folder of configs; found out by default. known: parts of other
     experts, of which equal ones are taken instead of being loaded again.
-    Raises UserError if it cannot be found, read, or be an expert.
+    Raises UserError if it cannot be found, read, or be an expert, or if its weights hold NaN or infinity.
     """
+    if isinstance(source, Expert):
+        return source
     if isinstance(source, (str, Path)):
         source = ExpertSpec.parse(str(source))
     if isinstance(source, ExpertSpec):
-        return _from_files(locate(source), dtype or torch.float32, config, known or KnownParts())
-    if isinstance(source, Expert):
-        return source
-    if isinstance(source, nn.Module):
-        return Expert(name="", model=source)
-    if hasattr(source, "components"):
-        return _from_pipeline(source)
-    raise UserError(f"a {type(source).__name__} cannot be an expert; give a path, a hub id, a diffusers pipeline or a denoiser")
+        expert = _from_files(locate(source), dtype or torch.float32, config, known or KnownParts())
+    elif isinstance(source, nn.Module):
+        expert = Expert(name="", model=source)
+    elif hasattr(source, "components"):
+        expert = _from_pipeline(source)
+    else:
+        raise UserError(f"a {type(source).__name__} cannot be an expert; give a path, a hub id, a diffusers pipeline or a denoiser")
+    where = f"expert '{source}'" if isinstance(source, ExpertSpec) else f"the expert given as a {type(source).__name__}"
+    for module in (expert.model, *expert.text_encoders):
+        check_finite(module, f"{where}, {type(module).__name__}")
+    return expert
 
 
 def load_experts(sources: Sequence[object], dtype: torch.dtype | None = None, config: str | None = None) -> list[Expert]:
@@ -144,12 +150,10 @@ def _from_files(located: Located, dtype: torch.dtype, config: str | None, known:
     if located.single_file:
         return _from_single_file(located, dtype, config)
     index = read_index(located.path)
-    component = component_of(located.path, index)
-    if spec.loras:
-        return _with_loras(located, _load_pipeline(located, dtype, None))
-    return Expert(
+    known = KnownParts() if spec.loras else known  # text encoders that a LoRA changes are shared with nobody
+    expert = Expert(
         name=spec.name,
-        model=load_part(located.path, component, dtype),
+        model=load_part(located.path, component_of(located.path, index), dtype),
         text_encoders=[_load_known(known, located.path, name, dtype) for name in TEXT_ENCODERS if has_part(index, name)],
         tokenizers=[load_part(located.path, name) for name in TOKENIZERS if has_part(index, name)],
         scheduler=load_part(located.path, "scheduler") if has_part(index, "scheduler") else None,
@@ -157,6 +161,7 @@ def _from_files(located: Located, dtype: torch.dtype, config: str | None, known:
         pipeline_options=_options(index),
         located=located,
     )
+    return _fuse_loras(expert)
 
 
 def _load_known(known: KnownParts, folder: Path, part: str, dtype: torch.dtype) -> Any:
@@ -178,10 +183,10 @@ def _denoiser_file(located: Located, dtype: torch.dtype, config: str | None) -> 
     index = read_index(folder)
     part = component_of(folder, index)
     maker = getattr(diffusers, index[part][1])
+    options = {"config": str(folder), "subfolder": part, "local_files_only": True, "dtype": dtype}
     try:
-        options = {"config": str(folder), "subfolder": part, "local_files_only": True, "dtype": dtype}
         model = maker.from_single_file(str(located.path), **options).eval()
-    except READING as error:
+    except Exception as error:
         raise UserError(f"{located.path} could not be read with the config {folder.name}: {first_line(error)}") from error
     _check_whole(located, folder, {part: model})
     return Expert(name=located.spec.name, model=model, located=located, config=config)
@@ -196,51 +201,48 @@ def _check_whole(located: Located, folder: Path, parts: dict[str, Any]) -> None:
 
 
 def _from_single_file(located: Located, dtype: torch.dtype, config: str | None) -> Expert:
-    pipe = _load_pipeline(located, dtype, config)
-    expert = _with_loras(located, pipe) if located.spec.loras else _from_pipeline(pipe)
-    expert.name, expert.located, expert.config = located.spec.name, located, config
-    return expert
-
-
-def _load_pipeline(located: Located, dtype: torch.dtype, config: str | None) -> Any:
-    """A stock pipeline without its VAE (read later, for one expert only), from a folder or a single file."""
+    """The expert in a checkpoint of original layout, through a stock pipeline without its VAE, which is read later."""
     import diffusers
 
-    folder = config_folder(config or detect_config(located.path)) if located.single_file else located.path
+    folder = config_folder(config or detect_config(located.path))
     maker = getattr(diffusers, read_index(folder)["_class_name"])
-    if not located.single_file:
-        return maker.from_pretrained(folder, dtype=dtype, local_files_only=True, vae=None, safety_checker=None)
     options = {"config": str(folder), "local_files_only": True, "dtype": dtype, "vae": None, **load_tokenizers(folder)}
     try:
         pipe = maker.from_single_file(str(located.path), **options)
-    except READING as error:
+    except Exception as error:  # the library raises anything for what it did not expect
         raise UserError(f"{located.path} could not be read with the config {folder.name}: {first_line(error)}") from error
     _check_whole(located, folder, pipe.components)
-    return pipe
-
-
-def _with_loras(located: Located, pipe: Any) -> Expert:
-    """The expert in a pipeline, with LoRA files in its weights."""
     expert = _from_pipeline(pipe)
-    expert.name, expert.located = located.spec.name, located
-    add_own(expert, located.spec.loras)
-    for module in (expert.model, *expert.text_encoders):
-        fuse(module)
+    expert.name, expert.located, expert.config = located.spec.name, located, config
+    return _fuse_loras(expert)
+
+
+def _fuse_loras(expert: Expert) -> Expert:
+    """Add the LoRA files that an expert was given with to its weights."""
+    assert expert.located is not None
+    if expert.located.spec.loras:
+        add_own(expert, expert.located.spec.loras)
+        for module in (expert.model, *expert.text_encoders):
+            fuse(module)
     return expert
 
 
 def load_vae(located: Located, config: str | None, dtype: torch.dtype) -> nn.Module:
-    """The VAE of a folder (a whole pipeline, or a VAE alone) or of a single file."""
+    """The VAE of a folder (a whole pipeline, or a VAE alone) or of a single file. Raises UserError as load_expert does."""
     from diffusers import AutoencoderKL
 
     if located.single_file:
         folder = config_folder(config or detect_config(located.path))
         options = {"config": str(folder), "subfolder": "vae", "local_files_only": True, "dtype": dtype}
         try:
-            return AutoencoderKL.from_single_file(str(located.path), **options).eval()
-        except READING as error:
+            vae: nn.Module = AutoencoderKL.from_single_file(str(located.path), **options).eval()
+        except Exception as error:
             raise UserError(f"{located.path} has no VAE that could be read; choose another with vae= ({first_line(error)})") from error
-    return load_part(located.path, "vae" if located.whole_pipeline else None, dtype)
+        _check_whole(located, folder, {"vae": vae})
+    else:
+        vae = load_part(located.path, "vae" if located.whole_pipeline else None, dtype)
+    check_finite(vae, f"the VAE of {located.path}")
+    return vae
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,14 +6,14 @@ tokenizer) ships in configs/.
 """
 
 import gzip
-import json
-import struct
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
+from afa.experts.folders import read_object
+from afa.experts.headers import read_header
 from afa.lookup import unknown
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -26,24 +26,6 @@ ATTENTION = f"{DENOISER}input_blocks.{{}}.1.transformer_blocks.0.attn2.to_k.weig
 ARCHITECTURES = {(1, 768): "sd15", (1, 1024): "sd21", (4, 2048): "sdxl"}
 SD3, FLUX = "joint_blocks.0.x_block.attn.qkv.weight", "double_blocks.0.img_attn.qkv.weight"
 TRANSFORMERS = (SD3, FLUX)
-QUANTISED = ("scale_weight", "scaled_fp8", ".absmax", ".quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
-
-
-def read_header(file: Path) -> dict[str, Any]:
-    """Names, dtypes and shapes of a .safetensors file, without its tensors. Raises UserError if it is broken."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > 100_000_000:
-                raise ValueError("header too long")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not a readable .safetensors file ({error}); download or export it again") from None
-    if file.stat().st_size != end:
-        raise UserError(f"{file} is cut off: it has {file.stat().st_size} bytes, its header promises {end}; download or export it again")
-    return header
 
 
 def detect_config(file: Path) -> str:
@@ -74,9 +56,6 @@ def is_alone(file: Path) -> bool:
 
 def _transformer_config(file: Path, shapes: Mapping[str, list[int]]) -> str:
     """Of SD 3 by depth and by the largest image, of FLUX by whether guidance is told. Raises UserError for what is none of them."""
-    strange = next((name for name in shapes if name.endswith(QUANTISED)), None)
-    if strange is not None:
-        raise UserError(f"{file} holds quantised weights ({strange}), which would be read without their scales; take the file in bf16, fp16 or plain fp8")
     if SD3 in shapes:
         if "joint_blocks.37.x_block.attn.qkv.weight" in shapes:
             return "sd35-large"
@@ -125,7 +104,7 @@ def load_tokenizers(config: Path) -> dict[str, Any]:
     """The tokenizers a config folder asks for: its own, or CLIP's with the architecture's padding."""
     from transformers import CLIPTokenizer
 
-    index = json.loads((config / "model_index.json").read_text())
+    index = read_object(config / "model_index.json")
     names = [name for name in ("tokenizer", "tokenizer_2") if index.get(name, [None])[0]]
     pads_with_zero = {name: name == "tokenizer_2" or config.name.startswith("sd21") for name in names}  # OpenCLIP's way
     return {

@@ -1,6 +1,5 @@
 """An expert without its weights: its models in the right shapes (meta device), its files checked by their headers."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from afa.errors import UserError
-from afa.experts.headers import Tensors, check_fit, dtype_of, read_file, read_folder, same_bytes
+from afa.experts.folders import read_config, read_folder
+from afa.experts.headers import Tensors, check_fit, dtype_of, read_file, same_bytes
 from afa.experts.load import TEXT_ENCODERS, TOKENIZERS, Expert
 from afa.experts.locate import Located, locate
 from afa.experts.original import DENOISER, config_folder, detect_config, load_tokenizers
-from afa.experts.parts import READING, component_of, has_part, load_part, read_index
+from afa.experts.parts import check_config, component_class, component_of, first_line, has_part, load_part, read_index
 from afa.experts.spec import ExpertSpec
 from afa.families.table import FAMILIES, family_of
 from afa.text import arithmetic
@@ -33,7 +33,7 @@ class Outline:
     """An expert as its files describe it.
 
     expert: can be compared, counted and measured, not run. parts: its models by component (unet, text_encoder, vae …).
-    stored: what the files hold for a component; nothing for pickles, for bare configs, and where a LoRA may change it.
+    stored: what the files hold for a component; nothing for bare configs, and where a LoRA may change it.
     config: the one a single file was read with.
     """
 
@@ -86,7 +86,7 @@ def config_outline(name: str, config: str) -> Outline:
 def _from_folder(located: Located) -> Outline:
     name, path = located.spec.name, located.path
     if not located.whole_pipeline:
-        model = _build(path, "diffusers", str(_read_config(path).get("_class_name", "")))
+        model = _build(path, None, "diffusers", str(read_config(path).get("_class_name", "")))
         found = Outline(Expert(name=name, model=model, located=located), {FAMILIES[family_of(model)].component: model})
     else:
         found = _described(name, path, _build_all(path), {})
@@ -95,9 +95,8 @@ def _from_folder(located: Located) -> Outline:
     for part, model in found.parts.items():
         folder = path / part if located.whole_pipeline else path
         tensors = read_folder(folder)
-        if tensors is not None:
-            check_fit(model, {key: entry.meta() for key, entry in tensors.items()}, str(folder))
-            found.stored[part] = tensors
+        check_fit(model, {key: entry.meta() for key, entry in tensors.items()}, str(folder))
+        found.stored[part] = tensors
     return found
 
 
@@ -127,7 +126,7 @@ def _from_denoiser_file(located: Located, config: str, tensors: Tensors) -> Outl
     folder = config_folder(config)
     index = read_index(folder)
     part = component_of(folder, index)
-    model = _build(folder / part, *index[part])
+    model = _build(folder / part, part, *index[part])
     prefixed = {key: entry for key, entry in tensors.items() if key.startswith(DENOISER)}
     entries = prefixed or tensors
     _check_original(part, model, entries, f"the {part} in {located.path} (read with the config {folder.name})")
@@ -177,34 +176,21 @@ def _build_all(folder: Path) -> dict[str, nn.Module]:
     index = read_index(folder)
     names = [component_of(folder, index), *(name for name in TEXT_ENCODERS if has_part(index, name))]
     names += ["vae"] if has_part(index, "vae") and (folder / "vae").is_dir() else []
-    return {name: _build(folder / name, *index[name]) for name in names}
+    return {name: _build(folder / name, name, *index[name]) for name in names}
 
 
-def _build(folder: Path, library: str, name: str) -> nn.Module:
-    """A model of the class and the config of a component's folder, on the meta device."""
-    import diffusers
-    import transformers
-
-    maker: Any = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
-    if maker is None:
-        raise UserError(f"{folder}: the class {library}.{name} is not known to the installed {library}")
-    config = _read_config(folder)
+def _build(folder: Path, part: str | None, library: str, name: str) -> nn.Module:
+    """A model of the class and the config of a component's folder, on the meta device. part: as component_class takes it."""
+    maker = component_class(folder, part, library, name)
+    config = check_config(folder, library, name)
     try:
         with torch.device("meta"):
             model: nn.Module = (
                 maker(maker.config_class.from_dict(config)) if library == "transformers" else maker.from_config(config)
             )
-    except (*READING, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'config.json'} makes no {name}: {str(error).strip().partition(chr(10))[0]}") from None
+    except Exception as error:  # the libraries raise anything for settings of a wrong type
+        raise UserError(f"{folder / 'config.json'} makes no {name}: {first_line(error)}") from None
     return model.eval()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from None
-    return config
 
 
 def _check_loras(found: Outline, located: Located) -> None:

@@ -1,6 +1,5 @@
 """An expert as a merge reads it: every tensor by its name in a diffusers pipeline, wherever and in whichever layout it lies."""
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from afa.errors import UserError
-from afa.experts.headers import DTYPES, Tensors, read_file, read_folder, tied
+from afa.experts.folders import read_folder, read_object
+from afa.experts.headers import Tensors, is_float, read_file, tied
 from afa.experts.locate import Located, locate
 from afa.experts.original import FIRST_CONV, config_folder
 from afa.experts.outline import OPEN_CLIP, Outline, read_outline
@@ -38,7 +38,7 @@ class Stored:
 
     @property
     def is_float(self) -> bool:
-        return self.dtype in DTYPES.values() or self.dtype.startswith("F8")
+        return is_float(self.dtype)
 
     @property
     def numbers(self) -> int:
@@ -99,7 +99,7 @@ class Source:
             return part == "text_encoder_2"
         if self.located.single_file:
             return any(stored.name.startswith(OPEN_CLIP) for key, stored in self.tensors.items() if key.startswith(f"{part}."))
-        return _read_json(self.config / part / "config.json").get("hidden_act") == "gelu"
+        return read_object(self.config / part / "config.json").get("hidden_act") == "gelu"
 
 
 def open_source(spec: ExpertSpec, config: str | None = None) -> Source:
@@ -123,9 +123,9 @@ def open_vae(text: str, config: str | None = None) -> Source:
     spec = ExpertSpec.parse(text)
     located = locate(spec)
     if not located.single_file and not located.whole_pipeline:
-        if _read_json(located.path / "config.json").get("_class_name") != "AutoencoderKL":
+        if read_object(located.path / "config.json").get("_class_name") != "AutoencoderKL":
             raise UserError(
-                f"{located.path} is no VAE (its config.json says {_read_json(located.path / 'config.json').get('_class_name')})"
+                f"{located.path} is no VAE (its config.json says {read_object(located.path / 'config.json').get('_class_name')})"
             )
         return Source(located, _folder_tensors(located.path, "vae"), located.path)
     source = open_source(spec, config)
@@ -148,8 +148,6 @@ def _from_folder(located: Located) -> Source:
 def _folder_tensors(folder: Path, part: str, model: nn.Module | None = None) -> dict[str, Stored]:
     """A part's tensors, each once, though a file may hold one under two names. model: the part's, without its numbers."""
     found, same = read_folder(folder), tied(model) if model is not None else {}
-    if found is None:
-        raise UserError(f"the weights in {folder} are pickled (.bin), and a merge reads only .safetensors; convert them first")
     tensors: dict[str, Stored] = {}
     for name, entry in found.items():
         key = same.get(today(name), today(name))
@@ -217,11 +215,3 @@ class Reader:
         tensor: Tensor = self._open[stored.file].get_tensor(stored.name)
         self._mapped += tensor.numel() * tensor.element_size()
         return from_original(tensor, stored.form)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    return found

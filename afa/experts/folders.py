@@ -1,0 +1,136 @@
+"""The folder of one component: its config.json, and which of its weight files are loaded.
+
+All commands find weights here, by the rules of the libraries that load them, so that what is inspected, hashed and merged is
+what is computed with. Pickled weights are refused: to read them can run code.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from afa.errors import UserError
+from afa.experts.headers import Tensors, read_file
+from afa.text_files import read_json
+
+NAMES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of weight files
+VARIANTS = ("fp32", "bf16", "fp16")  # the order in which they are taken, if there are no plain weights
+CONFIG = 2**24  # bytes of a config.json that are still read
+# Settings that make a library read other files than the folder's, or run code that came with it.
+FOREIGN = {
+    "auto_map": "names code of its own, which is never run",
+    "custom_pipelines": "names code of its own, which is never run",
+    "quantization_config": "describes quantised weights, which are not read; take the model in bf16 or fp16",
+    "transformers_weights": "names a weight file of its own",
+}
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """files: that hold the weights. variant: as from_pretrained takes it, e.g. fp16. index: of weights in shards."""
+
+    files: tuple[Path, ...]
+    variant: str | None = None
+    index: Path | None = None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if there is none."""
+    try:
+        found = read_json(file, CONFIG)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    except UserError as error:  # no text, no JSON, too deep
+        raise UserError(f"{file} cannot be read: it {str(error).removeprefix(f'{file} ')}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} cannot be read: it holds a {type(found).__name__}, expected an object of settings")
+    return found
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A component's settings.
+
+    name: of the file
+    Raises UserError if it is missing or broken, or asks for what only its author's own code, or another file, can give.
+    """
+    file = folder / name
+    config = read_object(file)
+    for key, why in FOREIGN.items():
+        if config.get(key):
+            raise UserError(f"{file}: {key} {why}")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} holds a PEFT adapter (adapter_config.json), not a model; merge it into its model and save that")
+    for key in ("_class_name", "model_type", "_attn_implementation", "attn_implementation", "attention_backend"):
+        value = config.get(key)
+        if not (value is None or (isinstance(value, str) and re.fullmatch(r"[\w-]+", value))):
+            raise UserError(f"{file}: {key} is {value!r:.80}, expected a plain name")
+    architectures = config.get("architectures")
+    if not (architectures is None or (isinstance(architectures, list) and all(isinstance(one, str) for one in architectures))):
+        raise UserError(f"{file}: architectures is {architectures!r:.80}, expected a list of names")
+    return config
+
+
+def weight_files(folder: Path) -> WeightFiles:
+    """Which weight files of a component's folder are loaded: the plain ones, else those of a variant such as fp16.
+
+    Beside an index of shards, a whole file is left aside by diffusers and preferred by transformers; so it is here.
+    Raises UserError if there are none, or only pickles.
+    """
+    library = "diffusers" if "_class_name" in read_config(folder) else "transformers"
+    stem = NAMES[library]
+    present = sorted(path.name for path in folder.iterdir() if path.is_file())
+    pattern = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors|{stem}\.safetensors\.index(?:\.(\w+))?\.json")
+    matches = [match for name in present if (match := pattern.fullmatch(name))]
+    variants = {match[1] or match[2] for match in matches}
+    if not variants:
+        raise UserError(_nothing(folder, stem, present))
+    chosen = next((variant for variant in (None, *VARIANTS) if variant in variants), None)
+    if chosen not in variants:
+        if len(variants) > 1:
+            names = ", ".join(sorted(variant or "" for variant in variants))
+            raise UserError(f"{folder} has its weights in the variants {names} and none without; keep one of them")
+        (chosen,) = variants
+    names = [match[0] for match in matches if (match[1] or match[2]) == chosen]
+    (first, *_) = sorted(names, key=lambda name: name.endswith(".json") == (library == "transformers"))
+    if not first.endswith(".json"):
+        return WeightFiles((folder / first,), chosen)
+    return WeightFiles(_shards(folder, folder / first), chosen, folder / first)
+
+
+def _nothing(folder: Path, stem: str, present: list[str]) -> str:
+    """Why a folder without weights that are loaded is refused."""
+    pickles = [name for name in present if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
+    if pickles and not any(name.endswith(".safetensors") for name in present):
+        return f"the weights in {folder} are pickled ({pickles[0]}), and to read those can run code; convert them to .safetensors first"
+    others = ", ".join(name for name in present if name.endswith(".safetensors")) or "none at all"
+    return f"{folder} has no weights under a name that is loaded ({stem}.safetensors, alone or with .fp16); found: {others}"
+
+
+def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
+    """The files that an index names. Raises UserError for one that is missing, or not in the folder."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index} has no weight_map of tensors to files; download it again")
+    files = sorted(set(weight_map.values()))
+    for name in files:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index} names the file {name!r:.80}, expected a .safetensors file beside it; download it again")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} lacks {name}, one of {len(files)} files its weights are in; download it again")
+    return tuple(folder / name for name in files)
+
+
+def read_folder(folder: Path) -> Tensors:
+    """The tensors of a component's folder, whole or in shards.
+
+    Raises UserError if there are no weights that a loader would find, or if a file is missing, broken or quantised.
+    """
+    found = weight_files(folder)
+    tensors: Tensors = {}
+    for file in found.files:
+        held = read_file(file)
+        twice = next((name for name in held if name in tensors), None)
+        if twice is not None:
+            raise UserError(f"{folder}: {twice} is in {file.name} and in {tensors[twice].file.name}; download the weights again")
+        tensors |= held
+    return tensors
