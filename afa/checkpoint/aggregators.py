@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from afa.aggregators.table import Recipe
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, Manifest, read_manifest
 from afa.checkpoint.release import is_release, read_release
 from afa.errors import UserError
-from afa.experts.headers import read_file
+from afa.experts.finite import first_not_finite
+from afa.experts.headers import load_tensors, read_file
 from afa.experts.load import Expert
 from afa.families.table import FAMILIES
 from afa.files import sha256
@@ -71,10 +70,11 @@ def check_file(folder: Path, manifest: Manifest) -> None:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The aggregators' tensors, once they are checked. Raises UserError if they cannot be read."""
-    try:
-        return load_file(folder / AGGREGATORS)
-    except SafetensorError as error:
-        raise UserError(f"{folder / AGGREGATORS} cannot be read: {error}") from None
+    tensors = load_tensors(folder / AGGREGATORS)
+    broken = first_not_finite(tensors.items())
+    if broken is not None:
+        raise UserError(f"{folder / AGGREGATORS}: {broken} is not finite (NaN or infinite numbers); train the aggregators again")
+    return tensors
 
 
 def fill(aggregators: nn.ModuleDict, tensors: Mapping[str, Tensor], folder: Path) -> None:

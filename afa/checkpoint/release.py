@@ -5,12 +5,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from afa.aggregators.sabw import SABW
 from afa.aggregators.table import Recipe
 from afa.errors import UserError
+from afa.experts.folders import read_object
+from afa.experts.headers import load_tensors
 from afa.families.stage import Stage
 
 OPTIONS = {"hidden_size": "hidden", "num_attn_heads": "heads"}  # their word -> ours
@@ -28,17 +30,20 @@ def read_release(folder: Path, stages: tuple[Stage, ...], experts: int) -> tuple
     count = len([path for path in folder.iterdir() if path.name.startswith("aggregator_")])
     if count != len(stages):
         raise UserError(f"{folder} has {count} aggregators, the experts have {len(stages)} stages; they belong to another architecture")
-    configs = [json.loads((folder / f"aggregator_{index}" / "config.json").read_text()) for index in range(count)]
+    configs = [read_object(folder / f"aggregator_{index}" / "config.json") for index in range(count)]
     for stage, config in zip(stages, configs, strict=True):
         for name, expected in (("in_channels", stage.channels), ("num_experts", experts)):
-            if config[name] != expected:
-                raise UserError(f"{folder}: the aggregator of {stage.name} has {name} {config[name]}, the experts need {expected}")
+            if config.get(name) != expected:
+                raise UserError(f"{folder}: the aggregator of {stage.name} has {name} {config.get(name)!r:.40}, the experts need {expected}")
     tensors = {
         f"{stage.name}.{name}": tensor
         for index, stage in enumerate(stages)
-        for name, tensor in load_file(folder / f"aggregator_{index}" / "aggregator.safetensors").items()
+        for name, tensor in load_tensors(folder / f"aggregator_{index}" / "aggregator.safetensors").items()
     }
-    options = {ours: configs[0][theirs] for theirs, ours in OPTIONS.items()}
+    options = {ours: configs[0].get(theirs) for theirs, ours in OPTIONS.items()}
+    for name, value in options.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{folder}: {name} of aggregator_0 is {value!r:.40}, expected a whole number from 1 up")
     # From the tensors, not from num_layers of the config, which the release ignores.
     options["depth"] = 1 + max((int(found[1]) for name in tensors if (found := LAYER.search(name))), default=-1)
     return Recipe("sabw", options), tensors

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from afa.errors import UserError
@@ -103,6 +104,12 @@ def read_header(file: Path) -> dict[str, Any]:
 def read_metadata(file: Path) -> dict[str, str]:
     """The text that a .safetensors file has in its header beside its tensors. Raises UserError as read_header does."""
     return _read(file)[1]
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, mapped on the CPU. Raises UserError as read_header does."""
+    _read(file)
+    return load_file(file)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, str], int]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from afa.errors import UserError
-from afa.experts.headers import check_fit
+from afa.experts.headers import check_fit, load_tensors, read_header
 
 Network = TypeVar("Network", bound=nn.Module)
 UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
@@ -24,12 +24,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     try:
         if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
+            return load_tensors(file)
         with file.open("rb") as stream:
             zipped = stream.read(2) == b"PK"  # torch's older format cannot be mapped
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except UserError:
+        raise
     except UNREADABLE as error:
         raise UserError(f"{file} is no file of weights that can be read ({_first_line(error)}); download it again") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else {}
@@ -87,6 +87,8 @@ def load_transformer(
 def _made(maker: Any, source: Path | None, where: Path, **options: Any) -> Any:
     """By transformers' own loader, which knows older names. What it would draw at random, or leave out, is an error."""
     common = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+    for file in source.glob("*.safetensors") if source else ():
+        read_header(file)
     try:
         with _quiet():
             model, info = maker.from_pretrained(source, **common, **options)
