@@ -108,9 +108,11 @@ def _nothing(folder: Path, stem: str, present: list[str]) -> str:
 
 def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
     """The files that an index names. Raises UserError for one that is missing, or not in the folder."""
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index} has no weight_map of tensors to files; download it again")
+    found = read_object(index)
+    weight_map = found.get("weight_map")
+    named = isinstance(weight_map, dict) and weight_map and all(isinstance(name, str) for name in weight_map.values())
+    if not named or not isinstance(found.get("metadata"), dict):
+        raise UserError(f"{index} has no weight_map of tensors to files, with metadata beside it; download it again")
     files = sorted(set(weight_map.values()))
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):

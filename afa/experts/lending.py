@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from afa.errors import UserError
+from afa.experts.finite import check_finite
 from afa.experts.load import TEXT_ENCODERS, TOKENIZERS, Expert
 from afa.experts.locate import Located
 from afa.experts.parts import has_part, load_part, read_index
@@ -41,10 +42,13 @@ def load_lender(frame: str, dtype: torch.dtype | None) -> Expert:
     found = [part for part in TEXT_ENCODERS if has_part(index, part)]
     if not found:
         raise UserError(f"frame '{frame}' has no text encoders; give the folder of a whole text-to-image pipeline")
+    encoders = [load_part(folder, part, dtype or torch.float32) for part in found]
+    for part, encoder in zip(found, encoders, strict=True):
+        check_finite(encoder, f"the {part} of frame '{frame}'")
     return Expert(
         name=frame,
         model=None,
-        text_encoders=[load_part(folder, part, dtype or torch.float32) for part in found],
+        text_encoders=encoders,
         tokenizers=[load_part(folder, part) for part in TOKENIZERS if has_part(index, part)],
         scheduler=load_part(folder, "scheduler"),
         pipeline=index["_class_name"],

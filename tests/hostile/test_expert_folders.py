@@ -1,0 +1,362 @@
+"""Folders of experts: the same weight files for every command, and no class but the libraries' own."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import afa.experts.parts
+from afa.errors import UserError
+from afa.experts.folders import read_folder, weight_files
+from afa.experts.hashing import expert_files
+from afa.experts.load import load_expert
+from afa.experts.locate import locate
+from afa.experts.outline import read_outline, shared_text_encoders
+from afa.experts.spec import ExpertSpec
+from afa.frame import Frame
+from afa.merging.sources import Reader, open_source
+from afa.schedulers import read_scheduler
+
+ASSETS = Path(afa.__file__).parent / "demo" / "assets"
+UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+KEY = "conv_in.bias"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of an expert without its weights' bytes: files are linked, and replaced where a test writes."""
+    return Path(shutil.copytree(ASSETS / "curves", tmp_path / "curves", copy_function=os.link))
+
+
+def replace(path: Path, content) -> Path:
+    path.unlink(missing_ok=True)
+    if isinstance(content, dict) and any(isinstance(value, torch.Tensor) for value in content.values()):
+        save_file(content, path, metadata={"format": "pt"})
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def marked(folder: Path, part: str, value: float) -> dict[str, torch.Tensor]:
+    """A part's weights, one of which says where they come from."""
+    tensors = load_file(folder / part)
+    key = KEY if part == UNET else "final_layer_norm.bias"
+    return tensors | {key: torch.full_like(tensors[key], value)}
+
+
+def shards(folder: Path, part: str, tensors, variant: str | None = None, stem: str | None = None) -> None:
+    """Write weights in two shards and their index, as the libraries name them."""
+    home, stem = (folder / part).parent, stem or Path(part).stem
+    middle = f".{variant}" if variant else ""
+    names, weight_map = list(tensors), {}
+    for number, chosen in enumerate((names[::2], names[1::2]), 1):
+        file = f"{stem}{middle}-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in chosen}, home / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(chosen, file)
+    replace(home / f"{stem}.safetensors.index{middle}.json", {"metadata": {"total_size": 1}, "weight_map": weight_map})
+
+
+def seen(folder: Path, part: str = UNET) -> list[float]:
+    """The marked weight, as each way to read an expert finds it: loaded, merged, inspected, hashed."""
+    key = KEY if part == UNET else "final_layer_norm.bias"
+    name = f"{part.partition('/')[0]}.{key}"
+    expert = load_expert(str(folder))
+    loaded = (expert.model if part == UNET else expert.text_encoders[0]).state_dict()
+    source = open_source(ExpertSpec("x", str(folder)))
+    with Reader() as reader:
+        merged = reader.read(source.tensors[name])
+    entry = read_outline(ExpertSpec("x", str(folder))).stored[part.partition("/")[0]][key]
+    hashed = [file for file in expert_files(locate(ExpertSpec("x", str(folder)))).values() if file == entry.file]
+    of_loaded = next(tensor for other, tensor in loaded.items() if other.endswith(key))
+    return [float(of_loaded[0]), float(merged[0]), float(load_file(entry.file)[key][0]), float(load_file(hashed[0])[key][0])]
+
+
+@pytest.mark.parametrize(("part", "chosen"), [(UNET, 2.0), (TEXT, 1.0)], ids=["diffusers", "transformers"])
+def test_a_whole_file_beside_shards_is_the_same_answer_for_all(folder, part, chosen):
+    """The library's own rule: diffusers takes the shards, transformers the whole file."""
+    sharded = marked(folder, part, 2.0)
+    replace(folder / part, marked(folder, part, 1.0))
+    shards(folder, part, sharded)
+    assert seen(folder, part) == [chosen] * 4
+
+
+def test_plain_weights_are_taken_before_those_of_a_variant(folder):
+    replace(folder / UNET.replace(".safetensors", ".fp16.safetensors"), marked(folder, UNET, 2.0))
+    replace(folder / UNET, marked(folder, UNET, 1.0))
+    assert seen(folder) == [1.0] * 4
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16", "ema"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "shards"])
+def test_a_folder_that_has_only_a_variant_is_read(folder, variant, sharded):
+    for part in (UNET, TEXT):
+        half = {name: tensor.half() for name, tensor in marked(folder, part, 3.0).items()}
+        (folder / part).unlink()
+        if sharded:
+            shards(folder, part, half, variant)
+        else:
+            replace(folder / part.replace(".safetensors", f".{variant}.safetensors"), half)
+    assert seen(folder) == seen(folder, TEXT) == [3.0] * 4
+
+
+def test_a_vae_that_has_only_a_variant_is_read(folder):
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    assert load_expert(str(folder)).load_vae() is not None
+
+
+def test_variants_of_which_none_is_the_natural_one_are_refused_by_name(folder):
+    for variant in ("ema", "non_ema"):
+        replace(folder / UNET.replace(".safetensors", f".{variant}.safetensors"), marked(folder, UNET, 2.0))
+    (folder / UNET).unlink()
+    with pytest.raises(UserError, match="variants ema, non_ema"):
+        weight_files(folder / "unet")
+
+
+def test_the_file_that_a_manifest_does_not_know_is_noticed(folder):
+    from afa.checkpoint.manifest import ExpertEntry, check_hashes
+    from afa.experts.hashing import hash_expert
+
+    located = locate(ExpertSpec("x", str(folder)))
+    entry = ExpertEntry("x", str(folder), files=hash_expert(located))
+    check_hashes(entry, located)
+    shards(folder, UNET, marked(folder, UNET, 2.0))
+    with pytest.raises(UserError, match="now loaded from unet/diffusion_pytorch_model-00001"):
+        check_hashes(entry, located)
+
+
+def test_a_manifest_that_names_files_which_are_not_loaded_is_still_good(folder):
+    from afa.checkpoint.manifest import ExpertEntry, check_hashes
+    from afa.experts.hashing import hash_expert
+    from afa.files import sha256
+
+    other = replace(folder / UNET.replace(".safetensors", ".fp16.safetensors"), marked(folder, UNET, 2.0))
+    located = locate(ExpertSpec("x", str(folder)))
+    files = hash_expert(located)
+    assert other.relative_to(folder).as_posix() not in files
+    check_hashes(ExpertEntry("x", str(folder), files=files | {other.relative_to(folder).as_posix(): sha256(other)}), located)
+
+
+@pytest.mark.parametrize(
+    ("index", "match"),
+    [
+        ({"metadata": {}, "weight_map": {KEY: "../../other.safetensors"}}, "expected a .safetensors file beside it"),
+        ({"metadata": {}, "weight_map": {KEY: "/etc/passwd"}}, "expected a .safetensors file beside it"),
+        ({"metadata": {}, "weight_map": {KEY: "other.bin"}}, "expected a .safetensors file beside it"),
+        ({"metadata": {}, "weight_map": {KEY: 3}}, "no weight_map"),
+        ({"metadata": {}, "weight_map": []}, "no weight_map"),
+        ({"metadata": {}, "weight_map": {}}, "no weight_map"),
+        ({"metadata": None, "weight_map": {KEY: "diffusion_pytorch_model.safetensors"}}, "no weight_map"),
+        ({}, "no weight_map"),
+        ([], "holds a list"),
+        ("{", "cannot be read"),
+        ("[" * 9000, "cannot be read"),
+    ],
+)
+def test_a_strange_index_of_shards_is_refused_by_name(folder, index, match):
+    replace(folder / "unet" / "diffusion_pytorch_model.safetensors.index.json", index)
+    for read in (read_folder, weight_files):
+        with pytest.raises(UserError, match=match) as raised:
+            read(folder / "unet")
+        assert "index.json" in str(raised.value)
+
+
+def test_only_pickles_are_refused_whatever_part_they_are_of(folder):
+    for part in ("unet", "text_encoder", "vae"):
+        file = next((folder / part).glob("*.safetensors"))
+        pickle = file.with_suffix(".bin")
+        pickle.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+        file.unlink()
+        with pytest.raises(UserError, match=rf"{part} are pickled \({pickle.name}\)"):
+            _ = load_expert(str(folder)).load_vae()
+        os.link(ASSETS / "curves" / part / file.name, file)
+
+
+COMMANDS = {
+    "load": lambda folder: load_expert(str(folder)),
+    "inspect": lambda folder: read_outline(ExpertSpec("x", str(folder))),
+    "merge": lambda folder: open_source(ExpertSpec("x", str(folder))),
+    "hash": lambda folder: expert_files(locate(ExpertSpec("x", str(folder)))),
+}
+STRANGE = {
+    "a function": ["diffusers", "load_image"],
+    "a module": ["diffusers", "utils"],
+    "a base class": ["diffusers", "ModelMixin"],
+    "a base class of transformers": ["transformers", "PreTrainedModel"],
+    "an unfinished class": ["transformers", "CLIPPreTrainedModel"],
+    "an automatic class": ["transformers", "AutoModel"],
+    "another kind of class": ["diffusers", "DDIMPipeline"],
+    "a scheduler or a model": ["diffusers", "EMAModel"],
+    "an unknown class": ["diffusers", "UNet9DModel"],
+    "an attribute": ["diffusers", "__class__"],
+    "a stranger's module": ["my_pipeline", "MyModel"],
+    "a module of python": ["os", "system"],
+    "a path": ["../evil", "Model"],
+    "a dotted name": ["diffusers", "models.UNet2DConditionModel"],
+    "one name": ["diffusers"],
+    "three names": ["diffusers", "UNet2DConditionModel", "x"],
+    "numbers": [1, 2],
+    "half nothing": ["diffusers", None],
+    "half a name": [None, "UNet2DConditionModel"],
+    "nested lists": [["diffusers"], ["UNet2DConditionModel"]],
+    "text": "UNet2DConditionModel",
+    "a number": 3,
+    "an object": {"class": "UNet2DConditionModel"},
+    "nothing in it": [],
+}
+
+
+@pytest.fixture
+def index(folder):
+    """Change entries of model_index.json."""
+    content = json.loads((folder / "model_index.json").read_text())
+    return lambda **entries: replace(folder / "model_index.json", content | entries)
+
+
+@pytest.mark.parametrize("entry", STRANGE.values(), ids=STRANGE)
+def test_a_strange_class_is_refused_before_a_library_is_asked(folder, index, entry, monkeypatch):
+    monkeypatch.setattr(afa.experts.parts, "from_pretrained", lambda *_: pytest.fail("a library was asked"))
+    for part in ("unet", "text_encoder", "tokenizer", "scheduler", "vae"):
+        index(**{part: entry})
+        for command in COMMANDS.values():
+            with pytest.raises(UserError, match=rf"model_index.json.*{part}") as raised:
+                command(folder)
+            assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("part", ["safety_checker", "feature_extractor", "image_encoder", "controlnet", "anything"])
+@pytest.mark.parametrize("entry", [["my_pipeline", "MyModel"], ["os", "system"], ["diffusers", "a.b"], ["diffusers"], [None, "a"]])
+def test_a_strange_class_of_a_part_that_is_not_loaded_is_refused_too(folder, index, part, entry):
+    index(**{part: entry})
+    with pytest.raises(UserError, match=rf"model_index.json.*{part}"):
+        load_expert(str(folder))
+
+
+@pytest.mark.parametrize("name", [None, 3, ["evil", "Pipe"], {}, "", "DiffusionPipeline", "load_image", "AutoPipelineForText2Image", "MyPipeline", "x" * 10**5])
+def test_a_strange_class_of_the_pipeline_is_refused_by_every_command(folder, index, name):
+    index(_class_name=name)
+    for command in COMMANDS.values():
+        with pytest.raises(UserError, match="model_index.json: the pipeline's _class_name") as raised:
+            command(folder)
+        assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"text"', "[" * 9000, '{"a": NaN}', "\ud800".encode("utf-16-le", "surrogatepass").decode("latin-1")])
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"])
+def test_settings_that_are_no_object_are_refused_by_the_name_of_their_file(folder, file, text):
+    replace(folder / file, text)
+    with pytest.raises(UserError, match=rf"{Path(file).name} cannot be read"):
+        load_expert(str(folder))
+
+
+CONFIGS = {
+    "code of its own": {"auto_map": {"AutoModel": "evil--evil.Model"}},
+    "quantisation": {"quantization_config": {"quant_method": "bitsandbytes"}},
+    "another weight file": {"transformers_weights": "other.safetensors"},
+    "attention from the hub": {"_attn_implementation": "org/kernel"},
+    "attention, a list": {"attn_implementation": ["a"]},
+    "a class that is a list": {"_class_name": ["evil", "Model"]},
+    "a class that is a number": {"_class_name": 3},
+    "architectures that are text": {"architectures": "CLIPTextModel"},
+    "architectures of numbers": {"architectures": [1]},
+}
+
+
+@pytest.mark.parametrize("change", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_settings_that_ask_for_other_code_or_files_are_refused_by_name(folder, part, change):
+    file = folder / part / "config.json"
+    replace(file, json.loads(file.read_text()) | change)
+    with pytest.raises(UserError, match=rf"{part}/config.json: {next(iter(change))}"):
+        _ = load_expert(str(folder)).load_vae()
+
+
+def test_tokenizers_and_schedulers_with_code_of_their_own_are_refused(folder):
+    file = folder / "scheduler" / "scheduler_config.json"
+    for part, file in (("tokenizer", "tokenizer_config.json"), ("scheduler", "scheduler_config.json")):
+        path = folder / part / file
+        before = json.loads(path.read_text()) if path.exists() else {}
+        replace(path, before | {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}})
+        with pytest.raises(UserError, match=f"{file}: auto_map"):
+            load_expert(str(folder))
+        replace(path, before)
+
+
+def test_a_folder_of_a_tokenizer_or_a_scheduler_never_runs_code(folder, tmp_path):
+    """--tokenizer and --scheduler take folders that no pipeline describes."""
+    expert = load_expert(str(ASSETS / "curves"))
+    other = Path(shutil.copytree(folder / "tokenizer", tmp_path / "tok"))
+    replace(other / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Tokenizer"})
+    (other / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass\n")
+    with pytest.raises(UserError, match="auto_map"):
+        _ = Frame([expert], tokenizer=str(other)).tokenizers
+    for name in ("load_image", "SchedulerMixin", "UNet2DConditionModel", ["a"], None):
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        replace(scheduler, json.loads((ASSETS / "curves" / "scheduler" / "scheduler_config.json").read_text()) | {"_class_name": name})
+        with pytest.raises(UserError, match="scheduler"):
+            read_scheduler(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+WRONG = [None, -1, 10**30, 1.5, True, "text", [], [1, [2]], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_settings_of_a_wrong_type_end_in_a_sentence_or_load(folder, value):
+    """Whatever the libraries make of them: never in a traceback."""
+    for part, keys in (
+        ("unet", ("block_out_channels", "cross_attention_dim")),
+        ("text_encoder", ("hidden_size", "hidden_act")),
+        ("scheduler", ("beta_schedule", "trained_betas")),
+    ):
+        file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        before = file.read_text()
+        for key in keys:
+            replace(file, json.loads(before) | {key: value})
+            for command in (COMMANDS["inspect"], COMMANDS["load"]):
+                try:
+                    command(folder)
+                except UserError as error:
+                    assert "\n" not in str(error)
+        replace(file, before)
+
+
+def test_a_denoiser_of_another_class_is_refused_by_name(folder, index):
+    index(unet=["diffusers", "UNet2DModel"])
+    for command in (COMMANDS["load"], COMMANDS["inspect"]):
+        with pytest.raises(UserError, match="a UNet2DModel cannot be an expert"):
+            command(folder)
+    index(unet=["diffusers", "UNet2DConditionModel"])
+    config = folder / "unet" / "config.json"
+    replace(config, json.loads(config.read_text()) | {"_class_name": "UNet2DModel"})
+    for command in (COMMANDS["load"], COMMANDS["inspect"]):
+        with pytest.raises(UserError, match="config.json is of a UNet2DModel, model_index.json says UNet2DConditionModel"):
+            command(folder)
+
+
+def test_a_part_that_is_an_adapter_is_refused(folder):
+    """transformers would load another model's weights in its place."""
+    replace(folder / "text_encoder" / "adapter_config.json", {"base_model_name_or_path": "elsewhere"})
+    for command in (COMMANDS["load"], COMMANDS["inspect"]):
+        with pytest.raises(UserError, match="adapter_config.json"):
+            command(folder)
+
+
+def test_position_ids_never_make_two_text_encoders_unlike(folder, tmp_path):
+    places = []
+    ids = torch.arange(24)[None]
+    for name, kept in (("none", None), ("whole", ids), ("half", ids.half()), ("scaled", ids * 0.9)):
+        place = Path(shutil.copytree(folder, tmp_path / name, copy_function=os.link))
+        tensors = load_file(place / TEXT)
+        replace(place / TEXT, tensors | ({} if kept is None else {"embeddings.position_ids": kept}))
+        places.append(place)
+    outlines = [read_outline(ExpertSpec(place.name, str(place))) for place in places]
+    assert shared_text_encoders(outlines) == [[None], ["none"], ["none"], ["none"]]
+    right = load_expert(str(places[0])).text_encoders[0](torch.arange(24)[None]).last_hidden_state
+    for place in places[1:]:
+        assert torch.equal(load_expert(str(place)).text_encoders[0](torch.arange(24)[None]).last_hidden_state, right)
+        source = open_source(ExpertSpec("x", str(place)))
+        assert not any(name.endswith("position_ids") for name in (*source.tensors, *source.spare))

@@ -1,0 +1,119 @@
+"""Weights that are no numbers: every way to load an expert refuses them, with the tensor's and the expert's name."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hostile import afa
+from safetensors.torch import load_file, save_file
+from tiny import sd_pipeline, sd_unet
+
+import afa as package
+from afa import Ensemble, UserError
+from afa.experts.finite import first_not_finite, is_finite
+from afa.experts.lending import load_lender
+from afa.experts.load import load_expert, load_experts
+
+ASSETS = Path(package.__file__).parent / "demo" / "assets"
+FILES = {
+    "unet": ("unet/diffusion_pytorch_model.safetensors", "mid_block.resnets.1.conv1.weight"),
+    "text_encoder": ("text_encoder/model.safetensors", "final_layer_norm.weight"),
+    "vae": ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_in.weight"),
+}
+SMALL = {"block_out_channels": (8, 8), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "layers_per_block": 1}
+SMALL |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+
+
+def broken(tmp_path: Path, part: str, value: float, name: str = "broken") -> Path:
+    """A copy of an expert with one number of a part replaced, late in its tensor."""
+    folder = Path(shutil.copytree(ASSETS / "curves", tmp_path / name, copy_function=os.link))
+    file, key = FILES[part]
+    tensors = load_file(folder / file)
+    tensors[key] = tensors[key].clone()
+    tensors[key].view(-1)[-1] = value
+    (folder / file).unlink()
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_nan_and_infinity_are_found_wherever_they_are(kind):
+    good = torch.linspace(-3, 3, 5000).to(kind)
+    assert is_finite(good)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        for place in (0, 2500, 4999):
+            bad = torch.linspace(-3, 3, 5000)
+            bad[place] = value
+            bad = bad.to(kind)
+            assert bool(bad.float().isfinite().all()) == is_finite(bad)
+            assert not is_finite(bad.reshape(50, 100).T) or kind == torch.float8_e4m3fn
+
+
+def test_the_largest_numbers_of_a_type_are_finite():
+    for kind in (torch.float16, torch.bfloat16, torch.float32):
+        assert is_finite(torch.full((5000,), torch.finfo(kind).max, dtype=kind))
+
+
+def test_what_holds_no_numbers_is_finite():
+    tensors = {"empty": torch.zeros(0), "whole": torch.arange(3), "flag": torch.ones(2).bool(), "meta": torch.ones(3, device="meta")}
+    assert first_not_finite(tensors.items()) is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_an_expert_with_such_weights_is_refused_by_its_name_and_the_tensors(tmp_path, part, value):
+    folder = broken(tmp_path, part, value)
+    for load in (lambda: load_expert(f"one={folder}"), lambda: load_experts([f"one={folder}", str(ASSETS / "angles")])):
+        with pytest.raises(UserError, match=rf"expert 'one=.*broken'.*{FILES[part][1]} is not finite"):
+            load()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_finds_them_too(tmp_path, dtype):
+    with pytest.raises(UserError, match=FILES["unet"][1]):
+        load_expert(str(broken(tmp_path, "unet", float("nan"))), dtype)
+
+
+def test_numbers_beyond_half_precision_are_named_as_such(tmp_path):
+    file, key = FILES["unet"]
+    folder = broken(tmp_path, "unet", 0.0)
+    tensors = load_file(folder / file)
+    save_file(tensors | {key: tensors[key].float() + 1e6}, folder / file, metadata={"format": "pt"})
+    assert load_expert(str(folder)).model is not None
+    with pytest.raises(UserError, match=f"{key} is not finite.* does not fit float16"):
+        load_expert(str(folder), torch.float16)
+
+
+def test_a_vae_and_a_lender_with_such_weights_are_refused(tmp_path):
+    folder = broken(tmp_path, "vae", float("nan"))
+    with pytest.raises(UserError, match=r"VAE of .*broken: decoder.conv_in.weight is not finite"):
+        load_expert(str(folder)).load_vae()
+    with pytest.raises(UserError, match=r"lender.*final_layer_norm.weight is not finite"):
+        load_lender(str(broken(tmp_path, "text_encoder", float("nan"), "lender")), None)
+
+
+def test_experts_given_as_objects_are_refused_too():
+    pipe = sd_pipeline(0, **SMALL)
+    with torch.no_grad():
+        pipe.unet.conv_in.bias[3] = float("nan")
+    for source, name in ((pipe, "StableDiffusionPipeline"), (pipe.unet, "UNet2DConditionModel")):
+        with pytest.raises(UserError, match=rf"given as a {name}.*conv_in.bias is not finite"):
+            Ensemble.from_experts([sd_unet(1, **SMALL), source])
+
+
+def test_every_command_that_loads_an_expert_refuses(tmp_path):
+    folder, angles, out = broken(tmp_path, "unet", float("nan")), ASSETS / "angles", tmp_path / "out"
+    train = ("--steps", 1, "--hidden", 8, "--heads", 2, "--batch-size", 2, "--held-out", 4, "--device", "cpu", "--placement", "out")
+    commands = (
+        ("generate", folder, "--prompt", "a red ring", "--steps", 1, "--device", "cpu", "--output", out / "g"),
+        ("train", "--experts", folder, angles, "--data", "scenes:12", "--output", out / "t", *train),
+        ("finetune", folder, "--data", "scenes:12", "--output", out / "f", "--steps", 1, "--device", "cpu"),
+        ("screen", folder, angles, "--data", "scenes:8", "--draws", 1, "--device", "cpu", "--output", out / "s"),
+    )
+    for command in commands:
+        run = afa(*command)
+        assert run.refused, (command[0], run)
+        assert "broken" in run.err and FILES["unet"][1] in run.err
+        assert "nan %" not in run.out
