@@ -109,8 +109,8 @@ def test_every_command_that_loads_an_expert_refuses(tmp_path):
     commands = (
         ("generate", folder, "--prompt", "a red ring", "--steps", 1, "--device", "cpu", "--output", out / "g"),
         ("train", "--experts", folder, angles, "--data", "scenes:12", "--output", out / "t", *train),
-        ("finetune", folder, "--data", "scenes:12", "--output", out / "f", "--steps", 1, "--device", "cpu"),
-        ("screen", folder, angles, "--data", "scenes:8", "--draws", 1, "--device", "cpu", "--output", out / "s"),
+        ("finetune", folder, "--rank", 2, "--data", "scenes:12", "--output", out / "f", "--steps", 1, "--device", "cpu"),
+        ("screen", folder, angles, "--data", "scenes:8", "--draws", 2, "--device", "cpu", "--output", out / "s"),
     )
     for command in commands:
         run = afa(*command)
