@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from afa.errors import UserError
+from afa.experts.finite import first_not_finite
 from afa.experts.headers import read_file
 from afa.experts.spec import HUB_ID
 
@@ -52,6 +53,9 @@ def _checked(what: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
     strange = next((key for key, value in tensors.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)), None)
     if strange is not None:
         raise UserError(f"{what}: {strange} is no tensor; give a file, or its tensors by their keys")
+    broken = first_not_finite(tensors.items())
+    if broken is not None:
+        raise UserError(f"{what}: {broken} is not finite (NaN or infinite numbers); the file is broken: download or export it again")
     nothing = [key for key, value in tensors.items() if key.endswith(".alpha") and not value.is_meta and not value.any()]
     if nothing:
         print(f"afa: {what}: alpha is 0 in {len(nothing)} layers ({nothing[0]} …), which change nothing", file=sys.stderr)

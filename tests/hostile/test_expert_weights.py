@@ -103,6 +103,14 @@ def test_experts_given_as_objects_are_refused_too():
             Ensemble.from_experts([sd_unet(1, **SMALL), source])
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_a_lora_with_such_weights_is_refused_by_its_file_and_its_tensor(tmp_path, kind):
+    key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+    save_file({key: torch.tensor([[1, float("nan")]], dtype=kind)}, tmp_path / "style.safetensors")
+    with pytest.raises(UserError, match=rf"style.safetensors: {key} is not finite"):
+        load_expert(f"one={ASSETS / 'curves'}+{tmp_path / 'style.safetensors'}")
+
+
 def test_every_command_that_loads_an_expert_refuses(tmp_path):
     folder, angles, out = broken(tmp_path, "unet", float("nan")), ASSETS / "angles", tmp_path / "out"
     train = ("--steps", 1, "--hidden", 8, "--heads", 2, "--batch-size", 2, "--held-out", 4, "--device", "cpu", "--placement", "out")

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from afa.errors import UserError
-from afa.experts.adapters import check_kind
 from afa.experts.headers import BITS, check_fit, load_tensors, read_file, read_header, read_metadata
 from afa.experts.locate import locate
+from afa.experts.lora_files import read_lora
 from afa.experts.spec import ExpertSpec
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -73,7 +73,7 @@ BROKEN = {
 @pytest.mark.parametrize("header", BROKEN.values(), ids=BROKEN)
 def test_a_broken_header_is_refused_by_the_name_of_its_file(tmp_path, header):
     file = write(tmp_path / "x.safetensors", header, body=20)
-    for read in (read_header, read_file, read_metadata, load_tensors, check_kind):
+    for read in (read_header, read_file, read_metadata, load_tensors, read_lora):
         with pytest.raises(UserError, match="x.safetensors is not a readable .safetensors file") as raised:
             read(file)
         assert "\n" not in str(raised.value)
