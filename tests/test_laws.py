@@ -1,5 +1,7 @@
 """The laws of an ensemble, for every family × aggregator × placement."""
 
+import functools
+
 import pytest
 import torch
 from family_models import FUSED, MODELS
@@ -28,6 +30,19 @@ def ensemble(model, kind, placement, seeds=(0, 1, 2), trained=True, **recipe):
     return made
 
 
+@functools.lru_cache(maxsize=8)  # as many as the laws of one placement ask for; making them takes most of a law's time
+def _shared(model, kind, placement):
+    return ensemble(model, kind, placement)
+
+
+def shared(model, kind, placement):
+    """An ensemble that laws have in common. They may train and switch it, but not change its weights."""
+    made = _shared(model, kind, placement).eval()
+    made.disable_gradient_checkpointing()
+    made.zero_grad()
+    return made
+
+
 @pytest.fixture(params=FUSED, scope="module", ids=lambda param: f"{param[0]}-{'a list' if isinstance(param[1], tuple) else param[1]}")
 def fused(request):
     """A family's tiny model, and where it is fused."""
@@ -50,7 +65,7 @@ class TestLaws:
 
     def test_weights_sum_to_one(self, fused, aggregator):
         model, placement = fused
-        made = ensemble(model, aggregator, placement)
+        made = shared(model, aggregator, placement)
         with torch.no_grad(), record_weights(made) as maps:
             made(**model.call(height=10, width=12))
         assert list(maps.maps[0]) == made.fused
@@ -61,23 +76,23 @@ class TestLaws:
 
     def test_with_the_others_turned_off_an_expert_is_itself(self, fused, aggregator):
         model, placement = fused
-        made = ensemble(model, aggregator, placement)
+        made = shared(model, aggregator, placement)
         names = made.names
         with torch.no_grad(), scale_weights(made, {names[0]: 0, names[2]: 0}):
             assert_close(made(**model.call()).sample, made.experts[1](**model.call()).sample)
 
     def test_equal_strengths_change_nothing(self, fused, aggregator):
         model, placement = fused
-        made = ensemble(model, aggregator, placement)
+        made = shared(model, aggregator, placement)
         with torch.no_grad():
             expected = made(**model.call()).sample
             with scale_weights(made, dict.fromkeys(made.names, 3.0)):
                 found = made(**model.call()).sample
-        assert torch.allclose(found, expected, atol=1e-3 * max(1, expected.abs().max()))  # sums are rounded once more at every stage
+        assert torch.equal(found, expected)
 
     def test_only_aggregators_get_gradients(self, fused, aggregator):
         model, placement = fused
-        made = ensemble(model, aggregator, placement).train()
+        made = shared(model, aggregator, placement).train()
         trainable = [name for name, parameter in made.named_parameters() if parameter.requires_grad]
         assert all(name.startswith("aggregators.") for name in trainable)
         if not trainable:
@@ -89,7 +104,7 @@ class TestLaws:
 
     def test_gradient_checkpointing_changes_nothing(self, fused, aggregator):
         model, placement = fused
-        made = ensemble(model, aggregator, placement).train()
+        made = shared(model, aggregator, placement).train()
         if not list(made.aggregators.parameters()):
             return
         grads = []
@@ -102,7 +117,7 @@ class TestLaws:
 
     def test_one_expert_of_the_ensemble_alone_is_itself(self, fused, aggregator):
         model, placement = fused
-        made = ensemble(model, aggregator, placement)
+        made = shared(model, aggregator, placement)
         with torch.no_grad(), only_expert(made, "expert_1"):
             assert torch.equal(made(**model.call()).sample, made.experts[1](**model.call()).sample)
 
@@ -110,7 +125,7 @@ class TestLaws:
 def test_untrained_sabw_is_the_mean(fused):
     model, placement = fused
     untrained = ensemble(model, "sabw", placement, trained=False)
-    mean = ensemble(model, "mean", placement)
+    mean = shared(model, "mean", placement)
     with torch.no_grad():
         expected = mean(**model.call()).sample
         assert torch.allclose(untrained(**model.call()).sample, expected, atol=1e-6 * max(1, expected.abs().max()))
@@ -268,8 +283,8 @@ def test_adjusted_weights_are_shown_row_by_row_where_everyone_has_a_blend_of_its
     ("strengths", "sentence"),
     [
         ({"expert_9": 1.0}, "expert_9"),
-        ({"expert_0": -1.0}, "strength -1 of expert 'expert_0' must be a number of at least 0"),
-        ({"expert_0": float("nan")}, "strength nan"),
+        ({"expert_0": -1.0}, "expert 'expert_0'.*-1.*least is 0"),
+        ({"expert_0": float("nan")}, "expert 'expert_0'.*nan"),
         ({"expert_0": 0, "expert_1": 0, "expert_2": 0}, "all experts .* are turned off"),
     ],
 )

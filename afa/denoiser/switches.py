@@ -100,8 +100,8 @@ def scale_weights(denoiser: "EnsembleDenoiser", strengths: Mapping[str, float]) 
 
     def scaled(stage: str, weights: Tensor) -> Tensor:
         values = [strengths.get(name, 1.0) for name in denoiser.names]
-        if all(value == 1 for value in values):
-            return weights  # a softmax sums to one only up to rounding: what nobody changes stays, bit for bit
+        if len(set(values)) == 1:
+            return weights  # a softmax sums to one only up to rounding: equal factors change no bit
         factors = weights.new_tensor(values).view(1, -1, 1, 1)
         changed = weights * factors
         total = changed.sum(1, keepdim=True)
