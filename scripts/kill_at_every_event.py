@@ -58,11 +58,11 @@ def commands(inputs: Path) -> dict[str, Callable[[], int]]:
     lines: dict[str, list[str]] = {
         "train": ["train", "--experts", curves, angles, *training, "--hidden", "8", "--heads", "2", "--depth", "0", "--placement", "out"],
         "finetune": ["finetune", curves, *training, "--rank", "1"],
-        "generate": ["generate", str(ENSEMBLE), *drawing, "--weights"],
+        "generate": ["generate", str(ENSEMBLE), *drawing, "--weights", "--batch-size", "1"],
         "evaluate": [
             *("evaluate", "--ensemble", str(ENSEMBLE), "--protocol", str(inputs / "prompts.txt"), "--scorer", str(inputs / "scorer.py")),
             *("--methods", "single", "afa", "magicfusion", "--train-data", str(inputs / "data"), "--tuning", "2", "--steps", "1"),
-            *("--guidance", "3", "--device", "cpu", "--resamples", "100"),
+            *("--guidance", "3", "--device", "cpu", "--resamples", "100", "--batch-size", "1"),
         ],
         "merge to folder": ["merge", "--experts", curves, angles],
         "merge to file": ["merge", "--experts", curves, angles],

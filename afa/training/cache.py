@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from afa.training.store import RowStore
 
 MARKS = "images.txt"  # what is known of images without reading them
 SIZES = 6
+MARK = re.compile("[0-9a-f]{64} [0-9a-f]{64}")  # a line of that file
 
 
 def content_hash(*modules: nn.Module) -> str:
@@ -134,5 +136,5 @@ def _mark(sample: Sample) -> str:
 
 def _lines(file: Path) -> list[str]:
     """The whole lines of a file; one that was cut off is no line."""
-    text = file.read_text() if file.exists() else ""
-    return [line for line in text[: text.rfind("\n") + 1].splitlines() if len(line.split()) == 2]
+    text = file.read_text(encoding="ascii", errors="replace") if file.exists() else ""
+    return [line for line in text[: text.rfind("\n") + 1].split("\n") if MARK.fullmatch(line)]

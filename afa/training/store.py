@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,23 +11,28 @@ import torch
 from torch import Tensor
 
 from afa.errors import UserError
+from afa.files import read_json, write_atomically
 
 FORMAT = 1
 META = "rows.json"
 LINE = 65  # of a file of keys: 64 hexadecimal digits and the end of the line
+SUM = 9  # of a file of checksums: 8 hexadecimal digits and the end of the line
 
 
 class RowStore:
     """Tensors of one shape and dtype on disk, by a sha256 in hexadecimal.
 
-    Every writer appends to files of its own, rows before keys, so that several may write at once and a crash costs the row it
-    interrupted. What others have written since is seen after refresh(). Raises UserError for a folder of other rows.
+    Every writer appends to files of its own, rows and checksums before keys, so that several may write at once and a crash costs the
+    row it interrupted. A damaged row counts as not there (parts of older versions have no checksums). What others have written since is
+    seen after refresh(). Raises UserError for a folder of other rows.
     """
 
     def __init__(self, folder: Path, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.folder, self.shape, self.dtype = folder, tuple(shape), dtype
         self.row_bytes = int(np.prod(self.shape, dtype=np.int64)) * dtype.itemsize
-        self._places: dict[str, tuple[int, int]] = {}  # key -> part, row
+        self._places: dict[str, list[tuple[int, int]]] = {}  # key -> part and row, of several the last that is whole
+        self._whole: set[str] = set()  # keys whose rows were checked
+        self._sums: list[list[bytes]] = []  # of every part
         self._parts: list[np.ndarray] = []
         self._known: dict[str, tuple[int, int]] = {}  # file of keys -> its part, how many of them are read
         self._writing: Path | None = None
@@ -34,7 +40,15 @@ class RowStore:
         self.refresh()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        places = self._places.get(key, [])
+        while places and key not in self._whole:
+            part, row = places[-1]
+            sums = self._sums[part]
+            if not sums or sums[row] == _sum(key, self._parts[part][row]):
+                self._whole.add(key)
+            else:
+                places.pop()
+        return bool(places)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -46,10 +60,13 @@ class RowStore:
         if self._writing is None:
             self._begin()
         assert self._writing is not None
+        plain = rows.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().reshape(len(keys), -1)
         with self._writing.with_suffix(".bin").open("ab") as data:
-            data.write(rows.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tobytes())
+            data.write(plain.tobytes())
             data.flush()
             os.fsync(data.fileno())
+        with self._writing.with_suffix(".sums").open("ab") as sums:
+            sums.write(b"".join(_sum(key, row) for key, row in zip(keys, plain, strict=True)))
         with self._writing.with_suffix(".keys").open("a") as names:
             names.write("".join(f"{key}\n" for key in keys))
         self.refresh()
@@ -58,7 +75,9 @@ class RowStore:
         """The rows of some keys, (n, …), copied from the mapped files."""
         found = torch.empty((len(keys), self.row_bytes), dtype=torch.uint8)
         for place, key in enumerate(keys):
-            part, row = self._places[key]
+            if key not in self:
+                raise UserError(f"a row of the cache {self.folder} was damaged while it was in use; run the same command again")
+            part, row = self._places[key][-1]
             found[place] = torch.from_numpy(np.array(self._parts[part][row]))
         return found.view(self.dtype).view(len(keys), *self.shape)
 
@@ -67,14 +86,20 @@ class RowStore:
         for names in sorted(self.folder.glob("*.keys")):
             data = names.with_suffix(".bin")
             whole = min(names.stat().st_size // LINE, data.stat().st_size // self.row_bytes if data.exists() else 0)
+            sums = _lines(names.with_suffix(".sums"), SUM)
+            whole = min(whole, len(sums)) if sums is not None else whole
             part, known = self._known.get(names.name, (len(self._parts), 0))
             if whole <= known:
                 continue
             with names.open("rb") as file:
                 file.seek(known * LINE)
-                keys = file.read((whole - known) * LINE).decode().split()
+                text = file.read((whole - known) * LINE).decode("ascii", errors="replace")
+            keys = [text[start : start + LINE - 1] for start in range(0, len(text), LINE)]
             self._parts[part:] = [np.memmap(data, np.uint8, "r", shape=(whole, self.row_bytes)), *self._parts[part + 1 :]]
-            self._places |= {key: (part, row) for row, key in enumerate(keys, known)}
+            self._sums[part:] = [sums or [], *self._sums[part + 1 :]]
+            for row, key in enumerate(keys, known):
+                self._places.setdefault(key, []).append((part, row))
+                self._whole.discard(key)
             self._known[names.name] = part, whole
 
     def _check(self) -> None:
@@ -82,10 +107,10 @@ class RowStore:
         facts = {"format": FORMAT, "shape": list(self.shape), "dtype": str(self.dtype)}
         meta = self.folder / META
         if not meta.exists():
-            temporary = meta.with_name(f".{META}-{os.getpid()}")
-            temporary.write_text(json.dumps(facts))
-            os.replace(temporary, meta)
-        found = json.loads(meta.read_text())
+            write_atomically(meta, json.dumps(facts))
+        found = read_json(meta)
+        if found is None:
+            raise UserError(f"{meta} is damaged, so it is not known what rows its folder keeps; delete the folder, or give another --cache")
         if found != facts:
             raise UserError(f"{self.folder} keeps rows of {found}, now {facts} are asked for; give another --cache")
 
@@ -99,6 +124,19 @@ class RowStore:
                 self._writing = part
             except FileExistsError:
                 number += 1
+
+
+def _sum(key: str, row: np.ndarray) -> bytes:
+    """The checksum of a row and its key, as a line."""
+    return b"%08x\n" % zlib.crc32(row.tobytes(), zlib.crc32(key.encode()))
+
+
+def _lines(file: Path, length: int) -> list[bytes] | None:
+    """The whole lines of that length; None if there is no such file."""
+    if not file.exists():
+        return None
+    data = file.read_bytes()
+    return [data[start : start + length] for start in range(0, len(data) - length + 1, length)]
 
 
 class StoredRows:
