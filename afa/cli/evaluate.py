@@ -7,6 +7,7 @@ same command goes on. With several devices or machines: `accelerate launch -m af
 import json
 import time
 
+from afa.errors import UserError
 from afa.evaluation.settings import EvaluateSettings as Options
 
 EXAMPLES = [
@@ -34,6 +35,9 @@ def run(options: Options) -> None:
     took = (time.monotonic() - began) / 60
     if results is None:
         return  # another process prints
+    if not any(run.scores or run.sets for method in results.methods for run in method.runs):
+        why = results.errors[-1] if results.errors else "no method could be drawn"
+        raise UserError(f"nothing could be scored ({why}); the images are kept in {options.output}: the same command goes on from them")
     if options.json:
         from dataclasses import asdict
 
@@ -42,7 +46,8 @@ def run(options: Options) -> None:
         from afa.evaluation.report.text import as_text
 
         print(f"{as_text(results)}\n\nThis run took {took:.0f} min; what was there before is not counted.")
-        print(f"results.json in {options.output}; a page of them: afa report {options.output} --output report.html")
+        lost = f" without what could not be computed (see above, {len(results.errors)})" if results.errors else ""
+        print(f"results.json in {options.output}{lost}; a page of them: afa report {options.output} --output report.html")
 
 
 def _list() -> None:

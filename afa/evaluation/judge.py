@@ -16,9 +16,10 @@ from afa.evaluation.cache import cached_features
 from afa.evaluation.images import ImageSet
 from afa.evaluation.metrics.base import ImageMetric, SetMetric
 from afa.evaluation.metrics.table import METRICS, Resources, make_metric
+from afa.evaluation.metrics.user import UserFrechet, UserScore, load_scorer
 from afa.evaluation.pictures import Picture
 from afa.evaluation.protocols.base import Protocol
-from afa.evaluation.results import MetricNote, SetScore
+from afa.evaluation.results import MetricNote, SetScore, prompts_of
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.tuning import Score
 from afa.files import read_json, write_atomically
@@ -51,8 +52,6 @@ class Judge:
                 raise UserError(f"--metric-weights {name}={weights[name]}: the metric '{name}' is not used here; used are {', '.join(names)}")
         metrics = [make_metric(name, Resources(weights.get(name), device, settings.batch_size)) for name in names]
         if settings.scorer is not None:
-            from afa.evaluation.metrics.user import load_scorer
-
             own = load_scorer(Path(settings.scorer))
             metrics = [*(metric for metric in own if isinstance(metric, ImageMetric) or protocol.real is not None), *metrics]
         for metric in metrics:
@@ -62,10 +61,28 @@ class Judge:
             raise UserError("there is nothing to judge by; give --metrics or --scorer")
         return cls(metrics, folder, settings.resamples)
 
+    def labels(self, metric: ImageMetric | SetMetric) -> dict[str, str]:
+        """What each score of a metric is called in the results: by its own name.
+
+        Where several metrics have a score of that name, a user's is qualified by its file: nothing mixes, nothing is lost.
+        """
+        names = _names(metric)
+        if not isinstance(metric, (UserScore, UserFrechet)):
+            return {name: name for name in names}
+        others = {name for one in self.metrics if one is not metric for name in _names(one)}
+        qualified = "features of " if isinstance(metric, UserFrechet) and metric.path in _scored(self.metrics, metric.name) else ""
+        found = {}
+        for name in names:
+            label = name if name not in others else f"{qualified}{metric.path.stem}:{name}"
+            while label != name and label in (*others, *names):
+                label = f"{metric.path.stem}:{label}"
+            found[name] = label
+        return found
+
     @property
     def primary(self) -> str:
         """The first score an image can have; empty if all metrics are of sets, or a user's scorer has not been asked yet."""
-        return next((name for metric in self.metrics if isinstance(metric, ImageMetric) for name in metric.names), "")
+        return next((label for metric in self.metrics if isinstance(metric, ImageMetric) for label in self.labels(metric).values()), "")
 
     @property
     def tuning_score(self) -> Score | None:
@@ -84,69 +101,76 @@ class Judge:
 
     def notes(self) -> dict[str, MetricNote]:
         """What every score's name means; the first of an image and the first of a set lead the tables."""
-        leading = {self.primary, next((metric.name for metric in self.metrics if isinstance(metric, SetMetric)), "")}
+        of_sets = (label for metric in self.metrics if isinstance(metric, SetMetric) for label in self.labels(metric).values())
+        leading = {self.primary, next(of_sets, "")}
         notes = {}
         for metric in self.metrics:
-            names = metric.names if isinstance(metric, ImageMetric) else (metric.name,)
             kind = "image" if isinstance(metric, ImageMetric) else "set"
-            notes |= {name: MetricNote(kind, metric.higher_is_better, metric.source, name in leading) for name in names}
+            labels = self.labels(metric).values()
+            notes |= {label: MetricNote(kind, metric.higher_is_better, metric.source, label in leading) for label in labels}
         return notes
 
     def judge(self, images: ImageSet, protocol: Protocol, title: str, attempt: Attempt) -> Judged:
         """Everything that can be said of an image set; a metric that fails costs only itself."""
         judged = Judged({}, {})
         for metric in self.metrics:
+            what = f"{next(iter(self.labels(metric).values()), 'the scorer')} of {title}"
             if isinstance(metric, ImageMetric):
-                found = attempt(f"{(metric.names or ('the scorer',))[0]} of {title}", False, lambda metric=metric: self._score(metric, images, protocol))
-                judged.scores.update(found or {})
+                scores = attempt(what, False, lambda metric=metric: self._score(metric, images, protocol)) or {}
+                labels = self.labels(metric)
+                judged.scores.update({labels[name]: values for name, values in scores.items()})
             else:
-                value = attempt(f"{metric.name} of {title}", False, lambda metric=metric: self._set_score(metric, images, protocol))
-                judged.sets.update({} if value is None else {metric.name: value})
+                value = attempt(what, False, lambda metric=metric: self._set_score(metric, images, protocol))
+                judged.sets.update({} if value is None else {self.labels(metric)[metric.name]: value})
         return judged
 
     def _score(self, metric: ImageMetric, images: ImageSet, protocol: Protocol) -> dict[str, list[float]]:
         """The values of every image, or of the first so many, where a protocol says so."""
-        count = min([len(images.items), *(protocol.first[name] for name in metric.names if name in protocol.first)])
+        first = {} if isinstance(metric, UserScore) else protocol.first  # which is about metrics of ours
+        count = min([len(images.items), *(first[name] for name in metric.names if name in first)])
         file = self._file(metric, images.digest(), f"{count}.json")
         scores = _kept(file)
         if scores is None:
+            prompts = prompts_of(images.items)[:count]
             found: dict[str, list[float]] = {}
-            for indices in _by_prompt(images, count):
-                values = metric.score([self._picture(images, index, protocol) for index in indices])
+            for indices in _by_prompt(prompts):
+                values = metric.score([self._picture(images, index, prompts[index], protocol) for index in indices])
                 for name, column in values.items():
-                    found.setdefault(name, []).extend(float(value) for value in column)
+                    row = found.setdefault(name, [float("nan")] * count)
+                    for index, value in zip(indices, column, strict=True):
+                        row[index] = float(value)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(found))
             scores = found
         metric.names = metric.names or tuple(scores)  # of a user's scorer that had nothing new to look at
         return scores
 
-    def _picture(self, images: ImageSet, index: int, protocol: Protocol) -> Picture:
+    def _picture(self, images: ImageSet, index: int, prompt: int, protocol: Protocol) -> Picture:
         item = images.items[index]
         reference = None if protocol.references is None else protocol.references[index]()
-        return Picture(images.read(index), item.caption, item.prompt, reference)
+        return Picture(images.read(index), item.caption, prompt, reference)
 
     def _set_score(self, metric: SetMetric, images: ImageSet, protocol: Protocol) -> SetScore:
         """The value of all images, and under resampled prompts, the same for every method."""
         reference = self._reference(metric, protocol) if metric.needs_reference else None
         features = cached_features(metric, images.read_all, self.folder / "features", images.digest())
-        groups = np.asarray([item.prompt for item in images.items])
+        groups = np.asarray(prompts_of(images.items))
         count = int(groups.max()) + 1
         draws = np.random.default_rng(0).integers(count, size=(self.resamples, count))
         replicates = metric.replicates(features, groups, reference, draws)
         return SetScore(metric.value(features, reference), [float(value) for value in replicates], len(features))
 
     @cached_property
-    def _prepared(self) -> dict[str, Any]:
+    def _prepared(self) -> dict[SetMetric, Any]:
         return {}
 
     def _reference(self, metric: SetMetric, protocol: Protocol) -> Any:
         """What a metric needs of the real images, computed once."""
         assert protocol.real is not None
-        if metric.name not in self._prepared:
+        if metric not in self._prepared:
             real = cached_features(metric, protocol.real.images, self.folder / "features", protocol.real.identity)
-            self._prepared[metric.name] = metric.prepare(real)
-        return self._prepared[metric.name]
+            self._prepared[metric] = metric.prepare(real)
+        return self._prepared[metric]
 
     def _file(self, metric: ImageMetric, digest: str, ending: str) -> Path:
         """Where scores are kept: by what they were computed from, and by what."""
@@ -163,11 +187,20 @@ def _kept(file: Path) -> dict[str, list[float]] | None:
     return found if all(columns) else None
 
 
-def _by_prompt(images: ImageSet, count: int) -> Iterator[list[int]]:
-    """The first `count` items in parts of whole prompts, some CHUNK at once: what is in memory together."""
+def _names(metric: ImageMetric | SetMetric) -> tuple[str, ...]:
+    return metric.names if isinstance(metric, ImageMetric) else (metric.name,)
+
+
+def _scored(metrics: Sequence[ImageMetric | SetMetric], name: str) -> list[Path]:
+    """The user's files whose score() gives a score of that name."""
+    return [metric.path for metric in metrics if isinstance(metric, UserScore) and name in metric.names]
+
+
+def _by_prompt(prompts: Sequence[int]) -> Iterator[list[int]]:
+    """The places of images, given the prompt of each, in parts of whole prompts, some CHUNK at once: what is in memory together."""
     part: list[int] = []
-    for index in range(count):
-        if len(part) >= CHUNK and images.items[index].prompt != images.items[index - 1].prompt:
+    for index in sorted(range(len(prompts)), key=prompts.__getitem__):
+        if len(part) >= CHUNK and prompts[index] != prompts[part[-1]]:
             yield part
             part = []
         part.append(index)

@@ -19,12 +19,13 @@ from afa.evaluation.images import ImageSet, make_images
 from afa.evaluation.judge import Judge, Judged
 from afa.evaluation.machine import machine, versions
 from afa.evaluation.methods import all_rows, study_rows
+from afa.evaluation.metrics.user import try_scorer
 from afa.evaluation.names import METHODS, chosen_methods
 from afa.evaluation.results import Method, Results, Run
 from afa.evaluation.rows import Options, Row, Trained
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.setup import Setup
-from afa.evaluation.tuning import Tuner
+from afa.evaluation.tuning import ScoringError, Tuner
 from afa.files import locked, read_json, sha256, write_atomically
 from afa.fingerprint import digest, fingerprint, saved_fingerprint
 from afa.generation.sample import Request, Sampler
@@ -51,14 +52,21 @@ class Comparison:
         except (UserError, ValueError, NotImplementedError) as error:
             if asked_for:
                 raise UserError(f"{what}: {error}") from error
-            self._note(f"{what}: {error}")
+            if error.__cause__ is not None:  # of a user's file: where it happened
+                self._log(what)
+            self.note(f"{what}: {error}")
         except Exception as error:
-            with (self.setup.output / "errors.log").open("a") as log:
-                log.write(f"{what}\n{traceback.format_exc()}\n")
-            self._note(f"{what}: {type(error).__name__}: {error} (see errors.log)")
+            self._log(what)
+            self.note(f"{what}: {type(error).__name__}: {error} (see errors.log)")
         return None
 
-    def _note(self, sentence: str) -> None:
+    def _log(self, what: str) -> None:
+        """Keep the traceback of the error that is being handled."""
+        with (self.setup.output / "errors.log").open("a", encoding="utf-8") as log:
+            log.write(f"{what}\n{traceback.format_exc()}\n")
+
+    def note(self, sentence: str) -> None:
+        """Keep a sentence about what could not be done for the report, and say it now."""
         self.errors.append(sentence)
         if PartialState().is_main_process:
             print(f"afa: left out: {sentence}", file=sys.stderr)
@@ -73,13 +81,15 @@ def prepare(settings: EvaluateSettings, keep: bool = True) -> Comparison:
     setup = Setup(settings)
     judge = Judge.make(settings, setup.protocol, setup.output / "judged", setup.device)
     _claim(setup, keep)
+    if settings.scorer is not None:
+        try_scorer(judge.metrics, *setup.size())
     captions = setup.tuning_captions() if settings.tuning else []
     identity = digest({"judge": judge.tuning_identity, "captions": json.dumps(captions)})
     tuner = Tuner(setup.output / "tuning" / identity[:16], captions, setup.sampling, judge.tuning_score, settings.batch_size)
     comparison = Comparison(setup, judge, tuner, names, [])
     left_out = setup.protocol.left_out
     if left_out:
-        comparison._note(f"pictures of --protocol {settings.protocol}, with their prompts: {left_out.summary()}")
+        comparison.note(f"pictures of --protocol {settings.protocol}, with their prompts: {left_out.summary()}")
         if keep and PartialState().is_main_process:
             left_out.write(setup.output / LEFT_OUT)
     return comparison
@@ -163,7 +173,11 @@ def _choose(comparison: Comparison, row: Row) -> Options:
     if row.by_loss and row.train is not None:
         losses = [row.train(options, 0).loss for options in row.candidates]
         return row.candidates[int(np.argmin(losses))]
-    return comparison.tuner.best(row.of or row.name, row.candidates, lambda options: row.sampler(options, 0))
+    try:
+        return comparison.tuner.best(row.of or row.name, row.candidates, lambda options: row.sampler(options, 0))
+    except ScoringError as error:
+        comparison.note(f"the choice of options of {row.title}: {error}; its defaults are taken")
+        return row.candidates[0]
 
 
 def _make_run(comparison: Comparison, row: Row, options: Options, run: int, place: str) -> Made:

@@ -23,7 +23,10 @@ class EvaluateSettings(CheckedOptions):
     base: str | None = option(None, help="the model the experts were fine-tuned from; task arithmetic, TIES, DARE and model stock need it")
     metrics: list[str] | None = option(None, help="judge by these, the first leading the table (default: the protocol's)")
     metric_weights: list[str] | None = option(None, help="where a metric's weights are, each METRIC=PATH or METRIC=org/name")
-    scorer: str | None = option(None, help="a Python file with score(images, captions) -> dict of arrays, and perhaps features(images)")
+    scorer: str | None = option(
+        None,
+        help="a Python file: score(images, captions) -> dict of n numbers each, and perhaps features(images); images: (n, H, W, 3) uint8",
+    )
     study: list[str] | None = option(None, help="also: steps (10, 20, 30, 50), experts (how many), ablations (placement, depth …), objectives", choices=STUDIES)
     reward: str | None = option(None, help="of the study of objectives, as in `afa train` (default: the protocol's own)")
     reward_weights: str | None = option(None, help="where that reward's weights are (default: the hub)")

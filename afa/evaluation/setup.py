@@ -25,7 +25,7 @@ from afa.experts.original import KNOWN_CONFIGS
 from afa.experts.spec import ExpertSpec, new_places
 from afa.families.table import FAMILIES
 from afa.files import settled
-from afa.generation.sample import Sampling
+from afa.generation.sample import Sampling, image_size
 from afa.schedulers import reschedule
 from afa.schema import shown
 from afa.seeds import nth_seed
@@ -96,6 +96,10 @@ class Setup:
         for module in (loaded.model, *loaded.text_encoders):
             module.to(self.device)
         return loaded
+
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        return image_size(self.pipeline(self.ensemble), self.sampling)
 
     def expert_specs(self) -> list[str]:
         """The experts as `afa train` takes them."""

@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from tqdm import tqdm
 
+from afa.errors import UserError
 from afa.evaluation.pictures import Picture
 from afa.evaluation.protocols.base import TUNING_SEED
 from afa.files import read_json, write_atomically
@@ -15,6 +17,10 @@ from afa.generation.sample import Request, Sampler, Sampling
 
 Options = dict[str, Any]
 Score = Callable[[Sequence[Picture]], float]
+
+
+class ScoringError(UserError):
+    """The score that options are chosen by could not be computed; the images could be drawn."""
 
 
 class Tuner:
@@ -65,7 +71,13 @@ class Tuner:
             batch = requests[start : start + self.batch_size]
             made = zip(sampler(batch, self.sampling), batch, strict=True)
             pictures += [Picture(image, request.prompt, start + index) for index, (image, request) in enumerate(made)]
-        return self.score(pictures)
+        try:
+            score = self.score(pictures)
+        except Exception as error:
+            raise ScoringError(f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)) from error
+        if not np.isfinite(score):
+            raise ScoringError(f"its score is {score}")
+        return score
 
     def _known(self, name: str) -> dict[str, float]:
         found = read_json(self._file(name))  # damaged: scored again

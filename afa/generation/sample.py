@@ -14,6 +14,8 @@ from afa.options import GUIDANCE, SAMPLING_STEPS, SEED, check_number
 from afa.seeds import generator
 from afa.text_files import check_text
 
+UNKNOWN_SIDE = 64  # of the latents, where a model's config says nothing
+
 
 @dataclass(frozen=True)
 class Request:
@@ -84,6 +86,15 @@ def _told(on_step: OnStep) -> Callable[..., dict[str, Any]]:
         return changed
 
     return callback
+
+
+def image_size(pipeline: Any, sampling: Sampling) -> tuple[int, int]:
+    """Height and width in pixels of what a pipeline draws: as asked, or the model's own."""
+    call, config = called(pipeline)
+    own = call.side(config) or UNKNOWN_SIDE
+    height, width = own if isinstance(own, (tuple, list)) else (own, own)
+    factor = pipeline.vae_scale_factor
+    return sampling.height or height * factor, sampling.width or width * factor
 
 
 def strength(pipeline: Any, sampling: Sampling) -> float | None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from afa.errors import UserError
 from afa.evaluation.metrics.base import Differentiable
 from afa.evaluation.metrics.table import METRICS, Resources, make_metric
-from afa.evaluation.metrics.user import run_file
 from afa.lookup import unknown
+from afa.user_files import UserFile
 
 # images (B, 3, H, W) about [-1, 1], captions -> (B,), higher is better, with gradients to the images
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
@@ -58,12 +58,12 @@ def _named(name: str, device: torch.device, weights: str | None) -> Reward:
 
 def _file(path: Path) -> Reward:
     """A user's own."""
-    function = getattr(run_file(path, "--reward"), "reward", None)
-    if not callable(function):
+    file = UserFile(path, "--reward")
+    if not file.has("reward"):
         raise UserError(f"--reward {path} has no function reward(images, captions); it must return one number an image, with gradients")
 
     def checked(images: Tensor, captions: Sequence[str]) -> Tensor:
-        found: Any = function(images, list(captions))
+        found: Any = file.call("reward", images, list(captions))
         if not isinstance(found, Tensor) or found.shape != (len(images),):
             what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise UserError(f"reward() of {path} returned {what} for {len(images)} images, expected a tensor ({len(images)},)")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -15,13 +16,15 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.metrics.base import ImageMetric
 from afa.evaluation.metrics.table import Resources, make_metric
-from afa.evaluation.metrics.user import load_scorer
+from afa.evaluation.metrics.user import load_scorer, try_scorer
 from afa.evaluation.pictures import Picture
+from afa.evaluation.results import Item, prompts_of
+from afa.evaluation.statistics import prompt_means
 from afa.experts.load import Expert, load_experts
 from afa.files import locked, write_atomically
 from afa.fingerprint import fingerprint
 from afa.generation.prompts import asked_prompts
-from afa.generation.sample import Request, Sampling, sample
+from afa.generation.sample import Request, Sampling, image_size, sample
 from afa.merging.memory import InMemoryMerge
 from afa.merging.search.bayesian import bayesian_search, best_point
 from afa.merging.search.coordinate import LINES, coordinate_search, groups
@@ -56,7 +59,9 @@ def _search(settings: SearchSettings, metric: ImageMetric, device: torch.device,
             module.to(device)
     merge = InMemoryMerge(experts)
     space = Space(merge.stages, len(experts))
-    objective = _objective(settings, merge, metric, device)
+    pipeline, sampling = _pipeline(merge.expert, device), _sampling(settings)
+    try_scorer([metric], *image_size(pipeline, sampling))
+    objective = _objective(settings, merge, metric, pipeline)
     with tqdm(total=evaluations(settings, space), desc="merges judged", unit="merge", file=sys.stderr) as bar:
         journal = Journal(output / POINTS, _counted(objective, bar))
         bar.update(len(journal.points))
@@ -90,12 +95,16 @@ def _metric(settings: SearchSettings) -> ImageMetric:
     return own
 
 
-def _objective(settings: SearchSettings, merge: InMemoryMerge, metric: ImageMetric, device: torch.device) -> Objective:
-    """Draw the same images with a merge, and judge each."""
+def _sampling(settings: SearchSettings) -> Sampling:
+    return Sampling(settings.steps, settings.guidance, height=settings.height, width=settings.width)
+
+
+def _objective(settings: SearchSettings, merge: InMemoryMerge, metric: ImageMetric, pipeline: Any) -> Objective:
+    """Draw the same images with a merge, and judge each: the mean score of every prompt, however often it is drawn."""
     prompts = asked_prompts(settings.prompt, settings.prompts)
     requests = [Request(prompts[index % len(prompts)], nth_seed(settings.seed, index)) for index in range(settings.images)]
-    sampling = Sampling(settings.steps, settings.guidance, height=settings.height, width=settings.width)
-    pipeline = _pipeline(merge.expert, device)
+    sampling = _sampling(settings)
+    numbers = prompts_of([Item(0, request.prompt, request.seed) for request in requests])
 
     def judge(weights: Weights) -> Scores:
         merge.apply_mbw(weights)  # into the very model that stands in the pipeline
@@ -103,9 +112,14 @@ def _objective(settings: SearchSettings, merge: InMemoryMerge, metric: ImageMetr
         for start in range(0, len(requests), settings.batch_size):
             batch = requests[start : start + settings.batch_size]
             made = zip(sample(pipeline, batch, sampling), batch, strict=True)
-            pictures += [Picture(image, request.prompt, start + index) for index, (image, request) in enumerate(made)]
+            pictures += [Picture(image, request.prompt, numbers[start + index]) for index, (image, request) in enumerate(made)]
+        name, scores = next(iter(metric.score(pictures).items()))
+        if not np.isfinite(scores).all():
+            prompt = requests[int(np.argmin(np.isfinite(scores)))].prompt
+            prompt = requests[int(np.argmin(np.isfinite(scores)))].prompt
+            raise UserError(f"'{name}' of an image for '{prompt}' is no finite number; nothing can be searched by it")
         sign = 1 if metric.higher_is_better else -1
-        return [sign * float(value) for value in next(iter(metric.score(pictures).values()))]
+        return [sign * float(value) for value in prompt_means(scores, numbers)]
 
     return judge
 

@@ -19,7 +19,7 @@ class SearchSettings(CheckedOptions):
     images: int = option(8, **COUNT, help="images every merge is judged by; their prompts and noise stay the same")
     metric: str = option("imagereward", help="what is to rise: a metric of one value an image (see docs/metrics.md)")
     metric_weights: str | None = option(None, help="where the metric's weights are: a path or org/name")
-    scorer: str | None = option(None, help="instead: a Python file with score(images, captions) -> dict of arrays, the first of which counts")
+    scorer: str | None = option(None, help="instead: a Python file, score(images (n, H, W, 3) uint8, captions) -> dict of n values each, the first counts")
     search: str = option("bayesian", help="bayesian: Optuna over all weights; coordinate: stage by stage, as auto-MBW does", choices=["bayesian", "coordinate"])
     trials: int = option(100, **COUNT, help="bayesian: merges to try")
     passes: int = option(1, **COUNT, help="coordinate: times to go through all stages")
