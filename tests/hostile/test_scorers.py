@@ -127,7 +127,8 @@ def test_search_ends_with_a_scorers_own_error_before_anything_is_drawn(kind, wor
 
 
 def test_a_scorer_that_fails_in_the_middle_of_a_search_is_one_sentence(world, tmp_path):
-    (tmp_path / "later.py").write_text("calls = []\ndef score(images, captions):\n    calls.append(1)\n    return {'a': [1 / (3 - len(calls))] * len(images)}\n")
+    body = "calls = []\ndef score(images, captions):\n    calls.append(1)\n    return {'a': [1 / (3 - len(calls))] * len(images)}\n"
+    (tmp_path / "later.py").write_text(body)
     small = ["--prompt", "a cat", "--images", 1, "--steps", 1, "--trials", 3, "--width", 32, "--height", 32, "--device", "cpu"]
     run = afa("search", "--experts", world / "photo", world / "paint", "--scorer", tmp_path / "later.py", "--output", tmp_path / "out", *small)
     assert run.code == 2 and "ZeroDivisionError: division by zero (later.py, line 4)" in run.err and "Traceback" not in run.err
@@ -178,7 +179,8 @@ def test_a_score_named_frechet_a_distance_of_the_same_file_and_a_built_in_one_ar
     class Frechet(UserFrechet):
         pass
 
-    code = "def score(images, captions):\n    return {'frechet': [1.0] * len(images)}\ndef features(images):\n    return images.reshape(len(images), -1)[:, :2]\n"
+    code = "def score(images, captions):\n    return {'frechet': [1.0] * len(images)}\n"
+    code += "def features(images):\n    return images.reshape(len(images), -1)[:, :2]\n"
     judge = judge_of(tmp_path, code)
     assert len(judge.notes()) == 2 and {note.kind for note in judge.notes().values()} == {"image", "set"}
     from afa.demo.metric import frechet
@@ -210,7 +212,8 @@ def test_a_scorer_that_fails_later_costs_only_itself_and_the_last_sentence_is_tr
 
 
 def test_a_score_that_cannot_choose_options_costs_the_choice_and_not_the_row(world, tmp_path):
-    body = "def score(images, captions):\n    if len(images) == 2 and 'noise' not in captions[0]:\n        raise ValueError('no')\n    return {'a': [1.0] * len(images)}\n"
+    body = "def score(images, captions):\n    if len(images) == 2 and 'noise' not in captions[0]:\n        raise ValueError('no')\n"
+    body += "    return {'a': [1.0] * len(images)}\n"
     (tmp_path / "choosy.py").write_text(body)
     pictures(tmp_path)
     given = settings(world, tmp_path / "out", tmp_path / "choosy.py", methods=["weighted"], tuning=2, train_data=str(tmp_path))
@@ -221,7 +224,8 @@ def test_a_score_that_cannot_choose_options_costs_the_choice_and_not_the_row(wor
 
 def test_scores_change_when_a_file_that_the_scorer_imports_does(tmp_path):
     (tmp_path / "helper_of_scorer.py").write_text("FACTOR = 1\n")
-    (tmp_path / "main_scorer.py").write_text("import helper_of_scorer\ndef score(images, captions):\n    return {'a': [helper_of_scorer.FACTOR] * len(images)}\n")
+    body = "import helper_of_scorer\ndef score(images, captions):\n    return {'a': [helper_of_scorer.FACTOR] * len(images)}\n"
+    (tmp_path / "main_scorer.py").write_text(body)
     (metric,) = load_scorer(tmp_path / "main_scorer.py")
     before = metric.identity
     (tmp_path / "helper_of_scorer.py").write_text("FACTOR = 2\n")
