@@ -80,16 +80,17 @@ def is_float(dtype: str) -> bool:
 
 
 def read_file(file: Path) -> Tensors:
-    """The tensors of a .safetensors file, without CLIP's `position_ids`: a list 0, 1, 2 … that every encoder makes itself,
-    and that other programs leave in other types, or scaled. Raises UserError as read_header does.
+    """The tensors of a .safetensors file. Raises UserError as read_header does.
+
+    CLIP's `position_ids` are whole numbers here, whatever the file has: 0, 1, 2 …, which other programs leave in other types,
+    or scaled. No weights: encoders make them themselves, and nothing is compared by them.
     """
     header, _, first = _read(file)
     found: Tensors = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        if not is_position_ids(name):
-            dtype = DTYPES.get(entry["dtype"], entry["dtype"])
-            found[name] = Entry(file, dtype, tuple(entry["shape"]), first + start, first + end)
+        dtype = "I64" if is_position_ids(name) else DTYPES.get(entry["dtype"], entry["dtype"])
+        found[name] = Entry(file, dtype, tuple(entry["shape"]), first + start, first + end)
     return found
 
 
@@ -260,7 +261,8 @@ def _today(name: str) -> str:
 
 
 def same_bytes(one: Tensors, other: Tensors) -> bool:
-    """Whether two sets of tensors are equal bit for bit; stops at the first difference."""
+    """Whether two sets of tensors are equal bit for bit, but for position_ids; stops at the first difference."""
+    one, other = ({name: entry for name, entry in tensors.items() if not is_position_ids(name)} for tensors in (one, other))
     if {name: (e.dtype, e.shape) for name, e in one.items()} != {name: (e.dtype, e.shape) for name, e in other.items()}:
         return False
     if all(entry.file.resolve() == other[name].file.resolve() for name, entry in one.items()):

@@ -7,12 +7,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from afa.errors import UserError
 from afa.experts.folders import read_folder, read_object
-from afa.experts.headers import Tensors, is_float, read_file, tied
+from afa.experts.headers import Tensors, is_float, is_position_ids, read_file, tied
 from afa.experts.locate import Located, locate
 from afa.experts.original import FIRST_CONV, config_folder
 from afa.experts.outline import OPEN_CLIP, Outline, read_outline
@@ -207,7 +208,9 @@ class Reader:
         self._mapped = 0
 
     def read(self, stored: Stored) -> Tensor:
-        """One tensor, in its diffusers form and in the file's dtype."""
+        """One tensor, in its diffusers form and in the file's dtype; position_ids as they should be, whatever the file has."""
+        if is_position_ids(stored.name):
+            return torch.arange(stored.numbers).reshape(stored.shape)
         if self._mapped > MAPPED:
             self.__exit__()
         if stored.file not in self._open:
