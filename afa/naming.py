@@ -23,7 +23,7 @@ def plain_name(text: str, otherwise: str) -> str:
     """A name made of any text, such as a file's name; `otherwise` where nothing of it can be used."""
     kept = "".join(letter if letter.isprintable() and not FORBIDDEN.match(letter) else "-" for letter in text)
     kept = kept.strip(" .")[:LONGEST_NAME].rstrip(" .")
-    return f"{kept}-" if RESERVED.fullmatch(kept) else kept or otherwise
+    return f"_{kept[1:]}" if RESERVED.fullmatch(kept) else kept or otherwise
 
 
 def _reason(name: object) -> str:

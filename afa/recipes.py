@@ -1,14 +1,15 @@
 """Recipes: TOML files whose keys are a command's flags. No heavy imports: the command line's help needs them."""
 
 import dataclasses
-import tomllib
 import typing
 from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
 from afa.lookup import unknown
-from afa.options import check_value, kind_of
+from afa.options import check_value
+from afa.schema import build, shown
+from afa.text_files import read_toml
 
 PACKAGE = "afa:"  # begins a path inside this package
 PLACES = {"train": Path(__file__).parent / "training" / "recipes"}  # command -> the recipes that are shipped
@@ -28,10 +29,7 @@ def read_recipe(command: str, recipe: str, options: type) -> dict[str, Any]:
     if not file.is_file():
         known = unknown(recipe, names(command), "recipe")
         raise UserError(f"--recipe: {known}; or give a .toml file" if file.parent == PLACES[command] else f"--recipe {file} is not there")
-    try:
-        found = tomllib.loads(file.read_text())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"--recipe {file} is no TOML: {error}") from None
+    found = read_toml(file)
     hints = typing.get_type_hints(options)
     fields = {field.name: field for field in dataclasses.fields(options) if field.name != "recipe"}
     recipe_values = {}
@@ -52,13 +50,10 @@ def _field(command: str, file: Path, key: str, flags: list[str]) -> str:
 
 def _checked(file: Path, key: str, value: Any, hint: Any) -> Any:
     """The value as its field wants it."""
-    kind, several = kind_of(hint)
-    values = value if several and isinstance(value, list) else [value]
-    fits = (int, float) if kind is float else kind
-    if several != isinstance(value, list) or any(not isinstance(each, fits) or (isinstance(each, bool) and kind is not bool) for each in values):
-        raise UserError(f"--recipe {file}: {key} = {value!r} is no {'list of ' if several else ''}{kind.__name__}")
-    values = [_located(each) for each in values]
-    return values if several else kind(values[0])
+    checked = build(hint, value, f"--recipe {file}", key)
+    if isinstance(checked, str) and checked.lower().endswith(".py"):
+        raise UserError(f"--recipe {file}: {key} is {shown(checked)}, and a recipe may not name code to run; give it as a flag: --{key.replace('_', '-')}")
+    return [_located(each) for each in checked] if isinstance(checked, list) else _located(checked)
 
 
 def _located(value: Any) -> Any:

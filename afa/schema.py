@@ -19,7 +19,7 @@ from afa.errors import UserError
 
 LONGEST = 100_000  # characters of one text; a caption is never longer
 DEEPEST = 50  # lists and objects inside each other, where a hint allows anything
-INTEGERS = 2**63
+INTEGERS = 2**64  # seeds need all of them
 KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object", type(None): "null"}
 EXPECTED = KINDS | {int: "a whole number"}
 
@@ -52,8 +52,8 @@ class Like:
         return re.fullmatch(self.pattern, value) is not None
 
 
-class MayBeNaN:
-    """Marks a float that may be NaN: a score that could not be computed."""
+class AnyFloat:
+    """Marks a float that need not be finite: NaN is a score that could not be computed."""
 
     expected = "a number"
 
@@ -63,7 +63,7 @@ class MayBeNaN:
 
 Sha256 = Annotated[str, Like("[0-9a-f]{64}", "64 hexadecimal digits")]
 Count = Annotated[int, Within(0)]
-Score = Annotated[float, MayBeNaN()]
+Score = Annotated[float, AnyFloat()]
 
 
 class Misfit(Exception):  # noqa: N818 - never leaves this file
@@ -73,13 +73,13 @@ class Misfit(Exception):  # noqa: N818 - never leaves this file
         self.key, self.value, self.expected, self.sentence = key, value, expected, sentence
 
 
-def build(hint: Any, value: Any, where: object) -> Any:
+def build(hint: Any, value: Any, where: object, key: str = "") -> Any:
     """What a hint describes, built of a value that was read from a file.
 
-    where: the file, for the message. Raises UserError with one sentence: file, key, what was found, what is expected.
+    where, key: the file and the place in it, for the message. Raises UserError with one sentence: file, key, what was found, what is expected.
     """
     try:
-        return _build(hint, value, "", ())
+        return _build(hint, value, key, ())
     except Misfit as found:
         at = f" {found.key}" if found.key else ""
         said = found.sentence or f"is {shown(found.value)}{_kind(found.value)}, expected {found.expected}"
@@ -124,13 +124,13 @@ def _build(hint: Any, value: Any, key: str, limits: Sequence[Any]) -> Any:
         return value
     if hint is Any:
         return _anything(value, key, 0)
-    value = _as(hint, value, key, any(isinstance(limit, MayBeNaN) for limit in limits))
+    value = _as(hint, value, key, any(isinstance(limit, AnyFloat) for limit in limits))
     if value is not None:
         _limited(value, key, limits)
     return value
 
 
-def _as(kind: type, value: Any, key: str, nan: bool = False) -> Any:
+def _as(kind: type, value: Any, key: str, infinite: bool = False) -> Any:
     """A value of a plain type: true is no number, 3.0 is no whole number, a float is finite, a text holds no NUL."""
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
     fits = fits and (kind is bool or not isinstance(value, bool))
@@ -138,7 +138,7 @@ def _as(kind: type, value: Any, key: str, nan: bool = False) -> Any:
         raise Misfit(key, value, EXPECTED.get(kind, kind.__name__))
     if kind in (int, float) and isinstance(value, int) and abs(value) >= INTEGERS:
         raise Misfit(key, value, f"{EXPECTED[kind]} of at most 64 bits")
-    if kind is float and not math.isfinite(value) and not (nan and math.isnan(value)):
+    if kind is float and not infinite and not math.isfinite(value):
         raise Misfit(key, value, "a finite number")
     if kind is str:
         _text(value, key)
@@ -174,7 +174,7 @@ def _union(hints: Sequence[Any], value: Any, key: str, limits: Sequence[Any]) ->
 
 def _dataclass(kind: type, value: Any, key: str) -> Any:
     """A dataclass of an object's keys: none unknown, none missing."""
-    hints = _hints(kind)
+    hints = hints_of(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     _as(dict, value, key)
     for name in value:
@@ -191,7 +191,7 @@ def _dataclass(kind: type, value: Any, key: str) -> Any:
 
 def _typed(kind: Any, value: Any, key: str) -> dict[str, Any]:
     """A TypedDict: its own keys by their hints, others as they are."""
-    hints = _hints(kind)
+    hints = hints_of(kind)
     _as(dict, value, key)
     missing = sorted(kind.__required_keys__ - value.keys())
     if missing:
@@ -200,7 +200,8 @@ def _typed(kind: Any, value: Any, key: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The hints of a class or function, with what Annotated says beside them."""
     return typing.get_type_hints(kind, include_extras=True)
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import stat
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,14 @@ def clean(text: str) -> str:
     return text.strip().strip("\ufeff").strip()
 
 
-def parse_json(text: str, name: str) -> Any:
-    """What JSON holds. name: what to call it in an error.
+def parse_json(text: str, name: str, nan: bool = False) -> Any:
+    """What JSON holds. name: what to call it in an error. nan: whether NaN may stand for a number.
 
     Raises TextError for what is no JSON, NaN and infinite numbers, a key that an object has twice, nesting
     deeper than DEEPEST, and strings that are no text.
     """
     try:
-        found = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number, parse_float=_finite)
+        found = json.loads(text, object_pairs_hook=_object, parse_constant=_may_be_nan if nan else _no_number, parse_float=_finite)
     except RecursionError:
         raise TextError(f"{name} is nested deeper than {DEEPEST} levels; it is no file of ours") from None
     except ValueError as error:
@@ -118,9 +119,19 @@ def parse_json(text: str, name: str) -> Any:
     raise TextError(f"{name} is nested deeper than {DEEPEST} levels; it is no file of ours")
 
 
-def read_json(path: Path, largest: int = LARGEST) -> Any:
-    """What a JSON file holds. Raises TextError, or OSError if it cannot be opened."""
-    return parse_json(read_text(path, largest), str(path))
+def read_json(path: Path, largest: int = LARGEST, nan: bool = False) -> Any:
+    """What a JSON file holds. nan: see parse_json. Raises TextError, or OSError if it cannot be opened."""
+    return parse_json(read_text(path, largest), str(path), nan)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds. Raises TextError for what is none, OSError for a file that cannot be opened."""
+    try:
+        return tomllib.loads(read_text(path))
+    except RecursionError:
+        raise TextError(f"{path} is nested deeper than can be read; it is no file of ours") from None
+    except ValueError as error:
+        raise error if isinstance(error, TextError) else TextError(f"{path} is not TOML: {error}") from None
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -138,6 +149,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"it has the key {twice[:80]!r} twice")
     return found
+
+
+def _may_be_nan(constant: str) -> float:
+    return float(constant) if constant == "NaN" else _no_number(constant)
 
 
 def _no_number(constant: str) -> float:

@@ -58,6 +58,7 @@ def world(tmp_path_factory):
 def settings(world, tmp_path):
     return EvaluateSettings(
         ensemble=str(world / "afa"),
+        train_data=str(world / "data"),
         output=str(tmp_path / "out"),
         protocol=str(world / "prompts.txt"),
         methods=METHODS,

@@ -44,11 +44,12 @@ def test_the_paper_is_followed_to_the_letter_where_it_speaks():
     ("text", "sentence"),
     [
         ("stpes = 3", "did you mean 'steps'"),
-        ("steps = 'three'", "steps = 'three' is no int"),
-        ("steps = true", "steps = True is no int"),
+        ("steps = 'three'", r'steps is "three" \(text\), expected a whole number'),
+        ("steps = true", "steps is true, expected a whole number"),
         ("lr = 1", None),
-        ("experts = 'a'", "experts = 'a' is no list of str"),
-        ("steps = ", "is no TOML"),
+        ("experts = 'a'", r'experts is "a" \(text\), expected a list or null'),
+        ("steps = ", "is not TOML"),
+        ("reward = 'mine.py'", "may not name code"),
         ("recipe = 'scenes'", "there is no flag 'recipe'"),
     ],
 )

@@ -83,4 +83,4 @@ def test_results_of_another_format_are_refused(folders, tmp_path, capsys):
     found = json.loads((folders / "first" / "results.json").read_text())
     (tmp_path / "results.json").write_text(json.dumps(found | {"format": 99}))
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "a.html")]) == 2
-    assert "is of another format" in capsys.readouterr().err and not (tmp_path / "a.html").exists()
+    assert "is of format 99" in capsys.readouterr().err and not (tmp_path / "a.html").exists()

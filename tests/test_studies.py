@@ -10,6 +10,7 @@ from test_evaluate import settings, world  # noqa: F401 (fixtures)
 
 from afa.checkpoint.manifest import read_manifest
 from afa.cli.main import main
+from afa.errors import UserError
 from afa.evaluation.objectives import OBJECTIVES
 from afa.evaluation.results import Results
 from afa.evaluation.run import evaluate
@@ -74,4 +75,5 @@ def test_training_data_are_those_that_the_user_names(settings, world):  # noqa: 
     setup = Setup(replace(settings, ensemble=str(copied), train_data=str(listed)))
     assert setup.training_data == str(listed)
     assert setup.training(Path("out"), 1).data == str(listed)
-    assert Setup(replace(settings, ensemble=str(copied))).training_data != str(listed)  # a file may not name what is read
+    with pytest.raises(UserError, match="--train-data"):  # a file may not name what is read
+        _ = Setup(replace(settings, ensemble=str(copied), train_data=None)).training_data

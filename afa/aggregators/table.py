@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from afa.aggregators.stitch import Stitch
 from afa.errors import UserError
 from afa.families.stage import Stage
 from afa.lookup import look_up
-from afa.schema import build, shown
+from afa.schema import build, hints_of, shown
 
 AGGREGATORS: dict[str, type[Aggregator]] = {
     "sabw": SABW,
@@ -67,17 +67,14 @@ def _options(maker: type[Aggregator]) -> set[str]:
 
 
 def check_options(kind: str, options: Mapping[str, Any], where: str) -> None:
-    """Raises UserError for options that were read from a file and are not known, of another kind, or out of bounds.
-
-    where: the file and key, for the message.
-    """
+    """Raises UserError for options that were read from a file and are not known, of another kind, or out of bounds."""
     maker = AGGREGATORS[kind]
-    hints = get_type_hints(SABW.__init__ if maker is Stitch else maker.__init__, include_extras=True)
+    hints = hints_of(SABW.__init__ if maker is Stitch else maker.__init__)
     known = sorted(_options(maker) - GIVEN)
     for name, value in options.items():
         if name not in known:
             raise UserError(f"{where}: aggregator '{kind}' has no option {shown(name)}; it has {', '.join(known) or 'none'}")
-        build(hints[name], value, f"{where}.{name}")
+        build(hints[name], value, where, f"aggregator.options.{name}")
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -194,8 +194,9 @@ def load_ensemble(kind: "type[Ensemble]", folder: Path, moved: Mapping[str, str]
         **{part: choice if choice in names else str(folder / choice) for part, choice in manifest.frame.items()},
         **recipe_of(manifest).options,
     )
-    made = [(stage.name, stage.channels) for stage in ensemble.denoiser.stages]
-    if made != [(stage["name"], stage["channels"]) for stage in manifest.stages]:
+    fused = ensemble.denoiser.fused
+    made = [(stage.name, stage.channels, stage.name in fused) for stage in ensemble.denoiser.stages]
+    if made != [(stage["name"], stage["channels"], stage["fused"]) for stage in manifest.stages]:
         raise UserError(f"{folder / MANIFEST} has other stages than its experts; they belong to another architecture")
     fill(ensemble.denoiser.aggregators, read_tensors(folder), folder)
     ensemble.training = manifest.training

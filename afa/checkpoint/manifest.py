@@ -17,7 +17,7 @@ from afa.experts.spec import HUB_ID, ExpertSpec, Lora
 from afa.files import settled
 from afa.lookup import unknown
 from afa.naming import check_name
-from afa.schema import Count, Like, Score, Sha256, Within, build, shown
+from afa.schema import Count, Like, Score, Sha256, Within, build, hints_of, shown
 from afa.text_files import read_json
 
 FORMAT = 1
@@ -64,6 +64,12 @@ class Loss(TypedDict):
     n: NotRequired[Count]
 
 
+class Losses(TypedDict):
+    """What training measured on the held-out images: of the trained, and of others by name."""
+
+    trained: Loss
+
+
 class TrainingRecord(TypedDict, total=False):
     """What training was asked for and measured. Aggregators from elsewhere may have less, or something else."""
 
@@ -78,7 +84,7 @@ class TrainingRecord(TypedDict, total=False):
     best_expert: str
     difference_to_best_expert: Loss
     difference_to_untrained_mean: Loss
-    history: list[dict[str, float | None]]
+    history: list[dict[str, Score | None]]
     left_out: dict[str, Count]
 
 
@@ -133,7 +139,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = settled(folder) / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} is no ensemble: it has no {MANIFEST}")
-    data = read_json(path)
+    data = read_json(path, nan=True)
     found = data.get("format") if isinstance(data, dict) else None
     if type(found) is int and found != FORMAT:
         raise UserError(f"{path} has format {found}, this afa reads {FORMAT}; use the afa that wrote it ({shown(data.get('afa_version'))})")
@@ -147,7 +153,7 @@ def _check_whole(manifest: Manifest, path: Path) -> None:
     names = [entry.name for entry in manifest.experts]
     for place, entry in enumerate(manifest.experts):
         check_name(entry.name, f"{path}: experts[{place}]")
-        if entry.commit is not None and not (HUB_ID.fullmatch(entry.source) or (path.parent / entry.source).exists()):
+        if entry.commit is not None and not HUB_ID.fullmatch(entry.source):
             raise UserError(f"{path}: experts[{place}].source is {shown(entry.source)}, expected a hub id org/name, since it has a commit")
     _refuse_twice(names, f"{path}: experts")
     stages = [stage["name"] for stage in manifest.stages]
@@ -158,7 +164,7 @@ def _check_whole(manifest: Manifest, path: Path) -> None:
     _check_tables(manifest, path, stages)
     record = manifest.training or {}
     if "settings" in record:
-        check_recorded(record["settings"], f"{path}: training.settings")
+        check_recorded(record["settings"], path, "training.settings")
     if "held_out_loss" in record:
         for key in (*(key for key in MEASURED if key not in record), *({"trained"} - record["held_out_loss"].keys())):
             raise UserError(f"{path}: training has a held_out_loss, but no {key}")
@@ -174,26 +180,25 @@ def _check_tables(manifest: Manifest, path: Path, stages: list[str]) -> None:
     for key, name, table in (("family", manifest.family, FAMILIES), ("aggregator.kind", entry["kind"], KINDS)):
         if name not in table:
             raise UserError(f"{path}: {key}: {unknown(shown(name)[1:-1], table, key.rpartition('.')[2])}")
-    check_options(entry["kind"], entry["options"], f"{path}: aggregator.options")
-    for name in manifest.placement if isinstance(manifest.placement, list) else []:
-        if name not in stages:
-            raise UserError(f"{path}: placement: {unknown(shown(name)[1:-1], stages, 'stage')}")
+    check_options(entry["kind"], entry["options"], str(path))
+    fused = [stage["name"] for stage in manifest.stages if stage["fused"]]
+    if isinstance(manifest.placement, list) and sorted(manifest.placement) != sorted(fused):
+        other = next(iter(sorted({*manifest.placement} ^ {*fused})), "a stage twice")
+        raise UserError(f"{path}: placement and stages do not agree on which are fused: {shown(other)[1:-1]}")
     if not manifest.stages[-1]["fused"]:
         raise UserError(f"{path}: stages[{len(stages) - 1}].fused is false; the last stage is always fused, since it makes the prediction")
 
 
-def check_recorded(settings: dict[str, Any], where: str) -> None:
+def check_recorded(settings: dict[str, Any], where: object, key: str) -> None:
     """Raises UserError for recorded settings of a training whose values are of another kind than the option's.
 
     Options that this version does not know are left alone: a later one may have written them.
     """
-    from typing import get_type_hints
-
     from afa.training.settings import TrainSettings
 
-    hints = get_type_hints(TrainSettings, include_extras=True)
+    hints = hints_of(TrainSettings)
     for name, value in settings.items():
-        build(hints.get(name, Any), value, f"{where}.{name}")
+        build(hints.get(name, Any), value, where, f"{key}.{name}")
 
 
 def _refuse_twice(names: Collection[str], where: str) -> None:

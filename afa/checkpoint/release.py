@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -11,13 +11,22 @@ from torch import Tensor, nn
 from afa.aggregators.sabw import SABW
 from afa.aggregators.table import Recipe
 from afa.errors import UserError
-from afa.experts.folders import read_object
-from afa.experts.headers import load_tensors
+from afa.experts.headers import load_tensors, read_file
 from afa.families.stage import Stage
+from afa.schema import Count, Within, build
+from afa.text_files import read_json
 
-OPTIONS = {"hidden_size": "hidden", "num_attn_heads": "heads"}  # their word -> ours
 RELEASE_DEPTH = 2  # whatever num_layers its config says: a shadowed variable
 LAYER = re.compile(r"transformer\.transformer_blocks\.(\d+)\.")
+
+
+class Config(TypedDict):
+    """The config.json of one aggregator, as far as it is read."""
+
+    in_channels: Count
+    num_experts: Count
+    hidden_size: Annotated[int, Within(1, 16384)]
+    num_attn_heads: Annotated[int, Within(1, 1024)]
 
 
 def is_release(folder: Path) -> bool:
@@ -30,20 +39,20 @@ def read_release(folder: Path, stages: tuple[Stage, ...], experts: int) -> tuple
     count = len([path for path in folder.iterdir() if path.name.startswith("aggregator_")])
     if count != len(stages):
         raise UserError(f"{folder} has {count} aggregators, the experts have {len(stages)} stages; they belong to another architecture")
-    configs = [read_object(folder / f"aggregator_{index}" / "config.json") for index in range(count)]
+    configs: list[Config] = [build(Config, read_json(file), file) for index in range(count) for file in [folder / f"aggregator_{index}" / "config.json"]]
     for stage, config in zip(stages, configs, strict=True):
         for name, expected in (("in_channels", stage.channels), ("num_experts", experts)):
-            if config.get(name) != expected:
-                raise UserError(f"{folder}: the aggregator of {stage.name} has {name} {config.get(name)!r:.40}, the experts need {expected}")
-    tensors = {
-        f"{stage.name}.{name}": tensor
-        for index, stage in enumerate(stages)
-        for name, tensor in load_tensors(folder / f"aggregator_{index}" / "aggregator.safetensors").items()
-    }
-    options = {ours: configs[0].get(theirs) for theirs, ours in OPTIONS.items()}
-    for name, value in options.items():
-        if type(value) is not int or value < 1:
-            raise UserError(f"{folder}: {name} of aggregator_0 is {value!r:.40}, expected a whole number from 1 up")
+            if config[name] != expected:  # type: ignore[literal-required]
+                raise UserError(f"{folder}: the aggregator of {stage.name} has {name} {config[name]}, the experts need {expected}")  # type: ignore[literal-required]
+    tensors: dict[str, Tensor] = {}
+    for index, stage in enumerate(stages):
+        file = folder / f"aggregator_{index}" / "aggregator.safetensors"
+        entries = read_file(file)
+        hidden = entries["conv_in.weight"].shape[:1] if "conv_in.weight" in entries else ()
+        if hidden != (configs[0]["hidden_size"],):
+            raise UserError(f"{file}: conv_in.weight has {list(hidden)} channels, its config says hidden_size {configs[0]['hidden_size']}")
+        tensors |= {f"{stage.name}.{name}": tensor for name, tensor in load_tensors(file).items()}
+    options: dict[str, Any] = {"hidden": configs[0]["hidden_size"], "heads": configs[0]["num_attn_heads"]}
     # From the tensors, not from num_layers of the config, which the release ignores.
     options["depth"] = 1 + max((int(found[1]) for name in tensors if (found := LAYER.search(name))), default=-1)
     return Recipe("sabw", options), tensors

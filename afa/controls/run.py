@@ -4,14 +4,14 @@ import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from afa import __version__
-from afa.checkpoint.manifest import read_manifest
+from afa.checkpoint.manifest import Losses, read_manifest
 from afa.claims import FILES
 from afa.controls.lora import FILE, add_lora, lora_tensors, matching_rank, parameters_at_rank
 from afa.controls.settings import LoraSettings
@@ -20,6 +20,8 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.statistics import difference, estimate
 from afa.files import locked, settled, staged
+from afa.schema import Count, Within, build
+from afa.text_files import read_json
 from afa.training.assemble import keep_log, make_accelerator, make_trainer
 from afa.training.loop import Progress, Trainer
 from afa.training.plan import Plan
@@ -68,16 +70,23 @@ def facts(planned: Plan, rank: int) -> dict[str, Any]:
     }
 
 
+class LoraRecord(TypedDict):
+    """What finetune.json says, as far as it is read."""
+
+    settings: dict[str, Any]
+    parameters: Count
+    steps: Count
+    seconds: Annotated[float, Within(0)]
+    held_out_loss: Losses
+
+
 def finished(settings: LoraSettings) -> dict[str, Any] | None:
     """The record of a run that is complete, None if there is none. Raises UserError if it was another run."""
     file = settled(Path(settings.output)) / RECORD
     if not file.exists() or state_file(settings).exists():
         return None
-    try:
-        record: dict[str, Any] = json.loads(file.read_text())
-        begun = LoraSettings(**record["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read as the record of a finished LoRA ({error}); choose another --output") from None
+    record: dict[str, Any] = build(LoraRecord, read_json(file, nan=True), file)
+    begun: LoraSettings = build(LoraSettings, record["settings"], file, "settings")
     if settings.steps != begun.steps:  # its state is gone, so it cannot go on
         raise UserError(f"the LoRA in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); choose another --output")
     check_finished(settings, begun, record.get("files"), f"the LoRA in {settings.output}")

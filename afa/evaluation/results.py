@@ -4,13 +4,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from afa.errors import UserError
 from afa.files import write_atomically
+from afa.schema import Count, Like, Score, Within, build, shown
+from afa.text_files import read_json
 
 FILE = "results.json"
 FORMAT = 1
+INSIDE = r"(?!/)(?!.*(^|[/\\])\.\.([/\\]|$))[^\x00-\x1f]*"  # of results.json's folder; empty: no images
 GROUPS = ("expert", "merge", "sampling", "control", "ours", "bound")  # kinds of methods, in the order of the table
 
 
@@ -18,7 +21,7 @@ GROUPS = ("expert", "merge", "sampling", "control", "ours", "bound")  # kinds of
 class Item:
     """One image that every method makes: the prompt's index, its words, the seed of its noise."""
 
-    prompt: int
+    prompt: Count
     caption: str
     seed: int
 
@@ -36,7 +39,7 @@ def prompts_of(items: Sequence[Item]) -> list[int]:
 class MetricNote:
     """What a score's name means. kind: image (a value an image) or set (one for all). primary: leads the table."""
 
-    kind: str
+    kind: Literal["image", "set"]
     higher_is_better: bool
     source: str
     primary: bool = False
@@ -50,9 +53,9 @@ class SetScore:
     n: images.
     """
 
-    value: float
-    replicates: list[float]
-    n: int
+    value: Score
+    replicates: list[Score]
+    n: Count
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,10 @@ class Run:
     """
 
     seed: int
-    images: str
-    scores: dict[str, list[float]]
+    images: Annotated[str, Like(INSIDE, "a path inside the folder")]
+    scores: dict[str, list[Score]]
     sets: dict[str, SetScore] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[Score] = field(default_factory=list)
     memory_mb: float | None = None
 
 
@@ -79,15 +82,15 @@ class Method:
     of: the method a variant was derived from (its own name in the main table).
     """
 
-    name: str
-    group: str
+    name: Annotated[str, Within(1, 1000)]
+    group: Literal["expert", "merge", "sampling", "control", "ours", "bound"]
     title: str
-    runs: list[Run]
+    runs: Annotated[list[Run], Within(1)]
     axes: dict[str, Any] = field(default_factory=dict)
     of: str = ""
-    trained_parameters: int = 0
-    training_steps: int = 0
-    training_seconds: list[float] = field(default_factory=list)  # one a run
+    trained_parameters: Count = 0
+    training_steps: Count = 0
+    training_seconds: list[Score] = field(default_factory=list)  # one a run
     note: str = ""
 
     @property
@@ -119,22 +122,23 @@ class Results:
         file = folder / FILE
         if not file.is_file():
             raise UserError(f"{folder} has no {FILE}; make it with: afa evaluate … --output {folder}")
-        try:
-            found = json.loads(file.read_text())
-            if found.pop("format") != FORMAT:
-                raise UserError(f"{file} is of another format than {FORMAT}; make it again with this version")
-            return cls(
-                **found
-                | {
-                    "items": [Item(**item) for item in found["items"]],
-                    "metrics": {name: MetricNote(**note) for name, note in found["metrics"].items()},
-                    "methods": [_method(method) for method in found["methods"]],
-                }
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} cannot be read ({error}); make it again") from None
+        found = read_json(file, nan=True)
+        version = found.pop("format", None) if isinstance(found, dict) else None
+        if version != FORMAT or isinstance(version, bool):
+            raise UserError(f"{file} is of format {shown(version)}, expected {FORMAT}; make it again with this version")
+        results: Results = build(cls, found, file)
+        results.check(file)
+        return results
 
-
-def _method(found: dict[str, Any]) -> Method:
-    runs = [Run(**run | {"sets": {name: SetScore(**score) for name, score in run["sets"].items()}}) for run in found["runs"]]
-    return Method(**found | {"runs": runs})
+    def check(self, file: Path) -> None:
+        """Raises UserError for parts that do not fit each other, such as a score without its image."""
+        names = [method.name for method in self.methods]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{file}: methods has {shown(twice)} twice")
+        for place, method in enumerate(self.methods):
+            for number, run in enumerate(method.runs):
+                at = f"{file}: methods[{place}].runs[{number}]"
+                for name, values in {**run.scores, "seconds": run.seconds}.items():
+                    if len(values) > len(self.items):
+                        raise UserError(f"{at} has {len(values)} values of {shown(name)} for {len(self.items)} items")

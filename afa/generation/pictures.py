@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from afa import __version__
 from afa.errors import UserError
 from afa.files import replacing
 from afa.images import PILLOW_ERRORS
+from afa.schema import build
+from afa.text_files import parse_json
 
 CHUNK = "afa"  # the PNG text chunk that holds the settings
 
@@ -45,12 +47,10 @@ def read_metadata(path: Path, name: str | None = None) -> dict[str, Any]:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = image.info.get(CHUNK)
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except PILLOW_ERRORS as error:
         raise UserError(f"{name} cannot be read as a PNG picture ({type(error).__name__}); give one that was made here or by afa generate") from None
     try:
-        found = json.loads(text) if text is not None else None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{name} does not say how it was made (it has no text chunk '{CHUNK}'); give a PNG that was made here or by afa generate")
+        found: dict[str, Any] = build(dict[str, Any], parse_json(text if isinstance(text, str) else "", name), name)
+    except UserError:
+        raise UserError(f"{name} does not say how it was made (it has no text chunk '{CHUNK}'); give a PNG that was made here or by afa generate") from None
     return found

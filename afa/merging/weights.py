@@ -1,14 +1,16 @@
 """Weights of a block-weighted merge, from however they were written to one convex set per stage."""
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 from afa.errors import UserError
 from afa.lookup import unknown
 from afa.merging.presets import PRESETS, has_presets, preset_weights
 from afa.merging.stages import BASE
 from afa.options import shares
+from afa.schema import Within, build
+from afa.text_files import read_toml as read_toml_file
 
 OTHERS = "others"  # in a TOML file: what stages get that it does not name
 Named = Mapping[str, float | Sequence[float]]
@@ -77,14 +79,11 @@ def _read(text: str, stages: tuple[str, ...]) -> Named | list[float]:
 def read_toml(path: Path) -> dict[str, float | list[float]]:
     """Weights by stage, e.g. IN00 = 0.5, or IN00 = [0.2, 0.3, 0.5] for three experts. Raises UserError if it cannot be read."""
     try:
-        found = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        found = read_toml_file(path)
+    except OSError as error:
         raise UserError(f"{path} cannot be read as a TOML file of block weights: {error}") from None
-    for name, value in found.items():
-        numbers = value if isinstance(value, list) else [value]
-        if not numbers or any(isinstance(one, bool) or not isinstance(one, (int, float)) for one in numbers):
-            raise UserError(f"{path}: {name} = {value} is neither a number nor a list with a number for each expert")
-    return found
+    weights: dict[str, float | list[float]] = build(dict[str, float | Annotated[list[float], Within(1)]], found, path)
+    return weights
 
 
 def _in_order(numbers: list[float], stages: tuple[str, ...]) -> dict[str, float]:

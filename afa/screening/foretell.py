@@ -4,15 +4,32 @@ The sets and how they were made: benchmarks/screening.py, whose --calibrate writ
 """
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 import numpy as np
 
+from afa.schema import Within, build
+from afa.text_files import read_json
+
 CALIBRATION = Path(__file__).with_name("calibration.json")
 LEVEL = 0.95
+
+
+class Measured(TypedDict):
+    """One set of experts: its head-room, and what training gained over its best expert."""
+
+    head_room: float
+    afa: float
+    router: float
+
+
+class Calibration(TypedDict):
+    """calibration.json."""
+
+    sets: Annotated[list[Measured], Within(2)]
 
 
 @dataclass(frozen=True)
@@ -55,9 +72,9 @@ def _slope(x: np.ndarray, y: np.ndarray) -> float:
 @functools.cache
 def fits() -> dict[str, Fit]:
     """By method: afa, router; of the sets in calibration.json."""
-    points = json.loads(CALIBRATION.read_text())["sets"]
+    points = build(Calibration, read_json(CALIBRATION), CALIBRATION)["sets"]
     room = [point["head_room"] for point in points]
-    return {method: Fit.of(room, [point[method] for point in points]) for method in ("afa", "router")}
+    return {"afa": Fit.of(room, [point["afa"] for point in points]), "router": Fit.of(room, [point["router"] for point in points])}
 
 
 def over(gain: Foretold, other: float) -> Foretold:

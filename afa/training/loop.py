@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from afa.errors import UserError
+from afa.schema import Score, build
 from afa.training.conditions import Conditions
 from afa.training.data import Encoded
 from afa.training.interrupt import interruptible
@@ -37,10 +38,10 @@ class Progress:
     """
 
     step: int = 0
-    best: float = float("inf")
+    best: Score = float("inf")
     best_step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
-    since: float = 0.0  # training loss summed since the last measurement
+    since: Score = 0.0  # training loss summed since the last measurement
     counted: int = 0  # steps in that sum
     skipped: int = 0  # steps without a finite gradient
     skipped_last: int = 0  # of these, the last in a row
@@ -235,10 +236,24 @@ class Trainer:
             if state["data"] != self.data.digest:
                 what = f"the images or captions of --data {self.settings.data} have changed since the run in {self.settings.output}"
                 raise UserError(f"{what} was begun; give another --output")
+            self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Take over a saved state. Raises UserError for one whose parts are not of this run's kinds and shapes."""
+        file = state_file(self.settings)
+        try:
             self.trained.load_state_dict(state["aggregators"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.average.load_state_dict(state["average"])
-            self.best, self.progress = state["best"], Progress(**state["progress"])
+            moments = state["optimiser"]["state"]
+            columns = [[moments[place][name] for place in sorted(moments)] for name in ("exp_avg", "exp_avg_sq") if moments]
+            for column in (state["best"], state["average"]["shadow_params"], *columns):
+                if [tensor.shape for tensor in column] != [parameter.shape for parameter in self.parameters]:
+                    raise ValueError("its tensors are of other shapes")
+            self.best, self.progress = state["best"], build(Progress, state["progress"], file, "progress")
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{file} is no state of this run ({reason}); delete it to begin again") from None
 
     def _bar(self) -> tqdm:
         quiet = not self.accelerator.is_main_process

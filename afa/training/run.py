@@ -20,6 +20,7 @@ from afa.evaluation.statistics import Estimate, difference, estimate
 from afa.experts.hashing import hash_expert
 from afa.experts.storage import store_weights
 from afa.files import locked, present, refuse_busy, settled
+from afa.schema import build
 from afa.training.assemble import RUNS, keep_log, make_accelerator, make_trainer
 from afa.training.loop import Progress, Trainer
 from afa.training.plan import Plan
@@ -94,7 +95,7 @@ def finished(settings: TrainSettings) -> dict[str, Any] | None:
     record = read_manifest(Path(settings.output)).training
     if record is None or "settings" not in record:
         raise UserError(f"{settings.output} holds an ensemble that was not trained here; give another --output")
-    begun = TrainSettings(**record["settings"])
+    begun: TrainSettings = build(TrainSettings, record["settings"], Path(settings.output) / MANIFEST, "training.settings")
     if settings.steps != begun.steps:  # its state is gone, so it cannot go on
         further = f"train it further with --start {settings.output}, or begin anew, both with" if settings.steps > begun.steps else "choose"
         raise UserError(

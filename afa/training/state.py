@@ -5,6 +5,7 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from afa.claims import FILES, check_same
 from afa.errors import UserError
 from afa.files import replacing
+from afa.schema import build
 from afa.training.settings import LoopSettings
 
 FOLDER = ".training"  # inside the output folder, gone when training is complete
@@ -59,9 +61,10 @@ def load_state(settings: LoopSettings, now: dict[str, Any], device: torch.device
     try:
         state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
         begun = json.loads(state.pop("settings"))
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}); delete it to begin again") from None
-    check_same(begun, now, f"the run in {settings.output}")
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} cannot be read ({reason}); delete it to begin again") from None
+    check_same(build(dict[str, Any], begun, file, "settings"), now, f"the run in {settings.output}")
     return state
 
 

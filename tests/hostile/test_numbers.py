@@ -64,7 +64,7 @@ def test_every_whole_number_has_bounds(verb, options, field):
 def test_a_recipe_is_held_to_the_same_bounds_and_named(tmp_path):
     recipe, options = tmp_path / "mine.toml", importlib.import_module(COMMANDS["train"]).Options
     for text, told in (
-        ("lr = nan", "mine.toml: lr nan is no finite number"),
+        ("lr = nan", "mine.toml: lr is NaN .*expected a finite number"),
         ("steps = 0", "mine.toml: steps 0 is too small; the least is 1"),
         ('aggregator = "sabv"', "mine.toml: aggregator: .*did you mean 'sabw'"),
     ):

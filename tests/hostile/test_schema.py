@@ -51,7 +51,7 @@ FITS = {  # place -> the values of WRONG that are right there
     ("inner",): {"empty list"}, ("inner", 0): set(), ("inner", 0, "source"): TEXTS, ("inner", 0, "commit"): TEXTS | {"null"},
     ("inner", 0, "scores"): {"empty list"}, ("inner", 0, "scores", 0): NUMBERS, ("kind",): set(), ("by_name",): {"empty dict"},
     ("by_name", "n"): set(), ("extra",): set(), ("extra", "size"): {"int"}, ("digest",): set(), ("flag",): {"bool"},
-    ("share",): NUMBERS, ("score",): NUMBERS | {"null", "nan"},
+    ("share",): NUMBERS, ("score",): NUMBERS | {"null", "nan", "inf"},
 }  # fmt: skip
 
 

@@ -4,10 +4,23 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict
 
+from afa.errors import UserError
 from afa.merging.search.space import Weights, key
+from afa.schema import Score, build
+from afa.text_files import parse_json, read_text, split_lines
 
 Scores = list[float]  # one an image
+
+
+class Point(TypedDict):
+    """A line of the journal: the weights of every expert at a stage, and a score an image."""
+
+    weights: dict[str, tuple[float, ...]]
+    scores: list[Score]
+
+
 Objective = Callable[[Weights], Scores]
 
 
@@ -41,12 +54,14 @@ class Journal:
 
 
 def _read(file: Path) -> list[tuple[Weights, Scores]]:
-    """All whole lines; one that a crash tore is evaluated again."""
-    points = []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    """All whole lines; one that a crash tore is evaluated again. Raises UserError for a whole one that is no point."""
+    points: list[tuple[Weights, Scores]] = []
+    for number, line in enumerate(split_lines(read_text(file)) if file.exists() else [], 1):
+        where = f"{file}, line {number}"
         try:
-            found = json.loads(line)
-            points.append(({place: tuple(row) for place, row in found["weights"].items()}, found["scores"]))
-        except (ValueError, KeyError, AttributeError):
+            found = parse_json(line, where, nan=True)
+        except UserError:
             continue
+        point = build(Point, found, where)
+        points.append((point["weights"], point["scores"]))
     return points
