@@ -96,15 +96,9 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
 
 def settled(folder: Path) -> Path:
     """The folder, after what a killed process had committed there is moved to its place: call it before reading such a folder."""
-    end = time.monotonic() + PATIENCE
     while (folder / COMMITTED).is_dir():
-        try:
-            with locked(folder):
-                pass
-        except UserError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
+        with locked(folder, wait=PATIENCE):
+            pass
     return folder
 
 
@@ -198,19 +192,19 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def locked(target: Path, *, file: bool = False) -> Iterator[None]:
+def locked(target: Path, *, file: bool = False, wait: float = 0.0) -> Iterator[None]:
     """Inside, no other process writes to a folder (file: to a file of that name); what killed ones left unfinished there is gone.
 
     The lock ends with the process. A process may take it several times. Of several processes that work together
     (accelerate launch) only the first one takes it. A folder that is empty afterwards, and was not there before, is removed.
-    Raises UserError if another process holds it, or nothing can be written there.
+    wait: seconds that another process may take to let it go. Raises UserError if it does not, or nothing can be written there.
     """
     if _helper() or (lock := _lock_file(target, file)) in _held:
         yield
         return
     made = _make_folders(lock.parent, target)
     try:
-        _held[lock] = _acquire(lock, target)
+        _held[lock] = _acquire(lock, target, time.monotonic() + wait)
         try:
             if file:
                 _sweep(target.parent, target.name)
@@ -257,17 +251,20 @@ def _make_folders(folder: Path, target: Path) -> list[Path]:
     return missing
 
 
-def _acquire(lock: Path, target: Path) -> int:
-    """-> the file descriptor that holds it."""
+def _acquire(lock: Path, target: Path, end: float) -> int:
+    """-> the file descriptor that holds it. end: until when it is tried."""
     while True:
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as error:
             raise _unwritable(target, error) from None
         try:
-            if not _lock(descriptor):
+            free = _lock(descriptor)
+            if not free and time.monotonic() >= end:
                 raise _busy(target, descriptor)
-            if _same(descriptor, lock):
+            if not free:
+                time.sleep(0.05)
+            elif _same(descriptor, lock):
                 os.ftruncate(descriptor, 0)
                 os.lseek(descriptor, 0, os.SEEK_SET)
                 os.write(descriptor, f"{HOST} {os.getpid()}".encode())

@@ -275,6 +275,8 @@ class Trial:
             shutil.rmtree(place)
 
     def line(self) -> str:
+        if not self.events or not self.kills:
+            return "\n".join([f"{self.title:16} {self.events:4d} events, none killed", *(f"    {fault}" for fault in self.faults)])
         unequal = len({fault.partition(":")[0] for fault in self.faults if "leftover" not in fault})
         leftovers = sum("leftover" in fault for fault in self.faults)
         facts = f"{self.events:4d} events  {self.kills:4d} kills  {self.kills - unequal:4d} equal  {leftovers:4d} with leftovers"
@@ -307,8 +309,8 @@ def _complain(sentence: str | None) -> int:
     return int(sentence is not None)
 
 
-def warm_up(inputs: Path) -> None:
-    """Import once what every child would import for itself, and draw the inputs, computing nothing in this process."""
+def warm_up() -> None:
+    """Import once what every child would import for itself, computing nothing in this process."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     import diffusers
@@ -321,6 +323,10 @@ def warm_up(inputs: Path) -> None:
     rooms = "training.run controls.run generation.run evaluation.run evaluation.report.text merging.run merging.search.run screening.run"
     for module in [*COMMANDS.values(), *(f"afa.{room}" for room in f"{rooms} explanation.run screening.report.write demo.draw".split())]:
         importlib.import_module(module)
+
+
+def make_inputs(inputs: Path) -> None:
+    """Draw what the commands are given."""
     inputs.mkdir(parents=True)
 
     def make() -> int:
@@ -345,7 +351,8 @@ def chosen(events: int, every: int, most: int) -> list[int]:
 
 def run(names: list[str], every: int, most: int, home: Path, workers: int) -> bool:
     """Try these commands: -> whether all is well."""
-    warm_up(home / "inputs")
+    warm_up()
+    make_inputs(home / "inputs")
     known, well = commands(home / "inputs"), True
     for title in names:
         trial = Trial(title, known[title], home)
@@ -360,7 +367,7 @@ def cli() -> int:
     titles = list(commands(Path()))
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--commands", nargs="+", choices=titles, default=titles, help="which (default: all)")
-    flags.add_argument("--every", type=int, default=1, help="kill at every so manieth event")
+    flags.add_argument("--every", type=int, default=1, help="kill at only every so many events")
     flags.add_argument("--most", type=int, default=16, help="at most so many events of a command, spread over it; 0: all")
     flags.add_argument("--workers", type=int, default=2, help="how many are tried at once")
     flags.add_argument("--keep", action="store_true", help="keep what was written, for looking at a fault")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from afa.errors import UserError
-from afa.files import read_json, write_atomically
+from afa.files import locked, read_json, write_atomically
 
 FORMAT = 1
 META = "rows.json"
@@ -107,7 +107,8 @@ class RowStore:
         facts = {"format": FORMAT, "shape": list(self.shape), "dtype": str(self.dtype)}
         meta = self.folder / META
         if not meta.exists():
-            write_atomically(meta, json.dumps(facts))
+            with locked(meta, file=True, wait=60.0):  # others may begin the same cache
+                write_atomically(meta, json.dumps(facts))
         found = read_json(meta)
         if found is None:
             raise UserError(f"{meta} is damaged, so it is not known what rows its folder keeps; delete the folder, or give another --cache")

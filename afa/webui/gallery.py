@@ -1,5 +1,6 @@
 """The folder of pictures: the only one that the page writes to and reads from."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.errors import UserError
+from afa.files import locked
 from afa.generation.pictures import read_made, save_picture
 
 SHOWN = 60  # of the latest pictures
@@ -30,6 +32,8 @@ class Gallery:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output {folder} is a file; give a folder")
         folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(UserError), locked(folder):  # what a killed page left unfinished goes; several may share a gallery
+            pass
         return cls(folder.resolve())
 
     def path(self, method: str, metadata: Mapping[str, Any]) -> Path:

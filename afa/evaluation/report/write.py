@@ -9,7 +9,7 @@ from afa.evaluation.report.longform import as_csv
 from afa.evaluation.report.markdown import as_markdown
 from afa.evaluation.report.page import as_html
 from afa.evaluation.results import Results
-from afa.files import write_atomically
+from afa.files import locked, write_atomically
 
 
 def write_report(folders: Sequence[Path], output: Path, markdown: Path | None = None, csv: Path | None = None) -> list[Analysis]:
@@ -21,10 +21,11 @@ def write_report(folders: Sequence[Path], output: Path, markdown: Path | None = 
     _check(folders, {"--output": output, "--markdown": markdown, "--csv": csv})
     several = analyse([_load(folder) for folder in folders], folders)
     names = _names(several, folders)
-    for path, made in ((output, as_html), (markdown, as_markdown), (csv, as_csv)):
-        content = made(several, names)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
+    with locked(output, file=True):
+        for path, made in ((output, as_html), (markdown, as_markdown), (csv, as_csv)):
+            content = made(several, names)
+            with locked(path, file=True):
+                write_atomically(path, content)
     return several
 
 
