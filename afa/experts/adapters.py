@@ -13,13 +13,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from afa.denoiser.lora import OWN, activate, adapter_parameters, settle, tuner_layers
 from afa.denoiser.lora_layers import lora_states
 from afa.denoiser.sharing import Model, shared_copy
 from afa.errors import UserError
+from afa.experts.finite import is_finite
 from afa.experts.headers import read_header
 from afa.experts.locate import Located, locate
 from afa.experts.lora_files import read_lora
@@ -137,7 +137,7 @@ def fuse(module: Model) -> Model:
         base = layer.get_base_layer()
         if not layer.merged and not layer.disable_adapters:
             layer.merge()
-            if not torch.isfinite(base.weight).all():
+            if not is_finite(base.weight):
                 advice = "load the experts in float32, or make the LoRA weaker"
                 raise UserError(f"{name}.weight does not fit {base.weight.dtype} with the LoRA in it; {advice}")
         module.set_submodule(name, base)

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,11 +53,12 @@ def dare(tensors: Sequence[Tensor], *, base: Tensor, key: str, drop: float = 0.5
     return torch.add(base, sum_of(masked), alpha=scale / (1 - drop))
 
 
-def model_stock(tensors: Sequence[Tensor], *, base: Tensor) -> Tensor:
+def model_stock(tensors: Sequence[Tensor], *, base: Tensor, note: Callable[[], None] | None = None) -> Tensor:
     """The mean of the experts, drawn back to their base the more they disagree: θ = base + t · mean dᵢ.
 
     t = N cos / (1 + (N - 1) cos), cos: the mean cosine of all pairs of dᵢ, per tensor, in float64. Equal differences
-    give t = 1, unrelated ones 0. Differences that cancel out (cos below 0) give the base. A single expert gives itself.
+    give t = 1, unrelated ones 0. Differences that cancel out (cos below 0) give the base; then note is called. A single
+    expert gives itself.
     Source: Jang et al., arXiv:2403.19522, equation for N fine-tuned models.
     """
     differences = [tensor - base for tensor in tensors]
@@ -68,6 +69,8 @@ def model_stock(tensors: Sequence[Tensor], *, base: Tensor) -> Tensor:
     pairs = count * (count - 1)
     cosine = ((cosines.sum() - cosines.trace()) / pairs).clamp(0, 1).item() if pairs else 1.0
     ratio = count * cosine / (1 + (count - 1) * cosine)
+    if ratio == 0 and note is not None:
+        note()
     return torch.add(base, sum_of(differences) / count, alpha=ratio)
 
 
@@ -77,11 +80,11 @@ def sum_of(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _largest(difference: Tensor, density: float) -> Tensor:
-    """Zero all but the given fraction of the largest magnitudes, at least one; equals at the limit stay together."""
+    """Zero all but the given fraction of the largest magnitudes, at least one; equals at the limit stay together, NaN stays."""
     keep = max(1, round(density * difference.numel()))
     magnitude = difference.abs()
     limit = magnitude.flatten().kthvalue(difference.numel() - keep + 1).values
-    return torch.where(magnitude >= limit, difference, torch.zeros_like(difference))
+    return torch.where(magnitude < limit, torch.zeros_like(difference), difference)  # so that NaN stays
 
 
 def _kept(like: Tensor, drop: float, name: str) -> Tensor:

@@ -14,9 +14,9 @@ from afa.experts.adapters import fused
 from afa.experts.compatible import mismatches
 from afa.experts.load import TEXT_ENCODERS, Expert, load_expert
 from afa.families.table import FAMILIES
-from afa.merging.parts import MERGED, Parts, Slot, denoiser_of, slots
+from afa.merging.parts import MERGED, POSITIONS, Parts, Slot, denoiser_of, slots
 from afa.merging.stages import DENOISERS, stage_names
-from afa.merging.table import check_merge, find_merge, merge_key, needs
+from afa.merging.table import check_merge, find_merge, merge_key, needs, say_fallen_back
 from afa.merging.weights import Given, stage_weights
 
 
@@ -31,8 +31,13 @@ class PartsMerge:
     def __init__(self, experts: Sequence[Parts], names: Sequence[str], base: Parts | None = None) -> None:
         self.parts = {part: copy.deepcopy(module) for part, module in experts[0].items()}
         self.count, self.based = len(experts), base is not None
+        for module in (module for part in self.parts.values() for module in part.modules()):
+            ids = module._buffers.get(POSITIONS)
+            if ids is not None and ids.is_floating_point():
+                module._buffers[POSITIONS] = torch.arange(ids.numel(), device=ids.device).reshape(ids.shape)
         self._slots = slots(self.parts, experts, names, base)
         self.stages = stage_names(denoiser_of(self.parts))
+        self.fallen_back = 0  # tensors of the last merge that a rule left as the base has them
         self._written: dict[str, tuple[float, ...]] = {}  # stage -> the block weights its values were last made with
 
     def apply(self, method: str, **options: Any) -> None:
@@ -45,9 +50,10 @@ class PartsMerge:
         if method == "mbw":
             self.apply_mbw(**options)
             return
-        self._written = {}
+        self._written, self.fallen_back = {}, 0
         for slot in self._slots:
             self._write(slot, find_merge(method), options, based)
+        say_fallen_back(method, self.fallen_back, len(self._slots))
 
     def apply_mbw(self, weights: Given, base_alpha: float | None = None) -> None:
         """Write a block-weighted merge; only stages whose weights changed since the last one are computed.
@@ -67,7 +73,11 @@ class PartsMerge:
             slot.target.copy_(slot.tensors[0])
         else:
             dtype = slot.target.dtype
-            slot.target.copy_(merge_key(rule, slot.tensors, slot.base, key=slot.key, stage=slot.stage, dtype=dtype, **options))
+            given = {"key": slot.key, "stage": slot.stage, "dtype": dtype, "note": self._note}
+            slot.target.copy_(merge_key(rule, slot.tensors, slot.base, **given, **options))
+
+    def _note(self) -> None:
+        self.fallen_back += 1
 
 
 class InMemoryMerge:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from afa.errors import UserError
+from afa.experts.finite import is_finite
 from afa.experts.headers import RENAMED, tied
 from afa.merging.stages import DENOISERS, key_stages
 
@@ -15,6 +16,7 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 MERGED = (*DENOISERS, *TEXT_ENCODERS)  # parts of a pipeline that a merge is made of; the VAE only when asked for
 
 
+POSITIONS = "position_ids"  # of CLIP: 0, 1, 2 …, whatever type or factor other programs have left them in; never merged
 Parts = Mapping[str, nn.Module]  # of a pipeline, by name: unet, text_encoder …
 
 
@@ -45,6 +47,23 @@ def check_same_keys(first: Mapping[str, Sequence[int]], other: Mapping[str, Sequ
             raise UserError(f"{start}: {key} has {shapes}; models must share one architecture")
 
 
+def check_values(key: str, tensors: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raises UserError, naming the key and the model, for what cannot be merged.
+
+    That is NaN and infinity, whole numbers or switches that differ, and numbers of two kinds.
+    """
+    for tensor, name in zip(tensors, names, strict=False):
+        if not is_finite(tensor):
+            raise UserError(f"'{name}': {key} holds NaN or infinity, so it is broken; leave it out, or download or export it again")
+    first = tensors[0]
+    for tensor, name in zip(tensors[1:], names[1:], strict=False):
+        start = f"'{name}' cannot join '{names[0]}'"
+        if tensor.is_floating_point() != first.is_floating_point():
+            raise UserError(f"{start}: {key} is of type {tensor.dtype}, expected {first.dtype}")
+        if not first.is_floating_point() and not (tensor.shape == first.shape and bool((tensor.to(first.device) == first).all())):
+            raise UserError(f"{start}: {key} holds other whole numbers, and these cannot be merged")
+
+
 @dataclass(frozen=True)
 class Slot:
     """One key: where its merged value goes, and what it is made from.
@@ -71,6 +90,8 @@ def slots(targets: Parts, experts: Sequence[Parts], names: Sequence[str], base: 
     shapes = [{key: tensor.shape for key, tensor in one.items()} for one in states]
     for one, name in zip(shapes[1:], names[1:], strict=False):
         check_same_keys(shapes[0], one, name, names[0])
+    for key in into:
+        check_values(key, [one[key] for one in states], names)
     stages = key_stages(into, denoiser_of(targets))
     return [_slot(key, stages[key], into[key], [one[key] for one in states], base is not None) for key in into]
 
@@ -91,10 +112,13 @@ def equal(one: Tensor, other: Tensor) -> bool:
 
 
 def state(parts: Parts) -> dict[str, Tensor]:
-    """All parameters and buffers of some modules as "part.name", each once. Raises UserError for weights that are not in memory."""
+    """All parameters and buffers of some modules as "part.name", each once, without position ids.
+
+    Raises UserError for weights that are not in memory.
+    """
     found = {f"{part}.{today(name)}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
     again = {f"{part}.{name}" for part, module in parts.items() for name in tied(module)}
-    found = {key: tensor for key, tensor in found.items() if key not in again}
+    found = {key: tensor for key, tensor in found.items() if key not in again and not key.endswith(POSITIONS)}
     absent = next((key for key, tensor in found.items() if tensor.is_meta), None)
     if absent:
         raise UserError(f"{absent} is not in memory (offloaded, or without weights); merge before offloading is enabled")

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from afa.options import shares
 
+OPPOSITE = 1e-12  # |â + b̂| below this is rounding in float64
+
 
 def weighted(tensors: Sequence[Tensor], *, weights: Sequence[float] | None = None) -> Tensor:
     """Weighted mean: θ = Σ wᵢ θᵢ with Σ wᵢ = 1.
@@ -41,8 +43,9 @@ def slerp(tensors: Sequence[Tensor], *, t: float = 0.5) -> Tensor:
     """Spherical interpolation of two tensors.
 
     t: from the first (0) to the second (1). The direction turns along the great circle, the norm changes linearly.
-    Where there is no angle (parallel tensors) or no direction (a zero tensor, opposite ones) it is the straight line.
-    Computed in float64.
+    Where there is no angle (equal directions) or no direction (a zero tensor, opposite ones) it is the straight line.
+    Computed in float64, from the middle of the two directions: the angle is 2 atan2(|â - b̂|, |â + b̂|), whose digits are
+    right next to parallel and opposite tensors too, where an arc cosine loses half of them.
     Source: Shoemake 1985, per tensor as the merging community does it (and sd-mecha).
     """
     one, other = tensors
@@ -50,11 +53,11 @@ def slerp(tensors: Sequence[Tensor], *, t: float = 0.5) -> Tensor:
         return one.clone()
     a, b = one.double(), other.double()
     lengths = a.norm(), b.norm()
-    cosine = (a * b).sum() / (lengths[0] * lengths[1])
-    angle = torch.arccos(cosine.clamp(-1, 1))
-    sine = torch.sin(angle)
-    if not torch.isfinite(cosine) or sine < 1e-8:
+    a, b = a / lengths[0], b / lengths[1]
+    apart, together = (a - b).norm(), (a + b).norm()
+    if not (apart > 0 and together > OPPOSITE):  # a zero tensor makes both NaN
         return weighted([one, other], weights=[1 - t, t])
-    turned = a / lengths[0] * (torch.sin((1 - t) * angle) / sine) + b / lengths[1] * (torch.sin(t * angle) / sine)
-    merged: Tensor = turned * torch.lerp(*lengths, t)
+    turned = 2 * torch.atan2(apart, together) * (0.5 - t)  # from the middle
+    direction = torch.cos(turned) * (a + b) / together + torch.sin(turned) * (a - b) / apart
+    merged: Tensor = direction * torch.lerp(*lengths, t)
     return merged.to(one.dtype)

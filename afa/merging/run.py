@@ -2,6 +2,7 @@
 
 import sys
 import time
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from afa.files import locked, replacing, staged
 from afa.merging.folder import copy_surroundings
 from afa.merging.layout import Item
 from afa.merging.original import to_original
-from afa.merging.parts import equal
+from afa.merging.parts import POSITIONS, check_values, equal
 from afa.merging.plan import Plan, check_output, make_plan
 from afa.merging.recipe import hash_sources, metadata, same_parts
 from afa.merging.settings import MergeSettings
 from afa.merging.sources import Reader
-from afa.merging.table import find_merge, merge_key
+from afa.merging.table import cast, find_merge, merge_key, say_fallen_back
 from afa.merging.writer import write_safetensors
 
 
@@ -40,7 +41,9 @@ def _merge(plan: Plan) -> dict[str, Any]:
         merge.write(metadata(plan, hashes))
     seconds = round(time.perf_counter() - began, 2)
     sha256 = {str(file): digest for file, digest in hashes.items()}
-    return plan.facts() | {"same_in_all": once, "sha256": sha256, "seconds": seconds}
+    say_fallen_back(plan.settings.method, merge.fallen_back, total)
+    done = {"same_in_all": once, "fallen_back": merge.fallen_back, "sha256": sha256, "seconds": seconds}
+    return plan.facts() | done
 
 
 class FileMerge:
@@ -50,6 +53,7 @@ class FileMerge:
         self.plan, self.reader, self.bar = plan, reader, bar
         self.merged = [part for part in plan.merged_parts if part not in once]
         self.rule = find_merge(plan.settings.method)
+        self.fallen_back = 0  # tensors that the rule left as the base has them
         self.dtype = getattr(torch, plan.settings.dtype) if plan.settings.dtype else None
 
     def write(self, strings: dict[str, str]) -> None:
@@ -68,23 +72,29 @@ class FileMerge:
     def make(self, item: Item) -> Tensor:
         """One tensor of the output."""
         self.bar.update()
+        if item.name.endswith(POSITIONS):
+            return torch.arange(prod(item.shape)).reshape(item.shape)
         if item.spare is not None:
-            return self.reader.read(item.spare)
+            spare = self.reader.read(item.spare)
+            check_values(item.name, [spare], [self.plan.first.name])
+            return spare
         return to_original([self.value(key) for key in item.keys], item.form)
 
     def value(self, key: str) -> Tensor:
         """One key's merged value, or the value of the expert it comes from."""
         part = key.partition(".")[0]
-        stored = self.plan.origin(part).tensors[key]
-        if part not in self.merged or not stored.is_float:
-            return self._cast(self.reader.read(stored))
-        tensors = [self.reader.read(source.tensors[key]) for source in self.plan.experts]
-        base = self.reader.read(self.plan.base.tensors[key]) if self.plan.base else None
-        others = [*tensors[1:], *([base] if base is not None else [])]
-        if all(equal(tensors[0], other) for other in others):
-            return self._cast(tensors[0])
-        where = {"key": key, "stage": self.plan.stages[key]}
-        return merge_key(self.rule, tensors, base, **where, dtype=self.dtype, **self.plan.options)
+        sources = [self.plan.origin(part)]
+        if part in self.merged:
+            sources = [*self.plan.experts, *([self.plan.base] if self.plan.base else [])]
+            sources = [source for source in sources if key in source.tensors]
+        tensors = [self.reader.read(source.tensors[key]) for source in sources]
+        check_values(key, tensors, [source.name for source in sources])
+        first = tensors[0]
+        if not first.is_floating_point() or all(equal(first, other) for other in tensors[1:]):
+            return cast(first, self.dtype, key) if self.dtype and first.is_floating_point() else first
+        base = tensors.pop() if self.plan.base else None
+        where = {"key": key, "stage": self.plan.stages[key], "dtype": self.dtype, "note": self._note}
+        return merge_key(self.rule, tensors, base, **where, **self.plan.options)
 
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor
+    def _note(self) -> None:
+        self.fallen_back += 1

@@ -1,6 +1,7 @@
 """The table of merges, and one key's merge in the precision it needs."""
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from afa.errors import UserError
+from afa.experts.finite import is_finite
 from afa.lookup import look_up, unknown
 from afa.merging.differences import add_difference, dare, model_stock, task_arithmetic, ties
 from afa.merging.rules import mbw, slerp, weighted
@@ -25,7 +27,7 @@ MERGES: dict[str, Callable[..., Tensor]] = {
     "slerp": slerp,
 }
 PAIRS = ("add_difference", "slerp")  # of exactly two experts
-GIVEN = ("base", "stage", "key")  # what a rule is told about a key; all else are its options
+GIVEN = ("base", "stage", "key", "note")  # what a rule is told about a key; all else are its options
 WRITTEN = {"mbw": {"base_alpha": None}}  # options that say how weights are read, before a rule sees them
 # Bounds of options that are numbers; all others must be finite.
 RANGES: dict[str, Bounds] = {"density": {"above": 0, "most": 1}, "drop": {"least": 0, "below": 1}, "t": SHARE}
@@ -96,20 +98,47 @@ def merge_key(
     key: str = "",
     stage: str = BASE,
     dtype: torch.dtype | None = None,
+    note: Callable[[], None] | None = None,
     **options: Any,
 ) -> Tensor:
     """Apply a rule to one key, computed in float32 (float64 tensors in float64): -> the merged tensor.
 
-    key, stage: where it stands. dtype: of the result, default the first tensor's. Whole numbers are the first expert's.
+    tensors, base: finite; whole numbers are the first expert's.
+    key, stage: where it stands.
+    dtype: of the result, default the first tensor's.
+    note: is called by a rule that falls back to the base.
+    Raises UserError for a result that is not finite, or does not fit the dtype.
     """
     first = tensors[0]
-    dtype = dtype or first.dtype
     if not first.is_floating_point():
         return first.clone()
     asked = inspect.signature(rule).parameters
-    given = {"base": None if base is None else _fine(base, first), "stage": stage, "key": key}
+    given = {"base": None if base is None else _fine(base, first), "stage": stage, "key": key, "note": note}
     given = {name: value for name, value in given.items() if name in asked}
-    return rule([_fine(tensor, first) for tensor in tensors], **given, **options).to(dtype)
+    return cast(rule([_fine(tensor, first) for tensor in tensors], **given, **options), dtype or first.dtype, key)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    """A tensor in another type of floating point. Raises UserError, naming the key, for one that does not fit it."""
+    converted = tensor.to(dtype)
+    saturated = dtype.itemsize == 1 and tensor.abs().max() > torch.finfo(dtype).max  # 8-bit types do not overflow
+    if saturated or not is_finite(converted):
+        if not is_finite(tensor):
+            raise UserError(f"the merge makes NaN or infinity of {key}; take smaller options, or leave an expert out")
+        largest, most = tensor.abs().max().item(), torch.finfo(dtype).max
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"{key} does not fit {name}: its largest number is {largest:g}, and {name} ends at {most:g};"
+            " write the merge with --dtype bfloat16 or float32 (in Python: load the models in it)"
+        )
+    return converted
+
+
+def say_fallen_back(method: str, count: int, total: int) -> None:
+    """Say on stderr how many tensors a merge left as the base has them, if any."""
+    if count:
+        why = "there the experts' differences from it do not agree"
+        print(f"afa: {method}: {count} of {total} tensors are the base's; {why}", file=sys.stderr)
 
 
 def _fine(tensor: Tensor, like: Tensor) -> Tensor:
