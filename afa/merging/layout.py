@@ -7,7 +7,7 @@ from math import prod
 from afa.errors import UserError
 from afa.experts.headers import DTYPES
 from afa.merging.original import DENOISER, names_by_key, original_places, shape_to_original
-from afa.merging.parts import POSITIONS, TEXT_ENCODERS
+from afa.merging.parts import TEXT_ENCODERS
 from afa.merging.sources import Source, Stored
 
 ORIGINAL = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
@@ -52,8 +52,6 @@ def diffusers_files(first: Source, vae: Source | None, dtype: str | None) -> Ite
 
 
 def _code(stored: Stored, dtype: str | None) -> str:
-    if stored.name.endswith(POSITIONS):
-        return "I64"
     return CODES[dtype] if dtype and stored.is_float else CODES.get(stored.dtype, stored.dtype)
 
 

@@ -14,7 +14,7 @@ from afa.experts.adapters import fused
 from afa.experts.compatible import mismatches
 from afa.experts.load import TEXT_ENCODERS, Expert, load_expert
 from afa.families.table import FAMILIES
-from afa.merging.parts import MERGED, POSITIONS, Parts, Slot, denoiser_of, slots
+from afa.merging.parts import MERGED, Parts, Slot, denoiser_of, slots
 from afa.merging.stages import DENOISERS, stage_names
 from afa.merging.table import check_merge, find_merge, merge_key, needs, say_fallen_back
 from afa.merging.weights import Given, stage_weights
@@ -32,9 +32,9 @@ class PartsMerge:
         self.parts = {part: copy.deepcopy(module) for part, module in experts[0].items()}
         self.count, self.based = len(experts), base is not None
         for module in (module for part in self.parts.values() for module in part.modules()):
-            ids = module._buffers.get(POSITIONS)
-            if ids is not None and ids.is_floating_point():
-                module._buffers[POSITIONS] = torch.arange(ids.numel(), device=ids.device).reshape(ids.shape)
+            ids = module._buffers.get("position_ids")
+            if ids is not None and ids.is_floating_point():  # as merging programs leave them
+                module._buffers["position_ids"] = torch.arange(ids.numel(), device=ids.device).reshape(ids.shape)
         self._slots = slots(self.parts, experts, names, base)
         self.stages = stage_names(denoiser_of(self.parts))
         self.fallen_back = 0  # tensors of the last merge that a rule left as the base has them

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from afa.errors import UserError
 from afa.experts.finite import is_finite
-from afa.experts.headers import RENAMED, tied
+from afa.experts.headers import RENAMED, is_position_ids, tied
 from afa.merging.stages import DENOISERS, key_stages
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 MERGED = (*DENOISERS, *TEXT_ENCODERS)  # parts of a pipeline that a merge is made of; the VAE only when asked for
 
 
-POSITIONS = "position_ids"  # of CLIP: 0, 1, 2 …, whatever type or factor other programs have left them in; never merged
 Parts = Mapping[str, nn.Module]  # of a pipeline, by name: unet, text_encoder …
 
 
@@ -118,7 +117,7 @@ def state(parts: Parts) -> dict[str, Tensor]:
     """
     found = {f"{part}.{today(name)}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
     again = {f"{part}.{name}" for part, module in parts.items() for name in tied(module)}
-    found = {key: tensor for key, tensor in found.items() if key not in again and not key.endswith(POSITIONS)}
+    found = {key: tensor for key, tensor in found.items() if key not in again and not is_position_ids(key)}
     absent = next((key for key, tensor in found.items() if tensor.is_meta), None)
     if absent:
         raise UserError(f"{absent} is not in memory (offloaded, or without weights); merge before offloading is enabled")

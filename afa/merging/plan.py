@@ -13,7 +13,7 @@ from afa.experts.load import check_names
 from afa.experts.spec import ExpertSpec
 from afa.files import present, refuse_busy
 from afa.merging.layout import Item, diffusers_files, original_file
-from afa.merging.parts import MERGED, POSITIONS, check_same_keys
+from afa.merging.parts import MERGED, check_same_keys
 from afa.merging.settings import MergeSettings
 from afa.merging.sources import Source, open_source, open_vae
 from afa.merging.stages import stage_names
@@ -152,7 +152,7 @@ def _check_fit(sources: Sequence[Source], vae: bool) -> None:
     for other in others:
         for key, stored in first.tensors.items():
             its = other.tensors.get(key, stored)
-            if its.is_float != stored.is_float and not stored.name.endswith(POSITIONS):
+            if its.is_float != stored.is_float:
                 raise UserError(f"'{other.name}' cannot join '{first.name}': {key} is {its.dtype}, expected {stored.dtype}")
         mine, theirs = (_shapes(source, vae) for source in (first, other))
         check_same_keys(mine, theirs, other.name, first.name)

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from afa.files import locked, replacing, staged
 from afa.merging.folder import copy_surroundings
 from afa.merging.layout import Item
 from afa.merging.original import to_original
-from afa.merging.parts import POSITIONS, check_values, equal
+from afa.merging.parts import check_values, equal
 from afa.merging.plan import Plan, check_output, make_plan
 from afa.merging.recipe import hash_sources, metadata, same_parts
 from afa.merging.settings import MergeSettings
@@ -72,8 +71,6 @@ class FileMerge:
     def make(self, item: Item) -> Tensor:
         """One tensor of the output."""
         self.bar.update()
-        if item.name.endswith(POSITIONS):
-            return torch.arange(prod(item.shape)).reshape(item.shape)
         if item.spare is not None:
             spare = self.reader.read(item.spare)
             check_values(item.name, [spare], [self.plan.first.name])

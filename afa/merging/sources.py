@@ -20,7 +20,7 @@ from afa.experts.outline import OPEN_CLIP, Outline, read_outline
 from afa.experts.spec import ExpertSpec
 from afa.families.table import FAMILIES
 from afa.merging.original import Place, from_original, original_places, shape_from_original
-from afa.merging.parts import MERGED, POSITIONS, today
+from afa.merging.parts import MERGED, today
 from afa.merging.stages import key_stages
 
 EMA = "model_ema."
@@ -39,7 +39,7 @@ class Stored:
 
     @property
     def is_float(self) -> bool:
-        return is_float(self.dtype) and not self.name.endswith(POSITIONS)
+        return is_float(self.dtype)
 
     @property
     def numbers(self) -> int:
@@ -88,7 +88,7 @@ class Source:
         return sorted({stored.file for key, stored in self.tensors.items() if key.startswith(f"{part}.")})
 
     def floats(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of what can be merged: all but whole numbers, and position ids of whatever type."""
+        """The shapes of what can be merged: all but whole numbers."""
         return {key: stored.shape for key, stored in self.tensors.items() if stored.is_float}
 
     def open_clip(self, part: str) -> bool:

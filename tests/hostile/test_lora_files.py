@@ -77,7 +77,7 @@ def test_other_kinds_are_named_alone_and_among_plain_layers(parts, tmp_path, key
         ({f"{LAYER}.alpha": torch.tensor(2.0)}, ("incomplete", LAYER)),
         ({key: tensor for key, tensor in plain().items() if "up" in key}, ("incomplete", "lora_down")),
         ({key: tensor for key, tensor in plain().items() if "down" in key}, ("incomplete", "lora_up")),
-        ({key: tensor.to(torch.int8) for key, tensor in plain().items()}, ("int8",)),
+        ({key: tensor.to(torch.int8) for key, tensor in plain().items()}, ("quantised", "lora_down")),
         (plain("lora_unet_mid_block_nowhere"), ("2 of its 2 weights", "first: lora_unet_mid_block_nowhere")),
         ({**plain(), **plain("lora_unet_nowhere")}, ("2 of its 4 weights", "first: lora_unet_nowhere")),
         ({**plain(), **plain("lora_te2_text_model_encoder_layers_0_mlp_fc1")}, ("2 of its 4 weights", "lora_te2")),
