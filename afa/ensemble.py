@@ -53,6 +53,7 @@ class Ensemble:
         frame: str | None = None,
         dtype: torch.dtype | None = None,
         config: str | None = None,
+        prediction_type: str | None = None,
         **aggregator_options: Any,
     ) -> "Ensemble":
         """Combine experts; untrained, their ensemble is the mean of their features.
@@ -63,13 +64,13 @@ class Ensemble:
         ours or the reference release's; then kind, options and placement come from there. frame: the folder of a pipeline for
         experts that are denoisers alone: its text encoders, tokenizers, scheduler and VAE; default the first expert that has them.
         vae, tokenizer, scheduler: an expert's name or a path, instead of the frame's. dtype: of the experts. config: of single
-        files, found out by default.
+        files, found out by default. prediction_type: what U-Nets predict whose single files do not say it: epsilon or v_prediction.
         Raises UserError, with every reason, for experts that cannot be fused.
         """
         if not experts:
             raise UserError("an ensemble needs at least one expert")
         recipe = _recipe(aggregator, aggregator_options, attention_up_to, text_stream)
-        loaded = load_experts(experts, dtype, config)
+        loaded = load_experts(experts, dtype, config, prediction_type)
         lender = lend(loaded, frame, dtype)
         _check(loaded, placement, aggregators)
         framed = Frame(loaded, vae=vae, tokenizer=tokenizer, scheduler=scheduler, config=config, lender=lender)

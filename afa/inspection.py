@@ -46,9 +46,11 @@ class Subject:
     folder: Path | None = None
 
     @classmethod
-    def from_sources(cls, sources: Sequence[str], config: str | None, recipe: Recipe, placement: str | None) -> "Subject":
+    def from_sources(
+        cls, sources: Sequence[str], config: str | None, recipe: Recipe, placement: str | None, prediction_type: str | None = None
+    ) -> "Subject":
         """Experts as Ensemble.from_experts takes them. Raises UserError for what is not there, broken or incomplete."""
-        specs = [ExpertSpec.parse(source) for source in sources]
+        specs = [ExpertSpec.parse(source, prediction_type) for source in sources]
         check_names(specs)
         return cls([read_outline(spec, config) for spec in specs], recipe, placement)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa.errors import UserError
+from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.options import COUNT, CheckedOptions, option
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Options(CheckedOptions):
         help="sd15, sd21, sd21-base, sdxl, sd3, sd35, sd35-large, flux, flux-schnell or a folder: of single files; without EXPERT, the"
         " architecture to show",
     )
+    prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     count: int | None = option(None, least=1, most=1000, help="with --config and without EXPERT: how many experts (default: 3)")
     aggregator: str | None = option(None, help="kind of aggregator: sabw, stitch, mean or fixed (default: sabw)")
     placement: str | None = option(
@@ -93,7 +95,7 @@ def _subject(options: Options) -> "Subject":
     if not options.experts:
         assert options.config is not None
         return Subject.from_config(options.config, 3 if options.count is None else options.count, recipe, placement)
-    return Subject.from_sources(options.experts, options.config, recipe, placement)
+    return Subject.from_sources(options.experts, options.config, recipe, placement, options.prediction_type)
 
 
 def _check_alone(options: Options, ensemble: str) -> None:
@@ -101,6 +103,6 @@ def _check_alone(options: Options, ensemble: str) -> None:
     if len(options.experts) > 1:
         other = next(source for source in options.experts if source != ensemble)
         raise UserError(f"{ensemble} is a saved ensemble; inspect it alone, without {other}")
-    for name in ("config", *FUSION):
+    for name in ("config", "prediction_type", *FUSION):
         if getattr(options, name) is not None:
             raise UserError(f"{ensemble} is a saved ensemble with settings of its own; leave out --{name.replace('_', '-')}")

@@ -35,7 +35,7 @@ def _facts(options: Options) -> dict[str, Any]:
     from afa.merging.search.run import evaluations
     from afa.merging.search.space import Space
 
-    experts = load_experts(options.experts, config=options.config)
+    experts = load_experts(options.experts, config=options.config, prediction_type=options.prediction_type)
     space = Space(InMemoryMerge(experts).stages, len(experts))
     merges = evaluations(options, space)
     return {"experts": ", ".join(expert.name for expert in experts), "weights": len(space.places), "merges": merges, "images": merges * options.images}

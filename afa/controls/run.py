@@ -47,7 +47,8 @@ def plan(settings: LoraSettings, alone: Ensemble | None = None) -> tuple[Plan, i
     if alone is None:
         dtype = getattr(torch, settings.dtype)
         framed = {"vae": settings.vae, "frame": settings.frame}
-        alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", dtype=dtype, config=settings.config, **framed)
+        read = {"dtype": dtype, "config": settings.config, "prediction_type": settings.prediction_type}
+        alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", **read, **framed)
     check_objective(settings, alone, source)
     rank = settings.rank or matching_rank(alone.denoiser.experts[0], wanted)
     return Plan(settings, alone, source, resolution_of(settings, alone), own), rank

@@ -6,9 +6,12 @@ from pathlib import Path
 
 from afa.errors import UserError
 from afa.files import given_name
+from afa.lookup import unknown
 from afa.naming import check_name, plain_name
 from afa.options import check_number
 
+PREDICTION_TYPES = ("epsilon", "v_prediction")  # what a U-Net may predict
+PREDICTION_HELP = "what U-Nets of single files predict, where the files do not say it themselves"  # of --prediction-type
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w./-]+\.safetensors)?")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
@@ -34,6 +37,7 @@ class ExpertSpec:
     source: a diffusers folder, a .safetensors file, a hub id org/name, or org/name/file.safetensors.
     revision: branch, tag or commit of a hub id.
     named_by: the file that names it, where the user did not.
+    prediction_type: one of PREDICTION_TYPES, where its user says it beside the text.
     """
 
     name: str
@@ -41,16 +45,17 @@ class ExpertSpec:
     revision: str | None = None
     loras: tuple[Lora, ...] = field(default=())
     named_by: str | None = None
+    prediction_type: str | None = None
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
         return f"{self.name}={self.source}{revision}{''.join(f'+{lora}' for lora in self.loras)}"
 
     @classmethod
-    def parse(cls, text: str) -> "ExpertSpec":
+    def parse(cls, text: str, prediction_type: str | None = None) -> "ExpertSpec":
         """Read "name=source@revision+lora*strength". Raises UserError if the parts make no sense.
 
-        A path that exists as it stands is taken whole, whatever characters are in it.
+        prediction_type: what it predicts, for a file that does not say it. A path that exists as it stands is taken whole, whatever characters are in it.
         """
         name, rest = None, text
         head, equals, tail = text.partition("=")
@@ -64,7 +69,9 @@ class ExpertSpec:
             source, _, revision = source.rpartition("@")
         if not source:
             raise UserError(f"expert '{text}' has no source; write a folder, a .safetensors file or org/name, optionally as name=source")
-        return cls(name or _default_name(source), source, revision, loras)
+        if prediction_type not in (None, *PREDICTION_TYPES):
+            raise UserError(unknown(str(prediction_type), PREDICTION_TYPES, "prediction type"))
+        return cls(name or _default_name(source), source, revision, loras, prediction_type=prediction_type)
 
 
 def exists(place: str) -> bool:

@@ -91,7 +91,8 @@ def _load(settings: GenerateSettings) -> Ensemble:
     """The saved ensemble, or experts as an ensemble: of one, that is the expert, bit for bit."""
     options = settings.method_options()
     placement = "out" if options is not None and options.only_predictions else None  # which may then be of different kinds
-    given = {"experts": settings.experts, "frame": settings.frame, "config": settings.config, "dtype": settings.dtype}
+    names = ("experts", "frame", "config", "prediction_type", "dtype")
+    given: dict[str, Any] = {name: getattr(settings, name) for name in names}
     return load_sources(settings.sources, **given, placement=placement)
 
 

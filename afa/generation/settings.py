@@ -5,6 +5,7 @@ from typing import Any
 
 from afa.baselines.options import MethodOptions, read_options
 from afa.errors import UserError
+from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED_OR_DRAWN, SIDE, WEIGHT, CheckedOptions, check_number, option
 
 
@@ -38,6 +39,7 @@ class GenerateSettings(CheckedOptions):
     expert: str | None = option(None, help="use only this expert, in the ensemble's frame; with --method single: this one")
     experts: list[str] | None = option(None, help="new places of an ensemble's experts that have moved, each NAME=PLACE")
     config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
+    prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     frame: str | None = option(None, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
     weights: bool = option(False, help="save the weight maps of every image: .npz, and a picture of them over the image")
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])

@@ -33,12 +33,13 @@ def load_sources(
     experts: Sequence[str] | None = None,
     frame: str | None = None,
     config: str | None = None,
+    prediction_type: str | None = None,
     dtype: str = "float32",
     placement: str | None = None,
 ) -> Ensemble:
     """The saved ensemble, or experts as an ensemble: of one, that is the expert, bit for bit.
 
-    experts: new places of a saved ensemble's, NAME=PLACE. frame, config, placement: of experts, see Ensemble.from_experts; `out` takes
+    experts: new places of a saved ensemble's, NAME=PLACE. frame, config, prediction_type, placement: of experts, see Ensemble.from_experts; `out` takes
     experts of different kinds. Raises UserError for what does not go together.
     """
     kind = getattr(torch, dtype)
@@ -51,4 +52,5 @@ def load_sources(
         return Ensemble.load(saved[0], new_places(list(experts or [])), dtype=kind)
     if experts:
         raise UserError(f"--experts is for a saved ensemble, and {sources[0]} is none: it has no {MANIFEST}; give experts as SOURCE")
-    return Ensemble.from_experts(sources, aggregator="mean", placement=placement, frame=frame, dtype=kind, config=config)
+    given = {"frame": frame, "dtype": kind, "config": config, "prediction_type": prediction_type}
+    return Ensemble.from_experts(sources, aggregator="mean", placement=placement, **given)

@@ -87,8 +87,8 @@ def make_plan(settings: MergeSettings) -> Plan:
     """Find and compare all sources, and lay out the result. Raises UserError for whatever cannot be done."""
     options = settings.options()
     check_merge(settings.method, len(settings.experts), settings.base is not None, options)
-    specs = [ExpertSpec.parse(text) for text in settings.experts]
-    based = [ExpertSpec.parse(settings.base)] if settings.base is not None else []
+    specs = [ExpertSpec.parse(text, settings.prediction_type) for text in settings.experts]
+    based = [ExpertSpec.parse(settings.base, settings.prediction_type)] if settings.base is not None else []
     check_names(specs)
     check_output(settings, [*specs, *based])
     experts = [open_source(spec, settings.config) for spec in specs]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
+from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.options import SEED, WEIGHT, CheckedOptions, check_number, option
 
 # The names of afa.merging.table.MERGES, which needs torch.
@@ -46,6 +47,7 @@ class MergeSettings(CheckedOptions):
         None, help="of the result (default: that of the first expert)", choices=["float32", "bfloat16", "float16"]
     )
     config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
+    prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     dry_run: bool = option(False, help="check everything, print the plan and its size, write nothing")
     json: bool = option(False, help="print one JSON document")
 

@@ -71,7 +71,7 @@ class Plan:
 
 def plan(settings: ScreenSettings) -> Plan:
     """Read files' headers and list the data. Raises UserError for whatever would fail later."""
-    specs = [ExpertSpec.parse(text) for text in settings.experts]
+    specs = [ExpertSpec.parse(text, settings.prediction_type) for text in settings.experts]
     check_names(specs)
     experts = [read_outline(spec, settings.config).expert for spec in specs]
     lender = _lender(experts, settings.frame)

@@ -150,7 +150,8 @@ def _average(planned: Plan, asking: Questions) -> Store | str:
     try:
         if not store.complete:
             shutil.rmtree(place, ignore_errors=True)  # of a run that was killed here
-            merge_files(MergeSettings(experts=[str(spec) for spec in planned.specs], output=str(place), config=planned.settings.config))
+            read = {"config": planned.settings.config, "prediction_type": planned.settings.prediction_type}
+            merge_files(MergeSettings(experts=[str(spec) for spec in planned.specs], output=str(place), **read))
         with tqdm(total=len(asking.probes), desc="asking their average", unit="image", file=sys.stderr) as bar:
             asking.ask(spec, store, bar)
     except UserError as error:
@@ -164,6 +165,6 @@ def _distances(planned: Plan) -> Distances | str:
     """Between parameters, or why they cannot be compared."""
     base = planned.settings.base
     try:
-        return distances(planned.specs, None if base is None else ExpertSpec.parse(base), planned.settings.config)
+        return distances(planned.specs, None if base is None else ExpertSpec.parse(base, planned.settings.prediction_type), planned.settings.config)
     except UserError as error:
         return str(error)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from afa.errors import UserError
+from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, CheckedOptions, option
 
 FREE = ("output", "batch_size", "allow_outside", "device", "dry_run", "json")  # may differ when a screening goes on: they change no answer
@@ -35,6 +36,7 @@ class ScreenSettings(CheckedOptions):
     steps: int = option(20, **SAMPLING_STEPS, help="with --prompts: denoising steps")
     guidance: float | None = option(None, **GUIDANCE, help="with --prompts: strength of guidance (default: the family's own)")
     config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
+    prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     frame: str | None = option(None, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
     vae: str | None = option(None, help="a VAE's or pipeline's folder (default: the first expert's)")
     batch_size: int = option(16, **COUNT, help="noisy latents in one pass of a denoiser, at most one image's")

@@ -67,6 +67,7 @@ def _ensemble(settings: TrainSettings) -> Ensemble:
         frame=settings.frame,
         dtype=dtype,
         config=settings.config,
+        prediction_type=settings.prediction_type,
         **settings.aggregator_options(),
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
+from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SHARE, WEIGHT, option
 from afa.training.objectives.settings import ObjectiveSettings
 
@@ -17,7 +18,7 @@ FREE = (
 )
 
 # Once, when an ensemble is made.
-MADE = ("aggregator", "placement", "hidden", "heads", "depth", "ignore", "attention_up_to", "text_stream", "vae", "config", "frame")
+MADE = ("aggregator", "placement", "hidden", "heads", "depth", "ignore", "attention_up_to", "text_stream", "vae", "config", "prediction_type", "frame")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class LoopSettings(ObjectiveSettings):
     seed: int = option(0, **SEED, help="of everything random")
     dtype: str = option("float32", help="of what is frozen; what is trained is always float32", choices=["float32", "bfloat16"])
     config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
+    prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     frame: str | None = option(None, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
     gradient_checkpointing: bool = option(False, help="recompute stages in the backward pass: less memory, a third more time")
     sheet_every: int | None = option(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.options import SAMPLING_STEPS, SIDE, CheckedOptions, option
 
 FIRST_PORT = 7860
@@ -24,6 +25,7 @@ class UiSettings(CheckedOptions):
     max_side: int | None = option(None, **SIDE, help="height and width that a run may ask for, in pixels (default: twice the experts' own)")
     experts: list[str] | None = option(None, help="new places of an ensemble's experts that have moved, each NAME=PLACE")
     config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
+    prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     frame: str | None = option(None, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")

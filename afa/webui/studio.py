@@ -55,7 +55,8 @@ class Studio:
         """Load what was asked for. Raises UserError for what cannot be loaded, and for a gallery that cannot be one."""
         device = choose_device(settings.device)  # before minutes are spent on loading
         gallery = Gallery.at(Path(settings.output))
-        given = {"experts": settings.experts, "frame": settings.frame, "config": settings.config, "dtype": settings.dtype}
+        names = ("experts", "frame", "config", "prediction_type", "dtype")
+        given: dict[str, Any] = {name: getattr(settings, name) for name in names}
         files = source_files(sources, experts=settings.experts, frame=settings.frame, config=settings.config)
         ensemble = load_sources(sources, **given, placement="out").to(device)
         trained = is_saved(sources[0])

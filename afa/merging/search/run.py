@@ -53,7 +53,7 @@ def search(settings: SearchSettings) -> dict[str, Any]:
 
 
 def _search(settings: SearchSettings, metric: ImageMetric, device: torch.device, output: Path) -> dict[str, Any]:
-    experts = load_experts(settings.experts, getattr(torch, settings.dtype), settings.config)
+    experts = load_experts(settings.experts, getattr(torch, settings.dtype), settings.config, settings.prediction_type)
     for expert in experts:
         for module in (expert.model, *expert.text_encoders):
             module.to(device)

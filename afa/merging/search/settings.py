@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from afa.errors import UserError
+from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SIDE, CheckedOptions, option
 
 FREE = ("output", "trials", "passes", "metric_weights", "batch_size", "device", "dry_run", "json")  # do not change what a point scores
@@ -33,6 +34,7 @@ class SearchSettings(CheckedOptions):
     seed: int = option(0, **SEED, help="of the noise and of the optimiser")
     batch_size: int = option(8, **COUNT, help="images made at once")
     config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
+    prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
     dry_run: bool = option(False, help="print what would be done, then stop")

@@ -1,0 +1,121 @@
+"""What a single .safetensors file is, told by the names and shapes in its header.
+
+Read are: whole checkpoints of SD 1.x, 2.x and XL in the original (LDM) layout; their U-Net alone, with the prefix of checkpoints,
+without it, or under diffusers' names; transformers of SD 3 and FLUX.1; VAEs alone. Everything else is refused by its name.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from afa.errors import UserError
+
+T = TypeVar("T")
+DENOISER, VAE = "model.diffusion_model.", "first_stage_model."  # before a part's names in whole checkpoints
+TEXT = ("cond_stage_model.", "conditioner.")
+SD3, FLUX = "joint_blocks.0.x_block.attn.qkv.weight", "double_blocks.0.img_attn.qkv.weight"
+# What has this tensor is a U-Net, under the original's or under diffusers' names.
+UNETS = (("input_blocks.0.0.weight", False), ("up_blocks.0.resnets.0.conv1.weight", True))
+VAES = (("decoder.up.0.block.0.conv1.weight", False), ("decoder.up_blocks.0.resnets.0.conv1.weight", True))
+# how a tensor's name begins -> the family that is not read as a single file. Some look like FLUX.1 otherwise, so these are asked first.
+FOREIGN = {
+    "double_stream_modulation_img.": "FLUX.2",
+    "distilled_guidance_layer.": "Chroma",
+    "txt_in.individual_token_refiner.": "HunyuanVideo",
+    "vector_in_vision.": "HunyuanImage",
+    "transformer_blocks.0.img_mod.": "Qwen-Image",
+    "txt_norm.weight": "Qwen-Image",
+    "cap_embedder.": "Z-Image or Lumina 2",
+    "double_stream_blocks.": "HiDream",
+    "double_layers.0.": "AuraFlow",
+    "llm_adapter.": "Anima",
+    "head.modulation": "Wan",
+    "mlp_t5.": "Hunyuan-DiT",
+    "t_block.1.weight": "PixArt",
+    "clip_txt_mapper.": "Stable Cascade",
+    "t5_yproj.": "Mochi",
+    "adaln_single.emb.": "PixArt or LTX-Video",
+    "control_model.": "ControlNet",
+    "controlnet_cond_embedding.": "ControlNet",
+    "single_transformer_blocks.0.": "FLUX under diffusers' names",
+    "transformer_blocks.0.": "transformer under diffusers' names",
+}
+LORA = (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", "lora_unet_", "lora_transformer_")
+READ = "SD 1.x, 2.x, XL, 3, 3.5 and FLUX.1"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a file names its tensors.
+
+    part: pipeline (a whole checkpoint), unet, transformer or vae. prefix: before the part's names in this file.
+    diffusers: whether they are diffusers' names, else the original's.
+    """
+
+    part: str
+    prefix: str = ""
+    diffusers: bool = False
+
+    @property
+    def usual(self) -> str:
+        """The prefix that converters of the original names expect."""
+        return "" if self.diffusers else VAE if self.part == "vae" else DENOISER
+
+    def select(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """The part's tensors, by the names that converters expect."""
+        return {self.usual + name.removeprefix(self.prefix): tensor for name, tensor in tensors.items() if name.startswith(self.prefix)}
+
+    def own(self, name: str) -> str:
+        """The name in this file of a tensor that converters expect under `name`."""
+        return self.prefix + name.removeprefix(self.usual)
+
+
+def layout_of(names: Collection[str], file: Any) -> Layout:
+    """The layout of a file with tensors of these names. file: for messages. Raises UserError, by name, for what is not read."""
+    for mark, diffusers in UNETS:
+        for prefix in (DENOISER, ""):
+            if f"{prefix}{mark}" in names and not _foreign(names):
+                whole = any(name.startswith(TEXT) for name in names) and not diffusers and prefix == DENOISER
+                return Layout("pipeline", DENOISER) if whole else Layout("unet", prefix, diffusers)
+    family = _foreign(names)
+    if family is None:
+        for prefix in (DENOISER, ""):
+            if f"{prefix}{SD3}" in names or f"{prefix}{FLUX}" in names:
+                return Layout("transformer", prefix)
+        vae = vae_layout(names)
+        if vae is not None:
+            return vae
+    raise UserError(f"{file} {_strange(names, family)}")
+
+
+def vae_layout(names: Collection[str]) -> Layout | None:
+    """How a file names the tensors of a VAE, alone or in a whole checkpoint; None if it has none."""
+    for mark, diffusers in VAES:
+        for prefix in (VAE, "", "vae."):
+            if f"{prefix}{mark}" in names:
+                return Layout("vae", prefix, diffusers)
+    return None
+
+
+def _foreign(names: Iterable[str]) -> str | None:
+    """The name of a family that is not read here."""
+    begins = [name.removeprefix(DENOISER).removeprefix("net.").removeprefix("transformer.") for name in names]
+    return next((family for mark, family in FOREIGN.items() if any(name.startswith(mark) for name in begins)), None)
+
+
+def _strange(names: Collection[str], family: str | None) -> str:
+    """Why a file is not read, and what to do."""
+    if any(mark in name for name in names for mark in LORA):
+        return "is no checkpoint in original layout but a LoRA; give it with the checkpoint it is for: base.safetensors+lora.safetensors"
+    if family == "ControlNet":
+        return "is a ControlNet, which cannot be an expert; give it to the ensemble's pipeline(controlnet=…)"
+    if family is not None and "diffusers" in family:
+        return f"is a {family}; of these, folders are read: give the folder with its config.json"
+    if family is not None:
+        return f"is a {family} model, which is not read as a single file; read are {READ}, and Qwen-Image as a diffusers folder"
+    if any(name.startswith((*TEXT, "text_model.", "encoder.block.0.layer.", "transformer.resblocks.")) for name in names):
+        return "is no checkpoint in original layout: it holds a text encoder and no denoiser; give the whole checkpoint or its U-Net"
+    return (
+        f"is no checkpoint in original layout: it has neither {DENOISER}{UNETS[0][0]} nor a transformer of SD 3 or FLUX.1;"
+        " is it an embedding, an upscaler or another family?"
+    )

@@ -1,0 +1,111 @@
+"""What a U-Net predicts and at which noise, as its single file or its user says it.
+
+A single file has no scheduler_config.json. What says more than its architecture's usual scheduler, the first that speaks:
+1. two empty tensors, `v_pred` and `ztsnr`, as ComfyUI reads and writes them: v-prediction; and with it zero terminal SNR;
+2. `modelspec.prediction_type` in its header: epsilon or v;
+3. the user, by --prediction-type;
+4. a folder of configs that the user names.
+Two that contradict each other are refused with both values.
+"""
+
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from afa.denoiser.schedule import Schedule, kind_of
+from afa.errors import UserError
+from afa.experts.headers import read_header, read_metadata
+from afa.experts.layouts import DENOISER
+
+V, EPSILON = "v_prediction", "epsilon"
+V_KEY, ZERO_KEY = "v_pred", "ztsnr"
+MODELSPEC = "modelspec.prediction_type"
+SPELLINGS = {"epsilon": EPSILON, "eps": EPSILON, "v": V, "v_prediction": V, "v-prediction": V}
+# Empty or small tensors by which ComfyUI knows models of EDM's noise: Playground v2.5, CosXL.
+EDM_KEYS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is said. type: epsilon or v_prediction; None where nothing is. zero_snr: whether the noise ends without signal."""
+
+    type: str | None = None
+    zero_snr: bool = False
+
+
+def said_by_file(file: Path, given: str | None = None, config: str | None = None) -> Prediction:
+    """What is said of a U-Net's single file.
+
+    given:  what its user says by --prediction-type
+    config: what the scheduler says of a folder of configs that the user names; a key of the file outweighs it
+
+    Raises UserError if two contradict each other, or for models of EDM's noise.
+    """
+    names = read_header(file)
+    edm = next((name for name in EDM_KEYS if _has(names, name)), None)
+    if edm is not None:
+        raise UserError(f"{file} is a model of EDM's noise schedule ('{edm}', as Playground v2.5 and CosXL have it), which is not read as a single file")
+    key = V if _has(names, V_KEY) else None
+    text = read_metadata(file).get(MODELSPEC, "").strip().lower()
+    header = SPELLINGS.get(text)
+    if text and header is None and not (key or given):
+        raise UserError(f"{file}: its header says {MODELSPEC} '{text:.40}', expected epsilon or v; say which with --prediction-type")
+    said = {f"its key {V_KEY}": key, "--prediction-type": given}
+    if not all(said.values()):
+        said[f"its header ({MODELSPEC})"] = header
+    if not any((key, given)):
+        said["the scheduler of its config"] = config
+    found = {who: what for who, what in said.items() if what}
+    if len(set(found.values())) > 1:
+        both = ", ".join(f"{who} says {what}" for who, what in found.items())
+        raise UserError(f"{file}: {both}; correct one of them, or say which is right with --prediction-type")
+    return Prediction(next(iter(found.values()), None), _has(names, ZERO_KEY))
+
+
+def predicting(scheduler: Any, said: Prediction, where: object) -> Any:
+    """A scheduler for what is said, with its steps at the end of the noise if that has no signal; itself if it is that already.
+
+    Zero terminal SNR without v-prediction is left out with a warning, as ComfyUI does. where: for messages.
+    Source: arXiv:2305.08891, sections 3.1 (rescaled betas) and 3.3 (trailing steps).
+    """
+    kind = kind_of(scheduler)
+    if said.type is not None and kind not in SPELLINGS.values():
+        raise UserError(f"{where} predicts {kind} by its scheduler, and {said.type} was said of it; leave out --prediction-type")
+    wanted = said.type or kind
+    if said.zero_snr and wanted != V:
+        _warn(f"{where}: its key {ZERO_KEY} is ignored, since it predicts {wanted}; if it predicts v, give --prediction-type {V}")
+    zero = said.zero_snr and wanted == V and not Schedule.of(scheduler).zero_snr
+    if not zero:
+        return scheduler if wanted == kind else type(scheduler).from_config(scheduler.config, prediction_type=wanted)
+    changes = {"prediction_type": wanted, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    made = type(scheduler).from_config(scheduler.config, **changes)
+    if Schedule.of(made).zero_snr:
+        return made
+    from diffusers import DDIMScheduler  # for classes that have no such setting, such as SD 1.x' PNDM
+
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=False, **changes)
+
+
+def keys_of(scheduler: Any) -> tuple[str, ...]:
+    """The empty tensors that say in a single file of a U-Net what its scheduler says."""
+    if scheduler is None or kind_of(scheduler) != V:
+        return ()
+    return (V_KEY, ZERO_KEY) if Schedule.of(scheduler).zero_snr else (V_KEY,)
+
+
+def says(name: str) -> bool:
+    """Whether a tensor of a single file is one of those that say what it predicts, and no weight."""
+    return name.removeprefix(DENOISER) in (V_KEY, ZERO_KEY)
+
+
+def _has(names: Collection[str], key: str) -> bool:
+    return key in names or DENOISER + key in names
+
+
+@lru_cache
+def _warn(sentence: str) -> None:
+    """Once on stderr."""
+    print(f"afa: {sentence}", file=sys.stderr)
