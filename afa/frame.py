@@ -42,6 +42,8 @@ class Frame:
         self.lender = None if lender is None or any(lender is expert for expert in experts) else lender
         whole = lender or next((expert for expert in experts if expert.text_encoders), experts[0])
         self.choice = {part: chosen or whole.name for part, chosen in (("vae", vae), ("tokenizer", tokenizer), ("scheduler", scheduler))}
+        if scheduler is None and self.lender is not None and experts[0].scheduler is not self.lender.scheduler:
+            self.choice["scheduler"] = experts[0].name  # whose file says more than the lender's scheduler
         self.config = config
         for part, choice in self.choice.items():
             if self._expert(choice) is None and not Path(choice).exists():
@@ -58,7 +60,7 @@ class Frame:
         expert = self._expert(self.choice["vae"])
         if expert is not None:
             return expert.load_vae()
-        return load_vae(locate(ExpertSpec("vae", self.choice["vae"])), self.config, self.experts[0].dtype)
+        return load_vae(locate(ExpertSpec("vae", self.choice["vae"])), self.config, self.experts[0].dtype, like=self.experts[0])
 
     @functools.cached_property
     def tokenizers(self) -> list[Any]:

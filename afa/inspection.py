@@ -17,7 +17,7 @@ from afa.checkpoint.manifest import Manifest, read_manifest
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.cost import Flops, count_flops
 from afa.denoiser.placement import choices
-from afa.denoiser.schedule import kind_of
+from afa.denoiser.schedule import kind_of, noise_of_schedule
 from afa.denoiser.table import DENOISERS
 from afa.errors import UserError
 from afa.experts.adapters import lora_numbers, place_of
@@ -161,6 +161,7 @@ def _expert(outline: Outline, same: Sequence[str | None]) -> dict[str, Any]:
         "parameters": count_parameters(expert.model),
         "dtype": outline.dtype,
         "prediction_type": None if expert.scheduler is None else kind_of(expert.scheduler),
+        "noise": None if expert.scheduler is None else noise_of_schedule(expert.scheduler),
         "text_encoders": [_text_encoder(outline, part, other) for part, other in zip(outline.text_parts, same, strict=True)],
         "vae": None if expert.vae is None else _vae(outline, expert.vae),
     }

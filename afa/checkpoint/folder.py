@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ from afa.experts.load import Expert
 from afa.experts.locate import Located, locate
 from afa.experts.original import KNOWN_CONFIGS
 from afa.experts.parts import component_of, read_index
-from afa.experts.spec import ExpertSpec, Lora
+from afa.experts.prediction import said_by_file
+from afa.experts.spec import PREDICTION_TYPES, ExpertSpec, Lora
 from afa.files import sha256, staged
 from afa.frame import stock_pipeline
 from afa.lookup import unknown
@@ -179,6 +181,7 @@ def load_ensemble(kind: "type[Ensemble]", folder: Path, moved: Mapping[str, str]
     for part, choice in manifest.frame.items():
         if choice not in names and not (folder / choice).exists():
             raise UserError(f"{folder / MANIFEST}: frame.{part} is {shown(choice)}, neither the name of an expert nor a place that is there")
+    specs = [_saying(entry, spec) for entry, spec in zip(manifest.experts, specs, strict=True)]
     if verify:
         for entry, spec in zip(manifest.experts, specs, strict=True):
             check_hashes(entry, locate(spec))
@@ -204,6 +207,16 @@ def load_ensemble(kind: "type[Ensemble]", folder: Path, moved: Mapping[str, str]
         _check_prediction_type(expert, entry)
         expert.hashes = entry.files if verify else {}
     return ensemble
+
+
+def _saying(entry: ExpertEntry, spec: ExpertSpec) -> ExpertSpec:
+    """For a U-Net's single file that does not say what it predicts: what its user said when the ensemble was made."""
+    if entry.prediction_type not in PREDICTION_TYPES:
+        return spec
+    located = locate(spec)
+    if not located.single_file or located.layout.part == "transformer" or said_by_file(located.path).type:
+        return spec
+    return replace(spec, prediction_type=entry.prediction_type)
 
 
 def _spec(entry: ExpertEntry, folder: Path, moved: str | None) -> ExpertSpec:

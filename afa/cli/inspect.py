@@ -60,6 +60,8 @@ class Options(CheckedOptions):
         super().__post_init__()
         if not self.experts and self.config is None:
             raise UserError("give EXPERT..., or --config sd15, sdxl, sd35, flux or another; afa inspect --help names them")
+        if not self.experts and self.prediction_type is not None:
+            raise UserError(f"--prediction-type {self.prediction_type} is for EXPERT, and none is given; leave it out")
         if self.experts and self.count is not None:
             raise UserError(f"--count {self.count} is for --config without EXPERT; leave out one of them")
 

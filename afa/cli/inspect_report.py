@@ -23,10 +23,16 @@ def report(facts: dict[str, Any]) -> str:
 def _experts(experts: list[dict[str, Any]]) -> str:
     headers = ["name", "source", "family", "class", ">parameters", "stored as", "predicts"]
     rows = [
-        [e["name"], _source(e), e["family"], e["class"], count(e["parameters"]), e["dtype"], e["prediction_type"]]
+        [e["name"], _source(e), e["family"], e["class"], count(e["parameters"]), e["dtype"], _prediction(e)]
         for e in experts
     ]
     return table(headers, rows)
+
+
+def _prediction(expert: dict[str, Any]) -> str | None:
+    """What an expert predicts, and at which noise if that is unusual."""
+    noise = {"zero_snr": ", zero terminal SNR", "edm": ", EDM noise"}.get(expert["noise"], "")
+    return f"{expert['prediction_type']}{noise}" if expert["prediction_type"] else None
 
 
 def _source(expert: dict[str, Any]) -> str:

@@ -102,6 +102,13 @@ def signal_table(scheduler: Any) -> Tensor:
     return usual if alike(usual, own) else own
 
 
+def noise_of_schedule(scheduler: Any) -> str:
+    """The kind of a scheduler's noise in a word: flow, edm, zero_snr, or betas for any other table."""
+    if kind_of(scheduler) == FLOW:
+        return FLOW
+    return "edm" if is_edm(scheduler) else "zero_snr" if Schedule.of(scheduler).zero_snr else "betas"
+
+
 def alike(one: Tensor, other: Tensor) -> bool:
     """Whether two tables of squared signal are equal but for rounding, in their signal and in their noise."""
     close = {"rtol": 1e-5, "atol": 2e-7}

@@ -6,7 +6,7 @@ import torch
 
 from afa.errors import UserError
 from afa.experts.locate import Located
-from afa.experts.original import config_folder, detect_config
+from afa.experts.original import config_of
 from afa.experts.parts import check_config, first_line
 from afa.families.table import FAMILIES
 
@@ -15,8 +15,8 @@ def denoiser_config(located: Located, family: str, config: str | None = None) ->
     """With the defaults of its class. config: of a single file, as in load_expert. Raises UserError where there is none to be read."""
     import diffusers
 
-    folder = config_folder(config or detect_config(located.path)) if located.single_file else located.path
-    folder = folder / FAMILIES[family].component if located.whole_pipeline else folder
+    folder = config_of(located, config)[1] if located.single_file else located.path
+    folder = folder / FAMILIES[family].component if located.single_file or located.whole_pipeline else folder
     maker: Any = getattr(diffusers, FAMILIES[family].model)
     config = check_config(folder, "diffusers", FAMILIES[family].model)
     try:

@@ -11,6 +11,7 @@ from afa.experts.finite import check_finite
 from afa.experts.load import TEXT_ENCODERS, TOKENIZERS, Expert
 from afa.experts.locate import Located
 from afa.experts.parts import has_part, load_part, read_index
+from afa.experts.prediction import predicting
 from afa.experts.spec import ExpertSpec
 
 
@@ -28,17 +29,31 @@ def lend(experts: Sequence[Expert], frame: str | None, dtype: torch.dtype | None
         return None
     for expert in bare:
         expert.lender, expert.text_encoders, expert.tokenizers = lender, list(lender.text_encoders), list(lender.tokenizers)
-        expert.scheduler = expert.scheduler or lender.scheduler
+        expert.scheduler = expert.scheduler or lent_scheduler(expert, lender.scheduler)
         expert.pipeline_options = dict(lender.pipeline_options)
     return lender
 
 
-def load_lender(frame: str, dtype: torch.dtype | None) -> Expert:
-    """A pipeline's folder without its denoiser. Raises UserError if it is none, or has no text encoders."""
+def lent_scheduler(expert: Expert, scheduler: Any) -> Any:
+    """A lender's scheduler, for what an expert's own file says that it predicts."""
+    return None if scheduler is None else predicting(scheduler, expert.said, f"expert '{expert.name}'")
+
+
+def frame_scheduler(frame: str) -> Any:
+    """The scheduler that a pipeline's folder lends. Raises UserError if it is none."""
+    return load_part(_pipeline(frame)[0], "scheduler")
+
+
+def _pipeline(frame: str) -> tuple[Path, dict[str, Any]]:
     folder = Path(frame)
     if not (folder / "model_index.json").is_file():
         raise UserError(f"frame '{frame}' is no pipeline's folder: it has no model_index.json")
-    index: dict[str, Any] = read_index(folder)
+    return folder, read_index(folder)
+
+
+def load_lender(frame: str, dtype: torch.dtype | None) -> Expert:
+    """A pipeline's folder without its denoiser. Raises UserError if it is none, or has no text encoders."""
+    folder, index = _pipeline(frame)
     found = [part for part in TEXT_ENCODERS if has_part(index, part)]
     if not found:
         raise UserError(f"frame '{frame}' has no text encoders; give the folder of a whole text-to-image pipeline")

@@ -10,11 +10,13 @@ from torch import nn
 
 from afa.errors import UserError
 from afa.experts.adapters import add_own, fuse, load_sharing
+from afa.experts.components import read_component, read_vae
 from afa.experts.finite import check_finite
 from afa.experts.known import KnownParts
 from afa.experts.locate import Located, locate
-from afa.experts.original import config_folder, detect_config, load_tokenizers
+from afa.experts.original import config_of, load_tokenizers, scheduler_of
 from afa.experts.parts import component_of, first_line, has_part, load_part, read_index
+from afa.experts.prediction import Prediction, flow_only, folder_scheduler
 from afa.experts.spec import ExpertSpec
 from afa.families.table import FAMILIES, family_of
 
@@ -29,7 +31,7 @@ class Expert:
     model: the denoiser; None for a lender that is no expert. text_encoders, tokenizers: in the pipeline's order; empty if only a
     denoiser was given. located: where it came from; None if it was handed over as an object. config: of a single file.
     pipeline: the class it was, or would be, loaded with. lender: whose text encoders, tokenizers, scheduler and VAE it uses, if it
-    is a denoiser alone (see lending.py).
+    is a denoiser alone (see lending.py). said: what such a one, or its user, says that it predicts.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Expert:
     config: str | None = None
     hashes: dict[str, str] = field(default_factory=dict)  # of its files, once they have been computed
     lender: "Expert | None" = None
+    said: Prediction = field(default_factory=Prediction)
 
     @property
     def family(self) -> str:
@@ -98,12 +101,14 @@ def load_expert(
     return expert
 
 
-def load_experts(sources: Sequence[object], dtype: torch.dtype | None = None, config: str | None = None) -> list[Expert]:
+def load_experts(
+    sources: Sequence[object], dtype: torch.dtype | None = None, config: str | None = None, prediction_type: str | None = None
+) -> list[Expert]:  # fmt: skip
     """Load several, and give every one a name of its own; those on one base share its weights (see adapters).
 
     Raises UserError for two of one name, before loading.
     """
-    specs = [ExpertSpec.parse(str(source)) if isinstance(source, (str, Path)) else source for source in sources]
+    specs = [ExpertSpec.parse(str(source), prediction_type) if isinstance(source, (str, Path)) else source for source in sources]
     check_names([spec for spec in specs if isinstance(spec, ExpertSpec)])
     known = KnownParts()
     experts = load_sharing(specs, lambda source: load_expert(source, dtype, config, known))
@@ -146,7 +151,8 @@ def _from_files(located: Located, dtype: torch.dtype, config: str | None, known:
             raise UserError(f"expert '{spec.name}': a LoRA needs a whole pipeline to join, and {located.path} is only a denoiser")
         if located.single_file:
             return _denoiser_file(located, dtype, config)
-        return Expert(name=spec.name, model=load_part(located.path, None, dtype), located=located)
+        said = Prediction(spec.prediction_type)
+        return Expert(name=spec.name, model=load_part(located.path, None, dtype), located=located, said=said)
     if located.single_file:
         return _from_single_file(located, dtype, config)
     index = read_index(located.path)
@@ -156,7 +162,7 @@ def _from_files(located: Located, dtype: torch.dtype, config: str | None, known:
         model=load_part(located.path, component_of(located.path, index), dtype),
         text_encoders=[_load_known(known, located.path, name, dtype) for name in TEXT_ENCODERS if has_part(index, name)],
         tokenizers=[load_part(located.path, name) for name in TOKENIZERS if has_part(index, name)],
-        scheduler=load_part(located.path, "scheduler") if has_part(index, "scheduler") else None,
+        scheduler=folder_scheduler(located, index),
         pipeline=index["_class_name"],
         pipeline_options=_options(index),
         located=located,
@@ -176,20 +182,24 @@ def _load_known(known: KnownParts, folder: Path, part: str, dtype: torch.dtype) 
 
 
 def _denoiser_file(located: Located, dtype: torch.dtype, config: str | None) -> Expert:
-    """A transformer in its original layout, whatever else its file holds."""
+    """A denoiser alone, whatever else its file holds."""
     import diffusers
 
-    folder = config_folder(config or detect_config(located.path))
+    _, folder = config_of(located, config)
     index = read_index(folder)
     part = component_of(folder, index)
     maker = getattr(diffusers, index[part][1])
+    if located.layout.part == "unet":
+        model = read_component(located.path, located.layout, maker, maker.load_config(folder / part, local_files_only=True), dtype)
+        said = scheduler_of(located, config, folder)[1]
+        return Expert(name=located.spec.name, model=model, located=located, config=config, said=said)
     options = {"config": str(folder), "subfolder": part, "local_files_only": True, "dtype": dtype}
     try:
         model = maker.from_single_file(str(located.path), **options).eval()
     except Exception as error:
         raise UserError(f"{located.path} could not be read with the config {folder.name}: {first_line(error)}") from error
     _check_whole(located, folder, {part: model})
-    return Expert(name=located.spec.name, model=model, located=located, config=config)
+    return Expert(name=located.spec.name, model=model, located=located, config=config, said=flow_only(located))
 
 
 def _check_whole(located: Located, folder: Path, parts: dict[str, Any]) -> None:
@@ -204,7 +214,7 @@ def _from_single_file(located: Located, dtype: torch.dtype, config: str | None) 
     """The expert in a checkpoint of original layout, through a stock pipeline without its VAE, which is read later."""
     import diffusers
 
-    folder = config_folder(config or detect_config(located.path))
+    _, folder = config_of(located, config)
     maker = getattr(diffusers, read_index(folder)["_class_name"])
     options = {"config": str(folder), "local_files_only": True, "dtype": dtype, "vae": None, **load_tokenizers(folder)}
     try:
@@ -214,6 +224,7 @@ def _from_single_file(located: Located, dtype: torch.dtype, config: str | None) 
     _check_whole(located, folder, pipe.components)
     expert = _from_pipeline(pipe)
     expert.name, expert.located, expert.config = located.spec.name, located, config
+    expert.scheduler, expert.said = scheduler_of(located, config, folder)
     return _fuse_loras(expert)
 
 
@@ -227,15 +238,21 @@ def _fuse_loras(expert: Expert) -> Expert:
     return expert
 
 
-def load_vae(located: Located, config: str | None, dtype: torch.dtype) -> nn.Module:
-    """The VAE of a folder (a whole pipeline, or a VAE alone) or of a single file. Raises UserError as load_expert does."""
+def load_vae(located: Located, config: str | None, dtype: torch.dtype, like: Expert | None = None) -> nn.Module:
+    """The VAE of a folder (a whole pipeline, or a VAE alone) or of a single file. Raises UserError as load_expert does.
+
+    like: an expert that it is to serve, whose VAE's settings a VAE alone in a file gets.
+    """
     from diffusers import AutoencoderKL
 
-    if located.single_file:
-        folder = config_folder(config or detect_config(located.path))
+    vae: nn.Module
+    if located.single_file and located.layout.part != "pipeline":
+        vae = read_vae(located.path, like, config, dtype)
+    elif located.single_file:
+        _, folder = config_of(located, config)
         options = {"config": str(folder), "subfolder": "vae", "local_files_only": True, "dtype": dtype}
         try:
-            vae: nn.Module = AutoencoderKL.from_single_file(str(located.path), **options).eval()
+            vae = AutoencoderKL.from_single_file(str(located.path), **options).eval()
         except Exception as error:
             raise UserError(f"{located.path} has no VAE that could be read; choose another with vae= ({first_line(error)})") from error
         _check_whole(located, folder, {"vae": vae})

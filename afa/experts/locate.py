@@ -4,11 +4,12 @@ import os
 import stat
 import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from afa.errors import UserError
-from afa.experts.original import is_alone
+from afa.experts.headers import read_header
+from afa.experts.layouts import Layout, layout_of
 from afa.experts.spec import HUB_ID, ExpertSpec, exists
 
 
@@ -27,7 +28,12 @@ class Located:
     @property
     def whole_pipeline(self) -> bool:
         """Whether it brings text encoders, VAE and scheduler, not only the denoiser."""
-        return not is_alone(self.path) if self.single_file else (self.path / "model_index.json").is_file()
+        return self.layout.part == "pipeline" if self.single_file else (self.path / "model_index.json").is_file()
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How a single file names its tensors. Raises UserError if it is broken, or is not read at all."""
+        return layout_of(read_header(self.path), self.path)
 
 
 def locate(spec: ExpertSpec) -> Located:

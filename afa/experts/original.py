@@ -1,57 +1,81 @@
 """Single .safetensors files in their original layout: which architecture, and loading them without a network.
 
-U-Nets come with text encoders and VAE in one file (LDM's layout); of transformers (SD 3, FLUX) only the denoiser is read, since
-their fine-tunes share everything else. diffusers converts the keys; what it would fetch from a hub (configs, CLIP's
+U-Nets come with text encoders and VAE in one file (LDM's layout), or alone; of transformers (SD 3, FLUX) only the denoiser is read,
+since their fine-tunes share everything else. diffusers converts the keys; what it would fetch from a hub (configs, CLIP's
 tokenizer) ships in configs/.
 """
 
 import gzip
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from afa.denoiser.schedule import kind_of
 from afa.errors import UserError
 from afa.experts.folders import read_object
 from afa.experts.headers import read_header
+from afa.experts.layouts import SD3, layout_of
+from afa.experts.locate import Located
+from afa.experts.parts import load_part
+from afa.experts.prediction import Prediction, predicting, said_by_file, warn_once
 from afa.lookup import unknown
 
 CONFIGS = Path(__file__).parent / "configs"
 KNOWN_CONFIGS = ("sd15", "sd21", "sd21-base", "sdxl", "sd3", "sd35", "sd35-large", "flux", "flux-schnell")
-DENOISER = "model.diffusion_model."  # before a denoiser's keys, unless it is alone in its file
-FIRST_CONV = f"{DENOISER}input_blocks.0.0.weight"
-ATTENTION = f"{DENOISER}input_blocks.{{}}.1.transformer_blocks.0.attn2.to_k.weight"
-# (block of the first attention, width of its text input) -> shipped config.
-# SD 2.x with and without v-prediction have the same shapes: 2.1 at 768 px is taken, sd21-base must be asked for.
-ARCHITECTURES = {(1, 768): "sd15", (1, 1024): "sd21", (4, 2048): "sdxl"}
-SD3, FLUX = "joint_blocks.0.x_block.attn.qkv.weight", "double_blocks.0.img_attn.qkv.weight"
-TRANSFORMERS = (SD3, FLUX)
+# (names of the first convolution and of the text input of a U-Net's first attention), by whether they are diffusers' names
+UNET = {
+    False: ("input_blocks.0.0.weight", "input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"),
+    True: ("conv_in.weight", "down_blocks.{}.attentions.0.transformer_blocks.0.attn2.to_k.weight"),
+}
+# (block of the first attention in the original's and in diffusers' count, width of its text input) -> shipped config.
+# SD 2.x with and without v-prediction have the same shapes: 2.1 at 768 px is taken, unless ε is said.
+ARCHITECTURES = {(1, 0, 768): "sd15", (1, 0, 1024): "sd21", (4, 1, 2048): "sdxl"}
 
 
-def detect_config(file: Path) -> str:
-    """Which shipped config fits a single file, from the shapes in its header. Raises UserError if none does."""
+def detect_config(file: Path, prediction_type: str | None = None) -> str:
+    """Which shipped config fits a single file, from the shapes in its header. Raises UserError if none does.
+
+    prediction_type: what its user says that it predicts.
+    """
     header = read_header(file)
-    if is_transformer(header):
-        return _transformer_config(file, {name.removeprefix(DENOISER): entry["shape"] for name, entry in header.items()})
-    if FIRST_CONV not in header:
-        raise UserError(f"{file} is no checkpoint in original layout: it has no {FIRST_CONV}, and is no SD 3 or FLUX; is it a LoRA, a VAE or another family?")
-    channels = header[FIRST_CONV]["shape"][1]
+    layout = layout_of(header, file)
+    if layout.part == "vae":
+        raise UserError(f"{file} is no checkpoint in original layout but a VAE alone; give it as --vae, or in Python as vae=")
+    if layout.part == "transformer":
+        return _transformer_config(file, {name.removeprefix(layout.prefix): entry["shape"] for name, entry in header.items()})
+    first, attention = (layout.prefix + name for name in UNET[layout.diffusers])
+    channels = header[first]["shape"][1] if first in header else 0
     if channels != 4:
         raise UserError(f"{file} takes {channels} input channels, expected 4; inpainting and other conditioned U-Nets are not supported as single files")
-    for (block, width), config in ARCHITECTURES.items():
-        if header.get(ATTENTION.format(block), {}).get("shape", [0, 0])[1] == width:
-            return config
+    for (*blocks, width), config in ARCHITECTURES.items():
+        shape = header.get(attention.format(blocks[layout.diffusers]), {}).get("shape", [])
+        if shape[1:] == [width]:
+            said = said_by_file(file, prediction_type).type if config == "sd21" else None
+            return "sd21-base" if said == "epsilon" else config
     raise UserError(f"{file} is of no architecture known here ({', '.join(KNOWN_CONFIGS)}); give its config folder with --config")
 
 
-def is_transformer(names: Collection[str]) -> bool:
-    """Whether a single file with these keys has a transformer of SD 3 or FLUX in its original layout."""
-    return any(f"{prefix}{mark}" in names for prefix in (DENOISER, "") for mark in TRANSFORMERS)
+def config_of(located: Located, config: str | None) -> tuple[str, Path]:
+    """With which configs a single file is read: -> what they are called, their folder.
+
+    config: what its user names, else the file's shapes decide. Raises UserError if there are none.
+    """
+    name = config or detect_config(located.path, located.spec.prediction_type)
+    return name, config_folder(name)
 
 
-def is_alone(file: Path) -> bool:
-    """Whether of a single file only the denoiser is read. Raises UserError if it is broken."""
-    return is_transformer(read_header(file))
+def scheduler_of(located: Located, config: str | None, folder: Path) -> tuple[Any, Prediction]:
+    """The scheduler of a U-Net's single file: that of its configs, with what is said of the file; and that alone.
+
+    config: what its user named, of the folder that it is read with. Raises UserError for what contradicts itself.
+    """
+    usual = load_part(folder, "scheduler")
+    named = config is not None and (config not in KNOWN_CONFIGS or config.startswith("sd21"))  # sd15 and sdxl name shapes only
+    said = said_by_file(located.path, located.spec.prediction_type, kind_of(usual) if named else None)
+    if folder.name == "sd21" and said.type is None and config is None:
+        warn_once(f"{located.path} does not say what it predicts, and is read as v-prediction, as SD 2.1 at 768 px; if not, --prediction-type epsilon")
+    return predicting(usual, said, located.path), said
 
 
 def _transformer_config(file: Path, shapes: Mapping[str, list[int]]) -> str:

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from afa.errors import UserError
+from afa.experts.components import as_diffusers
 from afa.experts.folders import read_config, read_folder
 from afa.experts.headers import Tensors, check_fit, dtype_of, read_file, same_bytes
+from afa.experts.layouts import DENOISER
 from afa.experts.load import TEXT_ENCODERS, TOKENIZERS, Expert
 from afa.experts.locate import Located, locate
-from afa.experts.original import DENOISER, config_folder, detect_config, load_tokenizers
+from afa.experts.original import config_folder, config_of, load_tokenizers, scheduler_of
 from afa.experts.parts import check_config, component_class, component_of, first_line, has_part, load_part, read_index
+from afa.experts.prediction import Prediction, flow_only, folder_scheduler, says
 from afa.experts.spec import ExpertSpec
 from afa.families.table import FAMILIES, family_of
 from afa.text import arithmetic
@@ -34,13 +37,14 @@ class Outline:
 
     expert: can be compared, counted and measured, not run. parts: its models by component (unet, text_encoder, vae …).
     stored: what the files hold for a component; nothing for bare configs, and where a LoRA may change it.
-    config: the one a single file was read with.
+    config: the one a single file was read with; folder: where that lies.
     """
 
     expert: Expert
     parts: dict[str, nn.Module]
     stored: dict[str, Tensors] = field(default_factory=dict)
     config: str | None = None
+    folder: Path | None = None
 
     @property
     def dtype(self) -> str | None:
@@ -87,11 +91,13 @@ def _from_folder(located: Located) -> Outline:
     name, path = located.spec.name, located.path
     if not located.whole_pipeline:
         model = _build(path, None, "diffusers", str(read_config(path).get("_class_name", "")))
-        found = Outline(Expert(name=name, model=model, located=located), {FAMILIES[family_of(model)].component: model})
+        said = Prediction(located.spec.prediction_type)
+        found = Outline(Expert(name=name, model=model, located=located, said=said), {FAMILIES[family_of(model)].component: model})
     else:
         found = _described(name, path, _build_all(path), {})
-        found.expert.located = located
-        found.expert.tokenizers = [load_part(path, part) for part in TOKENIZERS if has_part(read_index(path), part)]
+        found.expert.located, index = located, read_index(path)
+        found.expert.scheduler = folder_scheduler(located, index)
+        found.expert.tokenizers = [load_part(path, part) for part in TOKENIZERS if has_part(index, part)]
     for part, model in found.parts.items():
         folder = path / part if located.whole_pipeline else path
         tensors = read_folder(folder)
@@ -102,11 +108,7 @@ def _from_folder(located: Located) -> Outline:
 
 def _from_single_file(located: Located, config: str | None) -> Outline:
     tensors = read_file(located.path)
-    if "conv_in.weight" in tensors or any(name.startswith("transformer_blocks.") for name in tensors):
-        folder = located.path.parent
-        raise UserError(f"{located.path} holds one component in diffusers' layout, not a whole expert; give its folder: {folder}")
-    config = config or detect_config(located.path)
-    folder = config_folder(config)
+    name, folder = config_of(located, config)
     if not located.whole_pipeline:
         return _from_denoiser_file(located, config, tensors)
     parts = _build_all(folder)
@@ -116,21 +118,28 @@ def _from_single_file(located: Located, config: str | None) -> Outline:
     for part, entries in stored.items():
         _check_original(part, parts[part], entries, f"the {part} in {located.path} (read with the config {folder.name})")
     found = _described(located.spec.name, folder, parts, stored)
-    found.expert.located, found.config = located, config
+    found.expert.located, found.config, found.folder = located, name, folder
+    found.expert.scheduler, found.expert.said = scheduler_of(located, config, folder)
     found.expert.tokenizers = list(load_tokenizers(folder).values())
     return found
 
 
-def _from_denoiser_file(located: Located, config: str, tensors: Tensors) -> Outline:
-    """A transformer in its original layout; what else its file may hold is not read."""
-    folder = config_folder(config)
+def _from_denoiser_file(located: Located, config: str | None, tensors: Tensors) -> Outline:
+    """A denoiser alone; what else its file may hold is not read. A flow's scheduler is its lender's."""
+    name, folder = config_of(located, config)
     index = read_index(folder)
     part = component_of(folder, index)
     model = _build(folder / part, part, *index[part])
-    prefixed = {key: entry for key, entry in tensors.items() if key.startswith(DENOISER)}
-    entries = prefixed or tensors
-    _check_original(part, model, entries, f"the {part} in {located.path} (read with the config {folder.name})")
-    return Outline(Expert(name=located.spec.name, model=model, located=located), {part: model}, {part: entries}, config)
+    layout = located.layout
+    entries = {key: entry for key, entry in tensors.items() if key.startswith(layout.prefix) and not says(key)}
+    where = f"the {part} in {located.path} (read with the config {folder.name})"
+    if layout.part == "unet":
+        check_fit(model, as_diffusers(model, layout, {key: entry.meta() for key, entry in entries.items()}, where), where)
+    else:
+        _check_original(part, model, entries, where)
+    scheduler, said = scheduler_of(located, config, folder) if layout.part == "unet" else (None, flow_only(located))
+    expert = Expert(name=located.spec.name, model=model, scheduler=scheduler, located=located, said=said)
+    return Outline(expert, {part: model}, {part: entries}, name, folder)
 
 
 def _check_original(part: str, model: nn.Module, entries: Tensors, where: str) -> None:

@@ -19,6 +19,8 @@ from afa.denoiser.schedule import Schedule, kind_of
 from afa.errors import UserError
 from afa.experts.headers import read_header, read_metadata
 from afa.experts.layouts import DENOISER
+from afa.experts.locate import Located
+from afa.experts.parts import has_part, load_part
 
 V, EPSILON = "v_prediction", "epsilon"
 V_KEY, ZERO_KEY = "v_pred", "ztsnr"
@@ -76,7 +78,7 @@ def predicting(scheduler: Any, said: Prediction, where: object) -> Any:
         raise UserError(f"{where} predicts {kind} by its scheduler, and {said.type} was said of it; leave out --prediction-type")
     wanted = said.type or kind
     if said.zero_snr and wanted != V:
-        _warn(f"{where}: its key {ZERO_KEY} is ignored, since it predicts {wanted}; if it predicts v, give --prediction-type {V}")
+        warn_once(f"{where}: its key {ZERO_KEY} is ignored, since it predicts {wanted}; if it predicts v, give --prediction-type {V}")
     zero = said.zero_snr and wanted == V and not Schedule.of(scheduler).zero_snr
     if not zero:
         return scheduler if wanted == kind else type(scheduler).from_config(scheduler.config, prediction_type=wanted)
@@ -87,6 +89,22 @@ def predicting(scheduler: Any, said: Prediction, where: object) -> Any:
     from diffusers import DDIMScheduler  # for classes that have no such setting, such as SD 1.x' PNDM
 
     return DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=False, **changes)
+
+
+def folder_scheduler(located: Located, index: dict[str, Any]) -> Any:
+    """The scheduler of a pipeline's folder; None if it has none. Raises UserError if its user says otherwise than it does."""
+    scheduler = load_part(located.path, "scheduler") if has_part(index, "scheduler") else None
+    given = located.spec.prediction_type
+    if scheduler is not None and given not in (None, kind_of(scheduler)):
+        raise UserError(f"{located.path}: its scheduler says {kind_of(scheduler)}, --prediction-type {given}; leave out one, or correct the folder")
+    return scheduler
+
+
+def flow_only(located: Located) -> Prediction:
+    """Of a flow's file, which says nothing. Raises UserError for a user who does."""
+    if located.spec.prediction_type is not None:
+        raise UserError(f"{located.path} is a flow model, which predicts neither epsilon nor v; leave out --prediction-type {located.spec.prediction_type}")
+    return Prediction()
 
 
 def keys_of(scheduler: Any) -> tuple[str, ...]:
@@ -106,6 +124,6 @@ def _has(names: Collection[str], key: str) -> bool:
 
 
 @lru_cache
-def _warn(sentence: str) -> None:
-    """Once on stderr."""
+def warn_once(sentence: str) -> None:
+    """Say something on stderr, the same only once."""
     print(f"afa: {sentence}", file=sys.stderr)

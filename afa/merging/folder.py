@@ -7,6 +7,7 @@ from typing import Any
 
 from afa.experts.original import load_tokenizers
 from afa.experts.parts import read_index
+from afa.experts.prediction import keys_of, warn_once
 from afa.merging.plan import Plan
 from afa.merging.sources import Source
 
@@ -19,7 +20,10 @@ def copy_surroundings(plan: Plan, into: Path) -> None:
     """Write everything but the weights. Weights that a merge does not read (a safety checker's) are copied with their folder."""
     first = plan.first
     if not first.located.whole_pipeline:
-        _write_config(first.config / "config.json", into / "config.json", plan.settings.dtype)
+        own = first.config / first.denoiser if first.located.single_file else first.config
+        if keys_of(first.outline.expert.scheduler if first.outline else None):
+            warn_once(f"{plan.settings.output}: a folder of a denoiser alone cannot say that it predicts v; give --prediction-type v_prediction with it")
+        _write_config(own / "config.json", into / "config.json", plan.settings.dtype)
         return
     index = read_index(first.config)
     for name, entry in index.items():
@@ -31,6 +35,8 @@ def copy_surroundings(plan: Plan, into: Path) -> None:
             shutil.copytree(first.config / name, into / name)
         elif name in OPTIONAL:
             index[name] = [None, None]
+    if first.located.single_file:
+        _scheduler(first, index, into)
     _tokenizers(first, into)
     if index.get("safety_checker", [None])[0] is None and "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
@@ -55,6 +61,15 @@ def _write_config(file: Path, target: Path, dtype: str | None) -> None:
         if dtype and name in config:
             config[name] = dtype
     target.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _scheduler(first: Source, index: dict[str, Any], into: Path) -> None:
+    """A single file may say of itself what its configs do not: then the folder has to."""
+    assert first.outline is not None
+    scheduler = first.outline.expert.scheduler
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    shutil.rmtree(into / "scheduler")
+    scheduler.save_pretrained(into / "scheduler")
 
 
 def _tokenizers(first: Source, into: Path) -> None:

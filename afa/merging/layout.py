@@ -1,12 +1,13 @@
 """How a merged checkpoint is laid out: the tensors of each file to write, as a diffusers folder or in original layout."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from afa.errors import UserError
 from afa.experts.headers import DTYPES
-from afa.merging.original import DENOISER, names_by_key, original_places, shape_to_original
+from afa.experts.prediction import keys_of
+from afa.merging.original import DENOISER, Place, names_by_key, original_places, shape_to_original
 from afa.merging.parts import TEXT_ENCODERS
 from afa.merging.sources import Source, Stored
 
@@ -19,7 +20,7 @@ BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "
 class Item:
     """One tensor to write: its name, code and shape in the file; from which keys (three thirds, or one), in which form.
 
-    spare: a tensor of the first expert that is written as it is, instead.
+    spare: a tensor of the first expert that is written as it is, instead. With neither, it is empty.
     """
 
     name: str
@@ -64,11 +65,13 @@ def _diffusers_name(key: str, stored: Stored) -> str:
 
 
 def original_file(first: Source, vae: Source | None, dtype: str | None) -> list[Item]:
-    """One file for all parts. What a first expert in that layout has besides (its EMA copy excepted) stays in.
+    """One file for all parts, or for a U-Net alone as the first expert's file has it. What that has besides (its EMA copy
+    excepted) stays in; the empty tensors that say what a model predicts are its scheduler's.
 
     Arguments as above. Raises UserError for what the layout has no place for.
     """
-    if first.denoiser != DENOISER or not first.located.whole_pipeline:
+    alone = first.located.single_file and not first.located.whole_pipeline
+    if first.denoiser != DENOISER or not (first.located.whole_pipeline or alone):
         what = "is only a denoiser" if first.denoiser == DENOISER else f"has a {first.denoiser}"
         raise UserError(
             f"'{first.name}' {what}, and a single file in original layout is of a whole SD 1.x, 2.x or XL; give a folder as --output"
@@ -78,7 +81,9 @@ def original_file(first: Source, vae: Source | None, dtype: str | None) -> list[
         origin = vae if part == "vae" and vae else first
         items |= {item.name: item for item in _original_part(part, origin, first, dtype)}
     spare = {name: stored for name, stored in first.spare.items() if name not in items}
-    return [*items.values(), *(Item(name, _code(stored, None), stored.shape, spare=stored) for name, stored in spare.items())]
+    assert first.outline is not None
+    said = [Item(name, "F32", (0,)) for name in keys_of(first.outline.expert.scheduler)]
+    return [*items.values(), *said, *(Item(name, _code(stored, None), stored.shape, spare=stored) for name, stored in spare.items())]
 
 
 def _original_part(part: str, origin: Source, first: Source, dtype: str | None) -> Iterator[Item]:
@@ -89,6 +94,10 @@ def _original_part(part: str, origin: Source, first: Source, dtype: str | None) 
         places = original_places(part, own, stages=first.stages, xl="text_encoder_2" in first.parts, open_clip=opened)
     except ValueError as error:
         raise UserError(f"'{origin.name}': {error}; give a folder as --output") from None
+    if first.located.single_file and not first.located.whole_pipeline:
+        layout = first.located.layout
+        named = {name: Place(layout.prefix + name) for name in own} if layout.diffusers else places
+        places = {name: replace(place, key=layout.own(place.key)) for name, place in named.items()}
     for key, names in names_by_key(places).items():
         stored, form = own[names[0]], places[names[0]].form
         shape = shape_to_original(stored.shape, form)

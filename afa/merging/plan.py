@@ -93,6 +93,8 @@ def make_plan(settings: MergeSettings) -> Plan:
     check_output(settings, [*specs, *based])
     experts = [open_source(spec, settings.config) for spec in specs]
     base = open_source(based[0], settings.config) if based else None
+    if settings.vae is not None and not experts[0].located.whole_pipeline:
+        raise UserError(f"--vae {settings.vae} is for whole checkpoints, and '{experts[0].name}' is a denoiser alone; leave it out")
     vae = _vae(settings, experts)
     _check_fit([*experts, *([base] if base else [])], settings.merge_vae)
     layout = (experts[0], vae, settings.dtype)
@@ -130,7 +132,7 @@ def _vae(settings: MergeSettings, experts: Sequence[Source]) -> Source | None:
     named = next((source for source in experts if source.name == settings.vae), None)
     if named is not None and "vae" not in named.parts:
         raise UserError(f"'{named.name}' has no VAE; choose another with --vae")
-    chosen = named or open_vae(settings.vae, settings.config)
+    chosen = named or open_vae(settings.vae, experts[0], settings.config)
     mine, theirs = (source.tensors.get(LATENTS) for source in (experts[0], chosen))
     if mine and theirs and mine.shape[1] != theirs.shape[1]:
         raise UserError(

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from afa import __version__
+from afa.denoiser.schedule import kind_of
+from afa.experts.prediction import EPSILON, V
 from afa.files import sha256
 from afa.merging.plan import Plan
 from afa.merging.sources import Source
@@ -57,6 +59,8 @@ def metadata(plan: Plan, hashes: Hashes) -> dict[str, str]:
     }
     text = first.expert.model.config.get("cross_attention_dim") if first else None
     architecture = ARCHITECTURES.get((str(first.expert.pipeline), text)) if first and isinstance(text, int) else None
+    kind = kind_of(first.expert.scheduler) if first and first.expert.scheduler is not None else None
+    found |= {"modelspec.prediction_type": "v" if kind == V else "epsilon"} if kind in (V, EPSILON) else {}
     return found | ({"modelspec.architecture": architecture} if architecture else {})
 
 

@@ -75,6 +75,8 @@ class FileMerge:
             spare = self.reader.read(item.spare)
             check_values(item.name, [spare], [self.plan.first.name])
             return spare
+        if not item.keys:
+            return torch.empty(0)
         return to_original([self.value(key) for key in item.keys], item.form)
 
     def value(self, key: str) -> Tensor:

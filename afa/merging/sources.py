@@ -1,7 +1,7 @@
 """An expert as a merge reads it: every tensor by its name in a diffusers pipeline, wherever and in whichever layout it lies."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -12,11 +12,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from afa.errors import UserError
+from afa.experts.components import describe_vae
 from afa.experts.folders import read_folder, read_object
 from afa.experts.headers import Tensors, is_float, is_position_ids, read_file, tied
 from afa.experts.locate import Located, locate
-from afa.experts.original import FIRST_CONV, config_folder
+from afa.experts.original import config_folder
 from afa.experts.outline import OPEN_CLIP, Outline, read_outline
+from afa.experts.prediction import says
 from afa.experts.spec import ExpertSpec
 from afa.families.table import FAMILIES
 from afa.merging.original import Place, from_original, original_places, shape_from_original
@@ -48,7 +50,8 @@ class Stored:
 
 @dataclass
 class Source:
-    """tensors: by "part.name". spare: what a single file holds besides (never its EMA copy). outline: of an expert; a VAE has none.
+    """tensors: by "part.name". spare: what a single file holds besides (never its EMA copy, nor
+    what says what it predicts, which is written anew). outline: of an expert; a VAE has none.
 
     config: folder of configs: the expert's own, or the one a single file is read with.
     """
@@ -119,20 +122,33 @@ def open_source(spec: ExpertSpec, config: str | None = None) -> Source:
     return _from_folder(located)
 
 
-def open_vae(text: str, config: str | None = None) -> Source:
-    """The source of a VAE: an expert's, or a VAE's own folder. Raises UserError if there is none."""
+def open_vae(text: str, like: Source, config: str | None = None) -> Source:
+    """The source of a VAE: an expert's, a VAE's own folder, or its own file. like: an expert that it is to serve.
+
+    Raises UserError if there is none, or one of another kind.
+    """
     spec = ExpertSpec.parse(text)
     located = locate(spec)
+    if located.single_file and located.layout.part != "pipeline":
+        return _vae_file(located, like, config)
     if not located.single_file and not located.whole_pipeline:
-        if read_object(located.path / "config.json").get("_class_name") != "AutoencoderKL":
-            raise UserError(
-                f"{located.path} is no VAE (its config.json says {read_object(located.path / 'config.json').get('_class_name')})"
-            )
+        kind = read_object(located.path / "config.json").get("_class_name")
+        if kind != "AutoencoderKL":
+            raise UserError(f"{located.path} is no VAE (its config.json says {kind})")
         return Source(located, _folder_tensors(located.path, "vae"), located.path)
     source = open_source(spec, config)
     if "vae" not in source.parts:
         raise UserError(f"'{spec.name}' has no VAE; choose another with --vae")
     return source
+
+
+def _vae_file(located: Located, like: Source, config: str | None) -> Source:
+    assert like.outline is not None
+    model, layout = describe_vae(located.path, like.outline.expert, config)
+    entries, names = read_file(located.path), list(model.state_dict())
+    places = {name: Place(layout.prefix + name) for name in names} if layout.diffusers else original_places("vae", names)
+    found = {f"vae.{name}": _stored(entries, replace(place, key=layout.own(place.key))) for name, place in places.items()}
+    return Source(located, found, like.config if config is None else config_folder(config))
 
 
 def _from_folder(located: Located) -> Source:
@@ -157,30 +173,30 @@ def _folder_tensors(folder: Path, part: str, model: nn.Module | None = None) -> 
 
 
 def _from_single_file(located: Located, config: str | None) -> Source:
-    _check_original(located.path)
+    """A whole checkpoint in original layout, or its U-Net alone."""
+    layout = located.layout
+    if layout.part == "transformer":
+        raise UserError(
+            f"{located.path} is no single file of SD 1.x, 2.x or XL, and other models are merged from diffusers folders only; give its folder"
+        )
     outline = read_outline(located.spec, config)
-    assert outline.config is not None
+    assert outline.folder is not None
     tensors: dict[str, Stored] = {}
     for part, entries in outline.stored.items():
         names = [today(name) for name in outline.parts[part].state_dict()]
+        if layout.diffusers:
+            tensors |= {f"{part}.{name}": _stored(entries, Place(layout.prefix + name)) for name in names}
+            continue
         opened = any(name.startswith(OPEN_CLIP) for name in entries)
         stages = key_stages([f"{part}.{name}" for name in names], outline.expert.model)
         places = original_places(part, names, stages=stages, xl="text_encoder_2" in outline.parts, open_clip=opened)
+        if layout.part == "unet":
+            places = {name: replace(place, key=layout.own(place.key)) for name, place in places.items()}
         tensors |= {f"{part}.{name}": _stored(entries, place) for name, place in places.items()}
     used = {stored.name for stored in tensors.values()}
-    found = {name: entry for name, entry in read_file(located.path).items() if name not in used and not name.startswith(EMA)}
-    spare = {name: Stored(entry.file, name, "same", entry.dtype, entry.shape) for name, entry in found.items()}
-    return Source(located, tensors, config_folder(outline.config), spare, outline)
-
-
-def _check_original(file: Path) -> None:
-    """Raises UserError for a single file of anything but a U-Net; one component in diffusers' layout is explained by the outline."""
-    names = read_file(file)
-    if FIRST_CONV not in names and "conv_in.weight" not in names:
-        raise UserError(
-            f"{file} is no single file of SD 1.x, 2.x or XL (it has no {FIRST_CONV}), and other models are merged from"
-            " diffusers folders only; give its folder"
-        )
+    others = {name: entry for name, entry in read_file(located.path).items() if not (name in used or name.startswith(EMA) or says(name))}
+    spare = {name: Stored(entry.file, name, "same", entry.dtype, entry.shape) for name, entry in others.items()}
+    return Source(located, tensors, outline.folder, spare, outline)
 
 
 def _stored(entries: Tensors, place: Place) -> Stored:

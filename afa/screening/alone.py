@@ -56,7 +56,7 @@ def common(
     borrowed = None if first.scheduler is not None else load_lender(_folder(first, lender), dtype)
     scheduler = first.scheduler if borrowed is None else borrowed.scheduler
     if vae is not None:
-        return Common(load_vae(locate(ExpertSpec("vae", vae)), config, dtype), scheduler, lender, config, dtype, device)
+        return Common(load_vae(locate(ExpertSpec("vae", vae)), config, dtype, like=first), scheduler, lender, config, dtype, device)
     own = first.located if first.located is not None and first.located.whole_pipeline else None
     found = load_vae(own, first.config or config, dtype) if own is not None else (borrowed or load_lender(_folder(first, lender), dtype)).load_vae()
     return Common(found, scheduler, lender, config, dtype, device)

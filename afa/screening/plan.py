@@ -10,6 +10,7 @@ import torch
 from afa.devices import choose_device
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
+from afa.experts.lending import frame_scheduler, lent_scheduler
 from afa.experts.load import Expert, check_names
 from afa.experts.outline import read_outline
 from afa.experts.spec import ExpertSpec
@@ -100,11 +101,15 @@ def _lender(experts: Sequence[Expert], frame: str | None) -> str | None:
     folder = None if whole is None or whole.located is None or whole.located.single_file else str(whole.located.path)
     for expert in bare if whole is not None else ():
         expert.text_encoders, expert.tokenizers = list(whole.text_encoders), list(whole.tokenizers)
+    place = frame or folder
+    lent = frame_scheduler(place) if place is not None else None if whole is None else whole.scheduler
+    for expert in bare if lent is not None else ():
+        expert.scheduler = lent_scheduler(expert, lent)
     if frame is None and folder is None:
         raise UserError(
             f"expert '{bare[0].name}' is a denoiser alone; name a pipeline's folder that lends it text encoders and scheduler: --frame FOLDER"
         )
-    return frame or folder
+    return place
 
 
 def _prompts(settings: ScreenSettings) -> int:
