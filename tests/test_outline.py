@@ -155,13 +155,13 @@ class TestRefusals:
         self.refused(photo / "vae", "expert 'vae': .* AutoencoderKL cannot be an expert")
 
     def test_one_component_is_no_expert(self, photo):
-        self.refused(photo / UNET_FILE, "give its folder: .*unet$")
+        self.refused(photo / UNET_FILE, "give its folder: .*unet,")
 
-    def test_a_single_file_without_its_text_encoder(self, experts, tmp_path):
+    def test_a_single_file_with_half_a_text_encoder(self, experts, tmp_path):
         tensors = load_file(experts / "photo.safetensors")
-        save_file({name: tensors[name] for name in tensors if not name.startswith("cond_stage")}, tmp_path / "bare.safetensors")
-        message = r"the text_encoder in .*bare.safetensors .* lacks \d+ of \d+ weights"
-        self.refused(tmp_path / "bare.safetensors", message, experts / "configs")
+        save_file({name: tensors[name] for name in tensors if "layers.1." not in name or "cond_stage" not in name}, tmp_path / "half.safetensors")
+        message = r"the text_encoder in .*half.safetensors .* lacks \d+ of \d+ weights"
+        self.refused(tmp_path / "half.safetensors", message, experts / "configs")
 
     def test_a_lora_file_that_is_cut_off(self, experts, tmp_path):
         lora = write_lora(sd_pipeline(0), tmp_path / "style.safetensors")

@@ -110,7 +110,7 @@ def _strange(names: Collection[str], family: str | None) -> str:
     if family == "ControlNet":
         return "is a ControlNet, which cannot be an expert; give it to the ensemble's pipeline(controlnet=…)"
     if family is not None and "diffusers" in family:
-        return f"is a {family}; of these, folders are read: give the folder with its config.json"
+        return f"is a {family}, of which folders are read; give its folder, with the config.json"
     if family is not None:
         return f"is a {family} model, which is not read as a single file; read are {READ}, and Qwen-Image as a diffusers folder"
     if any(name.startswith((*TEXT, "text_model.", "encoder.block.0.layer.", "transformer.resblocks.")) for name in names):

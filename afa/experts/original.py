@@ -53,7 +53,8 @@ def detect_config(file: Path, prediction_type: str | None = None) -> str:
         if shape[1:] == [width]:
             said = said_by_file(file, prediction_type).type if config == "sd21" else None
             return "sd21-base" if said == "epsilon" else config
-    raise UserError(f"{file} is of no architecture known here ({', '.join(KNOWN_CONFIGS)}); give its config folder with --config")
+    own = f"give its folder: {file.parent}, or" if (file.parent / "config.json").is_file() else "give"
+    raise UserError(f"{file} is of no architecture known here ({', '.join(KNOWN_CONFIGS)}); {own} its config folder with --config")
 
 
 def config_of(located: Located, config: str | None) -> tuple[str, Path]:
