@@ -13,8 +13,9 @@ from typing import Any
 
 from afa.denoiser.schedule import kind_of
 from afa.errors import UserError
+from afa.experts.embedded import unpack
 from afa.experts.folders import read_object
-from afa.experts.headers import read_header
+from afa.experts.headers import read_header, read_metadata
 from afa.experts.layouts import SD3, layout_of
 from afa.experts.locate import Located
 from afa.experts.parts import load_part
@@ -60,8 +61,11 @@ def detect_config(file: Path, prediction_type: str | None = None) -> str:
 def config_of(located: Located, config: str | None) -> tuple[str, Path]:
     """With which configs a single file is read: -> what they are called, their folder.
 
-    config: what its user names, else the file's shapes decide. Raises UserError if there are none.
+    config: what its user names; else the file's own header has them, or its shapes decide. Raises UserError if there are none.
     """
+    own = unpack(read_metadata(located.path), located.path) if config is None else None
+    if own is not None:
+        return "its header", own
     name = config or detect_config(located.path, located.spec.prediction_type)
     return name, config_folder(name)
 

@@ -9,6 +9,7 @@ from afa import __version__
 from afa.denoiser.schedule import kind_of
 from afa.experts.prediction import EPSILON, V
 from afa.files import sha256
+from afa.merging.configs import carried_configs
 from afa.merging.plan import Plan
 from afa.merging.sources import Source
 
@@ -61,7 +62,8 @@ def metadata(plan: Plan, hashes: Hashes) -> dict[str, str]:
     architecture = ARCHITECTURES.get((str(first.expert.pipeline), text)) if first and isinstance(text, int) else None
     kind = kind_of(first.expert.scheduler) if first and first.expert.scheduler is not None else None
     found |= {"modelspec.prediction_type": "v" if kind == V else "epsilon"} if kind in (V, EPSILON) else {}
-    return found | ({"modelspec.architecture": architecture} if architecture else {})
+    found |= {"modelspec.architecture": architecture} if architecture else {}
+    return found | (carried_configs(plan) if plan.settings.single_file else {})
 
 
 def described(source: Source, parts: Sequence[str], hashes: Hashes) -> dict[str, Any]:

@@ -1,0 +1,147 @@
+"""Configs in the header of a single file, so that afa reads a merge of its own again, whatever its architecture.
+
+A whole checkpoint's shapes name one of the shipped architectures. A merge of any other carries what a folder of configs would
+hold, as one JSON object in its header: file -> content. A header may come from a stranger, so what is read back is a
+fixed set of files, of known classes, with bounded numbers and plain words, and never a path or code.
+"""
+
+import atexit
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from afa.errors import UserError
+from afa.experts.folders import read_object
+from afa.experts.parts import read_index
+from afa.text_files import parse_json
+
+KEY = "afa.configs"
+LONGEST = 2**24  # characters
+INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+# component -> its classes; files beside config.json are the scheduler's and the tokenizers'
+CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
+TOKENIZERS = {f"{part}/{name}" for part in ("tokenizer", "tokenizer_2") for name in ("tokenizer.json", "tokenizer_config.json")}
+FILES = {INDEX, SCHEDULER, *TOKENIZERS, *(f"{part}/config.json" for part in MODELS)}
+LEFT_OUT = ("_name_or_path", "name_or_path", "_diffusers_version", "transformers_version", "tokenizer_file", "special_tokens_map_file")
+WORD = re.compile(r"[\w .+-]{0,80}")
+LONGEST_LIST, DEEPEST_MODEL, LARGEST = 128, 128, 2**20
+
+
+def pack(folder: Path, vae: Path, tokenizers: Mapping[str, Any]) -> str:
+    """A folder of configs as text for a header.
+
+    vae: the folder that the VAE's config.json is in. tokenizers: by component; CLIP's are left out, since they are known.
+    """
+    index = read_object(folder / INDEX)
+    kept = {name: entry for name, entry in index.items() if name in (*CLASSES, "scheduler") or not isinstance(entry, list)}
+    found: dict[str, Any] = {INDEX: _plain(kept)}
+    for name in sorted(FILES - TOKENIZERS - {INDEX}):
+        place = vae / "config.json" if name == "vae/config.json" else folder / name
+        if place.is_file():
+            found[name] = _plain(read_object(place))
+    for part, tokenizer in tokenizers.items():
+        with tempfile.TemporaryDirectory() as place:
+            tokenizer.save_pretrained(place)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                content = read_object(Path(place) / name)
+                found[f"{part}/{name}"] = content if name == "tokenizer.json" else _plain(content)
+    return json.dumps(found, sort_keys=True)
+
+
+def unpack(metadata: Mapping[str, str], file: Path) -> Path | None:
+    """The folder of configs that a file's header carries; None if it carries none.
+
+    The folder is temporary and this process's own. Raises UserError for configs that afa would not have written.
+    """
+    return _unpacked(metadata[KEY], file) if KEY in metadata else None
+
+
+@lru_cache
+def _unpacked(text: str, file: Path) -> Path:
+    where = f"the configs in the header of {file}"
+    found = check(text, where)
+    folder = Path(tempfile.mkdtemp(prefix="afa-configs-"))  # which only its owner can read
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name, content in found.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    read_index(folder)
+    return folder
+
+
+def check(text: str, where: str) -> dict[str, Any]:
+    """What a header carries, as file -> content. Raises UserError for anything that `pack` does not write."""
+    if len(text) > LONGEST:
+        raise UserError(f"{where} have {len(text)} characters, and at most {LONGEST} are read; give --config")
+    found = parse_json(text, where)
+    if not isinstance(found, dict) or INDEX not in found or SCHEDULER not in found:
+        raise UserError(f"{where} are no object with {INDEX} and {SCHEDULER}; give --config")
+    for name, content in found.items():
+        if name not in FILES or not isinstance(content, dict):
+            raise UserError(f"{where} hold '{name:.80}', which is no config of a checkpoint; give --config")
+        if not name.endswith("/tokenizer.json"):  # a vocabulary, which only its own reader understands
+            _check_values(content, f"{where}: {name}")
+    _check_classes(found, where)
+    return found
+
+
+def _check_classes(found: dict[str, Any], where: str) -> None:
+    index = found[INDEX]
+    named = {"the pipeline": (index.get("_class_name"), PIPELINES)}
+    for part, known in CLASSES.items():
+        entry = index.get(part)
+        if entry is not None:
+            named[part] = (entry[1] if isinstance(entry, list) and len(entry) == 2 else entry, known)
+    named |= {name: (found[name].get("_class_name"), CLASSES[name.partition("/")[0]]) for name in found if name[:3] in ("une", "vae")}
+    tokenizers = [name for name in found if name.endswith("/tokenizer_config.json")]
+    named |= {name: (found[name].get("tokenizer_class"), (*CLASSES["tokenizer"], None)) for name in tokenizers}
+    for what, (name, known) in named.items():
+        if name not in known:
+            raise UserError(f"{where} name the class {name!s:.80} for {what}, expected {known[0]}; give --config")
+    for part in ("unet", "scheduler"):
+        if not isinstance(index.get(part), list):
+            raise UserError(f"{where} name no {part}; give --config")
+
+
+def _check_values(value: Any, where: str, key: str = "") -> None:
+    """Numbers within bounds, plain words, short lists."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            _check_values(child, where, str(name))
+    elif isinstance(value, list):
+        if len(value) > (2**16 if key == "trained_betas" else LONGEST_LIST):
+            raise UserError(f"{where}: {key:.80} has {len(value)} values, and at most {LONGEST_LIST} are read; give --config")
+        for child in value:
+            _check_values(child, where, key)
+    elif isinstance(value, (int, float)):
+        most = DEEPEST_MODEL if "layers" in key and not isinstance(value, bool) else LARGEST
+        if not abs(value) <= most and "model_max_length" not in key:
+            raise UserError(f"{where}: {key:.80} is {value}, and at most {most} is read; give --config")
+    elif isinstance(value, str) and not (WORD.fullmatch(value) and ".." not in value) and not _is_token(key, value):
+        raise UserError(f"{where}: {key:.80} is '{value:.80}', expected a plain word; give --config")
+
+
+def _is_token(key: str, value: str) -> bool:
+    """A tokenizer's marks, such as <|endoftext|>."""
+    return (key.endswith("_token") or key == "content") and len(value) < 40 and "/" not in value
+
+
+def _plain(content: Any) -> Any:
+    """Settings without what names places and versions."""
+    if isinstance(content, dict):
+        return {name: _plain(value) for name, value in content.items() if name not in LEFT_OUT}
+    return [_plain(value) for value in content] if isinstance(content, list) else content
