@@ -4,8 +4,11 @@ Leaves images, scores and results.json; `afa report` makes a page of them. Ctrl-
 same command goes on. With several devices or machines: `accelerate launch -m afa evaluate …`.
 """
 
+import ast
+import importlib.util
 import json
 import time
+from pathlib import Path
 
 from afa.errors import UserError
 from afa.evaluation.settings import EvaluateSettings as Options
@@ -16,11 +19,37 @@ EXAMPLES = [
 ]
 
 
+def _methods() -> list[tuple[str, str]]:
+    from afa.evaluation.names import METHODS
+
+    return list(METHODS.items())
+
+
+def _metrics() -> list[tuple[str, str]]:
+    from afa.evaluation.metrics.table import METRICS
+
+    return [(name, _first_line(place.partition(":")[0])) for name, place in METRICS.items()]
+
+
+def _protocols() -> list[tuple[str, str]]:
+    from afa.evaluation.protocols.table import PROTOCOLS
+
+    return [*((name, _first_line(place)) for name, place in PROTOCOLS.items()), ("FILE or FOLDER", "your prompts, or your captioned images")]
+
+
+def _first_line(module: str) -> str:
+    """Of a module's docstring, without importing what it needs."""
+    found = importlib.util.find_spec(module)
+    assert found is not None and found.origin is not None
+    return (ast.get_docstring(ast.parse(Path(found.origin).read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+# `--methods list` and so on: what there is, whatever else is given; flag -> lines of name and what it is
+LISTS = {"methods": _methods, "metrics": _metrics, "protocol": _protocols}
+
+
 def run(options: Options) -> None:
     """Compare, print the table."""
-    if options.methods == ["list"]:
-        _list()
-        return
     from afa.cli.quiet import hush
     from afa.evaluation.plan import plan
     from afa.evaluation.run import evaluate
@@ -48,13 +77,6 @@ def run(options: Options) -> None:
         print(f"{as_text(results)}\n\nThis run took {took:.0f} min; what was there before is not counted.")
         lost = f" without what could not be computed (see above, {len(results.errors)})" if results.errors else ""
         print(f"results.json in {options.output}{lost}; a page of them: afa report {options.output} --output report.html")
-
-
-def _list() -> None:
-    from afa.cli.tables import table
-    from afa.evaluation.names import METHODS
-
-    print(table(["method", "what it is"], list(METHODS.items())))
 
 
 def _plan(facts: dict[str, object]) -> str:

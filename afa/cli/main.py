@@ -9,6 +9,7 @@ from typing import Any
 
 from afa import __version__
 from afa.cli.flags import add_flags, read_flags
+from afa.cli.tables import table
 from afa.errors import UserError
 from afa.recipes import PLACES, read_recipe
 
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser = build_parser(arguments if arguments is not None else sys.argv[1:])
     except UserError as error:  # in a recipe
         return _say(str(error), 2)
+    if (listed := _listed(arguments if arguments is not None else sys.argv[1:])) is not None:
+        print(listed)
+        return 0
     parsed = parser.parse_args(arguments)
     module = importlib.import_module(COMMANDS[parsed.command])
     _quiet_libraries()
@@ -74,6 +78,18 @@ def build_parser(arguments: list[str]) -> argparse.ArgumentParser:
         if verb in arguments:
             add_flags(command, module.Options, _preset(verb, module.Options, arguments))
     return parser
+
+
+def _listed(arguments: list[str]) -> str | None:
+    """What `afa VERB --FLAG list` prints: the names that a flag takes; other arguments are not needed for that."""
+    verb = next((argument for argument in arguments if not argument.startswith("-")), "")
+    lists = getattr(importlib.import_module(COMMANDS[verb]), "LISTS", {}) if verb in COMMANDS else {}
+    for flag, lines in lists.items():
+        reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        reader.add_argument(f"--{flag}", nargs="*")
+        if getattr(reader.parse_known_args(arguments)[0], flag) == ["list"] and not {"-h", "--help"} & set(arguments):
+            return table([flag, "what it is"], lines())
+    return None
 
 
 def _preset(verb: str, options: type, arguments: list[str]) -> dict[str, Any]:
