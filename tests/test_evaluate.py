@@ -218,7 +218,8 @@ def test_a_folder_of_something_else_is_refused(settings):
 
 def test_a_dry_run_leaves_nothing_behind(settings):
     facts = plan(settings)
-    assert facts["images"] == 4 * 5
+    assert facts["images_to_judge"] == 4 * 5 and facts["images_to_choose_options"] == 2 * (2 + 3)  # two experts, three shares
+    assert facts["images"] == 30
     assert not Path(settings.output).exists()
 
 

@@ -32,7 +32,10 @@ SCALES = (0.3, 0.5, 0.7, 1.0)
 def merge_rows(setup: Setup) -> list[Row]:
     """One row a rule. Rows that need the base say so when they are run."""
     titles = {**TITLES, "mbw": f"{TITLES['mbw']}, {'presets' if _has_presets(setup) else 'ramps'}"}
-    return [Row(name, "merge", title, functools.partial(_sampler, setup, name), tuple(_candidates(name, setup))) for name, title in titles.items()]
+    return [
+        Row(name, "merge", title, functools.partial(_sampler, setup, name), tuple(_candidates(name, setup)), based=needs(name, "base"))
+        for name, title in titles.items()
+    ]
 
 
 def _candidates(name: str, setup: Setup) -> list[Options]:

@@ -1,26 +1,158 @@
-"""What a comparison would do, before it does it."""
+"""What a comparison would do, before it does it: every image that would be drawn, and how long that would take here."""
 
+import dataclasses
+import time
+from dataclasses import dataclass
 from typing import Any
 
-from afa.evaluation.run import prepare
+from afa.evaluation.methods import all_rows, study_rows
+from afa.evaluation.report.numbers import plural
+from afa.evaluation.rivals import searched
+from afa.evaluation.rows import Row
+from afa.evaluation.run import MEMORY, MEMORY_STEPS, Comparison, asked_for, image_folder, prepare
 from afa.evaluation.settings import EvaluateSettings
+from afa.generation.sample import Request, Sampler
+
+# What a step costs: that of one model, of all experts' predictions, or of the ensemble. Each is measured with the row named first.
+KINDS = {
+    "ensemble": ("afa", "feature_mean"),
+    "all experts": ("noise_average", "magicfusion", "superdiff_or", "superdiff_and", "prediction_router"),
+    "one model": ("single",),
+}
+SEARCH = "auto_mbw"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Images that are still to be drawn. what: for; kind: of KINDS; steps: of each."""
+
+    what: str
+    kind: str
+    images: int
+    steps: int
 
 
 def plan(settings: EvaluateSettings) -> dict[str, Any]:
-    """Everything that would fail early fails here, too. Leaves nothing behind. Raises UserError."""
+    """Everything that would fail early fails here, too. Leaves nothing behind. Raises UserError.
+
+    Images are those that are not there yet. Seconds: of one image of each kind, measured here; training as the ensemble's took.
+    """
     comparison = prepare(settings, keep=False)
-    setup, names = comparison.setup, comparison.names
-    protocol = setup.protocol
-    for_each = sum(name in names for name in ("single", "single_in_ensemble"))
-    rows = len(names) + for_each * (len(setup.names) - 1) - ("best_of_n" in names)  # which makes no images of its own
-    trained = [name for name in names if name.startswith("finetune") or name in ("prediction_router", "afa")]
+    setup, tuner = comparison.setup, comparison.tuner
+    rows = all_rows(setup, tuner, comparison.names)
+    rows += study_rows(setup, rows, tuple(settings.study or ()))
+    rows = [row for row in rows if comparison.attempt(row.title, asked_for(settings, row), lambda row=row: _check(comparison, row))]
+    work = [*_tuning(comparison, rows), *(one for row in rows for one in _drawing(comparison, row))]
+    images = {what: sum(one.images for one in work if one.what == what) for what in ("judged", "tuning", "search", "memory")}
+    trained = [row for row in rows if row.train is not None and row.name != SEARCH]
+    runs = sum(_training_runs(comparison, row) for row in trained)
+    recorded = (setup.manifest.training or {}).get("seconds", 0.0)
+    seconds = _seconds(comparison, work)
     return {
         "ensemble": f"{setup.folder}: {', '.join(setup.names)}",
-        "protocol": ", ".join(f"{name} {value}" for name, value in protocol.facts().items() if value is not None),
-        "methods": ", ".join(names),
-        "images": (rows + len(trained) * (settings.seeds - 1)) * len(protocol.items),
-        "trained": f"{', '.join(trained)}; {settings.seeds} seed{'s' if settings.seeds > 1 else ''} each, the ensemble's first is there",
-        "options_chosen_on": f"{len(comparison.tuner.captions)} images that are not judged" if comparison.tuner.able else "nothing: defaults are taken",
+        "protocol": ", ".join(f"{name} {value}" for name, value in setup.protocol.facts().items() if value is not None),
+        **({"references": f"{len(setup.protocol.references)} pictures are read"} if setup.protocol.references else {}),
+        "methods": ", ".join(comparison.names),
+        **({"left_out": "; ".join(comparison.errors)} if comparison.errors else {}),
+        "images": images["judged"] + images["tuning"] + images["search"],
+        "images_to_judge": images["judged"],
+        "images_to_choose_options": images["tuning"],
+        "images_to_search_weights": images["search"],
+        "images_to_measure_memory": f"{images['memory']} besides, of at most {MEMORY_STEPS} steps",
+        "trained": f"{', '.join(row.name for row in trained)}; {plural(settings.seeds, 'seed')} each, the ensemble's first is there",
+        "training_runs": runs,
+        "options_chosen_on": f"{len(tuner.captions)} captions that are not judged" if tuner.able else "nothing: defaults are taken",
+        **({"scorer": settings.scorer} if settings.scorer is not None else {}),
         "metrics": ", ".join(comparison.judge.notes()),
         "device": str(setup.device),
+        "seconds_to_draw": round(seconds, 1),
+        "seconds_to_train": round(runs * recorded, 1),
+        "time": (
+            f"about {_duration(seconds + runs * recorded)}: {_duration(seconds)} to draw, by an image of each kind measured here;"
+            f" {plural(runs, 'training')} of {_duration(recorded)}, as the ensemble records its own; metrics are not counted"
+        ),
     }
+
+
+def _check(comparison: Comparison, row: Row) -> bool:
+    """Raises UserError where a row lacks the base model, or a recipe to be trained by."""
+    if row.based and comparison.setup.settings.base is None:
+        _ = comparison.setup.base  # which says that it is missing
+    if row.name != SEARCH and _training_runs(comparison, row):
+        comparison.setup.training(comparison.setup.output, 0)
+    return True
+
+
+def _tuning(comparison: Comparison, rows: list[Row]) -> list[Work]:
+    """Candidates that are not scored yet, times the captions they are scored on: of the experts' ranking, and of every row."""
+    tuner, setup = comparison.tuner, comparison.setup
+    if not tuner.able:
+        return []
+    asked = {("single", "one model"): [{"expert": name} for name in setup.names]}
+    for row in rows:
+        if len(row.candidates) > 1 and not row.by_loss:
+            asked[row.of or row.name, _kind(row)] = list(row.candidates)
+    steps = setup.sampling.steps
+    return [
+        Work("tuning", kind, max(0, len(candidates) - tuner.scored(name)) * len(tuner.captions), steps) for (name, kind), candidates in asked.items()
+    ]
+
+
+def _drawing(comparison: Comparison, row: Row) -> list[Work]:
+    """The images of all runs of a row that are not there, what memory is measured on, and what its weights are searched with."""
+    setup, tuner = comparison.setup, comparison.tuner
+    steps, kind = (row.sampling or setup.sampling).steps, _kind(row)
+    found = []
+    for run in range(row.runs):
+        folder = image_folder(setup.output, row, run)
+        missing = sum(not (folder / f"{index:06d}.png").exists() for index in range(len(setup.protocol.items)))
+        found.append(Work("judged", kind, missing, steps))
+        found.append(Work("memory", kind, int(not (folder / MEMORY).exists()), min(MEMORY_STEPS, steps)))
+    if row.name == SEARCH:
+        trials = max(0, setup.settings.search_trials - searched(setup, tuner))
+        found.append(Work("search", kind, trials * len(tuner.captions), setup.sampling.steps))
+    return found
+
+
+def _training_runs(comparison: Comparison, row: Row) -> int:
+    """How often a row is trained: every seed once, and at the first with every candidate that is chosen by loss; ours is there at the first."""
+    if row.train is None or row.name == SEARCH:
+        return 0
+    there = row.name == "afa" or ("steps" in row.axes and row.of == "afa")
+    return row.runs - there + (len(row.candidates) - 1 if row.by_loss else 0)
+
+
+def _kind(row: Row) -> str:
+    name = (row.of or row.name).partition(":")[0].partition(",")[0]
+    return next((kind for kind, names in KINDS.items() if name in names), "one model")
+
+
+def _seconds(comparison: Comparison, work: list[Work]) -> float:
+    """To draw everything, one image at a time: for each kind one image is drawn in one step and in three, after one to warm up."""
+    total = 0.0
+    for kind, names in KINDS.items():
+        own = [one for one in work if one.kind == kind and one.images]
+        if own:
+            row = all_rows(comparison.setup, comparison.tuner, names[:1])[0]
+            step, rest = _measured(comparison, row.sampler(row.candidates[0], 0))
+            total += sum(one.images * (rest + one.steps * step) for one in own)
+    return total
+
+
+def _measured(comparison: Comparison, sampler: Sampler) -> tuple[float, float]:
+    """Seconds of a step of one image, and of all else: its text, its VAE."""
+    item = comparison.setup.protocol.items[0]
+    took = []
+    for steps in (1, 1, 3):
+        began = time.perf_counter()
+        sampler([Request(item.caption, item.seed)], dataclasses.replace(comparison.setup.sampling, steps=steps))
+        took.append(time.perf_counter() - began)
+    step = max(0.0, took[2] - took[1]) / 2
+    return step, max(0.0, took[1] - step)
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that people would use."""
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

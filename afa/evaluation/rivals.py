@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 from accelerate import PartialState
 from tqdm import tqdm
@@ -79,7 +80,7 @@ def auto_mbw_rows(setup: Setup, tuner: Tuner) -> list[Row]:
 
 def _search(setup: Setup, tuner: Tuner, options: Options, run: int) -> Trained:
     """Search, by one process; what was tried is kept and not tried again."""
-    folder = tuner.folder / f"auto_mbw-{setup.settings.search_trials}"
+    folder = _search_folder(setup, tuner)
     file = folder / BEST
     if PartialState().is_main_process and not file.exists():
         merge = merger(setup, setup.names, False)
@@ -95,6 +96,16 @@ def _search(setup: Setup, tuner: Tuner, options: Options, run: int) -> Trained:
         write_atomically(file, as_toml(best, setup.names))
     PartialState().wait_for_everyone()
     return Trained(folder, file, 0, 0, 0.0, float("nan"))
+
+
+def _search_folder(setup: Setup, tuner: Tuner) -> Path:
+    return tuner.folder / f"auto_mbw-{setup.settings.search_trials}"
+
+
+def searched(setup: Setup, tuner: Tuner) -> int:
+    """How many merges of the search are judged already."""
+    folder = _search_folder(setup, tuner)
+    return setup.settings.search_trials if (folder / BEST).exists() else len(Journal(folder / POINTS, lambda weights: []).points)
 
 
 def _searched(setup: Setup, search: Callable[[Options, int], Trained], options: Options, run: int) -> Sampler:

@@ -30,6 +30,7 @@ class Row:
     is taken where nothing can be chosen by. train: trains run k with some options (or reads what was trained).
     by_loss: candidates are told apart by the held-out loss of run 0 instead of by images. runs: training seeds.
     sampling: where it differs from the protocol's. axes, of: see results.Method. note: for the report.
+    based: needs the model that the experts were tuned from.
     """
 
     name: str
@@ -44,3 +45,4 @@ class Row:
     axes: Mapping[str, Any] = field(default_factory=dict)
     of: str = ""
     note: str = ""
+    based: bool = False

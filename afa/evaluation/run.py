@@ -32,6 +32,7 @@ from afa.generation.sample import Request, Sampler
 from afa.memory import peak_megabytes
 from afa.training.run import LEFT_OUT
 
+MEMORY, MEMORY_STEPS = "memory.json", 2  # what one image takes, and the steps it is measured in
 T = TypeVar("T")
 
 
@@ -110,7 +111,7 @@ def _evaluate(comparison: Comparison) -> Results | None:
     made = []
     for place, row in enumerate(rows, 1):
         work = functools.partial(_make, comparison, row, f"{place}/{len(rows)} ")
-        made += [done] if (done := comparison.attempt(row.title, _asked_for(settings, row), work)) else []
+        made += [done] if (done := comparison.attempt(row.title, asked_for(settings, row), work)) else []
     if not PartialState().is_main_process:
         return None
     results = _results(comparison, [_judge(comparison, *done) for done in made])
@@ -118,7 +119,8 @@ def _evaluate(comparison: Comparison) -> Results | None:
     return results
 
 
-def _asked_for(settings: EvaluateSettings, row: Row) -> bool:
+def asked_for(settings: EvaluateSettings, row: Row) -> bool:
+    """Whether a row was asked for by name, so that it must not be left out quietly."""
     return "all" not in settings.methods and row.name.partition(":")[0] in settings.methods
 
 
@@ -180,12 +182,16 @@ def _choose(comparison: Comparison, row: Row) -> Options:
         return row.candidates[0]
 
 
+def image_folder(output: Path, row: Row, run: int) -> Path:
+    """Where the images of a row's run are."""
+    folder = output / "images" / row.name.replace(":", "-").replace(", ", "-").replace(" ", "-")
+    return folder / f"seed-{run}" if row.train is not None else folder
+
+
 def _make_run(comparison: Comparison, row: Row, options: Options, run: int, place: str) -> Made:
     setup = comparison.setup
     trained = row.train(options, run) if row.train is not None else None
-    folder = setup.output / "images" / row.name.replace(":", "-").replace(", ", "-").replace(" ", "-")
-    if row.train is not None:
-        folder = folder / f"seed-{run}"
+    folder = image_folder(setup.output, row, run)
     identity = {
         "method": row.name,
         "options": options,
@@ -202,9 +208,9 @@ def _make_run(comparison: Comparison, row: Row, options: Options, run: int, plac
 
 def _memory(images: ImageSet, make: Callable[[], Sampler]) -> float:
     """Megabytes of all tensors alive while one image is made in two steps; measured once, by one process, kept beside the images."""
-    file = images.folder / "memory.json"
+    file = images.folder / MEMORY
     if PartialState().is_main_process and not _megabytes(file):
-        short = dataclasses.replace(images.sampling, steps=min(2, images.sampling.steps))
+        short = dataclasses.replace(images.sampling, steps=min(MEMORY_STEPS, images.sampling.steps))
         sampler, item = make(), images.items[0]
         megabytes = peak_megabytes(lambda: sampler([Request(item.caption, item.seed)], short))
         write_atomically(file, json.dumps({"megabytes": round(megabytes, 2)}))

@@ -47,6 +47,10 @@ class Tuner:
         known = self._known(name)
         return [known[_key(options)] for options in candidates]
 
+    def scored(self, name: str) -> int:
+        """How many candidates of a method have a score already."""
+        return len(self._known(name))
+
     def best(self, name: str, candidates: Sequence[Options], make: Callable[[Options], Sampler]) -> Options:
         """The candidate with the highest score; the first where nothing can be told."""
         if len(candidates) == 1 or not self.able:
