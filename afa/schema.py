@@ -206,14 +206,14 @@ def hints_of(kind: Any) -> dict[str, Any]:
 
 
 def _anything(value: Any, key: str, depth: int) -> Any:
-    """Any value of JSON, if it is finite, not too deep, and all its texts can be read."""
+    """Any value of JSON, if it is not too deep, and all its texts can be read."""
     if depth > DEEPEST:
         raise Misfit(key, value, f"at most {DEEPEST} lists and objects inside each other")
     if isinstance(value, dict):
         return {_text(name, key): _anything(part, _inner(key, name), depth + 1) for name, part in value.items()}
     if isinstance(value, list):
         return [_anything(part, f"{key}[{place}]", depth + 1) for place, part in enumerate(value)]
-    return value if value is None else _as(type(value), value, key)
+    return value if value is None else _as(type(value), value, key, infinite=True)
 
 
 def _inner(key: str, name: str) -> str:

@@ -70,6 +70,16 @@ class Losses(TypedDict):
     trained: Loss
 
 
+class Measurement(TypedDict, total=False):
+    """One line of a training's course; what watches it may add numbers of its own."""
+
+    step: Count
+    training_loss: Score | None
+    held_out_loss: Score
+    objective: Score
+    terms: dict[str, Score]
+
+
 class TrainingRecord(TypedDict, total=False):
     """What training was asked for and measured. Aggregators from elsewhere may have less, or something else."""
 
@@ -84,7 +94,7 @@ class TrainingRecord(TypedDict, total=False):
     best_expert: str
     difference_to_best_expert: Loss
     difference_to_untrained_mean: Loss
-    history: list[dict[str, Score | None]]
+    history: list[Measurement]
     left_out: dict[str, Count]
 
 
