@@ -27,7 +27,7 @@ from afa.generation.pictures import read_made, save_picture
 from afa.generation.prompts import asked_prompts
 from afa.generation.sample import Request, Sampling
 from afa.generation.settings import GenerateSettings
-from afa.generation.sources import load_sources, source_files
+from afa.generation.sources import load_sources, source_files, used_files
 from afa.lookup import unknown
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
@@ -134,7 +134,7 @@ def _jobs(
         "expert": settings.expert,
         "experts": list(ensemble.names),
         "aggregators": sha256(aggregators) if trained else None,
-        "files": files,
+        "files": used_files(files, trained),
         "dtype": settings.dtype,
         "strengths": dict.fromkeys(ensemble.names, 1.0) | settings.strengths() if settings.strength else None,
     }

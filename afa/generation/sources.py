@@ -27,6 +27,11 @@ def source_files(
     return summed(fingerprint(sources, frame=frame, config=config))
 
 
+def used_files(files: Files, trained: bool) -> Files:
+    """Those that a picture depends on. trained: whether the ensemble's own aggregators draw it, not a method that takes its experts only."""
+    return {name: found for name, found in files.items() if trained or name != "the ensemble"}
+
+
 def load_sources(
     sources: Sequence[str],
     *,

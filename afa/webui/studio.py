@@ -15,7 +15,7 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.files import sha256
 from afa.generation.sample import Request, Sampling
-from afa.generation.sources import is_saved, load_sources, source_files
+from afa.generation.sources import is_saved, load_sources, source_files, used_files
 from afa.schedulers import FLOWS, SCHEDULERS, reschedule
 from afa.webui.gallery import Gallery
 from afa.webui.job import Cancelled, Column, Job, Picture, unexpected
@@ -170,7 +170,7 @@ class Studio:
             **method.record,
             "experts": list(self.ensemble.names),
             "aggregators": self.aggregators if method.record["method"] is None else None,
-            "files": self.files,
+            "files": used_files(self.files, method.record["method"] is None),
             "dtype": self.dtype,
             "prompt": order.prompt,
             "seed": seed,
