@@ -21,6 +21,7 @@ from afa.evaluation.results import Item
 from afa.files import replacing
 from afa.generation.pictures import CHUNK, read_made
 from afa.generation.sample import Request, Sampler, Sampling
+from afa.images import read_pixels
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ class ImageSet:
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """One image, (H, W, 3)."""
-        with Image.open(self.path(index)) as image:
-            return np.asarray(image.convert("RGB"))
+        return read_pixels(self.path(index))
 
     def read_all(self) -> Iterator[NDArray[np.uint8]]:
         """All images, one by one."""

@@ -37,6 +37,7 @@ from afa.fingerprint import saved_fingerprint
 from afa.generation.pictures import read_made
 from afa.generation.prompts import asked_prompts
 from afa.generation.sample import Request, Sampling, sample
+from afa.images import read_pixels
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
 
@@ -138,16 +139,10 @@ def _save_png(picture: Image.Image, path: Path) -> None:
 
 
 def _unused(job: Run, entries: list[Entry]) -> Unused:
-    latent = [side // job.pipeline.vae_scale_factor for side in _size(job.output / f"{entries[0].stem}.png")]
+    latent = [side // job.pipeline.vae_scale_factor for side in read_pixels(job.output / f"{entries[0].stem}.png").shape[:2]]
     tokens = job.ensemble.denoiser.call.prompt_tokens([encoder.config for encoder in job.ensemble.text_encoders])
     costs = count_stage_flops(job.ensemble.experts[0].model, latent[0], latent[1], tokens)
     return find_unused(job.ensemble.denoiser, [entry.most for entry in entries], costs, job.settings.threshold)
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Height and width."""
-    with Image.open(path) as image:
-        return image.height, image.width
 
 
 def _skipped(job: Run, unused: Unused, entries: list[Entry]) -> list[float]:
@@ -164,8 +159,7 @@ def _skipped(job: Run, unused: Unused, entries: list[Entry]) -> list[float]:
 
 
 def _skip(job: Run, unused: Unused, entry: Entry, request: Request, record: Path, picture: Path) -> None:
-    with Image.open(job.output / f"{entry.stem}.png") as image:
-        before = np.asarray(image.convert("RGB"))
+    before = read_pixels(job.output / f"{entry.stem}.png")
     with torch.no_grad(), adjust_weights(job.ensemble.denoiser, Skipping(job.ensemble.denoiser, unused)):
         after = sample(job.pipeline, [request], job.sampling)[0]
     distance = rmse(before, after)

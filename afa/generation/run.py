@@ -28,6 +28,7 @@ from afa.generation.prompts import asked_prompts
 from afa.generation.sample import Request, Sampling
 from afa.generation.settings import GenerateSettings
 from afa.generation.sources import load_sources, source_files, used_files
+from afa.images import read_pixels
 from afa.lookup import unknown
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
@@ -199,7 +200,7 @@ def _finish(output: Path, jobs: list[Job], columns: int) -> None:
     if 1 < len(jobs) <= GRID_UP_TO:
         from afa.visualise.grid import grid
 
-        images = [np.asarray(Image.open(job.path).convert("RGB")) for job in jobs]
+        images = [read_pixels(job.path) for job in jobs]
         width = columns if columns > 1 else min(8, len(images))
         with replacing(output / "grid.png") as temporary:
             grid([images[start : start + width] for start in range(0, len(images), width)]).save(temporary, format="PNG")

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from afa.evaluation.results import Method
+from afa.images import open_image
 
 LARGEST = 224  # pixels of the longer side; images up to twice SHARP_UP_TO are kept as they are
 SHARP_UP_TO = 96  # pixels; smaller images are shown with hard edges
@@ -50,8 +51,7 @@ def image_name(index: int) -> str:
 
 def data_uri(path: Path) -> str:
     """An image file as a WebP data URI: small ones exactly, large ones reduced."""
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+    picture = open_image(path)
     small = max(picture.size) <= 2 * SHARP_UP_TO
     if not small:
         picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
