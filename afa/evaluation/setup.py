@@ -26,6 +26,7 @@ from afa.experts.spec import ExpertSpec, new_places
 from afa.families.table import FAMILIES
 from afa.files import settled
 from afa.generation.sample import Sampling, image_size
+from afa.prompts import warn_of_prompts
 from afa.schedulers import reschedule
 from afa.schema import shown
 from afa.seeds import nth_seed
@@ -85,6 +86,9 @@ class Setup:
         ensemble = Ensemble.load(self.folder, self.moved, dtype=self.dtype).to(self.device)
         if self.protocol.scheduler is not None:
             reschedule(ensemble, self.protocol.scheduler)
+        if PartialState().is_main_process:
+            captions = list(dict.fromkeys(item.caption for item in self.protocol.items))
+            warn_of_prompts(captions, ensemble.denoiser.call, ensemble.frame.tokenizers)
         return ensemble
 
     @cached_property

@@ -38,6 +38,7 @@ from afa.generation.pictures import read_made
 from afa.generation.prompts import asked_prompts
 from afa.generation.sample import Request, Sampling, sample
 from afa.images import read_pixels
+from afa.prompts import warn_of_prompts
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
 
@@ -93,6 +94,7 @@ def _run(job: Run, asked: dict[str, Any]) -> dict[str, Any]:
 def _prepare(settings: ExplainSettings, prompts: list[str], device: torch.device) -> Run:
     ensemble = Ensemble.load(str(settings.ensemble), new_places(settings.experts or []), dtype=getattr(torch, settings.dtype))
     check(ensemble)
+    warn_of_prompts(prompts, ensemble.denoiser.call, ensemble.frame.tokenizers)
     call, config = ensemble.denoiser.call, ensemble.denoiser.config
     call.guided(config, 1, settings.guidance, settings.negative_prompt, settings.true_guidance)
     guidance = call.strength(config) if settings.guidance is None else settings.guidance

@@ -12,8 +12,7 @@ from afa import __version__
 from afa.errors import UserError
 from afa.files import replacing
 from afa.images import PILLOW_ERRORS
-from afa.schema import build
-from afa.text_files import parse_json
+from afa.text_files import TextError, parse_json
 
 CHUNK = "afa"  # the PNG text chunk that holds the settings
 
@@ -32,25 +31,34 @@ def read_made(path: Path, *, whole: bool = True) -> dict[str, Any] | None:
     whole: decode it to the end, since a picture that a crash cut off begins like a whole one.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            found = json.loads(image.info.get(CHUNK, "{}"))
-            if whole:
-                image.load()
+        return _settings(path, whole)
     except PILLOW_ERRORS:
         return None
-    return found if isinstance(found, dict) else {}
 
 
 def read_metadata(path: Path, name: str | None = None) -> dict[str, Any]:
-    """What a picture says of itself. Raises UserError for one that says nothing, or is none; name: what to call it there."""
+    """What a picture says of itself. name: what to call it in an error. Raises UserError if it says nothing, or is none."""
     name = name or path.name
+    made_here = "give one that was made here or by afa generate"
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = image.info.get(CHUNK)
+        found = _settings(path, whole=False)
     except PILLOW_ERRORS as error:
-        raise UserError(f"{name} cannot be read as a PNG picture ({type(error).__name__}); give one that was made here or by afa generate") from None
-    try:
-        found: dict[str, Any] = build(dict[str, Any], parse_json(text if isinstance(text, str) else "", name), name)
-    except UserError:
-        raise UserError(f"{name} does not say how it was made (it has no text chunk '{CHUNK}'); give a PNG that was made here or by afa generate") from None
+        raise UserError(f"{name} cannot be read as a PNG picture ({type(error).__name__}); {made_here}") from None
+    if not found:
+        raise UserError(f"{name} does not say how it was made (it has no text chunk '{CHUNK}'); {made_here}")
     return found
+
+
+def _settings(path: Path, whole: bool) -> dict[str, Any]:
+    """The settings in a PNG, {} if there are none. Raises one of PILLOW_ERRORS for what is no PNG."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no plain file")
+    with Image.open(path, formats=["PNG"]) as image:
+        text = image.info.get(CHUNK, "{}")
+        if whole:
+            image.load()
+    try:
+        found = parse_json(str(text), path.name)
+    except TextError:
+        return {}
+    return found if isinstance(found, dict) else {}

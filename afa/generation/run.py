@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from afa.baselines.sampler import PipelineSampler, in_frame
@@ -30,6 +29,7 @@ from afa.generation.settings import GenerateSettings
 from afa.generation.sources import load_sources, source_files, used_files
 from afa.images import read_pixels
 from afa.lookup import unknown
+from afa.prompts import warn_of_prompts
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
 
@@ -79,6 +79,9 @@ def generate(settings: GenerateSettings) -> list[Path]:
     if settings.scheduler is not None:
         reschedule(ensemble, settings.scheduler)
     sampler = _sampler(settings, ensemble.to(device))
+    warn_of_prompts(prompts, ensemble.denoiser.call, ensemble.frame.tokenizers)
+    if sampling.negative_prompt:
+        warn_of_prompts([sampling.negative_prompt], ensemble.denoiser.call, ensemble.frame.tokenizers, "negative prompt")
     _check_strengths(settings, ensemble, sampler)
     jobs = _jobs(settings, sampling, prompts, ensemble, sampler, files)
     with locked(output):

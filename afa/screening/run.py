@@ -22,6 +22,7 @@ from afa.generation.prompts import read_prompts
 from afa.latents import latents_of
 from afa.merging.run import merge_files
 from afa.merging.settings import MergeSettings
+from afa.prompts import warn_of_prompts
 from afa.screening.alone import Common, common, forget
 from afa.screening.asking import Asking
 from afa.screening.comparison import Comparison
@@ -123,6 +124,7 @@ class Questions:
         if store.complete:
             return
         ensemble = self.frame.load(spec)
+        warn_of_prompts(self.probes.captions, ensemble.denoiser.call, ensemble.frame.tokenizers, "caption")
         asking = Asking(ensemble, self.frame.conditions(ensemble), self.noising, self.probes, self.settings.batch_size)
         while not store.complete:
             store.add(asking.ask(store.done, features=store.done < FEATURED))

@@ -11,6 +11,7 @@ from torch import nn
 
 from afa.ensemble import Ensemble
 from afa.errors import UserError
+from afa.prompts import warn_of_prompts
 from afa.seeds import narrow
 from afa.training.conditions import Conditions
 from afa.training.log import LOG, flat
@@ -68,6 +69,9 @@ def make_trainer(planned: Plan, accelerator: Accelerator, initialise: Callable[[
     if settings.gradient_checkpointing:
         ensemble.denoiser.enable_gradient_checkpointing()
     means = make_means(settings, noising_of(settings, ensemble, accelerator.device), vae, accelerator.device, settings.gradient_checkpointing)
+    if accelerator.is_main_process:
+        captions = [sample.caption for sample in planned.source.samples]
+        warn_of_prompts(captions, ensemble.denoiser.call, ensemble.frame.tokenizers, "caption")
     conditions = Conditions(ensemble.pipeline(), ensemble.denoiser, accelerator.device)
     sheets = _sheets(planned, held_out.captions, accelerator.device)
     if settings.cache is not None:

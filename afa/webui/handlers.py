@@ -8,6 +8,7 @@ import gradio as gr
 
 from afa.errors import UserError
 from afa.generation.pictures import read_metadata
+from afa.prompts import unread
 from afa.webui import markup
 from afa.webui.desk import Desk
 from afa.webui.job import Job, follow
@@ -114,6 +115,10 @@ class Handlers:
         return [*(values[name] for name in self.names), *strengths, gr.Tabs(selected="create")]
 
     def _begun(self, job: Job) -> list[Any]:
+        ensemble = self.studio.ensemble
+        for text in filter(None, (job.order.prompt, job.order.negative_prompt)):
+            for sentence in unread([text], ensemble.denoiser.call, ensemble.frame.tokenizers):
+                gr.Warning(markup.escape(f"{sentence[:1].upper()}{sentence[1:]}.", quote=False))
         return [gr.Button(interactive=False), gr.Button(interactive=True), markup.status(job), markup.results(job)]
 
     def _read(self, path: Path, name: str) -> list[Any]:

@@ -21,6 +21,7 @@ from afa.evaluation.pictures import Picture
 from afa.evaluation.results import Item, prompts_of
 from afa.evaluation.statistics import prompt_means
 from afa.experts.load import Expert, load_experts
+from afa.families.table import FAMILIES
 from afa.files import locked, write_atomically
 from afa.fingerprint import fingerprint
 from afa.generation.prompts import asked_prompts
@@ -32,6 +33,7 @@ from afa.merging.search.journal import Journal, Objective, Scores
 from afa.merging.search.means import arithmetic
 from afa.merging.search.settings import SearchSettings
 from afa.merging.search.space import Space, Weights
+from afa.prompts import warn_of_prompts
 from afa.seeds import nth_seed
 
 BEST, POINTS, RESULT = "best.toml", "journal.jsonl", "search.json"
@@ -105,6 +107,7 @@ def _objective(settings: SearchSettings, merge: InMemoryMerge, metric: ImageMetr
     requests = [Request(prompts[index % len(prompts)], nth_seed(settings.seed, index)) for index in range(settings.images)]
     sampling = _sampling(settings)
     numbers = prompts_of([Item(0, request.prompt, request.seed) for request in requests])
+    warn_of_prompts(prompts, FAMILIES[merge.expert.family].call, merge.expert.tokenizers)
 
     def judge(weights: Weights) -> Scores:
         merge.apply_mbw(weights)  # into the very model that stands in the pipeline

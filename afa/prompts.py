@@ -1,0 +1,127 @@
+"""What of a prompt is not read as it is meant: its end behind the text encoder's window, and other programs' syntax."""
+
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Iterator, Sequence, Sized
+from typing import Any
+
+CHUNK = 1000  # prompts that are tokenized at once
+SHOWN, LONGEST = 5, 160  # pieces of syntax, and characters of what is cut, in a sentence
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+# What the web UIs, ComfyUI and compel read as commands, and diffusers' pipelines as words.
+SYNTAX = re.compile(
+    "|".join(
+        (
+            rf"\([^()]*:\s*{NUMBER}\s*\)",  # (word:1.2)
+            rf"\[[^\[\]]*:\s*{NUMBER}\s*\]",  # [from:to:0.5], [word:10]
+            r"\[[^\[\]]*\|[^\[\]]*\]",  # [one|other]
+            r"\{[^{}]*\|[^{}]*\}",  # {one|other}
+            r"\(\([^()]*\)\)",  # ((word))
+            r"\([^()]*\)(?:\++|-+)(?=[\s,.]|$)",  # (words)++
+            r"<(?:lora|lyco|hypernet):[^<>]*>",
+            r"\bembedding:[\w.-]+",
+            r"__[\w*/-]+__",  # a file of wildcards
+        )
+    ),
+    re.IGNORECASE,
+)
+WORDS = re.compile(r"\bBREAK\b|(?<=\s)AND(?=\s)")  # in a prompt that is not all in capitals
+FILE_OF_WEIGHTS = re.compile(r"<(?:lora|lyco|hypernet):", re.IGNORECASE)
+
+_told: set[str] = set()
+
+
+def warn_of_prompts(prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt") -> None:
+    """Say on stderr what a run does not read of its prompts: one sentence for all of them, and never the same twice.
+
+    call:       of the family, see afa.families.call
+    tokenizers: the pipeline's own
+    what:       the prompts' name: prompt, caption
+    """
+    for sentence in unread(prompts, call, tokenizers, what):
+        if sentence not in _told:
+            _told.add(sentence)
+            print(f"afa: {sentence}", file=sys.stderr)
+    for handler in logging.getLogger("diffusers").handlers:  # whose pipelines say so again, batch by batch
+        if _said_already not in handler.filters:
+            handler.addFilter(_said_already)
+
+
+def unread(prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt") -> list[str]:
+    """Sentences about what is not read of prompts as it is meant, none where all is."""
+    return [*cut_off(prompts, call, tokenizers, what), *plain_text(prompts, what)]
+
+
+def _said_already(record: logging.LogRecord) -> bool:
+    return "was truncated because" not in str(record.msg)
+
+
+def cut_off(prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt") -> Iterator[str]:
+    """A sentence about prompts that are longer than what the text encoders read, with the part that is lost."""
+    window, lost = lost_parts(prompts, call, tokenizers)
+    if lost:
+        index, part = next(iter(lost.items()))
+        shown = part.strip() if len(part) <= LONGEST else f"{part[:LONGEST].strip()}…"
+        which = f" of {what} {index + 1}" if len(prompts) > 1 else ""
+        yield (
+            f"{_of(lost, prompts, what)} longer than the {window} tokens that the text encoder reads; "
+            f'cut off{which}: "{shown}"'
+        )
+
+
+def lost_parts(prompts: Sequence[str], call: Any, tokenizers: Sequence[Any]) -> tuple[int, dict[int, str]]:
+    """How many tokens are read, those that begin and end a text among them, and by prompt what stands behind them."""
+    tokenizer, window = _widest(call, tokenizers)
+    if tokenizer is None:
+        return 0, {}
+    room, lost = window - tokenizer.num_special_tokens_to_add(), {}
+    for start in range(0, len(prompts), CHUNK):
+        batch = list(prompts[start : start + CHUNK])
+        found = tokenizer(batch, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        for index, (prompt, places) in enumerate(zip(batch, found["offset_mapping"], strict=True), start):
+            if len(places) > room:
+                lost[index] = prompt[places[room][0] :]
+    return window, lost
+
+
+def plain_text(prompts: Sequence[str], what: str = "prompt") -> Iterator[str]:
+    """A sentence about prompts with syntax of other programs, with what is taken literally."""
+    found = [(index, pieces) for index, prompt in enumerate(prompts) if (pieces := _pieces(prompt))]
+    if found:
+        pieces = list(dict.fromkeys(piece for _, several in found for piece in several))
+        shown = ", ".join(pieces[:SHOWN]) + (", …" if len(pieces) > SHOWN else "")
+        advice = "; a LoRA is given as EXPERT+FILE*STRENGTH" if any(map(FILE_OF_WEIGHTS.match, pieces)) else ""
+        yield f"{_of(found, prompts, what)} written in another program's syntax, which is read as plain text here: {shown}{advice}"
+
+
+def _of(some: Sized, all_of_them: Sequence[str], what: str) -> str:
+    """How many of how many, with the verb."""
+    if len(all_of_them) == 1:
+        return f"the {what} is"
+    return f"{len(some)} of {len(all_of_them)} {what}s {'is' if len(some) == 1 else 'are'}"
+
+
+def _pieces(prompt: str) -> list[str]:
+    capitals = prompt.isupper()
+    return [found.group() for found in SYNTAX.finditer(prompt)] + ([] if capitals else WORDS.findall(prompt))
+
+
+def _widest(call: Any, tokenizers: Sequence[Any]) -> tuple[Any, int]:
+    """The tokenizer that reads most of a prompt, and how many tokens of it; (None, 0) if there is none.
+
+    CLIP's are as long as the model; of others the pipeline says how many tokens it takes.
+    """
+    import diffusers
+
+    if not tokenizers:
+        return None, 0
+    taken = inspect.signature(getattr(diffusers, call.pipeline(len(tokenizers))).__call__).parameters
+    longest = taken["max_sequence_length"].default if "max_sequence_length" in taken else None
+    windows = []
+    for tokenizer in tokenizers:
+        if tokenizer is not None and getattr(tokenizer, "is_fast", False):
+            most = longest if "CLIP" not in type(tokenizer).__name__ and longest else tokenizer.model_max_length
+            windows.append((tokenizer, most))
+    return max(windows, key=lambda pair: pair[1], default=(None, 0))
