@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
-from afa.experts.folders import read_object
+from afa.experts.folders import FOREIGN, read_object
 from afa.experts.parts import read_index
 from afa.text_files import parse_json
 
@@ -93,6 +93,9 @@ def check(text: str, where: str) -> dict[str, Any]:
     for name, content in found.items():
         if name not in FILES or not isinstance(content, dict):
             raise UserError(f"{where} hold '{name:.80}', which is no config of a checkpoint; give --config")
+        foreign = next((key for key in FOREIGN if key in content), None)
+        if foreign is not None:
+            raise UserError(f"{where}: {name} has {foreign}, which {FOREIGN[foreign]}; give --config")
         if not name.endswith("/tokenizer.json"):  # a vocabulary, which only its own reader understands
             _check_values(content, f"{where}: {name}")
     _check_classes(found, where)

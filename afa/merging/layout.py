@@ -11,7 +11,6 @@ from afa.merging.original import DENOISER, Place, names_by_key, original_places,
 from afa.merging.parts import TEXT_ENCODERS
 from afa.merging.sources import Source, Stored
 
-ORIGINAL = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 CODES = {dtype: code for code, dtype in DTYPES.items()}  # as a .safetensors header has them
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -45,9 +44,10 @@ def diffusers_files(first: Source, vae: Source | None, dtype: str | None) -> Ite
     if vae is None and first.located.whole_pipeline:
         raise UserError(f"'{first.name}' has no VAE, and a pipeline's folder needs one; choose it with --vae")
     for part in parts:
-        own = (vae if part == "vae" and vae else first).tensors
-        own = {key: stored for key, stored in own.items() if key.startswith(f"{part}.")}
-        items = [Item(_diffusers_name(key, stored), _code(stored, dtype), stored.shape, (key,)) for key, stored in own.items()]
+        origin = vae if part == "vae" and vae else first
+        own = {key: stored for key, stored in origin.tensors.items() if key.startswith(f"{part}.")}
+        named = {key: _diffusers_name(key) if origin.located.single_file else stored.name for key, stored in own.items()}
+        items = [Item(named[key], _code(stored, dtype), stored.shape, (key,)) for key, stored in own.items()]
         file = "model" if part in TEXT_ENCODERS else "diffusion_pytorch_model"
         yield f"{f'{part}/' if first.located.whole_pipeline else ''}{file}.safetensors", items
 
@@ -56,11 +56,9 @@ def _code(stored: Stored, dtype: str | None) -> str:
     return CODES[dtype] if dtype and stored.is_float else CODES.get(stored.dtype, stored.dtype)
 
 
-def _diffusers_name(key: str, stored: Stored) -> str:
-    """A folder's tensors keep their names; CLIP's get the prefix that every version of transformers can read."""
+def _diffusers_name(key: str) -> str:
+    """The name that a single file's tensor gets in a folder; CLIP's get the prefix that every version of transformers can read."""
     part, _, name = key.partition(".")
-    if stored.name == name or not stored.name.startswith(ORIGINAL):
-        return stored.name
     return f"text_model.{name}" if part in TEXT_ENCODERS and not name.startswith("text_projection") else name
 
 
