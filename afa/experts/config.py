@@ -18,9 +18,9 @@ def denoiser_config(located: Located, family: str, config: str | None = None) ->
     folder = config_of(located, config)[1] if located.single_file else located.path
     folder = folder / FAMILIES[family].component if located.single_file or located.whole_pipeline else folder
     maker: Any = getattr(diffusers, FAMILIES[family].model)
-    config = check_config(folder, "diffusers", FAMILIES[family].model)
+    settings = check_config(folder, "diffusers", FAMILIES[family].model)
     try:
         with torch.device("meta"):
-            return maker.from_config(config).config
+            return maker.from_config(settings).config
     except Exception as error:  # the library raises anything for settings of a wrong type
         raise UserError(f"{folder} has no config of a {FAMILIES[family].model}: {first_line(error)}") from None

@@ -87,8 +87,8 @@ def weight_files(folder: Path) -> WeightFiles:
     chosen = next((variant for variant in (None, *VARIANTS) if variant in variants), None)
     if chosen not in variants:
         if len(variants) > 1:
-            names = ", ".join(sorted(variant or "" for variant in variants))
-            raise UserError(f"{folder} has its weights in the variants {names} and none without; keep one of them")
+            found = ", ".join(sorted(variant or "" for variant in variants))
+            raise UserError(f"{folder} has its weights in the variants {found} and none without; keep one of them")
         (chosen,) = variants
     names = [match[0] for match in matches if (match[1] or match[2]) == chosen]
     (first, *_) = sorted(names, key=lambda name: name.endswith(".json") == (library == "transformers"))
@@ -110,8 +110,8 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
     """The files that an index names. Raises UserError for one that is missing, or not in the folder."""
     found = read_object(index)
     weight_map = found.get("weight_map")
-    named = isinstance(weight_map, dict) and weight_map and all(isinstance(name, str) for name in weight_map.values())
-    if not named or not isinstance(found.get("metadata"), dict):
+    weight_map = weight_map if isinstance(weight_map, dict) and isinstance(found.get("metadata"), dict) else {}
+    if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index} has no weight_map of tensors to files, with metadata beside it; download it again")
     files = sorted(set(weight_map.values()))
     for name in files:

@@ -10,6 +10,7 @@ from pathlib import Path
 from afa.errors import UserError
 from afa.experts.headers import read_header
 from afa.experts.layouts import Layout, layout_of
+from afa.experts.parts import read_index
 from afa.experts.spec import HUB_ID, ExpertSpec, exists
 
 
@@ -94,16 +95,31 @@ def _from_hub(spec: ExpertSpec) -> Located:
         if len(parts) > 2:
             file = hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=spec.revision)
             return Located(spec, Path(file), commit=_commit(Path(file)))
-        from diffusers import DiffusionPipeline
-
-        folder = DiffusionPipeline.download(spec.source, revision=spec.revision, use_safetensors=True, safety_checker=None, feature_extractor=None)
-        return Located(spec, Path(folder), commit=_commit(Path(folder)))
+        index = Path(hf_hub_download(spec.source, "model_index.json", revision=spec.revision))
+        read_index(index.parent)  # refuses classes that are not the libraries' own, before a library is asked
+        folder = _download(spec)
+        return Located(spec, folder, commit=_commit(folder))
+    except UserError:
+        raise
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "ON", "YES") else ""
         revision = f" at revision {spec.revision}" if spec.revision else ""
         raise UserError(
             f"'{spec.source}' is neither a folder nor a file here, and as a hub id it could not be loaded{revision}{offline}: {_reason(error)}"
         ) from error
+
+
+def _download(spec: ExpertSpec) -> Path:
+    """A pipeline's repository, as far as experts need it; in half precision where it has no other weights."""
+    from diffusers import DiffusionPipeline
+
+    options = {"revision": spec.revision, "use_safetensors": True, "safety_checker": None, "feature_extractor": None}
+    try:
+        return Path(DiffusionPipeline.download(spec.source, **options))
+    except OSError as error:
+        if "safetensors" not in str(error):  # which are missing without a variant
+            raise
+        return Path(DiffusionPipeline.download(spec.source, variant="fp16", **options))
 
 
 def _commit(path: Path) -> str | None:

@@ -361,3 +361,18 @@ def test_position_ids_never_make_two_text_encoders_unlike(folder, tmp_path):
         with Reader() as reader:
             assert torch.equal(reader.read(source.tensors["text_encoder.embeddings.position_ids"]), ids)
         assert "text_encoder.embeddings.position_ids" not in source.floats()
+
+
+def test_a_strange_class_in_a_repository_of_the_hub_is_refused_before_the_rest_is_fetched(folder, index, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--org--photo"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda *_, **__: pytest.fail("a library was asked"))
+    for entries in ({"_class_name": ["evil", "Pipe"]}, {"_class_name": "Nothing"}, {"unet": ["evil", "Net"]}):
+        index(**({"_class_name": "StableDiffusionPipeline"} | entries))
+        shutil.rmtree(repo, ignore_errors=True)
+        shutil.copytree(folder, repo / "snapshots" / commit, copy_function=os.link)
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text(commit)
+        with pytest.raises(UserError, match="model_index.json"):
+            load_expert("org/photo@main")
