@@ -44,7 +44,7 @@ def settings(request, tmp_path_factory):
     (folder / "scorer.py").write_text("def score(images, captions):\n    return {'light': images.mean((1, 2, 3)) / 255}\n")
     return EvaluateSettings(
         ensemble=str(folder / "afa"), output=str(folder / "out"), protocol=str(folder / "prompts.txt"), scorer=str(folder / "scorer.py"),
-        methods=METHODS, steps=1, width=32, height=32, tuning=2, search_trials=4, seeds=1, device="cpu",
+        train_data=str(folder / "data"), methods=METHODS, steps=1, width=32, height=32, tuning=2, search_trials=4, seeds=1, device="cpu",
     )  # fmt: skip
 
 
