@@ -61,7 +61,6 @@ def settings(world, tmp_path):
         protocol=str(world / "prompts.txt"),
         methods=METHODS,
         scorer=str(world / "scorer.py"),
-        train_data=str(world / "data"),
         images_per_prompt=2,
         steps=2,
         guidance=2.0,
@@ -82,8 +81,8 @@ def done(world, tmp_path_factory):
     """One comparison that is finished, to be read."""
     output = tmp_path_factory.mktemp("done") / "out"
     settings = EvaluateSettings(
-        ensemble=str(world / "afa"), output=str(output), protocol=str(world / "prompts.txt"), methods=METHODS, scorer=str(world / "scorer.py"), train_data=str(world / "data"),
-        images_per_prompt=2, steps=2, guidance=2.0, width=32, height=32, tuning=2, device="cpu", seeds=2,
+        ensemble=str(world / "afa"), output=str(output), protocol=str(world / "prompts.txt"), methods=METHODS, scorer=str(world / "scorer.py"),
+        train_data=str(world / "data"), images_per_prompt=2, steps=2, guidance=2.0, width=32, height=32, tuning=2, device="cpu", seeds=2,
     )  # fmt: skip
     return settings, evaluate(settings)
 
@@ -237,7 +236,7 @@ def test_loras_to_equal_compute_go_on_from_those_to_equal_steps(settings):
 def test_two_processes_make_the_images_of_one(settings, done, capfd):
     """Real processes, as accelerate launch starts them: the same images, the same results, printed once."""
     flags = ["--methods", "weighted", "--images-per-prompt", "2", "--steps", "2", "--guidance", "2", "--width", "32", "--height", "32"]
-    places = ["--ensemble", settings.ensemble, "--protocol", settings.protocol, "--scorer", settings.scorer, "--output", settings.output]
+    places = ["--ensemble", settings.ensemble, "--protocol", settings.protocol, "--scorer", settings.scorer, "--output", settings.output, "--train-data", settings.train_data]
     codes = in_processes(lambda: main(["evaluate", *flags, *places, "--tuning", "2", "--device", "cpu", "--json"]))
     assert codes == [0, 0]
     assert len(json.loads(capfd.readouterr().out)["methods"]) == 4

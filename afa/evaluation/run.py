@@ -234,8 +234,11 @@ def _judge(comparison: Comparison, row: Row, options: Options, made: list[Made])
         folder = str(one.images.folder.relative_to(setup.output))
         runs.append(Run(run, folder, judged.scores, judged.sets, one.images.seconds(), one.memory_mb))
     trained = [one.trained for one in made if one.trained is not None]
-    by = "held-out loss of the first run" if row.by_loss else f"{len(comparison.tuner.captions)} other images"
-    chosen = f"chosen by {by}: {_words(options)}" if len(row.candidates) > 1 else ""
+    chosen = ""
+    if len(row.candidates) > 1:
+        by = "held-out loss of the first run" if row.by_loss else f"{len(comparison.tuner.captions)} other images"
+        how = f"chosen by {by}" if row.by_loss or comparison.tuner.able else "its default, since there is nothing to choose by"
+        chosen = f"{how}: {_words(options)}"
     return Method(
         row.name,
         row.group,
