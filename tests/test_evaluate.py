@@ -236,8 +236,8 @@ def test_loras_to_equal_compute_go_on_from_those_to_equal_steps(settings):
 def test_two_processes_make_the_images_of_one(settings, done, capfd):
     """Real processes, as accelerate launch starts them: the same images, the same results, printed once."""
     flags = ["--methods", "weighted", "--images-per-prompt", "2", "--steps", "2", "--guidance", "2", "--width", "32", "--height", "32"]
-    places = ["--ensemble", settings.ensemble, "--protocol", settings.protocol, "--scorer", settings.scorer, "--output", settings.output, "--train-data", settings.train_data]
-    codes = in_processes(lambda: main(["evaluate", *flags, *places, "--tuning", "2", "--device", "cpu", "--json"]))
+    places = ["--ensemble", settings.ensemble, "--protocol", settings.protocol, "--scorer", settings.scorer, "--output", settings.output]
+    codes = in_processes(lambda: main(["evaluate", *flags, *places, "--train-data", settings.train_data, "--tuning", "2", "--device", "cpu", "--json"]))
     assert codes == [0, 0]
     assert len(json.loads(capfd.readouterr().out)["methods"]) == 4
     one = images(done[0])
