@@ -1,6 +1,7 @@
 """afa: Adaptive Feature Aggregation. Combine several text-to-image diffusion models into one (arXiv:2405.17082)."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -8,6 +9,9 @@ if TYPE_CHECKING:
     from afa.ensemble import Ensemble
     from afa.errors import UserError
     from afa.merging.memory import merge_experts, merge_pipelines
+
+# Read when torch is loaded. Threads that wait for work spin otherwise: beside a busy neighbour that is many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 __all__ = [

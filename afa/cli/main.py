@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 import textwrap
+import traceback
 from typing import Any
 
 from afa import __version__
@@ -28,31 +29,36 @@ COMMANDS = {
     "demo": "afa.cli.demo",
     "ui": "afa.cli.ui",
 }
+TRACEBACK = "--traceback"
+LONGEST = 400  # characters of an error that was not foreseen
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. -> 0 done, 1 failed, 2 not as asked, 130 interrupted."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        parser = build_parser(arguments if arguments is not None else sys.argv[1:])
-    except UserError as error:  # in a recipe
-        return _say(str(error), 2)
-    if (listed := _listed(arguments if arguments is not None else sys.argv[1:])) is not None:
-        print(listed)
-        return 0
-    parsed = parser.parse_args(arguments)
-    module = importlib.import_module(COMMANDS[parsed.command])
-    _quiet_libraries()
-    try:
+        parser = build_parser(given)
+        if not given:
+            parser.print_help()
+            return 0
+        if (listed := _listed(given)) is not None:
+            print(listed)
+            return 0
+        parsed = parser.parse_args(given)
+        module = importlib.import_module(COMMANDS[parsed.command])
+        _quiet_libraries()
         module.run(read_flags(module.Options, parsed))
     except (UserError, NotImplementedError) as error:
-        return _say(str(error), 2)
+        return _say(str(error), 2, given)
     except KeyboardInterrupt as interrupt:
-        return _say(str(interrupt) or "interrupted", 130)
+        return _say(str(interrupt) or "interrupted", 130, given)
     except BrokenPipeError:
         sys.stderr.close()  # the reader (head, less) has seen enough
         return 0
     except OSError as error:
-        return _say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+        return _say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1, given)
+    except Exception as error:
+        return _say(_unexpected(error, given), 1, given)
     return 0
 
 
@@ -64,6 +70,7 @@ def build_parser(arguments: list[str]) -> argparse.ArgumentParser:
         epilog="`afa VERB --help` shows the options of a verb and examples.",
     )
     parser.add_argument("--version", action="version", version=f"afa {__version__}")
+    _add_traceback(parser)
     verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
     for verb, path in COMMANDS.items():
         module: Any = importlib.import_module(path)
@@ -75,6 +82,7 @@ def build_parser(arguments: list[str]) -> argparse.ArgumentParser:
             epilog="examples:\n" + textwrap.indent("\n".join(module.EXAMPLES), "  "),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        _add_traceback(command)
         if verb in arguments:
             add_flags(command, module.Options, _preset(verb, module.Options, arguments))
     return parser
@@ -106,7 +114,24 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _say(sentence: str, code: int) -> int:
+def _add_traceback(parser: argparse.ArgumentParser) -> None:
+    """Before the verb and after it; without a default, so that neither place overwrites the other."""
+    parser.add_argument(TRACEBACK, action="store_true", default=argparse.SUPPRESS, help="when a command fails, show where in the program")
+
+
+def _unexpected(error: Exception, given: list[str]) -> str:
+    """The sentence for what was not foreseen."""
+    words = " ".join(str(error).split())[:LONGEST] or "no reason is given"
+    if "out of memory" in words.lower() or isinstance(error, MemoryError):
+        return f"out of memory: {words}"
+    advice = "" if TRACEBACK in given else f"; {TRACEBACK} shows where"
+    return f"{type(error).__name__}: {words}{advice}"
+
+
+def _say(sentence: str, code: int, given: list[str]) -> int:
+    """Say why a command ends; where it failed, too, if that is asked for."""
+    if TRACEBACK in given:
+        traceback.print_exc()
     print(f"afa: {sentence}", file=sys.stderr)
     return code
 
