@@ -18,6 +18,7 @@ from afa.experts.lending import lend
 from afa.experts.load import Expert, load_experts
 from afa.frame import Frame
 from afa.loading import equip, load_into
+from afa.places import located
 from afa.text import EnsembleTextEncoder, join_text_encoders, width_of
 
 
@@ -58,7 +59,8 @@ class Ensemble:
     ) -> "Ensemble":
         """Combine experts; untrained, their ensemble is the mean of their features.
 
-        experts: strings (a diffusers folder, a .safetensors file, org/name@revision, name=… any of these, …+lora.safetensors),
+        experts: strings (a diffusers folder, a .safetensors file, org/name@revision, demo:curves, name=… any of these,
+        …+lora.safetensors),
         diffusers pipelines, or bare denoisers. aggregator, aggregator_options, attention_up_to, text_stream: see afa.aggregators.
         placement: layers, blocks, every-K, double, out, or stage names; default the family's. aggregators: a folder of trained ones,
         ours or the reference release's; then kind, options and placement come from there. frame: the folder of a pipeline for
@@ -70,6 +72,7 @@ class Ensemble:
         if not experts:
             raise UserError("an ensemble needs at least one expert")
         recipe = _recipe(aggregator, aggregator_options, attention_up_to, text_stream)
+        frame, vae = (located(place) if isinstance(place, str) else place for place in (frame, vae))
         loaded = load_experts(experts, dtype, config, prediction_type)
         lender = lend(loaded, frame, dtype)
         _check(loaded, placement, aggregators)
@@ -119,7 +122,7 @@ class Ensemble:
         """
         from afa.checkpoint.folder import load_ensemble
 
-        return load_ensemble(cls, Path(folder), experts or {}, dtype=dtype, verify=verify)
+        return load_ensemble(cls, Path(located(str(folder))), experts or {}, dtype=dtype, verify=verify)
 
     def save(self, folder: str | Path, *, bundle: bool = False) -> None:
         """Write afa.json, aggregators.safetensors and a model card; experts are referred to by source and sha256.

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypedDict, Unpack
 
 from afa.errors import UserError
 from afa.lookup import unknown
+from afa.places import located
 
 SEEDS = 2**64  # as many seeds as torch's generators and other programs know
 
@@ -49,21 +50,23 @@ def option(
     help: str,
     positional: bool = False,
     choices: list[str] | None = None,
+    place: bool = False,
     **bounds: Unpack[Bounds],
 ) -> Any:
     """A field that is a flag (or a positional argument), with its help. Without a default it is required.
 
     choices: the values there are
+    place:   where models are; demo:NAME is replaced by the embedded one's folder
     bounds:  of a number, or of each number of a list
     """
-    metadata = {"help": help, "positional": positional, "choices": choices, "bounds": bounds}
+    metadata = {"help": help, "positional": positional, "choices": choices, "place": place, "bounds": bounds}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 class CheckedOptions:
-    """Base of all options: making them checks kinds of numbers, bounds and choices. Raises UserError.
+    """Base of all options: making them checks kinds of numbers, bounds and choices, and finds embedded models. Raises UserError.
 
     prefix: what stands before a field's name where it is named: options of a method are no flags.
     """
@@ -73,7 +76,11 @@ class CheckedOptions:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
             name = field.name.replace("_", "-") if self.prefix else field.name
-            check_value(type(self), field, getattr(self, field.name), f"{self.prefix}{name}")
+            value = getattr(self, field.name)
+            check_value(type(self), field, value, f"{self.prefix}{name}")
+            if field.metadata.get("place") and value is not None:
+                found = [located(one) for one in value] if isinstance(value, list) else located(value)
+                object.__setattr__(self, field.name, found)
 
 
 def check_value(options: type, field: dataclasses.Field[Any], value: Any, name: str) -> None:

@@ -43,8 +43,8 @@ def test_examples_of_the_help_can_be_parsed(verb):
     assert module.EXAMPLES
     for example in module.EXAMPLES:
         words = shlex.split(example)
-        assert words[:2] == ["afa", verb]
-        read_flags(module.Options, build_parser(words[1:]).parse_args(words[1:]))
+        assert words[0] == "afa" and (words[1] == verb or verb == "report")  # a report is of what another example leaves
+        read_flags(importlib.import_module(COMMANDS[words[1]]).Options, build_parser(words[1:]).parse_args(words[1:]))
 
 
 @pytest.mark.parametrize(

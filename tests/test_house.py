@@ -14,7 +14,7 @@ import afa
 from afa.cli.main import COMMANDS
 
 ROOT = Path(afa.__file__).parent
-CORE = {"families", "aggregators", "denoiser", "errors", "lookup", "options", "schema", "naming"}
+CORE = {"families", "aggregators", "denoiser", "errors", "lookup", "options", "places", "schema", "naming"}
 EDGES = {"cli", "webui", "__main__"}
 DEMO = {"demo"}
 ROOMS = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()} - {"__init__", "__pycache__"}
@@ -73,9 +73,10 @@ def test_the_core_builds_on_torch_and_diffusers_alone():
 
 
 def test_the_core_touches_no_files_and_prints_nothing():
-    calls = [node for file in files(CORE) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    core = CORE - {"places"}  # which knows where the package itself lies
+    calls = [node for file in files(core) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
     assert not {"open", "print", "input"} & {node.func.id for node in calls if isinstance(node.func, ast.Name)}
-    assert not {"os", "sys", "io", "pathlib", "shutil", "tempfile"} & {module for file in files(CORE) for module in imported(file)}
+    assert not {"os", "sys", "io", "pathlib", "shutil", "tempfile"} & {module for file in files(core) for module in imported(file)}
 
 
 @pytest.mark.parametrize(

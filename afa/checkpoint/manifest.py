@@ -17,6 +17,7 @@ from afa.experts.spec import HUB_ID, ExpertSpec, Lora
 from afa.files import settled
 from afa.lookup import unknown
 from afa.naming import check_name
+from afa.places import located, spelled
 from afa.schema import Count, Like, Score, Sha256, Within, build, hints_of, shown
 from afa.text_files import read_json
 
@@ -116,7 +117,7 @@ class ExpertEntry:
 
     def spec(self, folder: Path) -> ExpertSpec:
         """How to find this expert again, from the ensemble's folder."""
-        path = folder / self.source
+        path = folder / located(self.source)
         source = str(path) if self.commit is None or path.exists() else self.source
         loras = tuple(Lora(str(folder / lora["path"]), lora["strength"]) for lora in self.loras)
         return ExpertSpec(self.name, source, self.commit, loras, str(folder / MANIFEST))
@@ -219,15 +220,15 @@ def _refuse_twice(names: Collection[str], where: str) -> None:
         seen.add(name)
 
 
-def entry_for(located: Located, folder: Path, files: dict[str, str], config: str | None, prediction_type: str | None) -> ExpertEntry:
+def entry_for(found: Located, folder: Path, files: dict[str, str], config: str | None, prediction_type: str | None) -> ExpertEntry:
     """The entry of an expert at the place it is."""
-    spec = located.spec
-    hub = located.commit is not None
+    spec = found.spec
+    hub = found.commit is not None
     loras = [{"path": relative(Path(lora.path), folder), "strength": lora.strength} for lora in spec.loras]
     return ExpertEntry(
         name=spec.name,
-        source=spec.source if hub else relative(located.path, folder),
-        commit=located.commit,
+        source=spec.source if hub else spelled(found.path) or relative(found.path, folder),
+        commit=found.commit,
         config=config if config is None or config in KNOWN_CONFIGS else relative(Path(config), folder),
         loras=loras,
         files=files,

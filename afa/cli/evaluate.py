@@ -14,8 +14,8 @@ from afa.errors import UserError
 from afa.evaluation.settings import EvaluateSettings as Options
 
 EXAMPLES = [
-    "afa evaluate --ensemble demo/ensemble --protocol scenes --methods single weighted prediction_router --prompts 16 --output compared",
-    "afa evaluate --ensemble my-ensemble --protocol prompts.txt --methods all --scorer my_scorer.py --seeds 3 --output compared",
+    "afa evaluate --ensemble demo:ensemble --protocol scenes --methods single weighted noise_average --prompts 16 --output compared",
+    "afa evaluate --ensemble demo:ensemble --protocol scenes --base demo:base --methods all --seeds 3 --output all-of-them --dry-run",
 ]
 
 

@@ -16,7 +16,7 @@ PROMPT = '"a red star left of a blue ring on a dotted mint background"'
 EXAMPLES = [
     f"afa explain --prompt {PROMPT} --output why",
     f"afa explain --prompt {PROMPT} --output why-quick --counterfactuals off --word-steps 0",
-    "afa explain my-ensemble --prompts prompts.txt --output why-mine --steps 30 --counterfactuals off pairs skipped",
+    f"afa explain demo:ensemble --prompt {PROMPT} --output why-pairs --steps 10 --guidance 3 --counterfactuals off pairs skipped",
 ]
 WORLD = {"steps": 20, "guidance": 3.0}  # what the embedded experts are drawn with everywhere
 

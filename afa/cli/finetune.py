@@ -10,8 +10,8 @@ from typing import Any
 from afa.controls.settings import LoraSettings as Options
 
 EXAMPLES = [
-    "afa finetune afa/demo/assets/patterns --data demo/data --like demo/ensemble --output tuned --steps 50 --lr 2e-3",
-    "afa finetune photo.safetensors --data my-images --rank 64 --output tuned --dry-run",
+    "afa finetune demo:patterns --data scenes:200 --rank 4 --output tuned --steps 20 --lr 2e-3",
+    "afa finetune demo:patterns --data scenes:200 --like demo:ensemble --output alike --dry-run",
 ]
 
 

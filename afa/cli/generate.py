@@ -10,14 +10,13 @@ from afa.generation.settings import GenerateSettings as Options
 
 __doc__ = f"{__doc__}\nmethods (--method NAME) and their options (--method-option KEY=VALUE):\n{explain()}\n"
 
-DEMO = "afa/demo/assets"
 PROMPT = '"a red star left of a blue ring on a dotted mint background"'
 EXAMPLES = [
-    f"afa generate {DEMO}/curves --prompt {PROMPT} --output out-curves --steps 20 --guidance 3",
-    f"afa generate {DEMO}/curves {DEMO}/angles --method magicfusion --prompt {PROMPT} --output out-fusion --steps 20 --guidance 3 --weights",
-    f"afa generate {DEMO}/curves {DEMO}/angles --method noise_average --method-option weights=1,2 --prompts prompts.txt --output out-average",
-    f"afa generate my-ensemble --prompt {PROMPT} --output out --guidance 3 --weights",
-    f"afa generate {DEMO}/ensemble --prompt {PROMPT} --output weaker --steps 20 --guidance 3 --strength patterns=0.3",
+    f"afa generate demo:curves --prompt {PROMPT} --output out-curves --steps 20 --guidance 3",
+    f"afa generate demo:curves demo:angles --method magicfusion --prompt {PROMPT} --output out-fusion --steps 20 --guidance 3 --weights",
+    f"afa generate demo:curves demo:angles --method noise_average --method-option weights=1,2 --prompt {PROMPT} --output out-average",
+    f"afa generate demo:ensemble --prompt {PROMPT} --output out --steps 20 --guidance 3 --weights",
+    f"afa generate demo:ensemble --prompt {PROMPT} --output weaker --steps 20 --guidance 3 --strength patterns=0.3",
 ]
 
 

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from afa.inspection import Subject
 
 EXAMPLES = [
-    "afa inspect afa/demo/assets/curves afa/demo/assets/angles afa/demo/assets/patterns",
-    "afa inspect afa/demo/assets/curves afa/demo/assets/angles --placement out --json",
+    "afa inspect demo:curves demo:angles demo:patterns",
+    "afa inspect demo:curves demo:angles --placement out --json",
+    "afa inspect demo:ensemble",
     "afa inspect --config flux --count 2 --placement double",
 ]
 FUSION = ("aggregator", "placement", "hidden", "heads", "depth", "weights", "attention_up_to")  # a saved ensemble has its own
@@ -30,7 +31,7 @@ class Options(CheckedOptions):
 
     experts: list[str] = option(
         [],
-        help="a diffusers folder, .safetensors file of original layout or org/name@revision, each optionally NAME=… and …+LORA;"
+        place=True, help="a diffusers folder, .safetensors file of original layout or org/name@revision, each optionally NAME=… and …+LORA;"
         " or one saved ensemble",
         positional=True,
     )

@@ -12,6 +12,7 @@ from afa import __version__
 from afa.cli.flags import add_flags, read_flags
 from afa.cli.tables import table
 from afa.errors import UserError
+from afa.places import EMBEDDED
 from afa.recipes import PLACES, read_recipe
 
 # verb -> module with Options, EXAMPLES and run(options); its docstring is the help
@@ -29,6 +30,7 @@ COMMANDS = {
     "demo": "afa.cli.demo",
     "ui": "afa.cli.ui",
 }
+EMBEDDED_HELP = f"small models to try it with, wherever one is asked for: {', '.join(f'demo:{name}' for name in EMBEDDED)}; data: scenes:200"
 TRACEBACK = "--traceback"
 LONGEST = 400  # characters of an error that was not foreseen
 
@@ -79,7 +81,7 @@ def build_parser(arguments: list[str]) -> argparse.ArgumentParser:
             verb,
             help=summary,
             description=f"{summary}\n{textwrap.dedent(rest)}",
-            epilog="examples:\n" + textwrap.indent("\n".join(module.EXAMPLES), "  "),
+            epilog="examples:\n" + textwrap.indent("\n".join(module.EXAMPLES), "  ") + f"\n\n{EMBEDDED_HELP}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _add_traceback(command)

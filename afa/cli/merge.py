@@ -24,9 +24,9 @@ from afa.cli.tables import scaled
 from afa.merging.settings import MergeSettings as Options
 
 EXAMPLES = [
-    "afa merge --experts afa/demo/assets/curves afa/demo/assets/angles afa/demo/assets/patterns --weights 2 1 1 --output soup",
-    "afa merge --method mbw --experts afa/demo/assets/curves afa/demo/assets/angles --weights GRAD_V --output blocks.safetensors",
-    "afa merge --method ties --experts afa/demo/assets/curves afa/demo/assets/angles --base afa/demo/assets/base --output ties --dry-run",
+    "afa merge --experts demo:curves demo:angles demo:patterns --weights 2 1 1 --output soup",
+    "afa merge --method mbw --experts demo:curves demo:angles --weights GRAD_V --output blocks.safetensors",
+    "afa merge --method ties --experts demo:curves demo:angles --base demo:base --output ties --dry-run",
 ]
 
 

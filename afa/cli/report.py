@@ -10,8 +10,8 @@ from pathlib import Path
 from afa.options import option
 
 EXAMPLES = [
-    "afa report comparison --output report.html",
-    "afa report scenes drawbench --output both.html --csv numbers.csv",
+    "afa evaluate --ensemble demo:ensemble --protocol scenes --methods single weighted --prompts 4 --tuning 0 --output compared",
+    "afa report compared --output report.html --csv numbers.csv",
 ]
 
 

@@ -10,11 +10,9 @@ import json
 
 from afa.screening.settings import ScreenSettings as Options
 
-DEMO = "afa/demo/assets"
 EXAMPLES = [
-    f"afa screen {DEMO}/curves {DEMO}/angles {DEMO}/patterns --data scenes:64 --base {DEMO}/base --output screened",
-    f"afa screen {DEMO}/curves {DEMO}/patterns again={DEMO}/curves --data scenes:32 --json",
-    f"afa screen {DEMO}/curves {DEMO}/angles --prompts prompts.txt --guidance 3 --output disagreement",
+    "afa screen demo:curves demo:angles demo:patterns --data scenes:64 --base demo:base --output screened",
+    "afa screen demo:curves demo:patterns again=demo:curves --data scenes:32 --json",
 ]
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from afa.merging.search.settings import SearchSettings as Options
 
+PROMPT = '"a red star left of a blue ring on a dotted mint background"'
 EXAMPLES = [
-    "afa search --experts afa/demo/assets/curves afa/demo/assets/angles --prompts prompts.txt --metric attributes --trials 20 --output searched",
-    "afa search --experts photo.safetensors paint.safetensors --search coordinate --line binary --prompts prompts.txt --output searched",
+    f"afa search --experts demo:curves demo:angles --prompt {PROMPT} --metric attributes --trials 5 --guidance 3 --output searched",
+    f"afa search --experts demo:curves demo:angles --prompt {PROMPT} --metric attributes --search coordinate --output by-stage --dry-run",
 ]
 
 

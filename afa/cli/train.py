@@ -10,8 +10,8 @@ from typing import Any
 from afa.training.settings import TrainSettings as Options
 
 EXAMPLES = [
-    "afa train --experts afa/demo/assets/curves afa/demo/assets/angles --data my-images --output my-ensemble --steps 100 --lr 2e-3",
-    "afa train --experts photo=./photo.safetensors paint=org/name@main --data my-images --output my-ensemble --dry-run",
+    "afa train --experts demo:curves demo:angles --data scenes:200 --output my-ensemble --steps 20 --lr 2e-3 --hidden 32",
+    "afa train --start demo:ensemble --data scenes:200 --output further --dry-run",
 ]
 
 

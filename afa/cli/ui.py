@@ -11,8 +11,8 @@ from afa.webui.settings import UiSettings as Options
 
 EXAMPLES = [
     "afa ui",
-    "afa ui my-ensemble --output pictures --reports compared demo/report.html",
-    "afa ui photo.safetensors paint=./paint --port 8000 --max-steps 60",
+    "afa ui demo:ensemble --output pictures --max-steps 60",
+    "afa ui demo:curves demo:angles --port 8000",
 ]
 
 

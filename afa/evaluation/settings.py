@@ -13,14 +13,14 @@ FREE = ("output", "methods", "seeds", "metrics", "metric_weights", "scorer", "st
 class EvaluateSettings(CheckedOptions):
     """One comparison, field by field a flag of `afa evaluate`."""
 
-    ensemble: str = option(help="a saved ensemble, as `afa train` leaves it")
+    ensemble: str = option(place=True, help="a saved ensemble, as `afa train` leaves it")
     output: str = option(help="where images, scores and results.json go; what is there already, made the same way, is kept")
     protocol: str = option(help="scenes, coco2017, drawbench, a file of prompts, or a folder of captioned images")
-    experts: list[str] | None = option(None, help="new places of the ensemble's experts that have moved, each NAME=PLACE")
+    experts: list[str] | None = option(None, place=True, help="new places of the ensemble's experts that have moved, each NAME=PLACE")
     methods: list[str] = option(["all"], help="what to compare: all, or names (`afa evaluate --methods list` shows them)")
     seeds: int = option(1, least=1, most=1000, help="training seeds of everything that is trained; the ensemble itself is the first")
     train_data: str | None = option(None, help="where the captioned training images are (default: where the ensemble's were, or the protocol's own)")
-    base: str | None = option(None, help="the model the experts were fine-tuned from; task arithmetic, TIES, DARE and model stock need it")
+    base: str | None = option(None, place=True, help="the model the experts were fine-tuned from; task arithmetic, TIES, DARE and model stock need it")
     metrics: list[str] | None = option(None, help="judge by these, the first leading the table (default: the protocol's)")
     metric_weights: list[str] | None = option(None, help="where a metric's weights are, each METRIC=PATH or METRIC=org/name")
     scorer: str | None = option(

@@ -9,6 +9,7 @@ from afa.files import given_name
 from afa.lookup import unknown
 from afa.naming import check_name, plain_name
 from afa.options import check_number
+from afa.places import located
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")  # what a U-Net may predict
 PREDICTION_HELP = "what U-Nets of single files predict, where the files do not say it themselves"  # of --prediction-type
@@ -55,8 +56,10 @@ class ExpertSpec:
     def parse(cls, text: str, prediction_type: str | None = None) -> "ExpertSpec":
         """Read "name=source@revision+lora*strength". Raises UserError if the parts make no sense.
 
-        prediction_type: what it predicts, for a file that does not say it. A path that exists as it stands is taken whole, whatever characters are in it.
+        prediction_type: what it predicts, for a file that does not say it. demo:MODEL is an
+        embedded source. A path that exists as it stands is taken whole, whatever characters are in it.
         """
+        text = located(text)
         name, rest = None, text
         head, equals, tail = text.partition("=")
         named = NAME.fullmatch(head) or exists(tail) or HUB_ID.fullmatch(tail)

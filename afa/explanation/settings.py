@@ -25,7 +25,7 @@ class ExplainSettings(CheckedOptions):
     """One explanation, field by field a flag of `afa explain`."""
 
     output: str = option(help="a folder for pictures, data and explain.html; images that are explained there already are kept")
-    ensemble: str | None = option(None, help="a saved ensemble (default: the embedded one, with 20 steps and guidance 3)", positional=True)
+    ensemble: str | None = option(None, place=True, help="a saved ensemble (default: the embedded one, with 20 steps and guidance 3)", positional=True)
     prompt: list[str] | None = option(None, help="one or more prompts")
     prompts: str | None = option(None, help="a file of prompts: one a line, or JSON lines with \"text\"")
     negative_prompt: str | None = option(None, help="what the images should not show")
@@ -43,7 +43,7 @@ class ExplainSettings(CheckedOptions):
     )
     word_steps: int = option(4, least=0, most=10_000, help="steps at which every word is left out to see what it changes; 0: none")
     threshold: float = option(0.02, above=0, below=1, help="an expert whose mean weight stays below this is unused there")
-    experts: list[str] | None = option(None, help="new places of the ensemble's experts that have moved, each NAME=PLACE")
+    experts: list[str] | None = option(None, place=True, help="new places of the ensemble's experts that have moved, each NAME=PLACE")
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
     json: bool = option(False, help="print explain.json")

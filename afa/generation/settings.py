@@ -14,7 +14,7 @@ class GenerateSettings(CheckedOptions):
     """One generation run, field by field a flag of `afa generate`."""
 
     sources: list[str] = option(
-        help="a saved ensemble or an expert (folder, .safetensors, org/name@revision); with --method also several experts", positional=True
+        place=True, help="a saved ensemble or an expert (folder, .safetensors, org/name@revision); with --method also several experts", positional=True
     )
     output: str = option(help="a folder for the images; images that are there already, made the same way, are kept")
     prompt: list[str] | None = option(None, help="one or more prompts")
@@ -37,10 +37,10 @@ class GenerateSettings(CheckedOptions):
     method_option: list[str] | None = option(None, help="options of the method, each KEY=VALUE, lists with commas")
     strength: list[str] | None = option(None, help="scale an expert's weights, each NAME=FACTOR: 0 turns it off, 1 changes nothing")
     expert: str | None = option(None, help="use only this expert, in the ensemble's frame; with --method single: this one")
-    experts: list[str] | None = option(None, help="new places of an ensemble's experts that have moved, each NAME=PLACE")
+    experts: list[str] | None = option(None, place=True, help="new places of an ensemble's experts that have moved, each NAME=PLACE")
     config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
-    frame: str | None = option(None, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
+    frame: str | None = option(None, place=True, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
     weights: bool = option(False, help="save the weight maps of every image: .npz, and a picture of them over the image")
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")

@@ -18,7 +18,7 @@ class MergeSettings(CheckedOptions):
     """One merge, field by field a flag of `afa merge`."""
 
     experts: list[str] = option(
-        help="two or more: a diffusers folder, .safetensors file of original layout (SD 1.x, 2.x, XL) or org/name@revision, each optionally NAME=…"
+        place=True, help="two or more: a diffusers folder, .safetensors file of original layout (SD 1.x, 2.x, XL) or org/name@revision, each optionally NAME=…"
     )
     output: str = option(help="what to write: FILE.safetensors in original layout, or a diffusers folder")
     method: str = option("weighted", help="how to merge", choices=METHODS)
@@ -28,7 +28,7 @@ class MergeSettings(CheckedOptions):
         " between them or FILE.toml: the second expert's share of every stage; or one of these per expert",
     )
     base: str | None = option(
-        None, help="add_difference, task_arithmetic, ties, dare, model_stock: the model that the experts were tuned from"
+        None, place=True, help="add_difference, task_arithmetic, ties, dare, model_stock: the model that the experts were tuned from"
     )
     base_alpha: float | None = option(
         None, help="mbw of two: the second's share of all but the denoiser, if not in --weights (default: 0)"
@@ -40,7 +40,7 @@ class MergeSettings(CheckedOptions):
     seed: int | None = option(None, **SEED, help="dare: which differences are dropped (default: 0)")
     t: float | None = option(None, help="slerp: from the first expert (0) to the second (1) (default: 0.5)")
     vae: str | None = option(
-        None, help="where the VAE comes from: an expert's name, a pipeline or a VAE's folder (default: the first expert)"
+        None, place=True, help="where the VAE comes from: an expert's name, a pipeline or a VAE's folder (default: the first expert)"
     )
     merge_vae: bool = option(False, help="merge the VAEs, too (averaged VAEs tend to dark and blurry images)")
     dtype: str | None = option(

@@ -14,7 +14,9 @@ class ScreenSettings(CheckedOptions):
     """One screening, field by field a flag of `afa screen`."""
 
     experts: list[str] = option(
-        help="two or more: a diffusers folder, .safetensors file of original layout or org/name@revision, each optionally NAME=… and …+LORA", positional=True
+        positional=True,
+        place=True,
+        help="two or more: a diffusers folder, .safetensors file of original layout or org/name@revision, each optionally NAME=… and …+LORA",
     )
     data: str | None = option(
         None,
@@ -23,7 +25,7 @@ class ScreenSettings(CheckedOptions):
     )
     prompts: str | None = option(None, help="instead of --data, a file of prompts: what experts draw of them shows where they disagree, not who is right")
     output: str | None = option(None, help="a folder for report.html and screen.json, and for going on after an interruption (default: nothing is kept)")
-    base: str | None = option(None, help="the model the experts were fine-tuned from: an expert that is the base under another name is found")
+    base: str | None = option(None, place=True, help="the model the experts were fine-tuned from: an expert that is the base under another name is found")
     images: int = option(64, least=2, most=10**6, help="the first so many images, or prompts")
     draws: int = option(4, least=2, most=1000, help="noises at every image and timestep; head-room is what all but one of them foretell of that one")
     seed: int = option(0, **SEED, help="of timesteps and noise")
@@ -37,8 +39,8 @@ class ScreenSettings(CheckedOptions):
     guidance: float | None = option(None, **GUIDANCE, help="with --prompts: strength of guidance (default: the family's own)")
     config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
-    frame: str | None = option(None, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
-    vae: str | None = option(None, help="a VAE's or pipeline's folder (default: the first expert's)")
+    frame: str | None = option(None, place=True, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
+    vae: str | None = option(None, place=True, help="a VAE's or pipeline's folder (default: the first expert's)")
     batch_size: int = option(16, **COUNT, help="noisy latents in one pass of a denoiser, at most one image's")
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")

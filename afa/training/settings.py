@@ -57,7 +57,7 @@ class LoopSettings(ObjectiveSettings):
     dtype: str = option("float32", help="of what is frozen; what is trained is always float32", choices=["float32", "bfloat16"])
     config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
-    frame: str | None = option(None, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
+    frame: str | None = option(None, place=True, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
     gradient_checkpointing: bool = option(False, help="recompute stages in the backward pass: less memory, a third more time")
     sheet_every: int | None = option(
         None, least=1, most=10**9, help="steps between two sample sheets with weight maps, a multiple of --evaluate-every (default: none)"
@@ -108,8 +108,8 @@ class TrainSettings(LoopSettings):
     """One training run of aggregators, field by field a flag of `afa train`."""
 
     recipe: str | None = option(None, help="paper-sd15, paper-sdxl, low-memory, scenes, or a .toml file of flags; a flag that is given too goes first")
-    experts: list[str] | None = option(None, help="the experts: diffusers folder, .safetensors file or org/name@revision, each optionally NAME=…")
-    start: str | None = option(None, help="a saved ensemble to go on from, instead of --experts: its experts, its aggregators as they are")
+    experts: list[str] | None = option(None, place=True, help="the experts: diffusers folder, .safetensors file or org/name@revision, each optionally NAME=…")
+    start: str | None = option(None, place=True, help="a saved ensemble to go on from, instead of --experts: its experts, its aggregators as they are")
     aggregator: str = option("sabw", help="sabw (the paper's), or stitch: every expert keeps a path of its own", choices=["sabw", "stitch"])
     placement: str | None = option(
         None, help="fused stages: layers (all), blocks, every-K, double (FLUX), out (a router on the predictions), or names such as M00,OUT11"
@@ -122,7 +122,7 @@ class TrainSettings(LoopSettings):
         None, least=0, most=2**16, help="build the transformer only on maps up to this side in latent pixels (default: everywhere)"
     )
     text_stream: str = option("own", help="SD3, FLUX: text tokens of every expert's own, or fused where image tokens are", choices=["own", "fused"])
-    vae: str | None = option(None, help="an expert's name or a path (default: the first expert's)")
+    vae: str | None = option(None, place=True, help="an expert's name or a path (default: the first expert's)")
     store: str | None = option(None, help="of the experts' weights: in 8 bits, or in the CPU's memory until needed", choices=["int8", "fp8", "cpu"])
 
     def __post_init__(self) -> None:

@@ -1,13 +1,24 @@
 """The command line when something goes wrong that nobody foresaw, and when it is called for the first time."""
 
+import importlib
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from afa.checkpoint.manifest import read_manifest
 from afa.cli import inspect
-from afa.cli.main import main
+from afa.cli.flags import read_flags
+from afa.cli.main import COMMANDS, build_parser, main
+from afa.demo.world import ASSETS
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.experts.locate import locate
+from afa.experts.spec import ExpertSpec
+from afa.places import EMBEDDED, located
 
 
 def test_afa_alone_prints_help(capsys):
@@ -53,3 +64,51 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise():
         environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.stdout.strip() == found
+
+
+MODELS = ("sources", "experts", "expert", "ensemble", "base", "start", "like", "frame", "vae")
+FILES = ("prompts", "scorer", "recipe", "metric_weights", "protocol_data", "train_data", "folders", "reports")
+
+
+@pytest.mark.parametrize("verb", list(COMMANDS))
+def test_inputs_of_the_help_s_examples_are_there_in_an_empty_folder(verb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = set()  # by the examples before
+    for example in importlib.import_module(COMMANDS[verb]).EXAMPLES:
+        words = shlex.split(example)
+        options = read_flags(importlib.import_module(COMMANDS[words[1]]).Options, build_parser(words[1:]).parse_args(words[1:]))
+        for name in MODELS:
+            given = getattr(options, name, None) or []
+            for place in [given] if isinstance(given, str) else given:
+                assert Path(place).is_dir() or locate(ExpertSpec.parse(place)).path.exists(), f"{example}: {place}"
+        for name in FILES:
+            given = getattr(options, name, None) or []
+            for file in given if isinstance(given, list) else [given] if isinstance(given, str) else []:
+                assert file in made, f"{example}: {file}"
+        assert getattr(options, "data", None) is None or options.data.startswith("scenes:")
+        assert getattr(options, "protocol", "scenes") == "scenes"
+        made.add(getattr(options, "output", None))
+
+
+def test_embedded_models_have_a_spelling_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in EMBEDDED:
+        assert Path(located(f"demo:{name}")) == ASSETS / name
+    assert located("x=demo:curves+style.safetensors*0.5") == f"x={ASSETS / 'curves'}+style.safetensors*0.5"
+    assert ExpertSpec.parse("demo:curves").name == "curves"
+    for text in ("curves", "./demo:curves", "org/name@demo", "scenes:8", ""):
+        assert located(text) == text
+    with pytest.raises(UserError, match="demo:curve: .*did you mean 'curves'"):
+        located("demo:curve")
+    for text in ("demo:", "demo:../curves", "demo:curves/unet"):
+        with pytest.raises(UserError, match="embedded model"):
+            located(text.replace("curves/unet", "..")) if "/unet" in text else located(text)
+    Path("demo:curves").mkdir()
+    assert located("demo:curves") == "demo:curves"
+
+
+def test_an_ensemble_of_embedded_experts_names_them_by_their_spelling(tmp_path):
+    Ensemble.from_experts(["demo:curves", "x=demo:angles"], placement="out", aggregator="mean").save(tmp_path / "made")
+    assert [expert.source for expert in read_manifest(tmp_path / "made").experts] == ["demo:curves", "demo:angles"]
+    assert Ensemble.load(tmp_path / "made").names == ("curves", "x")
+    assert Ensemble.load("demo:ensemble").names == ("curves", "angles", "patterns")

@@ -13,7 +13,7 @@ FREE = ("output", "trials", "passes", "metric_weights", "batch_size", "device", 
 class SearchSettings(CheckedOptions):
     """One search, field by field a flag of `afa search`."""
 
-    experts: list[str] = option(help="two or more: folder, .safetensors file or org/name@revision, each optionally NAME=…")
+    experts: list[str] = option(place=True, help="two or more: folder, .safetensors file or org/name@revision, each optionally NAME=…")
     output: str = option(help="where the journal and best.toml go; the same command goes on from there")
     prompts: str | None = option(None, help="a file of prompts: one a line, or JSON lines with \"text\"")
     prompt: list[str] | None = option(None, help="one or more prompts")
