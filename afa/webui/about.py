@@ -11,7 +11,7 @@ from afa.webui.studio import Studio
 
 EXAMPLE = '''from gradio_client import Client
 
-client = Client("http://127.0.0.1:7860", analytics_enabled=False)     # this page's address
+client = Client("{url}", analytics_enabled=False)     # this page's address
 print(client.predict(api_name="/methods"))                            # methods, experts, schedulers, limits
 pictures = client.predict(prompt="{prompt}", methods={methods},
                           seed=1, steps=20, api_name="/generate")
@@ -19,19 +19,20 @@ for one in pictures:
     print(one["method"], one["seed"], one["seconds"], one["image"])   # image: downloaded
 print(client.predict(picture=pictures[0]["picture"], step=10, api_name="/weights")["shares"])
 print(client.predict(picture=pictures[0]["picture"], api_name="/settings")["generate"])'''
-CURL = '''curl -s http://127.0.0.1:7860/gradio_api/call/methods -H "Content-Type: application/json" -d '{"data": []}'
-curl -sN http://127.0.0.1:7860/gradio_api/call/methods/EVENT_ID     # the event_id that the first answered with'''
+CURL = '''curl -s {url}/gradio_api/call/methods -H "Content-Type: application/json" -d '{"data": []}'
+curl -sN {url}/gradio_api/call/methods/EVENT_ID     # the event_id that the first answered with'''
 
 
-def about(studio: Studio) -> str:
-    """Version, experts and their hashes, what is offered and what is not, the API."""
+def about(studio: Studio, url: str) -> str:
+    """Version, experts and their hashes, what is offered and what is not, the API. url: where the page is."""
     prompt = "a red star left of a blue ring on a dotted mint background"
     methods = "[" + ", ".join(f'"{name}"' for name in list(studio.methods)[:2]) + "]"
+    example = EXAMPLE.replace("{url}", url).replace("{prompt}", prompt).replace("{methods}", methods)
     return (
         f'<div class="afa-about"><h3>Loaded</h3>{_rows(_loaded(studio))}<h3>Experts</h3>{_rows(_experts(studio))}'
         f"<h3>Methods</h3>{_rows([(method.title, method.about) for method in studio.methods.values()])}"
-        f"{_refused(studio)}<h3>From Python</h3><pre><code>{escape(EXAMPLE.replace('{prompt}', prompt).replace('{methods}', methods))}</code></pre>"
-        f"<h3>From a shell</h3><pre><code>{escape(CURL)}</code></pre></div>"
+        f"{_refused(studio)}<h3>From Python</h3><pre><code>{escape(example)}</code></pre>"
+        f"<h3>From a shell</h3><pre><code>{escape(CURL.replace('{url}', url))}</code></pre></div>"
     )
 
 

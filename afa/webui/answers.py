@@ -37,12 +37,13 @@ def _said() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise gr.Error(_sentence(str(error)), print_exception=False) from None
+        raise gr.Error(sentence(str(error)), print_exception=False) from None
     except gr.Error:
         raise
     except Exception as error:
-        raise gr.Error(_sentence(unexpected(error)), print_exception=False) from None
+        raise gr.Error(sentence(unexpected(error)), print_exception=False) from None
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
+    """As Gradio shall show it, which takes messages for HTML."""
     return escape(text[:1].upper() + text[1:], quote=False)

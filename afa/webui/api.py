@@ -8,6 +8,7 @@ from afa.generation.pictures import read_metadata
 from afa.webui.answers import answering
 from afa.webui.desk import Desk
 from afa.webui.job import Column, Picture
+from afa.webui.order import MOST, text, whole
 from afa.webui.reading import read_order
 
 DRAWING = "drawing"  # let in all at once: whose turn it is, turns.py decides
@@ -56,8 +57,8 @@ class Api:
     def weights(self, picture: str, step: int = 0, stage: str = "", maps: bool = False) -> dict[str, Any]:
         """Which expert shaped a picture that was made lately, at a step (from 1; 0: the mean) and stage ("": the mean): stages, timesteps,
         shares by expert; with maps their weights in every pixel, by expert, as rows of numbers."""
-        kept = self.studio.shelf.get(picture)
-        found = kept.look(step, stage)
+        kept = self.studio.shelf.get(text("picture", picture))
+        found = kept.look(whole("step", step, 0, MOST), text("stage", stage))
         told: dict[str, Any] = {"stages": list(kept.maps), "timesteps": list(kept.timesteps)}
         told["shares"] = {name: round(float(found[index].mean()), PLACES) for index, name in enumerate(kept.experts)}
         if maps:

@@ -1,6 +1,7 @@
 """The folder of pictures: the only one that the page writes to and reads from."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -15,9 +16,21 @@ from numpy.typing import NDArray
 from afa.errors import UserError
 from afa.files import locked
 from afa.generation.pictures import read_made, save_picture
+from afa.images import open_image
+from afa.webui.order import text
 
 SHOWN = 60  # of the latest pictures
 UNMOVED = ("source",)  # what a picture says that does not change how it looks
+
+
+@functools.lru_cache(maxsize=1000)
+def _fault(path: Path, changed: int, size: int) -> str:
+    """Why a picture cannot be shown, "" if it can. changed, size: of the file; looked at again when they differ."""
+    try:
+        open_image(path, path.name)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 @dataclass(frozen=True)
@@ -53,13 +66,16 @@ class Gallery:
         """Whole or not at all."""
         save_picture(path, image, metadata)
 
-    def pictures(self) -> list[Path]:
-        """The latest first."""
+    def pictures(self) -> tuple[list[Path], list[str]]:
+        """The latest first, and for each file that is no whole picture a sentence with its name."""
         found = [path for path in self.folder.glob("[!.]*.png") if path.is_file() and not path.is_symlink()]
-        return sorted(found, key=lambda path: (path.stat().st_mtime, path.name), reverse=True)[:SHOWN]
+        latest = sorted(((path.stat().st_mtime_ns, path.name, path) for path in found), reverse=True)[:SHOWN]
+        faults = {path: _fault(path, changed, path.stat().st_size) for changed, _, path in latest}
+        return [path for path, fault in faults.items() if not fault], [fault for fault in faults.values() if fault]
 
     def find(self, name: str) -> Path:
         """A picture by its file name; nothing outside the folder has one. Raises UserError."""
+        name = text("picture", name)
         for path in self.folder.glob("*.png"):
             if path.name == name and path.is_file() and not path.is_symlink():
                 return path

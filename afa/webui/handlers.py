@@ -12,6 +12,7 @@ from afa.prompts import unread
 from afa.webui import markup
 from afa.webui.desk import Desk
 from afa.webui.job import Job, follow
+from afa.webui.order import MOST, text, whole
 from afa.webui.reading import read_order
 
 
@@ -59,20 +60,18 @@ class Handlers:
         """The weights of another picture, and how far the sliders go there: where they stand they stay, as far as they can."""
         if not picture:
             return [gr.skip(), gr.skip(), self.look(picture, step, stage)]
-        kept = self.studio.shelf.get(picture)
+        kept = self.studio.shelf.get(text("picture", picture))
         last = len(kept.timesteps), len(kept.maps)
-        step, stage = min(step, last[0]), min(stage, last[1])
+        step, stage = (min(whole(name, value, 0, MOST), most) for name, value, most in zip(("step", "stage"), (step, stage), last, strict=True))
         return [gr.Slider(maximum=last[0], value=step), gr.Slider(maximum=last[1], value=stage), self.look(picture, step, stage)]
 
     def look(self, picture: str | None, step: float, stage: float) -> str:
         """The weights of a picture at a step and stage."""
         if not picture:
             return markup.note("None of these pictures was made by weighing experts.")
-        kept = self.studio.shelf.get(picture)
+        kept = self.studio.shelf.get(text("picture", picture))
         stages = ["", *kept.maps]
-        if not 0 <= int(stage) < len(stages):
-            raise UserError(f"this picture has {len(stages) - 1} stages, and stage {stage:g} is asked for")
-        return markup.weights(kept, int(step), stages[int(stage)])
+        return markup.weights(kept, whole("step", step, 0, len(kept.timesteps)), stages[whole("stage", stage, 0, len(kept.maps))])
 
     def strengthen(self, request: gr.Request, *strengths: float) -> None:
         """Change the run that goes on."""
@@ -84,33 +83,37 @@ class Handlers:
         return gr.Button(interactive=False)
 
     def pictures(self) -> list[Any]:
-        """The gallery, the latest first, and its names."""
-        found = self.studio.gallery.pictures()
-        return [[(str(path), self._title(path)) for path in found], [path.name for path in found]]
+        """The gallery, the latest first, its names, and what cannot be shown."""
+        found, broken = self.studio.gallery.pictures()
+        left_out = markup.note(f"Left out: {'; '.join(broken)}.", "error") if broken else ""
+        return [[(str(path), self._title(path)) for path in found], [path.name for path in found], left_out]
 
     def choose(self, event: gr.SelectData, names: list[str]) -> list[Any]:
         """How a picture of the gallery was made."""
         index = event.index if isinstance(event.index, int) else -1
-        if not 0 <= index < len(names):
+        if not isinstance(names, list) or not 0 <= index < len(names):
             raise UserError("there is no such picture; look again")
         path = self.studio.gallery.find(names[index])
         return self._read(path, path.name)
 
     def read(self, upload: str | None) -> list[Any]:
-        """How an uploaded picture was made."""
+        """How an uploaded picture was made; it is deleted when it was read."""
         if upload is None:
             raise UserError("nothing was uploaded; give a PNG that was made here or by afa generate")
-        return self._read(Path(upload), Path(upload).name)
+        try:
+            return self._read(Path(upload), Path(upload).name)
+        finally:
+            Path(upload).unlink(missing_ok=True)
 
     def use(self, metadata: dict[str, Any] | None) -> list[Any]:
         """Fill the form with a picture's settings, and show it."""
-        if metadata is None:
+        if not isinstance(metadata, dict):
             raise UserError("no picture is chosen")
         found, notes = read_order(metadata, self.studio)
         for note in notes:
             gr.Warning(markup.escape(f"{note[:1].upper()}{note[1:]}.", quote=False))
         sides = {name: found[name] or 0 for name in ("width", "height")}
-        values = found | sides
+        values = found | sides | {"seed": str(found["seed"])}  # as text: a browser counts exactly only up to 2**53
         strengths = [found["strengths"][name] for name in self.experts]
         return [*(values[name] for name in self.names), *strengths, gr.Tabs(selected="create")]
 

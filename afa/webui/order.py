@@ -8,9 +8,11 @@ from typing import Any
 from afa.denoiser.switches import check_strengths
 from afa.errors import UserError
 from afa.lookup import unknown
+from afa.options import SEEDS
+from afa.seeds import DRAW, draw_seed
 
 LONGEST = 4000  # characters of a prompt
-LARGEST_SEED = 2**53 - 1  # what a browser can still count exactly
+MOST = 10**6  # of steps and stages that are looked at, before it is known how many a picture has
 STRONGEST = 2.0  # of an expert, as the sliders have it
 
 
@@ -27,7 +29,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Order:
-    """One run: every method makes `images` pictures, of the seeds seed, seed + 1 …; None: the experts' own."""
+    """One run: every method makes `images` pictures, of the seeds seed, seed + 1 …, where -1 is one that was drawn; None: the experts' own."""
 
     prompt: str
     methods: tuple[str, ...]
@@ -50,13 +52,14 @@ def make_order(
     scheduler = given.get("scheduler") or None
     if scheduler is not None and scheduler not in schedulers:
         raise UserError(unknown(str(scheduler), schedulers, "scheduler for these experts,"))
+    seed = whole("seed", given.get("seed", 0), DRAW, SEEDS - 1)
     return Order(
         prompt=_prompt(given.get("prompt")),
         methods=_methods(given.get("methods"), methods),
-        negative_prompt=_text("negative prompt", given.get("negative_prompt")) or None,
-        seed=_whole("seed", given.get("seed", 0), 0, LARGEST_SEED),
-        images=_whole("images", given.get("images", 1), 1, limits.images),
-        steps=_whole("steps", given.get("steps", 20), 1, limits.steps),
+        negative_prompt=text("negative prompt", given.get("negative_prompt")) or None,
+        seed=draw_seed() if seed == DRAW else seed,
+        images=whole("images", given.get("images", 1), 1, limits.images),
+        steps=whole("steps", given.get("steps", 20), 1, limits.steps),
         guidance=_number("guidance", given.get("guidance"), 0, 100),
         true_guidance=_number("true guidance", given.get("true_guidance"), 0, 100),
         scheduler=scheduler,
@@ -83,36 +86,51 @@ def make_strengths(given: Mapping[str, Any], experts: tuple[str, ...]) -> dict[s
 
 
 def _prompt(value: Any) -> str:
-    prompt = _text("prompt", value)
+    prompt = text("prompt", value)
     if not prompt:
         raise UserError("there is no prompt; write what the image shall show")
     return prompt
 
 
-def _text(name: str, value: Any) -> str:
+def text(name: str, value: Any) -> str:
+    """A text without spaces around it; None is empty. Raises UserError for what is none, or too long."""
     if value is not None and not isinstance(value, str):
         raise UserError(f"the {name} must be text, not {type(value).__name__}")
-    text = (value or "").strip()
-    if len(text) > LONGEST:
-        raise UserError(f"the {name} has {len(text):,} characters; give at most {LONGEST:,}")
-    return text
+    found = (value or "").strip()
+    if len(found) > LONGEST:
+        raise UserError(f"the {name} has {len(found):,} characters; give at most {LONGEST:,}")
+    return found
 
 
 def _methods(value: Any, known: Sequence[str]) -> tuple[str, ...]:
-    chosen = [value] if isinstance(value, str) else list(value or [])
+    chosen = [value] if isinstance(value, str) else value or []
+    if not isinstance(chosen, (list, tuple)):
+        raise UserError(f"methods must be a list of names, not {type(value).__name__}")
     if not chosen:
         raise UserError("no method is chosen; choose at least one")
     for name in chosen:
         if name not in known:
-            raise UserError(unknown(str(name), known, "method"))
+            raise UserError(unknown(str(name)[:80], known, "method"))
     return tuple(name for name in known if name in chosen)
 
 
-def _whole(name: str, value: Any, least: int, most: int) -> int:
-    number = _number(name, value, least, most)
-    if number is None or number != int(number):
-        raise UserError(f"{name} must be a whole number from {least} to {most}, not {'empty' if number is None else f'{number:g}'}")
-    return int(number)
+def whole(name: str, value: Any, least: int, most: int) -> int:
+    """A whole number, also as text, exact however large. Raises UserError."""
+    exact = value if isinstance(value, int) and not isinstance(value, bool) else _digits(value)
+    if exact is None:
+        number = _number(name, value, least, most)
+        if number is None or number != int(number):
+            raise UserError(f"{name} must be a whole number from {least} to {most}, not {'empty' if number is None else f'{number:g}'}")
+        exact = int(number)
+    if not least <= exact <= most:
+        raise UserError(f"{name} {str(exact)[:40]} is out of bounds; give a number from {least} to {most}")
+    return exact
+
+
+def _digits(value: Any) -> int | None:
+    """The number that a text of digits is."""
+    text = value.strip() if isinstance(value, str) else ""
+    return int(text) if text.isascii() and text.removeprefix("-").isdigit() and len(text) <= 40 else None
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float | None:
@@ -134,7 +152,7 @@ def _side(name: str, value: Any, limits: Limits) -> int | None:
     """0 and empty: the experts' own."""
     if value in (None, "", 0):
         return None
-    side = _whole(name, value, limits.unit, limits.side)
+    side = whole(name, value, limits.unit, limits.side)
     if side % limits.unit:
         raise UserError(f"{name} {side} must be a multiple of {limits.unit} pixels; {max(1, round(side / limits.unit)) * limits.unit} is the nearest")
     return side

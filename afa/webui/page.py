@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from afa.webui import about, markup
-from afa.webui.answers import answering
+from afa.webui.answers import answering, sentence
 from afa.webui.api import DRAWING, Api, offer
 from afa.webui.desk import Desk
 from afa.webui.handlers import Handlers
@@ -24,10 +24,22 @@ NO_REPORTS = (
 QUICK: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
 
-def build(desk: Desk, reports: Sequence[Report], examples: Sequence[str], steps: int, guidance: float | None) -> gr.Blocks:
-    """The page of a studio. examples: prompts that are offered; steps, guidance: what the form begins with."""
+class Page(gr.Blocks):
+    """Blocks that answer with a sentence to what does not fit their fields, too, instead of a traceback in the terminal."""
+
+    async def process_api(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises gr.Error."""
+        try:
+            return await super().process_api(*args, **kwargs)
+        except Exception as error:
+            words = error.message if isinstance(error, gr.Error) else f"what was sent does not fit this page ({type(error).__name__})"
+            raise gr.Error(sentence(str(words)), print_exception=False) from None
+
+
+def build(desk: Desk, reports: Sequence[Report], examples: Sequence[str], steps: int, guidance: float | None, url: str) -> gr.Blocks:
+    """The page of a studio. examples: prompts that are offered; steps, guidance: what the form begins with; url: where it will be."""
     studio = desk.studio
-    with gr.Blocks(title=f"afa: {TITLE}", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+    with Page(title=f"afa: {TITLE}", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML(f"<h1>{TITLE}</h1><p>{' · '.join(map(markup.escape, studio.ensemble.names))}</p>", elem_id="afa-head")
         with gr.Tabs() as tabs:
             with gr.Tab("Create", id="create"), gr.Row(elem_id="afa-create"):
@@ -43,7 +55,7 @@ def build(desk: Desk, reports: Sequence[Report], examples: Sequence[str], steps:
             with gr.Tab("Reports", id="reports") as tab:
                 _reports(reports, tab)
             with gr.Tab("About", id="about"):
-                gr.HTML(about.about(studio))
+                gr.HTML(about.about(studio, url))
         shown["tabs"] = tabs
         offer(Api(desk))  # first: Gradio numbers later events of the same name
         _wire(Handlers(desk, list(form["fields"])), form, shown, page)
@@ -68,9 +80,9 @@ def _settings(studio: Studio, steps: int, guidance: float | None) -> dict[str, A
     half: dict[str, Any] = {"min_width": 140}
     with gr.Row():
         fields["steps"] = gr.Slider(1, studio.limits.steps, value=steps, step=1, label="Steps", elem_id="afa-steps", **half)
-        fields["guidance"] = gr.Number(value=guidance, minimum=0, label="Guidance", info="1: off; empty: the experts' own", **half)
+        fields["guidance"] = gr.Number(value=guidance, label="Guidance", info="1: off; empty: the experts' own", **half)
     with gr.Row():
-        fields["seed"] = gr.Number(value=0, precision=0, minimum=0, label="Seed", info="one more for each next image", **half)
+        fields["seed"] = gr.Textbox(value="0", max_lines=1, label="Seed", info="one more for each next image; -1: draws one", **half)
         fields["images"] = gr.Slider(1, studio.limits.images, value=1, step=1, label="Images a method", **half)
     with gr.Accordion("More settings", open=False):
         fields |= _more(studio)
@@ -98,7 +110,7 @@ def _more(studio: Studio) -> dict[str, Any]:
         for side in ("width", "height"):
             info = f"multiple of {studio.limits.unit}, at most {studio.limits.side}; 0: the experts' own"
             label = f"{side.capitalize()} in pixels"
-            fields[side] = gr.Number(value=0, precision=0, minimum=0, label=label, info=info, min_width=140)
+            fields[side] = gr.Number(value=0, precision=0, label=label, info=info, min_width=140)
     info = "beside the built-in one; empty: none"
     fields["true_guidance"] = gr.Number(value=None, label="True guidance", info=info, visible=studio.has_true_guidance)
     return fields
@@ -122,6 +134,7 @@ def _gallery() -> dict[str, Any]:
         with gr.Column(scale=3, min_width=320):
             looks: dict[str, Any] = {"columns": 4, "height": "auto", "object_fit": "contain", "allow_preview": False, "buttons": []}
             pictures = gr.Gallery(label="The latest pictures", show_label=False, elem_id="afa-gallery", **looks)
+            left_out = gr.HTML("")
             refresh = gr.Button("Look again", size="sm")
         with gr.Column(scale=2, min_width=320):
             settings = gr.HTML(markup.note("Choose a picture to see how it was made."), elem_id="afa-chosen")
@@ -129,7 +142,7 @@ def _gallery() -> dict[str, Any]:
             gr.HTML(markup.note("Or read the settings of a PNG that was made here or by afa generate:"))
             upload = gr.File(label="PNG", show_label=False, file_types=[".png"], type="filepath", height=120, elem_id="afa-upload")
     names, chosen = gr.State([]), gr.State(None)
-    found = {"pictures": pictures, "refresh": refresh, "names": names}
+    found = {"pictures": pictures, "refresh": refresh, "names": names, "left_out": left_out}
     return found | {"settings": settings, "use": use, "upload": upload, "chosen": chosen}
 
 
@@ -154,7 +167,7 @@ def _wire(do: Handlers, form: dict[str, Any], shown: dict[str, Any], page: gr.Bl
 
     begun = gr.on([form["run"].click, form["fields"]["prompt"].submit], answering(do.begin), asked, started, **QUICK)
     moved = gr.on([slider.release for slider in form["strengths"]], answering(do.again), [form["live"], *form["strengths"]], started, **QUICK)
-    gallery = [shown["pictures"], shown["names"]]
+    gallery = [shown["pictures"], shown["names"], shown["left_out"]]
     fitted = [shown["step"], shown["stage"], shown["weights"]]
     for first in (begun, moved):
         drawn = first.success(

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from afa.demo.scenes import sample_scenes
@@ -18,7 +19,6 @@ from afa.webui.settings import FIRST_PORT, UiSettings
 
 TRIED = 20  # ports after the first
 CALLS = 100  # of the page's functions that may wait besides runs; beyond it Gradio refuses by itself
-LARGEST_UPLOAD = "20mb"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SMALL = 128  # pixels: pictures up to this side are enlarged with hard edges
 PICKED = (500_059, 500_047, 500_030)  # scenes the examples are
@@ -56,27 +56,29 @@ def serving(settings: UiSettings) -> Iterator[Served]:
         embedded = not settings.sources
         studio = Studio.open(settings, settings.sources or [str(ENSEMBLE)])
         steps = min(20 if embedded else 50, settings.max_steps)
-        desk = Desk(studio)
-        page = build(desk, reports, _examples() if embedded else [], steps, 3.0 if embedded else studio.guidance)
+        desk, url = Desk(studio), f"http://{_shown(settings.host)}:{port}"
+        page = build(desk, reports, _examples() if embedded else [], steps, 3.0 if embedded else studio.guidance, url)
         page.queue(max_size=settings.queue + CALLS, default_concurrency_limit=4)
         try:
-            page.launch(server_name=settings.host, server_port=port, **_launching(settings, studio))
-            yield Served(f"http://{_shown(settings.host)}:{port}", page)
+            page.launch(server_name=settings.host, server_port=port, **_launching(settings, studio, Path(uploads)))
+            yield Served(url, page)
         finally:
             desk.close()
             page.close(verbose=False)
 
 
-def _launching(settings: UiSettings, studio: Any) -> dict[str, Any]:
+def _launching(settings: UiSettings, studio: Any, uploads: Path) -> dict[str, Any]:
     """What Gradio is told: nothing shared, nothing served but the gallery, our fonts, our guard."""
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from afa.webui.guard import Guard
+    from afa.webui.guard import LARGEST_UPLOAD, Guard
     from afa.webui.style import CSS, FONT, HARD_EDGES, MONO
 
     small = studio.limits.own <= SMALL
     hosts = LOOPBACK if settings.host in LOOPBACK else None
+    own = (*LOOPBACK, settings.host.lower(), *(name.lower() for name in (socket.gethostname(), socket.getfqdn())))
+    guard = Middleware(Guard, hosts=hosts, uploads=uploads, names=(*own, f"{own[-2]}.local", *(settings.names or ())))
     return {
         "share": False,
         "quiet": True,
@@ -91,7 +93,7 @@ def _launching(settings: UiSettings, studio: Any) -> dict[str, Any]:
         "enable_monitoring": False,
         "theme": gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO),
         "css": CSS + (HARD_EDGES if small else ""),
-        "app_kwargs": {"middleware": [Middleware(Guard, hosts=hosts)], "docs_url": None, "redoc_url": None},
+        "app_kwargs": {"middleware": [guard], "docs_url": None, "redoc_url": None},
     }
 
 

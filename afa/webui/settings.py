@@ -16,6 +16,9 @@ class UiSettings(CheckedOptions):
         [], place=True, help="a saved ensemble, or experts to combine while sampling (default: the embedded ensemble)", positional=True
     )
     host: str = option("127.0.0.1", help="address to listen at; 0.0.0.0 lets everybody in who can reach this machine")
+    names: list[str] | None = option(
+        None, help="names that the page may be called by besides this machine's own, where --host lets others in: of a proxy before it"
+    )
     port: int | None = option(None, least=1, most=65535, help=f"port to listen at (default: {FIRST_PORT}, or the next one that is free)")
     output: str = option("afa-ui", help="a folder for the pictures, which is the page's gallery")
     reports: list[str] | None = option(None, help="reports to show: .html files, or folders of afa evaluate, afa screen or afa demo")

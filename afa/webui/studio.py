@@ -17,6 +17,7 @@ from afa.files import sha256
 from afa.generation.sample import Request, Sampling
 from afa.generation.sources import is_saved, load_sources, source_files, used_files
 from afa.schedulers import FLOWS, SCHEDULERS, reschedule
+from afa.seeds import nth_seed
 from afa.webui.gallery import Gallery
 from afa.webui.job import Cancelled, Column, Job, Picture, unexpected
 from afa.webui.maps import Kept, Shelf
@@ -114,7 +115,7 @@ class Studio:
         try:
             with _rescheduled(self.ensemble, method, job.order.scheduler):
                 sampler = method.make()
-                for seed in range(job.order.seed, job.order.seed + job.order.images):
+                for seed in (nth_seed(job.order.seed, index) for index in range(job.order.images)):
                     job.at = (0, job.order.steps)
                     column.pictures.append(self._picture(job, column, method, sampler, seed))
         except UserError as error:
