@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from made_results import write_results
 from PIL import Image, PngImagePlugin
@@ -9,7 +10,7 @@ from webui_studio import ASKED, HARMFUL, PROMPT, open_studio, pixels, run
 
 from afa.cli.main import main
 from afa.errors import UserError
-from afa.generation.pictures import read_metadata
+from afa.generation.pictures import read_metadata, save_picture
 from afa.webui import markup
 from afa.webui.gallery import Gallery
 from afa.webui.reading import read_order
@@ -57,7 +58,7 @@ def test_settings_that_cannot_be_had_here_are_said(studio):
         ({"steps": "many"}, "steps must be a number from 1 to 100, not 'many'"),
         ({"steps": None}, "steps must be a whole number from 1 to 100, not empty"),
         ({"images": 5}, "images 5 is out of bounds; give a number from 1 to 4"),
-        ({"seed": -1}, "seed -1 is out of bounds"),
+        ({"seed": -2}, "seed -2 is out of bounds"),
         ({"seed": True}, "seed must be a number"),
         ({"guidance": float("nan")}, "guidance must be a number"),
         ({"guidance": 1, "negative_prompt": "a"}, "guidance 1 is none, so a negative prompt changes nothing"),
@@ -81,8 +82,8 @@ def test_the_gallery_finds_its_own_pictures_only(tmp_path):
     (tmp_path / "secret.png").write_bytes(b"x")
     gallery = Gallery.at(tmp_path / "pictures")
     (gallery.folder / "link.png").symlink_to(tmp_path / "secret.png")
-    (gallery.folder / "own.png").write_bytes(b"x")
-    assert gallery.find("own.png").name == "own.png" and [path.name for path in gallery.pictures()] == ["own.png"]
+    save_picture(gallery.folder / "own.png", np.zeros((8, 8, 3), np.uint8), {"prompt": "a"})
+    assert gallery.find("own.png").name == "own.png" and [path.name for path in gallery.pictures()[0]] == ["own.png"]
     for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "", ".", "other.png"):
         with pytest.raises(UserError, match="there is no picture"):
             gallery.find(name)

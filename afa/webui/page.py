@@ -32,6 +32,8 @@ class Page(gr.Blocks):
         try:
             return await super().process_api(*args, **kwargs)
         except Exception as error:
+            if isinstance(error, gr.Error) and not error.print_exception:
+                raise  # said by answering()
             words = error.message if isinstance(error, gr.Error) else f"what was sent does not fit this page ({type(error).__name__})"
             raise gr.Error(sentence(str(words)), print_exception=False) from None
 
