@@ -119,8 +119,8 @@ class Handlers:
 
     def _begun(self, job: Job) -> list[Any]:
         ensemble = self.studio.ensemble
-        for text in filter(None, (job.order.prompt, job.order.negative_prompt)):
-            for sentence in unread([text], ensemble.denoiser.call, ensemble.frame.tokenizers):
+        for words in filter(None, (job.order.prompt, job.order.negative_prompt)):
+            for sentence in unread([words], ensemble.denoiser.call, ensemble.frame.tokenizers):
                 gr.Warning(markup.escape(f"{sentence[:1].upper()}{sentence[1:]}.", quote=False))
         return [gr.Button(interactive=False), gr.Button(interactive=True), markup.status(job), markup.results(job)]
 
