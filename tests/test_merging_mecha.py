@@ -165,3 +165,28 @@ def test_slerp_of_nearly_parallel_tensors():
     (tensor,) = random(1, 100)
     other = tensor * 1.5 + 1e-4
     torch.testing.assert_close(slerp([tensor, other], t=0.3), on_one_key(sd_mecha.slerp, tensor, other, alpha=torch.tensor(0.3)), **CLOSE)
+
+
+def test_its_default_ties_elects_by_number_and_ours_by_sum():
+    """Two small pluses against a large minus: the paper takes the minus."""
+    base = torch.zeros(2)
+    experts = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), torch.tensor([-5.0, 2.0])]
+    assert ties(experts, base=base, density=1.0)[0] == -5
+    assert on_one_key(sd_mecha.ties_sum, *experts, k=1.0)[0] == 1
+
+
+def test_its_model_stock_has_factors_far_beyond_one():
+    """A cosine per row may come near -1 / (N - 1), where t = N cos / (1 + (N - 1) cos) has its pole; ours is in [0, 1]."""
+    base, one = torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])
+    other = torch.tensor([[-1.0, 1e-3]])
+    factor = on_one_key(sd_mecha.model_stock, one, other) / ((one + other) / 2)
+    assert factor[0, 1] < -1e6
+    assert torch.equal(model_stock([one, other], base=base), base)
+
+
+def test_its_apply_stock_switches_the_stock_factor_off():
+    _, one, other = random(3, 500)
+    plain = on_one_key(sd_mecha.ties_sum, one, other, k=1.0, vote_sgn=True)
+    asked, unasked = (on_one_key(sd_mecha.ties_sum_extended, one, other, k=1.0, vote_sgn=True, apply_stock=how) for how in (True, False))
+    torch.testing.assert_close(asked, plain, **CLOSE)
+    assert not torch.allclose(unasked, plain, rtol=0.01)
