@@ -1,18 +1,26 @@
 """Textual inversions for all experts: a word that is added to the tokenizer once, and its vectors to every text encoder behind it."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
+from afa.experts.finite import first_not_finite
+from afa.experts.headers import load_tensors
 from afa.text import EnsembleTextEncoder
 
 
 def load_inversion(pipe: Any, source: Any, token: Any, tokenizer: Any, text_encoder: Any, **options: Any) -> None:
     """What a pipeline of an ensemble does in the place of the stock load_textual_inversion, with its arguments.
 
-    Raises UserError for vectors that are not as wide as the text encoders, and ValueError, as the stock one does, for a word that
-    is known already.
+    Raises UserError for a broken file, and for vectors that are no numbers, or not as wide as the text encoders; ValueError, as
+    the stock one does, for a word that is known already.
     """
+    for one in source if isinstance(source, list) else [source]:
+        if isinstance(one, (str, Path)) and Path(one).is_file() and Path(one).suffix == ".safetensors":
+            broken = first_not_finite(load_tensors(Path(one)).items())
+            if broken is not None:
+                raise UserError(f"{one}: {broken} is not finite (NaN or infinite numbers); download or export it again")
     stock = type(pipe).load_textual_inversion
     host, words = _parts(pipe, tokenizer, text_encoder)
 

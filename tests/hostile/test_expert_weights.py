@@ -111,6 +111,15 @@ def test_a_lora_with_such_weights_is_refused_by_its_file_and_its_tensor(tmp_path
         load_expert(f"one={ASSETS / 'curves'}+{tmp_path / 'style.safetensors'}")
 
 
+def test_words_of_textual_inversion_in_a_broken_file_are_refused_by_its_name(tmp_path):
+    pipe = Ensemble.from_experts([str(ASSETS / "curves")]).pipeline()
+    (tmp_path / "cut.safetensors").write_bytes(b"\0" * 20)
+    save_file({"emb_params": torch.full((1, 64), float("nan"))}, tmp_path / "nan.safetensors")
+    for name, match in (("cut", "not a readable"), ("nan", "emb_params is not finite")):
+        with pytest.raises(UserError, match=rf"{name}.safetensors.*{match}"):
+            pipe.load_textual_inversion(str(tmp_path / f"{name}.safetensors"), token="<x>")
+
+
 def test_every_command_that_loads_an_expert_refuses(tmp_path):
     folder, angles, out = broken(tmp_path, "unet", float("nan")), ASSETS / "angles", tmp_path / "out"
     train = ("--steps", 1, "--hidden", 8, "--heads", 2, "--batch-size", 2, "--held-out", 4, "--device", "cpu", "--placement", "out")
