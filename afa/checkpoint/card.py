@@ -5,6 +5,7 @@ from typing import Any
 
 from afa.checkpoint.manifest import ExpertEntry, Manifest
 from afa.evaluation.statistics import Estimate
+from afa.shareable import HUB_ID, markdown_words, public_place
 
 SHOWN = ("lr", "batch_size", "accumulate", "warm_up", "weight_decay", "ema", "caption_dropout", "resolution", "seed", "dtype")  # of the options
 CARD = """---
@@ -36,7 +37,7 @@ The experts keep their own licences; `afa.json` records where each came from and
 
 def model_card(manifest: Manifest) -> str:
     """The README.md of an ensemble, in Markdown with the hub's metadata."""
-    bases = [expert.source for expert in manifest.experts if expert.commit]
+    bases = [expert.source for expert in manifest.experts if expert.commit and HUB_ID.fullmatch(expert.source)]
     fused = [stage for stage in manifest.stages if stage["fused"]]
     placement = manifest.placement if isinstance(manifest.placement, str) else ", ".join(manifest.placement)
     return CARD.format(
@@ -45,11 +46,11 @@ def model_card(manifest: Manifest) -> str:
         fused=len(fused),
         stages=len(manifest.stages),
         experts="\n".join(_row(expert) for expert in manifest.experts),
-        kind=manifest.aggregator["kind"],
+        kind=markdown_words(manifest.aggregator["kind"]),
         options=", ".join(f"{name} {value}" for name, value in manifest.aggregator["options"].items()) or "defaults",
-        placement=placement,
+        placement=markdown_words(placement),
         parameters=manifest.aggregator["parameters"],
-        frame=", ".join(f"{part} of {choice}" for part, choice in manifest.frame.items()),
+        frame=", ".join(f"{part} of {markdown_words(public_place(choice))}" for part, choice in manifest.frame.items()),
         training=_training(manifest),
     )
 
@@ -84,9 +85,10 @@ def _learnt(change: Estimate, best: Estimate, what: str, short: str) -> str:
 
 
 def _row(expert: ExpertEntry) -> str:
-    loras = "".join(f" + {lora['path']} × {lora['strength']:g}" for lora in expert.loras)
+    loras = "".join(f" + {markdown_words(public_place(lora['path']))} × {lora['strength']:g}" for lora in expert.loras)
     commit = f" @ {expert.commit[:12]}" if expert.commit else ""
-    return f"| {expert.name} | {expert.source}{commit}{loras} | {expert.prediction_type or 'unknown'} |"
+    source = markdown_words(expert.source if expert.commit else public_place(expert.source))
+    return f"| {markdown_words(expert.name)} | {source}{commit}{loras} | {markdown_words(expert.prediction_type or 'unknown')} |"
 
 
 def _training(manifest: Manifest) -> str:
@@ -95,11 +97,11 @@ def _training(manifest: Manifest) -> str:
     if record is None:
         return "No training was recorded; untrained aggregators are the mean of the experts' features."
     if "held_out_loss" not in record:
-        return "\n".join(["Training:", "", *(f"* {name}: {value}" for name, value in record.items())])
+        return "\n".join(["Training:", "", *(f"* {markdown_words(name)}: {markdown_words(value)}" for name, value in record.items())])
     losses = record["held_out_loss"]
-    rows = [f"| {name} | {Estimate(**value).words(5)} |" for name, value in losses.items()]
+    rows = [f"| {markdown_words(name)} | {Estimate(**value).words(5)} |" for name, value in losses.items()]
     settings = record["settings"]
-    options = ", ".join(f"{name} {settings[name]}" for name in SHOWN if name in settings)
+    options = ", ".join(f"{name} {markdown_words(settings[name])}" for name in SHOWN if name in settings)
     return "\n".join(
         [
             f"Trained for {record['steps']} steps on {record['training_images']} images; the average of step {record['best_step']} was kept.",

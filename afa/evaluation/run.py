@@ -30,6 +30,7 @@ from afa.files import locked, read_json, sha256, write_atomically
 from afa.fingerprint import digest, fingerprint, saved_fingerprint
 from afa.generation.sample import Request, Sampler
 from afa.memory import peak_megabytes
+from afa.shareable import public_place
 from afa.training.run import LEFT_OUT
 
 MEMORY, MEMORY_STEPS = "memory.json", 2  # what one image takes, and the steps it is measured in
@@ -261,7 +262,7 @@ def _results(comparison: Comparison, methods: list[Method]) -> Results:
     setup = comparison.setup
     if "best_of_n" in comparison.names:
         methods = [*methods, *best_of_n(methods, comparison.judge.primary)]
-    experts: list[dict[str, Any]] = [{"name": entry.name, "source": entry.source, "files": entry.files} for entry in setup.manifest.experts]
+    experts: list[dict[str, Any]] = [{"name": entry.name, "source": public_place(entry.source), "files": entry.files} for entry in setup.manifest.experts]
     return Results(
         setup.protocol.facts() | {"training_seeds": setup.settings.seeds, "ranking": list(setup.ranking)},
         setup.protocol.items,

@@ -41,6 +41,7 @@ from afa.images import read_pixels
 from afa.prompts import warn_of_prompts
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
+from afa.shareable import public_place
 
 STEPS = 50  # where nobody says
 RESULTS, PAGE, CHART = "explain.json", "explain.html", "chart.png"
@@ -86,7 +87,8 @@ def _run(job: Run, asked: dict[str, Any]) -> dict[str, Any]:
     entries = [read_entry(output, stem_of(index)) for index in range(len(prompts))]
     unused = _unused(job, entries)
     skipped = _skipped(job, unused, entries)
-    found = as_json(asked | {"ensemble": settings.ensemble, "guidance": job.sampling.guidance, "steps": job.sampling.steps}, entries, unused, skipped)
+    drawn = {"ensemble": public_place(settings.ensemble), "guidance": job.sampling.guidance, "steps": job.sampling.steps}
+    found = as_json(asked | drawn, entries, unused, skipped)
     _write(job, entries, unused, found)
     return found
 

@@ -32,6 +32,7 @@ from afa.lookup import unknown
 from afa.prompts import warn_of_prompts
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
+from afa.shareable import public_place
 
 GRID_UP_TO = 400  # images; a larger grid is no longer looked at
 
@@ -54,6 +55,7 @@ class Job:
             return False  # broken or cut off: made again
         if "files" in found and (clauses := changed(found["files"], self.metadata["files"])):  # older pictures do not say
             raise UserError(f"{self.path} was made with other files: {clauses[0]}; restore them, or choose another --output")
+        found["source"] = public_place(found.get("source"))  # older pictures say where it lay
         for name, value in self.metadata.items():
             if name != "files" and found.get(name) != value:
                 raise UserError(f"{self.path} was made with {name} {found.get(name)!r}, now {value!r} is asked; choose another --output or delete it")
@@ -132,7 +134,7 @@ def _jobs(
     common = {
         **asdict(sampling),
         "scheduler": type(used).__name__ if settings.scheduler is None else settings.scheduler,
-        "source": settings.sources[0] if len(settings.sources) == 1 else settings.sources,
+        "source": public_place(settings.sources[0] if len(settings.sources) == 1 else settings.sources),
         "method": settings.method,
         "method_options": settings.method_record(),
         "expert": settings.expert,

@@ -14,6 +14,7 @@ from afa.screening.foretell import fits, over
 from afa.screening.plan import Plan
 from afa.screening.store import Store
 from afa.screening.verdict import UNKNOWN, WORTH, Evidence, Verdict, judge
+from afa.shareable import public_place
 
 NEAR = 0.1  # of their errors: predictions that are less apart are nearly the same
 UNKNOWABLE = (
@@ -27,9 +28,9 @@ def facts_of(planned: Plan, comparison: Comparison, apart: Distances | str, aver
     settings = planned.settings
     common = {
         "afa": __version__,
-        "experts": [{"name": spec.name, "source": str(spec)} for spec in planned.specs],
-        "data": settings.data,
-        "prompts": settings.prompts,
+        "experts": [{"name": spec.name, "source": public_place(str(spec))} for spec in planned.specs],
+        "data": public_place(settings.data),
+        "prompts": public_place(settings.prompts),
         "images": comparison.images,
         "draws": settings.draws,
         "resolution": planned.resolution,

@@ -18,6 +18,7 @@ from afa.generation.sample import Request, Sampling
 from afa.generation.sources import is_saved, load_sources, source_files, used_files
 from afa.schedulers import FLOWS, SCHEDULERS, reschedule
 from afa.seeds import nth_seed
+from afa.shareable import public_place
 from afa.webui.gallery import Gallery
 from afa.webui.job import Cancelled, Column, Job, Picture, unexpected
 from afa.webui.maps import Kept, Shelf
@@ -167,7 +168,7 @@ class Studio:
         return {
             **asdict(_sampling(order, self.guidance)),
             "scheduler": type(used).__name__ if order.scheduler is None else order.scheduler,
-            "source": self.sources[0] if len(self.sources) == 1 else self.sources,
+            "source": public_place(self.sources[0] if len(self.sources) == 1 else self.sources),
             **method.record,
             "experts": list(self.ensemble.names),
             "aggregators": self.aggregators if method.record["method"] is None else None,

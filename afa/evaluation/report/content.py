@@ -9,6 +9,7 @@ from afa.evaluation.report.numbers import count, decimals, durations, number, pl
 from afa.evaluation.report.tables import Cell, Row, Shown, Table
 from afa.evaluation.results import GROUPS, Method
 from afa.evaluation.statistics import PADDED, RESAMPLES, SEVERAL
+from afa.shareable import public_place
 
 Maker = tuple[str, Callable[[Method], Cell]]  # a column: its header, and the cell of a method
 COMPUTED = {
@@ -222,4 +223,4 @@ def _words(value: object) -> str:
 def _source(entry: dict[str, object]) -> str:
     files = entry.get("files", {})
     hashes = [f"{name} sha256 {digest}" for name, digest in files.items()] if isinstance(files, dict) else []
-    return "; ".join([str(entry.get("source", "")), *hashes])
+    return "; ".join([str(public_place(entry.get("source", ""))), *hashes])

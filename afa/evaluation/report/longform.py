@@ -9,6 +9,7 @@ from afa.evaluation.columns import Column, Comparison
 from afa.evaluation.compare import Analysis
 from afa.evaluation.results import Method
 from afa.evaluation.statistics import Estimate
+from afa.shareable import csv_cell
 
 HEADERS = (
     "evaluation method title group study of training_seeds metric kind higher_is_better leading prompts value low high n"
@@ -23,7 +24,7 @@ def as_csv(several: Sequence[Analysis], names: Sequence[str]) -> str:
     writer = csv.DictWriter(target, HEADERS, restval="", lineterminator="\n")
     writer.writeheader()
     for name, one in zip(names, several, strict=True):
-        writer.writerows({"evaluation": name, **line} for line in _lines(one))
+        writer.writerows({key: csv_cell(value) for key, value in {"evaluation": name, **line}.items()} for line in _lines(one))
     return target.getvalue()
 
 
