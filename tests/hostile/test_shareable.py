@@ -19,7 +19,7 @@ def test_markdown_stays_words(text):
 
 
 def test_numbers_and_intervals_stay_as_they_are():
-    for text in ("−.211 [−.228, −.193] ▼", "-1.5", ".5 [.1, .9] (n = 8)", "plain words"):
+    for text in ("+.211 [+.193, +.228] ▼", "-1.5", ".5 [.1, .9] (n = 8)", "plain words"):
         assert markdown_words(text) == text
 
 
