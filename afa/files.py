@@ -96,7 +96,7 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
 
 def settled(folder: Path) -> Path:
     """The folder, after what a killed process had committed there is moved to its place: call it before reading such a folder."""
-    while (folder / COMMITTED).is_dir():
+    while _committed(folder):
         with locked(folder, wait=PATIENCE):
             pass
     return folder
@@ -109,10 +109,15 @@ def present(folder: Path) -> list[Path]:
     return [path for path in settled(folder).iterdir() if path.name != LOCK and not path.name.startswith(WRITING)]
 
 
+def _committed(folder: Path) -> bool:
+    """Whether something waits to be moved out; a link in its place is not ours."""
+    return (folder / COMMITTED).is_dir() and not (folder / COMMITTED).is_symlink()
+
+
 def _move_out(folder: Path, last: str = "") -> None:
     """Move what is committed to its place. Needs the lock. Can be interrupted and done again."""
     ready = folder / COMMITTED
-    if not ready.is_dir():
+    if not _committed(folder):
         return
     for name in sorted((path.name for path in ready.iterdir()), key=lambda name: (name == last, name)):
         target = folder / name

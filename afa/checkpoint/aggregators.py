@@ -14,13 +14,13 @@ from afa.experts.finite import first_not_finite
 from afa.experts.headers import load_tensors, read_file
 from afa.experts.load import Expert
 from afa.families.table import FAMILIES
-from afa.files import sha256
+from afa.files import settled, sha256
 
 
 def read_aggregators(folder: Path, expert: Expert, experts: int) -> tuple[Recipe, str | list[str], dict[str, Tensor]]:
     """-> recipe, placement and tensors of trained aggregators. Raises UserError if they do not fit the experts."""
     stages = FAMILIES[expert.family].stages(expert.model)
-    if is_release(folder):
+    if is_release(settled(folder)):
         recipe, tensors = read_release(folder, stages, experts)
         return recipe, "layers", tensors
     if not (folder / MANIFEST).is_file():

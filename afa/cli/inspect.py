@@ -85,9 +85,10 @@ def run(options: Options) -> None:
 def _subject(options: Options) -> "Subject":
     from afa.aggregators.table import Recipe
     from afa.checkpoint.manifest import MANIFEST
+    from afa.files import settled
     from afa.inspection import Subject
 
-    ensembles = [source for source in options.experts if (Path(source) / MANIFEST).is_file()]
+    ensembles = [source for source in options.experts if (settled(Path(source)) / MANIFEST).is_file()]
     if ensembles:
         _check_alone(options, ensembles[0])
         return Subject.from_ensemble(Path(ensembles[0]))

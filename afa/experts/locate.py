@@ -12,6 +12,7 @@ from afa.experts.headers import read_header
 from afa.experts.layouts import Layout, layout_of
 from afa.experts.parts import read_index
 from afa.experts.spec import HUB_ID, ExpertSpec, exists
+from afa.files import settled
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def locate(spec: ExpertSpec) -> Located:
             raise UserError(f"expert '{spec.name}': the LoRA {lora.path} is no .safetensors file; convert pickles first")
     path, there = Path(spec.source), exists(spec.source)
     if there and path.is_dir():
+        settled(path)  # a merge that was killed at its end
         if not (path / "model_index.json").is_file() and not (path / "config.json").is_file():
             raise UserError(f"{path} is no diffusers folder: it has neither model_index.json nor config.json")
         for file in (*path.iterdir(), *path.glob("*/*")):

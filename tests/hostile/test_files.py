@@ -1,6 +1,7 @@
 """Files and folders that processes write, kill and share: what is there afterwards is the old, the new, never a part."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -233,3 +234,27 @@ def test_a_file_is_hashed_once_in_a_process(tmp_path, monkeypatch):
     first = sha256(path)
     monkeypatch.setattr(Path, "open", None)
     assert sha256(path) == first
+
+
+def test_a_link_in_the_place_of_what_was_committed_moves_nothing(tmp_path):
+    """A downloaded folder could point anywhere."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").write_text("mine")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / COMMITTED).symlink_to(tmp_path / "mine")
+    settled(tmp_path / "theirs")
+    with locked(tmp_path / "theirs"):
+        pass
+    assert content(tmp_path / "mine") == {"precious": "mine"}
+
+
+def test_experts_and_ensembles_whose_writing_was_killed_at_its_end_are_found(tmp_path):
+    from afa.checkpoint.manifest import read_manifest
+    from afa.demo.world import ENSEMBLE, EXPERTS
+    from afa.experts.locate import locate
+    from afa.experts.spec import ExpertSpec
+
+    for name, source in (("expert", EXPERTS["curves"]), ("ensemble", ENSEMBLE)):
+        shutil.copytree(source, tmp_path / name / COMMITTED)
+    assert locate(ExpertSpec.parse(str(tmp_path / "expert"))).whole_pipeline
+    assert len(read_manifest(tmp_path / "ensemble").experts) == 3
