@@ -7,6 +7,7 @@ from pathlib import Path
 
 from afa.errors import UserError
 from afa.files import given_name
+from afa.text_files import read_text
 
 PAGE = "report.html"  # what afa demo and afa screen leave
 RESULTS = "results.json"  # what afa evaluate leaves
@@ -37,22 +38,15 @@ def read_reports(places: Sequence[str]) -> list[Report]:
 
 def _read(place: Path) -> Report:
     if place.is_file() and place.suffix.lower() in (".html", ".htm"):
-        return Report(place.stem if place.name != PAGE else place.resolve().parent.name, _text(place))
+        return Report(place.stem if place.name != PAGE else place.resolve().parent.name, read_text(place))
     if (place / PAGE).is_file():
-        return Report(given_name(place), _text(place / PAGE))
+        return Report(given_name(place), read_text(place / PAGE))
     if (place / RESULTS).is_file():
         return Report(given_name(place), _evaluation(place))
     raise UserError(
         f"--reports {place} holds no report: it is neither an .html file nor a folder with {PAGE} (afa screen, afa demo)"
         f" or {RESULTS} (afa evaluate)"
     )
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except UnicodeDecodeError:
-        raise UserError(f"--reports {file} is not UTF-8 text; give a page that afa made") from None
 
 
 def _evaluation(folder: Path) -> str:
