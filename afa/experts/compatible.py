@@ -74,10 +74,10 @@ def scheduler_mismatches(mine: Any, theirs: Any) -> list[str]:
         return []
     if found.kept is None or expected.kept is None or found.steps != expected.steps:
         return [f"num_train_timesteps is {found.steps}, expected {expected.steps}"]
-    settings = [{name: _shown(scheduler.config.get(name)) for name in SCHEDULER} for scheduler in (mine, theirs)]
+    wanted, had = ({name: _shown(scheduler.config.get(name)) for name in SCHEDULER} for scheduler in (mine, theirs))
     at = int((found.kept - expected.kept).abs().argmax())
     table = f"the noise schedules differ (alphas_cumprod at timestep {at} is {found.kept[at]:.3g}, expected {expected.kept[at]:.3g})"
-    return _value_mismatches(*settings, SCHEDULER) or [table]
+    return _value_mismatches(wanted, had, SCHEDULER) or [table]
 
 
 def _shown(value: Any) -> Any:

@@ -54,10 +54,10 @@ def pack(folder: Path, vae: Path, tokenizers: Mapping[str, Any]) -> str:
         if place.is_file():
             found[name] = _plain(read_object(place))
     for part, tokenizer in tokenizers.items():
-        with tempfile.TemporaryDirectory() as place:
-            tokenizer.save_pretrained(place)
+        with tempfile.TemporaryDirectory() as saved:
+            tokenizer.save_pretrained(saved)
             for name in ("tokenizer.json", "tokenizer_config.json"):
-                content = read_object(Path(place) / name)
+                content = read_object(Path(saved) / name)
                 found[f"{part}/{name}"] = content if name == "tokenizer.json" else _plain(content)
     return json.dumps(found, sort_keys=True)
 
@@ -104,7 +104,7 @@ def check(text: str, where: str) -> dict[str, Any]:
 
 def _check_classes(found: dict[str, Any], where: str) -> None:
     index = found[INDEX]
-    named = {"the pipeline": (index.get("_class_name"), PIPELINES)}
+    named: dict[str, tuple[Any, tuple[str | None, ...]]] = {"the pipeline": (index.get("_class_name"), PIPELINES)}
     for part, known in CLASSES.items():
         entry = index.get(part)
         if entry is not None:
