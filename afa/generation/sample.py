@@ -1,11 +1,14 @@
 """Images from a stock pipeline, each from the noise of its own seed whatever the batch it is made in."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from afa.denoiser.schedule import FLOW, kind_of
 from afa.errors import UserError
@@ -64,18 +67,34 @@ def sample(pipeline: Any, requests: Sequence[Request], sampling: Sampling, on_st
     call, config = called(pipeline)
     _check_sides(sampling, pipeline.vae_scale_factor * call.patch)
     _check_steps(sampling, pipeline.scheduler)
-    result = pipeline(
-        [request.prompt for request in requests],
-        **call.guided(config, len(requests), sampling.guidance, sampling.negative_prompt, sampling.true_guidance),
-        num_inference_steps=sampling.steps,
-        height=sampling.height,
-        width=sampling.width,
-        generator=[generator(request.seed) for request in requests],
-        output_type="np",
-        callback_on_step_end=None if on_step is None else _told(on_step),
-    )
+    with _watched(on_step) as watching:
+        result = pipeline(
+            [request.prompt for request in requests],
+            **call.guided(config, len(requests), sampling.guidance, sampling.negative_prompt, sampling.true_guidance),
+            num_inference_steps=sampling.steps,
+            height=sampling.height,
+            width=sampling.width,
+            generator=[generator(request.seed) for request in requests],
+            output_type="np",
+            callback_on_step_end=None if watching is None else _told(watching),
+        )
     images: NDArray[np.uint8] = (result.images * 255).round().astype(np.uint8)
     return images
+
+
+@contextmanager
+def _watched(on_step: OnStep | None) -> Iterator[OnStep | None]:
+    """What is called after every step: as given, else a bar with the time left where somebody watches a terminal."""
+    if on_step is not None or not sys.stderr.isatty():
+        yield on_step
+        return
+    with tqdm(desc="steps", unit="step", leave=False, file=sys.stderr) as bar:
+
+        def show(done: int, steps: int) -> None:
+            bar.total = steps
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def _told(on_step: OnStep) -> Callable[..., dict[str, Any]]:

@@ -55,6 +55,8 @@ footer { display: none !important; }
 #afa-ask { grid-area: ask; } #afa-shown { grid-area: shown; } #afa-tune { grid-area: tune; }
 #afa-create > * { min-width: 0 !important; width: 100%; }
 @media (max-width: 820px) {
+  #afa-gallery .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+  .afa-settings { grid-template-columns: minmax(0, 1fr); } .afa-settings dd { margin: 0 0 .5rem; }
   #afa-methods label { padding: .3rem .55rem; }
   #afa-create { grid-template-columns: minmax(0, 1fr); grid-template-rows: none; grid-template-areas: "ask" "shown" "tune"; }
 }

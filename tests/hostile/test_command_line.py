@@ -112,3 +112,22 @@ def test_an_ensemble_of_embedded_experts_names_them_by_their_spelling(tmp_path):
     assert [expert.source for expert in read_manifest(tmp_path / "made").experts] == ["demo:curves", "demo:angles"]
     assert Ensemble.load(tmp_path / "made").names == ("curves", "x")
     assert Ensemble.load("demo:ensemble").names == ("curves", "angles", "patterns")
+
+
+def test_steps_are_shown_on_a_terminal_and_only_there(monkeypatch, tmp_path):
+    import io
+
+    class Terminal(io.StringIO):
+        watched = True
+
+        def isatty(self):
+            return self.watched
+
+    for watched in (True, False):
+        terminal = Terminal()
+        terminal.watched = watched
+        monkeypatch.setattr(sys, "stderr", terminal)
+        command = ["generate", "demo:curves", "--prompt", "a red ring", "--steps", "3", "--device", "cpu", "--output", str(tmp_path / str(watched))]
+        assert main(command) == 0
+        shown = terminal.getvalue()
+        assert ("steps:" in shown and "/3 [" in shown) == watched
