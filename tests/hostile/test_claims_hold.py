@@ -256,3 +256,12 @@ def test_training_is_compared_with_the_untrained_ensemble_in_words(change, said)
     best = dataclasses.asdict(Estimate(-0.01, -0.012, -0.008, 64))
     untrained = dataclasses.asdict(Estimate(*change, 64))
     assert said in " ".join(gains({"best_expert": "a", "difference_to_best_expert": best, "difference_to_untrained_mean": untrained}))
+
+
+@pytest.mark.parametrize("experts", [["photo"], []])
+def test_one_expert_alone_is_not_trained_as_an_ensemble(experts):
+    from afa.errors import UserError
+    from afa.training.settings import TrainSettings
+
+    with pytest.raises(UserError, match="at least two experts"):
+        TrainSettings(experts=experts, data="data", output="out")
