@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -13,7 +13,17 @@ from afa import __version__
 from afa.aggregators.table import count_parameters
 from afa.checkpoint.aggregators import check_file, fill, read_tensors, recipe_of
 from afa.checkpoint.card import model_card
-from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, ExpertEntry, Manifest, check_hashes, entry_for, read_manifest, relative
+from afa.checkpoint.manifest import (
+    AGGREGATORS,
+    MANIFEST,
+    ExpertEntry,
+    Manifest,
+    TrainingRecord,
+    check_hashes,
+    entry_for,
+    read_manifest,
+    relative,
+)
 from afa.checkpoint.release import write_release
 from afa.denoiser.schedule import kind_of
 from afa.errors import UserError
@@ -100,11 +110,11 @@ def _manifest(ensemble: "Ensemble", entries: list[ExpertEntry], frame: dict[str,
             "kind": denoiser.recipe.kind,
             "options": dict(denoiser.recipe.options),
             "attention_up_to": denoiser.recipe.attention_up_to,
-            "text_stream": denoiser.recipe.text_stream,
+            "text_stream": cast(Literal["own", "fused"], denoiser.recipe.text_stream),
             "parameters": count_parameters(denoiser.aggregators),
             "sha256": digest,
         },
-        training=ensemble.training,
+        training=cast(TrainingRecord | None, ensemble.training),
         afa_version=__version__,
     )
 
@@ -202,7 +212,7 @@ def load_ensemble(kind: "type[Ensemble]", folder: Path, moved: Mapping[str, str]
     if made != [(stage["name"], stage["channels"], stage["fused"]) for stage in manifest.stages]:
         raise UserError(f"{folder / MANIFEST} has other stages than its experts; they belong to another architecture")
     fill(ensemble.denoiser.aggregators, read_tensors(folder), folder)
-    ensemble.training = manifest.training
+    ensemble.training = None if manifest.training is None else {**manifest.training}
     for expert, entry in zip(ensemble.experts, manifest.experts, strict=True):
         _check_prediction_type(expert, entry)
         expert.hashes = entry.files if verify else {}

@@ -21,7 +21,7 @@ from afa.places import located, spelled
 from afa.schema import Count, Like, Score, Sha256, Within, build, hints_of, shown
 from afa.text_files import read_json
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 MANIFEST = "afa.json"
 AGGREGATORS = "aggregators.safetensors"
 FRAME = ("vae", "tokenizer", "scheduler", "frame")
@@ -224,7 +224,7 @@ def entry_for(found: Located, folder: Path, files: dict[str, str], config: str |
     """The entry of an expert at the place it is."""
     spec = found.spec
     hub = found.commit is not None
-    loras = [{"path": relative(Path(lora.path), folder), "strength": lora.strength} for lora in spec.loras]
+    loras: list[LoraEntry] = [{"path": relative(Path(lora.path), folder), "strength": lora.strength} for lora in spec.loras]
     return ExpertEntry(
         name=spec.name,
         source=spec.source if hub else spelled(found.path) or relative(found.path, folder),

@@ -20,7 +20,7 @@ TAKEN = frozenset(
     """objective snr_gamma weighting timesteps reward_weight reward_reach better worse draft_steps draft_last draft_again draft_guidance
     anchor sparsity sparsity_top image_column caption_column limit crops flip max_skipped steps batch_size accumulate lr warm_up schedule
     weight_decay clip ema caption_dropout resolution held_out evaluate_every patience save_every seed dtype gradient_checkpointing
-    aggregator placement hidden heads depth ignore attention_up_to text_stream store""".split()
+    aggregator placement hidden heads depth ignore attention_up_to text_stream store prediction_type""".split()
 )
 OWN = frozenset({"experts", "start", "output", "recipe", "device", "json", "dry_run"})  # of every run, so that nothing is lost without it
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
