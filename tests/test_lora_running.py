@@ -164,7 +164,7 @@ class TestRefusals:
         assert not hasattr(ensemble.denoiser, "peft_config")
 
     def test_fusing_into_stored_weights(self, tmp_path):
-        ensemble = Ensemble.from_experts([FAMILIES["sd"].pipeline(0, block_out_channels=(32, 64, 64, 64))], aggregator="mean")
+        ensemble = Ensemble.from_experts([FAMILIES["sd"].pipeline(0, block_out_channels=(32, 64))], aggregator="mean")
         store_weights(ensemble.denoiser.experts, "int8")
         with pytest.raises(NotImplementedError, match="stored in 8 bits"):
             ensemble.denoiser.fuse_lora()
