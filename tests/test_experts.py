@@ -15,7 +15,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_pipeline import run
-from tiny import scheduler, sd_pipeline, sd_unet, sdxl_pipeline
+from tiny import SDXL, scheduler, sd_pipeline, sd_unet, sdxl_pipeline
 
 from afa import Ensemble, UserError
 from afa.aggregators.table import count_parameters
@@ -204,7 +204,7 @@ class TestRefusals:
 
     def test_sdxl_with_sd(self):
         with pytest.raises(UserError, match="'expert_1' cannot join 'expert_0': stage"):
-            Ensemble.from_experts([sd_pipeline(0), sdxl_pipeline(0)])
+            Ensemble.from_experts([sd_pipeline(0), sdxl_pipeline(0, **SDXL)])
 
     def test_other_widths(self):
         with pytest.raises(UserError, match="stage IN04 has 24 channels, expected 16"):
