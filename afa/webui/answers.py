@@ -46,4 +46,6 @@ def _said() -> Iterator[None]:
 
 def sentence(text: str) -> str:
     """As Gradio shall show it, which takes messages for HTML."""
-    return escape(text[:1].upper() + text[1:], quote=False)
+    first = text.partition(" ")[0]
+    begun = text[:1].upper() + text[1:] if first.isalpha() else text  # a file's name stays as it is
+    return escape(begun, quote=False)
