@@ -73,7 +73,7 @@ class PartsMerge:
             slot.target.copy_(slot.tensors[0])
         else:
             dtype = slot.target.dtype
-            given = {"key": slot.key, "stage": slot.stage, "dtype": dtype, "note": self._note}
+            given: dict[str, Any] = {"key": slot.key, "stage": slot.stage, "dtype": dtype, "note": self._note}
             slot.target.copy_(merge_key(rule, slot.tensors, slot.base, **given, **options))
 
     def _note(self) -> None:

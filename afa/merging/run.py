@@ -92,7 +92,7 @@ class FileMerge:
         if not first.is_floating_point() or all(equal(first, other) for other in tensors[1:]):
             return cast(first, self.dtype, key) if self.dtype and first.is_floating_point() else first
         base = tensors.pop() if self.plan.base else None
-        where = {"key": key, "stage": self.plan.stages[key], "dtype": self.dtype, "note": self._note}
+        where: dict[str, Any] = {"key": key, "stage": self.plan.stages[key], "dtype": self.dtype, "note": self._note}
         return merge_key(self.rule, tensors, base, **where, **self.plan.options)
 
     def _note(self) -> None:
