@@ -105,10 +105,10 @@ def check(text: str, where: str) -> dict[str, Any]:
 def _check_classes(found: dict[str, Any], where: str) -> None:
     index = found[INDEX]
     named: dict[str, tuple[Any, tuple[str | None, ...]]] = {"the pipeline": (index.get("_class_name"), PIPELINES)}
-    for part, known in CLASSES.items():
+    for part, classes in CLASSES.items():
         entry = index.get(part)
         if entry is not None:
-            named[part] = (entry[1] if isinstance(entry, list) and len(entry) == 2 else entry, known)
+            named[part] = (entry[1] if isinstance(entry, list) and len(entry) == 2 else entry, classes)
     named |= {name: (found[name].get("_class_name"), CLASSES[name.partition("/")[0]]) for name in found if name[:3] in ("une", "vae")}
     tokenizers = [name for name in found if name.endswith("/tokenizer_config.json")]
     named |= {name: (found[name].get("tokenizer_class"), (*CLASSES["tokenizer"], None)) for name in tokenizers}
