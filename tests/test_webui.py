@@ -149,7 +149,7 @@ def test_experts_without_aggregators_are_combined_while_sampling(tmp_path):
     studio = open_studio(tmp_path, *sources)
     assert "afa" not in studio.methods and "expert:other" in studio.methods
     job = run(studio, methods=["noise_average"], steps=1)
-    assert job.columns[0].error == "" and read_metadata(job.columns[0].pictures[0].path)["source"] == sources
+    assert job.columns[0].error == "" and read_metadata(job.columns[0].pictures[0].path)["source"] == ["demo:curves", "other=demo:angles"]
 
 
 def test_weights_are_looked_at_by_step_and_stage(studio):
