@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
-from afa.files import present, refuse_busy, write_atomically
+from afa.files import present, read_json, refuse_busy, write_atomically
 from afa.fingerprint import Files, changed
 
 NOTE = "settings.json"
@@ -52,10 +52,7 @@ def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], what: str) -> N
 
 
 def _read(note: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(note.read_text())
-    except (OSError, ValueError) as error:
-        found = error
+    found = read_json(note)
     if not isinstance(found, dict) or not isinstance(found.get(FILES, {}), dict):
         raise UserError(f"{note} is damaged, so it is not known what was begun in its folder; choose another --output")
     return found

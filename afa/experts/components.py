@@ -1,6 +1,5 @@
 """One component in a single file of its own: a U-Net or a VAE, under the original's names or diffusers'."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from afa.errors import UserError
+from afa.experts.folders import read_object
 from afa.experts.headers import RENAMED, check_fit, read_file
 from afa.experts.layouts import Layout, vae_layout
 from afa.experts.original import config_folder, config_of
@@ -111,9 +111,9 @@ def _settings(like: "Expert | None", config: str | None, file: Path) -> dict[str
 
 def _read(folder: Path, file: Path) -> dict[str, Any]:
     try:
-        settings: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: its settings {folder / 'config.json'} cannot be read ({error}); give the VAE's folder, or --config") from None
+        settings = read_object(folder / "config.json")
+    except UserError as error:
+        raise UserError(f"{file}: its settings {error}; give the VAE's folder, or --config") from None
     if settings.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise UserError(f"{file}: the experts' VAE is an {settings['_class_name']}, and files are read of AutoencoderKL; give the VAE's folder")
     return settings

@@ -3,16 +3,59 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from afa.errors import UserError
 from afa.explanation.explanation import Explanation, WordRow, word_remarks, word_rows
 from afa.explanation.recording import Recording
-from afa.files import read_json, replacing, sha256, write_atomically
+from afa.files import read_arrays, read_json, replacing, sha256, write_atomically
+from afa.schema import Count, Within, build
+from afa.text_files import read_json as read_any
+from afa.training.routing import BANDS
 
 SUFFIXES = ("png", "sheet.png", "strip.webp", "npz")  # of every image; .words.png and .counterfactuals.png where there is something to show
+
+
+Share = Annotated[float, Within(0, 1 + 1e-4)]
+
+
+class GroupShares(TypedDict):
+    """groups: of stages. weights: of each group, band and expert; null where a band has no pass."""
+
+    groups: Annotated[list[str], Within(1)]
+    weights: list[list[list[Share | None]]]
+
+
+class WordFacts(TypedDict):
+    """A row of words: see WordRow."""
+
+    word: str
+    looked: float | None
+    hidden: float | None
+    omitted: float | None
+    omitted_pull: list[float] | None
+
+
+class Distance(TypedDict):
+    """How far a counterfactual is from the image."""
+
+    kind: str
+    title: str
+    rmse: Annotated[float, Within(0, 255)]
+
+
+class Facts(TypedDict):
+    """What the page and explain.json take from an image's .json."""
+
+    prompt: str
+    seed: Count
+    shares: GroupShares
+    words: list[WordFacts]
+    word_remarks: list[str]
+    counterfactuals: list[Distance]
 
 
 @dataclass(frozen=True)
@@ -71,10 +114,38 @@ def write_facts(folder: Path, stem: str, found: Explanation, files: list[str]) -
 
 
 def read_entry(folder: Path, stem: str) -> Entry:
-    """One image's numbers."""
-    facts = json.loads((folder / f"{stem}.json").read_text())
-    with np.load(folder / f"{stem}.npz") as arrays:
-        return Entry(stem, facts, arrays["means"], arrays["most"], tuple(float(time) for time in arrays["timesteps"]))
+    """One image's numbers. Raises UserError for files that do not hold what was measured here."""
+    file, arrays = folder / f"{stem}.json", read_arrays(folder / f"{stem}.npz")
+    try:
+        facts = build(Facts, read_any(file), file)
+        means, most, timesteps = _numbers(arrays or {}, folder / f"{stem}.npz")
+        _check_shape(facts, means.shape[2], file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}; run the command again") from None
+    except UserError as error:
+        raise UserError(f"{error}; delete {file.name}, and the image is explained again") from None
+    return Entry(stem, facts, means, most, tuple(float(time) for time in timesteps))
+
+
+def _numbers(arrays: dict[str, Any], file: Path) -> list[NDArray[np.float32]]:
+    """means, most and timesteps as Entry has them. Raises UserError for others."""
+    found = [arrays.get(name) for name in ("means", "most", "timesteps")]
+    if any(array is None or array.dtype.kind != "f" or not array.size or not np.isfinite(array).all() for array in found):
+        raise UserError(f"{file} does not hold the finite numbers means, most and timesteps")
+    means, most, timesteps = (np.asarray(array) for array in found)
+    if means.ndim != 3 or most.shape != means.shape or timesteps.shape != means.shape[:1]:
+        raise UserError(f"{file}: means {means.shape}, most {most.shape} and timesteps {timesteps.shape} are not of the same passes")
+    return [means, most, timesteps]
+
+
+def _check_shape(facts: dict[str, Any], experts: int, file: Path) -> None:
+    """Raises UserError where lists are not as long as there are groups, bands and experts."""
+    groups, weights = facts["shares"]["groups"], facts["shares"]["weights"]
+    if len(weights) != len(groups) or any(len(bands) != BANDS or any(len(band) != experts for band in bands) for bands in weights):
+        raise UserError(f"{file}: shares.weights is not of {len(groups)} groups, {BANDS} bands and {experts} experts")
+    for place, row in enumerate(facts["words"]):
+        if row["omitted"] is not None and len(row["omitted_pull"] or ()) != experts:
+            raise UserError(f"{file}: words[{place}].omitted_pull has not one number for each of {experts} experts")
 
 
 def _word(row: WordRow) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from afa.explanation.data import Entry
 from afa.explanation.shares import estimates, said
 from afa.explanation.skipping import Unused
 from afa.explanation.summary import WordMean, word_means
+from afa.images import read_pixels
 from afa.training.routing import BANDS
 from afa.visualise.weights import COLOURS
 
@@ -56,7 +57,7 @@ def _shares(entries: Sequence[Entry], unused: Unused) -> str:
     """A row a group of stages and an expert, a column a band of the noise schedule."""
     groups, found = entries[0].facts["shares"]["groups"], estimates([entry.shares for entry in entries])
     rows = [
-        [group if not expert else "", _named(unused, expert), *(_cell(found[row, band, expert]) for band in range(BANDS))]
+        [escape(group) if not expert else "", _named(unused, expert), *(_cell(found[row, band, expert]) for band in range(BANDS))]
         for row, group in enumerate(groups)
         for expert in range(len(unused.experts))
     ]
@@ -101,7 +102,7 @@ def _image(folder: Path, entry: Entry) -> str:
     prompt = entry.facts["prompt"]
     parts = [f"<h3>{escape(title)}</h3>{figure(path, f'{title}: {prompt}')}" for title, path in shown if path.is_file()]
     remarks = " ".join(entry.facts["word_remarks"])
-    return f'<p class="facts">seed {entry.facts["seed"]}</p>{"".join(parts)}<p class="note">{escape(remarks)}</p>'
+    return f'<p class="facts">seed {escape(str(entry.facts["seed"]))}</p>{"".join(parts)}<p class="note">{escape(remarks)}</p>'
 
 
 def figure(path: Path, words: str) -> str:
@@ -114,8 +115,7 @@ def _as_webp(path: Path) -> bytes:
     if path.suffix == ".webp":
         return path.read_bytes()
     buffer = io.BytesIO()
-    with Image.open(path) as image:
-        image.save(buffer, "WEBP", quality=88, method=4)
+    Image.fromarray(read_pixels(path)).save(buffer, "WEBP", quality=88, method=4)
     return buffer.getvalue()
 
 
@@ -136,7 +136,7 @@ def _cell(found: Estimate | None, places: int = 3) -> str:
     if found is None:
         return "–"  # noqa: RUF001
     value, _, rest = said(found, places).partition(" ")
-    return f'<span class="v">{value.rstrip(",")}</span> <span class="ci">{escape(rest.split(", n =")[0] if found.n > 1 else "")}</span>'
+    return f'<span class="v">{escape(value.rstrip(","))}</span> <span class="ci">{escape(rest.split(", n =")[0] if found.n > 1 else "")}</span>'
 
 
 def _estimate(data: Mapping[str, Any]) -> Estimate:

@@ -156,19 +156,28 @@ def _skipped(job: Run, unused: Unused, entries: list[Entry]) -> list[float]:
     found = []
     for entry, request in zip(tqdm(entries, desc="left out where unused", unit="image", file=sys.stderr), job.requests, strict=True):
         record, picture = job.output / f"{entry.stem}.skipped.json", job.output / f"{entry.stem}.skipped.png"
-        if read_json(record) is None or read_made(picture) is None:
-            _skip(job, unused, entry, request, record, picture)
-        found.append(float(json.loads(record.read_text())["rmse"]))
+        distance = _distance(record)
+        if distance is None or read_made(picture) is None:
+            distance = _skip(job, unused, entry, request, record, picture)
+        found.append(distance)
     return found
 
 
-def _skip(job: Run, unused: Unused, entry: Entry, request: Request, record: Path, picture: Path) -> None:
+def _distance(record: Path) -> float | None:
+    """What _skip found before; None if it is not there, or damaged."""
+    found = read_json(record)
+    value = found.get("rmse") if isinstance(found, dict) else None
+    return value if isinstance(value, float) and 0 <= value <= 255 else None
+
+
+def _skip(job: Run, unused: Unused, entry: Entry, request: Request, record: Path, picture: Path) -> float:
     before = read_pixels(job.output / f"{entry.stem}.png")
     with torch.no_grad(), adjust_weights(job.ensemble.denoiser, Skipping(job.ensemble.denoiser, unused)):
         after = sample(job.pipeline, [request], job.sampling)[0]
     distance = rmse(before, after)
     _save_png(contact(request.prompt, before, [Counterfactual("skipped", "experts left out where unused", after, distance)]), picture)
     write_atomically(record, json.dumps({"rmse": distance}))
+    return distance
 
 
 def _write(job: Run, entries: list[Entry], unused: Unused, found: dict[str, Any]) -> None:

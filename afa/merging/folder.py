@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from afa.experts.folders import read_object
 from afa.experts.original import load_tokenizers
 from afa.experts.parts import read_index
 from afa.experts.prediction import keys_of, warn_once
@@ -56,7 +57,7 @@ def _copy_config(origin: Source, part: str, into: Path, dtype: str | None) -> No
 
 def _write_config(file: Path, target: Path, dtype: str | None) -> None:
     """A config as it is, but for the dtype that some name."""
-    config: dict[str, Any] = json.loads(file.read_text())
+    config = read_object(file)
     for name in ("dtype", "torch_dtype"):
         if dtype and name in config:
             config[name] = dtype

@@ -93,5 +93,5 @@ def _step(line: str) -> float:
     """The step of a line; one that was cut off belongs to no step."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")
