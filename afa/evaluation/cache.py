@@ -1,7 +1,8 @@
 """Features of images, kept by what the images are: an image is looked at once, whoever made it and wherever it is asked for.
 
 folder/IDENTITY/*.npz: shards of keys (n, 32) and features (n, D), each written whole under a name of its own, so a crash
-loses one chunk and several processes may write at once. folder/IDENTITY/sets/*.npy: the keys of whole sets, in order.
+loses one chunk and several processes may write at once. folder/IDENTITY/sets/*.npy: the keys of whole sets, in order,
+by the set's name and by how pictures are opened: the same files may come out as other pixels.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from afa.evaluation.metrics.base import Features, SetMetric
 from afa.evaluation.metrics.memo import content_key
+from afa.images import OPENER
 
 CHUNK = 128  # images in memory at once, and rows of a shard
 BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
@@ -112,7 +114,7 @@ class Store:
             _write_whole(self._note(name), lambda stream: np.save(stream, rows))
 
     def _note(self, name: str) -> Path:
-        return self.folder / "sets" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npy"
+        return self.folder / "sets" / f"{hashlib.sha256(f'{name} {OPENER}'.encode()).hexdigest()[:32]}.npy"
 
 
 def _read(shard: Path, what: str) -> NDArray[Any] | None:

@@ -22,6 +22,9 @@ from afa.files import replacing
 from afa.generation.pictures import CHUNK, read_made
 from afa.generation.sample import Request, Sampler, Sampling
 from afa.images import read_pixels
+from afa.schema import shown
+
+FOREVER = 1e9  # seconds that no image takes
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,12 @@ class ImageSet:
         for name, value in asked.items():
             if found.get(name) != value:
                 raise UserError(
-                    f"{self.path(index)} was made with {name} {found.get(name)!r}, now {value!r} is asked; choose another --output or delete the folder"
+                    f"{self.path(index)} was made with {name} {shown(found.get(name))}, now {shown(value)} is asked;"
+                    " choose another --output or delete the folder"
                 )
-        return found
+        seconds = found.get("seconds")
+        known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < FOREVER
+        return found if known else None
 
     def seconds(self) -> list[float]:
         """How long each image took, in the batch it was made in."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -184,8 +185,17 @@ def _choose(comparison: Comparison, row: Row) -> Options:
 
 
 def image_folder(output: Path, row: Row, run: int) -> Path:
-    """Where the images of a row's run are."""
-    folder = output / "images" / row.name.replace(":", "-").replace(", ", "-").replace(" ", "-")
+    """Where the images of a row's run are: in a folder that no other row has.
+
+    Experts whose names are alike when they are spelled as a folder (`a b` and `a-b`, or `a-10-steps` beside `a` in 10
+    steps) are told apart by a hash of the row's name.
+    """
+    name = re.sub("[ ,:]", "-", row.name.replace(", ", "-"))
+    expert = row.name.partition(":")[2]
+    expert = re.sub(r", \d+ steps$", "", expert) if "steps" in row.axes else expert
+    if re.search(r"[ ,]|-steps$", expert):
+        name += f"-{digest({row.name: ' '.join(row.axes)})[:8]}"
+    folder = output / "images" / name
     return folder / f"seed-{run}" if row.train is not None else folder
 
 
