@@ -27,6 +27,7 @@ from afa.checkpoint.manifest import (
 from afa.checkpoint.release import write_release
 from afa.denoiser.schedule import kind_of
 from afa.errors import UserError
+from afa.experts.folders import forget_places
 from afa.experts.hashing import hash_expert
 from afa.experts.load import Expert
 from afa.experts.locate import Located, locate
@@ -38,6 +39,7 @@ from afa.files import sha256, staged
 from afa.frame import stock_pipeline
 from afa.lookup import unknown
 from afa.schema import shown
+from afa.shareable import public_place
 
 if TYPE_CHECKING:
     from afa.ensemble import Ensemble
@@ -55,8 +57,20 @@ def save_ensemble(ensemble: "Ensemble", folder: Path, *, bundle: bool) -> None:
         choices = ensemble.frame.choice | ({} if lender is None else {"frame": lender.name})
         frame = {part: _frame(part, choice, ensemble, folder, stage if bundle else None) for part, choice in choices.items()}
         manifest = _manifest(ensemble, entries, frame, sha256(stage / AGGREGATORS))
+        if bundle:  # made to be shared; a save that refers to experts may be gone on with here
+            manifest.training = _public(manifest.training)
+            forget_places(stage / "frame")
+            forget_places(stage / "config")
         (stage / "README.md").write_text(model_card(manifest))
         (stage / MANIFEST).write_text(manifest.to_json())
+
+
+def _public(record: TrainingRecord | None) -> TrainingRecord | None:
+    """What training was asked for and measured, with names in place of this machine's folders."""
+    if record is None or "settings" not in record:
+        return record
+    settings = {name: value if name.endswith("_column") else public_place(value) for name, value in record["settings"].items()}
+    return {**record, "settings": settings}
 
 
 def _check_target(folder: Path) -> None:
@@ -156,6 +170,7 @@ def _bundle(expert: Expert, stage: Path, copied: dict[Path, Path]) -> ExpertEntr
         located = _copy_files(expert.located, target, copied)
         if config is not None and config not in KNOWN_CONFIGS:
             config = str(_copy(Path(config), stage / "config"))
+    forget_places(target)
     return entry_for(located, stage, hash_expert(located), config, _prediction_type(expert))
 
 

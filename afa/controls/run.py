@@ -21,6 +21,7 @@ from afa.errors import UserError
 from afa.evaluation.statistics import difference, estimate
 from afa.files import locked, settled, staged
 from afa.schema import Count, Within, build
+from afa.shareable import public_place
 from afa.text_files import read_json
 from afa.training.assemble import keep_log, make_accelerator, make_trainer
 from afa.training.loop import Progress, Trainer
@@ -117,7 +118,7 @@ def _finetune(settings: LoraSettings, work: Plan, rank: int, keep: Path | None) 
     record = _record(settings, trainer, progress, before, rank) | {"left_out": work.source.skipped.counts()}
     if accelerator.is_main_process:
         with staged(Path(settings.output), last=RECORD) as stage:
-            metadata = {"format": "pt", "afa": __version__, "expert": settings.expert, "rank": str(rank)}
+            metadata = {"format": "pt", "afa": __version__, "expert": public_place(settings.expert), "rank": str(rank)}
             save_file(lora_tensors(work.ensemble.denoiser.experts[0]), stage / FILE, metadata=metadata)
             work.source.skipped.write(stage / LEFT_OUT)
             (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n")

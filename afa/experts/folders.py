@@ -4,6 +4,7 @@ All commands find weights here, by the rules of the libraries that load them, so
 what is computed with. Pickled weights are refused: to read them can run code.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Any
 
 from afa.errors import UserError
 from afa.experts.headers import Tensors, read_file
+from afa.files import read_json as read_if_whole
+from afa.shareable import public_place
 from afa.text_files import read_json
 
 NAMES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of weight files
 VARIANTS = ("fp32", "bf16", "fp16")  # the order in which they are taken, if there are no plain weights
 CONFIG = 2**24  # bytes of a config.json that are still read
+CONFIGS = ("config.json", "model_index.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+NOTED = ("name_or_path", "_file")  # how the keys end under which diffusers and transformers note paths
 # Settings that make a library read other files than the folder's, or run code that came with it.
 FOREIGN = {
     "auto_map": "names code of its own, which is never run",
@@ -136,3 +141,13 @@ def read_folder(folder: Path) -> Tensors:
             raise UserError(f"{folder}: {twice} is in {file.name} and in {tensors[twice].file.name}; download the weights again")
         tensors |= held
     return tensors
+
+
+def forget_places(folder: Path) -> None:
+    """Shorten the paths that the libraries noted in a copy's configs, of where each model was read from, to names."""
+    for file in folder.rglob("*.json") if folder.is_dir() else ():
+        settings = read_if_whole(file) if file.name in CONFIGS else None
+        noted = {key: value for key, value in settings.items() if key.endswith(NOTED) and isinstance(value, str)} if isinstance(settings, dict) else {}
+        public = {key: public_place(value) for key, value in noted.items()}
+        if public != noted:
+            file.write_text(json.dumps({**settings, **public}, indent=2) + "\n")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from afa.experts.folders import forget_places
 from afa.files import locked, replacing, staged
 from afa.merging.folder import copy_surroundings
 from afa.merging.layout import Item
@@ -64,6 +65,7 @@ class FileMerge:
             return
         with staged(output, last="model_index.json") as stage:
             copy_surroundings(self.plan, stage)
+            forget_places(stage)
             for name, items in self.plan.files.items():
                 write_safetensors(stage / name, items, self.make, strings)
 
