@@ -8,6 +8,7 @@ from typing import Any
 from afa.errors import UserError
 from afa.files import present, read_json, refuse_busy, write_atomically
 from afa.fingerprint import Files, changed
+from afa.schema import build
 
 NOTE = "settings.json"
 FILES = "sha256 of files"  # the entry of the note that holds them
@@ -45,7 +46,8 @@ def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], what: str) -> N
     options = [f"{_told(name)} {value} (now {now.get(name)})" for name, value in begun.items() if name != FILES and now.get(name) != value]
     if options:
         raise UserError(f"{what} was begun with {', '.join(options)}; use the same options, or another --output")
-    files = changed(begun[FILES], now.get(FILES) or {}) if begun.get(FILES) else []
+    then = build(dict[str, str] | None, begun.get(FILES), what, FILES)
+    files = changed(then, now.get(FILES) or {}) if then else []
     if files:
         more = f", and {len(files) - 3} more" if len(files) > 3 else ""
         raise UserError(f"{what} was begun with other files: {', '.join(files[:3])}{more}; restore them, or choose another --output")
