@@ -100,24 +100,31 @@ def check_value(options: type, field: dataclasses.Field[Any], value: Any, name: 
 
 
 def check_number(value: Any, name: str, whole: bool = False, **bounds: Unpack[Bounds]) -> None:
-    """Raises UserError, beginning with the name and the value, for what is no finite number within the bounds."""
+    """Raises UserError for what is no finite number within the bounds.
+
+    name: how the sentence begins: a flag, or words that end with "is", such as "the strength of expert 'a' is"
+    """
+    named = not name.endswith(" is")  # a flag and its value are the subject; else they are a clause already
     if isinstance(value, bool) or not isinstance(value, (int, Integral) if whole else (int, float, Real)):
-        raise UserError(f"{name} {str(value)[:40]!r} is no {'whole ' if whole else ''}number")
+        kind = "whole number" if whole else "number"
+        raise UserError(f"{name} {str(value)[:40]!r}{f' is no {kind}' if named else f'; give a {kind}'}")
     shown = f"{name} {value if whole else f'{float(value):.16g}'}"
     if not math.isfinite(value):
-        raise UserError(f"{shown} is no finite number; give one{_range(bounds)}")
+        raise UserError(f"{shown}{' is no finite number; give one' if named else '; give a finite number'}{_range(bounds)}")
+    small, large = (" is too small", " is too large") if named else ("", "")
     number: Any = value  # isinstance() has narrowed the type too far for comparisons
     if "least" in bounds and number < bounds["least"]:
-        raise UserError(f"{shown} is too small; the least is {bounds['least']}")
+        raise UserError(f"{shown}{small}; the least is {bounds['least']}")
     if "above" in bounds and number <= bounds["above"]:
-        raise UserError(f"{shown} is too small; it must be above {bounds['above']}")
+        raise UserError(f"{shown}{small}; it must be above {bounds['above']}")
     if "most" in bounds and number > bounds["most"]:
-        raise UserError(f"{shown} is too large; the most is {bounds['most']}")
+        raise UserError(f"{shown}{large}; the most is {bounds['most']}")
     if "below" in bounds and number >= bounds["below"]:
-        raise UserError(f"{shown} is too large; it must be below {bounds['below']}")
+        raise UserError(f"{shown}{large}; it must be below {bounds['below']}")
     if "multiple" in bounds and number % bounds["multiple"]:
         unit = bounds["multiple"]
-        raise UserError(f"{shown} must be a multiple of {unit}; {max(1, round(number / unit)) * unit} is the nearest")
+        nearest = max(1, round(number / unit)) * unit
+        raise UserError(f"{shown}{' must be' if named else '; it must be'} a multiple of {unit}; {nearest} is the nearest")
 
 
 def shares(weights: Sequence[float] | None, count: int, of: str = "") -> tuple[float, ...]:
@@ -130,7 +137,7 @@ def shares(weights: Sequence[float] | None, count: int, of: str = "") -> tuple[f
     if len(weights) != count:
         raise UserError(f"{len(weights)} weights{named} for {count} experts; give one for each")
     for weight in weights:
-        check_number(weight, f"weight{named}")
+        check_number(weight, f"the weight{named} is" if of else "a weight is")
     total = sum(weights)
     if min(weights) < 0 or not 0 < total < math.inf:
         listed = " ".join(f"{weight:g}" for weight in weights)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import quiet, sd_pipeline
 
 from afa import Ensemble, UserError
@@ -194,12 +195,16 @@ def test_experts_that_moved_are_found_where_they_are_now(places, settings, tmp_p
         generate(replace(settings, sources=[str(places / "photo")], experts=["photo=x"]))
 
 
-def test_a_single_file_of_an_architecture_of_its_own_is_drawn_with_its_config(tmp_path):
-    """What the error proposes can be done: the embedded experts' U-Net is none that is known by its shape."""
+def test_a_single_file_of_an_architecture_of_its_own_needs_configs_which_a_merge_carries(tmp_path, capsys):
+    """The embedded experts' U-Net is none that is known by its shape. What the error proposes can be done."""
     from afa.demo.world import EXPERTS
 
-    merged = tmp_path / "soup.safetensors"
+    merged, bare = tmp_path / "soup.safetensors", tmp_path / "bare.safetensors"
     assert main(["merge", "--experts", *map(str, EXPERTS.values()), "--output", str(merged)]) == 0
-    command = ["generate", str(merged), "--prompt", "a cat", "--steps", "1", "--output", str(tmp_path / "out")]
-    assert main(command) == 2
-    assert main([*command, "--config", str(EXPERTS["curves"])]) == 0
+    save_file(load_file(merged), bare)  # without the header, and so without the configs in it
+    drawn = ["--prompt", "a cat", "--steps", "1", "--output"]
+    assert main(["generate", str(merged), *drawn, str(tmp_path / "carried")]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(bare), *drawn, str(tmp_path / "refused")]) == 2
+    assert "bare.safetensors" in capsys.readouterr().err
+    assert main(["generate", str(bare), *drawn, str(tmp_path / "told"), "--config", str(EXPERTS["curves"])]) == 0

@@ -283,7 +283,7 @@ def test_adjusted_weights_are_shown_row_by_row_where_everyone_has_a_blend_of_its
     ("strengths", "sentence"),
     [
         ({"expert_9": 1.0}, "expert_9"),
-        ({"expert_0": -1.0}, "expert 'expert_0'.*-1.*least is 0"),
+        ({"expert_0": -1.0}, "strength of expert 'expert_0' is -1; the least is 0"),
         ({"expert_0": float("nan")}, "expert 'expert_0'.*nan"),
         ({"expert_0": 0, "expert_1": 0, "expert_2": 0}, "all experts .* are turned off"),
     ],

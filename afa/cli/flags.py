@@ -39,7 +39,7 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     kind, several = kind_of(hint)
     default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     required = default is dataclasses.MISSING
-    shown = "" if required or default is None or default is False or default == [] else f" (default: {default})"
+    shown = "" if required or default is None or default is False or default == [] else f" (default: {' '.join(default) if several else default})"
     settings: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%") + shown}
     if kind is bool:
         return settings | {"action": "store_true"}

@@ -15,5 +15,5 @@ class DemoSettings(CheckedOptions):
     train_steps: int = option(250, least=1, most=10**9, help="training steps of AFA and of the router")
     steps: int = option(20, **SAMPLING_STEPS, help="denoising steps")
     guidance: float = option(3.0, **GUIDANCE, help="strength of classifier-free guidance")
-    seed: int = option(0, **SEED, help="of training and noise")
+    seed: int = option(0, **SEED, help="of training and noise, 0 to 2**64 - 1")
     json: bool = option(False, help="print the table as JSON")

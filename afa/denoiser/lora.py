@@ -176,7 +176,7 @@ def check_weights(weights: Any) -> None:
         for weight in weights.values() if isinstance(weights, Mapping) else weights:
             check_weights(weight)
     elif weights is not None:
-        check_number(weights, "the weight of a LoRA,")
+        check_number(weights, "the weight of a LoRA is")
 
 
 def _check_fusible(model: nn.Module) -> None:

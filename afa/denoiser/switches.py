@@ -139,9 +139,9 @@ def check_strengths(names: tuple[str, ...], strengths: Mapping[str, float]) -> N
     for name, strength in strengths.items():
         if name not in names:
             raise ValueError(unknown(name, names, "expert"))
-        check_number(strength, f"strength of expert '{name}',", **WEIGHT)
+        check_number(strength, f"the strength of expert '{name}' is", **WEIGHT)
         if 0 < strength < FAINTEST:
-            raise UserError(f"strength {strength:g} of expert '{name}' is too small for float32; the least above 0 is {FAINTEST:g}")
+            raise UserError(f"the strength of expert '{name}' is {strength:g}, too small for float32; the least above 0 is {FAINTEST:g}")
     if all(strengths.get(name) == 0 for name in names):
         raise ValueError(f"all experts ({', '.join(names)}) are turned off; give at least one a strength above 0")
 

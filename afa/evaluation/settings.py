@@ -19,7 +19,11 @@ class EvaluateSettings(CheckedOptions):
     experts: list[str] | None = option(None, place=True, help="new places of the ensemble's experts that have moved, each NAME=PLACE")
     methods: list[str] = option(["all"], help="what to compare: all, or names (`afa evaluate --methods list` shows them)")
     seeds: int = option(1, least=1, most=1000, help="training seeds of everything that is trained; the ensemble itself is the first")
-    train_data: str | None = option(None, help="where the captioned training images are (default: where the ensemble's were, or the protocol's own)")
+    train_data: str | None = option(
+        None,
+        help="where the captioned training images are (default: scenes:N if the ensemble was trained on that, else the protocol's own; "
+        "no other place is taken from afa.json)",
+    )
     base: str | None = option(None, place=True, help="the model the experts were fine-tuned from; task arithmetic, TIES, DARE and model stock need it")
     metrics: list[str] | None = option(None, help="judge by these, the first leading the table (default: the protocol's)")
     metric_weights: list[str] | None = option(None, help="where a metric's weights are, each METRIC=PATH or METRIC=org/name")
@@ -32,7 +36,7 @@ class EvaluateSettings(CheckedOptions):
     reward_weights: str | None = option(None, help="where that reward's weights are (default: the hub)")
     prompts: int | None = option(None, least=2, most=10**6, help="only the first so many prompts (default: all of the protocol's)")
     images_per_prompt: int | None = option(None, **COUNT, help="images of each prompt (default: the protocol's)")
-    seed: int = option(0, **SEED, help="seed of the first image's noise; image k has seed + k, for every method")
+    seed: int = option(0, **SEED, help="seed of the first image's noise, 0 to 2**64 - 1; image k has seed + k, for every method")
     steps: int | None = option(None, **SAMPLING_STEPS, help="denoising steps (default: the protocol's)")
     guidance: float | None = option(None, **GUIDANCE, help="strength of guidance (default: the protocol's, or the family's own)")
     true_guidance: float | None = option(None, **GUIDANCE, help="FLUX: strength of classifier-free guidance beside the built-in one")

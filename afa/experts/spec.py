@@ -25,7 +25,7 @@ class Lora:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number(self.strength, f"the strength of LoRA {self.path},", least=-1000, most=1000)
+        check_number(self.strength, f"the strength of LoRA {self.path} is", least=-1000, most=1000)
 
     def __str__(self) -> str:
         return self.path if self.strength == 1 else f"{self.path}*{self.strength:g}"

@@ -21,7 +21,7 @@ class GenerateSettings(CheckedOptions):
     prompts: str | None = option(None, help="a file of prompts: one a line, or JSON lines with \"text\"")
     negative_prompt: str | None = option(None, help="what the images should not show")
     images_per_prompt: int = option(1, **COUNT, help="images of each prompt")
-    seed: int = option(0, **SEED_OR_DRAWN, help="seed of the first image; image k has seed + k; -1 draws one and says it")
+    seed: int = option(0, **SEED_OR_DRAWN, help="seed of the first image, 0 to 2**64 - 1; image k has seed + k; -1 draws one and says it")
     steps: int = option(50, **SAMPLING_STEPS, help="denoising steps")
     guidance: float | None = option(
         None, **GUIDANCE, help="strength of guidance, 1 turns it off (default: the family's own: 7.5, SDXL 5, SD3 7, FLUX.1-dev 3.5)"

@@ -37,10 +37,10 @@ class MergeSettings(CheckedOptions):
     scale: float | None = option(None, help="task_arithmetic, ties, dare: factor of the sum (default: 0.4; ties: 1)")
     density: float | None = option(None, help="ties: fraction of each tensor's differences that is kept (default: 0.2)")
     drop: float | None = option(None, help="dare: probability with which a difference is dropped (default: 0.5)")
-    seed: int | None = option(None, **SEED, help="dare: which differences are dropped (default: 0)")
+    seed: int | None = option(None, **SEED, help="dare: which differences are dropped, 0 to 2**64 - 1 (default: 0)")
     t: float | None = option(None, help="slerp: from the first expert (0) to the second (1) (default: 0.5)")
     vae: str | None = option(
-        None, place=True, help="where the VAE comes from: an expert's name, a pipeline or a VAE's folder (default: the first expert)"
+        None, place=True, help="where the VAE comes from: an expert's name, a VAE's or pipeline's folder, or one .safetensors file (default: the first expert)"
     )
     merge_vae: bool = option(False, help="merge the VAEs, too (averaged VAEs tend to dark and blurry images)")
     dtype: str | None = option(

@@ -53,7 +53,7 @@ class LoopSettings(ObjectiveSettings):
     evaluate_every: int = option(50, least=1, most=10**9, help="steps between two measurements on the held-out images")
     patience: int = option(5, least=1, most=10**9, help="measurements without a better one before training stops")
     save_every: int = option(200, least=1, most=10**9, help="steps between two saved states; Ctrl-C saves one too")
-    seed: int = option(0, **SEED, help="of everything random")
+    seed: int = option(0, **SEED, help="of everything random, 0 to 2**64 - 1")
     dtype: str = option("float32", help="of what is frozen; what is trained is always float32", choices=["float32", "bfloat16"])
     config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
@@ -122,7 +122,7 @@ class TrainSettings(LoopSettings):
         None, least=0, most=2**16, help="build the transformer only on maps up to this side in latent pixels (default: everywhere)"
     )
     text_stream: str = option("own", help="SD3, FLUX: text tokens of every expert's own, or fused where image tokens are", choices=["own", "fused"])
-    vae: str | None = option(None, place=True, help="an expert's name or a path (default: the first expert's)")
+    vae: str | None = option(None, place=True, help="an expert's name, a VAE's or pipeline's folder, or one .safetensors file (default: the first expert's)")
     store: str | None = option(None, help="of the experts' weights: in 8 bits, or in the CPU's memory until needed", choices=["int8", "fp8", "cpu"])
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ class SearchSettings(CheckedOptions):
     guidance: float | None = option(None, **GUIDANCE, help="strength of guidance (default: the family's own)")
     width: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
     height: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
-    seed: int = option(0, **SEED, help="of the noise and of the optimiser")
+    seed: int = option(0, **SEED, help="of the noise and of the optimiser, 0 to 2**64 - 1")
     batch_size: int = option(8, **COUNT, help="images made at once")
     config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
