@@ -14,7 +14,11 @@ class LoraSettings(LoopSettings):
     expert: str = option(place=True, help="diffusers folder, .safetensors file or org/name@revision, optionally NAME=…", positional=True)
     rank: int | None = option(None, least=1, most=2**20, help="of every pair of matrices")
     like: str | None = option(None, place=True, help="a saved ensemble: take the smallest rank with at least as many trained parameters")
-    vae: str | None = option(None, place=True, help="a VAE's or pipeline's folder, or one .safetensors file; the ensemble's, where the two are compared (default: the expert's own)")
+    vae: str | None = option(
+        None,
+        place=True,
+        help="a VAE's or pipeline's folder, or one .safetensors file; the ensemble's, where the two are compared (default: the expert's own)",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
