@@ -25,6 +25,11 @@ def located(text: str) -> str:
     return f"{found['name']}{ASSETS / found['model']}{found['rest']}"
 
 
+def as_typed(sentence: str) -> str:
+    """A sentence with the spelling of embedded models for their folders: demo:curves/unet is what the user can find in the command."""
+    return sentence.replace(f"{ASSETS}/", "demo:")
+
+
 def spelled(path: Path) -> str | None:
     """The spelling of an embedded model's folder; None for any other."""
     path = path.resolve()

@@ -12,7 +12,7 @@ from afa import __version__
 from afa.cli.flags import add_flags, read_flags
 from afa.cli.tables import table
 from afa.errors import UserError
-from afa.places import EMBEDDED
+from afa.places import EMBEDDED, as_typed
 from afa.recipes import PLACES, read_recipe
 
 # verb -> module with Options, EXAMPLES and run(options); its docstring is the help
@@ -134,7 +134,7 @@ def _say(sentence: str, code: int, given: list[str]) -> int:
     """Say why a command ends; where it failed, too, if that is asked for."""
     if TRACEBACK in given:
         traceback.print_exc()
-    print(f"afa: {sentence}", file=sys.stderr)
+    print(f"afa: {as_typed(sentence)}", file=sys.stderr)
     return code
 
 
