@@ -89,8 +89,8 @@ class Frame:
 
         if not ensemble.text_encoders or self.scheduler is None:
             raise UserError(
-                "the experts were given as bare denoisers, without text encoders and scheduler;"
-                " give a pipeline among them or its folder as frame, or put ensemble.denoiser into your own"
+                "the experts are bare denoisers, without text encoders and scheduler; add an expert that is a whole pipeline,"
+                " give a pipeline's folder as frame (--frame), or put ensemble.denoiser into a pipeline of your own"
             )
         first = self.experts[0]
         family = FAMILIES[first.family]

@@ -21,7 +21,7 @@ def located(text: str) -> str:
     if found is None or Path(text).exists():
         return text
     if found["model"] not in EMBEDDED:
-        raise UserError(f"{text}: {unknown(found['model'], EMBEDDED, 'embedded model')}, each after demo:")
+        raise UserError(unknown(f"demo:{found['model']}", [f"demo:{name}" for name in EMBEDDED], "embedded model"))
     return f"{found['name']}{ASSETS / found['model']}{found['rest']}"
 
 

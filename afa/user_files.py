@@ -32,10 +32,13 @@ class UserFile:
         beside = str(path.resolve().parent)
         if beside not in sys.path:
             sys.path.append(beside)
+        kept, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a folder of the user's gets no __pycache__ from being read
         try:
             spec.loader.exec_module(self.module)
         except (Exception, SystemExit) as error:
             raise UserError(f"{flag} {path} cannot be run: {self._words(error)}") from error
+        finally:
+            sys.dont_write_bytecode = kept
 
     def has(self, function: str) -> bool:
         """Whether the file defines a function of that name."""

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -60,7 +61,7 @@ CASES = {
         ("A single file of an architecture that is not known", "afa inspect noise.safetensors"),
         ("A denoiser alone, and nobody to lend it the rest", f"afa generate alone {DRAW}"),
         ("A frame that is no pipeline", f"afa generate alone --frame data {DRAW}"),
-        ("A name that leaves the folder", "afa inspect ../x=demo:curves demo:angles"),
+        ("A name that is a path", "afa inspect ../x=demo:curves demo:angles"),
         ("Two experts of one name", f"afa train --experts demo:curves demo:curves --data data --output out {SMALL}"),
         ("A LoRA file without tensors", f"afa generate demo:curves+empty.safetensors {DRAW}"),
         ("A LoRA of a kind that is not read", f"afa generate demo:curves+loha.safetensors {DRAW}"),
@@ -118,7 +119,8 @@ CASES = {
         ("An ensemble whose expert has moved", f"afa generate moved {DRAW}"),
         ("A manifest that is no JSON", f"afa generate mangled {DRAW}"),
         ("A manifest with a value of the wrong type", f"afa generate mistyped {DRAW}"),
-        ("A manifest that names a reward", "afa evaluate --ensemble rewarded --protocol scenes --methods prediction_router --output out"),
+        ("A manifest that names an expert by a path", f"afa generate escaping {DRAW}"),
+        ("A manifest that names a reward", f"{COMPARE.replace('done', 'rewarded')} --protocol scenes --methods prediction_router"),
     ],
     "Drawing": [
         ("No prompt at all", "afa generate demo:curves --output out"),
@@ -167,7 +169,7 @@ CASES = {
         ("A scorer that cannot be run", f"{COMPARE} --protocol prompts.txt --scorer broken.py"),
         ("A scorer without score()", f"{COMPARE} --protocol prompts.txt --scorer silent.py"),
         ("A scorer that fails", f"{COMPARE} --protocol prompts.txt --scorer raises.py"),
-        ("A rival that needs a base, asked for by name", f"{COMPARE} --protocol scenes --prompts 2 --steps 1 --tuning 0 --methods ties"),
+        ("A rival that needs a base, asked for by name", f"{COMPARE} --protocol scenes --methods ties"),
         ("A comparison into a folder of something else", f"{COMPARE.replace('--output out', '--output data')} --protocol scenes"),
         ("A report of a folder without results", "afa report data --output report.html"),
         ("A report that is no page", "afa report data --output data"),
@@ -214,9 +216,9 @@ def report(what: str, command: str, folder: Path) -> None:
     before = inventory(folder)
     code, said = run(command, folder)
     left = sorted(inventory(folder) - before)
-    words = (said.strip().splitlines() or ["(nothing)"])[-1]
+    words = re.sub(r"pid \d+", "pid …", (said.strip().splitlines() or ["(nothing)"])[-1])
     if any(str(place) in words for place in (folder, ASSETS, Path.home())):
-        print("XXXPLACE", words)
+        raise ValueError(f"{command} names a place of this machine: {words}")
     print(f"\n### {what}\n\n    $ {command}\n    {words}\n\nExit code {code}.{f' Left behind: {left}.' if left else ''}", flush=True)
     shutil.rmtree(folder / "out", ignore_errors=True)
 
@@ -266,12 +268,14 @@ def prepare(folder: Path) -> None:
         code, said = run(command, folder)
         if code != 0:
             raise ValueError(f"{command}: {said}")
-    for name in ("mangled", "mistyped", "rewarded", "moved"):
+    for name in ("mangled", "mistyped", "escaping", "rewarded", "moved"):
         shutil.copytree(folder / "done", folder / name)
     shutil.copytree(folder / "begun", folder / "changed")
     (folder / "mangled" / "afa.json").write_text("{")
     manifest = json.loads((folder / "done" / "afa.json").read_text())
     (folder / "mistyped" / "afa.json").write_text(json.dumps(manifest | {"placement": 3}))
+    first = {**manifest["experts"][0], "name": "../x"}
+    (folder / "escaping" / "afa.json").write_text(json.dumps(manifest | {"experts": [first, *manifest["experts"][1:]]}))
     manifest["training"]["settings"] |= {"objective": "reward", "reward": "reward.py"}
     (folder / "rewarded" / "afa.json").write_text(json.dumps(manifest))
     (folder / "rewarded" / "reward.py").write_text("raise SystemExit('this must not run')\n")

@@ -61,7 +61,7 @@ def test_settings_that_cannot_be_had_here_are_said(studio):
         ({"seed": -2}, "seed -2 is out of bounds"),
         ({"seed": True}, "seed must be a number"),
         ({"guidance": float("nan")}, "guidance must be a number"),
-        ({"guidance": 1, "negative_prompt": "a"}, "guidance 1 is none, so a negative prompt changes nothing"),
+        ({"guidance": 1, "negative_prompt": "a"}, "guidance 1 turns guidance off, so a negative prompt changes nothing"),
         ({"true_guidance": 3}, "true guidance 3 is for models whose own guidance is built in"),
         ({"width": 4096}, "width 4096 is out of bounds; give a number from 4 to 128"),
         ({"height": 62}, "height 62 must be a multiple of 4 pixels"),

@@ -1,5 +1,6 @@
 """Save and load an ensemble: afa.json + aggregators.safetensors + README.md."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -251,7 +252,7 @@ def _spec(entry: ExpertEntry, folder: Path, moved: str | None) -> ExpertSpec:
         other = ExpertSpec.parse(moved)
         return ExpertSpec(entry.name, other.source, other.revision, other.loras or spec.loras)
     if entry.commit is None and not Path(spec.source).exists():
-        place = Path(spec.source).resolve()
+        place = os.path.normpath(spec.source)
         raise UserError(
             f"expert '{entry.name}' was at {place}, which is not there;"
             f" give its new place: --experts {entry.name}=FOLDER, or in Python experts={{'{entry.name}': 'FOLDER'}}"

@@ -249,11 +249,11 @@ def check_hashes(entry: ExpertEntry, located: Located) -> None:
     files = recorded_files(located, entry.files)
     for name, expected in entry.files.items():
         if name not in files:
-            raise UserError(f"expert '{entry.name}': {located.path} has no {name}, which the ensemble was made with (sha256 {expected})")
+            raise UserError(f"expert '{entry.name}': {os.path.normpath(located.path)} has no {name}, which the ensemble was made with (sha256 {expected})")
         found = sha256(files[name])
         if found != expected:
             raise UserError(
-                f"expert '{entry.name}' has changed: {name} in {located.path} has sha256 {found}, the ensemble was made with {expected};"
+                f"expert '{entry.name}' has changed: {name} in {os.path.normpath(located.path)} has sha256 {found}, the ensemble was made with {expected};"
                 " restore the file or train again"
             )
     strange = next((name for name in expert_files(located) if name not in entry.files), None) if entry.files else None

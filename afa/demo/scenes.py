@@ -150,7 +150,7 @@ def parse(caption: str) -> Scene:
         known = {colour, other_colour} <= COLOURS.keys() and {shape, other_shape} <= SHAPES.keys()
         if known and relation in RELATIONS and texture in TEXTURES and ground in GROUNDS:
             return Scene(Thing(shape, colour), Thing(other_shape, other_colour), relation, texture, ground)
-    raise ValueError(f"'{caption}' is not a caption of the demo world, such as '{sample_scenes('mixed', 1, 0)[0].caption}'.")
+    raise ValueError(f"'{caption}' is not a caption of the demo world, such as '{sample_scenes('mixed', 1, 0)[0].caption}'")
 
 
 def sample_scenes(domain: str, count: int, seed: int) -> list[Scene]:

@@ -49,7 +49,7 @@ class Judge:
         names = list(settings.metrics or ([] if settings.scorer else protocol.metrics))
         for name in weights:
             if name not in names:
-                raise UserError(f"--metric-weights {name}={weights[name]}: the metric '{name}' is not used here; used are {', '.join(names)}")
+                raise UserError(f"--metric-weights {name}={weights[name]}: the metric '{name}' is not used here; the metrics are {', '.join(names)}")
         metrics = [make_metric(name, Resources(weights.get(name), device, settings.batch_size)) for name in names]
         if settings.scorer is not None:
             own = load_scorer(Path(settings.scorer))

@@ -8,8 +8,8 @@ from typing import Any
 from afa.evaluation.methods import all_rows, study_rows
 from afa.evaluation.report.numbers import plural
 from afa.evaluation.rivals import searched
-from afa.evaluation.rows import Row
-from afa.evaluation.run import MEMORY, MEMORY_STEPS, Comparison, asked_for, image_folder, prepare
+from afa.evaluation.rows import SEARCH, Row, training_runs
+from afa.evaluation.run import MEMORY, MEMORY_STEPS, Comparison, asked_for, check_row, image_folder, prepare
 from afa.evaluation.settings import EvaluateSettings
 from afa.generation.sample import Request, Sampler
 
@@ -19,7 +19,6 @@ KINDS = {
     "all experts": ("noise_average", "magicfusion", "superdiff_or", "superdiff_and", "prediction_router"),
     "one model": ("single",),
 }
-SEARCH = "auto_mbw"
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,11 @@ def plan(settings: EvaluateSettings) -> dict[str, Any]:
     setup, tuner = comparison.setup, comparison.tuner
     rows = all_rows(setup, tuner, comparison.names)
     rows += study_rows(setup, rows, tuple(settings.study or ()))
-    rows = [row for row in rows if comparison.attempt(row.title, asked_for(settings, row), lambda row=row: _check(comparison, row))]
+    rows = [row for row in rows if comparison.attempt(row.title, asked_for(settings, row), lambda row=row: check_row(setup, row))]
     work = [*_tuning(comparison, rows), *(one for row in rows for one in _drawing(comparison, row))]
     images = {what: sum(one.images for one in work if one.what == what) for what in ("judged", "tuning", "search", "memory")}
     trained = [row for row in rows if row.train is not None and row.name != SEARCH]
-    runs = sum(_training_runs(comparison, row) for row in trained)
+    runs = sum(training_runs(row) for row in trained)
     recorded = (setup.manifest.training or {}).get("seconds", 0.0)
     seconds = _seconds(comparison, work)
     return {
@@ -72,15 +71,6 @@ def plan(settings: EvaluateSettings) -> dict[str, Any]:
             f" {plural(runs, 'training')} of {_duration(recorded)}, as the ensemble records its own; metrics are not counted"
         ),
     }
-
-
-def _check(comparison: Comparison, row: Row) -> bool:
-    """Raises UserError where a row lacks the base model, or a recipe to be trained by."""
-    if row.based and comparison.setup.settings.base is None:
-        _ = comparison.setup.base  # which says that it is missing
-    if row.name != SEARCH and _training_runs(comparison, row):
-        comparison.setup.training(comparison.setup.output, 0)
-    return True
 
 
 def _tuning(comparison: Comparison, rows: list[Row]) -> list[Work]:
@@ -112,14 +102,6 @@ def _drawing(comparison: Comparison, row: Row) -> list[Work]:
         trials = max(0, setup.settings.search_trials - searched(setup, tuner))
         found.append(Work("search", kind, trials * len(tuner.captions), setup.sampling.steps))
     return found
-
-
-def _training_runs(comparison: Comparison, row: Row) -> int:
-    """How often a row is trained: every seed once, and at the first with every candidate that is chosen by loss; ours is there at the first."""
-    if row.train is None or row.name == SEARCH:
-        return 0
-    there = row.name == "afa" or ("steps" in row.axes and row.of == "afa")
-    return row.runs - there + (len(row.candidates) - 1 if row.by_loss else 0)
 
 
 def _kind(row: Row) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from afa.generation.sample import Sampler, Sampling
 
 Options = dict[str, Any]
+SEARCH = "auto_mbw"  # trains nothing: it tries merges
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,11 @@ class Row:
     of: str = ""
     note: str = ""
     based: bool = False
+
+
+def training_runs(row: Row) -> int:
+    """How often a row is trained: every seed once, and at the first with every candidate that is chosen by loss; ours is there at the first."""
+    if row.train is None or row.name == SEARCH:
+        return 0
+    there = row.name == "afa" or ("steps" in row.axes and row.of == "afa")
+    return row.runs - there + (len(row.candidates) - 1 if row.by_loss else 0)

@@ -23,7 +23,7 @@ from afa.evaluation.methods import all_rows, study_rows
 from afa.evaluation.metrics.user import try_scorer
 from afa.evaluation.names import METHODS, chosen_methods
 from afa.evaluation.results import Method, Results, Run
-from afa.evaluation.rows import Options, Row, Trained
+from afa.evaluation.rows import Options, Row, Trained, training_runs
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.setup import Setup
 from afa.evaluation.tuning import ScoringError, Tuner
@@ -126,6 +126,15 @@ def asked_for(settings: EvaluateSettings, row: Row) -> bool:
     return "all" not in settings.methods and row.name.partition(":")[0] in settings.methods
 
 
+def check_row(setup: Setup, row: Row) -> bool:
+    """Raises UserError where a row lacks the base model, or a recipe to be trained by: before anything is drawn."""
+    if row.based and setup.settings.base is None:
+        _ = setup.base  # which says that it is missing
+    if training_runs(row):
+        setup.training(setup.output, 0)
+    return True
+
+
 def _claim(setup: Setup, keep: bool) -> None:
     """The output folder is ours, or nobody's yet; all processes look before the first one writes."""
     asked = {**setup.settings.binding(), "the ensemble's afa.json": sha256(setup.folder / "afa.json")}
@@ -139,6 +148,9 @@ def _claim(setup: Setup, keep: bool) -> None:
 def _rows(comparison: Comparison) -> list[Row]:
     """The rows asked for, with the experts ranked before any rival is made of them."""
     setup = comparison.setup
+    for row in all_rows(setup, comparison.tuner, comparison.names):
+        if asked_for(setup.settings, row):
+            comparison.attempt(row.title, True, functools.partial(check_row, setup, row))
     comparison.attempt("ranking the experts", False, lambda: _rank(comparison))
     rows = all_rows(setup, comparison.tuner, comparison.names)
     return rows + study_rows(setup, rows, tuple(setup.settings.study or ()))

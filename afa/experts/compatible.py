@@ -74,15 +74,17 @@ def scheduler_mismatches(mine: Any, theirs: Any) -> list[str]:
         return []
     if found.kept is None or expected.kept is None or found.steps != expected.steps:
         return [f"num_train_timesteps is {found.steps}, expected {expected.steps}"]
-    wanted, had = ({name: _shown(scheduler.config.get(name)) for name in SCHEDULER} for scheduler in (mine, theirs))
+    wanted, had = ({name: _shown(scheduler.config.get(name), name) for name in SCHEDULER} for scheduler in (mine, theirs))
     at = int((found.kept - expected.kept).abs().argmax())
     table = f"the noise schedules differ (alphas_cumprod at timestep {at} is {found.kept[at]:.3g}, expected {expected.kept[at]:.3g})"
     return _value_mismatches(wanted, had, SCHEDULER) or [table]
 
 
-def _shown(value: Any) -> Any:
-    """A setting for a message: a table of betas by its ends; what is off as if it were not there."""
-    return f"{len(value)} values from {value[0]:g} to {value[-1]:g}" if isinstance(value, (list, tuple)) and value else value or "none"
+def _shown(value: Any, name: str) -> Any:
+    """A setting for a message: a table of betas by its ends; what is off is the same as what is not there."""
+    if isinstance(value, (list, tuple)) and value:
+        return f"{len(value)} values from {value[0]:g} to {value[-1]:g}"
+    return value or (False if name.startswith("rescale") else "none")
 
 
 def only_predictions(placement: str | Sequence[str] | None, expert: Expert) -> bool:

@@ -23,7 +23,9 @@ def lend(experts: Sequence[Expert], frame: str | None, dtype: torch.dtype | None
     """
     bare = [expert for expert in experts if not expert.text_encoders]
     if frame is not None and not bare:
-        raise UserError(f"frame '{frame}' lends to experts that are denoisers alone, and all of these bring their own; choose vae, tokenizer, scheduler")
+        raise UserError(
+            f"frame '{frame}' lends to experts that are denoisers alone, and all of these bring their own; leave it out, or choose another VAE with vae (--vae)"
+        )
     lender = next((expert for expert in experts if expert.text_encoders), None) if frame is None else load_lender(frame, dtype)
     if lender is None or not bare:
         return None

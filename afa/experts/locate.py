@@ -131,5 +131,5 @@ def _commit(path: Path) -> str | None:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without the library's advice on its own internals in brackets behind it."""
-    return str(error).strip().partition("\n")[0].partition(" (")[0]
+    """What went wrong: the library's first sentence, without its advice and what it adds in brackets."""
+    return str(error).strip().partition("\n")[0].partition(" (")[0].partition(". ")[0]

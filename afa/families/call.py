@@ -118,9 +118,9 @@ class Call(ABC):
         """
         strength = self.strength(config) if strength is None else strength
         if true is not None:
-            raise UserError(f"true guidance {true:g} is for models whose own guidance is built in; say how strong theirs is with --guidance")
+            raise UserError(f"true guidance {true:g} is for models whose own guidance is built in, and that of these models is not; use --guidance")
         if negative is not None and strength is not None and strength <= 1:
-            raise UserError(f"guidance {strength:g} is none, so a negative prompt changes nothing; give one above 1, or leave the prompt out")
+            raise UserError(f"guidance {strength:g} turns guidance off, so a negative prompt changes nothing; give more than 1, or leave that out")
         return {"guidance_scale": strength, "negative_prompt": None if negative is None else [negative] * count}
 
     def classifier_free(self, config: Any) -> float:

@@ -64,7 +64,7 @@ class GenerateSettings(CheckedOptions):
                 found[name] = float(factor)
             except ValueError:
                 raise UserError(f"--strength {text} is no NAME=FACTOR, such as {name or 'photo'}=0.5") from None
-            check_number(found[name], f"--strength {name}:", **WEIGHT)
+            check_number(found[name], f"--strength {name}: the factor is", **WEIGHT)
             if not name:
                 raise UserError(f"--strength {text} names no expert; write NAME={text.lstrip('=')}")
         return found

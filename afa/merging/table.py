@@ -70,7 +70,7 @@ def check_merge(method: str, experts: int, base: bool, options: Mapping[str, Any
         if default is inspect.Parameter.empty and name not in options:
             raise UserError(f"{method} needs {name}")
     if needs(method, "base") and not base:
-        raise UserError(f"{method} adds what experts learnt to their base: give the model they were tuned from as base")
+        raise UserError(f"{method} adds what experts learnt to their base; give the model that they were tuned from as base (--base)")
     if base and not needs(method, "base"):
         raise UserError(f"{method} takes no base; leave it out, or give it as one of the experts")
     if method in PAIRS and experts != 2:

@@ -46,8 +46,12 @@ def _named(name: str, device: torch.device, weights: str | None) -> Reward:
         own: Reward = getattr(importlib.import_module(module), function)(device)
         return own
     if name not in NAMES:
-        why = "; it cannot be differentiated, or judges sets" if name in METRICS else ""
-        raise UserError(f"--reward: {unknown(name, NAMES, 'reward')}{why}, or give a Python file with reward(images, captions)")
+        if name in METRICS:
+            listed = ", ".join(NAMES)
+            raise UserError(
+                f"--reward {name} cannot be differentiated, or judges whole sets; take one of {listed}, or a Python file with reward(images, captions)"
+            )
+        raise UserError(f"--reward: {unknown(name, NAMES, 'reward')}, or give a Python file with reward(images, captions)")
     try:
         metric: Any = make_metric(name, Resources(weights, device))
     except UserError as error:

@@ -98,13 +98,19 @@ def test_embedded_models_have_a_spelling_everywhere(tmp_path, monkeypatch):
     assert ExpertSpec.parse("demo:curves").name == "curves"
     for text in ("curves", "./demo:curves", "org/name@demo", "scenes:8", ""):
         assert located(text) == text
-    with pytest.raises(UserError, match="demo:curve: .*did you mean 'curves'"):
+    with pytest.raises(UserError, match="'demo:curve'; did you mean 'demo:curves'"):
         located("demo:curve")
     for text in ("demo:", "demo:../curves", "demo:curves/unet"):
         with pytest.raises(UserError, match="embedded model"):
             located(text.replace("curves/unet", "..")) if "/unet" in text else located(text)
     Path("demo:curves").mkdir()
     assert located("demo:curves") == "demo:curves"
+
+
+def test_an_error_names_embedded_models_as_they_were_typed(tmp_path, capsys):
+    code = main(["train", "--experts", "demo:curves", "demo:curves", "--data", "scenes:8", "--output", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert code == 2 and "demo:curves" in said and str(ASSETS) not in said
 
 
 def test_an_ensemble_of_embedded_experts_names_them_by_their_spelling(tmp_path):

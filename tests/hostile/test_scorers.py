@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,18 @@ BROKEN = {
     "bad features": (f"{GOOD}def features(images):\n    return [1.0, 2.0]\n", "features() of"),
     "features raise": (f"{GOOD}def features(images):\n    raise OSError('gone')\n", "OSError: gone (broken.py, line 4)"),
 }
+
+
+def test_reading_a_file_of_the_user_leaves_nothing_beside_it(tmp_path):
+    (tmp_path / "scorer.py").write_text(f"import beside\n{GOOD}")
+    (tmp_path / "beside.py").write_text("x = 1\n")
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+    try:
+        load_scorer(tmp_path / "scorer.py")
+        assert sys.dont_write_bytecode is False
+    finally:
+        sys.dont_write_bytecode = before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["beside.py", "scorer.py"]
 
 
 @pytest.fixture(scope="module")

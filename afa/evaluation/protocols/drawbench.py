@@ -21,7 +21,8 @@ def protocol(request: Request) -> Protocol:
     path = request.data_folder("drawbench", HOLDS)
     captions = read_table(path)
     if len(captions) != PROMPTS:
-        raise UserError(f"{path} holds {len(captions)} prompts, DrawBench has {PROMPTS}; for prompts of your own give the file as --protocol")
+        found = f"{len(captions)} {'prompt' if len(captions) == 1 else 'prompts'}"
+        raise UserError(f"{path} holds {found}, DrawBench has {PROMPTS}; for prompts of your own give the file as --protocol")
     metrics = ("imagereward", "pickscore", "hpsv2", "aesthetic")
     return Protocol("drawbench", request.items(captions, COPIES), request.sampling(STEPS), metrics, request.scheduler)
 
