@@ -233,15 +233,15 @@ class Trainer:
     def _resume(self) -> None:
         state = load_state(self.settings, self.begun, self.accelerator.device)
         if state is not None:
-            if state["data"] != self.data.digest:
-                what = f"the images or captions of --data {self.settings.data} have changed since the run in {self.settings.output}"
-                raise UserError(f"{what} was begun; give another --output")
             self._restore(state)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """Take over a saved state. Raises UserError for one whose parts are not of this run's kinds and shapes."""
+        """Take over a saved state. Raises UserError for one of other data, or whose parts are not of this run's kinds and shapes."""
         file = state_file(self.settings)
         try:
+            if str(state["data"]) != self.data.digest:
+                what = f"the images or captions of --data {self.settings.data} have changed since the run in {self.settings.output}"
+                raise UserError(f"{what} was begun; give another --output")
             self.trained.load_state_dict(state["aggregators"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.average.load_state_dict(state["average"])

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +13,14 @@ from hostile import ASSETS, WRONG, afa, downloaded, edit, within
 
 from afa import Ensemble
 from afa.claims import FILES
-from afa.controls.run import RECORD, finished
+from afa.controls.run import RECORD, finetune, finished
 from afa.controls.settings import LoraSettings
 from afa.errors import UserError
 from afa.experts import locate as locating
 from afa.experts.locate import locate
 from afa.experts.spec import ExpertSpec
 from afa.merging.search.journal import Journal
-from afa.training.state import load_state, save_state, state_file
+from afa.training.state import belongings, load_state, save_state, state_file
 
 CURVES = str(ASSETS / "curves")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -146,6 +146,22 @@ def test_hashes_of_another_kind_in_a_state_are_refused_in_a_sentence(settings):
         save_state(settings, {"rank": 2, FILES: value}, {})
         with pytest.raises(UserError, match="sha256 of files"):
             load_state(settings, {"rank": 2, FILES: {}}, torch.device("cpu"))
+
+
+PARTS = {"data": "d", "aggregators": {}, "optimiser": {}, "average": {}, "progress": {}, "best": []}
+FOREIGN = {
+    "nothing": {}, "no data": PARTS | {"data": None}, "data of numbers": PARTS | {"data": torch.zeros(3)}, "data of lists": PARTS | {"data": [torch.zeros(3)]},
+    "numbers": dict.fromkeys(PARTS, 3), "another run": PARTS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", FOREIGN.values(), ids=FOREIGN)
+def test_a_state_of_another_run_ends_training_in_a_sentence(settings, state):
+    small = replace(settings, resolution=32, batch_size=2, held_out=2, evaluate_every=1)
+    save_state(small, belongings(small, True), state)
+    with pytest.raises(UserError, match="is no state of this run|have changed since") as raised:
+        finetune(small)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
 
 
 def test_a_pickle_inside_a_state_is_never_run(tmp_path, settings):
