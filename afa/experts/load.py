@@ -95,7 +95,9 @@ def load_expert(
         expert = _from_pipeline(source)
     else:
         raise UserError(f"a {type(source).__name__} cannot be an expert; give a path, a hub id, a diffusers pipeline or a denoiser")
-    where = f"expert '{source}'" if isinstance(source, ExpertSpec) else f"the expert given as a {type(source).__name__}"
+    where = f"the expert given as a {type(source).__name__}"
+    if isinstance(source, ExpertSpec):
+        where = f"expert '{source.name}' ({str(source).partition('=')[2]})"
     for module in (expert.model, *expert.text_encoders):
         check_finite(module, f"{where}, {type(module).__name__}")
     return expert
