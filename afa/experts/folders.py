@@ -147,7 +147,9 @@ def forget_places(folder: Path) -> None:
     """Shorten the paths that the libraries noted in a copy's configs, of where each model was read from, to names."""
     for file in folder.rglob("*.json") if folder.is_dir() else ():
         settings = read_if_whole(file) if file.name in CONFIGS else None
-        noted = {key: value for key, value in settings.items() if key.endswith(NOTED) and isinstance(value, str)} if isinstance(settings, dict) else {}
+        if not isinstance(settings, dict):
+            continue
+        noted = {key: value for key, value in settings.items() if key.endswith(NOTED) and isinstance(value, str)}
         public = {key: public_place(value) for key, value in noted.items()}
         if public != noted:
             file.write_text(json.dumps({**settings, **public}, indent=2) + "\n")
