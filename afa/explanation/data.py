@@ -19,14 +19,11 @@ from afa.training.routing import BANDS
 SUFFIXES = ("png", "sheet.png", "strip.webp", "npz")  # of every image; .words.png and .counterfactuals.png where there is something to show
 
 
-Share = Annotated[float, Within(0, 1 + 1e-4)]
-
-
 class GroupShares(TypedDict):
     """groups: of stages. weights: of each group, band and expert; null where a band has no pass."""
 
     groups: Annotated[list[str], Within(1)]
-    weights: list[list[list[Share | None]]]
+    weights: list[list[list[float | None]]]
 
 
 class WordFacts(TypedDict):
