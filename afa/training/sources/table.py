@@ -78,7 +78,6 @@ def _from_directory(folder: Path, columns: Columns) -> Source:
     source = from_pairs(folder, columns)
     if source is None:
         raise UserError(
-            f"{folder} has no {METADATA}, and no image with a .txt beside it; write a {METADATA}"
-            ' with one line {"file_name": "a.png", "text": "caption"} per image'
+            f'{folder} has no {METADATA}; write one with a line {{"file_name": "a.png", "text": "caption"}} per image, or put a .txt beside every image'
         )
     return source
