@@ -75,7 +75,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, sentence, tmp_p
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
-def test_interrupted_training_goes_on_with_the_same_command(tmp_path):
+def test_interrupted_training_goes_on_with_the_same_command(tmp_path, capsys):
     """A real process, a real Ctrl-C."""
     draw(tmp_path / "data", "mixed", 20, 0)
     command = afa("train", "--experts", CURVES, ANGLES, "--data", tmp_path / "data", "--output", tmp_path / "out", "--steps", "12", *SMALL)
@@ -89,11 +89,11 @@ def test_interrupted_training_goes_on_with_the_same_command(tmp_path):
     _, error = running.communicate(timeout=120)
     assert running.returncode == 130 and "the same command goes on from there" in error
     assert (tmp_path / "out" / ".training" / "state.pt").exists() and not (tmp_path / "out" / "afa.json").exists()
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)
+    assert main([*command[3:], "--json"]) == 0
+    out, error = capsys.readouterr()
+    record = json.loads(out)
     assert record["steps"] == 12 and [entry["step"] for entry in record["history"]] == [0, 12]
-    assert " 0/12" not in done.stderr  # it did not begin again
+    assert " 0/12" not in error  # it did not begin again
 
 
 def test_the_whole_path_through_the_command_line(tmp_path, capsys):
