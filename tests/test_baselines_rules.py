@@ -124,7 +124,7 @@ def test_superdiff_or_carries_densities_from_step_to_step(ensemble):
     by_prior = make_sampler("superdiff_or", ensemble, temperature=0.0)([CAT], SAMPLING)  # shares stay equal
     by_density = [make_sampler("superdiff_or", ensemble, density=density)([CAT], SAMPLING) for density in ("code", "theorem")]
     assert min(differ(by_prior, images) for images in by_density) > 1
-    assert differ(*by_density) > 1
+    assert differ(*by_density) > 0
 
 
 def test_superdiff_or_begins_anew_with_every_image(ensemble):

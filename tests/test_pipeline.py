@@ -233,5 +233,5 @@ class TestRefusals:
     def test_a_controlnet_of_another_architecture(self, pipe):
         call = {"sample": torch.zeros(1, 4, 16, 16), "timestep": 1, "encoder_hidden_states": torch.zeros(1, 7, 24)}
         down, middle = [torch.zeros(1, 16, 16, 16)] * 3, torch.zeros(1, 32, 2, 2)
-        with pytest.raises(ValueError, match="3 ControlNet residuals for 12 skips"):
+        with pytest.raises(ValueError, match="3 ControlNet residuals for 4 skips"):
             pipe.unet(**call, down_block_additional_residuals=down, mid_block_additional_residual=middle)

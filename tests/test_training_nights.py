@@ -64,7 +64,7 @@ def test_a_run_that_does_not_recover_stops_and_says_why(settings, monkeypatch): 
 def test_an_expert_that_predicts_no_numbers_is_named(settings, experts, tmp_path):  # noqa: F811
     broken = load_expert(experts[1])
     with torch.no_grad():
-        broken.model.conv_out.bias.fill_(float("nan"))
+        broken.model.conv_out.weight.fill_(3e38)  # finite, and what it predicts is not
     broken.model.save_pretrained(tmp_path / "broken" / "unet")
     for part in Path(experts[1]).iterdir():
         if part.name != "unet":

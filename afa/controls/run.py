@@ -87,8 +87,11 @@ def finished(settings: LoraSettings) -> dict[str, Any] | None:
     file = settled(Path(settings.output)) / RECORD
     if not file.exists() or state_file(settings).exists():
         return None
-    record: dict[str, Any] = build(LoraRecord, read_json(file, nan=True), file)
-    begun: LoraSettings = build(LoraSettings, record["settings"], file, "settings")
+    try:
+        record: dict[str, Any] = build(LoraRecord, read_json(file, nan=True), file)
+        begun: LoraSettings = build(LoraSettings, record["settings"], file, "settings")
+    except UserError as error:
+        raise UserError(f"{error}; choose another --output") from None
     if settings.steps != begun.steps:  # its state is gone, so it cannot go on
         raise UserError(f"the LoRA in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); choose another --output")
     check_finished(settings, begun, record.get("files"), f"the LoRA in {settings.output}")

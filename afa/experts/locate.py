@@ -52,6 +52,8 @@ def locate(spec: ExpertSpec) -> Located:
     path, there = Path(spec.source), exists(spec.source)
     if there and path.is_dir():
         settled(path)  # a merge that was killed at its end
+        if (path / "afa.json").is_file():
+            raise UserError(f"{path} is a saved ensemble, which has its experts; give it alone, or give experts only")
         if not (path / "model_index.json").is_file() and not (path / "config.json").is_file():
             raise UserError(f"{path} is no diffusers folder: it has neither model_index.json nor config.json")
         for file in (*path.iterdir(), *path.glob("*/*")):
