@@ -1,20 +1,21 @@
 """Every family from folders to pictures, by the commands people type: inspect, two steps of training, generate; saved and loaded."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import sd_pipeline, sdxl_pipeline
+from tiny import SD, sd_pipeline, sdxl_pipeline
 from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
 from afa.families.table import FAMILIES
 
-PIPELINES = {"sd": sd_pipeline, "sdxl": sdxl_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline, "qwen-image": qwen_image_pipeline}
-SMALL = "--hidden 8 --heads 2 --depth 1 --resolution 64 --batch-size 2 --held-out 2 --evaluate-every 1 --lr 2e-3 --device cpu".split()
+PIPELINES = {"sd": partial(sd_pipeline, **SD), "sdxl": sdxl_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline, "qwen-image": qwen_image_pipeline}
+SMALL = "--hidden 8 --heads 2 --depth 1 --resolution 64 --batch-size 2 --held-out 2 --evaluate-every 1 --lr 1e-2 --device cpu".split()
 
 
 @pytest.fixture(scope="module")

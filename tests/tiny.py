@@ -14,6 +14,8 @@ SD = {
     "sample_size": 16,
     "block_out_channels": (16, 16, 32, 32),
     "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     "cross_attention_dim": 24,
     "attention_head_dim": 4,
     "norm_num_groups": 8,
