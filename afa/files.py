@@ -226,10 +226,10 @@ def locked(target: Path, *, file: bool = False, wait: float = 0.0) -> Iterator[N
                 folder.rmdir()
 
 
-def refuse_busy(target: Path, *, file: bool = False) -> None:
-    """Raises UserError if another process writes to a folder or file. What a killed one left there is removed."""
+def refuse_busy(target: Path, *, file: bool = False, wait: float = 0.0) -> None:
+    """Raises UserError if another process writes to a folder or file. What a killed one left there is removed. wait: see locked."""
     if _lock_file(target, file).exists():
-        with locked(target, file=file):
+        with locked(target, file=file, wait=wait):
             pass
 
 

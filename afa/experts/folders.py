@@ -52,6 +52,10 @@ def read_object(file: Path) -> dict[str, Any]:
     return found
 
 
+# The largest whole numbers of a config by what stands in their name; others go up to 2³¹.
+MOST = {"layers": 1000, "depth": 1000, "blocks": 1000, "timesteps": 1_000_000}
+
+
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """A component's settings.
 
@@ -72,7 +76,22 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     architectures = config.get("architectures")
     if not (architectures is None or (isinstance(architectures, list) and all(isinstance(one, str) for one in architectures))):
         raise UserError(f"{file}: architectures is {architectures!r:.80}, expected a list of names")
+    _check_sizes(config, file, "")
     return config
+
+
+def _check_sizes(value: Any, file: Path, key: str) -> None:
+    """Raises UserError for a whole number that no model has: a library would build layers, or a table, without end."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            _check_sizes(child, file, name)
+    elif isinstance(value, list):
+        for child in value:
+            _check_sizes(child, file, key)
+    elif isinstance(value, int):
+        most = next((most for part, most in MOST.items() if part in key), 2**31)
+        if abs(value) > most and "model_max_length" not in key:
+            raise UserError(f"{file}: {key:.80} is {value:.6g}, and at most {most:,} is read")
 
 
 def weight_files(folder: Path) -> WeightFiles:

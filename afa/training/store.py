@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from afa.errors import UserError
-from afa.files import locked, read_json, write_atomically
+from afa.files import locked, read_json, refuse_busy, write_atomically
 
 FORMAT = 1
 META = "rows.json"
@@ -106,7 +106,9 @@ class RowStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         facts = {"format": FORMAT, "shape": list(self.shape), "dtype": str(self.dtype)}
         meta = self.folder / META
-        if not meta.exists():
+        if meta.exists():
+            refuse_busy(meta, file=True, wait=60.0)  # removes the lock of a process that was killed while it held it
+        else:
             with locked(meta, file=True, wait=60.0):  # others may begin the same cache
                 write_atomically(meta, json.dumps(facts))
         found = read_json(meta)

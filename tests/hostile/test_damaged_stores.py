@@ -76,6 +76,13 @@ def test_a_cache_without_checksums_as_older_versions_wrote_it_is_read(tmp_path):
     assert torch.equal(RowStore(tmp_path, (4,), torch.float32).read(KEYS), ROWS)
 
 
+def test_the_lock_of_a_process_that_was_killed_while_it_began_a_cache_is_removed(tmp_path):
+    RowStore(tmp_path, (2,), torch.float32)
+    (tmp_path / ".rows.json.afa-lock").touch()
+    RowStore(tmp_path, (2,), torch.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
 def test_a_cache_whose_description_is_damaged_is_refused(tmp_path):
     cut(filled(tmp_path) / "rows.json", 0.3)
     with pytest.raises(UserError, match=r"rows\.json is damaged"):

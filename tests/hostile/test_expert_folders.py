@@ -305,6 +305,25 @@ def test_a_folder_of_a_tokenizer_or_a_scheduler_never_runs_code(folder, tmp_path
 WRONG = [None, -1, 10**30, 1.5, True, "text", [], [1, [2]], {}, {"a": 1}]
 
 
+@pytest.mark.parametrize("value", [10**6, 10**30, -(10**6)])
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("text_encoder/config.json", "num_hidden_layers"),
+        ("unet/config.json", "layers_per_block"),
+        ("unet/config.json", "transformer_layers_per_block"),
+        ("vae/config.json", "layers_per_block"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps"),
+    ],
+)
+def test_a_number_of_layers_or_timesteps_that_no_model_has_is_refused_at_once(folder, file, key, value):
+    value = value * 10 if key == "num_train_timesteps" else value
+    config = json.loads((folder / file).read_text())
+    replace(folder / file, config | {key: [1, value] if key.startswith("transformer") else value})
+    with pytest.raises(UserError, match=rf"{file}: {key} is .*at most 1,000"):
+        load_expert(str(folder)).load_vae()
+
+
 @pytest.mark.parametrize("value", WRONG, ids=repr)
 def test_settings_of_a_wrong_type_end_in_a_sentence_or_load(folder, value):
     """Whatever the libraries make of them: never in a traceback."""
