@@ -136,7 +136,7 @@ def test_settings_come_back_from_the_gallery_and_from_a_file(page, place):
     Image.new("RGB", (8, 8)).save(place / "foreign.png")
     page.tab("Gallery")
     page.find("#afa-upload input[type=file]").send_keys(str(place / "foreign.png"))
-    page.wait(lambda: "Foreign.png does not say how it was made" in page.text("body"))
+    page.wait(lambda: "foreign.png does not say how it was made" in page.text("body"))
 
 
 def test_reports_are_shown_and_run_nothing(page):
