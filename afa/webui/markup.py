@@ -17,7 +17,7 @@ from afa.webui.job import Column, Job, Picture
 from afa.webui.maps import Kept
 
 LARGEST = 512  # pixels: maps are shown no larger
-HIDDEN = ("source", "aggregators", "afa", "experts", "method_options", "prompt")  # shown elsewhere, or long
+HIDDEN = ("source", "aggregators", "files", "afa", "experts", "method_options", "prompt")  # shown elsewhere, or long
 
 
 def note(sentence: str, kind: str = "note") -> str:
