@@ -133,7 +133,7 @@ def test_steps_are_shown_on_a_terminal_and_only_there(monkeypatch, tmp_path):
         terminal = Terminal()
         terminal.watched = watched
         monkeypatch.setattr(sys, "stderr", terminal)
-        command = ["generate", "demo:curves", "--prompt", "a red ring", "--steps", "3", "--device", "cpu", "--output", str(tmp_path / str(watched))]
+        command = ["generate", "demo:curves", "--prompt", "a red ring", "--steps", "40", "--device", "cpu", "--output", str(tmp_path / str(watched))]
         assert main(command) == 0
         shown = terminal.getvalue()
-        assert ("steps:" in shown and "/3 [" in shown) == watched
+        assert ("steps:" in shown and "/40 [" in shown) == watched
