@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
-from afa.files import present, read_json, refuse_busy, write_atomically
+from afa.files import json_or_none, present, refuse_busy, write_atomically
 from afa.fingerprint import Files, changed
 from afa.schema import build
 
@@ -54,7 +54,7 @@ def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], what: str) -> N
 
 
 def _read(note: Path) -> dict[str, Any]:
-    found = read_json(note)
+    found = json_or_none(note)
     if not isinstance(found, dict) or not isinstance(found.get(FILES, {}), dict):
         raise UserError(f"{note} is damaged, so it is not known what was begun in its folder; choose another --output")
     return found

@@ -185,7 +185,7 @@ def read_arrays(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def read_json(path: Path) -> Any:
+def json_or_none(path: Path) -> Any:
     """What a JSON file holds that a run keeps for itself; None if it is not there, or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from afa.evaluation.protocols.base import Protocol
 from afa.evaluation.results import MetricNote, SetScore, prompts_of
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.tuning import Score
-from afa.files import read_json, write_atomically
+from afa.files import json_or_none, write_atomically
 
 CHUNK = 256  # pictures in memory at once
 Attempt = Callable[[str, bool, Callable[[], Any]], Any]
@@ -180,7 +180,7 @@ class Judge:
 
 def _kept(file: Path) -> dict[str, list[float]] | None:
     """Scores that were kept; None if there are none, or the file is damaged."""
-    found = read_json(file)
+    found = json_or_none(file)
     if not isinstance(found, dict) or not found:
         return None
     columns = [isinstance(column, list) and all(isinstance(value, int | float) for value in column) for column in found.values()]

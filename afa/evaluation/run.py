@@ -27,7 +27,7 @@ from afa.evaluation.rows import Options, Row, Trained, training_runs
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.setup import Setup
 from afa.evaluation.tuning import ScoringError, Tuner
-from afa.files import locked, read_json, sha256, write_atomically
+from afa.files import json_or_none, locked, sha256, write_atomically
 from afa.fingerprint import digest, fingerprint, saved_fingerprint
 from afa.generation.sample import Request, Sampler
 from afa.memory import peak_megabytes
@@ -243,7 +243,7 @@ def _memory(images: ImageSet, make: Callable[[], Sampler]) -> float:
 
 def _megabytes(file: Path) -> float:
     """What was measured before; 0 if nothing was, or the file is damaged."""
-    found = read_json(file)
+    found = json_or_none(file)
     value = found.get("megabytes") if isinstance(found, dict) else None
     return float(value) if isinstance(value, int | float) else 0.0
 

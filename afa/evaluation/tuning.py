@@ -12,7 +12,7 @@ from tqdm import tqdm
 from afa.errors import UserError
 from afa.evaluation.pictures import Picture
 from afa.evaluation.protocols.base import TUNING_SEED
-from afa.files import read_json, write_atomically
+from afa.files import json_or_none, write_atomically
 from afa.generation.sample import Request, Sampler, Sampling
 
 Options = dict[str, Any]
@@ -84,7 +84,7 @@ class Tuner:
         return score
 
     def _known(self, name: str) -> dict[str, float]:
-        found = read_json(self._file(name))  # damaged: scored again
+        found = json_or_none(self._file(name))  # damaged: scored again
         return {key: value for key, value in found.items() if isinstance(value, int | float)} if isinstance(found, dict) else {}
 
     def _file(self, name: str) -> Path:

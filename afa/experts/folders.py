@@ -12,7 +12,7 @@ from typing import Any
 
 from afa.errors import UserError
 from afa.experts.headers import Tensors, read_file
-from afa.files import read_json as read_if_whole
+from afa.files import json_or_none
 from afa.shareable import public_place
 from afa.text_files import read_json
 
@@ -165,7 +165,7 @@ def read_folder(folder: Path) -> Tensors:
 def forget_places(folder: Path) -> None:
     """Shorten the paths that the libraries noted in a copy's configs, of where each model was read from, to names."""
     for file in folder.rglob("*.json") if folder.is_dir() else ():
-        settings = read_if_whole(file) if file.name in CONFIGS else None
+        settings = json_or_none(file) if file.name in CONFIGS else None
         if not isinstance(settings, dict):
             continue
         noted = {key: value for key, value in settings.items() if key.endswith(NOTED) and isinstance(value, str)}

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from afa.errors import UserError
 from afa.explanation.explanation import Explanation, WordRow, word_remarks, word_rows
 from afa.explanation.recording import Recording
-from afa.files import read_arrays, read_json, replacing, sha256, write_atomically
+from afa.files import json_or_none, read_arrays, replacing, sha256, write_atomically
 from afa.schema import Count, Within, build
-from afa.text_files import read_json as read_any
+from afa.text_files import read_json
 from afa.training.routing import BANDS
 
 SUFFIXES = ("png", "sheet.png", "strip.webp", "npz")  # of every image; .words.png and .counterfactuals.png where there is something to show
@@ -78,7 +78,7 @@ def stem_of(index: int) -> str:
 
 def explained(folder: Path, stem: str) -> bool:
     """Whether everything of an image is there; as it was written; its .json comes last and has the hashes of all others."""
-    facts = read_json(folder / f"{stem}.json")
+    facts = json_or_none(folder / f"{stem}.json")
     if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict):
         return False
     return all(isinstance(name, str) and (folder / name).is_file() and sha256(folder / name) == found for name, found in facts["files"].items())
@@ -114,7 +114,7 @@ def read_entry(folder: Path, stem: str) -> Entry:
     """One image's numbers. Raises UserError for files that do not hold what was measured here."""
     file, arrays = folder / f"{stem}.json", read_arrays(folder / f"{stem}.npz")
     try:
-        facts = build(Facts, read_any(file), file)
+        facts = build(Facts, read_json(file), file)
         means, most, timesteps = _numbers(arrays or {}, folder / f"{stem}.npz")
         _check_shape(facts, means.shape[2], file)
     except OSError as error:

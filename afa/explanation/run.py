@@ -32,7 +32,7 @@ from afa.explanation.pictures.words import words
 from afa.explanation.settings import ExplainSettings
 from afa.explanation.skipping import Skipping, Unused, find_unused
 from afa.explanation.summary import as_json
-from afa.files import locked, read_json, replacing, settled, write_atomically
+from afa.files import json_or_none, locked, replacing, settled, write_atomically
 from afa.fingerprint import saved_fingerprint
 from afa.generation.pictures import read_made
 from afa.generation.prompts import asked_prompts
@@ -165,7 +165,7 @@ def _skipped(job: Run, unused: Unused, entries: list[Entry]) -> list[float]:
 
 def _distance(record: Path) -> float | None:
     """What _skip found before; None if it is not there, or damaged."""
-    found = read_json(record)
+    found = json_or_none(record)
     value = found.get("rmse") if isinstance(found, dict) else None
     return value if isinstance(value, float) and 0 <= value <= 255 else None
 

@@ -16,7 +16,7 @@ from afa.claims import claim
 from afa.devices import choose_device
 from afa.errors import UserError
 from afa.experts.spec import ExpertSpec
-from afa.files import locked, read_json, write_atomically
+from afa.files import json_or_none, locked, write_atomically
 from afa.fingerprint import fingerprint
 from afa.generation.prompts import read_prompts
 from afa.latents import latents_of
@@ -79,7 +79,7 @@ def _workplace(planned: Plan) -> Iterator[Path]:
 def _check_probes(note: Path, probes: Probes) -> None:
     """Raises UserError if the images are others than those that experts were asked about before."""
     now = {"sha256 of images and captions": probes.digest}
-    if note.exists() and read_json(note) != now:
+    if note.exists() and json_or_none(note) != now:
         raise UserError(f"the images or captions have changed since the screening in {note.parent} was begun; choose another --output")
     write_atomically(note, json.dumps(now))
 

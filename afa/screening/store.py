@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from afa.files import read_arrays, read_json, replacing, write_atomically
+from afa.files import json_or_none, read_arrays, replacing, write_atomically
 from afa.screening.asking import Answers
 
 DONE, ERRORS, FEATURES = "done", "errors.npy", "features.npz"
@@ -25,7 +25,7 @@ class Store:
     def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
         self.folder, self.shape = folder, shape
         folder.mkdir(parents=True, exist_ok=True)
-        noted = read_json(folder / DONE)
+        noted = json_or_none(folder / DONE)
         self._sums: list[Any] = noted if isinstance(noted, list) else []  # of every image: see _sum
         errors = self._open() if self._sums else None
         if errors is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from afa.errors import UserError
-from afa.files import locked, read_json, refuse_busy, write_atomically
+from afa.files import json_or_none, locked, refuse_busy, write_atomically
 
 FORMAT = 1
 META = "rows.json"
@@ -111,7 +111,7 @@ class RowStore:
         else:
             with locked(meta, file=True, wait=60.0):  # others may begin the same cache
                 write_atomically(meta, json.dumps(facts))
-        found = read_json(meta)
+        found = json_or_none(meta)
         if found is None:
             raise UserError(f"{meta} is damaged, so it is not known what rows its folder keeps; delete the folder, or give another --cache")
         if found != facts:

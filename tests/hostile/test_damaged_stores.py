@@ -14,7 +14,7 @@ from afa.evaluation.images import ImageSet
 from afa.evaluation.results import Item
 from afa.evaluation.tuning import Tuner
 from afa.explanation.data import explained
-from afa.files import read_arrays, read_json, sha256
+from afa.files import json_or_none, read_arrays, sha256
 from afa.generation.pictures import read_made, save_picture
 from afa.generation.sample import Sampling
 from afa.screening.asking import Answers
@@ -186,4 +186,4 @@ def test_a_damaged_note_of_what_was_begun_is_refused(tmp_path, text):
 def test_arrays_and_json_that_are_damaged_are_none(tmp_path, text):
     (tmp_path / "a").write_bytes(text)
     assert read_arrays(tmp_path / "a") is None
-    assert read_json(tmp_path / "a") is None
+    assert json_or_none(tmp_path / "a") is None
