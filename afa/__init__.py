@@ -1,8 +1,9 @@
 """afa: Adaptive Feature Aggregation. Combine several text-to-image diffusion models into one (arXiv:2405.17082)."""
 
-import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from afa.lazy import exports
 
 if TYPE_CHECKING:
     from afa.denoiser.switches import adjust_weights, hide_tokens, only_expert, record_weights, scale_weights
@@ -37,10 +38,4 @@ _HOMES = {
     "record_weights": "afa.denoiser.switches",
     "scale_weights": "afa.denoiser.switches",
 }
-
-
-def __getattr__(name: str) -> Any:
-    """Load a public name when it is first used, so that `import afa` does not import torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'afa' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__, __dir__ = exports(__name__, _HOMES)

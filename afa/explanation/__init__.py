@@ -1,7 +1,8 @@
-"""Why an image came out as it did: who weighed what, which words decide, what would have been without. Importing this package costs nothing."""
+"""Explain an image: expert weights by place and step, words that decide, counterfactuals. Importing this package loads no torch."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from afa.lazy import exports
 
 if TYPE_CHECKING:
     from afa.explanation.explanation import Explanation, explain
@@ -14,10 +15,4 @@ _HOMES = {
     "record": "afa.explanation.recording",
 }
 __all__ = ["Explanation", "Recording", "explain", "record"]
-
-
-def __getattr__(name: str) -> Any:
-    """Load a public name when it is first used, so that the command's help needs no torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'afa.explanation' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__, __dir__ = exports(__name__, _HOMES)

@@ -1,1 +1,20 @@
-"""Prompts in, pictures out, image by image. Importing this package costs nothing."""
+"""Prompts in, pictures out, image by image. Importing this package loads no torch."""
+
+from typing import TYPE_CHECKING
+
+from afa.lazy import exports
+
+if TYPE_CHECKING:
+    from afa.generation.run import generate
+    from afa.generation.sample import Request, Sampling
+    from afa.generation.settings import GenerateSettings
+
+__all__ = ["GenerateSettings", "Request", "Sampling", "generate"]
+
+_HOMES = {
+    "GenerateSettings": "afa.generation.settings",
+    "Request": "afa.generation.sample",
+    "Sampling": "afa.generation.sample",
+    "generate": "afa.generation.run",
+}
+__getattr__, __dir__ = exports(__name__, _HOMES)

@@ -1,1 +1,20 @@
-"""Is this set of experts worth ensembling, and which of them? Asked before any training. Importing this package costs nothing."""
+"""Is this set of experts worth ensembling, and which of them? Asked before any training.
+
+Importing this package loads no torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from afa.lazy import exports
+
+if TYPE_CHECKING:
+    from afa.screening.run import screen
+    from afa.screening.settings import ScreenSettings
+
+__all__ = ["ScreenSettings", "screen"]
+
+_HOMES = {
+    "ScreenSettings": "afa.screening.settings",
+    "screen": "afa.screening.run",
+}
+__getattr__, __dir__ = exports(__name__, _HOMES)
