@@ -11,7 +11,6 @@ from afa.options import check_value
 from afa.schema import build, shown
 from afa.text_files import read_toml
 
-PACKAGE = "afa:"  # begins a path inside this package
 PLACES = {"train": Path(__file__).parent / "training" / "recipes"}  # command -> the recipes that are shipped
 
 
@@ -53,9 +52,4 @@ def _checked(file: Path, key: str, value: Any, hint: Any) -> Any:
     checked = build(hint, value, f"--recipe {file}", key)
     if isinstance(checked, str) and checked.lower().endswith(".py"):
         raise UserError(f"--recipe {file}: {key} is {shown(checked)}, and a recipe may not name code to run; give it as a flag: --{key.replace('_', '-')}")
-    return [_located(each) for each in checked] if isinstance(checked, list) else _located(checked)
-
-
-def _located(value: Any) -> Any:
-    """A path inside this package where it lies on this machine."""
-    return str(Path(__file__).parent / value.removeprefix(PACKAGE)) if isinstance(value, str) and value.startswith(PACKAGE) else value
+    return checked

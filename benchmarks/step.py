@@ -1,7 +1,7 @@
 """What an ensemble costs over its experts: time and memory of a denoising step, time of a training step.
 
     python benchmarks/step.py --config sd15 --experts 3 --size 512 --batch 2
-    python benchmarks/step.py --config afa/demo/assets/base/unet --repeats 5
+    python benchmarks/step.py --config demo:base/unet --repeats 5
 
 Random weights: the cost does not depend on them. Every round runs the experts one after another and then the ensemble, so
 that a drift of the machine meets both; ratios are taken within a round. Given are the median, the smallest and the
@@ -29,6 +29,7 @@ from afa.errors import UserError
 from afa.experts.original import KNOWN_CONFIGS, config_folder
 from afa.families.unet import widths
 from afa.options import option
+from afa.places import located
 
 SMALL = 50_000_000  # parameters an expert up to which a training step is always measured
 TOKENS = 77  # of CLIP's prompts
@@ -39,7 +40,7 @@ PIXELS = 8  # a side, for one of the latent's
 class Options:
     """One measurement, field by field a flag."""
 
-    config: str = option("sd15", help=f"{', '.join(KNOWN_CONFIGS)}, or a folder with a diffusers U-Net's config.json")
+    config: str = option("sd15", help=f"{', '.join(KNOWN_CONFIGS)}, or a folder with a diffusers U-Net's config.json, such as demo:base/unet")
     experts: int = option(3, help="how many experts")
     size: int | None = option(None, help="side of the image in pixels, eight for one of the latent's (default: the model's own)")
     batch: int = option(2, help="of the U-Net; guidance makes 2 of one image")
@@ -67,7 +68,7 @@ class Options:
 
 def make_experts(options: Options, device: str | None = None) -> list[UNet2DConditionModel]:
     """Experts of one config with random weights, made in their dtype. Raises UserError if there is no such config."""
-    place = Path(options.config)
+    place = Path(located(options.config))
     folder = place if (place / "config.json").is_file() else config_folder(options.config) / "unet"
     config = UNet2DConditionModel.load_config(folder)
     torch.set_default_dtype(getattr(torch, options.dtype))

@@ -25,6 +25,7 @@ from afa.aggregators.table import Recipe, count_parameters
 from afa.demo.build.denoisers import CAPTION_DROPOUT, Parts, training_set
 from afa.demo.build.fit import Schedule, fit
 from afa.demo.build.parts import token_ids
+from afa.demo.world import BASE as BASE_MODEL
 from afa.denoiser.sd3 import SD3Ensemble
 from afa.evaluation.statistics import difference, estimate
 from afa.experts.parts import load_part
@@ -32,7 +33,6 @@ from afa.families.table import FAMILIES
 from afa.latents import latents_of
 from afa.training.noise import Batch, Noising
 
-ASSETS = Path(__file__).parents[1] / "afa/demo/assets/base"
 DOMAINS = ("curves", "angles", "patterns")
 BASE, EXPERT = Schedule(800, 1e-3, batch=32, average=0.995), Schedule(300, 5e-4, batch=32, average=0.995)
 HELD_OUT, TRAINED = 96, 464
@@ -43,8 +43,8 @@ class World:
     """Latents and text states of scenes, and the flow between latents and noise."""
 
     def __init__(self, work: Path, quick: int) -> None:
-        networks = (load_part(ASSETS, name, torch.float32) for name in ("text_encoder", "vae"))
-        self.parts = Parts(load_part(ASSETS, "tokenizer"), *networks)
+        networks = (load_part(BASE_MODEL, name, torch.float32) for name in ("text_encoder", "vae"))
+        self.parts = Parts(load_part(BASE_MODEL, "tokenizer"), *networks)
         self.work, self.quick = work, quick
         self.noising = Noising(FlowMatchEulerDiscreteScheduler(shift=1.0), latents_of(self.parts.vae), CPU)
         self.call = FAMILIES["sd3"].call

@@ -1,6 +1,6 @@
 """How far ties by tensor is from ties by whole model: |one - other| / |other - base|, over all weights of the denoiser.
 
-    python benchmarks/ties.py --experts afa/demo/assets/curves afa/demo/assets/angles --base afa/demo/assets/base
+    python benchmarks/ties.py --experts demo:curves demo:angles --base demo:base
 """
 
 import argparse

@@ -48,7 +48,7 @@ def as_html(folder: Path, entries: Sequence[Entry], unused: Unused, found: Mappi
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(heading)}</title><style>{STYLE}{EXTRA}</style></head><body>
 <header><h1>{escape(heading)}</h1></header><p class="facts">{escape(facts)}</p><nav aria-label="Contents">{links}</nav>
-<main>{body}</main><footer class="note">Made by afa {escape(__version__)}: afa explain. How to read it: docs/explain.md</footer>
+<main>{body}</main><footer class="note">Made by afa {escape(__version__)}: afa explain</footer>
 </body></html>
 """
 

@@ -23,6 +23,7 @@ from afa.experts.spec import ExpertSpec
 from afa.inspection import Subject, facts
 from afa.merging.run import merge_files
 from afa.merging.settings import MergeSettings
+from afa.places import located
 
 UNET = "model.diffusion_model."
 EMPTY = torch.empty(0)
@@ -37,7 +38,7 @@ def home(tmp_path_factory):
     """One pipeline that predicts ε, as a folder (also configs) and in every layout of a single file, without a word on what it predicts."""
     root = tmp_path_factory.mktemp("prediction")
     pipe = sd_pipeline(0, **TINY)
-    pipe.tokenizer = CLIPTokenizer.from_pretrained("afa/demo/assets/curves/tokenizer")  # CLIP's takes a second a time
+    pipe.tokenizer = CLIPTokenizer.from_pretrained(located("demo:curves/tokenizer"))  # CLIP's takes a second a time
     size = len(pipe.tokenizer)
     ids = {"bos_token_id": pipe.tokenizer.bos_token_id, "eos_token_id": pipe.tokenizer.eos_token_id, "pad_token_id": pipe.tokenizer.pad_token_id}
     pipe.text_encoder = text_encoder(vocab_size=size, **ids)

@@ -18,7 +18,7 @@ class SearchSettings(CheckedOptions):
     prompts: str | None = option(None, help="a file of prompts: one a line, or JSON lines with \"text\"")
     prompt: list[str] | None = option(None, help="one or more prompts")
     images: int = option(8, **COUNT, help="images every merge is judged by; their prompts and noise stay the same")
-    metric: str = option("imagereward", help="what is to rise: a metric of one value an image (see docs/metrics.md)")
+    metric: str = option("imagereward", help="what is to rise: a metric of one value an image (all of them: afa evaluate --metrics list)")
     metric_weights: str | None = option(None, help="where the metric's weights are: a path or org/name")
     scorer: str | None = option(None, help="instead: a Python file, score(images (n, H, W, 3) uint8, captions) -> dict of n values each, the first counts")
     search: str = option("bayesian", help="bayesian: Optuna over all weights; coordinate: stage by stage, as auto-MBW does", choices=["bayesian", "coordinate"])
