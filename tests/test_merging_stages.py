@@ -24,7 +24,7 @@ from afa.merging.weights import stage_weights
 SD = (*(f"IN{k:02}" for k in range(12)), "M00", *(f"OUT{k:02}" for k in range(12)))
 SDXL = (*(f"IN{k:02}" for k in range(9)), "M00", *(f"OUT{k:02}" for k in range(9)))
 SMALL_FLUX = ("D00", "D01", "S00", "S01", "S02", "OUT")
-EVERY = {**{name: model.make for name, model in MODELS.items()}, "small": lambda: sd_unet(**SMALL)}
+EVERY = {**{name: model.make for name, model in MODELS.items()}, "sd": sd_unet, "sdxl": sdxl_unet, "small": lambda: sd_unet(**SMALL)}
 
 
 @pytest.mark.parametrize("name", EVERY)

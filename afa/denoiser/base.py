@@ -215,8 +215,9 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
 
     def train(self, mode: bool = True) -> "EnsembleDenoiser":
         """Only aggregators have a training mode; experts stay as they were frozen."""
-        super().train(mode)
-        self.experts.eval()
+        self.training = mode
+        self.aggregators.train(mode)
+        self.experts.eval()  # what was added to one, such as a LoRA, too
         return self
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
