@@ -320,7 +320,7 @@ def warm_up() -> None:
     torch.set_num_threads(1)
     _ = diffusers.StableDiffusionPipeline, diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.DDIMScheduler
     _ = transformers.CLIPTextModel, transformers.CLIPTokenizerFast
-    rooms = "training.run controls.run generation.run evaluation.run evaluation.report.text merging.run merging.search.run screening.run"
+    rooms = "training.run controls.run generation.run evaluation.run evaluation.report.files merging.run merging.search.run screening.run"
     for module in [*COMMANDS.values(), *(f"afa.{room}" for room in f"{rooms} explanation.run screening.report.write demo.draw".split())]:
         importlib.import_module(module)
 

@@ -16,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from afa import Ensemble, UserError
 from afa.cli import main as command_line
 from afa.cli.inspect import EXAMPLES, Options, run
-from afa.cli.tables import scaled, table
 from afa.denoiser.cost import count_flops
 from afa.experts.compatible import mismatches
 from afa.experts.load import Expert
 from afa.experts.outline import config_outline, read_outline
 from afa.experts.spec import ExpertSpec
+from afa.pages.numbers import scaled
+from afa.pages.tables import listing
 
 SMALL = {"hidden": 32, "heads": 2, "depth": 1}
 ONLY_INSPECT = "import sys, afa.cli.main as m; m.COMMANDS = {'inspect': 'afa.cli.inspect'}; "
@@ -274,7 +275,7 @@ class TestOutput:
 
 
 def test_columns_stand_under_their_headers():
-    assert table(["name", ">size"], [["a", 1], ["long name", None]]) == "name       size\na             1\nlong name     -"
+    assert listing(["name", ">size"], [["a", 1], ["long name", None]]) == "name       size\na             1\nlong name     -"
 
 
 SCALED = [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (859_520_964 * 4, "3.438 GB"), (999_960, "1 MB"), (None, None)]

@@ -15,19 +15,14 @@ from PIL import Image
 
 from afa.evaluation.compare import Analysis, analyse
 from afa.evaluation.images import ImageSet
-from afa.evaluation.report.longform import HEADERS, as_csv
-from afa.evaluation.report.markdown import as_markdown
-from afa.evaluation.report.numbers import MINUS, decimals, durations, number
-from afa.evaluation.report.page import as_html
-from afa.evaluation.report.placing import LETTER, LINE, Box, place_labels
-from afa.evaluation.report.sheets import extreme_cases, shown_items
-from afa.evaluation.report.svg import scale, ticks
-from afa.evaluation.report.tables import Row, Shown, Table
-from afa.evaluation.report.text import as_text
-from afa.evaluation.report.thumbnails import data_uri, image_name
+from afa.evaluation.report.files import HEADERS, as_csv, as_markdown, as_text
+from afa.evaluation.report.page import as_html, extreme_cases, image_name, shown_items, thumbnail
 from afa.evaluation.results import Results
 from afa.evaluation.statistics import Estimate
 from afa.generation.sample import Sampling
+from afa.pages.charts import LETTER, LINE, Box, place_labels, scale, ticks
+from afa.pages.numbers import MINUS, decimals, durations, number
+from afa.pages.tables import Row, Shown, Table
 
 EMPTY = {"meta", "img", "br", "line", "circle", "rect", "path"}  # elements without content
 
@@ -156,8 +151,8 @@ def test_csv_has_every_number_of_every_comparison(one):
     assert row["verdict"] == known.verdict and found["frechet", "afa", "single:patterns"]["win"] == ""
 
 
-def test_text_for_the_terminal_is_a_table_of_all_rows(folder, one):
-    text = as_text(Results.load(folder))
+def test_text_for_the_terminal_is_a_table_of_all_rows(one):
+    text = as_text(one)
     assert all(method.title in text for method in one.rows) and "* AFA " in text and "Could not be computed:" in text
     lines = text.splitlines()
     assert max(map(len, lines)) <= 130
@@ -212,7 +207,7 @@ def test_cases_are_the_largest_differences_one_a_prompt(folder):
 def test_embedded_pictures_are_small_and_exact_where_they_can_be(tmp_path, side):
     pixels = np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    data = data_uri(tmp_path / "a.png").removeprefix("data:image/webp;base64,")
+    data = thumbnail(tmp_path / "a.png").removeprefix("data:image/webp;base64,")
     with Image.open(io.BytesIO(base64.b64decode(data))) as image:
         shown = np.asarray(image.convert("RGB"))
     assert max(shown.shape) <= 224 and (side > 192 or np.array_equal(shown, pixels))

@@ -72,9 +72,10 @@ def run(options: Options) -> None:
 
         print(json.dumps(asdict(results), indent=1, ensure_ascii=False))
     else:
-        from afa.evaluation.report.text import as_text
+        from afa.evaluation.compare import analyse
+        from afa.evaluation.report.files import as_text
 
-        print(f"{as_text(results)}\n\nThis run took {took:.0f} min; what was there before is not counted.")
+        print(f"{as_text(analyse([results])[0])}\n\nThis run took {took:.0f} min; what was there before is not counted.")
         lost = f" without what could not be computed (see above, {len(results.errors)})" if results.errors else ""
         print(f"results.json in {options.output}{lost}; a page of them: afa report {options.output} --output report.html")
 

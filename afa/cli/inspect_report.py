@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from afa.cli.tables import count, scaled, section, table
+from afa.pages.numbers import count, scaled
+from afa.pages.tables import listing
 
 
 def report(facts: dict[str, Any]) -> str:
@@ -20,13 +21,18 @@ def report(facts: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def section(title: str, body: str) -> str:
+    """A titled part of a report, indented by two."""
+    return "\n".join([title, *(f"  {line}" if line else "" for line in body.splitlines())])
+
+
 def _experts(experts: list[dict[str, Any]]) -> str:
     headers = ["name", "source", "family", "class", ">parameters", "stored as", "predicts"]
     rows = [
         [e["name"], _source(e), e["family"], e["class"], count(e["parameters"]), e["dtype"], _prediction(e)]
         for e in experts
     ]
-    return table(headers, rows)
+    return listing(headers, rows)
 
 
 def _prediction(expert: dict[str, Any]) -> str | None:
@@ -49,13 +55,13 @@ def _text_encoders(experts: list[dict[str, Any]]) -> str:
         for text in expert["text_encoders"]
     ]
     headers = ["expert", "part", "class", ">width", ">parameters", "stored as", "same as"]
-    return table(headers, rows) if rows else "none; the experts are bare denoisers"
+    return listing(headers, rows) if rows else "none; the experts are bare denoisers"
 
 
 def _vaes(experts: list[dict[str, Any]]) -> str:
     headers = ["expert", "class", "latent", ">channels", ">scale", ">parameters", "stored as"]
     rows = [[expert["name"], *_vae(expert["vae"])] for expert in experts if expert["vae"]]
-    return table(headers, rows) if rows else "none; give one with vae="
+    return listing(headers, rows) if rows else "none; give one with vae="
 
 
 def _vae(vae: dict[str, Any]) -> list[object]:
@@ -65,7 +71,7 @@ def _vae(vae: dict[str, Any]) -> list[object]:
 
 def _stages(stages: list[dict[str, Any]]) -> str:
     headers = ["stage", ">channels", "size", "block", "skip", "fused", ">aggregator parameters", ">its FLOPs a step"]
-    return table(headers, [_stage(stage) for stage in stages])
+    return listing(headers, [_stage(stage) for stage in stages])
 
 
 def _stage(stage: dict[str, Any]) -> list[object]:
@@ -104,7 +110,7 @@ def _placements(facts: dict[str, Any]) -> str:
         ]
         for one in facts["placements"]
     ]
-    return table(["placement", ">fused stages", ">parameters", ">FLOPs a step", ">over the experts"], rows)
+    return listing(["placement", ">fused stages", ">parameters", ">FLOPs a step", ">over the experts"], rows)
 
 
 def _fusion(facts: dict[str, Any]) -> str:
@@ -137,7 +143,7 @@ def _cost(facts: dict[str, Any]) -> str:
     if flops["ensemble"]:
         times = flops["ensemble"] / flops["each_expert"][0]
         notes.append(f"A step of the ensemble costs {times:.2f} times that of '{first['name']}'.")
-    return "\n".join([table(["", ">parameters", ">float32", ">float16", ">FLOPs a step"], there), *notes])
+    return "\n".join([listing(["", ">parameters", ">float32", ">float16", ">FLOPs a step"], there), *notes])
 
 
 def _guidance(cost: dict[str, Any]) -> str:

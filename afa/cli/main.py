@@ -10,8 +10,8 @@ from typing import Any
 
 from afa import __version__
 from afa.cli.flags import add_flags, read_flags
-from afa.cli.tables import table
 from afa.errors import UserError
+from afa.pages.tables import listing
 from afa.places import EMBEDDED, as_typed
 from afa.recipes import PLACES, read_recipe
 
@@ -98,7 +98,7 @@ def _listed(arguments: list[str]) -> str | None:
         reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         reader.add_argument(f"--{flag}", nargs="*")
         if getattr(reader.parse_known_args(arguments)[0], flag) == ["list"] and not {"-h", "--help"} & set(arguments):
-            return table([flag, "what it is"], lines())
+            return listing([flag, "what it is"], lines())
     return None
 
 

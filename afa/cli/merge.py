@@ -20,8 +20,8 @@ REVERSE_SMOOTHSTEP ALL_A ALL_B
 import json
 from typing import Any
 
-from afa.cli.tables import scaled
 from afa.merging.settings import MergeSettings as Options
+from afa.pages.numbers import scaled
 
 EXAMPLES = [
     "afa merge --experts demo:curves demo:angles demo:patterns --weights 2 1 1 --output soup",

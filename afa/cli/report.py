@@ -27,11 +27,10 @@ class Options:
 
 def run(options: Options) -> None:
     """Write the files, print the tables of every evaluation and what they allow to be said."""
-    from afa.evaluation.report.text import analysis_text
-    from afa.evaluation.report.write import write_report
+    from afa.evaluation.report.files import as_text, write_report
 
     markdown, csv = (None if path is None else Path(path) for path in (options.markdown, options.csv))
     several = write_report([Path(folder) for folder in options.folders], Path(options.output), markdown, csv)
     for folder, one in zip(options.folders, several, strict=True):
-        print(f"{folder}\n\n{analysis_text(one)}\n" if len(several) > 1 else f"{analysis_text(one)}\n")
+        print(f"{folder}\n\n{as_text(one)}\n" if len(several) > 1 else f"{as_text(one)}\n")
     print(f"With pictures: {options.output}")

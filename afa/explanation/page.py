@@ -11,7 +11,6 @@ from PIL import Image
 
 from afa import __version__
 from afa.evaluation.report.markup import scrolling, section
-from afa.evaluation.report.numbers import plural
 from afa.evaluation.report.style import STYLE
 from afa.evaluation.statistics import Estimate
 from afa.explanation.data import Entry
@@ -19,6 +18,7 @@ from afa.explanation.shares import estimates, said
 from afa.explanation.skipping import Unused
 from afa.explanation.summary import WordMean, word_means
 from afa.images import read_pixels
+from afa.pages.numbers import plural
 from afa.training.routing import BANDS
 from afa.visualise.weights import COLOURS
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from afa.evaluation.report.numbers import with_interval
 from afa.evaluation.statistics import Estimate, estimate
 from afa.explanation.recording import Recording
+from afa.pages.numbers import with_interval
 from afa.training.routing import BANDS, GROUPS
 
 HALVED_FROM = 8  # stages of one kind; so many transformer blocks are two groups

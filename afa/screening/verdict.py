@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from afa.evaluation.report.numbers import number
 from afa.evaluation.statistics import Estimate
+from afa.pages.numbers import number
 from afa.screening.foretell import Foretold
 
 WORTH = 0.01  # a loss that is lower by less is not worth a second model in memory

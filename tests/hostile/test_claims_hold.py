@@ -11,10 +11,9 @@ import pytest
 
 from afa.evaluation.compare import Analysis, analyse
 from afa.evaluation.report.content import main_table
+from afa.evaluation.report.files import as_csv, as_text
 from afa.evaluation.report.headline import headlines, terms
-from afa.evaluation.report.longform import as_csv
 from afa.evaluation.report.page import as_html
-from afa.evaluation.report.text import analysis_text
 from afa.evaluation.results import Item, Method, MetricNote, Results, Run, SetScore
 from afa.evaluation.statistics import (
     Estimate,
@@ -69,7 +68,7 @@ def test_a_report_says_how_many_seeds_each_row_rests_on_and_never_three_where_tw
     seeds = main_table(one, one.lead, brief=True).headers.index("seeds")
     assert rows["AFA"].cells[seeds] == "3" and str(rows["LORA"].cells[seeds]).startswith("2 of 3 (")
     assert rows["A" if "A" in rows else "SINGLE:A"].cells[seeds] is None
-    for words in (analysis_text(one), as_html([one], ["made"])):
+    for words in (as_text(one), as_html([one], ["made"])):
         assert "2 of 3 (" in words and "2 to 3 shared training seeds" in words
     lines = [line for line in csv.DictReader(io.StringIO(as_csv([one], ["made"]))) if line["method"] == "lora"]
     assert {line["training_seeds"] for line in lines} == {"2"}
@@ -103,7 +102,7 @@ def test_one_item_has_no_brackets_and_makes_no_claim():
     assert "[" not in str(found) and not found.has_interval and not found.excludes_zero
     assert difference(np.array([0.9]), np.array([0.1])).verdict == "not distinguishable from"
     one = analyse([results(["one scene"], method("single:a", "expert", (0, [0.1])), method("afa", "ours", (0, [0.9])))])[0]
-    assert "[" not in analysis_text(one) and "not distinguishable" in headlines(one)[0].lead
+    assert "[" not in as_text(one) and "not distinguishable" in headlines(one)[0].lead
     assert "none is possible here" in terms(one)
 
 

@@ -1,92 +1,78 @@
-"""The tables of a report, from an analysis."""
+"""The tables of a report, from an analysis: every method, every metric, what was trained, and studies along an axis."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from afa.evaluation.columns import Column
 from afa.evaluation.compare import Analysis
-from afa.evaluation.report.numbers import count, decimals, durations, number, plural
-from afa.evaluation.report.tables import Cell, Row, Shown, Table
 from afa.evaluation.results import GROUPS, Method
-from afa.evaluation.statistics import PADDED, RESAMPLES, SEVERAL
+from afa.evaluation.statistics import PADDED, RESAMPLES, SEVERAL, Estimate
+from afa.pages.numbers import count, decimals, durations, number, plural
+from afa.pages.tables import Cell, Row, Shown, Table
 from afa.shareable import public_place
 
-Maker = tuple[str, Callable[[Method], Cell]]  # a column: its header, and the cell of a method
 COMPUTED = {
     "intervals": (
-        f"95 %, bootstrap of {count(RESAMPLES)} resamples of the prompts, the same for every method; the images of a prompt are"
-        f" averaged first, wherever it stands in the list. Below {PADDED} prompts two pseudo-prompts are added. From {SEVERAL} training"
-        " seeds on their spread is added (Student's t); with fewer, an interval is for other prompts, of these trained models. A"
-        " score of a whole set has the replicates that were made with it, and its interval is for this number of images."
+        f"95 %, bootstrap of {count(RESAMPLES)} resamples of the prompts, the same for every method; the images of a prompt"
+        f" are averaged first, wherever it stands in the list. Below {PADDED} prompts two pseudo-prompts are added. From"
+        f" {SEVERAL} training seeds on their spread is added (Student's t); with fewer, an interval is for other prompts, of"
+        " these trained models. A score of a whole set has the replicates that were made with it, and its interval is for this"
+        " number of images."
     ),
     "tests": (
         "two-sided: the signs of the prompts' differences are flipped; scores of sets against a normal distribution. From"
-        f" {SEVERAL} training seeds on the larger of that p and the p of an analysis of variance with prompts and seeds crossed."
-        " Runs are paired by training seed."
-        " Holm's correction over all claims of the report: our method and the best single expert against every other row, by the"
-        " leading metrics."
+        f" {SEVERAL} training seeds on the larger of that p and the p of an analysis of variance with prompts and seeds"
+        " crossed. Runs are paired by training seed. Holm's correction over all claims of the report: our method and the best"
+        " single expert against every other row, by the leading metrics."
     ),
 }
-GROUP_TITLES = {
-    "expert": "Experts",
-    "merge": "Merges",
-    "sampling": "Combined while sampling",
-    "control": "Controls",
-    "ours": "Ours",
-    "bound": "Upper bounds",
+STUDY_TITLES = {
+    "steps": "Quality against steps",
+    "experts": "Quality against the number of experts",
+    "variant": "Ablations",
+    "objective": "Objectives, further steps by each",
 }
 
 
 def title(several: Sequence[Analysis], names: Sequence[str]) -> str:
-    """The report's name."""
+    """The report's name. names: of the evaluations."""
     ours, on = sorted({one.title(one.ours) for one in several if one.ours is not None}), " and ".join(names)
     whose = "its" if len(ours) == 1 else "their"
     return f"{' and '.join(ours)} and {whose} rivals, on {on}" if ours else f"Comparison on {on}"
 
 
+# --- tables with a row a method ---
+
+
 def main_table(one: Analysis, column: Column, brief: bool = False) -> Table:
     """Value, differences, win rate and cost of every row, by a leading metric. brief: as narrow as a terminal."""
-    found = {seeds_cell(column, method) for method in one.rows} - {None}
-    told = len(found) == 1 and str(next(iter(found))).isdecimal()  # then the note says it in fewer letters
-    seeds = [("seeds", partial(seeds_cell, column))] if found and not (brief and told) else []
-    columns = [*_scored(one, column, brief), *seeds, ("seconds an image", lambda method: seconds_cell(one, method))]
-    columns += [] if brief else [("memory", memory), ("trained parameters", parameters_cell)]
-    return _table(one, columns, _main_note(one, column))
+    best, ours = column.best, one.ours if one.ours in column.values else None
+    columns = {f"{column.metric} {arrow(column)}": [value_cell(column, row) for row in one.rows]}
+    for other in (best, ours):
+        if other is not None:
+            columns[f"minus {one.title(other)}"] = [difference_cell(column, row.name, other) for row in one.rows]
+    if best is not None and column.note.kind == "image" and not brief:
+        against = [column.against(row.name, best) for row in one.rows]
+        won = [None if found is None or found.wins is None else Shown(found.wins, share=True) for found in against]
+        columns[f"won against {one.title(best)}"] = won
+    seeds = [seeds_cell(column, row) for row in one.rows]
+    known = set(seeds) - {None}
+    in_note = len(known) == 1 and str(next(iter(known))).isdecimal()
+    if known and not (brief and in_note):
+        columns["seeds"] = seeds
+    columns["seconds an image"] = [seconds_cell(one, row) for row in one.rows]
+    if not brief:
+        columns["memory"] = [memory_cell(row) for row in one.rows]
+        columns["trained parameters"] = [parameters_cell(row) for row in one.rows]
+    return _by_method(one, columns, _main_note(one, column))
 
 
 def metrics_table(one: Analysis) -> Table:
     """Every metric of every row."""
-    columns = [(f"{column.metric} {arrow(column)}", partial(_value, column)) for column in one.columns.values()]
+    columns = {f"{c.metric} {arrow(c)}": [value_cell(c, row) for row in one.rows] for c in one.columns.values()}
     leading = " and ".join(column.metric for column in one.primary)
     claims = f"Claims are made about {leading} only; intervals of the others are not corrected."
-    return _table(one, columns, f"↑ higher is better, ↓ lower is better. {claims}")
-
-
-def runs_table(one: Analysis) -> Table | None:
-    """Every training run alone; None if nothing was trained more than once."""
-    rows = [
-        Row([method.title, str(run.seed), *(_of_run(column, method.name, run.seed) for column in one.primary)], method.group)
-        for method in one.rows
-        if len(method.runs) > 1
-        for run in method.runs
-    ]
-    note = (
-        "Intervals of a single run are over prompts only; how far the runs of a method lie apart is what its own interval adds."
-    )
-    return (
-        Table(["method", "training seed", *(f"{column.metric} {arrow(column)}" for column in one.primary)], rows, note)
-        if rows
-        else None
-    )
-
-
-def training_table(one: Analysis) -> Table | None:
-    """Parameters, steps and time of what was trained; a study of sampling steps trains nothing of its own."""
-    trained = [method for method in one.results.methods if method.trained_parameters and "steps" not in method.axes]
-    trained.sort(key=lambda method: GROUPS.index(method.group))
-    rows = [Row(_training_cells(one, method), method.group, method.name == one.ours) for method in trained]
-    note = "Time is the mean over runs [shortest, longest]."
-    return Table(["method", "trained parameters", "training steps", "time", "runs"], rows, note) if rows else None
+    return _by_method(one, columns, f"↑ higher is better, ↓ lower is better. {claims}")
 
 
 def overview_table(several: Sequence[Analysis], names: Sequence[str]) -> Table:
@@ -94,24 +80,75 @@ def overview_table(several: Sequence[Analysis], names: Sequence[str]) -> Table:
     methods = {method.name: method for one in several for method in one.rows}
     ours = {one.ours for one in several}
     rows = [
-        Row([method.title, *(_value(one.lead, method) for one in several)], method.group, method.name in ours)
+        Row([method.title, *(value_cell(one.lead, method) for one in several)], method.group, method.name in ours)
         for method in sorted(methods.values(), key=lambda method: GROUPS.index(method.group))
     ]
     headers = [f"{name}: {one.lead.metric} {arrow(one.lead)}" for name, one in zip(names, several, strict=True)]
     return Table(["method", *headers], rows)
 
 
-def made_of(one: Analysis) -> list[tuple[str, str]]:
-    """How the evaluation was made, as pairs of words."""
-    results = one.results
-    asked = {"training_seeds": "training seeds asked for"}  # how many there are, the tables say
-    protocol = [(asked.get(name, name.replace("_", " ")), _words(value)) for name, value in results.protocol.items() if value is not None]
-    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    metrics = [(f"metric {name}", note.source) for name, note in results.metrics.items()]
-    experts = [(f"expert {entry.get('name', '?')}", _source(entry)) for entry in results.experts]
-    notes = [(f"method {method.title}", method.note) for method in one.rows if method.note]
-    pairs = [*protocol, *metrics, *COMPUTED.items(), *experts, *notes, ("versions", versions), ("machine", results.machine)]
-    return [(name, words) for name, words in pairs if words]
+def runs_table(one: Analysis) -> Table | None:
+    """Every training run alone; None if nothing was trained more than once."""
+    runs = [(method, run.seed) for method in one.rows if len(method.runs) > 1 for run in method.runs]
+    if not runs:
+        return None
+    rows = []
+    for method, seed in runs:
+        found = [column.by_run.get((method.name, seed)) for column in one.primary]
+        rows.append(Row([method.title, str(seed), *(value and Shown(value) for value in found)], method.group))
+    headers = ["method", "training seed", *(f"{column.metric} {arrow(column)}" for column in one.primary)]
+    alone = "Intervals of a single run are over prompts only"
+    return Table(headers, rows, f"{alone}; how far the runs of a method lie apart is what its own interval adds.")
+
+
+def training_table(one: Analysis) -> Table | None:
+    """Parameters, steps and time of what was trained; a study of sampling steps trains nothing of its own."""
+    trained = [method for method in one.results.methods if method.trained_parameters and "steps" not in method.axes]
+    rows = []
+    for method in sorted(trained, key=lambda method: GROUPS.index(method.group)):
+        derived = "variant" in method.axes and method.of in one.methods
+        name = f"{one.title(method.of)}, {method.title}" if derived else method.title
+        steps = count(method.training_steps) if method.training_steps else None
+        seconds = durations(method.training_seconds) if method.training_seconds else None
+        cells = [name, parameters_cell(method), steps, seconds, str(len(method.runs))]
+        rows.append(Row(cells, method.group, method.name == one.ours))
+    headers = ["method", "trained parameters", "training steps", "time", "runs"]
+    return Table(headers, rows, "Time is the mean over runs [shortest, longest].") if rows else None
+
+
+def _by_method(one: Analysis, columns: dict[str, list[Cell]], note: str) -> Table:
+    """columns: by header, a cell a row of the main table; the method's title stands before them."""
+    rows = [
+        Row([row.title, *cells], row.group, row.name == one.ours) for row, *cells in zip(one.rows, *columns.values(), strict=True)
+    ]
+    return Table(["method", *columns], rows, note)
+
+
+def _main_note(one: Analysis, column: Column) -> str:
+    """What must be known to read the main table."""
+    trained = [method.name for method in one.rows if method.is_trained and method.name in column.samples]
+    seeds = {len(column.samples[name].seeds) for name in trained}
+    every = f"What was trained rests on {plural(max(seeds), 'seed')} each. " if len(seeds) == 1 else ""
+    unit = "prompts, the images of a prompt together" if column.note.kind == "image" else "images, of seconds prompts"
+    parts = [f"n counts {unit}; brackets are 95 % bootstrap intervals, differences are paired."]
+    if column.best is not None:
+        parts.append(f"{one.title(column.best)} is the best single expert on these same images, which favours it.")
+    family = plural(one.family, "comparison")
+    parts.append(f"▲ better, ▼ worse, ○ undecided, after Holm's correction over the {family} of this report.")
+    if column.note.kind == "set":
+        parts.append(f"A bracket is for this number of images: {column.metric} of more images would lie elsewhere.")
+    if max(seeds, default=0) >= SEVERAL:
+        others = "intervals are for other prompts and seeds, all else for other prompts"
+        parts.append(f"{every}From {SEVERAL} training seeds on {others}.")
+    elif seeds:
+        parts.append(
+            f"{every}Intervals are for other prompts, of these trained models: other training seeds would spread further, which"
+            f" fewer than {SEVERAL} do not show."
+        )
+    return " ".join(parts)
+
+
+# --- cells ---
 
 
 def arrow(column: Column) -> str:
@@ -119,12 +156,9 @@ def arrow(column: Column) -> str:
     return "↑" if column.note.higher_is_better else "↓"
 
 
-def memory(method: Method) -> str | None:
-    """The largest of its runs."""
-    known = [run.memory_mb for run in method.runs if run.memory_mb is not None]
-    if not known:
-        return None
-    return f"{number(max(known) / 1000, 2)} GB" if max(known) >= 1000 else f"{number(max(known), 0)} MB"
+def value_cell(column: Column, method: Method) -> Cell:
+    """A method's score."""
+    return Shown(column.values[method.name]) if method.name in column.values else None
 
 
 def difference_cell(column: Column, name: str, other: str | None) -> Cell:
@@ -138,7 +172,15 @@ def seconds_cell(one: Analysis, method: Method) -> Cell:
     return Shown(one.seconds[method.name], coarse=True) if method.name in one.seconds else None
 
 
-def seeds_cell(column: Column, method: Method) -> Cell:
+def memory_cell(method: Method) -> str | None:
+    """The largest of its runs."""
+    known = [run.memory_mb for run in method.runs if run.memory_mb is not None]
+    if not known:
+        return None
+    return f"{number(max(known) / 1000, 2)} GB" if max(known) >= 1000 else f"{number(max(known), 0)} MB"
+
+
+def seeds_cell(column: Column, method: Method) -> str | None:
     """How many training seeds a value rests on; too few to show their spread: each of them."""
     sample = column.samples.get(method.name)
     if sample is None or not method.is_trained:
@@ -149,78 +191,120 @@ def seeds_cell(column: Column, method: Method) -> Cell:
     return f"{many}{f' of {len(method.runs)}' if lost else ''}{f' ({values})' if values else ''}"
 
 
-def parameters_cell(method: Method) -> Cell:
+def parameters_cell(method: Method) -> str | None:
     """How many were trained; nothing where nothing was."""
     return count(method.trained_parameters) if method.trained_parameters else None
 
 
-def _table(one: Analysis, columns: Sequence[Maker], note: str) -> Table:
-    """Every row of the main table, its title and then these columns."""
-    rows = [Row([row.title, *(cell(row) for _, cell in columns)], row.group, row.name == one.ours) for row in one.rows]
-    return Table(["method", *(header for header, _ in columns)], rows, note)
+# --- studies ---
 
 
-def _scored(one: Analysis, column: Column, brief: bool) -> list[Maker]:
-    """The value, then the differences to the best single expert and to our method, then who won more prompts."""
-    best, ours = column.best, one.ours if one.ours in column.values else None
-    columns: list[Maker] = [(f"{column.metric} {arrow(column)}", partial(_value, column))]
-    columns += [(f"minus {one.title(name)}", partial(_minus, column, name)) for name in (best, ours) if name is not None]
-    if best is not None and column.note.kind == "image" and not brief:
-        columns.append((f"won against {one.title(best)}", partial(_wins, column, best)))
-    return columns
+@dataclass(frozen=True)
+class Point:
+    """One method at one place of an axis. main: whether it is a row of the main table, with no axes of its own."""
+
+    place: float | str
+    method: Method
+    value: Estimate
+    main: bool = False
 
 
-def _value(column: Column, method: Method) -> Cell:
-    return Shown(column.values[method.name]) if method.name in column.values else None
+@dataclass(frozen=True)
+class Study:
+    """How the leading metric changes along an axis. lines: by what they were derived from; numeric: of numbers."""
+
+    axis: str
+    lines: dict[str, list[Point]]
+    numeric: bool
+
+    @property
+    def title(self) -> str:
+        return STUDY_TITLES.get(self.axis, f"Quality against {self.axis}")
 
 
-def _of_run(column: Column, name: str, seed: int) -> Cell:
-    return Shown(column.by_run[name, seed]) if (name, seed) in column.by_run else None
+def find_studies(one: Analysis) -> list[Study]:
+    """One for each axis, in the order of STUDY_TITLES, of the methods that have a value of the leading metric."""
+    by_axis: dict[str, list[Method]] = {}
+    for method in one.results.methods:
+        if method.axes and method.name in one.lead.values:
+            axis = next((axis for axis in STUDY_TITLES if axis in method.axes), next(iter(method.axes)))
+            by_axis.setdefault(axis, []).append(method)
+    found = []
+    for axis in sorted(by_axis, key=lambda axis: ([*STUDY_TITLES, axis].index(axis), axis)):
+        methods = by_axis[axis]
+        numeric = all(isinstance(method.axes[axis], (int, float)) for method in methods)
+        names = dict.fromkeys(method.of for method in methods)
+        lines = {of: _points(one, axis, of, [method for method in methods if method.of == of], numeric) for of in names}
+        found.append(Study(axis, lines, numeric))
+    return found
 
 
-def _minus(column: Column, other: str, method: Method) -> Cell:
-    return difference_cell(column, method.name, other)
+def _points(one: Analysis, axis: str, of: str, methods: Sequence[Method], numeric: bool) -> list[Point]:
+    """Of one line, with the row of the main table that it was derived from, as far as the protocol says where it stands."""
+    points = []
+    for method in methods:
+        place = method.axes[axis] if numeric else str(method.axes[axis])
+        points.append(Point(place, method, one.lead.values[method.name]))
+    main: float | str | None = None if numeric else "as it is"
+    if numeric and axis == "steps":
+        steps = one.results.protocol.get("steps")
+        main = steps if isinstance(steps, (int, float)) else None
+    elif numeric and axis == "experts":
+        main = len(one.results.experts) or None
+    if main is not None and of in one.lead.values and not one.methods[of].axes:
+        seeds = {run.seed for method in methods for run in method.runs}  # a study may look at one training seed only
+        value = one.lead.by_run.get((of, seeds.pop()), one.lead.values[of]) if len(seeds) == 1 else one.lead.values[of]
+        points.insert(0, Point(main, one.methods[of], value, main=True))
+    return sorted(points, key=lambda point: float(point.place)) if numeric else points
 
 
-def _wins(column: Column, other: str, method: Method) -> Cell:
-    found = column.against(method.name, other)
-    return None if found is None or found.wins is None else Shown(found.wins, share=True)
+def study_table(one: Analysis, study: Study) -> Table:
+    """Its points: the value, the difference to what each was derived from, the cost."""
+    rows = []
+    for point in (point for points in study.lines.values() for point in points):
+        of, method = point.method.of or point.method.name, point.method
+        name = one.title(of) if of in one.methods and study.axis != "experts" else method.title
+        names = [name, f"{point.place:g}"] if study.numeric else [f"{name}, {point.place}"]
+        if of in one.methods and one.methods[of].axes:  # compared with another row of the study
+            names = [f"{method.title} (with {one.methods[of].title})"]
+        cells = [
+            Shown(point.value),
+            difference_cell(one.lead, method.name, of),
+            parameters_cell(method),
+            seconds_cell(one, method),
+        ]
+        rows.append(Row([*names, *cells], method.group, point.main))
+    all_main = not any(of in one.methods and one.methods[of].axes for of in study.lines)
+    headers = ["method", study.axis] if study.numeric else [study.axis]
+    minus = "minus the main table's" if all_main else "minus what it is compared with"
+    headers += [f"{one.lead.metric} {arrow(one.lead)}", minus]
+    note = (
+        "Differences are paired by prompt and compare runs of the same training seeds; they are not corrected for their number."
+    )
+    bold = " In bold: as in the main table." if any(row.strong for row in rows) else ""
+    return Table([*headers, "trained parameters", "seconds an image"], rows, note + bold)
 
 
-def _main_note(one: Analysis, column: Column) -> str:
-    """What must be known to read the main table."""
-    seeds = {len(column.samples[method.name].seeds) for method in one.rows if method.is_trained and method.name in column.samples}
-    every = f"What was trained rests on {plural(max(seeds), 'seed')} each. " if len(seeds) == 1 else ""
-    unit = "prompts, the images of a prompt together" if column.note.kind == "image" else "images, of seconds prompts"
-    parts = [f"n counts {unit}; brackets are 95 % bootstrap intervals, differences are paired."]
-    if column.best is not None:
-        parts.append(f"{one.title(column.best)} is the best single expert on these same images, which favours it.")
-    family = plural(one.family, "comparison")
-    parts.append(f"▲ better, ▼ worse, ○ undecided, after Holm's correction over the {family} of this report.")
-    if column.note.kind == "set":
-        parts.append(f"A bracket is for this number of images: {column.metric} of more images would lie elsewhere.")
-    if max(seeds, default=0) >= SEVERAL:
-        parts.append(f"{every}From {SEVERAL} training seeds on intervals are for other prompts and seeds, all else for other prompts.")
-    elif seeds:
-        parts.append(
-            f"{every}Intervals are for other prompts, of these trained models: other training seeds would spread further, which"
-            f" fewer than {SEVERAL} do not show."
-        )
-    return " ".join(parts)
+# --- how it was made ---
 
 
-def _training_cells(one: Analysis, method: Method) -> list[Cell]:
-    title = f"{one.title(method.of)}, {method.title}" if "variant" in method.axes and method.of in one.methods else method.title
-    steps = count(method.training_steps) if method.training_steps else None
-    seconds = durations(method.training_seconds) if method.training_seconds else None
-    return [title, parameters_cell(method), steps, seconds, str(len(method.runs))]
-
-
-def _words(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value}"
-
-
-def _source(entry: dict[str, object]) -> str:
-    files = entry.get("files", {})
-    hashes = [f"{name} sha256 {digest}" for name, digest in files.items()] if isinstance(files, dict) else []
-    return "; ".join([str(public_place(entry.get("source", ""))), *hashes])
+def made_of(one: Analysis) -> list[tuple[str, str]]:
+    """How the evaluation was made, as pairs of words."""
+    results, pairs = one.results, []
+    for name, value in results.protocol.items():
+        name = (
+            "training seeds asked for" if name == "training_seeds" else name.replace("_", " ")
+        )  # the tables say how many there are
+        words = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value}"
+        pairs += [(name, words)] if value is not None else []
+    pairs += [(f"metric {name}", note.source) for name, note in results.metrics.items()]
+    pairs += COMPUTED.items()
+    for entry in results.experts:
+        files = entry.get("files", {})
+        hashes = [f"{name} sha256 {digest}" for name, digest in files.items()] if isinstance(files, dict) else []
+        source = "; ".join([str(public_place(entry.get("source", ""))), *hashes])
+        pairs.append((f"expert {entry.get('name', '?')}", source))
+    pairs += [(f"method {method.title}", method.note) for method in one.rows]
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    pairs += [("versions", versions), ("machine", results.machine)]
+    return [(name, words) for name, words in pairs if words]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from afa.evaluation.columns import Column, Comparison
 from afa.evaluation.compare import EXPERT, OURS, RIVALS, Analysis
-from afa.evaluation.report.content import GROUP_TITLES
-from afa.evaluation.report.numbers import decimals, number, plural, probability, with_interval
 from afa.evaluation.statistics import LEVEL, SEVERAL
+from afa.pages.numbers import decimals, number, plural, probability, with_interval
+from afa.pages.tables import GROUP_TITLES
 
 WORDS = {"better": "better than", "worse": "worse than", "undecided": "undecided against"}
 
@@ -39,7 +39,12 @@ def terms(one: Analysis) -> str:
 
 def _seeds(one: Analysis) -> str:
     """How many training seeds our method's comparisons rest on, and what that means."""
-    shared = [len(found.seeds) for column in one.primary for found in column.comparisons.values() if one.ours in (found.method, found.other)]
+    shared = [
+        len(found.seeds)
+        for column in one.primary
+        for found in column.comparisons.values()
+        if one.ours in (found.method, found.other)
+    ]
     counts = sorted({count for count in shared if count})
     if not counts:
         return "nothing trained"
@@ -60,7 +65,9 @@ def _lead(one: Analysis, column: Column) -> str:
         return f"By {column.metric} ({direction} is better) nothing can be said about the best single expert: {missing}."
     best = f"the best single expert, {one.title(found.other)}"
     here = f", as trained here ({plural(len(found.seeds), 'seed')})," if 0 < len(found.seeds) < SEVERAL else ""
-    return f"By {column.metric} ({direction} is better) {one.title(one.ours)}{here} is {_verdict(found)} {best}: {_figures(found)}."
+    return (
+        f"By {column.metric} ({direction} is better) {one.title(one.ours)}{here} is {_verdict(found)} {best}: {_figures(found)}."
+    )
 
 
 def _verdict(found: Comparison) -> str:
@@ -74,7 +81,9 @@ def _figures(found: Comparison) -> str:
         if found.p_holm is None
         else f", p {probability(found.p_holm) if found.p_holm < 0.001 else f'= {probability(found.p_holm)}'}"
     )
-    seeds = ", ".join(f"{number(value, places, True)} with seed {seed}" for seed, value in zip(found.seeds, found.by_seed, strict=True))
+    seeds = ", ".join(
+        f"{number(value, places, True)} with seed {seed}" for seed, value in zip(found.seeds, found.by_seed, strict=True)
+    )
     return f"{with_interval(found.difference, places, True)}{p}{f' ({seeds})' if 1 < len(found.seeds) < SEVERAL else ''}"
 
 

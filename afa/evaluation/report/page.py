@@ -1,108 +1,299 @@
 """The report as one HTML file that needs nothing else: no scripts, nothing from elsewhere, pictures inside."""
 
+import math
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
-from afa import __version__
-from afa.evaluation.compare import Analysis
-from afa.evaluation.report.content import made_of, main_table, metrics_table, overview_table, runs_table, title, training_table
-from afa.evaluation.report.forest import Entry, forest
-from afa.evaluation.report.headline import Headline, headlines, terms
-from afa.evaluation.report.markup import legend, section, table_html
-from afa.evaluation.report.numbers import plural
-from afa.evaluation.report.pictured import cases_html, costs_html, missing, sheets_html, studies_html
-from afa.evaluation.report.style import STYLE
-from afa.evaluation.report.thumbnails import Thumbnails
+from PIL import Image
 
-Section = tuple[str, str, str]  # a short name for links, a title, what is in it
+from afa.evaluation.columns import Column
+from afa.evaluation.compare import RIVALS, Analysis
+from afa.evaluation.report.content import (
+    Point,
+    Study,
+    arrow,
+    find_studies,
+    made_of,
+    main_table,
+    metrics_table,
+    overview_table,
+    runs_table,
+    study_table,
+    title,
+    training_table,
+)
+from afa.evaluation.report.headline import headlines, terms
+from afa.evaluation.results import Item, Method, prompts_of
+from afa.images import open_image
+from afa.pages import charts
+from afa.pages.charts import Curve, Entry, Spot
+from afa.pages.numbers import decimals, number, plural, with_interval
+from afa.pages.page import data_uri, render
+from afa.pages.tables import Table
+
+ROWS = 6  # prompts of the sheets
+COLUMNS = 9  # methods beside our own in one sheet
+CASES = 4  # wins, and losses
+LARGEST = 224  # pixels of the longer side; images up to twice SHARP_UP_TO are kept as they are
+SHARP_UP_TO = 96  # pixels; smaller images are shown with hard edges
 
 
 def as_html(several: Sequence[Analysis], names: Sequence[str]) -> str:
     """The whole page. names: of the evaluations; their pictures are read from where the analyses say they are."""
-    apart = len(several) > 1
-    parts = [_evaluation(one, name, f"e{place}", apart) for place, (one, name) in enumerate(zip(several, names, strict=True))]
-    if apart:
-        parts.insert(0, section("overview", "Side by side", table_html(overview_table(several, names), "All evaluations")))
-    heading = title(several, names)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(heading)}</title><style>{STYLE}</style></head><body>
-<header><h1>{escape(heading)}</h1></header>
-<main>{"".join(parts)}</main>
-<footer class="note">Made by afa {escape(__version__)} from results.json: afa report</footer>
-</body></html>
-"""
+    evaluations = [_evaluation(one, name, f"e{place}") for place, (one, name) in enumerate(zip(several, names, strict=True))]
+    overview = overview_table(several, names) if len(several) > 1 else None
+    return render("evaluation.html", heading=title(several, names), overview=overview, evaluations=evaluations)
 
 
-def _evaluation(one: Analysis, name: str, key: str, several: bool) -> str:
-    """One evaluation: what it allows to be said, then everything that it rests on."""
-    level = 3 if several else 2
-    sections = [found for found in _sections(one) if found[2]]
-    links = "".join(f'<a href="#{key}-{short}">{escape(heading)}</a>' for short, heading, _ in sections)
-    body = "".join(section(f"{key}-{short}", heading, content, level) for short, heading, content in sections)
-    contents = f'<nav aria-label="Contents of {escape(name, quote=True)}">{links}</nav>'
-    top = f'<p class="facts">{escape(_facts(one))}</p>{_verdicts(one)}{contents}'
-    return section(key, name, top + body) if several else f'<div id="{key}">{top}{body}</div>'
-
-
-def _sections(one: Analysis) -> list[Section]:
-    """In order; those without data are empty. Errors come after the pictures, as some may not be there."""
+def _evaluation(one: Analysis, name: str, key: str) -> dict[str, Any]:
+    """What the macro `evaluation` of templates/evaluation.html shows of one."""
     pictures = Thumbnails(one.folder)
-    training, runs = training_table(one), runs_table(one)
-    made = "".join(f"<dt>{escape(name)}</dt><dd>{escape(words)}</dd>" for name, words in made_of(one))
-    return [
-        ("table", "Every method", _main(one)),
-        ("forest", "Against the best single expert", _forests(one)),
-        ("metrics", "All metrics", table_html(metrics_table(one), "All metrics") if len(one.columns) > 1 else ""),
-        ("images", "The first prompts", sheets_html(one, pictures)),
-        ("cases", "Best and worst cases", cases_html(one, pictures)),
-        ("cost", "Quality against cost", costs_html(one)),
-        *((f"study{place}", heading, body) for place, (heading, body) in enumerate(studies_html(one))),
-        ("training", "Training", table_html(training, "What was trained") if training is not None else ""),
-        ("runs", "Run by run", table_html(runs, "Training runs") if runs is not None else ""),
-        ("errors", "Could not be computed", _errors([*one.problems, *missing(pictures)])),
-        ("made", "How it was made", f'<dl class="made">{made}</dl>' if made else ""),
-    ]
-
-
-def _errors(errors: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escape(error)}</li>' for error in errors)}</ul>" if errors else ""
+    costs = {"seconds an image": spots(one, "seconds"), "megabytes while drawing one image": spots(one, "memory")}
+    quality = f"{one.lead.metric} {arrow(one.lead)}"
+    described = f"{one.lead.metric} of {{}} methods against {{}}"
+    shown = sheets(one, pictures)
+    chosen_by = next((column for column in [*one.primary, *one.columns.values()] if column.note.kind == "image"), None)
+    chosen = [] if chosen_by is None else cases(one, chosen_by, pictures)
+    return {
+        "key": key,
+        "name": name,
+        "facts": _facts(one),
+        "headlines": headlines(one),
+        "terms": terms(one),
+        "groups": {method.group for method in one.rows},
+        "main": [(column.metric, main_table(one, column)) for column in one.primary],
+        "forests": [found for column in one.primary if (found := _against_best(one, column))],
+        "metrics": metrics_table(one) if len(one.columns) > 1 else None,
+        "shown": plural(len(shown_items(one)), "prompt"),
+        "sheets": shown,
+        "cases_by": chosen_by.metric if chosen_by else "",
+        "cases": chosen,
+        "costs": [
+            (unit, charts.scatter(found, unit, quality, described.format(len(found), unit)))
+            for unit, found in costs.items()
+            if len(found) > 1
+        ],
+        "studies": [_study(one, study) for study in find_studies(one)],
+        "training": training_table(one),
+        "runs": runs_table(one),
+        "errors": [*one.problems, *pictures.problems()],  # after the pictures, as some may not be there
+        "made": made_of(one),
+    }
 
 
 def _facts(one: Analysis) -> str:
     """The protocol in a line."""
     protocol, items = one.results.protocol, one.results.items
-    counts = [(len({item.prompt for item in items}), "prompt"), (len(items), "image"), (len(one.rows), "method")]
-    facts = [plural(count, word) + " a method" * (word == "image") for count, word in counts]
+    facts = [plural(len({item.prompt for item in items}), "prompt"), f"{plural(len(items), 'image')} a method"]
+    facts.append(plural(len(one.rows), "method"))
     facts += [f"{protocol['steps']} steps"] if "steps" in protocol else []
     facts += [f"guidance {protocol['guidance']}"] if protocol.get("guidance") is not None else []
     return ", ".join([*facts, "the same noise for every method"])
 
 
-def _verdicts(one: Analysis) -> str:
-    said = headlines(one)
-    boxes = "".join(f'<div class="verdicts"><p class="lead">{escape(found.lead)}</p>{_kinds(found)}</div>' for found in said)
-    return f'{boxes}<p class="note">{escape(terms(one))}</p>'
+# --- charts ---
 
 
-def _kinds(found: Headline) -> str:
-    kinds = "".join(f"<dt>{escape(kind)}</dt><dd>{escape(sentence)}</dd>" for kind, sentence in found.kinds)
-    return f"<dl>{kinds}</dl>" if kinds else ""
+def _against_best(one: Analysis, column: Column) -> tuple[str, Table] | None:
+    """Every row minus the best single expert."""
+    entries = []
+    for method in one.rows:
+        found = column.against(method.name, column.best)
+        if found is not None:
+            strong = method.name == one.ours
+            entries.append(Entry(method.title, method.group, found.difference, found.verdict, found.p_holm, strong))
+    if not entries or column.best is None:
+        return None
+    return f"{column.metric} minus that of {one.title(column.best)}", charts.forest(entries, column.note.higher_is_better)
 
 
-def _main(one: Analysis) -> str:
-    """A table for each leading metric, with a heading where there are several."""
-    tables = [(column.metric, table_html(main_table(one, column), f"By {column.metric}")) for column in one.primary]
-    return "".join((f"<h3>By {escape(metric)}</h3>" if len(tables) > 1 else "") + table for metric, table in tables)
+def spots(one: Analysis, what: str) -> list[Spot]:
+    """Every row that has a cost and a value of the leading metric. what: seconds or memory."""
+    found = []
+    for method in one.rows:
+        seconds = one.seconds.get(method.name) if what == "seconds" else None
+        memory = [run.memory_mb for run in method.runs if run.memory_mb] if what == "memory" else []
+        cost = seconds.value if seconds is not None else max(memory, default=0.0)
+        if cost > 0 and method.name in one.lead.values:
+            found.append(Spot(method.title, method.group, cost, seconds, one.lead.values[method.name]))
+    return found
 
 
-def _forests(one: Analysis) -> str:
-    """A plot for each leading metric."""
-    parts = []
-    for column in one.primary:
-        found = [(method, column.against(method.name, column.best)) for method in one.rows]
-        entries = [Entry(method.title, method.group, known, method.name == one.ours) for method, known in found if known]
-        if entries and column.best is not None:
-            n = entries[0].found.difference.n
-            parts.append(forest(entries, f"{column.metric} minus that of {one.title(column.best)}, n = {n}"))
-    return legend(method.group for method in one.rows) + "".join(parts) if parts else ""
+def _study(one: Analysis, study: Study) -> dict[str, Any]:
+    """Curves where the axis is of numbers; else every variant minus what it was derived from."""
+    shown = {"title": study.title, "drawn": None, "forests": [], "table": study_table(one, study)}
+    if study.numeric:
+        shown["drawn"] = _curves(one, study)
+        return shown
+    for of, points in study.lines.items():
+        known = [(point, one.lead.against(point.method.name, of)) for point in points]
+        entries = [
+            Entry(str(point.place), point.method.group, found.difference, found.verdict, found.p_holm)
+            for point, found in known
+            if found is not None
+        ]
+        whole = "" if of in one.methods and one.methods[of].axes else " as it is"
+        caption = f"{one.lead.metric} minus that of {one.title(of) if of in one.methods else of}{whole}"
+        shown["forests"] += [(caption, charts.forest(entries, one.lead.note.higher_is_better))] if entries else []
+    return shown
+
+
+def _curves(one: Analysis, study: Study) -> str:
+    """A line for each method that others were derived from, and the best single expert drawn across."""
+
+    def drawn(name: str, point: Point) -> charts.Point:
+        value = point.value
+        tip = f"{name}, {point.place:g}: {with_interval(value, 3)}, n = {value.n}"
+        return charts.Point(float(point.place), value.value, value.low, value.high, tip)
+
+    lines = []
+    for of, points in study.lines.items():
+        name = one.title(of) if of in one.methods else of or study.axis
+        lines.append(Curve(name, points[0].method.group, [drawn(name, point) for point in points]))
+    best, axis = one.lead.best, "denoising steps" if study.axis == "steps" else study.axis
+    level = (f"{one.title(best)}, alone", one.lead.values[best]) if best is not None and best not in study.lines else None
+    places = {point.x: charts.tick_label(point.x) for line in lines for point in line.points}
+    described = f"{one.lead.metric} against {axis} for {', '.join(line.name for line in lines)}"
+    return charts.curves(lines, places, axis, f"{one.lead.metric} {arrow(one.lead)}", described, level)
+
+
+# --- pictures ---
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """An image inside the page. uri: "" if it could not be read; words: for those who cannot see it."""
+
+    uri: str
+    words: str
+
+
+class Thumbnails:
+    """Reads images of runs below a folder, each once. missing: paths that could not be read."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.missing: list[Path] = []
+        self._known: dict[Path, str] = {}
+
+    def available(self, method: Method) -> bool:
+        """Whether a method has images of its own at all."""
+        return self.folder is not None and bool(method.runs[0].images)
+
+    def of(self, method: Method, index: int, item: Item) -> Thumbnail:
+        """The image of one item by a method's first run."""
+        assert self.folder is not None
+        path = self.folder / min(method.runs, key=lambda run: run.seed).images / image_name(index)
+        if path not in self._known:
+            try:
+                self._known[path] = thumbnail(path)
+            except (OSError, ValueError, SyntaxError):  # what Pillow raises for files that are not there, cut short, or no images
+                self._known[path] = ""
+                self.missing.append(path)
+        return Thumbnail(self._known[path], f"{method.title}: {item.caption}")
+
+    def problems(self) -> list[str]:
+        """A sentence about images that are not there, if there are such."""
+        if not self.missing:
+            return []
+        found = f"{plural(len(self.missing), 'image')} could not be read (first: {self.missing[0]})"
+        return [f"{found}; afa evaluate makes missing images again"]
+
+
+def image_name(index: int) -> str:
+    """The file of an item, as afa.evaluation.images writes it."""
+    return f"{index:06d}.png"
+
+
+def thumbnail(path: Path) -> str:
+    """An image file as a WebP data URI: small ones exactly, large ones reduced."""
+    picture = open_image(path)
+    small = max(picture.size) <= 2 * SHARP_UP_TO
+    if not small:
+        picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return data_uri(picture, "webp", lossless=small, quality=60 if small else 82, method=4)
+
+
+def shown_items(one: Analysis) -> list[int]:
+    """The first image of each of the first prompts."""
+    firsts: dict[int, int] = {}
+    for index, item in enumerate(one.results.items):
+        firsts.setdefault(item.prompt, index)
+    return list(firsts.values())[:ROWS]
+
+
+def sheets(one: Analysis, pictures: Thumbnails) -> list[dict[str, Any]]:
+    """A row a prompt, a column a method, of about the same width; our own method is repeated in every sheet."""
+    methods = [method for method in one.rows if pictures.available(method)]
+    ours = [method for method in methods if method.name == one.ours]
+    others = [method for method in methods if method.name != one.ours]
+    count = max(1, math.ceil(len(others) / COLUMNS))
+    ends = [round(len(others) * part / count) for part in range(count + 1)]
+    found = []
+    for columns in ([*ours, *others[start:end]] for start, end in pairwise(ends) if methods):
+        items = [(index, one.results.items[index]) for index in shown_items(one)]
+        rows = [(item, [pictures.of(method, index, item) for method in columns]) for index, item in items]
+        found.append({"methods": columns, "rows": rows})
+    return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image by two methods, with the scores of these very images."""
+
+    index: int
+    ours: float
+    other: float
+
+
+def cases(one: Analysis, column: Column, pictures: Thumbnails) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Title and images: where our method is furthest ahead of, and behind, the best expert and the best rival."""
+    if one.ours is None or one.ours not in column.values or not pictures.available(one.methods[one.ours]):
+        return []
+    places = decimals(list(column.values.values()))
+    found = []
+    for other in (column.best, column.leader(one.group(*RIVALS))):
+        if other is None or not one.methods[other].runs[0].images:
+            continue
+        for words, chosen in zip(("furthest ahead of", "furthest behind"), extreme_cases(one, column, other), strict=True):
+            shown = []
+            for case in chosen:
+                item, sides = one.results.items[case.index], []
+                for method, score in ((one.methods[one.ours], case.ours), (one.methods[other], case.other)):
+                    sides.append((method.title, pictures.of(method, case.index, item), number(score, places)))
+                shown.append({"item": item, "sides": sides, "difference": number(case.ours - case.other, places, True)})
+            found.append((f"{one.title(one.ours)} {words} {one.title(other)}", shown))
+    return found
+
+
+def extreme_cases(one: Analysis, column: Column, other: str) -> tuple[list[Case], list[Case]]:
+    """Wins and losses, the largest first, at most one a prompt, by the first training seed that both have.
+
+    Equal scores are neither.
+    """
+    found = column.against(str(one.ours), other)
+    if found is None:
+        return [], []
+
+    def scores(method: Method) -> list[float]:
+        run = next((run for run in method.runs if found.seeds and run.seed == found.seeds[0]), method.runs[0])
+        return (run if method.is_trained else method.runs[0]).scores.get(column.metric, [])
+
+    sign = 1 if column.note.higher_is_better else -1
+    both = zip(scores(one.methods[str(one.ours)]), scores(one.methods[other]), strict=False)
+    every = [Case(index, ours, theirs) for index, (ours, theirs) in enumerate(both)]
+    every.sort(key=lambda case: (-sign * (case.ours - case.other), case.index))
+    prompts = prompts_of(one.results.items)
+
+    def first_of_prompts(chosen: Sequence[Case]) -> list[Case]:
+        firsts: dict[int, Case] = {}
+        for case in chosen:
+            firsts.setdefault(prompts[case.index], case)
+        return list(firsts.values())[:CASES]
+
+    wins = [case for case in every if sign * (case.ours - case.other) > 0]
+    losses = [case for case in reversed(every) if sign * (case.ours - case.other) < 0]
+    return first_of_prompts(wins), first_of_prompts(losses)

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from afa.evaluation.report.numbers import number
-from afa.evaluation.report.tables import Row, Shown, Table
 from afa.evaluation.statistics import Estimate
+from afa.pages.numbers import number
+from afa.pages.tables import Row, Shown, Table
 
 Facts = Mapping[str, Any]
 

@@ -3,15 +3,18 @@
 import math
 import statistics
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, overload
 
-from afa.evaluation.statistics import Estimate
+if TYPE_CHECKING:
+    from afa.evaluation.statistics import Estimate
 
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"  # where there is nothing to show
 MOST = 6  # decimals
+DECIMAL = ("", "k", "M", "G", "T", "P")
 
 
-def decimals(estimates: Sequence[Estimate]) -> int:
+def decimals(estimates: "Sequence[Estimate]") -> int:
     """Digits after the point that show two digits of a usual interval's half width: the same for a whole column."""
     widths = [(one.high - one.low) / 2 for one in estimates if one.high > one.low]
     if not widths:
@@ -27,22 +30,16 @@ def number(value: float, places: int, signed: bool = False) -> str:
     return text.replace("-", MINUS)
 
 
-def interval(estimate: Estimate, places: int, signed: bool = False) -> str:
-    """[low, high]; nothing where there is no interval."""
+def interval(estimate: "Estimate", places: int, signed: bool = False, scale: float = 1) -> str:
+    """[low, high]; "" where there is no interval. scale: a factor, 100 for percent."""
     if not estimate.has_interval:
         return ""
-    return f"[{number(estimate.low, places, signed)}, {number(estimate.high, places, signed)}]"
+    return f"[{number(scale * estimate.low, places, signed)}, {number(scale * estimate.high, places, signed)}]"
 
 
-def with_interval(estimate: Estimate, places: int, signed: bool = False) -> str:
+def with_interval(estimate: "Estimate", places: int, signed: bool = False) -> str:
     """0.123 [0.120, 0.126]"""
     return f"{number(estimate.value, places, signed)} {interval(estimate, places, signed)}".strip()
-
-
-def percent(estimate: Estimate) -> tuple[str, str]:
-    """A share as value and interval in percent."""
-    whole = Estimate(100 * estimate.value, 100 * estimate.low, 100 * estimate.high, estimate.n)
-    return f"{number(whole.value, 0)} %", interval(whole, 0)
 
 
 def probability(p: float) -> str:
@@ -50,19 +47,33 @@ def probability(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def count(value: int) -> str:
+@overload
+def count(value: int) -> str: ...
+@overload
+def count(value: None) -> None: ...
+def count(value: int | None) -> str | None:
     """1234567 -> "1,234,567"."""
-    return f"{value:,}"
-
-
-def durations(seconds: Sequence[float]) -> str:
-    """The mean of some times and [smallest, largest], in seconds, minutes or hours, whatever reads best."""
-    mean = sum(seconds) / len(seconds)
-    size, unit = (1, "s") if mean < 600 else (60, "min") if mean < 36_000 else (3600, "h")
-    ends = f" [{min(seconds) / size:.0f}, {max(seconds) / size:.0f}]" if len(seconds) > 1 else ""
-    return f"{mean / size:.0f}{ends} {unit}"
+    return None if value is None else f"{value:,}"
 
 
 def plural(number_of: int, word: str) -> str:
     """3, "prompt" -> "3 prompts"."""
     return f"{count(number_of)} {word}{'' if number_of == 1 else 's'}"
+
+
+def scaled(value: float | None, unit: str) -> str | None:
+    """1234567890, "B" -> "1.235 GB" (decimal, four digits)."""
+    if value is None:
+        return None
+    step = 0
+    while abs(value) >= 999.95 and step < len(DECIMAL) - 1:
+        value, step = value / 1000, step + 1
+    return f"{value:.4g} {DECIMAL[step]}{unit}"
+
+
+def durations(seconds: Sequence[float]) -> str:
+    """The mean of some times and [smallest, largest], in the unit that fits: seconds, minutes or hours."""
+    mean = sum(seconds) / len(seconds)
+    size, unit = (1, "s") if mean < 600 else (60, "min") if mean < 36_000 else (3600, "h")
+    ends = f" [{min(seconds) / size:.0f}, {max(seconds) / size:.0f}]" if len(seconds) > 1 else ""
+    return f"{mean / size:.0f}{ends} {unit}"

@@ -1,0 +1,351 @@
+"""Plots as SVG: scatter, curves, and a table of differences that is drawn (forest).
+
+Colours are the page's, by class; every kind of method has a shape of its own, too.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup, escape
+
+from afa.pages.numbers import MINUS, decimals, probability, with_interval
+from afa.pages.tables import Row, Shown, Table
+
+if TYPE_CHECKING:
+    from afa.evaluation.statistics import Estimate
+
+STAR = [
+    (5.8 * size * math.sin(k * math.pi / 5), -5.8 * size * math.cos(k * math.pi / 5))
+    for k in range(10)
+    for size in (1 - 0.55 * (k % 2),)
+]
+SHAPES = {
+    "expert": Markup('<circle r="4.4"/>'),
+    "merge": Markup('<rect x="-4" y="-4" width="8" height="8"/>'),
+    "sampling": Markup('<path d="M0-5.2 5 4.2H-5z"/>'),
+    "control": Markup('<path d="M0-5.6 5.6 0 0 5.6-5.6 0z"/>'),
+    "ours": Markup(f'<path d="M{" ".join(f"{x:.1f},{y:.1f}" for x, y in STAR)}z"/>'),
+    "bound": Markup('<path class="open" d="M-4-4 4 4M-4 4 4-4"/>'),
+}
+FIRST = ("ours", "expert", "control", "merge", "sampling", "bound")  # whose labels of a scatter are placed first
+APART = 5.0  # pixels between lines at one place, so that their intervals can be told apart
+LETTER, LINE, NEAR = 6.6, 14.0, 9.0  # pixels: width of a letter, height of a line, from a point to its label
+ROW = 26  # pixels: height of a row of a forest, as style.css has it
+# Where a label may stand, from its point, the best first: beside it, then further up or down, then further out.
+STEPS = [(out, up) for out in (0, 22, 48, 80) for up in (0, *(sign * step for step in range(7, 92, 7) for sign in (-1, 1)))]
+
+
+# --- scales ---
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Numbers to places: low and high of the data become start and end of the drawing."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, at = (math.log(part) if self.log else part for part in (self.low, self.high, value))
+        return self.start + (at - low) / (high - low) * (self.end - self.start)
+
+
+def scale(values: Sequence[float], start: float, end: float, log: bool = False, room: float = 0.05) -> Scale:
+    """Around all values, with some room at both ends."""
+    low, high = min(values), max(values)
+    if log:
+        factor = (high / low) ** room if high > low else 1.5
+        return Scale(low / factor, high * factor, start, end, True)
+    apart = (high - low) * room if high > low else abs(low) * 0.1 or 1.0
+    return Scale(low - apart, high + apart, start, end)
+
+
+def ticks(over: Scale, count: int = 6) -> list[float]:
+    """About so many round numbers within a scale: 1, 2 or 5 times a power of ten."""
+    low, high = over.low, over.high
+    if over.log:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found: list[float] = []
+        for sizes in ((1.0,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+            found = [round(size * 10.0**power, 12) for power in powers for size in sizes if low <= size * 10.0**power <= high]
+            if len(found) >= 4:
+                return found
+        return found or [low, high]
+    rough = (high - low) / count
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(size * power for size in (1, 2, 5, 10) if size * power >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+# --- strokes ---
+
+
+def tick_label(value: float) -> str:
+    """As short as it can be said."""
+    return f"{value:.6g}".replace("-", MINUS)
+
+
+def text(x: float | str, y: float | str, words: str, kind: str = "label", anchor: str = "start") -> str:
+    """Words at a place. kind: label, tick or axis."""
+    return f'<text x="{_at(x)}" y="{_at(y)}" class="{kind}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def line(x1: float | str, y1: float | str, x2: float | str, y2: float | str, kind: str) -> str:
+    """A line of a class: grid, zero, whisker, leader …"""
+    return f'<line x1="{_at(x1)}" y1="{_at(y1)}" x2="{_at(x2)}" y2="{_at(y2)}" class="{kind}"/>'
+
+
+def mark(x: float, y: float, group: str, tip: str) -> str:
+    """The shape of a group in its colour; tip: shown under the pointer."""
+    place = f'<g transform="translate({_at(x)} {_at(y)})" class="mark {group}">'
+    return f"{place}<title>{escape(tip)}</title>{SHAPES[group]}</g>"
+
+
+def drawing(width: float, height: float, parts: Sequence[str], description: str) -> Markup:
+    """A whole plot, as wide as its place. description: for those who cannot see it."""
+    return Markup(
+        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(description)}" class="plot"'
+        f' style="min-width:{0.8 * width:g}px;max-width:{1.1 * width:g}px">{"".join(parts)}</svg>'
+    )
+
+
+def _at(place: float | str) -> str:
+    return place if isinstance(place, str) else f"{place:.1f}"
+
+
+@dataclass(frozen=True)
+class Field:
+    """The size of a drawing, and the rectangle in it where points lie, in pixels."""
+
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def frame(self, upwards: Scale, across: Mapping[float, str], x_words: str, y_words: str, count: int, lines: bool) -> list[str]:
+        """Grid, ticks and the names of the axes. across: x and word of each tick; lines: whether they have lines."""
+        parts = []
+        for x, words in across.items():
+            parts += [line(x, self.top, x, self.bottom, "grid")] if lines else []
+            parts.append(text(x, self.bottom + 18, words, "tick", "middle"))
+        for tick in ticks(upwards, count):
+            y = upwards(tick)
+            parts += [line(self.left, y, self.right, y, "grid"), text(self.left - 8, y + 4, tick_label(tick), "tick", "end")]
+        parts.append(text(self.right, self.bottom + 38, x_words, "axis", "end"))
+        return [*parts, text(self.left, self.bottom + 38, f"upwards: {y_words}", "axis")]
+
+
+# --- curves: a line a method, an interval a point ---
+
+WIDE = Field(760, 380, 62, 560, 14, 334)  # names stand right of the field
+LOW = Field(760, 300, 62, 560, 14, 254)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value at a place of the axis. tip: shown under the pointer."""
+
+    x: float
+    value: float
+    low: float
+    high: float
+    tip: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points that are joined. group: colour and shape."""
+
+    name: str
+    group: str
+    points: Sequence[Point]
+
+
+def curves(
+    lines: Sequence[Curve],
+    places: Mapping[float, str],
+    x_words: str,
+    y_words: str,
+    description: str,
+    level: "tuple[str, Estimate] | None" = None,
+    field: Field = WIDE,
+) -> Markup:
+    """Values along an axis. places: words of the axis; level: a name and a value to compare with, drawn across."""
+    points = [point for one in lines for point in one.points]
+    across = scale([point.x for point in points], field.left, field.right, room=0.08)
+    ends = [end for point in points for end in (point.low, point.high)]
+    ends += [level[1].low, level[1].high] if level else []
+    upwards = scale(ends, field.bottom, field.top)
+    parts = field.frame(upwards, {across(x): words for x, words in places.items()}, x_words, y_words, 5, lines=False)
+    names = [(upwards(one.points[-1].value), one.name, one.group) for one in lines]
+    if level is not None:
+        name, value = level
+        top, bottom, middle = upwards(value.high), upwards(value.low), upwards(value.value)
+        size = f'width="{field.right - field.left}" height="{bottom - top:.1f}"'
+        parts.append(f'<rect x="{field.left}" y="{top:.1f}" {size} class="band"/>')
+        parts.append(line(field.left, middle, field.right, middle, "reference"))
+        names.append((middle, name, "level"))
+    apart = APART if any(point.high > point.low for point in points) else 0
+    for place, one in enumerate(lines):
+        shift = (place - (len(lines) - 1) / 2) * apart
+        at = [(across(point.x) + shift, upwards(point.value)) for point in one.points]
+        parts += [line(*start, *end, f"curve {one.group}") for start, end in pairwise(at)]
+        for (x, y), point in zip(at, one.points, strict=True):
+            if point.high > point.low:
+                parts.append(line(x, upwards(point.low), x, upwards(point.high), f"whisker {one.group}"))
+            parts.append(mark(x, y, one.group, point.tip))
+    lowest = field.top - LINE
+    for y, name, group in sorted(names):  # pushed apart where they would lie on each other
+        lowest = max(y, lowest + LINE + 1)
+        parts.append(line(field.right + 2, y, field.right + 14, lowest, "leader"))
+        parts.append(text(field.right + 18, lowest + 4, name, f"label {group}"))
+    return drawing(field.width, field.height, parts, description)
+
+
+# --- scatter: quality against cost ---
+
+BROAD = Field(1080, 430, 62, 1064, 14, 384)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One method. cost: a single measurement; spread: the same with its interval, if it has one."""
+
+    title: str
+    group: str
+    cost: float
+    spread: "Estimate | None"
+    quality: "Estimate"
+
+
+def scatter(found: Sequence[Spot], unit: str, quality: str, description: str) -> Markup:
+    """Cost to the right on a logarithmic scale, quality upwards. unit: of the cost, in words; quality: its name."""
+    field, found = BROAD, sorted(found, key=lambda spot: FIRST.index(spot.group))
+    across = scale([spot.cost for spot in found], field.left, field.right, log=True, room=0.12)
+    upwards = scale([end for spot in found for end in (spot.quality.low, spot.quality.high)], field.bottom, field.top)
+    axis = {across(tick): tick_label(tick) for tick in ticks(across)}
+    parts = field.frame(upwards, axis, f"{unit}, cheaper to the left", quality, 6, lines=True)
+    points, bars = [], []
+    for spot in found:
+        x, y, low, high = across(spot.cost), upwards(spot.quality.value), upwards(spot.quality.low), upwards(spot.quality.high)
+        points.append((x, y, spot.title))
+        bars.append(Box(x - 2, high, x + 2, low))
+        parts.append(line(x, low, x, high, f"whisker faint {spot.group}"))
+        if spot.spread is not None and spot.spread.low > 0:
+            ends = max(field.left, across(spot.spread.low)), min(field.right, across(spot.spread.high))
+            parts.append(line(ends[0], y, ends[1], y, f"whisker faint {spot.group}"))
+    labels = place_labels(points, bars, Box(field.left + 4, field.top, field.right, field.bottom))
+    parts += [line(x, y, label.x, label.y - 4, "leader") for (x, y, _), label in zip(points, labels, strict=True) if label.far]
+    places = decimals([spot.quality for spot in found])
+    for (x, y, words), label, spot in zip(points, labels, found, strict=True):
+        value = f"{with_interval(spot.quality, places)}, n = {spot.quality.n}"
+        parts.append(mark(x, y, spot.group, f"{words}: {tick_label(round(spot.cost, 4))} {unit}, {value}"))
+        parts.append(text(label.x, label.y, words, f"label {spot.group}", label.anchor))
+    return drawing(field.width, field.height, parts, description)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of the drawing."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def overlap(self, other: "Box") -> float:
+        """The area two boxes share."""
+        width = min(self.right, other.right) - max(self.left, other.left)
+        height = min(self.bottom, other.bottom) - max(self.top, other.top)
+        return max(0.0, width) * max(0.0, height)
+
+
+@dataclass(frozen=True)
+class Label:
+    """A placed label. x, y: of its text's beginning or end; far: whether it needs a line to its point."""
+
+    x: float
+    y: float
+    anchor: str
+    far: bool
+    box: Box
+
+
+def place_labels(points: Sequence[tuple[float, float, str]], obstacles: Sequence[Box], field: Box) -> list[Label]:
+    """A label for each point (x, y, words), those that come first placed best.
+
+    obstacles: what should not be written over, such as intervals; field: where labels may be. A label lies on no other
+    label and on no point as long as there is any room.
+    """
+    marks = [Box(x - 6, y - 6, x + 6, y + 6) for x, y, _ in points]
+    placed: list[Label] = []
+
+    def cost(label: Label, step: int) -> float:
+        """How bad a place is: other labels and the border most, then points, then intervals, then distance."""
+        box = label.box
+        outside = (box.right - box.left) * (box.bottom - box.top) - box.overlap(field)
+        labels = sum(box.overlap(other.box) for other in placed)
+        over = 30 * sum(map(box.overlap, marks)) + 2 * sum(map(box.overlap, obstacles))
+        return 1000 * (outside + labels) + over + 1.5 * step
+
+    for x, y, words in points:
+        candidates = []
+        for (out, up), side in ((place, side) for place in STEPS for side in (1, -1)):
+            width, near = LETTER * len(words), x + side * (NEAR + out)
+            left, right = (near, near + width) if side > 0 else (near - width, near)
+            box = Box(left, y + up - LINE / 2, right, y + up + LINE / 2)
+            candidates.append(Label(near, y + up + 4, "start" if side > 0 else "end", bool(out) or abs(up) > 7, box))
+        costs = [cost(label, step) for step, label in enumerate(candidates)]
+        placed.append(candidates[min(range(len(costs)), key=costs.__getitem__)])
+    return placed
+
+
+# --- forest: differences with their intervals, one under the other ---
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row. p: after Holm's correction; None where the comparison is outside the family that is corrected."""
+
+    title: str
+    group: str
+    difference: "Estimate"
+    verdict: str = ""
+    p: float | None = None
+    strong: bool = False
+
+
+def forest(entries: Sequence[Entry], higher_is_better: bool) -> Table:
+    """A table from best to worst whose second column is drawn: places are in percent, so it is as wide as its cell."""
+    sign = -1 if higher_is_better else 1
+    rows = sorted(entries, key=lambda entry: (sign * entry.difference.value, entry.title))
+    across = scale([0.0, *(end for entry in rows for end in (entry.difference.low, entry.difference.high))], 0, 100)
+    at = {tick: f"{across(tick):.2f}%" for tick in ticks(across)}
+    grid = "".join(line(place, "0", place, "100%", "grid" if tick else "zero") for tick, place in at.items())
+    corrected = any(entry.p is not None for entry in rows)
+    made = []
+    for entry in rows:
+        low, value, high = (f"{across(getattr(entry.difference, end)):.2f}%" for end in ("low", "value", "high"))
+        shape = f'<svg x="{value}" y="50%" overflow="visible" class="mark {entry.group}"><g>{SHAPES[entry.group]}</g></svg>'
+        drawn = f"{grid}{line(low, '50%', high, '50%', f'whisker {entry.group}')}{shape}"
+        cells = [entry.title, _as_wide(ROW, drawn), Shown(entry.difference, signed=True, verdict=entry.verdict)]
+        cells += [None if entry.p is None else probability(entry.p)] if corrected else []
+        made.append(Row(cells, strong=entry.strong))
+    axis = "".join(text(place, "13", tick_label(tick), "tick", "middle") for tick, place in at.items())
+    made.append(Row(["", _as_wide(18, axis), None, *([None] if corrected else [])]))
+    left, right = ("worse", "better") if higher_is_better else ("better", "worse")
+    sides = Markup(f'<span class="sides"><span>← {left}</span><span>{right} →</span></span>')
+    return Table(["method", sides, "difference", *(["p, Holm"] if corrected else [])], made, kind="forest")
+
+
+def _as_wide(height: int, parts: str) -> Markup:
+    return Markup(f'<svg width="100%" height="{height}" aria-hidden="true">{parts}</svg>')
