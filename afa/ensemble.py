@@ -23,10 +23,13 @@ from afa.text import EnsembleTextEncoder, join_text_encoders, width_of
 
 
 class Ensemble:
-    """N frozen experts and the trainable aggregators that fuse them.
+    """N frozen experts and the trainable aggregators that fuse them. Made by from_experts or load.
 
-    denoiser: the drop-in for a pipeline's denoiser. text_encoders: the drop-ins for its text encoders, in the
-    pipeline's order; empty if the experts are bare denoisers. Made by from_experts or load.
+    experts:       the loaded experts, in order
+    denoiser:      takes the place of the denoiser in a diffusers pipeline
+    text_encoders: take the place of its text encoders, in order; empty if the experts are bare denoisers
+    frame:         the VAE, the tokenizers and the scheduler that serve all experts
+    training:      settings and measured result of the training; None if there was none
     """
 
     def __init__(self, experts: Sequence[Expert], denoiser: EnsembleDenoiser, frame: Frame) -> None:
@@ -36,7 +39,7 @@ class Ensemble:
         slots = zip(*(expert.text_encoders for expert in experts), strict=True)
         self.text_encoders: list[EnsembleTextEncoder] = join_text_encoders(list(slots))
         _check_text_encoders(self)
-        self.training: dict[str, Any] | None = None  # the recipe the aggregators were trained with, and what it measured
+        self.training: dict[str, Any] | None = None
 
     @classmethod
     def from_experts(
@@ -57,17 +60,27 @@ class Ensemble:
         prediction_type: str | None = None,
         **aggregator_options: Any,
     ) -> "Ensemble":
-        """Combine experts; untrained, their ensemble is the mean of their features.
+        """Combine experts. Before training, the ensemble is the mean of their features.
 
-        experts: strings (a diffusers folder, a .safetensors file, org/name@revision, demo:curves, name=… any of these,
-        …+lora.safetensors),
-        diffusers pipelines, or bare denoisers. aggregator, aggregator_options, attention_up_to, text_stream: see afa.aggregators.
-        placement: layers, blocks, every-K, double, out, or stage names; default the family's. aggregators: a folder of trained ones,
-        ours or the reference release's; then kind, options and placement come from there. frame: the folder of a pipeline for
-        experts that are denoisers alone: its text encoders, tokenizers, scheduler and VAE; default the first expert that has them.
-        vae, tokenizer, scheduler: an expert's name or a path, instead of the frame's. dtype: of the experts. config: of single
-        files, found out by default. prediction_type: what U-Nets predict whose single files do not say it: epsilon or v_prediction.
-        Raises UserError, with every reason, for experts that cannot be fused.
+        experts:            strings, diffusers pipelines, or bare denoisers. A string is a diffusers folder, a
+                            .safetensors file, org/name@revision or demo:curves; before it may stand a name
+                            (name=…), after it LoRAs (…+lora.safetensors*0.8)
+        aggregator:         sabw, stitch, mean or fixed; see afa.aggregators
+        placement:          layers, blocks, every-K, double, out, or stage names; None: the family's default
+        aggregators:        a folder of trained aggregators, ours or the reference release's; it then decides
+                            aggregator, options and placement
+        attention_up_to:    sabw: the largest side, in latent pixels, of maps with attention; None: all maps
+        text_stream:        own or fused: text tokens in families whose blocks change them (SD 3, FLUX.1, …)
+        vae:                an expert's name or a path, instead of the frame's VAE
+        tokenizer:          the same for the tokenizer
+        scheduler:          the same for the scheduler
+        frame:              a pipeline's folder that gives text encoders, tokenizers, scheduler and VAE to
+                            experts that are bare denoisers; None: the first expert that has them
+        dtype:              of the experts; None: float32
+        config:             of single files: sd15, sdxl, … or a folder; None: detected
+        prediction_type:    epsilon or v_prediction, for U-Nets in single files that do not say it
+        aggregator_options: hidden, heads, depth, … of the aggregator
+        Returns the ensemble. Raises UserError, with every reason, for experts that cannot be fused.
         """
         if not experts:
             raise UserError("an ensemble needs at least one expert")
@@ -89,7 +102,10 @@ class Ensemble:
         text_stream: str = "own",
         **aggregator_options: Any,
     ) -> "Ensemble":
-        """Another ensemble of the very same experts and frame, which stay in memory once. Arguments: see from_experts."""
+        """Make another ensemble of the same experts and frame, which stay in memory once.
+
+        All arguments are those of from_experts. Returns the new ensemble.
+        """
         recipe = _recipe(aggregator, aggregator_options, attention_up_to, text_stream)
         return self._combined(self.experts, self.frame, recipe, placement, aggregators)
 
@@ -116,25 +132,35 @@ class Ensemble:
         dtype: torch.dtype | None = None,
         verify: bool = True,
     ) -> "Ensemble":
-        """Load what save wrote. experts: new places of experts that have moved, by name.
+        """Load what save wrote.
 
-        verify: compare every expert file with its recorded sha256. Raises UserError naming the file and both hashes.
+        folder:  of the saved ensemble, or demo:ensemble
+        experts: name -> new place, of experts that have moved
+        dtype:   of the experts; None: float32
+        verify:  compare every file of every expert with its recorded sha256
+        Returns the ensemble. Raises UserError that names the file and both hashes.
         """
         from afa.checkpoint.folder import load_ensemble
 
         return load_ensemble(cls, Path(located(str(folder))), experts or {}, dtype=dtype, verify=verify)
 
     def save(self, folder: str | Path, *, bundle: bool = False) -> None:
-        """Write afa.json, aggregators.safetensors and a model card; experts are referred to by source and sha256.
+        """Write afa.json, aggregators.safetensors and a model card. Everything is written, or nothing.
 
-        bundle: copy the experts in, so that the folder is complete. All or nothing is written.
+        folder: new, or of an ensemble, which is replaced
+        bundle: copy the experts in; otherwise afa.json refers to them by source and sha256
+        Raises UserError for a folder of a model, and (without bundle) for experts not loaded from files.
         """
         from afa.checkpoint.folder import save_ensemble
 
         save_ensemble(self, Path(folder), bundle=bundle)
 
     def export_release(self, folder: str | Path) -> None:
-        """Write the aggregators as the reference release does: aggregator_0 … aggregator_24. Raises UserError if they cannot be."""
+        """Write the aggregators in the format of the reference release: aggregator_0 … aggregator_24.
+
+        folder: a new folder
+        Raises UserError for aggregators that the format cannot hold.
+        """
         from afa.checkpoint.folder import export_release
 
         export_release(self, Path(folder))
@@ -157,11 +183,13 @@ class Ensemble:
         return self
 
     def pipeline(self, pipeline_class: type | None = None, **components: Any) -> Any:
-        """A stock diffusers pipeline whose denoiser and text encoders are the ensemble's.
+        """Make a stock diffusers pipeline that contains the ensemble's denoiser and text encoders.
 
-        pipeline_class: default the text-to-image pipeline of the architecture; any other of the same components works
-        (img2img, inpainting with 4 channels, ControlNet). components: replace or add, e.g. controlnet=….
-        Raises UserError if the experts brought no text encoders or no VAE, and for a scheduler of another kind than predictions are converted to.
+        pipeline_class: any pipeline of the same components (img2img, inpainting with 4 channels, ControlNet);
+                        None: the text-to-image pipeline of the architecture
+        components:     components to replace or to add, such as controlnet=…
+        Returns the pipeline. Raises UserError if the experts have no text encoders or no VAE, and for a
+        scheduler that does not fit.
         """
         if components.get("scheduler") is not None:
             self._check_scheduler(components["scheduler"])
@@ -173,11 +201,16 @@ class Ensemble:
     def load_lora(
         self, source: Any, experts: Sequence[str] | None = None, adapter_name: str | None = None, scale: float = 1.0, **options: Any
     ) -> str:
-        """Load a LoRA beside the weights of all experts, or of some by name: -> the name it can be switched by.
+        """Load a LoRA beside the weights of all experts, or of some.
 
-        source: a file, or what else diffusers takes (with its options, e.g. weight_name=…). It is on, as strong as scale says; LoRAs
-        that were loaded before are off there, as in a stock pipeline: pipe.set_adapters([one, other], [0.5, 1]) has both.
-        Raises UserError for one that does not fit, with how many of its weights found no place.
+        source:       a file, or anything else that diffusers' load_lora_weights takes
+        experts:      names of the experts that get it; None: all
+        adapter_name: None: a new name
+        scale:        its strength
+        options:      of diffusers, such as weight_name=…
+        Returns the adapter's name. As in a stock pipeline, the LoRA is active, and those that were loaded
+        before are not: pipe.set_adapters([one, other], [0.5, 1]) activates both.
+        Raises UserError, with the number of weights that find no place.
         """
         return load_into(self, source, experts, adapter_name, scale, options)
 
@@ -192,9 +225,10 @@ class Ensemble:
             )
 
     def attach(self, controlnet: nn.Module) -> nn.Module:
-        """Let a ControlNet (or several in one MultiControlNetModel) see the first expert's text, as it was trained to.
+        """Give a ControlNet the first expert's prompt embeddings only, as it was trained with one model's.
 
-        Done by pipeline(controlnet=…); call it yourself before AutoPipeline….from_pipe(pipe, controlnet=…).
+        controlnet: a ControlNet, or a MultiControlNetModel
+        Returns it. pipeline(controlnet=…) calls this; before AutoPipeline….from_pipe(pipe, controlnet=…), call it.
         """
         nets = getattr(controlnet, "nets", [controlnet])
         for net in nets:

@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Something that was asked for cannot be done as asked. The message says what, both values, and what to do."""
+    """A request that cannot be done as asked. The message names the thing, both values, and what to do."""

@@ -21,10 +21,12 @@ FAINTEST = 1e-6  # strength of an expert that is not off
 
 @dataclass
 class WeightMaps:
-    """The weight maps of the passes made while `record_weights` was open, one entry a pass.
+    """Weight maps of the denoiser's passes that were made inside `record_weights`.
 
-    timesteps: of each pass. maps: of each pass, by stage name, (B, N, H, W) float32 on the CPU; B is doubled by
-    guidance, the unconditional half first.
+    experts:   names, in the order of the maps' second axis
+    timesteps: one a pass
+    maps:      one dict a pass: stage name -> (B, N, H, W) float32 on the CPU, sum 1 over N. Guidance doubles
+               B; its first half is the unconditional one
     """
 
     experts: tuple[str, ...]
@@ -47,7 +49,11 @@ class WeightMaps:
 
 @contextmanager
 def record_weights(denoiser: "EnsembleDenoiser") -> Iterator[WeightMaps]:
-    """Keep every weight map of the passes made inside: `with record_weights(ensemble.denoiser) as maps: pipe(...)`."""
+    """Record all weight maps: `with record_weights(ensemble.denoiser) as maps: pipe(...)`.
+
+    denoiser: ensemble.denoiser
+    Yields WeightMaps, which fill up pass by pass. Raises RuntimeError if they are recorded already.
+    """
     if denoiser._maps is not None:
         raise RuntimeError("weights of this denoiser are being recorded already; close the outer record_weights first")
     maps = denoiser._maps = WeightMaps(denoiser.names)
@@ -74,10 +80,12 @@ def watch_weights(denoiser: "EnsembleDenoiser", observer: Observer) -> Iterator[
 
 @contextmanager
 def adjust_weights(denoiser: "EnsembleDenoiser", adjuster: Adjuster) -> Iterator[None]:
-    """Inside, every fused stage uses what `adjuster(stage, weights)` answers instead of the weights it is shown.
+    """Inside the context, every fused stage uses the weights that `adjuster(stage, weights)` returns.
 
-    weights (R, N, H, W), convex over N, to be answered in the same shape. R is the batch, or batch times N, a sample's N rows one
-    after another, where an aggregator hands every expert a blend of its own. Adjusted weights are what is recorded.
+    denoiser: ensemble.denoiser
+    adjuster: (stage name, weights) -> weights of the same shape (R, N, H, W), which sum to 1 over N. R is the
+              batch B; where each expert has its own blend (stitch), it is B * N, a sample's N rows together
+    record_weights records the adjusted weights. Raises RuntimeError where weights are being adjusted already.
     """
     if denoiser._adjust is not None:
         raise RuntimeError("weights of this denoiser are being adjusted already")
@@ -90,11 +98,12 @@ def adjust_weights(denoiser: "EnsembleDenoiser", adjuster: Adjuster) -> Iterator
 
 @contextmanager
 def scale_weights(denoiser: "EnsembleDenoiser", strengths: Mapping[str, float]) -> Iterator[None]:
-    """Inside, experts weigh more or less than their aggregators say: `with scale_weights(denoiser, {"curves": 0}): pipe(...)`.
+    """Multiply experts' weights: `with scale_weights(ensemble.denoiser, {"curves": 0}): pipe(...)`.
 
-    strengths: factors by name, 1 for those left out, 0 turns an expert off; weights are brought back to sum 1 at every place.
-    The mapping is read at every stage, so a caller may change it meanwhile. Raises ValueError for a name that is no expert's, for
-    factors that are negative or not finite, and if all experts would be off.
+    denoiser:  ensemble.denoiser
+    strengths: expert's name -> factor from 0 (the expert is off); 1 for names that are left out. Weights are
+               divided by their sum afterwards. The mapping is read at every stage, so it may change meanwhile
+    Raises ValueError for an unknown name, a negative or infinite factor, and if all experts are off.
     """
     check_strengths(denoiser.names, strengths)
 
@@ -114,10 +123,12 @@ def scale_weights(denoiser: "EnsembleDenoiser", strengths: Mapping[str, float]) 
 
 @contextmanager
 def hide_tokens(denoiser: "EnsembleDenoiser", tokens: Collection[int]) -> Iterator[None]:
-    """Inside, aggregators cannot look at some of the text's tokens, by their place; the experts read the whole prompt as ever.
+    """Inside the context, aggregators do not attend to some tokens of the prompt; experts read all of it.
 
-    What the weights owe to a word: hide its tokens and see what changes. Encoders have let every token hear of its neighbours, so what
-    a word says is not wholly hidden with it. Raises ValueError if no token would be left.
+    denoiser: ensemble.denoiser
+    tokens:   positions of the tokens in the prompt embeddings, from 0
+    It shows what the weights owe to a word; not all of it, since text encoders mix tokens.
+    Raises ValueError if no token is left.
     """
 
     def hidden(aggregator: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -148,9 +159,11 @@ def check_strengths(names: tuple[str, ...], strengths: Mapping[str, float]) -> N
 
 @contextmanager
 def only_expert(denoiser: "EnsembleDenoiser", name: str) -> Iterator[None]:
-    """Inside, the denoiser is one expert alone, in the ensemble's frame (its text encoders, VAE and scheduler).
+    """Inside the context, the denoiser is one expert alone, with the ensemble's VAE and scheduler.
 
-    The control for what the frame does without routing. Raises ValueError for a name that is no expert's.
+    denoiser: ensemble.denoiser
+    name:     of the expert
+    It is the control for what the shared parts do. Raises ValueError for a name that is no expert's.
     """
     if name not in denoiser.names:
         raise ValueError(unknown(name, denoiser.names, "expert"))

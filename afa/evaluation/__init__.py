@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from afa.lazy import exports
 
 if TYPE_CHECKING:
-    from afa.evaluation.report.write import write_report
+    from afa.evaluation.report.files import write_report
     from afa.evaluation.run import evaluate
     from afa.evaluation.settings import EvaluateSettings
 
@@ -17,6 +17,6 @@ __all__ = ["EvaluateSettings", "evaluate", "write_report"]
 _HOMES = {
     "EvaluateSettings": "afa.evaluation.settings",
     "evaluate": "afa.evaluation.run",
-    "write_report": "afa.evaluation.report.write",
+    "write_report": "afa.evaluation.report.files",
 }
 __getattr__, __dir__ = exports(__name__, _HOMES)

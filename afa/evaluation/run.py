@@ -99,9 +99,11 @@ def prepare(settings: EvaluateSettings, keep: bool = True) -> Comparison:
 
 
 def evaluate(settings: EvaluateSettings) -> Results | None:
-    """Do everything that is not done yet in settings.output: -> the results (None on all processes but the first).
+    """Compare methods: draw, train and score what is missing in settings.output. It resumes image by image.
 
-    Resumes image by image; a metric or a rival that fails costs only itself. Raises UserError for what cannot be compared.
+    settings: as the flags of `afa evaluate`
+    Returns the results; None in all processes but the first. A metric or method that fails is left out, and
+    noted in results.errors. Raises UserError for what cannot be compared at all.
     """
     with locked(Path(settings.output)):
         return _evaluate(prepare(settings))

@@ -22,7 +22,14 @@ UNREAD = "no aggregator of this ensemble reads the text (they are averages, have
 
 @dataclass(frozen=True)
 class Explanation:
-    """causes: None if no word was left out. counterfactuals: in the order they were asked for."""
+    """One image, explained.
+
+    request:         prompt and seed
+    recording:       the image, and the weight maps of every pass
+    shares:          mean weights by group of stages and band of timesteps
+    causes:          what leaving out each word changes; None if no word was left out
+    counterfactuals: images with changed weights, in the order of `kinds`
+    """
 
     request: Request
     recording: Recording
@@ -56,9 +63,15 @@ def explain(
     word_steps: int = 4,
     pipeline: Any = None,
 ) -> Explanation:
-    """Make one image and say why it is as it is. kinds: of counterfactuals, all but "skipped", which needs more than one image.
+    """Generate one image, record its weights, and try what changes it.
 
-    Raises UserError for an ensemble of one expert, which has no weights.
+    ensemble:   of at least two experts
+    request:    prompt and seed
+    sampling:   steps and guidance
+    kinds:      counterfactuals: off, swapped, pairs, frozen, equal
+    word_steps: steps at which each word is left out to see what it changes; 0: none
+    pipeline:   of the ensemble; None: a new one
+    Returns an Explanation; nothing is written. Raises UserError for an ensemble of one expert.
     """
     check(ensemble)
     pipeline = pipeline or in_frame(ensemble, ensemble.denoiser)

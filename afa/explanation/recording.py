@@ -28,13 +28,21 @@ FRAMES = 24  # at most so many of an image's steps are drawn
 
 @dataclass(frozen=True)
 class Recording:
-    """What was seen while one image was made. Weights are those of the half with the prompt; passes in the order they were made.
+    """What was recorded while one image was made; weights are those of the half with the prompt.
 
-    image (H, W, 3). timesteps: of every pass. maps: by fused stage, (passes, N, h, w) float16, convex over N.
-    most (passes, K, N): an expert's mean weight over places where that is largest, of both halves, and of all blends where every
-    expert has its own. rows: by half (True: a pass that guidance makes by itself) and stage, the mean weights (passes, R, N) of all.
-    calls: of every pass, what the denoiser was called with, without the half that has no prompt. words: of the prompt. attention: of
-    aggregators that read the text; None if none does. drawn: by pass, the image that the ensemble believed in; none of those that could not be drawn.
+    experts:   names (N)
+    prompt:    its text
+    image:     (H, W, 3) uint8
+    timesteps: one a pass
+    maps:      fused stage -> (passes, N, h, w) float16, sum 1 over N
+    most:      (passes, K stages, N) mean weight over places: the largest of both halves, and of all blends
+               where each expert has one
+    rows:      (True for a pass of guidance by itself, stage) -> mean weights of all rows (passes, R, N)
+    calls:     what the denoiser was called with at every pass, without the half that has no prompt
+    words:     of the prompt
+    attention: of aggregators that read the text; None if none does
+    drawn:     pass -> the image that the ensemble predicted there (H, W, 3) uint8; not of passes whose image
+               is not finite
 
     Memory: SD 1.5 at 512 px with 50 steps and 3 experts has 11 MB of maps, 11 MB of attention, and 4 MB of calls.
     """
@@ -63,9 +71,13 @@ class Recording:
 
 
 def record(ensemble: Ensemble, request: Request, sampling: Sampling, pipeline: Any = None) -> Recording:
-    """Make one image and keep what its aggregators said. pipeline: the ensemble's, made if none is given.
+    """Generate one image and record the weights of its aggregators.
 
-    Nothing is changed by looking: the image is, bit for bit, the one that `afa generate` makes alone in its batch.
+    ensemble: of at least two experts
+    request:  prompt and seed
+    sampling: steps and guidance
+    pipeline: of the ensemble; None: a new one
+    Returns a Recording. Recording changes nothing: the image is, bit for bit, that of `afa generate`.
     """
     pipeline = pipeline or in_frame(ensemble, ensemble.denoiser)
     recorder = Recorder(ensemble.denoiser, lambda length: find_words(pipeline, request.prompt, length))

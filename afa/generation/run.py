@@ -63,7 +63,11 @@ class Job:
 
 
 def generate(settings: GenerateSettings) -> list[Path]:
-    """Make what is not there yet: -> the paths of all images. Ctrl-C loses at most one batch."""
+    """Generate the images that are missing in settings.output. Ctrl-C loses at most one batch.
+
+    settings: as the flags of `afa generate`
+    Returns the paths of all images, one PNG each. Raises UserError.
+    """
     settings = with_seed(settings)
     prompts = asked_prompts(settings.prompt, settings.prompts)
     device = choose_device(settings.device)  # before minutes are spent on loading

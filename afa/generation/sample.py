@@ -22,7 +22,11 @@ UNKNOWN_SIDE = 64  # of the latents, where a model's config says nothing
 
 @dataclass(frozen=True)
 class Request:
-    """One image to be made."""
+    """One image to generate.
+
+    prompt: its text
+    seed:   of its noise, 0 to 2**64 - 1
+    """
 
     prompt: str
     seed: int
@@ -34,9 +38,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How all images of a run are made. Sides in pixels; None, of sides and of guidance: the model's own.
+    """How all images of a run are generated. None: the model's own.
 
-    true_guidance: of classifier-free guidance beside the one that is built in (FLUX).
+    steps:           denoising steps
+    guidance:        strength of guidance; 1 turns it off
+    negative_prompt: what the images should not show
+    height, width:   in pixels
+    true_guidance:   FLUX: strength of classifier-free guidance beside the built-in one
     """
 
     steps: int

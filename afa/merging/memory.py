@@ -135,7 +135,17 @@ def merge_experts(
     merge_vae: bool = False,
     **options: Any,
 ) -> Expert:
-    """A new expert, merged from others that stay as they are. Arguments: see InMemoryMerge and MERGES."""
+    """Merge experts in memory into a new one. The given experts do not change.
+
+    experts:   such as ensemble.experts; of one architecture
+    method:    weighted, mbw, add_difference, task_arithmetic, ties, dare, model_stock or slerp
+    base:      the model that the experts were fine-tuned from, for add_difference, task_arithmetic, ties,
+               dare and model_stock
+    vae:       the name of the expert whose VAE the result has; None: the first expert's
+    merge_vae: merge the VAEs too
+    options:   of the method, such as weights=[2, 1] or t=0.5; see afa.merging.table.MERGES
+    Returns the new expert. Raises UserError, with every reason, for experts or options that do not fit.
+    """
     check_merge(method, len(experts), base is not None, options)
     return InMemoryMerge(experts, base, vae=vae, merge_vae=merge_vae).apply(method, **options)
 
@@ -143,14 +153,16 @@ def merge_experts(
 def merge_pipelines(
     pipelines: Sequence[Any], method: str = "weighted", *, base: Any = None, merge_vae: bool = False, **options: Any
 ) -> Any:
-    """A new diffusers pipeline, merged from others that stay as they are.
-
-    pipelines: of one architecture: Stable Diffusion 1.x, 2.x, XL, SD3 or FLUX. Denoiser and text encoders are merged;
-    everything else (VAE, scheduler, tokenizers) is a copy of the first's, unless merge_vae merges the VAE, too.
-    method, options: one of afa.merging.table.MERGES and its options; base: a pipeline, for merges of differences.
-    Raises UserError for pipelines that do not fit, and options that do not belong to the method.
+    """Merge diffusers pipelines into a new one. The given pipelines do not change.
 
         merged = merge_pipelines([photo, paint], "mbw", weights="GRAD_V")
+
+    pipelines: of one architecture. Denoiser and text encoders are merged; the rest is a copy of the first's
+    method:    weighted, mbw, add_difference, task_arithmetic, ties, dare, model_stock or slerp
+    base:      a pipeline of the model that the others were fine-tuned from, for the methods that need one
+    merge_vae: merge the VAEs too
+    options:   of the method, such as weights=[2, 1]; see afa.merging.table.MERGES
+    Returns the new pipeline. Raises UserError for pipelines or options that do not fit.
     """
     check_merge(method, len(pipelines), base is not None, options)
     everyone = [*pipelines, *([base] if base is not None else [])]

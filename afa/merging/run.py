@@ -24,7 +24,12 @@ from afa.merging.writer import write_safetensors
 
 
 def merge_files(settings: MergeSettings, plan: Plan | None = None) -> dict[str, Any]:
-    """Merge and write: -> what was done, as plain data. All or nothing is written. Raises UserError if it cannot be done."""
+    """Merge checkpoints from files to a file or folder. It needs the memory of one tensor of each.
+
+    settings: as the flags of `afa merge`
+    plan:     what make_plan(settings) returned
+    Returns what was done, ready for JSON. Raises UserError.
+    """
     plan = plan or make_plan(settings)
     with locked(Path(settings.output), file=settings.single_file):
         check_output(settings, [])  # another process may have written it meanwhile

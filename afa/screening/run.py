@@ -44,7 +44,12 @@ PROBES = "probes.json"  # what experts are asked about, as a hash
 
 
 def screen(settings: ScreenSettings, planned: Plan | None = None) -> dict[str, Any]:
-    """Ask all experts and compare: -> everything found, ready for JSON. With settings.output, what is finished there is kept."""
+    """Compare experts before any training; one expert is in memory at a time.
+
+    settings: as the flags of `afa screen`; with an output, an interrupted screening continues
+    planned:  what plan(settings) returned
+    Returns everything that was found, ready for JSON. Raises UserError.
+    """
     planned = planned or plan(settings)
     with _workplace(planned) as work:
         frame = common(planned.first, planned.lender, settings.vae, settings.config, getattr(torch, settings.dtype), choose_device(settings.device))

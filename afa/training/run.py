@@ -108,9 +108,12 @@ def finished(settings: TrainSettings) -> dict[str, Any] | None:
 
 
 def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any]:
-    """Train, save the ensemble into settings.output, and return the record kept in its manifest.
+    """Train an ensemble and save it in settings.output. An interrupted run continues; a finished one is read.
 
-    Resumes from a saved state; a complete run is only read. Raises UserError, or KeyboardInterrupt with the state saved.
+    settings: as the flags of `afa train`
+    planned:  what plan(settings) returned, where the experts are in memory already
+    Returns the record that is kept in afa.json: settings, steps, held-out losses with intervals.
+    Raises UserError, and KeyboardInterrupt after the state is saved.
     """
     with contextlib.ExitStack() as stack:
         if finished(settings) is None:

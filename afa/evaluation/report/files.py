@@ -34,10 +34,13 @@ HEADERS = (
 
 
 def write_report(folders: Sequence[Path], output: Path, markdown: Path | None = None, csv: Path | None = None) -> list[Analysis]:
-    """Write the page, and the Markdown and the CSV beside it unless other places are given. -> what they were made of.
+    """Write a report of one or several comparisons: a page, and its numbers as Markdown and CSV.
 
-    Raises UserError for folders without results, results that nothing can be computed from, and places that cannot be
-    written.
+    folders:  outputs of evaluate
+    output:   the page, an .html file
+    markdown: None: beside the page, .md
+    csv:      None: beside the page, .csv
+    Returns the analysis of each folder. Raises UserError for a folder without results.
     """
     markdown, csv = markdown or output.with_suffix(".md"), csv or output.with_suffix(".csv")
     _check(folders, {"--output": output, "--markdown": markdown, "--csv": csv})
