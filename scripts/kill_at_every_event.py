@@ -321,7 +321,7 @@ def warm_up() -> None:
     _ = diffusers.StableDiffusionPipeline, diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.DDIMScheduler
     _ = transformers.CLIPTextModel, transformers.CLIPTokenizerFast
     rooms = "training.run controls.run generation.run evaluation.run evaluation.report.files merging.run merging.search.run screening.run"
-    for module in [*COMMANDS.values(), *(f"afa.{room}" for room in f"{rooms} explanation.run screening.report.write demo.draw".split())]:
+    for module in [*COMMANDS.values(), *(f"afa.{room}" for room in f"{rooms} explanation.run screening.report demo.draw".split())]:
         importlib.import_module(module)
 
 

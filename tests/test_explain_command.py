@@ -25,7 +25,7 @@ from afa.explanation.pictures.words import words
 from afa.explanation.recording import record
 from afa.explanation.run import run
 from afa.explanation.settings import ExplainSettings
-from afa.explanation.shares import as_data, estimates, said
+from afa.explanation.shares import as_data, estimates
 from afa.explanation.skipping import Unused
 
 PROMPTS = ["a red star", "red ring"]
@@ -172,9 +172,8 @@ def test_words_on_pictures_fit():
 
 def test_a_single_image_has_no_interval():
     one, two = (estimates([np.full((1, 1, 1), value) for value in values])[0, 0, 0] for values in ((0.5,), (0.25, 0.75)))
-    assert said(one) == "0.500, n = 1" and as_data(one)["low"] is None
-    assert said(two) == "0.500 [0.250, 0.750], n = 2"
-    assert said(None) == "no pass"
+    assert not one.has_interval and as_data(one) == {"value": 0.5, "low": None, "high": None, "n": 1}
+    assert as_data(two) == {"value": 0.5, "low": 0.25, "high": 0.75, "n": 2} and as_data(None) is None
 
 
 def test_the_help_names_every_counterfactual(capsys):

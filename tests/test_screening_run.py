@@ -23,8 +23,7 @@ from afa.screening.alone import common
 from afa.screening.asking import Asking
 from afa.screening.data import encoded
 from afa.screening.plan import plan
-from afa.screening.report.page import as_html
-from afa.screening.report.text import as_text
+from afa.screening.report import as_html, as_text
 from afa.screening.run import screen
 from afa.screening.settings import ScreenSettings
 from afa.training.noise import Noising

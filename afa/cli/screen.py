@@ -29,13 +29,13 @@ def run(options: Options) -> None:
         return
     found = screen(options, planned)
     if options.output is not None:
-        from afa.screening.report.write import write
+        from afa.screening.report import write
 
         write(found, options.output)
     if options.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return
-    from afa.screening.report.text import as_text
+    from afa.screening.report import as_text
 
     print(as_text(found))
     if options.output is not None:

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from afa.evaluation.statistics import Estimate, estimate
 from afa.explanation.recording import Recording
-from afa.pages.numbers import with_interval
 from afa.training.routing import BANDS, GROUPS
 
 HALVED_FROM = 8  # stages of one kind; so many transformer blocks are two groups
@@ -69,13 +68,6 @@ def estimates(several: Sequence[NDArray[np.float64]]) -> NDArray[np.object_]:
         values = values[~np.isnan(values)]
         found[place] = estimate(values) if len(values) else None
     return found
-
-
-def said(found: Estimate | None, places: int = 3) -> str:
-    """A number with its interval and n; a single image has no interval."""
-    if found is None:
-        return "no pass"
-    return f"{with_interval(found, places)}, n = {found.n}"
 
 
 def as_data(found: Estimate | None) -> dict[str, float | int | None] | None:

@@ -178,12 +178,17 @@ def curves(
     description: str,
     level: "tuple[str, Estimate] | None" = None,
     field: Field = WIDE,
+    zero: bool = False,
 ) -> Markup:
-    """Values along an axis. places: words of the axis; level: a name and a value to compare with, drawn across."""
+    """Values along an axis. places: words of the axis; level: a name and a value that is drawn across.
+
+    zero: whether the values' axis begins at zero.
+    """
     points = [point for one in lines for point in one.points]
     across = scale([point.x for point in points], field.left, field.right, room=0.08)
     ends = [end for point in points for end in (point.low, point.high)]
     ends += [level[1].low, level[1].high] if level else []
+    ends += [0.0] if zero else []
     upwards = scale(ends, field.bottom, field.top)
     parts = field.frame(upwards, {across(x): words for x, words in places.items()}, x_words, y_words, 5, lines=False)
     names = [(upwards(one.points[-1].value), one.name, one.group) for one in lines]

@@ -36,6 +36,7 @@ class Shown:
     signed: with a plus sign
     share: in percent
     coarse: with one digit less than its interval carries
+    digits: after the point, where they do not follow from the intervals of the column
     verdict: of the comparison that it belongs to: a key of MARKS
     """
 
@@ -43,11 +44,12 @@ class Shown:
     signed: bool = False
     share: bool = False
     coarse: bool = False
+    digits: int | None = None
     verdict: str = ""
 
     def parts(self, places: int) -> tuple[str, str]:
         """Value and interval. places: digits after the point."""
-        found = self.estimate
+        found, places = self.estimate, places if self.digits is None else self.digits
         if self.share:
             return f"{number(100 * found.value, 0)} %", interval(found, 0, scale=100)
         return number(found.value, places, self.signed), interval(found, places, self.signed)
