@@ -93,12 +93,16 @@ def _made(model: Any, dtype: torch.dtype) -> Any:
 def _step(denoiser: Any, parameters: list[nn.Parameter], batch_size: int, side: int, dtype: torch.dtype, decoder: Decoder | None) -> None:
     kept = [[parameter.detach().clone() for parameter in parameters] for _ in range(COPIES)]
     optimiser = torch.optim.AdamW(parameters)
-    for _ in range(2):  # the optimiser makes its moments in the first
-        call = call_of(denoiser, side, side, batch_size, dtype=dtype)
-        answer = denoiser(**call).sample.float()
-        (answer if decoder is None else decoder(answer)).square().mean().backward()
-        optimiser.step()
-        optimiser.zero_grad()
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()  # makes its moments, which every later step finds
+    optimiser.zero_grad()
+    for parameter in denoiser.parameters():
+        parameter.view(-1)  # counted from the start: in every later step all weights are there
+    call = call_of(denoiser, side, side, batch_size, dtype=dtype)
+    answer = denoiser(**call).sample.float()
+    (answer if decoder is None else decoder(answer)).square().mean().backward()
+    optimiser.step()
     del kept
 
 

@@ -3,6 +3,7 @@
 Held against weights to which strength · alpha / rank · up @ down was added by hand.
 """
 
+import functools
 import json
 
 import pytest
@@ -10,14 +11,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from original_transformers import originals
 from safetensors.torch import save_file
-from tiny import scheduler, sd_unet, sdxl_unet, text_encoder, vae
+from tiny import scheduler, sd_unet, sdxl_unet, text_encoder, tokenizer, vae
 from tiny_transformers import flux_transformer, sd3_transformer
 
 from afa import Ensemble
 from afa.denoiser.lora import adapter_parameters, tuner_layers
 from afa.experts.adapters import fuse, load_lora
 from afa.experts.load import load_expert
-from afa.experts.original import clip_tokenizer
 from afa.families.names import stages_of
 from afa.families.original_names import unet_names
 
@@ -105,16 +105,20 @@ def kohya_xl(part, name):
     return kohya(part, name).replace("lora_te_", "lora_te1_")
 
 
+@functools.cache
+def original_names():
+    """The U-Net's weights that have a LoRA -> their names in LDM's layout."""
+    names = [f"{layer}.weight" for layer in UNET]
+    return unet_names(names, stages_of(names, sd_unet(0, **SMALL)))
+
+
 def original(separator, prefix):
     """Names in LDM's layout."""
 
     def key(part, name):
         if part != "unet":
             return kohya(part, name)
-        unet = sd_unet(0, **SMALL)
-        names = [f"{layer}.weight" for layer in UNET]
-        new = unet_names(names, stages_of(names, unet))[f"{name}.weight"].removesuffix(".weight")
-        return prefix + new.replace(".", separator)
+        return prefix + original_names()[f"{name}.weight"].removesuffix(".weight").replace(".", separator)
 
     return key
 
@@ -228,7 +232,7 @@ def base(tmp_path_factory):
     root = tmp_path_factory.mktemp("strength")
     found = parts()
     pipe = StableDiffusionPipeline(
-        **found, tokenizer=clip_tokenizer(), vae=vae(), scheduler=scheduler(), safety_checker=None, feature_extractor=None,
+        **found, tokenizer=tokenizer(), vae=vae(), scheduler=scheduler(), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(root / "base")

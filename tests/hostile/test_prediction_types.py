@@ -200,7 +200,8 @@ def test_a_merge_of_files_that_agree_says_what_they_say(layout, keys, made, home
         assert names == set(file.keys())  # a U-Net alone stays alone, in its own layout
     assert header == {"epsilon": "epsilon", "v_prediction": "v"}[MEANT[keys][0]]
     assert meaning(outline(merged, home).scheduler) == MEANT[keys]
-    assert all(torch.equal(tensor, load_file(files[0])[name]) for name, tensor in load_file(merged).items())
+    first = load_file(files[0])
+    assert all(torch.equal(tensor, first[name]) for name, tensor in load_file(merged).items())
 
 
 def test_what_the_user_said_is_written_into_the_merge(made, home, tmp_path):

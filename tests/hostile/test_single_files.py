@@ -110,8 +110,8 @@ class TestVAEAlone:
         file, config = str(home / f"vae-{layout}.safetensors"), str(home / "a")
         singles = [f"{name}={home / 'a.safetensors'}" for name in "xy"]
         merge_files(MergeSettings(experts=singles, vae=file, output=str(tmp_path / "m.safetensors"), config=config))
-        wanted = load_file(home / "vae-prefix.safetensors")
-        assert all(torch.equal(load_file(tmp_path / "m.safetensors")[name], tensor) for name, tensor in wanted.items())
+        wanted, merged = load_file(home / "vae-prefix.safetensors"), load_file(tmp_path / "m.safetensors")
+        assert all(torch.equal(merged[name], tensor) for name, tensor in wanted.items())
         merge_files(MergeSettings(experts=[f"{name}={home / 'a'}" for name in "xy"], vae=file, output=str(tmp_path / "m")))
         assert same_weights(AutoencoderKL.from_pretrained(tmp_path / "m/vae"), AutoencoderKL.from_pretrained(home / "b/vae"))
 
