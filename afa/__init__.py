@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from afa.lazy import exports
 
 if TYPE_CHECKING:
-    from afa.denoiser.switches import adjust_weights, hide_tokens, only_expert, record_weights, scale_weights
+    from afa.denoiser.hooks import adjust_weights, hide_tokens, only_expert, record_weights, scale_weights
     from afa.ensemble import Ensemble
     from afa.errors import UserError
     from afa.merging.memory import merge_experts, merge_pipelines
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 # Read when torch is loaded. Threads that wait for work spin otherwise: beside a busy neighbour that is many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-__version__ = "0.1.0"
+from afa.version import __version__ as __version__
+
 __all__ = [
     "Ensemble",
     "UserError",
@@ -30,12 +31,12 @@ __all__ = [
 _HOMES = {
     "Ensemble": "afa.ensemble",
     "UserError": "afa.errors",
-    "adjust_weights": "afa.denoiser.switches",
-    "hide_tokens": "afa.denoiser.switches",
+    "adjust_weights": "afa.denoiser.hooks",
+    "hide_tokens": "afa.denoiser.hooks",
     "merge_experts": "afa.merging.memory",
     "merge_pipelines": "afa.merging.memory",
-    "only_expert": "afa.denoiser.switches",
-    "record_weights": "afa.denoiser.switches",
-    "scale_weights": "afa.denoiser.switches",
+    "only_expert": "afa.denoiser.hooks",
+    "record_weights": "afa.denoiser.hooks",
+    "scale_weights": "afa.denoiser.hooks",
 }
 __getattr__, __dir__ = exports(__name__, _HOMES)

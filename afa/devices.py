@@ -1,6 +1,12 @@
-"""Which device to use."""
+"""The device to compute on, and how much memory a piece of work takes."""
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from afa.errors import UserError
 
@@ -17,3 +23,43 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch reports a missing backend in all these ways
         raise UserError(f"--device {name} cannot be used here: {str(error).strip().splitlines()[0]}") from None
     return device
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside, counts the bytes of tensors that are alive at once. peak: the most there were, on all devices together.
+
+    Tensors made before are counted when an operation first reads them: parameters, when they are used. ignored: tensors that never count.
+    """
+
+    def __init__(self, ignored: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in ignored}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, result)):
+            if isinstance(value, torch.Tensor) and value.device.type != "meta":
+                self._add(value.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        size = storage.nbytes()
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.alive -= size
+
+
+def peak_megabytes(work: Callable[[], Any]) -> float:
+    """Run some work: -> megabytes of all tensors alive at its worst moment, parameters included."""
+    with LiveBytes() as counter:
+        work()
+    return counter.peak / 1e6

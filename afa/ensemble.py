@@ -7,19 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from afa.aggregators.table import Recipe
+from afa.aggregators.registry import Recipe
 from afa.denoiser.base import EnsembleDenoiser
-from afa.denoiser.conversion import Conversion, conversion
-from afa.denoiser.schedule import Schedule, kind_of
-from afa.denoiser.table import DENOISERS
+from afa.denoiser.schedule import Conversion, Schedule, conversion, kind_of
 from afa.errors import UserError
 from afa.experts.compatible import kind_mismatches, mismatches, only_predictions, scheduler_mismatches
-from afa.experts.lending import lend
-from afa.experts.load import Expert, load_experts
+from afa.experts.expert import Expert
+from afa.experts.load import lend, load_experts
 from afa.frame import Frame
-from afa.loading import equip, load_into
+from afa.lora_loading import equip, load_into
+from afa.models.registry import FAMILIES
 from afa.places import located
-from afa.text import EnsembleTextEncoder, join_text_encoders, width_of
+from afa.text_encoder import EnsembleTextEncoder, join_text_encoders, width_of
 
 
 class Ensemble:
@@ -115,7 +114,7 @@ class Ensemble:
     ) -> "Ensemble":
         tensors = None
         if aggregators is not None:
-            from afa.checkpoint.aggregators import fill, read_aggregators
+            from afa.checkpoint.manifest import fill, read_aggregators
 
             recipe, placement, tensors = read_aggregators(Path(aggregators), experts[0], len(experts))
         ensemble = cls(experts, _denoiser(experts, recipe, placement, frame), frame)
@@ -272,7 +271,7 @@ def _denoiser(experts: Sequence[Expert], recipe: Recipe, placement: str | Sequen
     names, models = [expert.name for expert in experts], [expert.model for expert in experts]
     try:
         conversions = _conversions(experts, placement, frame)
-        return DENOISERS[experts[0].family](models, names, recipe, placement, widths, conversions)
+        return FAMILIES[experts[0].family].denoiser(models, names, recipe, placement, widths, conversions)
     except UserError:
         raise
     except ValueError as error:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from afa.errors import UserError
-from afa.experts.load import TEXT_ENCODERS, TOKENIZERS, Expert, load_vae
-from afa.experts.locate import locate
+from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS, Expert, load_vae
 from afa.experts.parts import load_tokenizer
-from afa.experts.spec import ExpertSpec
-from afa.families.table import FAMILIES
+from afa.experts.spec import ExpertSpec, locate
+from afa.models.registry import FAMILIES
 
 if TYPE_CHECKING:
     from afa.ensemble import Ensemble

@@ -10,26 +10,25 @@ from typing import Any
 
 from torch import nn
 
-from afa.aggregators.table import AGGREGATORS, Recipe, count_parameters
-from afa.checkpoint.aggregators import recipe_of
+from afa.aggregators.registry import AGGREGATORS, Recipe, count_parameters
 from afa.checkpoint.manifest import AGGREGATORS as AGGREGATORS_FILE
-from afa.checkpoint.manifest import Manifest, read_manifest
+from afa.checkpoint.manifest import Manifest, read_manifest, recipe_of
+from afa.cost import Flops, count_flops
 from afa.denoiser.base import EnsembleDenoiser
-from afa.denoiser.cost import Flops, count_flops
 from afa.denoiser.placement import choices
 from afa.denoiser.schedule import kind_of, noise_of_schedule
-from afa.denoiser.table import DENOISERS
 from afa.errors import UserError
-from afa.experts.adapters import lora_numbers, place_of
 from afa.experts.compatible import mismatches, only_predictions
+from afa.experts.expert import Expert
 from afa.experts.headers import check_fit, dtype_of, read_file
-from afa.experts.load import Expert, check_names
-from afa.experts.original import KNOWN_CONFIGS
-from afa.experts.outline import Outline, config_outline, read_outline, shared_text_encoders
+from afa.experts.load import check_names
+from afa.experts.lora import lora_numbers, place_of
+from afa.experts.meta_model import Outline, config_outline, read_outline, shared_text_encoders
+from afa.experts.single_file import KNOWN_CONFIGS
 from afa.experts.spec import ExpertSpec
-from afa.families.table import FAMILIES
 from afa.latents import latents_of
-from afa.text import width_of
+from afa.models.registry import FAMILIES
+from afa.text_encoder import width_of
 
 DTYPES = {"float32": 4, "float16": 2}  # bytes a number; bfloat16 is as large as float16
 VAE_FACTOR = 8  # of all known VAEs of SD and SDXL; for denoisers that come without one
@@ -77,7 +76,7 @@ class Subject:
         experts = [outline.expert for outline in self.outlines]
         models, names = [expert.model for expert in experts], [expert.name for expert in experts]
         try:
-            denoiser = DENOISERS[experts[0].family](models, names, self.recipe, self.placement)
+            denoiser = FAMILIES[experts[0].family].denoiser(models, names, self.recipe, self.placement)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
         if self.folder is not None:

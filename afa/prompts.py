@@ -1,11 +1,15 @@
-"""What of a prompt is not read as it is meant: its end behind the text encoder's window, and other programs' syntax."""
+"""Prompts: read from files and flags, and warnings about what a pipeline does not read as it is meant."""
 
 import inspect
 import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence, Sized
+from pathlib import Path
 from typing import Any
+
+from afa.errors import UserError
+from afa.text_files import check_text, clean, read_json_lines, read_text, split_lines
 
 CHUNK = 1000  # prompts that are tokenized at once
 SHOWN, LONGEST = 5, 160  # pieces of syntax, and characters of what is cut, in a sentence
@@ -36,7 +40,7 @@ _told: set[str] = set()
 def warn_of_prompts(prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt") -> None:
     """Say on stderr what a run does not read of its prompts: one sentence for all of them, and never the same twice.
 
-    call:       of the family, see afa.families.call
+    call:       of the family, see afa.stages.call
     tokenizers: the pipeline's own
     what:       the prompts' name: prompt, caption
     """
@@ -125,3 +129,32 @@ def _widest(call: Any, tokenizers: Sequence[Any]) -> tuple[Any, int]:
             most = longest if "CLIP" not in type(tokenizer).__name__ and longest else tokenizer.model_max_length
             windows.append((tokenizer, most))
     return max(windows, key=lambda pair: pair[1], default=(None, 0))
+
+
+OBJECT = re.compile(r'\{\s*("|$)')  # how a line of JSON begins, and a line of wildcards, {red|blue} ring, does not
+
+
+def asked_prompts(prompt: Sequence[str] | None, file: str | None) -> list[str]:
+    """The prompts of --prompt, or of the file of --prompts. Raises UserError for what is no text."""
+    if prompt is None:
+        return read_prompts(Path(str(file)))
+    return [check_text(text, f"--prompt {number}") for number, text in enumerate(prompt, 1)]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line, or JSON lines with "text"; empty lines are passed over. Raises UserError if there is none."""
+    if not path.is_file():
+        raise UserError(f"--prompts {path} is no file")
+    lines = [line for line in map(clean, split_lines(read_text(path))) if line]
+    if path.suffix in (".jsonl", ".ndjson") or all(OBJECT.match(line) for line in lines):
+        lines = [_text(place, entry) for place, entry in read_json_lines(path)]
+    if not lines:
+        raise UserError(f"--prompts {path} holds no prompt")
+    return lines
+
+
+def _text(place: str, entry: Any) -> str:
+    text = entry.get("text") if isinstance(entry, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f'{place} has no "text"')
+    return text

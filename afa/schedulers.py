@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from afa.denoiser.schedule import FLOW, Schedule, flow_config, kind_of
-from afa.errors import UserError
+from afa.errors import UserError, look_up
 from afa.experts.parts import load_scheduler
-from afa.lookup import look_up
 
 # name on the command line -> diffusers class and what is set besides the experts' own noise schedule
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from afa.options import SEEDS
+from afa.settings import SEEDS
 
 if TYPE_CHECKING:
     import torch

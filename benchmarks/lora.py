@@ -26,8 +26,8 @@ from merge import resident
 from timing import Spread, peak_memory
 
 from afa.cli.flags import add_flags, read_flags
-from afa.cli.quiet import hush
-from afa.options import option
+from afa.cli.main import hush
+from afa.settings import option
 
 WAYS = ("shared", "fused")
 RANK = 16
@@ -52,7 +52,7 @@ def write_base(folder: Path, width: int) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from afa.experts.original import CONFIGS, clip_tokenizer
+    from afa.experts.single_file import CONFIGS, clip_tokenizer
 
     torch.manual_seed(0)
     config = UNet2DConditionModel.load_config(CONFIGS / "sd15" / "unet")
@@ -98,7 +98,7 @@ def call_at(size: int) -> dict[str, Any]:
 @torch.no_grad()
 def memory(how: str, count: int, folder: Path, size: int) -> dict[str, float]:
     """In this process: load experts and run them once."""
-    from afa.denoiser.sharing import unique_bytes
+    from afa.denoiser.lora import unique_bytes
     from afa.ensemble import Ensemble  # noqa: F401 (counts as the program's own)
 
     held = resident()

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from afa.cli.flags import add_flags, read_flags
-from afa.experts.original import KNOWN_CONFIGS
+from afa.experts.single_file import KNOWN_CONFIGS
 from afa.merging.settings import METHODS, MergeSettings
-from afa.options import option
+from afa.settings import option
 
 NUMBERS = 8  # at the beginning of every tensor
 
@@ -44,7 +44,7 @@ class Options:
 
 def write_sparse(file: Path, config: str, seed: int) -> int:
     """A checkpoint of original layout in float16: -> its size in bytes."""
-    from afa.experts.outline import config_outline
+    from afa.experts.meta_model import config_outline
     from afa.merging.original import names_by_key, original_places, shape_to_original
     from afa.merging.parts import today
     from afa.merging.stages import key_stages

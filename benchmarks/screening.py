@@ -21,23 +21,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from afa.demo.draw import draw
-from afa.demo.methods import training
-from afa.demo.run import TEST_SCENES, TRAINING_SCENES
+from afa.demo.data import BASE, EXPERTS
+from afa.demo.run import TEST_SCENES, TRAINING_SCENES, training
+from afa.demo.scenes import draw
 from afa.demo.settings import DemoSettings
-from afa.demo.world import BASE, EXPERTS
 from afa.ensemble import Ensemble
-from afa.evaluation.statistics import Estimate, gain
 from afa.experts.spec import ExpertSpec
 from afa.files import write_atomically
 from afa.latents import latents_of
-from afa.screening.alone import Common, common
-from afa.screening.asking import Asking
+from afa.screening.asking import Asking, Common, common
 from afa.screening.comparison import Comparison
-from afa.screening.data import encoded
-from afa.screening.foretell import CALIBRATION, Fit
+from afa.screening.plan import encoded
 from afa.screening.run import Questions
 from afa.screening.settings import ScreenSettings
+from afa.screening.verdict import CALIBRATION, Fit
+from afa.stats import Estimate, gain
 from afa.training.noise import Noising
 
 JUDGED = 96
@@ -146,7 +144,7 @@ def trained(sources: list[str], folder: Path, placement: str, work: Path, steps:
 
 def realised(name: str, places: dict[str, Path], work: Path, steps: int, seed: int) -> dict[str, Any]:
     """Losses of AFA, the router, every expert and the weight average, each (JUDGED, BANDS)."""
-    from afa.demo.methods import weight_average
+    from afa.demo.run import weight_average
 
     experts, folder = SETS[name], work / "sets" / f"{name.replace(' ', '-')}-{seed}"
     sources = [f"{expert}={places[expert]}" for expert in experts]
@@ -164,7 +162,7 @@ def realised(name: str, places: dict[str, Path], work: Path, steps: int, seed: i
 
 def head_rooms(places: dict[str, Path], work: Path) -> dict[str, Comparison]:
     """What `afa screen` would find of every set; experts of several sets are asked once."""
-    from afa.experts.outline import read_outline
+    from afa.experts.meta_model import read_outline
 
     settings = ScreenSettings([str(BASE), *map(str, EXPERTS.values())], data=str(work.parent / "data"))
     specs = {name: ExpertSpec(name, str(place)) for name, place in places.items()}

@@ -2,7 +2,7 @@
 
     python benchmarks/statistics.py
 
-"before" is the plain percentile bootstrap over prompts and the sign-flip test alone; "after" is what afa.evaluation.statistics
+"before" is the plain percentile bootstrap over prompts and the sign-flip test alone; "after" is what afa.stats
 does: pseudo-prompts below 60, repeats averaged, from three training seeds on the larger of the sign-flip p and that of a
 crossed analysis of variance. Prints Markdown, as it stands in docs/metrics.md; a rate of n simulations has its 95 % interval.
 """
@@ -13,8 +13,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from afa.evaluation import statistics
-from afa.evaluation.statistics import (
+from afa import stats as statistics
+from afa.stats import (
     SEVERAL,
     Estimate,
     _estimates,

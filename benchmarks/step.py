@@ -22,14 +22,13 @@ from diffusers import UNet2DConditionModel
 from timing import Clock, Spread, Work, peak_memory, rounds
 from torch import Tensor, nn
 
-from afa.aggregators.table import Recipe, count_parameters
+from afa.aggregators.registry import Recipe, count_parameters
 from afa.cli.flags import add_flags, read_flags
-from afa.denoiser.unet import UNetEnsemble
 from afa.errors import UserError
-from afa.experts.original import KNOWN_CONFIGS, config_folder
-from afa.families.unet import widths
-from afa.options import option
+from afa.experts.single_file import KNOWN_CONFIGS, config_folder
+from afa.models.unet import UNetEnsemble, widths
 from afa.places import located
+from afa.settings import option
 
 SMALL = 50_000_000  # parameters an expert up to which a training step is always measured
 TOKENS = 77  # of CLIP's prompts

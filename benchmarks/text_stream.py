@@ -21,16 +21,16 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
 from tqdm import trange
 
-from afa.aggregators.table import Recipe, count_parameters
+from afa.aggregators.registry import Recipe, count_parameters
 from afa.demo.build.denoisers import CAPTION_DROPOUT, Parts, training_set
 from afa.demo.build.fit import Schedule, fit
 from afa.demo.build.parts import token_ids
-from afa.demo.world import BASE as BASE_MODEL
-from afa.denoiser.sd3 import SD3Ensemble
-from afa.evaluation.statistics import difference, estimate
+from afa.demo.data import BASE as BASE_MODEL
 from afa.experts.parts import load_part
-from afa.families.table import FAMILIES
 from afa.latents import latents_of
+from afa.models.registry import FAMILIES
+from afa.models.sd3 import SD3Ensemble
+from afa.stats import difference, estimate
 from afa.training.noise import Batch, Noising
 
 DOMAINS = ("curves", "angles", "patterns")

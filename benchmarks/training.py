@@ -24,12 +24,12 @@ import torch
 from timing import Clock, Spread, Work, rounds
 
 from afa.cli.flags import add_flags, read_flags
-from afa.demo.world import BASE, EXPERTS
-from afa.denoiser.unet import UNetEnsemble
+from afa.demo.data import BASE, EXPERTS
 from afa.errors import UserError
-from afa.experts.storage import store_weights
-from afa.options import option
-from afa.training.estimate import step_bytes
+from afa.experts.quantised import store_weights
+from afa.models.unet import UNetEnsemble
+from afa.settings import option
+from afa.training.plan import step_bytes
 from afa.training.run import plan
 from afa.training.settings import TrainSettings
 
@@ -114,8 +114,8 @@ def times(options: Options) -> dict[str, Any]:
 
 def caching(options: Options) -> dict[str, Any]:
     """Seconds until the first step: without a cache, filling it, and from a full one; on the embedded experts."""
-    from afa.training.assemble import make_accelerator, make_trainer
     from afa.training.run import _initialise
+    from afa.training.setup import make_accelerator, make_trainer
 
     found: dict[str, list[float]] = {"without": [], "filling": [], "from_the_cache": []}
     for number in range(options.repeats):
@@ -135,7 +135,7 @@ def caching(options: Options) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    from afa.cli.quiet import hush
+    from afa.cli.main import hush
 
     hush()
     yield

@@ -5,17 +5,17 @@ from pathlib import Path
 
 from PIL import Image
 
+from afa.demo.data import ENSEMBLE
 from afa.demo.report import sheet
 from afa.demo.run import demonstrate, weight_pictures
 from afa.demo.settings import DemoSettings
-from afa.demo.world import ENSEMBLE
 from afa.ensemble import Ensemble
 from afa.explanation import Explanation, explain
 from afa.explanation.pictures import sheet as weight_sheet
 from afa.explanation.pictures.contact import contact
 from afa.explanation.pictures.strip import save_strip
 from afa.explanation.pictures.words import words
-from afa.generation.sample import Request, Sampling
+from afa.sampling.sample import Request, Sampling
 
 TARGET = Path(__file__).parent / "images"
 PROMPT = "a red star left of a blue ring on a dotted mint background"  # as in the examples of `afa explain --help`

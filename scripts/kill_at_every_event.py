@@ -31,7 +31,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from afa.cli.main import COMMANDS, main
-from afa.demo.world import ENSEMBLE, EXPERTS
+from afa.demo.data import ENSEMBLE, EXPERTS
 
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree", "shutil.copyfile")
@@ -330,7 +330,7 @@ def make_inputs(inputs: Path) -> None:
     inputs.mkdir(parents=True)
 
     def make() -> int:
-        from afa.demo.draw import draw
+        from afa.demo.scenes import draw
 
         draw(inputs / "data", "mixed", 8, 0)
         captions = [json.loads(line)["text"] for line in (inputs / "data" / "metadata.jsonl").read_text().splitlines()]

@@ -7,8 +7,7 @@ from tiny import sd_pipeline, sdxl_pipeline
 from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
 from afa import Ensemble
-from afa.baselines.sampler import in_frame
-from afa.generation.sample import Request, Sampling
+from afa.sampling.sample import Request, Sampling, in_frame
 
 SMALL = {"hidden": 8, "heads": 2, "depth": 1}
 MAKERS = {"sd": sd_pipeline, "sdxl": sdxl_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline, "qwen-image": qwen_image_pipeline}

@@ -19,10 +19,10 @@ from tiny_transformers import (
 )
 
 from afa.denoiser.base import EnsembleDenoiser
-from afa.denoiser.flux import FluxEnsemble
-from afa.denoiser.qwen_image import QwenImageEnsemble
-from afa.denoiser.sd3 import SD3Ensemble
-from afa.denoiser.unet import UNetEnsemble
+from afa.models.flux import FluxEnsemble
+from afa.models.qwen_image import QwenImageEnsemble
+from afa.models.sd3 import SD3Ensemble
+from afa.models.unet import UNetEnsemble
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import sd_pipeline
 from torch import Tensor
 
-from afa.experts.outline import config_outline
+from afa.experts.meta_model import config_outline
 
 BLOCKS = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
 UNET = {**BLOCKS, "block_out_channels": (16, 32), "layers_per_block": 1}  # nine stages: counting takes its time by the operation

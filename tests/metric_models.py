@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
-from afa.evaluation.metrics.table import Resources
-from afa.evaluation.pictures import Picture
+from afa.metrics.base import Picture
+from afa.metrics.registry import Resources
 
 WORDS = 49408  # CLIP's vocabulary; its tokenizer is shipped
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 8}

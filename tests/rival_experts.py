@@ -4,7 +4,7 @@ import numpy as np
 from tiny import inputs, sd_pipeline
 
 from afa import Ensemble
-from afa.generation.sample import Request, Sampling
+from afa.sampling.sample import Request, Sampling
 
 UNET = {  # two levels are enough here
     "block_out_channels": (16, 16),

@@ -7,10 +7,10 @@ from rival_experts import CAT, DOG, FOX, SAMPLING, UNET, differ, joined_inputs, 
 from tiny import inputs, quiet, sd_pipeline, sdxl_pipeline
 
 from afa import Ensemble, UserError, only_expert, record_weights
-from afa.baselines.options import OPTIONS
-from afa.baselines.table import BASELINES, make_sampler
 from afa.experts.load import load_experts
-from afa.generation.sample import Request, Sampling, sample
+from afa.sampling.options import OPTIONS
+from afa.sampling.registry import BASELINES, make_sampler
+from afa.sampling.sample import Request, Sampling, sample
 
 FIRST = {"single": {"expert": "expert_0"}, "single_in_ensemble": {"expert": "expert_0"}}
 # Blended at every step: else two of three steps are the general expert's alone.

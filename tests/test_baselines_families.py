@@ -10,10 +10,10 @@ from tiny import quiet
 from tiny_transformers import flux_pipeline, sd3_pipeline, text_encoder
 
 from afa import UserError, only_expert, record_weights
-from afa.baselines.options import OPTIONS
-from afa.baselines.saliency import saliency, winners
-from afa.baselines.table import make_sampler
-from afa.generation.sample import Request, Sampling, sample
+from afa.sampling.magicfusion import saliency, winners
+from afa.sampling.options import OPTIONS
+from afa.sampling.registry import make_sampler
+from afa.sampling.sample import Request, Sampling, sample
 
 PIPELINES = {"sd3": sd3_pipeline, "flux": flux_pipeline, "schnell": functools.partial(flux_pipeline, guidance_embeds=False)}
 SAMPLING = Sampling(steps=3, height=32, width=48)

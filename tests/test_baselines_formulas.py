@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from afa.baselines.average import average
-from afa.baselines.saliency import pick, saliency, winners
-from afa.baselines.superposition import (
+from afa.denoiser.schedule import Schedule, noise_of
+from afa.sampling.average import average
+from afa.sampling.magicfusion import pick, saliency, winners
+from afa.sampling.superdiff import (
     Step,
     and_shares,
     and_velocity,
@@ -16,7 +17,6 @@ from afa.baselines.superposition import (
     or_velocity,
     published_change,
 )
-from afa.denoiser.schedule import Schedule, noise_of
 
 
 def random(*shape, seed=0):

@@ -12,10 +12,10 @@ from rival_experts import UNET, pipelines
 from tiny import quiet, sd_pipeline
 
 from afa import Ensemble, UserError
-from afa.baselines.table import make_sampler
 from afa.generation.run import generate
-from afa.generation.sample import Request, Sampling
 from afa.generation.settings import GenerateSettings
+from afa.sampling.registry import make_sampler
+from afa.sampling.sample import Request, Sampling
 
 
 @pytest.fixture(scope="module")

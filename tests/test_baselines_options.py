@@ -6,16 +6,16 @@ import sys
 
 import pytest
 
-from afa.baselines.intervals import Interval, at, equal_intervals, read_table
-from afa.baselines.options import OPTIONS, explain, make_options, read_options
 from afa.errors import UserError
-from afa.options import shares
+from afa.sampling.average import Interval, at, equal_intervals, read_table
+from afa.sampling.options import OPTIONS, explain, make_options, read_options
+from afa.settings import shares
 
 NAMES = ["curves", "angles"]
 
 
 def test_options_are_known_without_torch():
-    script = "import sys, afa.generation.settings, afa.baselines.options\nassert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    script = "import sys, afa.generation.settings, afa.sampling.options\nassert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 

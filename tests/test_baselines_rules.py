@@ -7,9 +7,9 @@ from rival_experts import CAT, DOG, SAMPLING, UNET, differ, joined_inputs, own, 
 from tiny import quiet, sd_pipeline
 
 from afa import UserError, record_weights
-from afa.baselines.superposition import log_density_change
-from afa.baselines.table import make_sampler
-from afa.generation.sample import Request, Sampling
+from afa.sampling.registry import make_sampler
+from afa.sampling.sample import Request, Sampling
+from afa.sampling.superdiff import log_density_change
 
 
 @pytest.fixture(scope="module")

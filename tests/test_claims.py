@@ -2,8 +2,8 @@
 
 import pytest
 
-from afa.claims import NOTE, check_claim, claim
 from afa.errors import UserError
+from afa.fingerprint import NOTE, check_claim, claim
 
 
 def test_the_same_settings_may_come_back(tmp_path):

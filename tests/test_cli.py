@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from afa.cli.main import COMMANDS, main
-from afa.demo.draw import draw
-from afa.demo.world import EXPERTS
+from afa.demo.data import EXPERTS
+from afa.demo.scenes import draw
 
 CURVES, ANGLES, PATTERNS = (str(path) for path in EXPERTS.values())
 SMALL = ["--hidden", "8", "--heads", "2", "--depth", "1", "--batch-size", "2", "--held-out", "4", "--lr", "1e-3", "--device", "cpu"]

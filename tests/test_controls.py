@@ -12,14 +12,22 @@ from test_training import experts, images  # noqa: F401 (fixtures)
 from tiny import SMALL, inputs, sd_unet
 
 from afa import Ensemble, UserError
-from afa.aggregators.table import Recipe
+from afa.aggregators.registry import Recipe
 from afa.cli.main import main
-from afa.controls.compute import equal_compute_steps
-from afa.controls.lora import FILE, adapted, add_lora, matching_rank, parameters_at_rank
-from afa.controls.run import RECORD, finetune, plan
-from afa.controls.settings import LoraSettings
-from afa.denoiser.unet import UNetEnsemble
-from afa.families.table import FAMILIES, family_of
+from afa.models.registry import FAMILIES, family_of
+from afa.models.unet import UNetEnsemble
+from afa.training.finetune import (
+    FILE,
+    RECORD,
+    adapted,
+    add_lora,
+    equal_compute_steps,
+    finetune,
+    matching_rank,
+    parameters_at_rank,
+    plan_finetune,
+)
+from afa.training.finetune_settings import LoraSettings
 from afa.training.log import LOG
 from afa.training.loop import Trainer
 from afa.training.run import train
@@ -150,7 +158,7 @@ def test_equal_compute_ignores_where_the_experts_lie():
 
 
 def test_the_file_joins_the_expert_as_it_was_trained(settings):
-    planned = plan(settings)
+    planned = plan_finetune(settings)
     record = finetune(settings, planned)
     assert record["steps"] == 4 and record["parameters"] == parameters_at_rank(sd_unet(**SMALL), 2)
     assert any(tensor.abs().max() > 0 for name, tensor in tensors(settings).items() if "lora_B" in name)
@@ -164,7 +172,7 @@ def test_the_file_joins_the_expert_as_it_was_trained(settings):
 def test_a_stock_pipeline_loads_the_file(settings):
     from diffusers import StableDiffusionPipeline
 
-    planned = plan(settings)
+    planned = plan_finetune(settings)
     finetune(settings, planned)
     pipe = StableDiffusionPipeline.from_pretrained(settings.expert, safety_checker=None)
     pipe.load_lora_weights(settings.output)
@@ -194,7 +202,7 @@ def test_resumed_training_equals_uninterrupted(settings, tmp_path, monkeypatch):
 
 def test_a_lora_sees_what_the_ensemble_saw(settings, experts, tmp_path, monkeypatch):  # noqa: F811
     """The same examples, latents, noise and timesteps at every step, and the same held-out measure."""
-    from afa.training.objectives.mse import Mse
+    from afa.training.objectives import Mse
 
     seen, loss = [], Mse.loss
 
@@ -226,7 +234,7 @@ def test_a_complete_run_is_only_read_and_another_is_refused(settings, monkeypatc
 
 def test_as_many_parameters_as_an_ensemble(settings, experts, tmp_path):  # noqa: F811
     Ensemble.from_experts(experts, hidden=8, heads=2, depth=1).save(tmp_path / "ensemble")
-    planned, rank = plan(replace(settings, rank=None, like=str(tmp_path / "ensemble")))
+    planned, rank = plan_finetune(replace(settings, rank=None, like=str(tmp_path / "ensemble")))
     wanted = json.loads((tmp_path / "ensemble" / "afa.json").read_text())["aggregator"]["parameters"]
     model = planned.ensemble.denoiser.experts[0]
     assert parameters_at_rank(model, rank) >= wanted > parameters_at_rank(model, rank - 1)

@@ -13,10 +13,17 @@ from test_training import images  # noqa: F401 (a fixture)
 
 from afa import Ensemble
 from afa.cli.main import main
-from afa.controls.lora import FILE, fuse_lora, matching_rank, parameters_at_rank
-from afa.controls.run import RECORD, finetune, plan
-from afa.controls.settings import LoraSettings
 from afa.experts.load import load_expert
+from afa.training.finetune import (
+    FILE,
+    RECORD,
+    finetune,
+    fuse_lora,
+    matching_rank,
+    parameters_at_rank,
+    plan_finetune,
+)
+from afa.training.finetune_settings import LoraSettings
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
@@ -26,7 +33,7 @@ def tuned(request, images, tmp_path_factory):  # noqa: F811
     expert = saved(PIPELINES[family](0), folder / "expert")
     small = {"resolution": 32, "batch_size": 2, "held_out": 2, "steps": 3, "evaluate_every": 1, "lr": 3e-2, "device": "cpu"}
     settings = LoraSettings(expert=str(expert), data=str(images), output=str(folder / "lora"), rank=2, **small)
-    planned = plan(settings)
+    planned = plan_finetune(settings)
     record = finetune(settings, planned)
     return family, settings, record, planned[0].ensemble.denoiser.experts[0]
 

@@ -11,16 +11,24 @@ from test_training import experts, images  # noqa: F401 (fixtures)
 from tiny import inputs, sd_unet, sdxl_inputs, sdxl_pipeline
 
 from afa import UserError
-from afa.aggregators.table import Recipe
-from afa.controls.compute import equal_compute_steps
-from afa.controls.lora import FILE, add_lora, fuse_lora, matching_rank, parameters_at_rank
-from afa.controls.run import RECORD, finetune, plan
-from afa.denoiser.cost import count_flops, count_training_flops
-from afa.denoiser.unet import UNetEnsemble
+from afa.aggregators.registry import Recipe
+from afa.cost import count_flops, count_training_flops
 from afa.experts.load import load_expert
-from afa.experts.outline import config_outline
+from afa.experts.meta_model import config_outline
+from afa.models.unet import UNetEnsemble
 from afa.training.conditions import Conditions
-from afa.training.objectives.mse import Mse
+from afa.training.finetune import (
+    FILE,
+    RECORD,
+    add_lora,
+    equal_compute_steps,
+    finetune,
+    fuse_lora,
+    matching_rank,
+    parameters_at_rank,
+    plan_finetune,
+)
+from afa.training.objectives import Mse
 from afa.training.run import train
 from afa.training.settings import LoopSettings, TrainSettings
 
@@ -102,7 +110,7 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(settings, tmp_path):  # n
 
 
 def test_a_lora_fused_into_the_weights_is_the_trained_model(settings):  # noqa: F811
-    planned = plan(settings)
+    planned = plan_finetune(settings)
     finetune(settings, planned)
     expert = load_expert(settings.expert)
     fuse_lora(expert.model, Path(settings.output) / FILE)
@@ -115,7 +123,7 @@ def test_a_lora_fused_into_the_weights_is_the_trained_model(settings):  # noqa: 
 def test_sdxl_trains_and_its_file_joins_it(settings, tmp_path):  # noqa: F811
     sdxl_pipeline(0).save_pretrained(tmp_path / "xl")
     settings = replace(settings, expert=str(tmp_path / "xl"), steps=2)
-    planned = plan(settings)
+    planned = plan_finetune(settings)
     record = finetune(settings, planned)
     joined = load_expert(f"{settings.expert}+{Path(settings.output) / FILE}")
     assert record["parameters"] == parameters_at_rank(joined.model, 2)
@@ -125,7 +133,7 @@ def test_sdxl_trains_and_its_file_joins_it(settings, tmp_path):  # noqa: F811
 
 
 def test_half_precision_experts_get_a_lora_in_full_precision(settings):  # noqa: F811
-    planned = plan(replace(settings, dtype="bfloat16", steps=2, evaluate_every=1))
+    planned = plan_finetune(replace(settings, dtype="bfloat16", steps=2, evaluate_every=1))
     first, *later = finetune(planned[0].settings, planned)["history"]
     assert all(entry["held_out_loss"] != first["held_out_loss"] for entry in later)  # eight bits are enough for it to have an effect
     model = planned[0].ensemble.denoiser.experts[0]
@@ -152,7 +160,7 @@ def test_checkpointing_changes_memory_not_results(settings, tmp_path):  # noqa: 
 
 def test_two_processes_train_one_lora(settings):  # noqa: F811
     def work():
-        planned = plan(settings)
+        planned = plan_finetune(settings)
         finetune(settings, planned)
         model = planned[0].ensemble.denoiser.experts[0]
         return sum(float(p.detach().double().abs().sum()) for name, p in model.named_parameters() if "lora_" in name)
@@ -194,7 +202,7 @@ def test_a_device_that_is_not_there_is_found_by_the_plan(settings):  # noqa: F81
     if torch.backends.mps.is_available():
         pytest.skip("this machine has it")
     with pytest.raises(UserError, match="--device mps cannot be used here"):
-        plan(replace(settings, device="mps"))
+        plan_finetune(replace(settings, device="mps"))
 
 
 @pytest.mark.parametrize(("config", "aggregators", "rank", "parameters"), [("sd15", 45_132_416, 53, 45_771_648), ("sdxl", 45_750_144, 16, 47_093_760)])

@@ -4,13 +4,17 @@ import itertools
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from family_models import MODELS
 from tiny import scheduler
 
 from afa import UserError, only_expert
-from afa.denoiser.conversion import conversion
-from afa.denoiser.schedule import Schedule, clean_of, kind_of, noise_of, prediction_of, tables
+from afa.denoiser.schedule import Schedule, clean_of, conversion, kind_of, noise_of, prediction_of, tables
 
 FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
 OTHER_NOISE = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")

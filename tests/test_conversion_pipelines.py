@@ -11,12 +11,12 @@ from rival_experts import CAT, DOG, SAMPLING, UNET, differ
 from tiny import quiet, sd_pipeline
 
 from afa import Ensemble, UserError, only_expert
-from afa.baselines.table import make_sampler
 from afa.checkpoint.manifest import read_manifest
 from afa.denoiser.schedule import kind_of
 from afa.generation.run import generate
-from afa.generation.sample import sample
 from afa.generation.settings import GenerateSettings
+from afa.sampling.registry import make_sampler
+from afa.sampling.sample import sample
 from afa.schedulers import make_scheduler, reschedule
 from afa.training.run import train
 from afa.training.settings import TrainSettings

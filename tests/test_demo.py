@@ -8,9 +8,9 @@ import torch
 
 from afa import Ensemble
 from afa.demo.build.parts import degrade
+from afa.demo.data import ASSETS, BASE, EXPERTS, RECORD, SCORER
 from afa.demo.scenes import DOMAINS, MIXED, parse, render, render_all, sample_scenes
 from afa.demo.scorer import CLASSES, AttributeScorer, labels, network
-from afa.demo.world import ASSETS, BASE, EXPERTS, RECORD, SCORER
 from afa.errors import UserError
 
 
@@ -127,7 +127,7 @@ def test_demo_ends_with_a_table_and_a_page_that_needs_nothing(tmp_path, capsys):
 
 def test_captions_of_another_world_are_one_sentence():
     from afa.demo.metric import Attributes
-    from afa.evaluation.pictures import Picture
+    from afa.metrics.base import Picture
 
     with pytest.raises(UserError, match="metric 'attributes' judges scenes of the embedded world only: 'a cat' is not a caption"):
         Attributes().score([Picture(np.zeros((64, 64, 3), np.uint8), "a cat", 0)])

@@ -11,7 +11,7 @@ from afa.evaluation.plan import plan
 from afa.evaluation.results import Results
 from afa.evaluation.run import evaluate
 from afa.evaluation.settings import EvaluateSettings
-from afa.generation.sample import Request, Sampling, sample
+from afa.sampling.sample import Request, Sampling, sample
 
 SCORER = """
 def score(images, captions):

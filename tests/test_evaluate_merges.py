@@ -9,11 +9,11 @@ from merging_models import PIPELINES, saved
 from PIL import Image
 from safetensors.torch import load_file
 
-from afa.controls.run import RECORD
-from afa.evaluation.merges import RAMPS, merge_rows, ramp
 from afa.evaluation.run import evaluate
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.setup import Setup
+from afa.evaluation.untrained import RAMPS, merge_rows, ramp
+from afa.training.finetune import RECORD
 from afa.training.run import train
 from afa.training.settings import TrainSettings
 

@@ -18,12 +18,13 @@ from test_pipeline import run
 from tiny import SDXL, scheduler, sd_pipeline, sd_unet, sdxl_pipeline
 
 from afa import Ensemble, UserError
-from afa.aggregators.table import count_parameters
-from afa.denoiser.unet import UNetEnsemble
+from afa.aggregators.registry import count_parameters
 from afa.experts.compatible import mismatches
-from afa.experts.load import Expert, load_expert
-from afa.experts.original import CONFIGS, clip_tokenizer, detect_config
+from afa.experts.expert import Expert
+from afa.experts.load import load_expert
+from afa.experts.single_file import CONFIGS, clip_tokenizer, detect_config
 from afa.experts.spec import ExpertSpec, Lora
+from afa.models.unet import UNetEnsemble
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,7 @@ def test_real_configs_have_the_published_sizes(config, stages, unet, aggregators
 
 @pytest.mark.parametrize(("depth", "millions"), [(1, 32.79), (2, 45.13), (3, 57.48)])
 def test_depth_has_the_published_cost(depth, millions):
-    from afa.aggregators.table import Recipe
+    from afa.aggregators.registry import Recipe
 
     with torch.device("meta"):
         settings = UNet2DConditionModel.load_config(CONFIGS / "sd15" / "unet")

@@ -11,10 +11,10 @@ from tiny_transformers import flux_pipeline, flux_transformer, sd3_pipeline, sd3
 
 from afa import Ensemble, UserError
 from afa.experts.load import load_experts
-from afa.experts.original import KNOWN_CONFIGS, config_folder, detect_config
-from afa.experts.outline import config_outline, read_outline
+from afa.experts.meta_model import config_outline, read_outline
+from afa.experts.single_file import KNOWN_CONFIGS, config_folder, detect_config
 from afa.experts.spec import ExpertSpec
-from afa.families.table import FAMILIES
+from afa.models.registry import FAMILIES
 
 PIPELINES = {"sd3": (sd3_pipeline, sd3_transformer), "flux": (flux_pipeline, flux_transformer)}
 STAGES = {"sd3": 25, "sd35": 25, "sd35-large": 39, "flux": 58, "flux-schnell": 58}

@@ -15,7 +15,8 @@ from processes import start
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
-from afa.demo.world import ENSEMBLE, EXPERTS
+from afa.demo.data import ENSEMBLE, EXPERTS
+from afa.explanation.causes import Unused
 from afa.explanation.explanation import explain
 from afa.explanation.pictures.canvas import fitting, font, wrapped
 from afa.explanation.pictures.chart import chart
@@ -26,7 +27,6 @@ from afa.explanation.recording import record
 from afa.explanation.run import run
 from afa.explanation.settings import ExplainSettings
 from afa.explanation.shares import as_data, estimates
-from afa.explanation.skipping import Unused
 
 PROMPTS = ["a red star", "red ring"]
 

@@ -5,13 +5,22 @@ import pytest
 import torch
 from explained import asked, ensemble, pipeline
 
-from afa.denoiser.cost import count_stage_flops
-from afa.denoiser.switches import adjust_weights, only_expert, scale_weights, watch_weights
-from afa.explanation.counterfactuals import CHANGES, constant, counterfactuals, permuted, rmse, without_places
+from afa.cost import count_stage_flops
+from afa.denoiser.hooks import adjust_weights, only_expert, scale_weights, watch_weights
+from afa.explanation.causes import (
+    CHANGES,
+    Skipping,
+    constant,
+    counterfactuals,
+    find_unused,
+    permuted,
+    rmse,
+    without,
+    without_places,
+)
 from afa.explanation.recording import record
 from afa.explanation.settings import COUNTERFACTUALS
-from afa.explanation.skipping import Skipping, find_unused, without
-from afa.generation.sample import sample
+from afa.sampling.sample import sample
 
 KINDS = ("sabw", "stitch")
 THREE = (0, 1, 2)

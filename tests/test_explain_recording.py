@@ -7,17 +7,14 @@ from explained import MAKERS, PROMPT, asked, ensemble, pipeline
 from tiny import inputs, sd_unet
 from tiny_transformers import flux_transformer, sd3_transformer
 
-from afa.denoiser.cost import call_of, count_flops, count_stage_flops
-from afa.denoiser.switches import hide_tokens, record_weights, watch_weights
-from afa.denoiser.unet import UNetEnsemble
-from afa.explanation.attention import AREA, lean
+from afa.cost import call_of, count_flops, count_stage_flops
+from afa.denoiser.hooks import hide_tokens, record_weights, watch_weights
 from afa.explanation.causes import find_causes
 from afa.explanation.explanation import UNREAD, explain, word_remarks, word_rows
-from afa.explanation.maps import lead_at, overlay_at, weights_at
-from afa.explanation.recording import record
-from afa.explanation.shares import FINAL, shares, stage_groups
-from afa.explanation.words import find_words
-from afa.generation.sample import sample
+from afa.explanation.recording import AREA, find_words, lean, record
+from afa.explanation.shares import FINAL, lead_at, overlay_at, shares, stage_groups, weights_at
+from afa.models.unet import UNetEnsemble
+from afa.sampling.sample import sample
 
 
 @pytest.mark.parametrize("family", MAKERS)
@@ -91,7 +88,7 @@ def test_attention_is_a_share_of_looking_and_leans_cancel():
 
 def test_attention_is_what_the_layer_computes():
     """Its mean over heads, times the values of one head, by the layer itself."""
-    from afa.explanation.attention import probabilities
+    from afa.explanation.recording import probabilities
 
     layer = ensemble(heads=1).aggregators["M00"].transformer.transformer_blocks[0].attn2
     hidden, states = torch.randn(1, 6, 8), torch.randn(1, 5, 24)

@@ -12,7 +12,7 @@ from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
-from afa.families.table import FAMILIES
+from afa.models.registry import FAMILIES
 
 PIPELINES = {"sd": partial(sd_pipeline, **SD), "sdxl": sdxl_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline, "qwen-image": qwen_image_pipeline}
 SMALL = "--hidden 8 --heads 2 --depth 1 --resolution 64 --batch-size 2 --held-out 2 --evaluate-every 1 --lr 1e-2 --device cpu".split()

@@ -8,9 +8,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from afa.aggregators.table import Recipe
-from afa.denoiser.switches import record_weights
-from afa.denoiser.unet import UNetEnsemble
+from afa.aggregators.registry import Recipe
+from afa.denoiser.hooks import record_weights
+from afa.models.unet import UNetEnsemble
 
 REFERENCE = Path(__file__).parent / "reference"  # made by the unmodified release; see its README.md
 

@@ -12,9 +12,9 @@ from tiny import quiet, sd_pipeline
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
-from afa.generation.prompts import read_prompts
 from afa.generation.run import generate
 from afa.generation.settings import GenerateSettings
+from afa.prompts import read_prompts
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_experts_that_moved_are_found_where_they_are_now(places, settings, tmp_p
 
 def test_a_single_file_of_an_architecture_of_its_own_needs_configs_which_a_merge_carries(tmp_path, capsys):
     """The embedded experts' U-Net is none that is known by its shape. What the error proposes can be done."""
-    from afa.demo.world import EXPERTS
+    from afa.demo.data import EXPERTS
 
     merged, bare = tmp_path / "soup.safetensors", tmp_path / "bare.safetensors"
     assert main(["merge", "--experts", *map(str, EXPERTS.values()), "--output", str(merged)]) == 0

@@ -14,8 +14,8 @@ from tiny_transformers import flux_pipeline, sd3_pipeline
 
 from afa import Ensemble, UserError
 from afa.generation.run import generate
-from afa.generation.sample import Request, Sampling, sample, strength
 from afa.generation.settings import GenerateSettings
+from afa.sampling.sample import Request, Sampling, sample, strength
 
 PIPELINES = {
     "sd": functools.partial(sd_pipeline, **UNET),

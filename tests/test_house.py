@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,69 +13,54 @@ import afa
 from afa.cli.main import COMMANDS
 
 ROOT = Path(afa.__file__).parent
-CORE = {"families", "aggregators", "denoiser", "errors", "lookup", "options", "places", "schema", "naming"}
-EDGES = {"cli", "webui", "__main__"}
-DEMO = {"demo"}
-ROOMS = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()} - {"__init__", "__pycache__"}
+sys.path.insert(0, str(ROOT.parent / "scripts"))
+import measure_house as house  # noqa: E402
+
 HEAVY = ("torch", "diffusers", "transformers")
+GRAPH = house.import_graph(ROOT)
+KERNEL = {"stages", "aggregators", "denoiser", "models"}
 
 
-def room(module: str) -> str:
-    """afa.families.unet -> families; the package itself, which is only a door, has none."""
-    first = module.removeprefix("afa").removeprefix(".").partition(".")[0]
-    return first if first in ROOMS else ""
+def test_every_room_has_a_floor():
+    assert {house.room(module) for module in GRAPH} - set(house.FLOOR) == set()
 
 
-def imported(file: Path) -> Iterator[str]:
-    """Every module a file imports, wherever in the file; a public name of `afa` counts as the module it comes from."""
-    package = ".".join(("afa", *file.relative_to(ROOT).parts[:-1]))
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            module = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            names = [alias.name for alias in node.names]
-            yield from (afa._HOMES.get(name, f"afa.{name}") for name in names) if module == "afa" else (module,)
+def test_imports_point_down():
+    assert house.upward_imports(GRAPH) == []
 
 
-def files(rooms: set[str]) -> list[Path]:
-    """The files of some rooms."""
-    return [file for name in sorted(rooms) for file in sorted([*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/**/*.py")])]
+def test_no_imports_go_in_a_circle():
+    assert house.circles(GRAPH) == []
 
 
-def imports_of(rooms: set[str], forbidden: set[str]) -> list[str]:
-    """Who in some rooms imports what from others, as sentences."""
-    found = [(file.relative_to(ROOT), module) for file in files(rooms) for module in imported(file) if f"{module}.".startswith("afa.")]
-    return [f"{file} imports {module}" for file, module in found if room(module) in forbidden]
-
-
-def test_the_rooms_are_all_there():
-    assert CORE | EDGES | DEMO < ROOMS
-    assert len(files(ROOMS)) == len([file for file in ROOT.rglob("*.py") if file != ROOT / "__init__.py"])
-
-
-def test_the_core_imports_only_the_core():
-    assert imports_of(CORE, ROOMS - CORE) == []
-
-
-def test_work_imports_nothing_from_the_edges():
-    assert imports_of(ROOMS - EDGES, EDGES) == []
+def test_an_upward_import_and_a_circle_would_be_found():
+    graph = {"afa.errors": {"afa.cli.main"}, "afa.cli.main": {"afa.errors"}}
+    assert house.upward_imports(graph) == [("afa.errors", "afa.cli.main")]
+    assert len(house.circles(graph)) == 1
 
 
 def test_only_the_edges_import_the_demonstration():
-    assert imports_of(ROOMS - EDGES - DEMO, DEMO) == []
+    importers = {house.room(module) for module, others in GRAPH.items() for other in others if house.room(other) == "demo"}
+    assert importers <= {"demo", "cli", "webui"}
 
 
-def test_the_core_builds_on_torch_and_diffusers_alone():
-    outside = {module.partition(".")[0] for file in files(CORE) for module in imported(file)} - set(sys.stdlib_module_names)
-    assert outside <= {"afa", "torch", "diffusers"}
+def kernel_files() -> Iterator[tuple[Path, ast.Module]]:
+    for room in sorted(KERNEL):
+        for file in sorted((ROOT / room).glob("*.py")):
+            yield file, ast.parse(file.read_text())
 
 
-def test_the_core_touches_no_files_and_prints_nothing():
-    core = CORE - {"places"}  # which knows where the package itself lies
-    calls = [node for file in files(core) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+def test_the_kernel_builds_on_torch_and_diffusers_alone():
+    nodes = [node for _, tree in kernel_files() for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    assert {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) <= {"afa", "torch", "diffusers"}
+    assert not {"os", "sys", "io", "pathlib", "shutil", "tempfile"} & names
+
+
+def test_the_kernel_touches_no_files_and_prints_nothing():
+    calls = [node for _, tree in kernel_files() for node in ast.walk(tree) if isinstance(node, ast.Call)]
     assert not {"open", "print", "input"} & {node.func.id for node in calls if isinstance(node.func, ast.Name)}
-    assert not {"os", "sys", "io", "pathlib", "shutil", "tempfile"} & {module for file in files(core) for module in imported(file)}
 
 
 @pytest.mark.parametrize(

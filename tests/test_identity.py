@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import inputs, sd_unet, sdxl_inputs, sdxl_unet
 
-from afa.denoiser.unet import UNetEnsemble
+from afa.models.unet import UNetEnsemble
 
 
 def control(unet, call) -> dict[str, Any]:

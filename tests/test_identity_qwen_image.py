@@ -9,11 +9,11 @@ from family_models import MODELS
 from test_laws import ensemble
 from tiny_transformers import qwen_image_inputs, qwen_image_transformer
 
-from afa.aggregators.table import count_parameters
-from afa.denoiser.cost import call_of, count_flops
-from afa.denoiser.qwen_image import QwenImageEnsemble
-from afa.families import qwen_image
-from afa.families.table import FAMILIES
+from afa.aggregators.registry import count_parameters
+from afa.cost import call_of, count_flops
+from afa.models import qwen_image
+from afa.models.qwen_image import QwenImageEnsemble
+from afa.models.registry import FAMILIES
 
 
 def control(count):

@@ -8,9 +8,9 @@ import torch
 from family_models import MODELS
 from tiny_transformers import flux_inputs, flux_transformer, sd3_inputs, sd3_transformer
 
-from afa.denoiser.flux import FluxEnsemble
-from afa.denoiser.sd3 import SD3Ensemble
-from afa.families import flux, sd3
+from afa.models import flux, sd3
+from afa.models.flux import FluxEnsemble
+from afa.models.sd3 import SD3Ensemble
 
 
 def sd3_control(model, call):
@@ -99,7 +99,7 @@ def test_each_expert_reads_its_own_part_of_joined_text(name):
     model = family.ensemble([family.make(seed) for seed in range(2)], placement="out")
     one, other = family.call(seed=0), family.call(seed=1)
     joined = {key: torch.cat([one[key], other[key]], dim=-1) for key in ("encoder_hidden_states", "pooled_projections")}
-    from afa.denoiser.switches import only_expert
+    from afa.denoiser.hooks import only_expert
 
     for index, own in enumerate((one, other)):
         call = one | {key: own[key] for key in joined}

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from afa.devices import peak_megabytes
 from afa.errors import UserError
 from afa.evaluation.images import ImageSet, make_images
 from afa.evaluation.results import Item
 from afa.evaluation.tuning import Tuner
-from afa.generation.sample import Sampling
-from afa.memory import peak_megabytes
+from afa.sampling.sample import Sampling
 
 ITEMS = [Item(index // 2, f"prompt {index // 2}", 10 + index) for index in range(6)]
 SAMPLING = Sampling(steps=3, guidance=2.0)

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from afa import Ensemble, UserError
 from afa.cli import main as command_line
 from afa.cli.inspect import EXAMPLES, Options, run
-from afa.denoiser.cost import count_flops
+from afa.cost import count_flops
 from afa.experts.compatible import mismatches
-from afa.experts.load import Expert
-from afa.experts.outline import config_outline, read_outline
+from afa.experts.expert import Expert
+from afa.experts.meta_model import config_outline, read_outline
 from afa.experts.spec import ExpertSpec
 from afa.pages.numbers import scaled
 from afa.pages.tables import listing

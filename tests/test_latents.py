@@ -8,10 +8,10 @@ from tiny import vae as plain_vae
 from tiny_transformers import flow_scheduler, frame_vae, qwen_image_pipeline, vae
 
 from afa.errors import UserError
-from afa.families.tokens import pack, unpack
 from afa.latents import Latents, latents_of
+from afa.stages.tokens import pack, unpack
 from afa.training.noise import Noising
-from afa.training.objectives.decode import Decoder
+from afa.training.reward_objectives import Decoder
 
 CPU = torch.device("cpu")
 VAES = {"plain": plain_vae, "shifted": vae, "frames": frame_vae}

@@ -7,9 +7,9 @@ import torch
 from family_models import FUSED, MODELS
 from tiny import inputs, sd_unet, sdxl_unet
 
-from afa.aggregators.table import AGGREGATORS, Recipe
-from afa.denoiser.switches import adjust_weights, only_expert, record_weights, scale_weights
-from afa.denoiser.unet import UNetEnsemble
+from afa.aggregators.registry import AGGREGATORS, Recipe
+from afa.denoiser.hooks import adjust_weights, only_expert, record_weights, scale_weights
+from afa.models.unet import UNetEnsemble
 
 SMALL = {
     "sabw": {"hidden": 32, "heads": 2, "depth": 1},

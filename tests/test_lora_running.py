@@ -6,8 +6,8 @@ from test_lora_sharing import close, fused, latents
 from tiny_loras import FAMILIES, write_kohya, write_lora
 
 from afa import Ensemble, UserError, only_expert
-from afa.denoiser.sharing import unique_bytes
-from afa.experts.storage import store_weights
+from afa.denoiser.lora import unique_bytes
+from afa.experts.quantised import store_weights
 
 WITHOUT_TEXT = ("sd3",)  # a LoRA on text encoders there goes into all experts
 

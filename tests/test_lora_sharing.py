@@ -11,7 +11,7 @@ from tiny import quiet
 from tiny_loras import FAMILIES, KOHYA, write_kohya, write_lora
 
 from afa import Ensemble, UserError, only_expert
-from afa.denoiser.sharing import base_of, unique_bytes
+from afa.denoiser.lora import base_of, unique_bytes
 from afa.experts.load import load_expert
 
 SMALL = {"hidden": 32, "heads": 2, "depth": 1}

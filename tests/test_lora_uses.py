@@ -10,16 +10,16 @@ from tiny import SMALL, inputs, sd_pipeline, sd_unet
 from tiny_loras import write_lora
 
 from afa import Ensemble, merge_experts, merge_pipelines
-from afa.aggregators.table import Recipe, count_parameters
-from afa.baselines.single import own_pipeline
-from afa.controls.lora import matching_rank
-from afa.denoiser.unet import UNetEnsemble
-from afa.evaluation.controls import _best
-from afa.experts.adapters import fused, lora_numbers, tuner_layers
+from afa.aggregators.registry import Recipe, count_parameters
+from afa.evaluation.trained import _best
 from afa.experts.load import load_expert
-from afa.experts.storage import STORES, kept_elsewhere, store_weights, stored_bytes
+from afa.experts.lora import fused, lora_numbers, tuner_layers
+from afa.experts.quantised import STORES, kept_elsewhere, store_weights, stored_bytes
 from afa.inspection import Subject, facts
-from afa.training.estimate import step_bytes
+from afa.models.unet import UNetEnsemble
+from afa.sampling.base import own_pipeline
+from afa.training.finetune import matching_rank
+from afa.training.plan import step_bytes
 
 
 @pytest.fixture(scope="module")

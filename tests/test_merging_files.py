@@ -15,7 +15,7 @@ from tiny import quiet
 
 from afa.errors import UserError
 from afa.experts.load import load_expert
-from afa.experts.original import load_tokenizers
+from afa.experts.single_file import load_tokenizers
 from afa.merging import sources
 from afa.merging.memory import merge_pipelines
 from afa.merging.plan import make_plan

@@ -6,8 +6,15 @@ from diffusers.loaders import single_file_utils as converters
 from tiny import sd_unet, sdxl_unet, text_encoder, vae
 from torch import Tensor, nn
 
-from afa.experts.outline import config_outline
-from afa.merging.original import from_original, names_by_key, original_places, shape_from_original, shape_to_original, to_original
+from afa.experts.meta_model import config_outline
+from afa.merging.original import (
+    from_original,
+    names_by_key,
+    original_places,
+    shape_from_original,
+    shape_to_original,
+    to_original,
+)
 from afa.merging.parts import today
 from afa.merging.stages import key_stages
 

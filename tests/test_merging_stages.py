@@ -10,16 +10,15 @@ from merging_models import SMALL
 from tiny import sd_unet, sdxl_unet
 from tiny_transformers import flux_transformer, sd3_transformer
 
-from afa.controls.lora import adapted
 from afa.errors import UserError
-from afa.families.names import stages_of
-from afa.families.table import FAMILIES, Family, family_of
-from afa.families.tokens import Block, Head
 from afa.merging.memory import PartsMerge
 from afa.merging.original import original_places
 from afa.merging.presets import PRESETS, preset_weights
 from afa.merging.stages import key_stages, stage_names
 from afa.merging.weights import stage_weights
+from afa.models.registry import FAMILIES, Family, family_of, stages_of
+from afa.stages.tokens import Block, Head
+from afa.training.finetune import adapted
 
 SD = (*(f"IN{k:02}" for k in range(12)), "M00", *(f"OUT{k:02}" for k in range(12)))
 SDXL = (*(f"IN{k:02}" for k in range(9)), "M00", *(f"OUT{k:02}" for k in range(9)))

@@ -12,14 +12,13 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, Dinov2Model
 
 from afa.errors import UserError
-from afa.evaluation.metrics.base import ImageMetric
-from afa.evaluation.metrics.fd_dinov2 import make as make_dino
-from afa.evaluation.metrics.frechet import FrechetDistance
-from afa.evaluation.metrics.memo import Memo
-from afa.evaluation.metrics.pixels import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, crop, pad, stretch, to_tensor
-from afa.evaluation.metrics.table import METRICS, make_metric
-from afa.evaluation.metrics.weights import Part, find
 from afa.files import sha256
+from afa.metrics.base import ImageMetric, Memo
+from afa.metrics.frechet import FrechetDistance
+from afa.metrics.frechet import make_fd_dinov2 as make_dino
+from afa.metrics.pixels import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, crop, pad, stretch, to_tensor
+from afa.metrics.registry import METRICS, make_metric
+from afa.metrics.weights import Part, find
 
 FILE = Part("a test's weights", "weights.pth", url="https://example.org/weights.pth", sha256=("00ff",), also=("other.pth",))
 FOLDER = Part("a test's model", "tiny-clip", hub="nobody/tiny-clip", folder=True)
@@ -38,7 +37,7 @@ def no_caches(tmp_path, monkeypatch):
 
 
 def test_the_table_is_read_without_torch():
-    code = "import sys; from afa.evaluation.metrics.table import METRICS; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = "import sys; from afa.metrics.registry import METRICS; print('torch' in sys.modules, 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"
 
 

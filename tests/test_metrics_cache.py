@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from metric_models import images
 
-from afa.evaluation import cache
-from afa.evaluation.cache import Store, cached_features
-from afa.evaluation.metrics.frechet import FrechetDistance
+from afa.metrics import cache
+from afa.metrics.cache import Store, cached_features
+from afa.metrics.frechet import FrechetDistance
 
 
 class Means(FrechetDistance):

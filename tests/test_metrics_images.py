@@ -25,15 +25,14 @@ from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from afa.errors import UserError
-from afa.evaluation.metrics import imagereward
-from afa.evaluation.metrics.clip import VIT_L, shared_clip
-from afa.evaluation.metrics.loading import check_transformer
-from afa.evaluation.metrics.open_clip import read_config, to_transformers
-from afa.evaluation.metrics.pixels import CLIP_MEAN, CLIP_STD, crop, pad, to_tensor
-from afa.evaluation.metrics.table import make_metric
-from afa.evaluation.metrics.weights import find
-from afa.evaluation.pictures import Picture
-from afa.experts.original import clip_tokenizer
+from afa.experts.single_file import clip_tokenizer
+from afa.metrics import imagereward
+from afa.metrics.base import Picture
+from afa.metrics.clip import VIT_L, shared_clip
+from afa.metrics.pixels import CLIP_MEAN, CLIP_STD, crop, pad, to_tensor
+from afa.metrics.preference import read_config, to_transformers
+from afa.metrics.registry import make_metric
+from afa.metrics.weights import check_transformer, find
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,8 @@ from torch.nn import functional as F
 from torchmetrics.image.kid import KernelInceptionDistance as PublishedKid
 
 from afa.errors import UserError
-from afa.evaluation.metrics.inception import SIDE, Inception, resize
-from afa.evaluation.metrics.inception_features import WEIGHTS
-from afa.evaluation.metrics.table import make_metric
+from afa.metrics.inception import SIDE, WEIGHTS, Inception, resize
+from afa.metrics.registry import make_metric
 
 # Every convolution of the published file: outputs, inputs, height, width.
 STEM = {

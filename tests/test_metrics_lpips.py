@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torchmetrics.functional.image.lpips import NetLinLayer, ScalingLayer, _normalize_tensor, _spatial_average
 
 from afa.errors import UserError
-from afa.evaluation.metrics.table import make_metric
-from afa.evaluation.pictures import Picture
+from afa.metrics.base import Picture
+from afa.metrics.registry import make_metric
 
 PUBLISHED = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models"  # the linear weights themselves
 # torchvision's features: place of a convolution -> its weight's shape and stride; relu follows each, pooling stands between.

@@ -8,12 +8,17 @@ from torchmetrics.image.inception import InceptionScore as PublishedScore
 from torchmetrics.image.kid import KernelInceptionDistance as PublishedKid
 from torchmetrics.image.kid import poly_mmd
 
-from afa.evaluation.metrics import frechet, mmd
-from afa.evaluation.metrics.base import SetMetric
-from afa.evaluation.metrics.cmmd import ClipDiscrepancy, gaussian
-from afa.evaluation.metrics.frechet import FrechetDistance, exact_replicates, frechet_distance, linear_replicates, moments
-from afa.evaluation.metrics.inception_score import InceptionScore
-from afa.evaluation.metrics.kid import KernelInceptionDistance
+from afa.metrics import frechet, mmd
+from afa.metrics.base import SetMetric
+from afa.metrics.frechet import (
+    FrechetDistance,
+    exact_replicates,
+    frechet_distance,
+    linear_replicates,
+    moments,
+)
+from afa.metrics.inception import InceptionScore
+from afa.metrics.mmd import ClipDiscrepancy, KernelInceptionDistance, gaussian
 
 CPU = torch.device("cpu")
 

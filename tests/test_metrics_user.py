@@ -5,8 +5,8 @@ import pytest
 from metric_models import images, pictures
 
 from afa.errors import UserError
-from afa.evaluation.metrics.base import SetMetric
-from afa.evaluation.metrics.user import load_scorer
+from afa.metrics.base import SetMetric
+from afa.metrics.user import load_scorer
 
 SCORER = """
 import numpy as np

@@ -6,11 +6,10 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from tiny import scheduler
 
 from afa import UserError
-from afa.families.unet_call import UNetCall
 from afa.latents import Latents
+from afa.models.unet import UNetCall
 from afa.training.noise import Noising
-from afa.training.objectives.base import Pass
-from afa.training.objectives.mse import Mse
+from afa.training.objectives import Mse, Pass
 
 KINDS = ["epsilon", "v_prediction", "sample", "flow"]
 

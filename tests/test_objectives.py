@@ -12,17 +12,12 @@ from test_training import aggregators, experts, images, interrupt_after, setting
 from tiny import quiet, sd_pipeline
 
 from afa import Ensemble, UserError
-from afa.denoiser.switches import record_weights
+from afa.denoiser.hooks import record_weights
 from afa.latents import latents_of
 from afa.training.conditions import Conditions
 from afa.training.noise import Batch, Noising
-from afa.training.objectives.anchor import Anchor
-from afa.training.objectives.base import Pass, Term, Total
-from afa.training.objectives.decode import Decoder
-from afa.training.objectives.direct_align import DirectAlign
-from afa.training.objectives.draft import Draft
-from afa.training.objectives.mse import Mse
-from afa.training.objectives.sparsity import Sparsity
+from afa.training.objectives import Anchor, Mse, Pass, Sparsity, Term, Total
+from afa.training.reward_objectives import Decoder, DirectAlign, Draft
 from afa.training.run import train
 from afa.training.settings import TrainSettings
 

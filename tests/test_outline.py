@@ -14,7 +14,7 @@ from test_experts import write_lora
 from tiny import sd_pipeline, sd_unet
 
 from afa import Ensemble, UserError
-from afa.experts.outline import read_outline, shared_text_encoders
+from afa.experts.meta_model import read_outline, shared_text_encoders
 from afa.experts.spec import ExpertSpec
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"

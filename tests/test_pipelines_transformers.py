@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxFillPipeline, FluxImg2ImgPipeline, FluxKontextPipeline, StableDiffusion3Img2ImgPipeline
+from diffusers import (
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    FluxKontextPipeline,
+    StableDiffusion3Img2ImgPipeline,
+)
 from PIL import Image
 from tiny_transformers import flux_pipeline, sd3_pipeline
 

@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 from afa.errors import UserError
-from afa.evaluation.protocols.base import Request
-from afa.evaluation.protocols.table import PROTOCOLS, make_protocol
+from afa.evaluation.protocols import PROTOCOLS, Request, make_protocol
 
 
 def write_image(path, size=(40, 30), colour=(200, 10, 30)):

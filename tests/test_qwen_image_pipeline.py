@@ -19,21 +19,19 @@ from tiny import quiet
 from tiny_transformers import QWEN_IMAGE, flux_pipeline, qwen_encoder, qwen_image_pipeline
 
 from afa import Ensemble, UserError
-from afa.aggregators.table import Recipe
-from afa.families.table import called
-from afa.families.tokens import pack
-from afa.generation.sample import Request, Sampling, sample
+from afa.aggregators.registry import Recipe
 from afa.inspection import Subject, facts
 from afa.latents import latents_of
+from afa.models.registry import called
+from afa.sampling.sample import Request, Sampling, sample
+from afa.stages.tokens import pack
+from afa.training.cache import VaryingTextCache
 from afa.training.conditions import Conditions, equally_long
 from afa.training.noise import Batch, Noising
-from afa.training.objectives.base import Pass
-from afa.training.objectives.decode import Decoder
-from afa.training.objectives.direct_align import DirectAlign
-from afa.training.objectives.draft import Draft
+from afa.training.objectives import Pass
+from afa.training.reward_objectives import Decoder, DirectAlign, Draft
 from afa.training.run import plan, train
 from afa.training.settings import TrainSettings
-from afa.training.varying import VaryingTextCache
 
 CPU = torch.device("cpu")
 SMALL = {"hidden": 32, "heads": 2, "depth": 1}

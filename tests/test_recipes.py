@@ -5,9 +5,9 @@ import pytest
 from afa import UserError
 from afa.cli.flags import read_flags
 from afa.cli.main import build_parser, main
-from afa.recipes import names, read_recipe
+from afa.data.registry import open_source
+from afa.settings import names, read_recipe
 from afa.training.settings import TrainSettings
-from afa.training.sources.table import open_source
 
 
 def parsed(*words):
@@ -71,8 +71,8 @@ def test_a_recipe_that_is_not_there_is_one_sentence(capsys):
 
 
 def test_scenes_as_data_are_those_that_are_drawn(tmp_path):
-    from afa.demo.draw import draw
-    from afa.demo.source import SEED
+    from afa.demo.data import SEED
+    from afa.demo.scenes import draw
 
     draw(tmp_path / "drawn", "mixed", 6, SEED)
     files, drawn = open_source(str(tmp_path / "drawn")).samples, open_source("scenes:6").samples

@@ -12,7 +12,7 @@ from afa.evaluation.columns import Comparison
 from afa.evaluation.compare import Analysis, analyse
 from afa.evaluation.report.headline import headlines, terms
 from afa.evaluation.results import Method, MetricNote, Results
-from afa.evaluation.statistics import Estimate, difference, estimate, holm, prompt_means
+from afa.stats import Estimate, difference, estimate, holm, prompt_means
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ from afa.evaluation.images import ImageSet
 from afa.evaluation.report.files import HEADERS, as_csv, as_markdown, as_text
 from afa.evaluation.report.page import as_html, extreme_cases, image_name, shown_items, thumbnail
 from afa.evaluation.results import Results
-from afa.evaluation.statistics import Estimate
-from afa.generation.sample import Sampling
 from afa.pages.charts import LETTER, LINE, Box, place_labels, scale, ticks
 from afa.pages.numbers import MINUS, decimals, durations, number
 from afa.pages.tables import Row, Shown, Table
+from afa.sampling.sample import Sampling
+from afa.stats import Estimate
 
 EMPTY = {"meta", "img", "br", "line", "circle", "rect", "path"}  # elements without content
 

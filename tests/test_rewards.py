@@ -6,12 +6,12 @@ import torch
 from test_metrics_images import weights  # noqa: F401
 
 from afa import UserError
+from afa.demo.data import SCORER
 from afa.demo.scenes import render_all, sample_scenes
 from afa.demo.scorer import AttributeScorer
-from afa.demo.world import SCORER
-from afa.evaluation.metrics.table import Resources, make_metric
-from afa.evaluation.pictures import Picture
-from afa.training.rewards import NAMES, OWN, make_reward
+from afa.metrics.base import Picture
+from afa.metrics.registry import Resources, make_metric
+from afa.training.reward_objectives import NAMES, OWN, make_reward
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def test_the_embedded_reward_knows_the_right_picture():
 
 def test_the_embedded_reward_is_not_the_judge():
     """Another network: no weight in common, and another answer where a picture says nothing."""
-    from afa.demo.reward import load
+    from afa.demo.metric import load
 
     judge, reward = AttributeScorer.load(SCORER).net, load(CPU).net
     shapes = {tuple(parameter.shape) for parameter in judge.parameters() if parameter.ndim > 1}
@@ -66,7 +66,7 @@ def test_words_for_and_against_are_compared():
         calls.append(captions)
         return images.sum((1, 2, 3)) * 0 + torch.tensor([float(len(caption)) for caption in captions])
 
-    from afa.training.rewards import Relative
+    from afa.training.reward_objectives import Relative
 
     images = torch.zeros(2, 3, 8, 8)
     assert Relative(count, "sharp", "blurry and dull")(images, ["a", "bcd"]).tolist() == [-10.0, -10.0]

@@ -12,7 +12,7 @@ from tiny_transformers import flux_pipeline, sd3_pipeline
 
 from afa import Ensemble, UserError
 from afa.denoiser.schedule import kind_of, tables
-from afa.generation.sample import Request, Sampling, sample
+from afa.sampling.sample import Request, Sampling, sample
 from afa.schedulers import FLOWS, SCHEDULERS, make_scheduler
 
 CAT = Request("a red cat", 1)

@@ -8,15 +8,23 @@ import pytest
 import torch
 from tiny import sd_pipeline
 
-from afa.evaluation.statistics import Estimate, gain
 from afa.experts.spec import ExpertSpec
-from afa.screening.comparison import Comparison
-from afa.screening.distances import SAME, distances
-from afa.screening.features import features_apart
-from afa.screening.foretell import CALIBRATION, Fit, Foretold, fits, over
-from afa.screening.headroom import chance_agreement, routes
-from afa.screening.probes import Probes
-from afa.screening.verdict import ENSEMBLE, MERGE, ONE, Evidence, judge
+from afa.screening.comparison import Comparison, chance_agreement, routes
+from afa.screening.distances import SAME, distances, features_apart
+from afa.screening.plan import Probes
+from afa.screening.verdict import (
+    CALIBRATION,
+    ENSEMBLE,
+    MERGE,
+    ONE,
+    Evidence,
+    Fit,
+    Foretold,
+    fits,
+    judge,
+    over,
+)
+from afa.stats import Estimate, gain
 
 
 def noise(*shape, seed=0):

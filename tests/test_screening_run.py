@@ -14,15 +14,13 @@ from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
 from afa import Ensemble
 from afa.cli.main import main
-from afa.demo.world import EXPERTS
-from afa.experts.outline import read_outline
+from afa.demo.data import EXPERTS
+from afa.experts.meta_model import read_outline
 from afa.experts.spec import ExpertSpec
 from afa.latents import latents_of
 from afa.screening import run
-from afa.screening.alone import common
-from afa.screening.asking import Asking
-from afa.screening.data import encoded
-from afa.screening.plan import plan
+from afa.screening.asking import Asking, common
+from afa.screening.plan import encoded, plan
 from afa.screening.report import as_html, as_text
 from afa.screening.run import screen
 from afa.screening.settings import ScreenSettings

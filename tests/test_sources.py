@@ -11,14 +11,14 @@ from PIL import Image
 from test_training import experts, images, interrupt_after, settings  # noqa: F401 (fixtures)
 from tiny import sd_pipeline
 
+from afa.data.images import Crop, square
+from afa.data.registry import open_source
+from afa.data.shards import expand
+from afa.data.sources import Columns, Skipped
 from afa.errors import UserError
 from afa.images import open_image as decode
 from afa.training.data import Augmentation, check_skipped, encode
-from afa.training.pictures import Crop, square
 from afa.training.run import LEFT_OUT, train
-from afa.training.sources.base import Columns, Skipped
-from afa.training.sources.shards import expand
-from afa.training.sources.table import open_source
 
 CAPTIONS = [f"picture {index}" for index in range(6)]
 

@@ -4,9 +4,9 @@ import pytest
 from test_sources import CAPTIONS, PICTURES, write_parquet
 
 from afa import UserError
-from afa.training.sources.base import Columns
-from afa.training.sources.hub import from_hub
-from afa.training.sources.table import open_source
+from afa.data.hub import from_hub
+from afa.data.registry import open_source
+from afa.data.sources import Columns
 
 
 def test_a_data_set_of_the_hub_is_read_as_others_are(tmp_path):

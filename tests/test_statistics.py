@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from afa.evaluation import statistics
-from afa.evaluation.statistics import (
+from afa import stats as statistics
+from afa.stats import (
     QUANTILES,
     RESAMPLES,
     Estimate,

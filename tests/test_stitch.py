@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import inputs, sd_unet
 
+from afa.aggregators.registry import Recipe
 from afa.aggregators.sabw import SABW, SEEN
 from afa.aggregators.stitch import Stitch
-from afa.aggregators.table import Recipe
-from afa.denoiser.unet import UNetEnsemble
+from afa.models.unet import UNetEnsemble
 
 SHAPE = {"experts": 3, "channels": 8, "time_width": 16, "text_width": 24}
 SMALL = {"hidden": 32, "heads": 2, "depth": 1}

@@ -10,7 +10,7 @@ from tiny import sd_unet
 from torch import nn
 
 from afa import UserError
-from afa.experts.storage import STORES, Kept, store_weights, stored_bytes
+from afa.experts.quantised import STORES, Kept, store_weights, stored_bytes
 from afa.training.run import plan, train
 
 LARGEST_ERROR = {"cpu": 0.0, "int8": 0.5 / 127, "fp8": 2.0**-4}  # of a channel's largest number, of each number

@@ -11,9 +11,9 @@ from test_evaluate import settings, world  # noqa: F401 (fixtures)
 from afa.checkpoint.manifest import read_manifest
 from afa.cli.main import main
 from afa.errors import UserError
-from afa.evaluation.objectives import OBJECTIVES
 from afa.evaluation.results import Results
 from afa.evaluation.run import evaluate
+from afa.evaluation.trained import OBJECTIVES
 
 
 @pytest.fixture

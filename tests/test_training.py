@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from tiny import sd_pipeline, sdxl_pipeline
 
 from afa import Ensemble, UserError
+from afa.data.images import Crop
+from afa.data.registry import open_source
+from afa.data.sources import Skipped
 from afa.training.conditions import Conditions
 from afa.training.data import encode, split
 from afa.training.loop import Trainer
-from afa.training.pictures import Crop
 from afa.training.run import plan, train
 from afa.training.settings import TrainSettings
-from afa.training.sources.base import Skipped
-from afa.training.sources.table import open_source
 
 
 @pytest.fixture(scope="session")

@@ -9,16 +9,15 @@ from test_sources import PICTURES, picture, write_folder
 from test_training import aggregators, experts, images, interrupt_after, settings  # noqa: F401 (fixtures)
 from tiny import sd_pipeline, sdxl_pipeline
 
+from afa.data.images import Crop
+from afa.data.registry import open_source
+from afa.data.sources import Skipped
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.training.cache import LatentCache, TextCache, caption_key, content_hash
-from afa.training.cached import encode_cached
+from afa.store import RowStore
+from afa.training.cache import LatentCache, TextCache, caption_key, content_hash, encode_cached
 from afa.training.data import encode
-from afa.training.pictures import Crop
 from afa.training.run import plan, train
-from afa.training.sources.base import Skipped
-from afa.training.sources.table import open_source
-from afa.training.store import RowStore
 
 KEYS = [caption_key(str(index)) for index in range(9)]
 

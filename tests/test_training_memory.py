@@ -8,9 +8,9 @@ import torch
 from test_training import experts, images, settings  # noqa: F401 (fixtures)
 
 from afa.cli.main import main
-from afa.memory import LiveBytes
-from afa.training.estimate import expected
+from afa.devices import LiveBytes
 from afa.training.loop import Trainer
+from afa.training.plan import expected
 from afa.training.run import plan, train
 
 

@@ -15,8 +15,8 @@ from afa.errors import UserError
 from afa.experts.load import load_expert
 from afa.training.log import LOG, flat
 from afa.training.loop import PERSISTS
-from afa.training.objectives.mse import Mse
-from afa.training.routing import BANDS, Routing, RoutingSums, bands_of, group_of
+from afa.training.measure import BANDS, Routing, RoutingSums, bands_of, group_of
+from afa.training.objectives import Mse
 from afa.training.run import train
 
 # --- numbers that are none --------------------------------------------------------------------------------------------

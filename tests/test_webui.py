@@ -10,10 +10,10 @@ from tiny_transformers import flux_pipeline
 from webui_studio import ASKED, PROMPT, open_studio, pixels, run
 
 from afa.cli.main import main
-from afa.demo.world import ENSEMBLE, EXPERTS
-from afa.denoiser.switches import scale_weights
+from afa.demo.data import ENSEMBLE, EXPERTS
+from afa.denoiser.hooks import scale_weights
 from afa.errors import UserError
-from afa.generation.pictures import read_metadata
+from afa.images import read_metadata
 from afa.webui import markup
 from afa.webui.desk import Desk
 from afa.webui.job import follow

@@ -10,7 +10,7 @@ from webui_studio import ASKED, HARMFUL, PROMPT, open_studio, pixels, run
 
 from afa.cli.main import main
 from afa.errors import UserError
-from afa.generation.pictures import read_metadata, save_picture
+from afa.images import read_metadata, save_picture
 from afa.webui import markup
 from afa.webui.gallery import Gallery
 from afa.webui.reading import read_order

@@ -3,10 +3,16 @@
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from afa.experts.original import clip_vocabulary
+from afa.experts.single_file import clip_vocabulary
 
 WORDS = 770  # of CLIP's 49,408 tokens: its bytes, 256 merges, its two marks; the whole takes most of a test's time to read
 

@@ -27,7 +27,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from afa.denoiser.cost import call_of
+from afa.cost import call_of
 
 SD3 = {
     "sample_size": 16,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from afa.demo.world import ENSEMBLE
+from afa.demo.data import ENSEMBLE
 from afa.webui.job import Job, Picture
 from afa.webui.settings import UiSettings
 from afa.webui.studio import Studio

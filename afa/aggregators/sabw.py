@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from afa.aggregators.base import Aggregator
-from afa.lookup import look_up
+from afa.errors import look_up
 from afa.schema import Within
 
 SEEN = ("text", "time", "place")  # what the weights depend on besides the features

@@ -8,12 +8,12 @@ from typing import Annotated, Any, TypedDict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from afa.aggregators.registry import Recipe
 from afa.aggregators.sabw import SABW
-from afa.aggregators.table import Recipe
 from afa.errors import UserError
 from afa.experts.headers import load_tensors, read_file
-from afa.families.stage import Stage
 from afa.schema import Count, Within, build
+from afa.stages.stage import Stage
 from afa.text_files import read_json
 
 RELEASE_DEPTH = 2  # whatever num_layers its config says: a shadowed variable

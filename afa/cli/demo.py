@@ -13,7 +13,7 @@ EXAMPLES = ["afa demo", "afa demo --output demo-quick --prompts 16 --train-steps
 
 def run(options: Options) -> None:
     """Inspect, compare, report."""
-    from afa.cli.quiet import hush
+    from afa.cli.main import hush
     from afa.demo.report import as_json, as_text, write_report
     from afa.demo.run import demonstrate, weight_pictures
 
@@ -29,8 +29,8 @@ def run(options: Options) -> None:
 def _inspect() -> None:
     """The experts, as `afa inspect` shows them."""
     from afa.cli import inspect
-    from afa.demo.methods import AGGREGATORS
-    from afa.demo.world import EXPERTS
+    from afa.demo.data import EXPERTS
+    from afa.demo.run import AGGREGATORS
 
     inspect.run(inspect.Options(experts=[str(path) for path in EXPERTS.values()], **AGGREGATORS))
     print(flush=True)

@@ -4,11 +4,8 @@ Leaves images, scores and results.json; `afa report` makes a page of them. Ctrl-
 same command goes on. With several devices or machines: `accelerate launch -m afa evaluate …`.
 """
 
-import ast
-import importlib.util
 import json
 import time
-from pathlib import Path
 
 from afa.errors import UserError
 from afa.evaluation.settings import EvaluateSettings as Options
@@ -20,28 +17,21 @@ EXAMPLES = [
 
 
 def _methods() -> list[tuple[str, str]]:
-    from afa.evaluation.names import METHODS
+    from afa.evaluation.rows import METHODS
 
     return list(METHODS.items())
 
 
 def _metrics() -> list[tuple[str, str]]:
-    from afa.evaluation.metrics.table import METRICS
+    from afa.metrics.registry import METRICS
 
-    return [(name, _first_line(place.partition(":")[0])) for name, place in METRICS.items()]
+    return [(name, entry.help) for name, entry in METRICS.items()]
 
 
 def _protocols() -> list[tuple[str, str]]:
-    from afa.evaluation.protocols.table import PROTOCOLS
+    from afa.evaluation.protocols import PROTOCOLS
 
-    return [*((name, _first_line(place)) for name, place in PROTOCOLS.items()), ("FILE or FOLDER", "your prompts, or your captioned images")]
-
-
-def _first_line(module: str) -> str:
-    """Of a module's docstring, without importing what it needs."""
-    found = importlib.util.find_spec(module)
-    assert found is not None and found.origin is not None
-    return (ast.get_docstring(ast.parse(Path(found.origin).read_text(encoding="utf-8"))) or "").partition("\n")[0]
+    return [*((name, entry.help) for name, entry in PROTOCOLS.items()), ("FILE or FOLDER", "your prompts, or your captioned images")]
 
 
 # `--methods list` and so on: what there is, whatever else is given; flag -> lines of name and what it is
@@ -50,7 +40,7 @@ LISTS = {"methods": _methods, "metrics": _metrics, "protocol": _protocols}
 
 def run(options: Options) -> None:
     """Compare, print the table."""
-    from afa.cli.quiet import hush
+    from afa.cli.main import hush
     from afa.evaluation.plan import plan
     from afa.evaluation.run import evaluate
 

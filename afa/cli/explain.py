@@ -23,7 +23,7 @@ WORLD = {"steps": 20, "guidance": 3.0}  # what the embedded experts are drawn wi
 
 def run(options: Options) -> None:
     """Explain, say where to look."""
-    from afa.cli.quiet import hush
+    from afa.cli.main import hush
     from afa.explanation.run import PAGE, run
 
     hush()
@@ -38,7 +38,7 @@ def run(options: Options) -> None:
 
 def _embedded(options: Options) -> Options:
     """The embedded ensemble, drawn as everywhere unless told otherwise."""
-    from afa.demo.world import ENSEMBLE
+    from afa.demo.data import ENSEMBLE
 
     chosen = {name: value for name, value in WORLD.items() if getattr(options, name) is None}
     return dataclasses.replace(options, ensemble=str(ENSEMBLE), **chosen)

@@ -7,7 +7,7 @@ which joins an expert as EXPERT+FILE. Interrupt it with Ctrl-C: the same command
 import json
 from typing import Any
 
-from afa.controls.settings import LoraSettings as Options
+from afa.training.finetune_settings import LoraSettings as Options
 
 EXAMPLES = [
     "afa finetune demo:patterns --data scenes:200 --rank 4 --output tuned --steps 20 --lr 2e-3",
@@ -17,13 +17,13 @@ EXAMPLES = [
 
 def run(options: Options) -> None:
     """Plan, train, say what came of it."""
-    from afa.cli.quiet import hush
-    from afa.controls.run import facts, finetune, finished, plan
+    from afa.cli.main import hush
+    from afa.training.finetune import facts, finetune, finetune_finished, plan_finetune
 
     hush()
-    record = finished(options)
+    record = finetune_finished(options)
     if record is None:
-        planned = plan(options)
+        planned = plan_finetune(options)
         shown = facts(*planned)
         if options.dry_run or not options.json:
             print(json.dumps(shown, indent=2) if options.json else _plan(shown), flush=True)
@@ -47,7 +47,7 @@ def _plan(facts: dict[str, Any]) -> str:
 
 def _result(record: dict[str, Any], output: str) -> str:
     """The measured result, as a sentence."""
-    from afa.evaluation.statistics import Estimate
+    from afa.stats import Estimate
 
     change, trained = Estimate(**record["difference_to_expert"]), Estimate(**record["held_out_loss"]["trained"])
     return (

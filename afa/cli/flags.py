@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from afa.options import kind_of
+from afa.settings import kind_of
 
 
 def add_flags(parser: argparse.ArgumentParser, options: type, preset: Mapping[str, Any] | None = None) -> None:

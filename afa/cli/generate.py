@@ -5,8 +5,8 @@ Every PNG says how it was made. A run that was interrupted goes on with the same
 
 import json
 
-from afa.baselines.options import explain
 from afa.generation.settings import GenerateSettings as Options
+from afa.sampling.options import explain
 
 __doc__ = f"{__doc__}\nmethods (--method NAME) and their options (--method-option KEY=VALUE):\n{explain()}\n"
 
@@ -22,7 +22,7 @@ EXAMPLES = [
 
 def run(options: Options) -> None:
     """Generate, say where the images are."""
-    from afa.cli.quiet import hush
+    from afa.cli.main import hush
     from afa.generation.run import generate
 
     hush()

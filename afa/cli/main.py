@@ -8,12 +8,12 @@ import textwrap
 import traceback
 from typing import Any
 
-from afa import __version__
 from afa.cli.flags import add_flags, read_flags
 from afa.errors import UserError
 from afa.pages.tables import listing
 from afa.places import EMBEDDED, as_typed
-from afa.recipes import PLACES, read_recipe
+from afa.settings import PLACES, read_recipe
+from afa.version import __version__
 
 # verb -> module with Options, EXAMPLES and run(options); its docstring is the help
 COMMANDS = {
@@ -140,3 +140,14 @@ def _say(sentence: str, code: int, given: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def hush() -> None:
+    """Turn off the bars of loading weights and components; they would bury our own."""
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # transformers turns these off with its own

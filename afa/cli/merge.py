@@ -32,7 +32,7 @@ EXAMPLES = [
 
 def run(options: Options) -> None:
     """Plan, merge, say where it is."""
-    from afa.cli.quiet import hush
+    from afa.cli.main import hush
     from afa.merging.plan import make_plan
     from afa.merging.run import merge_files
 

@@ -7,7 +7,7 @@ of comparisons of the whole report. Several folders (other protocols, other expe
 from dataclasses import dataclass
 from pathlib import Path
 
-from afa.options import option
+from afa.settings import option
 
 EXAMPLES = [
     "afa evaluate --ensemble demo:ensemble --protocol scenes --methods single weighted --prompts 4 --tuning 0 --output compared",

@@ -18,7 +18,7 @@ EXAMPLES = [
 
 def run(options: Options) -> None:
     """Screen, print the verdict and what it rests on."""
-    from afa.cli.quiet import hush
+    from afa.cli.main import hush
     from afa.screening.run import plan, screen
 
     hush()

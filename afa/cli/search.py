@@ -17,7 +17,7 @@ EXAMPLES = [
 
 def run(options: Options) -> None:
     """Search, say what was found."""
-    from afa.cli.quiet import hush
+    from afa.cli.main import hush
     from afa.merging.search.run import search
 
     hush()

@@ -17,7 +17,7 @@ EXAMPLES = [
 
 def run(options: Options) -> None:
     """Plan, train, say what came of it."""
-    from afa.cli.quiet import hush
+    from afa.cli.main import hush
     from afa.training.run import finished, plan, train
 
     hush()
@@ -68,8 +68,8 @@ def _duration(seconds: float) -> str:
 
 def _result(record: dict[str, Any], output: str) -> str:
     """The measured result, as a table and a sentence."""
-    from afa.checkpoint.card import gains
-    from afa.evaluation.statistics import Estimate
+    from afa.checkpoint.folder import gains
+    from afa.stats import Estimate
 
     lines = [f"held-out loss (95 % interval, n = {record['held_out_loss']['trained']['n']})"]
     width = max(map(len, record["held_out_loss"]))

@@ -20,7 +20,7 @@ def run(options: Options) -> None:
     """Serve until Ctrl-C."""
     if importlib.util.find_spec("gradio") is None:
         raise UserError("afa ui needs gradio, which is not installed; install it with: pip install 'afa[ui]'")
-    from afa.cli.quiet import hush
+    from afa.cli.main import hush
     from afa.webui.serve import serve
 
     hush()

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from afa.demo.data import ASSETS, EXPERTS
 from afa.demo.scenes import render_all, sample_scenes
 from afa.demo.scorer import AttributeScorer
-from afa.demo.world import ASSETS, EXPERTS
-from afa.evaluation.statistics import Estimate, estimate
-from afa.generation.sample import Request, Sampling, sample_all
+from afa.sampling.sample import Request, Sampling, sample_all
+from afa.stats import Estimate, estimate
 
 SAMPLING = Sampling(steps=20, guidance=3.0)  # with the experts' own DDIM
 OWN_LEAST, GAP_LEAST = 0.80, 0.10

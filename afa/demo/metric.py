@@ -1,20 +1,28 @@
-"""The embedded world's own metrics: attribute accuracy by the exact scorer, and the Fréchet distance on its features."""
+"""Attribute accuracy and Fréchet distance of scenes, and the scorer as a reward.
+
+The embedded world's reward: how sure a network is that a picture shows what its caption says.
+
+Not the scorer, which judges: another network, of another kind, trained with another seed on other scenes, degraded in other ways, blends
+and blurs above all. So what training makes of this reward can be judged by one that training never saw.
+"""
 
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from afa.demo.scorer import AttributeScorer
-from afa.demo.world import SCORER
+from afa.demo.data import REWARD, SCORER
+from afa.demo.scenes import parse
+from afa.demo.scorer import CLASSES, AttributeScorer, answers, labels
 from afa.errors import UserError
-from afa.evaluation.metrics.base import Features, ImageMetric, SetMetric, Values
-from afa.evaluation.metrics.frechet import FrechetDistance
-from afa.evaluation.metrics.table import Resources
-from afa.evaluation.pictures import Picture
 from afa.files import sha256
+from afa.metrics.base import Features, ImageMetric, Picture, SetMetric, Values
+from afa.metrics.frechet import FrechetDistance
+from afa.metrics.registry import Resources
 
 
 @lru_cache(maxsize=1)
@@ -69,3 +77,42 @@ def frechet(resources: Resources) -> SetMetric:
 def _refuse_weights(name: str, resources: Resources) -> None:
     if resources.weights is not None:
         raise UserError(f"metric '{name}' brings its own weights; leave out --metric-weights {name}={resources.weights}")
+
+
+ASKED = 6  # attributes of a caption
+FLOOR = -6.0  # log-probability below which an attribute is no worse
+
+
+def network() -> nn.Sequential:
+    """images (B, 3, 64, 64) in [-1, 1] -> logits of all CLASSES, one after another."""
+    layers: list[nn.Module] = []
+    for before, after in ((3, 24), (24, 48), (48, 72), (72, 96)):
+        layers += [nn.Conv2d(before, after, 5 if before == 3 else 3, padding="same"), nn.GELU(), nn.AvgPool2d(2)]
+        layers += [nn.GroupNorm(1, after)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 4 * 4, 160), nn.GELU(), nn.Linear(160, sum(map(len, CLASSES.values()))))
+
+
+class SceneReward:
+    """The mean log-probability of a caption's six attributes, from FLOOR (all absent) to 0 (all there, without doubt)."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net.eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """images (B, 3, 64, 64) about [-1, 1] -> (B,), with gradients. Raises UserError for a caption of another world."""
+        try:
+            truth = labels([parse(caption) for caption in captions]).to(images.device)
+        except ValueError as error:
+            raise UserError(f"reward 'scenes' judges scenes of the embedded world only: {error}") from None
+        found = [answer.log_softmax(1).gather(1, truth[:, k : k + 1])[:, 0] for k, answer in enumerate(answers(self.net(images)))]
+        asked = torch.cat([truth[:, :8] > 0, torch.ones_like(truth[:, 8:], dtype=torch.bool)], 1)  # two shapes, two colours, texture, ground
+        return (torch.stack(found, 1).clamp(min=FLOOR) * asked).sum(1) / ASKED
+
+
+def load(device: torch.device) -> SceneReward:
+    """The shipped one."""
+    from safetensors.torch import load_file
+
+    net = network()
+    net.load_state_dict({name: tensor.float() for name, tensor in load_file(REWARD).items()})
+    return SceneReward(net.to(device))

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from afa import __version__
 from afa.checkpoint.manifest import read_manifest
 from afa.demo.run import SHOWN, Outcome
-from afa.evaluation.statistics import Estimate, estimate, least_items
+from afa.stats import Estimate, estimate, least_items
+from afa.version import __version__
 from afa.visualise.grid import grid
 
 PARTS = {"shapes": "shapes", "colours": "colours", "texture": "texture", "ground": "ground", "all": "all six right"}

@@ -1,15 +1,23 @@
-"""Captioned scenes, drawn exactly: two coloured shapes on a textured background, 64×64 pixels.
+"""The embedded world: scenes, their captions and their drawing.
+
+Captioned scenes, drawn exactly: two coloured shapes on a textured background, 64×64 pixels.
 
 The embedded world is made of these. A scene is a handful of attributes; its caption and its picture follow from them,
 so a picture can be judged attribute by attribute (see scorer.py) instead of by taste.
 """
 
+import argparse
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+
+from afa.files import staged
 
 Array = NDArray[np.float32]
 
@@ -215,3 +223,30 @@ def _draw(image: Array, thing: Thing, place: str, rng: np.random.Generator) -> N
 def _subpixels(start: int, stop: int) -> Array:
     """Centres of the subpixels of the pixels start … stop-1."""
     return (np.arange(start * SUPERSAMPLING, stop * SUPERSAMPLING, dtype=np.float32) + 0.5) / SUPERSAMPLING
+
+
+def draw(folder: Path, domain: str, count: int, seed: int) -> None:
+    """`count` PNGs and metadata.jsonl of one domain, of "mixed" or of "union"; all of them appear, or none."""
+    scenes = sample_scenes(domain, count, seed)
+    with staged(folder, last="metadata.jsonl") as stage:
+        lines = []
+        for index, (scene, image) in enumerate(zip(scenes, render_all(scenes, seed), strict=True)):
+            name = f"{index:05d}.png"
+            Image.fromarray(image).save(stage / name)
+            lines.append(json.dumps({"file_name": name, "text": scene.caption}))
+        (stage / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(prog="python -m afa.demo.scenes", description=__doc__)
+    flags.add_argument("folder", type=Path)
+    flags.add_argument("--domain", default="mixed", choices=[*DOMAINS, "mixed", "union"])
+    flags.add_argument("--count", type=int, default=200)
+    flags.add_argument("--seed", type=int, default=0)
+    given = flags.parse_args()
+    draw(given.folder, given.domain, given.count, given.seed)
+    print(f"{given.count} captioned images in {given.folder}")
+
+
+if __name__ == "__main__":
+    main()

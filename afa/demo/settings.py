@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from afa.options import GUIDANCE, SAMPLING_STEPS, SEED, CheckedOptions, option
+from afa.settings import GUIDANCE, SAMPLING_STEPS, SEED, CheckedOptions, option
 
 
 @dataclass(frozen=True)

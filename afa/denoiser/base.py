@@ -10,17 +10,16 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from afa.aggregators.base import Aggregator
-from afa.aggregators.table import Recipe
-from afa.denoiser.conversion import Conversion
-from afa.denoiser.lora import DenoiserLoras
+from afa.aggregators.registry import Recipe
+from afa.denoiser.forward import Adjuster, Answer, Column, Observer, Residuals, walk
+from afa.denoiser.hooks import WeightMaps
+from afa.denoiser.lora import DenoiserLoras, applied
 from afa.denoiser.placement import fused_stages
-from afa.denoiser.sharing import applied
-from afa.denoiser.switches import WeightMaps
-from afa.denoiser.walk import Adjuster, Answer, Column, Observer, Residuals, walk
-from afa.families.call import Call
-from afa.families.stage import Stage, Trace
-from afa.families.table import FAMILIES
-from afa.naming import check_name
+from afa.denoiser.schedule import Conversion
+from afa.places import check_name
+from afa.stages.call import Call
+from afa.stages.original_names import Layers, original_layers
+from afa.stages.stage import Stage, Trace
 
 
 class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
@@ -34,6 +33,9 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
     """
 
     family: ClassVar[str]
+    call: ClassVar[Call]  # how the denoiser is called
+    read_stages: ClassVar[Callable[[Any], tuple[Stage, ...]]]  # of one expert's model
+    default_placement: ClassVar[str] = "layers"
     output: ClassVar[type] = Transformer2DModelOutput  # what the stock forward returns
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["aggregators"]
@@ -55,8 +57,8 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         self.register_to_config(**first.config)
         self.gradient_checkpointing = False
         self.experts = nn.ModuleList(experts).requires_grad_(False).eval()
-        self.columns = _columns(FAMILIES[self.family].stages, experts, self.names)
-        self.placement = placement or FAMILIES[self.family].placement
+        self.columns = _columns(self.read_stages, experts, self.names)
+        self.placement = placement or self.default_placement
         self.text_widths = tuple(text_widths)
         self.recipe = recipe or Recipe()
         self.aggregators = nn.ModuleDict(self._aggregators())
@@ -69,6 +71,10 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         self._adjust: Adjuster | None = None
         self.aside = False  # in a pass that guidance makes without the prompt, by itself (see cache_context)
         self._only: int | None = None
+
+    def _original_layers(self, model: Any) -> dict[str, Layers]:
+        """The publisher's names of one expert's layers."""
+        return original_layers(model, self.family, self.read_stages(model))
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -109,11 +115,6 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
                 f"the predictions of {', '.join(converted)} are of another kind than the frame's, and those of models with"
                 f" {taken} channels in and {answered} out (inpainting) are not converted; take experts of one kind"
             )
-
-    @property
-    def call(self) -> Call:
-        """How the denoiser is called."""
-        return FAMILIES[self.family].call
 
     @property
     def side(self) -> int:
@@ -271,3 +272,39 @@ def _columns(stages: Callable[[nn.Module], tuple[Stage, ...]], experts: Sequence
                 f" Experts must share one architecture; compare them with: afa inspect {names[0]} {name}"
             )
     return list(zip(*walked, strict=True))
+
+
+# options of attention processors that belong to something an ensemble does not do
+REFUSED = {"gligen": "GLIGEN", "ip_adapter_image_embeds": "IP-Adapter", "ip_hidden_states": "IP-Adapter"}
+
+
+def split_joined(states: Tensor, widths: Sequence[int], experts: int, what: str) -> list[Tensor]:
+    """Take apart states joined on the last axis as [encoder 1 of every expert | encoder 2 of every expert | …].
+
+    (…, ΣD) belongs to every expert; (…, N·ΣD) gives each (…, ΣD). Any other width raises ValueError.
+    """
+    single = sum(widths)
+    if states.shape[-1] == single:
+        return [states] * experts
+    if states.shape[-1] != experts * single:
+        raise ValueError(f"{what} is {states.shape[-1]} wide; expected {single} (for all experts) or {experts * single} (for {experts} experts)")
+    per_encoder = [part.chunk(experts, dim=-1) for part in states.split([experts * width for width in widths], dim=-1)]
+    return [parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1) for parts in zip(*per_encoder, strict=True)]
+
+
+def first_parts(kwargs: Mapping[str, Any], widths: Mapping[str, int], experts: int) -> dict[str, Any]:
+    """A call with the first expert's part of joined states, as far as they are there. widths: of one expert's, by argument."""
+    own = {name: split_joined(kwargs[name], (width,), experts, name)[0] for name, width in widths.items() if kwargs.get(name) is not None}
+    return {**kwargs, **own}
+
+
+def attention_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, float]:
+    """The attention processors' options without the LoRA scale, and that scale."""
+    if options is None:
+        return None, 1.0
+    for name, what in REFUSED.items():
+        if name in options:
+            raise NotImplementedError(f"{what} (attention option '{name}') is not supported by an ensemble; leave it out")
+    rest = dict(options)
+    scale = rest.pop("scale", 1.0)
+    return rest, scale

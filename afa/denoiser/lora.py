@@ -1,21 +1,87 @@
-"""LoRAs in a component that stands for several models: what pipelines do to them is done to every model behind it.
+"""LoRA experts on one base: the base is held once, each expert adds its own adapter.
+
+LoRAs in a component that stands for several models: what pipelines do to them is done to every model behind it.
 
 LoRAs that are part of an expert (see afa.experts.own) are not among them: they are neither listed nor changed.
 """
 
+import copy
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from diffusers.utils.peft_utils import delete_adapter_layers, set_adapter_layers, set_weights_and_activate_adapters
+from diffusers.utils.peft_utils import (
+    delete_adapter_layers,
+    set_adapter_layers,
+    set_weights_and_activate_adapters,
+)
 from torch import Tensor, nn
 
 from afa.denoiser.lora_layers import lora_states
-from afa.denoiser.sharing import unshare
-from afa.options import check_number
+from afa.settings import check_number
+from afa.stages.original_names import Layers
+
+Model = TypeVar("Model", bound=nn.Module)
+Owner = tuple[dict[str, Any], str]  # a module's table of parameters or buffers, and a name in it
+
+
+def shared_copy(module: Model) -> Model:
+    """A copy of a module's structure around its own parameters and buffers: what changes one tensor changes both."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def applied(module: nn.Module, apply: Callable[[], Any]) -> Any:
+    """Run an `_apply` of a module (a move, a cast) so that tensors which several of its parts share are shared afterwards, too.
+
+    torch casts a shared parameter in place, but gives every owner of a buffer a new one, and of a parameter where it cannot be
+    changed in place (to or from the meta device, or under torch.__future__'s flags).
+    """
+    shared = [owners for owners in _owners(module).values() if len(owners) > 1]
+    result = apply()
+    for (table, name), *others in shared:
+        for other, its_name in others:
+            other[its_name] = table[name]
+    return result
+
+
+def _owners(module: nn.Module) -> dict[int, list[Owner]]:
+    """Who has each tensor, by its identity."""
+    found: dict[int, list[Owner]] = {}
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), []).append((table, name))
+    return found
+
+
+def unshare(module: nn.Module, names: Iterable[str]) -> None:
+    """Give a module parameters of its own, by name, so that they can be changed without changing another's."""
+    for name in names:
+        place, _, last = name.rpartition(".")
+        owner = module.get_submodule(place)
+        old = owner._parameters[last]
+        if old is not None:
+            owner._parameters[last] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+
+
+def base_of(module: nn.Module) -> int:
+    """What is equal for models that share their weights, whatever LoRAs are beside them: the identity of their first parameter.
+
+    Weights that are stored in 8 bits are no parameters; biases and norms always are.
+    """
+    return id(next(parameter for name, parameter in module.named_parameters() if "lora_" not in name))
+
+
+def unique_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the memory some tensors lie in; what several of them share counts once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
 
 OWN = "own_"  # begins the names of LoRAs that are part of an expert
 
@@ -126,6 +192,10 @@ class LoraHost:
 class DenoiserLoras(LoraHost):
     """A denoiser of several experts, into which a stock pipeline loads LoRAs: into every expert the same."""
 
+    def _original_layers(self, model: Any) -> dict[str, Layers]:
+        """The publisher's names of one expert's layers."""
+        raise NotImplementedError
+
     def load_lora_adapter(
         self, pretrained_model_name_or_path_or_dict: Any, prefix: str = "transformer", adapter_name: str | None = None, **options: Any
     ) -> None:
@@ -146,7 +216,7 @@ class DenoiserLoras(LoraHost):
         config, part = options.pop("metadata", None), prefix or "denoiser"
         try:
             for model in self.lora_models():
-                states = lora_states({**given, **_attention(alphas)}, {part: model}, "the LoRA", "the experts", config)
+                states = lora_states({**given, **_attention(alphas)}, {part: model}, "the LoRA", "the experts", self._original_layers, config)
                 model.load_lora_adapter(states[part], prefix=None, adapter_name=name, **options)
                 settle(model, name)
         except BaseException:
@@ -209,3 +279,51 @@ def lora_scaled(models: nn.Module, scale: float) -> Iterator[None]:
     finally:
         for layer, before in layers:
             layer.scaling.update(before)  # dividing again would lose bits, and cannot undo 0
+
+
+class OwnLayer:
+    """What a layer's class becomes in front of peft's own: LoRAs that are part of an expert stay on, and as strong as they are."""
+
+    own: tuple[str, ...]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        others = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        super().set_adapter([*self.own, *(name for name in others if name not in self.own)], inference_mode)  # type: ignore[misc]
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        if adapter not in self.own:
+            super().set_scale(adapter, scale)  # type: ignore[misc]
+
+    def scale_layer(self, scale: float) -> None:
+        self._keeping(super().scale_layer, scale)  # type: ignore[misc]
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        self._keeping(super().unscale_layer, scale)  # type: ignore[misc]
+
+    def _keeping(self, change: Callable[[Any], None], scale: Any) -> None:
+        kept = {name: self.scaling[name] for name in self.own if name in self.scaling}  # type: ignore[attr-defined]
+        change(scale)
+        self.scaling.update(kept)  # type: ignore[attr-defined]
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all others on again, or off."""
+        if enabled:
+            self.set_adapter(self.__dict__.pop("switched_off", self.active_adapters))  # type: ignore[attr-defined]
+        else:
+            self.__dict__.setdefault("switched_off", list(self.active_adapters))  # type: ignore[attr-defined]
+            self.set_adapter([])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Own ones always with the others: a layer that is merged computes with its weight alone."""
+        names = None if adapter_names is None else [*self.own, *(name for name in adapter_names if name not in self.own)]
+        super().merge(safe_merge, names)  # type: ignore[misc]
+
+
+_KINDS: dict[type, type] = {}  # peft's class of a layer -> ours
+
+
+def make_own(layer: Any, names: Sequence[str]) -> None:
+    """Make some adapters of a layer of peft's, as far as it has them, part of its expert."""
+    layer.own = tuple(name for name in names if name in layer.scaling)
+    kind = type(layer)
+    layer.__class__ = _KINDS.setdefault(kind, type(f"Own{kind.__name__}", (OwnLayer, kind), {}))

@@ -8,7 +8,7 @@ frequent alpha of the file: its pattern of the others is written for modules `at
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from afa.errors import UserError
-from afa.families.original_names import Layers, original_layers
+from afa.stages.original_names import Layers
 
 FACTOR = re.compile(r"(.+?)[._]lora([12]?)(?:_linear_layer)?[._](down|up|A|B)(?:\.[^.]+)?\.(weight|bias)")
 MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.[^.]+)??(?:\.weight)?")
@@ -77,6 +77,7 @@ def lora_states(
     parts: Mapping[str, nn.Module],
     what: str,
     where: str,
+    originals: Callable[[Any], Mapping[str, Layers]],
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors of a LoRA as PEFT names them, by the part of a pipeline: every layer counts up @ down and nothing else.
@@ -84,12 +85,13 @@ def lora_states(
     tensors: of the file, by their keys; on the meta device they are only compared with the model.
     parts: the denoiser first, then text encoders, by their names in a pipeline.
     what, where: the file and the model, for messages.
+    originals: the denoiser -> the original names of its layers (see original_layers).
     config: what PEFT or diffusers recorded beside the tensors: lora_alpha, alpha_pattern, use_rslora; keys may begin with
     a part's name and a dot.
     Raises UserError for what is no plain LoRA, does not fit, or holds numbers that are not finite.
     """
     found = _grouped(tensors, what)
-    names = {part: Names(module) for part, module in parts.items()}
+    names = {part: Names(module, originals) for part, module in parts.items()}
     placed, lost = {}, []
     for key, layer in found.items():
         place = _place(key, names)
@@ -148,8 +150,8 @@ def _grouped(tensors: Mapping[str, Tensor], what: str) -> dict[str, Found]:
 class Names:
     """The layers of a model that can have a LoRA, by every name they are known by."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, originals: Callable[[Any], Mapping[str, Layers]]) -> None:
+        self.model, self.originals = model, originals
         modules = {name: getattr(module, "base_layer", module) for name, module in model.named_modules()}
         inner = re.compile(r"\.base_layer$|\.lora_[A-Za-z]")
         self.layers = {
@@ -169,7 +171,7 @@ class Names:
             if name.endswith(".out_proj"):
                 found[name.removesuffix("out_proj") + "to_out"] = Layers((name,))
         if hasattr(self.model, "load_lora_adapter"):  # a denoiser; text encoders have one set of names
-            found |= {old: new for old, new in original_layers(self.model).items() if set(new.names) <= set(self.layers)}
+            found |= {old: new for old, new in self.originals(self.model).items() if set(new.names) <= set(self.layers)}
         found |= {name: Layers((name,)) for name in self.layers}
         found = {name.removeprefix("text_model."): layers for name, layers in found.items()}
         return {name.replace(".", "_"): layers for name, layers in found.items()} | found

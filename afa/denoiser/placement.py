@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable, Sequence
 
-from afa.families.stage import Stage
-from afa.lookup import unknown
+from afa.errors import unknown
+from afa.stages.stage import Stage
 
 
 def _layers(stages: Sequence[Stage]) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from afa.errors import UserError
 from afa.evaluation.results import Item, Method, MetricNote, SetScore, prompts_of
-from afa.evaluation.statistics import (
+from afa.stats import (
     LEVEL,
     Array,
     Estimate,

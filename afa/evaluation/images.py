@@ -19,9 +19,8 @@ from tqdm import tqdm
 from afa.errors import UserError
 from afa.evaluation.results import Item
 from afa.files import replacing
-from afa.generation.pictures import CHUNK, read_made
-from afa.generation.sample import Request, Sampler, Sampling
-from afa.images import read_pixels
+from afa.images import CHUNK, read_made, read_pixels
+from afa.sampling.sample import Request, Sampler, Sampling
 from afa.schema import shown
 
 FOREVER = 1e9  # seconds that no image takes

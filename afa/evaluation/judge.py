@@ -12,17 +12,16 @@ import numpy as np
 import torch
 
 from afa.errors import UserError
-from afa.evaluation.cache import cached_features
 from afa.evaluation.images import ImageSet
-from afa.evaluation.metrics.base import ImageMetric, SetMetric
-from afa.evaluation.metrics.table import METRICS, Resources, make_metric
-from afa.evaluation.metrics.user import UserFrechet, UserScore, load_scorer
-from afa.evaluation.pictures import Picture
-from afa.evaluation.protocols.base import Protocol
+from afa.evaluation.protocols import Protocol
 from afa.evaluation.results import MetricNote, SetScore, prompts_of
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.tuning import Score
 from afa.files import json_or_none, write_atomically
+from afa.metrics.base import ImageMetric, Picture, SetMetric
+from afa.metrics.cache import cached_features
+from afa.metrics.registry import METRICS, Resources, make_metric
+from afa.metrics.user import UserFrechet, UserScore, load_scorer
 
 CHUNK = 256  # pictures in memory at once
 Attempt = Callable[[str, bool, Callable[[], Any]], Any]

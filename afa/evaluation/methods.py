@@ -3,14 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from afa.evaluation.controls import control_rows
-from afa.evaluation.merges import merge_rows
-from afa.evaluation.objectives import objective_rows
-from afa.evaluation.rivals import auto_mbw_rows, sampling_rows
 from afa.evaluation.rows import Row
 from afa.evaluation.setup import Setup
-from afa.evaluation.trained import ablation_rows, expert_rows, trained_rows
+from afa.evaluation.trained import ablation_rows, control_rows, expert_rows, objective_rows, trained_rows
 from afa.evaluation.tuning import Tuner
+from afa.evaluation.untrained import auto_mbw_rows, merge_rows, sampling_rows
 
 STEPS = (10, 20, 30, 50)
 STEPPED = ("weighted", "prediction_router", "afa")  # besides the best expert: what the study of steps looks at

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from afa.evaluation.methods import all_rows, study_rows
-from afa.evaluation.rivals import searched
 from afa.evaluation.rows import SEARCH, Row, training_runs
 from afa.evaluation.run import MEMORY, MEMORY_STEPS, Comparison, asked_for, check_row, image_folder, prepare
 from afa.evaluation.settings import EvaluateSettings
-from afa.generation.sample import Request, Sampler
+from afa.evaluation.untrained import searched
 from afa.pages.numbers import plural
+from afa.sampling.sample import Request, Sampler
 
 # What a step costs: that of one model, of all experts' predictions, or of the ensemble. Each is measured with the row named first.
 KINDS = {

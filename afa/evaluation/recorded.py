@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from afa.checkpoint.manifest import MANIFEST, Manifest
+from afa.data.registry import DRAWN
 from afa.errors import UserError
-from afa.experts.original import KNOWN_CONFIGS
+from afa.experts.single_file import KNOWN_CONFIGS
 from afa.schema import shown
 from afa.training.settings import TrainSettings
-from afa.training.sources.table import DRAWN
 
 # Options that name neither code nor a file, of which a recorded value is taken.
 TAKEN = frozenset(

@@ -1,15 +1,21 @@
-"""What a comparison found, raw enough that every number of a report can be computed from it: results.json."""
+"""results.json: everything measured, raw, with versions and machine."""
 
 import json
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
+
+import torch
 
 from afa.errors import UserError
 from afa.files import write_atomically
 from afa.schema import Count, Like, Score, Within, build, shown
 from afa.text_files import read_json
+from afa.version import __version__
 
 FILE = "results.json"
 FORMAT = 1
@@ -142,3 +148,24 @@ class Results:
                 for name, values in {**run.scores, "seconds": run.seconds}.items():
                     if len(values) > len(self.items):
                         raise UserError(f"{at} has {len(values)} values of {shown(name)} for {len(self.items)} items")
+
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of those whose versions change numbers."""
+    found = {"afa": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(device: torch.device) -> str:
+    """In words: the accelerator, or the processor's kind and threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

@@ -14,24 +14,21 @@ from typing import Any, TypeVar
 import numpy as np
 from accelerate import PartialState
 
-from afa.claims import check_claim, claim
+from afa.devices import peak_megabytes
 from afa.errors import UserError
 from afa.evaluation.images import ImageSet, make_images
 from afa.evaluation.judge import Judge, Judged
-from afa.evaluation.machine import machine, versions
 from afa.evaluation.methods import all_rows, study_rows
-from afa.evaluation.metrics.user import try_scorer
-from afa.evaluation.names import METHODS, chosen_methods
-from afa.evaluation.results import Method, Results, Run
-from afa.evaluation.rows import Options, Row, Trained, training_runs
+from afa.evaluation.results import Method, Results, Run, machine, versions
+from afa.evaluation.rows import METHODS, Options, Row, Trained, chosen_methods, training_runs
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.setup import Setup
 from afa.evaluation.tuning import ScoringError, Tuner
 from afa.files import json_or_none, locked, sha256, write_atomically
-from afa.fingerprint import digest, fingerprint, saved_fingerprint
-from afa.generation.sample import Request, Sampler
-from afa.memory import peak_megabytes
-from afa.shareable import public_place
+from afa.fingerprint import check_claim, claim, digest, fingerprint, saved_fingerprint
+from afa.metrics.user import try_scorer
+from afa.places import public_place
+from afa.sampling.sample import Request, Sampler
 from afa.training.run import LEFT_OUT
 
 MEMORY, MEMORY_STEPS = "memory.json", 2  # what one image takes, and the steps it is measured in

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SIDE, CheckedOptions, option
+from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SIDE, CheckedOptions, option
 
 STUDIES = ["steps", "experts", "ablations", "objectives"]
 # May differ between the two halves of an interrupted comparison: they do not change any image or score.

@@ -11,28 +11,26 @@ import torch
 from accelerate import PartialState
 
 from afa.checkpoint.manifest import MANIFEST, read_manifest
+from afa.data.registry import open_source
+from afa.data.sources import Columns
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.evaluation.protocols.base import Protocol, Request
-from afa.evaluation.protocols.table import make_protocol
+from afa.evaluation.protocols import Protocol, Request, make_protocol
 from afa.evaluation.recorded import recorded_data, recorded_settings, tell
 from afa.evaluation.settings import EvaluateSettings
-from afa.experts.config import denoiser_config
-from afa.experts.load import Expert, load_expert
-from afa.experts.locate import locate
-from afa.experts.original import KNOWN_CONFIGS
-from afa.experts.spec import ExpertSpec, new_places
-from afa.families.table import FAMILIES
+from afa.experts.expert import Expert
+from afa.experts.load import load_expert
+from afa.experts.single_file import KNOWN_CONFIGS, denoiser_config
+from afa.experts.spec import ExpertSpec, locate, new_places
 from afa.files import settled
-from afa.generation.sample import Sampling, image_size
+from afa.models.registry import FAMILIES
 from afa.prompts import warn_of_prompts
+from afa.sampling.sample import Sampling, image_size
 from afa.schedulers import reschedule
 from afa.schema import shown
 from afa.seeds import nth_seed
 from afa.training.settings import TrainSettings
-from afa.training.sources.base import Columns
-from afa.training.sources.table import open_source
 
 PLAIN = "mse"  # the objective that needs no reward
 TRAINING_DATA = "training-data"  # inside the output, where a protocol draws its own

@@ -10,10 +10,10 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from afa.errors import UserError
-from afa.evaluation.pictures import Picture
-from afa.evaluation.protocols.base import TUNING_SEED
+from afa.evaluation.protocols import TUNING_SEED
 from afa.files import json_or_none, write_atomically
-from afa.generation.sample import Request, Sampler, Sampling
+from afa.metrics.base import Picture
+from afa.sampling.sample import Request, Sampler, Sampling
 
 Options = dict[str, Any]
 Score = Callable[[Sequence[Picture]], float]

@@ -5,9 +5,9 @@ from typing import Any
 
 from afa.denoiser.placement import fused_stages
 from afa.denoiser.schedule import Schedule, is_edm, kind_of
-from afa.experts.load import Expert
-from afa.families.table import FAMILIES
-from afa.text import width_of
+from afa.experts.expert import Expert
+from afa.models.registry import FAMILIES
+from afa.text_encoder import width_of
 
 # What tables of noise are made from: of diffusion schedules, of EDM's.
 SCHEDULER = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "trained_betas", "rescale_betas_zero_snr")

@@ -13,7 +13,7 @@ from typing import Any
 from afa.errors import UserError
 from afa.experts.headers import Tensors, read_file
 from afa.files import json_or_none
-from afa.shareable import public_place
+from afa.places import public_place
 from afa.text_files import read_json
 
 NAMES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of weight files

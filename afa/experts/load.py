@@ -1,5 +1,6 @@
-"""From located files to an expert in memory: the denoiser, its text encoders, tokenizers and scheduler; a VAE on demand."""
+"""From specs to loaded experts; equal components are loaded once, a denoiser alone borrows the rest."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,69 +10,47 @@ import torch
 from torch import nn
 
 from afa.errors import UserError
-from afa.experts.adapters import add_own, fuse, load_sharing
-from afa.experts.components import read_component, read_vae
-from afa.experts.finite import check_finite
-from afa.experts.known import KnownParts
-from afa.experts.locate import Located, locate
-from afa.experts.original import config_of, load_tokenizers, scheduler_of
+from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS, Expert, check_whole, pipeline_options
+from afa.experts.folders import read_config, read_folder
+from afa.experts.headers import Tensors, check_finite, same_bytes
+from afa.experts.lora import add_own, fuse, load_sharing
 from afa.experts.parts import component_of, first_line, has_part, load_part, read_index
-from afa.experts.prediction import Prediction, flow_only, folder_scheduler
-from afa.experts.spec import ExpertSpec
-from afa.families.table import FAMILIES, family_of
-
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+from afa.experts.prediction import Prediction, flow_only, folder_scheduler, predicting
+from afa.experts.single_file import config_of, load_tokenizers, read_component, scheduler_of
+from afa.experts.spec import ExpertSpec, Located, locate
+from afa.models.registry import FAMILIES
 
 
 @dataclass
-class Expert:
-    """One frozen source model.
+class KnownParts:
+    """What has been loaded so far, with what its files hold."""
 
-    model: the denoiser; None for a lender that is no expert. text_encoders, tokenizers: in the pipeline's order; empty if only a
-    denoiser was given. located: where it came from; None if it was handed over as an object. config: of a single file.
-    pipeline: the class it was, or would be, loaded with. lender: whose text encoders, tokenizers, scheduler and VAE it uses, if it
-    is a denoiser alone (see lending.py). said: what such a one, or its user, says that it predicts.
-    """
+    parts: list[tuple[str, torch.dtype | None, str, Tensors, nn.Module]] = field(default_factory=list)
 
-    name: str
-    model: Any
-    text_encoders: list[Any] = field(default_factory=list)
-    tokenizers: list[Any] = field(default_factory=list)
-    scheduler: Any = None
-    vae: nn.Module | None = None
-    pipeline: str | None = None
-    pipeline_options: dict[str, Any] = field(default_factory=dict)
-    located: Located | None = None
-    config: str | None = None
-    hashes: dict[str, str] = field(default_factory=dict)  # of its files, once they have been computed
-    lender: "Expert | None" = None
-    said: Prediction = field(default_factory=Prediction)
+    def find(self, folder: Path, dtype: torch.dtype | None) -> nn.Module | None:
+        """A module that was loaded from equal files: the same config, the same weights bit for bit. None if there is none.
 
-    @property
-    def family(self) -> str:
-        return family_of(self.model)
+        Weight files are read until their first difference, and kept by nobody.
+        """
+        settings, tensors = _read(folder)
+        for known, other, kind, stored, module in self.parts:
+            if (known, other, kind) == (folder.name, dtype, settings) and same_bytes(stored, tensors):
+                return module
+        return None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the denoiser; of a lender, of what it lends."""
-        found: torch.dtype = next((self.model or self.text_encoders[0]).parameters()).dtype
-        return found
+    def add(self, folder: Path, dtype: torch.dtype | None, module: nn.Module) -> None:
+        """Remember a module for those that follow."""
+        settings, tensors = _read(folder)
+        self.parts.append((folder.name, dtype, settings, tensors, module))
 
-    @property
-    def has_vae(self) -> bool:
-        """Whether there is one in its files, or handed over with it."""
-        return self.vae is not None or (self.located is not None and self.located.whole_pipeline)
 
-    def load_vae(self) -> nn.Module:
-        """The expert's VAE, or its lender's, read on the first call. Raises UserError if there is none."""
-        if self.vae is None and self.located is not None and self.located.whole_pipeline:
-            self.vae = load_vae(self.located, self.config, self.dtype)
-        if self.vae is None and self.lender is not None:
-            return self.lender.load_vae()
-        if self.vae is None:
-            raise UserError(f"expert '{self.name}' has no VAE; give one with vae=")
-        return self.vae
+def _read(folder: Path) -> tuple[str, Tensors]:
+    """-> the settings as text, the tensors."""
+    return json.dumps(read_config(folder), sort_keys=True), read_folder(folder)
+
+
+
+
 
 
 def load_expert(
@@ -142,7 +121,7 @@ def _from_pipeline(pipe: Any) -> Expert:
         scheduler=pipe.scheduler,
         vae=components.get("vae"),
         pipeline=type(pipe).__name__,
-        pipeline_options=_options(dict(pipe.config)),
+        pipeline_options=pipeline_options(dict(pipe.config)),
     )
 
 
@@ -166,7 +145,7 @@ def _from_files(located: Located, dtype: torch.dtype, config: str | None, known:
         tokenizers=[load_part(located.path, name) for name in TOKENIZERS if has_part(index, name)],
         scheduler=folder_scheduler(located, index),
         pipeline=index["_class_name"],
-        pipeline_options=_options(index),
+        pipeline_options=pipeline_options(index),
         located=located,
     )
     return _fuse_loras(expert)
@@ -200,16 +179,8 @@ def _denoiser_file(located: Located, dtype: torch.dtype, config: str | None) -> 
         model = maker.from_single_file(str(located.path), **options).eval()
     except Exception as error:
         raise UserError(f"{located.path} could not be read with the config {folder.name}: {first_line(error)}") from error
-    _check_whole(located, folder, {part: model})
+    check_whole(located, folder, {part: model})
     return Expert(name=located.spec.name, model=model, located=located, config=config, said=flow_only(located))
-
-
-def _check_whole(located: Located, folder: Path, parts: dict[str, Any]) -> None:
-    """Raises UserError for modules whose weights a single file did not hold."""
-    for name, part in parts.items():
-        if isinstance(part, nn.Module) and any(parameter.is_meta for parameter in part.parameters()):
-            missing = next(key for key, parameter in part.named_parameters() if parameter.is_meta)
-            raise UserError(f"{located.path} lacks weights of its {name} (first: {missing}); it is no complete checkpoint of config {folder.name}")
 
 
 def _from_single_file(located: Located, dtype: torch.dtype, config: str | None) -> Expert:
@@ -223,7 +194,7 @@ def _from_single_file(located: Located, dtype: torch.dtype, config: str | None) 
         pipe = maker.from_single_file(str(located.path), **options)
     except Exception as error:  # the library raises anything for what it did not expect
         raise UserError(f"{located.path} could not be read with the config {folder.name}: {first_line(error)}") from error
-    _check_whole(located, folder, pipe.components)
+    check_whole(located, folder, pipe.components)
     expert = _from_pipeline(pipe)
     expert.name, expert.located, expert.config = located.spec.name, located, config
     expert.scheduler, expert.said = scheduler_of(located, config, folder)
@@ -240,30 +211,61 @@ def _fuse_loras(expert: Expert) -> Expert:
     return expert
 
 
-def load_vae(located: Located, config: str | None, dtype: torch.dtype, like: Expert | None = None) -> nn.Module:
-    """The VAE of a folder (a whole pipeline, or a VAE alone) or of a single file. Raises UserError as load_expert does.
 
-    like: an expert that it is to serve, whose VAE's settings a VAE alone in a file gets.
+
+def lend(experts: Sequence[Expert], frame: str | None, dtype: torch.dtype | None) -> Expert | None:
+    """Give text encoders, tokenizers and scheduler to experts that came without: -> who lends, None if nobody has to.
+
+    frame: a pipeline's folder; by default the first expert that brings text encoders lends them. Where nobody has any, the experts
+    stay bare denoisers. Raises UserError for a frame that is no pipeline's folder, or that nobody needs.
     """
-    from diffusers import AutoencoderKL
-
-    vae: nn.Module
-    if located.single_file and located.layout.part != "pipeline":
-        vae = read_vae(located.path, like, config, dtype)
-    elif located.single_file:
-        _, folder = config_of(located, config)
-        options = {"config": str(folder), "subfolder": "vae", "local_files_only": True, "dtype": dtype}
-        try:
-            vae = AutoencoderKL.from_single_file(str(located.path), **options).eval()
-        except Exception as error:
-            raise UserError(f"{located.path} has no VAE that could be read; choose another with vae= ({first_line(error)})") from error
-        _check_whole(located, folder, {"vae": vae})
-    else:
-        vae = load_part(located.path, "vae" if located.whole_pipeline else None, dtype)
-    check_finite(vae, f"the VAE of {located.path}")
-    return vae
+    bare = [expert for expert in experts if not expert.text_encoders]
+    if frame is not None and not bare:
+        raise UserError(
+            f"frame '{frame}' lends to experts that are denoisers alone, and all of these bring their own; leave it out, or choose another VAE with vae (--vae)"
+        )
+    lender = next((expert for expert in experts if expert.text_encoders), None) if frame is None else load_lender(frame, dtype)
+    if lender is None or not bare:
+        return None
+    for expert in bare:
+        expert.lender, expert.text_encoders, expert.tokenizers = lender, list(lender.text_encoders), list(lender.tokenizers)
+        expert.scheduler = expert.scheduler or lent_scheduler(expert, lender.scheduler)
+        expert.pipeline_options = dict(lender.pipeline_options)
+    return lender
 
 
-def _options(config: dict[str, Any]) -> dict[str, Any]:
-    """What a pipeline was configured with besides its components."""
-    return {name: config[name] for name in ("force_zeros_for_empty_prompt",) if name in config}
+def lent_scheduler(expert: Expert, scheduler: Any) -> Any:
+    """A lender's scheduler, for what an expert's own file says that it predicts."""
+    return None if scheduler is None else predicting(scheduler, expert.said, f"expert '{expert.name}'")
+
+
+def frame_scheduler(frame: str) -> Any:
+    """The scheduler that a pipeline's folder lends. Raises UserError if it is none."""
+    return load_part(_pipeline(frame)[0], "scheduler")
+
+
+def _pipeline(frame: str) -> tuple[Path, dict[str, Any]]:
+    folder = Path(frame)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"frame '{frame}' is no pipeline's folder: it has no model_index.json")
+    return folder, read_index(folder)
+
+
+def load_lender(frame: str, dtype: torch.dtype | None) -> Expert:
+    """A pipeline's folder without its denoiser. Raises UserError if it is none, or has no text encoders."""
+    folder, index = _pipeline(frame)
+    found = [part for part in TEXT_ENCODERS if has_part(index, part)]
+    if not found:
+        raise UserError(f"frame '{frame}' has no text encoders; give the folder of a whole text-to-image pipeline")
+    encoders = [load_part(folder, part, dtype or torch.float32) for part in found]
+    for part, encoder in zip(found, encoders, strict=True):
+        check_finite(encoder, f"the {part} of frame '{frame}'")
+    return Expert(
+        name=frame,
+        model=None,
+        text_encoders=encoders,
+        tokenizers=[load_part(folder, part) for part in TOKENIZERS if has_part(index, part)],
+        scheduler=load_part(folder, "scheduler"),
+        pipeline=index["_class_name"],
+        located=Located(ExpertSpec(frame, frame), folder),
+    )

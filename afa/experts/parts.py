@@ -14,7 +14,7 @@ from torch import nn
 from afa.errors import UserError
 from afa.experts.folders import read_config, read_object, weight_files
 from afa.experts.headers import check_fit, read_file
-from afa.families.table import FAMILIES
+from afa.models.registry import FAMILIES
 
 INDEX = "model_index.json"
 # What a component must be: library, base class, what a class of that kind can do that a base class cannot.

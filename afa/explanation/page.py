@@ -8,16 +8,16 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
-from afa.evaluation.statistics import Estimate
-from afa.explanation.data import Entry
+from afa.explanation.causes import Unused
+from afa.explanation.explanation import Entry
 from afa.explanation.shares import estimates
-from afa.explanation.skipping import Unused
 from afa.explanation.summary import WordMean, word_means
 from afa.images import read_pixels
 from afa.pages.numbers import DASH, plural, with_interval
 from afa.pages.page import data_uri, render
 from afa.pages.tables import Row, Shown, Table
-from afa.training.routing import BANDS
+from afa.stats import Estimate
+from afa.training.measure import BANDS
 from afa.visualise.weights import COLOURS
 
 BAND_NAMES = ("least noise", "less noise", "more noise", "most noise")

@@ -11,18 +11,25 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from afa.baselines.sampler import in_frame
 from afa.checkpoint.manifest import MANIFEST
-from afa.claims import check_claim, claim
-from afa.denoiser.cost import count_stage_flops
-from afa.denoiser.switches import adjust_weights
+from afa.cost import count_stage_flops
+from afa.denoiser.hooks import adjust_weights
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.spec import new_places
-from afa.explanation.counterfactuals import Counterfactual, rmse
-from afa.explanation.data import Entry, explained, read_entry, stem_of, write_arrays, write_facts
-from afa.explanation.explanation import Explanation, check, explain
+from afa.explanation.causes import Counterfactual, Skipping, Unused, find_unused, rmse
+from afa.explanation.explanation import (
+    Entry,
+    Explanation,
+    check,
+    explain,
+    explained,
+    read_entry,
+    stem_of,
+    write_arrays,
+    write_facts,
+)
 from afa.explanation.page import as_html
 from afa.explanation.pictures.chart import chart
 from afa.explanation.pictures.contact import contact
@@ -30,18 +37,15 @@ from afa.explanation.pictures.sheet import sheet
 from afa.explanation.pictures.strip import save_strip
 from afa.explanation.pictures.words import words
 from afa.explanation.settings import ExplainSettings
-from afa.explanation.skipping import Skipping, Unused, find_unused
 from afa.explanation.summary import as_json
 from afa.files import json_or_none, locked, replacing, settled, write_atomically
-from afa.fingerprint import saved_fingerprint
-from afa.generation.pictures import read_made
-from afa.generation.prompts import asked_prompts
-from afa.generation.sample import Request, Sampling, sample
-from afa.images import read_pixels
-from afa.prompts import warn_of_prompts
+from afa.fingerprint import check_claim, claim, saved_fingerprint
+from afa.images import read_made, read_pixels
+from afa.places import public_place
+from afa.prompts import asked_prompts, warn_of_prompts
+from afa.sampling.sample import Request, Sampling, in_frame, sample
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
-from afa.shareable import public_place
 
 STEPS = 50  # where nobody says
 RESULTS, PAGE, CHART = "explain.json", "explain.html", "chart.png"

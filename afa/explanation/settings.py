@@ -3,9 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from afa.errors import UserError
-from afa.lookup import unknown
-from afa.options import GUIDANCE, SAMPLING_STEPS, SEED_OR_DRAWN, SIDE, CheckedOptions, option
+from afa.errors import UserError, unknown
+from afa.settings import GUIDANCE, SAMPLING_STEPS, SEED_OR_DRAWN, SIDE, CheckedOptions, option
 
 COUNTERFACTUALS = {
     "off": "each expert off in turn",

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from afa.evaluation.machine import versions
-from afa.evaluation.statistics import Estimate, estimate
-from afa.explanation.data import Entry
+from afa.evaluation.results import versions
+from afa.explanation.causes import Unused
+from afa.explanation.explanation import Entry
 from afa.explanation.shares import as_data, estimates
-from afa.explanation.skipping import Unused
-from afa.training.routing import BANDS
+from afa.stats import Estimate, estimate
+from afa.training.measure import BANDS
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ from afa.lazy import exports
 
 if TYPE_CHECKING:
     from afa.generation.run import generate
-    from afa.generation.sample import Request, Sampling
     from afa.generation.settings import GenerateSettings
+    from afa.sampling.sample import Request, Sampling
 
 __all__ = ["GenerateSettings", "Request", "Sampling", "generate"]
 
 _HOMES = {
     "GenerateSettings": "afa.generation.settings",
-    "Request": "afa.generation.sample",
-    "Sampling": "afa.generation.sample",
+    "Request": "afa.sampling.sample",
+    "Sampling": "afa.sampling.sample",
     "generate": "afa.generation.run",
 }
 __getattr__, __dir__ = exports(__name__, _HOMES)

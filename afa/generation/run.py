@@ -1,8 +1,9 @@
-"""A generation run: resumable image by image, every image a PNG that says how it was made."""
+"""Drawing many images: a resumable run that knows where its images come from."""
 
 import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,72 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from afa.baselines.sampler import PipelineSampler, in_frame
-from afa.baselines.table import make_sampler
-from afa.checkpoint.manifest import AGGREGATORS
+from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
 from afa.denoiser.base import EnsembleDenoiser
-from afa.denoiser.switches import WeightMaps, check_strengths, record_weights, scale_weights
+from afa.denoiser.hooks import WeightMaps, check_strengths, record_weights, scale_weights
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
-from afa.errors import UserError
-from afa.files import locked, read_arrays, refuse_busy, replacing, sha256, write_atomically
-from afa.fingerprint import changed
-from afa.generation.pictures import read_made, save_picture
-from afa.generation.prompts import asked_prompts
-from afa.generation.sample import Request, Sampling
+from afa.errors import UserError, unknown
+from afa.experts.spec import new_places
+from afa.files import locked, read_arrays, refuse_busy, replacing, settled, sha256, write_atomically
+from afa.fingerprint import Files, changed, fingerprint, saved_fingerprint, summed
 from afa.generation.settings import GenerateSettings
-from afa.generation.sources import load_sources, source_files, used_files
-from afa.images import read_pixels
-from afa.lookup import unknown
-from afa.prompts import warn_of_prompts
+from afa.images import read_made, read_pixels, save_picture
+from afa.places import public_place
+from afa.prompts import asked_prompts, warn_of_prompts
+from afa.sampling.registry import make_sampler
+from afa.sampling.sample import PipelineSampler, Request, Sampling, in_frame
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
-from afa.shareable import public_place
+
+
+def is_saved(source: str) -> bool:
+    """Whether this is the folder of a saved ensemble."""
+    return (settled(Path(source)) / MANIFEST).exists()
+
+
+def source_files(
+    sources: Sequence[str], *, experts: Sequence[str] | None = None, frame: str | None = None, config: str | None = None
+) -> Files:
+    """One hash for every expert, the frame, and the ensemble: what pictures say that they were made with. Arguments: see load_sources."""
+    if is_saved(sources[0]):
+        return summed(saved_fingerprint(Path(sources[0]), new_places(list(experts or []))))
+    return summed(fingerprint(sources, frame=frame, config=config))
+
+
+def used_files(files: Files, trained: bool) -> Files:
+    """Those that a picture depends on. trained: whether the ensemble's own aggregators draw it, not a method that takes its experts only."""
+    return {name: found for name, found in files.items() if trained or name != "the ensemble"}
+
+
+def load_sources(
+    sources: Sequence[str],
+    *,
+    experts: Sequence[str] | None = None,
+    frame: str | None = None,
+    config: str | None = None,
+    prediction_type: str | None = None,
+    dtype: str = "float32",
+    placement: str | None = None,
+) -> Ensemble:
+    """The saved ensemble, or experts as an ensemble: of one, that is the expert, bit for bit.
+
+    experts: new places of a saved ensemble's, NAME=PLACE. frame, config, prediction_type, placement: of experts, see Ensemble.from_experts; `out` takes
+    experts of different kinds. Raises UserError for what does not go together.
+    """
+    kind = getattr(torch, dtype)
+    saved = [source for source in sources if is_saved(source)]
+    if saved and len(sources) > 1:
+        raise UserError(f"{saved[0]} is a saved ensemble, which has its experts; give it alone, or give experts only")
+    if saved and frame is not None:
+        raise UserError(f"--frame {frame} is for experts, and {saved[0]} is a saved ensemble, which has its frame; leave it out")
+    if saved:
+        return Ensemble.load(saved[0], new_places(list(experts or [])), dtype=kind)
+    if experts:
+        raise UserError(f"--experts is for a saved ensemble, and {sources[0]} is none: it has no {MANIFEST}; give experts as SOURCE")
+    given = {"frame": frame, "dtype": kind, "config": config, "prediction_type": prediction_type}
+    return Ensemble.from_experts(sources, aggregator="mean", placement=placement, **given)
+
 
 GRID_UP_TO = 400  # images; a larger grid is no longer looked at
 

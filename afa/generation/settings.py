@@ -3,10 +3,20 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from afa.baselines.options import MethodOptions, read_options
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
-from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED_OR_DRAWN, SIDE, WEIGHT, CheckedOptions, check_number, option
+from afa.sampling.options import MethodOptions, read_options
+from afa.settings import (
+    COUNT,
+    GUIDANCE,
+    SAMPLING_STEPS,
+    SEED_OR_DRAWN,
+    SIDE,
+    WEIGHT,
+    CheckedOptions,
+    check_number,
+    option,
+)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from afa.experts.embedded import KEY, LEFT_OUT, SCHEDULER, pack
 from afa.experts.folders import read_object
-from afa.experts.original import clip_vocabulary, config_folder
+from afa.experts.single_file import clip_vocabulary, config_folder
 from afa.merging.plan import Plan
 
 SHIPPED = ("sd15", "sd21", "sd21-base", "sdxl")  # that are found out by a single file's shapes

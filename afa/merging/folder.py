@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from afa.experts.folders import read_object
-from afa.experts.original import load_tokenizers
 from afa.experts.parts import read_index
 from afa.experts.prediction import keys_of, warn_once
+from afa.experts.single_file import load_tokenizers
 from afa.merging.plan import Plan
 from afa.merging.sources import Source
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from afa.errors import UserError
-from afa.experts.adapters import fused
 from afa.experts.compatible import mismatches
-from afa.experts.load import TEXT_ENCODERS, Expert, load_expert
-from afa.families.table import FAMILIES
+from afa.experts.expert import TEXT_ENCODERS, Expert
+from afa.experts.load import load_expert
+from afa.experts.lora import fused
 from afa.merging.parts import MERGED, Parts, Slot, denoiser_of, slots
 from afa.merging.stages import DENOISERS, stage_names
 from afa.merging.table import check_merge, find_merge, merge_key, needs, say_fallen_back
 from afa.merging.weights import Given, stage_weights
+from afa.models.registry import FAMILIES
 
 
 class PartsMerge:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afa.families.original_names import unet_names
+from afa.stages.original_names import unet_names
 
 DENOISER = "unet"  # the only one this layout is known for
 UNET, VAE = "model.diffusion_model.", "first_stage_model."

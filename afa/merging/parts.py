@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from afa.errors import UserError
-from afa.experts.finite import is_finite
-from afa.experts.headers import RENAMED, is_position_ids, tied
+from afa.experts.headers import RENAMED, is_finite, is_position_ids, tied
 from afa.merging.stages import DENOISERS, key_stages
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")

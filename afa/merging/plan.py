@@ -19,7 +19,7 @@ from afa.merging.sources import Source, open_source, open_vae
 from afa.merging.stages import stage_names
 from afa.merging.table import check_merge, options_of
 from afa.merging.weights import stage_weights
-from afa.options import shares
+from afa.settings import shares
 
 LATENTS = "vae.decoder.conv_in.weight"  # its second dimension is the latents' channels
 

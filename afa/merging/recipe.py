@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from afa import __version__
 from afa.denoiser.schedule import kind_of
 from afa.experts.prediction import EPSILON, V
 from afa.files import sha256
 from afa.merging.configs import carried_configs
 from afa.merging.plan import Plan
 from afa.merging.sources import Source
+from afa.version import __version__
 
 # ModelSpec's names of architectures (github.com/Stability-AI/ModelSpec), by pipeline and width of the text states.
 ARCHITECTURES = {

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from afa.options import shares
+from afa.settings import shares
 
 OPPOSITE = 1e-12  # |â + b̂| below this is rounding in float64
 

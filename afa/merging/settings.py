@@ -6,7 +6,7 @@ from typing import Any
 
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
-from afa.options import SEED, WEIGHT, CheckedOptions, check_number, option
+from afa.settings import SEED, WEIGHT, CheckedOptions, check_number, option
 
 # The names of afa.merging.table.MERGES, which needs torch.
 METHODS = ["weighted", "mbw", "add_difference", "task_arithmetic", "ties", "dare", "model_stock", "slerp"]

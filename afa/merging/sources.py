@@ -12,18 +12,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from afa.errors import UserError
-from afa.experts.components import describe_vae
 from afa.experts.folders import read_folder, read_object
 from afa.experts.headers import Tensors, is_float, is_position_ids, read_file, tied
-from afa.experts.locate import Located, locate
-from afa.experts.original import config_folder
-from afa.experts.outline import OPEN_CLIP, Outline, read_outline
+from afa.experts.meta_model import OPEN_CLIP, Outline, read_outline
 from afa.experts.prediction import says
-from afa.experts.spec import ExpertSpec
-from afa.families.table import FAMILIES
+from afa.experts.single_file import config_folder, describe_vae
+from afa.experts.spec import ExpertSpec, Located, locate
 from afa.merging.original import Place, from_original, original_places, shape_from_original
 from afa.merging.parts import MERGED, today
 from afa.merging.stages import key_stages
+from afa.models.registry import FAMILIES
 
 EMA = "model_ema."
 MAPPED = 256 << 20  # bytes read from all files before they are mapped anew, which lets the read pages go

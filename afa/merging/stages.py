@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from afa.errors import UserError
-from afa.families import names
-from afa.families.table import FAMILIES
+from afa.models import registry as names
+from afa.models.registry import FAMILIES
 
 BASE = "base"
 DENOISERS = tuple(dict.fromkeys(family.component for family in FAMILIES.values()))  # what pipelines call them

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afa.errors import UserError
-from afa.experts.finite import is_finite
-from afa.lookup import look_up, unknown
+from afa.errors import UserError, look_up, unknown
+from afa.experts.headers import is_finite
 from afa.merging.differences import add_difference, dare, model_stock, task_arithmetic, ties
 from afa.merging.rules import mbw, slerp, weighted
 from afa.merging.stages import BASE
-from afa.options import SHARE, Bounds, check_number, shares
+from afa.settings import SHARE, Bounds, check_number, shares
 
 MERGES: dict[str, Callable[..., Tensor]] = {
     "weighted": weighted,

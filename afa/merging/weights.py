@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from afa.errors import UserError
-from afa.lookup import unknown
+from afa.errors import UserError, unknown
 from afa.merging.presets import PRESETS, has_presets, preset_weights
 from afa.merging.stages import BASE
-from afa.options import shares
 from afa.schema import Within, build
+from afa.settings import shares
 from afa.text_files import read_toml as read_toml_file
 
 OTHERS = "others"  # in a TOML file: what stages get that it does not name

@@ -15,7 +15,7 @@ from afa.pages.numbers import MINUS, decimals, probability, with_interval
 from afa.pages.tables import Row, Shown, Table
 
 if TYPE_CHECKING:
-    from afa.evaluation.statistics import Estimate
+    from afa.stats import Estimate
 
 STAR = [
     (5.8 * size * math.sin(k * math.pi / 5), -5.8 * size * math.cos(k * math.pi / 5))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
 
 if TYPE_CHECKING:
-    from afa.evaluation.statistics import Estimate
+    from afa.stats import Estimate
 
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"  # where there is nothing to show

@@ -9,9 +9,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from afa import __version__
 from afa.pages.charts import SHAPES
 from afa.pages.tables import GROUP_TITLES, MARKS
+from afa.version import __version__
 
 
 @lru_cache(maxsize=1)

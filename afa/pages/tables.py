@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from afa.pages.numbers import DASH, decimals, interval, number
-from afa.shareable import csv_cell, markdown_words
+from afa.places import csv_cell, markdown_words
 
 if TYPE_CHECKING:
-    from afa.evaluation.statistics import Estimate
+    from afa.stats import Estimate
 
 WIDTH = 120  # letters: of text for the terminal
 MARKS = {"better": "▲", "worse": "▼", "undecided": "○", "": ""}  # verdicts, after Holm's correction

@@ -1,19 +1,185 @@
-"""Ask one expert at every probe, and keep what it got wrong."""
+"""Expert after expert: loaded alone, asked, its answers kept on disk, forgotten."""
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+import gc
+import json
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
+from afa.aggregators.registry import Recipe
+from afa.data.sources import METADATA
+from afa.denoiser.base import EnsembleDenoiser
+from afa.denoiser.schedule import Schedule, conversion
 from afa.ensemble import Ensemble
-from afa.screening.probes import Probes
-from afa.screening.tapping import tapped
+from afa.errors import UserError
+from afa.experts.expert import Expert, load_vae
+from afa.experts.load import lend, load_experts, load_lender
+from afa.experts.spec import ExpertSpec, locate
+from afa.files import json_or_none, read_arrays, replacing, write_atomically
+from afa.frame import Frame
+from afa.images import read_made
+from afa.models.registry import FAMILIES
+from afa.prompts import read_prompts
+from afa.sampling.sample import Request, Sampling, sample
+from afa.screening.plan import Probes
+from afa.screening.settings import ScreenSettings
+from afa.seeds import nth_seed
+from afa.stages.stage import Stage, Trace
+from afa.text_encoder import width_of
 from afa.training.conditions import Conditions
 from afa.training.noise import Batch, Noising
-from afa.training.objectives.base import Pass
+from afa.training.objectives import Pass
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all experts are asked in: the first one's VAE and scheduler. lender: a folder whose text encoders bare denoisers borrow."""
+
+    vae: Any
+    scheduler: Any
+    lender: str | None
+    config: str | None
+    dtype: torch.dtype
+    device: torch.device
+
+    def load(self, spec: ExpertSpec) -> Ensemble:
+        """An expert by itself, its predictions turned into the frame's kind where they are of another."""
+        expert = load_alone(spec, self.lender, self.dtype, self.config)
+        kind = conversion(Schedule.of(expert.scheduler), Schedule.of(self.scheduler))
+        widths = [width_of(encoder) for encoder in expert.text_encoders]
+        maker = FAMILIES[expert.family].denoiser
+        try:
+            denoiser = maker([expert.model], [expert.name], Recipe("mean"), "out", widths, [kind])
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return Ensemble([expert], denoiser, Frame([expert], lender=expert.lender)).to(self.device)
+
+    def conditions(self, ensemble: Ensemble) -> Conditions:
+        """Its own text encoders."""
+        return Conditions(ensemble.pipeline(vae=self.vae), ensemble.denoiser, self.device)
+
+
+def common(
+    first: Expert, lender: str | None, vae: str | None, config: str | None, dtype: torch.dtype, device: torch.device
+) -> Common:  # fmt: skip
+    """first: an expert without its weights (see outline.py). vae: instead of its own. Raises UserError if VAE or scheduler is nowhere to be had."""
+    borrowed = None if first.scheduler is not None else load_lender(_folder(first, lender), dtype)
+    scheduler = first.scheduler if borrowed is None else borrowed.scheduler
+    if vae is not None:
+        return Common(load_vae(locate(ExpertSpec("vae", vae)), config, dtype, like=first), scheduler, lender, config, dtype, device)
+    own = first.located if first.located is not None and first.located.whole_pipeline else None
+    found = load_vae(own, first.config or config, dtype) if own is not None else (borrowed or load_lender(_folder(first, lender), dtype)).load_vae()
+    return Common(found, scheduler, lender, config, dtype, device)
+
+
+def _folder(expert: Expert, frame: str | None) -> str:
+    if frame is None:
+        raise UserError(f"expert '{expert.name}' lacks a VAE, text encoders or a scheduler; name a pipeline's folder that lends them: --frame FOLDER")
+    return frame
+
+
+def load_alone(spec: ExpertSpec, lender: str | None, dtype: torch.dtype, config: str | None) -> Expert:
+    """One expert. Raises UserError for a denoiser alone that nobody lends text encoders and scheduler to."""
+    (expert,) = load_experts([spec], dtype, config)
+    if not expert.text_encoders:
+        lend([expert], _folder(expert, lender), dtype)
+    return expert
+
+
+def forget() -> None:
+    """Give back the memory of an expert that is no longer referred to."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+AT_ONCE = 4
+
+
+def draw_prompts(settings: ScreenSettings, specs: Sequence[ExpertSpec], frame: Common, resolution: int, folder: Path) -> Path:
+    """Prompt k is drawn by expert k, counted round; pictures that are there are kept: -> a folder of captioned images."""
+    prompts = read_prompts(Path(str(settings.prompts)))[: settings.images]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{place:05d}.png" for place in range(len(prompts))]
+    there = [read_made(file) is not None for file in files]
+    with tqdm(total=len(prompts), desc="drawing", unit="image", file=sys.stderr, initial=sum(there)) as bar:
+        for turn, spec in enumerate(specs):
+            missing = [place for place in range(turn, len(prompts), len(specs)) if not there[place]]
+            if missing:
+                _draw(spec, missing, prompts, files, settings, frame, resolution, bar)
+    lines = [json.dumps({"file_name": file.name, "text": prompt}, ensure_ascii=False) for file, prompt in zip(files, prompts, strict=True)]
+    write_atomically(folder / METADATA, "\n".join(lines) + "\n")
+    return folder
+
+
+def _draw(
+    spec: ExpertSpec, places: Sequence[int], prompts: Sequence[str], files: Sequence[Path], settings: ScreenSettings, frame: Common, side: int, bar: tqdm
+) -> None:
+    """One expert's share, some at once."""
+    ensemble = frame.load(spec)
+    frame.vae.to(frame.device)
+    pipeline = ensemble.pipeline(vae=frame.vae)
+    pipeline.set_progress_bar_config(disable=True)
+    sampling = Sampling(settings.steps, settings.guidance, height=side, width=side)
+    for start in range(0, len(places), AT_ONCE):
+        part = places[start : start + AT_ONCE]
+        images = sample(pipeline, [Request(prompts[place], nth_seed(settings.seed, place)) for place in part], sampling)
+        for place, image in zip(part, images, strict=True):
+            with replacing(files[place]) as temporary:
+                Image.fromarray(image).save(temporary, format="PNG")
+        bar.update(len(part))
+    del ensemble, pipeline
+    forget()
+
+
+PLACES = 16  # of an image, the same at every stage and for every expert
+SEED = 5
+
+
+class Tapped:
+    """A stage that shows what it puts out; in all else it is the one it stands for."""
+
+    def __init__(self, stage: Stage, seen: dict[str, Tensor]) -> None:
+        self._stage, self._seen = stage, seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stage, name)
+
+    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
+        features, after = self._stage.run(hidden, trace, skip, size)
+        self._seen[self._stage.name] = at_places(features).float().cpu()
+        return features, after
+
+
+@contextmanager
+def tapped(denoiser: EnsembleDenoiser) -> Iterator[dict[str, Tensor]]:
+    """Inside, a pass leaves its features here: by stage, (B, C, PLACES) float32; each pass those of the last one's place."""
+    seen: dict[str, Tensor] = {}
+    before = denoiser.columns
+    denoiser.columns = [tuple(Tapped(stage, seen) for stage in column) for column in before]  # type: ignore[misc]
+    try:
+        yield seen
+    finally:
+        denoiser.columns = before
+
+
+def at_places(features: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, PLACES): the same parts of the image whatever the size of the map."""
+    height, width = features.shape[-2:]
+    spots = torch.rand(2, PLACES, generator=torch.Generator().manual_seed(SEED))
+    rows, columns = (spots[0] * height).long().to(features.device), (spots[1] * width).long().to(features.device)
+    return features[:, :, rows, columns]
 
 
 @dataclass(frozen=True)
@@ -85,3 +251,70 @@ def _repeated(value: Any, count: int) -> Any:
     if isinstance(value, Tensor) and value.ndim and len(value) == 1:
         return value.expand(count, *value.shape[1:])
     return value
+
+
+DONE, ERRORS, FEATURES = "done", "errors.npy", "features.npz"
+
+
+class Store:
+    """The answers of one expert in a folder. shape: of all errors (M, BANDS, D, C, h, w); float32, memory-mapped.
+
+    done: how many images, from the first on, have answers that are whole, by their checksums; what is damaged is asked again.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
+        self.folder, self.shape = folder, shape
+        folder.mkdir(parents=True, exist_ok=True)
+        noted = json_or_none(folder / DONE)
+        self._sums: list[Any] = noted if isinstance(noted, list) else []  # of every image: see _sum
+        errors = self._open() if self._sums else None
+        if errors is None:
+            self._sums = []
+            errors = np.lib.format.open_memmap(folder / ERRORS, mode="w+", dtype=np.float32, shape=shape)
+        self._errors = errors
+        whole = next((image for image, sum_ in enumerate(self._sums) if self._sum(image) != sum_), len(self._sums))
+        self._sums = self._sums[:whole]
+
+    @property
+    def done(self) -> int:
+        return len(self._sums)
+
+    @property
+    def complete(self) -> bool:
+        return self.done >= self.shape[0]
+
+    def add(self, answers: Answers) -> None:
+        """Keep the next image's answers."""
+        self._errors[self.done] = answers.errors.numpy()
+        self._errors.flush()
+        if answers.features:
+            with replacing(self._features(self.done)) as temporary, temporary.open("wb") as file:
+                np.savez(file, **{name: tensor.numpy() for name, tensor in answers.features.items()})
+        self._sums.append(self._sum(self.done))
+        write_atomically(self.folder / DONE, json.dumps(self._sums))
+
+    def _open(self) -> np.memmap | None:
+        """What is there; None if it is damaged, or of another shape."""
+        try:
+            found = np.lib.format.open_memmap(self.folder / ERRORS, mode="r+")
+        except (OSError, ValueError):
+            return None
+        return found if found.shape == self.shape and found.dtype == np.float32 else None
+
+    def _sum(self, image: int) -> list[int] | None:
+        """What tells whether an image's answers are as they were written: crc32 of its errors, and whether it has whole features."""
+        if image >= self.shape[0]:
+            return None
+        return [zlib.crc32(self._errors[image].tobytes()), int(read_arrays(self._features(image)) is not None)]
+
+    def errors(self, image: int) -> Tensor:
+        """(BANDS, D, C, h, w)."""
+        return torch.from_numpy(np.array(self._errors[image]))
+
+    def features(self) -> dict[str, NDArray[np.float32]]:
+        """By stage, (samples, C, places)."""
+        parts = [dict(np.load(file)) for file in sorted(self.folder.glob(f"*-{FEATURES}"))]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+    def _features(self, image: int) -> Path:
+        return self.folder / f"{image:05d}-{FEATURES}"

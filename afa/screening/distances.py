@@ -1,7 +1,7 @@
-"""How far apart experts lie as parameters, stage by stage, read key by key: never more than one key of all experts is in memory."""
+"""Distances between experts: weights, predictions, features."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,3 +109,22 @@ def _common(sources: Sequence[Source], reference: Source) -> list[str]:
             if other[key] != shapes[0][key]:
                 raise UserError(f"'{source.name}': {key} is {list(other[key])}, expected {list(shapes[0][key])}; all must be of one architecture")
     return keys
+
+
+Features = Mapping[str, NDArray[np.float32]]  # by stage, (samples, C, places)
+
+
+def features_apart(one: Features, other: Features) -> dict[str, float]:
+    """By stage, ‖f - g‖ over the root mean square of ‖f‖ and ‖g‖: 0 for the same features, √2 for features that have nothing in common."""
+    return {stage: _apart(one[stage].astype(np.float64), other[stage].astype(np.float64)) for stage in one}
+
+
+def _apart(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    size = ((one**2).sum() + (other**2).sum()) / 2
+    return float(np.sqrt(((one - other) ** 2).sum() / size)) if size else 0.0
+
+
+def stage_pairs(names: Sequence[str], found: Sequence[Features]) -> list[dict[str, object]]:
+    """Ready for JSON: every pair with its distances by stage."""
+    pairs = [(one, other) for one in range(len(names)) for other in range(one + 1, len(names))]
+    return [{"experts": [names[one], names[other]], "stages": features_apart(found[one], found[other])} for one, other in pairs]

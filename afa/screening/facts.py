@@ -5,16 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from afa import __version__
-from afa.evaluation.statistics import Estimate, difference, estimate
+from afa.places import public_place
+from afa.screening.asking import Store
 from afa.screening.comparison import Comparison
-from afa.screening.distances import SAME, Distances
-from afa.screening.features import stage_pairs
-from afa.screening.foretell import fits, over
+from afa.screening.distances import SAME, Distances, stage_pairs
 from afa.screening.plan import Plan
-from afa.screening.store import Store
-from afa.screening.verdict import UNKNOWN, WORTH, Evidence, Verdict, judge
-from afa.shareable import public_place
+from afa.screening.verdict import UNKNOWN, WORTH, Evidence, Verdict, fits, judge, over
+from afa.stats import Estimate, difference, estimate
+from afa.version import __version__
 
 NEAR = 0.1  # of their errors: predictions that are less apart are nearly the same
 UNKNOWABLE = (

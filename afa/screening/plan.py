@@ -1,27 +1,97 @@
-"""What a screening would do, found before a weight is read."""
+"""What a screening asks: images, timesteps, noises."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
+from afa.data.images import Crop
+from afa.data.registry import open_source
+from afa.data.sources import Columns, Source
 from afa.devices import choose_device
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
-from afa.experts.lending import frame_scheduler, lent_scheduler
-from afa.experts.load import Expert, check_names
-from afa.experts.outline import read_outline
+from afa.experts.expert import Expert
+from afa.experts.load import check_names, frame_scheduler, lent_scheduler
+from afa.experts.meta_model import read_outline
 from afa.experts.spec import ExpertSpec
-from afa.families.table import FAMILIES
-from afa.generation.prompts import read_prompts
 from afa.latents import latents_of
-from afa.screening.data import find
+from afa.models.registry import FAMILIES
+from afa.prompts import read_prompts
 from afa.screening.settings import ScreenSettings
-from afa.training.data import check_skipped
-from afa.training.routing import BANDS
-from afa.training.sources.base import Columns, Source
+from afa.seeds import NARROW, generator, narrow
+from afa.training.data import check_skipped, encode
+from afa.training.measure import BANDS
+from afa.training.noise import Noising
+
+
+@dataclass(frozen=True)
+class Probes:
+    """latents (M, C, h, w): clean, as denoisers see them, on the CPU. captions (M). sizes (M, 6): SDXL's size conditions.
+
+    digest: a hash of the images and captions.
+    draws D: of noise, at every image and step. seed: of steps and noise; a point's numbers do not depend on how many points there are.
+    """
+
+    latents: Tensor
+    captions: list[str]
+    sizes: Tensor
+    draws: int
+    seed: int
+    digest: str = ""
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def steps(self, image: int, noising: Noising) -> Tensor:
+        """One step in each band, drawn for this image: (BANDS,)."""
+        rng = _stream(self.seed, image, 0)
+        places = (torch.arange(BANDS) + torch.rand(BANDS, generator=rng)) / BANDS
+        return (places * noising.steps).long().clamp(max=noising.steps - 1)
+
+    def noise(self, image: int) -> Tensor:
+        """(BANDS, D, C, h, w)."""
+        rng = _stream(self.seed, image, 1)
+        return torch.randn((BANDS, self.draws, *self.latents.shape[1:]), generator=rng)
+
+
+def _stream(seed: int, image: int, which: int) -> torch.Generator:
+    """A generator of its own for every seed, image and one of two uses."""
+    mixed = (seed * 1_000_003 + image) * 2 + which
+    return torch.Generator().manual_seed(mixed if seed < NARROW else narrow(mixed))
+
+
+FEW = 50  # images, encoded without a bar
+AT_ONCE = 8
+
+
+def find(place: str, images: int, columns: Columns | None = None) -> Source:
+    """List the first so many captioned images. Raises UserError if there are fewer than two."""
+    source = open_source(place, columns, images)
+    if len(source.samples) < 2:
+        raise UserError(f"--data {place} holds {len(source.samples)} captioned image; at least 2 are needed for an interval")
+    return source
+
+
+def encoded(place: str | Source, vae: Any, noising: Noising, *, images: int, draws: int, seed: int, resolution: int) -> Probes:
+    """The probes of the images that can be read; others are left out and noted in the source. resolution: of the squares, in pixels."""
+    source = find(place, images) if isinstance(place, str) else place
+    work = [(sample, [Crop(resolution)]) for sample in source.samples]
+    vae.to(noising.device)
+
+    def watched(rows: Any) -> Any:
+        return tqdm(rows, desc="encoding images", unit="image", total=len(work), file=sys.stderr, disable=len(work) < FEW)
+
+    found = encode(work, vae, AT_ONCE, source.skipped, watched)
+    batch = noising.draw(found, list(range(len(found))), generator(seed))
+    vae.to("cpu")
+    return Probes(batch.latents, found.captions, found.sizes, draws, seed, found.digest)
+
 
 VAE_FACTOR = 8  # of all known VAEs of SD and SDXL; for denoisers that come without one
 

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from afa.evaluation.statistics import Estimate
 from afa.files import write_atomically
 from afa.pages import charts
 from afa.pages.numbers import number
 from afa.pages.page import render
 from afa.pages.tables import Row, Shown, Table, wrapped
+from afa.stats import Estimate
 
 Facts = Mapping[str, Any]
 FACTS, PAGE = "screen.json", "report.html"

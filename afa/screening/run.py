@@ -12,31 +12,24 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from afa.claims import claim
 from afa.devices import choose_device
 from afa.errors import UserError
 from afa.experts.spec import ExpertSpec
 from afa.files import json_or_none, locked, write_atomically
-from afa.fingerprint import fingerprint
-from afa.generation.prompts import read_prompts
+from afa.fingerprint import claim, fingerprint
 from afa.latents import latents_of
 from afa.merging.run import merge_files
 from afa.merging.settings import MergeSettings
-from afa.prompts import warn_of_prompts
-from afa.screening.alone import Common, common, forget
-from afa.screening.asking import Asking
+from afa.prompts import read_prompts, warn_of_prompts
+from afa.screening.asking import Asking, Common, Store, common, draw_prompts, forget
 from afa.screening.comparison import Comparison
-from afa.screening.data import encoded, find
 from afa.screening.distances import Distances, distances
-from afa.screening.drawn import draw_prompts
 from afa.screening.facts import facts_of
-from afa.screening.plan import Plan, plan
-from afa.screening.probes import Probes
+from afa.screening.plan import Plan, Probes, encoded, find, plan
 from afa.screening.settings import ScreenSettings
-from afa.screening.store import Store
 from afa.training.data import check_skipped
+from afa.training.measure import BANDS
 from afa.training.noise import Noising
-from afa.training.routing import BANDS
 
 FEATURED = 8  # images at which features are looked at
 AVERAGE = "weight-average"

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
-from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, CheckedOptions, option
+from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, CheckedOptions, option
 
 FREE = ("output", "batch_size", "allow_outside", "device", "dry_run", "json")  # may differ when a screening goes on: they change no answer
 

@@ -1,21 +1,25 @@
-"""What frozen models say of images and captions, computed once for all runs: latents of the VAE, states of the text encoders."""
+"""Encoded training data: latents and text states, kept on disk and shared by runs."""
 
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
+from afa.data.images import Crop
+from afa.data.sources import BROKEN, Sample, Skipped
 from afa.errors import UserError
 from afa.images import OPENER
-from afa.training.pictures import Crop
-from afa.training.sources.base import Sample
-from afa.training.store import RowStore
+from afa.store import RowStore, StoredRows
+from afa.training.data import Encoded, Work, batches, digest, moments_of
 
 MARKS = "images.txt"  # what is known of images without reading them
 SIZES = 6
@@ -138,3 +142,118 @@ def _lines(file: Path) -> list[str]:
     """The whole lines of a file; one that was cut off is no line."""
     text = file.read_text(encoding="ascii", errors="replace") if file.exists() else ""
     return [line for line in text[: text.rfind("\n") + 1].split("\n") if MARK.fullmatch(line)]
+
+
+@dataclass(frozen=True)
+class Found:
+    """An image of the cache, in the place of a row."""
+
+    sample: Sample
+    sha256: bytes
+
+
+def encode_cached(work: Sequence[Work], vae: Any, batch_size: int, skipped: Skipped, progress: Any = iter, *, cache: LatentCache) -> Encoded:
+    """As data.encode, but only what the cache lacks is read and encoded; each process does its share."""
+    state = PartialState()
+    todo = [item for item in work if cache.find(*item) is None]
+    state.wait_for_everyone()  # nobody writes before everybody has looked
+    left_out = Skipped()
+    for batch in batches(todo[state.process_index :: state.num_processes], batch_size, left_out, progress):
+        keys = [row_key(row.sha256.hex(), row.crop) for row in batch]
+        cache.add(keys, moments_of(vae, batch), [row.size for row in batch])
+        cache.note((row.sample, row.sha256) for row in batch)
+    state.wait_for_everyone()
+    cache.refresh()
+    reasons = {name: reason for reason, names in left_out.names.items() for name in names}
+    return _collect(work, skipped, reasons, cache)
+
+
+def _collect(work: Sequence[Work], skipped: Skipped, reasons: Mapping[str, str], cache: LatentCache) -> Encoded:
+    """Everything in its order; what is still not there could not be read. reasons: why, where this process knows."""
+    keys: list[str] = []
+    images: list[Found] = []
+    for sample, crops in work:
+        known = cache.find(sample, crops)
+        if known is None:
+            skipped.add(reasons.get(sample.name, BROKEN), sample.name)
+            continue
+        keys += known.keys
+        images += [Found(sample, known.sha256)] * len(crops)
+    if not keys:
+        raise UserError(f"none of the images can be read: {skipped.summary()}")
+    captions = [image.sample.caption for image in images]
+    return Encoded(StoredRows(cache.moments, keys), captions, cache.sizes.read(keys), digest(images), len(work[0][1]))
+
+
+def announce(folder: Path, what: str, count: int, row_bytes: int) -> None:
+    """Say what will be written, before it is. Raises UserError if the disk has no room for it."""
+    if count:
+        check_space(folder, count * row_bytes)
+        if PartialState().is_main_process:
+            print(f"afa: {count} {what} to put into the cache {folder}, {count * row_bytes / 1e6:,.1f} MB", file=sys.stderr)
+
+
+def missing_rows(work: Iterable[Work], cache: LatentCache) -> int:
+    """How many rows are not there yet."""
+    return sum(len(crops) for sample, crops in work if cache.find(sample, crops) is None)
+
+
+STEP = 16  # tokens: rows are as long as the next multiple
+
+
+class VaryingTextCache:
+    """States (T, D) of captions with a mask (T,) that keeps the first of them, by caption and text encoders; used as TextCache is.
+
+    width: D. longest: tokens of the longest caption, for what the cache is expected to need.
+    """
+
+    def __init__(self, folder: Path, identity: str, width: int, dtype: torch.dtype, longest: int) -> None:
+        self.place, self.width, self.dtype = folder / f"text-{identity[:16]}", width, dtype
+        self.row_bytes = _row(longest) * width * dtype.itemsize + 8
+        self.lengths = RowStore(self.place / "lengths", (1,), torch.int64)
+        self.stores: dict[int, RowStore] = {}
+        self.refresh()
+
+    def missing(self, captions: Iterable[str]) -> list[str]:
+        """The captions that are not there, each once."""
+        return [caption for caption in dict.fromkeys(captions) if caption_key(caption) not in self.lengths]
+
+    def add(self, captions: Sequence[str], parts: Sequence[Tensor]) -> None:
+        """Keep states (B, T, D) with their mask (B, T): states first, so that a length is there only with what it is of."""
+        states, mask = parts
+        keys, lengths = [caption_key(caption) for caption in captions], mask.sum(1).tolist()
+        assert all(bool(kept[:length].all()) for kept, length in zip(mask, lengths, strict=True)), "padding stands behind a prompt"
+        for size in sorted({_row(length) for length in lengths}):
+            chosen = [place for place, length in enumerate(lengths) if _row(length) == size]
+            rows = states.new_zeros(len(chosen), size, self.width)
+            for row, place in zip(rows, chosen, strict=True):
+                row[: lengths[place]] = states[place, : lengths[place]]
+            self._store(size).add([keys[place] for place in chosen], rows)
+        self.lengths.add(keys, torch.tensor(lengths).view(-1, 1))
+
+    def read(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """-> states (B, T, D), zeros behind every prompt's end, and their mask (B, T); T: of the longest."""
+        keys = [caption_key(caption) for caption in captions]
+        lengths = self.lengths.read(keys)  # (B, 1)
+        states = torch.zeros(len(keys), int(lengths.max()), self.width, dtype=self.dtype)
+        for own, key, length in zip(states, keys, lengths.flatten().tolist(), strict=True):
+            own[:length] = self._store(_row(length)).read([key])[0, :length]
+        return states, torch.arange(states.shape[1])[None] < lengths
+
+    def refresh(self) -> None:
+        """See what other processes have added."""
+        for folder in self.place.glob("states-*"):
+            self._store(int(folder.name.removeprefix("states-")))
+        for store in self.stores.values():
+            store.refresh()
+        self.lengths.refresh()
+
+    def _store(self, length: int) -> RowStore:
+        if length not in self.stores:
+            self.stores[length] = RowStore(self.place / f"states-{length}", (length, self.width), self.dtype)
+        return self.stores[length]
+
+
+def _row(length: int) -> int:
+    """How long the row of a prompt is."""
+    return -(-length // STEP) * STEP

@@ -13,10 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from afa.denoiser.base import EnsembleDenoiser
-from afa.experts.load import TEXT_ENCODERS
-from afa.training.cache import TextCache, content_hash
-from afa.training.cached import announce
-from afa.training.varying import VaryingTextCache
+from afa.experts.expert import TEXT_ENCODERS
+from afa.training.cache import TextCache, VaryingTextCache, announce, content_hash
 
 FEW = 50  # captions, encoded without a bar
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from afa.data.images import UNREADABLE, Crop, reason, square
+from afa.data.sources import Sample, Skipped, Source
 from afa.errors import UserError
 from afa.images import open_image
 from afa.latents import latents_of
-from afa.training.pictures import UNREADABLE, Crop, reason, square
-from afa.training.sources.base import Sample, Skipped, Source
-from afa.training.store import StoredRows
+from afa.store import StoredRows
 
 EMPTY = torch.empty(0)
 AHEAD = 4  # batches decoded before they are needed

@@ -12,8 +12,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from afa.files import write_atomically
-from afa.training.measure import Measured
-from afa.training.routing import DROPPED
+from afa.training.measure import DROPPED, Measured
 
 LOG = "log.jsonl"
 

@@ -1,8 +1,12 @@
-"""The training loop: steps, measurements, early stopping, states, interruption."""
+"""The training loop, from which Ctrl-C leaves at the end of a step."""
 
 import functools
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,15 +21,38 @@ from afa.errors import UserError
 from afa.schema import Score, build
 from afa.training.conditions import Conditions
 from afa.training.data import Encoded
-from afa.training.interrupt import interruptible
 from afa.training.log import LOG, Monitor
 from afa.training.measure import HeldOut
 from afa.training.noise import Batch, Noising
-from afa.training.objectives.base import Pass
-from afa.training.objectives.table import Objectives
+from afa.training.objective_registry import Objectives
+from afa.training.objectives import Pass
 from afa.training.settings import LoopSettings
 from afa.training.sheets import Sheets
 from afa.training.state import load_state, save_state, state_file
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C or SIGTERM into an event, so that a step can end; the second one stops at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield event
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 
 PERSISTS = 10  # steps in a row without a finite gradient: then the run stops
 

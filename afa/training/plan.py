@@ -1,17 +1,148 @@
-"""What a training run would do, before it does it."""
+"""What a training run will need: steps, time, memory, measured before it begins."""
 
+import copy
+import functools
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from afa.aggregators.table import count_parameters
+from afa.aggregators.registry import count_parameters
+from afa.cost import call_of
+from afa.data.sources import Source
+from afa.denoiser.base import EnsembleDenoiser
+from afa.denoiser.lora import base_of, shared_copy
+from afa.devices import LiveBytes, choose_device
 from afa.ensemble import Ensemble
-from afa.experts.storage import stored_bytes
+from afa.experts.lora import tuner_layers
+from afa.experts.quantised import kept_elsewhere, store_weights, stored_bytes
 from afa.latents import latents_of
-from afa.training.estimate import advice, expected
+from afa.training.conditions import Conditions
+from afa.training.noise import Batch
+from afa.training.objective_registry import make_means, make_objectives
+from afa.training.objectives import Pass, Total
+from afa.training.prepare import noising_of
+from afa.training.reward_objectives import Decoder
 from afa.training.settings import LoopSettings
-from afa.training.sources.base import Source
+
+COPIES = 2  # of what is trained, besides the optimiser's: the moving average, and the best so far
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of tensors on the training device. step: the most at once in a step, all else included. frozen: weights of experts.
+
+    beside: weights of VAE and text encoders, which a cache makes superfluous.
+    """
+
+    step: int
+    frozen: int
+    beside: int
+
+    @property
+    def total(self) -> int:
+        return self.step + self.beside
+
+
+def step_bytes(
+    denoiser: EnsembleDenoiser, batch_size: int, side: int, dtype: torch.dtype, checkpointing: bool, store: str | None = None, vae: Any = None
+) -> int:
+    """The most bytes of tensors alive in a training step of a denoiser like this one: weights, activations, gradients, optimiser.
+
+    Counted on a copy under FakeTensorMode, which picks the same kernels as a real step, fused attention above all.
+    side: of the latent. store: see afa.experts.quantised. vae: where an objective judges images, drawn through it.
+    What an allocator adds by fragmentation is not in it, nor a reward's own network.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        twin = _copy(denoiser, dtype)
+        if checkpointing:
+            twin.enable_gradient_checkpointing()
+        twin.train()
+        decoder = None if vae is None else Decoder(_made(vae, dtype), checkpointing)
+        elsewhere: list[torch.Tensor] = []
+        if store is not None:
+            store_weights(twin.experts, store)
+            elsewhere = kept_elsewhere(twin.experts)
+        with LiveBytes(elsewhere) as counter:
+            _step(twin, list(twin.aggregators.parameters()), batch_size, side, dtype, decoder)
+    return counter.peak
+
+
+def _copy(denoiser: EnsembleDenoiser, dtype: torch.dtype) -> Any:
+    """The same ensemble, made anew from configs; what experts share is made once, and their LoRAs beside it."""
+    bases: dict[int, Any] = {}
+    for expert in denoiser.experts:
+        if base_of(expert) not in bases:
+            bases[base_of(expert)] = _made(expert, dtype)
+    experts = [_with_loras(shared_copy(bases[base_of(expert)]), expert, dtype) for expert in denoiser.experts]
+    return type(denoiser)(experts, denoiser.names, denoiser.recipe, denoiser.placement)
+
+
+def _with_loras(model: Any, expert: Any, dtype: torch.dtype) -> Any:
+    """A model without LoRAs, with empty ones beside its weights where an expert has some."""
+    for name, layer in tuner_layers(expert):
+        known: dict[int, Any] = {id(layer.base_layer): model.get_submodule(name)}
+        for path, weight in layer.named_parameters():
+            if not path.startswith("base_layer."):
+                known[id(weight)] = nn.Parameter(torch.empty(weight.shape, dtype=dtype), requires_grad=False)
+        model.set_submodule(name, copy.deepcopy(layer, known))
+    return model
+
+
+def _made(model: Any, dtype: torch.dtype) -> Any:
+    """A model of the same config."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # tensors without content cannot be cast in place
+    try:
+        return type(model).from_config(model.config).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _step(denoiser: Any, parameters: list[nn.Parameter], batch_size: int, side: int, dtype: torch.dtype, decoder: Decoder | None) -> None:
+    kept = [[parameter.detach().clone() for parameter in parameters] for _ in range(COPIES)]
+    optimiser = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()  # makes its moments, which every later step finds
+    optimiser.zero_grad()
+    for parameter in denoiser.parameters():
+        parameter.view(-1)  # counted from the start: in every later step all weights are there
+    call = call_of(denoiser, side, side, batch_size, dtype=dtype)
+    answer = denoiser(**call).sample.float()
+    (answer if decoder is None else decoder(answer)).square().mean().backward()
+    optimiser.step()
+    del kept
+
+
+def expected(
+    denoiser: EnsembleDenoiser, beside: list[nn.Module], batch_size: int, side: int, dtype: torch.dtype, checkpointing: bool,
+    store: str | None = None, vae: Any = None,
+) -> Memory:  # fmt: skip
+    """What training this ensemble's aggregators will need. beside: VAE and text encoders, as far as they stay in memory."""
+    step = step_bytes(denoiser, batch_size, side, dtype, checkpointing, store, vae)
+    return Memory(step, stored_bytes(denoiser.experts), sum(map(stored_bytes, beside)))
+
+
+def advice(memory: Memory, *, checkpointing: bool, dtype: torch.dtype, cached: bool, batch_size: int, store: str | None) -> list[str]:
+    """What to switch on for less memory, what saves most first; none if all of it is on."""
+    activations = memory.step - memory.frozen
+    found = []
+    if not checkpointing and activations > memory.frozen / 4:
+        found.append("--gradient-checkpointing (activations of one stage instead of all)")
+    if dtype == torch.float32:
+        found.append("--dtype bfloat16 (half of the experts and of the activations)")
+    if store is None and memory.frozen > memory.total / 4:
+        found.append(f"--store int8 (a quarter of {memory.frozen / 1e9:.2f} GB of experts in float32, half in bfloat16), or --store cpu")
+    if not cached and memory.beside > memory.total / 20:
+        found.append(f"--cache DIR ({memory.beside / 1e9:.2f} GB of VAE and text encoders)")
+    if batch_size > 1:
+        found.append(f"--batch-size {batch_size // 2} --accumulate 2 (the same step in two parts)")
+    return found
 
 
 @dataclass(frozen=True)
@@ -58,8 +189,59 @@ class Plan:
 
     def time(self) -> dict[str, Any]:
         """What the run is expected to take, by two steps of it on random latents, the second measured; nothing is kept of them."""
-        from afa.training.rehearsal import rehearse
 
         seconds, measurement = rehearse(self)
         measurements = self.settings.steps // self.settings.evaluate_every + 1
         return {"seconds_a_step": seconds, "seconds_a_measurement": measurement, "seconds": seconds * self.settings.steps + measurement * measurements}
+
+
+def rehearse(planned: Plan) -> tuple[float, float]:
+    """-> seconds of an optimiser step on one process, seconds of a measurement of the held-out images."""
+    settings, ensemble = planned.settings, planned.ensemble
+    device = choose_device(settings.device)
+    ensemble.to(device)
+    if settings.gradient_checkpointing:
+        ensemble.denoiser.enable_gradient_checkpointing()
+    vae = ensemble.frame.vae.to(device)
+    noising = noising_of(settings, ensemble, device)
+    means = make_means(settings, noising, vae, device, settings.gradient_checkpointing)
+    parameters = list(ensemble.aggregators.parameters())
+    objectives = make_objectives(means, parameters)
+    conditions = Conditions(ensemble.pipeline(), ensemble.denoiser, device)
+    side = planned.resolution // noising.latents.factor
+
+    def work(total: Total) -> torch.Tensor:
+        latents = torch.randn(settings.batch_size, noising.latents.channels, side, side, device=device)
+        spare = torch.randn(len(latents), total.spare, *latents.shape[1:], device=device) if total.spare else None
+        batch = Batch(latents, torch.randn_like(latents), torch.randint(noising.steps, (len(latents),), device=device), spare)
+        captions = [sample.caption for sample in planned.source.samples[: len(latents)]]
+        captions += captions[:1] * (len(latents) - len(captions))
+        encode = functools.partial(conditions, captions, torch.full((len(latents), 6), float(planned.resolution)))
+        none = torch.zeros(len(latents), dtype=torch.bool, device=device)
+        one = Pass(ensemble.denoiser, ensemble.denoiser, noising, batch, captions, none, encode)
+        return total.sum(total.losses(one)).mean()
+
+    def step() -> None:
+        torch.autograd.grad(work(objectives.training), parameters, allow_unused=True)
+
+    @torch.no_grad()
+    def measure() -> None:
+        work(objectives.held_out)
+
+    held_out = min(settings.held_out, len(planned.source.samples) // 5)
+    return _seconds(step, device) * settings.accumulate, _seconds(measure, device) * -(-held_out // settings.batch_size)
+
+
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    """Of the second time: the first makes buffers and chooses kernels."""
+    work()
+    _wait(device)
+    started = time.monotonic()
+    work()
+    _wait(device)
+    return time.monotonic() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -10,20 +10,19 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from afa.data.images import Crop
+from afa.data.registry import open_source
+from afa.data.sources import Columns, Source
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.latents import latents_of
-from afa.training.cache import LatentCache
-from afa.training.cached import announce, encode_cached, missing_rows
+from afa.training.cache import LatentCache, announce, encode_cached, missing_rows
 from afa.training.data import Augmentation, Encoded, Work, check_skipped, encode, split
 from afa.training.noise import Noising
-from afa.training.objectives.table import make_means, make_objectives
-from afa.training.pictures import Crop
-from afa.training.rewards import is_small
+from afa.training.objective_registry import make_means, make_objectives
+from afa.training.reward_objectives import is_small
 from afa.training.settings import LoopSettings
 from afa.training.sheets import make_watch
-from afa.training.sources.base import Columns, Source
-from afa.training.sources.table import open_source
 
 FEW = 50  # images, encoded without a bar
 

@@ -9,25 +9,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from afa import __version__
 from afa.checkpoint.manifest import MANIFEST, read_manifest
-from afa.claims import FILES
-from afa.denoiser.switches import only_expert
+from afa.denoiser.hooks import only_expert
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.evaluation.statistics import Estimate, difference, estimate
-from afa.experts.hashing import hash_expert
-from afa.experts.storage import store_weights
+from afa.experts.quantised import store_weights
+from afa.experts.spec import hash_expert
 from afa.files import locked, present, refuse_busy, settled
+from afa.fingerprint import FILES
 from afa.schema import build
-from afa.training.assemble import RUNS, keep_log, make_accelerator, make_trainer
+from afa.stats import Estimate, difference, estimate
 from afa.training.loop import Progress, Trainer
 from afa.training.plan import Plan
 from afa.training.prepare import check_objective, find_data, resolution_of
 from afa.training.settings import LoopSettings, TrainSettings
+from afa.training.setup import RUNS, keep_log, make_accelerator, make_trainer
 from afa.training.sheets import FOLDER as SHEETS
 from afa.training.state import FOLDER, check_finished, forget_state, state_file
+from afa.version import __version__
 
 LEFT_OUT = "left-out.jsonl"  # the images that could not be used, and why
 BEFORE, STARTED = "untrained mean", "as it was begun with"  # what a new ensemble's training, and a further one, is compared with

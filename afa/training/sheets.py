@@ -14,14 +14,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from afa.denoiser.base import EnsembleDenoiser
-from afa.denoiser.switches import record_weights
+from afa.denoiser.hooks import record_weights
 from afa.errors import UserError
-from afa.evaluation.metrics.base import ImageMetric
-from afa.evaluation.metrics.table import Resources, make_metric
-from afa.evaluation.pictures import Picture
-from afa.evaluation.statistics import difference
-from afa.experts.load import TEXT_ENCODERS
+from afa.experts.expert import TEXT_ENCODERS
 from afa.files import replacing
+from afa.metrics.base import ImageMetric, Picture
+from afa.metrics.registry import Resources, make_metric
+from afa.stats import difference
 from afa.training.conditions import encode_prompt
 from afa.training.settings import LoopSettings
 

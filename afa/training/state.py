@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from afa.claims import FILES, check_same
 from afa.errors import UserError
 from afa.files import replacing
+from afa.fingerprint import FILES, check_same
 from afa.schema import build
 from afa.training.settings import LoopSettings
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from afa.denoiser.switches import WeightMaps
+from afa.denoiser.hooks import WeightMaps
 from afa.visualise.grid import grid
 
 # One colour an expert, told apart by most kinds of colour vision. Source: Okabe and Ito (2008).

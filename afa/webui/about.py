@@ -4,9 +4,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from afa import __version__
 from afa.checkpoint.manifest import read_manifest
-from afa.generation.sources import is_saved
+from afa.generation.run import is_saved
+from afa.version import __version__
 from afa.webui.studio import Studio
 
 EXAMPLE = '''from gradio_client import Client

@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from afa.generation.pictures import read_metadata
+from afa.images import read_metadata
 from afa.webui.answers import answering
 from afa.webui.desk import Desk
 from afa.webui.job import Column, Picture

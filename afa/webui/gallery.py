@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from afa.errors import UserError
 from afa.files import locked
-from afa.generation.pictures import read_made, save_picture
-from afa.images import open_image
+from afa.images import open_image, read_made, save_picture
 from afa.webui.order import text
 
 SHOWN = 60  # of the latest pictures

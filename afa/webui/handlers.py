@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from afa.errors import UserError
-from afa.generation.pictures import read_metadata
+from afa.images import read_metadata
 from afa.prompts import unread
 from afa.webui import markup
 from afa.webui.desk import Desk

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from afa.denoiser.switches import WeightMaps
+from afa.denoiser.hooks import WeightMaps
 from afa.errors import UserError
 from afa.visualise.weights import conditional, mean_over_stages
 

@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from afa.baselines.options import OPTIONS, make_options
-from afa.baselines.sampler import PipelineSampler, in_frame
-from afa.baselines.table import make_sampler
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.evaluation.names import METHODS
-from afa.evaluation.rivals import TITLES
+from afa.evaluation.rows import METHODS
+from afa.evaluation.untrained import SAMPLING_TITLES
+from afa.sampling.options import OPTIONS, make_options
+from afa.sampling.registry import make_sampler
+from afa.sampling.sample import PipelineSampler, in_frame
 
 OF_ONE = ("single", "single_in_ensemble")  # they are one method for every expert
 
@@ -81,6 +81,6 @@ def _own(ensemble: Ensemble, name: str) -> Method:
 def _combined(ensemble: Ensemble, name: str) -> Method:
     kind, make = OPTIONS[name], partial(make_sampler, name, ensemble)
     record = {"method": name, "method_options": asdict(make_options(name, {})), "expert": None}
-    title = TITLES[name][0].upper() + TITLES[name][1:]
+    title = SAMPLING_TITLES[name][0].upper() + SAMPLING_TITLES[name][1:]
     has_maps = kind.has_maps and len(ensemble.names) > 1
     return Method(name, title, METHODS[name], make, record, has_maps, has_maps and not kind.only_predictions, kind.own_loop)

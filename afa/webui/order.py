@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from afa.denoiser.switches import check_strengths
-from afa.errors import UserError
-from afa.lookup import unknown
-from afa.options import SEEDS
+from afa.denoiser.hooks import check_strengths
+from afa.errors import UserError, unknown
 from afa.seeds import DRAW, draw_seed
+from afa.settings import SEEDS
 
 LONGEST = 4000  # characters of a prompt
 MOST = 10**6  # of steps and stages that are looked at, before it is known how many a picture has

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from afa.demo.data import ENSEMBLE
 from afa.demo.scenes import sample_scenes
-from afa.demo.world import ENSEMBLE
 from afa.errors import UserError
 from afa.webui.reports import read_reports
 from afa.webui.settings import FIRST_PORT, UiSettings

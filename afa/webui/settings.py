@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
-from afa.options import SAMPLING_STEPS, SIDE, CheckedOptions, option
+from afa.settings import SAMPLING_STEPS, SIDE, CheckedOptions, option
 
 FIRST_PORT = 7860
 

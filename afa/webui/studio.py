@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from afa.checkpoint.manifest import AGGREGATORS
+from afa.denoiser.hooks import WeightMaps, record_weights, scale_weights
 from afa.denoiser.schedule import FLOW, kind_of
-from afa.denoiser.switches import WeightMaps, record_weights, scale_weights
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.files import sha256
-from afa.generation.sample import Request, Sampling
-from afa.generation.sources import is_saved, load_sources, source_files, used_files
+from afa.generation.run import is_saved, load_sources, source_files, used_files
+from afa.places import public_place
+from afa.sampling.sample import Request, Sampling
 from afa.schedulers import FLOWS, SCHEDULERS, reschedule
 from afa.seeds import nth_seed
-from afa.shareable import public_place
 from afa.webui.gallery import Gallery
 from afa.webui.job import Cancelled, Column, Job, Picture, unexpected
 from afa.webui.maps import Kept, Shelf

@@ -8,12 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from afa.claims import FILES, check_claim, check_same, claim
 from afa.cli.main import main
-from afa.controls.settings import LoraSettings
-from afa.demo.world import ENSEMBLE, EXPERTS
+from afa.demo.data import ENSEMBLE, EXPERTS
 from afa.errors import UserError
-from afa.fingerprint import changed, fingerprint, saved_fingerprint, summed
+from afa.fingerprint import (
+    FILES,
+    changed,
+    check_claim,
+    check_same,
+    claim,
+    fingerprint,
+    saved_fingerprint,
+    summed,
+)
+from afa.training.finetune_settings import LoraSettings
 from afa.training.settings import TrainSettings
 from afa.training.state import belongings, check_finished, load_state, save_state
 

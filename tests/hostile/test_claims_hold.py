@@ -15,7 +15,7 @@ from afa.evaluation.report.files import as_csv, as_text
 from afa.evaluation.report.headline import headlines, terms
 from afa.evaluation.report.page import as_html
 from afa.evaluation.results import Item, Method, MetricNote, Results, Run, SetScore
-from afa.evaluation.statistics import (
+from afa.stats import (
     Estimate,
     crossed_test,
     difference,
@@ -233,7 +233,7 @@ def test_equal_methods_differ_by_nothing_and_show_no_false_interval():
 
 def test_the_training_record_is_read_with_the_same_care():
     """One held-out image decides nothing."""
-    from afa.checkpoint.card import gains
+    from afa.checkpoint.folder import gains
 
     alone = dataclasses.asdict(Estimate(-0.2, -0.2, -0.2, 1))
     words = " ".join(gains({"best_expert": "a", "difference_to_best_expert": alone, "difference_to_untrained_mean": alone}))
@@ -250,7 +250,7 @@ def test_the_training_record_is_read_with_the_same_care():
     ],
 )
 def test_training_is_compared_with_the_untrained_ensemble_in_words(change, said):
-    from afa.checkpoint.card import gains
+    from afa.checkpoint.folder import gains
 
     best = dataclasses.asdict(Estimate(-0.01, -0.012, -0.008, 64))
     untrained = dataclasses.asdict(Estimate(*change, 64))

@@ -13,11 +13,10 @@ from afa.checkpoint.manifest import read_manifest
 from afa.cli import inspect
 from afa.cli.flags import read_flags
 from afa.cli.main import COMMANDS, build_parser, main
-from afa.demo.world import ASSETS
+from afa.demo.data import ASSETS
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.experts.locate import locate
-from afa.experts.spec import ExpertSpec
+from afa.experts.spec import ExpertSpec, locate
 from afa.places import EMBEDDED, located
 
 

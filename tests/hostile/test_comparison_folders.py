@@ -9,15 +9,15 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from afa.errors import UserError
-from afa.evaluation import cache
-from afa.evaluation.cache import cached_features
 from afa.evaluation.images import ImageSet
-from afa.evaluation.metrics.frechet import FrechetDistance
 from afa.evaluation.results import Item
 from afa.evaluation.rows import Row
 from afa.evaluation.run import image_folder
-from afa.generation.pictures import CHUNK
-from afa.generation.sample import Sampling
+from afa.images import CHUNK
+from afa.metrics import cache
+from afa.metrics.cache import cached_features
+from afa.metrics.frechet import FrechetDistance
+from afa.sampling.sample import Sampling
 
 
 def folder(name, **axes):

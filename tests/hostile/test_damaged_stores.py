@@ -8,19 +8,18 @@ import pytest
 import torch
 from PIL import Image
 
-from afa.claims import NOTE, claim
 from afa.errors import UserError
 from afa.evaluation.images import ImageSet
 from afa.evaluation.results import Item
 from afa.evaluation.tuning import Tuner
-from afa.explanation.data import explained
+from afa.explanation.explanation import explained
 from afa.files import json_or_none, read_arrays, sha256
-from afa.generation.pictures import read_made, save_picture
-from afa.generation.sample import Sampling
-from afa.screening.asking import Answers
-from afa.screening.store import Store
+from afa.fingerprint import NOTE, claim
+from afa.images import read_made, save_picture
+from afa.sampling.sample import Sampling
+from afa.screening.asking import Answers, Store
+from afa.store import RowStore
 from afa.training.cache import LatentCache, caption_key
-from afa.training.store import RowStore
 
 KEYS = [caption_key(text) for text in "abc"]
 ROWS = torch.arange(12.0).view(3, 4)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from afa.data.images import Crop
+from afa.data.registry import open_source
+from afa.data.shards import expand
+from afa.data.sources import Columns, Skipped
 from afa.errors import UserError
 from afa.training.data import batches, check_skipped
-from afa.training.pictures import Crop
-from afa.training.sources.base import Columns, Skipped
-from afa.training.sources.shards import expand
-from afa.training.sources.table import open_source
 
 CAFE = "a caf\u00e9 on white"
 

@@ -12,9 +12,8 @@ from tiny import sd_pipeline, sd_unet
 
 import afa as package
 from afa import Ensemble, UserError
-from afa.experts.finite import first_not_finite, is_finite
-from afa.experts.lending import load_lender
-from afa.experts.load import load_expert, load_experts
+from afa.experts.headers import first_not_finite, is_finite
+from afa.experts.load import load_expert, load_experts, load_lender
 
 ASSETS = Path(package.__file__).parent / "demo" / "assets"
 FILES = {

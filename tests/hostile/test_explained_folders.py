@@ -8,9 +8,9 @@ from hostile import WRONG, edit
 from PIL import Image
 
 from afa.errors import UserError
-from afa.explanation.data import read_entry
+from afa.explanation.causes import Unused
+from afa.explanation.explanation import read_entry
 from afa.explanation.page import as_html
-from afa.explanation.skipping import Unused
 from afa.explanation.summary import as_json
 
 MARKUP = "<script>alert(1)</script>"

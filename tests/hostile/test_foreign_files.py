@@ -12,14 +12,13 @@ import torch
 from hostile import ASSETS, WRONG, afa, downloaded, edit, within
 
 from afa import Ensemble
-from afa.claims import FILES
-from afa.controls.run import RECORD, finetune, finished
-from afa.controls.settings import LoraSettings
 from afa.errors import UserError
-from afa.experts import locate as locating
-from afa.experts.locate import locate
-from afa.experts.spec import ExpertSpec
+from afa.experts import spec as locating
+from afa.experts.spec import ExpertSpec, locate
+from afa.fingerprint import FILES
 from afa.merging.search.journal import Journal
+from afa.training.finetune import RECORD, finetune, finetune_finished
+from afa.training.finetune_settings import LoraSettings
 from afa.training.state import belongings, load_state, save_state, state_file
 
 CURVES = str(ASSETS / "curves")
@@ -176,7 +175,7 @@ def test_a_record_of_finetuning_that_is_damaged_is_refused_in_a_sentence(setting
     Path(settings.output).mkdir()
     (Path(settings.output) / RECORD).write_text(text)
     with pytest.raises(UserError, match=r"finetune\.json") as raised:
-        finished(settings)
+        finetune_finished(settings)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
 
 
@@ -187,11 +186,11 @@ def test_a_record_of_finetuning_with_a_value_of_another_kind_is_refused_or_fits(
     Path(settings.output).mkdir()
     file = Path(settings.output) / RECORD
     file.write_text(json.dumps(record))
-    assert finished(settings) is not None
+    assert finetune_finished(settings) is not None
     for value in WRONG.values():
         file.write_text(json.dumps(record | {key: value}))
         with contextlib.suppress(UserError):
-            finished(settings)
+            finetune_finished(settings)
 
 
 LINES = [

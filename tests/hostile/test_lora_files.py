@@ -10,7 +10,7 @@ from tiny import sd_unet, text_encoder
 
 from afa import UserError
 from afa.denoiser.lora import adapter_parameters, check_weights
-from afa.experts.adapters import load_lora
+from afa.experts.lora import load_lora
 from afa.experts.spec import ExpertSpec, Lora
 
 SMALL = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4} | {

@@ -16,10 +16,10 @@ from tiny_transformers import flux_transformer, sd3_transformer
 
 from afa import Ensemble
 from afa.denoiser.lora import adapter_parameters, tuner_layers
-from afa.experts.adapters import fuse, load_lora
 from afa.experts.load import load_expert
-from afa.families.names import stages_of
-from afa.families.original_names import unet_names
+from afa.experts.lora import fuse, load_lora
+from afa.models.registry import stages_of
+from afa.stages.original_names import unet_names
 
 SMALL = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4} | {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),

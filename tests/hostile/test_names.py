@@ -6,7 +6,7 @@ from hostile import ASSETS, afa, downloaded, edit
 from afa import Ensemble
 from afa.errors import UserError
 from afa.experts.spec import ExpertSpec
-from afa.naming import check_name, plain_name
+from afa.places import check_name, plain_name
 
 BAD = [
     *("../x", "x/../../y", "/abs", "a\\b", "..", ".", ".hidden", "", " ", "a\0b", "a\nb", "a\x1b[2J", "\u202egnp", "C:x", "c:\\x", "con", "NUL"),
@@ -76,7 +76,7 @@ def test_names_in_a_manifest_are_refused_in_every_command(folder, tmp_path, name
 def test_names_given_in_python_are_refused(folder, name):
     from diffusers import UNet2DConditionModel
 
-    from afa.denoiser.unet import UNetEnsemble
+    from afa.models.unet import UNetEnsemble
 
     model = UNet2DConditionModel.from_pretrained(ASSETS / "curves" / "unet")
     with pytest.raises(UserError, match="is called"):

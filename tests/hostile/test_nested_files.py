@@ -5,11 +5,11 @@ import json
 import pytest
 from PIL import Image, PngImagePlugin
 
-from afa.claims import NOTE, check_claim
 from afa.errors import UserError
-from afa.experts.components import _read
+from afa.experts.single_file import _read
 from afa.explanation.run import _distance
-from afa.generation.pictures import CHUNK, read_made
+from afa.fingerprint import NOTE, check_claim
+from afa.images import CHUNK, read_made
 from afa.merging.folder import _write_config
 from afa.training.log import _step
 

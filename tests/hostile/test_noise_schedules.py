@@ -19,7 +19,7 @@ from tiny import sd_unet
 from afa import Ensemble, UserError
 from afa.denoiser.schedule import Schedule, clean_of, tables
 from afa.experts.compatible import mismatches
-from afa.experts.load import Expert
+from afa.experts.expert import Expert
 from afa.latents import Latents
 from afa.schedulers import SCHEDULERS, make_scheduler
 from afa.training.noise import Noising

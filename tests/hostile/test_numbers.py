@@ -7,14 +7,13 @@ import typing
 import numpy as np
 import pytest
 
-from afa.baselines.options import make_options
 from afa.cli.main import COMMANDS, main
+from afa.denoiser.hooks import check_strengths
 from afa.denoiser.lora import check_weights
-from afa.denoiser.switches import check_strengths
 from afa.errors import UserError
 from afa.merging.table import check_merge
-from afa.options import check_value, kind_of, option, shares
-from afa.recipes import read_recipe
+from afa.sampling.options import make_options
+from afa.settings import check_value, kind_of, option, read_recipe, shares
 
 ALL = [
     (verb, options, field)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from afa.errors import UserError
-from afa.generation.pictures import CHUNK, read_metadata, save_picture
+from afa.images import CHUNK, read_metadata, save_picture
 from afa.webui.gallery import Gallery
 from afa.webui.guard import MOST_UPLOADS, Guard
 from afa.webui.order import Limits, make_order, whole

@@ -16,9 +16,9 @@ from afa import Ensemble, UserError
 from afa.checkpoint.manifest import read_manifest
 from afa.denoiser.schedule import Schedule, kind_of, tables
 from afa.experts.load import load_expert
-from afa.experts.original import detect_config
-from afa.experts.outline import read_outline
+from afa.experts.meta_model import read_outline
 from afa.experts.prediction import Prediction, predicting, said_by_file
+from afa.experts.single_file import detect_config
 from afa.experts.spec import ExpertSpec
 from afa.inspection import Subject, facts
 from afa.merging.run import merge_files
@@ -255,6 +255,6 @@ def test_every_schedulers_way_to_zero_terminal_snr_samples_finite_latents_from_t
 
 
 def _mean():
-    from afa.aggregators.table import Recipe
+    from afa.aggregators.registry import Recipe
 
     return Recipe("mean")

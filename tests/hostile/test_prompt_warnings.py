@@ -7,7 +7,7 @@ import torch
 from tiny import quiet, sd_pipeline, sdxl_pipeline, tokenizer
 from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
-from afa.families.table import FAMILIES, called
+from afa.models.registry import FAMILIES, called
 from afa.prompts import lost_parts, plain_text, unread, warn_of_prompts
 from afa.training.conditions import encode_prompt
 

@@ -8,8 +8,8 @@ import pytest
 
 from afa.cli.main import main
 from afa.errors import UserError
-from afa.generation.prompts import asked_prompts, read_prompts
-from afa.generation.sample import Request, Sampling
+from afa.prompts import asked_prompts, read_prompts
+from afa.sampling.sample import Request, Sampling
 
 PROMPT = "a red ring\u2028on\x85a white\x0cbackground\x1c."
 

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from afa.errors import UserError
-from afa.evaluation.protocols.base import Request
-from afa.evaluation.protocols.table import make_protocol
+from afa.evaluation.protocols import Request, make_protocol
 from afa.experts.spec import ExpertSpec
 from afa.files import given_name
 

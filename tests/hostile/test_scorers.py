@@ -15,13 +15,12 @@ from tiny import sd_pipeline
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.judge import Judge
-from afa.evaluation.metrics.base import ImageMetric
-from afa.evaluation.metrics.user import load_scorer, try_scorer
-from afa.evaluation.pictures import Picture
 from afa.evaluation.results import Results
 from afa.evaluation.run import evaluate
 from afa.evaluation.settings import EvaluateSettings
-from afa.training.rewards import make_reward
+from afa.metrics.base import ImageMetric, Picture
+from afa.metrics.user import load_scorer, try_scorer
+from afa.training.reward_objectives import make_reward
 
 GOOD = "def score(images, captions):\n    return {'light': images.mean((1, 2, 3)) / 255}\n"
 # What a scorer may do wrong, and a word of what is said of it.
@@ -187,7 +186,7 @@ def test_scores_are_named_by_their_file_where_names_collide_and_only_there(tmp_p
 
 
 def test_a_score_named_frechet_a_distance_of_the_same_file_and_a_built_in_one_are_three(tmp_path):
-    from afa.evaluation.metrics.user import UserFrechet
+    from afa.metrics.user import UserFrechet
 
     class Frechet(UserFrechet):
         pass
@@ -197,7 +196,7 @@ def test_a_score_named_frechet_a_distance_of_the_same_file_and_a_built_in_one_ar
     judge = judge_of(tmp_path, code)
     assert len(judge.notes()) == 2 and {note.kind for note in judge.notes().values()} == {"image", "set"}
     from afa.demo.metric import frechet
-    from afa.evaluation.metrics.table import Resources
+    from afa.metrics.registry import Resources
 
     three = judge_of(tmp_path, code, frechet(Resources(None, torch.device("cpu"))))
     assert len(three.notes()) == 3 and "frechet" in three.notes()

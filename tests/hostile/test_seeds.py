@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from afa.cli.main import main
-from afa.demo.world import EXPERTS
+from afa.demo.data import EXPERTS
 from afa.errors import UserError
-from afa.evaluation.protocols.base import Request as Asked
-from afa.generation.pictures import read_metadata
-from afa.generation.sample import Request, Sampling
-from afa.screening.probes import Probes
+from afa.evaluation.protocols import Request as Asked
+from afa.images import read_metadata
+from afa.sampling.sample import Request, Sampling
+from afa.screening.plan import Probes
 from afa.seeds import SEEDS, draw_seed, generator, nth_seed
 
 LARGE = (5, 2**32 + 5, 2**63 + 5, SEEDS - 1)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from afa.checkpoint.card import model_card
+from afa.checkpoint.folder import model_card
 from afa.checkpoint.manifest import read_manifest
-from afa.demo.world import ASSETS, ENSEMBLE
-from afa.shareable import csv_cell, markdown_words, public_place
+from afa.demo.data import ASSETS, ENSEMBLE
+from afa.places import csv_cell, markdown_words, public_place
 
 HARMFUL = ("a|b", "`x`", "<img src=x>", "![a](http://x)", "[a](javascript:x)", "**a**", "a\n# b", "[a][b]", "[a]: http://x")
 

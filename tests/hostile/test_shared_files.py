@@ -11,9 +11,8 @@ from tiny import SMALL, sd_pipeline
 
 from afa import Ensemble
 from afa.checkpoint.manifest import read_manifest
-from afa.controls.lora import FILE
-from afa.controls.run import finetune
-from afa.controls.settings import LoraSettings
+from afa.training.finetune import FILE, finetune
+from afa.training.finetune_settings import LoraSettings
 from afa.training.settings import TrainSettings
 
 

@@ -12,17 +12,16 @@ from safetensors.torch import load_file, save_file
 from tiny import sd_pipeline
 
 from afa import Ensemble, UserError
-from afa.experts.components import describe_vae
 from afa.experts.embedded import KEY, check, pack
+from afa.experts.expert import Expert, load_vae
 from afa.experts.layouts import layout_of
-from afa.experts.load import Expert, load_expert, load_vae
-from afa.experts.locate import locate
-from afa.experts.original import detect_config
-from afa.experts.outline import read_outline
-from afa.experts.spec import ExpertSpec
+from afa.experts.load import load_expert
+from afa.experts.meta_model import read_outline
+from afa.experts.single_file import describe_vae, detect_config
+from afa.experts.spec import ExpertSpec, locate
 from afa.merging.run import merge_files
 from afa.merging.settings import MergeSettings
-from afa.screening.alone import common
+from afa.screening.asking import common
 from afa.screening.plan import plan
 from afa.screening.settings import ScreenSettings
 

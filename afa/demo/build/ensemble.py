@@ -6,11 +6,10 @@
 import argparse
 from pathlib import Path
 
-from afa.demo.draw import draw
-from afa.demo.methods import training
-from afa.demo.run import TRAINING_SCENES
+from afa.demo.data import ENSEMBLE, EXPERTS
+from afa.demo.run import TRAINING_SCENES, training
+from afa.demo.scenes import draw
 from afa.demo.settings import DemoSettings
-from afa.demo.world import ENSEMBLE, EXPERTS
 from afa.ensemble import Ensemble
 from afa.training.run import train
 

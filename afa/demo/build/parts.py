@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from afa.demo import reward, scorer
+from afa.demo import metric as reward
+from afa.demo import scorer
 from afa.demo.build.fit import Schedule, fit
 from afa.demo.scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Domain, Scene, render_all
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from afa.evaluation.columns import Column
 from afa.evaluation.compare import Analysis
 from afa.evaluation.results import GROUPS, Method
-from afa.evaluation.statistics import PADDED, RESAMPLES, SEVERAL, Estimate
 from afa.pages.numbers import count, decimals, durations, number, plural
 from afa.pages.tables import Cell, Row, Shown, Table
-from afa.shareable import public_place
+from afa.places import public_place
+from afa.stats import PADDED, RESAMPLES, SEVERAL, Estimate
 
 COMPUTED = {
     "intervals": (

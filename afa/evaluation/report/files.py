@@ -21,10 +21,10 @@ from afa.evaluation.report.content import (
 from afa.evaluation.report.headline import headlines, terms
 from afa.evaluation.report.page import as_html
 from afa.evaluation.results import Method, Results
-from afa.evaluation.statistics import Estimate
 from afa.files import locked, write_atomically
 from afa.pages.tables import Row, Table, wrapped
-from afa.shareable import markdown_words
+from afa.places import markdown_words
+from afa.stats import Estimate
 
 HEADERS = (
     "evaluation method title group study of training_seeds metric kind higher_is_better leading prompts value low high n"

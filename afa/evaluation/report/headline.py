@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from afa.evaluation.columns import Column, Comparison
 from afa.evaluation.compare import EXPERT, OURS, RIVALS, Analysis
-from afa.evaluation.statistics import LEVEL, SEVERAL
 from afa.pages.numbers import decimals, number, plural, probability, with_interval
 from afa.pages.tables import GROUP_TITLES
+from afa.stats import LEVEL, SEVERAL
 
 WORDS = {"better": "better than", "worse": "worse than", "undecided": "undecided against"}
 

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from afa.explanation.causes import Unused
 from afa.explanation.pictures.canvas import LINE, MARGIN, MUTED, Canvas, colour_of, fitting, wrapped
-from afa.explanation.skipping import Unused
 from afa.visualise.grid import INK
 from afa.visualise.weights import heat
 

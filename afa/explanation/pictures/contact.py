@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from afa.explanation.counterfactuals import Counterfactual
+from afa.explanation.causes import Counterfactual
 from afa.explanation.pictures.canvas import MARGIN, MUTED, Canvas, fitting, wrapped
 
 TILE, GAP, ROW = 168, 20, 5

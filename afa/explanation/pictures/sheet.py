@@ -5,10 +5,19 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from afa.explanation.maps import lead_at, weights_at
-from afa.explanation.pictures.canvas import MARGIN, MUTED, Canvas, colour_of, decimals, fitting, font, name_width, wrapped
+from afa.explanation.pictures.canvas import (
+    MARGIN,
+    MUTED,
+    Canvas,
+    colour_of,
+    decimals,
+    fitting,
+    font,
+    name_width,
+    wrapped,
+)
 from afa.explanation.recording import Recording
-from afa.explanation.shares import FINAL, stage_groups
+from afa.explanation.shares import FINAL, lead_at, stage_groups, weights_at
 from afa.visualise.weights import heat
 
 CELL, GAP, BIG, NARROWEST = 104, 10, 232, 1160

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from afa.explanation.maps import lead_at, weights_at
 from afa.explanation.pictures.canvas import LINE, MARGIN, MUTED, Canvas, colour_of, fitting
 from afa.explanation.recording import FRAMES, Recording
+from afa.explanation.shares import lead_at, weights_at
 from afa.visualise.grid import INK
 from afa.visualise.weights import heat
 

@@ -4,9 +4,19 @@ from PIL import Image
 
 from afa.explanation.causes import Causes
 from afa.explanation.explanation import WordRow, word_remarks, word_rows
-from afa.explanation.maps import resized, spotlight
-from afa.explanation.pictures.canvas import LINE, MARGIN, MUTED, Canvas, colour_of, fitting, name_width, signed, wrapped
+from afa.explanation.pictures.canvas import (
+    LINE,
+    MARGIN,
+    MUTED,
+    Canvas,
+    colour_of,
+    fitting,
+    name_width,
+    signed,
+    wrapped,
+)
 from afa.explanation.recording import Recording
+from afa.explanation.shares import resized, spotlight
 
 TILE, LABEL, GAP = 92, 130, 18
 BARS = 250  # width of the diverging bars

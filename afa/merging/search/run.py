@@ -10,22 +10,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from afa.claims import claim
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.evaluation.metrics.base import ImageMetric
-from afa.evaluation.metrics.table import Resources, make_metric
-from afa.evaluation.metrics.user import load_scorer, try_scorer
-from afa.evaluation.pictures import Picture
 from afa.evaluation.results import Item, prompts_of
-from afa.evaluation.statistics import prompt_means
-from afa.experts.load import Expert, load_experts
-from afa.families.table import FAMILIES
+from afa.experts.expert import Expert
+from afa.experts.load import load_experts
 from afa.files import locked, write_atomically
-from afa.fingerprint import fingerprint
-from afa.generation.prompts import asked_prompts
-from afa.generation.sample import Request, Sampling, image_size, sample
+from afa.fingerprint import claim, fingerprint
 from afa.merging.memory import InMemoryMerge
 from afa.merging.search.bayesian import bayesian_search, best_point
 from afa.merging.search.coordinate import LINES, coordinate_search, groups
@@ -33,8 +25,14 @@ from afa.merging.search.journal import Journal, Objective, Scores
 from afa.merging.search.means import arithmetic
 from afa.merging.search.settings import SearchSettings
 from afa.merging.search.space import Space, Weights
-from afa.prompts import warn_of_prompts
+from afa.metrics.base import ImageMetric, Picture
+from afa.metrics.registry import Resources, make_metric
+from afa.metrics.user import load_scorer, try_scorer
+from afa.models.registry import FAMILIES
+from afa.prompts import asked_prompts, warn_of_prompts
+from afa.sampling.sample import Request, Sampling, image_size, sample
 from afa.seeds import nth_seed
+from afa.stats import prompt_means
 
 BEST, POINTS, RESULT = "best.toml", "journal.jsonl", "search.json"
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
-from afa.options import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SIDE, CheckedOptions, option
+from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SIDE, CheckedOptions, option
 
 FREE = ("output", "trials", "passes", "metric_weights", "batch_size", "device", "dry_run", "json")  # do not change what a point scores
 

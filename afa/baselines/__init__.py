@@ -1,1 +1,0 @@
-"""Ways of combining models while sampling, without training: what an ensemble is compared with. Importing this package costs nothing."""

@@ -1,0 +1,76 @@
+"""What a denoising step costs in arithmetic, counted on the meta device: no memory, no waiting."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from afa.denoiser.base import EnsembleDenoiser
+from afa.models.registry import FAMILIES, family_of
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating point operations of one pass; a multiplication with an addition counts as two.
+
+    Matrix products, convolutions and attention are counted; norms, activations and sums are not.
+    aggregators: by stage name, included in the total.
+    """
+
+    total: int
+    aggregators: dict[str, int]
+
+
+def count_flops(denoiser: nn.Module, height: int, width: int, batch: int = 1, tokens: int | None = None) -> Flops:
+    """Count one pass of a denoiser or an ensemble of them that lies on the meta device.
+
+    height, width: of the latent. batch: guidance doubles that of the pipeline. tokens: of the prompt; None: the family's.
+    """
+    call = call_of(denoiser, height, width, batch, tokens, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        denoiser(**call)
+    counts, stages = counter.get_flop_counts(), denoiser.fused if isinstance(denoiser, EnsembleDenoiser) else []
+    name = type(denoiser).__name__
+    aggregators = {stage: sum(counts.get(f"{name}.aggregators.{stage}", {}).values()) for stage in stages}
+    return Flops(counter.get_total_flops(), aggregators)
+
+
+def count_training_flops(denoiser: nn.Module, height: int, width: int, batch: int = 1, tokens: int | None = None) -> int:
+    """Floating point operations of one training step on the meta device: forward, and backward to whatever requires a gradient."""
+    call = call_of(denoiser, height, width, batch, tokens, device="meta")
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        denoiser(**call).sample.sum().backward()
+    return counter.get_total_flops()
+
+
+def count_stage_flops(model: Any, height: int, width: int, tokens: int | None = None) -> dict[str, int]:
+    """What each stage of one expert costs a pass, by name: operations of the stage's own modules. height, width: of the latent.
+
+    The expert is made again from its config, on the meta device; it may lie anywhere.
+    """
+    with torch.device("meta"):
+        outline = type(model).from_config(dict(model.config)).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        outline(**call_of(outline, height, width, 1, tokens, device="meta"))
+    names = {id(module): f"{type(outline).__name__}.{name}" for name, module in outline.named_modules()}
+    counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    return {
+        stage.name: sum(counts.get(names.get(id(module), ""), 0) for module in stage.modules())
+        for stage in FAMILIES[family_of(outline)].stages(outline)
+    }
+
+
+def call_of(
+    denoiser: Any, height: int, width: int, batch: int, tokens: int | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """What a pipeline hands to a denoiser, or to an ensemble of them, without content. height, width: of the latents."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device=device, dtype=dtype)
+
+    family = denoiser.family if isinstance(denoiser, EnsembleDenoiser) else family_of(denoiser)
+    call = FAMILIES[family].call
+    conditions = call.blank(denoiser.config, batch, tokens or call.tokens, empty)
+    return call.arguments(denoiser.config, empty(batch, call.latent_channels(denoiser.config), height, width), empty(batch), conditions)

@@ -1,0 +1,194 @@
+"""Captioned images from parquet files and data sets of the hub."""
+
+import functools
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from afa.data.sources import (
+    NO_CAPTION,
+    NO_FILE,
+    NO_IMAGE,
+    NO_TEXT,
+    Columns,
+    LeftOutError,
+    Sample,
+    Skipped,
+    Source,
+    caption_of,
+    file_mark,
+    find_file,
+    roots_of,
+)
+from afa.errors import UserError
+from afa.text_files import TextError, read_bytes
+
+
+def from_parquet(origin: str, files: Sequence[Path], columns: Columns) -> Source:
+    """Only captions are read here; images by row group, the last one kept, so neighbours cost one read.
+
+    An image is a column of bytes, of {"bytes", "path"} (as `datasets` writes it), or of paths relative to the file.
+    Raises UserError for a file that is no parquet, or has no such columns.
+    """
+    samples, skipped = [], Skipped()
+    for file in files:
+        opened = _open(file)
+        image, caption = columns.choose(opened.schema_arrow.names, str(file))
+        mark, find = file_mark(file), functools.partial(find_file, folder=file.parent, roots=roots_of(file.parent, columns))
+        row = 0
+        for group in range(opened.num_row_groups):
+            for place, value in enumerate(_column(file, opened, group, caption)):
+                name = f"{file.name}:{row}"
+                row += 1
+                try:
+                    text = row_caption(value.as_py)
+                    read = functools.partial(_read_parquet, file, image, group, place, find)
+                    samples.append(Sample(name, text, f"{mark} {row}", read))
+                except LeftOutError as reason:
+                    skipped.add(str(reason), name)
+    return Source(origin, samples, skipped)
+
+
+def row_caption(value: Callable[[], Any]) -> str:
+    """The caption of a row. Raises LeftOutError where there is none, or it is no text."""
+    try:
+        text = caption_of(value())
+    except (TextError, UnicodeDecodeError):
+        raise LeftOutError(NO_TEXT) from None
+    if not text:
+        raise LeftOutError(NO_CAPTION)
+    return text
+
+
+def image_bytes(value: Any, find: Callable[[str], Path]) -> bytes:
+    """An image as a table holds it. find: the file of a path, as find_file. Raises OSError where there is none."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str):
+        return read_bytes(find(value))
+    raise LeftOutError(NO_IMAGE)
+
+
+def _open(file: Path) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{file} needs pyarrow; install it with: pip install 'afa[data]'") from None
+    return _reading(file, lambda: pyarrow.parquet.ParquetFile(file))
+
+
+def _reading(file: Path, read: Callable[[], Any]) -> Any:
+    """What a reader of pyarrow gives. Raises UserError where it cannot."""
+    try:
+        return read()
+    except (OSError, ValueError, NotImplementedError, TypeError, KeyError, MemoryError) as error:  # pyarrow's are among them
+        why = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"{file} cannot be read as parquet: {why[0][:200]}") from None
+
+
+def _column(file: Path, opened: Any, group: int, name: str) -> Any:
+    return _reading(file, lambda: opened.read_row_group(group, columns=[name]).column(0))
+
+
+def _read_parquet(file: Path, column: str, group: int, place: int, find: Callable[[str], Path]) -> bytes:
+    return image_bytes(_images(file, column, group)[place].as_py(), find)
+
+
+@functools.lru_cache(maxsize=2)
+def _images(file: Path, column: str, group: int) -> Any:
+    return _column(file, _open(file), group, column)
+
+
+SPLIT = "train"
+
+
+def from_hub(spec: str, columns: Columns, limit: int | None = None) -> Source:
+    """Downloaded once into the hub's cache and read from there; with a limit, only the first so many rows are, streamed.
+
+    Raises UserError if it cannot be had.
+    """
+    name, _, revision = spec.partition("@")
+    if limit is not None:
+        return _streamed(spec, _load(name, revision or None, streaming=True), columns, limit)
+    table = _load(name, revision or None)
+    image, caption = columns.choose(table.column_names, f"data set {spec}")
+    samples, skipped, find = [], Skipped(), _finder(columns)
+    for row, value in enumerate(table[caption]):
+        label, mark = f"{name}:{row}", f"{table._fingerprint}-{row}"
+        try:
+            samples.append(Sample(label, row_caption(lambda value=value: value), mark, functools.partial(_read, table, image, row, find)))
+        except LeftOutError as reason:
+            skipped.add(str(reason), label)
+    return Source(spec, samples, skipped)
+
+
+def _finder(columns: Columns) -> Callable[[str], Path]:
+    """Of the images that a data set names by path: they must lie where the hub's downloads are kept."""
+    import datasets
+    from huggingface_hub import constants
+
+    kept = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH)
+    roots = None if columns.allow_outside else [Path(folder).resolve() for folder in kept]
+    return functools.partial(find_file, folder=Path(), roots=roots)
+
+
+def _load(name: str, revision: str | None, streaming: bool = False) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"--data {name} is no file or folder, and data sets of the hub need: pip install 'afa[data]'") from None
+    try:
+        table = datasets.load_dataset(name, revision=revision, split=SPLIT, streaming=streaming)
+    except Exception as error:  # of many kinds: no network, no such set, no such split, a script in it
+        raise UserError(f"--data {name} is no file or folder, and cannot be loaded from the hub: {str(error).splitlines()[0]}") from None
+    for column, kind in (table.features or {}).items():
+        if isinstance(kind, datasets.Image):  # decoded by us, so that one broken image stops nothing
+            table = table.cast_column(column, datasets.Image(decode=False))
+    return table
+
+
+def _read(table: Any, column: str, row: int, find: Callable[[str], Path]) -> bytes:
+    return image_bytes(table[row][column], find)
+
+
+def _streamed(spec: str, table: Any, columns: Columns, limit: int) -> Source:
+    """The first rows, their images as they came in one temporary file; it is gone with the process."""
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the samples)
+    samples, skipped, chosen, find = [], Skipped(), None, _finder(columns)
+    for row, entry in enumerate(_rows(spec, table, limit)):
+        image, caption = chosen = chosen or columns.choose(entry, f"data set {spec}")
+        label = f"{spec}:{row}"
+        try:
+            text, data = row_caption(lambda value=entry[caption]: value), image_bytes(entry[image], find)
+        except (OSError, TextError) as reason:
+            skipped.add(str(reason) if isinstance(reason, LeftOutError) else NO_FILE, label)
+            continue
+        place = spool.seek(0, os.SEEK_END)
+        spool.write(data)
+        samples.append(Sample(label, text, f"sha256 {hashlib.sha256(data).hexdigest()}", functools.partial(_part, spool, place, len(data))))
+    spool.flush()
+    return Source(spec, samples, skipped)
+
+
+def _rows(spec: str, table: Any, limit: int) -> Iterator[dict[str, Any]]:
+    """With a bar. Raises UserError where the stream breaks."""
+    rows = iter(tqdm(table.take(limit), desc="streaming images", unit="image", total=limit, file=sys.stderr))
+    while True:
+        try:
+            yield next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # of the network, of a reader
+            raise UserError(f"--data {spec} could not be streamed to its {limit} rows: {str(error).splitlines()[0]}; run the same command again") from None
+
+
+def _part(spool: IO[bytes], place: int, size: int) -> bytes:
+    return os.pread(spool.fileno(), size, place)  # several threads read

@@ -1,0 +1,273 @@
+"""Captioned images from folders and lists: what a source is, and what is left out."""
+
+import csv
+import functools
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from afa.errors import UserError
+from afa.files import write_atomically
+from afa.text_files import TextError, check_text, clean, parse_json, read_bytes, read_json_lines, read_text
+
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "file_name", "path", "image_path")
+CAPTION_COLUMNS = ("text", "caption", "prompt", "txt")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif", "jp2")
+LONGEST = 2**20  # bytes of a caption
+# Why an image is left out.
+NO_CAPTION, NO_FILE, BROKEN = "no caption", "no such file", "not readable as an image"
+NO_IMAGE, NO_TEXT, NOT_PLAIN = "no image", "its caption is no UTF-8 text", "not a plain file"
+OUTSIDE = "outside the data's folder, which needs --allow-outside"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One captioned image.
+
+    name:    for people, unique in its source
+    caption: what it shows
+    mark:    of the image wherever it lies, and different when it changes
+    read:    the image as it was encoded; raises OSError or UserError where it cannot be read
+    """
+
+    name: str
+    caption: str
+    mark: str
+    read: Callable[[], bytes]
+
+
+def file_mark(file: Path) -> str:
+    """Of a file and its content, without reading it."""
+    facts = file.stat()
+    return f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+
+
+class LeftOutError(OSError):
+    """An image that is not used. Its text is the reason, one of those above."""
+
+
+@dataclass
+class Skipped:
+    """What is left out, by reason."""
+
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, name: str) -> None:
+        self.names.setdefault(reason, []).append(name)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.names.values()))
+
+    def counts(self) -> dict[str, int]:
+        return {reason: len(names) for reason, names in self.names.items()}
+
+    def write(self, file: Path) -> None:
+        """One line an image: why, and which. No file if nothing is left out."""
+        lines = [json.dumps({"reason": reason, "image": name}) for reason, names in self.names.items() for name in names]
+        if lines:
+            write_atomically(file, "\n".join(lines) + "\n")
+
+    def summary(self) -> str:
+        """One clause a reason, empty if nothing is left out."""
+        return "; ".join(f"{len(names)} left out: {why} ({names[0]}{', …' if len(names) > 1 else ''})" for why, names in self.names.items())
+
+
+@dataclass
+class Source:
+    """A data set as it lies there. origin: as it was given."""
+
+    origin: str
+    samples: Sequence[Sample]
+    skipped: Skipped = field(default_factory=Skipped)
+
+    def __post_init__(self) -> None:
+        self.listed = len(self.samples) + len(self.skipped)  # before any image is read
+
+    def summary(self) -> str:
+        """One line: what there is, what was left out."""
+        return "; ".join(part for part in (f"{len(self.samples)} captioned images", self.skipped.summary()) if part)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How data are read.
+
+    image, caption: what they are called; None: the first of the usual names that is there
+    allow_outside:  whether images may lie outside the folder of the data that name them
+    """
+
+    image: str | None = None
+    caption: str | None = None
+    allow_outside: bool = False
+
+    def choose(self, names: Iterable[str], what: str) -> tuple[str, str]:
+        """-> the image's and the caption's. Raises UserError where one is missing."""
+        known = list(names)
+        image = _one(self.image, IMAGE_COLUMNS, known, "image", what)
+        return image, _one(self.caption, CAPTION_COLUMNS, known, "caption", what)
+
+
+def _one(asked: str | None, usual: Sequence[str], known: list[str], kind: str, what: str) -> str:
+    found = next((name for name in ([asked] if asked else usual) if name in known), None)
+    if found is None:
+        lack = f"has no '{asked}'" if asked else f"has none of {', '.join(usual)}"
+        raise UserError(f"{what} {lack} for the {kind}, only {', '.join(known) or 'nothing'}; say which with --{kind}-column")
+    return found
+
+
+def caption_of(value: Any) -> str:
+    """A caption without blanks around it, empty if it is none; of several the first that says something.
+
+    Raises TextError for a string that is no text.
+    """
+    if isinstance(value, (list, tuple)):
+        return next((caption for caption in map(caption_of, value) if caption), "")
+    return clean(check_text(value, "a caption")) if isinstance(value, str) else ""
+
+
+def caption_in_json(text: str, asked: str | None) -> str:
+    """What JSON beside an image says of it, "" if nothing, or if it is none. asked: the key, None: the usual ones."""
+    try:
+        entry = parse_json(text, "a caption")
+    except TextError:
+        return ""
+    return caption_of(first_known(entry, asked, CAPTION_COLUMNS)) if isinstance(entry, dict) else ""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a path is of a file that macOS or others hide beside images: .DS_Store, ._a.png, __MACOSX/…"""
+    parts = [part for part in name.split("/") if part not in (".", "..")]
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
+
+
+def first_known(entry: Mapping[str, Any], asked: str | None, usual: Sequence[str]) -> Any:
+    """The value of the first usual name that an entry has and that is not empty, None if it has none."""
+    return next((entry[name] for name in ([asked] if asked else usual) if entry.get(name)), None)
+
+
+def find_file(named: str, folder: Path, roots: Sequence[Path] | None) -> Path:
+    """The file that data name.
+
+    named:  as the data spell it, relative to the folder or absolute
+    roots:  folders it must lie in, links followed; None: it may lie anywhere
+    Raises LeftOutError for a file that is missing, elsewhere, or a device or pipe.
+    """
+    path = folder / named
+    try:
+        real = path.resolve()
+        if roots is not None and not any(real.is_relative_to(root) for root in roots):
+            raise LeftOutError(OUTSIDE)
+        if not real.exists():
+            raise LeftOutError(NO_FILE)
+        if not real.is_file():
+            raise LeftOutError(NOT_PLAIN)
+    except LeftOutError:
+        raise
+    except (OSError, ValueError, RuntimeError):  # too long, NUL, a loop of links
+        raise LeftOutError(NO_FILE) from None
+    return path
+
+
+def roots_of(folder: Path, columns: Columns) -> list[Path] | None:
+    """Where the files of a folder may lie, as find_file takes it."""
+    return None if columns.allow_outside else [folder.resolve()]
+
+
+def file_sample(name: str, caption: str, file: Path) -> Sample:
+    """A captioned image that is a file of its own."""
+    return Sample(name, caption, file_mark(file), functools.partial(read_bytes, file))
+
+
+METADATA, TABLE = "metadata.jsonl", "metadata.csv"
+
+
+def from_jsonl(file: Path, columns: Columns) -> Source:
+    """One image a line: {"file_name": …, "text": …}; paths are relative to the file.
+
+    Raises UserError for a line that is no JSON, or names no image.
+    """
+    samples: list[Sample] = []
+    skipped = Skipped()
+    for place, entry in read_json_lines(file):
+        if not isinstance(entry, dict):
+            raise UserError(f'{place} is no object; expected {{"file_name": "a.png", "text": "caption"}}')
+        named = first_known(entry, columns.image, IMAGE_COLUMNS)
+        if not isinstance(named, str):
+            wanted = columns.image or "file_name"
+            raise UserError(f'{place} has no "{wanted}"; expected {{"{wanted}": "a.png", "text": "caption"}}')
+        caption = caption_of(first_known(entry, columns.caption, CAPTION_COLUMNS))
+        _add(samples, skipped, named, caption, file.parent, columns)
+    return Source(str(file), samples, skipped)
+
+
+def from_csv(file: Path, columns: Columns) -> Source:
+    """One image a row, below a row of names. Raises UserError for a table without columns of image and caption."""
+    table = csv.DictReader(io.StringIO(read_text(file), newline=""))
+    samples: list[Sample] = []
+    skipped = Skipped()
+    try:
+        image, caption = columns.choose(table.fieldnames or [], str(file))
+        for row in table:
+            _add(samples, skipped, row[image] or "", caption_of(row[caption]), file.parent, columns)
+    except csv.Error as error:
+        raise UserError(f"{file}, line {table.line_num} cannot be read as CSV: {error}") from None
+    return Source(str(file), samples, skipped)
+
+
+def from_pairs(folder: Path, columns: Columns) -> Source | None:
+    """Images with captions beside them in files of the same name (a.png, a.txt), also in folders inside.
+
+    A caption is all of a .txt, .caption or .text, or what a .json says; the first that says something is taken.
+    Returns None if no image has such a file.
+    """
+    groups: dict[str, dict[str, str]] = {}  # path without its ending -> ending -> path
+    for name in _visible(folder):
+        groups.setdefault(str(PurePosixPath(name).with_suffix("")), {})[PurePosixPath(name).suffix[1:].lower()] = name
+    captions = (*([columns.caption] if columns.caption else CAPTION_COLUMNS), "json")
+    pictures = (columns.image,) if columns.image else IMAGE_ENDINGS
+    samples: list[Sample] = []
+    skipped, found = Skipped(), False
+    for beside in groups.values():
+        texts = [beside[ending] for ending in captions if ending in beside]
+        images = [name for ending, name in beside.items() if ending in pictures]
+        found = found or bool(texts and images)
+        if texts and not images:  # a caption alone is no image; one beside something else has an image of another kind
+            for name in (name for ending, name in beside.items() if ending not in (*captions, *CAPTION_COLUMNS)):
+                skipped.add(NO_IMAGE, name)
+        for name in images:
+            try:
+                caption = next(filter(None, (_caption(folder, text, columns) for text in texts)), "")
+                _add(samples, skipped, name, caption, folder, columns)
+            except LeftOutError as reason:
+                skipped.add(str(reason), name)
+    return Source(str(folder), samples, skipped) if found else None
+
+
+def _add(samples: list[Sample], skipped: Skipped, named: str, caption: str, folder: Path, columns: Columns) -> None:
+    """One more image, or why it is left out."""
+    try:
+        if not caption:
+            raise LeftOutError(NO_CAPTION)
+        samples.append(file_sample(named, caption, find_file(named, folder, roots_of(folder, columns))))
+    except LeftOutError as reason:
+        skipped.add(str(reason), named)
+
+
+def _visible(folder: Path) -> Iterator[str]:
+    """The paths of all files below a folder, in order, but of those that macOS and others hide there."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not is_hidden(name.as_posix()) and not path.is_dir():
+            yield name.as_posix()
+
+
+def _caption(folder: Path, name: str, columns: Columns) -> str:
+    """What a file beside an image says, "" if nothing. Raises LeftOutError for what is no text."""
+    try:
+        text = read_text(find_file(name, folder, roots_of(folder, columns)), LONGEST)
+    except TextError:
+        raise LeftOutError(NO_TEXT) from None
+    return caption_in_json(text, columns.caption) if name.lower().endswith(".json") else caption_of(text)

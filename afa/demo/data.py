@@ -1,0 +1,65 @@
+"""The embedded world as a protocol, a source of training images, and its experts."""
+
+import functools
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from afa.data.sources import Sample, Source
+from afa.demo.scenes import Scene, draw, render, render_all, sample_scenes
+from afa.errors import UserError
+from afa.evaluation.protocols import Protocol, Real, Request
+
+SCENES, STEPS, GUIDANCE = 160, 20, 3.0
+JUDGED, TRAINING, REAL, TUNING = 500_000, 600_000, 800_000, 810_000  # seeds; none occurs in the building of the world
+REAL_SCENES, TRAINING_SCENES, TUNING_SCENES = 1_000, 512, 64
+
+
+def protocol(request: Request) -> Protocol:
+    """160 mixed scenes, one image each, 20 steps, guidance 3, 64 px; Fréchet distance to 1,000 other mixed scenes."""
+    captions = [scene.caption for scene in sample_scenes("mixed", request.prompts or SCENES, JUDGED)]
+    return Protocol(
+        "scenes",
+        request.items(captions),
+        request.sampling(STEPS, GUIDANCE),
+        metrics=("attributes", "frechet"),
+        scheduler=request.scheduler,
+        real=Real(json.dumps({"mixed scenes": REAL_SCENES, "seed": REAL}), lambda: render_all(sample_scenes("mixed", REAL_SCENES, REAL), REAL)),
+        tuning=[scene.caption for scene in sample_scenes("mixed", TUNING_SCENES, TUNING)],
+        training=lambda folder: draw(folder, "mixed", TRAINING_SCENES, TRAINING + request.seed),
+        reward="scenes",
+    )
+
+
+SEED = 600_000  # of the demonstration's training scenes too; nothing that is judged comes from it
+
+
+def from_scenes(place: str) -> Source:
+    """scenes:COUNT. The images of `python -m afa.demo.scenes --seed 600000`. Raises UserError for a count that is none."""
+    count = place.partition(":")[2]
+    if not (count.isascii() and count.isdigit() and len(count) <= 6 and int(count) > 0):
+        raise UserError(f"--data {place[:80]}: say how many scenes, from 1 to 999999, such as scenes:512")
+    scenes = sample_scenes("mixed", int(count), SEED)
+    return Source(place, [_sample(scene, index) for index, scene in enumerate(scenes)])
+
+
+def _sample(scene: Scene, index: int) -> Sample:
+    return Sample(f"scene {index}", scene.caption, f"scene {SEED} {index} {scene.caption}", functools.partial(_png, scene, index))
+
+
+def _png(scene: Scene, index: int) -> bytes:
+    image, file = render(scene, np.random.default_rng((SEED, index))), io.BytesIO()
+    Image.fromarray(image).save(file, format="png")
+    return file.getvalue()
+
+
+ASSETS = Path(__file__).parent / "assets"
+BASE = ASSETS / "base"
+EXPERTS = {name: ASSETS / name for name in ("curves", "angles", "patterns")}
+ENSEMBLE = ASSETS / "ensemble"  # of the three, as `afa demo` trains it
+SCORER = ASSETS / "scorer.safetensors"
+REWARD = ASSETS / "reward.safetensors"
+RECORD = ASSETS / "build.json"  # steps and losses of everything above

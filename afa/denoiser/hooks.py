@@ -1,0 +1,174 @@
+"""What is switched on for a while: recording, watching and adjusting weights, words hidden, one expert alone."""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from afa.denoiser.forward import Adjuster, Observer
+from afa.errors import UserError, unknown
+from afa.settings import WEIGHT, check_number
+
+if TYPE_CHECKING:
+    from afa.denoiser.base import EnsembleDenoiser
+
+
+FAINTEST = 1e-6  # strength of an expert that is not off
+
+
+@dataclass
+class WeightMaps:
+    """Weight maps of the denoiser's passes that were made inside `record_weights`.
+
+    experts:   names, in the order of the maps' second axis
+    timesteps: one a pass
+    maps:      one dict a pass: stage name -> (B, N, H, W) float32 on the CPU, sum 1 over N. Guidance doubles
+               B; its first half is the unconditional one
+    """
+
+    experts: tuple[str, ...]
+    timesteps: list[float] = field(default_factory=list)
+    maps: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def stage(self, name: str) -> Tensor:
+        """The maps of one stage over all passes: (passes, B, N, H, W)."""
+        return torch.stack([maps[name] for maps in self.maps])
+
+    def begin(self, timestep: Tensor | float | int) -> None:
+        """Open the entry of the next pass."""
+        self.timesteps.append(float(torch.as_tensor(timestep).flatten()[0]))
+        self.maps.append({})
+
+    def observe(self, stage: str, weights: Tensor) -> None:
+        """Keep one map of the open pass."""
+        self.maps[-1][stage] = weights.detach().float().cpu()
+
+
+@contextmanager
+def record_weights(denoiser: "EnsembleDenoiser") -> Iterator[WeightMaps]:
+    """Record all weight maps: `with record_weights(ensemble.denoiser) as maps: pipe(...)`.
+
+    denoiser: ensemble.denoiser
+    Yields WeightMaps, which fill up pass by pass. Raises RuntimeError if they are recorded already.
+    """
+    if denoiser._maps is not None:
+        raise RuntimeError("weights of this denoiser are being recorded already; close the outer record_weights first")
+    maps = denoiser._maps = WeightMaps(denoiser.names)
+    try:
+        yield maps
+    finally:
+        denoiser._maps = None
+
+
+@contextmanager
+def watch_weights(denoiser: "EnsembleDenoiser", observer: Observer) -> Iterator[None]:
+    """Inside, every fused stage's name and weights (B, N, H, W) are shown to the observer as they are, gradients and all.
+
+    For losses on weights; whoever wants to keep maps takes record_weights.
+    """
+    if denoiser._watch is not None:
+        raise RuntimeError("weights of this denoiser are being watched already")
+    denoiser._watch = observer
+    try:
+        yield
+    finally:
+        denoiser._watch = None
+
+
+@contextmanager
+def adjust_weights(denoiser: "EnsembleDenoiser", adjuster: Adjuster) -> Iterator[None]:
+    """Inside the context, every fused stage uses the weights that `adjuster(stage, weights)` returns.
+
+    denoiser: ensemble.denoiser
+    adjuster: (stage name, weights) -> weights of the same shape (R, N, H, W), which sum to 1 over N. R is the
+              batch B; where each expert has its own blend (stitch), it is B * N, a sample's N rows together
+    record_weights records the adjusted weights. Raises RuntimeError where weights are being adjusted already.
+    """
+    if denoiser._adjust is not None:
+        raise RuntimeError("weights of this denoiser are being adjusted already")
+    denoiser._adjust = adjuster
+    try:
+        yield
+    finally:
+        denoiser._adjust = None
+
+
+@contextmanager
+def scale_weights(denoiser: "EnsembleDenoiser", strengths: Mapping[str, float]) -> Iterator[None]:
+    """Multiply experts' weights: `with scale_weights(ensemble.denoiser, {"curves": 0}): pipe(...)`.
+
+    denoiser:  ensemble.denoiser
+    strengths: expert's name -> factor from 0 (the expert is off); 1 for names that are left out. Weights are
+               divided by their sum afterwards. The mapping is read at every stage, so it may change meanwhile
+    Raises ValueError for an unknown name, a negative or infinite factor, and if all experts are off.
+    """
+    check_strengths(denoiser.names, strengths)
+
+    def scaled(stage: str, weights: Tensor) -> Tensor:
+        values = [strengths.get(name, 1.0) for name in denoiser.names]
+        if len(set(values)) == 1:
+            return weights  # a softmax sums to one only up to rounding: equal factors change no bit
+        factors = weights.new_tensor(values).view(1, -1, 1, 1)
+        changed = weights * factors
+        total = changed.sum(1, keepdim=True)
+        # where only experts that are off weigh anything, the others share alike
+        return torch.where(total > 0, changed / total.clamp_min(torch.finfo(total.dtype).tiny), factors / factors.sum())
+
+    with adjust_weights(denoiser, scaled):
+        yield
+
+
+@contextmanager
+def hide_tokens(denoiser: "EnsembleDenoiser", tokens: Collection[int]) -> Iterator[None]:
+    """Inside the context, aggregators do not attend to some tokens of the prompt; experts read all of it.
+
+    denoiser: ensemble.denoiser
+    tokens:   positions of the tokens in the prompt embeddings, from 0
+    It shows what the weights owe to a word; not all of it, since text encoders mix tokens.
+    Raises ValueError if no token is left.
+    """
+
+    def hidden(aggregator: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        features, temb, text, kept, *rest = args  # as walk calls it
+        seen = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if kept is None else kept.bool().clone()
+        seen[:, list(tokens)] = False
+        if not seen.any(1).all():
+            raise ValueError(f"all {seen.shape[1]} tokens are hidden; leave aggregators at least one to look at")
+        return features, temb, text, seen, *rest
+
+    with ExitStack() as stack:
+        for aggregator in denoiser.aggregators.values():
+            stack.callback(aggregator.register_forward_pre_hook(hidden).remove)
+        yield
+
+
+def check_strengths(names: tuple[str, ...], strengths: Mapping[str, float]) -> None:
+    """Raises ValueError for strengths that scale_weights cannot use."""
+    for name, strength in strengths.items():
+        if name not in names:
+            raise ValueError(unknown(name, names, "expert"))
+        check_number(strength, f"the strength of expert '{name}' is", **WEIGHT)
+        if 0 < strength < FAINTEST:
+            raise UserError(f"the strength of expert '{name}' is {strength:g}, too small for float32; the least above 0 is {FAINTEST:g}")
+    if all(strengths.get(name) == 0 for name in names):
+        raise ValueError(f"all experts ({', '.join(names)}) are turned off; give at least one a strength above 0")
+
+
+@contextmanager
+def only_expert(denoiser: "EnsembleDenoiser", name: str) -> Iterator[None]:
+    """Inside the context, the denoiser is one expert alone, with the ensemble's VAE and scheduler.
+
+    denoiser: ensemble.denoiser
+    name:     of the expert
+    It is the control for what the shared parts do. Raises ValueError for a name that is no expert's.
+    """
+    if name not in denoiser.names:
+        raise ValueError(unknown(name, denoiser.names, "expert"))
+    before, denoiser._only = denoiser._only, denoiser.names.index(name)
+    try:
+        yield
+    finally:
+        denoiser._only = before

@@ -1,0 +1,212 @@
+"""Rows without training: sampling-time methods and merges."""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from tqdm import tqdm
+
+from afa.ensemble import Ensemble
+from afa.evaluation.rows import Options, Row, Trained
+from afa.evaluation.setup import Setup
+from afa.evaluation.tuning import Tuner
+from afa.experts.expert import Expert
+from afa.files import write_atomically
+from afa.merging.memory import InMemoryMerge
+from afa.merging.presets import has_presets, preset_weights
+from afa.merging.search.bayesian import bayesian_search
+from afa.merging.search.journal import Journal
+from afa.merging.search.run import BEST, POINTS, as_toml
+from afa.merging.search.space import Space, Weights
+from afa.merging.stages import BASE
+from afa.merging.table import PAIRS, needs
+from afa.sampling.registry import make_sampler
+from afa.sampling.sample import Sampler, sample
+
+MERGE_TITLES = {
+    "weighted": "weighted merge",
+    "mbw": "MBW",
+    "add_difference": "add difference",
+    "task_arithmetic": "task arithmetic",
+    "ties": "TIES",
+    "dare": "DARE",
+    "model_stock": "model stock",
+    "slerp": "slerp",
+}
+SHAPES = ("GRAD_V", "GRAD_A", "WRAP12", "SMOOTHSTEP", "OUT12", "MID12_50")  # of presets, each in both directions
+RAMPS = ((0.0, 1.0), (0.25, 0.75))  # the second's share at the first and at the last stage, where there are no presets
+SCALES = (0.3, 0.5, 0.7, 1.0)
+
+
+def merge_rows(setup: Setup) -> list[Row]:
+    """One row a rule. Rows that need the base say so when they are run."""
+    titles = {**MERGE_TITLES, "mbw": f"{MERGE_TITLES['mbw']}, {'presets' if _has_presets(setup) else 'ramps'}"}
+    return [
+        Row(name, "merge", title, functools.partial(_merge_sampler, setup, name), tuple(_merge_candidates(name, setup)), based=needs(name, "base"))
+        for name, title in titles.items()
+    ]
+
+
+def _merge_candidates(name: str, setup: Setup) -> list[Options]:
+    """Options to choose among on the tuning images; the first is the method's default."""
+    count = len(setup.names)
+    makers: dict[str, Callable[[], list[Options]]] = {
+        "weighted": lambda: [{"weights": weights} for weights in shares(count)],
+        "mbw": lambda: [{**shape, "order": order} for shape in _shapes(setup) for order in ("best first", "second first")],
+        "add_difference": lambda: [{"alpha": alpha, "order": order} for alpha in SCALES for order in ("best first", "second first")],
+        "task_arithmetic": lambda: [{"scale": scale} for scale in (1 / count, *SCALES)],
+        "ties": lambda: [{"scale": scale, "density": density} for density, scale in itertools.product((0.2, 0.5), (1.0, 0.5))],
+        "dare": lambda: [{"scale": scale, "drop": drop} for drop, scale in itertools.product((0.5, 0.9), (1 / count, 0.5))],
+        "model_stock": lambda: [{}],
+        "slerp": lambda: [{"t": t, "order": "best first"} for t in (0.5, 0.3, 0.7)],
+    }
+    return makers[name]()
+
+
+def _shapes(setup: Setup) -> list[Options]:
+    """How block weights may run from the first stage to the last: as presets do, which are for U-Nets, else straight."""
+    return [{"preset": name} for name in SHAPES] if _has_presets(setup) else [{"first": first, "last": last} for first, last in RAMPS]
+
+
+def _has_presets(setup: Setup) -> bool:
+    return has_presets([stage["name"] for stage in setup.manifest.stages])
+
+
+def shares(count: int) -> list[list[float]]:
+    """Equal shares, and one expert ahead of the others."""
+    ahead = [[0.6 if place == first else 0.4 / (count - 1) for place in range(count)] for first in range(count)] if count > 1 else []
+    return [[1 / count] * count, *ahead]
+
+
+def _merge_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampler:
+    """A stock pipeline around the merged model. `order` says which of the two best experts a merge of pairs begins with."""
+    options = dict(options)
+    best_first = options.pop("order", "best first") == "best first"
+    pair = setup.ranking[:2] if best_first else setup.ranking[1::-1]
+    merge = merger(setup, pair if name in PAIRS else setup.names, needs(name, "base"))
+    if name == "mbw":
+        curve = preset_weights(options["preset"], merge.stages) if "preset" in options else ramp(merge.stages, **options)
+        options = {"weights": _of_pair(setup, curve, pair)}
+    return merged_sampler(setup, merge.apply(name, **options))
+
+
+@functools.lru_cache(maxsize=1)  # one merged model in memory at a time
+def merger(setup: Setup, names: tuple[str, ...], based: bool) -> InMemoryMerge:
+    """Merges of some experts, written into one copy again and again."""
+    by_name = dict(zip(setup.names, setup.ensemble.experts, strict=True))
+    return InMemoryMerge([by_name[name] for name in names], setup.base if based else None)
+
+
+def merged_sampler(setup: Setup, expert: Expert) -> Sampler:
+    """A stock pipeline around one merged expert, in the comparison's frame."""
+    return functools.partial(sample, setup.pipeline(Ensemble.from_experts([expert], aggregator="mean", placement="out")))
+
+
+def ramp(stages: Sequence[str], first: float, last: float) -> dict[str, float]:
+    """A straight line along the stages, from a share at the first to one at the last."""
+    steps = max(1, len(stages) - 1)
+    return {stage: first + (last - first) * place / steps for place, stage in enumerate(stages)}
+
+
+def _of_pair(setup: Setup, curve: dict[str, float], pair: tuple[str, ...]) -> dict[str, list[float]]:
+    """A curve from the first to the second of a pair, as a weight for every expert."""
+    shares = {BASE: 0.5, **curve}
+    return {stage: [share * (name == pair[1]) + (1 - share) * (name == pair[0]) for name in setup.names] for stage, share in shares.items()}
+
+
+SAMPLING_TITLES = {
+    "random_expert": "random expert",
+    "noise_average": "noise average",
+    "feature_mean": "feature mean (untrained)",
+    "timestep_experts": "timestep experts",
+    "magicfusion": "MagicFusion",
+    "superdiff_or": "SuperDiff OR",
+    "superdiff_and": "SuperDiff AND",
+}
+ORDERS = 6  # of experts over the timesteps, at most
+
+
+def sampling_rows(setup: Setup) -> list[Row]:
+    """Every expert alone, in its own frame and in the ensemble's; then one row a method."""
+    alone = [
+        Row(f"{kind}:{name}", group, f"{title} {name}{where}", functools.partial(_rival_sampler, setup, kind), ({"expert": name},))
+        for kind, group, title, where in (("single", "expert", "expert", ""), ("single_in_ensemble", "expert", "expert", " in the frame"))
+        for name in setup.names
+    ]
+    return alone + [
+        Row(name, "sampling", title, functools.partial(_rival_sampler, setup, name), _sampling_candidates(name, setup))
+        for name, title in SAMPLING_TITLES.items()
+    ]
+
+
+def _rival_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampler:
+    return make_sampler(name, setup.ensemble, **options)
+
+
+def _sampling_candidates(name: str, setup: Setup) -> tuple[Options, ...]:
+    """Options to choose among on the tuning images; the first is the method's default."""
+    makers: dict[str, Callable[[], list[Options]]] = {
+        "noise_average": lambda: [{"weights": weights} for weights in shares(len(setup.names))],
+        "timestep_experts": lambda: [{"table": table} for table in _tables(setup)],
+        "magicfusion": lambda: [
+            {"general": general, "mode": mode, "t0": t0} for general in setup.ranking for mode, t0 in ((1, 850.0), (2, 600.0))
+        ],
+        "superdiff_or": lambda: [
+            {"temperature": temperature, "density": density} for density in ("code", "theorem") for temperature in (1.0, 0.1)
+        ],
+    }
+    return tuple(makers[name]()) if name in makers else ({},)
+
+
+def _tables(setup: Setup) -> list[str]:
+    """Equal intervals of the timesteps, in the orders of the experts."""
+    edges = [round(1000 * (1 - place / len(setup.names))) for place in range(len(setup.names) + 1)]
+    orders = itertools.islice(itertools.permutations(setup.names), ORDERS)
+    intervals = list(itertools.pairwise(edges))
+    return [",".join(f"{top}-{bottom}:{name}" for name, (top, bottom) in zip(order, intervals, strict=True)) for order in orders]
+
+
+def auto_mbw_rows(setup: Setup, tuner: Tuner) -> list[Row]:
+    """Block weights searched for on the tuning images; a row only where there is something to search by."""
+    if not tuner.able or setup.settings.search_trials < 1:
+        return []
+    search = functools.partial(_search, setup, tuner)
+    note = f"{setup.settings.search_trials} merges tried by Optuna on {len(tuner.captions)} other images"
+    return [Row("auto_mbw", "merge", "auto MBW", functools.partial(_searched, setup, search), train=search, note=note)]
+
+
+def _search(setup: Setup, tuner: Tuner, options: Options, run: int) -> Trained:
+    """Search, by one process; what was tried is kept and not tried again."""
+    folder = _search_folder(setup, tuner)
+    file = folder / BEST
+    if PartialState().is_main_process and not file.exists():
+        merge = merger(setup, setup.names, False)
+        space = Space(merge.stages, len(setup.names))
+        with tqdm(total=setup.settings.search_trials, desc="auto MBW: merges judged", unit="merge") as bar:
+
+            def judge(weights: Weights) -> list[float]:
+                bar.update()
+                return [tuner.judge(merged_sampler(setup, merge.apply_mbw(weights)))]
+
+            journal = Journal(folder / POINTS, judge)
+            best = bayesian_search(space, journal, trials=setup.settings.search_trials, seed=setup.settings.seed)
+        write_atomically(file, as_toml(best, setup.names))
+    PartialState().wait_for_everyone()
+    return Trained(folder, file, 0, 0, 0.0, float("nan"))
+
+
+def _search_folder(setup: Setup, tuner: Tuner) -> Path:
+    return tuner.folder / f"auto_mbw-{setup.settings.search_trials}"
+
+
+def searched(setup: Setup, tuner: Tuner) -> int:
+    """How many merges of the search are judged already."""
+    folder = _search_folder(setup, tuner)
+    return setup.settings.search_trials if (folder / BEST).exists() else len(Journal(folder / POINTS, lambda weights: []).points)
+
+
+def _searched(setup: Setup, search: Callable[[Options, int], Trained], options: Options, run: int) -> Sampler:
+    merge = merger(setup, setup.names, False)
+    return merged_sampler(setup, merge.apply_mbw(str(search(options, run).file)))

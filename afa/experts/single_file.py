@@ -1,0 +1,278 @@
+"""Single-file checkpoints in the publishers' layouts: whole pipelines, a U-Net or a VAE alone.
+
+Single .safetensors files in their original layout: which architecture, and loading them without a network.
+
+U-Nets come with text encoders and VAE in one file (LDM's layout), or alone; of transformers (SD 3, FLUX) only the denoiser is read,
+since their fine-tunes share everything else. diffusers converts the keys; what it would fetch from a hub (configs, CLIP's
+tokenizer) ships in configs/.
+"""
+
+import gzip
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from afa.denoiser.schedule import kind_of
+from afa.errors import UserError, unknown
+from afa.experts.embedded import unpack
+from afa.experts.folders import read_object
+from afa.experts.headers import RENAMED, check_fit, read_file, read_header, read_metadata
+from afa.experts.layouts import SD3, Layout, layout_of, vae_layout
+from afa.experts.parts import check_config, first_line, load_part
+from afa.experts.prediction import Prediction, predicting, said_by_file, warn_once
+from afa.experts.spec import Located
+from afa.models.registry import FAMILIES
+
+if TYPE_CHECKING:
+    from afa.experts.expert import Expert
+
+
+CONFIGS = Path(__file__).parent / "configs"
+KNOWN_CONFIGS = ("sd15", "sd21", "sd21-base", "sdxl", "sd3", "sd35", "sd35-large", "flux", "flux-schnell")
+# (names of the first convolution and of the text input of a U-Net's first attention), by whether they are diffusers' names
+UNET = {
+    False: ("input_blocks.0.0.weight", "input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"),
+    True: ("conv_in.weight", "down_blocks.{}.attentions.0.transformer_blocks.0.attn2.to_k.weight"),
+}
+# (block of the first attention in the original's and in diffusers' count, width of its text input) -> shipped config.
+# SD 2.x with and without v-prediction have the same shapes: 2.1 at 768 px is taken, unless ε is said.
+ARCHITECTURES = {(1, 0, 768): "sd15", (1, 0, 1024): "sd21", (4, 1, 2048): "sdxl"}
+
+
+def detect_config(file: Path, prediction_type: str | None = None) -> str:
+    """Which shipped config fits a single file, from the shapes in its header. Raises UserError if none does.
+
+    prediction_type: what its user says that it predicts.
+    """
+    header = read_header(file)
+    layout = layout_of(header, file)
+    if layout.part == "vae":
+        raise UserError(f"{file} is no checkpoint in original layout but a VAE alone; give it as --vae, or in Python as vae=")
+    if layout.part == "transformer":
+        return _transformer_config(file, {name.removeprefix(layout.prefix): entry["shape"] for name, entry in header.items()})
+    first, attention = (layout.prefix + name for name in UNET[layout.diffusers])
+    channels = header[first]["shape"][1] if first in header else 0
+    if channels != 4:
+        raise UserError(f"{file} takes {channels} input channels, expected 4; inpainting and other conditioned U-Nets are not supported as single files")
+    for (*blocks, width), config in ARCHITECTURES.items():
+        shape = header.get(attention.format(blocks[layout.diffusers]), {}).get("shape", [])
+        if shape[1:] == [width]:
+            said = said_by_file(file, prediction_type).type if config == "sd21" else None
+            return "sd21-base" if said == "epsilon" else config
+    own = f"give its folder: {file.parent}, or" if (file.parent / "config.json").is_file() else "give"
+    raise UserError(f"{file} is of no architecture known here ({', '.join(KNOWN_CONFIGS)}); {own} its config folder with --config")
+
+
+def config_of(located: Located, config: str | None) -> tuple[str, Path]:
+    """With which configs a single file is read: -> what they are called, their folder.
+
+    config: what its user names; else the file's own header has them, or its shapes decide. Raises UserError if there are none.
+    """
+    own = unpack(read_metadata(located.path), located.path) if config is None else None
+    if own is not None:
+        return "its header", own
+    name = config or detect_config(located.path, located.spec.prediction_type)
+    return name, config_folder(name)
+
+
+def scheduler_of(located: Located, config: str | None, folder: Path) -> tuple[Any, Prediction]:
+    """The scheduler of a U-Net's single file: that of its configs, with what is said of the file; and that alone.
+
+    config: what its user named, of the folder that it is read with. Raises UserError for what contradicts itself.
+    """
+    usual = load_part(folder, "scheduler")
+    named = config is not None and (config not in KNOWN_CONFIGS or config.startswith("sd21"))  # sd15 and sdxl name shapes only
+    said = said_by_file(located.path, located.spec.prediction_type, kind_of(usual) if named else None)
+    if folder.name == "sd21" and said.type is None and config is None:
+        warn_once(f"{located.path} does not say what it predicts, and is read as v-prediction, as SD 2.1 at 768 px; if not, --prediction-type epsilon")
+    return predicting(usual, said, located.path), said
+
+
+def _transformer_config(file: Path, shapes: Mapping[str, list[int]]) -> str:
+    """Of SD 3 by depth and by the largest image, of FLUX by whether guidance is told. Raises UserError for what is none of them."""
+    if SD3 in shapes:
+        if "joint_blocks.37.x_block.attn.qkv.weight" in shapes:
+            return "sd35-large"
+        return "sd35" if "joint_blocks.0.x_block.attn2.qkv.weight" in shapes else "sd3"
+    channels = shapes["img_in.weight"][1]
+    if channels != 64:
+        kinds = {384: "FLUX.1 Fill", 128: "FLUX.1 Depth or Canny"}
+        raise UserError(f"{file} takes {channels} input channels ({kinds.get(channels, 'unknown')}), expected the 64 of FLUX.1; give a diffusers folder")
+    return "flux" if "guidance_in.in_layer.weight" in shapes else "flux-schnell"
+
+
+def config_folder(name_or_folder: str) -> Path:
+    """A shipped config by its name, or a user's own folder of configs. Raises UserError if there is neither."""
+    if name_or_folder in KNOWN_CONFIGS:
+        return CONFIGS / name_or_folder
+    folder = Path(name_or_folder)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(unknown(name_or_folder, KNOWN_CONFIGS, "config (or folder with model_index.json)"))
+    return folder
+
+
+@lru_cache(maxsize=1)
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's vocabulary and merges: 256 bytes, the same at a word's end, 48,894 merges, two marks.
+
+    Data of OpenAI's CLIP (MIT); see NOTICE.
+    """
+    merges = [tuple(line.split()) for line in gzip.decompress((CONFIGS / "clip_merges.txt.gz").read_bytes()).decode().split("\n")]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [code for code in range(256) if code not in printable]
+    letters = [chr(code) for code in printable] + [chr(256 + index) for index in range(len(others))]
+    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: index for index, token in enumerate(tokens)}, merges  # type: ignore[return-value]
+
+
+def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
+    """The tokenizer of all Stable Diffusion models, built from the shipped merges."""
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = clip_vocabulary()
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77, pad_token=pad_token)
+
+
+def load_tokenizers(config: Path) -> dict[str, Any]:
+    """The tokenizers a config folder asks for: its own, or CLIP's with the architecture's padding."""
+    from transformers import CLIPTokenizer
+
+    index = read_object(config / "model_index.json")
+    names = [name for name in ("tokenizer", "tokenizer_2") if index.get(name, [None])[0]]
+    pads_with_zero = {name: name == "tokenizer_2" or config.name.startswith("sd21") for name in names}  # OpenCLIP's way
+    return {
+        name: CLIPTokenizer.from_pretrained(config / name)
+        if (config / name).is_dir()
+        else clip_tokenizer("!" if pads_with_zero[name] else "<|endoftext|>")
+        for name in names
+    }
+
+
+def denoiser_config(located: Located, family: str, config: str | None = None) -> Any:
+    """With the defaults of its class. config: of a single file, as in load_expert. Raises UserError where there is none to be read."""
+    import diffusers
+
+    folder = config_of(located, config)[1] if located.single_file else located.path
+    folder = folder / FAMILIES[family].component if located.single_file or located.whole_pipeline else folder
+    maker: Any = getattr(diffusers, FAMILIES[family].model)
+    settings = check_config(folder, "diffusers", FAMILIES[family].model)
+    try:
+        with torch.device("meta"):
+            return maker.from_config(settings).config
+    except Exception as error:  # the library raises anything for settings of a wrong type
+        raise UserError(f"{folder} has no config of a {FAMILIES[family].model}: {first_line(error)}") from None
+
+
+# family -> config whose VAE it has; of U-Nets by the width of their text input
+VAE_CONFIGS = {"sd3": "sd3", "flux": "flux"}
+UNET_VAES = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+
+
+def as_diffusers(model: Any, layout: Layout, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """A component's tensors under diffusers' names.
+
+    model: of the component's class and config, with or without numbers. where: for messages.
+    Raises UserError for tensors that do not belong together.
+    """
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    chosen = layout.select(tensors)
+    if layout.diffusers:
+        return {_today(name): tensor for name, tensor in chosen.items()}
+    convert = SINGLE_FILE_LOADABLE_CLASSES[type(model).__name__]["checkpoint_mapping_fn"]
+    try:
+        return dict(convert(checkpoint=chosen, config=model.config))
+    except (KeyError, IndexError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{where} is incomplete or of another architecture ({reason}); download or export it again") from None
+
+
+def read_component(file: Path, layout: Layout, maker: Any, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """A component with its weights. maker, config: its class and settings. Raises UserError if they do not fit each other."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model: nn.Module = maker.from_config(dict(config))
+    where = f"the {layout.part} in {file}"
+    tensors = as_diffusers(model, layout, load_file(file), where)
+    check_fit(model, tensors, where)
+    model.load_state_dict({name: tensors[name].to(dtype) for name in model.state_dict()}, assign=True)
+    return model.eval()
+
+
+def describe_vae(file: Path, like: "Expert | None", config: str | None) -> tuple[nn.Module, Layout]:
+    """A VAE's own file by its header: -> its model without numbers, how its tensors are named.
+
+    like: an expert that the VAE is to serve; config: what a user named; they decide the scale of its latents, which no file says.
+    Raises UserError for a file that holds no VAE, or one of another kind than the expert's, with both numbers of channels.
+    """
+    from diffusers import AutoencoderKL
+
+    found = read_file(file)
+    layout = vae_layout(found)
+    if layout is None:
+        raise UserError(f"{file} holds no VAE; give a VAE's .safetensors file, its folder, or a whole model")
+    settings = _settings(like, config, file)
+    decoder = f"{layout.prefix}decoder.conv_in.weight"
+    channels, expected = (found[decoder].shape[1] if decoder in found else 0), settings.get("latent_channels")
+    if channels != expected:
+        whom = f"'{like.name}'" if like is not None and like.name else "the experts"
+        raise UserError(f"the VAE in {file} has {channels} latent channels, {whom} expected {expected}; choose another VAE")
+    with torch.device("meta"):
+        model: nn.Module = AutoencoderKL.from_config(settings)
+    where = f"the VAE in {file}"
+    check_fit(model, as_diffusers(model, layout, {name: entry.meta() for name, entry in found.items()}, where), where)
+    return model, layout
+
+
+def read_vae(file: Path, like: "Expert | None", config: str | None, dtype: torch.dtype) -> nn.Module:
+    """A VAE from a file of its own. Arguments and errors: see describe_vae."""
+    model: Any
+    model, layout = describe_vae(file, like, config)
+    return read_component(file, layout, type(model), model.config, dtype)
+
+
+def _settings(like: "Expert | None", config: str | None, file: Path) -> dict[str, Any]:
+    """The settings of the VAE that an expert was trained with."""
+    if config is not None:
+        return _read(config_folder(config) / "vae", file)
+    if like is None:
+        raise UserError(f"{file} is a VAE alone, which does not say what it is for; give --config")
+    if like.vae is not None:
+        own: Any = like.vae.config
+        return dict(own)
+    located = like.located
+    if located is not None and located.single_file:
+        return _read(config_of(located, like.config)[1] / "vae", file)
+    for owner in (located, like.lender.located if like.lender is not None else None):
+        if owner is not None and (owner.path / "vae" / "config.json").is_file():
+            return _read(owner.path / "vae", file)
+    width = like.model.config.get("cross_attention_dim")
+    name = VAE_CONFIGS.get(like.family) or UNET_VAES.get(width if isinstance(width, int) else 0)
+    if name is None:
+        raise UserError(f"{file}: which VAE an expert of family {like.family} has is not known here; give the VAE's folder, or --config")
+    return _read(config_folder(name) / "vae", file)
+
+
+def _read(folder: Path, file: Path) -> dict[str, Any]:
+    try:
+        settings = read_object(folder / "config.json")
+    except UserError as error:
+        raise UserError(f"{file}: its settings {error}; give the VAE's folder, or --config") from None
+    if settings.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise UserError(f"{file}: the experts' VAE is an {settings['_class_name']}, and files are read of AutoencoderKL; give the VAE's folder")
+    return settings
+
+
+def _today(name: str) -> str:
+    """A tensor's name as the installed diffusers has it."""
+    for old, new in RENAMED[:4]:
+        name = re.sub(old, new, name)
+    return name

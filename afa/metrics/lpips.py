@@ -1,0 +1,184 @@
+"""LPIPS: perceptual distance.
+
+LPIPS diversity: how different do the images of one prompt look? An image's mean distance to the others of its prompt.
+
+Source of the distance: see perceptual.py. As diversity: Zhu et al., arXiv:1711.11586.
+
+LPIPS: how different two images look, by the features of a classifier.
+
+Source: Zhang et al., arXiv:1801.03924, version 0.1 with its linear weights. The classifier's weights are those torchvision
+publishes, AlexNet (the default) or VGG16; which, is read from the tensors. Deviation: none.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from afa.errors import UserError
+from afa.metrics.base import ImageMetric, Picture, Values, batches
+from afa.metrics.pixels import to_tensor
+from afa.metrics.registry import Resources
+from afa.metrics.weights import Found, Part, check_network, find, load_network, read_tensors
+
+# Layers of torchvision's `features`: (channels, kernel, stride, padding) of a convolution with its ReLU, or max pooling.
+POOL, POOL_VGG = ("pool", 3, 2), ("pool", 2, 2)
+Layer = tuple[int, int, int, int] | tuple[str, int, int]
+ALEXNET: tuple[Layer, ...] = ((64, 11, 4, 2), POOL, (192, 5, 1, 2), POOL, (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1))
+VGG16: tuple[Layer, ...] = tuple(
+    layer
+    for times, channels in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
+    for layer in (*[(channels, 3, 1, 1)] * times, POOL_VGG)
+)[:-1]
+TAPS = {ALEXNET: (0, 2, 4, 5, 6), VGG16: (1, 4, 8, 12, 16)}  # layers that are looked at
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pixels in [-1, 1]
+
+
+class Trunk(nn.Module):
+    """Pixels (B, 3, H, W) in [-1, 1] -> five maps (B, C, h, w), each pixel's features of unit length."""
+
+    def __init__(self, layers: tuple[Layer, ...]) -> None:
+        super().__init__()
+        modules: list[nn.Module] = []
+        taps, before = [], 3
+        for index, layer in enumerate(layers):
+            if isinstance(layer[0], str):
+                modules.append(nn.MaxPool2d(layer[1], layer[2]))
+            else:
+                modules += [nn.Conv2d(before, layer[0], *layer[1:]), nn.ReLU()]
+                before = layer[0]
+            if index in TAPS[layers]:
+                taps.append(len(modules) - 1)
+        self.features, self.taps = nn.Sequential(*modules), taps
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        hidden = (pixels - pixels.new_tensor(SHIFT)[:, None, None]) / pixels.new_tensor(SCALE)[:, None, None]
+        maps = []
+        for index, module in enumerate(self.features):
+            hidden = module(hidden)
+            if index in self.taps:
+                maps.append(hidden / (hidden.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return maps
+
+
+class Linear(nn.Module):
+    """What each channel counts at the five places, under the published names (lin0.model.1 …; model.0 was dropout)."""
+
+    def __init__(self, layers: tuple[Layer, ...]) -> None:
+        super().__init__()
+        for index, tap in enumerate(TAPS[layers]):
+            layer = nn.Sequential(nn.Identity(), nn.Conv2d(int(layers[tap][0]), 1, 1, bias=False))
+            self.add_module(f"lin{index}", nn.ModuleDict({"model": layer}))
+
+    def weights(self) -> list[Tensor]:
+        """Five of (C,)."""
+        return [parameter.flatten() for parameter in self.parameters()]
+
+
+class Perceptual:
+    """The two networks in two files. Raises UserError if they are no such weights, or not of one classifier."""
+
+    def __init__(self, trunk: Path, linear: Path) -> None:
+        self._trunk, self._linear = read_tensors(trunk), read_tensors(linear)
+        self._layers = VGG16 if "features.28.weight" in self._trunk else ALEXNET
+        check_network(self._build_trunk, self._trunk, trunk)
+        check_network(self._build_linear, self._linear, linear)
+
+    def _build_trunk(self) -> Trunk:
+        return Trunk(self._layers)
+
+    def _build_linear(self) -> Linear:
+        return Linear(self._layers)
+
+    def load(self, device: torch.device) -> tuple[Trunk, list[Tensor]]:
+        """The trunk, and what its channels count."""
+        linear = load_network(self._build_linear, self._linear, device)
+        return load_network(self._build_trunk, self._trunk, device), linear.weights()
+
+
+def distance(one: list[Tensor], other: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """Two images' maps, five of (C, h, w) each -> a number: squared differences, weighted by channel, averaged over the map."""
+    squares = [(a - b).square() for a, b in zip(one, other, strict=True)]
+    return torch.stack([torch.einsum("c,chw->hw", *each).mean() for each in zip(weights, squares, strict=True)]).sum()
+
+
+TRUNK = Part(
+    "torchvision's AlexNet",
+    "alexnet-owt-7be5be79.pth",
+    url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    sha256=("7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02", "397923af"),  # AlexNet, VGG16
+)
+LINEAR = Part(
+    "LPIPS's linear weights 0.1",
+    "alex.pth",
+    url="https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/alex.pth",
+    sha256=(  # AlexNet's, VGG16's
+        "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    ),
+)
+
+
+class Diversity(ImageMetric):
+    """0 for equal images, higher is more diverse; no judgement of how good they are. A prompt needs at least two images."""
+
+    names = ("lpips",)
+
+    def __init__(self, trunk: Found, linear: Found, batch_size: int, device: torch.device) -> None:
+        self.trunk, self.linear, self.batch_size, self.device = trunk, linear, batch_size, device
+        self.source = f"mean LPIPS to the other images of the prompt, by {trunk} and {linear}, images as they are; arXiv:1801.03924"
+        self._perceptual = Perceptual(trunk.path, linear.path)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"trunk": self.trunk.identity, "linear": self.linear.identity}
+
+    @cached_property
+    def _network(self) -> Any:
+        return self._perceptual.load(self.device)
+
+    @torch.no_grad()
+    def score(self, pictures: Sequence[Picture]) -> dict[str, Values]:
+        prompts: dict[int, list[int]] = {}
+        for place, picture in enumerate(pictures):
+            prompts.setdefault(picture.group, []).append(place)
+        for places in prompts.values():
+            _check([pictures[place] for place in places])
+        values = np.empty(len(pictures))
+        for places in prompts.values():
+            values[places] = self._means([pictures[place] for place in places])
+        return {"lpips": values}
+
+    def _means(self, pictures: Sequence[Picture]) -> Values:
+        """Each image's mean distance to the others of its prompt."""
+        maps = [image for batch in batches(pictures, self.batch_size) for image in self._maps(batch)]
+        table = np.zeros((len(maps), len(maps)))
+        for one in range(len(maps)):
+            for other in range(one):
+                table[one, other] = table[other, one] = float(distance(maps[one], maps[other], self._network[1]))
+        return table.sum(1) / (len(maps) - 1)
+
+    def _maps(self, pictures: Sequence[Picture]) -> list[list[Tensor]]:
+        """Every image's five maps."""
+        pixels = to_tensor([picture.image for picture in pictures], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).to(self.device)
+        return [list(maps) for maps in zip(*self._network[0](pixels), strict=True)]
+
+
+def _check(pictures: Sequence[Picture]) -> None:
+    """Raises UserError for images of a prompt that cannot be compared with each other."""
+    caption = pictures[0].caption
+    if len(pictures) < 2:
+        raise UserError(f"metric 'lpips' compares the images of one prompt, and '{caption}' has only one; ask for --images-per-prompt 2 or more")
+    shapes = {picture.image.shape for picture in pictures}
+    if len(shapes) > 1:
+        raise UserError(f"metric 'lpips' compares images of one size, and those of '{caption}' have {len(shapes)} sizes: {sorted(shapes)}")
+
+
+def make_lpips(resources: Resources) -> Diversity:
+    """LPIPS diversity with its two weights: the classifier, then the linear weights. Raises UserError if they are missing."""
+    trunk, linear = find("lpips", [TRUNK, LINEAR], resources.weights)
+    return Diversity(trunk, linear, resources.batch_size, torch.device(resources.device))

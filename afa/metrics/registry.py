@@ -1,0 +1,106 @@
+"""The registry of metrics: one entry says how a metric is made and what it tells."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from afa.errors import UserError, look_up
+
+
+@dataclass(frozen=True)
+class MetricEntry:
+    """One metric.
+
+    make: "module:function" with function(Resources) -> Metric; imported when the metric is asked for
+    help: one line for `--metrics list` and the docs
+    """
+
+    make: str
+    help: str
+
+
+METRICS = {
+    "attributes": MetricEntry(
+        "afa.demo.metric:make",
+        "Attribute accuracy: the share of a scene's six attributes that the embedded world's scorer finds.",
+    ),
+    "frechet": MetricEntry(
+        "afa.demo.metric:frechet",
+        "Fréchet distance to real scenes, on features of the embedded world's scorer.",
+    ),
+    "fid": MetricEntry(
+        "afa.metrics.frechet:make_fid",
+        "FID: the Fréchet distance to real images on Inception features.",
+    ),
+    "kid": MetricEntry(
+        "afa.metrics.mmd:make_kid",
+        "KID: the kernel distance to real images on Inception features; unbiased, so set sizes may differ.",
+    ),
+    "inception_score": MetricEntry(
+        "afa.metrics.inception:make_inception_score",
+        "Inception score: does every image show one thing, and do they show many things? No real images.",
+    ),
+    "cmmd": MetricEntry(
+        "afa.metrics.mmd:make_cmmd",
+        "CMMD: the kernel distance to real images on CLIP embeddings; steady for a few thousand images.",
+    ),
+    "fd_dinov2": MetricEntry(
+        "afa.metrics.frechet:make_fd_dinov2",
+        "FD-DINOv2: the Fréchet distance on DINOv2 features, closer to people's judgement than FID.",
+    ),
+    "clip_t": MetricEntry(
+        "afa.metrics.clip:make_clip_t",
+        "CLIP-T: does the image fit its prompt? The cosine of their CLIP embeddings.",
+    ),
+    "clip_i": MetricEntry(
+        "afa.metrics.clip:make_clip_i",
+        "CLIP-I: is the image like the real one of the same caption? The cosine of their CLIP embeddings.",
+    ),
+    "aesthetic": MetricEntry(
+        "afa.metrics.preference:make_aesthetic",
+        "Aesthetic score: how much people would like the image, about 1 to 10, whatever its prompt.",
+    ),
+    "pickscore": MetricEntry(
+        "afa.metrics.preference:make_pickscore",
+        "PickScore: which of two images of a prompt would people pick? A CLIP trained on their choices.",
+    ),
+    "hpsv2": MetricEntry(
+        "afa.metrics.preference:make_hpsv2",
+        "HPSv2: how would people rank the image among others of its prompt? A CLIP trained on rankings.",
+    ),
+    "imagereward": MetricEntry(
+        "afa.metrics.imagereward:make_imagereward",
+        "ImageReward: how much people would like the image as an answer to its prompt; standardised.",
+    ),
+    "lpips": MetricEntry(
+        "afa.metrics.lpips:make_lpips",
+        "LPIPS diversity: how different the images of one prompt look, as a mean perceptual distance.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a metric is made with.
+
+    weights:    the places given for its parts (see weights.find); None: its defaults
+    device:     where it computes
+    batch_size: images at a time
+    """
+
+    weights: str | None
+    device: Any
+    batch_size: int = 16
+
+
+def make_metric(name: str, resources: Resources) -> Any:
+    """Return a metric by name, its weights found and checked.
+
+    Raises UserError for an unknown name or for weights that are missing.
+    """
+    try:
+        entry = look_up(name, METRICS, "metric")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    module, _, function = entry.make.partition(":")
+    return getattr(importlib.import_module(module), function)(resources)

@@ -1,0 +1,290 @@
+"""Weights of metrics: found, checked, loaded."""
+
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from afa.errors import UserError
+from afa.experts.headers import check_fit, load_tensors, read_header
+from afa.files import sha256
+
+HUB_PLACE = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w./+-]+)?")
+NAMED_HASH = re.compile(r"-([0-9a-f]{8})\.pth?$")  # torch's convention: a file's name ends with the start of its sha256
+WEIGHTS = (".safetensors", ".bin")
+TIMEOUT = 10  # seconds until the hub must have answered
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that a metric needs.
+
+    what: in words. name: of the published file, or of a folder as transformers writes it. hub: org/name of a folder, or
+    org/name/file. url: of the original, where it is on no hub. sha256: as published (whole, or its beginning), where that is
+    known. also: other names of the same file. folder: whether it is one.
+    """
+
+    what: str
+    name: str
+    hub: str = ""
+    url: str = ""
+    sha256: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    folder: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """A part on this machine. hashes: sha256 of its weights' files."""
+
+    part: Part
+    path: Path
+    hashes: dict[str, str]
+
+    @property
+    def identity(self) -> list[str]:
+        """What it is, whatever its files are called."""
+        return list(self.hashes.values())
+
+    def __str__(self) -> str:
+        """For a metric's source: what it is, and its hash, with a word if that is not the published one."""
+        digest = self.identity[0]
+        known = self.part.sha256
+        published = " or ".join(each[:12] for each in known)
+        others = f", not {published} as published" if known and not digest.startswith(known) else ""
+        return f"{self.part.what} ({self.path.name}, sha256 {digest[:12]}{others})"
+
+
+def find(metric: str, parts: Sequence[Part], given: str | None) -> list[Found]:
+    """Every part of a metric: from the place given, else a cache, else the hub.
+
+    given: PLACE, or PLACE,PLACE … in the order of the parts (an empty one: the default), or a folder that holds parts under
+    their published names; a place is a path or a hub id. Raises UserError with what is missing and how to give it.
+    """
+    places = _places(metric, given, len(parts))
+    several = len(parts) > 1 and len(places) == 1 and Path(places[0]).expanduser().is_dir()
+    asked = places * len(parts) if several else [*places, *[""] * (len(parts) - len(places))]
+    there = [_given(metric, part, place, len(parts), optional=several) for part, place in zip(parts, asked, strict=True)]
+    if several and not any(there):
+        raise UserError(f"--metric-weights {metric}={given} holds none of {', '.join(part.name for part in parts)}")
+    paths = [path or _cached(part) or _default(metric, part, len(parts)) for part, path in zip(parts, there, strict=True)]
+    return [Found(part, path, _hashes(part, path)) for part, path in zip(parts, paths, strict=True)]
+
+
+def _places(metric: str, given: str | None, count: int) -> list[str]:
+    if given is None:
+        return []
+    places = [given] if count == 1 or Path(given).expanduser().exists() else given.split(",")
+    if len(places) > count:
+        raise UserError(f"--metric-weights {metric}={given} names {len(places)} places, '{metric}' needs {count}")
+    return places
+
+
+def _given(metric: str, part: Part, place: str, count: int, optional: bool) -> Path | None:
+    """A part at the place that was given for it, one of `count`; optional: the place may hold other parts only."""
+    if not place:
+        return None
+    path = Path(place).expanduser()
+    if not path.exists():
+        if not HUB_PLACE.fullmatch(place):
+            raise UserError(f"--metric-weights {metric}={place}: there is no such file or folder")
+        return _from_hub(metric, part, place, count)
+    candidates = [path, *(path / name for name in (part.name, *part.also))]
+    found = next((candidate for candidate in candidates if _is(part, candidate)), None)
+    if found is None and not optional:
+        raise UserError(f"--metric-weights {metric}={place} is not {part.what}: {_expected(part)}")
+    return found
+
+
+def _is(part: Part, path: Path) -> bool:
+    return (path / "config.json").is_file() if part.folder else path.is_file()
+
+
+def _expected(part: Part) -> str:
+    return f"expected a folder of transformers, as {part.name}" if part.folder else f"expected a file, as {part.name}"
+
+
+def _cached(part: Part) -> Path | None:
+    """Where torch.hub would have put it, for whichever package downloaded it."""
+    import torch
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    names = () if part.folder else (part.name, *part.also)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _default(metric: str, part: Part, count: int) -> Path:
+    if part.hub:
+        return _from_hub(metric, part, part.hub, count)
+    raise UserError(f"metric '{metric}' needs {part.what}: download {part.url} and give it with {_flag(metric, part, count)}")
+
+
+def _flag(metric: str, part: Part, count: int) -> str:
+    where = "PATH" if count == 1 else f"FOLDER, a folder with {part.name} in it"
+    return f"--metric-weights {metric}={where}"
+
+
+def _from_hub(metric: str, part: Part, place: str, count: int) -> Path:
+    """A folder or file of the hub: from its cache, else downloaded unless the hub is switched off."""
+    fetch = _fetch_folder if part.folder else _fetch_file
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
+    try:
+        with suppress(Exception):  # whatever keeps it from being in the cache
+            return fetch(place, local_files_only=True)
+        if offline:
+            raise OSError("HF_HUB_OFFLINE is set")
+        return fetch(place, local_files_only=False)
+    except Exception as error:  # the hub's, or those of any library below it
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"metric '{metric}' needs {part.what}, and {place} is neither in the hub's cache nor can it be loaded ({reason}); "
+            f"give its place with {_flag(metric, part, count)}"
+        ) from error
+
+
+def _fetch_file(place: str, local_files_only: bool) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    owner, name, *file = place.split("/")
+    if not file:
+        raise OSError(f"{place} names no file")
+    return Path(hf_hub_download(f"{owner}/{name}", "/".join(file), local_files_only=local_files_only, etag_timeout=TIMEOUT))
+
+
+def _fetch_folder(place: str, local_files_only: bool) -> Path:
+    """The config and the weights alone; pickled ones only where there are no others."""
+    from huggingface_hub import snapshot_download
+
+    options: dict[str, Any] = {"local_files_only": local_files_only, "etag_timeout": TIMEOUT}
+    for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
+        folder = Path(snapshot_download(place, allow_patterns=["config.json", weights], **options))
+        if (folder / "config.json").is_file() and _weight_files(folder):
+            return folder
+    raise OSError(f"{place} has no config.json with weights beside it")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """What transformers would load: safetensors where there are any."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
+    return [path for path in files if path.suffix == ".safetensors"] or files
+
+
+def _hashes(part: Part, path: Path) -> dict[str, str]:
+    """Hashes of a part's files. Raises UserError for a file of a published name that is not what the name promises."""
+    files = [*_weight_files(path), path / "config.json"] if part.folder else [path]
+    if part.folder and len(files) == 1:
+        raise UserError(f"{path} has no weights (.safetensors or .bin) beside its config.json; download it again")
+    hashes = {file.name: sha256(file) for file in files}
+    promised = NAMED_HASH.search(path.name) if path.name in (part.name, *part.also) else None
+    if promised and not hashes[path.name].startswith(promised[1]):
+        begins = f"by its name its sha256 begins with {promised[1]}, it is {hashes[path.name][:8]}…"
+        raise UserError(f"{path} is damaged: {begins}; download it again")
+    return hashes
+
+
+Network = TypeVar("Network", bound=nn.Module)
+UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or a pickled state dict, on the CPU; mapped, not read, where the format allows.
+
+    Nothing but tensors is unpickled. Raises UserError if the file is broken, or something else.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_tensors(file)
+        with file.open("rb") as stream:
+            zipped = stream.read(2) == b"PK"  # torch's older format cannot be mapped
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        raise UserError(f"{file} is no file of weights that can be read ({_first_line(error)}); download it again") from error
+    found = found.get("state_dict", found) if isinstance(found, dict) else {}
+    tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise UserError(f"{file} holds no tensors by name; is it the right file?")
+    return tensors
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def check_network(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Raises UserError if a file lacks weights of a network, or has them in other shapes."""
+    with torch.device("meta"):
+        network = build()
+    check_fit(network, tensors, str(where))
+
+
+def load_network(build: Callable[[], Network], tensors: Mapping[str, Tensor], device: torch.device) -> Network:
+    """The network with these weights in float32, ready to be used; what it does not know is left aside."""
+    with torch.device("meta"):
+        network = build()
+    wanted = {name: tensors[name] for name in network.state_dict()}
+    single = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in wanted.items()}
+    network.load_state_dict(single, assign=True)
+    return network.to(device).eval().requires_grad_(False)
+
+
+def check_folder(maker: Any, folder: Path) -> None:
+    """Raises UserError if a folder of transformers is not this model's, or lacks weights. Nothing is read but headers."""
+    _made(maker, folder, folder, device_map="meta")
+
+
+def load_folder(maker: Any, folder: Path, device: torch.device) -> Any:
+    """A model of transformers from its folder, in float32. Raises UserError if weights are missing."""
+    return _made(maker, folder, folder).to(device)
+
+
+def check_transformer(maker: Any, config: Any, tensors: Mapping[str, Tensor], where: Path, **options: Any) -> None:
+    """Raises UserError if tensors, under the names that transformers has for them, are not all that a model needs."""
+    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    _made(maker, None, where, config=config, state_dict=shapes, device_map="meta", **options)
+
+
+def load_transformer(
+    maker: Any, config: Any, tensors: Mapping[str, Tensor], where: Path, device: torch.device, **options: Any
+) -> Any:
+    """A model of transformers from such tensors, in float32."""
+    state = {name: tensor.float() for name, tensor in tensors.items()}
+    return _made(maker, None, where, config=config, state_dict=state, **options).to(device)
+
+
+def _made(maker: Any, source: Path | None, where: Path, **options: Any) -> Any:
+    """By transformers' own loader, which knows older names. What it would draw at random, or leave out, is an error."""
+    common = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+    for file in source.glob("*.safetensors") if source else ():
+        read_header(file)
+    try:
+        with _quiet():
+            model, info = maker.from_pretrained(source, **common, **options)
+    except UNREADABLE as error:
+        raise UserError(f"{where} could not be loaded as {maker.__name__}: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"{where} lacks {len(missing)} weights of a {maker.__name__} (first: {missing[0]}); download it again")
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own report of what is missing; ours is one sentence."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,92 @@
+"""The registry of families: how a model is recognised, read and replaced."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from afa.denoiser.base import EnsembleDenoiser
+from afa.models.flux import FluxEnsemble
+from afa.models.qwen_image import QwenImageEnsemble
+from afa.models.sd3 import SD3Ensemble
+from afa.models.unet import UNetEnsemble
+from afa.stages.call import Call
+from afa.stages.original_names import Layers, original_layers
+from afa.stages.stage import Stage, stage_of_names
+
+
+@dataclass(frozen=True)
+class Family:
+    """How models of one class are recognised, read and replaced.
+
+    model:     name of the diffusers class
+    component: its name in a pipeline
+    denoiser:  the drop-in for N of them; it also says how one is read and called
+    """
+
+    model: str
+    component: str
+    denoiser: type[EnsembleDenoiser]
+
+    @property
+    def stages(self) -> Callable[[Any], tuple[Stage, ...]]:
+        """Read a model as stages."""
+        return self.denoiser.read_stages
+
+    @property
+    def call(self) -> Call:
+        """How the denoiser is called."""
+        return self.denoiser.call
+
+    @property
+    def placement(self) -> str:
+        """Where aggregators stand by default; docs/families.md says why."""
+        return self.denoiser.default_placement
+
+
+FAMILIES = {
+    "unet": Family("UNet2DConditionModel", "unet", UNetEnsemble),
+    "sd3": Family("SD3Transformer2DModel", "transformer", SD3Ensemble),
+    "flux": Family("FluxTransformer2DModel", "transformer", FluxEnsemble),
+    "qwen-image": Family("QwenImageTransformer2DModel", "transformer", QwenImageEnsemble),
+}
+
+
+def called(pipeline: Any) -> tuple[Call, Any]:
+    """How a pipeline's denoiser is called, be it a model or a drop-in, and its config. Raises ValueError if there is none."""
+    for family in FAMILIES.values():
+        denoiser = pipeline.components.get(family.component)
+        if denoiser is not None:
+            return FAMILIES[getattr(denoiser, "family", None) or family_of(denoiser)].call, denoiser.config
+    raise ValueError(f"a {type(pipeline).__name__} has no denoiser of a known family")
+
+
+def family_of(model: nn.Module) -> str:
+    """The name of the family that reads this model. Raises ValueError if none does."""
+    kind = type(model).__name__
+    for name, family in FAMILIES.items():
+        if family.model == kind:
+            return name
+    known = ", ".join(family.model for family in FAMILIES.values())
+    raise ValueError(f"a {kind} cannot be an expert; supported are: {known}")
+
+
+def stage_names(model: nn.Module) -> tuple[str, ...]:
+    """A denoiser's stages in the order they run. Raises ValueError if no family reads it."""
+    return tuple(stage.name for stage in FAMILIES[family_of(model)].stages(model))
+
+
+def stages_of(names: Iterable[str], model: nn.Module) -> dict[str, str]:
+    """The stage of every parameter and buffer of a denoiser: name -> stage (see stage_of_names).
+
+    names: the model's own, or those that a file holds for it
+    Raises ValueError if no family reads the model.
+    """
+    return stage_of_names(names, model, FAMILIES[family_of(model)].stages(model))
+
+
+def layers_of(model: nn.Module) -> dict[str, Layers]:
+    """The original names of a denoiser's layers (see original_layers). Raises ValueError if no family reads the model."""
+    family = family_of(model)
+    return original_layers(model, family, FAMILIES[family].stages(model))

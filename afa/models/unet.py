@@ -1,0 +1,455 @@
+"""U-Nets of Stable Diffusion 1.x, 2.x, SDXL: their stages, how they are called, the drop-in denoiser.
+
+The U-Net family: SD 1.x, 2.x and SDXL `UNet2DConditionModel` as stages IN00 … M00 … OUT11.
+
+The names are those of the merging community (method.md of the paper's reference and MBW coincide): IN stages save a
+skip, OUT stages take one, the last one includes the output head. Only the model's own sub-modules run; nothing of
+diffusers is copied or subclassed. Which sub-modules follow each other is the architecture's definition:
+Ronneberger et al. 2015 (arXiv:1505.04597) as in Rombach et al. 2021 (arXiv:2112.10752).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
+
+from afa.denoiser.base import EnsembleDenoiser, attention_options, split_joined
+from afa.denoiser.forward import Residuals
+from afa.denoiser.lora import lora_scaled
+from afa.errors import UserError
+from afa.models import unet
+from afa.stages.call import Call
+from afa.stages.stage import Stage, Trace, plain
+
+DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
+MIDDLE_BLOCKS = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
+UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+
+
+@dataclass(kw_only=True)
+class UNetTrace(Trace):
+    """A U-Net's trace: masks are additive biases, (B, 1, T); options go to the attention processors."""
+
+    mask: Tensor | None = None
+    text_mask: Tensor | None = None
+    options: dict[str, Any] | None = None
+
+    def attention(self) -> dict[str, Any]:
+        """The keyword arguments of a diffusers attention block."""
+        return {
+            "encoder_hidden_states": self.text,
+            "attention_mask": self.mask,
+            "encoder_attention_mask": self.text_mask,
+            "cross_attention_kwargs": self.options,
+        }
+
+
+@dataclass(kw_only=True, eq=False)
+class Convolution(Stage):
+    """The first convolution, or a downsampler: a part of its owner by name, since a LoRA may be put in front of it later."""
+
+    owner: nn.Module
+    part: str
+
+    @property
+    def conv(self) -> nn.Module:
+        return self.owner.get_submodule(self.part)
+
+    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
+        return self.conv(hidden), trace
+
+    def modules(self) -> list[object]:
+        return [self.conv]
+
+
+@dataclass(kw_only=True, eq=False)
+class Layer(Stage):
+    """A residual block and its attention, with the upsampler where it ends a block, or the output head of the whole U-Net."""
+
+    resnet: nn.Module
+    attention: nn.Module | None = None
+    upsampler: nn.Module | None = None
+    whole: nn.Module | None = None
+
+    @property
+    def head(self) -> tuple[nn.Module, ...]:
+        """As it is now: a LoRA may have been put in front of a part."""
+        return () if self.whole is None else output_head(self.whole)
+
+    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
+        assert isinstance(trace, UNetTrace)
+        if skip is not None:
+            hidden = torch.cat([hidden, skip], dim=1)
+        hidden = self.resnet(hidden, trace.temb)
+        if self.attention is not None:
+            hidden = self.attention(hidden, **trace.attention(), return_dict=False)[0]
+        if self.upsampler is not None:
+            hidden = self.upsampler(hidden, size)
+        for module in self.head:
+            hidden = module(hidden)
+        return hidden, trace
+
+    def modules(self) -> list[object]:
+        return [module for module in (self.resnet, self.attention, self.upsampler, *self.head) if module is not None]
+
+
+@dataclass(kw_only=True, eq=False)
+class Middle(Stage):
+    """The middle block as a whole."""
+
+    middle: nn.Module
+
+    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
+        assert isinstance(trace, UNetTrace)
+        if getattr(self.middle, "has_cross_attention", False):
+            return self.middle(hidden, trace.temb, **trace.attention()), trace
+        return self.middle(hidden, trace.temb), trace
+
+    def modules(self) -> list[object]:
+        return [self.middle]
+
+
+def stages(unet: Any) -> tuple[Stage, ...]:
+    """Read a `UNet2DConditionModel` as its stages: 25 for SD 1.x and 2.x, 19 for SDXL.
+
+    Raises ValueError, naming the part, for a U-Net with parts that this family cannot walk.
+    """
+    check_supported(unet)
+    down = list(_down_stages(unet))
+    return (*down, *_middle_stages(unet, level=down[-1].level), *_up_stages(unet, level=down[-1].level))
+
+
+def _down_stages(unet: Any) -> Iterator[Stage]:
+    level, index = 0, 1
+    first = {"owner": unet, "part": "conv_in"}
+    yield Convolution(name="IN00", channels=plain(unet.conv_in).out_channels, level=level, saves_skip=True, **first)
+    for number, block in enumerate(unet.down_blocks):
+        place = f"down_blocks.{number}"
+        for resnet, attention in zip(block.resnets, attentions(block), strict=True):
+            layer = {"resnet": resnet, "attention": attention}
+            yield Layer(name=f"IN{index:02}", channels=resnet.out_channels, level=level, block=place, saves_skip=True, **layer)
+            index += 1
+        for count, conv in enumerate(block.downsamplers or ()):
+            level += 1
+            part = {"owner": block, "part": f"downsamplers.{count}"}
+            yield Convolution(name=f"IN{index:02}", channels=conv.out_channels, level=level, block=place, saves_skip=True, **part)
+            index += 1
+
+
+def _middle_stages(unet: Any, level: int) -> Iterator[Stage]:
+    if unet.mid_block is not None:
+        channels = unet.mid_block.resnets[-1].out_channels
+        yield Middle(name="M00", channels=channels, level=level, block="mid_block", middle=unet.mid_block)
+
+
+def _up_stages(unet: Any, level: int) -> Iterator[Stage]:
+    index, last_block = 0, len(unet.up_blocks) - 1
+    for number, block in enumerate(unet.up_blocks):
+        for layer, (resnet, attention) in enumerate(zip(block.resnets, attentions(block), strict=True)):
+            ends = layer == len(block.resnets) - 1
+            upsampler = block.upsamplers[0] if ends and block.upsamplers else None
+            whole = unet if ends and number == last_block else None
+            level -= upsampler is not None
+            yield Layer(
+                name=f"OUT{index:02}",
+                channels=resnet.out_channels if whole is None else plain(unet.conv_out).out_channels,
+                level=level,
+                block=f"up_blocks.{number}",
+                takes_skip=True,
+                upsamples=upsampler is not None,
+                resnet=resnet,
+                attention=attention,
+                upsampler=upsampler,
+                whole=whole,
+            )
+            index += 1
+
+
+def attentions(block: Any) -> list[nn.Module | None]:
+    """The attention after each residual block of a down or up block; None where there is none."""
+    return list(block.attentions) if getattr(block, "has_cross_attention", False) else [None] * len(block.resnets)
+
+
+def output_head(unet: Any) -> tuple[Any, ...]:
+    """The modules after the last up block."""
+    norm = (unet.conv_norm_out, unet.conv_act) if unet.conv_norm_out is not None else ()
+    return (*norm, unet.conv_out)
+
+
+def check_supported(unet: Any) -> None:
+    """Refuse, by name, what the stages would compute differently from the model's own forward."""
+    parts = [(block, UP_BLOCKS) for block in unet.up_blocks] + [(block, DOWN_BLOCKS) for block in unet.down_blocks]
+    parts += [(unet.mid_block, MIDDLE_BLOCKS)] if unet.mid_block is not None else []
+    for block, known in parts:
+        kind = type(block).__name__
+        if kind not in known:
+            raise ValueError(f"a U-Net with a {kind} cannot be read as stages; supported here are {', '.join(known)}")
+        if len(getattr(block, "upsamplers", None) or ()) > 1:
+            raise ValueError(f"a {kind} with several upsamplers cannot be read as stages")
+    config = unet.config
+    if config.addition_embed_type not in (None, "text", "text_time"):
+        raise ValueError(f"addition_embed_type '{config.addition_embed_type}' is not supported; only text and text_time are")
+    if config.encoder_hid_dim_type not in (None, "text_proj"):
+        raise ValueError(f"encoder_hid_dim_type '{config.encoder_hid_dim_type}' (image conditions) is not supported")
+
+
+def check_state(unet: Any) -> None:
+    """Refuse, by name, switches that someone may have turned since the stages were read."""
+    if any(getattr(block, "s1", None) is not None for block in unet.up_blocks):
+        raise NotImplementedError("FreeU is enabled on an expert, and an ensemble does not support it; call disable_freeu() on that expert")
+    if unet.encoder_hid_proj is not None and unet.config.encoder_hid_dim_type == "ip_image_proj":
+        raise NotImplementedError("IP-Adapter weights are loaded into an expert, and an ensemble does not support them; call unload_ip_adapter()")
+
+
+def begin(
+    unet: Any,
+    sample: Tensor,
+    timestep: Tensor | float | int,
+    text: Tensor,
+    *,
+    class_labels: Tensor | None = None,
+    timestep_cond: Tensor | None = None,
+    added: dict[str, Tensor] | None = None,
+    mask: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    options: dict[str, Any] | None = None,
+) -> tuple[Tensor, UNetTrace]:
+    """Start a pass: what enters the first stage, and the trace of this expert.
+
+    sample (B, C, H, W) noisy latents; text (B, T, D); masks (B, T) with 1 for tokens to keep.
+    """
+    check_state(unet)
+    if unet.config.center_input_sample:
+        sample = 2 * sample - 1.0
+    temb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), timestep_cond)
+    classes = unet.get_class_embed(sample=sample, class_labels=class_labels)
+    if classes is not None:
+        temb = torch.cat([temb, classes], dim=-1) if unet.config.class_embeddings_concat else temb + classes
+    added = added or {}
+    extra = unet.get_aug_embed(emb=temb, encoder_hidden_states=text, added_cond_kwargs=added)
+    temb = temb if extra is None else temb + extra
+    if unet.time_embed_act is not None:
+        temb = unet.time_embed_act(temb)
+    text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added)
+    return sample, UNetTrace(temb=temb, text=text, mask=_bias(mask, sample), text_mask=_bias(text_mask, sample), options=options)
+
+
+def adapter_stages(unet: Any) -> list[str]:
+    """Where T2I-Adapter residuals enter: the last attention of a block that has some, else the block's end; then M00."""
+    names, walked = [], stages(unet)
+    for number, block in enumerate(unet.down_blocks):
+        own = [stage for stage in walked if stage.block == f"down_blocks.{number}"]
+        layers = [stage for stage in own if isinstance(stage, Layer)]
+        names.append((layers if getattr(block, "has_cross_attention", False) else own)[-1].name)
+    return names + [stage.name for stage in walked if isinstance(stage, Middle)]
+
+
+def _bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """Keep/discard tokens as an additive bias, broadcast over queries: (B, T) -> (B, 1, T)."""
+    return None if mask is None else ((1 - mask.to(like.dtype)) * -10000.0).unsqueeze(1)
+
+
+def widths(unet: Any) -> tuple[int, int]:
+    """Widths of what a trace carries: of the time embedding (E) and of the text states (D)."""
+    time = unet.time_embedding.linear_2.out_features
+    if unet.class_embedding is not None and unet.config.class_embeddings_concat:
+        time *= 2
+    text = unet.config.cross_attention_dim
+    if isinstance(text, (list, tuple)):
+        if len(set(text)) > 1:
+            raise ValueError(f"blocks with different cross_attention_dim {list(text)} cannot share one text input")
+        text = text[0]
+    return time, text
+
+
+XL = 5.0  # the strength of guidance of SDXL's pipeline
+TIMES = 6  # of SDXL's micro-conditioning: original size, crop, target size, two numbers each
+
+
+class UNetCall(Call):
+    """Latents as they are; text states, and for SDXL pooled states and sizes."""
+
+    tokens = 77  # of CLIP
+    patch = 1
+    encoded = (0, 2)
+    joined = True
+    streams = False
+    frozen_text = False
+    alike = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "addition_time_embed_dim", "time_cond_proj_dim")
+    guidance = 7.5
+
+    def pipeline(self, text_encoders: int) -> str:
+        return "StableDiffusionXLPipeline" if text_encoders == 2 else "StableDiffusionPipeline"
+
+    def prompt_tokens(self, encoders: Sequence[Any]) -> int:
+        return getattr(encoders[0], "max_position_embeddings", self.tokens) if encoders else self.tokens
+
+    def side(self, config: Any) -> Any:
+        return config.sample_size
+
+    def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:
+        if len(parts) == 1:
+            return {"encoder_hidden_states": parts[0]}
+        return {"encoder_hidden_states": parts[0], "added_cond_kwargs": {"text_embeds": parts[1], "time_ids": sizes}}
+
+    def blank(self, config: Any, batch: int, tokens: int, empty: Callable[..., Tensor]) -> dict[str, Any]:
+        text = config.encoder_hid_dim or config.cross_attention_dim
+        parts = [empty(batch, tokens, text if isinstance(text, int) else text[0])]
+        if config.addition_embed_type == "text_time":
+            parts.append(empty(batch, config.projection_class_embeddings_input_dim - TIMES * config.addition_time_embed_dim))
+        found = self.conditions(config, parts, empty(batch, TIMES))
+        if config.class_embed_type is not None or config.num_class_embeds is not None:
+            found["class_labels"] = _labels(config, batch, empty)
+        return found
+
+    def arguments(self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
+        return {"sample": noisy, "timestep": times, **conditions}
+
+    def latents(self, call: Mapping[str, Any]) -> Tensor:
+        return call["sample"]
+
+    def strength(self, config: Any) -> float | None:
+        return XL if config.addition_embed_type == "text_time" else self.guidance
+
+    def guided(self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None) -> dict[str, Any]:
+        if negative is not None and self.unpaired(config):
+            raise UserError(f"a negative prompt needs classifier-free guidance, and {self.unpaired(config)}; leave it out")
+        return super().guided(config, count, strength, negative, true)
+
+    def unpaired(self, config: Any) -> str:
+        return "" if config.time_cond_proj_dim is None else "these experts have theirs built in (time_cond_proj_dim)"
+
+
+def _labels(config: Any, batch: int, empty: Callable[..., Tensor]) -> Tensor:
+    """Class labels as a U-Net's kind of class embedding takes them."""
+    if config.class_embed_type in ("projection", "simple_projection"):
+        return empty(batch, config.projection_class_embeddings_input_dim)
+    if config.class_embed_type == "identity":
+        return empty(batch, 4 * config.block_out_channels[0])
+    return torch.zeros(batch, dtype=torch.long, device=empty().device)
+
+
+IMAGE_CONDITIONS = ("image_embeds", "hint")  # of added_cond_kwargs: IP-Adapter, Kandinsky
+
+
+class UNetEnsemble(EnsembleDenoiser):
+    """N `UNet2DConditionModel` experts as one. See EnsembleDenoiser for the arguments.
+
+    text_widths: 768 and 1280 for SDXL; needed to take apart the joined states of several encoders. Default: one encoder, as
+    wide as the U-Net's cross-attention.
+    """
+
+    family = "unet"
+    call = UNetCall()
+    read_stages = staticmethod(stages)
+    output = UNet2DConditionOutput
+
+    def __init__(self, experts: Sequence[Any], *args: Any, **options: Any) -> None:
+        super().__init__(experts, *args, **options)
+        self.text_widths = self.text_widths or (_text_input_width(experts[0]),)
+        self._adapter_stages = unet.adapter_stages(experts[0])
+        self._down_factor = 2 ** experts[0].num_upsamplers
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return unet.widths(self.experts[0])
+
+    @property
+    def add_embedding(self) -> Any:
+        """The first expert's; the SDXL pipeline reads its width."""
+        return self.experts[0].add_embedding
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """The stock forward. encoder_hidden_states: (B, T, D) for all experts, or (B, T, N·D), each its own part.
+
+        The same holds for added_cond_kwargs["text_embeds"]. Raises NotImplementedError for GLIGEN, IP-Adapter and
+        other image conditions.
+        """
+        options, lora_scale = attention_options(cross_attention_kwargs)
+        texts = self.split_text(encoder_hidden_states)
+        added = self._split_added(added_cond_kwargs)
+        residuals = self._residuals(down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals)
+
+        def begin(expert: int) -> tuple[Tensor, unet.UNetTrace]:
+            return unet.begin(
+                self.experts[expert],
+                *self.given(expert, sample, timestep),
+                texts[expert],
+                class_labels=class_labels,
+                timestep_cond=timestep_cond,
+                added=added[expert],
+                mask=attention_mask,
+                text_mask=encoder_attention_mask,
+                options=options,
+            )
+
+        odd_size = any(side % self._down_factor for side in sample.shape[-2:])
+        with lora_scaled(self.experts, lora_scale):
+            prediction = self._run(begin, timestep, residuals, odd_size, noisy=lambda: sample)
+        return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+    def split_text(self, states: Tensor) -> list[Tensor]:
+        """Each expert's text states: (B, T, D) is everyone's, (B, T, N·D) is taken apart encoder by encoder."""
+        return split_joined(states, self.text_widths, len(self.experts), "encoder_hidden_states")
+
+    def narrow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A forward pre-hook for a ControlNet: hand it the first expert's part of the joined text."""
+        kwargs = dict(kwargs)
+        if kwargs.get("encoder_hidden_states") is not None:
+            kwargs["encoder_hidden_states"] = self.split_text(kwargs["encoder_hidden_states"])[0]
+        if kwargs.get("added_cond_kwargs"):
+            kwargs["added_cond_kwargs"] = self._split_added(kwargs["added_cond_kwargs"])[0]
+        return args, kwargs
+
+    def _split_added(self, added: Mapping[str, Tensor] | None) -> list[dict[str, Tensor]]:
+        """Each expert's added conditions."""
+        added = dict(added or {})
+        for name in IMAGE_CONDITIONS:
+            if name in added:
+                raise NotImplementedError(f"image conditions ({name}: IP-Adapter, Kandinsky) are not supported by an ensemble; leave them out")
+        if "text_embeds" not in added or self.config.addition_embed_type != "text_time":
+            return [added] * len(self.experts)
+        times = self.config.addition_time_embed_dim * added["time_ids"].shape[-1]
+        width = self.add_embedding.linear_1.in_features - times
+        pooled = split_joined(added["text_embeds"], (width,), len(self.experts), "text_embeds")
+        return [{**added, "text_embeds": own} for own in pooled]
+
+    def _residuals(self, down: Sequence[Tensor] | None, middle: Tensor | None, adapter: Sequence[Tensor] | None) -> Residuals:
+        """ControlNet (down and middle) and T2I-Adapter residuals, by stage."""
+        if adapter is None and middle is None and down is not None:
+            down, adapter = None, down  # older T2I-Adapter pipelines pass theirs in the ControlNets' place
+        residuals = Residuals()
+        for name, residual in zip(self._adapter_stages, adapter or (), strict=False):
+            residuals.to_hidden[name] = residual
+        if adapter is not None and len(adapter) > len(self._adapter_stages):
+            raise ValueError(f"{len(adapter)} T2I-Adapter residuals for {len(self._adapter_stages)} places; the adapter is of another architecture")
+        if down is not None and middle is not None:
+            saving = [stage.name for stage in self.stages if stage.saves_skip]
+            if len(down) != len(saving):
+                raise ValueError(f"{len(down)} ControlNet residuals for {len(saving)} skips; the ControlNet is of another architecture")
+            residuals.to_skip = dict(zip(saving, down, strict=True))
+            residuals.to_hidden["M00"] = residuals.to_hidden["M00"] + middle if "M00" in residuals.to_hidden else middle
+        return residuals
+
+
+def _text_input_width(model: Any) -> int:
+    """How wide the text states are that a pipeline hands to this U-Net."""
+    return model.config.encoder_hid_dim or unet.widths(model)[1]

@@ -1,0 +1,124 @@
+"""Noise average, feature mean, and one expert at a time by intervals of timesteps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afa.denoiser.base import EnsembleDenoiser
+from afa.ensemble import Ensemble
+from afa.errors import UserError, unknown
+from afa.sampling.base import Combination, Predict
+from afa.sampling.options import FeatureMean, NoiseAverage, TimestepExperts
+from afa.sampling.sample import PipelineSampler, in_frame, settled
+from afa.settings import shares
+
+
+def average(predictions: Tensor, weights: Tensor) -> Tensor:
+    """Σ wᵢ pᵢ with Σ wᵢ = 1: predictions (B, N, C, H, W), weights (N,) or (B, N) -> (B, C, H, W).
+
+    Summed as p₀ + Σ wᵢ (pᵢ - p₀), so that equal predictions stay what they are, bit for bit.
+    """
+    first = predictions[:, 0]
+    total = first
+    for expert in range(1, predictions.shape[1]):
+        share = weights[..., expert].to(predictions).reshape(-1, 1, 1, 1)
+        total = total + share * (predictions[:, expert] - first)
+    return total
+
+
+class Averaged(Combination):
+    """The weighted mean of predictions. weights: one per expert, with sum 1; experts of weight 0 are not run."""
+
+    def __init__(self, denoiser: EnsembleDenoiser, weights: Sequence[float]) -> None:
+        super().__init__(denoiser)
+        self.weights = torch.tensor(weights)
+
+    def combine(self, predict: Predict, sample: Tensor, timestep: float) -> tuple[Tensor, Tensor | None]:
+        run = [expert for expert, weight in enumerate(self.weights) if weight > 0]
+        return average(torch.stack([predict(expert) for expert in run], dim=1), self.weights[run]), self.weights
+
+
+def noise_average(ensemble: Ensemble, options: NoiseAverage) -> PipelineSampler:
+    """ε = Σ wᵢ εᵢ, each expert with its own text encoders; for any kind of prediction, since all are linear in ε."""
+    weights = shares(options.weights, len(ensemble.names))
+    return PipelineSampler(in_frame(ensemble, Averaged(ensemble.denoiser, weights)))
+
+
+def feature_mean(ensemble: Ensemble, options: FeatureMean) -> PipelineSampler:
+    """What AFA is before training (arXiv:2405.17082): the features' mean at every stage."""
+    return PipelineSampler(settled(ensemble.sharing("mean").pipeline(), ensemble.experts[0]))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The timesteps start > t >= end belong to one expert."""
+
+    start: int
+    end: int
+    expert: str
+
+    def __str__(self) -> str:
+        return f"{self.start}-{self.end}:{self.expert}"
+
+
+def equal_intervals(names: Sequence[str], steps: int) -> list[Interval]:
+    """The timesteps 0 … steps-1 in equal parts, the first expert where there is most noise."""
+    bounds = [round(steps * (len(names) - place) / len(names)) for place in range(len(names) + 1)]
+    return [Interval(start, end, name) for start, end, name in zip(bounds[:-1], bounds[1:], names, strict=True)]
+
+
+def read_table(text: str, names: Sequence[str], steps: int) -> list[Interval]:
+    """Intervals from noise to image that cover the timesteps 0 … steps-1 once. Raises UserError if they do not."""
+    intervals = sorted((_read(entry.strip(), names) for entry in text.split(",")), key=lambda interval: -interval.start)
+    expected = steps
+    for interval in intervals:
+        if interval.start > expected:
+            other = f"{steps} timesteps" if expected == steps else "the interval before it"
+            raise UserError(f"table {text}: {interval} overlaps {other}; it must start at {expected}")
+        if interval.start < expected:
+            raise UserError(f"table {text}: nobody is there for {expected}-{interval.start}; {interval} must start at {expected}")
+        expected = interval.end
+    if expected > 0:
+        raise UserError(f"table {text}: nobody is there for {expected}-0; the last interval must end at 0")
+    return intervals
+
+
+def at(intervals: Sequence[Interval], timestep: float) -> Interval:
+    """The interval of a timestep, which may be a fraction."""
+    return next((interval for interval in intervals if timestep >= interval.end), intervals[-1])
+
+
+def _read(text: str, names: Sequence[str]) -> Interval:
+    span, _, name = text.partition(":")
+    start, _, end = span.partition("-")
+    if not (start.strip().isdecimal() and end.strip().isdecimal() and int(start) > int(end) and name):
+        raise UserError(f"table entry '{text}' is no interval; write FROM-TO:EXPERT with whole timesteps, FROM above TO, e.g. 1000-700:{names[0]}")
+    if name not in names:
+        raise UserError(unknown(name, names, "expert"))
+    return Interval(int(start), int(end), name)
+
+
+class ByTimestep(Combination):
+    """At every step the expert of its interval; the others are not run."""
+
+    def __init__(self, denoiser: EnsembleDenoiser, intervals: Sequence[Interval]) -> None:
+        super().__init__(denoiser)
+        self.intervals = list(intervals)
+
+    def combine(self, predict: Predict, sample: Tensor, timestep: float) -> tuple[Tensor, Tensor | None]:
+        expert = self.names.index(at(self.intervals, timestep).expert)
+        return predict(expert), self.one_hot(expert)
+
+
+def timestep_experts(ensemble: Ensemble, options: TimestepExperts) -> PipelineSampler:
+    """Experts for intervals of noise levels: arXiv:2211.01324, section 4.
+
+    Deviation: there experts are trained for their intervals; here they are what they are. Raises UserError for a table
+    with gaps or overlaps.
+    """
+    steps = ensemble.frame.scheduler.config.num_train_timesteps
+    table = options.table
+    intervals = equal_intervals(ensemble.names, steps) if table is None else read_table(table, ensemble.names, steps)
+    return PipelineSampler(in_frame(ensemble, ByTimestep(ensemble.denoiser, intervals)))

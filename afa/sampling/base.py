@@ -1,0 +1,193 @@
+"""Combining whole predictions while sampling: the shared drop-in denoiser, and single experts."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from numpy.typing import NDArray
+from torch import Tensor
+
+from afa.denoiser.base import EnsembleDenoiser
+from afa.denoiser.hooks import WeightMaps, only_expert
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.experts.expert import TEXT_ENCODERS, Expert
+from afa.models.registry import FAMILIES
+from afa.sampling.options import RandomExpert, Single, SingleInEnsemble
+from afa.sampling.sample import OnStep, PipelineSampler, Request, Sampling, find_expert, in_frame, settled
+from afa.settings import shares
+
+Predict = Callable[[int], Tensor]  # runs the expert of that index on the inputs of this pass
+
+
+class Combination(ModelMixin, ConfigMixin, ABC):
+    """Runs experts of an ensemble, each with its own part of the text, and combines what they predict.
+
+    denoiser: the ensemble's, whose experts are run one at a time; its aggregators are not. A method says in `combine`
+    which experts it needs at a step and what becomes of their predictions. Weights can be recorded as an ensemble's.
+    """
+
+    def __init__(self, denoiser: EnsembleDenoiser) -> None:
+        super().__init__()
+        self.register_to_config(**denoiser.config)
+        self.ensemble = denoiser
+        self._maps: WeightMaps | None = None  # see record_weights
+
+    @abstractmethod
+    def combine(self, predict: Predict, sample: Tensor, timestep: float) -> tuple[Tensor, Tensor | None]:
+        """One pass: sample (B, C, H, W), B doubled where guidance does so -> prediction (B, C, H, W), weights of the experts.
+
+        timestep: as schedulers count it. weights: (N,) the same everywhere, (B, N, H, W), or None where there are none to look at.
+        """
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts' names, in order."""
+        return self.ensemble.names
+
+    @property
+    def family(self) -> str:
+        """The experts'."""
+        return self.ensemble.family
+
+    @property
+    def add_embedding(self) -> Any:
+        """The first expert's; the SDXL pipeline reads its width."""
+        return self.ensemble.add_embedding
+
+    @property
+    def encoder_hid_proj(self) -> Any:
+        """FLUX pipelines ask whether there is an IP-Adapter."""
+        return self.ensemble.encoder_hid_proj
+
+    def cache_context(self, name: str, **where: Any) -> AbstractContextManager[None]:
+        """Asked for by the pipelines of some transformers."""
+        return self.ensemble.cache_context(name, **where)
+
+    @cached_property
+    def _stock(self) -> inspect.Signature:
+        return inspect.signature(self.ensemble.forward)
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """The stock forward of the experts' family."""
+        given, call = self._stock.bind(*args, **kwargs).arguments, self.ensemble.call
+        sample = call.latents(given)
+        timestep = _one(self.ensemble.times(given["timestep"], sample))
+        size = (sample.shape[-2], sample.shape[-1])
+
+        def predict(expert: int) -> Tensor:
+            with only_expert(self.ensemble, self.names[expert]):
+                return call.prediction(self.ensemble(**given, return_dict=False)[0], size)
+
+        prediction, weights = self.combine(predict, sample, timestep)
+        if self._maps is not None and weights is not None and not self.ensemble.aside:
+            self._maps.begin(timestep)
+            self._maps.observe(self.ensemble.stages[-1].name, _everywhere(weights, sample))
+        answer = call.answer(prediction)
+        return self.ensemble.output(sample=answer) if return_dict else (answer,)
+
+    def one_hot(self, expert: int) -> Tensor:
+        """The weights of one expert alone, (N,)."""
+        return torch.nn.functional.one_hot(torch.tensor(expert), len(self.names)).float()
+
+
+def _one(timestep: Tensor | float | int) -> float:
+    """The timestep of a pass as a number. Raises NotImplementedError for images at different ones."""
+    values = torch.as_tensor(timestep).flatten()
+    if len(values) > 1 and bool((values != values[0]).any()):
+        raise NotImplementedError("images at different timesteps in one pass are not supported here; run them one by one")
+    return float(values[0])
+
+
+def _everywhere(weights: Tensor, sample: Tensor) -> Tensor:
+    if weights.ndim > 1:
+        return weights
+    return weights.view(1, -1, 1, 1).expand(sample.shape[0], -1, *sample.shape[-2:])
+
+
+DRAW = 20_824  # keeps the draw of an expert apart from other uses of the same seed
+
+
+def single(ensemble: Ensemble, options: Single) -> PipelineSampler:
+    """Expert k as the stock pipeline it came as."""
+    return own_pipeline(ensemble.experts[find_expert(ensemble, options.expert)])
+
+
+def own_pipeline(expert: Expert) -> PipelineSampler:
+    """An expert's own modules in a stock pipeline; nothing of ours takes part. Raises UserError if it lacks a VAE or text encoders."""
+    alone = Ensemble.from_experts([expert], aggregator="mean", placement="out")
+    parts: dict[str, Any] = dict(zip(TEXT_ENCODERS, expert.text_encoders, strict=False))
+    parts[FAMILIES[expert.family].component] = expert.model
+    return PipelineSampler(settled(alone.pipeline(**parts), expert))
+
+
+class Alone(Combination):
+    """One expert, in the ensemble's frame."""
+
+    def __init__(self, denoiser: EnsembleDenoiser, expert: int) -> None:
+        super().__init__(denoiser)
+        self.expert = expert
+
+    def combine(self, predict: Predict, sample: Tensor, timestep: float) -> tuple[Tensor, Tensor | None]:
+        return predict(self.expert), None
+
+
+def single_in_ensemble(ensemble: Ensemble, options: SingleInEnsemble) -> PipelineSampler:
+    """Expert k with the ensemble's VAE, tokenizers and scheduler, and its own text encoders."""
+    return _framed(ensemble, find_expert(ensemble, options.expert))
+
+
+def _framed(ensemble: Ensemble, expert: int) -> PipelineSampler:
+    return PipelineSampler(in_frame(ensemble, Alone(ensemble.denoiser, expert)))
+
+
+class Drawn:
+    """Every image by the expert that its seed draws, whatever the batch and the order of the experts.
+
+    makers: expert's name -> its sampler, made when it is drawn first. chances: by name, with sum 1.
+    """
+
+    def __init__(self, makers: dict[str, Callable[[], PipelineSampler]], chances: dict[str, float]) -> None:
+        self.makers, self.chances = makers, chances
+        self.made: dict[str, PipelineSampler] = {}
+
+    @cached_property
+    def names(self) -> list[str]:
+        return sorted(self.makers)
+
+    def draw(self, seed: int) -> str:
+        """The expert of one image."""
+        generator = np.random.default_rng([DRAW, seed])
+        return self.names[generator.choice(len(self.names), p=[self.chances[name] for name in self.names])]
+
+    def __call__(self, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None) -> NDArray[np.uint8]:
+        """-> (n, H, W, 3) uint8. on_step: counts anew for every expert that was drawn.
+
+        Raises UserError if the experts' own sizes differ and none was asked for.
+        """
+        drawn = [self.draw(request.seed) for request in requests]
+        images: dict[int, NDArray[np.uint8]] = {}
+        for name in sorted(set(drawn)):
+            own = [index for index, other in enumerate(drawn) if other == name]
+            if name not in self.made:
+                self.made[name] = self.makers[name]()
+            images |= dict(zip(own, self.made[name]([requests[index] for index in own], sampling, on_step), strict=True))
+        if len({image.shape for image in images.values()}) > 1:
+            raise UserError("the experts draw images of different sizes; give --width and --height")
+        return np.stack([images[index] for index in range(len(requests))])
+
+
+def random_expert(ensemble: Ensemble, options: RandomExpert) -> Drawn:
+    """One expert an image: what a combination must beat before anything is said about combining."""
+    chances = dict(zip(ensemble.names, shares(options.weights, len(ensemble.names)), strict=True))
+    makers: dict[str, Callable[[], PipelineSampler]] = {
+        expert.name: partial(own_pipeline, expert) if options.frame == "own" else partial(_framed, ensemble, index)
+        for index, expert in enumerate(ensemble.experts)
+    }
+    return Drawn(makers, chances)

@@ -1,0 +1,199 @@
+"""Drawing by seed: an image depends on its prompt and seed only, not on its batch."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+
+from afa.denoiser.schedule import FLOW, kind_of
+from afa.ensemble import Ensemble
+from afa.errors import UserError, unknown
+from afa.experts.expert import Expert
+from afa.models.registry import FAMILIES, called
+from afa.seeds import generator
+from afa.settings import GUIDANCE, SAMPLING_STEPS, SEED, check_number
+from afa.text_files import check_text
+
+UNKNOWN_SIDE = 64  # of the latents, where a model's config says nothing
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to generate.
+
+    prompt: its text
+    seed:   of its noise, 0 to 2**64 - 1
+    """
+
+    prompt: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_number(self.seed, "seed", whole=True, **SEED)
+        check_text(self.prompt, "the prompt")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How all images of a run are generated. None: the model's own.
+
+    steps:           denoising steps
+    guidance:        strength of guidance; 1 turns it off
+    negative_prompt: what the images should not show
+    height, width:   in pixels
+    true_guidance:   FLUX: strength of classifier-free guidance beside the built-in one
+    """
+
+    steps: int
+    guidance: float | None = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    true_guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        check_number(self.steps, "steps", whole=True, **SAMPLING_STEPS)
+        for name in ("guidance", "true_guidance"):
+            if getattr(self, name) is not None:
+                check_number(getattr(self, name), name, **GUIDANCE)
+        check_text(self.negative_prompt or "", "the negative prompt")
+
+
+# Any way of making images from requests: a pipeline's, or one with a loop of its own.
+Sampler = Callable[[Sequence[Request], Sampling], NDArray[np.uint8]]
+OnStep = Callable[[int, int], None]  # called after every denoising step with how many are done, of how many; what it raises ends the run
+
+
+def sample(pipeline: Any, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None) -> NDArray[np.uint8]:
+    """One batch: -> (n, H, W, 3) uint8. The noise comes from CPU generators, so it is the same on every device.
+
+    Raises UserError for guidance, negative prompts and sides that the model does not know.
+    """
+    call, config = called(pipeline)
+    _check_sides(sampling, pipeline.vae_scale_factor * call.patch)
+    _check_steps(sampling, pipeline.scheduler)
+    with _watched(on_step) as watching:
+        result = pipeline(
+            [request.prompt for request in requests],
+            **call.guided(config, len(requests), sampling.guidance, sampling.negative_prompt, sampling.true_guidance),
+            num_inference_steps=sampling.steps,
+            height=sampling.height,
+            width=sampling.width,
+            generator=[generator(request.seed) for request in requests],
+            output_type="np",
+            callback_on_step_end=None if watching is None else _told(watching),
+        )
+    images: NDArray[np.uint8] = (result.images * 255).round().astype(np.uint8)
+    return images
+
+
+@contextmanager
+def _watched(on_step: OnStep | None) -> Iterator[OnStep | None]:
+    """What is called after every step: as given, else a bar with the time left where somebody watches a terminal."""
+    if on_step is not None or not sys.stderr.isatty():
+        yield on_step
+        return
+    with tqdm(desc="steps", unit="step", leave=False, file=sys.stderr) as bar:
+
+        def show(done: int, steps: int) -> None:
+            bar.total = steps
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _told(on_step: OnStep) -> Callable[..., dict[str, Any]]:
+    """The callback of diffusers that tells of every step and changes nothing."""
+
+    def callback(pipeline: Any, step: int, timestep: Any, changed: dict[str, Any]) -> dict[str, Any]:
+        on_step(step + 1, pipeline.num_timesteps)
+        return changed
+
+    return callback
+
+
+def image_size(pipeline: Any, sampling: Sampling) -> tuple[int, int]:
+    """Height and width in pixels of what a pipeline draws: as asked, or the model's own."""
+    call, config = called(pipeline)
+    own = call.side(config) or UNKNOWN_SIDE
+    height, width = own if isinstance(own, (tuple, list)) else (own, own)
+    factor = pipeline.vae_scale_factor
+    return sampling.height or height * factor, sampling.width or width * factor
+
+
+def strength(pipeline: Any, sampling: Sampling) -> float | None:
+    """Of guidance, in a pipeline: as asked, or its family's own."""
+    call, config = called(pipeline)
+    return call.strength(config) if sampling.guidance is None else sampling.guidance
+
+
+def _check_sides(sampling: Sampling, unit: int) -> None:
+    for name, side in (("height", sampling.height), ("width", sampling.width)):
+        if side is not None and side % unit:
+            raise UserError(f"{name} {side} must be a multiple of {unit} pixels for this model; {max(1, round(side / unit)) * unit} is the nearest")
+
+
+def _check_steps(sampling: Sampling, scheduler: Any) -> None:
+    """A diffusion schedule has so many timesteps; beyond them diffusers draws without a word, or fails. A flow has any number."""
+    most = getattr(scheduler.config, "num_train_timesteps", None)
+    if most is not None and kind_of(scheduler) != FLOW and sampling.steps > most:
+        raise UserError(f"{sampling.steps} steps are more than the {most} timesteps of {type(scheduler).__name__}; give at most {most}")
+
+
+def sample_all(pipeline: Any, requests: Sequence[Request], sampling: Sampling, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+    """Batch after batch of images (n, H, W, 3) uint8, in order."""
+    for start in range(0, len(requests), batch_size):
+        yield sample(pipeline, requests[start : start + batch_size], sampling)
+
+
+@dataclass(frozen=True)
+class PipelineSampler:
+    """Images from a stock pipeline. guided: parts of it that have to know how strong the guidance is."""
+
+    pipeline: Any
+    guided: tuple[Any, ...] = ()
+
+    @property
+    def denoiser(self) -> Any:
+        """What stands in the denoiser's place; weight maps are recorded there."""
+        return next(part for family in FAMILIES.values() if (part := self.pipeline.components.get(family.component)) is not None)
+
+    def __call__(self, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None) -> NDArray[np.uint8]:
+        """-> (n, H, W, 3) uint8."""
+        for part in self.guided:
+            part.guidance = strength(self.pipeline, sampling)
+        return sample(self.pipeline, requests, sampling, on_step)
+
+
+def in_frame(ensemble: Ensemble, denoiser: nn.Module, **components: Any) -> Any:
+    """A stock pipeline of the ensemble's frame with another denoiser, on the experts' device."""
+    components[FAMILIES[ensemble.experts[0].family].component] = denoiser
+    return settled(ensemble.pipeline(**components), ensemble.experts[0])
+
+
+def settled(pipeline: Any, expert: Expert) -> Any:
+    """The pipeline on an expert's device, without a bar of its own."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(next(expert.model.parameters()).device)
+
+
+def check_guidable(ensemble: Ensemble, method: str) -> None:
+    """Raises UserError for experts whose pipelines make no unconditional prediction beside the conditional one."""
+    reason = ensemble.denoiser.call.unpaired(ensemble.denoiser.config)
+    if reason:
+        raise UserError(f"{method} needs classifier-free guidance, and {reason}; choose another method")
+
+
+def find_expert(ensemble: Ensemble, name: str | None) -> int:
+    """The place of an expert; None: of the only one. Raises UserError."""
+    if name is None and len(ensemble.names) > 1:
+        raise UserError(f"which expert? give expert=NAME (or --expert NAME), one of {', '.join(ensemble.names)}")
+    if name is not None and name not in ensemble.names:
+        raise UserError(unknown(name, ensemble.names, "expert"))
+    return 0 if name is None else ensemble.names.index(name)

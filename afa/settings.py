@@ -1,0 +1,212 @@
+"""A command's settings: options with bounds and help on dataclass fields, and TOML presets of them.
+
+A command's options are one flat dataclass; every field carries its own help and its bounds.
+
+afa.cli.flags turns fields into flags. Command line, recipes and Python all make the dataclass, which checks itself.
+"""
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, ClassVar, TypedDict, Unpack
+
+from afa.errors import UserError, unknown
+from afa.places import located
+from afa.schema import build, shown
+from afa.text_files import read_toml
+
+SEEDS = 2**64  # as many seeds as torch's generators and other programs know
+
+class Bounds(TypedDict, total=False):
+    """What a number must be.
+
+    least, most:  the smallest and the largest
+    above, below: the same, without the bound itself
+    multiple:     of what a whole number must be a multiple
+    """
+
+    least: float
+    most: float
+    above: float
+    below: float
+    multiple: int
+
+
+# Bounds that many commands share.
+COUNT: Bounds = {"least": 1, "most": 10**6}  # of images, steps, trials: what is listed before it is made
+SAMPLING_STEPS: Bounds = {"least": 1, "most": 10_000}
+GUIDANCE: Bounds = {"least": 0, "most": 1000}
+SIDE: Bounds = {"least": 8, "most": 2**16, "multiple": 8}  # pixels
+SHARE: Bounds = {"least": 0, "most": 1}
+WEIGHT: Bounds = {"least": 0, "most": 10**6}
+SEED: Bounds = {"least": 0, "most": SEEDS - 1}
+SEED_OR_DRAWN: Bounds = {"least": -1, "most": SEEDS - 1}  # -1: one is drawn, see afa.seeds
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    positional: bool = False,
+    choices: list[str] | None = None,
+    place: bool = False,
+    **bounds: Unpack[Bounds],
+) -> Any:
+    """A field that is a flag (or a positional argument), with its help. Without a default it is required.
+
+    choices: the values there are
+    place:   where models are; demo:NAME is replaced by the embedded one's folder
+    bounds:  of a number, or of each number of a list
+    """
+    metadata = {"help": help, "positional": positional, "choices": choices, "place": place, "bounds": bounds}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class CheckedOptions:
+    """Base of all options: making them checks kinds of numbers, bounds and choices, and finds embedded models. Raises UserError.
+
+    prefix: what stands before a field's name where it is named: options of a method are no flags.
+    """
+
+    prefix: ClassVar[str] = "--"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            name = field.name.replace("_", "-") if self.prefix else field.name
+            value = getattr(self, field.name)
+            check_value(type(self), field, value, f"{self.prefix}{name}")
+            if field.metadata.get("place") and value is not None:
+                found = [located(one) for one in value] if isinstance(value, list) else located(value)
+                object.__setattr__(self, field.name, found)
+
+
+def check_value(options: type, field: dataclasses.Field[Any], value: Any, name: str) -> None:
+    """Raises UserError, beginning with the name, for a value that its field does not allow.
+
+    options: the dataclass of the field. value: one value or a list; None where the field may be left out.
+    """
+    kind, several = kind_of(_hints(options)[field.name])
+    choices = field.metadata.get("choices")
+    if value is None or (kind not in (int, float) and choices is None):
+        return
+    for one in value if several and isinstance(value, (list, tuple)) else [value]:
+        if choices is not None and one not in choices:
+            raise UserError(f"{name}: {unknown(str(one), choices, 'value')}")
+        if kind in (int, float):
+            check_number(one, name, whole=kind is int, **field.metadata.get("bounds", {}))
+
+
+def check_number(value: Any, name: str, whole: bool = False, **bounds: Unpack[Bounds]) -> None:
+    """Raises UserError for what is no finite number within the bounds.
+
+    name: how the sentence begins: a flag, or words that end with "is", such as "the strength of expert 'a' is"
+    """
+    named = not name.endswith(" is")  # a flag and its value are the subject; else they are a clause already
+    if isinstance(value, bool) or not isinstance(value, (int, Integral) if whole else (int, float, Real)):
+        kind = "whole number" if whole else "number"
+        raise UserError(f"{name} {str(value)[:40]!r}{f' is no {kind}' if named else f'; give a {kind}'}")
+    shown = f"{name} {value if whole else f'{float(value):.16g}'}"
+    if not math.isfinite(value):
+        raise UserError(f"{shown}{' is no finite number; give one' if named else '; give a finite number'}{_range(bounds)}")
+    small, large = (" is too small", " is too large") if named else ("", "")
+    number: Any = value  # isinstance() has narrowed the type too far for comparisons
+    if "least" in bounds and number < bounds["least"]:
+        raise UserError(f"{shown}{small}; the least is {bounds['least']}")
+    if "above" in bounds and number <= bounds["above"]:
+        raise UserError(f"{shown}{small}; it must be above {bounds['above']}")
+    if "most" in bounds and number > bounds["most"]:
+        raise UserError(f"{shown}{large}; the most is {bounds['most']}")
+    if "below" in bounds and number >= bounds["below"]:
+        raise UserError(f"{shown}{large}; it must be below {bounds['below']}")
+    if "multiple" in bounds and number % bounds["multiple"]:
+        unit = bounds["multiple"]
+        nearest = max(1, round(number / unit)) * unit
+        raise UserError(f"{shown}{' must be' if named else '; it must be'} a multiple of {unit}; {nearest} is the nearest")
+
+
+def shares(weights: Sequence[float] | None, count: int, of: str = "") -> tuple[float, ...]:
+    """Weights of `count` experts, in any unit, as shares that sum to 1; None: equal. Raises UserError if they cannot be that.
+
+    of: what they are the weights of, where there are several sets.
+    """
+    weights = [1.0] * count if weights is None else weights
+    named = f" of {of}" if of else ""
+    if len(weights) != count:
+        raise UserError(f"{len(weights)} weights{named} for {count} experts; give one for each")
+    for weight in weights:
+        check_number(weight, f"the weight{named} is" if of else "a weight is")
+    total = sum(weights)
+    if min(weights) < 0 or not 0 < total < math.inf:
+        listed = " ".join(f"{weight:g}" for weight in weights)
+        raise UserError(f"weights {listed}{named} are no shares; give numbers of at least 0 with a sum above 0 that is finite")
+    return tuple(weight / total for weight in weights)
+
+
+def kind_of(hint: Any) -> tuple[type, bool]:
+    """The type of one value of a field with this type hint, and whether the field takes several."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def _range(bounds: Bounds) -> str:
+    words = {"least": "from", "above": "above", "most": "to", "below": "below"}
+    return "".join(f" {word} {bounds[name]}" for name, word in words.items() if name in bounds)  # type: ignore[literal-required]
+
+
+@functools.cache
+def _hints(options: type) -> dict[str, Any]:
+    return typing.get_type_hints(options)
+
+
+PLACES = {"train": Path(__file__).parent / "training" / "recipes"}  # command -> the recipes that are shipped
+
+
+def names(command: str) -> list[str]:
+    """The recipes that a command brings along."""
+    return sorted(file.stem for file in PLACES[command].glob("*.toml"))
+
+
+def read_recipe(command: str, recipe: str, options: type) -> dict[str, Any]:
+    """What a recipe sets, by field of the options. recipe: a shipped one's name, or a .toml file.
+
+    Raises UserError for a recipe that is not there, a key that is no flag, or a value of another kind.
+    """
+    file = Path(recipe) if recipe.endswith(".toml") else PLACES[command] / f"{recipe}.toml"
+    if not file.is_file():
+        known = unknown(recipe, names(command), "recipe")
+        raise UserError(f"--recipe: {known}; or give a .toml file" if file.parent == PLACES[command] else f"--recipe {file} is not there")
+    found = read_toml(file)
+    hints = typing.get_type_hints(options)
+    fields = {field.name: field for field in dataclasses.fields(options) if field.name != "recipe"}
+    recipe_values = {}
+    for key, value in found.items():
+        name = _field(command, file, key, list(fields))
+        recipe_values[name] = _checked(file, key, value, hints[name])
+        check_value(options, fields[name], recipe_values[name], f"--recipe {file}: {key}")
+    return recipe_values
+
+
+def _field(command: str, file: Path, key: str, flags: list[str]) -> str:
+    name = key.replace("-", "_")
+    if name not in flags:
+        told = unknown(name, flags, "flag").partition(" Known:")[0].replace("_", "-")
+        raise UserError(f"--recipe {file}: {told} All are shown by: afa {command} --help")
+    return name
+
+
+def _checked(file: Path, key: str, value: Any, hint: Any) -> Any:
+    """The value as its field wants it."""
+    checked = build(hint, value, f"--recipe {file}", key)
+    if isinstance(checked, str) and checked.lower().endswith(".py"):
+        raise UserError(f"--recipe {file}: {key} is {shown(checked)}, and a recipe may not name code to run; give it as a flag: --{key.replace('_', '-')}")
+    return checked

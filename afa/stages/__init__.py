@@ -1,0 +1,1 @@
+"""How a denoiser is read: as a flat list of stages."""

@@ -1,0 +1,290 @@
+"""The trained control: one expert with a LoRA of as many parameters, at equal steps or compute.
+
+LoRA on a denoiser of any family: where it goes, how many parameters a rank has, and its file.
+
+Source: Hu et al., arXiv:2106.09685, by way of peft. Deviation: besides the attention it adapts the feed-forward layers and
+the convolutions of residual blocks, so that it reaches all of the network, as aggregators at every stage do.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import numpy as np
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.resnet import ResnetBlock2D
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from afa.aggregators.registry import Recipe
+from afa.checkpoint.manifest import Losses, read_manifest
+from afa.cost import count_training_flops
+from afa.denoiser.base import EnsembleDenoiser
+from afa.devices import choose_device
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.files import locked, settled, staged
+from afa.fingerprint import FILES
+from afa.models.registry import FAMILIES, family_of
+from afa.places import public_place
+from afa.schema import Count, Within, build
+from afa.stages.stage import plain
+from afa.stats import difference, estimate
+from afa.text_files import read_json
+from afa.training.finetune_settings import LoraSettings
+from afa.training.loop import Progress, Trainer
+from afa.training.plan import Plan
+from afa.training.prepare import check_objective, find_data, resolution_of
+from afa.training.run import LEFT_OUT, check_output
+from afa.training.setup import keep_log, make_accelerator, make_trainer
+from afa.training.state import check_finished, forget_state, move_state, state_file
+from afa.version import __version__
+
+ADAPTER = "default"
+FILE = "pytorch_lora_weights.safetensors"
+Layer = nn.Linear | nn.Conv2d
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """The modules of a denoiser that get a LoRA, by name: of its stages, what attends, feeds forward, or convolves in residual blocks.
+
+    What has no say in the prediction gets none. Those that have a LoRA already count by the layer beneath.
+    """
+    stages = FAMILIES[family_of(model)].stages(model)
+    chosen = {id(plain(layer)) for stage in stages for part in _inside(stage.modules()) for layer in _layers(part)}
+    chosen -= {id(layer) for stage in stages for layer in _inside(stage.unheard())}
+    for path, module in model.named_modules():
+        name = path.removesuffix(".base_layer")
+        if isinstance(module, Layer) and id(module) in chosen and "lora_" not in path:
+            yield name, module
+
+
+def _inside(modules: Iterable[object]) -> Iterator[nn.Module]:
+    """Some modules and all that they are made of."""
+    return (part for module in modules if isinstance(module, nn.Module) for part in module.modules())
+
+
+def _layers(part: nn.Module) -> list[nn.Module]:
+    """What is adapted of one module of a denoiser: all or some of its layers, nothing of other kinds of modules."""
+    if hasattr(part, "to_q") or isinstance(part, FeedForward):
+        return [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
+    if isinstance(part, ResnetBlock2D):
+        return [part.conv1, part.conv2]
+    if hasattr(part, "proj_mlp"):  # feeds forward beside its attention, as FLUX's single blocks do
+        return [part.proj_mlp, part.proj_out]
+    return []
+
+
+def parameters_at_rank(model: nn.Module, rank: int) -> int:
+    """How many parameters a LoRA of that rank trains on a denoiser that has none yet."""
+    return rank * sum(_in_and_out(module) for _, module in adapted(model))
+
+
+def matching_rank(model: nn.Module, parameters: int) -> int:
+    """The smallest rank with at least that many trained parameters."""
+    return max(1, math.ceil(parameters / parameters_at_rank(model, 1)))
+
+
+def _in_and_out(module: Layer) -> int:
+    """Parameters of one rank: down has the module's inputs (and its kernel), up its outputs."""
+    if isinstance(module, nn.Linear):
+        return module.in_features + module.out_features
+    return module.in_channels * math.prod(module.kernel_size) + module.out_channels
+
+
+def add_lora(model: nn.Module, rank: int) -> "LoraParameters":
+    """Put a LoRA into a frozen denoiser, in float32; it changes nothing until it is trained. -> what is to be trained."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[name for name, _ in adapted(model)], init_lora_weights=True)
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return LoraParameters(parameters)
+
+
+class LoraParameters(nn.Module):
+    """The parameters of a LoRA, wherever in a model they lie, as a module of their own."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        for name, parameter in parameters.items():
+            self.register_parameter(name.replace(".", ":"), parameter)  # module names may hold no dots
+
+
+def component_of(model: nn.Module) -> str:
+    """What a pipeline calls a denoiser of this kind."""
+    return FAMILIES[family_of(model)].component
+
+
+def lora_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The LoRA in a denoiser in diffusers' own form, ready for its file: unet.… or transformer.….lora_A.weight, alpha equal to rank."""
+    from peft import get_peft_model_state_dict
+
+    found: Mapping[str, Tensor] = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    return {f"{component_of(model)}.{name}": tensor.detach().contiguous().cpu() for name, tensor in found.items()}
+
+
+def fuse_lora(model: Any, file: Path) -> None:
+    """Add a LoRA file to a denoiser's own weights."""
+    model.load_lora_adapter(str(file.parent), weight_name=file.name, prefix=component_of(model))
+    model.fuse_lora()
+    model.unload_lora()
+
+
+RECORD = "finetune.json"
+
+
+def plan_finetune(settings: LoraSettings, alone: Ensemble | None = None) -> tuple[Plan, int]:
+    """-> what would be trained, and the rank. Finds everything that would fail later. Raises UserError.
+
+    alone: an ensemble of the one expert, where it is in memory already; its denoiser is changed.
+    """
+    source = find_data(settings)
+    if not (Path(settings.output) / RECORD).exists():
+        check_output(settings)
+    if settings.device is not None:
+        choose_device(settings.device)
+    wanted = None if settings.like is None else read_manifest(Path(settings.like)).aggregator["parameters"]
+    own = alone is None
+    if alone is None:
+        dtype = getattr(torch, settings.dtype)
+        framed = {"vae": settings.vae, "frame": settings.frame}
+        read = {"dtype": dtype, "config": settings.config, "prediction_type": settings.prediction_type}
+        alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", **read, **framed)
+    check_objective(settings, alone, source)
+    rank = settings.rank or matching_rank(alone.denoiser.experts[0], wanted)
+    return Plan(settings, alone, source, resolution_of(settings, alone), own), rank
+
+
+def facts(planned: Plan, rank: int) -> dict[str, Any]:
+    """For people and for --json."""
+    model = planned.ensemble.denoiser.experts[0]
+    held_out = min(planned.settings.held_out, len(planned.source.samples) // 5)
+    return {
+        "expert": planned.ensemble.names[0],
+        "data": planned.source.summary(),
+        "training_images": len(planned.source.samples) - held_out,
+        "held_out_images": held_out,
+        "resolution": planned.resolution,
+        "rank": rank,
+        "trainable_parameters": parameters_at_rank(model, rank),
+        "steps": planned.settings.steps,
+        "images_a_step": planned.settings.batch_size * planned.settings.accumulate,
+    }
+
+
+class LoraRecord(TypedDict):
+    """What finetune.json says, as far as it is read."""
+
+    settings: dict[str, Any]
+    parameters: Count
+    steps: Count
+    seconds: Annotated[float, Within(0)]
+    held_out_loss: Losses
+
+
+def finetune_finished(settings: LoraSettings) -> dict[str, Any] | None:
+    """The record of a run that is complete, None if there is none. Raises UserError if it was another run."""
+    file = settled(Path(settings.output)) / RECORD
+    if not file.exists() or state_file(settings).exists():
+        return None
+    try:
+        record: dict[str, Any] = build(LoraRecord, read_json(file, nan=True), file)
+        begun: LoraSettings = build(LoraSettings, record["settings"], file, "settings")
+    except UserError as error:
+        raise UserError(f"{error}; choose another --output") from None
+    if settings.steps != begun.steps:  # its state is gone, so it cannot go on
+        raise UserError(f"the LoRA in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); choose another --output")
+    check_finished(settings, begun, record.get("files"), f"the LoRA in {settings.output}")
+    forget_state(settings)  # where a run was killed while it removed it
+    return record
+
+
+def finetune(settings: LoraSettings, planned: tuple[Plan, int] | None = None, keep: Path | None = None) -> dict[str, Any]:
+    """Train a LoRA, write it into settings.output, and return the record kept beside it.
+
+    keep: where the last state goes, so that a longer run can go on from it (see begin_from); by default it is deleted.
+
+    Data, split, noise, timesteps, dropped captions and measure are those of `afa train` with the same seed. Resumes from a
+    saved state; a complete run is only read. Raises UserError, or KeyboardInterrupt with the state saved.
+    """
+    with contextlib.ExitStack() as stack:
+        if finetune_finished(settings) is None:
+            stack.enter_context(locked(Path(settings.output)))
+        return finetune_finished(settings) or _finetune(settings, *(planned or plan_finetune(settings)), keep)
+
+
+def _finetune(settings: LoraSettings, work: Plan, rank: int, keep: Path | None) -> dict[str, Any]:
+    accelerator = make_accelerator(settings)
+    trainer = make_trainer(work, accelerator, lambda alone: add_lora(alone.denoiser.experts[0], rank))
+    before = trainer.held_out_losses()
+    progress = trainer.train()
+    record = _record(settings, trainer, progress, before, rank) | {"left_out": work.source.skipped.counts()}
+    if accelerator.is_main_process:
+        with staged(Path(settings.output), last=RECORD) as stage:
+            metadata = {"format": "pt", "afa": __version__, "expert": public_place(settings.expert), "rank": str(rank)}
+            save_file(lora_tensors(work.ensemble.denoiser.experts[0]), stage / FILE, metadata=metadata)
+            work.source.skipped.write(stage / LEFT_OUT)
+            (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        keep_log(settings)
+        if keep is not None:
+            move_state(settings, keep)
+        forget_state(settings)
+    accelerator.wait_for_everyone()
+    return record
+
+
+def _record(settings: LoraSettings, trainer: Trainer, progress: Progress, before: np.ndarray, rank: int) -> dict[str, Any]:
+    """Recipe, course and measured result; differences are paired over the held-out images."""
+    after = trainer.held_out_losses()
+    return {
+        "settings": asdict(settings),
+        "files": trainer.begun[FILES],
+        "afa": __version__,
+        "torch": torch.__version__,
+        "rank": rank,
+        "parameters": sum(parameter.numel() for parameter in trainer.parameters),
+        "training_images": len(trainer.data),
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "seconds": round(progress.seconds, 1),
+        "held_out_loss": {"trained": asdict(estimate(after)), "expert": asdict(estimate(before))},
+        "difference_to_expert": asdict(difference(after, before)),
+        "history": progress.history,
+    }
+
+
+def equal_compute_steps(steps: int, denoiser: EnsembleDenoiser, rank: int, batch_size: int) -> int:
+    """Steps of a LoRA on one of the experts that cost what `steps` steps of training the ensemble's aggregators cost.
+
+    Forward and backward passes are counted, in floating point operations (see afa.cost); what both do once (text
+    encoders, VAE, optimiser) is left out.
+    """
+    side = denoiser.side
+    whole = count_training_flops(_on_meta(denoiser), side, side, batch_size)
+    single = type(denoiser)([_copy(denoiser.experts[0])], recipe=Recipe("mean"), placement="out")
+    with torch.device("meta"):
+        add_lora(single.experts[0], rank)
+    return round(steps * whole / count_training_flops(single, side, side, batch_size))
+
+
+def _on_meta(denoiser: EnsembleDenoiser) -> EnsembleDenoiser:
+    """The same ensemble without any numbers."""
+    experts = [_copy(expert) for expert in denoiser.experts]
+    with torch.device("meta"):
+        return type(denoiser)(experts, denoiser.names, denoiser.recipe, denoiser.placement)
+
+
+def _copy(expert: Any) -> nn.Module:
+    """A model of an expert's config without any numbers."""
+    with torch.device("meta"):
+        model: nn.Module = type(expert).from_config(expert.config)
+    return model

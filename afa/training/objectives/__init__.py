@@ -1,1 +1,0 @@
-"""What is minimised, a file each. The table is in table.py."""

@@ -1,0 +1,97 @@
+"""From a plan to a trainer in memory: processes, data, objective, conditions, sheets."""
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.prompts import warn_of_prompts
+from afa.seeds import narrow
+from afa.training.conditions import Conditions
+from afa.training.log import LOG, flat
+from afa.training.loop import Trainer
+from afa.training.objective_registry import make_means, make_objectives
+from afa.training.plan import Plan
+from afa.training.prepare import encode_data, noising_of
+from afa.training.settings import LoopSettings
+from afa.training.sheets import Sheets, make_watch
+from afa.training.state import belongings, state_file
+
+RUNS = "runs"  # the folder of what trackers write, and the name of their project
+
+
+def keep_log(settings: LoopSettings) -> None:
+    """Move the log beside what was trained."""
+    log = state_file(settings).with_name(LOG)
+    if log.exists():
+        os.replace(log, Path(settings.output) / LOG)
+
+
+def make_accelerator(settings: LoopSettings) -> Accelerator:
+    """The processes and devices of this run. Raises UserError if they are not what was asked for."""
+    accelerator = _accelerator(settings)
+    if settings.device not in (None, accelerator.device.type):
+        raise UserError(f"--device {settings.device} was asked for, but training would run on {accelerator.device}; leave --device out")
+    return accelerator
+
+
+def _accelerator(settings: LoopSettings) -> Accelerator:
+    if settings.log_with is None:
+        return Accelerator(cpu=settings.device == "cpu")
+    accelerator = Accelerator(cpu=settings.device == "cpu", log_with=settings.log_with, project_dir=settings.output)
+    if not accelerator.log_with:
+        raise UserError(f"--log-with {settings.log_with} cannot be used; install it with: pip install {settings.log_with}")
+    accelerator.init_trackers(RUNS, config=flat(asdict(settings)))
+    return accelerator
+
+
+def make_trainer(planned: Plan, accelerator: Accelerator, initialise: Callable[[Ensemble], nn.Module]) -> Trainer:
+    """Everything a run needs, in memory; the VAE leaves the device after the images are encoded, unless images are drawn.
+
+    initialise: draws the first weights of what is trained, by torch's own generator, and returns it.
+    """
+    settings, ensemble = planned.settings, planned.ensemble
+    begun = belongings(settings, planned.own)  # as they are now: a file that is replaced meanwhile is not what is trained
+    vae = ensemble.frame.vae.to(accelerator.device)
+    data, held_out = encode_data(settings, planned.source, planned.resolution, vae)
+    draws = settings.rewarded or settings.sheet_every is not None
+    if not draws:
+        vae.to("cpu")
+    ensemble.to(accelerator.device)
+    torch.manual_seed(narrow(settings.seed))
+    trained = initialise(ensemble)
+    if settings.gradient_checkpointing:
+        ensemble.denoiser.enable_gradient_checkpointing()
+    means = make_means(settings, noising_of(settings, ensemble, accelerator.device), vae, accelerator.device, settings.gradient_checkpointing)
+    if accelerator.is_main_process:
+        captions = [sample.caption for sample in planned.source.samples]
+        warn_of_prompts(captions, ensemble.denoiser.call, ensemble.frame.tokenizers, "caption")
+    conditions = Conditions(ensemble.pipeline(), ensemble.denoiser, accelerator.device)
+    sheets = _sheets(planned, held_out.captions, accelerator.device)
+    if settings.cache is not None:
+        conditions.keep(Path(settings.cache), [*data.captions, *held_out.captions], settings.batch_size)
+        if planned.own:
+            _forget(ensemble, draws)
+    objectives = make_objectives(means, list(trained.parameters()))
+    return Trainer(settings, accelerator, ensemble.denoiser, means.noising, objectives, conditions, data, held_out, trained, begun, sheets)
+
+
+def _sheets(planned: Plan, captions: list[str], device: torch.device) -> Sheets | None:
+    """The sample sheets that were asked for."""
+    if planned.settings.sheet_every is None:
+        return None
+    ensemble, watch = planned.ensemble, make_watch(planned.settings, device)
+    return Sheets(planned.settings, ensemble.pipeline(), ensemble.denoiser, captions, planned.resolution, watch)
+
+
+def _forget(ensemble: Ensemble, draws: bool) -> None:
+    """Free the memory of what the cache stands for; the ensemble can still be trained and saved. draws: it needs its VAE for images."""
+    encoders = [encoder for expert in ensemble.experts for encoder in expert.text_encoders]
+    for module in (*ensemble.text_encoders, *encoders, *(() if draws else (ensemble.frame.vae,))):
+        module.to("meta")

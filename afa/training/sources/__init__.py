@@ -1,1 +1,0 @@
-"""Where captioned images come from: folders, lists, parquet files, tar shards, the hub. Importing this package costs nothing."""
