@@ -10,8 +10,9 @@ from torch import nn
 
 from afa.errors import UserError
 from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS, Expert, load_vae
+from afa.experts.locate import locate
 from afa.experts.parts import load_tokenizer
-from afa.experts.spec import ExpertSpec, locate
+from afa.experts.spec import ExpertSpec
 from afa.models.registry import FAMILIES
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ from afa.checkpoint.release import is_release, read_release
 from afa.errors import UserError, unknown
 from afa.experts.expert import Expert
 from afa.experts.headers import first_not_finite, load_tensors, read_file
+from afa.experts.locate import Located
 from afa.experts.single_file import KNOWN_CONFIGS
-from afa.experts.spec import HUB_ID, ExpertSpec, Located, Lora
+from afa.experts.spec import HUB_ID, ExpertSpec, Lora
 from afa.files import settled, sha256
 from afa.models.registry import FAMILIES
 from afa.places import check_name, located, spelled
@@ -250,7 +251,7 @@ def relative(path: Path, folder: Path) -> str:
 
 def check_hashes(entry: ExpertEntry, located: Located) -> None:
     """Raises UserError, naming the file and both hashes, if an expert is not the one the ensemble was made with."""
-    from afa.experts.spec import expert_files, recorded_files
+    from afa.experts.locate import expert_files, recorded_files
     from afa.files import sha256
 
     files = recorded_files(located, entry.files)

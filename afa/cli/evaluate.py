@@ -17,7 +17,7 @@ EXAMPLES = [
 
 
 def _methods() -> list[tuple[str, str]]:
-    from afa.evaluation.rows import METHODS
+    from afa.evaluation.names import METHODS
 
     return list(METHODS.items())
 

@@ -19,8 +19,9 @@ from afa.errors import UserError
 from afa.evaluation.images import ImageSet, make_images
 from afa.evaluation.judge import Judge, Judged
 from afa.evaluation.methods import all_rows, study_rows
+from afa.evaluation.names import METHODS, chosen_methods
 from afa.evaluation.results import Method, Results, Run, machine, versions
-from afa.evaluation.rows import METHODS, Options, Row, Trained, chosen_methods, training_runs
+from afa.evaluation.rows import Options, Row, Trained, training_runs
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.setup import Setup
 from afa.evaluation.tuning import ScoringError, Tuner

@@ -14,7 +14,8 @@ from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.placement import fused_stages
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.evaluation.rows import Options, Row, Trained, chosen_methods
+from afa.evaluation.names import chosen_methods
+from afa.evaluation.rows import Options, Row, Trained
 from afa.evaluation.setup import Setup
 from afa.evaluation.untrained import merged_sampler
 from afa.experts.expert import Expert

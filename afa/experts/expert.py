@@ -9,10 +9,10 @@ from torch import nn
 
 from afa.errors import UserError
 from afa.experts.headers import check_finite
+from afa.experts.locate import Located
 from afa.experts.parts import first_line, load_part
 from afa.experts.prediction import Prediction
 from afa.experts.single_file import config_of, read_vae
-from afa.experts.spec import Located
 from afa.models.registry import family_of
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")

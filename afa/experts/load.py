@@ -13,11 +13,12 @@ from afa.errors import UserError
 from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS, Expert, check_whole, pipeline_options
 from afa.experts.folders import read_config, read_folder
 from afa.experts.headers import Tensors, check_finite, same_bytes
+from afa.experts.locate import Located, locate
 from afa.experts.lora import add_own, fuse, load_sharing
 from afa.experts.parts import component_of, first_line, has_part, load_part, read_index
 from afa.experts.prediction import Prediction, flow_only, folder_scheduler, predicting
 from afa.experts.single_file import config_of, load_tokenizers, read_component, scheduler_of
-from afa.experts.spec import ExpertSpec, Located, locate
+from afa.experts.spec import ExpertSpec
 from afa.models.registry import FAMILIES
 
 

@@ -34,7 +34,8 @@ from afa.denoiser.lora import (
 from afa.denoiser.lora_layers import lora_states
 from afa.errors import UserError
 from afa.experts.headers import first_not_finite, is_finite, read_file, read_header
-from afa.experts.spec import HUB_ID, ExpertSpec, Located, Lora, locate
+from afa.experts.locate import Located, locate
+from afa.experts.spec import HUB_ID, ExpertSpec, Lora
 from afa.models.registry import FAMILIES, layers_of
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS, Expert
 from afa.experts.folders import read_config, read_folder
 from afa.experts.headers import Tensors, check_fit, dtype_of, read_file, same_bytes
 from afa.experts.layouts import DENOISER
+from afa.experts.locate import Located, locate
 from afa.experts.parts import (
     check_config,
     component_class,
@@ -23,7 +24,7 @@ from afa.experts.parts import (
 )
 from afa.experts.prediction import Prediction, flow_only, folder_scheduler, says
 from afa.experts.single_file import as_diffusers, config_folder, config_of, load_tokenizers, scheduler_of
-from afa.experts.spec import ExpertSpec, Located, locate
+from afa.experts.spec import ExpertSpec
 from afa.models.registry import FAMILIES, family_of
 from afa.text_encoder import arithmetic
 

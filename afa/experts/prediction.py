@@ -19,8 +19,8 @@ from afa.denoiser.schedule import Schedule, kind_of
 from afa.errors import UserError
 from afa.experts.headers import read_header, read_metadata
 from afa.experts.layouts import DENOISER
+from afa.experts.locate import Located
 from afa.experts.parts import has_part, load_part
-from afa.experts.spec import Located
 
 V, EPSILON = "v_prediction", "epsilon"
 V_KEY, ZERO_KEY = "v_pred", "ztsnr"

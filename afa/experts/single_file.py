@@ -24,9 +24,9 @@ from afa.experts.embedded import unpack
 from afa.experts.folders import read_object
 from afa.experts.headers import RENAMED, check_fit, read_file, read_header, read_metadata
 from afa.experts.layouts import SD3, Layout, layout_of, vae_layout
+from afa.experts.locate import Located
 from afa.experts.parts import check_config, first_line, load_part
 from afa.experts.prediction import Prediction, predicting, said_by_file, warn_once
-from afa.experts.spec import Located
 from afa.models.registry import FAMILIES
 
 if TYPE_CHECKING:

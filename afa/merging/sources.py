@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from afa.errors import UserError
 from afa.experts.folders import read_folder, read_object
 from afa.experts.headers import Tensors, is_float, is_position_ids, read_file, tied
+from afa.experts.locate import Located, locate
 from afa.experts.meta_model import OPEN_CLIP, Outline, read_outline
 from afa.experts.prediction import says
 from afa.experts.single_file import config_folder, describe_vae
-from afa.experts.spec import ExpertSpec, Located, locate
+from afa.experts.spec import ExpertSpec
 from afa.merging.original import Place, from_original, original_places, shape_from_original
 from afa.merging.parts import MERGED, today
 from afa.merging.stages import key_stages

@@ -25,7 +25,8 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.expert import Expert, load_vae
 from afa.experts.load import lend, load_experts, load_lender
-from afa.experts.spec import ExpertSpec, locate
+from afa.experts.locate import locate
+from afa.experts.spec import ExpertSpec
 from afa.files import json_or_none, read_arrays, replacing, write_atomically
 from afa.frame import Frame
 from afa.images import read_made

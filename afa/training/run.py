@@ -14,8 +14,8 @@ from afa.denoiser.hooks import only_expert
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
+from afa.experts.locate import hash_expert
 from afa.experts.quantised import store_weights
-from afa.experts.spec import hash_expert
 from afa.files import locked, present, refuse_busy, settled
 from afa.fingerprint import FILES
 from afa.schema import build

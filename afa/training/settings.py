@@ -8,7 +8,7 @@ from typing import Any
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SHARE, WEIGHT, option
-from afa.training.objective_registry import ObjectiveSettings
+from afa.training.objective_settings import ObjectiveSettings
 
 # May differ between the two halves of an interrupted run: they do not change what is computed.
 SHEETS = ("sheet_every", "sheet_images", "sheet_steps", "sheet_guidance", "watch", "watch_weights")

@@ -7,7 +7,7 @@ from typing import Any
 
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.evaluation.rows import METHODS
+from afa.evaluation.names import METHODS
 from afa.evaluation.untrained import SAMPLING_TITLES
 from afa.sampling.options import OPTIONS, make_options
 from afa.sampling.registry import make_sampler

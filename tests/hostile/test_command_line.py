@@ -16,7 +16,8 @@ from afa.cli.main import COMMANDS, build_parser, main
 from afa.demo.data import ASSETS
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.experts.spec import ExpertSpec, locate
+from afa.experts.locate import locate
+from afa.experts.spec import ExpertSpec
 from afa.places import EMBEDDED, located
 
 

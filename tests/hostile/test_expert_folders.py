@@ -14,8 +14,9 @@ import afa.experts.parts
 from afa.errors import UserError
 from afa.experts.folders import read_folder, weight_files
 from afa.experts.load import load_expert
+from afa.experts.locate import expert_files, locate
 from afa.experts.meta_model import read_outline, shared_text_encoders
-from afa.experts.spec import ExpertSpec, expert_files, locate
+from afa.experts.spec import ExpertSpec
 from afa.frame import Frame
 from afa.merging.sources import Reader, open_source
 from afa.schedulers import read_scheduler
@@ -117,7 +118,7 @@ def test_variants_of_which_none_is_the_natural_one_are_refused_by_name(folder):
 
 def test_the_file_that_a_manifest_does_not_know_is_noticed(folder):
     from afa.checkpoint.manifest import ExpertEntry, check_hashes
-    from afa.experts.spec import hash_expert
+    from afa.experts.locate import hash_expert
 
     located = locate(ExpertSpec("x", str(folder)))
     entry = ExpertEntry("x", str(folder), files=hash_expert(located))
@@ -129,7 +130,7 @@ def test_the_file_that_a_manifest_does_not_know_is_noticed(folder):
 
 def test_a_manifest_that_names_files_which_are_not_loaded_is_still_good(folder):
     from afa.checkpoint.manifest import ExpertEntry, check_hashes
-    from afa.experts.spec import hash_expert
+    from afa.experts.locate import hash_expert
     from afa.files import sha256
 
     other = replace(folder / UNET.replace(".safetensors", ".fp16.safetensors"), marked(folder, UNET, 2.0))

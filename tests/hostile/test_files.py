@@ -263,7 +263,8 @@ def test_a_link_in_the_place_of_what_was_committed_moves_nothing(tmp_path):
 def test_experts_and_ensembles_whose_writing_was_killed_at_its_end_are_found(tmp_path):
     from afa.checkpoint.manifest import read_manifest
     from afa.demo.data import ENSEMBLE, EXPERTS
-    from afa.experts.spec import ExpertSpec, locate
+    from afa.experts.locate import locate
+    from afa.experts.spec import ExpertSpec
 
     for name, source in (("expert", EXPERTS["curves"]), ("ensemble", ENSEMBLE)):
         shutil.copytree(source, tmp_path / name / COMMITTED)

@@ -14,7 +14,8 @@ from hostile import ASSETS, WRONG, afa, downloaded, edit, within
 from afa import Ensemble
 from afa.errors import UserError
 from afa.experts import spec as locating
-from afa.experts.spec import ExpertSpec, locate
+from afa.experts.locate import locate
+from afa.experts.spec import ExpertSpec
 from afa.fingerprint import FILES
 from afa.merging.search.journal import Journal
 from afa.training.finetune import RECORD, finetune, finetune_finished

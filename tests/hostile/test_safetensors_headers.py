@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from afa.errors import UserError
 from afa.experts.headers import BITS, check_fit, load_tensors, read_file, read_header, read_metadata
+from afa.experts.locate import locate
 from afa.experts.lora import read_lora
-from afa.experts.spec import ExpertSpec, locate
+from afa.experts.spec import ExpertSpec
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

@@ -16,9 +16,10 @@ from afa.experts.embedded import KEY, check, pack
 from afa.experts.expert import Expert, load_vae
 from afa.experts.layouts import layout_of
 from afa.experts.load import load_expert
+from afa.experts.locate import locate
 from afa.experts.meta_model import read_outline
 from afa.experts.single_file import describe_vae, detect_config
-from afa.experts.spec import ExpertSpec, locate
+from afa.experts.spec import ExpertSpec
 from afa.merging.run import merge_files
 from afa.merging.settings import MergeSettings
 from afa.screening.asking import common

@@ -1,0 +1,179 @@
+"""The files of an expert: found here or on the hub, with the layout of a single file, and hashed."""
+
+import os
+import stat
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+from afa.errors import UserError
+from afa.experts.folders import weight_files
+from afa.experts.headers import read_header
+from afa.experts.layouts import Layout, layout_of
+from afa.experts.parts import has_part, read_index
+from afa.experts.spec import (
+    HUB_ID,
+    ExpertSpec,
+    exists,
+)
+from afa.files import settled, sha256
+
+
+@dataclass(frozen=True)
+class Located:
+    """An expert's files: a diffusers folder or one .safetensors file, and the hub's commit it was taken at."""
+
+    spec: ExpertSpec
+    path: Path
+    commit: str | None = None
+
+    @property
+    def single_file(self) -> bool:
+        return self.path.is_file()
+
+    @property
+    def whole_pipeline(self) -> bool:
+        """Whether it brings text encoders, VAE and scheduler, not only the denoiser."""
+        return self.layout.part == "pipeline" if self.single_file else (self.path / "model_index.json").is_file()
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How a single file names its tensors. Raises UserError if it is broken, or is not read at all."""
+        return layout_of(read_header(self.path), self.path)
+
+
+def locate(spec: ExpertSpec) -> Located:
+    """Find an expert's files; a hub id is downloaded once. Raises UserError if there is nothing by that name.
+
+    What exists here is never taken for a hub id, and a mistyped path is not looked for on the network.
+    """
+    for lora in spec.loras:
+        if not exists(lora.path):
+            raise UserError(f"expert '{spec.name}': there is no LoRA file {lora.path}")
+        _check_plain(Path(lora.path))
+        if Path(lora.path).suffix != ".safetensors":
+            raise UserError(f"expert '{spec.name}': the LoRA {lora.path} is no .safetensors file; convert pickles first")
+    path, there = Path(spec.source), exists(spec.source)
+    if there and path.is_dir():
+        settled(path)  # a merge that was killed at its end
+        if (path / "afa.json").is_file():
+            raise UserError(f"{path} is a saved ensemble, which has its experts; give it alone, or give experts only")
+        if not (path / "model_index.json").is_file() and not (path / "config.json").is_file():
+            raise UserError(f"{path} is no diffusers folder: it has neither model_index.json nor config.json")
+        for file in (*path.iterdir(), *path.glob("*/*")):
+            _check_plain(file)
+        return Located(spec, path)
+    if there:
+        _check_plain(path)
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path} is a '{path.suffix}' file; experts are diffusers folders or .safetensors files (convert pickles first)")
+        return Located(spec, path)
+    from_file = spec.named_by is not None and spec.revision is None  # what a file names without a commit is a path
+    if from_file or not HUB_ID.fullmatch(spec.source) or ".." in spec.source.split("/"):
+        raise UserError(f"there is no folder or file {spec.source}")
+    return _from_hub(spec)
+
+
+def _check_plain(path: Path) -> None:
+    """Raises UserError for a pipe, a socket or a device, which could be read without end; links to them, too."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # a link to nothing: its reader says so
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or path.resolve().parts[1:2] in (("dev",), ("proc",), ("sys",)):
+        raise UserError(f"{path} is no plain file or folder; experts are diffusers folders or .safetensors files")
+
+
+@cache
+def _tell(spec: ExpertSpec) -> None:
+    """Say once which hub id is fetched that the user did not type."""
+    at = f" at commit {spec.revision}" if spec.revision else ""
+    print(f"afa: {spec.named_by} names expert '{spec.name}' as {spec.source} of the hub{at}: fetched, unless it is here already", file=sys.stderr)
+
+
+def _from_hub(spec: ExpertSpec) -> Located:
+    """Download a repository (or one file of it) into the hub's cache, or find it there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if spec.named_by is not None:
+        _tell(spec)
+    parts = spec.source.split("/")
+    try:
+        if len(parts) > 2:
+            file = hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=spec.revision)
+            return Located(spec, Path(file), commit=_commit(Path(file)))
+        index = Path(hf_hub_download(spec.source, "model_index.json", revision=spec.revision))
+        read_index(index.parent)  # refuses classes that are not the libraries' own, before a library is asked
+        folder = _download(spec)
+        return Located(spec, folder, commit=_commit(folder))
+    except UserError:
+        raise
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "ON", "YES") else ""
+        revision = f" at revision {spec.revision}" if spec.revision else ""
+        raise UserError(
+            f"'{spec.source}' is neither a folder nor a file here, and as a hub id it could not be loaded{revision}{offline}: {_reason(error)}"
+        ) from error
+
+
+def _download(spec: ExpertSpec) -> Path:
+    """A pipeline's repository, as far as experts need it; in half precision where it has no other weights."""
+    from diffusers import DiffusionPipeline
+
+    options = {"revision": spec.revision, "use_safetensors": True, "safety_checker": None, "feature_extractor": None}
+    try:
+        return Path(DiffusionPipeline.download(spec.source, **options))
+    except OSError as error:
+        if "safetensors" not in str(error):  # which are missing without a variant
+            raise
+        return Path(DiffusionPipeline.download(spec.source, variant="fp16", **options))
+
+
+def _commit(path: Path) -> str | None:
+    """The commit in a path of the hub's cache: …/snapshots/COMMIT/…"""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong: the library's first sentence, without its advice and what it adds in brackets."""
+    return str(error).strip().partition("\n")[0].partition(" (")[0].partition(". ")[0]
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # what an ensemble computes with
+
+
+def expert_files(located: Located) -> dict[str, Path]:
+    """The weight files that decide what an expert computes, as they are loaded, by the name they have in a manifest."""
+    root = located.path
+    if located.single_file:
+        files = {root.name: root}
+    else:
+        found = [path for folder in _folders(located) for path in weight_files(folder).files]
+        files = {path.relative_to(root).as_posix(): path for path in found}
+    return files | {f"lora {index}": Path(lora.path) for index, lora in enumerate(located.spec.loras)}
+
+
+def _folders(located: Located) -> list[Path]:
+    """The folders of what an ensemble computes with: its parts, or a denoiser's own."""
+    if not located.whole_pipeline:
+        return [located.path]
+    index = read_index(located.path)
+    return [located.path / part for part in PARTS if has_part(index, part)]
+
+
+def hash_expert(located: Located) -> dict[str, str]:
+    """sha256 of each of an expert's files."""
+    return {name: sha256(path) for name, path in expert_files(located).items()}
+
+
+def recorded_files(located: Located, names: Collection[str]) -> dict[str, Path]:
+    """The files of an expert that a manifest names: those that are loaded, and others beside them.
+
+    Older manifests also name weight files that lie there without being loaded.
+    """
+    files = expert_files(located)
+    folders = [] if located.single_file else _folders(located)
+    beside = {path.relative_to(located.path).as_posix(): path for folder in folders for path in folder.iterdir()}
+    return files | {name: beside[name] for name in names if name not in files and name in beside}
