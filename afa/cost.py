@@ -23,7 +23,9 @@ class Flops:
     aggregators: dict[str, int]
 
 
-def count_flops(denoiser: nn.Module, height: int, width: int, batch: int = 1, tokens: int | None = None) -> Flops:
+def count_flops(
+    denoiser: nn.Module, height: int, width: int, batch: int = 1, tokens: int | None = None
+) -> Flops:
     """Count one pass of a denoiser or an ensemble of them that lies on the meta device.
 
     height, width: of the latent. batch: guidance doubles that of the pipeline. tokens: of the prompt; None: the family's.
@@ -31,13 +33,18 @@ def count_flops(denoiser: nn.Module, height: int, width: int, batch: int = 1, to
     call = call_of(denoiser, height, width, batch, tokens, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         denoiser(**call)
-    counts, stages = counter.get_flop_counts(), denoiser.fused if isinstance(denoiser, EnsembleDenoiser) else []
+    counts, stages = (
+        counter.get_flop_counts(),
+        denoiser.fused if isinstance(denoiser, EnsembleDenoiser) else [],
+    )
     name = type(denoiser).__name__
     aggregators = {stage: sum(counts.get(f"{name}.aggregators.{stage}", {}).values()) for stage in stages}
     return Flops(counter.get_total_flops(), aggregators)
 
 
-def count_training_flops(denoiser: nn.Module, height: int, width: int, batch: int = 1, tokens: int | None = None) -> int:
+def count_training_flops(
+    denoiser: nn.Module, height: int, width: int, batch: int = 1, tokens: int | None = None
+) -> int:
     """Floating point operations of one training step on the meta device: forward, and backward to whatever requires a gradient."""
     call = call_of(denoiser, height, width, batch, tokens, device="meta")
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
@@ -63,7 +70,14 @@ def count_stage_flops(model: Any, height: int, width: int, tokens: int | None = 
 
 
 def call_of(
-    denoiser: Any, height: int, width: int, batch: int, tokens: int | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    denoiser: Any,
+    height: int,
+    width: int,
+    batch: int,
+    tokens: int | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """What a pipeline hands to a denoiser, or to an ensemble of them, without content. height, width: of the latents."""
 
@@ -73,4 +87,9 @@ def call_of(
     family = denoiser.family if isinstance(denoiser, EnsembleDenoiser) else family_of(denoiser)
     call = FAMILIES[family].call
     conditions = call.blank(denoiser.config, batch, tokens or call.tokens, empty)
-    return call.arguments(denoiser.config, empty(batch, call.latent_channels(denoiser.config), height, width), empty(batch), conditions)
+    return call.arguments(
+        denoiser.config,
+        empty(batch, call.latent_channels(denoiser.config), height, width),
+        empty(batch),
+        conditions,
+    )

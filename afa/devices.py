@@ -20,8 +20,14 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch reports a missing backend in all these ways
-        raise UserError(f"--device {name} cannot be used here: {str(error).strip().splitlines()[0]}") from None
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # torch reports a missing backend in all these ways
+        raise UserError(
+            f"--device {name} cannot be used here: {str(error).strip().splitlines()[0]}"
+        ) from None
     return device
 
 

@@ -88,7 +88,9 @@ class Ensemble:
         loaded = load_experts(experts, dtype, config, prediction_type)
         lender = lend(loaded, frame, dtype)
         _check(loaded, placement, aggregators)
-        framed = Frame(loaded, vae=vae, tokenizer=tokenizer, scheduler=scheduler, config=config, lender=lender)
+        framed = Frame(
+            loaded, vae=vae, tokenizer=tokenizer, scheduler=scheduler, config=config, lender=lender
+        )
         return cls._combined(loaded, framed, recipe, placement, aggregators)
 
     def sharing(
@@ -110,7 +112,12 @@ class Ensemble:
 
     @classmethod
     def _combined(
-        cls, experts: Sequence[Expert], frame: Frame, recipe: Recipe, placement: str | Sequence[str] | None, aggregators: str | Path | None
+        cls,
+        experts: Sequence[Expert],
+        frame: Frame,
+        recipe: Recipe,
+        placement: str | Sequence[str] | None,
+        aggregators: str | Path | None,
     ) -> "Ensemble":
         tensors = None
         if aggregators is not None:
@@ -193,12 +200,20 @@ class Ensemble:
         if components.get("scheduler") is not None:
             self._check_scheduler(components["scheduler"])
         pipe = self.frame.pipeline(self, pipeline_class, components)
-        if all(any(part is mine for part in pipe.components.values()) for mine in (self.denoiser, *self.text_encoders)):
+        if all(
+            any(part is mine for part in pipe.components.values())
+            for mine in (self.denoiser, *self.text_encoders)
+        ):
             equip(self, pipe)
         return pipe
 
     def load_lora(
-        self, source: Any, experts: Sequence[str] | None = None, adapter_name: str | None = None, scale: float = 1.0, **options: Any
+        self,
+        source: Any,
+        experts: Sequence[str] | None = None,
+        adapter_name: str | None = None,
+        scale: float = 1.0,
+        **options: Any,
     ) -> str:
         """Load a LoRA beside the weights of all experts, or of some.
 
@@ -235,10 +250,14 @@ class Ensemble:
         return controlnet
 
 
-def _check(experts: Sequence[Expert], placement: str | Sequence[str] | None, aggregators: str | Path | None) -> None:
+def _check(
+    experts: Sequence[Expert], placement: str | Sequence[str] | None, aggregators: str | Path | None
+) -> None:
     """Refuse experts that cannot be fused, with every reason and how to see more. A folder's placement is not known yet."""
     try:
-        reasons = mismatches(experts, features=aggregators is None and not only_predictions(placement, experts[0]))
+        reasons = mismatches(
+            experts, features=aggregators is None and not only_predictions(placement, experts[0])
+        )
         _refuse(experts, reasons)
     except UserError:
         raise
@@ -257,7 +276,11 @@ def _check_text_encoders(ensemble: Ensemble) -> None:
     if ensemble.denoiser.call.joined:
         return
     for index, name in enumerate(ensemble.names):
-        unlike = [str(number) for number, encoder in enumerate(ensemble.text_encoders, start=1) if encoder.of_expert[index]]
+        unlike = [
+            str(number)
+            for number, encoder in enumerate(ensemble.text_encoders, start=1)
+            if encoder.of_expert[index]
+        ]
         if unlike:
             raise UserError(
                 f"'{name}' cannot join '{ensemble.names[0]}': it has text encoders of its own (number {', '.join(unlike)}), and experts of family"
@@ -265,7 +288,9 @@ def _check_text_encoders(ensemble: Ensemble) -> None:
             )
 
 
-def _denoiser(experts: Sequence[Expert], recipe: Recipe, placement: str | Sequence[str] | None, frame: Frame) -> EnsembleDenoiser:
+def _denoiser(
+    experts: Sequence[Expert], recipe: Recipe, placement: str | Sequence[str] | None, frame: Frame
+) -> EnsembleDenoiser:
     """The drop-in denoiser of a family."""
     widths = [width_of(encoder) for encoder in experts[0].text_encoders]
     names, models = [expert.name for expert in experts], [expert.model for expert in experts]
@@ -278,7 +303,9 @@ def _denoiser(experts: Sequence[Expert], recipe: Recipe, placement: str | Sequen
         raise UserError(str(error)) from None
 
 
-def _conversions(experts: Sequence[Expert], placement: str | Sequence[str] | None, frame: Frame) -> list[Conversion | None]:
+def _conversions(
+    experts: Sequence[Expert], placement: str | Sequence[str] | None, frame: Frame
+) -> list[Conversion | None]:
     """Where only predictions are combined, how every expert's become the frame's. Raises UserError where features are, of experts of other kinds."""
     if not only_predictions(placement, experts[0]):
         _refuse(experts, kind_mismatches(experts))
@@ -299,10 +326,14 @@ def _check_frame(expert: Expert, scheduler: Any) -> None:
     """Raises UserError for a scheduler that would read what the experts predict as something else."""
     reasons = scheduler_mismatches(expert.scheduler, scheduler)
     if reasons:
-        raise UserError(f"the scheduler does not fit the experts: {'; '.join(reasons)}; leave it out, or choose one that does with scheduler=")
+        raise UserError(
+            f"the scheduler does not fit the experts: {'; '.join(reasons)}; leave it out, or choose one that does with scheduler="
+        )
 
 
-def _recipe(aggregator: str, options: Mapping[str, Any], attention_up_to: int | None, text_stream: str) -> Recipe:
+def _recipe(
+    aggregator: str, options: Mapping[str, Any], attention_up_to: int | None, text_stream: str
+) -> Recipe:
     try:
         return Recipe(aggregator, options, attention_up_to, text_stream)
     except ValueError as error:

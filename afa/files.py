@@ -31,8 +31,23 @@ except ImportError:  # Windows
 
 WRITING, COMMITTED, LOCK = ".writing-", ".committed", ".afa-lock"
 HOST = f"{zlib.crc32(socket.gethostname().encode()) & 0xFFFF:04x}"
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)  # what file systems without locks answer
-UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+    errno.EBADF,
+)  # what file systems without locks answer
+UNWRITABLE = (
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EDQUOT,
+)
 PATIENCE = 20.0  # seconds that a reader waits for a living process to move out what it has committed
 BLOCK, SLOW = 1 << 20, 3.0  # bytes read at once for a hash; seconds after which hashing is reported
 
@@ -87,7 +102,9 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
                 yield stage
                 _as_others_are(stage)
                 _flush(stage)
-            os.replace(stage, folder / COMMITTED)  # before this the old files are valid, after it the new ones are
+            os.replace(
+                stage, folder / COMMITTED
+            )  # before this the old files are valid, after it the new ones are
             _move_out(folder, last)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
@@ -106,7 +123,9 @@ def present(folder: Path) -> list[Path]:
     """What lies in a folder besides locks and unfinished files; empty if there is no folder."""
     if not folder.is_dir():
         return []
-    return [path for path in settled(folder).iterdir() if path.name != LOCK and not path.name.startswith(WRITING)]
+    return [
+        path for path in settled(folder).iterdir() if path.name != LOCK and not path.name.startswith(WRITING)
+    ]
 
 
 def _committed(folder: Path) -> bool:
@@ -148,7 +167,11 @@ def _flush(path: Path) -> None:
             try:
                 os.fsync(descriptor)
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):  # this kind of file system has no such thing
+                if error.errno not in (
+                    errno.EINVAL,
+                    errno.ENOTSUP,
+                    errno.EROFS,
+                ):  # this kind of file system has no such thing
                     raise
             finally:
                 os.close(descriptor)
@@ -170,7 +193,9 @@ def _plain_errors(target: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if "No space left" in str(error) or "inline_container" in str(error):
-            raise OSError(errno.ENOSPC, "No space left on the disk; make room and repeat the command", str(target)) from error
+            raise OSError(
+                errno.ENOSPC, "No space left on the disk; make room and repeat the command", str(target)
+            ) from error
         raise
 
 
@@ -181,7 +206,16 @@ def read_arrays(path: Path) -> dict[str, Any] | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+    ):
         return None
 
 
@@ -300,26 +334,36 @@ def _lock(descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             return False
-        host, pid = _holder(descriptor)  # a file system without locks: the process that is named counts while it lives
+        host, pid = _holder(
+            descriptor
+        )  # a file system without locks: the process that is named counts while it lives
         return not (host == HOST and pid != os.getpid() and _alive(pid))
 
 
 def _holder(descriptor: int) -> tuple[str, int]:
     """Host and process of a lock file; ("", 0) if it does not say."""
-    text = os.read(descriptor, 64).decode(errors="replace").split() if os.lseek(descriptor, 0, os.SEEK_SET) == 0 else []
+    text = (
+        os.read(descriptor, 64).decode(errors="replace").split()
+        if os.lseek(descriptor, 0, os.SEEK_SET) == 0
+        else []
+    )
     return (text[0], int(text[1])) if len(text) == 2 and text[1].isdecimal() else ("", 0)
 
 
 def _busy(target: Path, descriptor: int) -> UserError:
     host, pid = _holder(descriptor)
     named = f" (pid {pid}{'' if host == HOST else ' on another machine'})" if pid else ""
-    return UserError(f"another process{named} is writing to {target}; wait until it has ended, or choose another --output")
+    return UserError(
+        f"another process{named} is writing to {target}; wait until it has ended, or choose another --output"
+    )
 
 
 def _unwritable(target: Path, error: OSError) -> Exception:
     if error.errno not in UNWRITABLE:
         return error
-    return UserError(f"nothing can be written to {target} ({error.strerror}: {error.filename}); choose another --output")
+    return UserError(
+        f"nothing can be written to {target} ({error.strerror}: {error.filename}); choose another --output"
+    )
 
 
 def _alive(pid: int) -> bool:
@@ -340,9 +384,17 @@ def _sweep(folder: Path, name: str | None = None) -> None:
     for place, folders, files in os.walk(folder):
         for entry in [*folders, *files]:
             path = Path(place) / entry
-            if entry.startswith(WRITING) and (name is None or entry.endswith(f"-{name}")) and _abandoned(path):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-            elif entry in (LOCK, COMMITTED) and name is None and place != str(folder):  # of a run inside this one
+            if (
+                entry.startswith(WRITING)
+                and (name is None or entry.endswith(f"-{name}"))
+                and _abandoned(path)
+            ):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(
+                    missing_ok=True
+                )
+            elif (
+                entry in (LOCK, COMMITTED) and name is None and place != str(folder)
+            ):  # of a run inside this one
                 with suppress(UserError), locked(path.parent):
                     pass
         if name is not None:
@@ -386,8 +438,13 @@ def sha256(path: Path) -> str:
             total.update(block)
             if not _hashing[1] and _hashing[0] + time.monotonic() - began > SLOW:
                 _hashing[1] = True
-                print(f"afa: reading the files for their sha256, so that a change is noticed; at {path.name}, {fact.st_size / 1e9:.1f} GB", file=sys.stderr)
+                print(
+                    f"afa: reading the files for their sha256, so that a change is noticed; at {path.name}, {fact.st_size / 1e9:.1f} GB",
+                    file=sys.stderr,
+                )
     _hashing[0] += time.monotonic() - began
-    if time.time_ns() - fact.st_ctime_ns > 1e9:  # a younger file may change again within one tick of the clock
+    if (
+        time.time_ns() - fact.st_ctime_ns > 1e9
+    ):  # a younger file may change again within one tick of the clock
         _hashes[key] = total.hexdigest()
     return total.hexdigest()

@@ -16,7 +16,11 @@ from afa.schema import build
 
 Files = dict[str, str]  # "expert 'photo', unet/config.json" -> sha256
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".txt", ".model")
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a pipeline that no command here asks
+UNUSED = (
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+)  # parts of a pipeline that no command here asks
 
 
 def fingerprint(experts: Sequence[str | ExpertSpec] = (), **others: str | Path | None) -> Files:
@@ -34,7 +38,11 @@ def fingerprint(experts: Sequence[str | ExpertSpec] = (), **others: str | Path |
         if place is None or str(place) in names or str(place) in KNOWN_CONFIGS:
             continue
         what = f"the {name.replace('_', ' ')}"
-        found |= _of_place(what, Path(place)) if Path(place).exists() else _of_expert(what, locate(ExpertSpec.parse(str(place))))
+        found |= (
+            _of_place(what, Path(place))
+            if Path(place).exists()
+            else _of_expert(what, locate(ExpertSpec.parse(str(place))))
+        )
     return found
 
 
@@ -43,11 +51,20 @@ def saved_fingerprint(folder: Path, moved: Mapping[str, str] | None = None) -> F
     manifest = read_manifest(settled(folder))
     specs = [entry.spec(folder) for entry in manifest.experts]
     places = moved or {}
-    given = [ExpertSpec.parse(f"{spec.name}={places[spec.name]}") if spec.name in places else spec for spec in specs]
-    given = [spec for spec in given if HUB_ID.fullmatch(spec.source) or Path(spec.source).exists()]  # of others, loading will tell
+    given = [
+        ExpertSpec.parse(f"{spec.name}={places[spec.name]}") if spec.name in places else spec
+        for spec in specs
+    ]
+    given = [
+        spec for spec in given if HUB_ID.fullmatch(spec.source) or Path(spec.source).exists()
+    ]  # of others, loading will tell
     names = {spec.name for spec in specs}
     frame = {part: folder / choice for part, choice in manifest.frame.items() if choice not in names}
-    own = {f"the ensemble, {name}": sha256(folder / name) for name in (MANIFEST, AGGREGATORS) if (folder / name).is_file()}
+    own = {
+        f"the ensemble, {name}": sha256(folder / name)
+        for name in (MANIFEST, AGGREGATORS)
+        if (folder / name).is_file()
+    }
     return own | fingerprint(given, **frame)
 
 
@@ -59,7 +76,10 @@ def digest(files: Files) -> str:
 def summed(files: Files) -> Files:
     """One hash for every expert or other source, for places where all files would be too much."""
     sources = dict.fromkeys(name.partition(", ")[0] for name in files)
-    return {source: digest({name: found for name, found in files.items() if name.startswith(f"{source}, ")}) for source in sources}
+    return {
+        source: digest({name: found for name, found in files.items() if name.startswith(f"{source}, ")})
+        for source in sources
+    }
 
 
 def changed(begun: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -88,10 +108,22 @@ def _of_place(what: str, place: Path) -> Files:
     if not place.is_dir():
         return {}
     pipeline = (place / "model_index.json").is_file()
-    parts = [path for path in sorted(place.iterdir()) if path.is_dir() and path.name not in UNUSED and not path.name.startswith(".")]
-    files = [path for path in sorted(place.iterdir()) if path.is_file() and (path.suffix == ".json" or not pipeline)]
+    parts = [
+        path
+        for path in sorted(place.iterdir())
+        if path.is_dir() and path.name not in UNUSED and not path.name.startswith(".")
+    ]
+    files = [
+        path
+        for path in sorted(place.iterdir())
+        if path.is_file() and (path.suffix == ".json" or not pipeline)
+    ]
     files += [path for part in parts for path in sorted(part.iterdir()) if path.is_file()]
-    return {f"{what}, {path.relative_to(place).as_posix()}": sha256(path) for path in files if path.suffix in SUFFIXES}
+    return {
+        f"{what}, {path.relative_to(place).as_posix()}": sha256(path)
+        for path in files
+        if path.suffix in SUFFIXES
+    }
 
 
 NOTE = "settings.json"
@@ -127,20 +159,30 @@ def claim(folder: Path, asked: Mapping[str, Any], what: str, files: Files | None
 
 def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
     """Raises UserError, naming every option and file that differs. Both: fields, and under FILES hashes, if they were noted."""
-    options = [f"{_told(name)} {value} (now {now.get(name)})" for name, value in begun.items() if name != FILES and now.get(name) != value]
+    options = [
+        f"{_told(name)} {value} (now {now.get(name)})"
+        for name, value in begun.items()
+        if name != FILES and now.get(name) != value
+    ]
     if options:
-        raise UserError(f"{what} was begun with {', '.join(options)}; use the same options, or another --output")
+        raise UserError(
+            f"{what} was begun with {', '.join(options)}; use the same options, or another --output"
+        )
     then = build(dict[str, str] | None, begun.get(FILES), what, FILES)
     files = changed(then, now.get(FILES) or {}) if then else []
     if files:
         more = f", and {len(files) - 3} more" if len(files) > 3 else ""
-        raise UserError(f"{what} was begun with other files: {', '.join(files[:3])}{more}; restore them, or choose another --output")
+        raise UserError(
+            f"{what} was begun with other files: {', '.join(files[:3])}{more}; restore them, or choose another --output"
+        )
 
 
 def _read(note: Path) -> dict[str, Any]:
     found = json_or_none(note)
     if not isinstance(found, dict) or not isinstance(found.get(FILES, {}), dict):
-        raise UserError(f"{note} is damaged, so it is not known what was begun in its folder; choose another --output")
+        raise UserError(
+            f"{note} is damaged, so it is not known what was begun in its folder; choose another --output"
+        )
     return found
 
 

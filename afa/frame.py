@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from afa.ensemble import Ensemble
 
 NO_SAFETY_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-OPTIONAL = (*NO_SAFETY_CHECKER, *TEXT_ENCODERS, *TOKENIZERS, "force_zeros_for_empty_prompt")  # not every pipeline takes these
+OPTIONAL = (
+    *NO_SAFETY_CHECKER,
+    *TEXT_ENCODERS,
+    *TOKENIZERS,
+    "force_zeros_for_empty_prompt",
+)  # not every pipeline takes these
 
 
 class Frame:
@@ -41,14 +46,23 @@ class Frame:
         self.experts = list(experts)
         self.lender = None if lender is None or any(lender is expert for expert in experts) else lender
         whole = lender or next((expert for expert in experts if expert.text_encoders), experts[0])
-        self.choice = {part: chosen or whole.name for part, chosen in (("vae", vae), ("tokenizer", tokenizer), ("scheduler", scheduler))}
-        if scheduler is None and self.lender is not None and experts[0].scheduler is not self.lender.scheduler:
+        self.choice = {
+            part: chosen or whole.name
+            for part, chosen in (("vae", vae), ("tokenizer", tokenizer), ("scheduler", scheduler))
+        }
+        if (
+            scheduler is None
+            and self.lender is not None
+            and experts[0].scheduler is not self.lender.scheduler
+        ):
             self.choice["scheduler"] = experts[0].name  # whose file says more than the lender's scheduler
         self.config = config
         for part, choice in self.choice.items():
             if self._expert(choice) is None and not Path(choice).exists():
                 names = ", ".join(expert.name for expert in experts)
-                raise UserError(f"{part}='{choice}' is neither an expert's name ({names}) nor a folder or file here")
+                raise UserError(
+                    f"{part}='{choice}' is neither an expert's name ({names}) nor a folder or file here"
+                )
 
     def _expert(self, name: str) -> Expert | None:
         known = [*self.experts, *([self.lender] if self.lender else [])]
@@ -60,7 +74,12 @@ class Frame:
         expert = self._expert(self.choice["vae"])
         if expert is not None:
             return expert.load_vae()
-        return load_vae(locate(ExpertSpec("vae", self.choice["vae"])), self.config, self.experts[0].dtype, like=self.experts[0])
+        return load_vae(
+            locate(ExpertSpec("vae", self.choice["vae"])),
+            self.config,
+            self.experts[0].dtype,
+            like=self.experts[0],
+        )
 
     @functools.cached_property
     def tokenizers(self) -> list[Any]:
@@ -81,7 +100,10 @@ class Frame:
             from afa.schedulers import read_scheduler
 
             return read_scheduler(folder)
-        return [load_tokenizer(path) for path in [folder / name for name in names if (folder / name).is_dir()] or [folder]]
+        return [
+            load_tokenizer(path)
+            for path in [folder / name for name in names if (folder / name).is_dir()] or [folder]
+        ]
 
     def pipeline(self, ensemble: "Ensemble", pipeline_class: type | None, components: dict[str, Any]) -> Any:
         """See Ensemble.pipeline."""
@@ -116,27 +138,41 @@ def stock_pipeline(expert: Expert) -> Any:
     import diffusers
 
     family = FAMILIES[expert.family]
-    parts = {family.component: expert.model, "vae": expert.load_vae(), "scheduler": expert.scheduler, **expert.pipeline_options}
+    parts = {
+        family.component: expert.model,
+        "vae": expert.load_vae(),
+        "scheduler": expert.scheduler,
+        **expert.pipeline_options,
+    }
     chosen = getattr(diffusers, family.call.pipeline(len(expert.text_encoders)))
     return _made(chosen, parts | _named(expert.text_encoders, expert.tokenizers))
 
 
 def _named(text_encoders: Sequence[Any], tokenizers: Sequence[Any]) -> dict[str, Any]:
     """By the names they have in pipelines."""
-    return dict(zip(TEXT_ENCODERS, text_encoders, strict=False)) | dict(zip(TOKENIZERS, tokenizers, strict=False))
+    return dict(zip(TEXT_ENCODERS, text_encoders, strict=False)) | dict(
+        zip(TOKENIZERS, tokenizers, strict=False)
+    )
 
 
 def _made(chosen: type, parts: dict[str, Any]) -> Any:
     """A pipeline of these parts, as far as it takes them; of text encoders and tokenizers it may do without some."""
     taken = inspect.signature(chosen.__init__).parameters
     absent = {name: None for name in (*TEXT_ENCODERS, *TOKENIZERS) if name in taken and name not in parts}
-    given = {name: part for name, part in (NO_SAFETY_CHECKER | parts).items() if name in taken or name not in OPTIONAL}
+    given = {
+        name: part
+        for name, part in (NO_SAFETY_CHECKER | parts).items()
+        if name in taken or name not in OPTIONAL
+    }
     return chosen(**absent, **given)
 
 
 def _check_channels(expert: Expert, vae: Any) -> None:
     """Raises UserError for denoisers that take more than noisy latents: text-to-image pipelines would fail at their first step."""
-    expected, found = vae.config.get("latent_channels"), FAMILIES[expert.family].call.latent_channels(expert.model.config)
+    expected, found = (
+        vae.config.get("latent_channels"),
+        FAMILIES[expert.family].call.latent_channels(expert.model.config),
+    )
     if expected is not None and found != expected:
         raise UserError(
             f"'{expert.name}' takes {found} latent channels and its VAE has {expected}: it is made for filling in or editing;"
@@ -145,4 +181,6 @@ def _check_channels(expert: Expert, vae: Any) -> None:
 
 
 def _refuse_saving(*args: Any, **kwargs: Any) -> None:
-    raise NotImplementedError("a pipeline with an ensemble is not saved as a whole; save the ensemble with Ensemble.save(folder)")
+    raise NotImplementedError(
+        "a pipeline with an ensemble is not saved as a whole; save the ensemble with Ensemble.save(folder)"
+    )

@@ -236,7 +236,11 @@ def read_metadata(path: Path, name: str | None = None) -> dict[str, Any]:
     try:
         found = _settings(path, whole=False)
     except PILLOW_ERRORS as error:
-        why = "it claims to be too large" if isinstance(error, Image.DecompressionBombError) else type(error).__name__
+        why = (
+            "it claims to be too large"
+            if isinstance(error, Image.DecompressionBombError)
+            else type(error).__name__
+        )
         raise UserError(f"{name} cannot be read as a PNG picture ({why}); {made_here}") from None
     if not found:
         raise UserError(f"{name} does not say how it was made (it has no text chunk '{CHUNK}'); {made_here}")

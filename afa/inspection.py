@@ -46,7 +46,12 @@ class Subject:
 
     @classmethod
     def from_sources(
-        cls, sources: Sequence[str], config: str | None, recipe: Recipe, placement: str | None, prediction_type: str | None = None
+        cls,
+        sources: Sequence[str],
+        config: str | None,
+        recipe: Recipe,
+        placement: str | None,
+        prediction_type: str | None = None,
     ) -> "Subject":
         """Experts as Ensemble.from_experts takes them. Raises UserError for what is not there, broken or incomplete."""
         specs = [ExpertSpec.parse(source, prediction_type) for source in sources]
@@ -64,7 +69,11 @@ class Subject:
         manifest = read_manifest(folder)
         outlines = []
         for entry in manifest.experts:
-            config = entry.config if entry.config is None or entry.config in KNOWN_CONFIGS else str(folder / entry.config)
+            config = (
+                entry.config
+                if entry.config is None or entry.config in KNOWN_CONFIGS
+                else str(folder / entry.config)
+            )
             try:
                 outlines.append(read_outline(entry.spec(folder), config))
             except UserError as error:
@@ -97,7 +106,13 @@ def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) 
     reasons = _mismatches(subject, experts)
     denoiser = None if reasons else subject.denoiser()
     size = _size(subject, resolution)
-    count = partial(count_flops, height=size["latent"][0], width=size["latent"][1], batch=batch_size, tokens=size["tokens"])
+    count = partial(
+        count_flops,
+        height=size["latent"][0],
+        width=size["latent"][1],
+        batch=batch_size,
+        tokens=size["tokens"],
+    )
     flops = None if denoiser is None else count(denoiser)
     shared = shared_text_encoders(subject.outlines)
     described = [_expert(outline, same) for outline, same in zip(subject.outlines, shared, strict=True)]
@@ -108,8 +123,16 @@ def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) 
         "mismatches": reasons,
         "stages": _stages(subject.outlines[0], denoiser, flops),
         "aggregators": None if denoiser is None else _aggregators(subject, denoiser),
-        "placements": None if denoiser is None or subject.folder else _placements(subject, denoiser, flops, count),
-        "cost": {**size, "batch_size": batch_size, "guidance_doubles": _guidance_doubles(experts[0]), **memory, "flops": _flops(experts, count, flops)},
+        "placements": None
+        if denoiser is None or subject.folder
+        else _placements(subject, denoiser, flops, count),
+        "cost": {
+            **size,
+            "batch_size": batch_size,
+            "guidance_doubles": _guidance_doubles(experts[0]),
+            **memory,
+            "flops": _flops(experts, count, flops),
+        },
     }
 
 
@@ -127,7 +150,9 @@ def _mismatches(subject: Subject, experts: Sequence[Expert]) -> list[str]:
         raise UserError(str(error)) from None
 
 
-def _placements(subject: Subject, denoiser: EnsembleDenoiser, flops: Flops | None, count: Callable[[nn.Module], Flops]) -> list[dict[str, Any]]:
+def _placements(
+    subject: Subject, denoiser: EnsembleDenoiser, flops: Flops | None, count: Callable[[nn.Module], Flops]
+) -> list[dict[str, Any]]:
     """What other placements of the same aggregators would cost: parameters to train, operations a step."""
     if denoiser.fused != [stage.name for stage in denoiser.stages]:
         denoiser = dataclasses.replace(subject, placement="layers").denoiser()
@@ -161,7 +186,9 @@ def _expert(outline: Outline, same: Sequence[str | None]) -> dict[str, Any]:
         "dtype": outline.dtype,
         "prediction_type": None if expert.scheduler is None else kind_of(expert.scheduler),
         "noise": None if expert.scheduler is None else noise_of_schedule(expert.scheduler),
-        "text_encoders": [_text_encoder(outline, part, other) for part, other in zip(outline.text_parts, same, strict=True)],
+        "text_encoders": [
+            _text_encoder(outline, part, other) for part, other in zip(outline.text_parts, same, strict=True)
+        ],
         "vae": None if expert.vae is None else _vae(outline, expert.vae),
     }
 
@@ -208,7 +235,9 @@ def _stages(outline: Outline, denoiser: EnsembleDenoiser | None, flops: Flops | 
             "takes_skip": stage.takes_skip,
             "fused": None if denoiser is None else stage.name in fused,
             "aggregator_parameters": count_parameters(fused[stage.name]) if stage.name in fused else None,
-            "aggregator_flops": flops.aggregators[stage.name] if flops is not None and stage.name in fused else None,
+            "aggregator_flops": flops.aggregators[stage.name]
+            if flops is not None and stage.name in fused
+            else None,
         }
         for stage in FAMILIES[outline.expert.family].stages(outline.expert.model)
     ]
@@ -218,7 +247,9 @@ def _aggregators(subject: Subject, denoiser: EnsembleDenoiser) -> dict[str, Any]
     recipe = subject.recipe
     return {
         "kind": recipe.kind,
-        "options": {name: value for name, value in (_defaults(recipe) | dict(recipe.options)).items() if value != ()},
+        "options": {
+            name: value for name, value in (_defaults(recipe) | dict(recipe.options)).items() if value != ()
+        },
         "attention_up_to": recipe.attention_up_to,
         "placement": denoiser.placement if isinstance(denoiser.placement, str) else list(denoiser.placement),
         "fused": len(denoiser.fused),
@@ -230,7 +261,11 @@ def _aggregators(subject: Subject, denoiser: EnsembleDenoiser) -> dict[str, Any]
 def _defaults(recipe: Recipe) -> dict[str, Any]:
     """The options of a kind of aggregator that have a value of their own."""
     parameters = inspect.signature(AGGREGATORS[recipe.kind]).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not inspect.Parameter.empty}
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.default is not inspect.Parameter.empty
+    }
 
 
 def _size(subject: Subject, resolution: int | None) -> dict[str, Any]:
@@ -243,23 +278,35 @@ def _size(subject: Subject, resolution: int | None) -> dict[str, Any]:
     if resolution is not None and resolution % multiple:
         near = max(1, resolution // multiple) * multiple
         patches = "" if convention.patch == 1 else f" times patches of {convention.patch}"
-        raise UserError(f"--resolution {resolution} is not a multiple of {multiple}, the factor of the VAE{patches}; try {near}")
+        raise UserError(
+            f"--resolution {resolution} is not a multiple of {multiple}, the factor of the VAE{patches}; try {near}"
+        )
     if resolution is None and side is None:
         raise UserError(f"'{first.name}' has no size of its own (sample_size); give --resolution")
     side = side if resolution is None else resolution // factor
     latent = [side, side] if isinstance(side, int) else list(side)
     texts = [encoder.config for encoder in first.text_encoders]
-    return {"resolution": [factor * length for length in latent], "latent": latent, "tokens": convention.prompt_tokens(texts)}
+    return {
+        "resolution": [factor * length for length in latent],
+        "latent": latent,
+        "tokens": convention.prompt_tokens(texts),
+    }
 
 
-def _memory(subject: Subject, described: Sequence[dict[str, Any]], denoiser: EnsembleDenoiser | None) -> dict[str, Any]:
+def _memory(
+    subject: Subject, described: Sequence[dict[str, Any]], denoiser: EnsembleDenoiser | None
+) -> dict[str, Any]:
     """Parameters that have to be held, and their bytes; activations come on top. Equal text encoders count once.
 
     So does a base that LoRAs share, which lie beside it.
     """
     places = [place_of(outline.expert.located) or index for index, outline in enumerate(subject.outlines)]
     firsts = [expert for index, expert in enumerate(described) if places[index] not in places[:index]]
-    loras = [lora_numbers(outline.expert.located) for outline, place in zip(subject.outlines, places, strict=True) if places.count(place) > 1]
+    loras = [
+        lora_numbers(outline.expert.located)
+        for outline, place in zip(subject.outlines, places, strict=True)
+        if places.count(place) > 1
+    ]
     texts = [text for expert in firsts for text in expert["text_encoders"] if text["same_as"] is None]
     held: dict[str, int | None] = {
         "experts": sum(expert["parameters"] for expert in firsts) + sum(loras),
@@ -282,7 +329,9 @@ def _vae_parameters(subject: Subject, described: Sequence[dict[str, Any]]) -> in
     return None if vae is None else int(vae["parameters"])
 
 
-def _flops(experts: Sequence[Expert], count: Callable[[nn.Module], Flops], ensemble: Flops | None) -> dict[str, Any]:
+def _flops(
+    experts: Sequence[Expert], count: Callable[[nn.Module], Flops], ensemble: Flops | None
+) -> dict[str, Any]:
     """Of one denoising step."""
     counted: dict[str, int] = {}  # by config: experts are mostly of one architecture
     single = []

@@ -88,7 +88,9 @@ def latents_of(vae: Any) -> Latents:
     """How a VAE's latents are treated. Raises UserError for a VAE of another kind."""
     kind = type(vae).__name__
     if kind not in LATENTS:
-        raise UserError(f"latents of a {kind} are not known here; known VAEs are {', '.join(LATENTS)}: choose another with vae=")
+        raise UserError(
+            f"latents of a {kind} are not known here; known VAEs are {', '.join(LATENTS)}: choose another with vae="
+        )
     return LATENTS[kind](vae.config)
 
 

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from afa.ensemble import Ensemble
 
 
-def load_into(ensemble: "Ensemble", source: Any, experts: Sequence[str] | None, name: str | None, scale: float, options: dict[str, Any]) -> str:
+def load_into(
+    ensemble: "Ensemble",
+    source: Any,
+    experts: Sequence[str] | None,
+    name: str | None,
+    scale: float,
+    options: dict[str, Any],
+) -> str:
     """See Ensemble.load_lora. -> the adapter's name. Nothing is loaded if anything is refused."""
     check_weights(scale)
     chosen = _chosen(ensemble, experts)
@@ -47,40 +54,56 @@ def _chosen(ensemble: "Ensemble", experts: Sequence[str] | None) -> list[int]:
 def _check_name(ensemble: "Ensemble", name: str) -> None:
     """Raises UserError for a name that is taken, or that no adapter can have."""
     if name.startswith(OWN) or "." in name:
-        raise UserError(f"adapter_name '{name}' cannot be used (no dots, and nothing that begins with '{OWN}'); choose another")
+        raise UserError(
+            f"adapter_name '{name}' cannot be used (no dots, and nothing that begins with '{OWN}'); choose another"
+        )
     for host in (ensemble.denoiser, *ensemble.text_encoders):
         if any(name in loaded(model) for model in host.lora_models()):
-            raise UserError(f"a LoRA called '{name}' is loaded already; choose another adapter_name, or take it out with delete_adapters('{name}')")
+            raise UserError(
+                f"a LoRA called '{name}' is loaded already; choose another adapter_name, or take it out with delete_adapters('{name}')"
+            )
 
 
 def _load_one(ensemble: "Ensemble", index: int, source: Any, name: str, options: dict[str, Any]) -> list[Any]:
     """Load a LoRA beside one expert's weights, and beside copies of its text encoders' that share them: -> these."""
     import diffusers
 
-    encoders: list[Any] = [shared_copy(host.encoders[host.of_expert[index]]) for host in ensemble.text_encoders]
+    encoders: list[Any] = [
+        shared_copy(host.encoders[host.of_expert[index]]) for host in ensemble.text_encoders
+    ]
     expert = replace(ensemble.experts[index], model=ensemble.denoiser.experts[index], text_encoders=encoders)
     parts = lora_parts(expert)
     kinds = FAMILIES[expert.family].call.pipeline(len(encoders))
-    switched = getattr(diffusers, kinds)._lora_loadable_modules  # others could never be switched off by a pipeline
+    switched = getattr(
+        diffusers, kinds
+    )._lora_loadable_modules  # others could never be switched off by a pipeline
     parts = {part: module for part, module in parts.items() if part in switched}
     load_lora(parts, source, name, f"expert '{expert.name}'", **options)
     return encoders
 
 
-def _check_text(ensemble: "Ensemble", chosen: Sequence[int], encoders: Sequence[Sequence[nn.Module]], name: str) -> None:
+def _check_text(
+    ensemble: "Ensemble", chosen: Sequence[int], encoders: Sequence[Sequence[nn.Module]], name: str
+) -> None:
     """Raises UserError where text encoders would come to differ in a family whose experts must share them."""
     joined = FAMILIES[ensemble.denoiser.family].call.joined
     for slot, host in enumerate(ensemble.text_encoders):
         changed = bool(adapter_parameters(encoders[0][slot], name))
         if changed and not joined and len(chosen) < len(host.of_expert):
             what = f"text encoder {slot + 1}, and experts of family {ensemble.denoiser.family} must have the same"
-            raise UserError(f"the LoRA would change {what}; load it into all experts, or one that changes the denoiser alone")
+            raise UserError(
+                f"the LoRA would change {what}; load it into all experts, or one that changes the denoiser alone"
+            )
 
 
 def _give(ensemble: "Ensemble", chosen: Sequence[int], encoders: Sequence[Sequence[Any]], name: str) -> None:
     """Put the text encoders that a LoRA was loaded into in their places."""
     for slot, host in enumerate(ensemble.text_encoders):
-        changed = {index: own[slot] for index, own in zip(chosen, encoders, strict=True) if adapter_parameters(own[slot], name)}
+        changed = {
+            index: own[slot]
+            for index, own in zip(chosen, encoders, strict=True)
+            if adapter_parameters(own[slot], name)
+        }
         host.replace(changed)
         for index, expert in enumerate(ensemble.experts):
             expert.text_encoders[slot] = host.encoders[host.of_expert[index]]
@@ -92,9 +115,13 @@ def _give(ensemble: "Ensemble", chosen: Sequence[int], encoders: Sequence[Sequen
 def equip(ensemble: "Ensemble", pipe: Any) -> None:
     """Replace those methods of a stock pipeline that know nothing of several models behind a component."""
 
-    def load_lora_weights(source: Any, adapter_name: str | None = None, hotswap: bool = False, **options: Any) -> None:
+    def load_lora_weights(
+        source: Any, adapter_name: str | None = None, hotswap: bool = False, **options: Any
+    ) -> None:
         if hotswap:
-            raise NotImplementedError("hotswap is not supported on an ensemble; delete_adapters(name), then load the other")
+            raise NotImplementedError(
+                "hotswap is not supported on an ensemble; delete_adapters(name), then load the other"
+            )
         load_into(ensemble, source, None, adapter_name, 1.0, options)
 
     def fuse_lora(*args: Any, adapter_names: Sequence[str] | None = None, **options: Any) -> None:
@@ -104,7 +131,9 @@ def equip(ensemble: "Ensemble", pipe: Any) -> None:
                 raise UserError(unknown(name, sorted(set(known)), "LoRA that is loaded"))
         type(pipe).fuse_lora(pipe, *args, adapter_names=adapter_names, **options)
 
-    def load_textual_inversion(source: Any, token: Any = None, tokenizer: Any = None, text_encoder: Any = None, **options: Any) -> None:
+    def load_textual_inversion(
+        source: Any, token: Any = None, tokenizer: Any = None, text_encoder: Any = None, **options: Any
+    ) -> None:
         load_inversion(pipe, source, token, tokenizer, text_encoder, **options)
 
     def unload_textual_inversion(tokens: Any = None, tokenizer: Any = None, text_encoder: Any = None) -> None:

@@ -22,7 +22,9 @@ def located(text: str) -> str:
     if found is None or Path(text).exists():
         return text
     if found["model"] not in EMBEDDED:
-        raise UserError(unknown(f"demo:{found['model']}", [f"demo:{name}" for name in EMBEDDED], "embedded model"))
+        raise UserError(
+            unknown(f"demo:{found['model']}", [f"demo:{name}" for name in EMBEDDED], "embedded model")
+        )
     return f"{found['name']}{ASSETS / found['model']}{found['rest']}"
 
 
@@ -38,7 +40,9 @@ def spelled(path: Path) -> str | None:
 
 
 LONGEST_NAME = 100
-RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # of Windows, with any ending
+RESERVED = re.compile(
+    r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE
+)  # of Windows, with any ending
 FORBIDDEN = re.compile(r'[/\\:*?"<>|]')
 
 
@@ -46,7 +50,9 @@ def check_name(name: object, what: str) -> str:
     """A name as it is, if it can be a file's name everywhere. what: whose it is, for the message: "an expert". Raises UserError."""
     reason = _reason(name)
     if reason:
-        raise UserError(f"{what} is called {shown(name)}: a name {reason}; use up to {LONGEST_NAME} letters, digits and ' ._-+' instead")
+        raise UserError(
+            f"{what} is called {shown(name)}: a name {reason}; use up to {LONGEST_NAME} letters, digits and ' ._-+' instead"
+        )
     assert isinstance(name, str)
     return name
 
@@ -88,7 +94,9 @@ def markdown_words(text: Any) -> str:
         words = words.replace(sign, "\\" + sign)
     for link, plain in LINKING.items():
         words = words.replace(link, plain)
-    return f"\\{words}" if re.match(r"[#+~=-]|\d+[.)] ", words) and not re.match(r"[-+]?[\d.]", words) else words
+    return (
+        f"\\{words}" if re.match(r"[#+~=-]|\d+[.)] ", words) and not re.match(r"[-+]?[\d.]", words) else words
+    )
 
 
 def csv_cell(value: Any) -> Any:

@@ -37,7 +37,9 @@ FILE_OF_WEIGHTS = re.compile(r"<(?:lora|lyco|hypernet):", re.IGNORECASE)
 _told: set[str] = set()
 
 
-def warn_of_prompts(prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt") -> None:
+def warn_of_prompts(
+    prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt"
+) -> None:
     """Say on stderr what a run does not read of its prompts: one sentence for all of them, and never the same twice.
 
     call:       of the family, see afa.stages.call
@@ -62,7 +64,9 @@ def _said_already(record: logging.LogRecord) -> bool:
     return "was truncated because" not in str(record.msg)
 
 
-def cut_off(prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt") -> Iterator[str]:
+def cut_off(
+    prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt"
+) -> Iterator[str]:
     """A sentence about prompts that are longer than what the text encoders read, with the part that is lost."""
     window, lost = lost_parts(prompts, call, tokenizers)
     if lost:
@@ -96,7 +100,9 @@ def plain_text(prompts: Sequence[str], what: str = "prompt") -> Iterator[str]:
     if found:
         pieces = list(dict.fromkeys(piece for _, several in found for piece in several))
         shown = ", ".join(pieces[:SHOWN]) + (", …" if len(pieces) > SHOWN else "")
-        advice = "; a LoRA is given as EXPERT+FILE*STRENGTH" if any(map(FILE_OF_WEIGHTS.match, pieces)) else ""
+        advice = (
+            "; a LoRA is given as EXPERT+FILE*STRENGTH" if any(map(FILE_OF_WEIGHTS.match, pieces)) else ""
+        )
         yield f"{_of(found, prompts, what)} written in another program's syntax, which is read as plain text here: {shown}{advice}"
 
 
@@ -126,12 +132,16 @@ def _widest(call: Any, tokenizers: Sequence[Any]) -> tuple[Any, int]:
     windows = []
     for tokenizer in tokenizers:
         if tokenizer is not None and getattr(tokenizer, "is_fast", False):
-            most = longest if "CLIP" not in type(tokenizer).__name__ and longest else tokenizer.model_max_length
+            most = (
+                longest if "CLIP" not in type(tokenizer).__name__ and longest else tokenizer.model_max_length
+            )
             windows.append((tokenizer, most))
     return max(windows, key=lambda pair: pair[1], default=(None, 0))
 
 
-OBJECT = re.compile(r'\{\s*("|$)')  # how a line of JSON begins, and a line of wildcards, {red|blue} ring, does not
+OBJECT = re.compile(
+    r'\{\s*("|$)'
+)  # how a line of JSON begins, and a line of wildcards, {red|blue} ring, does not
 
 
 def asked_prompts(prompt: Sequence[str] | None, file: str | None) -> list[str]:

@@ -48,8 +48,12 @@ def make_scheduler(name: str, like: Any) -> Any:
     wanted = Schedule.of(like)
     made = _maker(kind).from_config(like.config, **options)
     if not Schedule.of(made).same_noise(wanted):
-        what = "ends at zero terminal SNR (rescale_betas_zero_snr)" if wanted.zero_snr else "is not one of betas"
-        raise UserError(f"scheduler '{name}' cannot have the experts' noise schedule, which {what}; choose another, such as ddim, euler or dpm++")
+        what = (
+            "ends at zero terminal SNR (rescale_betas_zero_snr)" if wanted.zero_snr else "is not one of betas"
+        )
+        raise UserError(
+            f"scheduler '{name}' cannot have the experts' noise schedule, which {what}; choose another, such as ddim, euler or dpm++"
+        )
     return made
 
 
@@ -72,7 +76,9 @@ def _flow(kind: str, like: Any) -> Any:
     config, shift = flow_config(like)
     if kind.startswith("FlowMatch"):
         return _maker(kind).from_config(config, shift=shift)
-    return _static(_maker(kind)).from_config(config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    return _static(_maker(kind)).from_config(
+        config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
 
 
 def _maker(kind: str) -> Any:
@@ -85,7 +91,9 @@ def _static(maker: Any) -> Any:
     """A scheduler that takes no notice of a picture's size where it is not made to, as FLUX's pipeline expects; diffusers' own refuse."""
 
     class Static(maker):  # type: ignore[misc]
-        def set_timesteps(self, num_inference_steps: int, device: Any = None, mu: float | None = None, **kwargs: Any) -> None:
+        def set_timesteps(
+            self, num_inference_steps: int, device: Any = None, mu: float | None = None, **kwargs: Any
+        ) -> None:
             dynamic = {"mu": mu} if self.config.use_dynamic_shifting else {}
             super().set_timesteps(num_inference_steps, device, **dynamic, **kwargs)
 

@@ -20,7 +20,15 @@ from afa.errors import UserError
 LONGEST = 100_000  # characters of one text; a caption is never longer
 DEEPEST = 50  # lists and objects inside each other, where a hint allows anything
 INTEGERS = 2**64  # seeds need all of them
-KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object", type(None): "null"}
+KINDS = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
 EXPECTED = KINDS | {int: "a whole number"}
 
 
@@ -90,13 +98,21 @@ def shown(value: Any) -> str:
     """A value as it stands in a file, on one line and in at most 80 characters, without characters that a terminal obeys."""
     if isinstance(value, (list, dict)):
         return f"{len(value)} values" if isinstance(value, list) else f"{len(value)} keys"
-    text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, int) or abs(value) < INTEGERS else "beyond 64 bits"
+    text = (
+        json.dumps(value, ensure_ascii=False, default=str)
+        if not isinstance(value, int) or abs(value) < INTEGERS
+        else "beyond 64 bits"
+    )
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
 
 
 def _kind(value: Any) -> str:
-    return "" if value is None or isinstance(value, bool) else f" ({KINDS.get(type(value), type(value).__name__)})"
+    return (
+        ""
+        if value is None or isinstance(value, bool)
+        else f" ({KINDS.get(type(value), type(value).__name__)})"
+    )
 
 
 def _build(hint: Any, value: Any, key: str, limits: Sequence[Any]) -> Any:
@@ -113,11 +129,17 @@ def _build(hint: Any, value: Any, key: str, limits: Sequence[Any]) -> Any:
     if typing.is_typeddict(hint):
         return _typed(hint, value, key)
     if origin in (list, tuple, Sequence):
-        built = [_build(arguments[0], part, f"{key}[{place}]", ()) for place, part in enumerate(_as(list, value, key))]
+        built = [
+            _build(arguments[0], part, f"{key}[{place}]", ())
+            for place, part in enumerate(_as(list, value, key))
+        ]
         _limited(value, key, limits)
         return tuple(built) if origin is tuple else built
     if origin is dict:
-        return {_text(name, key): _build(arguments[1], part, _inner(key, name), ()) for name, part in _as(dict, value, key).items()}
+        return {
+            _text(name, key): _build(arguments[1], part, _inner(key, name), ())
+            for name, part in _as(dict, value, key).items()
+        }
     if origin is typing.Literal:
         if not any(value == known and type(value) is type(known) for known in arguments):
             raise Misfit(key, value, " or ".join(shown(known) for known in arguments))
@@ -148,7 +170,9 @@ def _as(kind: type, value: Any, key: str, infinite: bool = False) -> Any:
 def _text(value: str, key: str) -> str:
     """A text as it is, if every reader can take it."""
     if len(value) > LONGEST or "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise Misfit(key, value, f"text of at most {LONGEST} characters, without NUL and halves of characters")
+        raise Misfit(
+            key, value, f"text of at most {LONGEST} characters, without NUL and halves of characters"
+        )
     return value
 
 
@@ -179,7 +203,9 @@ def _dataclass(kind: type, value: Any, key: str) -> Any:
     _as(dict, value, key)
     for name in value:
         if name not in fields:
-            raise Misfit(key, value, "", f"has a key that is not known: {shown(name)}; known are {', '.join(fields)}")
+            raise Misfit(
+                key, value, "", f"has a key that is not known: {shown(name)}; known are {', '.join(fields)}"
+            )
     built = {}
     for name, field in fields.items():
         if name in value:
@@ -196,7 +222,10 @@ def _typed(kind: Any, value: Any, key: str) -> dict[str, Any]:
     missing = sorted(kind.__required_keys__ - value.keys())
     if missing:
         raise Misfit(_inner(key, missing[0]), None, "", "is missing")
-    return {_text(name, key): _build(hints.get(name, Any), part, _inner(key, name), ()) for name, part in value.items()}
+    return {
+        _text(name, key): _build(hints.get(name, Any), part, _inner(key, name), ())
+        for name, part in value.items()
+    }
 
 
 @functools.cache
@@ -210,7 +239,9 @@ def _anything(value: Any, key: str, depth: int) -> Any:
     if depth > DEEPEST:
         raise Misfit(key, value, f"at most {DEEPEST} lists and objects inside each other")
     if isinstance(value, dict):
-        return {_text(name, key): _anything(part, _inner(key, name), depth + 1) for name, part in value.items()}
+        return {
+            _text(name, key): _anything(part, _inner(key, name), depth + 1) for name, part in value.items()
+        }
     if isinstance(value, list):
         return [_anything(part, f"{key}[{place}]", depth + 1) for place, part in enumerate(value)]
     return value if value is None else _as(type(value), value, key, infinite=True)

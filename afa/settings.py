@@ -22,6 +22,7 @@ from afa.text_files import read_toml
 
 SEEDS = 2**64  # as many seeds as torch's generators and other programs know
 
+
 class Bounds(TypedDict, total=False):
     """What a number must be.
 
@@ -114,7 +115,9 @@ def check_number(value: Any, name: str, whole: bool = False, **bounds: Unpack[Bo
         raise UserError(f"{name} {str(value)[:40]!r}{f' is no {kind}' if named else f'; give a {kind}'}")
     shown = f"{name} {value if whole else f'{float(value):.16g}'}"
     if not math.isfinite(value):
-        raise UserError(f"{shown}{' is no finite number; give one' if named else '; give a finite number'}{_range(bounds)}")
+        raise UserError(
+            f"{shown}{' is no finite number; give one' if named else '; give a finite number'}{_range(bounds)}"
+        )
     small, large = (" is too small", " is too large") if named else ("", "")
     number: Any = value  # isinstance() has narrowed the type too far for comparisons
     if "least" in bounds and number < bounds["least"]:
@@ -128,7 +131,9 @@ def check_number(value: Any, name: str, whole: bool = False, **bounds: Unpack[Bo
     if "multiple" in bounds and number % bounds["multiple"]:
         unit = bounds["multiple"]
         nearest = max(1, round(number / unit)) * unit
-        raise UserError(f"{shown}{' must be' if named else '; it must be'} a multiple of {unit}; {nearest} is the nearest")
+        raise UserError(
+            f"{shown}{' must be' if named else '; it must be'} a multiple of {unit}; {nearest} is the nearest"
+        )
 
 
 def shares(weights: Sequence[float] | None, count: int, of: str = "") -> tuple[float, ...]:
@@ -145,7 +150,9 @@ def shares(weights: Sequence[float] | None, count: int, of: str = "") -> tuple[f
     total = sum(weights)
     if min(weights) < 0 or not 0 < total < math.inf:
         listed = " ".join(f"{weight:g}" for weight in weights)
-        raise UserError(f"weights {listed}{named} are no shares; give numbers of at least 0 with a sum above 0 that is finite")
+        raise UserError(
+            f"weights {listed}{named} are no shares; give numbers of at least 0 with a sum above 0 that is finite"
+        )
     return tuple(weight / total for weight in weights)
 
 
@@ -184,7 +191,11 @@ def read_recipe(command: str, recipe: str, options: type) -> dict[str, Any]:
     file = Path(recipe) if recipe.endswith(".toml") else PLACES[command] / f"{recipe}.toml"
     if not file.is_file():
         known = unknown(recipe, names(command), "recipe")
-        raise UserError(f"--recipe: {known}; or give a .toml file" if file.parent == PLACES[command] else f"--recipe {file} is not there")
+        raise UserError(
+            f"--recipe: {known}; or give a .toml file"
+            if file.parent == PLACES[command]
+            else f"--recipe {file} is not there"
+        )
     found = read_toml(file)
     hints = typing.get_type_hints(options)
     fields = {field.name: field for field in dataclasses.fields(options) if field.name != "recipe"}
@@ -208,5 +219,7 @@ def _checked(file: Path, key: str, value: Any, hint: Any) -> Any:
     """The value as its field wants it."""
     checked = build(hint, value, f"--recipe {file}", key)
     if isinstance(checked, str) and checked.lower().endswith(".py"):
-        raise UserError(f"--recipe {file}: {key} is {shown(checked)}, and a recipe may not name code to run; give it as a flag: --{key.replace('_', '-')}")
+        raise UserError(
+            f"--recipe {file}: {key} is {shown(checked)}, and a recipe may not name code to run; give it as a flag: --{key.replace('_', '-')}"
+        )
     return checked

@@ -86,7 +86,9 @@ def difference(values: NDArray[np.floating], others: NDArray[np.floating], seed:
     """values - others, paired item by item: what both share (a hard prompt) cancels. Raises ValueError if they do not pair."""
     values, others = np.asarray(values, np.float64), np.asarray(others, np.float64)
     if values.shape != others.shape:
-        raise ValueError(f"paired values must be of the same items, got shapes {values.shape} and {others.shape}")
+        raise ValueError(
+            f"paired values must be of the same items, got shapes {values.shape} and {others.shape}"
+        )
     if values.ndim != 1 or not len(values):
         raise ValueError(f"a difference needs one value per item, got shape {values.shape}")
     return differences([(values - others)[None]], seed)[0]
@@ -100,7 +102,9 @@ def gain(values: NDArray[np.floating], others: NDArray[np.floating], seed: int =
     """
     values, others = np.asarray(values, np.float64), np.asarray(others, np.float64)
     if others.ndim != 2 or values.shape != others.shape[1:] or not len(values):
-        raise ValueError(f"paired values must be of the same items, got shapes {values.shape} and {others.shape}")
+        raise ValueError(
+            f"paired values must be of the same items, got shapes {values.shape} and {others.shape}"
+        )
     means = _resampled_means(np.concatenate([values[None], others]), seed)
     low, high = np.quantile(1 - means[0] / means[1:].min(0), QUANTILES)
     return Estimate(float(1 - values.mean() / others.mean(1).min()), float(low), float(high), len(values))
@@ -125,7 +129,9 @@ def wins(one: Array, other: Array) -> Array:
     return np.where(one > other, 1.0, np.where(one == other, 0.5, 0.0))
 
 
-def estimates(samples: Sequence[Array], seed: int = 0, span: tuple[float, float] | None = None) -> list[Estimate]:
+def estimates(
+    samples: Sequence[Array], seed: int = 0, span: tuple[float, float] | None = None
+) -> list[Estimate]:
     """The mean of each sample (runs, prompts), all under the same resamples of the prompts. n: prompts.
 
     One or two runs: the percentile bootstrap of estimate(), for other prompts and these very runs. From SEVERAL runs on,
@@ -144,7 +150,9 @@ def estimates(samples: Sequence[Array], seed: int = 0, span: tuple[float, float]
     return _estimates(padded, samples, seed)
 
 
-def differences(samples: Sequence[Array], seed: int = 0, span: tuple[float, float] | None = None) -> list[Estimate]:
+def differences(
+    samples: Sequence[Array], seed: int = 0, span: tuple[float, float] | None = None
+) -> list[Estimate]:
     """As estimates(), of paired differences (runs, prompts).
 
     Here the pseudo-prompts lie on both sides of the median, as far as the prompt that is farthest from it: few differences
@@ -154,7 +162,9 @@ def differences(samples: Sequence[Array], seed: int = 0, span: tuple[float, floa
     for sample in samples:
         prompts = sample.mean(0)
         middle = np.median(prompts)
-        far = prompts[np.argmax(np.abs(prompts - middle))] - middle  # in this order, so that B - A has the mirrored interval
+        far = (
+            prompts[np.argmax(np.abs(prompts - middle))] - middle
+        )  # in this order, so that B - A has the mirrored interval
         ends = (middle + far, middle - far)
         if span is not None and far == 0 and middle != 0:
             ends = tuple(sorted(span, key=lambda end: -abs(end - middle)))
@@ -178,7 +188,11 @@ def _estimates(resampled: Sequence[Array], samples: Sequence[Array], seed: int) 
         start += len(sample)
         draws = rows.mean(0) + run_effects(sample.mean(1), rows, seed)
         low, high = np.quantile(draws, QUANTILES)
-        around = (float(low), float(high)) if sample.shape[1] >= PADDED else (min(value, float(low)), max(value, float(high)))
+        around = (
+            (float(low), float(high))
+            if sample.shape[1] >= PADDED
+            else (min(value, float(low)), max(value, float(high)))
+        )
         found.append(Estimate(value, *around, sample.shape[1]))
     return found
 
@@ -189,11 +203,18 @@ def win_rates(samples: Sequence[Array], seed: int = 0) -> list[Estimate]:
     Two prompts won and two lost are added before resampling: else who has won none would be certain never to win one.
     Source: Agresti and Coull, Approximate is better than "exact" (1998), on shares; here for halves and runs too.
     """
-    padded = [np.concatenate([sample, np.tile([1.0, 1.0, 0.0, 0.0], (len(sample), 1))], axis=1) for sample in samples]
+    padded = [
+        np.concatenate([sample, np.tile([1.0, 1.0, 0.0, 0.0], (len(sample), 1))], axis=1)
+        for sample in samples
+    ]
     found = []
     for sample, around in zip(samples, _estimates(padded, samples, seed), strict=True):
         value, prompts = around.value, sample.shape[1]
-        low, high = (max(0.0, min(value, around.low)), min(1.0, max(value, around.high))) if prompts > 1 else (value, value)
+        low, high = (
+            (max(0.0, min(value, around.low)), min(1.0, max(value, around.high)))
+            if prompts > 1
+            else (value, value)
+        )
         found.append(Estimate(value, low, high, prompts))
     return found
 
@@ -237,7 +258,8 @@ def difference_tests(samples: Sequence[Array], seed: int = 0) -> list[float]:
     flipped = sign_flip_tests(samples, seed)
     several = [len(sample) >= SEVERAL and sample.shape[1] > 1 for sample in samples]
     return [
-        max(p, crossed_test(sample, seed)) if more else p for p, sample, more in zip(flipped, samples, several, strict=True)
+        max(p, crossed_test(sample, seed)) if more else p
+        for p, sample, more in zip(flipped, samples, several, strict=True)
     ]
 
 
@@ -253,7 +275,10 @@ def sign_flip_tests(samples: Sequence[Array], seed: int = 0) -> list[float]:
     _check_finite(prompts)
     if 2 ** prompts.shape[1] <= FLIPS:
         ways = np.asarray(list(itertools.product((-1, 1), repeat=prompts.shape[1])), np.int8)
-        return [float(_beyond(row.mean(), draws).mean()) for row, draws in zip(prompts, _product(ways, prompts), strict=True)]
+        return [
+            float(_beyond(row.mean(), draws).mean())
+            for row, draws in zip(prompts, _product(ways, prompts), strict=True)
+        ]
     null = np.concatenate([_product(signs, prompts) for signs in _signs(prompts.shape[1], seed)], axis=1)
     return [_tail(row.mean(), draws) for row, draws in zip(prompts, null, strict=True)]
 
@@ -274,7 +299,10 @@ def crossed_test(sample: Array, seed: int = 0) -> float:
     freedom = (runs - 1) * (prompts - 1)
     rest = ((sample - of_runs[:, None] - of_prompts + mean) ** 2).sum() / freedom
     parts = [(prompts * of_runs.var(ddof=1), runs - 1), (-rest, freedom)]
-    parts = [(runs * of_prompts.var(ddof=1), prompts - 1), *(parts if sum(part for part, _ in parts) > 0 else [])]
+    parts = [
+        (runs * of_prompts.var(ddof=1), prompts - 1),
+        *(parts if sum(part for part, _ in parts) > 0 else []),
+    ]
     return _student(mean * math.sqrt(runs * prompts), parts, seed)
 
 
@@ -327,12 +355,16 @@ def _student(value: float, parts: Sequence[tuple[float, int]], seed: int) -> flo
     if variance <= 0:
         return 1.0 if value == 0 else 1 / (1 + FLIPS)
     freedom = variance**2 / sum(part**2 / of for part, of in parts)
-    return _tail(value / math.sqrt(variance), np.random.default_rng((seed, STUDENT)).standard_t(freedom, FLIPS))
+    return _tail(
+        value / math.sqrt(variance), np.random.default_rng((seed, STUDENT)).standard_t(freedom, FLIPS)
+    )
 
 
 def _check_finite(values: Array) -> None:
     if not np.isfinite(values).all():
-        raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} values are no finite numbers; leave these runs out")
+        raise ValueError(
+            f"{int((~np.isfinite(values)).sum())} of {values.size} values are no finite numbers; leave these runs out"
+        )
 
 
 def _resampled_means(rows: Array, seed: int) -> Array:

@@ -30,7 +30,9 @@ class RowStore:
     def __init__(self, folder: Path, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.folder, self.shape, self.dtype = folder, tuple(shape), dtype
         self.row_bytes = int(np.prod(self.shape, dtype=np.int64)) * dtype.itemsize
-        self._places: dict[str, list[tuple[int, int]]] = {}  # key -> part and row, of several the last that is whole
+        self._places: dict[
+            str, list[tuple[int, int]]
+        ] = {}  # key -> part and row, of several the last that is whole
         self._whole: set[str] = set()  # keys whose rows were checked
         self._sums: list[list[bytes]] = []  # of every part
         self._parts: list[np.ndarray] = []
@@ -56,11 +58,15 @@ class RowStore:
     def add(self, keys: Sequence[str], rows: Tensor) -> None:
         """Append rows (n, …) under n keys."""
         if rows.shape[1:] != self.shape or len(rows) != len(keys):
-            raise ValueError(f"{len(keys)} rows of {self.shape} are kept in {self.folder}, got {tuple(rows.shape)}")
+            raise ValueError(
+                f"{len(keys)} rows of {self.shape} are kept in {self.folder}, got {tuple(rows.shape)}"
+            )
         if self._writing is None:
             self._begin()
         assert self._writing is not None
-        plain = rows.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().reshape(len(keys), -1)
+        plain = (
+            rows.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().reshape(len(keys), -1)
+        )
         with self._writing.with_suffix(".bin").open("ab") as data:
             data.write(plain.tobytes())
             data.flush()
@@ -76,7 +82,9 @@ class RowStore:
         found = torch.empty((len(keys), self.row_bytes), dtype=torch.uint8)
         for place, key in enumerate(keys):
             if key not in self:
-                raise UserError(f"a row of the cache {self.folder} was damaged while it was in use; run the same command again")
+                raise UserError(
+                    f"a row of the cache {self.folder} was damaged while it was in use; run the same command again"
+                )
             part, row = self._places[key][-1]
             found[place] = torch.from_numpy(np.array(self._parts[part][row]))
         return found.view(self.dtype).view(len(keys), *self.shape)
@@ -85,7 +93,9 @@ class RowStore:
         """See what has been appended, here or by others."""
         for names in sorted(self.folder.glob("*.keys")):
             data = names.with_suffix(".bin")
-            whole = min(names.stat().st_size // LINE, data.stat().st_size // self.row_bytes if data.exists() else 0)
+            whole = min(
+                names.stat().st_size // LINE, data.stat().st_size // self.row_bytes if data.exists() else 0
+            )
             sums = _lines(names.with_suffix(".sums"), SUM)
             whole = min(whole, len(sums)) if sums is not None else whole
             part, known = self._known.get(names.name, (len(self._parts), 0))
@@ -95,7 +105,10 @@ class RowStore:
                 file.seek(known * LINE)
                 text = file.read((whole - known) * LINE).decode("ascii", errors="replace")
             keys = [text[start : start + LINE - 1] for start in range(0, len(text), LINE)]
-            self._parts[part:] = [np.memmap(data, np.uint8, "r", shape=(whole, self.row_bytes)), *self._parts[part + 1 :]]
+            self._parts[part:] = [
+                np.memmap(data, np.uint8, "r", shape=(whole, self.row_bytes)),
+                *self._parts[part + 1 :],
+            ]
             self._sums[part:] = [sums or [], *self._sums[part + 1 :]]
             for row, key in enumerate(keys, known):
                 self._places.setdefault(key, []).append((part, row))
@@ -107,15 +120,21 @@ class RowStore:
         facts = {"format": FORMAT, "shape": list(self.shape), "dtype": str(self.dtype)}
         meta = self.folder / META
         if meta.exists():
-            refuse_busy(meta, file=True, wait=60.0)  # removes the lock of a process that was killed while it held it
+            refuse_busy(
+                meta, file=True, wait=60.0
+            )  # removes the lock of a process that was killed while it held it
         else:
             with locked(meta, file=True, wait=60.0):  # others may begin the same cache
                 write_atomically(meta, json.dumps(facts))
         found = json_or_none(meta)
         if found is None:
-            raise UserError(f"{meta} is damaged, so it is not known what rows its folder keeps; delete the folder, or give another --cache")
+            raise UserError(
+                f"{meta} is damaged, so it is not known what rows its folder keeps; delete the folder, or give another --cache"
+            )
         if found != facts:
-            raise UserError(f"{self.folder} keeps rows of {found}, now {facts} are asked for; give another --cache")
+            raise UserError(
+                f"{self.folder} keeps rows of {found}, now {facts} are asked for; give another --cache"
+            )
 
     def _begin(self) -> None:
         """A part of this writer's own."""

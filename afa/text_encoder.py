@@ -82,7 +82,11 @@ class EnsembleTextEncoder(LoraHost, ModelMixin):
         return_dict: bool | None = None,
     ) -> ModelOutput | tuple:
         """The stock forward; every tensor of the output is joined over the experts on its last axis."""
-        options = {"attention_mask": attention_mask, "output_hidden_states": output_hidden_states, "return_dict": True}
+        options = {
+            "attention_mask": attention_mask,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": True,
+        }
         outputs = [encoder(input_ids, **options) for encoder in self.encoders]
         if self.joined:
             values = {name: self._join([output[name] for output in outputs]) for name in outputs[0]}
@@ -101,7 +105,10 @@ class EnsembleTextEncoder(LoraHost, ModelMixin):
         if not self.joined:
             return _final_layer_norm(self.encoders[0])(states)
         parts = states.chunk(len(self.of_expert), dim=-1)
-        normed = [_final_layer_norm(self.encoders[index])(part) for index, part in zip(self.of_expert, parts, strict=True)]
+        normed = [
+            _final_layer_norm(self.encoders[index])(part)
+            for index, part in zip(self.of_expert, parts, strict=True)
+        ]
         return torch.cat(normed, dim=-1)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
@@ -114,7 +121,9 @@ class EnsembleTextEncoder(LoraHost, ModelMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         """Refused: several encoders have vectors of their own."""
-        raise NotImplementedError("words (textual inversion) are loaded into an ensemble by a pipeline of ensemble.pipeline(), not by one of your own")
+        raise NotImplementedError(
+            "words (textual inversion) are loaded into an ensemble by a pipeline of ensemble.pipeline(), not by one of your own"
+        )
 
 
 class _TextModel:
@@ -145,12 +154,22 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     mine, theirs = one.state_dict(), other.state_dict()
     if mine.keys() != theirs.keys():
         return False
-    return all(mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]) for name in mine)
+    return all(
+        mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]) for name in mine
+    )
 
 
 def arithmetic(encoder: nn.Module) -> list[Any]:
     """The settings that change what the same weights compute, strengths of LoRAs among them."""
-    names = ("hidden_act", "layer_norm_eps", "rms_norm_eps", "num_attention_heads", "eos_token_id", "projection_dim", "rope_parameters")
+    names = (
+        "hidden_act",
+        "layer_norm_eps",
+        "rms_norm_eps",
+        "num_attention_heads",
+        "eos_token_id",
+        "projection_dim",
+        "rope_parameters",
+    )
     return [*(getattr(encoder.config.get_text_config(), name, None) for name in names), *_strengths(encoder)]
 
 
@@ -161,8 +180,15 @@ def width_of(encoder: Any) -> int:
 
 def _strengths(encoder: nn.Module) -> list[tuple[Any, ...]]:
     """Of each layer with LoRAs beside its weight: which are on, and how strongly; in order."""
-    layers: list[Any] = [layer for layer in encoder.modules() if hasattr(layer, "active_adapters") and hasattr(layer, "scaling")]
-    return [(tuple(layer.active_adapters), dict(layer.scaling), layer.merged, layer.disable_adapters) for layer in layers]
+    layers: list[Any] = [
+        layer
+        for layer in encoder.modules()
+        if hasattr(layer, "active_adapters") and hasattr(layer, "scaling")
+    ]
+    return [
+        (tuple(layer.active_adapters), dict(layer.scaling), layer.merged, layer.disable_adapters)
+        for layer in layers
+    ]
 
 
 def _final_layer_norm(encoder: nn.Module) -> nn.Module:
@@ -170,7 +196,9 @@ def _final_layer_norm(encoder: nn.Module) -> nn.Module:
     return inner.final_layer_norm
 
 
-def load_inversion(pipe: Any, source: Any, token: Any, tokenizer: Any, text_encoder: Any, **options: Any) -> None:
+def load_inversion(
+    pipe: Any, source: Any, token: Any, tokenizer: Any, text_encoder: Any, **options: Any
+) -> None:
     """What a pipeline of an ensemble does in the place of the stock load_textual_inversion, with its arguments.
 
     Raises UserError for a broken file, and for vectors that are no numbers, or not as wide as the text encoders; ValueError, as
@@ -180,7 +208,9 @@ def load_inversion(pipe: Any, source: Any, token: Any, tokenizer: Any, text_enco
         if isinstance(one, (str, Path)) and Path(one).is_file() and Path(one).suffix == ".safetensors":
             broken = first_not_finite(load_tensors(Path(one)).items())
             if broken is not None:
-                raise UserError(f"{one}: {broken} is not finite (NaN or infinite numbers); download or export it again")
+                raise UserError(
+                    f"{one}: {broken} is not finite (NaN or infinite numbers); download or export it again"
+                )
     stock = type(pipe).load_textual_inversion
     host, words = _parts(pipe, tokenizer, text_encoder)
 
@@ -192,7 +222,9 @@ def load_inversion(pipe: Any, source: Any, token: Any, tokenizer: Any, text_enco
                 raise
             width = encoder.get_input_embeddings().weight.shape[-1]
             which = "give text_encoder= and tokenizer= of the encoder it was trained for"
-            raise UserError(f"the textual inversion does not fit text encoders that are {width} wide; {which}") from None
+            raise UserError(
+                f"the textual inversion does not fit text encoders that are {width} wide; {which}"
+            ) from None
 
     _for_all(host, words, load)
 

@@ -98,7 +98,12 @@ def parse_json(text: str, name: str, nan: bool = False) -> Any:
     deeper than DEEPEST, and strings that are no text.
     """
     try:
-        found = json.loads(text, object_pairs_hook=_object, parse_constant=_may_be_nan if nan else _no_number, parse_float=_finite)
+        found = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_may_be_nan if nan else _no_number,
+            parse_float=_finite,
+        )
     except RecursionError:
         raise TextError(f"{name} is nested deeper than {DEEPEST} levels; it is no file of ours") from None
     except ValueError as error:

@@ -32,7 +32,10 @@ class UserFile:
         beside = str(path.resolve().parent)
         if beside not in sys.path:
             sys.path.append(beside)
-        kept, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a folder of the user's gets no __pycache__ from being read
+        kept, sys.dont_write_bytecode = (
+            sys.dont_write_bytecode,
+            True,
+        )  # a folder of the user's gets no __pycache__ from being read
         try:
             spec.loader.exec_module(self.module)
         except (Exception, SystemExit) as error:
@@ -51,20 +54,28 @@ class UserFile:
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            raise UserError(f"{function}() of {self.flag} {self.path} failed: {self._words(error)}") from error
+            raise UserError(
+                f"{function}() of {self.flag} {self.path} failed: {self._words(error)}"
+            ) from error
 
     def neighbours(self) -> list[Path]:
         """The files beside it that are imported by now: what it returns may depend on them."""
         own = self.path.resolve()
         files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
         beside = {Path(file) for file in files if file and str(file).startswith(f"{own.parent}{os.sep}")}
-        return sorted(file for file in beside if file.parent == own.parent and file != own and file.suffix == ".py")
+        return sorted(
+            file for file in beside if file.parent == own.parent and file != own and file.suffix == ".py"
+        )
 
     def _words(self, error: BaseException) -> str:
         """The error in one line: kind, message, and the last place in the user's own files that it passed."""
         message = " ".join(str(error).split())
         message = message if len(message) <= LONGEST else f"{message[:LONGEST]} …"
         own = {self.path.resolve(), *self.neighbours()}
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve() in own]
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).resolve() in own
+        ]
         place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
         return f"{type(error).__name__}{f': {message}' if message else ''}{place}"

@@ -43,7 +43,9 @@ class Options:
     size: int = option(128, help="side of the image in pixels")
     repeats: int = option(5, help="forward passes that are timed")
     threads: int = option(2, help="threads of torch")
-    folder: str | None = option(None, help="where the files are written for the time being (default: the system's)")
+    folder: str | None = option(
+        None, help="where the files are written for the time being (default: the system's)"
+    )
     json: bool = option(False, help="print JSON")
 
 
@@ -57,9 +59,17 @@ def write_base(folder: Path, width: int) -> None:
     torch.manual_seed(0)
     config = UNet2DConditionModel.load_config(CONFIGS / "sd15" / "unet")
     text = CLIPTextConfig(hidden_size=768, intermediate_size=768, num_hidden_layers=1, num_attention_heads=12)
-    unet = UNet2DConditionModel.from_config({**config, "block_out_channels": [width, 2 * width, 4 * width, 4 * width]})
+    unet = UNet2DConditionModel.from_config(
+        {**config, "block_out_channels": [width, 2 * width, 4 * width, 4 * width]}
+    )
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    parts = {"unet": unet, "text_encoder": CLIPTextModel(text), "tokenizer": clip_tokenizer(), "scheduler": scheduler, "vae": AutoencoderKL()}
+    parts = {
+        "unet": unet,
+        "text_encoder": CLIPTextModel(text),
+        "tokenizer": clip_tokenizer(),
+        "scheduler": scheduler,
+        "vae": AutoencoderKL(),
+    }
     empty = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     StableDiffusionPipeline(**parts, **empty).save_pretrained(folder)
 
@@ -74,7 +84,9 @@ def write_lora(base: Path, file: Path, seed: int) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base / "unet"))
         unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PARTS))
-    layers = {name: 0.05 * torch.randn(tensor.shape) for name, tensor in get_peft_model_state_dict(unet).items()}
+    layers = {
+        name: 0.05 * torch.randn(tensor.shape) for name, tensor in get_peft_model_state_dict(unet).items()
+    }
     StableDiffusionPipeline.save_lora_weights(file.parent, unet_lora_layers=layers, weight_name=file.name)
 
 
@@ -91,7 +103,10 @@ def load(how: str, count: int, folder: Path) -> Any:
 def call_at(size: int) -> dict[str, Any]:
     """What a pipeline hands over at one step."""
     draw = torch.Generator().manual_seed(0)
-    text, sample = torch.randn(1, 77, 768, generator=draw), torch.randn(1, 4, size // 8, size // 8, generator=draw)
+    text, sample = (
+        torch.randn(1, 77, 768, generator=draw),
+        torch.randn(1, 4, size // 8, size // 8, generator=draw),
+    )
     return {"sample": sample, "timestep": torch.tensor(500), "encoder_hidden_states": text}
 
 
@@ -130,7 +145,11 @@ def compare(count: int, folder: Path, options: Options) -> dict[str, Any]:
     for what in (*WAYS, "time"):
         print(f"{count} experts, {what}", file=sys.stderr, flush=True)
         numbers = [str(number) for number in (count, options.size, options.repeats, options.threads)]
-        done = subprocess.run([sys.executable, __file__, "--measure", what, str(folder), *numbers], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--measure", what, str(folder), *numbers],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             sys.exit(done.stderr)
         found[what] = json.loads(done.stdout.splitlines()[-1])
@@ -142,14 +161,18 @@ def lines(found: dict[str, Any]) -> str:
     shared, fused, taken = found["shared"], found["fused"], found["time"]["seconds"]
     text = [f"{found['experts']} experts: largest difference {found['time']['difference']:.1e}"]
     for name in ("weights", "peak"):
-        text.append(f"  {name:7}  shared {shared[name] / 1e9:6.2f} GB   fused {fused[name] / 1e9:6.2f} GB   ratio {shared[name] / fused[name]:.2f}")
+        text.append(
+            f"  {name:7}  shared {shared[name] / 1e9:6.2f} GB   fused {fused[name] / 1e9:6.2f} GB   ratio {shared[name] / fused[name]:.2f}"
+        )
     text += [f"  {how:17} {Spread.of(taken[how])} s" for how in WAYS]
     ratios = [mine / theirs for mine, theirs in zip(taken["shared"], taken["fused"], strict=True)]
     text.append(f"  shared over fused {Spread.of(ratios)}")
     return "\n".join(text)
 
 
-def in_this_process(what: str, folder: Path, count: int, size: int, repeats: int, threads: int) -> dict[str, Any]:
+def in_this_process(
+    what: str, folder: Path, count: int, size: int, repeats: int, threads: int
+) -> dict[str, Any]:
     """What a process of its own measures."""
     torch.set_num_threads(threads)
     return seconds(count, folder, size, repeats) if what == "time" else memory(what, count, folder, size)
@@ -161,7 +184,9 @@ def main() -> None:
         what, folder_name, *numbers = sys.argv[2:]
         print(json.dumps(in_this_process(what, Path(folder_name), *map(int, numbers))))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_flags(parser, Options)
     options: Options = read_flags(Options, parser.parse_args())
     hush()

@@ -38,7 +38,9 @@ class Options:
     config: str = option("sd15", help="architecture of the files", choices=list(KNOWN_CONFIGS))
     method: str = option("weighted", help="how to merge", choices=METHODS)
     experts: list[int] = option([2, 3, 5], help="how many experts, one merge each")
-    folder: str | None = option(None, help="where the files are written for the time being (default: the system's)")
+    folder: str | None = option(
+        None, help="where the files are written for the time being (default: the system's)"
+    )
     json: bool = option(False, help="print JSON")
 
 
@@ -90,7 +92,11 @@ def _peak() -> int:
 
 
 def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() if sys.platform == "linux" else _peak()
+    return (
+        int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        if sys.platform == "linux"
+        else _peak()
+    )
 
 
 def main() -> None:
@@ -98,7 +104,9 @@ def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1] == "--measure":
         print(json.dumps(measure(sys.argv[4:], sys.argv[2], sys.argv[3])))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_flags(parser, Options)
     options: Options = read_flags(Options, parser.parse_args())
     results = []
@@ -107,7 +115,14 @@ def main() -> None:
         sizes = [write_sparse(file, options.config, place) for place, file in enumerate(files)]
         for count in options.experts:
             output = Path(folder) / "merged.safetensors"
-            command = [sys.executable, __file__, "--measure", str(output), options.method, *map(str, [*files[:count], files[-1]])]
+            command = [
+                sys.executable,
+                __file__,
+                "--measure",
+                str(output),
+                options.method,
+                *map(str, [*files[:count], files[-1]]),
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)

@@ -39,7 +39,10 @@ from afa.stats import Estimate, gain
 from afa.training.noise import Noising
 
 JUDGED = 96
-NOISED, POOR = 0.06, 0.4  # noise on weights, in standard deviations of each tensor: hardly worse; twice the loss
+NOISED, POOR = (
+    0.06,
+    0.4,
+)  # noise on weights, in standard deviations of each tensor: hardly worse; twice the loss
 NEAR = 0.002  # as much as rounding might do
 SIDE = 64  # pixels
 KEPT = ("name", "experts", "head_room", "afa", "router")
@@ -153,10 +156,22 @@ def realised(name: str, places: dict[str, Path], work: Path, steps: int, seed: i
     def alone(expert: str) -> list[list[float]]:
         return judge(Ensemble.from_experts([str(places[expert])], aggregator="mean"), test)
 
-    losses = {expert: kept(work / "judged" / f"{expert}.json", functools.partial(alone, expert)) for expert in experts}
-    average = kept(folder / "average.json", lambda: judge(weight_average([str(places[expert]) for expert in experts]), test))
-    router = kept(folder / "router.json", lambda: judge(trained(sources, folder / "router", "out", work, steps, seed), test))
-    afa = kept(folder / "afa.json", lambda: judge(trained(sources, folder / "afa", "layers", work, steps, seed), test))
+    losses = {
+        expert: kept(work / "judged" / f"{expert}.json", functools.partial(alone, expert))
+        for expert in experts
+    }
+    average = kept(
+        folder / "average.json",
+        lambda: judge(weight_average([str(places[expert]) for expert in experts]), test),
+    )
+    router = kept(
+        folder / "router.json",
+        lambda: judge(trained(sources, folder / "router", "out", work, steps, seed), test),
+    )
+    afa = kept(
+        folder / "afa.json",
+        lambda: judge(trained(sources, folder / "afa", "layers", work, steps, seed), test),
+    )
     return {"experts": losses, "average": average, "router": router, "afa": afa}
 
 
@@ -168,9 +183,22 @@ def head_rooms(places: dict[str, Path], work: Path) -> dict[str, Comparison]:
     specs = {name: ExpertSpec(name, str(place)) for name, place in places.items()}
     frame = common(read_outline(specs["base"]).expert, None, None, None, torch.float32, torch.device("cpu"))
     noising = Noising(frame.scheduler, latents_of(frame.vae), frame.device)
-    probes = encoded(str(work.parent / "data"), frame.vae, noising, images=settings.images, draws=settings.draws, seed=settings.seed, resolution=SIDE)
-    stores = dict(zip(specs, Questions(frame, noising, probes, settings, work).all(list(specs.values())), strict=True))
-    return {name: Comparison(tuple(experts), [stores[expert] for expert in experts]) for name, experts in SETS.items()}
+    probes = encoded(
+        str(work.parent / "data"),
+        frame.vae,
+        noising,
+        images=settings.images,
+        draws=settings.draws,
+        seed=settings.seed,
+        resolution=SIDE,
+    )
+    stores = dict(
+        zip(specs, Questions(frame, noising, probes, settings, work).all(list(specs.values())), strict=True)
+    )
+    return {
+        name: Comparison(tuple(experts), [stores[expert] for expert in experts])
+        for name, experts in SETS.items()
+    }
 
 
 def row(name: str, comparison: Comparison, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -187,7 +215,10 @@ def row(name: str, comparison: Comparison, runs: list[dict[str, Any]]) -> dict[s
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Rank correlation, ties sharing their mean rank. Source: Spearman (1904)."""
-    ranks = [(np.searchsorted(np.sort(v), v) + np.searchsorted(np.sort(v), v, side="right") - 1) / 2 for v in (x, y)]
+    ranks = [
+        (np.searchsorted(np.sort(v), v) + np.searchsorted(np.sort(v), v, side="right") - 1) / 2
+        for v in (x, y)
+    ]
     return float(np.corrcoef(*ranks)[0, 1])
 
 
@@ -207,26 +238,42 @@ def correlation(rows: list[dict[str, Any]], one: str, other: str) -> Estimate:
 def report(rows: list[dict[str, Any]]) -> str:
     """The table and what follows from it, as Markdown."""
     shown = ("head_room", "head_room_by_element", "afa", "router", "average")
-    lines = ["| expert set | head-room | by element | AFA | router | weight average |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| expert set | head-room | by element | AFA | router | weight average |",
+        "|---|---|---|---|---|---|",
+    ]
     for one in sorted(rows, key=lambda one: -one["head_room"].value):
-        cells = [f"{100 * one[key].value:.1f} [{100 * one[key].low:.1f}, {100 * one[key].high:.1f}]" for key in shown]
+        cells = [
+            f"{100 * one[key].value:.1f} [{100 * one[key].low:.1f}, {100 * one[key].high:.1f}]"
+            for key in shown
+        ]
         lines.append(f"| {one['name']} ({', '.join(one['experts'])}) | {' | '.join(cells)} |")
     lines.append("")
     for one in ("head_room", "head_room_by_element"):
         for other in ("afa", "router"):
-            lines.append(f"rank correlation of {one} with the gain of {other}: {correlation(rows, one, other)}, n = {len(rows)} sets")
+            lines.append(
+                f"rank correlation of {one} with the gain of {other}: {correlation(rows, one, other)}, n = {len(rows)} sets"
+            )
     for method in ("afa", "router"):
         fit = Fit.of([one["head_room"].value for one in rows], [one[method].value for one in rows])
-        lines.append(f"gain of {method} = {fit.slope:.3f} · head-room, within {fit.spread:.3f} for 95 % of the sets when foretold by the others")
+        lines.append(
+            f"gain of {method} = {fit.slope:.3f} · head-room, within {fit.spread:.3f} for 95 % of the sets when foretold by the others"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(prog="python benchmarks/screening.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        prog="python benchmarks/screening.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     flags.add_argument("--output", type=Path, default=Path("build/screening"))
     flags.add_argument("--steps", type=int, default=150, help="training steps (default: 150)")
     flags.add_argument("--seeds", type=int, default=1, help="training seeds a set (default: 1)")
-    flags.add_argument("--calibrate", action="store_true", help="keep the sets for the predictions of `afa screen`")
+    flags.add_argument(
+        "--calibrate", action="store_true", help="keep the sets for the predictions of `afa screen`"
+    )
     given = flags.parse_args()
     work: Path = given.output
     for folder, count, seed in (("data", 512, TRAINING_SCENES), ("test", JUDGED, TEST_SCENES + 50_000)):
@@ -236,12 +283,24 @@ def main() -> None:
     screened = head_rooms(places, work / "screened")
     rows = []
     for place, name in enumerate(SETS, start=1):
-        rows.append(row(name, screened[name], [realised(name, places, work, given.steps, seed) for seed in range(given.seeds)]))
+        rows.append(
+            row(
+                name,
+                screened[name],
+                [realised(name, places, work, given.steps, seed) for seed in range(given.seeds)],
+            )
+        )
         print(f"{place} of {len(SETS)}: {name}, AFA {rows[-1]['afa']}", file=sys.stderr)
     print(report(rows))
     if given.calibrate:
-        kept_rows = [{key: round(one[key].value, 5) if key not in ("name", "experts") else one[key] for key in KEPT} for one in rows]
-        write_atomically(CALIBRATION, json.dumps({"command": "python benchmarks/screening.py", "sets": kept_rows}, indent=1) + "\n")
+        kept_rows = [
+            {key: round(one[key].value, 5) if key not in ("name", "experts") else one[key] for key in KEPT}
+            for one in rows
+        ]
+        write_atomically(
+            CALIBRATION,
+            json.dumps({"command": "python benchmarks/screening.py", "sets": kept_rows}, indent=1) + "\n",
+        )
 
 
 if __name__ == "__main__":

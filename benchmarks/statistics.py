@@ -37,11 +37,16 @@ def plain(samples: list[Array]) -> list[Estimate]:
 def rate(hits: list[bool]) -> str:
     """A share with Wilson's 95 % interval."""
     n, share = len(hits), float(np.mean(hits))
-    middle, half = (share + 1.92 / n) / (1 + 3.84 / n), 1.96 * np.sqrt(share * (1 - share) / n + 0.96 / n**2) / (1 + 3.84 / n)
+    middle, half = (
+        (share + 1.92 / n) / (1 + 3.84 / n),
+        1.96 * np.sqrt(share * (1 - share) / n + 0.96 / n**2) / (1 + 3.84 / n),
+    )
     return f"{share:.3f} [{max(0, middle - half):.3f}, {min(1, middle + half):.3f}]"
 
 
-def covered(draw: Draw, truth: float, count: int, span: tuple[float, float] | None, of_differences: bool) -> list[str]:
+def covered(
+    draw: Draw, truth: float, count: int, span: tuple[float, float] | None, of_differences: bool
+) -> list[str]:
     """Coverage before and after, and how many intervals had no width."""
     rng = np.random.default_rng(0)
     samples = [draw(rng) for _ in range(count)]
@@ -49,7 +54,10 @@ def covered(draw: Draw, truth: float, count: int, span: tuple[float, float] | No
     before, after = plain(samples), compute(samples, span=span)
     cells = []
     for found in (before, after):
-        cells += [rate([one.low <= truth <= one.high for one in found]), f"{np.mean([one.low == one.high for one in found]):.3f}"]
+        cells += [
+            rate([one.low <= truth <= one.high for one in found]),
+            f"{np.mean([one.low == one.high for one in found]):.3f}",
+        ]
     return cells
 
 
@@ -88,7 +96,10 @@ def repeats(count: int) -> list[list[str]]:
     counted, averaged = ([pair[place] for pair in found] for place in (0, 1))
     false = [[p < 0.05 for p in sign_flip_tests(samples)] for samples in (counted, averaged)]
     cover = [[one.low <= 0 <= one.high for one in found] for found in (plain(counted), differences(averaged))]
-    return [["taken for 150 prompts", rate(cover[0]), rate(false[0])], ["as 30 prompts with 5 images each", rate(cover[1]), rate(false[1])]]
+    return [
+        ["taken for 150 prompts", rate(cover[0]), rate(false[0])],
+        ["as 30 prompts with 5 images each", rate(cover[1]), rate(false[1])],
+    ]
 
 
 def family(count: int, spread: float, prompts: int = 80, rivals: int = 20) -> list[list[str]]:
@@ -105,8 +116,13 @@ def family(count: int, spread: float, prompts: int = 80, rivals: int = 20) -> li
             ours = level + 0.15 * rng.normal(size=(seeds, prompts))
             apart = [ours - 0.15 * rng.normal(size=(1, prompts)) for _ in range(rivals)]
             around = differences(apart)
-            flips, crossed = ([one < 0.05 for one in holm(tests(apart))] for tests in (sign_flip_tests, difference_tests))
-            claims, careful = ([one.value for one, sure in zip(around, found, strict=True) if sure and one.excludes_zero] for found in (flips, crossed))
+            flips, crossed = (
+                [one < 0.05 for one in holm(tests(apart))] for tests in (sign_flip_tests, difference_tests)
+            )
+            claims, careful = (
+                [one.value for one, sure in zip(around, found, strict=True) if sure and one.excludes_zero]
+                for found in (flips, crossed)
+            )
             false["any"].append(bool(claims))
             wrong = [value * float(level.mean()) <= 0 for value in careful]
             false["after"].append(any(wrong) if seeds < SEVERAL else bool(careful))
@@ -122,7 +138,9 @@ def table(headers: list[str], rows: list[list[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--simulations", type=int, default=1000, help="for each row; a fifth of them for families")
+    parser.add_argument(
+        "--simulations", type=int, default=1000, help="for each row; a fifth of them for families"
+    )
     count = parser.parse_args().simulations
     # Many simulations need fewer resamples than one report; both columns have the same.
     statistics.RESAMPLES, statistics.FLIPS = 2000, 10_000
@@ -131,8 +149,16 @@ def main() -> None:
     print(f"\nA list of 30 prompts that stands five times in the file, n = {count // 2} simulations:\n")
     print(table(["counted", "coverage", "p < .05 without a difference"], repeats(count // 2)))
     few = count // 5
-    print(f"\nFalse verdicts in a report of 20 comparisons after Holm's correction, 80 prompts, n = {few} simulations a row:\n")
-    headers = ["training seeds", "their spread", "said of other seeds by sign flips", "false now", "verdicts are about"]
+    print(
+        f"\nFalse verdicts in a report of 20 comparisons after Holm's correction, 80 prompts, n = {few} simulations a row:\n"
+    )
+    headers = [
+        "training seeds",
+        "their spread",
+        "said of other seeds by sign flips",
+        "false now",
+        "verdicts are about",
+    ]
     print(table(headers, [row for spread in (0.0, 0.03) for row in family(few, spread)]))
 
 

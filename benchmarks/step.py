@@ -39,16 +39,25 @@ PIXELS = 8  # a side, for one of the latent's
 class Options:
     """One measurement, field by field a flag."""
 
-    config: str = option("sd15", help=f"{', '.join(KNOWN_CONFIGS)}, or a folder with a diffusers U-Net's config.json, such as demo:base/unet")
+    config: str = option(
+        "sd15",
+        help=f"{', '.join(KNOWN_CONFIGS)}, or a folder with a diffusers U-Net's config.json, such as demo:base/unet",
+    )
     experts: int = option(3, help="how many experts")
-    size: int | None = option(None, help="side of the image in pixels, eight for one of the latent's (default: the model's own)")
+    size: int | None = option(
+        None, help="side of the image in pixels, eight for one of the latent's (default: the model's own)"
+    )
     batch: int = option(2, help="of the U-Net; guidance makes 2 of one image")
-    dtype: str = option("float32", help="of the experts; aggregators are float32", choices=["float32", "bfloat16", "float16"])
+    dtype: str = option(
+        "float32", help="of the experts; aggregators are float32", choices=["float32", "bfloat16", "float16"]
+    )
     placement: str = option("layers", help="fused stages: layers, blocks, out, or names such as M00,OUT11")
     hidden: int = option(128, help="width inside the aggregators")
     heads: int = option(8, help="attention heads of the aggregators")
     depth: int = option(2, help="transformer layers of the aggregators")
-    attention_up_to: int | None = option(None, help="build the transformer only on maps up to this side in latent pixels")
+    attention_up_to: int | None = option(
+        None, help="build the transformer only on maps up to this side in latent pixels"
+    )
     repeats: int = option(3, help="rounds")
     train: bool = option(False, help="measure a training step too, as is always done for small models")
     gradient_checkpointing: bool = option(False, help="in the training step, of experts and ensemble alike")
@@ -72,7 +81,10 @@ def make_experts(options: Options, device: str | None = None) -> list[UNet2DCond
     config = UNet2DConditionModel.load_config(folder)
     torch.set_default_dtype(getattr(torch, options.dtype))
     try:
-        made = [UNet2DConditionModel.from_config(config).to(device or options.device) for _ in range(options.experts)]
+        made = [
+            UNet2DConditionModel.from_config(config).to(device or options.device)
+            for _ in range(options.experts)
+        ]
     finally:
         torch.set_default_dtype(torch.float32)
     return [expert.eval().requires_grad_(False) for expert in made]
@@ -90,7 +102,10 @@ def make_call(unet: Any, options: Options) -> dict[str, Any]:
     }
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        call["added_cond_kwargs"] = {"text_embeds": torch.randn(batch, pooled, **like), "time_ids": torch.ones(batch, 6, **like)}
+        call["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(batch, pooled, **like),
+            "time_ids": torch.ones(batch, 6, **like),
+        }
     return call
 
 
@@ -122,7 +137,9 @@ def measure(options: Options) -> dict[str, Any]:
     for work in singles:
         work()
     before = peak_memory(options.device)
-    model = UNetEnsemble(experts, recipe=recipe(options), placement=options.placement).to(options.device).eval()
+    model = (
+        UNetEnsemble(experts, recipe=recipe(options), placement=options.placement).to(options.device).eval()
+    )
     clock = Clock(options.device, list(model.aggregators.values()))
     found: dict[str, Any] = {"setting": setting(options, model, call)}
     found["step"] = rounds("step", clock, singles, step(model, call), options.repeats)
@@ -130,7 +147,9 @@ def measure(options: Options) -> dict[str, Any]:
     found["peak_memory"] = {"experts_gb": before, "ensemble_gb": after, "difference_gb": after - before}
     if options.train or count_parameters(experts[0]) < SMALL:
         alone = [train_step(expert, call, (), options.gradient_checkpointing) for expert in experts]
-        own = train_step(model.train(), call, list(model.aggregators.parameters()), options.gradient_checkpointing)
+        own = train_step(
+            model.train(), call, list(model.aggregators.parameters()), options.gradient_checkpointing
+        )
         found["training_step"] = rounds("training step", Clock(options.device), alone, own, options.repeats)
         del found["training_step"]["aggregators_share"]  # the backward pass is not watched
     return found
@@ -138,7 +157,11 @@ def measure(options: Options) -> dict[str, Any]:
 
 def recipe(options: Options) -> Recipe:
     """How the aggregators are made."""
-    return Recipe("sabw", {"hidden": options.hidden, "heads": options.heads, "depth": options.depth}, options.attention_up_to)
+    return Recipe(
+        "sabw",
+        {"hidden": options.hidden, "heads": options.heads, "depth": options.depth},
+        options.attention_up_to,
+    )
 
 
 def setting(options: Options, model: UNetEnsemble, call: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +189,9 @@ def as_text(found: dict[str, Any]) -> str:
 
 def main() -> int:
     """-> 0 done, 2 not as asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_flags(parser, Options)
     try:
         options = read_flags(Options, parser.parse_args())

@@ -61,12 +61,17 @@ class World:
         latents, ids = training_set(domain, count, seed, self.parts, self.work)
         return latents, self._texts(ids)
 
-    def loss(self, model: nn.Module, data: tuple[Tensor, tuple[Tensor, Tensor]], rows: Tensor, rng: torch.Generator) -> Tensor:
+    def loss(
+        self, model: nn.Module, data: tuple[Tensor, tuple[Tensor, Tensor]], rows: Tensor, rng: torch.Generator
+    ) -> Tensor:
         """Of each row, (B,): the squared error of the velocity at a random time, captions dropped now and then."""
-        batch = self._batch(data[0][rows], torch.randint(self.noising.steps, (len(rows),), generator=rng), rng)
+        batch = self._batch(
+            data[0][rows], torch.randint(self.noising.steps, (len(rows),), generator=rng), rng
+        )
         dropped = torch.rand(len(rows), generator=rng) < CAPTION_DROPOUT
         told = [
-            torch.where(dropped.view(-1, *[1] * (part.ndim - 1)), nothing, part[rows]) for part, nothing in zip(data[1], self.nothing, strict=True)
+            torch.where(dropped.view(-1, *[1] * (part.ndim - 1)), nothing, part[rows])
+            for part, nothing in zip(data[1], self.nothing, strict=True)
         ]
         return self._error(model, batch, told)
 
@@ -86,14 +91,29 @@ class World:
     def _error(self, model: Any, batch: Batch, told: list[Tensor]) -> Tensor:
         noisy = self.noising.noisy(batch.latents, batch.noise, batch.steps)
         conditions = self.call.conditions(model.config, told, torch.empty(0))
-        answer = model(**self.call.arguments(model.config, noisy, self.noising.told(batch.steps), conditions), return_dict=False)[0]
+        answer = model(
+            **self.call.arguments(model.config, noisy, self.noising.told(batch.steps), conditions),
+            return_dict=False,
+        )[0]
         return (answer - self.noising.target(batch)).square().mean((1, 2, 3))
 
 
 def new_transformer() -> SD3Transformer2DModel:
     """Five joint blocks, 96 wide: 64 image tokens beside 24 of text."""
-    size = {"sample_size": 16, "in_channels": 4, "out_channels": 4, "num_layers": 5, "attention_head_dim": 16, "num_attention_heads": 6}
-    text = {"joint_attention_dim": 64, "caption_projection_dim": 96, "pooled_projection_dim": 64, "pos_embed_max_size": 8}
+    size = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 5,
+        "attention_head_dim": 16,
+        "num_attention_heads": 6,
+    }
+    text = {
+        "joint_attention_dim": 64,
+        "caption_projection_dim": 96,
+        "pooled_projection_dim": 64,
+        "pos_embed_max_size": 8,
+    }
     torch.manual_seed(0)
     return SD3Transformer2DModel(**size, **text, qk_norm="rms_norm")
 
@@ -113,13 +133,17 @@ def _fit(world: World, name: str, model: nn.Module, domain: str, schedule: Sched
     shorter = Schedule(schedule.steps // world.quick, schedule.rate, schedule.batch, schedule.average)
 
     def loss(rng: torch.Generator) -> Tensor:
-        return world.loss(model, data, torch.randint(len(data[0]), (shorter.batch,), generator=rng), rng).mean()
+        return world.loss(
+            model, data, torch.randint(len(data[0]), (shorter.batch,), generator=rng), rng
+        ).mean()
 
     fit(name, model, loss, shorter, world.work)
     model.eval()
 
 
-def train_aggregators(world: World, experts: list[Any], kind: str, stream: str, seed: int, steps: int, data: Any) -> SD3Ensemble:
+def train_aggregators(
+    world: World, experts: list[Any], kind: str, stream: str, seed: int, steps: int, data: Any
+) -> SD3Ensemble:
     """Batches and noise depend on seed and step only, so that both ways see the same."""
     torch.manual_seed(seed)
     recipe = Recipe(kind, {"hidden": 32, "heads": 4, "depth": 1}, text_stream=stream)
@@ -139,13 +163,18 @@ def compare(world: World, experts: list[Any], seeds: int, steps: int) -> None:
     latents, texts = world.scenes("mixed", TRAINED + HELD_OUT, 40)
     training = latents[:-HELD_OUT], tuple(part[:-HELD_OUT] for part in texts)
     judged = latents[-HELD_OUT:], tuple(part[-HELD_OUT:] for part in texts)
-    print(f"held-out loss of velocity, mixed scenes, n = {HELD_OUT}, {seeds} training seeds of {steps} steps, mean [95 %]")
+    print(
+        f"held-out loss of velocity, mixed scenes, n = {HELD_OUT}, {seeds} training seeds of {steps} steps, mean [95 %]"
+    )
     for domain, expert in zip(DOMAINS, experts, strict=True):
         print(f"  expert {domain:16} {_shown(world.held_out(expert, judged))}")
     for kind in ("sabw", "stitch"):
         losses = {}
         for stream in ("own", "fused"):
-            trained = [train_aggregators(world, experts, kind, stream, seed, steps, training) for seed in range(seeds)]
+            trained = [
+                train_aggregators(world, experts, kind, stream, seed, steps, training)
+                for seed in range(seeds)
+            ]
             losses[stream] = np.mean([world.held_out(one, judged) for one in trained], axis=0)
             parameters = count_parameters(trained[0].aggregators)
             print(f"  {kind}, text {stream:10} {_shown(losses[stream])}  ({parameters:,} trained parameters)")
@@ -162,8 +191,12 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--seeds", type=int, default=3, help="training seeds (default: 3)")
     flags.add_argument("--steps", type=int, default=100, help="of training the aggregators (default: 100)")
-    flags.add_argument("--quick", type=int, default=1, help="divide the steps and scenes of making experts by this")
-    flags.add_argument("--work", type=Path, help="folder that keeps what is made, to go on from (default: none is kept)")
+    flags.add_argument(
+        "--quick", type=int, default=1, help="divide the steps and scenes of making experts by this"
+    )
+    flags.add_argument(
+        "--work", type=Path, help="folder that keeps what is made, to go on from (default: none is kept)"
+    )
     given = flags.parse_args()
     with tempfile.TemporaryDirectory() as kept:
         work = given.work or Path(kept)

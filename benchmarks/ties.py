@@ -1,6 +1,6 @@
 """How far ties by tensor is from ties by whole model: |one - other| / |other - base|, over all weights of the denoiser.
 
-    python benchmarks/ties.py --experts demo:curves demo:angles --base demo:base
+python benchmarks/ties.py --experts demo:curves demo:angles --base demo:base
 """
 
 import argparse
@@ -25,12 +25,21 @@ def main() -> None:
     states = [load_expert(source).model.state_dict() for source in (*asked.experts, asked.base)]
     keys = [key for key, tensor in states[-1].items() if tensor.is_floating_point()]
     by_tensor = torch.cat(
-        [ties([state[key].float() for state in states[:-1]], base=states[-1][key].float(), density=asked.density).flatten() for key in keys]
+        [
+            ties(
+                [state[key].float() for state in states[:-1]],
+                base=states[-1][key].float(),
+                density=asked.density,
+            ).flatten()
+            for key in keys
+        ]
     )
     *experts, base = flat(states, keys)
     whole = ties(experts, base=base, density=asked.density)
     apart = (by_tensor - whole).norm() / (whole - base).norm()
-    print(f"density {asked.density}: {apart:.1%} of |merge - base| over {len(base):,} weights of {len(experts)} experts")
+    print(
+        f"density {asked.density}: {apart:.1%} of |merge - base| over {len(base):,} weights of {len(experts)} experts"
+    )
 
 
 if __name__ == "__main__":

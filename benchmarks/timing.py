@@ -73,12 +73,18 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def rounds(name: str, clock: Clock, singles: Sequence[Work], ensemble: Work, repeats: int) -> dict[str, Spread]:
+def rounds(
+    name: str, clock: Clock, singles: Sequence[Work], ensemble: Work, repeats: int
+) -> dict[str, Spread]:
     """Experts and ensemble in turn, after one unmeasured round."""
     alone: list[list[float]] = []
     together: list[tuple[float, float]] = []
     for number in range(repeats + 1):
-        print(f"{name}, round {number} of {repeats}{'' if number else ' (warm-up)'}", file=sys.stderr, flush=True)
+        print(
+            f"{name}, round {number} of {repeats}{'' if number else ' (warm-up)'}",
+            file=sys.stderr,
+            flush=True,
+        )
         alone.append([clock.time(work)[0] for work in singles])
         together.append(clock.time(ensemble))
     alone, together = alone[1:], together[1:]
@@ -86,6 +92,8 @@ def rounds(name: str, clock: Clock, singles: Sequence[Work], ensemble: Work, rep
         "one_expert_seconds": Spread.of([seconds for one in alone for seconds in one]),
         "experts_in_turn_seconds": Spread.of([sum(one) for one in alone]),
         "ensemble_seconds": Spread.of([whole for whole, _ in together]),
-        "ensemble_over_experts": Spread.of([whole / sum(one) for one, (whole, _) in zip(alone, together, strict=True)]),
+        "ensemble_over_experts": Spread.of(
+            [whole / sum(one) for one, (whole, _) in zip(alone, together, strict=True)]
+        ),
         "aggregators_share": Spread.of([part / whole for whole, part in together]),
     }

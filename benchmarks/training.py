@@ -50,12 +50,22 @@ MEASURED = ("float32", "float32, checkpointing")  # in time: what a CPU is good 
 class Options:
     """One measurement, field by field a flag."""
 
-    config: str = option(EMBEDDED, help="sd15, sd21, sdxl or a folder with a U-Net's config.json (default: the embedded experts')")
+    config: str = option(
+        EMBEDDED,
+        help="sd15, sd21, sdxl or a folder with a U-Net's config.json (default: the embedded experts')",
+    )
     experts: int = option(3, help="how many experts")
-    size: int | None = option(None, help="side of the image in pixels, eight for one of the latent's (default: the model's own)")
+    size: int | None = option(
+        None, help="side of the image in pixels, eight for one of the latent's (default: the model's own)"
+    )
     batch: int = option(8, help="images a step")
-    small: bool = option(False, help="aggregators of hidden 32, 4 heads, depth 1, as the embedded experts' always are; else the paper's 128, 8, 2")
-    attention_up_to: int | None = option(None, help="build the transformer only on maps up to this side in latent pixels")
+    small: bool = option(
+        False,
+        help="aggregators of hidden 32, 4 heads, depth 1, as the embedded experts' always are; else the paper's 128, 8, 2",
+    )
+    attention_up_to: int | None = option(
+        None, help="build the transformer only on maps up to this side in latent pixels"
+    )
     repeats: int = option(3, help="rounds")
     plan: bool = option(False, help="only count memory; nothing is run")
     images: int = option(256, help="for the cache, of the embedded world")
@@ -69,10 +79,20 @@ class Options:
 
     def steps(self, dtype: str = "float32", checkpointing: bool = False) -> steps.Options:
         """The same for the benchmark of steps."""
-        shared = {name: getattr(self, name) for name in ("config", "experts", "size", "batch", "attention_up_to", "device")}
+        shared = {
+            name: getattr(self, name)
+            for name in ("config", "experts", "size", "batch", "attention_up_to", "device")
+        }
         small = self.small or self.config == EMBEDDED
         shape = {"hidden": 32, "heads": 4, "depth": 1} if small else {"hidden": 128, "heads": 8, "depth": 2}
-        return steps.Options(**shared, **shape, dtype=dtype, gradient_checkpointing=checkpointing, placement="layers", repeats=self.repeats)
+        return steps.Options(
+            **shared,
+            **shape,
+            dtype=dtype,
+            gradient_checkpointing=checkpointing,
+            placement="layers",
+            repeats=self.repeats,
+        )
 
 
 def memory(options: Options) -> dict[str, float]:
@@ -84,7 +104,9 @@ def memory(options: Options) -> dict[str, float]:
     found = {}
     for name, (dtype, checkpointing, store) in WAYS.items():
         print(f"counting memory: {name}", file=sys.stderr, flush=True)
-        found[name] = step_bytes(model, options.batch, side, getattr(torch, dtype), checkpointing, store) / 1e9
+        found[name] = (
+            step_bytes(model, options.batch, side, getattr(torch, dtype), checkpointing, store) / 1e9
+        )
     return found
 
 
@@ -120,7 +142,11 @@ def caching(options: Options) -> dict[str, Any]:
     found: dict[str, list[float]] = {"without": [], "filling": [], "from_the_cache": []}
     for number in range(options.repeats):
         with tempfile.TemporaryDirectory() as place, _quiet():
-            for name, cache in (("without", None), ("filling", f"{place}/cache"), ("from_the_cache", f"{place}/cache")):
+            for name, cache in (
+                ("without", None),
+                ("filling", f"{place}/cache"),
+                ("from_the_cache", f"{place}/cache"),
+            ):
                 settings = TrainSettings(
                     experts=[str(path) for path in EXPERTS.values()], data=f"scenes:{options.images}", output=f"{place}/{number}-{name}",
                     hidden=32, heads=4, depth=1, cache=cache, device=options.device,
@@ -130,7 +156,10 @@ def caching(options: Options) -> dict[str, Any]:
                 make_trainer(planned, accelerator, _initialise)
                 found[name].append(time.monotonic() - started)
     ratio = [cached / plain for cached, plain in zip(found["from_the_cache"], found["without"], strict=True)]
-    return {**{f"{name}_seconds": Spread.of(values) for name, values in found.items()}, "cached_over_without": Spread.of(ratio)}
+    return {
+        **{f"{name}_seconds": Spread.of(values) for name, values in found.items()},
+        "cached_over_without": Spread.of(ratio),
+    }
 
 
 @contextmanager
@@ -143,7 +172,9 @@ def _quiet() -> Iterator[None]:
 
 def measure(options: Options) -> dict[str, Any]:
     """Everything asked for."""
-    found: dict[str, Any] = {"setting": {**asdict(options), "torch": torch.__version__, "threads": torch.get_num_threads()}}
+    found: dict[str, Any] = {
+        "setting": {**asdict(options), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    }
     found["memory_gb"] = memory(options)
     if not options.plan:
         found |= {f"step, {name}": values for name, values in times(options).items()}
@@ -156,13 +187,17 @@ def as_text(found: dict[str, Any]) -> str:
     lines = [", ".join(f"{name} {value}" for name, value in found["setting"].items())]
     for part, values in list(found.items())[1:]:
         for name, value in values.items():
-            lines.append(f"{part:<28} {name.replace('_', ' '):<30} {value if isinstance(value, Spread) else f'{value:9.3f}'}")
+            lines.append(
+                f"{part:<28} {name.replace('_', ' '):<30} {value if isinstance(value, Spread) else f'{value:9.3f}'}"
+            )
     return "\n".join(lines)
 
 
 def main() -> int:
     """-> 0 done, 2 not as asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_flags(parser, Options)
     try:
         options = read_flags(Options, parser.parse_args())

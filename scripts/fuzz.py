@@ -28,16 +28,45 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"})
+os.environ.update(
+    {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "DIFFUSERS_VERBOSITY": "error",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+)
 
 ASSETS = ROOT / "afa" / "demo" / "assets"
 HANG = 20  # seconds
 VALUES = (
-    *(None, 3, -7, 10**30, 0.5, float("nan"), True, "mangled", "", "a\0b", "x" * 150_000, "../../escape", "<script>alert(1)</script>"),
+    *(
+        None,
+        3,
+        -7,
+        10**30,
+        0.5,
+        float("nan"),
+        True,
+        "mangled",
+        "",
+        "a\0b",
+        "x" * 150_000,
+        "../../escape",
+        "<script>alert(1)</script>",
+    ),
     *([], [1, [2]], {}, {"a": {"b": 1}}, "\ud800"),
 )
-FREE = ("training.settings.data", "training.left_out", "protocol", "versions", "experts")  # anything, or told apart by no type
-Mutation = Callable[[random.Random, bytes], tuple[bytes, str, bool]]  # -> content, what was done, whether it must be refused
+FREE = (
+    "training.settings.data",
+    "training.left_out",
+    "protocol",
+    "versions",
+    "experts",
+)  # anything, or told apart by no type
+Mutation = Callable[
+    [random.Random, bytes], tuple[bytes, str, bool]
+]  # -> content, what was done, whether it must be refused
 
 
 @dataclass(frozen=True)
@@ -57,7 +86,9 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Every place in a tree of JSON."""
     if path:
         yield path
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
         yield from places(inner, (*path, key))
 
 
@@ -105,7 +136,16 @@ def toml_keys(rng: random.Random, data: bytes) -> tuple[bytes, str, bool]:
     place = rng.randrange(len(lines))
     key = lines[place].partition("=")[0].strip()
     value, wrong = rng.choice(
-        [("true", True), ("nan", True), ("[1, [2]]", True), ("{a = 1}", True), ('"a\\u0000b"', True), ("1979-05-27", True), (str(10**30), True), ("", True)]
+        [
+            ("true", True),
+            ("nan", True),
+            ("[1, [2]]", True),
+            ("{a = 1}", True),
+            ('"a\\u0000b"', True),
+            ("1979-05-27", True),
+            (str(10**30), True),
+            ("", True),
+        ]
     )
     lines[place] = f"{key} = {value}"
     return "\n".join(lines).encode(), lines[place], wrong
@@ -147,49 +187,95 @@ def make_inputs(folder: Path) -> None:
     rng = np.random.default_rng(0)
     for index in range(8):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(data / f"{index}.png")
-    (data / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{index}.png", "text": "a ring"}) + "\n" for index in range(8)))
+    (data / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": f"{index}.png", "text": "a ring"}) + "\n" for index in range(8))
+    )
     with tarfile.open(folder / "data.tar", "w") as shard:
         for index in range(8):
             shard.add(data / f"{index}.png", f"{index}.png")
             info = tarfile.TarInfo(f"{index}.txt")
             info.size = 6
             shard.addfile(info, io.BytesIO(b"a ring"))
-    (folder / "recipe.toml").write_text("steps = 1\nlr = 0.001\nheld-out = 2\nbatch-size = 2\nema = 0.5\nhidden = 8\nheads = 2\n")
+    (folder / "recipe.toml").write_text(
+        "steps = 1\nlr = 0.001\nheld-out = 2\nbatch-size = 2\nema = 0.5\nhidden = 8\nheads = 2\n"
+    )
     (folder / "prompts.jsonl").write_text('{"text": "a ring"}\n{"text": "a square"}\n')
     down = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q.lora_A.weight"
     lora = {down: torch.ones(2, 96), down.replace("lora_A", "lora_B"): torch.ones(96, 2)}
     save_file(lora, folder / "lora.safetensors")
     items = [{"prompt": index, "caption": f"a ring {index}", "seed": index} for index in range(4)]
-    runs = [{"seed": 0, "images": "", "scores": {"clip_t": [0.1, 0.2, 0.3, 0.4]}, "sets": {}, "seconds": [1.0] * 4, "memory_mb": 1.5}]
+    runs = [
+        {
+            "seed": 0,
+            "images": "",
+            "scores": {"clip_t": [0.1, 0.2, 0.3, 0.4]},
+            "sets": {},
+            "seconds": [1.0] * 4,
+            "memory_mb": 1.5,
+        }
+    ]
     methods = [
         {"name": name, "group": group, "title": name, "runs": runs, "axes": {}, "of": "", "trained_parameters": 0, "training_steps": 0,
          "training_seconds": [], "note": ""} for name, group in (("single:curves", "expert"), ("afa", "ours"))
     ]  # fmt: skip
     note = {"kind": "image", "higher_is_better": True, "source": "x", "primary": True}
-    whole = {"format": 1, "protocol": {"name": "p", "prompts": 4, "images": 4, "steps": 1}, "items": items, "metrics": {"clip_t": note}}
+    whole = {
+        "format": 1,
+        "protocol": {"name": "p", "prompts": 4, "images": 4, "steps": 1},
+        "items": items,
+        "metrics": {"clip_t": note},
+    }
     whole |= {"methods": methods, "errors": [], "experts": [], "versions": {"afa": "0"}, "machine": "cpu"}
     (folder / "results").mkdir()
     (folder / "results" / "results.json").write_text(json.dumps(whole))
 
 
-TRAIN = ("train", "--experts", "curves", "angles", "--output", "out", "--dry-run", "--device", "cpu", "--placement", "out")
+TRAIN = (
+    "train",
+    "--experts",
+    "curves",
+    "angles",
+    "--output",
+    "out",
+    "--dry-run",
+    "--device",
+    "cpu",
+    "--placement",
+    "out",
+)
 SMALL = ("--hidden", "8", "--heads", "2", "--held-out", "2", "--batch-size", "2", "--steps", "1")
 DRAW = ("--prompt", "a ring", "--steps", "1", "--device", "cpu", "--output", "out")
-UNET, VAE, TEXT = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+UNET, VAE, TEXT = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
 INSPECT = ("inspect", "curves", "angles")
 TARGETS = (
     Target("manifest, inspect", "ensemble/afa.json", json_keys(True), ("inspect", "ensemble")),
     Target("manifest, generate", "ensemble/afa.json", json_keys(True), ("generate", "ensemble", *DRAW)),
     Target("manifest, damaged", "ensemble/afa.json", damaged, ("inspect", "ensemble")),
-    Target("results, report", "results/results.json", json_keys(True), ("report", "results", "--output", "page.html")),
+    Target(
+        "results, report",
+        "results/results.json",
+        json_keys(True),
+        ("report", "results", "--output", "page.html"),
+    ),
     Target("recipe, train", "recipe.toml", toml_keys, (*TRAIN, "--recipe", "recipe.toml", "--data", "data")),
-    Target("aggregators' header", "ensemble/aggregators.safetensors", header, ("generate", "ensemble", *DRAW)),
+    Target(
+        "aggregators' header", "ensemble/aggregators.safetensors", header, ("generate", "ensemble", *DRAW)
+    ),
     Target("denoiser's header", f"curves/{UNET}", header, INSPECT),
     Target("text encoder's header", f"curves/{TEXT}", header, INSPECT),
     Target("VAE's header", f"curves/{VAE}", header, ("generate", "curves", *DRAW)),
     Target("LoRA's header", "lora.safetensors", header, ("generate", "curves+lora.safetensors", *DRAW)),
     Target("model_index.json", "curves/model_index.json", json_keys(False), INSPECT),
-    Target("model_index.json, generate", "curves/model_index.json", json_keys(False), ("generate", "curves", *DRAW)),
+    Target(
+        "model_index.json, generate",
+        "curves/model_index.json",
+        json_keys(False),
+        ("generate", "curves", *DRAW),
+    ),
     Target("unet/config.json", "curves/unet/config.json", json_keys(False), INSPECT),
     Target("scheduler_config.json", "curves/scheduler/scheduler_config.json", json_keys(False), INSPECT),
     Target("text_encoder/config.json", "curves/text_encoder/config.json", json_keys(False), INSPECT),
@@ -197,7 +283,12 @@ TARGETS = (
     Target("metadata.jsonl", "data/metadata.jsonl", json_lines, (*TRAIN, *SMALL, "--data", "data")),
     Target("picture", "data/3.png", damaged, (*TRAIN, *SMALL, "--data", "data")),
     Target("tar shard", "data.tar", damaged, (*TRAIN, *SMALL, "--data", "data.tar")),
-    Target("prompts", "prompts.jsonl", json_lines, ("generate", "curves", "--prompts", "prompts.jsonl", *DRAW[2:])),
+    Target(
+        "prompts",
+        "prompts.jsonl",
+        json_lines,
+        ("generate", "curves", "--prompts", "prompts.jsonl", *DRAW[2:]),
+    ),
 )
 
 
@@ -247,11 +338,15 @@ def main() -> int:
     try:
         make_inputs(home)
         os.chdir(home)
-        for command in dict.fromkeys(target.command for target in TARGETS):  # imports what is imported late, too
+        for command in dict.fromkeys(
+            target.command for target in TARGETS
+        ):  # imports what is imported late, too
             code, said = run(command, 300)
             clear(home)
             if code != 0:
-                print(f"good input is not taken, so nothing can be learnt of bad input: afa {' '.join(command)} ({code})\n{said}")
+                print(
+                    f"good input is not taken, so nothing can be learnt of bad input: afa {' '.join(command)} ({code})\n{said}"
+                )
                 return 1
         end, number = time.monotonic() + 60 * asked.minutes, asked.input or 0
         while time.monotonic() < end and (asked.input is None or number == asked.input):
@@ -274,7 +369,10 @@ def main() -> int:
     print(f"{'':28}" + "".join(f"{outcome:>11}" for outcome in outcomes))
     for target in TARGETS:
         print(f"{target.name:28}" + "".join(f"{tried[target.name, outcome]:11}" for outcome in outcomes))
-    print(f"\n{number - (asked.input or 0)} inputs, {len(faults)} faults" + "".join(f"\n\n{fault}" for fault in faults[:10]))
+    print(
+        f"\n{number - (asked.input or 0)} inputs, {len(faults)} faults"
+        + "".join(f"\n\n{fault}" for fault in faults[:10])
+    )
     return 1 if faults else 0
 
 

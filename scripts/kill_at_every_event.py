@@ -33,9 +33,33 @@ from safetensors import safe_open
 from afa.cli.main import COMMANDS, main
 from afa.demo.data import ENSEMBLE, EXPERTS
 
-QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
-CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree", "shutil.copyfile")
-MEASURED = {"seconds", "training_seconds", "images_per_second", "memory_gb", "memory_mb", "megabytes", "lr_seconds", "machine"}
+QUIET = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+CHANGES = (
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "shutil.rmtree",
+    "shutil.copyfile",
+)
+MEASURED = {
+    "seconds",
+    "training_seconds",
+    "images_per_second",
+    "memory_gb",
+    "memory_mb",
+    "megabytes",
+    "lr_seconds",
+    "machine",
+}
 UNFINISHED = re.compile(r"\.writing-|\.committed|\.afa-lock|/\.training(/|$)|weight-average-model|\.tmp")
 SCORER = """
 def score(images, captions):
@@ -51,26 +75,92 @@ def commands(inputs: Path) -> dict[str, Callable[[], int]]:
     """What is tried, by name: each writes to OUT in the current folder, and returns its exit code."""
     curves, angles = (str(EXPERTS[name]) for name in ("curves", "angles"))
     training = [
-        *("--data", str(inputs / "data"), "--steps", "3", "--save-every", "1", "--evaluate-every", "2", "--batch-size", "2"),
+        *(
+            "--data",
+            str(inputs / "data"),
+            "--steps",
+            "3",
+            "--save-every",
+            "1",
+            "--evaluate-every",
+            "2",
+            "--batch-size",
+            "2",
+        ),
         *("--held-out", "2", "--device", "cpu", "--cache", "cache"),
     ]
     drawing = ["--prompts", str(inputs / "prompts.txt"), "--steps", "1", "--device", "cpu"]
     lines: dict[str, list[str]] = {
-        "train": ["train", "--experts", curves, angles, *training, "--hidden", "8", "--heads", "2", "--depth", "0", "--placement", "out"],
+        "train": [
+            "train",
+            "--experts",
+            curves,
+            angles,
+            *training,
+            "--hidden",
+            "8",
+            "--heads",
+            "2",
+            "--depth",
+            "0",
+            "--placement",
+            "out",
+        ],
         "finetune": ["finetune", curves, *training, "--rank", "1"],
         "generate": ["generate", str(ENSEMBLE), *drawing, "--weights", "--batch-size", "1"],
         "evaluate": [
-            *("evaluate", "--ensemble", str(ENSEMBLE), "--protocol", str(inputs / "prompts.txt"), "--scorer", str(inputs / "scorer.py")),
-            *("--methods", "single", "afa", "magicfusion", "--train-data", str(inputs / "data"), "--tuning", "2", "--steps", "1"),
+            *(
+                "evaluate",
+                "--ensemble",
+                str(ENSEMBLE),
+                "--protocol",
+                str(inputs / "prompts.txt"),
+                "--scorer",
+                str(inputs / "scorer.py"),
+            ),
+            *(
+                "--methods",
+                "single",
+                "afa",
+                "magicfusion",
+                "--train-data",
+                str(inputs / "data"),
+                "--tuning",
+                "2",
+                "--steps",
+                "1",
+            ),
             *("--guidance", "3", "--device", "cpu", "--resamples", "100", "--batch-size", "1"),
         ],
         "merge to folder": ["merge", "--experts", curves, angles],
         "merge to file": ["merge", "--experts", curves, angles],
         "search": [
-            *("search", "--experts", curves, angles, *drawing, "--images", "2", "--scorer", str(inputs / "scorer.py")),
+            *(
+                "search",
+                "--experts",
+                curves,
+                angles,
+                *drawing,
+                "--images",
+                "2",
+                "--scorer",
+                str(inputs / "scorer.py"),
+            ),
             *("--search", "coordinate", "--line", "binary", "--grouping", "2", "--passes", "1"),
         ],
-        "screen": ["screen", curves, angles, "--data", str(inputs / "data"), "--images", "3", "--draws", "2", "--device", "cpu"],
+        "screen": [
+            "screen",
+            curves,
+            angles,
+            "--data",
+            str(inputs / "data"),
+            "--images",
+            "3",
+            "--draws",
+            "2",
+            "--device",
+            "cpu",
+        ],
         "explain": [
             *("explain", str(ENSEMBLE), *drawing[:2], "--steps", "2", "--device", "cpu"),
             *("--word-steps", "1", "--counterfactuals", "off", "skipped", "--guidance", "3"),
@@ -108,8 +198,13 @@ def check_left(title: str) -> str | None:
         return None
     from afa.ensemble import Ensemble
 
-    values = {float(parameter.detach().flatten()[0]) for parameter in Ensemble.load(OUT).aggregators.parameters()}
-    old = {float(parameter.detach().flatten()[0]) for parameter in Ensemble.load(ENSEMBLE).aggregators.parameters()}
+    values = {
+        float(parameter.detach().flatten()[0]) for parameter in Ensemble.load(OUT).aggregators.parameters()
+    }
+    old = {
+        float(parameter.detach().flatten()[0])
+        for parameter in Ensemble.load(ENSEMBLE).aggregators.parameters()
+    }
     return None if values in (old, {0.25}) else "neither the old nor the new ensemble"
 
 
@@ -170,7 +265,9 @@ def _count(event: str, details: tuple[Any, ...], place: str, counted: list[int],
 def _below(path: Any, place: str, details: tuple[Any, ...]) -> bool:
     if not isinstance(path, str | os.PathLike):
         return False
-    folder = next((detail for detail in details[1:] if isinstance(detail, int) and detail > 2), None)  # remove(name, dir_fd=…)
+    folder = next(
+        (detail for detail in details[1:] if isinstance(detail, int) and detail > 2), None
+    )  # remove(name, dir_fd=…)
     text = os.fspath(path)
     if folder is not None and not text.startswith("/") and Path(f"/proc/self/fd/{folder}").exists():
         text = str(Path(os.readlink(f"/proc/self/fd/{folder}")) / text)  # noqa: PTH115
@@ -189,7 +286,10 @@ def contents(folder: Path) -> dict[str, Any]:
             continue
         if "/features/" in f"/{name}" and path.suffix == ".npz":  # shards have random names
             with np.load(path) as shard:
-                rows = {key.tobytes().hex(): row.tobytes() for key, row in zip(shard["keys"], shard["features"], strict=True)}
+                rows = {
+                    key.tobytes().hex(): row.tobytes()
+                    for key, row in zip(shard["keys"], shard["features"], strict=True)
+                }
             found.setdefault("features", {}).update(rows)
         else:
             found[name] = content(path)
@@ -207,7 +307,11 @@ def content(path: Path) -> Any:
     if path.suffix in (".png", ".webp"):
         with Image.open(path) as image:
             said = image.info.get("afa")
-            return image.size, np.asarray(image.convert("RGB")).tobytes(), said and unmeasured(json.loads(said))
+            return (
+                image.size,
+                np.asarray(image.convert("RGB")).tobytes(),
+                said and unmeasured(json.loads(said)),
+            )
     if path.suffix == ".json":
         found = json.loads(path.read_text())
         if path.name == "afa.json":  # safetensors writes its metadata in any order
@@ -230,7 +334,11 @@ def unmeasured(value: Any) -> Any:
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Names of files that are not alike."""
-    return sorted(name for name in {*one, *other} if one.get(name) != other.get(name) or (name in one) != (name in other))
+    return sorted(
+        name
+        for name in {*one, *other}
+        if one.get(name) != other.get(name) or (name in one) != (name in other)
+    )
 
 
 # ---- the trial --------------------------------------------------------------------------------------------------------
@@ -265,7 +373,9 @@ class Trial:
             self.faults.append(f"event {at}: what is left: {self._last(name)}")
         code, _ = in_child(self.work, place, log)
         unlike = differences(self.alone, contents(place))
-        there = code == 2 and "exists already" in self._last(name)  # a merge that was complete when it was killed
+        there = code == 2 and "exists already" in self._last(
+            name
+        )  # a merge that was complete when it was killed
         if code != 0 and not (there and not unlike):
             self.faults.append(f"event {at}: exit {code}: {self._last(name)}")
         if unlike:
@@ -276,7 +386,12 @@ class Trial:
 
     def line(self) -> str:
         if not self.events or not self.kills:
-            return "\n".join([f"{self.title:16} {self.events:4d} events, none killed", *(f"    {fault}" for fault in self.faults)])
+            return "\n".join(
+                [
+                    f"{self.title:16} {self.events:4d} events, none killed",
+                    *(f"    {fault}" for fault in self.faults),
+                ]
+            )
         unequal = len({fault.partition(":")[0] for fault in self.faults if "leftover" not in fault})
         leftovers = sum("leftover" in fault for fault in self.faults)
         facts = f"{self.events:4d} events  {self.kills:4d} kills  {self.kills - unequal:4d} equal  {leftovers:4d} with leftovers"
@@ -298,7 +413,11 @@ class Trial:
         return spoken[-1][:300] if spoken else ""
 
     def _unfinished(self, when: str, place: Path) -> None:
-        left = [path.relative_to(place).as_posix() for path in place.rglob("*") if UNFINISHED.search(f"/{path.relative_to(place).as_posix()}")]
+        left = [
+            path.relative_to(place).as_posix()
+            for path in place.rglob("*")
+            if UNFINISHED.search(f"/{path.relative_to(place).as_posix()}")
+        ]
         if left:
             self.faults.append(f"{when}: leftovers: {', '.join(left[:3])}")
 
@@ -318,10 +437,18 @@ def warm_up() -> None:
     import transformers
 
     torch.set_num_threads(1)
-    _ = diffusers.StableDiffusionPipeline, diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, diffusers.DDIMScheduler
+    _ = (
+        diffusers.StableDiffusionPipeline,
+        diffusers.UNet2DConditionModel,
+        diffusers.AutoencoderKL,
+        diffusers.DDIMScheduler,
+    )
     _ = transformers.CLIPTextModel, transformers.CLIPTokenizerFast
     rooms = "training.run controls.run generation.run evaluation.run evaluation.report.files merging.run merging.search.run screening.run"
-    for module in [*COMMANDS.values(), *(f"afa.{room}" for room in f"{rooms} explanation.run screening.report demo.draw".split())]:
+    for module in [
+        *COMMANDS.values(),
+        *(f"afa.{room}" for room in f"{rooms} explanation.run screening.report demo.draw".split()),
+    ]:
         importlib.import_module(module)
 
 
@@ -333,12 +460,16 @@ def make_inputs(inputs: Path) -> None:
         from afa.demo.scenes import draw
 
         draw(inputs / "data", "mixed", 8, 0)
-        captions = [json.loads(line)["text"] for line in (inputs / "data" / "metadata.jsonl").read_text().splitlines()]
+        captions = [
+            json.loads(line)["text"] for line in (inputs / "data" / "metadata.jsonl").read_text().splitlines()
+        ]
         (inputs / "prompts.txt").write_text("\n".join(captions[:2]) + "\n")
         (inputs / "scorer.py").write_text(SCORER)
         return 0
 
-    assert in_child(make, inputs, inputs.parent / "inputs.log")[0] == 0, (inputs.parent / "inputs.log").read_text()
+    assert in_child(make, inputs, inputs.parent / "inputs.log")[0] == 0, (
+        inputs.parent / "inputs.log"
+    ).read_text()
 
 
 def chosen(events: int, every: int, most: int) -> list[int]:
@@ -368,7 +499,9 @@ def cli() -> int:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--commands", nargs="+", choices=titles, default=titles, help="which (default: all)")
     flags.add_argument("--every", type=int, default=1, help="kill at only every so many events")
-    flags.add_argument("--most", type=int, default=16, help="at most so many events of a command, spread over it; 0: all")
+    flags.add_argument(
+        "--most", type=int, default=16, help="at most so many events of a command, spread over it; 0: all"
+    )
     flags.add_argument("--workers", type=int, default=2, help="how many are tried at once")
     flags.add_argument("--keep", action="store_true", help="keep what was written, for looking at a fault")
     given = flags.parse_args()

@@ -45,7 +45,11 @@ def room(module: str) -> str:
 
 def imported_modules(tree: ast.Module, modules: set[str]) -> Iterator[str]:
     """The modules of the house that a file imports when it runs, wherever in the file; not those for type checkers only."""
-    guarded = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    guarded = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
     skipped = {id(child) for node in guarded for statement in node.body for child in ast.walk(statement)}
     for node in (node for node in ast.walk(tree) if id(node) not in skipped):
         names: list[str] = []
@@ -61,7 +65,10 @@ def import_graph(root: Path) -> dict[str, set[str]]:
     """module -> the modules that it imports."""
     files = {module_name(root, file): file for file in sorted(root.rglob("*.py"))}
     known = set(files)
-    return {name: set(imported_modules(ast.parse(file.read_text()), known)) - {name} for name, file in files.items()}
+    return {
+        name: set(imported_modules(ast.parse(file.read_text()), known)) - {name}
+        for name, file in files.items()
+    }
 
 
 def upward_imports(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
@@ -91,9 +98,15 @@ def functions(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 def used_names(tree: ast.Module) -> Counter[str]:
     """How often each name or attribute is read or imported in a file."""
-    names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store)]
+    names = [
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store)
+    ]
     names += [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    names += [
+        alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
     return Counter(names)
 
 
@@ -108,7 +121,9 @@ def measure(root: Path) -> list[tuple[str, str]]:
     used = sum((used_names(tree) for tree in trees.values()), Counter())
     private = [node.name for tree in trees.values() for node in functions(tree)]
     private = [name for name in private if name.startswith("_") and not name.startswith("__")]
-    classes = Counter(node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    classes = Counter(
+        node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+    )
     repeated = sorted(name for name, count in classes.items() if count > 1)
     names = Counter(path.name for path in paths if path.name != "__init__.py")
     wide = sum(len(line) > WIDTH for text in texts.values() for line in text.splitlines())
@@ -120,12 +135,21 @@ def measure(root: Path) -> list[tuple[str, str]]:
         ("lines", f"{sum(lines.values()):,}"),
         ("statements", f"{statements:,}"),
         ("lines over 110 columns", f"{wide:,}"),
-        ("lines of a file, median and largest", f"{statistics.median(lines.values()):.0f}, {max(lines.values())}"),
-        ("files over 400 lines", ", ".join(f"{path.relative_to(root)} {lines[path]}" for path in large) or "none"),
+        (
+            "lines of a file, median and largest",
+            f"{statistics.median(lines.values()):.0f}, {max(lines.values())}",
+        ),
+        (
+            "files over 400 lines",
+            ", ".join(f"{path.relative_to(root)} {lines[path]}" for path in large) or "none",
+        ),
         ("lines of a function, median and largest", f"{statistics.median(sizes):.1f}, {max(sizes)}"),
         ("functions over 40 lines", f"{sum(size > 40 for size in sizes)} of {len(sizes):,}"),
         ("private helpers, used once", f"{len(private)}, {sum(used[name] == 1 for name in private)}"),
-        ("class names used twice or more", f"{len(repeated)}" + (f": {', '.join(repeated)}" if repeated else "")),
+        (
+            "class names used twice or more",
+            f"{len(repeated)}" + (f": {', '.join(repeated)}" if repeated else ""),
+        ),
         ("file names used twice or more", f"{sum(count > 1 for count in names.values())}"),
         ("imports upwards", "\n".join([f"{len(upward)}", *(f"{a} imports {b}" for a, b in upward)])),
         ("circles", "\n".join([f"{len(knots)}", *(" -> ".join(knot) for knot in knots)])),

@@ -32,7 +32,12 @@ class Aggregator(nn.Module, ABC):
         """
 
     def forward(
-        self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None, adjust: Adjust | None = None
+        self,
+        features: Tensor,
+        temb: Tensor,
+        text: Tensor,
+        kept: Tensor | None = None,
+        adjust: Adjust | None = None,
     ) -> tuple[Tensor | list[Tensor], Tensor]:
         """Blend the experts' features: -> fused (B, C, H, W) in the features' dtype, weights (B, N, H, W).
 
@@ -62,12 +67,16 @@ class Fixed(Aggregator):
 
     weights: Tensor
 
-    def __init__(self, *, experts: int, channels: int, time_width: int, text_width: int, weights: list[float]) -> None:
+    def __init__(
+        self, *, experts: int, channels: int, time_width: int, text_width: int, weights: list[float]
+    ) -> None:
         super().__init__()
         if len(weights) != experts:
             raise ValueError(f"{len(weights)} weights for {experts} experts; give one weight per expert")
         if min(weights) < 0 or not math.isclose(sum(weights), 1, abs_tol=1e-6):
-            raise ValueError(f"weights {list(weights)} (sum {sum(weights):g}) are not convex; they must be >= 0 with sum 1")
+            raise ValueError(
+                f"weights {list(weights)} (sum {sum(weights):g}) are not convex; they must be >= 0 with sum 1"
+            )
         # A constant of the configuration, not a state: it moves with the module but is not saved.
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
 
@@ -81,4 +90,6 @@ class Mean(Fixed):
 
     def __init__(self, *, experts: int, channels: int, time_width: int, text_width: int) -> None:
         weights = [1 / experts] * experts
-        super().__init__(experts=experts, channels=channels, time_width=time_width, text_width=text_width, weights=weights)
+        super().__init__(
+            experts=experts, channels=channels, time_width=time_width, text_width=text_width, weights=weights
+        )

@@ -45,7 +45,9 @@ class Recipe:
     def __post_init__(self) -> None:
         look_up(self.text_stream, dict.fromkeys(TEXT_STREAMS), "text_stream")
 
-    def make(self, stage: Stage, side: int, experts: int, time_width: int, text_width: int, last: bool = False) -> Aggregator:
+    def make(
+        self, stage: Stage, side: int, experts: int, time_width: int, text_width: int, last: bool = False
+    ) -> Aggregator:
         """The aggregator of one stage; side: of the latent, at the model's own sample_size; last: where predictions become one."""
         maker = look_up(self.kind, AGGREGATORS, "aggregator")
         if last and maker is Stitch:
@@ -56,7 +58,9 @@ class Recipe:
         for name in options:
             if name not in _options(maker):
                 raise ValueError(f"aggregator '{self.kind}' has no option '{name}'")
-        return maker(experts=experts, channels=stage.channels, time_width=time_width, text_width=text_width, **options)
+        return maker(
+            experts=experts, channels=stage.channels, time_width=time_width, text_width=text_width, **options
+        )
 
 
 def _options(maker: type[Aggregator]) -> set[str]:
@@ -71,7 +75,9 @@ def check_options(kind: str, options: Mapping[str, Any], where: str) -> None:
     known = sorted(_options(maker) - GIVEN)
     for name, value in options.items():
         if name not in known:
-            raise UserError(f"{where}: aggregator '{kind}' has no option {shown(name)}; it has {', '.join(known) or 'none'}")
+            raise UserError(
+                f"{where}: aggregator '{kind}' has no option {shown(name)}; it has {', '.join(known) or 'none'}"
+            )
         build(hints[name], value, where, f"aggregator.options.{name}")
 
 

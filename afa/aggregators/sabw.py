@@ -53,7 +53,14 @@ class SABW(Aggregator):
         self.conv_in = nn.Conv2d(experts * channels, hidden, 1)
         self.res_block = ResnetBlock2D(in_channels=hidden, temb_channels=time_width, groups=groups)
         self.transformer = (
-            Transformer2DModel(heads, hidden // heads, hidden, num_layers=depth, cross_attention_dim=text_width, norm_num_groups=groups)
+            Transformer2DModel(
+                heads,
+                hidden // heads,
+                hidden,
+                num_layers=depth,
+                cross_attention_dim=text_width,
+                norm_num_groups=groups,
+            )
             if depth
             else None
         )
@@ -74,7 +81,9 @@ class SABW(Aggregator):
         hidden = self.res_block(hidden, _seen(temb, "time" not in self.ignore).to(dtype))
         if self.transformer is not None:
             text = _seen(text, "text" not in self.ignore).to(dtype)
-            hidden = self.transformer(hidden, encoder_hidden_states=text, encoder_attention_mask=kept, return_dict=False)[0]
+            hidden = self.transformer(
+                hidden, encoder_hidden_states=text, encoder_attention_mask=kept, return_dict=False
+            )[0]
         logits: Tensor = self.conv_out(hidden)
         return logits.mean((2, 3), keepdim=True).expand_as(logits) if "place" in self.ignore else logits
 

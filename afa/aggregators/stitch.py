@@ -36,7 +36,9 @@ class Stitch(SABW):
     def matrix(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
         """features (B, N, C, H, W), temb (B, E), text (B, T, D) -> (B, N, N, H, W): to each expert (dim 1) from all (dim 2)."""
         logits = self.logits(features, temb, text, kept).unflatten(1, (self.experts, self.experts))
-        own = torch.eye(self.experts, device=logits.device, dtype=logits.dtype).view(1, self.experts, self.experts, 1, 1)
+        own = torch.eye(self.experts, device=logits.device, dtype=logits.dtype).view(
+            1, self.experts, self.experts, 1, 1
+        )
         return torch.softmax(logits + self.kept * own, dim=2)
 
     def weigh(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -44,7 +46,12 @@ class Stitch(SABW):
         return self.matrix(features, temb, text, kept).mean(1)
 
     def forward(
-        self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None, adjust: Adjust | None = None
+        self,
+        features: Tensor,
+        temb: Tensor,
+        text: Tensor,
+        kept: Tensor | None = None,
+        adjust: Adjust | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """-> each expert's own blend, N × (B, C, H, W) in the features' dtype, weights (B, N, H, W)."""
         matrix = self.matrix(features, temb, text, kept)

@@ -47,7 +47,18 @@ if TYPE_CHECKING:
     from afa.ensemble import Ensemble
 
 
-SHOWN = ("lr", "batch_size", "accumulate", "warm_up", "weight_decay", "ema", "caption_dropout", "resolution", "seed", "dtype")  # of the options
+SHOWN = (
+    "lr",
+    "batch_size",
+    "accumulate",
+    "warm_up",
+    "weight_decay",
+    "ema",
+    "caption_dropout",
+    "resolution",
+    "seed",
+    "dtype",
+)  # of the options
 CARD = """---
 library_name: afa
 pipeline_tag: text-to-image
@@ -77,7 +88,9 @@ The experts keep their own licences; `afa.json` records where each came from and
 
 def model_card(manifest: Manifest) -> str:
     """The README.md of an ensemble, in Markdown with the hub's metadata."""
-    bases = [expert.source for expert in manifest.experts if expert.commit and HUB_ID.fullmatch(expert.source)]
+    bases = [
+        expert.source for expert in manifest.experts if expert.commit and HUB_ID.fullmatch(expert.source)
+    ]
     fused = [stage for stage in manifest.stages if stage["fused"]]
     placement = manifest.placement if isinstance(manifest.placement, str) else ", ".join(manifest.placement)
     return CARD.format(
@@ -87,10 +100,13 @@ def model_card(manifest: Manifest) -> str:
         stages=len(manifest.stages),
         experts="\n".join(_row(expert) for expert in manifest.experts),
         kind=markdown_words(manifest.aggregator["kind"]),
-        options=", ".join(f"{name} {value}" for name, value in manifest.aggregator["options"].items()) or "defaults",
+        options=", ".join(f"{name} {value}" for name, value in manifest.aggregator["options"].items())
+        or "defaults",
         placement=markdown_words(placement),
         parameters=manifest.aggregator["parameters"],
-        frame=", ".join(f"{part} of {markdown_words(public_place(choice))}" for part, choice in manifest.frame.items()),
+        frame=", ".join(
+            f"{part} of {markdown_words(public_place(choice))}" for part, choice in manifest.frame.items()
+        ),
         training=_training(manifest),
     )
 
@@ -102,7 +118,9 @@ def gains(record: Mapping[str, Any]) -> list[str]:
     """
     best = Estimate(**record["difference_to_best_expert"])
     against = f"{best.verdict} that of its best expert, {record['best_expert']}"
-    found = [f"The trained ensemble's loss is {against}: {best.words(5, signed=True)}, paired over the held-out images{best.too_few('image')}."]
+    found = [
+        f"The trained ensemble's loss is {against}: {best.words(5, signed=True)}, paired over the held-out images{best.too_few('image')}."
+    ]
     for key, what, short in (
         ("difference_to_untrained_mean", "the untrained ensemble", "untrained"),
         ("difference_to_start", "the ensemble it was begun with", "before"),
@@ -120,12 +138,22 @@ def _learnt(change: Estimate, best: Estimate, what: str, short: str) -> str:
     if change.verdict != "lower than":
         return f"Nothing was learnt that these images show: no better than {short}: {figures}{change.too_few('image')}."
     before = best.value - change.value  # of the ensemble before training, minus the best expert's
-    share = f"; {100 * before / best.value:.0f} % of the gain over the best expert was there {short}" if best.value < 0 and before < 0 else ""
-    return f"It is lower than that of {what}, too: {figures}{share}." if best.value < 0 else f"It is lower than that of {what}: {figures}."
+    share = (
+        f"; {100 * before / best.value:.0f} % of the gain over the best expert was there {short}"
+        if best.value < 0 and before < 0
+        else ""
+    )
+    return (
+        f"It is lower than that of {what}, too: {figures}{share}."
+        if best.value < 0
+        else f"It is lower than that of {what}: {figures}."
+    )
 
 
 def _row(expert: ExpertEntry) -> str:
-    loras = "".join(f" + {markdown_words(public_place(lora['path']))} × {lora['strength']:g}" for lora in expert.loras)
+    loras = "".join(
+        f" + {markdown_words(public_place(lora['path']))} × {lora['strength']:g}" for lora in expert.loras
+    )
     commit = f" @ {expert.commit[:12]}" if expert.commit else ""
     source = markdown_words(expert.source if expert.commit else public_place(expert.source))
     return f"| {markdown_words(expert.name)} | {source}{commit}{loras} | {markdown_words(expert.prediction_type or 'unknown')} |"
@@ -137,7 +165,13 @@ def _training(manifest: Manifest) -> str:
     if record is None:
         return "No training was recorded; untrained aggregators are the mean of the experts' features."
     if "held_out_loss" not in record:
-        return "\n".join(["Training:", "", *(f"* {markdown_words(name)}: {markdown_words(value)}" for name, value in record.items())])
+        return "\n".join(
+            [
+                "Training:",
+                "",
+                *(f"* {markdown_words(name)}: {markdown_words(value)}" for name, value in record.items()),
+            ]
+        )
     losses = record["held_out_loss"]
     rows = [f"| {markdown_words(name)} | {Estimate(**value).words(5)} |" for name, value in losses.items()]
     settings = record["settings"]
@@ -165,10 +199,16 @@ def save_ensemble(ensemble: "Ensemble", folder: Path, *, bundle: bool) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in ensemble.aggregators.state_dict().items()}
         save_file(tensors, stage / AGGREGATORS, metadata={"format": "pt", "afa": __version__})
         copied: dict[Path, Path] = {}
-        entries = [_bundle(expert, stage, copied) if bundle else _refer(expert, folder) for expert in ensemble.experts]
+        entries = [
+            _bundle(expert, stage, copied) if bundle else _refer(expert, folder)
+            for expert in ensemble.experts
+        ]
         lender = ensemble.frame.lender
         choices = ensemble.frame.choice | ({} if lender is None else {"frame": lender.name})
-        frame = {part: _frame(part, choice, ensemble, folder, stage if bundle else None) for part, choice in choices.items()}
+        frame = {
+            part: _frame(part, choice, ensemble, folder, stage if bundle else None)
+            for part, choice in choices.items()
+        }
         manifest = _manifest(ensemble, entries, frame, sha256(stage / AGGREGATORS))
         if bundle:  # made to be shared; a save that refers to experts may be gone on with here
             manifest.training = _public(manifest.training)
@@ -182,7 +222,10 @@ def _public(record: TrainingRecord | None) -> TrainingRecord | None:
     """What training was asked for and measured, with names in place of this machine's folders."""
     if record is None or "settings" not in record:
         return record
-    settings = {name: value if name.endswith("_column") else public_place(value) for name, value in record["settings"].items()}
+    settings = {
+        name: value if name.endswith("_column") else public_place(value)
+        for name, value in record["settings"].items()
+    }
     return {**record, "settings": settings}
 
 
@@ -210,7 +253,9 @@ def _copy_lender(source: Path, target: Path) -> Path:
     """Copy a pipeline's folder, once, without the denoiser, which nobody asks for."""
     if not target.exists():
         denoiser = component_of(source, read_index(source))
-        shutil.copytree(source, target, ignore=lambda place, names: [denoiser] if Path(place) == source else [])
+        shutil.copytree(
+            source, target, ignore=lambda place, names: [denoiser] if Path(place) == source else []
+        )
     return target
 
 
@@ -222,7 +267,9 @@ def _copy(source: Path, target: Path) -> Path:
     return Path(shutil.copy2(source, target.with_name(f"{target.name}{source.suffix}")))
 
 
-def _manifest(ensemble: "Ensemble", entries: list[ExpertEntry], frame: dict[str, str], digest: str) -> Manifest:
+def _manifest(
+    ensemble: "Ensemble", entries: list[ExpertEntry], frame: dict[str, str], digest: str
+) -> Manifest:
     denoiser = ensemble.denoiser
     return Manifest(
         family=denoiser.family,
@@ -230,7 +277,12 @@ def _manifest(ensemble: "Ensemble", entries: list[ExpertEntry], frame: dict[str,
         frame=frame,
         placement=denoiser.placement if isinstance(denoiser.placement, str) else list(denoiser.placement),
         stages=[
-            {"name": stage.name, "channels": stage.channels, "level": stage.level, "fused": stage.name in denoiser.aggregators}
+            {
+                "name": stage.name,
+                "channels": stage.channels,
+                "level": stage.level,
+                "fused": stage.name in denoiser.aggregators,
+            }
             for stage in denoiser.stages
         ],
         aggregator={
@@ -263,7 +315,9 @@ def _check_prediction_type(expert: Expert, entry: ExpertEntry) -> None:
 def _refer(expert: Expert, folder: Path) -> ExpertEntry:
     """An entry for an expert that has a place of its own. Raises UserError for one that only lives in memory."""
     if expert.located is None:
-        raise UserError(f"expert '{expert.name}' was given as an object and has no place to refer to; save with bundle=True to copy it in")
+        raise UserError(
+            f"expert '{expert.name}' was given as an object and has no place to refer to; save with bundle=True to copy it in"
+        )
     if not expert.hashes:
         expert.hashes = hash_expert(expert.located)
     return entry_for(expert.located, folder, expert.hashes, expert.config, _prediction_type(expert))
@@ -300,14 +354,18 @@ def _copy_files(located: Located, target: Path, copied: dict[Path, Path]) -> Loc
 def _save_object(expert: Expert, target: Path) -> None:
     """Write an expert that was handed over as an object, as the diffusers folder it would have come from."""
     if getattr(expert.model, "peft_config", None):
-        raise UserError(f"expert '{expert.name}' has a LoRA loaded beside its weights; call pipe.fuse_lora() and pipe.unload_lora_weights() before saving")
+        raise UserError(
+            f"expert '{expert.name}' has a LoRA loaded beside its weights; call pipe.fuse_lora() and pipe.unload_lora_weights() before saving"
+        )
     if not expert.text_encoders or expert.lender is not None:
         expert.model.save_pretrained(target)
         return
     stock_pipeline(expert).save_pretrained(target)
 
 
-def load_ensemble(kind: "type[Ensemble]", folder: Path, moved: Mapping[str, str], *, dtype: torch.dtype | None, verify: bool) -> "Ensemble":
+def load_ensemble(
+    kind: "type[Ensemble]", folder: Path, moved: Mapping[str, str], *, dtype: torch.dtype | None, verify: bool
+) -> "Ensemble":
     """See Ensemble.load."""
     manifest = read_manifest(folder)
     names = [entry.name for entry in manifest.experts]
@@ -318,7 +376,9 @@ def load_ensemble(kind: "type[Ensemble]", folder: Path, moved: Mapping[str, str]
     specs = [_spec(entry, folder, moved.get(entry.name)) for entry in manifest.experts]
     for part, choice in manifest.frame.items():
         if choice not in names and not (folder / choice).exists():
-            raise UserError(f"{folder / MANIFEST}: frame.{part} is {shown(choice)}, neither the name of an expert nor a place that is there")
+            raise UserError(
+                f"{folder / MANIFEST}: frame.{part} is {shown(choice)}, neither the name of an expert nor a place that is there"
+            )
     specs = [_saying(entry, spec) for entry, spec in zip(manifest.experts, specs, strict=True)]
     if verify:
         for entry, spec in zip(manifest.experts, specs, strict=True):
@@ -332,13 +392,18 @@ def load_ensemble(kind: "type[Ensemble]", folder: Path, moved: Mapping[str, str]
         text_stream=recipe_of(manifest).text_stream,
         dtype=dtype,
         config=config if config is None or config in KNOWN_CONFIGS else str(folder / config),
-        **{part: choice if choice in names else str(folder / choice) for part, choice in manifest.frame.items()},
+        **{
+            part: choice if choice in names else str(folder / choice)
+            for part, choice in manifest.frame.items()
+        },
         **recipe_of(manifest).options,
     )
     fused = ensemble.denoiser.fused
     made = [(stage.name, stage.channels, stage.name in fused) for stage in ensemble.denoiser.stages]
     if made != [(stage["name"], stage["channels"], stage["fused"]) for stage in manifest.stages]:
-        raise UserError(f"{folder / MANIFEST} has other stages than its experts; they belong to another architecture")
+        raise UserError(
+            f"{folder / MANIFEST} has other stages than its experts; they belong to another architecture"
+        )
     fill(ensemble.denoiser.aggregators, read_tensors(folder), folder)
     ensemble.training = None if manifest.training is None else {**manifest.training}
     for expert, entry in zip(ensemble.experts, manifest.experts, strict=True):
@@ -376,4 +441,11 @@ def export_release(ensemble: "Ensemble", folder: Path) -> None:
     """See Ensemble.export_release."""
     denoiser = ensemble.denoiser
     with staged(folder, last="aggregator_0") as stage:
-        write_release(stage, denoiser.aggregators, denoiser.stages, denoiser.recipe, denoiser.widths, len(denoiser.experts))
+        write_release(
+            stage,
+            denoiser.aggregators,
+            denoiser.stages,
+            denoiser.recipe,
+            denoiser.widths,
+            len(denoiser.experts),
+        )

@@ -36,7 +36,14 @@ AGGREGATORS = "aggregators.safetensors"
 FRAME = ("vae", "tokenizer", "scheduler", "frame")
 PLACE = Annotated[str, Within(1, 4096)]  # a path or a hub id
 RECORDED_SETTINGS = "afa.training.settings"  # where the options of a recorded training are declared
-MEASURED = ("settings", "training_images", "steps", "best_step", "best_expert", "difference_to_best_expert")  # beside held_out_loss
+MEASURED = (
+    "settings",
+    "training_images",
+    "steps",
+    "best_step",
+    "best_expert",
+    "difference_to_best_expert",
+)  # beside held_out_loss
 
 
 class LoraEntry(TypedDict):
@@ -163,7 +170,9 @@ def read_manifest(folder: Path) -> Manifest:
     data = read_json(path, nan=True)
     found = data.get("format") if isinstance(data, dict) else None
     if type(found) is int and found != FORMAT:
-        raise UserError(f"{path} has format {found}, this afa reads {FORMAT}; use the afa that wrote it ({shown(data.get('afa_version'))})")
+        raise UserError(
+            f"{path} has format {found}, this afa reads {FORMAT}; use the afa that wrote it ({shown(data.get('afa_version'))})"
+        )
     manifest: Manifest = build(Manifest, data, path)
     _check_whole(manifest, path)
     return manifest
@@ -175,7 +184,9 @@ def _check_whole(manifest: Manifest, path: Path) -> None:
     for place, entry in enumerate(manifest.experts):
         check_name(entry.name, f"{path}: experts[{place}]")
         if entry.commit is not None and not HUB_ID.fullmatch(entry.source):
-            raise UserError(f"{path}: experts[{place}].source is {shown(entry.source)}, expected a hub id org/name, since it has a commit")
+            raise UserError(
+                f"{path}: experts[{place}].source is {shown(entry.source)}, expected a hub id org/name, since it has a commit"
+            )
     _refuse_twice(names, f"{path}: experts")
     stages = [stage["name"] for stage in manifest.stages]
     _refuse_twice(stages, f"{path}: stages")
@@ -187,7 +198,10 @@ def _check_whole(manifest: Manifest, path: Path) -> None:
     if "settings" in record:
         check_recorded(record["settings"], path, "training.settings")
     if "held_out_loss" in record:
-        for key in (*(key for key in MEASURED if key not in record), *({"trained"} - record["held_out_loss"].keys())):
+        for key in (
+            *(key for key in MEASURED if key not in record),
+            *({"trained"} - record["held_out_loss"].keys()),
+        ):
             raise UserError(f"{path}: training has a held_out_loss, but no {key}")
 
 
@@ -198,7 +212,10 @@ def _check_tables(manifest: Manifest, path: Path, stages: list[str]) -> None:
     from afa.models.registry import FAMILIES
 
     entry = manifest.aggregator
-    for key, name, table in (("family", manifest.family, FAMILIES), ("aggregator.kind", entry["kind"], KINDS)):
+    for key, name, table in (
+        ("family", manifest.family, FAMILIES),
+        ("aggregator.kind", entry["kind"], KINDS),
+    ):
         if name not in table:
             raise UserError(f"{path}: {key}: {unknown(shown(name)[1:-1], table, key.rpartition('.')[2])}")
     check_options(entry["kind"], entry["options"], str(path))
@@ -207,7 +224,9 @@ def _check_tables(manifest: Manifest, path: Path, stages: list[str]) -> None:
         other = next(iter(sorted({*manifest.placement} ^ {*fused})), "a stage twice")
         raise UserError(f"{path}: placement and stages do not agree on which are fused: {shown(other)[1:-1]}")
     if not manifest.stages[-1]["fused"]:
-        raise UserError(f"{path}: stages[{len(stages) - 1}].fused is false; the last stage is always fused, since it makes the prediction")
+        raise UserError(
+            f"{path}: stages[{len(stages) - 1}].fused is false; the last stage is always fused, since it makes the prediction"
+        )
 
 
 def check_recorded(settings: dict[str, Any], where: object, key: str) -> None:
@@ -228,11 +247,15 @@ def _refuse_twice(names: Collection[str], where: str) -> None:
         seen.add(name)
 
 
-def entry_for(found: Located, folder: Path, files: dict[str, str], config: str | None, prediction_type: str | None) -> ExpertEntry:
+def entry_for(
+    found: Located, folder: Path, files: dict[str, str], config: str | None, prediction_type: str | None
+) -> ExpertEntry:
     """The entry of an expert at the place it is."""
     spec = found.spec
     hub = found.commit is not None
-    loras: list[LoraEntry] = [{"path": relative(Path(lora.path), folder), "strength": lora.strength} for lora in spec.loras]
+    loras: list[LoraEntry] = [
+        {"path": relative(Path(lora.path), folder), "strength": lora.strength} for lora in spec.loras
+    ]
     return ExpertEntry(
         name=spec.name,
         source=spec.source if hub else spelled(found.path) or relative(found.path, folder),
@@ -257,14 +280,20 @@ def check_hashes(entry: ExpertEntry, located: Located) -> None:
     files = recorded_files(located, entry.files)
     for name, expected in entry.files.items():
         if name not in files:
-            raise UserError(f"expert '{entry.name}': {os.path.normpath(located.path)} has no {name}, which the ensemble was made with (sha256 {expected})")
+            raise UserError(
+                f"expert '{entry.name}': {os.path.normpath(located.path)} has no {name}, which the ensemble was made with (sha256 {expected})"
+            )
         found = sha256(files[name])
         if found != expected:
             raise UserError(
                 f"expert '{entry.name}' has changed: {name} in {os.path.normpath(located.path)} has sha256 {found}, the ensemble was made with {expected};"
                 " restore the file or train again"
             )
-    strange = next((name for name in expert_files(located) if name not in entry.files), None) if entry.files else None
+    strange = (
+        next((name for name in expert_files(located) if name not in entry.files), None)
+        if entry.files
+        else None
+    )
     if strange is not None:
         raise UserError(
             f"expert '{entry.name}' has changed: {located.path} is now loaded from {strange}, which the ensemble was not made with;"
@@ -272,20 +301,28 @@ def check_hashes(entry: ExpertEntry, located: Located) -> None:
         )
 
 
-def read_aggregators(folder: Path, expert: Expert, experts: int) -> tuple[Recipe, str | list[str], dict[str, Tensor]]:
+def read_aggregators(
+    folder: Path, expert: Expert, experts: int
+) -> tuple[Recipe, str | list[str], dict[str, Tensor]]:
     """-> recipe, placement and tensors of trained aggregators. Raises UserError if they do not fit the experts."""
     stages = FAMILIES[expert.family].stages(expert.model)
     if is_release(settled(folder)):
         recipe, tensors = read_release(folder, stages, experts)
         return recipe, "layers", tensors
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} holds no aggregators: neither {MANIFEST} nor aggregator_0/config.json is there")
+        raise UserError(
+            f"{folder} holds no aggregators: neither {MANIFEST} nor aggregator_0/config.json is there"
+        )
     manifest = read_manifest(folder)
     if len(manifest.experts) != experts:
-        raise UserError(f"{folder} has aggregators for {len(manifest.experts)} experts, {experts} are given; they must be as many, in the same order")
+        raise UserError(
+            f"{folder} has aggregators for {len(manifest.experts)} experts, {experts} are given; they must be as many, in the same order"
+        )
     shapes = [(stage["name"], stage["channels"]) for stage in manifest.stages]
     if shapes != [(stage.name, stage.channels) for stage in stages]:
-        raise UserError(f"{folder} has aggregators for other stages than the experts have; they belong to another architecture")
+        raise UserError(
+            f"{folder} has aggregators for other stages than the experts have; they belong to another architecture"
+        )
     check_file(folder, manifest)
     return recipe_of(manifest), manifest.placement, read_tensors(folder)
 
@@ -305,22 +342,30 @@ def check_file(folder: Path, manifest: Manifest) -> None:
     if not path.is_file():
         raise UserError(f"{folder} is incomplete: it has no {AGGREGATORS}")
     if (digest := sha256(path)) != entry["sha256"]:
-        raise UserError(f"{path} has sha256 {digest}, {MANIFEST} expects {entry['sha256']}; the file was changed or the copy is incomplete")
+        raise UserError(
+            f"{path} has sha256 {digest}, {MANIFEST} expects {entry['sha256']}; the file was changed or the copy is incomplete"
+        )
     tensors = read_file(path)
     numbers = sum(prod(tensor.shape) for tensor in tensors.values())
     if numbers != entry["parameters"]:
-        raise UserError(f"{path} has {numbers:,} numbers, {MANIFEST} says {entry['parameters']:,} parameters; the two do not belong together")
+        raise UserError(
+            f"{path} has {numbers:,} numbers, {MANIFEST} says {entry['parameters']:,} parameters; the two do not belong together"
+        )
     fused = [stage for stage in manifest.stages if stage["fused"]]
     others = {name.partition(".")[0] for name in tensors} - {stage["name"] for stage in fused}
     if others:
-        raise UserError(f"{path} has an aggregator for stage {min(others)}, which {MANIFEST} does not call fused; the two do not belong together")
+        raise UserError(
+            f"{path} has an aggregator for stage {min(others)}, which {MANIFEST} does not call fused; the two do not belong together"
+        )
     hidden = entry["options"].get("hidden")
     for stage in fused:
         found = tensors.get(f"{stage['name']}.conv_in.weight")
         expected = (hidden, len(manifest.experts) * stage["channels"], 1, 1)
         if hidden is not None and (found is None or found.shape != expected):
             what = "missing" if found is None else f"of shape {list(found.shape)}"
-            raise UserError(f"{path}: {stage['name']}.conv_in.weight is {what}, {MANIFEST} needs {list(expected)}; the two do not belong together")
+            raise UserError(
+                f"{path}: {stage['name']}.conv_in.weight is {what}, {MANIFEST} needs {list(expected)}; the two do not belong together"
+            )
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -328,7 +373,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors = load_tensors(folder / AGGREGATORS)
     broken = first_not_finite(tensors.items())
     if broken is not None:
-        raise UserError(f"{folder / AGGREGATORS}: {broken} is not finite (NaN or infinite numbers); train the aggregators again")
+        raise UserError(
+            f"{folder / AGGREGATORS}: {broken} is not finite (NaN or infinite numbers); train the aggregators again"
+        )
     return tensors
 
 
@@ -336,9 +383,13 @@ def fill(aggregators: nn.ModuleDict, tensors: Mapping[str, Tensor], folder: Path
     """Load tensors into the aggregators they were trained as. Raises UserError, naming the first that does not fit."""
     wanted = aggregators.state_dict()
     for name in sorted(wanted.keys() ^ tensors.keys()):
-        raise UserError(f"{folder}: the aggregators {'lack' if name in wanted else 'have an unknown'} tensor {name}; they were made in another way")
+        raise UserError(
+            f"{folder}: the aggregators {'lack' if name in wanted else 'have an unknown'} tensor {name}; they were made in another way"
+        )
     for name, tensor in wanted.items():
         if tensor.shape != tensors[name].shape:
             found, needed = list(tensors[name].shape), list(tensor.shape)
-            raise UserError(f"{folder}: tensor {name} of the aggregators has shape {found}, the experts need {needed}; they belong to others")
+            raise UserError(
+                f"{folder}: tensor {name} of the aggregators has shape {found}, the experts need {needed}; they belong to others"
+            )
     aggregators.load_state_dict(dict(tensors))

@@ -38,36 +38,63 @@ def read_release(folder: Path, stages: tuple[Stage, ...], experts: int) -> tuple
     """-> how such aggregators are made, and their tensors as "STAGE.name". Raises UserError if they do not fit."""
     count = len([path for path in folder.iterdir() if path.name.startswith("aggregator_")])
     if count != len(stages):
-        raise UserError(f"{folder} has {count} aggregators, the experts have {len(stages)} stages; they belong to another architecture")
-    configs: list[Config] = [build(Config, read_json(file), file) for index in range(count) for file in [folder / f"aggregator_{index}" / "config.json"]]
+        raise UserError(
+            f"{folder} has {count} aggregators, the experts have {len(stages)} stages; they belong to another architecture"
+        )
+    configs: list[Config] = [
+        build(Config, read_json(file), file)
+        for index in range(count)
+        for file in [folder / f"aggregator_{index}" / "config.json"]
+    ]
     for stage, config in zip(stages, configs, strict=True):
         for name, expected in (("in_channels", stage.channels), ("num_experts", experts)):
             if config[name] != expected:  # type: ignore[literal-required]
-                raise UserError(f"{folder}: the aggregator of {stage.name} has {name} {config[name]}, the experts need {expected}")  # type: ignore[literal-required]
+                raise UserError(
+                    f"{folder}: the aggregator of {stage.name} has {name} {config[name]}, the experts need {expected}"
+                )  # type: ignore[literal-required]
     tensors: dict[str, Tensor] = {}
     for index, stage in enumerate(stages):
         file = folder / f"aggregator_{index}" / "aggregator.safetensors"
         entries = read_file(file)
         hidden = entries["conv_in.weight"].shape[:1] if "conv_in.weight" in entries else ()
         if hidden != (configs[0]["hidden_size"],):
-            raise UserError(f"{file}: conv_in.weight has {list(hidden)} channels, its config says hidden_size {configs[0]['hidden_size']}")
+            raise UserError(
+                f"{file}: conv_in.weight has {list(hidden)} channels, its config says hidden_size {configs[0]['hidden_size']}"
+            )
         tensors |= {f"{stage.name}.{name}": tensor for name, tensor in load_tensors(file).items()}
     options: dict[str, Any] = {"hidden": configs[0]["hidden_size"], "heads": configs[0]["num_attn_heads"]}
     # From the tensors, not from num_layers of the config, which the release ignores.
-    options["depth"] = 1 + max((int(found[1]) for name in tensors if (found := LAYER.search(name))), default=-1)
+    options["depth"] = 1 + max(
+        (int(found[1]) for name in tensors if (found := LAYER.search(name))), default=-1
+    )
     return Recipe("sabw", options), tensors
 
 
-def write_release(folder: Path, aggregators: nn.ModuleDict, stages: tuple[Stage, ...], recipe: Recipe, widths: tuple[int, int], experts: int) -> None:
+def write_release(
+    folder: Path,
+    aggregators: nn.ModuleDict,
+    stages: tuple[Stage, ...],
+    recipe: Recipe,
+    widths: tuple[int, int],
+    experts: int,
+) -> None:
     """Write aggregators in that form. Raises UserError if the form cannot hold them."""
-    if list(aggregators) != [stage.name for stage in stages] or recipe.kind != "sabw" or recipe.attention_up_to is not None:
-        raise UserError("the reference release knows only sabw with attention at every stage (placement layers); this ensemble is another")
+    if (
+        list(aggregators) != [stage.name for stage in stages]
+        or recipe.kind != "sabw"
+        or recipe.attention_up_to is not None
+    ):
+        raise UserError(
+            "the reference release knows only sabw with attention at every stage (placement layers); this ensemble is another"
+        )
     for index, stage in enumerate(stages):
         aggregator = aggregators[stage.name]
         assert isinstance(aggregator, SABW)
         depth = 0 if aggregator.transformer is None else len(aggregator.transformer.transformer_blocks)
         if aggregator.transformer is None or depth != RELEASE_DEPTH:
-            raise UserError(f"the reference release always builds aggregators of depth {RELEASE_DEPTH}; it could not read these, of depth {depth}")
+            raise UserError(
+                f"the reference release always builds aggregators of depth {RELEASE_DEPTH}; it could not read these, of depth {depth}"
+            )
         config: dict[str, Any] = {
             "in_channels": stage.channels,
             "hidden_size": aggregator.conv_in.out_channels,
@@ -80,4 +107,7 @@ def write_release(folder: Path, aggregators: nn.ModuleDict, stages: tuple[Stage,
         target = folder / f"aggregator_{index}"
         target.mkdir()
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file({name: tensor.contiguous() for name, tensor in aggregator.state_dict().items()}, target / "aggregator.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in aggregator.state_dict().items()},
+            target / "aggregator.safetensors",
+        )

@@ -31,7 +31,10 @@ def _metrics() -> list[tuple[str, str]]:
 def _protocols() -> list[tuple[str, str]]:
     from afa.evaluation.protocols import PROTOCOLS
 
-    return [*((name, entry.help) for name, entry in PROTOCOLS.items()), ("FILE or FOLDER", "your prompts, or your captioned images")]
+    return [
+        *((name, entry.help) for name, entry in PROTOCOLS.items()),
+        ("FILE or FOLDER", "your prompts, or your captioned images"),
+    ]
 
 
 # `--methods list` and so on: what there is, whatever else is given; flag -> lines of name and what it is
@@ -56,7 +59,9 @@ def run(options: Options) -> None:
         return  # another process prints
     if not any(run.scores or run.sets for method in results.methods for run in method.runs):
         why = results.errors[-1] if results.errors else "no method could be drawn"
-        raise UserError(f"nothing could be scored ({why}); the images are kept in {options.output}: the same command goes on from them")
+        raise UserError(
+            f"nothing could be scored ({why}); the images are kept in {options.output}: the same command goes on from them"
+        )
     if options.json:
         from dataclasses import asdict
 
@@ -65,9 +70,17 @@ def run(options: Options) -> None:
         from afa.evaluation.compare import analyse
         from afa.evaluation.report.files import as_text
 
-        print(f"{as_text(analyse([results])[0])}\n\nThis run took {took:.0f} min; what was there before is not counted.")
-        lost = f" without what could not be computed (see above, {len(results.errors)})" if results.errors else ""
-        print(f"results.json in {options.output}{lost}; a page of them: afa report {options.output} --output report.html")
+        print(
+            f"{as_text(analyse([results])[0])}\n\nThis run took {took:.0f} min; what was there before is not counted."
+        )
+        lost = (
+            f" without what could not be computed (see above, {len(results.errors)})"
+            if results.errors
+            else ""
+        )
+        print(
+            f"results.json in {options.output}{lost}; a page of them: afa report {options.output} --output report.html"
+        )
 
 
 def _plan(facts: dict[str, object]) -> str:

@@ -49,7 +49,10 @@ def _result(record: dict[str, Any], output: str) -> str:
     """The measured result, as a sentence."""
     from afa.stats import Estimate
 
-    change, trained = Estimate(**record["difference_to_expert"]), Estimate(**record["held_out_loss"]["trained"])
+    change, trained = (
+        Estimate(**record["difference_to_expert"]),
+        Estimate(**record["held_out_loss"]["trained"]),
+    )
     return (
         f"held-out loss {trained.words(5)} (n = {trained.n}), {change.verdict} that of the expert: {change.words(5, signed=True)},"
         f" paired{change.too_few('image')}\n"

@@ -9,7 +9,9 @@ from typing import Any
 from afa.settings import kind_of
 
 
-def add_flags(parser: argparse.ArgumentParser, options: type, preset: Mapping[str, Any] | None = None) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, options: type, preset: Mapping[str, Any] | None = None
+) -> None:
     """One flag per field, the required ones first: a list takes several values, a bool is a switch, None means not given.
 
     preset: what a recipe sets, by field; it takes the place of defaults.
@@ -39,7 +41,11 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     kind, several = kind_of(hint)
     default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     required = default is dataclasses.MISSING
-    shown = "" if required or default is None or default is False or default == [] else f" (default: {' '.join(default) if several else default})"
+    shown = (
+        ""
+        if required or default is None or default is False or default == []
+        else f" (default: {' '.join(default) if several else default})"
+    )
     settings: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%") + shown}
     if kind is bool:
         return settings | {"action": "store_true"}

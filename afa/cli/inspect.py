@@ -24,7 +24,15 @@ EXAMPLES = [
     "afa inspect demo:ensemble",
     "afa inspect --config flux --count 2 --placement double",
 ]
-FUSION = ("aggregator", "placement", "hidden", "heads", "depth", "weights", "attention_up_to")  # a saved ensemble has its own
+FUSION = (
+    "aggregator",
+    "placement",
+    "hidden",
+    "heads",
+    "depth",
+    "weights",
+    "attention_up_to",
+)  # a saved ensemble has its own
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,8 @@ class Options(CheckedOptions):
 
     experts: list[str] = option(
         [],
-        place=True, help="a diffusers folder, .safetensors file of original layout or org/name@revision, each optionally NAME=… and …+LORA;"
+        place=True,
+        help="a diffusers folder, .safetensors file of original layout or org/name@revision, each optionally NAME=… and …+LORA;"
         " or one saved ensemble",
         positional=True,
     )
@@ -43,28 +52,46 @@ class Options(CheckedOptions):
         " architecture to show",
     )
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
-    count: int | None = option(None, least=1, most=1000, help="with --config and without EXPERT: how many experts (default: 3)")
-    aggregator: str | None = option(None, help="kind of aggregator: sabw, stitch, mean or fixed (default: sabw)")
+    count: int | None = option(
+        None, least=1, most=1000, help="with --config and without EXPERT: how many experts (default: 3)"
+    )
+    aggregator: str | None = option(
+        None, help="kind of aggregator: sabw, stitch, mean or fixed (default: sabw)"
+    )
     placement: str | None = option(
-        None, help="fused stages: layers (all), blocks, every-K, double (FLUX), out, or names such as M00,OUT11 (default: the family's)"
+        None,
+        help="fused stages: layers (all), blocks, every-K, double (FLUX), out, or names such as M00,OUT11 (default: the family's)",
     )
     hidden: int | None = option(None, least=1, most=2**20, help="width inside the aggregators (default: 128)")
-    heads: int | None = option(None, least=1, most=2**20, help="attention heads of the aggregators (default: 8)")
-    depth: int | None = option(None, least=0, most=1000, help="transformer layers of the aggregators; 0: none (default: 2)")
+    heads: int | None = option(
+        None, least=1, most=2**20, help="attention heads of the aggregators (default: 8)"
+    )
+    depth: int | None = option(
+        None, least=0, most=1000, help="transformer layers of the aggregators; 0: none (default: 2)"
+    )
     weights: list[float] | None = option(None, help="of aggregator fixed: one weight per expert")
     attention_up_to: int | None = option(
-        None, least=0, most=2**16, help="build the transformer only on maps up to this side in latent pixels (default: everywhere)"
+        None,
+        least=0,
+        most=2**16,
+        help="build the transformer only on maps up to this side in latent pixels (default: everywhere)",
     )
-    resolution: int | None = option(None, least=1, most=2**16, help="side of the images in pixels (default: the experts' own)")
+    resolution: int | None = option(
+        None, least=1, most=2**16, help="side of the images in pixels (default: the experts' own)"
+    )
     batch_size: int = option(1, **COUNT, help="images at once; guidance doubles the cost of each")
     json: bool = option(False, help="print one JSON document instead of tables")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.experts and self.config is None:
-            raise UserError("give EXPERT..., or --config sd15, sdxl, sd35, flux or another; afa inspect --help names them")
+            raise UserError(
+                "give EXPERT..., or --config sd15, sdxl, sd35, flux or another; afa inspect --help names them"
+            )
         if not self.experts and self.prediction_type is not None:
-            raise UserError(f"--prediction-type {self.prediction_type} is for EXPERT, and none is given; leave it out")
+            raise UserError(
+                f"--prediction-type {self.prediction_type} is for EXPERT, and none is given; leave it out"
+            )
         if self.experts and self.count is not None:
             raise UserError(f"--count {self.count} is for --config without EXPERT; leave out one of them")
 
@@ -77,7 +104,6 @@ def run(options: Options) -> None:
     if options.json:
         print(json.dumps(found, indent=2))
     else:
-
         print(report(found))
     if found["mismatches"]:
         raise UserError("; ".join(found["mismatches"]))
@@ -99,7 +125,9 @@ def _subject(options: Options) -> "Subject":
     placement = options.placement
     if not options.experts:
         assert options.config is not None
-        return Subject.from_config(options.config, 3 if options.count is None else options.count, recipe, placement)
+        return Subject.from_config(
+            options.config, 3 if options.count is None else options.count, recipe, placement
+        )
     return Subject.from_sources(options.experts, options.config, recipe, placement, options.prediction_type)
 
 
@@ -110,7 +138,9 @@ def _check_alone(options: Options, ensemble: str) -> None:
         raise UserError(f"{ensemble} is a saved ensemble; inspect it alone, without {other}")
     for name in ("config", "prediction_type", *FUSION):
         if getattr(options, name) is not None:
-            raise UserError(f"{ensemble} is a saved ensemble with settings of its own; leave out --{name.replace('_', '-')}")
+            raise UserError(
+                f"{ensemble} is a saved ensemble with settings of its own; leave out --{name.replace('_', '-')}"
+            )
 
 
 def report(facts: dict[str, Any]) -> str:
@@ -119,7 +149,10 @@ def report(facts: dict[str, Any]) -> str:
         section("experts", _experts(facts["experts"])),
         section("text encoders", _text_encoders(facts["experts"])),
         section("VAE", _vaes(facts["experts"])),
-        section(f"stages of '{facts['experts'][0]['name']}'" if facts["mismatches"] else "stages", _stages(facts["stages"])),
+        section(
+            f"stages of '{facts['experts'][0]['name']}'" if facts["mismatches"] else "stages",
+            _stages(facts["stages"]),
+        ),
         section("aggregators", _aggregators(facts)) if facts["aggregators"] else None,
         section("placements", _placements(facts)) if facts["placements"] else None,
         section("fusion", _fusion(facts)),
@@ -151,13 +184,23 @@ def _prediction(expert: dict[str, Any]) -> str | None:
 def _source(expert: dict[str, Any]) -> str:
     """Where an expert comes from, with commit, LoRAs, and the config of a single file."""
     commit = f"@{expert['commit'][:12]}" if expert["commit"] else ""
-    config = f" ({expert['config']})" if expert["config"] and not expert["source"].startswith("config ") else ""
+    config = (
+        f" ({expert['config']})" if expert["config"] and not expert["source"].startswith("config ") else ""
+    )
     return f"{expert['source']}{commit}{''.join(f'+{lora}' for lora in expert['loras'])}{config}"
 
 
 def _text_encoders(experts: list[dict[str, Any]]) -> str:
     rows = [
-        [expert["name"], text["part"], text["class"], text["width"], count(text["parameters"]), text["dtype"], text["same_as"]]
+        [
+            expert["name"],
+            text["part"],
+            text["class"],
+            text["width"],
+            count(text["parameters"]),
+            text["dtype"],
+            text["same_as"],
+        ]
         for expert in experts
         for text in expert["text_encoders"]
     ]
@@ -177,7 +220,16 @@ def _vae(vae: dict[str, Any]) -> list[object]:
 
 
 def _stages(stages: list[dict[str, Any]]) -> str:
-    headers = ["stage", ">channels", "size", "block", "skip", "fused", ">aggregator parameters", ">its FLOPs a step"]
+    headers = [
+        "stage",
+        ">channels",
+        "size",
+        "block",
+        "skip",
+        "fused",
+        ">aggregator parameters",
+        ">its FLOPs a step",
+    ]
     return listing(headers, [_stage(stage) for stage in stages])
 
 
@@ -192,15 +244,25 @@ def _stage(stage: dict[str, Any]) -> list[object]:
 def _aggregators(facts: dict[str, Any]) -> str:
     made = facts["aggregators"]
     options = ", ".join(f"{name} {value}" for name, value in made["options"].items())
-    up_to = "" if made["attention_up_to"] is None else f", attention up to {made['attention_up_to']} latent pixels"
+    up_to = (
+        ""
+        if made["attention_up_to"] is None
+        else f", attention up to {made['attention_up_to']} latent pixels"
+    )
     placement = made["placement"] if isinstance(made["placement"], str) else ",".join(made["placement"])
     lines = [
         f"{made['kind']}{f' ({options})' if options else ''}{up_to}, {count(made['parameters'])} parameters",
         f"placement {placement}: {made['fused']} of {len(facts['stages'])} stages are fused",
     ]
     if facts["ensemble"]:
-        recorded = [f"{name} {value}" for name, value in (made["training"] or {}).items() if not isinstance(value, (dict, list))]
-        lines.append(f"saved in {facts['ensemble']}; {'trained: ' + ', '.join(recorded) if recorded else 'no training recorded'}")
+        recorded = [
+            f"{name} {value}"
+            for name, value in (made["training"] or {}).items()
+            if not isinstance(value, (dict, list))
+        ]
+        lines.append(
+            f"saved in {facts['ensemble']}; {'trained: ' + ', '.join(recorded) if recorded else 'no training recorded'}"
+        )
     return "\n".join(lines)
 
 
@@ -222,9 +284,15 @@ def _placements(facts: dict[str, Any]) -> str:
 
 def _fusion(facts: dict[str, Any]) -> str:
     if facts["mismatches"]:
-        return "\n".join(["these experts cannot be fused:", *(f"- {reason}" for reason in facts["mismatches"])])
+        return "\n".join(
+            ["these experts cannot be fused:", *(f"- {reason}" for reason in facts["mismatches"])]
+        )
     names = [expert["name"] for expert in facts["experts"]]
-    return "a single expert, nothing to compare" if len(names) == 1 else f"{', '.join(names)} can be fused: no mismatch"
+    return (
+        "a single expert, nothing to compare"
+        if len(names) == 1
+        else f"{', '.join(names)} can be fused: no mismatch"
+    )
 
 
 def _title(cost: dict[str, Any]) -> str:

@@ -97,7 +97,9 @@ def _listed(arguments: list[str]) -> str | None:
     for flag, lines in lists.items():
         reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         reader.add_argument(f"--{flag}", nargs="*")
-        if getattr(reader.parse_known_args(arguments)[0], flag) == ["list"] and not {"-h", "--help"} & set(arguments):
+        if getattr(reader.parse_known_args(arguments)[0], flag) == ["list"] and not {"-h", "--help"} & set(
+            arguments
+        ):
             return listing([flag, "what it is"], lines())
     return None
 
@@ -118,7 +120,12 @@ def _quiet_libraries() -> None:
 
 def _add_traceback(parser: argparse.ArgumentParser) -> None:
     """Before the verb and after it; without a default, so that neither place overwrites the other."""
-    parser.add_argument(TRACEBACK, action="store_true", default=argparse.SUPPRESS, help="when a command fails, show where in the program")
+    parser.add_argument(
+        TRACEBACK,
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="when a command fails, show where in the program",
+    )
 
 
 def _unexpected(error: Exception, given: list[str]) -> str:

@@ -48,7 +48,11 @@ def run(options: Options) -> None:
 
 def _plan(facts: dict[str, Any]) -> str:
     """The plan as lines."""
-    settings = {name: value for name, value in facts["options"].items() if name != "weights" or facts["method"] == "weighted"}
+    settings = {
+        name: value
+        for name, value in facts["options"].items()
+        if name != "weights" or facts["method"] == "weighted"
+    }
     named = "  ".join(f"{name} {_short(value)}" for name, value in settings.items())
     lines = [f"method   {facts['method']}{f'  {named}' if named else ''}"]
     lines += [f"expert   {name}  {path}" for name, path in facts["experts"].items()]
@@ -74,7 +78,10 @@ def _stages(weights: dict[str, tuple[float, ...]]) -> list[str]:
             groups[-1][0].append(stage)
         else:
             groups.append(([stage], row))
-    return [f"stage    {names[0] if len(names) == 1 else f'{names[0]} … {names[-1]}'}: {_short(row)}" for names, row in groups]
+    return [
+        f"stage    {names[0] if len(names) == 1 else f'{names[0]} … {names[-1]}'}: {_short(row)}"
+        for names, row in groups
+    ]
 
 
 def _short(value: Any) -> str:

@@ -19,10 +19,14 @@ EXAMPLES = [
 class Options:
     """What to report, and where to."""
 
-    folders: list[str] = option(help="what `afa evaluate` left: a folder with results.json and its images", positional=True)
+    folders: list[str] = option(
+        help="what `afa evaluate` left: a folder with results.json and its images", positional=True
+    )
     output: str = option(help="the page, an .html file")
     markdown: str | None = option(None, help="the tables as Markdown (default: beside the page, .md)")
-    csv: str | None = option(None, help="every number, a line for each comparison (default: beside the page, .csv)")
+    csv: str | None = option(
+        None, help="every number, a line for each comparison (default: beside the page, .csv)"
+    )
 
 
 def run(options: Options) -> None:

@@ -44,4 +44,7 @@ def run(options: Options) -> None:
 
 def _plan(facts: dict[str, object]) -> str:
     width = max(map(len, facts))
-    return "\n".join(f"{name.replace('_', ' '):<{width}}  {', '.join(value) if isinstance(value, list) else value}" for name, value in facts.items())
+    return "\n".join(
+        f"{name.replace('_', ' '):<{width}}  {', '.join(value) if isinstance(value, list) else value}"
+        for name, value in facts.items()
+    )

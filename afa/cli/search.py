@@ -23,7 +23,11 @@ def run(options: Options) -> None:
     hush()
     if options.dry_run:
         facts = _facts(options)
-        print(json.dumps(facts, indent=2) if options.json else "\n".join(f"{name}  {value}" for name, value in facts.items()))
+        print(
+            json.dumps(facts, indent=2)
+            if options.json
+            else "\n".join(f"{name}  {value}" for name, value in facts.items())
+        )
         return
     record = search(options)
     print(json.dumps(record, indent=2) if options.json else _result(record, options))
@@ -39,7 +43,12 @@ def _facts(options: Options) -> dict[str, Any]:
     experts = load_experts(options.experts, config=options.config, prediction_type=options.prediction_type)
     space = Space(InMemoryMerge(experts).stages, len(experts))
     merges = evaluations(options, space)
-    return {"experts": ", ".join(expert.name for expert in experts), "weights": len(space.places), "merges": merges, "images": merges * options.images}
+    return {
+        "experts": ", ".join(expert.name for expert in experts),
+        "weights": len(space.places),
+        "merges": merges,
+        "images": merges * options.images,
+    }
 
 
 def _result(record: dict[str, Any], options: Options) -> str:

@@ -23,7 +23,11 @@ def run(options: Options) -> None:
     hush()
     record = finished(options)
     if record is not None:
-        print(f"{options.output} is complete; nothing to do" if not options.json else json.dumps(record, indent=2))
+        print(
+            f"{options.output} is complete; nothing to do"
+            if not options.json
+            else json.dumps(record, indent=2)
+        )
         return
     planned = plan(options)
     facts = planned.facts()
@@ -56,7 +60,12 @@ def _cost(facts: dict[str, Any]) -> str:
     lines = [f"memory       about {facts['expected_memory_gb']} GB of tensors in a step"]
     lines += [f"             less with {way}" for way in facts["for_less_memory"]]
     one, measurement = (_duration(facts[name]) for name in ("seconds_a_step", "seconds_a_measurement"))
-    return "\n".join([*lines, f"time         about {_duration(facts['seconds'])} here: {one} a step, {measurement} a measurement, after encoding the images"])
+    return "\n".join(
+        [
+            *lines,
+            f"time         about {_duration(facts['seconds'])} here: {one} a step, {measurement} a measurement, after encoding the images",
+        ]
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -73,7 +82,11 @@ def _result(record: dict[str, Any], output: str) -> str:
 
     lines = [f"held-out loss (95 % interval, n = {record['held_out_loss']['trained']['n']})"]
     width = max(map(len, record["held_out_loss"]))
-    lines += [f"  {name:<{width}}  {Estimate(**value).words(5)}" for name, value in record["held_out_loss"].items()]
+    lines += [
+        f"  {name:<{width}}  {Estimate(**value).words(5)}" for name, value in record["held_out_loss"].items()
+    ]
     lines += gains(record)
-    lines.append(f"{record['steps']} steps in {record['seconds']:.0f} s, kept the average of step {record['best_step']}; saved in {output}")
+    lines.append(
+        f"{record['steps']} steps in {record['seconds']:.0f} s, kept the average of step {record['best_step']}; saved in {output}"
+    )
     return "\n".join(lines)

@@ -40,7 +40,10 @@ def from_parquet(origin: str, files: Sequence[Path], columns: Columns) -> Source
     for file in files:
         opened = _open(file)
         image, caption = columns.choose(opened.schema_arrow.names, str(file))
-        mark, find = file_mark(file), functools.partial(find_file, folder=file.parent, roots=roots_of(file.parent, columns))
+        mark, find = (
+            file_mark(file),
+            functools.partial(find_file, folder=file.parent, roots=roots_of(file.parent, columns)),
+        )
         row = 0
         for group in range(opened.num_row_groups):
             for place, value in enumerate(_column(file, opened, group, caption)):
@@ -89,7 +92,14 @@ def _reading(file: Path, read: Callable[[], Any]) -> Any:
     """What a reader of pyarrow gives. Raises UserError where it cannot."""
     try:
         return read()
-    except (OSError, ValueError, NotImplementedError, TypeError, KeyError, MemoryError) as error:  # pyarrow's are among them
+    except (
+        OSError,
+        ValueError,
+        NotImplementedError,
+        TypeError,
+        KeyError,
+        MemoryError,
+    ) as error:  # pyarrow's are among them
         why = str(error).splitlines() or [type(error).__name__]
         raise UserError(f"{file} cannot be read as parquet: {why[0][:200]}") from None
 
@@ -124,7 +134,14 @@ def from_hub(spec: str, columns: Columns, limit: int | None = None) -> Source:
     for row, value in enumerate(table[caption]):
         label, mark = f"{name}:{row}", f"{table._fingerprint}-{row}"
         try:
-            samples.append(Sample(label, row_caption(lambda value=value: value), mark, functools.partial(_read, table, image, row, find)))
+            samples.append(
+                Sample(
+                    label,
+                    row_caption(lambda value=value: value),
+                    mark,
+                    functools.partial(_read, table, image, row, find),
+                )
+            )
         except LeftOutError as reason:
             skipped.add(str(reason), label)
     return Source(spec, samples, skipped)
@@ -135,7 +152,11 @@ def _finder(columns: Columns) -> Callable[[str], Path]:
     import datasets
     from huggingface_hub import constants
 
-    kept = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH)
+    kept = (
+        constants.HF_HUB_CACHE,
+        datasets.config.HF_DATASETS_CACHE,
+        datasets.config.DOWNLOADED_DATASETS_PATH,
+    )
     roots = None if columns.allow_outside else [Path(folder).resolve() for folder in kept]
     return functools.partial(find_file, folder=Path(), roots=roots)
 
@@ -144,11 +165,15 @@ def _load(name: str, revision: str | None, streaming: bool = False) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"--data {name} is no file or folder, and data sets of the hub need: pip install 'afa[data]'") from None
+        raise UserError(
+            f"--data {name} is no file or folder, and data sets of the hub need: pip install 'afa[data]'"
+        ) from None
     try:
         table = datasets.load_dataset(name, revision=revision, split=SPLIT, streaming=streaming)
     except Exception as error:  # of many kinds: no network, no such set, no such split, a script in it
-        raise UserError(f"--data {name} is no file or folder, and cannot be loaded from the hub: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"--data {name} is no file or folder, and cannot be loaded from the hub: {str(error).splitlines()[0]}"
+        ) from None
     for column, kind in (table.features or {}).items():
         if isinstance(kind, datasets.Image):  # decoded by us, so that one broken image stops nothing
             table = table.cast_column(column, datasets.Image(decode=False))
@@ -173,7 +198,14 @@ def _streamed(spec: str, table: Any, columns: Columns, limit: int) -> Source:
             continue
         place = spool.seek(0, os.SEEK_END)
         spool.write(data)
-        samples.append(Sample(label, text, f"sha256 {hashlib.sha256(data).hexdigest()}", functools.partial(_part, spool, place, len(data))))
+        samples.append(
+            Sample(
+                label,
+                text,
+                f"sha256 {hashlib.sha256(data).hexdigest()}",
+                functools.partial(_part, spool, place, len(data)),
+            )
+        )
     spool.flush()
     return Source(spec, samples, skipped)
 
@@ -187,7 +219,9 @@ def _rows(spec: str, table: Any, limit: int) -> Iterator[dict[str, Any]]:
         except StopIteration:
             return
         except Exception as error:  # of the network, of a reader
-            raise UserError(f"--data {spec} could not be streamed to its {limit} rows: {str(error).splitlines()[0]}; run the same command again") from None
+            raise UserError(
+                f"--data {spec} could not be streamed to its {limit} rows: {str(error).splitlines()[0]}; run the same command again"
+            ) from None
 
 
 def _part(spool: IO[bytes], place: int, size: int) -> bytes:

@@ -46,7 +46,13 @@ def unreadable(samples: Sequence[Sample]) -> list[Exception | None]:
             return error
         return None
 
-    bar = tqdm(desc="checking pictures", unit="image", total=len(samples), file=sys.stderr, disable=len(samples) < MANY)
+    bar = tqdm(
+        desc="checking pictures",
+        unit="image",
+        total=len(samples),
+        file=sys.stderr,
+        disable=len(samples) < MANY,
+    )
     with ThreadPoolExecutor() as pool, bar:
         found = []
         for error in pool.map(stopped, samples):
@@ -64,7 +70,9 @@ def square(image: Image.Image, crop: Crop) -> tuple[Tensor, tuple[float, ...]]:
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
     if width * height > MOST_PIXELS:
-        raise ImageError(f"a picture of {image.width} × {image.height} pixels is too narrow for squares of {resolution}")
+        raise ImageError(
+            f"a picture of {image.width} × {image.height} pixels is too narrow for squares of {resolution}"
+        )
     left, top, mirrored = _place(crop, width - resolution, height - resolution)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.LANCZOS)

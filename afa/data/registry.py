@@ -67,7 +67,9 @@ def _open(place: str, columns: Columns, limit: int | None) -> Source:
         return from_hub(place, columns, limit)
     if form is not None:
         raise UserError(f"--data {place}: there is no file {missing[0] if missing else place}")
-    raise UserError(f"--data {place} is {'of no known form' if path.exists() else 'not there'}; give {WANTED}")
+    raise UserError(
+        f"--data {place} is {'of no known form' if path.exists() else 'not there'}; give {WANTED}"
+    )
 
 
 def _from_directory(folder: Path, columns: Columns) -> Source:

@@ -36,20 +36,31 @@ CUT_OFF = "its shard is cut off"
 # What tarfile raises for headers that are none.
 TAR_ERRORS = (tarfile.TarError, ValueError, KeyError, OverflowError, EOFError, RecursionError, MemoryError)
 
-Member = tuple[str, int, int]  # name, where its bytes begin in the shard, how many there are; -1: it has none of its own
+Member = tuple[
+    str, int, int
+]  # name, where its bytes begin in the shard, how many there are; -1: it has none of its own
 
 
 def expand(pattern: str) -> list[Path]:
     """The shards a pattern with {000..012}, * or ? names, in order. Raises UserError for more than MOST_SHARDS."""
     ranges = [(low, high) for low, high in RANGE.findall(pattern)]
-    count = prod(max(0, int(high[-18:]) - int(low[-18:]) + 1) if len(high) < 18 else MOST_SHARDS + 1 for low, high in ranges)
+    count = prod(
+        max(0, int(high[-18:]) - int(low[-18:]) + 1) if len(high) < 18 else MOST_SHARDS + 1
+        for low, high in ranges
+    )
     if count > MOST_SHARDS:
-        raise UserError(f"{pattern[:200]} names {count:,} shards or more, and at most {MOST_SHARDS:,} are read; give a smaller range")
+        raise UserError(
+            f"{pattern[:200]} names {count:,} shards or more, and at most {MOST_SHARDS:,} are read; give a smaller range"
+        )
     found = RANGE.search(pattern)
     if found:
         low, high = found.groups()
         numbers = [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)]
-        return [path for number in numbers for path in expand(pattern[: found.start()] + number + pattern[found.end() :])]
+        return [
+            path
+            for number in numbers
+            for path in expand(pattern[: found.start()] + number + pattern[found.end() :])
+        ]
     path = Path(pattern)
     return sorted(path.parent.glob(path.name)) if set(path.name) & set("*?[") else [path]
 
@@ -64,7 +75,9 @@ def from_shards(origin: str, shards: Iterable[Path], columns: Columns) -> Source
     for shard in shards:
         mark = file_mark(shard)
         for key, members in groupby(_members(shard, skipped), key=lambda member: _key(member[0])):
-            parts = {name.rpartition("/")[2].partition(".")[2].lower(): (at, size) for name, at, size in members}
+            parts = {
+                name.rpartition("/")[2].partition(".")[2].lower(): (at, size) for name, at, size in members
+            }
             image = next((parts[kind] for kind in endings if kind in parts), None)
             name = f"{shard.name}:{key}"
             try:

@@ -66,13 +66,20 @@ class Skipped:
 
     def write(self, file: Path) -> None:
         """One line an image: why, and which. No file if nothing is left out."""
-        lines = [json.dumps({"reason": reason, "image": name}) for reason, names in self.names.items() for name in names]
+        lines = [
+            json.dumps({"reason": reason, "image": name})
+            for reason, names in self.names.items()
+            for name in names
+        ]
         if lines:
             write_atomically(file, "\n".join(lines) + "\n")
 
     def summary(self) -> str:
         """One clause a reason, empty if nothing is left out."""
-        return "; ".join(f"{len(names)} left out: {why} ({names[0]}{', …' if len(names) > 1 else ''})" for why, names in self.names.items())
+        return "; ".join(
+            f"{len(names)} left out: {why} ({names[0]}{', …' if len(names) > 1 else ''})"
+            for why, names in self.names.items()
+        )
 
 
 @dataclass
@@ -88,7 +95,9 @@ class Source:
 
     def summary(self) -> str:
         """One line: what there is, what was left out."""
-        return "; ".join(part for part in (f"{len(self.samples)} captioned images", self.skipped.summary()) if part)
+        return "; ".join(
+            part for part in (f"{len(self.samples)} captioned images", self.skipped.summary()) if part
+        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,9 @@ def _one(asked: str | None, usual: Sequence[str], known: list[str], kind: str, w
     found = next((name for name in ([asked] if asked else usual) if name in known), None)
     if found is None:
         lack = f"has no '{asked}'" if asked else f"has none of {', '.join(usual)}"
-        raise UserError(f"{what} {lack} for the {kind}, only {', '.join(known) or 'nothing'}; say which with --{kind}-column")
+        raise UserError(
+            f"{what} {lack} for the {kind}, only {', '.join(known) or 'nothing'}; say which with --{kind}-column"
+        )
     return found
 
 
@@ -225,7 +236,9 @@ def from_pairs(folder: Path, columns: Columns) -> Source | None:
     """
     groups: dict[str, dict[str, str]] = {}  # path without its ending -> ending -> path
     for name in _visible(folder):
-        groups.setdefault(str(PurePosixPath(name).with_suffix("")), {})[PurePosixPath(name).suffix[1:].lower()] = name
+        groups.setdefault(str(PurePosixPath(name).with_suffix("")), {})[
+            PurePosixPath(name).suffix[1:].lower()
+        ] = name
     captions = (*([columns.caption] if columns.caption else CAPTION_COLUMNS), "json")
     pictures = (columns.image,) if columns.image else IMAGE_ENDINGS
     samples: list[Sample] = []
@@ -234,8 +247,12 @@ def from_pairs(folder: Path, columns: Columns) -> Source | None:
         texts = [beside[ending] for ending in captions if ending in beside]
         images = [name for ending, name in beside.items() if ending in pictures]
         found = found or bool(texts and images)
-        if texts and not images:  # a caption alone is no image; one beside something else has an image of another kind
-            for name in (name for ending, name in beside.items() if ending not in (*captions, *CAPTION_COLUMNS)):
+        if (
+            texts and not images
+        ):  # a caption alone is no image; one beside something else has an image of another kind
+            for name in (
+                name for ending, name in beside.items() if ending not in (*captions, *CAPTION_COLUMNS)
+            ):
                 skipped.add(NO_IMAGE, name)
         for name in images:
             try:
@@ -246,7 +263,9 @@ def from_pairs(folder: Path, columns: Columns) -> Source | None:
     return Source(str(folder), samples, skipped) if found else None
 
 
-def _add(samples: list[Sample], skipped: Skipped, named: str, caption: str, folder: Path, columns: Columns) -> None:
+def _add(
+    samples: list[Sample], skipped: Skipped, named: str, caption: str, folder: Path, columns: Columns
+) -> None:
     """One more image, or why it is left out."""
     try:
         if not caption:

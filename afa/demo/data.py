@@ -14,7 +14,12 @@ from afa.errors import UserError
 from afa.evaluation.protocols import Protocol, Real, Request
 
 SCENES, STEPS, GUIDANCE = 160, 20, 3.0
-JUDGED, TRAINING, REAL, TUNING = 500_000, 600_000, 800_000, 810_000  # seeds; none occurs in the building of the world
+JUDGED, TRAINING, REAL, TUNING = (
+    500_000,
+    600_000,
+    800_000,
+    810_000,
+)  # seeds; none occurs in the building of the world
 REAL_SCENES, TRAINING_SCENES, TUNING_SCENES = 1_000, 512, 64
 
 
@@ -27,7 +32,10 @@ def protocol(request: Request) -> Protocol:
         request.sampling(STEPS, GUIDANCE),
         metrics=("attributes", "frechet"),
         scheduler=request.scheduler,
-        real=Real(json.dumps({"mixed scenes": REAL_SCENES, "seed": REAL}), lambda: render_all(sample_scenes("mixed", REAL_SCENES, REAL), REAL)),
+        real=Real(
+            json.dumps({"mixed scenes": REAL_SCENES, "seed": REAL}),
+            lambda: render_all(sample_scenes("mixed", REAL_SCENES, REAL), REAL),
+        ),
         tuning=[scene.caption for scene in sample_scenes("mixed", TUNING_SCENES, TUNING)],
         training=lambda folder: draw(folder, "mixed", TRAINING_SCENES, TRAINING + request.seed),
         reward="scenes",
@@ -47,7 +55,12 @@ def from_scenes(place: str) -> Source:
 
 
 def _sample(scene: Scene, index: int) -> Sample:
-    return Sample(f"scene {index}", scene.caption, f"scene {SEED} {index} {scene.caption}", functools.partial(_png, scene, index))
+    return Sample(
+        f"scene {index}",
+        scene.caption,
+        f"scene {SEED} {index} {scene.caption}",
+        functools.partial(_png, scene, index),
+    )
 
 
 def _png(scene: Scene, index: int) -> bytes:

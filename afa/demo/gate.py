@@ -25,11 +25,16 @@ UNSEEN = 900_000  # seeds of scenes no model was trained on
 
 def main() -> None:
     flags = argparse.ArgumentParser(prog="python -m afa.demo.gate", description=__doc__)
-    flags.add_argument("folder", type=Path, nargs="?", default=ASSETS, help="the world (default: the embedded one)")
+    flags.add_argument(
+        "folder", type=Path, nargs="?", default=ASSETS, help="the world (default: the embedded one)"
+    )
     flags.add_argument("--count", type=int, default=96, help="scenes per domain and expert (default: 96)")
     given = flags.parse_args()
     scorer = AttributeScorer.load(given.folder / "scorer.safetensors")
-    passed = [_scorer(scorer), *(_expert(name, given.folder, scorer, given.count) for name in ("base", *EXPERTS))]
+    passed = [
+        _scorer(scorer),
+        *(_expert(name, given.folder, scorer, given.count) for name in ("base", *EXPERTS)),
+    ]
     print("the world passes" if all(passed) else "the world does NOT pass")
     sys.exit(0 if all(passed) else 1)
 
@@ -42,7 +47,13 @@ def _scorer(scorer: AttributeScorer, count: int = 1000) -> bool:
     captions = [scene.caption for scene in scenes]
     clean = np.stack(list(render_all(scenes, UNSEEN)))
     pixels = torch.from_numpy(clean).permute(0, 3, 1, 2).float() / 127.5 - 1
-    spoilt = ((degrade(pixels, torch.Generator().manual_seed(0)) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    spoilt = (
+        ((degrade(pixels, torch.Generator().manual_seed(0)) + 1) * 127.5)
+        .round()
+        .byte()
+        .permute(0, 2, 3, 1)
+        .numpy()
+    )
     passed = True
     for name, images, least in (("clean", clean, CLEAN_LEAST), ("degraded", spoilt, DEGRADED_LEAST)):
         accuracy = estimate(scorer.score(images, captions)["attributes"])
@@ -56,11 +67,16 @@ def _expert(name: str, folder: Path, scorer: AttributeScorer, count: int) -> boo
     scores = {domain: domain_scores(folder / name, domain, scorer, count) for domain in domains}
     own, mixed = (estimate(values) for values in scores.values())
     if name == "base":
-        return _say("base on all domains", own, True, "shown only") and _say("base on mixed", mixed, True, "shown only")
+        return _say("base on all domains", own, True, "shown only") and _say(
+            "base on mixed", mixed, True, "shown only"
+        )
     gap = _gap(*scores.values())
     good = _say(f"{name} on {name}", own, own.value >= OWN_LEAST, f"at least {OWN_LEAST:.2f}")
     _say(f"{name} on mixed", mixed, True, "shown only")
-    return _say(f"{name}: own minus mixed", gap, gap.low >= GAP_LEAST, f"interval above {GAP_LEAST:.2f}") and good
+    return (
+        _say(f"{name}: own minus mixed", gap, gap.low >= GAP_LEAST, f"interval above {GAP_LEAST:.2f}")
+        and good
+    )
 
 
 def domain_scores(expert: Path, domain: str, scorer: AttributeScorer, count: int) -> NDArray[np.float64]:

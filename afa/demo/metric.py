@@ -45,7 +45,9 @@ class Attributes(ImageMetric):
         try:
             return _scorer().score(images, [picture.caption for picture in pictures])
         except ValueError as error:
-            raise UserError(f"metric 'attributes' judges scenes of the embedded world only: {error}") from None
+            raise UserError(
+                f"metric 'attributes' judges scenes of the embedded world only: {error}"
+            ) from None
 
 
 class Frechet(FrechetDistance):
@@ -76,7 +78,9 @@ def frechet(resources: Resources) -> SetMetric:
 
 def _refuse_weights(name: str, resources: Resources) -> None:
     if resources.weights is not None:
-        raise UserError(f"metric '{name}' brings its own weights; leave out --metric-weights {name}={resources.weights}")
+        raise UserError(
+            f"metric '{name}' brings its own weights; leave out --metric-weights {name}={resources.weights}"
+        )
 
 
 ASKED = 6  # attributes of a caption
@@ -87,9 +91,19 @@ def network() -> nn.Sequential:
     """images (B, 3, 64, 64) in [-1, 1] -> logits of all CLASSES, one after another."""
     layers: list[nn.Module] = []
     for before, after in ((3, 24), (24, 48), (48, 72), (72, 96)):
-        layers += [nn.Conv2d(before, after, 5 if before == 3 else 3, padding="same"), nn.GELU(), nn.AvgPool2d(2)]
+        layers += [
+            nn.Conv2d(before, after, 5 if before == 3 else 3, padding="same"),
+            nn.GELU(),
+            nn.AvgPool2d(2),
+        ]
         layers += [nn.GroupNorm(1, after)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 4 * 4, 160), nn.GELU(), nn.Linear(160, sum(map(len, CLASSES.values()))))
+    return nn.Sequential(
+        *layers,
+        nn.Flatten(),
+        nn.Linear(96 * 4 * 4, 160),
+        nn.GELU(),
+        nn.Linear(160, sum(map(len, CLASSES.values()))),
+    )
 
 
 class SceneReward:
@@ -104,8 +118,13 @@ class SceneReward:
             truth = labels([parse(caption) for caption in captions]).to(images.device)
         except ValueError as error:
             raise UserError(f"reward 'scenes' judges scenes of the embedded world only: {error}") from None
-        found = [answer.log_softmax(1).gather(1, truth[:, k : k + 1])[:, 0] for k, answer in enumerate(answers(self.net(images)))]
-        asked = torch.cat([truth[:, :8] > 0, torch.ones_like(truth[:, 8:], dtype=torch.bool)], 1)  # two shapes, two colours, texture, ground
+        found = [
+            answer.log_softmax(1).gather(1, truth[:, k : k + 1])[:, 0]
+            for k, answer in enumerate(answers(self.net(images)))
+        ]
+        asked = torch.cat(
+            [truth[:, :8] > 0, torch.ones_like(truth[:, 8:], dtype=torch.bool)], 1
+        )  # two shapes, two colours, texture, ground
         return (torch.stack(found, 1).clamp(min=FLOOR) * asked).sum(1) / ASKED
 
 

@@ -36,7 +36,10 @@ def methods(settings: DemoSettings) -> dict[str, Callable[[], Ensemble]]:
     output = Path(settings.output)
     sources = [str(path) for path in EXPERTS.values()]
     return {
-        **{name: lambda source=str(path): Ensemble.from_experts([source], aggregator="mean") for name, path in EXPERTS.items()},
+        **{
+            name: lambda source=str(path): Ensemble.from_experts([source], aggregator="mean")
+            for name, path in EXPERTS.items()
+        },
         "weight average": lambda: weight_average(sources),
         "untrained mean": lambda: Ensemble.from_experts(sources, aggregator="mean"),
         "prediction router": lambda: _trained(settings, sources, output / "router", "out"),
@@ -109,7 +112,9 @@ class Outcome:
     @property
     def best_single(self) -> Row:
         """The expert with the highest attribute accuracy on these very scenes: the hardest opponent among them."""
-        return max((row for row in self.rows if row.name in EXPERTS), key=lambda row: row.scores["attributes"].mean())
+        return max(
+            (row for row in self.rows if row.name in EXPERTS), key=lambda row: row.scores["attributes"].mean()
+        )
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
@@ -123,14 +128,18 @@ def demonstrate(settings: DemoSettings) -> Outcome:
     """Do everything that is not done yet in settings.output. Raises UserError if it holds something else."""
     for place in (*EXPERTS.values(), BASE):
         if not (place / "model_index.json").is_file():
-            raise UserError(f"the embedded world is not complete: {place} is missing; make it with: python -m afa.demo.build")
+            raise UserError(
+                f"the embedded world is not complete: {place} is missing; make it with: python -m afa.demo.build"
+            )
     with locked(Path(settings.output)):
         return _demonstrate(settings, Path(settings.output))
 
 
 def _demonstrate(settings: DemoSettings, output: Path) -> Outcome:
     asked = {name: value for name, value in asdict(settings).items() if name not in ("output", "json")}
-    claim(output, asked, "the demonstration", fingerprint([str(place) for place in EXPERTS.values()], base=BASE))
+    claim(
+        output, asked, "the demonstration", fingerprint([str(place) for place in EXPERTS.values()], base=BASE)
+    )
     draw(output / "data", "mixed", settings.train_images, TRAINING_SCENES + settings.seed)
     captions = [scene.caption for scene in sample_scenes("mixed", settings.prompts, TEST_SCENES)]
     scorer = AttributeScorer.load(SCORER)
@@ -190,5 +199,11 @@ def weight_pictures(settings: DemoSettings, captions: list[str]) -> list[NDArray
     with record_weights(ensemble.denoiser) as maps:
         images = sample(pipeline, requests(captions, settings)[:MAPPED], sampling(settings))
     passes = conditional(maps, len(images))
-    own = [[{name: weights[index] for name, weights in one.items()} for one in passes] for index in range(len(images))]
-    return [np.asarray(picture(image, maps_of, maps.experts, maps.timesteps)) for image, maps_of in zip(images, own, strict=True)]
+    own = [
+        [{name: weights[index] for name, weights in one.items()} for one in passes]
+        for index in range(len(images))
+    ]
+    return [
+        np.asarray(picture(image, maps_of, maps.experts, maps.timesteps))
+        for image, maps_of in zip(images, own, strict=True)
+    ]

@@ -38,11 +38,15 @@ SHAPES: dict[str, Callable[[Array, Array], NDArray[np.bool_]]] = {
     "circle": lambda x, y: np.hypot(x, y) < 0.88,
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.68) < 0.27,
     "moon": lambda x, y: (np.hypot(x, y) < 0.95) & (np.hypot(x - 0.5, y + 0.15) > 0.72),
-    "heart": lambda x, y: (1.2 * x**2 + (0.1 - 1.15 * y) ** 2 - 0.8) ** 3 < 1.2 * x**2 * (0.1 - 1.15 * y) ** 3,
+    "heart": lambda x, y: (
+        (1.2 * x**2 + (0.1 - 1.15 * y) ** 2 - 0.8) ** 3 < 1.2 * x**2 * (0.1 - 1.15 * y) ** 3
+    ),
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) < 0.75,
     "triangle": lambda x, y: (y < 0.7) & (np.abs(x) * 1.7 - y < 0.95),
     "star": _star,
-    "cross": lambda x, y: (np.minimum(np.abs(x), np.abs(y)) < 0.3) & (np.maximum(np.abs(x), np.abs(y)) < 0.92),
+    "cross": lambda x, y: (
+        (np.minimum(np.abs(x), np.abs(y)) < 0.3) & (np.maximum(np.abs(x), np.abs(y)) < 0.92)
+    ),
     "diamond": lambda x, y: np.abs(x) * 1.45 + np.abs(y) < 1.02,
 }
 
@@ -73,7 +77,9 @@ TEXTURES: dict[str, Callable[[Array, Array], Array]] = {
     "wavy": lambda x, y: _soft(np.sin(2 * np.pi * (y + 3.2 * np.sin(2 * np.pi * x / 22)) / 12)),
 }
 
-RELATIONS: dict[str, tuple[str, str]] = {  # words of the caption -> place of the first and of the second object
+RELATIONS: dict[
+    str, tuple[str, str]
+] = {  # words of the caption -> place of the first and of the second object
     "left of": ("left", "right"),
     "right of": ("right", "left"),
     "above": ("top", "bottom"),
@@ -107,7 +113,9 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        first, second = (f"{_article(thing.colour)} {thing.colour} {thing.shape}" for thing in (self.first, self.second))
+        first, second = (
+            f"{_article(thing.colour)} {thing.colour} {thing.shape}" for thing in (self.first, self.second)
+        )
         return f"{first} {self.relation} {second} on a {self.texture} {self.ground} background"
 
     @property
@@ -144,7 +152,9 @@ ANGLES = ("triangle", "star", "cross", "diamond")
 DOMAINS: dict[str, Domain] = {
     "curves": Domain((*CURVES, "square"), (*CURVES, "square"), ("plain", "striped")),
     "angles": Domain((*ANGLES, "square"), (*ANGLES, "square"), ("plain", "striped")),
-    "patterns": Domain(("circle", "square", "triangle"), ("circle", "square", "triangle"), ("checked", "dotted", "wavy")),
+    "patterns": Domain(
+        ("circle", "square", "triangle"), ("circle", "square", "triangle"), ("checked", "dotted", "wavy")
+    ),
 }
 # A curve and an angle on a pattern: only circle with triangle, one scene in sixteen, lies in a single domain (patterns).
 MIXED = Domain(CURVES, ANGLES, ("checked", "dotted", "wavy"))
@@ -152,13 +162,17 @@ MIXED = Domain(CURVES, ANGLES, ("checked", "dotted", "wavy"))
 
 def parse(caption: str) -> Scene:
     """The scene a caption describes; ValueError when the words are not of this world."""
-    words = re.fullmatch(r"an? (\w+) (\w+) (\w+(?: of)?) an? (\w+) (\w+) on a (\w+) (\w+) background", caption.strip())
+    words = re.fullmatch(
+        r"an? (\w+) (\w+) (\w+(?: of)?) an? (\w+) (\w+) on a (\w+) (\w+) background", caption.strip()
+    )
     if words:
         colour, shape, relation, other_colour, other_shape, texture, ground = words.groups()
         known = {colour, other_colour} <= COLOURS.keys() and {shape, other_shape} <= SHAPES.keys()
         if known and relation in RELATIONS and texture in TEXTURES and ground in GROUNDS:
             return Scene(Thing(shape, colour), Thing(other_shape, other_colour), relation, texture, ground)
-    raise ValueError(f"'{caption}' is not a caption of the demo world, such as '{sample_scenes('mixed', 1, 0)[0].caption}'")
+    raise ValueError(
+        f"'{caption}' is not a caption of the demo world, such as '{sample_scenes('mixed', 1, 0)[0].caption}'"
+    )
 
 
 def sample_scenes(domain: str, count: int, seed: int) -> list[Scene]:
@@ -214,7 +228,9 @@ def _draw(image: Array, thing: Thing, place: str, rng: np.random.Generator) -> N
     x, y = np.meshgrid(u * np.cos(angle), v * np.cos(angle))
     x, y = x + v[:, None] * np.sin(angle), y - u * np.sin(angle)
     inside = SHAPES[thing.shape](x, y)
-    cover = inside.reshape(bottom - top, SUPERSAMPLING, right - left, SUPERSAMPLING).mean((1, 3), dtype=np.float32)
+    cover = inside.reshape(bottom - top, SUPERSAMPLING, right - left, SUPERSAMPLING).mean(
+        (1, 3), dtype=np.float32
+    )
     colour = np.asarray(COLOURS[thing.colour], np.float32) + rng.uniform(-10, 10, 3)
     patch = image[top:bottom, left:right]
     patch += cover[..., None] * (colour - patch)

@@ -79,7 +79,10 @@ class AttributeScorer:
             "ground": right[:, 9],
         }
         share = (2 * parts["shapes"] + 2 * parts["colours"] + parts["texture"] + parts["ground"]) / 6
-        return {name: value.numpy() for name, value in {"attributes": share, **parts, "all": (share > 0.999).double()}.items()}
+        return {
+            name: value.numpy()
+            for name, value in {"attributes": share, **parts, "all": (share > 0.999).double()}.items()
+        }
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Penultimate features (n, 128), for a Fréchet distance between sets of pictures."""

@@ -9,8 +9,12 @@ from afa.settings import GUIDANCE, SAMPLING_STEPS, SEED, CheckedOptions, option
 class DemoSettings(CheckedOptions):
     """One demonstration, field by field a flag of `afa demo`."""
 
-    output: str = option("demo", help="a folder for report.html and everything it rests on; what is finished there is kept")
-    prompts: int = option(80, least=2, most=10**6, help="mixed scenes that every method draws, each from the same noise")
+    output: str = option(
+        "demo", help="a folder for report.html and everything it rests on; what is finished there is kept"
+    )
+    prompts: int = option(
+        80, least=2, most=10**6, help="mixed scenes that every method draws, each from the same noise"
+    )
     train_images: int = option(512, least=5, most=10**6, help="mixed scenes the aggregators are trained on")
     train_steps: int = option(250, least=1, most=10**9, help="training steps of AFA and of the router")
     steps: int = option(20, **SAMPLING_STEPS, help="denoising steps")

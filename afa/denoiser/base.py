@@ -50,9 +50,14 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         conversions: Sequence[Conversion | None] = (),
     ) -> None:
         super().__init__()
-        self.names = tuple(check_name(name, "an expert") for name in names or [f"expert_{index}" for index in range(len(experts))])
+        self.names = tuple(
+            check_name(name, "an expert")
+            for name in names or [f"expert_{index}" for index in range(len(experts))]
+        )
         if not experts or len(self.names) != len(experts) or len(set(self.names)) != len(experts):
-            raise ValueError(f"{len(experts)} experts with names {list(self.names)}; give at least one, and each its own name")
+            raise ValueError(
+                f"{len(experts)} experts with names {list(self.names)}; give at least one, and each its own name"
+            )
         first: Any = experts[0]
         self.register_to_config(**first.config)
         self.gradient_checkpointing = False
@@ -65,7 +70,9 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         self.conversions = tuple(conversions) or (None,) * len(experts)
         self._check_conversions()
         if self.recipe.text_stream == "fused" and not self.call.streams:
-            raise ValueError(f"text_stream fused is for blocks that change text tokens, and those of family {self.family} only read them; leave it out")
+            raise ValueError(
+                f"text_stream fused is for blocks that change text tokens, and those of family {self.family} only read them; leave it out"
+            )
         self._maps: WeightMaps | None = None
         self._watch: Observer | None = None
         self._adjust: Adjuster | None = None
@@ -93,14 +100,18 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         device = next(self.experts[0].parameters()).device
         with device:
             return {
-                stage.name: self.recipe.make(stage, side, len(self.experts), *widths, last=stage is self.stages[-1])
+                stage.name: self.recipe.make(
+                    stage, side, len(self.experts), *widths, last=stage is self.stages[-1]
+                )
                 for stage in self.stages
                 if stage.name in chosen
             }
 
     def _check_conversions(self) -> None:
         """Raises ValueError where predictions would have to be converted that are not, or not only, latents."""
-        converted = [name for name, found in zip(self.names, self.conversions, strict=True) if found is not None]
+        converted = [
+            name for name, found in zip(self.names, self.conversions, strict=True) if found is not None
+        ]
         if not converted:
             return
         if self.fused != [self.stages[-1].name]:
@@ -109,7 +120,10 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
                 f" only predictions can be combined: placement out, not {','.join(self.fused)}"
             )
         last = self.stages[-1]
-        taken, answered = self.call.latent_channels(self.config), last.channels // 4**last.level  # of a map, patches unfolded
+        taken, answered = (
+            self.call.latent_channels(self.config),
+            last.channels // 4**last.level,
+        )  # of a map, patches unfolded
         if taken != answered:
             raise ValueError(
                 f"the predictions of {', '.join(converted)} are of another kind than the frame's, and those of models with"
@@ -127,7 +141,9 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         """Widths of the time embedding and of the text that aggregators see."""
         raise NotImplementedError
 
-    def narrow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def narrow(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A forward pre-hook for a ControlNet: hand it the first expert's part of joined text. Here: the text that all share."""
         return args, kwargs
 
@@ -176,12 +192,16 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         own, times = found.given(noisy, self.times(timestep, noisy))
         return own, self.call.told(times.float())
 
-    def _answers(self, chosen: Sequence[int], timestep: Tensor | float | int, noisy: Callable[[], Tensor] | None) -> list[Answer]:
+    def _answers(
+        self, chosen: Sequence[int], timestep: Tensor | float | int, noisy: Callable[[], Tensor] | None
+    ) -> list[Answer]:
         """What becomes of the prediction of every expert that is run; none if they are of one kind."""
         if all(self.conversions[index] is None for index in chosen):
             return []
         if noisy is None:
-            raise NotImplementedError(f"predictions of family {self.family} are not converted; take experts of one kind")
+            raise NotImplementedError(
+                f"predictions of family {self.family} are not converted; take experts of one kind"
+            )
         latents = noisy()
         times = self.times(timestep, latents)
         return [_answer(self.conversions[index], latents, times) for index in chosen]
@@ -221,13 +241,17 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         self.experts.eval()  # what was added to one, such as a LoRA, too
         return self
 
-    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
+    def enable_gradient_checkpointing(
+        self, gradient_checkpointing_func: Callable[..., Any] | None = None
+    ) -> None:
         """Recompute each stage in the backward pass: memory of one stage, for one more forward.
 
         A function of the caller's own is refused: stages pass more than tensors.
         """
         if gradient_checkpointing_func is not None:
-            raise NotImplementedError("an ensemble checkpoints its stages itself; call enable_gradient_checkpointing() without a function")
+            raise NotImplementedError(
+                "an ensemble checkpoints its stages itself; call enable_gradient_checkpointing() without a function"
+            )
         self.gradient_checkpointing = True  # not the experts' own switches: that would recompute twice
 
     def disable_gradient_checkpointing(self) -> None:
@@ -236,16 +260,24 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the inherited one would copy every expert."""
-        raise NotImplementedError("an ensemble is saved with Ensemble.save(folder), which refers to its experts instead of copying them")
+        raise NotImplementedError(
+            "an ensemble is saved with Ensemble.save(folder), which refers to its experts instead of copying them"
+        )
 
     def enable_freeu(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("FreeU is not supported on an ensemble: it rewrites features between stages")
+        raise NotImplementedError(
+            "FreeU is not supported on an ensemble: it rewrites features between stages"
+        )
 
     def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("IP-Adapter is not supported on an ensemble: its projections belong to one model's attention")
+        raise NotImplementedError(
+            "IP-Adapter is not supported on an ensemble: its projections belong to one model's attention"
+        )
 
     def enable_cache(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("caches between steps (FirstBlockCache and others) are not supported on an ensemble: its blocks run by stages")
+        raise NotImplementedError(
+            "caches between steps (FirstBlockCache and others) are not supported on an ensemble: its blocks run by stages"
+        )
 
     def lora_models(self) -> Sequence[Any]:
         """The experts, each of which gets the LoRAs that are loaded."""
@@ -253,10 +285,16 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
 
 
 def _answer(conversion: Conversion | None, noisy: Tensor, times: Tensor) -> Answer:
-    return (lambda prediction: prediction) if conversion is None else lambda prediction: conversion.answer(prediction, noisy, times)
+    return (
+        (lambda prediction: prediction)
+        if conversion is None
+        else lambda prediction: conversion.answer(prediction, noisy, times)
+    )
 
 
-def _columns(stages: Callable[[nn.Module], tuple[Stage, ...]], experts: Sequence[nn.Module], names: Sequence[str]) -> list[Column]:
+def _columns(
+    stages: Callable[[nn.Module], tuple[Stage, ...]], experts: Sequence[nn.Module], names: Sequence[str]
+) -> list[Column]:
     """Stage k of every expert, for all k. Raises ValueError at the first stage where two experts differ."""
     walked = [stages(expert) for expert in experts]
     for name, other in zip(names[1:], walked[1:], strict=True):
@@ -287,14 +325,24 @@ def split_joined(states: Tensor, widths: Sequence[int], experts: int, what: str)
     if states.shape[-1] == single:
         return [states] * experts
     if states.shape[-1] != experts * single:
-        raise ValueError(f"{what} is {states.shape[-1]} wide; expected {single} (for all experts) or {experts * single} (for {experts} experts)")
-    per_encoder = [part.chunk(experts, dim=-1) for part in states.split([experts * width for width in widths], dim=-1)]
-    return [parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1) for parts in zip(*per_encoder, strict=True)]
+        raise ValueError(
+            f"{what} is {states.shape[-1]} wide; expected {single} (for all experts) or {experts * single} (for {experts} experts)"
+        )
+    per_encoder = [
+        part.chunk(experts, dim=-1) for part in states.split([experts * width for width in widths], dim=-1)
+    ]
+    return [
+        parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1) for parts in zip(*per_encoder, strict=True)
+    ]
 
 
 def first_parts(kwargs: Mapping[str, Any], widths: Mapping[str, int], experts: int) -> dict[str, Any]:
     """A call with the first expert's part of joined states, as far as they are there. widths: of one expert's, by argument."""
-    own = {name: split_joined(kwargs[name], (width,), experts, name)[0] for name, width in widths.items() if kwargs.get(name) is not None}
+    own = {
+        name: split_joined(kwargs[name], (width,), experts, name)[0]
+        for name, width in widths.items()
+        if kwargs.get(name) is not None
+    }
     return {**kwargs, **own}
 
 
@@ -304,7 +352,9 @@ def attention_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any]
         return None, 1.0
     for name, what in REFUSED.items():
         if name in options:
-            raise NotImplementedError(f"{what} (attention option '{name}') is not supported by an ensemble; leave it out")
+            raise NotImplementedError(
+                f"{what} (attention option '{name}') is not supported by an ensemble; leave it out"
+            )
     rest = dict(options)
     scale = rest.pop("scale", 1.0)
     return rest, scale

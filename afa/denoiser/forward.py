@@ -17,7 +17,9 @@ from afa.stages.stage import Stage, Trace
 Column = tuple[Stage, ...]  # the same stage of every expert
 Answer = Callable[[Tensor], Tensor]  # an expert's prediction as all understand it
 Observer = Callable[[str, Tensor], None]  # told the name of a fused stage and its weights (B, N, H, W)
-Adjuster = Callable[[str, Tensor], Tensor]  # told the name of a fused stage and its weights (R, N, H, W), answers what to use instead
+Adjuster = Callable[
+    [str, Tensor], Tensor
+]  # told the name of a fused stage and its weights (R, N, H, W), answers what to use instead
 
 
 @dataclass
@@ -69,9 +71,24 @@ def walk(
             aggregator = aggregators[stage.name] if stage.name in aggregators else None
             final = answers if stage.name == last else ()
             change = None if adjust is None else functools.partial(adjust, stage.name)
-            step = (column, aggregator, features, traces, skip, size, temb, text, kept, blend_streams, final, change)
+            step = (
+                column,
+                aggregator,
+                features,
+                traces,
+                skip,
+                size,
+                temb,
+                text,
+                kept,
+                blend_streams,
+                final,
+                change,
+            )
             if checkpoint and torch.is_grad_enabled():
-                features, traces, weights = torch.utils.checkpoint.checkpoint(_step, *step, use_reentrant=False)
+                features, traces, weights = torch.utils.checkpoint.checkpoint(
+                    _step, *step, use_reentrant=False
+                )
             else:
                 features, traces, weights = _step(*step)
             if observe is not None and weights is not None:
@@ -97,7 +114,10 @@ def _step(
     adjust: Adjust | None,
 ) -> tuple[list[Tensor], list[Trace], Tensor | None]:
     """One stage of all experts: -> what each carries on (the same tensor N times where one blend serves all), traces, weights."""
-    ran = [stage.run(x, trace, s, size) for stage, x, trace, s in zip(column, features, traces, skip, strict=True)]
+    ran = [
+        stage.run(x, trace, s, size)
+        for stage, x, trace, s in zip(column, features, traces, skip, strict=True)
+    ]
     outputs, after = [output for output, _ in ran], [trace for _, trace in ran]
     if answers:
         outputs = [answer(output) for answer, output in zip(answers, outputs, strict=True)]
@@ -111,7 +131,9 @@ def _step(
 
 def _with_one_stream(traces: Sequence[Trace], weights: Tensor) -> list[Trace]:
     """Everyone's text tokens blended by what each expert weighs in the whole image: weights (B, N, H, W)."""
-    streams = torch.stack([trace.stream for trace in traces if trace.stream is not None], dim=1)  # (B, N, T, D)
+    streams = torch.stack(
+        [trace.stream for trace in traces if trace.stream is not None], dim=1
+    )  # (B, N, T, D)
     shares = weights.mean((2, 3)).to(streams.dtype)  # (B, N)
     stream = torch.einsum("bntd,bn->btd", streams, shares)
     return [dataclasses.replace(trace, stream=stream) for trace in traces]

@@ -55,7 +55,9 @@ def record_weights(denoiser: "EnsembleDenoiser") -> Iterator[WeightMaps]:
     Yields WeightMaps, which fill up pass by pass. Raises RuntimeError if they are recorded already.
     """
     if denoiser._maps is not None:
-        raise RuntimeError("weights of this denoiser are being recorded already; close the outer record_weights first")
+        raise RuntimeError(
+            "weights of this denoiser are being recorded already; close the outer record_weights first"
+        )
     maps = denoiser._maps = WeightMaps(denoiser.names)
     try:
         yield maps
@@ -115,7 +117,9 @@ def scale_weights(denoiser: "EnsembleDenoiser", strengths: Mapping[str, float]) 
         changed = weights * factors
         total = changed.sum(1, keepdim=True)
         # where only experts that are off weigh anything, the others share alike
-        return torch.where(total > 0, changed / total.clamp_min(torch.finfo(total.dtype).tiny), factors / factors.sum())
+        return torch.where(
+            total > 0, changed / total.clamp_min(torch.finfo(total.dtype).tiny), factors / factors.sum()
+        )
 
     with adjust_weights(denoiser, scaled):
         yield
@@ -133,10 +137,16 @@ def hide_tokens(denoiser: "EnsembleDenoiser", tokens: Collection[int]) -> Iterat
 
     def hidden(aggregator: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         features, temb, text, kept, *rest = args  # as walk calls it
-        seen = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if kept is None else kept.bool().clone()
+        seen = (
+            torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+            if kept is None
+            else kept.bool().clone()
+        )
         seen[:, list(tokens)] = False
         if not seen.any(1).all():
-            raise ValueError(f"all {seen.shape[1]} tokens are hidden; leave aggregators at least one to look at")
+            raise ValueError(
+                f"all {seen.shape[1]} tokens are hidden; leave aggregators at least one to look at"
+            )
         return features, temb, text, seen, *rest
 
     with ExitStack() as stack:
@@ -152,9 +162,13 @@ def check_strengths(names: tuple[str, ...], strengths: Mapping[str, float]) -> N
             raise ValueError(unknown(name, names, "expert"))
         check_number(strength, f"the strength of expert '{name}' is", **WEIGHT)
         if 0 < strength < FAINTEST:
-            raise UserError(f"the strength of expert '{name}' is {strength:g}, too small for float32; the least above 0 is {FAINTEST:g}")
+            raise UserError(
+                f"the strength of expert '{name}' is {strength:g}, too small for float32; the least above 0 is {FAINTEST:g}"
+            )
     if all(strengths.get(name) == 0 for name in names):
-        raise ValueError(f"all experts ({', '.join(names)}) are turned off; give at least one a strength above 0")
+        raise ValueError(
+            f"all experts ({', '.join(names)}) are turned off; give at least one a strength above 0"
+        )
 
 
 @contextmanager

@@ -88,12 +88,20 @@ OWN = "own_"  # begins the names of LoRAs that are part of an expert
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers of a model that have LoRAs beside their weight, by name; peft's."""
-    return ((name, layer) for name, layer in model.named_modules() if hasattr(layer, "merged_adapters") and hasattr(layer, "base_layer"))
+    return (
+        (name, layer)
+        for name, layer in model.named_modules()
+        if hasattr(layer, "merged_adapters") and hasattr(layer, "base_layer")
+    )
 
 
 def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     """The parameters of one LoRA in a model."""
-    return [parameter for path, parameter in model.named_parameters() if "lora_" in path and name in path.split(".")]
+    return [
+        parameter
+        for path, parameter in model.named_parameters()
+        if "lora_" in path and name in path.split(".")
+    ]
 
 
 def loaded(model: Any) -> list[str]:
@@ -126,7 +134,9 @@ class LoraHost:
     def free_name(self) -> str:
         """A name for a LoRA that was given none."""
         taken = {name for model in self.lora_models() for name in loaded(model)}
-        return next(name for name in (f"default_{count}" for count in range(len(taken) + 1)) if name not in taken)
+        return next(
+            name for name in (f"default_{count}" for count in range(len(taken) + 1)) if name not in taken
+        )
 
     def set_adapters(self, adapter_names: str | Sequence[str], weights: Any = None) -> None:
         """Switch on these LoRAs, and no others, wherever they are loaded; pipelines ask every component, and check the names."""
@@ -160,7 +170,9 @@ class LoraHost:
                 set_adapter_layers(model, enabled=enabled)
                 model.requires_grad_(False)
 
-    def fuse_lora(self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+    def fuse_lora(
+        self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> None:
         """Add LoRAs (those that are on, or by name) into the weights. What experts shared until then, each has for itself afterwards.
 
         Pipelines ask every component, whether it has a LoRA of that name or not. Raises NotImplementedError for weights that are
@@ -173,7 +185,11 @@ class LoraHost:
         owners = Counter(id(parameter) for model in models for parameter in model.parameters())
         for model in models:
             for name, layer in tuner_layers(model):
-                chosen = [one for one in adapter_names or layer.active_adapters if one in layer.scaling and one in loaded(model)]
+                chosen = [
+                    one
+                    for one in adapter_names or layer.active_adapters
+                    if one in layer.scaling and one in loaded(model)
+                ]
                 if chosen:
                     weight = id(layer.base_layer._parameters["weight"])
                     if owners[weight] > 1:
@@ -197,7 +213,11 @@ class DenoiserLoras(LoraHost):
         raise NotImplementedError
 
     def load_lora_adapter(
-        self, pretrained_model_name_or_path_or_dict: Any, prefix: str = "transformer", adapter_name: str | None = None, **options: Any
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        prefix: str = "transformer",
+        adapter_name: str | None = None,
+        **options: Any,
     ) -> None:
         """Load a LoRA beside the weights of every expert; all of it, or nothing and a ValueError.
 
@@ -206,17 +226,32 @@ class DenoiserLoras(LoraHost):
         """
         given = pretrained_model_name_or_path_or_dict
         if not isinstance(given, dict):
-            raise NotImplementedError("a LoRA's file is loaded with ensemble.load_lora(…), or by a pipeline of ensemble.pipeline()")
+            raise NotImplementedError(
+                "a LoRA's file is loaded with ensemble.load_lora(…), or by a pipeline of ensemble.pipeline()"
+            )
         if any(key.startswith("text_encoder") for key in given):
-            raise NotImplementedError("this LoRA is for text encoders, too; load it with ensemble.load_lora(…), or by a pipeline of ensemble.pipeline()")
+            raise NotImplementedError(
+                "this LoRA is for text encoders, too; load it with ensemble.load_lora(…), or by a pipeline of ensemble.pipeline()"
+            )
         name = adapter_name or self.free_name()
         if name.startswith(OWN):
-            raise ValueError(f"adapter_name '{name}' begins with '{OWN}', as the names of experts' own LoRAs do; choose another")
-        alphas = {key: torch.tensor(alpha) for key, alpha in (options.pop("network_alphas", None) or {}).items()}
+            raise ValueError(
+                f"adapter_name '{name}' begins with '{OWN}', as the names of experts' own LoRAs do; choose another"
+            )
+        alphas = {
+            key: torch.tensor(alpha) for key, alpha in (options.pop("network_alphas", None) or {}).items()
+        }
         config, part = options.pop("metadata", None), prefix or "denoiser"
         try:
             for model in self.lora_models():
-                states = lora_states({**given, **_attention(alphas)}, {part: model}, "the LoRA", "the experts", self._original_layers, config)
+                states = lora_states(
+                    {**given, **_attention(alphas)},
+                    {part: model},
+                    "the LoRA",
+                    "the experts",
+                    self._original_layers,
+                    config,
+                )
                 model.load_lora_adapter(states[part], prefix=None, adapter_name=name, **options)
                 settle(model, name)
         except BaseException:
@@ -226,7 +261,9 @@ class DenoiserLoras(LoraHost):
 
 def _attention(alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Alphas as diffusers hands them over, by their layers' names; its names of attention layers have the factor's, too."""
-    return {re.sub(r"(_lora\.(down|up)\.weight)?\.alpha$", ".alpha", key): alpha for key, alpha in alphas.items()}
+    return {
+        re.sub(r"(_lora\.(down|up)\.weight)?\.alpha$", ".alpha", key): alpha for key, alpha in alphas.items()
+    }
 
 
 def activate(model: Any, names: Sequence[str], weights: Any = None) -> None:
@@ -236,7 +273,9 @@ def activate(model: Any, names: Sequence[str], weights: Any = None) -> None:
         model.set_adapters(list(names), weights)
     else:
         several = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
-        set_weights_and_activate_adapters(model, list(names), [1.0 if weight is None else weight for weight in several])
+        set_weights_and_activate_adapters(
+            model, list(names), [1.0 if weight is None else weight for weight in several]
+        )
     model.requires_grad_(False)  # peft makes what is on trainable
 
 
@@ -252,7 +291,9 @@ def check_weights(weights: Any) -> None:
 def _check_fusible(model: nn.Module) -> None:
     """Raises NotImplementedError where weights are no parameters."""
     if any(hasattr(module, "kept") for module in model.modules()):
-        raise NotImplementedError("a LoRA cannot be fused into weights that are stored in 8 bits or on the CPU; leave it beside them")
+        raise NotImplementedError(
+            "a LoRA cannot be fused into weights that are stored in 8 bits or on the CPU; leave it beside them"
+        )
 
 
 def _tidy(model: Any) -> None:
@@ -315,7 +356,11 @@ class OwnLayer:
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Own ones always with the others: a layer that is merged computes with its weight alone."""
-        names = None if adapter_names is None else [*self.own, *(name for name in adapter_names if name not in self.own)]
+        names = (
+            None
+            if adapter_names is None
+            else [*self.own, *(name for name in adapter_names if name not in self.own)]
+        )
         super().merge(safe_merge, names)  # type: ignore[misc]
 
 

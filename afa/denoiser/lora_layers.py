@@ -42,7 +42,12 @@ PREFIXES = {
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "text_encoders.t5xxl.transformer.": LAST,
 }
-RENAMED = {"to_out": "to_out.0", "to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj"}  # by the first diffusers, -> today
+RENAMED = {
+    "to_out": "to_out.0",
+    "to_q": "q_proj",
+    "to_k": "k_proj",
+    "to_v": "v_proj",
+}  # by the first diffusers, -> today
 # What else is passed around as a LoRA, by a piece of its keys. The second item ends the sentence "LoRA FILE …".
 OTHER_KINDS = (
     (r"\.hada_", "is a LoHa (LyCORIS)"),
@@ -56,7 +61,10 @@ OTHER_KINDS = (
     (r"scale_weight$|weight_scale$|scaled_fp8$|quant_map$|absmax$", "holds quantised weights with scales"),
     (r"^lora_controlnet$", "is a Control-LoRA"),
     (r"^bundle_emb\.|string_to_param|^emb_params$|^clip_[gl]$", "holds an embedding (a textual inversion)"),
-    (r"^first_stage_model\.|^conditioner\.|^cond_stage_model\.|^model\.diffusion_model\.(?!.*\.lora_)", "is a whole checkpoint"),
+    (
+        r"^first_stage_model\.|^conditioner\.|^cond_stage_model\.|^model\.diffusion_model\.(?!.*\.lora_)",
+        "is a whole checkpoint",
+    ),
 )
 
 
@@ -103,16 +111,28 @@ def lora_states(
         raise UserError(f"{what} does not fit {where}: {missing}; it was made for another architecture")
     for key, layer in found.items():
         if layer.down is None or layer.up is None:
-            lacks = "both factors" if layer.down is layer.up else "lora_up (lora_B)" if layer.up is None else "lora_down (lora_A)"
+            lacks = (
+                "both factors"
+                if layer.down is layer.up
+                else "lora_up (lora_B)"
+                if layer.up is None
+                else "lora_down (lora_A)"
+            )
             raise UserError(f"{what} is incomplete: layer {key} lacks {lacks}; download or export it again")
     states: dict[str, dict[str, Tensor]] = {}
     for key, layer in found.items():
         part, layers = placed[key]  # type: ignore[misc]
         state = states.setdefault(part, {})
-        alpha = layer.alpha if layer.alpha is not None else _recorded(config or {}, part, layers.names[0], layer, what)
+        alpha = (
+            layer.alpha
+            if layer.alpha is not None
+            else _recorded(config or {}, part, layers.names[0], layer, what)
+        )
         for name, tensor in _factors(layer, alpha, layers, names[part], what, where):
             if name in state:
-                raise UserError(f"{what} holds layer {name.rpartition('.lora_')[0]} of the {part} twice (once as {layer.keys[0]})")
+                raise UserError(
+                    f"{what} holds layer {name.rpartition('.lora_')[0]} of the {part} twice (once as {layer.keys[0]})"
+                )
             state[name] = tensor
     return {part: _completed(state, what) for part, state in states.items()}
 
@@ -135,13 +155,19 @@ def _grouped(tensors: Mapping[str, Tensor], what: str) -> dict[str, Found]:
             layer, role = match[1], "alpha"
         else:
             some = any(FACTOR.fullmatch(other) for other in tensors)
-            besides = f"holds {key} besides its LoRA, and that would be lost" if some else f"holds no LoRA (its first key is {key})"
+            besides = (
+                f"holds {key} besides its LoRA, and that would be lost"
+                if some
+                else f"holds no LoRA (its first key is {key})"
+            )
             raise UserError(f"{what} {besides}; take a plain LoRA")
         one = found.setdefault(layer, Found())
         if getattr(one, role) is not None:
             raise UserError(f"{what} holds {key} twice, under two names")
         if role != "alpha" and not tensor.is_floating_point():
-            raise UserError(f"{what}: {key} is of type {tensor.dtype}, expected floating point; take a plain LoRA")
+            raise UserError(
+                f"{what}: {key} is of type {tensor.dtype}, expected floating point; take a plain LoRA"
+            )
         setattr(one, role, tensor)
         one.keys.append(key)
     return found
@@ -171,7 +197,11 @@ class Names:
             if name.endswith(".out_proj"):
                 found[name.removesuffix("out_proj") + "to_out"] = Layers((name,))
         if hasattr(self.model, "load_lora_adapter"):  # a denoiser; text encoders have one set of names
-            found |= {old: new for old, new in self.originals(self.model).items() if set(new.names) <= set(self.layers)}
+            found |= {
+                old: new
+                for old, new in self.originals(self.model).items()
+                if set(new.names) <= set(self.layers)
+            }
         found |= {name: Layers((name,)) for name in self.layers}
         found = {name.removeprefix("text_model."): layers for name, layers in found.items()}
         return {name.replace(".", "_"): layers for name, layers in found.items()} | found
@@ -201,10 +231,14 @@ def _recorded(config: Mapping[str, Any], part: str, name: str, layer: Found, wha
     own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
     own = own or {key: value for key, value in config.items() if "." not in key}
     if str(own.get("peft_type", "LORA")).rpartition(".")[2] != "LORA":
-        raise UserError(f"{what} is a {own['peft_type']} by its settings, which is not supported here; take a plain LoRA")
+        raise UserError(
+            f"{what} is a {own['peft_type']} by its settings, which is not supported here; take a plain LoRA"
+        )
     begun = str(own.get("init_lora_weights")).lower()
     if begun.startswith(("pissa", "olora", "corda")):
-        raise UserError(f"{what} was begun with {begun} and fits only the weights that this left; convert it to a plain LoRA")
+        raise UserError(
+            f"{what} was begun with {begun} and fits only the weights that this left; convert it to a plain LoRA"
+        )
     pattern = own.get("alpha_pattern") or {}
     if not isinstance(pattern, Mapping):
         raise UserError(f"{what} records the alpha_pattern {pattern!r}, expected a table of layers")
@@ -227,8 +261,12 @@ def _factors(
     """
     assert layer.down is not None and layer.up is not None
     modules = [names.layers[name] for name in layers.names]
-    sizes = [module.out_features if isinstance(module, nn.Linear) else module.out_channels for module in modules]
-    down, up = _shaped(layer.down, layer.up, modules[0], sum(sizes), f"{what} does not fit {where}: {layer.keys[0]}")
+    sizes = [
+        module.out_features if isinstance(module, nn.Linear) else module.out_channels for module in modules
+    ]
+    down, up = _shaped(
+        layer.down, layer.up, modules[0], sum(sizes), f"{what} does not fit {where}: {layer.keys[0]}"
+    )
     rank = down.shape[0]
     scale = (_number(alpha, f"{what}: the alpha of {layer.keys[0]}") if alpha is not None else rank) / rank
     root = 2.0 ** round(math.log2(abs(scale)) / 2) if scale else 1.0
@@ -249,7 +287,13 @@ def _factors(
             raise UserError(f"{what}: {layer.keys[0]} {kind}")
     found = []
     for end, tensor in tensors.items():
-        pieces = [tensor] * len(modules) if end == "lora_A.weight" else tensor.split(sizes) if len(sizes) > 1 else [tensor]
+        pieces = (
+            [tensor] * len(modules)
+            if end == "lora_A.weight"
+            else tensor.split(sizes)
+            if len(sizes) > 1
+            else [tensor]
+        )
         found += [(f"{name}.{end}", piece) for name, piece in zip(layers.names, pieces, strict=True)]
     return found
 
@@ -264,7 +308,9 @@ def _shaped(down: Tensor, up: Tensor, module: Any, rows: int, start: str) -> tup
     pairs = list(zip((down, up), wanted, strict=True))
     if not rank or any(_trimmed(tensor.shape) != _trimmed(shape) for tensor, shape in pairs):
         came = f"{tuple(down.shape)} and {tuple(up.shape)}"
-        expected = f"(rank, {', '.join(map(str, wanted[0][1:]))}) and ({rows}, rank{'' if linear else ', 1, 1'})"
+        expected = (
+            f"(rank, {', '.join(map(str, wanted[0][1:]))}) and ({rows}, rank{'' if linear else ', 1, 1'})"
+        )
         raise UserError(
             f"{start} and its other factor have shapes {came}, expected {expected}; it was made for another architecture"
         )
@@ -294,7 +340,9 @@ def _completed(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
     layers = [name.removesuffix(".lora_B.weight") for name in state if name.endswith(".lora_B.weight")]
     with_magnitude = sum(name.endswith(".lora_magnitude_vector") for name in state)
     if with_magnitude not in (0, len(layers)):
-        raise UserError(f"{what} is a DoRA in {with_magnitude} of its {len(layers)} layers only, which is not supported here")
+        raise UserError(
+            f"{what} is a DoRA in {with_magnitude} of its {len(layers)} layers only, which is not supported here"
+        )
     if any(name.endswith(".lora_B.bias") for name in state):
         for name in layers:
             up = state[f"{name}.lora_B.weight"]

@@ -13,7 +13,11 @@ def _layers(stages: Sequence[Stage]) -> list[str]:
 
 def _blocks(stages: Sequence[Stage]) -> list[str]:
     following = [*stages[1:], None]
-    return [stage.name for stage, after in zip(stages, following, strict=True) if not after or (stage.block and after.block != stage.block)]
+    return [
+        stage.name
+        for stage, after in zip(stages, following, strict=True)
+        if not after or (stage.block and after.block != stage.block)
+    ]
 
 
 def _out(stages: Sequence[Stage]) -> list[str]:
@@ -23,19 +27,38 @@ def _out(stages: Sequence[Stage]) -> list[str]:
 def _double(stages: Sequence[Stage]) -> list[str]:
     chosen = [stage.name for stage in stages if stage.group == "double"]
     if not chosen:
-        raise ValueError("placement double is for models with double and single blocks (FLUX), and this one has none; take layers")
+        raise ValueError(
+            "placement double is for models with double and single blocks (FLUX), and this one has none; take layers"
+        )
     return [*chosen, stages[-1].name]
 
 
 def _every(stages: Sequence[Stage], count: int) -> list[str]:
     """The count-th, the 2·count-th … and the last."""
-    return [stage.name for place, stage in enumerate(stages, start=1) if place % count == 0 or place == len(stages)]
+    return [
+        stage.name
+        for place, stage in enumerate(stages, start=1)
+        if place % count == 0 or place == len(stages)
+    ]
 
 
 # name -> the fused stages: all (the paper), the last of every diffusers block, FLUX's double blocks, only the predictions (a router)
-PLACEMENTS: dict[str, Callable[[Sequence[Stage]], list[str]]] = {"layers": _layers, "blocks": _blocks, "double": _double, "out": _out}
+PLACEMENTS: dict[str, Callable[[Sequence[Stage]], list[str]]] = {
+    "layers": _layers,
+    "blocks": _blocks,
+    "double": _double,
+    "out": _out,
+}
 EVERY = re.compile(r"every-([1-9]\d*)")  # every-4: each fourth stage
-SHOWN = ("layers", "blocks", "every-2", "double", "every-4", "every-8", "out")  # what may be chosen from, dearest first
+SHOWN = (
+    "layers",
+    "blocks",
+    "every-2",
+    "double",
+    "every-4",
+    "every-8",
+    "out",
+)  # what may be chosen from, dearest first
 
 
 def fused_stages(placement: str | Sequence[str], stages: Sequence[Stage]) -> list[str]:
@@ -47,13 +70,17 @@ def fused_stages(placement: str | Sequence[str], stages: Sequence[Stage]) -> lis
         return PLACEMENTS[placement](stages)
     if isinstance(placement, str) and (found := EVERY.fullmatch(placement)):
         return _every(stages, int(found[1]))
-    chosen = [name.strip() for name in placement.split(",")] if isinstance(placement, str) else list(placement)
+    chosen = (
+        [name.strip() for name in placement.split(",")] if isinstance(placement, str) else list(placement)
+    )
     names = [stage.name for stage in stages]
     for name in chosen:
         if name not in names:
             raise ValueError(unknown(name, [*PLACEMENTS, "every-K", *names], "placement or stage"))
     if names[-1] not in chosen:
-        raise ValueError(f"placement {','.join(chosen)} leaves the last stage unfused; add {names[-1]}, where the predictions become one")
+        raise ValueError(
+            f"placement {','.join(chosen)} leaves the last stage unfused; add {names[-1]}, where the predictions become one"
+        )
     return [name for name in names if name in chosen]
 
 

@@ -14,7 +14,12 @@ from torch import Tensor
 from afa.errors import UserError
 
 FLOW = "flow"
-NAMES = ("shift", "flow_shift", "use_flow_sigmas", "prediction_type")  # of a flow: the first is its own schedulers', the others are general ones'
+NAMES = (
+    "shift",
+    "flow_shift",
+    "use_flow_sigmas",
+    "prediction_type",
+)  # of a flow: the first is its own schedulers', the others are general ones'
 DIFFUSION = ("epsilon", "v_prediction", "sample")  # of a diffusion schedule; a flow has one kind of its own
 LEAST = 2**-12  # signal that is divided by, as diffusers has it at zero terminal SNR
 Level = Tensor | float  # of signal or noise: one number, or one that broadcasts over a batch
@@ -27,7 +32,9 @@ def clean_of(kind: str, prediction: Tensor, noisy: Tensor, signal: Level, noise:
     At zero terminal SNR ε says nothing of x0; the division is then by LEAST.
     """
     if kind == "epsilon":
-        return (noisy - noise * prediction) / (signal.clamp(min=LEAST) if isinstance(signal, Tensor) else max(signal, LEAST))
+        return (noisy - noise * prediction) / (
+            signal.clamp(min=LEAST) if isinstance(signal, Tensor) else max(signal, LEAST)
+        )
     if kind == "sample":
         return prediction
     return noisy - noise * prediction if kind == FLOW else signal * noisy - noise * prediction
@@ -60,7 +67,9 @@ def kind_of(scheduler: Any) -> str:
         return FLOW
     kind = config.get("prediction_type", "epsilon")
     if kind not in DIFFUSION:
-        raise UserError(f"prediction type '{kind}' is not known here; known are {', '.join(DIFFUSION)}, and flow matching by its scheduler")
+        raise UserError(
+            f"prediction type '{kind}' is not known here; known are {', '.join(DIFFUSION)}, and flow matching by its scheduler"
+        )
     return str(kind)
 
 
@@ -100,9 +109,13 @@ def signal_table(scheduler: Any) -> Tensor:
     own = torch.as_tensor(own).float().cpu()
     steps = scheduler.config.num_train_timesteps
     if len(own) != steps:
-        raise UserError(f"{name} has {len(own)} betas (trained_betas) for num_train_timesteps {steps}; mend its scheduler_config.json")
+        raise UserError(
+            f"{name} has {len(own)} betas (trained_betas) for num_train_timesteps {steps}; mend its scheduler_config.json"
+        )
     if not bool(((own[1:] < own[:-1]).all()) & (own[0] <= 1) & (own[-1] >= 0)):  # also false for NaN
-        raise UserError(f"the betas of {name} are no noise schedule: the signal must fall from step to step; mend its scheduler_config.json")
+        raise UserError(
+            f"the betas of {name} are no noise schedule: the signal must fall from step to step; mend its scheduler_config.json"
+        )
     usual = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
     return usual if alike(usual, own) else own
 
@@ -183,7 +196,9 @@ class Schedule:
             return self.steps * noise / (signal + noise)
         kept = self.kept.to(signal.device, signal.dtype)
         wanted = signal**2 / (signal**2 + noise**2)
-        high = torch.searchsorted(-kept, -wanted).clamp(1, self.steps - 1)  # kept[high - 1] > wanted >= kept[high]
+        high = torch.searchsorted(-kept, -wanted).clamp(
+            1, self.steps - 1
+        )  # kept[high - 1] > wanted >= kept[high]
         above, below = kept[high - 1], kept[high]
         return high - 1 + ((above - wanted) / (above - below)).clamp(0, 1)
 

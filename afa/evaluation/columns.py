@@ -63,9 +63,20 @@ class Comparison:
     @property
     def reversed(self) -> "Comparison":
         """The same the other way round: other minus method."""
-        won = None if self.wins is None else Estimate(1 - self.wins.value, 1 - self.wins.high, 1 - self.wins.low, self.wins.n)
+        won = (
+            None
+            if self.wins is None
+            else Estimate(1 - self.wins.value, 1 - self.wins.high, 1 - self.wins.low, self.wins.n)
+        )
         back = tuple(-value for value in self.by_seed)
-        return replace(self, method=self.other, other=self.method, difference=self.difference.reversed, wins=won, by_seed=back)
+        return replace(
+            self,
+            method=self.other,
+            other=self.method,
+            difference=self.difference.reversed,
+            wins=won,
+            by_seed=back,
+        )
 
 
 @dataclass(frozen=True)
@@ -128,27 +139,44 @@ def make_column(metric: str, note: MetricNote, methods: Sequence[Method], items:
     """The values of all methods that have this score in at least one run. Raises UserError if they do not pair."""
     prompts = prompts_of(items)
     found = {
-        method.name: image_sample(method, prompts, metric) if note.kind == "image" else _set_sample(metric, method, prompts)
+        method.name: image_sample(method, prompts, metric)
+        if note.kind == "image"
+        else _set_sample(metric, method, prompts)
         for method in methods
     }
     samples = {name: sample for name, sample in found.items() if sample is not None}
     _check_lengths(metric, samples)
-    alone = {(name, seed): sample.of_seeds([seed]) for name, sample in samples.items() for seed in sample.seeds}
+    alone = {
+        (name, seed): sample.of_seeds([seed]) for name, sample in samples.items() for seed in sample.seeds
+    }
     return Column(metric, note, samples, _by_key(samples), _by_key(alone))
 
 
 def compare(column: Column, pairs: Sequence[Pair]) -> dict[Pair, Comparison]:
     """The differences of pairs of methods that have this score, not corrected yet; none of two that share no training seed."""
     samples, higher = column.samples, column.note.higher_is_better
-    both = {pair: shared for pair in pairs if (shared := _paired(*(samples[name] for name in pair))) is not None}
+    both = {
+        pair: shared for pair in pairs if (shared := _paired(*(samples[name] for name in pair))) is not None
+    }
     if not both:
         return {}
     apart = [_minus(one, other) for one, other in both.values()]
     won: Sequence[Estimate | None] = [None] * len(both)
     if column.note.kind == "image":
-        won = win_rates([wins(one.scores, other.scores) if higher else wins(other.scores, one.scores) for one, other in both.values()])
+        won = win_rates(
+            [
+                wins(one.scores, other.scores) if higher else wins(other.scores, one.scores)
+                for one, other in both.values()
+            ]
+        )
     width = float(np.ptp(_span(samples.values())))
-    found = zip(zip(both, apart, strict=True), _estimates(apart, (-width, width), differences), _tests(apart), won, strict=True)
+    found = zip(
+        zip(both, apart, strict=True),
+        _estimates(apart, (-width, width), differences),
+        _tests(apart),
+        won,
+        strict=True,
+    )
     return {
         pair: Comparison(*pair, between, higher, p, share, None, minus.prompts, 0, minus.seeds, minus.means())
         for (pair, minus), between, p, share in found
@@ -170,12 +198,25 @@ def image_sample(method: Method, prompts: Sequence[int], metric: str | None = No
     """
     runs = sorted(method.runs, key=lambda run: run.seed)
     given = {run.seed: run.seconds if metric is None else run.scores.get(metric, []) for run in runs}
-    usable = {seed: values for seed, values in given.items() if 0 < len(values) <= len(prompts) and np.isfinite(values).all()}
+    usable = {
+        seed: values
+        for seed, values in given.items()
+        if 0 < len(values) <= len(prompts) and np.isfinite(values).all()
+    }
     longest = max(map(len, usable.values()), default=0)
-    whole = {seed: prompt_means(values, prompts[:longest]) for seed, values in usable.items() if len(values) == longest}
+    whole = {
+        seed: prompt_means(values, prompts[:longest])
+        for seed, values in usable.items()
+        if len(values) == longest
+    }
     if not whole:
         return None
-    return Sample(tuple(whole), np.stack(list(whole.values())), trained=method.is_trained, prompts=len(set(prompts[:longest])))
+    return Sample(
+        tuple(whole),
+        np.stack(list(whole.values())),
+        trained=method.is_trained,
+        prompts=len(set(prompts[:longest])),
+    )
 
 
 def _set_sample(metric: str, method: Method, prompts: Sequence[int]) -> Sample | None:
@@ -218,15 +259,25 @@ def _span(samples: Iterable[Sample]) -> tuple[float, float]:
 
 
 def _estimates(
-    samples: Sequence[Sample], span: tuple[float, float], of_prompts: Callable[..., list[Estimate]] = estimates
+    samples: Sequence[Sample],
+    span: tuple[float, float],
+    of_prompts: Callable[..., list[Estimate]] = estimates,
 ) -> list[Estimate]:
     """All of one metric, so all of one kind. of_prompts: estimates, or differences."""
-    of_sets = [set_estimate(sample.scores, sample.replicates, sample.n) for sample in samples if sample.replicates is not None]
+    of_sets = [
+        set_estimate(sample.scores, sample.replicates, sample.n)
+        for sample in samples
+        if sample.replicates is not None
+    ]
     return of_sets or (of_prompts([sample.scores for sample in samples], span=span) if samples else [])
 
 
 def _tests(samples: Sequence[Sample]) -> list[float]:
-    of_sets = [set_test(sample.scores, sample.replicates, sample.prompts) for sample in samples if sample.replicates is not None]
+    of_sets = [
+        set_test(sample.scores, sample.replicates, sample.prompts)
+        for sample in samples
+        if sample.replicates is not None
+    ]
     return of_sets or difference_tests([sample.scores for sample in samples])
 
 

@@ -62,7 +62,8 @@ class Analysis:
             for column in self.columns.values()
             for method in self.results.methods
             for run in method.runs
-            if (column.metric in run.scores or column.metric in run.sets) and (method.name, run.seed) not in column.by_run
+            if (column.metric in run.scores or column.metric in run.sets)
+            and (method.name, run.seed) not in column.by_run
         ]
         apart = [
             f"{column.metric} of {self.title(one)} minus {self.title(other)}: they share no training seed"
@@ -84,9 +85,9 @@ class Analysis:
 
     def seeds(self, name: str) -> int:
         """The most training seeds that a leading metric of a method rests on; 0 for what is not trained."""
-        return max((len(column.samples[name].seeds) for column in self.primary if name in column.samples), default=0) * (
-            self.methods[name].is_trained
-        )
+        return max(
+            (len(column.samples[name].seeds) for column in self.primary if name in column.samples), default=0
+        ) * (self.methods[name].is_trained)
 
     def title(self, name: str) -> str:
         """A method's title for people."""
@@ -114,7 +115,9 @@ def analyse(several: Sequence[Results], folders: Sequence[Path | None] = ()) -> 
     """
     found = [_analyse(results) for results in several]
     family = {
-        _key(place, column, pair): column.comparisons[pair].p for place, one in enumerate(found) for column, pair in _claims(one)
+        _key(place, column, pair): column.comparisons[pair].p
+        for place, one in enumerate(found)
+        for column, pair in _claims(one)
     }
     corrected = dict(zip(family, holm(list(family.values())), strict=True))
     places = list(folders) or [None] * len(found)
@@ -151,7 +154,9 @@ def _check(results: Results) -> None:
     """Raises UserError for what no comparison can be made of."""
     names = [method.name for method in results.methods]
     if not names or not results.items or not results.metrics:
-        raise UserError("there is nothing to report: the results have no methods, images or metrics; run afa evaluate again")
+        raise UserError(
+            "there is nothing to report: the results have no methods, images or metrics; run afa evaluate again"
+        )
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"two methods of the results are called '{twice}'; run afa evaluate again")
@@ -159,7 +164,9 @@ def _check(results: Results) -> None:
         if not method.runs:
             raise UserError(f"method '{method.name}' has no runs; run afa evaluate again")
         if method.group not in GROUPS:
-            raise UserError(f"method '{method.name}' is of group '{method.group}', which is none of: {', '.join(GROUPS)}")
+            raise UserError(
+                f"method '{method.name}' is of group '{method.group}', which is none of: {', '.join(GROUPS)}"
+            )
 
 
 def _compared(results: Results, column: Column) -> Column:
@@ -174,7 +181,9 @@ def _pairs(results: Results, column: Column) -> list[Pair]:
     references = [name for name in (column.best, our_method(results)) if name in column.values]
     pairs = [(name, other) for other in references if other is not None for name in main if name != other]
     derived = [
-        (method.name, method.of) for method in results.methods if method.axes and {method.name, method.of} <= set(column.values)
+        (method.name, method.of)
+        for method in results.methods
+        if method.axes and {method.name, method.of} <= set(column.values)
     ]
     return list(dict.fromkeys([*pairs, *derived]))
 
@@ -194,7 +203,9 @@ def _corrected(one: Analysis, place: int, corrected: dict[Key, float]) -> dict[s
         name: dataclasses.replace(
             column,
             comparisons={
-                pair: dataclasses.replace(found, p_holm=corrected.get(_key(place, column, pair)), least=least_items(len(corrected)))
+                pair: dataclasses.replace(
+                    found, p_holm=corrected.get(_key(place, column, pair)), least=least_items(len(corrected))
+                )
                 for pair, found in column.comparisons.items()
             },
         )

@@ -38,8 +38,14 @@ class ImageSet:
     @cached_property
     def made_by(self) -> str:
         """A hash of the identity and of how all images are sampled."""
-        sampling = {name: value for name, value in vars(self.sampling).items() if name != "true_guidance" or value is not None}
-        facts = json.dumps([dict(self.identity), sampling], sort_keys=True, default=str)  # as it was before there was that
+        sampling = {
+            name: value
+            for name, value in vars(self.sampling).items()
+            if name != "true_guidance" or value is not None
+        }
+        facts = json.dumps(
+            [dict(self.identity), sampling], sort_keys=True, default=str
+        )  # as it was before there was that
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def path(self, index: int) -> Path:
@@ -81,7 +87,13 @@ class ImageSet:
     def write(self, index: int, image: NDArray[np.uint8], seconds: float) -> None:
         """Save one image with its facts, whole or not at all."""
         item = self.items[index]
-        facts = {"made_by": self.made_by, "prompt": item.caption, "seed": item.seed, "seconds": round(seconds, 4), **self.identity}
+        facts = {
+            "made_by": self.made_by,
+            "prompt": item.caption,
+            "seed": item.seed,
+            "seconds": round(seconds, 4),
+            **self.identity,
+        }
         chunk = PngImagePlugin.PngInfo()
         chunk.add_itxt(CHUNK, json.dumps(facts, ensure_ascii=False, default=str))
         with replacing(self.path(index)) as temporary:
@@ -108,7 +120,14 @@ def make_images(images: ImageSet, make: Callable[[], Sampler], batch_size: int, 
         images.folder.mkdir(parents=True, exist_ok=True)
         sampler = make()
         done = len(images.items) - len(missing)
-        with tqdm(total=done + len(own), initial=done, desc=title, unit="image", file=sys.stderr, disable=not state.is_main_process) as bar:
+        with tqdm(
+            total=done + len(own),
+            initial=done,
+            desc=title,
+            unit="image",
+            file=sys.stderr,
+            disable=not state.is_main_process,
+        ) as bar:
             for start in range(0, len(own), batch_size):
                 batch = own[start : start + batch_size]
                 _make_batch(images, sampler, batch)
@@ -118,7 +137,9 @@ def make_images(images: ImageSet, make: Callable[[], Sampler], batch_size: int, 
 
 def _make_batch(images: ImageSet, sampler: Sampler, batch: list[int]) -> None:
     began = time.perf_counter()
-    made = sampler([Request(images.items[index].caption, images.items[index].seed) for index in batch], images.sampling)
+    made = sampler(
+        [Request(images.items[index].caption, images.items[index].seed) for index in batch], images.sampling
+    )
     seconds = (time.perf_counter() - began) / len(batch)
     for index, image in zip(batch, made, strict=True):
         images.write(index, image, seconds)

@@ -42,20 +42,31 @@ class Judge:
         self.metrics, self.folder, self.resamples = list(metrics), folder, resamples
 
     @classmethod
-    def make(cls, settings: EvaluateSettings, protocol: Protocol, folder: Path, device: torch.device) -> "Judge":
+    def make(
+        cls, settings: EvaluateSettings, protocol: Protocol, folder: Path, device: torch.device
+    ) -> "Judge":
         """The protocol's metrics, or those asked for, and the user's scorer. Raises UserError for what is missing, before any image is made."""
         weights = dict(_given(place) for place in settings.metric_weights or [])
         names = list(settings.metrics or ([] if settings.scorer else protocol.metrics))
         for name in weights:
             if name not in names:
-                raise UserError(f"--metric-weights {name}={weights[name]}: the metric '{name}' is not used here; the metrics are {', '.join(names)}")
-        metrics = [make_metric(name, Resources(weights.get(name), device, settings.batch_size)) for name in names]
+                raise UserError(
+                    f"--metric-weights {name}={weights[name]}: the metric '{name}' is not used here; the metrics are {', '.join(names)}"
+                )
+        metrics = [
+            make_metric(name, Resources(weights.get(name), device, settings.batch_size)) for name in names
+        ]
         if settings.scorer is not None:
             own = load_scorer(Path(settings.scorer))
-            metrics = [*(metric for metric in own if isinstance(metric, ImageMetric) or protocol.real is not None), *metrics]
+            metrics = [
+                *(metric for metric in own if isinstance(metric, ImageMetric) or protocol.real is not None),
+                *metrics,
+            ]
         for metric in metrics:
             if isinstance(metric, SetMetric) and metric.needs_reference and protocol.real is None:
-                raise UserError(f"metric '{metric.name}' compares with real images, and protocol '{protocol.name}' has none; leave it out")
+                raise UserError(
+                    f"metric '{metric.name}' compares with real images, and protocol '{protocol.name}' has none; leave it out"
+                )
         if not metrics:
             raise UserError("there is nothing to judge by; give --metrics or --scorer")
         return cls(metrics, folder, settings.resamples)
@@ -69,7 +80,11 @@ class Judge:
         if not isinstance(metric, (UserScore, UserFrechet)):
             return {name: name for name in names}
         others = {name for one in self.metrics if one is not metric for name in _names(one)}
-        qualified = "features of " if isinstance(metric, UserFrechet) and metric.path in _scored(self.metrics, metric.name) else ""
+        qualified = (
+            "features of "
+            if isinstance(metric, UserFrechet) and metric.path in _scored(self.metrics, metric.name)
+            else ""
+        )
         found = {}
         for name in names:
             label = name if name not in others else f"{qualified}{metric.path.stem}:{name}"
@@ -81,7 +96,15 @@ class Judge:
     @property
     def primary(self) -> str:
         """The first score an image can have; empty if all metrics are of sets, or a user's scorer has not been asked yet."""
-        return next((label for metric in self.metrics if isinstance(metric, ImageMetric) for label in self.labels(metric).values()), "")
+        return next(
+            (
+                label
+                for metric in self.metrics
+                if isinstance(metric, ImageMetric)
+                for label in self.labels(metric).values()
+            ),
+            "",
+        )
 
     @property
     def tuning_score(self) -> Score | None:
@@ -96,17 +119,27 @@ class Judge:
     def tuning_identity(self) -> str:
         """What changes when tuning_score does: the metric, its weights, a scorer's file."""
         metric = next((metric for metric in self.metrics if isinstance(metric, ImageMetric)), None)
-        return "" if metric is None else json.dumps([type(metric).__qualname__, metric.identity], sort_keys=True)
+        return (
+            "" if metric is None else json.dumps([type(metric).__qualname__, metric.identity], sort_keys=True)
+        )
 
     def notes(self) -> dict[str, MetricNote]:
         """What every score's name means; the first of an image and the first of a set lead the tables."""
-        of_sets = (label for metric in self.metrics if isinstance(metric, SetMetric) for label in self.labels(metric).values())
+        of_sets = (
+            label
+            for metric in self.metrics
+            if isinstance(metric, SetMetric)
+            for label in self.labels(metric).values()
+        )
         leading = {self.primary, next(of_sets, "")}
         notes = {}
         for metric in self.metrics:
             kind = "image" if isinstance(metric, ImageMetric) else "set"
             labels = self.labels(metric).values()
-            notes |= {label: MetricNote(kind, metric.higher_is_better, metric.source, label in leading) for label in labels}
+            notes |= {
+                label: MetricNote(kind, metric.higher_is_better, metric.source, label in leading)
+                for label in labels
+            }
         return notes
 
     def judge(self, images: ImageSet, protocol: Protocol, title: str, attempt: Attempt) -> Judged:
@@ -115,7 +148,9 @@ class Judge:
         for metric in self.metrics:
             what = f"{next(iter(self.labels(metric).values()), 'the scorer')} of {title}"
             if isinstance(metric, ImageMetric):
-                scores = attempt(what, False, lambda metric=metric: self._score(metric, images, protocol)) or {}
+                scores = (
+                    attempt(what, False, lambda metric=metric: self._score(metric, images, protocol)) or {}
+                )
                 labels = self.labels(metric)
                 judged.scores.update({labels[name]: values for name, values in scores.items()})
             else:
@@ -133,7 +168,9 @@ class Judge:
             prompts = prompts_of(images.items)[:count]
             found: dict[str, list[float]] = {}
             for indices in _by_prompt(prompts):
-                values = metric.score([self._picture(images, index, prompts[index], protocol) for index in indices])
+                values = metric.score(
+                    [self._picture(images, index, prompts[index], protocol) for index in indices]
+                )
                 for name, column in values.items():
                     row = found.setdefault(name, [float("nan")] * count)
                     for index, value in zip(indices, column, strict=True):
@@ -157,7 +194,9 @@ class Judge:
         count = int(groups.max()) + 1
         draws = np.random.default_rng(0).integers(count, size=(self.resamples, count))
         replicates = metric.replicates(features, groups, reference, draws)
-        return SetScore(metric.value(features, reference), [float(value) for value in replicates], len(features))
+        return SetScore(
+            metric.value(features, reference), [float(value) for value in replicates], len(features)
+        )
 
     @cached_property
     def _prepared(self) -> dict[SetMetric, Any]:
@@ -167,7 +206,9 @@ class Judge:
         """What a metric needs of the real images, computed once."""
         assert protocol.real is not None
         if metric not in self._prepared:
-            real = cached_features(metric, protocol.real.images, self.folder / "features", protocol.real.identity)
+            real = cached_features(
+                metric, protocol.real.images, self.folder / "features", protocol.real.identity
+            )
             self._prepared[metric] = metric.prepare(real)
         return self._prepared[metric]
 
@@ -182,7 +223,10 @@ def _kept(file: Path) -> dict[str, list[float]] | None:
     found = json_or_none(file)
     if not isinstance(found, dict) or not found:
         return None
-    columns = [isinstance(column, list) and all(isinstance(value, int | float) for value in column) for column in found.values()]
+    columns = [
+        isinstance(column, list) and all(isinstance(value, int | float) for value in column)
+        for column in found.values()
+    ]
     return found if all(columns) else None
 
 
@@ -210,5 +254,7 @@ def _given(place: str) -> tuple[str, str]:
     """METRIC=PLACE, split. Raises UserError where there is no name."""
     name, equals, where = place.partition("=")
     if not equals or name not in METRICS:
-        raise UserError(f"--metric-weights {place} names no metric; write METRIC=PATH with one of {', '.join(METRICS)}")
+        raise UserError(
+            f"--metric-weights {place} names no metric; write METRIC=PATH with one of {', '.join(METRICS)}"
+        )
     return name, where

@@ -10,7 +10,11 @@ from afa.evaluation.tuning import Tuner
 from afa.evaluation.untrained import auto_mbw_rows, merge_rows, sampling_rows
 
 STEPS = (10, 20, 30, 50)
-STEPPED = ("weighted", "prediction_router", "afa")  # besides the best expert: what the study of steps looks at
+STEPPED = (
+    "weighted",
+    "prediction_router",
+    "afa",
+)  # besides the best expert: what the study of steps looks at
 MAKERS: tuple[Callable[[Setup], list[Row]], ...] = (sampling_rows, merge_rows, control_rows, trained_rows)
 
 

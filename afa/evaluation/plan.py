@@ -40,17 +40,30 @@ def plan(settings: EvaluateSettings) -> dict[str, Any]:
     setup, tuner = comparison.setup, comparison.tuner
     rows = all_rows(setup, tuner, comparison.names)
     rows += study_rows(setup, rows, tuple(settings.study or ()))
-    rows = [row for row in rows if comparison.attempt(row.title, asked_for(settings, row), lambda row=row: check_row(setup, row))]
+    rows = [
+        row
+        for row in rows
+        if comparison.attempt(row.title, asked_for(settings, row), lambda row=row: check_row(setup, row))
+    ]
     work = [*_tuning(comparison, rows), *(one for row in rows for one in _drawing(comparison, row))]
-    images = {what: sum(one.images for one in work if one.what == what) for what in ("judged", "tuning", "search", "memory")}
+    images = {
+        what: sum(one.images for one in work if one.what == what)
+        for what in ("judged", "tuning", "search", "memory")
+    }
     trained = [row for row in rows if row.train is not None and row.name != SEARCH]
     runs = sum(training_runs(row) for row in trained)
     recorded = (setup.manifest.training or {}).get("seconds", 0.0)
     seconds = _seconds(comparison, work)
     return {
         "ensemble": f"{setup.folder}: {', '.join(setup.names)}",
-        "protocol": ", ".join(f"{name} {value}" for name, value in setup.protocol.facts().items() if value is not None),
-        **({"references": f"{len(setup.protocol.references)} pictures are read"} if setup.protocol.references else {}),
+        "protocol": ", ".join(
+            f"{name} {value}" for name, value in setup.protocol.facts().items() if value is not None
+        ),
+        **(
+            {"references": f"{len(setup.protocol.references)} pictures are read"}
+            if setup.protocol.references
+            else {}
+        ),
         "methods": ", ".join(comparison.names),
         **({"left_out": "; ".join(comparison.errors)} if comparison.errors else {}),
         "images": images["judged"] + images["tuning"] + images["search"],
@@ -60,7 +73,9 @@ def plan(settings: EvaluateSettings) -> dict[str, Any]:
         "images_to_measure_memory": f"{images['memory']} besides, of at most {MEMORY_STEPS} steps",
         "trained": f"{', '.join(row.name for row in trained)}; {plural(settings.seeds, 'seed')} each, the ensemble's first is there",
         "training_runs": runs,
-        "options_chosen_on": f"{len(tuner.captions)} captions that are not judged" if tuner.able else "nothing: defaults are taken",
+        "options_chosen_on": f"{len(tuner.captions)} captions that are not judged"
+        if tuner.able
+        else "nothing: defaults are taken",
         **({"scorer": settings.scorer} if settings.scorer is not None else {}),
         "metrics": ", ".join(comparison.judge.notes()),
         "device": str(setup.device),
@@ -84,7 +99,8 @@ def _tuning(comparison: Comparison, rows: list[Row]) -> list[Work]:
             asked[row.of or row.name, _kind(row)] = list(row.candidates)
     steps = setup.sampling.steps
     return [
-        Work("tuning", kind, max(0, len(candidates) - tuner.scored(name)) * len(tuner.captions), steps) for (name, kind), candidates in asked.items()
+        Work("tuning", kind, max(0, len(candidates) - tuner.scored(name)) * len(tuner.captions), steps)
+        for (name, kind), candidates in asked.items()
     ]
 
 
@@ -95,7 +111,9 @@ def _drawing(comparison: Comparison, row: Row) -> list[Work]:
     found = []
     for run in range(row.runs):
         folder = image_folder(setup.output, row, run)
-        missing = sum(not (folder / f"{index:06d}.png").exists() for index in range(len(setup.protocol.items)))
+        missing = sum(
+            not (folder / f"{index:06d}.png").exists() for index in range(len(setup.protocol.items))
+        )
         found.append(Work("judged", kind, missing, steps))
         found.append(Work("memory", kind, int(not (folder / MEMORY).exists()), min(MEMORY_STEPS, steps)))
     if row.name == SEARCH:
@@ -127,7 +145,9 @@ def _measured(comparison: Comparison, sampler: Sampler) -> tuple[float, float]:
     took = []
     for steps in (1, 1, 3):
         began = time.perf_counter()
-        sampler([Request(item.caption, item.seed)], dataclasses.replace(comparison.setup.sampling, steps=steps))
+        sampler(
+            [Request(item.caption, item.seed)], dataclasses.replace(comparison.setup.sampling, steps=steps)
+        )
         took.append(time.perf_counter() - began)
     step = max(0.0, took[2] - took[1]) / 2
     return step, max(0.0, took[1] - step)

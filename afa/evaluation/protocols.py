@@ -103,14 +103,18 @@ class Request:
         captions = captions[: self.prompts]
         count = self.images_per_prompt or copies
         places = [(index, copy) for index in range(len(captions)) for copy in range(count)]
-        return [Item(index, captions[index], nth_seed(self.seed, index * count + copy)) for index, copy in places]
+        return [
+            Item(index, captions[index], nth_seed(self.seed, index * count + copy)) for index, copy in places
+        ]
 
     def data_folder(self, protocol: str, holds: str) -> Path:
         """The folder or file with a protocol's own data. Raises UserError if it was not given or is not there."""
         if self.data is None:
             raise UserError(f"protocol '{protocol}' needs {holds}; give it with --protocol-data")
         if not self.data.exists():
-            raise UserError(f"--protocol-data {self.data} does not exist; protocol '{protocol}' needs {holds}")
+            raise UserError(
+                f"--protocol-data {self.data} does not exist; protocol '{protocol}' needs {holds}"
+            )
         return self.data
 
 
@@ -135,7 +139,9 @@ def protocol(source: Path, request: Request) -> Protocol:
         else:
             found.skipped.add(reason(error), sample.name)
     if len(samples) < 2:
-        raise UserError(f"--protocol {source} has {len(samples)} captioned images that can be read; {found.skipped.summary()}")
+        raise UserError(
+            f"--protocol {source} has {len(samples)} captioned images that can be read; {found.skipped.summary()}"
+        )
     items = request.items([sample.caption for sample in samples])
     return Protocol(
         given_name(source),
@@ -161,7 +167,9 @@ def sample_image(sample: Sample) -> np.ndarray:
     try:
         return read_pixels(sample.read(), sample.name)
     except UNREADABLE as error:
-        raise UserError(f"image {sample.name} cannot be read ({error}); mend it, or leave it out of the list") from None
+        raise UserError(
+            f"image {sample.name} cannot be read ({error}); mend it, or leave it out of the list"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -177,13 +185,16 @@ class ProtocolEntry:
 
 
 PROTOCOLS = {
-    "scenes": ProtocolEntry("afa.demo.data:protocol", "160 mixed scenes of the embedded world, one image each, 20 steps, 64 px"),
+    "scenes": ProtocolEntry(
+        "afa.demo.data:protocol", "160 mixed scenes of the embedded world, one image each, 20 steps, 64 px"
+    ),
     "coco2017": ProtocolEntry(
         "afa.evaluation.public_protocols:coco2017",
         "captions of COCO 2017's training images, with the images as references; your own copy of them",
     ),
     "drawbench": ProtocolEntry(
-        "afa.evaluation.public_protocols:drawbench", "DrawBench: 200 prompts of 11 kinds, four images each; your own copy of them"
+        "afa.evaluation.public_protocols:drawbench",
+        "DrawBench: 200 prompts of 11 kinds, four images each; your own copy of them",
     ),
 }
 
@@ -198,6 +209,8 @@ def make_protocol(name: str, request: Request) -> Protocol:
         made: Protocol = getattr(importlib.import_module(module), function)(request)
         return made
     if not Path(name).exists():
-        raise UserError(unknown(name, PROTOCOLS, "protocol (or file of prompts, or folder of captioned images)"))
+        raise UserError(
+            unknown(name, PROTOCOLS, "protocol (or file of prompts, or folder of captioned images)")
+        )
 
     return protocol(Path(name), request)

@@ -75,10 +75,14 @@ def read_pairs(root: Path, inside: bool = True) -> list[tuple[Path, str]]:
     pairs = []
     for name, caption in listed:
         try:
-            pairs.append((find_file(name, root / IMAGES, [(root / IMAGES).resolve()] if inside else None), caption))
+            pairs.append(
+                (find_file(name, root / IMAGES, [(root / IMAGES).resolve()] if inside else None), caption)
+            )
         except LeftOutError as reason:
             what = "missing" if str(reason) == NO_FILE else reason
-            sentence = f"{root / IMAGES / name} is {what}, which {file.name} names; unpack COCO's images again"
+            sentence = (
+                f"{root / IMAGES / name} is {what}, which {file.name} names; unpack COCO's images again"
+            )
             raise UserError(sentence) from None
     return pairs
 
@@ -88,14 +92,18 @@ def check_images(paths: Sequence[Path]) -> None:
     samples = [Sample(str(path), "", "", functools.partial(read_bytes, path)) for path in paths]
     broken = [error for error in unreadable(samples) if error is not None]
     if broken:
-        raise UserError(f"{len(broken)} of COCO's {len(paths)} images cannot be used, the first: {broken[0]}; unpack them again")
+        raise UserError(
+            f"{len(broken)} of COCO's {len(paths)} images cannot be used, the first: {broken[0]}; unpack them again"
+        )
 
 
 def square(path: Path) -> np.ndarray:
     """The centre of an image, its shorter side resized to 256 (bicubic, antialiased): (256, 256, 3) uint8."""
     rgb = open_image(path)
     scale = SIDE / min(rgb.size)
-    rgb = rgb.resize((max(SIDE, round(rgb.width * scale)), max(SIDE, round(rgb.height * scale))), Image.Resampling.BICUBIC)
+    rgb = rgb.resize(
+        (max(SIDE, round(rgb.width * scale)), max(SIDE, round(rgb.height * scale))), Image.Resampling.BICUBIC
+    )
     left, top = (rgb.width - SIDE) // 2, (rgb.height - SIDE) // 2
     return np.asarray(rgb.crop((left, top, left + SIDE, top + SIDE)))
 
@@ -110,9 +118,17 @@ def drawbench(request: Request) -> Protocol:
     captions = read_table(path)
     if len(captions) != PROMPTS:
         found = f"{len(captions)} {'prompt' if len(captions) == 1 else 'prompts'}"
-        raise UserError(f"{path} holds {found}, DrawBench has {PROMPTS}; for prompts of your own give the file as --protocol")
+        raise UserError(
+            f"{path} holds {found}, DrawBench has {PROMPTS}; for prompts of your own give the file as --protocol"
+        )
     metrics = ("imagereward", "pickscore", "hpsv2", "aesthetic")
-    return Protocol("drawbench", request.items(captions, COPIES), request.sampling(DRAWBENCH_STEPS), metrics, request.scheduler)
+    return Protocol(
+        "drawbench",
+        request.items(captions, COPIES),
+        request.sampling(DRAWBENCH_STEPS),
+        metrics,
+        request.scheduler,
+    )
 
 
 def read_table(path: Path) -> list[str]:

@@ -22,7 +22,9 @@ TAKEN = frozenset(
     weight_decay clip ema caption_dropout resolution held_out evaluate_every patience save_every seed dtype gradient_checkpointing
     aggregator placement hidden heads depth ignore attention_up_to text_stream store prediction_type""".split()
 )
-OWN = frozenset({"experts", "start", "output", "recipe", "device", "json", "dry_run"})  # of every run, so that nothing is lost without it
+OWN = frozenset(
+    {"experts", "start", "output", "recipe", "device", "json", "dry_run"}
+)  # of every run, so that nothing is lost without it
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
 
 
@@ -33,8 +35,12 @@ def recorded_settings(manifest: Manifest, folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} was not trained by `afa train`, so nothing can be trained as it was")
     if settings.get("start") is not None:
         start = shown(settings["start"])
-        raise UserError(f"{folder} was trained further from {start}, so it is no recipe for others; compare its start, or use --seeds 1")
-    return {name: value for name, value in settings.items() if name in TAKEN} | _frame(manifest, folder, settings)
+        raise UserError(
+            f"{folder} was trained further from {start}, so it is no recipe for others; compare its start, or use --seeds 1"
+        )
+    return {name: value for name, value in settings.items() if name in TAKEN} | _frame(
+        manifest, folder, settings
+    )
 
 
 def recorded_data(manifest: Manifest) -> str | None:
@@ -46,10 +52,25 @@ def recorded_data(manifest: Manifest) -> str | None:
 def tell(manifest: Manifest, folder: Path) -> None:
     """Say on stderr which recorded options rivals are trained with, and which are not used."""
     settings = (manifest.training or {}).get("settings", {})
-    used = [f"{name} {shown(value)}" for name, value in settings.items() if name in TAKEN and DEFAULTS[name] != value]
-    print(f"afa: rivals are trained as {folder / MANIFEST} records: {', '.join(used) or 'with the defaults'}", file=sys.stderr)
-    left = [name for name, value in settings.items() if name not in TAKEN | OWN and value not in (None, DEFAULTS.get(name))]
-    left = [f"{name} {shown(settings[name])}" for name in left if name != "data" or recorded_data(manifest) is None]
+    used = [
+        f"{name} {shown(value)}"
+        for name, value in settings.items()
+        if name in TAKEN and DEFAULTS[name] != value
+    ]
+    print(
+        f"afa: rivals are trained as {folder / MANIFEST} records: {', '.join(used) or 'with the defaults'}",
+        file=sys.stderr,
+    )
+    left = [
+        name
+        for name, value in settings.items()
+        if name not in TAKEN | OWN and value not in (None, DEFAULTS.get(name))
+    ]
+    left = [
+        f"{name} {shown(settings[name])}"
+        for name in left
+        if name != "data" or recorded_data(manifest) is None
+    ]
     if left:
         print(
             f"afa: not used, since they name places or code: {', '.join(left)}; this command takes them from --train-data and --reward",

@@ -20,7 +20,14 @@ from afa.version import __version__
 FILE = "results.json"
 FORMAT = 1
 INSIDE = r"(?!/)(?!.*(^|[/\\])\.\.([/\\]|$))[^\x00-\x1f]*"  # of results.json's folder; empty: no images
-GROUPS = ("expert", "merge", "sampling", "control", "ours", "bound")  # kinds of methods, in the order of the table
+GROUPS = (
+    "expert",
+    "merge",
+    "sampling",
+    "control",
+    "ours",
+    "bound",
+)  # kinds of methods, in the order of the table
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,9 @@ class Results:
 
     def save(self, folder: Path) -> None:
         """Write results.json whole or not at all."""
-        write_atomically(folder / FILE, json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False))
+        write_atomically(
+            folder / FILE, json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
+        )
 
     @classmethod
     def load(cls, folder: Path) -> "Results":
@@ -131,7 +140,9 @@ class Results:
         found = read_json(file, nan=True)
         version = found.pop("format", None) if isinstance(found, dict) else None
         if version != FORMAT or isinstance(version, bool):
-            raise UserError(f"{file} is of format {shown(version)}, expected {FORMAT}; make it again with this version")
+            raise UserError(
+                f"{file} is of format {shown(version)}, expected {FORMAT}; make it again with this version"
+            )
         results: Results = build(cls, found, file)
         results.check(file)
         return results
@@ -147,7 +158,9 @@ class Results:
                 at = f"{file}: methods[{place}].runs[{number}]"
                 for name, values in {**run.scores, "seconds": run.seconds}.items():
                     if len(values) > len(self.items):
-                        raise UserError(f"{at} has {len(values)} values of {shown(name)} for {len(self.items)} items")
+                        raise UserError(
+                            f"{at} has {len(values)} values of {shown(name)} for {len(self.items)} items"
+                        )
 
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")

@@ -55,7 +55,3 @@ def training_runs(row: Row) -> int:
         return 0
     there = row.name == "afa" or ("steps" in row.axes and row.of == "afa")
     return row.runs - there + (len(row.candidates) - 1 if row.by_loss else 0)
-
-
-
-

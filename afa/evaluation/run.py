@@ -86,11 +86,19 @@ def prepare(settings: EvaluateSettings, keep: bool = True) -> Comparison:
         try_scorer(judge.metrics, *setup.size())
     captions = setup.tuning_captions() if settings.tuning else []
     identity = digest({"judge": judge.tuning_identity, "captions": json.dumps(captions)})
-    tuner = Tuner(setup.output / "tuning" / identity[:16], captions, setup.sampling, judge.tuning_score, settings.batch_size)
+    tuner = Tuner(
+        setup.output / "tuning" / identity[:16],
+        captions,
+        setup.sampling,
+        judge.tuning_score,
+        settings.batch_size,
+    )
     comparison = Comparison(setup, judge, tuner, names, [])
     left_out = setup.protocol.left_out
     if left_out:
-        comparison.note(f"pictures of --protocol {settings.protocol}, with their prompts: {left_out.summary()}")
+        comparison.note(
+            f"pictures of --protocol {settings.protocol}, with their prompts: {left_out.summary()}"
+        )
         if keep and PartialState().is_main_process:
             left_out.write(setup.output / LEFT_OUT)
     return comparison
@@ -162,7 +170,9 @@ def _rank(comparison: Comparison) -> None:
     if tuner.able:
         rows = {row.name.partition(":")[2]: row for row in all_rows(setup, tuner, ("single",))}
         candidates: list[Options] = [{"expert": name} for name in setup.names]
-        reached = tuner.scores("single", candidates, lambda options: rows[options["expert"]].sampler(options, 0))
+        reached = tuner.scores(
+            "single", candidates, lambda options: rows[options["expert"]].sampler(options, 0)
+        )
         order = np.argsort([-value for value in reached], kind="stable")
     else:
         losses = (setup.manifest.training or {}).get("held_out_loss", {})
@@ -190,7 +200,9 @@ def _choose(comparison: Comparison, row: Row) -> Options:
         losses = [row.train(options, 0).loss for options in row.candidates]
         return row.candidates[int(np.argmin(losses))]
     try:
-        return comparison.tuner.best(row.of or row.name, row.candidates, lambda options: row.sampler(options, 0))
+        return comparison.tuner.best(
+            row.of or row.name, row.candidates, lambda options: row.sampler(options, 0)
+        )
     except ScoringError as error:
         comparison.note(f"the choice of options of {row.title}: {error}; its defaults are taken")
         return row.candidates[0]
@@ -225,7 +237,12 @@ def _make_run(comparison: Comparison, row: Row, options: Options, run: int, plac
     }
     images = ImageSet(folder, setup.protocol.items, row.sampling or setup.sampling, identity)
     make = functools.cache(lambda: row.sampler(options, run))  # once, and not at all if everything is there
-    make_images(images, make, setup.settings.batch_size, f"{place}{row.title}{f', seed {run}' if row.runs > 1 else ''}")
+    make_images(
+        images,
+        make,
+        setup.settings.batch_size,
+        f"{place}{row.title}{f', seed {run}' if row.runs > 1 else ''}",
+    )
     return Made(images, trained, _memory(images, make))
 
 
@@ -259,8 +276,16 @@ def _judge(comparison: Comparison, row: Row, options: Options, made: list[Made])
     trained = [one.trained for one in made if one.trained is not None]
     chosen = ""
     if len(row.candidates) > 1:
-        by = "held-out loss of the first run" if row.by_loss else f"{len(comparison.tuner.captions)} other images"
-        how = f"chosen by {by}" if row.by_loss or comparison.tuner.able else "its default, since there is nothing to choose by"
+        by = (
+            "held-out loss of the first run"
+            if row.by_loss
+            else f"{len(comparison.tuner.captions)} other images"
+        )
+        how = (
+            f"chosen by {by}"
+            if row.by_loss or comparison.tuner.able
+            else "its default, since there is nothing to choose by"
+        )
         chosen = f"{how}: {_words(options)}"
     return Method(
         row.name,
@@ -284,7 +309,10 @@ def _results(comparison: Comparison, methods: list[Method]) -> Results:
     setup = comparison.setup
     if "best_of_n" in comparison.names:
         methods = [*methods, *best_of_n(methods, comparison.judge.primary)]
-    experts: list[dict[str, Any]] = [{"name": entry.name, "source": public_place(entry.source), "files": entry.files} for entry in setup.manifest.experts]
+    experts: list[dict[str, Any]] = [
+        {"name": entry.name, "source": public_place(entry.source), "files": entry.files}
+        for entry in setup.manifest.experts
+    ]
     return Results(
         setup.protocol.facts() | {"training_seeds": setup.settings.seeds, "ranking": list(setup.ranking)},
         setup.protocol.items,
@@ -299,12 +327,19 @@ def _results(comparison: Comparison, methods: list[Method]) -> Results:
 
 def best_of_n(methods: list[Method], primary: str) -> list[Method]:
     """For every image, the single expert that drew it best, known only by judging all: an upper bound, no method."""
-    alone = [method.runs[0] for method in methods if method.name.startswith("single:") and primary in method.runs[0].scores]
+    alone = [
+        method.runs[0]
+        for method in methods
+        if method.name.startswith("single:") and primary in method.runs[0].scores
+    ]
     if len(alone) < 2:
         return []
     best = np.argmax([run.scores[primary] for run in alone], axis=0)
     shared = set.intersection(*(set(run.scores) for run in alone))
-    scores = {name: [alone[int(which)].scores[name][index] for index, which in enumerate(best)] for name in sorted(shared)}
+    scores = {
+        name: [alone[int(which)].scores[name][index] for index, which in enumerate(best)]
+        for name in sorted(shared)
+    }
     seconds = np.sum([run.seconds for run in alone], axis=0).tolist()
     note = METHODS["best_of_n"]
     return [Method("best_of_n", "bound", "best of N (oracle)", [Run(0, "", scores, {}, seconds)], note=note)]

@@ -6,7 +6,21 @@ from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SIDE, CheckedOpt
 
 STUDIES = ["steps", "experts", "ablations", "objectives"]
 # May differ between the two halves of an interrupted comparison: they do not change any image or score.
-FREE = ("output", "methods", "seeds", "metrics", "metric_weights", "scorer", "study", "batch_size", "device", "resamples", "allow_outside", "dry_run", "json")
+FREE = (
+    "output",
+    "methods",
+    "seeds",
+    "metrics",
+    "metric_weights",
+    "scorer",
+    "study",
+    "batch_size",
+    "device",
+    "resamples",
+    "allow_outside",
+    "dry_run",
+    "json",
+)
 
 
 @dataclass(frozen=True)
@@ -14,38 +28,86 @@ class EvaluateSettings(CheckedOptions):
     """One comparison, field by field a flag of `afa evaluate`."""
 
     ensemble: str = option(place=True, help="a saved ensemble, as `afa train` leaves it")
-    output: str = option(help="where images, scores and results.json go; what is there already, made the same way, is kept")
-    protocol: str = option(help="scenes, coco2017, drawbench, a file of prompts, or a folder of captioned images")
-    experts: list[str] | None = option(None, place=True, help="new places of the ensemble's experts that have moved, each NAME=PLACE")
-    methods: list[str] = option(["all"], help="what to compare: all, or names (`afa evaluate --methods list` shows them)")
-    seeds: int = option(1, least=1, most=1000, help="training seeds of everything that is trained; the ensemble itself is the first")
+    output: str = option(
+        help="where images, scores and results.json go; what is there already, made the same way, is kept"
+    )
+    protocol: str = option(
+        help="scenes, coco2017, drawbench, a file of prompts, or a folder of captioned images"
+    )
+    experts: list[str] | None = option(
+        None, place=True, help="new places of the ensemble's experts that have moved, each NAME=PLACE"
+    )
+    methods: list[str] = option(
+        ["all"], help="what to compare: all, or names (`afa evaluate --methods list` shows them)"
+    )
+    seeds: int = option(
+        1,
+        least=1,
+        most=1000,
+        help="training seeds of everything that is trained; the ensemble itself is the first",
+    )
     train_data: str | None = option(
         None,
         help="where the captioned training images are (default: scenes:N if the ensemble was trained on that, else the protocol's own; "
         "no other place is taken from afa.json)",
     )
-    base: str | None = option(None, place=True, help="the model the experts were fine-tuned from; task arithmetic, TIES, DARE and model stock need it")
-    metrics: list[str] | None = option(None, help="judge by these, the first leading the table (default: the protocol's)")
-    metric_weights: list[str] | None = option(None, help="where a metric's weights are, each METRIC=PATH or METRIC=org/name")
+    base: str | None = option(
+        None,
+        place=True,
+        help="the model the experts were fine-tuned from; task arithmetic, TIES, DARE and model stock need it",
+    )
+    metrics: list[str] | None = option(
+        None, help="judge by these, the first leading the table (default: the protocol's)"
+    )
+    metric_weights: list[str] | None = option(
+        None, help="where a metric's weights are, each METRIC=PATH or METRIC=org/name"
+    )
     scorer: str | None = option(
         None,
         help="a Python file: score(images, captions) -> dict of n numbers each, and perhaps features(images); images: (n, H, W, 3) uint8",
     )
-    study: list[str] | None = option(None, help="also: steps (10, 20, 30, 50), experts (how many), ablations (placement, depth …), objectives", choices=STUDIES)
-    reward: str | None = option(None, help="of the study of objectives, as in `afa train` (default: the protocol's own)")
+    study: list[str] | None = option(
+        None,
+        help="also: steps (10, 20, 30, 50), experts (how many), ablations (placement, depth …), objectives",
+        choices=STUDIES,
+    )
+    reward: str | None = option(
+        None, help="of the study of objectives, as in `afa train` (default: the protocol's own)"
+    )
     reward_weights: str | None = option(None, help="where that reward's weights are (default: the hub)")
-    prompts: int | None = option(None, least=2, most=10**6, help="only the first so many prompts (default: all of the protocol's)")
-    images_per_prompt: int | None = option(None, **COUNT, help="images of each prompt (default: the protocol's)")
-    seed: int = option(0, **SEED, help="seed of the first image's noise, 0 to 2**64 - 1; image k has seed + k, for every method")
+    prompts: int | None = option(
+        None, least=2, most=10**6, help="only the first so many prompts (default: all of the protocol's)"
+    )
+    images_per_prompt: int | None = option(
+        None, **COUNT, help="images of each prompt (default: the protocol's)"
+    )
+    seed: int = option(
+        0,
+        **SEED,
+        help="seed of the first image's noise, 0 to 2**64 - 1; image k has seed + k, for every method",
+    )
     steps: int | None = option(None, **SAMPLING_STEPS, help="denoising steps (default: the protocol's)")
-    guidance: float | None = option(None, **GUIDANCE, help="strength of guidance (default: the protocol's, or the family's own)")
-    true_guidance: float | None = option(None, **GUIDANCE, help="FLUX: strength of classifier-free guidance beside the built-in one")
-    scheduler: str | None = option(None, help="ddim, euler, dpm++ …; of flows: euler, dpm++, unipc (default: the ensemble's)")
+    guidance: float | None = option(
+        None, **GUIDANCE, help="strength of guidance (default: the protocol's, or the family's own)"
+    )
+    true_guidance: float | None = option(
+        None, **GUIDANCE, help="FLUX: strength of classifier-free guidance beside the built-in one"
+    )
+    scheduler: str | None = option(
+        None, help="ddim, euler, dpm++ …; of flows: euler, dpm++, unipc (default: the ensemble's)"
+    )
     width: int | None = option(None, **SIDE, help="in pixels (default: the protocol's, or the experts' own)")
     height: int | None = option(None, **SIDE, help="in pixels (default: the protocol's, or the experts' own)")
-    allow_outside: bool = option(False, help="also read images that --protocol or --train-data name outside their own folder")
+    allow_outside: bool = option(
+        False, help="also read images that --protocol or --train-data name outside their own folder"
+    )
     protocol_data: str | None = option(None, help="COCO's folder, or DrawBench's table")
-    tuning: int = option(24, least=0, most=10**6, help="images that a rival's options are chosen on, never judged; 0: its defaults are taken")
+    tuning: int = option(
+        24,
+        least=0,
+        most=10**6,
+        help="images that a rival's options are chosen on, never judged; 0: its defaults are taken",
+    )
     search_trials: int = option(60, least=0, most=10**6, help="merges that auto_mbw tries")
     batch_size: int = option(8, **COUNT, help="images made at once")
     resamples: int = option(1000, least=100, most=10**6, help="bootstrap resamples of distances between sets")

@@ -57,13 +57,23 @@ class Setup:
         """With the family's own strength of guidance where the protocol has none. Raises UserError for guidance the family does not know."""
         entry, sampling = self.manifest.experts[0], protocol.sampling
         if sampling.guidance is None or sampling.true_guidance is not None:
-            shape = entry.config if entry.config is None or entry.config in KNOWN_CONFIGS else str(self.folder / entry.config)
-            spec = ExpertSpec.parse(self.expert_specs()[0]) if entry.name in self.moved else entry.spec(self.folder)
+            shape = (
+                entry.config
+                if entry.config is None or entry.config in KNOWN_CONFIGS
+                else str(self.folder / entry.config)
+            )
+            spec = (
+                ExpertSpec.parse(self.expert_specs()[0])
+                if entry.name in self.moved
+                else entry.spec(self.folder)
+            )
             config = denoiser_config(locate(spec), self.manifest.family, shape)
             call = FAMILIES[self.manifest.family].call
             call.guided(config, 1, sampling.guidance, sampling.negative_prompt, sampling.true_guidance)
             guidance = call.strength(config) if sampling.guidance is None else sampling.guidance
-            protocol = dataclasses.replace(protocol, sampling=dataclasses.replace(sampling, guidance=guidance))
+            protocol = dataclasses.replace(
+                protocol, sampling=dataclasses.replace(sampling, guidance=guidance)
+            )
         return protocol
 
     @property
@@ -107,7 +117,9 @@ class Setup:
     def expert_specs(self) -> list[str]:
         """The experts as `afa train` takes them."""
         specs = [entry.spec(self.folder) for entry in self.manifest.experts]
-        return [f"{spec.name}={self.moved[spec.name]}" if spec.name in self.moved else str(spec) for spec in specs]
+        return [
+            f"{spec.name}={self.moved[spec.name]}" if spec.name in self.moved else str(spec) for spec in specs
+        ]
 
     @cached_property
     def recorded(self) -> dict[str, Any]:
@@ -119,7 +131,11 @@ class Setup:
 
     def training(self, output: Path, run: int, **changes: Any) -> TrainSettings:
         """The ensemble's own training recipe at its seed + run. Raises UserError if it has none, or one that needs a reward."""
-        fixed: dict[str, Any] = {"experts": self.expert_specs(), "output": str(output), "device": self.settings.device}
+        fixed: dict[str, Any] = {
+            "experts": self.expert_specs(),
+            "output": str(output),
+            "device": self.settings.device,
+        }
         fixed["allow_outside"] = self.settings.allow_outside
         objective = str(changes.get("objective", self.recorded.get("objective", PLAIN)))
         if objective != PLAIN and "reward" not in changes:
@@ -146,7 +162,9 @@ class Setup:
             self.protocol.training(drawn)
         if not drawn.is_dir():
             recorded = shown((self.manifest.training or {}).get("settings", {}).get("data"))
-            raise UserError(f"{self.folder / MANIFEST} names its training data as {recorded}, and a place is not taken from a file; give it with --train-data")
+            raise UserError(
+                f"{self.folder / MANIFEST} names its training data as {recorded}, and a place is not taken from a file; give it with --train-data"
+            )
         return str(drawn)
 
     @cached_property
@@ -156,7 +174,10 @@ class Setup:
             return [sample.caption for sample in open_source(self.training_data, columns).samples]
         except UserError as error:
             if PartialState().is_main_process:
-                print(f"afa: rivals keep their default options, since there are no captions to choose them on: {error}", file=sys.stderr)
+                print(
+                    f"afa: rivals keep their default options, since there are no captions to choose them on: {error}",
+                    file=sys.stderr,
+                )
             return []
 
     def tuning_captions(self) -> list[str]:
@@ -166,7 +187,9 @@ class Setup:
     def pipeline(self, ensemble: Ensemble) -> Any:
         """A stock pipeline in the comparison's frame: the ensemble's VAE and scheduler, whatever the denoiser."""
         scheduler = self.ensemble.frame.scheduler
-        pipe = ensemble.pipeline(vae=self.ensemble.frame.vae, scheduler=type(scheduler).from_config(scheduler.config))
+        pipe = ensemble.pipeline(
+            vae=self.ensemble.frame.vae, scheduler=type(scheduler).from_config(scheduler.config)
+        )
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.device)
 
@@ -177,7 +200,9 @@ def _device(name: str | None) -> torch.device:
     # Others may wait for hours while one process searches for weights or judges.
     state = PartialState(cpu=cpu, timeout=timedelta(days=7))
     device = choose_device(name)
-    return state.device if state.num_processes > 1 and not cpu else device  # accelerate's cpu:0 would be copied to
+    return (
+        state.device if state.num_processes > 1 and not cpu else device
+    )  # accelerate's cpu:0 would be copied to
 
 
 def _request(settings: EvaluateSettings) -> Request:

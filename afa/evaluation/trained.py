@@ -65,11 +65,25 @@ def trained_rows(setup: Setup) -> list[Row]:
 def ablation_rows(setup: Setup) -> list[Row]:
     """The ensemble's recipe with one thing changed, trained anew."""
     denoiser = setup.ensemble.denoiser
-    recorded = setup.training(setup.output, 0, placement=denoiser.placement)  # the family's, where nobody chose one
-    changed = {title: changes for title, changes in ABLATIONS.items() if any(_value(recorded, name) != value for name, value in changes.items())}
+    recorded = setup.training(
+        setup.output, 0, placement=denoiser.placement
+    )  # the family's, where nobody chose one
+    changed = {
+        title: changes
+        for title, changes in ABLATIONS.items()
+        if any(_value(recorded, name) != value for name, value in changes.items())
+    }
     changed = {title: changes for title, changes in changed.items() if _differs(denoiser, changes)}
     return [
-        _row(setup, f"afa, {title}", "ours", title, functools.partial(_train, setup, folder_name(title), changes), axes={"variant": title}, of="afa")
+        _row(
+            setup,
+            f"afa, {title}",
+            "ours",
+            title,
+            functools.partial(_train, setup, folder_name(title), changes),
+            axes={"variant": title},
+            of="afa",
+        )
         for title, changes in changed.items()
     ]
 
@@ -90,7 +104,18 @@ def expert_rows(setup: Setup) -> list[Row]:
         changes = {"experts": [specs[name] for name in chosen], "vae": None}
         train_them = functools.partial(_train, setup, f"experts-{'-'.join(chosen)}", changes)
         title = f"AFA of {', '.join(chosen)}"
-        rows.append(_row(setup, f"afa, {count} experts", "ours", title, train_them, axes={"experts": count}, of="afa", names=chosen))
+        rows.append(
+            _row(
+                setup,
+                f"afa, {count} experts",
+                "ours",
+                title,
+                train_them,
+                axes={"experts": count},
+                of="afa",
+                names=chosen,
+            )
+        )
     return rows
 
 
@@ -105,7 +130,15 @@ def folder_name(title: str) -> str:
 
 
 def _row(
-    setup: Setup, name: str, group: str, title: str, make: Any, *, axes: Mapping[str, Any] | None = None, of: str = "", names: Sequence[str] = ()
+    setup: Setup,
+    name: str,
+    group: str,
+    title: str,
+    make: Any,
+    *,
+    axes: Mapping[str, Any] | None = None,
+    of: str = "",
+    names: Sequence[str] = (),
 ) -> Row:
     sampler = functools.partial(trained_sampler, setup, make, tuple(names))
     return Row(name, group, title, sampler, train=make, runs=setup.settings.seeds, axes=axes or {}, of=of)
@@ -121,7 +154,11 @@ def _train(setup: Setup, name: str, changes: dict[str, Any], options: Options, r
     settings = setup.training(setup.output / "trained" / name / f"seed-{run}", run, **changes)
     if finished(settings) is None:
         shared = None
-        if settings.experts == setup.expert_specs() and settings.dtype == setup.settings.dtype and settings.store is None:
+        if (
+            settings.experts == setup.expert_specs()
+            and settings.dtype == setup.settings.dtype
+            and settings.store is None
+        ):
             shared = setup.ensemble.sharing(
                 settings.aggregator,
                 settings.placement,
@@ -178,11 +215,23 @@ def control_rows(setup: Setup) -> list[Row]:
     ]
 
 
-def _control_row(setup: Setup, name: str, title: str, start: Callable[[Setup], Expert], by_compute: bool) -> Row:
+def _control_row(
+    setup: Setup, name: str, title: str, start: Callable[[Setup], Expert], by_compute: bool
+) -> Row:
     train = functools.partial(_train_control, setup, name, start, by_compute)
     candidates = tuple({"lr": rate} for rate in RATES)
     sampler = functools.partial(_sampler, setup, start, train)
-    return Row(name, "control", title, sampler, candidates, train=train, by_loss=True, runs=setup.settings.seeds, note="lr: times the ensemble's")
+    return Row(
+        name,
+        "control",
+        title,
+        sampler,
+        candidates,
+        train=train,
+        by_loss=True,
+        runs=setup.settings.seeds,
+        note="lr: times the ensemble's",
+    )
 
 
 def _best(setup: Setup) -> Expert:
@@ -193,10 +242,14 @@ def _best(setup: Setup) -> Expert:
 
 def _merge(setup: Setup) -> Expert:
     """The mean of all experts' weights, with the ensemble's VAE."""
-    return dataclasses.replace(merge_experts(setup.ensemble.experts, "weighted"), vae=setup.ensemble.frame.vae)
+    return dataclasses.replace(
+        merge_experts(setup.ensemble.experts, "weighted"), vae=setup.ensemble.frame.vae
+    )
 
 
-def _train_control(setup: Setup, name: str, start: Callable[[Setup], Expert], by_compute: bool, options: Options, run: int) -> Trained:
+def _train_control(
+    setup: Setup, name: str, start: Callable[[Setup], Expert], by_compute: bool, options: Options, run: int
+) -> Trained:
     """Train with the ensemble's recipe; what is trained is only read. A run to equal compute goes on from that to equal steps."""
     place = Path(f"lr-{options['lr']:g}") / f"seed-{run}"
     folder = setup.output / "trained" / name / place
@@ -206,8 +259,21 @@ def _train_control(setup: Setup, name: str, start: Callable[[Setup], Expert], by
         if by_compute:
             _go_on(settings, setup.output / "trained" / name.removesuffix(COMPUTE) / place / KEPT)
         kept = folder / KEPT if f"{name}{COMPUTE}" in chosen_methods(setup.settings.methods) else None
-        record = finetune(settings, plan_finetune(settings, Ensemble.from_experts([start(setup)], aggregator="mean", placement="out")), kept)
-    return Trained(folder, folder / FILE, record["parameters"], record["steps"], record["seconds"], record["held_out_loss"]["trained"]["value"])
+        record = finetune(
+            settings,
+            plan_finetune(
+                settings, Ensemble.from_experts([start(setup)], aggregator="mean", placement="out")
+            ),
+            kept,
+        )
+    return Trained(
+        folder,
+        folder / FILE,
+        record["parameters"],
+        record["steps"],
+        record["seconds"],
+        record["held_out_loss"]["trained"]["value"],
+    )
 
 
 def _go_on(settings: LoraSettings, place: Path) -> None:
@@ -218,7 +284,9 @@ def _go_on(settings: LoraSettings, place: Path) -> None:
     state.wait_for_everyone()
 
 
-def _settings(setup: Setup, start: Callable[[Setup], Expert], by_compute: bool, options: Options, run: int, folder: Path) -> LoraSettings:
+def _settings(
+    setup: Setup, start: Callable[[Setup], Expert], by_compute: bool, options: Options, run: int, folder: Path
+) -> LoraSettings:
     """The ensemble's own settings, with its rate scaled, and its steps where compute is to be equal."""
     ensemble = setup.training(folder, run)
     shared = {field.name: getattr(ensemble, field.name) for field in dataclasses.fields(LoopSettings)}
@@ -226,7 +294,9 @@ def _settings(setup: Setup, start: Callable[[Setup], Expert], by_compute: bool, 
     rank = matching_rank(expert, read_manifest(setup.folder).aggregator["parameters"])
     steps = _equal_steps(setup, rank, ensemble.steps, ensemble.batch_size) if by_compute else ensemble.steps
     source = setup.ranking[0] if start is _best else "+".join(setup.names)
-    return LoraSettings(**{**shared, "expert": source, "rank": rank, "lr": ensemble.lr * options["lr"], "steps": steps})
+    return LoraSettings(
+        **{**shared, "expert": source, "rank": rank, "lr": ensemble.lr * options["lr"], "steps": steps}
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -234,7 +304,13 @@ def _equal_steps(setup: Setup, rank: int, steps: int, batch_size: int) -> int:
     return equal_compute_steps(steps, setup.ensemble.denoiser, rank, batch_size)
 
 
-def _sampler(setup: Setup, start: Callable[[Setup], Expert], train: Callable[[Options, int], Trained], options: Options, run: int) -> Sampler:
+def _sampler(
+    setup: Setup,
+    start: Callable[[Setup], Expert],
+    train: Callable[[Options, int], Trained],
+    options: Options,
+    run: int,
+) -> Sampler:
     """A stock pipeline around the expert with its LoRA in its weights."""
     expert = start(setup)
     fuse_lora(expert.model, train(options, run).file)
@@ -261,7 +337,16 @@ def _objective_row(setup: Setup, name: str, changes: dict[str, Any]) -> Row:
     of = "afa" if name == PLAIN else _name(PLAIN)
     make = functools.partial(_train_objective, setup, name, changes)
     sampler: Callable[..., Any] = functools.partial(trained_sampler, setup, make, ())
-    return Row(_name(name), "ours", f"AFA, further by {name}", sampler, train=make, runs=setup.settings.seeds, axes={"objective": name}, of=of)
+    return Row(
+        _name(name),
+        "ours",
+        f"AFA, further by {name}",
+        sampler,
+        train=make,
+        runs=setup.settings.seeds,
+        axes={"objective": name},
+        of=of,
+    )
 
 
 def _name(objective: str) -> str:
@@ -277,7 +362,9 @@ def _train_objective(setup: Setup, name: str, changes: dict[str, Any], options: 
     return read_trained(Path(settings.output))
 
 
-def _objective_settings(setup: Setup, name: str, changes: dict[str, Any], start: Path, run: int) -> TrainSettings:
+def _objective_settings(
+    setup: Setup, name: str, changes: dict[str, Any], start: Path, run: int
+) -> TrainSettings:
     """The ensemble's own recipe, for fewer steps of half the batch and a quarter of the rate. Raises UserError if nobody named a reward."""
     output = setup.output / "trained" / f"objective-{folder_name(name)}" / f"seed-{run}"
     own = setup.training(output, run)
@@ -288,7 +375,12 @@ def _objective_settings(setup: Setup, name: str, changes: dict[str, Any], start:
         if reward is None:
             raise UserError("the study of objectives needs a reward; name one with --reward")
         drawn = max(1, sampling.steps // 2)
-        rewarded = {"reward": reward, "reward_weights": setup.settings.reward_weights, "draft_steps": drawn, "draft_last": drawn}
+        rewarded = {
+            "reward": reward,
+            "reward_weights": setup.settings.reward_weights,
+            "draft_steps": drawn,
+            "draft_last": drawn,
+        }
         rewarded["draft_guidance"] = sampling.guidance
     return own.further(
         start,

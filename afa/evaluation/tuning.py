@@ -30,15 +30,25 @@ class Tuner:
     captions: of the images; their noise is the same for every candidate. score: of a set of pictures, higher is better.
     """
 
-    def __init__(self, folder: Path, captions: Sequence[str], sampling: Sampling, score: Score | None, batch_size: int) -> None:
-        self.folder, self.captions, self.sampling, self.score, self.batch_size = folder, captions, sampling, score, batch_size
+    def __init__(
+        self, folder: Path, captions: Sequence[str], sampling: Sampling, score: Score | None, batch_size: int
+    ) -> None:
+        self.folder, self.captions, self.sampling, self.score, self.batch_size = (
+            folder,
+            captions,
+            sampling,
+            score,
+            batch_size,
+        )
 
     @property
     def able(self) -> bool:
         """Whether there is something to choose by."""
         return self.score is not None and len(self.captions) > 0
 
-    def scores(self, name: str, candidates: Sequence[Options], make: Callable[[Options], Sampler]) -> list[float]:
+    def scores(
+        self, name: str, candidates: Sequence[Options], make: Callable[[Options], Sampler]
+    ) -> list[float]:
         """The score of every candidate, in order. Done by one process; the others wait."""
         state = PartialState()
         if state.is_main_process:
@@ -58,7 +68,9 @@ class Tuner:
         scores = self.scores(name, candidates, make)
         return candidates[max(range(len(candidates)), key=lambda index: scores[index])]
 
-    def _score_all(self, name: str, candidates: Sequence[Options], make: Callable[[Options], Sampler]) -> None:
+    def _score_all(
+        self, name: str, candidates: Sequence[Options], make: Callable[[Options], Sampler]
+    ) -> None:
         known = self._known(name)
         todo = [options for options in candidates if _key(options) not in known]
         for options in tqdm(todo, desc=f"choosing options of {name}", unit="candidate", disable=not todo):
@@ -74,18 +86,26 @@ class Tuner:
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
             made = zip(sampler(batch, self.sampling), batch, strict=True)
-            pictures += [Picture(image, request.prompt, start + index) for index, (image, request) in enumerate(made)]
+            pictures += [
+                Picture(image, request.prompt, start + index) for index, (image, request) in enumerate(made)
+            ]
         try:
             score = self.score(pictures)
         except Exception as error:
-            raise ScoringError(f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)) from error
+            raise ScoringError(
+                f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
+            ) from error
         if not np.isfinite(score):
             raise ScoringError(f"its score is {score}")
         return score
 
     def _known(self, name: str) -> dict[str, float]:
         found = json_or_none(self._file(name))  # damaged: scored again
-        return {key: value for key, value in found.items() if isinstance(value, int | float)} if isinstance(found, dict) else {}
+        return (
+            {key: value for key, value in found.items() if isinstance(value, int | float)}
+            if isinstance(found, dict)
+            else {}
+        )
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name.replace(':', '-')}.json"

@@ -35,16 +35,36 @@ MERGE_TITLES = {
     "model_stock": "model stock",
     "slerp": "slerp",
 }
-SHAPES = ("GRAD_V", "GRAD_A", "WRAP12", "SMOOTHSTEP", "OUT12", "MID12_50")  # of presets, each in both directions
-RAMPS = ((0.0, 1.0), (0.25, 0.75))  # the second's share at the first and at the last stage, where there are no presets
+SHAPES = (
+    "GRAD_V",
+    "GRAD_A",
+    "WRAP12",
+    "SMOOTHSTEP",
+    "OUT12",
+    "MID12_50",
+)  # of presets, each in both directions
+RAMPS = (
+    (0.0, 1.0),
+    (0.25, 0.75),
+)  # the second's share at the first and at the last stage, where there are no presets
 SCALES = (0.3, 0.5, 0.7, 1.0)
 
 
 def merge_rows(setup: Setup) -> list[Row]:
     """One row a rule. Rows that need the base say so when they are run."""
-    titles = {**MERGE_TITLES, "mbw": f"{MERGE_TITLES['mbw']}, {'presets' if _has_presets(setup) else 'ramps'}"}
+    titles = {
+        **MERGE_TITLES,
+        "mbw": f"{MERGE_TITLES['mbw']}, {'presets' if _has_presets(setup) else 'ramps'}",
+    }
     return [
-        Row(name, "merge", title, functools.partial(_merge_sampler, setup, name), tuple(_merge_candidates(name, setup)), based=needs(name, "base"))
+        Row(
+            name,
+            "merge",
+            title,
+            functools.partial(_merge_sampler, setup, name),
+            tuple(_merge_candidates(name, setup)),
+            based=needs(name, "base"),
+        )
         for name, title in titles.items()
     ]
 
@@ -54,11 +74,20 @@ def _merge_candidates(name: str, setup: Setup) -> list[Options]:
     count = len(setup.names)
     makers: dict[str, Callable[[], list[Options]]] = {
         "weighted": lambda: [{"weights": weights} for weights in shares(count)],
-        "mbw": lambda: [{**shape, "order": order} for shape in _shapes(setup) for order in ("best first", "second first")],
-        "add_difference": lambda: [{"alpha": alpha, "order": order} for alpha in SCALES for order in ("best first", "second first")],
+        "mbw": lambda: [
+            {**shape, "order": order} for shape in _shapes(setup) for order in ("best first", "second first")
+        ],
+        "add_difference": lambda: [
+            {"alpha": alpha, "order": order} for alpha in SCALES for order in ("best first", "second first")
+        ],
         "task_arithmetic": lambda: [{"scale": scale} for scale in (1 / count, *SCALES)],
-        "ties": lambda: [{"scale": scale, "density": density} for density, scale in itertools.product((0.2, 0.5), (1.0, 0.5))],
-        "dare": lambda: [{"scale": scale, "drop": drop} for drop, scale in itertools.product((0.5, 0.9), (1 / count, 0.5))],
+        "ties": lambda: [
+            {"scale": scale, "density": density}
+            for density, scale in itertools.product((0.2, 0.5), (1.0, 0.5))
+        ],
+        "dare": lambda: [
+            {"scale": scale, "drop": drop} for drop, scale in itertools.product((0.5, 0.9), (1 / count, 0.5))
+        ],
         "model_stock": lambda: [{}],
         "slerp": lambda: [{"t": t, "order": "best first"} for t in (0.5, 0.3, 0.7)],
     }
@@ -67,7 +96,11 @@ def _merge_candidates(name: str, setup: Setup) -> list[Options]:
 
 def _shapes(setup: Setup) -> list[Options]:
     """How block weights may run from the first stage to the last: as presets do, which are for U-Nets, else straight."""
-    return [{"preset": name} for name in SHAPES] if _has_presets(setup) else [{"first": first, "last": last} for first, last in RAMPS]
+    return (
+        [{"preset": name} for name in SHAPES]
+        if _has_presets(setup)
+        else [{"first": first, "last": last} for first, last in RAMPS]
+    )
 
 
 def _has_presets(setup: Setup) -> bool:
@@ -76,7 +109,11 @@ def _has_presets(setup: Setup) -> bool:
 
 def shares(count: int) -> list[list[float]]:
     """Equal shares, and one expert ahead of the others."""
-    ahead = [[0.6 if place == first else 0.4 / (count - 1) for place in range(count)] for first in range(count)] if count > 1 else []
+    ahead = (
+        [[0.6 if place == first else 0.4 / (count - 1) for place in range(count)] for first in range(count)]
+        if count > 1
+        else []
+    )
     return [[1 / count] * count, *ahead]
 
 
@@ -87,7 +124,11 @@ def _merge_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampl
     pair = setup.ranking[:2] if best_first else setup.ranking[1::-1]
     merge = merger(setup, pair if name in PAIRS else setup.names, needs(name, "base"))
     if name == "mbw":
-        curve = preset_weights(options["preset"], merge.stages) if "preset" in options else ramp(merge.stages, **options)
+        curve = (
+            preset_weights(options["preset"], merge.stages)
+            if "preset" in options
+            else ramp(merge.stages, **options)
+        )
         options = {"weights": _of_pair(setup, curve, pair)}
     return merged_sampler(setup, merge.apply(name, **options))
 
@@ -101,7 +142,9 @@ def merger(setup: Setup, names: tuple[str, ...], based: bool) -> InMemoryMerge:
 
 def merged_sampler(setup: Setup, expert: Expert) -> Sampler:
     """A stock pipeline around one merged expert, in the comparison's frame."""
-    return functools.partial(sample, setup.pipeline(Ensemble.from_experts([expert], aggregator="mean", placement="out")))
+    return functools.partial(
+        sample, setup.pipeline(Ensemble.from_experts([expert], aggregator="mean", placement="out"))
+    )
 
 
 def ramp(stages: Sequence[str], first: float, last: float) -> dict[str, float]:
@@ -113,7 +156,10 @@ def ramp(stages: Sequence[str], first: float, last: float) -> dict[str, float]:
 def _of_pair(setup: Setup, curve: dict[str, float], pair: tuple[str, ...]) -> dict[str, list[float]]:
     """A curve from the first to the second of a pair, as a weight for every expert."""
     shares = {BASE: 0.5, **curve}
-    return {stage: [share * (name == pair[1]) + (1 - share) * (name == pair[0]) for name in setup.names] for stage, share in shares.items()}
+    return {
+        stage: [share * (name == pair[1]) + (1 - share) * (name == pair[0]) for name in setup.names]
+        for stage, share in shares.items()
+    }
 
 
 SAMPLING_TITLES = {
@@ -131,12 +177,27 @@ ORDERS = 6  # of experts over the timesteps, at most
 def sampling_rows(setup: Setup) -> list[Row]:
     """Every expert alone, in its own frame and in the ensemble's; then one row a method."""
     alone = [
-        Row(f"{kind}:{name}", group, f"{title} {name}{where}", functools.partial(_rival_sampler, setup, kind), ({"expert": name},))
-        for kind, group, title, where in (("single", "expert", "expert", ""), ("single_in_ensemble", "expert", "expert", " in the frame"))
+        Row(
+            f"{kind}:{name}",
+            group,
+            f"{title} {name}{where}",
+            functools.partial(_rival_sampler, setup, kind),
+            ({"expert": name},),
+        )
+        for kind, group, title, where in (
+            ("single", "expert", "expert", ""),
+            ("single_in_ensemble", "expert", "expert", " in the frame"),
+        )
         for name in setup.names
     ]
     return alone + [
-        Row(name, "sampling", title, functools.partial(_rival_sampler, setup, name), _sampling_candidates(name, setup))
+        Row(
+            name,
+            "sampling",
+            title,
+            functools.partial(_rival_sampler, setup, name),
+            _sampling_candidates(name, setup),
+        )
         for name, title in SAMPLING_TITLES.items()
     ]
 
@@ -151,10 +212,14 @@ def _sampling_candidates(name: str, setup: Setup) -> tuple[Options, ...]:
         "noise_average": lambda: [{"weights": weights} for weights in shares(len(setup.names))],
         "timestep_experts": lambda: [{"table": table} for table in _tables(setup)],
         "magicfusion": lambda: [
-            {"general": general, "mode": mode, "t0": t0} for general in setup.ranking for mode, t0 in ((1, 850.0), (2, 600.0))
+            {"general": general, "mode": mode, "t0": t0}
+            for general in setup.ranking
+            for mode, t0 in ((1, 850.0), (2, 600.0))
         ],
         "superdiff_or": lambda: [
-            {"temperature": temperature, "density": density} for density in ("code", "theorem") for temperature in (1.0, 0.1)
+            {"temperature": temperature, "density": density}
+            for density in ("code", "theorem")
+            for temperature in (1.0, 0.1)
         ],
     }
     return tuple(makers[name]()) if name in makers else ({},)
@@ -165,7 +230,10 @@ def _tables(setup: Setup) -> list[str]:
     edges = [round(1000 * (1 - place / len(setup.names))) for place in range(len(setup.names) + 1)]
     orders = itertools.islice(itertools.permutations(setup.names), ORDERS)
     intervals = list(itertools.pairwise(edges))
-    return [",".join(f"{top}-{bottom}:{name}" for name, (top, bottom) in zip(order, intervals, strict=True)) for order in orders]
+    return [
+        ",".join(f"{top}-{bottom}:{name}" for name, (top, bottom) in zip(order, intervals, strict=True))
+        for order in orders
+    ]
 
 
 def auto_mbw_rows(setup: Setup, tuner: Tuner) -> list[Row]:
@@ -174,7 +242,16 @@ def auto_mbw_rows(setup: Setup, tuner: Tuner) -> list[Row]:
         return []
     search = functools.partial(_search, setup, tuner)
     note = f"{setup.settings.search_trials} merges tried by Optuna on {len(tuner.captions)} other images"
-    return [Row("auto_mbw", "merge", "auto MBW", functools.partial(_searched, setup, search), train=search, note=note)]
+    return [
+        Row(
+            "auto_mbw",
+            "merge",
+            "auto MBW",
+            functools.partial(_searched, setup, search),
+            train=search,
+            note=note,
+        )
+    ]
 
 
 def _search(setup: Setup, tuner: Tuner, options: Options, run: int) -> Trained:
@@ -191,7 +268,9 @@ def _search(setup: Setup, tuner: Tuner, options: Options, run: int) -> Trained:
                 return [tuner.judge(merged_sampler(setup, merge.apply_mbw(weights)))]
 
             journal = Journal(folder / POINTS, judge)
-            best = bayesian_search(space, journal, trials=setup.settings.search_trials, seed=setup.settings.seed)
+            best = bayesian_search(
+                space, journal, trials=setup.settings.search_trials, seed=setup.settings.seed
+            )
         write_atomically(file, as_toml(best, setup.names))
     PartialState().wait_for_everyone()
     return Trained(folder, file, 0, 0, 0.0, float("nan"))
@@ -204,7 +283,11 @@ def _search_folder(setup: Setup, tuner: Tuner) -> Path:
 def searched(setup: Setup, tuner: Tuner) -> int:
     """How many merges of the search are judged already."""
     folder = _search_folder(setup, tuner)
-    return setup.settings.search_trials if (folder / BEST).exists() else len(Journal(folder / POINTS, lambda weights: []).points)
+    return (
+        setup.settings.search_trials
+        if (folder / BEST).exists()
+        else len(Journal(folder / POINTS, lambda weights: []).points)
+    )
 
 
 def _searched(setup: Setup, search: Callable[[Options, int], Trained], options: Options, run: int) -> Sampler:

@@ -10,7 +10,14 @@ from afa.models.registry import FAMILIES
 from afa.text_encoder import width_of
 
 # What tables of noise are made from: of diffusion schedules, of EDM's.
-SCHEDULER = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "trained_betas", "rescale_betas_zero_snr")
+SCHEDULER = (
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "num_train_timesteps",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
 EDM = ("sigma_min", "sigma_max", "sigma_data", "rho", "sigma_schedule", "num_train_timesteps")
 
 ROUTE = "may differ where only predictions are combined: placement out"
@@ -28,14 +35,20 @@ def mismatches(experts: Sequence[Expert], features: bool = True) -> list[str]:
 def kind_mismatches(experts: Sequence[Expert]) -> list[str]:
     """Why features of the others mean something else than the first's: they predict another thing, or at another noise."""
     first, *others = experts
-    return [f"{_start(first, other)}: {reason}" for other in others for reason in _kind_mismatches(first, other)]
+    return [
+        f"{_start(first, other)}: {reason}" for other in others for reason in _kind_mismatches(first, other)
+    ]
 
 
 def _pair(first: Expert, other: Expert, features: bool) -> list[str]:
     start = _start(first, other)
     if first.family != other.family:
-        return [f"{start}: it is of family {other.family}, expected {first.family}; experts must share one architecture"]
-    found = _stage_mismatches(first, other) + _value_mismatches(first.model.config, other.model.config, FAMILIES[first.family].call.alike)
+        return [
+            f"{start}: it is of family {other.family}, expected {first.family}; experts must share one architecture"
+        ]
+    found = _stage_mismatches(first, other) + _value_mismatches(
+        first.model.config, other.model.config, FAMILIES[first.family].call.alike
+    )
     found += _kind_mismatches(first, other, features)
     found += _text_mismatches(first, other)
     return [f"{start}: {reason}" for reason in found]
@@ -68,13 +81,17 @@ def scheduler_mismatches(mine: Any, theirs: Any) -> list[str]:
     if is_edm(mine) or is_edm(theirs):
         if is_edm(mine) and is_edm(theirs):
             return _value_mismatches(mine.config, theirs.config, EDM)
-        return [f"its noise schedule is that of {type(theirs).__name__}, expected that of {type(mine).__name__}: only one of them is EDM's"]
+        return [
+            f"its noise schedule is that of {type(theirs).__name__}, expected that of {type(mine).__name__}: only one of them is EDM's"
+        ]
     expected, found = Schedule.of(mine), Schedule.of(theirs)
     if found.same_noise(expected):
         return []
     if found.kept is None or expected.kept is None or found.steps != expected.steps:
         return [f"num_train_timesteps is {found.steps}, expected {expected.steps}"]
-    wanted, had = ({name: _shown(scheduler.config.get(name), name) for name in SCHEDULER} for scheduler in (mine, theirs))
+    wanted, had = (
+        {name: _shown(scheduler.config.get(name), name) for name in SCHEDULER} for scheduler in (mine, theirs)
+    )
     at = int((found.kept - expected.kept).abs().argmax())
     table = f"the noise schedules differ (alphas_cumprod at timestep {at} is {found.kept[at]:.3g}, expected {expected.kept[at]:.3g})"
     return _value_mismatches(wanted, had, SCHEDULER) or [table]
@@ -98,7 +115,10 @@ def _stage_mismatches(first: Expert, other: Expert) -> list[str]:
     """Stages that only one of two experts has; if there are none, stages that differ, alike differences in one sentence."""
     stages = FAMILIES[first.family].stages
     mine, theirs = ({stage.name: stage for stage in stages(expert.model)} for expert in (first, other))
-    lacking, extra = [name for name in mine if name not in theirs], [name for name in theirs if name not in mine]
+    lacking, extra = (
+        [name for name in mine if name not in theirs],
+        [name for name in theirs if name not in mine],
+    )
     if lacking or extra:  # then equal names mean different places
         counts = f"it has {len(theirs)} stages, expected {len(mine)}; the blocks are cut differently"
         return [
@@ -109,7 +129,9 @@ def _stage_mismatches(first: Expert, other: Expert) -> list[str]:
     alike: dict[str, list[str]] = {}
     for name, stage in theirs.items():
         if stage.channels != mine[name].channels:
-            alike.setdefault(f"has {stage.channels} channels, expected {mine[name].channels}", []).append(name)
+            alike.setdefault(f"has {stage.channels} channels, expected {mine[name].channels}", []).append(
+                name
+            )
         if stage.level != mine[name].level:
             alike.setdefault(f"is at level {stage.level}, expected {mine[name].level}", []).append(name)
     return [f"stage {name} {difference}{_others(rest)}" for difference, (name, *rest) in alike.items()]

@@ -34,9 +34,20 @@ CLASSES = {
 }
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
-TOKENIZERS = {f"{part}/{name}" for part in ("tokenizer", "tokenizer_2") for name in ("tokenizer.json", "tokenizer_config.json")}
+TOKENIZERS = {
+    f"{part}/{name}"
+    for part in ("tokenizer", "tokenizer_2")
+    for name in ("tokenizer.json", "tokenizer_config.json")
+}
 FILES = {INDEX, SCHEDULER, *TOKENIZERS, *(f"{part}/config.json" for part in MODELS)}
-LEFT_OUT = ("_name_or_path", "name_or_path", "_diffusers_version", "transformers_version", "tokenizer_file", "special_tokens_map_file")
+LEFT_OUT = (
+    "_name_or_path",
+    "name_or_path",
+    "_diffusers_version",
+    "transformers_version",
+    "tokenizer_file",
+    "special_tokens_map_file",
+)
 WORD = re.compile(r"[\w .+-]{0,80}")
 LONGEST_LIST, DEEPEST_MODEL, LARGEST = 128, 128, 2**20
 
@@ -47,7 +58,11 @@ def pack(folder: Path, vae: Path, tokenizers: Mapping[str, Any]) -> str:
     vae: the folder that the VAE's config.json is in. tokenizers: by component; CLIP's are left out, since they are known.
     """
     index = read_object(folder / INDEX)
-    kept = {name: entry for name, entry in index.items() if name in (*CLASSES, "scheduler") or not isinstance(entry, list)}
+    kept = {
+        name: entry
+        for name, entry in index.items()
+        if name in (*CLASSES, "scheduler") or not isinstance(entry, list)
+    }
     found: dict[str, Any] = {INDEX: _plain(kept)}
     for name in sorted(FILES - TOKENIZERS - {INDEX}):
         place = vae / "config.json" if name == "vae/config.json" else folder / name
@@ -104,17 +119,27 @@ def check(text: str, where: str) -> dict[str, Any]:
 
 def _check_classes(found: dict[str, Any], where: str) -> None:
     index = found[INDEX]
-    named: dict[str, tuple[Any, tuple[str | None, ...]]] = {"the pipeline": (index.get("_class_name"), PIPELINES)}
+    named: dict[str, tuple[Any, tuple[str | None, ...]]] = {
+        "the pipeline": (index.get("_class_name"), PIPELINES)
+    }
     for part, classes in CLASSES.items():
         entry = index.get(part)
         if entry is not None:
             named[part] = (entry[1] if isinstance(entry, list) and len(entry) == 2 else entry, classes)
-    named |= {name: (found[name].get("_class_name"), CLASSES[name.partition("/")[0]]) for name in found if name[:3] in ("une", "vae")}
+    named |= {
+        name: (found[name].get("_class_name"), CLASSES[name.partition("/")[0]])
+        for name in found
+        if name[:3] in ("une", "vae")
+    }
     tokenizers = [name for name in found if name.endswith("/tokenizer_config.json")]
-    named |= {name: (found[name].get("tokenizer_class"), (*CLASSES["tokenizer"], None)) for name in tokenizers}
+    named |= {
+        name: (found[name].get("tokenizer_class"), (*CLASSES["tokenizer"], None)) for name in tokenizers
+    }
     for what, (name, known) in named.items():
         if name not in known:
-            raise UserError(f"{where} name the class {name!s:.80} for {what}, expected {known[0]}; give --config")
+            raise UserError(
+                f"{where} name the class {name!s:.80} for {what}, expected {known[0]}; give --config"
+            )
     for part in ("unet", "scheduler"):
         if not isinstance(index.get(part), list):
             raise UserError(f"{where} name no {part}; give --config")
@@ -127,14 +152,20 @@ def _check_values(value: Any, where: str, key: str = "") -> None:
             _check_values(child, where, str(name))
     elif isinstance(value, list):
         if len(value) > (2**16 if key == "trained_betas" else LONGEST_LIST):
-            raise UserError(f"{where}: {key:.80} has {len(value)} values, and at most {LONGEST_LIST} are read; give --config")
+            raise UserError(
+                f"{where}: {key:.80} has {len(value)} values, and at most {LONGEST_LIST} are read; give --config"
+            )
         for child in value:
             _check_values(child, where, key)
     elif isinstance(value, (int, float)):
         most = DEEPEST_MODEL if "layers" in key and not isinstance(value, bool) else LARGEST
         if not abs(value) <= most and "model_max_length" not in key:
             raise UserError(f"{where}: {key:.80} is {value}, and at most {most} is read; give --config")
-    elif isinstance(value, str) and not (WORD.fullmatch(value) and ".." not in value) and not _is_token(key, value):
+    elif (
+        isinstance(value, str)
+        and not (WORD.fullmatch(value) and ".." not in value)
+        and not _is_token(key, value)
+    ):
         raise UserError(f"{where}: {key:.80} is '{value:.80}', expected a plain word; give --config")
 
 

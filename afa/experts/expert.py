@@ -69,7 +69,9 @@ class Expert:
         return self.vae
 
 
-def load_vae(located: Located, config: str | None, dtype: torch.dtype, like: Expert | None = None) -> nn.Module:
+def load_vae(
+    located: Located, config: str | None, dtype: torch.dtype, like: Expert | None = None
+) -> nn.Module:
     """The VAE of a folder (a whole pipeline, or a VAE alone) or of a single file. Raises UserError as load_expert does.
 
     like: an expert that it is to serve, whose VAE's settings a VAE alone in a file gets.
@@ -85,7 +87,9 @@ def load_vae(located: Located, config: str | None, dtype: torch.dtype, like: Exp
         try:
             vae = AutoencoderKL.from_single_file(str(located.path), **options).eval()
         except Exception as error:
-            raise UserError(f"{located.path} has no VAE that could be read; choose another with vae= ({first_line(error)})") from error
+            raise UserError(
+                f"{located.path} has no VAE that could be read; choose another with vae= ({first_line(error)})"
+            ) from error
         check_whole(located, folder, {"vae": vae})
     else:
         vae = load_part(located.path, "vae" if located.whole_pipeline else None, dtype)
@@ -103,4 +107,6 @@ def check_whole(located: Located, folder: Path, parts: dict[str, Any]) -> None:
     for name, part in parts.items():
         if isinstance(part, nn.Module) and any(parameter.is_meta for parameter in part.parameters()):
             missing = next(key for key, parameter in part.named_parameters() if parameter.is_meta)
-            raise UserError(f"{located.path} lacks weights of its {name} (first: {missing}); it is no complete checkpoint of config {folder.name}")
+            raise UserError(
+                f"{located.path} lacks weights of its {name} (first: {missing}); it is no complete checkpoint of config {folder.name}"
+            )

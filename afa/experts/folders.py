@@ -19,7 +19,13 @@ from afa.text_files import read_json
 NAMES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # of weight files
 VARIANTS = ("fp32", "bf16", "fp16")  # the order in which they are taken, if there are no plain weights
 CONFIG = 2**24  # bytes of a config.json that are still read
-CONFIGS = ("config.json", "model_index.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+CONFIGS = (
+    "config.json",
+    "model_index.json",
+    "scheduler_config.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+)
 NOTED = ("name_or_path", "_file")  # how the keys end under which diffusers and transformers note paths
 # Settings that make a library read other files than the folder's, or run code that came with it.
 FOREIGN = {
@@ -48,7 +54,9 @@ def read_object(file: Path) -> dict[str, Any]:
     except UserError as error:  # no text, no JSON, too deep
         raise UserError(f"{file} cannot be read: it {str(error).removeprefix(f'{file} ')}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{file} cannot be read: it holds a {type(found).__name__}, expected an object of settings")
+        raise UserError(
+            f"{file} cannot be read: it holds a {type(found).__name__}, expected an object of settings"
+        )
     return found
 
 
@@ -68,13 +76,24 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
         if config.get(key):
             raise UserError(f"{file}: {key} {why}")
     if (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder} holds a PEFT adapter (adapter_config.json), not a model; merge it into its model and save that")
-    for key in ("_class_name", "model_type", "_attn_implementation", "attn_implementation", "attention_backend"):
+        raise UserError(
+            f"{folder} holds a PEFT adapter (adapter_config.json), not a model; merge it into its model and save that"
+        )
+    for key in (
+        "_class_name",
+        "model_type",
+        "_attn_implementation",
+        "attn_implementation",
+        "attention_backend",
+    ):
         value = config.get(key)
         if not (value is None or (isinstance(value, str) and re.fullmatch(r"[\w-]+", value))):
             raise UserError(f"{file}: {key} is {value!r:.80}, expected a plain name")
     architectures = config.get("architectures")
-    if not (architectures is None or (isinstance(architectures, list) and all(isinstance(one, str) for one in architectures))):
+    if not (
+        architectures is None
+        or (isinstance(architectures, list) and all(isinstance(one, str) for one in architectures))
+    ):
         raise UserError(f"{file}: architectures is {architectures!r:.80}, expected a list of names")
     _check_sizes(config, file, "")
     return config
@@ -112,7 +131,9 @@ def weight_files(folder: Path) -> WeightFiles:
     if chosen not in variants:
         if len(variants) > 1:
             found = ", ".join(sorted(variant or "" for variant in variants))
-            raise UserError(f"{folder} has its weights in the variants {found} and none without; keep one of them")
+            raise UserError(
+                f"{folder} has its weights in the variants {found} and none without; keep one of them"
+            )
         (chosen,) = variants
     names = [match[0] for match in matches if (match[1] or match[2]) == chosen]
     (first, *_) = sorted(names, key=lambda name: name.endswith(".json") == (library == "transformers"))
@@ -134,15 +155,23 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
     """The files that an index names. Raises UserError for one that is missing, or not in the folder."""
     found = read_object(index)
     weight_map = found.get("weight_map")
-    weight_map = weight_map if isinstance(weight_map, dict) and isinstance(found.get("metadata"), dict) else {}
+    weight_map = (
+        weight_map if isinstance(weight_map, dict) and isinstance(found.get("metadata"), dict) else {}
+    )
     if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index} has no weight_map of tensors to files, with metadata beside it; download it again")
+        raise UserError(
+            f"{index} has no weight_map of tensors to files, with metadata beside it; download it again"
+        )
     files = sorted(set(weight_map.values()))
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index} names the file {name!r:.80}, expected a .safetensors file beside it; download it again")
+            raise UserError(
+                f"{index} names the file {name!r:.80}, expected a .safetensors file beside it; download it again"
+            )
         if not (folder / name).is_file():
-            raise UserError(f"{folder} lacks {name}, one of {len(files)} files its weights are in; download it again")
+            raise UserError(
+                f"{folder} lacks {name}, one of {len(files)} files its weights are in; download it again"
+            )
     return tuple(folder / name for name in files)
 
 
@@ -157,7 +186,9 @@ def read_folder(folder: Path) -> Tensors:
         held = read_file(file)
         twice = next((name for name in held if name in tensors), None)
         if twice is not None:
-            raise UserError(f"{folder}: {twice} is in {file.name} and in {tensors[twice].file.name}; download the weights again")
+            raise UserError(
+                f"{folder}: {twice} is in {file.name} and in {tensors[twice].file.name}; download the weights again"
+            )
         tensors |= held
     return tensors
 
@@ -168,7 +199,9 @@ def forget_places(folder: Path) -> None:
         settings = json_or_none(file) if file.name in CONFIGS else None
         if not isinstance(settings, dict):
             continue
-        noted = {key: value for key, value in settings.items() if key.endswith(NOTED) and isinstance(value, str)}
+        noted = {
+            key: value for key, value in settings.items() if key.endswith(NOTED) and isinstance(value, str)
+        }
         public = {key: public_place(value) for key, value in noted.items()}
         if public != noted:
             file.write_text(json.dumps({**settings, **public}, indent=2) + "\n")

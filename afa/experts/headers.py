@@ -22,9 +22,26 @@ from afa.errors import UserError
 from afa.text_files import parse_json
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-SMALL_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # one number a byte; torch converts them to others
+SMALL_FLOATS = (
+    "F8_E4M3",
+    "F8_E5M2",
+    "F8_E4M3FNUZ",
+    "F8_E5M2FNUZ",
+)  # one number a byte; torch converts them to others
 BITS = (
-    {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
+    {
+        "F64": 64,
+        "I64": 64,
+        "U64": 64,
+        "C64": 64,
+        "F32": 32,
+        "I32": 32,
+        "U32": 32,
+        "F16": 16,
+        "BF16": 16,
+        "I16": 16,
+        "U16": 16,
+    }
     | {"I8": 8, "U8": 8, "BOOL": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
     | dict.fromkeys(SMALL_FLOATS, 8)
 )
@@ -139,13 +156,17 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, str], int]:
         metadata = header.pop("__metadata__", None)
         end = 8 + length + _check_entries(header)
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not a readable .safetensors file (its header is not UTF-8); {AGAIN}") from None
+        raise UserError(
+            f"{file} is not a readable .safetensors file (its header is not UTF-8); {AGAIN}"
+        ) from None
     except ValueError as error:
         raise UserError(f"{file} is not a readable .safetensors file ({error}); {AGAIN}") from None
     if size < end:
         raise UserError(f"{file} is cut off: it has {size} bytes, its header promises {end}; {AGAIN}")
     if size > end:
-        raise UserError(f"{file} is longer than its header says: it has {size} bytes, its tensors end at {end}; {AGAIN}")
+        raise UserError(
+            f"{file} is longer than its header says: it has {size} bytes, its tensors end at {end}; {AGAIN}"
+        )
     _check_metadata(file, metadata)
     _check_plain(file, header, metadata or {})
     return header, metadata or {}, 8 + length
@@ -190,11 +211,15 @@ def _check_metadata(file: Path, metadata: Any) -> None:
     if metadata is None:
         return
     if not isinstance(metadata, dict):
-        raise UserError(f"{file}: its __metadata__ is a {type(metadata).__name__}, not a table of texts; save it again without")
+        raise UserError(
+            f"{file}: its __metadata__ is a {type(metadata).__name__}, not a table of texts; save it again without"
+        )
     for name, value in metadata.items():
         if not isinstance(value, str):
             what = f"'{name}' is a {type(value).__name__}"
-            raise UserError(f"{file}: its __metadata__ may hold texts only, and {what}; save it again without that entry")
+            raise UserError(
+                f"{file}: its __metadata__ may hold texts only, and {what}; save it again without that entry"
+            )
 
 
 def _check_plain(file: Path, header: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
@@ -244,16 +269,24 @@ def check_fit(model: nn.Module, found: Mapping[str, Tensor], where: str) -> None
     for name, tensor in wanted.items():
         if present[name].shape != tensor.shape:
             shapes = f"{tuple(present[name].shape)}, its config makes it {tuple(tensor.shape)}"
-            raise UserError(f"{where}: {name} has shape {shapes}; weights and config belong to different models")
+            raise UserError(
+                f"{where}: {name} has shape {shapes}; weights and config belong to different models"
+            )
         if tensor.is_floating_point() and not present[name].is_floating_point():
-            raise UserError(f"{where}: {name} holds whole numbers where weights are expected; take the model in bf16 or fp16")
+            raise UserError(
+                f"{where}: {name} holds whole numbers where weights are expected; take the model in bf16 or fp16"
+            )
 
 
 def tied(model: nn.Module) -> dict[str, str]:
     """Names of a model's state that stand for the tensor of another name -> that name. T5 ties its embeddings; files hold either or both."""
     first: dict[int, str] = {}
     state = {_today(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
-    return {name: first[id(tensor)] for name, tensor in state.items() if first.setdefault(id(tensor), name) != name}
+    return {
+        name: first[id(tensor)]
+        for name, tensor in state.items()
+        if first.setdefault(id(tensor), name) != name
+    }
 
 
 def _today(name: str) -> str:
@@ -265,12 +298,21 @@ def _today(name: str) -> str:
 
 def same_bytes(one: Tensors, other: Tensors) -> bool:
     """Whether two sets of tensors are equal bit for bit, but for position_ids; stops at the first difference."""
-    one, other = ({name: entry for name, entry in tensors.items() if not is_position_ids(name)} for tensors in (one, other))
-    if {name: (e.dtype, e.shape) for name, e in one.items()} != {name: (e.dtype, e.shape) for name, e in other.items()}:
+    one, other = (
+        {name: entry for name, entry in tensors.items() if not is_position_ids(name)}
+        for tensors in (one, other)
+    )
+    if {name: (e.dtype, e.shape) for name, e in one.items()} != {
+        name: (e.dtype, e.shape) for name, e in other.items()
+    }:
         return False
     if all(entry.file.resolve() == other[name].file.resolve() for name, entry in one.items()):
         return True
-    return all(mine == theirs for name in one for mine, theirs in zip(_blocks(one[name]), _blocks(other[name]), strict=True))
+    return all(
+        mine == theirs
+        for name in one
+        for mine, theirs in zip(_blocks(one[name]), _blocks(other[name]), strict=True)
+    )
 
 
 def _blocks(entry: Entry) -> Iterator[bytes]:
@@ -309,4 +351,6 @@ def check_finite(module: nn.Module, where: str) -> None:
         return
     half = tensors[name].dtype == torch.float16
     fit = ", or what it holds does not fit float16: try bfloat16 or float32" if half else ""
-    raise UserError(f"{where}: {name} is not finite (NaN or infinite numbers); the file is broken: download or export it again{fit}")
+    raise UserError(
+        f"{where}: {name} is not finite (NaN or infinite numbers); the file is broken: download or export it again{fit}"
+    )

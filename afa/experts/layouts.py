@@ -63,7 +63,11 @@ class Layout:
 
     def select(self, tensors: Mapping[str, T]) -> dict[str, T]:
         """The part's tensors, by the names that converters expect."""
-        return {self.usual + name.removeprefix(self.prefix): tensor for name, tensor in tensors.items() if name.startswith(self.prefix)}
+        return {
+            self.usual + name.removeprefix(self.prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(self.prefix)
+        }
 
     def own(self, name: str) -> str:
         """The name in this file of a tensor that converters expect under `name`."""
@@ -100,7 +104,9 @@ def vae_layout(names: Collection[str]) -> Layout | None:
 def _foreign(names: Iterable[str]) -> str | None:
     """The name of a family that is not read here."""
     begins = [name.removeprefix(DENOISER).removeprefix("net.").removeprefix("transformer.") for name in names]
-    return next((family for mark, family in FOREIGN.items() if any(name.startswith(mark) for name in begins)), None)
+    return next(
+        (family for mark, family in FOREIGN.items() if any(name.startswith(mark) for name in begins)), None
+    )
 
 
 def _strange(names: Collection[str], family: str | None) -> str:
@@ -113,7 +119,10 @@ def _strange(names: Collection[str], family: str | None) -> str:
         return f"is a {family}, of which folders are read; give its folder, with the config.json"
     if family is not None:
         return f"is a {family} model, which is not read as a single file; read are {READ}, and Qwen-Image as a diffusers folder"
-    if any(name.startswith((*TEXT, "text_model.", "encoder.block.0.layer.", "transformer.resblocks.")) for name in names):
+    if any(
+        name.startswith((*TEXT, "text_model.", "encoder.block.0.layer.", "transformer.resblocks."))
+        for name in names
+    ):
         return "is no checkpoint in original layout: it holds a text encoder and no denoiser; give the whole checkpoint or its U-Net"
     return (
         f"is no checkpoint in original layout: it has neither {DENOISER}{UNETS[0][0]} nor a transformer of SD 3 or FLUX.1;"

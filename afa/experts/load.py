@@ -50,10 +50,6 @@ def _read(folder: Path) -> tuple[str, Tensors]:
     return json.dumps(read_config(folder), sort_keys=True), read_folder(folder)
 
 
-
-
-
-
 def load_expert(
     source: object, dtype: torch.dtype | None = None, config: str | None = None, known: KnownParts | None = None
 ) -> Expert:  # fmt: skip
@@ -74,7 +70,9 @@ def load_expert(
     elif hasattr(source, "components"):
         expert = _from_pipeline(source)
     else:
-        raise UserError(f"a {type(source).__name__} cannot be an expert; give a path, a hub id, a diffusers pipeline or a denoiser")
+        raise UserError(
+            f"a {type(source).__name__} cannot be an expert; give a path, a hub id, a diffusers pipeline or a denoiser"
+        )
     where = f"the expert given as a {type(source).__name__}"
     if isinstance(source, ExpertSpec):
         where = f"expert '{source.name}' ({str(source).partition('=')[2]})"
@@ -90,7 +88,10 @@ def load_experts(
 
     Raises UserError for two of one name, before loading.
     """
-    specs = [ExpertSpec.parse(str(source), prediction_type) if isinstance(source, (str, Path)) else source for source in sources]
+    specs = [
+        ExpertSpec.parse(str(source), prediction_type) if isinstance(source, (str, Path)) else source
+        for source in sources
+    ]
     check_names([spec for spec in specs if isinstance(spec, ExpertSpec)])
     known = KnownParts()
     experts = load_sharing(specs, lambda source: load_expert(source, dtype, config, known))
@@ -105,13 +106,18 @@ def check_names(specs: Sequence[ExpertSpec]) -> None:
     for index, (name, text) in enumerate(named):
         for earlier, other in named[:index]:
             if earlier == name:
-                raise UserError(f"two experts are called '{name}' ({other} and {text}); name them, e.g. first={other.partition('=')[2]}")
+                raise UserError(
+                    f"two experts are called '{name}' ({other} and {text}); name them, e.g. first={other.partition('=')[2]}"
+                )
 
 
 def _from_pipeline(pipe: Any) -> Expert:
     """The expert in a pipeline that is already built, LoRAs and all."""
     components = pipe.components
-    component = next((family.component for family in FAMILIES.values() if components.get(family.component) is not None), None)
+    component = next(
+        (family.component for family in FAMILIES.values() if components.get(family.component) is not None),
+        None,
+    )
     if component is None:
         raise UserError(f"a {type(pipe).__name__} has no denoiser that can be an expert")
     return Expert(
@@ -130,7 +136,9 @@ def _from_files(located: Located, dtype: torch.dtype, config: str | None, known:
     spec = located.spec
     if not located.whole_pipeline:
         if spec.loras:
-            raise UserError(f"expert '{spec.name}': a LoRA needs a whole pipeline to join, and {located.path} is only a denoiser")
+            raise UserError(
+                f"expert '{spec.name}': a LoRA needs a whole pipeline to join, and {located.path} is only a denoiser"
+            )
         if located.single_file:
             return _denoiser_file(located, dtype, config)
         said = Prediction(spec.prediction_type)
@@ -142,7 +150,9 @@ def _from_files(located: Located, dtype: torch.dtype, config: str | None, known:
     expert = Expert(
         name=spec.name,
         model=load_part(located.path, component_of(located.path, index), dtype),
-        text_encoders=[_load_known(known, located.path, name, dtype) for name in TEXT_ENCODERS if has_part(index, name)],
+        text_encoders=[
+            _load_known(known, located.path, name, dtype) for name in TEXT_ENCODERS if has_part(index, name)
+        ],
         tokenizers=[load_part(located.path, name) for name in TOKENIZERS if has_part(index, name)],
         scheduler=folder_scheduler(located, index),
         pipeline=index["_class_name"],
@@ -172,16 +182,26 @@ def _denoiser_file(located: Located, dtype: torch.dtype, config: str | None) -> 
     part = component_of(folder, index)
     maker = getattr(diffusers, index[part][1])
     if located.layout.part == "unet":
-        model = read_component(located.path, located.layout, maker, maker.load_config(folder / part, local_files_only=True), dtype)
+        model = read_component(
+            located.path,
+            located.layout,
+            maker,
+            maker.load_config(folder / part, local_files_only=True),
+            dtype,
+        )
         said = scheduler_of(located, config, folder)[1]
         return Expert(name=located.spec.name, model=model, located=located, config=config, said=said)
     options = {"config": str(folder), "subfolder": part, "local_files_only": True, "dtype": dtype}
     try:
         model = maker.from_single_file(str(located.path), **options).eval()
     except Exception as error:
-        raise UserError(f"{located.path} could not be read with the config {folder.name}: {first_line(error)}") from error
+        raise UserError(
+            f"{located.path} could not be read with the config {folder.name}: {first_line(error)}"
+        ) from error
     check_whole(located, folder, {part: model})
-    return Expert(name=located.spec.name, model=model, located=located, config=config, said=flow_only(located))
+    return Expert(
+        name=located.spec.name, model=model, located=located, config=config, said=flow_only(located)
+    )
 
 
 def _from_single_file(located: Located, dtype: torch.dtype, config: str | None) -> Expert:
@@ -190,11 +210,19 @@ def _from_single_file(located: Located, dtype: torch.dtype, config: str | None) 
 
     _, folder = config_of(located, config)
     maker = getattr(diffusers, read_index(folder)["_class_name"])
-    options = {"config": str(folder), "local_files_only": True, "dtype": dtype, "vae": None, **load_tokenizers(folder)}
+    options = {
+        "config": str(folder),
+        "local_files_only": True,
+        "dtype": dtype,
+        "vae": None,
+        **load_tokenizers(folder),
+    }
     try:
         pipe = maker.from_single_file(str(located.path), **options)
     except Exception as error:  # the library raises anything for what it did not expect
-        raise UserError(f"{located.path} could not be read with the config {folder.name}: {first_line(error)}") from error
+        raise UserError(
+            f"{located.path} could not be read with the config {folder.name}: {first_line(error)}"
+        ) from error
     check_whole(located, folder, pipe.components)
     expert = _from_pipeline(pipe)
     expert.name, expert.located, expert.config = located.spec.name, located, config
@@ -212,8 +240,6 @@ def _fuse_loras(expert: Expert) -> Expert:
     return expert
 
 
-
-
 def lend(experts: Sequence[Expert], frame: str | None, dtype: torch.dtype | None) -> Expert | None:
     """Give text encoders, tokenizers and scheduler to experts that came without: -> who lends, None if nobody has to.
 
@@ -225,11 +251,19 @@ def lend(experts: Sequence[Expert], frame: str | None, dtype: torch.dtype | None
         raise UserError(
             f"frame '{frame}' lends to experts that are denoisers alone, and all of these bring their own; leave it out, or choose another VAE with vae (--vae)"
         )
-    lender = next((expert for expert in experts if expert.text_encoders), None) if frame is None else load_lender(frame, dtype)
+    lender = (
+        next((expert for expert in experts if expert.text_encoders), None)
+        if frame is None
+        else load_lender(frame, dtype)
+    )
     if lender is None or not bare:
         return None
     for expert in bare:
-        expert.lender, expert.text_encoders, expert.tokenizers = lender, list(lender.text_encoders), list(lender.tokenizers)
+        expert.lender, expert.text_encoders, expert.tokenizers = (
+            lender,
+            list(lender.text_encoders),
+            list(lender.tokenizers),
+        )
         expert.scheduler = expert.scheduler or lent_scheduler(expert, lender.scheduler)
         expert.pipeline_options = dict(lender.pipeline_options)
     return lender
@@ -257,7 +291,9 @@ def load_lender(frame: str, dtype: torch.dtype | None) -> Expert:
     folder, index = _pipeline(frame)
     found = [part for part in TEXT_ENCODERS if has_part(index, part)]
     if not found:
-        raise UserError(f"frame '{frame}' has no text encoders; give the folder of a whole text-to-image pipeline")
+        raise UserError(
+            f"frame '{frame}' has no text encoders; give the folder of a whole text-to-image pipeline"
+        )
     encoders = [load_part(folder, part, dtype or torch.float32) for part in found]
     for part, encoder in zip(found, encoders, strict=True):
         check_finite(encoder, f"the {part} of frame '{frame}'")

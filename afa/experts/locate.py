@@ -36,7 +36,9 @@ class Located:
     @property
     def whole_pipeline(self) -> bool:
         """Whether it brings text encoders, VAE and scheduler, not only the denoiser."""
-        return self.layout.part == "pipeline" if self.single_file else (self.path / "model_index.json").is_file()
+        return (
+            self.layout.part == "pipeline" if self.single_file else (self.path / "model_index.json").is_file()
+        )
 
     @cached_property
     def layout(self) -> Layout:
@@ -54,12 +56,16 @@ def locate(spec: ExpertSpec) -> Located:
             raise UserError(f"expert '{spec.name}': there is no LoRA file {lora.path}")
         _check_plain(Path(lora.path))
         if Path(lora.path).suffix != ".safetensors":
-            raise UserError(f"expert '{spec.name}': the LoRA {lora.path} is no .safetensors file; convert pickles first")
+            raise UserError(
+                f"expert '{spec.name}': the LoRA {lora.path} is no .safetensors file; convert pickles first"
+            )
     path, there = Path(spec.source), exists(spec.source)
     if there and path.is_dir():
         settled(path)  # a merge that was killed at its end
         if (path / "afa.json").is_file():
-            raise UserError(f"{path} is a saved ensemble, which has its experts; give it alone, or give experts only")
+            raise UserError(
+                f"{path} is a saved ensemble, which has its experts; give it alone, or give experts only"
+            )
         if not (path / "model_index.json").is_file() and not (path / "config.json").is_file():
             raise UserError(f"{path} is no diffusers folder: it has neither model_index.json nor config.json")
         for file in (*path.iterdir(), *path.glob("*/*")):
@@ -68,9 +74,13 @@ def locate(spec: ExpertSpec) -> Located:
     if there:
         _check_plain(path)
         if path.suffix != ".safetensors":
-            raise UserError(f"{path} is a '{path.suffix}' file; experts are diffusers folders or .safetensors files (convert pickles first)")
+            raise UserError(
+                f"{path} is a '{path.suffix}' file; experts are diffusers folders or .safetensors files (convert pickles first)"
+            )
         return Located(spec, path)
-    from_file = spec.named_by is not None and spec.revision is None  # what a file names without a commit is a path
+    from_file = (
+        spec.named_by is not None and spec.revision is None
+    )  # what a file names without a commit is a path
     if from_file or not HUB_ID.fullmatch(spec.source) or ".." in spec.source.split("/"):
         raise UserError(f"there is no folder or file {spec.source}")
     return _from_hub(spec)
@@ -82,15 +92,24 @@ def _check_plain(path: Path) -> None:
         mode = path.stat().st_mode
     except OSError:
         return  # a link to nothing: its reader says so
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or path.resolve().parts[1:2] in (("dev",), ("proc",), ("sys",)):
-        raise UserError(f"{path} is no plain file or folder; experts are diffusers folders or .safetensors files")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or path.resolve().parts[1:2] in (
+        ("dev",),
+        ("proc",),
+        ("sys",),
+    ):
+        raise UserError(
+            f"{path} is no plain file or folder; experts are diffusers folders or .safetensors files"
+        )
 
 
 @cache
 def _tell(spec: ExpertSpec) -> None:
     """Say once which hub id is fetched that the user did not type."""
     at = f" at commit {spec.revision}" if spec.revision else ""
-    print(f"afa: {spec.named_by} names expert '{spec.name}' as {spec.source} of the hub{at}: fetched, unless it is here already", file=sys.stderr)
+    print(
+        f"afa: {spec.named_by} names expert '{spec.name}' as {spec.source} of the hub{at}: fetched, unless it is here already",
+        file=sys.stderr,
+    )
 
 
 def _from_hub(spec: ExpertSpec) -> Located:
@@ -112,7 +131,11 @@ def _from_hub(spec: ExpertSpec) -> Located:
     except UserError:
         raise
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "ON", "YES") else ""
+        offline = (
+            " (HF_HUB_OFFLINE is set)"
+            if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "ON", "YES")
+            else ""
+        )
         revision = f" at revision {spec.revision}" if spec.revision else ""
         raise UserError(
             f"'{spec.source}' is neither a folder nor a file here, and as a hub id it could not be loaded{revision}{offline}: {_reason(error)}"
@@ -123,7 +146,12 @@ def _download(spec: ExpertSpec) -> Path:
     """A pipeline's repository, as far as experts need it; in half precision where it has no other weights."""
     from diffusers import DiffusionPipeline
 
-    options = {"revision": spec.revision, "use_safetensors": True, "safety_checker": None, "feature_extractor": None}
+    options = {
+        "revision": spec.revision,
+        "use_safetensors": True,
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
     try:
         return Path(DiffusionPipeline.download(spec.source, **options))
     except OSError as error:
@@ -141,7 +169,15 @@ def _commit(path: Path) -> str | None:
 def _reason(error: Exception) -> str:
     """What went wrong: the library's first sentence, without its advice and what it adds in brackets."""
     return str(error).strip().partition("\n")[0].partition(" (")[0].partition(". ")[0]
-PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # what an ensemble computes with
+
+
+PARTS = (
+    "unet",
+    "transformer",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+)  # what an ensemble computes with
 
 
 def expert_files(located: Located) -> dict[str, Path]:
@@ -175,5 +211,7 @@ def recorded_files(located: Located, names: Collection[str]) -> dict[str, Path]:
     """
     files = expert_files(located)
     folders = [] if located.single_file else _folders(located)
-    beside = {path.relative_to(located.path).as_posix(): path for folder in folders for path in folder.iterdir()}
+    beside = {
+        path.relative_to(located.path).as_posix(): path for folder in folders for path in folder.iterdir()
+    }
     return files | {name: beside[name] for name in names if name not in files and name in beside}

@@ -43,8 +43,15 @@ if TYPE_CHECKING:
 
 
 RECORDED = "lora_adapter_metadata"  # under this name diffusers saves PEFT's settings in a file's header
-WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as diffusers and PEFT call their files
-HINTS = ("local_files_only", "low_cpu_mem_usage", "use_safetensors")  # options of diffusers that change nothing here
+WEIGHTS = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+)  # as diffusers and PEFT call their files
+HINTS = (
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+)  # options of diffusers that change nothing here
 
 
 def read_lora(source: Any, **options: Any) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
@@ -62,7 +69,9 @@ def read_lora(source: Any, **options: Any) -> tuple[str, dict[str, Tensor], dict
     file = _file(str(source), **options)
     what = f"LoRA {file}"
     if file.suffix != ".safetensors":
-        raise UserError(f"{what} is no .safetensors file; convert it first (pickles can run code and are not read)")
+        raise UserError(
+            f"{what} is no .safetensors file; convert it first (pickles can run code and are not read)"
+        )
     read_file(file)  # says what is wrong with a broken one
     with safe_open(file, framework="pt") as opened:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
@@ -72,21 +81,40 @@ def read_lora(source: Any, **options: Any) -> tuple[str, dict[str, Tensor], dict
     if beside.is_file():
         config = _json(beside.read_text(errors="replace"), str(beside))
     elif not config and any(key.startswith("base_model.model.") for key in tensors):
-        print(f"afa: {what} records no alpha and has no adapter_config.json beside it; alpha = rank is taken", file=sys.stderr)
+        print(
+            f"afa: {what} records no alpha and has no adapter_config.json beside it; alpha = rank is taken",
+            file=sys.stderr,
+        )
     return what, _checked(what, tensors), config
 
 
 def _checked(what: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors as they are. Raises UserError for what is none; a layer whose alpha is 0 is warned of."""
-    strange = next((key for key, value in tensors.items() if not isinstance(key, str) or not isinstance(value, torch.Tensor)), None)
+    strange = next(
+        (
+            key
+            for key, value in tensors.items()
+            if not isinstance(key, str) or not isinstance(value, torch.Tensor)
+        ),
+        None,
+    )
     if strange is not None:
         raise UserError(f"{what}: {strange} is no tensor; give a file, or its tensors by their keys")
     broken = first_not_finite(tensors.items())
     if broken is not None:
-        raise UserError(f"{what}: {broken} is not finite (NaN or infinite numbers); the file is broken: download or export it again")
-    nothing = [key for key, value in tensors.items() if key.endswith(".alpha") and not value.is_meta and not value.any()]
+        raise UserError(
+            f"{what}: {broken} is not finite (NaN or infinite numbers); the file is broken: download or export it again"
+        )
+    nothing = [
+        key
+        for key, value in tensors.items()
+        if key.endswith(".alpha") and not value.is_meta and not value.any()
+    ]
     if nothing:
-        print(f"afa: {what}: alpha is 0 in {len(nothing)} layers ({nothing[0]} …), which change nothing", file=sys.stderr)
+        print(
+            f"afa: {what}: alpha is 0 in {len(nothing)} layers ({nothing[0]} …), which change nothing",
+            file=sys.stderr,
+        )
     return tensors
 
 
@@ -120,7 +148,9 @@ def _from_cache(source: str, revision: str | None, cache_dir: str | None) -> Pat
     try:
         return Path(snapshot_download(source, revision=revision, cache_dir=cache_dir, local_files_only=True))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
-        raise UserError(f"LoRA {source} is neither a file or folder here nor in the hub's cache; download it first") from None
+        raise UserError(
+            f"LoRA {source} is neither a file or folder here nor in the hub's cache; download it first"
+        ) from None
 
 
 def _json(text: str, where: str) -> dict[str, Any]:
@@ -134,6 +164,7 @@ def _json(text: str, where: str) -> dict[str, Any]:
 
 
 UP = ".lora_B.weight"
+
 
 def load_sharing(sources: Sequence[Any], load: Callable[[Any], "Expert"]) -> list["Expert"]:
     """Load experts, each base that several of them name once. An expert alone on its base has its LoRAs fused into it.
@@ -163,10 +194,14 @@ def on_base(base: "Expert", located: Located) -> "Expert":
     """Another expert of the same weights, which stay in memory once, with LoRAs of its own beside them."""
     encoders = [shared_copy(encoder) for encoder in base.text_encoders]
     model = shared_copy(base.model)
-    expert = dataclasses.replace(base, name=located.spec.name, model=model, text_encoders=encoders, located=located, hashes={})
+    expert = dataclasses.replace(
+        base, name=located.spec.name, model=model, text_encoders=encoders, located=located, hashes={}
+    )
     add_own(expert, located.spec.loras)
     both = zip(encoders, base.text_encoders, strict=True)
-    expert.text_encoders = [mine if any(tuner_layers(mine)) else theirs for mine, theirs in both]  # untouched ones are one object
+    expert.text_encoders = [
+        mine if any(tuner_layers(mine)) else theirs for mine, theirs in both
+    ]  # untouched ones are one object
     return expert
 
 
@@ -177,7 +212,11 @@ def add_own(expert: "Expert", loras: Sequence[Lora]) -> None:
     for name, lora in zip(names, loras, strict=True):
         load_lora(parts, lora.path, name, f"expert '{expert.name}'")
     for module in parts.values():
-        present = [(name, lora.strength) for name, lora in zip(names, loras, strict=True) if adapter_parameters(module, name)]
+        present = [
+            (name, lora.strength)
+            for name, lora in zip(names, loras, strict=True)
+            if adapter_parameters(module, name)
+        ]
         if present:
             activate(module, [name for name, _ in present], [strength for _, strength in present])
         for _, layer in tuner_layers(module):
@@ -188,7 +227,10 @@ def lora_parts(expert: "Expert") -> dict[str, Any]:
     """What a LoRA can change of an expert, by the names in a pipeline: the denoiser first, then the text encoders."""
     from afa.experts.expert import TEXT_ENCODERS
 
-    return {FAMILIES[expert.family].component: expert.model, **dict(zip(TEXT_ENCODERS, expert.text_encoders, strict=False))}
+    return {
+        FAMILIES[expert.family].component: expert.model,
+        **dict(zip(TEXT_ENCODERS, expert.text_encoders, strict=False)),
+    }
 
 
 def load_lora(parts: Mapping[str, Any], source: Any, name: str, where: str, **options: Any) -> None:
@@ -228,7 +270,9 @@ def attach(module: Any, state: dict[str, Tensor], name: str) -> None:
 def lora_numbers(located: Located | None) -> int:
     """How many numbers the LoRAs of an expert have, by the headers of their files."""
     headers = [read_header(Path(lora.path)) for lora in located.spec.loras] if located else []
-    return sum(prod(entry["shape"]) for header in headers for key, entry in header.items() if "alpha" not in key)
+    return sum(
+        prod(entry["shape"]) for header in headers for key, entry in header.items() if "alpha" not in key
+    )
 
 
 def fuse(module: Model) -> Model:
@@ -242,7 +286,9 @@ def fuse(module: Model) -> Model:
             layer.merge()
             if not is_finite(base.weight):
                 advice = "load the experts in float32, or make the LoRA weaker"
-                raise UserError(f"{name}.weight does not fit {base.weight.dtype} with the LoRA in it; {advice}")
+                raise UserError(
+                    f"{name}.weight does not fit {base.weight.dtype} with the LoRA in it; {advice}"
+                )
         module.set_submodule(name, base)
     for mark in ("peft_config", "_hf_peft_config_loaded"):
         module.__dict__.pop(mark, None)

@@ -99,7 +99,10 @@ def _from_folder(located: Located) -> Outline:
     if not located.whole_pipeline:
         model = _build(path, None, "diffusers", str(read_config(path).get("_class_name", "")))
         said = Prediction(located.spec.prediction_type)
-        found = Outline(Expert(name=name, model=model, located=located, said=said), {FAMILIES[family_of(model)].component: model})
+        found = Outline(
+            Expert(name=name, model=model, located=located, said=said),
+            {FAMILIES[family_of(model)].component: model},
+        )
     else:
         found = _described(name, path, _build_all(path), {})
         found.expert.located, index = located, read_index(path)
@@ -119,11 +122,16 @@ def _from_single_file(located: Located, config: str | None) -> Outline:
     if not located.whole_pipeline:
         return _from_denoiser_file(located, config, tensors)
     parts = _build_all(folder)
-    stored = {part: {key: entry for key, entry in tensors.items() if key.startswith(PREFIXES[part])} for part in parts}
+    stored = {
+        part: {key: entry for key, entry in tensors.items() if key.startswith(PREFIXES[part])}
+        for part in parts
+    }
     if "vae" in stored and not stored["vae"]:  # allowed: another expert may have the VAE for all
         del stored["vae"], parts["vae"]
     for part, entries in stored.items():
-        _check_original(part, parts[part], entries, f"the {part} in {located.path} (read with the config {folder.name})")
+        _check_original(
+            part, parts[part], entries, f"the {part} in {located.path} (read with the config {folder.name})"
+        )
     found = _described(located.spec.name, folder, parts, stored)
     found.expert.located, found.config, found.folder = located, name, folder
     found.expert.scheduler, found.expert.said = scheduler_of(located, config, folder)
@@ -138,13 +146,21 @@ def _from_denoiser_file(located: Located, config: str | None, tensors: Tensors) 
     part = component_of(folder, index)
     model = _build(folder / part, part, *index[part])
     layout = located.layout
-    entries = {key: entry for key, entry in tensors.items() if key.startswith(layout.prefix) and not says(key)}
+    entries = {
+        key: entry for key, entry in tensors.items() if key.startswith(layout.prefix) and not says(key)
+    }
     where = f"the {part} in {located.path} (read with the config {folder.name})"
     if layout.part == "unet":
-        check_fit(model, as_diffusers(model, layout, {key: entry.meta() for key, entry in entries.items()}, where), where)
+        check_fit(
+            model,
+            as_diffusers(model, layout, {key: entry.meta() for key, entry in entries.items()}, where),
+            where,
+        )
     else:
         _check_original(part, model, entries, where)
-    scheduler, said = scheduler_of(located, config, folder) if layout.part == "unet" else (None, flow_only(located))
+    scheduler, said = (
+        scheduler_of(located, config, folder) if layout.part == "unet" else (None, flow_only(located))
+    )
     expert = Expert(name=located.spec.name, model=model, scheduler=scheduler, located=located, said=said)
     return Outline(expert, {part: model}, {part: entries}, name, folder)
 
@@ -166,7 +182,11 @@ def _as_diffusers(part: str, model: Any, tensors: dict[str, Tensor]) -> dict[str
     if part not in TEXT_ENCODERS:
         from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-        return dict(SINGLE_FILE_LOADABLE_CLASSES[type(model).__name__]["checkpoint_mapping_fn"](checkpoint=tensors, config=model.config))
+        return dict(
+            SINGLE_FILE_LOADABLE_CLASSES[type(model).__name__]["checkpoint_mapping_fn"](
+                checkpoint=tensors, config=model.config
+            )
+        )
     for prefix in OPEN_CLIP:
         if any(key.startswith(prefix) for key in tensors):
             return dict(original.convert_open_clip_checkpoint(model, tensors, prefix=prefix))
@@ -202,7 +222,9 @@ def _build(folder: Path, part: str | None, library: str, name: str) -> nn.Module
     try:
         with torch.device("meta"):
             model: nn.Module = (
-                maker(maker.config_class.from_dict(config)) if library == "transformers" else maker.from_config(config)
+                maker(maker.config_class.from_dict(config))
+                if library == "transformers"
+                else maker.from_config(config)
             )
     except Exception as error:  # the libraries raise anything for settings of a wrong type
         raise UserError(f"{folder / 'config.json'} makes no {name}: {first_line(error)}") from None
@@ -213,7 +235,9 @@ def _check_loras(found: Outline, located: Located) -> None:
     """LoRA files must be whole, and have a pipeline to join. An encoder that they may change is no longer its file's."""
     spec = located.spec
     if spec.loras and not located.whole_pipeline:
-        raise UserError(f"expert '{spec.name}': a LoRA needs a whole pipeline to join, and {located.path} is only a denoiser")
+        raise UserError(
+            f"expert '{spec.name}': a LoRA needs a whole pipeline to join, and {located.path} is only a denoiser"
+        )
     for lora in spec.loras:
         names = read_file(Path(lora.path)) if Path(lora.path).suffix == ".safetensors" else {}
         if not names or any("lora_te" in name or "text_encoder" in name for name in names):
@@ -227,7 +251,10 @@ def shared_text_encoders(outlines: list[Outline]) -> list[list[str | None]]:
     The same is: equal bit for bit in the files, with equal settings; an ensemble keeps and runs such encoders once.
     Files are read until their first difference. Of bare configs: in families whose fine-tunes leave the text encoders alone.
     """
-    return [[_same_as(outlines[:index], mine, part) for part in mine.text_parts] for index, mine in enumerate(outlines)]
+    return [
+        [_same_as(outlines[:index], mine, part) for part in mine.text_parts]
+        for index, mine in enumerate(outlines)
+    ]
 
 
 def _same_as(earlier: list[Outline], mine: Outline, part: str) -> str | None:
@@ -235,7 +262,11 @@ def _same_as(earlier: list[Outline], mine: Outline, part: str) -> str | None:
     for other in earlier:
         if frozen and other.config == mine.config:
             return other.expert.name
-        known = part in mine.stored and part in other.stored and arithmetic(mine.parts[part]) == arithmetic(other.parts[part])
+        known = (
+            part in mine.stored
+            and part in other.stored
+            and arithmetic(mine.parts[part]) == arithmetic(other.parts[part])
+        )
         if known and same_bytes(other.stored[part], mine.stored[part]):
             return other.expert.name
     return None

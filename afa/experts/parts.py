@@ -23,16 +23,26 @@ KINDS = {
     **{family.component: DENOISER for family in FAMILIES.values()},
     "vae": ("diffusers", "ModelMixin", "encode"),
     "scheduler": ("diffusers", "SchedulerMixin", "step"),
-    **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), ("transformers", "PreTrainedModel", "forward")),
-    **dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"), ("transformers", "PreTrainedTokenizerBase", "__call__")),
+    **dict.fromkeys(
+        ("text_encoder", "text_encoder_2", "text_encoder_3"), ("transformers", "PreTrainedModel", "forward")
+    ),
+    **dict.fromkeys(
+        ("tokenizer", "tokenizer_2", "tokenizer_3"), ("transformers", "PreTrainedTokenizerBase", "__call__")
+    ),
 }
-LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # of components that are never loaded, such as the safety checker
+LIBRARIES = (
+    "diffusers",
+    "transformers",
+    "stable_diffusion",
+)  # of components that are never loaded, such as the safety checker
 
 
 def load_part(folder: Path, part: str | None, dtype: torch.dtype | None = None) -> Any:
     """One component of a diffusers folder (or the folder itself, for part None), by the class it names."""
     place = folder / (part or "")
-    library, name = _named(folder, part) if part else ("diffusers", str(read_config(folder).get("_class_name")))
+    library, name = (
+        _named(folder, part) if part else ("diffusers", str(read_config(folder).get("_class_name")))
+    )
     maker = component_class(place, part, library, name)
     options: dict[str, Any] = {"subfolder": part} if part else {}
     if dtype is not None:
@@ -51,7 +61,9 @@ def load_part(folder: Path, part: str | None, dtype: torch.dtype | None = None) 
     model, info = loaded
     if info["missing_keys"]:  # the libraries would leave them empty, or draw them at random
         missing = sorted(info["missing_keys"])
-        raise UserError(f"{place} lacks {len(missing)} of the weights of a {name} (first: {missing[0]}); download or export it again")
+        raise UserError(
+            f"{place} lacks {len(missing)} of the weights of a {name} (first: {missing[0]}); download or export it again"
+        )
     check_fit(model, tensors, str(place))
     return model.eval()
 
@@ -103,17 +115,29 @@ def read_index(folder: Path) -> dict[str, Any]:
     index = read_object(file)
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in _pipelines():
-        known = "is not known to the installed diffusers" if isinstance(name, str) else "expected a name such as StableDiffusionPipeline"
-        raise UserError(f"{file}: the pipeline's _class_name is {name!r:.80}, {known}; correct it or download the folder again")
+        known = (
+            "is not known to the installed diffusers"
+            if isinstance(name, str)
+            else "expected a name such as StableDiffusionPipeline"
+        )
+        raise UserError(
+            f"{file}: the pipeline's _class_name is {name!r:.80}, {known}; correct it or download the folder again"
+        )
     for part, entry in index.items():
         if part in KINDS and entry is not None and not isinstance(entry, list):
-            raise UserError(f"{file}: {part} is {entry!r:.80}, expected a library and a class; download the folder again")
-        if not isinstance(entry, list) or not (part in KINDS or any(isinstance(value, str) for value in entry)):
+            raise UserError(
+                f"{file}: {part} is {entry!r:.80}, expected a library and a class; download the folder again"
+            )
+        if not isinstance(entry, list) or not (
+            part in KINDS or any(isinstance(value, str) for value in entry)
+        ):
             continue
         if entry == [None, None]:
             continue
         if len(entry) != 2 or not all(isinstance(value, str) for value in entry):
-            raise UserError(f"{file}: {part} is {entry!r:.80}, expected a library and a class; download the folder again")
+            raise UserError(
+                f"{file}: {part} is {entry!r:.80}, expected a library and a class; download the folder again"
+            )
         component_class(file, part, *entry)
     return index
 
@@ -148,7 +172,10 @@ def component_class(where: Path, part: str | None, library: str, name: str) -> A
 
 def _foreign(where: Path, part: str, library: str, name: str) -> str:
     known = f"which is no {part.rstrip('_23')} known to the installed libraries"
-    return f"{where}: its {part} is the class {library}.{name}"[:300] + f", {known}; code that comes with a model is never run"
+    return (
+        f"{where}: its {part} is the class {library}.{name}"[:300]
+        + f", {known}; code that comes with a model is never run"
+    )
 
 
 @functools.cache
@@ -174,7 +201,9 @@ def check_config(place: Path, library: str, name: str) -> dict[str, Any]:
     config = read_config(place)
     own = config.get("_class_name")
     if library == "diffusers" and own is not None and own != name:
-        raise UserError(f"{place / 'config.json'} is of a {own}, {INDEX} says {name}; download the folder again")
+        raise UserError(
+            f"{place / 'config.json'} is of a {own}, {INDEX} says {name}; download the folder again"
+        )
     return config
 
 

@@ -49,12 +49,16 @@ def said_by_file(file: Path, given: str | None = None, config: str | None = None
     names = read_header(file)
     edm = next((name for name in EDM_KEYS if _has(names, name)), None)
     if edm is not None:
-        raise UserError(f"{file} is a model of EDM's noise schedule ('{edm}', as Playground v2.5 and CosXL have it), which is not read as a single file")
+        raise UserError(
+            f"{file} is a model of EDM's noise schedule ('{edm}', as Playground v2.5 and CosXL have it), which is not read as a single file"
+        )
     key = V if _has(names, V_KEY) else None
     text = read_metadata(file).get(MODELSPEC, "").strip().lower()
     header = SPELLINGS.get(text)
     if text and header is None and not (key or given):
-        raise UserError(f"{file}: its header says {MODELSPEC} '{text:.40}', expected epsilon or v; say which with --prediction-type")
+        raise UserError(
+            f"{file}: its header says {MODELSPEC} '{text:.40}', expected epsilon or v; say which with --prediction-type"
+        )
     said = {f"its key {V_KEY}": key, "--prediction-type": given}
     if not all(said.values()):
         said[f"its header ({MODELSPEC})"] = header
@@ -75,13 +79,21 @@ def predicting(scheduler: Any, said: Prediction, where: object) -> Any:
     """
     kind = kind_of(scheduler)
     if said.type is not None and kind not in SPELLINGS.values():
-        raise UserError(f"{where} predicts {kind} by its scheduler, and {said.type} was said of it; leave out --prediction-type")
+        raise UserError(
+            f"{where} predicts {kind} by its scheduler, and {said.type} was said of it; leave out --prediction-type"
+        )
     wanted = said.type or kind
     if said.zero_snr and wanted != V:
-        warn_once(f"{where}: its key {ZERO_KEY} is ignored, since it predicts {wanted}; if it predicts v, give --prediction-type {V}")
+        warn_once(
+            f"{where}: its key {ZERO_KEY} is ignored, since it predicts {wanted}; if it predicts v, give --prediction-type {V}"
+        )
     zero = said.zero_snr and wanted == V and not Schedule.of(scheduler).zero_snr
     if not zero:
-        return scheduler if wanted == kind else type(scheduler).from_config(scheduler.config, prediction_type=wanted)
+        return (
+            scheduler
+            if wanted == kind
+            else type(scheduler).from_config(scheduler.config, prediction_type=wanted)
+        )
     changes = {"prediction_type": wanted, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     made = type(scheduler).from_config(scheduler.config, **changes)
     if Schedule.of(made).zero_snr:
@@ -96,14 +108,18 @@ def folder_scheduler(located: Located, index: dict[str, Any]) -> Any:
     scheduler = load_part(located.path, "scheduler") if has_part(index, "scheduler") else None
     given = located.spec.prediction_type
     if scheduler is not None and given not in (None, kind_of(scheduler)):
-        raise UserError(f"{located.path}: its scheduler says {kind_of(scheduler)}, --prediction-type {given}; leave out one, or correct the folder")
+        raise UserError(
+            f"{located.path}: its scheduler says {kind_of(scheduler)}, --prediction-type {given}; leave out one, or correct the folder"
+        )
     return scheduler
 
 
 def flow_only(located: Located) -> Prediction:
     """Of a flow's file, which says nothing. Raises UserError for a user who does."""
     if located.spec.prediction_type is not None:
-        raise UserError(f"{located.path} is a flow model, which predicts neither epsilon nor v; leave out --prediction-type {located.spec.prediction_type}")
+        raise UserError(
+            f"{located.path} is a flow model, which predicts neither epsilon nor v; leave out --prediction-type {located.spec.prediction_type}"
+        )
     return Prediction()
 
 

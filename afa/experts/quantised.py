@@ -29,7 +29,9 @@ class Kept:
             if torch.cuda.is_available() and type(self.values) is Tensor:
                 self.values = self.values.pin_memory()
             return
-        largest = weight.detach().float().abs().amax(tuple(range(1, weight.ndim)), keepdim=True).clamp(min=1e-12)
+        largest = (
+            weight.detach().float().abs().amax(tuple(range(1, weight.ndim)), keepdim=True).clamp(min=1e-12)
+        )
         self.scale = largest / LARGEST[store]
         scaled = weight.detach().float() / self.scale
         self.values = scaled.round().to(torch.int8) if store == "int8" else scaled.to(torch.float8_e4m3fn)
@@ -119,25 +121,45 @@ def store_weights(model: nn.Module, store: str) -> None:
     """
     if store not in STORES:
         raise ValueError(f"there is no store '{store}'. Known: {', '.join(STORES)}")
-    stored: dict[int, Kept] = {}  # by the weight's identity: all there are existed before, so that none is given twice
+    stored: dict[
+        int, Kept
+    ] = {}  # by the weight's identity: all there are existed before, so that none is given twice
     layer: Any
     for layer in [layer for name, layer in model.named_modules() if "lora_" not in name]:
-        large = isinstance(layer, (nn.Linear, nn.Conv2d)) and not isinstance(layer, _Stored) and layer.weight.numel() >= LEAST
-        if not large or (isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str))):
+        large = (
+            isinstance(layer, (nn.Linear, nn.Conv2d))
+            and not isinstance(layer, _Stored)
+            and layer.weight.numel() >= LEAST
+        )
+        if not large or (
+            isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str))
+        ):
             continue
         weight = layer.weight
         del layer._parameters["weight"]
         layer.__class__ = StoredLinear if isinstance(layer, nn.Linear) else StoredConv2d
         layer.kept = stored[id(weight)] = stored.get(id(weight)) or Kept(weight, store)
-        layer.register_buffer("_like", torch.empty(0, dtype=weight.dtype, device=weight.device), persistent=False)
+        layer.register_buffer(
+            "_like", torch.empty(0, dtype=weight.dtype, device=weight.device), persistent=False
+        )
 
 
 def stored_bytes(model: nn.Module) -> int:
     """Of a model's weights on the device, however they are stored; what experts share counts once."""
-    whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters() if not parameter.is_meta)
-    return whole + sum(kept.bytes for kept in {layer.kept for layer in model.modules() if isinstance(layer, _Stored)})
+    whole = sum(
+        parameter.numel() * parameter.element_size()
+        for parameter in model.parameters()
+        if not parameter.is_meta
+    )
+    return whole + sum(
+        kept.bytes for kept in {layer.kept for layer in model.modules() if isinstance(layer, _Stored)}
+    )
 
 
 def kept_elsewhere(model: nn.Module) -> list[Tensor]:
     """The weights of a model that lie in the memory of the CPU, whatever device it is on."""
-    return [layer.kept.values for layer in model.modules() if isinstance(layer, _Stored) and layer.kept.store == "cpu"]
+    return [
+        layer.kept.values
+        for layer in model.modules()
+        if isinstance(layer, _Stored) and layer.kept.store == "cpu"
+    ]

@@ -53,20 +53,28 @@ def detect_config(file: Path, prediction_type: str | None = None) -> str:
     header = read_header(file)
     layout = layout_of(header, file)
     if layout.part == "vae":
-        raise UserError(f"{file} is no checkpoint in original layout but a VAE alone; give it as --vae, or in Python as vae=")
+        raise UserError(
+            f"{file} is no checkpoint in original layout but a VAE alone; give it as --vae, or in Python as vae="
+        )
     if layout.part == "transformer":
-        return _transformer_config(file, {name.removeprefix(layout.prefix): entry["shape"] for name, entry in header.items()})
+        return _transformer_config(
+            file, {name.removeprefix(layout.prefix): entry["shape"] for name, entry in header.items()}
+        )
     first, attention = (layout.prefix + name for name in UNET[layout.diffusers])
     channels = header[first]["shape"][1] if first in header else 0
     if channels != 4:
-        raise UserError(f"{file} takes {channels} input channels, expected 4; inpainting and other conditioned U-Nets are not supported as single files")
+        raise UserError(
+            f"{file} takes {channels} input channels, expected 4; inpainting and other conditioned U-Nets are not supported as single files"
+        )
     for (*blocks, width), config in ARCHITECTURES.items():
         shape = header.get(attention.format(blocks[layout.diffusers]), {}).get("shape", [])
         if shape[1:] == [width]:
             said = said_by_file(file, prediction_type).type if config == "sd21" else None
             return "sd21-base" if said == "epsilon" else config
     own = f"give its folder: {file.parent}, or" if (file.parent / "config.json").is_file() else "give"
-    raise UserError(f"{file} is of no architecture known here ({', '.join(KNOWN_CONFIGS)}); {own} its config folder with --config")
+    raise UserError(
+        f"{file} is of no architecture known here ({', '.join(KNOWN_CONFIGS)}); {own} its config folder with --config"
+    )
 
 
 def config_of(located: Located, config: str | None) -> tuple[str, Path]:
@@ -87,10 +95,14 @@ def scheduler_of(located: Located, config: str | None, folder: Path) -> tuple[An
     config: what its user named, of the folder that it is read with. Raises UserError for what contradicts itself.
     """
     usual = load_part(folder, "scheduler")
-    named = config is not None and (config not in KNOWN_CONFIGS or config.startswith("sd21"))  # sd15 and sdxl name shapes only
+    named = config is not None and (
+        config not in KNOWN_CONFIGS or config.startswith("sd21")
+    )  # sd15 and sdxl name shapes only
     said = said_by_file(located.path, located.spec.prediction_type, kind_of(usual) if named else None)
     if folder.name == "sd21" and said.type is None and config is None:
-        warn_once(f"{located.path} does not say what it predicts, and is read as v-prediction, as SD 2.1 at 768 px; if not, --prediction-type epsilon")
+        warn_once(
+            f"{located.path} does not say what it predicts, and is read as v-prediction, as SD 2.1 at 768 px; if not, --prediction-type epsilon"
+        )
     return predicting(usual, said, located.path), said
 
 
@@ -103,7 +115,9 @@ def _transformer_config(file: Path, shapes: Mapping[str, list[int]]) -> str:
     channels = shapes["img_in.weight"][1]
     if channels != 64:
         kinds = {384: "FLUX.1 Fill", 128: "FLUX.1 Depth or Canny"}
-        raise UserError(f"{file} takes {channels} input channels ({kinds.get(channels, 'unknown')}), expected the 64 of FLUX.1; give a diffusers folder")
+        raise UserError(
+            f"{file} takes {channels} input channels ({kinds.get(channels, 'unknown')}), expected the 64 of FLUX.1; give a diffusers folder"
+        )
     return "flux" if "guidance_in.in_layer.weight" in shapes else "flux-schnell"
 
 
@@ -123,7 +137,10 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
     Data of OpenAI's CLIP (MIT); see NOTICE.
     """
-    merges = [tuple(line.split()) for line in gzip.decompress((CONFIGS / "clip_merges.txt.gz").read_bytes()).decode().split("\n")]
+    merges = [
+        tuple(line.split())
+        for line in gzip.decompress((CONFIGS / "clip_merges.txt.gz").read_bytes()).decode().split("\n")
+    ]
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [code for code in range(256) if code not in printable]
     letters = [chr(code) for code in printable] + [chr(256 + index) for index in range(len(others))]
@@ -146,7 +163,9 @@ def load_tokenizers(config: Path) -> dict[str, Any]:
 
     index = read_object(config / "model_index.json")
     names = [name for name in ("tokenizer", "tokenizer_2") if index.get(name, [None])[0]]
-    pads_with_zero = {name: name == "tokenizer_2" or config.name.startswith("sd21") for name in names}  # OpenCLIP's way
+    pads_with_zero = {
+        name: name == "tokenizer_2" or config.name.startswith("sd21") for name in names
+    }  # OpenCLIP's way
     return {
         name: CLIPTokenizer.from_pretrained(config / name)
         if (config / name).is_dir()
@@ -167,7 +186,9 @@ def denoiser_config(located: Located, family: str, config: str | None = None) ->
         with torch.device("meta"):
             return maker.from_config(settings).config
     except Exception as error:  # the library raises anything for settings of a wrong type
-        raise UserError(f"{folder} has no config of a {FAMILIES[family].model}: {first_line(error)}") from None
+        raise UserError(
+            f"{folder} has no config of a {FAMILIES[family].model}: {first_line(error)}"
+        ) from None
 
 
 # family -> config whose VAE it has; of U-Nets by the width of their text input
@@ -191,10 +212,14 @@ def as_diffusers(model: Any, layout: Layout, tensors: Mapping[str, Tensor], wher
         return dict(convert(checkpoint=chosen, config=model.config))
     except (KeyError, IndexError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{where} is incomplete or of another architecture ({reason}); download or export it again") from None
+        raise UserError(
+            f"{where} is incomplete or of another architecture ({reason}); download or export it again"
+        ) from None
 
 
-def read_component(file: Path, layout: Layout, maker: Any, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+def read_component(
+    file: Path, layout: Layout, maker: Any, config: Mapping[str, Any], dtype: torch.dtype
+) -> nn.Module:
     """A component with its weights. maker, config: its class and settings. Raises UserError if they do not fit each other."""
     from accelerate import init_empty_weights
 
@@ -224,11 +249,17 @@ def describe_vae(file: Path, like: "Expert | None", config: str | None) -> tuple
     channels, expected = (found[decoder].shape[1] if decoder in found else 0), settings.get("latent_channels")
     if channels != expected:
         whom = f"'{like.name}'" if like is not None and like.name else "the experts"
-        raise UserError(f"the VAE in {file} has {channels} latent channels, {whom} expected {expected}; choose another VAE")
+        raise UserError(
+            f"the VAE in {file} has {channels} latent channels, {whom} expected {expected}; choose another VAE"
+        )
     with torch.device("meta"):
         model: nn.Module = AutoencoderKL.from_config(settings)
     where = f"the VAE in {file}"
-    check_fit(model, as_diffusers(model, layout, {name: entry.meta() for name, entry in found.items()}, where), where)
+    check_fit(
+        model,
+        as_diffusers(model, layout, {name: entry.meta() for name, entry in found.items()}, where),
+        where,
+    )
     return model, layout
 
 
@@ -257,7 +288,9 @@ def _settings(like: "Expert | None", config: str | None, file: Path) -> dict[str
     width = like.model.config.get("cross_attention_dim")
     name = VAE_CONFIGS.get(like.family) or UNET_VAES.get(width if isinstance(width, int) else 0)
     if name is None:
-        raise UserError(f"{file}: which VAE an expert of family {like.family} has is not known here; give the VAE's folder, or --config")
+        raise UserError(
+            f"{file}: which VAE an expert of family {like.family} has is not known here; give the VAE's folder, or --config"
+        )
     return _read(config_folder(name) / "vae", file)
 
 
@@ -267,7 +300,9 @@ def _read(folder: Path, file: Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{file}: its settings {error}; give the VAE's folder, or --config") from None
     if settings.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise UserError(f"{file}: the experts' VAE is an {settings['_class_name']}, and files are read of AutoencoderKL; give the VAE's folder")
+        raise UserError(
+            f"{file}: the experts' VAE is an {settings['_class_name']}, and files are read of AutoencoderKL; give the VAE's folder"
+        )
     return settings
 
 

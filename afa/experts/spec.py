@@ -10,7 +10,9 @@ from afa.places import check_name, located, plain_name
 from afa.settings import check_number
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")  # what a U-Net may predict
-PREDICTION_HELP = "what U-Nets of single files predict, where the files do not say it themselves"  # of --prediction-type
+PREDICTION_HELP = (
+    "what U-Nets of single files predict, where the files do not say it themselves"  # of --prediction-type
+)
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w./-]+\.safetensors)?")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
@@ -69,7 +71,9 @@ class ExpertSpec:
         if "@" in source and not exists(source):
             source, _, revision = source.rpartition("@")
         if not source:
-            raise UserError(f"expert '{text}' has no source; write a folder, a .safetensors file or org/name, optionally as name=source")
+            raise UserError(
+                f"expert '{text}' has no source; write a folder, a .safetensors file or org/name, optionally as name=source"
+            )
         if prediction_type not in (None, *PREDICTION_TYPES):
             raise UserError(unknown(str(prediction_type), PREDICTION_TYPES, "prediction type"))
         return cls(name or _default_name(source), source, revision, loras, prediction_type=prediction_type)
@@ -111,36 +115,12 @@ def _lora(text: str) -> Lora:
     try:
         number = float(strength)
     except ValueError:
-        raise UserError(f"the strength '{strength}' of LoRA {path} is no number; write e.g. +{path}*0.8") from None
+        raise UserError(
+            f"the strength '{strength}' of LoRA {path} is no number; write e.g. +{path}*0.8"
+        ) from None
     return Lora(path, number)
 
 
 def _default_name(source: str) -> str:
     """The folder's or file's name as it was given, without .safetensors and what cannot be in a name."""
     return plain_name(given_name(Path(source)).removesuffix(".safetensors"), "expert")
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

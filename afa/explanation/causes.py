@@ -52,7 +52,9 @@ class Causes:
     omitted: Effects
 
 
-def find_causes(pipeline: Any, denoiser: EnsembleDenoiser, recording: Recording, count: int = 4) -> Causes | None:
+def find_causes(
+    pipeline: Any, denoiser: EnsembleDenoiser, recording: Recording, count: int = 4
+) -> Causes | None:
     """Make `count` recorded passes again, spread evenly over the steps, once as they were and twice without each word.
 
     Costs count · (2U + 2) passes without guidance, where U is the number of words. None without words, or for no passes.
@@ -70,19 +72,27 @@ def find_causes(pipeline: Any, denoiser: EnsembleDenoiser, recording: Recording,
             hidden.append([_change(whole, _hidden(denoiser, call, word.tokens)) for word in recording.words])
         whole = _weights(denoiser, call)
         omitted.append([_change(whole, _weights(denoiser, changed(call))) for changed in without])
-    return Causes(tuple(int(index) for index in chosen), _effects(hidden) if hidden else None, _effects(omitted))
+    return Causes(
+        tuple(int(index) for index in chosen), _effects(hidden) if hidden else None, _effects(omitted)
+    )
 
 
-def _without(pipeline: Any, denoiser: EnsembleDenoiser, recording: Recording) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
+def _without(
+    pipeline: Any, denoiser: EnsembleDenoiser, recording: Recording
+) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
     """For every word, what makes of a call the same with the prompt that lacks it."""
     device, call = next(denoiser.parameters()).device, denoiser.call
     found = []
     for word in recording.words:
         with torch.no_grad():
-            parts = call.parts(encode_prompt(pipeline, [word.left_out(recording.prompt)], device, guided=False))
+            parts = call.parts(
+                encode_prompt(pipeline, [word.left_out(recording.prompt)], device, guided=False)
+            )
 
         def changed(before: dict[str, Any], parts: Sequence[Tensor] = parts) -> dict[str, Any]:
-            sizes = (before.get("added_cond_kwargs") or {}).get("time_ids")  # of SDXL, which belong to the image
+            sizes = (before.get("added_cond_kwargs") or {}).get(
+                "time_ids"
+            )  # of SDXL, which belong to the image
             return before | call.conditions(denoiser.config, parts, sizes)  # type: ignore[arg-type]
 
         found.append(changed)
@@ -107,15 +117,23 @@ def _change(whole: Maps, without: Maps) -> tuple[Tensor, Tensor, Tensor]:
     height, width = max((maps.shape[-2:] for maps in whole), key=lambda size: size[0] * size[1])
     changes = [maps - other for maps, other in zip(whole, without, strict=True)]
     shares = [change.abs().sum(0) / 2 for change in changes]
-    resized = [torch.nn.functional.interpolate(share[None, None], (height, width), mode="bilinear")[0, 0] for share in shares]
+    resized = [
+        torch.nn.functional.interpolate(share[None, None], (height, width), mode="bilinear")[0, 0]
+        for share in shares
+    ]
     moved = torch.stack([share.mean() for share in shares]).mean()
-    return moved, torch.stack([change.mean((1, 2)) for change in changes]).mean(0), torch.stack(resized).mean(0)
+    return (
+        moved,
+        torch.stack([change.mean((1, 2)) for change in changes]).mean(0),
+        torch.stack(resized).mean(0),
+    )
 
 
 def _effects(passes: Sequence[Sequence[tuple[Tensor, Tensor, Tensor]]]) -> Effects:
     """Means over passes."""
     moved, pull, places = (
-        torch.stack([torch.stack([word[part] for word in words]) for words in passes]).mean(0).numpy() for part in range(3)
+        torch.stack([torch.stack([word[part] for word in words]) for words in passes]).mean(0).numpy()
+        for part in range(3)
     )
     return Effects(moved.astype(np.float64), pull.astype(np.float64), places)
 
@@ -134,7 +152,12 @@ class Counterfactual:
 
 
 def counterfactuals(
-    pipeline: Any, denoiser: EnsembleDenoiser, recording: Recording, request: Request, sampling: Sampling, kinds: Sequence[str]
+    pipeline: Any,
+    denoiser: EnsembleDenoiser,
+    recording: Recording,
+    request: Request,
+    sampling: Sampling,
+    kinds: Sequence[str],
 ) -> Iterator[Counterfactual]:
     """One image after another; with guidance, the weights of both halves are changed. Raises ValueError for an unknown kind."""
     for kind in kinds:
@@ -179,7 +202,10 @@ def _frozen(denoiser: EnsembleDenoiser, recording: Recording) -> Iterator[tuple[
 
 
 def _equal(denoiser: EnsembleDenoiser, recording: Recording) -> Iterator[tuple[str, Change]]:
-    yield "equal weights", lambda: adjust_weights(denoiser, lambda _, weights: torch.full_like(weights, 1 / weights.shape[1]))
+    yield (
+        "equal weights",
+        lambda: adjust_weights(denoiser, lambda _, weights: torch.full_like(weights, 1 / weights.shape[1])),
+    )
 
 
 # kind, as in COUNTERFACTUALS -> (denoiser, recording) -> titles and what to switch on; "skipped" is in skipping.py: it needs all images
@@ -259,22 +285,36 @@ class Unused:
         lines = []
         for name, count, saved in zip(self.experts, self.counts, self.saved, strict=True):
             share = f"{count} of {self.total} stage-steps ({count / self.total:.0%})"
-            cost = f"; skipping it there would save about {saved:.1%} of the experts' arithmetic" if count else ""
+            cost = (
+                f"; skipping it there would save about {saved:.1%} of the experts' arithmetic"
+                if count
+                else ""
+            )
             lines.append(f"{name} is below {self.threshold:g} at {share}{cost}.")
-        return [*lines, f"Together about {self.saved.sum():.1%} of the experts' arithmetic; an estimate by operations, not a measured time."]
+        return [
+            *lines,
+            f"Together about {self.saved.sum():.1%} of the experts' arithmetic; an estimate by operations, not a measured time.",
+        ]
 
 
 def find_unused(
-    denoiser: EnsembleDenoiser, most: Sequence[NDArray[np.float32]], stage_costs: Mapping[str, int], threshold: float = DROPPED
+    denoiser: EnsembleDenoiser,
+    most: Sequence[NDArray[np.float32]],
+    stage_costs: Mapping[str, int],
+    threshold: float = DROPPED,
 ) -> Unused:
     """most: of every image, from its recording; stage_costs: of one expert, by stage, fused or not."""
     costs, running = [], 0.0
-    for stage in denoiser.stages:  # an expert that is not used at a fused stage was not needed since the one before
+    for (
+        stage
+    ) in denoiser.stages:  # an expert that is not used at a fused stage was not needed since the one before
         running += stage_costs[stage.name]
         if stage.name in denoiser.fused:
             costs.append(running)
             running = 0.0
-    return Unused(denoiser.names, tuple(denoiser.fused), np.max(np.stack(most), axis=0), np.asarray(costs), threshold)
+    return Unused(
+        denoiser.names, tuple(denoiser.fused), np.max(np.stack(most), axis=0), np.asarray(costs), threshold
+    )
 
 
 class Skipping:
@@ -298,4 +338,6 @@ def without(weights: Tensor, kept: Tensor) -> Tensor:
     """weights (R, N, H, W) of the experts that are kept (N,) bool, brought back to sum 1; where they all weigh nothing, they share alike."""
     factors = kept.to(weights)[None, :, None, None]
     total = (weights * factors).sum(1, keepdim=True)
-    return torch.where(total > 0, weights * factors / total.clamp_min(torch.finfo(total.dtype).tiny), factors / factors.sum())
+    return torch.where(
+        total > 0, weights * factors / total.clamp_min(torch.finfo(total.dtype).tiny), factors / factors.sum()
+    )

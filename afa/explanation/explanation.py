@@ -82,14 +82,25 @@ def explain(
     recording = record(ensemble, request, sampling, pipeline)
     causes = find_causes(pipeline, ensemble.denoiser, recording, word_steps)
     with torch.no_grad():
-        others = counterfactuals(pipeline, ensemble.denoiser, recording, request, sampling, [kind for kind in kinds if kind in CHANGES])
-        return Explanation(request, recording, shares(recording, train_timesteps(pipeline)), causes, list(others))
+        others = counterfactuals(
+            pipeline,
+            ensemble.denoiser,
+            recording,
+            request,
+            sampling,
+            [kind for kind in kinds if kind in CHANGES],
+        )
+        return Explanation(
+            request, recording, shares(recording, train_timesteps(pipeline)), causes, list(others)
+        )
 
 
 def check(ensemble: Ensemble) -> None:
     """Raises UserError for an ensemble of one expert."""
     if len(ensemble.names) < 2:
-        raise UserError(f"the ensemble has one expert, {ensemble.names[0]}, and so no weights to explain; give one of several")
+        raise UserError(
+            f"the ensemble has one expert, {ensemble.names[0]}, and so no weights to explain; give one of several"
+        )
 
 
 def train_timesteps(pipeline: Any) -> int:
@@ -126,7 +137,12 @@ def word_remarks(recording: Recording) -> list[str]:
     return remarks + ([f"Not seen, as the text is cut before: {', '.join(cut)}."] if cut else [])
 
 
-SUFFIXES = ("png", "sheet.png", "strip.webp", "npz")  # of every image; .words.png and .counterfactuals.png where there is something to show
+SUFFIXES = (
+    "png",
+    "sheet.png",
+    "strip.webp",
+    "npz",
+)  # of every image; .words.png and .counterfactuals.png where there is something to show
 
 
 class GroupShares(TypedDict):
@@ -191,16 +207,28 @@ def explained(folder: Path, stem: str) -> bool:
     facts = json_or_none(folder / f"{stem}.json")
     if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict):
         return False
-    return all(isinstance(name, str) and (folder / name).is_file() and sha256(folder / name) == found for name, found in facts["files"].items())
+    return all(
+        isinstance(name, str) and (folder / name).is_file() and sha256(folder / name) == found
+        for name, found in facts["files"].items()
+    )
 
 
 def write_arrays(recording: Recording, path: Path) -> None:
     """STAGE -> (passes, N, h, w) float16; attention.STAGE -> (U, h, w); timesteps, experts, words, means, most."""
     arrays: dict[str, Any] = {stage: maps.numpy() for stage, maps in recording.maps.items()}
     if recording.attention is not None:
-        arrays |= {f"attention.{stage}": maps.astype(np.float16) for stage, maps in recording.attention.maps.items()}
-    names = {"experts": np.asarray(recording.experts), "words": np.asarray([word.text for word in recording.words])}
-    numbers = {"timesteps": np.asarray(recording.timesteps, np.float32), "means": recording.means, "most": recording.most}
+        arrays |= {
+            f"attention.{stage}": maps.astype(np.float16) for stage, maps in recording.attention.maps.items()
+        }
+    names = {
+        "experts": np.asarray(recording.experts),
+        "words": np.asarray([word.text for word in recording.words]),
+    }
+    numbers = {
+        "timesteps": np.asarray(recording.timesteps, np.float32),
+        "means": recording.means,
+        "most": recording.most,
+    }
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **names, **numbers, **arrays)
 
@@ -215,7 +243,10 @@ def write_facts(folder: Path, stem: str, found: Explanation, files: list[str]) -
         "words": [_word(row) for row in word_rows(found.recording, found.causes)],
         "word_remarks": word_remarks(found.recording),
         "passes_made_again": [] if found.causes is None else found.causes.passes,
-        "counterfactuals": [{"kind": one.kind, "title": one.title, "rmse": round(one.rmse, 4)} for one in found.counterfactuals],
+        "counterfactuals": [
+            {"kind": one.kind, "title": one.title, "rmse": round(one.rmse, 4)}
+            for one in found.counterfactuals
+        ],
     }
     write_atomically(folder / f"{stem}.json", json.dumps(facts, indent=1, ensure_ascii=False))
 
@@ -237,26 +268,39 @@ def read_entry(folder: Path, stem: str) -> Entry:
 def _numbers(arrays: dict[str, Any], file: Path) -> list[NDArray[np.float32]]:
     """means, most and timesteps as Entry has them. Raises UserError for others."""
     found = [arrays.get(name) for name in ("means", "most", "timesteps")]
-    if any(array is None or array.dtype.kind != "f" or not array.size or not np.isfinite(array).all() for array in found):
+    if any(
+        array is None or array.dtype.kind != "f" or not array.size or not np.isfinite(array).all()
+        for array in found
+    ):
         raise UserError(f"{file} does not hold the finite numbers means, most and timesteps")
     means, most, timesteps = (np.asarray(array) for array in found)
     if means.ndim != 3 or most.shape != means.shape or timesteps.shape != means.shape[:1]:
-        raise UserError(f"{file}: means {means.shape}, most {most.shape} and timesteps {timesteps.shape} are not of the same passes")
+        raise UserError(
+            f"{file}: means {means.shape}, most {most.shape} and timesteps {timesteps.shape} are not of the same passes"
+        )
     return [means, most, timesteps]
 
 
 def _check_shape(facts: dict[str, Any], experts: int, file: Path) -> None:
     """Raises UserError where lists are not as long as there are groups, bands and experts."""
     groups, weights = facts["shares"]["groups"], facts["shares"]["weights"]
-    if len(weights) != len(groups) or any(len(bands) != BANDS or any(len(band) != experts for band in bands) for bands in weights):
-        raise UserError(f"{file}: shares.weights is not of {len(groups)} groups, {BANDS} bands and {experts} experts")
+    if len(weights) != len(groups) or any(
+        len(bands) != BANDS or any(len(band) != experts for band in bands) for bands in weights
+    ):
+        raise UserError(
+            f"{file}: shares.weights is not of {len(groups)} groups, {BANDS} bands and {experts} experts"
+        )
     for place, row in enumerate(facts["words"]):
         if row["omitted"] is not None and len(row["omitted_pull"] or ()) != experts:
-            raise UserError(f"{file}: words[{place}].omitted_pull has not one number for each of {experts} experts")
+            raise UserError(
+                f"{file}: words[{place}].omitted_pull has not one number for each of {experts} experts"
+            )
 
 
 def _word(row: WordRow) -> dict[str, Any]:
-    return {name: _rounded(value) if isinstance(value, np.ndarray) else value for name, value in vars(row).items()}
+    return {
+        name: _rounded(value) if isinstance(value, np.ndarray) else value for name, value in vars(row).items()
+    }
 
 
 def _rounded(values: NDArray[np.floating]) -> list[Any]:

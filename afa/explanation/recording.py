@@ -66,7 +66,9 @@ def find_words(pipeline: Any, prompt: str, length: int) -> list[Word]:
                     own.append(offset + place)
         offset += room
     labels = _numbered([text for text, _ in spans])
-    return [Word(label, span, tuple(own)) for label, (_, span), own in zip(labels, spans, places, strict=True)]
+    return [
+        Word(label, span, tuple(own)) for label, (_, span), own in zip(labels, spans, places, strict=True)
+    ]
 
 
 def _offsets(tokenizer: Any, prompt: str, room: int) -> list[tuple[int, int]]:
@@ -137,7 +139,9 @@ class Listener:
             stack.callback(first.register_forward_pre_hook(self._meet).remove)
             for stage in self.reading:
                 for block in self.denoiser.aggregators[stage].transformer.transformer_blocks:
-                    stack.callback(block.attn2.register_forward_pre_hook(self._hook(stage), with_kwargs=True).remove)
+                    stack.callback(
+                        block.attn2.register_forward_pre_hook(self._hook(stage), with_kwargs=True).remove
+                    )
             yield
 
     def _meet(self, aggregator: Any, args: tuple[Any, ...]) -> None:
@@ -162,7 +166,10 @@ class Listener:
         if not layers or not self.words:
             return
         looked = torch.stack(layers).mean(0)  # (U, P)
-        for sums, found in ((self._maps, looked.unflatten(1, weights.shape[1:])), (self._lean, lean(looked, weights.flatten(1)))):
+        for sums, found in (
+            (self._maps, looked.unflatten(1, weights.shape[1:])),
+            (self._lean, lean(looked, weights.flatten(1))),
+        ):
             sums[stage] = sums[stage] + found.cpu() if stage in sums else found.cpu()
         self._passes[stage] = self._passes.get(stage, 0) + 1
 
@@ -170,7 +177,10 @@ class Listener:
         """The means; None if nobody read, or there was no word."""
         if not self._maps:
             return None
-        maps, leans = ({stage: (total / self._passes[stage]).numpy() for stage, total in sums.items()} for sums in (self._maps, self._lean))
+        maps, leans = (
+            {stage: (total / self._passes[stage]).numpy() for stage, total in sums.items()}
+            for sums in (self._maps, self._lean)
+        )
         return Attention(maps, leans)
 
 
@@ -289,7 +299,9 @@ class Recorder:
         self.maps: dict[str, list[Tensor]] = {stage: [] for stage in denoiser.fused}
         self.rows: dict[tuple[bool, str], list[Tensor]] = {}
         self.calls: list[dict[str, Any]] = []
-        self.claims: dict[int, tuple[dict[str, Any], Tensor]] = {}  # by pass: its call, and what guidance made of it
+        self.claims: dict[
+            int, tuple[dict[str, Any], Tensor]
+        ] = {}  # by pass: its call, and what guidance made of it
 
     @contextmanager
     def open(self, pipeline: Any) -> Iterator[None]:
@@ -307,7 +319,9 @@ class Recorder:
         if self.denoiser.aside:
             return
         call = arguments(self.denoiser, args, kwargs)
-        self.timesteps.append(float(torch.as_tensor(self.denoiser.call.counted(call["timestep"])).flatten()[0]))
+        self.timesteps.append(
+            float(torch.as_tensor(self.denoiser.call.counted(call["timestep"])).flatten()[0])
+        )
         self.calls.append(with_prompt(call, len(self.denoiser.call.latents(call))))
 
     def _adjust(self, stage: str, weights: Tensor) -> Tensor:
@@ -367,7 +381,9 @@ def _stepping(scheduler: Any, told: Any) -> Iterator[None]:
         del scheduler.step
 
 
-def _draw(pipeline: Any, denoiser: EnsembleDenoiser, claims: Mapping[int, tuple[dict[str, Any], Tensor]]) -> Iterator[tuple[int, Image8]]:
+def _draw(
+    pipeline: Any, denoiser: EnsembleDenoiser, claims: Mapping[int, tuple[dict[str, Any], Tensor]]
+) -> Iterator[tuple[int, Image8]]:
     """The images that were believed in at up to FRAMES passes, spread evenly, the last among them."""
     latents, schedule = latents_of(pipeline.vae), Schedule.of(pipeline.scheduler)
     passes = sorted(claims)
@@ -380,7 +396,10 @@ def _draw(pipeline: Any, denoiser: EnsembleDenoiser, claims: Mapping[int, tuple[
         with torch.no_grad():
             pixels = latents.draw(pipeline.vae, latents.unscaled(clean).to(pipeline.vae.dtype))[0].float()
         if pixels.isfinite().all():  # some VAEs overflow in half precision
-            yield passes[place], ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+            yield (
+                passes[place],
+                ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy(),
+            )
 
 
 def _time(denoiser: EnsembleDenoiser, call: Mapping[str, Any]) -> float:

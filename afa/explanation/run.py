@@ -74,7 +74,9 @@ def run(settings: ExplainSettings) -> dict[str, Any]:
     prompts = asked_prompts(settings.prompt, settings.prompts)
     device, output = choose_device(settings.device), Path(settings.output)
     if settings.ensemble is None or not (settled(Path(settings.ensemble)) / MANIFEST).exists():
-        raise UserError(f"{settings.ensemble} is no saved ensemble: it has no {MANIFEST}; make one with afa train, or leave it out for the embedded one")
+        raise UserError(
+            f"{settings.ensemble} is no saved ensemble: it has no {MANIFEST}; make one with afa train, or leave it out for the embedded one"
+        )
     asked = {**settings.binding(), "prompt": prompts}
     files = saved_fingerprint(Path(settings.ensemble), new_places(settings.experts or []))
     check_claim(output, asked, "the explanation", files)
@@ -91,14 +93,20 @@ def _run(job: Run, asked: dict[str, Any]) -> dict[str, Any]:
     entries = [read_entry(output, stem_of(index)) for index in range(len(prompts))]
     unused = _unused(job, entries)
     skipped = _skipped(job, unused, entries)
-    drawn = {"ensemble": public_place(settings.ensemble), "guidance": job.sampling.guidance, "steps": job.sampling.steps}
+    drawn = {
+        "ensemble": public_place(settings.ensemble),
+        "guidance": job.sampling.guidance,
+        "steps": job.sampling.steps,
+    }
     found = as_json(asked | drawn, entries, unused, skipped)
     _write(job, entries, unused, found)
     return found
 
 
 def _prepare(settings: ExplainSettings, prompts: list[str], device: torch.device) -> Run:
-    ensemble = Ensemble.load(str(settings.ensemble), new_places(settings.experts or []), dtype=getattr(torch, settings.dtype))
+    ensemble = Ensemble.load(
+        str(settings.ensemble), new_places(settings.experts or []), dtype=getattr(torch, settings.dtype)
+    )
     check(ensemble)
     warn_of_prompts(prompts, ensemble.denoiser.call, ensemble.frame.tokenizers)
     call, config = ensemble.denoiser.call, ensemble.denoiser.config
@@ -119,7 +127,14 @@ def _explain(job: Run) -> None:
     with tqdm(total=len(done), initial=sum(done), desc="explaining", unit="image", file=sys.stderr) as bar:
         for index, request in enumerate(job.requests):
             if not done[index]:
-                found = explain(job.ensemble, request, job.sampling, job.settings.kinds, job.settings.word_steps, job.pipeline)
+                found = explain(
+                    job.ensemble,
+                    request,
+                    job.sampling,
+                    job.settings.kinds,
+                    job.settings.word_steps,
+                    job.pipeline,
+                )
                 _save(job, stem_of(index), found)
                 bar.update()
 
@@ -130,7 +145,9 @@ def _save(job: Run, stem: str, found: Explanation) -> None:
     drawn["png"] = Image.fromarray(recording.image)
     drawn["sheet.png"] = sheet(recording, f"seed {found.request.seed}, {job.facts}")
     drawn["words.png"] = words(recording, found.causes)
-    drawn["counterfactuals.png"] = contact(recording.prompt, recording.image, found.counterfactuals) if found.counterfactuals else None
+    drawn["counterfactuals.png"] = (
+        contact(recording.prompt, recording.image, found.counterfactuals) if found.counterfactuals else None
+    )
     files = [f"{stem}.{suffix}" for suffix, picture in drawn.items() if picture is not None]
     for suffix, picture in drawn.items():
         if picture is not None:
@@ -147,10 +164,17 @@ def _save_png(picture: Image.Image, path: Path) -> None:
 
 
 def _unused(job: Run, entries: list[Entry]) -> Unused:
-    latent = [side // job.pipeline.vae_scale_factor for side in read_pixels(job.output / f"{entries[0].stem}.png").shape[:2]]
-    tokens = job.ensemble.denoiser.call.prompt_tokens([encoder.config for encoder in job.ensemble.text_encoders])
+    latent = [
+        side // job.pipeline.vae_scale_factor
+        for side in read_pixels(job.output / f"{entries[0].stem}.png").shape[:2]
+    ]
+    tokens = job.ensemble.denoiser.call.prompt_tokens(
+        [encoder.config for encoder in job.ensemble.text_encoders]
+    )
     costs = count_stage_flops(job.ensemble.experts[0].model, latent[0], latent[1], tokens)
-    return find_unused(job.ensemble.denoiser, [entry.most for entry in entries], costs, job.settings.threshold)
+    return find_unused(
+        job.ensemble.denoiser, [entry.most for entry in entries], costs, job.settings.threshold
+    )
 
 
 def _skipped(job: Run, unused: Unused, entries: list[Entry]) -> list[float]:
@@ -158,7 +182,9 @@ def _skipped(job: Run, unused: Unused, entries: list[Entry]) -> list[float]:
     if "skipped" not in job.settings.kinds or not unused.cells.any():
         return []
     found = []
-    for entry, request in zip(tqdm(entries, desc="left out where unused", unit="image", file=sys.stderr), job.requests, strict=True):
+    for entry, request in zip(
+        tqdm(entries, desc="left out where unused", unit="image", file=sys.stderr), job.requests, strict=True
+    ):
         record, picture = job.output / f"{entry.stem}.skipped.json", job.output / f"{entry.stem}.skipped.png"
         distance = _distance(record)
         if distance is None or read_made(picture) is None:
@@ -179,7 +205,14 @@ def _skip(job: Run, unused: Unused, entry: Entry, request: Request, record: Path
     with torch.no_grad(), adjust_weights(job.ensemble.denoiser, Skipping(job.ensemble.denoiser, unused)):
         after = sample(job.pipeline, [request], job.sampling)[0]
     distance = rmse(before, after)
-    _save_png(contact(request.prompt, before, [Counterfactual("skipped", "experts left out where unused", after, distance)]), picture)
+    _save_png(
+        contact(
+            request.prompt,
+            before,
+            [Counterfactual("skipped", "experts left out where unused", after, distance)],
+        ),
+        picture,
+    )
     write_atomically(record, json.dumps({"rmse": distance}))
     return distance
 

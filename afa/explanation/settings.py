@@ -16,33 +16,65 @@ COUNTERFACTUALS = {
 }
 DEFAULT = ["off", "swapped", "frozen", "equal", "skipped"]
 NONE = "none"
-UNBOUND = ("ensemble", "output", "device", "json", "prompts")  # may differ when a folder is gone on with; the ensemble is bound by its content
+UNBOUND = (
+    "ensemble",
+    "output",
+    "device",
+    "json",
+    "prompts",
+)  # may differ when a folder is gone on with; the ensemble is bound by its content
 
 
 @dataclass(frozen=True)
 class ExplainSettings(CheckedOptions):
     """One explanation, field by field a flag of `afa explain`."""
 
-    output: str = option(help="a folder for pictures, data and explain.html; images that are explained there already are kept")
-    ensemble: str | None = option(None, place=True, help="a saved ensemble (default: the embedded one, with 20 steps and guidance 3)", positional=True)
+    output: str = option(
+        help="a folder for pictures, data and explain.html; images that are explained there already are kept"
+    )
+    ensemble: str | None = option(
+        None,
+        place=True,
+        help="a saved ensemble (default: the embedded one, with 20 steps and guidance 3)",
+        positional=True,
+    )
     prompt: list[str] | None = option(None, help="one or more prompts")
-    prompts: str | None = option(None, help="a file of prompts: one a line, or JSON lines with \"text\"")
+    prompts: str | None = option(None, help='a file of prompts: one a line, or JSON lines with "text"')
     negative_prompt: str | None = option(None, help="what the images should not show")
-    seed: int = option(0, **SEED_OR_DRAWN, help="seed of the first image, 0 to 2**64 - 1; image k has seed + k; -1 draws one and says it")
+    seed: int = option(
+        0,
+        **SEED_OR_DRAWN,
+        help="seed of the first image, 0 to 2**64 - 1; image k has seed + k; -1 draws one and says it",
+    )
     steps: int | None = option(None, **SAMPLING_STEPS, help="denoising steps (default: 50)")
     guidance: float | None = option(
-        None, **GUIDANCE, help="strength of guidance, 1 turns it off (default: the family's own: 7.5, SDXL 5, SD3 7, FLUX.1-dev 3.5)"
+        None,
+        **GUIDANCE,
+        help="strength of guidance, 1 turns it off (default: the family's own: 7.5, SDXL 5, SD3 7, FLUX.1-dev 3.5)",
     )
-    true_guidance: float | None = option(None, **GUIDANCE, help="FLUX: strength of classifier-free guidance beside the built-in one, at twice the cost")
-    scheduler: str | None = option(None, help="ddim, euler, dpm++ … as in afa generate (default: the experts')")
+    true_guidance: float | None = option(
+        None,
+        **GUIDANCE,
+        help="FLUX: strength of classifier-free guidance beside the built-in one, at twice the cost",
+    )
+    scheduler: str | None = option(
+        None, help="ddim, euler, dpm++ … as in afa generate (default: the experts')"
+    )
     width: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
     height: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
     counterfactuals: list[str] = option(
-        DEFAULT, help=f"what would have been: {'; '.join(f'{name} ({what})' for name, what in COUNTERFACTUALS.items())}; or {NONE}"
+        DEFAULT,
+        help=f"what would have been: {'; '.join(f'{name} ({what})' for name, what in COUNTERFACTUALS.items())}; or {NONE}",
     )
-    word_steps: int = option(4, least=0, most=10_000, help="steps at which every word is left out to see what it changes; 0: none")
-    threshold: float = option(0.02, above=0, below=1, help="an expert whose mean weight stays below this is unused there")
-    experts: list[str] | None = option(None, place=True, help="new places of the ensemble's experts that have moved, each NAME=PLACE")
+    word_steps: int = option(
+        4, least=0, most=10_000, help="steps at which every word is left out to see what it changes; 0: none"
+    )
+    threshold: float = option(
+        0.02, above=0, below=1, help="an expert whose mean weight stays below this is unused there"
+    )
+    experts: list[str] | None = option(
+        None, place=True, help="new places of the ensemble's experts that have moved, each NAME=PLACE"
+    )
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
     json: bool = option(False, help="print explain.json")
@@ -61,11 +93,17 @@ class ExplainSettings(CheckedOptions):
 
     def binding(self) -> dict[str, Any]:
         """What a folder is bound to, beside the content of the prompts and of the ensemble."""
-        return {name: value for name, value in asdict(self).items() if name not in UNBOUND} | {"counterfactuals": self.kinds}
+        return {name: value for name, value in asdict(self).items() if name not in UNBOUND} | {
+            "counterfactuals": self.kinds
+        }
 
     def _check_counterfactuals(self) -> None:
         for name in self.kinds:
             if name == NONE:
-                raise UserError(f"--counterfactuals {' '.join(self.counterfactuals)} asks for none and for some; give one or the other")
+                raise UserError(
+                    f"--counterfactuals {' '.join(self.counterfactuals)} asks for none and for some; give one or the other"
+                )
             if name not in COUNTERFACTUALS:
-                raise UserError(f"--counterfactuals: {unknown(name, [*COUNTERFACTUALS, NONE], 'counterfactual')}")
+                raise UserError(
+                    f"--counterfactuals: {unknown(name, [*COUNTERFACTUALS, NONE], 'counterfactual')}"
+                )

@@ -85,23 +85,38 @@ SHARP = 8  # power in lead_at
 
 
 def weights_at(
-    recording: Recording, passes: int | Sequence[int] | None = None, stages: str | Sequence[str] | None = None, side: tuple[int, int] | None = None
+    recording: Recording,
+    passes: int | Sequence[int] | None = None,
+    stages: str | Sequence[str] | None = None,
+    side: tuple[int, int] | None = None,
 ) -> NDArray[np.float32]:
     """Mean weights over some passes and stages, None: all: (N, H, W), convex over N. side: H and W, default the image's."""
-    chosen = range(len(recording.timesteps)) if passes is None else [passes] if isinstance(passes, int) else list(passes)
+    chosen = (
+        range(len(recording.timesteps))
+        if passes is None
+        else [passes]
+        if isinstance(passes, int)
+        else list(passes)
+    )
     names = recording.stages if stages is None else [stages] if isinstance(stages, str) else stages
-    maps: dict[str, Tensor] = {name: recording.maps[name][list(chosen)].float().mean(0, keepdim=True) for name in names}
+    maps: dict[str, Tensor] = {
+        name: recording.maps[name][list(chosen)].float().mean(0, keepdim=True) for name in names
+    }
     height, width = side or recording.image.shape[:2]
     found: NDArray[np.float32] = mean_over_stages(maps, (height, width))[0].numpy()
     return found
 
 
-def overlay_at(recording: Recording, passes: int | Sequence[int] | None = None, stages: str | Sequence[str] | None = None) -> NDArray[np.uint8]:
+def overlay_at(
+    recording: Recording, passes: int | Sequence[int] | None = None, stages: str | Sequence[str] | None = None
+) -> NDArray[np.uint8]:
     """The image in grey, tinted by who weighs where: (H, W, 3) uint8. passes, stages: see weights_at."""
     return overlay(recording.image, weights_at(recording, passes, stages))
 
 
-def lead_at(recording: Recording, passes: int | Sequence[int] | None = None, stages: str | Sequence[str] | None = None) -> NDArray[np.uint8]:
+def lead_at(
+    recording: Recording, passes: int | Sequence[int] | None = None, stages: str | Sequence[str] | None = None
+) -> NDArray[np.uint8]:
     """The image, tinted by who weighs more there than elsewhere: weights by their means over the map, the differences sharpened.
 
     Where one expert weighs most everywhere, overlay_at shows nothing but that one; this shows what belongs to whom.
@@ -113,7 +128,9 @@ def lead_at(recording: Recording, passes: int | Sequence[int] | None = None, sta
 
 def resized(places: NDArray[np.floating], side: tuple[int, int]) -> NDArray[np.float32]:
     """One map (h, w) -> (H, W)."""
-    found = torch.nn.functional.interpolate(torch.from_numpy(np.asarray(places, np.float32))[None, None], size=side, mode="bilinear")
+    found = torch.nn.functional.interpolate(
+        torch.from_numpy(np.asarray(places, np.float32))[None, None], size=side, mode="bilinear"
+    )
     array: NDArray[np.float32] = found[0, 0].numpy()
     return array
 

@@ -46,7 +46,9 @@ def _word(word: str, images: Sequence[Sequence[Mapping[str, Any]]]) -> WordMean:
             return None
         return estimate(np.asarray([np.mean([row[name] for row in rows]) for rows in images]))
 
-    pulls = np.asarray([np.mean([row["omitted_pull"] for row in rows], axis=0) for rows in images])  # (images, N)
+    pulls = np.asarray(
+        [np.mean([row["omitted_pull"] for row in rows], axis=0) for rows in images]
+    )  # (images, N)
     omitted = over("omitted")
     assert omitted is not None
     return WordMean(word, omitted, over("hidden"), over("looked"), [estimate(column) for column in pulls.T])
@@ -55,18 +57,26 @@ def _word(word: str, images: Sequence[Sequence[Mapping[str, Any]]]) -> WordMean:
 def distances(entries: Sequence[Entry], skipped: Sequence[float]) -> dict[str, Estimate]:
     """RMSE from the image as it is, by title, over images. skipped: of "experts left out where unused", if that was tried."""
     titles = [one["title"] for one in entries[0].facts["counterfactuals"]]
-    columns = {title: [entry.facts["counterfactuals"][place]["rmse"] for entry in entries] for place, title in enumerate(titles)}
+    columns = {
+        title: [entry.facts["counterfactuals"][place]["rmse"] for entry in entries]
+        for place, title in enumerate(titles)
+    }
     if skipped:
         columns["left out where unused"] = list(skipped)
     return {title: estimate(np.asarray(values)) for title, values in columns.items()}
 
 
-def as_json(settings: Mapping[str, Any], entries: Sequence[Entry], unused: Unused, skipped: Sequence[float]) -> dict[str, Any]:
+def as_json(
+    settings: Mapping[str, Any], entries: Sequence[Entry], unused: Unused, skipped: Sequence[float]
+) -> dict[str, Any]:
     """explain.json: everything that was measured."""
     groups = entries[0].facts["shares"]["groups"]
     found = estimates([entry.shares for entry in entries])
     by_group = {
-        group: {name: [as_data(found[row, band, expert]) for band in range(BANDS)] for expert, name in enumerate(unused.experts)}
+        group: {
+            name: [as_data(found[row, band, expert]) for band in range(BANDS)]
+            for expert, name in enumerate(unused.experts)
+        }
         for row, group in enumerate(groups)
     }
     return {
@@ -74,7 +84,10 @@ def as_json(settings: Mapping[str, Any], entries: Sequence[Entry], unused: Unuse
         "experts": unused.experts,
         "stages": unused.stages,
         "images": [{"stem": entry.stem, **entry.facts} for entry in entries],
-        "shares": {"bands": f"{BANDS} equal parts of the noise schedule, the first with the least noise", "weights": by_group},
+        "shares": {
+            "bands": f"{BANDS} equal parts of the noise schedule, the first with the least noise",
+            "weights": by_group,
+        },
         "words": [
             {
                 "word": one.word,
@@ -88,7 +101,10 @@ def as_json(settings: Mapping[str, Any], entries: Sequence[Entry], unused: Unuse
         "counterfactuals": {title: as_data(value) for title, value in distances(entries, skipped).items()},
         "unused": {
             "threshold": unused.threshold,
-            "cells": {name: unused.cells[:, :, index].astype(int).tolist() for index, name in enumerate(unused.experts)},
+            "cells": {
+                name: unused.cells[:, :, index].astype(int).tolist()
+                for index, name in enumerate(unused.experts)
+            },
             "counts": dict(zip(unused.experts, unused.counts.tolist(), strict=True)),
             "stage_steps": unused.total,
             "estimated_saving": dict(zip(unused.experts, unused.saved.tolist(), strict=True)),

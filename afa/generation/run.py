@@ -38,7 +38,11 @@ def is_saved(source: str) -> bool:
 
 
 def source_files(
-    sources: Sequence[str], *, experts: Sequence[str] | None = None, frame: str | None = None, config: str | None = None
+    sources: Sequence[str],
+    *,
+    experts: Sequence[str] | None = None,
+    frame: str | None = None,
+    config: str | None = None,
 ) -> Files:
     """One hash for every expert, the frame, and the ensemble: what pictures say that they were made with. Arguments: see load_sources."""
     if is_saved(sources[0]):
@@ -69,13 +73,19 @@ def load_sources(
     kind = getattr(torch, dtype)
     saved = [source for source in sources if is_saved(source)]
     if saved and len(sources) > 1:
-        raise UserError(f"{saved[0]} is a saved ensemble, which has its experts; give it alone, or give experts only")
+        raise UserError(
+            f"{saved[0]} is a saved ensemble, which has its experts; give it alone, or give experts only"
+        )
     if saved and frame is not None:
-        raise UserError(f"--frame {frame} is for experts, and {saved[0]} is a saved ensemble, which has its frame; leave it out")
+        raise UserError(
+            f"--frame {frame} is for experts, and {saved[0]} is a saved ensemble, which has its frame; leave it out"
+        )
     if saved:
         return Ensemble.load(saved[0], new_places(list(experts or [])), dtype=kind)
     if experts:
-        raise UserError(f"--experts is for a saved ensemble, and {sources[0]} is none: it has no {MANIFEST}; give experts as SOURCE")
+        raise UserError(
+            f"--experts is for a saved ensemble, and {sources[0]} is none: it has no {MANIFEST}; give experts as SOURCE"
+        )
     given = {"frame": frame, "dtype": kind, "config": config, "prediction_type": prediction_type}
     return Ensemble.from_experts(sources, aggregator="mean", placement=placement, **given)
 
@@ -99,12 +109,18 @@ class Job:
         found = read_made(self.path)
         if found is None:
             return False  # broken or cut off: made again
-        if "files" in found and (clauses := changed(found["files"], self.metadata["files"])):  # older pictures do not say
-            raise UserError(f"{self.path} was made with other files: {clauses[0]}; restore them, or choose another --output")
+        if "files" in found and (
+            clauses := changed(found["files"], self.metadata["files"])
+        ):  # older pictures do not say
+            raise UserError(
+                f"{self.path} was made with other files: {clauses[0]}; restore them, or choose another --output"
+            )
         found["source"] = public_place(found.get("source"))  # older pictures say where it lay
         for name, value in self.metadata.items():
             if name != "files" and found.get(name) != value:
-                raise UserError(f"{self.path} was made with {name} {found.get(name)!r}, now {value!r} is asked; choose another --output or delete it")
+                raise UserError(
+                    f"{self.path} was made with {name} {found.get(name)!r}, now {value!r} is asked; choose another --output or delete it"
+                )
         return True
 
 
@@ -121,7 +137,9 @@ def generate(settings: GenerateSettings) -> list[Path]:
     if output.is_file():
         raise UserError(f"--output {output} is a file; give a folder")
     refuse_busy(output)
-    files = source_files(settings.sources, experts=settings.experts, frame=settings.frame, config=settings.config)
+    files = source_files(
+        settings.sources, experts=settings.experts, frame=settings.frame, config=settings.config
+    )
     ensemble = _load(settings)
     if settings.expert is not None and settings.expert not in ensemble.names:
         raise UserError(unknown(settings.expert, ensemble.names, "expert"))
@@ -133,7 +151,9 @@ def generate(settings: GenerateSettings) -> list[Path]:
     sampler = _sampler(settings, ensemble.to(device))
     warn_of_prompts(prompts, ensemble.denoiser.call, ensemble.frame.tokenizers)
     if sampling.negative_prompt:
-        warn_of_prompts([sampling.negative_prompt], ensemble.denoiser.call, ensemble.frame.tokenizers, "negative prompt")
+        warn_of_prompts(
+            [sampling.negative_prompt], ensemble.denoiser.call, ensemble.frame.tokenizers, "negative prompt"
+        )
     _check_strengths(settings, ensemble, sampler)
     jobs = _jobs(settings, sampling, prompts, ensemble, sampler, files)
     with locked(output):
@@ -146,7 +166,9 @@ def generate(settings: GenerateSettings) -> list[Path]:
 def _load(settings: GenerateSettings) -> Ensemble:
     """The saved ensemble, or experts as an ensemble: of one, that is the expert, bit for bit."""
     options = settings.method_options()
-    placement = "out" if options is not None and options.only_predictions else None  # which may then be of different kinds
+    placement = (
+        "out" if options is not None and options.only_predictions else None
+    )  # which may then be of different kinds
     names = ("experts", "frame", "config", "prediction_type", "dtype")
     given: dict[str, Any] = {name: getattr(settings, name) for name in names}
     return load_sources(settings.sources, **given, placement=placement)
@@ -171,11 +193,18 @@ def _check_strengths(settings: GenerateSettings, ensemble: Ensemble, sampler: An
     except ValueError as error:
         raise UserError(f"--strength: {error}") from None
     if not isinstance(getattr(sampler, "denoiser", None), EnsembleDenoiser) or len(ensemble.names) == 1:
-        raise UserError(f"--strength scales aggregators' weights, and {settings.method or settings.sources[0]} has none; give a saved ensemble")
+        raise UserError(
+            f"--strength scales aggregators' weights, and {settings.method or settings.sources[0]} has none; give a saved ensemble"
+        )
 
 
 def _jobs(
-    settings: GenerateSettings, sampling: Sampling, prompts: list[str], ensemble: Ensemble, sampler: Any, files: dict[str, str]
+    settings: GenerateSettings,
+    sampling: Sampling,
+    prompts: list[str],
+    ensemble: Ensemble,
+    sampler: Any,
+    files: dict[str, str],
 ) -> list[Job]:
     """Every image asked for, in order. Seeds count on over prompts, so a file's images differ in noise too."""
     used = getattr(sampler, "pipeline", ensemble.frame).scheduler  # drawn experts have a pipeline each
@@ -208,7 +237,14 @@ def _sampling(settings: GenerateSettings, ensemble: Ensemble) -> Sampling:
     call, config = ensemble.denoiser.call, ensemble.denoiser.config
     call.guided(config, 1, settings.guidance, settings.negative_prompt, settings.true_guidance)
     guidance = call.strength(config) if settings.guidance is None else settings.guidance
-    return Sampling(settings.steps, guidance, settings.negative_prompt, settings.height, settings.width, settings.true_guidance)
+    return Sampling(
+        settings.steps,
+        guidance,
+        settings.negative_prompt,
+        settings.height,
+        settings.width,
+        settings.true_guidance,
+    )
 
 
 def _make(settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: list[Job], done: int) -> None:
@@ -217,7 +253,11 @@ def _make(settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: li
         for start in range(0, len(todo), settings.batch_size):
             batch = todo[start : start + settings.batch_size]
             recording = record_weights(sampler.denoiser) if settings.weights else contextlib.nullcontext()
-            scaled = scale_weights(sampler.denoiser, settings.strengths()) if settings.strength else contextlib.nullcontext()
+            scaled = (
+                scale_weights(sampler.denoiser, settings.strengths())
+                if settings.strength
+                else contextlib.nullcontext()
+            )
             with recording as maps, scaled:
                 images = sampler([job.request for job in batch], sampling)
             for index, (job, image) in enumerate(zip(batch, images, strict=True)):
@@ -229,7 +269,10 @@ def _make(settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: li
 
 def _weights_made(job: Job) -> bool:
     """Whether the weight maps of an image and their picture are there, and whole."""
-    return read_arrays(_weights_path(job)) is not None and read_made(job.path.with_suffix(".weights.png")) is not None
+    return (
+        read_arrays(_weights_path(job)) is not None
+        and read_made(job.path.with_suffix(".weights.png")) is not None
+    )
 
 
 def _weights_path(job: Job) -> Path:
@@ -243,14 +286,22 @@ def _save_weights(job: Job, image: NDArray[np.uint8], maps: WeightMaps, index: i
     own = [{name: weights[index] for name, weights in one.items()} for one in conditional(maps, batch)]
     arrays = {name: torch.stack([one[name] for one in own]).half().numpy() for name in own[0]}
     with replacing(_weights_path(job)) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, timesteps=np.asarray(maps.timesteps, np.float32), experts=np.asarray(maps.experts), **arrays)
+        np.savez_compressed(
+            file, timesteps=np.asarray(maps.timesteps, np.float32), experts=np.asarray(maps.experts), **arrays
+        )
     with replacing(job.path.with_suffix(".weights.png")) as temporary:
         picture(image, own, maps.experts, maps.timesteps).save(temporary, format="PNG")
 
 
 def _finish(output: Path, jobs: list[Job], columns: int) -> None:
     """images.jsonl (readable by `afa train --data` after a rename) and a grid, a row per prompt."""
-    lines = [json.dumps({"file_name": job.path.name, "text": job.request.prompt, "seed": job.request.seed}, ensure_ascii=False) for job in jobs]
+    lines = [
+        json.dumps(
+            {"file_name": job.path.name, "text": job.request.prompt, "seed": job.request.seed},
+            ensure_ascii=False,
+        )
+        for job in jobs
+    ]
     write_atomically(output / "images.jsonl", "\n".join(lines) + "\n")
     if 1 < len(jobs) <= GRID_UP_TO:
         from afa.visualise.grid import grid
@@ -258,4 +309,6 @@ def _finish(output: Path, jobs: list[Job], columns: int) -> None:
         images = [read_pixels(job.path) for job in jobs]
         width = columns if columns > 1 else min(8, len(images))
         with replacing(output / "grid.png") as temporary:
-            grid([images[start : start + width] for start in range(0, len(images), width)]).save(temporary, format="PNG")
+            grid([images[start : start + width] for start in range(0, len(images), width)]).save(
+                temporary, format="PNG"
+            )

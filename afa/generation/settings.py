@@ -24,34 +24,68 @@ class GenerateSettings(CheckedOptions):
     """One generation run, field by field a flag of `afa generate`."""
 
     sources: list[str] = option(
-        place=True, help="a saved ensemble or an expert (folder, .safetensors, org/name@revision); with --method also several experts", positional=True
+        place=True,
+        help="a saved ensemble or an expert (folder, .safetensors, org/name@revision); with --method also several experts",
+        positional=True,
     )
-    output: str = option(help="a folder for the images; images that are there already, made the same way, are kept")
+    output: str = option(
+        help="a folder for the images; images that are there already, made the same way, are kept"
+    )
     prompt: list[str] | None = option(None, help="one or more prompts")
-    prompts: str | None = option(None, help="a file of prompts: one a line, or JSON lines with \"text\"")
+    prompts: str | None = option(None, help='a file of prompts: one a line, or JSON lines with "text"')
     negative_prompt: str | None = option(None, help="what the images should not show")
     images_per_prompt: int = option(1, **COUNT, help="images of each prompt")
-    seed: int = option(0, **SEED_OR_DRAWN, help="seed of the first image, 0 to 2**64 - 1; image k has seed + k; -1 draws one and says it")
+    seed: int = option(
+        0,
+        **SEED_OR_DRAWN,
+        help="seed of the first image, 0 to 2**64 - 1; image k has seed + k; -1 draws one and says it",
+    )
     steps: int = option(50, **SAMPLING_STEPS, help="denoising steps")
     guidance: float | None = option(
-        None, **GUIDANCE, help="strength of guidance, 1 turns it off (default: the family's own: 7.5, SDXL 5, SD3 7, FLUX.1-dev 3.5)"
+        None,
+        **GUIDANCE,
+        help="strength of guidance, 1 turns it off (default: the family's own: 7.5, SDXL 5, SD3 7, FLUX.1-dev 3.5)",
     )
-    true_guidance: float | None = option(None, **GUIDANCE, help="FLUX: strength of classifier-free guidance beside the built-in one, at twice the cost")
+    true_guidance: float | None = option(
+        None,
+        **GUIDANCE,
+        help="FLUX: strength of classifier-free guidance beside the built-in one, at twice the cost",
+    )
     scheduler: str | None = option(
-        None, help="ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, dpm++_karras, unipc …; of flows: euler, dpm++, unipc (default: the experts')"
+        None,
+        help="ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, dpm++_karras, unipc …; of flows: euler, dpm++, unipc (default: the experts')",
     )
     width: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
     height: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
     batch_size: int = option(4, **COUNT, help="images made at once")
-    method: str | None = option(None, help="combine the experts this way instead, see below (default: the saved ensemble, or the expert)")
-    method_option: list[str] | None = option(None, help="options of the method, each KEY=VALUE, lists with commas")
-    strength: list[str] | None = option(None, help="scale an expert's weights, each NAME=FACTOR: 0 turns it off, 1 changes nothing")
-    expert: str | None = option(None, help="use only this expert, in the ensemble's frame; with --method single: this one")
-    experts: list[str] | None = option(None, place=True, help="new places of an ensemble's experts that have moved, each NAME=PLACE")
-    config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
+    method: str | None = option(
+        None,
+        help="combine the experts this way instead, see below (default: the saved ensemble, or the expert)",
+    )
+    method_option: list[str] | None = option(
+        None, help="options of the method, each KEY=VALUE, lists with commas"
+    )
+    strength: list[str] | None = option(
+        None, help="scale an expert's weights, each NAME=FACTOR: 0 turns it off, 1 changes nothing"
+    )
+    expert: str | None = option(
+        None, help="use only this expert, in the ensemble's frame; with --method single: this one"
+    )
+    experts: list[str] | None = option(
+        None, place=True, help="new places of an ensemble's experts that have moved, each NAME=PLACE"
+    )
+    config: str | None = option(
+        None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)"
+    )
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
-    frame: str | None = option(None, place=True, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
-    weights: bool = option(False, help="save the weight maps of every image: .npz, and a picture of them over the image")
+    frame: str | None = option(
+        None,
+        place=True,
+        help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone",
+    )
+    weights: bool = option(
+        False, help="save the weight maps of every image: .npz, and a picture of them over the image"
+    )
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
     json: bool = option(False, help="print what was made as JSON")
@@ -63,7 +97,9 @@ class GenerateSettings(CheckedOptions):
             raise UserError("give either --prompt TEXT... or --prompts FILE")
         self._check_method()
         if self.strengths() and self.expert is not None:
-            raise UserError(f"--strength scales what experts weigh, and --expert {self.expert} is alone; leave out one of them")
+            raise UserError(
+                f"--strength scales what experts weigh, and --expert {self.expert} is alone; leave out one of them"
+            )
 
     def strengths(self) -> dict[str, float]:
         """Factors by expert's name. Raises UserError for what is none."""
@@ -73,7 +109,9 @@ class GenerateSettings(CheckedOptions):
             try:
                 found[name] = float(factor)
             except ValueError:
-                raise UserError(f"--strength {text} is no NAME=FACTOR, such as {name or 'photo'}=0.5") from None
+                raise UserError(
+                    f"--strength {text} is no NAME=FACTOR, such as {name or 'photo'}=0.5"
+                ) from None
             check_number(found[name], f"--strength {name}: the factor is", **WEIGHT)
             if not name:
                 raise UserError(f"--strength {text} names no expert; write NAME={text.lstrip('=')}")
@@ -96,13 +134,21 @@ class GenerateSettings(CheckedOptions):
         options = self.method_options()
         if options is None:
             if self.method_option:
-                raise UserError(f"--method-option {' '.join(self.method_option)} needs a --method that it is an option of")
+                raise UserError(
+                    f"--method-option {' '.join(self.method_option)} needs a --method that it is an option of"
+                )
             if len(self.sources) > 1:
-                raise UserError(f"{len(self.sources)} sources ({', '.join(self.sources)}) must be combined somehow; choose with --method")
+                raise UserError(
+                    f"{len(self.sources)} sources ({', '.join(self.sources)}) must be combined somehow; choose with --method"
+                )
             return
         if options.needs_guidance and self.guidance is not None and self.guidance <= 1:
-            raise UserError(f"--method {self.method} compares what guidance adds, and --guidance {self.guidance:g} adds nothing; give one above 1")
+            raise UserError(
+                f"--method {self.method} compares what guidance adds, and --guidance {self.guidance:g} adds nothing; give one above 1"
+            )
         if options.own_loop and self.scheduler is not None:
-            raise UserError(f"--method {self.method} makes its steps itself; leave out --scheduler {self.scheduler}")
+            raise UserError(
+                f"--method {self.method} makes its steps itself; leave out --scheduler {self.scheduler}"
+            )
         if self.weights and not options.has_maps:
             raise UserError(f"--method {self.method} has no weight maps; leave out --weights")

@@ -26,7 +26,9 @@ class Memo:
         self.limit = limit
         self.known: OrderedDict[object, Row] = OrderedDict()
 
-    def rows(self, keys: Sequence[object], compute: Callable[[list[int]], NDArray[np.float32]]) -> NDArray[np.float32]:
+    def rows(
+        self, keys: Sequence[object], compute: Callable[[list[int]], NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
         """One row a key, (n, D); compute(places) -> rows of those places that are not known yet, each key once."""
         todo = {key: place for place, key in reversed(list(enumerate(keys))) if key not in self.known}
         places = sorted(todo.values())
@@ -118,7 +120,9 @@ class SetMetric(Metric):
         groups (n,): the prompt of each image, counted from 0. draws (R, prompts): prompts drawn with replacement; all
         images of a drawn prompt come along, as often as it was drawn. This is the definition; metrics have faster ways.
         """
-        return np.asarray([self.value(np.repeat(features, times, axis=0), reference) for times in copies(groups, draws)])
+        return np.asarray(
+            [self.value(np.repeat(features, times, axis=0), reference) for times in copies(groups, draws)]
+        )
 
 
 def copies(groups: Indices, draws: Indices) -> Iterator[Indices]:

@@ -26,7 +26,9 @@ BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 Image8 = NDArray[np.uint8]
 
 
-def cached_features(metric: SetMetric, images: Callable[[], Iterable[Image8]], folder: Path, name: str | None = None) -> Features:
+def cached_features(
+    metric: SetMetric, images: Callable[[], Iterable[Image8]], folder: Path, name: str | None = None
+) -> Features:
     """Features (n, D) of a set's images in order: those that are not in the folder are computed and put there.
 
     images: begins to read them, one by one. name: what the set is, in words that change when it does (say, a hash of its

@@ -55,13 +55,19 @@ class Clip:
     def images(self, images: Sequence[NDArray[np.uint8]], batch_size: int, fit: str = "crop") -> Rows:
         """n images -> unit vectors (n, D). fit: one of pixels.FITS, to the side the model was trained at."""
         keys = [(fit, content_key(image)) for image in images]
-        return self._images.rows(keys, lambda places: self._embed([images[k] for k in places], batch_size, self._pixels(fit)))
+        return self._images.rows(
+            keys, lambda places: self._embed([images[k] for k in places], batch_size, self._pixels(fit))
+        )
 
     def texts(self, captions: Sequence[str], batch_size: int) -> Rows:
         """n captions, each cut after 77 tokens -> unit vectors (n, D)."""
-        return self._texts.rows(captions, lambda places: self._embed([captions[k] for k in places], batch_size, self._words))
+        return self._texts.rows(
+            captions, lambda places: self._embed([captions[k] for k in places], batch_size, self._words)
+        )
 
-    def cosines(self, images: Sequence[NDArray[np.uint8]], captions: Sequence[str], batch_size: int, fit: str = "crop") -> Values:
+    def cosines(
+        self, images: Sequence[NDArray[np.uint8]], captions: Sequence[str], batch_size: int, fit: str = "crop"
+    ) -> Values:
         """Image k against caption k: (n,) in [-1, 1]."""
         return cosines(self.images(images, batch_size, fit), self.texts(captions, batch_size))
 
@@ -85,14 +91,18 @@ class Clip:
     def _pixels(self, fit: str) -> Callable[[Sequence[NDArray[np.uint8]]], Tensor]:
         def run(images: Sequence[NDArray[np.uint8]]) -> Tensor:
             side = self.model.config.vision_config.image_size
-            pixels = to_tensor([FITS[fit](image, side) for image in images], CLIP_MEAN, CLIP_STD).to(self.model.device)
+            pixels = to_tensor([FITS[fit](image, side) for image in images], CLIP_MEAN, CLIP_STD).to(
+                self.model.device
+            )
             return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
 
         return run
 
     def _words(self, captions: Sequence[str]) -> Tensor:
         """Padded with the end token, of which the first counts; what follows it is hidden by the causal mask."""
-        tokens = self._tokenizer(list(captions), padding="max_length", truncation=True, max_length=77, return_tensors="pt")
+        tokens = self._tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+        )
         states = self.model.text_model(input_ids=tokens.input_ids.to(self.model.device))
         return self.model.text_projection(states.pooler_output)
 
@@ -123,7 +133,9 @@ class ClipImage(ImageMetric):
 
     def __init__(self, clip: Clip, found: Found, batch_size: int) -> None:
         self.clip, self.found, self.batch_size = clip, found, batch_size
-        self.source = f"cosine of image and real image by {found}, shorter side resized, centre crop; arXiv:2103.00020"
+        self.source = (
+            f"cosine of image and real image by {found}, shorter side resized, centre crop; arXiv:2103.00020"
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -133,7 +145,9 @@ class ClipImage(ImageMetric):
         real = [picture.reference for picture in pictures if picture.reference is not None]
         if len(real) < len(pictures):
             alone = next(picture.caption for picture in pictures if picture.reference is None)
-            raise UserError(f"metric 'clip_i' compares with the real image of a caption, and there is none of '{alone}'; leave it out")
+            raise UserError(
+                f"metric 'clip_i' compares with the real image of a caption, and there is none of '{alone}'; leave it out"
+            )
         made = self.clip.images([picture.image for picture in pictures], self.batch_size)
         return {"clip_i": cosines(made, self.clip.images(real, self.batch_size))}
 
@@ -151,7 +165,9 @@ class ClipText(ImageMetric, Differentiable):
 
     def __init__(self, clip: Clip, found: Found, batch_size: int) -> None:
         self.clip, self.found, self.batch_size = clip, found, batch_size
-        self.source = f"cosine of image and caption by {found}, shorter side resized, centre crop; arXiv:2103.00020"
+        self.source = (
+            f"cosine of image and caption by {found}, shorter side resized, centre crop; arXiv:2103.00020"
+        )
 
     @property
     def identity(self) -> dict[str, Any]:

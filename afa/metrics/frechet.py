@@ -112,7 +112,9 @@ class _Draws:
         rows *= np.sqrt(times[there] / (total - 1))[:, None]
         product = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
         cross = np.sqrt(np.clip(np.linalg.eigvalsh(product), 0, None)).sum()
-        return max(float(np.sum((mean + shift - reference.mean) ** 2) + trace + reference.trace - 2 * cross), 0.0)
+        return max(
+            float(np.sum((mean + shift - reference.mean) ** 2) + trace + reference.trace - 2 * cross), 0.0
+        )
 
 
 def linear_replicates(features: Features, groups: Indices, reference: Moments, draws: Indices) -> Values:
@@ -128,7 +130,9 @@ def linear_replicates(features: Features, groups: Indices, reference: Moments, d
     values, vectors = np.linalg.eigh((reference.root @ own.root.T) @ (own.root @ reference.root.T))
     kept = values > values.max() * 1e-12  # directions in which nothing varies have no influence
     quarter = (vectors[:, kept] * values[kept] ** -0.25).T @ reference.root
-    influence = np.concatenate([_influence(block, own, reference, quarter) for block in batches(features, BLOCK)])
+    influence = np.concatenate(
+        [_influence(block, own, reference, quarter) for block in batches(features, BLOCK)]
+    )
     influence -= influence.mean()
     distance = frechet_distance(features, reference)
     return np.asarray([distance + times @ influence / times.sum() for times in copies(groups, draws)])
@@ -196,7 +200,11 @@ class DinoDistance(FrechetDistance):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"features": "dinov2-class-token", "preprocessing": f"stretch-{SIDE}", "weights": self.found.identity}
+        return {
+            "features": "dinov2-class-token",
+            "preprocessing": f"stretch-{SIDE}",
+            "weights": self.found.identity,
+        }
 
     @cached_property
     def _network(self) -> Any:

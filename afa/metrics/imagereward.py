@@ -57,11 +57,17 @@ class ImageReward(ImageMetric, Differentiable):
         self._tokenizer = word_pieces(vocabulary.path)
         words, known = self._tokenizer.get_vocab_size(), self._checkpoint.text_config.vocab_size
         if words > known:
-            raise UserError(f"{vocabulary.path} has {words} words, {weights.path} knows {known}; they do not belong together")
+            raise UserError(
+                f"{vocabulary.path} has {words} words, {weights.path} knows {known}; they do not belong together"
+            )
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"preprocessing": "crop", "weights": self.weights.identity, "vocabulary": self.vocabulary.identity}
+        return {
+            "preprocessing": "crop",
+            "weights": self.weights.identity,
+            "vocabulary": self.vocabulary.identity,
+        }
 
     @cached_property
     def _network(self) -> Any:
@@ -81,14 +87,19 @@ class ImageReward(ImageMetric, Differentiable):
         """Image and caption of one picture go through the network side by side: (n,) before standardising."""
         side = self._checkpoint.image_config.image_size
         pixels = to_tensor([crop(picture.image, side) for picture in pictures], CLIP_MEAN, CLIP_STD)
-        rewards = self._network(pixels.to(self.device), *self._read([picture.caption for picture in pictures]))
+        rewards = self._network(
+            pixels.to(self.device), *self._read([picture.caption for picture in pictures])
+        )
         found: Values = rewards.cpu().double().numpy()
         return found
 
     def _read(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens and their mask, (n, T)."""
         read = self._tokenizer.encode_batch(list(captions))
-        tokens, mask = torch.tensor([each.ids for each in read]), torch.tensor([each.attention_mask for each in read])
+        tokens, mask = (
+            torch.tensor([each.ids for each in read]),
+            torch.tensor([each.attention_mask for each in read]),
+        )
         return tokens.to(self.device), mask.to(self.device)
 
 
@@ -99,9 +110,13 @@ def word_pieces(vocabulary: Path) -> Any:
     try:
         tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=True)
     except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{vocabulary} is no vocabulary of BERT, one word a line ({error}); download it again") from error
+        raise UserError(
+            f"{vocabulary} is no vocabulary of BERT, one word a line ({error}); download it again"
+        ) from error
     if tokenizer.token_to_id("[PAD]") is None or tokenizer.token_to_id("[CLS]") is None:
-        raise UserError(f"{vocabulary} is no vocabulary of BERT: it has no [PAD] and [CLS]; download it again")
+        raise UserError(
+            f"{vocabulary} is no vocabulary of BERT: it has no [PAD] and [CLS]; download it again"
+        )
     tokenizer.enable_truncation(LENGTH)
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"), length=LENGTH)
     return tokenizer
@@ -133,12 +148,18 @@ class Checkpoint:
     def __init__(self, tensors: Mapping[str, Tensor], where: Path) -> None:
         self.where = where
         self.image = {_vision_name(name): tensor for name, tensor in _under(IMAGE, tensors).items()}
-        self.text = {name: tensor for name, tensor in _under(TEXT, tensors).items() if name != "embeddings.position_ids"}
+        self.text = {
+            name: tensor
+            for name, tensor in _under(TEXT, tensors).items()
+            if name != "embeddings.position_ids"
+        }
         self.head = _under(HEAD, tensors)
         try:
             self.image_config, self.text_config = self._image_config(), self._text_config()
         except (KeyError, ValueError) as error:
-            raise UserError(f"{where} is no checkpoint of ImageReward (looked for {error}); is it the right file?") from error
+            raise UserError(
+                f"{where} is no checkpoint of ImageReward (looked for {error}); is it the right file?"
+            ) from error
         check_transformer(BlipVisionModel, self.image_config, self.image, where)
         check_transformer(BlipTextModel, self.text_config, self.text, where, add_pooling_layer=False)
         check_network(self._build_head, self.head, where)
@@ -146,7 +167,9 @@ class Checkpoint:
     def load(self, device: torch.device) -> "Reward":
         """The network with its weights."""
         image = load_transformer(BlipVisionModel, self.image_config, self.image, self.where, device)
-        text = load_transformer(BlipTextModel, self.text_config, self.text, self.where, device, add_pooling_layer=False)
+        text = load_transformer(
+            BlipTextModel, self.text_config, self.text, self.where, device, add_pooling_layer=False
+        )
         return Reward(image, text, load_network(self._build_head, self.head, device))
 
     def _build_head(self) -> Head:
@@ -166,7 +189,9 @@ class Checkpoint:
         words, width = self.text["embeddings.word_embeddings.weight"].shape
         unused = {"bos_token_id": 0, "eos_token_id": 0, "sep_token_id": 0}
         return BlipTextConfig(
-            **_sizes(self.text, r"encoder\.layer\.(\d+)\.", "encoder.layer.0.intermediate.dense.weight", width),
+            **_sizes(
+                self.text, r"encoder\.layer\.(\d+)\.", "encoder.layer.0.intermediate.dense.weight", width
+            ),
             **unused,
             vocab_size=words,
             max_position_embeddings=self.text["embeddings.position_embeddings.weight"].shape[0],

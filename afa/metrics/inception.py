@@ -85,7 +85,11 @@ def _mixed_5(before: int, pooled: int) -> Block:
         "branch3x3dbl_3": _same(96, 96, 3),
         "branch_pool": Unit(before, pooled, 1),
     }
-    chains = (("branch1x1",), ("branch5x5_1", "branch5x5_2"), ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"))
+    chains = (
+        ("branch1x1",),
+        ("branch5x5_1", "branch5x5_2"),
+        ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"),
+    )
     return Block(_average(), chains, units)
 
 
@@ -97,16 +101,27 @@ def _mixed_6a(before: int) -> Block:
         "branch3x3dbl_2": _same(64, 96, 3),
         "branch3x3dbl_3": Unit(96, 96, 3, 2),
     }
-    return Block(nn.MaxPool2d(3, 2), (("branch3x3",), ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")), units)
+    return Block(
+        nn.MaxPool2d(3, 2), (("branch3x3",), ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")), units
+    )
 
 
 def _mixed_6(before: int, narrow: int) -> Block:
     """17×17: 1×1, one 7×7 and two 7×7, taken apart into 1×7 and 7×1."""
     row, column = (1, 7), (7, 1)
-    single, double = ([f"branch7x7{kind}_{k}" for k in range(1, count + 1)] for kind, count in (("", 3), ("dbl", 5)))
+    single, double = (
+        [f"branch7x7{kind}_{k}" for k in range(1, count + 1)] for kind, count in (("", 3), ("dbl", 5))
+    )
     units = {"branch1x1": Unit(before, 192, 1), single[0]: Unit(before, narrow, 1)}
-    units |= {single[1]: _same(narrow, narrow, row), single[2]: _same(narrow, 192, column), double[0]: Unit(before, narrow, 1)}
-    units |= {name: _same(narrow, narrow, kernel) for name, kernel in zip(double[1:4], (column, row, column), strict=True)}
+    units |= {
+        single[1]: _same(narrow, narrow, row),
+        single[2]: _same(narrow, 192, column),
+        double[0]: Unit(before, narrow, 1),
+    }
+    units |= {
+        name: _same(narrow, narrow, kernel)
+        for name, kernel in zip(double[1:4], (column, row, column), strict=True)
+    }
     units |= {double[4]: _same(narrow, 192, row), "branch_pool": Unit(before, 192, 1)}
     return Block(_average(), (("branch1x1",), tuple(single), tuple(double)), units)
 
@@ -139,7 +154,11 @@ def _mixed_7(before: int, pool: nn.Module) -> Block:
         "branch3x3dbl_3b": _same(384, 384, column),
         "branch_pool": Unit(before, 192, 1),
     }
-    chains = (("branch1x1",), ("branch3x3_1", "branch3x3_2"), ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"))
+    chains = (
+        ("branch1x1",),
+        ("branch3x3_1", "branch3x3_2"),
+        ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"),
+    )
     return Block(pool, chains, units)
 
 
@@ -184,10 +203,15 @@ def resize(pixels: Tensor, side: int) -> Tensor:
     """
     for axis in (2, 3):
         old = pixels.shape[axis]
-        place = torch.arange(side, dtype=torch.float32, device=pixels.device) * torch.tensor(old / side, dtype=torch.float32)
+        place = torch.arange(side, dtype=torch.float32, device=pixels.device) * torch.tensor(
+            old / side, dtype=torch.float32
+        )
         low = place.long().clamp(max=old - 1)
         between = (place - low).reshape(-1, *[1] * (3 - axis))
-        first, second = pixels.index_select(axis, low), pixels.index_select(axis, (low + 1).clamp(max=old - 1))
+        first, second = (
+            pixels.index_select(axis, low),
+            pixels.index_select(axis, (low + 1).clamp(max=old - 1)),
+        )
         pixels = first + (second - first) * between
     return pixels
 
@@ -261,7 +285,9 @@ class InceptionScore(SetMetric):
 
     def __init__(self, extract: InceptionFeatures, batch_size: int) -> None:
         self.extract, self.batch_size = extract, batch_size
-        self.source = f"exp E KL over all images, 1008 classes (without bias) from {extract.source}; arXiv:1606.03498"
+        self.source = (
+            f"exp E KL over all images, 1008 classes (without bias) from {extract.source}; arXiv:1606.03498"
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -276,7 +302,9 @@ class InceptionScore(SetMetric):
 
     def replicates(self, features: Features, groups: Indices, reference: None, draws: Indices) -> Values:
         logs = log_softmax(self.extract.logits(features))
-        return np.concatenate([score(logs, times[None].astype(np.float64)) for times in copies(groups, draws)])
+        return np.concatenate(
+            [score(logs, times[None].astype(np.float64)) for times in copies(groups, draws)]
+        )
 
 
 def log_softmax(logits: Array) -> Array:

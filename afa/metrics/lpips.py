@@ -28,7 +28,15 @@ from afa.metrics.weights import Found, Part, check_network, find, load_network, 
 # Layers of torchvision's `features`: (channels, kernel, stride, padding) of a convolution with its ReLU, or max pooling.
 POOL, POOL_VGG = ("pool", 3, 2), ("pool", 2, 2)
 Layer = tuple[int, int, int, int] | tuple[str, int, int]
-ALEXNET: tuple[Layer, ...] = ((64, 11, 4, 2), POOL, (192, 5, 1, 2), POOL, (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1))
+ALEXNET: tuple[Layer, ...] = (
+    (64, 11, 4, 2),
+    POOL,
+    (192, 5, 1, 2),
+    POOL,
+    (384, 3, 1, 1),
+    (256, 3, 1, 1),
+    (256, 3, 1, 1),
+)
 VGG16: tuple[Layer, ...] = tuple(
     layer
     for times, channels in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
@@ -103,7 +111,9 @@ class Perceptual:
 def distance(one: list[Tensor], other: list[Tensor], weights: list[Tensor]) -> Tensor:
     """Two images' maps, five of (C, h, w) each -> a number: squared differences, weighted by channel, averaged over the map."""
     squares = [(a - b).square() for a, b in zip(one, other, strict=True)]
-    return torch.stack([torch.einsum("c,chw->hw", *each).mean() for each in zip(weights, squares, strict=True)]).sum()
+    return torch.stack(
+        [torch.einsum("c,chw->hw", *each).mean() for each in zip(weights, squares, strict=True)]
+    ).sum()
 
 
 TRUNK = Part(
@@ -159,12 +169,16 @@ class Diversity(ImageMetric):
         table = np.zeros((len(maps), len(maps)))
         for one in range(len(maps)):
             for other in range(one):
-                table[one, other] = table[other, one] = float(distance(maps[one], maps[other], self._network[1]))
+                table[one, other] = table[other, one] = float(
+                    distance(maps[one], maps[other], self._network[1])
+                )
         return table.sum(1) / (len(maps) - 1)
 
     def _maps(self, pictures: Sequence[Picture]) -> list[list[Tensor]]:
         """Every image's five maps."""
-        pixels = to_tensor([picture.image for picture in pictures], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).to(self.device)
+        pixels = to_tensor([picture.image for picture in pictures], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).to(
+            self.device
+        )
         return [list(maps) for maps in zip(*self._network[0](pixels), strict=True)]
 
 
@@ -172,10 +186,14 @@ def _check(pictures: Sequence[Picture]) -> None:
     """Raises UserError for images of a prompt that cannot be compared with each other."""
     caption = pictures[0].caption
     if len(pictures) < 2:
-        raise UserError(f"metric 'lpips' compares the images of one prompt, and '{caption}' has only one; ask for --images-per-prompt 2 or more")
+        raise UserError(
+            f"metric 'lpips' compares the images of one prompt, and '{caption}' has only one; ask for --images-per-prompt 2 or more"
+        )
     shapes = {picture.image.shape for picture in pictures}
     if len(shapes) > 1:
-        raise UserError(f"metric 'lpips' compares images of one size, and those of '{caption}' have {len(shapes)} sizes: {sorted(shapes)}")
+        raise UserError(
+            f"metric 'lpips' compares images of one size, and those of '{caption}' have {len(shapes)} sizes: {sorted(shapes)}"
+        )
 
 
 def make_lpips(resources: Resources) -> Diversity:

@@ -70,7 +70,9 @@ class Discrepancy(SetMetric):
         return Reference(reference, self._within(reference))
 
     def value(self, features: Features, reference: Reference) -> float:
-        across = np.concatenate([block.mean(1) for block in self._blocks(features, reference.features)]).mean()
+        across = np.concatenate(
+            [block.mean(1) for block in self._blocks(features, reference.features)]
+        ).mean()
         return float(self.scale * (self._within(features) + reference.within - 2 * across))
 
     def replicates(self, features: Features, groups: Indices, reference: Reference, draws: Indices) -> Values:
@@ -84,11 +86,15 @@ class Discrepancy(SetMetric):
         own = features[order]
         rows = np.concatenate([np.add.reduceat(block, starts, axis=1) for block in self._blocks(own, own)])
         means = np.concatenate([block.mean(1) for block in self._blocks(own, reference.features)])
-        counts = np.stack([np.bincount(draw, minlength=draws.shape[1])[present] for draw in draws]).astype(np.float64)
+        counts = np.stack([np.bincount(draw, minlength=draws.shape[1])[present] for draw in draws]).astype(
+            np.float64
+        )
         pairs = np.einsum("rg,rg->r", counts @ np.add.reduceat(rows, starts, axis=0), counts)
         of_images = (self._selves(own), means, np.ones(len(own)))
         selves, across, sizes = (counts @ np.add.reduceat(each, starts) for each in of_images)
-        found: Values = self.scale * (self._mean(pairs, selves, sizes) + reference.within - 2 * across / sizes)
+        found: Values = self.scale * (
+            self._mean(pairs, selves, sizes) + reference.within - 2 * across / sizes
+        )
         return found
 
     def _linear(self, features: Features, groups: Indices, reference: Reference, draws: Indices) -> Values:
@@ -97,7 +103,10 @@ class Discrepancy(SetMetric):
         Influences are measured against at most EXACT_UP_TO images of each set, evenly spread.
         """
         marks, real = (each[:: -(-len(each) // EXACT_UP_TO)] for each in (features, reference.features))
-        near, far = (np.concatenate([block.mean(1) for block in self._blocks(features, others)]) for others in (marks, real))
+        near, far = (
+            np.concatenate([block.mean(1) for block in self._blocks(features, others)])
+            for others in (marks, real)
+        )
         influence = 2 * self.scale * (near - far)
         influence -= influence.mean()
         value = self.value(features, reference)
@@ -127,7 +136,12 @@ class Discrepancy(SetMetric):
             yield self.kernel(part.to(self.device), columns).cpu().numpy()
 
 
-WEIGHTS = Part("CLIP ViT-L/14 at 336 px", "clip-vit-large-patch14-336", hub="openai/clip-vit-large-patch14-336", folder=True)
+WEIGHTS = Part(
+    "CLIP ViT-L/14 at 336 px",
+    "clip-vit-large-patch14-336",
+    hub="openai/clip-vit-large-patch14-336",
+    folder=True,
+)
 SIGMA = 10
 
 
@@ -174,7 +188,9 @@ class KernelInceptionDistance(Discrepancy):
 
     def __init__(self, extract: InceptionFeatures, batch_size: int, device: torch.device) -> None:
         self.extract, self.batch_size, self.device = extract, batch_size, double_device(device)
-        self.source = f"unbiased MMD² with a cubic kernel over all pairs on {extract.source}; arXiv:1801.01401"
+        self.source = (
+            f"unbiased MMD² with a cubic kernel over all pairs on {extract.source}; arXiv:1801.01401"
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -194,4 +210,6 @@ def cubic(one: Tensor, other: Tensor) -> Tensor:
 
 def make_kid(resources: Resources) -> KernelInceptionDistance:
     """KID with its weights. Raises UserError if they are missing."""
-    return KernelInceptionDistance(inception_features("kid", resources), resources.batch_size, torch.device(resources.device))
+    return KernelInceptionDistance(
+        inception_features("kid", resources), resources.batch_size, torch.device(resources.device)
+    )

@@ -57,7 +57,9 @@ def fit_tensor(images: Tensor, side: int, fit: str) -> Tensor:
     down, right = (side - size for size in sizes[fit])  # below 0: cut away
     top, left = int(down / 2), int(right / 2)
     pixels = torch.nn.functional.pad(pixels, (left, right - left, top, down - top))
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (
+        torch.tensor(values, device=images.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD)
+    )
     return (pixels - mean) / std
 
 

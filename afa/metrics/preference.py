@@ -115,7 +115,10 @@ def _block(name: str, tensor: Tensor) -> dict[str, Tensor]:
     start, joined, kind = new.partition(".attn.in_proj_")
     if not joined:
         return {new: tensor}
-    return {f"{start}.self_attn.{part}_proj.{kind}": piece for part, piece in zip("qkv", tensor.chunk(3), strict=True)}
+    return {
+        f"{start}.self_attn.{part}_proj.{kind}": piece
+        for part, piece in zip("qkv", tensor.chunk(3), strict=True)
+    }
 
 
 def read_config(tensors: Mapping[str, Tensor], where: Path) -> Any:
@@ -126,11 +129,19 @@ def read_config(tensors: Mapping[str, Tensor], where: Path) -> Any:
     from transformers import CLIPConfig
 
     try:
-        (width, _, patch, _), (places, _) = tensors["visual.conv1.weight"].shape, tensors["visual.positional_embedding"].shape
-        (words, text_width), (length, _) = tensors["token_embedding.weight"].shape, tensors["positional_embedding"].shape
+        (width, _, patch, _), (places, _) = (
+            tensors["visual.conv1.weight"].shape,
+            tensors["visual.positional_embedding"].shape,
+        )
+        (words, text_width), (length, _) = (
+            tensors["token_embedding.weight"].shape,
+            tensors["positional_embedding"].shape,
+        )
         projected = tensors["text_projection"].shape[1]
     except (KeyError, ValueError) as error:
-        raise UserError(f"{where} is no CLIP checkpoint of open_clip (looked for {error}); is it the right file?") from error
+        raise UserError(
+            f"{where} is no CLIP checkpoint of open_clip (looked for {error}); is it the right file?"
+        ) from error
     shared = {"hidden_act": "gelu", "projection_dim": projected}
     ends = {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1}
     image = {"image_size": round((places - 1) ** 0.5) * patch, "patch_size": patch}
@@ -157,7 +168,9 @@ def open_clip(file: Path, device: torch.device) -> Clip:
     tensors = read_tensors(file)  # mapped, not read
     config = read_config(tensors, file)
     check_transformer(CLIPModel, config, to_transformers(tensors), file)
-    return Clip(lambda: load_transformer(CLIPModel, config, to_transformers(read_tensors(file)), file, device))
+    return Clip(
+        lambda: load_transformer(CLIPModel, config, to_transformers(read_tensors(file)), file, device)
+    )
 
 
 NAME = "HPS_v2.1_compressed.pt"
@@ -171,7 +184,9 @@ class HumanPreference(ImageMetric, Differentiable):
 
     def __init__(self, clip: Clip, found: Found, batch_size: int) -> None:
         self.clip, self.found, self.batch_size = clip, found, batch_size
-        self.source = f"cosine of image and caption by {found}, longer side resized, the rest black; arXiv:2306.09341"
+        self.source = (
+            f"cosine of image and caption by {found}, longer side resized, the rest black; arXiv:2306.09341"
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -200,7 +215,10 @@ class Head(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        linear = {place: nn.Linear(before, after) for place, before, after in zip(PLACES, (width, *WIDTHS), WIDTHS, strict=False)}
+        linear = {
+            place: nn.Linear(before, after)
+            for place, before, after in zip(PLACES, (width, *WIDTHS), WIDTHS, strict=False)
+        }
         self.layers = nn.Sequential(*(linear.get(place, nn.Identity()) for place in range(max(PLACES) + 1)))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -251,4 +269,6 @@ class Aesthetic(ImageMetric, Differentiable):
 def make_aesthetic(resources: Resources) -> Aesthetic:
     """The aesthetic score with its two weights: the head, then CLIP. Raises UserError if they are missing."""
     head, backbone = find("aesthetic", [HEAD, VIT_L], resources.weights)
-    return Aesthetic(shared_clip(backbone, torch.device(resources.device)), head, backbone, resources.batch_size)
+    return Aesthetic(
+        shared_clip(backbone, torch.device(resources.device)), head, backbone, resources.batch_size
+    )

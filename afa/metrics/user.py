@@ -25,7 +25,9 @@ def load_scorer(path: Path) -> list[ImageMetric | SetMetric]:
     """
     file = UserFile(path, FLAG)
     if not file.has("score"):
-        raise UserError(f"--scorer {path} has no function score(images, captions); it must return a dict of arrays, one value an image")
+        raise UserError(
+            f"--scorer {path} has no function score(images, captions); it must return a dict of arrays, one value an image"
+        )
     scorer: list[ImageMetric | SetMetric] = [UserScore(file)]
     return [*scorer, UserFrechet(file)] if file.has("features") else scorer
 
@@ -39,7 +41,12 @@ def try_scorer(metrics: Sequence[object], height: int, width: int) -> None:
     images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for _ in CAPTIONS]
     for metric in metrics:
         if isinstance(metric, UserScore):
-            metric.score([Picture(image, caption, place) for place, (image, caption) in enumerate(zip(images, CAPTIONS, strict=True))])
+            metric.score(
+                [
+                    Picture(image, caption, place)
+                    for place, (image, caption) in enumerate(zip(images, CAPTIONS, strict=True))
+                ]
+            )
         elif isinstance(metric, UserFrechet):
             metric.features(images)
 
@@ -66,16 +73,24 @@ class UserScore(ImageMetric):
         images = _stacked(self.path, [picture.image for picture in pictures])
         found = self.file.call("score", images, [picture.caption for picture in pictures])
         if not isinstance(found, Mapping) or not found:
-            raise UserError(f"score() of {self.path} returned {type(found).__name__}, expected a dict of arrays with at least one")
-        values = {self._name(name): self._checked(name, value, len(pictures)) for name, value in found.items()}
+            raise UserError(
+                f"score() of {self.path} returned {type(found).__name__}, expected a dict of arrays with at least one"
+            )
+        values = {
+            self._name(name): self._checked(name, value, len(pictures)) for name, value in found.items()
+        }
         if self.names and tuple(values) != self.names:
-            raise UserError(f"score() of {self.path} returned {', '.join(values)} where it returned {', '.join(self.names)} before")
+            raise UserError(
+                f"score() of {self.path} returned {', '.join(values)} where it returned {', '.join(self.names)} before"
+            )
         self.names = tuple(values)
         return values
 
     def _name(self, name: Any) -> str:
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
-            raise UserError(f"score() of {self.path} returned a score named {name!r}; a name is a word or a few, in letters that can be printed")
+            raise UserError(
+                f"score() of {self.path} returned a score named {name!r}; a name is a word or a few, in letters that can be printed"
+            )
         return str(name)
 
     def _checked(self, name: str, value: Any, count: int) -> Values:
@@ -84,9 +99,13 @@ class UserScore(ImageMetric):
         if numbers is None:
             raise UserError(f"score() of {self.path}: '{name}' is no array of numbers but {_what(value)}")
         if numbers.shape != (count,):
-            raise UserError(f"score() of {self.path}: '{name}' has shape {numbers.shape} for {count} images, expected ({count},)")
+            raise UserError(
+                f"score() of {self.path}: '{name}' has shape {numbers.shape} for {count} images, expected ({count},)"
+            )
         if not np.isfinite(numbers).all():
-            raise UserError(f"score() of {self.path}: '{name}' is not finite for image {int(np.argmin(np.isfinite(numbers)))}")
+            raise UserError(
+                f"score() of {self.path}: '{name}' is not finite for image {int(np.argmin(np.isfinite(numbers)))}"
+            )
         return numbers
 
 
@@ -109,7 +128,9 @@ class UserFrechet(FrechetDistance):
         if found is None:
             raise UserError(f"features() of {self.path} returned no array of numbers but {_what(returned)}")
         if found.ndim != 2 or len(found) != len(images) or not found.shape[1] or not np.isfinite(found).all():
-            raise UserError(f"features() of {self.path} returned shape {found.shape} for {len(images)} images, expected ({len(images)}, D), finite")
+            raise UserError(
+                f"features() of {self.path} returned shape {found.shape} for {len(images)} images, expected ({len(images)}, D), finite"
+            )
         return found
 
 
@@ -133,5 +154,7 @@ def _stacked(path: Path, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint
     """(n, H, W, 3). Raises UserError if the images are not of one size."""
     sizes = sorted({image.shape for image in images})
     if len(sizes) > 1:
-        raise UserError(f"--scorer {path} is given images of one size, and these have {len(sizes)}: {sizes[0]} and {sizes[1]} among them")
+        raise UserError(
+            f"--scorer {path} is given images of one size, and these have {len(sizes)}: {sizes[0]} and {sizes[1]} among them"
+        )
     return np.stack(images)

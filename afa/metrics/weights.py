@@ -18,7 +18,9 @@ from afa.experts.headers import check_fit, load_tensors, read_header
 from afa.files import sha256
 
 HUB_PLACE = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w./+-]+)?")
-NAMED_HASH = re.compile(r"-([0-9a-f]{8})\.pth?$")  # torch's convention: a file's name ends with the start of its sha256
+NAMED_HASH = re.compile(
+    r"-([0-9a-f]{8})\.pth?$"
+)  # torch's convention: a file's name ends with the start of its sha256
 WEIGHTS = (".safetensors", ".bin")
 TIMEOUT = 10  # seconds until the hub must have answered
 
@@ -72,10 +74,18 @@ def find(metric: str, parts: Sequence[Part], given: str | None) -> list[Found]:
     places = _places(metric, given, len(parts))
     several = len(parts) > 1 and len(places) == 1 and Path(places[0]).expanduser().is_dir()
     asked = places * len(parts) if several else [*places, *[""] * (len(parts) - len(places))]
-    there = [_given(metric, part, place, len(parts), optional=several) for part, place in zip(parts, asked, strict=True)]
+    there = [
+        _given(metric, part, place, len(parts), optional=several)
+        for part, place in zip(parts, asked, strict=True)
+    ]
     if several and not any(there):
-        raise UserError(f"--metric-weights {metric}={given} holds none of {', '.join(part.name for part in parts)}")
-    paths = [path or _cached(part) or _default(metric, part, len(parts)) for part, path in zip(parts, there, strict=True)]
+        raise UserError(
+            f"--metric-weights {metric}={given} holds none of {', '.join(part.name for part in parts)}"
+        )
+    paths = [
+        path or _cached(part) or _default(metric, part, len(parts))
+        for part, path in zip(parts, there, strict=True)
+    ]
     return [Found(part, path, _hashes(part, path)) for part, path in zip(parts, paths, strict=True)]
 
 
@@ -84,7 +94,9 @@ def _places(metric: str, given: str | None, count: int) -> list[str]:
         return []
     places = [given] if count == 1 or Path(given).expanduser().exists() else given.split(",")
     if len(places) > count:
-        raise UserError(f"--metric-weights {metric}={given} names {len(places)} places, '{metric}' needs {count}")
+        raise UserError(
+            f"--metric-weights {metric}={given} names {len(places)} places, '{metric}' needs {count}"
+        )
     return places
 
 
@@ -109,7 +121,11 @@ def _is(part: Part, path: Path) -> bool:
 
 
 def _expected(part: Part) -> str:
-    return f"expected a folder of transformers, as {part.name}" if part.folder else f"expected a file, as {part.name}"
+    return (
+        f"expected a folder of transformers, as {part.name}"
+        if part.folder
+        else f"expected a file, as {part.name}"
+    )
 
 
 def _cached(part: Part) -> Path | None:
@@ -124,7 +140,9 @@ def _cached(part: Part) -> Path | None:
 def _default(metric: str, part: Part, count: int) -> Path:
     if part.hub:
         return _from_hub(metric, part, part.hub, count)
-    raise UserError(f"metric '{metric}' needs {part.what}: download {part.url} and give it with {_flag(metric, part, count)}")
+    raise UserError(
+        f"metric '{metric}' needs {part.what}: download {part.url} and give it with {_flag(metric, part, count)}"
+    )
 
 
 def _flag(metric: str, part: Part, count: int) -> str:
@@ -156,7 +174,11 @@ def _fetch_file(place: str, local_files_only: bool) -> Path:
     owner, name, *file = place.split("/")
     if not file:
         raise OSError(f"{place} names no file")
-    return Path(hf_hub_download(f"{owner}/{name}", "/".join(file), local_files_only=local_files_only, etag_timeout=TIMEOUT))
+    return Path(
+        hf_hub_download(
+            f"{owner}/{name}", "/".join(file), local_files_only=local_files_only, etag_timeout=TIMEOUT
+        )
+    )
 
 
 def _fetch_folder(place: str, local_files_only: bool) -> Path:
@@ -181,7 +203,9 @@ def _hashes(part: Part, path: Path) -> dict[str, str]:
     """Hashes of a part's files. Raises UserError for a file of a published name that is not what the name promises."""
     files = [*_weight_files(path), path / "config.json"] if part.folder else [path]
     if part.folder and len(files) == 1:
-        raise UserError(f"{path} has no weights (.safetensors or .bin) beside its config.json; download it again")
+        raise UserError(
+            f"{path} has no weights (.safetensors or .bin) beside its config.json; download it again"
+        )
     hashes = {file.name: sha256(file) for file in files}
     promised = NAMED_HASH.search(path.name) if path.name in (part.name, *part.also) else None
     if promised and not hashes[path.name].startswith(promised[1]):
@@ -208,7 +232,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     except UserError:
         raise
     except UNREADABLE as error:
-        raise UserError(f"{file} is no file of weights that can be read ({_first_line(error)}); download it again") from error
+        raise UserError(
+            f"{file} is no file of weights that can be read ({_first_line(error)}); download it again"
+        ) from error
     found = found.get("state_dict", found) if isinstance(found, dict) else {}
     tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
     if not tensors:
@@ -227,12 +253,16 @@ def check_network(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor],
     check_fit(network, tensors, str(where))
 
 
-def load_network(build: Callable[[], Network], tensors: Mapping[str, Tensor], device: torch.device) -> Network:
+def load_network(
+    build: Callable[[], Network], tensors: Mapping[str, Tensor], device: torch.device
+) -> Network:
     """The network with these weights in float32, ready to be used; what it does not know is left aside."""
     with torch.device("meta"):
         network = build()
     wanted = {name: tensors[name] for name in network.state_dict()}
-    single = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in wanted.items()}
+    single = {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in wanted.items()
+    }
     network.load_state_dict(single, assign=True)
     return network.to(device).eval().requires_grad_(False)
 
@@ -247,7 +277,9 @@ def load_folder(maker: Any, folder: Path, device: torch.device) -> Any:
     return _made(maker, folder, folder).to(device)
 
 
-def check_transformer(maker: Any, config: Any, tensors: Mapping[str, Tensor], where: Path, **options: Any) -> None:
+def check_transformer(
+    maker: Any, config: Any, tensors: Mapping[str, Tensor], where: Path, **options: Any
+) -> None:
     """Raises UserError if tensors, under the names that transformers has for them, are not all that a model needs."""
     shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
     _made(maker, None, where, config=config, state_dict=shapes, device_map="meta", **options)
@@ -273,7 +305,9 @@ def _made(maker: Any, source: Path | None, where: Path, **options: Any) -> Any:
         raise UserError(f"{where} could not be loaded as {maker.__name__}: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
-        raise UserError(f"{where} lacks {len(missing)} weights of a {maker.__name__} (first: {missing[0]}); download it again")
+        raise UserError(
+            f"{where} lacks {len(missing)} weights of a {maker.__name__} (first: {missing[0]}); download it again"
+        )
     return model.eval().requires_grad_(False)
 
 

@@ -32,10 +32,22 @@ SIDE = 128  # of the latents of 1024 px, what these models are made for; their c
 def stages(model: Any) -> tuple[Stage, ...]:
     """Read a `FluxTransformer2DModel` as its stages: 57 blocks for FLUX.1, and the head. Raises ValueError for another patch size."""
     if model.config.patch_size != 1:
-        raise ValueError(f"patch_size {model.config.patch_size} is not supported; FLUX packs its latents itself and has 1")
+        raise ValueError(
+            f"patch_size {model.config.patch_size} is not supported; FLUX packs its latents itself and has 1"
+        )
     blocks = [
-        Block(name=f"{letter}{index:02}", channels=model.inner_dim, level=LEVEL, block=f"{place}.{index}", group=group, module=block)
-        for letter, group, place in (("D", "double", "transformer_blocks"), ("S", "single", "single_transformer_blocks"))
+        Block(
+            name=f"{letter}{index:02}",
+            channels=model.inner_dim,
+            level=LEVEL,
+            block=f"{place}.{index}",
+            group=group,
+            module=block,
+        )
+        for letter, group, place in (
+            ("D", "double", "transformer_blocks"),
+            ("S", "single", "single_transformer_blocks"),
+        )
         for index, block in enumerate(getattr(model, place))
     ]
     return (*blocks, Head(name="OUT", channels=model.proj_out.out_features, level=LEVEL, model=model))
@@ -68,7 +80,9 @@ def begin(
     rotary = model.pos_embed(torch.cat([_flat(part) for part in ids], dim=0))
     grid = grid_of(ids[1])
     conditions = {"temb": temb, "image_rotary_emb": rotary, "joint_attention_kwargs": options}
-    return as_map(hidden, grid), TokenTrace(temb=temb, text=states, stream=states, grid=grid, conditions=conditions)
+    return as_map(hidden, grid), TokenTrace(
+        temb=temb, text=states, stream=states, grid=grid, conditions=conditions
+    )
 
 
 def grid_of(ids: Tensor) -> tuple[int, int]:
@@ -84,7 +98,9 @@ def grid_of(ids: Tensor) -> tuple[int, int]:
         return rows, count // rows
     kind, height, width = (int(value) for value in (ids[:, :3].amax(0) - ids[:, :3].amin(0)).tolist())
     if kind or (height + 1) * (width + 1) != count:
-        raise NotImplementedError("tokens of reference images (Kontext, editing) are not supported by an ensemble; leave the image out")
+        raise NotImplementedError(
+            "tokens of reference images (Kontext, editing) are not supported by an ensemble; leave the image out"
+        )
     return height + 1, width + 1
 
 
@@ -110,7 +126,15 @@ class FluxCall(Call):
     encoded = (0, 1)
     named = ("prompt_embeds", "pooled_prompt_embeds")
     joined = True
-    alike = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds", "axes_dims_rope", "attention_head_dim")
+    alike = (
+        "in_channels",
+        "out_channels",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+        "guidance_embeds",
+        "axes_dims_rope",
+        "attention_head_dim",
+    )
     guidance = GUIDANCE
     read = (1,)
 
@@ -130,7 +154,9 @@ class FluxCall(Call):
         parts = [empty(batch, tokens, config.joint_attention_dim), empty(batch, config.pooled_projection_dim)]
         return self.conditions(config, parts, empty())
 
-    def arguments(self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
+    def arguments(
+        self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]
+    ) -> dict[str, Any]:
         call = {
             "hidden_states": pack(noisy),
             "timestep": self.told(times.to(noisy.dtype)),
@@ -164,7 +190,9 @@ class FluxCall(Call):
     def strength(self, config: Any) -> float | None:
         return self.guidance if config.guidance_embeds else None
 
-    def guided(self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None) -> dict[str, Any]:
+    def guided(
+        self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None
+    ) -> dict[str, Any]:
         """strength is told to the model; true guidance is made of two passes a step, against the negative or the empty prompt."""
         if strength is not None and not config.guidance_embeds:
             raise UserError(
@@ -180,13 +208,21 @@ class FluxCall(Call):
             raise UserError(f"true guidance {true:g} adds nothing; give one above 1, or leave it out")
         told = self.strength(config) if strength is None else strength
         guided: dict[str, Any] = {} if told is None else {"guidance_scale": told}
-        return guided if true is None else {**guided, "true_cfg_scale": true, "negative_prompt": [negative or ""] * count}
+        return (
+            guided
+            if true is None
+            else {**guided, "true_cfg_scale": true, "negative_prompt": [negative or ""] * count}
+        )
 
     def classifier_free(self, config: Any) -> float:
         return 1.0
 
     def unpaired(self, config: Any) -> str:
-        return "these experts have theirs built in (guidance_embeds)" if config.guidance_embeds else "these experts were distilled to do without"
+        return (
+            "these experts have theirs built in (guidance_embeds)"
+            if config.guidance_embeds
+            else "these experts were distilled to do without"
+        )
 
 
 class FluxEnsemble(EnsembleDenoiser):
@@ -202,8 +238,13 @@ class FluxEnsemble(EnsembleDenoiser):
     def widths(self) -> tuple[int, int]:
         return flux.widths(self.experts[0])
 
-    def narrow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        widths = {"encoder_hidden_states": self.config.joint_attention_dim, "pooled_projections": self.config.pooled_projection_dim}
+    def narrow(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        widths = {
+            "encoder_hidden_states": self.config.joint_attention_dim,
+            "pooled_projections": self.config.pooled_projection_dim,
+        }
         return args, first_parts(kwargs, widths, len(self.experts))
 
     def forward(
@@ -227,12 +268,18 @@ class FluxEnsemble(EnsembleDenoiser):
         """
         options, lora_scale = attention_options(joint_attention_kwargs)
         count, config = len(self.experts), self.config
-        texts = split_joined(encoder_hidden_states, (config.joint_attention_dim,), count, "encoder_hidden_states")
-        pooled = split_joined(pooled_projections, (config.pooled_projection_dim,), count, "pooled_projections")
+        texts = split_joined(
+            encoder_hidden_states, (config.joint_attention_dim,), count, "encoder_hidden_states"
+        )
+        pooled = split_joined(
+            pooled_projections, (config.pooled_projection_dim,), count, "pooled_projections"
+        )
 
         def begin(expert: int) -> tuple[Tensor, TokenTrace]:
             own, ids = self.given(expert, hidden_states, timestep), (txt_ids, img_ids)
-            return flux.begin(self.experts[expert], *own, texts[expert], pooled[expert], ids, guidance, options)
+            return flux.begin(
+                self.experts[expert], *own, texts[expert], pooled[expert], ids, guidance, options
+            )
 
         residuals = Residuals()
         if controlnet_block_samples or controlnet_single_block_samples:
@@ -240,11 +287,20 @@ class FluxEnsemble(EnsembleDenoiser):
             self._add("double", controlnet_block_samples, grid, residuals, controlnet_blocks_repeat)
             self._add("single", controlnet_single_block_samples, grid, residuals)
         with lora_scaled(self.experts, lora_scale):
-            prediction = as_tokens(self._run(begin, timestep, residuals, noisy=lambda: as_map(hidden_states, flux.grid_of(img_ids))))
+            prediction = as_tokens(
+                self._run(
+                    begin, timestep, residuals, noisy=lambda: as_map(hidden_states, flux.grid_of(img_ids))
+                )
+            )
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
     def _add(
-        self, group: str, controls: Sequence[Tensor] | None, grid: tuple[int, int], residuals: Residuals, repeat: bool = False
+        self,
+        group: str,
+        controls: Sequence[Tensor] | None,
+        grid: tuple[int, int],
+        residuals: Residuals,
+        repeat: bool = False,
     ) -> None:
         """ControlNet residuals (B, S, C) of a group of blocks: each for several blocks in a row, or all of them again and again."""
         if not controls:
@@ -252,4 +308,6 @@ class FluxEnsemble(EnsembleDenoiser):
         blocks = [stage.name for stage in self.stages if stage.group == group]
         interval = ceil(len(blocks) / len(controls))
         for index, name in enumerate(blocks):
-            residuals.to_hidden[name] = as_map(controls[index % len(controls) if repeat else index // interval], grid)
+            residuals.to_hidden[name] = as_map(
+                controls[index % len(controls) if repeat else index // interval], grid
+            )

@@ -43,7 +43,9 @@ def stages(model: Any) -> tuple[Stage, ...]:
     config = model.config
     for switch, variant in VARIANTS.items():
         if config.get(switch):
-            raise ValueError(f"{switch} (a variant {variant}) is not supported; only Qwen-Image itself is, which draws images from text")
+            raise ValueError(
+                f"{switch} (a variant {variant}) is not supported; only Qwen-Image itself is, which draws images from text"
+            )
     if config.patch_size != 2**LEVEL:
         raise ValueError(f"patch_size {config.patch_size} is not supported; only {2**LEVEL} is")
     last = len(model.transformer_blocks) - 1
@@ -67,7 +69,13 @@ def widths(model: Any) -> tuple[int, int]:
 
 
 def begin(
-    model: Any, tokens: Tensor, timestep: Tensor, text: Tensor, shape: Shape, mask: Tensor | None = None, options: dict[str, Any] | None = None
+    model: Any,
+    tokens: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    shape: Shape,
+    mask: Tensor | None = None,
+    options: dict[str, Any] | None = None,
 ) -> tuple[Tensor, TokenTrace]:
     """Start a pass: packed noisy latents (B, S, C), text (B, T, D), shape of the image in tokens (1, rows, columns).
 
@@ -79,9 +87,16 @@ def begin(
     states = model.txt_in(model.txt_norm(text))
     kept = None if mask is None else mask.to(torch.bool)
     rotary = model.pos_embed([shape], max_txt_seq_len=text.shape[1], device=hidden.device)
-    conditions = {"encoder_hidden_states_mask": kept, "temb": temb, "image_rotary_emb": rotary, "joint_attention_kwargs": options}
+    conditions = {
+        "encoder_hidden_states_mask": kept,
+        "temb": temb,
+        "image_rotary_emb": rotary,
+        "joint_attention_kwargs": options,
+    }
     grid = shape[1:]
-    return as_map(hidden, grid), TokenTrace(temb=temb, text=states, kept=kept, stream=states, grid=grid, conditions=conditions)
+    return as_map(hidden, grid), TokenTrace(
+        temb=temb, text=states, kept=kept, stream=states, grid=grid, conditions=conditions
+    )
 
 
 def shape_of(shapes: Sequence[Any]) -> Shape:
@@ -92,9 +107,13 @@ def shape_of(shapes: Sequence[Any]) -> Shape:
     each = [list(of_image) if isinstance(of_image, list) else [of_image] for of_image in shapes]
     first = each[0]
     if len(first) != 1 or first[0][0] != 1:
-        raise NotImplementedError(f"img_shapes {first} has tokens of several images (editing, layers), which an ensemble does not support; leave them out")
+        raise NotImplementedError(
+            f"img_shapes {first} has tokens of several images (editing, layers), which an ensemble does not support; leave them out"
+        )
     if any(other != first for other in each):
-        raise NotImplementedError("images of different sizes in one batch (img_shapes) are not supported by an ensemble; draw them one size at a time")
+        raise NotImplementedError(
+            "images of different sizes in one batch (img_shapes) are not supported by an ensemble; draw them one size at a time"
+        )
     frames, rows, columns = first[0]
     return int(frames), int(rows), int(columns)
 
@@ -124,7 +143,9 @@ class QwenImageCall(Call):
     def parts(self, encoded: Sequence[Any]) -> tuple[Tensor, ...]:
         """States, and a mask even where the pipeline found no padding and left it out."""
         states, mask = encoded
-        return states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask.to(torch.bool)
+        return states, torch.ones(
+            states.shape[:2], dtype=torch.bool, device=states.device
+        ) if mask is None else mask.to(torch.bool)
 
     def prompts(self, encode: Callable[[list[str]], Sequence[Any]], captions: list[str]) -> dict[str, Any]:
         found = zip(self.named, self.parts(encode(captions)), strict=True)
@@ -134,11 +155,17 @@ class QwenImageCall(Call):
     def guiding(self, strength: float) -> dict[str, Any]:
         return {"true_cfg_scale": strength}
 
-    def guided(self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None) -> dict[str, Any]:
+    def guided(
+        self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None
+    ) -> dict[str, Any]:
         """Its pipelines guide only where there is something to guide away from."""
         found = super().guided(config, count, strength, negative, true)
         told = found.pop("guidance_scale")
-        return {**found, **self.guiding(told), **({"negative_prompt": [self.nothing] * count} if negative is None and told > 1 else {})}
+        return {
+            **found,
+            **self.guiding(told),
+            **({"negative_prompt": [self.nothing] * count} if negative is None and told > 1 else {}),
+        }
 
     def unpaired(self, config: Any) -> str:
         return "the pipelines of these experts make its two passes one after another"
@@ -149,7 +176,9 @@ class QwenImageCall(Call):
     def blank(self, config: Any, batch: int, tokens: int, empty: Callable[..., Tensor]) -> dict[str, Any]:
         return {"encoder_hidden_states": empty(batch, tokens, config.joint_attention_dim)}
 
-    def arguments(self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
+    def arguments(
+        self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]
+    ) -> dict[str, Any]:
         size = (noisy.shape[-2] // self.patch, noisy.shape[-1] // self.patch)
         mask = conditions.get("encoder_hidden_states_mask")
         return {
@@ -157,7 +186,9 @@ class QwenImageCall(Call):
             "timestep": self.told(times.to(noisy.dtype)),
             "img_shapes": [[(1, *size)]] * len(noisy),
             **conditions,
-            "encoder_hidden_states_mask": None if mask is None or mask.all() else mask,  # as the pipeline: without padding, attention is faster
+            "encoder_hidden_states_mask": None
+            if mask is None or mask.all()
+            else mask,  # as the pipeline: without padding, attention is faster
         }
 
     def counted(self, timestep: Tensor | float | int) -> Tensor | float | int:
@@ -177,7 +208,9 @@ class QwenImageCall(Call):
         """Guidance that leaves every token as long as it is with the prompt, as the pipelines do it."""
         combined, as_told = (pack(part) for part in (super().combined(without, told, strength), told))
         size = (told.shape[-2], told.shape[-1])
-        return unpack(combined * (as_told.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)), size)
+        return unpack(
+            combined * (as_told.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)), size
+        )
 
     def prediction(self, answer: Tensor, size: tuple[int, int]) -> Tensor:
         return unpack(answer, size)
@@ -222,27 +255,37 @@ class QwenImageEnsemble(EnsembleDenoiser):
             raise ValueError("encoder_hidden_states, timestep and img_shapes are needed; give all three")
         for name, given in (("guidance", guidance), ("additional_t_cond", additional_t_cond)):
             if given is not None:
-                raise NotImplementedError(f"{name} is not supported by an ensemble of Qwen-Image experts; leave it out")
+                raise NotImplementedError(
+                    f"{name} is not supported by an ensemble of Qwen-Image experts; leave it out"
+                )
         options, lora_scale = attention_options(attention_kwargs)
         shape = qwen_image.shape_of(img_shapes)
         self._check_text(encoder_hidden_states, encoder_hidden_states_mask)
 
         def begin(expert: int) -> tuple[Tensor, TokenTrace]:
             own = self.given(expert, hidden_states, timestep)
-            return qwen_image.begin(self.experts[expert], *own, encoder_hidden_states, shape, encoder_hidden_states_mask, options)
+            return qwen_image.begin(
+                self.experts[expert], *own, encoder_hidden_states, shape, encoder_hidden_states_mask, options
+            )
 
         residuals = self._residuals(controlnet_block_samples, shape[1:])
         with lora_scaled(self.experts, lora_scale):
-            prediction = as_tokens(self._run(begin, timestep, residuals, noisy=lambda: as_map(hidden_states, shape[1:])))
+            prediction = as_tokens(
+                self._run(begin, timestep, residuals, noisy=lambda: as_map(hidden_states, shape[1:]))
+            )
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
     def _check_text(self, states: Tensor, mask: Tensor | None) -> None:
         """Raises ValueError for states that no expert takes, or a mask of others."""
         width = self.config.joint_attention_dim
         if states.shape[-1] != width:
-            raise ValueError(f"encoder_hidden_states is {states.shape[-1]} wide; expected {width}, the same for all experts")
+            raise ValueError(
+                f"encoder_hidden_states is {states.shape[-1]} wide; expected {width}, the same for all experts"
+            )
         if mask is not None and mask.shape != states.shape[:2]:
-            raise ValueError(f"encoder_hidden_states_mask is {tuple(mask.shape)}; expected {tuple(states.shape[:2])}, as the states are")
+            raise ValueError(
+                f"encoder_hidden_states_mask is {tuple(mask.shape)}; expected {tuple(states.shape[:2])}, as the states are"
+            )
 
     def _residuals(self, controls: Sequence[Tensor] | None, grid: tuple[int, int]) -> Residuals:
         """ControlNet residuals (B, S, C), each for several blocks in a row."""

@@ -36,7 +36,9 @@ def stages(model: Any) -> tuple[Stage, ...]:
             level=LEVEL,
             block=f"transformer_blocks.{index}",
             module=block,
-            silent=("attn.add_q_proj",) if block.context_pre_only else (),  # the text asks, and its answer is dropped
+            silent=("attn.add_q_proj",)
+            if block.context_pre_only
+            else (),  # the text asks, and its answer is dropped
         )
         for index, block in enumerate(model.transformer_blocks)
     ]
@@ -49,7 +51,12 @@ def widths(model: Any) -> tuple[int, int]:
 
 
 def begin(
-    model: Any, sample: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, options: dict[str, Any] | None = None
+    model: Any,
+    sample: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    pooled: Tensor,
+    options: dict[str, Any] | None = None,
 ) -> tuple[Tensor, TokenTrace]:
     """Start a pass: sample (B, C, H, W) noisy latents, text (B, T, D), pooled (B, P) -> image tokens as a map, the trace.
 
@@ -60,7 +67,9 @@ def begin(
     temb = model.time_text_embed(timestep, pooled)
     states = model.context_embedder(text)
     conditions = {"temb": temb, "joint_attention_kwargs": options}
-    return as_map(hidden, grid), TokenTrace(temb=temb, text=states, stream=states, grid=grid, conditions=conditions)
+    return as_map(hidden, grid), TokenTrace(
+        temb=temb, text=states, stream=states, grid=grid, conditions=conditions
+    )
 
 
 def unfold(patches: Tensor) -> Tensor:
@@ -68,7 +77,9 @@ def unfold(patches: Tensor) -> Tensor:
     side = 2**LEVEL
     batch, channels, height, width = patches.shape
     parts = patches.view(batch, side, side, channels // side**2, height, width)
-    return torch.einsum("npqchw->nchpwq", parts).reshape(batch, channels // side**2, side * height, side * width)
+    return torch.einsum("npqchw->nchpwq", parts).reshape(
+        batch, channels // side**2, side * height, side * width
+    )
 
 
 def fold(latents: Tensor) -> Tensor:
@@ -92,7 +103,14 @@ class SD3Call(Call):
     guidance = 7.0
     read = (0, 2)  # of CLIP's two encoders the tokens are the same
     joined = False  # the stock pipelines pad CLIP's states to T5's width, which would cut joined ones
-    alike = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "qk_norm", "dual_attention_layers")
+    alike = (
+        "in_channels",
+        "out_channels",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+        "qk_norm",
+        "dual_attention_layers",
+    )
 
     def pipeline(self, text_encoders: int) -> str:
         return "StableDiffusion3Pipeline"
@@ -107,7 +125,9 @@ class SD3Call(Call):
         parts = [empty(batch, tokens, config.joint_attention_dim), empty(batch, config.pooled_projection_dim)]
         return self.conditions(config, parts, empty())
 
-    def arguments(self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
+    def arguments(
+        self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]
+    ) -> dict[str, Any]:
         return {"hidden_states": noisy, "timestep": times, **conditions}
 
     def latents(self, call: Mapping[str, Any]) -> Tensor:
@@ -125,8 +145,13 @@ class SD3Ensemble(EnsembleDenoiser):
     def widths(self) -> tuple[int, int]:
         return sd3.widths(self.experts[0])
 
-    def narrow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        widths = {"encoder_hidden_states": self.config.joint_attention_dim, "pooled_projections": self.config.pooled_projection_dim}
+    def narrow(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        widths = {
+            "encoder_hidden_states": self.config.joint_attention_dim,
+            "pooled_projections": self.config.pooled_projection_dim,
+        }
         return args, first_parts(kwargs, widths, len(self.experts))
 
     def forward(
@@ -146,17 +171,29 @@ class SD3Ensemble(EnsembleDenoiser):
         """
         options, lora_scale = attention_options(joint_attention_kwargs)
         count, config = len(self.experts), self.config
-        texts = split_joined(encoder_hidden_states, (config.joint_attention_dim,), count, "encoder_hidden_states")
-        pooled = split_joined(pooled_projections, (config.pooled_projection_dim,), count, "pooled_projections")
+        texts = split_joined(
+            encoder_hidden_states, (config.joint_attention_dim,), count, "encoder_hidden_states"
+        )
+        pooled = split_joined(
+            pooled_projections, (config.pooled_projection_dim,), count, "pooled_projections"
+        )
 
         def begin(expert: int) -> tuple[Tensor, TokenTrace]:
-            return sd3.begin(self.experts[expert], *self.given(expert, hidden_states, timestep), texts[expert], pooled[expert], options)
+            return sd3.begin(
+                self.experts[expert],
+                *self.given(expert, hidden_states, timestep),
+                texts[expert],
+                pooled[expert],
+                options,
+            )
 
         grid = (hidden_states.shape[-2] // sd3.SD3Call.patch, hidden_states.shape[-1] // sd3.SD3Call.patch)
         residuals = self._residuals(block_controlnet_hidden_states, grid)
         skipped = [self.stages[index].name for index in skip_layers or ()]
         with lora_scaled(self.experts, lora_scale):
-            prediction = sd3.unfold(self._run(begin, timestep, residuals, skipped=skipped, noisy=lambda: sd3.fold(hidden_states)))
+            prediction = sd3.unfold(
+                self._run(begin, timestep, residuals, skipped=skipped, noisy=lambda: sd3.fold(hidden_states))
+            )
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
     def _residuals(self, controls: Sequence[Tensor] | None, grid: tuple[int, int]) -> Residuals:
@@ -166,5 +203,7 @@ class SD3Ensemble(EnsembleDenoiser):
             blocks, without = self.stages[:-1], sd3.without_text(self.experts[0])
             for index, stage in enumerate(blocks):
                 if stage.name not in without:
-                    residuals.to_hidden[stage.name] = as_map(controls[int(index / (len(blocks) / len(controls)))], grid)
+                    residuals.to_hidden[stage.name] = as_map(
+                        controls[int(index / (len(blocks) / len(controls)))], grid
+                    )
         return residuals

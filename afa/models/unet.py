@@ -58,7 +58,9 @@ class Convolution(Stage):
     def conv(self) -> nn.Module:
         return self.owner.get_submodule(self.part)
 
-    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
+    def run(
+        self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Trace]:
         return self.conv(hidden), trace
 
     def modules(self) -> list[object]:
@@ -79,7 +81,9 @@ class Layer(Stage):
         """As it is now: a LoRA may have been put in front of a part."""
         return () if self.whole is None else output_head(self.whole)
 
-    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
+    def run(
+        self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Trace]:
         assert isinstance(trace, UNetTrace)
         if skip is not None:
             hidden = torch.cat([hidden, skip], dim=1)
@@ -93,7 +97,11 @@ class Layer(Stage):
         return hidden, trace
 
     def modules(self) -> list[object]:
-        return [module for module in (self.resnet, self.attention, self.upsampler, *self.head) if module is not None]
+        return [
+            module
+            for module in (self.resnet, self.attention, self.upsampler, *self.head)
+            if module is not None
+        ]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -102,7 +110,9 @@ class Middle(Stage):
 
     middle: nn.Module
 
-    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
+    def run(
+        self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Trace]:
         assert isinstance(trace, UNetTrace)
         if getattr(self.middle, "has_cross_attention", False):
             return self.middle(hidden, trace.temb, **trace.attention()), trace
@@ -125,17 +135,33 @@ def stages(unet: Any) -> tuple[Stage, ...]:
 def _down_stages(unet: Any) -> Iterator[Stage]:
     level, index = 0, 1
     first = {"owner": unet, "part": "conv_in"}
-    yield Convolution(name="IN00", channels=plain(unet.conv_in).out_channels, level=level, saves_skip=True, **first)
+    yield Convolution(
+        name="IN00", channels=plain(unet.conv_in).out_channels, level=level, saves_skip=True, **first
+    )
     for number, block in enumerate(unet.down_blocks):
         place = f"down_blocks.{number}"
         for resnet, attention in zip(block.resnets, attentions(block), strict=True):
             layer = {"resnet": resnet, "attention": attention}
-            yield Layer(name=f"IN{index:02}", channels=resnet.out_channels, level=level, block=place, saves_skip=True, **layer)
+            yield Layer(
+                name=f"IN{index:02}",
+                channels=resnet.out_channels,
+                level=level,
+                block=place,
+                saves_skip=True,
+                **layer,
+            )
             index += 1
         for count, conv in enumerate(block.downsamplers or ()):
             level += 1
             part = {"owner": block, "part": f"downsamplers.{count}"}
-            yield Convolution(name=f"IN{index:02}", channels=conv.out_channels, level=level, block=place, saves_skip=True, **part)
+            yield Convolution(
+                name=f"IN{index:02}",
+                channels=conv.out_channels,
+                level=level,
+                block=place,
+                saves_skip=True,
+                **part,
+            )
             index += 1
 
 
@@ -170,7 +196,11 @@ def _up_stages(unet: Any, level: int) -> Iterator[Stage]:
 
 def attentions(block: Any) -> list[nn.Module | None]:
     """The attention after each residual block of a down or up block; None where there is none."""
-    return list(block.attentions) if getattr(block, "has_cross_attention", False) else [None] * len(block.resnets)
+    return (
+        list(block.attentions)
+        if getattr(block, "has_cross_attention", False)
+        else [None] * len(block.resnets)
+    )
 
 
 def output_head(unet: Any) -> tuple[Any, ...]:
@@ -181,27 +211,39 @@ def output_head(unet: Any) -> tuple[Any, ...]:
 
 def check_supported(unet: Any) -> None:
     """Refuse, by name, what the stages would compute differently from the model's own forward."""
-    parts = [(block, UP_BLOCKS) for block in unet.up_blocks] + [(block, DOWN_BLOCKS) for block in unet.down_blocks]
+    parts = [(block, UP_BLOCKS) for block in unet.up_blocks] + [
+        (block, DOWN_BLOCKS) for block in unet.down_blocks
+    ]
     parts += [(unet.mid_block, MIDDLE_BLOCKS)] if unet.mid_block is not None else []
     for block, known in parts:
         kind = type(block).__name__
         if kind not in known:
-            raise ValueError(f"a U-Net with a {kind} cannot be read as stages; supported here are {', '.join(known)}")
+            raise ValueError(
+                f"a U-Net with a {kind} cannot be read as stages; supported here are {', '.join(known)}"
+            )
         if len(getattr(block, "upsamplers", None) or ()) > 1:
             raise ValueError(f"a {kind} with several upsamplers cannot be read as stages")
     config = unet.config
     if config.addition_embed_type not in (None, "text", "text_time"):
-        raise ValueError(f"addition_embed_type '{config.addition_embed_type}' is not supported; only text and text_time are")
+        raise ValueError(
+            f"addition_embed_type '{config.addition_embed_type}' is not supported; only text and text_time are"
+        )
     if config.encoder_hid_dim_type not in (None, "text_proj"):
-        raise ValueError(f"encoder_hid_dim_type '{config.encoder_hid_dim_type}' (image conditions) is not supported")
+        raise ValueError(
+            f"encoder_hid_dim_type '{config.encoder_hid_dim_type}' (image conditions) is not supported"
+        )
 
 
 def check_state(unet: Any) -> None:
     """Refuse, by name, switches that someone may have turned since the stages were read."""
     if any(getattr(block, "s1", None) is not None for block in unet.up_blocks):
-        raise NotImplementedError("FreeU is enabled on an expert, and an ensemble does not support it; call disable_freeu() on that expert")
+        raise NotImplementedError(
+            "FreeU is enabled on an expert, and an ensemble does not support it; call disable_freeu() on that expert"
+        )
     if unet.encoder_hid_proj is not None and unet.config.encoder_hid_dim_type == "ip_image_proj":
-        raise NotImplementedError("IP-Adapter weights are loaded into an expert, and an ensemble does not support them; call unload_ip_adapter()")
+        raise NotImplementedError(
+            "IP-Adapter weights are loaded into an expert, and an ensemble does not support them; call unload_ip_adapter()"
+        )
 
 
 def begin(
@@ -234,7 +276,9 @@ def begin(
     if unet.time_embed_act is not None:
         temb = unet.time_embed_act(temb)
     text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added)
-    return sample, UNetTrace(temb=temb, text=text, mask=_bias(mask, sample), text_mask=_bias(text_mask, sample), options=options)
+    return sample, UNetTrace(
+        temb=temb, text=text, mask=_bias(mask, sample), text_mask=_bias(text_mask, sample), options=options
+    )
 
 
 def adapter_stages(unet: Any) -> list[str]:
@@ -260,7 +304,9 @@ def widths(unet: Any) -> tuple[int, int]:
     text = unet.config.cross_attention_dim
     if isinstance(text, (list, tuple)):
         if len(set(text)) > 1:
-            raise ValueError(f"blocks with different cross_attention_dim {list(text)} cannot share one text input")
+            raise ValueError(
+                f"blocks with different cross_attention_dim {list(text)} cannot share one text input"
+            )
         text = text[0]
     return time, text
 
@@ -278,7 +324,14 @@ class UNetCall(Call):
     joined = True
     streams = False
     frozen_text = False
-    alike = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "addition_time_embed_dim", "time_cond_proj_dim")
+    alike = (
+        "in_channels",
+        "out_channels",
+        "cross_attention_dim",
+        "addition_embed_type",
+        "addition_time_embed_dim",
+        "time_cond_proj_dim",
+    )
     guidance = 7.5
 
     def pipeline(self, text_encoders: int) -> str:
@@ -293,19 +346,29 @@ class UNetCall(Call):
     def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:
         if len(parts) == 1:
             return {"encoder_hidden_states": parts[0]}
-        return {"encoder_hidden_states": parts[0], "added_cond_kwargs": {"text_embeds": parts[1], "time_ids": sizes}}
+        return {
+            "encoder_hidden_states": parts[0],
+            "added_cond_kwargs": {"text_embeds": parts[1], "time_ids": sizes},
+        }
 
     def blank(self, config: Any, batch: int, tokens: int, empty: Callable[..., Tensor]) -> dict[str, Any]:
         text = config.encoder_hid_dim or config.cross_attention_dim
         parts = [empty(batch, tokens, text if isinstance(text, int) else text[0])]
         if config.addition_embed_type == "text_time":
-            parts.append(empty(batch, config.projection_class_embeddings_input_dim - TIMES * config.addition_time_embed_dim))
+            parts.append(
+                empty(
+                    batch,
+                    config.projection_class_embeddings_input_dim - TIMES * config.addition_time_embed_dim,
+                )
+            )
         found = self.conditions(config, parts, empty(batch, TIMES))
         if config.class_embed_type is not None or config.num_class_embeds is not None:
             found["class_labels"] = _labels(config, batch, empty)
         return found
 
-    def arguments(self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
+    def arguments(
+        self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]
+    ) -> dict[str, Any]:
         return {"sample": noisy, "timestep": times, **conditions}
 
     def latents(self, call: Mapping[str, Any]) -> Tensor:
@@ -314,13 +377,21 @@ class UNetCall(Call):
     def strength(self, config: Any) -> float | None:
         return XL if config.addition_embed_type == "text_time" else self.guidance
 
-    def guided(self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None) -> dict[str, Any]:
+    def guided(
+        self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None
+    ) -> dict[str, Any]:
         if negative is not None and self.unpaired(config):
-            raise UserError(f"a negative prompt needs classifier-free guidance, and {self.unpaired(config)}; leave it out")
+            raise UserError(
+                f"a negative prompt needs classifier-free guidance, and {self.unpaired(config)}; leave it out"
+            )
         return super().guided(config, count, strength, negative, true)
 
     def unpaired(self, config: Any) -> str:
-        return "" if config.time_cond_proj_dim is None else "these experts have theirs built in (time_cond_proj_dim)"
+        return (
+            ""
+            if config.time_cond_proj_dim is None
+            else "these experts have theirs built in (time_cond_proj_dim)"
+        )
 
 
 def _labels(config: Any, batch: int, empty: Callable[..., Tensor]) -> Tensor:
@@ -386,7 +457,11 @@ class UNetEnsemble(EnsembleDenoiser):
         options, lora_scale = attention_options(cross_attention_kwargs)
         texts = self.split_text(encoder_hidden_states)
         added = self._split_added(added_cond_kwargs)
-        residuals = self._residuals(down_block_additional_residuals, mid_block_additional_residual, down_intrablock_additional_residuals)
+        residuals = self._residuals(
+            down_block_additional_residuals,
+            mid_block_additional_residual,
+            down_intrablock_additional_residuals,
+        )
 
         def begin(expert: int) -> tuple[Tensor, unet.UNetTrace]:
             return unet.begin(
@@ -410,7 +485,9 @@ class UNetEnsemble(EnsembleDenoiser):
         """Each expert's text states: (B, T, D) is everyone's, (B, T, N·D) is taken apart encoder by encoder."""
         return split_joined(states, self.text_widths, len(self.experts), "encoder_hidden_states")
 
-    def narrow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def narrow(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A forward pre-hook for a ControlNet: hand it the first expert's part of the joined text."""
         kwargs = dict(kwargs)
         if kwargs.get("encoder_hidden_states") is not None:
@@ -424,7 +501,9 @@ class UNetEnsemble(EnsembleDenoiser):
         added = dict(added or {})
         for name in IMAGE_CONDITIONS:
             if name in added:
-                raise NotImplementedError(f"image conditions ({name}: IP-Adapter, Kandinsky) are not supported by an ensemble; leave them out")
+                raise NotImplementedError(
+                    f"image conditions ({name}: IP-Adapter, Kandinsky) are not supported by an ensemble; leave them out"
+                )
         if "text_embeds" not in added or self.config.addition_embed_type != "text_time":
             return [added] * len(self.experts)
         times = self.config.addition_time_embed_dim * added["time_ids"].shape[-1]
@@ -432,7 +511,9 @@ class UNetEnsemble(EnsembleDenoiser):
         pooled = split_joined(added["text_embeds"], (width,), len(self.experts), "text_embeds")
         return [{**added, "text_embeds": own} for own in pooled]
 
-    def _residuals(self, down: Sequence[Tensor] | None, middle: Tensor | None, adapter: Sequence[Tensor] | None) -> Residuals:
+    def _residuals(
+        self, down: Sequence[Tensor] | None, middle: Tensor | None, adapter: Sequence[Tensor] | None
+    ) -> Residuals:
         """ControlNet (down and middle) and T2I-Adapter residuals, by stage."""
         if adapter is None and middle is None and down is not None:
             down, adapter = None, down  # older T2I-Adapter pipelines pass theirs in the ControlNets' place
@@ -440,13 +521,19 @@ class UNetEnsemble(EnsembleDenoiser):
         for name, residual in zip(self._adapter_stages, adapter or (), strict=False):
             residuals.to_hidden[name] = residual
         if adapter is not None and len(adapter) > len(self._adapter_stages):
-            raise ValueError(f"{len(adapter)} T2I-Adapter residuals for {len(self._adapter_stages)} places; the adapter is of another architecture")
+            raise ValueError(
+                f"{len(adapter)} T2I-Adapter residuals for {len(self._adapter_stages)} places; the adapter is of another architecture"
+            )
         if down is not None and middle is not None:
             saving = [stage.name for stage in self.stages if stage.saves_skip]
             if len(down) != len(saving):
-                raise ValueError(f"{len(down)} ControlNet residuals for {len(saving)} skips; the ControlNet is of another architecture")
+                raise ValueError(
+                    f"{len(down)} ControlNet residuals for {len(saving)} skips; the ControlNet is of another architecture"
+                )
             residuals.to_skip = dict(zip(saving, down, strict=True))
-            residuals.to_hidden["M00"] = residuals.to_hidden["M00"] + middle if "M00" in residuals.to_hidden else middle
+            residuals.to_hidden["M00"] = (
+                residuals.to_hidden["M00"] + middle if "M00" in residuals.to_hidden else middle
+            )
         return residuals
 
 

@@ -37,7 +37,9 @@ class Averaged(Combination):
 
     def combine(self, predict: Predict, sample: Tensor, timestep: float) -> tuple[Tensor, Tensor | None]:
         run = [expert for expert, weight in enumerate(self.weights) if weight > 0]
-        return average(torch.stack([predict(expert) for expert in run], dim=1), self.weights[run]), self.weights
+        return average(
+            torch.stack([predict(expert) for expert in run], dim=1), self.weights[run]
+        ), self.weights
 
 
 def noise_average(ensemble: Ensemble, options: NoiseAverage) -> PipelineSampler:
@@ -66,19 +68,25 @@ class Interval:
 def equal_intervals(names: Sequence[str], steps: int) -> list[Interval]:
     """The timesteps 0 … steps-1 in equal parts, the first expert where there is most noise."""
     bounds = [round(steps * (len(names) - place) / len(names)) for place in range(len(names) + 1)]
-    return [Interval(start, end, name) for start, end, name in zip(bounds[:-1], bounds[1:], names, strict=True)]
+    return [
+        Interval(start, end, name) for start, end, name in zip(bounds[:-1], bounds[1:], names, strict=True)
+    ]
 
 
 def read_table(text: str, names: Sequence[str], steps: int) -> list[Interval]:
     """Intervals from noise to image that cover the timesteps 0 … steps-1 once. Raises UserError if they do not."""
-    intervals = sorted((_read(entry.strip(), names) for entry in text.split(",")), key=lambda interval: -interval.start)
+    intervals = sorted(
+        (_read(entry.strip(), names) for entry in text.split(",")), key=lambda interval: -interval.start
+    )
     expected = steps
     for interval in intervals:
         if interval.start > expected:
             other = f"{steps} timesteps" if expected == steps else "the interval before it"
             raise UserError(f"table {text}: {interval} overlaps {other}; it must start at {expected}")
         if interval.start < expected:
-            raise UserError(f"table {text}: nobody is there for {expected}-{interval.start}; {interval} must start at {expected}")
+            raise UserError(
+                f"table {text}: nobody is there for {expected}-{interval.start}; {interval} must start at {expected}"
+            )
         expected = interval.end
     if expected > 0:
         raise UserError(f"table {text}: nobody is there for {expected}-0; the last interval must end at 0")
@@ -94,7 +102,9 @@ def _read(text: str, names: Sequence[str]) -> Interval:
     span, _, name = text.partition(":")
     start, _, end = span.partition("-")
     if not (start.strip().isdecimal() and end.strip().isdecimal() and int(start) > int(end) and name):
-        raise UserError(f"table entry '{text}' is no interval; write FROM-TO:EXPERT with whole timesteps, FROM above TO, e.g. 1000-700:{names[0]}")
+        raise UserError(
+            f"table entry '{text}' is no interval; write FROM-TO:EXPERT with whole timesteps, FROM above TO, e.g. 1000-700:{names[0]}"
+        )
     if name not in names:
         raise UserError(unknown(name, names, "expert"))
     return Interval(int(start), int(end), name)
@@ -120,5 +130,7 @@ def timestep_experts(ensemble: Ensemble, options: TimestepExperts) -> PipelineSa
     """
     steps = ensemble.frame.scheduler.config.num_train_timesteps
     table = options.table
-    intervals = equal_intervals(ensemble.names, steps) if table is None else read_table(table, ensemble.names, steps)
+    intervals = (
+        equal_intervals(ensemble.names, steps) if table is None else read_table(table, ensemble.names, steps)
+    )
     return PipelineSampler(in_frame(ensemble, ByTimestep(ensemble.denoiser, intervals)))

@@ -101,7 +101,9 @@ def _one(timestep: Tensor | float | int) -> float:
     """The timestep of a pass as a number. Raises NotImplementedError for images at different ones."""
     values = torch.as_tensor(timestep).flatten()
     if len(values) > 1 and bool((values != values[0]).any()):
-        raise NotImplementedError("images at different timesteps in one pass are not supported here; run them one by one")
+        raise NotImplementedError(
+            "images at different timesteps in one pass are not supported here; run them one by one"
+        )
     return float(values[0])
 
 
@@ -166,7 +168,9 @@ class Drawn:
         generator = np.random.default_rng([DRAW, seed])
         return self.names[generator.choice(len(self.names), p=[self.chances[name] for name in self.names])]
 
-    def __call__(self, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None) -> NDArray[np.uint8]:
+    def __call__(
+        self, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None
+    ) -> NDArray[np.uint8]:
         """-> (n, H, W, 3) uint8. on_step: counts anew for every expert that was drawn.
 
         Raises UserError if the experts' own sizes differ and none was asked for.
@@ -177,7 +181,9 @@ class Drawn:
             own = [index for index, other in enumerate(drawn) if other == name]
             if name not in self.made:
                 self.made[name] = self.makers[name]()
-            images |= dict(zip(own, self.made[name]([requests[index] for index in own], sampling, on_step), strict=True))
+            images |= dict(
+                zip(own, self.made[name]([requests[index] for index in own], sampling, on_step), strict=True)
+            )
         if len({image.shape for image in images.values()}) > 1:
             raise UserError("the experts draw images of different sizes; give --width and --height")
         return np.stack([images[index] for index in range(len(requests))])
@@ -187,7 +193,9 @@ def random_expert(ensemble: Ensemble, options: RandomExpert) -> Drawn:
     """One expert an image: what a combination must beat before anything is said about combining."""
     chances = dict(zip(ensemble.names, shares(options.weights, len(ensemble.names)), strict=True))
     makers: dict[str, Callable[[], PipelineSampler]] = {
-        expert.name: partial(own_pipeline, expert) if options.frame == "own" else partial(_framed, ensemble, index)
+        expert.name: partial(own_pipeline, expert)
+        if options.frame == "own"
+        else partial(_framed, ensemble, index)
         for index, expert in enumerate(ensemble.experts)
     }
     return Drawn(makers, chances)

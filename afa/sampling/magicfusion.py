@@ -56,7 +56,10 @@ class Blended(Combination):
     def __init__(self, ensemble: Ensemble, options: MagicFusion) -> None:
         super().__init__(ensemble.denoiser)
         general = 0 if options.general is None else find_expert(ensemble, options.general)
-        self.order = [general, *(expert for expert in range(len(self.names)) if expert != general)]  # ties go to the general one
+        self.order = [
+            general,
+            *(expert for expert in range(len(self.names)) if expert != general),
+        ]  # ties go to the general one
         self.options = options
         self.schedule = Schedule.of(ensemble.frame.scheduler)
         self.sharpness = torch.tensor([options.k_general] + [options.k_expert] * (len(self.names) - 1))
@@ -65,13 +68,17 @@ class Blended(Combination):
     @property
     def guidance(self) -> float:
         if self._guidance is None:
-            raise UserError("magicfusion must know the strength of guidance; set denoiser.guidance to the pipeline's guidance_scale")
+            raise UserError(
+                "magicfusion must know the strength of guidance; set denoiser.guidance to the pipeline's guidance_scale"
+            )
         return self._guidance
 
     @guidance.setter
     def guidance(self, value: float) -> None:
         if value <= 1:
-            raise UserError(f"magicfusion compares what guidance adds, and guidance {value:g} adds nothing; give one above 1")
+            raise UserError(
+                f"magicfusion compares what guidance adds, and guidance {value:g} adds nothing; give one above 1"
+            )
         self._guidance = value
 
     def combine(self, predict: Predict, sample: Tensor, timestep: float) -> tuple[Tensor, Tensor | None]:
@@ -79,7 +86,9 @@ class Blended(Combination):
         if above == (self.options.mode == 1):
             return predict(self.order[0]), self.one_hot(self.order[0])
         predictions = torch.stack([predict(expert) for expert in self.order], dim=1)  # (2B, N, C, H, W)
-        winner = self._winner(predictions, sample, timestep).repeat(2, 1, 1)  # for both halves of the doubled batch
+        winner = self._winner(predictions, sample, timestep).repeat(
+            2, 1, 1
+        )  # for both halves of the doubled batch
         weights = torch.nn.functional.one_hot(winner, len(self.order)).movedim(-1, 1).float()
         return pick(predictions, winner), weights[:, torch.tensor(self.order).argsort()]
 

@@ -46,7 +46,11 @@ class RandomExpert(MethodOptions):
     """One expert an image, drawn by the image's seed."""
 
     weights: list[float] | None = option(None, help="chances, one per expert, in any unit (default: equal)")
-    frame: str = option("own", help="own: each expert as its own pipeline; ensemble: all in the ensemble's frame", choices=["own", "ensemble"])
+    frame: str = option(
+        "own",
+        help="own: each expert as its own pipeline; ensemble: all in the ensemble's frame",
+        choices=["own", "ensemble"],
+    )
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ class NoiseAverage(MethodOptions):
     """The weighted mean of the experts' predictions."""
 
     has_maps: ClassVar[bool] = True
-    weights: list[float] | None = option(None, help="one per expert, in any unit (default: equal); an expert of 0 is not run")
+    weights: list[float] | None = option(
+        None, help="one per expert, in any unit (default: equal); an expert of 0 is not run"
+    )
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,9 @@ class TimestepExperts(MethodOptions):
     """One expert at a time, by intervals of timesteps."""
 
     has_maps: ClassVar[bool] = True
-    table: str | None = option(None, help="FROM-TO:EXPERT,… from the noise down, e.g. 1000-700:a,700-0:b (default: equal intervals)")
+    table: str | None = option(
+        None, help="FROM-TO:EXPERT,… from the noise down, e.g. 1000-700:a,700-0:b (default: equal intervals)"
+    )
 
 
 @dataclass(frozen=True)
@@ -79,13 +87,22 @@ class MagicFusion(MethodOptions):
 
     has_maps: ClassVar[bool] = True
     needs_guidance: ClassVar[bool] = True
-    general: str | None = option(None, help="the expert that works alone outside the blended steps (default: the first)")
-    mode: int = option(1, least=1, most=2, help="1: the general expert alone above t0, then blended; 2: blended above t0, then alone")
+    general: str | None = option(
+        None, help="the expert that works alone outside the blended steps (default: the first)"
+    )
+    mode: int = option(
+        1,
+        least=1,
+        most=2,
+        help="1: the general expert alone above t0, then blended; 2: blended above t0, then alone",
+    )
     t0: float = option(850.0, **WEIGHT, help="timestep of the change")
     k_general: float = option(1.0, **WEIGHT, help="sharpness of the general expert's saliency")
     k_expert: float = option(1.0, **WEIGHT, help="sharpness of the others' saliency")
     saliency_reference: str = option(
-        "general", help="general: against the general expert's unconditional prediction; own: each against its own", choices=["general", "own"]
+        "general",
+        help="general: against the general expert's unconditional prediction; own: each against its own",
+        choices=["general", "own"],
     )
 
 
@@ -94,10 +111,16 @@ class SuperdiffOr(MethodOptions):
     """Superposition of densities: what any of the experts would draw."""
 
     own_loop: ClassVar[bool] = True
-    temperature: float = option(1.0, **WEIGHT, help="factor T of the log-densities; 0: equal shares throughout")
-    weights: list[float] | None = option(None, help="prior of the experts, in any unit (default: equal); an expert of 0 is not run")
+    temperature: float = option(
+        1.0, **WEIGHT, help="factor T of the log-densities; 0: equal shares throughout"
+    )
+    weights: list[float] | None = option(
+        None, help="prior of the experts, in any unit (default: equal); an expert of 0 is not run"
+    )
     density: str = option(
-        "code", help="how log-densities are estimated: as in the published program, or by the paper's theorem", choices=["code", "theorem"]
+        "code",
+        help="how log-densities are estimated: as in the published program, or by the paper's theorem",
+        choices=["code", "theorem"],
     )
 
 
@@ -106,7 +129,9 @@ class SuperdiffAnd(MethodOptions):
     """Superposition of densities: what all experts find equally likely."""
 
     own_loop: ClassVar[bool] = True
-    lift: float = option(0.0, help="how much more likely the last expert shall find the image than the others, in nats")
+    lift: float = option(
+        0.0, help="how much more likely the last expert shall find the image than the others, in nats"
+    )
 
 
 OPTIONS: dict[str, type[MethodOptions]] = {
@@ -141,7 +166,9 @@ def read_options(method: str, texts: Sequence[str]) -> MethodOptions:
         if not equals:
             raise UserError(f"--method-option {text} has no value; write KEY=VALUE")
         if name in given:
-            raise UserError(f"--method-option {name} is given twice, as {given[name]} and as {value}; leave out one")
+            raise UserError(
+                f"--method-option {name} is given twice, as {given[name]} and as {value}; leave out one"
+            )
         given[name] = value
     make_options(method, {})  # an unknown method is said before its options
     return make_options(method, {name: _read(method, name, value) for name, value in given.items()})
@@ -164,11 +191,17 @@ def _field(method: str, name: str) -> dataclasses.Field[Any]:
     own = {field.name: field for field in dataclasses.fields(OPTIONS[method])}
     if name in own:
         return own[name]
-    others = [other for other, kind in OPTIONS.items() if name in {field.name for field in dataclasses.fields(kind)}]
+    others = [
+        other for other, kind in OPTIONS.items() if name in {field.name for field in dataclasses.fields(kind)}
+    ]
     if others:
         has = f"which has {', '.join(own)}" if own else "which has none"
         raise UserError(f"{name} is an option of {', '.join(others)}, not of {method}, {has}")
-    raise UserError(unknown(name, own, f"option of {method},") if own else f"method {method} has no options; leave out {name}")
+    raise UserError(
+        unknown(name, own, f"option of {method},")
+        if own
+        else f"method {method} has no options; leave out {name}"
+    )
 
 
 def _read(method: str, name: str, text: str) -> Any:
@@ -181,6 +214,8 @@ def _read(method: str, name: str, text: str) -> Any:
     try:
         values = [kind(part) for part in (text.split(",") if several else [text])]
     except ValueError:
-        what = "numbers with commas between them" if several else "a whole number" if kind is int else "a number"
+        what = (
+            "numbers with commas between them" if several else "a whole number" if kind is int else "a number"
+        )
         raise UserError(f"--method-option {name}={text} is not {what}") from None
     return values if several else values[0]

@@ -67,10 +67,14 @@ class Sampling:
 
 # Any way of making images from requests: a pipeline's, or one with a loop of its own.
 Sampler = Callable[[Sequence[Request], Sampling], NDArray[np.uint8]]
-OnStep = Callable[[int, int], None]  # called after every denoising step with how many are done, of how many; what it raises ends the run
+OnStep = Callable[
+    [int, int], None
+]  # called after every denoising step with how many are done, of how many; what it raises ends the run
 
 
-def sample(pipeline: Any, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None) -> NDArray[np.uint8]:
+def sample(
+    pipeline: Any, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None
+) -> NDArray[np.uint8]:
     """One batch: -> (n, H, W, 3) uint8. The noise comes from CPU generators, so it is the same on every device.
 
     Raises UserError for guidance, negative prompts and sides that the model does not know.
@@ -81,7 +85,9 @@ def sample(pipeline: Any, requests: Sequence[Request], sampling: Sampling, on_st
     with _watched(on_step) as watching:
         result = pipeline(
             [request.prompt for request in requests],
-            **call.guided(config, len(requests), sampling.guidance, sampling.negative_prompt, sampling.true_guidance),
+            **call.guided(
+                config, len(requests), sampling.guidance, sampling.negative_prompt, sampling.true_guidance
+            ),
             num_inference_steps=sampling.steps,
             height=sampling.height,
             width=sampling.width,
@@ -136,17 +142,23 @@ def strength(pipeline: Any, sampling: Sampling) -> float | None:
 def _check_sides(sampling: Sampling, unit: int) -> None:
     for name, side in (("height", sampling.height), ("width", sampling.width)):
         if side is not None and side % unit:
-            raise UserError(f"{name} {side} must be a multiple of {unit} pixels for this model; {max(1, round(side / unit)) * unit} is the nearest")
+            raise UserError(
+                f"{name} {side} must be a multiple of {unit} pixels for this model; {max(1, round(side / unit)) * unit} is the nearest"
+            )
 
 
 def _check_steps(sampling: Sampling, scheduler: Any) -> None:
     """A diffusion schedule has so many timesteps; beyond them diffusers draws without a word, or fails. A flow has any number."""
     most = getattr(scheduler.config, "num_train_timesteps", None)
     if most is not None and kind_of(scheduler) != FLOW and sampling.steps > most:
-        raise UserError(f"{sampling.steps} steps are more than the {most} timesteps of {type(scheduler).__name__}; give at most {most}")
+        raise UserError(
+            f"{sampling.steps} steps are more than the {most} timesteps of {type(scheduler).__name__}; give at most {most}"
+        )
 
 
-def sample_all(pipeline: Any, requests: Sequence[Request], sampling: Sampling, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+def sample_all(
+    pipeline: Any, requests: Sequence[Request], sampling: Sampling, batch_size: int
+) -> Iterator[NDArray[np.uint8]]:
     """Batch after batch of images (n, H, W, 3) uint8, in order."""
     for start in range(0, len(requests), batch_size):
         yield sample(pipeline, requests[start : start + batch_size], sampling)
@@ -162,9 +174,15 @@ class PipelineSampler:
     @property
     def denoiser(self) -> Any:
         """What stands in the denoiser's place; weight maps are recorded there."""
-        return next(part for family in FAMILIES.values() if (part := self.pipeline.components.get(family.component)) is not None)
+        return next(
+            part
+            for family in FAMILIES.values()
+            if (part := self.pipeline.components.get(family.component)) is not None
+        )
 
-    def __call__(self, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None) -> NDArray[np.uint8]:
+    def __call__(
+        self, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None
+    ) -> NDArray[np.uint8]:
         """-> (n, H, W, 3) uint8."""
         for part in self.guided:
             part.guidance = strength(self.pipeline, sampling)
@@ -193,7 +211,9 @@ def check_guidable(ensemble: Ensemble, method: str) -> None:
 def find_expert(ensemble: Ensemble, name: str | None) -> int:
     """The place of an expert; None: of the only one. Raises UserError."""
     if name is None and len(ensemble.names) > 1:
-        raise UserError(f"which expert? give expert=NAME (or --expert NAME), one of {', '.join(ensemble.names)}")
+        raise UserError(
+            f"which expert? give expert=NAME (or --expert NAME), one of {', '.join(ensemble.names)}"
+        )
     if name is not None and name not in ensemble.names:
         raise UserError(unknown(name, ensemble.names, "expert"))
     return 0 if name is None else ensemble.names.index(name)

@@ -93,7 +93,9 @@ def and_shares(step: Step, lift: float = 0.0) -> Tensor:
     differences = conditional[:, :-1] - last  # (B, N-1, D)
     alone = step.increment(_and_base(step) + step.guidance * step.conditional[:, -1])
     right = abs(step.dsigma) * ((last - conditional[:, :-1]) * (last + conditional[:, :-1])).sum(-1)
-    right = right - (alone.flatten(1)[:, None] * differences).sum(-1) + step.sigma * lift / step.steps  # (B, N-1)
+    right = (
+        right - (alone.flatten(1)[:, None] * differences).sum(-1) + step.sigma * lift / step.steps
+    )  # (B, N-1)
     gram = differences @ differences.transpose(1, 2)  # (B, N-1, N-1)
     others = _solve(gram, right / (2 * step.dsigma * step.guidance), ROUNDING * last.square().sum((1, 2)))
     return torch.cat([others, 1 - others.sum(-1, keepdim=True)], dim=-1)
@@ -157,7 +159,9 @@ class Or:
             self.log_densities = step.conditional.new_zeros(step.conditional.shape[:2])
         kappa = or_shares(self.log_densities, self.log_prior.to(self.log_densities), self.temperature)
         increment = step.increment(or_velocity(step, kappa))
-        self.log_densities = self.log_densities + self.change(step.conditional, increment, step.sigma, step.dsigma)
+        self.log_densities = self.log_densities + self.change(
+            step.conditional, increment, step.sigma, step.dsigma
+        )
         return increment
 
 
@@ -204,7 +208,9 @@ class SuperposedScheduler(EulerDiscreteScheduler):
     rule: Rule
     guidance: float = 1.0
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, **kwargs: Any) -> None:
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, **kwargs: Any
+    ) -> None:
         """As the Euler scheduler's; begins anew."""
         super().set_timesteps(num_inference_steps, device=device, **kwargs)
         self.rule.begin()
@@ -223,7 +229,15 @@ class SuperposedScheduler(EulerDiscreteScheduler):
         sigma, after = self.sigmas[self.step_index].item(), self.sigmas[self.step_index + 1].item()
         unconditional, conditional = self._noises(model_output, sample, sigma)
         noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
-        step = Step(unconditional, conditional, max(self.guidance, 1.0), sigma, after - sigma, noise, len(self.timesteps))
+        step = Step(
+            unconditional,
+            conditional,
+            max(self.guidance, 1.0),
+            sigma,
+            after - sigma,
+            noise,
+            len(self.timesteps),
+        )
         following = (sample.float() + self.rule.increment(step)).to(sample.dtype)
         self._step_index += 1
         return EulerDiscreteSchedulerOutput(prev_sample=following) if return_dict else (following,)
@@ -256,7 +270,9 @@ def superposed(ensemble: Ensemble, rule: Rule, run: Sequence[int]) -> PipelineSa
     check_guidable(ensemble, "superdiff")
     config = ensemble.frame.scheduler.config
     if Schedule.of(ensemble.frame.scheduler).kind == FLOW:
-        raise UserError("superdiff makes its steps in x0 + sigma ε from a largest sigma, and a flow begins without any signal; choose another method")
+        raise UserError(
+            "superdiff makes its steps in x0 + sigma ε from a largest sigma, and a flow begins without any signal; choose another method"
+        )
     scheduler = SuperposedScheduler.from_config(config, **SPACING)
     scheduler.rule = rule
     denoiser = Stacked(ensemble.denoiser, run)

@@ -78,15 +78,28 @@ def common(
     borrowed = None if first.scheduler is not None else load_lender(_folder(first, lender), dtype)
     scheduler = first.scheduler if borrowed is None else borrowed.scheduler
     if vae is not None:
-        return Common(load_vae(locate(ExpertSpec("vae", vae)), config, dtype, like=first), scheduler, lender, config, dtype, device)
+        return Common(
+            load_vae(locate(ExpertSpec("vae", vae)), config, dtype, like=first),
+            scheduler,
+            lender,
+            config,
+            dtype,
+            device,
+        )
     own = first.located if first.located is not None and first.located.whole_pipeline else None
-    found = load_vae(own, first.config or config, dtype) if own is not None else (borrowed or load_lender(_folder(first, lender), dtype)).load_vae()
+    found = (
+        load_vae(own, first.config or config, dtype)
+        if own is not None
+        else (borrowed or load_lender(_folder(first, lender), dtype)).load_vae()
+    )
     return Common(found, scheduler, lender, config, dtype, device)
 
 
 def _folder(expert: Expert, frame: str | None) -> str:
     if frame is None:
-        raise UserError(f"expert '{expert.name}' lacks a VAE, text encoders or a scheduler; name a pipeline's folder that lends them: --frame FOLDER")
+        raise UserError(
+            f"expert '{expert.name}' lacks a VAE, text encoders or a scheduler; name a pipeline's folder that lends them: --frame FOLDER"
+        )
     return frame
 
 
@@ -108,7 +121,9 @@ def forget() -> None:
 AT_ONCE = 4
 
 
-def draw_prompts(settings: ScreenSettings, specs: Sequence[ExpertSpec], frame: Common, resolution: int, folder: Path) -> Path:
+def draw_prompts(
+    settings: ScreenSettings, specs: Sequence[ExpertSpec], frame: Common, resolution: int, folder: Path
+) -> Path:
     """Prompt k is drawn by expert k, counted round; pictures that are there are kept: -> a folder of captioned images."""
     prompts = read_prompts(Path(str(settings.prompts)))[: settings.images]
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,13 +134,23 @@ def draw_prompts(settings: ScreenSettings, specs: Sequence[ExpertSpec], frame: C
             missing = [place for place in range(turn, len(prompts), len(specs)) if not there[place]]
             if missing:
                 _draw(spec, missing, prompts, files, settings, frame, resolution, bar)
-    lines = [json.dumps({"file_name": file.name, "text": prompt}, ensure_ascii=False) for file, prompt in zip(files, prompts, strict=True)]
+    lines = [
+        json.dumps({"file_name": file.name, "text": prompt}, ensure_ascii=False)
+        for file, prompt in zip(files, prompts, strict=True)
+    ]
     write_atomically(folder / METADATA, "\n".join(lines) + "\n")
     return folder
 
 
 def _draw(
-    spec: ExpertSpec, places: Sequence[int], prompts: Sequence[str], files: Sequence[Path], settings: ScreenSettings, frame: Common, side: int, bar: tqdm
+    spec: ExpertSpec,
+    places: Sequence[int],
+    prompts: Sequence[str],
+    files: Sequence[Path],
+    settings: ScreenSettings,
+    frame: Common,
+    side: int,
+    bar: tqdm,
 ) -> None:
     """One expert's share, some at once."""
     ensemble = frame.load(spec)
@@ -135,7 +160,9 @@ def _draw(
     sampling = Sampling(settings.steps, settings.guidance, height=side, width=side)
     for start in range(0, len(places), AT_ONCE):
         part = places[start : start + AT_ONCE]
-        images = sample(pipeline, [Request(prompts[place], nth_seed(settings.seed, place)) for place in part], sampling)
+        images = sample(
+            pipeline, [Request(prompts[place], nth_seed(settings.seed, place)) for place in part], sampling
+        )
         for place, image in zip(part, images, strict=True):
             with replacing(files[place]) as temporary:
                 Image.fromarray(image).save(temporary, format="PNG")
@@ -157,7 +184,9 @@ class Tapped:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stage, name)
 
-    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
+    def run(
+        self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Trace]:
         features, after = self._stage.run(hidden, trace, skip, size)
         self._seen[self._stage.name] = at_places(features).float().cpu()
         return features, after
@@ -179,7 +208,10 @@ def at_places(features: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, C, PLACES): the same parts of the image whatever the size of the map."""
     height, width = features.shape[-2:]
     spots = torch.rand(2, PLACES, generator=torch.Generator().manual_seed(SEED))
-    rows, columns = (spots[0] * height).long().to(features.device), (spots[1] * width).long().to(features.device)
+    rows, columns = (
+        (spots[0] * height).long().to(features.device),
+        (spots[1] * width).long().to(features.device),
+    )
     return features[:, :, rows, columns]
 
 
@@ -197,7 +229,9 @@ class Answers:
 class Asking:
     """One expert, or an ensemble, asked image by image. batch_size: noisy latents in one pass of the denoiser."""
 
-    def __init__(self, ensemble: Ensemble, conditions: Conditions, noising: Noising, probes: Probes, batch_size: int) -> None:
+    def __init__(
+        self, ensemble: Ensemble, conditions: Conditions, noising: Noising, probes: Probes, batch_size: int
+    ) -> None:
         self.denoiser, self.conditions, self.noising = ensemble.denoiser, conditions, noising
         self.probes, self.batch_size = probes, batch_size
 
@@ -273,7 +307,9 @@ class Store:
             self._sums = []
             errors = np.lib.format.open_memmap(folder / ERRORS, mode="w+", dtype=np.float32, shape=shape)
         self._errors = errors
-        whole = next((image for image, sum_ in enumerate(self._sums) if self._sum(image) != sum_), len(self._sums))
+        whole = next(
+            (image for image, sum_ in enumerate(self._sums) if self._sum(image) != sum_), len(self._sums)
+        )
         self._sums = self._sums[:whole]
 
     @property
@@ -306,7 +342,10 @@ class Store:
         """What tells whether an image's answers are as they were written: crc32 of its errors, and whether it has whole features."""
         if image >= self.shape[0]:
             return None
-        return [zlib.crc32(self._errors[image].tobytes()), int(read_arrays(self._features(image)) is not None)]
+        return [
+            zlib.crc32(self._errors[image].tobytes()),
+            int(read_arrays(self._features(image)) is not None),
+        ]
 
     def errors(self, image: int) -> Tensor:
         """(BANDS, D, C, h, w)."""

@@ -96,6 +96,7 @@ def chance_agreement(wins: Array, weights: Sequence[float] | None = None) -> flo
     rates = np.average(wins, axis=0, weights=weights)
     return float((rates**2).sum())
 
+
 FEW = 60  # sets of experts, all of which are tried
 
 
@@ -120,7 +121,9 @@ class Comparison:
     @cached_property
     def losses(self) -> Array:
         """(N, M, BANDS): the mean squared error of each expert."""
-        return np.stack([[self._losses(store, image) for image in range(self.images)] for store in self.stores])
+        return np.stack(
+            [[self._losses(store, image) for image in range(self.images)] for store in self.stores]
+        )
 
     @cached_property
     def ranking(self) -> list[int]:
@@ -134,7 +137,9 @@ class Comparison:
     @cached_property
     def routes(self) -> list[list[Routes]]:
         """By image and band, experts in the order of ranking."""
-        return [[routes(errors) for errors in self._errors(self.ranking, image)] for image in range(self.images)]
+        return [
+            [routes(errors) for errors in self._errors(self.ranking, image)] for image in range(self.images)
+        ]
 
     def values(self, name: str) -> Array:
         """One number of the routes: (M, BANDS)."""
@@ -155,7 +160,9 @@ class Comparison:
         """By band: how often the winners of two draws are the same, and how often they would be by chance."""
         wins = self.wins()
         observed = self.values("agreement")
-        return [(estimate(observed[:, band]), chance_agreement(wins[:, :, band].T)) for band in range(self.bands)]
+        return [
+            (estimate(observed[:, band]), chance_agreement(wins[:, :, band].T)) for band in range(self.bands)
+        ]
 
     def routed(self, members: Sequence[int]) -> Array:
         """The routed loss (M, BANDS) of some of the experts, pixels: one winner for all channels of a place. One expert: its own."""
@@ -163,7 +170,10 @@ class Comparison:
         if len(ordered) == 1:
             return self.losses[ordered[0]]
         if ordered not in self._routed:
-            rows = [[self._routed_pixels(errors) for errors in self._errors(ordered, image)] for image in range(self.images)]
+            rows = [
+                [self._routed_pixels(errors) for errors in self._errors(ordered, image)]
+                for image in range(self.images)
+            ]
             self._routed[ordered] = np.array(rows)
         return self._routed[ordered]
 
@@ -189,7 +199,9 @@ class Comparison:
         """Of all sets of that size where they are few, else the greedy one."""
         if comb(len(self.names), size) > FEW:
             return self.greedy()[size - 1]
-        return min(combinations(range(len(self.names)), size), key=lambda members: float(self.routed(members).mean()))
+        return min(
+            combinations(range(len(self.names)), size), key=lambda members: float(self.routed(members).mean())
+        )
 
     def apart(self, one: int, other: int) -> list[float]:
         """How far two experts' predictions are apart, by band: root mean square, in units of what they are both wrong by."""
@@ -208,7 +220,12 @@ class Comparison:
         return [float(np.sqrt(value)) for value in found.mean(0) / errors.mean(0)]
 
     def _apart(self, one: int, other: int, image: int) -> Any:
-        return (self.stores[one].errors(image) - self.stores[other].errors(image)).square().mean((1, 2, 3, 4)).numpy()
+        return (
+            (self.stores[one].errors(image) - self.stores[other].errors(image))
+            .square()
+            .mean((1, 2, 3, 4))
+            .numpy()
+        )
 
     def _losses(self, store: Store, image: int) -> Any:
         return store.errors(image).square().double().mean((1, 2, 3, 4)).numpy()

@@ -78,7 +78,12 @@ class Distances:
                 }
                 for one, other in pairs
             ],
-            "base": {self.names[one]: {"cosine": self.cosine_to_base(one), "distance": self.from_base(one)} for one in count} if self.based else None,
+            "base": {
+                self.names[one]: {"cosine": self.cosine_to_base(one), "distance": self.from_base(one)}
+                for one in count
+            }
+            if self.based
+            else None,
         }
 
 
@@ -96,8 +101,15 @@ def distances(specs: Sequence[ExpertSpec], base: ExpertSpec | None, config: str 
             matrix = torch.stack([*rows, zero])  # (N + 1, numbers)
             stage = TEXT if key.partition(".")[0] in TEXT_ENCODERS else stages[key]
             grams[stage] = grams.get(stage, 0) + (matrix @ matrix.T).numpy()
-    ordered = [name for name in stage_names(sources[0].model) if name in grams]  # in the order they run, whatever the file's
-    return Distances(tuple(spec.name for spec in specs), (*ordered, *([TEXT] if TEXT in grams else [])), grams, base is not None)
+    ordered = [
+        name for name in stage_names(sources[0].model) if name in grams
+    ]  # in the order they run, whatever the file's
+    return Distances(
+        tuple(spec.name for spec in specs),
+        (*ordered, *([TEXT] if TEXT in grams else [])),
+        grams,
+        base is not None,
+    )
 
 
 def _common(sources: Sequence[Source], reference: Source) -> list[str]:
@@ -107,7 +119,9 @@ def _common(sources: Sequence[Source], reference: Source) -> list[str]:
     for key in keys:
         for source, other in zip((*sources, reference), shapes, strict=True):
             if other[key] != shapes[0][key]:
-                raise UserError(f"'{source.name}': {key} is {list(other[key])}, expected {list(shapes[0][key])}; all must be of one architecture")
+                raise UserError(
+                    f"'{source.name}': {key} is {list(other[key])}, expected {list(shapes[0][key])}; all must be of one architecture"
+                )
     return keys
 
 
@@ -127,4 +141,7 @@ def _apart(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
 def stage_pairs(names: Sequence[str], found: Sequence[Features]) -> list[dict[str, object]]:
     """Ready for JSON: every pair with its distances by stage."""
     pairs = [(one, other) for one in range(len(names)) for other in range(one + 1, len(names))]
-    return [{"experts": [names[one], names[other]], "stages": features_apart(found[one], found[other])} for one, other in pairs]
+    return [
+        {"experts": [names[one], names[other]], "stages": features_apart(found[one], found[other])}
+        for one, other in pairs
+    ]

@@ -21,7 +21,9 @@ UNKNOWABLE = (
 )
 
 
-def facts_of(planned: Plan, comparison: Comparison, apart: Distances | str, average: Store | str, steps: int) -> dict[str, Any]:
+def facts_of(
+    planned: Plan, comparison: Comparison, apart: Distances | str, average: Store | str, steps: int
+) -> dict[str, Any]:
     """apart, average: or why there are none. steps: of the forward process."""
     settings = planned.settings
     common = {
@@ -47,7 +49,9 @@ def _judged(comparison: Comparison, apart: Distances | str, average: Store | str
     """What images tell."""
     room, by_band = comparison.gains(comparison.routed(range(len(comparison.names))))
     lost = leave_one_out(comparison)
-    averaged = None if isinstance(average, str) else comparison.gains(Comparison(("average",), [average]).losses[0])
+    averaged = (
+        None if isinstance(average, str) else comparison.gains(Comparison(("average",), [average]).losses[0])
+    )
     average_gain = None if averaged is None else averaged[0]
     foretold = {method: fit(room.value) for method, fit in fits().items()}
     subsets = _subsets(comparison)
@@ -64,14 +68,21 @@ def _judged(comparison: Comparison, apart: Distances | str, average: Store | str
         enough=_enough(comparison),
         near=_near(comparison),
     )
-    predicted = {"over_best": asdict(foretold["afa"]), "over_router": asdict(over(foretold["afa"], foretold["router"].value))}
-    predicted["over_average"] = None if average_gain is None else asdict(over(foretold["afa"], average_gain.value))
+    predicted = {
+        "over_best": asdict(foretold["afa"]),
+        "over_router": asdict(over(foretold["afa"], foretold["router"].value)),
+    }
+    predicted["over_average"] = (
+        None if average_gain is None else asdict(over(foretold["afa"], average_gain.value))
+    )
     return {
         "best": comparison.best,
         "losses": _losses(comparison),
         "head_room": _gains((room, by_band)),
         "bounds": _bounds(comparison),
-        "agreement": [{"observed": asdict(observed), "chance": chance} for observed, chance in comparison.agreement()],
+        "agreement": [
+            {"observed": asdict(observed), "chance": chance} for observed, chance in comparison.agreement()
+        ],
         "leave_one_out": {name: asdict(value) for name, value in lost.items()},
         "subsets": subsets,
         "average": average if averaged is None else _gains(averaged),
@@ -128,7 +139,9 @@ def leave_one_out(comparison: Comparison) -> dict[str, Estimate]:
     for left_out, name in enumerate(comparison.names):
         without = comparison.routed([place for place in places if place != left_out]).mean(1)
         rise = difference(without, whole)
-        found[name] = Estimate(rise.value / whole.mean(), rise.low / whole.mean(), rise.high / whole.mean(), rise.n)
+        found[name] = Estimate(
+            rise.value / whole.mean(), rise.low / whole.mean(), rise.high / whole.mean(), rise.n
+        )
     return found
 
 
@@ -138,7 +151,13 @@ def _subsets(comparison: Comparison) -> list[dict[str, Any]]:
     for size in range(1, len(comparison.names) + 1):
         members = comparison.best_of_size(size)
         overall, _ = comparison.gains(comparison.routed(members))
-        found.append({"size": size, "experts": [comparison.names[place] for place in sorted(members)], "head_room": asdict(overall)})
+        found.append(
+            {
+                "size": size,
+                "experts": [comparison.names[place] for place in sorted(members)],
+                "head_room": asdict(overall),
+            }
+        )
     return found
 
 
@@ -146,7 +165,11 @@ def _enough(comparison: Comparison) -> int:
     """How many experts of the greedy path come within WORTH of all of them."""
     path = comparison.greedy()
     whole = min(comparison.routed(members).mean() for members in path)
-    return next(size for size, members in enumerate(path, start=1) if comparison.routed(members).mean() <= whole * (1 + WORTH))
+    return next(
+        size
+        for size, members in enumerate(path, start=1)
+        if comparison.routed(members).mean() <= whole * (1 + WORTH)
+    )
 
 
 def _same(comparison: Comparison, apart: Distances | str) -> dict[str, str]:
@@ -155,7 +178,9 @@ def _same(comparison: Comparison, apart: Distances | str) -> dict[str, str]:
     found = {}
     for other in count:
         for one in range(other):
-            distance = max(comparison.apart(one, other)) if isinstance(apart, str) else apart.between(one, other)
+            distance = (
+                max(comparison.apart(one, other)) if isinstance(apart, str) else apart.between(one, other)
+            )
             if distance < SAME and comparison.names[one] not in found:
                 found.setdefault(comparison.names[other], comparison.names[one])
     return found

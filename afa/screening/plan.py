@@ -74,18 +74,29 @@ def find(place: str, images: int, columns: Columns | None = None) -> Source:
     """List the first so many captioned images. Raises UserError if there are fewer than two."""
     source = open_source(place, columns, images)
     if len(source.samples) < 2:
-        raise UserError(f"--data {place} holds {len(source.samples)} captioned image; at least 2 are needed for an interval")
+        raise UserError(
+            f"--data {place} holds {len(source.samples)} captioned image; at least 2 are needed for an interval"
+        )
     return source
 
 
-def encoded(place: str | Source, vae: Any, noising: Noising, *, images: int, draws: int, seed: int, resolution: int) -> Probes:
+def encoded(
+    place: str | Source, vae: Any, noising: Noising, *, images: int, draws: int, seed: int, resolution: int
+) -> Probes:
     """The probes of the images that can be read; others are left out and noted in the source. resolution: of the squares, in pixels."""
     source = find(place, images) if isinstance(place, str) else place
     work = [(sample, [Crop(resolution)]) for sample in source.samples]
     vae.to(noising.device)
 
     def watched(rows: Any) -> Any:
-        return tqdm(rows, desc="encoding images", unit="image", total=len(work), file=sys.stderr, disable=len(work) < FEW)
+        return tqdm(
+            rows,
+            desc="encoding images",
+            unit="image",
+            total=len(work),
+            file=sys.stderr,
+            disable=len(work) < FEW,
+        )
 
     found = encode(work, vae, AT_ONCE, source.skipped, watched)
     batch = noising.draw(found, list(range(len(found))), generator(seed))
@@ -156,7 +167,9 @@ def plan(settings: ScreenSettings) -> Plan:
     if source is not None:
         check_skipped(source, settings.max_skipped)
     images = _prompts(settings) if source is None else len(source.samples)
-    return Plan(settings, specs, experts[0], lender, mismatches(experts), *_size(settings, experts[0]), images, source)
+    return Plan(
+        settings, specs, experts[0], lender, mismatches(experts), *_size(settings, experts[0]), images, source
+    )
 
 
 def _lender(experts: Sequence[Expert], frame: str | None) -> str | None:
@@ -168,7 +181,11 @@ def _lender(experts: Sequence[Expert], frame: str | None) -> str | None:
     if not bare:
         return frame
     whole = next((expert for expert in experts if expert.text_encoders), None)
-    folder = None if whole is None or whole.located is None or whole.located.single_file else str(whole.located.path)
+    folder = (
+        None
+        if whole is None or whole.located is None or whole.located.single_file
+        else str(whole.located.path)
+    )
     for expert in bare if whole is not None else ():
         expert.text_encoders, expert.tokenizers = list(whole.text_encoders), list(whole.tokenizers)
     place = frame or folder
@@ -202,5 +219,7 @@ def _size(settings: ScreenSettings, expert: Expert) -> tuple[tuple[int, int, int
     multiple = factor * call.patch
     if resolution % multiple:
         near = max(1, round(resolution / multiple)) * multiple
-        raise UserError(f"--resolution {resolution} is not a multiple of {multiple} pixels; {near} is the nearest")
+        raise UserError(
+            f"--resolution {resolution} is not a multiple of {multiple} pixels; {near} is the nearest"
+        )
     return (call.latent_channels(config), resolution // factor, resolution // factor), resolution

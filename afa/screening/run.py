@@ -45,7 +45,14 @@ def screen(settings: ScreenSettings, planned: Plan | None = None) -> dict[str, A
     """
     planned = planned or plan(settings)
     with _workplace(planned) as work:
-        frame = common(planned.first, planned.lender, settings.vae, settings.config, getattr(torch, settings.dtype), choose_device(settings.device))
+        frame = common(
+            planned.first,
+            planned.lender,
+            settings.vae,
+            settings.config,
+            getattr(torch, settings.dtype),
+            choose_device(settings.device),
+        )
         noising = Noising(frame.scheduler, latents_of(frame.vae), frame.device)
         probes = _probes(planned, frame, noising, work)
         _check_probes(work / PROBES, probes)
@@ -66,8 +73,16 @@ def _workplace(planned: Plan) -> Iterator[Path]:
     settings = planned.settings
     try:
         with locked(Path(output)):
-            files = fingerprint(planned.specs, frame=settings.frame, vae=settings.vae, base=settings.base, config=settings.config)
-            asked = settings.binding() | ({} if settings.prompts is None else {"prompt": read_prompts(Path(settings.prompts))})
+            files = fingerprint(
+                planned.specs,
+                frame=settings.frame,
+                vae=settings.vae,
+                base=settings.base,
+                config=settings.config,
+            )
+            asked = settings.binding() | (
+                {} if settings.prompts is None else {"prompt": read_prompts(Path(settings.prompts))}
+            )
             claim(Path(output), asked, "the screening", files)
             yield Path(output)
     except KeyboardInterrupt:
@@ -78,7 +93,9 @@ def _check_probes(note: Path, probes: Probes) -> None:
     """Raises UserError if the images are others than those that experts were asked about before."""
     now = {"sha256 of images and captions": probes.digest}
     if note.exists() and json_or_none(note) != now:
-        raise UserError(f"the images or captions have changed since the screening in {note.parent} was begun; choose another --output")
+        raise UserError(
+            f"the images or captions have changed since the screening in {note.parent} was begun; choose another --output"
+        )
     write_atomically(note, json.dumps(now))
 
 
@@ -87,8 +104,19 @@ def _probes(planned: Plan, frame: Common, noising: Noising, work: Path) -> Probe
     settings = planned.settings
     source: Any = planned.source
     if source is None:
-        source = find(str(draw_prompts(settings, planned.specs, frame, planned.resolution, work / "drawn")), settings.images)
-    found = encoded(source, frame.vae, noising, images=settings.images, draws=settings.draws, seed=settings.seed, resolution=planned.resolution)
+        source = find(
+            str(draw_prompts(settings, planned.specs, frame, planned.resolution, work / "drawn")),
+            settings.images,
+        )
+    found = encoded(
+        source,
+        frame.vae,
+        noising,
+        images=settings.images,
+        draws=settings.draws,
+        seed=settings.seed,
+        resolution=planned.resolution,
+    )
     check_skipped(source, settings.max_skipped)
     if source.skipped:
         print(f"afa: {source.skipped.summary()}", file=sys.stderr)
@@ -98,15 +126,25 @@ def _probes(planned: Plan, frame: Common, noising: Noising, work: Path) -> Probe
 class Questions:
     """What experts are asked, and where their answers are kept."""
 
-    def __init__(self, frame: Common, noising: Noising, probes: Probes, settings: ScreenSettings, work: Path) -> None:
-        self.frame, self.noising, self.probes, self.settings, self.work = frame, noising, probes, settings, work
+    def __init__(
+        self, frame: Common, noising: Noising, probes: Probes, settings: ScreenSettings, work: Path
+    ) -> None:
+        self.frame, self.noising, self.probes, self.settings, self.work = (
+            frame,
+            noising,
+            probes,
+            settings,
+            work,
+        )
         self.shape = (len(probes), BANDS, settings.draws, *probes.latents.shape[1:])
 
     def all(self, specs: list[ExpertSpec]) -> list[Store]:
         """The answers of every expert, one after another in memory; those that are there are kept."""
         stores = [self.store(spec) for spec in specs]
         self._check_space(sum(not store.complete for store in stores))
-        with tqdm(total=len(self.probes) * len(specs), desc="asking experts", unit="image", file=sys.stderr) as bar:
+        with tqdm(
+            total=len(self.probes) * len(specs), desc="asking experts", unit="image", file=sys.stderr
+        ) as bar:
             for spec, store in zip(specs, stores, strict=True):
                 self.ask(spec, store, bar)
         return stores
@@ -123,7 +161,9 @@ class Questions:
             return
         ensemble = self.frame.load(spec)
         warn_of_prompts(self.probes.captions, ensemble.denoiser.call, ensemble.frame.tokenizers, "caption")
-        asking = Asking(ensemble, self.frame.conditions(ensemble), self.noising, self.probes, self.settings.batch_size)
+        asking = Asking(
+            ensemble, self.frame.conditions(ensemble), self.noising, self.probes, self.settings.batch_size
+        )
         while not store.complete:
             store.add(asking.ask(store.done, features=store.done < FEATURED))
             bar.update()
@@ -151,8 +191,12 @@ def _average(planned: Plan, asking: Questions) -> Store | str:
         if not store.complete:
             shutil.rmtree(place, ignore_errors=True)  # of a run that was killed here
             read = {"config": planned.settings.config, "prediction_type": planned.settings.prediction_type}
-            merge_files(MergeSettings(experts=[str(spec) for spec in planned.specs], output=str(place), **read))
-        with tqdm(total=len(asking.probes), desc="asking their average", unit="image", file=sys.stderr) as bar:
+            merge_files(
+                MergeSettings(experts=[str(spec) for spec in planned.specs], output=str(place), **read)
+            )
+        with tqdm(
+            total=len(asking.probes), desc="asking their average", unit="image", file=sys.stderr
+        ) as bar:
             asking.ask(spec, store, bar)
     except UserError as error:
         return f"cannot be made: {error}"
@@ -165,6 +209,10 @@ def _distances(planned: Plan) -> Distances | str:
     """Between parameters, or why they cannot be compared."""
     base = planned.settings.base
     try:
-        return distances(planned.specs, None if base is None else ExpertSpec.parse(base, planned.settings.prediction_type), planned.settings.config)
+        return distances(
+            planned.specs,
+            None if base is None else ExpertSpec.parse(base, planned.settings.prediction_type),
+            planned.settings.config,
+        )
     except UserError as error:
         return str(error)

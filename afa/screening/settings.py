@@ -6,7 +6,14 @@ from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, CheckedOptions, option
 
-FREE = ("output", "batch_size", "allow_outside", "device", "dry_run", "json")  # may differ when a screening goes on: they change no answer
+FREE = (
+    "output",
+    "batch_size",
+    "allow_outside",
+    "device",
+    "dry_run",
+    "json",
+)  # may differ when a screening goes on: they change no answer
 
 
 @dataclass(frozen=True)
@@ -23,24 +30,61 @@ class ScreenSettings(CheckedOptions):
         help="captioned images: a folder with metadata.jsonl or with a .txt beside every image, a .jsonl, parquet files, "
         "tar shards or a data set of the hub",
     )
-    prompts: str | None = option(None, help="instead of --data, a file of prompts: what experts draw of them shows where they disagree, not who is right")
-    output: str | None = option(None, help="a folder for report.html and screen.json, and for going on after an interruption (default: nothing is kept)")
-    base: str | None = option(None, place=True, help="the model the experts were fine-tuned from: an expert that is the base under another name is found")
+    prompts: str | None = option(
+        None,
+        help="instead of --data, a file of prompts: what experts draw of them shows where they disagree, not who is right",
+    )
+    output: str | None = option(
+        None,
+        help="a folder for report.html and screen.json, and for going on after an interruption (default: nothing is kept)",
+    )
+    base: str | None = option(
+        None,
+        place=True,
+        help="the model the experts were fine-tuned from: an expert that is the base under another name is found",
+    )
     images: int = option(64, least=2, most=10**6, help="the first so many images, or prompts")
-    draws: int = option(4, least=2, most=1000, help="noises at every image and timestep; head-room is what all but one of them foretell of that one")
+    draws: int = option(
+        4,
+        least=2,
+        most=1000,
+        help="noises at every image and timestep; head-room is what all but one of them foretell of that one",
+    )
     seed: int = option(0, **SEED, help="of timesteps and noise, 0 to 2**64 - 1")
-    resolution: int | None = option(None, least=1, most=2**16, help="side of the square that is cut from images, in pixels (default: the experts' own)")
+    resolution: int | None = option(
+        None,
+        least=1,
+        most=2**16,
+        help="side of the square that is cut from images, in pixels (default: the experts' own)",
+    )
     image_column: str | None = option(None, help="of --data (default: image, jpg, file_name …)")
     caption_column: str | None = option(None, help="of --data (default: text, caption, prompt …)")
-    allow_outside: bool = option(False, help="also read images that --data names outside its own folder: links, absolute paths, ..")
+    allow_outside: bool = option(
+        False, help="also read images that --data names outside its own folder: links, absolute paths, .."
+    )
     max_skipped: float = option(0.1, least=0, below=1, help="share of images that may be unreadable")
-    no_average: bool = option(False, help="do not write and ask the weight average of all experts, which takes the disk space of one")
+    no_average: bool = option(
+        False,
+        help="do not write and ask the weight average of all experts, which takes the disk space of one",
+    )
     steps: int = option(20, **SAMPLING_STEPS, help="with --prompts: denoising steps")
-    guidance: float | None = option(None, **GUIDANCE, help="with --prompts: strength of guidance (default: the family's own)")
-    config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
+    guidance: float | None = option(
+        None, **GUIDANCE, help="with --prompts: strength of guidance (default: the family's own)"
+    )
+    config: str | None = option(
+        None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)"
+    )
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
-    frame: str | None = option(None, place=True, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
-    vae: str | None = option(None, place=True, help="a VAE's or pipeline's folder, or one .safetensors file (default: the first expert's)")
+    frame: str | None = option(
+        None,
+        place=True,
+        help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone",
+    )
+    vae: str | None = option(
+        None,
+        place=True,
+        help="a VAE's or pipeline's folder, or one .safetensors file (default: the first expert's)",
+    )
     batch_size: int = option(16, **COUNT, help="noisy latents in one pass of a denoiser, at most one image's")
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
@@ -50,7 +94,9 @@ class ScreenSettings(CheckedOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.experts) < 2:
-            raise UserError(f"screening compares experts, and {len(self.experts)} is given ({' '.join(self.experts)}); give at least two")
+            raise UserError(
+                f"screening compares experts, and {len(self.experts)} is given ({' '.join(self.experts)}); give at least two"
+            )
         if (self.data is None) == (self.prompts is None):
             raise UserError("give either --data, captioned images, or --prompts, a file of prompts")
         self._check_prompts_only()
@@ -58,7 +104,9 @@ class ScreenSettings(CheckedOptions):
     def _check_prompts_only(self) -> None:
         """Options of --prompts without it, and the other way round."""
         if self.data is not None and (self.guidance is not None or self.steps != 20):
-            raise UserError("--steps and --guidance are for --prompts, where experts draw; with --data nothing is drawn, so leave them out")
+            raise UserError(
+                "--steps and --guidance are for --prompts, where experts draw; with --data nothing is drawn, so leave them out"
+            )
         for name in ("image_column", "caption_column", "allow_outside"):
             if self.prompts is not None and getattr(self, name):
                 raise UserError(f"--{name.replace('_', '-')} is for --data; leave it out with --prompts")

@@ -78,7 +78,10 @@ def fits() -> dict[str, Fit]:
     """By method: afa, router; of the sets in calibration.json."""
     points = build(Calibration, read_json(CALIBRATION), CALIBRATION)["sets"]
     room = [point["head_room"] for point in points]
-    return {"afa": Fit.of(room, [point["afa"] for point in points]), "router": Fit.of(room, [point["router"] for point in points])}
+    return {
+        "afa": Fit.of(room, [point["afa"] for point in points]),
+        "router": Fit.of(room, [point["router"] for point in points]),
+    }
 
 
 def over(gain: Foretold, other: float) -> Foretold:
@@ -143,17 +146,29 @@ def judge(evidence: Evidence) -> Verdict:
         if name not in kept and name not in dropped:
             dropped[name] = _adds_little(name, evidence)
     dropped = {name: why for name, why in dropped.items() if name not in kept}
-    reasons = [f"Learnable head-room: routing by place would lower the loss of {evidence.best}, the best expert, by {share(evidence.room)}."]
-    reasons += [f"{name} is the base model under another name; it is kept because it adds to the others." for name in evidence.base if name in kept]
+    reasons = [
+        f"Learnable head-room: routing by place would lower the loss of {evidence.best}, the best expert, by {share(evidence.room)}."
+    ]
+    reasons += [
+        f"{name} is the base model under another name; it is kept because it adds to the others."
+        for name in evidence.base
+        if name in kept
+    ]
     if evidence.afa.value < WORTH or len(kept) == 1:
         return _without_ensemble(evidence, dropped, reasons)
     if evidence.average is not None:
-        if evidence.average.excludes_zero and evidence.average.low > 0 and evidence.average.value >= evidence.afa.value - WORTH:
+        if (
+            evidence.average.excludes_zero
+            and evidence.average.low > 0
+            and evidence.average.value >= evidence.afa.value - WORTH
+        ):
             much = f"as much as AFA is expected to ({spread(evidence.afa)}), at the price of one model"
             reasons.append(f"The weight average lowers it by {share(evidence.average)}, {much}.")
             return Verdict(MERGE, tuple(kept), dropped, tuple(reasons))
         how = "lowers it by" if evidence.average.value >= 0 else "raises it by"
-        reasons.append(f"The weight average {how} {share(evidence.average, absolute=True)}; AFA is expected to lower it by {spread(evidence.afa)}.")
+        reasons.append(
+            f"The weight average {how} {share(evidence.average, absolute=True)}; AFA is expected to lower it by {spread(evidence.afa)}."
+        )
     return Verdict(ENSEMBLE, tuple(kept), dropped, tuple(reasons))
 
 
@@ -162,8 +177,15 @@ def _without_ensemble(evidence: Evidence, dropped: dict[str, str], reasons: list
     average = evidence.average
     distinct = [name for name in evidence.names if name not in evidence.same]
     if average is not None and average.excludes_zero and average.low > WORTH / 2 and len(distinct) > 1:
-        reasons.append(f"That is not worth several models; but their weight average lowers it by {share(average)}, at the price of one.")
-        return Verdict(MERGE, tuple(distinct), {name: why for name, why in dropped.items() if name in evidence.same}, tuple(reasons))
+        reasons.append(
+            f"That is not worth several models; but their weight average lowers it by {share(average)}, at the price of one."
+        )
+        return Verdict(
+            MERGE,
+            tuple(distinct),
+            {name: why for name, why in dropped.items() if name in evidence.same},
+            tuple(reasons),
+        )
     reasons.append(f"Less than {100 * WORTH:g} % is not worth a second model.")
     rest = {name: why for name, why in dropped.items() if name != evidence.best}
     return Verdict(ONE, (evidence.best,), rest, tuple(reasons))

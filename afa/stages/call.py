@@ -28,7 +28,12 @@ class Call(ABC):
     tokens: int
     patch: int
     encoded: tuple[int, ...]
-    named: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    named: tuple[str, ...] = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )
     joined: bool
     streams: bool = True
     frozen_text: bool = True
@@ -75,7 +80,9 @@ class Call(ABC):
         """Conditions without content. empty: makes a tensor of a shape."""
 
     @abstractmethod
-    def arguments(self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
+    def arguments(
+        self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]
+    ) -> dict[str, Any]:
         """The call for noisy latents (B, C, H, W) at times (B,), as schedulers count them."""
 
     def counted(self, timestep: Tensor | float | int) -> Tensor | float | int:
@@ -110,7 +117,9 @@ class Call(ABC):
         """Of guidance where nobody says: as the stock pipeline has it; None: the models know none."""
         return self.guidance
 
-    def guided(self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None) -> dict[str, Any]:
+    def guided(
+        self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None
+    ) -> dict[str, Any]:
         """The stock pipeline's arguments for guidance of `count` images.
 
         strength: None: as above. negative: what the images should not show. true: of classifier-free guidance beside the one
@@ -118,10 +127,17 @@ class Call(ABC):
         """
         strength = self.strength(config) if strength is None else strength
         if true is not None:
-            raise UserError(f"true guidance {true:g} is for models whose own guidance is built in, and that of these models is not; use --guidance")
+            raise UserError(
+                f"true guidance {true:g} is for models whose own guidance is built in, and that of these models is not; use --guidance"
+            )
         if negative is not None and strength is not None and strength <= 1:
-            raise UserError(f"guidance {strength:g} turns guidance off, so a negative prompt changes nothing; give more than 1, or leave that out")
-        return {"guidance_scale": strength, "negative_prompt": None if negative is None else [negative] * count}
+            raise UserError(
+                f"guidance {strength:g} turns guidance off, so a negative prompt changes nothing; give more than 1, or leave that out"
+            )
+        return {
+            "guidance_scale": strength,
+            "negative_prompt": None if negative is None else [negative] * count,
+        }
 
     def classifier_free(self, config: Any) -> float:
         """Strength, where nobody says, of guidance by two passes: the same, 1 (none) where guidance is told to the model or unknown to it."""

@@ -30,7 +30,10 @@ def original_layers(model: Any, family: str, stages: Sequence[Stage]) -> dict[st
         weights = [name for name in model.state_dict() if name.endswith(".weight") and ".lora_" not in name]
         weights = [name.replace(".base_layer.", ".") for name in weights]
         renamed = unet_names(weights, stage_of_names(weights, model, stages))
-        return {new.removesuffix(".weight"): Layers((name.removesuffix(".weight"),)) for name, new in renamed.items()}
+        return {
+            new.removesuffix(".weight"): Layers((name.removesuffix(".weight"),))
+            for name, new in renamed.items()
+        }
     found = {}
     present = {name.removesuffix(".base_layer") for name, _ in model.named_modules()}
     for original, names in ENDS.get(family, {}).items():
@@ -39,14 +42,19 @@ def original_layers(model: Any, family: str, stages: Sequence[Stage]) -> dict[st
         count = len({name.split(".")[1] for name in present if name.startswith(f"{diffusers}.")})
         for index in range(count):
             for original, names in table.items():
-                last = index == count - 1 and original == "context_block.adaLN_modulation.1"  # of SD3: a norm of its own
+                last = (
+                    index == count - 1 and original == "context_block.adaLN_modulation.1"
+                )  # of SD3: a norm of its own
                 inside = tuple(f"{diffusers}.{index}.{name}" for name in names)
                 found[f"{block}.{index}.{original}"] = Layers(inside, last)
     return {original: layers for original, layers in found.items() if present.issuperset(layers.names)}
 
 
 # FLUX.1 and SD3: original name -> diffusers' names, in a block and outside
-_QKV, _ADDED = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+_QKV, _ADDED = (
+    ("attn.to_q", "attn.to_k", "attn.to_v"),
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+)
 FLUX_DOUBLE = {
     "img_attn.qkv": _QKV,
     "txt_attn.qkv": _ADDED,

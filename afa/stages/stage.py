@@ -45,7 +45,9 @@ class Stage(ABC):
     upsamples: bool = False
 
     @abstractmethod
-    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
+    def run(
+        self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Trace]:
         """Features in, features out: (B, C_in, H, W) -> (B, channels, H', W'), and the trace to go on with.
 
         The trace that came in is never changed: a stage may be run again in the backward pass.

@@ -40,10 +40,17 @@ def set_steps(scheduler: Any, steps: int, tokens: int) -> None:
 
     Source: Esser et al., arXiv:2403.03206, section 5.3.2; the straight line between two sizes as in FLUX.1.
     """
-    known = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # the pipelines' defaults
+    known = {
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+    }  # the pipelines' defaults
     few, many, low, high = (scheduler.config.get(name, value) for name, value in known.items())
     slope = (high - low) / (many - few)
-    scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)], mu=tokens * slope + (low - slope * few))
+    scheduler.set_timesteps(
+        sigmas=[1 - step / steps for step in range(steps)], mu=tokens * slope + (low - slope * few)
+    )
 
 
 @dataclass(kw_only=True)
@@ -64,9 +71,13 @@ class Block(Stage):
     module: nn.Module
     silent: tuple[str, ...] = ()
 
-    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
+    def run(
+        self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Trace]:
         assert isinstance(trace, TokenTrace)
-        stream, tokens = self.module(hidden_states=as_tokens(hidden), encoder_hidden_states=trace.stream, **self.arguments(trace))
+        stream, tokens = self.module(
+            hidden_states=as_tokens(hidden), encoder_hidden_states=trace.stream, **self.arguments(trace)
+        )
         return as_map(tokens, trace.grid), dataclasses.replace(trace, stream=stream)
 
     def arguments(self, trace: TokenTrace) -> dict[str, Any]:
@@ -89,9 +100,13 @@ class Head(Stage):
 
     model: Any
 
-    def run(self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> tuple[Tensor, Trace]:
+    def run(
+        self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Trace]:
         assert isinstance(trace, TokenTrace)
-        return as_map(self.model.proj_out(self.model.norm_out(as_tokens(hidden), trace.temb)), trace.grid), trace
+        return as_map(
+            self.model.proj_out(self.model.norm_out(as_tokens(hidden), trace.temb)), trace.grid
+        ), trace
 
     def modules(self) -> list[object]:
         return [self.model.norm_out, self.model.proj_out]

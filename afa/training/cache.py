@@ -66,7 +66,11 @@ class LatentCache:
         if image is None:
             return None
         keys = [row_key(image, crop) for crop in crops]
-        return Known(bytes.fromhex(image), keys) if all(key in self.moments and key in self.sizes for key in keys) else None
+        return (
+            Known(bytes.fromhex(image), keys)
+            if all(key in self.moments and key in self.sizes for key in keys)
+            else None
+        )
 
     def add(self, keys: Sequence[str], moments: Tensor, sizes: Sequence[Sequence[float]]) -> None:
         """Keep the rows of a batch."""
@@ -92,13 +96,21 @@ class LatentCache:
 class TextCache:
     """States of captions, by caption and text encoders. parts: name -> a stored tensor's shape and dtype, without the batch."""
 
-    def __init__(self, folder: Path, identity: str, parts: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> None:
+    def __init__(
+        self, folder: Path, identity: str, parts: Sequence[tuple[tuple[int, ...], torch.dtype]]
+    ) -> None:
         place = folder / f"text-{identity[:16]}"
-        self.stores = [RowStore(place / f"part-{index}", shape, dtype) for index, (shape, dtype) in enumerate(parts)]
+        self.stores = [
+            RowStore(place / f"part-{index}", shape, dtype) for index, (shape, dtype) in enumerate(parts)
+        ]
 
     def missing(self, captions: Iterable[str]) -> list[str]:
         """The captions that are not there, each once."""
-        return [caption for caption in dict.fromkeys(captions) if any(caption_key(caption) not in store for store in self.stores)]
+        return [
+            caption
+            for caption in dict.fromkeys(captions)
+            if any(caption_key(caption) not in store for store in self.stores)
+        ]
 
     def add(self, captions: Sequence[str], parts: Sequence[Tensor]) -> None:
         for store, part in zip(self.stores, parts, strict=True):
@@ -131,7 +143,9 @@ def check_space(folder: Path, needed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"--cache {folder} needs {needed / 1e9:.1f} GB more, and its disk has {free / 1e9:.1f} GB left; give another place")
+        raise UserError(
+            f"--cache {folder} needs {needed / 1e9:.1f} GB more, and its disk has {free / 1e9:.1f} GB left; give another place"
+        )
 
 
 def _mark(sample: Sample) -> str:
@@ -152,7 +166,15 @@ class Found:
     sha256: bytes
 
 
-def encode_cached(work: Sequence[Work], vae: Any, batch_size: int, skipped: Skipped, progress: Any = iter, *, cache: LatentCache) -> Encoded:
+def encode_cached(
+    work: Sequence[Work],
+    vae: Any,
+    batch_size: int,
+    skipped: Skipped,
+    progress: Any = iter,
+    *,
+    cache: LatentCache,
+) -> Encoded:
     """As data.encode, but only what the cache lacks is read and encoded; each process does its share."""
     state = PartialState()
     todo = [item for item in work if cache.find(*item) is None]
@@ -168,7 +190,9 @@ def encode_cached(work: Sequence[Work], vae: Any, batch_size: int, skipped: Skip
     return _collect(work, skipped, reasons, cache)
 
 
-def _collect(work: Sequence[Work], skipped: Skipped, reasons: Mapping[str, str], cache: LatentCache) -> Encoded:
+def _collect(
+    work: Sequence[Work], skipped: Skipped, reasons: Mapping[str, str], cache: LatentCache
+) -> Encoded:
     """Everything in its order; what is still not there could not be read. reasons: why, where this process knows."""
     keys: list[str] = []
     images: list[Found] = []
@@ -182,7 +206,9 @@ def _collect(work: Sequence[Work], skipped: Skipped, reasons: Mapping[str, str],
     if not keys:
         raise UserError(f"none of the images can be read: {skipped.summary()}")
     captions = [image.sample.caption for image in images]
-    return Encoded(StoredRows(cache.moments, keys), captions, cache.sizes.read(keys), digest(images), len(work[0][1]))
+    return Encoded(
+        StoredRows(cache.moments, keys), captions, cache.sizes.read(keys), digest(images), len(work[0][1])
+    )
 
 
 def announce(folder: Path, what: str, count: int, row_bytes: int) -> None:
@@ -190,7 +216,10 @@ def announce(folder: Path, what: str, count: int, row_bytes: int) -> None:
     if count:
         check_space(folder, count * row_bytes)
         if PartialState().is_main_process:
-            print(f"afa: {count} {what} to put into the cache {folder}, {count * row_bytes / 1e6:,.1f} MB", file=sys.stderr)
+            print(
+                f"afa: {count} {what} to put into the cache {folder}, {count * row_bytes / 1e6:,.1f} MB",
+                file=sys.stderr,
+            )
 
 
 def missing_rows(work: Iterable[Work], cache: LatentCache) -> int:
@@ -222,7 +251,9 @@ class VaryingTextCache:
         """Keep states (B, T, D) with their mask (B, T): states first, so that a length is there only with what it is of."""
         states, mask = parts
         keys, lengths = [caption_key(caption) for caption in captions], mask.sum(1).tolist()
-        assert all(bool(kept[:length].all()) for kept, length in zip(mask, lengths, strict=True)), "padding stands behind a prompt"
+        assert all(bool(kept[:length].all()) for kept, length in zip(mask, lengths, strict=True)), (
+            "padding stands behind a prompt"
+        )
         for size in sorted({_row(length) for length in lengths}):
             chosen = [place for place, length in enumerate(lengths) if _row(length) == size]
             rows = states.new_zeros(len(chosen), size, self.width)

@@ -22,7 +22,10 @@ FEW = 50  # captions, encoded without a bar
 def equally_long(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """States or masks of two batches, (B, T, …), the shorter ones padded with zeros: a mask says then that there is nothing."""
     length = max(one.shape[1], other.shape[1])
-    first, second = (torch.cat([part, part.new_zeros(len(part), length - part.shape[1], *part.shape[2:])], dim=1) for part in (one, other))
+    first, second = (
+        torch.cat([part, part.new_zeros(len(part), length - part.shape[1], *part.shape[2:])], dim=1)
+        for part in (one, other)
+    )
     return first, second
 
 
@@ -50,7 +53,9 @@ class Conditions:
         state.wait_for_everyone()  # nobody writes before everybody has looked
         own = missing[state.process_index :: state.num_processes]
         parts = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-        for part in tqdm(parts, desc="encoding captions", unit="batch", file=sys.stderr, disable=len(own) < FEW):
+        for part in tqdm(
+            parts, desc="encoding captions", unit="batch", file=sys.stderr, disable=len(own) < FEW
+        ):
             cache.add(part, self._encode(part))
         state.wait_for_everyone()
         cache.refresh()
@@ -58,9 +63,13 @@ class Conditions:
 
     def _cache(self, folder: Path, captions: list[str]) -> TextCache | VaryingTextCache:
         if not self.call.varying:
-            return TextCache(folder, self._identity(), [(tuple(part.shape[1:]), part.dtype) for part in self._none])
+            return TextCache(
+                folder, self._identity(), [(tuple(part.shape[1:]), part.dtype) for part in self._none]
+            )
         states, mask = self._encode([max(captions, key=len)])
-        return VaryingTextCache(folder, self._identity(), states.shape[-1], states.dtype, longest=int(mask.sum()))
+        return VaryingTextCache(
+            folder, self._identity(), states.shape[-1], states.dtype, longest=int(mask.sum())
+        )
 
     def _identity(self) -> str:
         """Of everything that decides a caption's states."""
@@ -91,7 +100,9 @@ class Conditions:
         return self.call.conditions(self.config, parts, sizes.to(self.device, parts[0].dtype))
 
 
-def encode_prompt(pipeline: Any, captions: list[str], device: torch.device, *, guided: bool) -> tuple[Any, ...]:
+def encode_prompt(
+    pipeline: Any, captions: list[str], device: torch.device, *, guided: bool
+) -> tuple[Any, ...]:
     """A stock pipeline's encode_prompt, as far as it takes the options: every text encoder gets the same prompt.
 
     guided: with the empty prompt for guidance, where the pipeline encodes one beside it. Prompts are cut where the pipeline cuts
@@ -99,8 +110,16 @@ def encode_prompt(pipeline: Any, captions: list[str], device: torch.device, *, g
     """
     taken = inspect.signature(pipeline.encode_prompt).parameters
     called = inspect.signature(pipeline.__call__).parameters
-    options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided, "prompt_2": None, "prompt_3": None}
+    options = {
+        "device": device,
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": guided,
+        "prompt_2": None,
+        "prompt_3": None,
+    }
     if "max_sequence_length" in called:
         options["max_sequence_length"] = called["max_sequence_length"].default
-    found: tuple[Any, ...] = pipeline.encode_prompt(captions, **{name: value for name, value in options.items() if name in taken})
+    found: tuple[Any, ...] = pipeline.encode_prompt(
+        captions, **{name: value for name, value in options.items() if name in taken}
+    )
     return found

@@ -29,10 +29,14 @@ Work = tuple[Sample, Sequence[Crop]]
 def split(samples: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any], list[Any]]:
     """-> training samples, held-out samples: `held_out` of them, at most a fifth. Raises UserError for fewer than five."""
     if len(samples) < FEWEST:
-        raise UserError(f"{len(samples)} captioned images are too few to train on; at least {FEWEST} are needed, a fifth of them held out")
+        raise UserError(
+            f"{len(samples)} captioned images are too few to train on; at least {FEWEST} are needed, a fifth of them held out"
+        )
     order = np.random.default_rng(seed).permutation(len(samples))
     count = min(held_out, len(samples) // 5)
-    return [samples[index] for index in sorted(order[count:])], [samples[index] for index in sorted(order[:count])]
+    return [samples[index] for index in sorted(order[count:])], [
+        samples[index] for index in sorted(order[:count])
+    ]
 
 
 def check_skipped(source: Source, share: float) -> None:
@@ -80,7 +84,9 @@ class Augmentation:
 
     def of(self, resolution: int, seed: int, index: int) -> list[Crop]:
         """The crops of the image with that place in the set."""
-        return [Crop(resolution, (seed, index, copy), self.flip) for copy in range(self.crops)] or [Crop(resolution)]
+        return [Crop(resolution, (seed, index, copy), self.flip) for copy in range(self.crops)] or [
+            Crop(resolution)
+        ]
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,9 @@ class Row:
     sha256: bytes
 
 
-def encode(work: Sequence[Work], vae: Any, batch_size: int, skipped: Skipped, progress: Any = iter) -> Encoded:
+def encode(
+    work: Sequence[Work], vae: Any, batch_size: int, skipped: Skipped, progress: Any = iter
+) -> Encoded:
     """Encode every crop of every image once, in memory; an image that cannot be read is left out and noted in `skipped`.
 
     work: samples with their crops, equally many each. progress: wraps the iteration over images, e.g. in a bar.
@@ -107,7 +115,13 @@ def encode(work: Sequence[Work], vae: Any, batch_size: int, skipped: Skipped, pr
         rows += [replace(row, pixels=EMPTY) for row in batch]
     if not moments:
         raise UserError(f"none of the images can be read: {skipped.summary()}")
-    return Encoded(torch.cat(moments), [row.sample.caption for row in rows], torch.tensor([row.size for row in rows]), digest(rows), len(work[0][1]))
+    return Encoded(
+        torch.cat(moments),
+        [row.sample.caption for row in rows],
+        torch.tensor([row.size for row in rows]),
+        digest(rows),
+        len(work[0][1]),
+    )
 
 
 def digest(rows: Iterable[Any]) -> str:

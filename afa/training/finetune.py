@@ -56,7 +56,9 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Layer]]:
     What has no say in the prediction gets none. Those that have a LoRA already count by the layer beneath.
     """
     stages = FAMILIES[family_of(model)].stages(model)
-    chosen = {id(plain(layer)) for stage in stages for part in _inside(stage.modules()) for layer in _layers(part)}
+    chosen = {
+        id(plain(layer)) for stage in stages for part in _inside(stage.modules()) for layer in _layers(part)
+    }
     chosen -= {id(layer) for stage in stages for layer in _inside(stage.unheard())}
     for path, module in model.named_modules():
         name = path.removesuffix(".base_layer")
@@ -101,7 +103,9 @@ def add_lora(model: nn.Module, rank: int) -> "LoraParameters":
     """Put a LoRA into a frozen denoiser, in float32; it changes nothing until it is trained. -> what is to be trained."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[name for name, _ in adapted(model)], init_lora_weights=True)
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=[name for name, _ in adapted(model)], init_lora_weights=True
+    )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     parameters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
     for parameter in parameters.values():
@@ -129,7 +133,9 @@ def lora_tensors(model: nn.Module) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     found: Mapping[str, Tensor] = get_peft_model_state_dict(model, adapter_name=ADAPTER)
-    return {f"{component_of(model)}.{name}": tensor.detach().contiguous().cpu() for name, tensor in found.items()}
+    return {
+        f"{component_of(model)}.{name}": tensor.detach().contiguous().cpu() for name, tensor in found.items()
+    }
 
 
 def fuse_lora(model: Any, file: Path) -> None:
@@ -202,13 +208,17 @@ def finetune_finished(settings: LoraSettings) -> dict[str, Any] | None:
     except UserError as error:
         raise UserError(f"{error}; choose another --output") from None
     if settings.steps != begun.steps:  # its state is gone, so it cannot go on
-        raise UserError(f"the LoRA in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); choose another --output")
+        raise UserError(
+            f"the LoRA in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); choose another --output"
+        )
     check_finished(settings, begun, record.get("files"), f"the LoRA in {settings.output}")
     forget_state(settings)  # where a run was killed while it removed it
     return record
 
 
-def finetune(settings: LoraSettings, planned: tuple[Plan, int] | None = None, keep: Path | None = None) -> dict[str, Any]:
+def finetune(
+    settings: LoraSettings, planned: tuple[Plan, int] | None = None, keep: Path | None = None
+) -> dict[str, Any]:
     """Train a LoRA, write it into settings.output, and return the record kept beside it.
 
     keep: where the last state goes, so that a longer run can go on from it (see begin_from); by default it is deleted.
@@ -230,7 +240,12 @@ def _finetune(settings: LoraSettings, work: Plan, rank: int, keep: Path | None) 
     record = _record(settings, trainer, progress, before, rank) | {"left_out": work.source.skipped.counts()}
     if accelerator.is_main_process:
         with staged(Path(settings.output), last=RECORD) as stage:
-            metadata = {"format": "pt", "afa": __version__, "expert": public_place(settings.expert), "rank": str(rank)}
+            metadata = {
+                "format": "pt",
+                "afa": __version__,
+                "expert": public_place(settings.expert),
+                "rank": str(rank),
+            }
             save_file(lora_tensors(work.ensemble.denoiser.experts[0]), stage / FILE, metadata=metadata)
             work.source.skipped.write(stage / LEFT_OUT)
             (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -242,7 +257,9 @@ def _finetune(settings: LoraSettings, work: Plan, rank: int, keep: Path | None) 
     return record
 
 
-def _record(settings: LoraSettings, trainer: Trainer, progress: Progress, before: np.ndarray, rank: int) -> dict[str, Any]:
+def _record(
+    settings: LoraSettings, trainer: Trainer, progress: Progress, before: np.ndarray, rank: int
+) -> dict[str, Any]:
     """Recipe, course and measured result; differences are paired over the held-out images."""
     after = trainer.held_out_losses()
     return {

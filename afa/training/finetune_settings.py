@@ -11,9 +11,17 @@ from afa.training.settings import LoopSettings
 class LoraSettings(LoopSettings):
     """One LoRA on one expert, field by field a flag of `afa finetune`."""
 
-    expert: str = option(place=True, help="diffusers folder, .safetensors file or org/name@revision, optionally NAME=…", positional=True)
+    expert: str = option(
+        place=True,
+        help="diffusers folder, .safetensors file or org/name@revision, optionally NAME=…",
+        positional=True,
+    )
     rank: int | None = option(None, least=1, most=2**20, help="of every pair of matrices")
-    like: str | None = option(None, place=True, help="a saved ensemble: take the smallest rank with at least as many trained parameters")
+    like: str | None = option(
+        None,
+        place=True,
+        help="a saved ensemble: take the smallest rank with at least as many trained parameters",
+    )
     vae: str | None = option(
         None,
         place=True,

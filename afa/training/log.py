@@ -41,7 +41,9 @@ class Monitor:
         facts = {
             "held_out_loss_by_band": measured.by_band(),
             "lr": lr,
-            "images_per_second": round(steps * self.images / (time.monotonic() - began), 3) if steps else None,
+            "images_per_second": round(steps * self.images / (time.monotonic() - began), 3)
+            if steps
+            else None,
             "memory_gb": round(peak_gigabytes(self.accelerator.device), 3),
             "skipped_steps": skipped,
             **({} if measured.routing is None else {"routing": measured.routing.facts()}),
@@ -62,7 +64,10 @@ class Monitor:
         """Say it once of each expert."""
         for name in dropped:
             if name not in self._warned and self.accelerator.is_main_process:
-                tqdm.write(f"afa: expert '{name}' gets less than {DROPPED:.0%} of the weight everywhere; it could be left out", file=sys.stderr)
+                tqdm.write(
+                    f"afa: expert '{name}' gets less than {DROPPED:.0%} of the weight everywhere; it could be left out",
+                    file=sys.stderr,
+                )
             self._warned.add(name)
 
 

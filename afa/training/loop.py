@@ -99,11 +99,18 @@ class Trainer:
         self, settings: LoopSettings, accelerator: Accelerator, denoiser: Any, noising: Noising, objectives: Objectives, conditions: Conditions,
         data: Encoded, held_out: Encoded, trained: nn.Module, begun: dict[str, Any], sheets: Sheets | None = None,
     ) -> None:  # fmt: skip
-        self.settings, self.accelerator, self.noising, self.conditions = settings, accelerator, noising, conditions
+        self.settings, self.accelerator, self.noising, self.conditions = (
+            settings,
+            accelerator,
+            noising,
+            conditions,
+        )
         self.begun = begun
         self.data, self.denoiser, self.total, self.sheets = data, denoiser, objectives.training, sheets
         self.held_out = HeldOut(held_out, noising, conditions, settings.batch_size, objectives.held_out)
-        self.monitor = Monitor(state_file(settings).with_name(LOG), accelerator, settings.batch_size * settings.accumulate)
+        self.monitor = Monitor(
+            state_file(settings).with_name(LOG), accelerator, settings.batch_size * settings.accumulate
+        )
         self.trained = trained
         self.parameters = list(self.trained.parameters())
         self.wrapped: nn.Module = accelerator.prepare(denoiser) if accelerator.num_processes > 1 else denoiser
@@ -124,11 +131,16 @@ class Trainer:
                     self._evaluate(None)
                 loss = self._step()
                 bar.update()
-                bar.set_postfix(loss="skipped" if loss is None else f"{loss:.4f}", held_out=f"{self.progress.best:.5f}@{self.progress.best_step}")
+                bar.set_postfix(
+                    loss="skipped" if loss is None else f"{loss:.4f}",
+                    held_out=f"{self.progress.best:.5f}@{self.progress.best_step}",
+                )
                 self._after_step(loss)
                 if self._any(interrupted.is_set()):
                     self._save()
-                    raise KeyboardInterrupt(f"interrupted after step {self.progress.step}; the state is saved, the same command goes on from there")
+                    raise KeyboardInterrupt(
+                        f"interrupted after step {self.progress.step}; the state is saved, the same command goes on from there"
+                    )
         self._save()  # what follows may fail (a full disk) without losing what was trained
         with torch.no_grad():
             for parameter, best in zip(self.parameters, self.best, strict=True):
@@ -148,7 +160,9 @@ class Trainer:
         for micro in range(settings.accumulate):
             total += self._backward(drawn.part(*self._part(micro)))
         norm = self.accelerator.clip_grad_norm_(self.parameters, settings.clip)
-        finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))  # the same on all processes: gradients are
+        finite = norm is None or bool(
+            torch.isfinite(torch.as_tensor(norm))
+        )  # the same on all processes: gradients are
         if finite:
             self.optimiser.step()
             self.average.step(self.parameters)
@@ -160,7 +174,15 @@ class Trainer:
         captions, sizes = [self.data.captions[row] for row in drawn.rows], self.data.sizes[drawn.rows]
         encode = functools.partial(self.conditions, captions, sizes)
         device = self.accelerator.device
-        work = Pass(self.wrapped, self.denoiser, self.noising, drawn.batch.to(device), captions, drawn.dropped.to(device), encode)
+        work = Pass(
+            self.wrapped,
+            self.denoiser,
+            self.noising,
+            drawn.batch.to(device),
+            captions,
+            drawn.dropped.to(device),
+            encode,
+        )
         loss = self.total.sum(self.total.losses(work)).mean() / self.settings.accumulate
         self.accelerator.backward(loss)
         return float(loss.item())
@@ -186,8 +208,14 @@ class Trainer:
     def _choose(self) -> list[int]:
         """The images of a step, of all processes: every epoch goes once through all of them in its own order."""
         size = self.settings.batch_size * self.settings.accumulate * self.accelerator.num_processes
-        places = [divmod(place, len(self.data)) for place in range(self.progress.step * size, (self.progress.step + 1) * size)]
-        orders = {epoch: np.random.default_rng((self.settings.seed, epoch)).permutation(len(self.data)) for epoch, _ in places}
+        places = [
+            divmod(place, len(self.data))
+            for place in range(self.progress.step * size, (self.progress.step + 1) * size)
+        ]
+        orders = {
+            epoch: np.random.default_rng((self.settings.seed, epoch)).permutation(len(self.data))
+            for epoch, _ in places
+        }
         return [int(orders[epoch][place]) for epoch, place in places]
 
     def _after_step(self, loss: float | None) -> None:
@@ -218,7 +246,9 @@ class Trainer:
             if broken
             else f"the experts alone are fine, so the aggregators have run away; lower --lr (now {self.settings.lr:g})"
         )
-        raise UserError(f"no finite gradient for {PERSISTS} steps in a row, up to step {progress.step}: {reason}")
+        raise UserError(
+            f"no finite gradient for {PERSISTS} steps in a row, up to step {progress.step}: {reason}"
+        )
 
     def _evaluate(self, training_loss: float | None) -> None:
         """Measure the average of what is trained; keep it if it is the best so far."""
@@ -227,10 +257,18 @@ class Trainer:
             self.average.store(self.parameters)
             self.average.copy_to(self.parameters)
         measured = self.held_out.measure(self.denoiser, whole=True)
-        entry: dict[str, Any] = {"step": progress.step, "training_loss": training_loss, "held_out_loss": measured.loss}
+        entry: dict[str, Any] = {
+            "step": progress.step,
+            "training_loss": training_loss,
+            "held_out_loss": measured.loss,
+        }
         if measured.terms:
             entry |= {"objective": measured.objective, "terms": measured.terms}
-        if self.sheets is not None and self.accelerator.is_main_process and progress.step % self.settings.sheet_every == 0:
+        if (
+            self.sheets is not None
+            and self.accelerator.is_main_process
+            and progress.step % self.settings.sheet_every == 0
+        ):
             entry |= self.sheets.draw(progress.step)
         progress.history.append(entry)
         if measured.objective < progress.best:
@@ -241,7 +279,10 @@ class Trainer:
         self.monitor.write(entry, measured, settings.rate(max(0, progress.step - 1)), progress.skipped)
 
     def _stopped_falling(self) -> bool:
-        return self.progress.step - self.progress.best_step >= self.settings.patience * self.settings.evaluate_every
+        return (
+            self.progress.step - self.progress.best_step
+            >= self.settings.patience * self.settings.evaluate_every
+        )
 
     def _any(self, flag: bool) -> bool:
         """Whether it is so on any process: all must leave the loop together."""
@@ -253,7 +294,11 @@ class Trainer:
     def _save(self) -> None:
         self.progress.seconds = time.monotonic() - self._resumed
         if self.accelerator.is_main_process:
-            state = {"optimiser": self.optimiser.state_dict(), "average": self.average.state_dict(), "progress": asdict(self.progress)}
+            state = {
+                "optimiser": self.optimiser.state_dict(),
+                "average": self.average.state_dict(),
+                "progress": asdict(self.progress),
+            }
             shared = {"data": self.data.digest, "aggregators": self.trained.state_dict(), "best": self.best}
             save_state(self.settings, self.begun, {**shared, **state})
 
@@ -273,7 +318,11 @@ class Trainer:
             self.optimiser.load_state_dict(state["optimiser"])
             self.average.load_state_dict(state["average"])
             moments = state["optimiser"]["state"]
-            columns = [[moments[place][name] for place in sorted(moments)] for name in ("exp_avg", "exp_avg_sq") if moments]
+            columns = [
+                [moments[place][name] for place in sorted(moments)]
+                for name in ("exp_avg", "exp_avg_sq")
+                if moments
+            ]
             for column in (state["best"], state["average"]["shadow_params"], *columns):
                 if [tensor.shape for tensor in column] != [parameter.shape for parameter in self.parameters]:
                     raise ValueError("its tensors are of other shapes")
@@ -284,4 +333,11 @@ class Trainer:
 
     def _bar(self) -> tqdm:
         quiet = not self.accelerator.is_main_process
-        return tqdm(total=self.settings.steps, initial=self.progress.step, desc="training", unit="step", disable=quiet, file=sys.stderr)
+        return tqdm(
+            total=self.settings.steps,
+            initial=self.progress.step,
+            desc="training",
+            unit="step",
+            disable=quiet,
+            file=sys.stderr,
+        )

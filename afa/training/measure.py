@@ -24,7 +24,9 @@ DROPPED = 0.02  # a mean weight below this, everywhere, is an expert that is not
 
 def bands_of(timesteps: Tensor, train_timesteps: int) -> NDArray[np.int64]:
     """The band of each timestep: (B,) -> (B,)."""
-    found: NDArray[np.int64] = (timesteps.cpu().numpy().astype(np.int64) * BANDS // train_timesteps).clip(0, BANDS - 1)
+    found: NDArray[np.int64] = (timesteps.cpu().numpy().astype(np.int64) * BANDS // train_timesteps).clip(
+        0, BANDS - 1
+    )
     return found
 
 
@@ -53,17 +55,24 @@ class Routing:
     @property
     def dropped(self) -> list[str]:
         """Experts that no group gives a weight worth speaking of, at any noise."""
-        return [name for name, most in zip(self.experts, self.weights.max((0, 1)), strict=True) if most < DROPPED]
+        return [
+            name for name, most in zip(self.experts, self.weights.max((0, 1)), strict=True) if most < DROPPED
+        ]
 
     def facts(self) -> dict[str, Any]:
         """For the log, rounded."""
         return {
             "bands": BANDS,
             "weights": {
-                group: {name: np.round(self.weights[place, :, index], 4).tolist() for index, name in enumerate(self.experts)}
+                group: {
+                    name: np.round(self.weights[place, :, index], 4).tolist()
+                    for index, name in enumerate(self.experts)
+                }
                 for place, group in enumerate(self.groups)
             },
-            "entropy": {group: np.round(self.entropy[place], 4).tolist() for place, group in enumerate(self.groups)},
+            "entropy": {
+                group: np.round(self.entropy[place], 4).tolist() for place, group in enumerate(self.groups)
+            },
         }
 
 
@@ -82,7 +91,9 @@ class RoutingSums:
         for stage, weights in maps.items():
             group = self.groups.index(group_of(stage))
             means = weights.double().mean((2, 3)).numpy()
-            alike = torch.special.entr(weights.double()).sum(1).mean((1, 2)).numpy() / np.log(max(2, len(self.experts)))
+            alike = torch.special.entr(weights.double()).sum(1).mean((1, 2)).numpy() / np.log(
+                max(2, len(self.experts))
+            )
             np.add.at(self._weights[group], bands, means)
             np.add.at(self._entropy[group], bands, alike)
             np.add.at(self._count[group], bands, 1)
@@ -94,7 +105,10 @@ class RoutingSums:
         for group, band in zip(*np.nonzero(self._count == 0), strict=True):
             seen = self._count[group] > 0
             if seen.any():
-                weights[group, band], entropy[group, band] = weights[group, seen].mean(0), entropy[group, seen].mean()
+                weights[group, band], entropy[group, band] = (
+                    weights[group, seen].mean(0),
+                    entropy[group, seen].mean(),
+                )
         return Routing(self.experts, self.groups, weights, entropy)
 
 
@@ -127,8 +141,16 @@ class Measured:
 class HeldOut:
     """Measures a denoiser, batch by batch; always the same images, noise and timesteps, spread evenly."""
 
-    def __init__(self, data: Encoded, noising: Noising, conditions: Conditions, batch_size: int, total: Total) -> None:
-        self.data, self.noising, self.conditions, self.batch_size, self.total = data, noising, conditions, batch_size, total
+    def __init__(
+        self, data: Encoded, noising: Noising, conditions: Conditions, batch_size: int, total: Total
+    ) -> None:
+        self.data, self.noising, self.conditions, self.batch_size, self.total = (
+            data,
+            noising,
+            conditions,
+            batch_size,
+            total,
+        )
         self.batch = noising.spread(data, SEED, total.spare)
         self.bands = bands_of(self.batch.steps, noising.steps)
         self._mse = Mse(noising)
@@ -149,7 +171,10 @@ class HeldOut:
                     others.append(self.total.losses(work))
             if sums is not None and maps is not None:
                 sums.add(maps.maps[0], self.bands[start:stop])
-        terms = {name: torch.cat([part[name] for part in others]).double().cpu() for name in (others[0] if others else ())}
+        terms = {
+            name: torch.cat([part[name] for part in others]).double().cpu()
+            for name in (others[0] if others else ())
+        }
         found = torch.cat(losses).double().cpu().numpy()
         means = {name: float(values.mean()) for name, values in terms.items()}
         whole_loss = float(self.total.sum(terms).mean()) if terms else float(found.mean())
@@ -161,7 +186,16 @@ class HeldOut:
         batch: Batch = self.batch.part(start, stop)
         none = torch.zeros(stop - start, dtype=torch.bool, device=batch.latents.device)
         watched = self.total.needs_weights
-        return Pass(denoiser, denoiser, self.noising, batch, captions, none, functools.partial(self.conditions, captions, sizes), watched)
+        return Pass(
+            denoiser,
+            denoiser,
+            self.noising,
+            batch,
+            captions,
+            none,
+            functools.partial(self.conditions, captions, sizes),
+            watched,
+        )
 
     def broken(self, denoiser: Any) -> list[str]:
         """The experts whose own predictions on the held-out images are not all finite numbers."""

@@ -23,7 +23,9 @@ class Noising:
     latents: of the frame's VAE. density: of DENSITIES, how training draws steps. Raises UserError for a prediction type that has no target here.
     """
 
-    def __init__(self, scheduler: Any, latents: Latents, device: torch.device, density: str = "uniform") -> None:
+    def __init__(
+        self, scheduler: Any, latents: Latents, device: torch.device, density: str = "uniform"
+    ) -> None:
         self.scheduler = scheduler
         self.kind, self.signal, self.noise, self.times = tables(scheduler)
         self.steps = len(self.times)
@@ -46,7 +48,9 @@ class Noising:
         from diffusers.training_utils import compute_density_for_timestep_sampling
 
         # diffusers counts from the noise: 0 is pure noise there
-        place = compute_density_for_timestep_sampling(self.density, count, logit_mean=0.0, logit_std=1.0, mode_scale=1.29, generator=rng)
+        place = compute_density_for_timestep_sampling(
+            self.density, count, logit_mean=0.0, logit_std=1.0, mode_scale=1.29, generator=rng
+        )
         return (self.steps - 1 - (place * self.steps).long()).clamp(0, self.steps - 1)
 
     def spread(self, data: Encoded, seed: int, spare: int = 0) -> "Batch":
@@ -74,11 +78,16 @@ class Noising:
             return batch.latents
         if self.kind == FLOW:
             return batch.noise - batch.latents
-        return self._at(self.signal, batch.steps) * batch.noise - self._at(self.noise, batch.steps) * batch.latents
+        return (
+            self._at(self.signal, batch.steps) * batch.noise
+            - self._at(self.noise, batch.steps) * batch.latents
+        )
 
     def clean(self, noisy: Tensor, prediction: Tensor, steps: Tensor) -> Tensor:
         """The clean latents that a prediction claims: (B, C, h, w)."""
-        return clean_of(self.kind, prediction, noisy, self._at(self.signal, steps), self._at(self.noise, steps))
+        return clean_of(
+            self.kind, prediction, noisy, self._at(self.signal, steps), self._at(self.noise, steps)
+        )
 
     def ratio(self, steps: Tensor) -> Tensor:
         """Noise over signal, (B, 1, 1, 1): what remains of an error of x0 when a sampler goes from one step to another."""
@@ -93,7 +102,9 @@ class Noising:
         below = (gamma / snr).clamp(max=1)  # min(SNR, γ) / SNR
         if self.kind == "epsilon":
             return below
-        return snr.clamp(max=gamma) * (1 if self.kind == "sample" else self._at(self.noise, steps).view(-1) ** 2)
+        return snr.clamp(max=gamma) * (
+            1 if self.kind == "sample" else self._at(self.noise, steps).view(-1) ** 2
+        )
 
     def flow_weighting(self, steps: Tensor, scheme: str) -> Tensor:
         """SD3's weights of a flow's loss, (B,). scheme: of WEIGHTINGS. Source: arXiv:2403.03206, as in diffusers."""
@@ -120,7 +131,12 @@ class Batch:
     spare: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.latents.to(device), self.noise.to(device), self.steps.to(device), None if self.spare is None else self.spare.to(device))
+        return Batch(
+            self.latents.to(device),
+            self.noise.to(device),
+            self.steps.to(device),
+            None if self.spare is None else self.spare.to(device),
+        )
 
     def part(self, start: int, stop: int) -> "Batch":
         """Samples start … stop-1."""

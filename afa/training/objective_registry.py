@@ -48,12 +48,16 @@ class Objectives:
     held_out: Total
 
 
-def make_means(settings: ObjectiveSettings, noising: Noising, vae: Any, device: torch.device, checkpointing: bool) -> Means:
+def make_means(
+    settings: ObjectiveSettings, noising: Noising, vae: Any, device: torch.device, checkpointing: bool
+) -> Means:
     """Everything that is to be read for an objective. Raises UserError if the reward's weights are missing."""
     if not settings.rewarded:
         return Means(settings, noising)
     assert settings.reward is not None
-    reward = make_reward(settings.reward, device, settings.reward_weights, settings.better or "", settings.worse or "")
+    reward = make_reward(
+        settings.reward, device, settings.reward_weights, settings.better or "", settings.worse or ""
+    )
     return Means(settings, noising, Decoder(vae, checkpointing), reward)
 
 
@@ -66,5 +70,7 @@ def make_objectives(means: Means, parameters: Sequence[nn.Parameter]) -> Objecti
         terms.append(Term("anchor", settings.anchor, Anchor(parameters)))
     if settings.sparsity:
         terms.append(Term("sparsity", settings.sparsity, Sparsity(settings.sparsity_top)))
-    even = [Term(term.name, term.weight, Mse(means.noising)) if term.name == "mse" else term for term in terms]
+    even = [
+        Term(term.name, term.weight, Mse(means.noising)) if term.name == "mse" else term for term in terms
+    ]
     return Objectives(Total(terms), Total(even))

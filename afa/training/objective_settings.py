@@ -13,40 +13,92 @@ REWARDED = ("reward", "draft")
 class ObjectiveSettings(CheckedOptions):
     """The objective, field by field a flag of every command that trains."""
 
-    objective: str = option("mse", help="mse (the diffusion loss), reward (by one-step recovery), draft (through sampling), or a sum: mse+reward")
-    snr_gamma: float | None = option(None, above=0, most=10**6, help="min-SNR-γ weighting of mse, 5 as published; default: all timesteps count alike")
-    weighting: str | None = option(None, help="SD3's weighting of mse, for flow matching (default: none)", choices=["sigma_sqrt", "cosmap"])
-    timesteps: str = option("uniform", help="how training draws them", choices=["uniform", "logit_normal", "mode"])
-    reward: str | None = option(None, help="scenes, imagereward, pickscore, hpsv2, aesthetic, clip_t, or a Python file with reward(images, captions)")
+    objective: str = option(
+        "mse",
+        help="mse (the diffusion loss), reward (by one-step recovery), draft (through sampling), or a sum: mse+reward",
+    )
+    snr_gamma: float | None = option(
+        None,
+        above=0,
+        most=10**6,
+        help="min-SNR-γ weighting of mse, 5 as published; default: all timesteps count alike",
+    )
+    weighting: str | None = option(
+        None,
+        help="SD3's weighting of mse, for flow matching (default: none)",
+        choices=["sigma_sqrt", "cosmap"],
+    )
+    timesteps: str = option(
+        "uniform", help="how training draws them", choices=["uniform", "logit_normal", "mode"]
+    )
+    reward: str | None = option(
+        None,
+        help="scenes, imagereward, pickscore, hpsv2, aesthetic, clip_t, or a Python file with reward(images, captions)",
+    )
     reward_weights: str | None = option(None, help="where the reward's weights are (default: the hub)")
     reward_weight: float = option(0.1, **WEIGHT, help="what reward or draft counts beside mse")
-    reward_reach: float = option(0.5, above=0, most=1, help="of reward: how far the recovered step goes towards the clean image, above 0, at most 1")
-    better: str | None = option(None, help="words before the caption whose reward counts for, e.g. 'detailed photo'")
-    worse: str | None = option(None, help="words before the caption whose reward counts against, e.g. 'blurry'")
+    reward_reach: float = option(
+        0.5,
+        above=0,
+        most=1,
+        help="of reward: how far the recovered step goes towards the clean image, above 0, at most 1",
+    )
+    better: str | None = option(
+        None, help="words before the caption whose reward counts for, e.g. 'detailed photo'"
+    )
+    worse: str | None = option(
+        None, help="words before the caption whose reward counts against, e.g. 'blurry'"
+    )
     draft_steps: int = option(20, **SAMPLING_STEPS, help="of draft: sampling steps")
-    draft_last: int = option(1, **SAMPLING_STEPS, help="of draft: how many of them, the last ones, have gradients")
-    draft_again: int = option(0, least=0, most=1000, help="of draft: repetitions of the last step from fresh noise (LV)")
-    draft_guidance: float | None = option(None, **GUIDANCE, help="of draft: strength of classifier-free guidance (default: the family's own)")
-    anchor: float = option(0.0, **WEIGHT, help="weight of the squared distance to the predictions the run began with, against running away")
-    sparsity: float = option(0.0, **WEIGHT, help="weight of the entropy of the experts' weights, so that fewer experts are used at a place")
-    sparsity_top: int | None = option(None, **COUNT, help="instead of the entropy: the weight outside so many experts")
+    draft_last: int = option(
+        1, **SAMPLING_STEPS, help="of draft: how many of them, the last ones, have gradients"
+    )
+    draft_again: int = option(
+        0, least=0, most=1000, help="of draft: repetitions of the last step from fresh noise (LV)"
+    )
+    draft_guidance: float | None = option(
+        None, **GUIDANCE, help="of draft: strength of classifier-free guidance (default: the family's own)"
+    )
+    anchor: float = option(
+        0.0,
+        **WEIGHT,
+        help="weight of the squared distance to the predictions the run began with, against running away",
+    )
+    sparsity: float = option(
+        0.0,
+        **WEIGHT,
+        help="weight of the entropy of the experts' weights, so that fewer experts are used at a place",
+    )
+    sparsity_top: int | None = option(
+        None, **COUNT, help="instead of the entropy: the weight outside so many experts"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         names = self.objective.split("+")
         for name in names:
             if name not in KINDS:
-                raise UserError(f"--objective {self.objective}: {unknown(name, KINDS, 'objective')}, joined by +")
+                raise UserError(
+                    f"--objective {self.objective}: {unknown(name, KINDS, 'objective')}, joined by +"
+                )
         if len(set(names)) < len(names):
             raise UserError(f"--objective {self.objective} names one objective twice; use --reward-weight")
         if self.rewarded and self.reward is None:
-            raise UserError(f"--objective {self.objective} needs --reward, the judge whose gradient is followed")
+            raise UserError(
+                f"--objective {self.objective} needs --reward, the judge whose gradient is followed"
+            )
         if self.reward is not None and not self.rewarded:
-            raise UserError(f"--reward {self.reward} is not used by --objective {self.objective}; use --objective mse+reward")
+            raise UserError(
+                f"--reward {self.reward} is not used by --objective {self.objective}; use --objective mse+reward"
+            )
         if self.snr_gamma is not None and self.weighting is not None:
-            raise UserError(f"--snr-gamma {self.snr_gamma} and --weighting {self.weighting} weigh the same loss; give one")
+            raise UserError(
+                f"--snr-gamma {self.snr_gamma} and --weighting {self.weighting} weigh the same loss; give one"
+            )
         if self.sparsity_top is not None and not self.sparsity:
-            raise UserError(f"--sparsity-top {self.sparsity_top} says what --sparsity counts; give its weight, e.g. --sparsity 0.01")
+            raise UserError(
+                f"--sparsity-top {self.sparsity_top} says what --sparsity counts; give its weight, e.g. --sparsity 0.01"
+            )
 
     @property
     def objectives(self) -> list[str]:

@@ -32,7 +32,9 @@ class Pass:
     dropped: Tensor
     encode: Callable[[Tensor], dict[str, Any]]
     watched: bool = False
-    weights: dict[str, Tensor] = field(default_factory=dict)  # (B, N, H, W) by stage, with gradients; filled by prediction
+    weights: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # (B, N, H, W) by stage, with gradients; filled by prediction
 
     @cached_property
     def conditions(self) -> dict[str, Any]:
@@ -58,7 +60,9 @@ class Pass:
         dtype = next(self.denoiser.experts.parameters()).dtype
         convention = self.denoiser.call
         arguments = convention.arguments(self.denoiser.config, noisy.to(dtype), times, conditions)
-        answer: Tensor = convention.prediction(call(**arguments, return_dict=False)[0], (noisy.shape[-2], noisy.shape[-1]))
+        answer: Tensor = convention.prediction(
+            call(**arguments, return_dict=False)[0], (noisy.shape[-2], noisy.shape[-1])
+        )
         return answer.float()
 
 
@@ -109,14 +113,22 @@ class Mse(Objective):
     Raises UserError for a weighting that is not the schedule's.
     """
 
-    def __init__(self, noising: Noising, snr_gamma: float | None = None, weighting: str | None = None) -> None:
+    def __init__(
+        self, noising: Noising, snr_gamma: float | None = None, weighting: str | None = None
+    ) -> None:
         if weighting is not None and not noising.is_flow:
-            raise UserError(f"--weighting {weighting} weighs a flow, and these experts predict '{noising.kind}'; try --snr-gamma 5")
+            raise UserError(
+                f"--weighting {weighting} weighs a flow, and these experts predict '{noising.kind}'; try --snr-gamma 5"
+            )
         self.noising, self.snr_gamma, self.weighting = noising, snr_gamma, weighting
 
     def loss(self, work: Pass) -> Tensor:
         error: Tensor = (work.prediction - self.noising.target(work.batch)).square().mean((1, 2, 3))
-        return error if self.snr_gamma is None and self.weighting is None else error * self.weights(work.batch.steps)
+        return (
+            error
+            if self.snr_gamma is None and self.weighting is None
+            else error * self.weights(work.batch.steps)
+        )
 
     def weights(self, steps: Tensor) -> Tensor:
         """What a sample's error counts, (B,)."""
@@ -136,7 +148,9 @@ class Anchor(Objective):
     def loss(self, work: Pass) -> Tensor:
         prediction = work.prediction
         with torch.no_grad(), self._back():
-            before = work.predict(work.denoiser, work.noisy, work.noising.told(work.batch.steps), work.conditions)
+            before = work.predict(
+                work.denoiser, work.noisy, work.noising.told(work.batch.steps), work.conditions
+            )
         return (prediction - before).square().mean((1, 2, 3))
 
     @contextmanager
@@ -171,4 +185,6 @@ class Sparsity(Objective):
         if self.top is not None:
             return 1 - weights.topk(min(self.top, weights.shape[1]), dim=1).values.sum(1).mean((1, 2))
         # entr(0) has an infinite slope, and a softmax can reach 0
-        return torch.special.entr(weights.clamp(min=1e-12)).sum(1).mean((1, 2)) / math.log(max(2, weights.shape[1]))
+        return torch.special.entr(weights.clamp(min=1e-12)).sum(1).mean((1, 2)) / math.log(
+            max(2, weights.shape[1])
+        )

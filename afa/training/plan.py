@@ -49,7 +49,13 @@ class Memory:
 
 
 def step_bytes(
-    denoiser: EnsembleDenoiser, batch_size: int, side: int, dtype: torch.dtype, checkpointing: bool, store: str | None = None, vae: Any = None
+    denoiser: EnsembleDenoiser,
+    batch_size: int,
+    side: int,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    store: str | None = None,
+    vae: Any = None,
 ) -> int:
     """The most bytes of tensors alive in a training step of a denoiser like this one: weights, activations, gradients, optimiser.
 
@@ -103,7 +109,14 @@ def _made(model: Any, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
 
 
-def _step(denoiser: Any, parameters: list[nn.Parameter], batch_size: int, side: int, dtype: torch.dtype, decoder: Decoder | None) -> None:
+def _step(
+    denoiser: Any,
+    parameters: list[nn.Parameter],
+    batch_size: int,
+    side: int,
+    dtype: torch.dtype,
+    decoder: Decoder | None,
+) -> None:
     kept = [[parameter.detach().clone() for parameter in parameters] for _ in range(COPIES)]
     optimiser = torch.optim.AdamW(parameters)
     for parameter in parameters:
@@ -128,7 +141,15 @@ def expected(
     return Memory(step, stored_bytes(denoiser.experts), sum(map(stored_bytes, beside)))
 
 
-def advice(memory: Memory, *, checkpointing: bool, dtype: torch.dtype, cached: bool, batch_size: int, store: str | None) -> list[str]:
+def advice(
+    memory: Memory,
+    *,
+    checkpointing: bool,
+    dtype: torch.dtype,
+    cached: bool,
+    batch_size: int,
+    store: str | None,
+) -> list[str]:
     """What to switch on for less memory, what saves most first; none if all of it is on."""
     activations = memory.step - memory.frozen
     found = []
@@ -137,7 +158,9 @@ def advice(memory: Memory, *, checkpointing: bool, dtype: torch.dtype, cached: b
     if dtype == torch.float32:
         found.append("--dtype bfloat16 (half of the experts and of the activations)")
     if store is None and memory.frozen > memory.total / 4:
-        found.append(f"--store int8 (a quarter of {memory.frozen / 1e9:.2f} GB of experts in float32, half in bfloat16), or --store cpu")
+        found.append(
+            f"--store int8 (a quarter of {memory.frozen / 1e9:.2f} GB of experts in float32, half in bfloat16), or --store cpu"
+        )
     if not cached and memory.beside > memory.total / 20:
         found.append(f"--cache DIR ({memory.beside / 1e9:.2f} GB of VAE and text encoders)")
     if batch_size > 1:
@@ -170,7 +193,9 @@ class Plan:
             "fused_stages": len(denoiser.fused),
             "trainable_parameters": trainable,
             "expert_memory_gb": round(stored_bytes(denoiser.experts) / 1e9, 2),
-            "aggregator_memory_gb": round(trainable * 4 * 6 / 1e9, 2),  # weights, gradient, two moments, average, best
+            "aggregator_memory_gb": round(
+                trainable * 4 * 6 / 1e9, 2
+            ),  # weights, gradient, two moments, average, best
             "steps": settings.steps,
             "images_a_step": settings.batch_size * settings.accumulate,
         }
@@ -184,7 +209,14 @@ class Plan:
         vae = frame.vae if settings.rewarded else None
         checkpointing, size = settings.gradient_checkpointing, settings.batch_size
         found = expected(self.ensemble.denoiser, beside, size, side, dtype, checkpointing, self.store, vae)
-        less = advice(found, checkpointing=checkpointing, dtype=dtype, cached=not beside, batch_size=size, store=self.store)
+        less = advice(
+            found,
+            checkpointing=checkpointing,
+            dtype=dtype,
+            cached=not beside,
+            batch_size=size,
+            store=self.store,
+        )
         return {"expected_memory_gb": round(found.total / 1e9, 2), "for_less_memory": less}
 
     def time(self) -> dict[str, Any]:
@@ -192,7 +224,11 @@ class Plan:
 
         seconds, measurement = rehearse(self)
         measurements = self.settings.steps // self.settings.evaluate_every + 1
-        return {"seconds_a_step": seconds, "seconds_a_measurement": measurement, "seconds": seconds * self.settings.steps + measurement * measurements}
+        return {
+            "seconds_a_step": seconds,
+            "seconds_a_measurement": measurement,
+            "seconds": seconds * self.settings.steps + measurement * measurements,
+        }
 
 
 def rehearse(planned: Plan) -> tuple[float, float]:
@@ -212,11 +248,20 @@ def rehearse(planned: Plan) -> tuple[float, float]:
 
     def work(total: Total) -> torch.Tensor:
         latents = torch.randn(settings.batch_size, noising.latents.channels, side, side, device=device)
-        spare = torch.randn(len(latents), total.spare, *latents.shape[1:], device=device) if total.spare else None
-        batch = Batch(latents, torch.randn_like(latents), torch.randint(noising.steps, (len(latents),), device=device), spare)
+        spare = (
+            torch.randn(len(latents), total.spare, *latents.shape[1:], device=device) if total.spare else None
+        )
+        batch = Batch(
+            latents,
+            torch.randn_like(latents),
+            torch.randint(noising.steps, (len(latents),), device=device),
+            spare,
+        )
         captions = [sample.caption for sample in planned.source.samples[: len(latents)]]
         captions += captions[:1] * (len(latents) - len(captions))
-        encode = functools.partial(conditions, captions, torch.full((len(latents), 6), float(planned.resolution)))
+        encode = functools.partial(
+            conditions, captions, torch.full((len(latents), 6), float(planned.resolution))
+        )
         none = torch.zeros(len(latents), dtype=torch.bool, device=device)
         one = Pass(ensemble.denoiser, ensemble.denoiser, noising, batch, captions, none, encode)
         return total.sum(total.losses(one)).mean()
@@ -229,7 +274,9 @@ def rehearse(planned: Plan) -> tuple[float, float]:
         work(objectives.held_out)
 
     held_out = min(settings.held_out, len(planned.source.samples) // 5)
-    return _seconds(step, device) * settings.accumulate, _seconds(measure, device) * -(-held_out // settings.batch_size)
+    return _seconds(step, device) * settings.accumulate, _seconds(measure, device) * -(
+        -held_out // settings.batch_size
+    )
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:

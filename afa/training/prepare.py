@@ -45,7 +45,11 @@ def resolution_of(settings: LoopSettings, ensemble: Ensemble) -> int:
     resolution = settings.resolution or denoiser.side * factor
     multiple = factor * denoiser.call.patch
     if resolution % multiple:
-        what = "the VAE's down-sampling factor" if multiple == factor else f"{factor} of the VAE times patches of {denoiser.call.patch}"
+        what = (
+            "the VAE's down-sampling factor"
+            if multiple == factor
+            else f"{factor} of the VAE times patches of {denoiser.call.patch}"
+        )
         raise UserError(f"--resolution {resolution} is not a multiple of {multiple}, {what}")
     return resolution
 
@@ -74,9 +78,18 @@ def encode_data(settings: LoopSettings, source: Source, resolution: int, vae: An
         [(sample, augmentation.of(resolution, settings.seed, index)) for index, sample in training],
         [(sample, [Crop(resolution)]) for _, sample in held_out],
     ]
-    encoder: Callable[..., Encoded] = encode if settings.cache is None else _caching(Path(settings.cache), parts, resolution, vae)
+    encoder: Callable[..., Encoded] = (
+        encode if settings.cache is None else _caching(Path(settings.cache), parts, resolution, vae)
+    )
     found = [
-        encoder(part, vae, settings.batch_size, source.skipped, functools.partial(_watched, source, settings.max_skipped, len(part))) for part in parts
+        encoder(
+            part,
+            vae,
+            settings.batch_size,
+            source.skipped,
+            functools.partial(_watched, source, settings.max_skipped, len(part)),
+        )
+        for part in parts
     ]
     check_skipped(source, settings.max_skipped)
     if source.skipped and PartialState().is_main_process:
@@ -96,6 +109,8 @@ def _caching(folder: Path, parts: list[list[Work]], resolution: int, vae: Any) -
 
 def _watched(source: Source, share: float, total: int, images: Iterable[Any]) -> Iterator[Any]:
     """A bar, and a look after every image at how many cannot be used."""
-    for image in tqdm(images, desc="encoding images", unit="image", total=total, file=sys.stderr, disable=total < FEW):
+    for image in tqdm(
+        images, desc="encoding images", unit="image", total=total, file=sys.stderr, disable=total < FEW
+    ):
         yield image
         check_skipped(source, share)

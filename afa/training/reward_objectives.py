@@ -36,7 +36,9 @@ OWN = {"scenes": "afa.demo.metric:load"}
 NAMES = (*OWN, "imagereward", "pickscore", "hpsv2", "aesthetic", "clip_t")
 
 
-def make_reward(name: str, device: torch.device, weights: str | None = None, better: str = "", worse: str = "") -> Reward:
+def make_reward(
+    name: str, device: torch.device, weights: str | None = None, better: str = "", worse: str = ""
+) -> Reward:
     """The reward of that name, or of a Python file with reward(images, captions).
 
     better, worse: words before the caption; with both, or one, the reward is that of the caption with the better words minus that
@@ -65,7 +67,9 @@ def _named(name: str, device: torch.device, weights: str | None) -> Reward:
             raise UserError(
                 f"--reward {name} cannot be differentiated, or judges whole sets; take one of {listed}, or a Python file with reward(images, captions)"
             )
-        raise UserError(f"--reward: {unknown(name, NAMES, 'reward')}, or give a Python file with reward(images, captions)")
+        raise UserError(
+            f"--reward: {unknown(name, NAMES, 'reward')}, or give a Python file with reward(images, captions)"
+        )
     try:
         metric: Any = make_metric(name, Resources(weights, device))
     except UserError as error:
@@ -78,15 +82,21 @@ def _file(path: Path) -> Reward:
     """A user's own."""
     file = UserFile(path, "--reward")
     if not file.has("reward"):
-        raise UserError(f"--reward {path} has no function reward(images, captions); it must return one number an image, with gradients")
+        raise UserError(
+            f"--reward {path} has no function reward(images, captions); it must return one number an image, with gradients"
+        )
 
     def checked(images: Tensor, captions: Sequence[str]) -> Tensor:
         found: Any = file.call("reward", images, list(captions))
         if not isinstance(found, Tensor) or found.shape != (len(images),):
             what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise UserError(f"reward() of {path} returned {what} for {len(images)} images, expected a tensor ({len(images)},)")
+            raise UserError(
+                f"reward() of {path} returned {what} for {len(images)} images, expected a tensor ({len(images)},)"
+            )
         if images.requires_grad and not found.requires_grad:
-            raise UserError(f"reward() of {path} returned a tensor without gradients to the images; do not detach them")
+            raise UserError(
+                f"reward() of {path} returned a tensor without gradients to the images; do not detach them"
+            )
         return found
 
     return checked
@@ -100,7 +110,9 @@ class Relative:
 
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """As any reward."""
-        return self.reward(images, self._with(self.better, captions)) - self.reward(images, self._with(self.worse, captions))
+        return self.reward(images, self._with(self.better, captions)) - self.reward(
+            images, self._with(self.worse, captions)
+        )
 
     @staticmethod
     def _with(words: str, captions: Sequence[str]) -> list[str]:
@@ -129,7 +141,17 @@ class Draft(Objective):
     Raises UserError where that does not fit.
     """
 
-    def __init__(self, noising: Noising, decoder: Decoder, reward: Reward, *, steps: int, last: int, guidance: float | None, again: int = 0) -> None:
+    def __init__(
+        self,
+        noising: Noising,
+        decoder: Decoder,
+        reward: Reward,
+        *,
+        steps: int,
+        last: int,
+        guidance: float | None,
+        again: int = 0,
+    ) -> None:
         if last > steps:
             raise UserError(f"--draft-last {last} must be at most --draft-steps {steps}")
         if again and last != 1:
@@ -139,13 +161,19 @@ class Draft(Objective):
 
     def loss(self, work: Pass) -> Tensor:
         everybody = torch.zeros_like(work.dropped)
-        conditions = self._joined(work, ~everybody, everybody) if self._strength(work) != 1 else work.encode(everybody)
+        conditions = (
+            self._joined(work, ~everybody, everybody) if self._strength(work) != 1 else work.encode(everybody)
+        )
         drawn = self._draw(work, conditions)
         rewards = torch.stack([self.reward(self.decoder(latents), work.captions) for latents in drawn])
         return -rewards.mean(0)
 
     def _strength(self, work: Pass) -> float:
-        return work.denoiser.call.classifier_free(work.denoiser.config) if self.guidance is None else self.guidance
+        return (
+            work.denoiser.call.classifier_free(work.denoiser.config)
+            if self.guidance is None
+            else self.guidance
+        )
 
     def _joined(self, work: Pass, *dropped: Tensor) -> dict[str, Any]:
         """The conditions of two batches as one."""
@@ -159,7 +187,9 @@ class Draft(Objective):
         outer = torch.is_grad_enabled()
         for place, time in enumerate(sampler.timesteps):
             with torch.set_grad_enabled(outer and place >= self.steps - self.last):
-                latents = sampler.step(self._guided(work, latents, time, conditions), time, latents).prev_sample
+                latents = sampler.step(
+                    self._guided(work, latents, time, conditions), time, latents
+                ).prev_sample
         return [latents, *self._again(work, sampler.timesteps[-1], conditions, latents.detach())]
 
     def _again(self, work: Pass, time: Tensor, conditions: dict[str, Any], clean: Tensor) -> list[Tensor]:
@@ -184,7 +214,9 @@ class Draft(Objective):
         if strength == 1:
             return work.predict(work.call, latents, time.expand(len(latents)).to(latents.device), conditions)
         twice = torch.cat([latents, latents])
-        without, with_caption = work.predict(work.call, twice, time.expand(len(twice)).to(latents.device), conditions).chunk(2)
+        without, with_caption = work.predict(
+            work.call, twice, time.expand(len(twice)).to(latents.device), conditions
+        ).chunk(2)
         return work.denoiser.call.combined(without, with_caption, strength)
 
     def _sampler(self, work: Pass) -> Any:

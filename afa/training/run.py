@@ -30,7 +30,10 @@ from afa.training.state import FOLDER, check_finished, forget_state, state_file
 from afa.version import __version__
 
 LEFT_OUT = "left-out.jsonl"  # the images that could not be used, and why
-BEFORE, STARTED = "untrained mean", "as it was begun with"  # what a new ensemble's training, and a further one, is compared with
+BEFORE, STARTED = (
+    "untrained mean",
+    "as it was begun with",
+)  # what a new ensemble's training, and a further one, is compared with
 
 
 def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
@@ -47,7 +50,9 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
     if settings.store is not None:
         _store(settings.store, ensemble, choose_device(settings.device))
     if len(ensemble.denoiser.names) < 2:
-        raise UserError(f"'{ensemble.denoiser.names[0]}' is one expert alone, and there is nothing to weigh; an ensemble needs at least two")
+        raise UserError(
+            f"'{ensemble.denoiser.names[0]}' is one expert alone, and there is nothing to weigh; an ensemble needs at least two"
+        )
     check_objective(settings, ensemble, source)
     return Plan(settings, ensemble, source, resolution_of(settings, ensemble), own, settings.store)
 
@@ -75,7 +80,9 @@ def _ensemble(settings: TrainSettings) -> Ensemble:
 def _store(store: str, ensemble: Ensemble, device: torch.device) -> None:
     """Raises UserError where the store is no help."""
     if store == "cpu" and device.type == "cpu":
-        raise UserError("--store cpu keeps experts beside a GPU, and training would run on the CPU; leave it out, or use --store int8")
+        raise UserError(
+            "--store cpu keeps experts beside a GPU, and training would run on the CPU; leave it out, or use --store int8"
+        )
     store_weights(ensemble.denoiser.experts, store)
 
 
@@ -95,10 +102,18 @@ def finished(settings: TrainSettings) -> dict[str, Any] | None:
         return None
     record = read_manifest(Path(settings.output)).training
     if record is None or "settings" not in record:
-        raise UserError(f"{settings.output} holds an ensemble that was not trained here; give another --output")
-    begun: TrainSettings = build(TrainSettings, record["settings"], Path(settings.output) / MANIFEST, "training.settings")
+        raise UserError(
+            f"{settings.output} holds an ensemble that was not trained here; give another --output"
+        )
+    begun: TrainSettings = build(
+        TrainSettings, record["settings"], Path(settings.output) / MANIFEST, "training.settings"
+    )
     if settings.steps != begun.steps:  # its state is gone, so it cannot go on
-        further = f"train it further with --start {settings.output}, or begin anew, both with" if settings.steps > begun.steps else "choose"
+        further = (
+            f"train it further with --start {settings.output}, or begin anew, both with"
+            if settings.steps > begun.steps
+            else "choose"
+        )
         raise UserError(
             f"the ensemble in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); {further} another --output"
         )
@@ -123,7 +138,11 @@ def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any
 
 def _train(settings: TrainSettings, planned: Plan) -> dict[str, Any]:
     accelerator = make_accelerator(settings)
-    trainer = make_trainer(planned, accelerator, _initialise if settings.start is None else lambda ensemble: ensemble.denoiser.aggregators.float())
+    trainer = make_trainer(
+        planned,
+        accelerator,
+        _initialise if settings.start is None else lambda ensemble: ensemble.denoiser.aggregators.float(),
+    )
     for expert in planned.ensemble.experts:
         expert.hashes = expert.hashes or ({} if expert.located is None else hash_expert(expert.located))
     baselines = _baselines(trainer, BEFORE if settings.start is None else STARTED)
@@ -159,10 +178,14 @@ def _baselines(trainer: Trainer, before: str) -> dict[str, np.ndarray]:
     return losses
 
 
-def _record(settings: TrainSettings, trainer: Trainer, progress: Progress, baselines: dict[str, np.ndarray]) -> dict[str, Any]:
+def _record(
+    settings: TrainSettings, trainer: Trainer, progress: Progress, baselines: dict[str, np.ndarray]
+) -> dict[str, Any]:
     """What the manifest keeps: recipe, course and measured result. Differences are paired over the held-out images."""
     trained = trainer.held_out_losses()
-    losses: dict[str, Estimate] = {"trained": estimate(trained)} | {name: estimate(values) for name, values in baselines.items()}
+    losses: dict[str, Estimate] = {"trained": estimate(trained)} | {
+        name: estimate(values) for name, values in baselines.items()
+    }
     best = min(trainer.denoiser.names, key=lambda name: baselines[name].mean())
     return {
         "settings": asdict(settings),
@@ -176,7 +199,15 @@ def _record(settings: TrainSettings, trainer: Trainer, progress: Progress, basel
         "held_out_loss": {name: asdict(value) for name, value in losses.items()},
         "best_expert": best,
         "difference_to_best_expert": asdict(difference(trained, baselines[best])),
-        **({"difference_to_untrained_mean": asdict(difference(trained, baselines[BEFORE]))} if BEFORE in baselines else {}),
-        **({"difference_to_start": asdict(difference(trained, baselines[STARTED]))} if STARTED in baselines else {}),
+        **(
+            {"difference_to_untrained_mean": asdict(difference(trained, baselines[BEFORE]))}
+            if BEFORE in baselines
+            else {}
+        ),
+        **(
+            {"difference_to_start": asdict(difference(trained, baselines[STARTED]))}
+            if STARTED in baselines
+            else {}
+        ),
         "history": progress.history,
     }

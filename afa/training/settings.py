@@ -18,7 +18,20 @@ FREE = (
 )
 
 # Once, when an ensemble is made.
-MADE = ("aggregator", "placement", "hidden", "heads", "depth", "ignore", "attention_up_to", "text_stream", "vae", "config", "prediction_type", "frame")
+MADE = (
+    "aggregator",
+    "placement",
+    "hidden",
+    "heads",
+    "depth",
+    "ignore",
+    "attention_up_to",
+    "text_stream",
+    "vae",
+    "config",
+    "prediction_type",
+    "frame",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,46 +42,118 @@ class LoopSettings(ObjectiveSettings):
         help="a folder with metadata.jsonl or with a .txt beside every image, a .jsonl of paths, .parquet, .tar shards "
         "(x-{000..099}.tar), or a data set of the hub"
     )
-    image_column: str | None = option(None, help="of the data: where the image or its path is (default: image, jpg, file_name …)")
-    caption_column: str | None = option(None, help="of the data: where the caption is (default: text, caption, prompt)")
-    allow_outside: bool = option(False, help="also read images that the data name outside their own folder: links, absolute paths, ..")
-    limit: int | None = option(None, least=1, most=10**9, help="only the first so many images; a data set of the hub is then streamed instead of downloaded")
-    crops: int = option(0, least=0, most=10_000, help="squares cut at random places of every training image, each encoded once; 0: its centre")
+    image_column: str | None = option(
+        None, help="of the data: where the image or its path is (default: image, jpg, file_name …)"
+    )
+    caption_column: str | None = option(
+        None, help="of the data: where the caption is (default: text, caption, prompt)"
+    )
+    allow_outside: bool = option(
+        False, help="also read images that the data name outside their own folder: links, absolute paths, .."
+    )
+    limit: int | None = option(
+        None,
+        least=1,
+        most=10**9,
+        help="only the first so many images; a data set of the hub is then streamed instead of downloaded",
+    )
+    crops: int = option(
+        0,
+        least=0,
+        most=10_000,
+        help="squares cut at random places of every training image, each encoded once; 0: its centre",
+    )
     flip: bool = option(False, help="mirror half of the random crops")
-    max_skipped: float = option(0.1, **SHARE, help="share of the images that may be unusable before the run stops")
+    max_skipped: float = option(
+        0.1, **SHARE, help="share of the images that may be unusable before the run stops"
+    )
     output: str = option(help="where the result goes; an interrupted run goes on from here")
-    steps: int = option(1000, least=1, most=10**9, help="optimiser steps at most; training stops earlier when the held-out loss no longer falls")
+    steps: int = option(
+        1000,
+        least=1,
+        most=10**9,
+        help="optimiser steps at most; training stops earlier when the held-out loss no longer falls",
+    )
     batch_size: int = option(8, **COUNT, help="images a step and process")
     accumulate: int = option(1, **COUNT, help="batches whose gradients make one step")
     lr: float = option(1e-4, **SHARE, help="learning rate of AdamW after the warm-up")
     warm_up: int = option(20, least=0, most=10**9, help="steps over which the learning rate rises from 0")
-    schedule: str = option("constant", help="of the rate after the warm-up; all but constant fall to 0 at --steps", choices=["constant", "cosine", "linear"])
+    schedule: str = option(
+        "constant",
+        help="of the rate after the warm-up; all but constant fall to 0 at --steps",
+        choices=["constant", "cosine", "linear"],
+    )
     weight_decay: float = option(0.01, **WEIGHT, help="of AdamW")
     clip: float = option(1.0, above=0, most=10**9, help="largest norm of the gradient")
-    ema: float = option(0.999, **SHARE, help="decay of the moving average of what is trained; the average is what is kept")
-    caption_dropout: float = option(0.1, **SHARE, help="share of samples trained without their caption, so that guidance keeps working")
-    resolution: int | None = option(None, least=1, most=2**16, help="side of the images in pixels, cropped to a square (default: the experts' own)")
-    cache: str | None = option(None, help="folder that keeps latents and text states for all runs; VAE and text encoders then leave the memory")
-    held_out: int = option(64, **COUNT, help="images that are never trained on, at most a fifth: the measure of early stopping")
-    evaluate_every: int = option(50, least=1, most=10**9, help="steps between two measurements on the held-out images")
-    patience: int = option(5, least=1, most=10**9, help="measurements without a better one before training stops")
-    save_every: int = option(200, least=1, most=10**9, help="steps between two saved states; Ctrl-C saves one too")
+    ema: float = option(
+        0.999, **SHARE, help="decay of the moving average of what is trained; the average is what is kept"
+    )
+    caption_dropout: float = option(
+        0.1, **SHARE, help="share of samples trained without their caption, so that guidance keeps working"
+    )
+    resolution: int | None = option(
+        None,
+        least=1,
+        most=2**16,
+        help="side of the images in pixels, cropped to a square (default: the experts' own)",
+    )
+    cache: str | None = option(
+        None,
+        help="folder that keeps latents and text states for all runs; VAE and text encoders then leave the memory",
+    )
+    held_out: int = option(
+        64, **COUNT, help="images that are never trained on, at most a fifth: the measure of early stopping"
+    )
+    evaluate_every: int = option(
+        50, least=1, most=10**9, help="steps between two measurements on the held-out images"
+    )
+    patience: int = option(
+        5, least=1, most=10**9, help="measurements without a better one before training stops"
+    )
+    save_every: int = option(
+        200, least=1, most=10**9, help="steps between two saved states; Ctrl-C saves one too"
+    )
     seed: int = option(0, **SEED, help="of everything random, 0 to 2**64 - 1")
-    dtype: str = option("float32", help="of what is frozen; what is trained is always float32", choices=["float32", "bfloat16"])
-    config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
+    dtype: str = option(
+        "float32",
+        help="of what is frozen; what is trained is always float32",
+        choices=["float32", "bfloat16"],
+    )
+    config: str | None = option(
+        None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)"
+    )
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
-    frame: str | None = option(None, place=True, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
-    gradient_checkpointing: bool = option(False, help="recompute stages in the backward pass: less memory, a third more time")
+    frame: str | None = option(
+        None,
+        place=True,
+        help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone",
+    )
+    gradient_checkpointing: bool = option(
+        False, help="recompute stages in the backward pass: less memory, a third more time"
+    )
     sheet_every: int | None = option(
-        None, least=1, most=10**9, help="steps between two sample sheets with weight maps, a multiple of --evaluate-every (default: none)"
+        None,
+        least=1,
+        most=10**9,
+        help="steps between two sample sheets with weight maps, a multiple of --evaluate-every (default: none)",
     )
     sheet_images: int = option(4, **COUNT, help="held-out captions on a sheet")
     sheet_steps: int = option(20, **SAMPLING_STEPS, help="sampling steps of a sheet")
-    sheet_guidance: float | None = option(None, **GUIDANCE, help="strength of guidance of a sheet (default: the family's own)")
-    watch: str | None = option(None, help="a metric of every sheet's images, never trained on: it shows when a reward is hacked")
+    sheet_guidance: float | None = option(
+        None, **GUIDANCE, help="strength of guidance of a sheet (default: the family's own)"
+    )
+    watch: str | None = option(
+        None, help="a metric of every sheet's images, never trained on: it shows when a reward is hacked"
+    )
     watch_weights: str | None = option(None, help="where that metric's weights are (default: the hub)")
-    log_with: str | None = option(None, help="besides the terminal and log.jsonl", choices=["tensorboard", "trackio", "wandb"])
-    device: str | None = option(None, help="default: the best there is; several are used with accelerate launch", choices=["cpu", "cuda", "mps", "xpu"])
+    log_with: str | None = option(
+        None, help="besides the terminal and log.jsonl", choices=["tensorboard", "trackio", "wandb"]
+    )
+    device: str | None = option(
+        None,
+        help="default: the best there is; several are used with accelerate launch",
+        choices=["cpu", "cuda", "mps", "xpu"],
+    )
     dry_run: bool = option(False, help="print what would be trained and what it costs, then stop")
     json: bool = option(False, help="print the result as JSON")
 
@@ -77,7 +162,9 @@ class LoopSettings(ObjectiveSettings):
         if self.watch is not None and self.sheet_every is None:
             raise UserError(f"--watch {self.watch} judges sheets; give --sheet-every {self.evaluate_every}")
         if self.sheet_every is not None and self.sheet_every % self.evaluate_every:
-            raise UserError(f"--sheet-every {self.sheet_every} must be a multiple of --evaluate-every {self.evaluate_every}")
+            raise UserError(
+                f"--sheet-every {self.sheet_every} must be a multiple of --evaluate-every {self.evaluate_every}"
+            )
         if self.flip and not self.crops:
             raise UserError("--flip mirrors random crops, and there are none; give --crops 1 or more")
 
@@ -100,30 +187,68 @@ class LoopSettings(ObjectiveSettings):
         if step < self.warm_up:
             return self.lr * (step + 1) / self.warm_up
         part = (step - self.warm_up) / max(1, self.steps - self.warm_up)
-        return self.lr * {"constant": 1.0, "linear": 1 - part, "cosine": 0.5 * (1 + math.cos(math.pi * part))}[self.schedule]
+        return (
+            self.lr
+            * {"constant": 1.0, "linear": 1 - part, "cosine": 0.5 * (1 + math.cos(math.pi * part))}[
+                self.schedule
+            ]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(LoopSettings):
     """One training run of aggregators, field by field a flag of `afa train`."""
 
-    recipe: str | None = option(None, help="paper-sd15, paper-sdxl, low-memory, scenes, or a .toml file of flags; a flag that is given too goes first")
-    experts: list[str] | None = option(None, place=True, help="the experts: diffusers folder, .safetensors file or org/name@revision, each optionally NAME=…")
-    start: str | None = option(None, place=True, help="a saved ensemble to go on from, instead of --experts: its experts, its aggregators as they are")
-    aggregator: str = option("sabw", help="sabw (the paper's), or stitch: every expert keeps a path of its own", choices=["sabw", "stitch"])
+    recipe: str | None = option(
+        None,
+        help="paper-sd15, paper-sdxl, low-memory, scenes, or a .toml file of flags; a flag that is given too goes first",
+    )
+    experts: list[str] | None = option(
+        None,
+        place=True,
+        help="the experts: diffusers folder, .safetensors file or org/name@revision, each optionally NAME=…",
+    )
+    start: str | None = option(
+        None,
+        place=True,
+        help="a saved ensemble to go on from, instead of --experts: its experts, its aggregators as they are",
+    )
+    aggregator: str = option(
+        "sabw",
+        help="sabw (the paper's), or stitch: every expert keeps a path of its own",
+        choices=["sabw", "stitch"],
+    )
     placement: str | None = option(
-        None, help="fused stages: layers (all), blocks, every-K, double (FLUX), out (a router on the predictions), or names such as M00,OUT11"
+        None,
+        help="fused stages: layers (all), blocks, every-K, double (FLUX), out (a router on the predictions), or names such as M00,OUT11",
     )
     hidden: int = option(128, least=1, most=2**20, help="width inside the aggregators")
     heads: int = option(8, least=1, most=2**20, help="attention heads of the aggregators")
     depth: int = option(2, least=0, most=1000, help="transformer layers of the aggregators; 0: none")
-    ignore: list[str] | None = option(None, help="what the weights must not depend on, for ablations", choices=["text", "time", "place"])
-    attention_up_to: int | None = option(
-        None, least=0, most=2**16, help="build the transformer only on maps up to this side in latent pixels (default: everywhere)"
+    ignore: list[str] | None = option(
+        None, help="what the weights must not depend on, for ablations", choices=["text", "time", "place"]
     )
-    text_stream: str = option("own", help="SD3, FLUX: text tokens of every expert's own, or fused where image tokens are", choices=["own", "fused"])
-    vae: str | None = option(None, place=True, help="an expert's name, a VAE's or pipeline's folder, or one .safetensors file (default: the first expert's)")
-    store: str | None = option(None, help="of the experts' weights: in 8 bits, or in the CPU's memory until needed", choices=["int8", "fp8", "cpu"])
+    attention_up_to: int | None = option(
+        None,
+        least=0,
+        most=2**16,
+        help="build the transformer only on maps up to this side in latent pixels (default: everywhere)",
+    )
+    text_stream: str = option(
+        "own",
+        help="SD3, FLUX: text tokens of every expert's own, or fused where image tokens are",
+        choices=["own", "fused"],
+    )
+    vae: str | None = option(
+        None,
+        place=True,
+        help="an expert's name, a VAE's or pipeline's folder, or one .safetensors file (default: the first expert's)",
+    )
+    store: str | None = option(
+        None,
+        help="of the experts' weights: in 8 bits, or in the CPU's memory until needed",
+        choices=["int8", "fp8", "cpu"],
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,11 +256,19 @@ class TrainSettings(LoopSettings):
             raise UserError("give either --experts A B …, or --start ENSEMBLE")
         if self.experts is not None and len(self.experts) < 2:
             alone = f"only {self.experts[0]}" if self.experts else "none"
-            raise UserError(f"--experts names {alone}; an ensemble needs at least two experts (to train one alone: afa finetune)")
-        made = [field for field in fields(self) if field.name in MADE and getattr(self, field.name) != field.default]
+            raise UserError(
+                f"--experts names {alone}; an ensemble needs at least two experts (to train one alone: afa finetune)"
+            )
+        made = [
+            field
+            for field in fields(self)
+            if field.name in MADE and getattr(self, field.name) != field.default
+        ]
         if self.start is not None and made:
             flag = f"--{made[0].name.replace('_', '-')} {getattr(self, made[0].name)}"
-            raise UserError(f"{flag} cannot be given with --start {self.start}: its aggregators and its frame are made already")
+            raise UserError(
+                f"{flag} cannot be given with --start {self.start}: its aggregators and its frame are made already"
+            )
 
     def files(self) -> dict[str, str]:
         """Of the experts, what was chosen for their frame, and the rewards; of a saved ensemble with all that it refers to."""
@@ -143,7 +276,9 @@ class TrainSettings(LoopSettings):
 
         if self.start is not None:
             return saved_fingerprint(Path(self.start)) | fingerprint(**self.judges())
-        return fingerprint(self.experts or (), vae=self.vae, frame=self.frame, config=self.config, **self.judges())
+        return fingerprint(
+            self.experts or (), vae=self.vae, frame=self.frame, config=self.config, **self.judges()
+        )
 
     def further(self, start: Path | str, **changes: Any) -> "TrainSettings":
         """The same run, going on from a saved ensemble instead of experts."""

@@ -37,27 +37,37 @@ def make_accelerator(settings: LoopSettings) -> Accelerator:
     """The processes and devices of this run. Raises UserError if they are not what was asked for."""
     accelerator = _accelerator(settings)
     if settings.device not in (None, accelerator.device.type):
-        raise UserError(f"--device {settings.device} was asked for, but training would run on {accelerator.device}; leave --device out")
+        raise UserError(
+            f"--device {settings.device} was asked for, but training would run on {accelerator.device}; leave --device out"
+        )
     return accelerator
 
 
 def _accelerator(settings: LoopSettings) -> Accelerator:
     if settings.log_with is None:
         return Accelerator(cpu=settings.device == "cpu")
-    accelerator = Accelerator(cpu=settings.device == "cpu", log_with=settings.log_with, project_dir=settings.output)
+    accelerator = Accelerator(
+        cpu=settings.device == "cpu", log_with=settings.log_with, project_dir=settings.output
+    )
     if not accelerator.log_with:
-        raise UserError(f"--log-with {settings.log_with} cannot be used; install it with: pip install {settings.log_with}")
+        raise UserError(
+            f"--log-with {settings.log_with} cannot be used; install it with: pip install {settings.log_with}"
+        )
     accelerator.init_trackers(RUNS, config=flat(asdict(settings)))
     return accelerator
 
 
-def make_trainer(planned: Plan, accelerator: Accelerator, initialise: Callable[[Ensemble], nn.Module]) -> Trainer:
+def make_trainer(
+    planned: Plan, accelerator: Accelerator, initialise: Callable[[Ensemble], nn.Module]
+) -> Trainer:
     """Everything a run needs, in memory; the VAE leaves the device after the images are encoded, unless images are drawn.
 
     initialise: draws the first weights of what is trained, by torch's own generator, and returns it.
     """
     settings, ensemble = planned.settings, planned.ensemble
-    begun = belongings(settings, planned.own)  # as they are now: a file that is replaced meanwhile is not what is trained
+    begun = belongings(
+        settings, planned.own
+    )  # as they are now: a file that is replaced meanwhile is not what is trained
     vae = ensemble.frame.vae.to(accelerator.device)
     data, held_out = encode_data(settings, planned.source, planned.resolution, vae)
     draws = settings.rewarded or settings.sheet_every is not None
@@ -68,7 +78,13 @@ def make_trainer(planned: Plan, accelerator: Accelerator, initialise: Callable[[
     trained = initialise(ensemble)
     if settings.gradient_checkpointing:
         ensemble.denoiser.enable_gradient_checkpointing()
-    means = make_means(settings, noising_of(settings, ensemble, accelerator.device), vae, accelerator.device, settings.gradient_checkpointing)
+    means = make_means(
+        settings,
+        noising_of(settings, ensemble, accelerator.device),
+        vae,
+        accelerator.device,
+        settings.gradient_checkpointing,
+    )
     if accelerator.is_main_process:
         captions = [sample.caption for sample in planned.source.samples]
         warn_of_prompts(captions, ensemble.denoiser.call, ensemble.frame.tokenizers, "caption")
@@ -79,7 +95,19 @@ def make_trainer(planned: Plan, accelerator: Accelerator, initialise: Callable[[
         if planned.own:
             _forget(ensemble, draws)
     objectives = make_objectives(means, list(trained.parameters()))
-    return Trainer(settings, accelerator, ensemble.denoiser, means.noising, objectives, conditions, data, held_out, trained, begun, sheets)
+    return Trainer(
+        settings,
+        accelerator,
+        ensemble.denoiser,
+        means.noising,
+        objectives,
+        conditions,
+        data,
+        held_out,
+        trained,
+        begun,
+        sheets,
+    )
 
 
 def _sheets(planned: Plan, captions: list[str], device: torch.device) -> Sheets | None:
@@ -87,7 +115,9 @@ def _sheets(planned: Plan, captions: list[str], device: torch.device) -> Sheets 
     if planned.settings.sheet_every is None:
         return None
     ensemble, watch = planned.ensemble, make_watch(planned.settings, device)
-    return Sheets(planned.settings, ensemble.pipeline(), ensemble.denoiser, captions, planned.resolution, watch)
+    return Sheets(
+        planned.settings, ensemble.pipeline(), ensemble.denoiser, captions, planned.resolution, watch
+    )
 
 
 def _forget(ensemble: Ensemble, draws: bool) -> None:

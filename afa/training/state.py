@@ -30,7 +30,9 @@ def belongings(settings: LoopSettings, from_files: bool) -> dict[str, Any]:
     return {**found, FILES: settings.files() if from_files else {}}
 
 
-def check_finished(settings: LoopSettings, begun: LoopSettings, files: dict[str, str] | None, what: str) -> None:
+def check_finished(
+    settings: LoopSettings, begun: LoopSettings, files: dict[str, str] | None, what: str
+) -> None:
     """Raises UserError if a complete run was begun with other options or files. files: as its record has them, None in older ones."""
     now: dict[str, Any] = json.loads(json.dumps(settings.binding()))
     then: dict[str, Any] = json.loads(json.dumps(begun.binding()))
@@ -61,7 +63,16 @@ def load_state(settings: LoopSettings, now: dict[str, Any], device: torch.device
     try:
         state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
         begun = json.loads(state.pop("settings"))
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        UnpicklingError,
+    ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} cannot be read ({reason}); delete it to begin again") from None
     check_same(build(dict[str, Any], begun, file, "settings"), now, f"the run in {settings.output}")
