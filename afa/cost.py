@@ -1,10 +1,14 @@
 """What a denoising step costs in arithmetic, counted on the meta device: no memory, no waiting."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from afa.denoiser.base import EnsembleDenoiser
@@ -31,7 +35,7 @@ def count_flops(
     height, width: of the latent. batch: guidance doubles that of the pipeline. tokens: of the prompt; None: the family's.
     """
     call = call_of(denoiser, height, width, batch, tokens, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), _counting() as counter:
         denoiser(**call)
     counts, stages = (
         counter.get_flop_counts(),
@@ -47,7 +51,7 @@ def count_training_flops(
 ) -> int:
     """Floating point operations of one training step on the meta device: forward, and backward to whatever requires a gradient."""
     call = call_of(denoiser, height, width, batch, tokens, device="meta")
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    with torch.enable_grad(), _counting() as counter:
         denoiser(**call).sample.sum().backward()
     return counter.get_total_flops()
 
@@ -59,7 +63,7 @@ def count_stage_flops(model: Any, height: int, width: int, tokens: int | None = 
     """
     with torch.device("meta"):
         outline = type(model).from_config(dict(model.config)).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), _counting() as counter:
         outline(**call_of(outline, height, width, 1, tokens, device="meta"))
     names = {id(module): f"{type(outline).__name__}.{name}" for name, module in outline.named_modules()}
     counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
@@ -67,6 +71,43 @@ def count_stage_flops(model: Any, height: int, width: int, tokens: int | None = 
         stage.name: sum(counts.get(names.get(id(module), ""), 0) for module in stage.modules())
         for stage in FAMILIES[family_of(outline)].stages(outline)
     }
+
+
+@contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    with FlopCounterMode(display=False) as counter, _Shortcuts():
+        yield counter
+
+
+class _Shortcuts(TorchFunctionMode):
+    """Counts the same in half the time: on the meta device torch takes norms, biases and attention apart into Python."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        options = kwargs or {}
+        if func in SAME_SHAPE and args and (not torch.is_grad_enabled() or args[0].requires_grad):
+            return args[0].clone()
+        if (
+            func is F.linear
+            and len(args) == 3
+            and (not torch.is_grad_enabled() or args[0].requires_grad or args[1].requires_grad)
+        ):
+            return F.linear(*args[:2])
+        if func is F.scaled_dot_product_attention and not options.get("enable_gqa"):
+            return _attention(*args, **options)
+        return func(*args, **options)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return query @ key.transpose(-2, -1) @ value
+
+
+SAME_SHAPE = {F.layer_norm, F.group_norm, F.gelu, F.silu}  # as their input, and nothing that is counted
 
 
 def call_of(

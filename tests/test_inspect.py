@@ -8,15 +8,17 @@ import sys
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from family_models import MODELS
 from inspected import edit, pipe, write_experts
 from tiny import inputs, scheduler, sd_unet, sdxl_inputs, sdxl_unet
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from afa import Ensemble, UserError
+from afa.aggregators.registry import Recipe
 from afa.cli import main as command_line
 from afa.cli.inspect import EXAMPLES, Options, run
-from afa.cost import count_flops
+from afa.cost import call_of, count_flops, count_training_flops
 from afa.experts.compatible import mismatches
 from afa.experts.expert import Expert
 from afa.experts.meta_model import config_outline, read_outline
@@ -132,6 +134,17 @@ class TestCost:
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             unet(**call(batch=1, height=16, width=24))
         assert count_flops(meta(unet), 16, 24, batch=1, tokens=7).total == counter.get_total_flops()
+
+    @pytest.mark.parametrize("name", ["sd", "flux"])
+    def test_flops_of_training_are_those_of_a_real_step(self, name):
+        model = MODELS[name]
+        expert, options = model.make(), {"recipe": Recipe("sabw", SMALL), "placement": model.chosen}
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            made = model.ensemble([expert], **options)
+            made(**call_of(made, 16, 24, 1, 7)).sample.sum().backward()
+        with torch.device("meta"):
+            outline = model.ensemble([type(expert).from_config(expert.config)], **options)
+        assert count_training_flops(outline, 16, 24, batch=1, tokens=7) == counter.get_total_flops()
 
     def test_two_images_cost_twice_one(self, inspect, experts):
         places = experts / "photo", experts / "paint"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_lora_sharing import close, fused, latents
+from test_lora_sharing import close, fused_latents, latents
 from tiny_loras import FAMILIES, write_kohya, write_lora
 
 from afa import Ensemble, UserError, only_expert
@@ -40,7 +40,7 @@ def drawn(ensemble, pipe, expert, **changes):
 
 def same(ensemble, pipe, name, loras):
     """Whether each expert draws what a stock pipeline with these LoRAs in its weights draws."""
-    return all(close(drawn(ensemble, pipe, expert), latents(fused(name, own))) for expert, own in loras.items())
+    return all(close(drawn(ensemble, pipe, expert), fused_latents(name, *own)) for expert, own in loras.items())
 
 
 def test_a_stock_load_goes_into_every_expert(name, files, ensemble):
@@ -109,7 +109,7 @@ def test_the_attention_option_scales_what_was_loaded_and_not_what_an_expert_is(n
     option = {("cross" if "unet" in pipe.components else "joint") + "_attention_kwargs": {"scale": scale}}
     for _ in range(2):  # it leaves nothing behind
         found = drawn(ensemble, pipe, "own", **option)
-        assert close(found, latents(fused(name, [(ink, 0.6), (oil, scale)])))
+        assert close(found, fused_latents(name, (ink, 0.6), (oil, scale)))
     assert same(ensemble, pipe, name, {"own": [(ink, 0.6), (oil, 1)]})
 
 

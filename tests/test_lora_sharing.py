@@ -1,5 +1,6 @@
 """Experts that are LoRAs on one base: its weights are in memory once, and the pictures are those of fused copies."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,12 @@ def fused(name, loras):
     return pipe
 
 
+@functools.cache
+def fused_latents(name, *loras):
+    """What such a pipeline draws."""
+    return latents(fused(name, loras))
+
+
 def close(one, other, tolerance=1e-5):
     return torch.allclose(one, other, rtol=0, atol=tolerance * max(1, other.abs().max()))
 
@@ -61,8 +68,9 @@ def sources(root):
     return [f"ink={base}+{root / 'ink.safetensors'}*0.5", f"both={base}+{root / 'ink.safetensors'}+{root / 'oil.safetensors'}*-0.7", f"plain={base}"]
 
 
-def fused_pipes(name, root):
-    ink, oil = root / "ink.safetensors", root / "oil.safetensors"
+@pytest.fixture(scope="module")
+def fused_pipes(name, folder):
+    ink, oil = folder / "ink.safetensors", folder / "oil.safetensors"
     return [fused(name, [(ink, 0.5)]), fused(name, [(ink, 1), (oil, -0.7)]), fused(name, [])]
 
 
@@ -72,8 +80,8 @@ def shared(folder):
 
 
 @pytest.fixture(scope="module")
-def copies(name, folder, shared):
-    made = Ensemble.from_experts(fused_pipes(name, folder), placement="layers", **SMALL)
+def copies(fused_pipes, shared):
+    made = Ensemble.from_experts(fused_pipes, placement="layers", **SMALL)
     made.aggregators.load_state_dict(shared.aggregators.state_dict())
     return made
 
@@ -82,9 +90,9 @@ def test_shared_experts_draw_what_fused_copies_draw(shared, copies):
     assert close(latents(shared.pipeline()), latents(copies.pipeline()))
 
 
-def test_each_shared_expert_is_its_fused_copy(name, folder, shared):
+def test_each_shared_expert_is_its_fused_copy(shared, fused_pipes):
     found = []
-    for expert, alone in zip(shared.names, fused_pipes(name, folder), strict=True):
+    for expert, alone in zip(shared.names, fused_pipes, strict=True):
         with only_expert(shared.denoiser, expert):
             found.append(latents(shared.pipeline()))
         assert close(found[-1], latents(alone))
@@ -150,8 +158,8 @@ def test_loras_of_kohyas_scripts_are_read(kind, tmp_path):
     ensemble = Ensemble.from_experts([f"a={tmp_path / 'base'}+{file}*0.9", f"b={tmp_path / 'base'}"], aggregator="mean")
     with only_expert(ensemble.denoiser, "a"):
         found = latents(ensemble.pipeline())
-    assert close(found, latents(fused(kind, [(file, 0.9)])))
-    assert not close(found, latents(fused(kind, [])), 1e-3)
+    assert close(found, fused_latents(kind, (file, 0.9)))
+    assert not close(found, fused_latents(kind), 1e-3)
 
 
 def test_a_dora_is_shared_too(tmp_path):
@@ -159,7 +167,7 @@ def test_a_dora_is_shared_too(tmp_path):
     file = write_lora("sd", tmp_path / "dora.safetensors", use_dora=True)
     ensemble = Ensemble.from_experts([f"a={tmp_path / 'base'}+{file}", f"b={tmp_path / 'base'}"], aggregator="mean")
     with only_expert(ensemble.denoiser, "a"):
-        assert close(latents(ensemble.pipeline()), latents(fused("sd", [(file, 1)])))
+        assert close(latents(ensemble.pipeline()), fused_latents("sd", (file, 1)))
 
 
 def test_an_expert_alone_on_its_base_has_its_lora_in_its_weights(folder):

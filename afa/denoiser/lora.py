@@ -111,8 +111,9 @@ def loaded(model: Any) -> list[str]:
 
 def settle(model: Any, name: str) -> None:
     """A LoRA that was just loaded is frozen, and computes in its model's dtype."""
+    dtype = model.dtype  # diffusers looks through the whole model for it
     for parameter in adapter_parameters(model, name):
-        parameter.data = parameter.data.to(model.dtype)
+        parameter.data = parameter.data.to(dtype)
     model.requires_grad_(False).eval()
 
 

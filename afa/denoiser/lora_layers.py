@@ -178,6 +178,7 @@ class Names:
 
     def __init__(self, model: Any, originals: Callable[[Any], Mapping[str, Layers]]) -> None:
         self.model, self.originals = model, originals
+        self.dtype: torch.dtype = model.dtype  # diffusers looks through the whole model for it
         modules = {name: getattr(module, "base_layer", module) for name, module in model.named_modules()}
         inner = re.compile(r"\.base_layer$|\.lora_[A-Za-z]")
         self.layers = {
@@ -278,10 +279,10 @@ def _factors(
     if layer.magnitude is not None:
         tensors["lora_magnitude_vector"] = layer.magnitude.float()
     for end, tensor in tensors.items():
-        tensors[end] = tensor.to(names.model.dtype)
+        tensors[end] = tensor.to(names.dtype)
         if not tensor.is_meta and not torch.isfinite(tensors[end]).all():
             if torch.isfinite(tensor).all():
-                kind = f"does not fit {names.model.dtype}; load the experts in float32"
+                kind = f"does not fit {names.dtype}; load the experts in float32"
             else:
                 kind = "holds NaN or infinity; it is broken, download or export it again"
             raise UserError(f"{what}: {layer.keys[0]} {kind}")
