@@ -3,22 +3,20 @@
 import argparse
 from pathlib import Path
 
+from afa.demo.world import ENSEMBLE
+from afa.generation.sample import Request, Sampling
 from PIL import Image
 
-from afa.demo.data import ENSEMBLE
 from afa.demo.report import sheet
 from afa.demo.run import demonstrate, weight_pictures
 from afa.demo.settings import DemoSettings
 from afa.ensemble import Ensemble
-from afa.explanation import Explanation, explain
-from afa.explanation.pictures import sheet as weight_sheet
-from afa.explanation.pictures.contact import contact
-from afa.explanation.pictures.strip import save_strip
-from afa.explanation.pictures.words import words
-from afa.sampling.sample import Request, Sampling
+from afa.explanation import Explanation, explain, pictures
 
 TARGET = Path(__file__).parent / "images"
-PROMPT = "a red star left of a blue ring on a dotted mint background"  # as in the examples of `afa explain --help`
+PROMPT = (
+    "a red star left of a blue ring on a dotted mint background"  # as in the examples of `afa explain --help`
+)
 
 
 def demo_pictures(folder: str) -> None:
@@ -26,16 +24,20 @@ def demo_pictures(folder: str) -> None:
     settings = DemoSettings(output=folder)
     outcome = demonstrate(settings)
     Image.fromarray(sheet(outcome, 4)).save(TARGET / "sheet.png", optimize=True)
-    Image.fromarray(weight_pictures(settings, outcome.captions)[0]).save(TARGET / "weights.png", optimize=True)
+    Image.fromarray(weight_pictures(settings, outcome.captions)[0]).save(
+        TARGET / "weights.png", optimize=True
+    )
     print(f"sheet.png and weights.png in {TARGET}: {outcome.captions[0]}")
 
 
 def explain_pictures() -> None:
     """One image of the embedded ensemble, explained: what `afa explain --prompt …` leaves of it."""
-    found = explain(Ensemble.load(ENSEMBLE), Request(PROMPT, 0), Sampling(20, 3.0), ["off", "swapped", "frozen", "equal"])
+    found = explain(
+        Ensemble.load(ENSEMBLE), Request(PROMPT, 0), Sampling(20, 3.0), ["off", "swapped", "frozen", "equal"]
+    )
     _explained(found).save(TARGET / "explain.png", optimize=True)
-    save_strip(found.recording, TARGET / "explain.webp")
-    drawn = words(found.recording, found.causes)
+    pictures.save_strip(found.recording, TARGET / "explain.webp")
+    drawn = pictures.words(found.recording, found.causes)
     assert drawn is not None
     drawn.quantize(256).save(TARGET / "explain-words.png", optimize=True)
     print(f"explain.png, explain.webp and explain-words.png in {TARGET}: {PROMPT}")
@@ -44,8 +46,10 @@ def explain_pictures() -> None:
 def _explained(found: Explanation) -> Image.Image:
     """The sheet, and below it what would have been."""
     parts = [
-        weight_sheet.sheet(found.recording, "seed 0, 20 steps, guidance 3"),
-        contact("What would have been, from the same noise", found.recording.image, found.counterfactuals),
+        pictures.sheet(found.recording, "seed 0, 20 steps, guidance 3"),
+        pictures.contact(
+            "What would have been, from the same noise", found.recording.image, found.counterfactuals
+        ),
     ]
     page = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
     page.paste(parts[0], (0, 0))

@@ -17,7 +17,7 @@ from pathlib import Path
 FLOORS = (
     "version lazy errors places schema settings seeds text_files files store images prompts stats devices user_files",
     "stages aggregators",
-    "denoiser visualise",
+    "denoiser pictures",
     "models",
     "experts schedulers latents text_encoder",
     "frame lora_loading cost checkpoint fingerprint ensemble",

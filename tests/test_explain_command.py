@@ -18,15 +18,12 @@ from afa.cli.main import main
 from afa.demo.data import ENSEMBLE, EXPERTS
 from afa.explanation.causes import Unused
 from afa.explanation.explanation import explain
-from afa.explanation.pictures.canvas import fitting, font, wrapped
-from afa.explanation.pictures.chart import chart
-from afa.explanation.pictures.sheet import sheet
-from afa.explanation.pictures.strip import frames, save_strip
-from afa.explanation.pictures.words import words
+from afa.explanation.pictures import chart, frames, save_strip, sheet, words
 from afa.explanation.recording import record
 from afa.explanation.run import run
 from afa.explanation.settings import ExplainSettings
 from afa.explanation.shares import as_data, estimates
+from afa.pictures import fitting, font, wrapped
 
 PROMPTS = ["a red star", "red ring"]
 

@@ -191,7 +191,7 @@ def _sampled(
 
 def weight_pictures(settings: DemoSettings, captions: list[str]) -> list[NDArray[np.uint8]]:
     """Weight maps over steps of the first images, as pictures (H, W, 3) uint8."""
-    from afa.visualise.weights import conditional, picture
+    from afa.pictures import conditional, picture
 
     ensemble = Ensemble.load(Path(settings.output) / "ensemble")
     pipeline = ensemble.pipeline()

@@ -16,9 +16,9 @@ from afa.images import read_pixels
 from afa.pages.numbers import DASH, plural, with_interval
 from afa.pages.page import data_uri, render
 from afa.pages.tables import Row, Shown, Table
+from afa.pictures import COLOURS
 from afa.stats import Estimate
 from afa.training.measure import BANDS
-from afa.visualise.weights import COLOURS
 
 BAND_NAMES = ("least noise", "less noise", "more noise", "most noise")
 MOST_WORDS = 40
@@ -31,10 +31,14 @@ PICTURES = {
 DOT = Markup('<span class="dot" style="background:rgb({},{},{})"></span>{}')
 
 
-def as_html(folder: Path, entries: Sequence[Entry], unused: Unused, found: Mapping[str, Any], facts: str) -> str:
+def as_html(
+    folder: Path, entries: Sequence[Entry], unused: Unused, found: Mapping[str, Any], facts: str
+) -> str:
     """The page of a folder whose images are explained. found: as in explain.json; facts: how they were made."""
     images, skipped = len(entries), found["counterfactuals"].get("left out where unused")
-    around = "one image has no interval" if images == 1 else "brackets are 95 % bootstrap intervals over images"
+    around = (
+        "one image has no interval" if images == 1 else "brackets are 95 % bootstrap intervals over images"
+    )
     words = word_means(entries)
     return render(
         "explanation.html",
@@ -43,7 +47,9 @@ def as_html(folder: Path, entries: Sequence[Entry], unused: Unused, found: Mappi
         over=f"n = {plural(images, 'image')}; {around}.",
         shares=_shares(entries, unused),
         words=_words(words, unused) if words else None,
-        more=f" The first {MOST_WORDS} of {len(words)} words; all are in explain.json." if len(words) > MOST_WORDS else "",
+        more=f" The first {MOST_WORDS} of {len(words)} words; all are in explain.json."
+        if len(words) > MOST_WORDS
+        else "",
         distances=_distances(found["counterfactuals"]),
         chart=picture(folder / "chart.png"),
         unused=unused.sentences(),
@@ -59,7 +65,9 @@ def _shares(entries: Sequence[Entry], unused: Unused) -> Table:
     for row, group in enumerate(groups):
         for expert, name in enumerate(unused.experts):
             cells = [_shown(found[row, band, expert], 3) for band in range(BANDS)]
-            rows.append(Row(["" if expert else group, DOT.format(*COLOURS[expert % len(COLOURS)], name), *cells]))
+            rows.append(
+                Row(["" if expert else group, DOT.format(*COLOURS[expert % len(COLOURS)], name), *cells])
+            )
     return Table(["stages", "expert", *BAND_NAMES], rows, align="ll" + "r" * BANDS, n_apart=True)
 
 
@@ -67,10 +75,17 @@ def _words(found: Sequence[WordMean], unused: Unused) -> Table:
     """A row a word, with n in a column of its own."""
     rows = []
     for one in found[:MOST_WORDS]:
-        cells = [_shown(one.omitted, 4), _shown(one.hidden, 4), _shown(one.looked, 3), *(_shown(pull, 4) for pull in one.pull)]
+        cells = [
+            _shown(one.omitted, 4),
+            _shown(one.hidden, 4),
+            _shown(one.looked, 3),
+            *(_shown(pull, 4) for pull in one.pull),
+        ]
         rows.append(Row([one.word, str(one.omitted.n), *cells]))
     moves = ["moves, left out of the prompt", "moves, hidden from aggregators", "looked at"]
-    return Table(["word", "images", *moves, *(f"pull of {name}" for name in unused.experts)], rows, n_apart=True)
+    return Table(
+        ["word", "images", *moves, *(f"pull of {name}" for name in unused.experts)], rows, n_apart=True
+    )
 
 
 def _distances(known: Mapping[str, Any]) -> Table | None:

@@ -31,11 +31,7 @@ from afa.explanation.explanation import (
     write_facts,
 )
 from afa.explanation.page import as_html
-from afa.explanation.pictures.chart import chart
-from afa.explanation.pictures.contact import contact
-from afa.explanation.pictures.sheet import sheet
-from afa.explanation.pictures.strip import save_strip
-from afa.explanation.pictures.words import words
+from afa.explanation.pictures import chart, contact, save_strip, sheet, words
 from afa.explanation.settings import ExplainSettings
 from afa.explanation.summary import as_json
 from afa.files import json_or_none, locked, replacing, settled, write_atomically

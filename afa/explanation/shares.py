@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from afa.explanation.recording import Recording
+from afa.pictures import mean_over_stages, overlay
 from afa.stats import Estimate, estimate
 from afa.training.measure import BANDS, GROUPS
-from afa.visualise.weights import mean_over_stages, overlay
 
 HALVED_FROM = 8  # stages of one kind; so many transformer blocks are two groups
 FINAL = "final"  # the last stage, where predictions become one

@@ -281,7 +281,7 @@ def _weights_path(job: Job) -> Path:
 
 def _save_weights(job: Job, image: NDArray[np.uint8], maps: WeightMaps, index: int, batch: int) -> None:
     """The maps of one image: STAGE -> (passes, N, h, w) float16, timesteps (passes,), and the picture beside them."""
-    from afa.visualise.weights import conditional, picture
+    from afa.pictures import conditional, picture
 
     own = [{name: weights[index] for name, weights in one.items()} for one in conditional(maps, batch)]
     arrays = {name: torch.stack([one[name] for one in own]).half().numpy() for name in own[0]}
@@ -304,7 +304,7 @@ def _finish(output: Path, jobs: list[Job], columns: int) -> None:
     ]
     write_atomically(output / "images.jsonl", "\n".join(lines) + "\n")
     if 1 < len(jobs) <= GRID_UP_TO:
-        from afa.visualise.grid import grid
+        from afa.pictures import grid
 
         images = [read_pixels(job.path) for job in jobs]
         width = columns if columns > 1 else min(8, len(images))

@@ -1,1 +1,1 @@
-"""What every report is made of: number formats, one table, charts, and HTML pages from templates. Importing it costs nothing."""
+"""What every report is made of: number formats, one table, charts, and HTML pages from templates."""

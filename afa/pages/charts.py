@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup, escape
 
 from afa.pages.numbers import MINUS, decimals, probability, with_interval
-from afa.pages.tables import Row, Shown, Table
+from afa.pages.tables import Cell, Row, Shown, Table
 
 if TYPE_CHECKING:
     from afa.stats import Estimate
@@ -30,12 +30,14 @@ SHAPES = {
     "ours": Markup(f'<path d="M{" ".join(f"{x:.1f},{y:.1f}" for x, y in STAR)}z"/>'),
     "bound": Markup('<path class="open" d="M-4-4 4 4M-4 4 4-4"/>'),
 }
-FIRST = ("ours", "expert", "control", "merge", "sampling", "bound")  # whose labels of a scatter are placed first
+# Whose labels of a scatter are placed first.
+FIRST = ("ours", "expert", "control", "merge", "sampling", "bound")
 APART = 5.0  # pixels between lines at one place, so that their intervals can be told apart
 LETTER, LINE, NEAR = 6.6, 14.0, 9.0  # pixels: width of a letter, height of a line, from a point to its label
 ROW = 26  # pixels: height of a row of a forest, as style.css has it
-# Where a label may stand, from its point, the best first: beside it, then further up or down, then further out.
-STEPS = [(out, up) for out in (0, 22, 48, 80) for up in (0, *(sign * step for step in range(7, 92, 7) for sign in (-1, 1)))]
+# Where a label may stand, from its point, the best first: beside it, further up or down, further out.
+HEIGHTS = (0, *(sign * step for step in range(7, 92, 7) for sign in (-1, 1)))
+STEPS = [(out, up) for out in (0, 22, 48, 80) for up in HEIGHTS]
 
 
 # --- scales ---
@@ -70,10 +72,14 @@ def ticks(over: Scale, count: int = 6) -> list[float]:
     """About so many round numbers within a scale: 1, 2 or 5 times a power of ten."""
     low, high = over.low, over.high
     if over.log:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        powers = [
+            10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ]
         found: list[float] = []
         for sizes in ((1.0,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
-            found = [round(size * 10.0**power, 12) for power in powers for size in sizes if low <= size * 10.0**power <= high]
+            found = [
+                round(size * power, 12) for power in powers for size in sizes if low <= size * power <= high
+            ]
             if len(found) >= 4:
                 return found
         return found or [low, high]
@@ -131,17 +137,20 @@ class Field:
     top: float
     bottom: float
 
-    def frame(self, upwards: Scale, across: Mapping[float, str], x_words: str, y_words: str, count: int, lines: bool) -> list[str]:
-        """Grid, ticks and the names of the axes. across: x and word of each tick; lines: whether they have lines."""
+    def frame(
+        self, upwards: Scale, across: Mapping[float, str], names: tuple[str, str], count: int, lines: bool
+    ) -> list[str]:
+        """Grid, ticks and the names of the axes. across: word of each tick by its x; lines: at them, too."""
         parts = []
         for x, words in across.items():
             parts += [line(x, self.top, x, self.bottom, "grid")] if lines else []
             parts.append(text(x, self.bottom + 18, words, "tick", "middle"))
         for tick in ticks(upwards, count):
             y = upwards(tick)
-            parts += [line(self.left, y, self.right, y, "grid"), text(self.left - 8, y + 4, tick_label(tick), "tick", "end")]
-        parts.append(text(self.right, self.bottom + 38, x_words, "axis", "end"))
-        return [*parts, text(self.left, self.bottom + 38, f"upwards: {y_words}", "axis")]
+            parts.append(line(self.left, y, self.right, y, "grid"))
+            parts.append(text(self.left - 8, y + 4, tick_label(tick), "tick", "end"))
+        parts.append(text(self.right, self.bottom + 38, names[0], "axis", "end"))
+        return [*parts, text(self.left, self.bottom + 38, f"upwards: {names[1]}", "axis")]
 
 
 # --- curves: a line a method, an interval a point ---
@@ -180,7 +189,7 @@ def curves(
     field: Field = WIDE,
     zero: bool = False,
 ) -> Markup:
-    """Values along an axis. places: words of the axis; level: a name and a value that is drawn across.
+    """Values along an axis. places: its words; level: a name and a value that is drawn across.
 
     zero: whether the values' axis begins at zero.
     """
@@ -190,7 +199,8 @@ def curves(
     ends += [level[1].low, level[1].high] if level else []
     ends += [0.0] if zero else []
     upwards = scale(ends, field.bottom, field.top)
-    parts = field.frame(upwards, {across(x): words for x, words in places.items()}, x_words, y_words, 5, lines=False)
+    axis = {across(x): words for x, words in places.items()}
+    parts = field.frame(upwards, axis, (x_words, y_words), 5, lines=False)
     names = [(upwards(one.points[-1].value), one.name, one.group) for one in lines]
     if level is not None:
         name, value = level
@@ -233,23 +243,26 @@ class Spot:
 
 
 def scatter(found: Sequence[Spot], unit: str, quality: str, description: str) -> Markup:
-    """Cost to the right on a logarithmic scale, quality upwards. unit: of the cost, in words; quality: its name."""
+    """Cost to the right on a logarithmic scale, quality upwards. unit: of the cost; quality: its name."""
     field, found = BROAD, sorted(found, key=lambda spot: FIRST.index(spot.group))
     across = scale([spot.cost for spot in found], field.left, field.right, log=True, room=0.12)
-    upwards = scale([end for spot in found for end in (spot.quality.low, spot.quality.high)], field.bottom, field.top)
+    ends = [end for spot in found for end in (spot.quality.low, spot.quality.high)]
+    upwards = scale(ends, field.bottom, field.top)
     axis = {across(tick): tick_label(tick) for tick in ticks(across)}
-    parts = field.frame(upwards, axis, f"{unit}, cheaper to the left", quality, 6, lines=True)
+    parts = field.frame(upwards, axis, (f"{unit}, cheaper to the left", quality), 6, lines=True)
     points, bars = [], []
     for spot in found:
-        x, y, low, high = across(spot.cost), upwards(spot.quality.value), upwards(spot.quality.low), upwards(spot.quality.high)
+        x, y = across(spot.cost), upwards(spot.quality.value)
+        low, high = upwards(spot.quality.low), upwards(spot.quality.high)
         points.append((x, y, spot.title))
         bars.append(Box(x - 2, high, x + 2, low))
         parts.append(line(x, low, x, high, f"whisker faint {spot.group}"))
         if spot.spread is not None and spot.spread.low > 0:
-            ends = max(field.left, across(spot.spread.low)), min(field.right, across(spot.spread.high))
-            parts.append(line(ends[0], y, ends[1], y, f"whisker faint {spot.group}"))
+            left, right = max(field.left, across(spot.spread.low)), min(field.right, across(spot.spread.high))
+            parts.append(line(left, y, right, y, f"whisker faint {spot.group}"))
     labels = place_labels(points, bars, Box(field.left + 4, field.top, field.right, field.bottom))
-    parts += [line(x, y, label.x, label.y - 4, "leader") for (x, y, _), label in zip(points, labels, strict=True) if label.far]
+    far = [(x, y, label) for (x, y, _), label in zip(points, labels, strict=True) if label.far]
+    parts += [line(x, y, label.x, label.y - 4, "leader") for x, y, label in far]
     places = decimals([spot.quality for spot in found])
     for (x, y, words), label, spot in zip(points, labels, found, strict=True):
         value = f"{with_interval(spot.quality, places)}, n = {spot.quality.n}"
@@ -285,17 +298,20 @@ class Label:
     box: Box
 
 
-def place_labels(points: Sequence[tuple[float, float, str]], obstacles: Sequence[Box], field: Box) -> list[Label]:
+Words = tuple[float, float, str]  # x, y and what stands there
+
+
+def place_labels(points: Sequence[Words], obstacles: Sequence[Box], field: Box) -> list[Label]:
     """A label for each point (x, y, words), those that come first placed best.
 
-    obstacles: what should not be written over, such as intervals; field: where labels may be. A label lies on no other
-    label and on no point as long as there is any room.
+    obstacles: what should not be written over, such as intervals; field: where labels may be.
+    A label lies on no other label and on no point as long as there is any room.
     """
     marks = [Box(x - 6, y - 6, x + 6, y + 6) for x, y, _ in points]
     placed: list[Label] = []
 
     def cost(label: Label, step: int) -> float:
-        """How bad a place is: other labels and the border most, then points, then intervals, then distance."""
+        """How bad a place is: other labels and the border most, then points, intervals, distance."""
         box = label.box
         outside = (box.right - box.left) * (box.bottom - box.top) - box.overlap(field)
         labels = sum(box.overlap(other.box) for other in placed)
@@ -308,7 +324,8 @@ def place_labels(points: Sequence[tuple[float, float, str]], obstacles: Sequence
             width, near = LETTER * len(words), x + side * (NEAR + out)
             left, right = (near, near + width) if side > 0 else (near - width, near)
             box = Box(left, y + up - LINE / 2, right, y + up + LINE / 2)
-            candidates.append(Label(near, y + up + 4, "start" if side > 0 else "end", bool(out) or abs(up) > 7, box))
+            anchor, far = "start" if side > 0 else "end", bool(out) or abs(up) > 7
+            candidates.append(Label(near, y + up + 4, anchor, far, box))
         costs = [cost(label, step) for step, label in enumerate(candidates)]
         placed.append(candidates[min(range(len(costs)), key=costs.__getitem__)])
     return placed
@@ -319,7 +336,7 @@ def place_labels(points: Sequence[tuple[float, float, str]], obstacles: Sequence
 
 @dataclass(frozen=True)
 class Entry:
-    """One row. p: after Holm's correction; None where the comparison is outside the family that is corrected."""
+    """One row. p: after Holm's correction; None where the comparison is not in the family that is corrected."""
 
     title: str
     group: str
@@ -330,19 +347,23 @@ class Entry:
 
 
 def forest(entries: Sequence[Entry], higher_is_better: bool) -> Table:
-    """A table from best to worst whose second column is drawn: places are in percent, so it is as wide as its cell."""
+    """A table from best to worst whose second column is drawn, in percent: it is as wide as its cell."""
     sign = -1 if higher_is_better else 1
     rows = sorted(entries, key=lambda entry: (sign * entry.difference.value, entry.title))
-    across = scale([0.0, *(end for entry in rows for end in (entry.difference.low, entry.difference.high))], 0, 100)
+    ends = [end for entry in rows for end in (entry.difference.low, entry.difference.high)]
+    across = scale([0.0, *ends], 0, 100)
     at = {tick: f"{across(tick):.2f}%" for tick in ticks(across)}
     grid = "".join(line(place, "0", place, "100%", "grid" if tick else "zero") for tick, place in at.items())
     corrected = any(entry.p is not None for entry in rows)
     made = []
     for entry in rows:
-        low, value, high = (f"{across(getattr(entry.difference, end)):.2f}%" for end in ("low", "value", "high"))
-        shape = f'<svg x="{value}" y="50%" overflow="visible" class="mark {entry.group}"><g>{SHAPES[entry.group]}</g></svg>'
-        drawn = f"{grid}{line(low, '50%', high, '50%', f'whisker {entry.group}')}{shape}"
-        cells = [entry.title, _as_wide(ROW, drawn), Shown(entry.difference, signed=True, verdict=entry.verdict)]
+        found, group = entry.difference, entry.group
+        low, value, high = (f"{across(number):.2f}%" for number in (found.low, found.value, found.high))
+        place = f'x="{value}" y="50%" overflow="visible"'
+        shape = f'<svg {place} class="mark {group}"><g>{SHAPES[group]}</g></svg>'
+        drawn = f"{grid}{line(low, '50%', high, '50%', f'whisker {group}')}{shape}"
+        shown = Shown(found, signed=True, verdict=entry.verdict)
+        cells: list[Cell] = [entry.title, _as_wide(ROW, drawn), shown]
         cells += [None if entry.p is None else probability(entry.p)] if corrected else []
         made.append(Row(cells, strong=entry.strong))
     axis = "".join(text(place, "13", tick_label(tick), "tick", "middle") for tick, place in at.items())

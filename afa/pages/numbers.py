@@ -15,7 +15,7 @@ DECIMAL = ("", "k", "M", "G", "T", "P")
 
 
 def decimals(estimates: "Sequence[Estimate]") -> int:
-    """Digits after the point that show two digits of a usual interval's half width: the same for a whole column."""
+    """Digits after the point of a column: they show two digits of a usual interval's half width."""
     widths = [(one.high - one.low) / 2 for one in estimates if one.high > one.low]
     if not widths:
         return 3
@@ -34,7 +34,8 @@ def interval(estimate: "Estimate", places: int, signed: bool = False, scale: flo
     """[low, high]; "" where there is no interval. scale: a factor, 100 for percent."""
     if not estimate.has_interval:
         return ""
-    return f"[{number(scale * estimate.low, places, signed)}, {number(scale * estimate.high, places, signed)}]"
+    low, high = (number(scale * end, places, signed) for end in (estimate.low, estimate.high))
+    return f"[{low}, {high}]"
 
 
 def with_interval(estimate: "Estimate", places: int, signed: bool = False) -> str:

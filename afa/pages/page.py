@@ -1,12 +1,12 @@
-"""Pages from templates: everything that reaches one is escaped by Jinja, unless our own code says that it is HTML."""
+"""Pages from templates: Jinja escapes everything that reaches one, unless our own code says that it is HTML."""
 
 import base64
 import io
 from functools import lru_cache
+from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 
 from afa.pages.charts import SHAPES
@@ -29,9 +29,19 @@ def environment() -> Environment:
     return made
 
 
-def render(template: str, **context: Any) -> Markup:
-    """A whole page, or a part of one. template: a file of afa/pages/templates."""
-    return Markup(environment().get_template(template).render(context))
+def render(template: str, **context: Any) -> str:
+    """A whole page. template: a file of afa/pages/templates."""
+    return environment().get_template(template).render(context)
+
+
+def style(name: str) -> str:
+    """A .css file of afa/pages/templates."""
+    return resources.files("afa.pages").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def part(template: str, macro: str, **context: Any) -> str:
+    """What a macro of a template makes of its arguments."""
+    return str(getattr(environment().get_template(template).module, macro)(**context))
 
 
 def data_uri(picture: Image.Image, kind: str = "png", **options: Any) -> str:

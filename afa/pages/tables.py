@@ -1,4 +1,4 @@
-"""One table: as text for the terminal, Markdown and CSV here, as HTML by the macro `table` of templates/parts.html.
+"""One table: as text for the terminal, Markdown and CSV; as HTML by the macro `table` of templates/parts.html.
 
 No estimate is shown without its interval and its n.
 """
@@ -55,7 +55,8 @@ class Shown:
         return number(found.value, places, self.signed), interval(found, places, self.signed)
 
 
-Cell = Shown | str | int | float | None  # an estimate; words, which may be Markup for a page; a counted fact; nothing
+# An estimate; words, which may be Markup for a page; a counted fact; nothing.
+Cell = Shown | str | int | float | None
 
 
 @dataclass(frozen=True)
@@ -130,15 +131,18 @@ class Table:
 
     def groups(self) -> Iterator[tuple[str, list[Row]]]:
         """Neighbouring rows of one group together, for a heading each."""
-        return ((group, list(rows)) for group, rows in itertools.groupby(self.rows, key=lambda row: row.group))
+        for group, rows in itertools.groupby(self.rows, key=lambda row: row.group):
+            yield group, list(rows)
 
     def text(self, ruled: bool = True, missing: str = DASH) -> str:
-        """Columns two spaces apart. ruled: with a line under the headers, group titles, and * before strong rows."""
+        """Columns two spaces apart. ruled: a line under the headers, group titles, * before strong rows."""
         columns = range(len(self.headers))
         under = [self.under(column) for column in columns]
         heads = [list(self.headers), *([under] if any(under) else [])]
-        body = [(row, [self.words(cell, place, missing) for place, cell in enumerate(row.cells)]) for row in self.rows]
-        widths = [max(len(cells[place]) for cells in (*heads, *(cells for _, cells in body))) for place in columns]
+        body = [
+            [self.words(cell, place, missing) for place, cell in enumerate(row.cells)] for row in self.rows
+        ]
+        widths = [max(len(cells[place]) for cells in (*heads, *body)) for place in columns]
 
         def line(cells: Sequence[str]) -> str:
             padded = [
@@ -148,10 +152,10 @@ class Table:
             return "  ".join(padded).rstrip()
 
         if not ruled:
-            return "\n".join(map(line, (*heads, *(cells for _, cells in body))))
+            return "\n".join(map(line, (*heads, *body)))
         lines = [f"  {line(cells)}" for cells in (*heads, ["-" * width for width in widths])]
         group = ""
-        for row, cells in body:
+        for row, cells in zip(self.rows, body, strict=True):
             lines += [GROUP_TITLES.get(row.group, row.group)] if row.group != group else []
             group = row.group
             lines.append(f"{'*' if row.strong else ' '} {line(cells)}")
@@ -163,10 +167,12 @@ class Table:
         lines = ["| " + " | ".join(markdown_words(self.header(column)) for column in columns) + " |"]
         lines.append("|" + "|".join("---:" if self.is_number(column) else "---" for column in columns) + "|")
         for group, rows in self.groups():
-            lines += [f"| *{GROUP_TITLES[group]}* |" + " |" * (len(columns) - 1)] if group in GROUP_TITLES else []
+            if group in GROUP_TITLES:
+                lines.append(f"| *{GROUP_TITLES[group]}* |" + " |" * (len(columns) - 1))
             for row in rows:
                 cells = [markdown_words(self.words(cell, column)) for column, cell in enumerate(row.cells)]
-                lines.append("| " + " | ".join(f"**{cell}**" if row.strong and cell else cell for cell in cells) + " |")
+                shown = (f"**{cell}**" if row.strong and cell else cell for cell in cells)
+                lines.append("| " + " | ".join(shown) + " |")
         return "\n".join(lines) + (f"\n\n{markdown_words(self.note)}" if self.note else "")
 
     def csv(self) -> str:
@@ -175,16 +181,19 @@ class Table:
         writer = csv.writer(target, lineterminator="\n")
         writer.writerow(self.headers)
         for row in self.rows:
-            cells = (self.words(cell, place) if isinstance(cell, Shown) else cell for place, cell in enumerate(row.cells))
-            writer.writerow([csv_cell(cell) for cell in cells])
+            cells = [
+                self.words(cell, place) if isinstance(cell, Shown) else cell
+                for place, cell in enumerate(row.cells)
+            ]
+            writer.writerow(map(csv_cell, cells))
         return target.getvalue()
 
 
 def listing(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table of words without rules, for the terminal; a header that begins with ">" aligns its column to the right."""
+    """A table of words without rules, for the terminal; ">" before a header aligns its column to the right."""
     align = "".join("r" if header.startswith(">") else "l" for header in headers)
-    table = Table([header.removeprefix(">") for header in headers], [Row(cells) for cells in rows], align=align)
-    return table.text(ruled=False, missing="-")
+    names = [header.removeprefix(">") for header in headers]
+    return Table(names, [Row(cells) for cells in rows], align=align).text(ruled=False, missing="-")
 
 
 def wrapped(text: str, first: str = "", others: str = "") -> str:

@@ -15,7 +15,14 @@ from afa.stats import Estimate
 Facts = Mapping[str, Any]
 FACTS, PAGE = "screen.json", "report.html"
 ONLY_PAGE = "features"  # a table too long for the terminal
-COLOURS = ("expert", "merge", "sampling", "control", "ours", "bound")  # colour and shape of the pairs of experts
+COLOURS = (
+    "expert",
+    "merge",
+    "sampling",
+    "control",
+    "ours",
+    "bound",
+)  # colour and shape of the pairs of experts
 CROWDED = 14  # stages, above which not every name is written
 
 
@@ -66,7 +73,10 @@ def notes(facts: Facts) -> list[str]:
         found.append(f"Weights could not be compared: {facts['parameters']}.")
     if isinstance(facts.get("average"), str):
         found.append(f"The weight average {facts['average']}.")
-    found += [f"Only predictions can be combined (--placement out): {reason}." for reason in facts["only_predictions"]]
+    found += [
+        f"Only predictions can be combined (--placement out): {reason}."
+        for reason in facts["only_predictions"]
+    ]
     return found
 
 
@@ -81,7 +91,10 @@ def chart(name: str, facts: Facts) -> str:
     for colour, pair in zip(COLOURS, pairs, strict=False):
         title, values = " and ".join(pair["experts"]), [pair["stages"][stage] for stage in stages]
         tips = (f"{title}, {stage}: {value:.3g}" for stage, value in zip(stages, values, strict=True))
-        points = [charts.Point(x, value, value, value, tip) for x, (value, tip) in enumerate(zip(values, tips, strict=True))]
+        points = [
+            charts.Point(x, value, value, value, tip)
+            for x, (value, tip) in enumerate(zip(values, tips, strict=True))
+        ]
         curves.append(charts.Curve(title, colour, points))
     every = -(-len(stages) // CROWDED)
     words = {place: stage for place, stage in enumerate(stages) if place % every == 0}
@@ -114,7 +127,9 @@ def loss_table(facts: Facts) -> Table:
     rows = []
     for name, found in facts["losses"].items():
         shown = [Shown(Estimate(**one)) for one in (found["overall"], *found["bands"])]
-        rows.append(Row([name, *shown, Shown(Estimate(**found["wins"]), share=True)], "", name == facts["best"]))
+        rows.append(
+            Row([name, *shown, Shown(Estimate(**found["wins"]), share=True)], "", name == facts["best"])
+        )
     note = (
         "Mean squared error of the prediction. wins: the share of all elements (channel and place) at which this expert's error"
         " is the least."
@@ -131,7 +146,9 @@ def room_table(facts: Facts) -> Table:
         Row([name, *(share(one) for one in (gain["overall"], *gain["bands"]))], "", place == 0)
         for place, (name, gain) in enumerate(found.items())
     ]
-    agreement = [f"{share(one['observed'])}; chance {number(100 * one['chance'], 1)}" for one in facts["agreement"]]
+    agreement = [
+        f"{share(one['observed'])}; chance {number(100 * one['chance'], 1)}" for one in facts["agreement"]
+    ]
     rows.append(Row(["winners of two noises agree", None, *agreement]))
     note = (
         f"How much lower than the loss of {facts['best']}, the best expert of all timesteps (n = {facts['images']} images)."
@@ -145,12 +162,17 @@ def parts_table(facts: Facts) -> Table:
     """What the set would lose without an expert."""
     rows = [Row([name, share(found, signed=True)]) for name, found in facts["leave_one_out"].items()]
     adds = "an interval around 0: the expert adds nothing"
-    return Table(["without", "routed loss"], rows, f"Change of the routed loss, n = {facts['images']} images; {adds}.")
+    return Table(
+        ["without", "routed loss"], rows, f"Change of the routed loss, n = {facts['images']} images; {adds}."
+    )
 
 
 def subset_table(facts: Facts) -> Table:
     """The best set of every size."""
-    rows = [Row([str(one["size"]), ", ".join(one["experts"]), share(one["head_room"])]) for one in facts["subsets"]]
+    rows = [
+        Row([str(one["size"]), ", ".join(one["experts"]), share(one["head_room"])])
+        for one in facts["subsets"]
+    ]
     note = f"Over the best single expert, n = {facts['images']} images."
     return Table(["experts", "the best of that many", "head-room"], rows, note)
 
@@ -162,7 +184,11 @@ def foretold_table(facts: Facts) -> Table:
         "over_router": "a router on the predictions",
         "over_average": "the weight average",
     }
-    rows = [Row([titles[name], share(found, 0)]) for name, found in facts["predicted"].items() if found is not None]
+    rows = [
+        Row([titles[name], share(found, 0)])
+        for name, found in facts["predicted"].items()
+        if found is not None
+    ]
     sets = facts["predicted"]["over_best"]["sets"]
     note = (
         f"Loss of AFA below that of others, foretold from head-room by what {sets} expert sets of the embedded world gained in"
@@ -179,10 +205,16 @@ def weights_table(facts: Facts) -> Table:
     for pair in found["pairs"]:
         most = max(pair["stages"], key=pair["stages"].get)
         alike = None if pair["cosine_of_changes"] is None else number(pair["cosine_of_changes"], 3)
-        cells = [" and ".join(pair["experts"]), _plain(pair["distance"]), f"{most}: {_plain(pair['stages'][most])}"]
+        cells = [
+            " and ".join(pair["experts"]),
+            _plain(pair["distance"]),
+            f"{most}: {_plain(pair['stages'][most])}",
+        ]
         rows.append(Row([*cells, *([alike] if based else [])]))
     for name, base in (found["base"] or {}).items():
-        rows.append(Row([f"{name} and the base", _plain(base["distance"]), f"cosine {base['cosine']:.6f}", None]))
+        rows.append(
+            Row([f"{name} and the base", _plain(base["distance"]), f"cosine {base['cosine']:.6f}", None])
+        )
     headers = ["experts", "distance", "most at", *(["changes alike"] if based else [])]
     note = "Of the denoisers' weights, relative to their size; 0: the same."
     alike = " changes alike: cosine between what both changed about the base."
@@ -196,7 +228,9 @@ def _plain(value: float) -> str:
 def apart_table(facts: Facts) -> Table:
     """Distances between predictions."""
     pairs = facts["predictions"]
-    rows = [Row([" and ".join(pair["experts"]), *(number(value, 3) for value in pair["bands"])]) for pair in pairs]
+    rows = [
+        Row([" and ".join(pair["experts"]), *(number(value, 3) for value in pair["bands"])]) for pair in pairs
+    ]
     note = (
         f"Root mean square of their difference, relative to their errors, over {facts['images']} images;"
         " 0: the same, 1.41: errors that have nothing in common."
@@ -207,7 +241,9 @@ def apart_table(facts: Facts) -> Table:
 def feature_table(facts: Facts) -> Table:
     """Distances between features, stage by stage."""
     pairs = facts["features"]
-    rows = [Row([stage, *(number(pair["stages"][stage], 3) for pair in pairs)]) for stage in pairs[0]["stages"]]
+    rows = [
+        Row([stage, *(number(pair["stages"][stage], 3) for pair in pairs)]) for stage in pairs[0]["stages"]
+    ]
     note = "Each expert on its own path; 0: the same features, 1.41: nothing in common."
     return Table(["stage", *(" and ".join(pair["experts"]) for pair in pairs)], rows, note)
 

@@ -20,6 +20,7 @@ from afa.experts.expert import TEXT_ENCODERS
 from afa.files import replacing
 from afa.metrics.base import ImageMetric, Picture
 from afa.metrics.registry import Resources, make_metric
+from afa.pictures import COLOURS, conditional, grid, heat, mean_over_stages
 from afa.stats import difference
 from afa.training.conditions import encode_prompt
 from afa.training.settings import LoopSettings
@@ -37,9 +38,13 @@ def make_watch(settings: LoopSettings, device: torch.device) -> ImageMetric | No
     try:
         metric = make_metric(settings.watch, Resources(settings.watch_weights, device))
     except UserError as error:
-        raise UserError(str(error).replace(f"--metric-weights {settings.watch}=", "--watch-weights ")) from None
+        raise UserError(
+            str(error).replace(f"--metric-weights {settings.watch}=", "--watch-weights ")
+        ) from None
     if not isinstance(metric, ImageMetric):
-        raise UserError(f"--watch {settings.watch} judges whole sets, and sheets are small; choose a metric of single images")
+        raise UserError(
+            f"--watch {settings.watch} judges whole sets, and sheets are small; choose a metric of single images"
+        )
     return metric
 
 
@@ -68,7 +73,9 @@ class Sheets:
         routed = len(self.denoiser.names) > 1
         with torch.no_grad(), record_weights(self.denoiser) if routed else nullcontext() as maps:
             images = self._images()
-        sheet = _sheet(images, maps) if maps is not None else _row(images)
+        sheet = (
+            _sheet(images, maps) if maps is not None else grid([list(images)], side=max(128, images.shape[2]))
+        )
         file = Path(self.settings.output) / FOLDER / f"step-{step:06d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
@@ -99,7 +106,10 @@ class Sheets:
         """Scores; a warning, once, when the leading one has fallen since the first sheet."""
         if self.watch is None:
             return {}
-        pictures = [Picture(image, caption, index) for index, (image, caption) in enumerate(zip(images, self.captions, strict=True))]
+        pictures = [
+            Picture(image, caption, index)
+            for index, (image, caption) in enumerate(zip(images, self.captions, strict=True))
+        ]
         scores = self.watch.score(pictures)
         leading = self.watch.names[0]
         first = self._first.setdefault(leading, scores[leading])
@@ -119,20 +129,16 @@ def _encoded(pipeline: Any, denoiser: EnsembleDenoiser, captions: list[str]) -> 
         return denoiser.call.prompts(encode, captions)
 
 
-def _row(images: NDArray[np.uint8]) -> Image.Image:
-    from afa.visualise.grid import grid
-
-    return grid([list(images)], side=max(128, images.shape[2]))
-
-
 def _sheet(images: NDArray[np.uint8], maps: Any) -> Image.Image:
     """A column an image: the image, and below it the mean weights of every expert over stages and steps."""
-    from afa.visualise.grid import grid
-    from afa.visualise.weights import COLOURS, conditional, heat, mean_over_stages
-
     size = images.shape[1:3]
-    mean = torch.stack([mean_over_stages(one, size) for one in conditional(maps, len(images))]).mean(0).numpy()
+    mean = (
+        torch.stack([mean_over_stages(one, size) for one in conditional(maps, len(images))]).mean(0).numpy()
+    )
     rows = [list(images)]
-    rows += [[heat(weights[index], COLOURS[index % len(COLOURS)]) for weights in mean] for index in range(len(maps.experts))]
+    rows += [
+        [heat(weights[index], COLOURS[index % len(COLOURS)]) for weights in mean]
+        for index in range(len(maps.experts))
+    ]
     labels = ["", *(f"{name} {mean[:, index].mean():.2f}" for index, name in enumerate(maps.experts))]
     return grid(rows, labels=labels, side=max(128, size[1]))

@@ -111,7 +111,7 @@ class Handlers:
             raise UserError("no picture is chosen")
         found, notes = read_order(metadata, self.studio)
         for note in notes:
-            gr.Warning(markup.escape(f"{note[:1].upper()}{note[1:]}.", quote=False))
+            gr.Warning(markup.warning(note))
         sides = {name: found[name] or 0 for name in ("width", "height")}
         values = found | sides | {"seed": str(found["seed"])}  # as text: a browser counts exactly only up to 2**53
         strengths = [found["strengths"][name] for name in self.experts]
@@ -121,7 +121,7 @@ class Handlers:
         ensemble = self.studio.ensemble
         for words in filter(None, (job.order.prompt, job.order.negative_prompt)):
             for sentence in unread([words], ensemble.denoiser.call, ensemble.frame.tokenizers):
-                gr.Warning(markup.escape(f"{sentence[:1].upper()}{sentence[1:]}.", quote=False))
+                gr.Warning(markup.warning(sentence))
         return [gr.Button(interactive=False), gr.Button(interactive=True), markup.status(job), markup.results(job)]
 
     def _read(self, path: Path, name: str) -> list[Any]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from afa.denoiser.hooks import WeightMaps
 from afa.errors import UserError
-from afa.visualise.weights import conditional, mean_over_stages
+from afa.pictures import conditional, mean_over_stages
 
 ROOM = 256 * 2**20  # bytes of maps kept, of the latest pictures
 

@@ -1,75 +1,91 @@
-"""What the page shows of runs, weights and settings, as HTML. Whatever people wrote is escaped here, and only here."""
+"""What the page shows of runs, weights, settings and itself, as HTML by the macros of templates/webui.html."""
 
-import base64
-import io
 import json
-from collections.abc import Mapping
-from html import escape
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-from numpy.typing import NDArray
+from markupsafe import escape
 from PIL import Image
 
-from afa.visualise.weights import COLOURS, heat, overlay
-from afa.webui.job import Column, Job, Picture
+from afa.checkpoint.manifest import read_manifest
+from afa.generation.run import is_saved
+from afa.pages.numbers import plural
+from afa.pages.page import data_uri, part
+from afa.pictures import COLOURS, heat, overlay
+from afa.version import __version__
+from afa.webui.job import Job, Picture
 from afa.webui.maps import Kept
+from afa.webui.studio import Studio
 
 LARGEST = 512  # pixels: maps are shown no larger
-HIDDEN = ("source", "aggregators", "files", "afa", "experts", "method_options", "prompt")  # shown elsewhere, or long
+HIDDEN = (
+    "source",
+    "aggregators",
+    "files",
+    "afa",
+    "experts",
+    "method_options",
+    "prompt",
+)  # shown elsewhere, or long
+PROMPT = "a red star left of a blue ring on a dotted mint background"  # of the examples
+
+
+def head(title: str, experts: Sequence[str]) -> str:
+    """What stands above the page."""
+    return part("webui.html", "head", title=title, experts=experts)
 
 
 def note(sentence: str, kind: str = "note") -> str:
     """A sentence in place of what is not there. kind: note or error."""
-    return f'<p class="afa-{kind}">{escape(sentence)}</p>'
+    return part("webui.html", "note", sentence=sentence, kind=kind)
+
+
+def warning(sentence: str) -> str:
+    """For gr.Warning, which shows HTML."""
+    return str(escape(f"{sentence[:1].upper()}{sentence[1:]}."))
 
 
 def status(job: Job | None, before: int = 0) -> str:
     """How a run stands, with a bar; read out by screen readers when it changes. before: how many come before it."""
+    share = None
     if job is None:
-        return _status("Nothing has been made yet.")
-    if job.state == "waiting":
-        return _status(f"Waiting: {before} run{'' if before == 1 else 's'} before it." if before else "Beginning …")
-    if job.state == "refused":
-        return _status("Not begun: too many runs are waiting.")
-    column = job.current
-    if column is not None:
-        made, (done, steps) = len(column.pictures), job.at
+        sentence = "Nothing has been made yet."
+    elif job.state == "waiting":
+        sentence = f"Waiting: {plural(before, 'run')} before it." if before else "Beginning …"
+    elif job.state == "refused":
+        sentence = "Not begun: too many runs are waiting."
+    elif job.current is not None:
+        made, (done, steps) = len(job.current.pictures), job.at
         which = f", picture {made + 1} of {job.order.images}" if job.order.images > 1 else ""
-        place = f"method {job.columns.index(column) + 1} of {len(job.columns)}"
-        return _status(f"{column.title}: step {done} of {steps}{which} ({place})", _share(job))
-    made = sum(len(column.pictures) for column in job.columns)
-    seconds = sum(column.seconds for column in job.columns)
-    end = "Cancelled" if job.state == "cancelled" else "Done"
-    how = f" in {seconds:.1f} s" if seconds else ", made before" if made else ""
-    return _status(f"{end}: {made} picture{'' if made == 1 else 's'}{how}.")
+        place = f"method {job.columns.index(job.current) + 1} of {len(job.columns)}"
+        sentence = f"{job.current.title}: step {done} of {steps}{which} ({place})"
+        finished = sum(job.order.images if column.done else len(column.pictures) for column in job.columns)
+        share = min(1.0, (finished + done / max(1, steps)) / (len(job.columns) * job.order.images))
+    else:
+        made = sum(len(column.pictures) for column in job.columns)
+        seconds = sum(column.seconds for column in job.columns)
+        how = f" in {seconds:.1f} s" if seconds else ", made before" if made else ""
+        sentence = f"{'Cancelled' if job.state == 'cancelled' else 'Done'}: {plural(made, 'picture')}{how}."
+    return part("webui.html", "status", sentence=sentence, share=share)
 
 
 def results(job: Job | None) -> str:
-    """A card for each method, side by side where there is room."""
-    return "" if job is None else f'<div class="afa-cards">{"".join(_card(job, column) for column in job.columns)}</div>'
-
-
-def weights(kept: Kept, step: int, stage: str) -> str:
-    """Who shaped what: the picture, the weights laid over it, each expert's own, and their shares."""
-    maps = kept.look(step, stage)
-    when = "mean over all steps" if step == 0 else f"step {step} of {len(kept.timesteps)}, t = {kept.timesteps[step - 1]:.0f}"
-    where = f"stage {stage}" if stage else f"mean over {len(kept.maps)} stages"
-    figures = [_figure(kept.image, "picture"), _figure(overlay(kept.image, maps), "weights over it")]
-    figures += [_figure(heat(maps[index], _colour(index)), name) for index, name in enumerate(kept.experts)]
-    shares = "".join(_bar(name, index, float(maps[index].mean())) for index, name in enumerate(kept.experts))
-    return (
-        f'<p class="afa-caption">{escape(when)}; {escape(where)}</p><div class="afa-shares">{shares}</div>'
-        f'<div class="afa-maps">{"".join(figures)}</div>'
-    )
-
-
-def settings(metadata: Mapping[str, Any], name: str) -> str:
-    """What a picture says of itself."""
-    shown = [(key, value) for key, value in metadata.items() if key not in HIDDEN and value is not None]
-    rows = "".join(f"<dt>{escape(str(key).replace('_', ' '))}</dt><dd>{escape(_plain(value))}</dd>" for key, value in shown)
-    return f'<p class="afa-prompt">{escape(str(metadata.get("prompt", "")))}</p><dl class="afa-settings"><dt>file</dt><dd>{escape(name)}</dd>{rows}</dl>'
+    """A card for each method, with room for the pictures that are still to come."""
+    if job is None:
+        return ""
+    cards = []
+    for column in job.columns:
+        kept = bool(column.pictures) and all(picture.kept for picture in column.pictures)
+        cards.append({
+            "column": column,
+            "pictures": [(picture, address(picture)) for picture in column.pictures],
+            "missing": 0 if column.error else job.order.images - len(column.pictures),
+            "empty": "cancelled" if job.over else "drawing …" if column is job.current else "waiting",
+            "seconds": "made before" if kept else f"{column.seconds:.1f} s" if column.pictures else "",
+        })  # fmt: skip
+    return part("webui.html", "cards", cards=cards, prompt=job.order.prompt)
 
 
 def address(picture: Picture) -> str:
@@ -77,60 +93,34 @@ def address(picture: Picture) -> str:
     return f"gradio_api/file={quote(str(picture.path))}"
 
 
-def _status(sentence: str, share: float | None = None) -> str:
-    bar = "" if share is None else f'<progress max="1" value="{share:.3f}" aria-label="progress of the run"></progress>'
-    return f'<div class="afa-status" role="status"><span>{escape(sentence)}</span>{bar}</div>'
+def weights(kept: Kept, step: int, stage: str) -> str:
+    """Weights at one step, counted from 1, and stage; 0 and "": the mean over all."""
+    maps, count = kept.look(step, stage), len(kept.timesteps)
+    when = f"step {step} of {count}, t = {kept.timesteps[step - 1]:.0f}" if step else "mean over all steps"
+    where = f"stage {stage}" if stage else f"mean over {len(kept.maps)} stages"
+    figures, shares = [("picture", kept.image), ("weights over it", overlay(kept.image, maps))], []
+    for index, name in enumerate(kept.experts):
+        colour = COLOURS[index % len(COLOURS)]
+        figures.append((name, heat(maps[index], colour)))
+        shares.append((name, colour, 100 * float(maps[index].mean())))
+    shown = []
+    for name, pixels in figures:
+        picture = Image.fromarray(pixels)
+        picture.thumbnail((LARGEST, LARGEST))
+        shown.append((name, data_uri(picture)))
+    return part("webui.html", "weights", caption=f"{when}; {where}", shares=shares, figures=shown)
 
 
-def _share(job: Job) -> float:
-    """How much of a run is done."""
-    finished = sum(job.order.images if column.done else len(column.pictures) for column in job.columns)
-    return min(1.0, (finished + job.at[0] / max(1, job.at[1])) / (len(job.columns) * job.order.images))
-
-
-def _card(job: Job, column: Column) -> str:
-    missing = 0 if column.error else job.order.images - len(column.pictures)
-    word = "cancelled" if job.over else "drawing …" if column is job.current else "waiting"
-    empty = f'<div class="afa-empty">{word}</div>' * missing
-    pictures = "".join(_picture(column, picture, job.order.prompt) for picture in column.pictures)
-    kept = bool(column.pictures) and all(picture.kept for picture in column.pictures)
-    seconds = "made before" if kept else f"{column.seconds:.1f} s" if column.pictures else ""
-    error = note(column.error, "error") if column.error else ""
-    return (
-        f'<section class="afa-card"><h4>{escape(column.title)}</h4><div class="afa-pictures">{pictures}{empty}</div>{error}'
-        f'<p class="afa-under">{seconds}</p></section>'
+def settings(metadata: Mapping[str, Any], name: str) -> str:
+    """What a picture says of itself. name: of its file."""
+    shown = [
+        (str(key).replace("_", " "), _plain(value))
+        for key, value in metadata.items()
+        if key not in HIDDEN and value is not None
+    ]
+    return part(
+        "webui.html", "settings", prompt=str(metadata.get("prompt", "")), pairs=[("file", name), *shown]
     )
-
-
-def _picture(column: Column, picture: Picture, prompt: str) -> str:
-    where = escape(address(picture), quote=True)
-    said = escape(f"{column.title}, seed {picture.seed}: {prompt}", quote=True)
-    return f'<a href="{where}" target="_blank" rel="noopener" title="seed {picture.seed}"><img src="{where}" alt="{said}"></a>'
-
-
-def _bar(name: str, index: int, share: float) -> str:
-    red, green, blue = _colour(index)
-    return (
-        f'<div class="afa-share"><span class="afa-chip" style="background:rgb({red},{green},{blue})"></span><span class="afa-name">{escape(name)}</span>'
-        f'<span class="afa-track"><span style="width:{100 * share:.1f}%;background:rgb({red},{green},{blue})"></span></span>'
-        f'<span class="afa-value">{100 * share:.0f} %</span></div>'
-    )
-
-
-def _colour(index: int) -> tuple[int, int, int]:
-    return COLOURS[index % len(COLOURS)]
-
-
-def _figure(pixels: NDArray[np.uint8], caption: str) -> str:
-    return f'<figure><img alt="{escape(caption, quote=True)}" src="{_inline(pixels)}"><figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def _inline(pixels: NDArray[np.uint8]) -> str:
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((LARGEST, LARGEST))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _plain(value: Any) -> str:
@@ -139,6 +129,48 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value and all(isinstance(one, list) and len(one) == 2 for one in value):  # strength_changes
+    if (
+        isinstance(value, list) and value and all(isinstance(one, list) and len(one) == 2 for one in value)
+    ):  # strength_changes
         return "; ".join(f"after step {step}: {_plain(then)}" for step, then in value)
     return f"{value:g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+def about(studio: Studio, url: str) -> str:
+    """Version, experts and their hashes, what is offered and what is not, the API. url: where the page is."""
+    denoiser = studio.ensemble.denoiser
+    fused = f"{len(studio.ensemble.aggregators)} of {len(denoiser.stages)} stages fused, sha256 {studio.aggregators}"
+    loaded = {
+        "afa": __version__,
+        "source": ", ".join(studio.sources),
+        "family": f"{denoiser.family}, {len(denoiser.stages)} stages",
+        "aggregators": fused
+        if studio.aggregators
+        else "none that are trained: experts are combined while sampling",
+        "dtype": studio.dtype,
+        "gallery": str(studio.gallery.folder),
+    }
+    sections = [
+        ("Loaded", list(loaded.items())),
+        ("Experts", _experts(studio)),
+        ("Methods", [(method.title, method.about) for method in studio.methods.values()]),
+        ("Not with these experts", list(studio.refused.items())),
+    ]
+    methods = "[" + ", ".join(f'"{name}"' for name in list(studio.methods)[:2]) + "]"
+    return part("webui.html", "about", sections=sections, url=url, prompt=PROMPT, methods=methods)
+
+
+def _experts(studio: Studio) -> list[tuple[str, str]]:
+    """Name, and source with the hash that is recorded of the denoiser."""
+    recorded: dict[str, Any] = {}
+    if is_saved(studio.sources[0]):
+        recorded = {expert.name: expert for expert in read_manifest(Path(studio.sources[0])).experts}
+    rows = []
+    for expert in studio.ensemble.experts:
+        known = recorded.get(expert.name)
+        source = known.source if known else str(expert.located.spec.source if expert.located else "in memory")
+        files = (known.files if known else None) or {}
+        denoiser = [digest for name, digest in files.items() if "unet" in name or "transformer" in name]
+        digest = next(iter([*denoiser, *files.values()]), "not recorded")
+        rows.append((expert.name, f"{source}, sha256 of its denoiser {digest}"))
+    return rows

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from afa.webui import about, markup
+from afa.webui import markup
 from afa.webui.answers import answering, sentence
 from afa.webui.api import DRAWING, Api, offer
 from afa.webui.desk import Desk
@@ -42,7 +42,7 @@ def build(desk: Desk, reports: Sequence[Report], examples: Sequence[str], steps:
     """The page of a studio. examples: prompts that are offered; steps, guidance: what the form begins with; url: where it will be."""
     studio = desk.studio
     with Page(title=f"afa: {TITLE}", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
-        gr.HTML(f"<h1>{TITLE}</h1><p>{' · '.join(map(markup.escape, studio.ensemble.names))}</p>", elem_id="afa-head")
+        gr.HTML(markup.head(TITLE, studio.ensemble.names), elem_id="afa-head")
         with gr.Tabs() as tabs:
             with gr.Tab("Create", id="create"), gr.Row(elem_id="afa-create"):
                 with gr.Column(elem_id="afa-ask"):
@@ -57,7 +57,7 @@ def build(desk: Desk, reports: Sequence[Report], examples: Sequence[str], steps:
             with gr.Tab("Reports", id="reports") as tab:
                 _reports(reports, tab)
             with gr.Tab("About", id="about"):
-                gr.HTML(about.about(studio, url))
+                gr.HTML(markup.about(studio, url))
         shown["tabs"] = tabs
         offer(Api(desk))  # first: Gradio numbers later events of the same name
         _wire(Handlers(desk, list(form["fields"])), form, shown, page)

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from afa.errors import UserError
 from afa.files import given_name
+from afa.pages.page import part
 from afa.text_files import read_text
 
 PAGE = "report.html"  # what afa demo and afa screen leave
@@ -23,7 +23,7 @@ class Report:
     @property
     def frame(self) -> str:
         """The page in a frame of its own, in which nothing runs and from which nothing is reached."""
-        return f'<iframe class="afa-report" sandbox="" title="{escape(self.name, quote=True)}" srcdoc="{escape(self.html, quote=True)}"></iframe>'
+        return part("webui.html", "frame", name=self.name, page=self.html)
 
 
 def read_reports(places: Sequence[str]) -> list[Report]:

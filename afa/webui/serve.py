@@ -21,6 +21,10 @@ TRIED = 20  # ports after the first
 CALLS = 100  # of the page's functions that may wait besides runs; beyond it Gradio refuses by itself
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SMALL = 128  # pixels: pictures up to this side are enlarged with hard edges
+FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif"]
+MONO = ["ui-monospace", "SFMono-Regular", "Consolas", "Liberation Mono", "monospace"]
+# For experts that draw icons.
+HARD_EDGES = "#afa-gallery img, .afa-pictures img, .afa-maps img { image-rendering: pixelated; }"
 PICKED = (500_059, 500_047, 500_030)  # scenes the examples are
 
 
@@ -72,8 +76,8 @@ def _launching(settings: UiSettings, studio: Any, uploads: Path) -> dict[str, An
     import gradio as gr
     from starlette.middleware import Middleware
 
+    from afa.pages.page import style
     from afa.webui.guard import LARGEST_UPLOAD, Guard
-    from afa.webui.style import CSS, FONT, HARD_EDGES, MONO
 
     small = studio.limits.own <= SMALL
     hosts = LOOPBACK if settings.host in LOOPBACK else None
@@ -92,7 +96,7 @@ def _launching(settings: UiSettings, studio: Any, uploads: Path) -> dict[str, An
         "pwa": False,
         "enable_monitoring": False,
         "theme": gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO),
-        "css": CSS + (HARD_EDGES if small else ""),
+        "css": style("webui.css") + (HARD_EDGES if small else ""),
         "app_kwargs": {"middleware": [guard], "docs_url": None, "redoc_url": None},
     }
 

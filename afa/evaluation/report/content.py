@@ -50,10 +50,15 @@ def main_table(one: Analysis, column: Column, brief: bool = False) -> Table:
     columns = {f"{column.metric} {arrow(column)}": [value_cell(column, row) for row in one.rows]}
     for other in (best, ours):
         if other is not None:
-            columns[f"minus {one.title(other)}"] = [difference_cell(column, row.name, other) for row in one.rows]
+            columns[f"minus {one.title(other)}"] = [
+                difference_cell(column, row.name, other) for row in one.rows
+            ]
     if best is not None and column.note.kind == "image" and not brief:
         against = [column.against(row.name, best) for row in one.rows]
-        won = [None if found is None or found.wins is None else Shown(found.wins, share=True) for found in against]
+        won = [
+            None if found is None or found.wins is None else Shown(found.wins, share=True)
+            for found in against
+        ]
         columns[f"won against {one.title(best)}"] = won
     seeds = [seeds_cell(column, row) for row in one.rows]
     known = set(seeds) - {None}
@@ -69,7 +74,9 @@ def main_table(one: Analysis, column: Column, brief: bool = False) -> Table:
 
 def metrics_table(one: Analysis) -> Table:
     """Every metric of every row."""
-    columns = {f"{c.metric} {arrow(c)}": [value_cell(c, row) for row in one.rows] for c in one.columns.values()}
+    columns = {
+        f"{c.metric} {arrow(c)}": [value_cell(c, row) for row in one.rows] for c in one.columns.values()
+    }
     leading = " and ".join(column.metric for column in one.primary)
     claims = f"Claims are made about {leading} only; intervals of the others are not corrected."
     return _by_method(one, columns, f"↑ higher is better, ↓ lower is better. {claims}")
@@ -80,10 +87,16 @@ def overview_table(several: Sequence[Analysis], names: Sequence[str]) -> Table:
     methods = {method.name: method for one in several for method in one.rows}
     ours = {one.ours for one in several}
     rows = [
-        Row([method.title, *(value_cell(one.lead, method) for one in several)], method.group, method.name in ours)
+        Row(
+            [method.title, *(value_cell(one.lead, method) for one in several)],
+            method.group,
+            method.name in ours,
+        )
         for method in sorted(methods.values(), key=lambda method: GROUPS.index(method.group))
     ]
-    headers = [f"{name}: {one.lead.metric} {arrow(one.lead)}" for name, one in zip(names, several, strict=True)]
+    headers = [
+        f"{name}: {one.lead.metric} {arrow(one.lead)}" for name, one in zip(names, several, strict=True)
+    ]
     return Table(["method", *headers], rows)
 
 
@@ -95,15 +108,21 @@ def runs_table(one: Analysis) -> Table | None:
     rows = []
     for method, seed in runs:
         found = [column.by_run.get((method.name, seed)) for column in one.primary]
-        rows.append(Row([method.title, str(seed), *(value and Shown(value) for value in found)], method.group))
+        rows.append(
+            Row([method.title, str(seed), *(value and Shown(value) for value in found)], method.group)
+        )
     headers = ["method", "training seed", *(f"{column.metric} {arrow(column)}" for column in one.primary)]
     alone = "Intervals of a single run are over prompts only"
-    return Table(headers, rows, f"{alone}; how far the runs of a method lie apart is what its own interval adds.")
+    return Table(
+        headers, rows, f"{alone}; how far the runs of a method lie apart is what its own interval adds."
+    )
 
 
 def training_table(one: Analysis) -> Table | None:
     """Parameters, steps and time of what was trained; a study of sampling steps trains nothing of its own."""
-    trained = [method for method in one.results.methods if method.trained_parameters and "steps" not in method.axes]
+    trained = [
+        method for method in one.results.methods if method.trained_parameters and "steps" not in method.axes
+    ]
     rows = []
     for method in sorted(trained, key=lambda method: GROUPS.index(method.group)):
         derived = "variant" in method.axes and method.of in one.methods
@@ -119,7 +138,8 @@ def training_table(one: Analysis) -> Table | None:
 def _by_method(one: Analysis, columns: dict[str, list[Cell]], note: str) -> Table:
     """columns: by header, a cell a row of the main table; the method's title stands before them."""
     rows = [
-        Row([row.title, *cells], row.group, row.name == one.ours) for row, *cells in zip(one.rows, *columns.values(), strict=True)
+        Row([row.title, *cells], row.group, row.name == one.ours)
+        for row, *cells in zip(one.rows, *columns.values(), strict=True)
     ]
     return Table(["method", *columns], rows, note)
 
@@ -129,14 +149,22 @@ def _main_note(one: Analysis, column: Column) -> str:
     trained = [method.name for method in one.rows if method.is_trained and method.name in column.samples]
     seeds = {len(column.samples[name].seeds) for name in trained}
     every = f"What was trained rests on {plural(max(seeds), 'seed')} each. " if len(seeds) == 1 else ""
-    unit = "prompts, the images of a prompt together" if column.note.kind == "image" else "images, of seconds prompts"
+    unit = (
+        "prompts, the images of a prompt together"
+        if column.note.kind == "image"
+        else "images, of seconds prompts"
+    )
     parts = [f"n counts {unit}; brackets are 95 % bootstrap intervals, differences are paired."]
     if column.best is not None:
-        parts.append(f"{one.title(column.best)} is the best single expert on these same images, which favours it.")
+        parts.append(
+            f"{one.title(column.best)} is the best single expert on these same images, which favours it."
+        )
     family = plural(one.family, "comparison")
     parts.append(f"▲ better, ▼ worse, ○ undecided, after Holm's correction over the {family} of this report.")
     if column.note.kind == "set":
-        parts.append(f"A bracket is for this number of images: {column.metric} of more images would lie elsewhere.")
+        parts.append(
+            f"A bracket is for this number of images: {column.metric} of more images would lie elsewhere."
+        )
     if max(seeds, default=0) >= SEVERAL:
         others = "intervals are for other prompts and seeds, all else for other prompts"
         parts.append(f"{every}From {SEVERAL} training seeds on {others}.")
@@ -234,7 +262,10 @@ def find_studies(one: Analysis) -> list[Study]:
         methods = by_axis[axis]
         numeric = all(isinstance(method.axes[axis], (int, float)) for method in methods)
         names = dict.fromkeys(method.of for method in methods)
-        lines = {of: _points(one, axis, of, [method for method in methods if method.of == of], numeric) for of in names}
+        lines = {
+            of: _points(one, axis, of, [method for method in methods if method.of == of], numeric)
+            for of in names
+        }
         found.append(Study(axis, lines, numeric))
     return found
 
@@ -252,8 +283,14 @@ def _points(one: Analysis, axis: str, of: str, methods: Sequence[Method], numeri
     elif numeric and axis == "experts":
         main = len(one.results.experts) or None
     if main is not None and of in one.lead.values and not one.methods[of].axes:
-        seeds = {run.seed for method in methods for run in method.runs}  # a study may look at one training seed only
-        value = one.lead.by_run.get((of, seeds.pop()), one.lead.values[of]) if len(seeds) == 1 else one.lead.values[of]
+        seeds = {
+            run.seed for method in methods for run in method.runs
+        }  # a study may look at one training seed only
+        value = (
+            one.lead.by_run.get((of, seeds.pop()), one.lead.values[of])
+            if len(seeds) == 1
+            else one.lead.values[of]
+        )
         points.insert(0, Point(main, one.methods[of], value, main=True))
     return sorted(points, key=lambda point: float(point.place)) if numeric else points
 
@@ -278,9 +315,7 @@ def study_table(one: Analysis, study: Study) -> Table:
     headers = ["method", study.axis] if study.numeric else [study.axis]
     minus = "minus the main table's" if all_main else "minus what it is compared with"
     headers += [f"{one.lead.metric} {arrow(one.lead)}", minus]
-    note = (
-        "Differences are paired by prompt and compare runs of the same training seeds; they are not corrected for their number."
-    )
+    note = "Differences are paired by prompt and compare runs of the same training seeds; they are not corrected for their number."
     bold = " In bold: as in the main table." if any(row.strong for row in rows) else ""
     return Table([*headers, "trained parameters", "seconds an image"], rows, note + bold)
 
@@ -301,7 +336,9 @@ def made_of(one: Analysis) -> list[tuple[str, str]]:
     pairs += COMPUTED.items()
     for entry in results.experts:
         files = entry.get("files", {})
-        hashes = [f"{name} sha256 {digest}" for name, digest in files.items()] if isinstance(files, dict) else []
+        hashes = (
+            [f"{name} sha256 {digest}" for name, digest in files.items()] if isinstance(files, dict) else []
+        )
         source = "; ".join([str(public_place(entry.get("source", ""))), *hashes])
         pairs.append((f"expert {entry.get('name', '?')}", source))
     pairs += [(f"method {method.title}", method.note) for method in one.rows]

@@ -33,7 +33,9 @@ HEADERS = (
 ).split()
 
 
-def write_report(folders: Sequence[Path], output: Path, markdown: Path | None = None, csv: Path | None = None) -> list[Analysis]:
+def write_report(
+    folders: Sequence[Path], output: Path, markdown: Path | None = None, csv: Path | None = None
+) -> list[Analysis]:
     """Write a report of one or several comparisons: a page, and its numbers as Markdown and CSV.
 
     folders:  outputs of evaluate
@@ -45,8 +47,14 @@ def write_report(folders: Sequence[Path], output: Path, markdown: Path | None = 
     markdown, csv = markdown or output.with_suffix(".md"), csv or output.with_suffix(".csv")
     _check(folders, {"--output": output, "--markdown": markdown, "--csv": csv})
     several = analyse([Results.load(folder) for folder in folders], folders)
-    protocols = [str(one.results.protocol.get("name", folder.name)) for one, folder in zip(several, folders, strict=True)]
-    names = [f"{name} ({folder})" if protocols.count(name) > 1 else name for name, folder in zip(protocols, folders, strict=True)]
+    protocols = [
+        str(one.results.protocol.get("name", folder.name))
+        for one, folder in zip(several, folders, strict=True)
+    ]
+    names = [
+        f"{name} ({folder})" if protocols.count(name) > 1 else name
+        for name, folder in zip(protocols, folders, strict=True)
+    ]
     with locked(output, file=True):
         for path, made in ((output, as_html), (markdown, as_markdown), (csv, as_csv)):
             content = made(several, names)
@@ -62,12 +70,16 @@ def _check(folders: Sequence[Path], outputs: dict[str, Path]) -> None:
             raise UserError(f"{folder} is given twice; give each evaluation once")
         seen.add(folder.resolve())
     if outputs["--output"].suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--output {outputs['--output']} must end in .html; Markdown and CSV go to --markdown and --csv")
+        raise UserError(
+            f"--output {outputs['--output']} must end in .html; Markdown and CSV go to --markdown and --csv"
+        )
     for flag, path in outputs.items():
         if path.is_dir():
             raise UserError(f"{flag} {path} is a folder; give a file, such as {path / 'report.html'}")
     if len({path.resolve() for path in outputs.values()}) < len(outputs):
-        raise UserError(f"{' and '.join(f'{flag} {path}' for flag, path in outputs.items())} must be different files")
+        raise UserError(
+            f"{' and '.join(f'{flag} {path}' for flag, path in outputs.items())} must be different files"
+        )
     for folder in folders:
         if not folder.exists():
             raise UserError(f"there is no folder {folder}; make it with: afa evaluate … --output {folder}")
@@ -85,7 +97,9 @@ def as_text(one: Analysis) -> str:
         parts.append("\n".join([wrapped(found.lead), *kinds]))
     parts.append(wrapped(terms(one)))
     if one.problems:
-        parts.append("\n".join(["Could not be computed:", *(wrapped(error, "  ", "    ") for error in one.problems)]))
+        parts.append(
+            "\n".join(["Could not be computed:", *(wrapped(error, "  ", "    ") for error in one.problems)])
+        )
     return "\n\n".join(parts)
 
 
@@ -108,7 +122,9 @@ def _sections(one: Analysis) -> Iterator[str]:
         if found.kinds:
             yield "\n".join(f"* {kind}: {markdown_words(sentence)}" for kind, sentence in found.kinds)
     yield markdown_words(terms(one))
-    tables: list[tuple[str, Table | None]] = [(f"By {column.metric}", main_table(one, column)) for column in one.primary]
+    tables: list[tuple[str, Table | None]] = [
+        (f"By {column.metric}", main_table(one, column)) for column in one.primary
+    ]
     tables += [("All metrics", metrics_table(one))] if len(one.columns) > 1 else []
     tables += [(study.title, study_table(one, study)) for study in find_studies(one)]
     tables += [("Training", training_table(one)), ("Run by run", runs_table(one))]
@@ -128,7 +144,9 @@ def _sections(one: Analysis) -> Iterator[str]:
 
 def as_csv(several: Sequence[Analysis], names: Sequence[str]) -> str:
     """A line for each method, metric and other method that it is compared with, or one where it is compared with none."""
-    lines = [{"evaluation": name, **line} for name, one in zip(names, several, strict=True) for line in _lines(one)]
+    lines = [
+        {"evaluation": name, **line} for name, one in zip(names, several, strict=True) for line in _lines(one)
+    ]
     return Table(HEADERS, [Row([line.get(header) for header in HEADERS]) for line in lines]).csv()
 
 
@@ -155,7 +173,11 @@ def _about(one: Analysis, method: Method) -> dict[str, Any]:
         "trained_parameters": method.trained_parameters,
         "training_steps": method.training_steps,
         "memory_mb": max((run.memory_mb for run in method.runs if run.memory_mb is not None), default=None),
-        **({} if seconds is None else {"seconds": seconds.value, **_ends(seconds, "seconds_"), "seconds_n": seconds.n}),
+        **(
+            {}
+            if seconds is None
+            else {"seconds": seconds.value, **_ends(seconds, "seconds_"), "seconds_n": seconds.n}
+        ),
     }
 
 

@@ -48,7 +48,11 @@ def _seeds(one: Analysis) -> str:
     counts = sorted({count for count in shared if count})
     if not counts:
         return "nothing trained"
-    words = plural(counts[-1], "training seed") if len(counts) == 1 else f"{counts[0]} to {counts[-1]} shared training seeds"
+    words = (
+        plural(counts[-1], "training seed")
+        if len(counts) == 1
+        else f"{counts[0]} to {counts[-1]} shared training seeds"
+    )
     if counts[0] >= SEVERAL:
         return f"{words}: intervals and p are for other seeds, too"
     few = f"with fewer than {SEVERAL} " if counts[-1] >= SEVERAL else ""
@@ -61,13 +65,17 @@ def _lead(one: Analysis, column: Column) -> str:
         return f"By {column.metric} ({direction} is better) nothing is claimed: the evaluation has no method of group '{OURS}'."
     found = column.against(one.ours, column.best)
     if found is None:
-        missing = "there is no single expert to compare with" if column.best is None else f"{one.title(one.ours)} has no value"
+        missing = (
+            "there is no single expert to compare with"
+            if column.best is None
+            else f"{one.title(one.ours)} has no value"
+        )
         return f"By {column.metric} ({direction} is better) nothing can be said about the best single expert: {missing}."
     best = f"the best single expert, {one.title(found.other)}"
-    here = f", as trained here ({plural(len(found.seeds), 'seed')})," if 0 < len(found.seeds) < SEVERAL else ""
-    return (
-        f"By {column.metric} ({direction} is better) {one.title(one.ours)}{here} is {_verdict(found)} {best}: {_figures(found)}."
+    here = (
+        f", as trained here ({plural(len(found.seeds), 'seed')})," if 0 < len(found.seeds) < SEVERAL else ""
     )
+    return f"By {column.metric} ({direction} is better) {one.title(one.ours)}{here} is {_verdict(found)} {best}: {_figures(found)}."
 
 
 def _verdict(found: Comparison) -> str:
@@ -82,7 +90,8 @@ def _figures(found: Comparison) -> str:
         else f", p {probability(found.p_holm) if found.p_holm < 0.001 else f'= {probability(found.p_holm)}'}"
     )
     seeds = ", ".join(
-        f"{number(value, places, True)} with seed {seed}" for seed, value in zip(found.seeds, found.by_seed, strict=True)
+        f"{number(value, places, True)} with seed {seed}"
+        for seed, value in zip(found.seeds, found.by_seed, strict=True)
     )
     return f"{with_interval(found.difference, places, True)}{p}{f' ({seeds})' if 1 < len(found.seeds) < SEVERAL else ''}"
 
@@ -90,7 +99,10 @@ def _figures(found: Comparison) -> str:
 def _kinds(one: Analysis, column: Column) -> list[tuple[str, str]]:
     if one.ours is None:
         return []
-    found = [(group, [column.against(one.ours, name) for name in one.group(group)]) for group in (EXPERT, *RIVALS, OURS)]
+    found = [
+        (group, [column.against(one.ours, name) for name in one.group(group)])
+        for group in (EXPERT, *RIVALS, OURS)
+    ]
     return [
         (GROUP_TITLES[group], _kind(one, comparisons))
         for group, every in found

@@ -43,19 +43,29 @@ SHARP_UP_TO = 96  # pixels; smaller images are shown with hard edges
 
 def as_html(several: Sequence[Analysis], names: Sequence[str]) -> str:
     """The whole page. names: of the evaluations; their pictures are read from where the analyses say they are."""
-    evaluations = [_evaluation(one, name, f"e{place}") for place, (one, name) in enumerate(zip(several, names, strict=True))]
+    evaluations = [
+        _evaluation(one, name, f"e{place}")
+        for place, (one, name) in enumerate(zip(several, names, strict=True))
+    ]
     overview = overview_table(several, names) if len(several) > 1 else None
-    return render("evaluation.html", heading=title(several, names), overview=overview, evaluations=evaluations)
+    return render(
+        "evaluation.html", heading=title(several, names), overview=overview, evaluations=evaluations
+    )
 
 
 def _evaluation(one: Analysis, name: str, key: str) -> dict[str, Any]:
     """What the macro `evaluation` of templates/evaluation.html shows of one."""
     pictures = Thumbnails(one.folder)
-    costs = {"seconds an image": spots(one, "seconds"), "megabytes while drawing one image": spots(one, "memory")}
+    costs = {
+        "seconds an image": spots(one, "seconds"),
+        "megabytes while drawing one image": spots(one, "memory"),
+    }
     quality = f"{one.lead.metric} {arrow(one.lead)}"
     described = f"{one.lead.metric} of {{}} methods against {{}}"
     shown = sheets(one, pictures)
-    chosen_by = next((column for column in [*one.primary, *one.columns.values()] if column.note.kind == "image"), None)
+    chosen_by = next(
+        (column for column in [*one.primary, *one.columns.values()] if column.note.kind == "image"), None
+    )
     chosen = [] if chosen_by is None else cases(one, chosen_by, pictures)
     return {
         "key": key,
@@ -87,7 +97,10 @@ def _evaluation(one: Analysis, name: str, key: str) -> dict[str, Any]:
 def _facts(one: Analysis) -> str:
     """The protocol in a line."""
     protocol, items = one.results.protocol, one.results.items
-    facts = [plural(len({item.prompt for item in items}), "prompt"), f"{plural(len(items), 'image')} a method"]
+    facts = [
+        plural(len({item.prompt for item in items}), "prompt"),
+        f"{plural(len(items), 'image')} a method",
+    ]
     facts.append(plural(len(one.rows), "method"))
     facts += [f"{protocol['steps']} steps"] if "steps" in protocol else []
     facts += [f"guidance {protocol['guidance']}"] if protocol.get("guidance") is not None else []
@@ -104,10 +117,14 @@ def _against_best(one: Analysis, column: Column) -> tuple[str, Table] | None:
         found = column.against(method.name, column.best)
         if found is not None:
             strong = method.name == one.ours
-            entries.append(Entry(method.title, method.group, found.difference, found.verdict, found.p_holm, strong))
+            entries.append(
+                Entry(method.title, method.group, found.difference, found.verdict, found.p_holm, strong)
+            )
     if not entries or column.best is None:
         return None
-    return f"{column.metric} minus that of {one.title(column.best)}", charts.forest(entries, column.note.higher_is_better)
+    return f"{column.metric} minus that of {one.title(column.best)}", charts.forest(
+        entries, column.note.higher_is_better
+    )
 
 
 def spots(one: Analysis, what: str) -> list[Spot]:
@@ -137,7 +154,9 @@ def _study(one: Analysis, study: Study) -> dict[str, Any]:
         ]
         whole = "" if of in one.methods and one.methods[of].axes else " as it is"
         caption = f"{one.lead.metric} minus that of {one.title(of) if of in one.methods else of}{whole}"
-        shown["forests"] += [(caption, charts.forest(entries, one.lead.note.higher_is_better))] if entries else []
+        shown["forests"] += (
+            [(caption, charts.forest(entries, one.lead.note.higher_is_better))] if entries else []
+        )
     return shown
 
 
@@ -154,7 +173,11 @@ def _curves(one: Analysis, study: Study) -> str:
         name = one.title(of) if of in one.methods else of or study.axis
         lines.append(Curve(name, points[0].method.group, [drawn(name, point) for point in points]))
     best, axis = one.lead.best, "denoising steps" if study.axis == "steps" else study.axis
-    level = (f"{one.title(best)}, alone", one.lead.values[best]) if best is not None and best not in study.lines else None
+    level = (
+        (f"{one.title(best)}, alone", one.lead.values[best])
+        if best is not None and best not in study.lines
+        else None
+    )
     places = {point.x: charts.tick_label(point.x) for line in lines for point in line.points}
     described = f"{one.lead.metric} against {axis} for {', '.join(line.name for line in lines)}"
     return charts.curves(lines, places, axis, f"{one.lead.metric} {arrow(one.lead)}", described, level)
@@ -190,7 +213,11 @@ class Thumbnails:
         if path not in self._known:
             try:
                 self._known[path] = thumbnail(path)
-            except (OSError, ValueError, SyntaxError):  # what Pillow raises for files that are not there, cut short, or no images
+            except (
+                OSError,
+                ValueError,
+                SyntaxError,
+            ):  # what Pillow raises for files that are not there, cut short, or no images
                 self._known[path] = ""
                 self.missing.append(path)
         return Thumbnail(self._known[path], f"{method.title}: {item.caption}")
@@ -258,13 +285,17 @@ def cases(one: Analysis, column: Column, pictures: Thumbnails) -> list[tuple[str
     for other in (column.best, column.leader(one.group(*RIVALS))):
         if other is None or not one.methods[other].runs[0].images:
             continue
-        for words, chosen in zip(("furthest ahead of", "furthest behind"), extreme_cases(one, column, other), strict=True):
+        for words, chosen in zip(
+            ("furthest ahead of", "furthest behind"), extreme_cases(one, column, other), strict=True
+        ):
             shown = []
             for case in chosen:
                 item, sides = one.results.items[case.index], []
                 for method, score in ((one.methods[one.ours], case.ours), (one.methods[other], case.other)):
                     sides.append((method.title, pictures.of(method, case.index, item), number(score, places)))
-                shown.append({"item": item, "sides": sides, "difference": number(case.ours - case.other, places, True)})
+                shown.append(
+                    {"item": item, "sides": sides, "difference": number(case.ours - case.other, places, True)}
+                )
             found.append((f"{one.title(one.ours)} {words} {one.title(other)}", shown))
     return found
 

@@ -1,1 +1,0 @@
-"""An explanation as pictures: for readers, not for debugging."""

@@ -1,0 +1,215 @@
+"""Pictures about images: grids, weight maps over images, and the canvas that an explanation's pictures are drawn on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from afa.denoiser.hooks import WeightMaps
+
+# One colour an expert, told apart by most kinds of colour vision. Source: Okabe and Ito (2008).
+COLOURS = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (204, 121, 167),
+    (213, 94, 0),
+    (0, 114, 178),
+    (240, 228, 66),
+    (90, 90, 90),
+)
+INK, PAPER = (32, 33, 36), (255, 255, 255)
+Colour = Sequence[int]
+MUTED, LINE = (95, 99, 104), (218, 220, 224)
+MARGIN = 24
+
+
+# --- grids ---
+
+
+def grid(
+    rows: Sequence[Sequence[NDArray[np.uint8]]],
+    columns: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    side: int | None = None,
+    gap: int = 4,
+) -> Image.Image:
+    """Images (H, W, 3) uint8, row by row; columns: names above, labels: names left of a row; side: width of a cell in pixels."""
+    height, width = rows[0][0].shape[:2]
+    width, height = (width, height) if side is None else (side, round(side * height / width))
+    own = font(max(11, min(20, width // 10)))
+    left = round(max(map(own.getlength, labels), default=0)) + (12 if labels else 0)
+    top = round(own.size * 1.8) if columns else 0
+    count = max(map(len, rows))
+    sheet = Image.new(
+        "RGB", (left + count * (width + gap) - gap, top + len(rows) * (height + gap) - gap), PAPER
+    )
+    pen = ImageDraw.Draw(sheet)
+    for index, name in enumerate(columns):
+        pen.text((left + index * (width + gap) + width / 2, top / 2), name, INK, own, anchor="mm")
+    for row, images in enumerate(rows):
+        y = top + row * (height + gap)
+        if labels:
+            pen.text((left - 8, y + height / 2), labels[row], INK, own, anchor="rm")
+        for column, image in enumerate(images):
+            sheet.paste(_fit(image, width, height), (left + column * (width + gap), y))
+    return sheet
+
+
+def _fit(image: NDArray[np.uint8], width: int, height: int) -> Image.Image:
+    """Enlarged with hard edges where the factor is whole (small pictures stay legible), smoothly otherwise."""
+    picture = Image.fromarray(image)
+    if picture.size == (width, height):
+        return picture
+    whole = width % picture.width == 0 and height % picture.height == 0
+    return picture.resize((width, height), Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
+
+
+# --- weight maps ---
+
+
+def conditional(maps: WeightMaps, images: int) -> list[dict[str, Tensor]]:
+    """The maps of the conditional half, by pass and stage, (images, N, H, W): guidance puts the unconditional half first."""
+    return [{name: weights[-images:] for name, weights in one.items()} for one in maps.maps]
+
+
+def mean_over_stages(maps: dict[str, Tensor], side: tuple[int, int]) -> Tensor:
+    """One map of a pass: the mean over fused stages, each brought to `side` (H, W). -> (B, N, H, W), still convex."""
+    resized = [
+        torch.nn.functional.interpolate(weights, size=side, mode="bilinear", align_corners=False)
+        for weights in maps.values()
+    ]
+    return torch.stack(resized).mean(0)
+
+
+def overlay(image: NDArray[np.uint8], weights: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """The image in grey, tinted by the experts' colours: image (H, W, 3), weights (N, H, W) convex -> (H, W, 3) uint8."""
+    palette = np.asarray(COLOURS, np.float32)
+    tint = np.einsum("nhw,nc->hwc", weights, palette[np.arange(len(weights)) % len(palette)])
+    grey = image.astype(np.float32).mean(-1, keepdims=True)
+    return np.clip(0.35 * grey + 0.65 * tint * (0.4 + 0.6 * grey / 255), 0, 255).astype(np.uint8)
+
+
+def heat(weights: NDArray[np.floating], colour: Sequence[int]) -> NDArray[np.uint8]:
+    """One expert's weights (H, W) in [0, 1]: white is 0, the expert's colour is 1. -> (H, W, 3) uint8."""
+    full = np.asarray(colour, np.float32)
+    return (255 - (255 - full) * np.clip(weights, 0, 1)[..., None]).astype(np.uint8)
+
+
+def picture(
+    image: NDArray[np.uint8],
+    maps: Sequence[dict[str, Tensor]],
+    experts: Sequence[str],
+    timesteps: Sequence[float],
+) -> Image.Image:
+    """One image's weights over its steps: a row per expert, a column per shown step, the last column over the whole image.
+
+    maps: of this image, by pass and stage, (N, h, w).
+    """
+    side = image.shape[:2]
+    shown = np.linspace(0, len(maps) - 1, min(5, len(maps))).round().astype(int)
+    over_steps = [
+        mean_over_stages({name: w[None] for name, w in maps[index].items()}, side)[0].numpy()
+        for index in range(len(maps))
+    ]
+    rows = []
+    for index in range(len(experts)):
+        colour = COLOURS[index % len(COLOURS)]
+        rows.append([heat(over_steps[step][index], colour) for step in shown])
+    mean = np.mean(over_steps, axis=0)
+    rows[0] += [image]
+    if len(rows) > 1:
+        rows[1] += [overlay(image, mean)]
+    columns = [f"t = {timesteps[step]:.0f}" for step in shown] + ["image, weights"]
+    return grid(
+        rows,
+        columns=columns,
+        labels=[f"{name} {mean[index].mean():.2f}" for index, name in enumerate(experts)],
+        side=max(128, side[1]),
+    )
+
+
+# --- what an explanation's pictures are drawn with ---
+
+
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own, the same everywhere."""
+    found = ImageFont.load_default(size)
+    assert isinstance(found, ImageFont.FreeTypeFont)
+    return found
+
+
+def colour_of(expert: int) -> Colour:
+    """An expert's colour, by its place; after eight they repeat."""
+    return COLOURS[expert % len(COLOURS)]
+
+
+def fitting(words: str, size: int, width: float) -> str:
+    """Words that are no wider than that, cut in the middle: names differ at their ends."""
+    own = font(size)
+    if own.getlength(words) <= width:
+        return words
+    for kept in range(len(words) - 1, 1, -1):
+        shorter = f"{words[: (kept + 1) // 2]}…{words[len(words) - kept // 2 :]}"
+        if own.getlength(shorter) <= width:
+            return shorter
+    return "…"
+
+
+def name_width(names: Sequence[str], least: int, most: int) -> int:
+    """Room for the longest name in size 15 with a swatch before it."""
+    return round(min(most, max(least, 40 + max(font(15).getlength(name) for name in names))))
+
+
+def wrapped(words: str, size: int, width: float, lines: int = 3) -> list[str]:
+    """Words in at most so many lines, each fitting; what does not fit any more ends in dots."""
+    own, found = font(size), [""]
+    for word in words.split():
+        longer = f"{found[-1]} {word}".strip()
+        if found[-1] and own.getlength(longer) > width:
+            found.append(word)
+        else:
+            found[-1] = longer
+    if len(found) > lines:
+        found = [*found[: lines - 1], " ".join(found[lines - 1 :])]
+    return [fitting(line, size, width) if own.getlength(line) > width else line for line in found]
+
+
+class Canvas:
+    """A white page to draw on."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self.image = Image.new("RGB", (round(width), round(height)), PAPER)
+        self.pen = ImageDraw.Draw(self.image)
+
+    def text(
+        self, x: float, y: float, words: str, size: int = 14, colour: Colour = INK, anchor: str = "la"
+    ) -> None:
+        """Words at a place; anchor: as Pillow's."""
+        self.pen.text((x, y), words, tuple(colour), font(size), anchor=anchor)
+
+    def picture(
+        self, x: float, y: float, pixels: NDArray[np.uint8], width: int, height: int | None = None
+    ) -> None:
+        """An image (H, W, 3) at that width, in its own proportions unless a height is given; small ones keep hard edges."""
+        source = Image.fromarray(pixels)
+        height = height or round(width * source.height / source.width)
+        method = Image.Resampling.NEAREST if source.width * 2 <= width else Image.Resampling.LANCZOS
+        self.image.paste(source.resize((width, height), method), (round(x), round(y)))
+        self.frame(x, y, width, height)
+
+    def frame(self, x: float, y: float, width: float, height: float) -> None:
+        """A thin line around."""
+        self.pen.rectangle((x - 1, y - 1, x + width, y + height), outline=LINE)
+
+    def block(self, x: float, y: float, width: float, height: float, colour: Colour) -> None:
+        """A filled rectangle; nothing if it is narrower than half a pixel."""
+        if width >= 0.5:
+            self.pen.rectangle((x, y, x + max(0.0, width - 1), y + height - 1), fill=tuple(colour))
+
+    def rule(self, x: float, y: float, width: float) -> None:
+        """A horizontal line."""
+        self.pen.line((x, y, x + width, y), fill=LINE)

@@ -1,1 +1,0 @@
-"""Pictures about pictures: weight maps over images, grids. Importing this package costs nothing."""
