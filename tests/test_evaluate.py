@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from processes import in_processes
-from tiny import sd_pipeline
+from tiny import ONE_LEVEL, sd_pipeline
 
 from afa.checkpoint.manifest import read_manifest
 from afa.cli.main import main
@@ -36,7 +36,7 @@ def world(tmp_path_factory):
     """Two experts, ten captioned images, an ensemble trained for two steps, a file of prompts, a scorer."""
     folder = tmp_path_factory.mktemp("world")
     for seed, name in enumerate(("photo", "paint")):
-        sd_pipeline(seed).save_pretrained(folder / name)
+        sd_pipeline(seed, **ONE_LEVEL).save_pretrained(folder / name)
     rng = np.random.default_rng(0)
     (folder / "data").mkdir()
     lines = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_objective import Oracle, a_pass, noising, rows
 from test_training import aggregators, experts, images, interrupt_after, settings  # noqa: F401
-from tiny import quiet, sd_pipeline
+from tiny import ONE_LEVEL, quiet, sd_pipeline
 
 from afa import Ensemble, UserError
 from afa.denoiser.hooks import record_weights
@@ -31,7 +31,7 @@ def itself(shown, captions):
 
 @pytest.fixture(scope="module")
 def ensemble():
-    made = Ensemble.from_experts([sd_pipeline(0), sd_pipeline(1, text_seed=0)], hidden=8, heads=2, depth=1)
+    made = Ensemble.from_experts([sd_pipeline(0, **ONE_LEVEL), sd_pipeline(1, text_seed=0, **ONE_LEVEL)], hidden=8, heads=2, depth=1)
     torch.manual_seed(5)
     for aggregator in made.aggregators.values():
         torch.nn.init.normal_(aggregator.conv_out.weight, std=0.3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from original_layout import write_single_file
 from PIL import Image
-from tiny import sd_pipeline
+from tiny import ONE_LEVEL, sd_pipeline
 from tiny_loras import write_lora
 from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
@@ -27,12 +27,22 @@ from afa.screening.settings import ScreenSettings
 from afa.training.noise import Noising
 
 CPU = torch.device("cpu")
+PIXELS = ["--resolution", "64"]  # of the small experts
 FEW = ["--data", "scenes:3", "--images", "3", "--draws", "2", "--device", "cpu"]
 CURVES, ANGLES, PATTERNS = (str(place) for place in EXPERTS.values())
 
 
 def settings(*experts, output=None, **changes):
     return ScreenSettings(list(experts), data="scenes:3", output=None if output is None else str(output), images=3, draws=2, device="cpu", **changes)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Three small experts with one text encoder, as folders."""
+    folder = tmp_path_factory.mktemp("small")
+    for seed, name in enumerate(("photo", "paint", "base")):
+        sd_pipeline(seed, text_seed=0, **ONE_LEVEL).save_pretrained(folder / name)
+    return [str(folder / name) for name in ("photo", "paint", "base")]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +88,8 @@ def test_an_expert_of_another_kind_is_asked_in_the_frames_kind(tmp_path):
     assert found["losses"]["noise"] != found["losses"]["velocity"]
 
 
-def test_an_interrupted_screening_goes_on_to_the_same_numbers(screened, tmp_path, monkeypatch):
+def test_an_interrupted_screening_goes_on_to_the_same_numbers(small, tmp_path, monkeypatch):
+    whole = screen(settings(*small[:2], output=tmp_path / "whole", resolution=64))
     asked, ask = [], Asking.ask
 
     def interrupted(self, image, features=False):
@@ -88,16 +99,16 @@ def test_an_interrupted_screening_goes_on_to_the_same_numbers(screened, tmp_path
         return ask(self, image, features)
 
     monkeypatch.setattr(Asking, "ask", interrupted)
-    again = settings(CURVES, PATTERNS, f"again={CURVES}", output=tmp_path / "out")
+    again = settings(*small[:2], output=tmp_path / "out", resolution=64)
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         screen(again)
     counted = []
     monkeypatch.setattr(Asking, "ask", lambda self, image, features=False: counted.append(image) or ask(self, image, features))
-    assert screen(again) == screened[0]
-    assert len(counted) == 3 * 3 + 3 - 4  # three experts and their average, three images each, of which four were there
+    assert screen(again) == whole
+    assert len(counted) == 2 * 3 + 3 - 4  # two experts and their average, three images each, of which four were there
 
 
-def test_one_expert_is_in_memory_at_a_time(monkeypatch):
+def test_one_expert_is_in_memory_at_a_time(small, monkeypatch):
     held = []
     forget = run.forget
 
@@ -107,7 +118,7 @@ def test_one_expert_is_in_memory_at_a_time(monkeypatch):
 
     monkeypatch.setattr(run, "forget", counted)
     before = sum(type(thing).__name__ == "UNet2DConditionModel" and not thing.conv_in.weight.is_meta for thing in _alive())
-    screen(settings(CURVES, ANGLES, PATTERNS))
+    screen(settings(*small, resolution=64))
     assert held == [before] * 4  # after each expert, and after their average, none is left
 
 
@@ -120,17 +131,17 @@ def _alive():
         return [thing for thing in gc.get_objects() if isinstance(thing, torch.nn.Module)]
 
 
-def test_other_settings_and_changed_files_are_not_mixed(screened, tmp_path):
+def test_other_settings_and_changed_files_are_not_mixed(screened, small, tmp_path):
     _, output = screened
     assert main(["screen", CURVES, PATTERNS, f"again={CURVES}", *FEW, "--seed", "1", "--output", str(output)]) == 2
-    shutil.copytree(CURVES, tmp_path / "moving")
-    experts = [str(tmp_path / "moving"), PATTERNS]
-    assert main(["screen", *experts, *FEW, "--no-average", "--output", str(tmp_path / "out")]) == 0
+    shutil.copytree(small[0], tmp_path / "moving")
+    experts = [str(tmp_path / "moving"), small[1]]
+    assert main(["screen", *experts, *FEW, *PIXELS, "--no-average", "--output", str(tmp_path / "out")]) == 0
     file = tmp_path / "moving/unet/diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes())  # written anew, the same
-    assert main(["screen", *experts, *FEW, "--no-average", "--output", str(tmp_path / "out")]) == 0
+    assert main(["screen", *experts, *FEW, *PIXELS, "--no-average", "--output", str(tmp_path / "out")]) == 0
     file.write_bytes(file.read_bytes()[:-1] + b"\x3e")
-    assert main(["screen", *experts, *FEW, "--no-average", "--output", str(tmp_path / "out")]) == 2
+    assert main(["screen", *experts, *FEW, *PIXELS, "--no-average", "--output", str(tmp_path / "out")]) == 2
 
 
 def test_a_changed_expert_is_named(screened, tmp_path, capsys):
@@ -139,8 +150,8 @@ def test_a_changed_expert_is_named(screened, tmp_path, capsys):
     assert "--draws 2 (now 3)" in said
 
 
-def test_the_command_leaves_a_page_and_the_same_as_json(tmp_path, capsys):
-    command = ["screen", CURVES, ANGLES, *FEW, "--base", str(EXPERTS["curves"].parent / "base"), "--output", str(tmp_path / "out")]
+def test_the_command_leaves_a_page_and_the_same_as_json(small, tmp_path, capsys):
+    command = ["screen", *small[:2], *FEW, *PIXELS, "--base", small[2], "--output", str(tmp_path / "out")]
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "Learnable head-room" in printed
@@ -157,13 +168,13 @@ def test_names_of_experts_and_captions_are_escaped_in_the_page(screened):
     assert "<img" not in as_html(facts)
 
 
-def test_prompts_alone_show_disagreement_and_what_cannot_be_known(tmp_path, capsys):
+def test_prompts_alone_show_disagreement_and_what_cannot_be_known(small, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a red star left of a blue ring\na green disc left of a red heart\n")
-    command = ["screen", CURVES, ANGLES, f"again={CURVES}", "--prompts", str(tmp_path / "prompts.txt"), "--steps", "2", "--guidance", "3", "--draws", "2"]
-    assert main([*command, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    command = ["screen", *small[:2], f"again={small[0]}", *PIXELS, "--prompts", str(tmp_path / "prompts.txt")]
+    assert main([*command, "--steps", "2", "--guidance", "3", "--draws", "2", "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "Without images there is no verdict" in printed
-    assert "it is curves but for rounding" in printed
+    assert "it is photo but for rounding" in printed
     facts = json.loads((tmp_path / "out/screen.json").read_text())
     assert "losses" not in facts
     assert "head_room" not in facts
@@ -221,16 +232,16 @@ def test_experts_with_loras_are_asked_and_what_cannot_be_read_key_by_key_is_said
     assert "Weights could not be compared" in as_text(found)
 
 
-def test_a_denoiser_alone_borrows_what_it_lacks(tmp_path, capsys):
-    shutil.copytree(f"{ANGLES}/unet", tmp_path / "alone")
+def test_a_denoiser_alone_borrows_what_it_lacks(small, tmp_path, capsys):
+    shutil.copytree(f"{small[1]}/unet", tmp_path / "alone")
     alone = str(tmp_path / "alone")
-    assert main(["screen", f"one={alone}", f"two={alone}", *FEW]) == 2
+    assert main(["screen", f"one={alone}", f"two={alone}", *FEW, *PIXELS]) == 2
     assert "--frame FOLDER" in capsys.readouterr().err
     found = []
-    for command in ([CURVES, alone], [CURVES, alone, "--frame", CURVES], [CURVES, ANGLES]):
-        assert main(["screen", *command, *FEW, "--no-average", "--json"]) == 0
+    for command in ([small[0], alone], [small[0], alone, "--frame", small[0]], small[:2]):
+        assert main(["screen", *command, *FEW, *PIXELS, "--no-average", "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out)["head_room"])
-    assert found[0] == found[1] == found[2]  # curves lends angles the text encoder that both have
+    assert found[0] == found[1] == found[2]  # the first lends the second the text encoder that both have
 
 
 def test_the_plan_counts_passes_and_disk(capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_training import experts, images, settings  # noqa: F401 (fixtures)
+from tiny import sd_pipeline
 
 from afa.cli.main import main
 from afa.devices import LiveBytes
@@ -58,7 +59,11 @@ def test_a_step_needs_what_the_plan_says(settings, monkeypatch, changes, tmp_pat
     assert found.total == pytest.approx(measured(run, monkeypatch), rel=0.15)
 
 
-def test_less_memory_is_proposed_until_everything_is_on(settings):  # noqa: F811
+def test_less_memory_is_proposed_until_everything_is_on(settings, tmp_path):  # noqa: F811
+    """Of experts that are large enough beside their aggregators for all of it to pay."""
+    for seed in range(2):
+        sd_pipeline(seed).save_pretrained(tmp_path / str(seed))
+    settings = replace(settings, experts=[f"x{seed}={tmp_path / str(seed)}" for seed in range(2)])
     ways = plan(settings).memory()["for_less_memory"]
     assert [way.split()[0] for way in ways][-4:] == ["--dtype", "--store", "--cache", "--batch-size"]
     low = replace(settings, dtype="bfloat16", cache="somewhere", batch_size=1, gradient_checkpointing=True, store="int8")

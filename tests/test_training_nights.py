@@ -79,7 +79,7 @@ def test_an_expert_that_predicts_no_numbers_is_named(settings, experts, tmp_path
 
 def test_killed_training_equals_uninterrupted(settings, tmp_path):  # noqa: F811
     """Before a state takes its place, right after the first, and once more: the same bits in the end."""
-    run = replace(settings, steps=8, save_every=1)
+    run = replace(settings, steps=4, save_every=1)
     whole = replace(run, output=str(tmp_path / "whole"))
     train(whole)
     renamed = []

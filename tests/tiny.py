@@ -32,6 +32,12 @@ SMALL = {  # two levels, one layer each: IN00 … IN03, M00, OUT00 … OUT03
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }
+ONE_LEVEL = {  # one level of one layer: IN00, IN01, M00, OUT00, OUT01; for laws of the loop, of resuming, of reading and comparing
+    "block_out_channels": (16,),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
 SDXL = {
     "sample_size": 16,
     "block_out_channels": (16, 16, 32),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import sd_pipeline
+from tiny import ONE_LEVEL, sd_pipeline
 
 from afa.evaluation.plan import plan
 from afa.evaluation.run import evaluate
@@ -21,7 +21,7 @@ def settings(tmp_path_factory):
     """A comparison with everything that draws: rows, options to choose, weights to search, two training seeds."""
     folder = tmp_path_factory.mktemp("world")
     for seed, name in enumerate(("photo", "paint")):
-        sd_pipeline(seed).save_pretrained(folder / name)
+        sd_pipeline(seed, **ONE_LEVEL).save_pretrained(folder / name)
     (folder / "data").mkdir()
     rng, lines = np.random.default_rng(0), []
     for index in range(10):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hostile import afa
-from tiny import sd_pipeline
+from tiny import ONE_LEVEL, sd_pipeline
 
 from afa.ensemble import Ensemble
 from afa.errors import UserError
@@ -64,7 +64,7 @@ def world(tmp_path_factory):
     """Two tiny experts, their untrained ensemble, prompts."""
     folder = tmp_path_factory.mktemp("world")
     for seed, name in enumerate(("photo", "paint")):
-        sd_pipeline(seed).save_pretrained(folder / name)
+        sd_pipeline(seed, **ONE_LEVEL).save_pretrained(folder / name)
     Ensemble.from_experts([str(folder / "photo"), str(folder / "paint")], hidden=8, heads=2, depth=1).save(folder / "ensemble")
     (folder / "prompts.txt").write_text("a cat\na dog\na cat\n")
     (folder / "good.py").write_text(GOOD)
