@@ -22,9 +22,6 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from afa.aggregators.registry import Recipe, count_parameters
-from afa.demo.build.denoisers import CAPTION_DROPOUT, Parts, training_set
-from afa.demo.build.fit import Schedule, fit
-from afa.demo.build.parts import token_ids
 from afa.demo.data import BASE as BASE_MODEL
 from afa.experts.parts import load_part
 from afa.latents import latents_of
@@ -32,6 +29,11 @@ from afa.models.registry import FAMILIES
 from afa.models.sd3 import SD3Ensemble
 from afa.stats import difference, estimate
 from afa.training.noise import Batch, Noising
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from scripts.demo_world.denoisers import CAPTION_DROPOUT, Parts, training_set
+from scripts.demo_world.fit import Schedule, fit
+from scripts.demo_world.parts import token_ids
 
 DOMAINS = ("curves", "angles", "patterns")
 BASE, EXPERT = Schedule(800, 1e-3, batch=32, average=0.995), Schedule(300, 5e-4, batch=32, average=0.995)

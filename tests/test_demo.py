@@ -1,17 +1,21 @@
 """The embedded world and the demonstration on it."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from afa import Ensemble
-from afa.demo.build.parts import degrade
 from afa.demo.data import ASSETS, BASE, EXPERTS, RECORD, SCORER
 from afa.demo.scenes import DOMAINS, MIXED, parse, render, render_all, sample_scenes
 from afa.demo.scorer import CLASSES, AttributeScorer, labels, network
 from afa.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from scripts.demo_world.parts import degrade
 
 
 @pytest.mark.parametrize("domain", [*DOMAINS, "mixed", "union"])
@@ -95,7 +99,7 @@ def test_the_embedded_ensemble_names_no_place_of_the_machine_it_was_made_on():
 
 
 def test_the_world_is_built_from_nothing_and_resumes(tmp_path):
-    from afa.demo.build.__main__ import build
+    from scripts.demo_world.build import build
 
     build(tmp_path / "world", tmp_path / "work", quick=400)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.pt")}

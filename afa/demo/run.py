@@ -129,7 +129,8 @@ def demonstrate(settings: DemoSettings) -> Outcome:
     for place in (*EXPERTS.values(), BASE):
         if not (place / "model_index.json").is_file():
             raise UserError(
-                f"the embedded world is not complete: {place} is missing; make it with: python -m afa.demo.build"
+                f"the embedded world is not complete: {place} is missing; install afa again, "
+                "or, in a checkout, make it with: python -m scripts.demo_world.build"
             )
     with locked(Path(settings.output)):
         return _demonstrate(settings, Path(settings.output))

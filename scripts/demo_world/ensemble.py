@@ -1,6 +1,7 @@
-"""`python -m afa.demo.build.ensemble`: train the demonstration's ensemble and put it beside the experts it is made of.
+"""`python -m scripts.demo_world.ensemble`: train the demonstration's ensemble.
 
-`afa explain` and `afa ui` begin with it. Two minutes on two cores; what `afa demo` has trained in the same folder is taken as it is.
+`afa explain` and `afa ui` use this ensemble by default. It is saved beside its experts, in afa/demo/assets.
+It takes two minutes on two cores. An ensemble that `afa demo` trained in that folder is not trained again.
 """
 
 import argparse
@@ -15,8 +16,10 @@ from afa.training.run import train
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(prog="python -m afa.demo.build.ensemble", description=__doc__)
-    flags.add_argument("--work", type=Path, default=Path("demo"), help="the demonstration's folder (default: demo)")
+    flags = argparse.ArgumentParser(prog="python -m scripts.demo_world.ensemble", description=__doc__)
+    flags.add_argument(
+        "--work", type=Path, default=Path("demo"), help="the demonstration's folder (default: demo)"
+    )
     settings = DemoSettings(output=str(flags.parse_args().work))
     data = Path(settings.output) / "data"
     if not data.exists():
@@ -25,7 +28,8 @@ def main() -> None:
     train(training(settings, folder, "layers", [str(path) for path in EXPERTS.values()]))
     ensemble = Ensemble.load(folder)
     assert ensemble.training is not None
-    ensemble.training["settings"]["experts"] = [f"../{name}" for name in EXPERTS]  # as the manifest names them, not where they lie on this machine
+    # The manifest's own, relative names of the experts, instead of paths of this machine.
+    ensemble.training["settings"]["experts"] = [f"../{name}" for name in EXPERTS]
     ensemble.save(ENSEMBLE)
     print(f"the demonstration's ensemble is in {ENSEMBLE}")
 

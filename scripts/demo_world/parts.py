@@ -1,4 +1,4 @@
-"""The parts every expert shares: the scorer, the tokenizer, the text encoder and the autoencoder."""
+"""The parts that all experts share: tokenizer, text encoder and VAE; and the scorer and the reward."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from afa.demo import metric as reward
 from afa.demo import scorer
-from afa.demo.build.fit import Schedule, fit
 from afa.demo.scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Domain, Scene, render_all
+from scripts.demo_world.fit import Schedule, fit
 
 EVERYTHING = Domain(tuple(SHAPES), tuple(SHAPES), tuple(TEXTURES))  # no expert has seen all of it
 TOKENS = 24
@@ -30,7 +30,7 @@ def sample_everything(count: int, seed: int) -> list[Scene]:
 
 
 def degrade(images: Tensor, rng: torch.Generator) -> Tensor:
-    """What generated pictures suffer from: wrong contrast and tint, blur, grain and blotches, a shift. Images in [-1, 1]."""
+    """Add the faults of generated images: contrast, tint, blur, grain, blotches, a shift.."""
     n = len(images)
 
     def between(low: float, high: float, channels: int = 1) -> Tensor:
@@ -51,7 +51,7 @@ def degrade(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def build_scorer(work: Path, quick: int) -> nn.Module:
-    """The judge, trained on degraded renders of every combination of attributes."""
+    """Train the scorer on degraded renders of every combination of attributes."""
     schedule = Schedule(1000 // quick, 2e-3, batch=64)
     scenes = sample_everything(12000 // quick, seed=5)
     images, truth = draw(scenes, seed=9), scorer.labels(scenes)
@@ -59,7 +59,9 @@ def build_scorer(work: Path, quick: int) -> nn.Module:
     def loss(rng: torch.Generator) -> Tensor:
         chosen = torch.randint(len(images), (schedule.batch,), generator=rng)
         logits = scorer.answers(net(degrade(images[chosen].float() / 127.5 - 1, rng)))
-        return sum((F.cross_entropy(answer, truth[chosen, k]) for k, answer in enumerate(logits)), torch.zeros(()))
+        return sum(
+            (F.cross_entropy(answer, truth[chosen, k]) for k, answer in enumerate(logits)), torch.zeros(())
+        )
 
     torch.manual_seed(1)
     net = scorer.network()
@@ -68,7 +70,7 @@ def build_scorer(work: Path, quick: int) -> nn.Module:
 
 
 def spoil(images: Tensor, rng: torch.Generator) -> Tensor:
-    """What a reward meets in training: blends of two pictures, strong blurs, grain. Images in [-1, 1]."""
+    """Add the faults that a reward meets in training: blends of two images, strong blur, grain.."""
     n = len(images)
     share = torch.rand(n, 1, 1, 1, generator=rng) * 0.35
     images = torch.lerp(images, images.roll(1, 0), share)
@@ -76,11 +78,14 @@ def spoil(images: Tensor, rng: torch.Generator) -> Tensor:
     blurred = F.interpolate(F.interpolate(images, size=size, mode="area"), size=64, mode="bilinear")
     images = torch.lerp(images, blurred, torch.rand(n, 1, 1, 1, generator=rng))
     contrast = 0.7 + 0.5 * torch.rand(n, 3, 1, 1, generator=rng)
-    return images * contrast + torch.randn(images.shape, generator=rng) * torch.rand(n, 1, 1, 1, generator=rng) * 0.3
+    return (
+        images * contrast
+        + torch.randn(images.shape, generator=rng) * torch.rand(n, 1, 1, 1, generator=rng) * 0.3
+    )
 
 
 def build_reward(work: Path, quick: int) -> nn.Module:
-    """What training may be guided by; it shares neither scenes nor weights nor degradations with the judge."""
+    """Train the reward, which shares no scenes, weights or degradations with the scorer."""
     schedule = Schedule(1600 // quick, 2e-3, batch=64)
     scenes = sample_everything(12000 // quick, seed=15)
     images, truth = draw(scenes, seed=19), scorer.labels(scenes)
@@ -88,7 +93,9 @@ def build_reward(work: Path, quick: int) -> nn.Module:
     def loss(rng: torch.Generator) -> Tensor:
         chosen = torch.randint(len(images), (schedule.batch,), generator=rng)
         logits = scorer.answers(net(spoil(images[chosen].float() / 127.5 - 1, rng)))
-        return sum((F.cross_entropy(answer, truth[chosen, k]) for k, answer in enumerate(logits)), torch.zeros(()))
+        return sum(
+            (F.cross_entropy(answer, truth[chosen, k]) for k, answer in enumerate(logits)), torch.zeros(())
+        )
 
     torch.manual_seed(11)
     net = reward.network()
@@ -97,16 +104,26 @@ def build_reward(work: Path, quick: int) -> nn.Module:
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair merges were learnt on the words of the captions: one token a word."""
+    """Make a CLIP tokenizer with one token for each word of the captions."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    words = [*SHAPES, *COLOURS, *GROUNDS, *TEXTURES, *"a an left right of above below on background the with and".split()]
+    words = [
+        *SHAPES,
+        *COLOURS,
+        *GROUNDS,
+        *TEXTURES,
+        *"a an left right of above below on background the with and".split(),
+    ]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     letters = [chr(code) for code in range(33, 127)]
     special = [letter + end for letter in letters for end in ("", "</w>")]
     trainer = trainers.BpeTrainer(
-        vocab_size=2000, end_of_word_suffix="</w>", special_tokens=special, initial_alphabet=letters, show_progress=False
+        vocab_size=2000,
+        end_of_word_suffix="</w>",
+        special_tokens=special,
+        initial_alphabet=letters,
+        show_progress=False,
     )
     bpe.train_from_iterator([word for word in words for _ in range(10)], trainer)
     learnt = json.loads(bpe.to_str())["model"]
@@ -131,7 +148,7 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer, work: Path, quick: int) -> CLIPTextModel:
-    """A CLIP text model that has learnt to say what a caption says: every attribute, from its last token."""
+    """Train a CLIP text model to predict all attributes of a caption from its last token."""
     schedule = Schedule(3000 // quick, 2e-3, batch=128)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -146,21 +163,25 @@ def build_text_encoder(tokenizer: CLIPTokenizer, work: Path, quick: int) -> CLIP
         pad_token_id=tokenizer.eos_token_id,
     )
     torch.manual_seed(2)
-    both = nn.ModuleDict({"encoder": CLIPTextModel(config), "heads": nn.Linear(64, sum(map(len, scorer.CLASSES.values())))})
+    both = nn.ModuleDict(
+        {"encoder": CLIPTextModel(config), "heads": nn.Linear(64, sum(map(len, scorer.CLASSES.values())))}
+    )
     scenes = sample_everything(20000 // quick, seed=6)
     ids, truth = token_ids(tokenizer, [scene.caption for scene in scenes]), scorer.labels(scenes)
 
     def loss(rng: torch.Generator) -> Tensor:
         chosen = torch.randint(len(ids), (schedule.batch,), generator=rng)
         logits = scorer.answers(both["heads"](both["encoder"](ids[chosen]).pooler_output))
-        return sum((F.cross_entropy(answer, truth[chosen, k]) for k, answer in enumerate(logits)), torch.zeros(()))
+        return sum(
+            (F.cross_entropy(answer, truth[chosen, k]) for k, answer in enumerate(logits)), torch.zeros(())
+        )
 
     fit("text", both, loss, schedule, work)
     return both["encoder"].eval()
 
 
 def build_autoencoder(work: Path, quick: int) -> AutoencoderKL:
-    """64×64 pixels -> 16×16×4 latents of unit variance. Trained on renders of everything."""
+    """Train the VAE on renders of all attributes: 64×64 pixels to 16×16×4 latents of unit variance."""
     schedule = Schedule(2500 // quick, 2e-3, batch=16)
     images = draw(sample_everything(12000 // quick, seed=7), seed=10)
     torch.manual_seed(3)

@@ -1,6 +1,6 @@
-"""`python -m afa.demo.build`: make the embedded world from nothing.
+"""`python -m scripts.demo_world.build`: make the embedded world from nothing.
 
-About an hour and a half on two cores. Interrupt it at any time; the same command goes on where it stopped.
+It takes about an hour and a half on two cores. It may be interrupted: the same command continues.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModel
 
-from afa.demo.build import denoisers, parts
-from afa.demo.build.fit import Schedule
+from scripts.demo_world import denoisers, parts
+from scripts.demo_world.fit import Schedule
 
 BASE = Schedule(900, 1e-3, batch=64, average=0.999, warm_up=200)
 EXPERT = Schedule(1200, 7e-4, batch=64, average=0.999)  # equal effort for each
@@ -25,25 +25,42 @@ OWN_TEXT_ENCODER = "patterns"  # the expert that fine-tunes its text encoder too
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(prog="python -m afa.demo.build", description=__doc__)
-    flags.add_argument("--output", type=Path, default=Path("demo-world"), help="where the world goes (default: demo-world)")
-    flags.add_argument("--work", type=Path, default=Path("build/demo"), help="training states (default: build/demo)")
-    flags.add_argument("--quick", type=int, default=1, metavar="K", help="divide every number of steps by K, to try the machinery")
+    flags = argparse.ArgumentParser(prog="python -m scripts.demo_world.build", description=__doc__)
+    flags.add_argument(
+        "--output", type=Path, default=Path("demo-world"), help="where the world goes (default: demo-world)"
+    )
+    flags.add_argument(
+        "--work", type=Path, default=Path("build/demo"), help="training states (default: build/demo)"
+    )
+    flags.add_argument(
+        "--quick",
+        type=int,
+        default=1,
+        metavar="K",
+        help="divide every number of steps by K, to try the machinery",
+    )
     given = flags.parse_args()
     started = time.monotonic()
     build(given.output, given.work, given.quick)
     print(
-        f"{given.output} is complete ({(time.monotonic() - started) / 60:.0f} min). Judge it with: python -m afa.demo.gate {given.output}; "
-        "the demonstration's ensemble is made anew with: python -m afa.demo.build.ensemble"
+        f"{given.output} is complete ({(time.monotonic() - started) / 60:.0f} min). "
+        f"Check it with: python -m scripts.demo_world.gate {given.output}; "
+        "train the demonstration's ensemble again with: python -m scripts.demo_world.ensemble"
     )
 
 
 def build(output: Path, work: Path, quick: int = 1) -> None:
-    """Scorer first: it is fixed before any picture exists. Then the shared parts, the base and the experts."""
+    """Make the scorer, the shared parts, the base and the experts, in this order.
+
+    The scorer comes first, so that it is fixed before any expert has drawn an image.
+    quick: divides every number of training steps and images.
+    """
     work.mkdir(parents=True, exist_ok=True)
     judge = parts.build_scorer(work, quick)
     tokenizer = parts.build_tokenizer(work / "tokenizer")
-    shared = denoisers.Parts(tokenizer, parts.build_text_encoder(tokenizer, work, quick), parts.build_autoencoder(work, quick))
+    shared = denoisers.Parts(
+        tokenizer, parts.build_text_encoder(tokenizer, work, quick), parts.build_autoencoder(work, quick)
+    )
     shared.text_encoder.requires_grad_(False)
     torch.manual_seed(4)
     base = denoisers.new_unet()
@@ -72,7 +89,9 @@ def _train(
     quick: int,
     seed: int = 0,
 ) -> None:
-    schedule = Schedule(schedule.steps // quick, schedule.rate, schedule.batch, schedule.average, schedule.warm_up)
+    schedule = Schedule(
+        schedule.steps // quick, schedule.rate, schedule.batch, schedule.average, schedule.warm_up
+    )
     data = denoisers.training_set(domain, 12000 // quick, seed + 20, shared, work)
     null = parts.token_ids(shared.tokenizer, [""])
     denoisers.train_denoiser(name, unet, text, data, null, schedule, work)

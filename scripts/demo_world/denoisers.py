@@ -1,4 +1,4 @@
-"""The base U-Net and the experts: the base sees every domain for a while, each expert then only its own."""
+"""The base U-Net, trained on all domains, and the experts, each trained further on its own domain."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,16 +8,16 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from afa.demo.build.fit import Schedule, fit
-from afa.demo.build.parts import draw, token_ids
 from afa.demo.scenes import sample_scenes
+from scripts.demo_world.fit import Schedule, fit
+from scripts.demo_world.parts import draw, token_ids
 
 CAPTION_DROPOUT = 0.1
 
 
 @dataclass
 class Parts:
-    """What all denoisers are trained on top of."""
+    """The frozen parts that all denoisers share."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -25,7 +25,7 @@ class Parts:
 
 
 def scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule with v-prediction: the loss keeps weight at high noise, where layout is decided."""
+    """Stable Diffusion's noise schedule with v-prediction, whose loss has weight at high noise too."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -53,14 +53,16 @@ def new_unet() -> UNet2DConditionModel:
 
 @torch.no_grad()
 def training_set(domain: str, count: int, seed: int, parts: Parts, work: Path) -> tuple[Tensor, Tensor]:
-    """Latents (n, 4, 16, 16) of unit variance and token ids (n, 24) of a domain's scenes; computed once."""
+    """Latents (n, 4, 16, 16) of unit variance and token ids (n, 24) of a domain's scenes."""
     file = work / f"latents-{domain}-{count}.pt"
     if file.exists():
         latents, ids = torch.load(file, weights_only=True)
         return latents, ids
     scenes = sample_scenes(domain, count, seed)
     images = draw(scenes, seed)
-    latents = torch.cat([parts.vae.encode(batch.float() / 127.5 - 1).latent_dist.mode() for batch in images.split(100)])
+    latents = torch.cat(
+        [parts.vae.encode(batch.float() / 127.5 - 1).latent_dist.mode() for batch in images.split(100)]
+    )
     latents = latents * parts.vae.config["scaling_factor"]
     ids = token_ids(parts.tokenizer, [scene.caption for scene in scenes])
     torch.save((latents, ids), file)
@@ -68,9 +70,15 @@ def training_set(domain: str, count: int, seed: int, parts: Parts, work: Path) -
 
 
 def train_denoiser(
-    name: str, unet: nn.Module, text_encoder: nn.Module, data: tuple[Tensor, Tensor], null: Tensor, schedule: Schedule, work: Path
+    name: str,
+    unet: nn.Module,
+    text_encoder: nn.Module,
+    data: tuple[Tensor, Tensor],
+    null: Tensor,
+    schedule: Schedule,
+    work: Path,
 ) -> None:
-    """Train a U-Net, and the text encoder too where it asks for gradients, on latents and captions."""
+    """Train a U-Net on latents and captions; also the text encoder, if its parameters require gradients."""
     latents, ids = data
     noises = scheduler()
     tunes_text = any(parameter.requires_grad for parameter in text_encoder.parameters())

@@ -1,4 +1,4 @@
-"""One training loop for everything that is built: deterministic per step, saved as it goes, resumed by the same call."""
+"""One training loop for all networks of the embedded world; each step is deterministic, and a run resumes."""
 
 import json
 import time
@@ -18,7 +18,7 @@ SAVE_EVERY = 100  # steps
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train."""
+    """Number of steps, learning rate and batch size."""
 
     steps: int
     rate: float
@@ -32,12 +32,17 @@ class Schedule:
         return min(1.0, (step + 1) / self.warm_up) * (0.97 * fall + 0.03)
 
 
-def fit(name: str, model: nn.Module, loss: Callable[[torch.Generator], Tensor], schedule: Schedule, work: Path) -> None:
-    """Train `model` in place on `loss`, whose every random choice comes from the generator it is given.
+def fit(
+    name: str, model: nn.Module, loss: Callable[[torch.Generator], Tensor], schedule: Schedule, work: Path
+) -> None:
+    """Train a model in place, or resume its training.
 
-    `work/name.pt` holds the state; `work/name.json` the seconds and the losses, mean of each hundred steps.
+    loss: takes a generator that all its random numbers come from, and returns a scalar
+    work: the folder of work/name.pt (the state) and work/name.json (seconds, mean loss of each hundred steps)
     """
-    rate = torch.optim.AdamW(model.parameters(), schedule.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    rate = torch.optim.AdamW(
+        model.parameters(), schedule.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     state = _State(work / name, model, rate, schedule)
     if state.done:
         return
@@ -62,11 +67,17 @@ def fit(name: str, model: nn.Module, loss: Callable[[torch.Generator], Tensor], 
 
 
 class _State:
-    """What a run needs to go on: weights, optimiser, average, step, losses."""
+    """What a run needs to resume: weights, optimiser, average, step, losses."""
 
-    def __init__(self, path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, schedule: Schedule) -> None:
+    def __init__(
+        self, path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, schedule: Schedule
+    ) -> None:
         self.path, self.model, self.optimiser, self.schedule = path, model, optimiser, schedule
-        self.average = None if schedule.average is None else EMAModel(model.parameters(), decay=schedule.average, foreach=True)
+        self.average = (
+            None
+            if schedule.average is None
+            else EMAModel(model.parameters(), decay=schedule.average, foreach=True)
+        )
         self.step, self.seconds, self.done = 0, 0.0, False
         self.losses: list[float] = []
         self._since: list[float] = []  # losses since the last mean; empty whenever the state is saved
@@ -80,9 +91,14 @@ class _State:
     def _load(self) -> None:
         saved = torch.load(self._file, weights_only=True)
         if saved["steps"] != self.schedule.steps:
-            raise SystemExit(f"{self._file} was begun for {saved['steps']} steps, not {self.schedule.steps}: delete it or keep the steps.")
+            raise SystemExit(
+                f"{self._file} was started with {saved['steps']} steps, now {self.schedule.steps}; "
+                "delete it or keep the steps"
+            )
         self.model.load_state_dict(saved["model"])
-        self.step, self.seconds, self.losses, self.done = (saved[key] for key in ("step", "seconds", "losses", "done"))
+        self.step, self.seconds, self.losses, self.done = (
+            saved[key] for key in ("step", "seconds", "losses", "done")
+        )
         if not self.done:
             self.optimiser.load_state_dict(saved["optimiser"])
             if self.average is not None:
@@ -102,15 +118,25 @@ class _State:
         going = {} if self.done else {"optimiser": self.optimiser.state_dict()}
         if self.average is not None and not self.done:
             going["average"] = self.average.state_dict()
-        state = {"model": self.model.state_dict(), "step": self.step, "seconds": self.seconds, "losses": self.losses}
+        state = {
+            "model": self.model.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": self.losses,
+        }
         state |= {"done": self.done, "steps": self.schedule.steps, **going}
         with replacing(self._file) as temporary:
             torch.save(state, temporary)
-        record = {"steps": self.step, "batch": self.schedule.batch, "seconds": round(self.seconds), "losses": self.losses}
+        record = {
+            "steps": self.step,
+            "batch": self.schedule.batch,
+            "seconds": round(self.seconds),
+            "losses": self.losses,
+        }
         self.path.with_suffix(".json").write_text(json.dumps(record))
 
     def finish(self) -> None:
-        """Keep the average, if one was asked for, and drop what only training needs."""
+        """Take the average's weights, if there is one, and drop the state that only training needs."""
         if self.average is not None:
             self.average.copy_to(self.model.parameters())
         self.done = True

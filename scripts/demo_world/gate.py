@@ -1,6 +1,7 @@
-"""`python -m afa.demo.gate`: may the embedded world speak? Every expert must master its own domain, not the mixed one.
+"""`python -m scripts.demo_world.gate`: check the experts and the scorer of the embedded world.
 
-Also prints how exact the scorer is on real renders, clean and degraded. Exit code 1 if anything falls short.
+Every expert must be good on its own domain and clearly worse on mixed scenes. The scorer must be exact on
+real renders, clean and degraded. The exit code is 1 if a check fails.
 """
 
 import argparse
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 from afa.demo.data import ASSETS, EXPERTS
 from afa.demo.scenes import render_all, sample_scenes
 from afa.demo.scorer import AttributeScorer
+from afa.ensemble import Ensemble
 from afa.sampling.sample import Request, Sampling, sample_all
 from afa.stats import Estimate, estimate
+from scripts.demo_world.parts import degrade, sample_everything
 
 SAMPLING = Sampling(steps=20, guidance=3.0)  # with the experts' own DDIM
 OWN_LEAST, GAP_LEAST = 0.80, 0.10
@@ -24,7 +27,7 @@ UNSEEN = 900_000  # seeds of scenes no model was trained on
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(prog="python -m afa.demo.gate", description=__doc__)
+    flags = argparse.ArgumentParser(prog="python -m scripts.demo_world.gate", description=__doc__)
     flags.add_argument(
         "folder", type=Path, nargs="?", default=ASSETS, help="the world (default: the embedded one)"
     )
@@ -40,9 +43,7 @@ def main() -> None:
 
 
 def _scorer(scorer: AttributeScorer, count: int = 1000) -> bool:
-    """Attribute accuracy on unseen real renders of every domain, clean and degraded."""
-    from afa.demo.build.parts import degrade, sample_everything
-
+    """Check the attribute accuracy on unseen real renders of all domains, clean and degraded."""
     scenes = sample_everything(count, UNSEEN)
     captions = [scene.caption for scene in scenes]
     clean = np.stack(list(render_all(scenes, UNSEEN)))
@@ -62,7 +63,7 @@ def _scorer(scorer: AttributeScorer, count: int = 1000) -> bool:
 
 
 def _expert(name: str, folder: Path, scorer: AttributeScorer, count: int) -> bool:
-    """A base is only shown; an expert must be good at home and clearly worse on mixed scenes."""
+    """Check that an expert is good at home and clearly worse on mixed scenes; a base is only shown."""
     domains = ("union", "mixed") if name == "base" else (name, "mixed")
     scores = {domain: domain_scores(folder / name, domain, scorer, count) for domain in domains}
     own, mixed = (estimate(values) for values in scores.values())
@@ -80,9 +81,7 @@ def _expert(name: str, folder: Path, scorer: AttributeScorer, count: int) -> boo
 
 
 def domain_scores(expert: Path, domain: str, scorer: AttributeScorer, count: int) -> NDArray[np.float64]:
-    """Attribute accuracy of an expert's pictures of unseen scenes, one a picture."""
-    from afa.ensemble import Ensemble
-
+    """Return the attribute accuracy of each image that an expert draws of unseen scenes: (count,)."""
     pipeline = Ensemble.from_experts([str(expert)], aggregator="mean").pipeline()
     pipeline.set_progress_bar_config(disable=True)
     captions = [scene.caption for scene in sample_scenes(domain, count, UNSEEN)]
@@ -92,7 +91,7 @@ def domain_scores(expert: Path, domain: str, scorer: AttributeScorer, count: int
 
 
 def _gap(own: NDArray[np.float64], mixed: NDArray[np.float64]) -> Estimate:
-    """The difference of two independent means, by a bootstrap of each."""
+    """Estimate the difference of two independent means by bootstrap."""
     rng = np.random.default_rng(0)
     draws = [values[rng.integers(len(values), size=(10_000, len(values)))].mean(1) for values in (own, mixed)]
     low, high = np.quantile(draws[0] - draws[1], (0.025, 0.975))

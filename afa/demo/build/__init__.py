@@ -1,1 +1,0 @@
-"""The embedded world from nothing: scorer, text encoder, autoencoder, base and experts."""

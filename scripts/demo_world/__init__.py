@@ -1,0 +1,1 @@
+"""Make the embedded world from nothing: scorer, text encoder, autoencoder, base and experts."""
