@@ -1,1 +1,1 @@
-"""Where captioned images come from: folders, lists, parquet files, tar shards, the hub."""
+"""Sources of captioned images: folders, lists, parquet files, tar shards, the hub."""

@@ -1,4 +1,4 @@
-"""Captioned images from parquet files and data sets of the hub."""
+"""Captioned images from parquet files and from data sets of the hub."""
 
 import functools
 import hashlib
@@ -31,10 +31,11 @@ from afa.text_files import TextError, read_bytes
 
 
 def from_parquet(origin: str, files: Sequence[Path], columns: Columns) -> Source:
-    """Only captions are read here; images by row group, the last one kept, so neighbours cost one read.
+    """List the images of parquet files; only captions are read here.
 
-    An image is a column of bytes, of {"bytes", "path"} (as `datasets` writes it), or of paths relative to the file.
-    Raises UserError for a file that is no parquet, or has no such columns.
+    Images are read by row group, and the last group is kept, so that neighbours need one read. An image is a
+    column of bytes, of {"bytes", "path"} (as `datasets` writes it), or of paths relative to the file.
+    Raises UserError for a file that is not parquet, or has no such columns.
     """
     samples, skipped = [], Skipped()
     for file in files:
@@ -59,7 +60,7 @@ def from_parquet(origin: str, files: Sequence[Path], columns: Columns) -> Source
 
 
 def row_caption(value: Callable[[], Any]) -> str:
-    """The caption of a row. Raises LeftOutError where there is none, or it is no text."""
+    """Return the caption of a row. Raises LeftOutError if there is none, or it is not text."""
     try:
         text = caption_of(value())
     except (TextError, UnicodeDecodeError):
@@ -70,7 +71,11 @@ def row_caption(value: Callable[[], Any]) -> str:
 
 
 def image_bytes(value: Any, find: Callable[[str], Path]) -> bytes:
-    """An image as a table holds it. find: the file of a path, as find_file. Raises OSError where there is none."""
+    """Return an image's bytes from a table's value.
+
+    find: returns the file of a path; see find_file
+    Raises OSError if there is no image.
+    """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
@@ -89,7 +94,7 @@ def _open(file: Path) -> Any:
 
 
 def _reading(file: Path, read: Callable[[], Any]) -> Any:
-    """What a reader of pyarrow gives. Raises UserError where it cannot."""
+    """Return what a pyarrow reader returns. Raises UserError if it fails."""
     try:
         return read()
     except (
@@ -121,9 +126,10 @@ SPLIT = "train"
 
 
 def from_hub(spec: str, columns: Columns, limit: int | None = None) -> Source:
-    """Downloaded once into the hub's cache and read from there; with a limit, only the first so many rows are, streamed.
+    """List the images of a data set of the hub, downloaded once into the hub's cache.
 
-    Raises UserError if it cannot be had.
+    limit: stream only the first so many rows; None: all
+    Raises UserError if it cannot be downloaded.
     """
     name, _, revision = spec.partition("@")
     if limit is not None:
@@ -148,7 +154,7 @@ def from_hub(spec: str, columns: Columns, limit: int | None = None) -> Source:
 
 
 def _finder(columns: Columns) -> Callable[[str], Path]:
-    """Of the images that a data set names by path: they must lie where the hub's downloads are kept."""
+    """Return a finder of images that a data set names by path: they must lie in the hub's downloads."""
     import datasets
     from huggingface_hub import constants
 
@@ -172,7 +178,8 @@ def _load(name: str, revision: str | None, streaming: bool = False) -> Any:
         table = datasets.load_dataset(name, revision=revision, split=SPLIT, streaming=streaming)
     except Exception as error:  # of many kinds: no network, no such set, no such split, a script in it
         raise UserError(
-            f"--data {name} is no file or folder, and cannot be loaded from the hub: {str(error).splitlines()[0]}"
+            f"--data {name} is no file or folder, and cannot be loaded from the hub: "
+            f"{str(error).splitlines()[0]}"
         ) from None
     for column, kind in (table.features or {}).items():
         if isinstance(kind, datasets.Image):  # decoded by us, so that one broken image stops nothing
@@ -185,7 +192,7 @@ def _read(table: Any, column: str, row: int, find: Callable[[str], Path]) -> byt
 
 
 def _streamed(spec: str, table: Any, columns: Columns, limit: int) -> Source:
-    """The first rows, their images as they came in one temporary file; it is gone with the process."""
+    """List the first rows; their images lie in one temporary file that the process deletes at its end."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the samples)
     samples, skipped, chosen, find = [], Skipped(), None, _finder(columns)
     for row, entry in enumerate(_rows(spec, table, limit)):
@@ -211,7 +218,7 @@ def _streamed(spec: str, table: Any, columns: Columns, limit: int) -> Source:
 
 
 def _rows(spec: str, table: Any, limit: int) -> Iterator[dict[str, Any]]:
-    """With a bar. Raises UserError where the stream breaks."""
+    """Yield rows with a progress bar. Raises UserError if the stream breaks."""
     rows = iter(tqdm(table.take(limit), desc="streaming images", unit="image", total=limit, file=sys.stderr))
     while True:
         try:
@@ -220,7 +227,8 @@ def _rows(spec: str, table: Any, limit: int) -> Iterator[dict[str, Any]]:
             return
         except Exception as error:  # of the network, of a reader
             raise UserError(
-                f"--data {spec} could not be streamed to its {limit} rows: {str(error).splitlines()[0]}; run the same command again"
+                f"--data {spec} could not be streamed to its {limit} rows: {str(error).splitlines()[0]}; "
+                "run the same command again"
             ) from None
 
 

@@ -1,4 +1,4 @@
-"""From an encoded image to the pixels that are trained on: decoded whole, turned upright, cropped to a square."""
+"""Decode an image and cut out a square for training."""
 
 import sys
 from collections.abc import Sequence
@@ -21,9 +21,11 @@ UNREADABLE = (OSError, UserError)  # what a sample's read and decode raise for a
 
 @dataclass(frozen=True)
 class Crop:
-    """How a square is cut from an image. place: None for the centre, else a seed of where, and of whether it is mirrored.
+    """How a square is cut from an image.
 
-    flip: half of the crops at random places are mirrored.
+    resolution: side of the square in pixels
+    place:      None: the centre; else a seed of where it is cut, and of whether it is mirrored
+    flip:       mirror half of the crops at random places
     """
 
     resolution: int
@@ -32,12 +34,12 @@ class Crop:
 
 
 def reason(error: Exception) -> str:
-    """Why an image is left out, from one of UNREADABLE."""
+    """Return why an image is left out, given one of UNREADABLE."""
     return str(error) if isinstance(error, LeftOutError) else BROKEN
 
 
 def unreadable(samples: Sequence[Sample]) -> list[Exception | None]:
-    """Decode every image whole, by several threads: of each what stops it, or None."""
+    """Decode all images, with several threads; return an error or None for each."""
 
     def stopped(sample: Sample) -> Exception | None:
         try:
@@ -62,9 +64,9 @@ def unreadable(samples: Sequence[Sample]) -> list[Exception | None]:
 
 
 def square(image: Image.Image, crop: Crop) -> tuple[Tensor, tuple[float, ...]]:
-    """The shorter side is resized to the resolution, and the square cut from the longer one.
+    """Resize the shorter side to the resolution and cut the square from the longer one.
 
-    Raises ImageError for a strip so narrow that it would grow beyond all memory.
+    Raises ImageError for a strip so narrow that it would not fit into memory.
     """
     resolution, original = crop.resolution, (float(image.height), float(image.width))
     scale = resolution / min(image.size)
@@ -84,7 +86,10 @@ def square(image: Image.Image, crop: Crop) -> tuple[Tensor, tuple[float, ...]]:
 
 
 def _place(crop: Crop, width: int, height: int) -> tuple[int, int, bool]:
-    """-> left, top, whether to mirror; width and height: how much there is to choose from."""
+    """Return left, top, and whether to mirror.
+
+    width, height: the free space in pixels
+    """
     if crop.place is None:
         return width // 2, height // 2, False
     rng = np.random.default_rng(crop.place)

@@ -1,4 +1,4 @@
-"""Which source a place is: told by what lies there."""
+"""The kinds of data sources, chosen by what --data names."""
 
 import importlib
 from collections.abc import Callable
@@ -37,7 +37,11 @@ WANTED = (
 
 
 def open_source(place: str, columns: Columns | None = None, limit: int | None = None) -> Source:
-    """List what a place holds, or the first so many images of it. Raises UserError if nothing there can be trained on."""
+    """List the images at a place.
+
+    limit: list only the first so many; None: all
+    Raises UserError if there are no images to train on.
+    """
     try:
         source = _open(place, columns or Columns(), limit)
     except OSError as error:  # no right to read it, a disk that fails, a name that is too long
@@ -73,7 +77,7 @@ def _open(place: str, columns: Columns, limit: int | None) -> Source:
 
 
 def _from_directory(folder: Path, columns: Columns) -> Source:
-    """A list of images, else parquet files, else shards, else images with their captions beside them."""
+    """Read a list of images, else parquet files, else shards, else images with captions beside them."""
     for name, form in ((METADATA, from_jsonl), (TABLE, from_csv)):
         if (folder / name).is_file():
             return form(folder / name, columns)
@@ -90,6 +94,8 @@ def _from_directory(folder: Path, columns: Columns) -> Source:
     source = from_pairs(folder, columns)
     if source is None:
         raise UserError(
-            f'{folder} has no {METADATA}; write one with a line {{"file_name": "a.png", "text": "caption"}} per image, or put a .txt beside every image'
+            f"{folder} has no {METADATA}; write one with a line "
+            '{"file_name": "a.png", "text": "caption"} per image, '
+            "or put a .txt beside every image"
         )
     return source

@@ -42,7 +42,10 @@ Member = tuple[
 
 
 def expand(pattern: str) -> list[Path]:
-    """The shards a pattern with {000..012}, * or ? names, in order. Raises UserError for more than MOST_SHARDS."""
+    """Return the shards that a pattern with {000..012}, * or ? names, in order.
+
+    Raises UserError for more than MOST_SHARDS.
+    """
     ranges = [(low, high) for low, high in RANGE.findall(pattern)]
     count = prod(
         max(0, int(high[-18:]) - int(low[-18:]) + 1) if len(high) < 18 else MOST_SHARDS + 1
@@ -50,7 +53,8 @@ def expand(pattern: str) -> list[Path]:
     )
     if count > MOST_SHARDS:
         raise UserError(
-            f"{pattern[:200]} names {count:,} shards or more, and at most {MOST_SHARDS:,} are read; give a smaller range"
+            f"{pattern[:200]} names {count:,} shards or more, and at most {MOST_SHARDS:,} are read; "
+            "give a smaller range"
         )
     found = RANGE.search(pattern)
     if found:
@@ -66,9 +70,10 @@ def expand(pattern: str) -> list[Path]:
 
 
 def from_shards(origin: str, shards: Iterable[Path], columns: Columns) -> Source:
-    """Only headers and captions are read here; an image is read where it lies in its shard, so nothing is unpacked.
+    """List the images of tar shards. Only headers and captions are read; nothing is unpacked.
 
-    Raises UserError for a shard that is no plain tar archive. One that was cut off gives what comes before the cut.
+    A shard that was cut off gives the images before the cut. Raises UserError for a file that is not a plain
+    tar archive.
     """
     samples, skipped = [], Skipped()
     endings = (columns.image,) if columns.image else IMAGE_ENDINGS
@@ -97,7 +102,7 @@ def from_shards(origin: str, shards: Iterable[Path], columns: Columns) -> Source
 
 
 def read_part(file: Path, offset: int, size: int) -> bytes:
-    """Some bytes of a file. Raises OSError if it ends before."""
+    """Return some bytes of a file. Raises OSError if the file is too short."""
     with file.open("rb") as opened:
         opened.seek(offset)
         data = opened.read(size)
@@ -107,9 +112,9 @@ def read_part(file: Path, offset: int, size: int) -> bytes:
 
 
 def _members(shard: Path, skipped: Skipped) -> Iterator[Member]:
-    """The files of a shard, but hidden ones (macOS adds one for each).
+    """Yield the files of a shard, without hidden ones (macOS adds one for each).
 
-    A shard that was cut off is noted, whether in a header (which tarfile passes over) or in a file.
+    A shard that was cut off is noted, whether in a header (which tarfile ignores) or in a file.
     """
     length, whole, last = shard.stat().st_size, True, -1
     try:
@@ -127,7 +132,8 @@ def _members(shard: Path, skipped: Skipped) -> Iterator[Member]:
     except TAR_ERRORS as error:
         if not isinstance(error, tarfile.ReadError) or length % BLOCK == 0 or _compressed(shard):
             raise UserError(
-                f"{shard} cannot be read as a plain tar archive ({error}); compressed shards must be decompressed first"
+                f"{shard} cannot be read as a plain tar archive ({error}); "
+                "compressed shards must be decompressed first"
             ) from None
     if whole and length % BLOCK:
         skipped.add(CUT_OFF, shard.name)
@@ -144,7 +150,10 @@ def _key(name: str) -> str:
 
 
 def _caption(shard: Path, parts: dict[str, tuple[int, int]], columns: Columns) -> str:
-    """From the first file of a sample that says something, its JSON last. Raises LeftOutError for what is no text."""
+    """Return the caption from the first file of a sample that has one; JSON comes last.
+
+    Raises LeftOutError if it is not text.
+    """
     for kind in (*([columns.caption] if columns.caption else CAPTION_COLUMNS), "json"):
         offset, size = parts.get(kind, (0, 0))
         try:

@@ -1,4 +1,4 @@
-"""Captioned images from folders and lists: what a source is, and what is left out."""
+"""Captioned images from folders and lists, and a record of images that are left out."""
 
 import csv
 import functools
@@ -27,10 +27,10 @@ OUTSIDE = "outside the data's folder, which needs --allow-outside"
 class Sample:
     """One captioned image.
 
-    name:    for people, unique in its source
-    caption: what it shows
-    mark:    of the image wherever it lies, and different when it changes
-    read:    the image as it was encoded; raises OSError or UserError where it cannot be read
+    name:    shown to people, unique in its source
+    caption: its text
+    mark:    identifies the image file and its version; changes when the file changes
+    read:    returns the encoded image; raises OSError or UserError if it cannot be read
     """
 
     name: str
@@ -40,18 +40,18 @@ class Sample:
 
 
 def file_mark(file: Path) -> str:
-    """Of a file and its content, without reading it."""
+    """Return a mark of a file's path, size and time of change, without reading it."""
     facts = file.stat()
     return f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns}"
 
 
 class LeftOutError(OSError):
-    """An image that is not used. Its text is the reason, one of those above."""
+    """An image that is not used. Its text is one of the reasons above."""
 
 
 @dataclass
 class Skipped:
-    """What is left out, by reason."""
+    """The names of images that are left out, by reason."""
 
     names: dict[str, list[str]] = field(default_factory=dict)
 
@@ -65,7 +65,7 @@ class Skipped:
         return {reason: len(names) for reason, names in self.names.items()}
 
     def write(self, file: Path) -> None:
-        """One line an image: why, and which. No file if nothing is left out."""
+        """Write one line per image with its reason and name; no file if nothing is left out."""
         lines = [
             json.dumps({"reason": reason, "image": name})
             for reason, names in self.names.items()
@@ -75,7 +75,7 @@ class Skipped:
             write_atomically(file, "\n".join(lines) + "\n")
 
     def summary(self) -> str:
-        """One clause a reason, empty if nothing is left out."""
+        """Return one clause per reason; empty if nothing is left out."""
         return "; ".join(
             f"{len(names)} left out: {why} ({names[0]}{', …' if len(names) > 1 else ''})"
             for why, names in self.names.items()
@@ -84,7 +84,10 @@ class Skipped:
 
 @dataclass
 class Source:
-    """A data set as it lies there. origin: as it was given."""
+    """A listed data set.
+
+    origin: the place that the user gave
+    """
 
     origin: str
     samples: Sequence[Sample]
@@ -94,7 +97,7 @@ class Source:
         self.listed = len(self.samples) + len(self.skipped)  # before any image is read
 
     def summary(self) -> str:
-        """One line: what there is, what was left out."""
+        """Return one line: how many images there are, and what was left out."""
         return "; ".join(
             part for part in (f"{len(self.samples)} captioned images", self.skipped.summary()) if part
         )
@@ -104,8 +107,8 @@ class Source:
 class Columns:
     """How data are read.
 
-    image, caption: what they are called; None: the first of the usual names that is there
-    allow_outside:  whether images may lie outside the folder of the data that name them
+    image, caption: names of the columns; None: the first usual name that is there
+    allow_outside:  whether images may lie outside the data's folder
     """
 
     image: str | None = None
@@ -113,7 +116,7 @@ class Columns:
     allow_outside: bool = False
 
     def choose(self, names: Iterable[str], what: str) -> tuple[str, str]:
-        """-> the image's and the caption's. Raises UserError where one is missing."""
+        """Return the names of the image's and the caption's column. Raises UserError if one is missing."""
         known = list(names)
         image = _one(self.image, IMAGE_COLUMNS, known, "image", what)
         return image, _one(self.caption, CAPTION_COLUMNS, known, "caption", what)
@@ -124,15 +127,16 @@ def _one(asked: str | None, usual: Sequence[str], known: list[str], kind: str, w
     if found is None:
         lack = f"has no '{asked}'" if asked else f"has none of {', '.join(usual)}"
         raise UserError(
-            f"{what} {lack} for the {kind}, only {', '.join(known) or 'nothing'}; say which with --{kind}-column"
+            f"{what} {lack} for the {kind}, only {', '.join(known) or 'nothing'}; "
+            f"say which with --{kind}-column"
         )
     return found
 
 
 def caption_of(value: Any) -> str:
-    """A caption without blanks around it, empty if it is none; of several the first that says something.
+    """Return a caption without surrounding blanks; "" if there is none; of a list the first one with text.
 
-    Raises TextError for a string that is no text.
+    Raises TextError for a string that is not valid text.
     """
     if isinstance(value, (list, tuple)):
         return next((caption for caption in map(caption_of, value) if caption), "")
@@ -140,7 +144,10 @@ def caption_of(value: Any) -> str:
 
 
 def caption_in_json(text: str, asked: str | None) -> str:
-    """What JSON beside an image says of it, "" if nothing, or if it is none. asked: the key, None: the usual ones."""
+    """Return the caption in a JSON text; "" if there is none.
+
+    asked: its key; None: the usual keys
+    """
     try:
         entry = parse_json(text, "a caption")
     except TextError:
@@ -149,22 +156,25 @@ def caption_in_json(text: str, asked: str | None) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a path is of a file that macOS or others hide beside images: .DS_Store, ._a.png, __MACOSX/…"""
+    """Return whether a path is of a hidden file, such as .DS_Store, ._a.png or __MACOSX/…"""
     parts = [part for part in name.split("/") if part not in (".", "..")]
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
 def first_known(entry: Mapping[str, Any], asked: str | None, usual: Sequence[str]) -> Any:
-    """The value of the first usual name that an entry has and that is not empty, None if it has none."""
+    """Return the value of the first usual name that an entry has and that is not empty;
+
+    None if there is none.
+    """
     return next((entry[name] for name in ([asked] if asked else usual) if entry.get(name)), None)
 
 
 def find_file(named: str, folder: Path, roots: Sequence[Path] | None) -> Path:
-    """The file that data name.
+    """Return the path of a file that the data name.
 
-    named:  as the data spell it, relative to the folder or absolute
-    roots:  folders it must lie in, links followed; None: it may lie anywhere
-    Raises LeftOutError for a file that is missing, elsewhere, or a device or pipe.
+    named: its name in the data, relative to the folder or absolute
+    roots: folders it must lie in, after following links; None: anywhere
+    Raises LeftOutError if the file is missing, elsewhere, or a device or pipe.
     """
     path = folder / named
     try:
@@ -183,12 +193,12 @@ def find_file(named: str, folder: Path, roots: Sequence[Path] | None) -> Path:
 
 
 def roots_of(folder: Path, columns: Columns) -> list[Path] | None:
-    """Where the files of a folder may lie, as find_file takes it."""
+    """Return the folders in which a data set's files may lie, for find_file."""
     return None if columns.allow_outside else [folder.resolve()]
 
 
 def file_sample(name: str, caption: str, file: Path) -> Sample:
-    """A captioned image that is a file of its own."""
+    """Return the sample of an image in its own file."""
     return Sample(name, caption, file_mark(file), functools.partial(read_bytes, file))
 
 
@@ -196,9 +206,9 @@ METADATA, TABLE = "metadata.jsonl", "metadata.csv"
 
 
 def from_jsonl(file: Path, columns: Columns) -> Source:
-    """One image a line: {"file_name": …, "text": …}; paths are relative to the file.
+    """Read one image per line: {"file_name": …, "text": …}; paths are relative to the file.
 
-    Raises UserError for a line that is no JSON, or names no image.
+    Raises UserError for a line that is not JSON, or names no image.
     """
     samples: list[Sample] = []
     skipped = Skipped()
@@ -215,7 +225,10 @@ def from_jsonl(file: Path, columns: Columns) -> Source:
 
 
 def from_csv(file: Path, columns: Columns) -> Source:
-    """One image a row, below a row of names. Raises UserError for a table without columns of image and caption."""
+    """Read one image per row, below a row of column names.
+
+    Raises UserError for a table without columns of images and captions.
+    """
     table = csv.DictReader(io.StringIO(read_text(file), newline=""))
     samples: list[Sample] = []
     skipped = Skipped()
@@ -229,9 +242,9 @@ def from_csv(file: Path, columns: Columns) -> Source:
 
 
 def from_pairs(folder: Path, columns: Columns) -> Source | None:
-    """Images with captions beside them in files of the same name (a.png, a.txt), also in folders inside.
+    """Read images with captions beside them in files of the same name (a.png, a.txt), also in sub-folders.
 
-    A caption is all of a .txt, .caption or .text, or what a .json says; the first that says something is taken.
+    A caption is all of a .txt, .caption or .text, or a value in a .json; the first one with text is taken.
     Returns None if no image has such a file.
     """
     groups: dict[str, dict[str, str]] = {}  # path without its ending -> ending -> path
@@ -266,7 +279,7 @@ def from_pairs(folder: Path, columns: Columns) -> Source | None:
 def _add(
     samples: list[Sample], skipped: Skipped, named: str, caption: str, folder: Path, columns: Columns
 ) -> None:
-    """One more image, or why it is left out."""
+    """Add one image, or note why it is left out."""
     try:
         if not caption:
             raise LeftOutError(NO_CAPTION)
@@ -276,7 +289,7 @@ def _add(
 
 
 def _visible(folder: Path) -> Iterator[str]:
-    """The paths of all files below a folder, in order, but of those that macOS and others hide there."""
+    """Yield the paths of all files below a folder, in order, without hidden ones."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if not is_hidden(name.as_posix()) and not path.is_dir():
@@ -284,7 +297,10 @@ def _visible(folder: Path) -> Iterator[str]:
 
 
 def _caption(folder: Path, name: str, columns: Columns) -> str:
-    """What a file beside an image says, "" if nothing. Raises LeftOutError for what is no text."""
+    """Return the caption in a file beside an image; "" if there is none.
+
+    Raises LeftOutError if it is not text.
+    """
     try:
         text = read_text(find_file(name, folder, roots_of(folder, columns)), LONGEST)
     except TextError:

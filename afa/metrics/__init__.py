@@ -1,1 +1,1 @@
-"""How pictures are judged."""
+"""Metrics: scores of single images and of sets of images."""

@@ -1,4 +1,4 @@
-"""What a metric is, and pictures and features that are read once."""
+"""Base classes of metrics, and a memo of computed rows."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -15,12 +15,12 @@ Row = NDArray[np.float32]
 
 
 def content_key(image: NDArray[np.uint8]) -> bytes:
-    """What an image is, whoever made it: the hash of its shape and pixels."""
+    """Return the hash of an image's shape and pixels."""
     return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).digest()
 
 
 class Memo:
-    """The last `limit` rows, by key."""
+    """Keep the last `limit` computed rows by key."""
 
     def __init__(self, limit: int = 20_000) -> None:
         self.limit = limit
@@ -29,7 +29,12 @@ class Memo:
     def rows(
         self, keys: Sequence[object], compute: Callable[[list[int]], NDArray[np.float32]]
     ) -> NDArray[np.float32]:
-        """One row a key, (n, D); compute(places) -> rows of those places that are not known yet, each key once."""
+        """Return one row per key, and compute the unknown ones.
+
+        keys:    n hashable keys
+        compute: takes the places of unknown keys (each key once) and returns their rows (m, D)
+        Returns (n, D).
+        """
         todo = {key: place for place, key in reversed(list(enumerate(keys))) if key not in self.known}
         places = sorted(todo.values())
         new = dict(zip((keys[place] for place in places), compute(places) if places else (), strict=True))
@@ -42,10 +47,12 @@ class Memo:
 
 @dataclass(frozen=True)
 class Picture:
-    """One image and what it was asked to show.
+    """One image and its prompt.
 
-    image: (H, W, 3) uint8. caption: its prompt. group: index of the prompt; images of one prompt share it.
-    reference: a real image of the same caption, (H', W', 3) uint8, where the protocol has one.
+    image:     (H, W, 3) uint8
+    caption:   its prompt
+    group:     index of the prompt; images of one prompt share it
+    reference: (H', W', 3) uint8, a real image of the same caption; None if the protocol has none
     """
 
     image: NDArray[np.uint8]
@@ -60,10 +67,11 @@ Indices = NDArray[np.int64]
 
 
 class Metric(ABC):
-    """What image and set metrics share. Whoever makes one finds its weights; one that exists can be used.
+    """What image and set metrics share. Making a metric finds and checks its weights.
 
-    source: weights, preprocessing and paper, in a sentence. identity: everything that its numbers depend on besides the
-    pictures, above all the weights' hashes; what was computed under another identity is computed anew.
+    source:   weights, preprocessing and paper, in one sentence
+    identity: everything besides the images that its numbers depend on, above all the hashes of its weights;
+              values computed under another identity are computed again
     """
 
     higher_is_better: ClassVar[bool] = True
@@ -72,17 +80,24 @@ class Metric(ABC):
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """JSON that changes whenever values would; of a set metric: whenever its features would, so equal ones are shared."""
+        """Return JSON that changes when values would change.
+
+        For a set metric it changes when features would change, so that metrics with equal features share
+        them.
+        """
 
 
 class ImageMetric(Metric):
-    """A value for every picture. names: of the scores it gives; the first is the metric's own."""
+    """A metric with a value for each image.
+
+    names: of its scores; the first one is the main score
+    """
 
     names: tuple[str, ...]
 
     @abstractmethod
     def score(self, pictures: Sequence[Picture]) -> dict[str, Values]:
-        """n pictures -> (n,) values for every name."""
+        """Return (n,) values for each name, from n pictures."""
 
 
 class Differentiable(ABC):
@@ -90,13 +105,19 @@ class Differentiable(ABC):
 
     @abstractmethod
     def reward(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """images (B, 3, H, W) about [-1, 1], captions -> (B,), what score() says of them but for the rounding to 8 bits."""
+        """Return the values of score(), without its rounding to 8 bits, with gradients to the pixels.
+
+        images:   (B, 3, H, W), about [-1, 1]
+        captions: B prompts
+        Returns (B,).
+        """
 
 
 class SetMetric(Metric):
-    """A value for a set of pictures, computed from their features.
+    """A metric with one value for a set of images, computed from their features.
 
-    needs_reference: whether real images are compared with. Features are kept, so that they are computed once.
+    needs_reference: whether it compares with real images
+    Features are stored, so that each image is computed once.
     """
 
     name: str
@@ -104,21 +125,27 @@ class SetMetric(Metric):
 
     @abstractmethod
     def features(self, images: Sequence[NDArray[np.uint8]]) -> Features:
-        """n images (H, W, 3) -> (n, D)."""
+        """Return features (n, D) of n images (H, W, 3) uint8."""
 
     @abstractmethod
     def value(self, features: Features, reference: Any) -> float:
-        """features (n, D), what `prepare` made of the reference's (None without one) -> the value."""
+        """Return the value.
+
+        features:  (n, D)
+        reference: what `prepare` returned for the real images; None if there are none
+        """
 
     def prepare(self, reference: Features) -> Any:
-        """What `value` needs of the reference features (m, D), computed once."""
+        """Return what `value` needs of the reference features (m, D); called once."""
         return reference
 
     def replicates(self, features: Features, groups: Indices, reference: Any, draws: Indices) -> Values:
-        """The value under resampled prompts: (R,).
+        """Return the values under resampled prompts, (R,).
 
-        groups (n,): the prompt of each image, counted from 0. draws (R, prompts): prompts drawn with replacement; all
-        images of a drawn prompt come along, as often as it was drawn. This is the definition; metrics have faster ways.
+        groups: (n,) the prompt of each image, counted from 0
+        draws:  (R, prompts) prompts drawn with replacement
+        All images of a drawn prompt are taken, as often as the prompt was drawn. This is the definition;
+        subclasses have faster ways.
         """
         return np.asarray(
             [self.value(np.repeat(features, times, axis=0), reference) for times in copies(groups, draws)]
@@ -126,12 +153,12 @@ class SetMetric(Metric):
 
 
 def copies(groups: Indices, draws: Indices) -> Iterator[Indices]:
-    """How often each image is drawn, draw by draw: (n,) each; arguments as for `replicates`."""
+    """Yield how often each image is drawn, (n,), for each draw. Arguments as in `replicates`."""
     for draw in draws:
         yield np.bincount(draw, minlength=draws.shape[1])[groups]
 
 
 def batches(items: Any, size: int) -> Iterator[Any]:
-    """A sequence, or the rows of an array, in parts of at most that many."""
+    """Yield a sequence, or the rows of an array, in parts of at most `size`."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

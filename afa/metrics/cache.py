@@ -1,8 +1,10 @@
-"""Features of images, kept by what the images are: an image is looked at once, whoever made it and wherever it is asked for.
+"""A cache of image features on disk, keyed by the images' content.
 
-folder/IDENTITY/*.npz: shards of keys (n, 32) and features (n, D), each written whole under a name of its own, so a crash
-loses one chunk and several processes may write at once. folder/IDENTITY/sets/*.npy: the keys of whole sets, in order,
-by the set's name and by how pictures are opened: the same files may come out as other pixels.
+folder/IDENTITY/*.npz:     shards of keys (n, 32) and features (n, D). Each has its own name and is written
+                           whole, so a crash loses one chunk, and several processes may write at once.
+folder/IDENTITY/sets/*.npy: the keys of a whole set, in order, by the set's name and the image opener's
+version
+                           (another version may decode the same files to other pixels).
 """
 
 import hashlib
@@ -29,10 +31,12 @@ Image8 = NDArray[np.uint8]
 def cached_features(
     metric: SetMetric, images: Callable[[], Iterable[Image8]], folder: Path, name: str | None = None
 ) -> Features:
-    """Features (n, D) of a set's images in order: those that are not in the folder are computed and put there.
+    """Return the features (n, D) of a set's images, in order, and compute those that the cache lacks.
 
-    images: begins to read them, one by one. name: what the set is, in words that change when it does (say, a hash of its
-    files); a set that is known by name is not even read. What is broken is computed again.
+    images: returns an iterator over the images
+    name:   identifies the set and changes when the set does (for example a hash of its files); a set that is
+            known by name is not read. None: always read.
+    Damaged shards are computed again.
     """
     store = Store(folder, metric.identity)
     noted = store.noted(name)
@@ -46,7 +50,7 @@ def cached_features(
 
 
 class Store:
-    """What has been computed under one identity: where the features of each image lie."""
+    """The shards of one identity, and which image's features each holds."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder = folder / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
@@ -61,7 +65,10 @@ class Store:
             self.places[key.tobytes()] = (shard, row)
 
     def add(self, images: Iterable[Image8], metric: SetMetric) -> list[bytes]:
-        """Compute what is missing, chunk by chunk: the keys of all images in order. Raises ValueError if there are none."""
+        """Compute missing features, chunk by chunk, and return the keys of all images in order.
+
+        Raises ValueError if there are no images.
+        """
         keys: list[bytes] = []
         for chunk in tqdm(_chunks(images), desc=f"features for {metric.name}", unit="chunk", leave=False):
             own = [content_key(image) for image in chunk]
@@ -80,7 +87,7 @@ class Store:
         self._learn(shard)
 
     def gather(self, keys: list[bytes]) -> Features | None:
-        """The features of these images, in order; None if some are not there, or broken (then forgotten)."""
+        """Return the features of these images, in order; None if some are missing or damaged."""
         if any(key not in self.places for key in keys):
             return None
         wanted: dict[Path, list[tuple[int, int]]] = {}
@@ -100,7 +107,7 @@ class Store:
         return found
 
     def noted(self, name: str | None) -> list[bytes] | None:
-        """The keys of a set that was computed before."""
+        """Return the keys of a set that was stored before; None if there are none."""
         if name is None or not self._note(name).exists():
             return None
         try:
@@ -109,7 +116,7 @@ class Store:
             return None
 
     def note(self, name: str | None, keys: list[bytes]) -> None:
-        """Keep the keys of a set under its name."""
+        """Store the keys of a set under its name."""
         if name is not None:
             rows = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
             _write_whole(self._note(name), lambda stream: np.save(stream, rows))
@@ -119,7 +126,7 @@ class Store:
 
 
 def _read(shard: Path, what: str) -> NDArray[Any] | None:
-    """An array of a shard; None if the shard is broken (then removed) or gone."""
+    """Return an array of a shard; None if the shard is gone, or damaged (then it is removed)."""
     try:
         with np.load(shard) as arrays:
             return arrays[what]
@@ -129,7 +136,7 @@ def _read(shard: Path, what: str) -> NDArray[Any] | None:
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file that others may be writing too; under its name it is never seen in part."""
+    """Write a file atomically; several processes may write it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".writing-{uuid.uuid4().hex}")
     try:

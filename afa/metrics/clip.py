@@ -1,12 +1,11 @@
-"""CLIP similarity of images with prompts (clip_t) and with reference images (clip_i).
+"""CLIP similarity of images with prompts (clip_t) and with reference images (clip_i): cosines of embeddings.
 
-CLIP-I: is the image like the real one of the same caption? The cosine of their CLIP embeddings.
-
+clip_i: is the image like the real image of the same caption?
 Source: Radford et al., arXiv:2103.00020; used for generated images by Ruiz et al., arXiv:2208.12242.
 
-CLIP-T: does the image fit its caption? The cosine of their CLIP embeddings.
-
-Source: Radford et al., arXiv:2103.00020; as CLIPScore (arXiv:2104.08718) without its factor 2.5 and its cut at zero.
+clip_t: does the image fit its caption?
+Source: Radford et al., arXiv:2103.00020; CLIPScore (arXiv:2104.08718) without its factor 2.5 and its cut
+at zero.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +32,10 @@ Rows = NDArray[np.float32]
 
 
 class Clip:
-    """A CLIPModel of transformers, loaded when first looked through. Every CLIP has the same tokenizer and normalisation."""
+    """A CLIPModel of transformers, loaded when first used.
+
+    All CLIPs share one tokenizer and normalisation.
+    """
 
     def __init__(self, load: Callable[[], Any]) -> None:
         self._load = load
@@ -53,14 +55,17 @@ class Clip:
         return float(self.model.logit_scale.exp())
 
     def images(self, images: Sequence[NDArray[np.uint8]], batch_size: int, fit: str = "crop") -> Rows:
-        """n images -> unit vectors (n, D). fit: one of pixels.FITS, to the side the model was trained at."""
+        """Return unit vectors (n, D) of n images.
+
+        fit: one of pixels.FITS; it resizes images to the model's size
+        """
         keys = [(fit, content_key(image)) for image in images]
         return self._images.rows(
             keys, lambda places: self._embed([images[k] for k in places], batch_size, self._pixels(fit))
         )
 
     def texts(self, captions: Sequence[str], batch_size: int) -> Rows:
-        """n captions, each cut after 77 tokens -> unit vectors (n, D)."""
+        """Return unit vectors (n, D) of n captions, each cut after 77 tokens."""
         return self._texts.rows(
             captions, lambda places: self._embed([captions[k] for k in places], batch_size, self._words)
         )
@@ -68,17 +73,17 @@ class Clip:
     def cosines(
         self, images: Sequence[NDArray[np.uint8]], captions: Sequence[str], batch_size: int, fit: str = "crop"
     ) -> Values:
-        """Image k against caption k: (n,) in [-1, 1]."""
+        """Return the cosine of image k and caption k: (n,) in [-1, 1]."""
         return cosines(self.images(images, batch_size, fit), self.texts(captions, batch_size))
 
     def gradients(self, images: Tensor, fit: str = "crop") -> Tensor:
-        """As images(), of a tensor (B, 3, H, W) about [-1, 1], with gradients: -> unit vectors (B, D)."""
+        """Return unit vectors (B, D) of images (B, 3, H, W) about [-1, 1], with gradients; see images()."""
         pixels = fit_tensor(images.to(self.model.device), self.model.config.vision_config.image_size, fit)
         vectors = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
         return torch.nn.functional.normalize(vectors, dim=1)
 
     def cosine_gradients(self, images: Tensor, captions: Sequence[str], fit: str = "crop") -> Tensor:
-        """As cosines(), with gradients to the images: (B,)."""
+        """Return cosines (B,) with gradients to the images; see cosines()."""
         words = torch.from_numpy(self.texts(captions, len(captions)))
         return (self.gradients(images, fit) * words.to(self.model.device)).sum(1)
 
@@ -99,7 +104,7 @@ class Clip:
         return run
 
     def _words(self, captions: Sequence[str]) -> Tensor:
-        """Padded with the end token, of which the first counts; what follows it is hidden by the causal mask."""
+        """Tokenize and pad with the end token. CLIP reads the first one; the causal mask hides the others."""
         tokens = self._tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=77, return_tensors="pt"
         )
@@ -108,18 +113,18 @@ class Clip:
 
 
 def cosines(one: Rows, other: Rows) -> Values:
-    """Row k against row k of unit vectors: (n,)."""
+    """Return the dot product of each row of two arrays of unit vectors: (n,)."""
     return np.einsum("nd,nd->n", one.astype(np.float64), other.astype(np.float64))
 
 
 def shared_clip(found: Found, device: torch.device) -> Clip:
-    """The one CLIP of that folder on that device. Raises UserError if its weights do not fit."""
+    """Return the CLIP of a folder on a device; loaded once. Raises UserError if its weights do not fit."""
     return _shared(found.path.resolve(), tuple(found.identity), str(device))
 
 
 @lru_cache(maxsize=4)
 def _shared(folder: Path, hashes: tuple[str, ...], device: str) -> Clip:
-    """hashes: files that were replaced are another CLIP."""
+    """Cache by hashes too: replaced files are another CLIP."""
     from transformers import CLIPModel
 
     check_folder(CLIPModel, folder)
@@ -146,14 +151,15 @@ class ClipImage(ImageMetric):
         if len(real) < len(pictures):
             alone = next(picture.caption for picture in pictures if picture.reference is None)
             raise UserError(
-                f"metric 'clip_i' compares with the real image of a caption, and there is none of '{alone}'; leave it out"
+                f"metric 'clip_i' compares with the real image of a caption, and there is none of '{alone}'; "
+                "leave it out"
             )
         made = self.clip.images([picture.image for picture in pictures], self.batch_size)
         return {"clip_i": cosines(made, self.clip.images(real, self.batch_size))}
 
 
 def make_clip_i(resources: Resources) -> ClipImage:
-    """CLIP-I with its weights. Raises UserError if they are missing."""
+    """Make CLIP-I. Raises UserError if its weights are missing."""
     (found,) = find("clip_i", [VIT_L], resources.weights)
     return ClipImage(shared_clip(found, torch.device(resources.device)), found, resources.batch_size)
 
@@ -182,6 +188,6 @@ class ClipText(ImageMetric, Differentiable):
 
 
 def make_clip_t(resources: Resources) -> ClipText:
-    """CLIP-T with its weights. Raises UserError if they are missing."""
+    """Make CLIP-T. Raises UserError if its weights are missing."""
     (found,) = find("clip_t", [VIT_L], resources.weights)
     return ClipText(shared_clip(found, torch.device(resources.device)), found, resources.batch_size)

@@ -1,17 +1,12 @@
-"""Fréchet distances: FID and FD-DINOv2.
+"""Fréchet distances between two sets of features, each described by a Gaussian: FID and FD-DINOv2.
 
-The Fréchet distance of two sets of features, each taken as a Gaussian.
+d² = |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½). Covariances divide by n - 1, and all arithmetic is float64, as in
+the published implementations. It grows when there are fewer images, equally for all methods.
 
-d² = |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½). Source: Heusel et al., arXiv:1706.08500. Covariances divide by n - 1, everything
-is float64, as in the published implementations.
+fid: on Inception features. Source: Heusel et al., arXiv:1706.08500. Deviation: none.
 
-FID: the Fréchet inception distance, how far images as a whole are from real ones.
-
-Source: Heusel et al., arXiv:1706.08500. Deviation: none; it grows as there are fewer images, equally for all methods.
-
-FD-DINOv2: the Fréchet distance on features of DINOv2, which people's judgements follow more closely than Inception's.
-
-Source: Stein et al., arXiv:2306.04675; features: the class token of DINOv2 ViT-L/14 at 224 px. Deviation: none.
+fd_dinov2: on DINOv2 features, which agree better with human judgement than Inception's.
+Source: Stein et al., arXiv:2306.04675; the class token of DINOv2 ViT-L/14 at 224 px. Deviation: none.
 """
 
 from collections.abc import Sequence
@@ -31,14 +26,17 @@ from afa.metrics.weights import Found, Part, check_folder, find, load_folder
 
 Array = NDArray[np.float64]
 BLOCK = 4096  # rows in float64 at once
-EXACT_UP_TO = 1_000  # rows of the matrix whose eigenvalues a replicate needs; a thousand of larger ones would take hours
+# rows of the matrix whose eigenvalues a replicate needs; a thousand of larger ones would take hours
+EXACT_UP_TO = 1_000
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What a Fréchet distance needs of the reference: mean (D,), the trace of its covariance, and a root of it (r, D).
+    """What a Fréchet distance needs of the reference features.
 
-    root.T @ root is the covariance.
+    mean:  (D,)
+    trace: of the covariance
+    root:  (r, D); root.T @ root is the covariance
     """
 
     mean: Array
@@ -47,7 +45,7 @@ class Moments:
 
 
 def moments(features: Features) -> Moments:
-    """features (n, D) -> their moments; the root has min(n, D) rows. Raises ValueError for fewer than two."""
+    """Return the moments of features (n, D); the root has min(n, D) rows. Raises ValueError for n < 2."""
     n, width = features.shape
     if n < 2:
         raise ValueError(f"a Fréchet distance needs at least 2 images, got {n}")
@@ -61,7 +59,7 @@ def moments(features: Features) -> Moments:
 
 
 def _covariance(features: Features, mean: Array) -> Array:
-    """(D, D), summed block by block, so that a hundred thousand images fit into memory."""
+    """Return the covariance (D, D), summed block by block to save memory."""
     total = np.zeros((features.shape[1], features.shape[1]))
     for block in batches(features, BLOCK):
         centred = np.asarray(block, np.float64) - mean
@@ -70,10 +68,10 @@ def _covariance(features: Features, mean: Array) -> Array:
 
 
 def frechet_distance(features: Features, reference: Moments) -> float:
-    """The squared distance of features (n, D) to a reference.
+    """Return the squared distance of features (n, D) to a reference.
 
-    tr (Σ₁ Σ₂)^½ is the sum of the singular values of A B', where A'A = Σ₁ and B'B = Σ₂: exact, without a square root of
-    an ill-conditioned product, and small where there are fewer images than features.
+    tr (Σ₁ Σ₂)^½ is the sum of the singular values of A B', where A'A = Σ₁ and B'B = Σ₂. This is exact, avoids
+    the square root of an ill-conditioned product, and is small if there are fewer images than features.
     """
     own = moments(features)
     cross = np.linalg.svd(own.root @ reference.root.T, compute_uv=False).sum()
@@ -82,9 +80,10 @@ def frechet_distance(features: Features, reference: Moments) -> float:
 
 
 def exact_replicates(features: Features, groups: Indices, reference: Moments, draws: Indices) -> Values:
-    """The distance of every draw (see SetMetric.replicates), all from one product of the features with the reference's root.
+    """Return the exact distance of each draw (see SetMetric.replicates).
 
-    Per draw only the eigenvalues of a matrix of min(images drawn, r) rows are needed.
+    All draws share one product of the features with the reference's root. Each draw needs only the
+    eigenvalues of a matrix of min(images drawn, r) rows.
     """
     mean = np.mean(features, axis=0, dtype=np.float64)
     centred = np.asarray(features, np.float64) - mean
@@ -94,14 +93,18 @@ def exact_replicates(features: Features, groups: Indices, reference: Moments, dr
 
 @dataclass(frozen=True)
 class _Draws:
-    """What all draws share: centred features (n, D), their squared lengths (n,), their products with the root (n, r)."""
+    """What all draws share: centred features (n, D), squared lengths (n,), products with the root (n, r)."""
 
     centred: Array
     lengths: Array
     products: Array
 
     def distance(self, times: Indices, mean: Array, reference: Moments) -> float:
-        """times (n,): how often each image was drawn; mean (D,): of all features."""
+        """Return the distance of one draw.
+
+        times: (n,) how often each image was drawn
+        mean:  (D,) of all features
+        """
         total = int(times.sum())
         if total < 2:
             raise ValueError(f"a Fréchet distance needs at least 2 images, got {total}")
@@ -118,13 +121,14 @@ class _Draws:
 
 
 def linear_replicates(features: Features, groups: Indices, reference: Moments, draws: Indices) -> Values:
-    """The same to first order in how a draw differs from the sample, from one decomposition.
+    """Return the distance of each draw to first order, from one decomposition.
 
-    Every image has its influence on the distance, 2 (μ₁ - μ₂)'z + |z|² - |(B Σ₁ B')^-¼ B z|² with z = x - μ₁; a replicate is the
-    distance plus the mean influence of the images drawn, less that of all. What images drawn twice add to every distance is
-    not in it, so with few images its spread is narrower than the exact one, and nearer to that of other images.
-    Source: the infinitesimal jackknife, Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 21; the
-    derivative of tr (Σ₁ Σ₂)^½ is ours.
+    The influence of an image on the distance is 2 (μ₁ - μ₂)'z + |z|² - |(B Σ₁ B')^-¼ B z|² with z = x - μ₁. A
+    replicate is the distance plus the mean influence of the drawn images, minus that of all images. The
+    second-order term, which images drawn twice add to every distance, is missing: with few images the spread
+    is narrower than that of exact_replicates, and closer to that of new images.
+    Source: the infinitesimal jackknife, Efron and Tibshirani, An Introduction to the Bootstrap (1993),
+    chapter 21; the derivative of tr (Σ₁ Σ₂)^½ is ours.
     """
     own = moments(features)
     values, vectors = np.linalg.eigh((reference.root @ own.root.T) @ (own.root @ reference.root.T))
@@ -139,13 +143,13 @@ def linear_replicates(features: Features, groups: Indices, reference: Moments, d
 
 
 def _influence(block: Features, own: Moments, reference: Moments, quarter: Array) -> Array:
-    """Of some images on the distance, but for a constant: (n,)."""
+    """Return the influence of some images on the distance, up to a constant: (n,)."""
     z = np.asarray(block, np.float64) - own.mean
     return 2 * z @ (own.mean - reference.mean) + np.sum(z**2, axis=1) - np.sum((z @ quarter.T) ** 2, axis=1)
 
 
 class FrechetDistance(SetMetric):
-    """A metric that is the Fréchet distance of its features to those of real images."""
+    """A Fréchet distance between the features of images and of real images."""
 
     higher_is_better: ClassVar[bool] = False
 
@@ -178,7 +182,7 @@ class FrechetInceptionDistance(FrechetDistance):
 
 
 def make_fid(resources: Resources) -> FrechetInceptionDistance:
-    """FID with its weights. Raises UserError if they are missing."""
+    """Make FID. Raises UserError if its weights are missing."""
     return FrechetInceptionDistance(inception_features("fid", resources), resources.batch_size)
 
 
@@ -195,7 +199,10 @@ class DinoDistance(FrechetDistance):
         from transformers import Dinov2Model
 
         self.found, self.batch_size, self.device = found, batch_size, device
-        self.source = f"Fréchet distance on class tokens of {found}, images stretched to {SIDE} px (bicubic); arXiv:2306.04675"
+        self.source = (
+            f"Fréchet distance on class tokens of {found}, images stretched to {SIDE} px (bicubic); "
+            "arXiv:2306.04675"
+        )
         check_folder(Dinov2Model, found.path)
 
     @property
@@ -222,6 +229,6 @@ class DinoDistance(FrechetDistance):
 
 
 def make_fd_dinov2(resources: Resources) -> DinoDistance:
-    """FD-DINOv2 with its weights. Raises UserError if they are missing."""
+    """Make FD-DINOv2. Raises UserError if its weights are missing."""
     (found,) = find("fd_dinov2", [WEIGHTS], resources.weights)
     return DinoDistance(found, resources.batch_size, torch.device(resources.device))

@@ -1,12 +1,9 @@
-"""ImageReward on BLIP.
+"""ImageReward: how much people would like an image for its caption.
 
-ImageReward: how much people would like the image as an answer to its caption, standardised over their data.
-
-Source: Xu et al., arXiv:2304.05977, version 1.0; (r - mean) / deviation of its release. Deviation: none.
-
-The network of ImageReward: BLIP's image and text encoders from transformers, and a head on the first text state.
-
-Sizes are read from the tensors; attention heads are 64 wide. Source: Xu et al., arXiv:2304.05977.
+The network has BLIP's image and text encoders (from transformers) and a head on the first text state. Sizes
+are read from the tensors; attention heads are 64 wide. The reward is standardised, (r - mean) / deviation,
+with the numbers of its release.
+Source: Xu et al., arXiv:2304.05977, version 1.0. Deviation: none.
 """
 
 import re
@@ -45,20 +42,24 @@ VOCABULARY = Part("BERT's vocabulary", "vocab.txt", hub="google-bert/bert-base-u
 
 
 class ImageReward(ImageMetric, Differentiable):
-    """About -2 to 2, 0 for an average image of its training data; higher is better."""
+    """ImageReward: about -2 to 2, 0 for an average image of its training data; higher is better."""
 
     names = ("imagereward",)
 
     def __init__(self, weights: Found, vocabulary: Found, batch_size: int, device: torch.device) -> None:
 
         self.weights, self.vocabulary, self.batch_size, self.device = weights, vocabulary, batch_size, device
-        self.source = f"standardised reward of {weights}, shorter side resized, centre crop, captions of {LENGTH} tokens; arXiv:2304.05977"
+        self.source = (
+            f"standardised reward of {weights}, shorter side resized, centre crop, "
+            f"captions of {LENGTH} tokens; arXiv:2304.05977"
+        )
         self._checkpoint = Checkpoint(read_tensors(weights.path), weights.path)
         self._tokenizer = word_pieces(vocabulary.path)
         words, known = self._tokenizer.get_vocab_size(), self._checkpoint.text_config.vocab_size
         if words > known:
             raise UserError(
-                f"{vocabulary.path} has {words} words, {weights.path} knows {known}; they do not belong together"
+                f"{vocabulary.path} has {words} words, {weights.path} knows {known}; "
+                "they do not belong together"
             )
 
     @property
@@ -84,7 +85,7 @@ class ImageReward(ImageMetric, Differentiable):
         return (found - MEAN) / DEVIATION
 
     def _rewards(self, pictures: Sequence[Picture]) -> Values:
-        """Image and caption of one picture go through the network side by side: (n,) before standardising."""
+        """Return raw rewards (n,), before standardising."""
         side = self._checkpoint.image_config.image_size
         pixels = to_tensor([crop(picture.image, side) for picture in pictures], CLIP_MEAN, CLIP_STD)
         rewards = self._network(
@@ -94,7 +95,7 @@ class ImageReward(ImageMetric, Differentiable):
         return found
 
     def _read(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens and their mask, (n, T)."""
+        """Return tokens and their mask, (n, T) each."""
         read = self._tokenizer.encode_batch(list(captions))
         tokens, mask = (
             torch.tensor([each.ids for each in read]),
@@ -104,7 +105,10 @@ class ImageReward(ImageMetric, Differentiable):
 
 
 def word_pieces(vocabulary: Path) -> Any:
-    """BERT's uncased tokenizer from its list of words, captions cut and padded. Raises UserError if it is no such list."""
+    """Make BERT's uncased tokenizer, which cuts and pads captions, from a file with its words.
+
+    Raises UserError if the file is not BERT's vocabulary.
+    """
     from tokenizers.implementations import BertWordPieceTokenizer
 
     try:
@@ -123,7 +127,10 @@ def word_pieces(vocabulary: Path) -> Any:
 
 
 def make_imagereward(resources: Resources) -> ImageReward:
-    """ImageReward with its two parts: the weights, then BERT's vocabulary. Raises UserError if they are missing."""
+    """Make ImageReward from two parts: its weights, and BERT's vocabulary.
+
+    Raises UserError if one is missing.
+    """
     weights, vocabulary = find("imagereward", [WEIGHTS, VOCABULARY], resources.weights)
     return ImageReward(weights, vocabulary, resources.batch_size, torch.device(resources.device))
 
@@ -143,7 +150,7 @@ VISION = [
 
 
 class Checkpoint:
-    """ImageReward's tensors, sorted by the network they belong to. Raises UserError if they are not all there."""
+    """ImageReward's tensors, sorted by sub-network. Raises UserError if some are missing."""
 
     def __init__(self, tensors: Mapping[str, Tensor], where: Path) -> None:
         self.where = where
@@ -165,7 +172,7 @@ class Checkpoint:
         check_network(self._build_head, self.head, where)
 
     def load(self, device: torch.device) -> "Reward":
-        """The network with its weights."""
+        """Return the network with its weights."""
         image = load_transformer(BlipVisionModel, self.image_config, self.image, self.where, device)
         text = load_transformer(
             BlipTextModel, self.text_config, self.text, self.where, device, add_pooling_layer=False
@@ -216,7 +223,7 @@ def _sizes(tensors: Mapping[str, Tensor], layer: str, inner: str, width: int) ->
 
 
 class Reward(nn.Module):
-    """Pixels (B, 3, S, S), tokens and their mask (B, T) -> raw rewards (B,)."""
+    """ImageReward's network: pixels (B, 3, S, S), tokens and mask (B, T) to raw rewards (B,)."""
 
     def __init__(self, image: nn.Module, text: nn.Module, head: Head) -> None:
         super().__init__()

@@ -1,15 +1,13 @@
-"""Inception v3 features and the Inception score.
+"""Inception v3 features of the FID, and the Inception score.
 
-The network of the Fréchet inception distance: InceptionV3 as TensorFlow published it on 2015-12-05.
+The network is InceptionV3 as TensorFlow published it on 2015-12-05. It differs from later versions in three
+ways: average pooling does not count the padding, the last block pools by maximum, and it has 1008 classes.
+Parameter names and shapes are those of the ported weights, pt_inception-2015-12-05-6726825d.pth.
+Source: Szegedy et al., arXiv:1512.00567.
 
-Source: Szegedy et al., arXiv:1512.00567; parameter names and shapes are those of the ported weights,
-pt_inception-2015-12-05-6726825d.pth. It differs from later InceptionV3s in three ways: average pooling does not count the
-padding, the last block pools by maximum, and 1008 classes.
-
-Inception score: does every image show one thing for certain, and do they show many things? Looks at no real images.
-
-IS = exp E KL(p(y|x) ‖ p(y)). Source: Salimans et al., arXiv:1606.03498. Deviation: over all images at once, where the paper
-averages over ten parts (a value that depends on their order, and a little lower).
+inception_score: does each image show one thing clearly, and do the images show many things? It needs no real
+images. IS = exp E KL(p(y|x) ‖ p(y)). Source: Salimans et al., arXiv:1606.03498. Deviation: computed over all
+images at once; the paper averages over ten parts (that value depends on their order, and is a little lower).
 """
 
 from collections.abc import Sequence
@@ -44,13 +42,13 @@ class Unit(nn.Module):
 
 
 def _same(before: int, after: int, kernel: Kernel) -> Unit:
-    """A unit that keeps the size of the map."""
+    """Make a unit that keeps the size of the map."""
     height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
     return Unit(before, after, kernel, padding=(height // 2, width // 2))
 
 
 class Block(nn.Module):
-    """Branches side by side, joined on the channels: chains of units by name, then the pooled input."""
+    """Parallel branches, concatenated on the channels: chains of units by name, then the pooled input."""
 
     def __init__(self, pool: nn.Module, chains: tuple[tuple[str, ...], ...], units: dict[str, Unit]) -> None:
         super().__init__()
@@ -163,7 +161,7 @@ def _mixed_7(before: int, pool: nn.Module) -> Block:
 
 
 class Inception(nn.Module):
-    """Pixels (B, 3, H, W) in 0 … 255 -> the 2048 features before the classifier (B, 2048)."""
+    """Inception v3: pixels (B, 3, H, W) in 0 … 255 to the features before the classifier (B, 2048)."""
 
     num_features = FEATURES  # as torchmetrics asks for it
 
@@ -189,7 +187,7 @@ class Inception(nn.Module):
         return hidden.mean((2, 3))
 
     def stages(self) -> list[nn.Module]:
-        """What the pixels pass, one after another; max pooling follows the third and the fifth convolution."""
+        """Return the layers in order; max pooling follows the third and the fifth convolution."""
         stem = [self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3, nn.MaxPool2d(3, 2)]
         stem += [self.Conv2d_3b_1x1, self.Conv2d_4a_3x3, nn.MaxPool2d(3, 2)]
         mixed = [module for name, module in self.named_children() if name.startswith("Mixed")]
@@ -197,9 +195,9 @@ class Inception(nn.Module):
 
 
 def resize(pixels: Tensor, side: int) -> Tensor:
-    """Bilinear as TensorFlow 1 did it: (B, C, H, W) -> (B, C, side, side).
+    """Resize (B, C, H, W) to (B, C, side, side) bilinearly as TensorFlow 1 did.
 
-    Point i is taken at i · old / new, without half-pixel centres and without a filter against aliasing.
+    Point i is taken at i · old / new, without half-pixel centres and without antialiasing.
     """
     for axis in (2, 3):
         old = pixels.shape[axis]
@@ -228,7 +226,7 @@ PREPROCESSING = "resized to 299 px as TensorFlow 1 did (bilinear, no antialiasin
 
 
 class InceptionFeatures:
-    """The 2048 features before the classifier, and the classifier. The network is loaded when first needed."""
+    """The 2048 features before the classifier, and the classifier; loaded when first used."""
 
     def __init__(self, found: Found, device: torch.device) -> None:
         self.found, self.device = found, device
@@ -248,23 +246,29 @@ class InceptionFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[NDArray[np.uint8]], batch_size: int) -> NDArray[np.float32]:
-        """n images of any sizes -> (n, 2048)."""
+        """Return features (n, 2048) of n images of any sizes."""
         parts = [self._network(_pixels(batch).to(self.device)) for batch in batches(images, batch_size)]
         return torch.cat(parts).cpu().numpy()
 
     def logits(self, features: Features) -> NDArray[np.float64]:
-        """(n, 2048) -> (n, 1008): the classifier without its bias, as the inception score has always been computed."""
+        """Return logits (n, 1008) of features (n, 2048).
+
+        The classifier's bias is left out, as in all implementations of the Inception score.
+        """
         weight = self._network.fc.weight.cpu().double().numpy()
         return np.asarray(features, np.float64) @ weight.T
 
 
 def _pixels(images: Sequence[NDArray[np.uint8]]) -> Tensor:
-    """Resized one by one, as they may differ in size: (n, 3, 299, 299) in 0 … 255."""
+    """Return pixels (n, 3, 299, 299) in 0 … 255. Images may have different sizes."""
     return torch.cat([resize(torch.tensor(image).permute(2, 0, 1)[None].float(), SIDE) for image in images])
 
 
 def inception_features(metric: str, resources: Resources) -> InceptionFeatures:
-    """The network, shared by all metrics that were given the same weights. Raises UserError if they are missing."""
+    """Return the network; metrics with equal weights share it.
+
+    Raises UserError if the weights are missing.
+    """
     (found,) = find(metric, [WEIGHTS], resources.weights)
     return _shared(found.path.resolve(), tuple(found.hashes.items()), str(resources.device))
 
@@ -278,7 +282,7 @@ Array = NDArray[np.float64]
 
 
 class InceptionScore(SetMetric):
-    """From 1 (all images alike, or uncertain) to the number of classes; higher is better."""
+    """The Inception score: 1 (all images alike, or uncertain) to the number of classes; higher is better."""
 
     name = "inception_score"
     needs_reference: ClassVar[bool] = False
@@ -308,16 +312,18 @@ class InceptionScore(SetMetric):
 
 
 def log_softmax(logits: Array) -> Array:
-    """(n, classes) -> log probabilities."""
+    """Return log probabilities (n, classes)."""
     shifted = logits - logits.max(1, keepdims=True)
     found: Array = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     return found
 
 
 def score(logs: Array, times: Array) -> Values:
-    """log p(y|x) (n, classes), how often each image counts (R, n) -> (R,).
+    """Return the score of each draw, (R,).
 
-    E KL(p(y|x) ‖ p(y)) is the entropy of the mean less the mean entropy.
+    logs:  (n, classes) log p(y|x)
+    times: (R, n) how often each image counts
+    E KL(p(y|x) ‖ p(y)) is the entropy of the mean minus the mean entropy.
     """
     each = np.exp(logs)
     share = times / times.sum(1, keepdims=True)
@@ -328,5 +334,5 @@ def score(logs: Array, times: Array) -> Values:
 
 
 def make_inception_score(resources: Resources) -> InceptionScore:
-    """The inception score with its weights. Raises UserError if they are missing."""
+    """Make the Inception score. Raises UserError if its weights are missing."""
     return InceptionScore(inception_features("inception_score", resources), resources.batch_size)

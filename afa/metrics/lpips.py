@@ -1,13 +1,10 @@
-"""LPIPS: perceptual distance.
+"""LPIPS diversity: how different the images of one prompt look.
 
-LPIPS diversity: how different do the images of one prompt look? An image's mean distance to the others of its prompt.
-
-Source of the distance: see perceptual.py. As diversity: Zhu et al., arXiv:1711.11586.
-
-LPIPS: how different two images look, by the features of a classifier.
-
-Source: Zhang et al., arXiv:1801.03924, version 0.1 with its linear weights. The classifier's weights are those torchvision
-publishes, AlexNet (the default) or VGG16; which, is read from the tensors. Deviation: none.
+An image's score is its mean LPIPS distance to the other images of its prompt. LPIPS compares the features of
+an image classifier, AlexNet (the default) or VGG16, with the weights that torchvision publishes; which of the
+two is read from the tensors.
+Source of LPIPS: Zhang et al., arXiv:1801.03924, version 0.1 with its linear weights. Deviation: none.
+Source of the diversity: Zhu et al., arXiv:1711.11586.
 """
 
 from collections.abc import Sequence
@@ -25,7 +22,8 @@ from afa.metrics.pixels import to_tensor
 from afa.metrics.registry import Resources
 from afa.metrics.weights import Found, Part, check_network, find, load_network, read_tensors
 
-# Layers of torchvision's `features`: (channels, kernel, stride, padding) of a convolution with its ReLU, or max pooling.
+# Layers of torchvision's `features`: (channels, kernel, stride, padding) of a convolution with its ReLU, or
+# max pooling.
 POOL, POOL_VGG = ("pool", 3, 2), ("pool", 2, 2)
 Layer = tuple[int, int, int, int] | tuple[str, int, int]
 ALEXNET: tuple[Layer, ...] = (
@@ -47,7 +45,10 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pixels in [
 
 
 class Trunk(nn.Module):
-    """Pixels (B, 3, H, W) in [-1, 1] -> five maps (B, C, h, w), each pixel's features of unit length."""
+    """The classifier's trunk: pixels (B, 3, H, W) in [-1, 1] to five maps (B, C, h, w).
+
+    The features of each pixel of a map have unit length.
+    """
 
     def __init__(self, layers: tuple[Layer, ...]) -> None:
         super().__init__()
@@ -74,7 +75,7 @@ class Trunk(nn.Module):
 
 
 class Linear(nn.Module):
-    """What each channel counts at the five places, under the published names (lin0.model.1 …; model.0 was dropout)."""
+    """The weight of each channel of the five maps, with the published names (lin0.model.1 …)."""
 
     def __init__(self, layers: tuple[Layer, ...]) -> None:
         super().__init__()
@@ -83,12 +84,12 @@ class Linear(nn.Module):
             self.add_module(f"lin{index}", nn.ModuleDict({"model": layer}))
 
     def weights(self) -> list[Tensor]:
-        """Five of (C,)."""
+        """Return five weights (C,)."""
         return [parameter.flatten() for parameter in self.parameters()]
 
 
 class Perceptual:
-    """The two networks in two files. Raises UserError if they are no such weights, or not of one classifier."""
+    """The two networks in two files. Raises UserError for other weights, or weights of two classifiers."""
 
     def __init__(self, trunk: Path, linear: Path) -> None:
         self._trunk, self._linear = read_tensors(trunk), read_tensors(linear)
@@ -103,13 +104,18 @@ class Perceptual:
         return Linear(self._layers)
 
     def load(self, device: torch.device) -> tuple[Trunk, list[Tensor]]:
-        """The trunk, and what its channels count."""
+        """Return the trunk and the channel weights."""
         linear = load_network(self._build_linear, self._linear, device)
         return load_network(self._build_trunk, self._trunk, device), linear.weights()
 
 
 def distance(one: list[Tensor], other: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """Two images' maps, five of (C, h, w) each -> a number: squared differences, weighted by channel, averaged over the map."""
+    """Return the LPIPS distance of two images.
+
+    one, other: five maps (C, h, w) each
+    weights:    five (C,)
+    Squared differences, weighted by channel, are averaged over each map and added up.
+    """
     squares = [(a - b).square() for a, b in zip(one, other, strict=True)]
     return torch.stack(
         [torch.einsum("c,chw->hw", *each).mean() for each in zip(weights, squares, strict=True)]
@@ -134,13 +140,19 @@ LINEAR = Part(
 
 
 class Diversity(ImageMetric):
-    """0 for equal images, higher is more diverse; no judgement of how good they are. A prompt needs at least two images."""
+    """LPIPS diversity: 0 for equal images, higher is more diverse. It does not judge quality.
+
+    A prompt needs at least two images.
+    """
 
     names = ("lpips",)
 
     def __init__(self, trunk: Found, linear: Found, batch_size: int, device: torch.device) -> None:
         self.trunk, self.linear, self.batch_size, self.device = trunk, linear, batch_size, device
-        self.source = f"mean LPIPS to the other images of the prompt, by {trunk} and {linear}, images as they are; arXiv:1801.03924"
+        self.source = (
+            f"mean LPIPS to the other images of the prompt, by {trunk} and {linear}, images as they are; "
+            "arXiv:1801.03924"
+        )
         self._perceptual = Perceptual(trunk.path, linear.path)
 
     @property
@@ -164,7 +176,7 @@ class Diversity(ImageMetric):
         return {"lpips": values}
 
     def _means(self, pictures: Sequence[Picture]) -> Values:
-        """Each image's mean distance to the others of its prompt."""
+        """Return each image's mean distance to the other images of its prompt."""
         maps = [image for batch in batches(pictures, self.batch_size) for image in self._maps(batch)]
         table = np.zeros((len(maps), len(maps)))
         for one in range(len(maps)):
@@ -175,7 +187,7 @@ class Diversity(ImageMetric):
         return table.sum(1) / (len(maps) - 1)
 
     def _maps(self, pictures: Sequence[Picture]) -> list[list[Tensor]]:
-        """Every image's five maps."""
+        """Return each image's five maps."""
         pixels = to_tensor([picture.image for picture in pictures], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).to(
             self.device
         )
@@ -183,20 +195,25 @@ class Diversity(ImageMetric):
 
 
 def _check(pictures: Sequence[Picture]) -> None:
-    """Raises UserError for images of a prompt that cannot be compared with each other."""
+    """Raise UserError if a prompt has one image only, or images of different sizes."""
     caption = pictures[0].caption
     if len(pictures) < 2:
         raise UserError(
-            f"metric 'lpips' compares the images of one prompt, and '{caption}' has only one; ask for --images-per-prompt 2 or more"
+            f"metric 'lpips' compares the images of one prompt, and '{caption}' has only one; "
+            "ask for --images-per-prompt 2 or more"
         )
     shapes = {picture.image.shape for picture in pictures}
     if len(shapes) > 1:
         raise UserError(
-            f"metric 'lpips' compares images of one size, and those of '{caption}' have {len(shapes)} sizes: {sorted(shapes)}"
+            f"metric 'lpips' compares images of one size, and those of '{caption}' have {len(shapes)} sizes: "
+            f"{sorted(shapes)}"
         )
 
 
 def make_lpips(resources: Resources) -> Diversity:
-    """LPIPS diversity with its two weights: the classifier, then the linear weights. Raises UserError if they are missing."""
+    """Make LPIPS diversity from two parts: the classifier, then the linear weights.
+
+    Raises UserError if one is missing.
+    """
     trunk, linear = find("lpips", [TRUNK, LINEAR], resources.weights)
     return Diversity(trunk, linear, resources.batch_size, torch.device(resources.device))

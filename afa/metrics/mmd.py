@@ -1,19 +1,16 @@
-"""Maximum mean discrepancies: KID and CMMD.
+"""Squared maximum mean discrepancies (MMD²) of two sets of features: KID and CMMD.
 
-The squared maximum mean discrepancy of two sets of features: how differently a kernel sees them.
+MMD² = E k(x, x') + E k(y, y') - 2 E k(x, y), over all pairs, in float64.
+Source: Gretton et al., A kernel two-sample test, JMLR 13 (2012).
 
-MMD² = E k(x, x') + E k(y, y') - 2 E k(x, y). Source: Gretton et al., A kernel two-sample test, JMLR 13 (2012). Over all pairs,
-in float64.
+cmmd: on CLIP embeddings, without a Gaussian assumption; stable with a few thousand images.
+k(x, y) = exp(-|x - y|² / 2·10²) on unit vectors; pairs of an image with itself count; times 1000.
+Source: Jayasumana et al., arXiv:2401.09603. Deviation: images are resized by Pillow (bicubic, antialiased),
+which rounds to whole pixel values.
 
-CMMD: the distance to real images through CLIP, without a Gaussian assumption; steady for a few thousand images.
-
-Source: Jayasumana et al., arXiv:2401.09603: k(x, y) = exp(-|x - y|² / 2·10²) on unit vectors, pairs of an image with itself
-counted, times 1000. Deviation: resized by Pillow (bicubic, antialiased), which rounds to whole pixel values.
-
-KID: the kernel inception distance; unbiased, so it can be compared between sets of different sizes.
-
-Source: Bińkowski et al., arXiv:1801.01401: k(x, y) = (x·y / D + 1)³. Deviation: over all pairs, where the paper averages
-over random subsets of 1,000 (the same expectation, less noise, no random numbers).
+kid: on Inception features; unbiased, so sets of different sizes can be compared. k(x, y) = (x·y / D + 1)³.
+Source: Bińkowski et al., arXiv:1801.01401. Deviation: over all pairs; the paper averages over random subsets
+of 1,000 (the same expectation; ours has less noise and uses no random numbers).
 """
 
 from abc import abstractmethod
@@ -39,22 +36,22 @@ EXACT_UP_TO = 5_000  # images; of more, replicates are linear
 
 @dataclass(frozen=True)
 class Reference:
-    """The real images: features (m, D), and the mean kernel within them."""
+    """The real images: features (m, D), and the mean kernel between them."""
 
     features: Features
     within: float
 
 
 def double_device(device: torch.device) -> torch.device:
-    """The device itself, or the processor where it has no float64."""
+    """Return the device, or the CPU if the device has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 class Discrepancy(SetMetric):
-    """A metric that is an MMD² of its features to those of real images, times `scale`.
+    """The MMD² between the features of images and of real images, times `scale`.
 
-    unbiased: pairs of an image with itself do not count (then it can be negative); else they do (then it is a squared norm).
-    device: where kernels are computed; see double_device.
+    unbiased: pairs of an image with itself do not count (the value can be negative); else they count
+    device:   computes the kernels; see double_device
     """
 
     higher_is_better: ClassVar[bool] = False
@@ -64,7 +61,7 @@ class Discrepancy(SetMetric):
 
     @abstractmethod
     def kernel(self, one: Tensor, other: Tensor) -> Tensor:
-        """(a, D), (b, D) -> (a, b)."""
+        """Return the kernel (a, b) of features (a, D) and (b, D)."""
 
     def prepare(self, reference: Features) -> Reference:
         return Reference(reference, self._within(reference))
@@ -80,7 +77,7 @@ class Discrepancy(SetMetric):
         return (self._exact if exact else self._linear)(features, groups, reference, draws)
 
     def _exact(self, features: Features, groups: Indices, reference: Reference, draws: Indices) -> Values:
-        """From kernels summed over the images of every pair of prompts."""
+        """Compute from kernels that are summed over the images of each pair of prompts."""
         order = np.argsort(groups, kind="stable")
         present, starts = np.unique(groups[order], return_index=True)
         own = features[order]
@@ -98,9 +95,9 @@ class Discrepancy(SetMetric):
         return found
 
     def _linear(self, features: Features, groups: Indices, reference: Reference, draws: Indices) -> Values:
-        """The value plus the mean influence of the images drawn, less that of all; see frechet.linear_replicates.
+        """Add the mean influence of the drawn images, minus that of all; see frechet.linear_replicates.
 
-        Influences are measured against at most EXACT_UP_TO images of each set, evenly spread.
+        Influences are computed against at most EXACT_UP_TO images of each set, evenly spread.
         """
         marks, real = (each[:: -(-len(each) // EXACT_UP_TO)] for each in (features, reference.features))
         near, far = (
@@ -113,23 +110,23 @@ class Discrepancy(SetMetric):
         return np.asarray([value + times @ influence / times.sum() for times in copies(groups, draws)])
 
     def _within(self, features: Features) -> float:
-        """The mean kernel of a set with itself. Raises ValueError if it has no pairs."""
+        """Return the mean kernel within a set. Raises ValueError if there are no pairs."""
         if len(features) < 2:
             raise ValueError(f"a discrepancy needs at least 2 images, got {len(features)}")
         total = sum(block.sum() for block in self._blocks(features, features))
         return float(self._mean(total, self._selves(features).sum(), len(features)))
 
     def _mean(self, pairs: Array | float, selves: Array | float, n: Array | int) -> Array | float:
-        """From sums over all n² pairs, and over the n of an image with itself."""
+        """Return the mean, given the sums over all n² pairs and over the n pairs of an image with itself."""
         return (pairs - selves) / (n * (n - 1)) if self.unbiased else pairs / n**2
 
     def _selves(self, features: Features) -> Array:
-        """Every image's kernel with itself: (n,)."""
+        """Return each image's kernel with itself: (n,)."""
         rows = torch.from_numpy(np.asarray(features, np.float64, order="C"))
         return np.asarray([self.kernel(row[None], row[None])[0, 0] for row in rows])
 
     def _blocks(self, one: Features, other: Features) -> Iterator[Array]:
-        """The kernel matrix, some rows at a time."""
+        """Yield the kernel matrix, some rows at a time."""
         rows, columns = (torch.from_numpy(np.asarray(each, np.float64, order="C")) for each in (one, other))
         columns = columns.to(self.device)
         for part in rows.split(max(1, BLOCK // len(columns))):
@@ -154,7 +151,10 @@ class ClipDiscrepancy(Discrepancy):
 
     def __init__(self, clip: Clip, found: Found, batch_size: int, device: torch.device) -> None:
         self.clip, self.found, self.batch_size, self.device = clip, found, batch_size, double_device(device)
-        self.source = f"1000 · MMD², Gaussian kernel of width 10, on embeddings of {found}, images stretched to its side; arXiv:2401.09603"
+        self.source = (
+            f"1000 · MMD², Gaussian kernel of width 10, on embeddings of {found}, "
+            "images stretched to its side; arXiv:2401.09603"
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def gaussian(one: Tensor, other: Tensor) -> Tensor:
 
 
 def make_cmmd(resources: Resources) -> ClipDiscrepancy:
-    """CMMD with its weights. Raises UserError if they are missing."""
+    """Make CMMD. Raises UserError if its weights are missing."""
     (found,) = find("cmmd", [WEIGHTS], resources.weights)
     device = torch.device(resources.device)
     return ClipDiscrepancy(shared_clip(found, device), found, resources.batch_size, device)
@@ -209,7 +209,7 @@ def cubic(one: Tensor, other: Tensor) -> Tensor:
 
 
 def make_kid(resources: Resources) -> KernelInceptionDistance:
-    """KID with its weights. Raises UserError if they are missing."""
+    """Make KID. Raises UserError if its weights are missing."""
     return KernelInceptionDistance(
         inception_features("kid", resources), resources.batch_size, torch.device(resources.device)
     )

@@ -1,4 +1,4 @@
-"""From images of any size to the tensors that networks were trained on."""
+"""Resize images of any size to the tensors that networks take."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def crop(image: Image8, side: int) -> Image8:
-    """The shorter side resized (bicubic, antialiased), then the centre: (H, W, 3) -> (side, side, 3)."""
+    """Resize the shorter side (bicubic, antialiased) and cut out the centre: (H, W, 3) to (side, side, 3)."""
     height, width = image.shape[:2]
     short = min(height, width)
     resized = _resize(image, int(side * width / short), int(side * height / short))
@@ -23,12 +23,12 @@ def crop(image: Image8, side: int) -> Image8:
 
 
 def stretch(image: Image8, side: int) -> Image8:
-    """Both sides resized, whatever becomes of the proportions: (H, W, 3) -> (side, side, 3)."""
+    """Resize both sides, without keeping proportions: (H, W, 3) to (side, side, 3)."""
     return _resize(image, side, side)
 
 
 def pad(image: Image8, side: int) -> Image8:
-    """The longer side resized, black beside the shorter: (H, W, 3) -> (side, side, 3)."""
+    """Resize the longer side and add black beside the shorter one: (H, W, 3) to (side, side, 3)."""
     height, width = image.shape[:2]
     long = max(height, width)
     resized = _resize(image, round(width * side / long), round(height * side / long))
@@ -43,7 +43,10 @@ def _resize(image: Image8, width: int, height: int) -> Image8:
 
 
 def fit_tensor(images: Tensor, side: int, fit: str) -> Tensor:
-    """As FITS and to_tensor with CLIP's mean, with gradients: (B, 3, H, W) in [-1, 1] -> (B, 3, side, side)."""
+    """Resize (B, 3, H, W) in [-1, 1] to (B, 3, side, side), normalised for CLIP, with gradients.
+
+    fit: as in FITS
+    """
     height, width = images.shape[-2:]
     short, long = min(height, width), max(height, width)
     sizes = {
@@ -67,6 +70,6 @@ FITS: dict[str, Callable[[Image8, int], Image8]] = {"crop": crop, "stretch": str
 
 
 def to_tensor(images: Sequence[Image8], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Images of one size -> (n, 3, H, W) float32, normalised channel by channel."""
+    """Return (n, 3, H, W) float32, normalised by channel, from images of one size."""
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]

@@ -1,18 +1,17 @@
 """Preference and aesthetic scores on CLIP: PickScore, HPS v2, LAION aesthetic.
 
-PickScore: which of two images of a caption would people pick? The logit of a CLIP trained on their choices.
+pickscore: which of two images of a caption people would pick; the logit of a CLIP trained on their choices:
+scale · cosine, as in its release (about 18 to 24). Source: Kirstain et al., arXiv:2305.01569. Deviation:
+none.
 
-Source: Kirstain et al., arXiv:2305.01569; scale · cosine, as in its release (about 18 to 24). Deviation: none.
+hpsv2: how people would rank an image among others of its caption; the cosine of a CLIP ViT-H/14 trained on
+rankings, as its release returns it (its tables show it times 100). Source: Wu et al., arXiv:2306.09341,
+version 2.1. Deviations: float32, where the release uses mixed precision; captions are not repaired by ftfy.
 
-Aesthetic score: how much people would like the image on average, about 1 to 10, whatever its caption.
-
-Source: LAION's improved aesthetic predictor, sac+logos+ava1-l14-linearMSE: five linear layers on the unit CLIP ViT-L/14
-embedding (github.com/christophschuhmann/improved-aesthetic-predictor). Deviation: float32, where it ran CLIP in float16.
-
-HPSv2: how people would rank the image among others of its caption, by a CLIP ViT-H/14 trained on their rankings.
-
-Source: Wu et al., arXiv:2306.09341, version 2.1; the cosine, as its release returns it (its tables show it times 100).
-Deviations: float32, where the release runs in mixed precision; captions are not repaired by ftfy before they are split.
+aesthetic: how much people would like an image on average, about 1 to 10; it does not read the caption. Five
+linear layers on the unit CLIP ViT-L/14 embedding. Source: LAION's improved aesthetic predictor,
+sac+logos+ava1-l14-linearMSE (github.com/christophschuhmann/improved-aesthetic-predictor). Deviation: float32,
+where the release runs CLIP in float16.
 """
 
 import re
@@ -43,13 +42,19 @@ PICKSCORE_WEIGHTS = Part("PickScore", "PickScore_v1", hub="yuvalkirstain/PickSco
 
 
 class PickScore(ImageMetric, Differentiable):
-    """A logit, within ± the model's scale; higher is better, by the sigmoid of the difference within one caption."""
+    """PickScore: a logit within ± the model's scale; higher is better, within one caption.
+
+    The sigmoid of the difference of two images is the probability that the first one is picked.
+    """
 
     names = ("pickscore",)
 
     def __init__(self, clip: Clip, found: Found, batch_size: int) -> None:
         self.clip, self.found, self.batch_size = clip, found, batch_size
-        self.source = f"scale · cosine of image and caption by {found}, shorter side resized, centre crop; arXiv:2305.01569"
+        self.source = (
+            f"scale · cosine of image and caption by {found}, shorter side resized, centre crop; "
+            "arXiv:2305.01569"
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -64,7 +69,7 @@ class PickScore(ImageMetric, Differentiable):
 
 
 def make_pickscore(resources: Resources) -> PickScore:
-    """PickScore with its weights. Raises UserError if they are missing."""
+    """Make PickScore. Raises UserError if its weights are missing."""
     (found,) = find("pickscore", [PICKSCORE_WEIGHTS], resources.weights)
     return PickScore(shared_clip(found, torch.device(resources.device)), found, resources.batch_size)
 
@@ -94,7 +99,10 @@ PROJECTIONS = {"visual.proj": "visual_projection.weight", "text_projection": "te
 
 
 def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor under the name CLIPModel has for it; the joined query, key and value taken apart. Others are left out."""
+    """Rename open_clip's tensors to CLIPModel's names and split the joined query, key and value.
+
+    Other tensors are left out.
+    """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name in NAMES:
@@ -107,7 +115,7 @@ def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _block(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """One tensor of a transformer block: three of them if it holds query, key and value."""
+    """Convert one tensor of a transformer block: three tensors if it holds query, key and value."""
     old = next(prefix for prefix in TOWERS if name.startswith(prefix))
     new = TOWERS[old] + name.removeprefix(old)
     for pattern, replacement in BLOCKS:
@@ -122,9 +130,9 @@ def _block(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def read_config(tensors: Mapping[str, Tensor], where: Path) -> Any:
-    """The CLIPConfig of such a checkpoint of a ViT-H/14, whatever its sizes.
+    """Return the CLIPConfig of an open_clip checkpoint, with sizes read from its tensors.
 
-    Raises UserError if it is no CLIP of open_clip with a vision transformer.
+    Raises UserError if it is not an open_clip CLIP with a vision transformer.
     """
     from transformers import CLIPConfig
 
@@ -162,7 +170,10 @@ def _tower(tensors: Mapping[str, Tensor], prefix: str, width: int, head: int) ->
 
 
 def open_clip(file: Path, device: torch.device) -> Clip:
-    """The CLIP of a checkpoint, checked now and loaded when first needed. Raises UserError if it is none, or weights are missing."""
+    """Return the CLIP of a checkpoint, which is checked now and loaded when first used.
+
+    Raises UserError if it is not a CLIP, or weights are missing.
+    """
     from transformers import CLIPModel
 
     tensors = read_tensors(file)  # mapped, not read
@@ -178,7 +189,7 @@ HPSV2_WEIGHTS = Part("HPSv2", NAME, hub=f"xswu/HPSv2/{NAME}")
 
 
 class HumanPreference(ImageMetric, Differentiable):
-    """A cosine, about 0.2 to 0.35; higher is better, within one caption."""
+    """HPS v2: a cosine, about 0.2 to 0.35; higher is better, within one caption."""
 
     names = ("hpsv2",)
 
@@ -201,7 +212,7 @@ class HumanPreference(ImageMetric, Differentiable):
 
 
 def make_hpsv2(resources: Resources) -> HumanPreference:
-    """HPSv2 with its weights. Raises UserError if they are missing."""
+    """Make HPS v2. Raises UserError if its weights are missing."""
     (found,) = find("hpsv2", [HPSV2_WEIGHTS], resources.weights)
     return HumanPreference(open_clip(found.path, torch.device(resources.device)), found, resources.batch_size)
 
@@ -211,7 +222,7 @@ PLACES = (0, 2, 4, 6, 7)  # of the linear layers in the published files; between
 
 
 class Head(nn.Module):
-    """(B, width) -> (B, 1), with the published names: layers.0, layers.2, layers.4, layers.6, layers.7."""
+    """The aesthetic head: (B, width) to (B, 1), with the published names layers.0, 2, 4, 6, 7."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -236,7 +247,7 @@ HEAD = Part(
 
 
 class Aesthetic(ImageMetric, Differentiable):
-    """About 1 to 10, higher is better."""
+    """The LAION aesthetic score: about 1 to 10, higher is better."""
 
     names = ("aesthetic",)
 
@@ -267,7 +278,7 @@ class Aesthetic(ImageMetric, Differentiable):
 
 
 def make_aesthetic(resources: Resources) -> Aesthetic:
-    """The aesthetic score with its two weights: the head, then CLIP. Raises UserError if they are missing."""
+    """Make the aesthetic score from two parts: the head, then CLIP. Raises UserError if one is missing."""
     head, backbone = find("aesthetic", [HEAD, VIT_L], resources.weights)
     return Aesthetic(
         shared_clip(backbone, torch.device(resources.device)), head, backbone, resources.batch_size

@@ -1,4 +1,4 @@
-"""The registry of metrics: one entry says how a metric is made and what it tells."""
+"""The registry of metrics: one entry says how a metric is made and what it measures."""
 
 import importlib
 from dataclasses import dataclass
@@ -83,8 +83,8 @@ METRICS = {
 class Resources:
     """What a metric is made with.
 
-    weights:    the places given for its parts (see weights.find); None: its defaults
-    device:     where it computes
+    weights:    paths of its parts (see weights.find); None: its defaults
+    device:     computes the metric
     batch_size: images at a time
     """
 
@@ -94,9 +94,9 @@ class Resources:
 
 
 def make_metric(name: str, resources: Resources) -> Any:
-    """Return a metric by name, its weights found and checked.
+    """Return a metric by name, with its weights found and checked.
 
-    Raises UserError for an unknown name or for weights that are missing.
+    Raises UserError for an unknown name, or if weights are missing.
     """
     try:
         entry = look_up(name, METRICS, "metric")

@@ -1,4 +1,4 @@
-"""A user's own scorer: a Python file with score(images, captions), and perhaps features(images)."""
+"""A user's own scorer: a Python file with score(images, captions) and, optionally, features(images)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,24 +18,29 @@ CAPTIONS = ("a picture of noise", "another picture of noise")  # of the two imag
 
 
 def load_scorer(path: Path) -> list[ImageMetric | SetMetric]:
-    """The metrics of a scorer file: its scores, and with features() a Fréchet distance named frechet.
+    """Return the metrics of a scorer file: its scores, and a Fréchet distance if it has features().
 
-    The file is run; it may import files beside it. score(images (n, H, W, 3) uint8, captions) returns a dict of n values
-    each, higher is better, the first leading; features(images) returns (n, D). Raises UserError if the file cannot be used.
+    path: a file that is run; it may import files beside it. Its functions:
+          score(images, captions): images (n, H, W, 3) uint8; returns a dict of n values each, higher is
+                                   better, the first one is the main score
+          features(images):        returns (n, D)
+    Raises UserError if the file cannot be used.
     """
     file = UserFile(path, FLAG)
     if not file.has("score"):
         raise UserError(
-            f"--scorer {path} has no function score(images, captions); it must return a dict of arrays, one value an image"
+            f"--scorer {path} has no function score(images, captions); it must return a dict of arrays, "
+            "one value an image"
         )
     scorer: list[ImageMetric | SetMetric] = [UserScore(file)]
     return [*scorer, UserFrechet(file)] if file.has("features") else scorer
 
 
 def try_scorer(metrics: Sequence[object], height: int, width: int) -> None:
-    """Call what is a user's once, on two images of noise, before anything is drawn. height, width: of the images to come.
+    """Call a user's functions once, on two images of noise, before anything is drawn.
 
-    Raises UserError with the file's own error, or with what is wrong about what it returned.
+    height, width: of the images to come, in pixels
+    Raises UserError with the file's own error, or if it returned something unusable.
     """
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for _ in CAPTIONS]
@@ -52,13 +57,13 @@ def try_scorer(metrics: Sequence[object], height: int, width: int) -> None:
 
 
 def identity_of(file: UserFile) -> dict[str, Any]:
-    """What scores depend on: the file, and what it imports from beside it."""
+    """Return the hashes of the file and of the files beside it that it imports."""
     beside = {path.name: sha256(path) for path in file.neighbours()}
     return {"file": sha256(file.path), **({"beside": beside} if beside else {})}
 
 
 class UserScore(ImageMetric):
-    """The scores of a user's file, checked: finite numbers, one an image, the same names every time."""
+    """The scores of a user's file, checked: finite numbers, one per image, the same names every time."""
 
     def __init__(self, file: UserFile) -> None:
         self.file, self.path = file, file.path
@@ -74,14 +79,16 @@ class UserScore(ImageMetric):
         found = self.file.call("score", images, [picture.caption for picture in pictures])
         if not isinstance(found, Mapping) or not found:
             raise UserError(
-                f"score() of {self.path} returned {type(found).__name__}, expected a dict of arrays with at least one"
+                f"score() of {self.path} returned {type(found).__name__}, "
+                "expected a dict of arrays with at least one"
             )
         values = {
             self._name(name): self._checked(name, value, len(pictures)) for name, value in found.items()
         }
         if self.names and tuple(values) != self.names:
             raise UserError(
-                f"score() of {self.path} returned {', '.join(values)} where it returned {', '.join(self.names)} before"
+                f"score() of {self.path} returned {', '.join(values)} where it returned "
+                f"{', '.join(self.names)} before"
             )
         self.names = tuple(values)
         return values
@@ -89,28 +96,31 @@ class UserScore(ImageMetric):
     def _name(self, name: Any) -> str:
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise UserError(
-                f"score() of {self.path} returned a score named {name!r}; a name is a word or a few, in letters that can be printed"
+                f"score() of {self.path} returned a score named {name!r}; a name is a word or a few, "
+                "in letters that can be printed"
             )
         return str(name)
 
     def _checked(self, name: str, value: Any, count: int) -> Values:
-        """One score of all images."""
+        """Return one score of all images, checked."""
         numbers = _numbers(value)
         if numbers is None:
             raise UserError(f"score() of {self.path}: '{name}' is no array of numbers but {_what(value)}")
         if numbers.shape != (count,):
             raise UserError(
-                f"score() of {self.path}: '{name}' has shape {numbers.shape} for {count} images, expected ({count},)"
+                f"score() of {self.path}: '{name}' has shape {numbers.shape} for {count} images, "
+                f"expected ({count},)"
             )
         if not np.isfinite(numbers).all():
             raise UserError(
-                f"score() of {self.path}: '{name}' is not finite for image {int(np.argmin(np.isfinite(numbers)))}"
+                f"score() of {self.path}: '{name}' is not finite for image "
+                f"{int(np.argmin(np.isfinite(numbers)))}"
             )
         return numbers
 
 
 class UserFrechet(FrechetDistance):
-    """A Fréchet distance on a user's features."""
+    """A Fréchet distance on the features of a user's file."""
 
     name = "frechet"
 
@@ -129,13 +139,17 @@ class UserFrechet(FrechetDistance):
             raise UserError(f"features() of {self.path} returned no array of numbers but {_what(returned)}")
         if found.ndim != 2 or len(found) != len(images) or not found.shape[1] or not np.isfinite(found).all():
             raise UserError(
-                f"features() of {self.path} returned shape {found.shape} for {len(images)} images, expected ({len(images)}, D), finite"
+                f"features() of {self.path} returned shape {found.shape} for {len(images)} images, "
+                f"expected ({len(images)}, D), finite"
             )
         return found
 
 
 def _numbers(value: Any) -> Values | None:
-    """What a user's function returned as an array; tensors of any device too. None for anything but real numbers."""
+    """Return what a user's function returned as an array; None if it is not real numbers.
+
+    Tensors may lie on any device.
+    """
     try:
         if hasattr(value, "detach"):
             value = value.detach().cpu().double().numpy()
@@ -151,10 +165,11 @@ def _what(value: Any) -> str:
 
 
 def _stacked(path: Path, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """(n, H, W, 3). Raises UserError if the images are not of one size."""
+    """Return the images as one array (n, H, W, 3). Raises UserError if their sizes differ."""
     sizes = sorted({image.shape for image in images})
     if len(sizes) > 1:
         raise UserError(
-            f"--scorer {path} is given images of one size, and these have {len(sizes)}: {sizes[0]} and {sizes[1]} among them"
+            f"--scorer {path} is given images of one size, and these have {len(sizes)}: "
+            f"{sizes[0]} and {sizes[1]} among them"
         )
     return np.stack(images)

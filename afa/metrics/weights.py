@@ -1,4 +1,4 @@
-"""Weights of metrics: found, checked, loaded."""
+"""Find, check and load the weights of metrics."""
 
 import os
 import pickle
@@ -27,11 +27,15 @@ TIMEOUT = 10  # seconds until the hub must have answered
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that a metric needs.
+    """One file or folder that a metric needs.
 
-    what: in words. name: of the published file, or of a folder as transformers writes it. hub: org/name of a folder, or
-    org/name/file. url: of the original, where it is on no hub. sha256: as published (whole, or its beginning), where that is
-    known. also: other names of the same file. folder: whether it is one.
+    what:   a description
+    name:   of the published file, or of a folder in transformers' layout
+    hub:    org/name of a folder, or org/name/file
+    url:    of the original, if it is not on the hub
+    sha256: as published (whole, or its beginning), if known
+    also:   other names of the same file
+    folder: whether it is a folder
     """
 
     what: str
@@ -45,7 +49,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Found:
-    """A part on this machine. hashes: sha256 of its weights' files."""
+    """A part that was found on this machine.
+
+    hashes: sha256 of its weight files
+    """
 
     part: Part
     path: Path
@@ -53,11 +60,11 @@ class Found:
 
     @property
     def identity(self) -> list[str]:
-        """What it is, whatever its files are called."""
+        """Return what identifies the part, independent of file names."""
         return list(self.hashes.values())
 
     def __str__(self) -> str:
-        """For a metric's source: what it is, and its hash, with a word if that is not the published one."""
+        """Return the part's description and hash; it says so if the hash is not the published one."""
         digest = self.identity[0]
         known = self.part.sha256
         published = " or ".join(each[:12] for each in known)
@@ -66,10 +73,11 @@ class Found:
 
 
 def find(metric: str, parts: Sequence[Part], given: str | None) -> list[Found]:
-    """Every part of a metric: from the place given, else a cache, else the hub.
+    """Find all parts of a metric: at the given place, else in a cache, else on the hub.
 
-    given: PLACE, or PLACE,PLACE … in the order of the parts (an empty one: the default), or a folder that holds parts under
-    their published names; a place is a path or a hub id. Raises UserError with what is missing and how to give it.
+    given: PLACE, or PLACE,PLACE … in the order of the parts (an empty one: the default), or a folder with the
+           parts under their published names. A place is a path or a hub id. None: the defaults.
+    Raises UserError with what is missing and how to give it.
     """
     places = _places(metric, given, len(parts))
     several = len(parts) > 1 and len(places) == 1 and Path(places[0]).expanduser().is_dir()
@@ -101,7 +109,11 @@ def _places(metric: str, given: str | None, count: int) -> list[str]:
 
 
 def _given(metric: str, part: Part, place: str, count: int, optional: bool) -> Path | None:
-    """A part at the place that was given for it, one of `count`; optional: the place may hold other parts only."""
+    """Return a part at the place that was given for it.
+
+    count:    of the metric's parts
+    optional: whether the place may lack this part
+    """
     if not place:
         return None
     path = Path(place).expanduser()
@@ -129,7 +141,10 @@ def _expected(part: Part) -> str:
 
 
 def _cached(part: Part) -> Path | None:
-    """Where torch.hub would have put it, for whichever package downloaded it."""
+    """Return the path in torch.hub's cache, where other packages may have downloaded it;
+
+    None if it is not there.
+    """
     import torch
 
     folder = Path(torch.hub.get_dir()) / "checkpoints"
@@ -141,7 +156,8 @@ def _default(metric: str, part: Part, count: int) -> Path:
     if part.hub:
         return _from_hub(metric, part, part.hub, count)
     raise UserError(
-        f"metric '{metric}' needs {part.what}: download {part.url} and give it with {_flag(metric, part, count)}"
+        f"metric '{metric}' needs {part.what}: download {part.url} and give it with "
+        f"{_flag(metric, part, count)}"
     )
 
 
@@ -151,7 +167,7 @@ def _flag(metric: str, part: Part, count: int) -> str:
 
 
 def _from_hub(metric: str, part: Part, place: str, count: int) -> Path:
-    """A folder or file of the hub: from its cache, else downloaded unless the hub is switched off."""
+    """Return a folder or file of the hub, from its cache or downloaded (unless the hub is switched off)."""
     fetch = _fetch_folder if part.folder else _fetch_file
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
     try:
@@ -163,7 +179,8 @@ def _from_hub(metric: str, part: Part, place: str, count: int) -> Path:
     except Exception as error:  # the hub's, or those of any library below it
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"metric '{metric}' needs {part.what}, and {place} is neither in the hub's cache nor can it be loaded ({reason}); "
+            f"metric '{metric}' needs {part.what}, and {place} is neither in the hub's cache nor can it be "
+            f"loaded ({reason}); "
             f"give its place with {_flag(metric, part, count)}"
         ) from error
 
@@ -182,7 +199,7 @@ def _fetch_file(place: str, local_files_only: bool) -> Path:
 
 
 def _fetch_folder(place: str, local_files_only: bool) -> Path:
-    """The config and the weights alone; pickled ones only where there are no others."""
+    """Download the config and the weights only; pickled weights only if there are no others."""
     from huggingface_hub import snapshot_download
 
     options: dict[str, Any] = {"local_files_only": local_files_only, "etag_timeout": TIMEOUT}
@@ -194,13 +211,16 @@ def _fetch_folder(place: str, local_files_only: bool) -> Path:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """What transformers would load: safetensors where there are any."""
+    """Return the files that transformers would load: safetensors if there are any."""
     files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
     return [path for path in files if path.suffix == ".safetensors"] or files
 
 
 def _hashes(part: Part, path: Path) -> dict[str, str]:
-    """Hashes of a part's files. Raises UserError for a file of a published name that is not what the name promises."""
+    """Return the hashes of a part's files.
+
+    Raises UserError for a file with a published name and another content.
+    """
     files = [*_weight_files(path), path / "config.json"] if part.folder else [path]
     if part.folder and len(files) == 1:
         raise UserError(
@@ -219,9 +239,11 @@ UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.Unpi
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or a pickled state dict, on the CPU; mapped, not read, where the format allows.
+    """Return the tensors of a .safetensors file or a pickled state dict, on the CPU.
 
-    Nothing but tensors is unpickled. Raises UserError if the file is broken, or something else.
+    They are memory-mapped if possible.
+
+    Nothing but tensors is unpickled. Raises UserError if the file is broken, or is something else.
     """
     try:
         if file.suffix == ".safetensors":
@@ -247,7 +269,7 @@ def _first_line(error: Exception) -> str:
 
 
 def check_network(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Raises UserError if a file lacks weights of a network, or has them in other shapes."""
+    """Raise UserError if a file lacks weights of a network, or has them in other shapes."""
     with torch.device("meta"):
         network = build()
     check_fit(network, tensors, str(where))
@@ -256,7 +278,7 @@ def check_network(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor],
 def load_network(
     build: Callable[[], Network], tensors: Mapping[str, Tensor], device: torch.device
 ) -> Network:
-    """The network with these weights in float32, ready to be used; what it does not know is left aside."""
+    """Return a network with these weights in float32, in eval mode; unknown tensors are ignored."""
     with torch.device("meta"):
         network = build()
     wanted = {name: tensors[name] for name in network.state_dict()}
@@ -268,19 +290,22 @@ def load_network(
 
 
 def check_folder(maker: Any, folder: Path) -> None:
-    """Raises UserError if a folder of transformers is not this model's, or lacks weights. Nothing is read but headers."""
+    """Raise UserError if a folder is not of this transformers class, or lacks weights.
+
+    Only headers are read.
+    """
     _made(maker, folder, folder, device_map="meta")
 
 
 def load_folder(maker: Any, folder: Path, device: torch.device) -> Any:
-    """A model of transformers from its folder, in float32. Raises UserError if weights are missing."""
+    """Load a transformers model from its folder, in float32. Raises UserError if weights are missing."""
     return _made(maker, folder, folder).to(device)
 
 
 def check_transformer(
     maker: Any, config: Any, tensors: Mapping[str, Tensor], where: Path, **options: Any
 ) -> None:
-    """Raises UserError if tensors, under the names that transformers has for them, are not all that a model needs."""
+    """Raise UserError if tensors, under transformers' names, are not all that a model needs."""
     shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
     _made(maker, None, where, config=config, state_dict=shapes, device_map="meta", **options)
 
@@ -288,13 +313,16 @@ def check_transformer(
 def load_transformer(
     maker: Any, config: Any, tensors: Mapping[str, Tensor], where: Path, device: torch.device, **options: Any
 ) -> Any:
-    """A model of transformers from such tensors, in float32."""
+    """Make a transformers model from such tensors, in float32."""
     state = {name: tensor.float() for name, tensor in tensors.items()}
     return _made(maker, None, where, config=config, state_dict=state, **options).to(device)
 
 
 def _made(maker: Any, source: Path | None, where: Path, **options: Any) -> Any:
-    """By transformers' own loader, which knows older names. What it would draw at random, or leave out, is an error."""
+    """Load with transformers' own loader, which knows older names.
+
+    Missing or left-over weights are an error.
+    """
     common = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
     for file in source.glob("*.safetensors") if source else ():
         read_header(file)
@@ -306,14 +334,15 @@ def _made(maker: Any, source: Path | None, where: Path, **options: Any) -> Any:
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
-            f"{where} lacks {len(missing)} weights of a {maker.__name__} (first: {missing[0]}); download it again"
+            f"{where} lacks {len(missing)} weights of a {maker.__name__} (first: {missing[0]}); "
+            "download it again"
         )
     return model.eval().requires_grad_(False)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own report of what is missing; ours is one sentence."""
+    """Hide transformers' own report of missing weights; our error is one sentence."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
