@@ -25,7 +25,8 @@ import numpy as np
 
 from afa.cli.flags import add_flags, read_flags
 from afa.experts.single_file import KNOWN_CONFIGS
-from afa.merging.settings import METHODS, MergeSettings
+from afa.merging.registry import MERGES, find_merge
+from afa.merging.settings import MergeSettings
 from afa.settings import option
 
 NUMBERS = 8  # at the beginning of every tensor
@@ -36,7 +37,7 @@ class Options:
     """One measurement, field by field a flag."""
 
     config: str = option("sd15", help="architecture of the files", choices=list(KNOWN_CONFIGS))
-    method: str = option("weighted", help="how to merge", choices=METHODS)
+    method: str = option("weighted", help="how to merge", choices=list(MERGES))
     experts: list[int] = option([2, 3, 5], help="how many experts, one merge each")
     folder: str | None = option(
         None, help="where the files are written for the time being (default: the system's)"
@@ -47,18 +48,17 @@ class Options:
 def write_sparse(file: Path, config: str, seed: int) -> int:
     """A checkpoint of original layout in float16: -> its size in bytes."""
     from afa.experts.meta_model import config_outline
-    from afa.merging.original import names_by_key, original_places, shape_to_original
-    from afa.merging.parts import today
-    from afa.merging.stages import key_stages
+    from afa.merging.keys import today
+    from afa.merging.single_file import names_by_key, original_places, shape_to_original
 
     header, end, parts = {}, 0, config_outline("bench", config).parts
     for part, model in parts.items():
         shapes = {today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         opened = part == "text_encoder_2" or (part == "text_encoder" and config.startswith("sd2"))
-        stages = key_stages([f"{part}.{name}" for name in shapes], parts["unet"])
-        places = original_places(part, shapes, stages=stages, xl="text_encoder_2" in parts, open_clip=opened)
+        xl = "text_encoder_2" in parts
+        places = original_places(part, shapes, parts[part], xl=xl, open_clip=opened)
         for key, names in names_by_key(places).items():
-            shape = shape_to_original(shapes[names[0]], places[names[0]].form)
+            shape = shape_to_original([shapes[name] for name in names], places[names[0]].form)
             header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + 2 * prod(shape)]}
             end += 2 * prod(shape)
     text = json.dumps(header).encode()
@@ -74,11 +74,11 @@ def write_sparse(file: Path, config: str, seed: int) -> int:
 
 def measure(files: list[str], output: str, method: str) -> dict[str, float]:
     """One merge in this process: -> its peak over what was held before, and its seconds."""
+    from afa.merging.engine import merge_files
     from afa.merging.plan import make_plan
-    from afa.merging.run import merge_files
 
     *experts, base = files
-    based = {"base": base} if method not in ("weighted", "mbw", "slerp") else {}
+    based = {"base": base} if find_merge(method).needs("base") else {}
     weights = {"weights": ["FLAT_50"]} if method == "mbw" else {}
     settings = MergeSettings(experts, output, method=method, **based, **weights)
     plan = make_plan(settings)

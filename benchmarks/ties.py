@@ -8,7 +8,7 @@ import argparse
 import torch
 
 from afa.experts.load import load_expert
-from afa.merging.differences import ties
+from afa.merging.rules import ties
 
 
 def flat(states: list[dict[str, torch.Tensor]], keys: list[str]) -> list[torch.Tensor]:

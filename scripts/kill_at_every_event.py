@@ -444,7 +444,7 @@ def warm_up() -> None:
         diffusers.DDIMScheduler,
     )
     _ = transformers.CLIPTextModel, transformers.CLIPTokenizerFast
-    rooms = "training.run controls.run generation.run evaluation.run evaluation.report.files merging.run merging.search.run screening.run"
+    rooms = "training.run controls.run generation.run evaluation.run evaluation.report.files merging.engine merging.search screening.run"
     for module in [
         *COMMANDS.values(),
         *(f"afa.{room}" for room in f"{rooms} explanation.run screening.report demo.draw".split()),

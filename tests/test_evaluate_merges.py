@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from afa.evaluation.run import evaluate
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.setup import Setup
-from afa.evaluation.untrained import RAMPS, merge_rows, ramp
+from afa.evaluation.untrained import merge_rows, ramp
+from afa.merging.rules import RAMPS
 from afa.training.finetune import RECORD
 from afa.training.run import train
 from afa.training.settings import TrainSettings

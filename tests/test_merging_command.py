@@ -12,11 +12,11 @@ from afa.cli import merge
 from afa.errors import UserError
 from afa.experts.spec import ExpertSpec
 from afa.files import sha256
+from afa.merging.engine import merge_files, write
 from afa.merging.plan import make_plan
-from afa.merging.presets import PRESETS
-from afa.merging.run import FileMerge, merge_files
 from afa.merging.settings import MergeSettings
 from afa.merging.sources import Reader, open_source
+from afa.merging.weights import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_an_interrupted_merge_leaves_nothing(output, home, tmp_path):
 
     plan = make_plan(settings(home, tmp_path / output, "a", "b"))
     with Reader() as reader, pytest.raises(DiskFullError):
-        FileMerge(plan, reader, [], Bar()).write({"format": "pt"})
+        write(plan, reader, {"format": "pt"}, Bar())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,7 +102,7 @@ REFUSALS = [
     (["--experts", "a", "x=b.safetensors", "--output", "./b.safetensors"], "--output b.safetensors is expert 'x' itself"),
     (["--experts", "a", "b", "--output", "base.safetensors"], "base.safetensors exists already"),
     (["--experts", "a", "b", "--output", "m.ckpt"], "m.ckpt would be a pickle"),
-    (["--experts", "a", "b+lora.safetensors"], "expert 'b' has a LoRA (lora.safetensors)"),
+    (["--experts", "a", "b+lora.safetensors"], "expert 'b': there is no LoRA file lora.safetensors"),
 ]
 
 

@@ -17,12 +17,12 @@ from afa.errors import UserError
 from afa.experts.load import load_expert
 from afa.experts.single_file import load_tokenizers
 from afa.merging import sources
+from afa.merging.engine import merge_files, write
 from afa.merging.memory import merge_pipelines
 from afa.merging.plan import make_plan
-from afa.merging.run import FileMerge, merge_files
+from afa.merging.registry import find_merge
 from afa.merging.settings import MergeSettings
 from afa.merging.sources import Reader
-from afa.merging.table import PAIRS, needs
 
 OPTIONS = {"mbw": ["--weights", "GRAD_V"], "dare": ["--drop", "0.3", "--seed", "7"]}
 IN_MEMORY = {"mbw": {"weights": "GRAD_V"}, "dare": {"drop": 0.3, "seed": 7}}
@@ -47,8 +47,8 @@ def read(path: Path, config: Path) -> StableDiffusionPipeline:
 
 @pytest.mark.parametrize("method", MERGES)
 def test_streaming_equals_in_memory(method, home, pipes, tmp_path):
-    experts = ["a", "b"] if method in (*PAIRS, "mbw") else ["a", "b", "c"]
-    based = needs(method, "base")
+    experts = ["a", "b"] if method == "mbw" or find_merge(method).experts == 2 else ["a", "b", "c"]
+    based = find_merge(method).needs("base")
     base = ["--base", home / "base"] if based else []
     arguments = ["--method", method, "--experts", *(home / name for name in experts), *base, *OPTIONS.get(method, [])]
     assert afa_merge(*arguments, "--output", tmp_path / "merged") == 0
@@ -248,7 +248,27 @@ def test_only_one_keys_tensors_are_in_memory_however_many_experts(experts, outpu
             pass
 
     with CountingReader() as reader:
-        FileMerge(plan, reader, [], Bar()).write({"format": "pt"})
+        write(plan, reader, {"format": "pt"}, Bar())
     largest = max(4 * stored.numbers for stored in plan.first.tensors.values())
     assert largest < reader.most <= len(experts) * largest
+    assert reader.alive == 0
+
+
+def test_the_tensors_of_a_recipe_of_steps_are_let_go_one_key_after_the_other(home, tmp_path):
+    names = {name: str(home / name) for name in ("a", "b", "c")}
+    (tmp_path / "merge.toml").write_text(
+        '[[step]]\nname = "one"\nexperts = ["{a}", "{b}"]\n'
+        '[[step]]\nname = "two"\nexperts = ["one", "{c}"]\n'
+        '[[step]]\nexperts = ["one", "two"]\n'.format(**names)
+    )
+    plan = make_plan(MergeSettings(output=str(tmp_path / "merged"), recipe=str(tmp_path / "merge.toml")))
+
+    class Bar:
+        def update(self):
+            pass
+
+    with CountingReader() as reader:
+        write(plan, reader, {"format": "pt"}, Bar())
+    largest = max(4 * stored.numbers for stored in plan.first.tensors.values())
+    assert largest < reader.most <= 3 * largest  # a and b are read once, though two steps use their merge
     assert reader.alive == 0

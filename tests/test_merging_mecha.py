@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 from tiny import scheduler, sd_unet
 from torch import Tensor
 
-from afa.merging.differences import dare, model_stock, ties
-from afa.merging.rules import slerp
-from afa.merging.run import merge_files
+from afa.merging.engine import merge_files
+from afa.merging.rules import dare, model_stock, slerp, ties
 from afa.merging.settings import MergeSettings
 
 sd_mecha = pytest.importorskip("sd_mecha")

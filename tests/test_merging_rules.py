@@ -1,5 +1,6 @@
 """The laws of every merge of the table, on one key's tensors, and a case of each computed by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,10 +8,20 @@ import torch
 from torch import Tensor
 
 from afa.errors import UserError
-from afa.merging.differences import add_difference, dare, model_stock, task_arithmetic, ties
-from afa.merging.rules import mbw, slerp, weighted
-from afa.merging.settings import METHODS, OPTIONS
-from afa.merging.table import GIVEN, MERGES, PAIRS, check_merge, find_merge, merge_key, needs, options_of
+from afa.merging.keys import merge_key
+from afa.merging.registry import MERGES, check_merge, find_merge
+from afa.merging.rules import (
+    GIVEN,
+    add_difference,
+    dare,
+    mbw,
+    model_stock,
+    slerp,
+    task_arithmetic,
+    ties,
+    weighted,
+)
+from afa.merging.settings import FLAGS
 
 REQUIRED = {"mbw": {"weights": {"base": (0.25, 0.75)}}}
 # method -> options under which the result is the named tensor: 0, 1 of the experts, or the base
@@ -41,20 +52,26 @@ def tensors(count: int, shape: tuple[int, ...] = (4, 4), dtype: torch.dtype = to
 
 
 def merge(method: str, experts: list[Tensor], base: Tensor | None = None, **options) -> Tensor:
-    given = base if needs(method, "base") else None
-    return merge_key(find_merge(method), experts, given, key="unet.k", **{**REQUIRED.get(method, {}), **options})
+    given = base if MERGES[method].needs("base") else None
+    return merge_key(find_merge(method).rule, experts, given, key="unet.k", **{**REQUIRED.get(method, {}), **options})
 
 
-def test_the_command_line_knows_every_merge_and_every_option():
-    assert list(MERGES) == METHODS
-    assert {option for method in MERGES for option in options_of(method)} == set(OPTIONS)
+def options_of(method: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(MERGES[method].options)]
+
+
+def test_the_command_line_knows_every_option():
+    assert {option for method in MERGES for option in options_of(method)} == set(FLAGS)
+    assert all(merge.name == name for name, merge in MERGES.items())
 
 
 @pytest.mark.parametrize("method", MERGES)
 def test_every_merge_says_what_it_does_and_where_it_is_from(method):
-    text = MERGES[method].__doc__
-    assert "Source:" in text
-    assert all(f"{option}:" in text for option in options_of(method) if option != "base_alpha")  # that is stage_weights' own
+    merge = MERGES[method]
+    assert "Source:" in merge.rule.__doc__
+    assert all(f"{option}:" in merge.rule.__doc__ for option in options_of(method) if option != "base_alpha")  # of stage_weights
+    assert merge.title and merge.help and merge.row
+    assert all(field.metadata["help"] for field in dataclasses.fields(merge.options))
 
 
 @pytest.mark.parametrize(("method", "options", "end"), ENDS)
@@ -231,7 +248,7 @@ REFUSALS = [
     ("slerp", 2, False, {"t": 1.5}, "slerp: t 1.5 is too large; the most is 1"),
     ("dare", 2, True, {"drop": 1.0}, "dare: drop 1 is too large; it must be below 1"),
     ("ties", 2, True, {"scale": math.nan}, "ties: scale nan is no finite number"),
-    *[(method, 2, False, {}, f"{method} adds what experts learnt to their base") for method in MERGES if needs(method, "base")],
+    *[(method, 2, False, {}, f"{method} adds what experts learnt to their base") for method in MERGES if MERGES[method].needs("base")],
 ]
 
 
@@ -243,6 +260,5 @@ def test_what_does_not_belong_to_a_merge_is_refused_in_one_sentence(method, expe
     assert "\n" not in str(refusal.value)
 
 
-def test_what_rules_are_told_are_not_their_options():
+def test_what_the_engine_gives_to_rules_is_none_of_their_options():
     assert all(name not in options_of(method) for method in MERGES for name in GIVEN)
-    assert set(PAIRS) <= set(MERGES)

@@ -11,11 +11,10 @@ from tiny import sd_unet, sdxl_unet
 from tiny_transformers import flux_transformer, sd3_transformer
 
 from afa.errors import UserError
+from afa.merging.keys import key_stages, stage_names
 from afa.merging.memory import PartsMerge
-from afa.merging.original import original_places
-from afa.merging.presets import PRESETS, preset_weights
-from afa.merging.stages import key_stages, stage_names
-from afa.merging.weights import stage_weights
+from afa.merging.single_file import original_places
+from afa.merging.weights import PRESETS, preset_weights, stage_weights
 from afa.models.registry import FAMILIES, Family, family_of, stages_of
 from afa.stages.tokens import Block, Head
 from afa.training.finetune import adapted
@@ -62,7 +61,7 @@ def test_a_transformers_blocks_are_its_stages_by_number(make, letter):
 def test_the_original_layout_numbers_the_same_stages(unet, expected):
     """input_blocks.4 is IN04: that is where the community's names come from."""
     stages = key_stages([f"unet.{name}" for name in unet.state_dict()], unet)
-    places = original_places("unet", list(unet.state_dict()), stages=stages)
+    places = original_places("unet", {name: tensor.shape for name, tensor in unet.state_dict().items()}, unet)
     assert stage_names(unet) == expected
     for name, place in places.items():
         found = re.search(r"\.(input|output)_blocks\.(\d+)\.", place.key)

@@ -12,13 +12,20 @@ from tiny import sd_pipeline
 from afa.cli.main import main
 from afa.errors import UserError
 from afa.experts.load import load_expert
-from afa.merging.search.bayesian import bayesian_search, best_point
-from afa.merging.search.coordinate import LINES, coordinate_search, groups
-from afa.merging.search.journal import Journal
-from afa.merging.search.means import MEANS
-from afa.merging.search.run import BEST, POINTS, as_toml, evaluations, search
-from afa.merging.search.settings import SearchSettings
-from afa.merging.search.space import Space, key, moved
+from afa.merging.optimisers import (  # fmt: skip
+    LINES,
+    MEANS,
+    Journal,
+    Space,
+    bayesian_search,
+    best_point,
+    coordinate_search,
+    groups,
+    key,
+    moved,
+)
+from afa.merging.search import BEST, POINTS, as_toml, evaluations, search
+from afa.merging.settings import SearchSettings
 
 SPACE = Space(("IN00", "IN01", "M00", "OUT00", "OUT01"), 2)
 GOAL = {"base": 0.3, "M00": 0.7, "IN00": 0.0, "IN01": 1.0, "OUT00": 0.5, "OUT01": 0.2}
@@ -227,7 +234,7 @@ def test_transformers_are_searched_by_their_own_stages(how, transformers, tmp_pa
 
 def test_a_finished_search_judges_nothing_again_and_may_be_extended(settings, monkeypatch):
     first = search(settings)
-    monkeypatch.setattr("afa.merging.search.run.sample", lambda *given: pytest.fail("drawn again"))
+    monkeypatch.setattr("afa.merging.search.sample", lambda *given: pytest.fail("drawn again"))
     assert search(settings) == first
     monkeypatch.undo()
     assert search(replace(settings, trials=7))["merges"] == 7

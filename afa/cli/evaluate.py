@@ -17,9 +17,9 @@ EXAMPLES = [
 
 
 def _methods() -> list[tuple[str, str]]:
-    from afa.evaluation.names import METHODS
+    from afa.evaluation.names import known_methods
 
-    return list(METHODS.items())
+    return list(known_methods().items())
 
 
 def _metrics() -> list[tuple[str, str]]:

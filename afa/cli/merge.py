@@ -1,14 +1,24 @@
 """Merge experts into one new checkpoint: weighted, by blocks, by differences from their base, and more.
 
-Tensors are read and written one after the other, so a merge of any number of models needs the memory of one tensor of
-each. Expert folders and single files may be mixed; SD3 and FLUX.1 are merged from folders to a folder. Text encoders are
-merged with the denoiser; the VAE is the first expert's. How it was made, and the sha256 of every file it was made from,
-stand in the header of the files written.
+Tensors are read and written one after the other, so a merge of any number of models needs the memory of one
+tensor of each. Expert folders and single files may be mixed, each with LoRAs
+(base.safetensors+style.safetensors*0.8). SD 1.x, 2.x and XL are written as a folder or a single file,
+denoisers alone as their first expert is, other pipelines as a folder. Text encoders are merged with the
+denoiser; the VAE is the first expert's. How it was made, and the sha256 of every file it was made from, stand
+in the header of the files written; --recipe makes it again. Several steps: --recipe FILE.toml, see
+docs/merging.md.
+"""
 
-  weighted         Σ wᵢ θᵢ, equal weights by default           mbw          weighted, stage by stage
-  add_difference   A + alpha (B - base)                        slerp        along the great circle, from A to B
-  task_arithmetic  base + scale Σ (θᵢ - base)                  dare         the same, most differences dropped at random
-  ties             base + scale · the differences that agree   model_stock  mean, closer to base the less experts agree
+import json
+from typing import Any
+
+from afa.merging.registry import MERGES
+from afa.merging.settings import MergeSettings as Options
+from afa.pages.numbers import scaled
+
+METHODS = "\n".join(f"  {name:<17}{merge.help}" for name, merge in MERGES.items())
+__doc__ = f"""{__doc__}
+{METHODS}
 
 A TOML file of block weights names stages: IN00 = 0.5 (the second expert's share) or IN00 = [2, 1, 1] (for three), `base`
 for all but the denoiser, `others` for the rest. Stages: IN00 … M00 … OUT11 of SD 1.x and 2.x, IN00 … OUT08 of XL, J00 … OUT
@@ -16,12 +26,6 @@ of SD3, D00 … S00 … OUT of FLUX.1; `afa inspect` shows a model's. Presets, f
 FLAT_50 FLAT_75 WRAP08 WRAP12 WRAP14 WRAP16 MID12_50 OUT07 OUT12 OUT12_5 RING08_5 RING08_SOFT RING10_3 RING10_5 SMOOTHSTEP
 REVERSE_SMOOTHSTEP ALL_A ALL_B
 """
-
-import json
-from typing import Any
-
-from afa.merging.settings import MergeSettings as Options
-from afa.pages.numbers import scaled
 
 EXAMPLES = [
     "afa merge --experts demo:curves demo:angles demo:patterns --weights 2 1 1 --output soup",
@@ -33,8 +37,8 @@ EXAMPLES = [
 def run(options: Options) -> None:
     """Plan, merge, say where it is."""
     from afa.cli.main import hush
+    from afa.merging.engine import merge_files
     from afa.merging.plan import make_plan
-    from afa.merging.run import merge_files
 
     hush()
     plan = make_plan(options)
@@ -48,26 +52,24 @@ def run(options: Options) -> None:
 
 def _plan(facts: dict[str, Any]) -> str:
     """The plan as lines."""
-    settings = {
-        name: value
-        for name, value in facts["options"].items()
-        if name != "weights" or facts["method"] == "weighted"
-    }
+    earlier = facts.get("steps", [])
+    lines = [line for step in earlier for line in (f"step     {step['name']}", *_step(step))]
+    lines += ["step     the result"] if earlier else []
+    size = f"{facts['tensors']:,} tensors, {scaled(facts['bytes'], 'B')}, dtype {facts['dtype']}, {facts['layout']} layout"
+    memory = f"memory   about {scaled(facts['memory_bytes'], 'B')} besides the program itself"
+    return "\n".join([*lines, *_step(facts), f"output   {facts['output']}: {size}", memory])
+
+
+def _step(facts: dict[str, Any]) -> list[str]:
+    """One merge as lines."""
+    settings = {name: value for name, value in facts["options"].items() if facts["method"] != "mbw"}
     named = "  ".join(f"{name} {_short(value)}" for name, value in settings.items())
     lines = [f"method   {facts['method']}{f'  {named}' if named else ''}"]
     lines += [f"expert   {name}  {path}" for name, path in facts["experts"].items()]
     lines += [f"base     {facts['base']}"] if facts["base"] else []
     lines += _stages(facts["options"]["weights"]) if facts["method"] == "mbw" else []
     vae = {None: "none", "merged": "merged"}.get(facts["vae"], f"of {facts['vae']}")
-    lines += [f"merged   {', '.join(facts['merged'])}; VAE {vae}"]
-    size = f"{facts['tensors']:,} tensors, {scaled(facts['bytes'], 'B')}, dtype {facts['dtype']}, {facts['layout']} layout"
-    return "\n".join(
-        [
-            *lines,
-            f"output   {facts['output']}: {size}",
-            f"memory   about {scaled(facts['memory_bytes'], 'B')} besides the program itself",
-        ]
-    )
+    return [*lines, f"merged   {', '.join(facts['merged'])}; VAE {vae}"]
 
 
 def _stages(weights: dict[str, tuple[float, ...]]) -> list[str]:

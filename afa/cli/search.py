@@ -6,7 +6,7 @@ Leaves best.toml for `afa merge --method mbw --weights best.toml`. Interrupt it 
 import json
 from typing import Any
 
-from afa.merging.search.settings import SearchSettings as Options
+from afa.merging.settings import SearchSettings as Options
 
 PROMPT = '"a red star left of a blue ring on a dotted mint background"'
 EXAMPLES = [
@@ -18,7 +18,7 @@ EXAMPLES = [
 def run(options: Options) -> None:
     """Search, say what was found."""
     from afa.cli.main import hush
-    from afa.merging.search.run import search
+    from afa.merging.search import search
 
     hush()
     if options.dry_run:
@@ -37,8 +37,8 @@ def _facts(options: Options) -> dict[str, Any]:
     """What a search would do."""
     from afa.experts.load import load_experts
     from afa.merging.memory import InMemoryMerge
-    from afa.merging.search.run import evaluations
-    from afa.merging.search.space import Space
+    from afa.merging.optimisers import Space
+    from afa.merging.search import evaluations
 
     experts = load_experts(options.experts, config=options.config, prediction_type=options.prediction_type)
     space = Space(InMemoryMerge(experts).stages, len(experts))

@@ -3,19 +3,14 @@
 from collections.abc import Sequence
 
 from afa.errors import UserError, unknown
+from afa.merging.registry import MERGES
 
-METHODS: dict[str, str] = {
+BEFORE = {
     "single": "each expert alone, as the pipeline it came as",
     "single_in_ensemble": "each expert alone in the ensemble's frame (its VAE, text encoders and scheduler): the control for the frame",
-    "weighted": "one model of averaged weights",
-    "mbw": "one model, weights averaged stage by stage along the community's presets",
-    "auto_mbw": "the same with weights searched for by score",
-    "add_difference": "the best expert plus what the second learnt",
-    "task_arithmetic": "the base plus what all experts learnt",
-    "ties": "the same, trimmed and with elected signs",
-    "dare": "the same, differences dropped at random",
-    "model_stock": "the mean of the experts, drawn back to the base",
-    "slerp": "the two best experts, interpolated on the sphere",
+}
+SEARCHED = {"auto_mbw": "the same with weights searched for by score"}  # stands after mbw
+AFTER = {
     "random_expert": "one expert an image, drawn by its seed",
     "noise_average": "the experts' predictions, averaged",
     "feature_mean": "the untrained ensemble: the experts' features, averaged at every stage",
@@ -34,9 +29,17 @@ METHODS: dict[str, str] = {
 ALWAYS = ("single", "afa")  # what everything else is compared with
 
 
+def known_methods() -> dict[str, str]:
+    """Every method of comparisons and what it is, in the order of the table; the merges are the registry's."""
+    merges = [(name, merge.row) for name, merge in MERGES.items()]
+    place = 1 + [name for name, _ in merges].index("mbw")
+    return {**BEFORE, **dict(merges[:place]), **SEARCHED, **dict(merges[place:]), **AFTER}
+
+
 def chosen_methods(given: Sequence[str]) -> tuple[str, ...]:
     """The methods that were asked for, in the table's order, with what they are compared with. Raises UserError for others."""
+    known = known_methods()
     for name in given:
-        if name != "all" and name not in METHODS:
-            raise UserError(unknown(name, METHODS, "method"))
-    return tuple(name for name in METHODS if "all" in given or name in given or name in ALWAYS)
+        if name != "all" and name not in known:
+            raise UserError(unknown(name, known, "method"))
+    return tuple(name for name in known if "all" in given or name in given or name in ALWAYS)

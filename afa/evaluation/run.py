@@ -19,7 +19,7 @@ from afa.errors import UserError
 from afa.evaluation.images import ImageSet, make_images
 from afa.evaluation.judge import Judge, Judged
 from afa.evaluation.methods import all_rows, study_rows
-from afa.evaluation.names import METHODS, chosen_methods
+from afa.evaluation.names import chosen_methods, known_methods
 from afa.evaluation.results import Method, Results, Run, machine, versions
 from afa.evaluation.rows import Options, Row, Trained, training_runs
 from afa.evaluation.settings import EvaluateSettings
@@ -341,5 +341,5 @@ def best_of_n(methods: list[Method], primary: str) -> list[Method]:
         for name in sorted(shared)
     }
     seconds = np.sum([run.seconds for run in alone], axis=0).tolist()
-    note = METHODS["best_of_n"]
+    note = known_methods()["best_of_n"]
     return [Method("best_of_n", "bound", "best of N (oracle)", [Run(0, "", scores, {}, seconds)], note=note)]

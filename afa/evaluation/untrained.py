@@ -14,107 +14,29 @@ from afa.evaluation.setup import Setup
 from afa.evaluation.tuning import Tuner
 from afa.experts.expert import Expert
 from afa.files import write_atomically
+from afa.merging.keys import BASE
 from afa.merging.memory import InMemoryMerge
-from afa.merging.presets import has_presets, preset_weights
-from afa.merging.search.bayesian import bayesian_search
-from afa.merging.search.journal import Journal
-from afa.merging.search.run import BEST, POINTS, as_toml
-from afa.merging.search.space import Space, Weights
-from afa.merging.stages import BASE
-from afa.merging.table import PAIRS, needs
+from afa.merging.optimisers import Journal, Space, Weights, bayesian_search
+from afa.merging.registry import MERGES, find_merge
+from afa.merging.rules import ahead
+from afa.merging.search import BEST, POINTS, as_toml
+from afa.merging.weights import has_presets, preset_weights
 from afa.sampling.registry import make_sampler
 from afa.sampling.sample import Sampler, sample
 
-MERGE_TITLES = {
-    "weighted": "weighted merge",
-    "mbw": "MBW",
-    "add_difference": "add difference",
-    "task_arithmetic": "task arithmetic",
-    "ties": "TIES",
-    "dare": "DARE",
-    "model_stock": "model stock",
-    "slerp": "slerp",
-}
-SHAPES = (
-    "GRAD_V",
-    "GRAD_A",
-    "WRAP12",
-    "SMOOTHSTEP",
-    "OUT12",
-    "MID12_50",
-)  # of presets, each in both directions
-RAMPS = (
-    (0.0, 1.0),
-    (0.25, 0.75),
-)  # the second's share at the first and at the last stage, where there are no presets
-SCALES = (0.3, 0.5, 0.7, 1.0)
-
 
 def merge_rows(setup: Setup) -> list[Row]:
-    """One row a rule. Rows that need the base say so when they are run."""
-    titles = {
-        **MERGE_TITLES,
-        "mbw": f"{MERGE_TITLES['mbw']}, {'presets' if _has_presets(setup) else 'ramps'}",
-    }
-    return [
-        Row(
-            name,
-            "merge",
-            title,
-            functools.partial(_merge_sampler, setup, name),
-            tuple(_merge_candidates(name, setup)),
-            based=needs(name, "base"),
+    """One row a merge of the registry. Rows that need the base say so when they are run."""
+    stages = [stage["name"] for stage in setup.manifest.stages]
+    rows = []
+    for name, merge in MERGES.items():
+        curves = "" if name != "mbw" else ", presets" if has_presets(stages) else ", ramps"
+        candidates = tuple(merge.candidates(len(setup.names), stages))
+        sampler = functools.partial(_merge_sampler, setup, name)
+        rows.append(
+            Row(name, "merge", f"{merge.title}{curves}", sampler, candidates, based=merge.needs("base"))
         )
-        for name, title in titles.items()
-    ]
-
-
-def _merge_candidates(name: str, setup: Setup) -> list[Options]:
-    """Options to choose among on the tuning images; the first is the method's default."""
-    count = len(setup.names)
-    makers: dict[str, Callable[[], list[Options]]] = {
-        "weighted": lambda: [{"weights": weights} for weights in shares(count)],
-        "mbw": lambda: [
-            {**shape, "order": order} for shape in _shapes(setup) for order in ("best first", "second first")
-        ],
-        "add_difference": lambda: [
-            {"alpha": alpha, "order": order} for alpha in SCALES for order in ("best first", "second first")
-        ],
-        "task_arithmetic": lambda: [{"scale": scale} for scale in (1 / count, *SCALES)],
-        "ties": lambda: [
-            {"scale": scale, "density": density}
-            for density, scale in itertools.product((0.2, 0.5), (1.0, 0.5))
-        ],
-        "dare": lambda: [
-            {"scale": scale, "drop": drop} for drop, scale in itertools.product((0.5, 0.9), (1 / count, 0.5))
-        ],
-        "model_stock": lambda: [{}],
-        "slerp": lambda: [{"t": t, "order": "best first"} for t in (0.5, 0.3, 0.7)],
-    }
-    return makers[name]()
-
-
-def _shapes(setup: Setup) -> list[Options]:
-    """How block weights may run from the first stage to the last: as presets do, which are for U-Nets, else straight."""
-    return (
-        [{"preset": name} for name in SHAPES]
-        if _has_presets(setup)
-        else [{"first": first, "last": last} for first, last in RAMPS]
-    )
-
-
-def _has_presets(setup: Setup) -> bool:
-    return has_presets([stage["name"] for stage in setup.manifest.stages])
-
-
-def shares(count: int) -> list[list[float]]:
-    """Equal shares, and one expert ahead of the others."""
-    ahead = (
-        [[0.6 if place == first else 0.4 / (count - 1) for place in range(count)] for first in range(count)]
-        if count > 1
-        else []
-    )
-    return [[1 / count] * count, *ahead]
+    return rows
 
 
 def _merge_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampler:
@@ -122,7 +44,8 @@ def _merge_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampl
     options = dict(options)
     best_first = options.pop("order", "best first") == "best first"
     pair = setup.ranking[:2] if best_first else setup.ranking[1::-1]
-    merge = merger(setup, pair if name in PAIRS else setup.names, needs(name, "base"))
+    rule = find_merge(name)
+    merge = merger(setup, pair if rule.experts == 2 else setup.names, rule.needs("base"))
     if name == "mbw":
         curve = (
             preset_weights(options["preset"], merge.stages)
@@ -209,7 +132,7 @@ def _rival_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampl
 def _sampling_candidates(name: str, setup: Setup) -> tuple[Options, ...]:
     """Options to choose among on the tuning images; the first is the method's default."""
     makers: dict[str, Callable[[], list[Options]]] = {
-        "noise_average": lambda: [{"weights": weights} for weights in shares(len(setup.names))],
+        "noise_average": lambda: [{"weights": weights} for weights in ahead(len(setup.names))],
         "timestep_experts": lambda: [{"table": table} for table in _tables(setup)],
         "magicfusion": lambda: [
             {"general": general, "mode": mode, "t0": t0}

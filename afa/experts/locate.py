@@ -51,14 +51,7 @@ def locate(spec: ExpertSpec) -> Located:
 
     What exists here is never taken for a hub id, and a mistyped path is not looked for on the network.
     """
-    for lora in spec.loras:
-        if not exists(lora.path):
-            raise UserError(f"expert '{spec.name}': there is no LoRA file {lora.path}")
-        _check_plain(Path(lora.path))
-        if Path(lora.path).suffix != ".safetensors":
-            raise UserError(
-                f"expert '{spec.name}': the LoRA {lora.path} is no .safetensors file; convert pickles first"
-            )
+    check_loras(spec)
     path, there = Path(spec.source), exists(spec.source)
     if there and path.is_dir():
         settled(path)  # a merge that was killed at its end
@@ -84,6 +77,18 @@ def locate(spec: ExpertSpec) -> Located:
     if from_file or not HUB_ID.fullmatch(spec.source) or ".." in spec.source.split("/"):
         raise UserError(f"there is no folder or file {spec.source}")
     return _from_hub(spec)
+
+
+def check_loras(spec: ExpertSpec) -> None:
+    """Raises UserError for a LoRA file of an expert that is not there, or not of a kind that is read."""
+    for lora in spec.loras:
+        if not exists(lora.path):
+            raise UserError(f"expert '{spec.name}': there is no LoRA file {lora.path}")
+        _check_plain(Path(lora.path))
+        if Path(lora.path).suffix != ".safetensors":
+            raise UserError(
+                f"expert '{spec.name}': the LoRA {lora.path} is no .safetensors file; convert pickles first"
+            )
 
 
 def _check_plain(path: Path) -> None:

@@ -1,40 +1,67 @@
 """What a merge of files will read and write, checked before anything is written."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from afa.devices import choose_device
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
-from afa.experts.headers import DTYPES
+from afa.experts.headers import BITS, DTYPES
 from afa.experts.load import check_names
+from afa.experts.locate import check_loras
+from afa.experts.prediction import keys_of
 from afa.experts.spec import ExpertSpec
 from afa.files import present, refuse_busy
-from afa.merging.layout import Item, diffusers_files, original_file
-from afa.merging.parts import MERGED, check_same_keys
+from afa.merging.keys import (
+    MERGED,
+    TEXT_ENCODERS,
+    cast,
+    check_same_keys,
+    check_values,
+    equal,
+    merge_key,
+    stage_names,
+)
+from afa.merging.recipe import Recipe, Step, recipe_of
+from afa.merging.registry import check_merge, find_merge
 from afa.merging.settings import MergeSettings
-from afa.merging.sources import Source, open_source, open_vae
-from afa.merging.stages import stage_names
-from afa.merging.table import check_merge, options_of
-from afa.merging.weights import stage_weights
-from afa.settings import shares
+from afa.merging.single_file import Place, names_by_key, original_places, shape_to_original
+from afa.merging.sources import Reader, Source, Stored, add_loras, open_source, open_vae
 
 LATENTS = "vae.decoder.conv_in.weight"  # its second dimension is the latents' channels
+CODES = {dtype: code for code, dtype in DTYPES.items()}  # as a .safetensors header has them
+TYPES = {code: getattr(torch, name) for code, name in DTYPES.items()} | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
 
 
 @dataclass
-class Plan:
-    """Everything that is decided: sources, which parts are merged, and the files to write, by their path in the output."""
+class PlannedStep:
+    """One step with its inputs found: the tensors of its result, one at a time.
 
-    settings: MergeSettings
-    options: dict[str, Any]
+    options: complete
+    same:    parts that are the same in all experts and the base, taken from the first as they are
+    """
+
+    step: Step
     experts: list[Source]
     base: Source | None
     vae: Source | None
-    stages: dict[str, str]
-    files: dict[str, list[Item]]
+    options: dict[str, Any]
+    device: torch.device
+    same: list[str] = field(default_factory=list)
+    fallen_back: int = 0  # tensors that the rule left as the base has them
+    _kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def first(self) -> Source:
@@ -44,20 +71,129 @@ class Plan:
     def sources(self) -> list[Source]:
         """All that is read, each once."""
         found = [*self.experts, *(source for source in (self.base, self.vae) if source is not None)]
-        return [source for place, source in enumerate(found) if not any(source is other for other in found[:place])]
+        return [
+            source
+            for place, source in enumerate(found)
+            if not any(source is other for other in found[:place])
+        ]
 
-    @property
+    @cached_property
     def merged_parts(self) -> list[str]:
-        return [part for part in self.first.parts if part in MERGED or (part == "vae" and self.settings.merge_vae)]
+        return [
+            part for part in self.first.parts if part in MERGED or (part == "vae" and self.step.merge_vae)
+        ]
 
     def parts_of(self, source: Source) -> list[str]:
         """What is read of a source."""
         merged = self.merged_parts if any(source is one for one in (*self.experts, self.base)) else []
-        return [*merged, *(["vae"] if source is self.vae else [])]
+        return [*merged, *(["vae"] if source is self.vae and "vae" not in merged else [])]
 
     def origin(self, part: str) -> Source:
         """Where a part comes from that is not merged, and how it is laid out if it is."""
         return self.vae if part == "vae" and self.vae is not None else self.first
+
+    def as_source(self, name: str) -> Source:
+        """The result as an expert of a later step: laid out as the first expert."""
+        first = self.first
+        assert first.outline is not None
+        tensors = {key: stored for key, stored in first.tensors.items() if not key.startswith("vae.")}
+        vae = self.vae.tensors.items() if self.vae is not None else ()
+        tensors |= {key: stored for key, stored in vae if key.startswith("vae.")}
+        if self.step.dtype is not None:
+            kept = {key: replace(one, dtype=self.step.dtype) for key, one in tensors.items() if one.is_float}
+            tensors |= kept
+        outline = replace(first.outline, expert=replace(first.outline.expert, name=name))
+        return Source(name, first.located, tensors, first.config, first.spare, outline, step=self)
+
+    def kept(self, key: str, reader: Reader) -> Tensor:
+        """One key's value, computed once while a tensor of the result is made."""
+        if key not in self._kept:
+            dtype = getattr(torch, self.step.dtype) if self.step.dtype is not None else None
+            self._kept[key] = self.value(key, reader, dtype)
+        return self._kept[key]
+
+    def forget(self) -> None:
+        self._kept.clear()
+
+    @torch.no_grad()
+    def value(self, key: str, reader: Reader, dtype: torch.dtype | None) -> Tensor:
+        """One key's merged value, or the value of the expert it comes from.
+
+        dtype: of the result; None: as exact as it is computed
+        Raises UserError for what is not finite, or does not fit, naming key and expert.
+        """
+        part = key.partition(".")[0]
+        sources = [self.origin(part)]
+        if part in self.merged_parts and part not in self.same:
+            sources = [*self.experts, *([self.base] if self.base else [])]
+            sources = [source for source in sources if key in source.tensors]
+        tensors = [source.read(key, reader) for source in sources]
+        check_values(key, tensors, [source.name for source in sources])
+        first = tensors[0]
+        if not first.is_floating_point() or all(equal(first, other) for other in tensors[1:]):
+            return (
+                first
+                if dtype in (None, first.dtype) or not first.is_floating_point()
+                else cast(first, dtype, key)
+            )
+        if dtype is None:
+            dtype = (
+                torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+            )
+        moved = [tensor.to(self.device) for tensor in tensors]
+        base = moved.pop() if self.base else None
+        where: dict[str, Any] = {
+            "key": key,
+            "stage": self.first.stages[key],
+            "dtype": dtype,
+            "note": self._note,
+        }
+        return merge_key(find_merge(self.step.method).rule, moved, base, **where, **self.options).cpu()
+
+    def _note(self) -> None:
+        self.fallen_back += 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor to write: its name, code and shape in the file; from which keys, in which form.
+
+    spare: a tensor of the first expert that is written as it is, instead. With neither, it is empty.
+    """
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    keys: tuple[str, ...] = ()
+    form: str = "same"
+    spare: Stored | None = None
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * BITS[self.code] // 8
+
+
+@dataclass
+class Plan:
+    """Everything that is decided: the steps, and the files to write, by their path in the output."""
+
+    settings: MergeSettings
+    recipe: Recipe
+    steps: list[PlannedStep]
+    files: dict[str, list[Item]]
+
+    @property
+    def last(self) -> PlannedStep:
+        return self.steps[-1]
+
+    @property
+    def first(self) -> Source:
+        """The expert whose form the result takes."""
+        return self.last.first
+
+    @property
+    def dtype(self) -> str | None:
+        return self.last.step.dtype
 
     def facts(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -67,49 +203,61 @@ class Plan:
         for item in items:
             dtype = DTYPES.get(item.code, item.code)
             sizes[dtype] = sizes.get(dtype, 0) + item.bytes
+        *earlier, last = (_step_facts(planned) for planned in self.steps)
         return {
-            "method": self.settings.method,
-            "options": self.options,
-            "experts": {source.name: str(source.located.path) for source in self.experts},
-            "base": str(self.base.located.path) if self.base else None,
-            "vae": "merged" if "vae" in self.merged_parts else self.vae.name if self.vae else None,
-            "merged": self.merged_parts,
+            **last,
+            **({"steps": earlier} if earlier else {}),
             "output": self.settings.output,
             "layout": "original" if self.settings.single_file else "diffusers",
-            "dtype": self.settings.dtype or max(sizes, key=lambda code: sizes[code]),
+            "dtype": self.dtype or max(sizes, key=lambda code: sizes[code]),
             "tensors": len(items),
             "bytes": sum(item.bytes for item in items),
-            "memory_bytes": 4 * largest * (len(self.experts) + 3),  # copies in float32 while the largest is merged
+            # copies in float32 while the largest is merged
+            "memory_bytes": 4 * largest * sum(len(planned.experts) + 3 for planned in self.steps),
         }
+
+
+def _step_facts(planned: PlannedStep) -> dict[str, Any]:
+    def place(source: Source) -> str:
+        return f"step {source.step.step.name}" if source.step is not None else str(source.located.path)
+
+    vae = planned.vae.name if planned.vae else None
+    named = {"name": planned.step.name} if planned.step.name else {}
+    return named | {
+        "method": planned.step.method,
+        "options": planned.options,
+        "experts": {source.name: place(source) for source in planned.experts},
+        "base": place(planned.base) if planned.base else None,
+        "vae": "merged" if "vae" in planned.merged_parts else vae,
+        "merged": planned.merged_parts,
+    }
 
 
 def make_plan(settings: MergeSettings) -> Plan:
     """Find and compare all sources, and lay out the result. Raises UserError for whatever cannot be done."""
-    options = settings.options()
-    check_merge(settings.method, len(settings.experts), settings.base is not None, options)
-    specs = [ExpertSpec.parse(text, settings.prediction_type) for text in settings.experts]
-    based = [ExpertSpec.parse(settings.base, settings.prediction_type)] if settings.base is not None else []
-    check_names(specs)
-    check_output(settings, [*specs, *based])
-    experts = [open_source(spec, settings.config) for spec in specs]
-    base = open_source(based[0], settings.config) if based else None
-    if settings.vae is not None and not experts[0].located.whole_pipeline:
-        raise UserError(f"--vae {settings.vae} is for whole checkpoints, and '{experts[0].name}' is a denoiser alone; leave it out")
-    vae = _vae(settings, experts)
-    _check_fit([*experts, *([base] if base else [])], settings.merge_vae)
-    layout = (experts[0], vae, settings.dtype)
-    files = {settings.output: original_file(*layout)} if settings.single_file else dict(diffusers_files(*layout))
-    return Plan(settings, _filled(settings.method, options, experts), experts, base, vae, experts[0].stages, files)
-
-
-def _filled(method: str, options: dict[str, Any], experts: Sequence[Source]) -> dict[str, Any]:
-    """A method's options with its defaults, and weights as shares that sum to 1: all that it takes to repeat the merge."""
-    if method == "mbw":
-        stages = stage_names(experts[0].model)
-        return {"weights": stage_weights(options["weights"], stages, len(experts), options.get("base_alpha"))}
-    if method == "weighted":
-        return {"weights": shares(options.get("weights"), len(experts))}
-    return {**options_of(method), **options}
+    recipe = recipe_of(settings)
+    device = choose_device(settings.device)
+    specs = [spec for step in recipe.steps for spec in (*step.experts, *([step.base] if step.base else []))]
+    for step in recipe.steps:
+        check_merge(step.method, len(step.experts), step.base is not None, step.options)
+        check_names(step.experts)
+    check_output(settings, specs)
+    made: dict[str, PlannedStep] = {}
+    planned = []
+    for number, step in enumerate(recipe.steps, 1):
+        try:
+            planned.append(_plan_step(step, recipe, made, device))
+        except UserError as error:
+            raise UserError(
+                f"{recipe.where}: step {number}: {error}" if len(recipe.steps) > 1 else str(error)
+            ) from None
+        made[step.name] = planned[-1]
+    last = planned[-1]
+    layout = (last.first, last.vae, last.step.dtype)
+    files = (
+        {settings.output: original_file(*layout)} if settings.single_file else dict(diffusers_files(*layout))
+    )
+    return Plan(settings, recipe, planned, files)
 
 
 def check_output(settings: MergeSettings, specs: Sequence[ExpertSpec]) -> None:
@@ -125,19 +273,45 @@ def check_output(settings: MergeSettings, specs: Sequence[ExpertSpec]) -> None:
         raise UserError(f"{output} exists already; choose another --output or delete it")
 
 
-def _vae(settings: MergeSettings, experts: Sequence[Source]) -> Source | None:
+def _plan_step(
+    step: Step, recipe: Recipe, made: Mapping[str, PlannedStep], device: torch.device
+) -> PlannedStep:
+    experts = [_open(spec, recipe, made) for spec in step.experts]
+    base = _open(step.base, recipe, made) if step.base is not None else None
+    if step.vae is not None and not experts[0].located.whole_pipeline:
+        alone = f"'{experts[0].name}' is a denoiser alone"
+        raise UserError(f"--vae {step.vae} is for whole checkpoints, and {alone}; leave it out")
+    vae = _vae(step, experts, recipe.config)
+    _check_fit([*experts, *([base] if base else [])], step.merge_vae)
+    merge, stages = find_merge(step.method), stage_names(experts[0].model)
+    if merge.float64 and device.type == "mps":
+        raise UserError(f"{step.method} computes in float64, which mps does not; leave out --device mps")
+    options = merge.filled(step.options, len(experts), stages)
+    if step.recorded is not None:  # complete, and to be repeated to the last bit
+        options = dict(step.options)
+    return PlannedStep(step, experts, base, vae, options, device)
+
+
+def _open(spec: ExpertSpec, recipe: Recipe, made: Mapping[str, PlannedStep]) -> Source:
+    """An expert's files, or the result of an earlier step."""
+    if spec.source not in made:
+        return open_source(spec, recipe.config)
+    check_loras(spec)
+    return add_loras(made[spec.source].as_source(spec.name), spec.loras)
+
+
+def _vae(step: Step, experts: list[Source], config: str | None) -> Source | None:
     """Where the VAE comes from; None if the first expert has none and none was chosen."""
-    if settings.vae is None:
+    if step.vae is None:
         return experts[0] if "vae" in experts[0].parts else None
-    named = next((source for source in experts if source.name == settings.vae), None)
+    named = next((source for source in experts if source.name == step.vae), None)
     if named is not None and "vae" not in named.parts:
         raise UserError(f"'{named.name}' has no VAE; choose another with --vae")
-    chosen = named or open_vae(settings.vae, experts[0], settings.config)
+    chosen = named or open_vae(step.vae, experts[0], config)
     mine, theirs = (source.tensors.get(LATENTS) for source in (experts[0], chosen))
     if mine and theirs and mine.shape[1] != theirs.shape[1]:
-        raise UserError(
-            f"the VAE of '{chosen.name}' has {theirs.shape[1]} latent channels, expected {mine.shape[1]}; choose another with --vae"
-        )
+        channels = f"has {theirs.shape[1]} latent channels, expected {mine.shape[1]}"
+        raise UserError(f"the VAE of '{chosen.name}' {channels}; choose another with --vae")
     return chosen
 
 
@@ -155,10 +329,95 @@ def _check_fit(sources: Sequence[Source], vae: bool) -> None:
         for key, stored in first.tensors.items():
             its = other.tensors.get(key, stored)
             if its.is_float != stored.is_float:
-                raise UserError(f"'{other.name}' cannot join '{first.name}': {key} is {its.dtype}, expected {stored.dtype}")
-        mine, theirs = (_shapes(source, vae) for source in (first, other))
+                start = f"'{other.name}' cannot join '{first.name}'"
+                raise UserError(f"{start}: {key} is {its.dtype}, expected {stored.dtype}")
+        mine, theirs = (
+            {key: shape for key, shape in source.floats().items() if vae or not key.startswith("vae.")}
+            for source in (first, other)
+        )
         check_same_keys(mine, theirs, other.name, first.name)
 
 
-def _shapes(source: Source, vae: bool) -> dict[str, tuple[int, ...]]:
-    return {key: shape for key, shape in source.floats().items() if vae or not key.startswith("vae.")}
+# ---- the files to write -----------------------------------------------------------------------------------
+
+
+def diffusers_files(first: Source, vae: Source | None, dtype: str | None) -> Iterator[tuple[str, list[Item]]]:
+    """One file per part of a pipeline (or of a bare denoiser), each tensor under its origin's name.
+
+    first: the expert whose form the result takes
+    vae:   whence the VAE comes
+    dtype: of floats, None for the origin's
+    Raises UserError for a pipeline without VAE.
+    """
+    parts = [part for part in first.parts if part != "vae"] + (["vae"] if vae else [])
+    if vae is None and first.located.whole_pipeline:
+        raise UserError(f"'{first.name}' has no VAE, and a pipeline's folder needs one; choose it with --vae")
+    for part in parts:
+        origin = vae if part == "vae" and vae else first
+        own = {key: stored for key, stored in origin.tensors.items() if key.startswith(f"{part}.")}
+        foreign = origin.origin(part).located.single_file
+        named = {key: _diffusers_name(key) if foreign else stored.name for key, stored in own.items()}
+        items = [Item(named[key], _code(stored, dtype), stored.shape, (key,)) for key, stored in own.items()]
+        file = "model" if part in TEXT_ENCODERS else "diffusion_pytorch_model"
+        yield f"{f'{part}/' if first.located.whole_pipeline else ''}{file}.safetensors", items
+
+
+def _code(stored: Stored, dtype: str | None) -> str:
+    return CODES[dtype] if dtype and stored.is_float else CODES.get(stored.dtype, stored.dtype)
+
+
+def _diffusers_name(key: str) -> str:
+    """A single file's tensor in a folder. CLIP's get a prefix that every version of transformers can read."""
+    part, _, name = key.partition(".")
+    clip = part in TEXT_ENCODERS and not name.startswith("text_projection")
+    return f"text_model.{name}" if clip else name
+
+
+def original_file(first: Source, vae: Source | None, dtype: str | None) -> list[Item]:
+    """One file for all parts, or for a denoiser alone as the first expert's file has it. What that has
+    besides (its EMA copy excepted) stays in; the empty tensors that say what a model predicts are its
+    scheduler's.
+
+    Arguments as above. Raises UserError for what the layout has no place for.
+    """
+    whole = first.denoiser == "unet" and first.located.whole_pipeline
+    if not (whole or first.alone):
+        what = "is only a denoiser" if first.denoiser == "unet" else f"has a {first.denoiser}"
+        layout = "a single file in original layout is of a whole SD 1.x, 2.x or XL"
+        raise UserError(f"'{first.name}' {what}, and {layout}; give a folder as --output")
+    items: dict[str, Item] = {}
+    for part in dict.fromkeys((*first.parts, *(["vae"] if vae else []))):
+        origin = vae if part == "vae" and vae else first
+        items |= {item.name: item for item in _original_part(part, origin, first, dtype)}
+    assert first.outline is not None
+    said = [Item(name, "F32", (0,)) for name in keys_of(first.outline.expert.scheduler)]
+    spare = [(name, stored) for name, stored in first.spare.items() if name not in items]
+    return [
+        *items.values(),
+        *said,
+        *(Item(name, _code(one, None), one.shape, spare=one) for name, one in spare),
+    ]
+
+
+def _original_part(part: str, origin: Source, first: Source, dtype: str | None) -> Iterator[Item]:
+    opened = part in TEXT_ENCODERS and first.open_clip(part)
+    own = {
+        key.partition(".")[2]: stored for key, stored in origin.tensors.items() if key.startswith(f"{part}.")
+    }
+    own = {
+        name: stored for name, stored in own.items() if stored.is_float or not opened
+    }  # OpenCLIP has no position_ids
+    layout = first.located.layout if first.alone else None
+    if layout is not None and layout.diffusers:
+        places = {name: Place(layout.prefix + name) for name in own}
+    else:
+        shapes, xl = {name: stored.shape for name, stored in own.items()}, "text_encoder_2" in first.parts
+        try:
+            places = original_places(part, shapes, first.model, xl=xl, open_clip=opened)
+        except ValueError as error:
+            raise UserError(f"'{origin.name}': {error}; give a folder as --output") from None
+    for key, names in names_by_key(places).items():
+        form = places[names[0]].form
+        shape = shape_to_original([own[name].shape for name in names], form)
+        name = key if layout is None or layout.diffusers else layout.own(key)
+        yield Item(name, _code(own[names[0]], dtype), shape, tuple(f"{part}.{name}" for name in names), form)

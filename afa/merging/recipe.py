@@ -1,75 +1,415 @@
-"""What a merged file says of itself: how it was made, from which files, with which hashes."""
+"""A merge as it is asked for: steps, from flags, from a TOML file, or from a merged file's header.
 
+A TOML file is its user's: experts are written as on the command line, or are names of earlier steps.
+
+    [[step]]
+    name = "soft"
+    experts = ["photo.safetensors+style.safetensors*0.8", "paint"]
+    options = {weights = [2, 1]}
+
+    [[step]]
+    method = "add_difference"
+    experts = ["soft", "anime.safetensors"]
+    base = "base.safetensors"
+    dtype = "float16"
+
+A merged file may be a stranger's. Its header names inputs, never places: an input is a model of this package,
+a commit of the hub, a file or folder of that plain name beside the merged file, or what the user gives for
+it; and it must have the recorded sha256.
+"""
+
+import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from afa.denoiser.schedule import kind_of
-from afa.experts.prediction import EPSILON, V
-from afa.files import sha256
-from afa.merging.configs import carried_configs
-from afa.merging.plan import Plan
-from afa.merging.sources import Source
+from afa.errors import UserError, unknown
+from afa.experts.headers import read_metadata
+from afa.experts.single_file import KNOWN_CONFIGS
+from afa.experts.spec import HUB_ID, ExpertSpec, Lora, exists, new_places
+from afa.files import settled
+from afa.merging.settings import DTYPES, MergeSettings
+from afa.places import ASSETS, EMBEDDED, check_name, located
+from afa.schema import Sha256, Within, build, shown
+from afa.text_files import parse_json, read_toml
 from afa.version import __version__
 
-# ModelSpec's names of architectures (github.com/Stability-AI/ModelSpec), by pipeline and width of the text states.
-ARCHITECTURES = {
-    ("StableDiffusionPipeline", 768): "stable-diffusion-v1",
-    ("StableDiffusionPipeline", 1024): "stable-diffusion-v2",
-    ("StableDiffusionXLPipeline", 2048): "stable-diffusion-xl-v1-base",
-}
-
-Hashes = dict[Path, str]  # of every file that is read: sha256
+KEY = "afa.merge"  # of a merged file's header
+Value = (
+    int | float | bool | str | list[float] | list[str] | dict[str, float | Annotated[list[float], Within(1)]]
+)
+Dtype = Literal["float32", "bfloat16", "float16"]
+assert set(DTYPES) == set(Dtype.__args__)  # type: ignore[attr-defined]
 
 
-def hash_sources(plan: Plan) -> Hashes:
-    """sha256 of every file that is read, each read through once for it."""
-    files = {file for source in plan.sources for part in plan.parts_of(source) for file in source.files(part)}
-    return {file: sha256(file) for file in sorted(files)}
+@dataclass(frozen=True)
+class Step:
+    """One merge of a recipe.
+
+    experts, base: as asked for; a source may be the name of an earlier step
+    options:       of the method; recorded ones are complete, and taken as they are
+    vae:           an expert's name or a place; None: the first expert's
+    dtype:         of the result; None: of the last step the first expert's, of others as it is computed
+    recorded:      what the header of a merged file says of the inputs, by role (expert, base, vae) and name
+    """
+
+    method: str
+    experts: tuple[ExpertSpec, ...]
+    base: ExpertSpec | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    vae: str | ExpertSpec | None = None
+    merge_vae: bool = False
+    dtype: str | None = None
+    recorded: Mapping[tuple[str, str], "Input"] | None = None
 
 
-def same_parts(plan: Plan, hashes: Hashes) -> list[str]:
-    """Merged parts whose files are the same in all experts (and the base): they are read once."""
-    sources = [*plan.experts, *([plan.base] if plan.base else [])]
-    digests = {
-        part: {tuple(sorted(hashes[file] for file in source.files(part))) for source in sources} for part in plan.merged_parts
-    }
-    return [part for part, found in digests.items() if len(found) == 1]
+@dataclass(frozen=True)
+class Recipe:
+    """Steps in order; the last one makes the result.
+
+    config, prediction_type: of single files
+    where:                   it was read
+    """
+
+    steps: tuple[Step, ...]
+    config: str | None = None
+    prediction_type: str | None = None
+    where: str = ""
 
 
-def metadata(plan: Plan, hashes: Hashes) -> dict[str, str]:
-    """The strings in a merged file's header. Nothing depends on time or place, so the same merge gives the same file."""
-    first = plan.first.outline
-    recipe = {
-        "afa": __version__,
-        "method": plan.settings.method,
-        "options": plan.options,
-        "experts": [described(source, plan.merged_parts, hashes) for source in plan.experts],
-        "base": described(plan.base, plan.merged_parts, hashes) if plan.base else None,
-        "vae": "merged" if "vae" in plan.merged_parts else described(plan.vae, ["vae"], hashes) if plan.vae else None,
-        "dtype": plan.settings.dtype,
-    }
-    names = [source.name for source in plan.experts]
-    found = {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": f"{plan.settings.method} merge of {', '.join(names)}",
-        "modelspec.merged_from": ", ".join(names),
-        "afa.merge": json.dumps(recipe, sort_keys=True, default=list),
-    }
-    text = first.expert.model.config.get("cross_attention_dim") if first else None
-    architecture = ARCHITECTURES.get((str(first.expert.pipeline), text)) if first and isinstance(text, int) else None
-    kind = kind_of(first.expert.scheduler) if first and first.expert.scheduler is not None else None
-    found |= {"modelspec.prediction_type": "v" if kind == V else "epsilon"} if kind in (V, EPSILON) else {}
-    found |= {"modelspec.architecture": architecture} if architecture else {}
-    return found | (carried_configs(plan) if plan.settings.single_file else {})
+def recipe_of(settings: MergeSettings) -> Recipe:
+    """The recipe that is asked for. Raises UserError for one that cannot be read or makes no sense."""
+    if settings.recipe is None:
+        asked = AskedStep(
+            settings.experts or [], "", settings.method, settings.base, settings.options(), settings.vae,
+            settings.merge_vae, settings.dtype,
+        )  # fmt: skip
+        return Recipe((asked.parsed(settings),), settings.config, settings.prediction_type)
+    file = Path(settings.recipe)
+    recipe = _from_toml(file, settings) if file.suffix == ".toml" else _from_header(file, settings)
+    _check_steps(recipe)
+    return recipe
 
 
-def described(source: Source, parts: Sequence[str], hashes: Hashes) -> dict[str, Any]:
-    """One source: what it is called, whence it comes if it is public, and the sha256 of the files some parts are in."""
-    spec, root = source.located.spec, source.located.path
-    files = sorted({file for part in parts for file in source.files(part)})
-    names = [file.name if root.is_file() else file.relative_to(root).as_posix() for file in files]
-    public = {"source": spec.source, "commit": source.located.commit} if source.located.commit else {}
-    return {"name": spec.name, **public, "sha256": {name: hashes[file] for name, file in zip(names, files, strict=True)}}
+def _check_steps(recipe: Recipe) -> None:
+    """Names of steps are plain and their own; a step uses earlier ones only, and is used by a later one."""
+    names = [step.name for step in recipe.steps]
+    used = {spec.source for step in recipe.steps for spec in (*step.experts, step.base) if spec is not None}
+    for number, step in enumerate(recipe.steps, 1):
+        where = f"{recipe.where}: step {number}"
+        if number < len(names) and not step.name:
+            raise UserError(f'{where} has no name, so no later step can use it; write name = "…"')
+        if step.name and names.index(step.name) != number - 1:
+            raise UserError(
+                f"{where} is called '{step.name}' as step {names.index(step.name) + 1} is; choose another name"
+            )
+        if number < len(names) and step.name not in used:
+            raise UserError(
+                f"{where} ('{step.name}') is used by no later step; leave it out, or name it as an expert or base"
+            )
+        for spec in (*step.experts, *([step.base] if step.base else [])):
+            if spec.source in names[number - 1 :] and spec.source and not exists(spec.source):
+                raise UserError(
+                    f"{where} uses '{spec.source}', which is not made before it; put that step first"
+                )
+
+
+# ---- a user's own TOML file -------------------------------------------------------------------------------
+
+
+@dataclass
+class AskedStep:
+    """One step as its user writes it: by flags, or as [[step]] of a file, where these are the keys."""
+
+    experts: Annotated[list[str], Within(1)]
+    name: str = ""
+    method: str = "weighted"
+    base: str | None = None
+    options: dict[str, Value] = field(default_factory=dict)
+    vae: str | None = None
+    merge_vae: bool = False
+    dtype: Dtype | None = None
+
+    def parsed(self, settings: MergeSettings) -> Step:
+        parse = functools.partial(ExpertSpec.parse, prediction_type=settings.prediction_type)
+        return Step(
+            self.method,
+            tuple(parse(text) for text in self.experts),
+            None if self.base is None else parse(self.base),
+            self.options,
+            self.name,
+            None if self.vae is None else located(self.vae),
+            self.merge_vae,
+            self.dtype,
+        )
+
+
+def _from_toml(file: Path, settings: MergeSettings) -> Recipe:
+    if not file.is_file():
+        raise UserError(f"--recipe {file} is not there")
+    found = read_toml(file)
+    for key in found:
+        if key != "step":
+            raise UserError(f"{file}: {unknown(key, ['step'], 'key')}; a recipe is a list of [[step]]")
+    steps = build(Annotated[list[dict[str, Any]], Within(1)], found.get("step"), file, "step")
+    known, made = [one.name for one in dataclasses.fields(AskedStep)], []
+    for number, entry in enumerate(steps, 1):
+        where = f"{file}: step {number}"
+        for key in entry:
+            if key not in known:
+                raise UserError(f"{where}: {unknown(key, known, 'key')}")
+        asked: AskedStep = build(AskedStep, entry, where)
+        if asked.vae is not None and asked.merge_vae:
+            raise UserError(
+                f"{where}: vae {asked.vae} takes one VAE and merge_vae merges them; leave out one"
+            )
+        if asked.name:
+            check_name(asked.name, where)
+        made.append(asked.parsed(settings))
+    return Recipe(tuple(made), settings.config, settings.prediction_type, str(file))
+
+
+# ---- the header of a merged file --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputLora:
+    """A LoRA as a header has it: the name of its file."""
+
+    source: str
+    sha256: Sha256
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """An expert, a base or a VAE as a header has it.
+
+    source: demo:NAME, a hub id, or the last part of a path
+    commit: of the hub
+    sha256: of every file that is read, by its path in the input's folder
+    step:   an earlier step, instead of files
+    """
+
+    name: str
+    source: str | None = None
+    commit: str | None = None
+    sha256: dict[str, Sha256] = field(default_factory=dict)
+    loras: list[InputLora] = field(default_factory=list)
+    step: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON, without what is empty."""
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if value not in (None, {}, [])
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedStep:
+    """One step as a header has it, its options complete."""
+
+    method: str
+    options: dict[str, int | float | bool | str | list[float] | dict[str, list[float]] | None]
+    experts: Annotated[list[Input], Within(1)]
+    base: Input | None = None
+    vae: Input | Literal["merged"] | None = None
+    dtype: Dtype | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(RecordedStep):
+    """The last step, and what came before it."""
+
+    afa: str = ""
+    steps: list[RecordedStep] = field(default_factory=list)
+    config: str | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+
+
+def read_record(file: Path) -> Record:
+    """What the header of a merged file, or of a merged folder's denoiser, says of how it was made.
+
+    Raises UserError.
+    """
+    if file.is_dir():
+        names = [
+            settled(file) / part / "diffusion_pytorch_model.safetensors"
+            for part in ("unet", "transformer", "")
+        ]
+        source = next((name for name in names if name.is_file()), None)
+    else:
+        source = file if file.suffix == ".safetensors" and file.is_file() else None
+    if source is None:
+        raise UserError(
+            f"--recipe {file} is no recipe; give a .toml file, or a file or folder that afa merge made"
+        )
+    text = read_metadata(source).get(KEY)
+    if text is None:
+        raise UserError(f"{source} does not say how it was merged ('{KEY}' in its header); give a .toml file")
+    where = f"the recipe in the header of {source}"
+    record: Record = build(Record, parse_json(text, where), where)
+    return record
+
+
+def _from_header(file: Path, settings: MergeSettings) -> Recipe:
+    record = read_record(file)
+    if record.afa != __version__:
+        print(
+            f"afa: {file} was merged by afa {shown(record.afa)}; this is {__version__}, the bytes may differ",
+            file=sys.stderr,
+        )
+    places = new_places(settings.experts or [])
+    inputs = {one.name for step in (*record.steps, record) for one in _inputs(step) if one.step is None}
+    for name in places:
+        if name not in inputs:
+            raise UserError(
+                f"--experts {name}={places[name]}: {unknown(name, sorted(inputs), f'input of {file}')}"
+            )
+    finder = _Finder(file, places, settings.prediction_type or record.prediction_type)
+    made = [step.name for step in record.steps]
+    steps = tuple(finder.step(step, made[:number]) for number, step in enumerate((*record.steps, record)))
+    config = settings.config or _config(file, record.config)
+    return Recipe(steps, config, settings.prediction_type or record.prediction_type, str(file))
+
+
+def _inputs(step: RecordedStep) -> list[Input]:
+    return [*step.experts, *(one for one in (step.base, step.vae) if isinstance(one, Input))]
+
+
+def _config(file: Path, recorded: str | None) -> str | None:
+    """The config that single files were read with: a shipped one, or a folder beside the merged file."""
+    if recorded is None or recorded in KNOWN_CONFIGS:
+        return recorded
+    beside = file.parent / check_name(recorded, f"the config of {file}")
+    if not beside.is_dir():
+        raise UserError(
+            f"{file} was merged with the config folder '{recorded}', which is not beside it; give it with --config"
+        )
+    return str(beside)
+
+
+@dataclass(frozen=True)
+class _Finder:
+    """Where the inputs of a recorded recipe are. places: that the user gave, by name."""
+
+    file: Path
+    places: Mapping[str, str]
+    prediction_type: str | None
+
+    def step(self, step: RecordedStep, made: Sequence[str]) -> Step:
+        """made: the names of the steps before it."""
+        weights = step.options.get("weights")
+        if isinstance(weights, str):
+            raise UserError(f"{self.file}: its recipe has the weights {shown(weights)}, expected numbers")
+        experts = tuple(self._spec(one, made) for one in step.experts)
+        base = None if step.base is None else self._spec(step.base, made)
+        vae: str | ExpertSpec | None = None
+        if isinstance(step.vae, Input):
+            own = any(step.vae.name == one.name for one in step.experts)
+            vae = step.vae.name if own else self._spec(step.vae)
+        recorded = {("expert", one.name): one for one in step.experts}
+        others = {"base": step.base, "vae": step.vae}
+        recorded |= {(role, one.name): one for role, one in others.items() if isinstance(one, Input)}
+        merged = step.vae == "merged"
+        return Step(step.method, experts, base, step.options, step.name, vae, merged, step.dtype, recorded)
+
+    def _spec(self, one: Input, made: Sequence[str] = ()) -> ExpertSpec:
+        """An input as an expert. Raises UserError if it is nowhere, or its place is no plain name."""
+        name = check_name(one.name, f"an input of {self.file}")
+        if one.step is not None:
+            if one.step not in made:
+                raise UserError(
+                    f"{self.file}: its recipe uses the step {shown(one.step)}, which is not made before it"
+                )
+            return ExpertSpec(name, one.step, loras=self._loras(one))
+        if name in self.places:
+            spec = ExpertSpec.parse(f"{name}={self.places[name]}", self.prediction_type)
+            self._check_loras(one, spec)
+            return dataclasses.replace(spec, loras=spec.loras or self._loras(one))
+        if one.commit is not None and one.source is not None:
+            if exists(one.source) or not HUB_ID.fullmatch(one.source):
+                advice = f"give it with --experts {name}=PLACE"
+                raise UserError(
+                    f"{self.file}: input '{name}' is said to be {shown(one.source)} of the hub; {advice}"
+                )
+            return ExpertSpec(
+                name, one.source, one.commit, self._loras(one), str(self.file), self.prediction_type
+            )
+        model = (one.source or "").removeprefix("demo:")
+        if model != one.source and model in EMBEDDED:
+            place = str(ASSETS / model)
+        else:
+            place = str(self._beside(one.source, f"input '{name}'", one.sha256, f"--experts {name}=PLACE"))
+        return ExpertSpec(name, place, None, self._loras(one), None, self.prediction_type)
+
+    def _beside(self, source: str | None, what: str, hashes: Mapping[str, str], advice: str) -> Path:
+        """A file or folder of that plain name beside the merged file."""
+        digest = next(iter(hashes.values()), "")
+        named = f"{what}{f' ({source})' if source else ''} with sha256 {digest}"
+        if source is None:
+            raise UserError(
+                f"{self.file} was made of {named}, and does not say where it is from; give it with {advice}"
+            )
+        found = self.file.absolute().parent / check_name(source, f"{what} of {self.file}")
+        if not found.exists():
+            raise UserError(f"{self.file} was made of {named}, which is not beside it; give it with {advice}")
+        return found
+
+    def _loras(self, one: Input) -> tuple[Lora, ...]:
+        """Of an input, beside the merged file."""
+        advice = f"--experts {one.name}=PLACE+LORA*STRENGTH"
+        places = [
+            self._beside(lora.source, f"the LoRA of '{one.name}'", {"": lora.sha256}, advice)
+            for lora in one.loras
+        ]
+        return tuple(Lora(str(place), lora.strength) for place, lora in zip(places, one.loras, strict=True))
+
+    def _check_loras(self, one: Input, spec: ExpertSpec) -> None:
+        """LoRAs that the user gives with a place are those of the recipe."""
+        mine, theirs = ([lora.strength for lora in loras] for loras in (spec.loras, one.loras))
+        if mine and mine != theirs:
+            raise UserError(
+                f"--experts {spec}: its LoRAs have the strengths {mine}, {self.file} was made with {theirs}"
+            )
+
+
+# ---- writing it -------------------------------------------------------------------------------------------
+
+
+def check_input(recorded: Input, now: Input, where: str) -> None:
+    """Raises UserError, with both hashes, for an input that is not what a recipe was made with."""
+    renamed = len(recorded.sha256) == len(now.sha256) == 1  # a file may have another name
+    names = dict(zip(recorded.sha256, now.sha256, strict=False)) if renamed else {}
+    pairs = [(name, then, now.sha256.get(names.get(name, name))) for name, then in recorded.sha256.items()]
+    pairs += [
+        (one.source, one.sha256, other.sha256) for one, other in zip(recorded.loras, now.loras, strict=True)
+    ]
+    for name, then, found in pairs:
+        if then != found:
+            raise UserError(
+                f"{where} was made of '{recorded.name}' with {name} of sha256 {then},"
+                f" and it has {found or 'no such file'} now; restore it, or merge anew"
+            )
+    more = sorted(set(now.sha256) - set(recorded.sha256))
+    if more and not renamed:
+        raise UserError(f"{where} was made of '{recorded.name}' without {more[0]}; restore it, or merge anew")
+
+
+def record_text(steps: Sequence[Mapping[str, Any]], recipe: Recipe, config: str | None) -> str:
+    """The recipe for a header. Nothing depends on time or place, so the same merge gives the same file.
+
+    steps: each as plain data, the last one makes the result
+    """
+    *earlier, last = steps
+    found = {"afa": __version__, **last}
+    found |= {"steps": earlier} if earlier else {}
+    found |= {"config": config} if config is not None else {}
+    found |= {"prediction_type": recipe.prediction_type} if recipe.prediction_type is not None else {}
+    return json.dumps(found, sort_keys=True, default=list)

@@ -1,58 +1,111 @@
-"""What a merge of checkpoints is asked to do. No heavy imports: the command line's help comes from here."""
+"""What a merge of checkpoints, and a search for block weights, are asked to do.
 
-from dataclasses import dataclass
+No heavy imports: help comes from here.
+"""
+
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
-from afa.settings import SEED, WEIGHT, CheckedOptions, check_number, option
+from afa.merging.registry import MERGES, flag_help, read_options
+from afa.settings import (
+    COUNT,
+    GUIDANCE,
+    SAMPLING_STEPS,
+    SEED,
+    SIDE,
+    WEIGHT,
+    CheckedOptions,
+    check_number,
+    option,
+)
 
-# The names of afa.merging.table.MERGES, which needs torch.
-METHODS = ["weighted", "mbw", "add_difference", "task_arithmetic", "ties", "dare", "model_stock", "slerp"]
-OPTIONS = ("weights", "base_alpha", "alpha", "scale", "density", "drop", "seed", "t")
+FLAGS = (
+    "weights",
+    "base_alpha",
+    "alpha",
+    "scale",
+    "density",
+    "drop",
+    "seed",
+    "t",
+)  # options of merges that are flags
+BESIDE_RECIPE = ("recipe", "experts", "output", "config", "prediction_type", "device", "dry_run", "json")
+DTYPES = ["float32", "bfloat16", "float16"]
+CONFIG_HELP = "sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)"
 
 
 @dataclass(frozen=True)
 class MergeSettings(CheckedOptions):
     """One merge, field by field a flag of `afa merge`."""
 
-    experts: list[str] = option(
-        place=True, help="two or more: a diffusers folder, .safetensors file of original layout (SD 1.x, 2.x, XL) or org/name@revision, each optionally NAME=…"
+    experts: list[str] | None = option(
+        None,
+        place=True,
+        help="two or more: a diffusers folder, .safetensors file or org/name@revision, each optionally NAME=… and"
+        " …+LORA.safetensors*STRENGTH. With --recipe MERGED: NAME=PLACE of inputs that do not lie beside it",
     )
-    output: str = option(help="what to write: FILE.safetensors in original layout, or a diffusers folder")
-    method: str = option("weighted", help="how to merge", choices=METHODS)
+    output: str = option(
+        None, help="what to write: FILE.safetensors in original layout, or a diffusers folder"
+    )
+    recipe: str | None = option(
+        None,
+        help="instead of experts and options: a .toml file of steps, or what afa merge made, to make it again",
+    )
+    # names are its keys
+    method: str = option("weighted", help="how to merge", choices=MERGES)  # type: ignore[arg-type]
     weights: list[str] | None = option(
         None,
         help="weighted: one number per expert, in any unit (default: equal). mbw: a preset such as GRAD_V, numbers with commas"
         " between them or FILE.toml: the second expert's share of every stage; or one of these per expert",
     )
     base: str | None = option(
-        None, place=True, help="add_difference, task_arithmetic, ties, dare, model_stock: the model that the experts were tuned from"
+        None,
+        place=True,
+        help=f"{', '.join(name for name, merge in MERGES.items() if merge.needs('base'))}:"
+        " the model that the experts were tuned from",
     )
-    base_alpha: float | None = option(
-        None, help="mbw of two: the second's share of all but the denoiser, if not in --weights (default: 0)"
+    base_alpha: float | None = option(None, help=flag_help("base_alpha"))
+    alpha: float | None = option(None, help=flag_help("alpha"))
+    scale: float | None = option(None, help=flag_help("scale"))
+    density: float | None = option(None, help=flag_help("density"))
+    drop: float | None = option(None, help=flag_help("drop"))
+    seed: int | None = option(None, **SEED, help=flag_help("seed"))
+    t: float | None = option(None, help=flag_help("t"))
+    method_option: list[str] | None = option(
+        None, help="KEY=VALUE: options of a merge that have no flag of their own"
     )
-    alpha: float | None = option(None, help="add_difference: how much of the second's difference is added (default: 1)")
-    scale: float | None = option(None, help="task_arithmetic, ties, dare: factor of the sum (default: 0.4; ties: 1)")
-    density: float | None = option(None, help="ties: fraction of each tensor's differences that is kept (default: 0.2)")
-    drop: float | None = option(None, help="dare: probability with which a difference is dropped (default: 0.5)")
-    seed: int | None = option(None, **SEED, help="dare: which differences are dropped, 0 to 2**64 - 1 (default: 0)")
-    t: float | None = option(None, help="slerp: from the first expert (0) to the second (1) (default: 0.5)")
     vae: str | None = option(
-        None, place=True, help="where the VAE comes from: an expert's name, a VAE's or pipeline's folder, or one .safetensors file (default: the first expert)"
+        None,
+        place=True,
+        help="where the VAE comes from: an expert's name, a VAE's or pipeline's folder, or one .safetensors file"
+        " (default: the first expert)",
     )
     merge_vae: bool = option(False, help="merge the VAEs, too (averaged VAEs tend to dark and blurry images)")
-    dtype: str | None = option(
-        None, help="of the result (default: that of the first expert)", choices=["float32", "bfloat16", "float16"]
-    )
-    config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
+    dtype: str | None = option(None, help="of the result (default: that of the first expert)", choices=DTYPES)
+    device: str = option("cpu", help="where it is computed, tensor by tensor: cpu, cuda, mps …")
+    config: str | None = option(None, help=CONFIG_HELP)
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     dry_run: bool = option(False, help="check everything, print the plan and its size, write nothing")
     json: bool = option(False, help="print one JSON document")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.output:
+            raise UserError("--output is needed: FILE.safetensors or a folder to write")
+        if self.recipe is None and not self.experts:
+            raise UserError("--experts is needed, two or more, or a --recipe")
+        if self.recipe is not None:
+            given = [one.name for one in fields(self) if getattr(self, one.name) != one.default]
+            extra = [name for name in given if name not in BESIDE_RECIPE]
+            extra += ["experts"] if self.experts and self.recipe.endswith(".toml") else []
+            if extra:
+                flag = extra[0].replace("_", "-")
+                raise UserError(
+                    f"--recipe {self.recipe} says all of the merge; leave out --{flag}, or write it there"
+                )
         if self.vae is not None and self.merge_vae:
             raise UserError(f"--vae {self.vae} takes one VAE and --merge-vae merges them; leave out one")
         if Path(self.output).suffix in (".ckpt", ".pt", ".pth", ".bin"):
@@ -64,18 +117,100 @@ class MergeSettings(CheckedOptions):
         return self.output.endswith(".safetensors")
 
     def options(self) -> dict[str, Any]:
-        """The method's own options, as far as they were given. Raises UserError for weights that are no numbers."""
-        given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
+        """The method's own options, as far as they were given.
+
+        Raises UserError for weights that are no numbers.
+        """
+        given = {name: getattr(self, name) for name in FLAGS if getattr(self, name) is not None}
         if "weights" in given and self.method == "weighted":
             given["weights"] = _numbers(given["weights"])
-        return given
+        return given | read_options(self.method, self.method_option or [])
 
 
 def _numbers(texts: list[str]) -> list[float]:
     try:
         numbers = [float(text) for text in texts]
     except ValueError:
-        raise UserError(f"--weights {' '.join(texts)} are not all numbers; stages are weighted by --method mbw") from None
+        advice = "stages are weighted by --method mbw"
+        raise UserError(f"--weights {' '.join(texts)} are not all numbers; {advice}") from None
     for number in numbers:
         check_number(number, "--weights", **WEIGHT)
     return numbers
+
+
+FREE = (
+    "output",
+    "trials",
+    "passes",
+    "metric_weights",
+    "batch_size",
+    "device",
+    "dry_run",
+    "json",
+)  # do not change what a point scores
+
+
+@dataclass(frozen=True)
+class SearchSettings(CheckedOptions):
+    """One search, field by field a flag of `afa search`."""
+
+    experts: list[str] = option(
+        place=True, help="two or more: folder, .safetensors file or org/name@revision, each optionally NAME=…"
+    )
+    output: str = option(help="where the journal and best.toml go; the same command goes on from there")
+    prompts: str | None = option(None, help='a file of prompts: one a line, or JSON lines with "text"')
+    prompt: list[str] | None = option(None, help="one or more prompts")
+    images: int = option(
+        8, **COUNT, help="images every merge is judged by; their prompts and noise stay the same"
+    )
+    metric: str = option(
+        "imagereward",
+        help="what is to rise: a metric of one value an image (all of them: afa evaluate --metrics list)",
+    )
+    metric_weights: str | None = option(None, help="where the metric's weights are: a path or org/name")
+    scorer: str | None = option(
+        None,
+        help="instead: a Python file, score(images (n, H, W, 3) uint8, captions) -> dict of n values each, the first counts",
+    )
+    search: str = option(
+        "bayesian",
+        help="bayesian: Optuna over all weights; coordinate: stage by stage, as auto-MBW does",
+        choices=["bayesian", "coordinate"],
+    )
+    trials: int = option(100, **COUNT, help="bayesian: merges to try")
+    passes: int = option(1, **COUNT, help="coordinate: times to go through all stages")
+    line: str = option(
+        "linear", help="coordinate: how one weight is found", choices=["linear", "binary", "binary_mid"]
+    )
+    grouping: int = option(1, least=1, most=2, help="coordinate: neighbouring stages changed together")
+    means: list[str] = option(
+        ["arithmetic"], help="coordinate: mean over the images, one a pass: arithmetic, geometric, harmonic"
+    )
+    steps: int = option(20, **SAMPLING_STEPS, help="denoising steps")
+    guidance: float | None = option(None, **GUIDANCE, help="strength of guidance (default: the family's own)")
+    width: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
+    height: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
+    seed: int = option(0, **SEED, help="of the noise and of the optimiser, 0 to 2**64 - 1")
+    batch_size: int = option(8, **COUNT, help="images made at once")
+    config: str | None = option(
+        None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)"
+    )
+    prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
+    dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
+    device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
+    dry_run: bool = option(False, help="print what would be done, then stop")
+    json: bool = option(False, help="print the result as JSON")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.experts) < 2:
+            raise UserError(f"--experts has {len(self.experts)} expert; a merge needs at least two")
+        if (self.prompt is None) == (self.prompts is None):
+            raise UserError("give either --prompt TEXT... or --prompts FILE")
+        for mean in self.means:
+            if mean not in ("arithmetic", "geometric", "harmonic"):
+                raise UserError(f"--means {mean} is none of arithmetic, geometric, harmonic")
+
+    def binding(self) -> dict[str, object]:
+        """What must stay the same when a search is resumed."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in FREE}

@@ -1,28 +1,39 @@
-"""An expert as a merge reads it: every tensor by its name in a diffusers pipeline, wherever and in whichever layout it lies."""
+"""An expert as a merge reads it: every tensor by its name in a diffusers pipeline, wherever and in whichever
+layout it lies.
 
+Experts are found, described and checked by afa.experts; nothing is loaded. A tensor is read when its turn
+comes, with the expert's LoRAs folded in.
+"""
+
+import copy
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from afa.denoiser.lora import OWN, activate
+from afa.denoiser.lora_layers import lora_states
 from afa.errors import UserError
 from afa.experts.folders import read_folder, read_object
-from afa.experts.headers import Tensors, is_float, is_position_ids, read_file, tied
+from afa.experts.headers import Entry, Tensors, is_float, is_position_ids, read_file, tied
 from afa.experts.locate import Located, locate
+from afa.experts.lora import attach, fuse, read_lora
 from afa.experts.meta_model import OPEN_CLIP, Outline, read_outline
 from afa.experts.prediction import says
 from afa.experts.single_file import config_folder, describe_vae
-from afa.experts.spec import ExpertSpec
-from afa.merging.original import Place, from_original, original_places, shape_from_original
-from afa.merging.parts import MERGED, today
-from afa.merging.stages import key_stages
+from afa.experts.spec import ExpertSpec, Lora
+from afa.merging.keys import MERGED, TEXT_ENCODERS, key_stages, today
+from afa.merging.single_file import Place, from_original, original_places, shape_from_original
 from afa.models.registry import FAMILIES
+
+if TYPE_CHECKING:
+    from afa.merging.plan import PlannedStep
 
 EMA = "model_ema."
 MAPPED = 256 << 20  # bytes read from all files before they are mapped anew, which lets the read pages go
@@ -30,13 +41,17 @@ MAPPED = 256 << 20  # bytes read from all files before they are mapped anew, whi
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of an expert: in which file, under which name, in which form (see original.Place), and what it is."""
+    """One tensor of an expert: in which file, where there and in which form, its type and its shape as
+    diffusers has it."""
 
     file: Path
-    name: str
-    form: str
+    place: Place
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.place.key
 
     @property
     def is_float(self) -> bool:
@@ -49,21 +64,26 @@ class Stored:
 
 @dataclass
 class Source:
-    """tensors: by "part.name". spare: what a single file holds besides (never its EMA copy, nor
-    what says what it predicts, which is written anew). outline: of an expert; a VAE has none.
+    """An expert, a base or a VAE, or the result of an earlier step of a recipe.
 
-    config: folder of configs: the expert's own, or the one a single file is read with.
+    tensors: by "part.name"
+    config:  folder of configs: the expert's own, or the one that a single file is read with
+    spare:   what a single file holds besides; never its EMA copy, nor what says what it predicts, which is
+             written anew
+    outline: of an expert; a VAE has none
+    loras:   by the name of a layer, "part.layer"; given: their files
+    step:    that makes the tensors; then `tensors` says what the step's first expert has
     """
 
+    name: str
     located: Located
     tensors: dict[str, Stored]
     config: Path
     spare: dict[str, Stored] = field(default_factory=dict)
     outline: Outline | None = None
-
-    @property
-    def name(self) -> str:
-        return self.located.spec.name
+    loras: dict[str, "LayerLoras"] = field(default_factory=dict)
+    given: tuple[Lora, ...] = ()
+    step: "PlannedStep | None" = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -80,18 +100,42 @@ class Source:
         assert self.outline is not None
         return self.outline.expert.model
 
+    @property
+    def alone(self) -> bool:
+        """Whether it is a denoiser's single file without text encoders."""
+        return self.located.single_file and not self.located.whole_pipeline
+
     @cached_property
     def stages(self) -> dict[str, str]:
         """The stage of every tensor of an expert."""
         return key_stages(self.tensors, self.model)
 
+    def read(self, key: str, reader: "Reader") -> Tensor:
+        """One tensor in its diffusers form, in the file's type; in float32 where a LoRA or a step changes
+        it."""
+        plain = reader.read(self.tensors[key]) if self.step is None else self.step.kept(key, reader)
+        layer, _, end = key.rpartition(".")
+        if layer not in self.loras or not self.loras[layer].changes(end):
+            return plain
+        other = f"{layer}.{'bias' if end == 'weight' else 'weight'}"
+        tensors = {end: plain}
+        if other in self.tensors:
+            own = reader.read(self.tensors[other]) if self.step is None else self.step.kept(other, reader)
+            tensors[other.rpartition(".")[2]] = own
+        return self.loras[layer].folded(tensors, f"'{self.name}': {key}")[end]
+
     def files(self, part: str) -> list[Path]:
-        """The files a part's weights are in."""
-        return sorted({stored.file for key, stored in self.tensors.items() if key.startswith(f"{part}.")})
+        """The files that a part's weights are in; of a step's result none are."""
+        own = (stored.file for key, stored in self.tensors.items() if key.startswith(f"{part}."))
+        return sorted(set(own)) if self.step is None else []
 
     def floats(self) -> dict[str, tuple[int, ...]]:
         """The shapes of what can be merged: all but whole numbers."""
         return {key: stored.shape for key, stored in self.tensors.items() if stored.is_float}
+
+    def origin(self, part: str) -> "Source":
+        """What a part's configs come from: itself, or an expert of the step that made it."""
+        return self if self.step is None else self.step.origin(part).origin(part)
 
     def open_clip(self, part: str) -> bool:
         """Whether a text encoder was OpenCLIP's: SDXL's second, and SD 2.x'.
@@ -101,32 +145,95 @@ class Source:
         if "text_encoder_2" in self.parts:
             return part == "text_encoder_2"
         if self.located.single_file:
-            return any(stored.name.startswith(OPEN_CLIP) for key, stored in self.tensors.items() if key.startswith(f"{part}."))
+            own = (stored.name for key, stored in self.tensors.items() if key.startswith(f"{part}."))
+            return any(name.startswith(OPEN_CLIP) for name in own)
         return read_object(self.config / part / "config.json").get("hidden_act") == "gelu"
+
+
+class LayerLoras:
+    """The LoRAs of one layer, folded into its weight as the loaded expert has them: by peft, in float32."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.added: list[
+            tuple[dict[str, Tensor], float]
+        ] = []  # factors by peft's names, alpha in them; strength
+
+    def changes(self, end: str) -> bool:
+        """Whether the layer's `weight` or `bias` is another with them."""
+        return end == "weight" or any("lora_B.bias" in state for state, _ in self.added)
+
+    def folded(self, tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+        """The layer's own tensors -> with the LoRAs in them. what: for messages."""
+        holder: Any = nn.Module()
+        holder.dtype = torch.float32
+        holder.layer = copy.deepcopy(self.layer)
+        for end, tensor in tensors.items():
+            holder.layer._parameters[end] = nn.Parameter(
+                tensor.to(torch.float32, copy=True), False
+            )  # peft adds in place
+        names = [f"{OWN}{index}" for index in range(len(self.added))]
+        for name, (state, _) in zip(names, self.added, strict=True):
+            attach(holder, {f"layer.{end}": tensor for end, tensor in state.items()}, name)
+        activate(holder, names, [strength for _, strength in self.added])
+        try:
+            fuse(holder)
+        except UserError:
+            raise UserError(
+                f"{what} does not fit float32 with the LoRA in it; make the LoRA weaker"
+            ) from None
+        except RuntimeError as error:  # peft: a bias for a layer that has none
+            raise UserError(f"{what} cannot take the LoRA: {error}") from None
+        return {end: getattr(holder.layer, end).data for end in tensors}
+
+
+def add_loras(source: Source, loras: tuple[Lora, ...]) -> Source:
+    """The source with LoRA files folded into what is read.
+
+    Raises UserError for one that does not fit, or is another kind.
+    """
+    if not loras:
+        return source
+    if not source.located.whole_pipeline:
+        only = f"{source.located.path} is only a denoiser"
+        raise UserError(f"expert '{source.name}': a LoRA needs a whole pipeline to join, and {only}")
+    assert source.outline is not None
+    outline, found = source.outline, source.loras
+    parts = {part: outline.parts[part] for part in (outline.denoiser, *outline.text_parts)}
+    for lora in loras:
+        what, tensors, config = read_lora(lora.path)
+        for part, state in lora_states(tensors, parts, what, f"expert '{source.name}'", config).items():
+            layers: dict[str, dict[str, Tensor]] = {}
+            for key, tensor in state.items():
+                layer, _, end = key.partition(".lora_")
+                layers.setdefault(layer, {})[f"lora_{end}"] = tensor
+            for layer, own in layers.items():
+                module = parts[part].get_submodule(layer)
+                found.setdefault(f"{part}.{today(layer)}", LayerLoras(module)).added.append(
+                    (own, lora.strength)
+                )
+    source.given = loras
+    return source
 
 
 def open_source(spec: ExpertSpec, config: str | None = None) -> Source:
     """Find an expert's tensors, without reading them. config: of a single file, as in load_expert.
 
-    Raises UserError if it cannot be found, is broken, incomplete or pickled, or has LoRAs.
+    Raises UserError if it cannot be found, is broken, incomplete or pickled, or if a LoRA does not fit it.
     """
-    if spec.loras:
-        raise UserError(
-            f"expert '{spec.name}' has a LoRA ({spec.loras[0].path}), and only whole checkpoints are merged from files;"
-            " fuse it into a pipeline and save that, or merge in memory with afa.merge_pipelines"
-        )
     located = locate(spec)
-    if located.single_file:
-        return _from_single_file(located, config)
-    return _from_folder(located)
+    outline = read_outline(replace(spec, loras=()), config)
+    found = _single_file(located, outline) if located.single_file else _folder(located, outline)
+    return add_loras(found, spec.loras)
 
 
-def open_vae(text: str, like: Source, config: str | None = None) -> Source:
-    """The source of a VAE: an expert's, a VAE's own folder, or its own file. like: an expert that it is to serve.
+def open_vae(place: str | ExpertSpec, like: Source, config: str | None = None) -> Source:
+    """The source of a VAE: an expert's, a VAE's own folder, or its own file. like: an expert that it is to
+    serve.
 
     Raises UserError if there is none, or one of another kind.
     """
-    spec = ExpertSpec.parse(text)
+    spec = ExpertSpec.parse(place) if isinstance(place, str) else place
     located = locate(spec)
     if located.single_file and located.layout.part != "pipeline":
         return _vae_file(located, like, config)
@@ -134,8 +241,8 @@ def open_vae(text: str, like: Source, config: str | None = None) -> Source:
         kind = read_object(located.path / "config.json").get("_class_name")
         if kind != "AutoencoderKL":
             raise UserError(f"{located.path} is no VAE (its config.json says {kind})")
-        return Source(located, _folder_tensors(located.path, "vae"), located.path)
-    source = open_source(spec, config)
+        return Source(spec.name, located, _folder_tensors(located.path, "vae"), located.path)
+    source = open_source(replace(spec, loras=()), config)
     if "vae" not in source.parts:
         raise UserError(f"'{spec.name}' has no VAE; choose another with --vae")
     return source
@@ -144,58 +251,73 @@ def open_vae(text: str, like: Source, config: str | None = None) -> Source:
 def _vae_file(located: Located, like: Source, config: str | None) -> Source:
     assert like.outline is not None
     model, layout = describe_vae(located.path, like.outline.expert, config)
-    entries, names = read_file(located.path), list(model.state_dict())
-    places = {name: Place(layout.prefix + name) for name in names} if layout.diffusers else original_places("vae", names)
-    found = {f"vae.{name}": _stored(entries, replace(place, key=layout.own(place.key))) for name, place in places.items()}
-    return Source(located, found, like.config if config is None else config_folder(config))
+    entries, shapes = read_file(located.path), _shapes(model)
+    own = {name: Place(layout.prefix + name) for name in shapes}
+    places = own if layout.diffusers else original_places("vae", shapes)
+    found = {
+        f"vae.{name}": _stored(entries, replace(place, key=layout.own(place.key)))
+        for name, place in places.items()
+    }
+    folder = like.config if config is None else config_folder(config)
+    return Source(located.spec.name, located, found, folder)
 
 
-def _from_folder(located: Located) -> Source:
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _folder(located: Located, outline: Outline) -> Source:
     """A diffusers pipeline's folder, or a bare denoiser's."""
-    path, outline = located.path, read_outline(located.spec)
+    path, name = located.path, located.spec.name
     if not located.whole_pipeline:
         part = FAMILIES[outline.expert.family].component
-        return Source(located, _folder_tensors(path, part, outline.expert.model), path, outline=outline)
-    parts = [part for part in (*MERGED, "vae") if part in outline.parts]
-    tensors = {key: stored for part in parts for key, stored in _folder_tensors(path / part, part, outline.parts[part]).items()}
-    return Source(located, tensors, path, outline=outline)
+        return Source(name, located, _folder_tensors(path, part, outline.expert.model), path, outline=outline)
+    tensors: dict[str, Stored] = {}
+    for part in (*MERGED, "vae"):
+        if part in outline.parts:
+            tensors |= _folder_tensors(path / part, part, outline.parts[part])
+    return Source(name, located, tensors, path, outline=outline)
 
 
 def _folder_tensors(folder: Path, part: str, model: nn.Module | None = None) -> dict[str, Stored]:
-    """A part's tensors, each once, though a file may hold one under two names. model: the part's, without its numbers."""
-    found, same = read_folder(folder), tied(model) if model is not None else {}
+    """A part's tensors, each once, though a file may hold one under two names.
+
+    model: the part's, without its numbers.
+    """
+    same = tied(model) if model is not None else {}
     tensors: dict[str, Stored] = {}
-    for name, entry in found.items():
+    for name, entry in read_folder(folder).items():
         key = same.get(today(name), today(name))
-        tensors.setdefault(f"{part}.{key}", Stored(entry.file, name, "same", entry.dtype, entry.shape))
+        tensors.setdefault(f"{part}.{key}", _as_is(name, entry))
     return tensors
 
 
-def _from_single_file(located: Located, config: str | None) -> Source:
-    """A whole checkpoint in original layout, or its U-Net alone."""
-    layout = located.layout
-    if layout.part == "transformer":
-        raise UserError(
-            f"{located.path} is no single file of SD 1.x, 2.x or XL, and other models are merged from diffusers folders only; give its folder"
-        )
-    outline = read_outline(located.spec, config)
+def _single_file(located: Located, outline: Outline) -> Source:
+    """A whole checkpoint of SD 1.x, 2.x or XL, or a denoiser alone."""
     assert outline.folder is not None
+    layout, xl = located.layout, "text_encoder_2" in outline.parts
     tensors: dict[str, Stored] = {}
     for part, entries in outline.stored.items():
-        names = [today(name) for name in outline.parts[part].state_dict()]
+        shapes = _shapes(outline.parts[part])
         if layout.diffusers:
-            tensors |= {f"{part}.{name}": _stored(entries, Place(layout.prefix + name)) for name in names}
-            continue
-        opened = any(name.startswith(OPEN_CLIP) for name in entries)
-        stages = key_stages([f"{part}.{name}" for name in names], outline.expert.model)
-        places = original_places(part, names, stages=stages, xl="text_encoder_2" in outline.parts, open_clip=opened)
-        if layout.part == "unet":
-            places = {name: replace(place, key=layout.own(place.key)) for name, place in places.items()}
+            places = {name: Place(layout.prefix + name) for name in shapes}
+        else:
+            opened = part in TEXT_ENCODERS and any(name.startswith(OPEN_CLIP) for name in entries)
+            places = original_places(part, shapes, outline.expert.model, xl=xl, open_clip=opened)
+            if layout.part != "pipeline":
+                places = {name: replace(place, key=layout.own(place.key)) for name, place in places.items()}
         tensors |= {f"{part}.{name}": _stored(entries, place) for name, place in places.items()}
     used = {stored.name for stored in tensors.values()}
-    others = {name: entry for name, entry in read_file(located.path).items() if not (name in used or name.startswith(EMA) or says(name))}
-    spare = {name: Stored(entry.file, name, "same", entry.dtype, entry.shape) for name, entry in others.items()}
-    return Source(located, tensors, outline.folder, spare, outline)
+    spare = {
+        name: _as_is(name, entry)
+        for name, entry in read_file(located.path).items()
+        if not (name in used or name.startswith(EMA) or says(name))
+    }
+    return Source(located.spec.name, located, tensors, outline.folder, spare, outline)
+
+
+def _as_is(name: str, entry: Entry) -> Stored:
+    return Stored(entry.file, Place(name), entry.dtype, entry.shape)
 
 
 def _stored(entries: Tensors, place: Place) -> Stored:
@@ -203,11 +325,13 @@ def _stored(entries: Tensors, place: Place) -> Stored:
     key = place.key if place.key in entries else place.key.replace(".text_model.", ".")
     entry = entries[key]
     form = "same" if place.form == "conv" and len(entry.shape) == 2 else place.form
-    return Stored(entry.file, key, form, entry.dtype, shape_from_original(entry.shape, form))
+    found = Place(key, form, place.rows)
+    return Stored(entry.file, found, entry.dtype, shape_from_original(entry.shape, found))
 
 
 class Reader:
-    """Tensors from memory-mapped files, which stay open while it is used: with Reader() as reader: reader.read(stored)."""
+    """Tensors from memory-mapped files, which stay open while it is used: with Reader() as reader:
+    reader.read(stored)."""
 
     def __init__(self) -> None:
         self._open: dict[Path, Any] = {}
@@ -223,7 +347,8 @@ class Reader:
         self._mapped = 0
 
     def read(self, stored: Stored) -> Tensor:
-        """One tensor, in its diffusers form and in the file's dtype; position_ids as they should be, whatever the file has."""
+        """One tensor, in its diffusers form and in the file's type; position_ids as they should be, whatever
+        the file has."""
         if is_position_ids(stored.name):
             return torch.arange(stored.numbers).reshape(stored.shape)
         if self._mapped > MAPPED:
@@ -232,4 +357,4 @@ class Reader:
             self._open[stored.file] = self._stack.enter_context(safe_open(stored.file, framework="pt"))
         tensor: Tensor = self._open[stored.file].get_tensor(stored.name)
         self._mapped += tensor.numel() * tensor.element_size()
-        return from_original(tensor, stored.form)
+        return from_original(tensor, stored.place)

@@ -12,9 +12,8 @@ from tqdm import tqdm
 
 from afa.errors import UserError
 from afa.experts.spec import ExpertSpec
-from afa.merging.parts import TEXT_ENCODERS
+from afa.merging.keys import TEXT_ENCODERS, stage_names
 from afa.merging.sources import Reader, Source, open_source
-from afa.merging.stages import stage_names
 
 TEXT = "text"  # what stands for the text encoders beside the stages
 SAME = 2e-3  # relative distance below which two experts are one, but for rounding: half precision moves weights by 3e-4, bfloat16 by 1.1e-3
@@ -88,7 +87,7 @@ class Distances:
 
 
 def distances(specs: Sequence[ExpertSpec], base: ExpertSpec | None, config: str | None) -> Distances:
-    """Read all weights once. Raises UserError for experts whose weights cannot be read key by key (LoRAs, pickles, some single files)."""
+    """Read all weights once. Raises UserError for experts whose weights cannot be read key by key (pickles, foreign single files)."""
     sources = [open_source(spec, config) for spec in specs]
     reference = sources[0] if base is None else open_source(base, config)
     grams: dict[str, NDArray[np.float64]] = {}
@@ -96,8 +95,8 @@ def distances(specs: Sequence[ExpertSpec], base: ExpertSpec | None, config: str 
     keys = [key for key in _common(sources, reference) if key.partition(".")[0] != "vae"]
     with Reader() as reader:
         for key in tqdm(keys, desc="comparing weights", unit="tensor", file=sys.stderr):
-            zero = reader.read(reference.tensors[key]).double().flatten()
-            rows = [reader.read(source.tensors[key]).double().flatten() - zero for source in sources]
+            zero = reference.read(key, reader).double().flatten()
+            rows = [source.read(key, reader).double().flatten() - zero for source in sources]
             matrix = torch.stack([*rows, zero])  # (N + 1, numbers)
             stage = TEXT if key.partition(".")[0] in TEXT_ENCODERS else stages[key]
             grams[stage] = grams.get(stage, 0) + (matrix @ matrix.T).numpy()

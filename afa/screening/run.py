@@ -18,7 +18,7 @@ from afa.experts.spec import ExpertSpec
 from afa.files import json_or_none, locked, write_atomically
 from afa.fingerprint import claim, fingerprint
 from afa.latents import latents_of
-from afa.merging.run import merge_files
+from afa.merging.engine import merge_files
 from afa.merging.settings import MergeSettings
 from afa.prompts import read_prompts, warn_of_prompts
 from afa.screening.asking import Asking, Common, Store, common, draw_prompts, forget

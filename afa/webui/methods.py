@@ -7,7 +7,7 @@ from typing import Any
 
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.evaluation.names import METHODS
+from afa.evaluation.names import known_methods
 from afa.evaluation.untrained import SAMPLING_TITLES
 from afa.sampling.options import OPTIONS, make_options
 from afa.sampling.registry import make_sampler
@@ -62,7 +62,7 @@ def _afa(ensemble: Ensemble) -> Method:
     def make() -> PipelineSampler:
         return PipelineSampler(in_frame(ensemble, ensemble.denoiser))
 
-    return Method("afa", "AFA", METHODS["afa"], make, record, has_maps=several, scalable=several)
+    return Method("afa", "AFA", known_methods()["afa"], make, record, has_maps=several, scalable=several)
 
 
 def _alone(ensemble: Ensemble, name: str) -> Method:
@@ -83,4 +83,4 @@ def _combined(ensemble: Ensemble, name: str) -> Method:
     record = {"method": name, "method_options": asdict(make_options(name, {})), "expert": None}
     title = SAMPLING_TITLES[name][0].upper() + SAMPLING_TITLES[name][1:]
     has_maps = kind.has_maps and len(ensemble.names) > 1
-    return Method(name, title, METHODS[name], make, record, has_maps, has_maps and not kind.only_predictions, kind.own_loop)
+    return Method(name, title, known_methods()[name], make, record, has_maps, has_maps and not kind.only_predictions, kind.own_loop)

@@ -17,7 +17,7 @@ from afa.experts import spec as locating
 from afa.experts.locate import locate
 from afa.experts.spec import ExpertSpec
 from afa.fingerprint import FILES
-from afa.merging.search.journal import Journal
+from afa.merging.optimisers import Journal
 from afa.training.finetune import RECORD, finetune, finetune_finished
 from afa.training.finetune_settings import LoraSettings
 from afa.training.state import belongings, load_state, save_state, state_file

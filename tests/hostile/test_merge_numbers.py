@@ -10,8 +10,9 @@ from tiny import SMALL, sd_unet, text_encoder
 from torch import nn
 
 from afa import UserError
+from afa.merging.keys import merge_key
 from afa.merging.memory import PartsMerge
-from afa.merging.table import MERGES, PAIRS, find_merge, merge_key, needs
+from afa.merging.registry import MERGES, find_merge
 
 UNET, TEXT, VAE = (
     "unet/diffusion_pytorch_model.safetensors",
@@ -51,7 +52,7 @@ def test_a_merge_of_files_names_the_expert_and_the_tensor_that_is_not_finite(tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 
 
-@pytest.mark.parametrize("method", [method for method in MERGES if needs(method, "base")])
+@pytest.mark.parametrize("method", [method for method in MERGES if find_merge(method).needs("base")])
 def test_a_base_that_is_not_finite_is_named(tmp_path, method):
     broken = changed(tmp_path, "curves", "broken", UNET, put(KEY, float("nan")))
     run = afa("merge", "--method", method, "--experts", ASSETS / "angles", ASSETS / "patterns", "--base", broken, "--output", tmp_path / "m")
@@ -108,9 +109,9 @@ def test_a_merge_in_memory_does_not_overflow_half_precision_without_a_word():
 def test_every_method_computes_in_float32_and_rounds_once(method, dtype):
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(40, 30, generator=generator).to(dtype) for _ in range(3)]
-    base = tensors.pop() if needs(method, "base") else None
-    experts = tensors[:2] if method in (*PAIRS, "mbw") else tensors
-    rule, options = find_merge(method), OPTIONS.get(method, {})
+    base = tensors.pop() if find_merge(method).needs("base") else None
+    experts = tensors[:2] if method == "mbw" or find_merge(method).experts == 2 else tensors
+    rule, options = find_merge(method).rule, OPTIONS.get(method, {})
     fine = merge_key(rule, [one.float() for one in experts], None if base is None else base.float(), key="unet.k", **options)
     assert fine.dtype == torch.float32
     came = merge_key(rule, experts, base, key="unet.k", **options)
@@ -121,9 +122,9 @@ def test_every_method_computes_in_float32_and_rounds_once(method, dtype):
 def test_a_cast_that_makes_infinity_or_nan_is_refused(dtype):
     big = torch.full((2, 2), 1e6)
     with pytest.raises(UserError, match=r"unet\.k does not fit float.*1e\+06"):
-        merge_key(find_merge("weighted"), [big, big + 1], key="unet.k", dtype=dtype)
+        merge_key(find_merge("weighted").rule, [big, big + 1], key="unet.k", dtype=dtype)
     with pytest.raises(UserError, match=r"makes NaN or infinity of unet\.k"):
-        merge_key(find_merge("add_difference"), [big, big + 1], big + 3, key="unet.k", alpha=3e38)
+        merge_key(find_merge("add_difference").rule, [big, big + 1], big + 3, key="unet.k", alpha=3e38)
 
 
 # ---- what is no weight
@@ -206,7 +207,7 @@ def test_position_ids_of_models_in_memory_are_made_whole():
 
 
 def slerp(one, other, t=0.5):
-    return merge_key(find_merge("slerp"), [one, other], key="unet.k", t=t)
+    return merge_key(find_merge("slerp").rule, [one, other], key="unet.k", t=t)
 
 
 @pytest.mark.parametrize("angle", [1e-12, 1e-9, 1e-6, 1e-3, 1.0, 3.0, torch.pi - 1e-3, torch.pi - 1e-6, torch.pi - 1e-9])
@@ -233,7 +234,7 @@ def test_ties_keeps_nan_visible():
     one, other, base = (torch.randn(20, generator=generator) for _ in range(3))
     one[3] = float("nan")
     for density in (0.05, 0.5, 1.0):
-        assert MERGES["ties"]([one, other], base=base, density=density)[3].isnan()
+        assert MERGES["ties"].rule([one, other], base=base, density=density)[3].isnan()
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_ties_keeps_nan_visible():
     ],
 )
 def test_options_out_of_their_bounds_are_refused(method, option, values):
-    base = parts(2) if needs(method, "base") else None
+    base = parts(2) if find_merge(method).needs("base") else None
     merge = PartsMerge([parts(0), parts(1)], ["one", "other", "base"], base)
     for value in values:
         with pytest.raises(UserError):

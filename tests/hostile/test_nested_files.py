@@ -10,7 +10,7 @@ from afa.experts.single_file import _read
 from afa.explanation.run import _distance
 from afa.fingerprint import NOTE, check_claim
 from afa.images import CHUNK, read_made
-from afa.merging.folder import _write_config
+from afa.merging.configs import _write_config
 from afa.training.log import _step
 
 NO_OBJECT = ["[" * 100_000, '{"a":' * 100_000, "[]", "3", "null", '"text"', "", "{"]

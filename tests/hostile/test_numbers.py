@@ -11,7 +11,7 @@ from afa.cli.main import COMMANDS, main
 from afa.denoiser.hooks import check_strengths
 from afa.denoiser.lora import check_weights
 from afa.errors import UserError
-from afa.merging.table import check_merge
+from afa.merging.registry import check_merge
 from afa.sampling.options import make_options
 from afa.settings import check_value, kind_of, option, read_recipe, shares
 

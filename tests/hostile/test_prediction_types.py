@@ -21,7 +21,7 @@ from afa.experts.prediction import Prediction, predicting, said_by_file
 from afa.experts.single_file import detect_config
 from afa.experts.spec import ExpertSpec
 from afa.inspection import Subject, facts
-from afa.merging.run import merge_files
+from afa.merging.engine import merge_files
 from afa.merging.settings import MergeSettings
 from afa.places import located
 

@@ -20,7 +20,7 @@ from afa.experts.locate import locate
 from afa.experts.meta_model import read_outline
 from afa.experts.single_file import describe_vae, detect_config
 from afa.experts.spec import ExpertSpec
-from afa.merging.run import merge_files
+from afa.merging.engine import merge_files
 from afa.merging.settings import MergeSettings
 from afa.screening.asking import common
 from afa.screening.plan import plan

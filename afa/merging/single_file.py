@@ -1,0 +1,231 @@
+"""Where every tensor of a diffusers model lies in a single file of its publisher's layout, and in which form.
+
+For whole checkpoints of SD 1.x, 2.x and XL (U-Net, VAE, CLIP and OpenCLIP text encoders), and the
+transformers of SD 3 and FLUX.1. What tensors are called is the layout's definition: CompVis stable-diffusion,
+Stability-AI generative-models and sd3.5, black-forest-labs flux, mlfoundations open_clip. Held against
+diffusers' converters by tests/test_merging_layout.py.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afa.experts.layouts import DENOISER, VAE
+from afa.models.registry import family_of, stages_of
+from afa.stages.original_names import original_layers, unet_names
+
+# text encoder -> its prefixes, (CLIP, OpenCLIP); SDXL's stand in conditioner.embedders
+TEXT = {
+    "text_encoder": ("cond_stage_model.transformer.text_model.", "cond_stage_model.model."),
+    "xl.text_encoder": ("conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.0.model."),
+    "xl.text_encoder_2": (
+        "conditioner.embedders.1.transformer.text_model.",
+        "conditioner.embedders.1.model.",
+    ),
+}
+VAE_NAMES = [
+    (r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block."),
+    (r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample."),
+    (r"mid_block\.resnets\.0\.", "mid.block_1."),
+    (r"mid_block\.resnets\.1\.", "mid.block_2."),
+    (r"mid_block\.attentions\.0\.", "mid.attn_1."),
+    (r"conv_norm_out\.", "norm_out."),
+    (r"conv_shortcut\.", "nin_shortcut."),
+    (r"group_norm\.", "norm."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.to_out\.0\.", ".proj_out."),
+]
+OPEN_CLIP = [
+    (r"^embeddings\.token_embedding\.", "token_embedding."),
+    (r"^embeddings\.position_embedding\.weight$", "positional_embedding"),
+    (r"^final_layer_norm\.", "ln_final."),
+    (r"^text_projection\.weight$", "text_projection"),
+    (r"^encoder\.layers\.(\d+)\.", r"transformer.resblocks.\1."),
+    (r"\.layer_norm([12])\.", r".ln_\1."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+    (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
+    (r"\.self_attn\.[qkv]_proj\.", ".attn.in_proj_"),
+]
+# What of a transformer families/original_names.py does not rename: norms of queries and keys, and what is
+# called the same.
+NORMS = {
+    "sd3": [
+        (
+            r"transformer_blocks\.(\d+)\.(attn2?)\.norm_([qk])\.weight",
+            r"joint_blocks.\1.x_block.\2.ln_\3.weight",
+        ),
+        (
+            r"transformer_blocks\.(\d+)\.attn\.norm_added_([qk])\.weight",
+            r"joint_blocks.\1.context_block.attn.ln_\2.weight",
+        ),
+        (r"pos_embed\.pos_embed", "pos_embed"),
+        (r"context_embedder\.(weight|bias)", r"context_embedder.\1"),
+    ],
+    "flux": [
+        (
+            rf"{kind}transformer_blocks\.(\d+)\.attn\.norm_{added}{letter}\.weight",
+            rf"{place}norm.{word}_norm.scale",
+        )
+        for kind, added, place in (
+            ("", "", r"double_blocks.\1.img_attn."),
+            ("", "added_", r"double_blocks.\1.txt_attn."),
+            ("single_", "", r"single_blocks.\1."),
+        )
+        for letter, word in (("q", "query"), ("k", "key"))
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor's name in the original layout, and its form there.
+
+    form: "same"; "conv" (a linear layer as 1×1 convolution); "transposed"; "swapped" (its halves the other
+    way round)
+    rows: first and last + 1 of a tensor that several of diffusers' share; None: it has one for itself
+    """
+
+    key: str
+    form: str = "same"
+    rows: tuple[int, int] | None = None
+
+
+def original_places(
+    part: str,
+    shapes: Mapping[str, Sequence[int]],
+    model: Any = None,
+    *,
+    xl: bool = False,
+    open_clip: bool = False,
+) -> dict[str, Place]:
+    """The place of every tensor of one part of a pipeline.
+
+    part:      unet, transformer, vae, text_encoder or text_encoder_2
+    shapes:    of all of the part's own tensors, by the names that diffusers has today
+    model:     of a denoiser, with or without numbers
+    xl:        of an SDXL pipeline
+    open_clip: a text encoder that was OpenCLIP's (SD 2.x; SDXL's second)
+    Raises ValueError for names that the layout has no place for.
+    """
+    if part == "unet":
+        return {
+            name: Place(DENOISER + new) for name, new in unet_names(shapes, stages_of(shapes, model)).items()
+        }
+    if part == "transformer":
+        return _transformer(shapes, model)
+    if part == "vae":
+        return _vae(shapes)
+    clip, opened = TEXT[f"{'xl.' if xl else ''}{part}"]
+    if open_clip:
+        return {name: _open_clip(name, opened, shape[0]) for name, shape in shapes.items()}
+    outer = clip.removesuffix("text_model.")
+    return {name: Place((outer if name.startswith("text_projection") else clip) + name) for name in shapes}
+
+
+def names_by_key(places: Mapping[str, Place]) -> dict[str, list[str]]:
+    """Which tensors make up each of a single file's: one, or several in the order of their rows."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(places, key=lambda name: places[name].rows or (0, 0)):
+        found.setdefault(places[name].key, []).append(name)
+    return found
+
+
+def from_original(tensor: Tensor, place: Place) -> Tensor:
+    """A tensor of a single file as diffusers has it."""
+    if place.rows is not None:
+        tensor = tensor[slice(*place.rows)]
+    if place.form == "swapped":
+        return torch.cat(tensor.chunk(2)[::-1])
+    if place.form == "transposed":
+        return tensor.T
+    return tensor.flatten(1) if place.form == "conv" else tensor
+
+
+def to_original(tensors: Sequence[Tensor], form: str) -> Tensor:
+    """The reverse; tensors that share one are joined in order."""
+    tensor = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+    if form == "swapped":
+        return torch.cat(tensor.chunk(2)[::-1])
+    if form == "transposed":
+        return tensor.T.contiguous()
+    return tensor[..., None, None] if form == "conv" else tensor
+
+
+def shape_from_original(shape: Sequence[int], place: Place) -> tuple[int, ...]:
+    """The shape that from_original will give."""
+    if place.rows is not None:
+        return (place.rows[1] - place.rows[0], *shape[1:])
+    if place.form == "transposed":
+        return tuple(reversed(shape))
+    return tuple(shape[:2]) if place.form == "conv" else tuple(shape)
+
+
+def shape_to_original(shapes: Sequence[Sequence[int]], form: str) -> tuple[int, ...]:
+    """The shape that to_original will give."""
+    first, *_ = shapes
+    if form == "transposed":
+        return tuple(reversed(first))
+    rows = sum(shape[0] for shape in shapes) if first else ()
+    shape = (rows, *first[1:]) if first else ()
+    return (*shape, 1, 1) if form == "conv" else shape
+
+
+def _transformer(shapes: Mapping[str, Sequence[int]], model: Any) -> dict[str, Place]:
+    """SD3's and FLUX.1's: layers as LoRAs name them, and norms."""
+    places: dict[str, Place] = {}
+    for original, layers in original_layers(model).items():
+        for end in ("weight", "bias"):
+            own = [f"{name}.{end}" for name in layers.names]
+            if own[0] in places or not all(
+                name in shapes for name in own
+            ):  # names of other programs come last
+                continue
+            ends = list(itertools.accumulate(shapes[name][0] for name in own))
+            for name, first, last in zip(own, [0, *ends], ends, strict=False):
+                rows = (first, last) if len(own) > 1 else None
+                places[name] = Place(
+                    f"{DENOISER}{original}.{end}", "swapped" if layers.swapped else "same", rows
+                )
+    for name in shapes:
+        for pattern, new in NORMS.get(family_of(model), []):
+            if name not in places and (found := re.fullmatch(pattern, name)):
+                places[name] = Place(DENOISER + found.expand(new))
+        if name not in places:
+            raise ValueError(f"the original layout has no place for {name}")
+    return {name: places[name] for name in shapes}
+
+
+def _vae(shapes: Mapping[str, Sequence[int]]) -> dict[str, Place]:
+    """The decoder's blocks are counted from the other end."""
+    last = max(int(found[1]) for name in shapes if (found := re.match(r"decoder\.up_blocks\.(\d+)\.", name)))
+    places = {}
+    for name in shapes:
+        new = re.sub(r"up_blocks\.(\d+)\.resnets\.", lambda found: f"up.{last - int(found[1])}.block.", name)
+        new = re.sub(
+            r"up_blocks\.(\d+)\.upsamplers\.0\.", lambda found: f"up.{last - int(found[1])}.upsample.", new
+        )
+        linear = re.search(r"\.attentions\.0\.to_(q|k|v|out\.0)\.weight$", name)
+        places[name] = Place(VAE + _replaced(new, VAE_NAMES), "conv" if linear else "same")
+    return places
+
+
+def _open_clip(name: str, prefix: str, rows: int) -> Place:
+    """Of a CLIP text encoder that was OpenCLIP's: queries, keys and values are thirds of one tensor."""
+    third = re.search(r"\.self_attn\.([qkv])_proj\.", name)
+    number = "qkv".index(third[1]) if third else 0
+    form = "transposed" if name == "text_projection.weight" else "same"
+    return Place(
+        prefix + _replaced(name, OPEN_CLIP), form, (number * rows, (number + 1) * rows) if third else None
+    )
+
+
+def _replaced(name: str, table: list[tuple[str, str]]) -> str:
+    for old, new in table:
+        name = re.sub(old, new, name)
+    return name
