@@ -10,6 +10,7 @@ from merging_models import SMALL
 from tiny import sd_unet, sdxl_unet
 from tiny_transformers import flux_transformer, sd3_transformer
 
+from afa.denoiser.base import EnsembleDenoiser
 from afa.errors import UserError
 from afa.merging.keys import key_stages, stage_names
 from afa.merging.memory import PartsMerge
@@ -215,7 +216,12 @@ def test_a_further_family_needs_only_its_entry_in_the_table(monkeypatch):
 
     config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16, "norm_num_groups": 4}
     first, second = (PixArtTransformer2DModel(**config, caption_channels=16, sample_size=8) for _ in range(2))
-    monkeypatch.setitem(FAMILIES, "pixart", Family("PixArtTransformer2DModel", "transformer", read, FAMILIES["sd3"].call))
+    class PixArtEnsemble(EnsembleDenoiser):
+        family = "pixart"
+        call = FAMILIES["sd3"].call
+        read_stages = staticmethod(read)
+
+    monkeypatch.setitem(FAMILIES, "pixart", Family("PixArtTransformer2DModel", "transformer", PixArtEnsemble))
     merge = PartsMerge([{"transformer": first}, {"transformer": second}], ["first", "second"])
     assert merge.stages == ("P00", "P01", "OUT")
     merge.apply_mbw({"others": 0, "P01": 1})
