@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from afa.experts.layouts import DENOISER, VAE
-from afa.models.registry import family_of, stages_of
-from afa.stages.original_names import original_layers, unet_names
+from afa.models.registry import family_of, layers_of, stages_of
+from afa.stages.original_names import unet_names
 
 # text encoder -> its prefixes, (CLIP, OpenCLIP); SDXL's stand in conditioner.embedders
 TEXT = {
@@ -179,7 +179,7 @@ def shape_to_original(shapes: Sequence[Sequence[int]], form: str) -> tuple[int, 
 def _transformer(shapes: Mapping[str, Sequence[int]], model: Any) -> dict[str, Place]:
     """SD3's and FLUX.1's: layers as LoRAs name them, and norms."""
     places: dict[str, Place] = {}
-    for original, layers in original_layers(model).items():
+    for original, layers in layers_of(model).items():
         for end in ("weight", "bias"):
             own = [f"{name}.{end}" for name in layers.names]
             if own[0] in places or not all(

@@ -30,7 +30,7 @@ from afa.experts.single_file import config_folder, describe_vae
 from afa.experts.spec import ExpertSpec, Lora
 from afa.merging.keys import MERGED, TEXT_ENCODERS, key_stages, today
 from afa.merging.single_file import Place, from_original, original_places, shape_from_original
-from afa.models.registry import FAMILIES
+from afa.models.registry import FAMILIES, layers_of
 
 if TYPE_CHECKING:
     from afa.merging.plan import PlannedStep
@@ -202,7 +202,9 @@ def add_loras(source: Source, loras: tuple[Lora, ...]) -> Source:
     parts = {part: outline.parts[part] for part in (outline.denoiser, *outline.text_parts)}
     for lora in loras:
         what, tensors, config = read_lora(lora.path)
-        for part, state in lora_states(tensors, parts, what, f"expert '{source.name}'", config).items():
+        for part, state in lora_states(
+            tensors, parts, what, f"expert '{source.name}'", layers_of, config
+        ).items():
             layers: dict[str, dict[str, Tensor]] = {}
             for key, tensor in state.items():
                 layer, _, end = key.partition(".lora_")
