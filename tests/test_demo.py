@@ -101,9 +101,9 @@ def test_the_embedded_ensemble_names_no_place_of_the_machine_it_was_made_on():
 def test_the_world_is_built_from_nothing_and_resumes(tmp_path):
     from scripts.demo_world.build import build
 
-    build(tmp_path / "world", tmp_path / "work", quick=400)
+    build(tmp_path / "world", tmp_path / "work", quick=900)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.pt")}
-    build(tmp_path / "world", tmp_path / "work", quick=400)
+    build(tmp_path / "world", tmp_path / "work", quick=900)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.pt")} == before  # nothing was trained twice
     ensemble = Ensemble.from_experts([str(tmp_path / "world" / name) for name in EXPERTS], aggregator="mean")
     assert len(ensemble.names) == 3

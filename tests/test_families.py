@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import SD, sd_pipeline, sdxl_pipeline
+from tiny import sd_pipeline, sdxl_pipeline
 from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
 from afa.models.registry import FAMILIES
 
-PIPELINES = {"sd": partial(sd_pipeline, **SD), "sdxl": sdxl_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline, "qwen-image": qwen_image_pipeline}
+PIPELINES = {"sd": partial(sd_pipeline, text_seed=0), "sdxl": sdxl_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline, "qwen-image": qwen_image_pipeline}
 SMALL = "--hidden 8 --heads 2 --depth 1 --resolution 64 --batch-size 2 --held-out 2 --evaluate-every 1 --lr 1e-2 --device cpu".split()
 
 
@@ -46,10 +46,10 @@ def test_there_is_a_pipeline_of_every_family():
 
 
 def test_two_steps_of_training_change_the_aggregators_and_are_measured(trained):
-    record = Ensemble.load(trained / "out").training
+    ensemble = Ensemble.load(trained / "out")
+    record = ensemble.training
     assert record["steps"] == 2
     assert all(np.isfinite(value["value"]) for value in record["held_out_loss"].values())
-    ensemble = Ensemble.load(trained / "out")
     assert any(parameter.abs().max() > 0 for name, parameter in ensemble.aggregators.named_parameters() if name.endswith("conv_out.weight"))
 
 

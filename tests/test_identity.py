@@ -1,6 +1,7 @@
 """One expert walked by stages is the stock forward, bit for bit, whatever a pipeline may pass."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +9,18 @@ import pytest
 import torch
 from tiny import inputs, sd_unet, sdxl_inputs, sdxl_unet
 
+from afa.aggregators.registry import Recipe
 from afa.models.unet import UNetEnsemble
+
+
+def alone(unet, placement="layers"):
+    """An ensemble of one, with small aggregators: there are 25 to make."""
+    return UNetEnsemble([unet], recipe=Recipe("sabw", {"hidden": 16, "heads": 2, "depth": 1}), placement=placement)
 
 
 def control(unet, call) -> dict[str, Any]:
     """ControlNet residuals: one per saved skip and one for the middle."""
-    saved = [stage for stage in UNetEnsemble([unet]).stages if stage.saves_skip]
+    saved = [stage for stage in alone(unet).stages if stage.saves_skip]
     batch, _, height, width = call["sample"].shape
     size = lambda level: (-(-height // 2**level), -(-width // 2**level))  # noqa: E731
     down = tuple(torch.randn(batch, stage.channels, *size(stage.level)) for stage in saved)
@@ -22,7 +29,7 @@ def control(unet, call) -> dict[str, Any]:
 
 def adapter(unet, call) -> dict[str, Any]:
     """T2I-Adapter residuals: one per down block, at the size of its last attention (or of its end)."""
-    model = UNetEnsemble([unet])
+    model = alone(unet)
     stages = {stage.name: stage for stage in model.stages}
     batch, _, height, width = call["sample"].shape
     names = model._adapter_stages[: len(unet.down_blocks)]
@@ -67,15 +74,22 @@ CALLS: dict[str, tuple[Callable, Callable, Callable]] = {
 }
 
 
-@pytest.mark.parametrize("placement", ["layers", "blocks", "out"])
-@pytest.mark.parametrize("name", CALLS)
-def test_one_expert_is_itself(name, placement):
+@functools.cache
+def stock(name):
+    """A U-Net, a call, and its own answer."""
     make_unet, make_call, extra = CALLS[name]
     unet, call = make_unet(), make_call()
     call = {**call, **extra(unet, call)}
     with torch.no_grad():
-        expected = unet(**copy.deepcopy(call)).sample
-        got = UNetEnsemble([unet], placement=placement)(**copy.deepcopy(call)).sample
+        return unet, call, unet(**copy.deepcopy(call)).sample
+
+
+@pytest.mark.parametrize("placement", ["layers", "blocks", "out"])
+@pytest.mark.parametrize("name", CALLS)
+def test_one_expert_is_itself(name, placement):
+    unet, call, expected = stock(name)
+    with torch.no_grad():
+        got = alone(unet, placement)(**copy.deepcopy(call)).sample
     assert torch.equal(got, expected)
 
 
@@ -84,7 +98,7 @@ def test_one_expert_is_itself(name, placement):
 def test_one_expert_is_itself_in_half_precision(dtype, aggregators):
     unet = sd_unet().to(dtype)
     call = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs().items()}
-    model = UNetEnsemble([unet])
+    model = alone(unet)
     if aggregators == "cast":
         model = model.to(dtype)
     with torch.no_grad():
@@ -96,7 +110,7 @@ def test_older_t2i_adapter_pipelines_pass_theirs_in_the_controlnets_place():
     call["down_block_additional_residuals"] = adapter(unet, call)["down_intrablock_additional_residuals"]
     with torch.no_grad():
         expected = unet(**copy.deepcopy(call)).sample
-        assert torch.equal(UNetEnsemble([unet])(**copy.deepcopy(call)).sample, expected)
+        assert torch.equal(alone(unet)(**copy.deepcopy(call)).sample, expected)
 
 
 def test_the_caller_keeps_its_residuals():
@@ -104,5 +118,5 @@ def test_the_caller_keeps_its_residuals():
     given = adapter(unet, call)["down_intrablock_additional_residuals"]
     before = [tensor.clone() for tensor in given]
     with torch.no_grad():
-        UNetEnsemble([unet])(**call, down_intrablock_additional_residuals=given)
+        alone(unet)(**call, down_intrablock_additional_residuals=given)
     assert all(torch.equal(now, then) for now, then in zip(given, before, strict=True))
