@@ -246,7 +246,7 @@ class Ensemble:
         """
         nets = getattr(controlnet, "nets", [controlnet])
         for net in nets:
-            net.register_forward_pre_hook(self.denoiser.narrow, with_kwargs=True)
+            net.register_forward_pre_hook(self.denoiser.first_expert_text, with_kwargs=True)
         return controlnet
 
 

@@ -117,10 +117,10 @@ class TestDenoiser:
     def test_a_converted_expert_claims_what_it_would_alone(self, name, own, frame):
         model, mine, theirs = self.made(name, [frame, own]), SCHEDULES[own], SCHEDULES[frame]
         call, given = MODELS[name].call(), model.call
-        noisy, times = given.latents(call), torch.as_tensor(given.counted(call["timestep"])).double()
+        noisy, times = given.latents(call), torch.as_tensor(given.timestep_from_model(call["timestep"])).double()
         handed, own_times = conversion(mine, theirs).given(noisy, times)
         size, first = noisy.shape[-2:], next(iter(call))
-        stock = {**call, first: given.answer(handed) if first != "sample" else handed, "timestep": given.told(own_times.float())}
+        stock = {**call, first: given.answer(handed) if first != "sample" else handed, "timestep": given.timestep_to_model(own_times.float())}
         with torch.no_grad(), only_expert(model, "expert_1"):
             heard = given.prediction(model(**call).sample, size)
             said = given.prediction(model.experts[1](**stock).sample, size)

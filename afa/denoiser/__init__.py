@@ -1,1 +1,1 @@
-"""The walk by stages, and the drop-in denoiser of each family. Importing this package costs nothing."""
+"""The denoiser of an ensemble: the loop over stages, hooks, placement, noise schedules and LoRAs."""

@@ -1,4 +1,4 @@
-"""What the drop-in denoisers of all families share: experts, aggregators, and the switches of a pass."""
+"""The base class of the drop-in denoisers of all families: experts, aggregators, and hooks of a pass."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from afa.aggregators.base import Aggregator
 from afa.aggregators.registry import Recipe
-from afa.denoiser.forward import Adjuster, Answer, Column, Observer, Residuals, walk
+from afa.denoiser.forward import Adjuster, Answer, Observer, ParallelStages, Residuals, run_stages
 from afa.denoiser.hooks import WeightMaps
 from afa.denoiser.lora import DenoiserLoras, applied
 from afa.denoiser.placement import fused_stages
@@ -23,13 +23,18 @@ from afa.stages.stage import Stage, Trace
 
 
 class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
-    """N frozen experts and their trainable aggregators, in the place of one diffusers denoiser.
+    """N frozen experts and their trainable aggregators, which replace one diffusers denoiser.
 
-    A family's subclass adds the stock forward. `config` is the first expert's, so pipelines find what they ask for.
-    experts: the models, not copied; they are frozen and stay in evaluation mode.
-    names: of the experts, in their order. placement: see placement.py. recipe: how the aggregators are made.
-    text_widths: of the states of each text encoder, where a pipeline puts several side by side (SDXL).
-    conversions: of experts whose predictions are of another kind than the frame's; None for the others. Only predictions can be.
+    The subclass of a family adds the stock forward. `config` is the first expert's, as pipelines expect.
+
+    experts:     the models; not copied, frozen, always in evaluation mode
+    names:       unique names of the experts; None: expert_0, expert_1 …
+    recipe:      how the aggregators are made; None: the default
+    placement:   which stages are fused, see placement.py; None: the family's default
+    text_widths: width of each text encoder's states, for pipelines that join several (SDXL)
+    conversions: for each expert, how its prediction becomes the frame's kind (the frame is the shared VAE,
+                 tokenizers and scheduler); None for experts of the same kind. Only predictions can be
+                 converted, not features
     """
 
     family: ClassVar[str]
@@ -56,13 +61,14 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         )
         if not experts or len(self.names) != len(experts) or len(set(self.names)) != len(experts):
             raise ValueError(
-                f"{len(experts)} experts with names {list(self.names)}; give at least one, and each its own name"
+                f"{len(experts)} experts with names {list(self.names)}; "
+                "give at least one, and each its own name"
             )
         first: Any = experts[0]
         self.register_to_config(**first.config)
         self.gradient_checkpointing = False
         self.experts = nn.ModuleList(experts).requires_grad_(False).eval()
-        self.columns = _columns(self.read_stages, experts, self.names)
+        self.parallel_stages = _parallel_stages(self.read_stages, experts, self.names)
         self.placement = placement or self.default_placement
         self.text_widths = tuple(text_widths)
         self.recipe = recipe or Recipe()
@@ -71,22 +77,23 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         self._check_conversions()
         if self.recipe.text_stream == "fused" and not self.call.streams:
             raise ValueError(
-                f"text_stream fused is for blocks that change text tokens, and those of family {self.family} only read them; leave it out"
+                "text_stream fused is for blocks that change text tokens, "
+                f"and those of family {self.family} only read them; leave it out"
             )
         self._maps: WeightMaps | None = None
         self._watch: Observer | None = None
         self._adjust: Adjuster | None = None
-        self.aside = False  # in a pass that guidance makes without the prompt, by itself (see cache_context)
-        self._only: int | None = None
+        self.in_uncond_pass = False  # True in guidance's separate pass without the prompt, see cache_context
+        self._solo_expert: int | None = None
 
     def _original_layers(self, model: Any) -> dict[str, Layers]:
-        """The publisher's names of one expert's layers."""
+        """Map the publisher's names of one expert's layers to diffusers' layers."""
         return original_layers(model, self.family, self.read_stages(model))
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages, as the first expert has them; names, channels and levels hold for all."""
-        return tuple(column[0] for column in self.columns)
+        """The first expert's stages; their names, channels and levels are those of all experts."""
+        return tuple(same_stage[0] for same_stage in self.parallel_stages)
 
     @property
     def fused(self) -> list[str]:
@@ -94,7 +101,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         return list(self.aggregators)
 
     def _aggregators(self) -> dict[str, Aggregator]:
-        """One aggregator per fused stage, on the experts' device, in float32 until someone casts the ensemble."""
+        """Make one aggregator per fused stage, on the experts' device, in float32."""
         widths, side = self.widths, self.side
         chosen = fused_stages(self.placement, self.stages)
         device = next(self.experts[0].parameters()).device
@@ -108,7 +115,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
             }
 
     def _check_conversions(self) -> None:
-        """Raises ValueError where predictions would have to be converted that are not, or not only, latents."""
+        """Raise ValueError if experts need a conversion that their placement or channels rule out."""
         converted = [
             name for name, found in zip(self.names, self.conversions, strict=True) if found is not None
         ]
@@ -116,35 +123,38 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
             return
         if self.fused != [self.stages[-1].name]:
             raise ValueError(
-                f"the predictions of {', '.join(converted)} are of another kind than the frame's, so features have nothing in common;"
-                f" only predictions can be combined: placement out, not {','.join(self.fused)}"
+                f"the predictions of {', '.join(converted)} are of another kind than the frame's, "
+                "so features have nothing in common; only predictions can be combined: "
+                f"placement out, not {','.join(self.fused)}"
             )
         last = self.stages[-1]
-        taken, answered = (
-            self.call.latent_channels(self.config),
-            last.channels // 4**last.level,
-        )  # of a map, patches unfolded
-        if taken != answered:
+        channels_in = self.call.latent_channels(self.config)
+        channels_out = last.channels // 4**last.level  # of latents, after the patches are unfolded
+        if channels_in != channels_out:
             raise ValueError(
-                f"the predictions of {', '.join(converted)} are of another kind than the frame's, and those of models with"
-                f" {taken} channels in and {answered} out (inpainting) are not converted; take experts of one kind"
+                f"the predictions of {', '.join(converted)} are of another kind than the frame's, "
+                f"and those of models with {channels_in} channels in and {channels_out} out (inpainting) "
+                "are not converted; take experts of one kind"
             )
 
     @property
     def side(self) -> int:
-        """The larger side of the latents the experts are made for; 0 if nobody says."""
+        """The larger side of the latents the experts are made for; 0 if it is unknown."""
         found = self.call.side(self.config)
         return int(found or 0) if isinstance(found, int | None) else max(found)
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Widths of the time embedding and of the text that aggregators see."""
+        """The widths of the time embedding (E) and of the text states (D) that aggregators see."""
         raise NotImplementedError
 
-    def narrow(
+    def first_expert_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A forward pre-hook for a ControlNet: hand it the first expert's part of joined text. Here: the text that all share."""
+        """Forward pre-hook of a ControlNet: give it the first expert's part of the joined text.
+
+        This version is for families whose experts share one text.
+        """
         return args, kwargs
 
     def _run(
@@ -156,21 +166,27 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         skipped: Collection[str] = (),
         noisy: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """One pass. begin: starts the expert of that index. noisy: the call's latents as the last stage lays predictions out.
+        """Run one pass and return its prediction.
 
-        The other arguments: see walk.
+        begin:    index of an expert -> the input of its first stage, its trace
+        timestep: of the call
+        noisy:    returns the call's latents in the layout of the last stage's output
+        residuals, odd_size, skipped: see run_stages
         """
-        chosen = range(len(self.experts)) if self._only is None else (self._only,)
+        chosen = range(len(self.experts)) if self._solo_expert is None else (self._solo_expert,)
         hidden, traces = zip(*(begin(index) for index in chosen), strict=True)
-        columns = self.columns
+        parallel_stages = self.parallel_stages
         aggregators = cast(Mapping[str, Aggregator], self.aggregators)  # a ModuleDict is one in all but name
-        if self._only is not None:
-            columns, aggregators = [(column[self._only],) for column in columns], {}
-        if self._maps is not None and not self.aside:
-            self._maps.begin(self.call.counted(timestep))
+        if self._solo_expert is not None:
+            parallel_stages, aggregators = (
+                [(same_stage[self._solo_expert],) for same_stage in parallel_stages],
+                {},
+            )
+        if self._maps is not None and not self.in_uncond_pass:
+            self._maps.begin(self.call.timestep_from_model(timestep))
         observe = None if self._maps is None and self._watch is None else self._observe
-        return walk(
-            columns,
+        return run_stages(
+            parallel_stages,
             aggregators,
             hidden,
             traces,
@@ -184,18 +200,20 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
             adjust=self._adjust,
         )
 
-    def given(self, expert: int, noisy: Tensor, timestep: Tensor | float | int) -> tuple[Tensor, Any]:
-        """What one expert is handed for a call's latents and timestep: the same, unless its predictions are of another kind."""
+    def inputs_for_expert(
+        self, expert: int, noisy: Tensor, timestep: Tensor | float | int
+    ) -> tuple[Tensor, Any]:
+        """Return one expert's latents and timestep for a call; they differ for another kind of prediction."""
         found = self.conversions[expert]
         if found is None:
             return noisy, timestep
         own, times = found.given(noisy, self.times(timestep, noisy))
-        return own, self.call.told(times.float())
+        return own, self.call.timestep_to_model(times.float())
 
     def _answers(
         self, chosen: Sequence[int], timestep: Tensor | float | int, noisy: Callable[[], Tensor] | None
     ) -> list[Answer]:
-        """What becomes of the prediction of every expert that is run; none if they are of one kind."""
+        """Return one conversion for the prediction of each chosen expert; none if all are of one kind."""
         if all(self.conversions[index] is None for index in chosen):
             return []
         if noisy is None:
@@ -207,35 +225,37 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         return [_answer(self.conversions[index], latents, times) for index in chosen]
 
     def times(self, timestep: Tensor | float | int, like: Tensor) -> Tensor:
-        """A call's timestep as schedulers count it, () or (B,), where `like` is; half precision would round it once more."""
-        told = torch.as_tensor(timestep, device=like.device)
-        return torch.as_tensor(self.call.counted(told.to(torch.promote_types(told.dtype, torch.float32))))
+        """Return a call's timestep in the scheduler's unit, () or (B,), on the device of `like`."""
+        time = torch.as_tensor(timestep, device=like.device)
+        wide = time.to(torch.promote_types(time.dtype, torch.float32))  # half precision would round again
+        return torch.as_tensor(self.call.timestep_from_model(wide))
 
     def _observe(self, stage: str, weights: Tensor) -> None:
-        """Show a stage's weights to whoever wants them."""
-        if self._maps is not None and not self.aside:
+        """Pass a stage's weights to record_weights and watch_weights, if they are on."""
+        if self._maps is not None and not self.in_uncond_pass:
             self._maps.observe(stage, weights)
         if self._watch is not None:
             self._watch(stage, weights)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        """Move or cast; what experts share stays shared."""
+        """Move or cast the ensemble; tensors that experts share stay shared."""
         return applied(self, lambda: super(EnsembleDenoiser, self)._apply(fn, recurse))
 
     @contextmanager
     def cache_context(self, name: str, **where: Any) -> Iterator[None]:
-        """Here pipelines whose guidance makes a pass of its own say which one it is: cond or uncond, whose weights are not recorded.
+        """Note which pass of guidance runs; pipelines with two separate passes call this.
 
+        name: cond, or uncond, whose weights are not recorded
         Nothing is cached (see enable_cache).
         """
-        before, self.aside = self.aside, name == "uncond"
+        before, self.in_uncond_pass = self.in_uncond_pass, name == "uncond"
         try:
             yield
         finally:
-            self.aside = before
+            self.in_uncond_pass = before
 
     def train(self, mode: bool = True) -> "EnsembleDenoiser":
-        """Only aggregators have a training mode; experts stay as they were frozen."""
+        """Set the mode of the aggregators; the frozen experts stay in evaluation mode."""
         self.training = mode
         self.aggregators.train(mode)
         self.experts.eval()  # what was added to one, such as a LoRA, too
@@ -246,22 +266,24 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
     ) -> None:
         """Recompute each stage in the backward pass: memory of one stage, for one more forward.
 
-        A function of the caller's own is refused: stages pass more than tensors.
+        Raises NotImplementedError if a function is given: stages pass more than tensors.
         """
         if gradient_checkpointing_func is not None:
             raise NotImplementedError(
-                "an ensemble checkpoints its stages itself; call enable_gradient_checkpointing() without a function"
+                "an ensemble checkpoints its stages itself; "
+                "call enable_gradient_checkpointing() without a function"
             )
         self.gradient_checkpointing = True  # not the experts' own switches: that would recompute twice
 
     def disable_gradient_checkpointing(self) -> None:
-        """Keep all activations again."""
+        """Keep all activations for the backward pass again."""
         self.gradient_checkpointing = False
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: the inherited one would copy every expert."""
+        """Raise NotImplementedError: the inherited method would copy every expert."""
         raise NotImplementedError(
-            "an ensemble is saved with Ensemble.save(folder), which refers to its experts instead of copying them"
+            "an ensemble is saved with Ensemble.save(folder), "
+            "which refers to its experts instead of copying them"
         )
 
     def enable_freeu(self, *args: Any, **kwargs: Any) -> None:
@@ -276,7 +298,8 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
 
     def enable_cache(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(
-            "caches between steps (FirstBlockCache and others) are not supported on an ensemble: its blocks run by stages"
+            "caches between steps (FirstBlockCache and others) are not supported on an ensemble: "
+            "its blocks run by stages"
         )
 
     def lora_models(self) -> Sequence[Any]:
@@ -292,41 +315,49 @@ def _answer(conversion: Conversion | None, noisy: Tensor, times: Tensor) -> Answ
     )
 
 
-def _columns(
+def _parallel_stages(
     stages: Callable[[nn.Module], tuple[Stage, ...]], experts: Sequence[nn.Module], names: Sequence[str]
-) -> list[Column]:
-    """Stage k of every expert, for all k. Raises ValueError at the first stage where two experts differ."""
-    walked = [stages(expert) for expert in experts]
-    for name, other in zip(names[1:], walked[1:], strict=True):
-        for mine, theirs in zip(walked[0], other, strict=False):
+) -> list[ParallelStages]:
+    """Return stage k of every expert, for all k. Raises ValueError at the first stage that differs."""
+    by_expert = [stages(expert) for expert in experts]
+    first = by_expert[0]
+    for name, other in zip(names[1:], by_expert[1:], strict=True):
+        advice = f"Experts must share one architecture; compare them with: afa inspect {names[0]} {name}"
+        for mine, theirs in zip(first, other, strict=False):
             if (mine.name, mine.channels) != (theirs.name, theirs.channels):
                 raise ValueError(
-                    f"'{name}' cannot join '{names[0]}': stage {theirs.name} has {theirs.channels} channels, expected {mine.name} with"
-                    f" {mine.channels}. Experts must share one architecture; compare them with: afa inspect {names[0]} {name}"
+                    f"'{name}' cannot join '{names[0]}': stage {theirs.name} has {theirs.channels} channels, "
+                    f"expected {mine.name} with {mine.channels}. {advice}"
                 )
-        if len(walked[0]) != len(other):
+        if len(first) != len(other):
             raise ValueError(
-                f"'{name}' cannot join '{names[0]}': it has {len(other)} stages, expected {len(walked[0])}."
-                f" Experts must share one architecture; compare them with: afa inspect {names[0]} {name}"
+                f"'{name}' cannot join '{names[0]}': it has {len(other)} stages, "
+                f"expected {len(first)}. {advice}"
             )
-    return list(zip(*walked, strict=True))
+    return list(zip(*by_expert, strict=True))
 
 
-# options of attention processors that belong to something an ensemble does not do
+# options of attention processors that belong to unsupported features
 REFUSED = {"gligen": "GLIGEN", "ip_adapter_image_embeds": "IP-Adapter", "ip_hidden_states": "IP-Adapter"}
 
 
 def split_joined(states: Tensor, widths: Sequence[int], experts: int, what: str) -> list[Tensor]:
-    """Take apart states joined on the last axis as [encoder 1 of every expert | encoder 2 of every expert | …].
+    """Split states that are joined on the last axis.
 
-    (…, ΣD) belongs to every expert; (…, N·ΣD) gives each (…, ΣD). Any other width raises ValueError.
+    The order is: encoder 1 of every expert, encoder 2 of every expert, …
+    states:  (…, ΣD) for all experts, or (…, N·ΣD)
+    widths:  D of each encoder
+    experts: N
+    what:    name of the states, for messages
+    Returns N tensors (…, ΣD). Raises ValueError for any other width.
     """
     single = sum(widths)
     if states.shape[-1] == single:
         return [states] * experts
     if states.shape[-1] != experts * single:
         raise ValueError(
-            f"{what} is {states.shape[-1]} wide; expected {single} (for all experts) or {experts * single} (for {experts} experts)"
+            f"{what} is {states.shape[-1]} wide; "
+            f"expected {single} (for all experts) or {experts * single} (for {experts} experts)"
         )
     per_encoder = [
         part.chunk(experts, dim=-1) for part in states.split([experts * width for width in widths], dim=-1)
@@ -337,7 +368,10 @@ def split_joined(states: Tensor, widths: Sequence[int], experts: int, what: str)
 
 
 def first_parts(kwargs: Mapping[str, Any], widths: Mapping[str, int], experts: int) -> dict[str, Any]:
-    """A call with the first expert's part of joined states, as far as they are there. widths: of one expert's, by argument."""
+    """Return a call's arguments with the first expert's part of all joined states.
+
+    widths: name of an argument -> width of one expert's states
+    """
     own = {
         name: split_joined(kwargs[name], (width,), experts, name)[0]
         for name, width in widths.items()
@@ -347,7 +381,7 @@ def first_parts(kwargs: Mapping[str, Any], widths: Mapping[str, int], experts: i
 
 
 def attention_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, float]:
-    """The attention processors' options without the LoRA scale, and that scale."""
+    """Split the attention processors' options into the options without the LoRA scale, and that scale."""
     if options is None:
         return None, 1.0
     for name, what in REFUSED.items():

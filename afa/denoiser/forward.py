@@ -1,4 +1,4 @@
-"""The walk: N experts past their stages in lockstep, fused where an aggregator stands.
+"""The loop of an ensemble: run each stage of all N experts, then fuse their features if it has an aggregator.
 
 Source: arXiv:2405.17082, section 3. Deviation: none where every stage is fused; unfused stages are ours.
 """
@@ -14,27 +14,27 @@ from torch import Tensor
 from afa.aggregators.base import Adjust, Aggregator
 from afa.stages.stage import Stage, Trace
 
-Column = tuple[Stage, ...]  # the same stage of every expert
-Answer = Callable[[Tensor], Tensor]  # an expert's prediction as all understand it
-Observer = Callable[[str, Tensor], None]  # told the name of a fused stage and its weights (B, N, H, W)
-Adjuster = Callable[
-    [str, Tensor], Tensor
-]  # told the name of a fused stage and its weights (R, N, H, W), answers what to use instead
+ParallelStages = tuple[Stage, ...]  # the same stage of every expert
+Answer = Callable[[Tensor], Tensor]  # converts an expert's prediction to the common kind
+Observer = Callable[[str, Tensor], None]  # (name of a fused stage, its weights (B, N, H, W))
+# (name of a fused stage, its weights (R, N, H, W)) -> the weights to use instead
+Adjuster = Callable[[str, Tensor], Tensor]
 
 
 @dataclass
 class Residuals:
     """What ControlNets and T2I-Adapters add, by the name of the stage after which it is added.
 
-    to_hidden: to what goes on to the next stage (and is saved). to_skip: only to what is saved.
+    to_hidden: added to the features for the next stage, and so to the skip connection, too
+    to_skip:   added to the skip connection only
     """
 
     to_hidden: dict[str, Tensor] = field(default_factory=dict)
     to_skip: dict[str, Tensor] = field(default_factory=dict)
 
 
-def walk(
-    columns: Sequence[Column],
+def run_stages(
+    parallel_stages: Sequence[ParallelStages],
     aggregators: Mapping[str, Aggregator],
     hidden: Sequence[Tensor],
     traces: Sequence[Trace],
@@ -48,31 +48,39 @@ def walk(
     answers: Sequence[Answer] = (),
     adjust: Adjuster | None = None,
 ) -> Tensor:
-    """Run a denoiser of N experts: -> the prediction of the last stage.
+    """Run all stages of N experts and return the prediction of the last stage.
 
-    hidden: N × (B, C, H, W), what enters each expert. aggregators: by stage name; a stage without one is not fused, and
-    every expert keeps its own features and skips there. odd_size: a side does not divide by the down-sampling factor,
-    so upsamplers are told the size of the next skip. checkpoint: recompute a column in the backward pass instead of
-    keeping its activations. skipped: stages that are left out (skip-layer guidance). blend_streams: where image tokens are
-    fused, so are text tokens; otherwise every expert keeps its own. answers: what becomes of each expert's own prediction
-    before it is fused; none where they are predictions of one kind. adjust: changes weights before they are used, and observed.
+    parallel_stages: one tuple per stage: this stage of every expert
+    aggregators:     stage name -> aggregator; at a stage without one, every expert keeps its own features
+    hidden:          N × (B, C, H, W), the input of each expert's first stage
+    traces:          N traces, one per expert
+    residuals:       of ControlNets and T2I-Adapters
+    odd_size:        True if a side of the latents is no multiple of the down-sampling factor; each upsampler
+                     then makes the size of the next skip connection
+    observe:         called with each fused stage's name and weights
+    checkpoint:      recompute each stage in the backward pass instead of keeping its activations
+    skipped:         names of stages that are left out (skip-layer guidance)
+    blend_streams:   fuse text tokens, too, wherever image tokens are fused
+    answers:         N conversions of each expert's prediction, applied before it is fused; empty: none
+    adjust:          changes the weights of each fused stage before they are used and observed
+    Returns (B, C, H, W).
     """
     temb = torch.stack([trace.temb for trace in traces]).mean(0)  # (B, E)
     text = torch.stack([trace.text for trace in traces]).mean(0)  # (B, T, D)
-    kept = traces[0].kept  # all experts are given the same prompts
+    text_mask = traces[0].text_mask  # all experts are given the same prompts
     features, traces = list(hidden), list(traces)
     skips: list[list[Tensor]] = []
-    last = columns[-1][0].name
-    for column in columns:
-        stage = column[0]
+    last = parallel_stages[-1][0].name
+    for same_stage in parallel_stages:
+        stage = same_stage[0]
         if stage.name not in skipped:
-            skip: Sequence[Tensor | None] = skips.pop() if stage.takes_skip else [None] * len(column)
+            skip: Sequence[Tensor | None] = skips.pop() if stage.takes_skip else [None] * len(same_stage)
             size = _size(skips) if odd_size and stage.upsamples and skips else None
             aggregator = aggregators[stage.name] if stage.name in aggregators else None
             final = answers if stage.name == last else ()
             change = None if adjust is None else functools.partial(adjust, stage.name)
             step = (
-                column,
+                same_stage,
                 aggregator,
                 features,
                 traces,
@@ -80,7 +88,7 @@ def walk(
                 size,
                 temb,
                 text,
-                kept,
+                text_mask,
                 blend_streams,
                 final,
                 change,
@@ -100,7 +108,7 @@ def walk(
 
 
 def _step(
-    column: Column,
+    same_stage: ParallelStages,
     aggregator: Aggregator | None,
     features: Sequence[Tensor],
     traces: Sequence[Trace],
@@ -108,29 +116,32 @@ def _step(
     size: tuple[int, int] | None,
     temb: Tensor,
     text: Tensor,
-    kept: Tensor | None,
+    text_mask: Tensor | None,
     blend_streams: bool,
     answers: Sequence[Answer],
     adjust: Adjust | None,
 ) -> tuple[list[Tensor], list[Trace], Tensor | None]:
-    """One stage of all experts: -> what each carries on (the same tensor N times where one blend serves all), traces, weights."""
+    """Run one stage of all experts, and fuse their features if the stage has an aggregator.
+
+    Returns each expert's features (the same tensor N times if one blend serves all), traces, and the weights.
+    """
     ran = [
         stage.run(x, trace, s, size)
-        for stage, x, trace, s in zip(column, features, traces, skip, strict=True)
+        for stage, x, trace, s in zip(same_stage, features, traces, skip, strict=True)
     ]
     outputs, after = [output for output, _ in ran], [trace for _, trace in ran]
     if answers:
         outputs = [answer(output) for answer, output in zip(answers, outputs, strict=True)]
     if aggregator is None:
         return outputs, after, None
-    fused, weights = aggregator(torch.stack(outputs, dim=1), temb, text, kept, adjust)
+    fused, weights = aggregator(torch.stack(outputs, dim=1), temb, text, text_mask, adjust)
     if blend_streams and after[0].stream is not None:
         after = _with_one_stream(after, weights)
-    return fused if isinstance(fused, list) else [fused] * len(column), after, weights
+    return fused if isinstance(fused, list) else [fused] * len(same_stage), after, weights
 
 
 def _with_one_stream(traces: Sequence[Trace], weights: Tensor) -> list[Trace]:
-    """Everyone's text tokens blended by what each expert weighs in the whole image: weights (B, N, H, W)."""
+    """Blend the experts' text tokens by each expert's mean weight over the image. weights: (B, N, H, W)."""
     streams = torch.stack(
         [trace.stream for trace in traces if trace.stream is not None], dim=1
     )  # (B, N, T, D)
@@ -145,7 +156,7 @@ def _size(skips: Sequence[Sequence[Tensor]]) -> tuple[int, int]:
 
 
 def _add(features: list[Tensor], residual: Tensor | None) -> list[Tensor]:
-    """Add a residual to what every expert carries, once where they carry the same."""
+    """Add a residual to every expert's features, only once if all experts share one tensor."""
     if residual is None:
         return features
     first = features[0] + residual

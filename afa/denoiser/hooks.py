@@ -1,4 +1,4 @@
-"""What is switched on for a while: recording, watching and adjusting weights, words hidden, one expert alone."""
+"""Hooks of a denoiser, as contexts: record, adjust or scale weights, hide tokens, run one expert alone."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from afa.denoiser.base import EnsembleDenoiser
 
 
-FAINTEST = 1e-6  # strength of an expert that is not off
+FAINTEST = 1e-6  # smallest strength above 0
 
 
 @dataclass
 class WeightMaps:
-    """Weight maps of the denoiser's passes that were made inside `record_weights`.
+    """The weight maps of all passes inside `record_weights`: per-pixel weights of the experts.
 
     experts:   names, in the order of the maps' second axis
-    timesteps: one a pass
-    maps:      one dict a pass: stage name -> (B, N, H, W) float32 on the CPU, sum 1 over N. Guidance doubles
-               B; its first half is the unconditional one
+    timesteps: one per pass
+    maps:      one dict per pass: stage name -> (B, N, H, W) float32 on the CPU, sum 1 over N. Guidance
+               doubles B; the first half is the unconditional one
     """
 
     experts: tuple[str, ...]
@@ -34,7 +34,7 @@ class WeightMaps:
     maps: list[dict[str, Tensor]] = field(default_factory=list)
 
     def stage(self, name: str) -> Tensor:
-        """The maps of one stage over all passes: (passes, B, N, H, W)."""
+        """Return the maps of one stage over all passes: (passes, B, N, H, W)."""
         return torch.stack([maps[name] for maps in self.maps])
 
     def begin(self, timestep: Tensor | float | int) -> None:
@@ -52,7 +52,7 @@ def record_weights(denoiser: "EnsembleDenoiser") -> Iterator[WeightMaps]:
     """Record all weight maps: `with record_weights(ensemble.denoiser) as maps: pipe(...)`.
 
     denoiser: ensemble.denoiser
-    Yields WeightMaps, which fill up pass by pass. Raises RuntimeError if they are recorded already.
+    Yields WeightMaps, to which each pass is added. Raises RuntimeError if another record_weights is open.
     """
     if denoiser._maps is not None:
         raise RuntimeError(
@@ -67,9 +67,10 @@ def record_weights(denoiser: "EnsembleDenoiser") -> Iterator[WeightMaps]:
 
 @contextmanager
 def watch_weights(denoiser: "EnsembleDenoiser", observer: Observer) -> Iterator[None]:
-    """Inside, every fused stage's name and weights (B, N, H, W) are shown to the observer as they are, gradients and all.
+    """Call an observer with the name and weights (B, N, H, W) of every fused stage, with gradients.
 
-    For losses on weights; whoever wants to keep maps takes record_weights.
+    It is for losses on weights; to keep maps, use record_weights.
+    Raises RuntimeError if another watch_weights is open.
     """
     if denoiser._watch is not None:
         raise RuntimeError("weights of this denoiser are being watched already")
@@ -87,7 +88,7 @@ def adjust_weights(denoiser: "EnsembleDenoiser", adjuster: Adjuster) -> Iterator
     denoiser: ensemble.denoiser
     adjuster: (stage name, weights) -> weights of the same shape (R, N, H, W), which sum to 1 over N. R is the
               batch B; where each expert has its own blend (stitch), it is B * N, a sample's N rows together
-    record_weights records the adjusted weights. Raises RuntimeError where weights are being adjusted already.
+    record_weights records the adjusted weights. Raises RuntimeError if another adjust_weights is open.
     """
     if denoiser._adjust is not None:
         raise RuntimeError("weights of this denoiser are being adjusted already")
@@ -103,8 +104,8 @@ def scale_weights(denoiser: "EnsembleDenoiser", strengths: Mapping[str, float]) 
     """Multiply experts' weights: `with scale_weights(ensemble.denoiser, {"curves": 0}): pipe(...)`.
 
     denoiser:  ensemble.denoiser
-    strengths: expert's name -> factor from 0 (the expert is off); 1 for names that are left out. Weights are
-               divided by their sum afterwards. The mapping is read at every stage, so it may change meanwhile
+    strengths: expert's name -> factor, at least 0 (the expert is off); 1 for missing names. Weights are
+               divided by their sum afterwards. The mapping is read at every stage, so it may change
     Raises ValueError for an unknown name, a negative or infinite factor, and if all experts are off.
     """
     check_strengths(denoiser.names, strengths)
@@ -112,11 +113,11 @@ def scale_weights(denoiser: "EnsembleDenoiser", strengths: Mapping[str, float]) 
     def scaled(stage: str, weights: Tensor) -> Tensor:
         values = [strengths.get(name, 1.0) for name in denoiser.names]
         if len(set(values)) == 1:
-            return weights  # a softmax sums to one only up to rounding: equal factors change no bit
+            return weights  # dividing would change bits: a softmax sums to one only up to rounding
         factors = weights.new_tensor(values).view(1, -1, 1, 1)
         changed = weights * factors
         total = changed.sum(1, keepdim=True)
-        # where only experts that are off weigh anything, the others share alike
+        # pixels where only experts that are off have weight: the others get equal shares of their factors
         return torch.where(
             total > 0, changed / total.clamp_min(torch.finfo(total.dtype).tiny), factors / factors.sum()
         )
@@ -131,23 +132,20 @@ def hide_tokens(denoiser: "EnsembleDenoiser", tokens: Collection[int]) -> Iterat
 
     denoiser: ensemble.denoiser
     tokens:   positions of the tokens in the prompt embeddings, from 0
-    It shows what the weights owe to a word; not all of it, since text encoders mix tokens.
+    It shows how the weights depend on a word, but not completely, since text encoders mix tokens.
     Raises ValueError if no token is left.
     """
 
     def hidden(aggregator: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        features, temb, text, kept, *rest = args  # as walk calls it
-        seen = (
-            torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-            if kept is None
-            else kept.bool().clone()
-        )
-        seen[:, list(tokens)] = False
-        if not seen.any(1).all():
+        features, temb, text, text_mask, *rest = args  # as run_stages calls it
+        everything = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        visible = everything if text_mask is None else text_mask.bool().clone()
+        visible[:, list(tokens)] = False
+        if not visible.any(1).all():
             raise ValueError(
-                f"all {seen.shape[1]} tokens are hidden; leave aggregators at least one to look at"
+                f"all {visible.shape[1]} tokens are hidden; leave aggregators at least one to look at"
             )
-        return features, temb, text, seen, *rest
+        return features, temb, text, visible, *rest
 
     with ExitStack() as stack:
         for aggregator in denoiser.aggregators.values():
@@ -156,14 +154,15 @@ def hide_tokens(denoiser: "EnsembleDenoiser", tokens: Collection[int]) -> Iterat
 
 
 def check_strengths(names: tuple[str, ...], strengths: Mapping[str, float]) -> None:
-    """Raises ValueError for strengths that scale_weights cannot use."""
+    """Raise ValueError for strengths that scale_weights cannot use."""
     for name, strength in strengths.items():
         if name not in names:
             raise ValueError(unknown(name, names, "expert"))
         check_number(strength, f"the strength of expert '{name}' is", **WEIGHT)
         if 0 < strength < FAINTEST:
             raise UserError(
-                f"the strength of expert '{name}' is {strength:g}, too small for float32; the least above 0 is {FAINTEST:g}"
+                f"the strength of expert '{name}' is {strength:g}, too small for float32; "
+                f"the least above 0 is {FAINTEST:g}"
             )
     if all(strengths.get(name) == 0 for name in names):
         raise ValueError(
@@ -177,12 +176,12 @@ def only_expert(denoiser: "EnsembleDenoiser", name: str) -> Iterator[None]:
 
     denoiser: ensemble.denoiser
     name:     of the expert
-    It is the control for what the shared parts do. Raises ValueError for a name that is no expert's.
+    It shows what the shared parts alone change. Raises ValueError for an unknown name.
     """
     if name not in denoiser.names:
         raise ValueError(unknown(name, denoiser.names, "expert"))
-    before, denoiser._only = denoiser._only, denoiser.names.index(name)
+    before, denoiser._solo_expert = denoiser._solo_expert, denoiser.names.index(name)
     try:
         yield
     finally:
-        denoiser._only = before
+        denoiser._solo_expert = before

@@ -1,8 +1,8 @@
-"""LoRA experts on one base: the base is held once, each expert adds its own adapter.
+"""LoRAs in a component that stands for several models, and experts that share one base model.
 
-LoRAs in a component that stands for several models: what pipelines do to them is done to every model behind it.
-
-LoRAs that are part of an expert (see afa.experts.own) are not among them: they are neither listed nor changed.
+The pipeline's LoRA methods of such a component act on every model behind it. LoRAs that belong to an expert
+(see afa.experts.lora) are separate: pipelines neither list nor change them. Experts that are LoRAs on one
+base share the tensors of the base, and each adds its own adapter.
 """
 
 import copy
@@ -29,16 +29,17 @@ Owner = tuple[dict[str, Any], str]  # a module's table of parameters or buffers,
 
 
 def shared_copy(module: Model) -> Model:
-    """A copy of a module's structure around its own parameters and buffers: what changes one tensor changes both."""
+    """Copy a module's structure but not its parameters and buffers, which both copies then share."""
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def applied(module: nn.Module, apply: Callable[[], Any]) -> Any:
-    """Run an `_apply` of a module (a move, a cast) so that tensors which several of its parts share are shared afterwards, too.
+    """Run an `_apply` of a module (a move or a cast) and keep shared tensors shared.
 
-    torch casts a shared parameter in place, but gives every owner of a buffer a new one, and of a parameter where it cannot be
-    changed in place (to or from the meta device, or under torch.__future__'s flags).
+    torch casts a shared parameter in place. But it gives each owner of a buffer a new buffer, and each owner
+    of a parameter a new one if it cannot change it in place (to or from the meta device, or under the flags
+    of torch.__future__).
     """
     shared = [owners for owners in _owners(module).values() if len(owners) > 1]
     result = apply()
@@ -49,7 +50,7 @@ def applied(module: nn.Module, apply: Callable[[], Any]) -> Any:
 
 
 def _owners(module: nn.Module) -> dict[int, list[Owner]]:
-    """Who has each tensor, by its identity."""
+    """Map the identity of each tensor to all its owners in the module."""
     found: dict[int, list[Owner]] = {}
     for part in module.modules():
         for table in (part._parameters, part._buffers):
@@ -60,7 +61,7 @@ def _owners(module: nn.Module) -> dict[int, list[Owner]]:
 
 
 def unshare(module: nn.Module, names: Iterable[str]) -> None:
-    """Give a module parameters of its own, by name, so that they can be changed without changing another's."""
+    """Replace parameters, by name, by copies, so that changes do not reach other modules that share them."""
     for name in names:
         place, _, last = name.rpartition(".")
         owner = module.get_submodule(place)
@@ -70,24 +71,24 @@ def unshare(module: nn.Module, names: Iterable[str]) -> None:
 
 
 def base_of(module: nn.Module) -> int:
-    """What is equal for models that share their weights, whatever LoRAs are beside them: the identity of their first parameter.
+    """Return a number that is equal for models that share their weights, apart from LoRAs.
 
-    Weights that are stored in 8 bits are no parameters; biases and norms always are.
+    It is the identity of the first parameter. Weights stored in 8 bits are no parameters; biases are.
     """
     return id(next(parameter for name, parameter in module.named_parameters() if "lora_" not in name))
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the memory some tensors lie in; what several of them share counts once."""
+    """Return the size in bytes of all tensors together; memory that several share counts once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 
 
-OWN = "own_"  # begins the names of LoRAs that are part of an expert
+OWN = "own_"  # prefix of the names of LoRAs that are part of an expert
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers of a model that have LoRAs beside their weight, by name; peft's."""
+    """Yield name and layer of every peft layer of a model: the layers that have LoRAs."""
     return (
         (name, layer)
         for name, layer in model.named_modules()
@@ -96,7 +97,7 @@ def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """The parameters of one LoRA in a model."""
+    """Return the parameters of one LoRA of a model."""
     return [
         parameter
         for path, parameter in model.named_parameters()
@@ -105,13 +106,13 @@ def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
 
 
 def loaded(model: Any) -> list[str]:
-    """The names of LoRAs that were loaded into a model, without those that are part of it."""
+    """Return the names of LoRAs that a user loaded into a model, without those that are part of it."""
     return [name for name in getattr(model, "peft_config", None) or {} if not name.startswith(OWN)]
 
 
 def settle(model: Any, name: str) -> None:
-    """A LoRA that was just loaded is frozen, and computes in its model's dtype."""
-    dtype = model.dtype  # diffusers looks through the whole model for it
+    """Freeze a LoRA that was just loaded, and cast it to its model's dtype."""
+    dtype = model.dtype  # looked up once: diffusers searches the whole model for it
     for parameter in adapter_parameters(model, name):
         parameter.data = parameter.data.to(dtype)
     model.requires_grad_(False).eval()
@@ -121,33 +122,37 @@ class LoraHost:
     """The methods by which a stock pipeline handles LoRAs of a component."""
 
     def lora_models(self) -> Sequence[Any]:
-        """The models behind the component, each once."""
+        """Return the models behind the component, each once."""
         raise NotImplementedError
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """By name, what is loaded into some of the models. AttributeError if nothing is, as pipelines expect."""
+        """LoRA name -> config, over all models. Raises AttributeError if empty, as pipelines expect."""
         found = {name: model.peft_config[name] for model in self.lora_models() for name in loaded(model)}
         if not found:
             raise AttributeError("no LoRA is loaded")
         return found
 
     def free_name(self) -> str:
-        """A name for a LoRA that was given none."""
+        """Return an unused name for a LoRA."""
         taken = {name for model in self.lora_models() for name in loaded(model)}
         return next(
             name for name in (f"default_{count}" for count in range(len(taken) + 1)) if name not in taken
         )
 
     def set_adapters(self, adapter_names: str | Sequence[str], weights: Any = None) -> None:
-        """Switch on these LoRAs, and no others, wherever they are loaded; pipelines ask every component, and check the names."""
+        """Enable these LoRAs, and no others, in every model that has LoRAs; pipelines check the names.
+
+        adapter_names: one name or several
+        weights:       as in diffusers; None: 1
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for model in self.lora_models():
             if loaded(model):
                 activate(model, names, weights)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Take LoRAs out again, wherever they are loaded; a layer that has none left is a plain one again."""
+        """Remove LoRAs from all models; a layer without LoRAs becomes the original layer again."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for model in self.lora_models():
             for name in names:
@@ -156,7 +161,7 @@ class LoraHost:
             _tidy(model)
 
     def unload_lora(self) -> None:
-        """Take all LoRAs out again that were loaded; weights that one was fused into stay as they are."""
+        """Remove all LoRAs that a user loaded; fused weights stay as they are."""
         self.delete_adapters([name for model in self.lora_models() for name in loaded(model)])
 
     def enable_lora(self) -> None:
@@ -174,10 +179,13 @@ class LoraHost:
     def fuse_lora(
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: Sequence[str] | None = None
     ) -> None:
-        """Add LoRAs (those that are on, or by name) into the weights. What experts shared until then, each has for itself afterwards.
+        """Add LoRAs into the weights; experts no longer share the weights that change.
 
-        Pipelines ask every component, whether it has a LoRA of that name or not. Raises NotImplementedError for weights that are
-        stored in 8 bits or elsewhere.
+        lora_scale:    factor on all of them
+        safe_fusing:   check for NaN, as in diffusers
+        adapter_names: None: those that are enabled. Pipelines call every component, with or without a LoRA of
+                       that name
+        Raises NotImplementedError for weights that are stored in 8 bits or on the CPU.
         """
         check_weights(lora_scale)
         models = self.lora_models()
@@ -200,17 +208,17 @@ class LoraHost:
                     layer.merge(safe_merge=safe_fusing, adapter_names=chosen)
 
     def unfuse_lora(self) -> None:
-        """Take fused LoRAs out of the weights again, but for rounding."""
+        """Subtract fused LoRAs from the weights again, up to rounding."""
         for model in self.lora_models():
             for _, layer in tuner_layers(model):
                 layer.unmerge()
 
 
 class DenoiserLoras(LoraHost):
-    """A denoiser of several experts, into which a stock pipeline loads LoRAs: into every expert the same."""
+    """A denoiser of several experts; a stock pipeline loads a LoRA into every expert."""
 
     def _original_layers(self, model: Any) -> dict[str, Layers]:
-        """The publisher's names of one expert's layers."""
+        """Map the publisher's names of one expert's layers to diffusers' layers."""
         raise NotImplementedError
 
     def load_lora_adapter(
@@ -220,10 +228,15 @@ class DenoiserLoras(LoraHost):
         adapter_name: str | None = None,
         **options: Any,
     ) -> None:
-        """Load a LoRA beside the weights of every expert; all of it, or nothing and a ValueError.
+        """Load a LoRA into every expert; after an error, into none.
 
-        What a pipeline hands over may also hold weights for text encoders, which only Ensemble.load_lora can place: then
-        NotImplementedError, before anything is loaded. options: network_alphas and metadata as diffusers hands them over.
+        pretrained_model_name_or_path_or_dict: its tensors, by key
+        prefix:       as in diffusers
+        adapter_name: None: an unused name
+        options:      network_alphas and metadata, as diffusers passes them
+        Raises ValueError for a name that is reserved, UserError for a LoRA that does not fit, and
+        NotImplementedError, before anything is loaded, for a file's path and for weights of text encoders:
+        only Ensemble.load_lora loads those.
         """
         given = pretrained_model_name_or_path_or_dict
         if not isinstance(given, dict):
@@ -232,12 +245,14 @@ class DenoiserLoras(LoraHost):
             )
         if any(key.startswith("text_encoder") for key in given):
             raise NotImplementedError(
-                "this LoRA is for text encoders, too; load it with ensemble.load_lora(…), or by a pipeline of ensemble.pipeline()"
+                "this LoRA is for text encoders, too; "
+                "load it with ensemble.load_lora(…), or by a pipeline of ensemble.pipeline()"
             )
         name = adapter_name or self.free_name()
         if name.startswith(OWN):
             raise ValueError(
-                f"adapter_name '{name}' begins with '{OWN}', as the names of experts' own LoRAs do; choose another"
+                f"adapter_name '{name}' begins with '{OWN}', as the names of experts' own LoRAs do; "
+                "choose another"
             )
         alphas = {
             key: torch.tensor(alpha) for key, alpha in (options.pop("network_alphas", None) or {}).items()
@@ -261,14 +276,20 @@ class DenoiserLoras(LoraHost):
 
 
 def _attention(alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Alphas as diffusers hands them over, by their layers' names; its names of attention layers have the factor's, too."""
+    """Rename alphas that diffusers passes to the names of their layers.
+
+    diffusers' keys of attention layers also contain the name of the factor.
+    """
     return {
         re.sub(r"(_lora\.(down|up)\.weight)?\.alpha$", ".alpha", key): alpha for key, alpha in alphas.items()
     }
 
 
 def activate(model: Any, names: Sequence[str], weights: Any = None) -> None:
-    """Switch on some LoRAs of one model, of diffusers or transformers, each as strongly as its weight says (1 by default)."""
+    """Enable some LoRAs of one model of diffusers or transformers, and no others.
+
+    weights: strength of each, or one for all; None: 1
+    """
     check_weights(weights)
     if hasattr(model, "set_adapters"):
         model.set_adapters(list(names), weights)
@@ -281,7 +302,10 @@ def activate(model: Any, names: Sequence[str], weights: Any = None) -> None:
 
 
 def check_weights(weights: Any) -> None:
-    """Raises UserError for a LoRA's weight that is no finite number. weights: one, several, or by part and block; None: 1."""
+    """Raise UserError for a LoRA weight that is no finite number.
+
+    weights: one number, several, or nested by part and block; None: 1
+    """
     if isinstance(weights, (Mapping, list, tuple)):
         for weight in weights.values() if isinstance(weights, Mapping) else weights:
             check_weights(weight)
@@ -290,15 +314,16 @@ def check_weights(weights: Any) -> None:
 
 
 def _check_fusible(model: nn.Module) -> None:
-    """Raises NotImplementedError where weights are no parameters."""
+    """Raise NotImplementedError for a model with weights that are no parameters."""
     if any(hasattr(module, "kept") for module in model.modules()):
         raise NotImplementedError(
-            "a LoRA cannot be fused into weights that are stored in 8 bits or on the CPU; leave it beside them"
+            "a LoRA cannot be fused into weights that are stored in 8 bits or on the CPU; "
+            "leave it beside them"
         )
 
 
 def _tidy(model: Any) -> None:
-    """Put plain layers back where no LoRA is left."""
+    """Put the original layer back wherever no LoRA is left."""
     for name, layer in list(tuner_layers(model)):
         if not layer.scaling:
             model.set_submodule(name, layer.base_layer)
@@ -311,7 +336,7 @@ def _tidy(model: Any) -> None:
 
 @contextmanager
 def lora_scaled(models: nn.Module, scale: float) -> Iterator[None]:
-    """Inside, LoRAs that were loaded beside the weights count so much; those that are part of an expert stay as they are."""
+    """Inside the context, multiply all loaded LoRAs by scale, but not those that are part of an expert."""
     check_weights(scale)
     layers = [] if scale == 1 else [(layer, dict(layer.scaling)) for _, layer in tuner_layers(models)]
     for layer, _ in layers:
@@ -320,17 +345,21 @@ def lora_scaled(models: nn.Module, scale: float) -> Iterator[None]:
         yield
     finally:
         for layer, before in layers:
-            layer.scaling.update(before)  # dividing again would lose bits, and cannot undo 0
+            layer.scaling.update(before)  # dividing by scale would lose bits, and cannot undo 0
 
 
 class OwnLayer:
-    """What a layer's class becomes in front of peft's own: LoRAs that are part of an expert stay on, and as strong as they are."""
+    """A mixin before a peft layer class: LoRAs that are part of an expert stay enabled at their strength.
+
+    own: names of those LoRAs in the layer
+    """
 
     own: tuple[str, ...]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         others = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        super().set_adapter([*self.own, *(name for name in others if name not in self.own)], inference_mode)  # type: ignore[misc]
+        names = [*self.own, *(name for name in others if name not in self.own)]
+        super().set_adapter(names, inference_mode)  # type: ignore[misc]
 
     def set_scale(self, adapter: str, scale: float) -> None:
         if adapter not in self.own:
@@ -343,20 +372,22 @@ class OwnLayer:
         self._keeping(super().unscale_layer, scale)  # type: ignore[misc]
 
     def _keeping(self, change: Callable[[Any], None], scale: Any) -> None:
-        kept = {name: self.scaling[name] for name in self.own if name in self.scaling}  # type: ignore[attr-defined]
+        scaling: dict[str, float] = self.scaling  # type: ignore[attr-defined]
+        before = {name: scaling[name] for name in self.own if name in scaling}
         change(scale)
-        self.scaling.update(kept)  # type: ignore[attr-defined]
+        self.scaling.update(before)  # type: ignore[attr-defined]
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all others on again, or off."""
+        """Enable or disable all other LoRAs."""
+        active = self.active_adapters  # type: ignore[attr-defined]
         if enabled:
-            self.set_adapter(self.__dict__.pop("switched_off", self.active_adapters))  # type: ignore[attr-defined]
+            self.set_adapter(self.__dict__.pop("switched_off", active))
         else:
-            self.__dict__.setdefault("switched_off", list(self.active_adapters))  # type: ignore[attr-defined]
+            self.__dict__.setdefault("switched_off", list(active))
             self.set_adapter([])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Own ones always with the others: a layer that is merged computes with its weight alone."""
+        """Merge the expert's own LoRAs, too, since a merged layer computes with its weight alone."""
         names = (
             None
             if adapter_names is None
@@ -369,7 +400,7 @@ _KINDS: dict[type, type] = {}  # peft's class of a layer -> ours
 
 
 def make_own(layer: Any, names: Sequence[str]) -> None:
-    """Make some adapters of a layer of peft's, as far as it has them, part of its expert."""
+    """Make some LoRAs of a peft layer part of its expert; names that the layer does not have are ignored."""
     layer.own = tuple(name for name in names if name in layer.scaling)
     kind = type(layer)
     layer.__class__ = _KINDS.setdefault(kind, type(f"Own{kind.__name__}", (OwnLayer, kind), {}))

@@ -1,9 +1,11 @@
-"""What a LoRA file holds, in one form: for every layer of a model its two factors, with alpha already multiplied in.
+"""Reads LoRA files of all programs into one form: PEFT's names, two factors per layer, alpha multiplied in.
 
-Read are the names that kohya's scripts, diffusers, PEFT, ComfyUI, OneTrainer and XLabs write. Whose layer a tensor belongs
-to is looked up in the model, so nothing depends on a model's size. A layer adds alpha / rank · up @ down to its weight, with
-its own rank and alpha; without an alpha it adds up @ down. (diffusers 0.42 gives attention layers of kohya's files the most
-frequent alpha of the file: its pattern of the others is written for modules `attn1.processor.to_q_lora`, which do not exist.)
+The keys may be those of kohya's scripts, diffusers, PEFT, ComfyUI, OneTrainer or XLabs. The layer of a key is
+looked up in the model, so nothing depends on the size of a model. Each layer adds alpha / rank · up @ down to
+its weight, with its own rank and alpha; without an alpha it adds up @ down.
+
+Deviation: diffusers 0.42 gives the attention layers of kohya's files the most frequent alpha of the file,
+since its pattern of the other alphas is for modules `attn1.processor.to_q_lora`, which do not exist.
 """
 
 import math
@@ -42,13 +44,9 @@ PREFIXES = {
     "text_encoders.clip_g.transformer.": "text_encoder_2",
     "text_encoders.t5xxl.transformer.": LAST,
 }
-RENAMED = {
-    "to_out": "to_out.0",
-    "to_q": "q_proj",
-    "to_k": "k_proj",
-    "to_v": "v_proj",
-}  # by the first diffusers, -> today
-# What else is passed around as a LoRA, by a piece of its keys. The second item ends the sentence "LoRA FILE …".
+# names in early versions of diffusers -> names today
+RENAMED = {"to_out": "to_out.0", "to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj"}
+# Other files that people share as LoRAs: a pattern of their keys, and the end of the sentence "LoRA FILE …".
 OTHER_KINDS = (
     (r"\.hada_", "is a LoHa (LyCORIS)"),
     (r"\.lokr_", "is a LoKr (LyCORIS)"),
@@ -70,7 +68,10 @@ OTHER_KINDS = (
 
 @dataclass
 class Found:
-    """One layer of a file. keys: of its tensors, the first one names it in messages."""
+    """The tensors of one layer of a file, as the file has them.
+
+    keys: keys of these tensors; messages show the first
+    """
 
     down: Tensor | None = None
     up: Tensor | None = None
@@ -88,15 +89,16 @@ def lora_states(
     originals: Callable[[Any], Mapping[str, Layers]],
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a LoRA as PEFT names them, by the part of a pipeline: every layer counts up @ down and nothing else.
+    """Convert the tensors of a LoRA file to PEFT's names, for each part of a pipeline.
 
-    tensors: of the file, by their keys; on the meta device they are only compared with the model.
-    parts: the denoiser first, then text encoders, by their names in a pipeline.
-    what, where: the file and the model, for messages.
-    originals: the denoiser -> the original names of its layers (see original_layers).
-    config: what PEFT or diffusers recorded beside the tensors: lora_alpha, alpha_pattern, use_rslora; keys may begin with
-    a part's name and a dot.
-    Raises UserError for what is no plain LoRA, does not fit, or holds numbers that are not finite.
+    tensors:     key in the file -> tensor; tensors on the meta device are only compared with the model
+    parts:       name in a pipeline -> model: the denoiser first, then text encoders
+    what, where: the file and the model, for messages
+    originals:   denoiser -> the original names of its layers, see original_layers
+    config:      settings that PEFT or diffusers recorded: lora_alpha, alpha_pattern, use_rslora; keys may
+                 begin with a part's name and a dot
+    Returns part -> tensors by name; each layer adds up @ down, without a further factor.
+    Raises UserError for a file that is no plain LoRA, does not fit, or holds numbers that are not finite.
     """
     found = _grouped(tensors, what)
     names = {part: Names(module, originals) for part, module in parts.items()}
@@ -131,14 +133,15 @@ def lora_states(
         for name, tensor in _factors(layer, alpha, layers, names[part], what, where):
             if name in state:
                 raise UserError(
-                    f"{what} holds layer {name.rpartition('.lora_')[0]} of the {part} twice (once as {layer.keys[0]})"
+                    f"{what} holds layer {name.rpartition('.lora_')[0]} of the {part} twice "
+                    f"(once as {layer.keys[0]})"
                 )
             state[name] = tensor
     return {part: _completed(state, what) for part, state in states.items()}
 
 
 def _grouped(tensors: Mapping[str, Tensor], what: str) -> dict[str, Found]:
-    """The tensors of every layer, by the layer's name in the file. Raises UserError for what is no plain LoRA."""
+    """Group the tensors by their layer's name in the file. Raises UserError for what is no plain LoRA."""
     if not tensors:
         raise UserError(f"{what} is empty: it holds no tensor")
     found: dict[str, Found] = {}
@@ -174,7 +177,7 @@ def _grouped(tensors: Mapping[str, Tensor], what: str) -> dict[str, Found]:
 
 
 class Names:
-    """The layers of a model that can have a LoRA, by every name they are known by."""
+    """The layers of a model that can have a LoRA, under all their names."""
 
     def __init__(self, model: Any, originals: Callable[[Any], Mapping[str, Layers]]) -> None:
         self.model, self.originals = model, originals
@@ -189,7 +192,7 @@ class Names:
 
     @cached_property
     def known(self) -> dict[str, Layers]:
-        """Name, with dots or with underscores in their place -> the layers it stands for."""
+        """Name of a layer, with dots or with underscores instead of dots -> its layers in diffusers."""
         found: dict[str, Layers] = {}
         for name in self.layers:
             for old, new in RENAMED.items():
@@ -208,13 +211,13 @@ class Names:
         return {name.replace(".", "_"): layers for name, layers in found.items()} | found
 
     def find(self, name: str) -> Layers | None:
-        """What a name in a file stands for; None if it is no layer of this model."""
+        """Return the layers for a name in a file; None if this model has no such layer."""
         name = name.replace(".processor", "").removeprefix("text_model.").removeprefix("text_model_")
         return self.known.get(name)
 
 
 def _place(key: str, names: Mapping[str, Names]) -> tuple[str, Layers] | None:
-    """The part and the layers that a name in a file stands for."""
+    """Return the part and the layers for a name in a file; None if there are none."""
     key = key.removeprefix("base_model.model.")
     prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), "")
     kind, rest = PREFIXES.get(prefix, ANY), key.removeprefix(prefix)
@@ -228,7 +231,10 @@ def _place(key: str, names: Mapping[str, Names]) -> tuple[str, Layers] | None:
 
 
 def _recorded(config: Mapping[str, Any], part: str, name: str, layer: Found, what: str) -> float | None:
-    """A layer's alpha by the recorded settings; None if they say nothing of it. Raises UserError for what cannot be followed."""
+    """Return a layer's alpha from the recorded settings; None if they have none.
+
+    Raises UserError for settings that are not supported.
+    """
     own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
     own = own or {key: value for key, value in config.items() if "." not in key}
     if str(own.get("peft_type", "LORA")).rpartition(".")[2] != "LORA":
@@ -238,7 +244,8 @@ def _recorded(config: Mapping[str, Any], part: str, name: str, layer: Found, wha
     begun = str(own.get("init_lora_weights")).lower()
     if begun.startswith(("pissa", "olora", "corda")):
         raise UserError(
-            f"{what} was begun with {begun} and fits only the weights that this left; convert it to a plain LoRA"
+            f"{what} was begun with {begun} and fits only the weights that this left; "
+            "convert it to a plain LoRA"
         )
     pattern = own.get("alpha_pattern") or {}
     if not isinstance(pattern, Mapping):
@@ -256,9 +263,10 @@ def _recorded(config: Mapping[str, Any], part: str, name: str, layer: Found, wha
 def _factors(
     layer: Found, alpha: Tensor | float | None, layers: Layers, names: Names, what: str, where: str
 ) -> list[tuple[str, Tensor]]:
-    """A layer's tensors under their names in PEFT, alpha / rank multiplied in, in the model's dtype.
+    """Return a layer's tensors under PEFT's names, with alpha / rank multiplied in, in the model's dtype.
 
-    Both factors take a share of it (a power of two goes into down), so that none of them gets small in half precision.
+    alpha / rank is divided between both factors (down gets a power of two), so that no factor becomes too
+    small for half precision.
     """
     assert layer.down is not None and layer.up is not None
     modules = [names.layers[name] for name in layers.names]
@@ -300,7 +308,12 @@ def _factors(
 
 
 def _shaped(down: Tensor, up: Tensor, module: Any, rows: int, start: str) -> tuple[Tensor, Tensor]:
-    """Both factors as PEFT has them for this layer; 1 × 1 convolutions and linear layers are the same. Raises UserError."""
+    """Return both factors in PEFT's shapes for this layer; sizes of 1 at the end do not matter.
+
+    rows:  rows of `up`, the output size
+    start: of the message
+    Raises UserError for shapes that do not fit.
+    """
     linear = isinstance(module, nn.Linear)
     kernel = () if linear else tuple(module.kernel_size)
     rank = down.shape[0] if down.ndim else 0
@@ -308,23 +321,24 @@ def _shaped(down: Tensor, up: Tensor, module: Any, rows: int, start: str) -> tup
     wanted = (rank, columns, *kernel), (rows, rank, *(() if linear else (1, 1)))
     pairs = list(zip((down, up), wanted, strict=True))
     if not rank or any(_trimmed(tensor.shape) != _trimmed(shape) for tensor, shape in pairs):
-        came = f"{tuple(down.shape)} and {tuple(up.shape)}"
+        actual = f"{tuple(down.shape)} and {tuple(up.shape)}"
         expected = (
             f"(rank, {', '.join(map(str, wanted[0][1:]))}) and ({rows}, rank{'' if linear else ', 1, 1'})"
         )
         raise UserError(
-            f"{start} and its other factor have shapes {came}, expected {expected}; it was made for another architecture"
+            f"{start} and its other factor have shapes {actual}, expected {expected}; "
+            "it was made for another architecture"
         )
     return down.reshape(wanted[0]), up.reshape(wanted[1])
 
 
 def _trimmed(shape: Sequence[int]) -> list[int]:
-    """A shape without the sizes of 1 behind the second."""
+    """Drop sizes of 1 after the second dimension of a shape."""
     return [*shape[:2], *(size for size in shape[2:] if size != 1)]
 
 
 def _number(alpha: Tensor | float, start: str) -> float:
-    """An alpha as a number, whatever it was stored as. Raises UserError for anything but one finite number."""
+    """Convert an alpha to a number. Raises UserError for anything but one finite number."""
     if isinstance(alpha, Tensor):
         if alpha.is_meta:
             return 1.0
@@ -337,12 +351,16 @@ def _number(alpha: Tensor | float, start: str) -> float:
 
 
 def _completed(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
-    """PEFT gives all layers a bias, or none: those without one get zeros. Magnitudes cannot be filled in. Raises UserError."""
+    """Give every layer a bias if one has a bias, as PEFT expects; missing ones are zeros.
+
+    Raises UserError if only some layers have a magnitude, which cannot be filled in.
+    """
     layers = [name.removesuffix(".lora_B.weight") for name in state if name.endswith(".lora_B.weight")]
     with_magnitude = sum(name.endswith(".lora_magnitude_vector") for name in state)
     if with_magnitude not in (0, len(layers)):
         raise UserError(
-            f"{what} is a DoRA in {with_magnitude} of its {len(layers)} layers only, which is not supported here"
+            f"{what} is a DoRA in {with_magnitude} of its {len(layers)} layers only, "
+            "which is not supported here"
         )
     if any(name.endswith(".lora_B.bias") for name in state):
         for name in layers:

@@ -1,4 +1,4 @@
-"""Placement: which stages of an ensemble are fused. Between them every expert goes its own way."""
+"""Placement: the stages of an ensemble that are fused. At all others every expert keeps its own features."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -28,13 +28,14 @@ def _double(stages: Sequence[Stage]) -> list[str]:
     chosen = [stage.name for stage in stages if stage.group == "double"]
     if not chosen:
         raise ValueError(
-            "placement double is for models with double and single blocks (FLUX), and this one has none; take layers"
+            "placement double is for models with double and single blocks (FLUX), "
+            "and this one has none; take layers"
         )
     return [*chosen, stages[-1].name]
 
 
 def _every(stages: Sequence[Stage], count: int) -> list[str]:
-    """The count-th, the 2·count-th … and the last."""
+    """Return the count-th, the 2·count-th … and the last stage."""
     return [
         stage.name
         for place, stage in enumerate(stages, start=1)
@@ -42,29 +43,23 @@ def _every(stages: Sequence[Stage], count: int) -> list[str]:
     ]
 
 
-# name -> the fused stages: all (the paper), the last of every diffusers block, FLUX's double blocks, only the predictions (a router)
 PLACEMENTS: dict[str, Callable[[Sequence[Stage]], list[str]]] = {
-    "layers": _layers,
-    "blocks": _blocks,
-    "double": _double,
-    "out": _out,
+    "layers": _layers,  # all stages, as in the paper
+    "blocks": _blocks,  # the last stage of every diffusers block
+    "double": _double,  # FLUX's double blocks
+    "out": _out,  # only the predictions: a router
 }
 EVERY = re.compile(r"every-([1-9]\d*)")  # every-4: each fourth stage
-SHOWN = (
-    "layers",
-    "blocks",
-    "every-2",
-    "double",
-    "every-4",
-    "every-8",
-    "out",
-)  # what may be chosen from, dearest first
+# offered to the user, the most expensive first
+SHOWN = ("layers", "blocks", "every-2", "double", "every-4", "every-8", "out")
 
 
 def fused_stages(placement: str | Sequence[str], stages: Sequence[Stage]) -> list[str]:
-    """The names of the fused stages, in order: of a named placement, of every-K, of a list, or of "IN04,M00,OUT11".
+    """Return the names of the fused stages, in the order they run.
 
-    The last stage must be among them, since an ensemble makes one prediction. Raises ValueError otherwise.
+    placement: a name of PLACEMENTS, every-K, a list of stage names, or a string of them: "IN04,M00,OUT11"
+    stages:    of the model
+    Raises ValueError for an unknown name, and if the last stage is missing: an ensemble makes one prediction.
     """
     if isinstance(placement, str) and placement in PLACEMENTS:
         return PLACEMENTS[placement](stages)
@@ -79,13 +74,14 @@ def fused_stages(placement: str | Sequence[str], stages: Sequence[Stage]) -> lis
             raise ValueError(unknown(name, [*PLACEMENTS, "every-K", *names], "placement or stage"))
     if names[-1] not in chosen:
         raise ValueError(
-            f"placement {','.join(chosen)} leaves the last stage unfused; add {names[-1]}, where the predictions become one"
+            f"placement {','.join(chosen)} leaves the last stage unfused; "
+            f"add {names[-1]}, where the predictions become one"
         )
     return [name for name in names if name in chosen]
 
 
 def choices(stages: Sequence[Stage]) -> dict[str, list[str]]:
-    """The placements of SHOWN that differ for a model, each with its fused stages."""
+    """Return the placements of SHOWN that differ for a model, each with its fused stages."""
     found: dict[str, list[str]] = {}
     for name in SHOWN:
         if name != "double" or any(stage.group == "double" for stage in stages):

@@ -87,13 +87,13 @@ def scheduler_mismatches(mine: Any, theirs: Any) -> list[str]:
     expected, found = Schedule.of(mine), Schedule.of(theirs)
     if found.same_noise(expected):
         return []
-    if found.kept is None or expected.kept is None or found.steps != expected.steps:
+    if found.alphas_cumprod is None or expected.alphas_cumprod is None or found.steps != expected.steps:
         return [f"num_train_timesteps is {found.steps}, expected {expected.steps}"]
     wanted, had = (
         {name: _shown(scheduler.config.get(name), name) for name in SCHEDULER} for scheduler in (mine, theirs)
     )
-    at = int((found.kept - expected.kept).abs().argmax())
-    table = f"the noise schedules differ (alphas_cumprod at timestep {at} is {found.kept[at]:.3g}, expected {expected.kept[at]:.3g})"
+    at = int((found.alphas_cumprod - expected.alphas_cumprod).abs().argmax())
+    table = f"the noise schedules differ (alphas_cumprod at timestep {at} is {found.alphas_cumprod[at]:.3g}, expected {expected.alphas_cumprod[at]:.3g})"
     return _value_mismatches(wanted, had, SCHEDULER) or [table]
 
 

@@ -241,7 +241,7 @@ def constant(denoiser: EnsembleDenoiser, recording: Recording) -> Callable[[str,
     means: Mapping[tuple[bool, str], Tensor] = {key: rows.mean(0) for key, rows in recording.rows.items()}
 
     def change(stage: str, weights: Tensor) -> Tensor:
-        return means[denoiser.aside, stage].to(weights)[:, :, None, None].expand_as(weights)
+        return means[denoiser.in_uncond_pass, stage].to(weights)[:, :, None, None].expand_as(weights)
 
     return change
 
@@ -329,8 +329,8 @@ class Skipping:
 
     def __call__(self, stage: str, weights: Tensor) -> Tensor:
         place = self.unused.stages.index(stage)
-        self._passes[self.denoiser.aside] += place == 0
-        cells = self.unused.cells[self._passes[self.denoiser.aside], place]
+        self._passes[self.denoiser.in_uncond_pass] += place == 0
+        cells = self.unused.cells[self._passes[self.denoiser.in_uncond_pass], place]
         return without(weights, ~torch.from_numpy(cells))
 
 

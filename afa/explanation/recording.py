@@ -147,11 +147,11 @@ class Listener:
     def _meet(self, aggregator: Any, args: tuple[Any, ...]) -> None:
         """The text is seen for the first time."""
         if self.words is None:
-            self.words = self.read(args[2].shape[1])  # features, temb, text, as walk calls it
+            self.words = self.read(args[2].shape[1])  # features, temb, text, as run_stages calls it
 
     def _hook(self, stage: str) -> Callable[..., None]:
         def listen(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            if self.denoiser.aside:
+            if self.denoiser.in_uncond_pass:
                 return
             states, mask = kwargs["encoder_hidden_states"], kwargs.get("attention_mask")
             assert self.words is not None
@@ -316,21 +316,21 @@ class Recorder:
 
     def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass begins: keep the half of its call that has the prompt."""
-        if self.denoiser.aside:
+        if self.denoiser.in_uncond_pass:
             return
         call = arguments(self.denoiser, args, kwargs)
         self.timesteps.append(
-            float(torch.as_tensor(self.denoiser.call.counted(call["timestep"])).flatten()[0])
+            float(torch.as_tensor(self.denoiser.call.timestep_from_model(call["timestep"])).flatten()[0])
         )
         self.calls.append(with_prompt(call, len(self.denoiser.call.latents(call))))
 
     def _adjust(self, stage: str, weights: Tensor) -> Tensor:
         """Changes nothing; here the rows of every expert's own blend are to be seen."""
-        self.rows.setdefault((self.denoiser.aside, stage), []).append(weights.float().mean((2, 3)).cpu())
+        self.rows.setdefault((self.denoiser.in_uncond_pass, stage), []).append(weights.float().mean((2, 3)).cpu())
         return weights
 
     def _observe(self, stage: str, weights: Tensor) -> None:
-        if self.denoiser.aside:
+        if self.denoiser.in_uncond_pass:
             return
         self.maps[stage].append(weights[-1].half().cpu())
         self.listener.weighed(stage, weights[-1].float())  # the last sample is that of the prompt
@@ -403,4 +403,4 @@ def _draw(
 
 
 def _time(denoiser: EnsembleDenoiser, call: Mapping[str, Any]) -> float:
-    return float(torch.as_tensor(denoiser.call.counted(call["timestep"])).flatten()[0])
+    return float(torch.as_tensor(denoiser.call.timestep_from_model(call["timestep"])).flatten()[0])

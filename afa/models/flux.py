@@ -1,10 +1,10 @@
-"""FLUX.1: stages, call, drop-in denoiser.
+"""The FLUX.1 family: stages, call, drop-in denoiser.
 
-The FLUX.1 family: `FluxTransformer2DModel` as stages D00 … D18 (double blocks), S00 … S37 (single blocks) and OUT.
+`FluxTransformer2DModel` is read as stages D00 … D18 (double blocks), S00 … S37 (single blocks) and OUT.
+Double blocks have separate weights for image and text tokens; single blocks process both as one sequence.
+Every expert keeps its own text tokens. Only the model's own sub-modules run.
 
-Double blocks have weights of their own for image and text tokens, single blocks take both as one sequence. Every expert
-keeps its own text tokens. Only the model's own sub-modules run. Source of the architecture: Black Forest Labs, FLUX.1
-(github.com/black-forest-labs/flux).
+Source of the architecture: Black Forest Labs, FLUX.1 (github.com/black-forest-labs/flux).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +24,16 @@ from afa.stages.call import Call
 from afa.stages.stage import Stage
 from afa.stages.tokens import LEVEL, Block, Head, TokenTrace, as_map, as_tokens, pack, set_steps, unpack
 
-GUIDANCE = 3.5  # told to guidance-distilled models in training, as their pipelines do by default
-TIMES = 1000  # of a schedule: its models are told a share of them
-SIDE = 128  # of the latents of 1024 px, what these models are made for; their config says nothing
+GUIDANCE = 3.5  # input of guidance-distilled models in training: the default of their pipelines
+TIMES = 1000  # timesteps of a schedule; the models take a fraction of them, 0 to 1
+SIDE = 128  # of latents of 1024 px, for which these models are made; their config does not record it
 
 
 def stages(model: Any) -> tuple[Stage, ...]:
-    """Read a `FluxTransformer2DModel` as its stages: 57 blocks for FLUX.1, and the head. Raises ValueError for another patch size."""
+    """Read a `FluxTransformer2DModel` as stages: 57 blocks for FLUX.1, and the head.
+
+    Raises ValueError for a patch size other than 1.
+    """
     if model.config.patch_size != 1:
         raise ValueError(
             f"patch_size {model.config.patch_size} is not supported; FLUX packs its latents itself and has 1"
@@ -54,7 +57,7 @@ def stages(model: Any) -> tuple[Stage, ...]:
 
 
 def widths(model: Any) -> tuple[int, int]:
-    """Widths of the time embedding (E) and of the text states (D)."""
+    """Return the widths of the time embedding (E) and of the text states (D)."""
     return model.inner_dim, model.context_embedder.out_features
 
 
@@ -68,14 +71,21 @@ def begin(
     guidance: Tensor | None = None,
     options: dict[str, Any] | None = None,
 ) -> tuple[Tensor, TokenTrace]:
-    """Start a pass: packed noisy latents (B, S, C), text (B, T, D), pooled (B, P), ids of text (T, 3) and image (S, 3).
+    """Start the pass of one expert.
 
-    timestep (B,) from 0 to 1; guidance (B,) for distilled models. -> image tokens as a map, the trace.
+    tokens:   (B, S, C) packed noisy latents
+    timestep: (B,) from 0 to 1
+    text:     (B, T, D) states of T5
+    pooled:   (B, P) pooled states of CLIP
+    ids:      position ids of text tokens (T, 3) and image tokens (S, 3)
+    guidance: (B,) for guidance-distilled models
+    options:  of the attention processors
+    Returns the image tokens as a map, and the trace.
     """
     hidden = model.x_embedder(tokens)
     time = timestep.to(hidden.dtype) * TIMES
-    told = (time, pooled) if guidance is None else (time, guidance.to(hidden.dtype) * TIMES, pooled)
-    temb = model.time_text_embed(*told)
+    embedded = (time, pooled) if guidance is None else (time, guidance.to(hidden.dtype) * TIMES, pooled)
+    temb = model.time_text_embed(*embedded)
     states = model.context_embedder(text)
     rotary = model.pos_embed(torch.cat([_flat(part) for part in ids], dim=0))
     grid = grid_of(ids[1])
@@ -86,10 +96,11 @@ def begin(
 
 
 def grid_of(ids: Tensor) -> tuple[int, int]:
-    """Rows and columns of the image tokens with these ids (S, 3 or 4): what they are counted by is in the two columns after the first.
+    """Return the number of rows and columns of the image tokens.
 
-    On the meta device, where there are no numbers, the most nearly square grid of as many. Raises NotImplementedError for
-    tokens of several images (Kontext, reference images), which are no map.
+    ids: (S, 3 or 4) position ids: kind, row, column. On the meta device, which has no values, the result is
+         the grid of S tokens that is closest to a square
+    Raises NotImplementedError for tokens of several images (Kontext, reference images), which form no map.
     """
     ids = _flat(ids)
     count = ids.shape[0]
@@ -99,13 +110,18 @@ def grid_of(ids: Tensor) -> tuple[int, int]:
     kind, height, width = (int(value) for value in (ids[:, :3].amax(0) - ids[:, :3].amin(0)).tolist())
     if kind or (height + 1) * (width + 1) != count:
         raise NotImplementedError(
-            "tokens of reference images (Kontext, editing) are not supported by an ensemble; leave the image out"
+            "tokens of reference images (Kontext, editing) are not supported by an ensemble; "
+            "leave the image out"
         )
     return height + 1, width + 1
 
 
 def image_ids(size: tuple[int, int], like: Tensor) -> Tensor:
-    """The ids a pipeline gives image tokens: (H/2·W/2, 3): zero, row, column. size: of the latents."""
+    """Make a pipeline's position ids of image tokens, (H/2·W/2, 3): zero, row, column.
+
+    size: height and width of the latents
+    like: a tensor with the dtype and device to use
+    """
     rows, columns = size[0] // 2, size[1] // 2
     ids = like.new_zeros(rows, columns, 3)
     ids[..., 1] = torch.arange(rows, device=like.device)[:, None]
@@ -114,12 +130,12 @@ def image_ids(size: tuple[int, int], like: Tensor) -> Tensor:
 
 
 def _flat(ids: Tensor) -> Tensor:
-    """Older pipelines hand ids over with a batch dimension."""
+    """Drop the batch dimension of ids, which older pipelines add."""
     return ids[0] if ids.ndim == 3 else ids
 
 
 class FluxCall(Call):
-    """Latents packed into tokens; the states of T5, pooled states of CLIP; times from 0 to 1."""
+    """How FLUX.1 is called: packed latents, states of T5, pooled states of CLIP, timesteps from 0 to 1."""
 
     tokens = 512  # of T5
     patch = 2**LEVEL
@@ -159,7 +175,7 @@ class FluxCall(Call):
     ) -> dict[str, Any]:
         call = {
             "hidden_states": pack(noisy),
-            "timestep": self.told(times.to(noisy.dtype)),
+            "timestep": self.timestep_to_model(times.to(noisy.dtype)),
             "img_ids": image_ids((noisy.shape[-2], noisy.shape[-1]), noisy),
             "txt_ids": noisy.new_zeros(conditions["encoder_hidden_states"].shape[1], 3),
             **conditions,
@@ -168,10 +184,10 @@ class FluxCall(Call):
             call["guidance"] = torch.full((len(noisy),), GUIDANCE, device=noisy.device)
         return call
 
-    def counted(self, timestep: Tensor | float | int) -> Tensor | float | int:
+    def timestep_from_model(self, timestep: Tensor | float | int) -> Tensor | float | int:
         return timestep * TIMES
 
-    def told(self, times: Tensor) -> Tensor:
+    def timestep_to_model(self, times: Tensor) -> Tensor:
         return times / TIMES
 
     def latents(self, call: Mapping[str, Any]) -> Tensor:
@@ -193,11 +209,16 @@ class FluxCall(Call):
     def guided(
         self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None
     ) -> dict[str, Any]:
-        """strength is told to the model; true guidance is made of two passes a step, against the negative or the empty prompt."""
+        """Return the pipeline's arguments for guidance; see Call.guided.
+
+        strength: an input of guidance-distilled models
+        true:     strength of classifier-free guidance, with a second pass for the negative or empty prompt
+        """
         if strength is not None and not config.guidance_embeds:
             raise UserError(
-                f"guidance {strength:g} changes nothing in models that were distilled without one (FLUX.1-schnell); leave it out,"
-                " or give classifier-free guidance a strength of its own (--true-guidance)"
+                f"guidance {strength:g} changes nothing in models that were distilled without one "
+                "(FLUX.1-schnell); leave it out, "
+                "or give classifier-free guidance a strength of its own (--true-guidance)"
             )
         if true is None and negative is not None:
             raise UserError(
@@ -206,13 +227,11 @@ class FluxCall(Call):
             )
         if true is not None and true <= 1:
             raise UserError(f"true guidance {true:g} adds nothing; give one above 1, or leave it out")
-        told = self.strength(config) if strength is None else strength
-        guided: dict[str, Any] = {} if told is None else {"guidance_scale": told}
-        return (
-            guided
-            if true is None
-            else {**guided, "true_cfg_scale": true, "negative_prompt": [negative or ""] * count}
-        )
+        built_in = self.strength(config) if strength is None else strength
+        guided: dict[str, Any] = {} if built_in is None else {"guidance_scale": built_in}
+        if true is None:
+            return guided
+        return {**guided, "true_cfg_scale": true, "negative_prompt": [negative or ""] * count}
 
     def classifier_free(self, config: Any) -> float:
         return 1.0
@@ -238,7 +257,7 @@ class FluxEnsemble(EnsembleDenoiser):
     def widths(self) -> tuple[int, int]:
         return flux.widths(self.experts[0])
 
-    def narrow(
+    def first_expert_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         widths = {
@@ -262,9 +281,11 @@ class FluxEnsemble(EnsembleDenoiser):
         return_dict: bool = True,
         controlnet_blocks_repeat: bool = False,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """The stock forward. encoder_hidden_states: (B, T, D) for all experts, or (B, T, N·D), each its own part.
+        """Predict like the stock forward, with the same arguments.
 
-        The same holds for pooled_projections. Raises NotImplementedError for IP-Adapter, and for tokens of reference images.
+        encoder_hidden_states: (B, T, D) for all experts, or (B, T, N·D): the states of each expert in order
+        pooled_projections:    (B, P) or (B, N·P), in the same way
+        Raises NotImplementedError for IP-Adapter, and for tokens of reference images.
         """
         options, lora_scale = attention_options(joint_attention_kwargs)
         count, config = len(self.experts), self.config
@@ -276,7 +297,7 @@ class FluxEnsemble(EnsembleDenoiser):
         )
 
         def begin(expert: int) -> tuple[Tensor, TokenTrace]:
-            own, ids = self.given(expert, hidden_states, timestep), (txt_ids, img_ids)
+            own, ids = self.inputs_for_expert(expert, hidden_states, timestep), (txt_ids, img_ids)
             return flux.begin(
                 self.experts[expert], *own, texts[expert], pooled[expert], ids, guidance, options
             )
@@ -302,7 +323,14 @@ class FluxEnsemble(EnsembleDenoiser):
         residuals: Residuals,
         repeat: bool = False,
     ) -> None:
-        """ControlNet residuals (B, S, C) of a group of blocks: each for several blocks in a row, or all of them again and again."""
+        """Assign ControlNet residuals to the blocks of one group.
+
+        group:     double or single
+        controls:  (B, S, C) residuals, at most one per block
+        grid:      rows and columns of image tokens
+        residuals: to which they are added
+        repeat:    True: use all in turn, again and again; False: use each for several blocks in a row
+        """
         if not controls:
             return
         blocks = [stage.name for stage in self.stages if stage.group == group]

@@ -1,10 +1,10 @@
-"""Qwen-Image: stages, call, drop-in denoiser.
+"""The Qwen-Image family: stages, call, drop-in denoiser.
 
-The Qwen-Image family: `QwenImageTransformer2DModel` as stages Q00 … Q59 and OUT.
+`QwenImageTransformer2DModel` is read as stages Q00 … Q59 and OUT. Every block has separate weights for image
+and text tokens, which attend to each other; padding in the text is masked. Every expert keeps its own text
+tokens. Only the model's own sub-modules run.
 
-Every block has weights of its own for image and text tokens, which attend to each other; padding among the text is masked.
-Every expert keeps its own text tokens. Only the model's own sub-modules run. Source of the architecture: Wu et al.,
-Qwen-Image, arXiv:2508.02324.
+Source of the architecture: Wu et al., Qwen-Image, arXiv:2508.02324.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,28 +23,30 @@ from afa.stages.call import Call
 from afa.stages.stage import Stage, plain
 from afa.stages.tokens import LEVEL, Block, Head, TokenTrace, as_map, as_tokens, pack, set_steps, unpack
 
-TIMES = 1000  # of a schedule: its models are told a share of them
-SIDE = 128  # of the latents of 1024 px, what its pipeline draws by default; the config says nothing
-VARIANTS = {  # switches of the config, and what has them; guidance_embeds: the stock forward fails on such a model
+TIMES = 1000  # timesteps of a schedule; the models take a fraction of them, 0 to 1
+SIDE = 128  # of latents of 1024 px, the default of its pipeline; the config does not record it
+# config switches -> the variants that have them; guidance_embeds: the stock forward fails on such a model
+VARIANTS = {
     "zero_cond_t": "for editing",
     "use_additional_t_cond": "for layers",
     "use_layer3d_rope": "for layers",
     "guidance_embeds": "distilled",
 }
-SILENT = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp")  # of the last block, whose text nobody reads
+SILENT = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp")  # in the last block, whose text output is unused
 Shape = tuple[int, int, int]
 
 
 def stages(model: Any) -> tuple[Stage, ...]:
-    """Read a `QwenImageTransformer2DModel` as its stages: 60 blocks and the head.
+    """Read a `QwenImageTransformer2DModel` as stages: 60 blocks and the head.
 
-    Raises ValueError, naming the switch, for variants that this family cannot walk, and for another patch size.
+    Raises ValueError, naming the switch, for unsupported variants, and for a patch size other than 2.
     """
     config = model.config
     for switch, variant in VARIANTS.items():
         if config.get(switch):
             raise ValueError(
-                f"{switch} (a variant {variant}) is not supported; only Qwen-Image itself is, which draws images from text"
+                f"{switch} (a variant {variant}) is not supported; "
+                "only Qwen-Image itself is, which draws images from text"
             )
     if config.patch_size != 2**LEVEL:
         raise ValueError(f"patch_size {config.patch_size} is not supported; only {2**LEVEL} is")
@@ -64,7 +66,7 @@ def stages(model: Any) -> tuple[Stage, ...]:
 
 
 def widths(model: Any) -> tuple[int, int]:
-    """Widths of the time embedding (E) and of the text states (D)."""
+    """Return the widths of the time embedding (E) and of the text states (D)."""
     return model.inner_dim, model.txt_in.out_features
 
 
@@ -77,51 +79,59 @@ def begin(
     mask: Tensor | None = None,
     options: dict[str, Any] | None = None,
 ) -> tuple[Tensor, TokenTrace]:
-    """Start a pass: packed noisy latents (B, S, C), text (B, T, D), shape of the image in tokens (1, rows, columns).
+    """Start the pass of one expert.
 
-    timestep (B,) from 0 to 1; mask (B, T) with 1 for tokens to keep; options: of the attention processors.
-    -> image tokens as a map, the trace.
+    tokens:   (B, S, C) packed noisy latents
+    timestep: (B,) from 0 to 1
+    text:     (B, T, D) states of Qwen2.5-VL
+    shape:    of the image in tokens: (1, rows, columns)
+    mask:     (B, T), 1 for text, 0 for padding; None: no padding
+    options:  of the attention processors
+    Returns the image tokens as a map, and the trace.
     """
     hidden = model.img_in(tokens)
     temb = model.time_text_embed(timestep.to(hidden.dtype), hidden)
     states = model.txt_in(model.txt_norm(text))
-    kept = None if mask is None else mask.to(torch.bool)
+    text_mask = None if mask is None else mask.to(torch.bool)
     rotary = model.pos_embed([shape], max_txt_seq_len=text.shape[1], device=hidden.device)
     conditions = {
-        "encoder_hidden_states_mask": kept,
+        "encoder_hidden_states_mask": text_mask,
         "temb": temb,
         "image_rotary_emb": rotary,
         "joint_attention_kwargs": options,
     }
     grid = shape[1:]
     return as_map(hidden, grid), TokenTrace(
-        temb=temb, text=states, kept=kept, stream=states, grid=grid, conditions=conditions
+        temb=temb, text=states, text_mask=text_mask, stream=states, grid=grid, conditions=conditions
     )
 
 
 def shape_of(shapes: Sequence[Any]) -> Shape:
-    """The one shape of all images, (1, rows, columns) in tokens, of what pipelines pass: a shape, or a list of them, for each image.
+    """Return the one shape of all images in tokens: (1, rows, columns).
 
-    Raises NotImplementedError for several shapes: images beside the one that is drawn (editing), layers, images of different sizes.
+    shapes: for each image, one shape or a list of shapes, as pipelines pass them
+    Raises NotImplementedError for several shapes: input images (editing), layers, images of different sizes.
     """
     each = [list(of_image) if isinstance(of_image, list) else [of_image] for of_image in shapes]
     first = each[0]
     if len(first) != 1 or first[0][0] != 1:
         raise NotImplementedError(
-            f"img_shapes {first} has tokens of several images (editing, layers), which an ensemble does not support; leave them out"
+            f"img_shapes {first} has tokens of several images (editing, layers), "
+            "which an ensemble does not support; leave them out"
         )
     if any(other != first for other in each):
         raise NotImplementedError(
-            "images of different sizes in one batch (img_shapes) are not supported by an ensemble; draw them one size at a time"
+            "images of different sizes in one batch (img_shapes) are not supported by an ensemble; "
+            "draw them one size at a time"
         )
     frames, rows, columns = first[0]
     return int(frames), int(rows), int(columns)
 
 
 class QwenImageCall(Call):
-    """Latents packed into tokens; the states of Qwen2.5-VL and which of them are no padding; times from 0 to 1."""
+    """How Qwen-Image is called: packed latents, states of Qwen2.5-VL and a mask, timesteps from 0 to 1."""
 
-    tokens = 512  # at most; prompts are padded to the longest of their batch
+    tokens = 512  # at most; prompts are padded to the longest of the batch
     patch = 2**LEVEL
     encoded = (0, 1)
     named = ("prompt_embeds", "prompt_embeds_mask")
@@ -129,7 +139,7 @@ class QwenImageCall(Call):
     nothing = " "  # as in the examples of its authors
     guidance = 4.0
     alike = ("in_channels", "out_channels", "joint_attention_dim", "axes_dims_rope", "attention_head_dim")
-    joined = False  # experts share the encoder of 7 billion parameters, which fine-tunes leave as it is
+    joined = False  # experts share the encoder of 7 billion parameters, which fine-tunes do not change
 
     def pipeline(self, text_encoders: int) -> str:
         return "QwenImagePipeline"
@@ -141,11 +151,10 @@ class QwenImageCall(Call):
         return int(config.in_channels) // self.patch**2
 
     def parts(self, encoded: Sequence[Any]) -> tuple[Tensor, ...]:
-        """States, and a mask even where the pipeline found no padding and left it out."""
+        """Return states and a mask; the pipeline's mask is None if there is no padding."""
         states, mask = encoded
-        return states, torch.ones(
-            states.shape[:2], dtype=torch.bool, device=states.device
-        ) if mask is None else mask.to(torch.bool)
+        everything = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        return states, everything if mask is None else mask.to(torch.bool)
 
     def prompts(self, encode: Callable[[list[str]], Sequence[Any]], captions: list[str]) -> dict[str, Any]:
         found = zip(self.named, self.parts(encode(captions)), strict=True)
@@ -158,14 +167,14 @@ class QwenImageCall(Call):
     def guided(
         self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None
     ) -> dict[str, Any]:
-        """Its pipelines guide only where there is something to guide away from."""
+        """Return the pipeline's arguments for guidance; see Call.guided.
+
+        The pipelines apply guidance only if they get a negative prompt.
+        """
         found = super().guided(config, count, strength, negative, true)
-        told = found.pop("guidance_scale")
-        return {
-            **found,
-            **self.guiding(told),
-            **({"negative_prompt": [self.nothing] * count} if negative is None and told > 1 else {}),
-        }
+        scale = found.pop("guidance_scale")
+        empty = {"negative_prompt": [self.nothing] * count} if negative is None and scale > 1 else {}
+        return {**found, **self.guiding(scale), **empty}
 
     def unpaired(self, config: Any) -> str:
         return "the pipelines of these experts make its two passes one after another"
@@ -181,20 +190,20 @@ class QwenImageCall(Call):
     ) -> dict[str, Any]:
         size = (noisy.shape[-2] // self.patch, noisy.shape[-1] // self.patch)
         mask = conditions.get("encoder_hidden_states_mask")
+        if mask is not None and mask.all():
+            mask = None  # as in the pipeline: attention without padding is faster
         return {
             "hidden_states": pack(noisy),
-            "timestep": self.told(times.to(noisy.dtype)),
+            "timestep": self.timestep_to_model(times.to(noisy.dtype)),
             "img_shapes": [[(1, *size)]] * len(noisy),
             **conditions,
-            "encoder_hidden_states_mask": None
-            if mask is None or mask.all()
-            else mask,  # as the pipeline: without padding, attention is faster
+            "encoder_hidden_states_mask": mask,
         }
 
-    def counted(self, timestep: Tensor | float | int) -> Tensor | float | int:
+    def timestep_from_model(self, timestep: Tensor | float | int) -> Tensor | float | int:
         return timestep * TIMES
 
-    def told(self, times: Tensor) -> Tensor:
+    def timestep_to_model(self, times: Tensor) -> Tensor:
         return times / TIMES
 
     def latents(self, call: Mapping[str, Any]) -> Tensor:
@@ -204,13 +213,11 @@ class QwenImageCall(Call):
     def schedule(self, scheduler: Any, steps: int, size: tuple[int, int]) -> None:
         set_steps(scheduler, steps, size[0] * size[1] // self.patch**2)
 
-    def combined(self, without: Tensor, told: Tensor, strength: float) -> Tensor:
-        """Guidance that leaves every token as long as it is with the prompt, as the pipelines do it."""
-        combined, as_told = (pack(part) for part in (super().combined(without, told, strength), told))
-        size = (told.shape[-2], told.shape[-1])
-        return unpack(
-            combined * (as_told.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)), size
-        )
+    def combined(self, uncond: Tensor, cond: Tensor, strength: float) -> Tensor:
+        """Apply guidance as the pipelines do: every token keeps the norm of the conditional prediction."""
+        guided, target = pack(super().combined(uncond, cond, strength)), pack(cond)
+        scale = target.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
+        return unpack(guided * scale, (cond.shape[-2], cond.shape[-1]))
 
     def prediction(self, answer: Tensor, size: tuple[int, int]) -> Tensor:
         return unpack(answer, size)
@@ -225,8 +232,8 @@ class QwenImageEnsemble(EnsembleDenoiser):
     family = "qwen-image"
     call = QwenImageCall()
     read_stages = staticmethod(stages)
-    # 60 blocks 3072 wide: aggregators of three experts have 247 million parameters at all stages and 64 at every
-    # fourth, as those of FLUX.1 and SD3 have
+    # 60 blocks, 3072 channels: aggregators of three experts have 247 million parameters at all stages, and
+    # 64 million at every fourth, similar to FLUX.1 and SD3
     default_placement = "every-4"
 
     @property
@@ -246,10 +253,12 @@ class QwenImageEnsemble(EnsembleDenoiser):
         additional_t_cond: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """The stock forward. encoder_hidden_states: (B, T, D) for all experts, its mask (B, T) with 1 for tokens to keep.
+        """Predict like the stock forward, with the same arguments.
 
-        Raises NotImplementedError for embedded guidance, which stock models cannot take either, for additional_t_cond (layers),
-        and for images of several shapes (editing).
+        encoder_hidden_states:      (B, T, D) for all experts
+        encoder_hidden_states_mask: (B, T), 1 for text, 0 for padding
+        Raises NotImplementedError for `guidance` (stock models fail on it, too), for additional_t_cond
+        (layers), and for images of several shapes (editing).
         """
         if encoder_hidden_states is None or timestep is None or img_shapes is None:
             raise ValueError("encoder_hidden_states, timestep and img_shapes are needed; give all three")
@@ -263,7 +272,7 @@ class QwenImageEnsemble(EnsembleDenoiser):
         self._check_text(encoder_hidden_states, encoder_hidden_states_mask)
 
         def begin(expert: int) -> tuple[Tensor, TokenTrace]:
-            own = self.given(expert, hidden_states, timestep)
+            own = self.inputs_for_expert(expert, hidden_states, timestep)
             return qwen_image.begin(
                 self.experts[expert], *own, encoder_hidden_states, shape, encoder_hidden_states_mask, options
             )
@@ -276,19 +285,21 @@ class QwenImageEnsemble(EnsembleDenoiser):
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
     def _check_text(self, states: Tensor, mask: Tensor | None) -> None:
-        """Raises ValueError for states that no expert takes, or a mask of others."""
+        """Raise ValueError for states of a wrong width, or a mask of another shape than the states."""
         width = self.config.joint_attention_dim
         if states.shape[-1] != width:
             raise ValueError(
-                f"encoder_hidden_states is {states.shape[-1]} wide; expected {width}, the same for all experts"
+                f"encoder_hidden_states is {states.shape[-1]} wide; "
+                f"expected {width}, the same for all experts"
             )
         if mask is not None and mask.shape != states.shape[:2]:
             raise ValueError(
-                f"encoder_hidden_states_mask is {tuple(mask.shape)}; expected {tuple(states.shape[:2])}, as the states are"
+                f"encoder_hidden_states_mask is {tuple(mask.shape)}; "
+                f"expected {tuple(states.shape[:2])}, as the states are"
             )
 
     def _residuals(self, controls: Sequence[Tensor] | None, grid: tuple[int, int]) -> Residuals:
-        """ControlNet residuals (B, S, C), each for several blocks in a row."""
+        """Assign ControlNet residuals (B, S, C) to blocks: each serves several blocks in a row."""
         residuals = Residuals()
         if controls:
             blocks = self.stages[:-1]

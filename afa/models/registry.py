@@ -21,8 +21,8 @@ class Family:
     """How models of one class are recognised, read and replaced.
 
     model:     name of the diffusers class
-    component: its name in a pipeline
-    denoiser:  the drop-in for N of them; it also says how one is read and called
+    component: name of the denoiser in a pipeline
+    denoiser:  class that replaces N such models; it also defines how one model is read and called
     """
 
     model: str
@@ -31,7 +31,7 @@ class Family:
 
     @property
     def stages(self) -> Callable[[Any], tuple[Stage, ...]]:
-        """Read a model as stages."""
+        """The function that reads a model as stages."""
         return self.denoiser.read_stages
 
     @property
@@ -41,7 +41,7 @@ class Family:
 
     @property
     def placement(self) -> str:
-        """Where aggregators stand by default; docs/families.md says why."""
+        """The default placement; docs/families.md says why."""
         return self.denoiser.default_placement
 
 
@@ -54,7 +54,10 @@ FAMILIES = {
 
 
 def called(pipeline: Any) -> tuple[Call, Any]:
-    """How a pipeline's denoiser is called, be it a model or a drop-in, and its config. Raises ValueError if there is none."""
+    """Return the Call and the config of a pipeline's denoiser, which is a model or an ensemble of models.
+
+    Raises ValueError if the pipeline has no denoiser of a known family.
+    """
     for family in FAMILIES.values():
         denoiser = pipeline.components.get(family.component)
         if denoiser is not None:
@@ -63,7 +66,7 @@ def called(pipeline: Any) -> tuple[Call, Any]:
 
 
 def family_of(model: nn.Module) -> str:
-    """The name of the family that reads this model. Raises ValueError if none does."""
+    """Return the name of the family that reads this model. Raises ValueError if there is none."""
     kind = type(model).__name__
     for name, family in FAMILIES.items():
         if family.model == kind:
@@ -73,12 +76,12 @@ def family_of(model: nn.Module) -> str:
 
 
 def stage_names(model: nn.Module) -> tuple[str, ...]:
-    """A denoiser's stages in the order they run. Raises ValueError if no family reads it."""
+    """Return the names of a denoiser's stages, in order. Raises ValueError if no family reads it."""
     return tuple(stage.name for stage in FAMILIES[family_of(model)].stages(model))
 
 
 def stages_of(names: Iterable[str], model: nn.Module) -> dict[str, str]:
-    """The stage of every parameter and buffer of a denoiser: name -> stage (see stage_of_names).
+    """Map every parameter and buffer of a denoiser to the name of its stage (see stage_of_names).
 
     names: the model's own, or those that a file holds for it
     Raises ValueError if no family reads the model.
@@ -87,6 +90,9 @@ def stages_of(names: Iterable[str], model: nn.Module) -> dict[str, str]:
 
 
 def layers_of(model: nn.Module) -> dict[str, Layers]:
-    """The original names of a denoiser's layers (see original_layers). Raises ValueError if no family reads the model."""
+    """Return the original names of a denoiser's layers (see original_layers).
+
+    Raises ValueError if no family reads the model.
+    """
     family = family_of(model)
     return original_layers(model, family, FAMILIES[family].stages(model))

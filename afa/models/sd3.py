@@ -1,9 +1,10 @@
-"""Stable Diffusion 3 and 3.5: stages, call, drop-in denoiser.
+"""The SD3 family (Stable Diffusion 3 and 3.5): stages, call, drop-in denoiser.
 
-The SD3 family: `SD3Transformer2DModel` of Stable Diffusion 3 and 3.5 as stages J00 … and OUT.
+`SD3Transformer2DModel` is read as stages J00 … and OUT. Its joint blocks change image and text tokens
+together; those of 3.5-medium attend to the image twice. Every expert keeps its own text tokens. Only the
+model's own sub-modules run.
 
-Joint blocks change image and text tokens together (Esser et al., arXiv:2403.03206, section 4); those of 3.5-medium attend to
-the image twice. Every expert keeps its own text tokens. Only the model's own sub-modules run.
+Source of the architecture: Esser et al., arXiv:2403.03206, section 4.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +24,9 @@ from afa.stages.tokens import LEVEL, Block, Head, TokenTrace, as_map
 
 
 def stages(model: Any) -> tuple[Stage, ...]:
-    """Read a `SD3Transformer2DModel` as its stages: 24 blocks for SD3 and 3.5-medium, 38 for 3.5-large, and the head.
+    """Read a `SD3Transformer2DModel` as stages: the blocks (SD3 and 3.5-medium: 24, 3.5-large: 38), the head.
 
-    Raises ValueError for a patch size that tokens of a map cannot have here.
+    Raises ValueError for a patch size other than 2.
     """
     if model.config.patch_size != 2**LEVEL:
         raise ValueError(f"patch_size {model.config.patch_size} is not supported; only {2**LEVEL} is")
@@ -36,9 +37,8 @@ def stages(model: Any) -> tuple[Stage, ...]:
             level=LEVEL,
             block=f"transformer_blocks.{index}",
             module=block,
-            silent=("attn.add_q_proj",)
-            if block.context_pre_only
-            else (),  # the text asks, and its answer is dropped
+            # the attention output of the last block's text tokens is dropped
+            silent=("attn.add_q_proj",) if block.context_pre_only else (),
         )
         for index, block in enumerate(model.transformer_blocks)
     ]
@@ -46,7 +46,7 @@ def stages(model: Any) -> tuple[Stage, ...]:
 
 
 def widths(model: Any) -> tuple[int, int]:
-    """Widths of the time embedding (E) and of the text states (D)."""
+    """Return the widths of the time embedding (E) and of the text states (D)."""
     return model.inner_dim, model.context_embedder.out_features
 
 
@@ -58,9 +58,14 @@ def begin(
     pooled: Tensor,
     options: dict[str, Any] | None = None,
 ) -> tuple[Tensor, TokenTrace]:
-    """Start a pass: sample (B, C, H, W) noisy latents, text (B, T, D), pooled (B, P) -> image tokens as a map, the trace.
+    """Start the pass of one expert.
 
-    options: of the attention processors.
+    sample:   (B, C, H, W) noisy latents
+    timestep: (B,)
+    text:     (B, T, D) states of all text encoders
+    pooled:   (B, P) pooled states of CLIP
+    options:  of the attention processors
+    Returns the image tokens as a map, and the trace.
     """
     grid = (sample.shape[-2] // 2**LEVEL, sample.shape[-1] // 2**LEVEL)
     hidden = model.pos_embed(sample)
@@ -73,7 +78,7 @@ def begin(
 
 
 def unfold(patches: Tensor) -> Tensor:
-    """The head's patches as latents: (B, p·p·C, H, W), ordered p, p, C -> (B, C, p·H, p·W)."""
+    """Arrange the head's patches as latents: (B, p·p·C, H, W), ordered p, p, C -> (B, C, p·H, p·W)."""
     side = 2**LEVEL
     batch, channels, height, width = patches.shape
     parts = patches.view(batch, side, side, channels // side**2, height, width)
@@ -83,25 +88,25 @@ def unfold(patches: Tensor) -> Tensor:
 
 
 def fold(latents: Tensor) -> Tensor:
-    """The inverse of unfold: latents as patches in the head's order, (B, C, p·H, p·W) -> (B, p·p·C, H, W)."""
+    """Undo `unfold`: latents to patches in the head's order, (B, C, p·H, p·W) -> (B, p·p·C, H, W)."""
     side = 2**LEVEL
     parts = latents.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, C, H, p, W, p)
     return torch.einsum("nchpwq->npqchw", parts).flatten(1, 3)
 
 
 def without_text(model: Any) -> list[str]:
-    """The names of the blocks that leave no text behind: the last one, where a ControlNet adds nothing."""
+    """Return the names of the blocks that drop the text tokens: the last one. ControlNets skip it."""
     return [f"J{index:02}" for index, block in enumerate(model.transformer_blocks) if block.context_pre_only]
 
 
 class SD3Call(Call):
-    """Latents as they are; the states of all text encoders, and pooled states."""
+    """How SD3 is called: unpacked latents, the states of all text encoders, and pooled states."""
 
-    tokens = 77 + 256  # of CLIP's and of T5's, one behind the other
+    tokens = 77 + 256  # of CLIP, then of T5
     patch = 2**LEVEL
     encoded = (0, 2)
     guidance = 7.0
-    read = (0, 2)  # of CLIP's two encoders the tokens are the same
+    read = (0, 2)  # both CLIP encoders read the same tokens
     joined = False  # the stock pipelines pad CLIP's states to T5's width, which would cut joined ones
     alike = (
         "in_channels",
@@ -145,7 +150,7 @@ class SD3Ensemble(EnsembleDenoiser):
     def widths(self) -> tuple[int, int]:
         return sd3.widths(self.experts[0])
 
-    def narrow(
+    def first_expert_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         widths = {
@@ -165,9 +170,11 @@ class SD3Ensemble(EnsembleDenoiser):
         return_dict: bool = True,
         skip_layers: Sequence[int] | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """The stock forward. encoder_hidden_states: (B, T, D) for all experts, or (B, T, N·D), each its own part.
+        """Predict like the stock forward, with the same arguments.
 
-        The same holds for pooled_projections. Raises NotImplementedError for IP-Adapter.
+        encoder_hidden_states: (B, T, D) for all experts, or (B, T, N·D): the states of each expert in order
+        pooled_projections:    (B, P) or (B, N·P), in the same way
+        Raises NotImplementedError for IP-Adapter.
         """
         options, lora_scale = attention_options(joint_attention_kwargs)
         count, config = len(self.experts), self.config
@@ -181,7 +188,7 @@ class SD3Ensemble(EnsembleDenoiser):
         def begin(expert: int) -> tuple[Tensor, TokenTrace]:
             return sd3.begin(
                 self.experts[expert],
-                *self.given(expert, hidden_states, timestep),
+                *self.inputs_for_expert(expert, hidden_states, timestep),
                 texts[expert],
                 pooled[expert],
                 options,
@@ -197,7 +204,10 @@ class SD3Ensemble(EnsembleDenoiser):
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
     def _residuals(self, controls: Sequence[Tensor] | None, grid: tuple[int, int]) -> Residuals:
-        """ControlNet residuals (B, S, C), each for as many blocks as there are fewer of them; none where no text is left."""
+        """Assign ControlNet residuals (B, S, C) to blocks: each serves several blocks in a row.
+
+        Blocks that drop the text tokens get none.
+        """
         residuals = Residuals()
         if controls:
             blocks, without = self.stages[:-1], sd3.without_text(self.experts[0])

@@ -1,11 +1,11 @@
-"""U-Nets of Stable Diffusion 1.x, 2.x, SDXL: their stages, how they are called, the drop-in denoiser.
+"""The U-Net family (Stable Diffusion 1.x, 2.x, SDXL): stages, call, drop-in denoiser.
 
-The U-Net family: SD 1.x, 2.x and SDXL `UNet2DConditionModel` as stages IN00 … M00 … OUT11.
+`UNet2DConditionModel` is read as stages IN00 … M00 … OUT11. IN stages save a skip connection, OUT stages take
+one, and the last stage includes the output head. The names are those of block-weighted merging (MBW) and of
+the paper's reference. Only the model's own sub-modules run; nothing of diffusers is copied or subclassed.
 
-The names are those of the merging community (method.md of the paper's reference and MBW coincide): IN stages save a
-skip, OUT stages take one, the last one includes the output head. Only the model's own sub-modules run; nothing of
-diffusers is copied or subclassed. Which sub-modules follow each other is the architecture's definition:
-Ronneberger et al. 2015 (arXiv:1505.04597) as in Rombach et al. 2021 (arXiv:2112.10752).
+Source of the architecture: Ronneberger et al. 2015 (arXiv:1505.04597), as in Rombach et al. 2021
+(arXiv:2112.10752).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,25 +31,34 @@ UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
 
 @dataclass(kw_only=True)
 class UNetTrace(Trace):
-    """A U-Net's trace: masks are additive biases, (B, 1, T); options go to the attention processors."""
+    """The trace of a U-Net.
 
-    mask: Tensor | None = None
-    text_mask: Tensor | None = None
+    attention_bias: (B, 1, T) added to the scores of self-attention; None: nothing
+    text_bias:      (B, 1, T) added to the scores of cross-attention, strongly negative for masked tokens
+    options:        of the attention processors
+    """
+
+    attention_bias: Tensor | None = None
+    text_bias: Tensor | None = None
     options: dict[str, Any] | None = None
 
     def attention(self) -> dict[str, Any]:
-        """The keyword arguments of a diffusers attention block."""
+        """Return the keyword arguments of a diffusers attention block."""
         return {
             "encoder_hidden_states": self.text,
-            "attention_mask": self.mask,
-            "encoder_attention_mask": self.text_mask,
+            "attention_mask": self.attention_bias,
+            "encoder_attention_mask": self.text_bias,
             "cross_attention_kwargs": self.options,
         }
 
 
 @dataclass(kw_only=True, eq=False)
 class Convolution(Stage):
-    """The first convolution, or a downsampler: a part of its owner by name, since a LoRA may be put in front of it later."""
+    """The first convolution, or a downsampler.
+
+    owner: module that contains it
+    part:  its name in the owner; it is looked up at each run, since a LoRA may wrap it later
+    """
 
     owner: nn.Module
     part: str
@@ -69,7 +78,10 @@ class Convolution(Stage):
 
 @dataclass(kw_only=True, eq=False)
 class Layer(Stage):
-    """A residual block and its attention, with the upsampler where it ends a block, or the output head of the whole U-Net."""
+    """A residual block and its attention; then a block's upsampler, or the U-Net's output head.
+
+    whole: the U-Net, in its last stage; None elsewhere
+    """
 
     resnet: nn.Module
     attention: nn.Module | None = None
@@ -78,7 +90,7 @@ class Layer(Stage):
 
     @property
     def head(self) -> tuple[nn.Module, ...]:
-        """As it is now: a LoRA may have been put in front of a part."""
+        """The output head, looked up at each run, since a LoRA may wrap a part of it later."""
         return () if self.whole is None else output_head(self.whole)
 
     def run(
@@ -123,9 +135,9 @@ class Middle(Stage):
 
 
 def stages(unet: Any) -> tuple[Stage, ...]:
-    """Read a `UNet2DConditionModel` as its stages: 25 for SD 1.x and 2.x, 19 for SDXL.
+    """Read a `UNet2DConditionModel` as stages: 25 for SD 1.x and 2.x, 19 for SDXL.
 
-    Raises ValueError, naming the part, for a U-Net with parts that this family cannot walk.
+    Raises ValueError, naming the part, for a U-Net with parts that are not supported.
     """
     check_supported(unet)
     down = list(_down_stages(unet))
@@ -195,7 +207,7 @@ def _up_stages(unet: Any, level: int) -> Iterator[Stage]:
 
 
 def attentions(block: Any) -> list[nn.Module | None]:
-    """The attention after each residual block of a down or up block; None where there is none."""
+    """Return the attention after each residual block of a down or up block, or None for each."""
     return (
         list(block.attentions)
         if getattr(block, "has_cross_attention", False)
@@ -204,13 +216,13 @@ def attentions(block: Any) -> list[nn.Module | None]:
 
 
 def output_head(unet: Any) -> tuple[Any, ...]:
-    """The modules after the last up block."""
+    """Return the modules after the last up block."""
     norm = (unet.conv_norm_out, unet.conv_act) if unet.conv_norm_out is not None else ()
     return (*norm, unet.conv_out)
 
 
 def check_supported(unet: Any) -> None:
-    """Refuse, by name, what the stages would compute differently from the model's own forward."""
+    """Raise ValueError, naming the part, for a U-Net that stages would compute differently."""
     parts = [(block, UP_BLOCKS) for block in unet.up_blocks] + [
         (block, DOWN_BLOCKS) for block in unet.down_blocks
     ]
@@ -226,7 +238,8 @@ def check_supported(unet: Any) -> None:
     config = unet.config
     if config.addition_embed_type not in (None, "text", "text_time"):
         raise ValueError(
-            f"addition_embed_type '{config.addition_embed_type}' is not supported; only text and text_time are"
+            f"addition_embed_type '{config.addition_embed_type}' is not supported; "
+            "only text and text_time are"
         )
     if config.encoder_hid_dim_type not in (None, "text_proj"):
         raise ValueError(
@@ -235,14 +248,16 @@ def check_supported(unet: Any) -> None:
 
 
 def check_state(unet: Any) -> None:
-    """Refuse, by name, switches that someone may have turned since the stages were read."""
+    """Raise NotImplementedError for FreeU or IP-Adapter, which may be enabled after the stages were read."""
     if any(getattr(block, "s1", None) is not None for block in unet.up_blocks):
         raise NotImplementedError(
-            "FreeU is enabled on an expert, and an ensemble does not support it; call disable_freeu() on that expert"
+            "FreeU is enabled on an expert, and an ensemble does not support it; "
+            "call disable_freeu() on that expert"
         )
     if unet.encoder_hid_proj is not None and unet.config.encoder_hid_dim_type == "ip_image_proj":
         raise NotImplementedError(
-            "IP-Adapter weights are loaded into an expert, and an ensemble does not support them; call unload_ip_adapter()"
+            "IP-Adapter weights are loaded into an expert, and an ensemble does not support them; "
+            "call unload_ip_adapter()"
         )
 
 
@@ -259,9 +274,16 @@ def begin(
     text_mask: Tensor | None = None,
     options: dict[str, Any] | None = None,
 ) -> tuple[Tensor, UNetTrace]:
-    """Start a pass: what enters the first stage, and the trace of this expert.
+    """Start the pass of one expert.
 
-    sample (B, C, H, W) noisy latents; text (B, T, D); masks (B, T) with 1 for tokens to keep.
+    sample:    (B, C, H, W) noisy latents
+    timestep:  one number or (B,)
+    text:      (B, T, D) text states
+    class_labels, timestep_cond, added: as in the stock forward
+    mask:      (B, H·W), 1 for positions to keep in self-attention
+    text_mask: (B, T), 1 for text tokens to keep
+    options:   of the attention processors
+    Returns the input of the first stage, and the trace.
     """
     check_state(unet)
     if unet.config.center_input_sample:
@@ -277,27 +299,34 @@ def begin(
         temb = unet.time_embed_act(temb)
     text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added)
     return sample, UNetTrace(
-        temb=temb, text=text, mask=_bias(mask, sample), text_mask=_bias(text_mask, sample), options=options
+        temb=temb,
+        text=text,
+        attention_bias=_bias(mask, sample),
+        text_bias=_bias(text_mask, sample),
+        options=options,
     )
 
 
 def adapter_stages(unet: Any) -> list[str]:
-    """Where T2I-Adapter residuals enter: the last attention of a block that has some, else the block's end; then M00."""
-    names, walked = [], stages(unet)
+    """Return the names of the stages after which T2I-Adapter residuals are added, in order.
+
+    It is the last attention of each down block, or its last stage if it has no attention, then M00.
+    """
+    names, all_stages = [], stages(unet)
     for number, block in enumerate(unet.down_blocks):
-        own = [stage for stage in walked if stage.block == f"down_blocks.{number}"]
+        own = [stage for stage in all_stages if stage.block == f"down_blocks.{number}"]
         layers = [stage for stage in own if isinstance(stage, Layer)]
         names.append((layers if getattr(block, "has_cross_attention", False) else own)[-1].name)
-    return names + [stage.name for stage in walked if isinstance(stage, Middle)]
+    return names + [stage.name for stage in all_stages if isinstance(stage, Middle)]
 
 
 def _bias(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """Keep/discard tokens as an additive bias, broadcast over queries: (B, T) -> (B, 1, T)."""
+    """Convert a mask to an additive bias that broadcasts over queries: (B, T) -> (B, 1, T)."""
     return None if mask is None else ((1 - mask.to(like.dtype)) * -10000.0).unsqueeze(1)
 
 
 def widths(unet: Any) -> tuple[int, int]:
-    """Widths of what a trace carries: of the time embedding (E) and of the text states (D)."""
+    """Return the widths of the time embedding (E) and of the text states (D)."""
     time = unet.time_embedding.linear_2.out_features
     if unet.class_embedding is not None and unet.config.class_embeddings_concat:
         time *= 2
@@ -311,12 +340,12 @@ def widths(unet: Any) -> tuple[int, int]:
     return time, text
 
 
-XL = 5.0  # the strength of guidance of SDXL's pipeline
-TIMES = 6  # of SDXL's micro-conditioning: original size, crop, target size, two numbers each
+XL = 5.0  # default guidance strength of SDXL's pipeline
+TIMES = 6  # numbers of SDXL's micro-conditioning: original size, crop, target size, two each
 
 
 class UNetCall(Call):
-    """Latents as they are; text states, and for SDXL pooled states and sizes."""
+    """How U-Nets are called: unpacked latents, text states, and for SDXL pooled states and sizes."""
 
     tokens = 77  # of CLIP
     patch = 1
@@ -395,7 +424,7 @@ class UNetCall(Call):
 
 
 def _labels(config: Any, batch: int, empty: Callable[..., Tensor]) -> Tensor:
-    """Class labels as a U-Net's kind of class embedding takes them."""
+    """Make class labels without content, in the form of the U-Net's kind of class embedding."""
     if config.class_embed_type in ("projection", "simple_projection"):
         return empty(batch, config.projection_class_embeddings_input_dim)
     if config.class_embed_type == "identity":
@@ -409,8 +438,8 @@ IMAGE_CONDITIONS = ("image_embeds", "hint")  # of added_cond_kwargs: IP-Adapter,
 class UNetEnsemble(EnsembleDenoiser):
     """N `UNet2DConditionModel` experts as one. See EnsembleDenoiser for the arguments.
 
-    text_widths: 768 and 1280 for SDXL; needed to take apart the joined states of several encoders. Default: one encoder, as
-    wide as the U-Net's cross-attention.
+    text_widths: width of each text encoder's states, 768 and 1280 for SDXL, to split joined states; default:
+                 one encoder with the width of the U-Net's cross-attention
     """
 
     family = "unet"
@@ -430,7 +459,7 @@ class UNetEnsemble(EnsembleDenoiser):
 
     @property
     def add_embedding(self) -> Any:
-        """The first expert's; the SDXL pipeline reads its width."""
+        """The first expert's embedding; the SDXL pipeline reads its width."""
         return self.experts[0].add_embedding
 
     def forward(
@@ -449,10 +478,11 @@ class UNetEnsemble(EnsembleDenoiser):
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """The stock forward. encoder_hidden_states: (B, T, D) for all experts, or (B, T, N·D), each its own part.
+        """Predict like the stock forward, with the same arguments.
 
-        The same holds for added_cond_kwargs["text_embeds"]. Raises NotImplementedError for GLIGEN, IP-Adapter and
-        other image conditions.
+        encoder_hidden_states:            (B, T, D) for all experts, or (B, T, N·D): the states of each expert
+        added_cond_kwargs["text_embeds"]: (B, P) or (B, N·P), in the same way
+        Raises NotImplementedError for GLIGEN, IP-Adapter and other image conditions.
         """
         options, lora_scale = attention_options(cross_attention_kwargs)
         texts = self.split_text(encoder_hidden_states)
@@ -466,7 +496,7 @@ class UNetEnsemble(EnsembleDenoiser):
         def begin(expert: int) -> tuple[Tensor, unet.UNetTrace]:
             return unet.begin(
                 self.experts[expert],
-                *self.given(expert, sample, timestep),
+                *self.inputs_for_expert(expert, sample, timestep),
                 texts[expert],
                 class_labels=class_labels,
                 timestep_cond=timestep_cond,
@@ -482,13 +512,13 @@ class UNetEnsemble(EnsembleDenoiser):
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
     def split_text(self, states: Tensor) -> list[Tensor]:
-        """Each expert's text states: (B, T, D) is everyone's, (B, T, N·D) is taken apart encoder by encoder."""
+        """Return each expert's text states. states: (B, T, D) for all experts, or (B, T, N·D)."""
         return split_joined(states, self.text_widths, len(self.experts), "encoder_hidden_states")
 
-    def narrow(
+    def first_expert_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A forward pre-hook for a ControlNet: hand it the first expert's part of the joined text."""
+        """Forward pre-hook of a ControlNet: give it the first expert's part of the joined text."""
         kwargs = dict(kwargs)
         if kwargs.get("encoder_hidden_states") is not None:
             kwargs["encoder_hidden_states"] = self.split_text(kwargs["encoder_hidden_states"])[0]
@@ -497,12 +527,13 @@ class UNetEnsemble(EnsembleDenoiser):
         return args, kwargs
 
     def _split_added(self, added: Mapping[str, Tensor] | None) -> list[dict[str, Tensor]]:
-        """Each expert's added conditions."""
+        """Return each expert's added conditions. Raises NotImplementedError for image conditions."""
         added = dict(added or {})
         for name in IMAGE_CONDITIONS:
             if name in added:
                 raise NotImplementedError(
-                    f"image conditions ({name}: IP-Adapter, Kandinsky) are not supported by an ensemble; leave them out"
+                    f"image conditions ({name}: IP-Adapter, Kandinsky) are not supported by an ensemble; "
+                    "leave them out"
                 )
         if "text_embeds" not in added or self.config.addition_embed_type != "text_time":
             return [added] * len(self.experts)
@@ -514,7 +545,7 @@ class UNetEnsemble(EnsembleDenoiser):
     def _residuals(
         self, down: Sequence[Tensor] | None, middle: Tensor | None, adapter: Sequence[Tensor] | None
     ) -> Residuals:
-        """ControlNet (down and middle) and T2I-Adapter residuals, by stage."""
+        """Assign residuals of ControlNets (down and middle) and of T2I-Adapters to stages."""
         if adapter is None and middle is None and down is not None:
             down, adapter = None, down  # older T2I-Adapter pipelines pass theirs in the ControlNets' place
         residuals = Residuals()
@@ -522,13 +553,15 @@ class UNetEnsemble(EnsembleDenoiser):
             residuals.to_hidden[name] = residual
         if adapter is not None and len(adapter) > len(self._adapter_stages):
             raise ValueError(
-                f"{len(adapter)} T2I-Adapter residuals for {len(self._adapter_stages)} places; the adapter is of another architecture"
+                f"{len(adapter)} T2I-Adapter residuals for {len(self._adapter_stages)} places; "
+                "the adapter is of another architecture"
             )
         if down is not None and middle is not None:
             saving = [stage.name for stage in self.stages if stage.saves_skip]
             if len(down) != len(saving):
                 raise ValueError(
-                    f"{len(down)} ControlNet residuals for {len(saving)} skips; the ControlNet is of another architecture"
+                    f"{len(down)} ControlNet residuals for {len(saving)} skips; "
+                    "the ControlNet is of another architecture"
                 )
             residuals.to_skip = dict(zip(saving, down, strict=True))
             residuals.to_hidden["M00"] = (
@@ -538,5 +571,5 @@ class UNetEnsemble(EnsembleDenoiser):
 
 
 def _text_input_width(model: Any) -> int:
-    """How wide the text states are that a pipeline hands to this U-Net."""
+    """Return the width of the text states that a pipeline passes to this U-Net."""
     return model.config.encoder_hid_dim or unet.widths(model)[1]

@@ -196,12 +196,12 @@ class Tapped:
 def tapped(denoiser: EnsembleDenoiser) -> Iterator[dict[str, Tensor]]:
     """Inside, a pass leaves its features here: by stage, (B, C, PLACES) float32; each pass those of the last one's place."""
     seen: dict[str, Tensor] = {}
-    before = denoiser.columns
-    denoiser.columns = [tuple(Tapped(stage, seen) for stage in column) for column in before]  # type: ignore[misc]
+    before = denoiser.parallel_stages
+    denoiser.parallel_stages = [tuple(Tapped(stage, seen) for stage in column) for column in before]  # type: ignore[misc]
     try:
         yield seen
     finally:
-        denoiser.columns = before
+        denoiser.parallel_stages = before
 
 
 def at_places(features: Tensor) -> Tensor:

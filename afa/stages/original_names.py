@@ -1,4 +1,7 @@
-"""What the publishers of a model call its layers: LoRAs and single files of other programs are written in these names."""
+"""The original names of a model's layers, as its publisher writes them.
+
+LoRAs and single files made by other programs use these names.
+"""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -10,10 +13,10 @@ from afa.stages.stage import Stage, stage_of_names
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of a diffusers model that one original layer consists of.
+    """The layers of a diffusers model that correspond to one original layer.
 
-    names: in the order of their rows in the original weight.
-    swapped: whether the two halves of the rows (scale and shift) stand in the other order in diffusers.
+    names:   diffusers' names, in the order of their rows in the original weight
+    swapped: True if the two halves of the rows (scale and shift) have the other order in diffusers
     """
 
     names: tuple[str, ...]
@@ -21,10 +24,10 @@ class Layers:
 
 
 def original_layers(model: Any, family: str, stages: Sequence[Stage]) -> dict[str, Layers]:
-    """The original names of a denoiser's layers -> what they are in diffusers. Empty where both are the same.
+    """Map the original names of a denoiser's layers to diffusers' layers. Empty if both names are equal.
 
-    Source: the names in CompVis stable-diffusion, Stability-AI generative-models and sd3.5, black-forest-labs flux,
-    and (qkv1, proj2 …) XLabs' LoRAs of FLUX.
+    Source: the names in CompVis stable-diffusion, Stability-AI generative-models and sd3.5,
+    black-forest-labs flux, and (qkv1, proj2 …) XLabs' LoRAs of FLUX.
     """
     if family == "unet":
         weights = [name for name in model.state_dict() if name.endswith(".weight") and ".lora_" not in name]
@@ -145,20 +148,29 @@ UNET_ENDS = {
 
 
 def unet_names(names: Collection[str], stages: Mapping[str, str]) -> dict[str, str]:
-    """Tensors of a U-Net, by their names in diffusers -> their original names.
+    """Map the names of a U-Net's tensors in diffusers to their original names.
 
-    stages: of every tensor. INxx is input_blocks.xx and OUTxx is output_blocks.xx; in a block, a residual layer is 0,
-    its attention 1, an upsampler comes last. Raises ValueError for a name that the layout has no place for.
+    names:  diffusers' names
+    stages: name of a tensor -> name of its stage. INxx is input_blocks.xx and OUTxx is output_blocks.xx;
+            in a block, a residual layer is 0, its attention 1, an upsampler comes last
+    Raises ValueError for a name that the original layout does not have.
     """
     attended = {stages[name] for name in names if ".attentions." in name}
     return {name: unet_name(name, stages[name], stages[name] in attended) for name in names}
 
 
 def unet_name(name: str, stage: str, attended: bool) -> str:
-    """The original name of one tensor. attended: whether its stage has attention. Raises ValueError as above."""
+    """Return the original name of one tensor.
+
+    name:     diffusers' name
+    stage:    name of its stage
+    attended: True if the stage has attention
+    Raises ValueError for a name that the original layout does not have.
+    """
     if name.startswith("mid_block."):
         _, kind, number, rest = name.split(".", 3)
-        return f"middle_block.{2 * int(number) + (kind == 'attentions')}.{_resnet(rest) if kind == 'resnets' else rest}"
+        position = 2 * int(number) + (kind == "attentions")
+        return f"middle_block.{position}.{_resnet(rest) if kind == 'resnets' else rest}"
     place = PLACE.match(name)
     if place is None:
         module, _, last = name.rpartition(".")

@@ -1,4 +1,8 @@
-"""The one idea: a denoiser is a list of stages, and a trace is what one expert carries past them."""
+"""The central idea: a denoiser is a list of stages.
+
+A stage is one cut of the denoiser: a few of its own sub-modules, run one after another. An expert is one of
+the models that are combined. A trace holds what one expert carries through all stages besides its features.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -10,17 +14,17 @@ from torch import Tensor, nn
 
 @dataclass(kw_only=True)
 class Trace:
-    """What one expert carries through a pass besides its features: its own conditions, embedded by its own layers.
+    """What one expert carries through a pass besides its features. A family adds what its sub-modules need.
 
-    temb (B, E) time embedding, text (B, T, D) text states: the same for the whole pass, and what aggregators see.
-    kept (B, T) bool: which of the text is no padding, where prompts are padded to the longest of a batch; None: all of it.
-    stream (B, T, D'): where blocks change text tokens together with the image's, as they are now; None elsewhere.
-    A family adds what its sub-modules ask for.
+    temb:      (B, E) time embedding of the expert; aggregators see it
+    text:      (B, T, D) text states of the expert; aggregators see them
+    text_mask: (B, T) bool, False for padding; None: there is no padding
+    stream:    (B, T, D') current text tokens, in families whose blocks change them; None elsewhere
     """
 
     temb: Tensor
     text: Tensor
-    kept: Tensor | None = None
+    text_mask: Tensor | None = None
     stream: Tensor | None = None
 
 
@@ -28,11 +32,15 @@ class Trace:
 class Stage(ABC):
     """One cut of a denoiser: a few of the model's own sub-modules, run one after another.
 
-    name: unique in the model, IN00 … OUT11; no dots. channels: of the output. level: the output has 1/2**level of the
-    latent's height and width (rounded up). block: the diffusers block the stage belongs to, None for what stands before
-    or after all blocks. group: what a family calls blocks of that kind (double, single …), for placements; "" where all are of one.
-    saves_skip / takes_skip: the output is kept for, or one is taken from, the stack of skip connections.
-    upsamples: the stage ends with an upsampler, so that `size` says how large its output must be.
+    name:       unique in the model, IN00 … OUT11; without dots
+    channels:   channels of the output
+    level:      the output has 1/2**level of the latent's height and width (rounded up)
+    block:      the diffusers block the stage belongs to; None before the first and after the last block
+    group:      the family's name for blocks of this kind (double, single …), used by placements; "" if the
+                family has one kind only
+    saves_skip: the output is pushed on the stack of skip connections
+    takes_skip: the stage takes its skip connection from that stack
+    upsamples:  the stage ends with an upsampler; `size` then sets the size of its output
     """
 
     name: str
@@ -48,34 +56,36 @@ class Stage(ABC):
     def run(
         self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
     ) -> tuple[Tensor, Trace]:
-        """Features in, features out: (B, C_in, H, W) -> (B, channels, H', W'), and the trace to go on with.
+        """Run the stage.
 
-        The trace that came in is never changed: a stage may be run again in the backward pass.
-        skip (B, C_skip, H, W) if the stage takes one. size (H', W') forces the output size of an upsampler; None
-        doubles it.
+        hidden: (B, C_in, H, W) features
+        trace:  of this expert; never changed in place, since the backward pass may run a stage again
+        skip:   (B, C_skip, H, W) if the stage takes a skip connection
+        size:   (H', W') output size of an upsampler; None: twice the input
+        Returns features (B, channels, H', W') and the trace for the next stage.
         """
 
     @abstractmethod
     def modules(self) -> list[object]:
-        """The model's own sub-modules this stage runs, in order."""
+        """Return the model's own sub-modules that this stage runs, in order."""
 
     def unheard(self) -> list[object]:
-        """Those inside them that run without a say in the prediction, because nothing reads what they make."""
+        """Return those sub-modules inside `modules()` whose output does not influence the prediction."""
         return []
 
 
 def plain(layer: Any) -> Any:
-    """A layer itself, where peft has put one with a LoRA in front of it: what has the sizes."""
+    """Return the original layer, which has the sizes, if peft has wrapped it with a LoRA; else the layer."""
     return getattr(layer, "base_layer", layer)
 
 
 def stage_of_names(names: Iterable[str], model: nn.Module, stages: Sequence[Stage]) -> dict[str, str]:
-    """The stage of every parameter and buffer of a denoiser: name -> name of the stage.
+    """Map every parameter and buffer of a denoiser to the name of its stage.
 
-    names:  the model's own, or those that a file holds for it
-    stages: the model's, in the order they run
-    What no stage runs (embeddings of latents, time, text and added conditions) belongs to the first stage, as in
-    block-weighted merging (bbc-mc, sdweb-merge-block-weighted-gui).
+    names:  names in the model, or names that a file holds for the model
+    stages: stages of the model, in the order they run
+    What no stage runs (embeddings of latents, time, text and added conditions) belongs to the first stage.
+    Source: block-weighted merging (bbc-mc, sdweb-merge-block-weighted-gui).
     """
     places = {id(module): place for place, module in model.named_modules()}
     runs = {places[id(module)]: stage.name for stage in stages for module in stage.modules()}
