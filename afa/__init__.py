@@ -1,4 +1,7 @@
-"""afa: Adaptive Feature Aggregation. Combine several text-to-image diffusion models into one (arXiv:2405.17082)."""
+"""afa: Adaptive Feature Aggregation.
+
+Combine several text-to-image diffusion models into one (arXiv:2405.17082).
+"""
 
 import os
 from typing import TYPE_CHECKING
@@ -11,7 +14,7 @@ if TYPE_CHECKING:
     from afa.errors import UserError
     from afa.merging.memory import merge_experts, merge_pipelines
 
-# Read when torch is loaded. Threads that wait for work spin otherwise: beside a busy neighbour that is many times slower.
+# Read when torch is loaded. Otherwise waiting threads spin, which is many times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from afa.version import __version__ as __version__

@@ -1,4 +1,4 @@
-"""What a denoising step costs in arithmetic, counted on the meta device: no memory, no waiting."""
+"""Counts the floating point operations of a denoising step, on the meta device: without memory or waiting."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,17 +30,17 @@ class Flops:
 def count_flops(
     denoiser: nn.Module, height: int, width: int, batch: int = 1, tokens: int | None = None
 ) -> Flops:
-    """Count one pass of a denoiser or an ensemble of them that lies on the meta device.
+    """Count one pass of a denoiser or an ensemble of them on the meta device.
 
-    height, width: of the latent. batch: guidance doubles that of the pipeline. tokens: of the prompt; None: the family's.
+    height, width: of the latents
+    batch:         guidance doubles that of the pipeline
+    tokens:        of the prompt; None: the family's default
     """
     call = call_of(denoiser, height, width, batch, tokens, device="meta")
     with torch.no_grad(), _counting() as counter:
         denoiser(**call)
-    counts, stages = (
-        counter.get_flop_counts(),
-        denoiser.fused if isinstance(denoiser, EnsembleDenoiser) else [],
-    )
+    counts = counter.get_flop_counts()
+    stages = denoiser.fused if isinstance(denoiser, EnsembleDenoiser) else []
     name = type(denoiser).__name__
     aggregators = {stage: sum(counts.get(f"{name}.aggregators.{stage}", {}).values()) for stage in stages}
     return Flops(counter.get_total_flops(), aggregators)
@@ -49,7 +49,10 @@ def count_flops(
 def count_training_flops(
     denoiser: nn.Module, height: int, width: int, batch: int = 1, tokens: int | None = None
 ) -> int:
-    """Floating point operations of one training step on the meta device: forward, and backward to whatever requires a gradient."""
+    """Count one training step on the meta device: forward, and backward to all that requires a gradient.
+
+    Arguments as in count_flops.
+    """
     call = call_of(denoiser, height, width, batch, tokens, device="meta")
     with torch.enable_grad(), _counting() as counter:
         denoiser(**call).sample.sum().backward()
@@ -57,9 +60,11 @@ def count_training_flops(
 
 
 def count_stage_flops(model: Any, height: int, width: int, tokens: int | None = None) -> dict[str, int]:
-    """What each stage of one expert costs a pass, by name: operations of the stage's own modules. height, width: of the latent.
+    """Count the operations of each stage of one expert in one pass: stage name -> operations.
 
-    The expert is made again from its config, on the meta device; it may lie anywhere.
+    model:         the expert, on any device; a copy is made from its config on the meta device
+    height, width: of the latents
+    tokens:        of the prompt; None: the family's default
     """
     with torch.device("meta"):
         outline = type(model).from_config(dict(model.config)).eval()
@@ -80,7 +85,7 @@ def _counting() -> Iterator[FlopCounterMode]:
 
 
 class _Shortcuts(TorchFunctionMode):
-    """Counts the same in half the time: on the meta device torch takes norms, biases and attention apart into Python."""
+    """Count the same in half the time: on the meta device torch decomposes norms and attention in Python."""
 
     def __torch_function__(
         self,
@@ -120,7 +125,11 @@ def call_of(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """What a pipeline hands to a denoiser, or to an ensemble of them, without content. height, width: of the latents."""
+    """Return the arguments that a pipeline passes to a denoiser or an ensemble, with uninitialised tensors.
+
+    height, width: of the latents
+    tokens:        of the prompt; None: the family's default
+    """
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, device=device, dtype=dtype)

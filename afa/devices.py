@@ -12,7 +12,7 @@ from afa.errors import UserError
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device asked for, tried with one allocation; None: the best there is. Raises UserError if it is not there."""
+    """Return the device of that name, or the best one for None. Raises UserError if it cannot be used."""
     if name is None:
         from accelerate import PartialState
 
@@ -20,11 +20,7 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-    ) as error:  # torch reports a missing backend in all these ways
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # all mean a missing backend
         raise UserError(
             f"--device {name} cannot be used here: {str(error).strip().splitlines()[0]}"
         ) from None
@@ -32,9 +28,11 @@ def choose_device(name: str | None) -> torch.device:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, counts the bytes of tensors that are alive at once. peak: the most there were, on all devices together.
+    """Inside the context, count the bytes of all tensors that are alive, on all devices together.
 
-    Tensors made before are counted when an operation first reads them: parameters, when they are used. ignored: tensors that never count.
+    ignored: tensors that are not counted
+    peak:    largest number of bytes alive at once
+    Older tensors, such as parameters, are counted from the first operation that reads them.
     """
 
     def __init__(self, ignored: Iterable[torch.Tensor] = ()) -> None:
@@ -65,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_megabytes(work: Callable[[], Any]) -> float:
-    """Run some work: -> megabytes of all tensors alive at its worst moment, parameters included."""
+    """Run some work and return the peak size of all tensors that it uses, in megabytes (10**6 bytes)."""
     with LiveBytes() as counter:
         work()
     return counter.peak / 1e6

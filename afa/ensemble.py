@@ -234,15 +234,18 @@ class Ensemble:
             _check_frame(self.experts[0], scheduler)
         if found is not None and conversion(Schedule.of(scheduler), found.frame) is not None:
             raise UserError(
-                f"the scheduler is for models that predict {kind_of(scheduler)}, and the experts' predictions are made {found.frame.kind}, at the noise"
-                " of the frame's scheduler; make the ensemble with scheduler=, an expert's name or a folder"
+                f"the scheduler is for models that predict {kind_of(scheduler)}, "
+                "and the experts' predictions "
+                f"are made {found.frame.kind}, at the noise of the frame's scheduler; "
+                "make the ensemble with scheduler=, an expert's name or a folder"
             )
 
     def attach(self, controlnet: nn.Module) -> nn.Module:
-        """Give a ControlNet the first expert's prompt embeddings only, as it was trained with one model's.
+        """Make a ControlNet read the first expert's prompt embeddings only; it was trained with one model.
 
         controlnet: a ControlNet, or a MultiControlNetModel
-        Returns it. pipeline(controlnet=…) calls this; before AutoPipeline….from_pipe(pipe, controlnet=…), call it.
+        Returns it. pipeline(controlnet=…) calls this method; call it yourself before
+        AutoPipeline….from_pipe(pipe, controlnet=…).
         """
         nets = getattr(controlnet, "nets", [controlnet])
         for net in nets:
@@ -253,7 +256,10 @@ class Ensemble:
 def _check(
     experts: Sequence[Expert], placement: str | Sequence[str] | None, aggregators: str | Path | None
 ) -> None:
-    """Refuse experts that cannot be fused, with every reason and how to see more. A folder's placement is not known yet."""
+    """Raise UserError, with every reason, for experts that cannot be fused.
+
+    aggregators: a folder of trained aggregators, whose placement is not known yet
+    """
     try:
         reasons = mismatches(
             experts, features=aggregators is None and not only_predictions(placement, experts[0])
@@ -272,7 +278,7 @@ def _refuse(experts: Sequence[Expert], reasons: Sequence[str]) -> None:
 
 
 def _check_text_encoders(ensemble: Ensemble) -> None:
-    """Refuse text encoders of different weights where the family's pipelines cannot hand on what they say side by side."""
+    """Raise UserError for text encoders of different weights in a family that cannot join their states."""
     if ensemble.denoiser.call.joined:
         return
     for index, name in enumerate(ensemble.names):
@@ -283,15 +289,17 @@ def _check_text_encoders(ensemble: Ensemble) -> None:
         ]
         if unlike:
             raise UserError(
-                f"'{name}' cannot join '{ensemble.names[0]}': it has text encoders of its own (number {', '.join(unlike)}), and experts of family"
-                f" {ensemble.denoiser.family} must share theirs; give its denoiser alone (FOLDER/transformer), which then reads the first expert's"
+                f"'{name}' cannot join '{ensemble.names[0]}': it has text encoders of its own "
+                f"(number {', '.join(unlike)}), and experts of family {ensemble.denoiser.family} "
+                "must share theirs; give its denoiser alone (FOLDER/transformer), "
+                "which then reads the first expert's"
             )
 
 
 def _denoiser(
     experts: Sequence[Expert], recipe: Recipe, placement: str | Sequence[str] | None, frame: Frame
 ) -> EnsembleDenoiser:
-    """The drop-in denoiser of a family."""
+    """Make the drop-in denoiser of the experts' family."""
     widths = [width_of(encoder) for encoder in experts[0].text_encoders]
     names, models = [expert.name for expert in experts], [expert.model for expert in experts]
     try:
@@ -306,13 +314,17 @@ def _denoiser(
 def _conversions(
     experts: Sequence[Expert], placement: str | Sequence[str] | None, frame: Frame
 ) -> list[Conversion | None]:
-    """Where only predictions are combined, how every expert's become the frame's. Raises UserError where features are, of experts of other kinds."""
+    """Return each expert's conversion to the frame's kind of prediction, if only predictions are combined.
+
+    Returns an empty list if features are fused, or the kinds are unknown.
+    Raises UserError if features are fused and the experts predict different kinds.
+    """
     if not only_predictions(placement, experts[0]):
         _refuse(experts, kind_mismatches(experts))
         if experts[0].scheduler is not None and frame.scheduler is not None:
             _check_frame(experts[0], frame.scheduler)
         return []
-    if frame.scheduler is None:  # bare denoisers: nobody knows what they predict
+    if frame.scheduler is None:  # bare denoisers: their kind of prediction is unknown
         return []
     return [
         None
@@ -323,11 +335,12 @@ def _conversions(
 
 
 def _check_frame(expert: Expert, scheduler: Any) -> None:
-    """Raises UserError for a scheduler that would read what the experts predict as something else."""
+    """Raise UserError for a scheduler of another kind of prediction or noise than the expert's."""
     reasons = scheduler_mismatches(expert.scheduler, scheduler)
     if reasons:
         raise UserError(
-            f"the scheduler does not fit the experts: {'; '.join(reasons)}; leave it out, or choose one that does with scheduler="
+            f"the scheduler does not fit the experts: {'; '.join(reasons)}; "
+            "leave it out, or choose one that does with scheduler="
         )
 
 

@@ -1,7 +1,8 @@
 """Files that appear whole or not at all, hashes of files, and folders that one process at a time writes to.
 
-What is being written lies in a staging place, `.writing-HOST-PID-NAME`, beside its target. A folder's files are committed together
-by one rename of the staging place to `.committed`; what is in there is then moved out, by a later process if this one is killed.
+What is being written lies in a staging place, `.writing-HOST-PID-NAME`, beside its target. A folder's files
+are committed together by one rename of the staging place to `.committed`; what is in there is then moved out,
+by a later process if this one is killed.
 """
 
 import errno
@@ -58,12 +59,12 @@ _hashes: dict[tuple[object, ...], str] = {}
 _hashing = [0.0, False]  # seconds spent, whether it was reported
 
 
-# ---- whole files ------------------------------------------------------------------------------------------------------
+# ---- whole files ---------------------------------------------------------------------------------
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; on success it replaces `path`, so a reader sees the old or the new, never a part."""
+    """Yield a temporary path to write; on success it replaces `path` atomically."""
     temporary = _staging(path.parent, path.name)
     try:
         with _plain_errors(path):
@@ -76,7 +77,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def given_name(path: Path) -> str:
-    """What a file or folder is called where the user points at it: a link by its own name, not by what it leads to."""
+    """Return the name of a file or folder as the user gave it: of a link its own name, not its target's."""
     return path.name if path.name not in ("", "..") else path.resolve().name
 
 
@@ -90,8 +91,8 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 def staged(folder: Path, last: str) -> Iterator[Path]:
     """Yield an empty folder to write into; on success everything in it becomes part of `folder`, all at once.
 
-    last: the file that is moved at the end, for readers that do not know `settled`.
-    If anything fails (a full disk, Ctrl-C) or the process is killed, `folder` is as it was before, or all new.
+    last: the file that is moved at the end, for readers that do not know `settled`. If anything fails (a full
+    disk, Ctrl-C) or the process is killed, `folder` is as it was before, or all new.
     Raises UserError if `folder` is a file, or another process writes to it.
     """
     with locked(folder):
@@ -112,7 +113,7 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
 
 
 def settled(folder: Path) -> Path:
-    """The folder, after what a killed process had committed there is moved to its place: call it before reading such a folder."""
+    """Finish the commit of a killed process in a folder, and return the folder; call it before reading."""
     while _committed(folder):
         with locked(folder, wait=PATIENCE):
             pass
@@ -158,7 +159,7 @@ def _staging(folder: Path, name: str) -> Path:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk: else a rename could survive a power failure that its data did not."""
+    """Wait until data is on the disk, so that a power failure cannot keep the rename but lose the data."""
     if os.name == "nt":
         return
     for file in [*path.rglob("*"), path] if path.is_dir() else [path]:
@@ -178,7 +179,7 @@ def _flush(path: Path) -> None:
 
 
 def _as_others_are(stage: Path) -> None:
-    """Some writers (safetensors) make files that only their owner may read; give them the permissions of any new file."""
+    """Give all files the usual permissions of new files; some writers (safetensors) make them private."""
     mask = os.umask(0)
     os.umask(mask)
     for path in stage.rglob("*"):
@@ -188,7 +189,7 @@ def _as_others_are(stage: Path) -> None:
 
 @contextmanager
 def _plain_errors(target: Path) -> Iterator[None]:
-    """Writers of tensors report a full disk in words of their own (SafetensorError, a failed assertion of torch); make it an OSError."""
+    """Turn the errors for a full disk of safetensors and torch into an OSError."""
     try:
         yield
     except Exception as error:
@@ -227,16 +228,18 @@ def json_or_none(path: Path) -> Any:
         return None
 
 
-# ---- one process at a time --------------------------------------------------------------------------------------------
+# ---- one process at a time -----------------------------------------------------------------------
 
 
 @contextmanager
 def locked(target: Path, *, file: bool = False, wait: float = 0.0) -> Iterator[None]:
-    """Inside, no other process writes to a folder (file: to a file of that name); what killed ones left unfinished there is gone.
+    """Inside the context, no other process writes to a folder, and leftovers of killed processes are removed.
 
-    The lock ends with the process. A process may take it several times. Of several processes that work together
-    (accelerate launch) only the first one takes it. A folder that is empty afterwards, and was not there before, is removed.
-    wait: seconds that another process may take to let it go. Raises UserError if it does not, or nothing can be written there.
+    The lock ends with the process. A process may take it several times. Of several processes that work
+    together (accelerate launch) only the first one takes it. A folder that is empty afterwards, and was not
+    there before, is removed.
+    wait: seconds that another process may take to let it go. Raises UserError if it does not, or nothing can
+    be written there.
     """
     if _helper() or (lock := _lock_file(target, file)) in _held:
         yield
@@ -261,7 +264,10 @@ def locked(target: Path, *, file: bool = False, wait: float = 0.0) -> Iterator[N
 
 
 def refuse_busy(target: Path, *, file: bool = False, wait: float = 0.0) -> None:
-    """Raises UserError if another process writes to a folder or file. What a killed one left there is removed. wait: see locked."""
+    """Raises UserError if another process writes to a folder or file.
+
+    What a killed one left there is removed. wait: see locked.
+    """
     if _lock_file(target, file).exists():
         with locked(target, file=file, wait=wait):
             pass
@@ -380,7 +386,10 @@ def _alive(pid: int) -> bool:
 
 
 def _sweep(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left unfinished: anywhere below a folder, or of the file `name` in it. Needs the lock."""
+    """Remove what killed processes left unfinished: anywhere below a folder, or of the file `name` in it.
+
+    Needs the lock.
+    """
     for place, folders, files in os.walk(folder):
         for entry in [*folders, *files]:
             path = Path(place) / entry
@@ -423,7 +432,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-# ---- hashes -----------------------------------------------------------------------------------------------------------
+# ---- hashes --------------------------------------------------------------------------------------
 
 
 def sha256(path: Path) -> str:
@@ -439,7 +448,8 @@ def sha256(path: Path) -> str:
             if not _hashing[1] and _hashing[0] + time.monotonic() - began > SLOW:
                 _hashing[1] = True
                 print(
-                    f"afa: reading the files for their sha256, so that a change is noticed; at {path.name}, {fact.st_size / 1e9:.1f} GB",
+                    f"afa: reading the files for their sha256, so that a change is noticed; at {path.name}, "
+                    f"{fact.st_size / 1e9:.1f} GB",
                     file=sys.stderr,
                 )
     _hashing[0] += time.monotonic() - began

@@ -26,8 +26,9 @@ UNUSED = (
 def fingerprint(experts: Sequence[str | ExpertSpec] = (), **others: str | Path | None) -> Files:
     """Every file that decides what experts compute, LoRAs included, and those of other models and files.
 
-    experts: as given. others: by what they are called in a sentence, `vae="./vae"`: a folder, a file, or what an expert is given as;
-    names of experts and of known configs need no hash. Raises UserError for an expert that is not there.
+    experts: as given. others: by what they are called in a sentence, `vae="./vae"`: a folder, a file, or what
+    an expert is given as; names of experts and of known configs need no hash. Raises UserError for an expert
+    that is not there.
     """
     specs = [spec if isinstance(spec, ExpertSpec) else ExpertSpec.parse(spec) for spec in experts]
     found: Files = {}
@@ -47,7 +48,10 @@ def fingerprint(experts: Sequence[str | ExpertSpec] = (), **others: str | Path |
 
 
 def saved_fingerprint(folder: Path, moved: Mapping[str, str] | None = None) -> Files:
-    """The same of a saved ensemble: its manifest and aggregators, its experts, its frame. moved: new places of experts, by name."""
+    """The same of a saved ensemble: its manifest and aggregators, its experts, its frame.
+
+    moved: new places of experts, by name.
+    """
     manifest = read_manifest(settled(folder))
     specs = [entry.spec(folder) for entry in manifest.experts]
     places = moved or {}
@@ -102,7 +106,7 @@ def _of_expert(what: str, located: Located) -> Files:
 
 
 def _of_place(what: str, place: Path) -> Files:
-    """A file, or of a folder the files of its parts; weights that lie beside a pipeline's parts are not read."""
+    """Hash a file, or the files of a folder's parts; weights beside a pipeline's parts are ignored."""
     if place.is_file():
         return {f"{what}, {place.name}": sha256(place)}
     if not place.is_dir():
@@ -131,10 +135,11 @@ FILES = "sha256 of files"  # the entry of the note that holds them
 
 
 def check_claim(folder: Path, asked: Mapping[str, Any], what: str, files: Files | None = None) -> None:
-    """Raises UserError for a folder that was begun with other settings or files, holds other things, or is being written to.
+    """Raise UserError for a folder of another run, of other content, or to which another process writes.
 
     A folder in which nothing has been made yet binds nobody: whoever mistyped an option may correct it.
-    asked: by field; names with a space are no flags. what: what is made there, as in "the search". files: what it is made from.
+    asked: by field; names with a space are no flags. what: what is made there, as in "the search". files:
+    what it is made from.
     """
     if folder.is_file():
         raise UserError(f"--output {folder} is a file; give a folder")
@@ -158,7 +163,10 @@ def claim(folder: Path, asked: Mapping[str, Any], what: str, files: Files | None
 
 
 def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
-    """Raises UserError, naming every option and file that differs. Both: fields, and under FILES hashes, if they were noted."""
+    """Raises UserError, naming every option and file that differs.
+
+    Both: fields, and under FILES hashes, if they were noted.
+    """
     options = [
         f"{_told(name)} {value} (now {now.get(name)})"
         for name, value in begun.items()
@@ -173,7 +181,8 @@ def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], what: str) -> N
     if files:
         more = f", and {len(files) - 3} more" if len(files) > 3 else ""
         raise UserError(
-            f"{what} was begun with other files: {', '.join(files[:3])}{more}; restore them, or choose another --output"
+            f"{what} was begun with other files: {', '.join(files[:3])}{more}; restore them, "
+            "or choose another --output"
         )
 
 

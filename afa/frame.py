@@ -1,4 +1,4 @@
-"""The frame of an ensemble: the one VAE, tokenizer and scheduler that serve all experts, and the stock pipeline around them."""
+"""The frame of an ensemble: the VAE, tokenizers and scheduler that all experts share; and stock pipelines."""
 
 import functools
 import inspect
@@ -19,19 +19,22 @@ if TYPE_CHECKING:
     from afa.ensemble import Ensemble
 
 NO_SAFETY_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-OPTIONAL = (
-    *NO_SAFETY_CHECKER,
-    *TEXT_ENCODERS,
-    *TOKENIZERS,
-    "force_zeros_for_empty_prompt",
-)  # not every pipeline takes these
+# not every pipeline takes these
+OPTIONAL = (*NO_SAFETY_CHECKER, *TEXT_ENCODERS, *TOKENIZERS, "force_zeros_for_empty_prompt")
 
 
 class Frame:
-    """Which VAE, tokenizer and scheduler an ensemble uses: each an expert's name or a path.
+    """The VAE, tokenizers and scheduler of an ensemble, which are loaded when they are first used.
 
-    By default those of the first expert that is a whole pipeline, or of the lender: a pipeline that serves experts which are denoisers
-    alone, if it is none of the experts (see experts/lending.py). Raises UserError for a name that is neither.
+    experts:   of the ensemble
+    vae:       name of an expert or a path; None: the lender, or else the first expert that is a whole
+    pipeline
+    tokenizer: the same for the tokenizers
+    scheduler: the same for the scheduler
+    config:    of a VAE that is a single file
+    lender:    a pipeline outside the ensemble that serves experts which are bare denoisers; None: there is
+    none
+    Raises UserError for a text that is neither an expert's name nor a path.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Frame:
             and self.lender is not None
             and experts[0].scheduler is not self.lender.scheduler
         ):
-            self.choice["scheduler"] = experts[0].name  # whose file says more than the lender's scheduler
+            self.choice["scheduler"] = experts[0].name  # read from its own file, so better than the lender's
         self.config = config
         for part, choice in self.choice.items():
             if self._expert(choice) is None and not Path(choice).exists():
@@ -70,7 +73,7 @@ class Frame:
 
     @functools.cached_property
     def vae(self) -> nn.Module:
-        """The VAE, read when first asked for, in the experts' dtype."""
+        """The VAE, in the experts' dtype."""
         expert = self._expert(self.choice["vae"])
         if expert is not None:
             return expert.load_vae()
@@ -83,7 +86,7 @@ class Frame:
 
     @functools.cached_property
     def tokenizers(self) -> list[Any]:
-        """One per text encoder."""
+        """The tokenizers, one per text encoder."""
         return self._part("tokenizer", TOKENIZERS, "tokenizers")
 
     @functools.cached_property
@@ -106,13 +109,14 @@ class Frame:
         ]
 
     def pipeline(self, ensemble: "Ensemble", pipeline_class: type | None, components: dict[str, Any]) -> Any:
-        """See Ensemble.pipeline."""
+        """Make the stock pipeline around an ensemble. See Ensemble.pipeline for the arguments."""
         import diffusers
 
         if not ensemble.text_encoders or self.scheduler is None:
             raise UserError(
-                "the experts are bare denoisers, without text encoders and scheduler; add an expert that is a whole pipeline,"
-                " give a pipeline's folder as frame (--frame), or put ensemble.denoiser into a pipeline of your own"
+                "the experts are bare denoisers, without text encoders and scheduler; "
+                "add an expert that is a whole pipeline, give a pipeline's folder as frame (--frame), "
+                "or put ensemble.denoiser into a pipeline of your own"
             )
         first = self.experts[0]
         family = FAMILIES[first.family]
@@ -134,7 +138,7 @@ class Frame:
 
 
 def stock_pipeline(expert: Expert) -> Any:
-    """An expert's own parts in the stock pipeline of its family. Raises UserError if it has no VAE."""
+    """Make the stock pipeline of one expert from its own parts. Raises UserError if it has no VAE."""
     import diffusers
 
     family = FAMILIES[expert.family]
@@ -149,14 +153,14 @@ def stock_pipeline(expert: Expert) -> Any:
 
 
 def _named(text_encoders: Sequence[Any], tokenizers: Sequence[Any]) -> dict[str, Any]:
-    """By the names they have in pipelines."""
+    """Map the names in pipelines to text encoders and tokenizers."""
     return dict(zip(TEXT_ENCODERS, text_encoders, strict=False)) | dict(
         zip(TOKENIZERS, tokenizers, strict=False)
     )
 
 
 def _made(chosen: type, parts: dict[str, Any]) -> Any:
-    """A pipeline of these parts, as far as it takes them; of text encoders and tokenizers it may do without some."""
+    """Make a pipeline of these parts; missing encoders are None, unknown optional parts are dropped."""
     taken = inspect.signature(chosen.__init__).parameters
     absent = {name: None for name in (*TEXT_ENCODERS, *TOKENIZERS) if name in taken and name not in parts}
     given = {
@@ -168,15 +172,14 @@ def _made(chosen: type, parts: dict[str, Any]) -> Any:
 
 
 def _check_channels(expert: Expert, vae: Any) -> None:
-    """Raises UserError for denoisers that take more than noisy latents: text-to-image pipelines would fail at their first step."""
-    expected, found = (
-        vae.config.get("latent_channels"),
-        FAMILIES[expert.family].call.latent_channels(expert.model.config),
-    )
+    """Raise UserError for a denoiser with other inputs than noisy latents, which text-to-image cannot run."""
+    expected = vae.config.get("latent_channels")
+    found = FAMILIES[expert.family].call.latent_channels(expert.model.config)
     if expected is not None and found != expected:
         raise UserError(
-            f"'{expert.name}' takes {found} latent channels and its VAE has {expected}: it is made for filling in or editing;"
-            " say which pipeline with pipeline(diffusers.FluxFillPipeline) or the like"
+            f"'{expert.name}' takes {found} latent channels and its VAE has {expected}: "
+            "it is made for filling in or editing; "
+            "say which pipeline with pipeline(diffusers.FluxFillPipeline) or the like"
         )
 
 

@@ -219,7 +219,7 @@ def save_picture(path: Path, image: NDArray[np.uint8], metadata: dict[str, Any])
 
 
 def read_made(path: Path, *, whole: bool = True) -> dict[str, Any] | None:
-    """What a picture that is to be kept says of itself, {} if nothing; None if it is not there, broken or cut off.
+    """Read the metadata of a picture, {} if it has none; None if the picture is missing, broken or cut off.
 
     whole: decode it to the end, since a picture that a crash cut off begins like a whole one.
     """
@@ -230,7 +230,10 @@ def read_made(path: Path, *, whole: bool = True) -> dict[str, Any] | None:
 
 
 def read_metadata(path: Path, name: str | None = None) -> dict[str, Any]:
-    """What a picture says of itself. name: what to call it in an error. Raises UserError if it says nothing, or is none."""
+    """What a picture says of itself.
+
+    name: what to call it in an error. Raises UserError if it says nothing, or is none.
+    """
     name = name or path.name
     made_here = "give one that was made here or by afa generate"
     try:

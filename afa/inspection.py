@@ -36,7 +36,10 @@ VAE_FACTOR = 8  # of all known VAEs of SD and SDXL; for denoisers that come with
 
 @dataclass(frozen=True)
 class Subject:
-    """What is inspected: experts, and how they are, or would be, fused. manifest: of an ensemble that is saved in folder."""
+    """What is inspected: experts, and how they are, or would be, fused.
+
+    manifest: of an ensemble that is saved in folder.
+    """
 
     outlines: list[Outline]
     recipe: Recipe
@@ -53,7 +56,10 @@ class Subject:
         placement: str | None,
         prediction_type: str | None = None,
     ) -> "Subject":
-        """Experts as Ensemble.from_experts takes them. Raises UserError for what is not there, broken or incomplete."""
+        """Experts as Ensemble.from_experts takes them.
+
+        Raises UserError for what is not there, broken or incomplete.
+        """
         specs = [ExpertSpec.parse(source, prediction_type) for source in sources]
         check_names(specs)
         return cls([read_outline(spec, config) for spec in specs], recipe, placement)
@@ -81,7 +87,10 @@ class Subject:
         return cls(outlines, recipe_of(manifest), manifest.placement, manifest, folder)
 
     def denoiser(self) -> EnsembleDenoiser:
-        """The ensemble on the meta device. Raises UserError if aggregators cannot be made, or a saved file does not fit."""
+        """The ensemble on the meta device.
+
+        Raises UserError if aggregators cannot be made, or a saved file does not fit.
+        """
         experts = [outline.expert for outline in self.outlines]
         models, names = [expert.model for expert in experts], [expert.name for expert in experts]
         try:
@@ -101,7 +110,10 @@ def _check_saved(aggregators: nn.Module, file: Path) -> None:
 
 
 def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) -> dict[str, Any]:
-    """Everything `afa inspect` shows, ready for JSON. What only an ensemble has is None if the experts cannot be fused."""
+    """Everything `afa inspect` shows, ready for JSON.
+
+    What only an ensemble has is None if the experts cannot be fused.
+    """
     experts = [outline.expert for outline in subject.outlines]
     reasons = _mismatches(subject, experts)
     denoiser = None if reasons else subject.denoiser()
@@ -269,7 +281,10 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
 
 
 def _size(subject: Subject, resolution: int | None) -> dict[str, Any]:
-    """The image in pixels, its latent, and the length of a prompt. Raises UserError for a size no latent has."""
+    """The image in pixels, its latent, and the length of a prompt.
+
+    Raises UserError for a size no latent has.
+    """
     first = subject.outlines[0].expert
     settings: Any = first.model.config
     convention = FAMILIES[first.family].call
@@ -279,7 +294,8 @@ def _size(subject: Subject, resolution: int | None) -> dict[str, Any]:
         near = max(1, resolution // multiple) * multiple
         patches = "" if convention.patch == 1 else f" times patches of {convention.patch}"
         raise UserError(
-            f"--resolution {resolution} is not a multiple of {multiple}, the factor of the VAE{patches}; try {near}"
+            f"--resolution {resolution} is not a multiple of {multiple}, the factor of the VAE{patches}; "
+            f"try {near}"
         )
     if resolution is None and side is None:
         raise UserError(f"'{first.name}' has no size of its own (sample_size); give --resolution")
@@ -296,7 +312,9 @@ def _size(subject: Subject, resolution: int | None) -> dict[str, Any]:
 def _memory(
     subject: Subject, described: Sequence[dict[str, Any]], denoiser: EnsembleDenoiser | None
 ) -> dict[str, Any]:
-    """Parameters that have to be held, and their bytes; activations come on top. Equal text encoders count once.
+    """Parameters that have to be held, and their bytes; activations come on top.
+
+    Equal text encoders count once.
 
     So does a base that LoRAs share, which lie beside it.
     """

@@ -1,4 +1,4 @@
-"""What stands between images and the latents that denoisers see: how a VAE encodes, scales and draws, and how large its latents are."""
+"""The latents of a VAE: how it encodes images, scales latents for the denoiser, and decodes them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +10,11 @@ from afa.errors import UserError
 
 
 class Latents:
-    """The latents of an `AutoencoderKL` (SD, SDXL, SD3, FLUX.1). Denoisers see them as (x - shift) · scale.
+    """The latents of an `AutoencoderKL` (SD, SDXL, SD3, FLUX.1). Denoisers take them as (x - shift) · scale.
 
-    config: the VAE's. channels: C. factor: how many pixels stand behind a side of one. scale, shift: numbers, or (C, 1, 1)
-    where the config has a mean and a deviation of every channel.
+    channels:     C
+    factor:       pixels per latent, on each side
+    scale, shift: numbers, or (C, 1, 1) if the config has a mean and a deviation for every channel
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -29,31 +30,31 @@ class Latents:
             self.shift = torch.tensor(config["latents_mean"]).view(-1, 1, 1)
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """A VAE's latents (…, C, h, w) as denoisers see them."""
+        """Scale a VAE's latents (…, C, h, w) for the denoiser."""
         return (latents - _beside(self.shift, latents)) * _beside(self.scale, latents)
 
     def unscaled(self, latents: Tensor) -> Tensor:
-        """The inverse of scaled."""
+        """Undo `scaled`."""
         return latents / _beside(self.scale, latents) + _beside(self.shift, latents)
 
     def moments(self, vae: Any, images: Tensor) -> Tensor:
-        """The posterior's means and log-variances, not scaled: (B, 3, H, W) from -1 to 1 -> (B, 2C, h, w)."""
+        """Encode images (B, 3, H, W) from -1 to 1: -> unscaled means and log-variances (B, 2C, h, w)."""
         moments: Tensor = vae.encode(images).latent_dist.parameters
         return moments
 
     def draw(self, vae: Any, latents: Tensor) -> Tensor:
-        """(B, C, h, w), not scaled -> images (B, 3, H, W) as the decoder makes them, about -1 to 1 but not cut there."""
+        """Decode unscaled latents (B, C, h, w): -> images (B, 3, H, W), about -1 to 1 but not clamped."""
         images: Tensor = vae.decode(latents, return_dict=False)[0]
         return images
 
     def recompute(self, vae: Any) -> None:
-        """From now on, what this draws keeps the activations of one block instead of all for the backward pass."""
+        """From now on, recompute blocks of the decoder in the backward pass; this saves memory."""
         vae.enable_gradient_checkpointing()
-        vae.train()  # only then it checkpoints; it has neither dropout nor batch statistics
+        vae.train()  # diffusers checkpoints in this mode only; a VAE has neither dropout nor batch statistics
 
 
 class FrameLatents(Latents):
-    """The latents of an `AutoencoderKLQwenImage`, whose images are films of one frame: (B, C, 1, h, w)."""
+    """The latents of an `AutoencoderKLQwenImage`, which treats an image as a video of one frame."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.channels = config["z_dim"]
@@ -65,7 +66,7 @@ class FrameLatents(Latents):
         return super().moments(vae, images[:, :, None])[:, :, 0]
 
     def draw(self, vae: Any, latents: Tensor) -> Tensor:
-        """As Latents.draw; by the decoder's own parts, since decode() cuts at -1 and 1, where gradients would end."""
+        """Decode like Latents.draw, but without decode(), which clamps and so stops gradients."""
         decoder, hidden = vae.decoder, vae.decoder.conv_in(vae.post_quant_conv(latents[:, :, None]))
         for block in (decoder.mid_block, *decoder.up_blocks):
             hidden = self._run(block, hidden)
@@ -85,15 +86,16 @@ LATENTS: dict[str, type[Latents]] = {"AutoencoderKL": Latents, "AutoencoderKLQwe
 
 
 def latents_of(vae: Any) -> Latents:
-    """How a VAE's latents are treated. Raises UserError for a VAE of another kind."""
+    """Return the latents of a VAE. Raises UserError for a VAE of an unknown class."""
     kind = type(vae).__name__
     if kind not in LATENTS:
         raise UserError(
-            f"latents of a {kind} are not known here; known VAEs are {', '.join(LATENTS)}: choose another with vae="
+            f"latents of a {kind} are not known here; known VAEs are {', '.join(LATENTS)}: "
+            "choose another with vae="
         )
     return LATENTS[kind](vae.config)
 
 
 def _beside(factor: float | Tensor, latents: Tensor) -> float | Tensor:
-    """Where, and as precise as, the latents are."""
+    """Move a factor to the device and dtype of the latents."""
     return factor.to(latents) if isinstance(factor, Tensor) else factor

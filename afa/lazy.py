@@ -1,4 +1,4 @@
-"""Public names of a package, loaded when they are first used, so that importing the package loads no torch."""
+"""Loads the public names of a package on first use, so that importing the package does not load torch."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""What a running ensemble is given besides: LoRAs for all experts or some, text encoders included; words by its pipelines."""
+"""Loads LoRAs and textual inversions into a running ensemble, for all experts or some."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +24,7 @@ def load_into(
     scale: float,
     options: dict[str, Any],
 ) -> str:
-    """See Ensemble.load_lora. -> the adapter's name. Nothing is loaded if anything is refused."""
+    """Load a LoRA and return its name; after an error nothing is loaded. See Ensemble.load_lora."""
     check_weights(scale)
     chosen = _chosen(ensemble, experts)
     name = name or ensemble.denoiser.free_name()
@@ -44,7 +44,7 @@ def load_into(
 
 
 def _chosen(ensemble: "Ensemble", experts: Sequence[str] | None) -> list[int]:
-    """The indices of some experts, or of all. Raises UserError for a name that is none's."""
+    """Return the indices of some experts, or of all for None. Raises UserError for an unknown name."""
     for name in experts or ():
         if name not in ensemble.names:
             raise UserError(unknown(name, ensemble.names, "expert of this ensemble"))
@@ -52,20 +52,25 @@ def _chosen(ensemble: "Ensemble", experts: Sequence[str] | None) -> list[int]:
 
 
 def _check_name(ensemble: "Ensemble", name: str) -> None:
-    """Raises UserError for a name that is taken, or that no adapter can have."""
+    """Raise UserError for an adapter name that is in use or not allowed."""
     if name.startswith(OWN) or "." in name:
         raise UserError(
-            f"adapter_name '{name}' cannot be used (no dots, and nothing that begins with '{OWN}'); choose another"
+            f"adapter_name '{name}' cannot be used (no dots, and nothing that begins with '{OWN}'); "
+            "choose another"
         )
     for host in (ensemble.denoiser, *ensemble.text_encoders):
         if any(name in loaded(model) for model in host.lora_models()):
             raise UserError(
-                f"a LoRA called '{name}' is loaded already; choose another adapter_name, or take it out with delete_adapters('{name}')"
+                f"a LoRA called '{name}' is loaded already; choose another adapter_name, "
+                f"or take it out with delete_adapters('{name}')"
             )
 
 
 def _load_one(ensemble: "Ensemble", index: int, source: Any, name: str, options: dict[str, Any]) -> list[Any]:
-    """Load a LoRA beside one expert's weights, and beside copies of its text encoders' that share them: -> these."""
+    """Load a LoRA into one expert, and into copies of its text encoders that share their weights.
+
+    Returns the copies.
+    """
     import diffusers
 
     encoders: list[Any] = [
@@ -74,9 +79,7 @@ def _load_one(ensemble: "Ensemble", index: int, source: Any, name: str, options:
     expert = replace(ensemble.experts[index], model=ensemble.denoiser.experts[index], text_encoders=encoders)
     parts = lora_parts(expert)
     kinds = FAMILIES[expert.family].call.pipeline(len(encoders))
-    switched = getattr(
-        diffusers, kinds
-    )._lora_loadable_modules  # others could never be switched off by a pipeline
+    switched = getattr(diffusers, kinds)._lora_loadable_modules  # a pipeline cannot disable LoRAs of others
     parts = {part: module for part, module in parts.items() if part in switched}
     load_lora(parts, source, name, f"expert '{expert.name}'", **options)
     return encoders
@@ -85,19 +88,23 @@ def _load_one(ensemble: "Ensemble", index: int, source: Any, name: str, options:
 def _check_text(
     ensemble: "Ensemble", chosen: Sequence[int], encoders: Sequence[Sequence[nn.Module]], name: str
 ) -> None:
-    """Raises UserError where text encoders would come to differ in a family whose experts must share them."""
+    """Raise UserError if text encoders would differ in a family whose experts must share them."""
     joined = FAMILIES[ensemble.denoiser.family].call.joined
     for slot, host in enumerate(ensemble.text_encoders):
         changed = bool(adapter_parameters(encoders[0][slot], name))
         if changed and not joined and len(chosen) < len(host.of_expert):
-            what = f"text encoder {slot + 1}, and experts of family {ensemble.denoiser.family} must have the same"
+            what = (
+                f"text encoder {slot + 1}, and experts of family {ensemble.denoiser.family} must have the "
+                "same"
+            )
             raise UserError(
-                f"the LoRA would change {what}; load it into all experts, or one that changes the denoiser alone"
+                f"the LoRA would change {what}; "
+                "load it into all experts, or one that changes the denoiser alone"
             )
 
 
 def _give(ensemble: "Ensemble", chosen: Sequence[int], encoders: Sequence[Sequence[Any]], name: str) -> None:
-    """Put the text encoders that a LoRA was loaded into in their places."""
+    """Put the text encoders with the LoRA into the ensemble."""
     for slot, host in enumerate(ensemble.text_encoders):
         changed = {
             index: own[slot]
@@ -113,7 +120,7 @@ def _give(ensemble: "Ensemble", chosen: Sequence[int], encoders: Sequence[Sequen
 
 
 def equip(ensemble: "Ensemble", pipe: Any) -> None:
-    """Replace those methods of a stock pipeline that know nothing of several models behind a component."""
+    """Replace the methods of a stock pipeline that do not support several models behind a component."""
 
     def load_lora_weights(
         source: Any, adapter_name: str | None = None, hotswap: bool = False, **options: Any

@@ -1,4 +1,4 @@
-"""Pictures about images: grids, weight maps over images, and the canvas that an explanation's pictures are drawn on."""
+"""Pictures about images: grids, weight maps over images, and the canvas of an explanation's pictures."""
 
 from collections.abc import Sequence
 
@@ -37,7 +37,7 @@ def grid(
     side: int | None = None,
     gap: int = 4,
 ) -> Image.Image:
-    """Images (H, W, 3) uint8, row by row; columns: names above, labels: names left of a row; side: width of a cell in pixels."""
+    """Arrange images (H, W, 3) uint8 row by row. columns: names above; labels: at the left; side: cell width."""
     height, width = rows[0][0].shape[:2]
     width, height = (width, height) if side is None else (side, round(side * height / width))
     own = font(max(11, min(20, width // 10)))
@@ -60,7 +60,7 @@ def grid(
 
 
 def _fit(image: NDArray[np.uint8], width: int, height: int) -> Image.Image:
-    """Enlarged with hard edges where the factor is whole (small pictures stay legible), smoothly otherwise."""
+    """Enlarge a picture: with hard edges for whole factors (small ones stay legible), else smoothly."""
     picture = Image.fromarray(image)
     if picture.size == (width, height):
         return picture
@@ -72,12 +72,15 @@ def _fit(image: NDArray[np.uint8], width: int, height: int) -> Image.Image:
 
 
 def conditional(maps: WeightMaps, images: int) -> list[dict[str, Tensor]]:
-    """The maps of the conditional half, by pass and stage, (images, N, H, W): guidance puts the unconditional half first."""
+    """Return the maps of the conditional (second) half, by pass and stage: (images, N, H, W)."""
     return [{name: weights[-images:] for name, weights in one.items()} for one in maps.maps]
 
 
 def mean_over_stages(maps: dict[str, Tensor], side: tuple[int, int]) -> Tensor:
-    """One map of a pass: the mean over fused stages, each brought to `side` (H, W). -> (B, N, H, W), still convex."""
+    """One map of a pass: the mean over fused stages, each brought to `side` (H, W).
+
+    -> (B, N, H, W), still convex.
+    """
     resized = [
         torch.nn.functional.interpolate(weights, size=side, mode="bilinear", align_corners=False)
         for weights in maps.values()
@@ -86,7 +89,7 @@ def mean_over_stages(maps: dict[str, Tensor], side: tuple[int, int]) -> Tensor:
 
 
 def overlay(image: NDArray[np.uint8], weights: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """The image in grey, tinted by the experts' colours: image (H, W, 3), weights (N, H, W) convex -> (H, W, 3) uint8."""
+    """Tint an image by the experts' colours: image (H, W, 3), weights (N, H, W) convex -> (H, W, 3) uint8."""
     palette = np.asarray(COLOURS, np.float32)
     tint = np.einsum("nhw,nc->hwc", weights, palette[np.arange(len(weights)) % len(palette)])
     grey = image.astype(np.float32).mean(-1, keepdims=True)
@@ -105,7 +108,7 @@ def picture(
     experts: Sequence[str],
     timesteps: Sequence[float],
 ) -> Image.Image:
-    """One image's weights over its steps: a row per expert, a column per shown step, the last column over the whole image.
+    """Draw one image's weights: a row per expert, a column per shown step, the last over the whole image.
 
     maps: of this image, by pass and stage, (N, h, w).
     """
@@ -194,7 +197,7 @@ class Canvas:
     def picture(
         self, x: float, y: float, pixels: NDArray[np.uint8], width: int, height: int | None = None
     ) -> None:
-        """An image (H, W, 3) at that width, in its own proportions unless a height is given; small ones keep hard edges."""
+        """Draw an image (H, W, 3) at that width, in its proportions unless a height is given."""
         source = Image.fromarray(pixels)
         height = height or round(width * source.height / source.width)
         method = Image.Resampling.NEAREST if source.width * 2 <= width else Image.Resampling.LANCZOS

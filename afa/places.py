@@ -1,4 +1,4 @@
-"""Names and places: short names such as demo:curves, names that become file names, places that may be shown."""
+"""Names and places: short names such as demo:curves, names of files, places that may be published."""
 
 import re
 from pathlib import Path, PurePath
@@ -15,7 +15,8 @@ SPELLING = re.compile(r"(?P<name>(?:[A-Za-z0-9][\w.-]*=)?)demo:(?P<model>[\w.-]*
 def located(text: str) -> str:
     """A place with the folder of an embedded model for its spelling; any other text as it is.
 
-    text: demo:MODEL, also as part of an expert: NAME=demo:MODEL+style.safetensors. What exists under that name goes first.
+    text: demo:MODEL, also as part of an expert: NAME=demo:MODEL+style.safetensors. What exists under that
+    name goes first.
     Raises UserError for a model that is not embedded.
     """
     found = SPELLING.fullmatch(text)
@@ -29,7 +30,7 @@ def located(text: str) -> str:
 
 
 def as_typed(sentence: str) -> str:
-    """A sentence with the spelling of embedded models for their folders: demo:curves/unet is what the user can find in the command."""
+    """Replace folders of embedded models in a sentence by their short names, such as demo:curves/unet."""
     return sentence.replace(f"{ASSETS}/", "demo:")
 
 
@@ -47,11 +48,15 @@ FORBIDDEN = re.compile(r'[/\\:*?"<>|]')
 
 
 def check_name(name: object, what: str) -> str:
-    """A name as it is, if it can be a file's name everywhere. what: whose it is, for the message: "an expert". Raises UserError."""
+    """A name as it is, if it can be a file's name everywhere.
+
+    what: whose it is, for the message: "an expert". Raises UserError.
+    """
     reason = _reason(name)
     if reason:
         raise UserError(
-            f"{what} is called {shown(name)}: a name {reason}; use up to {LONGEST_NAME} letters, digits and ' ._-+' instead"
+            f"{what} is called {shown(name)}: a name {reason}; use up to {LONGEST_NAME} letters, "
+            "digits and ' ._-+' instead"
         )
     assert isinstance(name, str)
     return name
@@ -105,7 +110,7 @@ def csv_cell(value: Any) -> Any:
 
 
 def public_place(place: Any) -> Any:
-    """Where something comes from without folders of this machine: a hub id and demo:NAME as they are, else its last name.
+    """Remove folders of this machine from a place: hub ids and demo:NAME stay, of others the last name stays.
 
     place: a text, such as NAME=PLACE+LORA*0.5, or a list of them.
     """

@@ -40,7 +40,7 @@ _told: set[str] = set()
 def warn_of_prompts(
     prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt"
 ) -> None:
-    """Say on stderr what a run does not read of its prompts: one sentence for all of them, and never the same twice.
+    """Warn on stderr about parts of prompts that are not read as meant; each sentence is printed once.
 
     call:       of the family, see afa.stages.call
     tokenizers: the pipeline's own
@@ -67,7 +67,7 @@ def _said_already(record: logging.LogRecord) -> bool:
 def cut_off(
     prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt"
 ) -> Iterator[str]:
-    """A sentence about prompts that are longer than what the text encoders read, with the part that is lost."""
+    """Yield a sentence about prompts that are longer than the text encoders read, with the lost part."""
     window, lost = lost_parts(prompts, call, tokenizers)
     if lost:
         index, part = next(iter(lost.items()))
@@ -80,7 +80,7 @@ def cut_off(
 
 
 def lost_parts(prompts: Sequence[str], call: Any, tokenizers: Sequence[Any]) -> tuple[int, dict[int, str]]:
-    """How many tokens are read, those that begin and end a text among them, and by prompt what stands behind them."""
+    """Return how many tokens are read, special tokens included, and by prompt the text after them."""
     tokenizer, window = _widest(call, tokenizers)
     if tokenizer is None:
         return 0, {}
@@ -103,7 +103,10 @@ def plain_text(prompts: Sequence[str], what: str = "prompt") -> Iterator[str]:
         advice = (
             "; a LoRA is given as EXPERT+FILE*STRENGTH" if any(map(FILE_OF_WEIGHTS.match, pieces)) else ""
         )
-        yield f"{_of(found, prompts, what)} written in another program's syntax, which is read as plain text here: {shown}{advice}"
+        yield (
+            f"{_of(found, prompts, what)} written in another program's syntax, "
+            f"which is read as plain text here: {shown}{advice}"
+        )
 
 
 def _of(some: Sized, all_of_them: Sequence[str], what: str) -> str:
@@ -152,7 +155,10 @@ def asked_prompts(prompt: Sequence[str] | None, file: str | None) -> list[str]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line, or JSON lines with "text"; empty lines are passed over. Raises UserError if there is none."""
+    """One prompt a line, or JSON lines with "text"; empty lines are passed over.
+
+    Raises UserError if there is none.
+    """
     if not path.is_file():
         raise UserError(f"--prompts {path} is no file")
     lines = [line for line in map(clean, split_lines(read_text(path))) if line]

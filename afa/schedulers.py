@@ -24,8 +24,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# The same for flows. Of the others of diffusers, some draw noise in every step, and pipelines of flows give them no generator of an
-# image's own; DEIS divides by the signal, which a flow begins without.
+# The same for flows. Other flow schedulers of diffusers are left out: some add noise in every step, and
+# pipelines of flows give them no generator per image; DEIS divides by the signal, which is 0 at the start.
 FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("FlowMatchEulerDiscreteScheduler", {}),
     "dpm++": ("DPMSolverMultistepScheduler", {}),
@@ -34,9 +34,12 @@ FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_scheduler(name: str, like: Any) -> Any:
-    """The scheduler of that name with the noise schedule and prediction type of another.
+    """Make the scheduler of that name with the noise schedule and prediction type of another.
 
-    Raises UserError for an unknown name, for one that is not for models of that kind, and for one that cannot have that noise schedule.
+    name: see SCHEDULERS and FLOWS
+    like: a diffusers scheduler
+    Raises UserError for an unknown name, and for a scheduler that does not support this kind of model or
+    this noise schedule.
     """
     flows = kind_of(like) == FLOW
     try:
@@ -48,17 +51,20 @@ def make_scheduler(name: str, like: Any) -> Any:
     wanted = Schedule.of(like)
     made = _maker(kind).from_config(like.config, **options)
     if not Schedule.of(made).same_noise(wanted):
-        what = (
-            "ends at zero terminal SNR (rescale_betas_zero_snr)" if wanted.zero_snr else "is not one of betas"
-        )
+        zero_snr = "ends at zero terminal SNR (rescale_betas_zero_snr)"
         raise UserError(
-            f"scheduler '{name}' cannot have the experts' noise schedule, which {what}; choose another, such as ddim, euler or dpm++"
+            f"scheduler '{name}' cannot have the experts' noise schedule, "
+            f"which {zero_snr if wanted.zero_snr else 'is not one of betas'}; "
+            "choose another, such as ddim, euler or dpm++"
         )
     return made
 
 
 def reschedule(ensemble: Any, name: str) -> None:
-    """Another scheduler for an ensemble's frame and for every expert's own pipeline. Raises UserError for one that is not for all of them."""
+    """Replace the scheduler of an ensemble's frame, and of every expert's own pipeline.
+
+    Raises UserError if it does not support all of them.
+    """
     ensemble.frame.scheduler = make_scheduler(name, ensemble.frame.scheduler)
     for expert in ensemble.experts:
         try:
@@ -68,11 +74,14 @@ def reschedule(ensemble: Any, name: str) -> None:
 
 
 def _not_for_flows(name: str) -> str:
-    return f"scheduler '{name}' is for models with a diffusion schedule, and these are flow models; choose one of {', '.join(FLOWS)}"
+    return (
+        f"scheduler '{name}' is for models with a diffusion schedule, and these are flow models; "
+        f"choose one of {', '.join(FLOWS)}"
+    )
 
 
 def _flow(kind: str, like: Any) -> Any:
-    """A scheduler of flows with the shift of another, whichever name it has there."""
+    """Make a flow scheduler with the shift of another."""
     config, shift = flow_config(like)
     if kind.startswith("FlowMatch"):
         return _maker(kind).from_config(config, shift=shift)
@@ -88,7 +97,10 @@ def _maker(kind: str) -> Any:
 
 
 def _static(maker: Any) -> Any:
-    """A scheduler that takes no notice of a picture's size where it is not made to, as FLUX's pipeline expects; diffusers' own refuse."""
+    """Return a subclass of a scheduler that ignores `mu` (the image size) unless it uses dynamic shifting.
+
+    FLUX's pipeline always passes mu, and diffusers' general schedulers refuse it.
+    """
 
     class Static(maker):  # type: ignore[misc]
         def set_timesteps(
@@ -102,7 +114,10 @@ def _static(maker: Any) -> Any:
 
 
 def read_scheduler(folder: Path) -> Any:
-    """The scheduler of a diffusers folder, or of its sub-folder `scheduler`. Raises UserError if there is none."""
+    """Read the scheduler of a diffusers folder or of its sub-folder `scheduler`.
+
+    Raises UserError if missing.
+    """
     if (folder / "scheduler").is_dir():
         folder = folder / "scheduler"
     if not (folder / "scheduler_config.json").is_file():

@@ -1,7 +1,7 @@
-"""What was read from JSON or TOML, checked against type hints: the object that they describe, or one sentence that names file and key.
+"""Checks data from JSON or TOML against type hints: makes the object, or an error with file and key.
 
-Knows dataclasses, TypedDict (other keys may stand beside those it names), list, tuple, dict, Literal, unions, Any, and
-Annotated with `Within`, `Like` or any other object that has `expected` (words) and fits(value).
+Knows dataclasses, TypedDict (other keys may stand beside those it names), list, tuple, dict, Literal, unions,
+Any, and Annotated with `Within`, `Like` or any other object that has `expected` (words) and fits(value).
 """
 
 import dataclasses
@@ -75,7 +75,10 @@ Score = Annotated[float, AnyFloat()]
 
 
 class Misfit(Exception):  # noqa: N818 - never leaves this file
-    """A value that does not fit its hint. expected: in words; sentence: the whole of it, where that says more."""
+    """A value that does not fit its hint.
+
+    expected: in words; sentence: the whole of it, where that says more.
+    """
 
     def __init__(self, key: str, value: Any, expected: str, sentence: str = "") -> None:
         self.key, self.value, self.expected, self.sentence = key, value, expected, sentence
@@ -84,7 +87,8 @@ class Misfit(Exception):  # noqa: N818 - never leaves this file
 def build(hint: Any, value: Any, where: object, key: str = "") -> Any:
     """What a hint describes, built of a value that was read from a file.
 
-    where, key: the file and the place in it, for the message. Raises UserError with one sentence: file, key, what was found, what is expected.
+    where, key: the file and the place in it, for the message. Raises UserError with one sentence: file, key,
+    what was found, what is expected.
     """
     try:
         return _build(hint, value, key, ())
@@ -95,7 +99,7 @@ def build(hint: Any, value: Any, where: object, key: str = "") -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as it stands in a file, on one line and in at most 80 characters, without characters that a terminal obeys."""
+    """Show a value of a file on one line, in at most 80 characters, without control characters."""
     if isinstance(value, (list, dict)):
         return f"{len(value)} values" if isinstance(value, list) else f"{len(value)} keys"
     text = (
@@ -153,7 +157,7 @@ def _build(hint: Any, value: Any, key: str, limits: Sequence[Any]) -> Any:
 
 
 def _as(kind: type, value: Any, key: str, infinite: bool = False) -> Any:
-    """A value of a plain type: true is no number, 3.0 is no whole number, a float is finite, a text holds no NUL."""
+    """Check a plain value: true is no number, 3.0 no whole number, floats are finite, texts have no NUL."""
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
     fits = fits and (kind is bool or not isinstance(value, bool))
     if not fits:

@@ -1,4 +1,7 @@
-"""Seeds: whole numbers from 0 to 2**64 - 1, as torch's generators and other programs take them. Imports torch when a generator is made."""
+"""Seeds: whole numbers from 0 to 2**64 - 1, as torch's generators and other programs take them.
+
+torch is imported only when a generator is made.
+"""
 
 import dataclasses
 import secrets
@@ -12,34 +15,34 @@ from afa.settings import SEEDS
 if TYPE_CHECKING:
     import torch
 
-DRAW = -1  # asks for a seed that is drawn
-NARROW = 2**32  # torch's generator of the CPU uses so many seeds: it drops the upper half of 64 bits
+DRAW = -1  # means: draw a seed
+NARROW = 2**32  # number of seeds that torch's CPU generator distinguishes: it drops the upper 32 of 64 bits
 
 
 def nth_seed(seed: int, index: int) -> int:
-    """The seed of image `index` of a run that begins with `seed`: one more for each, from the last one on to 0."""
+    """Return the seed of image `index` of a run that begins with `seed`: one more per image, modulo 2**64."""
     return (seed + index) % SEEDS
 
 
 def draw_seed() -> int:
-    """One that was never used: below 2**32, which every program can take back."""
+    """Draw a random seed below 2**32, which every program accepts."""
     return secrets.randbelow(NARROW)
 
 
 def narrow(seed: int) -> int:
-    """A seed that torch's generator of the CPU tells apart from others: itself below 2**32, else mixed to 32 bits."""
+    """Reduce a seed to the 32 bits that torch's CPU generator uses: itself below 2**32, else a hash of it."""
     return seed if seed < NARROW else int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
 def generator(seed: int) -> "torch.Generator":
-    """A generator of the CPU for this seed."""
+    """Make torch's CPU generator for this seed."""
     import torch
 
     return torch.Generator().manual_seed(narrow(seed))
 
 
 def with_seed(settings: Any) -> Any:
-    """A command's settings with a seed of their own: for -1 one is drawn, and said on stderr so that it can be given again."""
+    """Replace seed -1 in a command's settings by a drawn one, and print that on stderr."""
     if settings.seed != DRAW:
         return settings
     seed = draw_seed()

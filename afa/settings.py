@@ -2,7 +2,8 @@
 
 A command's options are one flat dataclass; every field carries its own help and its bounds.
 
-afa.cli.flags turns fields into flags. Command line, recipes and Python all make the dataclass, which checks itself.
+afa.cli.flags turns fields into flags. Command line, recipes and Python all make the dataclass, which checks
+itself.
 """
 
 import dataclasses
@@ -71,7 +72,7 @@ def option(
 
 
 class CheckedOptions:
-    """Base of all options: making them checks kinds of numbers, bounds and choices, and finds embedded models. Raises UserError.
+    """Base of all options: checks kinds, bounds and choices when it is made, and finds embedded models.
 
     prefix: what stands before a field's name where it is named: options of a method are no flags.
     """
@@ -107,7 +108,8 @@ def check_value(options: type, field: dataclasses.Field[Any], value: Any, name: 
 def check_number(value: Any, name: str, whole: bool = False, **bounds: Unpack[Bounds]) -> None:
     """Raises UserError for what is no finite number within the bounds.
 
-    name: how the sentence begins: a flag, or words that end with "is", such as "the strength of expert 'a' is"
+    name: how the sentence begins: a flag, or words that end with "is", such as "the strength of expert 'a'
+    is"
     """
     named = not name.endswith(" is")  # a flag and its value are the subject; else they are a clause already
     if isinstance(value, bool) or not isinstance(value, (int, Integral) if whole else (int, float, Real)):
@@ -137,7 +139,9 @@ def check_number(value: Any, name: str, whole: bool = False, **bounds: Unpack[Bo
 
 
 def shares(weights: Sequence[float] | None, count: int, of: str = "") -> tuple[float, ...]:
-    """Weights of `count` experts, in any unit, as shares that sum to 1; None: equal. Raises UserError if they cannot be that.
+    """Weights of `count` experts, in any unit, as shares that sum to 1; None: equal.
+
+    Raises UserError if they cannot be that.
 
     of: what they are the weights of, where there are several sets.
     """
@@ -151,7 +155,8 @@ def shares(weights: Sequence[float] | None, count: int, of: str = "") -> tuple[f
     if min(weights) < 0 or not 0 < total < math.inf:
         listed = " ".join(f"{weight:g}" for weight in weights)
         raise UserError(
-            f"weights {listed}{named} are no shares; give numbers of at least 0 with a sum above 0 that is finite"
+            f"weights {listed}{named} are no shares; give numbers of at least 0 with a sum above 0 that is "
+            "finite"
         )
     return tuple(weight / total for weight in weights)
 
@@ -220,6 +225,7 @@ def _checked(file: Path, key: str, value: Any, hint: Any) -> Any:
     checked = build(hint, value, f"--recipe {file}", key)
     if isinstance(checked, str) and checked.lower().endswith(".py"):
         raise UserError(
-            f"--recipe {file}: {key} is {shown(checked)}, and a recipe may not name code to run; give it as a flag: --{key.replace('_', '-')}"
+            f"--recipe {file}: {key} is {shown(checked)}, and a recipe may not name code to run; "
+            f"give it as a flag: --{key.replace('_', '-')}"
         )
     return checked

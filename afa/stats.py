@@ -1,8 +1,9 @@
 """A number is an estimate: a value, its 95 % interval and how many items it rests on.
 
-Prompts are resampled: images of one prompt are averaged first, so a prompt's images always stay together. Methods that are
-compared share the resamples, so what prompts do to all methods cancels. See estimates() for what several training runs add.
-What these intervals and tests are worth is simulated by benchmarks/statistics.py.
+Prompts are resampled: images of one prompt are averaged first, so a prompt's images always stay together.
+Methods that are compared share the resamples, so what prompts do to all methods cancels. See estimates() for
+what several training runs add. What these intervals and tests are worth is simulated by
+benchmarks/statistics.py.
 """
 
 import itertools
@@ -16,13 +17,13 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 RESAMPLES = 10_000
-FLIPS = 50_000  # of signs, more than resamples: correction for many comparisons needs small p; fewer of very many prompts
+FLIPS = 50_000  # sign flips; more than resamples, since Holm's correction needs small p
 BLOCK = 4_000_000  # draws held in memory at once
 LEVEL = 0.05  # 1 - the intervals' confidence; also of the tests
 QUANTILES = (LEVEL / 2, 1 - LEVEL / 2)
 RUNS, SIGNS, NORMAL, STUDENT = 1, 2, 3, 4  # streams of random numbers, apart from that of the resamples
 PADDED = 60  # with fewer items than this, two pseudo-items are added before resampling
-SEVERAL = 3  # training seeds from which on their spread is estimated; below, numbers are about the models that were trained
+SEVERAL = 3  # training seeds; with fewer, numbers are about the trained models only
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,17 @@ class Estimate:
         return self.words(3)
 
     def words(self, places: int, signed: bool = False) -> str:
-        """0.123 [0.120, 0.126]; without brackets where there is no interval. places: digits after the point."""
+        """0.123 [0.120, 0.126]; without brackets where there is no interval.
+
+        places: digits after the point.
+        """
         kind = f"{'+' if signed else ''}.{places}f"
         around = f" [{self.low:{kind}}, {self.high:{kind}}]" if self.has_interval else ""
         return f"{self.value:{kind}}{around}"
 
     @property
     def has_interval(self) -> bool:
-        """Whether the items say how far the value may be off: one item, or items that are all equal, do not."""
+        """True if the items show a spread: one item, or items that are all equal, do not."""
         return self.n > 1 and not math.isclose(self.low, self.high, abs_tol=1e-12)
 
     @property
@@ -61,8 +65,14 @@ class Estimate:
         return "higher than" if self.low > 0 else "lower than"
 
     def too_few(self, item: str) -> str:
-        """Where there are too few items for any claim: a clause that says so; else nothing. item: what they are, in one word."""
-        few = f"; here {'is' if self.n == 1 else 'are'} {self.n} {item}{'' if self.n == 1 else 's'}, a claim needs at least {least_items()}"
+        """Where there are too few items for any claim: a clause that says so; else nothing.
+
+        item: what they are, in one word.
+        """
+        few = (
+            f"; here {'is' if self.n == 1 else 'are'} {self.n} {item}{'' if self.n == 1 else 's'}, "
+            f"a claim needs at least {least_items()}"
+        )
         return few if self.n < least_items() else ""
 
     @property
@@ -72,7 +82,9 @@ class Estimate:
 
 
 def estimate(values: NDArray[np.floating], seed: int = 0) -> Estimate:
-    """The mean of one value per item (n,), with the percentile bootstrap over items. Raises ValueError for no items.
+    """The mean of one value per item (n,), with the percentile bootstrap over items.
+
+    Raises ValueError for no items.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
     """
@@ -83,7 +95,10 @@ def estimate(values: NDArray[np.floating], seed: int = 0) -> Estimate:
 
 
 def difference(values: NDArray[np.floating], others: NDArray[np.floating], seed: int = 0) -> Estimate:
-    """values - others, paired item by item: what both share (a hard prompt) cancels. Raises ValueError if they do not pair."""
+    """values - others, paired item by item: what both share (a hard prompt) cancels.
+
+    Raises ValueError if they do not pair.
+    """
     values, others = np.asarray(values, np.float64), np.asarray(others, np.float64)
     if values.shape != others.shape:
         raise ValueError(
@@ -95,10 +110,10 @@ def difference(values: NDArray[np.floating], others: NDArray[np.floating], seed:
 
 
 def gain(values: NDArray[np.floating], others: NDArray[np.floating], seed: int = 0) -> Estimate:
-    """1 - mean(values) / the least mean of the others: how much lower than the best of them, paired item by item.
+    """Estimate 1 - mean(values) / the least mean of the others, paired item by item.
 
-    values (n,), others (k, n), such as losses. Which of the others is best is found anew in every resample, so that the one that was
-    lucky on these items is not taken for better than it is.
+    values (n,), others (k, n), such as losses. Which of the others is best is found anew in every resample,
+    so that the one that was lucky on these items is not taken for better than it is.
     """
     values, others = np.asarray(values, np.float64), np.asarray(others, np.float64)
     if others.ndim != 2 or values.shape != others.shape[1:] or not len(values):
@@ -111,15 +126,19 @@ def gain(values: NDArray[np.floating], others: NDArray[np.floating], seed: int =
 
 
 def least_items(comparisons: int = 1) -> int:
-    """How many independent items a claim needs: with fewer, no sign-flip p can stay below LEVEL after Holm's correction.
+    """Return how many items a claim needs: with fewer, no sign-flip p is below LEVEL after Holm's correction.
 
-    The least p of n items is 2 / 2^n (all differences of one sign). comparisons: of the family that is corrected.
+    The least p of n items is 2 / 2^n (all differences of one sign). comparisons: of the family that is
+    corrected.
     """
     return math.floor(math.log2(2 * max(1, comparisons) / LEVEL)) + 1
 
 
 def prompt_means(values: Sequence[float] | Array, prompts: Sequence[int]) -> Array:
-    """One value an image (images,) -> one a prompt, in the order of the prompts' numbers. prompts: of each image."""
+    """One value an image (images,) -> one a prompt, in the order of the prompts' numbers.
+
+    prompts: of each image.
+    """
     _, place = np.unique(np.asarray(prompts), return_inverse=True)
     return np.bincount(place, np.asarray(values, np.float64)) / np.bincount(place)
 
@@ -134,13 +153,15 @@ def estimates(
 ) -> list[Estimate]:
     """The mean of each sample (runs, prompts), all under the same resamples of the prompts. n: prompts.
 
-    One or two runs: the percentile bootstrap of estimate(), for other prompts and these very runs. From SEVERAL runs on,
-    prompts and runs are crossed, and the interval is for other prompts *and* other training seeds, see run_effects().
+    One or two runs: the percentile bootstrap of estimate(), for other prompts and these very runs. From
+    SEVERAL runs on, prompts and runs are crossed, and the interval is for other prompts *and* other training
+    seeds, see run_effects().
 
-    Below PADDED prompts two pseudo-prompts are added before resampling, as high and as low as any prompt of the sample, or
-    the ends of the span where all prompts have one value. Few prompts seldom show how far others may lie: without, 20
-    prompts near the end of a scale have intervals that cover too seldom, or no width at all. It is Agresti and Coull's idea
-    (see win_rates) on any scale. span: the least and the largest value a prompt can have, where known.
+    Below PADDED prompts two pseudo-prompts are added before resampling, as high and as low as any prompt of
+    the sample, or the ends of the span where all prompts have one value. Few prompts seldom show how far
+    others may lie: without, 20 prompts near the end of a scale have intervals that cover too seldom, or no
+    width at all. It is Agresti and Coull's idea (see win_rates) on any scale. span: the least and the largest
+    value a prompt can have, where known.
     """
     padded = []
     for sample in samples:
@@ -155,8 +176,9 @@ def differences(
 ) -> list[Estimate]:
     """As estimates(), of paired differences (runs, prompts).
 
-    Here the pseudo-prompts lie on both sides of the median, as far as the prompt that is farthest from it: few differences
-    often lie on one side only. Differences that are all zero are of one and the same thing, and not padded.
+    Here the pseudo-prompts lie on both sides of the median, as far as the prompt that is farthest from it:
+    few differences often lie on one side only. Differences that are all zero are of one and the same thing,
+    and not padded.
     """
     padded = []
     for sample in samples:
@@ -173,7 +195,7 @@ def differences(
 
 
 def _padded(sample: Array, ends: Sequence[float]) -> Array:
-    """(runs, prompts) -> (runs, prompts + 2), with two pseudo-prompts of these values, where prompts are few."""
+    """Add two pseudo-prompts of these values if prompts are few: (runs, prompts) -> (runs, prompts + 2)."""
     if not 1 < sample.shape[1] < PADDED:
         return sample
     return np.concatenate([sample, np.tile(np.asarray(ends, np.float64), (len(sample), 1))], axis=1)
@@ -200,8 +222,10 @@ def _estimates(resampled: Sequence[Array], samples: Sequence[Array], seed: int) 
 def win_rates(samples: Sequence[Array], seed: int = 0) -> list[Estimate]:
     """Shares of prompts won from samples of wins (runs, prompts), with intervals within 0 and 1.
 
-    Two prompts won and two lost are added before resampling: else who has won none would be certain never to win one.
-    Source: Agresti and Coull, Approximate is better than "exact" (1998), on shares; here for halves and runs too.
+    Two prompts won and two lost are added before resampling: else who has won none would be certain never to
+    win one.
+    Source: Agresti and Coull, Approximate is better than "exact" (1998), on shares; here for halves and runs
+    too.
     """
     padded = [
         np.concatenate([sample, np.tile([1.0, 1.0, 0.0, 0.0], (len(sample), 1))], axis=1)
@@ -220,15 +244,16 @@ def win_rates(samples: Sequence[Array], seed: int = 0) -> list[Estimate]:
 
 
 def run_effects(values: Array, replicates: Array, seed: int = 0) -> Array:
-    """What other training seeds would do to a mean over runs: draws (resamples,), zeros for fewer than SEVERAL runs.
+    """Draw what other training seeds would add to a mean over runs: (resamples,); zeros below SEVERAL runs.
 
-    values (runs,), replicates (runs, resamples) of them under resampled prompts. Runs are too few to be resampled too: where
-    seeds matter most, the percentile interval of three resampled runs covers the truth three times out of four. So their part
-    is drawn from Student's t with runs - 1 degrees of freedom, times the standard error of the mean over runs. How far runs
-    lie apart only because their images do is in the replicates already and is subtracted (variance components by analysis of
-    variance, none below zero). In simulations with three runs the intervals covered 90 to 96 %.
-    Source: Searle, Casella and McCulloch, Variance Components (1992), chapter 4; on resampling both ways, Owen, The
-    pigeonhole bootstrap (2007).
+    values (runs,), replicates (runs, resamples) of them under resampled prompts. Runs are too few to be
+    resampled too: where seeds matter most, the percentile interval of three resampled runs covers the truth
+    three times out of four. So their part is drawn from Student's t with runs - 1 degrees of freedom, times
+    the standard error of the mean over runs. How far runs lie apart only because their images do is in the
+    replicates already and is subtracted (variance components by analysis of variance, none below zero). In
+    simulations with three runs the intervals covered 90 to 96 %.
+    Source: Searle, Casella and McCulloch, Variance Components (1992), chapter 4; on resampling both ways,
+    Owen, The pigeonhole bootstrap (2007).
     """
     runs, resamples = replicates.shape
     if runs < SEVERAL:
@@ -239,10 +264,10 @@ def run_effects(values: Array, replicates: Array, seed: int = 0) -> Array:
 
 
 def set_estimate(values: Array, replicates: Array, n: int, seed: int = 0) -> Estimate:
-    """A score of a whole set of n images, or a difference of two: values (runs,), replicates (runs, resamples).
+    """Estimate a score of n images, or a difference of two: values (runs,), replicates (runs, resamples).
 
-    A distance between sets grows when images are drawn twice, so only the replicates' spread is used: the interval is
-    value + (quantiles of replicates - their mean).
+    A distance between sets grows when images are drawn twice, so only the replicates' spread is used: the
+    interval is value + (quantiles of replicates - their mean).
     """
     draws = replicates.mean(0) + run_effects(values, replicates, seed)
     low, high = np.quantile(draws, QUANTILES) - replicates.mean()
@@ -252,8 +277,9 @@ def set_estimate(values: Array, replicates: Array, n: int, seed: int = 0) -> Est
 def difference_tests(samples: Sequence[Array], seed: int = 0) -> list[float]:
     """Two-sided p of each sample of differences (runs, prompts), for Holm's correction.
 
-    One or two runs: the sign-flip p, about these very runs. From SEVERAL runs on: the larger of that and crossed_test()'s p,
-    which is about other training seeds, too. Raises ValueError for values that are not finite.
+    One or two runs: the sign-flip p, about these very runs. From SEVERAL runs on: the larger of that and
+    crossed_test()'s p, which is about other training seeds, too. Raises ValueError for values that are not
+    finite.
     """
     flipped = sign_flip_tests(samples, seed)
     several = [len(sample) >= SEVERAL and sample.shape[1] > 1 for sample in samples]
@@ -264,11 +290,12 @@ def difference_tests(samples: Sequence[Array], seed: int = 0) -> list[float]:
 
 
 def sign_flip_tests(samples: Sequence[Array], seed: int = 0) -> list[float]:
-    """Two-sided p of each sample of differences (runs, prompts): were the two methods' names exchangeable in every prompt?
+    """Return the two-sided sign-flip p of each sample of differences (runs, prompts).
 
-    The signs of the prompts' differences (means over runs) are flipped: in all ways where there are at most FLIPS of them,
-    else at random; p is how often the mean is as far from zero. Right for any distribution, also for few and coarse
-    differences, where a bootstrap is too sure. It is about these runs. Raises ValueError for values that are not finite.
+    The signs of the prompts' differences (means over runs) are flipped: in all ways where there are at most
+    FLIPS of them, else at random; p is how often the mean is as far from zero. Right for any distribution,
+    also for few and coarse differences, where a bootstrap is too sure. It is about these runs. Raises
+    ValueError for values that are not finite.
     Source: Fisher, The Design of Experiments (1935), section 21; plus one: Phipson and Smyth (2010).
     """
     prompts = np.stack([sample.mean(0) for sample in samples])  # (samples, prompts)
@@ -284,10 +311,13 @@ def sign_flip_tests(samples: Sequence[Array], seed: int = 0) -> list[float]:
 
 
 def crossed_test(sample: Array, seed: int = 0) -> float:
-    """Two-sided p of no mean difference among other prompts *and* other training seeds. sample: differences (runs, prompts).
+    """Two-sided p of no mean difference among other prompts *and* other training seeds.
 
-    Analysis of variance with prompts and seeds crossed, both random: the mean's variance has the error term MS_prompts +
-    MS_seeds - MS_rest with Satterthwaite's degrees of freedom. Seeds that lie no further apart than the rest count as equal.
+    sample: differences (runs, prompts).
+
+    Analysis of variance with prompts and seeds crossed, both random: the mean's variance has the error term
+    MS_prompts + MS_seeds - MS_rest with Satterthwaite's degrees of freedom. Seeds that lie no further apart
+    than the rest count as equal.
     Raises ValueError for values that are not finite, or fewer than two runs or prompts.
     Source: Winer, Statistical Principles in Experimental Design (1971), section 5.15, on quasi F ratios.
     """
@@ -309,9 +339,10 @@ def crossed_test(sample: Array, seed: int = 0) -> float:
 def set_test(values: Array, replicates: Array, n: int = 0, seed: int = 0) -> float:
     """Two-sided p of a difference of set scores, shapes as in set_estimate. n: prompts that were resampled.
 
-    Such a difference has no part for each prompt to flip, and few replicates, so it is held against a normal distribution with
-    their spread: about these runs. From SEVERAL runs on, the larger of that and of Student's t with the spread of the runs added,
-    as in crossed_test(). Raises ValueError for values that are not finite.
+    Such a difference has no part for each prompt to flip, and few replicates, so it is held against a normal
+    distribution with their spread: about these runs. From SEVERAL runs on, the larger of that and of
+    Student's t with the spread of the runs added, as in crossed_test(). Raises ValueError for values that are
+    not finite.
     """
     _check_finite(values)
     _check_finite(replicates)
@@ -329,7 +360,7 @@ def set_test(values: Array, replicates: Array, n: int = 0, seed: int = 0) -> flo
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values of one family -> corrected, in the same order: the chance of a single false claim in the family stays below p.
+    """Correct the p-values of one family, so that the chance of a single false claim in it stays below p.
 
     Source: Holm, A simple sequentially rejective multiple test procedure (1979).
     """
@@ -341,7 +372,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def _tail(value: float, null: Array) -> float:
-    """How many of the null's draws lie as far from zero as the value; the value itself counts as one of them."""
+    """Return the share of the null's draws at least as far from zero as the value, which counts as a draw."""
     return float((1 + _beyond(value, null).sum()) / (1 + len(null)))
 
 
@@ -350,7 +381,7 @@ def _beyond(value: float, null: Array) -> NDArray[np.bool_]:
 
 
 def _student(value: float, parts: Sequence[tuple[float, int]], seed: int) -> float:
-    """Two-sided p of a value whose variance is the sum of parts (mean square, degrees of freedom), by Satterthwaite."""
+    """Return the two-sided p of a value whose variance is a sum of (mean square, freedom) parts."""
     variance = sum(part for part, _ in parts)
     if variance <= 0:
         return 1.0 if value == 0 else 1 / (1 + FLIPS)
@@ -363,7 +394,8 @@ def _student(value: float, parts: Sequence[tuple[float, int]], seed: int) -> flo
 def _check_finite(values: Array) -> None:
     if not np.isfinite(values).all():
         raise ValueError(
-            f"{int((~np.isfinite(values)).sum())} of {values.size} values are no finite numbers; leave these runs out"
+            f"{int((~np.isfinite(values)).sum())} of {values.size} values are no finite numbers; "
+            "leave these runs out"
         )
 
 
@@ -389,7 +421,7 @@ def _kept_counts(n: int, seed: int) -> tuple[NDArray[np.int8], ...]:
 
 
 def _counts(n: int, seed: int) -> Sequence[NDArray[np.int8]] | Iterator[NDArray[np.int8]]:
-    """How often each of n items is drawn in each resample, in blocks (resamples, n); kept where they are small."""
+    """Yield how often each of n items is drawn in each resample, in blocks (resamples, n)."""
     return _kept_counts(n, seed) if n * RESAMPLES <= 5 * BLOCK else _drawn_counts(n, seed)
 
 

@@ -22,9 +22,10 @@ SUM = 9  # of a file of checksums: 8 hexadecimal digits and the end of the line
 class RowStore:
     """Tensors of one shape and dtype on disk, by a sha256 in hexadecimal.
 
-    Every writer appends to files of its own, rows and checksums before keys, so that several may write at once and a crash costs the
-    row it interrupted. A damaged row counts as not there (parts of older versions have no checksums). What others have written since is
-    seen after refresh(). Raises UserError for a folder of other rows.
+    Every writer appends to files of its own, rows and checksums before keys, so that several may write at
+    once and a crash costs the row it interrupted. A damaged row counts as not there (parts of older versions
+    have no checksums). What others have written since is seen after refresh(). Raises UserError for a folder
+    of other rows.
     """
 
     def __init__(self, folder: Path, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -83,7 +84,8 @@ class RowStore:
         for place, key in enumerate(keys):
             if key not in self:
                 raise UserError(
-                    f"a row of the cache {self.folder} was damaged while it was in use; run the same command again"
+                    f"a row of the cache {self.folder} was damaged while it was in use; "
+                    "run the same command again"
                 )
             part, row = self._places[key][-1]
             found[place] = torch.from_numpy(np.array(self._parts[part][row]))
@@ -129,7 +131,8 @@ class RowStore:
         found = json_or_none(meta)
         if found is None:
             raise UserError(
-                f"{meta} is damaged, so it is not known what rows its folder keeps; delete the folder, or give another --cache"
+                f"{meta} is damaged, so it is not known what rows its folder keeps; delete the folder, "
+                "or give another --cache"
             )
         if found != facts:
             raise UserError(

@@ -18,7 +18,8 @@ from afa.experts.headers import first_not_finite, load_tensors
 class EnsembleTextEncoder(LoraHost, ModelMixin):
     """N CLIP text encoders as one: states of (B, T, D) each are joined on the last axis to (B, T, N·D).
 
-    encoders: one per expert, in the experts' order. Those with equal weights are run, and kept in memory, once.
+    encoders: one per expert, in the experts' order. Those with equal weights are run, and kept in memory,
+    once.
     joined: False keeps the single width D; allowed only if all encoders are the same.
     """
 
@@ -41,7 +42,7 @@ class EnsembleTextEncoder(LoraHost, ModelMixin):
         return list(self.encoders)
 
     def replace(self, changed: Mapping[int, nn.Module]) -> None:
-        """Give some experts, by their index, other encoders than they had; those that shared one still do if all of them change."""
+        """Give some experts, by index, new encoders; experts that shared one still do if all change."""
         places: dict[int, int] = {}  # of an encoder -> where what came in its place is
         for index, encoder in changed.items():
             before = self.of_expert[index]
@@ -122,7 +123,8 @@ class EnsembleTextEncoder(LoraHost, ModelMixin):
     def get_input_embeddings(self) -> nn.Module:
         """Refused: several encoders have vectors of their own."""
         raise NotImplementedError(
-            "words (textual inversion) are loaded into an ensemble by a pipeline of ensemble.pipeline(), not by one of your own"
+            "words (textual inversion) are loaded into an ensemble by a pipeline of ensemble.pipeline(), "
+            "not by one of your own"
         )
 
 
@@ -199,10 +201,10 @@ def _final_layer_norm(encoder: nn.Module) -> nn.Module:
 def load_inversion(
     pipe: Any, source: Any, token: Any, tokenizer: Any, text_encoder: Any, **options: Any
 ) -> None:
-    """What a pipeline of an ensemble does in the place of the stock load_textual_inversion, with its arguments.
+    """Load a textual inversion into a pipeline of an ensemble; the arguments are those of the stock method.
 
-    Raises UserError for a broken file, and for vectors that are no numbers, or not as wide as the text encoders; ValueError, as
-    the stock one does, for a word that is known already.
+    Raises UserError for a broken file, and for vectors that are no numbers, or not as wide as the text
+    encoders; ValueError, as the stock one does, for a word that is known already.
     """
     for one in source if isinstance(source, list) else [source]:
         if isinstance(one, (str, Path)) and Path(one).is_file() and Path(one).suffix == ".safetensors":
@@ -242,7 +244,7 @@ def _parts(pipe: Any, tokenizer: Any, text_encoder: Any) -> tuple[Any, Any]:
 
 
 def _for_all(host: Any, tokenizer: Any, change: Any) -> None:
-    """Change every text encoder behind one, each with a tokenizer that does not know the word yet; the real one learns it last.
+    """Change all text encoders behind one, each with a copy of the tokenizer; the last gets the tokenizer.
 
     Encoders that share their vectors (a LoRA beside them is all that differs) go on to share them.
     """

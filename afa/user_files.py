@@ -1,4 +1,4 @@
-"""Python files of the user's own: run, and called, so that an error of theirs is one sentence with file and line."""
+"""Runs Python files of the user; an error in them becomes one sentence with file and line."""
 
 import importlib.util
 import os
@@ -48,7 +48,10 @@ class UserFile:
         return callable(getattr(self.module, function, None))
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """What a function of the file returns. Raises UserError with the error's kind, words, file and line where it fails."""
+        """What a function of the file returns.
+
+        Raises UserError with the error's kind, words, file and line where it fails.
+        """
         try:
             return getattr(self.module, function)(*arguments)
         except UserError:

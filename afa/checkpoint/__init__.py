@@ -1,1 +1,4 @@
-"""An ensemble as files: manifest, aggregators, model card; and the reference release's folders. Importing costs nothing."""
+"""An ensemble as files: manifest, aggregators, model card; and the reference release's folders.
+
+Importing costs nothing.
+"""

@@ -112,14 +112,18 @@ def model_card(manifest: Manifest) -> str:
 
 
 def gains(record: Mapping[str, Any]) -> list[str]:
-    """What a training gained, in sentences: against the best expert, and against the ensemble before training.
+    """Say what a training gained, compared with the best expert and with the untrained ensemble.
 
-    Most of what an ensemble gains over its best expert is often there untrained, so the first alone would mislead.
+    Most of what an ensemble gains over its best expert is often there untrained, so the first alone would
+    mislead.
     """
     best = Estimate(**record["difference_to_best_expert"])
     against = f"{best.verdict} that of its best expert, {record['best_expert']}"
     found = [
-        f"The trained ensemble's loss is {against}: {best.words(5, signed=True)}, paired over the held-out images{best.too_few('image')}."
+        (
+            f"The trained ensemble's loss is {against}: {best.words(5, signed=True)}, "
+            f"paired over the held-out images{best.too_few('image')}."
+        )
     ]
     for key, what, short in (
         ("difference_to_untrained_mean", "the untrained ensemble", "untrained"),
@@ -131,12 +135,18 @@ def gains(record: Mapping[str, Any]) -> list[str]:
 
 
 def _learnt(change: Estimate, best: Estimate, what: str, short: str) -> str:
-    """What training itself changed. change, best: the trained loss minus that of `what`, and minus the best expert's."""
+    """What training itself changed.
+
+    change, best: the trained loss minus that of `what`, and minus the best expert's.
+    """
     figures = f"{change.words(5, signed=True)}, paired"
     if change.verdict == "higher than":
         return f"Training made it worse than {short}: {figures}."
     if change.verdict != "lower than":
-        return f"Nothing was learnt that these images show: no better than {short}: {figures}{change.too_few('image')}."
+        return (
+            f"Nothing was learnt that these images show: no better than {short}: "
+            f"{figures}{change.too_few('image')}."
+        )
     before = best.value - change.value  # of the ensemble before training, minus the best expert's
     share = (
         f"; {100 * before / best.value:.0f} % of the gain over the best expert was there {short}"
@@ -156,11 +166,17 @@ def _row(expert: ExpertEntry) -> str:
     )
     commit = f" @ {expert.commit[:12]}" if expert.commit else ""
     source = markdown_words(expert.source if expert.commit else public_place(expert.source))
-    return f"| {markdown_words(expert.name)} | {source}{commit}{loras} | {markdown_words(expert.prediction_type or 'unknown')} |"
+    return (
+        f"| {markdown_words(expert.name)} | {source}{commit}{loras} | "
+        f"{markdown_words(expert.prediction_type or 'unknown')} |"
+    )
 
 
 def _training(manifest: Manifest) -> str:
-    """What training measured, and with which options. Tolerates records without a measurement (aggregators from elsewhere)."""
+    """What training measured, and with which options.
+
+    Tolerates records without a measurement (aggregators from elsewhere).
+    """
     record = manifest.training
     if record is None:
         return "No training was recorded; untrained aggregators are the mean of the experts' features."
@@ -178,7 +194,10 @@ def _training(manifest: Manifest) -> str:
     options = ", ".join(f"{name} {markdown_words(settings[name])}" for name in SHOWN if name in settings)
     return "\n".join(
         [
-            f"Trained for {record['steps']} steps on {record['training_images']} images; the average of step {record['best_step']} was kept.",
+            (
+                f"Trained for {record['steps']} steps on {record['training_images']} images; "
+                f"the average of step {record['best_step']} was kept."
+            ),
             "It was the best of those measured on the held-out images below, which favours it a little.",
             "",
             f"| held-out loss, n = {losses['trained']['n']} | mean [95 % interval] |",
@@ -237,7 +256,7 @@ def _check_target(folder: Path) -> None:
 
 
 def _frame(part: str, choice: str, ensemble: "Ensemble", folder: Path, stage: Path | None) -> str:
-    """A choice of the frame as the manifest keeps it: an expert's name, or a path from the ensemble's folder."""
+    """Return a choice of the frame for the manifest: an expert's name, or a path from the folder."""
     if choice in ensemble.names:
         return choice
     if stage is None:
@@ -303,20 +322,25 @@ def _prediction_type(expert: Expert) -> str | None:
 
 
 def _check_prediction_type(expert: Expert, entry: ExpertEntry) -> None:
-    """Raises UserError if an expert now predicts something else, by its scheduler, than what the ensemble was made with."""
+    """Raise UserError if an expert's scheduler has another kind of prediction than at saving."""
     found = _prediction_type(expert)
     if entry.prediction_type is not None and found != entry.prediction_type:
         raise UserError(
-            f"expert '{expert.name}' has changed: its scheduler says prediction_type {found}, the ensemble was made with {entry.prediction_type};"
+            f"expert '{expert.name}' has changed: its scheduler says prediction_type {found}, "
+            f"the ensemble was made with {entry.prediction_type};"
             " restore its scheduler_config.json or train again"
         )
 
 
 def _refer(expert: Expert, folder: Path) -> ExpertEntry:
-    """An entry for an expert that has a place of its own. Raises UserError for one that only lives in memory."""
+    """An entry for an expert that has a place of its own.
+
+    Raises UserError for one that only lives in memory.
+    """
     if expert.located is None:
         raise UserError(
-            f"expert '{expert.name}' was given as an object and has no place to refer to; save with bundle=True to copy it in"
+            f"expert '{expert.name}' was given as an object and has no place to refer to; "
+            "save with bundle=True to copy it in"
         )
     if not expert.hashes:
         expert.hashes = hash_expert(expert.located)
@@ -324,7 +348,9 @@ def _refer(expert: Expert, folder: Path) -> ExpertEntry:
 
 
 def _bundle(expert: Expert, stage: Path, copied: dict[Path, Path]) -> ExpertEntry:
-    """Copy an expert in. One from files keeps its form; LoRAs stay files beside it, and their base is copied once.
+    """Copy an expert in.
+
+    One from files keeps its form; LoRAs stay files beside it, and their base is copied once.
 
     copied: where to, by the place the experts before came from.
     """
@@ -355,7 +381,8 @@ def _save_object(expert: Expert, target: Path) -> None:
     """Write an expert that was handed over as an object, as the diffusers folder it would have come from."""
     if getattr(expert.model, "peft_config", None):
         raise UserError(
-            f"expert '{expert.name}' has a LoRA loaded beside its weights; call pipe.fuse_lora() and pipe.unload_lora_weights() before saving"
+            f"expert '{expert.name}' has a LoRA loaded beside its weights; "
+            "call pipe.fuse_lora() and pipe.unload_lora_weights() before saving"
         )
     if not expert.text_encoders or expert.lender is not None:
         expert.model.save_pretrained(target)
@@ -377,7 +404,8 @@ def load_ensemble(
     for part, choice in manifest.frame.items():
         if choice not in names and not (folder / choice).exists():
             raise UserError(
-                f"{folder / MANIFEST}: frame.{part} is {shown(choice)}, neither the name of an expert nor a place that is there"
+                f"{folder / MANIFEST}: frame.{part} is {shown(choice)}, "
+                "neither the name of an expert nor a place that is there"
             )
     specs = [_saying(entry, spec) for entry, spec in zip(manifest.experts, specs, strict=True)]
     if verify:
@@ -413,7 +441,7 @@ def load_ensemble(
 
 
 def _saying(entry: ExpertEntry, spec: ExpertSpec) -> ExpertSpec:
-    """For a U-Net's single file that does not say what it predicts: what its user said when the ensemble was made."""
+    """Return the recorded kind of prediction for a U-Net's single file that does not state it."""
     if entry.prediction_type not in PREDICTION_TYPES:
         return spec
     located = locate(spec)
@@ -432,7 +460,8 @@ def _spec(entry: ExpertEntry, folder: Path, moved: str | None) -> ExpertSpec:
         place = os.path.normpath(spec.source)
         raise UserError(
             f"expert '{entry.name}' was at {place}, which is not there;"
-            f" give its new place: --experts {entry.name}=FOLDER, or in Python experts={{'{entry.name}': 'FOLDER'}}"
+            f" give its new place: --experts {entry.name}=FOLDER, or in Python experts={{'{entry.name}': "
+            f"'FOLDER'}}"
         )
     return spec
 

@@ -2,7 +2,8 @@
 
 afa.json: what an ensemble is, so that it can be found, checked and made again.
 
-A manifest may come from a stranger: it is validated as a whole before anything of it is used, and names only places of weights.
+A manifest may come from a stranger: it is validated as a whole before anything of it is used, and names only
+places of weights.
 """
 
 import importlib
@@ -99,7 +100,10 @@ class Measurement(TypedDict, total=False):
 
 
 class TrainingRecord(TypedDict, total=False):
-    """What training was asked for and measured. Aggregators from elsewhere may have less, or something else."""
+    """What training was asked for and measured.
+
+    Aggregators from elsewhere may have less, or something else.
+    """
 
     settings: dict[str, Any]
     afa: str
@@ -120,7 +124,8 @@ class TrainingRecord(TypedDict, total=False):
 class ExpertEntry:
     """One expert of a manifest.
 
-    source: a hub id, or a path relative to the manifest. commit: the hub's full hash. config: of a single file.
+    source: a hub id, or a path relative to the manifest. commit: the hub's full hash. config: of a single
+    file.
     files: sha256 of every file that decides what the expert computes; loras: path and strength.
     """
 
@@ -144,8 +149,8 @@ class ExpertEntry:
 class Manifest:
     """What is written to afa.json.
 
-    frame: which VAE, tokenizer and scheduler serve the ensemble: an expert's name or a path; and the frame that lends experts their
-    text encoders, if it is none of them. placement: a name or a list.
+    frame: which VAE, tokenizer and scheduler serve the ensemble: an expert's name or a path; and the frame
+    that lends experts their text encoders, if it is none of them. placement: a name or a list.
     """
 
     family: str
@@ -163,7 +168,10 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read an ensemble's manifest. Raises UserError, naming the key, if there is none, or one that is not as it has to be."""
+    """Read an ensemble's manifest.
+
+    Raises UserError, naming the key, if there is none, or one that is not as it has to be.
+    """
     path = settled(folder) / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} is no ensemble: it has no {MANIFEST}")
@@ -171,7 +179,8 @@ def read_manifest(folder: Path) -> Manifest:
     found = data.get("format") if isinstance(data, dict) else None
     if type(found) is int and found != FORMAT:
         raise UserError(
-            f"{path} has format {found}, this afa reads {FORMAT}; use the afa that wrote it ({shown(data.get('afa_version'))})"
+            f"{path} has format {found}, this afa reads {FORMAT}; "
+            f"use the afa that wrote it ({shown(data.get('afa_version'))})"
         )
     manifest: Manifest = build(Manifest, data, path)
     _check_whole(manifest, path)
@@ -185,7 +194,8 @@ def _check_whole(manifest: Manifest, path: Path) -> None:
         check_name(entry.name, f"{path}: experts[{place}]")
         if entry.commit is not None and not HUB_ID.fullmatch(entry.source):
             raise UserError(
-                f"{path}: experts[{place}].source is {shown(entry.source)}, expected a hub id org/name, since it has a commit"
+                f"{path}: experts[{place}].source is {shown(entry.source)}, expected a hub id org/name, "
+                "since it has a commit"
             )
     _refuse_twice(names, f"{path}: experts")
     stages = [stage["name"] for stage in manifest.stages]
@@ -206,7 +216,7 @@ def _check_whole(manifest: Manifest, path: Path) -> None:
 
 
 def _check_tables(manifest: Manifest, path: Path, stages: list[str]) -> None:
-    """Raises UserError for a family, a kind of aggregator with its options, or fused stages that there are not."""
+    """Raise UserError for an unknown family, kind of aggregator or option, or for impossible fused stages."""
     from afa.aggregators.registry import AGGREGATORS as KINDS
     from afa.aggregators.registry import check_options
     from afa.models.registry import FAMILIES
@@ -225,12 +235,13 @@ def _check_tables(manifest: Manifest, path: Path, stages: list[str]) -> None:
         raise UserError(f"{path}: placement and stages do not agree on which are fused: {shown(other)[1:-1]}")
     if not manifest.stages[-1]["fused"]:
         raise UserError(
-            f"{path}: stages[{len(stages) - 1}].fused is false; the last stage is always fused, since it makes the prediction"
+            f"{path}: stages[{len(stages) - 1}].fused is false; the last stage is always fused, "
+            "since it makes the prediction"
         )
 
 
 def check_recorded(settings: dict[str, Any], where: object, key: str) -> None:
-    """Raises UserError for recorded settings of a training whose values are of another kind than the option's.
+    """Raise UserError for recorded training settings with values of another type than the option's.
 
     Options that this version does not know are left alone: a later one may have written them.
     """
@@ -273,7 +284,7 @@ def relative(path: Path, folder: Path) -> str:
 
 
 def check_hashes(entry: ExpertEntry, located: Located) -> None:
-    """Raises UserError, naming the file and both hashes, if an expert is not the one the ensemble was made with."""
+    """Raise UserError, with the file and both hashes, if an expert differs from the recorded one."""
     from afa.experts.locate import expert_files, recorded_files
     from afa.files import sha256
 
@@ -281,12 +292,14 @@ def check_hashes(entry: ExpertEntry, located: Located) -> None:
     for name, expected in entry.files.items():
         if name not in files:
             raise UserError(
-                f"expert '{entry.name}': {os.path.normpath(located.path)} has no {name}, which the ensemble was made with (sha256 {expected})"
+                f"expert '{entry.name}': {os.path.normpath(located.path)} has no {name}, "
+                f"which the ensemble was made with (sha256 {expected})"
             )
         found = sha256(files[name])
         if found != expected:
             raise UserError(
-                f"expert '{entry.name}' has changed: {name} in {os.path.normpath(located.path)} has sha256 {found}, the ensemble was made with {expected};"
+                f"expert '{entry.name}' has changed: {name} in {os.path.normpath(located.path)} has sha256 "
+                f"{found}, the ensemble was made with {expected};"
                 " restore the file or train again"
             )
     strange = (
@@ -296,7 +309,8 @@ def check_hashes(entry: ExpertEntry, located: Located) -> None:
     )
     if strange is not None:
         raise UserError(
-            f"expert '{entry.name}' has changed: {located.path} is now loaded from {strange}, which the ensemble was not made with;"
+            f"expert '{entry.name}' has changed: {located.path} is now loaded from {strange}, "
+            "which the ensemble was not made with;"
             " take it away or train again"
         )
 
@@ -304,7 +318,10 @@ def check_hashes(entry: ExpertEntry, located: Located) -> None:
 def read_aggregators(
     folder: Path, expert: Expert, experts: int
 ) -> tuple[Recipe, str | list[str], dict[str, Tensor]]:
-    """-> recipe, placement and tensors of trained aggregators. Raises UserError if they do not fit the experts."""
+    """-> recipe, placement and tensors of trained aggregators.
+
+    Raises UserError if they do not fit the experts.
+    """
     stages = FAMILIES[expert.family].stages(expert.model)
     if is_release(settled(folder)):
         recipe, tensors = read_release(folder, stages, experts)
@@ -316,12 +333,14 @@ def read_aggregators(
     manifest = read_manifest(folder)
     if len(manifest.experts) != experts:
         raise UserError(
-            f"{folder} has aggregators for {len(manifest.experts)} experts, {experts} are given; they must be as many, in the same order"
+            f"{folder} has aggregators for {len(manifest.experts)} experts, {experts} are given; "
+            "they must be as many, in the same order"
         )
     shapes = [(stage["name"], stage["channels"]) for stage in manifest.stages]
     if shapes != [(stage.name, stage.channels) for stage in stages]:
         raise UserError(
-            f"{folder} has aggregators for other stages than the experts have; they belong to another architecture"
+            f"{folder} has aggregators for other stages than the experts have; "
+            "they belong to another architecture"
         )
     check_file(folder, manifest)
     return recipe_of(manifest), manifest.placement, read_tensors(folder)
@@ -334,7 +353,7 @@ def recipe_of(manifest: Manifest) -> Recipe:
 
 
 def check_file(folder: Path, manifest: Manifest) -> None:
-    """Raises UserError if the aggregators' file is missing, broken, or not the one that the manifest describes.
+    """Raise UserError if the aggregators' file is missing, broken, or does not match the manifest.
 
     By hash and header: nothing has been allocated for sizes that a stranger wrote.
     """
@@ -343,19 +362,22 @@ def check_file(folder: Path, manifest: Manifest) -> None:
         raise UserError(f"{folder} is incomplete: it has no {AGGREGATORS}")
     if (digest := sha256(path)) != entry["sha256"]:
         raise UserError(
-            f"{path} has sha256 {digest}, {MANIFEST} expects {entry['sha256']}; the file was changed or the copy is incomplete"
+            f"{path} has sha256 {digest}, {MANIFEST} expects {entry['sha256']}; "
+            "the file was changed or the copy is incomplete"
         )
     tensors = read_file(path)
     numbers = sum(prod(tensor.shape) for tensor in tensors.values())
     if numbers != entry["parameters"]:
         raise UserError(
-            f"{path} has {numbers:,} numbers, {MANIFEST} says {entry['parameters']:,} parameters; the two do not belong together"
+            f"{path} has {numbers:,} numbers, {MANIFEST} says {entry['parameters']:,} parameters; "
+            "the two do not belong together"
         )
     fused = [stage for stage in manifest.stages if stage["fused"]]
     others = {name.partition(".")[0] for name in tensors} - {stage["name"] for stage in fused}
     if others:
         raise UserError(
-            f"{path} has an aggregator for stage {min(others)}, which {MANIFEST} does not call fused; the two do not belong together"
+            f"{path} has an aggregator for stage {min(others)}, which {MANIFEST} does not call fused; "
+            "the two do not belong together"
         )
     hidden = entry["options"].get("hidden")
     for stage in fused:
@@ -364,7 +386,8 @@ def check_file(folder: Path, manifest: Manifest) -> None:
         if hidden is not None and (found is None or found.shape != expected):
             what = "missing" if found is None else f"of shape {list(found.shape)}"
             raise UserError(
-                f"{path}: {stage['name']}.conv_in.weight is {what}, {MANIFEST} needs {list(expected)}; the two do not belong together"
+                f"{path}: {stage['name']}.conv_in.weight is {what}, {MANIFEST} needs {list(expected)}; "
+                "the two do not belong together"
             )
 
 
@@ -374,22 +397,28 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     broken = first_not_finite(tensors.items())
     if broken is not None:
         raise UserError(
-            f"{folder / AGGREGATORS}: {broken} is not finite (NaN or infinite numbers); train the aggregators again"
+            f"{folder / AGGREGATORS}: {broken} is not finite (NaN or infinite numbers); "
+            "train the aggregators again"
         )
     return tensors
 
 
 def fill(aggregators: nn.ModuleDict, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Load tensors into the aggregators they were trained as. Raises UserError, naming the first that does not fit."""
+    """Load tensors into the aggregators they were trained as.
+
+    Raises UserError, naming the first that does not fit.
+    """
     wanted = aggregators.state_dict()
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise UserError(
-            f"{folder}: the aggregators {'lack' if name in wanted else 'have an unknown'} tensor {name}; they were made in another way"
+            f"{folder}: the aggregators {'lack' if name in wanted else 'have an unknown'} tensor {name}; "
+            "they were made in another way"
         )
     for name, tensor in wanted.items():
         if tensor.shape != tensors[name].shape:
             found, needed = list(tensors[name].shape), list(tensor.shape)
             raise UserError(
-                f"{folder}: tensor {name} of the aggregators has shape {found}, the experts need {needed}; they belong to others"
+                f"{folder}: tensor {name} of the aggregators has shape {found}, the experts need {needed}; "
+                "they belong to others"
             )
     aggregators.load_state_dict(dict(tensors))

@@ -1,4 +1,4 @@
-"""The reference release's form: one folder aggregator_K per stage, with config.json and aggregator.safetensors."""
+"""The format of the reference release: one folder aggregator_K per stage with config and weights."""
 
 import json
 import re
@@ -35,11 +35,15 @@ def is_release(folder: Path) -> bool:
 
 
 def read_release(folder: Path, stages: tuple[Stage, ...], experts: int) -> tuple[Recipe, dict[str, Tensor]]:
-    """-> how such aggregators are made, and their tensors as "STAGE.name". Raises UserError if they do not fit."""
+    """-> how such aggregators are made, and their tensors as "STAGE.name".
+
+    Raises UserError if they do not fit.
+    """
     count = len([path for path in folder.iterdir() if path.name.startswith("aggregator_")])
     if count != len(stages):
         raise UserError(
-            f"{folder} has {count} aggregators, the experts have {len(stages)} stages; they belong to another architecture"
+            f"{folder} has {count} aggregators, the experts have {len(stages)} stages; "
+            "they belong to another architecture"
         )
     configs: list[Config] = [
         build(Config, read_json(file), file)
@@ -50,7 +54,8 @@ def read_release(folder: Path, stages: tuple[Stage, ...], experts: int) -> tuple
         for name, expected in (("in_channels", stage.channels), ("num_experts", experts)):
             if config[name] != expected:  # type: ignore[literal-required]
                 raise UserError(
-                    f"{folder}: the aggregator of {stage.name} has {name} {config[name]}, the experts need {expected}"
+                    f"{folder}: the aggregator of {stage.name} has {name} {config[name]}, "
+                    f"the experts need {expected}"
                 )  # type: ignore[literal-required]
     tensors: dict[str, Tensor] = {}
     for index, stage in enumerate(stages):
@@ -59,7 +64,8 @@ def read_release(folder: Path, stages: tuple[Stage, ...], experts: int) -> tuple
         hidden = entries["conv_in.weight"].shape[:1] if "conv_in.weight" in entries else ()
         if hidden != (configs[0]["hidden_size"],):
             raise UserError(
-                f"{file}: conv_in.weight has {list(hidden)} channels, its config says hidden_size {configs[0]['hidden_size']}"
+                f"{file}: conv_in.weight has {list(hidden)} channels, "
+                f"its config says hidden_size {configs[0]['hidden_size']}"
             )
         tensors |= {f"{stage.name}.{name}": tensor for name, tensor in load_tensors(file).items()}
     options: dict[str, Any] = {"hidden": configs[0]["hidden_size"], "heads": configs[0]["num_attn_heads"]}
@@ -85,7 +91,8 @@ def write_release(
         or recipe.attention_up_to is not None
     ):
         raise UserError(
-            "the reference release knows only sabw with attention at every stage (placement layers); this ensemble is another"
+            "the reference release knows only sabw with attention at every stage (placement layers); "
+            "this ensemble is another"
         )
     for index, stage in enumerate(stages):
         aggregator = aggregators[stage.name]
@@ -93,7 +100,8 @@ def write_release(
         depth = 0 if aggregator.transformer is None else len(aggregator.transformer.transformer_blocks)
         if aggregator.transformer is None or depth != RELEASE_DEPTH:
             raise UserError(
-                f"the reference release always builds aggregators of depth {RELEASE_DEPTH}; it could not read these, of depth {depth}"
+                f"the reference release always builds aggregators of depth {RELEASE_DEPTH}; "
+                f"it could not read these, of depth {depth}"
             )
         config: dict[str, Any] = {
             "in_channels": stage.channels,

@@ -1,1 +1,1 @@
-"""Where experts come from: parsed, located, compared, loaded, hashed. Importing this package costs nothing."""
+"""Experts, the models that are combined: how they are specified, located, compared and loaded."""

@@ -33,7 +33,7 @@ def mismatches(experts: Sequence[Expert], features: bool = True) -> list[str]:
 
 
 def kind_mismatches(experts: Sequence[Expert]) -> list[str]:
-    """Why features of the others mean something else than the first's: they predict another thing, or at another noise."""
+    """Return why features cannot be fused: another kind of prediction, or another noise schedule."""
     first, *others = experts
     return [
         f"{_start(first, other)}: {reason}" for other in others for reason in _kind_mismatches(first, other)
@@ -44,7 +44,10 @@ def _pair(first: Expert, other: Expert, features: bool) -> list[str]:
     start = _start(first, other)
     if first.family != other.family:
         return [
-            f"{start}: it is of family {other.family}, expected {first.family}; experts must share one architecture"
+            (
+                f"{start}: it is of family {other.family}, expected {first.family}; "
+                "experts must share one architecture"
+            )
         ]
     found = _stage_mismatches(first, other) + _value_mismatches(
         first.model.config, other.model.config, FAMILIES[first.family].call.alike
@@ -70,9 +73,10 @@ def _kind_mismatches(first: Expert, other: Expert, features: bool = True) -> lis
 
 
 def scheduler_mismatches(mine: Any, theirs: Any) -> list[str]:
-    """Why models of two schedulers do not mean the same: they predict different things, or at different noise.
+    """Return the differences of two schedulers that change what a model predicts: its kind, or the noise.
 
-    The whole tables of noise are compared. How a sampler goes through them (timestep_spacing, steps_offset, a flow's shift) may
+    The whole tables of noise are compared. How a sampler goes through them (timestep_spacing, steps_offset, a
+    flow's shift) may
     differ: a model is called at the same timestep with the same noise then.
     """
     one, other = kind_of(mine), kind_of(theirs)
@@ -82,7 +86,10 @@ def scheduler_mismatches(mine: Any, theirs: Any) -> list[str]:
         if is_edm(mine) and is_edm(theirs):
             return _value_mismatches(mine.config, theirs.config, EDM)
         return [
-            f"its noise schedule is that of {type(theirs).__name__}, expected that of {type(mine).__name__}: only one of them is EDM's"
+            (
+                f"its noise schedule is that of {type(theirs).__name__}, "
+                f"expected that of {type(mine).__name__}: only one of them is EDM's"
+            )
         ]
     expected, found = Schedule.of(mine), Schedule.of(theirs)
     if found.same_noise(expected):
@@ -93,7 +100,10 @@ def scheduler_mismatches(mine: Any, theirs: Any) -> list[str]:
         {name: _shown(scheduler.config.get(name), name) for name in SCHEDULER} for scheduler in (mine, theirs)
     )
     at = int((found.alphas_cumprod - expected.alphas_cumprod).abs().argmax())
-    table = f"the noise schedules differ (alphas_cumprod at timestep {at} is {found.alphas_cumprod[at]:.3g}, expected {expected.alphas_cumprod[at]:.3g})"
+    table = (
+        f"the noise schedules differ (alphas_cumprod at timestep {at} is {found.alphas_cumprod[at]:.3g}, "
+        f"expected {expected.alphas_cumprod[at]:.3g})"
+    )
     return _value_mismatches(wanted, had, SCHEDULER) or [table]
 
 
@@ -105,14 +115,14 @@ def _shown(value: Any, name: str) -> Any:
 
 
 def only_predictions(placement: str | Sequence[str] | None, expert: Expert) -> bool:
-    """Whether nothing before the last stage is fused. Raises ValueError for a placement that does not exist."""
+    """Return True if only the last stage is fused. Raises ValueError for an unknown placement."""
     family = FAMILIES[expert.family]
     stages = family.stages(expert.model)
     return fused_stages(placement or family.placement, stages) == [stages[-1].name]
 
 
 def _stage_mismatches(first: Expert, other: Expert) -> list[str]:
-    """Stages that only one of two experts has; if there are none, stages that differ, alike differences in one sentence."""
+    """Return sentences about stages that only one of two experts has, or else about stages that differ."""
     stages = FAMILIES[first.family].stages
     mine, theirs = ({stage.name: stage for stage in stages(expert.model)} for expert in (first, other))
     lacking, extra = (
@@ -154,7 +164,8 @@ def _text_mismatches(first: Expert, other: Expert) -> list[str]:
     for one, another in zip(first.tokenizers, other.tokenizers, strict=False):
         if one.get_vocab() != another.get_vocab():
             found.append(
-                f"its tokenizer has {len(another)} tokens of its own vocabulary, expected the {len(one)} of '{first.name}'; one tokenizer serves all"
+                f"its tokenizer has {len(another)} tokens of its own vocabulary, "
+                f"expected the {len(one)} of '{first.name}'; one tokenizer serves all"
             )
     return found
 

@@ -1,8 +1,9 @@
-"""Configs in the header of a single file, so that afa reads a merge of its own again, whatever its architecture.
+"""Configs in the header of a single file, so that afa can read its own merges of any architecture.
 
-A whole checkpoint's shapes name one of the shipped architectures. A merge of any other carries what a folder of configs would
-hold, as one JSON object in its header: file -> content. A header may come from a stranger, so what is read back is a
-fixed set of files, of known classes, with bounded numbers and plain words, and never a path or code.
+A whole checkpoint's shapes name one of the shipped architectures. A merge of any other carries what a folder
+of configs would hold, as one JSON object in its header: file -> content. A header may come from a stranger,
+so what is read back is a fixed set of files, of known classes, with bounded numbers and plain words, and
+never a path or code.
 """
 
 import atexit
@@ -55,7 +56,8 @@ LONGEST_LIST, DEEPEST_MODEL, LARGEST = 128, 128, 2**20
 def pack(folder: Path, vae: Path, tokenizers: Mapping[str, Any]) -> str:
     """A folder of configs as text for a header.
 
-    vae: the folder that the VAE's config.json is in. tokenizers: by component; CLIP's are left out, since they are known.
+    vae: the folder that the VAE's config.json is in. tokenizers: by component; CLIP's are left out, since
+    they are known.
     """
     index = read_object(folder / INDEX)
     kept = {
@@ -80,7 +82,8 @@ def pack(folder: Path, vae: Path, tokenizers: Mapping[str, Any]) -> str:
 def unpack(metadata: Mapping[str, str], file: Path) -> Path | None:
     """The folder of configs that a file's header carries; None if it carries none.
 
-    The folder is temporary and this process's own. Raises UserError for configs that afa would not have written.
+    The folder is temporary and this process's own. Raises UserError for configs that afa would not have
+    written.
     """
     return _unpacked(metadata[KEY], file) if KEY in metadata else None
 
@@ -153,7 +156,8 @@ def _check_values(value: Any, where: str, key: str = "") -> None:
     elif isinstance(value, list):
         if len(value) > (2**16 if key == "trained_betas" else LONGEST_LIST):
             raise UserError(
-                f"{where}: {key:.80} has {len(value)} values, and at most {LONGEST_LIST} are read; give --config"
+                f"{where}: {key:.80} has {len(value)} values, and at most {LONGEST_LIST} are read; "
+                "give --config"
             )
         for child in value:
             _check_values(child, where, key)

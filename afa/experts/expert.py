@@ -23,10 +23,12 @@ TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 class Expert:
     """One frozen source model.
 
-    model: the denoiser; None for a lender that is no expert. text_encoders, tokenizers: in the pipeline's order; empty if only a
-    denoiser was given. located: where it came from; None if it was handed over as an object. config: of a single file.
-    pipeline: the class it was, or would be, loaded with. lender: whose text encoders, tokenizers, scheduler and VAE it uses, if it
-    is a denoiser alone (see lending.py). said: what such a one, or its user, says that it predicts.
+    model: the denoiser; None for a lender that is no expert. text_encoders, tokenizers: in the pipeline's
+    order; empty if only a denoiser was given. located: where it came from; None if it was handed over as an
+    object. config: of a single file.
+    pipeline: the class it was, or would be, loaded with. lender: whose text encoders, tokenizers, scheduler
+    and VAE it uses, if it is a denoiser alone (see lending.py). said: what such a one, or its user, says that
+    it predicts.
     """
 
     name: str
@@ -72,7 +74,9 @@ class Expert:
 def load_vae(
     located: Located, config: str | None, dtype: torch.dtype, like: Expert | None = None
 ) -> nn.Module:
-    """The VAE of a folder (a whole pipeline, or a VAE alone) or of a single file. Raises UserError as load_expert does.
+    """The VAE of a folder (a whole pipeline, or a VAE alone) or of a single file.
+
+    Raises UserError as load_expert does.
 
     like: an expert that it is to serve, whose VAE's settings a VAE alone in a file gets.
     """
@@ -88,7 +92,8 @@ def load_vae(
             vae = AutoencoderKL.from_single_file(str(located.path), **options).eval()
         except Exception as error:
             raise UserError(
-                f"{located.path} has no VAE that could be read; choose another with vae= ({first_line(error)})"
+                f"{located.path} has no VAE that could be read; "
+                f"choose another with vae= ({first_line(error)})"
             ) from error
         check_whole(located, folder, {"vae": vae})
     else:
@@ -108,5 +113,6 @@ def check_whole(located: Located, folder: Path, parts: dict[str, Any]) -> None:
         if isinstance(part, nn.Module) and any(parameter.is_meta for parameter in part.parameters()):
             missing = next(key for key, parameter in part.named_parameters() if parameter.is_meta)
             raise UserError(
-                f"{located.path} lacks weights of its {name} (first: {missing}); it is no complete checkpoint of config {folder.name}"
+                f"{located.path} lacks weights of its {name} (first: {missing}); "
+                f"it is no complete checkpoint of config {folder.name}"
             )

@@ -1,7 +1,7 @@
 """The folder of one component: its config.json, and which of its weight files are loaded.
 
-All commands find weights here, by the rules of the libraries that load them, so that what is inspected, hashed and merged is
-what is computed with. Pickled weights are refused: to read them can run code.
+All commands find weights here, by the rules of the libraries that load them, so that what is inspected,
+hashed and merged is what is computed with. Pickled weights are refused: to read them can run code.
 """
 
 import json
@@ -38,7 +38,10 @@ FOREIGN = {
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """files: that hold the weights. variant: as from_pretrained takes it, e.g. fp16. index: of weights in shards."""
+    """files: that hold the weights.
+
+    variant: as from_pretrained takes it, e.g. fp16. index: of weights in shards.
+    """
 
     files: tuple[Path, ...]
     variant: str | None = None
@@ -68,7 +71,8 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """A component's settings.
 
     name: of the file
-    Raises UserError if it is missing or broken, or asks for what only its author's own code, or another file, can give.
+    Raises UserError if it is missing or broken, or asks for what only its author's own code, or another file,
+    can give.
     """
     file = folder / name
     config = read_object(file)
@@ -77,7 +81,8 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
             raise UserError(f"{file}: {key} {why}")
     if (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"{folder} holds a PEFT adapter (adapter_config.json), not a model; merge it into its model and save that"
+            f"{folder} holds a PEFT adapter (adapter_config.json), not a model; "
+            "merge it into its model and save that"
         )
     for key in (
         "_class_name",
@@ -100,7 +105,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def _check_sizes(value: Any, file: Path, key: str) -> None:
-    """Raises UserError for a whole number that no model has: a library would build layers, or a table, without end."""
+    """Raise UserError for a number that no model has: a library would build endless layers or tables."""
     if isinstance(value, dict):
         for name, child in value.items():
             _check_sizes(child, file, name)
@@ -114,9 +119,10 @@ def _check_sizes(value: Any, file: Path, key: str) -> None:
 
 
 def weight_files(folder: Path) -> WeightFiles:
-    """Which weight files of a component's folder are loaded: the plain ones, else those of a variant such as fp16.
+    """Find the weight files of a component's folder: the plain ones, or else those of a variant (fp16).
 
-    Beside an index of shards, a whole file is left aside by diffusers and preferred by transformers; so it is here.
+    Beside an index of shards, a whole file is left aside by diffusers and preferred by transformers; so it is
+    here.
     Raises UserError if there are none, or only pickles.
     """
     library = "diffusers" if "_class_name" in read_config(folder) else "transformers"
@@ -146,9 +152,15 @@ def _nothing(folder: Path, stem: str, present: list[str]) -> str:
     """Why a folder without weights that are loaded is refused."""
     pickles = [name for name in present if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
     if pickles and not any(name.endswith(".safetensors") for name in present):
-        return f"the weights in {folder} are pickled ({pickles[0]}), and to read those can run code; convert them to .safetensors first"
+        return (
+            f"the weights in {folder} are pickled ({pickles[0]}), and to read those can run code; "
+            "convert them to .safetensors first"
+        )
     others = ", ".join(name for name in present if name.endswith(".safetensors")) or "none at all"
-    return f"{folder} has no weights under a name that is loaded ({stem}.safetensors, alone or with .fp16); found: {others}"
+    return (
+        f"{folder} has no weights under a name that is loaded ({stem}.safetensors, alone or with .fp16); "
+        f"found: {others}"
+    )
 
 
 def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
@@ -166,7 +178,8 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(
-                f"{index} names the file {name!r:.80}, expected a .safetensors file beside it; download it again"
+                f"{index} names the file {name!r:.80}, expected a .safetensors file beside it; "
+                "download it again"
             )
         if not (folder / name).is_file():
             raise UserError(
@@ -178,7 +191,8 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
 def read_folder(folder: Path) -> Tensors:
     """The tensors of a component's folder, whole or in shards.
 
-    Raises UserError if there are no weights that a loader would find, or if a file is missing, broken or quantised.
+    Raises UserError if there are no weights that a loader would find, or if a file is missing, broken or
+    quantised.
     """
     found = weight_files(folder)
     tensors: Tensors = {}
@@ -187,14 +201,15 @@ def read_folder(folder: Path) -> Tensors:
         twice = next((name for name in held if name in tensors), None)
         if twice is not None:
             raise UserError(
-                f"{folder}: {twice} is in {file.name} and in {tensors[twice].file.name}; download the weights again"
+                f"{folder}: {twice} is in {file.name} and in {tensors[twice].file.name}; "
+                "download the weights again"
             )
         tensors |= held
     return tensors
 
 
 def forget_places(folder: Path) -> None:
-    """Shorten the paths that the libraries noted in a copy's configs, of where each model was read from, to names."""
+    """Shorten paths in the configs of a copy to names; libraries record where a model was read from."""
     for file in folder.rglob("*.json") if folder.is_dir() else ():
         settings = json_or_none(file) if file.name in CONFIGS else None
         if not isinstance(settings, dict):

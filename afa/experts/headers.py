@@ -2,8 +2,8 @@
 
 What weight files say about their tensors, read without the tensors: dtypes, shapes, and where the bytes lie.
 
-Every .safetensors file that is opened goes through `read_header` first, so that a broken, packed or foreign file ends in the
-same sentence in every command. The format: https://github.com/huggingface/safetensors#format
+Every .safetensors file that is opened goes through `read_header` first, so that a broken, packed or foreign
+file ends in the same sentence in every command. The format: https://github.com/huggingface/safetensors#format
 """
 
 import math
@@ -47,7 +47,7 @@ BITS = (
 )
 LONGEST = 100_000_000  # bytes of a header that the safetensors library accepts
 AGAIN = "download or export it again"
-# What stands beside weights in fewer bits: ComfyUI's scaled fp8 and int8, ModelOpt, bitsandbytes, GPTQ and AWQ,
+# Tensors beside quantised weights: ComfyUI's scaled fp8 and int8, ModelOpt, bitsandbytes, GPTQ and AWQ,
 # SVDQuant, quanto, torchao, compressed-tensors.
 PACKED = re.compile(
     r"(^|[._])(weight_scale(_\w+)?|scale_weight|scale_input|(input|output)_scale|scaled_fp8|comfy_quant|(nested_)?absmax"
@@ -73,7 +73,7 @@ RENAMED = [
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its dtype as torch calls it, its shape, and its bytes [start, end) in the file."""
+    """One tensor of a file: torch's name of its dtype, its shape, and its bytes [start, end) in the file."""
 
     file: Path
     dtype: str
@@ -95,15 +95,15 @@ Tensors = dict[str, Entry]
 
 
 def is_float(dtype: str) -> bool:
-    """Whether a dtype, as a header or torch calls it, is one of floating-point numbers that torch converts to others."""
+    """Return True for a floating-point dtype that torch can convert, by its name in a header or in torch."""
     return dtype in DTYPES or dtype in DTYPES.values() or dtype in SMALL_FLOATS
 
 
 def read_file(file: Path) -> Tensors:
     """The tensors of a .safetensors file. Raises UserError as read_header does.
 
-    CLIP's `position_ids` are whole numbers here, whatever the file has: 0, 1, 2 …, which other programs leave in other types,
-    or scaled. No weights: encoders make them themselves, and nothing is compared by them.
+    CLIP's `position_ids` are whole numbers here, whatever the file has: 0, 1, 2 …, which other programs leave
+    in other types, or scaled. No weights: encoders make them themselves, and nothing is compared by them.
     """
     header, _, first = _read(file)
     found: Tensors = {}
@@ -123,7 +123,10 @@ def read_header(file: Path) -> dict[str, Any]:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The text that a .safetensors file has in its header beside its tensors. Raises UserError as read_header does."""
+    """The text that a .safetensors file has in its header beside its tensors.
+
+    Raises UserError as read_header does.
+    """
     return _read(file)[1]
 
 
@@ -173,7 +176,10 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, str], int]:
 
 
 def _check_entries(header: dict[str, Any]) -> int:
-    """-> where the last tensor ends. Raises ValueError for entries that are none, and tensors that overlap or leave a gap."""
+    """-> where the last tensor ends.
+
+    Raises ValueError for entries that are none, and tensors that overlap or leave a gap.
+    """
     for name, entry in header.items():
         fault = _fault(entry)
         if fault:
@@ -212,7 +218,8 @@ def _check_metadata(file: Path, metadata: Any) -> None:
         return
     if not isinstance(metadata, dict):
         raise UserError(
-            f"{file}: its __metadata__ is a {type(metadata).__name__}, not a table of texts; save it again without"
+            f"{file}: its __metadata__ is a {type(metadata).__name__}, not a table of texts; "
+            "save it again without"
         )
     for name, value in metadata.items():
         if not isinstance(value, str):
@@ -223,7 +230,7 @@ def _check_metadata(file: Path, metadata: Any) -> None:
 
 
 def _check_plain(file: Path, header: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Raises UserError for quantised weights: their numbers mean nothing without the scales beside them, which loaders ignore."""
+    """Raise UserError for quantised weights: loaders ignore their scales, so their numbers would be wrong."""
     found = next((f"{name} in its __metadata__" for name in PACKED_NOTES if name in metadata), None)
     for name, entry in header.items():
         if name.startswith(UNREAD):
@@ -257,7 +264,10 @@ def dtype_of(tensors: Tensors | None) -> str | None:
 
 
 def check_fit(model: nn.Module, found: Mapping[str, Tensor], where: str) -> None:
-    """Raises UserError for weights that a model needs and a file lacks, or has in another shape or kind. It may have more."""
+    """Raises UserError for weights that a model needs and a file lacks, or has in another shape or kind.
+
+    It may have more.
+    """
     same = tied(model)
     present = {same.get(_today(name), _today(name)): tensor for name, tensor in found.items()}
     state = {_today(name): tensor for name, tensor in model.state_dict().items() if not is_position_ids(name)}
@@ -274,12 +284,16 @@ def check_fit(model: nn.Module, found: Mapping[str, Tensor], where: str) -> None
             )
         if tensor.is_floating_point() and not present[name].is_floating_point():
             raise UserError(
-                f"{where}: {name} holds whole numbers where weights are expected; take the model in bf16 or fp16"
+                f"{where}: {name} holds whole numbers where weights are expected; "
+                "take the model in bf16 or fp16"
             )
 
 
 def tied(model: nn.Module) -> dict[str, str]:
-    """Names of a model's state that stand for the tensor of another name -> that name. T5 ties its embeddings; files hold either or both."""
+    """Names of a model's state that stand for the tensor of another name -> that name.
+
+    T5 ties its embeddings; files hold either or both.
+    """
     first: dict[int, str] = {}
     state = {_today(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     return {
@@ -297,7 +311,7 @@ def _today(name: str) -> str:
 
 
 def same_bytes(one: Tensors, other: Tensors) -> bool:
-    """Whether two sets of tensors are equal bit for bit, but for position_ids; stops at the first difference."""
+    """Return True if two sets of tensors are equal bit for bit, apart from position_ids."""
     one, other = (
         {name: entry for name, entry in tensors.items() if not is_position_ids(name)}
         for tensors in (one, other)
@@ -326,7 +340,10 @@ CHUNK = 1 << 24  # numbers that are converted at once, where torch compares no d
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity. Its extremes are compared: a NaN anywhere becomes both of them."""
+    """Whether a tensor holds neither NaN nor infinity.
+
+    Its extremes are compared: a NaN anywhere becomes both of them.
+    """
     if tensor.is_meta or tensor.numel() == 0 or not tensor.is_floating_point():
         return True
     if tensor.element_size() == 1:  # 8-bit floats
@@ -352,5 +369,6 @@ def check_finite(module: nn.Module, where: str) -> None:
     half = tensors[name].dtype == torch.float16
     fit = ", or what it holds does not fit float16: try bfloat16 or float32" if half else ""
     raise UserError(
-        f"{where}: {name} is not finite (NaN or infinite numbers); the file is broken: download or export it again{fit}"
+        f"{where}: {name} is not finite (NaN or infinite numbers); the file is broken: "
+        f"download or export it again{fit}"
     )

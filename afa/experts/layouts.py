@@ -1,7 +1,8 @@
 """What a single .safetensors file is, told by the names and shapes in its header.
 
-Read are: whole checkpoints of SD 1.x, 2.x and XL in the original (LDM) layout; their U-Net alone, with the prefix of checkpoints,
-without it, or under diffusers' names; transformers of SD 3 and FLUX.1; VAEs alone. Everything else is refused by its name.
+Read are: whole checkpoints of SD 1.x, 2.x and XL in the original (LDM) layout; their U-Net alone, with the
+prefix of checkpoints, without it, or under diffusers' names; transformers of SD 3 and FLUX.1; VAEs alone.
+Everything else is refused by its name.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -17,7 +18,7 @@ SD3, FLUX = "joint_blocks.0.x_block.attn.qkv.weight", "double_blocks.0.img_attn.
 # What has this tensor is a U-Net, under the original's or under diffusers' names.
 UNETS = (("input_blocks.0.0.weight", False), ("up_blocks.0.resnets.0.conv1.weight", True))
 VAES = (("decoder.up.0.block.0.conv1.weight", False), ("decoder.up_blocks.0.resnets.0.conv1.weight", True))
-# how a tensor's name begins -> the family that is not read as a single file. Some look like FLUX.1 otherwise, so these are asked first.
+# prefix of a tensor's name -> a family that is not read as a single file; checked first, since some resemble FLUX.1
 FOREIGN = {
     "double_stream_modulation_img.": "FLUX.2",
     "distilled_guidance_layer.": "Chroma",
@@ -48,7 +49,8 @@ READ = "SD 1.x, 2.x, XL, 3, 3.5 and FLUX.1"
 class Layout:
     """How a file names its tensors.
 
-    part: pipeline (a whole checkpoint), unet, transformer or vae. prefix: before the part's names in this file.
+    part: pipeline (a whole checkpoint), unet, transformer or vae. prefix: before the part's names in this
+    file.
     diffusers: whether they are diffusers' names, else the original's.
     """
 
@@ -75,7 +77,10 @@ class Layout:
 
 
 def layout_of(names: Collection[str], file: Any) -> Layout:
-    """The layout of a file with tensors of these names. file: for messages. Raises UserError, by name, for what is not read."""
+    """The layout of a file with tensors of these names.
+
+    file: for messages. Raises UserError, by name, for what is not read.
+    """
     for mark, diffusers in UNETS:
         for prefix in (DENOISER, ""):
             if f"{prefix}{mark}" in names and not _foreign(names):
@@ -112,19 +117,29 @@ def _foreign(names: Iterable[str]) -> str | None:
 def _strange(names: Collection[str], family: str | None) -> str:
     """Why a file is not read, and what to do."""
     if any(mark in name for name in names for mark in LORA):
-        return "is no checkpoint in original layout but a LoRA; give it with the checkpoint it is for: base.safetensors+lora.safetensors"
+        return (
+            "is no checkpoint in original layout but a LoRA; give it with the checkpoint it is for: "
+            "base.safetensors+lora.safetensors"
+        )
     if family == "ControlNet":
         return "is a ControlNet, which cannot be an expert; give it to the ensemble's pipeline(controlnet=…)"
     if family is not None and "diffusers" in family:
         return f"is a {family}, of which folders are read; give its folder, with the config.json"
     if family is not None:
-        return f"is a {family} model, which is not read as a single file; read are {READ}, and Qwen-Image as a diffusers folder"
+        return (
+            f"is a {family} model, which is not read as a single file; read are {READ}, "
+            "and Qwen-Image as a diffusers folder"
+        )
     if any(
         name.startswith((*TEXT, "text_model.", "encoder.block.0.layer.", "transformer.resblocks."))
         for name in names
     ):
-        return "is no checkpoint in original layout: it holds a text encoder and no denoiser; give the whole checkpoint or its U-Net"
+        return (
+            "is no checkpoint in original layout: it holds a text encoder and no denoiser; "
+            "give the whole checkpoint or its U-Net"
+        )
     return (
-        f"is no checkpoint in original layout: it has neither {DENOISER}{UNETS[0][0]} nor a transformer of SD 3 or FLUX.1;"
+        f"is no checkpoint in original layout: it has neither {DENOISER}{UNETS[0][0]} nor a transformer of "
+        "SD 3 or FLUX.1;"
         " is it an embedding, an upscaler or another family?"
     )

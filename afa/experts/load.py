@@ -29,7 +29,9 @@ class KnownParts:
     parts: list[tuple[str, torch.dtype | None, str, Tensors, nn.Module]] = field(default_factory=list)
 
     def find(self, folder: Path, dtype: torch.dtype | None) -> nn.Module | None:
-        """A module that was loaded from equal files: the same config, the same weights bit for bit. None if there is none.
+        """A module that was loaded from equal files: the same config, the same weights bit for bit.
+
+        None if there is none.
 
         Weight files are read until their first difference, and kept by nobody.
         """
@@ -53,10 +55,10 @@ def _read(folder: Path) -> tuple[str, Tensors]:
 def load_expert(
     source: object, dtype: torch.dtype | None = None, config: str | None = None, known: KnownParts | None = None
 ) -> Expert:  # fmt: skip
-    """An expert from a string (see ExpertSpec), a spec, a diffusers pipeline, or a bare denoiser; an Expert is one already.
+    """Make an expert from a string (see ExpertSpec), a spec, a pipeline, a bare denoiser or an Expert.
 
-    config: for a single file, the name of a shipped config or a folder of configs; found out by default. known: parts of other
-    experts, of which equal ones are taken instead of being loaded again.
+    config: for a single file, the name of a shipped config or a folder of configs; found out by default.
+    known: parts of other experts, of which equal ones are taken instead of being loaded again.
     Raises UserError if it cannot be found, read, or be an expert, or if its weights hold NaN or infinity.
     """
     if isinstance(source, Expert):
@@ -71,7 +73,8 @@ def load_expert(
         expert = _from_pipeline(source)
     else:
         raise UserError(
-            f"a {type(source).__name__} cannot be an expert; give a path, a hub id, a diffusers pipeline or a denoiser"
+            f"a {type(source).__name__} cannot be an expert; give a path, a hub id, "
+            "a diffusers pipeline or a denoiser"
         )
     where = f"the expert given as a {type(source).__name__}"
     if isinstance(source, ExpertSpec):
@@ -107,7 +110,8 @@ def check_names(specs: Sequence[ExpertSpec]) -> None:
         for earlier, other in named[:index]:
             if earlier == name:
                 raise UserError(
-                    f"two experts are called '{name}' ({other} and {text}); name them, e.g. first={other.partition('=')[2]}"
+                    f"two experts are called '{name}' ({other} and {text}); name them, e.g. "
+                    f"first={other.partition('=')[2]}"
                 )
 
 
@@ -137,7 +141,8 @@ def _from_files(located: Located, dtype: torch.dtype, config: str | None, known:
     if not located.whole_pipeline:
         if spec.loras:
             raise UserError(
-                f"expert '{spec.name}': a LoRA needs a whole pipeline to join, and {located.path} is only a denoiser"
+                f"expert '{spec.name}': a LoRA needs a whole pipeline to join, "
+                f"and {located.path} is only a denoiser"
             )
         if located.single_file:
             return _denoiser_file(located, dtype, config)
@@ -205,7 +210,7 @@ def _denoiser_file(located: Located, dtype: torch.dtype, config: str | None) -> 
 
 
 def _from_single_file(located: Located, dtype: torch.dtype, config: str | None) -> Expert:
-    """The expert in a checkpoint of original layout, through a stock pipeline without its VAE, which is read later."""
+    """Load the expert in a single file by a stock pipeline; its VAE is read later."""
     import diffusers
 
     _, folder = config_of(located, config)
@@ -241,15 +246,17 @@ def _fuse_loras(expert: Expert) -> Expert:
 
 
 def lend(experts: Sequence[Expert], frame: str | None, dtype: torch.dtype | None) -> Expert | None:
-    """Give text encoders, tokenizers and scheduler to experts that came without: -> who lends, None if nobody has to.
+    """Give text encoders, tokenizers and scheduler to bare denoisers; return their owner, or None.
 
-    frame: a pipeline's folder; by default the first expert that brings text encoders lends them. Where nobody has any, the experts
-    stay bare denoisers. Raises UserError for a frame that is no pipeline's folder, or that nobody needs.
+    frame: a pipeline's folder; by default the first expert that brings text encoders lends them. Where nobody
+    has any, the experts stay bare denoisers. Raises UserError for a frame that is no pipeline's folder, or
+    that nobody needs.
     """
     bare = [expert for expert in experts if not expert.text_encoders]
     if frame is not None and not bare:
         raise UserError(
-            f"frame '{frame}' lends to experts that are denoisers alone, and all of these bring their own; leave it out, or choose another VAE with vae (--vae)"
+            f"frame '{frame}' lends to experts that are denoisers alone, and all of these bring their own; "
+            "leave it out, or choose another VAE with vae (--vae)"
         )
     lender = (
         next((expert for expert in experts if expert.text_encoders), None)

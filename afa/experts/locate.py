@@ -23,7 +23,7 @@ from afa.files import settled, sha256
 
 @dataclass(frozen=True)
 class Located:
-    """An expert's files: a diffusers folder or one .safetensors file, and the hub's commit it was taken at."""
+    """An expert's files: a diffusers folder or one .safetensors file, and its commit on the hub."""
 
     spec: ExpertSpec
     path: Path
@@ -68,7 +68,8 @@ def locate(spec: ExpertSpec) -> Located:
         _check_plain(path)
         if path.suffix != ".safetensors":
             raise UserError(
-                f"{path} is a '{path.suffix}' file; experts are diffusers folders or .safetensors files (convert pickles first)"
+                f"{path} is a '{path.suffix}' file; experts are diffusers folders or .safetensors files "
+                "(convert pickles first)"
             )
         return Located(spec, path)
     from_file = (
@@ -92,7 +93,7 @@ def check_loras(spec: ExpertSpec) -> None:
 
 
 def _check_plain(path: Path) -> None:
-    """Raises UserError for a pipe, a socket or a device, which could be read without end; links to them, too."""
+    """Raise UserError for a pipe, a socket or a device, or a link to one: reading it might never end."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -112,7 +113,8 @@ def _tell(spec: ExpertSpec) -> None:
     """Say once which hub id is fetched that the user did not type."""
     at = f" at commit {spec.revision}" if spec.revision else ""
     print(
-        f"afa: {spec.named_by} names expert '{spec.name}' as {spec.source} of the hub{at}: fetched, unless it is here already",
+        f"afa: {spec.named_by} names expert '{spec.name}' as {spec.source} of the hub{at}: fetched, "
+        "unless it is here already",
         file=sys.stderr,
     )
 
@@ -143,7 +145,8 @@ def _from_hub(spec: ExpertSpec) -> Located:
         )
         revision = f" at revision {spec.revision}" if spec.revision else ""
         raise UserError(
-            f"'{spec.source}' is neither a folder nor a file here, and as a hub id it could not be loaded{revision}{offline}: {_reason(error)}"
+            f"'{spec.source}' is neither a folder nor a file here, "
+            f"and as a hub id it could not be loaded{revision}{offline}: {_reason(error)}"
         ) from error
 
 
@@ -186,7 +189,7 @@ PARTS = (
 
 
 def expert_files(located: Located) -> dict[str, Path]:
-    """The weight files that decide what an expert computes, as they are loaded, by the name they have in a manifest."""
+    """Return the weight files that decide what an expert computes: name in a manifest -> file."""
     root = located.path
     if located.single_file:
         files = {root.name: root}

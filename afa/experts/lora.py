@@ -2,8 +2,9 @@
 
 LoRAs of experts: beside weights that several experts share, or fused into the weights of one.
 
-Experts on one base keep its weights in memory once: each is a copy of the structure around the very same tensors, with its
-LoRAs left beside them. An expert's own LoRA is part of it: what pipelines do to LoRAs (scale, switch off, unload) passes it by.
+Experts on one base keep its weights in memory once: each is a copy of the structure around the very same
+tensors, with its LoRAs left beside them. An expert's own LoRA is part of it: what pipelines do to LoRAs
+(scale, switch off, unload) passes it by.
 """
 
 import copy
@@ -57,7 +58,8 @@ HINTS = (
 def read_lora(source: Any, **options: Any) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     """A LoRA's name for messages, its tensors, and PEFT's settings if they are recorded.
 
-    source: a .safetensors file, a folder, a hub id that is in the hub's cache, or the tensors themselves by their keys.
+    source: a .safetensors file, a folder, a hub id that is in the hub's cache, or the tensors themselves by
+    their keys.
     options: as diffusers' load_lora_weights has them: weight_name, subfolder, revision, cache_dir.
     Raises UserError if there is none, or it cannot be read.
     """
@@ -103,7 +105,8 @@ def _checked(what: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
     broken = first_not_finite(tensors.items())
     if broken is not None:
         raise UserError(
-            f"{what}: {broken} is not finite (NaN or infinite numbers); the file is broken: download or export it again"
+            f"{what}: {broken} is not finite (NaN or infinite numbers); the file is broken: "
+            "download or export it again"
         )
     nothing = [
         key
@@ -167,7 +170,9 @@ UP = ".lora_B.weight"
 
 
 def load_sharing(sources: Sequence[Any], load: Callable[[Any], "Expert"]) -> list["Expert"]:
-    """Load experts, each base that several of them name once. An expert alone on its base has its LoRAs fused into it.
+    """Load experts, each base that several of them name once.
+
+    An expert alone on its base has its LoRAs fused into it.
 
     load: reads one expert, whatever it is given as.
     """
@@ -186,7 +191,7 @@ def load_sharing(sources: Sequence[Any], load: Callable[[Any], "Expert"]) -> lis
 
 
 def place_of(located: Located | None) -> Path | None:
-    """What experts on one base have in common: where it lies; None for what shares nothing (objects, bare denoisers)."""
+    """Return a key that is equal for experts on one base; None for objects and bare denoisers."""
     return located.path.resolve() if located is not None and located.whole_pipeline else None
 
 
@@ -206,7 +211,10 @@ def on_base(base: "Expert", located: Located) -> "Expert":
 
 
 def add_own(expert: "Expert", loras: Sequence[Lora]) -> None:
-    """Put LoRA files beside an expert's weights, as part of it. Raises UserError for one that does not fit, or is another kind."""
+    """Put LoRA files beside an expert's weights, as part of it.
+
+    Raises UserError for one that does not fit, or is another kind.
+    """
     names = [f"{OWN}{index}" for index in range(len(loras))]
     parts = lora_parts(expert)
     for name, lora in zip(names, loras, strict=True):
@@ -224,7 +232,7 @@ def add_own(expert: "Expert", loras: Sequence[Lora]) -> None:
 
 
 def lora_parts(expert: "Expert") -> dict[str, Any]:
-    """What a LoRA can change of an expert, by the names in a pipeline: the denoiser first, then the text encoders."""
+    """Return the parts of an expert that a LoRA can change, by pipeline name; the denoiser is first."""
     from afa.experts.expert import TEXT_ENCODERS
 
     return {
@@ -248,7 +256,10 @@ def load_lora(parts: Mapping[str, Any], source: Any, name: str, where: str, **op
 
 
 def attach(module: Any, state: dict[str, Tensor], name: str) -> None:
-    """Put one model's part of a LoRA beside its weights. state: as lora_states makes it, every layer of alpha = rank."""
+    """Put one model's part of a LoRA beside its weights.
+
+    state: as lora_states makes it, every layer of alpha = rank.
+    """
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     ranks = {key.removesuffix(UP): tensor.shape[1] for key, tensor in state.items() if key.endswith(UP)}
@@ -296,5 +307,5 @@ def fuse(module: Model) -> Model:
 
 
 def fused(module: Model) -> Model:
-    """A model as it computes, without LoRAs beside its weights: itself if it has none, else a copy with weights of its own."""
+    """Return a model with its LoRAs fused into the weights: a copy, or the model itself if it has no LoRA."""
     return fuse(copy.deepcopy(module)) if any(tuner_layers(module)) else module

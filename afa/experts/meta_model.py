@@ -1,4 +1,4 @@
-"""An expert without its weights: its models in the right shapes (meta device), its files checked by their headers."""
+"""An expert without its weights: models on the meta device, and files that are checked by their headers."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,8 @@ OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "condi
 class Outline:
     """An expert as its files describe it.
 
-    expert: can be compared, counted and measured, not run. parts: its models by component (unet, text_encoder, vae …).
+    expert: can be compared, counted and measured, not run. parts: its models by component (unet,
+    text_encoder, vae …).
     stored: what the files hold for a component; nothing for bare configs, and where a LoRA may change it.
     config: the one a single file was read with; folder: where that lies.
     """
@@ -72,7 +73,8 @@ class Outline:
 def read_outline(spec: ExpertSpec, config: str | None = None) -> Outline:
     """Describe an expert from its files. config: as in load_expert.
 
-    Raises UserError if it cannot be found, its files are broken, cut off or incomplete, or it cannot be an expert.
+    Raises UserError if it cannot be found, its files are broken, cut off or incomplete, or it cannot be an
+    expert.
     """
     located = locate(spec)
     try:
@@ -171,7 +173,8 @@ def _check_original(part: str, model: nn.Module, entries: Tensors, where: str) -
         renamed = _as_diffusers(part, model, {key: entry.meta() for key, entry in entries.items()})
     except (KeyError, IndexError, AttributeError) as error:
         raise UserError(
-            f"{where} is incomplete or of another architecture ({type(error).__name__}: {error}); download or export it again"
+            f"{where} is incomplete or of another architecture ({type(error).__name__}: {error}); "
+            "download or export it again"
         ) from None
     check_fit(model, renamed, where)
 
@@ -208,7 +211,10 @@ def _described(name: str, folder: Path, parts: dict[str, nn.Module], stored: dic
 
 
 def _build_all(folder: Path) -> dict[str, nn.Module]:
-    """Denoiser, text encoders and VAE of a pipeline folder, as far as it has them. A VAE may be left out of a download."""
+    """Denoiser, text encoders and VAE of a pipeline folder, as far as it has them.
+
+    A VAE may be left out of a download.
+    """
     index = read_index(folder)
     names = [component_of(folder, index), *(name for name in TEXT_ENCODERS if has_part(index, name))]
     names += ["vae"] if has_part(index, "vae") and (folder / "vae").is_dir() else []
@@ -216,7 +222,10 @@ def _build_all(folder: Path) -> dict[str, nn.Module]:
 
 
 def _build(folder: Path, part: str | None, library: str, name: str) -> nn.Module:
-    """A model of the class and the config of a component's folder, on the meta device. part: as component_class takes it."""
+    """A model of the class and the config of a component's folder, on the meta device.
+
+    part: as component_class takes it.
+    """
     maker = component_class(folder, part, library, name)
     config = check_config(folder, library, name)
     try:
@@ -232,11 +241,15 @@ def _build(folder: Path, part: str | None, library: str, name: str) -> nn.Module
 
 
 def _check_loras(found: Outline, located: Located) -> None:
-    """LoRA files must be whole, and have a pipeline to join. An encoder that they may change is no longer its file's."""
+    """LoRA files must be whole, and have a pipeline to join.
+
+    An encoder that they may change is no longer its file's.
+    """
     spec = located.spec
     if spec.loras and not located.whole_pipeline:
         raise UserError(
-            f"expert '{spec.name}': a LoRA needs a whole pipeline to join, and {located.path} is only a denoiser"
+            f"expert '{spec.name}': a LoRA needs a whole pipeline to join, "
+            f"and {located.path} is only a denoiser"
         )
     for lora in spec.loras:
         names = read_file(Path(lora.path)) if Path(lora.path).suffix == ".safetensors" else {}
@@ -246,10 +259,11 @@ def _check_loras(found: Outline, located: Located) -> None:
 
 
 def shared_text_encoders(outlines: list[Outline]) -> list[list[str | None]]:
-    """For every expert and each of its text encoders: the name of the first expert that has the same, None if it is the first.
+    """For each text encoder of each expert, name the first expert with an equal one; None if it is the first.
 
-    The same is: equal bit for bit in the files, with equal settings; an ensemble keeps and runs such encoders once.
-    Files are read until their first difference. Of bare configs: in families whose fine-tunes leave the text encoders alone.
+    The same is: equal bit for bit in the files, with equal settings; an ensemble keeps and runs such encoders
+    once. Files are read until their first difference. Of bare configs: in families whose fine-tunes leave the
+    text encoders alone.
     """
     return [
         [_same_as(outlines[:index], mine, part) for part in mine.text_parts]

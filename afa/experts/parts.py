@@ -1,7 +1,7 @@
 """What a diffusers folder is made of, and one component of it, by the class it names.
 
-Classes are the installed libraries' own, each of the kind that its place asks for, and are checked before a library is asked
-to load anything: a folder that was downloaded never chooses what code runs.
+Classes are the installed libraries' own, each of the kind that its place asks for, and are checked before a
+library is asked to load anything: a folder that was downloaded never chooses what code runs.
 """
 
 import functools
@@ -62,14 +62,18 @@ def load_part(folder: Path, part: str | None, dtype: torch.dtype | None = None) 
     if info["missing_keys"]:  # the libraries would leave them empty, or draw them at random
         missing = sorted(info["missing_keys"])
         raise UserError(
-            f"{place} lacks {len(missing)} of the weights of a {name} (first: {missing[0]}); download or export it again"
+            f"{place} lacks {len(missing)} of the weights of a {name} (first: {missing[0]}); "
+            "download or export it again"
         )
     check_fit(model, tensors, str(place))
     return model.eval()
 
 
 def from_pretrained(maker: Any, folder: Path, place: Path, **options: Any) -> Any:
-    """What a library loads from a folder. place: the component's own, for messages. Raises UserError for what it cannot load."""
+    """What a library loads from a folder.
+
+    place: the component's own, for messages. Raises UserError for what it cannot load.
+    """
     try:
         return maker.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # the libraries raise anything for settings of a wrong type
@@ -91,7 +95,7 @@ def load_scheduler(folder: Path) -> Any:
 
 
 def _check_settings(folder: Path) -> None:
-    """Raises UserError for settings of a scheduler or a tokenizer that are broken, or name code of their own."""
+    """Raise UserError for settings of a scheduler or tokenizer that are broken, or that name custom code."""
     for name in ("scheduler_config.json", "tokenizer_config.json", "config.json"):
         if (folder / name).exists():
             read_config(folder, name)
@@ -121,7 +125,8 @@ def read_index(folder: Path) -> dict[str, Any]:
             else "expected a name such as StableDiffusionPipeline"
         )
         raise UserError(
-            f"{file}: the pipeline's _class_name is {name!r:.80}, {known}; correct it or download the folder again"
+            f"{file}: the pipeline's _class_name is {name!r:.80}, {known}; "
+            "correct it or download the folder again"
         )
     for part, entry in index.items():
         if part in KINDS and entry is not None and not isinstance(entry, list):
@@ -157,7 +162,8 @@ def component_class(where: Path, part: str | None, library: str, name: str) -> A
     """The class of a component.
 
     where: what names it, for messages. part: its place in a pipeline; None for a denoiser's own folder.
-    Raises UserError if it is not the installed library's own, or of another kind. None for parts that are never loaded.
+    Raises UserError if it is not the installed library's own, or of another kind. None for parts that are
+    never loaded.
     """
     if part is not None and part not in KINDS:
         if library not in LIBRARIES or not name.isidentifier():
@@ -208,7 +214,10 @@ def check_config(place: Path, library: str, name: str) -> dict[str, Any]:
 
 
 def component_of(folder: Path, index: dict[str, Any]) -> str:
-    """The name of the denoiser in a pipeline folder. Raises UserError if it has none that can be an expert."""
+    """The name of the denoiser in a pipeline folder.
+
+    Raises UserError if it has none that can be an expert.
+    """
     models = [family.model for family in FAMILIES.values()]
     for family in FAMILIES.values():
         if has_part(index, family.component):

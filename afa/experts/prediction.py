@@ -1,7 +1,9 @@
 """What a U-Net predicts and at which noise, as its single file or its user says it.
 
-A single file has no scheduler_config.json. What says more than its architecture's usual scheduler, the first that speaks:
-1. two empty tensors, `v_pred` and `ztsnr`, as ComfyUI reads and writes them: v-prediction; and with it zero terminal SNR;
+A single file has no scheduler_config.json. What says more than its architecture's usual scheduler, the first
+that speaks:
+1. two empty tensors, `v_pred` and `ztsnr`, as ComfyUI reads and writes them: v-prediction; and with it zero
+terminal SNR;
 2. `modelspec.prediction_type` in its header: epsilon or v;
 3. the user, by --prediction-type;
 4. a folder of configs that the user names.
@@ -32,7 +34,10 @@ EDM_KEYS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is said. type: epsilon or v_prediction; None where nothing is. zero_snr: whether the noise ends without signal."""
+    """What is said.
+
+    type: epsilon or v_prediction; None where nothing is. zero_snr: whether the noise ends without signal.
+    """
 
     type: str | None = None
     zero_snr: bool = False
@@ -50,14 +55,16 @@ def said_by_file(file: Path, given: str | None = None, config: str | None = None
     edm = next((name for name in EDM_KEYS if _has(names, name)), None)
     if edm is not None:
         raise UserError(
-            f"{file} is a model of EDM's noise schedule ('{edm}', as Playground v2.5 and CosXL have it), which is not read as a single file"
+            f"{file} is a model of EDM's noise schedule ('{edm}', as Playground v2.5 and CosXL have it), "
+            "which is not read as a single file"
         )
     key = V if _has(names, V_KEY) else None
     text = read_metadata(file).get(MODELSPEC, "").strip().lower()
     header = SPELLINGS.get(text)
     if text and header is None and not (key or given):
         raise UserError(
-            f"{file}: its header says {MODELSPEC} '{text:.40}', expected epsilon or v; say which with --prediction-type"
+            f"{file}: its header says {MODELSPEC} '{text:.40}', expected epsilon or v; "
+            "say which with --prediction-type"
         )
     said = {f"its key {V_KEY}": key, "--prediction-type": given}
     if not all(said.values()):
@@ -72,7 +79,9 @@ def said_by_file(file: Path, given: str | None = None, config: str | None = None
 
 
 def predicting(scheduler: Any, said: Prediction, where: object) -> Any:
-    """A scheduler for what is said, with its steps at the end of the noise if that has no signal; itself if it is that already.
+    """Return a scheduler for the stated kind of prediction; the same object if nothing changes.
+
+    At zero terminal SNR its steps begin at the end of the schedule.
 
     Zero terminal SNR without v-prediction is left out with a warning, as ComfyUI does. where: for messages.
     Source: arXiv:2305.08891, sections 3.1 (rescaled betas) and 3.3 (trailing steps).
@@ -80,12 +89,14 @@ def predicting(scheduler: Any, said: Prediction, where: object) -> Any:
     kind = kind_of(scheduler)
     if said.type is not None and kind not in SPELLINGS.values():
         raise UserError(
-            f"{where} predicts {kind} by its scheduler, and {said.type} was said of it; leave out --prediction-type"
+            f"{where} predicts {kind} by its scheduler, and {said.type} was said of it; "
+            "leave out --prediction-type"
         )
     wanted = said.type or kind
     if said.zero_snr and wanted != V:
         warn_once(
-            f"{where}: its key {ZERO_KEY} is ignored, since it predicts {wanted}; if it predicts v, give --prediction-type {V}"
+            f"{where}: its key {ZERO_KEY} is ignored, since it predicts {wanted}; if it predicts v, "
+            f"give --prediction-type {V}"
         )
     zero = said.zero_snr and wanted == V and not Schedule.of(scheduler).zero_snr
     if not zero:
@@ -104,12 +115,16 @@ def predicting(scheduler: Any, said: Prediction, where: object) -> Any:
 
 
 def folder_scheduler(located: Located, index: dict[str, Any]) -> Any:
-    """The scheduler of a pipeline's folder; None if it has none. Raises UserError if its user says otherwise than it does."""
+    """The scheduler of a pipeline's folder; None if it has none.
+
+    Raises UserError if its user says otherwise than it does.
+    """
     scheduler = load_part(located.path, "scheduler") if has_part(index, "scheduler") else None
     given = located.spec.prediction_type
     if scheduler is not None and given not in (None, kind_of(scheduler)):
         raise UserError(
-            f"{located.path}: its scheduler says {kind_of(scheduler)}, --prediction-type {given}; leave out one, or correct the folder"
+            f"{located.path}: its scheduler says {kind_of(scheduler)}, --prediction-type {given}; "
+            "leave out one, or correct the folder"
         )
     return scheduler
 
@@ -118,7 +133,8 @@ def flow_only(located: Located) -> Prediction:
     """Of a flow's file, which says nothing. Raises UserError for a user who does."""
     if located.spec.prediction_type is not None:
         raise UserError(
-            f"{located.path} is a flow model, which predicts neither epsilon nor v; leave out --prediction-type {located.spec.prediction_type}"
+            f"{located.path} is a flow model, which predicts neither epsilon nor v; "
+            f"leave out --prediction-type {located.spec.prediction_type}"
         )
     return Prediction()
 

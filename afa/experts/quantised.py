@@ -1,7 +1,8 @@
-"""Frozen weights that take less room on the device: in 8 bits, or in the memory of the CPU until a layer needs them.
+"""Frozen weights that need less device memory: stored in 8 bits, or kept on the CPU until a layer needs them.
 
-Only the weights of linear and convolutional layers are stored so; they are most of a model. A layer computes as before, in the
-dtype of its input, with the weight fetched for the moment; the backward pass fetches it again instead of keeping it.
+Only the weights of linear and convolutional layers are stored so; they are most of a model. A layer computes
+as before, in the dtype of its input, with the weight fetched for the moment; the backward pass fetches it
+again instead of keeping it.
 """
 
 from typing import Any
@@ -114,10 +115,11 @@ class StoredConv2d(_Stored, nn.Conv2d):  # type: ignore[override]
 
 
 def store_weights(model: nn.Module, store: str) -> None:
-    """Store the large weights of a frozen model, in place; it can be used and differentiated through, not trained or saved.
+    """Store the large weights of a frozen model, in place; it cannot be trained or saved afterwards.
 
-    store: of STORES. A weight that several layers share is stored once, if they are stored in one call. LoRAs beside weights
-    and padded convolutions of other kinds than zeros stay as they are. Raises ValueError for an unknown store.
+    store: of STORES. A weight that several layers share is stored once, if they are stored in one call. LoRAs
+    beside weights and padded convolutions of other kinds than zeros stay as they are. Raises ValueError for
+    an unknown store.
     """
     if store not in STORES:
         raise ValueError(f"there is no store '{store}'. Known: {', '.join(STORES)}")

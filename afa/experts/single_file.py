@@ -2,9 +2,9 @@
 
 Single .safetensors files in their original layout: which architecture, and loading them without a network.
 
-U-Nets come with text encoders and VAE in one file (LDM's layout), or alone; of transformers (SD 3, FLUX) only the denoiser is read,
-since their fine-tunes share everything else. diffusers converts the keys; what it would fetch from a hub (configs, CLIP's
-tokenizer) ships in configs/.
+U-Nets come with text encoders and VAE in one file (LDM's layout), or alone; of transformers (SD 3, FLUX) only
+the denoiser is read, since their fine-tunes share everything else. diffusers converts the keys; what it would
+fetch from a hub (configs, CLIP's tokenizer) ships in configs/.
 """
 
 import gzip
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 CONFIGS = Path(__file__).parent / "configs"
 KNOWN_CONFIGS = ("sd15", "sd21", "sd21-base", "sdxl", "sd3", "sd35", "sd35-large", "flux", "flux-schnell")
-# (names of the first convolution and of the text input of a U-Net's first attention), by whether they are diffusers' names
+# names of a U-Net's first convolution and of its first attention's text input, by layout (diffusers or not)
 UNET = {
     False: ("input_blocks.0.0.weight", "input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"),
     True: ("conv_in.weight", "down_blocks.{}.attentions.0.transformer_blocks.0.attn2.to_k.weight"),
 }
-# (block of the first attention in the original's and in diffusers' count, width of its text input) -> shipped config.
+# (block of the first attention, counted in both layouts; width of its text input) -> shipped config.
 # SD 2.x with and without v-prediction have the same shapes: 2.1 at 768 px is taken, unless ε is said.
 ARCHITECTURES = {(1, 0, 768): "sd15", (1, 0, 1024): "sd21", (4, 1, 2048): "sdxl"}
 
@@ -54,7 +54,8 @@ def detect_config(file: Path, prediction_type: str | None = None) -> str:
     layout = layout_of(header, file)
     if layout.part == "vae":
         raise UserError(
-            f"{file} is no checkpoint in original layout but a VAE alone; give it as --vae, or in Python as vae="
+            f"{file} is no checkpoint in original layout but a VAE alone; give it as --vae, "
+            "or in Python as vae="
         )
     if layout.part == "transformer":
         return _transformer_config(
@@ -64,7 +65,8 @@ def detect_config(file: Path, prediction_type: str | None = None) -> str:
     channels = header[first]["shape"][1] if first in header else 0
     if channels != 4:
         raise UserError(
-            f"{file} takes {channels} input channels, expected 4; inpainting and other conditioned U-Nets are not supported as single files"
+            f"{file} takes {channels} input channels, expected 4; "
+            "inpainting and other conditioned U-Nets are not supported as single files"
         )
     for (*blocks, width), config in ARCHITECTURES.items():
         shape = header.get(attention.format(blocks[layout.diffusers]), {}).get("shape", [])
@@ -73,14 +75,16 @@ def detect_config(file: Path, prediction_type: str | None = None) -> str:
             return "sd21-base" if said == "epsilon" else config
     own = f"give its folder: {file.parent}, or" if (file.parent / "config.json").is_file() else "give"
     raise UserError(
-        f"{file} is of no architecture known here ({', '.join(KNOWN_CONFIGS)}); {own} its config folder with --config"
+        f"{file} is of no architecture known here ({', '.join(KNOWN_CONFIGS)}); "
+        f"{own} its config folder with --config"
     )
 
 
 def config_of(located: Located, config: str | None) -> tuple[str, Path]:
     """With which configs a single file is read: -> what they are called, their folder.
 
-    config: what its user names; else the file's own header has them, or its shapes decide. Raises UserError if there are none.
+    config: what its user names; else the file's own header has them, or its shapes decide. Raises UserError
+    if there are none.
     """
     own = unpack(read_metadata(located.path), located.path) if config is None else None
     if own is not None:
@@ -90,9 +94,10 @@ def config_of(located: Located, config: str | None) -> tuple[str, Path]:
 
 
 def scheduler_of(located: Located, config: str | None, folder: Path) -> tuple[Any, Prediction]:
-    """The scheduler of a U-Net's single file: that of its configs, with what is said of the file; and that alone.
+    """Return the scheduler of a U-Net's single file, and what is stated about its kind of prediction.
 
-    config: what its user named, of the folder that it is read with. Raises UserError for what contradicts itself.
+    config: what its user named, of the folder that it is read with. Raises UserError for what contradicts
+    itself.
     """
     usual = load_part(folder, "scheduler")
     named = config is not None and (
@@ -101,13 +106,17 @@ def scheduler_of(located: Located, config: str | None, folder: Path) -> tuple[An
     said = said_by_file(located.path, located.spec.prediction_type, kind_of(usual) if named else None)
     if folder.name == "sd21" and said.type is None and config is None:
         warn_once(
-            f"{located.path} does not say what it predicts, and is read as v-prediction, as SD 2.1 at 768 px; if not, --prediction-type epsilon"
+            f"{located.path} does not say what it predicts, and is read as v-prediction, "
+            "as SD 2.1 at 768 px; if not, --prediction-type epsilon"
         )
     return predicting(usual, said, located.path), said
 
 
 def _transformer_config(file: Path, shapes: Mapping[str, list[int]]) -> str:
-    """Of SD 3 by depth and by the largest image, of FLUX by whether guidance is told. Raises UserError for what is none of them."""
+    """Of SD 3 by depth and by the largest image, of FLUX by whether guidance is told.
+
+    Raises UserError for what is none of them.
+    """
     if SD3 in shapes:
         if "joint_blocks.37.x_block.attn.qkv.weight" in shapes:
             return "sd35-large"
@@ -116,13 +125,17 @@ def _transformer_config(file: Path, shapes: Mapping[str, list[int]]) -> str:
     if channels != 64:
         kinds = {384: "FLUX.1 Fill", 128: "FLUX.1 Depth or Canny"}
         raise UserError(
-            f"{file} takes {channels} input channels ({kinds.get(channels, 'unknown')}), expected the 64 of FLUX.1; give a diffusers folder"
+            f"{file} takes {channels} input channels ({kinds.get(channels, 'unknown')}), "
+            "expected the 64 of FLUX.1; give a diffusers folder"
         )
     return "flux" if "guidance_in.in_layer.weight" in shapes else "flux-schnell"
 
 
 def config_folder(name_or_folder: str) -> Path:
-    """A shipped config by its name, or a user's own folder of configs. Raises UserError if there is neither."""
+    """A shipped config by its name, or a user's own folder of configs.
+
+    Raises UserError if there is neither.
+    """
     if name_or_folder in KNOWN_CONFIGS:
         return CONFIGS / name_or_folder
     folder = Path(name_or_folder)
@@ -175,7 +188,10 @@ def load_tokenizers(config: Path) -> dict[str, Any]:
 
 
 def denoiser_config(located: Located, family: str, config: str | None = None) -> Any:
-    """With the defaults of its class. config: of a single file, as in load_expert. Raises UserError where there is none to be read."""
+    """With the defaults of its class.
+
+    config: of a single file, as in load_expert. Raises UserError where there is none to be read.
+    """
     import diffusers
 
     folder = config_of(located, config)[1] if located.single_file else located.path
@@ -220,7 +236,10 @@ def as_diffusers(model: Any, layout: Layout, tensors: Mapping[str, Tensor], wher
 def read_component(
     file: Path, layout: Layout, maker: Any, config: Mapping[str, Any], dtype: torch.dtype
 ) -> nn.Module:
-    """A component with its weights. maker, config: its class and settings. Raises UserError if they do not fit each other."""
+    """A component with its weights.
+
+    maker, config: its class and settings. Raises UserError if they do not fit each other.
+    """
     from accelerate import init_empty_weights
 
     with init_empty_weights():
@@ -235,8 +254,10 @@ def read_component(
 def describe_vae(file: Path, like: "Expert | None", config: str | None) -> tuple[nn.Module, Layout]:
     """A VAE's own file by its header: -> its model without numbers, how its tensors are named.
 
-    like: an expert that the VAE is to serve; config: what a user named; they decide the scale of its latents, which no file says.
-    Raises UserError for a file that holds no VAE, or one of another kind than the expert's, with both numbers of channels.
+    like: an expert that the VAE is to serve; config: what a user named; they decide the scale of its latents,
+    which no file says.
+    Raises UserError for a file that holds no VAE, or one of another kind than the expert's, with both numbers
+    of channels.
     """
     from diffusers import AutoencoderKL
 
@@ -250,7 +271,8 @@ def describe_vae(file: Path, like: "Expert | None", config: str | None) -> tuple
     if channels != expected:
         whom = f"'{like.name}'" if like is not None and like.name else "the experts"
         raise UserError(
-            f"the VAE in {file} has {channels} latent channels, {whom} expected {expected}; choose another VAE"
+            f"the VAE in {file} has {channels} latent channels, {whom} expected {expected}; "
+            "choose another VAE"
         )
     with torch.device("meta"):
         model: nn.Module = AutoencoderKL.from_config(settings)
@@ -289,7 +311,8 @@ def _settings(like: "Expert | None", config: str | None, file: Path) -> dict[str
     name = VAE_CONFIGS.get(like.family) or UNET_VAES.get(width if isinstance(width, int) else 0)
     if name is None:
         raise UserError(
-            f"{file}: which VAE an expert of family {like.family} has is not known here; give the VAE's folder, or --config"
+            f"{file}: which VAE an expert of family {like.family} has is not known here; "
+            "give the VAE's folder, or --config"
         )
     return _read(config_folder(name) / "vae", file)
 
@@ -301,7 +324,8 @@ def _read(folder: Path, file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: its settings {error}; give the VAE's folder, or --config") from None
     if settings.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise UserError(
-            f"{file}: the experts' VAE is an {settings['_class_name']}, and files are read of AutoencoderKL; give the VAE's folder"
+            f"{file}: the experts' VAE is an {settings['_class_name']}, "
+            "and files are read of AutoencoderKL; give the VAE's folder"
         )
     return settings
 

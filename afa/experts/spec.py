@@ -72,7 +72,8 @@ class ExpertSpec:
             source, _, revision = source.rpartition("@")
         if not source:
             raise UserError(
-                f"expert '{text}' has no source; write a folder, a .safetensors file or org/name, optionally as name=source"
+                f"expert '{text}' has no source; write a folder, a .safetensors file or org/name, "
+                "optionally as name=source"
             )
         if prediction_type not in (None, *PREDICTION_TYPES):
             raise UserError(unknown(str(prediction_type), PREDICTION_TYPES, "prediction type"))
@@ -88,7 +89,10 @@ def exists(place: str) -> bool:
 
 
 def new_places(given: list[str]) -> dict[str, str]:
-    """Where the experts of a saved ensemble are now: NAME=PLACE, split. Raises UserError where there is no name."""
+    """Where the experts of a saved ensemble are now: NAME=PLACE, split.
+
+    Raises UserError where there is no name.
+    """
     for place in given:
         if "=" not in place:
             raise UserError(f"--experts {place} names no expert; write NAME={place}")
@@ -96,7 +100,10 @@ def new_places(given: list[str]) -> dict[str, str]:
 
 
 def _pieces(text: str) -> list[str]:
-    """The source and the LoRAs behind it. A + divides them, unless it belongs to the name of something that exists."""
+    """The source and the LoRAs behind it.
+
+    A + divides them, unless it belongs to the name of something that exists.
+    """
     parts, pieces = text.split("+"), []
     while parts:
         ends = range(len(parts), 0, -1)
