@@ -1,4 +1,4 @@
-"""Encoded training data: latents and text states, kept on disk and shared by runs."""
+"""A cache on disk of encoded training data, shared by runs: latents of images and text states of captions."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ MARK = re.compile("[0-9a-f]{64} [0-9a-f]{64}")  # a line of that file
 
 
 def content_hash(*modules: nn.Module) -> str:
-    """Of everything in models that decides what they compute: class, config and weights."""
+    """Return a hash of all that decides what models compute: class, config and weights."""
     total = hashlib.sha256()
     for module in modules:
         config = getattr(module, "config", None)
@@ -41,16 +41,20 @@ def content_hash(*modules: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Known:
-    """An image that needs no reading. sha256: of its bytes. keys: of its rows."""
+    """An image that need not be read again.
+
+    sha256: of its bytes
+    keys:   of its rows in the cache
+    """
 
     sha256: bytes
     keys: list[str]
 
 
 class LatentCache:
-    """Moments and size conditions of images, by the image's content, its crop and the VAE.
+    """The VAE's moments and the size conditions of images, by image content, crop and VAE.
 
-    shape: of one image's moments (2C, h, w).
+    shape: of one image's moments (2C, h, w)
     """
 
     def __init__(self, folder: Path, vae: nn.Module, shape: Sequence[int]) -> None:
@@ -61,7 +65,10 @@ class LatentCache:
         self._marks = dict(line.split() for line in _lines(self._marks_file))
 
     def find(self, sample: Sample, crops: Sequence[Crop]) -> Known | None:
-        """What is known of an image and all its crops, None if anything is missing, or the image may have changed."""
+        """Return what is known of an image and its crops.
+
+        Returns None if a crop is missing, or the image may have changed.
+        """
         image = self._marks.get(_mark(sample))
         if image is None:
             return None
@@ -73,12 +80,12 @@ class LatentCache:
         )
 
     def add(self, keys: Sequence[str], moments: Tensor, sizes: Sequence[Sequence[float]]) -> None:
-        """Keep the rows of a batch."""
+        """Store the rows of a batch."""
         self.sizes.add(keys, torch.tensor(sizes))
         self.moments.add(keys, moments)
 
     def note(self, images: Iterable[tuple[Sample, bytes]]) -> None:
-        """Remember the contents of images, so that they need not be read again until they change."""
+        """Store the hashes of images, so that they are not read again until they change."""
         fresh = {_mark(sample): sha256.hex() for sample, sha256 in images}
         fresh = {mark: image for mark, image in fresh.items() if self._marks.get(mark) != image}
         if fresh:
@@ -87,14 +94,17 @@ class LatentCache:
             self._marks |= fresh
 
     def refresh(self) -> None:
-        """See what other processes have added."""
+        """Read what other processes have added."""
         self.moments.refresh()
         self.sizes.refresh()
         self._marks = dict(line.split() for line in _lines(self._marks_file))
 
 
 class TextCache:
-    """States of captions, by caption and text encoders. parts: name -> a stored tensor's shape and dtype, without the batch."""
+    """The text states of captions, by caption and text encoders.
+
+    parts: shape (without the batch) and dtype of each stored tensor
+    """
 
     def __init__(
         self, folder: Path, identity: str, parts: Sequence[tuple[tuple[int, ...], torch.dtype]]
@@ -105,7 +115,7 @@ class TextCache:
         ]
 
     def missing(self, captions: Iterable[str]) -> list[str]:
-        """The captions that are not there, each once."""
+        """Return the captions that are not stored, each once."""
         return [
             caption
             for caption in dict.fromkeys(captions)
@@ -129,7 +139,7 @@ class TextCache:
 
 
 def row_key(image: str, crop: Crop) -> str:
-    """Of an image's content, how it is opened and how it is cut."""
+    """Return a key of an image's content, its decoder and its crop."""
     facts = f"{image} {crop.resolution} {crop.place} {crop.flip} {OPENER}"
     return hashlib.sha256(facts.encode()).hexdigest()
 
@@ -139,12 +149,13 @@ def caption_key(caption: str) -> str:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises UserError if a disk has not so many bytes left."""
+    """Raise UserError if the folder's disk has less space than needed, in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"--cache {folder} needs {needed / 1e9:.1f} GB more, and its disk has {free / 1e9:.1f} GB left; give another place"
+            f"--cache {folder} needs {needed / 1e9:.1f} GB more, and its disk has {free / 1e9:.1f} GB left; "
+            "give another place"
         )
 
 
@@ -153,14 +164,14 @@ def _mark(sample: Sample) -> str:
 
 
 def _lines(file: Path) -> list[str]:
-    """The whole lines of a file; one that was cut off is no line."""
+    """Return the whole lines of a file; a line that was cut off is ignored."""
     text = file.read_text(encoding="ascii", errors="replace") if file.exists() else ""
     return [line for line in text[: text.rfind("\n") + 1].split("\n") if MARK.fullmatch(line)]
 
 
 @dataclass(frozen=True)
 class Found:
-    """An image of the cache, in the place of a row."""
+    """A cached image; it takes the place of data.Row."""
 
     sample: Sample
     sha256: bytes
@@ -175,7 +186,7 @@ def encode_cached(
     *,
     cache: LatentCache,
 ) -> Encoded:
-    """As data.encode, but only what the cache lacks is read and encoded; each process does its share."""
+    """Encode like data.encode, but only what the cache lacks; each process does its share."""
     state = PartialState()
     todo = [item for item in work if cache.find(*item) is None]
     state.wait_for_everyone()  # nobody writes before everybody has looked
@@ -193,7 +204,10 @@ def encode_cached(
 def _collect(
     work: Sequence[Work], skipped: Skipped, reasons: Mapping[str, str], cache: LatentCache
 ) -> Encoded:
-    """Everything in its order; what is still not there could not be read. reasons: why, where this process knows."""
+    """Collect all rows in order. An image that is still missing could not be read.
+
+    reasons: why, by image name, for the images that this process read
+    """
     keys: list[str] = []
     images: list[Found] = []
     for sample, crops in work:
@@ -212,7 +226,7 @@ def _collect(
 
 
 def announce(folder: Path, what: str, count: int, row_bytes: int) -> None:
-    """Say what will be written, before it is. Raises UserError if the disk has no room for it."""
+    """Print what will be written. Raises UserError if the disk has no room for it."""
     if count:
         check_space(folder, count * row_bytes)
         if PartialState().is_main_process:
@@ -223,7 +237,7 @@ def announce(folder: Path, what: str, count: int, row_bytes: int) -> None:
 
 
 def missing_rows(work: Iterable[Work], cache: LatentCache) -> int:
-    """How many rows are not there yet."""
+    """Return how many rows the cache lacks."""
     return sum(len(crops) for sample, crops in work if cache.find(sample, crops) is None)
 
 
@@ -231,9 +245,11 @@ STEP = 16  # tokens: rows are as long as the next multiple
 
 
 class VaryingTextCache:
-    """States (T, D) of captions with a mask (T,) that keeps the first of them, by caption and text encoders; used as TextCache is.
+    """Text states of variable length, by caption and text encoders; the same interface as TextCache.
 
-    width: D. longest: tokens of the longest caption, for what the cache is expected to need.
+    States are (T, D) with a mask (T,) that is True for the first tokens.
+    width:   D
+    longest: tokens of the longest caption, to estimate the cache's size
     """
 
     def __init__(self, folder: Path, identity: str, width: int, dtype: torch.dtype, longest: int) -> None:
@@ -244,11 +260,14 @@ class VaryingTextCache:
         self.refresh()
 
     def missing(self, captions: Iterable[str]) -> list[str]:
-        """The captions that are not there, each once."""
+        """Return the captions that are not stored, each once."""
         return [caption for caption in dict.fromkeys(captions) if caption_key(caption) not in self.lengths]
 
     def add(self, captions: Sequence[str], parts: Sequence[Tensor]) -> None:
-        """Keep states (B, T, D) with their mask (B, T): states first, so that a length is there only with what it is of."""
+        """Store states (B, T, D) and their mask (B, T).
+
+        States are written before lengths, so that a length never stands without its states.
+        """
         states, mask = parts
         keys, lengths = [caption_key(caption) for caption in captions], mask.sum(1).tolist()
         assert all(bool(kept[:length].all()) for kept, length in zip(mask, lengths, strict=True)), (
@@ -263,7 +282,10 @@ class VaryingTextCache:
         self.lengths.add(keys, torch.tensor(lengths).view(-1, 1))
 
     def read(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """-> states (B, T, D), zeros behind every prompt's end, and their mask (B, T); T: of the longest."""
+        """Return states (B, T, D), zero after the end of each prompt, and their mask (B, T).
+
+        T: of the longest.
+        """
         keys = [caption_key(caption) for caption in captions]
         lengths = self.lengths.read(keys)  # (B, 1)
         states = torch.zeros(len(keys), int(lengths.max()), self.width, dtype=self.dtype)
@@ -272,7 +294,7 @@ class VaryingTextCache:
         return states, torch.arange(states.shape[1])[None] < lengths
 
     def refresh(self) -> None:
-        """See what other processes have added."""
+        """Read what other processes have added."""
         for folder in self.place.glob("states-*"):
             self._store(int(folder.name.removeprefix("states-")))
         for store in self.stores.values():
@@ -286,5 +308,5 @@ class VaryingTextCache:
 
 
 def _row(length: int) -> int:
-    """How long the row of a prompt is."""
+    """Round a prompt's length up to that of its row."""
     return -(-length // STEP) * STEP

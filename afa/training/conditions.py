@@ -1,4 +1,4 @@
-"""Captions as the denoiser takes them: through the pipeline's own encode_prompt, with captions dropped sample by sample."""
+"""Encode captions for the denoiser with the pipeline's own encode_prompt, with caption dropout."""
 
 import hashlib
 import inspect
@@ -20,7 +20,7 @@ FEW = 50  # captions, encoded without a bar
 
 
 def equally_long(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """States or masks of two batches, (B, T, …), the shorter ones padded with zeros: a mask says then that there is nothing."""
+    """Pad the shorter of two batches of states or masks, (B, T, …), with zeros to the same T."""
     length = max(one.shape[1], other.shape[1])
     first, second = (
         torch.cat([part, part.new_zeros(len(part), length - part.shape[1], *part.shape[2:])], dim=1)
@@ -32,8 +32,8 @@ def equally_long(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 class Conditions:
     """Encodes captions with the ensemble's stock pipeline, or reads them from a cache that it filled.
 
-    A dropped caption is what guidance uses for "no prompt": the empty caption, or zeros where the pipeline is
-    configured so (SDXL's force_zeros_for_empty_prompt).
+    A dropped caption becomes the unconditional input of guidance: the empty caption, or zeros if the pipeline
+    is configured so (SDXL's force_zeros_for_empty_prompt).
     """
 
     def __init__(self, pipeline: Any, denoiser: EnsembleDenoiser, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class Conditions:
             self._none = tuple(torch.zeros_like(part) for part in self._none)
 
     def keep(self, folder: Path, captions: Iterable[str], batch_size: int) -> None:
-        """Encode what the cache in a folder lacks, each process its share; from now on captions are read there."""
+        """Encode the captions that a cache folder lacks; from now on all captions are read there."""
         state, captions = PartialState(), list(captions)
         cache = self._cache(folder, captions)
         missing = cache.missing(captions)
@@ -72,7 +72,7 @@ class Conditions:
         )
 
     def _identity(self) -> str:
-        """Of everything that decides a caption's states."""
+        """Return a hash of everything that decides a caption's states."""
         names = [name for name in TEXT_ENCODERS if getattr(self.pipeline, name, None) is not None]
         tokenizers = [getattr(self.pipeline, name.replace("text_encoder", "tokenizer")) for name in names]
         words = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
@@ -83,14 +83,21 @@ class Conditions:
 
     @torch.no_grad()
     def _encode(self, captions: list[str]) -> tuple[Tensor, ...]:
-        """What the denoiser is given of the pipeline's encode_prompt: states (B, T, D) and, in most families, pooled states (B, P) or a mask (B, T)."""
+        """Return the denoiser's inputs from encode_prompt.
+
+        They are states (B, T, D) and, in most families, pooled states (B, P) or a mask (B, T).
+        """
         if self.cache is not None:
             return tuple(part.to(self.device, non_blocking=True) for part in self.cache.read(captions))
         encoded = encode_prompt(self.pipeline, captions, self.device, guided=False)
         return self.call.parts(encoded)
 
     def __call__(self, captions: list[str], sizes: Tensor, dropped: Tensor) -> dict[str, Any]:
-        """The prompts' part of the denoiser's call. sizes (B, 6) for SDXL; dropped (B,) bool: samples without their caption."""
+        """Return the denoiser's keyword arguments for these captions.
+
+        sizes:   (B, 6) SDXL's size conditions
+        dropped: (B,) bool, True for samples without their caption
+        """
         parts = []
         for part, none in zip(self._encode(list(captions)), self._none, strict=True):
             if self.call.varying:
@@ -103,10 +110,11 @@ class Conditions:
 def encode_prompt(
     pipeline: Any, captions: list[str], device: torch.device, *, guided: bool
 ) -> tuple[Any, ...]:
-    """A stock pipeline's encode_prompt, as far as it takes the options: every text encoder gets the same prompt.
+    """Call a stock pipeline's encode_prompt; all text encoders get the same prompt.
 
-    guided: with the empty prompt for guidance, where the pipeline encodes one beside it. Prompts are cut where the pipeline cuts
-    those it draws, which is not everywhere the default of encode_prompt.
+    guided: also encode the empty prompt for guidance, if the pipeline does so
+    Prompts are cut at the length that the pipeline's __call__ uses, which may differ from encode_prompt's
+    default.
     """
     taken = inspect.signature(pipeline.encode_prompt).parameters
     called = inspect.signature(pipeline.__call__).parameters

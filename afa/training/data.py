@@ -1,4 +1,4 @@
-"""The training set: captioned images from a source, each read once, kept as the VAE's latents."""
+"""The training set: captioned images, each read once and kept as VAE latents."""
 
 import hashlib
 import os
@@ -27,10 +27,15 @@ Work = tuple[Sample, Sequence[Crop]]
 
 
 def split(samples: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any], list[Any]]:
-    """-> training samples, held-out samples: `held_out` of them, at most a fifth. Raises UserError for fewer than five."""
+    """Split samples at random into training and held-out samples.
+
+    held_out: number of held-out samples, at most a fifth of all
+    Raises UserError for fewer than five samples.
+    """
     if len(samples) < FEWEST:
         raise UserError(
-            f"{len(samples)} captioned images are too few to train on; at least {FEWEST} are needed, a fifth of them held out"
+            f"{len(samples)} captioned images are too few to train on; at least {FEWEST} are needed, "
+            "a fifth of them held out"
         )
     order = np.random.default_rng(seed).permutation(len(samples))
     count = min(held_out, len(samples) // 5)
@@ -40,22 +45,26 @@ def split(samples: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any], 
 
 
 def check_skipped(source: Source, share: float) -> None:
-    """Raises UserError if more than a share of the images had to be left out."""
+    """Raise UserError if more than a share of the images was left out."""
     skipped = len(source.skipped)
     total = source.listed
     if skipped > share * total:
         raise UserError(
-            f"{skipped} of the {total} images of {source.origin} cannot be used, more than --max-skipped {share:g} allows: "
+            f"{skipped} of the {total} images of {source.origin} cannot be used, "
+            f"more than --max-skipped {share:g} allows: "
             f"{source.skipped.summary()}"
         )
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Images as the experts see them, `variants` rows an image, one after another.
+    """Encoded images: `variants` consecutive rows per image.
 
-    moments (rows, 2C, h, w): of the VAE's posterior, in memory or in a cache. captions: of each row. sizes (rows, 6): SDXL's size conditions.
-    digest: changes when an image, a caption or their order does.
+    moments:  (rows, 2C, h, w) of the VAE's posterior, in memory or in a cache
+    captions: of each row
+    sizes:    (rows, 6) SDXL's size conditions
+    digest:   changes when an image, a caption or their order changes
+    variants: crops of each image
     """
 
     moments: Tensor | StoredRows
@@ -68,7 +77,7 @@ class Encoded:
         return len(self.captions) // self.variants
 
     def rows(self, images: list[int], rng: torch.Generator) -> list[int]:
-        """One row of each image, drawn where it has several."""
+        """Return one row of each image, drawn at random from its variants."""
         if self.variants == 1:
             return images
         drawn = torch.randint(self.variants, (len(images),), generator=rng).tolist()
@@ -77,13 +86,17 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images; held-out ones keep their centre. crops: at random places of each, 0 for its centre."""
+    """The augmentation of training images; held-out images are cropped at the centre.
+
+    crops: number of random crops per image; 0: the centre
+    flip:  mirror half of the random crops
+    """
 
     crops: int = 0
     flip: bool = False
 
     def of(self, resolution: int, seed: int, index: int) -> list[Crop]:
-        """The crops of the image with that place in the set."""
+        """Return the crops of the image at this index of the set."""
         return [Crop(resolution, (seed, index, copy), self.flip) for copy in range(self.crops)] or [
             Crop(resolution)
         ]
@@ -91,7 +104,11 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Row:
-    """One square of an image. sha256: of the image's bytes. size: as SDXL is told of it."""
+    """One square crop of an image.
+
+    size:   SDXL's size conditions
+    sha256: of the image's bytes
+    """
 
     pixels: Tensor
     size: tuple[float, ...]
@@ -103,9 +120,10 @@ class Row:
 def encode(
     work: Sequence[Work], vae: Any, batch_size: int, skipped: Skipped, progress: Any = iter
 ) -> Encoded:
-    """Encode every crop of every image once, in memory; an image that cannot be read is left out and noted in `skipped`.
+    """Encode all crops of all images once, in memory. Unreadable images are noted in `skipped`.
 
-    work: samples with their crops, equally many each. progress: wraps the iteration over images, e.g. in a bar.
+    work:     samples with their crops, the same number for each
+    progress: wraps the iteration over images, for example in a progress bar
     Raises UserError if no image can be read.
     """
     moments: list[Tensor] = []
@@ -125,7 +143,7 @@ def encode(
 
 
 def digest(rows: Iterable[Any]) -> str:
-    """Of images and captions in their order; rows: have sha256 and sample."""
+    """Return a hash of images and captions in order. Each row has sha256 and sample."""
     total = hashlib.sha256()
     for row in rows:
         total.update(row.sha256 + row.sample.caption.encode())
@@ -134,14 +152,14 @@ def digest(rows: Iterable[Any]) -> str:
 
 @torch.no_grad()
 def moments_of(vae: Any, batch: Sequence[Row]) -> Tensor:
-    """The VAE's posterior of each row: (B, 2C, h, w) float32 on the CPU."""
+    """Return the VAE's posterior of each row: (B, 2C, h, w) float32 on the CPU."""
     first = next(vae.parameters())
     images = torch.stack([row.pixels for row in batch]).to(first.device, first.dtype)
     return latents_of(vae).moments(vae, images).float().cpu()
 
 
 def batches(work: Sequence[Work], size: int, skipped: Skipped, progress: Any = iter) -> Iterator[list[Row]]:
-    """All rows in order, so many at once, read by several threads ahead of their use."""
+    """Yield all rows in order, `size` at once; several threads read ahead."""
     images = progress(_read_ahead(work, AHEAD * size, skipped))
     rows = (row for image in images for row in image or ())
     while batch := list(islice(rows, size)):
@@ -149,7 +167,7 @@ def batches(work: Sequence[Work], size: int, skipped: Skipped, progress: Any = i
 
 
 def _read_ahead(work: Sequence[Work], ahead: int, skipped: Skipped) -> Iterator[list[Row] | None]:
-    """The rows of every image in order; None for one that cannot be read."""
+    """Yield the rows of each image in order; None for an image that cannot be read."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         rest = iter(work)
         waiting = deque(pool.submit(_read, *item) for item in islice(rest, ahead))
@@ -162,7 +180,7 @@ def _read_ahead(work: Sequence[Work], ahead: int, skipped: Skipped) -> Iterator[
 
 
 def _read(sample: Sample, crops: Sequence[Crop]) -> list[Row] | str:
-    """The rows of an image, or why there are none."""
+    """Return the rows of an image, or the reason why there are none."""
     try:
         data = sample.read()
         image, sha256 = open_image(data, sample.name), hashlib.sha256(data).digest()

@@ -1,9 +1,9 @@
-"""The trained control: one expert with a LoRA of as many parameters, at equal steps or compute.
+"""The trained baseline: one expert with a LoRA of as many parameters, at equal steps or equal compute.
 
-LoRA on a denoiser of any family: where it goes, how many parameters a rank has, and its file.
-
-Source: Hu et al., arXiv:2106.09685, by way of peft. Deviation: besides the attention it adapts the feed-forward layers and
-the convolutions of residual blocks, so that it reaches all of the network, as aggregators at every stage do.
+It works for denoisers of all families.
+Source: Hu et al., arXiv:2106.09685, by way of peft. Deviation: besides the attention it adapts the
+feed-forward layers and the convolutions of residual blocks, so that it reaches the whole network, as
+aggregators at all stages do.
 """
 
 import contextlib
@@ -51,9 +51,10 @@ Layer = nn.Linear | nn.Conv2d
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """The modules of a denoiser that get a LoRA, by name: of its stages, what attends, feeds forward, or convolves in residual blocks.
+    """Yield the layers of a denoiser that get a LoRA, with their names.
 
-    What has no say in the prediction gets none. Those that have a LoRA already count by the layer beneath.
+    They are the attention, feed-forward and residual convolution layers of all stages, without layers that do
+    not affect the prediction. Of a layer that has a LoRA already, the base layer is meant.
     """
     stages = FAMILIES[family_of(model)].stages(model)
     chosen = {
@@ -67,12 +68,12 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Layer]]:
 
 
 def _inside(modules: Iterable[object]) -> Iterator[nn.Module]:
-    """Some modules and all that they are made of."""
+    """Yield all sub-modules of some modules."""
     return (part for module in modules if isinstance(module, nn.Module) for part in module.modules())
 
 
 def _layers(part: nn.Module) -> list[nn.Module]:
-    """What is adapted of one module of a denoiser: all or some of its layers, nothing of other kinds of modules."""
+    """Return the layers of one module that get a LoRA; [] for other kinds of modules."""
     if hasattr(part, "to_q") or isinstance(part, FeedForward):
         return [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
     if isinstance(part, ResnetBlock2D):
@@ -83,24 +84,27 @@ def _layers(part: nn.Module) -> list[nn.Module]:
 
 
 def parameters_at_rank(model: nn.Module, rank: int) -> int:
-    """How many parameters a LoRA of that rank trains on a denoiser that has none yet."""
+    """Return how many parameters a LoRA of this rank trains on a denoiser that has none yet."""
     return rank * sum(_in_and_out(module) for _, module in adapted(model))
 
 
 def matching_rank(model: nn.Module, parameters: int) -> int:
-    """The smallest rank with at least that many trained parameters."""
+    """Return the smallest rank with at least this many trained parameters."""
     return max(1, math.ceil(parameters / parameters_at_rank(model, 1)))
 
 
 def _in_and_out(module: Layer) -> int:
-    """Parameters of one rank: down has the module's inputs (and its kernel), up its outputs."""
+    """Return the parameters of rank 1: the module's inputs (times its kernel) plus its outputs."""
     if isinstance(module, nn.Linear):
         return module.in_features + module.out_features
     return module.in_channels * math.prod(module.kernel_size) + module.out_channels
 
 
 def add_lora(model: nn.Module, rank: int) -> "LoraParameters":
-    """Put a LoRA into a frozen denoiser, in float32; it changes nothing until it is trained. -> what is to be trained."""
+    """Put a LoRA into a frozen denoiser, in float32, and return its parameters.
+
+    It changes no prediction until it is trained.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
@@ -115,7 +119,7 @@ def add_lora(model: nn.Module, rank: int) -> "LoraParameters":
 
 
 class LoraParameters(nn.Module):
-    """The parameters of a LoRA, wherever in a model they lie, as a module of their own."""
+    """The parameters of a LoRA, wherever in a model they are, as one module."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
@@ -124,12 +128,15 @@ class LoraParameters(nn.Module):
 
 
 def component_of(model: nn.Module) -> str:
-    """What a pipeline calls a denoiser of this kind."""
+    """Return the pipeline's name for this kind of denoiser: unet or transformer."""
     return FAMILIES[family_of(model)].component
 
 
 def lora_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The LoRA in a denoiser in diffusers' own form, ready for its file: unet.… or transformer.….lora_A.weight, alpha equal to rank."""
+    """Return a denoiser's LoRA in diffusers' file format.
+
+    Names are unet.… or transformer.….lora_A.weight; alpha equals the rank.
+    """
     from peft import get_peft_model_state_dict
 
     found: Mapping[str, Tensor] = get_peft_model_state_dict(model, adapter_name=ADAPTER)
@@ -149,9 +156,10 @@ RECORD = "finetune.json"
 
 
 def plan_finetune(settings: LoraSettings, alone: Ensemble | None = None) -> tuple[Plan, int]:
-    """-> what would be trained, and the rank. Finds everything that would fail later. Raises UserError.
+    """Return the training plan and the rank. It finds everything that would fail later.
 
-    alone: an ensemble of the one expert, where it is in memory already; its denoiser is changed.
+    alone: an ensemble of the one expert, if it is in memory already; its denoiser is changed
+    Raises UserError.
     """
     source = find_data(settings)
     if not (Path(settings.output) / RECORD).exists():
@@ -171,7 +179,7 @@ def plan_finetune(settings: LoraSettings, alone: Ensemble | None = None) -> tupl
 
 
 def facts(planned: Plan, rank: int) -> dict[str, Any]:
-    """For people and for --json."""
+    """Return the plan's facts, for people and for --json."""
     model = planned.ensemble.denoiser.experts[0]
     held_out = min(planned.settings.held_out, len(planned.source.samples) // 5)
     return {
@@ -188,7 +196,7 @@ def facts(planned: Plan, rank: int) -> dict[str, Any]:
 
 
 class LoraRecord(TypedDict):
-    """What finetune.json says, as far as it is read."""
+    """The fields of finetune.json that are read again."""
 
     settings: dict[str, Any]
     parameters: Count
@@ -198,7 +206,7 @@ class LoraRecord(TypedDict):
 
 
 def finetune_finished(settings: LoraSettings) -> dict[str, Any] | None:
-    """The record of a run that is complete, None if there is none. Raises UserError if it was another run."""
+    """Return the record of a complete run; None if there is none. Raises UserError if it was another run."""
     file = settled(Path(settings.output)) / RECORD
     if not file.exists() or state_file(settings).exists():
         return None
@@ -209,7 +217,8 @@ def finetune_finished(settings: LoraSettings) -> dict[str, Any] | None:
         raise UserError(f"{error}; choose another --output") from None
     if settings.steps != begun.steps:  # its state is gone, so it cannot go on
         raise UserError(
-            f"the LoRA in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); choose another --output"
+            f"the LoRA in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); "
+            "choose another --output"
         )
     check_finished(settings, begun, record.get("files"), f"the LoRA in {settings.output}")
     forget_state(settings)  # where a run was killed while it removed it
@@ -219,12 +228,13 @@ def finetune_finished(settings: LoraSettings) -> dict[str, Any] | None:
 def finetune(
     settings: LoraSettings, planned: tuple[Plan, int] | None = None, keep: Path | None = None
 ) -> dict[str, Any]:
-    """Train a LoRA, write it into settings.output, and return the record kept beside it.
+    """Train a LoRA, write it into settings.output, and return the record that is kept beside it.
 
-    keep: where the last state goes, so that a longer run can go on from it (see begin_from); by default it is deleted.
-
-    Data, split, noise, timesteps, dropped captions and measure are those of `afa train` with the same seed. Resumes from a
-    saved state; a complete run is only read. Raises UserError, or KeyboardInterrupt with the state saved.
+    keep: where to move the last state, so that a longer run can continue from it (see begin_from); None:
+          delete it
+    Data, split, noise, timesteps, dropped captions and held-out loss are those of `afa train` with the same
+    seed. A run resumes from its saved state; a complete run is only read.
+    Raises UserError, and KeyboardInterrupt after the state is saved.
     """
     with contextlib.ExitStack() as stack:
         if finetune_finished(settings) is None:
@@ -260,7 +270,7 @@ def _finetune(settings: LoraSettings, work: Plan, rank: int, keep: Path | None) 
 def _record(
     settings: LoraSettings, trainer: Trainer, progress: Progress, before: np.ndarray, rank: int
 ) -> dict[str, Any]:
-    """Recipe, course and measured result; differences are paired over the held-out images."""
+    """Return settings, course and measured result; differences are paired over the held-out images."""
     after = trainer.held_out_losses()
     return {
         "settings": asdict(settings),
@@ -280,10 +290,10 @@ def _record(
 
 
 def equal_compute_steps(steps: int, denoiser: EnsembleDenoiser, rank: int, batch_size: int) -> int:
-    """Steps of a LoRA on one of the experts that cost what `steps` steps of training the ensemble's aggregators cost.
+    """Return how many steps of a LoRA cost as much as `steps` steps of training the aggregators.
 
-    Forward and backward passes are counted, in floating point operations (see afa.cost); what both do once (text
-    encoders, VAE, optimiser) is left out.
+    Floating point operations of forward and backward passes are counted (see afa.cost). What both runs do
+    once (text encoders, VAE, optimiser) is left out.
     """
     side = denoiser.side
     whole = count_training_flops(_on_meta(denoiser), side, side, batch_size)
@@ -294,14 +304,14 @@ def equal_compute_steps(steps: int, denoiser: EnsembleDenoiser, rank: int, batch
 
 
 def _on_meta(denoiser: EnsembleDenoiser) -> EnsembleDenoiser:
-    """The same ensemble without any numbers."""
+    """Return the same ensemble on the meta device."""
     experts = [_copy(expert) for expert in denoiser.experts]
     with torch.device("meta"):
         return type(denoiser)(experts, denoiser.names, denoiser.recipe, denoiser.placement)
 
 
 def _copy(expert: Any) -> nn.Module:
-    """A model of an expert's config without any numbers."""
+    """Return a model of an expert's config on the meta device."""
     with torch.device("meta"):
         model: nn.Module = type(expert).from_config(expert.config)
     return model

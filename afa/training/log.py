@@ -1,4 +1,4 @@
-"""The run's log: one line of JSON a measurement, for people, for plots, and for the trackers that were asked for."""
+"""The log of a run: one line of JSON per measurement, also sent to trackers such as tensorboard."""
 
 import json
 import resource
@@ -18,7 +18,10 @@ LOG = "log.jsonl"
 
 
 class Monitor:
-    """Logs measurements and warns of what a person would want to know. images: of a step, on one process."""
+    """Logs measurements and warns about experts that get no weight.
+
+    images: per step, on one process
+    """
 
     def __init__(self, file: Path, accelerator: Accelerator, images: int) -> None:
         self.file, self.accelerator = file, accelerator
@@ -27,14 +30,20 @@ class Monitor:
         self._mark = (time.monotonic(), 0)
 
     def begin(self, step: int, measured: bool) -> None:
-        """Start at a step: what a killed run had logged beyond its saved state is forgotten. measured: there is one from before."""
+        """Start at a step, and remove lines that a killed run logged after its saved state.
+
+        measured: whether the log has a measurement from before
+        """
         self._mark = (time.monotonic(), step)
         if self.accelerator.is_main_process and self.file.exists():
             kept = [line for line in self.file.read_text().splitlines() if measured and _step(line) <= step]
             write_atomically(self.file, "".join(f"{line}\n" for line in kept))
 
     def write(self, entry: dict[str, Any], measured: Measured, lr: float, skipped: int) -> None:
-        """Log one measurement; its numbers also go to the trackers. entry: what the history keeps, with its step."""
+        """Log one measurement, and send its numbers to the trackers.
+
+        entry: what the history keeps, with its step
+        """
         began, step = self._mark
         steps = entry["step"] - step
         self._mark = (time.monotonic(), entry["step"])
@@ -61,18 +70,22 @@ class Monitor:
             self.accelerator.log(flat(entry), step=entry["step"])
 
     def _warn(self, dropped: list[str]) -> None:
-        """Say it once of each expert."""
+        """Warn once about each expert."""
         for name in dropped:
             if name not in self._warned and self.accelerator.is_main_process:
                 tqdm.write(
-                    f"afa: expert '{name}' gets less than {DROPPED:.0%} of the weight everywhere; it could be left out",
+                    f"afa: expert '{name}' gets less than {DROPPED:.0%} of the weight everywhere; "
+                    "it could be left out",
                     file=sys.stderr,
                 )
             self._warned.add(name)
 
 
 def flat(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested numbers by their path: {"loss": {"a": [1, 2]}} -> {"loss/a/0": 1, "loss/a/1": 2}; all else is left out."""
+    """Flatten nested numbers by their path; all else is left out.
+
+    {"loss": {"a": [1, 2]}} becomes {"loss/a/0": 1, "loss/a/1": 2}.
+    """
     found: dict[str, float] = {}
     for name, value in entry.items():
         path = f"{prefix}{name}"
@@ -86,7 +99,7 @@ def flat(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def peak_gigabytes(device: torch.device) -> float:
-    """The most memory held so far: of the device, on CPUs of the process."""
+    """Return the peak memory so far in GB: of the device, or of the process on CPUs."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     scale = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
@@ -94,7 +107,7 @@ def peak_gigabytes(device: torch.device) -> float:
 
 
 def _step(line: str) -> float:
-    """The step of a line; one that was cut off belongs to no step."""
+    """Return the step of a line; infinity for a line that was cut off."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -1,4 +1,4 @@
-"""The training loop, from which Ctrl-C leaves at the end of a step."""
+"""The training loop. It resumes from a saved state, and Ctrl-C stops it at the end of a step."""
 
 import functools
 import signal
@@ -33,7 +33,7 @@ from afa.training.state import load_state, save_state, state_file
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into an event, so that a step can end; the second one stops at once."""
+    """Turn the first Ctrl-C or SIGTERM into an event, so that the step can end; the second stops at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield event
@@ -59,9 +59,10 @@ PERSISTS = 10  # steps in a row without a finite gradient: then the run stops
 
 @dataclass
 class Progress:
-    """Where a run stands, all of it saved.
+    """How far a run is; all of it is saved.
 
-    best: held-out objective of the best measurement, and its step. history: one entry a measurement.
+    best:    held-out objective of the best measurement, and its step
+    history: one entry per measurement
     """
 
     step: int = 0
@@ -77,7 +78,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a step is made of: rows of the data, whose captions are dropped, latents with noise and timesteps."""
+    """The random draws of a step: rows of the data, dropped captions, latents with noise and timesteps."""
 
     rows: list[int]
     dropped: Tensor
@@ -89,16 +90,27 @@ class Drawn:
 
 
 class Trainer:
-    """Trains a part of one ensemble's denoiser; all else is frozen, but gradients pass through it.
+    """Trains some modules of one ensemble's denoiser; all else is frozen, but gradients pass through it.
 
-    trained: what is trained, as a module of its own. begun: its belongings.
-    sheets: drawn at measurements, if there are any.
+    trained: the trained parameters, as one module
+    begun:   settings and files that must be the same when the run resumes (see state.belongings)
+    sheets:  sample sheets that are drawn at measurements; None: none
     """
 
     def __init__(
-        self, settings: LoopSettings, accelerator: Accelerator, denoiser: Any, noising: Noising, objectives: Objectives, conditions: Conditions,
-        data: Encoded, held_out: Encoded, trained: nn.Module, begun: dict[str, Any], sheets: Sheets | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        settings: LoopSettings,
+        accelerator: Accelerator,
+        denoiser: Any,
+        noising: Noising,
+        objectives: Objectives,
+        conditions: Conditions,
+        data: Encoded,
+        held_out: Encoded,
+        trained: nn.Module,
+        begun: dict[str, Any],
+        sheets: Sheets | None = None,
+    ) -> None:
         self.settings, self.accelerator, self.noising, self.conditions = (
             settings,
             accelerator,
@@ -120,7 +132,10 @@ class Trainer:
         self.best: list[Tensor] = [parameter.detach().clone() for parameter in self.parameters]
 
     def train(self) -> Progress:
-        """Run to the end, or to Ctrl-C: then the state is saved and KeyboardInterrupt raised. Leaves the best average in place."""
+        """Run to the end and put the best average of the weights in place.
+
+        Raises KeyboardInterrupt after Ctrl-C, once the state is saved.
+        """
         self._resume()
         self._resumed = time.monotonic() - self.progress.seconds
         self.monitor.begin(self.progress.step, measured=bool(self.progress.history))
@@ -139,7 +154,8 @@ class Trainer:
                 if self._any(interrupted.is_set()):
                     self._save()
                     raise KeyboardInterrupt(
-                        f"interrupted after step {self.progress.step}; the state is saved, the same command goes on from there"
+                        f"interrupted after step {self.progress.step}; the state is saved, "
+                        "the same command goes on from there"
                     )
         self._save()  # what follows may fail (a full disk) without losing what was trained
         with torch.no_grad():
@@ -148,11 +164,14 @@ class Trainer:
         return self.progress
 
     def held_out_losses(self) -> np.ndarray:
-        """Loss of every held-out image, (n,), of the denoiser as it is now."""
+        """Return the loss of each held-out image, (n,), for the denoiser as it is now."""
         return self.held_out.measure(self.denoiser).losses
 
     def _step(self) -> float | None:
-        """One optimiser step over all processes: -> the loss of this one, None if it was skipped for want of a finite gradient."""
+        """Do one optimiser step over all processes.
+
+        Returns this process's loss; None if the step was skipped because a gradient was not finite.
+        """
         settings, total = self.settings, 0.0
         for group in self.optimiser.param_groups:
             group["lr"] = settings.rate(self.progress.step)
@@ -170,7 +189,7 @@ class Trainer:
         return total if finite else None
 
     def _backward(self, drawn: Drawn) -> float:
-        """The gradients of one batch, added to those that are there: -> its part of the loss."""
+        """Add the gradients of one batch, and return its part of the loss."""
         captions, sizes = [self.data.captions[row] for row in drawn.rows], self.data.sizes[drawn.rows]
         encode = functools.partial(self.conditions, captions, sizes)
         device = self.accelerator.device
@@ -188,9 +207,9 @@ class Trainer:
         return float(loss.item())
 
     def _draw(self) -> Drawn:
-        """Everything random of a whole step, of all processes: however it is divided among them, the step is the same.
+        """Draw everything random of a whole step, for all processes.
 
-        It depends on seed and step only, so a resumed run draws it again.
+        It depends on seed and step only, so a resumed run, or another number of processes, draws the same.
         """
         key = (self.settings.seed, self.progress.step, 0, 0)
         rng = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
@@ -200,13 +219,16 @@ class Trainer:
         return Drawn(rows, dropped, self.noising.draw(self.data, rows, rng, self.total.spare))
 
     def _part(self, micro: int) -> tuple[int, int]:
-        """Where a batch of this process begins and ends in the step."""
+        """Return where a batch of this process begins and ends in the step."""
         size = self.settings.batch_size
         place = micro * self.accelerator.num_processes + self.accelerator.process_index
         return place * size, (place + 1) * size
 
     def _choose(self) -> list[int]:
-        """The images of a step, of all processes: every epoch goes once through all of them in its own order."""
+        """Return the images of a step, for all processes.
+
+        Each epoch takes every image once, in a new order.
+        """
         size = self.settings.batch_size * self.settings.accumulate * self.accelerator.num_processes
         places = [
             divmod(place, len(self.data))
@@ -234,7 +256,7 @@ class Trainer:
             self._save()
 
     def _skipped(self) -> None:
-        """Count a step that was skipped. Raises UserError, with what is wrong, when there is no end of it."""
+        """Count a skipped step. Raises UserError with the likely cause after too many in a row."""
         progress = self.progress
         progress.skipped += 1
         progress.skipped_last += 1
@@ -242,16 +264,18 @@ class Trainer:
             return
         broken = self.held_out.broken(self.denoiser)
         reason = (
-            f"expert '{broken[0]}' alone already predicts what is no number; use --dtype float32, or leave it out"
+            f"expert '{broken[0]}' alone already predicts what is no number; use --dtype float32, "
+            "or leave it out"
             if broken
-            else f"the experts alone are fine, so the aggregators have run away; lower --lr (now {self.settings.lr:g})"
+            else "the experts alone are fine, so the aggregators have run away; "
+            f"lower --lr (now {self.settings.lr:g})"
         )
         raise UserError(
             f"no finite gradient for {PERSISTS} steps in a row, up to step {progress.step}: {reason}"
         )
 
     def _evaluate(self, training_loss: float | None) -> None:
-        """Measure the average of what is trained; keep it if it is the best so far."""
+        """Measure the average of the trained weights, and keep it if it is the best so far."""
         progress, settings = self.progress, self.settings
         if progress.step:
             self.average.store(self.parameters)
@@ -285,7 +309,7 @@ class Trainer:
         )
 
     def _any(self, flag: bool) -> bool:
-        """Whether it is so on any process: all must leave the loop together."""
+        """Return whether the flag is set on any process, since all must leave the loop together."""
         if self.accelerator.num_processes == 1:
             return flag
         flags = self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device))
@@ -308,11 +332,17 @@ class Trainer:
             self._restore(state)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """Take over a saved state. Raises UserError for one of other data, or whose parts are not of this run's kinds and shapes."""
+        """Restore a saved state.
+
+        Raises UserError if it is of other data, or of other kinds or shapes of parts.
+        """
         file = state_file(self.settings)
         try:
             if str(state["data"]) != self.data.digest:
-                what = f"the images or captions of --data {self.settings.data} have changed since the run in {self.settings.output}"
+                what = (
+                    f"the images or captions of --data {self.settings.data} have changed since the run in "
+                    f"{self.settings.output}"
+                )
                 raise UserError(f"{what} was begun; give another --output")
             self.trained.load_state_dict(state["aggregators"])
             self.optimiser.load_state_dict(state["optimiser"])

@@ -1,4 +1,4 @@
-"""Held-out loss with fixed noise, and how often each expert is routed to."""
+"""Held-out loss with fixed noise, and the weight that each expert gets."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ DROPPED = 0.02  # a mean weight below this, everywhere, is an expert that is not
 
 
 def bands_of(timesteps: Tensor, train_timesteps: int) -> NDArray[np.int64]:
-    """The band of each timestep: (B,) -> (B,)."""
+    """Return the noise band of each timestep: (B,) to (B,)."""
     found: NDArray[np.int64] = (timesteps.cpu().numpy().astype(np.int64) * BANDS // train_timesteps).clip(
         0, BANDS - 1
     )
@@ -31,15 +31,18 @@ def bands_of(timesteps: Tensor, train_timesteps: int) -> NDArray[np.int64]:
 
 
 def group_of(stage: str) -> str:
-    """IN05 -> IN."""
+    """Return the group of a stage's name: IN05 belongs to IN."""
     return next((group for group in GROUPS if stage.startswith(group)), stage)
 
 
 @dataclass(frozen=True)
 class Routing:
-    """weights (groups, bands, N): means over stages, images and places, each group's bands summing to one over N.
+    """Mean weights of the experts.
 
-    entropy (groups, bands): of the weights at a place, from 0 (one expert alone) to 1 (all alike). experts, groups: names.
+    weights: (groups, bands, N) means over stages, images and pixels; they sum to 1 over N
+    entropy: (groups, bands) of the weights of a pixel, from 0 (one expert alone) to 1 (all equal)
+    experts: N names
+    groups:  names of groups of stages
     """
 
     experts: tuple[str, ...]
@@ -49,18 +52,18 @@ class Routing:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Each expert's mean weight over all groups and bands."""
+        """Return each expert's mean weight over all groups and bands."""
         return dict(zip(self.experts, self.weights.mean((0, 1)).tolist(), strict=True))
 
     @property
     def dropped(self) -> list[str]:
-        """Experts that no group gives a weight worth speaking of, at any noise."""
+        """Return the experts that get hardly any weight in all groups and bands."""
         return [
             name for name, most in zip(self.experts, self.weights.max((0, 1)), strict=True) if most < DROPPED
         ]
 
     def facts(self) -> dict[str, Any]:
-        """For the log, rounded."""
+        """Return rounded values for the log."""
         return {
             "bands": BANDS,
             "weights": {
@@ -77,7 +80,11 @@ class Routing:
 
 
 class RoutingSums:
-    """Adds up weight maps, pass by pass, without keeping them. experts: names; stages: of the fused ones."""
+    """Adds up weight maps, pass by pass, without keeping them.
+
+    experts: names
+    stages:  names of the fused stages
+    """
 
     def __init__(self, experts: Sequence[str], stages: Sequence[str]) -> None:
         self.experts = tuple(experts)
@@ -87,7 +94,11 @@ class RoutingSums:
         self._count = np.zeros((len(self.groups), BANDS))
 
     def add(self, maps: Mapping[str, Tensor], bands: NDArray[np.int64]) -> None:
-        """maps: by stage, (B, N, H, W); bands (B,): of each sample."""
+        """Add the weight maps of one pass.
+
+        maps:  (B, N, H, W) by stage
+        bands: (B,) of each sample
+        """
         for stage, weights in maps.items():
             group = self.groups.index(group_of(stage))
             means = weights.double().mean((2, 3)).numpy()
@@ -99,7 +110,7 @@ class RoutingSums:
             np.add.at(self._count[group], bands, 1)
 
     def result(self) -> Routing:
-        """The means; a band without any sample counts as the group's others."""
+        """Return the means; a band without samples gets the mean of its group's other bands."""
         count = np.maximum(self._count, 1)
         weights, entropy = self._weights / count[..., None], self._entropy / count
         for group, band in zip(*np.nonzero(self._count == 0), strict=True):
@@ -117,9 +128,13 @@ SEED = 777  # of the held-out noise: the same for every run, so that runs can be
 
 @dataclass(frozen=True)
 class Measured:
-    """losses (n,): the diffusion loss of each held-out image. bands (n,): of its timestep. routing: None where nothing is weighed.
+    """One measurement on the held-out images.
 
-    terms: the mean of each term of the objective; objective: their weighted sum, what the best weights have least of.
+    losses:    (n,) diffusion loss of each image
+    bands:     (n,) noise band of each image
+    routing:   weights of the experts; None if nothing is fused
+    terms:     mean of each term of the objective
+    objective: weighted sum of the terms; the best weights minimise it
     """
 
     losses: NDArray[np.float64]
@@ -133,13 +148,13 @@ class Measured:
         return float(self.losses.mean())
 
     def by_band(self) -> list[float | None]:
-        """The mean loss of each band, from little noise to much; None where no image fell."""
+        """Return the mean loss of each band, from little noise to much; None for a band without images."""
         of_bands = [self.losses[self.bands == band] for band in range(BANDS)]
         return [float(losses.mean()) if len(losses) else None for losses in of_bands]
 
 
 class HeldOut:
-    """Measures a denoiser, batch by batch; always the same images, noise and timesteps, spread evenly."""
+    """Measures a denoiser on fixed images with fixed noise and evenly spread timesteps, in batches."""
 
     def __init__(
         self, data: Encoded, noising: Noising, conditions: Conditions, batch_size: int, total: Total
@@ -157,7 +172,10 @@ class HeldOut:
         self._only_mse = [term.name for term in total.terms] == ["mse"]
 
     def measure(self, denoiser: Any, whole: bool = False) -> Measured:
-        """The denoiser as it is now. whole: also every other term of the objective, and the weights, where several experts are fused."""
+        """Measure the denoiser as it is now.
+
+        whole: also measure the other terms of the objective, and the weights if several experts are fused
+        """
         losses: list[Tensor] = []
         others: list[dict[str, Tensor]] = []
         sums = RoutingSums(denoiser.names, denoiser.fused) if whole and len(denoiser.names) > 1 else None
@@ -181,7 +199,7 @@ class HeldOut:
         return Measured(found, self.bands, None if sums is None else sums.result(), means, whole_loss)
 
     def _pass(self, denoiser: Any, start: int, stop: int) -> Pass:
-        """Some of the images, none without its caption."""
+        """Return a pass over some of the images, all with their captions."""
         captions, sizes = self.data.captions[start:stop], self.data.sizes[start:stop]
         batch: Batch = self.batch.part(start, stop)
         none = torch.zeros(stop - start, dtype=torch.bool, device=batch.latents.device)
@@ -198,7 +216,7 @@ class HeldOut:
         )
 
     def broken(self, denoiser: Any) -> list[str]:
-        """The experts whose own predictions on the held-out images are not all finite numbers."""
+        """Return the experts whose own predictions on the held-out images are not finite."""
         found = []
         for name in denoiser.names:
             with only_expert(denoiser, name):

@@ -1,4 +1,4 @@
-"""The forward process: clean latents, noise, a step; what lies between them, and what a denoiser is asked to say of it."""
+"""The forward process: adds noise to clean latents, and gives the denoiser's target."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +17,14 @@ WEIGHTINGS = ("sigma_sqrt", "cosmap")  # of a flow's loss
 
 
 class Noising:
-    """x = signal(i) · x0 + noise(i) · ε for steps i = 0 (nearly clean) … steps-1 (nearly noise), and its inversions.
+    """The forward process x = signal(i) · x0 + noise(i) · ε, and its inversions.
 
-    scheduler: the frame's; its noise schedule and prediction type decide. A flow-matching scheduler has signal 1 - s, noise s.
-    latents: of the frame's VAE. density: of DENSITIES, how training draws steps. Raises UserError for a prediction type that has no target here.
+    Steps i run from 0 (nearly clean) to steps-1 (nearly noise).
+    scheduler: the frame's, with its noise schedule and prediction type; flow matching has signal 1 - s, noise
+               s
+    latents:   of the frame's VAE
+    density:   one of DENSITIES: how training draws steps
+    Raises UserError for a prediction type without a training target.
     """
 
     def __init__(
@@ -32,7 +36,11 @@ class Noising:
         self.latents, self.device, self.density = latents, device, density
 
     def draw(self, data: Encoded, rows: list[int], rng: torch.Generator, spare: int = 0) -> "Batch":
-        """Latents, noise and steps for some rows, on the CPU, as is rng, which every random number comes from."""
+        """Draw latents, noise and steps for some rows, on the CPU.
+
+        rng:   of all random numbers, on the CPU
+        spare: how much more noise to draw per sample
+        """
         mean, log_variance = data.moments[rows].chunk(2, dim=1)
         deviation = torch.exp(0.5 * log_variance.clamp(-30, 20))
         latents = self.latents.scaled(mean + deviation * torch.randn(mean.shape, generator=rng))
@@ -42,7 +50,10 @@ class Noising:
         return Batch(latents, noise, steps, more)
 
     def _steps(self, count: int, rng: torch.Generator) -> Tensor:
-        """Uniform, or by the densities of SD3. Source: Esser et al., arXiv:2403.03206, section 3.1, as in diffusers."""
+        """Draw steps: uniform, or by the densities of SD3.
+
+        Source: Esser et al., arXiv:2403.03206, section 3.1, as in diffusers.
+        """
         if self.density == "uniform":
             return torch.randint(self.steps, (count,), generator=rng)
         from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -54,7 +65,7 @@ class Noising:
         return (self.steps - 1 - (place * self.steps).long()).clamp(0, self.steps - 1)
 
     def spread(self, data: Encoded, seed: int, spare: int = 0) -> "Batch":
-        """The fixed measure: every example once, its noise fixed, the steps spread evenly over all examples."""
+        """Return the held-out batch: each example once, with fixed noise and evenly spread steps."""
         rng = torch.Generator().manual_seed(seed)
         batch = self.draw(data, list(range(len(data))), rng, spare)
         steps = (torch.arange(len(data)) + 0.5) * self.steps / len(data)
@@ -63,15 +74,15 @@ class Noising:
         return batch.to(self.device)
 
     def noisy(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
-        """What the denoiser sees: (B, C, h, w)."""
+        """Return the noisy latents (B, C, h, w)."""
         return self._at(self.signal, steps) * latents + self._at(self.noise, steps) * noise
 
     def told(self, steps: Tensor) -> Tensor:
-        """The times a denoiser is told: (B,)."""
+        """Return the timesteps that the denoiser gets: (B,)."""
         return self.times.to(steps.device)[steps]
 
     def target(self, batch: "Batch") -> Tensor:
-        """What it should answer: (B, C, h, w)."""
+        """Return the target of the prediction: (B, C, h, w)."""
         if self.kind == "epsilon":
             return batch.noise
         if self.kind == "sample":
@@ -84,19 +95,20 @@ class Noising:
         )
 
     def clean(self, noisy: Tensor, prediction: Tensor, steps: Tensor) -> Tensor:
-        """The clean latents that a prediction claims: (B, C, h, w)."""
+        """Return the clean latents that a prediction implies: (B, C, h, w)."""
         return clean_of(
             self.kind, prediction, noisy, self._at(self.signal, steps), self._at(self.noise, steps)
         )
 
     def ratio(self, steps: Tensor) -> Tensor:
-        """Noise over signal, (B, 1, 1, 1): what remains of an error of x0 when a sampler goes from one step to another."""
+        """Return noise over signal, (B, 1, 1, 1): the factor of an x0 error when a sampler takes a step."""
         return self._at(self.noise, steps) / self._at(self.signal, steps).clamp(min=LEAST)
 
     def min_snr(self, steps: Tensor, gamma: float) -> Tensor:
-        """What a sample's loss counts, (B,).
+        """Return the min-SNR loss weight of each sample, (B,).
 
-        Source: Hang et al., arXiv:2303.09556, equations 5 to 7: min(SNR, γ) on the squared error of x0, here in units of the target's.
+        Source: Hang et al., arXiv:2303.09556, equations 5 to 7: min(SNR, γ) on the squared error of x0, here
+        in units of the target's error.
         """
         snr = self.ratio(steps).view(-1) ** -2
         below = (gamma / snr).clamp(max=1)  # min(SNR, γ) / SNR
@@ -107,7 +119,11 @@ class Noising:
         )
 
     def flow_weighting(self, steps: Tensor, scheme: str) -> Tensor:
-        """SD3's weights of a flow's loss, (B,). scheme: of WEIGHTINGS. Source: arXiv:2403.03206, as in diffusers."""
+        """Return SD3's loss weight of each sample of a flow, (B,).
+
+        scheme: one of WEIGHTINGS
+        Source: arXiv:2403.03206, as in diffusers.
+        """
         from diffusers.training_utils import compute_loss_weighting_for_sd3
 
         weights: Tensor = compute_loss_weighting_for_sd3(scheme, sigmas=self._at(self.noise, steps).view(-1))
@@ -123,7 +139,13 @@ class Noising:
 
 @dataclass
 class Batch:
-    """Clean latents (B, C, h, w), noise of the same shape, steps (B,). spare (B, n, C, h, w): more noise, for what asks for it."""
+    """A batch of the forward process.
+
+    latents: (B, C, h, w), clean
+    noise:   (B, C, h, w)
+    steps:   (B,)
+    spare:   (B, n, C, h, w) more noise for objectives that need it; None: none
+    """
 
     latents: Tensor
     noise: Tensor
@@ -139,6 +161,6 @@ class Batch:
         )
 
     def part(self, start: int, stop: int) -> "Batch":
-        """Samples start … stop-1."""
+        """Return samples start … stop-1."""
         spare = None if self.spare is None else self.spare[start:stop]
         return Batch(self.latents[start:stop], self.noise[start:stop], self.steps[start:stop], spare)

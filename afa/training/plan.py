@@ -1,4 +1,4 @@
-"""What a training run will need: steps, time, memory, measured before it begins."""
+"""A forecast of a training run: steps, time and memory, measured before it begins."""
 
 import copy
 import functools
@@ -34,9 +34,11 @@ COPIES = 2  # of what is trained, besides the optimiser's: the moving average, a
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of tensors on the training device. step: the most at once in a step, all else included. frozen: weights of experts.
+    """Bytes of tensors on the training device.
 
-    beside: weights of VAE and text encoders, which a cache makes superfluous.
+    step:   the peak during a step, with all that it needs
+    frozen: weights of the experts
+    beside: weights of VAE and text encoders, which a cache makes unnecessary
     """
 
     step: int
@@ -57,11 +59,14 @@ def step_bytes(
     store: str | None = None,
     vae: Any = None,
 ) -> int:
-    """The most bytes of tensors alive in a training step of a denoiser like this one: weights, activations, gradients, optimiser.
+    """Return the peak bytes of tensors in a training step: weights, activations, gradients, optimiser.
 
-    Counted on a copy under FakeTensorMode, which picks the same kernels as a real step, fused attention above all.
-    side: of the latent. store: see afa.experts.quantised. vae: where an objective judges images, drawn through it.
-    What an allocator adds by fragmentation is not in it, nor a reward's own network.
+    The step runs on a copy under FakeTensorMode, which picks the same kernels as a real step (fused attention
+    above all).
+    side:  of the latent, in latent pixels
+    store: see afa.experts.quantised
+    vae:   of an objective that scores images; None: no image is decoded
+    Not included: fragmentation of the allocator, and a reward's own network.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         twin = _copy(denoiser, dtype)
@@ -79,7 +84,10 @@ def step_bytes(
 
 
 def _copy(denoiser: EnsembleDenoiser, dtype: torch.dtype) -> Any:
-    """The same ensemble, made anew from configs; what experts share is made once, and their LoRAs beside it."""
+    """Return a copy of the ensemble, made from configs.
+
+    Shared parts are made once, with LoRAs beside them.
+    """
     bases: dict[int, Any] = {}
     for expert in denoiser.experts:
         if base_of(expert) not in bases:
@@ -89,7 +97,7 @@ def _copy(denoiser: EnsembleDenoiser, dtype: torch.dtype) -> Any:
 
 
 def _with_loras(model: Any, expert: Any, dtype: torch.dtype) -> Any:
-    """A model without LoRAs, with empty ones beside its weights where an expert has some."""
+    """Add empty LoRAs to a model, of the same shapes as the expert's."""
     for name, layer in tuner_layers(expert):
         known: dict[int, Any] = {id(layer.base_layer): model.get_submodule(name)}
         for path, weight in layer.named_parameters():
@@ -100,7 +108,7 @@ def _with_loras(model: Any, expert: Any, dtype: torch.dtype) -> Any:
 
 
 def _made(model: Any, dtype: torch.dtype) -> Any:
-    """A model of the same config."""
+    """Return a model of the same config."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # tensors without content cannot be cast in place
     try:
@@ -133,10 +141,19 @@ def _step(
 
 
 def expected(
-    denoiser: EnsembleDenoiser, beside: list[nn.Module], batch_size: int, side: int, dtype: torch.dtype, checkpointing: bool,
-    store: str | None = None, vae: Any = None,
-) -> Memory:  # fmt: skip
-    """What training this ensemble's aggregators will need. beside: VAE and text encoders, as far as they stay in memory."""
+    denoiser: EnsembleDenoiser,
+    beside: list[nn.Module],
+    batch_size: int,
+    side: int,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    store: str | None = None,
+    vae: Any = None,
+) -> Memory:
+    """Return the memory that training this ensemble's aggregators needs.
+
+    beside: VAE and text encoders that stay in memory
+    """
     step = step_bytes(denoiser, batch_size, side, dtype, checkpointing, store, vae)
     return Memory(step, stored_bytes(denoiser.experts), sum(map(stored_bytes, beside)))
 
@@ -150,7 +167,7 @@ def advice(
     batch_size: int,
     store: str | None,
 ) -> list[str]:
-    """What to switch on for less memory, what saves most first; none if all of it is on."""
+    """Return options that save memory and are still off, the most effective first."""
     activations = memory.step - memory.frozen
     found = []
     if not checkpointing and activations > memory.frozen / 4:
@@ -159,7 +176,8 @@ def advice(
         found.append("--dtype bfloat16 (half of the experts and of the activations)")
     if store is None and memory.frozen > memory.total / 4:
         found.append(
-            f"--store int8 (a quarter of {memory.frozen / 1e9:.2f} GB of experts in float32, half in bfloat16), or --store cpu"
+            f"--store int8 (a quarter of {memory.frozen / 1e9:.2f} GB of experts in float32, "
+            "half in bfloat16), or --store cpu"
         )
     if not cached and memory.beside > memory.total / 20:
         found.append(f"--cache DIR ({memory.beside / 1e9:.2f} GB of VAE and text encoders)")
@@ -170,7 +188,11 @@ def advice(
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do; `--dry-run` stops here. own: the ensemble was loaded for this run alone. store: of its experts' weights."""
+    """What a run would do; `--dry-run` stops here.
+
+    own:   whether the ensemble was loaded for this run alone
+    store: of its experts' weights (see afa.experts.quantised)
+    """
 
     settings: LoopSettings
     ensemble: Ensemble
@@ -180,7 +202,7 @@ class Plan:
     store: str | None = None
 
     def facts(self) -> dict[str, Any]:
-        """For people and for --json."""
+        """Return the plan's facts, for people and for --json."""
         denoiser, settings = self.ensemble.denoiser, self.settings
         held_out = min(settings.held_out, len(self.source.samples) // 5)
         trainable = count_parameters(denoiser.aggregators)
@@ -201,7 +223,7 @@ class Plan:
         }
 
     def memory(self) -> dict[str, Any]:
-        """What a step is expected to need, and what would make it less; takes as long as a few steps."""
+        """Return the expected memory of a step, and options that reduce it. Takes as long as a few steps."""
         settings, frame = self.settings, self.ensemble.frame
         dtype = getattr(torch, settings.dtype)
         beside = [] if settings.cache is not None else [frame.vae, *self.ensemble.text_encoders]
@@ -220,7 +242,10 @@ class Plan:
         return {"expected_memory_gb": round(found.total / 1e9, 2), "for_less_memory": less}
 
     def time(self) -> dict[str, Any]:
-        """What the run is expected to take, by two steps of it on random latents, the second measured; nothing is kept of them."""
+        """Return the expected time of the run in seconds.
+
+        It runs two steps on random latents and measures the second; nothing of them is kept.
+        """
 
         seconds, measurement = rehearse(self)
         measurements = self.settings.steps // self.settings.evaluate_every + 1
@@ -232,7 +257,7 @@ class Plan:
 
 
 def rehearse(planned: Plan) -> tuple[float, float]:
-    """-> seconds of an optimiser step on one process, seconds of a measurement of the held-out images."""
+    """Return the seconds of one optimiser step on one process, and of one held-out measurement."""
     settings, ensemble = planned.settings, planned.ensemble
     device = choose_device(settings.device)
     ensemble.to(device)
@@ -280,7 +305,7 @@ def rehearse(planned: Plan) -> tuple[float, float]:
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    """Of the second time: the first makes buffers and chooses kernels."""
+    """Return the seconds of the second run; the first one allocates buffers and chooses kernels."""
     work()
     _wait(device)
     started = time.monotonic()

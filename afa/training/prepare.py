@@ -1,4 +1,4 @@
-"""From settings to what the loop draws from: data found, sized, encoded, or taken from a cache."""
+"""Prepare a run's data: find, size and encode it, or read it from a cache."""
 
 import functools
 import sys
@@ -28,7 +28,10 @@ FEW = 50  # images, encoded without a bar
 
 
 def find_data(settings: LoopSettings) -> Source:
-    """List the data, reading no image. Raises UserError if there are too few, or too many cannot be used."""
+    """List the data without reading images.
+
+    Raises UserError if there are too few images, or too many cannot be used.
+    """
     columns = Columns(settings.image_column, settings.caption_column, settings.allow_outside)
     source = open_source(settings.data, columns, settings.limit)
     check_skipped(source, settings.max_skipped)
@@ -37,7 +40,10 @@ def find_data(settings: LoopSettings) -> Source:
 
 
 def resolution_of(settings: LoopSettings, ensemble: Ensemble) -> int:
-    """In pixels, a multiple of the latent's, and of the patches a transformer cuts it into. Raises UserError for another."""
+    """Return the resolution in pixels.
+
+    It is a multiple of the VAE's factor and of a transformer's patches; raises UserError otherwise.
+    """
     factor = latents_of(ensemble.frame.vae).factor
     denoiser = ensemble.denoiser
     if not settings.resolution and not denoiser.side:
@@ -55,12 +61,12 @@ def resolution_of(settings: LoopSettings, ensemble: Ensemble) -> int:
 
 
 def noising_of(settings: LoopSettings, ensemble: Ensemble, device: torch.device) -> Noising:
-    """The frame's forward process. Raises UserError for a prediction type that cannot be trained."""
+    """Return the frame's forward process. Raises UserError for a prediction type that cannot be trained."""
     return Noising(ensemble.frame.scheduler, latents_of(ensemble.frame.vae), device, settings.timesteps)
 
 
 def check_objective(settings: LoopSettings, ensemble: Ensemble, source: Source) -> None:
-    """Raises UserError for whatever would stop the run once its data are encoded: a schedule, a weighting, weights of judges, their answers."""
+    """Raise UserError for what would fail after the data are encoded: schedule, weighting, reward models."""
     cpu = torch.device("cpu")
     means = make_means(settings, noising_of(settings, ensemble, cpu), ensemble.frame.vae, cpu, False)
     make_objectives(means, [])
@@ -71,7 +77,10 @@ def check_objective(settings: LoopSettings, ensemble: Ensemble, source: Source) 
 
 
 def encode_data(settings: LoopSettings, source: Source, resolution: int, vae: Any) -> tuple[Encoded, Encoded]:
-    """-> training set, held-out set; what cannot be read is left out and said. Raises UserError where that is too much."""
+    """Return the encoded training set and held-out set.
+
+    Unreadable images are left out and reported. Raises UserError if there are too many.
+    """
     training, held_out = split(list(enumerate(source.samples)), settings.held_out, settings.seed)
     augmentation = Augmentation(settings.crops, settings.flip)
     parts: list[list[Work]] = [
@@ -98,7 +107,7 @@ def encode_data(settings: LoopSettings, source: Source, resolution: int, vae: An
 
 
 def _caching(folder: Path, parts: list[list[Work]], resolution: int, vae: Any) -> Callable[..., Encoded]:
-    """An encoder that keeps everything in a folder; what will be written is said first."""
+    """Return an encoder that stores its results in a folder. It announces what will be written."""
     latents = latents_of(vae)
     side = resolution // latents.factor
     cache = LatentCache(folder, vae, (2 * latents.channels, side, side))
@@ -108,7 +117,7 @@ def _caching(folder: Path, parts: list[list[Work]], resolution: int, vae: Any) -
 
 
 def _watched(source: Source, share: float, total: int, images: Iterable[Any]) -> Iterator[Any]:
-    """A bar, and a look after every image at how many cannot be used."""
+    """Iterate with a progress bar, and check after every image how many were left out."""
     for image in tqdm(
         images, desc="encoding images", unit="image", total=total, file=sys.stderr, disable=total < FEW
     ):

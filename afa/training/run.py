@@ -1,4 +1,4 @@
-"""A training run from its settings: experts and data in, a saved ensemble with its measured result out."""
+"""A training run: settings, experts and data in; a saved ensemble with its measured result out."""
 
 import contextlib
 from dataclasses import asdict
@@ -37,9 +37,10 @@ BEFORE, STARTED = (
 
 
 def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
-    """Read data and experts, and find everything that would fail later. Raises UserError.
+    """Read data and experts, and find everything that would fail later.
 
-    ensemble: the one to train, where its experts are in memory already.
+    ensemble: the one to train, if its experts are in memory already
+    Raises UserError.
     """
     source = find_data(settings)
     check_output(settings)
@@ -51,14 +52,15 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
         _store(settings.store, ensemble, choose_device(settings.device))
     if len(ensemble.denoiser.names) < 2:
         raise UserError(
-            f"'{ensemble.denoiser.names[0]}' is one expert alone, and there is nothing to weigh; an ensemble needs at least two"
+            f"'{ensemble.denoiser.names[0]}' is one expert alone, and there is nothing to weigh; "
+            "an ensemble needs at least two"
         )
     check_objective(settings, ensemble, source)
     return Plan(settings, ensemble, source, resolution_of(settings, ensemble), own, settings.store)
 
 
 def _ensemble(settings: TrainSettings) -> Ensemble:
-    """With new aggregators, or as a saved one has them."""
+    """Make an ensemble with new aggregators, or load a saved one."""
     dtype = getattr(torch, settings.dtype)
     if settings.start is not None:
         return Ensemble.load(settings.start, dtype=dtype)
@@ -78,10 +80,11 @@ def _ensemble(settings: TrainSettings) -> Ensemble:
 
 
 def _store(store: str, ensemble: Ensemble, device: torch.device) -> None:
-    """Raises UserError where the store is no help."""
+    """Store the experts' weights in less memory. Raises UserError if that would not help."""
     if store == "cpu" and device.type == "cpu":
         raise UserError(
-            "--store cpu keeps experts beside a GPU, and training would run on the CPU; leave it out, or use --store int8"
+            "--store cpu keeps experts beside a GPU, and training would run on the CPU; leave it out, "
+            "or use --store int8"
         )
     store_weights(ensemble.denoiser.experts, store)
 
@@ -97,7 +100,7 @@ def check_output(settings: LoopSettings) -> None:
 
 
 def finished(settings: TrainSettings) -> dict[str, Any] | None:
-    """The record of a run that is complete, None if there is none. Raises UserError if it was another run."""
+    """Return the record of a complete run; None if there is none. Raises UserError if it was another run."""
     if not (settled(Path(settings.output)) / MANIFEST).exists() or state_file(settings).exists():
         return None
     record = read_manifest(Path(settings.output)).training
@@ -115,7 +118,8 @@ def finished(settings: TrainSettings) -> dict[str, Any] | None:
             else "choose"
         )
         raise UserError(
-            f"the ensemble in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); {further} another --output"
+            f"the ensemble in {settings.output} was finished with --steps {begun.steps} (now "
+            f"{settings.steps}); {further} another --output"
         )
     check_finished(settings, begun, record.get("files"), f"the ensemble in {settings.output}")
     forget_state(settings)  # where a run was killed while it removed it
@@ -125,8 +129,8 @@ def finished(settings: TrainSettings) -> dict[str, Any] | None:
 def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any]:
     """Train an ensemble and save it in settings.output. An interrupted run continues; a finished one is read.
 
-    settings: as the flags of `afa train`
-    planned:  what plan(settings) returned, where the experts are in memory already
+    settings: the options of `afa train`
+    planned:  what plan(settings) returned, if the experts are in memory already
     Returns the record that is kept in afa.json: settings, steps, held-out losses with intervals.
     Raises UserError, and KeyboardInterrupt after the state is saved.
     """
@@ -161,7 +165,7 @@ def _train(settings: TrainSettings, planned: Plan) -> dict[str, Any]:
 
 
 def _initialise(ensemble: Ensemble) -> nn.Module:
-    """Draw the aggregators' first weights anew, so that --seed decides them whatever was loaded before."""
+    """Draw the aggregators' first weights again, so that they depend on --seed only."""
     denoiser = ensemble.denoiser
     device = next(denoiser.experts.parameters()).device
     for name, fresh in denoiser._aggregators().items():
@@ -170,7 +174,7 @@ def _initialise(ensemble: Ensemble) -> nn.Module:
 
 
 def _baselines(trainer: Trainer, before: str) -> dict[str, np.ndarray]:
-    """Held-out losses, per image, of the ensemble before training and of each expert alone in the same frame."""
+    """Return the held-out losses, per image, of the ensemble before training and of each expert alone."""
     losses = {before: trainer.held_out_losses()}
     for name in trainer.denoiser.names:
         with only_expert(trainer.denoiser, name):
@@ -181,7 +185,10 @@ def _baselines(trainer: Trainer, before: str) -> dict[str, np.ndarray]:
 def _record(
     settings: TrainSettings, trainer: Trainer, progress: Progress, baselines: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """What the manifest keeps: recipe, course and measured result. Differences are paired over the held-out images."""
+    """Return what the manifest records: settings, course and measured result.
+
+    Differences are paired over the held-out images.
+    """
     trained = trainer.held_out_losses()
     losses: dict[str, Estimate] = {"trained": estimate(trained)} | {
         name: estimate(values) for name, values in baselines.items()

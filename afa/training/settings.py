@@ -1,4 +1,4 @@
-"""What a training run is asked to do. No heavy imports: the command line's help comes from here."""
+"""The options of a training run. No heavy imports: the command line's help comes from here."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -36,10 +36,11 @@ MADE = (
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings(ObjectiveSettings):
-    """What every training run is told, whatever it trains, field by field a flag."""
+    """The options of all training runs; each field is a flag."""
 
     data: str = option(
-        help="a folder with metadata.jsonl or with a .txt beside every image, a .jsonl of paths, .parquet, .tar shards "
+        help="a folder with metadata.jsonl or with a .txt beside every image, a .jsonl of paths, .parquet, "
+        ".tar shards "
         "(x-{000..099}.tar), or a data set of the hub"
     )
     image_column: str | None = option(
@@ -99,7 +100,8 @@ class LoopSettings(ObjectiveSettings):
     )
     cache: str | None = option(
         None,
-        help="folder that keeps latents and text states for all runs; VAE and text encoders then leave the memory",
+        help="folder that keeps latents and text states for all runs; "
+        "VAE and text encoders then leave the memory",
     )
     held_out: int = option(
         64, **COUNT, help="images that are never trained on, at most a fifth: the measure of early stopping"
@@ -126,7 +128,8 @@ class LoopSettings(ObjectiveSettings):
     frame: str | None = option(
         None,
         place=True,
-        help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone",
+        help="a pipeline's folder that lends text encoders, "
+        "scheduler and VAE to experts that are denoisers alone",
     )
     gradient_checkpointing: bool = option(
         False, help="recompute stages in the backward pass: less memory, a third more time"
@@ -135,7 +138,8 @@ class LoopSettings(ObjectiveSettings):
         None,
         least=1,
         most=10**9,
-        help="steps between two sample sheets with weight maps, a multiple of --evaluate-every (default: none)",
+        help="steps between two sample sheets with weight maps, a multiple of --evaluate-every (default: "
+        "none)",
     )
     sheet_images: int = option(4, **COUNT, help="held-out captions on a sheet")
     sheet_steps: int = option(20, **SAMPLING_STEPS, help="sampling steps of a sheet")
@@ -163,27 +167,28 @@ class LoopSettings(ObjectiveSettings):
             raise UserError(f"--watch {self.watch} judges sheets; give --sheet-every {self.evaluate_every}")
         if self.sheet_every is not None and self.sheet_every % self.evaluate_every:
             raise UserError(
-                f"--sheet-every {self.sheet_every} must be a multiple of --evaluate-every {self.evaluate_every}"
+                f"--sheet-every {self.sheet_every} must be a multiple of --evaluate-every "
+                f"{self.evaluate_every}"
             )
         if self.flip and not self.crops:
             raise UserError("--flip mirrors random crops, and there are none; give --crops 1 or more")
 
     def binding(self) -> dict[str, object]:
-        """What must stay the same when a run is resumed."""
+        """Return the options that must stay the same when a run resumes."""
         free = FREE if self.schedule == "constant" else tuple(name for name in FREE if name != "steps")
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in free}
 
     def files(self) -> dict[str, str]:
-        """What must stay the same, too: sha256 of the files that a run is made from."""
+        """Return sha256 of the run's files, which must stay the same when it resumes."""
         raise NotImplementedError
 
     def judges(self) -> dict[str, str]:
-        """The reward's file and weights, where they lie here."""
+        """Return the reward's file and weights, if they are local."""
         given = {"reward": self.reward, "reward weights": self.reward_weights}
         return {name: place for name, place in given.items() if place is not None and Path(place).exists()}
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0. Warm-up: linear from lr / warm_up to lr."""
+        """Return the learning rate of a step, counted from 0. Warm-up is linear from lr / warm_up to lr."""
         if step < self.warm_up:
             return self.lr * (step + 1) / self.warm_up
         part = (step - self.warm_up) / max(1, self.steps - self.warm_up)
@@ -197,11 +202,12 @@ class LoopSettings(ObjectiveSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(LoopSettings):
-    """One training run of aggregators, field by field a flag of `afa train`."""
+    """The options of `afa train`; each field is a flag."""
 
     recipe: str | None = option(
         None,
-        help="paper-sd15, paper-sdxl, low-memory, scenes, or a .toml file of flags; a flag that is given too goes first",
+        help="paper-sd15, paper-sdxl, low-memory, scenes, or a .toml file of flags; "
+        "a flag that is given too goes first",
     )
     experts: list[str] | None = option(
         None,
@@ -220,7 +226,8 @@ class TrainSettings(LoopSettings):
     )
     placement: str | None = option(
         None,
-        help="fused stages: layers (all), blocks, every-K, double (FLUX), out (a router on the predictions), or names such as M00,OUT11",
+        help="fused stages: layers (all), blocks, every-K, double (FLUX), "
+        "out (a router on the predictions), or names such as M00,OUT11",
     )
     hidden: int = option(128, least=1, most=2**20, help="width inside the aggregators")
     heads: int = option(8, least=1, most=2**20, help="attention heads of the aggregators")
@@ -242,7 +249,8 @@ class TrainSettings(LoopSettings):
     vae: str | None = option(
         None,
         place=True,
-        help="an expert's name, a VAE's or pipeline's folder, or one .safetensors file (default: the first expert's)",
+        help="an expert's name, a VAE's or pipeline's folder, or one .safetensors file (default: "
+        "the first expert's)",
     )
     store: str | None = option(
         None,
@@ -257,7 +265,8 @@ class TrainSettings(LoopSettings):
         if self.experts is not None and len(self.experts) < 2:
             alone = f"only {self.experts[0]}" if self.experts else "none"
             raise UserError(
-                f"--experts names {alone}; an ensemble needs at least two experts (to train one alone: afa finetune)"
+                f"--experts names {alone}; an ensemble needs at least two experts (to train one alone: "
+                "afa finetune)"
             )
         made = [
             field
@@ -267,11 +276,12 @@ class TrainSettings(LoopSettings):
         if self.start is not None and made:
             flag = f"--{made[0].name.replace('_', '-')} {getattr(self, made[0].name)}"
             raise UserError(
-                f"{flag} cannot be given with --start {self.start}: its aggregators and its frame are made already"
+                f"{flag} cannot be given with --start {self.start}: "
+                "its aggregators and its frame are made already"
             )
 
     def files(self) -> dict[str, str]:
-        """Of the experts, what was chosen for their frame, and the rewards; of a saved ensemble with all that it refers to."""
+        """Return sha256 of experts, frame and rewards, or of a saved ensemble and its parts."""
         from afa.fingerprint import fingerprint, saved_fingerprint
 
         if self.start is not None:
@@ -281,11 +291,11 @@ class TrainSettings(LoopSettings):
         )
 
     def further(self, start: Path | str, **changes: Any) -> "TrainSettings":
-        """The same run, going on from a saved ensemble instead of experts."""
+        """Return settings of a run that continues training a saved ensemble."""
         made = {field.name: field.default for field in fields(self) if field.name in MADE}
         return replace(self, **{**made, "experts": None, "recipe": None, "start": str(start), **changes})
 
     def aggregator_options(self) -> dict[str, object]:
-        """Options of the kind of aggregator."""
+        """Return the options of the aggregator's kind."""
         options: dict[str, object] = {"hidden": self.hidden, "heads": self.heads, "depth": self.depth}
         return options | ({"ignore": list(self.ignore)} if self.ignore else {})

@@ -1,4 +1,4 @@
-"""From a plan to a trainer in memory: processes, data, objective, conditions, sheets."""
+"""Make a trainer from a plan: processes, data, objective, conditions, sample sheets."""
 
 import os
 from collections.abc import Callable
@@ -27,18 +27,19 @@ RUNS = "runs"  # the folder of what trackers write, and the name of their projec
 
 
 def keep_log(settings: LoopSettings) -> None:
-    """Move the log beside what was trained."""
+    """Move the log beside the trained files."""
     log = state_file(settings).with_name(LOG)
     if log.exists():
         os.replace(log, Path(settings.output) / LOG)
 
 
 def make_accelerator(settings: LoopSettings) -> Accelerator:
-    """The processes and devices of this run. Raises UserError if they are not what was asked for."""
+    """Make the accelerator of this run. Raises UserError if it would use another device than --device."""
     accelerator = _accelerator(settings)
     if settings.device not in (None, accelerator.device.type):
         raise UserError(
-            f"--device {settings.device} was asked for, but training would run on {accelerator.device}; leave --device out"
+            f"--device {settings.device} was asked for, but training would run on {accelerator.device}; "
+            "leave --device out"
         )
     return accelerator
 
@@ -60,9 +61,11 @@ def _accelerator(settings: LoopSettings) -> Accelerator:
 def make_trainer(
     planned: Plan, accelerator: Accelerator, initialise: Callable[[Ensemble], nn.Module]
 ) -> Trainer:
-    """Everything a run needs, in memory; the VAE leaves the device after the images are encoded, unless images are drawn.
+    """Make everything that a run needs, in memory.
 
-    initialise: draws the first weights of what is trained, by torch's own generator, and returns it.
+    The VAE leaves the device after the images are encoded, unless images will be decoded.
+    initialise: draws the first weights of the trained module with torch's global generator, and returns the
+                module
     """
     settings, ensemble = planned.settings, planned.ensemble
     begun = belongings(
@@ -111,7 +114,7 @@ def make_trainer(
 
 
 def _sheets(planned: Plan, captions: list[str], device: torch.device) -> Sheets | None:
-    """The sample sheets that were asked for."""
+    """Return the sample sheets; None without --sheet-every."""
     if planned.settings.sheet_every is None:
         return None
     ensemble, watch = planned.ensemble, make_watch(planned.settings, device)
@@ -121,7 +124,10 @@ def _sheets(planned: Plan, captions: list[str], device: torch.device) -> Sheets 
 
 
 def _forget(ensemble: Ensemble, draws: bool) -> None:
-    """Free the memory of what the cache stands for; the ensemble can still be trained and saved. draws: it needs its VAE for images."""
+    """Free the memory of what the cache replaces; the ensemble can still be trained and saved.
+
+    draws: the VAE stays, because images will be decoded
+    """
     encoders = [encoder for expert in ensemble.experts for encoder in expert.text_encoders]
     for module in (*ensemble.text_encoders, *encoders, *(() if draws else (ensemble.frame.vae,))):
         module.to("meta")

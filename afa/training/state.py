@@ -25,7 +25,10 @@ def state_file(settings: LoopSettings) -> Path:
 
 
 def belongings(settings: LoopSettings, from_files: bool) -> dict[str, Any]:
-    """What must be the same when a run goes on: options, and the files it is made from, unless its models were in memory before."""
+    """Return what must be the same when a run resumes: options, and hashes of files.
+
+    from_files: whether the models were loaded from files (not passed in memory)
+    """
     found: dict[str, Any] = json.loads(json.dumps(settings.binding()))
     return {**found, FILES: settings.files() if from_files else {}}
 
@@ -33,7 +36,10 @@ def belongings(settings: LoopSettings, from_files: bool) -> dict[str, Any]:
 def check_finished(
     settings: LoopSettings, begun: LoopSettings, files: dict[str, str] | None, what: str
 ) -> None:
-    """Raises UserError if a complete run was begun with other options or files. files: as its record has them, None in older ones."""
+    """Raise UserError if a complete run was started with other options or files.
+
+    files: as its record has them; None in older records
+    """
     now: dict[str, Any] = json.loads(json.dumps(settings.binding()))
     then: dict[str, Any] = json.loads(json.dumps(begun.binding()))
     if files:
@@ -43,12 +49,15 @@ def check_finished(
 
 
 def forget_state(settings: LoopSettings) -> None:
-    """Remove what is there for going on: of a run that is complete."""
+    """Remove the state of a run that is complete."""
     shutil.rmtree(Path(settings.output) / FOLDER, ignore_errors=True)
 
 
 def save_state(settings: LoopSettings, begun: dict[str, Any], state: dict[str, Any]) -> None:
-    """Replace the saved state; a crash in between leaves the old one. begun: its belongings."""
+    """Replace the saved state; a crash in between leaves the old one.
+
+    begun: what belongings() returned
+    """
     file = state_file(settings)
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
@@ -56,7 +65,11 @@ def save_state(settings: LoopSettings, begun: dict[str, Any], state: dict[str, A
 
 
 def load_state(settings: LoopSettings, now: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
-    """The state to go on from, None if there is none. now: belongings. Raises UserError if it was begun with others, naming them."""
+    """Return the state to resume from; None if there is none.
+
+    now: what belongings() returns
+    Raises UserError, which names the difference, if the run was started with other options or files.
+    """
     file = state_file(settings)
     if not file.exists():
         return None
@@ -80,12 +93,12 @@ def load_state(settings: LoopSettings, now: dict[str, Any], device: torch.device
 
 
 def move_state(settings: LoopSettings, place: Path) -> None:
-    """Put the saved state somewhere else, for a longer run to go on from."""
+    """Move the saved state elsewhere, for a longer run to continue from."""
     os.replace(state_file(settings), place)
 
 
 def begin_from(settings: LoopSettings, place: Path) -> None:
-    """Let a run that has not begun go on from a state that a shorter one left; nothing where there is none."""
+    """Let a run that has not begun continue from a state that a shorter run left, if there is one."""
     if place.exists():
         state_file(settings).parent.mkdir(parents=True, exist_ok=True)
         os.replace(place, state_file(settings))
