@@ -1,1 +1,1 @@
-"""A small, genuine world to see and test everything on. Importing this package costs nothing."""
+"""A small, real world of experts for demonstrations and tests. Importing this package is cheap."""

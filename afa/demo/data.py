@@ -24,7 +24,10 @@ REAL_SCENES, TRAINING_SCENES, TUNING_SCENES = 1_000, 512, 64
 
 
 def protocol(request: Request) -> Protocol:
-    """160 mixed scenes, one image each, 20 steps, guidance 3, 64 px; Fréchet distance to 1,000 other mixed scenes."""
+    """Make the protocol of 160 mixed scenes: one image each, 20 steps, guidance 3, 64 px.
+
+    The Fréchet distance is to 1,000 other mixed scenes.
+    """
     captions = [scene.caption for scene in sample_scenes("mixed", request.prompts or SCENES, JUDGED)]
     return Protocol(
         "scenes",
@@ -46,7 +49,10 @@ SEED = 600_000  # of the demonstration's training scenes too; nothing that is ju
 
 
 def from_scenes(place: str) -> Source:
-    """scenes:COUNT. The images of `python -m afa.demo.scenes --seed 600000`. Raises UserError for a count that is none."""
+    """Make a source from "scenes:COUNT": the images of `python -m afa.demo.scenes --seed 600000`.
+
+    Raises UserError if COUNT is not a count.
+    """
     count = place.partition(":")[2]
     if not (count.isascii() and count.isdigit() and len(count) <= 6 and int(count) > 0):
         raise UserError(f"--data {place[:80]}: say how many scenes, from 1 to 999999, such as scenes:512")

@@ -1,9 +1,8 @@
-"""Attribute accuracy and Fréchet distance of scenes, and the scorer as a reward.
+"""Metrics of the embedded world, attribute accuracy and Fréchet distance, and its reward.
 
-The embedded world's reward: how sure a network is that a picture shows what its caption says.
-
-Not the scorer, which judges: another network, of another kind, trained with another seed on other scenes, degraded in other ways, blends
-and blurs above all. So what training makes of this reward can be judged by one that training never saw.
+The reward says how certain a network is that an image shows its caption. It is not the scorer, which judges:
+it is another kind of network, trained with another seed on other scenes with other degradations (above all
+blends and blurs). So the scorer can judge what training has made of this reward.
 """
 
 from collections.abc import Sequence
@@ -31,10 +30,13 @@ def _scorer() -> AttributeScorer:
 
 
 class Attributes(ImageMetric):
-    """Share of a caption's six attributes that a picture shows, and its parts; see afa.demo.scorer."""
+    """The share of a caption's six attributes that an image shows, and its parts; see afa.demo.scorer."""
 
     names = ("attributes", "shapes", "colours", "texture", "ground", "all")
-    source = "the embedded world's classifier, trained on degraded renders and fixed before any method was compared"
+    source = (
+        "the embedded world's classifier, trained on degraded renders and fixed before any method was "
+        "compared"
+    )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -51,10 +53,13 @@ class Attributes(ImageMetric):
 
 
 class Frechet(FrechetDistance):
-    """Fréchet distance to real renders, on the 128 features before the scorer's last layer."""
+    """The Fréchet distance to real renders, on the 128 features before the scorer's last layer."""
 
     name = "frechet"
-    source = "Fréchet distance to real mixed scenes on the classifier's 128 features; biased upward by few images, equally for all methods"
+    source = (
+        "Fréchet distance to real mixed scenes on the classifier's 128 features; "
+        "biased upward by few images, equally for all methods"
+    )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -65,13 +70,13 @@ class Frechet(FrechetDistance):
 
 
 def make(resources: Resources) -> ImageMetric:
-    """Attribute accuracy; its weights are shipped. Raises UserError if others are given."""
+    """Make attribute accuracy; its weights are shipped. Raises UserError if others are given."""
     _refuse_weights("attributes", resources)
     return Attributes()
 
 
 def frechet(resources: Resources) -> SetMetric:
-    """The Fréchet distance; its weights are shipped. Raises UserError if others are given."""
+    """Make the Fréchet distance; its weights are shipped. Raises UserError if others are given."""
     _refuse_weights("frechet", resources)
     return Frechet()
 
@@ -88,7 +93,7 @@ FLOOR = -6.0  # log-probability below which an attribute is no worse
 
 
 def network() -> nn.Sequential:
-    """images (B, 3, 64, 64) in [-1, 1] -> logits of all CLASSES, one after another."""
+    """Make the reward's network: images (B, 3, 64, 64) in [-1, 1] to the logits of all CLASSES."""
     layers: list[nn.Module] = []
     for before, after in ((3, 24), (24, 48), (48, 72), (72, 96)):
         layers += [
@@ -107,13 +112,16 @@ def network() -> nn.Sequential:
 
 
 class SceneReward:
-    """The mean log-probability of a caption's six attributes, from FLOOR (all absent) to 0 (all there, without doubt)."""
+    """The mean log-probability of a caption's six attributes, from FLOOR (all absent) to 0 (all certain)."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net.eval().requires_grad_(False)
 
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """images (B, 3, 64, 64) about [-1, 1] -> (B,), with gradients. Raises UserError for a caption of another world."""
+        """Return rewards (B,) with gradients, for images (B, 3, 64, 64) about [-1, 1].
+
+        Raises UserError for a caption that is not of the embedded world.
+        """
         try:
             truth = labels([parse(caption) for caption in captions]).to(images.device)
         except ValueError as error:
@@ -129,7 +137,7 @@ class SceneReward:
 
 
 def load(device: torch.device) -> SceneReward:
-    """The shipped one."""
+    """Load the shipped reward."""
     from safetensors.torch import load_file
 
     net = network()

@@ -1,4 +1,4 @@
-"""The demonstration: train, compare, report."""
+"""The demonstration: train an ensemble, compare it with its baselines, and report."""
 
 import sys
 import time
@@ -32,7 +32,7 @@ AGGREGATORS = {"aggregator": "stitch", "hidden": 32, "heads": 4, "depth": 1}
 
 
 def methods(settings: DemoSettings) -> dict[str, Callable[[], Ensemble]]:
-    """Name -> how to make it. Trained ones are trained when asked for, or read if they are there."""
+    """Return the methods by name, as functions that make them. They train if nothing was trained before."""
     output = Path(settings.output)
     sources = [str(path) for path in EXPERTS.values()]
     return {
@@ -48,7 +48,7 @@ def methods(settings: DemoSettings) -> dict[str, Callable[[], Ensemble]]:
 
 
 def training(settings: DemoSettings, folder: Path, placement: str, sources: list[str]) -> TrainSettings:
-    """How the demonstration trains: the same for AFA and for the router."""
+    """Return the demonstration's training settings, the same for AFA and for the router."""
     return TrainSettings(
         experts=sources,
         data=str(Path(settings.output) / "data"),
@@ -71,7 +71,7 @@ def _trained(settings: DemoSettings, sources: list[str], folder: Path, placement
 
 
 def weight_average(sources: list[str]) -> Ensemble:
-    """One model whose denoiser and text encoder are the means of the experts' parameters.
+    """Return one model with the mean of the experts' denoisers and text encoders.
 
     Source: Wortsman et al., Model soups, arXiv:2203.05482 (the uniform soup).
     """
@@ -90,7 +90,12 @@ MAPPED = 2  # of them with weight maps
 
 @dataclass(frozen=True)
 class Row:
-    """What one method reached: per-image scores by name, (n,) each; its images; seconds an image, one a batch."""
+    """The result of one method.
+
+    scores:  (n,) per image, by name
+    images:  (n, 64, 64, 3) uint8
+    seconds: per image, one value per batch
+    """
 
     name: str
     scores: dict[str, NDArray[np.float64]]
@@ -111,7 +116,7 @@ class Outcome:
 
     @property
     def best_single(self) -> Row:
-        """The expert with the highest attribute accuracy on these very scenes: the hardest opponent among them."""
+        """Return the expert with the highest attribute accuracy on these scenes, the strongest baseline."""
         return max(
             (row for row in self.rows if row.name in EXPERTS), key=lambda row: row.scores["attributes"].mean()
         )
@@ -120,12 +125,12 @@ class Outcome:
         return next(row for row in self.rows if row.name == name)
 
     def lead(self, name: str, over: str) -> Estimate:
-        """Attribute accuracy of one method minus another's, paired by scene."""
+        """Return attribute accuracy of one method minus another's, paired by scene."""
         return difference(self.row(name).scores["attributes"], self.row(over).scores["attributes"])
 
 
 def demonstrate(settings: DemoSettings) -> Outcome:
-    """Do everything that is not done yet in settings.output. Raises UserError if it holds something else."""
+    """Do everything that is missing in settings.output. Raises UserError if it holds something else."""
     for place in (*EXPERTS.values(), BASE):
         if not (place / "model_index.json").is_file():
             raise UserError(
@@ -154,7 +159,10 @@ def _demonstrate(settings: DemoSettings, output: Path) -> Outcome:
 def _images(
     output: Path, name: str, make: Callable[[], Ensemble], captions: list[str], settings: DemoSettings
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """A method's images of all captions, (n, 64, 64, 3), and the seconds an image of each batch; made once, kept as .npz."""
+    """Return a method's images of all captions, (n, 64, 64, 3), and seconds per image of each batch.
+
+    They are made once and kept as .npz.
+    """
     file = output / "images" / f"{name.replace(' ', '_')}.npz"
     kept = read_arrays(file)
     if kept is None:
@@ -172,14 +180,14 @@ def sampling(settings: DemoSettings) -> Sampling:
 
 
 def requests(captions: list[str], settings: DemoSettings) -> list[Request]:
-    """Scene k is drawn from the noise of seed + k, whatever the method."""
+    """Return the requests: scene k has the noise of seed + k in all methods."""
     return [Request(caption, nth_seed(settings.seed, index)) for index, caption in enumerate(captions)]
 
 
 def _sampled(
     name: str, ensemble: Ensemble, captions: list[str], settings: DemoSettings
 ) -> Iterator[tuple[NDArray[np.uint8], float]]:
-    """Batch after batch: images, and seconds an image."""
+    """Yield each batch: images, and seconds per image."""
     pipeline = ensemble.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     started = time.monotonic()
@@ -191,7 +199,7 @@ def _sampled(
 
 
 def weight_pictures(settings: DemoSettings, captions: list[str]) -> list[NDArray[np.uint8]]:
-    """Weight maps over steps of the first images, as pictures (H, W, 3) uint8."""
+    """Return weight maps over steps of the first images, as pictures (H, W, 3) uint8."""
     from afa.pictures import conditional, picture
 
     ensemble = Ensemble.load(Path(settings.output) / "ensemble")

@@ -1,9 +1,7 @@
-"""The embedded world: scenes, their captions and their drawing.
+"""The embedded world: exactly drawn, captioned scenes of two coloured shapes on a textured background.
 
-Captioned scenes, drawn exactly: two coloured shapes on a textured background, 64×64 pixels.
-
-The embedded world is made of these. A scene is a handful of attributes; its caption and its picture follow from them,
-so a picture can be judged attribute by attribute (see scorer.py) instead of by taste.
+A scene is a set of attributes. Its caption and its image (64×64 pixels) follow from them, so an image can be
+judged attribute by attribute (see scorer.py).
 """
 
 import argparse
@@ -26,7 +24,7 @@ SUPERSAMPLING = 3  # subpixels per side when an outline is drawn
 
 
 def _star(x: Array, y: Array) -> NDArray[np.bool_]:
-    """A five-pointed star: fold the plane into one of ten equal wedges, then one straight edge decides."""
+    """Return a five-pointed star: fold the plane into one of ten wedges, then test one straight edge."""
     angle = np.abs(np.mod(np.arctan2(x, -y) + np.pi / 5, 2 * np.pi / 5) - np.pi / 5)
     u, v = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
     inner_u, inner_v = 0.44 * np.cos(np.pi / 5), 0.44 * np.sin(np.pi / 5)
@@ -68,7 +66,8 @@ GROUNDS: dict[str, tuple[int, int, int]] = {
     "lavender": (190, 176, 226),
 }
 
-# Where the darker part of a texture lies: position in pixels, a random phase for each axis -> a mask in [0, 1].
+# Where the darker part of a texture lies: position in pixels, a random phase for each axis -> a mask in [0,
+# 1].
 TEXTURES: dict[str, Callable[[Array, Array], Array]] = {
     "plain": lambda x, y: np.zeros_like(x),
     "striped": lambda x, y: _soft(np.sin(2 * np.pi * (x + y) / 15)),
@@ -103,7 +102,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a caption says: two things, how the first lies to the second, and the background."""
+    """All that a caption says: two things, how the first lies to the second, and the background."""
 
     first: Thing
     second: Thing
@@ -120,20 +119,20 @@ class Scene:
 
     @property
     def places(self) -> dict[str, Thing]:
-        """The things by the place they stand at."""
+        """Return the things by their place."""
         return dict(zip(RELATIONS[self.relation], (self.first, self.second), strict=True))
 
 
 @dataclass(frozen=True)
 class Domain:
-    """A part of the world: which shapes the two objects may have, and which textures lie behind them."""
+    """A part of the world: the possible shapes of the two objects, and the possible textures."""
 
     first: tuple[str, ...]
     second: tuple[str, ...]
     textures: tuple[str, ...]
 
     def sample(self, rng: np.random.Generator) -> Scene:
-        """A scene of this domain, all its attributes equally likely; the two objects never share a colour."""
+        """Draw a scene of this domain at random; its two objects have different colours."""
         shapes = [str(rng.choice(self.first)), str(rng.choice(self.second))]
         colours = [str(colour) for colour in rng.choice(list(COLOURS), 2, replace=False)]
         things = [Thing(shape, colour) for shape, colour in zip(shapes, colours, strict=True)]
@@ -156,12 +155,13 @@ DOMAINS: dict[str, Domain] = {
         ("circle", "square", "triangle"), ("circle", "square", "triangle"), ("checked", "dotted", "wavy")
     ),
 }
-# A curve and an angle on a pattern: only circle with triangle, one scene in sixteen, lies in a single domain (patterns).
+# A curve and an angle on a pattern: only circle with triangle, one scene in sixteen, lies in a single domain
+# (patterns).
 MIXED = Domain(CURVES, ANGLES, ("checked", "dotted", "wavy"))
 
 
 def parse(caption: str) -> Scene:
-    """The scene a caption describes; ValueError when the words are not of this world."""
+    """Return the scene that a caption describes. Raises ValueError for other words."""
     words = re.fullmatch(
         r"an? (\w+) (\w+) (\w+(?: of)?) an? (\w+) (\w+) on a (\w+) (\w+) background", caption.strip()
     )
@@ -176,7 +176,7 @@ def parse(caption: str) -> Scene:
 
 
 def sample_scenes(domain: str, count: int, seed: int) -> list[Scene]:
-    """`count` scenes of one domain, of "mixed", or of "union" (each scene from one domain at random)."""
+    """Return `count` random scenes of one domain, of "mixed", or of "union" (all domains)."""
     rng = np.random.default_rng(seed)
     if domain == "union":
         names = list(DOMAINS)
@@ -186,7 +186,10 @@ def sample_scenes(domain: str, count: int, seed: int) -> list[Scene]:
 
 
 def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Draw a scene: (64, 64, 3) uint8. Places, sizes, angles, phases and shades vary with `rng`, attributes do not."""
+    """Draw a scene: (64, 64, 3) uint8.
+
+    rng: varies places, sizes, angles, phases and shades; attributes do not vary
+    """
     image = _background(scene, rng)
     for place, thing in scene.places.items():
         _draw(image, thing, place, rng)
@@ -204,7 +207,7 @@ def _article(word: str) -> str:
 
 
 def _soft(wave: Array) -> Array:
-    """A wave with edges about a pixel wide."""
+    """Return a wave whose edges are about a pixel wide."""
     return np.clip(wave * 2.5 + 0.5, 0, 1)
 
 
@@ -217,7 +220,7 @@ def _background(scene: Scene, rng: np.random.Generator) -> Array:
 
 
 def _draw(image: Array, thing: Thing, place: str, rng: np.random.Generator) -> None:
-    """Blend one shape into the image, its edge anti-aliased by supersampling."""
+    """Blend one shape into the image; supersampling anti-aliases its edge."""
     jitter = (2.0, 5.0) if place in ("left", "right") else (5.0, 2.0)
     centre = np.asarray(CENTRES[place]) + rng.uniform(-1, 1, 2) * jitter
     radius, angle = rng.uniform(11.5, 13.5), np.deg2rad(rng.uniform(-10, 10))
@@ -237,12 +240,12 @@ def _draw(image: Array, thing: Thing, place: str, rng: np.random.Generator) -> N
 
 
 def _subpixels(start: int, stop: int) -> Array:
-    """Centres of the subpixels of the pixels start … stop-1."""
+    """Return the centres of the subpixels of pixels start … stop-1."""
     return (np.arange(start * SUPERSAMPLING, stop * SUPERSAMPLING, dtype=np.float32) + 0.5) / SUPERSAMPLING
 
 
 def draw(folder: Path, domain: str, count: int, seed: int) -> None:
-    """`count` PNGs and metadata.jsonl of one domain, of "mixed" or of "union"; all of them appear, or none."""
+    """Write `count` PNGs and metadata.jsonl of one domain, of "mixed" or of "union", all or nothing."""
     scenes = sample_scenes(domain, count, seed)
     with staged(folder, last="metadata.jsonl") as stage:
         lines = []

@@ -1,8 +1,8 @@
-"""The exact scorer: which of a caption's six attributes does a picture show?
+"""The scorer: which of a caption's six attributes does an image show?
 
-A small convolutional network, trained on degraded renders only and fixed before any method was compared, names the shape
-and colour at each of the four places, the texture and the ground. Two shapes, two colours, one texture, one ground:
-six attributes of each picture are right or wrong.
+A small convolutional network predicts the shape and colour at each of four places, the texture and the
+ground. It was trained on degraded renders only, and fixed before any method was compared. An image has six
+attributes, right or wrong: two shapes, two colours, one texture, one ground.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ CLASSES: dict[str, tuple[str, ...]] = {  # what the network names -> its possibl
 
 
 def labels(scenes: list[Scene]) -> Tensor:
-    """The right answers: (n, 10) int64, columns as CLASSES; 0 where no object stands."""
+    """Return the true classes: (n, 10) int64, columns as in CLASSES; 0 if there is no object."""
     rows = []
     for scene in scenes:
         truth = {"texture": scene.texture, "ground": scene.ground}
@@ -35,7 +35,7 @@ def labels(scenes: list[Scene]) -> Tensor:
 
 
 def network() -> nn.Sequential:
-    """The scorer's network: images (B, 3, 64, 64) in [-1, 1] -> logits of all CLASSES, one after another."""
+    """Make the scorer's network: images (B, 3, 64, 64) in [-1, 1] to the logits of all CLASSES."""
     layers: list[nn.Module] = []
     for before, after in ((3, 32), (32, 64), (64, 96)):
         layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU()]
@@ -45,12 +45,12 @@ def network() -> nn.Sequential:
 
 
 def answers(logits: Tensor) -> tuple[Tensor, ...]:
-    """Logits of each question of CLASSES."""
+    """Split logits by the questions of CLASSES."""
     return logits.split([len(answers) for answers in CLASSES.values()], 1)
 
 
 class AttributeScorer:
-    """Judges pictures by their captions."""
+    """Judges images by their captions."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net.eval().requires_grad_(False)
@@ -64,9 +64,12 @@ class AttributeScorer:
         return cls(net)
 
     def score(self, images: NDArray[np.uint8], captions: list[str]) -> dict[str, NDArray[np.float64]]:
-        """images (n, 64, 64, 3) uint8, n captions -> values in [0, 1], one a picture.
+        """Return values (n,) in [0, 1] by name.
 
-        attributes: share of the six that are right; shapes, colours (share of two), texture, ground; all: 1 if all six are.
+        images:   (n, 64, 64, 3) uint8
+        captions: n
+        attributes is the share of the six that are right, shapes and colours are shares of two, texture and
+        ground are 0 or 1, and all is 1 if all six are right.
         """
         truth = labels([parse(caption) for caption in captions])
         logits = answers(self._run(images, self.net))
@@ -85,7 +88,7 @@ class AttributeScorer:
         }
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Penultimate features (n, 128), for a Fréchet distance between sets of pictures."""
+        """Return features (n, 128) before the last layer, for a Fréchet distance between sets of images."""
         assert isinstance(self.net, nn.Sequential)
         features: NDArray[np.float32] = self._run(images, self.net[:-1]).numpy()
         return features

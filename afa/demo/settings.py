@@ -1,4 +1,4 @@
-"""What the demonstration is asked to do. No heavy imports: the command line's help comes from here."""
+"""The options of the demonstration. No heavy imports: the command line's help comes from here."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from afa.settings import GUIDANCE, SAMPLING_STEPS, SEED, CheckedOptions, option
 
 @dataclass(frozen=True)
 class DemoSettings(CheckedOptions):
-    """One demonstration, field by field a flag of `afa demo`."""
+    """The options of `afa demo`; each field is a flag."""
 
     output: str = option(
         "demo", help="a folder for report.html and everything it rests on; what is finished there is kept"

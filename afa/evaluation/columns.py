@@ -1,4 +1,4 @@
-"""One metric over all methods: values with intervals, and the differences of chosen pairs of methods."""
+"""The results of one metric: values of all methods with intervals, and differences of pairs of methods."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,12 +31,13 @@ class Comparison:
     """One method minus another.
 
     difference: paired by prompt
-    p: of no difference
-    wins: share of prompts won, ties a half; None for scores of sets
-    p_holm: corrected over the report's family, None where a comparison is outside it
-    prompts: how many independent ones it rests on; least: how many a verdict needs in that family
-    seeds: the training seeds that both methods have, which are paired; empty where neither was trained
-    by_seed: the difference with each of them
+    p:          of no difference
+    wins:       share of prompts won, a tie counts half; None for scores of sets
+    p_holm:     p, corrected over the report's comparisons; None if this one is not among them
+    prompts:    number of independent prompts
+    least:      number of prompts that a verdict needs
+    seeds:      training seeds that both methods have, which are paired; empty if neither was trained
+    by_seed:    the difference of each training seed
     """
 
     method: str
@@ -53,7 +54,10 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """better or worse only if p_holm, the interval and the number of prompts all say so; else undecided; "" outside the family."""
+        """Return better or worse if p_holm, interval and number of prompts all say so, else undecided.
+
+        Returns "" for a comparison without p_holm.
+        """
         if self.p_holm is None:
             return ""
         if self.p_holm >= LEVEL or self.prompts < self.least or not self.difference.excludes_zero:
@@ -62,7 +66,7 @@ class Comparison:
 
     @property
     def reversed(self) -> "Comparison":
-        """The same the other way round: other minus method."""
+        """Return the comparison the other way round: other minus method."""
         won = (
             None
             if self.wins is None
@@ -81,11 +85,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one method scored in its runs. seeds: of the runs that have the score, rising. Of one kind:
+    """The scores of one method in its runs.
 
-    scores (runs, prompts), where a score is of an image; images of a prompt are averaged. replicates: None.
-    scores (runs,), where it is of the whole set of n images; replicates (runs, resamples): the same of resampled prompts.
-    trained: whether the seeds are training seeds, so that runs are paired by them. prompts: independent ones.
+    seeds:      of the runs that have the score, ascending
+    scores:     (runs, prompts) if a score is of an image; images of a prompt are averaged.
+                (runs,) if it is of the whole set of n images
+    replicates: (runs, resamples) scores of sets of resampled prompts; None if a score is of an image
+    n:          images of a set
+    trained:    whether seeds are training seeds, by which runs are paired
+    prompts:    number of independent prompts
     """
 
     seeds: tuple[int, ...]
@@ -96,21 +104,24 @@ class Sample:
     prompts: int = 0
 
     def of_seeds(self, seeds: Sequence[int]) -> "Sample":
-        """The runs with these training seeds, one each; of what is not trained its one run for every seed."""
+        """Return the runs with these training seeds; an untrained method repeats its one run."""
         chosen = [self.seeds.index(seed) if self.trained else 0 for seed in seeds]
         replicates = None if self.replicates is None else self.replicates[chosen]
         return replace(self, seeds=tuple(seeds), scores=self.scores[chosen], replicates=replicates)
 
     def means(self) -> tuple[float, ...]:
-        """Of each run alone, by training seed; none of what is not trained."""
+        """Return the mean of each training run; empty for an untrained method."""
         return tuple(float(run.mean()) for run in self.scores) if self.trained else ()
 
 
 @dataclass(frozen=True)
 class Column:
-    """One metric. values: by method; by_run: each training run alone, by method and seed; comparisons: by (method, other).
+    """One metric.
 
-    best: the best single expert, chosen by this very metric on these very images, which favours it.
+    values:      by method
+    by_run:      each training run alone, by method and seed
+    best:        the best single expert by this metric on these images, a choice that favours the expert
+    comparisons: by (method, other)
     """
 
     metric: str
@@ -122,21 +133,24 @@ class Column:
     comparisons: Mapping[Pair, Comparison] = field(default_factory=dict)
 
     def against(self, method: str, other: str | None) -> Comparison | None:
-        """method - other, None if they were not compared."""
+        """Return method minus other; None if they were not compared."""
         if other is None:
             return None
         back = self.comparisons.get((other, method))
         return self.comparisons.get((method, other), None if back is None else back.reversed)
 
     def leader(self, names: Iterable[str]) -> str | None:
-        """The best of some methods by value; of equals the first by name."""
+        """Return the best of some methods by value; of equal ones the first by name."""
         sign = -1 if self.note.higher_is_better else 1
         known = [name for name in names if name in self.values]
         return min(known, key=lambda name: (sign * self.values[name].value, name), default=None)
 
 
 def make_column(metric: str, note: MetricNote, methods: Sequence[Method], items: Sequence[Item]) -> Column:
-    """The values of all methods that have this score in at least one run. Raises UserError if they do not pair."""
+    """Return the values of all methods that have this score in at least one run.
+
+    Raises UserError if their numbers of prompts differ.
+    """
     prompts = prompts_of(items)
     found = {
         method.name: image_sample(method, prompts, metric)
@@ -153,7 +167,10 @@ def make_column(metric: str, note: MetricNote, methods: Sequence[Method], items:
 
 
 def compare(column: Column, pairs: Sequence[Pair]) -> dict[Pair, Comparison]:
-    """The differences of pairs of methods that have this score, not corrected yet; none of two that share no training seed."""
+    """Return the differences of pairs of methods that have this score; p-values are not corrected yet.
+
+    Pairs that share no training seed are left out.
+    """
     samples, higher = column.samples, column.note.higher_is_better
     both = {
         pair: shared for pair in pairs if (shared := _paired(*(samples[name] for name in pair))) is not None
@@ -184,7 +201,7 @@ def compare(column: Column, pairs: Sequence[Pair]) -> dict[Pair, Comparison]:
 
 
 def _paired(one: Sample, other: Sample) -> tuple[Sample, Sample] | None:
-    """Run against run of the training seeds that both have; what is not trained stands against every run of the other."""
+    """Pair runs by training seed; an untrained run is paired with all runs of the other."""
     seeds = list(one.seeds if one.trained else other.seeds)
     if one.trained and other.trained:
         seeds = [seed for seed in seeds if seed in other.seeds]
@@ -192,9 +209,10 @@ def _paired(one: Sample, other: Sample) -> tuple[Sample, Sample] | None:
 
 
 def image_sample(method: Method, prompts: Sequence[int], metric: str | None = None) -> Sample | None:
-    """A score of images from every run that has it for all of them, or for the first so many; None if no run has.
+    """Return a score of images, from the runs with the most images that have it; None if no run has it.
 
-    metric: a score's name; None: seconds an image. prompts: of each image.
+    prompts: of each image
+    metric:  name of a score; None: seconds per image
     """
     runs = sorted(method.runs, key=lambda run: run.seed)
     given = {run.seed: run.seconds if metric is None else run.scores.get(metric, []) for run in runs}
@@ -227,7 +245,8 @@ def _set_sample(metric: str, method: Method, prompts: Sequence[int]) -> Sample |
     count = min(len(score.replicates) for score in scores.values())
     if count < 2:
         raise UserError(
-            f"metric '{metric}' of '{method.name}' has too few resamples for an interval ({count}); run afa evaluate again"
+            f"metric '{metric}' of '{method.name}' has too few resamples for an interval ({count}); "
+            "run afa evaluate again"
         )
     replicates = np.asarray([score.replicates[:count] for score in scores.values()])
     values = np.asarray([score.value for score in scores.values()])
@@ -244,7 +263,8 @@ def _check_lengths(metric: str, samples: Mapping[str, Sample]) -> None:
     if len(lengths) > 1:
         (few, one), (many, other) = sorted(lengths.items())[:2]
         raise UserError(
-            f"metric '{metric}' has values of {few} prompts for '{one}', of {many} for '{other}'; run afa evaluate again"
+            f"metric '{metric}' has values of {few} prompts for '{one}', of {many} for '{other}'; "
+            "run afa evaluate again"
         )
 
 
@@ -253,7 +273,7 @@ def _by_key(samples: Mapping[K, Sample]) -> dict[K, Estimate]:
 
 
 def _span(samples: Iterable[Sample]) -> tuple[float, float]:
-    """The least and the largest value that any prompt has with any method: how far this score is known to reach."""
+    """Return the smallest and the largest mean score of any prompt and method."""
     known = [sample.scores.mean(0) for sample in samples if sample.replicates is None]
     return (float(min(map(np.min, known))), float(max(map(np.max, known)))) if known else (0.0, 0.0)
 
@@ -263,7 +283,10 @@ def _estimates(
     span: tuple[float, float],
     of_prompts: Callable[..., list[Estimate]] = estimates,
 ) -> list[Estimate]:
-    """All of one metric, so all of one kind. of_prompts: estimates, or differences."""
+    """Estimate the samples of one metric.
+
+    of_prompts: estimates, or differences
+    """
     of_sets = [
         set_estimate(sample.scores, sample.replicates, sample.n)
         for sample in samples
@@ -282,7 +305,7 @@ def _tests(samples: Sequence[Sample]) -> list[float]:
 
 
 def _minus(one: Sample, other: Sample) -> Sample:
-    """The difference run by run, of paired runs: prompt by prompt, or resample by resample."""
+    """Subtract paired runs: prompt by prompt, or resample by resample."""
     trained = one.trained or other.trained
     made = replace(one, seeds=one.seeds if trained else (), scores=one.scores - other.scores, trained=trained)
     if one.replicates is None or other.replicates is None:

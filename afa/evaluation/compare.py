@@ -1,4 +1,4 @@
-"""Every comparison of a report, computed from Results; p-values are corrected as one family."""
+"""All comparisons of a report, computed from Results; p-values are corrected as one family."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ Key = tuple[object, ...]
 class Analysis:
     """One evaluation with everything computed.
 
-    columns: by metric, those that lead first; metrics that no method has are left out
-    family: how many comparisons were corrected together
-    folder: where results.json and the images are; None if not given
+    columns: by metric, primary ones first; metrics that no method has are left out
+    family:  number of comparisons that were corrected together
+    folder:  of results.json and the images; None if not given
     """
 
     results: Results
@@ -36,18 +36,18 @@ class Analysis:
 
     @cached_property
     def rows(self) -> list[Method]:
-        """The rows of the main table, group by group."""
+        """Return the rows of the main table, group by group."""
         return sorted(main_methods(self.results), key=lambda method: GROUPS.index(method.group))
 
     @cached_property
     def primary(self) -> list[Column]:
-        """The metrics that claims are made about: those marked so, else the first."""
+        """Return the metrics that claims are about: those marked primary, else the first."""
         columns = list(self.columns.values())
         return [column for column in columns if column.note.primary] or columns[:1]
 
     @property
     def lead(self) -> Column:
-        """The metric of the main table."""
+        """Return the metric of the main table."""
         return self.primary[0]
 
     @cached_property
@@ -56,9 +56,10 @@ class Analysis:
 
     @cached_property
     def problems(self) -> list[str]:
-        """What is not in the report: what evaluate could not compute, and runs whose values cannot be used."""
+        """Return what the report lacks: failed metrics and methods, and runs with unusable values."""
         unused = [
-            f"{column.metric} of {method.title}, training seed {run.seed}: some values are missing or no numbers"
+            f"{column.metric} of {method.title}, training seed {run.seed}: "
+            "some values are missing or no numbers"
             for column in self.columns.values()
             for method in self.results.methods
             for run in method.runs
@@ -75,31 +76,31 @@ class Analysis:
 
     @cached_property
     def prompts(self) -> int:
-        """How many independent prompts there are: equal words count once."""
+        """Return the number of independent prompts; equal prompts count once."""
         return len(set(prompts_of(self.results.items)))
 
     @property
     def least(self) -> int:
-        """How many of them a verdict needs, corrected over the family."""
+        """Return how many prompts a verdict needs, corrected over the family."""
         return least_items(self.family)
 
     def seeds(self, name: str) -> int:
-        """The most training seeds that a leading metric of a method rests on; 0 for what is not trained."""
+        """Return the most training seeds in a method's primary metrics; 0 if it is not trained."""
         return max(
             (len(column.samples[name].seeds) for column in self.primary if name in column.samples), default=0
         ) * (self.methods[name].is_trained)
 
     def title(self, name: str) -> str:
-        """A method's title for people."""
+        """Return a method's title."""
         return self.methods[name].title
 
     def group(self, *groups: str) -> list[str]:
-        """Names of the main table's rows in some groups."""
+        """Return the names of the main table's rows in some groups."""
         return [method.name for method in self.rows if method.group in groups]
 
     @cached_property
     def seconds(self) -> dict[str, Estimate]:
-        """Seconds an image, by method. Images of one batch share their time."""
+        """Return seconds per image, by method. Images of one batch share their time."""
         prompts = prompts_of(self.results.items)
         timed = {method.name: image_sample(method, prompts) for method in self.results.methods}
         known = {name: sample.scores for name, sample in timed.items() if sample is not None}
@@ -110,7 +111,8 @@ class Analysis:
 def analyse(several: Sequence[Results], folders: Sequence[Path | None] = ()) -> list[Analysis]:
     """Compute everything; p-values are corrected over all evaluations of the report together.
 
-    The family: on every leading metric, our method and the best single expert against every other row but the bounds.
+    The family: on each primary metric, our method and the best single expert against all other rows but
+                bounds.
     Raises UserError for results that cannot be compared.
     """
     found = [_analyse(results) for results in several]
@@ -128,12 +130,15 @@ def analyse(several: Sequence[Results], folders: Sequence[Path | None] = ()) -> 
 
 
 def main_methods(results: Results) -> list[Method]:
-    """The methods that are rows of the main table; the others belong to studies."""
+    """Return the methods in the main table; the others belong to studies."""
     return [method for method in results.methods if not method.axes]
 
 
 def our_method(results: Results) -> str | None:
-    """The row that claims are made about: `afa`, else the first by name of group ours; None if there is none."""
+    """Return the row that claims are about: `afa`, else the first of group ours by name;
+
+    None if there is none.
+    """
     ours = sorted(method.name for method in main_methods(results) if method.group == OURS)
     return "afa" if "afa" in ours else ours[0] if ours else None
 
@@ -145,17 +150,19 @@ def _analyse(results: Results) -> Analysis:
     known = {column.metric: _compared(results, column) for column in columns if column.values}
     if not known:
         raise UserError(
-            "there is nothing to report: no method has a score; see the errors in results.json and run afa evaluate again"
+            "there is nothing to report: no method has a score; "
+            "see the errors in results.json and run afa evaluate again"
         )
     return Analysis(results, known)
 
 
 def _check(results: Results) -> None:
-    """Raises UserError for what no comparison can be made of."""
+    """Raise UserError for results that cannot be compared."""
     names = [method.name for method in results.methods]
     if not names or not results.items or not results.metrics:
         raise UserError(
-            "there is nothing to report: the results have no methods, images or metrics; run afa evaluate again"
+            "there is nothing to report: the results have no methods, images or metrics; "
+            "run afa evaluate again"
         )
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -170,7 +177,10 @@ def _check(results: Results) -> None:
 
 
 def _compared(results: Results, column: Column) -> Column:
-    """With the best single expert, and every row against it and against our method, every variant against what it came from."""
+    """Add the best expert and the comparisons of a column.
+
+    Every row is compared with the best expert and with our method, every variant with its origin.
+    """
     experts = [method.name for method in main_methods(results) if method.group == EXPERT]
     column = dataclasses.replace(column, best=column.leader(experts))
     return dataclasses.replace(column, comparisons=compare(column, _pairs(results, column)))
@@ -194,7 +204,7 @@ def _claims(one: Analysis) -> list[tuple[Column, Pair]]:
 
 
 def _key(place: int, column: Column, pair: Pair) -> Key:
-    """A comparison has one place in the family, whichever way round it is told."""
+    """Return a key that is the same for both directions of a comparison."""
     return (place, column.metric, *sorted(pair))
 
 

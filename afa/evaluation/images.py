@@ -1,4 +1,4 @@
-"""The images of one method: one PNG an item, each saying how it was made; what is there is not made again."""
+"""The images of one method: one PNG per item, which records how it was made; existing images are kept."""
 
 import hashlib
 import json
@@ -28,7 +28,10 @@ FOREVER = 1e9  # seconds that no image takes
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A folder of PNGs. identity: everything the images depend on besides prompt and seed; others are refused."""
+    """A folder of PNGs.
+
+    identity: everything that the images depend on besides prompt and seed; images of another one are refused
+    """
 
     folder: Path
     items: Sequence[Item]
@@ -37,7 +40,7 @@ class ImageSet:
 
     @cached_property
     def made_by(self) -> str:
-        """A hash of the identity and of how all images are sampled."""
+        """Return a hash of the identity and the sampling options."""
         sampling = {
             name: value
             for name, value in vars(self.sampling).items()
@@ -52,11 +55,14 @@ class ImageSet:
         return self.folder / f"{index:06d}.png"
 
     def missing(self) -> list[int]:
-        """The items whose image is not there. Raises UserError for one that was made otherwise."""
+        """Return the items without an image.
+
+        Raises UserError for an image that was made with other settings.
+        """
         return [index for index in range(len(self.items)) if self._facts(index) is None]
 
     def _facts(self, index: int, whole: bool = True) -> dict[str, Any] | None:
-        """What an image says of itself; None if it is not there, broken, or cut off by a crash: then it is made again."""
+        """Return the facts in a PNG; None if it is missing or damaged, then it is made again."""
         found = read_made(self.path(index), whole=whole)
         if found is None:
             return None
@@ -65,7 +71,8 @@ class ImageSet:
         for name, value in asked.items():
             if found.get(name) != value:
                 raise UserError(
-                    f"{self.path(index)} was made with {name} {shown(found.get(name))}, now {shown(value)} is asked;"
+                    f"{self.path(index)} was made with {name} {shown(found.get(name))}, "
+                    f"now {shown(value)} is asked;"
                     " choose another --output or delete the folder"
                 )
         seconds = found.get("seconds")
@@ -73,15 +80,15 @@ class ImageSet:
         return found if known else None
 
     def seconds(self) -> list[float]:
-        """How long each image took, in the batch it was made in."""
+        """Return the seconds of each image, in the batch it was made in."""
         return [float((self._facts(index, whole=False) or {})["seconds"]) for index in range(len(self.items))]
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        """One image, (H, W, 3)."""
+        """Return one image, (H, W, 3)."""
         return read_pixels(self.path(index))
 
     def read_all(self) -> Iterator[NDArray[np.uint8]]:
-        """All images, one by one."""
+        """Yield all images, one by one."""
         return (self.read(index) for index in range(len(self.items)))
 
     def write(self, index: int, image: NDArray[np.uint8], seconds: float) -> None:
@@ -100,7 +107,7 @@ class ImageSet:
             Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunk)
 
     def digest(self) -> str:
-        """A hash of all pixels and captions, in order."""
+        """Return a hash of all pixels and captions, in order."""
         total = hashlib.sha256()
         for index, item in enumerate(self.items):
             total.update(item.caption.encode() + self.read(index).tobytes())
@@ -108,13 +115,13 @@ class ImageSet:
 
 
 def make_images(images: ImageSet, make: Callable[[], Sampler], batch_size: int, title: str) -> None:
-    """Make what is missing, batch by batch, spread over all processes; the model is made only if anything is missing.
+    """Make the missing images, batch by batch, over all processes. The model is made only if one is missing.
 
-    Every image comes from its own seed, so neither the batch nor the process it is made in changes more than its rounding.
+    Each image has its own seed, so batch and process change at most its rounding.
     """
     state = PartialState()
     missing = images.missing()
-    state.wait_for_everyone()  # nobody writes before everybody has looked
+    state.wait_for_everyone()  # all processes look before one writes
     own = missing[state.process_index :: state.num_processes]
     if own:
         images.folder.mkdir(parents=True, exist_ok=True)

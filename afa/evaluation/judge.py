@@ -1,4 +1,4 @@
-"""All metrics of a comparison: made early, applied to image sets, their values and features kept by content."""
+"""All metrics of a comparison: checked early, then applied to image sets; results are cached by content."""
 
 import hashlib
 import json
@@ -29,14 +29,17 @@ Attempt = Callable[[str, bool, Callable[[], Any]], Any]
 
 @dataclass(frozen=True)
 class Judged:
-    """What all metrics said of one image set."""
+    """The scores of one image set by all metrics."""
 
     scores: dict[str, list[float]]
     sets: dict[str, SetScore]
 
 
 class Judge:
-    """The metrics of a comparison, in order; the first leads its table. folder: for what has been computed."""
+    """The metrics of a comparison, in order; the first one leads its table.
+
+    folder: of cached results
+    """
 
     def __init__(self, metrics: Sequence[ImageMetric | SetMetric], folder: Path, resamples: int) -> None:
         self.metrics, self.folder, self.resamples = list(metrics), folder, resamples
@@ -45,13 +48,17 @@ class Judge:
     def make(
         cls, settings: EvaluateSettings, protocol: Protocol, folder: Path, device: torch.device
     ) -> "Judge":
-        """The protocol's metrics, or those asked for, and the user's scorer. Raises UserError for what is missing, before any image is made."""
+        """Make the protocol's metrics, or those asked for, and the user's scorer, before any image is made.
+
+        Raises UserError for what is missing.
+        """
         weights = dict(_given(place) for place in settings.metric_weights or [])
         names = list(settings.metrics or ([] if settings.scorer else protocol.metrics))
         for name in weights:
             if name not in names:
                 raise UserError(
-                    f"--metric-weights {name}={weights[name]}: the metric '{name}' is not used here; the metrics are {', '.join(names)}"
+                    f"--metric-weights {name}={weights[name]}: the metric '{name}' is not used here; "
+                    f"the metrics are {', '.join(names)}"
                 )
         metrics = [
             make_metric(name, Resources(weights.get(name), device, settings.batch_size)) for name in names
@@ -65,16 +72,17 @@ class Judge:
         for metric in metrics:
             if isinstance(metric, SetMetric) and metric.needs_reference and protocol.real is None:
                 raise UserError(
-                    f"metric '{metric.name}' compares with real images, and protocol '{protocol.name}' has none; leave it out"
+                    f"metric '{metric.name}' compares with real images, "
+                    f"and protocol '{protocol.name}' has none; leave it out"
                 )
         if not metrics:
             raise UserError("there is nothing to judge by; give --metrics or --scorer")
         return cls(metrics, folder, settings.resamples)
 
     def labels(self, metric: ImageMetric | SetMetric) -> dict[str, str]:
-        """What each score of a metric is called in the results: by its own name.
+        """Return the name of each of a metric's scores in the results: by default its own name.
 
-        Where several metrics have a score of that name, a user's is qualified by its file: nothing mixes, nothing is lost.
+        If several metrics have a score of that name, a user's score is qualified by its file.
         """
         names = _names(metric)
         if not isinstance(metric, (UserScore, UserFrechet)):
@@ -95,7 +103,10 @@ class Judge:
 
     @property
     def primary(self) -> str:
-        """The first score an image can have; empty if all metrics are of sets, or a user's scorer has not been asked yet."""
+        """Return the first score of an image.
+
+        Returns "" if all metrics are of sets, or a user's scorer was not called yet.
+        """
         return next(
             (
                 label
@@ -108,7 +119,10 @@ class Judge:
 
     @property
     def tuning_score(self) -> Score | None:
-        """The mean of the primary score over some pictures, higher better; None if all metrics are of sets."""
+        """Return the mean of the primary score over some pictures, higher is better;
+
+        None if all metrics are of sets.
+        """
         metric = next((metric for metric in self.metrics if isinstance(metric, ImageMetric)), None)
         if metric is None:
             return None
@@ -117,14 +131,14 @@ class Judge:
 
     @property
     def tuning_identity(self) -> str:
-        """What changes when tuning_score does: the metric, its weights, a scorer's file."""
+        """Return what changes when tuning_score changes: metric, weights, a scorer's file."""
         metric = next((metric for metric in self.metrics if isinstance(metric, ImageMetric)), None)
         return (
             "" if metric is None else json.dumps([type(metric).__qualname__, metric.identity], sort_keys=True)
         )
 
     def notes(self) -> dict[str, MetricNote]:
-        """What every score's name means; the first of an image and the first of a set lead the tables."""
+        """Return what each score means; the first score of an image and the first of a set are primary."""
         of_sets = (
             label
             for metric in self.metrics
@@ -143,7 +157,7 @@ class Judge:
         return notes
 
     def judge(self, images: ImageSet, protocol: Protocol, title: str, attempt: Attempt) -> Judged:
-        """Everything that can be said of an image set; a metric that fails costs only itself."""
+        """Score an image set by all metrics; a metric that fails does not stop the others."""
         judged = Judged({}, {})
         for metric in self.metrics:
             what = f"{next(iter(self.labels(metric).values()), 'the scorer')} of {title}"
@@ -159,7 +173,7 @@ class Judge:
         return judged
 
     def _score(self, metric: ImageMetric, images: ImageSet, protocol: Protocol) -> dict[str, list[float]]:
-        """The values of every image, or of the first so many, where a protocol says so."""
+        """Return the values of all images, or of the first ones if the protocol limits the metric."""
         first = {} if isinstance(metric, UserScore) else protocol.first  # which is about metrics of ours
         count = min([len(images.items), *(first[name] for name in metric.names if name in first)])
         file = self._file(metric, images.digest(), f"{count}.json")
@@ -187,7 +201,7 @@ class Judge:
         return Picture(images.read(index), item.caption, prompt, reference)
 
     def _set_score(self, metric: SetMetric, images: ImageSet, protocol: Protocol) -> SetScore:
-        """The value of all images, and under resampled prompts, the same for every method."""
+        """Return the value of all images, and under resampled prompts, which are the same for all methods."""
         reference = self._reference(metric, protocol) if metric.needs_reference else None
         features = cached_features(metric, images.read_all, self.folder / "features", images.digest())
         groups = np.asarray(prompts_of(images.items))
@@ -203,7 +217,7 @@ class Judge:
         return {}
 
     def _reference(self, metric: SetMetric, protocol: Protocol) -> Any:
-        """What a metric needs of the real images, computed once."""
+        """Return what a metric needs of the real images; computed once."""
         assert protocol.real is not None
         if metric not in self._prepared:
             real = cached_features(
@@ -213,13 +227,13 @@ class Judge:
         return self._prepared[metric]
 
     def _file(self, metric: ImageMetric, digest: str, ending: str) -> Path:
-        """Where scores are kept: by what they were computed from, and by what."""
+        """Return the cache file of a metric's scores of an image set."""
         facts = json.dumps([type(metric).__qualname__, metric.identity, digest], sort_keys=True)
         return self.folder / "scores" / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.{ending}"
 
 
 def _kept(file: Path) -> dict[str, list[float]] | None:
-    """Scores that were kept; None if there are none, or the file is damaged."""
+    """Return cached scores; None if there are none, or the file is damaged."""
     found = json_or_none(file)
     if not isinstance(found, dict) or not found:
         return None
@@ -235,12 +249,15 @@ def _names(metric: ImageMetric | SetMetric) -> tuple[str, ...]:
 
 
 def _scored(metrics: Sequence[ImageMetric | SetMetric], name: str) -> list[Path]:
-    """The user's files whose score() gives a score of that name."""
+    """Return the users' scorers with a score of that name."""
     return [metric.path for metric in metrics if isinstance(metric, UserScore) and name in metric.names]
 
 
 def _by_prompt(prompts: Sequence[int]) -> Iterator[list[int]]:
-    """The places of images, given the prompt of each, in parts of whole prompts, some CHUNK at once: what is in memory together."""
+    """Yield the indices of images in parts of whole prompts, about CHUNK at once.
+
+    prompts: of each image
+    """
     part: list[int] = []
     for index in sorted(range(len(prompts)), key=prompts.__getitem__):
         if len(part) >= CHUNK and prompts[index] != prompts[part[-1]]:
@@ -251,7 +268,7 @@ def _by_prompt(prompts: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _given(place: str) -> tuple[str, str]:
-    """METRIC=PLACE, split. Raises UserError where there is no name."""
+    """Split METRIC=PLACE. Raises UserError if there is no name."""
     name, equals, where = place.partition("=")
     if not equals or name not in METRICS:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a comparison would do, before it does it: every image that would be drawn, and how long that would take here."""
+"""A forecast of a comparison: the images that it would draw, and the time on this machine."""
 
 import dataclasses
 import time
@@ -13,7 +13,8 @@ from afa.evaluation.untrained import searched
 from afa.pages.numbers import plural
 from afa.sampling.sample import Request, Sampler
 
-# What a step costs: that of one model, of all experts' predictions, or of the ensemble. Each is measured with the row named first.
+# What a step costs: that of one model, of all experts' predictions, or of the ensemble. Each is measured with
+# the row named first.
 KINDS = {
     "ensemble": ("afa", "feature_mean"),
     "all experts": ("noise_average", "magicfusion", "superdiff_or", "superdiff_and", "prediction_router"),
@@ -23,7 +24,12 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Work:
-    """Images that are still to be drawn. what: for; kind: of KINDS; steps: of each."""
+    """Images that are still to be drawn.
+
+    what:  their purpose
+    kind:  one of KINDS
+    steps: of each image
+    """
 
     what: str
     kind: str
@@ -32,9 +38,11 @@ class Work:
 
 
 def plan(settings: EvaluateSettings) -> dict[str, Any]:
-    """Everything that would fail early fails here, too. Leaves nothing behind. Raises UserError.
+    """Forecast a comparison, and find everything that would fail early. Leaves no files behind.
 
-    Images are those that are not there yet. Seconds: of one image of each kind, measured here; training as the ensemble's took.
+    Images: those that are missing. Seconds: one image of each kind is measured here; training takes as long
+            as
+    the ensemble's training took. Raises UserError.
     """
     comparison = prepare(settings, keep=False)
     setup, tuner = comparison.setup, comparison.tuner
@@ -71,7 +79,8 @@ def plan(settings: EvaluateSettings) -> dict[str, Any]:
         "images_to_choose_options": images["tuning"],
         "images_to_search_weights": images["search"],
         "images_to_measure_memory": f"{images['memory']} besides, of at most {MEMORY_STEPS} steps",
-        "trained": f"{', '.join(row.name for row in trained)}; {plural(settings.seeds, 'seed')} each, the ensemble's first is there",
+        "trained": f"{', '.join(row.name for row in trained)}; {plural(settings.seeds, 'seed')} each, "
+        "the ensemble's first is there",
         "training_runs": runs,
         "options_chosen_on": f"{len(tuner.captions)} captions that are not judged"
         if tuner.able
@@ -82,14 +91,16 @@ def plan(settings: EvaluateSettings) -> dict[str, Any]:
         "seconds_to_draw": round(seconds, 1),
         "seconds_to_train": round(runs * recorded, 1),
         "time": (
-            f"about {_duration(seconds + runs * recorded)}: {_duration(seconds)} to draw, by an image of each kind measured here;"
-            f" {plural(runs, 'training')} of {_duration(recorded)}, as the ensemble records its own; metrics are not counted"
+            f"about {_duration(seconds + runs * recorded)}: {_duration(seconds)} to draw, "
+            "by an image of each kind measured here;"
+            f" {plural(runs, 'training')} of {_duration(recorded)}, as the ensemble records its own; "
+            "metrics are not counted"
         ),
     }
 
 
 def _tuning(comparison: Comparison, rows: list[Row]) -> list[Work]:
-    """Candidates that are not scored yet, times the captions they are scored on: of the experts' ranking, and of every row."""
+    """Return the images of candidates that are not scored yet: for ranking experts, and for each row."""
     tuner, setup = comparison.tuner, comparison.setup
     if not tuner.able:
         return []
@@ -105,7 +116,7 @@ def _tuning(comparison: Comparison, rows: list[Row]) -> list[Work]:
 
 
 def _drawing(comparison: Comparison, row: Row) -> list[Work]:
-    """The images of all runs of a row that are not there, what memory is measured on, and what its weights are searched with."""
+    """Return a row's missing images, including those that measure memory and search weights."""
     setup, tuner = comparison.setup, comparison.tuner
     steps, kind = (row.sampling or setup.sampling).steps, _kind(row)
     found = []
@@ -128,7 +139,10 @@ def _kind(row: Row) -> str:
 
 
 def _seconds(comparison: Comparison, work: list[Work]) -> float:
-    """To draw everything, one image at a time: for each kind one image is drawn in one step and in three, after one to warm up."""
+    """Return the seconds to draw everything, one image at a time.
+
+    One image of each kind is drawn in one step and in three, after one to warm up.
+    """
     total = 0.0
     for kind, names in KINDS.items():
         own = [one for one in work if one.kind == kind and one.images]
@@ -140,7 +154,7 @@ def _seconds(comparison: Comparison, work: list[Work]) -> float:
 
 
 def _measured(comparison: Comparison, sampler: Sampler) -> tuple[float, float]:
-    """Seconds of a step of one image, and of all else: its text, its VAE."""
+    """Return the seconds of a step of one image, and of the rest: its text and its VAE."""
     item = comparison.setup.protocol.items[0]
     took = []
     for steps in (1, 1, 3):
@@ -154,7 +168,7 @@ def _measured(comparison: Comparison, sampler: Sampler) -> tuple[float, float]:
 
 
 def _duration(seconds: float) -> str:
-    """In the unit that people would use."""
+    """Return a duration in a fitting unit."""
     if seconds < 90:
         return f"{seconds:.2g} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

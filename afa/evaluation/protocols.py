@@ -1,4 +1,4 @@
-"""Protocols: prompts, noise, steps, guidance and size, the same for every method; one's own prompts; the registry."""
+"""Protocols: prompts, noise, steps, guidance and size, the same for all methods; and their registry."""
 
 import functools
 import hashlib
@@ -28,7 +28,10 @@ TUNING_SEED = 40_000_000  # noise of the images that options are chosen on: far 
 
 @dataclass(frozen=True)
 class Real:
-    """Real images that sets are compared with. identity: what they are, in words that change when they do."""
+    """Real images that sets are compared with.
+
+    identity: text that changes when the images change
+    """
 
     identity: str
     images: Callable[[], Iterable[NDArray[np.uint8]]]
@@ -36,15 +39,18 @@ class Real:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is asked of every method.
+    """What every method is asked to draw, and how it is judged.
 
-    items: one an image, all images of a prompt together. scheduler: a name of afa.schedulers; None: the frame's own.
-    metrics: judged by default; the first leads the table. first: metrics that look only at the first so many items.
-    real: for distances between sets. references: the real image of each item, where prompts are captions of images.
-    tuning: captions that options may be chosen on; never those that are judged.
-    reward: of afa.training.reward_objectives, where a protocol has one that its metrics do not judge by.
-    training: writes captioned images to train on into a folder, where a protocol brings its own.
-    left_out: references that cannot be used, with their prompts.
+    items:      one per image; images of a prompt are consecutive
+    scheduler:  a name of afa.schedulers; None: the frame's own
+    metrics:    the default metrics; the first leads the table
+    first:      for some metrics, how many of the first items they judge
+    real:       real images for distances between sets
+    references: the real image of each item, if prompts are captions of images
+    tuning:     captions for choosing options; they are never judged
+    reward:     one of afa.training.reward_objectives that is not one of the metrics
+    training:   writes captioned training images into a folder, if the protocol has its own
+    left_out:   references that cannot be used, with their prompts
     """
 
     name: str
@@ -61,7 +67,7 @@ class Protocol:
     left_out: Skipped = field(default_factory=Skipped)
 
     def facts(self) -> dict[str, Any]:
-        """For the report: what was asked, without the prompts."""
+        """Return the protocol's settings for the report, without the prompts."""
         return {
             "name": self.name,
             "prompts": len({item.prompt for item in self.items}),
@@ -74,7 +80,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line says about a protocol; None: as the protocol has it."""
+    """The command line's options of a protocol; None: the protocol's own."""
 
     prompts: int | None = None
     images_per_prompt: int | None = None
@@ -89,7 +95,10 @@ class Request:
     allow_outside: bool = False
 
     def sampling(self, steps: int, guidance: float | None = None, side: int | None = None) -> Sampling:
-        """A protocol's own sampling, changed by what was asked for. guidance: None: the family's own."""
+        """Return a protocol's sampling, changed by the command line's options.
+
+        guidance: None: the family's own
+        """
         return Sampling(
             steps if self.steps is None else self.steps,
             guidance if self.guidance is None else self.guidance,
@@ -99,7 +108,7 @@ class Request:
         )
 
     def items(self, captions: Sequence[str], copies: int = 1) -> list[Item]:
-        """`copies` images a caption (or as many as asked for), the noise of image k from seed + k."""
+        """Return `copies` images per caption (or as many as asked for); image k has the noise of seed + k."""
         captions = captions[: self.prompts]
         count = self.images_per_prompt or copies
         places = [(index, copy) for index in range(len(captions)) for copy in range(count)]
@@ -108,7 +117,10 @@ class Request:
         ]
 
     def data_folder(self, protocol: str, holds: str) -> Path:
-        """The folder or file with a protocol's own data. Raises UserError if it was not given or is not there."""
+        """Return the folder or file of a protocol's data.
+
+        Raises UserError if it is not given or not there.
+        """
         if self.data is None:
             raise UserError(f"protocol '{protocol}' needs {holds}; give it with --protocol-data")
         if not self.data.exists():
@@ -122,9 +134,10 @@ STEPS = 50
 
 
 def protocol(source: Path, request: Request) -> Protocol:
-    """50 steps and the family's own guidance unless asked otherwise. Raises UserError if there is nothing to ask for.
+    """Make a protocol of a user's prompts or captioned images: 50 steps and the family's guidance by default.
 
-    Every reference is decoded here, so that a broken one is left out before anything is drawn.
+    All references are decoded here, so that broken ones are left out before anything is drawn.
+    Raises UserError if there are no prompts.
     """
     sampling = request.sampling(STEPS)
     if source.is_file():
@@ -140,7 +153,8 @@ def protocol(source: Path, request: Request) -> Protocol:
             found.skipped.add(reason(error), sample.name)
     if len(samples) < 2:
         raise UserError(
-            f"--protocol {source} has {len(samples)} captioned images that can be read; {found.skipped.summary()}"
+            f"--protocol {source} has {len(samples)} captioned images that can be read; "
+            f"{found.skipped.summary()}"
         )
     items = request.items([sample.caption for sample in samples])
     return Protocol(
@@ -156,14 +170,14 @@ def protocol(source: Path, request: Request) -> Protocol:
 
 
 def real_images(samples: list[Sample]) -> Real:
-    """Captioned images, read one by one."""
+    """Yield captioned images, one by one."""
     listed = json.dumps([[sample.name, sample.caption, sample.mark] for sample in samples])
     identity = json.dumps({"images": len(samples), "list": hashlib.sha256(listed.encode()).hexdigest()})
     return Real(identity, lambda: (sample_image(sample) for sample in samples))
 
 
 def sample_image(sample: Sample) -> np.ndarray:
-    """(H, W, 3) uint8. Raises UserError where it cannot be read."""
+    """Return an image (H, W, 3) uint8. Raises UserError if it cannot be read."""
     try:
         return read_pixels(sample.read(), sample.name)
     except UNREADABLE as error:
@@ -200,9 +214,9 @@ PROTOCOLS = {
 
 
 def make_protocol(name: str, request: Request) -> Protocol:
-    """A protocol by name, or from a user's file of prompts or folder of captioned images.
+    """Return a protocol by name, or of a user's file of prompts or folder of captioned images.
 
-    Raises UserError for a name that is neither, or for data that is missing.
+    Raises UserError for a name that is neither, or if data are missing.
     """
     if name in PROTOCOLS:
         module, _, function = PROTOCOLS[name].make.partition(":")

@@ -1,14 +1,12 @@
 """Public protocols: COCO 2017 captions and DrawBench.
 
-coco2017: captions of COCO's training images at 256 px; FID and IS over all pairs, CLIP scores over the first 5,000.
+coco2017: captions of COCO's training images at 256 px. FID and IS use all pairs, CLIP scores the first 5,000.
+Source: arXiv:2405.17082, section 4.1 (118,287 pairs of COCO 2017, one caption an image). Deviation: the paper
+does not say which of an image's five captions it takes; here it is the first by annotation id.
 
-Source: arXiv:2405.17082, section 4.1 (118,287 pairs of COCO 2017, one caption an image). Deviation: the paper does not say
-which of an image's five captions; here the first by annotation id.
-
-drawbench: the 200 prompts of DrawBench, four images each.
-
-Source: Saharia et al., arXiv:2205.11487; the prompts are published as a table of Prompts and Category. They are not
-shipped here: give the file with --protocol-data.
+drawbench: the 200 prompts of DrawBench, four images each. The prompts are published as a table of Prompts and
+Category. They are not shipped here: give the file with --protocol-data.
+Source: Saharia et al., arXiv:2205.11487.
 """
 
 import csv
@@ -93,7 +91,8 @@ def check_images(paths: Sequence[Path]) -> None:
     broken = [error for error in unreadable(samples) if error is not None]
     if broken:
         raise UserError(
-            f"{len(broken)} of COCO's {len(paths)} images cannot be used, the first: {broken[0]}; unpack them again"
+            f"{len(broken)} of COCO's {len(paths)} images cannot be used, the first: {broken[0]}; "
+            "unpack them again"
         )
 
 
@@ -119,7 +118,8 @@ def drawbench(request: Request) -> Protocol:
     if len(captions) != PROMPTS:
         found = f"{len(captions)} {'prompt' if len(captions) == 1 else 'prompts'}"
         raise UserError(
-            f"{path} holds {found}, DrawBench has {PROMPTS}; for prompts of your own give the file as --protocol"
+            f"{path} holds {found}, DrawBench has {PROMPTS}; "
+            "for prompts of your own give the file as --protocol"
         )
     metrics = ("imagereward", "pickscore", "hpsv2", "aesthetic")
     return Protocol(

@@ -1,6 +1,7 @@
-"""What a manifest records of its training, as far as a rival may be trained with it: numbers and choices, never code or places.
+"""The training settings in a manifest, so far as baselines may be trained with them.
 
-A manifest may come from a stranger. What it says of data, rewards, loggers, caches and outputs is not used: the command line decides.
+A manifest may come from a stranger. Only numbers and choices are read from it, never code or places: data,
+rewards, loggers, caches and outputs come from the command line.
 """
 
 import dataclasses
@@ -17,10 +18,14 @@ from afa.training.settings import TrainSettings
 
 # Options that name neither code nor a file, of which a recorded value is taken.
 TAKEN = frozenset(
-    """objective snr_gamma weighting timesteps reward_weight reward_reach better worse draft_steps draft_last draft_again draft_guidance
-    anchor sparsity sparsity_top image_column caption_column limit crops flip max_skipped steps batch_size accumulate lr warm_up schedule
-    weight_decay clip ema caption_dropout resolution held_out evaluate_every patience save_every seed dtype gradient_checkpointing
-    aggregator placement hidden heads depth ignore attention_up_to text_stream store prediction_type""".split()
+    """
+    objective snr_gamma weighting timesteps reward_weight reward_reach better worse draft_steps
+    draft_last draft_again draft_guidance anchor sparsity sparsity_top image_column caption_column limit
+    crops flip max_skipped steps batch_size accumulate lr warm_up schedule weight_decay clip ema
+    caption_dropout resolution held_out evaluate_every patience save_every seed dtype
+    gradient_checkpointing aggregator placement hidden heads depth ignore attention_up_to text_stream
+    store prediction_type
+    """.split()
 )
 OWN = frozenset(
     {"experts", "start", "output", "recipe", "device", "json", "dry_run"}
@@ -29,14 +34,18 @@ DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSetti
 
 
 def recorded_settings(manifest: Manifest, folder: Path) -> dict[str, Any]:
-    """The recorded options that a rival is trained with. Raises UserError if the ensemble was not trained here, or further."""
+    """Return the recorded options that a baseline is trained with.
+
+    Raises UserError if the ensemble was not trained by `afa train`, or continued another ensemble.
+    """
     settings = (manifest.training or {}).get("settings")
     if settings is None:
         raise UserError(f"{folder} was not trained by `afa train`, so nothing can be trained as it was")
     if settings.get("start") is not None:
         start = shown(settings["start"])
         raise UserError(
-            f"{folder} was trained further from {start}, so it is no recipe for others; compare its start, or use --seeds 1"
+            f"{folder} was trained further from {start}, so it is no recipe for others; compare its start, "
+            "or use --seeds 1"
         )
     return {name: value for name, value in settings.items() if name in TAKEN} | _frame(
         manifest, folder, settings
@@ -44,13 +53,13 @@ def recorded_settings(manifest: Manifest, folder: Path) -> dict[str, Any]:
 
 
 def recorded_data(manifest: Manifest) -> str | None:
-    """The recorded place of the training images, if it is drawn by this package and no place on the machine."""
+    """Return the recorded training data if this package draws them; None if they are a place on a machine."""
     data = (manifest.training or {}).get("settings", {}).get("data")
     return data if isinstance(data, str) and data.startswith(tuple(DRAWN)) else None
 
 
 def tell(manifest: Manifest, folder: Path) -> None:
-    """Say on stderr which recorded options rivals are trained with, and which are not used."""
+    """Print to stderr which recorded options baselines are trained with, and which are not used."""
     settings = (manifest.training or {}).get("settings", {})
     used = [
         f"{name} {shown(value)}"
@@ -73,13 +82,14 @@ def tell(manifest: Manifest, folder: Path) -> None:
     ]
     if left:
         print(
-            f"afa: not used, since they name places or code: {', '.join(left)}; this command takes them from --train-data and --reward",
+            f"afa: not used, since they name places or code: {', '.join(left)}; "
+            "this command takes them from --train-data and --reward",
             file=sys.stderr,
         )
 
 
 def _frame(manifest: Manifest, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Where training was given a VAE, a frame or a config: those of the manifest, which are the same, checked as experts are."""
+    """Return the manifest's VAE, frame and config, where training was given them; checked as experts are."""
     names = [entry.name for entry in manifest.experts]
     config = next((entry.config for entry in manifest.experts if entry.config), None)
     places = {"vae": manifest.frame.get("vae"), "frame": manifest.frame.get("frame"), "config": config}

@@ -1,4 +1,4 @@
-"""results.json: everything measured, raw, with versions and machine."""
+"""results.json: all measured values, with versions and machine."""
 
 import json
 import os
@@ -32,7 +32,12 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Item:
-    """One image that every method makes: the prompt's index, its words, the seed of its noise."""
+    """One image that every method makes.
+
+    prompt:  its index
+    caption: its text
+    seed:    of its noise
+    """
 
     prompt: Count
     caption: str
@@ -40,9 +45,9 @@ class Item:
 
 
 def prompts_of(items: Sequence[Item]) -> list[int]:
-    """The independent prompt of each image, counted from 0: equal words are one prompt, wherever they stand in a list.
+    """Return the independent prompt of each image, counted from 0; equal prompts are one prompt.
 
-    Images of one prompt are draws of it, not prompts of their own; statistics average them first.
+    Statistics average the images of a prompt first, since they are draws of one prompt.
     """
     numbers: dict[str, int] = {}
     return [numbers.setdefault(" ".join(item.caption.split()), len(numbers)) for item in items]
@@ -50,7 +55,11 @@ def prompts_of(items: Sequence[Item]) -> list[int]:
 
 @dataclass(frozen=True)
 class MetricNote:
-    """What a score's name means. kind: image (a value an image) or set (one for all). primary: leads the table."""
+    """What a score means.
+
+    kind:    image (a value per image) or set (one value for all)
+    primary: whether it leads the table
+    """
 
     kind: Literal["image", "set"]
     higher_is_better: bool
@@ -60,10 +69,10 @@ class MetricNote:
 
 @dataclass(frozen=True)
 class SetScore:
-    """A value of a whole set of images, and the same under shared resamplings of the prompts.
+    """A value of a whole set of images, and its values under resampled prompts.
 
-    replicates[r] of every method comes from the same resampled prompts, so differences of replicates are paired.
-    n: images.
+    replicates: number r is of the same resampled prompts in all methods, so differences are paired
+    n:          images
     """
 
     value: Score
@@ -73,10 +82,13 @@ class SetScore:
 
 @dataclass(frozen=True)
 class Run:
-    """One method with one training seed (0 for what is not trained).
+    """One method with one training seed (0 if it is not trained).
 
-    images: folder of its PNGs, relative to results.json. scores: by metric, a value an item. seconds: an image, one value
-    an item; memory_mb: peak of the process while it made them.
+    images:    folder of its PNGs, relative to results.json
+    scores:    by metric, one value per item
+    sets:      by metric, one value for all items
+    seconds:   per image, one value per item
+    memory_mb: peak of the process while it made them
     """
 
     seed: int
@@ -89,10 +101,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Method:
-    """One row. group: one of GROUPS. title: for people. axes: where it stands in a study, e.g. {"steps": 10} or
-    {"experts": 2} or {"variant": "no text"}; empty for the rows of the main table.
+    """One row of the results.
 
-    of: the method a variant was derived from (its own name in the main table).
+    group: one of GROUPS
+    axes:  its values in a study, e.g. {"steps": 10}, {"experts": 2} or {"variant": "no text"}; empty for the
+           rows of the main table
+    of:    the method that a variant was derived from (its own name in the main table)
     """
 
     name: Annotated[str, Within(1, 1000)]
@@ -108,13 +122,17 @@ class Method:
 
     @property
     def is_trained(self) -> bool:
-        """Whether its runs are training seeds; what is not trained has one run, the same for every seed."""
+        """Return whether its runs are training seeds; an untrained method has one run for all seeds."""
         return self.trained_parameters > 0 or len(self.runs) > 1
 
 
 @dataclass(frozen=True)
 class Results:
-    """A whole comparison. protocol: what was asked of every method. errors: what could not be computed, as sentences."""
+    """A whole comparison.
+
+    protocol: the settings that all methods share
+    errors:   sentences about what could not be computed
+    """
 
     protocol: dict[str, Any]
     items: list[Item]
@@ -133,7 +151,7 @@ class Results:
 
     @classmethod
     def load(cls, folder: Path) -> "Results":
-        """Read what save wrote. Raises UserError if there is nothing, or of another format."""
+        """Read what save wrote. Raises UserError if there is no file, or it has another format."""
         file = folder / FILE
         if not file.is_file():
             raise UserError(f"{folder} has no {FILE}; make it with: afa evaluate … --output {folder}")
@@ -148,7 +166,7 @@ class Results:
         return results
 
     def check(self, file: Path) -> None:
-        """Raises UserError for parts that do not fit each other, such as a score without its image."""
+        """Raise UserError for parts that do not fit each other, such as a score without its image."""
         names = [method.name for method in self.methods]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -167,7 +185,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Of this package and of those whose versions change numbers."""
+    """Return the versions of this package and of those that affect numbers."""
     found = {"afa": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -178,7 +196,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> str:
-    """In words: the accelerator, or the processor's kind and threads."""
+    """Describe the accelerator, or the processor and its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

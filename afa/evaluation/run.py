@@ -1,4 +1,4 @@
-"""A comparison from its settings: every method's images from the same noise, every metric on every image, one results.json."""
+"""Run a comparison: all methods draw from the same noise, and all metrics judge all images."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison works with."""
+    """The parts that a comparison works with."""
 
     setup: Setup
     judge: Judge
@@ -47,7 +47,10 @@ class Comparison:
     errors: list[str]
 
     def attempt(self, what: str, asked_for: bool, work: Callable[[], T]) -> T | None:
-        """Do some work; if it fails, say so, note it, and go on with the rest. What a user asked for by name must not fail quietly."""
+        """Do some work; if it fails, note the error and return None.
+
+        asked_for: the user named it, so its failure raises UserError instead
+        """
         try:
             return work()
         except (UserError, ValueError, NotImplementedError) as error:
@@ -62,21 +65,22 @@ class Comparison:
         return None
 
     def _log(self, what: str) -> None:
-        """Keep the traceback of the error that is being handled."""
+        """Append the current traceback to errors.log."""
         with (self.setup.output / "errors.log").open("a", encoding="utf-8") as log:
             log.write(f"{what}\n{traceback.format_exc()}\n")
 
     def note(self, sentence: str) -> None:
-        """Keep a sentence about what could not be done for the report, and say it now."""
+        """Note what could not be done, for the report, and print it."""
         self.errors.append(sentence)
         if PartialState().is_main_process:
             print(f"afa: left out: {sentence}", file=sys.stderr)
 
 
 def prepare(settings: EvaluateSettings, keep: bool = True) -> Comparison:
-    """Find everything that would fail later: names, protocol data, weights of metrics, places of experts. Raises UserError.
+    """Find everything that would fail later: names, protocol data, weights of metrics, places of experts.
 
-    keep: note the settings in the output folder.
+    keep: write the settings into the output folder
+    Raises UserError.
     """
     names = chosen_methods(settings.methods)
     setup = Setup(settings)
@@ -107,7 +111,7 @@ def prepare(settings: EvaluateSettings, keep: bool = True) -> Comparison:
 def evaluate(settings: EvaluateSettings) -> Results | None:
     """Compare methods: draw, train and score what is missing in settings.output. It resumes image by image.
 
-    settings: as the flags of `afa evaluate`
+    settings: the options of `afa evaluate`
     Returns the results; None in all processes but the first. A metric or method that fails is left out, and
     noted in results.errors. Raises UserError for what cannot be compared at all.
     """
@@ -130,12 +134,12 @@ def _evaluate(comparison: Comparison) -> Results | None:
 
 
 def asked_for(settings: EvaluateSettings, row: Row) -> bool:
-    """Whether a row was asked for by name, so that it must not be left out quietly."""
+    """Return whether the user named this row, so that its failure must raise."""
     return "all" not in settings.methods and row.name.partition(":")[0] in settings.methods
 
 
 def check_row(setup: Setup, row: Row) -> bool:
-    """Raises UserError where a row lacks the base model, or a recipe to be trained by: before anything is drawn."""
+    """Raise UserError if a row lacks its base model or its training settings, before anything is drawn."""
     if row.based and setup.settings.base is None:
         _ = setup.base  # which says that it is missing
     if training_runs(row):
@@ -144,7 +148,7 @@ def check_row(setup: Setup, row: Row) -> bool:
 
 
 def _claim(setup: Setup, keep: bool) -> None:
-    """The output folder is ours, or nobody's yet; all processes look before the first one writes."""
+    """Claim the output folder for this comparison; all processes check it before the first one writes."""
     asked = {**setup.settings.binding(), "the ensemble's afa.json": sha256(setup.folder / "afa.json")}
     files = saved_fingerprint(setup.folder, setup.moved) | fingerprint(base=setup.settings.base)
     check_claim(setup.output, asked, "the comparison", files)
@@ -154,7 +158,7 @@ def _claim(setup: Setup, keep: bool) -> None:
 
 
 def _rows(comparison: Comparison) -> list[Row]:
-    """The rows asked for, with the experts ranked before any rival is made of them."""
+    """Return the rows; experts are ranked before baselines are made of them."""
     setup = comparison.setup
     for row in all_rows(setup, comparison.tuner, comparison.names):
         if asked_for(setup.settings, row):
@@ -165,7 +169,7 @@ def _rows(comparison: Comparison) -> list[Row]:
 
 
 def _rank(comparison: Comparison) -> None:
-    """Order the experts by what they reach on the tuning images; else by the held-out loss that training measured."""
+    """Rank the experts by their score on the tuning images, else by the held-out loss from training."""
     setup, tuner = comparison.setup, comparison.tuner
     if tuner.able:
         rows = {row.name.partition(":")[2]: row for row in all_rows(setup, tuner, ("single",))}
@@ -182,7 +186,7 @@ def _rank(comparison: Comparison) -> None:
 
 @dataclass(frozen=True)
 class Made:
-    """One run's images, and what they cost."""
+    """One run's images, its training and its memory."""
 
     images: ImageSet
     trained: Trained | None
@@ -190,7 +194,10 @@ class Made:
 
 
 def _make(comparison: Comparison, row: Row, place: str) -> tuple[Row, Options, list[Made]]:
-    """Choose, train, draw: everything of a row that costs time. place: among the rows, shown with the progress."""
+    """Choose options, train and draw: everything of a row that takes time.
+
+    place: of the row among all rows, shown with the progress
+    """
     options = _choose(comparison, row)
     return row, options, [_make_run(comparison, row, options, run, place) for run in range(row.runs)]
 
@@ -209,10 +216,10 @@ def _choose(comparison: Comparison, row: Row) -> Options:
 
 
 def image_folder(output: Path, row: Row, run: int) -> Path:
-    """Where the images of a row's run are: in a folder that no other row has.
+    """Return the folder of the images of a row's run; no other row has it.
 
-    Experts whose names are alike when they are spelled as a folder (`a b` and `a-b`, or `a-10-steps` beside `a` in 10
-    steps) are told apart by a hash of the row's name.
+    Different names may give the same folder name (`a b` and `a-b`, or `a-10-steps` and `a` in 10 steps), so a
+    hash of the row's name tells them apart.
     """
     name = re.sub("[ ,:]", "-", row.name.replace(", ", "-"))
     expert = row.name.partition(":")[2]
@@ -247,7 +254,10 @@ def _make_run(comparison: Comparison, row: Row, options: Options, run: int, plac
 
 
 def _memory(images: ImageSet, make: Callable[[], Sampler]) -> float:
-    """Megabytes of all tensors alive while one image is made in two steps; measured once, by one process, kept beside the images."""
+    """Return the peak megabytes of tensors while one image is made in two steps.
+
+    One process measures it once; it is kept beside the images.
+    """
     file = images.folder / MEMORY
     if PartialState().is_main_process and not _megabytes(file):
         short = dataclasses.replace(images.sampling, steps=min(MEMORY_STEPS, images.sampling.steps))
@@ -259,14 +269,14 @@ def _memory(images: ImageSet, make: Callable[[], Sampler]) -> float:
 
 
 def _megabytes(file: Path) -> float:
-    """What was measured before; 0 if nothing was, or the file is damaged."""
+    """Return what was measured before; 0 if there is nothing, or the file is damaged."""
     found = json_or_none(file)
     value = found.get("megabytes") if isinstance(found, dict) else None
     return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _judge(comparison: Comparison, row: Row, options: Options, made: list[Made]) -> Method:
-    """A row of the results, from its images."""
+    """Score a row's images and return the row of the results."""
     setup = comparison.setup
     runs = []
     for run, one in enumerate(made):
@@ -326,7 +336,7 @@ def _results(comparison: Comparison, methods: list[Method]) -> Results:
 
 
 def best_of_n(methods: list[Method], primary: str) -> list[Method]:
-    """For every image, the single expert that drew it best, known only by judging all: an upper bound, no method."""
+    """Take for each image the best expert's score: an upper bound that needs all images to be judged."""
     alone = [
         method.runs[0]
         for method in methods

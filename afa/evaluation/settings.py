@@ -1,4 +1,4 @@
-"""What a comparison is asked to do. No heavy imports: the command line's help comes from here."""
+"""The options of a comparison. No heavy imports: the command line's help comes from here."""
 
 from dataclasses import dataclass, fields
 
@@ -25,7 +25,7 @@ FREE = (
 
 @dataclass(frozen=True)
 class EvaluateSettings(CheckedOptions):
-    """One comparison, field by field a flag of `afa evaluate`."""
+    """The options of `afa evaluate`; each field is a flag."""
 
     ensemble: str = option(place=True, help="a saved ensemble, as `afa train` leaves it")
     output: str = option(
@@ -48,13 +48,15 @@ class EvaluateSettings(CheckedOptions):
     )
     train_data: str | None = option(
         None,
-        help="where the captioned training images are (default: scenes:N if the ensemble was trained on that, else the protocol's own; "
+        help="where the captioned training images are (default: "
+        "scenes:N if the ensemble was trained on that, else the protocol's own; "
         "no other place is taken from afa.json)",
     )
     base: str | None = option(
         None,
         place=True,
-        help="the model the experts were fine-tuned from; task arithmetic, TIES, DARE and model stock need it",
+        help="the model the experts were fine-tuned from; task arithmetic, TIES, "
+        "DARE and model stock need it",
     )
     metrics: list[str] | None = option(
         None, help="judge by these, the first leading the table (default: the protocol's)"
@@ -64,7 +66,8 @@ class EvaluateSettings(CheckedOptions):
     )
     scorer: str | None = option(
         None,
-        help="a Python file: score(images, captions) -> dict of n numbers each, and perhaps features(images); images: (n, H, W, 3) uint8",
+        help="a Python file: score(images, captions) -> dict of n numbers each, "
+        "and perhaps features(images); images: (n, H, W, 3) uint8",
     )
     study: list[str] | None = option(
         None,
@@ -117,5 +120,5 @@ class EvaluateSettings(CheckedOptions):
     json: bool = option(False, help="print the results as JSON")
 
     def binding(self) -> dict[str, object]:
-        """What must stay the same when a comparison is resumed or extended."""
+        """Return the options that must stay the same when a comparison resumes or is extended."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in FREE}

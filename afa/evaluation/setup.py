@@ -1,4 +1,4 @@
-"""What all rows of a comparison share: the protocol, the experts (in memory once), the training recipe, the folders."""
+"""What all rows of a comparison share: protocol, experts (loaded once), training settings, folders."""
 
 import dataclasses
 import sys
@@ -38,9 +38,9 @@ TRAINING_DATA = "training-data"  # inside the output, where a protocol draws its
 
 
 class Setup:
-    """One comparison's common ground. Raises UserError for what cannot be compared.
+    """The shared parts of one comparison. Raises UserError for what cannot be compared.
 
-    ranking: the experts' names from best to worst, as far as anybody may know before judging (see tuning.py).
+    ranking: the experts' names from best to worst, without looking at judged images (see tuning.py)
     """
 
     def __init__(self, settings: EvaluateSettings) -> None:
@@ -54,7 +54,10 @@ class Setup:
         self.ranking: tuple[str, ...] = self.names
 
     def _settled(self, protocol: Protocol) -> Protocol:
-        """With the family's own strength of guidance where the protocol has none. Raises UserError for guidance the family does not know."""
+        """Return the sampling, with the family's guidance if the protocol has none.
+
+        Raises UserError for guidance that the family does not have.
+        """
         entry, sampling = self.manifest.experts[0], protocol.sampling
         if sampling.guidance is None or sampling.true_guidance is not None:
             shape = (
@@ -91,7 +94,7 @@ class Setup:
 
     @cached_property
     def ensemble(self) -> Ensemble:
-        """The ensemble itself, its experts in memory for every row; with the protocol's scheduler, where it has one."""
+        """Return the ensemble with its experts loaded, and with the protocol's scheduler if it has one."""
         ensemble = Ensemble.load(self.folder, self.moved, dtype=self.dtype).to(self.device)
         if self.protocol.scheduler is not None:
             reschedule(ensemble, self.protocol.scheduler)
@@ -102,7 +105,7 @@ class Setup:
 
     @cached_property
     def base(self) -> Expert:
-        """What the experts were tuned from. Raises UserError if nobody said."""
+        """Return the model that the experts were fine-tuned from. Raises UserError if it is not given."""
         if self.settings.base is None:
             raise UserError("it needs the model the experts were tuned from; give it with --base")
         loaded = load_expert(self.settings.base, self.dtype, self.ensemble.experts[0].config)
@@ -111,11 +114,11 @@ class Setup:
         return loaded
 
     def size(self) -> tuple[int, int]:
-        """Height and width of the images, in pixels."""
+        """Return height and width of the images, in pixels."""
         return image_size(self.pipeline(self.ensemble), self.sampling)
 
     def expert_specs(self) -> list[str]:
-        """The experts as `afa train` takes them."""
+        """Return the experts' specs, as `afa train` takes them."""
         specs = [entry.spec(self.folder) for entry in self.manifest.experts]
         return [
             f"{spec.name}={self.moved[spec.name]}" if spec.name in self.moved else str(spec) for spec in specs
@@ -123,14 +126,20 @@ class Setup:
 
     @cached_property
     def recorded(self) -> dict[str, Any]:
-        """What the ensemble's own training was asked for, as far as a file may say it. Raises UserError if it was not trained here."""
+        """Return the ensemble's recorded training options.
+
+        Raises UserError if it was not trained by `afa train`.
+        """
         found = recorded_settings(self.manifest, self.folder)
         if PartialState().is_main_process:
             tell(self.manifest, self.folder)
         return found
 
     def training(self, output: Path, run: int, **changes: Any) -> TrainSettings:
-        """The ensemble's own training recipe at its seed + run. Raises UserError if it has none, or one that needs a reward."""
+        """Return the ensemble's training settings with its seed + run.
+
+        Raises UserError if none are recorded, or they need a reward that is not given.
+        """
         fixed: dict[str, Any] = {
             "experts": self.expert_specs(),
             "output": str(output),
@@ -141,7 +150,8 @@ class Setup:
         if objective != PLAIN and "reward" not in changes:
             if self.settings.reward is None:
                 raise UserError(
-                    f"{self.folder / MANIFEST} records training by {objective}, and a file may not name a reward; give it with --reward,"
+                    f"{self.folder / MANIFEST} records training by {objective}, "
+                    "and a file may not name a reward; give it with --reward,"
                     " a name or your own Python file"
                 )
             fixed |= {"reward": self.settings.reward, "reward_weights": self.settings.reward_weights}
@@ -150,9 +160,10 @@ class Setup:
 
     @cached_property
     def training_data(self) -> str:
-        """Where the captioned training images are: as given, drawn as recorded, or drawn by the protocol. Raises UserError if nowhere.
+        """Return the place of the training images: given, drawn as recorded, or drawn by the protocol.
 
-        A place that a manifest names is not read: it may come from a stranger.
+        A place that a manifest names is not read, since it may come from a stranger. Raises UserError if
+        there is none.
         """
         given = self.settings.train_data or recorded_data(self.manifest)
         if given is not None:
@@ -163,7 +174,8 @@ class Setup:
         if not drawn.is_dir():
             recorded = shown((self.manifest.training or {}).get("settings", {}).get("data"))
             raise UserError(
-                f"{self.folder / MANIFEST} names its training data as {recorded}, and a place is not taken from a file; give it with --train-data"
+                f"{self.folder / MANIFEST} names its training data as {recorded}, "
+                "and a place is not taken from a file; give it with --train-data"
             )
         return str(drawn)
 
@@ -175,17 +187,18 @@ class Setup:
         except UserError as error:
             if PartialState().is_main_process:
                 print(
-                    f"afa: rivals keep their default options, since there are no captions to choose them on: {error}",
+                    "afa: rivals keep their default options, since there are no captions to choose them on: "
+                    f"{error}",
                     file=sys.stderr,
                 )
             return []
 
     def tuning_captions(self) -> list[str]:
-        """Captions that options may be chosen on: the protocol's, else those of the training data; none if there are neither."""
+        """Return captions for choosing options: the protocol's, else those of the training data."""
         return list((self.protocol.tuning or self._captions)[: self.settings.tuning])
 
     def pipeline(self, ensemble: Ensemble) -> Any:
-        """A stock pipeline in the comparison's frame: the ensemble's VAE and scheduler, whatever the denoiser."""
+        """Return a stock pipeline with the ensemble's VAE and scheduler, for any denoiser."""
         scheduler = self.ensemble.frame.scheduler
         pipe = ensemble.pipeline(
             vae=self.ensemble.frame.vae, scheduler=type(scheduler).from_config(scheduler.config)
@@ -195,7 +208,10 @@ class Setup:
 
 
 def _device(name: str | None) -> torch.device:
-    """The device asked for; of several processes, each its own. The first to ask accelerate decides how processes talk."""
+    """Return the device; each of several processes has its own.
+
+    The first call initialises accelerate, which decides how processes communicate.
+    """
     cpu = name == "cpu" or (name is None and not torch.accelerator.is_available())
     # Others may wait for hours while one process searches for weights or judges.
     state = PartialState(cpu=cpu, timeout=timedelta(days=7))

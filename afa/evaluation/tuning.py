@@ -1,4 +1,4 @@
-"""Rivals at their best: a method's options are chosen by the leading score on images that are never judged."""
+"""Choose the options of baselines by the primary score, on images that are never judged."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -20,14 +20,15 @@ Score = Callable[[Sequence[Picture]], float]
 
 
 class ScoringError(UserError):
-    """The score that options are chosen by could not be computed; the images could be drawn."""
+    """Computing the score failed, although the images were drawn."""
 
 
 class Tuner:
-    """Scores candidates on a few images; what was scored is kept in `folder` and not scored again.
+    """Scores candidates on a few images, and caches the scores.
 
-    folder: of this judge and these captions alone.
-    captions: of the images; their noise is the same for every candidate. score: of a set of pictures, higher is better.
+    folder:   of the cache, for this score and these captions
+    captions: of the images; all candidates have the same noise
+    score:    of a set of pictures, higher is better
     """
 
     def __init__(
@@ -43,13 +44,13 @@ class Tuner:
 
     @property
     def able(self) -> bool:
-        """Whether there is something to choose by."""
+        """Return whether there is a score to choose by."""
         return self.score is not None and len(self.captions) > 0
 
     def scores(
         self, name: str, candidates: Sequence[Options], make: Callable[[Options], Sampler]
     ) -> list[float]:
-        """The score of every candidate, in order. Done by one process; the others wait."""
+        """Return the score of each candidate. One process computes them; the others wait."""
         state = PartialState()
         if state.is_main_process:
             self._score_all(name, candidates, make)
@@ -58,11 +59,11 @@ class Tuner:
         return [known[_key(options)] for options in candidates]
 
     def scored(self, name: str) -> int:
-        """How many candidates of a method have a score already."""
+        """Return how many candidates of a method are scored already."""
         return len(self._known(name))
 
     def best(self, name: str, candidates: Sequence[Options], make: Callable[[Options], Sampler]) -> Options:
-        """The candidate with the highest score; the first where nothing can be told."""
+        """Return the candidate with the highest score; the first one if there is no score."""
         if len(candidates) == 1 or not self.able:
             return candidates[0]
         scores = self.scores(name, candidates, make)
@@ -79,7 +80,7 @@ class Tuner:
             write_atomically(self._file(name), json.dumps(known, indent=1))
 
     def judge(self, sampler: Sampler) -> float:
-        """The score of one method on the tuning images."""
+        """Return the score of one method on the tuning images."""
         assert self.score is not None
         requests = [Request(caption, TUNING_SEED + index) for index, caption in enumerate(self.captions)]
         pictures: list[Picture] = []

@@ -1,4 +1,4 @@
-"""Drawing many images: a resumable run that knows where its images come from."""
+"""Generate many images in a run that can resume. Each PNG says how it was made."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ from afa.seeds import nth_seed, with_seed
 
 
 def is_saved(source: str) -> bool:
-    """Whether this is the folder of a saved ensemble."""
+    """Return whether this is the folder of a saved ensemble."""
     return (settled(Path(source)) / MANIFEST).exists()
 
 
@@ -44,14 +44,20 @@ def source_files(
     frame: str | None = None,
     config: str | None = None,
 ) -> Files:
-    """One hash for every expert, the frame, and the ensemble: what pictures say that they were made with. Arguments: see load_sources."""
+    """Return one hash for each expert, the frame, and the ensemble; PNGs record them.
+
+    Arguments: see load_sources.
+    """
     if is_saved(sources[0]):
         return summed(saved_fingerprint(Path(sources[0]), new_places(list(experts or []))))
     return summed(fingerprint(sources, frame=frame, config=config))
 
 
 def used_files(files: Files, trained: bool) -> Files:
-    """Those that a picture depends on. trained: whether the ensemble's own aggregators draw it, not a method that takes its experts only."""
+    """Return the files that an image depends on.
+
+    trained: whether the ensemble's own aggregators draw it (not a method that takes only its experts)
+    """
     return {name: found for name, found in files.items() if trained or name != "the ensemble"}
 
 
@@ -65,10 +71,12 @@ def load_sources(
     dtype: str = "float32",
     placement: str | None = None,
 ) -> Ensemble:
-    """The saved ensemble, or experts as an ensemble: of one, that is the expert, bit for bit.
+    """Load a saved ensemble, or make one of experts. An ensemble of one expert is that expert, bit for bit.
 
-    experts: new places of a saved ensemble's, NAME=PLACE. frame, config, prediction_type, placement: of experts, see Ensemble.from_experts; `out` takes
-    experts of different kinds. Raises UserError for what does not go together.
+    experts: new places of a saved ensemble's experts, each NAME=PLACE
+    frame, config, prediction_type, placement: of experts, see Ensemble.from_experts; placement `out` accepts
+    experts of different architectures
+    Raises UserError for options that do not fit together.
     """
     kind = getattr(torch, dtype)
     saved = [source for source in sources if is_saved(source)]
@@ -78,13 +86,15 @@ def load_sources(
         )
     if saved and frame is not None:
         raise UserError(
-            f"--frame {frame} is for experts, and {saved[0]} is a saved ensemble, which has its frame; leave it out"
+            f"--frame {frame} is for experts, and {saved[0]} is a saved ensemble, which has its frame; "
+            "leave it out"
         )
     if saved:
         return Ensemble.load(saved[0], new_places(list(experts or [])), dtype=kind)
     if experts:
         raise UserError(
-            f"--experts is for a saved ensemble, and {sources[0]} is none: it has no {MANIFEST}; give experts as SOURCE"
+            f"--experts is for a saved ensemble, and {sources[0]} is none: it has no {MANIFEST}; "
+            "give experts as SOURCE"
         )
     given = {"frame": frame, "dtype": kind, "config": config, "prediction_type": prediction_type}
     return Ensemble.from_experts(sources, aggregator="mean", placement=placement, **given)
@@ -95,7 +105,7 @@ GRID_UP_TO = 400  # images; a larger grid is no longer looked at
 
 @dataclass(frozen=True)
 class Job:
-    """One image: its place, what is asked, and what its PNG will say."""
+    """One image: its file, its request, and the facts that its PNG records."""
 
     path: Path
     request: Request
@@ -103,7 +113,7 @@ class Job:
 
     @property
     def made(self) -> bool:
-        """Whether the image is there. Raises UserError if one of this name was made otherwise."""
+        """Return whether the image exists. Raises UserError if its file was made with other settings."""
         if not self.path.exists():
             return False
         found = read_made(self.path)
@@ -113,13 +123,15 @@ class Job:
             clauses := changed(found["files"], self.metadata["files"])
         ):  # older pictures do not say
             raise UserError(
-                f"{self.path} was made with other files: {clauses[0]}; restore them, or choose another --output"
+                f"{self.path} was made with other files: {clauses[0]}; restore them, "
+                "or choose another --output"
             )
         found["source"] = public_place(found.get("source"))  # older pictures say where it lay
         for name, value in self.metadata.items():
             if name != "files" and found.get(name) != value:
                 raise UserError(
-                    f"{self.path} was made with {name} {found.get(name)!r}, now {value!r} is asked; choose another --output or delete it"
+                    f"{self.path} was made with {name} {found.get(name)!r}, now {value!r} is asked; "
+                    "choose another --output or delete it"
                 )
         return True
 
@@ -127,7 +139,7 @@ class Job:
 def generate(settings: GenerateSettings) -> list[Path]:
     """Generate the images that are missing in settings.output. Ctrl-C loses at most one batch.
 
-    settings: as the flags of `afa generate`
+    settings: the options of `afa generate`
     Returns the paths of all images, one PNG each. Raises UserError.
     """
     settings = with_seed(settings)
@@ -164,7 +176,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
 
 
 def _load(settings: GenerateSettings) -> Ensemble:
-    """The saved ensemble, or experts as an ensemble: of one, that is the expert, bit for bit."""
+    """Load what the settings name; see load_sources."""
     options = settings.method_options()
     placement = (
         "out" if options is not None and options.only_predictions else None
@@ -175,7 +187,7 @@ def _load(settings: GenerateSettings) -> Ensemble:
 
 
 def _sampler(settings: GenerateSettings, ensemble: Ensemble) -> Any:
-    """The method asked for; without one the ensemble itself."""
+    """Return the sampler of --method; by default that of the ensemble itself."""
     if settings.method is not None:
         return make_sampler(settings.method, ensemble, **(settings.method_record() or {}))
     if settings.expert is not None:
@@ -184,7 +196,7 @@ def _sampler(settings: GenerateSettings, ensemble: Ensemble) -> Any:
 
 
 def _check_strengths(settings: GenerateSettings, ensemble: Ensemble, sampler: Any) -> None:
-    """Raises UserError for strengths of nobody, or where nothing weighs experts stage by stage."""
+    """Raise UserError for the strength of an unknown expert, or if no aggregator weighs the experts."""
     strengths = settings.strengths()
     if not strengths:
         return
@@ -194,7 +206,8 @@ def _check_strengths(settings: GenerateSettings, ensemble: Ensemble, sampler: An
         raise UserError(f"--strength: {error}") from None
     if not isinstance(getattr(sampler, "denoiser", None), EnsembleDenoiser) or len(ensemble.names) == 1:
         raise UserError(
-            f"--strength scales aggregators' weights, and {settings.method or settings.sources[0]} has none; give a saved ensemble"
+            f"--strength scales aggregators' weights, and {settings.method or settings.sources[0]} has none; "
+            "give a saved ensemble"
         )
 
 
@@ -206,7 +219,7 @@ def _jobs(
     sampler: Any,
     files: dict[str, str],
 ) -> list[Job]:
-    """Every image asked for, in order. Seeds count on over prompts, so a file's images differ in noise too."""
+    """List all images in order. Seeds count on over prompts, so all images have different noise."""
     used = getattr(sampler, "pipeline", ensemble.frame).scheduler  # drawn experts have a pipeline each
     aggregators = Path(settings.sources[0]) / AGGREGATORS
     trained = settings.method is None and aggregators.exists()
@@ -233,7 +246,10 @@ def _jobs(
 
 
 def _sampling(settings: GenerateSettings, ensemble: Ensemble) -> Sampling:
-    """As asked, with the strength of guidance that images will say they were made with. Raises UserError for guidance the family does not know."""
+    """Return the sampling options, with the guidance that PNGs record.
+
+    Raises UserError for guidance that the family does not have.
+    """
     call, config = ensemble.denoiser.call, ensemble.denoiser.config
     call.guided(config, 1, settings.guidance, settings.negative_prompt, settings.true_guidance)
     guidance = call.strength(config) if settings.guidance is None else settings.guidance
@@ -248,7 +264,7 @@ def _sampling(settings: GenerateSettings, ensemble: Ensemble) -> Sampling:
 
 
 def _make(settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: list[Job], done: int) -> None:
-    """Batch by batch, saved as soon as it is made."""
+    """Generate batch by batch; each image is saved at once."""
     with tqdm(total=done + len(todo), initial=done, desc="images", unit="image", file=sys.stderr) as bar:
         for start in range(0, len(todo), settings.batch_size):
             batch = todo[start : start + settings.batch_size]
@@ -268,7 +284,7 @@ def _make(settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: li
 
 
 def _weights_made(job: Job) -> bool:
-    """Whether the weight maps of an image and their picture are there, and whole."""
+    """Return whether the weight maps of an image and their picture exist and are complete."""
     return (
         read_arrays(_weights_path(job)) is not None
         and read_made(job.path.with_suffix(".weights.png")) is not None
@@ -280,7 +296,10 @@ def _weights_path(job: Job) -> Path:
 
 
 def _save_weights(job: Job, image: NDArray[np.uint8], maps: WeightMaps, index: int, batch: int) -> None:
-    """The maps of one image: STAGE -> (passes, N, h, w) float16, timesteps (passes,), and the picture beside them."""
+    """Save the weight maps of one image, and a picture of them.
+
+    The .npz holds STAGE: (passes, N, h, w) float16, and timesteps: (passes,).
+    """
     from afa.pictures import conditional, picture
 
     own = [{name: weights[index] for name, weights in one.items()} for one in conditional(maps, batch)]
@@ -294,7 +313,7 @@ def _save_weights(job: Job, image: NDArray[np.uint8], maps: WeightMaps, index: i
 
 
 def _finish(output: Path, jobs: list[Job], columns: int) -> None:
-    """images.jsonl (readable by `afa train --data` after a rename) and a grid, a row per prompt."""
+    """Write images.jsonl (`afa train --data` reads it after a rename) and a grid with a row per prompt."""
     lines = [
         json.dumps(
             {"file_name": job.path.name, "text": job.request.prompt, "seed": job.request.seed},

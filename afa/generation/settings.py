@@ -1,4 +1,4 @@
-"""What a generation run is asked to do. No heavy imports: the command line's help comes from here."""
+"""The options of a generation run. No heavy imports: the command line's help comes from here."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,11 +21,12 @@ from afa.settings import (
 
 @dataclass(frozen=True)
 class GenerateSettings(CheckedOptions):
-    """One generation run, field by field a flag of `afa generate`."""
+    """The options of `afa generate`; each field is a flag."""
 
     sources: list[str] = option(
         place=True,
-        help="a saved ensemble or an expert (folder, .safetensors, org/name@revision); with --method also several experts",
+        help="a saved ensemble or an expert (folder, .safetensors, org/name@revision); "
+        "with --method also several experts",
         positional=True,
     )
     output: str = option(
@@ -44,7 +45,8 @@ class GenerateSettings(CheckedOptions):
     guidance: float | None = option(
         None,
         **GUIDANCE,
-        help="strength of guidance, 1 turns it off (default: the family's own: 7.5, SDXL 5, SD3 7, FLUX.1-dev 3.5)",
+        help="strength of guidance, 1 turns it off (default: the family's own: 7.5, SDXL 5, SD3 7, "
+        "FLUX.1-dev 3.5)",
     )
     true_guidance: float | None = option(
         None,
@@ -53,7 +55,8 @@ class GenerateSettings(CheckedOptions):
     )
     scheduler: str | None = option(
         None,
-        help="ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, dpm++_karras, unipc …; of flows: euler, dpm++, unipc (default: the experts')",
+        help="ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, dpm++_karras, unipc …; of flows: euler, "
+        "dpm++, unipc (default: the experts')",
     )
     width: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
     height: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
@@ -81,7 +84,8 @@ class GenerateSettings(CheckedOptions):
     frame: str | None = option(
         None,
         place=True,
-        help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone",
+        help="a pipeline's folder that lends text encoders, "
+        "scheduler and VAE to experts that are denoisers alone",
     )
     weights: bool = option(
         False, help="save the weight maps of every image: .npz, and a picture of them over the image"
@@ -98,11 +102,12 @@ class GenerateSettings(CheckedOptions):
         self._check_method()
         if self.strengths() and self.expert is not None:
             raise UserError(
-                f"--strength scales what experts weigh, and --expert {self.expert} is alone; leave out one of them"
+                f"--strength scales what experts weigh, and --expert {self.expert} is alone; "
+                "leave out one of them"
             )
 
     def strengths(self) -> dict[str, float]:
-        """Factors by expert's name. Raises UserError for what is none."""
+        """Return the factors by expert name. Raises UserError for a value that is not a factor."""
         found = {}
         for text in self.strength or ():
             name, _, factor = text.rpartition("=")
@@ -118,19 +123,19 @@ class GenerateSettings(CheckedOptions):
         return found
 
     def method_options(self) -> MethodOptions | None:
-        """The method's options, checked; --expert is one of them. None without a method. Raises UserError."""
+        """Return the method's options, checked, with --expert; None without a method. Raises UserError."""
         if self.method is None:
             return None
         named = [] if self.expert is None else [f"expert={self.expert}"]
         return read_options(self.method, [*(self.method_option or []), *named])
 
     def method_record(self) -> dict[str, Any] | None:
-        """All options of the method with their values, for what an image says of itself."""
+        """Return all options of the method with their values, for the PNG."""
         options = self.method_options()
         return None if options is None else asdict(options)
 
     def _check_method(self) -> None:
-        """What method and other flags ask of each other."""
+        """Check that --method and the other options fit together."""
         options = self.method_options()
         if options is None:
             if self.method_option:
@@ -139,12 +144,14 @@ class GenerateSettings(CheckedOptions):
                 )
             if len(self.sources) > 1:
                 raise UserError(
-                    f"{len(self.sources)} sources ({', '.join(self.sources)}) must be combined somehow; choose with --method"
+                    f"{len(self.sources)} sources ({', '.join(self.sources)}) must be combined somehow; "
+                    "choose with --method"
                 )
             return
         if options.needs_guidance and self.guidance is not None and self.guidance <= 1:
             raise UserError(
-                f"--method {self.method} compares what guidance adds, and --guidance {self.guidance:g} adds nothing; give one above 1"
+                f"--method {self.method} compares what guidance adds, "
+                f"and --guidance {self.guidance:g} adds nothing; give one above 1"
             )
         if options.own_loop and self.scheduler is not None:
             raise UserError(

@@ -189,7 +189,7 @@ def encode_cached(
     """Encode like data.encode, but only what the cache lacks; each process does its share."""
     state = PartialState()
     todo = [item for item in work if cache.find(*item) is None]
-    state.wait_for_everyone()  # nobody writes before everybody has looked
+    state.wait_for_everyone()  # all processes look before one writes
     left_out = Skipped()
     for batch in batches(todo[state.process_index :: state.num_processes], batch_size, left_out, progress):
         keys = [row_key(row.sha256.hex(), row.crop) for row in batch]

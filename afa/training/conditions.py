@@ -50,7 +50,7 @@ class Conditions:
         cache = self._cache(folder, captions)
         missing = cache.missing(captions)
         announce(folder, "captions", len(missing), cache.row_bytes)
-        state.wait_for_everyone()  # nobody writes before everybody has looked
+        state.wait_for_everyone()  # all processes look before one writes
         own = missing[state.process_index :: state.num_processes]
         parts = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
         for part in tqdm(
