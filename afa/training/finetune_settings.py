@@ -25,7 +25,8 @@ class LoraSettings(LoopSettings):
     vae: str | None = option(
         None,
         place=True,
-        help="a VAE's or pipeline's folder, or one .safetensors file; the ensemble's, where the two are compared (default: the expert's own)",
+        help="a VAE's or pipeline's folder, or one .safetensors file; the ensemble's, "
+        "where the two are compared (default: the expert's own)",
     )
 
     def __post_init__(self) -> None:
