@@ -8,7 +8,7 @@ import pytest
 from metric_models import images
 
 from afa.metrics import cache
-from afa.metrics.cache import Store, cached_features
+from afa.metrics.cache import FeatureStore, cached_features
 from afa.metrics.frechet import FrechetDistance
 
 
@@ -168,6 +168,6 @@ def test_two_processes_may_write_at_once(tmp_path):
 def test_features_of_many_images_are_found_without_reading_them_all_at_once(tmp_path):
     """What is in memory per image while a store is opened is its key and its place, not its features."""
     cached_features(Means(), lambda: images(10), tmp_path)
-    store = Store(tmp_path, Means().identity)
+    store = FeatureStore(tmp_path, Means().identity)
     assert len(store.places) == 10
     assert {row for _, row in store.places.values()} == {0, 1, 2, 3}

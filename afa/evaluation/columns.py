@@ -84,7 +84,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Sample:
+class MethodScores:
     """The scores of one method in its runs.
 
     seeds:      of the runs that have the score, ascending
@@ -103,7 +103,7 @@ class Sample:
     trained: bool = False
     prompts: int = 0
 
-    def of_seeds(self, seeds: Sequence[int]) -> "Sample":
+    def of_seeds(self, seeds: Sequence[int]) -> "MethodScores":
         """Return the runs with these training seeds; an untrained method repeats its one run."""
         chosen = [self.seeds.index(seed) if self.trained else 0 for seed in seeds]
         replicates = None if self.replicates is None else self.replicates[chosen]
@@ -126,7 +126,7 @@ class Column:
 
     metric: str
     note: MetricNote
-    samples: Mapping[str, Sample]
+    samples: Mapping[str, MethodScores]
     values: Mapping[str, Estimate]
     by_run: Mapping[tuple[str, int], Estimate]
     best: str | None = None
@@ -200,7 +200,7 @@ def compare(column: Column, pairs: Sequence[Pair]) -> dict[Pair, Comparison]:
     }
 
 
-def _paired(one: Sample, other: Sample) -> tuple[Sample, Sample] | None:
+def _paired(one: MethodScores, other: MethodScores) -> tuple[MethodScores, MethodScores] | None:
     """Pair runs by training seed; an untrained run is paired with all runs of the other."""
     seeds = list(one.seeds if one.trained else other.seeds)
     if one.trained and other.trained:
@@ -208,7 +208,7 @@ def _paired(one: Sample, other: Sample) -> tuple[Sample, Sample] | None:
     return (one.of_seeds(seeds), other.of_seeds(seeds)) if seeds else None
 
 
-def image_sample(method: Method, prompts: Sequence[int], metric: str | None = None) -> Sample | None:
+def image_sample(method: Method, prompts: Sequence[int], metric: str | None = None) -> MethodScores | None:
     """Return a score of images, from the runs with the most images that have it; None if no run has it.
 
     prompts: of each image
@@ -229,7 +229,7 @@ def image_sample(method: Method, prompts: Sequence[int], metric: str | None = No
     }
     if not whole:
         return None
-    return Sample(
+    return MethodScores(
         tuple(whole),
         np.stack(list(whole.values())),
         trained=method.is_trained,
@@ -237,7 +237,7 @@ def image_sample(method: Method, prompts: Sequence[int], metric: str | None = No
     )
 
 
-def _set_sample(metric: str, method: Method, prompts: Sequence[int]) -> Sample | None:
+def _set_sample(metric: str, method: Method, prompts: Sequence[int]) -> MethodScores | None:
     runs = sorted(method.runs, key=lambda run: run.seed)
     scores = {run.seed: run.sets[metric] for run in runs if metric in run.sets and _finite(run.sets[metric])}
     if not scores:
@@ -251,14 +251,16 @@ def _set_sample(metric: str, method: Method, prompts: Sequence[int]) -> Sample |
     replicates = np.asarray([score.replicates[:count] for score in scores.values()])
     values = np.asarray([score.value for score in scores.values()])
     images = min(score.n for score in scores.values())
-    return Sample(tuple(scores), values, replicates, images, method.is_trained, len(set(prompts[:images])))
+    return MethodScores(
+        tuple(scores), values, replicates, images, method.is_trained, len(set(prompts[:images]))
+    )
 
 
 def _finite(score: SetScore) -> bool:
     return bool(np.isfinite(score.value) and np.isfinite(score.replicates).all())
 
 
-def _check_lengths(metric: str, samples: Mapping[str, Sample]) -> None:
+def _check_lengths(metric: str, samples: Mapping[str, MethodScores]) -> None:
     lengths = {sample.scores.shape[1]: name for name, sample in samples.items() if sample.replicates is None}
     if len(lengths) > 1:
         (few, one), (many, other) = sorted(lengths.items())[:2]
@@ -268,18 +270,18 @@ def _check_lengths(metric: str, samples: Mapping[str, Sample]) -> None:
         )
 
 
-def _by_key(samples: Mapping[K, Sample]) -> dict[K, Estimate]:
+def _by_key(samples: Mapping[K, MethodScores]) -> dict[K, Estimate]:
     return dict(zip(samples, _estimates(list(samples.values()), _span(samples.values())), strict=True))
 
 
-def _span(samples: Iterable[Sample]) -> tuple[float, float]:
+def _span(samples: Iterable[MethodScores]) -> tuple[float, float]:
     """Return the smallest and the largest mean score of any prompt and method."""
     known = [sample.scores.mean(0) for sample in samples if sample.replicates is None]
     return (float(min(map(np.min, known))), float(max(map(np.max, known)))) if known else (0.0, 0.0)
 
 
 def _estimates(
-    samples: Sequence[Sample],
+    samples: Sequence[MethodScores],
     span: tuple[float, float],
     of_prompts: Callable[..., list[Estimate]] = estimates,
 ) -> list[Estimate]:
@@ -295,7 +297,7 @@ def _estimates(
     return of_sets or (of_prompts([sample.scores for sample in samples], span=span) if samples else [])
 
 
-def _tests(samples: Sequence[Sample]) -> list[float]:
+def _tests(samples: Sequence[MethodScores]) -> list[float]:
     of_sets = [
         set_test(sample.scores, sample.replicates, sample.prompts)
         for sample in samples
@@ -304,7 +306,7 @@ def _tests(samples: Sequence[Sample]) -> list[float]:
     return of_sets or difference_tests([sample.scores for sample in samples])
 
 
-def _minus(one: Sample, other: Sample) -> Sample:
+def _minus(one: MethodScores, other: MethodScores) -> MethodScores:
     """Subtract paired runs: prompt by prompt, or resample by resample."""
     trained = one.trained or other.trained
     made = replace(one, seeds=one.seeds if trained else (), scores=one.scores - other.scores, trained=trained)

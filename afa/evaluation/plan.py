@@ -7,7 +7,15 @@ from typing import Any
 
 from afa.evaluation.methods import all_rows, study_rows
 from afa.evaluation.rows import SEARCH, Row, training_runs
-from afa.evaluation.run import MEMORY, MEMORY_STEPS, Comparison, asked_for, check_row, image_folder, prepare
+from afa.evaluation.run import (
+    MEMORY,
+    MEMORY_STEPS,
+    ComparisonContext,
+    asked_for,
+    check_row,
+    image_folder,
+    prepare,
+)
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.untrained import searched
 from afa.pages.numbers import plural
@@ -99,7 +107,7 @@ def plan(settings: EvaluateSettings) -> dict[str, Any]:
     }
 
 
-def _tuning(comparison: Comparison, rows: list[Row]) -> list[Work]:
+def _tuning(comparison: ComparisonContext, rows: list[Row]) -> list[Work]:
     """Return the images of candidates that are not scored yet: for ranking experts, and for each row."""
     tuner, setup = comparison.tuner, comparison.setup
     if not tuner.able:
@@ -115,7 +123,7 @@ def _tuning(comparison: Comparison, rows: list[Row]) -> list[Work]:
     ]
 
 
-def _drawing(comparison: Comparison, row: Row) -> list[Work]:
+def _drawing(comparison: ComparisonContext, row: Row) -> list[Work]:
     """Return a row's missing images, including those that measure memory and search weights."""
     setup, tuner = comparison.setup, comparison.tuner
     steps, kind = (row.sampling or setup.sampling).steps, _kind(row)
@@ -138,7 +146,7 @@ def _kind(row: Row) -> str:
     return next((kind for kind, names in KINDS.items() if name in names), "one model")
 
 
-def _seconds(comparison: Comparison, work: list[Work]) -> float:
+def _seconds(comparison: ComparisonContext, work: list[Work]) -> float:
     """Return the seconds to draw everything, one image at a time.
 
     One image of each kind is drawn in one step and in three, after one to warm up.
@@ -153,7 +161,7 @@ def _seconds(comparison: Comparison, work: list[Work]) -> float:
     return total
 
 
-def _measured(comparison: Comparison, sampler: Sampler) -> tuple[float, float]:
+def _measured(comparison: ComparisonContext, sampler: Sampler) -> tuple[float, float]:
     """Return the seconds of a step of one image, and of the rest: its text and its VAE."""
     item = comparison.setup.protocol.items[0]
     took = []

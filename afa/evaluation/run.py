@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonContext:
     """The parts that a comparison works with."""
 
     setup: Setup
@@ -76,7 +76,7 @@ class Comparison:
             print(f"afa: left out: {sentence}", file=sys.stderr)
 
 
-def prepare(settings: EvaluateSettings, keep: bool = True) -> Comparison:
+def prepare(settings: EvaluateSettings, keep: bool = True) -> ComparisonContext:
     """Find everything that would fail later: names, protocol data, weights of metrics, places of experts.
 
     keep: write the settings into the output folder
@@ -97,7 +97,7 @@ def prepare(settings: EvaluateSettings, keep: bool = True) -> Comparison:
         judge.tuning_score,
         settings.batch_size,
     )
-    comparison = Comparison(setup, judge, tuner, names, [])
+    comparison = ComparisonContext(setup, judge, tuner, names, [])
     left_out = setup.protocol.left_out
     if left_out:
         comparison.note(
@@ -119,7 +119,7 @@ def evaluate(settings: EvaluateSettings) -> Results | None:
         return _evaluate(prepare(settings))
 
 
-def _evaluate(comparison: Comparison) -> Results | None:
+def _evaluate(comparison: ComparisonContext) -> Results | None:
     settings = comparison.setup.settings
     rows = _rows(comparison)
     made = []
@@ -157,7 +157,7 @@ def _claim(setup: Setup, keep: bool) -> None:
         claim(setup.output, asked, "the comparison", files)
 
 
-def _rows(comparison: Comparison) -> list[Row]:
+def _rows(comparison: ComparisonContext) -> list[Row]:
     """Return the rows; experts are ranked before baselines are made of them."""
     setup = comparison.setup
     for row in all_rows(setup, comparison.tuner, comparison.names):
@@ -168,7 +168,7 @@ def _rows(comparison: Comparison) -> list[Row]:
     return rows + study_rows(setup, rows, tuple(setup.settings.study or ()))
 
 
-def _rank(comparison: Comparison) -> None:
+def _rank(comparison: ComparisonContext) -> None:
     """Rank the experts by their score on the tuning images, else by the held-out loss from training."""
     setup, tuner = comparison.setup, comparison.tuner
     if tuner.able:
@@ -193,7 +193,7 @@ class Made:
     memory_mb: float
 
 
-def _make(comparison: Comparison, row: Row, place: str) -> tuple[Row, Options, list[Made]]:
+def _make(comparison: ComparisonContext, row: Row, place: str) -> tuple[Row, Options, list[Made]]:
     """Choose options, train and draw: everything of a row that takes time.
 
     place: of the row among all rows, shown with the progress
@@ -202,7 +202,7 @@ def _make(comparison: Comparison, row: Row, place: str) -> tuple[Row, Options, l
     return row, options, [_make_run(comparison, row, options, run, place) for run in range(row.runs)]
 
 
-def _choose(comparison: Comparison, row: Row) -> Options:
+def _choose(comparison: ComparisonContext, row: Row) -> Options:
     if row.by_loss and row.train is not None:
         losses = [row.train(options, 0).loss for options in row.candidates]
         return row.candidates[int(np.argmin(losses))]
@@ -230,7 +230,7 @@ def image_folder(output: Path, row: Row, run: int) -> Path:
     return folder / f"seed-{run}" if row.train is not None else folder
 
 
-def _make_run(comparison: Comparison, row: Row, options: Options, run: int, place: str) -> Made:
+def _make_run(comparison: ComparisonContext, row: Row, options: Options, run: int, place: str) -> Made:
     setup = comparison.setup
     trained = row.train(options, run) if row.train is not None else None
     folder = image_folder(setup.output, row, run)
@@ -275,7 +275,7 @@ def _megabytes(file: Path) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _judge(comparison: Comparison, row: Row, options: Options, made: list[Made]) -> Method:
+def _judge(comparison: ComparisonContext, row: Row, options: Options, made: list[Made]) -> Method:
     """Score a row's images and return the row of the results."""
     setup = comparison.setup
     runs = []
@@ -315,7 +315,7 @@ def _words(options: Options) -> str:
     return ", ".join(f"{name} {value}" for name, value in options.items())
 
 
-def _results(comparison: Comparison, methods: list[Method]) -> Results:
+def _results(comparison: ComparisonContext, methods: list[Method]) -> Results:
     setup = comparison.setup
     if "best_of_n" in comparison.names:
         methods = [*methods, *best_of_n(methods, comparison.judge.primary)]

@@ -104,7 +104,7 @@ GRID_UP_TO = 400  # images; a larger grid is no longer looked at
 
 
 @dataclass(frozen=True)
-class Job:
+class ImageJob:
     """One image: its file, its request, and the facts that its PNG records."""
 
     path: Path
@@ -218,7 +218,7 @@ def _jobs(
     ensemble: Ensemble,
     sampler: Any,
     files: dict[str, str],
-) -> list[Job]:
+) -> list[ImageJob]:
     """List all images in order. Seeds count on over prompts, so all images have different noise."""
     used = getattr(sampler, "pipeline", ensemble.frame).scheduler  # drawn experts have a pipeline each
     aggregators = Path(settings.sources[0]) / AGGREGATORS
@@ -241,7 +241,7 @@ def _jobs(
         for copy in range(settings.images_per_prompt):
             request = Request(prompt, nth_seed(settings.seed, index * settings.images_per_prompt + copy))
             path = Path(settings.output) / f"{index:05d}-{copy:02d}.png"
-            jobs.append(Job(path, request, {**common, "prompt": prompt, "seed": request.seed}))
+            jobs.append(ImageJob(path, request, {**common, "prompt": prompt, "seed": request.seed}))
     return jobs
 
 
@@ -263,7 +263,9 @@ def _sampling(settings: GenerateSettings, ensemble: Ensemble) -> Sampling:
     )
 
 
-def _make(settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: list[Job], done: int) -> None:
+def _make(
+    settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: list[ImageJob], done: int
+) -> None:
     """Generate batch by batch; each image is saved at once."""
     with tqdm(total=done + len(todo), initial=done, desc="images", unit="image", file=sys.stderr) as bar:
         for start in range(0, len(todo), settings.batch_size):
@@ -283,7 +285,7 @@ def _make(settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: li
             bar.update(len(batch))
 
 
-def _weights_made(job: Job) -> bool:
+def _weights_made(job: ImageJob) -> bool:
     """Return whether the weight maps of an image and their picture exist and are complete."""
     return (
         read_arrays(_weights_path(job)) is not None
@@ -291,11 +293,11 @@ def _weights_made(job: Job) -> bool:
     )
 
 
-def _weights_path(job: Job) -> Path:
+def _weights_path(job: ImageJob) -> Path:
     return job.path.with_suffix(".weights.npz")
 
 
-def _save_weights(job: Job, image: NDArray[np.uint8], maps: WeightMaps, index: int, batch: int) -> None:
+def _save_weights(job: ImageJob, image: NDArray[np.uint8], maps: WeightMaps, index: int, batch: int) -> None:
     """Save the weight maps of one image, and a picture of them.
 
     The .npz holds STAGE: (passes, N, h, w) float16, and timesteps: (passes,).
@@ -312,7 +314,7 @@ def _save_weights(job: Job, image: NDArray[np.uint8], maps: WeightMaps, index: i
         picture(image, own, maps.experts, maps.timesteps).save(temporary, format="PNG")
 
 
-def _finish(output: Path, jobs: list[Job], columns: int) -> None:
+def _finish(output: Path, jobs: list[ImageJob], columns: int) -> None:
     """Write images.jsonl (`afa train --data` reads it after a rename) and a grid with a row per prompt."""
     lines = [
         json.dumps(

@@ -38,7 +38,7 @@ def cached_features(
             known by name is not read. None: always read.
     Damaged shards are computed again.
     """
-    store = Store(folder, metric.identity)
+    store = FeatureStore(folder, metric.identity)
     noted = store.noted(name)
     if noted is not None and (found := store.gather(noted)) is not None:
         return found
@@ -49,7 +49,7 @@ def cached_features(
             return found
 
 
-class Store:
+class FeatureStore:
     """The shards of one identity, and which image's features each holds."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ class Store:
             return None
 
     def note(self, name: str | None, keys: list[bytes]) -> None:
-        """Store the keys of a set under its name."""
+        """FeatureStore the keys of a set under its name."""
         if name is not None:
             rows = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
             _write_whole(self._note(name), lambda stream: np.save(stream, rows))

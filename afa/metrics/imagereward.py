@@ -22,7 +22,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from afa.errors import UserError
 from afa.metrics.base import Differentiable, ImageMetric, Picture, Values, batches
 from afa.metrics.pixels import CLIP_MEAN, CLIP_STD, crop, fit_tensor, to_tensor
-from afa.metrics.preference import Head
+from afa.metrics.preference import ScoreHead
 from afa.metrics.registry import Resources
 from afa.metrics.weights import (
     Found,
@@ -179,8 +179,8 @@ class Checkpoint:
         )
         return Reward(image, text, load_network(self._build_head, self.head, device))
 
-    def _build_head(self) -> Head:
-        return Head(self.text_config.hidden_size)
+    def _build_head(self) -> ScoreHead:
+        return ScoreHead(self.text_config.hidden_size)
 
     def _image_config(self) -> Any:
         width, _, patch, _ = self.image["embeddings.patch_embedding.weight"].shape
@@ -225,7 +225,7 @@ def _sizes(tensors: Mapping[str, Tensor], layer: str, inner: str, width: int) ->
 class Reward(nn.Module):
     """ImageReward's network: pixels (B, 3, S, S), tokens and mask (B, T) to raw rewards (B,)."""
 
-    def __init__(self, image: nn.Module, text: nn.Module, head: Head) -> None:
+    def __init__(self, image: nn.Module, text: nn.Module, head: ScoreHead) -> None:
         super().__init__()
         self.image, self.text, self.head = image, text, head
 

@@ -47,7 +47,7 @@ def _same(before: int, after: int, kernel: Kernel) -> Unit:
     return Unit(before, after, kernel, padding=(height // 2, width // 2))
 
 
-class Block(nn.Module):
+class Branches(nn.Module):
     """Parallel branches, concatenated on the channels: chains of units by name, then the pooled input."""
 
     def __init__(self, pool: nn.Module, chains: tuple[tuple[str, ...], ...], units: dict[str, Unit]) -> None:
@@ -72,7 +72,7 @@ def _average() -> nn.Module:
     return nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 
 
-def _mixed_5(before: int, pooled: int) -> Block:
+def _mixed_5(before: int, pooled: int) -> Branches:
     """35×35: 1×1, 5×5, two 3×3."""
     units = {
         "branch1x1": Unit(before, 64, 1),
@@ -88,10 +88,10 @@ def _mixed_5(before: int, pooled: int) -> Block:
         ("branch5x5_1", "branch5x5_2"),
         ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"),
     )
-    return Block(_average(), chains, units)
+    return Branches(_average(), chains, units)
 
 
-def _mixed_6a(before: int) -> Block:
+def _mixed_6a(before: int) -> Branches:
     """35×35 -> 17×17."""
     units = {
         "branch3x3": Unit(before, 384, 3, 2),
@@ -99,12 +99,12 @@ def _mixed_6a(before: int) -> Block:
         "branch3x3dbl_2": _same(64, 96, 3),
         "branch3x3dbl_3": Unit(96, 96, 3, 2),
     }
-    return Block(
+    return Branches(
         nn.MaxPool2d(3, 2), (("branch3x3",), ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3")), units
     )
 
 
-def _mixed_6(before: int, narrow: int) -> Block:
+def _mixed_6(before: int, narrow: int) -> Branches:
     """17×17: 1×1, one 7×7 and two 7×7, taken apart into 1×7 and 7×1."""
     row, column = (1, 7), (7, 1)
     single, double = (
@@ -121,10 +121,10 @@ def _mixed_6(before: int, narrow: int) -> Block:
         for name, kernel in zip(double[1:4], (column, row, column), strict=True)
     }
     units |= {double[4]: _same(narrow, 192, row), "branch_pool": Unit(before, 192, 1)}
-    return Block(_average(), (("branch1x1",), tuple(single), tuple(double)), units)
+    return Branches(_average(), (("branch1x1",), tuple(single), tuple(double)), units)
 
 
-def _mixed_7a(before: int) -> Block:
+def _mixed_7a(before: int) -> Branches:
     """17×17 -> 8×8."""
     units = {
         "branch3x3_1": Unit(before, 192, 1),
@@ -135,10 +135,10 @@ def _mixed_7a(before: int) -> Block:
         "branch7x7x3_4": Unit(192, 192, 3, 2),
     }
     chains = (("branch3x3_1", "branch3x3_2"), tuple(f"branch7x7x3_{k}" for k in range(1, 5)))
-    return Block(nn.MaxPool2d(3, 2), chains, units)
+    return Branches(nn.MaxPool2d(3, 2), chains, units)
 
 
-def _mixed_7(before: int, pool: nn.Module) -> Block:
+def _mixed_7(before: int, pool: nn.Module) -> Branches:
     """8×8: 1×1, one 3×3 and two 3×3, the last of each a 1×3 beside a 3×1."""
     row, column = (1, 3), (3, 1)
     units = {
@@ -157,7 +157,7 @@ def _mixed_7(before: int, pool: nn.Module) -> Block:
         ("branch3x3_1", "branch3x3_2"),
         ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"),
     )
-    return Block(pool, chains, units)
+    return Branches(pool, chains, units)
 
 
 class Inception(nn.Module):

@@ -221,8 +221,8 @@ WIDTHS = (1024, 128, 64, 16, 1)
 PLACES = (0, 2, 4, 6, 7)  # of the linear layers in the published files; between the first of them was dropout
 
 
-class Head(nn.Module):
-    """The aesthetic head: (B, width) to (B, 1), with the published names layers.0, 2, 4, 6, 7."""
+class ScoreHead(nn.Module):
+    """A scoring head: (B, width) to (B, 1), with the published names layers.0, 2, 4, 6, 7."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -257,11 +257,11 @@ class Aesthetic(ImageMetric, Differentiable):
         check_network(self._build, read_tensors(head.path), head.path)
 
     @staticmethod
-    def _build() -> Head:
-        return Head(WIDTH)
+    def _build() -> ScoreHead:
+        return ScoreHead(WIDTH)
 
     @cached_property
-    def _head(self) -> Head:
+    def _head(self) -> ScoreHead:
         return load_network(self._build, read_tensors(self.found.path), torch.device("cpu"))
 
     @property

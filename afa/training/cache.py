@@ -170,7 +170,7 @@ def _lines(file: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Found:
+class CachedImage:
     """A cached image; it takes the place of data.Row."""
 
     sample: Sample
@@ -209,14 +209,14 @@ def _collect(
     reasons: why, by image name, for the images that this process read
     """
     keys: list[str] = []
-    images: list[Found] = []
+    images: list[CachedImage] = []
     for sample, crops in work:
         known = cache.find(sample, crops)
         if known is None:
             skipped.add(reasons.get(sample.name, BROKEN), sample.name)
             continue
         keys += known.keys
-        images += [Found(sample, known.sha256)] * len(crops)
+        images += [CachedImage(sample, known.sha256)] * len(crops)
     if not keys:
         raise UserError(f"none of the images can be read: {skipped.summary()}")
     captions = [image.sample.caption for image in images]

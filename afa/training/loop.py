@@ -77,16 +77,16 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class StepBatch:
     """The random draws of a step: rows of the data, dropped captions, latents with noise and timesteps."""
 
     rows: list[int]
     dropped: Tensor
     batch: Batch
 
-    def part(self, start: int, stop: int) -> "Drawn":
+    def part(self, start: int, stop: int) -> "StepBatch":
         """Samples start … stop-1."""
-        return Drawn(self.rows[start:stop], self.dropped[start:stop], self.batch.part(start, stop))
+        return StepBatch(self.rows[start:stop], self.dropped[start:stop], self.batch.part(start, stop))
 
 
 class Trainer:
@@ -188,7 +188,7 @@ class Trainer:
         self.optimiser.zero_grad()
         return total if finite else None
 
-    def _backward(self, drawn: Drawn) -> float:
+    def _backward(self, drawn: StepBatch) -> float:
         """Add the gradients of one batch, and return its part of the loss."""
         captions, sizes = [self.data.captions[row] for row in drawn.rows], self.data.sizes[drawn.rows]
         encode = functools.partial(self.conditions, captions, sizes)
@@ -206,7 +206,7 @@ class Trainer:
         self.accelerator.backward(loss)
         return float(loss.item())
 
-    def _draw(self) -> Drawn:
+    def _draw(self) -> StepBatch:
         """Draw everything random of a whole step, for all processes.
 
         It depends on seed and step only, so a resumed run, or another number of processes, draws the same.
@@ -216,7 +216,7 @@ class Trainer:
         chosen = self._choose()
         dropped = torch.rand(len(chosen), generator=rng) < self.settings.caption_dropout
         rows = self.data.rows(chosen, rng)
-        return Drawn(rows, dropped, self.noising.draw(self.data, rows, rng, self.total.spare))
+        return StepBatch(rows, dropped, self.noising.draw(self.data, rows, rng, self.total.spare))
 
     def _part(self, micro: int) -> tuple[int, int]:
         """Return where a batch of this process begins and ends in the step."""
