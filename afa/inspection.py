@@ -1,7 +1,6 @@
 """What can be known about a set of experts, and the ensemble they would make, before a weight is read."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from afa.aggregators.registry import AGGREGATORS, Recipe, count_parameters
+from afa.aggregators.registry import Recipe, count_parameters, find_aggregator
 from afa.checkpoint.manifest import AGGREGATORS as AGGREGATORS_FILE
 from afa.checkpoint.manifest import Manifest, read_manifest, recipe_of
 from afa.cost import Flops, count_flops
@@ -272,12 +271,8 @@ def _aggregators(subject: Subject, denoiser: EnsembleDenoiser) -> dict[str, Any]
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:
     """The options of a kind of aggregator that have a value of their own."""
-    parameters = inspect.signature(AGGREGATORS[recipe.kind]).parameters.values()
-    return {
-        parameter.name: parameter.default
-        for parameter in parameters
-        if parameter.default is not inspect.Parameter.empty
-    }
+    options = find_aggregator(recipe.kind).options()
+    return {name: one.default for name, one in options.items() if one.default is not one.empty}
 
 
 def _size(subject: Subject, resolution: int | None) -> dict[str, Any]:

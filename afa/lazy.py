@@ -1,9 +1,15 @@
-"""Loads the public names of a package on first use, so that importing the package does not load torch."""
+"""What is loaded when it is first used, so that help loads no torch: registered makers, public names of a package."""
 
 import importlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+
+
+def load(place: str) -> Any:
+    """Import what a registry entry names as "module:name"."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
@@ -14,7 +20,7 @@ def exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any
     Source: PEP 562.
     """
 
-    def load(name: str) -> Any:
+    def find(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
         return getattr(importlib.import_module(homes[name]), name)
@@ -22,4 +28,4 @@ def exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any
     def names() -> list[str]:
         return sorted({*vars(sys.modules[package]), *homes})
 
-    return load, names
+    return find, names

@@ -11,7 +11,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict, Unpack
@@ -55,13 +55,13 @@ def option(
     *,
     help: str,
     positional: bool = False,
-    choices: list[str] | None = None,
+    choices: list[str] | Callable[[], list[str]] | None = None,
     place: bool = False,
     **bounds: Unpack[Bounds],
 ) -> Any:
     """A field that is a flag (or a positional argument), with its help. Without a default it is required.
 
-    choices: the values there are
+    choices: the values there are; a function where a registry holds them
     place:   where models are; demo:NAME is replaced by the embedded one's folder
     bounds:  of a number, or of each number of a list
     """
@@ -89,13 +89,20 @@ class CheckedOptions:
                 object.__setattr__(self, field.name, found)
 
 
+def choices_of(field: dataclasses.Field[Any]) -> list[str] | None:
+    """The values that a field allows; None: any."""
+    choices = field.metadata.get("choices")
+    found: list[str] | None = choices() if callable(choices) else choices
+    return found
+
+
 def check_value(options: type, field: dataclasses.Field[Any], value: Any, name: str) -> None:
     """Raises UserError, beginning with the name, for a value that its field does not allow.
 
     options: the dataclass of the field. value: one value or a list; None where the field may be left out.
     """
     kind, several = kind_of(_hints(options)[field.name])
-    choices = field.metadata.get("choices")
+    choices = choices_of(field)
     if value is None or (kind not in (int, float) and choices is None):
         return
     for one in value if several and isinstance(value, (list, tuple)) else [value]:

@@ -10,8 +10,8 @@ from afa.demo.data import SCORER
 from afa.demo.scenes import render_all, sample_scenes
 from afa.demo.scorer import AttributeScorer
 from afa.metrics.base import Picture
-from afa.metrics.registry import Resources, make_metric
-from afa.training.reward_objectives import NAMES, OWN, make_reward
+from afa.metrics.registry import OWN_REWARDS, REWARDS, Resources, make_metric
+from afa.training.reward_objectives import make_reward
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ def smooth(count, height, width):
     return [(127 + 80 * wave).astype(np.uint8) for wave in waves]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in OWN])
+@pytest.mark.parametrize("name", [name for name in REWARDS if name not in OWN_REWARDS])
 @pytest.mark.parametrize(("height", "width"), [(24, 24), (24, 40), (33, 20), (16, 16)])
 def test_a_metric_as_a_reward_says_what_the_metric_says(name, height, width, weights):  # noqa: F811
     images, captions = smooth(3, height, width), ["a cat", "two cats", "no cat at all"]

@@ -1,1 +1,1 @@
-"""How to fuse one stage. The table is in table.py; importing this package costs nothing."""
+"""How to fuse one stage. The registry is in registry.py; importing this package costs nothing."""

@@ -14,10 +14,13 @@ Adjust = Callable[[Tensor], Tensor]  # weights (R, N, H, W), convex over N, to o
 class Aggregator(nn.Module, ABC):
     """Fuses the experts' features of one stage. A kind of aggregator says how they are weighed.
 
-    own_blends: whether it hands every expert a blend of its own, so that its weights are N rows a sample.
+    own_blends: whether it hands every expert a blend of its own, so that its weights are N rows a sample
+    at_output:  the kind that stands in its place at the last stage, where an ensemble must make one prediction;
+                None: itself
     """
 
     own_blends: ClassVar[bool] = False
+    at_output: ClassVar["type[Aggregator] | None"] = None
 
     @property
     def reads(self) -> bool:

@@ -18,13 +18,14 @@ class Stitch(SABW):
     untrained ensemble is nearly the mean of the experts' *predictions*: experts whose features have drifted apart are
     not thrown into each other's hands before anything is learnt. With equal rows it is SABW, with the identity a router on
     the predictions; it can learn to be either, at every pixel. The arguments are SABW's; besides, `kept` (a scalar) is trained.
-    Where an ensemble must make one prediction, at its last stage, SABW itself stands (see table.py).
+    Where an ensemble must make one prediction, at its last stage, SABW itself stands.
 
     Ours; the idea of learning what parallel networks share is that of Misra et al., Cross-stitch networks,
     arXiv:1604.03539, there with one scalar per stage and channel.
     """
 
     own_blends = True
+    at_output = SABW
 
     def __init__(self, *, experts: int, **options: Any) -> None:
         super().__init__(experts=experts, **options)

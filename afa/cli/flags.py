@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from afa.settings import kind_of
+from afa.settings import choices_of, kind_of
 
 
 def add_flags(
@@ -49,7 +49,7 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%") + shown}
     if kind is bool:
         return settings | {"action": "store_true"}
-    settings |= {"type": kind, "choices": field.metadata["choices"]}
+    settings |= {"type": kind, "choices": choices_of(field)}
     if several:
         settings["nargs"] = "+" if required or not field.metadata["positional"] else "*"
     if field.metadata["positional"]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from afa.aggregators.registry import AGGREGATORS
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.settings import COUNT, CheckedOptions, option
@@ -56,7 +57,7 @@ class Options(CheckedOptions):
         None, least=1, most=1000, help="with --config and without EXPERT: how many experts (default: 3)"
     )
     aggregator: str | None = option(
-        None, help="kind of aggregator: sabw, stitch, mean or fixed (default: sabw)"
+        None, help=f"kind of aggregator: {' or '.join(', '.join(AGGREGATORS).rsplit(', ', 1))} (default: sabw)"
     )
     placement: str | None = option(
         None,

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from afa.errors import UserError, unknown
 from afa.evaluation.results import Item
 from afa.files import given_name
 from afa.images import read_pixels
+from afa.lazy import load
 from afa.prompts import read_prompts
 from afa.sampling.sample import Sampling
 from afa.seeds import nth_seed
@@ -219,8 +219,7 @@ def make_protocol(name: str, request: Request) -> Protocol:
     Raises UserError for a name that is neither, or if data are missing.
     """
     if name in PROTOCOLS:
-        module, _, function = PROTOCOLS[name].make.partition(":")
-        made: Protocol = getattr(importlib.import_module(module), function)(request)
+        made: Protocol = load(PROTOCOLS[name].make)(request)
         return made
     if not Path(name).exists():
         raise UserError(

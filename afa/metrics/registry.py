@@ -1,10 +1,10 @@
 """The registry of metrics: one entry says how a metric is made and what it measures."""
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
 from afa.errors import UserError, look_up
+from afa.lazy import load
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ METRICS = {
     ),
 }
 
+# Rewards of training: the embedded one with "module:function(device)", and metrics that are differentiable.
+OWN_REWARDS = {"scenes": "afa.demo.metric:load"}
+REWARDS = (*OWN_REWARDS, "imagereward", "pickscore", "hpsv2", "aesthetic", "clip_t")
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -102,5 +106,4 @@ def make_metric(name: str, resources: Resources) -> Any:
         entry = look_up(name, METRICS, "metric")
     except ValueError as error:
         raise UserError(str(error)) from None
-    module, _, function = entry.make.partition(":")
-    return getattr(importlib.import_module(module), function)(resources)
+    return load(entry.make)(resources)

@@ -24,7 +24,7 @@ from afa.training.data import Encoded
 from afa.training.log import LOG, Monitor
 from afa.training.measure import HeldOut
 from afa.training.noise import Batch, Noising
-from afa.training.objective_registry import Objectives
+from afa.training.objective_terms import Objectives
 from afa.training.objectives import Pass
 from afa.training.settings import LoopSettings
 from afa.training.sheets import Sheets

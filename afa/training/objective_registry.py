@@ -1,76 +1,26 @@
-"""The registry of objectives, and their settings."""
+"""The registry of objectives. No heavy imports: the command line's help comes from here."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import nn
-
-from afa.training.noise import Noising
-from afa.training.objective_settings import ObjectiveSettings
-from afa.training.objectives import Anchor, Mse, Objective, Sparsity, Term, Total
-from afa.training.reward_objectives import Decoder, DirectAlign, Draft, Reward, make_reward
 
 
 @dataclass(frozen=True)
-class Means:
-    """What objectives are made of. decoder, reward: where images are judged."""
+class ObjectiveEntry:
+    """One objective of training; several are summed: mse+reward.
 
-    settings: ObjectiveSettings
-    noising: Noising
-    decoder: Decoder | None = None
-    reward: Reward | None = None
+    make:     "module:function" with function(Means) -> Objective; imported when it is asked for
+    help:     what it is, for `--objective`
+    rewarded: whether it judges images: it needs --reward, and --reward-weight is what it counts; others count 1
+    """
 
-    def judge(self) -> tuple[Noising, Decoder, Reward]:
-        assert self.decoder is not None and self.reward is not None
-        return self.noising, self.decoder, self.reward
+    make: str
+    help: str
+    rewarded: bool = False
 
 
-OBJECTIVES: dict[str, Callable[[Means], Objective]] = {
-    "mse": lambda means: Mse(means.noising, means.settings.snr_gamma, means.settings.weighting),
-    "reward": lambda means: DirectAlign(*means.judge(), means.settings.reward_reach),
-    "draft": lambda means: Draft(
-        *means.judge(),
-        steps=means.settings.draft_steps,
-        last=means.settings.draft_last,
-        guidance=means.settings.draft_guidance,
-        again=means.settings.draft_again,
+OBJECTIVES: dict[str, ObjectiveEntry] = {
+    "mse": ObjectiveEntry("afa.training.objectives:make_mse", "the diffusion loss"),
+    "reward": ObjectiveEntry(
+        "afa.training.reward_objectives:make_direct_align", "by one-step recovery", rewarded=True
     ),
+    "draft": ObjectiveEntry("afa.training.reward_objectives:make_draft", "through sampling", rewarded=True),
 }
-
-
-@dataclass(frozen=True)
-class Objectives:
-    """training: what is minimised. held_out: the same where no sample's loss is weighed, which picks the best weights."""
-
-    training: Total
-    held_out: Total
-
-
-def make_means(
-    settings: ObjectiveSettings, noising: Noising, vae: Any, device: torch.device, checkpointing: bool
-) -> Means:
-    """Everything that is to be read for an objective. Raises UserError if the reward's weights are missing."""
-    if not settings.rewarded:
-        return Means(settings, noising)
-    assert settings.reward is not None
-    reward = make_reward(
-        settings.reward, device, settings.reward_weights, settings.better or "", settings.worse or ""
-    )
-    return Means(settings, noising, Decoder(vae, checkpointing), reward)
-
-
-def make_objectives(means: Means, parameters: Sequence[nn.Parameter]) -> Objectives:
-    """parameters: what is trained, as it is when the run begins."""
-    settings = means.settings
-    weights = {name: 1.0 if name == "mse" else settings.reward_weight for name in settings.objectives}
-    terms = [Term(name, weight, OBJECTIVES[name](means)) for name, weight in weights.items()]
-    if settings.anchor:
-        terms.append(Term("anchor", settings.anchor, Anchor(parameters)))
-    if settings.sparsity:
-        terms.append(Term("sparsity", settings.sparsity, Sparsity(settings.sparsity_top)))
-    even = [
-        Term(term.name, term.weight, Mse(means.noising)) if term.name == "mse" else term for term in terms
-    ]
-    return Objectives(Total(terms), Total(even))

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from afa.errors import UserError, unknown
+from afa.metrics.registry import REWARDS
 from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, WEIGHT, CheckedOptions, option
+from afa.training.objective_registry import OBJECTIVES
 
-KINDS = ("mse", "reward", "draft")  # may be added: mse+reward
-REWARDED = ("reward", "draft")
+LISTED = ", ".join(f"{name} ({entry.help})" for name, entry in OBJECTIVES.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class ObjectiveSettings(CheckedOptions):
 
     objective: str = option(
         "mse",
-        help="mse (the diffusion loss), reward (by one-step recovery), draft (through sampling), or a sum: mse+reward",
+        help=f"{LISTED}, or a sum: mse+reward",
     )
     snr_gamma: float | None = option(
         None,
@@ -33,7 +34,7 @@ class ObjectiveSettings(CheckedOptions):
     )
     reward: str | None = option(
         None,
-        help="scenes, imagereward, pickscore, hpsv2, aesthetic, clip_t, or a Python file with reward(images, captions)",
+        help=f"{', '.join(REWARDS)}, or a Python file with reward(images, captions)",
     )
     reward_weights: str | None = option(None, help="where the reward's weights are (default: the hub)")
     reward_weight: float = option(0.1, **WEIGHT, help="what reward or draft counts beside mse")
@@ -77,9 +78,9 @@ class ObjectiveSettings(CheckedOptions):
         super().__post_init__()
         names = self.objective.split("+")
         for name in names:
-            if name not in KINDS:
+            if name not in OBJECTIVES:
                 raise UserError(
-                    f"--objective {self.objective}: {unknown(name, KINDS, 'objective')}, joined by +"
+                    f"--objective {self.objective}: {unknown(name, OBJECTIVES, 'objective')}, joined by +"
                 )
         if len(set(names)) < len(names):
             raise UserError(f"--objective {self.objective} names one objective twice; use --reward-weight")
@@ -107,4 +108,4 @@ class ObjectiveSettings(CheckedOptions):
     @property
     def rewarded(self) -> bool:
         """Whether images are judged."""
-        return any(name in REWARDED for name in self.objectives)
+        return any(OBJECTIVES[name].rewarded for name in self.objectives)

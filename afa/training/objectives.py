@@ -76,6 +76,10 @@ class Objective(ABC):
     def loss(self, work: Pass) -> Tensor:
         """Of each sample, (B,) float32, of about one at first; smaller is better."""
 
+    def unweighted(self) -> "Objective":
+        """The same where no sample's loss is weighed, for held-out images."""
+        return self
+
 
 @dataclass(frozen=True)
 class Term:
@@ -84,6 +88,21 @@ class Term:
     name: str
     weight: float
     objective: Objective
+
+
+@dataclass(frozen=True)
+class Means:
+    """What objectives are made of.
+
+    settings: an ObjectiveSettings
+    decoder:  latents -> images, where images are judged
+    reward:   images, captions -> (B,), where images are judged
+    """
+
+    settings: Any
+    noising: Noising
+    decoder: Any = None
+    reward: Any = None
 
 
 class Total:
@@ -130,12 +149,19 @@ class Mse(Objective):
             else error * self.weights(work.batch.steps)
         )
 
+    def unweighted(self) -> "Mse":
+        return Mse(self.noising)
+
     def weights(self, steps: Tensor) -> Tensor:
         """What a sample's error counts, (B,)."""
         if self.weighting is not None:
             return self.noising.flow_weighting(steps, self.weighting)
         assert self.snr_gamma is not None
         return self.noising.min_snr(steps, self.snr_gamma)
+
+
+def make_mse(means: Means) -> Mse:
+    return Mse(means.noising, means.settings.snr_gamma, means.settings.weighting)
 
 
 class Anchor(Objective):

@@ -23,7 +23,7 @@ from afa.experts.quantised import kept_elsewhere, store_weights, stored_bytes
 from afa.latents import latents_of
 from afa.training.conditions import Conditions
 from afa.training.noise import Batch
-from afa.training.objective_registry import make_means, make_objectives
+from afa.training.objective_terms import make_means, make_objectives
 from afa.training.objectives import Pass, Total
 from afa.training.prepare import noising_of
 from afa.training.reward_objectives import Decoder

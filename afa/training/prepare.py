@@ -19,7 +19,7 @@ from afa.latents import latents_of
 from afa.training.cache import LatentCache, announce, encode_cached, missing_rows
 from afa.training.data import Augmentation, Encoded, Work, check_skipped, encode, split
 from afa.training.noise import Noising
-from afa.training.objective_registry import make_means, make_objectives
+from afa.training.objective_terms import make_means, make_objectives
 from afa.training.reward_objectives import is_small
 from afa.training.settings import LoopSettings
 from afa.training.sheets import make_watch

@@ -11,7 +11,6 @@ Source: Shen et al., SRPO, arXiv:2509.06942, section 3.1: known noise is put int
 left of the known noise is taken out analytically, so that even at much noise an image can be judged.
 """
 
-import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,16 @@ from torch import Tensor
 
 from afa.errors import UserError, unknown
 from afa.latents import latents_of
+from afa.lazy import load
 from afa.metrics.base import Differentiable
-from afa.metrics.registry import METRICS, Resources, make_metric
+from afa.metrics.registry import METRICS, OWN_REWARDS, REWARDS, Resources, make_metric
 from afa.training.conditions import equally_long
 from afa.training.noise import Noising
-from afa.training.objectives import Objective, Pass
+from afa.training.objectives import Means, Objective, Pass
 from afa.user_files import UserFile
 
 # images (B, 3, H, W) about [-1, 1], captions -> (B,), higher is better, with gradients to the images
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
-
-# name -> module:function(device) of a reward that brings its own weights; all others are metrics, with theirs
-OWN = {"scenes": "afa.demo.metric:load"}
-NAMES = (*OWN, "imagereward", "pickscore", "hpsv2", "aesthetic", "clip_t")
 
 
 def make_reward(
@@ -51,24 +47,23 @@ def make_reward(
 
 def is_small(name: str | None) -> bool:
     """Whether a reward can be tried on one image without reading large weights: the embedded one, a user's own."""
-    return name is not None and (name in OWN or name.endswith(".py"))
+    return name is not None and (name in OWN_REWARDS or name.endswith(".py"))
 
 
 def _named(name: str, device: torch.device, weights: str | None) -> Reward:
-    if name in OWN:
+    if name in OWN_REWARDS:
         if weights is not None:
             raise UserError(f"reward '{name}' brings its own weights; leave out --reward-weights {weights}")
-        module, _, function = OWN[name].partition(":")
-        own: Reward = getattr(importlib.import_module(module), function)(device)
+        own: Reward = load(OWN_REWARDS[name])(device)
         return own
-    if name not in NAMES:
+    if name not in REWARDS:
         if name in METRICS:
-            listed = ", ".join(NAMES)
+            listed = ", ".join(REWARDS)
             raise UserError(
                 f"--reward {name} cannot be differentiated, or judges whole sets; take one of {listed}, or a Python file with reward(images, captions)"
             )
         raise UserError(
-            f"--reward: {unknown(name, NAMES, 'reward')}, or give a Python file with reward(images, captions)"
+            f"--reward: {unknown(name, REWARDS, 'reward')}, or give a Python file with reward(images, captions)"
         )
     try:
         metric: Any = make_metric(name, Resources(weights, device))
@@ -229,6 +224,19 @@ class Draft(Objective):
         return sampler
 
 
+def make_draft(means: Means) -> Draft:
+    settings = means.settings
+    return Draft(
+        means.noising,
+        means.decoder,
+        means.reward,
+        steps=settings.draft_steps,
+        last=settings.draft_last,
+        guidance=settings.draft_guidance,
+        again=settings.draft_again,
+    )
+
+
 def _joined(one: Any, other: Any, varying: bool) -> Any:
     """Two batches of conditions as one. varying: they may be of different lengths."""
     if isinstance(one, dict):
@@ -260,3 +268,7 @@ class DirectAlign(Objective):
         earlier = (steps * (1 - self.reach)).long()
         left = self.noising.ratio(earlier) / self.noising.ratio(steps)
         return work.clean + left * (work.batch.latents - work.clean)
+
+
+def make_direct_align(means: Means) -> DirectAlign:
+    return DirectAlign(means.noising, means.decoder, means.reward, means.settings.reward_reach)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from afa.aggregators.registry import AGGREGATORS, explain_trained, trained_kinds
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SHARE, WEIGHT, option
@@ -221,8 +222,8 @@ class TrainSettings(LoopSettings):
     )
     aggregator: str = option(
         "sabw",
-        help="sabw (the paper's), or stitch: every expert keeps a path of its own",
-        choices=["sabw", "stitch"],
+        help=explain_trained(),
+        choices=trained_kinds,
     )
     placement: str | None = option(
         None,
@@ -296,6 +297,13 @@ class TrainSettings(LoopSettings):
         return replace(self, **{**made, "experts": None, "recipe": None, "start": str(start), **changes})
 
     def aggregator_options(self) -> dict[str, object]:
-        """Return the options of the aggregator's kind."""
+        """Options of the kind of aggregator. Raises UserError for a flag that this kind has no option for."""
+        known = AGGREGATORS[self.aggregator].options()
         options: dict[str, object] = {"hidden": self.hidden, "heads": self.heads, "depth": self.depth}
-        return options | ({"ignore": list(self.ignore)} if self.ignore else {})
+        options |= {"ignore": list(self.ignore)} if self.ignore else {}
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, value in options.items():
+            if name not in known and value != defaults[name]:
+                has = f"it has {', '.join(known)}" if known else "it has no options"
+                raise UserError(f"--{name} {value} is no option of --aggregator {self.aggregator}; {has}")
+        return {name: value for name, value in options.items() if name in known}

@@ -16,7 +16,7 @@ from afa.seeds import narrow
 from afa.training.conditions import Conditions
 from afa.training.log import LOG, flat
 from afa.training.loop import Trainer
-from afa.training.objective_registry import make_means, make_objectives
+from afa.training.objective_terms import make_means, make_objectives
 from afa.training.plan import Plan
 from afa.training.prepare import encode_data, noising_of
 from afa.training.settings import LoopSettings
