@@ -168,6 +168,15 @@ def shares(weights: Sequence[float] | None, count: int, of: str = "") -> tuple[f
     return tuple(weight / total for weight in weights)
 
 
+def one_ahead(count: int) -> list[list[float]]:
+    """Weights worth trying for `count` experts: equal, then each expert ahead of the others."""
+    if count == 1:
+        return [[1.0]]
+    others = 0.4 / (count - 1)
+    ahead = [[0.6 if place == first else others for place in range(count)] for first in range(count)]
+    return [[1 / count] * count, *ahead]
+
+
 def kind_of(hint: Any) -> tuple[type, bool]:
     """The type of one value of a field with this type hint, and whether the field takes several."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):

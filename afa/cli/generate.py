@@ -6,7 +6,7 @@ Every PNG says how it was made. A run that was interrupted goes on with the same
 import json
 
 from afa.generation.settings import GenerateSettings as Options
-from afa.sampling.options import explain
+from afa.sampling.registry import explain
 
 __doc__ = f"{__doc__}\nmethods (--method NAME) and their options (--method-option KEY=VALUE):\n{explain()}\n"
 

@@ -25,7 +25,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Row:
-    """One method. group: one of results.GROUPS. title: for people.
+    """One method. group: one of results.GROUPS. title: for people. cost: of a step, as in SamplingMethod.
 
     sampler: options and training run -> the method, ready to make images. candidates: options to choose among; the first
     is taken where nothing can be chosen by. train: trains run k with some options (or reads what was trained).
@@ -47,6 +47,7 @@ class Row:
     of: str = ""
     note: str = ""
     based: bool = False
+    cost: str = "one model"
 
 
 def training_runs(row: Row) -> int:

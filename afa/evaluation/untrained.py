@@ -1,7 +1,6 @@
 """Rows without training: sampling-time methods and merges."""
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,10 +17,9 @@ from afa.merging.keys import BASE
 from afa.merging.memory import InMemoryMerge
 from afa.merging.optimisers import Journal, Space, Weights, bayesian_search
 from afa.merging.registry import MERGES, find_merge
-from afa.merging.rules import ahead
 from afa.merging.search import BEST, POINTS, as_toml
 from afa.merging.weights import has_presets, preset_weights
-from afa.sampling.registry import make_sampler
+from afa.sampling.registry import SAMPLING_METHODS, make_sampler
 from afa.sampling.sample import Sampler, sample
 
 
@@ -85,78 +83,24 @@ def _of_pair(setup: Setup, curve: dict[str, float], pair: tuple[str, ...]) -> di
     }
 
 
-SAMPLING_TITLES = {
-    "random_expert": "random expert",
-    "noise_average": "noise average",
-    "feature_mean": "feature mean (untrained)",
-    "timestep_experts": "timestep experts",
-    "magicfusion": "MagicFusion",
-    "superdiff_or": "SuperDiff OR",
-    "superdiff_and": "SuperDiff AND",
-}
-ORDERS = 6  # of experts over the timesteps, at most
-
-
 def sampling_rows(setup: Setup) -> list[Row]:
-    """Every expert alone, in its own frame and in the ensemble's; then one row a method."""
-    alone = [
-        Row(
-            f"{kind}:{name}",
-            group,
-            f"{title} {name}{where}",
-            functools.partial(_rival_sampler, setup, kind),
-            ({"expert": name},),
-        )
-        for kind, group, title, where in (
-            ("single", "expert", "expert", ""),
-            ("single_in_ensemble", "expert", "expert", " in the frame"),
-        )
-        for name in setup.names
-    ]
-    return alone + [
-        Row(
-            name,
-            "sampling",
-            title,
-            functools.partial(_rival_sampler, setup, name),
-            _sampling_candidates(name, setup),
-        )
-        for name, title in SAMPLING_TITLES.items()
-    ]
+    """One row a method, or one for every expert where the method is of one expert."""
+    rows = []
+    for name, method in SAMPLING_METHODS.items():
+        make = functools.partial(_rival_sampler, setup, name)
+        if method.each:
+            rows += [
+                Row(f"{name}:{expert}", "expert", method.title.format(expert), make, ({"expert": expert},))
+                for expert in setup.names
+            ]
+        else:
+            candidates = tuple(method.candidates(setup.names, setup.ranking))
+            rows.append(Row(name, "sampling", method.title, make, candidates, cost=method.cost))
+    return rows
 
 
 def _rival_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampler:
     return make_sampler(name, setup.ensemble, **options)
-
-
-def _sampling_candidates(name: str, setup: Setup) -> tuple[Options, ...]:
-    """Options to choose among on the tuning images; the first is the method's default."""
-    makers: dict[str, Callable[[], list[Options]]] = {
-        "noise_average": lambda: [{"weights": weights} for weights in ahead(len(setup.names))],
-        "timestep_experts": lambda: [{"table": table} for table in _tables(setup)],
-        "magicfusion": lambda: [
-            {"general": general, "mode": mode, "t0": t0}
-            for general in setup.ranking
-            for mode, t0 in ((1, 850.0), (2, 600.0))
-        ],
-        "superdiff_or": lambda: [
-            {"temperature": temperature, "density": density}
-            for density in ("code", "theorem")
-            for temperature in (1.0, 0.1)
-        ],
-    }
-    return tuple(makers[name]()) if name in makers else ({},)
-
-
-def _tables(setup: Setup) -> list[str]:
-    """Equal intervals of the timesteps, in the orders of the experts."""
-    edges = [round(1000 * (1 - place / len(setup.names))) for place in range(len(setup.names) + 1)]
-    orders = itertools.islice(itertools.permutations(setup.names), ORDERS)
-    intervals = list(itertools.pairwise(edges))
-    return [
-        ",".join(f"{top}-{bottom}:{name}" for name, (top, bottom) in zip(order, intervals, strict=True))
-        for order in orders
-    ]
 
 
 def auto_mbw_rows(setup: Setup, tuner: Tuner) -> list[Row]:

@@ -5,7 +5,8 @@ from typing import Any
 
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
-from afa.sampling.options import MethodOptions, read_options
+from afa.sampling.options import MethodOptions
+from afa.sampling.registry import SAMPLING_METHODS, read_options
 from afa.settings import (
     COUNT,
     GUIDANCE,
@@ -148,14 +149,16 @@ class GenerateSettings(CheckedOptions):
                     "choose with --method"
                 )
             return
-        if options.needs_guidance and self.guidance is not None and self.guidance <= 1:
+        assert self.method is not None
+        method = SAMPLING_METHODS[self.method]
+        if method.needs_guidance and self.guidance is not None and self.guidance <= 1:
             raise UserError(
                 f"--method {self.method} compares what guidance adds, "
                 f"and --guidance {self.guidance:g} adds nothing; give one above 1"
             )
-        if options.own_loop and self.scheduler is not None:
+        if method.own_loop and self.scheduler is not None:
             raise UserError(
                 f"--method {self.method} makes its steps itself; leave out --scheduler {self.scheduler}"
             )
-        if self.weights and not options.has_maps:
+        if self.weights and not method.has_maps:
             raise UserError(f"--method {self.method} has no weight maps; leave out --weights")

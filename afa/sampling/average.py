@@ -10,7 +10,7 @@ from afa.denoiser.base import EnsembleDenoiser
 from afa.ensemble import Ensemble
 from afa.errors import UserError, unknown
 from afa.sampling.base import Combination, Predict
-from afa.sampling.options import FeatureMean, NoiseAverage, TimestepExperts
+from afa.sampling.options import MethodOptions, NoiseAverage, TimestepExperts
 from afa.sampling.sample import PipelineSampler, in_frame, settled
 from afa.settings import shares
 
@@ -48,7 +48,7 @@ def noise_average(ensemble: Ensemble, options: NoiseAverage) -> PipelineSampler:
     return PipelineSampler(in_frame(ensemble, Averaged(ensemble.denoiser, weights)))
 
 
-def feature_mean(ensemble: Ensemble, options: FeatureMean) -> PipelineSampler:
+def feature_mean(ensemble: Ensemble, options: MethodOptions) -> PipelineSampler:
     """What AFA is before training (arXiv:2405.17082): the features' mean at every stage."""
     return PipelineSampler(settled(ensemble.sharing("mean").pipeline(), ensemble.experts[0]))
 

@@ -19,7 +19,7 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.expert import TEXT_ENCODERS, Expert
 from afa.models.registry import FAMILIES
-from afa.sampling.options import RandomExpert, Single, SingleInEnsemble
+from afa.sampling.options import OneExpert, RandomExpert
 from afa.sampling.sample import OnStep, PipelineSampler, Request, Sampling, find_expert, in_frame, settled
 from afa.settings import shares
 
@@ -116,7 +116,7 @@ def _everywhere(weights: Tensor, sample: Tensor) -> Tensor:
 DRAW = 20_824  # keeps the draw of an expert apart from other uses of the same seed
 
 
-def single(ensemble: Ensemble, options: Single) -> PipelineSampler:
+def single(ensemble: Ensemble, options: OneExpert) -> PipelineSampler:
     """Expert k as the stock pipeline it came as."""
     return own_pipeline(ensemble.experts[find_expert(ensemble, options.expert)])
 
@@ -140,7 +140,7 @@ class Alone(Combination):
         return predict(self.expert), None
 
 
-def single_in_ensemble(ensemble: Ensemble, options: SingleInEnsemble) -> PipelineSampler:
+def single_in_ensemble(ensemble: Ensemble, options: OneExpert) -> PipelineSampler:
     """Expert k with the ensemble's VAE, tokenizers and scheduler, and its own text encoders."""
     return _framed(ensemble, find_expert(ensemble, options.expert))
 
