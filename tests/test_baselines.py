@@ -8,8 +8,7 @@ from tiny import inputs, quiet, sd_pipeline, sdxl_pipeline
 
 from afa import Ensemble, UserError, only_expert, record_weights
 from afa.experts.load import load_experts
-from afa.sampling.options import OPTIONS
-from afa.sampling.registry import BASELINES, make_sampler
+from afa.sampling.registry import SAMPLING_METHODS, make_sampler
 from afa.sampling.sample import Request, Sampling, sample
 
 FIRST = {"single": {"expert": "expert_0"}, "single_in_ensemble": {"expert": "expert_0"}}
@@ -27,12 +26,8 @@ def ensemble(experts):
     return together(experts)
 
 
-def test_every_method_has_its_options():
-    assert list(BASELINES) == list(OPTIONS)
-
-
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sdxl"])
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", SAMPLING_METHODS)
 def test_identical_experts_are_the_single_expert(method, kind):
     """To the bit; the mean of three features rounds. SuperDiff's single expert is its own SDE on that expert."""
     pipe = sdxl_pipeline() if kind == "sdxl" else sd_pipeline(prediction_type=kind, **UNET)
@@ -90,7 +85,7 @@ def test_the_order_of_experts_changes_nothing_where_the_rule_is_symmetric(method
     assert differ(images, others) <= 1
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", SAMPLING_METHODS)
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(method, ensemble):
     sampler = make_sampler(method, ensemble, **ALL.get(method, {}))
     batch, alone = sampler([CAT, DOG, FOX], SAMPLING), sampler([DOG], SAMPLING)
@@ -98,7 +93,7 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(method, ensemble):
     assert differ(batch[1:2], sampler([Request("a dog", 8)], SAMPLING)) > 1
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", SAMPLING_METHODS)
 def test_dtype_and_shape_are_kept(method):
     half = together([pipe.to(torch.bfloat16) for pipe in pipelines(2)])
     sampler = make_sampler(method, half, **ALL.get(method, {}))
@@ -112,7 +107,7 @@ def test_dtype_and_shape_are_kept(method):
     assert (predicted.dtype, predicted.shape) == (torch.bfloat16, call["sample"].shape)
 
 
-@pytest.mark.parametrize("method", [name for name, kind in OPTIONS.items() if kind.has_maps])
+@pytest.mark.parametrize("method", [name for name, method in SAMPLING_METHODS.items() if method.has_maps])
 def test_recorded_weights_are_convex(method, ensemble):
     sampler = make_sampler(method, ensemble, **ALL.get(method, {}))
     with record_weights(sampler.denoiser) as maps:

@@ -11,8 +11,7 @@ from tiny_transformers import flux_pipeline, sd3_pipeline, text_encoder
 
 from afa import UserError, only_expert, record_weights
 from afa.sampling.magicfusion import saliency, winners
-from afa.sampling.options import OPTIONS
-from afa.sampling.registry import make_sampler
+from afa.sampling.registry import SAMPLING_METHODS, make_sampler
 from afa.sampling.sample import Request, Sampling, sample
 
 PIPELINES = {"sd3": sd3_pipeline, "flux": flux_pipeline, "schnell": functools.partial(flux_pipeline, guidance_embeds=False)}
@@ -87,7 +86,7 @@ def test_half_precision_and_sizes_are_kept(method, family):
     assert images.shape == (1, 48, 32, 3) and images.std() > 0
 
 
-@pytest.mark.parametrize(("method", "family"), [case for case in CASES if OPTIONS[case[0]].has_maps])
+@pytest.mark.parametrize(("method", "family"), [case for case in CASES if SAMPLING_METHODS[case[0]].has_maps])
 def test_recorded_weights_are_convex_at_the_schedulers_times(method, family):
     sampler = make_sampler(method, ensemble(family), **OPTION.get(method, {}))
     with record_weights(sampler.denoiser) as maps:

@@ -8,22 +8,22 @@ import pytest
 
 from afa.errors import UserError
 from afa.sampling.average import Interval, at, equal_intervals, read_table
-from afa.sampling.options import OPTIONS, explain, make_options, read_options
+from afa.sampling.registry import SAMPLING_METHODS, explain, make_options, read_options
 from afa.settings import shares
 
 NAMES = ["curves", "angles"]
 
 
 def test_options_are_known_without_torch():
-    script = "import sys, afa.generation.settings, afa.sampling.options\nassert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    script = "import sys, afa.generation.settings, afa.evaluation.names\nassert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
 def test_every_method_and_option_is_explained():
     text = explain()
-    for method, kind in OPTIONS.items():
-        assert f"  {method} " in text and kind.__doc__ in text
-        assert all(f"    {name} " in text for name in (field.name for field in dataclasses.fields(kind)))
+    for name, method in SAMPLING_METHODS.items():
+        assert f"  {name} " in text and method.help in text
+        assert all(f"    {field.name} " in text for field in dataclasses.fields(method.options))
 
 
 @pytest.mark.parametrize(

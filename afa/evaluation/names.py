@@ -4,20 +4,9 @@ from collections.abc import Sequence
 
 from afa.errors import UserError, unknown
 from afa.merging.registry import MERGES
+from afa.sampling.registry import SAMPLING_METHODS
 
-BEFORE = {
-    "single": "each expert alone, as the pipeline it came as",
-    "single_in_ensemble": "each expert alone in the ensemble's frame (its VAE, text encoders and scheduler): the control for the frame",
-}
-SEARCHED = {"auto_mbw": "the same with weights searched for by score"}  # stands after mbw
-AFTER = {
-    "random_expert": "one expert an image, drawn by its seed",
-    "noise_average": "the experts' predictions, averaged",
-    "feature_mean": "the untrained ensemble: the experts' features, averaged at every stage",
-    "timestep_experts": "each expert in its own range of timesteps",
-    "magicfusion": "saliency decides, pixel by pixel, whose prediction counts",
-    "superdiff_or": "superposed densities: what any expert would draw",
-    "superdiff_and": "superposed densities: what all experts would draw",
+TRAINED = {
     "finetune_best": "a LoRA on the best expert, trained as the ensemble was: equal parameters, equal steps",
     "finetune_best_compute": "the same at equal compute",
     "finetune_merge": "a LoRA on the weighted merge: equal parameters, equal steps",
@@ -30,10 +19,15 @@ ALWAYS = ("single", "afa")  # what everything else is compared with
 
 
 def known_methods() -> dict[str, str]:
-    """Every method of comparisons and what it is, in the order of the table; the merges are the registry's."""
-    merges = [(name, merge.row) for name, merge in MERGES.items()]
-    place = 1 + [name for name, _ in merges].index("mbw")
-    return {**BEFORE, **dict(merges[:place]), **SEARCHED, **dict(merges[place:]), **AFTER}
+    """Return every method and what it is: single experts, merges, sampling-time methods, what is trained."""
+    merged: dict[str, str] = {}
+    for name, merge in MERGES.items():
+        merged[name] = merge.row
+        if name == "mbw":
+            merged["auto_mbw"] = "the same with weights searched for by score"
+    alone = {name: method.row for name, method in SAMPLING_METHODS.items() if method.each}
+    sampled = {name: method.row for name, method in SAMPLING_METHODS.items() if not method.each}
+    return {**alone, **merged, **sampled, **TRAINED}
 
 
 def chosen_methods(given: Sequence[str]) -> tuple[str, ...]:

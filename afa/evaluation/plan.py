@@ -21,13 +21,8 @@ from afa.evaluation.untrained import searched
 from afa.pages.numbers import plural
 from afa.sampling.sample import Request, Sampler
 
-# What a step costs: that of one model, of all experts' predictions, or of the ensemble. Each is measured with
-# the row named first.
-KINDS = {
-    "ensemble": ("afa", "feature_mean"),
-    "all experts": ("noise_average", "magicfusion", "superdiff_or", "superdiff_and", "prediction_router"),
-    "one model": ("single",),
-}
+# What a step costs: that of one model, of all experts' predictions, or of the ensemble. -> the row it is measured with.
+MEASURED = {"ensemble": "afa", "all experts": "noise_average", "one model": "single"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +30,7 @@ class Work:
     """Images that are still to be drawn.
 
     what:  their purpose
-    kind:  one of KINDS
+    kind:  one of MEASURED
     steps: of each image
     """
 
@@ -115,7 +110,7 @@ def _tuning(comparison: ComparisonContext, rows: list[Row]) -> list[Work]:
     asked = {("single", "one model"): [{"expert": name} for name in setup.names]}
     for row in rows:
         if len(row.candidates) > 1 and not row.by_loss:
-            asked[row.of or row.name, _kind(row)] = list(row.candidates)
+            asked[row.of or row.name, row.cost] = list(row.candidates)
     steps = setup.sampling.steps
     return [
         Work("tuning", kind, max(0, len(candidates) - tuner.scored(name)) * len(tuner.captions), steps)
@@ -126,7 +121,7 @@ def _tuning(comparison: ComparisonContext, rows: list[Row]) -> list[Work]:
 def _drawing(comparison: ComparisonContext, row: Row) -> list[Work]:
     """Return a row's missing images, including those that measure memory and search weights."""
     setup, tuner = comparison.setup, comparison.tuner
-    steps, kind = (row.sampling or setup.sampling).steps, _kind(row)
+    steps, kind = (row.sampling or setup.sampling).steps, row.cost
     found = []
     for run in range(row.runs):
         folder = image_folder(setup.output, row, run)
@@ -141,21 +136,13 @@ def _drawing(comparison: ComparisonContext, row: Row) -> list[Work]:
     return found
 
 
-def _kind(row: Row) -> str:
-    name = (row.of or row.name).partition(":")[0].partition(",")[0]
-    return next((kind for kind, names in KINDS.items() if name in names), "one model")
-
-
-def _seconds(comparison: ComparisonContext, work: list[Work]) -> float:
-    """Return the seconds to draw everything, one image at a time.
-
-    One image of each kind is drawn in one step and in three, after one to warm up.
-    """
+def _seconds(comparison: Comparison, work: list[Work]) -> float:
+    """To draw everything, one image at a time: for each kind one image is drawn in one step and in three, after one to warm up."""
     total = 0.0
-    for kind, names in KINDS.items():
+    for kind, name in MEASURED.items():
         own = [one for one in work if one.kind == kind and one.images]
         if own:
-            row = all_rows(comparison.setup, comparison.tuner, names[:1])[0]
+            row = all_rows(comparison.setup, comparison.tuner, [name])[0]
             step, rest = _measured(comparison, row.sampler(row.candidates[0], 0))
             total += sum(one.images * (rest + one.steps * step) for one in own)
     return total

@@ -31,9 +31,10 @@ from afa.sampling.sample import Sampling, image_size
 from afa.schedulers import reschedule
 from afa.schema import shown
 from afa.seeds import nth_seed
+from afa.training.objective_registry import OBJECTIVES
 from afa.training.settings import TrainSettings
 
-PLAIN = "mse"  # the objective that needs no reward
+PLAIN = "mse"  # the objective of a run that records none
 TRAINING_DATA = "training-data"  # inside the output, where a protocol draws its own
 
 
@@ -147,7 +148,8 @@ class Setup:
         }
         fixed["allow_outside"] = self.settings.allow_outside
         objective = str(changes.get("objective", self.recorded.get("objective", PLAIN)))
-        if objective != PLAIN and "reward" not in changes:
+        known = [OBJECTIVES[name] for name in objective.split("+") if name in OBJECTIVES]
+        if any(entry.rewarded for entry in known) and "reward" not in changes:
             if self.settings.reward is None:
                 raise UserError(
                     f"{self.folder / MANIFEST} records training by {objective}, "

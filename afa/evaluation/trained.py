@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from afa.aggregators.registry import find_aggregator
 from afa.checkpoint.manifest import AGGREGATORS, read_manifest
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.placement import fused_stages
@@ -57,7 +58,7 @@ def trained_rows(setup: Setup) -> list[Row]:
     """The prediction router, and the ensemble."""
     router = functools.partial(_train, setup, "prediction_router", {"placement": "out"})
     return [
-        _row(setup, "prediction_router", "control", "prediction router", router),
+        _row(setup, "prediction_router", "control", "prediction router", router, cost="all experts"),
         _row(setup, "afa", "ours", "AFA", functools.partial(afa_run, setup)),
     ]
 
@@ -89,7 +90,13 @@ def ablation_rows(setup: Setup) -> list[Row]:
 
 
 def _differs(denoiser: EnsembleDenoiser, changes: Mapping[str, Any]) -> bool:
-    """Whether a change makes a difference in this family: its blocks may not change text tokens, or be stages already."""
+    """Whether a change makes a difference here.
+
+    These aggregators may not have the option; blocks of the family may not change text tokens, or be stages already.
+    """
+    options = find_aggregator(denoiser.recipe.kind).options()
+    if not changes.keys() <= {"aggregator", "placement", "text_stream", *options}:
+        return False
     if "text_stream" in changes:
         return denoiser.call.streams
     return "placement" not in changes or fused_stages(changes["placement"], denoiser.stages) != denoiser.fused
@@ -139,9 +146,11 @@ def _row(
     axes: Mapping[str, Any] | None = None,
     of: str = "",
     names: Sequence[str] = (),
+    cost: str = "ensemble",
 ) -> Row:
     sampler = functools.partial(trained_sampler, setup, make, tuple(names))
-    return Row(name, group, title, sampler, train=make, runs=setup.settings.seeds, axes=axes or {}, of=of)
+    runs = setup.settings.seeds
+    return Row(name, group, title, sampler, train=make, runs=runs, axes=axes or {}, of=of, cost=cost)
 
 
 def afa_run(setup: Setup, options: Options, run: int) -> Trained:
@@ -346,6 +355,7 @@ def _objective_row(setup: Setup, name: str, changes: dict[str, Any]) -> Row:
         runs=setup.settings.seeds,
         axes={"objective": name},
         of=of,
+        cost="ensemble",
     )
 
 

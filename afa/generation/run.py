@@ -26,7 +26,7 @@ from afa.generation.settings import GenerateSettings
 from afa.images import read_made, read_pixels, save_picture
 from afa.places import public_place
 from afa.prompts import asked_prompts, warn_of_prompts
-from afa.sampling.registry import make_sampler
+from afa.sampling.registry import SAMPLING_METHODS, make_sampler
 from afa.sampling.sample import PipelineSampler, Request, Sampling, in_frame
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
@@ -176,11 +176,11 @@ def generate(settings: GenerateSettings) -> list[Path]:
 
 
 def _load(settings: GenerateSettings) -> Ensemble:
-    """Load what the settings name; see load_sources."""
-    options = settings.method_options()
+    """The saved ensemble, or experts as an ensemble: of one, that is the expert, bit for bit."""
+    method = None if settings.method is None else SAMPLING_METHODS[settings.method]
     placement = (
-        "out" if options is not None and options.only_predictions else None
-    )  # which may then be of different kinds
+        "out" if method is not None and method.only_predictions else None
+    )  # of different kinds, perhaps
     names = ("experts", "frame", "config", "prediction_type", "dtype")
     given: dict[str, Any] = {name: getattr(settings, name) for name in names}
     return load_sources(settings.sources, **given, placement=placement)

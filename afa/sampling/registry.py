@@ -81,8 +81,10 @@ SAMPLING_METHODS: dict[str, SamplingMethod] = {
     "single_in_ensemble": SamplingMethod(
         "afa.sampling.base:single_in_ensemble",
         title="expert {} in the frame",
-        help="One expert in the ensemble's frame (its VAE, tokenizers, scheduler): the control for what the frame does.",
-        row="each expert alone in the ensemble's frame (its VAE, text encoders and scheduler): the control for the frame",
+        help="One expert in the ensemble's frame (its VAE, tokenizers, scheduler):"
+        " the control for what the frame does.",
+        row="each expert alone in the ensemble's frame (its VAE, text encoders and scheduler):"
+        " the control for the frame",
         options=of.OneExpert,
         each=True,
     ),

@@ -8,12 +8,8 @@ from typing import Any
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.names import known_methods
-from afa.evaluation.untrained import SAMPLING_TITLES
-from afa.sampling.options import OPTIONS, make_options
-from afa.sampling.registry import make_sampler
+from afa.sampling.registry import SAMPLING_METHODS, make_options, make_sampler
 from afa.sampling.sample import PipelineSampler, in_frame
-
-OF_ONE = ("single", "single_in_ensemble")  # they are one method for every expert
 
 
 @dataclass(frozen=True)
@@ -42,9 +38,7 @@ def find_methods(ensemble: Ensemble, trained: bool) -> tuple[dict[str, Method], 
     """All methods by name, and why others do not go with these experts. trained: whether the aggregators are."""
     offered = [*([_afa(ensemble)] if trained else []), *(_alone(ensemble, name) for name in ensemble.names)]
     refused: dict[str, str] = {}
-    for name in OPTIONS:
-        if name in OF_ONE:
-            continue
+    for name in (name for name, method in SAMPLING_METHODS.items() if not method.each):
         method = _combined(ensemble, name)
         try:
             method.make()  # costs no memory: the experts are there
@@ -75,12 +69,15 @@ def _alone(ensemble: Ensemble, name: str) -> Method:
 def _own(ensemble: Ensemble, name: str) -> Method:
     record = {"method": "single", "method_options": {"expert": name}, "expert": name}
     make = partial(make_sampler, "single", ensemble, expert=name)
-    return Method(f"single:{name}", f"{name} as it came", "one expert as the pipeline it came as", make, record)
+    return Method(
+        f"single:{name}", f"{name} as it came", "one expert as the pipeline it came as", make, record
+    )
 
 
 def _combined(ensemble: Ensemble, name: str) -> Method:
-    kind, make = OPTIONS[name], partial(make_sampler, name, ensemble)
+    kind, make = SAMPLING_METHODS[name], partial(make_sampler, name, ensemble)
     record = {"method": name, "method_options": asdict(make_options(name, {})), "expert": None}
-    title = SAMPLING_TITLES[name][0].upper() + SAMPLING_TITLES[name][1:]
+    title = kind.title[0].upper() + kind.title[1:]
     has_maps = kind.has_maps and len(ensemble.names) > 1
-    return Method(name, title, known_methods()[name], make, record, has_maps, has_maps and not kind.only_predictions, kind.own_loop)
+    scalable = has_maps and not kind.only_predictions
+    return Method(name, title, kind.row, make, record, has_maps, scalable, kind.own_loop)

@@ -12,7 +12,7 @@ from afa.denoiser.hooks import check_strengths
 from afa.denoiser.lora import check_weights
 from afa.errors import UserError
 from afa.merging.registry import check_merge
-from afa.sampling.options import make_options
+from afa.sampling.registry import make_options
 from afa.settings import check_value, kind_of, option, read_recipe, shares
 
 ALL = [
