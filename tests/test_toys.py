@@ -1,0 +1,185 @@
+"""To add a method is one file and one line of its registry: a toy of each kind, through every command that reads registries."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import ONE_LEVEL, sd_pipeline
+
+from afa import Ensemble
+from afa.aggregators.registry import AGGREGATORS, AggregatorType
+from afa.checkpoint.manifest import read_manifest
+from afa.cli.main import main
+from afa.evaluation.names import known_methods
+from afa.evaluation.results import Results
+from afa.images import read_metadata
+from afa.merging.registry import MERGES
+from afa.metrics.registry import METRICS, MetricEntry
+from afa.sampling.registry import SAMPLING_METHODS, SamplingMethod
+from afa.training.objective_registry import OBJECTIVES, ObjectiveEntry
+from afa.webui.methods import find_methods
+
+FILES = {
+    "toy_aggregator": """
+import torch
+from torch import nn
+from afa.aggregators.base import Aggregator
+
+class Toy(Aggregator):
+    def __init__(self, *, experts, channels, time_width, text_width, start: float = 0.0):
+        super().__init__()
+        self.logits = nn.Parameter(torch.full((experts,), start))
+
+    def weigh(self, features, temb, text, kept=None):
+        batch, experts, _, height, width = features.shape
+        return self.logits.softmax(0).view(1, experts, 1, 1).expand(batch, experts, height, width)
+""",
+    "toy_sampling": """
+from dataclasses import dataclass
+from afa.sampling.base import Alone
+from afa.sampling.options import MethodOptions
+from afa.sampling.sample import PipelineSampler, in_frame
+from afa.settings import option
+
+@dataclass(frozen=True)
+class ToyOptions(MethodOptions):
+    place: int = option(0, least=0, most=9, help="of the expert that draws")
+
+def make(ensemble, options):
+    return PipelineSampler(in_frame(ensemble, Alone(ensemble.denoiser, options.place)))
+""",
+    "toy_merge": """
+from afa.merging.rules import Merge
+
+def toy_merge(tensors):
+    return tensors[-1].clone()
+
+TOY = Merge(toy_merge, title="toy merge", help="the last expert", row="the last expert alone")
+""",
+    "toy_metric": """
+import numpy as np
+from afa.metrics.base import ImageMetric
+
+class Red(ImageMetric):
+    names = ("toy_metric",)
+    identity = {"toy_metric": 1}
+
+    def score(self, pictures):
+        return {"toy_metric": np.asarray([picture.image[..., 0].mean() / 255 for picture in pictures])}
+
+def make(resources):
+    return Red()
+""",
+    "toy_objective": """
+from afa.training.objectives import Objective
+
+class Absolute(Objective):
+    def __init__(self, noising):
+        self.noising = noising
+
+    def loss(self, work):
+        return (work.prediction - self.noising.target(work.batch)).abs().mean((1, 2, 3))
+
+def make(means):
+    return Absolute(means.noising)
+""",
+}
+
+
+def entries():
+    """One line of each registry."""
+    toy_sampling, toy_merge = (importlib.import_module(name) for name in ("toy_sampling", "toy_merge"))
+    places = {"candidates": lambda names, ranking: [{"place": place} for place in range(len(names))]}
+    says = {"title": "toy sampler", "help": "One expert draws.", "row": "one expert draws", "options": toy_sampling.ToyOptions}
+    return [
+        (AGGREGATORS, "toy", AggregatorType("toy_aggregator:Toy", "the same weights everywhere, learnt")),
+        (SAMPLING_METHODS, "toy_sampling", SamplingMethod("toy_sampling:make", **says, **places)),
+        (MERGES, "toy_merge", toy_merge.TOY),
+        (METRICS, "toy_metric", MetricEntry("toy_metric:make", "How red an image is.")),
+        (OBJECTIVES, "toy_objective", ObjectiveEntry("toy_objective:make", "the absolute error")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The toys' files and lines; two experts, captioned images."""
+    folder = tmp_path_factory.mktemp("toys")
+    for name, text in FILES.items():
+        (folder / f"{name}.py").write_text(text)
+    for seed, name in enumerate(("photo", "paint")):
+        sd_pipeline(seed, **ONE_LEVEL).save_pretrained(folder / name)
+    (folder / "data").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / "data" / f"{index}.png")
+        (folder / "data" / f"{index}.txt").write_text(f"picture {index}")
+    (folder / "prompts.txt").write_text("a cat\na dog\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        for registry, name, entry in entries():
+            patch.setitem(registry, name, entry)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    """An ensemble of toy aggregators, trained by `afa train` with the toy objective."""
+    experts = ["--experts", str(world / "photo"), str(world / "paint"), "--aggregator", "toy"]
+    run = ["--objective", "mse+toy_objective", "--steps", "2", "--batch-size", "2", "--held-out", "2", "--lr", "0.1", "--device", "cpu"]
+    place = ["--data", str(world / "data"), "--resolution", "32", "--output", str(world / "afa")]
+    assert main(["train", *experts, *run, *place]) == 0
+    return world / "afa"
+
+
+def test_inspect_counts_a_toy_aggregator(world, capsys):
+    assert main(["inspect", str(world / "photo"), str(world / "paint"), "--aggregator", "toy", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["aggregators"]
+    assert found["kind"] == "toy" and found["options"] == {"start": 0.0} and found["parameters"] == 2 * found["fused"]
+
+
+def test_a_toy_aggregator_is_trained_by_a_toy_objective(trained):
+    manifest = read_manifest(trained)
+    assert manifest.aggregator["kind"] == "toy" and manifest.aggregator["options"] == {}
+    assert set(manifest.training["history"][-1]["terms"]) == {"mse", "toy_objective"}
+    learnt = [aggregator.logits.detach() for aggregator in Ensemble.load(trained).denoiser.aggregators.values()]
+    assert any(weights.abs().sum() > 0 for weights in learnt)
+
+
+def test_an_option_that_a_toy_aggregator_has_not_is_refused(world, capsys):
+    experts = ["--experts", str(world / "photo"), str(world / "paint"), "--data", str(world / "data"), "--output", str(world / "no")]
+    assert main(["train", *experts, "--aggregator", "toy", "--hidden", "64", "--device", "cpu"]) == 2
+    assert "--hidden 64 is no option of --aggregator toy; it has start" in capsys.readouterr().err
+    assert not (world / "no").exists()
+
+
+def test_generate_draws_with_a_toy_method_and_its_options(world, tmp_path):
+    sources = [str(world / "photo"), str(world / "paint"), "--method", "toy_sampling", "--method-option", "place=1"]
+    call = ["--prompt", "a cat", "--steps", "1", "--width", "32", "--height", "32", "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert main(["generate", *sources, *call]) == 0
+    said = read_metadata(tmp_path / "out" / "00000-00.png")
+    assert said["method"] == "toy_sampling" and said["method_options"] == {"place": 1}
+
+
+def test_a_comparison_has_rows_of_toys_and_a_column_of_the_toy_metric(world, trained):
+    what = ["--methods", "toy_sampling", "toy_merge", "--metrics", "toy_metric", "--ensemble", str(trained)]
+    size = ["--steps", "1", "--width", "32", "--height", "32", "--guidance", "2", "--tuning", "2", "--device", "cpu"]
+    place = ["--protocol", str(world / "prompts.txt"), "--train-data", str(world / "data"), "--output", str(world / "compared")]
+    assert main(["evaluate", *what, *size, *place]) == 0
+    results = Results.load(world / "compared")
+    rows = {method.name: method for method in results.methods}
+    assert list(rows) == ["single:photo", "single:paint", "toy_merge", "toy_sampling", "afa"]
+    assert rows["toy_sampling"].title == "toy sampler" and "place" in rows["toy_sampling"].note
+    assert rows["toy_merge"].title == "toy merge"
+    assert all(len(method.runs[0].scores["toy_metric"]) == 2 for method in results.methods) and results.errors == []
+
+
+def test_lists_and_the_page_name_toys(world, trained, capsys):
+    for flag, name, help in (("methods", "toy_merge", "the last expert alone"), ("metrics", "toy_metric", "How red an image is.")):
+        assert main(["evaluate", "--ensemble", "x", "--protocol", "x", "--output", "x", f"--{flag}", "list"]) == 0
+        assert any(line.split()[:1] == [name] and help in line for line in capsys.readouterr().out.splitlines())
+    names = list(known_methods())
+    assert names.index("slerp") < names.index("toy_merge") < names.index("toy_sampling") < names.index("afa")
+    methods, refused = find_methods(Ensemble.load(trained), trained=True)
+    assert refused == {} and (methods["toy_sampling"].title, methods["toy_sampling"].about) == ("Toy sampler", "one expert draws")
