@@ -136,8 +136,11 @@ def _drawing(comparison: ComparisonContext, row: Row) -> list[Work]:
     return found
 
 
-def _seconds(comparison: Comparison, work: list[Work]) -> float:
-    """To draw everything, one image at a time: for each kind one image is drawn in one step and in three, after one to warm up."""
+def _seconds(comparison: ComparisonContext, work: list[Work]) -> float:
+    """Return the seconds to draw everything, one image at a time.
+
+    One image of each kind is drawn in one step and in three, after one to warm up.
+    """
     total = 0.0
     for kind, name in MEASURED.items():
         own = [one for one in work if one.kind == kind and one.images]
