@@ -3,7 +3,7 @@
 import socket
 
 import pytest
-from webui_studio import HARMFUL, PROMPT
+from webui_engine import HARMFUL, PROMPT
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'afa[ui]'")
 pytest.importorskip("selenium", reason="selenium drives the browser; it is not installed")

@@ -6,43 +6,43 @@ import numpy as np
 import pytest
 from made_results import write_results
 from PIL import Image, PngImagePlugin
-from webui_studio import ASKED, HARMFUL, PROMPT, open_studio, pixels, run
+from webui_engine import ASKED, HARMFUL, PROMPT, open_engine, pixels, run
 
 from afa.cli.main import main
 from afa.errors import UserError
 from afa.images import read_metadata, save_picture
 from afa.webui import markup
 from afa.webui.gallery import Gallery
-from afa.webui.reading import read_order
-from afa.webui.reports import read_reports
+from afa.webui.markup import read_reports
+from afa.webui.sessions import request_from_metadata
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory):
-    return open_studio(tmp_path_factory.mktemp("gallery"))
+def engine(tmp_path_factory):
+    return open_engine(tmp_path_factory.mktemp("gallery"))
 
 
-def test_settings_come_back_from_a_picture(studio):
+def test_settings_come_back_from_a_picture(engine):
     asked = {"methods": ["magicfusion"], "seed": 41, "steps": 3, "guidance": 2.5, "negative_prompt": "a cross", "scheduler": "ddim", "width": 32, "height": 48}
-    job = run(studio, **asked)
+    job = run(engine, **asked)
     picture = job.columns[0].pictures[0]
     assert pixels(picture).shape == (48, 32, 3)
-    found, notes = read_order(read_metadata(picture.path), studio)
+    found, notes = request_from_metadata(read_metadata(picture.path), engine)
     assert notes == [] and found | asked | {"prompt": PROMPT} == found
-    again = studio.job({name: value for name, value in found.items() if value is not None})
-    studio.run(again)
+    again = engine.job({name: value for name, value in found.items() if value is not None})
+    engine.run(again)
     assert again.columns[0].pictures[0].path == picture.path and again.columns[0].pictures[0].kept
 
 
-def test_settings_that_cannot_be_had_here_are_said(studio):
+def test_settings_that_cannot_be_had_here_are_said(engine):
     how = {"method": "magicfusion", "method_options": {"mode": 2}, "expert": None}
     said = {"prompt": "a", "seed": 1, "steps": 5, **how, "scheduler": "Strange", "experts": ["x"]}
-    found, notes = read_order(said, studio)
+    found, notes = request_from_metadata(said, engine)
     assert found["methods"] == ["afa"] and len(notes) == 3
     with pytest.raises(UserError, match="the picture's settings cannot be used here: steps 5000 is out of bounds"):
-        read_order(said | {"steps": 5000}, studio)
+        request_from_metadata(said | {"steps": 5000}, engine)
     with pytest.raises(UserError, match="the prompt must be text, not int"):
-        read_order(said | {"prompt": 7}, studio)
+        request_from_metadata(said | {"prompt": 7}, engine)
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_settings_that_cannot_be_had_here_are_said(studio):
         ({"strengths": [1, 2]}, "strengths must be numbers by expert's name"),
     ],
 )
-def test_what_may_not_be_asked_for_is_a_sentence(studio, changes, sentence):
+def test_what_may_not_be_asked_for_is_a_sentence(engine, changes, sentence):
     with pytest.raises(UserError) as error:
-        studio.job(ASKED | changes)
+        engine.job(ASKED | changes)
     assert sentence in str(error.value)
 
 
@@ -109,8 +109,8 @@ def test_a_picture_that_does_not_say_how_it_was_made_is_a_sentence(tmp_path, con
         read_metadata(file)
 
 
-def test_prompts_are_shown_escaped(studio):
-    job = run(studio, prompt=HARMFUL, seed=60, strengths={"curves": 0.5})
+def test_prompts_are_shown_escaped(engine):
+    job = run(engine, prompt=HARMFUL, seed=60, strengths={"curves": 0.5})
     job.columns[0].error = HARMFUL
     picture = job.columns[0].pictures[0]
     for shown in (markup.results(job), markup.settings(picture.metadata | {HARMFUL: HARMFUL}, HARMFUL), markup.status(job), markup.note(HARMFUL)):
@@ -151,6 +151,6 @@ def test_bad_starts_are_one_sentence(arguments, sentence, tmp_path, capsys):
     assert sentence in said.err.splitlines()[-1] and said.out == ""
 
 
-def test_metadata_is_plain_json(studio):
-    picture = run(studio, seed=90).columns[0].pictures[0]
+def test_metadata_is_plain_json(engine):
+    picture = run(engine, seed=90).columns[0].pictures[0]
     assert json.loads(json.dumps(picture.metadata)) == {name: value for name, value in read_metadata(picture.path).items() if name != "afa"}

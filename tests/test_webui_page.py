@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from processes import start
-from webui_studio import ASKED, HARMFUL, PROMPT
+from webui_engine import ASKED, HARMFUL, PROMPT
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'afa[ui]'")
 from gradio_client import Client

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -10,14 +11,17 @@ from markupsafe import escape
 from PIL import Image
 
 from afa.checkpoint.manifest import read_manifest
+from afa.errors import UserError
+from afa.files import given_name
 from afa.generation.run import is_saved
 from afa.pages.numbers import plural
 from afa.pages.page import data_uri, part
 from afa.pictures import COLOURS, heat, overlay
+from afa.text_files import read_text
 from afa.version import __version__
-from afa.webui.job import Job, Picture
-from afa.webui.maps import Kept
-from afa.webui.studio import Studio
+from afa.webui.engine import Engine
+from afa.webui.gallery import RecordedWeights
+from afa.webui.queue import DrawingJob, GalleryPicture
 
 LARGEST = 512  # pixels: maps are shown no larger
 HIDDEN = (
@@ -47,7 +51,7 @@ def warning(sentence: str) -> str:
     return str(escape(f"{sentence[:1].upper()}{sentence[1:]}."))
 
 
-def status(job: Job | None, before: int = 0) -> str:
+def status(job: DrawingJob | None, before: int = 0) -> str:
     """How a run stands, with a bar; read out by screen readers when it changes. before: how many come before it."""
     share = None
     if job is None:
@@ -58,11 +62,11 @@ def status(job: Job | None, before: int = 0) -> str:
         sentence = "Not begun: too many runs are waiting."
     elif job.current is not None:
         made, (done, steps) = len(job.current.pictures), job.at
-        which = f", picture {made + 1} of {job.order.images}" if job.order.images > 1 else ""
+        which = f", picture {made + 1} of {job.request.images}" if job.request.images > 1 else ""
         place = f"method {job.columns.index(job.current) + 1} of {len(job.columns)}"
         sentence = f"{job.current.title}: step {done} of {steps}{which} ({place})"
-        finished = sum(job.order.images if column.done else len(column.pictures) for column in job.columns)
-        share = min(1.0, (finished + done / max(1, steps)) / (len(job.columns) * job.order.images))
+        finished = sum(job.request.images if column.done else len(column.pictures) for column in job.columns)
+        share = min(1.0, (finished + done / max(1, steps)) / (len(job.columns) * job.request.images))
     else:
         made = sum(len(column.pictures) for column in job.columns)
         seconds = sum(column.seconds for column in job.columns)
@@ -71,7 +75,7 @@ def status(job: Job | None, before: int = 0) -> str:
     return part("webui.html", "status", sentence=sentence, share=share)
 
 
-def results(job: Job | None) -> str:
+def results(job: DrawingJob | None) -> str:
     """A card for each method, with room for the pictures that are still to come."""
     if job is None:
         return ""
@@ -81,19 +85,19 @@ def results(job: Job | None) -> str:
         cards.append({
             "column": column,
             "pictures": [(picture, address(picture)) for picture in column.pictures],
-            "missing": 0 if column.error else job.order.images - len(column.pictures),
+            "missing": 0 if column.error else job.request.images - len(column.pictures),
             "empty": "cancelled" if job.over else "drawing …" if column is job.current else "waiting",
             "seconds": "made before" if kept else f"{column.seconds:.1f} s" if column.pictures else "",
         })  # fmt: skip
-    return part("webui.html", "cards", cards=cards, prompt=job.order.prompt)
+    return part("webui.html", "cards", cards=cards, prompt=job.request.prompt)
 
 
-def address(picture: Picture) -> str:
+def address(picture: GalleryPicture) -> str:
     """Where the page finds it, relative to itself."""
     return f"gradio_api/file={quote(str(picture.path))}"
 
 
-def weights(kept: Kept, step: int, stage: str) -> str:
+def weights(kept: RecordedWeights, step: int, stage: str) -> str:
     """Weights at one step, counted from 1, and stage; 0 and "": the mean over all."""
     maps, count = kept.look(step, stage), len(kept.timesteps)
     when = f"step {step} of {count}, t = {kept.timesteps[step - 1]:.0f}" if step else "mean over all steps"
@@ -136,37 +140,37 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
-def about(studio: Studio, url: str) -> str:
+def about(engine: Engine, url: str) -> str:
     """Version, experts and their hashes, what is offered and what is not, the API. url: where the page is."""
-    denoiser = studio.ensemble.denoiser
-    fused = f"{len(studio.ensemble.aggregators)} of {len(denoiser.stages)} stages fused, sha256 {studio.aggregators}"
+    denoiser = engine.ensemble.denoiser
+    fused = f"{len(engine.ensemble.aggregators)} of {len(denoiser.stages)} stages fused, sha256 {engine.aggregators}"
     loaded = {
         "afa": __version__,
-        "source": ", ".join(studio.sources),
+        "source": ", ".join(engine.sources),
         "family": f"{denoiser.family}, {len(denoiser.stages)} stages",
         "aggregators": fused
-        if studio.aggregators
+        if engine.aggregators
         else "none that are trained: experts are combined while sampling",
-        "dtype": studio.dtype,
-        "gallery": str(studio.gallery.folder),
+        "dtype": engine.dtype,
+        "gallery": str(engine.gallery.folder),
     }
     sections = [
         ("Loaded", list(loaded.items())),
-        ("Experts", _experts(studio)),
-        ("Methods", [(method.title, method.about) for method in studio.methods.values()]),
-        ("Not with these experts", list(studio.refused.items())),
+        ("Experts", _experts(engine)),
+        ("Methods", [(method.title, method.about) for method in engine.methods.values()]),
+        ("Not with these experts", list(engine.refused.items())),
     ]
-    methods = "[" + ", ".join(f'"{name}"' for name in list(studio.methods)[:2]) + "]"
+    methods = "[" + ", ".join(f'"{name}"' for name in list(engine.methods)[:2]) + "]"
     return part("webui.html", "about", sections=sections, url=url, prompt=PROMPT, methods=methods)
 
 
-def _experts(studio: Studio) -> list[tuple[str, str]]:
+def _experts(engine: Engine) -> list[tuple[str, str]]:
     """Name, and source with the hash that is recorded of the denoiser."""
     recorded: dict[str, Any] = {}
-    if is_saved(studio.sources[0]):
-        recorded = {expert.name: expert for expert in read_manifest(Path(studio.sources[0])).experts}
+    if is_saved(engine.sources[0]):
+        recorded = {expert.name: expert for expert in read_manifest(Path(engine.sources[0])).experts}
     rows = []
-    for expert in studio.ensemble.experts:
+    for expert in engine.ensemble.experts:
         known = recorded.get(expert.name)
         source = known.source if known else str(expert.located.spec.source if expert.located else "in memory")
         files = (known.files if known else None) or {}
@@ -174,3 +178,53 @@ def _experts(studio: Studio) -> list[tuple[str, str]]:
         digest = next(iter([*denoiser, *files.values()]), "not recorded")
         rows.append((expert.name, f"{source}, sha256 of its denoiser {digest}"))
     return rows
+
+
+PAGE = "report.html"  # what afa demo and afa screen leave
+RESULTS = "results.json"  # what afa evaluate leaves
+
+
+@dataclass(frozen=True)
+class Report:
+    """One report: its name for a tab, and its page."""
+
+    name: str
+    html: str
+
+    @property
+    def frame(self) -> str:
+        """The page in a frame of its own, in which nothing runs and from which nothing is reached."""
+        return part("webui.html", "frame", name=self.name, page=self.html)
+
+
+def read_reports(places: Sequence[str]) -> list[Report]:
+    """Raises UserError for a place without a report, with how to make one."""
+    reports = [_read_report(Path(place)) for place in places]
+    names = [report.name for report in reports]
+    return [
+        report if names.count(report.name) == 1 else Report(f"{report.name} {index}", report.html)
+        for index, report in enumerate(reports, start=1)
+    ]
+
+
+def _read_report(place: Path) -> Report:
+    if place.is_file() and place.suffix.lower() in (".html", ".htm"):
+        return Report(place.stem if place.name != PAGE else place.resolve().parent.name, read_text(place))
+    if (place / PAGE).is_file():
+        return Report(given_name(place), read_text(place / PAGE))
+    if (place / RESULTS).is_file():
+        return Report(given_name(place), _evaluation(place))
+    raise UserError(
+        f"--reports {place} holds no report: it is neither an .html file nor a folder with {PAGE} (afa screen, afa demo)"
+        f" or {RESULTS} (afa evaluate)"
+    )
+
+
+def _evaluation(folder: Path) -> str:
+    """As `afa report` would make it."""
+    from afa.evaluation.compare import analyse
+    from afa.evaluation.report.page import as_html
+    from afa.evaluation.results import Results
+
+    results = Results.load(folder)
+    return as_html(analyse([results], [folder]), [str(results.protocol.get("name", folder.name))])

@@ -1,18 +1,175 @@
-"""The page: where its parts stand, and what happens when they are touched."""
+"""The page: its layout, and what happens when a visitor uses it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from afa.errors import UserError
+from afa.images import read_metadata
+from afa.prompts import unread
 from afa.webui import markup
-from afa.webui.answers import answering, sentence
-from afa.webui.api import DRAWING, Api, offer
-from afa.webui.desk import Desk
-from afa.webui.handlers import Handlers
-from afa.webui.order import STRONGEST
-from afa.webui.reports import Report
-from afa.webui.studio import Studio
+from afa.webui.api import DRAWING, Api, answering, offer, sentence
+from afa.webui.engine import Engine
+from afa.webui.markup import Report
+from afa.webui.queue import DrawingJob, follow
+from afa.webui.request_validation import MOST, STRONGEST, text, whole
+from afa.webui.sessions import Sessions, request_from_metadata
+
+
+class Handlers:
+    """One method an event. names: of the form's fields, in order; strengths of the experts come after them."""
+
+    def __init__(self, sessions: Sessions, names: list[str]) -> None:
+        self.sessions, self.engine, self.names = sessions, sessions.engine, names
+        self.experts = self.engine.ensemble.names
+
+    def begin(self, request: gr.Request, *values: Any) -> list[Any]:
+        """A new run."""
+        given = dict(zip(self.names, values, strict=False))
+        given["strengths"] = dict(zip(self.experts, values[len(self.names) :], strict=True))
+        return self._begun(self.sessions.begin(request.session_hash, given))
+
+    def again(self, request: gr.Request, live: bool, *strengths: float) -> list[Any]:
+        """The last run with the strengths as they are now, if that is wanted."""
+        job = (
+            self.sessions.again(request.session_hash, dict(zip(self.experts, strengths, strict=True)))
+            if live
+            else None
+        )
+        return [gr.skip()] * 4 if job is None else self._begun(job)
+
+    def draw(self, request: gr.Request) -> Iterator[list[Any]]:
+        """Do the visitor's run, and say how it stands; one that is over already, or goes on, is left alone."""
+        job = self.sessions.job(request.session_hash)
+        if job is None or job.state != "waiting":
+            yield [gr.skip(), gr.skip()]
+            return
+        mark = None
+        for _ in follow(self.engine.run, job):
+            yield [
+                markup.status(job, self.engine.queue.before(job)),
+                gr.skip() if job.mark == mark else markup.results(job),
+            ]
+            mark = job.mark
+        yield [markup.status(job), markup.results(job)]
+
+    def finish(self, request: gr.Request) -> list[Any]:
+        """The buttons as before the run, and its pictures to look into."""
+        job = self.sessions.job(request.session_hash)
+        if job is None or not job.over:
+            return [gr.skip()] * 4
+        made = [
+            (column, picture)
+            for column in job.columns
+            for picture in column.pictures
+            if picture.path.name in self.engine.shelf
+        ]
+        looked = [(f"{column.title}, seed {picture.seed}", picture.path.name) for column, picture in made]
+        chosen = gr.Dropdown(choices=looked, value=looked[0][1] if looked else None)
+        return [gr.Button(interactive=True), gr.Button(interactive=False), markup.status(job), chosen]
+
+    def fit(self, picture: str | None, step: float, stage: float) -> list[Any]:
+        """The weights of another picture, and how far the sliders go there: where they stand they stay, as far as they can."""
+        if not picture:
+            return [gr.skip(), gr.skip(), self.look(picture, step, stage)]
+        kept = self.engine.shelf.get(text("picture", picture))
+        last = len(kept.timesteps), len(kept.maps)
+        step, stage = (
+            min(whole(name, value, 0, MOST), most)
+            for name, value, most in zip(("step", "stage"), (step, stage), last, strict=True)
+        )
+        return [
+            gr.Slider(maximum=last[0], value=step),
+            gr.Slider(maximum=last[1], value=stage),
+            self.look(picture, step, stage),
+        ]
+
+    def look(self, picture: str | None, step: float, stage: float) -> str:
+        """The weights of a picture at a step and stage."""
+        if not picture:
+            return markup.note("None of these pictures was made by weighing experts.")
+        kept = self.engine.shelf.get(text("picture", picture))
+        stages = ["", *kept.maps]
+        return markup.weights(
+            kept,
+            whole("step", step, 0, len(kept.timesteps)),
+            stages[whole("stage", stage, 0, len(kept.maps))],
+        )
+
+    def strengthen(self, request: gr.Request, *strengths: float) -> None:
+        """Change the run that goes on."""
+        self.sessions.strengthen(request.session_hash, dict(zip(self.experts, strengths, strict=True)))
+
+    def cancel(self, request: gr.Request) -> Any:
+        """Stop the run after its present step."""
+        self.sessions.cancel(request.session_hash)
+        return gr.Button(interactive=False)
+
+    def pictures(self) -> list[Any]:
+        """The gallery, the latest first, its names, and what cannot be shown."""
+        found, broken = self.engine.gallery.pictures()
+        left_out = markup.note(f"Left out: {'; '.join(broken)}.", "error") if broken else ""
+        return [[(str(path), self._title(path)) for path in found], [path.name for path in found], left_out]
+
+    def choose(self, event: gr.SelectData, names: list[str]) -> list[Any]:
+        """How a picture of the gallery was made."""
+        index = event.index if isinstance(event.index, int) else -1
+        if not isinstance(names, list) or not 0 <= index < len(names):
+            raise UserError("there is no such picture; look again")
+        path = self.engine.gallery.find(names[index])
+        return self._read(path, path.name)
+
+    def read(self, upload: str | None) -> list[Any]:
+        """How an uploaded picture was made; it is deleted when it was read."""
+        if upload is None:
+            raise UserError("nothing was uploaded; give a PNG that was made here or by afa generate")
+        try:
+            return self._read(Path(upload), Path(upload).name)
+        finally:
+            Path(upload).unlink(missing_ok=True)
+
+    def use(self, metadata: dict[str, Any] | None) -> list[Any]:
+        """Fill the form with a picture's settings, and show it."""
+        if not isinstance(metadata, dict):
+            raise UserError("no picture is chosen")
+        found, notes = request_from_metadata(metadata, self.engine)
+        for note in notes:
+            gr.Warning(markup.warning(note))
+        sides = {name: found[name] or 0 for name in ("width", "height")}
+        values = (
+            found | sides | {"seed": str(found["seed"])}
+        )  # as text: a browser counts exactly only up to 2**53
+        strengths = [found["strengths"][name] for name in self.experts]
+        return [*(values[name] for name in self.names), *strengths, gr.Tabs(selected="create")]
+
+    def _begun(self, job: DrawingJob) -> list[Any]:
+        ensemble = self.engine.ensemble
+        for words in filter(None, (job.request.prompt, job.request.negative_prompt)):
+            for remark in unread([words], ensemble.denoiser.call, ensemble.frame.tokenizers):
+                gr.Warning(markup.warning(remark))
+        return [
+            gr.Button(interactive=False),
+            gr.Button(interactive=True),
+            markup.status(job),
+            markup.results(job),
+        ]
+
+    def _read(self, path: Path, name: str) -> list[Any]:
+        metadata = read_metadata(path, name)
+        return [markup.settings(metadata, name), metadata, gr.Button(interactive=True)]
+
+    def _title(self, path: Path) -> str:
+        """Of a picture in the gallery: by which method and of what, as far as it says."""
+        try:
+            said = read_metadata(path)
+        except UserError:
+            return path.name
+        known = [method.title for method in self.engine.methods.values() if method.made(said)]
+        how = known[0] if known else str(said.get("method") or said.get("expert"))
+        return f"{how}: {said.get('prompt')}"
+
 
 TITLE = "Adaptive Feature Aggregation"
 NO_REPORTS = (
@@ -34,42 +191,55 @@ class Page(gr.Blocks):
         except Exception as error:
             if isinstance(error, gr.Error) and not error.print_exception:
                 raise  # said by answering()
-            words = error.message if isinstance(error, gr.Error) else f"what was sent does not fit this page ({type(error).__name__})"
+            words = (
+                error.message
+                if isinstance(error, gr.Error)
+                else f"what was sent does not fit this page ({type(error).__name__})"
+            )
             raise gr.Error(sentence(str(words)), print_exception=False) from None
 
 
-def build(desk: Desk, reports: Sequence[Report], examples: Sequence[str], steps: int, guidance: float | None, url: str) -> gr.Blocks:
-    """The page of a studio. examples: prompts that are offered; steps, guidance: what the form begins with; url: where it will be."""
-    studio = desk.studio
+def build(
+    sessions: Sessions,
+    reports: Sequence[Report],
+    examples: Sequence[str],
+    steps: int,
+    guidance: float | None,
+    url: str,
+) -> gr.Blocks:
+    """The page of a engine. examples: prompts that are offered; steps, guidance: what the form begins with; url: where it will be."""
+    engine = sessions.engine
     with Page(title=f"afa: {TITLE}", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
-        gr.HTML(markup.head(TITLE, studio.ensemble.names), elem_id="afa-head")
+        gr.HTML(markup.head(TITLE, engine.ensemble.names), elem_id="afa-head")
         with gr.Tabs() as tabs:
             with gr.Tab("Create", id="create"), gr.Row(elem_id="afa-create"):
                 with gr.Column(elem_id="afa-ask"):
-                    form = _form(studio, examples)
+                    form = _form(engine, examples)
                 with gr.Column(elem_id="afa-shown"):
                     shown = _results()
                 with gr.Column(elem_id="afa-tune"):
-                    form |= _strengths(studio)
-                    form["fields"] |= _settings(studio, steps, guidance)
+                    form |= _strengths(engine)
+                    form["fields"] |= _settings(engine, steps, guidance)
             with gr.Tab("Gallery", id="gallery"):
                 shown |= _gallery()
             with gr.Tab("Reports", id="reports") as tab:
                 _reports(reports, tab)
             with gr.Tab("About", id="about"):
-                gr.HTML(markup.about(studio, url))
+                gr.HTML(markup.about(engine, url))
         shown["tabs"] = tabs
-        offer(Api(desk))  # first: Gradio numbers later events of the same name
-        _wire(Handlers(desk, list(form["fields"])), form, shown, page)
+        offer(Api(sessions))  # first: Gradio numbers later events of the same name
+        _wire(Handlers(sessions, list(form["fields"])), form, shown, page)
     return page
 
 
-def _form(studio: Studio, examples: Sequence[str]) -> dict[str, Any]:
+def _form(engine: Engine, examples: Sequence[str]) -> dict[str, Any]:
     """What a run is asked with. fields: by the names that a run takes."""
-    prompt = gr.Textbox(label="Prompt", lines=2, max_lines=6, placeholder="what the images shall show", elem_id="afa-prompt")
+    prompt = gr.Textbox(
+        label="Prompt", lines=2, max_lines=6, placeholder="what the images shall show", elem_id="afa-prompt"
+    )
     if examples:
         gr.Examples([[one] for one in examples], inputs=prompt, label="For example")
-    choices = [(method.title, method.name) for method in studio.methods.values()]
+    choices = [(method.title, method.name) for method in engine.methods.values()]
     methods = gr.CheckboxGroup(choices, value=[choices[0][1]], label="Methods", elem_id="afa-methods")
     with gr.Row():
         run = gr.Button("Create", variant="primary", min_width=110, elem_id="afa-run")
@@ -77,44 +247,61 @@ def _form(studio: Studio, examples: Sequence[str]) -> dict[str, Any]:
     return {"fields": {"prompt": prompt, "methods": methods}, "run": run, "cancel": cancel}
 
 
-def _settings(studio: Studio, steps: int, guidance: float | None) -> dict[str, Any]:
+def _settings(engine: Engine, steps: int, guidance: float | None) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     half: dict[str, Any] = {"min_width": 140}
     with gr.Row():
-        fields["steps"] = gr.Slider(1, studio.limits.steps, value=steps, step=1, label="Steps", elem_id="afa-steps", **half)
-        fields["guidance"] = gr.Number(value=guidance, label="Guidance", info="1: off; empty: the experts' own", **half)
+        fields["steps"] = gr.Slider(
+            1, engine.limits.steps, value=steps, step=1, label="Steps", elem_id="afa-steps", **half
+        )
+        fields["guidance"] = gr.Number(
+            value=guidance, label="Guidance", info="1: off; empty: the experts' own", **half
+        )
     with gr.Row():
-        fields["seed"] = gr.Textbox(value="0", max_lines=1, label="Seed", info="one more for each next image; -1: draws one", **half)
-        fields["images"] = gr.Slider(1, studio.limits.images, value=1, step=1, label="Images a method", **half)
+        fields["seed"] = gr.Textbox(
+            value="0", max_lines=1, label="Seed", info="one more for each next image; -1: draws one", **half
+        )
+        fields["images"] = gr.Slider(
+            1, engine.limits.images, value=1, step=1, label="Images a method", **half
+        )
     with gr.Accordion("More settings", open=False):
-        fields |= _more(studio)
+        fields |= _more(engine)
     return fields
 
 
-def _strengths(studio: Studio) -> dict[str, Any]:
+def _strengths(engine: Engine) -> dict[str, Any]:
     """A slider for each expert, where there is a method that they scale."""
-    scaled = [method.title for method in studio.methods.values() if method.scalable]
+    scaled = [method.title for method in engine.methods.values() if method.scalable]
     with gr.Accordion("Strength of each expert", open=True, visible=bool(scaled)):
         info = f"Scales the weights of {' and '.join(scaled)}; moved while a run goes on, it works from the next stage on."
         gr.HTML(markup.note(info))
-        names = studio.ensemble.names
-        sliders = [gr.Slider(0, STRONGEST, value=1, step=0.05, label=name, elem_classes="afa-strength") for name in names]
+        names = engine.ensemble.names
+        sliders = [
+            gr.Slider(0, STRONGEST, value=1, step=0.05, label=name, elem_classes="afa-strength")
+            for name in names
+        ]
         live = gr.Checkbox(value=True, label="Draw again when a strength was moved", elem_id="afa-live")
     return {"strengths": sliders, "live": live}
 
 
-def _more(studio: Studio) -> dict[str, Any]:
-    own = type(studio.ensemble.frame.scheduler).__name__
+def _more(engine: Engine) -> dict[str, Any]:
+    own = type(engine.ensemble.frame.scheduler).__name__
     fields: dict[str, Any] = {}
-    fields["negative_prompt"] = gr.Textbox(label="Negative prompt", lines=2, placeholder="what they should not show")
-    fields["scheduler"] = gr.Dropdown([(f"the experts' own ({own})", ""), *studio.schedulers], value="", label="Scheduler")
+    fields["negative_prompt"] = gr.Textbox(
+        label="Negative prompt", lines=2, placeholder="what they should not show"
+    )
+    fields["scheduler"] = gr.Dropdown(
+        [(f"the experts' own ({own})", ""), *engine.schedulers], value="", label="Scheduler"
+    )
     with gr.Row():
         for side in ("width", "height"):
-            info = f"multiple of {studio.limits.unit}, at most {studio.limits.side}; 0: the experts' own"
+            info = f"multiple of {engine.limits.unit}, at most {engine.limits.side}; 0: the experts' own"
             label = f"{side.capitalize()} in pixels"
             fields[side] = gr.Number(value=0, precision=0, label=label, info=info, min_width=140)
     info = "beside the built-in one; empty: none"
-    fields["true_guidance"] = gr.Number(value=None, label="True guidance", info=info, visible=studio.has_true_guidance)
+    fields["true_guidance"] = gr.Number(
+        value=None, label="True guidance", info=info, visible=engine.has_true_guidance
+    )
     return fields
 
 
@@ -122,27 +309,55 @@ def _results() -> dict[str, Any]:
     status = gr.HTML(markup.status(None), elem_id="afa-status")
     results = gr.HTML("", elem_id="afa-results")
     gr.Markdown("### Weights: which expert shaped what")
-    none = markup.note("Make a picture with a method that weighs experts, such as the first; then look at any step and stage of it.")
+    none = markup.note(
+        "Make a picture with a method that weighs experts, such as the first; then look at any step and stage of it."
+    )
     with gr.Row():
         picture = gr.Dropdown([], label="Picture", interactive=True, elem_id="afa-picture", min_width=200)
-        step = gr.Slider(0, 1, value=0, step=1, label="Step", info="0: mean over all", elem_id="afa-step", min_width=180)
-        stage = gr.Slider(0, 1, value=0, step=1, label="Stage", info="0: mean over all", elem_id="afa-stage", min_width=180)
+        step = gr.Slider(
+            0, 1, value=0, step=1, label="Step", info="0: mean over all", elem_id="afa-step", min_width=180
+        )
+        stage = gr.Slider(
+            0, 1, value=0, step=1, label="Stage", info="0: mean over all", elem_id="afa-stage", min_width=180
+        )
     weights = gr.HTML(none, elem_id="afa-weights")
-    return {"status": status, "results": results, "picture": picture, "step": step, "stage": stage, "weights": weights}
+    return {
+        "status": status,
+        "results": results,
+        "picture": picture,
+        "step": step,
+        "stage": stage,
+        "weights": weights,
+    }
 
 
 def _gallery() -> dict[str, Any]:
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            looks: dict[str, Any] = {"columns": 4, "height": "auto", "object_fit": "contain", "allow_preview": False, "buttons": []}
-            pictures = gr.Gallery(label="The latest pictures", show_label=False, elem_id="afa-gallery", **looks)
+            looks: dict[str, Any] = {
+                "columns": 4,
+                "height": "auto",
+                "object_fit": "contain",
+                "allow_preview": False,
+                "buttons": [],
+            }
+            pictures = gr.Gallery(
+                label="The latest pictures", show_label=False, elem_id="afa-gallery", **looks
+            )
             left_out = gr.HTML("")
             refresh = gr.Button("Look again", size="sm")
         with gr.Column(scale=2, min_width=320):
             settings = gr.HTML(markup.note("Choose a picture to see how it was made."), elem_id="afa-chosen")
             use = gr.Button("Use these settings", interactive=False, elem_id="afa-use")
             gr.HTML(markup.note("Or read the settings of a PNG that was made here or by afa generate:"))
-            upload = gr.File(label="PNG", show_label=False, file_types=[".png"], type="filepath", height=120, elem_id="afa-upload")
+            upload = gr.File(
+                label="PNG",
+                show_label=False,
+                file_types=[".png"],
+                type="filepath",
+                height=120,
+                elem_id="afa-upload",
+            )
     names, chosen = gr.State([]), gr.State(None)
     found = {"pictures": pictures, "refresh": refresh, "names": names, "left_out": left_out}
     return found | {"settings": settings, "use": use, "upload": upload, "chosen": chosen}
@@ -167,8 +382,16 @@ def _wire(do: Handlers, form: dict[str, Any], shown: dict[str, Any], page: gr.Bl
     asked = [*form["fields"].values(), *form["strengths"]]
     started = [form["run"], form["cancel"], shown["status"], shown["results"]]
 
-    begun = gr.on([form["run"].click, form["fields"]["prompt"].submit], answering(do.begin), asked, started, **QUICK)
-    moved = gr.on([slider.release for slider in form["strengths"]], answering(do.again), [form["live"], *form["strengths"]], started, **QUICK)
+    begun = gr.on(
+        [form["run"].click, form["fields"]["prompt"].submit], answering(do.begin), asked, started, **QUICK
+    )
+    moved = gr.on(
+        [slider.release for slider in form["strengths"]],
+        answering(do.again),
+        [form["live"], *form["strengths"]],
+        started,
+        **QUICK,
+    )
     gallery = [shown["pictures"], shown["names"], shown["left_out"]]
     fitted = [shown["step"], shown["stage"], shown["weights"]]
     for first in (begun, moved):
@@ -176,8 +399,15 @@ def _wire(do: Handlers, form: dict[str, Any], shown: dict[str, Any], page: gr.Bl
             answering(do.draw), None, [shown["status"], shown["results"]], show_progress="hidden",
             concurrency_id=DRAWING, concurrency_limit=None, api_visibility="private",
         )  # fmt: skip
-        ended = drawn.then(answering(do.finish), None, [form["run"], form["cancel"], shown["status"], shown["picture"]], **QUICK)
-        ended.then(answering(do.fit), looks, fitted, **QUICK).then(answering(do.pictures), None, gallery, **QUICK)
+        ended = drawn.then(
+            answering(do.finish),
+            None,
+            [form["run"], form["cancel"], shown["status"], shown["picture"]],
+            **QUICK,
+        )
+        ended.then(answering(do.fit), looks, fitted, **QUICK).then(
+            answering(do.pictures), None, gallery, **QUICK
+        )
     form["cancel"].click(answering(do.cancel), None, [form["cancel"]], **QUICK)
     for slider in form["strengths"]:
         slider.input(answering(do.strengthen), form["strengths"], None, **QUICK)

@@ -1,20 +1,24 @@
-"""Serve the page: bound to one address, confined to one folder, silent towards the rest of the world."""
+"""Serve the page at one address, from one folder, and refuse requests of other sites."""
 
+import ipaddress
+import json
 import os
 import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from afa.demo.data import ENSEMBLE
 from afa.demo.scenes import sample_scenes
 from afa.errors import UserError
-from afa.webui.reports import read_reports
+from afa.webui.markup import read_reports
 from afa.webui.settings import FIRST_PORT, UiSettings
 
 TRIED = 20  # ports after the first
@@ -52,44 +56,65 @@ def serving(settings: UiSettings) -> Iterator[Served]:
     port = _port(settings)
     reports = read_reports(settings.reports or [])
     with tempfile.TemporaryDirectory(prefix="afa-ui-") as uploads:
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads, "HF_HUB_DISABLE_TELEMETRY": "1"}
-        from afa.webui.desk import Desk
+        os.environ |= {
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "GRADIO_TEMP_DIR": uploads,
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        from afa.webui.engine import Engine
         from afa.webui.page import build
-        from afa.webui.studio import Studio
+        from afa.webui.sessions import Sessions
 
         embedded = not settings.sources
-        studio = Studio.open(settings, settings.sources or [str(ENSEMBLE)])
+        engine = Engine.open(settings, settings.sources or [str(ENSEMBLE)])
         steps = min(20 if embedded else 50, settings.max_steps)
-        desk, url = Desk(studio), f"http://{_shown(settings.host)}:{port}"
-        page = build(desk, reports, _examples() if embedded else [], steps, 3.0 if embedded else studio.guidance, url)
+        sessions, url = Sessions(engine), f"http://{_shown(settings.host)}:{port}"
+        page = build(
+            sessions,
+            reports,
+            _examples() if embedded else [],
+            steps,
+            3.0 if embedded else engine.guidance,
+            url,
+        )
         page.queue(max_size=settings.queue + CALLS, default_concurrency_limit=4)
         try:
-            page.launch(server_name=settings.host, server_port=port, **_launching(settings, studio, Path(uploads)))
+            page.launch(
+                server_name=settings.host, server_port=port, **_launching(settings, engine, Path(uploads))
+            )
             yield Served(url, page)
         finally:
-            desk.close()
+            sessions.close()
             page.close(verbose=False)
 
 
-def _launching(settings: UiSettings, studio: Any, uploads: Path) -> dict[str, Any]:
+def _launching(settings: UiSettings, engine: Any, uploads: Path) -> dict[str, Any]:
     """What Gradio is told: nothing shared, nothing served but the gallery, our fonts, our guard."""
     import gradio as gr
     from starlette.middleware import Middleware
 
     from afa.pages.page import style
-    from afa.webui.guard import LARGEST_UPLOAD, Guard
 
-    small = studio.limits.own <= SMALL
+    small = engine.limits.own <= SMALL
     hosts = LOOPBACK if settings.host in LOOPBACK else None
-    own = (*LOOPBACK, settings.host.lower(), *(name.lower() for name in (socket.gethostname(), socket.getfqdn())))
-    guard = Middleware(Guard, hosts=hosts, uploads=uploads, names=(*own, f"{own[-2]}.local", *(settings.names or ())))
+    own = (
+        *LOOPBACK,
+        settings.host.lower(),
+        *(name.lower() for name in (socket.gethostname(), socket.getfqdn())),
+    )
+    guard = Middleware(
+        SameOriginMiddleware,
+        hosts=hosts,
+        uploads=uploads,
+        names=(*own, f"{own[-2]}.local", *(settings.names or ())),
+    )
     return {
         "share": False,
         "quiet": True,
         "prevent_thread_lock": True,
         "max_threads": settings.queue + 40,  # who waits for a turn holds one
         "show_error": False,  # what nobody foresaw is said by answers.py, without its words
-        "allowed_paths": [str(studio.gallery.folder)],
+        "allowed_paths": [str(engine.gallery.folder)],
         "max_file_size": LARGEST_UPLOAD,
         "footer_links": [],
         "ssr_mode": False,
@@ -116,13 +141,172 @@ def _port(settings: UiSettings) -> int:
                 probe.bind((settings.host, port))
             return port
         except (OSError, OverflowError) as error:
-            if getattr(error, "errno", None) not in (98, 48, 10048, 13):  # in use (Linux, macOS, Windows), not allowed
-                raise UserError(f"--host {settings.host} cannot be listened at: {getattr(error, 'strerror', None) or error}") from None
+            if getattr(error, "errno", None) not in (
+                98,
+                48,
+                10048,
+                13,
+            ):  # in use (Linux, macOS, Windows), not allowed
+                raise UserError(
+                    f"--host {settings.host} cannot be listened at: {getattr(error, 'strerror', None) or error}"
+                ) from None
     if settings.port is None:
-        raise UserError(f"the ports {FIRST_PORT} to {FIRST_PORT + TRIED - 1} are all in use; give a free one with --port")
-    raise UserError(f"--port {settings.port} is in use or not allowed; give another, or leave it out to take the next free one")
+        raise UserError(
+            f"the ports {FIRST_PORT} to {FIRST_PORT + TRIED - 1} are all in use; give a free one with --port"
+        )
+    raise UserError(
+        f"--port {settings.port} is in use or not allowed; give another, or leave it out to take the next free one"
+    )
 
 
 def _shown(host: str) -> str:
     """An address that a browser on this machine can open."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
+
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+
+# Gradio's own code makes functions of templates (unsafe-eval) and writes styles and start-up scripts into the page (unsafe-inline).
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:;"
+    " font-src 'self' data:; worker-src 'self' blob:; connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+FETCHING = (
+    "/gradio_api/file=http",
+    "/file=http",
+    "/gradio_api/proxy=",
+    "/proxy=",
+)  # would have the server fetch from elsewhere
+
+
+UPLOADS = ("/gradio_api/upload", "/upload")
+LARGEST_UPLOAD = 20 * 2**20  # bytes of one request with files
+MOST_UPLOADS = 20  # files that are kept, of all visitors together; the oldest make room
+MOST_BYTES = 100 * 2**20  # of them together
+
+
+class SameOriginMiddleware:
+    """ASGI middleware.
+
+    hosts:    names that the page may be called by, without ports; None: any address of numbers, and what is in `names`
+    names:    names of this machine
+    uploads:  the folder of uploaded files
+    A page elsewhere whose name is made to lead here (DNS rebinding) gets nothing, nor does one that has a browser send
+    requests from elsewhere. Programs send neither Origin nor Sec-Fetch-Site.
+    """
+
+    def __init__(
+        self, app: Any, hosts: Sequence[str] | None, uploads: Path, names: Sequence[str] = ()
+    ) -> None:
+        self.app, self.hosts, self.names, self.uploads = app, hosts, names, uploads.resolve()
+        self._kept: deque[tuple[Path, int]] = deque()
+
+    async def __call__(self, scope: Message, receive: Any, send: Send) -> None:
+        """Refuse, or pass on and add the headers."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        refusal = self._refusal(scope)
+        if refusal:
+            await _refuse(scope, send, refusal)
+            return
+        uploading = scope["type"] == "http" and unquote(scope["path"]).rstrip("/").endswith(UPLOADS)
+        body = bytearray()
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message["headers"],
+                    *((name.encode(), value.encode()) for name, value in HEADERS.items()),
+                ]
+            if uploading and message["type"] == "http.response.body":
+                body.extend(message.get("body", b""))
+            await send(message)
+
+        await self.app(scope, receive, guarded)
+        if uploading:
+            self._keep(bytes(body))
+
+    def _refusal(self, scope: Message) -> str:
+        """Why a request is not passed on, as a sentence; "" if it is."""
+        headers = scope["headers"]
+        found = [value.decode("latin-1") for name, value in headers if name == b"host"]
+        host = found[0] if len(found) == 1 else ""
+        if not self._known(_host_name(host)):
+            return f"This page answers to {', '.join(self.hosts or self.names)} only; start it with --host to open it to others."
+        given = {
+            name: value.decode("latin-1")
+            for name, value in headers
+            if name in (b"origin", b"sec-fetch-site", b"sec-fetch-mode")
+        }
+        opened = (
+            scope.get("method") == "GET"
+            and scope["path"] == "/"
+            and given.get(b"sec-fetch-mode") == "navigate"
+        )  # a link to the page
+        if given.get(b"sec-fetch-site", "none") not in ("same-origin", "none") and not opened:
+            return "This page answers to itself only, not to pages of other sites."
+        if b"origin" in given and urlsplit(given[b"origin"]).netloc.lower() != host.lower():
+            return "This page answers to itself only, not to pages of other sites."
+        if unquote(scope["path"]).lower().startswith(FETCHING):
+            return "This page fetches nothing from elsewhere."
+        return self._too_large(scope)
+
+    def _known(self, name: str) -> bool:
+        if self.hosts is not None:
+            return name in self.hosts
+        return name in self.names or _is_address(name)
+
+    def _too_large(self, scope: Message) -> str:
+        """An upload says its length before it comes."""
+        if scope.get("method") != "POST" or not unquote(scope["path"]).rstrip("/").endswith(UPLOADS):
+            return ""
+        length = dict(scope["headers"]).get(b"content-length", b"").decode("latin-1")
+        if not (length.isascii() and length.isdigit() and len(length) < 20 and int(length) <= LARGEST_UPLOAD):
+            return f"An upload may have {LARGEST_UPLOAD // 2**20} MB, all its files together, and must say its length."
+        return ""
+
+    def _keep(self, answer: bytes) -> None:
+        """Note what was uploaded, and delete the oldest where there is too much."""
+        try:
+            paths = [Path(place).resolve() for place in json.loads(answer)]
+        except (ValueError, TypeError):
+            return  # refused
+        self._kept.extend(
+            (path, path.stat().st_size) for path in paths if path.is_file() and self.uploads in path.parents
+        )
+        while len(self._kept) > MOST_UPLOADS or sum(size for _, size in self._kept) > MOST_BYTES:
+            self._kept.popleft()[0].unlink(missing_ok=True)
+
+
+def _is_address(name: str) -> bool:
+    """Whether a host is written in numbers, which no other site's name can be made to lead to."""
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+def _host_name(host: str) -> str:
+    """Without the port: [::1]:7860 -> ::1."""
+    return (host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]).lower()
+
+
+async def _refuse(scope: Message, send: Send, sentence: str) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    await send(
+        {
+            "type": "http.response.start",
+            "status": 403,
+            "headers": [(b"content-type", b"text/plain; charset=utf-8")],
+        }
+    )
+    await send({"type": "http.response.body", "body": sentence.encode()})

@@ -13,22 +13,49 @@ class UiSettings(CheckedOptions):
     """One page, field by field a flag of `afa ui`."""
 
     sources: list[str] = option(
-        [], place=True, help="a saved ensemble, or experts to combine while sampling (default: the embedded ensemble)", positional=True
+        [],
+        place=True,
+        help="a saved ensemble, or experts to combine while sampling (default: the embedded ensemble)",
+        positional=True,
     )
-    host: str = option("127.0.0.1", help="address to listen at; 0.0.0.0 lets everybody in who can reach this machine")
+    host: str = option(
+        "127.0.0.1", help="address to listen at; 0.0.0.0 lets everybody in who can reach this machine"
+    )
     names: list[str] | None = option(
-        None, help="names that the page may be called by besides this machine's own, where --host lets others in: of a proxy before it"
+        None,
+        help="names that the page may be called by besides this machine's own, where --host lets others in: of a proxy before it",
     )
-    port: int | None = option(None, least=1, most=65535, help=f"port to listen at (default: {FIRST_PORT}, or the next one that is free)")
+    port: int | None = option(
+        None,
+        least=1,
+        most=65535,
+        help=f"port to listen at (default: {FIRST_PORT}, or the next one that is free)",
+    )
     output: str = option("afa-ui", help="a folder for the pictures, which is the page's gallery")
-    reports: list[str] | None = option(None, help="reports to show: .html files, or folders of afa evaluate, afa screen or afa demo")
-    queue: int = option(8, least=1, most=1000, help="runs that may wait; who comes later is told to come back")
+    reports: list[str] | None = option(
+        None, help="reports to show: .html files, or folders of afa evaluate, afa screen or afa demo"
+    )
+    queue: int = option(
+        8, least=1, most=1000, help="runs that may wait; who comes later is told to come back"
+    )
     max_images: int = option(4, least=1, most=1000, help="images of each method that a run may ask for")
     max_steps: int = option(100, **SAMPLING_STEPS, help="denoising steps that a run may ask for")
-    max_side: int | None = option(None, **SIDE, help="height and width that a run may ask for, in pixels (default: twice the experts' own)")
-    experts: list[str] | None = option(None, place=True, help="new places of an ensemble's experts that have moved, each NAME=PLACE")
-    config: str | None = option(None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)")
+    max_side: int | None = option(
+        None,
+        **SIDE,
+        help="height and width that a run may ask for, in pixels (default: twice the experts' own)",
+    )
+    experts: list[str] | None = option(
+        None, place=True, help="new places of an ensemble's experts that have moved, each NAME=PLACE"
+    )
+    config: str | None = option(
+        None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)"
+    )
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
-    frame: str | None = option(None, place=True, help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone")
+    frame: str | None = option(
+        None,
+        place=True,
+        help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone",
+    )
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")

@@ -15,8 +15,8 @@ import pytest
 from afa.errors import UserError
 from afa.images import CHUNK, read_metadata, save_picture
 from afa.webui.gallery import Gallery
-from afa.webui.guard import MOST_UPLOADS, Guard
-from afa.webui.order import Limits, make_order, whole
+from afa.webui.request_validation import Limits, validate_request, whole
+from afa.webui.serve import MOST_UPLOADS, SameOriginMiddleware
 
 HOME = b"127.0.0.1:7860"
 LIMITS = Limits(images=4, steps=100, side=128, unit=8, own=64)
@@ -45,7 +45,7 @@ def passing(answer=b"[]"):
 
 @pytest.fixture
 def guard(tmp_path):
-    return Guard(passing(), ("127.0.0.1", "localhost", "::1"), tmp_path)
+    return SameOriginMiddleware(passing(), ("127.0.0.1", "localhost", "::1"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_the_page_itself_programs_and_links_to_it_get_in(guard, headers):
 
 
 def test_two_hosts_are_none(tmp_path):
-    guard = Guard(passing(), ("127.0.0.1",), tmp_path)
+    guard = SameOriginMiddleware(passing(), ("127.0.0.1",), tmp_path)
     sent = []
 
     async def keep(message):
@@ -97,14 +97,14 @@ def test_two_hosts_are_none(tmp_path):
 
 
 def test_open_to_others_it_still_answers_to_no_foreign_name(tmp_path):
-    guard = Guard(passing(), None, tmp_path, ("mine", "mine.local"))
+    guard = SameOriginMiddleware(passing(), None, tmp_path, ("mine", "mine.local"))
     assert [status(guard, host=host) for host in (b"192.168.0.7:7860", b"mine:7860", b"[fe80::1]:7860")] == [200] * 3
     assert [status(guard, host=host) for host in (b"evil.example:7860", b"192.168.0.7.nip.example")] == [403] * 2
 
 
 def test_uploads_are_limited_in_size_and_number_and_the_oldest_deleted(tmp_path):
     for size in (b"20971521", b"-1", b"", b"1e3", b"9" * 30):
-        assert status(Guard(passing(), None, tmp_path), "/gradio_api/upload", "POST", content_length=size) == 403
+        assert status(SameOriginMiddleware(passing(), None, tmp_path), "/gradio_api/upload", "POST", content_length=size) == 403
     outside = tmp_path / "outside.txt"
     outside.write_text("stays")
     uploads = tmp_path / "uploads"
@@ -114,7 +114,7 @@ def test_uploads_are_limited_in_size_and_number_and_the_oldest_deleted(tmp_path)
     for file in files:
         file.write_bytes(b"x")
         app = passing(json.dumps([str(file), str(outside)]).encode())
-        guard = guard or Guard(app, None, uploads)
+        guard = guard or SameOriginMiddleware(app, None, uploads)
         guard.app = app
         assert status(guard, "/gradio_api/upload", "POST", content_length=b"10") == 200
     assert [file.exists() for file in files] == [False] * 3 + [True] * MOST_UPLOADS
@@ -169,21 +169,21 @@ ODD = [None, True, "x", "", "nan", "inf", -1e400, 1e400, float("nan"), 10**40, "
 @pytest.mark.parametrize("name", ["seed", "images", "steps", "guidance", "true_guidance", "width", "height", "prompt", "negative_prompt", "methods",
                                   "scheduler", "strengths"])  # fmt: skip
 @pytest.mark.parametrize("value", ODD, ids=lambda value: str(value)[:12])
-def test_what_a_program_asks_for_is_an_order_or_a_sentence(name, value):
+def test_what_a_program_asks_for_is_a_valid_request_or_a_sentence(name, value):
     given = {"prompt": "a", "methods": ["afa"], "strengths": {}} | {name: value}
     try:
-        order = make_order(given, LIMITS, ["afa"], ("curves", "angles"), ["ddim"])
+        request = validate_request(given, LIMITS, ["afa"], ("curves", "angles"), ["ddim"])
     except UserError as error:
         refused = str(error)
         assert name.replace("_", " ").rstrip("s") in refused or "expert" in refused
     else:
-        assert 0 <= order.seed < 2**64
-        assert order.guidance is None or 0 <= order.guidance <= 100
+        assert 0 <= request.seed < 2**64
+        assert request.guidance is None or 0 <= request.guidance <= 100
 
 
 def test_seeds_of_64_bits_are_exact_and_minus_one_draws():
     def seed_of(value):
-        return make_order({"prompt": "a", "methods": "afa", "seed": value}, LIMITS, ["afa"], ("a",), []).seed
+        return validate_request({"prompt": "a", "methods": "afa", "seed": value}, LIMITS, ["afa"], ("a",), []).seed
 
     for seed in (2**53 + 1, 2**64 - 1):
         assert seed_of(seed) == seed_of(str(seed)) == seed

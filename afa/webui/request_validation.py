@@ -1,4 +1,4 @@
-"""What somebody asks for, checked on the server: who calls the API meets no widget."""
+"""Check on the server what a run asks for; callers of the API do not pass through the widgets of the page."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Order:
+class RunRequest:
     """One run: every method makes `images` pictures, of the seeds seed, seed + 1 …, where -1 is one that was drawn; None: the experts' own."""
 
     prompt: str
@@ -44,15 +44,19 @@ class Order:
     strengths: Mapping[str, float]
 
 
-def make_order(
-    given: Mapping[str, Any], limits: Limits, methods: Sequence[str], experts: tuple[str, ...], schedulers: Sequence[str]
-) -> Order:
+def validate_request(
+    given: Mapping[str, Any],
+    limits: Limits,
+    methods: Sequence[str],
+    experts: tuple[str, ...],
+    schedulers: Sequence[str],
+) -> RunRequest:
     """What was given, as an order. Raises UserError for the first thing that is not as it must be."""
     scheduler = given.get("scheduler") or None
     if scheduler is not None and scheduler not in schedulers:
         raise UserError(unknown(str(scheduler), schedulers, "scheduler for these experts,"))
     seed = whole("seed", given.get("seed", 0), DRAW, SEEDS - 1)
-    return Order(
+    return RunRequest(
         prompt=_prompt(given.get("prompt")),
         methods=_methods(given.get("methods"), methods),
         negative_prompt=text("negative prompt", given.get("negative_prompt")) or None,
@@ -75,7 +79,9 @@ def make_strengths(given: Mapping[str, Any], experts: tuple[str, ...]) -> dict[s
     for name in given:
         if name not in experts:
             raise UserError(unknown(str(name), experts, "expert"))
-    strengths = {name: _number(f"the strength of {name}", given.get(name, 1.0), 0, STRONGEST) for name in experts}
+    strengths = {
+        name: _number(f"the strength of {name}", given.get(name, 1.0), 0, STRONGEST) for name in experts
+    }
     found = {name: 1.0 if value is None else value for name, value in strengths.items()}
     try:
         check_strengths(experts, found)
@@ -119,7 +125,9 @@ def whole(name: str, value: Any, least: int, most: int) -> int:
     if exact is None:
         number = _number(name, value, least, most)
         if number is None or number != int(number):
-            raise UserError(f"{name} must be a whole number from {least} to {most}, not {'empty' if number is None else f'{number:g}'}")
+            raise UserError(
+                f"{name} must be a whole number from {least} to {most}, not {'empty' if number is None else f'{number:g}'}"
+            )
         exact = int(number)
     if not least <= exact <= most:
         raise UserError(f"{name} {str(exact)[:40]} is out of bounds; give a number from {least} to {most}")
@@ -153,5 +161,7 @@ def _side(name: str, value: Any, limits: Limits) -> int | None:
         return None
     side = whole(name, value, limits.unit, limits.side)
     if side % limits.unit:
-        raise UserError(f"{name} {side} must be a multiple of {limits.unit} pixels; {max(1, round(side / limits.unit)) * limits.unit} is the nearest")
+        raise UserError(
+            f"{name} {side} must be a multiple of {limits.unit} pixels; {max(1, round(side / limits.unit)) * limits.unit} is the nearest"
+        )
     return side

@@ -1,0 +1,301 @@
+"""The work behind the page, without the page: every method draws from the same noise, one run at a time."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from afa.checkpoint.manifest import AGGREGATORS
+from afa.denoiser.hooks import WeightMaps, record_weights, scale_weights
+from afa.denoiser.schedule import FLOW, kind_of
+from afa.devices import choose_device
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.evaluation.names import known_methods
+from afa.files import sha256
+from afa.generation.run import is_saved, load_sources, source_files, used_files
+from afa.places import public_place
+from afa.sampling.registry import SAMPLING_METHODS, make_options, make_sampler
+from afa.sampling.sample import PipelineSampler, Request, Sampling, in_frame
+from afa.schedulers import FLOWS, SCHEDULERS, reschedule
+from afa.seeds import nth_seed
+from afa.webui.gallery import Gallery, RecordedWeights, WeightMapCache
+from afa.webui.queue import Cancelled, DrawingJob, GalleryPicture, MethodColumn, RunQueue, unexpected
+from afa.webui.request_validation import Limits, RunRequest, validate_request
+from afa.webui.settings import UiSettings
+
+
+@dataclass(frozen=True)
+class PageMethod:
+    """One way of making images. title: for people; about: what it is.
+
+    make: a sampler of the experts as they are now. record: what a picture says of it, in the words of `afa generate`.
+    has_maps: it weighs the experts. scalable: strengths of experts scale those weights. own_loop: it takes no scheduler.
+    """
+
+    name: str
+    title: str
+    about: str
+    make: Callable[[], Any]
+    record: Mapping[str, Any]
+    has_maps: bool = False
+    scalable: bool = False
+    own_loop: bool = False
+
+    def made(self, metadata: Mapping[str, Any]) -> bool:
+        """Whether a picture that says this was made by this method."""
+        return all(metadata.get(name) == value for name, value in self.record.items())
+
+
+def find_methods(ensemble: Ensemble, trained: bool) -> tuple[dict[str, PageMethod], dict[str, str]]:
+    """All methods by name, and why others do not go with these experts. trained: whether the aggregators are."""
+    offered = [*([_afa(ensemble)] if trained else []), *(_alone(ensemble, name) for name in ensemble.names)]
+    refused: dict[str, str] = {}
+    for name in (name for name, method in SAMPLING_METHODS.items() if not method.each):
+        method = _combined(ensemble, name)
+        try:
+            method.make()  # costs no memory: the experts are there
+            offered.append(method)
+        except UserError as error:
+            refused[method.title] = str(error)
+    offered += [_own(ensemble, name) for name in ensemble.names]
+    return {method.name: method for method in offered}, refused
+
+
+def _afa(ensemble: Ensemble) -> PageMethod:
+    several = len(ensemble.names) > 1
+    record = {"method": None, "method_options": None, "expert": None}
+
+    def make() -> PipelineSampler:
+        return PipelineSampler(in_frame(ensemble, ensemble.denoiser))
+
+    return PageMethod("afa", "AFA", known_methods()["afa"], make, record, has_maps=several, scalable=several)
+
+
+def _alone(ensemble: Ensemble, name: str) -> PageMethod:
+    record = {"method": None, "method_options": None, "expert": name}
+    make = partial(make_sampler, "single_in_ensemble", ensemble, expert=name)
+    about = "one expert in the ensemble's frame (its VAE, tokenizer and scheduler)"
+    return PageMethod(f"expert:{name}", f"{name} alone", about, make, record)
+
+
+def _own(ensemble: Ensemble, name: str) -> PageMethod:
+    record = {"method": "single", "method_options": {"expert": name}, "expert": name}
+    make = partial(make_sampler, "single", ensemble, expert=name)
+    return PageMethod(
+        f"single:{name}", f"{name} as it came", "one expert as the pipeline it came as", make, record
+    )
+
+
+def _combined(ensemble: Ensemble, name: str) -> PageMethod:
+    kind, make = SAMPLING_METHODS[name], partial(make_sampler, name, ensemble)
+    record = {"method": name, "method_options": asdict(make_options(name, {})), "expert": None}
+    title = kind.title[0].upper() + kind.title[1:]
+    has_maps = kind.has_maps and len(ensemble.names) > 1
+    scalable = has_maps and not kind.only_predictions
+    return PageMethod(name, title, kind.row, make, record, has_maps, scalable, kind.own_loop)
+
+
+LATENTS = (
+    128  # the side of latents where a model does not say: 1,024 pixels, as FLUX.1 and Qwen-Image are made for
+)
+
+
+@dataclass
+class Engine:
+    """The loaded experts, every method that goes with them, the gallery, and the weight maps of the latest pictures.
+
+    sources: as given. refused: methods that do not go with these experts, and why. aggregators: their file's sha256, None if untrained.
+    files: hashes of what pictures are made with, by source.
+    """
+
+    ensemble: Ensemble
+    sources: list[str]
+    dtype: str
+    gallery: Gallery
+    limits: Limits
+    methods: dict[str, PageMethod]
+    refused: dict[str, str]
+    aggregators: str | None
+    files: dict[str, str]
+    queue: RunQueue
+
+    def __post_init__(self) -> None:
+        self.shelf = WeightMapCache()
+
+    @classmethod
+    def open(cls, settings: UiSettings, sources: list[str]) -> "Engine":
+        """Load what was asked for. Raises UserError for what cannot be loaded, and for a gallery that cannot be one."""
+        device = choose_device(settings.device)  # before minutes are spent on loading
+        gallery = Gallery.at(Path(settings.output))
+        names = ("experts", "frame", "config", "prediction_type", "dtype")
+        given: dict[str, Any] = {name: getattr(settings, name) for name in names}
+        files = source_files(sources, experts=settings.experts, frame=settings.frame, config=settings.config)
+        ensemble = load_sources(sources, **given, placement="out").to(device)
+        trained = is_saved(sources[0])
+        methods, refused = find_methods(ensemble, trained)
+        aggregators = sha256(Path(sources[0]) / AGGREGATORS) if trained else None
+        limits, queue = _limits(settings, ensemble), RunQueue(settings.queue)
+        return cls(
+            ensemble, sources, settings.dtype, gallery, limits, methods, refused, aggregators, files, queue
+        )
+
+    @property
+    def schedulers(self) -> list[str]:
+        """Names of those that fit these experts."""
+        return list(FLOWS if kind_of(self.ensemble.frame.scheduler) == FLOW else SCHEDULERS)
+
+    @property
+    def guidance(self) -> float | None:
+        """Its strength where nobody says."""
+        return self.ensemble.denoiser.call.strength(self.ensemble.denoiser.config)
+
+    @property
+    def has_true_guidance(self) -> bool:
+        """Whether these experts take classifier-free guidance beside their own."""
+        try:
+            self.ensemble.denoiser.call.guided(self.ensemble.denoiser.config, 1, None, None, 2.0)
+        except UserError:
+            return False
+        return True
+
+    def job(self, given: Mapping[str, Any]) -> DrawingJob:
+        """A run as asked for. Raises UserError for what it may not ask for."""
+        request = validate_request(
+            given, self.limits, list(self.methods), self.ensemble.names, self.schedulers
+        )
+        call, config = self.ensemble.denoiser.call, self.ensemble.denoiser.config
+        call.guided(config, 1, request.guidance, request.negative_prompt, request.true_guidance)
+        return DrawingJob(
+            request,
+            [MethodColumn(name, self.methods[name].title) for name in request.methods],
+            dict(request.strengths),
+        )
+
+    def run(self, job: DrawingJob) -> None:
+        """Fill every column when its turn has come. What a method cannot do costs only its own; afterwards the experts are as they were.
+
+        Raises UserError if too many are waiting.
+        """
+        try:
+            with self.queue.turn(job):
+                job.check()
+                job.state = "running"
+                for column in job.columns:
+                    self._fill(job, column)
+                job.state = "done"
+        except Cancelled:
+            job.state = "cancelled"
+        except UserError:
+            job.state = "refused"
+            raise
+
+    def _fill(self, job: DrawingJob, column: MethodColumn) -> None:
+        method = self.methods[column.method]
+        try:
+            with _rescheduled(self.ensemble, method, job.request.scheduler):
+                sampler = method.make()
+                for seed in (nth_seed(job.request.seed, index) for index in range(job.request.images)):
+                    job.at = (0, job.request.steps)
+                    column.pictures.append(self._picture(job, column, method, sampler, seed))
+        except UserError as error:
+            column.error = str(error)
+        except Cancelled:
+            raise
+        except Exception as error:  # out of memory, most likely: the other methods may still work
+            column.error = unexpected(error)
+        column.done = True
+
+    def _picture(
+        self, job: DrawingJob, column: MethodColumn, method: PageMethod, sampler: Any, seed: int
+    ) -> GalleryPicture:
+        job.check()
+        metadata = self._metadata(job, method, sampler, seed)
+        path = self.gallery.path(method.name, metadata)
+        if self.gallery.made(path, metadata) and (not method.has_maps or path.name in self.shelf):
+            return GalleryPicture(path, seed, metadata, kept=True)
+        began = time.monotonic()
+        changes: list[list[Any]] = []
+        began_with = metadata["strengths"] or dict.fromkeys(self.ensemble.names, 1.0)
+
+        def on_step(done: int, steps: int) -> None:
+            job.on_step(done, steps)
+            if method.scalable and job.strengths != (changes[-1][1] if changes else began_with):
+                changes.append([done, dict(job.strengths)])
+
+        with self._watched(job, method, sampler) as maps:
+            image = sampler(
+                [Request(job.request.prompt, seed)], _sampling(job.request, self.guidance), on_step
+            )[0]
+        if changes:  # noticed after that step: such a picture is not made again from its settings
+            metadata |= {"strength_changes": changes}
+            path = self.gallery.path(method.name, metadata)
+        self.gallery.save(path, image, metadata)
+        if maps is not None:
+            self.shelf.put(path.name, RecordedWeights.of(image, maps))
+        column.seconds += time.monotonic() - began
+        return GalleryPicture(path, seed, metadata, kept=False)
+
+    @contextlib.contextmanager
+    def _watched(self, job: DrawingJob, method: PageMethod, sampler: Any) -> Iterator[WeightMaps | None]:
+        """Inside, weights are recorded where there are some, and scaled where they can be."""
+        with contextlib.ExitStack() as stack:
+            if method.scalable:
+                stack.enter_context(scale_weights(sampler.denoiser, job.strengths))
+            yield stack.enter_context(record_weights(sampler.denoiser)) if method.has_maps else None
+
+    def _metadata(self, job: DrawingJob, method: PageMethod, sampler: Any, seed: int) -> dict[str, Any]:
+        """What the picture will say of itself, as those of `afa generate` do."""
+        request = job.request
+        used = getattr(sampler, "pipeline", self.ensemble.frame).scheduler
+        return {
+            **asdict(_sampling(request, self.guidance)),
+            "scheduler": type(used).__name__ if request.scheduler is None else request.scheduler,
+            "source": public_place(self.sources[0] if len(self.sources) == 1 else self.sources),
+            **method.record,
+            "experts": list(self.ensemble.names),
+            "aggregators": self.aggregators if method.record["method"] is None else None,
+            "files": used_files(self.files, method.record["method"] is None),
+            "dtype": self.dtype,
+            "prompt": request.prompt,
+            "seed": seed,
+            "strengths": dict(job.strengths)
+            if method.scalable and set(job.strengths.values()) != {1.0}
+            else None,
+        }
+
+
+def _sampling(request: RunRequest, guidance: float | None) -> Sampling:
+    strength = guidance if request.guidance is None else request.guidance
+    return Sampling(
+        request.steps, strength, request.negative_prompt, request.height, request.width, request.true_guidance
+    )
+
+
+@contextlib.contextmanager
+def _rescheduled(ensemble: Ensemble, method: PageMethod, name: str | None) -> Iterator[None]:
+    """Inside, samplers are made with another scheduler. Raises UserError for a method that makes its steps itself."""
+    if name is not None and method.own_loop:
+        raise UserError(
+            f"{method.title} makes its steps itself; choose the experts' own scheduler for it, not {name}"
+        )
+    before = [(part, part.scheduler) for part in (ensemble.frame, *ensemble.experts)]
+    try:
+        if name is not None:
+            reschedule(ensemble, name)
+        yield
+    finally:
+        for part, scheduler in before:
+            part.scheduler = scheduler
+
+
+def _limits(settings: UiSettings, ensemble: Ensemble) -> Limits:
+    factor, call = ensemble.pipeline().vae_scale_factor, ensemble.denoiser.call
+    side = call.side(ensemble.denoiser.config) or LATENTS
+    own = factor * max(side if isinstance(side, (tuple, list)) else (side,))
+    return Limits(
+        settings.max_images, settings.max_steps, settings.max_side or 2 * own, factor * call.patch, own
+    )

@@ -1,0 +1,135 @@
+"""One run for each visitor, found by the session of the browser tab or client, and requests read back from pictures."""
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from afa.errors import UserError
+from afa.webui.engine import Engine
+from afa.webui.queue import DrawingJob, MethodColumn
+from afa.webui.request_validation import make_strengths
+
+REMEMBERED = 200  # visitors
+
+
+class Sessions:
+    """Takes orders and keeps the last run of everybody."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._jobs: OrderedDict[str, DrawingJob] = OrderedDict()
+
+    def job(self, visitor: str | None) -> DrawingJob | None:
+        """The visitor's last run."""
+        return self._jobs.get(visitor or "")
+
+    def begin(self, visitor: str | None, given: Mapping[str, Any]) -> DrawingJob:
+        """A new run; one of theirs that goes on is stopped. Raises UserError for what may not be asked for."""
+        return self._take(visitor, self.engine.job(given))
+
+    def again(self, visitor: str | None, strengths: Mapping[str, Any]) -> DrawingJob | None:
+        """The last run with other strengths, if it is over and made with others; its other pictures are there already."""
+        last, wanted = self.job(visitor), make_strengths(strengths, self.engine.ensemble.names)
+        if last is None or not last.over or last.strengths == wanted:
+            return None
+        if not any(self.engine.methods[name].scalable for name in last.request.methods):
+            return None
+        columns = [MethodColumn(column.method, column.title) for column in last.columns]
+        return self._take(
+            visitor, DrawingJob(dataclasses.replace(last.request, strengths=wanted), columns, wanted)
+        )
+
+    def strengthen(self, visitor: str | None, strengths: Mapping[str, Any]) -> None:
+        """Change the strengths of the run that goes on, from its next stage on. Raises UserError for strengths that cannot be."""
+        wanted, last = make_strengths(strengths, self.engine.ensemble.names), self.job(visitor)
+        if last is not None and not last.over:
+            last.strengths.update(wanted)
+
+    def cancel(self, visitor: str | None) -> DrawingJob:
+        """Stop the visitor's run. Raises UserError if there is none."""
+        last = self.job(visitor)
+        if last is None or last.over:
+            raise UserError("there is no run of yours to cancel")
+        last.cancel()
+        return last
+
+    def close(self) -> None:
+        """Stop everything, and wait for it: a device that is in use while the program ends makes it end badly."""
+        for job in self._jobs.values():
+            job.cancel()
+        self.engine.queue.empty(seconds=60)
+
+    def _take(self, visitor: str | None, job: DrawingJob) -> DrawingJob:
+        before = self._jobs.pop(visitor or "", None)
+        if before is not None:
+            before.cancel()
+        self._jobs[visitor or ""] = job
+        while len(self._jobs) > REMEMBERED:
+            self._jobs.popitem(last=False)[1].cancel()
+        return job
+
+
+TEXTS = ("prompt", "negative_prompt")
+NUMBERS = ("seed", "steps", "guidance", "true_guidance", "width", "height")
+
+
+def request_from_metadata(metadata: Mapping[str, Any], engine: Engine) -> tuple[dict[str, Any], list[str]]:
+    """What to ask for, as a run takes it, and what of the picture cannot be asked for here. Raises UserError for impossible settings."""
+    found: dict[str, Any] = {name: metadata.get(name) or "" for name in TEXTS} | {
+        name: metadata.get(name) for name in NUMBERS
+    }
+    notes: list[str] = []
+    found["methods"] = [_method(metadata, engine, notes)]
+    found["scheduler"] = _scheduler(metadata.get("scheduler"), engine, notes)
+    found["strengths"] = _strengths(metadata, engine, notes)
+    found["images"] = 1
+    _compare(metadata, engine, notes)
+    try:
+        engine.job({name: value for name, value in found.items() if value is not None})
+    except UserError as error:
+        raise UserError(f"the picture's settings cannot be used here: {error}") from None
+    return found, notes
+
+
+def _method(metadata: Mapping[str, Any], engine: Engine, notes: list[str]) -> str:
+    made = next((method.name for method in engine.methods.values() if method.made(metadata)), None)
+    if made is not None:
+        return made
+    what = metadata.get("method") or metadata.get("expert") or "a trained ensemble"
+    first = next(iter(engine.methods))
+    notes.append(
+        f"it was made by {str(what)[:60]} with options that are not offered here; {engine.methods[first].title} is chosen instead"
+    )
+    return first
+
+
+def _scheduler(name: Any, engine: Engine, notes: list[str]) -> str:
+    """A name of ours, or "" for the experts' own, which pictures name by its class."""
+    if name in engine.schedulers:
+        return str(name)
+    if name not in (None, type(engine.ensemble.frame.scheduler).__name__, "SuperposedScheduler"):
+        notes.append(f"it was made with scheduler {str(name)[:60]}, and the experts' own is another")
+    return ""
+
+
+def _strengths(metadata: Mapping[str, Any], engine: Engine, notes: list[str]) -> dict[str, Any]:
+    if metadata.get("strength_changes"):
+        notes.append(
+            "strengths were changed while it was made, so it will not come out the same; those it began with are set"
+        )
+    given = metadata.get("strengths")
+    return {
+        name: given.get(name, 1.0) if isinstance(given, Mapping) else 1.0 for name in engine.ensemble.names
+    }
+
+
+def _compare(metadata: Mapping[str, Any], engine: Engine, notes: list[str]) -> None:
+    """Whether the same experts and aggregators are here."""
+    experts = metadata.get("experts")
+    if experts is not None and experts != list(engine.ensemble.names):
+        notes.append(
+            f"its experts were {str(experts)[:80]}, here they are {', '.join(engine.ensemble.names)}"
+        )
+    elif metadata.get("aggregators") not in (None, engine.aggregators):
+        notes.append("it was made with other aggregators than are loaded here")
