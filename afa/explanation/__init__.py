@@ -1,4 +1,7 @@
-"""Explain an image: expert weights by place and step, words that decide, counterfactuals. Importing this package loads no torch."""
+"""Explain an image: expert weights by place and step, the effect of each word, counterfactual images.
+
+Importing this package loads no torch.
+"""
 
 from typing import TYPE_CHECKING
 

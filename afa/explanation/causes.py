@@ -1,9 +1,10 @@
-"""Counterfactuals: an expert off, weights swapped or frozen, a word hidden, a stage skipped.
+"""Counterfactuals: how weights and image change without a word, an expert or an expert's place.
 
-What the weights owe to a word: the same latents again, without it.
+Words: recorded passes are computed again on the same latents without one word, so nothing else differs.
+*Hidden* words are masked in the aggregators only; the experts' features still depend on them.
+*Omitted* words are removed from the prompt, so neither the experts nor the aggregators read them.
 
-A word is left out in two ways. *Hidden* from the aggregators, it still reaches them by what the experts make of it. *Omitted*
-from the prompt, nobody reads it. Both change the weights on latents that were recorded with it, so nothing else differs.
+Images: the same request is sampled again with an expert off, or with weights swapped, frozen or equal.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,16 +27,20 @@ from afa.sampling.sample import Request, Sampling, sample
 from afa.training.conditions import encode_prompt
 from afa.training.measure import DROPPED
 
+ESTIMATED = "an estimate by operations, not a measured time"
 Maps = list[Tensor]  # of one pass, (N, h, w) of every fused stage
 
 
 @dataclass(frozen=True)
 class Effects:
-    """What leaving out each of the U words changes: means over some passes, all fused stages and all places.
+    """The change of the weights when each of the U words is left out.
 
-    moved (U,): the share of the weight that changes hands, half the sum of |changes| over experts; from 0 to 1.
-    pull (U, N): weight with the word minus weight without it; above 0: the word calls for the expert. 0 in sum over experts.
-    places (U, h, w): moved, place by place, on the largest fused map.
+    All are means over passes, fused stages and places.
+
+    moved:  (U,) share of the weight that moves to other experts: half the sum of |changes|; from 0 to 1
+    pull:   (U, N) weight with the word minus weight without it; sums to 0 over N;
+            positive: the word raises the expert's weight
+    places: (U, h, w) moved at every place of the largest fused map
     """
 
     moved: NDArray[np.float64]
@@ -45,7 +50,12 @@ class Effects:
 
 @dataclass(frozen=True)
 class Causes:
-    """passes: of the recording, that were made again. hidden: from the aggregators, None if they read no text. omitted: from the prompt."""
+    """The effects of the words of a prompt.
+
+    passes:  indices of the recorded passes that were computed again
+    hidden:  effects of words that are masked in the aggregators; None if the aggregators read no text
+    omitted: effects of words that are removed from the prompt
+    """
 
     passes: tuple[int, ...]
     hidden: Effects | None
@@ -55,9 +65,10 @@ class Causes:
 def find_causes(
     pipeline: Any, denoiser: EnsembleDenoiser, recording: Recording, count: int = 4
 ) -> Causes | None:
-    """Make `count` recorded passes again, spread evenly over the steps, once as they were and twice without each word.
+    """Compute `count` recorded passes again, unchanged and twice without each word; they are evenly spaced.
 
-    Costs count · (2U + 2) passes without guidance, where U is the number of words. None without words, or for no passes.
+    Costs count · (2U + 2) passes without guidance, where U is the number of words.
+    Returns None if the prompt has no words or count is 0.
     """
     if not count or not recording.words:
         return None
@@ -80,7 +91,7 @@ def find_causes(
 def _without(
     pipeline: Any, denoiser: EnsembleDenoiser, recording: Recording
 ) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
-    """For every word, what makes of a call the same with the prompt that lacks it."""
+    """For each word, return a function that replaces the prompt of a call by the prompt without that word."""
     device, call = next(denoiser.parameters()).device, denoiser.call
     found = []
     for word in recording.words:
@@ -90,9 +101,7 @@ def _without(
             )
 
         def changed(before: dict[str, Any], parts: Sequence[Tensor] = parts) -> dict[str, Any]:
-            sizes = (before.get("added_cond_kwargs") or {}).get(
-                "time_ids"
-            )  # of SDXL, which belong to the image
+            sizes = (before.get("added_cond_kwargs") or {}).get("time_ids")  # SDXL: sizes of the image
             return before | call.conditions(denoiser.config, parts, sizes)  # type: ignore[arg-type]
 
         found.append(changed)
@@ -100,7 +109,7 @@ def _without(
 
 
 def _weights(denoiser: EnsembleDenoiser, call: dict[str, Any]) -> Maps:
-    """One pass of one image."""
+    """Compute one pass of one image and return its weight maps."""
     maps: Maps = []
     with torch.no_grad(), watch_weights(denoiser, lambda _, weights: maps.append(weights[-1].float().cpu())):
         denoiser(**call)
@@ -108,12 +117,13 @@ def _weights(denoiser: EnsembleDenoiser, call: dict[str, Any]) -> Maps:
 
 
 def _hidden(denoiser: EnsembleDenoiser, call: dict[str, Any], tokens: Sequence[int]) -> Maps:
+    """Compute one pass with some tokens masked in the aggregators."""
     with hide_tokens(denoiser, tokens):
         return _weights(denoiser, call)
 
 
 def _change(whole: Maps, without: Maps) -> tuple[Tensor, Tensor, Tensor]:
-    """moved (), pull (N,), places (h, w) of one word in one pass."""
+    """Return moved (), pull (N,) and places (h, w) of one word in one pass; see Effects."""
     height, width = max((maps.shape[-2:] for maps in whole), key=lambda size: size[0] * size[1])
     changes = [maps - other for maps, other in zip(whole, without, strict=True)]
     shares = [change.abs().sum(0) / 2 for change in changes]
@@ -130,7 +140,7 @@ def _change(whole: Maps, without: Maps) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _effects(passes: Sequence[Sequence[tuple[Tensor, Tensor, Tensor]]]) -> Effects:
-    """Means over passes."""
+    """Average the changes of all words (columns) over passes (rows)."""
     moved, pull, places = (
         torch.stack([torch.stack([word[part] for word in words]) for words in passes]).mean(0).numpy()
         for part in range(3)
@@ -143,7 +153,13 @@ Change = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """kind: of COUNTERFACTUALS. title: what was changed. image (H, W, 3) uint8. rmse: from the image as it is, in levels of 255."""
+    """An image that was sampled with changed weights.
+
+    kind:  a name of settings.COUNTERFACTUALS
+    title: what was changed
+    image: (H, W, 3) uint8
+    rmse:  root mean square difference from the unchanged image, in levels from 0 to 255
+    """
 
     kind: str
     title: str
@@ -159,7 +175,11 @@ def counterfactuals(
     sampling: Sampling,
     kinds: Sequence[str],
 ) -> Iterator[Counterfactual]:
-    """One image after another; with guidance, the weights of both halves are changed. Raises ValueError for an unknown kind."""
+    """Sample the request again with changed weights, one image for each change.
+
+    With guidance, the weights of both the conditional and the unconditional pass are changed.
+    Raises ValueError for an unknown kind.
+    """
     for kind in kinds:
         for title, change in look_up(kind, CHANGES, "counterfactual")(denoiser, recording):
             with change():
@@ -168,18 +188,18 @@ def counterfactuals(
 
 
 def rmse(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-    """Root of the mean squared difference of two images' channels, in levels from 0 to 255."""
+    """Return the root mean square difference of two (H, W, 3) images, in levels from 0 to 255."""
     return float(np.sqrt(np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2)))
 
 
 def _off(denoiser: EnsembleDenoiser, recording: Recording) -> Iterator[tuple[str, Change]]:
-    """Each expert without its weight, which the others share as they share the rest."""
+    """Turn off each expert in turn; the other experts share its weight in proportion to their own."""
     for name in denoiser.names:
         yield f"{name} off", lambda name=name: scale_weights(denoiser, {name: 0.0})  # type: ignore[misc]
 
 
 def _swapped(denoiser: EnsembleDenoiser, recording: Recording) -> Iterator[tuple[str, Change]]:
-    """Every expert plays the part of the one before it; of two, each the other's."""
+    """Give every expert the weights of the expert before it; two experts exchange theirs."""
     names = denoiser.names
     order = [(index - 1) % len(names) for index in range(len(names))]
     title = " <-> ".join(names) if len(names) == 2 else "every expert in the next one's place"
@@ -187,28 +207,31 @@ def _swapped(denoiser: EnsembleDenoiser, recording: Recording) -> Iterator[tuple
 
 
 def _pairs(denoiser: EnsembleDenoiser, recording: Recording) -> Iterator[tuple[str, Change]]:
-    """Two experts play each other's part."""
+    """Exchange the weights of every two experts."""
     for one, other in combinations(range(len(denoiser.names)), 2):
         order = list(range(len(denoiser.names)))
         order[one], order[other] = other, one
         title = f"{denoiser.names[one]} <-> {denoiser.names[other]}"
-        yield title, lambda order=order: adjust_weights(denoiser, permuted(denoiser, order))  # type: ignore[misc]
+        change = permuted(denoiser, order)
+        yield title, lambda change=change: adjust_weights(denoiser, change)  # type: ignore[misc]
 
 
 def _frozen(denoiser: EnsembleDenoiser, recording: Recording) -> Iterator[tuple[str, Change]]:
-    """First without places, then without steps, too."""
+    """Average the weights over places; then over places and steps."""
     yield "one weight for all places", lambda: adjust_weights(denoiser, without_places)
     yield "... and for all steps", lambda: adjust_weights(denoiser, constant(denoiser, recording))
 
 
 def _equal(denoiser: EnsembleDenoiser, recording: Recording) -> Iterator[tuple[str, Change]]:
+    """Give all experts the same weight."""
     yield (
         "equal weights",
         lambda: adjust_weights(denoiser, lambda _, weights: torch.full_like(weights, 1 / weights.shape[1])),
     )
 
 
-# kind, as in COUNTERFACTUALS -> (denoiser, recording) -> titles and what to switch on; "skipped" is in skipping.py: it needs all images
+# kind, as in COUNTERFACTUALS -> (denoiser, recording) -> titles and context managers that apply the change;
+# "skipped" is not here: it needs the recordings of all images, see Skipping
 CHANGES: dict[str, Callable[[EnsembleDenoiser, Recording], Iterator[tuple[str, Change]]]] = {
     "off": _off,
     "swapped": _swapped,
@@ -220,7 +243,10 @@ assert set(CHANGES) < set(COUNTERFACTUALS)
 
 
 def permuted(denoiser: EnsembleDenoiser, order: Sequence[int]) -> Callable[[str, Tensor], Tensor]:
-    """Expert n plays the part of expert order[n]: it gets that one's weights and, where everyone has a blend of its own, that one's blend."""
+    """Return an adjuster that gives expert n the weights of expert order[n].
+
+    Where the aggregator gives every expert its own blend (own_blends), the blends are permuted too.
+    """
 
     def change(stage: str, weights: Tensor) -> Tensor:
         swapped = weights[:, list(order)]
@@ -232,12 +258,15 @@ def permuted(denoiser: EnsembleDenoiser, order: Sequence[int]) -> Callable[[str,
 
 
 def without_places(stage: str, weights: Tensor) -> Tensor:
-    """Every map at its mean."""
+    """Replace every weight map by its mean over places."""
     return weights.mean((2, 3), keepdim=True).expand_as(weights)
 
 
 def constant(denoiser: EnsembleDenoiser, recording: Recording) -> Callable[[str, Tensor], Tensor]:
-    """Every stage at its recorded mean over places and passes, each half of guidance at its own."""
+    """Return an adjuster that replaces the weights by the recorded mean over places and passes.
+
+    The mean is taken for each stage, and for the conditional and the unconditional pass separately.
+    """
     means: Mapping[tuple[bool, str], Tensor] = {key: rows.mean(0) for key, rows in recording.rows.items()}
 
     def change(stage: str, weights: Tensor) -> Tensor:
@@ -248,10 +277,12 @@ def constant(denoiser: EnsembleDenoiser, recording: Recording) -> Callable[[str,
 
 @dataclass(frozen=True)
 class Unused:
-    """Where experts stay below `threshold` in every image.
+    """The passes and stages at which an expert's mean weight stays below `threshold` in every image.
 
-    most (passes, K, N): the largest over images of an expert's mean weight, see Recording. cells: where that is
-    below the threshold; never all experts at once. costs (K,): operations of one expert from the fused stage before up to this one.
+    experts: names (N)
+    stages:  names of the fused stages (K)
+    most:    (passes, K, N) an expert's mean weight, the largest over images; see Recording
+    costs:   (K,) operations of one expert between the previous fused stage and this one
     """
 
     experts: tuple[str, ...]
@@ -262,26 +293,27 @@ class Unused:
 
     @property
     def cells(self) -> NDArray[np.bool_]:
+        """(passes, K, N) True where the weight is below the threshold; never for all experts at once."""
         return self.most < min(self.threshold, 1 / len(self.experts))
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """In how many cells each expert is unused (N,)."""
+        """(N,) number of cells in which each expert is unused."""
         return self.cells.sum((0, 1))
 
     @property
     def total(self) -> int:
-        """Cells an expert has: passes times fused stages."""
+        """The number of cells of one expert: passes times fused stages."""
         return int(np.prod(self.cells.shape[:2]))
 
     @property
     def saved(self) -> NDArray[np.float64]:
-        """What leaving each expert out there would save (N,), as a share of all experts' arithmetic. An estimate: see the docs."""
+        """(N,) estimated share of all experts' operations that is saved by skipping an expert where unused."""
         everything = len(self.most) * self.costs.sum() * len(self.experts)
         return np.einsum("pkn,k->n", self.cells, self.costs) / everything
 
     def sentences(self) -> list[str]:
-        """What can be said, an expert each, and of all together."""
+        """One sentence for each expert, and one for all experts together."""
         lines = []
         for name, count, saved in zip(self.experts, self.counts, self.saved, strict=True):
             share = f"{count} of {self.total} stage-steps ({count / self.total:.0%})"
@@ -293,7 +325,7 @@ class Unused:
             lines.append(f"{name} is below {self.threshold:g} at {share}{cost}.")
         return [
             *lines,
-            f"Together about {self.saved.sum():.1%} of the experts' arithmetic; an estimate by operations, not a measured time.",
+            f"Together about {self.saved.sum():.1%} of the experts' arithmetic; {ESTIMATED}.",
         ]
 
 
@@ -303,11 +335,14 @@ def find_unused(
     stage_costs: Mapping[str, int],
     threshold: float = DROPPED,
 ) -> Unused:
-    """most: of every image, from its recording; stage_costs: of one expert, by stage, fused or not."""
+    """Find the cells in which an expert's weight stays below the threshold in every image.
+
+    most:        Recording.most of every image
+    stage_costs: operations of one expert by stage, fused or not
+    """
     costs, running = [], 0.0
-    for (
-        stage
-    ) in denoiser.stages:  # an expert that is not used at a fused stage was not needed since the one before
+    # An expert that is unused at a fused stage is not needed from the previous fused stage on.
+    for stage in denoiser.stages:
         running += stage_costs[stage.name]
         if stage.name in denoiser.fused:
             costs.append(running)
@@ -318,9 +353,9 @@ def find_unused(
 
 
 class Skipping:
-    """An adjuster that leaves experts out where they are unused, and gives their weight to the others in proportion.
+    """An adjuster of weights that gives the weight of unused experts to the others in proportion.
 
-    Passes are counted by the first fused stage, the two that guidance may make of a step apart.
+    The first fused stage counts the passes. If guidance runs two passes a step, they are counted separately.
     """
 
     def __init__(self, denoiser: EnsembleDenoiser, unused: Unused) -> None:
@@ -335,7 +370,12 @@ class Skipping:
 
 
 def without(weights: Tensor, kept: Tensor) -> Tensor:
-    """weights (R, N, H, W) of the experts that are kept (N,) bool, brought back to sum 1; where they all weigh nothing, they share alike."""
+    """Set the weights of the other experts to 0 and scale those of the kept experts back to sum 1.
+
+    weights: (R, N, H, W)
+    kept:    (N,) bool
+    Returns (R, N, H, W). Where all kept experts have weight 0, they get equal weights.
+    """
     factors = kept.to(weights)[None, :, None, None]
     total = (weights * factors).sum(1, keepdim=True)
     return torch.where(

@@ -1,4 +1,4 @@
-"""An explanation: computed, saved, read back."""
+"""Compute the explanation of one image, save it, and read it back."""
 
 import json
 from collections.abc import Sequence
@@ -21,12 +21,15 @@ from afa.schema import Count, Within, build
 from afa.text_files import read_json
 from afa.training.measure import BANDS
 
-UNREAD = "no aggregator of this ensemble reads the text (they are averages, have depth 0, or ignore it), so there is no attention to show"
+UNREAD = (
+    "no aggregator of this ensemble reads the text (they are averages, have depth 0, or ignore it),"
+    " so there is no attention to show"
+)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One image, explained.
+    """The explanation of one image.
 
     request:         prompt and seed
     recording:       the image, and the weight maps of every pass
@@ -46,8 +49,13 @@ class Explanation:
 class WordRow:
     """One word of a prompt. Numbers that were not measured are None.
 
-    looked: the share of all looking that goes to it. lean (N,): see Attention. hidden, omitted: what leaving it out moves, from the
-    aggregators alone and from the prompt; pull, and the two of them by expert (N,): see Effects.
+    word:         its text
+    looked:       share of the aggregators' attention that goes to it, from 0 to 1
+    lean:         (N,) see Attention
+    hidden:       share of the weight that moves when aggregators do not read the word; see Effects.moved
+    hidden_pull:  (N,) the same by expert; see Effects.pull
+    omitted:      share of the weight that moves when the word is removed from the prompt
+    omitted_pull: (N,) the same by expert
     """
 
     word: str
@@ -99,17 +107,21 @@ def check(ensemble: Ensemble) -> None:
     """Raises UserError for an ensemble of one expert."""
     if len(ensemble.names) < 2:
         raise UserError(
-            f"the ensemble has one expert, {ensemble.names[0]}, and so no weights to explain; give one of several"
+            f"the ensemble has one expert, {ensemble.names[0]}, and so no weights to explain;"
+            " give one of several"
         )
 
 
 def train_timesteps(pipeline: Any) -> int:
-    """Of the noise schedule."""
+    """Return the number of training timesteps of the noise schedule."""
     return int(pipeline.scheduler.config.num_train_timesteps)
 
 
 def word_rows(recording: Recording, causes: Causes | None) -> list[WordRow]:
-    """The words of a prompt, what moves most first; in the prompt's order if nothing was left out."""
+    """Return the words of a prompt, the word with the largest effect first.
+
+    The order is that of the prompt if no word was left out.
+    """
     attention, hidden, omitted = recording.attention, causes and causes.hidden, causes and causes.omitted
     looked, leans = (None, None) if attention is None else (attention.looked, attention.leans)
     rows = [
@@ -128,7 +140,7 @@ def word_rows(recording: Recording, causes: Causes | None) -> list[WordRow]:
 
 
 def word_remarks(recording: Recording) -> list[str]:
-    """What has to be known about the words: who reads none, what looking goes elsewhere, which were cut off."""
+    """Return remarks on the words: no attention, attention to other tokens, words that were truncated."""
     if recording.attention is None:
         return [f"{UNREAD}."] if recording.words else ["No word was found in the prompt."]
     elsewhere = 1 - float(recording.attention.looked.sum())
@@ -137,23 +149,23 @@ def word_remarks(recording: Recording) -> list[str]:
     return remarks + ([f"Not seen, as the text is cut before: {', '.join(cut)}."] if cut else [])
 
 
-SUFFIXES = (
-    "png",
-    "sheet.png",
-    "strip.webp",
-    "npz",
-)  # of every image; .words.png and .counterfactuals.png where there is something to show
+# Files of every image; .words.png and .counterfactuals.png are written only if there is something to show.
+SUFFIXES = ("png", "sheet.png", "strip.webp", "npz")
 
 
 class GroupShares(TypedDict):
-    """groups: of stages. weights: of each group, band and expert; null where a band has no pass."""
+    """The mean weights in an image's .json.
+
+    groups:  names of the groups of stages (G)
+    weights: (G, BANDS, N); null where a band has no pass
+    """
 
     groups: Annotated[list[str], Within(1)]
     weights: list[list[list[float | None]]]
 
 
 class WordFacts(TypedDict):
-    """A row of words: see WordRow."""
+    """A word in an image's .json; see WordRow."""
 
     word: str
     looked: float | None
@@ -163,7 +175,7 @@ class WordFacts(TypedDict):
 
 
 class Distance(TypedDict):
-    """How far a counterfactual is from the image."""
+    """A counterfactual in an image's .json; see Counterfactual."""
 
     kind: str
     title: str
@@ -171,7 +183,7 @@ class Distance(TypedDict):
 
 
 class Facts(TypedDict):
-    """What the page and explain.json take from an image's .json."""
+    """The fields of an image's .json that the page and explain.json read."""
 
     prompt: str
     seed: Count
@@ -182,8 +194,15 @@ class Facts(TypedDict):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One explained image, as its .json and .npz say. facts: the .json. means, most (passes, K, N); timesteps (passes,)."""
+class ExplainedImage:
+    """One explained image, read from its .json and .npz.
+
+    stem:      the common part of its file names
+    facts:     the content of its .json
+    means:     (passes, K, N) mean weights over places
+    most:      (passes, K, N) see Recording
+    timesteps: (passes,)
+    """
 
     stem: str
     facts: dict[str, Any]
@@ -193,17 +212,20 @@ class Entry:
 
     @property
     def shares(self) -> NDArray[np.float64]:
-        """(G, BANDS, N); nan: a band without a pass."""
+        """(G, BANDS, N) mean weights; nan where a band has no pass."""
         return np.asarray(self.facts["shares"]["weights"], np.float64)
 
 
 def stem_of(index: int) -> str:
-    """The name of an image's files."""
+    """Return the common part of the file names of an image."""
     return f"{index:05d}"
 
 
 def explained(folder: Path, stem: str) -> bool:
-    """Whether everything of an image is there; as it was written; its .json comes last and has the hashes of all others."""
+    """Return whether all files of an image exist and are unchanged.
+
+    The .json is written last and holds the hashes of the other files.
+    """
     facts = json_or_none(folder / f"{stem}.json")
     if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict):
         return False
@@ -214,7 +236,12 @@ def explained(folder: Path, stem: str) -> bool:
 
 
 def write_arrays(recording: Recording, path: Path) -> None:
-    """STAGE -> (passes, N, h, w) float16; attention.STAGE -> (U, h, w); timesteps, experts, words, means, most."""
+    """Write an image's .npz.
+
+    STAGE:            (passes, N, h, w) float16 weight maps
+    attention.STAGE:  (U, h, w) float16 attention to words
+    and timesteps, experts, words, means and most as in Recording.
+    """
     arrays: dict[str, Any] = {stage: maps.numpy() for stage, maps in recording.maps.items()}
     if recording.attention is not None:
         arrays |= {
@@ -234,7 +261,7 @@ def write_arrays(recording: Recording, path: Path) -> None:
 
 
 def write_facts(folder: Path, stem: str, found: Explanation, files: list[str]) -> None:
-    """The .json of one image, after all that it names."""
+    """Write the .json of one image, after all files that it names."""
     facts = {
         "prompt": found.request.prompt,
         "seed": found.request.seed,
@@ -251,8 +278,8 @@ def write_facts(folder: Path, stem: str, found: Explanation, files: list[str]) -
     write_atomically(folder / f"{stem}.json", json.dumps(facts, indent=1, ensure_ascii=False))
 
 
-def read_entry(folder: Path, stem: str) -> Entry:
-    """One image's numbers. Raises UserError for files that do not hold what was measured here."""
+def read_entry(folder: Path, stem: str) -> ExplainedImage:
+    """Read the numbers of one image. Raises UserError for missing, damaged or foreign files."""
     file, arrays = folder / f"{stem}.json", read_arrays(folder / f"{stem}.npz")
     try:
         facts = build(Facts, read_json(file), file)
@@ -262,11 +289,11 @@ def read_entry(folder: Path, stem: str) -> Entry:
         raise UserError(f"{file} cannot be read: {error.strerror or error}; run the command again") from None
     except UserError as error:
         raise UserError(f"{error}; delete {file.name}, and the image is explained again") from None
-    return Entry(stem, facts, means, most, tuple(float(time) for time in timesteps))
+    return ExplainedImage(stem, facts, means, most, tuple(float(time) for time in timesteps))
 
 
 def _numbers(arrays: dict[str, Any], file: Path) -> list[NDArray[np.float32]]:
-    """means, most and timesteps as Entry has them. Raises UserError for others."""
+    """Return means, most and timesteps as in ExplainedImage. Raises UserError for missing or unfit arrays."""
     found = [arrays.get(name) for name in ("means", "most", "timesteps")]
     if any(
         array is None or array.dtype.kind != "f" or not array.size or not np.isfinite(array).all()
@@ -276,13 +303,14 @@ def _numbers(arrays: dict[str, Any], file: Path) -> list[NDArray[np.float32]]:
     means, most, timesteps = (np.asarray(array) for array in found)
     if means.ndim != 3 or most.shape != means.shape or timesteps.shape != means.shape[:1]:
         raise UserError(
-            f"{file}: means {means.shape}, most {most.shape} and timesteps {timesteps.shape} are not of the same passes"
+            f"{file}: means {means.shape}, most {most.shape} and timesteps {timesteps.shape}"
+            " are not of the same passes"
         )
     return [means, most, timesteps]
 
 
 def _check_shape(facts: dict[str, Any], experts: int, file: Path) -> None:
-    """Raises UserError where lists are not as long as there are groups, bands and experts."""
+    """Raise UserError for lists whose lengths differ from the numbers of groups, bands and experts."""
     groups, weights = facts["shares"]["groups"], facts["shares"]["weights"]
     if len(weights) != len(groups) or any(
         len(bands) != BANDS or any(len(band) != experts for band in bands) for bands in weights

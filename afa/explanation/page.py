@@ -9,7 +9,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from afa.explanation.causes import Unused
-from afa.explanation.explanation import Entry
+from afa.explanation.explanation import ExplainedImage
 from afa.explanation.shares import estimates
 from afa.explanation.summary import WordMean, word_means
 from afa.images import read_pixels
@@ -32,7 +32,7 @@ DOT = Markup('<span class="dot" style="background:rgb({},{},{})"></span>{}')
 
 
 def as_html(
-    folder: Path, entries: Sequence[Entry], unused: Unused, found: Mapping[str, Any], facts: str
+    folder: Path, entries: Sequence[ExplainedImage], unused: Unused, found: Mapping[str, Any], facts: str
 ) -> str:
     """The page of a folder whose images are explained. found: as in explain.json; facts: how they were made."""
     images, skipped = len(entries), found["counterfactuals"].get("left out where unused")
@@ -58,7 +58,7 @@ def as_html(
     )
 
 
-def _shares(entries: Sequence[Entry], unused: Unused) -> Table:
+def _shares(entries: Sequence[ExplainedImage], unused: Unused) -> Table:
     """A row a group of stages and an expert, a column a band of the noise schedule."""
     groups, found = entries[0].facts["shares"]["groups"], estimates([entry.shares for entry in entries])
     rows = []
@@ -93,7 +93,7 @@ def _distances(known: Mapping[str, Any]) -> Table | None:
     return Table(["from the same noise", "RMSE, levels of 255"], rows, n_apart=True) if rows else None
 
 
-def _image(folder: Path, entry: Entry) -> dict[str, Any]:
+def _image(folder: Path, entry: ExplainedImage) -> dict[str, Any]:
     """One image's pictures, those that are there, with what is said of its words."""
     shown = [(title, folder / f"{entry.stem}.{suffix}") for suffix, title in PICTURES.items()]
     return {

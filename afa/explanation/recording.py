@@ -1,8 +1,6 @@
-"""Recording an image as it is drawn: weights, attention of aggregators, words.
+"""Record one image while it is sampled: weight maps, attention of the aggregators to words, predicted images.
 
-Which words the aggregators look at, and how the experts' weights lie on what they look at.
-
-Attention says where an aggregator looks, not that the word is why the weights are as they are; for that, see causes.py.
+Attention shows where an aggregator looks, not that a word causes the weights; see causes.py for that.
 """
 
 import functools
@@ -33,9 +31,11 @@ WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
 @dataclass(frozen=True)
 class Word:
-    """text: as written; the second "a" of a prompt is "a (2)". span: of its letters in the prompt.
+    """A word of a prompt.
 
-    tokens: its places in the text states; none: it was cut off, or the tokenizer does not say.
+    text:   as written; the second "a" of a prompt is "a (2)"
+    span:   first and last + 1 index of its characters in the prompt
+    tokens: its indices in the text states; empty if it was truncated or the tokenizer gives no offsets
     """
 
     text: str
@@ -43,15 +43,16 @@ class Word:
     tokens: tuple[int, ...]
 
     def left_out(self, prompt: str) -> str:
-        """The prompt without this word."""
+        """Return the prompt without this word."""
         start, end = self.span
         return " ".join(f"{prompt[:start]} {prompt[end:]}".split())
 
 
 def find_words(pipeline: Any, prompt: str, length: int) -> list[Word]:
-    """The words of a prompt, in order. length: of the text states that aggregators see.
+    """Find the words of a prompt, in order, and their tokens.
 
-    Punctuation, the start and the end of the text, and padding are no words.
+    length: number of tokens in the text states that the aggregators read
+    Punctuation, start and end tokens, and padding are not words.
     """
     call, _ = called(pipeline)
     spans = [(found.group(), found.span()) for found in WORD.finditer(prompt)]
@@ -72,7 +73,7 @@ def find_words(pipeline: Any, prompt: str, length: int) -> list[Word]:
 
 
 def _offsets(tokenizer: Any, prompt: str, room: int) -> list[tuple[int, int]]:
-    """Where in the prompt every token comes from; nowhere (0, 0) for what the tokenizer adds."""
+    """Return each token's span of characters in the prompt; (0, 0) for tokens that the tokenizer adds."""
     if not tokenizer.is_fast:
         return []
     encoded = tokenizer(prompt, return_offsets_mapping=True, truncation=True, max_length=room)
@@ -80,7 +81,7 @@ def _offsets(tokenizer: Any, prompt: str, room: int) -> list[tuple[int, int]]:
 
 
 def _numbered(texts: Sequence[str]) -> list[str]:
-    """From the second time on, a word says which it is."""
+    """Number repeated words from the second on: a, a (2), a (3)."""
     seen: Counter[str] = Counter()
     labels = []
     for text in texts:
@@ -89,16 +90,16 @@ def _numbered(texts: Sequence[str]) -> list[str]:
     return labels
 
 
-AREA = 4  # a word's area: the 1/AREA of the places that look at it most
+AREA = 4  # a word's area: the 1/AREA of the places with the most attention to it
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Means over passes, heads and layers, for the U words of a recording.
+    """Attention of the aggregators to the U words of a prompt: means over passes, heads and layers.
 
-    maps: by stage that reads, (U, h, w): the probability with which a place looks at the word's tokens.
-    lean: by stage, (U, N): an expert's mean weight in the quarter of the places that look at the word most, minus its mean weight
-    elsewhere; from -1 to 1, 0 in sum over experts.
+    maps: stage that reads the text -> (U, h, w) attention probability of each place to the word's tokens
+    lean: stage -> (U, N) an expert's mean weight in the word's area (the quarter of the places with the most
+          attention to it) minus its mean weight elsewhere; from -1 to 1, sums to 0 over N
     """
 
     maps: dict[str, NDArray[np.float32]]
@@ -106,34 +107,41 @@ class Attention:
 
     @property
     def looked(self) -> NDArray[np.float64]:
-        """The share of all looking that goes to each word (U,): mean over stages. What is missing to 1 goes to tokens that are no words."""
+        """(U,) share of the attention that goes to each word, mean over stages.
+
+        The sum is below 1: the rest goes to tokens that are not words.
+        """
         return np.mean([maps.mean((1, 2), dtype=np.float64) for maps in self.maps.values()], axis=0)
 
     @property
     def leans(self) -> NDArray[np.float64]:
-        """lean, mean over stages: (U, N)."""
+        """(U, N) lean, mean over stages."""
         return np.mean(list(self.lean.values()), axis=0, dtype=np.float64)
 
 
-class Listener:
-    """Sums up attention to words while an image is made. read: finds the words in a text of so many tokens."""
+class AttentionRecorder:
+    """Sums the attention to words while an image is sampled.
+
+    denoiser: the ensemble's
+    read:     number of tokens -> the words of the prompt
+    """
 
     def __init__(self, denoiser: EnsembleDenoiser, read: Callable[[int], Sequence[Word]]) -> None:
         self.denoiser, self.read = denoiser, read
         self.words: Sequence[Word] | None = None
-        self._layers: dict[str, list[Tensor]] = {}  # of the pass that is made: (U, P) a layer
+        self._layers: dict[str, list[Tensor]] = {}  # of the current pass: (U, P) for each layer
         self._maps: dict[str, Tensor] = {}
         self._lean: dict[str, Tensor] = {}
         self._passes: dict[str, int] = {}
 
     @property
     def reading(self) -> list[str]:
-        """The stages whose aggregators read the text."""
+        """The names of stages whose aggregators read the text."""
         return [stage for stage in self.denoiser.fused if self.denoiser.aggregators[stage].reads]
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Listen inside."""
+        """Record inside the context."""
         with ExitStack() as stack:
             first = self.denoiser.aggregators[self.denoiser.fused[0]]
             stack.callback(first.register_forward_pre_hook(self._meet).remove)
@@ -145,9 +153,9 @@ class Listener:
             yield
 
     def _meet(self, aggregator: Any, args: tuple[Any, ...]) -> None:
-        """The text is seen for the first time."""
+        """Find the words when the first aggregator is called for the first time."""
         if self.words is None:
-            self.words = self.read(args[2].shape[1])  # features, temb, text, as run_stages calls it
+            self.words = self.read(args[2].shape[1])  # args: features, temb, text states (B, T, D)
 
     def _hook(self, stage: str) -> Callable[..., None]:
         def listen(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -161,7 +169,7 @@ class Listener:
         return listen
 
     def weighed(self, stage: str, weights: Tensor) -> None:
-        """A stage's weights (N, h, w) are known: add up how they lie on what was looked at."""
+        """Add the attention of a stage, and the lean of its weights (N, h, w), to the sums."""
         layers = self._layers.pop(stage, [])
         if not layers or not self.words:
             return
@@ -173,8 +181,8 @@ class Listener:
             sums[stage] = sums[stage] + found.cpu() if stage in sums else found.cpu()
         self._passes[stage] = self._passes.get(stage, 0) + 1
 
-    def heard(self) -> Attention | None:
-        """The means; None if nobody read, or there was no word."""
+    def result(self) -> Attention | None:
+        """Return the means; None if no aggregator read the text, or there was no word."""
         if not self._maps:
             return None
         maps, leans = (
@@ -185,22 +193,30 @@ class Listener:
 
 
 def probabilities(layer: Any, hidden: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(Q·Kᵀ) of a diffusers `Attention` as it is about to compute it, mean over heads: (1, P, C), (1, T, D) -> (P, T)."""
+    """Compute softmax(Q·Kᵀ) of a diffusers `Attention` layer, mean over heads.
+
+    hidden: (1, P, C) input of the queries
+    states: (1, T, D) text states
+    mask:   attention mask of the text, or None
+    Returns (P, T).
+    """
     query, key = (layer.head_to_batch_dim(part) for part in (layer.to_q(hidden), layer.to_k(states)))
     bias = layer.prepare_attention_mask(mask, states.shape[1], 1)
     return layer.get_attention_scores(query, key, bias).float().mean(0)
 
 
 def per_word(found: Tensor, words: Sequence[Word]) -> Tensor:
-    """Attention to tokens (P, T) -> to words (U, P): the sum over a word's tokens."""
+    """Sum attention to tokens (P, T) over the tokens of each word; returns (U, P)."""
     rows = [found[:, list(word.tokens)].sum(1) for word in words]
     return torch.stack(rows) if rows else found.new_zeros(0, len(found))
 
 
 def lean(looked: Tensor, weights: Tensor) -> Tensor:
-    """Mean weight in each word's area minus that elsewhere: looked (U, P), weights (N, P) -> (U, N).
+    """Compute the mean weight in each word's area minus the mean weight elsewhere.
 
-    0 where a word is looked at alike from everywhere, or the map has too few places.
+    looked:  (U, P) attention to words
+    weights: (N, P)
+    Returns (U, N); 0 where attention to a word is constant, or the map has fewer than AREA places.
     """
     places = looked.shape[1]
     count = places // AREA
@@ -213,28 +229,28 @@ def lean(looked: Tensor, weights: Tensor) -> Tensor:
 
 
 Image8 = NDArray[np.uint8]
-FRAMES = 24  # at most so many of an image's steps are drawn
+FRAMES = 24  # the largest number of steps whose predicted images are decoded
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What was recorded while one image was made; weights are those of the half with the prompt.
+    """The record of one sampled image; weights are those of the conditional pass.
 
     experts:   names (N)
     prompt:    its text
     image:     (H, W, 3) uint8
     timesteps: one a pass
     maps:      fused stage -> (passes, N, h, w) float16, sum 1 over N
-    most:      (passes, K stages, N) mean weight over places: the largest of both halves, and of all blends
-               where each expert has one
-    rows:      (True for a pass of guidance by itself, stage) -> mean weights of all rows (passes, R, N)
-    calls:     what the denoiser was called with at every pass, without the half that has no prompt
+    most:      (passes, K stages, N) mean weight over places: the largest of the conditional and unconditional
+               pass, and of all blends where each expert has its own
+    rows:      (True for a separate unconditional pass, stage) -> mean weights of all rows (passes, R, N)
+    calls:     arguments of the denoiser at every pass, the conditional part only
     words:     of the prompt
-    attention: of aggregators that read the text; None if none does
-    drawn:     pass -> the image that the ensemble predicted there (H, W, 3) uint8; not of passes whose image
-               is not finite
+    attention: of aggregators that read the text; None if no aggregator does
+    drawn:     pass -> the clean image that the ensemble predicted there (H, W, 3) uint8; passes with a
+               non-finite image are left out
 
-    Memory: SD 1.5 at 512 px with 50 steps and 3 experts has 11 MB of maps, 11 MB of attention, and 4 MB of calls.
+    Memory: SD 1.5 at 512 px with 50 steps and 3 experts has 11 MB of maps, 11 MB of attention, 4 MB of calls.
     """
 
     experts: tuple[str, ...]
@@ -251,12 +267,12 @@ class Recording:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The fused stages, in order."""
+        """The names of the fused stages, in order."""
         return tuple(self.maps)
 
     @functools.cached_property
     def means(self) -> NDArray[np.float32]:
-        """Mean weights over places: (passes, K, N)."""
+        """(passes, K, N) mean weights over places."""
         return torch.stack([maps.float().mean((2, 3)) for maps in self.maps.values()], dim=1).numpy()
 
 
@@ -273,7 +289,7 @@ def record(ensemble: Ensemble, request: Request, sampling: Sampling, pipeline: A
     recorder = Recorder(ensemble.denoiser, lambda length: find_words(pipeline, request.prompt, length))
     with recorder.open(pipeline), torch.no_grad():
         image = sample(pipeline, [request], sampling)[0]
-    drawn = dict(_draw(pipeline, ensemble.denoiser, recorder.claims))
+    drawn = dict(_draw(pipeline, ensemble.denoiser, recorder.predictions))
     return Recording(
         ensemble.names,
         request.prompt,
@@ -283,39 +299,42 @@ def record(ensemble: Ensemble, request: Request, sampling: Sampling, pipeline: A
         _most(recorder),
         {key: torch.stack(passes) for key, passes in recorder.rows.items()},
         recorder.calls,
-        tuple(recorder.listener.words or ()),
-        recorder.listener.heard(),
+        tuple(recorder.attention.words or ()),
+        recorder.attention.result(),
         drawn,
     )
 
 
 class Recorder:
-    """Looks on while one image is made. read: finds the words in a text of so many tokens."""
+    """Hooks that record one image while it is sampled.
+
+    denoiser: the ensemble's
+    read:     number of tokens -> the words of the prompt
+    """
 
     def __init__(self, denoiser: EnsembleDenoiser, read: Any) -> None:
         self.denoiser = denoiser
-        self.listener = Listener(denoiser, read)
+        self.attention = AttentionRecorder(denoiser, read)
         self.timesteps: list[float] = []
         self.maps: dict[str, list[Tensor]] = {stage: [] for stage in denoiser.fused}
         self.rows: dict[tuple[bool, str], list[Tensor]] = {}
         self.calls: list[dict[str, Any]] = []
-        self.claims: dict[
-            int, tuple[dict[str, Any], Tensor]
-        ] = {}  # by pass: its call, and what guidance made of it
+        # pass -> its call, and the guided prediction
+        self.predictions: dict[int, tuple[dict[str, Any], Tensor]] = {}
 
     @contextmanager
     def open(self, pipeline: Any) -> Iterator[None]:
-        """Look on inside."""
+        """Record inside the context."""
         with ExitStack() as stack:
             stack.callback(self.denoiser.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             stack.enter_context(adjust_weights(self.denoiser, self._adjust))
             stack.enter_context(watch_weights(self.denoiser, self._observe))
-            stack.enter_context(self.listener.open())
+            stack.enter_context(self.attention.open())
             stack.enter_context(_stepping(pipeline.scheduler, self._step))
             yield
 
     def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A pass begins: keep the half of its call that has the prompt."""
+        """Keep the conditional part of the call when a pass begins."""
         if self.denoiser.in_uncond_pass:
             return
         call = arguments(self.denoiser, args, kwargs)
@@ -325,7 +344,7 @@ class Recorder:
         self.calls.append(with_prompt(call, len(self.denoiser.call.latents(call))))
 
     def _adjust(self, stage: str, weights: Tensor) -> Tensor:
-        """Changes nothing; here the rows of every expert's own blend are to be seen."""
+        """Record the rows of every blend, and return the weights unchanged."""
         self.rows.setdefault((self.denoiser.in_uncond_pass, stage), []).append(weights.float().mean((2, 3)).cpu())
         return weights
 
@@ -333,15 +352,15 @@ class Recorder:
         if self.denoiser.in_uncond_pass:
             return
         self.maps[stage].append(weights[-1].half().cpu())
-        self.listener.weighed(stage, weights[-1].float())  # the last sample is that of the prompt
+        self.attention.weighed(stage, weights[-1].float())  # the last sample is the conditional one
 
     def _step(self, prediction: Tensor) -> None:
-        """The scheduler is handed what guidance made of the last pass."""
-        self.claims[len(self.calls) - 1] = (self.calls[-1], prediction.detach())
+        """Keep the guided prediction that the scheduler receives."""
+        self.predictions[len(self.calls) - 1] = (self.calls[-1], prediction.detach())
 
 
 def _most(recorder: Recorder) -> NDArray[np.float32]:
-    """(passes, K, N): over all rows, and over both passes where guidance makes a step of two."""
+    """Return (passes, K, N): the largest mean weight over all rows, and over both passes of guidance."""
     halves = [
         torch.stack([torch.stack(recorder.rows[aside, stage]).amax(1) for stage in recorder.maps], dim=1)
         for aside in sorted({aside for aside, _ in recorder.rows})
@@ -351,12 +370,15 @@ def _most(recorder: Recorder) -> NDArray[np.float32]:
 
 
 def arguments(denoiser: EnsembleDenoiser, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call of the denoiser by names."""
+    """Return the arguments of a call of the denoiser by name."""
     return dict(inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments)
 
 
 def with_prompt(value: Any, batch: int) -> Any:
-    """The half of a call that has the prompt: of everything that has a batch, the last; guidance puts the other before it."""
+    """Return the conditional part of a call: the last sample of every tensor with a batch dimension.
+
+    Pipelines put the unconditional samples before the conditional ones.
+    """
     if isinstance(value, dict):
         return {name: with_prompt(part, batch) for name, part in value.items()}
     if isinstance(value, Tensor) and batch > 1 and value.ndim and len(value) == batch:
@@ -365,13 +387,13 @@ def with_prompt(value: Any, batch: int) -> Any:
 
 
 @contextmanager
-def _stepping(scheduler: Any, told: Any) -> Iterator[None]:
-    """Tell what a scheduler is handed, step by step."""
+def _stepping(scheduler: Any, on_step: Any) -> Iterator[None]:
+    """Call on_step with the prediction that the scheduler receives at every step."""
     step = scheduler.step
 
     @functools.wraps(step)  # pipelines look at its arguments
     def watched(prediction: Tensor, *args: Any, **kwargs: Any) -> Any:
-        told(prediction)
+        on_step(prediction)
         return step(prediction, *args, **kwargs)
 
     scheduler.step = watched
@@ -382,13 +404,13 @@ def _stepping(scheduler: Any, told: Any) -> Iterator[None]:
 
 
 def _draw(
-    pipeline: Any, denoiser: EnsembleDenoiser, claims: Mapping[int, tuple[dict[str, Any], Tensor]]
+    pipeline: Any, denoiser: EnsembleDenoiser, predictions: Mapping[int, tuple[dict[str, Any], Tensor]]
 ) -> Iterator[tuple[int, Image8]]:
-    """The images that were believed in at up to FRAMES passes, spread evenly, the last among them."""
+    """Decode the predicted clean images of up to FRAMES passes, spread evenly; the last pass is included."""
     latents, schedule = latents_of(pipeline.vae), Schedule.of(pipeline.scheduler)
-    passes = sorted(claims)
+    passes = sorted(predictions)
     for place in np.unique(np.linspace(0, len(passes) - 1, min(FRAMES, len(passes))).round().astype(int)):
-        call, prediction = claims[passes[place]]
+        call, prediction = predictions[passes[place]]
         noisy = denoiser.call.latents(call).float()
         signal, noise = (float(level) for level in schedule.at(torch.tensor(_time(denoiser, call))))
         answer = denoiser.call.prediction(prediction, (noisy.shape[-2], noisy.shape[-1])).float()

@@ -1,4 +1,7 @@
-"""An explanation of several prompts: image by image, gone on with by the same command, then what they say together."""
+"""Explain several prompts: each image by itself, then all together.
+
+The same command resumes an interrupted run.
+"""
 
 import json
 import sys
@@ -20,7 +23,7 @@ from afa.errors import UserError
 from afa.experts.spec import new_places
 from afa.explanation.causes import Counterfactual, Skipping, Unused, find_unused, rmse
 from afa.explanation.explanation import (
-    Entry,
+    ExplainedImage,
     Explanation,
     check,
     explain,
@@ -43,13 +46,21 @@ from afa.sampling.sample import Request, Sampling, in_frame, sample
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
 
-STEPS = 50  # where nobody says
+STEPS = 50  # the default
 RESULTS, PAGE, CHART = "explain.json", "explain.html", "chart.png"
 
 
 @dataclass(frozen=True)
-class Run:
-    """Everything that is loaded once. facts: said under the prompts."""
+class ExplainRun:
+    """The ensemble and the requests of a run.
+
+    ensemble: on the device
+    pipeline: of the ensemble
+    sampling: steps, guidance and size
+    requests: prompt and seed of every image
+    settings: as given
+    output:   folder of the results
+    """
 
     ensemble: Ensemble
     pipeline: Any
@@ -60,18 +71,24 @@ class Run:
 
     @property
     def facts(self) -> str:
+        """The line under each prompt: steps, guidance, experts, fused stages."""
         guidance = "" if self.sampling.guidance is None else f", guidance {self.sampling.guidance:g}"
-        return f"{self.sampling.steps} steps{guidance}, {len(self.ensemble.names)} experts, {len(self.ensemble.denoiser.fused)} fused stages"
+        experts, fused = len(self.ensemble.names), len(self.ensemble.denoiser.fused)
+        return f"{self.sampling.steps} steps{guidance}, {experts} experts, {fused} fused stages"
 
 
 def run(settings: ExplainSettings) -> dict[str, Any]:
-    """Explain what is not explained yet: -> explain.json. Ctrl-C loses at most one image. Raises UserError."""
+    """Explain the images that are not explained yet, and write the results over all images.
+
+    Returns the content of explain.json. Ctrl-C loses at most one image. Raises UserError.
+    """
     settings = with_seed(settings)
     prompts = asked_prompts(settings.prompt, settings.prompts)
     device, output = choose_device(settings.device), Path(settings.output)
     if settings.ensemble is None or not (settled(Path(settings.ensemble)) / MANIFEST).exists():
         raise UserError(
-            f"{settings.ensemble} is no saved ensemble: it has no {MANIFEST}; make one with afa train, or leave it out for the embedded one"
+            f"{settings.ensemble} is no saved ensemble: it has no {MANIFEST};"
+            " make one with afa train, or leave it out for the embedded one"
         )
     asked = {**settings.binding(), "prompt": prompts}
     files = saved_fingerprint(Path(settings.ensemble), new_places(settings.experts or []))
@@ -82,8 +99,8 @@ def run(settings: ExplainSettings) -> dict[str, Any]:
         return _run(job, asked)
 
 
-def _run(job: Run, asked: dict[str, Any]) -> dict[str, Any]:
-    """What is missing, then what all images say together."""
+def _run(job: ExplainRun, asked: dict[str, Any]) -> dict[str, Any]:
+    """Explain missing images, then summarise all images."""
     settings, output, prompts = job.settings, job.output, asked["prompt"]
     _explain(job)
     entries = [read_entry(output, stem_of(index)) for index in range(len(prompts))]
@@ -99,7 +116,8 @@ def _run(job: Run, asked: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _prepare(settings: ExplainSettings, prompts: list[str], device: torch.device) -> Run:
+def _prepare(settings: ExplainSettings, prompts: list[str], device: torch.device) -> ExplainRun:
+    """Load the ensemble and check the settings against it."""
     ensemble = Ensemble.load(
         str(settings.ensemble), new_places(settings.experts or []), dtype=getattr(torch, settings.dtype)
     )
@@ -114,11 +132,11 @@ def _prepare(settings: ExplainSettings, prompts: list[str], device: torch.device
         reschedule(ensemble, settings.scheduler)
     pipeline = in_frame(ensemble.to(device), ensemble.denoiser)
     requests = [Request(prompt, nth_seed(settings.seed, index)) for index, prompt in enumerate(prompts)]
-    return Run(ensemble, pipeline, sampling, requests, settings, Path(settings.output))
+    return ExplainRun(ensemble, pipeline, sampling, requests, settings, Path(settings.output))
 
 
-def _explain(job: Run) -> None:
-    """What is missing, saved as soon as it is made."""
+def _explain(job: ExplainRun) -> None:
+    """Explain missing images, and save each as soon as it is complete."""
     done = [explained(job.output, stem_of(index)) for index in range(len(job.requests))]
     with tqdm(total=len(done), initial=sum(done), desc="explaining", unit="image", file=sys.stderr) as bar:
         for index, request in enumerate(job.requests):
@@ -135,8 +153,8 @@ def _explain(job: Run) -> None:
                 bar.update()
 
 
-def _save(job: Run, stem: str, found: Explanation) -> None:
-    """Pictures and arrays first, then what says that they are whole."""
+def _save(job: ExplainRun, stem: str, found: Explanation) -> None:
+    """Write pictures and arrays, then the .json with their hashes."""
     recording, drawn = found.recording, {}
     drawn["png"] = Image.fromarray(recording.image)
     drawn["sheet.png"] = sheet(recording, f"seed {found.request.seed}, {job.facts}")
@@ -159,7 +177,8 @@ def _save_png(picture: Image.Image, path: Path) -> None:
         picture.save(temporary, format="PNG")
 
 
-def _unused(job: Run, entries: list[Entry]) -> Unused:
+def _unused(job: ExplainRun, entries: list[ExplainedImage]) -> Unused:
+    """Find the passes and stages at which experts are unused in all images."""
     latent = [
         side // job.pipeline.vae_scale_factor
         for side in read_pixels(job.output / f"{entries[0].stem}.png").shape[:2]
@@ -173,8 +192,8 @@ def _unused(job: Run, entries: list[Entry]) -> Unused:
     )
 
 
-def _skipped(job: Run, unused: Unused, entries: list[Entry]) -> list[float]:
-    """The images again, with experts left out where no image uses them: how far each is from what it was."""
+def _skipped(job: ExplainRun, unused: Unused, entries: list[ExplainedImage]) -> list[float]:
+    """Sample the images again without experts where they are unused; return their RMSE from the originals."""
     if "skipped" not in job.settings.kinds or not unused.cells.any():
         return []
     found = []
@@ -190,13 +209,16 @@ def _skipped(job: Run, unused: Unused, entries: list[Entry]) -> list[float]:
 
 
 def _distance(record: Path) -> float | None:
-    """What _skip found before; None if it is not there, or damaged."""
+    """Read an RMSE that _skip saved before; None if the file is missing or damaged."""
     found = json_or_none(record)
     value = found.get("rmse") if isinstance(found, dict) else None
     return value if isinstance(value, float) and 0 <= value <= 255 else None
 
 
-def _skip(job: Run, unused: Unused, entry: Entry, request: Request, record: Path, picture: Path) -> float:
+def _skip(
+    job: ExplainRun, unused: Unused, entry: ExplainedImage, request: Request, record: Path, picture: Path
+) -> float:
+    """Sample one image without unused experts; save it and its RMSE."""
     before = read_pixels(job.output / f"{entry.stem}.png")
     with torch.no_grad(), adjust_weights(job.ensemble.denoiser, Skipping(job.ensemble.denoiser, unused)):
         after = sample(job.pipeline, [request], job.sampling)[0]
@@ -213,7 +235,7 @@ def _skip(job: Run, unused: Unused, entry: Entry, request: Request, record: Path
     return distance
 
 
-def _write(job: Run, entries: list[Entry], unused: Unused, found: dict[str, Any]) -> None:
+def _write(job: ExplainRun, entries: list[ExplainedImage], unused: Unused, found: dict[str, Any]) -> None:
     means = np.mean([entry.means for entry in entries], axis=0)
     _save_png(chart(unused, means, entries[0].timesteps, len(entries)), job.output / CHART)
     write_atomically(job.output / RESULTS, json.dumps(found, indent=1, ensure_ascii=False))

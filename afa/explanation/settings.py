@@ -1,4 +1,4 @@
-"""What an explanation is asked to do. No heavy imports: the command line's help comes from here."""
+"""The settings of `afa explain`. This module imports no torch, so that --help is fast."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,21 +16,16 @@ COUNTERFACTUALS = {
 }
 DEFAULT = ["off", "swapped", "frozen", "equal", "skipped"]
 NONE = "none"
-UNBOUND = (
-    "ensemble",
-    "output",
-    "device",
-    "json",
-    "prompts",
-)  # may differ when a folder is gone on with; the ensemble is bound by its content
+# Settings that may change when a run is resumed; the ensemble and the prompts are compared by their content.
+UNBOUND = ("ensemble", "output", "device", "json", "prompts")
 
 
 @dataclass(frozen=True)
 class ExplainSettings(CheckedOptions):
-    """One explanation, field by field a flag of `afa explain`."""
+    """The settings of one explanation; each field is a flag of `afa explain`."""
 
     output: str = option(
-        help="a folder for pictures, data and explain.html; images that are explained there already are kept"
+        help="a folder for pictures, data and explain.html; images that are already explained there are kept"
     )
     ensemble: str | None = option(
         None,
@@ -44,13 +39,13 @@ class ExplainSettings(CheckedOptions):
     seed: int = option(
         0,
         **SEED_OR_DRAWN,
-        help="seed of the first image, 0 to 2**64 - 1; image k has seed + k; -1 draws one and says it",
+        help="seed of the first image, 0 to 2**64 - 1; image k has seed + k; -1 draws one and prints it",
     )
     steps: int | None = option(None, **SAMPLING_STEPS, help="denoising steps (default: 50)")
     guidance: float | None = option(
         None,
         **GUIDANCE,
-        help="strength of guidance, 1 turns it off (default: the family's own: 7.5, SDXL 5, SD3 7, FLUX.1-dev 3.5)",
+        help="strength of guidance; 1: off (default: the family's own: 7.5, SDXL 5, SD3 7, FLUX.1-dev 3.5)",
     )
     true_guidance: float | None = option(
         None,
@@ -64,13 +59,14 @@ class ExplainSettings(CheckedOptions):
     height: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
     counterfactuals: list[str] = option(
         DEFAULT,
-        help=f"what would have been: {'; '.join(f'{name} ({what})' for name, what in COUNTERFACTUALS.items())}; or {NONE}",
+        help="images to sample again with changed weights: "
+        f"{'; '.join(f'{name} ({what})' for name, what in COUNTERFACTUALS.items())}; or {NONE}",
     )
     word_steps: int = option(
-        4, least=0, most=10_000, help="steps at which every word is left out to see what it changes; 0: none"
+        4, least=0, most=10_000, help="number of steps at which the effect of each word is measured; 0: none"
     )
     threshold: float = option(
-        0.02, above=0, below=1, help="an expert whose mean weight stays below this is unused there"
+        0.02, above=0, below=1, help="an expert is unused where its mean weight stays below this"
     )
     experts: list[str] | None = option(
         None, place=True, help="new places of the ensemble's experts that have moved, each NAME=PLACE"
@@ -87,12 +83,12 @@ class ExplainSettings(CheckedOptions):
 
     @property
     def kinds(self) -> list[str]:
-        """The counterfactuals asked for, each once."""
+        """The names of the counterfactuals, without repetitions."""
         given = [name for words in self.counterfactuals for name in words.split(",") if name]
         return [] if given == [NONE] else list(dict.fromkeys(given))
 
     def binding(self) -> dict[str, Any]:
-        """What a folder is bound to, beside the content of the prompts and of the ensemble."""
+        """Return the settings that must stay the same when a run is resumed."""
         return {name: value for name, value in asdict(self).items() if name not in UNBOUND} | {
             "counterfactuals": self.kinds
         }
@@ -101,7 +97,8 @@ class ExplainSettings(CheckedOptions):
         for name in self.kinds:
             if name == NONE:
                 raise UserError(
-                    f"--counterfactuals {' '.join(self.counterfactuals)} asks for none and for some; give one or the other"
+                    f"--counterfactuals {' '.join(self.counterfactuals)} asks for none and for some;"
+                    " give one or the other"
                 )
             if name not in COUNTERFACTUALS:
                 raise UserError(

@@ -1,4 +1,4 @@
-"""Who weighs how much: by stage, step and place."""
+"""Mean weights of the experts: by stage, by step and by place in the image."""
 
 import re
 from collections.abc import Sequence
@@ -14,12 +14,15 @@ from afa.pictures import mean_over_stages, overlay
 from afa.stats import Estimate, estimate
 from afa.training.measure import BANDS, GROUPS
 
-HALVED_FROM = 8  # stages of one kind; so many transformer blocks are two groups
+HALVED_FROM = 8  # from so many transformer blocks of one kind on, they form two groups
 FINAL = "final"  # the last stage, where predictions become one
 
 
 def stage_groups(stages: Sequence[str]) -> dict[str, list[str]]:
-    """Stages by what they are part of: IN, M, OUT and the final one; of transformers, blocks of a kind, many of them in two halves."""
+    """Group stages: IN, M, OUT and the final stage of a U-Net; blocks of one kind of a transformer.
+
+    Transformer blocks form two groups from HALVED_FROM blocks of one kind on.
+    """
     groups: dict[str, list[str]] = {}
     for stage in stages[:-1]:
         kind = re.match(r"[A-Za-z]*", stage)
@@ -33,13 +36,18 @@ def stage_groups(stages: Sequence[str]) -> dict[str, list[str]]:
 
 
 def bands(timesteps: Sequence[float], train_timesteps: int) -> NDArray[np.int64]:
-    """The band of each pass, from 0 (least noise) to BANDS - 1."""
+    """Return the timestep band of each pass, from 0 (least noise) to BANDS - 1."""
     return (np.asarray(timesteps) * BANDS / train_timesteps).astype(np.int64).clip(0, BANDS - 1)
 
 
 @dataclass(frozen=True)
 class Shares:
-    """weights (G, BANDS, N): of one image, means over passes, stages and places, each with sum 1 over experts; nan: a band without a pass."""
+    """The mean weights of one image.
+
+    experts: names (N)
+    groups:  names of the groups of stages (G)
+    weights: (G, BANDS, N) means over passes, stages and places; sum 1 over N; nan where a band has no pass
+    """
 
     experts: tuple[str, ...]
     groups: tuple[str, ...]
@@ -47,12 +55,15 @@ class Shares:
 
     @property
     def total(self) -> NDArray[np.float64]:
-        """Each expert's mean over groups and bands (N,)."""
+        """(N,) each expert's mean over groups and bands."""
         return np.nanmean(self.weights, axis=(0, 1))
 
 
 def shares(recording: Recording, train_timesteps: int) -> Shares:
-    """Of one image. train_timesteps: of the noise schedule, of which the bands are equal parts."""
+    """Compute the mean weights of one image.
+
+    train_timesteps: number of timesteps of the noise schedule; the bands are equal parts of it
+    """
     groups, own = stage_groups(recording.stages), bands(recording.timesteps, train_timesteps)
     found = np.full((len(groups), BANDS, len(recording.experts)), np.nan)
     for row, members in enumerate(groups.values()):
@@ -63,7 +74,7 @@ def shares(recording: Recording, train_timesteps: int) -> Shares:
 
 
 def estimates(several: Sequence[NDArray[np.float64]]) -> NDArray[np.object_]:
-    """Cell by cell the Estimate over images; None where no image has a value."""
+    """Return for every cell the Estimate over images; None where no image has a value."""
     stacked = np.stack(several)
     found = np.empty(stacked.shape[1:], dtype=object)
     for place in np.ndindex(found.shape):
@@ -74,7 +85,7 @@ def estimates(several: Sequence[NDArray[np.float64]]) -> NDArray[np.object_]:
 
 
 def as_data(found: Estimate | None) -> dict[str, float | int | None] | None:
-    """For JSON: of a single image, low and high are null."""
+    """Convert an Estimate to JSON values; low and high are null for a single image."""
     if found is None:
         return None
     around = {"low": None, "high": None} if found.n == 1 else {"low": found.low, "high": found.high}
@@ -90,7 +101,13 @@ def weights_at(
     stages: str | Sequence[str] | None = None,
     side: tuple[int, int] | None = None,
 ) -> NDArray[np.float32]:
-    """Mean weights over some passes and stages, None: all: (N, H, W), convex over N. side: H and W, default the image's."""
+    """Average the weights over passes and stages.
+
+    passes: indices of passes; None: all
+    stages: names of fused stages; None: all
+    side:   height and width of the result in pixels; None: those of the image
+    Returns (N, H, W) that sums to 1 over N.
+    """
     chosen = (
         range(len(recording.timesteps))
         if passes is None
@@ -110,16 +127,21 @@ def weights_at(
 def overlay_at(
     recording: Recording, passes: int | Sequence[int] | None = None, stages: str | Sequence[str] | None = None
 ) -> NDArray[np.uint8]:
-    """The image in grey, tinted by who weighs where: (H, W, 3) uint8. passes, stages: see weights_at."""
+    """Return the image in grey, tinted with the experts' colours by weight: (H, W, 3) uint8.
+
+    passes, stages: see weights_at
+    """
     return overlay(recording.image, weights_at(recording, passes, stages))
 
 
 def lead_at(
     recording: Recording, passes: int | Sequence[int] | None = None, stages: str | Sequence[str] | None = None
 ) -> NDArray[np.uint8]:
-    """The image, tinted by who weighs more there than elsewhere: weights by their means over the map, the differences sharpened.
+    """Return the image tinted by the expert whose weight is above its own mean: (H, W, 3) uint8.
 
-    Where one expert weighs most everywhere, overlay_at shows nothing but that one; this shows what belongs to whom.
+    Weights are divided by their means over the map, and the differences are sharpened. If one expert has the
+    largest weight everywhere, overlay_at shows only its colour; this picture shows where each expert leads.
+    passes, stages: see weights_at
     """
     weights = weights_at(recording, passes, stages)
     lead = (weights / np.maximum(weights.mean((1, 2), keepdims=True), 1e-6)) ** SHARP
@@ -127,7 +149,7 @@ def lead_at(
 
 
 def resized(places: NDArray[np.floating], side: tuple[int, int]) -> NDArray[np.float32]:
-    """One map (h, w) -> (H, W)."""
+    """Resize one map (h, w) bilinearly to side (H, W)."""
     found = torch.nn.functional.interpolate(
         torch.from_numpy(np.asarray(places, np.float32))[None, None], size=side, mode="bilinear"
     )
@@ -136,7 +158,7 @@ def resized(places: NDArray[np.floating], side: tuple[int, int]) -> NDArray[np.f
 
 
 def spotlight(image: NDArray[np.uint8], places: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """The image where `places` (h, w) is large, faded to white where it is small, over the map's own range: (H, W, 3) uint8."""
+    """Fade the image to white where `places` (h, w) is small, over the range of that map: (H, W, 3) uint8."""
     height, width = image.shape[:2]
     light = resized(places, (height, width))
     low, high = float(light.min()), float(light.max())

@@ -1,4 +1,4 @@
-"""What several explained images say together: numbers with their intervals over images."""
+"""Summaries over several explained images: estimates with their intervals."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from afa.evaluation.results import versions
 from afa.explanation.causes import Unused
-from afa.explanation.explanation import Entry
+from afa.explanation.explanation import ExplainedImage
 from afa.explanation.shares import as_data, estimates
 from afa.stats import Estimate, estimate
 from afa.training.measure import BANDS
@@ -17,7 +17,14 @@ from afa.training.measure import BANDS
 
 @dataclass(frozen=True)
 class WordMean:
-    """A word over all prompts that have it. omitted, hidden: the weight it moves; pull: by expert, with the word minus without."""
+    """The effect of a word, over all prompts that contain it.
+
+    word:    in lower case
+    omitted: share of the weight that moves when the word is removed from the prompt
+    hidden:  the same when it is hidden from the aggregators; None if they read no text
+    looked:  share of the attention that goes to it; None if there is no attention
+    pull:    for each expert, weight with the word minus weight without it
+    """
 
     word: str
     omitted: Estimate
@@ -26,8 +33,11 @@ class WordMean:
     pull: list[Estimate]
 
 
-def word_means(entries: Sequence[Entry]) -> list[WordMean]:
-    """The words of all prompts, in small letters, what moves most first; a word twice in a prompt counts with its mean there."""
+def word_means(entries: Sequence[ExplainedImage]) -> list[WordMean]:
+    """Return the words of all prompts in lower case, the word with the largest effect first.
+
+    A word that is repeated in one prompt counts once, with its mean.
+    """
     by_word: dict[str, list[list[dict[str, Any]]]] = {}
     for entry in entries:
         own: dict[str, list[dict[str, Any]]] = {}
@@ -41,21 +51,25 @@ def word_means(entries: Sequence[Entry]) -> list[WordMean]:
 
 
 def _word(word: str, images: Sequence[Sequence[Mapping[str, Any]]]) -> WordMean:
+    """Average one word over the images (outer list) whose prompts contain it."""
+
     def over(name: str) -> Estimate | None:
         if images[0][0][name] is None:
             return None
         return estimate(np.asarray([np.mean([row[name] for row in rows]) for rows in images]))
 
-    pulls = np.asarray(
-        [np.mean([row["omitted_pull"] for row in rows], axis=0) for rows in images]
-    )  # (images, N)
+    # (images, N)
+    pulls = np.asarray([np.mean([row["omitted_pull"] for row in rows], axis=0) for rows in images])
     omitted = over("omitted")
     assert omitted is not None
     return WordMean(word, omitted, over("hidden"), over("looked"), [estimate(column) for column in pulls.T])
 
 
-def distances(entries: Sequence[Entry], skipped: Sequence[float]) -> dict[str, Estimate]:
-    """RMSE from the image as it is, by title, over images. skipped: of "experts left out where unused", if that was tried."""
+def distances(entries: Sequence[ExplainedImage], skipped: Sequence[float]) -> dict[str, Estimate]:
+    """Return the RMSE of every counterfactual from the original image, by title, over images.
+
+    skipped: RMSE of each image without unused experts; empty if that was not asked for
+    """
     titles = [one["title"] for one in entries[0].facts["counterfactuals"]]
     columns = {
         title: [entry.facts["counterfactuals"][place]["rmse"] for entry in entries]
@@ -67,9 +81,9 @@ def distances(entries: Sequence[Entry], skipped: Sequence[float]) -> dict[str, E
 
 
 def as_json(
-    settings: Mapping[str, Any], entries: Sequence[Entry], unused: Unused, skipped: Sequence[float]
+    settings: Mapping[str, Any], entries: Sequence[ExplainedImage], unused: Unused, skipped: Sequence[float]
 ) -> dict[str, Any]:
-    """explain.json: everything that was measured."""
+    """Return the content of explain.json: everything that was measured."""
     groups = entries[0].facts["shares"]["groups"]
     found = estimates([entry.shares for entry in entries])
     by_group = {
