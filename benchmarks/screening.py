@@ -29,10 +29,10 @@ from afa.ensemble import Ensemble
 from afa.experts.spec import ExpertSpec
 from afa.files import write_atomically
 from afa.latents import latents_of
-from afa.screening.asking import Asking, Common, common
-from afa.screening.comparison import Comparison
+from afa.screening.comparison import ExpertComparison
 from afa.screening.plan import encoded
-from afa.screening.run import Questions
+from afa.screening.predict import ExpertPredictor, SharedParts, load_shared_parts
+from afa.screening.run import AnswerCollector
 from afa.screening.settings import ScreenSettings
 from afa.screening.verdict import CALIBRATION, Fit
 from afa.stats import Estimate, gain
@@ -122,10 +122,10 @@ def _write(place: Path, sources: list[tuple[Path, float]], noise: float, seed: i
 def judge(ensemble: Ensemble, data: Path) -> list[list[float]]:
     """Squared errors by image and band on scenes nobody has seen, the noise always the same: (JUDGED, BANDS)."""
     cpu, vae = torch.device("cpu"), ensemble.frame.vae
-    common = Common(vae, ensemble.frame.scheduler, None, None, torch.float32, cpu)
+    common = SharedParts(vae, ensemble.frame.scheduler, None, None, torch.float32, cpu)
     noising = Noising(common.scheduler, latents_of(vae), cpu)
     probes = encoded(str(data), vae, noising, images=JUDGED, draws=1, seed=99, resolution=SIDE)
-    asking = Asking(ensemble, common.conditions(ensemble), noising, probes, batch_size=4)
+    asking = ExpertPredictor(ensemble, common.conditions(ensemble), noising, probes, batch_size=4)
     return [asking.ask(image).errors.square().mean((1, 2, 3, 4)).tolist() for image in range(JUDGED)]
 
 
@@ -175,13 +175,13 @@ def realised(name: str, places: dict[str, Path], work: Path, steps: int, seed: i
     return {"experts": losses, "average": average, "router": router, "afa": afa}
 
 
-def head_rooms(places: dict[str, Path], work: Path) -> dict[str, Comparison]:
+def head_rooms(places: dict[str, Path], work: Path) -> dict[str, ExpertComparison]:
     """What `afa screen` would find of every set; experts of several sets are asked once."""
     from afa.experts.meta_model import read_outline
 
     settings = ScreenSettings([str(BASE), *map(str, EXPERTS.values())], data=str(work.parent / "data"))
     specs = {name: ExpertSpec(name, str(place)) for name, place in places.items()}
-    frame = common(read_outline(specs["base"]).expert, None, None, None, torch.float32, torch.device("cpu"))
+    frame = load_shared_parts(read_outline(specs["base"]).expert, None, None, None, torch.float32, torch.device("cpu"))
     noising = Noising(frame.scheduler, latents_of(frame.vae), frame.device)
     probes = encoded(
         str(work.parent / "data"),
@@ -193,15 +193,15 @@ def head_rooms(places: dict[str, Path], work: Path) -> dict[str, Comparison]:
         resolution=SIDE,
     )
     stores = dict(
-        zip(specs, Questions(frame, noising, probes, settings, work).all(list(specs.values())), strict=True)
+        zip(specs, AnswerCollector(frame, noising, probes, settings, work).all(list(specs.values())), strict=True)
     )
     return {
-        name: Comparison(tuple(experts), [stores[expert] for expert in experts])
+        name: ExpertComparison(tuple(experts), [stores[expert] for expert in experts])
         for name, experts in SETS.items()
     }
 
 
-def row(name: str, comparison: Comparison, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def row(name: str, comparison: ExpertComparison, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """One set: head-room by place and by element, and the gains that were realised, means over training seeds."""
     members = range(len(comparison.names))
     experts = np.array([np.mean(losses, axis=1) for losses in runs[0]["experts"].values()])  # (N, JUDGED)
@@ -257,7 +257,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     for method in ("afa", "router"):
         fit = Fit.of([one["head_room"].value for one in rows], [one[method].value for one in rows])
         lines.append(
-            f"gain of {method} = {fit.slope:.3f} · head-room, within {fit.spread:.3f} for 95 % of the sets when foretold by the others"
+            f"gain of {method} = {fit.slope:.3f} · head-room, within {fit.spread:.3f} for 95 % of the sets when forecast by the others"
         )
     return "\n".join(lines)
 

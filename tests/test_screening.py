@@ -9,7 +9,7 @@ import torch
 from tiny import sd_pipeline
 
 from afa.experts.spec import ExpertSpec
-from afa.screening.comparison import Comparison, chance_agreement, routes
+from afa.screening.comparison import ExpertComparison, chance_agreement, routes
 from afa.screening.distances import SAME, distances, features_apart
 from afa.screening.plan import Probes
 from afa.screening.verdict import (
@@ -19,7 +19,7 @@ from afa.screening.verdict import (
     ONE,
     Evidence,
     Fit,
-    Foretold,
+    Forecast,
     fits,
     judge,
     over,
@@ -91,7 +91,7 @@ class Kept:
 
 
 def comparison(*errors):
-    return Comparison(tuple("abcdef"[: len(errors)]), [Kept(part) for part in errors])
+    return ExpertComparison(tuple("abcdef"[: len(errors)]), [Kept(part) for part in errors])
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def halves():
 
 class TestComparison:
     def test_the_order_of_experts_changes_nothing(self, halves):
-        other = Comparison(("b", "c", "a"), [halves.stores[1], halves.stores[2], halves.stores[0]])
+        other = ExpertComparison(("b", "c", "a"), [halves.stores[1], halves.stores[2], halves.stores[0]])
         assert other.best == halves.best == "b"
         assert np.array_equal(other.values("routed"), halves.values("routed"))
         assert np.allclose(other.wins()[2], halves.wins()[0])
@@ -206,7 +206,7 @@ def test_features_that_have_nothing_in_common_are_root_two_apart():
 class TestForetelling:
     def test_a_proportional_gain_is_found_exactly(self):
         fit = Fit.of([0.1, 0.2, 0.4], [0.05, 0.1, 0.2])
-        assert fit(0.3) == Foretold(pytest.approx(0.15), pytest.approx(0.15), pytest.approx(0.15), 3)
+        assert fit(0.3) == Forecast(pytest.approx(0.15), pytest.approx(0.15), pytest.approx(0.15), 3)
         assert fit(-0.1).value == 0  # less than nothing is not learnt
 
     def test_the_interval_is_as_wide_as_sets_are_off_when_the_others_foretell_them(self):
@@ -215,8 +215,8 @@ class TestForetelling:
         assert fit.spread == pytest.approx(0.1)
 
     def test_a_gain_over_something_better_than_the_best_expert_is_less(self):
-        assert over(Foretold(0.2, 0.1, 0.3, 5), 0.0).value == pytest.approx(0.2)
-        assert over(Foretold(0.2, 0.1, 0.3, 5), 0.2).value == pytest.approx(0)
+        assert over(Forecast(0.2, 0.1, 0.3, 5), 0.0).value == pytest.approx(0.2)
+        assert over(Forecast(0.2, 0.1, 0.3, 5), 0.2).value == pytest.approx(0)
 
     def test_the_calibration_rests_on_a_dozen_sets_and_more_head_room_is_more_gain(self):
         sets = json.loads(CALIBRATION.read_text())["sets"]
@@ -236,7 +236,7 @@ GOOD = Evidence(
     base=(),
     lost={"a": about(0.5), "b": about(0.1), "c": about(0.04)},
     room=about(0.2),
-    afa=Foretold(0.15, 0.1, 0.2, 12),
+    afa=Forecast(0.15, 0.1, 0.2, 12),
     average=about(-0.1),
     order=("a", "b", "c"),
     enough=3,
@@ -269,13 +269,13 @@ class TestVerdict:
         assert judge(dataclasses.replace(GOOD, average=about(0.05))).action == ENSEMBLE
 
     def test_without_head_room_one_is_enough_unless_the_average_helps(self):
-        poor = dataclasses.replace(GOOD, room=about(0.003), afa=Foretold(0.002, 0, 0.01, 12), enough=1)
+        poor = dataclasses.replace(GOOD, room=about(0.003), afa=Forecast(0.002, 0, 0.01, 12), enough=1)
         assert judge(dataclasses.replace(poor, average=about(-0.01))).headline == "One is enough: a."
         assert judge(dataclasses.replace(poor, average=about(0.02))).action == MERGE
         assert judge(dataclasses.replace(poor, average=None)).action == ONE
 
     def test_copies_are_never_merged_with_each_other(self):
-        copies = dataclasses.replace(GOOD, names=("a", "b"), same={"b": "a"}, order=("a", "b"), enough=1, room=about(0, 0), afa=Foretold(0, 0, 0, 12))
+        copies = dataclasses.replace(GOOD, names=("a", "b"), same={"b": "a"}, order=("a", "b"), enough=1, room=about(0, 0), afa=Forecast(0, 0, 0, 12))
         found = judge(dataclasses.replace(copies, average=about(0.02)))
         assert (found.action, found.experts) == (ONE, ("a",))
 

@@ -19,8 +19,8 @@ from afa.experts.meta_model import read_outline
 from afa.experts.spec import ExpertSpec
 from afa.latents import latents_of
 from afa.screening import run
-from afa.screening.asking import Asking, common
 from afa.screening.plan import encoded, plan
+from afa.screening.predict import ExpertPredictor, load_shared_parts
 from afa.screening.report import as_html
 from afa.screening.run import screen
 from afa.screening.settings import ScreenSettings
@@ -62,10 +62,10 @@ def test_a_duplicate_is_found_and_the_others_are_ensembled(screened):
 def test_losses_are_those_of_the_training_objective(screened):
     ensemble = Ensemble.from_experts([CURVES], aggregator="mean")
     first = read_outline(ExpertSpec.parse(CURVES)).expert
-    frame = common(first, None, None, None, torch.float32, CPU)
+    frame = load_shared_parts(first, None, None, None, torch.float32, CPU)
     noising = Noising(frame.scheduler, latents_of(frame.vae), CPU)
     probes = encoded("scenes:3", frame.vae, noising, images=3, draws=2, seed=0, resolution=64)
-    asking = Asking(ensemble, frame.conditions(ensemble), noising, probes, batch_size=3)  # not a divisor of a step's draws
+    asking = ExpertPredictor(ensemble, frame.conditions(ensemble), noising, probes, batch_size=3)  # not a divisor of a step's draws
     errors = torch.stack([asking.ask(image).errors for image in range(3)])
     assert errors.square().mean().item() == pytest.approx(screened[0]["losses"]["curves"]["overall"]["value"], rel=1e-5)
     latents, step = probes.latents[:1], probes.steps(0, noising)[2:3]
@@ -90,7 +90,7 @@ def test_an_expert_of_another_kind_is_asked_in_the_frames_kind(tmp_path):
 
 def test_an_interrupted_screening_goes_on_to_the_same_numbers(small, tmp_path, monkeypatch):
     whole = screen(settings(*small[:2], output=tmp_path / "whole", resolution=64))
-    asked, ask = [], Asking.ask
+    asked, ask = [], ExpertPredictor.ask
 
     def interrupted(self, image, features=False):
         if len(asked) == 4:
@@ -98,12 +98,12 @@ def test_an_interrupted_screening_goes_on_to_the_same_numbers(small, tmp_path, m
         asked.append(image)
         return ask(self, image, features)
 
-    monkeypatch.setattr(Asking, "ask", interrupted)
+    monkeypatch.setattr(ExpertPredictor, "ask", interrupted)
     again = settings(*small[:2], output=tmp_path / "out", resolution=64)
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         screen(again)
     counted = []
-    monkeypatch.setattr(Asking, "ask", lambda self, image, features=False: counted.append(image) or ask(self, image, features))
+    monkeypatch.setattr(ExpertPredictor, "ask", lambda self, image, features=False: counted.append(image) or ask(self, image, features))
     assert screen(again) == whole
     assert len(counted) == 2 * 3 + 3 - 4  # two experts and their average, three images each, of which four were there
 

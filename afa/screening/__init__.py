@@ -1,4 +1,4 @@
-"""Is this set of experts worth ensembling, and which of them? Asked before any training.
+"""Screen experts before training: is this set worth ensembling, and which experts of it?
 
 Importing this package loads no torch.
 """

@@ -1,10 +1,9 @@
-"""Head-room and agreement of experts, from their errors alone.
+"""Head-room and agreement of experts, computed from their errors.
 
-Learnable head-room: what routing could gain over the best expert, judged by structure that survives a change of noise.
-
-For an image and a timestep several noises are drawn; all experts predict on the same noisy latents. At every element the expert
-that won (least squared error) most often on the *other* draws answers for a held-out draw. What only the noise decides
-cancels, so a trained router could learn what is left.
+Learnable head-room is the share by which routing between experts could lower the loss of the best expert. For
+each image and timestep, several noises are drawn, and all experts predict on the same noisy latents. At every
+element of a held-out draw, the expert with the lowest squared error in most of the *other* draws is chosen.
+Differences that depend on the noise alone cancel; a trained router could learn the differences that remain.
 """
 
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from afa.screening.asking import Store
+from afa.screening.predict import AnswerStore
 from afa.stats import Estimate, estimate, gain
 
 Array = NDArray[np.float64]
@@ -29,10 +28,14 @@ Array = NDArray[np.float64]
 class Routes:
     """Mean squared errors at one image and timestep, over all draws and elements.
 
-    experts (N,). routed: every element answered by the winner of the other draws. routed_pixels: the same with one winner for all channels
-    of a place, which is all that weight maps can express. mean: of the experts' predictions. sample_oracle, element_oracle: the best
-    expert of a draw, of an element, chosen with the truth: upper bounds only. wins (N,): shares of the elements. agreement: how often the
-    winners of two draws are the same.
+    experts:        (N,) of each expert
+    routed:         each element from the winner of the other draws
+    routed_pixels:  the same with one winner for all channels of a place, as weight maps can express it
+    mean:           of the mean of the experts' predictions
+    sample_oracle:  of the best expert of each draw, chosen by its true error: a bound
+    element_oracle: of the best expert of each element, chosen by its true error: a bound
+    wins:           (N,) share of the elements that each expert wins; sums to 1
+    agreement:      share of pairs of draws with the same winner, from 0 to 1
     """
 
     experts: Array
@@ -46,9 +49,10 @@ class Routes:
 
 
 def routes(errors: Tensor) -> Routes:
-    """errors (N, D, C, h, w): prediction minus target of N experts at D noises, the best expert first: ties go to it.
+    """Compute the errors of all ways to route at one image and timestep.
 
-    Raises ValueError for fewer than two draws: none would be left to learn from.
+    errors: (N, D, C, h, w) prediction minus target of N experts at D noises; ties go to the first expert
+    Raises ValueError for fewer than two draws.
     """
     if errors.shape[1] < 2:
         raise ValueError(f"head-room needs at least two draws of noise, got {errors.shape[1]}")
@@ -72,7 +76,10 @@ def routes(errors: Tensor) -> Routes:
 
 
 def routed(squared: Tensor) -> float:
-    """Squared errors (N, D, E), the best expert first -> the mean where each element's winner of the other draws answers for a draw."""
+    """Return the mean squared error if each element comes from the winner of the other draws.
+
+    squared: (N, D, E) squared errors; ties go to the first expert
+    """
     winners = squared.argmin(0)
     return _routed(squared, winners, _counts(winners, len(squared)))
 
@@ -87,28 +94,33 @@ def _routed(squared: Tensor, winners: Tensor, counts: Tensor) -> float:
 
 
 def _counts(winners: Tensor, experts: int) -> Tensor:
-    """(D, E) -> how often each expert won each element, (N, E)."""
+    """Count how often each expert wins each element: winners (D, E) -> (N, E)."""
     return torch.stack([(winners == expert).sum(0) for expert in range(experts)])
 
 
 def chance_agreement(wins: Array, weights: Sequence[float] | None = None) -> float:
-    """How often two draws would agree if only win rates mattered: the sum of squared win rates. wins (images, N)."""
+    """Return how often two draws would have the same winner by chance: the sum of squared win rates.
+
+    wins:    (images, N)
+    weights: of the images; None: equal
+    """
     rates = np.average(wins, axis=0, weights=weights)
     return float((rates**2).sum())
 
 
-FEW = 60  # sets of experts, all of which are tried
+FEW = 60  # up to so many subsets of a size, all are tried
 
 
 @dataclass
-class Comparison:
-    """Experts' answers at the same probes. names, stores: in the order given; images M, bands as asked.
+class ExpertComparison:
+    """Compares the experts' answers at the same probes; only one image's answers are in memory at a time.
 
-    The answers of one image are in memory at a time.
+    names:  of the experts, in the order given
+    stores: their answers
     """
 
     names: tuple[str, ...]
-    stores: Sequence[Store]
+    stores: Sequence[AnswerStore]
 
     @property
     def images(self) -> int:
@@ -120,14 +132,14 @@ class Comparison:
 
     @cached_property
     def losses(self) -> Array:
-        """(N, M, BANDS): the mean squared error of each expert."""
+        """(N, M, BANDS) mean squared error of each expert."""
         return np.stack(
             [[self._losses(store, image) for image in range(self.images)] for store in self.stores]
         )
 
     @cached_property
     def ranking(self) -> list[int]:
-        """The experts, the lowest loss first."""
+        """The indices of the experts, the lowest loss first."""
         return [int(place) for place in np.argsort(self.losses.mean((1, 2)), kind="stable")]
 
     @property
@@ -136,28 +148,32 @@ class Comparison:
 
     @cached_property
     def routes(self) -> list[list[Routes]]:
-        """By image and band, experts in the order of ranking."""
+        """The routes of each image and band; experts are in the order of ranking."""
         return [
             [routes(errors) for errors in self._errors(self.ranking, image)] for image in range(self.images)
         ]
 
     def values(self, name: str) -> Array:
-        """One number of the routes: (M, BANDS)."""
+        """Return one field of all routes: (M, BANDS)."""
         return np.array([[getattr(found, name) for found in bands] for bands in self.routes])
 
     def wins(self) -> Array:
-        """(N, M, BANDS) in the order given."""
+        """Return the win rates (N, M, BANDS), experts in the order given."""
         found = np.array([[bands.wins for bands in image] for image in self.routes])  # (M, BANDS, N)
         return np.moveaxis(found, -1, 0)[np.argsort(self.ranking)]
 
     def gains(self, losses: Array) -> tuple[Estimate, list[Estimate]]:
-        """1 - losses (M, BANDS) over the best expert's: of all bands, of each. The best one is the best of all bands."""
+        """Compute the gain 1 - loss / loss of the best expert, over all bands and in each band.
+
+        losses: (M, BANDS)
+        The best expert is the one with the lowest loss over all bands.
+        """
         overall = gain(losses.mean(1), self.losses.mean(2))
         best = self.losses[self.ranking[0]]
         return overall, [gain(losses[:, band], best[None, :, band]) for band in range(self.bands)]
 
     def agreement(self) -> list[tuple[Estimate, float]]:
-        """By band: how often the winners of two draws are the same, and how often they would be by chance."""
+        """Return for each band how often two draws have the same winner: observed, and by chance."""
         wins = self.wins()
         observed = self.values("agreement")
         return [
@@ -165,7 +181,10 @@ class Comparison:
         ]
 
     def routed(self, members: Sequence[int]) -> Array:
-        """The routed loss (M, BANDS) of some of the experts, pixels: one winner for all channels of a place. One expert: its own."""
+        """Return the loss (M, BANDS) of routing between some experts, one winner for all channels of a place.
+
+        members: indices of the experts; the loss of a single expert is its own
+        """
         ordered = tuple(sorted(members, key=self.ranking.index))
         if len(ordered) == 1:
             return self.losses[ordered[0]]
@@ -186,7 +205,7 @@ class Comparison:
         return routed(errors.square().mean(2).flatten(2))
 
     def greedy(self) -> list[tuple[int, ...]]:
-        """The best set of each size, from the best expert on, adding the one that lowers the routed loss most."""
+        """Return a set of each size: the best expert first, then always the one that lowers the loss most."""
         chosen = [self.ranking[0]]
         path = [tuple(chosen)]
         while len(chosen) < len(self.names):
@@ -196,7 +215,7 @@ class Comparison:
         return path
 
     def best_of_size(self, size: int) -> tuple[int, ...]:
-        """Of all sets of that size where they are few, else the greedy one."""
+        """Return the best set of a size: among all sets if there are at most FEW, else the greedy one."""
         if comb(len(self.names), size) > FEW:
             return self.greedy()[size - 1]
         return min(
@@ -204,7 +223,7 @@ class Comparison:
         )
 
     def apart(self, one: int, other: int) -> list[float]:
-        """How far two experts' predictions are apart, by band: root mean square, in units of what they are both wrong by."""
+        """Return the RMS distance of two experts' predictions in each band, in units of their RMS error."""
         pair = (min(one, other), max(one, other))
         if pair not in self._apart_by_pair:
             self._apart_by_pair[pair] = self._measured_apart(*pair)
@@ -227,9 +246,9 @@ class Comparison:
             .numpy()
         )
 
-    def _losses(self, store: Store, image: int) -> Any:
+    def _losses(self, store: AnswerStore, image: int) -> Any:
         return store.errors(image).square().double().mean((1, 2, 3, 4)).numpy()
 
     def _errors(self, members: Sequence[int], image: int) -> list[torch.Tensor]:
-        """By band, (N, D, C, h, w)."""
+        """Read the errors of some experts at one image: for each band (N, D, C, h, w)."""
         return list(torch.stack([self.stores[place].errors(image) for place in members], dim=1))

@@ -15,14 +15,20 @@ from afa.experts.spec import ExpertSpec
 from afa.merging.keys import TEXT_ENCODERS, stage_names
 from afa.merging.sources import Reader, Source, open_source
 
-TEXT = "text"  # what stands for the text encoders beside the stages
-SAME = 2e-3  # relative distance below which two experts are one, but for rounding: half precision moves weights by 3e-4, bfloat16 by 1.1e-3
+TEXT = "text"  # the name of the text encoders beside the stages
+# Experts that are closer (relative distance) are equal up to rounding: 3e-4 for float16, 1.1e-3 for bfloat16.
+SAME = 2e-3
 
 
 @dataclass(frozen=True)
 class Distances:
-    """names: of the experts. stages: of the denoiser in order, and TEXT. grams: by stage, inner products (N + 1, N + 1) of the experts'
-    differences from a reference, which is the base if there is one, else the first expert; the last row is the reference itself. based: whether it is a base.
+    """Distances between the weights of N experts.
+
+    names:  of the experts
+    stages: of the denoiser in order, and TEXT
+    grams:  stage -> (N + 1, N + 1) inner products of the experts' differences from a reference; the last row
+            is the reference itself: the base model, or else the first expert
+    based:  whether the reference is the base model
     """
 
     names: tuple[str, ...]
@@ -31,24 +37,30 @@ class Distances:
     based: bool
 
     def between(self, one: int, other: int, stage: str | None = None) -> float:
-        """‖a - b‖ over the root mean square of ‖a‖ and ‖b‖: 0 for the same weights. stage: default all of the denoiser."""
+        """Return ‖a - b‖ over the root mean square of ‖a‖ and ‖b‖: 0 for the same weights.
+
+        stage: of the denoiser; None: the whole denoiser
+        """
         gram = self._gram(stage)
         apart = gram[one, one] + gram[other, other] - 2 * gram[one, other]
         size = (self._norm(gram, one) + self._norm(gram, other)) / 2
         return float(np.sqrt(max(apart, 0.0) / size)) if size else 0.0
 
     def from_base(self, one: int) -> float:
-        """‖a - base‖ / ‖base‖, of the denoiser."""
+        """Return ‖a - base‖ / ‖base‖ of the denoiser."""
         gram = self._gram(None)
         return float(np.sqrt(gram[one, one] / gram[-1, -1]))
 
     def cosine_to_base(self, one: int) -> float:
-        """Of the parameters of the denoiser; 1 is the base itself."""
+        """Return the cosine of the denoiser's parameters to the base; 1: the same direction."""
         gram = self._gram(None)
         return float((gram[one, -1] + gram[-1, -1]) / np.sqrt(self._norm(gram, one) * gram[-1, -1]))
 
     def cosine_of_changes(self, one: int, other: int) -> float | None:
-        """Between what two experts changed about the base: 1 the same direction, 0 nothing in common. None if one changed nothing."""
+        """Return the cosine of two experts' differences from the base: 1 the same direction, 0 orthogonal.
+
+        None if one of them equals the base.
+        """
         gram = self._gram(None)
         size = np.sqrt(gram[one, one] * gram[other, other])
         return float(gram[one, other] / size) if size else None
@@ -60,11 +72,11 @@ class Distances:
 
     @staticmethod
     def _norm(gram: NDArray[np.float64], one: int) -> float:
-        """‖a‖², a being the reference plus its difference."""
+        """Return ‖a‖², where a is the reference plus the expert's difference."""
         return float(gram[one, one] + 2 * gram[one, -1] + gram[-1, -1])
 
     def facts(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return all distances, ready for JSON."""
         count = range(len(self.names))
         pairs = [(one, other) for one in count for other in count if one < other]
         return {
@@ -87,7 +99,12 @@ class Distances:
 
 
 def distances(specs: Sequence[ExpertSpec], base: ExpertSpec | None, config: str | None) -> Distances:
-    """Read all weights once. Raises UserError for experts whose weights cannot be read key by key (pickles, foreign single files)."""
+    """Read the weights of all experts once and compute their distances.
+
+    base:   the model that the experts were fine-tuned from; None: not known
+    config: architecture of single files; None: detected
+    Raises UserError for experts whose weights cannot be read key by key (pickles, foreign single files).
+    """
     sources = [open_source(spec, config) for spec in specs]
     reference = sources[0] if base is None else open_source(base, config)
     grams: dict[str, NDArray[np.float64]] = {}
@@ -112,14 +129,15 @@ def distances(specs: Sequence[ExpertSpec], base: ExpertSpec | None, config: str 
 
 
 def _common(sources: Sequence[Source], reference: Source) -> list[str]:
-    """The keys of numbers that all have. Raises UserError for shapes that differ."""
+    """Return the floating-point keys that all models have. Raises UserError for shapes that differ."""
     shapes = [source.floats() for source in (*sources, reference)]
     keys = [key for key in shapes[0] if all(key in other for other in shapes)]
     for key in keys:
         for source, other in zip((*sources, reference), shapes, strict=True):
             if other[key] != shapes[0][key]:
                 raise UserError(
-                    f"'{source.name}': {key} is {list(other[key])}, expected {list(shapes[0][key])}; all must be of one architecture"
+                    f"'{source.name}': {key} is {list(other[key])}, expected {list(shapes[0][key])};"
+                    " all must be of one architecture"
                 )
     return keys
 
@@ -128,7 +146,10 @@ Features = Mapping[str, NDArray[np.float32]]  # by stage, (samples, C, places)
 
 
 def features_apart(one: Features, other: Features) -> dict[str, float]:
-    """By stage, ‖f - g‖ over the root mean square of ‖f‖ and ‖g‖: 0 for the same features, √2 for features that have nothing in common."""
+    """Return for each stage ‖f - g‖ over the root mean square of ‖f‖ and ‖g‖.
+
+    0: the same features; √2: orthogonal features.
+    """
     return {stage: _apart(one[stage].astype(np.float64), other[stage].astype(np.float64)) for stage in one}
 
 
@@ -138,7 +159,7 @@ def _apart(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
 
 
 def stage_pairs(names: Sequence[str], found: Sequence[Features]) -> list[dict[str, object]]:
-    """Ready for JSON: every pair with its distances by stage."""
+    """Return the distances of every pair of experts by stage, ready for JSON."""
     pairs = [(one, other) for one in range(len(names)) for other in range(one + 1, len(names))]
     return [
         {"experts": [names[one], names[other]], "stages": features_apart(found[one], found[other])}

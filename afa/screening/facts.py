@@ -1,4 +1,4 @@
-"""Everything a screening found, ready for JSON; numbers with interval and n where they are about images."""
+"""The content of screen.json; numbers over images have an interval and n."""
 
 from dataclasses import asdict
 from typing import Any
@@ -6,25 +6,35 @@ from typing import Any
 import numpy as np
 
 from afa.places import public_place
-from afa.screening.asking import Store
-from afa.screening.comparison import Comparison
+from afa.screening.comparison import ExpertComparison
 from afa.screening.distances import SAME, Distances, stage_pairs
-from afa.screening.plan import Plan
+from afa.screening.plan import ScreenPlan
+from afa.screening.predict import AnswerStore
 from afa.screening.verdict import UNKNOWN, WORTH, Evidence, Verdict, fits, judge, over
 from afa.stats import Estimate, difference, estimate
 from afa.version import __version__
 
 NEAR = 0.1  # of their errors: predictions that are less apart are nearly the same
 UNKNOWABLE = (
-    "Which expert is right, what each adds, whether routing or merging gains anything: for that captioned images are needed (--data). "
+    "Which expert is right, what each adds, whether routing or merging gains anything:"
+    " for that captioned images are needed (--data). "
     "Known without them: which experts are the same, and where they disagree."
 )
 
 
 def facts_of(
-    planned: Plan, comparison: Comparison, apart: Distances | str, average: Store | str, steps: int
+    planned: ScreenPlan,
+    comparison: ExpertComparison,
+    apart: Distances | str,
+    average: AnswerStore | str,
+    steps: int,
 ) -> dict[str, Any]:
-    """apart, average: or why there are none. steps: of the forward process."""
+    """Return everything that a screening found, ready for JSON.
+
+    apart:   distances between weights, or the reason why there are none
+    average: answers of the weight average, or the reason why there are none
+    steps:   number of timesteps of the noise schedule
+    """
     settings = planned.settings
     common = {
         "afa": __version__,
@@ -45,15 +55,19 @@ def facts_of(
     return common | _judged(comparison, apart, average)
 
 
-def _judged(comparison: Comparison, apart: Distances | str, average: Store | str) -> dict[str, Any]:
-    """What images tell."""
+def _judged(
+    comparison: ExpertComparison, apart: Distances | str, average: AnswerStore | str
+) -> dict[str, Any]:
+    """Return what can be computed only with captioned images."""
     room, by_band = comparison.gains(comparison.routed(range(len(comparison.names))))
     lost = leave_one_out(comparison)
     averaged = (
-        None if isinstance(average, str) else comparison.gains(Comparison(("average",), [average]).losses[0])
+        None
+        if isinstance(average, str)
+        else comparison.gains(ExpertComparison(("average",), [average]).losses[0])
     )
     average_gain = None if averaged is None else averaged[0]
-    foretold = {method: fit(room.value) for method, fit in fits().items()}
+    forecast = {method: fit(room.value) for method, fit in fits().items()}
     subsets = _subsets(comparison)
     evidence = Evidence(
         names=comparison.names,
@@ -62,18 +76,18 @@ def _judged(comparison: Comparison, apart: Distances | str, average: Store | str
         base=_bases(comparison, apart),
         lost=lost,
         room=room,
-        afa=foretold["afa"],
+        afa=forecast["afa"],
         average=average_gain,
         order=[comparison.names[place] for place in comparison.greedy()[-1]],
         enough=_enough(comparison),
         near=_near(comparison),
     )
     predicted = {
-        "over_best": asdict(foretold["afa"]),
-        "over_router": asdict(over(foretold["afa"], foretold["router"].value)),
+        "over_best": asdict(forecast["afa"]),
+        "over_router": asdict(over(forecast["afa"], forecast["router"].value)),
     }
     predicted["over_average"] = (
-        None if average_gain is None else asdict(over(foretold["afa"], average_gain.value))
+        None if average_gain is None else asdict(over(forecast["afa"], average_gain.value))
     )
     return {
         "best": comparison.best,
@@ -92,12 +106,12 @@ def _judged(comparison: Comparison, apart: Distances | str, average: Store | str
 
 
 def _bands(bands: int, steps: int) -> list[list[int]]:
-    """First and last timestep of each."""
+    """Return the first and last timestep of each band."""
     return [[band * steps // bands, (band + 1) * steps // bands - 1] for band in range(bands)]
 
 
-def _losses(comparison: Comparison) -> dict[str, Any]:
-    """By expert: of all bands, of each; and the share of elements it wins."""
+def _losses(comparison: ExpertComparison) -> dict[str, Any]:
+    """Return for each expert the loss over all bands and in each band, and the share of elements it wins."""
     wins = comparison.wins().mean(2)  # (N, M)
     found = {}
     for place, name in enumerate(comparison.names):
@@ -110,8 +124,8 @@ def _losses(comparison: Comparison) -> dict[str, Any]:
     return found
 
 
-def _bounds(comparison: Comparison) -> dict[str, Any]:
-    """Other ways of answering with the same experts, as gains over the best one."""
+def _bounds(comparison: ExpertComparison) -> dict[str, Any]:
+    """Return the gains over the best expert of other ways to combine or choose predictions."""
     by_time = comparison.losses.mean(1).argmin(0)  # the best of each band
     timesteps = np.stack([comparison.losses[place, :, band] for band, place in enumerate(by_time)], axis=1)
     rows = {
@@ -131,8 +145,8 @@ def _gains(found: tuple[Estimate, list[Estimate]]) -> dict[str, Any]:
     return {"overall": asdict(found[0]), "bands": [asdict(one) for one in found[1]]}
 
 
-def leave_one_out(comparison: Comparison) -> dict[str, Estimate]:
-    """By how much the routed loss rises without an expert, as a share of it with all."""
+def leave_one_out(comparison: ExpertComparison) -> dict[str, Estimate]:
+    """Return the rise of the routed loss without each expert, as a share of the loss with all experts."""
     places = range(len(comparison.names))
     whole = comparison.routed(places).mean(1)
     found = {}
@@ -145,8 +159,8 @@ def leave_one_out(comparison: Comparison) -> dict[str, Estimate]:
     return found
 
 
-def _subsets(comparison: Comparison) -> list[dict[str, Any]]:
-    """The best set of every size."""
+def _subsets(comparison: ExpertComparison) -> list[dict[str, Any]]:
+    """Return the best set of every size."""
     found = []
     for size in range(1, len(comparison.names) + 1):
         members = comparison.best_of_size(size)
@@ -161,8 +175,8 @@ def _subsets(comparison: Comparison) -> list[dict[str, Any]]:
     return found
 
 
-def _enough(comparison: Comparison) -> int:
-    """How many experts of the greedy path come within WORTH of all of them."""
+def _enough(comparison: ExpertComparison) -> int:
+    """Return the smallest number of experts of the greedy path whose loss is within WORTH of the best."""
     path = comparison.greedy()
     whole = min(comparison.routed(members).mean() for members in path)
     return next(
@@ -172,8 +186,8 @@ def _enough(comparison: Comparison) -> int:
     )
 
 
-def _same(comparison: Comparison, apart: Distances | str) -> dict[str, str]:
-    """A later expert -> the earlier one whose weights it has; by its predictions where weights cannot be compared."""
+def _same(comparison: ExpertComparison, apart: Distances | str) -> dict[str, str]:
+    """Return later expert -> earlier expert with the same weights (predictions if there are no weights)."""
     count = range(len(comparison.names))
     found = {}
     for other in count:
@@ -186,8 +200,8 @@ def _same(comparison: Comparison, apart: Distances | str) -> dict[str, str]:
     return found
 
 
-def _near(comparison: Comparison) -> dict[str, tuple[str, float]]:
-    """A later expert -> the earlier one whose predictions are nowhere further than NEAR from its own, and how far at most."""
+def _near(comparison: ExpertComparison) -> dict[str, tuple[str, float]]:
+    """Return later expert -> earlier expert with predictions closer than NEAR in all bands, and the distance."""
     found: dict[str, tuple[str, float]] = {}
     for other in range(len(comparison.names)):
         for one in range(other):
@@ -197,14 +211,14 @@ def _near(comparison: Comparison) -> dict[str, tuple[str, float]]:
     return found
 
 
-def _bases(comparison: Comparison, apart: Distances | str) -> list[str]:
+def _bases(comparison: ExpertComparison, apart: Distances | str) -> list[str]:
     if isinstance(apart, str) or not apart.based:
         return []
     return [name for place, name in enumerate(comparison.names) if apart.from_base(place) < SAME]
 
 
-def _predictions(comparison: Comparison) -> list[dict[str, Any]]:
-    """How far predictions are apart, by pair and band."""
+def _predictions(comparison: ExpertComparison) -> list[dict[str, Any]]:
+    """Return the distances of predictions of every pair of experts, by band."""
     count = range(len(comparison.names))
     return [
         {"experts": [comparison.names[one], comparison.names[other]], "bands": comparison.apart(one, other)}
@@ -214,7 +228,7 @@ def _predictions(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def _only_disagreement(comparison: Comparison, apart: Distances | str) -> dict[str, Any]:
+def _only_disagreement(comparison: ExpertComparison, apart: Distances | str) -> dict[str, Any]:
     same = _same(comparison, apart)
     dropped = {name: f"it is {other} but for rounding" for name, other in same.items()}
     dropped |= dict.fromkeys(_bases(comparison, apart), "it is the base model under another name")

@@ -1,4 +1,4 @@
-"""What a screening asks: images, timesteps, noises."""
+"""The probes of a screening (images, timesteps, noises), and the checks before any weights are read."""
 
 import sys
 from collections.abc import Sequence
@@ -32,10 +32,14 @@ from afa.training.noise import Noising
 
 @dataclass(frozen=True)
 class Probes:
-    """latents (M, C, h, w): clean, as denoisers see them, on the CPU. captions (M). sizes (M, 6): SDXL's size conditions.
+    """The images at which experts predict, with their timesteps and noises.
 
-    digest: a hash of the images and captions.
-    draws D: of noise, at every image and step. seed: of steps and noise; a point's numbers do not depend on how many points there are.
+    latents:  (M, C, h, w) clean and scaled, on the CPU
+    captions: (M)
+    sizes:    (M, 6) SDXL's size conditions
+    draws:    D noises at every image and timestep
+    seed:     of timesteps and noise; those of an image do not depend on the number of images
+    digest:   hash of the images and captions
     """
 
     latents: Tensor
@@ -49,33 +53,34 @@ class Probes:
         return len(self.captions)
 
     def steps(self, image: int, noising: Noising) -> Tensor:
-        """One step in each band, drawn for this image: (BANDS,)."""
+        """Draw one timestep in each band for one image: (BANDS,)."""
         rng = _stream(self.seed, image, 0)
         places = (torch.arange(BANDS) + torch.rand(BANDS, generator=rng)) / BANDS
         return (places * noising.steps).long().clamp(max=noising.steps - 1)
 
     def noise(self, image: int) -> Tensor:
-        """(BANDS, D, C, h, w)."""
+        """Draw the noises of one image: (BANDS, D, C, h, w)."""
         rng = _stream(self.seed, image, 1)
         return torch.randn((BANDS, self.draws, *self.latents.shape[1:]), generator=rng)
 
 
 def _stream(seed: int, image: int, which: int) -> torch.Generator:
-    """A generator of its own for every seed, image and one of two uses."""
+    """Return a generator for a seed, an image and one of two uses."""
     mixed = (seed * 1_000_003 + image) * 2 + which
     return torch.Generator().manual_seed(mixed if seed < NARROW else narrow(mixed))
 
 
-FEW = 50  # images, encoded without a bar
-AT_ONCE = 8
+FEW = 50  # fewer images are encoded without a progress bar
+AT_ONCE = 8  # images that are encoded in one batch
 
 
 def find(place: str, images: int, columns: Columns | None = None) -> Source:
-    """List the first so many captioned images. Raises UserError if there are fewer than two."""
+    """List the first `images` captioned images. Raises UserError if there are fewer than two."""
     source = open_source(place, columns, images)
     if len(source.samples) < 2:
         raise UserError(
-            f"--data {place} holds {len(source.samples)} captioned image; at least 2 are needed for an interval"
+            f"--data {place} holds {len(source.samples)} captioned image;"
+            " at least 2 are needed for an interval"
         )
     return source
 
@@ -83,7 +88,10 @@ def find(place: str, images: int, columns: Columns | None = None) -> Source:
 def encoded(
     place: str | Source, vae: Any, noising: Noising, *, images: int, draws: int, seed: int, resolution: int
 ) -> Probes:
-    """The probes of the images that can be read; others are left out and noted in the source. resolution: of the squares, in pixels."""
+    """Encode the images; unreadable images are left out and noted in the source.
+
+    resolution: side of the cropped squares in pixels
+    """
     source = find(place, images) if isinstance(place, str) else place
     work = [(sample, [Crop(resolution)]) for sample in source.samples]
     vae.to(noising.device)
@@ -108,11 +116,18 @@ VAE_FACTOR = 8  # of all known VAEs of SD and SDXL; for denoisers that come with
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is found before a weight is read.
+class ScreenPlan:
+    """What is known before any weights are read.
 
-    first: the first expert, without its weights. lender: a folder whose text encoders and scheduler denoisers alone borrow. apart: why
-    features cannot be fused though predictions can, in sentences. latent: (C, h, w).
+    settings:   as given
+    specs:      of the experts
+    first:      the first expert, without its weights
+    lender:     folder whose text encoders and scheduler are used for bare denoisers; None: none needed
+    apart:      reasons why the experts' features cannot be fused, although their predictions can be compared
+    latent:     (C, h, w)
+    resolution: side of the images in pixels
+    images:     number of images
+    source:     of captioned images; None: the experts sample them from prompts
     """
 
     settings: ScreenSettings
@@ -127,11 +142,11 @@ class Plan:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one expert's errors."""
+        """The shape of one expert's errors: (M, BANDS, D, C, h, w)."""
         return (self.images, BANDS, self.settings.draws, *self.latent)
 
     def facts(self) -> dict[str, Any]:
-        """For people and for --json."""
+        """Return what --dry-run prints."""
         bytes_each = 4 * torch.Size(self.shape).numel()
         return {
             "experts": [spec.name for spec in self.specs],
@@ -143,7 +158,7 @@ class Plan:
         }
 
     def no_average_reason(self) -> str | None:
-        """Why the weight average is not asked; None if it is."""
+        """Return why the weight average is not screened; None if it is."""
         if self.settings.no_average:
             return "left out by --no-average"
         if self.settings.prompts is not None:
@@ -151,8 +166,8 @@ class Plan:
         return f"cannot be made: {self.apart[0]}" if self.apart else None
 
 
-def plan(settings: ScreenSettings) -> Plan:
-    """Read files' headers and list the data. Raises UserError for whatever would fail later."""
+def plan(settings: ScreenSettings) -> ScreenPlan:
+    """Read the headers of weight files and list the data. Raises UserError for what would fail later."""
     specs = [ExpertSpec.parse(text, settings.prediction_type) for text in settings.experts]
     check_names(specs)
     experts = [read_outline(spec, settings.config).expert for spec in specs]
@@ -167,15 +182,16 @@ def plan(settings: ScreenSettings) -> Plan:
     if source is not None:
         check_skipped(source, settings.max_skipped)
     images = _prompts(settings) if source is None else len(source.samples)
-    return Plan(
+    return ScreenPlan(
         settings, specs, experts[0], lender, mismatches(experts), *_size(settings, experts[0]), images, source
     )
 
 
 def _lender(experts: Sequence[Expert], frame: str | None) -> str | None:
-    """Whose folder denoisers alone borrow from: the frame, or the first expert that is a pipeline's folder; they are then compared as if they had its text.
+    """Return the folder that lends text encoders and scheduler to bare denoisers; None if it is not needed.
 
-    Raises UserError if some are, and there is none.
+    It is --frame, or the first expert that is a pipeline's folder. The bare denoisers get its text encoders
+    and tokenizers for the comparison. Raises UserError if a bare denoiser has no lender.
     """
     bare = [expert for expert in experts if not expert.text_encoders]
     if not bare:
@@ -194,13 +210,14 @@ def _lender(experts: Sequence[Expert], frame: str | None) -> str | None:
         expert.scheduler = lent_scheduler(expert, lent)
     if frame is None and folder is None:
         raise UserError(
-            f"expert '{bare[0].name}' is a denoiser alone; name a pipeline's folder that lends it text encoders and scheduler: --frame FOLDER"
+            f"expert '{bare[0].name}' is a denoiser alone;"
+            " name a pipeline's folder that lends it text encoders and scheduler: --frame FOLDER"
         )
     return place
 
 
 def _prompts(settings: ScreenSettings) -> int:
-    """How many there are to draw. Raises UserError for fewer than two."""
+    """Return the number of prompts to sample. Raises UserError for fewer than two."""
     found = min(settings.images, len(read_prompts(Path(str(settings.prompts)))))
     if found < 2:
         raise UserError(f"--prompts {settings.prompts} holds {found} prompt; at least 2 are needed")
@@ -208,7 +225,10 @@ def _prompts(settings: ScreenSettings) -> int:
 
 
 def _size(settings: ScreenSettings, expert: Expert) -> tuple[tuple[int, int, int], int]:
-    """Of latents (C, h, w), and of images in pixels. Raises UserError for a resolution that no latent has."""
+    """Return the shape of latents (C, h, w) and the side of images in pixels.
+
+    Raises UserError for a resolution that the VAE and the denoiser cannot represent.
+    """
     call, config = FAMILIES[expert.family].call, expert.model.config
     factor = VAE_FACTOR if expert.vae is None else latents_of(expert.vae).factor
     found = call.side(config)

@@ -1,4 +1,4 @@
-"""Expert after expert: loaded alone, asked, its answers kept on disk, forgotten."""
+"""Load one expert at a time, compute its predictions at the probes, and keep their errors on disk."""
 
 import gc
 import json
@@ -44,8 +44,16 @@ from afa.training.objectives import Pass
 
 
 @dataclass(frozen=True)
-class Common:
-    """What all experts are asked in: the first one's VAE and scheduler. lender: a folder whose text encoders bare denoisers borrow."""
+class SharedParts:
+    """What all experts share while they are compared.
+
+    vae:       of the first expert
+    scheduler: of the first expert; errors are in its kind of prediction
+    lender:    folder whose text encoders and scheduler are used for bare denoisers; None: none needed
+    config:    architecture of single files; None: detected
+    dtype:     of the models
+    device:    on which they run
+    """
 
     vae: Any
     scheduler: Any
@@ -55,8 +63,8 @@ class Common:
     device: torch.device
 
     def load(self, spec: ExpertSpec) -> Ensemble:
-        """An expert by itself, its predictions turned into the frame's kind where they are of another."""
-        expert = load_alone(spec, self.lender, self.dtype, self.config)
+        """Load one expert; its predictions are converted to the scheduler's kind of prediction."""
+        expert = load_single(spec, self.lender, self.dtype, self.config)
         kind = conversion(Schedule.of(expert.scheduler), Schedule.of(self.scheduler))
         widths = [width_of(encoder) for encoder in expert.text_encoders]
         maker = FAMILIES[expert.family].denoiser
@@ -67,18 +75,29 @@ class Common:
         return Ensemble([expert], denoiser, Frame([expert], lender=expert.lender)).to(self.device)
 
     def conditions(self, ensemble: Ensemble) -> Conditions:
-        """Its own text encoders."""
+        """Return the prompt encoding of an expert, by its own text encoders."""
         return Conditions(ensemble.pipeline(vae=self.vae), ensemble.denoiser, self.device)
 
 
-def common(
-    first: Expert, lender: str | None, vae: str | None, config: str | None, dtype: torch.dtype, device: torch.device
-) -> Common:  # fmt: skip
-    """first: an expert without its weights (see outline.py). vae: instead of its own. Raises UserError if VAE or scheduler is nowhere to be had."""
+def load_shared_parts(
+    first: Expert,
+    lender: str | None,
+    vae: str | None,
+    config: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> SharedParts:  # fmt: skip
+    """Load what all experts share.
+
+    first:  the first expert, without its weights (see experts/meta_model.py)
+    lender: see SharedParts
+    vae:    place of a VAE that replaces the first expert's; None: its own
+    Raises UserError if there is no VAE or no scheduler.
+    """
     borrowed = None if first.scheduler is not None else load_lender(_folder(first, lender), dtype)
     scheduler = first.scheduler if borrowed is None else borrowed.scheduler
     if vae is not None:
-        return Common(
+        return SharedParts(
             load_vae(locate(ExpertSpec("vae", vae)), config, dtype, like=first),
             scheduler,
             lender,
@@ -92,19 +111,20 @@ def common(
         if own is not None
         else (borrowed or load_lender(_folder(first, lender), dtype)).load_vae()
     )
-    return Common(found, scheduler, lender, config, dtype, device)
+    return SharedParts(found, scheduler, lender, config, dtype, device)
 
 
 def _folder(expert: Expert, frame: str | None) -> str:
     if frame is None:
         raise UserError(
-            f"expert '{expert.name}' lacks a VAE, text encoders or a scheduler; name a pipeline's folder that lends them: --frame FOLDER"
+            f"expert '{expert.name}' lacks a VAE, text encoders or a scheduler;"
+            " name a pipeline's folder that lends them: --frame FOLDER"
         )
     return frame
 
 
-def load_alone(spec: ExpertSpec, lender: str | None, dtype: torch.dtype, config: str | None) -> Expert:
-    """One expert. Raises UserError for a denoiser alone that nobody lends text encoders and scheduler to."""
+def load_single(spec: ExpertSpec, lender: str | None, dtype: torch.dtype, config: str | None) -> Expert:
+    """Load one expert. Raises UserError for a bare denoiser without a lender."""
     (expert,) = load_experts([spec], dtype, config)
     if not expert.text_encoders:
         lend([expert], _folder(expert, lender), dtype)
@@ -112,19 +132,24 @@ def load_alone(spec: ExpertSpec, lender: str | None, dtype: torch.dtype, config:
 
 
 def forget() -> None:
-    """Give back the memory of an expert that is no longer referred to."""
+    """Free the memory of an expert that is no longer referenced."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-AT_ONCE = 4
+AT_ONCE = 4  # images that are sampled in one batch
 
 
 def draw_prompts(
-    settings: ScreenSettings, specs: Sequence[ExpertSpec], frame: Common, resolution: int, folder: Path
+    settings: ScreenSettings, specs: Sequence[ExpertSpec], frame: SharedParts, resolution: int, folder: Path
 ) -> Path:
-    """Prompt k is drawn by expert k, counted round; pictures that are there are kept: -> a folder of captioned images."""
+    """Sample an image for each prompt, the experts taking turns; existing images are kept.
+
+    resolution: side of the images in pixels
+    folder:     is created and filled with images and captions
+    Returns folder.
+    """
     prompts = read_prompts(Path(str(settings.prompts)))[: settings.images]
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{place:05d}.png" for place in range(len(prompts))]
@@ -148,11 +173,11 @@ def _draw(
     prompts: Sequence[str],
     files: Sequence[Path],
     settings: ScreenSettings,
-    frame: Common,
+    frame: SharedParts,
     side: int,
     bar: tqdm,
 ) -> None:
-    """One expert's share, some at once."""
+    """Sample the missing images of one expert, AT_ONCE in a batch."""
     ensemble = frame.load(spec)
     frame.vae.to(frame.device)
     pipeline = ensemble.pipeline(vae=frame.vae)
@@ -171,12 +196,14 @@ def _draw(
     forget()
 
 
-PLACES = 16  # of an image, the same at every stage and for every expert
-SEED = 5
+PLACES = (
+    16  # places of the image at which features are recorded, the same at every stage and for every expert
+)
+SEED = 5  # of the places
 
 
-class Tapped:
-    """A stage that shows what it puts out; in all else it is the one it stands for."""
+class RecordingStage:
+    """A stage that records its output; all other attributes are those of the wrapped stage."""
 
     def __init__(self, stage: Stage, seen: dict[str, Tensor]) -> None:
         self._stage, self._seen = stage, seen
@@ -193,11 +220,15 @@ class Tapped:
 
 
 @contextmanager
-def tapped(denoiser: EnsembleDenoiser) -> Iterator[dict[str, Tensor]]:
-    """Inside, a pass leaves its features here: by stage, (B, C, PLACES) float32; each pass those of the last one's place."""
+def record_features(denoiser: EnsembleDenoiser) -> Iterator[dict[str, Tensor]]:
+    """Record the features of every pass inside the context.
+
+    Yields a dict: stage -> (B, C, PLACES) float32 on the CPU, of the latest pass.
+    """
     seen: dict[str, Tensor] = {}
     before = denoiser.parallel_stages
-    denoiser.parallel_stages = [tuple(Tapped(stage, seen) for stage in column) for column in before]  # type: ignore[misc]
+    recording = [tuple(RecordingStage(stage, seen) for stage in column) for column in before]
+    denoiser.parallel_stages = recording  # type: ignore[assignment]
     try:
         yield seen
     finally:
@@ -205,7 +236,7 @@ def tapped(denoiser: EnsembleDenoiser) -> Iterator[dict[str, Tensor]]:
 
 
 def at_places(features: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, PLACES): the same parts of the image whatever the size of the map."""
+    """Select the features at PLACES relative positions of a map: (B, C, H, W) -> (B, C, PLACES)."""
     height, width = features.shape[-2:]
     spots = torch.rand(2, PLACES, generator=torch.Generator().manual_seed(SEED))
     rows, columns = (
@@ -217,17 +248,21 @@ def at_places(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Answers:
-    """At one image. errors (BANDS, D, C, h, w) float32 on the CPU: prediction minus target, in the frame's kind of prediction.
+    """One expert's answers at one image.
 
-    features: by stage, (BANDS, C, places), at the first noise; empty where they were not asked for.
+    errors:   (BANDS, D, C, h, w) float32 on the CPU: prediction minus target, in the scheduler's kind
+    features: stage -> (BANDS, C, PLACES) at the first noise; empty if they were not requested
     """
 
     errors: Tensor
     features: dict[str, Tensor]
 
 
-class Asking:
-    """One expert, or an ensemble, asked image by image. batch_size: noisy latents in one pass of the denoiser."""
+class ExpertPredictor:
+    """Computes the predictions of one expert, or of an ensemble, image by image.
+
+    batch_size: noisy latents in one pass of the denoiser
+    """
 
     def __init__(
         self, ensemble: Ensemble, conditions: Conditions, noising: Noising, probes: Probes, batch_size: int
@@ -237,7 +272,7 @@ class Asking:
 
     @torch.no_grad()
     def ask(self, image: int, features: bool = False) -> Answers:
-        """What it says of one image with all its steps and noises."""
+        """Predict at all timesteps and noises of one image; features: whether to record them too."""
         noise = self.probes.noise(image)
         bands, draws = noise.shape[:2]
         steps = self.probes.steps(image, self.noising).repeat_interleave(draws)  # (BANDS·D,)
@@ -245,7 +280,7 @@ class Asking:
         prompt = self._prompt(image)
         errors: list[Tensor] = []
         seen: list[dict[str, Tensor]] = []
-        with tapped(self.denoiser) if features else nullcontext({}) as passing:
+        with record_features(self.denoiser) if features else nullcontext({}) as passing:
             for part in self._parts(Batch(latents, noise.flatten(0, 1), steps)):
                 errors.append(self._error(part, prompt).cpu())
                 seen.append(dict(passing))
@@ -253,7 +288,7 @@ class Asking:
         return Answers(torch.cat(errors).unflatten(0, (bands, draws)), joined)
 
     def _prompt(self, image: int) -> dict[str, Any]:
-        """Its caption, encoded once: the conditions of a batch of one."""
+        """Encode the caption of one image: the conditions of a batch of one."""
         caption, size = self.probes.captions[image], self.probes.sizes[image : image + 1]
         return self.conditions([caption], size, torch.zeros(1, dtype=torch.bool))
 
@@ -276,7 +311,7 @@ class Asking:
 
 
 def repeated(conditions: dict[str, Any], count: int) -> dict[str, Any]:
-    """The conditions of a batch of one, as they are for so many alike: tensors are expanded, not copied."""
+    """Expand the conditions of a batch of one to a batch of `count`; tensors are expanded, not copied."""
     return {name: _repeated(value, count) for name, value in conditions.items()}
 
 
@@ -291,17 +326,21 @@ def _repeated(value: Any, count: int) -> Any:
 DONE, ERRORS, FEATURES = "done", "errors.npy", "features.npz"
 
 
-class Store:
-    """The answers of one expert in a folder. shape: of all errors (M, BANDS, D, C, h, w); float32, memory-mapped.
+class AnswerStore:
+    """The answers of one expert in a folder; errors are float32 and memory-mapped.
 
-    done: how many images, from the first on, have answers that are whole, by their checksums; what is damaged is asked again.
+    folder: is created
+    shape:  of all errors (M, BANDS, D, C, h, w)
+    Answers with a wrong checksum, and all answers after them, are computed again.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
         self.folder, self.shape = folder, shape
         folder.mkdir(parents=True, exist_ok=True)
         noted = json_or_none(folder / DONE)
-        self._sums: list[Any] = noted if isinstance(noted, list) else []  # of every image: see _sum
+        self._sums: list[Any] = (
+            noted if isinstance(noted, list) else []
+        )  # a checksum for each image: see _sum
         errors = self._open() if self._sums else None
         if errors is None:
             self._sums = []
@@ -314,6 +353,7 @@ class Store:
 
     @property
     def done(self) -> int:
+        """How many images, from the first on, have complete answers."""
         return len(self._sums)
 
     @property
@@ -321,7 +361,7 @@ class Store:
         return self.done >= self.shape[0]
 
     def add(self, answers: Answers) -> None:
-        """Keep the next image's answers."""
+        """Append the answers of the next image."""
         self._errors[self.done] = answers.errors.numpy()
         self._errors.flush()
         if answers.features:
@@ -331,7 +371,7 @@ class Store:
         write_atomically(self.folder / DONE, json.dumps(self._sums))
 
     def _open(self) -> np.memmap | None:
-        """What is there; None if it is damaged, or of another shape."""
+        """Open the existing errors; None if they are damaged or have another shape."""
         try:
             found = np.lib.format.open_memmap(self.folder / ERRORS, mode="r+")
         except (OSError, ValueError):
@@ -339,7 +379,7 @@ class Store:
         return found if found.shape == self.shape and found.dtype == np.float32 else None
 
     def _sum(self, image: int) -> list[int] | None:
-        """What tells whether an image's answers are as they were written: crc32 of its errors, and whether it has whole features."""
+        """Return the checksum of one image: crc32 of its errors, and whether its features can be read."""
         if image >= self.shape[0]:
             return None
         return [
@@ -348,11 +388,11 @@ class Store:
         ]
 
     def errors(self, image: int) -> Tensor:
-        """(BANDS, D, C, h, w)."""
+        """Read the errors of one image: (BANDS, D, C, h, w)."""
         return torch.from_numpy(np.array(self._errors[image]))
 
     def features(self) -> dict[str, NDArray[np.float32]]:
-        """By stage, (samples, C, places)."""
+        """Read the features of all images: stage -> (samples, C, PLACES)."""
         parts = [dict(np.load(file)) for file in sorted(self.folder.glob(f"*-{FEATURES}"))]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 

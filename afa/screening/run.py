@@ -1,4 +1,4 @@
-"""A screening from its settings: experts one after another, then what their answers say of each other."""
+"""Run a screening: compute the answers of one expert after another, then compare them."""
 
 import json
 import shutil
@@ -21,22 +21,29 @@ from afa.latents import latents_of
 from afa.merging.engine import merge_files
 from afa.merging.settings import MergeSettings
 from afa.prompts import read_prompts, warn_of_prompts
-from afa.screening.asking import Asking, Common, Store, common, draw_prompts, forget
-from afa.screening.comparison import Comparison
+from afa.screening.comparison import ExpertComparison
 from afa.screening.distances import Distances, distances
 from afa.screening.facts import facts_of
-from afa.screening.plan import Plan, Probes, encoded, find, plan
+from afa.screening.plan import Probes, ScreenPlan, encoded, find, plan
+from afa.screening.predict import (
+    AnswerStore,
+    ExpertPredictor,
+    SharedParts,
+    draw_prompts,
+    forget,
+    load_shared_parts,
+)
 from afa.screening.settings import ScreenSettings
 from afa.training.data import check_skipped
 from afa.training.measure import BANDS
 from afa.training.noise import Noising
 
-FEATURED = 8  # images at which features are looked at
+FEATURED = 8  # the number of images at which features are recorded
 AVERAGE = "weight-average"
-PROBES = "probes.json"  # what experts are asked about, as a hash
+PROBES = "probes.json"  # a hash of the images and captions
 
 
-def screen(settings: ScreenSettings, planned: Plan | None = None) -> dict[str, Any]:
+def screen(settings: ScreenSettings, planned: ScreenPlan | None = None) -> dict[str, Any]:
     """Compare experts before any training; one expert is in memory at a time.
 
     settings: as the flags of `afa screen`; with an output, an interrupted screening continues
@@ -45,7 +52,7 @@ def screen(settings: ScreenSettings, planned: Plan | None = None) -> dict[str, A
     """
     planned = planned or plan(settings)
     with _workplace(planned) as work:
-        frame = common(
+        frame = load_shared_parts(
             planned.first,
             planned.lender,
             settings.vae,
@@ -57,14 +64,14 @@ def screen(settings: ScreenSettings, planned: Plan | None = None) -> dict[str, A
         probes = _probes(planned, frame, noising, work)
         _check_probes(work / PROBES, probes)
         apart = _distances(planned)
-        asking = Questions(frame, noising, probes, settings, work)
-        comparison = Comparison(tuple(spec.name for spec in planned.specs), asking.all(planned.specs))
+        asking = AnswerCollector(frame, noising, probes, settings, work)
+        comparison = ExpertComparison(tuple(spec.name for spec in planned.specs), asking.all(planned.specs))
         return facts_of(planned, comparison, apart, _average(planned, asking), noising.steps)
 
 
 @contextmanager
-def _workplace(planned: Plan) -> Iterator[Path]:
-    """The output folder, or one that vanishes."""
+def _workplace(planned: ScreenPlan) -> Iterator[Path]:
+    """Yield the output folder, locked and claimed, or a temporary one if there is no output."""
     output = planned.settings.output
     if output is None:
         with tempfile.TemporaryDirectory(prefix="afa-screen-") as place:
@@ -90,17 +97,18 @@ def _workplace(planned: Plan) -> Iterator[Path]:
 
 
 def _check_probes(note: Path, probes: Probes) -> None:
-    """Raises UserError if the images are others than those that experts were asked about before."""
+    """Raise UserError if the images or captions differ from those of the interrupted screening."""
     now = {"sha256 of images and captions": probes.digest}
     if note.exists() and json_or_none(note) != now:
         raise UserError(
-            f"the images or captions have changed since the screening in {note.parent} was begun; choose another --output"
+            f"the images or captions have changed since the screening in {note.parent} was begun;"
+            " choose another --output"
         )
     write_atomically(note, json.dumps(now))
 
 
-def _probes(planned: Plan, frame: Common, noising: Noising, work: Path) -> Probes:
-    """From the data, or from what the experts draw."""
+def _probes(planned: ScreenPlan, frame: SharedParts, noising: Noising, work: Path) -> Probes:
+    """Encode the images of --data, or the images that the experts sample from --prompts."""
     settings = planned.settings
     source: Any = planned.source
     if source is None:
@@ -123,11 +131,11 @@ def _probes(planned: Plan, frame: Common, noising: Noising, work: Path) -> Probe
     return found
 
 
-class Questions:
-    """What experts are asked, and where their answers are kept."""
+class AnswerCollector:
+    """Computes the answers of all experts, one expert after another, and keeps them in `work`."""
 
     def __init__(
-        self, frame: Common, noising: Noising, probes: Probes, settings: ScreenSettings, work: Path
+        self, frame: SharedParts, noising: Noising, probes: Probes, settings: ScreenSettings, work: Path
     ) -> None:
         self.frame, self.noising, self.probes, self.settings, self.work = (
             frame,
@@ -138,8 +146,8 @@ class Questions:
         )
         self.shape = (len(probes), BANDS, settings.draws, *probes.latents.shape[1:])
 
-    def all(self, specs: list[ExpertSpec]) -> list[Store]:
-        """The answers of every expert, one after another in memory; those that are there are kept."""
+    def all(self, specs: list[ExpertSpec]) -> list[AnswerStore]:
+        """Compute the missing answers of every expert; one expert is in memory at a time."""
         stores = [self.store(spec) for spec in specs]
         self._check_space(sum(not store.complete for store in stores))
         with tqdm(
@@ -149,19 +157,19 @@ class Questions:
                 self.ask(spec, store, bar)
         return stores
 
-    def store(self, spec: ExpertSpec) -> Store:
-        """Where an expert's answers are, or will be."""
-        return Store(self.work / "answers" / spec.name, self.shape)
+    def store(self, spec: ExpertSpec) -> AnswerStore:
+        """Open the store of an expert's answers."""
+        return AnswerStore(self.work / "answers" / spec.name, self.shape)
 
-    def ask(self, spec: ExpertSpec, store: Store, bar: Any) -> None:
-        """Whatever is missing of one expert, which is in memory only meanwhile."""
+    def ask(self, spec: ExpertSpec, store: AnswerStore, bar: Any) -> None:
+        """Load one expert, compute its missing answers, and free its memory."""
         bar.set_postfix_str(spec.name)
         bar.update(store.done)
         if store.complete:
             return
         ensemble = self.frame.load(spec)
         warn_of_prompts(self.probes.captions, ensemble.denoiser.call, ensemble.frame.tokenizers, "caption")
-        asking = Asking(
+        asking = ExpertPredictor(
             ensemble, self.frame.conditions(ensemble), self.noising, self.probes, self.settings.batch_size
         )
         while not store.complete:
@@ -171,22 +179,23 @@ class Questions:
         forget()
 
     def _check_space(self, missing: int) -> None:
-        """Raises UserError if the disk cannot hold the answers."""
+        """Raise UserError if the disk cannot hold the answers."""
         needed, free = 4 * torch.Size(self.shape).numel() * missing, shutil.disk_usage(self.work).free
         if needed > free:
             raise UserError(
-                f"the answers need {needed / 1e9:.1f} GB in {self.work}, and its disk has {free / 1e9:.1f} GB left; lower --images or --draws"
+                f"the answers need {needed / 1e9:.1f} GB in {self.work},"
+                f" and its disk has {free / 1e9:.1f} GB left; lower --images or --draws"
             )
 
 
-def _average(planned: Plan, asking: Questions) -> Store | str:
-    """The answers of the experts' weight average, or why there are none."""
+def _average(planned: ScreenPlan, asking: AnswerCollector) -> AnswerStore | str:
+    """Return the answers of the experts' weight average, or the reason why there are none."""
     reason = planned.no_average_reason()
     if reason is not None:
         return reason
     place = asking.work / f"{AVERAGE}-model"
     spec = ExpertSpec(AVERAGE, str(place))
-    store = Store(asking.work / AVERAGE, asking.shape)
+    store = AnswerStore(asking.work / AVERAGE, asking.shape)
     try:
         if not store.complete:
             shutil.rmtree(place, ignore_errors=True)  # of a run that was killed here
@@ -205,8 +214,8 @@ def _average(planned: Plan, asking: Questions) -> Store | str:
     return store
 
 
-def _distances(planned: Plan) -> Distances | str:
-    """Between parameters, or why they cannot be compared."""
+def _distances(planned: ScreenPlan) -> Distances | str:
+    """Return the distances between weights, or the reason why they cannot be compared."""
     base = planned.settings.base
     try:
         return distances(

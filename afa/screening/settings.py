@@ -1,4 +1,4 @@
-"""What a screening is asked to do. No heavy imports: the command line's help comes from here."""
+"""The settings of `afa screen`. This module imports no torch, so that --help is fast."""
 
 from dataclasses import dataclass, fields
 
@@ -6,49 +6,46 @@ from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, CheckedOptions, option
 
-FREE = (
-    "output",
-    "batch_size",
-    "allow_outside",
-    "device",
-    "dry_run",
-    "json",
-)  # may differ when a screening goes on: they change no answer
+# Settings that may change when a screening is resumed; they change no answer.
+FREE = ("output", "batch_size", "allow_outside", "device", "dry_run", "json")
 
 
 @dataclass(frozen=True)
 class ScreenSettings(CheckedOptions):
-    """One screening, field by field a flag of `afa screen`."""
+    """The settings of one screening; each field is a flag of `afa screen`."""
 
     experts: list[str] = option(
         positional=True,
         place=True,
-        help="two or more: a diffusers folder, .safetensors file of original layout or org/name@revision, each optionally NAME=… and …+LORA",
+        help="two or more: a diffusers folder, .safetensors file of original layout or org/name@revision,"
+        " each optionally NAME=… and …+LORA",
     )
     data: str | None = option(
         None,
-        help="captioned images: a folder with metadata.jsonl or with a .txt beside every image, a .jsonl, parquet files, "
-        "tar shards or a data set of the hub",
+        help="captioned images: a folder with metadata.jsonl or with a .txt beside every image, a .jsonl,"
+        " parquet files, tar shards or a data set of the hub",
     )
     prompts: str | None = option(
         None,
-        help="instead of --data, a file of prompts: what experts draw of them shows where they disagree, not who is right",
+        help="instead of --data, a file of prompts; the experts' images show where they disagree,"
+        " not which expert is right",
     )
     output: str | None = option(
         None,
-        help="a folder for report.html and screen.json, and for going on after an interruption (default: nothing is kept)",
+        help="a folder for report.html and screen.json; an interrupted screening resumes in it"
+        " (default: nothing is kept)",
     )
     base: str | None = option(
         None,
         place=True,
-        help="the model the experts were fine-tuned from: an expert that is the base under another name is found",
+        help="the model that the experts were fine-tuned from; finds an expert that equals this base",
     )
-    images: int = option(64, least=2, most=10**6, help="the first so many images, or prompts")
+    images: int = option(64, least=2, most=10**6, help="use the first so many images, or prompts")
     draws: int = option(
         4,
         least=2,
         most=1000,
-        help="noises at every image and timestep; head-room is what all but one of them foretell of that one",
+        help="noises at every image and timestep; for head-room, each is predicted by all the others",
     )
     seed: int = option(0, **SEED, help="of timesteps and noise, 0 to 2**64 - 1")
     resolution: int | None = option(
@@ -65,7 +62,7 @@ class ScreenSettings(CheckedOptions):
     max_skipped: float = option(0.1, least=0, below=1, help="share of images that may be unreadable")
     no_average: bool = option(
         False,
-        help="do not write and ask the weight average of all experts, which takes the disk space of one",
+        help="do not screen the weight average of all experts, which needs the disk space of one expert",
     )
     steps: int = option(20, **SAMPLING_STEPS, help="with --prompts: denoising steps")
     guidance: float | None = option(
@@ -78,7 +75,7 @@ class ScreenSettings(CheckedOptions):
     frame: str | None = option(
         None,
         place=True,
-        help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone",
+        help="a pipeline's folder with text encoders, scheduler and VAE for experts that are denoisers alone",
     )
     vae: str | None = option(
         None,
@@ -95,22 +92,24 @@ class ScreenSettings(CheckedOptions):
         super().__post_init__()
         if len(self.experts) < 2:
             raise UserError(
-                f"screening compares experts, and {len(self.experts)} is given ({' '.join(self.experts)}); give at least two"
+                f"screening compares experts, and {len(self.experts)} is given ({' '.join(self.experts)});"
+                " give at least two"
             )
         if (self.data is None) == (self.prompts is None):
             raise UserError("give either --data, captioned images, or --prompts, a file of prompts")
         self._check_prompts_only()
 
     def _check_prompts_only(self) -> None:
-        """Options of --prompts without it, and the other way round."""
+        """Raise UserError for options of --prompts with --data, and the reverse."""
         if self.data is not None and (self.guidance is not None or self.steps != 20):
             raise UserError(
-                "--steps and --guidance are for --prompts, where experts draw; with --data nothing is drawn, so leave them out"
+                "--steps and --guidance are for --prompts, where experts draw;"
+                " with --data nothing is drawn, so leave them out"
             )
         for name in ("image_column", "caption_column", "allow_outside"):
             if self.prompts is not None and getattr(self, name):
                 raise UserError(f"--{name.replace('_', '-')} is for --data; leave it out with --prompts")
 
     def binding(self) -> dict[str, object]:
-        """What must stay the same when a screening goes on."""
+        """Return the settings that must stay the same when a screening is resumed."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in FREE}

@@ -1,8 +1,7 @@
-"""The verdict in words, and the forecast of what AFA would gain.
+"""The forecast of the gain from head-room, and the verdict in words.
 
-From head-room to what training would gain, by what it gained for expert sets that were screened and trained.
-
-The sets and how they were made: benchmarks/screening.py, whose --calibrate writes calibration.json.
+The forecast rests on sets of experts that were screened and then trained:
+`benchmarks/screening.py --calibrate` makes them and writes calibration.json.
 """
 
 import functools
@@ -22,8 +21,13 @@ CALIBRATION = Path(__file__).with_name("calibration.json")
 LEVEL = 0.95
 
 
-class Measured(TypedDict):
-    """One set of experts: its head-room, and what training gained over its best expert."""
+class CalibrationSet(TypedDict):
+    """One set of experts in calibration.json.
+
+    head_room: measured by a screening, as a share of the best expert's loss
+    afa:       measured gain of trained AFA over the best expert, as a share of its loss
+    router:    measured gain of a trained router
+    """
 
     head_room: float
     afa: float
@@ -31,14 +35,20 @@ class Measured(TypedDict):
 
 
 class Calibration(TypedDict):
-    """calibration.json."""
+    """The content of calibration.json."""
 
-    sets: Annotated[list[Measured], Within(2)]
+    sets: Annotated[list[CalibrationSet], Within(2)]
 
 
 @dataclass(frozen=True)
-class Foretold:
-    """A predicted share by which a loss falls, with the interval that held 95 % of the sets it rests on."""
+class Forecast:
+    """A predicted gain.
+
+    value: share by which the loss falls
+    low:   lower end of the interval that held 95 % of the calibration sets
+    high:  upper end
+    sets:  number of calibration sets
+    """
 
     value: float
     low: float
@@ -48,9 +58,11 @@ class Foretold:
 
 @dataclass(frozen=True)
 class Fit:
-    """gain = slope · head-room, through zero, by least squares.
+    """A least-squares fit through zero: gain = slope · head-room.
 
-    spread: when every set is predicted by the others, LEVEL of them are off by no more than this.
+    slope:  of the line
+    spread: LEVEL quantile of the absolute errors if each set is predicted from the other sets
+    sets:   number of calibration sets
     """
 
     slope: float
@@ -64,9 +76,9 @@ class Fit:
         missed = y - np.asarray(each) * x
         return cls(_slope(x, y), float(np.quantile(np.abs(missed), LEVEL, method="higher")), len(x))
 
-    def __call__(self, head_room: float) -> Foretold:
+    def __call__(self, head_room: float) -> Forecast:
         value = self.slope * max(head_room, 0.0)
-        return Foretold(value, value - self.spread, value + self.spread, self.sets)
+        return Forecast(value, value - self.spread, value + self.spread, self.sets)
 
 
 def _slope(x: np.ndarray, y: np.ndarray) -> float:
@@ -75,7 +87,7 @@ def _slope(x: np.ndarray, y: np.ndarray) -> float:
 
 @functools.cache
 def fits() -> dict[str, Fit]:
-    """By method: afa, router; of the sets in calibration.json."""
+    """Return the fits to calibration.json by method: afa, router."""
     points = build(Calibration, read_json(CALIBRATION), CALIBRATION)["sets"]
     room = [point["head_room"] for point in points]
     return {
@@ -84,24 +96,32 @@ def fits() -> dict[str, Fit]:
     }
 
 
-def over(gain: Foretold, other: float) -> Foretold:
-    """A gain over the best expert as one over something whose own gain over the best expert is known."""
+def over(gain: Forecast, other: float) -> Forecast:
+    """Convert a gain over the best expert to one over a method whose own gain over that expert is `other`."""
     value, low, high = (1 - (1 - part) / (1 - other) for part in (gain.value, gain.low, gain.high))
-    return Foretold(value, low, high, gain.sets)
+    return Forecast(value, low, high, gain.sets)
 
 
-WORTH = 0.01  # a loss that is lower by less is not worth a second model in memory
+WORTH = 0.01  # a smaller gain is not worth a second model in memory
 ENSEMBLE, MERGE, ONE, UNKNOWN = "ensemble", "merge", "one", "unknown"
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a verdict rests on. names: in the order given. best: the lowest loss. same: a later expert -> the earlier one it is, but for rounding.
+    """The measurements that a verdict rests on.
 
-    base: experts that are the base itself. lost: by how much the routed loss rises without an expert, as a share. afa: foretold gain over the best
-    expert. average: measured gain of the weight average over the best expert, None if it is not known. order: the greedy path, best expert
-    first. enough: how many of it come within WORTH of all. near: a later expert -> the earlier one whose predictions it nearly makes, and how far
-    they are apart, in units of their errors.
+    names:   of the experts, in the order given
+    best:    the expert with the lowest loss
+    same:    later expert -> earlier expert that it equals up to rounding
+    base:    experts that equal the base model
+    lost:    expert -> rise of the routed loss without it, as a share
+    room:    learnable head-room over the best expert, as a share of its loss
+    afa:     forecast gain of AFA over the best expert
+    average: measured gain of the weight average over the best expert; None: not known
+    order:   the greedy path, the best expert first
+    enough:  number of experts of that path whose loss is within WORTH of the best
+    near:    later expert -> earlier expert with nearly the same predictions, and their distance in units of
+             their errors
     """
 
     names: Sequence[str]
@@ -110,7 +130,7 @@ class Evidence:
     base: Sequence[str]
     lost: Mapping[str, Estimate]
     room: Estimate
-    afa: Foretold
+    afa: Forecast
     average: Estimate | None
     order: Sequence[str]
     enough: int
@@ -119,7 +139,13 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """action: ensemble, merge, one or unknown. experts: to be taken. dropped: expert -> why not. reasons: sentences."""
+    """The advice of a screening.
+
+    action:  ensemble, merge, one or unknown
+    experts: names of the experts to use
+    dropped: expert -> reason why it is not used
+    reasons: sentences
+    """
 
     action: str
     experts: tuple[str, ...]
@@ -137,7 +163,7 @@ class Verdict:
 
 
 def judge(evidence: Evidence) -> Verdict:
-    """The smallest set that is worth it, and the cheapest way to use it."""
+    """Choose the smallest set of experts that is worth its cost, and the cheapest way to use it."""
     dropped = {name: f"it is {other} but for rounding" for name, other in evidence.same.items()}
     bases = [name for name in evidence.base if name not in dropped and name != evidence.best]
     dropped |= dict.fromkeys(bases, "it is the base model under another name, and adds nothing worth a model")
@@ -146,8 +172,9 @@ def judge(evidence: Evidence) -> Verdict:
         if name not in kept and name not in dropped:
             dropped[name] = _adds_little(name, evidence)
     dropped = {name: why for name, why in dropped.items() if name not in kept}
+    best = f"{evidence.best}, the best expert,"
     reasons = [
-        f"Learnable head-room: routing by place would lower the loss of {evidence.best}, the best expert, by {share(evidence.room)}."
+        f"Learnable head-room: routing by place would lower the loss of {best} by {share(evidence.room)}."
     ]
     reasons += [
         f"{name} is the base model under another name; it is kept because it adds to the others."
@@ -167,18 +194,20 @@ def judge(evidence: Evidence) -> Verdict:
             return Verdict(MERGE, tuple(kept), dropped, tuple(reasons))
         how = "lowers it by" if evidence.average.value >= 0 else "raises it by"
         reasons.append(
-            f"The weight average {how} {share(evidence.average, absolute=True)}; AFA is expected to lower it by {spread(evidence.afa)}."
+            f"The weight average {how} {share(evidence.average, absolute=True)};"
+            f" AFA is expected to lower it by {spread(evidence.afa)}."
         )
     return Verdict(ENSEMBLE, tuple(kept), dropped, tuple(reasons))
 
 
 def _without_ensemble(evidence: Evidence, dropped: dict[str, str], reasons: list[str]) -> Verdict:
-    """Head-room is not worth it: merge if that helps, else the best alone."""
+    """Return the verdict where an ensemble is not worth it: a merge if that helps, else the best expert."""
     average = evidence.average
     distinct = [name for name in evidence.names if name not in evidence.same]
     if average is not None and average.excludes_zero and average.low > WORTH / 2 and len(distinct) > 1:
         reasons.append(
-            f"That is not worth several models; but their weight average lowers it by {share(average)}, at the price of one."
+            f"That is not worth several models; but their weight average lowers it by {share(average)},"
+            " at the price of one."
         )
         return Verdict(
             MERGE,
@@ -192,17 +221,18 @@ def _without_ensemble(evidence: Evidence, dropped: dict[str, str], reasons: list
 
 
 def _adds_little(name: str, evidence: Evidence) -> str:
-    """How much the set would lose without it, and whom it resembles."""
+    """Say how much the routed loss changes without an expert, and which expert it resembles."""
     without = f"without it the routed loss changes by {share(evidence.lost[name], signed=True)}"
     for one, (other, distance) in evidence.near.items():
         if name in (one, other):
             twin = other if name == one else one
-            return f"it is a near-duplicate of {twin} (predictions {distance:.2f} of their errors apart), and {without}"
+            apart = f"predictions {distance:.2f} of their errors apart"
+            return f"it is a near-duplicate of {twin} ({apart}), and {without}"
     return without
 
 
 def share(estimate: Estimate, signed: bool = False, absolute: bool = False) -> str:
-    """0.23 [0.2, 0.26], n = 64 -> 23.0 % [20.0, 26.0], n = 64."""
+    """Format a share as per cent: 0.23 [0.2, 0.26], n = 64 -> 23.0 % [20.0, 26.0] (n = 64)."""
     value, low, high = estimate.value, estimate.low, estimate.high
     if absolute and value < 0:
         value, low, high = -value, -high, -low
@@ -211,12 +241,12 @@ def share(estimate: Estimate, signed: bool = False, absolute: bool = False) -> s
     return f"{shown[0]} %{around} (n = {estimate.n})"
 
 
-def spread(gain: Foretold) -> str:
-    """In words, with the interval and what it rests on."""
+def spread(gain: Forecast) -> str:
+    """Format a forecast with its interval and the number of sets it rests on."""
     shown = [number(100 * part, 0) for part in (gain.value, gain.low, gain.high)]
     return f"{shown[0]} % [{shown[1]}, {shown[2]}] (from {gain.sets} expert sets of the embedded world)"
 
 
 def joined(names: Sequence[str]) -> str:
-    """a; a and b; a, b and c."""
+    """Join names: a; a and b; a, b and c."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

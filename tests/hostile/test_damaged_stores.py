@@ -17,7 +17,7 @@ from afa.files import json_or_none, read_arrays, sha256
 from afa.fingerprint import NOTE, claim
 from afa.images import read_made, save_picture
 from afa.sampling.sample import Sampling
-from afa.screening.asking import Answers, Store
+from afa.screening.predict import Answers, AnswerStore
 from afa.store import RowStore
 from afa.training.cache import LatentCache, caption_key
 
@@ -99,14 +99,14 @@ def answers(value, features=False):
 
 
 def answered(folder):
-    store = Store(folder, (3, 2, 3))
+    store = AnswerStore(folder, (3, 2, 3))
     for image in range(3):
         store.add(answers(image, features=image == 0))
     return folder
 
 
 def test_answers_are_kept_as_they_were_given(tmp_path):
-    store = Store(answered(tmp_path), (3, 2, 3))
+    store = AnswerStore(answered(tmp_path), (3, 2, 3))
     assert store.complete
     assert [store.errors(image)[0, 0].item() for image in range(3)] == [0, 1, 2]
 
@@ -128,11 +128,11 @@ def test_answers_are_kept_as_they_were_given(tmp_path):
 )
 def test_damaged_answers_of_a_screening_are_asked_again(tmp_path, damage, left):
     damage(answered(tmp_path))
-    store = Store(tmp_path, (3, 2, 3))
+    store = AnswerStore(tmp_path, (3, 2, 3))
     assert store.done == left
     for image in range(left, 3):
         store.add(answers(image, features=image == 0))
-    assert Store(tmp_path, (3, 2, 3)).complete
+    assert AnswerStore(tmp_path, (3, 2, 3)).complete
 
 
 def test_a_picture_that_a_crash_cut_off_does_not_count_as_made(tmp_path):

@@ -22,8 +22,8 @@ from afa.experts.single_file import describe_vae, detect_config
 from afa.experts.spec import ExpertSpec
 from afa.merging.engine import merge_files
 from afa.merging.settings import MergeSettings
-from afa.screening.asking import common
 from afa.screening.plan import plan
+from afa.screening.predict import load_shared_parts
 from afa.screening.settings import ScreenSettings
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -103,7 +103,7 @@ class TestVAEAlone:
         ensemble.save(tmp_path / "saved")
         assert same_weights(Ensemble.load(tmp_path / "saved").frame.vae, wanted)
         first = read_outline(ExpertSpec.parse(str(home / "a"))).expert
-        assert same_weights(common(first, None, str(file), None, torch.float32, torch.device("cpu")).vae, wanted)
+        assert same_weights(load_shared_parts(first, None, str(file), None, torch.float32, torch.device("cpu")).vae, wanted)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_a_merge_takes_it_to_file_and_folder(self, layout, home, tmp_path):
