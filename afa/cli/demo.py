@@ -1,7 +1,8 @@
 """See the whole path on small embedded experts: inspect, train, generate, compare, report.
 
-Three small but real Stable Diffusion experts that draw different things well, and mixed scenes that need all three.
-Leaves OUTPUT/report.html and prints the table. No network; a few minutes on two cores.
+The three experts are small Stable Diffusion models that each draw different things well; the mixed scenes
+need all three. Writes OUTPUT/report.html and prints the table. Needs no network, and a few minutes on two
+CPU cores.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ EXAMPLES = ["afa demo", "afa demo --output demo-quick --prompts 16 --train-steps
 
 
 def run(options: Options) -> None:
-    """Inspect, compare, report."""
+    """Inspect the experts, compare the methods, write the report."""
     from afa.cli.main import hush
     from afa.demo.report import as_json, as_text, write_report
     from afa.demo.run import demonstrate, weight_pictures
@@ -27,7 +28,7 @@ def run(options: Options) -> None:
 
 
 def _inspect() -> None:
-    """The experts, as `afa inspect` shows them."""
+    """Print what `afa inspect` shows of the experts."""
     from afa.cli import inspect
     from afa.demo.data import EXPERTS
     from afa.demo.run import AGGREGATORS

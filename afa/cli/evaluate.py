@@ -1,7 +1,7 @@
-"""Compare an ensemble with its experts and with every other way to combine them: same prompts, same noise, same judges.
+"""Compare an ensemble with its experts and with other ways to combine them: same prompts, noise and metrics.
 
-Leaves images, scores and results.json; `afa report` makes a page of them. Ctrl-C loses at most one batch of images: the
-same command goes on. With several devices or machines: `accelerate launch -m afa evaluate …`.
+Writes images, scores and results.json; `afa report` makes a page of them. Ctrl-C loses at most one batch of
+images; the same command resumes. With several devices or machines: `accelerate launch -m afa evaluate …`.
 """
 
 import json
@@ -11,8 +11,14 @@ from afa.errors import UserError
 from afa.evaluation.settings import EvaluateSettings as Options
 
 EXAMPLES = [
-    "afa evaluate --ensemble demo:ensemble --protocol scenes --methods single weighted noise_average --prompts 16 --output compared",
-    "afa evaluate --ensemble demo:ensemble --protocol scenes --base demo:base --methods all --seeds 3 --output all-of-them --dry-run",
+    (
+        "afa evaluate --ensemble demo:ensemble --protocol scenes"
+        " --methods single weighted noise_average --prompts 16 --output compared"
+    ),
+    (
+        "afa evaluate --ensemble demo:ensemble --protocol scenes --base demo:base --methods all"
+        " --seeds 3 --output all-of-them --dry-run"
+    ),
 ]
 
 
@@ -37,12 +43,12 @@ def _protocols() -> list[tuple[str, str]]:
     ]
 
 
-# `--methods list` and so on: what there is, whatever else is given; flag -> lines of name and what it is
+# `--methods list` prints the available names; other flags are not needed: flag -> its (name, help) pairs
 LISTS = {"methods": _methods, "metrics": _metrics, "protocol": _protocols}
 
 
 def run(options: Options) -> None:
-    """Compare, print the table."""
+    """Compare the methods and print the table."""
     from afa.cli.main import hush
     from afa.evaluation.plan import plan
     from afa.evaluation.run import evaluate
@@ -60,7 +66,8 @@ def run(options: Options) -> None:
     if not any(run.scores or run.sets for method in results.methods for run in method.runs):
         why = results.errors[-1] if results.errors else "no method could be drawn"
         raise UserError(
-            f"nothing could be scored ({why}); the images are kept in {options.output}: the same command goes on from them"
+            f"nothing could be scored ({why}); the images are kept in {options.output}:"
+            " the same command goes on from them"
         )
     if options.json:
         from dataclasses import asdict
@@ -71,7 +78,8 @@ def run(options: Options) -> None:
         from afa.evaluation.report.files import as_text
 
         print(
-            f"{as_text(analyse([results])[0])}\n\nThis run took {took:.0f} min; what was there before is not counted."
+            f"{as_text(analyse([results])[0])}\n\n"
+            f"This run took {took:.0f} min; results of earlier runs are not counted."
         )
         lost = (
             f" without what could not be computed (see above, {len(results.errors)})"
@@ -79,7 +87,8 @@ def run(options: Options) -> None:
             else ""
         )
         print(
-            f"results.json in {options.output}{lost}; a page of them: afa report {options.output} --output report.html"
+            f"results.json in {options.output}{lost};"
+            f" a page of them: afa report {options.output} --output report.html"
         )
 
 

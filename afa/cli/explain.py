@@ -1,9 +1,10 @@
-"""Explain images of an ensemble: who weighed where, which words decide, what would have been without.
+"""Explain images of an ensemble: weights by place and step, the effect of words, images without an expert.
 
-Makes an image of every prompt and leaves in OUTPUT, for each, a sheet of weight maps, an animated strip over the steps, the words that move
-the weights, and the same image with experts off, swapped, frozen or alike; over all of them, who weighs how much, where experts are never
-used, and what leaving them out there changes. Open explain.html; explain.json and the .npz files have the numbers. An explanation
-that was interrupted goes on with the same command.
+Makes an image of every prompt. For each image, OUTPUT gets a sheet of weight maps, an animated strip over
+the steps, the words that change the weights, and the same image with experts off, swapped, frozen or with
+equal weights. Over all images, it shows the mean weights of the experts, where experts are unused, and how
+the images change if unused experts are skipped. Open explain.html; the numbers are in explain.json and the
+.npz files. The same command resumes an interrupted explanation.
 """
 
 import dataclasses
@@ -16,13 +17,16 @@ PROMPT = '"a red star left of a blue ring on a dotted mint background"'
 EXAMPLES = [
     f"afa explain --prompt {PROMPT} --output why",
     f"afa explain --prompt {PROMPT} --output why-quick --counterfactuals off --word-steps 0",
-    f"afa explain demo:ensemble --prompt {PROMPT} --output why-pairs --steps 10 --guidance 3 --counterfactuals off pairs skipped",
+    (
+        f"afa explain demo:ensemble --prompt {PROMPT} --output why-pairs --steps 10 --guidance 3"
+        " --counterfactuals off pairs skipped"
+    ),
 ]
-WORLD = {"steps": 20, "guidance": 3.0}  # what the embedded experts are drawn with everywhere
+WORLD = {"steps": 20, "guidance": 3.0}  # the settings of the embedded experts
 
 
 def run(options: Options) -> None:
-    """Explain, say where to look."""
+    """Explain the images and print where the page is."""
     from afa.cli.main import hush
     from afa.explanation.run import PAGE, run
 
@@ -37,7 +41,7 @@ def run(options: Options) -> None:
 
 
 def _embedded(options: Options) -> Options:
-    """The embedded ensemble, drawn as everywhere unless told otherwise."""
+    """Return the options with the embedded ensemble and, where none are given, its settings."""
     from afa.demo.data import ENSEMBLE
 
     chosen = {name: value for name, value in WORLD.items() if getattr(options, name) is None}

@@ -1,7 +1,8 @@
-"""Train a LoRA on one expert as `afa train` trains aggregators: the control for what the data alone would do.
+"""Train a LoRA on one expert as `afa train` trains aggregators: the control for the effect of the data alone.
 
-Same split, noise, captions and measure at the same seed. Leaves pytorch_lora_weights.safetensors, which diffusers loads, and
-which joins an expert as EXPERT+FILE. Interrupt it with Ctrl-C: the same command goes on where it stopped.
+Uses the same split, noise, captions and held-out measure at the same seed. Writes
+pytorch_lora_weights.safetensors, which diffusers loads, and which is added to an expert as EXPERT+FILE.
+Ctrl-C interrupts it; the same command resumes.
 """
 
 import json
@@ -16,7 +17,7 @@ EXAMPLES = [
 
 
 def run(options: Options) -> None:
-    """Plan, train, say what came of it."""
+    """Plan, train, and print the result."""
     from afa.cli.main import hush
     from afa.training.finetune import facts, finetune, finetune_finished, plan_finetune
 
@@ -34,11 +35,12 @@ def run(options: Options) -> None:
 
 
 def _plan(facts: dict[str, Any]) -> str:
+    images = f"{facts['training_images']} to train on, {facts['held_out_images']} held out"
     return "\n".join(
         [
             f"expert  {facts['expert']}",
             f"data    {facts['data']}",
-            f"        {facts['training_images']} to train on, {facts['held_out_images']} held out, {facts['resolution']} px",
+            f"        {images}, {facts['resolution']} px",
             f"LoRA    rank {facts['rank']}, {facts['trainable_parameters']:,} parameters",
             f"steps   at most {facts['steps']}, {facts['images_a_step']} images each",
         ]
@@ -46,7 +48,7 @@ def _plan(facts: dict[str, Any]) -> str:
 
 
 def _result(record: dict[str, Any], output: str) -> str:
-    """The measured result, as a sentence."""
+    """Format the measured result as a sentence."""
     from afa.stats import Estimate
 
     change, trained = (
@@ -54,7 +56,8 @@ def _result(record: dict[str, Any], output: str) -> str:
         Estimate(**record["held_out_loss"]["trained"]),
     )
     return (
-        f"held-out loss {trained.words(5)} (n = {trained.n}), {change.verdict} that of the expert: {change.words(5, signed=True)},"
-        f" paired{change.too_few('image')}\n"
-        f"{record['steps']} steps in {record['seconds']:.0f} s, kept the average of step {record['best_step']}; saved in {output}"
+        f"held-out loss {trained.words(5)} (n = {trained.n}), {change.verdict} that of the expert:"
+        f" {change.words(5, signed=True)}, paired{change.too_few('image')}\n"
+        f"{record['steps']} steps in {record['seconds']:.0f} s,"
+        f" kept the average of step {record['best_step']}; saved in {output}"
     )

@@ -1,4 +1,4 @@
-"""The fields of a command's options become its flags."""
+"""Flags of the command line from the fields of a command's options."""
 
 import argparse
 import dataclasses
@@ -12,9 +12,11 @@ from afa.settings import choices_of, kind_of
 def add_flags(
     parser: argparse.ArgumentParser, options: type, preset: Mapping[str, Any] | None = None
 ) -> None:
-    """One flag per field, the required ones first: a list takes several values, a bool is a switch, None means not given.
+    """Add one flag per field, the required ones first.
 
-    preset: what a recipe sets, by field; it takes the place of defaults.
+    A list takes several values, a bool is a switch, and None means that the flag is not given.
+    options: a dataclass
+    preset:  field -> value of a recipe, which replaces the default
     """
     hints = typing.get_type_hints(options)
     for field in sorted(dataclasses.fields(options), key=lambda field: not _required(field)):
@@ -29,7 +31,7 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 
 
 def read_flags(options: type, arguments: argparse.Namespace) -> Any:
-    """The options as given, checked by the dataclass itself."""
+    """Return the options as given; the dataclass checks them."""
     return options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(options)})
 
 

@@ -1,6 +1,6 @@
 """Generate images with a trained ensemble, with a single expert, or with experts combined while sampling.
 
-Every PNG says how it was made. A run that was interrupted goes on with the same command.
+Every PNG contains the settings it was made with. The same command resumes an interrupted run.
 """
 
 import json
@@ -13,15 +13,24 @@ __doc__ = f"{__doc__}\nmethods (--method NAME) and their options (--method-optio
 PROMPT = '"a red star left of a blue ring on a dotted mint background"'
 EXAMPLES = [
     f"afa generate demo:curves --prompt {PROMPT} --output out-curves --steps 20 --guidance 3",
-    f"afa generate demo:curves demo:angles --method magicfusion --prompt {PROMPT} --output out-fusion --steps 20 --guidance 3 --weights",
-    f"afa generate demo:curves demo:angles --method noise_average --method-option weights=1,2 --prompt {PROMPT} --output out-average",
+    (
+        f"afa generate demo:curves demo:angles --method magicfusion --prompt {PROMPT}"
+        " --output out-fusion --steps 20 --guidance 3 --weights"
+    ),
+    (
+        f"afa generate demo:curves demo:angles --method noise_average --method-option weights=1,2"
+        f" --prompt {PROMPT} --output out-average"
+    ),
     f"afa generate demo:ensemble --prompt {PROMPT} --output out --steps 20 --guidance 3 --weights",
-    f"afa generate demo:ensemble --prompt {PROMPT} --output weaker --steps 20 --guidance 3 --strength patterns=0.3",
+    (
+        f"afa generate demo:ensemble --prompt {PROMPT} --output weaker --steps 20 --guidance 3"
+        " --strength patterns=0.3"
+    ),
 ]
 
 
 def run(options: Options) -> None:
-    """Generate, say where the images are."""
+    """Generate the images and print where they are."""
     from afa.cli.main import hush
     from afa.generation.run import generate
 

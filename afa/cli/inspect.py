@@ -1,7 +1,8 @@
 """Show experts, whether they can be fused, and what their ensemble would cost; no weights are loaded.
 
-Config files and the headers of weight files are read, so that broken, incomplete and unlike models are found before a
-GPU minute is spent. A saved ensemble is shown with its own experts and aggregators. Hub ids are downloaded once.
+Reads config files and the headers of weight files, so that broken, incomplete and incompatible models are
+found before any computation. A saved ensemble is shown with its experts and aggregators. Hub ids are
+downloaded once.
 """
 
 import json
@@ -25,32 +26,25 @@ EXAMPLES = [
     "afa inspect demo:ensemble",
     "afa inspect --config flux --count 2 --placement double",
 ]
-FUSION = (
-    "aggregator",
-    "placement",
-    "hidden",
-    "heads",
-    "depth",
-    "weights",
-    "attention_up_to",
-)  # a saved ensemble has its own
+# Options of the aggregators; a saved ensemble has its own.
+FUSION = ("aggregator", "placement", "hidden", "heads", "depth", "weights", "attention_up_to")
 
 
 @dataclass(frozen=True)
 class Options(CheckedOptions):
-    """What to show, and how the experts would be fused."""
+    """The settings of `afa inspect`: what to show, and how the experts would be fused."""
 
     experts: list[str] = option(
         [],
         place=True,
-        help="a diffusers folder, .safetensors file of original layout or org/name@revision, each optionally NAME=… and …+LORA;"
-        " or one saved ensemble",
+        help="a diffusers folder, .safetensors file of original layout or org/name@revision,"
+        " each optionally NAME=… and …+LORA; or one saved ensemble",
         positional=True,
     )
     config: str | None = option(
         None,
-        help="sd15, sd21, sd21-base, sdxl, sd3, sd35, sd35-large, flux, flux-schnell or a folder: of single files; without EXPERT, the"
-        " architecture to show",
+        help="architecture of single files: sd15, sd21, sd21-base, sdxl, sd3, sd35, sd35-large, flux,"
+        " flux-schnell or a folder; without EXPERT, the architecture to show",
     )
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     count: int | None = option(
@@ -61,7 +55,8 @@ class Options(CheckedOptions):
     )
     placement: str | None = option(
         None,
-        help="fused stages: layers (all), blocks, every-K, double (FLUX), out, or names such as M00,OUT11 (default: the family's)",
+        help="fused stages: layers (all), blocks, every-K, double (FLUX), out, or names such as M00,OUT11"
+        " (default: the family's)",
     )
     hidden: int | None = option(None, least=1, most=2**20, help="width inside the aggregators (default: 128)")
     heads: int | None = option(
@@ -133,19 +128,20 @@ def _subject(options: Options) -> "Subject":
 
 
 def _check_alone(options: Options, ensemble: str) -> None:
-    """Raises UserError for what a saved ensemble brings along itself."""
+    """Raise UserError for options that a saved ensemble defines itself."""
     if len(options.experts) > 1:
         other = next(source for source in options.experts if source != ensemble)
         raise UserError(f"{ensemble} is a saved ensemble; inspect it alone, without {other}")
     for name in ("config", "prediction_type", *FUSION):
         if getattr(options, name) is not None:
             raise UserError(
-                f"{ensemble} is a saved ensemble with settings of its own; leave out --{name.replace('_', '-')}"
+                f"{ensemble} is a saved ensemble with settings of its own;"
+                f" leave out --{name.replace('_', '-')}"
             )
 
 
 def report(facts: dict[str, Any]) -> str:
-    """Experts, what goes with them, stages, whether they can be fused, and the cost."""
+    """Format the report: experts, text encoders, VAE, stages, whether they can be fused, and the cost."""
     parts = [
         section("experts", _experts(facts["experts"])),
         section("text encoders", _text_encoders(facts["experts"])),
@@ -163,7 +159,7 @@ def report(facts: dict[str, Any]) -> str:
 
 
 def section(title: str, body: str) -> str:
-    """A titled part of a report, indented by two."""
+    """Format a titled section, indented by two."""
     return "\n".join([title, *(f"  {line}" if line else "" for line in body.splitlines())])
 
 
@@ -177,13 +173,13 @@ def _experts(experts: list[dict[str, Any]]) -> str:
 
 
 def _prediction(expert: dict[str, Any]) -> str | None:
-    """What an expert predicts, and at which noise if that is unusual."""
+    """Return what an expert predicts, and its noise schedule if that is unusual."""
     noise = {"zero_snr": ", zero terminal SNR", "edm": ", EDM noise"}.get(expert["noise"], "")
     return f"{expert['prediction_type']}{noise}" if expert["prediction_type"] else None
 
 
 def _source(expert: dict[str, Any]) -> str:
-    """Where an expert comes from, with commit, LoRAs, and the config of a single file."""
+    """Return where an expert comes from, with commit, LoRAs, and the config of a single file."""
     commit = f"@{expert['commit'][:12]}" if expert["commit"] else ""
     config = (
         f" ({expert['config']})" if expert["config"] and not expert["source"].startswith("config ") else ""
@@ -261,14 +257,13 @@ def _aggregators(facts: dict[str, Any]) -> str:
             for name, value in (made["training"] or {}).items()
             if not isinstance(value, (dict, list))
         ]
-        lines.append(
-            f"saved in {facts['ensemble']}; {'trained: ' + ', '.join(recorded) if recorded else 'no training recorded'}"
-        )
+        trained = "trained: " + ", ".join(recorded) if recorded else "no training recorded"
+        lines.append(f"saved in {facts['ensemble']}; {trained}")
     return "\n".join(lines)
 
 
 def _placements(facts: dict[str, Any]) -> str:
-    """The aggregators' cost where fewer stages are fused; that of a step is over the experts' own."""
+    """List the aggregators' cost at each placement; the last column is relative to the experts' cost."""
     experts = facts["cost"]["flops"]["experts"]
     rows = [
         [
@@ -329,6 +324,6 @@ def _guidance(cost: dict[str, Any]) -> str:
 
 
 def _row(title: str, parameters: int | None, flops: int | None) -> list[str | None]:
-    """One line of the cost table; 4 and 2 bytes a parameter."""
+    """Return one line of the cost table, with 4 and 2 bytes for each parameter."""
     sizes = [None if parameters is None else scaled(width * parameters, "B") for width in (4, 2)]
     return [title, count(parameters), *sizes, scaled(flops, "FLOP")]

@@ -1,4 +1,4 @@
-"""`afa VERB …`: find the command, run it, turn errors into sentences and exit codes."""
+"""`afa VERB …`: find the command, run it, and turn errors into sentences and exit codes."""
 
 import argparse
 import importlib
@@ -30,13 +30,14 @@ COMMANDS = {
     "demo": "afa.cli.demo",
     "ui": "afa.cli.ui",
 }
-EMBEDDED_HELP = f"small models to try it with, wherever one is asked for: {', '.join(f'demo:{name}' for name in EMBEDDED)}; data: scenes:200"
+MODELS = ", ".join(f"demo:{name}" for name in EMBEDDED)
+EMBEDDED_HELP = f"small embedded models, in place of any model: {MODELS}; data: scenes:200"
 TRACEBACK = "--traceback"
-LONGEST = 400  # characters of an error that was not foreseen
+LONGEST = 400  # characters of an unexpected error
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. -> 0 done, 1 failed, 2 not as asked, 130 interrupted."""
+    """Run one command and return its exit code: 0 done, 1 failed, 2 invalid input, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
         parser = build_parser(given)
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         return _say(str(interrupt) or "interrupted", 130, given)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader (head, less) has seen enough
+        sys.stderr.close()  # the reader (head, less) has closed the pipe
         return 0
     except OSError as error:
         return _say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1, given)
@@ -65,10 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser(arguments: list[str]) -> argparse.ArgumentParser:
-    """The parser; only the command that is asked for is imported in full."""
+    """Return the parser; only the verb in the arguments gets its flags."""
     parser = argparse.ArgumentParser(
         prog="afa",
-        description="Combine several text-to-image diffusion models into one (Adaptive Feature Aggregation, arXiv:2405.17082).",
+        description="Combine several text-to-image diffusion models into one"
+        " (Adaptive Feature Aggregation, arXiv:2405.17082).",
         epilog="`afa VERB --help` shows the options of a verb and examples.",
     )
     parser.add_argument("--version", action="version", version=f"afa {__version__}")
@@ -91,7 +93,7 @@ def build_parser(arguments: list[str]) -> argparse.ArgumentParser:
 
 
 def _listed(arguments: list[str]) -> str | None:
-    """What `afa VERB --FLAG list` prints: the names that a flag takes; other arguments are not needed for that."""
+    """Return what `afa VERB --FLAG list` prints: the names that a flag takes; None for other commands."""
     verb = next((argument for argument in arguments if not argument.startswith("-")), "")
     lists = getattr(importlib.import_module(COMMANDS[verb]), "LISTS", {}) if verb in COMMANDS else {}
     for flag, lines in lists.items():
@@ -105,7 +107,7 @@ def _listed(arguments: list[str]) -> str | None:
 
 
 def _preset(verb: str, options: type, arguments: list[str]) -> dict[str, Any]:
-    """What a recipe that is asked for sets. Raises UserError if it cannot be read."""
+    """Return the values of --recipe by field. Raises UserError if it cannot be read."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     reader.add_argument("--recipe")
     recipe = reader.parse_known_args(arguments)[0].recipe if verb in PLACES else None
@@ -113,13 +115,13 @@ def _preset(verb: str, options: type, arguments: list[str]) -> dict[str, Any]:
 
 
 def _quiet_libraries() -> None:
-    """The libraries' advice would bury the result. (Their bars: see quiet.py, for commands that load them anyway.)"""
+    """Turn off the libraries' warnings, which would hide the result. For their progress bars, see hush."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def _add_traceback(parser: argparse.ArgumentParser) -> None:
-    """Before the verb and after it; without a default, so that neither place overwrites the other."""
+    """Add --traceback, before and after the verb; it has no default, so that neither overwrites the other."""
     parser.add_argument(
         TRACEBACK,
         action="store_true",
@@ -129,7 +131,7 @@ def _add_traceback(parser: argparse.ArgumentParser) -> None:
 
 
 def _unexpected(error: Exception, given: list[str]) -> str:
-    """The sentence for what was not foreseen."""
+    """Return the sentence for an unexpected error."""
     words = " ".join(str(error).split())[:LONGEST] or "no reason is given"
     if "out of memory" in words.lower() or isinstance(error, MemoryError):
         return f"out of memory: {words}"
@@ -138,7 +140,7 @@ def _unexpected(error: Exception, given: list[str]) -> str:
 
 
 def _say(sentence: str, code: int, given: list[str]) -> int:
-    """Say why a command ends; where it failed, too, if that is asked for."""
+    """Print why a command ends, and with --traceback where it failed; return the exit code."""
     if TRACEBACK in given:
         traceback.print_exc()
     print(f"afa: {as_typed(sentence)}", file=sys.stderr)
@@ -150,7 +152,7 @@ if __name__ == "__main__":
 
 
 def hush() -> None:
-    """Turn off the bars of loading weights and components; they would bury our own."""
+    """Turn off the progress bars of loading weights and components, which would hide our own."""
     import diffusers
     import huggingface_hub
     import transformers

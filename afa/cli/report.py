@@ -1,7 +1,8 @@
 """Make a report of one or several evaluations: a self-contained page, Markdown and CSV.
 
-Every number carries its n and 95 % interval. Differences are paired by prompt; what is claimed is corrected for the number
-of comparisons of the whole report. Several folders (other protocols, other experts) stand side by side, then one by one.
+Every number has its n and 95 % interval. Differences are paired by prompt; claims are corrected for the
+number of comparisons in the whole report. Several folders (other protocols, other experts) are shown side
+by side, then one by one.
 """
 
 from dataclasses import dataclass
@@ -10,27 +11,30 @@ from pathlib import Path
 from afa.settings import option
 
 EXAMPLES = [
-    "afa evaluate --ensemble demo:ensemble --protocol scenes --methods single weighted --prompts 4 --tuning 0 --output compared",
+    (
+        "afa evaluate --ensemble demo:ensemble --protocol scenes --methods single weighted"
+        " --prompts 4 --tuning 0 --output compared"
+    ),
     "afa report compared --output report.html --csv numbers.csv",
 ]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to report, and where to."""
+    """The settings of `afa report`: the evaluations and the files to write."""
 
     folders: list[str] = option(
-        help="what `afa evaluate` left: a folder with results.json and its images", positional=True
+        help="the output of `afa evaluate`: a folder with results.json and its images", positional=True
     )
     output: str = option(help="the page, an .html file")
     markdown: str | None = option(None, help="the tables as Markdown (default: beside the page, .md)")
     csv: str | None = option(
-        None, help="every number, a line for each comparison (default: beside the page, .csv)"
+        None, help="all numbers as CSV, one line for each comparison (default: beside the page, .csv)"
     )
 
 
 def run(options: Options) -> None:
-    """Write the files, print the tables of every evaluation and what they allow to be said."""
+    """Write the files, and print the tables and conclusions of every evaluation."""
     from afa.evaluation.report.files import as_text, write_report
 
     markdown, csv = (None if path is None else Path(path) for path in (options.markdown, options.csv))

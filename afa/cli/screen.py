@@ -1,9 +1,10 @@
-"""Before any training: are these experts worth ensembling, which of them, and what would it gain?
+"""Before any training: are these experts worth ensembling, which of them, and what would be the gain?
 
-Asks every expert, one after another, about the same noisy images: who is wrong where, and does that survive a change of noise, so that
-it could be learnt? Finds duplicates and the base under another name, says what each expert adds, asks the weight average too, and
-foretells the gain by that of expert sets that were trained. With --prompts alone it shows only where experts disagree.
-With --output the same command goes on after an interruption.
+Every expert, one after another, predicts on the same noisy images. Differences between their errors that
+persist when the noise changes can be learned: the learnable head-room. Also finds duplicates and experts
+that equal the base, measures what each expert adds, screens the weight average, and forecasts the gain of
+training from expert sets that were trained. With --prompts, it shows only where the experts disagree. With
+--output, the same command resumes an interrupted screening.
 """
 
 import json
@@ -17,7 +18,7 @@ EXAMPLES = [
 
 
 def run(options: Options) -> None:
-    """Screen, print the verdict and what it rests on."""
+    """Screen the experts and print the verdict and its evidence."""
     from afa.cli.main import hush
     from afa.screening.run import plan, screen
 

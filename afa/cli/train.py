@@ -1,7 +1,7 @@
 """Train the aggregators of an ensemble on captioned images.
 
-The experts stay as they are; what is trained, and saved with a manifest that refers to the experts, are the aggregators.
-Interrupt it with Ctrl-C: the same command goes on where it stopped.
+The experts do not change. The trained aggregators are saved with a manifest that refers to the experts.
+Ctrl-C interrupts the training; the same command resumes it.
 """
 
 import json
@@ -10,13 +10,16 @@ from typing import Any
 from afa.training.settings import TrainSettings as Options
 
 EXAMPLES = [
-    "afa train --experts demo:curves demo:angles --data scenes:200 --output my-ensemble --steps 20 --lr 2e-3 --hidden 32",
+    (
+        "afa train --experts demo:curves demo:angles --data scenes:200 --output my-ensemble"
+        " --steps 20 --lr 2e-3 --hidden 32"
+    ),
     "afa train --start demo:ensemble --data scenes:200 --output further --dry-run",
 ]
 
 
 def run(options: Options) -> None:
-    """Plan, train, say what came of it."""
+    """Plan, train, and print the result."""
     from afa.cli.main import hush
     from afa.training.run import finished, plan, train
 
@@ -42,12 +45,13 @@ def run(options: Options) -> None:
 
 
 def _plan(facts: dict[str, Any]) -> str:
-    """The plan as lines."""
+    """Format the plan."""
+    images = f"{facts['training_images']} to train on, {facts['held_out_images']} held out"
     return "\n".join(
         [
             f"experts      {', '.join(facts['experts'])} ({facts['expert_memory_gb']} GB, frozen)",
             f"data         {facts['data']}",
-            f"             {facts['training_images']} to train on, {facts['held_out_images']} held out, {facts['resolution']} px",
+            f"             {images}, {facts['resolution']} px",
             f"aggregators  {facts['fused_stages']} stages, {facts['trainable_parameters']:,} parameters",
             f"             {facts['aggregator_memory_gb']} GB with optimiser and averages",
             f"steps        at most {facts['steps']}, {facts['images_a_step']} images each",
@@ -56,27 +60,23 @@ def _plan(facts: dict[str, Any]) -> str:
 
 
 def _cost(facts: dict[str, Any]) -> str:
-    """The expected memory and time as lines."""
+    """Format the expected memory and time."""
     lines = [f"memory       about {facts['expected_memory_gb']} GB of tensors in a step"]
     lines += [f"             less with {way}" for way in facts["for_less_memory"]]
     one, measurement = (_duration(facts[name]) for name in ("seconds_a_step", "seconds_a_measurement"))
-    return "\n".join(
-        [
-            *lines,
-            f"time         about {_duration(facts['seconds'])} here: {one} a step, {measurement} a measurement, after encoding the images",
-        ]
-    )
+    parts = f"{one} a step, {measurement} a measurement, after encoding the images"
+    return "\n".join([*lines, f"time         about {_duration(facts['seconds'])} here: {parts}"])
 
 
 def _duration(seconds: float) -> str:
-    """In the unit that people would use."""
+    """Format a duration in s, min or h."""
     if seconds < 90:
         return f"{seconds:.2g} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _result(record: dict[str, Any], output: str) -> str:
-    """The measured result, as a table and a sentence."""
+    """Format the measured result as a table and a sentence."""
     from afa.checkpoint.folder import gains
     from afa.stats import Estimate
 
@@ -87,6 +87,7 @@ def _result(record: dict[str, Any], output: str) -> str:
     ]
     lines += gains(record)
     lines.append(
-        f"{record['steps']} steps in {record['seconds']:.0f} s, kept the average of step {record['best_step']}; saved in {output}"
+        f"{record['steps']} steps in {record['seconds']:.0f} s,"
+        f" kept the average of step {record['best_step']}; saved in {output}"
     )
     return "\n".join(lines)

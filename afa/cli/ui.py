@@ -1,7 +1,8 @@
-"""Open a page in the browser: prompts, methods side by side, weight maps, strengths of experts, a gallery, reports.
+"""Serve a web page: prompts, methods side by side, weight maps, strengths of experts, a gallery, reports.
 
-Without SOURCE it shows the embedded ensemble. It listens at this machine only, reads and writes one folder, and loads
-nothing from elsewhere. Its functions can be called by name (gradio_client): see its tab About. Ctrl-C stops it.
+Without SOURCE it uses the embedded ensemble. By default the page listens on this machine only; it reads and
+writes one folder, and loads nothing from other hosts. Programs can call its functions with gradio_client:
+see the tab About. Ctrl-C stops it.
 """
 
 import importlib.util

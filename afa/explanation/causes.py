@@ -308,7 +308,7 @@ class Unused:
 
     @property
     def saved(self) -> NDArray[np.float64]:
-        """(N,) estimated share of all experts' operations that is saved by skipping an expert where unused."""
+        """(N,) estimated share of all experts' operations that skipping each expert where unused saves."""
         everything = len(self.most) * self.costs.sum() * len(self.experts)
         return np.einsum("pkn,k->n", self.cells, self.costs) / everything
 

@@ -201,7 +201,7 @@ def _same(comparison: ExpertComparison, apart: Distances | str) -> dict[str, str
 
 
 def _near(comparison: ExpertComparison) -> dict[str, tuple[str, float]]:
-    """Return later expert -> earlier expert with predictions closer than NEAR in all bands, and the distance."""
+    """Return later expert -> earlier expert with predictions closer than NEAR in all bands, and distance."""
     found: dict[str, tuple[str, float]] = {}
     for other in range(len(comparison.names)):
         for one in range(other):

@@ -1,1 +1,1 @@
-"""The web page: what `afa ui` serves. Importing this package costs nothing."""
+"""The web page that `afa ui` serves. Importing this package loads no other module."""

@@ -17,7 +17,7 @@ from afa.webui.sessions import Sessions, request_from_metadata
 
 
 def answering(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function for the page: what it raises is said there, escaped, since Gradio shows messages as HTML."""
+    """Wrap a function of the page so that its errors become sentences, escaped because Gradio shows HTML."""
     if inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
@@ -48,18 +48,36 @@ def _said() -> Iterator[None]:
 
 
 def sentence(text: str) -> str:
-    """As Gradio shall show it, which takes messages for HTML."""
+    """Capitalise and escape a message for Gradio, which shows messages as HTML."""
     first = text.partition(" ")[0]
-    begun = text[:1].upper() + text[1:] if first.isalpha() else text  # a file's name stays as it is
+    begun = text[:1].upper() + text[1:] if first.isalpha() else text  # the name of a file is not changed
     return escape(begun, quote=False)
 
 
-DRAWING = "drawing"  # let in all at once: whose turn it is, queue.py decides
+class Page(gr.Blocks):
+    """Blocks that answer invalid input of a field with a sentence instead of a traceback in the terminal."""
+
+    async def process_api(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises gr.Error."""
+        try:
+            return await super().process_api(*args, **kwargs)
+        except Exception as error:
+            if isinstance(error, gr.Error) and not error.print_exception:
+                raise  # said by answering()
+            words = (
+                error.message
+                if isinstance(error, gr.Error)
+                else f"what was sent does not fit this page ({type(error).__name__})"
+            )
+            raise gr.Error(sentence(str(words)), print_exception=False) from None
+
+
+DRAWING = "drawing"  # Gradio's concurrency group without a limit: queue.py decides which run is next
 PLACES = 4  # decimals of weights
 
 
 class Api:
-    """What can be called: generate, cancel, weights, methods, settings."""
+    """The functions that clients can call: generate, cancel, weights, methods, settings."""
 
     def __init__(self, sessions: Sessions) -> None:
         self.sessions, self.engine = sessions, sessions.engine
@@ -80,8 +98,11 @@ class Api:
         strengths: dict[str, float] = {},  # noqa: B006
         true_guidance: float | None = None,
     ) -> list[dict[str, Any]]:
-        """Pictures of every method from the noise of the same seeds: a list of method, seed, seconds, picture (for weights and settings),
-        settings and image (a file, which gradio_client downloads). A method that cannot has an error instead."""
+        """Make pictures with every method, from the noise of the same seeds.
+
+        Returns a list of method, title, seed, seconds, picture (its name, for weights and settings), settings
+        and image (a file that gradio_client downloads). A method that fails has an error instead.
+        """
         given = {name: value for name, value in locals().items() if name not in ("self", "request")}
         job = self.sessions.begin(request.session_hash, given)
         self.engine.run(job)
@@ -90,7 +111,7 @@ class Api:
         return [one for column in job.columns for one in _told(column)]
 
     def cancel(self, request: gr.Request) -> bool:
-        """Stop the run of this client: True, or False if there was none."""
+        """Cancel the run of this client. Returns False if there is none."""
         job = self.sessions.job(request.session_hash)
         if job is None or job.over:
             return False
@@ -98,23 +119,26 @@ class Api:
         return True
 
     def weights(self, picture: str, step: int = 0, stage: str = "", maps: bool = False) -> dict[str, Any]:
-        """Which expert shaped a picture that was made lately, at a step (from 1; 0: the mean) and stage ("": the mean): stages, timesteps,
-        shares by expert; with maps their weights in every pixel, by expert, as rows of numbers."""
+        """Return the weights of the experts in a recent picture.
+
+        step counts from 1, 0 is the mean over steps; stage is a name, "" is the mean over stages.
+        Returns stages, timesteps and the share of each expert; with maps, also each expert's weight in every
+        pixel, as rows of numbers.
+        """
         kept = self.engine.shelf.get(text("picture", picture))
         found = kept.look(whole("step", step, 0, MOST), text("stage", stage))
-        told: dict[str, Any] = {"stages": list(kept.maps), "timesteps": list(kept.timesteps)}
-        told["shares"] = {
+        answer: dict[str, Any] = {"stages": list(kept.maps), "timesteps": list(kept.timesteps)}
+        answer["shares"] = {
             name: round(float(found[index].mean()), PLACES) for index, name in enumerate(kept.experts)
         }
         if maps:
-            told["maps"] = {
+            answer["maps"] = {
                 name: found[index].round(PLACES).tolist() for index, name in enumerate(kept.experts)
             }
-        return told
+        return answer
 
     def methods(self) -> dict[str, Any]:
-        """What can be asked for: methods by name with what they are, methods that do not go with these experts and why, experts,
-        schedulers, limits."""
+        """Return methods with their help, refused methods and why, experts, schedulers and limits."""
         return {
             "methods": {
                 method.name: f"{method.title}: {method.about}" for method in self.engine.methods.values()
@@ -126,7 +150,7 @@ class Api:
         }
 
     def settings(self, picture: str) -> dict[str, Any]:
-        """How a picture of the gallery was made: what it says of itself, what to hand to generate, what of it cannot be asked for here."""
+        """Return a picture's metadata, arguments for generate, and notes on what cannot be reproduced."""
         metadata = read_metadata(self.engine.gallery.find(picture))
         found, notes = request_from_metadata(metadata, self.engine)
         asked = {name: value for name, value in found.items() if value is not None}
@@ -134,7 +158,7 @@ class Api:
 
 
 def offer(api: Api) -> None:
-    """Make the functions endpoints of the page that is being built."""
+    """Add the functions as endpoints to the page that is being built."""
     gr.api(answering(api.generate), api_name="generate", concurrency_id=DRAWING, concurrency_limit=None)
     for name in ("cancel", "weights", "methods", "settings"):
         gr.api(answering(getattr(api, name)), api_name=name, queue=name != "cancel")

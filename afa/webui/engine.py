@@ -1,4 +1,4 @@
-"""The work behind the page, without the page: every method draws from the same noise, one run at a time."""
+"""The work behind the page, without Gradio: all methods start from the same noise, one run at a time."""
 
 import contextlib
 import time
@@ -30,10 +30,16 @@ from afa.webui.settings import UiSettings
 
 @dataclass(frozen=True)
 class PageMethod:
-    """One way of making images. title: for people; about: what it is.
+    """A method of the page.
 
-    make: a sampler of the experts as they are now. record: what a picture says of it, in the words of `afa generate`.
-    has_maps: it weighs the experts. scalable: strengths of experts scale those weights. own_loop: it takes no scheduler.
+    name:     in requests
+    title:    on the page
+    about:    one sentence of help
+    make:     returns a sampler of the loaded experts with their present scheduler
+    record:   the metadata of its pictures, as `afa generate` writes them
+    has_maps: whether it weights the experts, so that there are weight maps
+    scalable: whether strengths of experts scale these weights
+    own_loop: whether it has its own sampling loop and takes no other scheduler
     """
 
     name: str
@@ -46,12 +52,16 @@ class PageMethod:
     own_loop: bool = False
 
     def made(self, metadata: Mapping[str, Any]) -> bool:
-        """Whether a picture that says this was made by this method."""
+        """Return whether a picture with these metadata was made by this method."""
         return all(metadata.get(name) == value for name, value in self.record.items())
 
 
 def find_methods(ensemble: Ensemble, trained: bool) -> tuple[dict[str, PageMethod], dict[str, str]]:
-    """All methods by name, and why others do not go with these experts. trained: whether the aggregators are."""
+    """Find the methods that fit the experts.
+
+    trained: whether the aggregators are trained
+    Returns the methods by name, and title -> reason for the methods that do not fit.
+    """
     offered = [*([_afa(ensemble)] if trained else []), *(_alone(ensemble, name) for name in ensemble.names)]
     refused: dict[str, str] = {}
     for name in (name for name, method in SAMPLING_METHODS.items() if not method.each):
@@ -99,17 +109,23 @@ def _combined(ensemble: Ensemble, name: str) -> PageMethod:
     return PageMethod(name, title, kind.row, make, record, has_maps, scalable, kind.own_loop)
 
 
-LATENTS = (
-    128  # the side of latents where a model does not say: 1,024 pixels, as FLUX.1 and Qwen-Image are made for
-)
+LATENTS = 128  # side of latents if a model does not define it: 1,024 pixels, as for FLUX.1 and Qwen-Image
 
 
 @dataclass
 class Engine:
-    """The loaded experts, every method that goes with them, the gallery, and the weight maps of the latest pictures.
+    """The loaded experts, the methods that fit them, the gallery, and the weight maps of the latest pictures.
 
-    sources: as given. refused: methods that do not go with these experts, and why. aggregators: their file's sha256, None if untrained.
-    files: hashes of what pictures are made with, by source.
+    ensemble:    on the device
+    sources:     places of the experts or of the ensemble, as given
+    dtype:       of the models
+    gallery:     folder of the pictures
+    limits:      of requests
+    methods:     by name
+    refused:     title -> reason, for the methods that do not fit these experts
+    aggregators: sha256 of their file; None if they are not trained
+    files:       source -> hashes of its files
+    queue:       of runs
     """
 
     ensemble: Ensemble
@@ -128,7 +144,7 @@ class Engine:
 
     @classmethod
     def open(cls, settings: UiSettings, sources: list[str]) -> "Engine":
-        """Load what was asked for. Raises UserError for what cannot be loaded, and for a gallery that cannot be one."""
+        """Load the experts and open the gallery. Raises UserError if one of them is not possible."""
         device = choose_device(settings.device)  # before minutes are spent on loading
         gallery = Gallery.at(Path(settings.output))
         names = ("experts", "frame", "config", "prediction_type", "dtype")
@@ -145,17 +161,17 @@ class Engine:
 
     @property
     def schedulers(self) -> list[str]:
-        """Names of those that fit these experts."""
+        """The names of the schedulers that fit the experts."""
         return list(FLOWS if kind_of(self.ensemble.frame.scheduler) == FLOW else SCHEDULERS)
 
     @property
     def guidance(self) -> float | None:
-        """Its strength where nobody says."""
+        """The default strength of guidance."""
         return self.ensemble.denoiser.call.strength(self.ensemble.denoiser.config)
 
     @property
     def has_true_guidance(self) -> bool:
-        """Whether these experts take classifier-free guidance beside their own."""
+        """Whether the experts take classifier-free guidance beside their built-in guidance."""
         try:
             self.ensemble.denoiser.call.guided(self.ensemble.denoiser.config, 1, None, None, 2.0)
         except UserError:
@@ -163,7 +179,7 @@ class Engine:
         return True
 
     def job(self, given: Mapping[str, Any]) -> DrawingJob:
-        """A run as asked for. Raises UserError for what it may not ask for."""
+        """Validate a request and return its job. Raises UserError."""
         request = validate_request(
             given, self.limits, list(self.methods), self.ensemble.names, self.schedulers
         )
@@ -176,9 +192,10 @@ class Engine:
         )
 
     def run(self, job: DrawingJob) -> None:
-        """Fill every column when its turn has come. What a method cannot do costs only its own; afterwards the experts are as they were.
+        """Wait for the device and make the pictures of every column.
 
-        Raises UserError if too many are waiting.
+        An error of one method ends only its own column. The experts are unchanged afterwards.
+        Raises UserError if the queue is full.
         """
         try:
             with self.queue.turn(job):
@@ -205,7 +222,7 @@ class Engine:
             column.error = str(error)
         except Cancelled:
             raise
-        except Exception as error:  # out of memory, most likely: the other methods may still work
+        except Exception as error:  # most likely out of memory; the other methods may still work
             column.error = unexpected(error)
         column.done = True
 
@@ -230,7 +247,9 @@ class Engine:
             image = sampler(
                 [Request(job.request.prompt, seed)], _sampling(job.request, self.guidance), on_step
             )[0]
-        if changes:  # noticed after that step: such a picture is not made again from its settings
+        if (
+            changes
+        ):  # noted after the step of the change; such a picture cannot be reproduced from its metadata
             metadata |= {"strength_changes": changes}
             path = self.gallery.path(method.name, metadata)
         self.gallery.save(path, image, metadata)
@@ -241,14 +260,14 @@ class Engine:
 
     @contextlib.contextmanager
     def _watched(self, job: DrawingJob, method: PageMethod, sampler: Any) -> Iterator[WeightMaps | None]:
-        """Inside, weights are recorded where there are some, and scaled where they can be."""
+        """Record and scale the weights inside the context, as far as the method allows it."""
         with contextlib.ExitStack() as stack:
             if method.scalable:
                 stack.enter_context(scale_weights(sampler.denoiser, job.strengths))
             yield stack.enter_context(record_weights(sampler.denoiser)) if method.has_maps else None
 
     def _metadata(self, job: DrawingJob, method: PageMethod, sampler: Any, seed: int) -> dict[str, Any]:
-        """What the picture will say of itself, as those of `afa generate` do."""
+        """Return the metadata of a picture, with the fields of `afa generate`."""
         request = job.request
         used = getattr(sampler, "pipeline", self.ensemble.frame).scheduler
         return {
@@ -277,7 +296,7 @@ def _sampling(request: RunRequest, guidance: float | None) -> Sampling:
 
 @contextlib.contextmanager
 def _rescheduled(ensemble: Ensemble, method: PageMethod, name: str | None) -> Iterator[None]:
-    """Inside, samplers are made with another scheduler. Raises UserError for a method that makes its steps itself."""
+    """Replace the scheduler inside the context. Raises UserError for a method with its own sampling loop."""
     if name is not None and method.own_loop:
         raise UserError(
             f"{method.title} makes its steps itself; choose the experts' own scheduler for it, not {name}"

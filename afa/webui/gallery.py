@@ -1,4 +1,7 @@
-"""The folder of pictures, the only folder that the page writes to and reads from, and the weight maps of the latest pictures."""
+"""The folder of pictures and the weight maps of the latest pictures.
+
+The page writes to no other folder, and reads pictures from no other folder.
+"""
 
 import contextlib
 import functools
@@ -22,13 +25,16 @@ from afa.images import open_image, read_made, save_picture
 from afa.pictures import conditional, mean_over_stages
 from afa.webui.request_validation import text
 
-SHOWN = 60  # of the latest pictures
-UNMOVED = ("source",)  # what a picture says that does not change how it looks
+SHOWN = 60  # the number of pictures that the gallery shows
+UNMOVED = ("source",)  # metadata that do not change the picture
 
 
 @functools.lru_cache(maxsize=1000)
 def _fault(path: Path, changed: int, size: int) -> str:
-    """Why a picture cannot be shown, "" if it can. changed, size: of the file; looked at again when they differ."""
+    """Return why a picture cannot be shown; "" if it can.
+
+    changed, size: of the file; they are part of the cache key, so that a changed file is read again
+    """
     try:
         open_image(path, path.name)
     except UserError as error:
@@ -38,46 +44,47 @@ def _fault(path: Path, changed: int, size: int) -> str:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures under names made of what they are, so that the same one is made once and none takes another's place."""
+    """A folder of pictures whose file names are derived from their metadata.
+
+    The same picture is made only once, and no picture overwrites another.
+    """
 
     folder: Path
 
     @classmethod
     def at(cls, folder: Path) -> "Gallery":
-        """Make the folder if it is not there. Raises UserError if it cannot be one."""
+        """Create the folder if it does not exist. Raises UserError if the path is a file."""
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output {folder} is a file; give a folder")
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            contextlib.suppress(UserError),
-            locked(folder),
-        ):  # what a killed page left unfinished goes; several may share a gallery
+        # Locking deletes unfinished files of a killed page; several pages may share a gallery.
+        with contextlib.suppress(UserError), locked(folder):
             pass
         return cls(folder.resolve())
 
     def path(self, method: str, metadata: Mapping[str, Any]) -> Path:
-        """Where a picture of this method and these settings lies, or will."""
-        told = {name: value for name, value in metadata.items() if name not in UNMOVED}
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        """Return the path of a picture of this method with these metadata."""
+        described = {name: value for name, value in metadata.items() if name not in UNMOVED}
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
         words = re.sub(r"[^a-z0-9]+", "-", str(metadata["prompt"]).lower()).strip("-")[:40].strip("-")
         return (
             self.folder / f"{words or 'picture'}-{method.replace(':', '-')}-{metadata['seed']}-{digest}.png"
         )
 
     def made(self, path: Path, metadata: Mapping[str, Any]) -> bool:
-        """Whether this very picture is there. One that is broken is made again."""
+        """Return whether the picture exists, is readable, and has these metadata."""
         found = read_made(path) or {}
-        told = json.loads(json.dumps(dict(metadata)))
+        expected = json.loads(json.dumps(dict(metadata)))
         return bool(found) and all(
-            found.get(name) == value for name, value in told.items() if name not in UNMOVED
+            found.get(name) == value for name, value in expected.items() if name not in UNMOVED
         )
 
     def save(self, path: Path, image: NDArray[np.uint8], metadata: dict[str, Any]) -> None:
-        """Whole or not at all."""
+        """Save a picture atomically."""
         save_picture(path, image, metadata)
 
     def pictures(self) -> tuple[list[Path], list[str]]:
-        """The latest first, and for each file that is no whole picture a sentence with its name."""
+        """Return the latest pictures, the newest first, and a sentence for each unreadable file."""
         found = [path for path in self.folder.glob("[!.]*.png") if path.is_file() and not path.is_symlink()]
         latest = sorted(((path.stat().st_mtime_ns, path.name, path) for path in found), reverse=True)[:SHOWN]
         faults = {path: _fault(path, changed, path.stat().st_size) for changed, _, path in latest}
@@ -86,24 +93,28 @@ class Gallery:
         ]
 
     def find(self, name: str) -> Path:
-        """A picture by its file name; nothing outside the folder has one. Raises UserError."""
+        """Return the path of a picture by its file name. Raises UserError for a name not in the folder."""
         name = text("picture", name)
         for path in self.folder.glob("*.png"):
             if path.name == name and path.is_file() and not path.is_symlink():
                 return path
         raise UserError(
-            f"there is no picture '{name[:80]}' in the gallery; its pictures are named as in the list of `generate`"
+            f"there is no picture '{name[:80]}' in the gallery;"
+            " its pictures are named as in the list of `generate`"
         )
 
 
-ROOM = 256 * 2**20  # bytes of maps kept, of the latest pictures
+ROOM = 256 * 2**20  # bytes of weight maps that are kept
 
 
 @dataclass(frozen=True)
 class RecordedWeights:
-    """One picture and the weights it was made with.
+    """A picture and its weight maps.
 
-    image (H, W, 3) uint8. timesteps: of each pass. maps: by stage, (passes, N, h, w) float16, the passes with the prompt.
+    image:     (H, W, 3) uint8
+    experts:   names (N)
+    timesteps: one for each pass
+    maps:      stage -> (passes, N, h, w) float16 of the conditional passes
     """
 
     image: NDArray[np.uint8]
@@ -113,20 +124,22 @@ class RecordedWeights:
 
     @classmethod
     def of(cls, image: NDArray[np.uint8], recorded: WeightMaps) -> "RecordedWeights":
-        """Of the only image of a batch."""
+        """Keep the weights of a batch of one image."""
         passes = [{name: weights[0] for name, weights in one.items()} for one in conditional(recorded, 1)]
         maps = {name: torch.stack([one[name] for one in passes]).half().numpy() for name in passes[0]}
         return cls(image, tuple(recorded.experts), tuple(recorded.timesteps), maps)
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The memory in bytes."""
         return self.image.nbytes + sum(weights.nbytes for weights in self.maps.values())
 
     def look(self, step: int, stage: str) -> NDArray[np.float32]:
-        """The weights at one step, counted from 1, and stage; 0 and "": the mean over all. -> (N, H, W) in the image's size, convex.
+        """Return the weights at one step and stage, resized to the image: (N, H, W), sum 1 over N.
 
-        Raises UserError for a step or stage that the picture has not.
+        step:  counted from 1; 0: mean over all steps
+        stage: its name; "": mean over all stages
+        Raises UserError for a step or stage that the picture does not have.
         """
         if stage and stage not in self.maps:
             raise UserError(
@@ -134,7 +147,8 @@ class RecordedWeights:
             )
         if not 0 <= step <= len(self.timesteps):
             raise UserError(
-                f"this picture has {len(self.timesteps)} steps, and step {step} is asked for; 0 is the mean over all"
+                f"this picture has {len(self.timesteps)} steps, and step {step} is asked for;"
+                " 0 is the mean over all"
             )
         chosen = {name: weights for name, weights in self.maps.items() if stage in ("", name)}
         at = {name: torch.from_numpy(self._at(weights, step))[None] for name, weights in chosen.items()}
@@ -147,7 +161,10 @@ class RecordedWeights:
 
 
 class WeightMapCache:
-    """RecordedWeights maps by the picture's file name; the oldest make room for new ones."""
+    """Weight maps by the picture's file name; the oldest are deleted when the memory limit is reached.
+
+    room: the limit in bytes
+    """
 
     def __init__(self, room: int = ROOM) -> None:
         self.room = room
@@ -157,17 +174,18 @@ class WeightMapCache:
         return name in self._kept
 
     def put(self, name: str, kept: RecordedWeights) -> None:
-        """Keep one; the latest stays however large it is."""
+        """Keep the weights of one picture; the latest is kept even if it exceeds the limit."""
         self._kept.pop(name, None)
         self._kept[name] = kept
         while len(self._kept) > 1 and sum(one.size for one in self._kept.values()) > self.room:
             self._kept.popitem(last=False)
 
     def get(self, name: str) -> RecordedWeights:
-        """Raises UserError for a picture whose maps are not kept, or that has none."""
+        """Return the weights of one picture. Raises UserError if they are not kept."""
         try:
             return self._kept[name]
         except KeyError:
             raise UserError(
-                f"there are no weight maps of {name[:80]} here; make the picture again, with a method that weighs experts"
+                f"there are no weight maps of {name[:80]} here;"
+                " make the picture again, with a method that weighs experts"
             ) from None

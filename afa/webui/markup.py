@@ -1,4 +1,4 @@
-"""What the page shows of runs, weights, settings and itself, as HTML by the macros of templates/webui.html."""
+"""The HTML of the page: runs, weights, settings, reports, about. The macros are in templates/webui.html."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -42,17 +42,20 @@ def head(title: str, experts: Sequence[str]) -> str:
 
 
 def note(sentence: str, kind: str = "note") -> str:
-    """A sentence in place of what is not there. kind: note or error."""
+    """Return a remark. kind: note or error."""
     return part("webui.html", "note", sentence=sentence, kind=kind)
 
 
 def warning(sentence: str) -> str:
-    """For gr.Warning, which shows HTML."""
+    """Escape a sentence for gr.Warning, which shows HTML."""
     return str(escape(f"{sentence[:1].upper()}{sentence[1:]}."))
 
 
 def status(job: DrawingJob | None, before: int = 0) -> str:
-    """How a run stands, with a bar; read out by screen readers when it changes. before: how many come before it."""
+    """Return the state of a run with a progress bar; screen readers read it when it changes.
+
+    before: number of runs before it in the queue
+    """
     share = None
     if job is None:
         sentence = "Nothing has been made yet."
@@ -76,7 +79,7 @@ def status(job: DrawingJob | None, before: int = 0) -> str:
 
 
 def results(job: DrawingJob | None) -> str:
-    """A card for each method, with room for the pictures that are still to come."""
+    """Return a card for each method, with placeholders for missing pictures."""
     if job is None:
         return ""
     cards = []
@@ -93,12 +96,12 @@ def results(job: DrawingJob | None) -> str:
 
 
 def address(picture: GalleryPicture) -> str:
-    """Where the page finds it, relative to itself."""
+    """Return the address of a picture, relative to the page."""
     return f"gradio_api/file={quote(str(picture.path))}"
 
 
 def weights(kept: RecordedWeights, step: int, stage: str) -> str:
-    """Weights at one step, counted from 1, and stage; 0 and "": the mean over all."""
+    """Return the weights at one step and stage; see RecordedWeights.look."""
     maps, count = kept.look(step, stage), len(kept.timesteps)
     when = f"step {step} of {count}, t = {kept.timesteps[step - 1]:.0f}" if step else "mean over all steps"
     where = f"stage {stage}" if stage else f"mean over {len(kept.maps)} stages"
@@ -116,7 +119,7 @@ def weights(kept: RecordedWeights, step: int, stage: str) -> str:
 
 
 def settings(metadata: Mapping[str, Any], name: str) -> str:
-    """What a picture says of itself. name: of its file."""
+    """Return the metadata of a picture. name: of its file."""
     shown = [
         (str(key).replace("_", " "), _plain(value))
         for key, value in metadata.items()
@@ -128,7 +131,7 @@ def settings(metadata: Mapping[str, Any], name: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A setting as people write it."""
+    """Format the value of a setting for reading."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
     if isinstance(value, str):
@@ -141,14 +144,14 @@ def _plain(value: Any) -> str:
 
 
 def about(engine: Engine, url: str) -> str:
-    """Version, experts and their hashes, what is offered and what is not, the API. url: where the page is."""
+    """Return the About tab: version, experts and hashes, methods, the API. url: of the page."""
     denoiser = engine.ensemble.denoiser
-    fused = f"{len(engine.ensemble.aggregators)} of {len(denoiser.stages)} stages fused, sha256 {engine.aggregators}"
+    fused = f"{len(engine.ensemble.aggregators)} of {len(denoiser.stages)} stages fused"
     loaded = {
         "afa": __version__,
         "source": ", ".join(engine.sources),
         "family": f"{denoiser.family}, {len(denoiser.stages)} stages",
-        "aggregators": fused
+        "aggregators": f"{fused}, sha256 {engine.aggregators}"
         if engine.aggregators
         else "none that are trained: experts are combined while sampling",
         "dtype": engine.dtype,
@@ -165,7 +168,7 @@ def about(engine: Engine, url: str) -> str:
 
 
 def _experts(engine: Engine) -> list[tuple[str, str]]:
-    """Name, and source with the hash that is recorded of the denoiser."""
+    """Return the name of each expert, and its source with the recorded hash of its denoiser."""
     recorded: dict[str, Any] = {}
     if is_saved(engine.sources[0]):
         recorded = {expert.name: expert for expert in read_manifest(Path(engine.sources[0])).experts}
@@ -186,19 +189,23 @@ RESULTS = "results.json"  # what afa evaluate leaves
 
 @dataclass(frozen=True)
 class Report:
-    """One report: its name for a tab, and its page."""
+    """One report.
+
+    name: on its tab
+    html: the whole page
+    """
 
     name: str
     html: str
 
     @property
     def frame(self) -> str:
-        """The page in a frame of its own, in which nothing runs and from which nothing is reached."""
+        """The report in a sandboxed frame without scripts and without access to other addresses."""
         return part("webui.html", "frame", name=self.name, page=self.html)
 
 
 def read_reports(places: Sequence[str]) -> list[Report]:
-    """Raises UserError for a place without a report, with how to make one."""
+    """Read the reports that are named at the start. Raises UserError for a place without a report."""
     reports = [_read_report(Path(place)) for place in places]
     names = [report.name for report in reports]
     return [
@@ -215,13 +222,13 @@ def _read_report(place: Path) -> Report:
     if (place / RESULTS).is_file():
         return Report(given_name(place), _evaluation(place))
     raise UserError(
-        f"--reports {place} holds no report: it is neither an .html file nor a folder with {PAGE} (afa screen, afa demo)"
-        f" or {RESULTS} (afa evaluate)"
+        f"--reports {place} holds no report: it is neither an .html file nor a folder"
+        f" with {PAGE} (afa screen, afa demo) or {RESULTS} (afa evaluate)"
     )
 
 
 def _evaluation(folder: Path) -> str:
-    """As `afa report` would make it."""
+    """Return the page that `afa report` makes of an evaluation."""
     from afa.evaluation.compare import analyse
     from afa.evaluation.report.page import as_html
     from afa.evaluation.results import Results

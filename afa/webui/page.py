@@ -10,7 +10,7 @@ from afa.errors import UserError
 from afa.images import read_metadata
 from afa.prompts import unread
 from afa.webui import markup
-from afa.webui.api import DRAWING, Api, answering, offer, sentence
+from afa.webui.api import DRAWING, Api, Page, answering, offer
 from afa.webui.engine import Engine
 from afa.webui.markup import Report
 from afa.webui.queue import DrawingJob, follow
@@ -19,20 +19,23 @@ from afa.webui.sessions import Sessions, request_from_metadata
 
 
 class Handlers:
-    """One method an event. names: of the form's fields, in order; strengths of the experts come after them."""
+    """The event handlers of the page.
+
+    names: of the form's fields, in order; the strengths of the experts follow them
+    """
 
     def __init__(self, sessions: Sessions, names: list[str]) -> None:
         self.sessions, self.engine, self.names = sessions, sessions.engine, names
         self.experts = self.engine.ensemble.names
 
     def begin(self, request: gr.Request, *values: Any) -> list[Any]:
-        """A new run."""
+        """Create a new run."""
         given = dict(zip(self.names, values, strict=False))
         given["strengths"] = dict(zip(self.experts, values[len(self.names) :], strict=True))
         return self._begun(self.sessions.begin(request.session_hash, given))
 
     def again(self, request: gr.Request, live: bool, *strengths: float) -> list[Any]:
-        """The last run with the strengths as they are now, if that is wanted."""
+        """Create the last run again with the present strengths, if live is set."""
         job = (
             self.sessions.again(request.session_hash, dict(zip(self.experts, strengths, strict=True)))
             if live
@@ -41,7 +44,7 @@ class Handlers:
         return [gr.skip()] * 4 if job is None else self._begun(job)
 
     def draw(self, request: gr.Request) -> Iterator[list[Any]]:
-        """Do the visitor's run, and say how it stands; one that is over already, or goes on, is left alone."""
+        """Run the visitor's job and show its progress; does nothing unless the job is waiting."""
         job = self.sessions.job(request.session_hash)
         if job is None or job.state != "waiting":
             yield [gr.skip(), gr.skip()]
@@ -56,7 +59,7 @@ class Handlers:
         yield [markup.status(job), markup.results(job)]
 
     def finish(self, request: gr.Request) -> list[Any]:
-        """The buttons as before the run, and its pictures to look into."""
+        """Reset the buttons, and list the pictures that have weight maps."""
         job = self.sessions.job(request.session_hash)
         if job is None or not job.over:
             return [gr.skip()] * 4
@@ -71,7 +74,7 @@ class Handlers:
         return [gr.Button(interactive=True), gr.Button(interactive=False), markup.status(job), chosen]
 
     def fit(self, picture: str | None, step: float, stage: float) -> list[Any]:
-        """The weights of another picture, and how far the sliders go there: where they stand they stay, as far as they can."""
+        """Show the weights of another picture, and set the range of the sliders to its steps and stages."""
         if not picture:
             return [gr.skip(), gr.skip(), self.look(picture, step, stage)]
         kept = self.engine.shelf.get(text("picture", picture))
@@ -87,7 +90,7 @@ class Handlers:
         ]
 
     def look(self, picture: str | None, step: float, stage: float) -> str:
-        """The weights of a picture at a step and stage."""
+        """Show the weights of a picture at a step and stage."""
         if not picture:
             return markup.note("None of these pictures was made by weighing experts.")
         kept = self.engine.shelf.get(text("picture", picture))
@@ -99,22 +102,22 @@ class Handlers:
         )
 
     def strengthen(self, request: gr.Request, *strengths: float) -> None:
-        """Change the run that goes on."""
+        """Change the strengths of the current run."""
         self.sessions.strengthen(request.session_hash, dict(zip(self.experts, strengths, strict=True)))
 
     def cancel(self, request: gr.Request) -> Any:
-        """Stop the run after its present step."""
+        """Cancel the run after its current step."""
         self.sessions.cancel(request.session_hash)
         return gr.Button(interactive=False)
 
     def pictures(self) -> list[Any]:
-        """The gallery, the latest first, its names, and what cannot be shown."""
+        """Return the gallery, the newest picture first, the names, and a note on unreadable files."""
         found, broken = self.engine.gallery.pictures()
         left_out = markup.note(f"Left out: {'; '.join(broken)}.", "error") if broken else ""
         return [[(str(path), self._title(path)) for path in found], [path.name for path in found], left_out]
 
     def choose(self, event: gr.SelectData, names: list[str]) -> list[Any]:
-        """How a picture of the gallery was made."""
+        """Show how a picture of the gallery was made."""
         index = event.index if isinstance(event.index, int) else -1
         if not isinstance(names, list) or not 0 <= index < len(names):
             raise UserError("there is no such picture; look again")
@@ -122,7 +125,7 @@ class Handlers:
         return self._read(path, path.name)
 
     def read(self, upload: str | None) -> list[Any]:
-        """How an uploaded picture was made; it is deleted when it was read."""
+        """Show how an uploaded picture was made, and delete the upload."""
         if upload is None:
             raise UserError("nothing was uploaded; give a PNG that was made here or by afa generate")
         try:
@@ -131,7 +134,7 @@ class Handlers:
             Path(upload).unlink(missing_ok=True)
 
     def use(self, metadata: dict[str, Any] | None) -> list[Any]:
-        """Fill the form with a picture's settings, and show it."""
+        """Fill the form with the settings of a picture, and show the form."""
         if not isinstance(metadata, dict):
             raise UserError("no picture is chosen")
         found, notes = request_from_metadata(metadata, self.engine)
@@ -149,19 +152,15 @@ class Handlers:
         for words in filter(None, (job.request.prompt, job.request.negative_prompt)):
             for remark in unread([words], ensemble.denoiser.call, ensemble.frame.tokenizers):
                 gr.Warning(markup.warning(remark))
-        return [
-            gr.Button(interactive=False),
-            gr.Button(interactive=True),
-            markup.status(job),
-            markup.results(job),
-        ]
+        buttons = [gr.Button(interactive=False), gr.Button(interactive=True)]
+        return [*buttons, markup.status(job), markup.results(job)]
 
     def _read(self, path: Path, name: str) -> list[Any]:
         metadata = read_metadata(path, name)
         return [markup.settings(metadata, name), metadata, gr.Button(interactive=True)]
 
     def _title(self, path: Path) -> str:
-        """Of a picture in the gallery: by which method and of what, as far as it says."""
+        """Return the caption of a picture in the gallery: its method and prompt."""
         try:
             said = read_metadata(path)
         except UserError:
@@ -173,30 +172,12 @@ class Handlers:
 
 TITLE = "Adaptive Feature Aggregation"
 NO_REPORTS = (
-    "No report was given. Make one with afa evaluate --ensemble my-ensemble --protocol prompts.txt --output compared,"
-    " and name it at the start: afa ui my-ensemble --reports compared"
+    "No report was given. Make one with afa evaluate --ensemble my-ensemble --protocol prompts.txt"
+    " --output compared, and name it at the start: afa ui my-ensemble --reports compared"
 )
 
-# Done at once, whoever draws. Through the queue all the same: what is refused elsewhere than there, Gradio does not show.
+# These events do not wait for the running job. They are queued, since Gradio shows no errors of other events.
 QUICK: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-
-
-class Page(gr.Blocks):
-    """Blocks that answer with a sentence to what does not fit their fields, too, instead of a traceback in the terminal."""
-
-    async def process_api(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises gr.Error."""
-        try:
-            return await super().process_api(*args, **kwargs)
-        except Exception as error:
-            if isinstance(error, gr.Error) and not error.print_exception:
-                raise  # said by answering()
-            words = (
-                error.message
-                if isinstance(error, gr.Error)
-                else f"what was sent does not fit this page ({type(error).__name__})"
-            )
-            raise gr.Error(sentence(str(words)), print_exception=False) from None
 
 
 def build(
@@ -207,7 +188,15 @@ def build(
     guidance: float | None,
     url: str,
 ) -> gr.Blocks:
-    """The page of a engine. examples: prompts that are offered; steps, guidance: what the form begins with; url: where it will be."""
+    """Build the page.
+
+    sessions: of the visitors
+    reports:  to show
+    examples: prompts that are offered
+    steps:    initial value of the form
+    guidance: initial value of the form
+    url:      of the page
+    """
     engine = sessions.engine
     with Page(title=f"afa: {TITLE}", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         gr.HTML(markup.head(TITLE, engine.ensemble.names), elem_id="afa-head")
@@ -233,7 +222,7 @@ def build(
 
 
 def _form(engine: Engine, examples: Sequence[str]) -> dict[str, Any]:
-    """What a run is asked with. fields: by the names that a run takes."""
+    """Add prompt, methods and buttons; "fields" holds the inputs by their names in a request."""
     prompt = gr.Textbox(
         label="Prompt", lines=2, max_lines=6, placeholder="what the images shall show", elem_id="afa-prompt"
     )
@@ -265,16 +254,31 @@ def _settings(engine: Engine, steps: int, guidance: float | None) -> dict[str, A
             1, engine.limits.images, value=1, step=1, label="Images a method", **half
         )
     with gr.Accordion("More settings", open=False):
-        fields |= _more(engine)
+        own = type(engine.ensemble.frame.scheduler).__name__
+        fields["negative_prompt"] = gr.Textbox(
+            label="Negative prompt", lines=2, placeholder="what they should not show"
+        )
+        fields["scheduler"] = gr.Dropdown(
+            [(f"the experts' own ({own})", ""), *engine.schedulers], value="", label="Scheduler"
+        )
+        with gr.Row():
+            for side in ("width", "height"):
+                info = f"multiple of {engine.limits.unit}, at most {engine.limits.side}; 0: the experts' own"
+                label = f"{side.capitalize()} in pixels"
+                fields[side] = gr.Number(value=0, precision=0, label=label, info=info, min_width=140)
+        info = "beside the built-in one; empty: none"
+        fields["true_guidance"] = gr.Number(
+            value=None, label="True guidance", info=info, visible=engine.has_true_guidance
+        )
     return fields
 
 
 def _strengths(engine: Engine) -> dict[str, Any]:
-    """A slider for each expert, where there is a method that they scale."""
+    """Add a strength slider for each expert; they are visible if a method uses them."""
     scaled = [method.title for method in engine.methods.values() if method.scalable]
     with gr.Accordion("Strength of each expert", open=True, visible=bool(scaled)):
-        info = f"Scales the weights of {' and '.join(scaled)}; moved while a run goes on, it works from the next stage on."
-        gr.HTML(markup.note(info))
+        info = f"Scales the weights of {' and '.join(scaled)};"
+        gr.HTML(markup.note(f"{info} moved while a run goes on, it works from the next stage on."))
         names = engine.ensemble.names
         sliders = [
             gr.Slider(0, STRONGEST, value=1, step=0.05, label=name, elem_classes="afa-strength")
@@ -284,51 +288,22 @@ def _strengths(engine: Engine) -> dict[str, Any]:
     return {"strengths": sliders, "live": live}
 
 
-def _more(engine: Engine) -> dict[str, Any]:
-    own = type(engine.ensemble.frame.scheduler).__name__
-    fields: dict[str, Any] = {}
-    fields["negative_prompt"] = gr.Textbox(
-        label="Negative prompt", lines=2, placeholder="what they should not show"
-    )
-    fields["scheduler"] = gr.Dropdown(
-        [(f"the experts' own ({own})", ""), *engine.schedulers], value="", label="Scheduler"
-    )
-    with gr.Row():
-        for side in ("width", "height"):
-            info = f"multiple of {engine.limits.unit}, at most {engine.limits.side}; 0: the experts' own"
-            label = f"{side.capitalize()} in pixels"
-            fields[side] = gr.Number(value=0, precision=0, label=label, info=info, min_width=140)
-    info = "beside the built-in one; empty: none"
-    fields["true_guidance"] = gr.Number(
-        value=None, label="True guidance", info=info, visible=engine.has_true_guidance
-    )
-    return fields
-
-
 def _results() -> dict[str, Any]:
     status = gr.HTML(markup.status(None), elem_id="afa-status")
     results = gr.HTML("", elem_id="afa-results")
     gr.Markdown("### Weights: which expert shaped what")
     none = markup.note(
-        "Make a picture with a method that weighs experts, such as the first; then look at any step and stage of it."
+        "Make a picture with a method that weighs experts, such as the first;"
+        " then look at any step and stage of it."
     )
     with gr.Row():
         picture = gr.Dropdown([], label="Picture", interactive=True, elem_id="afa-picture", min_width=200)
-        step = gr.Slider(
-            0, 1, value=0, step=1, label="Step", info="0: mean over all", elem_id="afa-step", min_width=180
-        )
-        stage = gr.Slider(
-            0, 1, value=0, step=1, label="Stage", info="0: mean over all", elem_id="afa-stage", min_width=180
-        )
+        mean: dict[str, Any] = {"value": 0, "step": 1, "info": "0: mean over all", "min_width": 180}
+        step = gr.Slider(0, 1, label="Step", elem_id="afa-step", **mean)
+        stage = gr.Slider(0, 1, label="Stage", elem_id="afa-stage", **mean)
     weights = gr.HTML(none, elem_id="afa-weights")
-    return {
-        "status": status,
-        "results": results,
-        "picture": picture,
-        "step": step,
-        "stage": stage,
-        "weights": weights,
-    }
+    found = {"status": status, "results": results, "picture": picture}
+    return found | {"step": step, "stage": stage, "weights": weights}
 
 
 def _gallery() -> dict[str, Any]:
@@ -364,7 +339,7 @@ def _gallery() -> dict[str, Any]:
 
 
 def _reports(reports: Sequence[Report], outer: gr.Tab) -> None:
-    """A tab each, filled when it is looked at: reports are large."""
+    """Add a tab for each report; it is filled when it is opened, since reports are large."""
     if not reports:
         gr.HTML(markup.note(NO_REPORTS))
         return
@@ -377,7 +352,7 @@ def _reports(reports: Sequence[Report], outer: gr.Tab) -> None:
 
 
 def _wire(do: Handlers, form: dict[str, Any], shown: dict[str, Any], page: gr.Blocks) -> None:
-    """What happens when something is touched. Only drawing waits for its turn; the rest is done at once."""
+    """Connect the events with their handlers. Only sampling waits in the queue."""
     looks = [shown["picture"], shown["step"], shown["stage"]]
     asked = [*form["fields"].values(), *form["strengths"]]
     started = [form["run"], form["cancel"], shown["status"], shown["results"]]

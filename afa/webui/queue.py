@@ -1,4 +1,4 @@
-"""The runs of the page: their state, how they are stopped, and the queue in which they wait for the device."""
+"""The runs of the page: their state, their cancellation, and the queue before the device."""
 
 import sys
 import threading
@@ -14,16 +14,22 @@ from typing import Any, Literal
 from afa.errors import UserError
 from afa.webui.request_validation import RunRequest
 
-REFRESH = 0.15  # seconds between looks at a run that goes on
+REFRESH = 0.15  # seconds between updates of a running job
 
 
-class Cancelled(Exception):  # noqa: N818 - no error: somebody wanted it
+class Cancelled(Exception):  # noqa: N818 - a request of the visitor, not an error
     """Ends a run between two steps."""
 
 
 @dataclass(frozen=True)
 class GalleryPicture:
-    """One that is made. kept: whether it was there already."""
+    """A picture of a run.
+
+    path:     of the PNG in the gallery
+    seed:     of its noise
+    metadata: how it was made
+    kept:     whether it existed before the run
+    """
 
     path: Path
     seed: int
@@ -33,7 +39,15 @@ class GalleryPicture:
 
 @dataclass
 class MethodColumn:
-    """What one method makes. seconds: of the pictures made now. error: why there are no more."""
+    """The pictures of one method in a run.
+
+    method:   its name
+    title:    its title on the page
+    pictures: made so far
+    seconds:  time for the pictures that did not exist before
+    error:    why the method stopped; "" if it did not fail
+    done:     whether nothing more will be made
+    """
 
     method: str
     title: str
@@ -45,37 +59,42 @@ class MethodColumn:
 
 @dataclass
 class DrawingJob:
-    """A run and its state. strengths: read at every stage of every step, and may be changed meanwhile."""
+    """A run and its state.
+
+    request:   what the visitor asked for
+    columns:   one for each method
+    strengths: expert -> factor; read at every stage of every step, and may change during the run
+    """
 
     request: RunRequest
     columns: list[MethodColumn]
     strengths: dict[str, float]
     state: Literal["waiting", "running", "done", "cancelled", "refused"] = "waiting"
-    at: tuple[int, int] = (0, 0)  # the step that is done last, of how many, of the picture that is being made
+    at: tuple[int, int] = (0, 0)  # completed and total steps of the current picture
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
-        """Stop after the step that is being made."""
+        """Stop after the current step."""
         self.stopped.set()
 
     def on_step(self, done: int, steps: int) -> None:
-        """Told after every step. Raises Cancelled if the run shall stop."""
+        """Note the completed steps. Raises Cancelled if the run was cancelled."""
         self.at = (done, steps)
         self.check()
 
     def check(self) -> None:
-        """Raises Cancelled if the run shall stop."""
+        """Raise Cancelled if the run was cancelled."""
         if self.stopped.is_set():
             raise Cancelled
 
     @property
     def over(self) -> bool:
-        """Whether nothing more will come of it."""
+        """Whether the run has ended."""
         return self.state in ("done", "cancelled", "refused")
 
     @property
     def current(self) -> MethodColumn | None:
-        """The column that is being filled."""
+        """The column whose pictures are being made."""
         return (
             None
             if self.state != "running"
@@ -84,12 +103,15 @@ class DrawingJob:
 
     @property
     def mark(self) -> tuple[Any, ...]:
-        """Differs whenever the pictures do."""
+        """A value that changes whenever the pictures or the state change."""
         return (self.state, *((len(column.pictures), column.error, column.done) for column in self.columns))
 
 
 def follow(work: Callable[[DrawingJob], None], job: DrawingJob) -> Iterator[None]:
-    """Do the work beside, and yield while it goes on. Whoever stops listening stops the run. Raises what the work raises."""
+    """Do the work in a thread, and yield while it runs.
+
+    Closing the iterator cancels the job. Raises what the work raises.
+    """
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(work, job)
         try:
@@ -102,16 +124,20 @@ def follow(work: Callable[[DrawingJob], None], job: DrawingJob) -> Iterator[None
 
 
 def unexpected(error: Exception) -> str:
-    """The sentence for what nobody foresaw; all about it goes to the terminal."""
+    """Return the sentence for an unexpected error, and print its traceback in the terminal."""
     traceback.print_exception(error, file=sys.stderr)
-    return f"something went wrong that should not ({type(error).__name__}); the terminal that runs afa ui says more, and the page goes on"
+    what = f"something went wrong that should not ({type(error).__name__})"
+    return f"{what}; the terminal that runs afa ui says more, and the page goes on"
 
 
-PATIENCE = 0.1  # seconds between looks at whether somebody in line has given up
+PATIENCE = 0.1  # seconds between checks for cancelled jobs in the queue
 
 
 class RunQueue:
-    """A line before the device. waiting: runs that may stand in it besides the one that goes on."""
+    """The queue before the device, on which one job runs at a time.
+
+    waiting: the largest number of waiting jobs, besides the running one
+    """
 
     def __init__(self, waiting: int) -> None:
         self.waiting = waiting
@@ -120,7 +146,10 @@ class RunQueue:
 
     @contextmanager
     def turn(self, job: DrawingJob) -> Iterator[None]:
-        """Inside, nobody else draws. Raises UserError if the line is full, Cancelled if the run is stopped while it waits."""
+        """Wait for the device; no other job runs inside the context.
+
+        Raises UserError if the queue is full, and Cancelled if the job is cancelled while it waits.
+        """
         with self._moved:
             if len(self._line) > self.waiting:
                 many = "1 run is" if self.waiting == 1 else f"{self.waiting} runs are"
@@ -140,11 +169,11 @@ class RunQueue:
                 self._moved.notify_all()
 
     def before(self, job: DrawingJob) -> int:
-        """How many runs come before this one."""
+        """Return the number of jobs before this one."""
         line = list(self._line)
         return next((place for place, other in enumerate(line) if other is job), 0)
 
     def empty(self, seconds: float) -> bool:
-        """Wait until nobody is there: whether it came to that in time."""
+        """Wait until the queue is empty, at most so many seconds; return whether it is."""
         with self._moved:
             return self._moved.wait_for(lambda: not self._line, seconds)

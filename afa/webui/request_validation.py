@@ -1,4 +1,4 @@
-"""Check on the server what a run asks for; callers of the API do not pass through the widgets of the page."""
+"""Validate requests on the server, since callers of the API do not use the widgets of the page."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,20 @@ from afa.seeds import DRAW, draw_seed
 from afa.settings import SEEDS
 
 LONGEST = 4000  # characters of a prompt
-MOST = 10**6  # of steps and stages that are looked at, before it is known how many a picture has
-STRONGEST = 2.0  # of an expert, as the sliders have it
+MOST = 10**6  # the largest step or stage index that is accepted before the picture is known
+STRONGEST = 2.0  # the largest strength of an expert
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may ask for. unit: sides are multiples of it, in pixels. side: the largest; own: the experts' own."""
+    """The limits of a request.
+
+    images: of each method
+    steps:  denoising steps
+    side:   largest height and width in pixels
+    unit:   height and width are multiples of it, in pixels
+    own:    the experts' own side in pixels
+    """
 
     images: int
     steps: int
@@ -28,7 +35,20 @@ class Limits:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One run: every method makes `images` pictures, of the seeds seed, seed + 1 …, where -1 is one that was drawn; None: the experts' own."""
+    """A valid request; None stands for the experts' own value.
+
+    prompt:          text
+    methods:         names of methods, each of which makes `images` pictures
+    negative_prompt: text
+    seed:            of the first picture; picture k has seed + k
+    images:          number of pictures of each method
+    steps:           denoising steps
+    guidance:        strength from 0 to 100
+    true_guidance:   strength from 0 to 100 of classifier-free guidance beside a built-in one
+    scheduler:       its name
+    width, height:   in pixels
+    strengths:       expert -> factor of its weight, from 0 to STRONGEST
+    """
 
     prompt: str
     methods: tuple[str, ...]
@@ -51,7 +71,15 @@ def validate_request(
     experts: tuple[str, ...],
     schedulers: Sequence[str],
 ) -> RunRequest:
-    """What was given, as an order. Raises UserError for the first thing that is not as it must be."""
+    """Check the values of a request.
+
+    given:      field -> value; missing fields have defaults
+    limits:     see Limits
+    methods:    names of all methods
+    experts:    names of the experts
+    schedulers: names of the schedulers that fit the experts
+    A seed of -1 is replaced by a random one. Raises UserError for the first invalid value.
+    """
     scheduler = given.get("scheduler") or None
     if scheduler is not None and scheduler not in schedulers:
         raise UserError(unknown(str(scheduler), schedulers, "scheduler for these experts,"))
@@ -73,7 +101,10 @@ def validate_request(
 
 
 def make_strengths(given: Mapping[str, Any], experts: tuple[str, ...]) -> dict[str, float]:
-    """Strengths of all experts, 1 for those left out. Raises UserError for others, and if all are off."""
+    """Return the strengths of all experts, 1 where none is given.
+
+    Raises UserError for an unknown expert, an invalid strength, and if all strengths are 0.
+    """
     if not isinstance(given, Mapping):
         raise UserError(f"strengths must be numbers by expert's name, such as {{'{experts[0]}': 0.5}}")
     for name in given:
@@ -98,7 +129,7 @@ def _prompt(value: Any) -> str:
 
 
 def text(name: str, value: Any) -> str:
-    """A text without spaces around it; None is empty. Raises UserError for what is none, or too long."""
+    """Return a stripped text; "" for None. Raises UserError for other types and for long texts."""
     if value is not None and not isinstance(value, str):
         raise UserError(f"the {name} must be text, not {type(value).__name__}")
     found = (value or "").strip()
@@ -120,14 +151,13 @@ def _methods(value: Any, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def whole(name: str, value: Any, least: int, most: int) -> int:
-    """A whole number, also as text, exact however large. Raises UserError."""
+    """Return an integer between bounds, from a number or its text, without rounding. Raises UserError."""
     exact = value if isinstance(value, int) and not isinstance(value, bool) else _digits(value)
     if exact is None:
         number = _number(name, value, least, most)
         if number is None or number != int(number):
-            raise UserError(
-                f"{name} must be a whole number from {least} to {most}, not {'empty' if number is None else f'{number:g}'}"
-            )
+            shown = "empty" if number is None else f"{number:g}"
+            raise UserError(f"{name} must be a whole number from {least} to {most}, not {shown}")
         exact = int(number)
     if not least <= exact <= most:
         raise UserError(f"{name} {str(exact)[:40]} is out of bounds; give a number from {least} to {most}")
@@ -135,13 +165,13 @@ def whole(name: str, value: Any, least: int, most: int) -> int:
 
 
 def _digits(value: Any) -> int | None:
-    """The number that a text of digits is."""
+    """Return the integer that a text of digits spells, else None."""
     text = value.strip() if isinstance(value, str) else ""
     return int(text) if text.isascii() and text.removeprefix("-").isdigit() and len(text) <= 40 else None
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float | None:
-    """Empty is None."""
+    """Return a finite number between bounds; None for an empty value. Raises UserError."""
     if value is None or value == "":
         return None
     try:
@@ -156,12 +186,11 @@ def _number(name: str, value: Any, least: float, most: float) -> float | None:
 
 
 def _side(name: str, value: Any, limits: Limits) -> int | None:
-    """0 and empty: the experts' own."""
+    """Return a side in pixels; None for 0 and empty values. Raises UserError."""
     if value in (None, "", 0):
         return None
     side = whole(name, value, limits.unit, limits.side)
     if side % limits.unit:
-        raise UserError(
-            f"{name} {side} must be a multiple of {limits.unit} pixels; {max(1, round(side / limits.unit)) * limits.unit} is the nearest"
-        )
+        near = max(1, round(side / limits.unit)) * limits.unit
+        raise UserError(f"{name} {side} must be a multiple of {limits.unit} pixels; {near} is the nearest")
     return side

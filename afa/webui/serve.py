@@ -22,7 +22,7 @@ from afa.webui.markup import read_reports
 from afa.webui.settings import FIRST_PORT, UiSettings
 
 TRIED = 20  # ports after the first
-CALLS = 100  # of the page's functions that may wait besides runs; beyond it Gradio refuses by itself
+CALLS = 100  # calls that may wait besides runs; Gradio refuses further ones
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SMALL = 128  # pixels: pictures up to this side are enlarged with hard edges
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif"]
@@ -34,7 +34,11 @@ PICKED = (500_059, 500_047, 500_030)  # scenes the examples are
 
 @dataclass(frozen=True)
 class Served:
-    """A page that is being served, and where."""
+    """A page that is being served.
+
+    url:  its address
+    page: the Gradio app
+    """
 
     url: str
     page: Any
@@ -52,7 +56,10 @@ def serve(settings: UiSettings) -> None:
 
 @contextmanager
 def serving(settings: UiSettings) -> Iterator[Served]:
-    """The page, while the context is open. Raises UserError for what cannot be loaded or listened at, before anything is served."""
+    """Serve the page while the context is open.
+
+    Raises UserError for an address, a report or an expert that cannot be used, before the page is served.
+    """
     port = _port(settings)
     reports = read_reports(settings.reports or [])
     with tempfile.TemporaryDirectory(prefix="afa-ui-") as uploads:
@@ -89,7 +96,7 @@ def serving(settings: UiSettings) -> Iterator[Served]:
 
 
 def _launching(settings: UiSettings, engine: Any, uploads: Path) -> dict[str, Any]:
-    """What Gradio is told: nothing shared, nothing served but the gallery, our fonts, our guard."""
+    """Return the launch options of Gradio: no sharing, no files but the gallery, system fonts, middleware."""
     import gradio as gr
     from starlette.middleware import Middleware
 
@@ -112,8 +119,8 @@ def _launching(settings: UiSettings, engine: Any, uploads: Path) -> dict[str, An
         "share": False,
         "quiet": True,
         "prevent_thread_lock": True,
-        "max_threads": settings.queue + 40,  # who waits for a turn holds one
-        "show_error": False,  # what nobody foresaw is said by answers.py, without its words
+        "max_threads": settings.queue + 40,  # each waiting run holds one
+        "show_error": False,  # api.py shows unexpected errors, without their text
         "allowed_paths": [str(engine.gallery.folder)],
         "max_file_size": LARGEST_UPLOAD,
         "footer_links": [],
@@ -132,7 +139,10 @@ def _examples() -> list[str]:
 
 
 def _port(settings: UiSettings) -> int:
-    """The port asked for, or the first that is free. Raises UserError if there is none, or the address is not this machine's."""
+    """Return the port of the settings, or the first free one.
+
+    Raises UserError if no port is free or the address is not one of this machine.
+    """
     tried = range(FIRST_PORT, FIRST_PORT + TRIED) if settings.port is None else [settings.port]
     for port in tried:
         try:
@@ -142,35 +152,35 @@ def _port(settings: UiSettings) -> int:
             return port
         except (OSError, OverflowError) as error:
             if getattr(error, "errno", None) not in (
-                98,
-                48,
-                10048,
-                13,
-            ):  # in use (Linux, macOS, Windows), not allowed
-                raise UserError(
-                    f"--host {settings.host} cannot be listened at: {getattr(error, 'strerror', None) or error}"
-                ) from None
+                *(98, 48, 10048),  # in use: Linux, macOS, Windows
+                13,  # not allowed
+            ):
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"--host {settings.host} cannot be listened at: {reason}") from None
     if settings.port is None:
         raise UserError(
             f"the ports {FIRST_PORT} to {FIRST_PORT + TRIED - 1} are all in use; give a free one with --port"
         )
     raise UserError(
-        f"--port {settings.port} is in use or not allowed; give another, or leave it out to take the next free one"
+        f"--port {settings.port} is in use or not allowed;"
+        " give another, or leave it out to take the next free one"
     )
 
 
 def _shown(host: str) -> str:
-    """An address that a browser on this machine can open."""
+    """Return the address that a browser on this machine can open."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
 
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
-# Gradio's own code makes functions of templates (unsafe-eval) and writes styles and start-up scripts into the page (unsafe-inline).
+# Gradio compiles templates (unsafe-eval) and writes styles and scripts into the page (unsafe-inline).
 POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:;"
-    " font-src 'self' data:; worker-src 'self' blob:; connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
+    " style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:;"
+    " font-src 'self' data:; worker-src 'self' blob:; connect-src 'self'; object-src 'none'; base-uri 'self';"
+    " form-action 'self'; frame-ancestors 'self'"
 )
 HEADERS = {
     "content-security-policy": POLICY,
@@ -192,13 +202,14 @@ MOST_BYTES = 100 * 2**20  # of them together
 
 
 class SameOriginMiddleware:
-    """ASGI middleware.
+    """ASGI middleware that refuses requests of other sites and large uploads, and adds security headers.
 
-    hosts:    names that the page may be called by, without ports; None: any address of numbers, and what is in `names`
-    names:    names of this machine
-    uploads:  the folder of uploaded files
-    A page elsewhere whose name is made to lead here (DNS rebinding) gets nothing, nor does one that has a browser send
-    requests from elsewhere. Programs send neither Origin nor Sec-Fetch-Site.
+    app:     the app behind it
+    hosts:   allowed host names, without ports; None: every IP address, and `names`
+    uploads: folder of uploaded files
+    names:   host names of this machine
+    It refuses host names that another site points to this address (DNS rebinding), and requests that a
+    browser sends for another site. Programs send neither Origin nor Sec-Fetch-Site, and are allowed.
     """
 
     def __init__(
@@ -208,7 +219,7 @@ class SameOriginMiddleware:
         self._kept: deque[tuple[Path, int]] = deque()
 
     async def __call__(self, scope: Message, receive: Any, send: Send) -> None:
-        """Refuse, or pass on and add the headers."""
+        """Refuse the request, or pass it on and add the headers to the response."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
@@ -234,12 +245,13 @@ class SameOriginMiddleware:
             self._keep(bytes(body))
 
     def _refusal(self, scope: Message) -> str:
-        """Why a request is not passed on, as a sentence; "" if it is."""
+        """Return the reason for refusing a request as a sentence; "" if it is allowed."""
         headers = scope["headers"]
         found = [value.decode("latin-1") for name, value in headers if name == b"host"]
         host = found[0] if len(found) == 1 else ""
         if not self._known(_host_name(host)):
-            return f"This page answers to {', '.join(self.hosts or self.names)} only; start it with --host to open it to others."
+            names = ", ".join(self.hosts or self.names)
+            return f"This page answers to {names} only; start it with --host to open it to others."
         given = {
             name: value.decode("latin-1")
             for name, value in headers
@@ -264,16 +276,17 @@ class SameOriginMiddleware:
         return name in self.names or _is_address(name)
 
     def _too_large(self, scope: Message) -> str:
-        """An upload says its length before it comes."""
+        """Return the reason for refusing an upload by its Content-Length; "" if it is allowed."""
         if scope.get("method") != "POST" or not unquote(scope["path"]).rstrip("/").endswith(UPLOADS):
             return ""
         length = dict(scope["headers"]).get(b"content-length", b"").decode("latin-1")
         if not (length.isascii() and length.isdigit() and len(length) < 20 and int(length) <= LARGEST_UPLOAD):
-            return f"An upload may have {LARGEST_UPLOAD // 2**20} MB, all its files together, and must say its length."
+            most = LARGEST_UPLOAD // 2**20
+            return f"An upload may have {most} MB, all its files together, and must say its length."
         return ""
 
     def _keep(self, answer: bytes) -> None:
-        """Note what was uploaded, and delete the oldest where there is too much."""
+        """Note the uploaded files, and delete the oldest files if there are too many."""
         try:
             paths = [Path(place).resolve() for place in json.loads(answer)]
         except (ValueError, TypeError):
@@ -286,7 +299,7 @@ class SameOriginMiddleware:
 
 
 def _is_address(name: str) -> bool:
-    """Whether a host is written in numbers, which no other site's name can be made to lead to."""
+    """Return whether a host is an IP address, which DNS rebinding cannot use."""
     try:
         return bool(ipaddress.ip_address(name))
     except ValueError:
@@ -294,7 +307,7 @@ def _is_address(name: str) -> bool:
 
 
 def _host_name(host: str) -> str:
-    """Without the port: [::1]:7860 -> ::1."""
+    """Remove the port from a host: [::1]:7860 -> ::1."""
     return (host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]).lower()
 
 

@@ -1,4 +1,4 @@
-"""One run for each visitor, found by the session of the browser tab or client, and requests read back from pictures."""
+"""One run for each visitor (a browser tab or an API client), and requests from the metadata of pictures."""
 
 import dataclasses
 from collections import OrderedDict
@@ -10,26 +10,30 @@ from afa.webui.engine import Engine
 from afa.webui.queue import DrawingJob, MethodColumn
 from afa.webui.request_validation import make_strengths
 
-REMEMBERED = 200  # visitors
+REMEMBERED = 200  # visitors whose last run is kept
 
 
 class Sessions:
-    """Takes orders and keeps the last run of everybody."""
+    """The last run of each visitor; a visitor is the session hash of Gradio."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._jobs: OrderedDict[str, DrawingJob] = OrderedDict()
 
     def job(self, visitor: str | None) -> DrawingJob | None:
-        """The visitor's last run."""
+        """Return the visitor's last run, None if there is none."""
         return self._jobs.get(visitor or "")
 
     def begin(self, visitor: str | None, given: Mapping[str, Any]) -> DrawingJob:
-        """A new run; one of theirs that goes on is stopped. Raises UserError for what may not be asked for."""
+        """Create a new run and cancel the visitor's previous one. Raises UserError for an invalid request."""
         return self._take(visitor, self.engine.job(given))
 
     def again(self, visitor: str | None, strengths: Mapping[str, Any]) -> DrawingJob | None:
-        """The last run with other strengths, if it is over and made with others; its other pictures are there already."""
+        """Create the visitor's last run again with other strengths.
+
+        Pictures of methods without strengths are found in the gallery. Returns None if the last run has not
+        ended, had the same strengths, or has no method with strengths.
+        """
         last, wanted = self.job(visitor), make_strengths(strengths, self.engine.ensemble.names)
         if last is None or not last.over or last.strengths == wanted:
             return None
@@ -41,13 +45,13 @@ class Sessions:
         )
 
     def strengthen(self, visitor: str | None, strengths: Mapping[str, Any]) -> None:
-        """Change the strengths of the run that goes on, from its next stage on. Raises UserError for strengths that cannot be."""
+        """Change the strengths of the current run from its next stage on. Raises UserError if invalid."""
         wanted, last = make_strengths(strengths, self.engine.ensemble.names), self.job(visitor)
         if last is not None and not last.over:
             last.strengths.update(wanted)
 
     def cancel(self, visitor: str | None) -> DrawingJob:
-        """Stop the visitor's run. Raises UserError if there is none."""
+        """Cancel the visitor's run. Raises UserError if there is none."""
         last = self.job(visitor)
         if last is None or last.over:
             raise UserError("there is no run of yours to cancel")
@@ -55,7 +59,7 @@ class Sessions:
         return last
 
     def close(self) -> None:
-        """Stop everything, and wait for it: a device that is in use while the program ends makes it end badly."""
+        """Cancel all runs and wait for them, since a process that ends while its device is busy may crash."""
         for job in self._jobs.values():
             job.cancel()
         self.engine.queue.empty(seconds=60)
@@ -75,7 +79,11 @@ NUMBERS = ("seed", "steps", "guidance", "true_guidance", "width", "height")
 
 
 def request_from_metadata(metadata: Mapping[str, Any], engine: Engine) -> tuple[dict[str, Any], list[str]]:
-    """What to ask for, as a run takes it, and what of the picture cannot be asked for here. Raises UserError for impossible settings."""
+    """Convert the metadata of a picture to the fields of a request.
+
+    Returns the fields, and remarks on settings that this page cannot reproduce.
+    Raises UserError for invalid settings.
+    """
     found: dict[str, Any] = {name: metadata.get(name) or "" for name in TEXTS} | {
         name: metadata.get(name) for name in NUMBERS
     }
@@ -99,13 +107,14 @@ def _method(metadata: Mapping[str, Any], engine: Engine, notes: list[str]) -> st
     what = metadata.get("method") or metadata.get("expert") or "a trained ensemble"
     first = next(iter(engine.methods))
     notes.append(
-        f"it was made by {str(what)[:60]} with options that are not offered here; {engine.methods[first].title} is chosen instead"
+        f"it was made by {str(what)[:60]} with options that are not offered here;"
+        f" {engine.methods[first].title} is chosen instead"
     )
     return first
 
 
 def _scheduler(name: Any, engine: Engine, notes: list[str]) -> str:
-    """A name of ours, or "" for the experts' own, which pictures name by its class."""
+    """Return a scheduler's name, or "" for the experts' own, which pictures name by its class."""
     if name in engine.schedulers:
         return str(name)
     if name not in (None, type(engine.ensemble.frame.scheduler).__name__, "SuperposedScheduler"):
@@ -116,7 +125,8 @@ def _scheduler(name: Any, engine: Engine, notes: list[str]) -> str:
 def _strengths(metadata: Mapping[str, Any], engine: Engine, notes: list[str]) -> dict[str, Any]:
     if metadata.get("strength_changes"):
         notes.append(
-            "strengths were changed while it was made, so it will not come out the same; those it began with are set"
+            "strengths were changed while it was made, so it will not come out the same;"
+            " those it began with are set"
         )
     given = metadata.get("strengths")
     return {
@@ -125,7 +135,7 @@ def _strengths(metadata: Mapping[str, Any], engine: Engine, notes: list[str]) ->
 
 
 def _compare(metadata: Mapping[str, Any], engine: Engine, notes: list[str]) -> None:
-    """Whether the same experts and aggregators are here."""
+    """Note whether the experts or the aggregators differ."""
     experts = metadata.get("experts")
     if experts is not None and experts != list(engine.ensemble.names):
         notes.append(

@@ -1,4 +1,4 @@
-"""What the web page is asked to be. No heavy imports: the command line's help comes from here."""
+"""The settings of `afa ui`. This module imports no torch, so that --help is fast."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ FIRST_PORT = 7860
 
 @dataclass(frozen=True)
 class UiSettings(CheckedOptions):
-    """One page, field by field a flag of `afa ui`."""
+    """The settings of one page; each field is a flag of `afa ui`."""
 
     sources: list[str] = option(
         [],
@@ -19,24 +19,26 @@ class UiSettings(CheckedOptions):
         positional=True,
     )
     host: str = option(
-        "127.0.0.1", help="address to listen at; 0.0.0.0 lets everybody in who can reach this machine"
+        "127.0.0.1",
+        help="address to listen at; with 0.0.0.0, every machine that can reach this one can open the page",
     )
     names: list[str] | None = option(
         None,
-        help="names that the page may be called by besides this machine's own, where --host lets others in: of a proxy before it",
+        help="further host names of the page, besides those of this machine, such as that of a proxy;"
+        " for a --host that other machines can reach",
     )
     port: int | None = option(
         None,
         least=1,
         most=65535,
-        help=f"port to listen at (default: {FIRST_PORT}, or the next one that is free)",
+        help=f"port to listen at (default: {FIRST_PORT}, or the next free one)",
     )
     output: str = option("afa-ui", help="a folder for the pictures, which is the page's gallery")
     reports: list[str] | None = option(
         None, help="reports to show: .html files, or folders of afa evaluate, afa screen or afa demo"
     )
     queue: int = option(
-        8, least=1, most=1000, help="runs that may wait; who comes later is told to come back"
+        8, least=1, most=1000, help="runs that may wait; further runs are refused until one has finished"
     )
     max_images: int = option(4, least=1, most=1000, help="images of each method that a run may ask for")
     max_steps: int = option(100, **SAMPLING_STEPS, help="denoising steps that a run may ask for")
@@ -55,7 +57,7 @@ class UiSettings(CheckedOptions):
     frame: str | None = option(
         None,
         place=True,
-        help="a pipeline's folder that lends text encoders, scheduler and VAE to experts that are denoisers alone",
+        help="a pipeline's folder with text encoders, scheduler and VAE for experts that are denoisers alone",
     )
     dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
