@@ -19,7 +19,7 @@ from afa.merging.registry import MERGES
 from afa.metrics.registry import METRICS, MetricEntry
 from afa.sampling.registry import SAMPLING_METHODS, SamplingMethod
 from afa.training.objective_registry import OBJECTIVES, ObjectiveEntry
-from afa.webui.methods import find_methods
+from afa.webui.engine import find_methods
 
 FILES = {
     "toy_aggregator": """
