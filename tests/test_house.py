@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,3 +91,19 @@ def test_every_verb_has_a_sentence_and_two_examples(verb):
 def test_the_citation_names_this_version():
     citation = ROOT.parent / "CITATION.cff"
     assert f"\nversion: {afa.__version__}\n" in citation.read_text()
+
+
+def test_every_file_that_the_architecture_names_is_there():
+    text = (ROOT.parent / "ARCHITECTURE.md").read_text()
+    names = set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", text))
+    assert len(names) > 30
+    assert [name for name in sorted(names) if not (ROOT / name).exists() and not (ROOT.parent / name).exists()] == []
+
+
+def test_a_walk_has_at_most_ten_files():
+    text = (ROOT.parent / "ARCHITECTURE.md").read_text()
+    walks = text.partition("## Four walks")[2].partition("## Files")[0].split("\n**")[1:]
+    assert len(walks) == 4
+    for walk in walks:
+        steps = re.findall(r"^\d+\. ", walk, flags=re.MULTILINE)
+        assert 5 <= len(steps) <= 10, walk.partition("\n")[0]
