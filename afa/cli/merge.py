@@ -5,8 +5,8 @@ tensor of each. Expert folders and single files may be mixed, each with LoRAs
 (base.safetensors+style.safetensors*0.8). SD 1.x, 2.x and XL are written as a folder or a single file,
 denoisers alone as their first expert is, other pipelines as a folder. Text encoders are merged with the
 denoiser; the VAE is the first expert's. How it was made, and the sha256 of every file it was made from, stand
-in the header of the files written; --recipe makes it again. Several steps: --recipe FILE.toml, see
-docs/merging.md.
+in the header of the files written; --recipe makes it again. A TOML file given as
+--recipe may hold several steps: each [[step]] names its method, its experts and its options.
 """
 
 import json

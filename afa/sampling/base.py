@@ -86,7 +86,7 @@ class Combination(ModelMixin, ConfigMixin, ABC):
                 return call.prediction(self.ensemble(**given, return_dict=False)[0], size)
 
         prediction, weights = self.combine(predict, sample, timestep)
-        if self._maps is not None and weights is not None and not self.ensemble.aside:
+        if self._maps is not None and weights is not None and not self.ensemble.in_uncond_pass:
             self._maps.begin(timestep)
             self._maps.observe(self.ensemble.stages[-1].name, _everywhere(weights, sample))
         answer = call.answer(prediction)

@@ -13,7 +13,7 @@ from hostile import ASSETS, WRONG, afa, downloaded, edit, within
 
 from afa import Ensemble
 from afa.errors import UserError
-from afa.experts import spec as locating
+from afa.experts import locate as locating
 from afa.experts.locate import locate
 from afa.experts.spec import ExpertSpec
 from afa.fingerprint import FILES
