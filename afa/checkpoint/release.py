@@ -52,11 +52,11 @@ def read_release(folder: Path, stages: tuple[Stage, ...], experts: int) -> tuple
     ]
     for stage, config in zip(stages, configs, strict=True):
         for name, expected in (("in_channels", stage.channels), ("num_experts", experts)):
-            if config[name] != expected:  # type: ignore[literal-required]
+            found = config[name]  # type: ignore[literal-required]
+            if found != expected:
                 raise UserError(
-                    f"{folder}: the aggregator of {stage.name} has {name} {config[name]}, "
-                    f"the experts need {expected}"
-                )  # type: ignore[literal-required]
+                    f"{folder}: the aggregator of {stage.name} has {name} {found}, the experts need {expected}"
+                )
     tensors: dict[str, Tensor] = {}
     for index, stage in enumerate(stages):
         file = folder / f"aggregator_{index}" / "aggregator.safetensors"

@@ -51,7 +51,8 @@ class Options(CheckedOptions):
         None, least=1, most=1000, help="with --config and without EXPERT: how many experts (default: 3)"
     )
     aggregator: str | None = option(
-        None, help=f"kind of aggregator: {' or '.join(', '.join(AGGREGATORS).rsplit(', ', 1))} (default: sabw)"
+        None,
+        help=f"kind of aggregator: {' or '.join(', '.join(AGGREGATORS).rsplit(', ', 1))} (default: sabw)",
     )
     placement: str | None = option(
         None,

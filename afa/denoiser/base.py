@@ -39,7 +39,6 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
 
     family: ClassVar[str]
     call: ClassVar[Call]  # how the denoiser is called
-    read_stages: ClassVar[Callable[[Any], tuple[Stage, ...]]]  # of one expert's model
     default_placement: ClassVar[str] = "layers"
     output: ClassVar[type] = Transformer2DModelOutput  # what the stock forward returns
     _supports_gradient_checkpointing = True
@@ -85,6 +84,11 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         self._adjust: Adjuster | None = None
         self.in_uncond_pass = False  # True in guidance's separate pass without the prompt, see cache_context
         self._solo_expert: int | None = None
+
+    @staticmethod
+    def read_stages(model: Any, /) -> tuple[Stage, ...]:
+        """Read one expert's model as stages."""
+        raise NotImplementedError
 
     def _original_layers(self, model: Any) -> dict[str, Layers]:
         """Map the publisher's names of one expert's layers to diffusers' layers."""

@@ -345,7 +345,9 @@ class Recorder:
 
     def _adjust(self, stage: str, weights: Tensor) -> Tensor:
         """Record the rows of every blend, and return the weights unchanged."""
-        self.rows.setdefault((self.denoiser.in_uncond_pass, stage), []).append(weights.float().mean((2, 3)).cpu())
+        self.rows.setdefault((self.denoiser.in_uncond_pass, stage), []).append(
+            weights.float().mean((2, 3)).cpu()
+        )
         return weights
 
     def _observe(self, stage: str, weights: Tensor) -> None:
