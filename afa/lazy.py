@@ -1,4 +1,7 @@
-"""What is loaded when it is first used, so that help loads no torch: registered makers, public names of a package."""
+"""What is loaded when it is first used, so that help loads no torch.
+
+Registered makers, public names of a package.
+"""
 
 import importlib
 import sys

@@ -37,7 +37,10 @@ def grid(
     side: int | None = None,
     gap: int = 4,
 ) -> Image.Image:
-    """Arrange images (H, W, 3) uint8 row by row. columns: names above; labels: at the left; side: cell width."""
+    """Arrange images (H, W, 3) uint8 row by row.
+
+    columns: names above; labels: at the left; side: cell width.
+    """
     height, width = rows[0][0].shape[:2]
     width, height = (width, height) if side is None else (side, round(side * height / width))
     own = font(max(11, min(20, width // 10)))

@@ -15,8 +15,8 @@ class Aggregator(nn.Module, ABC):
     """Fuses the experts' features of one stage. A kind of aggregator says how they are weighed.
 
     own_blends: whether it hands every expert a blend of its own, so that its weights are N rows a sample
-    at_output:  the kind that stands in its place at the last stage, where an ensemble must make one prediction;
-                None: itself
+    at_output:  the kind that stands in its place at the last stage, where an ensemble must make one
+                prediction; None: itself
     """
 
     own_blends: ClassVar[bool] = False
@@ -44,8 +44,10 @@ class Aggregator(nn.Module, ABC):
     ) -> tuple[Tensor | list[Tensor], Tensor]:
         """Blend the experts' features: -> fused (B, C, H, W) in the features' dtype, weights (B, N, H, W).
 
-        An aggregator may hand every expert a blend of its own: then fused is a list, one for each (see stitch.py).
-        adjust: changes the weights before anything is blended; it is shown R = B of them, or B·N where everyone has a blend of its own.
+        An aggregator may hand every expert a blend of its own: then fused is a list, one for each (see
+        stitch.py).
+        adjust: changes the weights before anything is blended; it is shown R = B of them, or B·N where
+                everyone has a blend of its own.
         Source: arXiv:2405.17082, section 3.2. Deviation: none.
         """
         weights = self.weigh(features, temb, text, kept)
@@ -55,7 +57,10 @@ class Aggregator(nn.Module, ABC):
 
 
 def blend(features: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum over experts, without a second copy of all features: (B, N, C, H, W) -> (B, C, H, W)."""
+    """The weighted sum over experts, without a second copy of all features.
+
+    (B, N, C, H, W) -> (B, C, H, W).
+    """
     fused = features[:, 0] * weights[:, 0, None]
     for expert in range(1, features.shape[1]):
         fused = fused.addcmul(features[:, expert], weights[:, expert, None])

@@ -1,4 +1,7 @@
-"""The registry of aggregators, and how an ensemble's stages get theirs. No heavy imports: help comes from here."""
+"""The registry of aggregators, and how an ensemble's stages get theirs.
+
+No heavy imports: help comes from here.
+"""
 
 import inspect
 from collections.abc import Mapping
@@ -85,10 +88,11 @@ class Recipe:
     kind:            a name of AGGREGATORS
     options:         of that kind
     attention_up_to: for sabw, the largest side (in latent pixels, at the model's own sample_size) of a map on
-                     which the transformer is built; larger maps get depth 0. None: everywhere, as in the paper.
-                     With 32, SD 1.5 spends no attention on its seven 64×64 stages, which cost most
-    text_stream:     in families whose blocks change text tokens, own: every expert keeps its own; fused: where
-                     image tokens are fused, text tokens are, too, by what each expert weighs in the whole image
+                     which the transformer is built; larger maps get depth 0. None: everywhere, as in the
+                     paper. With 32, SD 1.5 spends no attention on its seven 64×64 stages, which cost most
+    text_stream:     in families whose blocks change text tokens, own: every expert keeps its own; fused:
+                     where image tokens are fused, text tokens are, too, by what each expert weighs in the
+                     whole image
     Raises ValueError for another text_stream.
     """
 

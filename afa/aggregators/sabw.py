@@ -21,10 +21,12 @@ class SABW(Aggregator):
     experts N, channels C, time_width E, text_width D: of the stage it fuses.
     hidden: width inside, a multiple of heads. Cost grows with its square; 128 is the paper's.
     heads: of the attention; the paper's 8 heads are 16 wide.
-    depth: transformer layers, the paper's is 2; self-attention costs (H·W)², the larger part of the cost on big maps.
+    depth: transformer layers, the paper's is 2; self-attention costs (H·W)², the larger part of the cost on
+           big maps.
     0 leaves out the transformer and with it all knowledge of the text, at about a quarter of the parameters.
 
-    ignore: of SEEN, what the weights must not depend on, for ablations: the text states or the time embedding are taken
+    ignore: of SEEN, what the weights must not depend on, for ablations: the text states or the time embedding
+            are taken
     as zeros; without place, one weight an expert serves the whole map.
 
     An untrained one is the mean: conv_out starts at zero, so the softmax starts at 1/N everywhere.

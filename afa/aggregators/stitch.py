@@ -1,4 +1,7 @@
-"""Cross-stitched SABW: every expert goes its own way and takes from the others, pixel by pixel, what it lacks."""
+"""Cross-stitched SABW.
+
+Every expert goes its own way and takes from the others, pixel by pixel, what it lacks.
+"""
 
 from typing import Any
 
@@ -14,11 +17,12 @@ KEPT = 4.0  # logit an untrained expert gives itself over each other: .965 of th
 class Stitch(SABW):
     """SABW that hands every expert a convex blend of its own instead of one blend to all.
 
-    The weights are a matrix per pixel: row j says what expert j goes on with. It starts near the identity, so an
-    untrained ensemble is nearly the mean of the experts' *predictions*: experts whose features have drifted apart are
-    not thrown into each other's hands before anything is learnt. With equal rows it is SABW, with the identity a router on
-    the predictions; it can learn to be either, at every pixel. The arguments are SABW's; besides, `kept` (a scalar) is trained.
-    Where an ensemble must make one prediction, at its last stage, SABW itself stands.
+    The weights are a matrix per pixel: row j says what expert j goes on with. It starts near the identity, so
+    an untrained ensemble is nearly the mean of the experts' *predictions*: experts whose features have
+    drifted apart are not thrown into each other's hands before anything is learnt. With equal rows it is
+    SABW, with the identity a router on the predictions; it can learn to be either, at every pixel. The
+    arguments are SABW's; besides, `kept` (a scalar) is trained. Where an ensemble must make one prediction,
+    at its last stage, SABW itself stands.
 
     Ours; the idea of learning what parallel networks share is that of Misra et al., Cross-stitch networks,
     arXiv:1604.03539, there with one scalar per stage and channel.
@@ -35,7 +39,10 @@ class Stitch(SABW):
         self.experts = experts
 
     def matrix(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
-        """features (B, N, C, H, W), temb (B, E), text (B, T, D) -> (B, N, N, H, W): to each expert (dim 1) from all (dim 2)."""
+        """features (B, N, C, H, W), temb (B, E), text (B, T, D) -> (B, N, N, H, W).
+
+        To each expert (dim 1) from all (dim 2).
+        """
         logits = self.logits(features, temb, text, kept).unflatten(1, (self.experts, self.experts))
         own = torch.eye(self.experts, device=logits.device, dtype=logits.dtype).view(
             1, self.experts, self.experts, 1, 1

@@ -1,6 +1,9 @@
-"""Search for the block weights whose merge draws the best images (auto-MBW): merges in memory, judged by any metric.
+"""Search for the block weights whose merge draws the best images (auto-MBW).
 
-Leaves best.toml for `afa merge --method mbw --weights best.toml`. Interrupt it with Ctrl-C: the same command goes on.
+Merges in memory, judged by any metric.
+
+Leaves best.toml for `afa merge --method mbw --weights best.toml`. Interrupt it with Ctrl-C: the same command
+goes on.
 """
 
 import json

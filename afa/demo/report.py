@@ -1,4 +1,7 @@
-"""The demonstration's result: tables and a sentence for the terminal, a page for the browser, every number as JSON."""
+"""The demonstration's result.
+
+Tables and a sentence for the terminal, a page for the browser, every number as JSON.
+"""
 
 import json
 from collections.abc import Sequence
@@ -100,7 +103,10 @@ def as_json(outcome: Outcome) -> str:
 
 
 def sheet(outcome: Outcome, count: int = SHOWN) -> NDArray[np.uint8]:
-    """The first scenes, a row each, a column per method: same noise along a row. Not chosen: the first of the list."""
+    """The first scenes, a row each, a column per method: same noise along a row.
+
+    Not chosen: the first of the list.
+    """
     rows = [[row.images[index] for row in outcome.rows] for index in range(min(count, len(outcome.captions)))]
     return np.asarray(grid(rows, columns=[row.name for row in outcome.rows], side=128))
 

@@ -25,7 +25,10 @@ def all_rows(setup: Setup, tuner: Tuner, names: Sequence[str]) -> list[Row]:
 
 
 def study_rows(setup: Setup, rows: Sequence[Row], studies: Sequence[str]) -> list[Row]:
-    """What studies add: other numbers of steps, fewer experts, the ensemble without one of its parts, other objectives."""
+    """What studies add.
+
+    Other numbers of steps, fewer experts, the ensemble without one of its parts, other objectives.
+    """
     makers: dict[str, Callable[[], list[Row]]] = {
         "steps": lambda: _stepped(setup, rows),
         "experts": lambda: expert_rows(setup),

@@ -31,7 +31,10 @@ def known_methods() -> dict[str, str]:
 
 
 def chosen_methods(given: Sequence[str]) -> tuple[str, ...]:
-    """The methods that were asked for, in the table's order, with what they are compared with. Raises UserError for others."""
+    """The methods that were asked for, in the table's order, with what they are compared with.
+
+    Raises UserError for others.
+    """
     known = known_methods()
     for name in given:
         if name != "all" and name not in known:

@@ -21,7 +21,8 @@ from afa.evaluation.untrained import searched
 from afa.pages.numbers import plural
 from afa.sampling.sample import Request, Sampler
 
-# What a step costs: that of one model, of all experts' predictions, or of the ensemble. -> the row it is measured with.
+# What a step costs: that of one model, of all experts' predictions, or of the ensemble. -> the row it is
+# measured with.
 MEASURED = {"ensemble": "afa", "all experts": "noise_average", "one model": "single"}
 
 

@@ -1,4 +1,7 @@
-"""The methods of a comparison by name, and a row: how one method makes images, what is chosen, what is trained first."""
+"""The methods of a comparison by name, and a row.
+
+How one method makes images, what is chosen, what is trained first.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +16,10 @@ SEARCH = "auto_mbw"  # trains nothing: it tries merges
 
 @dataclass(frozen=True)
 class Trained:
-    """What training left. file: its weights; parameters: how many were trained; loss: on the held-out images."""
+    """What training left.
+
+    file: its weights; parameters: how many were trained; loss: on the held-out images.
+    """
 
     folder: Path
     file: Path
@@ -27,9 +33,12 @@ class Trained:
 class Row:
     """One method. group: one of results.GROUPS. title: for people. cost: of a step, as in SamplingMethod.
 
-    sampler: options and training run -> the method, ready to make images. candidates: options to choose among; the first
-    is taken where nothing can be chosen by. train: trains run k with some options (or reads what was trained).
-    by_loss: candidates are told apart by the held-out loss of run 0 instead of by images. runs: training seeds.
+    sampler: options and training run -> the method, ready to make images. candidates: options to choose
+             among; the first
+    is taken where nothing can be chosen by. train: trains run k with some options (or reads what was
+    trained).
+    by_loss: candidates are told apart by the held-out loss of run 0 instead of by images. runs: training
+             seeds.
     sampling: where it differs from the protocol's. axes, of: see results.Method. note: for the report.
     based: needs the model that the experts were tuned from.
     """
@@ -51,7 +60,10 @@ class Row:
 
 
 def training_runs(row: Row) -> int:
-    """How often a row is trained: every seed once, and at the first with every candidate that is chosen by loss; ours is there at the first."""
+    """How often a row is trained.
+
+    Every seed once, and at the first with every candidate that is chosen by loss; ours is there at the first.
+    """
     if row.train is None or row.name == SEARCH:
         return 0
     there = row.name == "afa" or ("steps" in row.axes and row.of == "afa")

@@ -92,7 +92,8 @@ def ablation_rows(setup: Setup) -> list[Row]:
 def _differs(denoiser: EnsembleDenoiser, changes: Mapping[str, Any]) -> bool:
     """Whether a change makes a difference here.
 
-    These aggregators may not have the option; blocks of the family may not change text tokens, or be stages already.
+    These aggregators may not have the option; blocks of the family may not change text tokens, or be stages
+    already.
     """
     options = find_aggregator(denoiser.recipe.kind).options()
     if not changes.keys() <= {"aggregator", "placement", "text_stream", *options}:
@@ -103,7 +104,10 @@ def _differs(denoiser: EnsembleDenoiser, changes: Mapping[str, Any]) -> bool:
 
 
 def expert_rows(setup: Setup) -> list[Row]:
-    """The ensemble of the two best experts, of the three best …, trained anew; of all: the ensemble itself."""
+    """The ensemble of the two best experts, of the three best …, trained anew; of all.
+
+    The ensemble itself.
+    """
     specs = dict(zip(setup.names, setup.expert_specs(), strict=True))
     rows = []
     for count in range(2, len(setup.names)):
@@ -159,7 +163,10 @@ def afa_run(setup: Setup, options: Options, run: int) -> Trained:
 
 
 def _train(setup: Setup, name: str, changes: dict[str, Any], options: Options, run: int) -> Trained:
-    """Train by the ensemble's recipe with some changes, on experts that are in memory already; what is trained is only read."""
+    """Train by the ensemble's recipe with some changes, on experts that are in memory already.
+
+    What is trained is only read.
+    """
     settings = setup.training(setup.output / "trained" / name / f"seed-{run}", run, **changes)
     if finished(settings) is None:
         shared = None
@@ -259,7 +266,10 @@ def _merge(setup: Setup) -> Expert:
 def _train_control(
     setup: Setup, name: str, start: Callable[[Setup], Expert], by_compute: bool, options: Options, run: int
 ) -> Trained:
-    """Train with the ensemble's recipe; what is trained is only read. A run to equal compute goes on from that to equal steps."""
+    """Train with the ensemble's recipe; what is trained is only read.
+
+    A run to equal compute goes on from that to equal steps.
+    """
     place = Path(f"lr-{options['lr']:g}") / f"seed-{run}"
     folder = setup.output / "trained" / name / place
     settings = _settings(setup, start, by_compute, options, run, folder)
@@ -338,7 +348,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 
 def objective_rows(setup: Setup) -> list[Row]:
-    """One row an objective; the diffusion loss itself is compared with the ensemble, all others with the diffusion loss."""
+    """One row an objective.
+
+    The diffusion loss itself is compared with the ensemble, all others with the diffusion loss.
+    """
     return [_objective_row(setup, name, changes) for name, changes in OBJECTIVES.items()]
 
 
@@ -375,7 +388,10 @@ def _train_objective(setup: Setup, name: str, changes: dict[str, Any], options: 
 def _objective_settings(
     setup: Setup, name: str, changes: dict[str, Any], start: Path, run: int
 ) -> TrainSettings:
-    """The ensemble's own recipe, for fewer steps of half the batch and a quarter of the rate. Raises UserError if nobody named a reward."""
+    """The ensemble's own recipe, for fewer steps of half the batch and a quarter of the rate.
+
+    Raises UserError if nobody named a reward.
+    """
     output = setup.output / "trained" / f"objective-{folder_name(name)}" / f"seed-{run}"
     own = setup.training(output, run)
     steps, sampling = max(1, own.steps // PART), setup.protocol.sampling
@@ -397,7 +413,8 @@ def _objective_settings(
         steps=steps,
         batch_size=max(1, own.batch_size // 2),
         lr=own.lr / PART,
-        evaluate_every=steps,  # the last weights are compared, with those it started from only where they are better
+        # the last weights are compared, with those it started from only where they are better
+        evaluate_every=steps,
         warm_up=min(own.warm_up, steps // 10),
         ema=min(own.ema, 0.95),
         **rewarded,

@@ -38,7 +38,10 @@ def merge_rows(setup: Setup) -> list[Row]:
 
 
 def _merge_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampler:
-    """A stock pipeline around the merged model. `order` says which of the two best experts a merge of pairs begins with."""
+    """A stock pipeline around the merged model.
+
+    `order` says which of the two best experts a merge of pairs begins with.
+    """
     options = dict(options)
     best_first = options.pop("order", "best first") == "best first"
     pair = setup.ranking[:2] if best_first else setup.ranking[1::-1]

@@ -58,7 +58,8 @@ PACKED_NOTES = ("_quantization_metadata", "quantization_config", "quantization")
 # Of single files, parts that are never read: an average of the weights, text encoders beside a transformer.
 UNREAD = ("model_ema.", "text_encoders.")
 BLOCK = 1 << 20
-# Renamed since: attention of old VAEs by diffusers; the inner model of CLIP encoders by transformers 5.6, and the two of Qwen2.5-VL
+# Renamed since: attention of old VAEs by diffusers; the inner model of CLIP encoders by transformers 5.6, and
+# the two of Qwen2.5-VL
 # by 4.52, which are still stored as they were.
 RENAMED = [
     (r"\.query\.", ".to_q."),

@@ -18,7 +18,8 @@ SD3, FLUX = "joint_blocks.0.x_block.attn.qkv.weight", "double_blocks.0.img_attn.
 # What has this tensor is a U-Net, under the original's or under diffusers' names.
 UNETS = (("input_blocks.0.0.weight", False), ("up_blocks.0.resnets.0.conv1.weight", True))
 VAES = (("decoder.up.0.block.0.conv1.weight", False), ("decoder.up_blocks.0.resnets.0.conv1.weight", True))
-# prefix of a tensor's name -> a family that is not read as a single file; checked first, since some resemble FLUX.1
+# prefix of a tensor's name -> a family that is not read as a single file; checked first, since some resemble
+# FLUX.1
 FOREIGN = {
     "double_stream_modulation_img.": "FLUX.2",
     "distilled_guidance_layer.": "Chroma",

@@ -34,7 +34,10 @@ DOT = Markup('<span class="dot" style="background:rgb({},{},{})"></span>{}')
 def as_html(
     folder: Path, entries: Sequence[ExplainedImage], unused: Unused, found: Mapping[str, Any], facts: str
 ) -> str:
-    """The page of a folder whose images are explained. found: as in explain.json; facts: how they were made."""
+    """The page of a folder whose images are explained.
+
+    found: as in explain.json; facts: how they were made.
+    """
     images, skipped = len(entries), found["counterfactuals"].get("left out where unused")
     around = (
         "one image has no interval" if images == 1 else "brackets are 95 % bootstrap intervals over images"

@@ -1,4 +1,7 @@
-"""An explanation as pictures, for readers: the sheet, the animated strip, the contact sheet, the words, the chart of stages."""
+"""An explanation as pictures, for readers.
+
+The sheet, the animated strip, the contact sheet, the words, the chart of stages.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +26,10 @@ Column = tuple[
 
 
 def sheet(recording: Recording, facts: str) -> Image.Image:
-    """One image: it, its overlay and what every expert weighs; below, a row an expert. facts: said under the prompt."""
+    """One image: it, its overlay and what every expert weighs; below, a row an expert.
+
+    facts: said under the prompt.
+    """
     sections = [
         ("over the steps, all stages together", over_steps(recording)),
         ("by part of the network, all steps together", by_group(recording)),
@@ -143,7 +149,10 @@ MILLISECONDS, REST = 250, 1500  # a frame; the last one stays longer
 
 
 def frames(recording: Recording) -> list[Image.Image]:
-    """One an image that was drawn on the way, at most FRAMES; where none could be, the final image stands in all."""
+    """One an image that was drawn on the way, at most FRAMES.
+
+    Where none could be, the final image stands in all.
+    """
     count = len(recording.timesteps)
     spread = np.unique(np.linspace(0, count - 1, min(FRAMES, count)).round().astype(int))
     passes = sorted(recording.drawn) or [int(index) for index in spread]

@@ -336,7 +336,10 @@ def place_labels(points: Sequence[Words], obstacles: Sequence[Box], field: Box) 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row. p: after Holm's correction; None where the comparison is not in the family that is corrected."""
+    """One row.
+
+    p: after Holm's correction; None where the comparison is not in the family that is corrected.
+    """
 
     title: str
     group: str

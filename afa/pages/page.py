@@ -1,4 +1,7 @@
-"""Pages from templates: Jinja escapes everything that reaches one, unless our own code says that it is HTML."""
+"""Pages from templates.
+
+Jinja escapes everything that reaches one, unless our own code says that it is HTML.
+"""
 
 import base64
 import io

@@ -1,4 +1,6 @@
-"""One table: as text for the terminal, Markdown and CSV; as HTML by the macro `table` of templates/parts.html.
+"""One table: as text for the terminal, Markdown and CSV.
+
+As HTML by the macro `table` of templates/parts.html.
 
 No estimate is shown without its interval and its n.
 """
@@ -190,7 +192,10 @@ class Table:
 
 
 def listing(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table of words without rules, for the terminal; ">" before a header aligns its column to the right."""
+    """A table of words without rules, for the terminal.
+
+    ">" before a header aligns its column to the right.
+    """
     align = "".join("r" if header.startswith(">") else "l" for header in headers)
     names = [header.removeprefix(">") for header in headers]
     return Table(names, [Row(cells) for cells in rows], align=align).text(ruled=False, missing="-")

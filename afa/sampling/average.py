@@ -29,7 +29,10 @@ def average(predictions: Tensor, weights: Tensor) -> Tensor:
 
 
 class Averaged(Combination):
-    """The weighted mean of predictions. weights: one per expert, with sum 1; experts of weight 0 are not run."""
+    """The weighted mean of predictions.
+
+    weights: one per expert, with sum 1; experts of weight 0 are not run.
+    """
 
     def __init__(self, denoiser: EnsembleDenoiser, weights: Sequence[float]) -> None:
         super().__init__(denoiser)
@@ -43,7 +46,10 @@ class Averaged(Combination):
 
 
 def noise_average(ensemble: Ensemble, options: NoiseAverage) -> PipelineSampler:
-    """ε = Σ wᵢ εᵢ, each expert with its own text encoders; for any kind of prediction, since all are linear in ε."""
+    """ε = Σ wᵢ εᵢ, each expert with its own text encoders.
+
+    For any kind of prediction, since all are linear in ε.
+    """
     weights = shares(options.weights, len(ensemble.names))
     return PipelineSampler(in_frame(ensemble, Averaged(ensemble.denoiser, weights)))
 
@@ -74,7 +80,10 @@ def equal_intervals(names: Sequence[str], steps: int) -> list[Interval]:
 
 
 def read_table(text: str, names: Sequence[str], steps: int) -> list[Interval]:
-    """Intervals from noise to image that cover the timesteps 0 … steps-1 once. Raises UserError if they do not."""
+    """Intervals from noise to image that cover the timesteps 0 … steps-1 once.
+
+    Raises UserError if they do not.
+    """
     intervals = sorted(
         (_read(entry.strip(), names) for entry in text.split(",")), key=lambda interval: -interval.start
     )
@@ -125,8 +134,8 @@ class ByTimestep(Combination):
 def timestep_experts(ensemble: Ensemble, options: TimestepExperts) -> PipelineSampler:
     """Experts for intervals of noise levels: arXiv:2211.01324, section 4.
 
-    Deviation: there experts are trained for their intervals; here they are what they are. Raises UserError for a table
-    with gaps or overlaps.
+    Deviation: there experts are trained for their intervals; here they are what they are. Raises UserError
+    for a table with gaps or overlaps.
     """
     steps = ensemble.frame.scheduler.config.num_train_timesteps
     table = options.table

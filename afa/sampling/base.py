@@ -29,8 +29,10 @@ Predict = Callable[[int], Tensor]  # runs the expert of that index on the inputs
 class Combination(ModelMixin, ConfigMixin, ABC):
     """Runs experts of an ensemble, each with its own part of the text, and combines what they predict.
 
-    denoiser: the ensemble's, whose experts are run one at a time; its aggregators are not. A method says in `combine`
-    which experts it needs at a step and what becomes of their predictions. Weights can be recorded as an ensemble's.
+    denoiser: the ensemble's, whose experts are run one at a time; its aggregators are not. A method says in
+              `combine`
+    which experts it needs at a step and what becomes of their predictions. Weights can be recorded as an
+    ensemble's.
     """
 
     def __init__(self, denoiser: EnsembleDenoiser) -> None:
@@ -41,9 +43,13 @@ class Combination(ModelMixin, ConfigMixin, ABC):
 
     @abstractmethod
     def combine(self, predict: Predict, sample: Tensor, timestep: float) -> tuple[Tensor, Tensor | None]:
-        """One pass: sample (B, C, H, W), B doubled where guidance does so -> prediction (B, C, H, W), weights of the experts.
+        """One pass.
 
-        timestep: as schedulers count it. weights: (N,) the same everywhere, (B, N, H, W), or None where there are none to look at.
+        Sample (B, C, H, W), B doubled where guidance does so -> prediction (B, C, H, W), weights of the
+        experts.
+
+        timestep: as schedulers count it. weights: (N,) the same everywhere, (B, N, H, W), or None where there
+                  are none to look at.
         """
 
     @property
@@ -122,7 +128,10 @@ def single(ensemble: Ensemble, options: OneExpert) -> PipelineSampler:
 
 
 def own_pipeline(expert: Expert) -> PipelineSampler:
-    """An expert's own modules in a stock pipeline; nothing of ours takes part. Raises UserError if it lacks a VAE or text encoders."""
+    """An expert's own modules in a stock pipeline; nothing of ours takes part.
+
+    Raises UserError if it lacks a VAE or text encoders.
+    """
     alone = Ensemble.from_experts([expert], aggregator="mean", placement="out")
     parts: dict[str, Any] = dict(zip(TEXT_ENCODERS, expert.text_encoders, strict=False))
     parts[FAMILIES[expert.family].component] = expert.model

@@ -18,7 +18,9 @@ from afa.sampling.sample import PipelineSampler, check_guidable, find_expert, in
 
 
 def saliency(conditional: Tensor, reference: Tensor, guidance: float) -> Tensor:
-    """S = |s (c - u)|, smoothed, mean over channels: (B, N, C, H, W), reference the same or with N = 1 -> (B, N, H, W).
+    """S = |s (c - u)|, smoothed, mean over channels.
+
+    (B, N, C, H, W), reference the same or with N = 1 -> (B, N, H, W).
 
     Smoothed by a 4×4 mean with stride 1 and zero padding 1, then resized to H×W. The published program takes
     the general expert's u for all; with each expert's own it is the paper's formula.
@@ -30,7 +32,9 @@ def saliency(conditional: Tensor, reference: Tensor, guidance: float) -> Tensor:
 
 
 def winners(saliencies: Tensor, sharpness: Tensor) -> Tensor:
-    """argmax over experts of P = softmax over positions of k S (equation 4): (B, N, H, W), (N,) -> (B, H, W) indices.
+    """argmax over experts of P = softmax over positions of k S (equation 4).
+
+    (B, N, H, W), (N,) -> (B, H, W) indices.
 
     Where experts are equal, the first wins.
     """
@@ -47,8 +51,10 @@ def pick(predictions: Tensor, winner: Tensor) -> Tensor:
 class Blended(Combination):
     """Hands the pipeline, pixel by pixel, the winner's unconditional and conditional prediction.
 
-    Guidance is linear, so what the pipeline makes of them is the winner's guided prediction, exactly. Saliency is defined
-    on ε: other predictions, a flow's velocity too, are converted to tell the winner; the prediction handed on is the winner's own.
+    Guidance is linear, so what the pipeline makes of them is the winner's guided prediction, exactly.
+    Saliency is defined
+    on ε: other predictions, a flow's velocity too, are converted to tell the winner; the prediction handed on
+          is the winner's own.
     Of pure noise, a flow's first step, all claim the same noise, and the general expert wins.
     guidance: must be set, above 1, before a pass; the sampler does it.
     """
@@ -93,7 +99,10 @@ class Blended(Combination):
         return pick(predictions, winner), weights[:, torch.tensor(self.order).argsort()]
 
     def _winner(self, predictions: Tensor, sample: Tensor, timestep: float) -> Tensor:
-        """(2B, N, C, H, W) -> (B, H, W), indices into self.order; in float32, for softmax over many positions."""
+        """(2B, N, C, H, W) -> (B, H, W), indices into self.order.
+
+        In float32, for softmax over many positions.
+        """
         levels = (float(level) for level in self.schedule.at(torch.tensor(timestep, dtype=torch.float64)))
         noise = noise_of(self.schedule.kind, predictions.float(), sample.float()[:, None], *levels)
         unconditional, conditional = noise.chunk(2)
@@ -102,10 +111,12 @@ class Blended(Combination):
 
 
 def magicfusion(ensemble: Ensemble, options: MagicFusion) -> PipelineSampler:
-    """Saliency-aware noise blending: arXiv:2303.13126, section 3, with the published program's schedule and defaults.
+    """Saliency-aware noise blending.
 
-    N experts: the winner is the argmax over all of them; the paper has two. Raises UserError for experts that have no
-    unconditional prediction to compare with.
+    arXiv:2303.13126, section 3, with the published program's schedule and defaults.
+
+    N experts: the winner is the argmax over all of them; the paper has two. Raises UserError for experts that
+    have no unconditional prediction to compare with.
     """
     check_guidable(ensemble, "magicfusion")
     denoiser = Blended(ensemble, options)

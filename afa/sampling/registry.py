@@ -1,4 +1,7 @@
-"""The registry of sampling-time methods. No heavy imports: command line, page, comparisons and docs read it."""
+"""The registry of sampling-time methods.
+
+No heavy imports: command line, page, comparisons and docs read it.
+"""
 
 import dataclasses
 import itertools
@@ -25,13 +28,14 @@ Candidates = Callable[[Sequence[str], Sequence[str]], list[dict[str, Any]]]
 class SamplingMethod:
     """Everything about one way to combine experts while sampling.
 
-    make:             "module:function" with function(Ensemble, options) -> Sampler; imported when it is asked for
+    make:             "module:function" with function(Ensemble, options) -> Sampler; imported when it is asked
+                      for
     title:            of its row in tables, and on the page; where each is set, {} is the expert's name
     help:             what it does, for `--method`
     row:              what its row in a comparison is, for `--methods list` and the page
     options:          the dataclass of its options
-    candidates:       (experts' names, the same from best to worst) -> options worth trying in a comparison, the
-                      default first
+    candidates:       (experts' names, the same from best to worst) -> options worth trying in a comparison,
+                      the default first
     cost:             what a step costs: "one model", "all experts" (one prediction of each) or "ensemble"
     each:             it is one method for every expert, which its option `expert` names
     has_maps:         it weighs the experts before the step is made, so weight maps can be saved
@@ -176,7 +180,8 @@ def make_sampler(name: str, ensemble: "Ensemble", **options: Any) -> "Sampler":
     """A method as a sampler of images from the ensemble's experts, where they are (see Ensemble.to).
 
     The ensemble's experts and frame are used, its aggregators are not. options: see afa.sampling.options, or
-    `afa generate --help`. Raises UserError for an unknown method, an option of another one, or values that do not fit.
+    `afa generate --help`. Raises UserError for an unknown method, an option of another one, or values that do
+    not fit.
     """
     checked = make_options(name, options)
     sampler: Sampler = load(SAMPLING_METHODS[name].make)(ensemble, checked)
@@ -184,7 +189,10 @@ def make_sampler(name: str, ensemble: "Ensemble", **options: Any) -> "Sampler":
 
 
 def make_options(method: str, given: Mapping[str, Any]) -> MethodOptions:
-    """A method's options, checked. Raises UserError for an unknown method, and for an option that it does not have."""
+    """A method's options, checked.
+
+    Raises UserError for an unknown method, and for an option that it does not have.
+    """
     kind = find_method(method).options
     for name in given:
         _field(method, name)
@@ -192,7 +200,10 @@ def make_options(method: str, given: Mapping[str, Any]) -> MethodOptions:
 
 
 def read_options(method: str, texts: Sequence[str]) -> MethodOptions:
-    """A method's options from KEY=VALUE; lists are written with commas. Raises UserError for what cannot be understood."""
+    """A method's options from KEY=VALUE; lists are written with commas.
+
+    Raises UserError for what cannot be understood.
+    """
     given: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -220,7 +231,10 @@ def explain() -> str:
 
 
 def _field(method: str, name: str) -> dataclasses.Field[Any]:
-    """An option of a method. Raises UserError that says whose option it is, or which one was probably meant."""
+    """An option of a method.
+
+    Raises UserError that says whose option it is, or which one was probably meant.
+    """
     own = {field.name: field for field in dataclasses.fields(SAMPLING_METHODS[method].options)}
     if name in own:
         return own[name]

@@ -75,7 +75,9 @@ OnStep = Callable[
 def sample(
     pipeline: Any, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None
 ) -> NDArray[np.uint8]:
-    """One batch: -> (n, H, W, 3) uint8. The noise comes from CPU generators, so it is the same on every device.
+    """One batch: -> (n, H, W, 3) uint8.
+
+    The noise comes from CPU generators, so it is the same on every device.
 
     Raises UserError for guidance, negative prompts and sides that the model does not know.
     """
@@ -101,7 +103,10 @@ def sample(
 
 @contextmanager
 def _watched(on_step: OnStep | None) -> Iterator[OnStep | None]:
-    """What is called after every step: as given, else a bar with the time left where somebody watches a terminal."""
+    """What is called after every step.
+
+    As given, else a bar with the time left where somebody watches a terminal.
+    """
     if on_step is not None or not sys.stderr.isatty():
         yield on_step
         return
@@ -148,7 +153,10 @@ def _check_sides(sampling: Sampling, unit: int) -> None:
 
 
 def _check_steps(sampling: Sampling, scheduler: Any) -> None:
-    """A diffusion schedule has so many timesteps; beyond them diffusers draws without a word, or fails. A flow has any number."""
+    """A diffusion schedule has so many timesteps; beyond them diffusers draws without a word, or fails.
+
+    A flow has any number.
+    """
     most = getattr(scheduler.config, "num_train_timesteps", None)
     if most is not None and kind_of(scheduler) != FLOW and sampling.steps > most:
         raise UserError(

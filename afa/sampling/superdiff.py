@@ -1,14 +1,16 @@
 """SuperDiff: superposition of experts by their estimated densities.
 
-SuperDiff (arXiv:2412.17762) in a stock pipeline: a denoiser that hands on all predictions, a scheduler that superposes them.
+SuperDiff (arXiv:2412.17762) in a stock pipeline: a denoiser that hands on all predictions, a scheduler that
+superposes them.
 
-The method weighs experts by how likely each finds the increment, noise included, so weighing is done where the increment is
-made. Noise comes from the images' own generators, as in any stochastic scheduler.
+The method weighs experts by how likely each finds the increment, noise included, so weighing is done where
+the increment is made. Noise comes from the images' own generators, as in any stochastic scheduler.
 
 Superposition of densities while sampling: the formulas of SuperDiff in sigma space. Pure functions.
 
-Source: Skreta et al., The superposition of diffusion models using the Itô density estimator, arXiv:2412.17762. There
-x = x₀ + sigma ε, a model's velocity is its ε, and a step goes from sigma to sigma + dsigma, with dsigma < 0.
+Source: Skreta et al., The superposition of diffusion models using the Itô density estimator,
+arXiv:2412.17762. There x = x₀ + sigma ε, a model's velocity is its ε, and a step goes from sigma to sigma +
+dsigma, with dsigma < 0.
 """
 
 import math
@@ -39,7 +41,8 @@ ROUNDING = 1e-12  # squared: experts that differ by less than a millionth of the
 class Step:
     """One step of the SDE.
 
-    unconditional, conditional: ε of every expert, (B, N, C, H, W). guidance: w. noise: z of the increment, (B, C, H, W),
+    unconditional, conditional: ε of every expert, (B, N, C, H, W). guidance: w. noise: z of the increment,
+                                (B, C, H, W),
     standard normal. steps: K, how many the whole way has.
     """
 
@@ -65,7 +68,10 @@ def log_density_change(velocities: Tensor, increment: Tensor, sigma: float, dsig
 
 
 def published_change(velocities: Tensor, increment: Tensor, sigma: float, dsigma: float) -> Tensor:
-    """The same as the published program has it for OR: with dsigma, which is negative, where the theorem has |dsigma|."""
+    """The same as the published program has it for OR.
+
+    With dsigma, which is negative, where the theorem has |dsigma|.
+    """
     return -(velocities * (increment[:, None] + dsigma * velocities)).flatten(2).sum(-1) / sigma
 
 
@@ -75,7 +81,10 @@ def or_shares(log_densities: Tensor, log_prior: Tensor, temperature: float) -> T
 
 
 def or_velocity(step: Step, shares: Tensor) -> Tensor:
-    """v = Σ κᵢ (uᵢ + w (cᵢ - uᵢ)): every expert guided by its own unconditional prediction. -> (B, C, H, W)."""
+    """v = Σ κᵢ (uᵢ + w (cᵢ - uᵢ)): every expert guided by its own unconditional prediction.
+
+    -> (B, C, H, W).
+    """
     guided = step.unconditional + step.guidance * (step.conditional - step.unconditional)
     return average(guided, shares)
 
@@ -115,7 +124,10 @@ def _and_base(step: Step) -> Tensor:
 
 
 def _solve(gram: Tensor, right: Tensor, smallest: Tensor) -> Tensor:
-    """The smallest least-squares solution, in float64: (B, M, M), (B, M), (B,) eigenvalues below count as 0 -> (B, M)."""
+    """The smallest least-squares solution, in float64.
+
+    (B, M, M), (B, M), (B,) eigenvalues below count as 0 -> (B, M).
+    """
     gram64, right64 = gram.cpu().double(), right.cpu().double()
     atol = smallest.cpu().double()
     inverse = torch.linalg.pinv(gram64, atol=atol, rtol=torch.zeros_like(atol), hermitian=True)
@@ -143,7 +155,10 @@ class Rule(Protocol):
 
 
 class Or:
-    """A mixture of the experts' densities. prior: one per expert, with sum 1. theorem: which estimate (see published_change)."""
+    """A mixture of the experts' densities. prior: one per expert, with sum 1.
+
+    theorem: which estimate (see published_change).
+    """
 
     def __init__(self, prior: Sequence[float], temperature: float, theorem: bool) -> None:
         self.log_prior = torch.tensor(prior).log()
@@ -179,9 +194,12 @@ class And:
 
 
 class Stacked(Combination):
-    """Hands on what every expert predicts, (B, 2·N·C, H, W): unconditional and conditional, one after another on the channels.
+    """Hands on what every expert predicts, (B, 2·N·C, H, W).
 
-    Both halves of a batch doubled by guidance are equal, so the pipeline's own guidance leaves them as they are.
+    Unconditional and conditional, one after another on the channels.
+
+    Both halves of a batch doubled by guidance are equal, so the pipeline's own guidance leaves them as they
+    are.
     run: the experts that are asked. guidance: set by the sampler.
     """
 
@@ -203,7 +221,10 @@ class Stacked(Combination):
 
 
 class SuperposedScheduler(EulerDiscreteScheduler):
-    """The reverse SDE in sigma space, its velocity superposed by a rule. Made by `superposed`; guidance: set by the sampler."""
+    """The reverse SDE in sigma space, its velocity superposed by a rule.
+
+    Made by `superposed`; guidance: set by the sampler.
+    """
 
     rule: Rule
     guidance: float = 1.0
@@ -223,7 +244,10 @@ class SuperposedScheduler(EulerDiscreteScheduler):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> EulerDiscreteSchedulerOutput | tuple[Tensor]:
-        """One step: model_output (B, 2·N·C, H, W) of Stacked, sample (B, C, H, W) -> the next sample; computed in float32."""
+        """One step: model_output (B, 2·N·C, H, W) of Stacked, sample (B, C, H, W) -> the next sample.
+
+        Computed in float32.
+        """
         if self.step_index is None:
             self._init_step_index(timestep)
         sigma, after = self.sigmas[self.step_index].item(), self.sigmas[self.step_index + 1].item()
@@ -266,7 +290,10 @@ def superdiff_and(ensemble: Ensemble, options: SuperdiffAnd) -> PipelineSampler:
 
 
 def superposed(ensemble: Ensemble, rule: Rule, run: Sequence[int]) -> PipelineSampler:
-    """The ensemble's frame with the experts of `run` superposed; the noise schedule is the frame's, the steps are the SDE's."""
+    """The ensemble's frame with the experts of `run` superposed.
+
+    The noise schedule is the frame's, the steps are the SDE's.
+    """
     check_guidable(ensemble, "superdiff")
     config = ensemble.frame.scheduler.config
     if Schedule.of(ensemble.frame.scheduler).kind == FLOW:

@@ -81,7 +81,10 @@ def notes(facts: Facts) -> list[str]:
 
 
 def chart(name: str, facts: Facts) -> str:
-    """A curve a pair of experts, over the stages; "" for other tables, and for more pairs than can be told apart."""
+    """A curve a pair of experts, over the stages.
+
+    "" for other tables, and for more pairs than can be told apart.
+    """
     pairs = {"features": facts["features"], "weights": facts["parameters"]}.get(name, ())
     pairs = pairs["pairs"] if isinstance(pairs, Mapping) else pairs
     if not pairs or len(pairs) > len(COLOURS) or len(pairs[0]["stages"]) < 2:

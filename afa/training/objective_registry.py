@@ -9,7 +9,8 @@ class ObjectiveEntry:
 
     make:     "module:function" with function(Means) -> Objective; imported when it is asked for
     help:     what it is, for `--objective`
-    rewarded: whether it judges images: it needs --reward, and --reward-weight is what it counts; others count 1
+    rewarded: whether it judges images: it needs --reward, and --reward-weight is what it counts; others count
+              1
     """
 
     make: str

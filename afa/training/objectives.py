@@ -18,9 +18,12 @@ from afa.training.noise import Batch, Noising
 
 @dataclass
 class Pass:
-    """One batch on its way through the objectives; what several of them need is computed once, when it is first asked for.
+    """One batch on its way through the objectives.
 
-    call: the denoiser as it is called (accelerate's wrapper around it); denoiser: itself. encode: dropped captions (B,) bool ->
+    What several of them need is computed once, when it is first asked for.
+
+    call: the denoiser as it is called (accelerate's wrapper around it); denoiser: itself. encode: dropped
+          captions (B,) bool ->
     the denoiser's conditions. watched: whether the weights of the fused stages are wanted.
     """
 
@@ -127,7 +130,9 @@ class Total:
 
 
 class Mse(Objective):
-    """The diffusion loss. snr_gamma: min-SNR-γ weighting. weighting: SD3's, of a flow. Neither: all steps count alike.
+    """The diffusion loss. snr_gamma: min-SNR-γ weighting. weighting: SD3's, of a flow.
+
+    Neither: all steps count alike.
 
     Raises UserError for a weighting that is not the schedule's.
     """
@@ -165,7 +170,10 @@ def make_mse(means: Means) -> Mse:
 
 
 class Anchor(Objective):
-    """Of the prediction to that with the first weights of what is trained: an untrained ensemble, or the one it starts from."""
+    """Of the prediction to that with the first weights of what is trained.
+
+    An untrained ensemble, or the one it starts from.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)

@@ -2,13 +2,14 @@
 
 `draft`: the gradient of an image reward through the last steps of sampling.
 
-Source: Clark et al., DRaFT, arXiv:2309.17400: K last steps with gradients (section 4.2); with K = 1 the last step may be repeated from
-fresh noise for a gradient of less variance (DRaFT-LV, section 4.3).
+Source: Clark et al., DRaFT, arXiv:2309.17400: K last steps with gradients (section 4.2); with K = 1 the last
+step may be repeated from fresh noise for a gradient of less variance (DRaFT-LV, section 4.3).
 
 `reward`: the gradient of an image reward through a one-step recovery at any noise (Direct-Align).
 
-Source: Shen et al., SRPO, arXiv:2509.06942, section 3.1: known noise is put into a clean image, the model makes one step, and what is
-left of the known noise is taken out analytically, so that even at much noise an image can be judged.
+Source: Shen et al., SRPO, arXiv:2509.06942, section 3.1: known noise is put into a clean image, the model
+makes one step, and what is left of the known noise is taken out analytically, so that even at much noise an
+image can be judged.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,8 +38,10 @@ def make_reward(
 ) -> Reward:
     """The reward of that name, or of a Python file with reward(images, captions).
 
-    better, worse: words before the caption; with both, or one, the reward is that of the caption with the better words minus that
-    with the worse: what the words alone explain (semantic relative preference, arXiv:2509.06942, section 3.2).
+    better, worse: words before the caption; with both, or one, the reward is that of the caption with the
+                   better words minus that
+    with the worse: what the words alone explain (semantic relative preference, arXiv:2509.06942, section
+                    3.2).
     Raises UserError for a name that is none, or weights that are missing.
     """
     reward = _file(Path(name)) if name.endswith(".py") else _named(name, device, weights)
@@ -46,7 +49,10 @@ def make_reward(
 
 
 def is_small(name: str | None) -> bool:
-    """Whether a reward can be tried on one image without reading large weights: the embedded one, a user's own."""
+    """Whether a reward can be tried on one image without reading large weights.
+
+    The embedded one, a user's own.
+    """
     return name is not None and (name in OWN_REWARDS or name.endswith(".py"))
 
 
@@ -115,7 +121,10 @@ class Relative:
 
 
 class Decoder:
-    """A frozen VAE's decoder. Images come out as it makes them, about [-1, 1] but not cut there, so that gradients live."""
+    """A frozen VAE's decoder.
+
+    Images come out as it makes them, about [-1, 1] but not cut there, so that gradients live.
+    """
 
     def __init__(self, vae: Any, checkpointing: bool = False) -> None:
         self.vae, self.latents = vae.requires_grad_(False), latents_of(vae)
@@ -131,7 +140,8 @@ class Decoder:
 class Draft(Objective):
     """Minus the reward of images drawn with guidance from the batch's noise, by the deterministic sampler of the schedule.
 
-    steps: of sampling; last: of these, how many with gradients. guidance: classifier-free; None: the family's own. again: LV's
+    steps: of sampling; last: of these, how many with gradients. guidance: classifier-free; None: the family's
+           own. again: LV's
     repetitions, for last = 1 only.
     Raises UserError where that does not fit.
     """
@@ -176,7 +186,10 @@ class Draft(Objective):
         return _joined(one, other, work.denoiser.call.varying)
 
     def _draw(self, work: Pass, conditions: dict[str, Any]) -> list[Tensor]:
-        """The clean latents of each sample, with gradients through the last steps; several where the last is repeated."""
+        """The clean latents of each sample, with gradients through the last steps.
+
+        Several where the last is repeated.
+        """
         sampler = self._sampler(work)
         latents = work.batch.noise * getattr(sampler, "init_noise_sigma", 1.0)
         outer = torch.is_grad_enabled()
@@ -247,10 +260,13 @@ def _joined(one: Any, other: Any, varying: bool) -> Any:
 class DirectAlign(Objective):
     """Minus the reward of the recovered image; a sample without its caption has none.
 
-    From x_i = signal x0 + noise ε the model claims (x̂0, ε̂). A deterministic sampler goes with these to an earlier step j, where the
-    known ε is taken out: x0' = x̂0 + r_j / r_i · (x0 - x̂0), r = noise / signal. So the image is that of the data as far as the
-    step does not reach, and the model's as far as it does. reach: j = (1 - reach) · i; 1: the model's own x̂0.
-    Deviation: x0 is a training image's latent, not one the model has drawn before (their "offline" form).
+    From x_i = signal x0 + noise ε the model claims (x̂0, ε̂). A deterministic sampler goes with these to an
+    earlier step j, where the
+    known ε is taken out: x0' = x̂0 + r_j / r_i · (x0 - x̂0), r = noise / signal. So the image is that of the
+                          data as far as the
+    step does not reach, and the model's as far as it does. reach: j = (1 - reach) · i; 1: the model's own
+    x̂0. Deviation: x0 is a training image's latent, not one the model has drawn before (their "offline"
+    form).
     """
 
     def __init__(self, noising: Noising, decoder: Decoder, reward: Reward, reach: float) -> None:

@@ -1,4 +1,7 @@
-"""Sample sheets: what the ensemble draws while it is trained, with its weight maps, and what another metric says of it."""
+"""Sample sheets.
+
+What the ensemble draws while it is trained, with its weight maps, and what another metric says of it.
+"""
 
 import functools
 import sys
@@ -30,7 +33,10 @@ SEED = 500  # of the first image's noise, the same at every step
 
 
 def make_watch(settings: LoopSettings, device: torch.device) -> ImageMetric | None:
-    """The metric that watches. Raises UserError if it cannot: a reward cannot watch itself, and a set of few images says nothing."""
+    """The metric that watches.
+
+    Raises UserError if it cannot: a reward cannot watch itself, and a set of few images says nothing.
+    """
     if settings.watch is None:
         return None
     if settings.watch == settings.reward:
@@ -51,7 +57,8 @@ def make_watch(settings: LoopSettings, device: torch.device) -> ImageMetric | No
 class Sheets:
     """Draws the first held-out captions, always from the same noise, with the pipeline as it is now.
 
-    pipeline: its own; the captions' states are computed at once, and the text encoders taken out, so that they may leave the memory.
+    pipeline: its own; the captions' states are computed at once, and the text encoders taken out, so that
+              they may leave the memory.
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""The tables of a report, from an analysis: every method, every metric, what was trained, and studies along an axis."""
+"""The tables of a report, from an analysis.
+
+Every method, every metric, what was trained, and studies along an axis.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +48,10 @@ def title(several: Sequence[Analysis], names: Sequence[str]) -> str:
 
 
 def main_table(one: Analysis, column: Column, brief: bool = False) -> Table:
-    """Value, differences, win rate and cost of every row, by a leading metric. brief: as narrow as a terminal."""
+    """Value, differences, win rate and cost of every row, by a leading metric.
+
+    brief: as narrow as a terminal.
+    """
     best, ours = column.best, one.ours if one.ours in column.values else None
     columns = {f"{column.metric} {arrow(column)}": [value_cell(column, row) for row in one.rows]}
     for other in (best, ours):
@@ -229,7 +235,10 @@ def parameters_cell(method: Method) -> str | None:
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one place of an axis. main: whether it is a row of the main table, with no axes of its own."""
+    """One method at one place of an axis.
+
+    main: whether it is a row of the main table, with no axes of its own.
+    """
 
     place: float | str
     method: Method
@@ -239,7 +248,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Study:
-    """How the leading metric changes along an axis. lines: by what they were derived from; numeric: of numbers."""
+    """How the leading metric changes along an axis.
+
+    lines: by what they were derived from; numeric: of numbers.
+    """
 
     axis: str
     lines: dict[str, list[Point]]

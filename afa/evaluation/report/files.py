@@ -107,7 +107,10 @@ def as_text(one: Analysis) -> str:
 
 
 def as_markdown(several: Sequence[Analysis], names: Sequence[str]) -> str:
-    """All evaluations of a report: sentences and tables; the pictures are in the page. names: of the evaluations."""
+    """All evaluations of a report: sentences and tables; the pictures are in the page.
+
+    names: of the evaluations.
+    """
     parts = [f"# {markdown_words(title(several, names))}"]
     parts += ["## Side by side", overview_table(several, names).markdown()] if len(several) > 1 else []
     for name, one in zip(names, several, strict=True):

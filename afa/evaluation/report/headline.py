@@ -1,4 +1,7 @@
-"""What the numbers allow to be said, and no more: which rivals our method beats, which beat it, which are undecided."""
+"""What the numbers allow to be said, and no more.
+
+Which rivals our method beats, which beat it, which are undecided.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +17,10 @@ WORDS = {"better": "better than", "worse": "worse than", "undecided": "undecided
 
 @dataclass(frozen=True)
 class Headline:
-    """By one leading metric: the sentence about the best single expert, then a kind of rival and what is said about it."""
+    """By one leading metric.
+
+    The sentence about the best single expert, then a kind of rival and what is said about it.
+    """
 
     metric: str
     lead: str

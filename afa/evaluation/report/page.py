@@ -1,4 +1,7 @@
-"""The report as one HTML file that needs nothing else: no scripts, nothing from elsewhere, pictures inside."""
+"""The report as one HTML file that needs nothing else.
+
+No scripts, nothing from elsewhere, pictures inside.
+"""
 
 import math
 from collections.abc import Sequence
@@ -42,7 +45,10 @@ SHARP_UP_TO = 96  # pixels; smaller images are shown with hard edges
 
 
 def as_html(several: Sequence[Analysis], names: Sequence[str]) -> str:
-    """The whole page. names: of the evaluations; their pictures are read from where the analyses say they are."""
+    """The whole page.
+
+    names: of the evaluations; their pictures are read from where the analyses say they are.
+    """
     evaluations = [
         _evaluation(one, name, f"e{place}")
         for place, (one, name) in enumerate(zip(several, names, strict=True))
@@ -253,7 +259,10 @@ def shown_items(one: Analysis) -> list[int]:
 
 
 def sheets(one: Analysis, pictures: Thumbnails) -> list[dict[str, Any]]:
-    """A row a prompt, a column a method, of about the same width; our own method is repeated in every sheet."""
+    """A row a prompt, a column a method, of about the same width.
+
+    Our own method is repeated in every sheet.
+    """
     methods = [method for method in one.rows if pictures.available(method)]
     ours = [method for method in methods if method.name == one.ours]
     others = [method for method in methods if method.name != one.ours]
@@ -277,7 +286,10 @@ class Case:
 
 
 def cases(one: Analysis, column: Column, pictures: Thumbnails) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Title and images: where our method is furthest ahead of, and behind, the best expert and the best rival."""
+    """Title and images.
+
+    Where our method is furthest ahead of, and behind, the best expert and the best rival.
+    """
     if one.ours is None or one.ours not in column.values or not pictures.available(one.methods[one.ours]):
         return []
     places = decimals(list(column.values.values()))
