@@ -52,7 +52,7 @@ OPEN_CLIP = [
     (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
     (r"\.self_attn\.[qkv]_proj\.", ".attn.in_proj_"),
 ]
-# What of a transformer families/original_names.py does not rename: norms of queries and keys, and what is
+# What of a transformer stages/original_names.py does not rename: norms of queries and keys, and what is
 # called the same.
 NORMS = {
     "sd3": [
