@@ -1,16 +1,17 @@
-"""An ensemble's folder: saved whole, loaded with checks, with a model card."""
+"""An ensemble's folder: saved whole, and loaded with checks."""
 
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from safetensors.torch import save_file
 
 from afa.aggregators.registry import count_parameters
+from afa.checkpoint.card import model_card
 from afa.checkpoint.manifest import (
     AGGREGATORS,
     MANIFEST,
@@ -38,177 +39,12 @@ from afa.experts.single_file import KNOWN_CONFIGS
 from afa.experts.spec import PREDICTION_TYPES, ExpertSpec, Lora
 from afa.files import sha256, staged
 from afa.frame import stock_pipeline
-from afa.places import HUB_ID, markdown_words, public_place
+from afa.places import public_place
 from afa.schema import shown
-from afa.stats import Estimate
 from afa.version import __version__
 
 if TYPE_CHECKING:
     from afa.ensemble import Ensemble
-
-
-SHOWN = (
-    "lr",
-    "batch_size",
-    "accumulate",
-    "warm_up",
-    "weight_decay",
-    "ema",
-    "caption_dropout",
-    "resolution",
-    "seed",
-    "dtype",
-)  # of the options
-CARD = """---
-library_name: afa
-pipeline_tag: text-to-image
-tags: [afa, diffusers, text-to-image]
-{bases}---
-
-# An ensemble of {count} diffusion models
-
-Adaptive Feature Aggregation ([arXiv:2405.17082](https://arxiv.org/abs/2405.17082)): the experts below run in lockstep, and
-after {fused} of {stages} stages a trained aggregator weighs their features at every pixel.
-
-    from afa import Ensemble
-    image = Ensemble.load("PATH_OF_THIS_FOLDER").pipeline()("a prompt").images[0]
-
-| expert | source | predicts |
-|---|---|---|
-{experts}
-
-Aggregators: {kind} ({options}), placement {placement}, {parameters:,} parameters.
-VAE, tokenizer, scheduler: {frame}.
-
-{training}
-
-The experts keep their own licences; `afa.json` records where each came from and the sha256 of its files.
-"""
-
-
-def model_card(manifest: Manifest) -> str:
-    """The README.md of an ensemble, in Markdown with the hub's metadata."""
-    bases = [
-        expert.source for expert in manifest.experts if expert.commit and HUB_ID.fullmatch(expert.source)
-    ]
-    fused = [stage for stage in manifest.stages if stage["fused"]]
-    placement = manifest.placement if isinstance(manifest.placement, str) else ", ".join(manifest.placement)
-    return CARD.format(
-        bases="".join(["base_model:\n", *(f"- {base}\n" for base in bases)]) if bases else "",
-        count=len(manifest.experts),
-        fused=len(fused),
-        stages=len(manifest.stages),
-        experts="\n".join(_row(expert) for expert in manifest.experts),
-        kind=markdown_words(manifest.aggregator["kind"]),
-        options=", ".join(f"{name} {value}" for name, value in manifest.aggregator["options"].items())
-        or "defaults",
-        placement=markdown_words(placement),
-        parameters=manifest.aggregator["parameters"],
-        frame=", ".join(
-            f"{part} of {markdown_words(public_place(choice))}" for part, choice in manifest.frame.items()
-        ),
-        training=_training(manifest),
-    )
-
-
-def gains(record: Mapping[str, Any]) -> list[str]:
-    """Say what a training gained, compared with the best expert and with the untrained ensemble.
-
-    Most of what an ensemble gains over its best expert is often there untrained, so the first alone would
-    mislead.
-    """
-    best = Estimate(**record["difference_to_best_expert"])
-    against = f"{best.verdict} that of its best expert, {record['best_expert']}"
-    found = [
-        (
-            f"The trained ensemble's loss is {against}: {best.words(5, signed=True)}, "
-            f"paired over the held-out images{best.too_few('image')}."
-        )
-    ]
-    for key, what, short in (
-        ("difference_to_untrained_mean", "the untrained ensemble", "untrained"),
-        ("difference_to_start", "the ensemble it was begun with", "before"),
-    ):
-        if key in record:
-            found.append(_learnt(Estimate(**record[key]), best, what, short))
-    return found
-
-
-def _learnt(change: Estimate, best: Estimate, what: str, short: str) -> str:
-    """What training itself changed.
-
-    change, best: the trained loss minus that of `what`, and minus the best expert's.
-    """
-    figures = f"{change.words(5, signed=True)}, paired"
-    if change.verdict == "higher than":
-        return f"Training made it worse than {short}: {figures}."
-    if change.verdict != "lower than":
-        return (
-            f"Nothing was learnt that these images show: no better than {short}: "
-            f"{figures}{change.too_few('image')}."
-        )
-    before = best.value - change.value  # of the ensemble before training, minus the best expert's
-    share = (
-        f"; {100 * before / best.value:.0f} % of the gain over the best expert was there {short}"
-        if best.value < 0 and before < 0
-        else ""
-    )
-    return (
-        f"It is lower than that of {what}, too: {figures}{share}."
-        if best.value < 0
-        else f"It is lower than that of {what}: {figures}."
-    )
-
-
-def _row(expert: ExpertEntry) -> str:
-    loras = "".join(
-        f" + {markdown_words(public_place(lora['path']))} × {lora['strength']:g}" for lora in expert.loras
-    )
-    commit = f" @ {expert.commit[:12]}" if expert.commit else ""
-    source = markdown_words(expert.source if expert.commit else public_place(expert.source))
-    return (
-        f"| {markdown_words(expert.name)} | {source}{commit}{loras} | "
-        f"{markdown_words(expert.prediction_type or 'unknown')} |"
-    )
-
-
-def _training(manifest: Manifest) -> str:
-    """What training measured, and with which options.
-
-    Tolerates records without a measurement (aggregators from elsewhere).
-    """
-    record = manifest.training
-    if record is None:
-        return "No training was recorded; untrained aggregators are the mean of the experts' features."
-    if "held_out_loss" not in record:
-        return "\n".join(
-            [
-                "Training:",
-                "",
-                *(f"* {markdown_words(name)}: {markdown_words(value)}" for name, value in record.items()),
-            ]
-        )
-    losses = record["held_out_loss"]
-    rows = [f"| {markdown_words(name)} | {Estimate(**value).words(5)} |" for name, value in losses.items()]
-    settings = record["settings"]
-    options = ", ".join(f"{name} {markdown_words(settings[name])}" for name in SHOWN if name in settings)
-    return "\n".join(
-        [
-            (
-                f"Trained for {record['steps']} steps on {record['training_images']} images; "
-                f"the average of step {record['best_step']} was kept."
-            ),
-            "It was the best of those measured on the held-out images below, which favours it a little.",
-            "",
-            f"| held-out loss, n = {losses['trained']['n']} | mean [95 % interval] |",
-            "|---|---|",
-            *rows,
-            "",
-            *gains(record),
-            "",
-            f"Options: {options}.",
-        ]
-    )
 
 
 def save_ensemble(ensemble: "Ensemble", folder: Path, *, bundle: bool) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from afa.settings import SEED, SHARE, Bounds, CheckedOptions, option, shares
+from afa.settings import SEED, SHARE, Bounds, CheckedOptions, one_ahead, option, shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,17 +120,6 @@ def _shares(
     weights: Annotated[Sequence[float] | None, Option("one number per expert, in any unit")] = None,
 ) -> Options:
     return {"weights": shares(weights, count)}
-
-
-def ahead(count: int) -> list[list[float]]:
-    """Equal weights, and one expert ahead of the others."""
-    if count == 1:
-        return [[1.0]]
-    others = 0.4 / (count - 1)
-    return [
-        [1 / count] * count,
-        *([0.6 if place == first else others for place in range(count)] for first in range(count)),
-    ]
 
 
 def mbw(tensors: "Sequence[Tensor]", *, stage: str, weights: Mapping[str, Sequence[float]]) -> "Tensor":
@@ -349,7 +338,7 @@ WEIGHTED = Merge(
     title="weighted merge",
     help="Σ wᵢ θᵢ, equal weights by default",
     row="one model of averaged weights",
-    candidates=lambda count, stages: [{"weights": weights} for weights in ahead(count)],
+    candidates=lambda count, stages: [{"weights": weights} for weights in one_ahead(count)],
     fill=_shares,
 )
 MBW = Merge(

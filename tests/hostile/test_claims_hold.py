@@ -233,7 +233,7 @@ def test_equal_methods_differ_by_nothing_and_show_no_false_interval():
 
 def test_the_training_record_is_read_with_the_same_care():
     """One held-out image decides nothing."""
-    from afa.checkpoint.folder import gains
+    from afa.checkpoint.card import gains
 
     alone = dataclasses.asdict(Estimate(-0.2, -0.2, -0.2, 1))
     words = " ".join(gains({"best_expert": "a", "difference_to_best_expert": alone, "difference_to_untrained_mean": alone}))
@@ -250,7 +250,7 @@ def test_the_training_record_is_read_with_the_same_care():
     ],
 )
 def test_training_is_compared_with_the_untrained_ensemble_in_words(change, said):
-    from afa.checkpoint.folder import gains
+    from afa.checkpoint.card import gains
 
     best = dataclasses.asdict(Estimate(-0.01, -0.012, -0.008, 64))
     untrained = dataclasses.asdict(Estimate(*change, 64))

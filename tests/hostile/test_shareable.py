@@ -2,7 +2,7 @@
 
 import pytest
 
-from afa.checkpoint.folder import model_card
+from afa.checkpoint.card import model_card
 from afa.checkpoint.manifest import read_manifest
 from afa.demo.data import ASSETS, ENSEMBLE
 from afa.places import csv_cell, markdown_words, public_place
