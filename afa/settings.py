@@ -11,7 +11,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict, Unpack
@@ -125,7 +125,8 @@ def check_number(value: Any, name: str, whole: bool = False, **bounds: Unpack[Bo
     shown = f"{name} {value if whole else f'{float(value):.16g}'}"
     if not math.isfinite(value):
         raise UserError(
-            f"{shown}{' is no finite number; give one' if named else '; give a finite number'}{_range(bounds)}"
+            f"{shown}{' is no finite number; give one' if named else '; give a finite number'}"
+            f"{_range(bounds)}"
         )
     small, large = (" is too small", " is too large") if named else ("", "")
     number: Any = value  # isinstance() has narrowed the type too far for comparisons
@@ -188,7 +189,8 @@ def kind_of(hint: Any) -> tuple[type, bool]:
 
 def _range(bounds: Bounds) -> str:
     words = {"least": "from", "above": "above", "most": "to", "below": "below"}
-    return "".join(f" {word} {bounds[name]}" for name, word in words.items() if name in bounds)  # type: ignore[literal-required]
+    given: Mapping[str, Any] = bounds
+    return "".join(f" {word} {given[name]}" for name, word in words.items() if name in given)
 
 
 @functools.cache

@@ -114,7 +114,8 @@ class EnsembleTextEncoder(LoraHost, ModelMixin):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Move or cast; weights that encoders share (with LoRAs of their own beside them) stay shared."""
-        return applied(self, lambda: super(EnsembleTextEncoder, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        apply: Callable[..., Any] = super()._apply
+        return applied(self, lambda: apply(fn, recurse))
 
     def train(self, mode: bool = True) -> "EnsembleTextEncoder":
         """Frozen: it has no training mode."""

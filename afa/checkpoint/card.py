@@ -34,8 +34,8 @@ tags: [afa, diffusers, text-to-image]
 
 # An ensemble of {count} diffusion models
 
-Adaptive Feature Aggregation ([arXiv:2405.17082](https://arxiv.org/abs/2405.17082)): the experts below run in lockstep, and
-after {fused} of {stages} stages a trained aggregator weighs their features at every pixel.
+Adaptive Feature Aggregation ([arXiv:2405.17082](https://arxiv.org/abs/2405.17082)): the experts below run in
+lockstep, and after {fused} of {stages} stages a trained aggregator weighs their features at every pixel.
 
     from afa import Ensemble
     image = Ensemble.load("PATH_OF_THIS_FOLDER").pipeline()("a prompt").images[0]

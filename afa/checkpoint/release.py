@@ -55,7 +55,8 @@ def read_release(folder: Path, stages: tuple[Stage, ...], experts: int) -> tuple
             found = config[name]  # type: ignore[literal-required]
             if found != expected:
                 raise UserError(
-                    f"{folder}: the aggregator of {stage.name} has {name} {found}, the experts need {expected}"
+                    f"{folder}: the aggregator of {stage.name} has {name} {found}, the experts need"
+                    f" {expected}"
                 )
     tensors: dict[str, Tensor] = {}
     for index, stage in enumerate(stages):

@@ -20,11 +20,11 @@ METHODS = "\n".join(f"  {name:<17}{merge.help}" for name, merge in MERGES.items(
 __doc__ = f"""{__doc__}
 {METHODS}
 
-A TOML file of block weights names stages: IN00 = 0.5 (the second expert's share) or IN00 = [2, 1, 1] (for three), `base`
-for all but the denoiser, `others` for the rest. Stages: IN00 … M00 … OUT11 of SD 1.x and 2.x, IN00 … OUT08 of XL, J00 … OUT
-of SD3, D00 … S00 … OUT of FLUX.1; `afa inspect` shows a model's. Presets, for U-Nets: GRAD_V GRAD_A FLAT_25
-FLAT_50 FLAT_75 WRAP08 WRAP12 WRAP14 WRAP16 MID12_50 OUT07 OUT12 OUT12_5 RING08_5 RING08_SOFT RING10_3 RING10_5 SMOOTHSTEP
-REVERSE_SMOOTHSTEP ALL_A ALL_B
+A TOML file of block weights names stages: IN00 = 0.5 (the second expert's share) or IN00 = [2, 1, 1] (for
+three), `base` for all but the denoiser, `others` for the rest. Stages: IN00 … M00 … OUT11 of SD 1.x and 2.x,
+IN00 … OUT08 of XL, J00 … OUT of SD3, D00 … S00 … OUT of FLUX.1; `afa inspect` shows a model's. Presets, for
+U-Nets: GRAD_V GRAD_A FLAT_25 FLAT_50 FLAT_75 WRAP08 WRAP12 WRAP14 WRAP16 MID12_50 OUT07 OUT12 OUT12_5
+RING08_5 RING08_SOFT RING10_3 RING10_5 SMOOTHSTEP REVERSE_SMOOTHSTEP ALL_A ALL_B
 """
 
 EXAMPLES = [
@@ -55,7 +55,10 @@ def _plan(facts: dict[str, Any]) -> str:
     earlier = facts.get("steps", [])
     lines = [line for step in earlier for line in (f"step     {step['name']}", *_step(step))]
     lines += ["step     the result"] if earlier else []
-    size = f"{facts['tensors']:,} tensors, {scaled(facts['bytes'], 'B')}, dtype {facts['dtype']}, {facts['layout']} layout"
+    size = (
+        f"{facts['tensors']:,} tensors, {scaled(facts['bytes'], 'B')}, dtype {facts['dtype']},"
+        f" {facts['layout']} layout"
+    )
     memory = f"memory   about {scaled(facts['memory_bytes'], 'B')} besides the program itself"
     return "\n".join([*lines, *_step(facts), f"output   {facts['output']}: {size}", memory])
 

@@ -13,8 +13,14 @@ from afa.merging.settings import SearchSettings as Options
 
 PROMPT = '"a red star left of a blue ring on a dotted mint background"'
 EXAMPLES = [
-    f"afa search --experts demo:curves demo:angles --prompt {PROMPT} --metric attributes --trials 5 --guidance 3 --output searched",
-    f"afa search --experts demo:curves demo:angles --prompt {PROMPT} --metric attributes --search coordinate --output by-stage --dry-run",
+    (
+        f"afa search --experts demo:curves demo:angles --prompt {PROMPT} --metric attributes --trials 5"
+        " --guidance 3 --output searched"
+    ),
+    (
+        f"afa search --experts demo:curves demo:angles --prompt {PROMPT} --metric attributes --search"
+        " coordinate --output by-stage --dry-run"
+    ),
 ]
 
 
@@ -57,6 +63,7 @@ def _facts(options: Options) -> dict[str, Any]:
 def _result(record: dict[str, Any], options: Options) -> str:
     first = "equal weights" if record["search"] == "bayesian" else "the first expert"
     return (
-        f"score {record['score']:.4f} after {record['merges']} merges ({first}: {record['first_score']:.4f}), on the images it was chosen by\n"
-        f"use it: afa merge --method mbw --weights {options.output}/best.toml --experts {' '.join(options.experts)} --output merged"
+        f"score {record['score']:.4f} after {record['merges']} merges ({first}: {record['first_score']:.4f}),"
+        " on the images it was chosen by\nuse it: afa merge --method mbw --weights"
+        f" {options.output}/best.toml --experts {' '.join(options.experts)} --output merged"
     )

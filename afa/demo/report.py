@@ -74,14 +74,15 @@ def sentence(outcome: Outcome) -> str:
         clauses.append(f"{verdict} {what} ({lead.words(3, signed=True)})")
     few = f" A verdict needs at least {least_items()} scenes." if n < least_items() else ""
     return (
-        f"On {n} mixed scenes AFA is {'; '.join(clauses)}. Attribute accuracy, paired by scene, 95 % bootstrap intervals,"
-        f" one training seed: other seeds would spread further.{few}"
+        f"On {n} mixed scenes AFA is {'; '.join(clauses)}. Attribute accuracy, paired by scene, 95 %"
+        f" bootstrap intervals, one training seed: other seeds would spread further.{few}"
     )
 
 
 def as_text(outcome: Outcome) -> str:
     """For the terminal."""
-    return f"{table(outcome).text()}\n\n{parts(outcome).text()}\n\nn = {len(outcome.captions)} scenes\n{sentence(outcome)}"
+    tables = f"{table(outcome).text()}\n\n{parts(outcome).text()}"
+    return f"{tables}\n\nn = {len(outcome.captions)} scenes\n{sentence(outcome)}"
 
 
 def as_json(outcome: Outcome) -> str:

@@ -13,7 +13,10 @@ TRAINED = {
     "finetune_merge_compute": "the same at equal compute",
     "prediction_router": "one trained aggregator on the experts' predictions, nothing else fused",
     "afa": "the ensemble",
-    "best_of_n": "the best of the single experts image by image, known only afterwards: an upper bound for choosing one",
+    "best_of_n": (
+        "the best of the single experts image by image, known only afterwards: an upper bound for choosing"
+        " one"
+    ),
 }
 ALWAYS = ("single", "afa")  # what everything else is compared with
 

@@ -251,7 +251,7 @@ def _control_row(
 
 
 def _best(setup: Setup) -> Expert:
-    """A copy of the expert that was ranked best, its denoiser to be changed, trained with the VAE the ensemble was trained with."""
+    """A copy of the best-ranked expert: its denoiser is to be trained, its VAE is the ensemble's."""
     best = dict(zip(setup.names, setup.ensemble.experts, strict=True))[setup.ranking[0]]
     return dataclasses.replace(best, model=fuse(copy.deepcopy(best.model)), vae=setup.ensemble.frame.vae)
 

@@ -50,8 +50,9 @@ AGAIN = "download or export it again"
 # Tensors beside quantised weights: ComfyUI's scaled fp8 and int8, ModelOpt, bitsandbytes, GPTQ and AWQ,
 # SVDQuant, quanto, torchao, compressed-tensors.
 PACKED = re.compile(
-    r"(^|[._])(weight_scale(_\w+)?|scale_weight|scale_input|(input|output)_scale|scaled_fp8|comfy_quant|(nested_)?absmax"
-    r"|(nested_)?quant_map|quant_state(\.\w+)?|qweight|qzeros|g_idx|qdata|weight_format|wscales|wcscales|wtscale|smooth_factor"
+    r"(^|[._])(weight_scale(_\w+)?|scale_weight|scale_input|(input|output)_scale|scaled_fp8|comfy_quant"
+    r"|(nested_)?absmax|(nested_)?quant_map|quant_state(\.\w+)?|qweight|qzeros|g_idx|qdata|weight_format"
+    r"|wscales|wcscales|wtscale|smooth_factor"
     r"|weight_packed|weight_global_scale|(weight_)?zero_point|weight\._(data|scale|shift|qdata))$|\.SCB$"
 )
 PACKED_NOTES = ("_quantization_metadata", "quantization_config", "quantization")  # of a header's __metadata__

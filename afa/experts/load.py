@@ -53,8 +53,11 @@ def _read(folder: Path) -> tuple[str, Tensors]:
 
 
 def load_expert(
-    source: object, dtype: torch.dtype | None = None, config: str | None = None, known: KnownParts | None = None
-) -> Expert:  # fmt: skip
+    source: object,
+    dtype: torch.dtype | None = None,
+    config: str | None = None,
+    known: KnownParts | None = None,
+) -> Expert:
     """Make an expert from a string (see ExpertSpec), a spec, a pipeline, a bare denoiser or an Expert.
 
     config: for a single file, the name of a shipped config or a folder of configs; found out by default.
@@ -85,8 +88,11 @@ def load_expert(
 
 
 def load_experts(
-    sources: Sequence[object], dtype: torch.dtype | None = None, config: str | None = None, prediction_type: str | None = None
-) -> list[Expert]:  # fmt: skip
+    sources: Sequence[object],
+    dtype: torch.dtype | None = None,
+    config: str | None = None,
+    prediction_type: str | None = None,
+) -> list[Expert]:
     """Load several, and give every one a name of its own; those on one base share its weights (see adapters).
 
     Raises UserError for two of one name, before loading.

@@ -121,8 +121,14 @@ def _checked(what: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _file(source: str, weight_name: str | None = None, subfolder: str | None = None, revision: str | None = None,
-          cache_dir: str | None = None, **hints: Any) -> Path:  # fmt: skip
+def _file(
+    source: str,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    **hints: Any,
+) -> Path:
     """The file that is meant. Raises UserError if it is not there, or not the only one."""
     path = Path(source)
     if path.is_file():

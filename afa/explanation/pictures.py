@@ -384,8 +384,9 @@ def chart(unused: Unused, means: NDArray[np.float32], timesteps: Sequence[float]
 def _chart_note(unused: Unused, images: int) -> str:
     mean = "of the one image" if images == 1 else f"over {images} images"
     return (
-        f"White is a weight of 0, full colour 1: the mean {mean}. Crossed out: below {unused.threshold:g} in every image, with and without"
-        " the prompt, in whatever is made of the expert's features there. Noise is on the left, the image on the right."
+        f"White is a weight of 0, full colour 1: the mean {mean}. Crossed out: below {unused.threshold:g} in"
+        " every image, with and without the prompt, in whatever is made of the expert's features there."
+        " Noise is on the left, the image on the right."
     )
 
 

@@ -106,11 +106,13 @@ def _check_steps(recipe: Recipe) -> None:
             raise UserError(f'{where} has no name, so no later step can use it; write name = "…"')
         if step.name and names.index(step.name) != number - 1:
             raise UserError(
-                f"{where} is called '{step.name}' as step {names.index(step.name) + 1} is; choose another name"
+                f"{where} is called '{step.name}' as step {names.index(step.name) + 1} is; choose another"
+                " name"
             )
         if number < len(names) and step.name not in used:
             raise UserError(
-                f"{where} ('{step.name}') is used by no later step; leave it out, or name it as an expert or base"
+                f"{where} ('{step.name}') is used by no later step; leave it out, or name it as an expert or"
+                " base"
             )
         for spec in (*step.experts, *([step.base] if step.base else [])):
             if spec.source in names[number - 1 :] and spec.source and not exists(spec.source):
@@ -290,7 +292,8 @@ def _config(file: Path, recorded: str | None) -> str | None:
     beside = file.parent / check_name(recorded, f"the config of {file}")
     if not beside.is_dir():
         raise UserError(
-            f"{file} was merged with the config folder '{recorded}', which is not beside it; give it with --config"
+            f"{file} was merged with the config folder '{recorded}', which is not beside it; give it with"
+            " --config"
         )
     return str(beside)
 

@@ -140,7 +140,8 @@ def _block_weights(
     base_alpha: Annotated[
         float | None,
         Option(
-            "the second of two experts' share of all but the denoiser, where the weights do not say it (else 0)"
+            "the second of two experts' share of all but the denoiser, where the weights do not say it (else"
+            " 0)"
         ),
     ] = None,
 ) -> Options:

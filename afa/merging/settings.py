@@ -44,22 +44,30 @@ class MergeSettings(CheckedOptions):
     experts: list[str] | None = option(
         None,
         place=True,
-        help="two or more: a diffusers folder, .safetensors file or org/name@revision, each optionally NAME=… and"
-        " …+LORA.safetensors*STRENGTH. With --recipe MERGED: NAME=PLACE of inputs that do not lie beside it",
+        help=(
+            "two or more: a diffusers folder, .safetensors file or org/name@revision, each optionally NAME=…"
+            " and …+LORA.safetensors*STRENGTH. With --recipe MERGED: NAME=PLACE of inputs that do not lie"
+            " beside it"
+        ),
     )
     output: str = option(
         None, help="what to write: FILE.safetensors in original layout, or a diffusers folder"
     )
     recipe: str | None = option(
         None,
-        help="instead of experts and options: a .toml file of steps, or what afa merge made, to make it again",
+        help=(
+            "instead of experts and options: a .toml file of steps, or what afa merge made, to make it again"
+        ),
     )
     # names are its keys
     method: str = option("weighted", help="how to merge", choices=MERGES)  # type: ignore[arg-type]
     weights: list[str] | None = option(
         None,
-        help="weighted: one number per expert, in any unit (default: equal). mbw: a preset such as GRAD_V, numbers with commas"
-        " between them or FILE.toml: the second expert's share of every stage; or one of these per expert",
+        help=(
+            "weighted: one number per expert, in any unit (default: equal). mbw: a preset such as GRAD_V,"
+            " numbers with commas between them or FILE.toml: the second expert's share of every stage; or"
+            " one of these per expert"
+        ),
     )
     base: str | None = option(
         None,
@@ -80,8 +88,10 @@ class MergeSettings(CheckedOptions):
     vae: str | None = option(
         None,
         place=True,
-        help="where the VAE comes from: an expert's name, a VAE's or pipeline's folder, or one .safetensors file"
-        " (default: the first expert)",
+        help=(
+            "where the VAE comes from: an expert's name, a VAE's or pipeline's folder, or one .safetensors"
+            " file (default: the first expert)"
+        ),
     )
     merge_vae: bool = option(False, help="merge the VAEs, too (averaged VAEs tend to dark and blurry images)")
     dtype: str | None = option(None, help="of the result (default: that of the first expert)", choices=DTYPES)
@@ -170,7 +180,10 @@ class SearchSettings(CheckedOptions):
     metric_weights: str | None = option(None, help="where the metric's weights are: a path or org/name")
     scorer: str | None = option(
         None,
-        help="instead: a Python file, score(images (n, H, W, 3) uint8, captions) -> dict of n values each, the first counts",
+        help=(
+            "instead: a Python file, score(images (n, H, W, 3) uint8, captions) -> dict of n values each,"
+            " the first counts"
+        ),
     )
     search: str = option(
         "bayesian",

@@ -116,7 +116,8 @@ def stage_weights(
         rows = _side_by_side([_named(text, stages) for text in texts], stages)
     elif len(texts) > 1:
         raise UserError(
-            f"{len(texts)} sets of block weights for {experts} experts; give one for each, or the second's alone if there are two"
+            f"{len(texts)} sets of block weights for {experts} experts; give one for each, or the second's"
+            " alone if there are two"
         )
     else:
         rows = _rows(_named(texts[0] if texts else given, stages), stages, experts)
@@ -140,7 +141,8 @@ def _named(given: object, stages: tuple[str, ...]) -> dict[str, float | Sequence
     lacking = [stage for stage in stages if stage not in given]
     if lacking and OTHERS not in given:
         raise UserError(
-            f"there is no weight for {', '.join(lacking)}; name every stage, or say '{OTHERS} = 0.5' for the rest"
+            f"there is no weight for {', '.join(lacking)}; name every stage, or say '{OTHERS} = 0.5' for the"
+            " rest"
         )
     named = BASE in given or OTHERS in given
     return {stage: given.get(stage, given.get(OTHERS, 0)) for stage in ((BASE, *stages) if named else stages)}
@@ -200,7 +202,8 @@ def _rows(
             rows[stage] = shares(value, experts, stage)
         elif experts != 2:
             raise UserError(
-                f"{stage} = {value:g} is a share of the second of two experts; for {experts}, give a weight for each"
+                f"{stage} = {value:g} is a share of the second of two experts; for {experts}, give a weight"
+                " for each"
             )
         elif not 0 <= value <= 1:
             raise UserError(
@@ -220,7 +223,8 @@ def _side_by_side(
         values = [column.get(stage, 0.0) for column in columns]
         if any(isinstance(value, Sequence) for value in values):
             raise UserError(
-                f"{stage} has a list of weights in a set that is one expert's; give that file alone, or a number for each stage"
+                f"{stage} has a list of weights in a set that is one expert's; give that file alone, or a"
+                " number for each stage"
             )
         rows[stage] = shares(values, len(columns), stage)  # type: ignore[arg-type]
     return rows
@@ -231,11 +235,13 @@ def _with_base(
 ) -> dict[str, tuple[float, ...]]:
     if base_alpha is not None and BASE in rows:
         raise UserError(
-            f"the block weights name {BASE} ({' '.join(f'{one:g}' for one in rows[BASE])}); leave out base_alpha {base_alpha:g}"
+            f"the block weights name {BASE} ({' '.join(f'{one:g}' for one in rows[BASE])}); leave out"
+            f" base_alpha {base_alpha:g}"
         )
     if base_alpha is not None and (experts != 2 or not 0 <= base_alpha <= 1):
         raise UserError(
-            f"base_alpha {base_alpha:g} is the share of the second of two experts, from 0 to 1; here are {experts}"
+            f"base_alpha {base_alpha:g} is the share of the second of two experts, from 0 to 1; here are"
+            f" {experts}"
         )
     share = base_alpha or 0.0
     return {

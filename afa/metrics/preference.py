@@ -241,7 +241,8 @@ HEAD = Part(
     "LAION's aesthetic predictor",
     "sac+logos+ava1-l14-linearMSE.pth",
     hub="camenduru/improved-aesthetic-predictor/sac+logos+ava1-l14-linearMSE.pth",
-    url="https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth",
+    url="https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+    "sac%2Blogos%2Bava1-l14-linearMSE.pth",
     sha256=("21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",),
 )
 

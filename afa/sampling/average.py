@@ -94,7 +94,8 @@ def read_table(text: str, names: Sequence[str], steps: int) -> list[Interval]:
             raise UserError(f"table {text}: {interval} overlaps {other}; it must start at {expected}")
         if interval.start < expected:
             raise UserError(
-                f"table {text}: nobody is there for {expected}-{interval.start}; {interval} must start at {expected}"
+                f"table {text}: nobody is there for {expected}-{interval.start}; {interval} must start at"
+                f" {expected}"
             )
         expected = interval.end
     if expected > 0:
@@ -112,7 +113,8 @@ def _read(text: str, names: Sequence[str]) -> Interval:
     start, _, end = span.partition("-")
     if not (start.strip().isdecimal() and end.strip().isdecimal() and int(start) > int(end) and name):
         raise UserError(
-            f"table entry '{text}' is no interval; write FROM-TO:EXPERT with whole timesteps, FROM above TO, e.g. 1000-700:{names[0]}"
+            f"table entry '{text}' is no interval; write FROM-TO:EXPERT with whole timesteps, FROM above TO,"
+            f" e.g. 1000-700:{names[0]}"
         )
     if name not in names:
         raise UserError(unknown(name, names, "expert"))

@@ -75,7 +75,8 @@ class Blended(Combination):
     def guidance(self) -> float:
         if self._guidance is None:
             raise UserError(
-                "magicfusion must know the strength of guidance; set denoiser.guidance to the pipeline's guidance_scale"
+                "magicfusion must know the strength of guidance; set denoiser.guidance to the pipeline's"
+                " guidance_scale"
             )
         return self._guidance
 
@@ -83,7 +84,8 @@ class Blended(Combination):
     def guidance(self, value: float) -> None:
         if value <= 1:
             raise UserError(
-                f"magicfusion compares what guidance adds, and guidance {value:g} adds nothing; give one above 1"
+                f"magicfusion compares what guidance adds, and guidance {value:g} adds nothing; give one"
+                " above 1"
             )
         self._guidance = value
 

@@ -148,7 +148,8 @@ def _check_sides(sampling: Sampling, unit: int) -> None:
     for name, side in (("height", sampling.height), ("width", sampling.width)):
         if side is not None and side % unit:
             raise UserError(
-                f"{name} {side} must be a multiple of {unit} pixels for this model; {max(1, round(side / unit)) * unit} is the nearest"
+                f"{name} {side} must be a multiple of {unit} pixels for this model;"
+                f" {max(1, round(side / unit)) * unit} is the nearest"
             )
 
 
@@ -160,7 +161,8 @@ def _check_steps(sampling: Sampling, scheduler: Any) -> None:
     most = getattr(scheduler.config, "num_train_timesteps", None)
     if most is not None and kind_of(scheduler) != FLOW and sampling.steps > most:
         raise UserError(
-            f"{sampling.steps} steps are more than the {most} timesteps of {type(scheduler).__name__}; give at most {most}"
+            f"{sampling.steps} steps are more than the {most} timesteps of {type(scheduler).__name__}; give"
+            f" at most {most}"
         )
 
 
@@ -210,7 +212,7 @@ def settled(pipeline: Any, expert: Expert) -> Any:
 
 
 def check_guidable(ensemble: Ensemble, method: str) -> None:
-    """Raises UserError for experts whose pipelines make no unconditional prediction beside the conditional one."""
+    """Raises UserError for experts whose pipelines make no unconditional prediction beside the other."""
     reason = ensemble.denoiser.call.unpaired(ensemble.denoiser.config)
     if reason:
         raise UserError(f"{method} needs classifier-free guidance, and {reason}; choose another method")

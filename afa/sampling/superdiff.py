@@ -298,7 +298,8 @@ def superposed(ensemble: Ensemble, rule: Rule, run: Sequence[int]) -> PipelineSa
     config = ensemble.frame.scheduler.config
     if Schedule.of(ensemble.frame.scheduler).kind == FLOW:
         raise UserError(
-            "superdiff makes its steps in x0 + sigma ε from a largest sigma, and a flow begins without any signal; choose another method"
+            "superdiff makes its steps in x0 + sigma ε from a largest sigma, and a flow begins without any"
+            " signal; choose another method"
         )
     scheduler = SuperposedScheduler.from_config(config, **SPACING)
     scheduler.rule = rule

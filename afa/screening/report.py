@@ -37,7 +37,8 @@ def as_html(facts: Facts) -> str:
     """The page."""
     given = f"captioned images of {facts['data']}"
     drawn = f"prompts of {facts['prompts']}, drawn by the experts"
-    probes = f"{len(facts['timesteps'])} timesteps an image, {facts['draws']} noises each, {facts['resolution']} pixels"
+    timesteps, draws, pixels = len(facts["timesteps"]), facts["draws"], facts["resolution"]
+    probes = f"{timesteps} timesteps an image, {draws} noises each, {pixels} pixels"
     return render(
         "screening.html",
         heading=f"Screening of {', '.join(expert['name'] for expert in facts['experts'])}",
@@ -134,8 +135,8 @@ def loss_table(facts: Facts) -> Table:
             Row([name, *shown, Shown(Estimate(**found["wins"]), share=True)], "", name == facts["best"])
         )
     note = (
-        "Mean squared error of the prediction. wins: the share of all elements (channel and place) at which this expert's error"
-        " is the least."
+        "Mean squared error of the prediction. wins: the share of all elements (channel and place) at which"
+        " this expert's error is the least."
     )
     return Table(["expert", "all timesteps", *bands(facts), "wins"], rows, note)
 
@@ -154,9 +155,10 @@ def room_table(facts: Facts) -> Table:
     ]
     rows.append(Row(["winners of two noises agree", None, *agreement]))
     note = (
-        f"How much lower than the loss of {facts['best']}, the best expert of all timesteps (n = {facts['images']} images)."
-        f" Routed: at each place the expert answers that won most often on the other noises (of {facts['draws']}); what only"
-        " the noise decides cannot be learnt and is not in it. Oracles use the truth: upper bounds."
+        f"How much lower than the loss of {facts['best']}, the best expert of all timesteps (n ="
+        f" {facts['images']} images). Routed: at each place the expert answers that won most often on the"
+        f" other noises (of {facts['draws']}); what only the noise decides cannot be learnt and is not in it."
+        " Oracles use the truth: upper bounds."
     )
     return Table(["answered by", "all timesteps", *bands(facts)], rows, note)
 
@@ -194,8 +196,9 @@ def foretold_table(facts: Facts) -> Table:
     ]
     sets = facts["predicted"]["over_best"]["sets"]
     note = (
-        f"Loss of AFA below that of others, foretold from head-room by what {sets} expert sets of the embedded world gained in"
-        " training; the interval held 95 % of them. For large models a guess; measure it."
+        f"Loss of AFA below that of others, foretold from head-room by what {sets} expert sets of the"
+        " embedded world gained in training; the interval held 95 % of them. For large models a guess;"
+        " measure it."
     )
     return Table(["AFA over", "loss lower by"], rows, note)
 

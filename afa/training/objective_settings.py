@@ -90,7 +90,8 @@ class ObjectiveSettings(CheckedOptions):
             )
         if self.reward is not None and not self.rewarded:
             raise UserError(
-                f"--reward {self.reward} is not used by --objective {self.objective}; use --objective mse+reward"
+                f"--reward {self.reward} is not used by --objective {self.objective}; use --objective"
+                " mse+reward"
             )
         if self.snr_gamma is not None and self.weighting is not None:
             raise UserError(
@@ -98,7 +99,8 @@ class ObjectiveSettings(CheckedOptions):
             )
         if self.sparsity_top is not None and not self.sparsity:
             raise UserError(
-                f"--sparsity-top {self.sparsity_top} says what --sparsity counts; give its weight, e.g. --sparsity 0.01"
+                f"--sparsity-top {self.sparsity_top} says what --sparsity counts; give its weight, e.g."
+                " --sparsity 0.01"
             )
 
     @property

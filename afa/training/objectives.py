@@ -142,7 +142,8 @@ class Mse(Objective):
     ) -> None:
         if weighting is not None and not noising.is_flow:
             raise UserError(
-                f"--weighting {weighting} weighs a flow, and these experts predict '{noising.kind}'; try --snr-gamma 5"
+                f"--weighting {weighting} weighs a flow, and these experts predict '{noising.kind}'; try"
+                " --snr-gamma 5"
             )
         self.noising, self.snr_gamma, self.weighting = noising, snr_gamma, weighting
 

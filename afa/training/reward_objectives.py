@@ -66,10 +66,12 @@ def _named(name: str, device: torch.device, weights: str | None) -> Reward:
         if name in METRICS:
             listed = ", ".join(REWARDS)
             raise UserError(
-                f"--reward {name} cannot be differentiated, or judges whole sets; take one of {listed}, or a Python file with reward(images, captions)"
+                f"--reward {name} cannot be differentiated, or judges whole sets; take one of {listed}, or a"
+                " Python file with reward(images, captions)"
             )
         raise UserError(
-            f"--reward: {unknown(name, REWARDS, 'reward')}, or give a Python file with reward(images, captions)"
+            f"--reward: {unknown(name, REWARDS, 'reward')}, or give a Python file with reward(images,"
+            " captions)"
         )
     try:
         metric: Any = make_metric(name, Resources(weights, device))
@@ -84,7 +86,8 @@ def _file(path: Path) -> Reward:
     file = UserFile(path, "--reward")
     if not file.has("reward"):
         raise UserError(
-            f"--reward {path} has no function reward(images, captions); it must return one number an image, with gradients"
+            f"--reward {path} has no function reward(images, captions); it must return one number an image,"
+            " with gradients"
         )
 
     def checked(images: Tensor, captions: Sequence[str]) -> Tensor:
@@ -92,7 +95,8 @@ def _file(path: Path) -> Reward:
         if not isinstance(found, Tensor) or found.shape != (len(images),):
             what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise UserError(
-                f"reward() of {path} returned {what} for {len(images)} images, expected a tensor ({len(images)},)"
+                f"reward() of {path} returned {what} for {len(images)} images, expected a tensor"
+                f" ({len(images)},)"
             )
         if images.requires_grad and not found.requires_grad:
             raise UserError(
@@ -138,7 +142,9 @@ class Decoder:
 
 
 class Draft(Objective):
-    """Minus the reward of images drawn with guidance from the batch's noise, by the deterministic sampler of the schedule.
+    """Minus the reward of images drawn with guidance from the batch's noise.
+
+    They are drawn by the deterministic sampler of the schedule.
 
     steps: of sampling; last: of these, how many with gradients. guidance: classifier-free; None: the family's
            own. again: LV's

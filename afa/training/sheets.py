@@ -49,7 +49,8 @@ def make_watch(settings: LoopSettings, device: torch.device) -> ImageMetric | No
         ) from None
     if not isinstance(metric, ImageMetric):
         raise UserError(
-            f"--watch {settings.watch} judges whole sets, and sheets are small; choose a metric of single images"
+            f"--watch {settings.watch} judges whole sets, and sheets are small; choose a metric of single"
+            " images"
         )
     return metric
 
@@ -62,7 +63,13 @@ class Sheets:
     """
 
     def __init__(
-        self, settings: LoopSettings, pipeline: Any, denoiser: EnsembleDenoiser, captions: Sequence[str], side: int, watch: ImageMetric | None
+        self,
+        settings: LoopSettings,
+        pipeline: Any,
+        denoiser: EnsembleDenoiser,
+        captions: Sequence[str],
+        side: int,
+        watch: ImageMetric | None,
     ) -> None:  # fmt: skip
         self.settings, self.pipeline, self.side, self.watch = settings, pipeline, side, watch
         self.denoiser = denoiser
@@ -124,7 +131,10 @@ class Sheets:
         worse = change.has_interval and (change.high < 0 if self.watch.higher_is_better else change.low > 0)
         if worse and not self._warned:
             self._warned = True
-            worse_by = f"{leading} of the sheet has become worse since training was begun, or gone on with ({change}, n = {change.n})"
+            worse_by = (
+                f"{leading} of the sheet has become worse since training was begun, or gone on with"
+                f" ({change}, n = {change.n})"
+            )
             tqdm.write(f"afa: {worse_by}: the reward may be hacked", file=sys.stderr)
         return {"watched": {name: float(values.mean()) for name, values in scores.items()}}
 

@@ -16,17 +16,18 @@ from afa.stats import PADDED, RESAMPLES, SEVERAL, Estimate
 
 COMPUTED = {
     "intervals": (
-        f"95 %, bootstrap of {count(RESAMPLES)} resamples of the prompts, the same for every method; the images of a prompt"
-        f" are averaged first, wherever it stands in the list. Below {PADDED} prompts two pseudo-prompts are added. From"
-        f" {SEVERAL} training seeds on their spread is added (Student's t); with fewer, an interval is for other prompts, of"
-        " these trained models. A score of a whole set has the replicates that were made with it, and its interval is for this"
-        " number of images."
+        f"95 %, bootstrap of {count(RESAMPLES)} resamples of the prompts, the same for every method; the"
+        f" images of a prompt are averaged first, wherever it stands in the list. Below {PADDED} prompts two"
+        f" pseudo-prompts are added. From {SEVERAL} training seeds on their spread is added (Student's t);"
+        " with fewer, an interval is for other prompts, of these trained models. A score of a whole set has"
+        " the replicates that were made with it, and its interval is for this number of images."
     ),
     "tests": (
-        "two-sided: the signs of the prompts' differences are flipped; scores of sets against a normal distribution. From"
-        f" {SEVERAL} training seeds on the larger of that p and the p of an analysis of variance with prompts and seeds"
-        " crossed. Runs are paired by training seed. Holm's correction over all claims of the report: our method and the best"
-        " single expert against every other row, by the leading metrics."
+        "two-sided: the signs of the prompts' differences are flipped; scores of sets against a normal"
+        f" distribution. From {SEVERAL} training seeds on the larger of that p and the p of an analysis of"
+        " variance with prompts and seeds crossed. Runs are paired by training seed. Holm's correction over"
+        " all claims of the report: our method and the best single expert against every other row, by the"
+        " leading metrics."
     ),
 }
 STUDY_TITLES = {
@@ -176,8 +177,8 @@ def _main_note(one: Analysis, column: Column) -> str:
         parts.append(f"{every}From {SEVERAL} training seeds on {others}.")
     elif seeds:
         parts.append(
-            f"{every}Intervals are for other prompts, of these trained models: other training seeds would spread further, which"
-            f" fewer than {SEVERAL} do not show."
+            f"{every}Intervals are for other prompts, of these trained models: other training seeds would"
+            f" spread further, which fewer than {SEVERAL} do not show."
         )
     return " ".join(parts)
 
@@ -263,7 +264,7 @@ class Study:
 
 
 def find_studies(one: Analysis) -> list[Study]:
-    """One for each axis, in the order of STUDY_TITLES, of the methods that have a value of the leading metric."""
+    """One study an axis, in the order of STUDY_TITLES; its methods have a value of the leading metric."""
     by_axis: dict[str, list[Method]] = {}
     for method in one.results.methods:
         if method.axes and method.name in one.lead.values:
@@ -283,7 +284,7 @@ def find_studies(one: Analysis) -> list[Study]:
 
 
 def _points(one: Analysis, axis: str, of: str, methods: Sequence[Method], numeric: bool) -> list[Point]:
-    """Of one line, with the row of the main table that it was derived from, as far as the protocol says where it stands."""
+    """The points of one line; with the row of the main table that it was derived from, if that is known."""
     points = []
     for method in methods:
         place = method.axes[axis] if numeric else str(method.axes[axis])
@@ -327,7 +328,10 @@ def study_table(one: Analysis, study: Study) -> Table:
     headers = ["method", study.axis] if study.numeric else [study.axis]
     minus = "minus the main table's" if all_main else "minus what it is compared with"
     headers += [f"{one.lead.metric} {arrow(one.lead)}", minus]
-    note = "Differences are paired by prompt and compare runs of the same training seeds; they are not corrected for their number."
+    note = (
+        "Differences are paired by prompt and compare runs of the same training seeds; they are not corrected"
+        " for their number."
+    )
     bold = " In bold: as in the main table." if any(row.strong for row in rows) else ""
     return Table([*headers, "trained parameters", "seconds an image"], rows, note + bold)
 

@@ -27,9 +27,9 @@ from afa.places import markdown_words
 from afa.stats import Estimate
 
 HEADERS = (
-    "evaluation method title group study of training_seeds metric kind higher_is_better leading prompts value low high n"
-    " versus shared_seeds diff diff_low diff_high win win_low win_high p p_holm verdict trained_parameters training_steps"
-    " seconds seconds_low seconds_high seconds_n memory_mb"
+    "evaluation method title group study of training_seeds metric kind higher_is_better leading prompts"
+    " value low high n versus shared_seeds diff diff_low diff_high win win_low win_high p p_holm verdict"
+    " trained_parameters training_steps seconds seconds_low seconds_high seconds_n memory_mb"
 ).split()
 
 
@@ -146,7 +146,7 @@ def _sections(one: Analysis) -> Iterator[str]:
 
 
 def as_csv(several: Sequence[Analysis], names: Sequence[str]) -> str:
-    """A line for each method, metric and other method that it is compared with, or one where it is compared with none."""
+    """A line for each method, metric and method it is compared with; one if it is compared with none."""
     lines = [
         {"evaluation": name, **line} for name, one in zip(names, several, strict=True) for line in _lines(one)
     ]

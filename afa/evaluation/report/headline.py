@@ -37,8 +37,9 @@ def terms(one: Analysis) -> str:
     prompts, images = plural(one.prompts, "independent prompt"), plural(len(one.results.items), "image")
     enough = f"it needs at least {one.least} independent prompts for {'this' if one.family == 1 else 'that'}"
     return (
-        f"{prompts}, {images} a method, {_seeds(one)}. A verdict is given only where the 95 % interval of the paired difference"
-        f" excludes zero and p < {LEVEL} after Holm's correction over {plural(one.family, 'comparison')};"
+        f"{prompts}, {images} a method, {_seeds(one)}. A verdict is given only where the 95 % interval of the"
+        f" paired difference excludes zero and p < {LEVEL} after Holm's correction over"
+        f" {plural(one.family, 'comparison')};"
         f" {enough}{', so none is possible here' if one.prompts < one.least else ''}."
     )
 
@@ -68,7 +69,10 @@ def _seeds(one: Analysis) -> str:
 def _lead(one: Analysis, column: Column) -> str:
     direction = "higher" if column.note.higher_is_better else "lower"
     if one.ours is None:
-        return f"By {column.metric} ({direction} is better) nothing is claimed: the evaluation has no method of group '{OURS}'."
+        return (
+            f"By {column.metric} ({direction} is better) nothing is claimed: the evaluation has no method of"
+            f" group '{OURS}'."
+        )
     found = column.against(one.ours, column.best)
     if found is None:
         missing = (
@@ -76,12 +80,18 @@ def _lead(one: Analysis, column: Column) -> str:
             if column.best is None
             else f"{one.title(one.ours)} has no value"
         )
-        return f"By {column.metric} ({direction} is better) nothing can be said about the best single expert: {missing}."
+        return (
+            f"By {column.metric} ({direction} is better) nothing can be said about the best single expert:"
+            f" {missing}."
+        )
     best = f"the best single expert, {one.title(found.other)}"
     here = (
         f", as trained here ({plural(len(found.seeds), 'seed')})," if 0 < len(found.seeds) < SEVERAL else ""
     )
-    return f"By {column.metric} ({direction} is better) {one.title(one.ours)}{here} is {_verdict(found)} {best}: {_figures(found)}."
+    return (
+        f"By {column.metric} ({direction} is better) {one.title(one.ours)}{here} is {_verdict(found)} {best}:"
+        f" {_figures(found)}."
+    )
 
 
 def _verdict(found: Comparison) -> str:
@@ -99,7 +109,8 @@ def _figures(found: Comparison) -> str:
         f"{number(value, places, True)} with seed {seed}"
         for seed, value in zip(found.seeds, found.by_seed, strict=True)
     )
-    return f"{with_interval(found.difference, places, True)}{p}{f' ({seeds})' if 1 < len(found.seeds) < SEVERAL else ''}"
+    few = f" ({seeds})" if 1 < len(found.seeds) < SEVERAL else ""
+    return f"{with_interval(found.difference, places, True)}{p}{few}"
 
 
 def _kinds(one: Analysis, column: Column) -> list[tuple[str, str]]:
