@@ -40,6 +40,13 @@ def test_an_upward_import_and_a_circle_would_be_found():
     assert len(house.circles(graph)) == 1
 
 
+@pytest.mark.parametrize(("folder", "columns"), [("afa", 110), ("tests", 160), ("scripts", 160), ("benchmarks", 160), ("docs", 160)])
+def test_lines_end_before_the_margin(folder, columns):
+    files = sorted((ROOT.parent / folder).rglob("*.py"))
+    lines = [(file, number, line) for file in files for number, line in enumerate(file.read_text().splitlines(), 1)]
+    assert [f"{file}:{number}" for file, number, line in lines if len(line) > columns] == []
+
+
 def test_only_the_edges_import_the_demonstration():
     importers = {house.room(module) for module, others in GRAPH.items() for other in others if house.room(other) == "demo"}
     assert importers <= {"demo", "cli", "webui"}

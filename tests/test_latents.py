@@ -98,7 +98,11 @@ def test_a_mean_and_deviation_of_channels_are_sdxls_too():
     encoder.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5])
     pipe = sdxl_pipeline()
     pipe = quiet(StableDiffusionXLPipeline(**pipe.components | {"vae": encoder}))
-    draw = lambda kind: pipe("a cat", num_inference_steps=1, height=32, width=32, output_type=kind, generator=torch.Generator().manual_seed(0)).images  # noqa: E731
+
+    def draw(kind):
+        noise = torch.Generator().manual_seed(0)
+        return pipe("a cat", num_inference_steps=1, height=32, width=32, output_type=kind, generator=noise).images
+
     with torch.no_grad():
         ours = Decoder(encoder)(draw("latent"))
     assert torch.allclose((ours / 2 + 0.5).clamp(0, 1), draw("pt"), atol=1e-5)
