@@ -1,8 +1,8 @@
-"""Files that appear whole or not at all, hashes of files, and folders that one process at a time writes to.
+"""Files that appear whole or not at all, folders that one process at a time writes to, and hashes of files.
 
-What is being written lies in a staging place, `.writing-HOST-PID-NAME`, beside its target. A folder's files
-are committed together by one rename of the staging place to `.committed`; what is in there is then moved out,
-by a later process if this one is killed.
+A new file is first written to a staging place beside its target, `.writing-HOST-PID-NAME`. The files of a
+folder are committed together: their staging place is renamed to `.committed`, and then its content is moved
+out. If this process is killed in between, the next process that reads or writes the folder moves it out.
 """
 
 import errno
@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import sys
 import time
 import zipfile
@@ -21,45 +20,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from afa import locks
 from afa.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    import msvcrt
-
-    fcntl = None  # type: ignore[assignment]
-
 WRITING, COMMITTED, LOCK = ".writing-", ".committed", ".afa-lock"
-HOST = f"{zlib.crc32(socket.gethostname().encode()) & 0xFFFF:04x}"
-NO_LOCKS = (
-    errno.ENOLCK,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-    errno.EINVAL,
-    errno.EBADF,
-)  # what file systems without locks answer
-UNWRITABLE = (
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOSPC,
-    errno.EDQUOT,
-)
 PATIENCE = 20.0  # seconds that a reader waits for a living process to move out what it has committed
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)  # what a file system answers that cannot sync
 BLOCK, SLOW = 1 << 20, 3.0  # bytes read at once for a hash; seconds after which hashing is reported
+# What a damaged .npz file raises.
+DAMAGED = (OSError, ValueError, KeyError, EOFError, AttributeError, NotImplementedError)
+DAMAGED += (zipfile.BadZipFile, zlib.error)
 
 _numbers = itertools.count()
 _active: set[Path] = set()  # staging places of this process
-_held: dict[Path, int] = {}  # lock files of this process: file descriptor
 _hashes: dict[tuple[object, ...], str] = {}
 _hashing = [0.0, False]  # seconds spent, whether it was reported
-
-
-# ---- whole files ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -77,7 +52,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def given_name(path: Path) -> str:
-    """Return the name of a file or folder as the user gave it: of a link its own name, not its target's."""
+    """The name of a file or folder as the user gave it: the name of a link, not of its target."""
     return path.name if path.name not in ("", "..") else path.resolve().name
 
 
@@ -91,9 +66,9 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 def staged(folder: Path, last: str) -> Iterator[Path]:
     """Yield an empty folder to write into; on success everything in it becomes part of `folder`, all at once.
 
-    last: the file that is moved at the end, for readers that do not know `settled`. If anything fails (a full
-    disk, Ctrl-C) or the process is killed, `folder` is as it was before, or all new.
-    Raises UserError if `folder` is a file, or another process writes to it.
+    If anything fails (a full disk, Ctrl-C), or if the process is killed, `folder` is all old or all new.
+    last: name of the file that is moved at the end, for programs that read the folder without `settled`
+    Raises UserError if `folder` is a file, or if another process writes to it.
     """
     with locked(folder):
         stage = _staging(folder, "files")
@@ -103,9 +78,7 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
                 yield stage
                 _as_others_are(stage)
                 _flush(stage)
-            os.replace(
-                stage, folder / COMMITTED
-            )  # before this the old files are valid, after it the new ones are
+            os.replace(stage, folder / COMMITTED)  # from here on the new files are valid
             _move_out(folder, last)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
@@ -113,7 +86,7 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
 
 
 def settled(folder: Path) -> Path:
-    """Finish the commit of a killed process in a folder, and return the folder; call it before reading."""
+    """Finish what a killed process has committed in a folder; call it before reading. Returns the folder."""
     while _committed(folder):
         with locked(folder, wait=PATIENCE):
             pass
@@ -135,7 +108,7 @@ def _committed(folder: Path) -> bool:
 
 
 def _move_out(folder: Path, last: str = "") -> None:
-    """Move what is committed to its place. Needs the lock. Can be interrupted and done again."""
+    """Move committed files to their places. Needs the lock. May be interrupted and done again."""
     ready = folder / COMMITTED
     if not _committed(folder):
         return
@@ -150,10 +123,10 @@ def _move_out(folder: Path, last: str = "") -> None:
 
 
 def _staging(folder: Path, name: str) -> Path:
-    """A new place to write to, which other processes can tell to be this one's."""
+    """A new place to write to; its name says which process writes there."""
     if len(os.fsencode(name)) > 200:  # file systems end at 255
         name = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16] + Path(name).suffix[:20]
-    path = folder / f"{WRITING}{HOST}-{os.getpid()}-{next(_numbers)}-{name}"
+    path = folder / f"{WRITING}{locks.HOST}-{os.getpid()}-{next(_numbers)}-{name}"
     _active.add(path)
     return path
 
@@ -168,11 +141,7 @@ def _flush(path: Path) -> None:
             try:
                 os.fsync(descriptor)
             except OSError as error:
-                if error.errno not in (
-                    errno.EINVAL,
-                    errno.ENOTSUP,
-                    errno.EROFS,
-                ):  # this kind of file system has no such thing
+                if error.errno not in NO_SYNC:
                     raise
             finally:
                 os.close(descriptor)
@@ -207,46 +176,35 @@ def read_arrays(path: Path) -> dict[str, Any] | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-    ):
+    except DAMAGED:
         return None
 
 
 def json_or_none(path: Path) -> Any:
-    """What a JSON file holds that a run keeps for itself; None if it is not there, or damaged."""
+    """The content of a JSON file that a run keeps for itself; None if it is not there, or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
 
 
-# ---- one process at a time -----------------------------------------------------------------------
-
-
 @contextmanager
 def locked(target: Path, *, file: bool = False, wait: float = 0.0) -> Iterator[None]:
-    """Inside the context, no other process writes to a folder, and leftovers of killed processes are removed.
+    """Inside the context, no other process writes to a folder; what killed processes left is removed.
 
-    The lock ends with the process. A process may take it several times. Of several processes that work
-    together (accelerate launch) only the first one takes it. A folder that is empty afterwards, and was not
-    there before, is removed.
-    wait: seconds that another process may take to let it go. Raises UserError if it does not, or nothing can
-    be written there.
+    A process may lock a folder several times. Of several processes that work together (accelerate launch)
+    only the first one takes the lock. A folder that the lock made is removed again if it stays empty.
+    target: the folder, or with file=True one file
+    wait:   seconds that another process may take to let the lock go
+    Raises UserError if it does not, or if nothing can be written there.
     """
-    if _helper() or (lock := _lock_file(target, file)) in _held:
+    another_rank = os.environ.get("RANK", "0") != "0"  # the first process holds the lock for all
+    if another_rank or (lock := _lock_file(target, file)) in locks.held:
         yield
         return
     made = _make_folders(lock.parent, target)
     try:
-        _held[lock] = _acquire(lock, target, time.monotonic() + wait)
+        locks.acquire(lock, target, wait)
         try:
             if file:
                 _sweep(target.parent, target.name)
@@ -255,8 +213,7 @@ def locked(target: Path, *, file: bool = False, wait: float = 0.0) -> Iterator[N
                 _sweep(target)
             yield
         finally:
-            lock.unlink(missing_ok=True)
-            os.close(_held.pop(lock))
+            locks.release(lock)
     finally:
         for folder in reversed(made):
             with suppress(OSError):  # not empty
@@ -264,18 +221,13 @@ def locked(target: Path, *, file: bool = False, wait: float = 0.0) -> Iterator[N
 
 
 def refuse_busy(target: Path, *, file: bool = False, wait: float = 0.0) -> None:
-    """Raises UserError if another process writes to a folder or file.
+    """Raises UserError if another process writes to a folder or file; arguments as in `locked`.
 
-    What a killed one left there is removed. wait: see locked.
+    What a killed process left there is removed.
     """
     if _lock_file(target, file).exists():
         with locked(target, file=file, wait=wait):
             pass
-
-
-def _helper() -> bool:
-    """Whether this is one of several processes of a run, but not the first, which holds the lock for all."""
-    return os.environ.get("RANK", "0") != "0"
 
 
 def _lock_file(target: Path, file: bool) -> Path:
@@ -285,104 +237,15 @@ def _lock_file(target: Path, file: bool) -> Path:
 
 
 def _make_folders(folder: Path, target: Path) -> list[Path]:
-    """-> those that were made, the outermost first. Raises UserError if that cannot be."""
+    """Make a folder and its parents: -> those that were missing, the outermost first. Raises UserError."""
     if target.is_file() and folder == target.resolve():
         raise UserError(f"{target} is a file; give a folder to write to")
     missing = list(itertools.takewhile(lambda path: not path.exists(), [folder, *folder.parents]))[::-1]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(target, error) from None
+        raise locks.unwritable(target, error) from None
     return missing
-
-
-def _acquire(lock: Path, target: Path, end: float) -> int:
-    """-> the file descriptor that holds it. end: until when it is tried."""
-    while True:
-        try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        except OSError as error:
-            raise _unwritable(target, error) from None
-        try:
-            free = _lock(descriptor)
-            if not free and time.monotonic() >= end:
-                raise _busy(target, descriptor)
-            if not free:
-                time.sleep(0.05)
-            elif _same(descriptor, lock):
-                os.ftruncate(descriptor, 0)
-                os.lseek(descriptor, 0, os.SEEK_SET)
-                os.write(descriptor, f"{HOST} {os.getpid()}".encode())
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # its holder ended, and removed it, between our opening and our locking
-
-
-def _same(descriptor: int, path: Path) -> bool:
-    """Whether a path still names the file that is open."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _lock(descriptor: int) -> bool:
-    """Lock an open file: -> whether it was free."""
-    try:
-        if fcntl is None:
-            os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # beyond the text, which others may want to read
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            return False
-        host, pid = _holder(
-            descriptor
-        )  # a file system without locks: the process that is named counts while it lives
-        return not (host == HOST and pid != os.getpid() and _alive(pid))
-
-
-def _holder(descriptor: int) -> tuple[str, int]:
-    """Host and process of a lock file; ("", 0) if it does not say."""
-    text = (
-        os.read(descriptor, 64).decode(errors="replace").split()
-        if os.lseek(descriptor, 0, os.SEEK_SET) == 0
-        else []
-    )
-    return (text[0], int(text[1])) if len(text) == 2 and text[1].isdecimal() else ("", 0)
-
-
-def _busy(target: Path, descriptor: int) -> UserError:
-    host, pid = _holder(descriptor)
-    named = f" (pid {pid}{'' if host == HOST else ' on another machine'})" if pid else ""
-    return UserError(
-        f"another process{named} is writing to {target}; wait until it has ended, or choose another --output"
-    )
-
-
-def _unwritable(target: Path, error: OSError) -> Exception:
-    if error.errno not in UNWRITABLE:
-        return error
-    return UserError(
-        f"nothing can be written to {target} ({error.strerror}: {error.filename}); choose another --output"
-    )
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process of this machine still runs; where that cannot be asked, yes."""
-    if os.name == "nt":
-        return True  # os.kill would end it
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _sweep(folder: Path, name: str | None = None) -> None:
@@ -393,18 +256,14 @@ def _sweep(folder: Path, name: str | None = None) -> None:
     for place, folders, files in os.walk(folder):
         for entry in [*folders, *files]:
             path = Path(place) / entry
-            if (
-                entry.startswith(WRITING)
-                and (name is None or entry.endswith(f"-{name}"))
-                and _abandoned(path)
-            ):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(
-                    missing_ok=True
-                )
-            elif (
-                entry in (LOCK, COMMITTED) and name is None and place != str(folder)
-            ):  # of a run inside this one
-                with suppress(UserError), locked(path.parent):
+            if entry.startswith(WRITING):
+                if (name is None or entry.endswith(f"-{name}")) and _abandoned(path):
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink(missing_ok=True)
+            elif entry in (LOCK, COMMITTED) and name is None and place != str(folder):
+                with suppress(UserError), locked(path.parent):  # the folder of a run inside this one
                     pass
         if name is not None:
             return
@@ -412,31 +271,23 @@ def _sweep(folder: Path, name: str | None = None) -> None:
 
 
 def _abandoned(staging: Path) -> bool:
-    """Whether nobody writes there any more. The lock keeps out processes of other machines."""
+    """Whether the process that wrote there has ended. The lock keeps out processes of other machines."""
     host, _, rest = staging.name.removeprefix(WRITING).partition("-")
     pid = rest.partition("-")[0]
-    if host != HOST or not pid.isdecimal():
+    if host != locks.HOST or not pid.isdecimal():
         return True
-    return staging not in _active if int(pid) == os.getpid() else not _alive(int(pid))
-
-
-def _forget() -> None:
-    """A forked child holds none of its parent's locks."""
-    for descriptor in _held.values():
-        os.close(descriptor)
-    _held.clear()
-    _active.clear()
+    return staging not in _active if int(pid) == os.getpid() else not locks.alive(int(pid))
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
-
-
-# ---- hashes --------------------------------------------------------------------------------------
+    os.register_at_fork(after_in_child=_active.clear)  # a forked child writes none of its parent's files
 
 
 def sha256(path: Path) -> str:
-    """The hash of one file, read once in a process unless it changes; says so on stderr if it takes long."""
+    """The SHA-256 of one file as hexadecimal digits.
+
+    A file is read once in a process unless it changes. If reading takes long, a line on stderr says so.
+    """
     fact = path.stat()
     key = (path.resolve(), fact.st_size, fact.st_mtime_ns, fact.st_ino, fact.st_ctime_ns)
     if key in _hashes:
@@ -448,13 +299,11 @@ def sha256(path: Path) -> str:
             if not _hashing[1] and _hashing[0] + time.monotonic() - began > SLOW:
                 _hashing[1] = True
                 print(
-                    f"afa: reading the files for their sha256, so that a change is noticed; at {path.name}, "
+                    f"afa: computing the sha256 of files, so that a change is noticed; now {path.name}, "
                     f"{fact.st_size / 1e9:.1f} GB",
                     file=sys.stderr,
                 )
     _hashing[0] += time.monotonic() - began
-    if (
-        time.time_ns() - fact.st_ctime_ns > 1e9
-    ):  # a younger file may change again within one tick of the clock
+    if time.time_ns() - fact.st_ctime_ns > 1e9:  # a younger file may change again within one clock tick
         _hashes[key] = total.hexdigest()
     return total.hexdigest()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from afa import files
+from afa import locks
 from afa.errors import UserError
 from afa.files import (
     COMMITTED,
@@ -103,7 +103,7 @@ def test_what_a_killed_process_left_unfinished_is_gone_when_the_folder_is_locked
 
 
 def test_the_staging_of_a_living_process_stays(tmp_path):
-    living = tmp_path / f"{WRITING}{files.HOST}-{os.getppid()}-0-a"
+    living = tmp_path / f"{WRITING}{locks.HOST}-{os.getppid()}-0-a"
     living.touch()
     with replacing(tmp_path / "b") as mine, locked(tmp_path):
         mine.touch()
@@ -190,20 +190,20 @@ def test_an_interrupted_writer_leaves_neither_lock_nor_staging_nor_an_empty_fold
 
 def test_file_systems_without_locks_go_by_the_process_that_is_named(tmp_path, monkeypatch):
     def none(descriptor, how):
-        raise OSError(files.NO_LOCKS[0], "No locks available")
+        raise OSError(locks.NO_LOCKS[0], "No locks available")
 
-    monkeypatch.setattr(files.fcntl, "flock", none)
-    (tmp_path / LOCK).write_text(f"{files.HOST} {os.getppid()}")
+    monkeypatch.setattr(locks.fcntl, "flock", none)
+    (tmp_path / LOCK).write_text(f"{locks.HOST} {os.getppid()}")
     with pytest.raises(UserError, match=f"pid {os.getppid()}"), locked(tmp_path):
         pass
-    for text in ("", "garbage", f"{files.HOST} 4194304000", f"{files.HOST} {os.getpid()}"):
+    for text in ("", "garbage", f"{locks.HOST} 4194304000", f"{locks.HOST} {os.getpid()}"):
         (tmp_path / LOCK).write_text(text)
         with locked(tmp_path):
             pass
         assert not (tmp_path / LOCK).exists()
 
 
-@pytest.mark.parametrize("errno", [files.errno.EROFS, files.errno.EACCES])
+@pytest.mark.parametrize("errno", [locks.errno.EROFS, locks.errno.EACCES])
 def test_a_place_that_cannot_be_written_is_named_with_the_reason(tmp_path, monkeypatch, errno):
     def refuse(path, *arguments, **options):
         raise OSError(errno, os.strerror(errno), str(path))
