@@ -13,17 +13,10 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from afa import significance
 from afa import stats as statistics
-from afa.stats import (
-    SEVERAL,
-    Estimate,
-    _estimates,
-    difference_tests,
-    differences,
-    estimates,
-    holm,
-    sign_flip_tests,
-)
+from afa.significance import difference_tests, holm, sign_flip_tests
+from afa.stats import SEVERAL, Estimate, _estimates, differences, estimates
 
 Array = NDArray[np.float64]
 Draw = Callable[[np.random.Generator], Array]  # one sample, (runs, prompts)
@@ -143,7 +136,8 @@ def main() -> None:
     )
     count = parser.parse_args().simulations
     # Many simulations need fewer resamples than one report; both columns have the same.
-    statistics.RESAMPLES, statistics.FLIPS = 2000, 10_000
+    statistics.RESAMPLES = significance.RESAMPLES = 2000
+    significance.FLIPS = 10_000
     print(f"Coverage of 95 % intervals over prompts, n = {count} simulations a row:\n")
     print(table(["score of a prompt", "prompts", "before", "no width", "after", "no width"], coverage(count)))
     print(f"\nA list of 30 prompts that stands five times in the file, n = {count // 2} simulations:\n")

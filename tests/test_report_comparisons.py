@@ -12,7 +12,8 @@ from afa.evaluation.columns import Comparison
 from afa.evaluation.compare import Analysis, analyse
 from afa.evaluation.report.headline import headlines, terms
 from afa.evaluation.results import Method, MetricNote, Results
-from afa.stats import Estimate, difference, estimate, holm, prompt_means
+from afa.significance import holm
+from afa.stats import Estimate, difference, estimate, prompt_means
 
 
 @pytest.fixture(scope="module")

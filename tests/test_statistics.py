@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from afa import stats as statistics
+from afa.significance import holm, set_test, sign_flip_tests
 from afa.stats import (
     QUANTILES,
     RESAMPLES,
@@ -13,11 +14,8 @@ from afa.stats import (
     difference,
     estimate,
     estimates,
-    holm,
     prompt_means,
     set_estimate,
-    set_test,
-    sign_flip_tests,
     win_rates,
     wins,
 )

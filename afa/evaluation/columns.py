@@ -8,16 +8,15 @@ import numpy as np
 
 from afa.errors import UserError
 from afa.evaluation.results import Item, Method, MetricNote, SetScore, prompts_of
+from afa.significance import difference_tests, set_test
 from afa.stats import (
     LEVEL,
     Array,
     Estimate,
-    difference_tests,
     differences,
     estimates,
     prompt_means,
     set_estimate,
-    set_test,
     win_rates,
     wins,
 )

@@ -9,7 +9,8 @@ from pathlib import Path
 from afa.errors import UserError
 from afa.evaluation.columns import Column, Pair, compare, image_sample, make_column
 from afa.evaluation.results import GROUPS, Method, Results, prompts_of
-from afa.stats import Estimate, estimates, holm, least_items
+from afa.significance import holm
+from afa.stats import Estimate, estimates, least_items
 
 OURS, BOUND, EXPERT = "ours", "bound", "expert"
 RIVALS = ("merge", "sampling", "control")  # groups of what else could be done with the same experts

@@ -15,18 +15,8 @@ from afa.evaluation.report.files import as_csv, as_text
 from afa.evaluation.report.headline import headlines, terms
 from afa.evaluation.report.page import as_html
 from afa.evaluation.results import Item, Method, MetricNote, Results, Run, SetScore
-from afa.stats import (
-    Estimate,
-    crossed_test,
-    difference,
-    difference_tests,
-    differences,
-    estimate,
-    estimates,
-    least_items,
-    set_test,
-    sign_flip_tests,
-)
+from afa.significance import crossed_test, difference_tests, set_test, sign_flip_tests
+from afa.stats import Estimate, difference, differences, estimate, estimates, least_items
 
 NOTES = {"right": MetricNote("image", True, "a scorer", True)}
 
