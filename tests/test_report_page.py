@@ -20,7 +20,7 @@ from afa.evaluation.report.page import as_html, extreme_cases, image_name, shown
 from afa.evaluation.results import Results
 from afa.pages.charts import LETTER, LINE, Box, place_labels, scale, ticks
 from afa.pages.numbers import MINUS, decimals, durations, number
-from afa.pages.tables import Row, Shown, Table
+from afa.pages.tables import Shown, Table, TableRow
 from afa.sampling.sample import Sampling
 from afa.stats import Estimate
 
@@ -124,9 +124,9 @@ def test_words_are_never_taken_for_markup(folder):
 
 def test_every_estimate_of_a_table_shows_its_interval_and_its_n():
     same, other = Estimate(0.5, 0.25, 0.75, 30), Estimate(0.5, 0.25, 0.75, 7)
-    table = Table(["method", "score"], [Row(["a", Shown(same)]), Row(["b", Shown(same)])])
+    table = Table(["method", "score"], [TableRow(["a", Shown(same)]), TableRow(["b", Shown(same)])])
     assert (table.header(1), table.words(table.rows[0].cells[1], 1)) == ("score [95 %], n = 30", "0.50 [0.25, 0.75]")
-    mixed = Table(["method", "score"], [Row(["a", Shown(same)]), Row(["b", Shown(other, verdict="worse")])])
+    mixed = Table(["method", "score"], [TableRow(["a", Shown(same)]), TableRow(["b", Shown(other, verdict="worse")])])
     assert (mixed.header(1), mixed.words(mixed.rows[1].cells[1], 1)) == ("score [95 %]", "0.50 [0.25, 0.75] (n = 7) ▼")
 
 

@@ -17,10 +17,10 @@ from afa.data.sources import (
     NO_IMAGE,
     NO_TEXT,
     Columns,
+    ImageSource,
     LeftOutError,
     Sample,
     Skipped,
-    Source,
     caption_of,
     file_mark,
     find_file,
@@ -30,7 +30,7 @@ from afa.errors import UserError
 from afa.text_files import TextError, read_bytes
 
 
-def from_parquet(origin: str, files: Sequence[Path], columns: Columns) -> Source:
+def from_parquet(origin: str, files: Sequence[Path], columns: Columns) -> ImageSource:
     """List the images of parquet files; only captions are read here.
 
     Images are read by row group, and the last group is kept, so that neighbours need one read. An image is a
@@ -56,7 +56,7 @@ def from_parquet(origin: str, files: Sequence[Path], columns: Columns) -> Source
                     samples.append(Sample(name, text, f"{mark} {row}", read))
                 except LeftOutError as reason:
                     skipped.add(str(reason), name)
-    return Source(origin, samples, skipped)
+    return ImageSource(origin, samples, skipped)
 
 
 def row_caption(value: Callable[[], Any]) -> str:
@@ -125,7 +125,7 @@ def _images(file: Path, column: str, group: int) -> Any:
 SPLIT = "train"
 
 
-def from_hub(spec: str, columns: Columns, limit: int | None = None) -> Source:
+def from_hub(spec: str, columns: Columns, limit: int | None = None) -> ImageSource:
     """List the images of a data set of the hub, downloaded once into the hub's cache.
 
     limit: stream only the first so many rows; None: all
@@ -150,7 +150,7 @@ def from_hub(spec: str, columns: Columns, limit: int | None = None) -> Source:
             )
         except LeftOutError as reason:
             skipped.add(str(reason), label)
-    return Source(spec, samples, skipped)
+    return ImageSource(spec, samples, skipped)
 
 
 def _finder(columns: Columns) -> Callable[[str], Path]:
@@ -191,7 +191,7 @@ def _read(table: Any, column: str, row: int, find: Callable[[str], Path]) -> byt
     return image_bytes(table[row][column], find)
 
 
-def _streamed(spec: str, table: Any, columns: Columns, limit: int) -> Source:
+def _streamed(spec: str, table: Any, columns: Columns, limit: int) -> ImageSource:
     """List the first rows; their images lie in one temporary file that the process deletes at its end."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the samples)
     samples, skipped, chosen, find = [], Skipped(), None, _finder(columns)
@@ -214,7 +214,7 @@ def _streamed(spec: str, table: Any, columns: Columns, limit: int) -> Source:
             )
         )
     spool.flush()
-    return Source(spec, samples, skipped)
+    return ImageSource(spec, samples, skipped)
 
 
 def _rows(spec: str, table: Any, limit: int) -> Iterator[dict[str, Any]]:

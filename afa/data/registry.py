@@ -10,8 +10,8 @@ from afa.data.sources import (
     METADATA,
     TABLE,
     Columns,
+    ImageSource,
     LeftOutError,
-    Source,
     find_file,
     from_csv,
     from_jsonl,
@@ -23,7 +23,7 @@ from afa.errors import UserError
 from afa.experts.spec import HUB_ID
 
 # ending of a file, or of the files in a folder -> how they are read
-FORMS: dict[str, Callable[[str, list[Path], Columns], Source]] = {
+FORMS: dict[str, Callable[[str, list[Path], Columns], ImageSource]] = {
     ".jsonl": lambda place, files, columns: from_jsonl(files[0], columns),
     ".parquet": from_parquet,
     ".tar": from_shards,
@@ -36,7 +36,7 @@ WANTED = (
 )
 
 
-def open_source(place: str, columns: Columns | None = None, limit: int | None = None) -> Source:
+def open_source(place: str, columns: Columns | None = None, limit: int | None = None) -> ImageSource:
     """List the images at a place.
 
     limit: list only the first so many; None: all
@@ -47,18 +47,18 @@ def open_source(place: str, columns: Columns | None = None, limit: int | None = 
     except OSError as error:  # no right to read it, a disk that fails, a name that is too long
         raise UserError(f"--data {place[:200]} cannot be read: {error.strerror or error}") from None
     if limit is not None:
-        source = Source(source.origin, source.samples[:limit], source.skipped)
+        source = ImageSource(source.origin, source.samples[:limit], source.skipped)
     if not source.samples:
         raise UserError(f"--data {place} has no image to train on: {source.summary()}")
     return source
 
 
-def _open(place: str, columns: Columns, limit: int | None) -> Source:
+def _open(place: str, columns: Columns, limit: int | None) -> ImageSource:
     path = Path(place)
     for prefix, drawer in DRAWN.items():
         if place.startswith(prefix):
             module, _, function = drawer.partition(":")
-            source: Source = getattr(importlib.import_module(module), function)(place)
+            source: ImageSource = getattr(importlib.import_module(module), function)(place)
             return source
     if path.is_dir():
         return _from_directory(path, columns)
@@ -76,7 +76,7 @@ def _open(place: str, columns: Columns, limit: int | None) -> Source:
     )
 
 
-def _from_directory(folder: Path, columns: Columns) -> Source:
+def _from_directory(folder: Path, columns: Columns) -> ImageSource:
     """Read a list of images, else parquet files, else shards, else images with captions beside them."""
     for name, form in ((METADATA, from_jsonl), (TABLE, from_csv)):
         if (folder / name).is_file():

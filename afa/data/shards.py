@@ -17,10 +17,10 @@ from afa.data.sources import (
     NO_TEXT,
     NOT_PLAIN,
     Columns,
+    ImageSource,
     LeftOutError,
     Sample,
     Skipped,
-    Source,
     caption_in_json,
     caption_of,
     file_mark,
@@ -69,7 +69,7 @@ def expand(pattern: str) -> list[Path]:
     return sorted(path.parent.glob(path.name)) if set(path.name) & set("*?[") else [path]
 
 
-def from_shards(origin: str, shards: Iterable[Path], columns: Columns) -> Source:
+def from_shards(origin: str, shards: Iterable[Path], columns: Columns) -> ImageSource:
     """List the images of tar shards. Only headers and captions are read; nothing is unpacked.
 
     A shard that was cut off gives the images before the cut. Raises UserError for a file that is not a plain
@@ -98,7 +98,7 @@ def from_shards(origin: str, shards: Iterable[Path], columns: Columns) -> Source
             else:
                 read = functools.partial(read_part, shard, *image)
                 samples.append(Sample(name, caption, f"{mark} {image[0]}", read))
-    return Source(origin, samples, skipped)
+    return ImageSource(origin, samples, skipped)
 
 
 def read_part(file: Path, offset: int, size: int) -> bytes:

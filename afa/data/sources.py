@@ -83,7 +83,7 @@ class Skipped:
 
 
 @dataclass
-class Source:
+class ImageSource:
     """A listed data set.
 
     origin: the place that the user gave
@@ -205,7 +205,7 @@ def file_sample(name: str, caption: str, file: Path) -> Sample:
 METADATA, TABLE = "metadata.jsonl", "metadata.csv"
 
 
-def from_jsonl(file: Path, columns: Columns) -> Source:
+def from_jsonl(file: Path, columns: Columns) -> ImageSource:
     """Read one image per line: {"file_name": …, "text": …}; paths are relative to the file.
 
     Raises UserError for a line that is not JSON, or names no image.
@@ -221,10 +221,10 @@ def from_jsonl(file: Path, columns: Columns) -> Source:
             raise UserError(f'{place} has no "{wanted}"; expected {{"{wanted}": "a.png", "text": "caption"}}')
         caption = caption_of(first_known(entry, columns.caption, CAPTION_COLUMNS))
         _add(samples, skipped, named, caption, file.parent, columns)
-    return Source(str(file), samples, skipped)
+    return ImageSource(str(file), samples, skipped)
 
 
-def from_csv(file: Path, columns: Columns) -> Source:
+def from_csv(file: Path, columns: Columns) -> ImageSource:
     """Read one image per row, below a row of column names.
 
     Raises UserError for a table without columns of images and captions.
@@ -238,10 +238,10 @@ def from_csv(file: Path, columns: Columns) -> Source:
             _add(samples, skipped, row[image] or "", caption_of(row[caption]), file.parent, columns)
     except csv.Error as error:
         raise UserError(f"{file}, line {table.line_num} cannot be read as CSV: {error}") from None
-    return Source(str(file), samples, skipped)
+    return ImageSource(str(file), samples, skipped)
 
 
-def from_pairs(folder: Path, columns: Columns) -> Source | None:
+def from_pairs(folder: Path, columns: Columns) -> ImageSource | None:
     """Read images with captions beside them in files of the same name (a.png, a.txt), also in sub-folders.
 
     A caption is all of a .txt, .caption or .text, or a value in a .json; the first one with text is taken.
@@ -273,7 +273,7 @@ def from_pairs(folder: Path, columns: Columns) -> Source | None:
                 _add(samples, skipped, name, caption, folder, columns)
             except LeftOutError as reason:
                 skipped.add(str(reason), name)
-    return Source(str(folder), samples, skipped) if found else None
+    return ImageSource(str(folder), samples, skipped) if found else None
 
 
 def _add(

@@ -15,7 +15,7 @@ from PIL import Image
 from afa.checkpoint.manifest import read_manifest
 from afa.demo.run import SHOWN, Outcome
 from afa.pages.page import data_uri, render
-from afa.pages.tables import Cell, Row, Shown, Table
+from afa.pages.tables import Cell, Shown, Table, TableRow
 from afa.pictures import grid
 from afa.stats import Estimate, estimate, least_items
 
@@ -42,7 +42,7 @@ def table(outcome: Outcome) -> Table:
         for row in outcome.rows
     ]
     rows = [
-        Row(
+        TableRow(
             [row.name, _shown(row.value("attributes")), lead, _shown(estimate(row.seconds))],
             strong=row.name == "AFA",
         )
@@ -54,7 +54,7 @@ def table(outcome: Outcome) -> Table:
 def parts(outcome: Outcome) -> Table:
     """What attribute accuracy is made of, and pictures without a mistake."""
     rows = [
-        Row([row.name, *(_shown(row.value(score)) for score in PARTS)], strong=row.name == "AFA")
+        TableRow([row.name, *(_shown(row.value(score)) for score in PARTS)], strong=row.name == "AFA")
         for row in outcome.rows
     ]
     return Table(["method", *PARTS.values()], rows)
@@ -140,7 +140,7 @@ def _trainings(output: Path) -> list[tuple[str, dict[str, Any], Table]]:
         if record:
             losses = record["held_out_loss"].items()
             rows = [
-                Row([name if kind == "trained" else kind, _shown(Estimate(**loss), 5)])
+                TableRow([name if kind == "trained" else kind, _shown(Estimate(**loss), 5)])
                 for kind, loss in losses
             ]
             found.append((name, record, Table(["weights", "held-out loss"], rows)))

@@ -89,7 +89,7 @@ MAPPED = 2  # of them with weight maps
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodResult:
     """The result of one method.
 
     scores:  (n,) per image, by name
@@ -112,16 +112,16 @@ class Outcome:
 
     settings: DemoSettings
     captions: list[str]
-    rows: list[Row]
+    rows: list[MethodResult]
 
     @property
-    def best_single(self) -> Row:
+    def best_single(self) -> MethodResult:
         """Return the expert with the highest attribute accuracy on these scenes, the strongest baseline."""
         return max(
             (row for row in self.rows if row.name in EXPERTS), key=lambda row: row.scores["attributes"].mean()
         )
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> MethodResult:
         return next(row for row in self.rows if row.name == name)
 
     def lead(self, name: str, over: str) -> Estimate:
@@ -152,7 +152,7 @@ def _demonstrate(settings: DemoSettings, output: Path) -> Outcome:
     rows = []
     for name, make in methods(settings).items():
         images, seconds = _images(output, name, make, captions, settings)
-        rows.append(Row(name, scorer.score(images, captions), images, seconds))
+        rows.append(MethodResult(name, scorer.score(images, captions), images, seconds))
     return Outcome(settings, captions, rows)
 
 

@@ -15,7 +15,7 @@ from afa.explanation.summary import WordMean, word_means
 from afa.images import read_pixels
 from afa.pages.numbers import DASH, plural, with_interval
 from afa.pages.page import data_uri, render
-from afa.pages.tables import Row, Shown, Table
+from afa.pages.tables import Shown, Table, TableRow
 from afa.pictures import COLOURS
 from afa.stats import Estimate
 from afa.training.measure import BANDS
@@ -69,7 +69,7 @@ def _shares(entries: Sequence[ExplainedImage], unused: Unused) -> Table:
         for expert, name in enumerate(unused.experts):
             cells = [_shown(found[row, band, expert], 3) for band in range(BANDS)]
             rows.append(
-                Row(["" if expert else group, DOT.format(*COLOURS[expert % len(COLOURS)], name), *cells])
+                TableRow(["" if expert else group, DOT.format(*COLOURS[expert % len(COLOURS)], name), *cells])
             )
     return Table(["stages", "expert", *BAND_NAMES], rows, align="ll" + "r" * BANDS, n_apart=True)
 
@@ -84,7 +84,7 @@ def _words(found: Sequence[WordMean], unused: Unused) -> Table:
             _shown(one.looked, 3),
             *(_shown(pull, 4) for pull in one.pull),
         ]
-        rows.append(Row([one.word, str(one.omitted.n), *cells]))
+        rows.append(TableRow([one.word, str(one.omitted.n), *cells]))
     moves = ["moves, left out of the prompt", "moves, hidden from aggregators", "looked at"]
     return Table(
         ["word", "images", *moves, *(f"pull of {name}" for name in unused.experts)], rows, n_apart=True
@@ -92,7 +92,7 @@ def _words(found: Sequence[WordMean], unused: Unused) -> Table:
 
 
 def _distances(known: Mapping[str, Any]) -> Table | None:
-    rows = [Row([title, _shown(_estimate(value), 1)]) for title, value in known.items()]
+    rows = [TableRow([title, _shown(_estimate(value), 1)]) for title, value in known.items()]
     return Table(["from the same noise", "RMSE, levels of 255"], rows, n_apart=True) if rows else None
 
 

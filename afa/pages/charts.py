@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup, escape
 
 from afa.pages.numbers import MINUS, decimals, probability, with_interval
-from afa.pages.tables import Cell, Row, Shown, Table
+from afa.pages.tables import Cell, Shown, Table, TableRow
 
 if TYPE_CHECKING:
     from afa.stats import Estimate
@@ -160,7 +160,7 @@ LOW = Field(760, 300, 62, 560, 14, 254)
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """One value at a place of the axis. tip: shown under the pointer."""
 
     x: float
@@ -176,7 +176,7 @@ class Curve:
 
     name: str
     group: str
-    points: Sequence[Point]
+    points: Sequence[CurvePoint]
 
 
 def curves(
@@ -335,7 +335,7 @@ def place_labels(points: Sequence[Words], obstacles: Sequence[Box], field: Box) 
 
 
 @dataclass(frozen=True)
-class Entry:
+class ForestEntry:
     """One row.
 
     p: after Holm's correction; None where the comparison is not in the family that is corrected.
@@ -349,7 +349,7 @@ class Entry:
     strong: bool = False
 
 
-def forest(entries: Sequence[Entry], higher_is_better: bool) -> Table:
+def forest(entries: Sequence[ForestEntry], higher_is_better: bool) -> Table:
     """A table from best to worst whose second column is drawn, in percent: it is as wide as its cell."""
     sign = -1 if higher_is_better else 1
     rows = sorted(entries, key=lambda entry: (sign * entry.difference.value, entry.title))
@@ -368,9 +368,9 @@ def forest(entries: Sequence[Entry], higher_is_better: bool) -> Table:
         shown = Shown(found, signed=True, verdict=entry.verdict)
         cells: list[Cell] = [entry.title, _as_wide(ROW, drawn), shown]
         cells += [None if entry.p is None else probability(entry.p)] if corrected else []
-        made.append(Row(cells, strong=entry.strong))
+        made.append(TableRow(cells, strong=entry.strong))
     axis = "".join(text(place, "13", tick_label(tick), "tick", "middle") for tick, place in at.items())
-    made.append(Row(["", _as_wide(18, axis), None, *([None] if corrected else [])]))
+    made.append(TableRow(["", _as_wide(18, axis), None, *([None] if corrected else [])]))
     left, right = ("worse", "better") if higher_is_better else ("better", "worse")
     sides = Markup(f'<span class="sides"><span>← {left}</span><span>{right} →</span></span>')
     return Table(["method", sides, "difference", *(["p, Holm"] if corrected else [])], made, kind="forest")

@@ -62,7 +62,7 @@ Cell = Shown | str | int | float | None
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One line. group: a key of GROUP_TITLES, or ""; strong: whether claims are made about this row."""
 
     cells: Sequence[Cell]
@@ -81,7 +81,7 @@ class Table:
     """
 
     headers: Sequence[str]
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
     note: str = ""
     align: str = ""
     n_apart: bool = False
@@ -131,7 +131,7 @@ class Table:
         parts = (*cell.parts(self.places(column)), f"({n})" if n else "", MARKS[cell.verdict])
         return " ".join(part for part in parts if part)
 
-    def groups(self) -> Iterator[tuple[str, list[Row]]]:
+    def groups(self) -> Iterator[tuple[str, list[TableRow]]]:
         """Neighbouring rows of one group together, for a heading each."""
         for group, rows in itertools.groupby(self.rows, key=lambda row: row.group):
             yield group, list(rows)
@@ -198,7 +198,7 @@ def listing(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """
     align = "".join("r" if header.startswith(">") else "l" for header in headers)
     names = [header.removeprefix(">") for header in headers]
-    return Table(names, [Row(cells) for cells in rows], align=align).text(ruled=False, missing="-")
+    return Table(names, [TableRow(cells) for cells in rows], align=align).text(ruled=False, missing="-")
 
 
 def wrapped(text: str, first: str = "", others: str = "") -> str:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from afa.data.images import Crop
 from afa.data.registry import open_source
-from afa.data.sources import Columns, Source
+from afa.data.sources import Columns, ImageSource
 from afa.devices import choose_device
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
@@ -74,7 +74,7 @@ FEW = 50  # fewer images are encoded without a progress bar
 AT_ONCE = 8  # images that are encoded in one batch
 
 
-def find(place: str, images: int, columns: Columns | None = None) -> Source:
+def find(place: str, images: int, columns: Columns | None = None) -> ImageSource:
     """List the first `images` captioned images. Raises UserError if there are fewer than two."""
     source = open_source(place, columns, images)
     if len(source.samples) < 2:
@@ -86,7 +86,14 @@ def find(place: str, images: int, columns: Columns | None = None) -> Source:
 
 
 def encoded(
-    place: str | Source, vae: Any, noising: Noising, *, images: int, draws: int, seed: int, resolution: int
+    place: str | ImageSource,
+    vae: Any,
+    noising: Noising,
+    *,
+    images: int,
+    draws: int,
+    seed: int,
+    resolution: int,
 ) -> Probes:
     """Encode the images; unreadable images are left out and noted in the source.
 
@@ -138,7 +145,7 @@ class ScreenPlan:
     latent: tuple[int, int, int]
     resolution: int
     images: int
-    source: Source | None
+    source: ImageSource | None
 
     @property
     def shape(self) -> tuple[int, ...]:

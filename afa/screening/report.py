@@ -9,7 +9,7 @@ from afa.files import write_atomically
 from afa.pages import charts
 from afa.pages.numbers import number
 from afa.pages.page import render
-from afa.pages.tables import Row, Shown, Table, wrapped
+from afa.pages.tables import Shown, Table, TableRow, wrapped
 from afa.stats import Estimate
 
 Facts = Mapping[str, Any]
@@ -96,7 +96,7 @@ def chart(name: str, facts: Facts) -> str:
         title, values = " and ".join(pair["experts"]), [pair["stages"][stage] for stage in stages]
         tips = (f"{title}, {stage}: {value:.3g}" for stage, value in zip(stages, values, strict=True))
         points = [
-            charts.Point(x, value, value, value, tip)
+            charts.CurvePoint(x, value, value, value, tip)
             for x, (value, tip) in enumerate(zip(values, tips, strict=True))
         ]
         curves.append(charts.Curve(title, colour, points))
@@ -132,7 +132,7 @@ def loss_table(facts: Facts) -> Table:
     for name, found in facts["losses"].items():
         shown = [Shown(Estimate(**one)) for one in (found["overall"], *found["bands"])]
         rows.append(
-            Row([name, *shown, Shown(Estimate(**found["wins"]), share=True)], "", name == facts["best"])
+            TableRow([name, *shown, Shown(Estimate(**found["wins"]), share=True)], "", name == facts["best"])
         )
     note = (
         "Mean squared error of the prediction. wins: the share of all elements (channel and place) at which"
@@ -147,13 +147,13 @@ def room_table(facts: Facts) -> Table:
     if isinstance(facts["average"], Mapping):
         found["weight average"] = facts["average"]
     rows = [
-        Row([name, *(share(one) for one in (gain["overall"], *gain["bands"]))], "", place == 0)
+        TableRow([name, *(share(one) for one in (gain["overall"], *gain["bands"]))], "", place == 0)
         for place, (name, gain) in enumerate(found.items())
     ]
     agreement = [
         f"{share(one['observed'])}; chance {number(100 * one['chance'], 1)}" for one in facts["agreement"]
     ]
-    rows.append(Row(["winners of two noises agree", None, *agreement]))
+    rows.append(TableRow(["winners of two noises agree", None, *agreement]))
     note = (
         f"How much lower than the loss of {facts['best']}, the best expert of all timesteps (n ="
         f" {facts['images']} images). Routed: at each place the expert answers that won most often on the"
@@ -165,7 +165,7 @@ def room_table(facts: Facts) -> Table:
 
 def parts_table(facts: Facts) -> Table:
     """What the set would lose without an expert."""
-    rows = [Row([name, share(found, signed=True)]) for name, found in facts["leave_one_out"].items()]
+    rows = [TableRow([name, share(found, signed=True)]) for name, found in facts["leave_one_out"].items()]
     adds = "an interval around 0: the expert adds nothing"
     return Table(
         ["without", "routed loss"], rows, f"Change of the routed loss, n = {facts['images']} images; {adds}."
@@ -175,7 +175,7 @@ def parts_table(facts: Facts) -> Table:
 def subset_table(facts: Facts) -> Table:
     """The best set of every size."""
     rows = [
-        Row([str(one["size"]), ", ".join(one["experts"]), share(one["head_room"])])
+        TableRow([str(one["size"]), ", ".join(one["experts"]), share(one["head_room"])])
         for one in facts["subsets"]
     ]
     note = f"Over the best single expert, n = {facts['images']} images."
@@ -190,7 +190,7 @@ def foretold_table(facts: Facts) -> Table:
         "over_average": "the weight average",
     }
     rows = [
-        Row([titles[name], share(found, 0)])
+        TableRow([titles[name], share(found, 0)])
         for name, found in facts["predicted"].items()
         if found is not None
     ]
@@ -216,10 +216,10 @@ def weights_table(facts: Facts) -> Table:
             _plain(pair["distance"]),
             f"{most}: {_plain(pair['stages'][most])}",
         ]
-        rows.append(Row([*cells, *([alike] if based else [])]))
+        rows.append(TableRow([*cells, *([alike] if based else [])]))
     for name, base in (found["base"] or {}).items():
         rows.append(
-            Row([f"{name} and the base", _plain(base["distance"]), f"cosine {base['cosine']:.6f}", None])
+            TableRow([f"{name} and the base", _plain(base["distance"]), f"cosine {base['cosine']:.6f}", None])
         )
     headers = ["experts", "distance", "most at", *(["changes alike"] if based else [])]
     note = "Of the denoisers' weights, relative to their size; 0: the same."
@@ -235,7 +235,8 @@ def apart_table(facts: Facts) -> Table:
     """Distances between predictions."""
     pairs = facts["predictions"]
     rows = [
-        Row([" and ".join(pair["experts"]), *(number(value, 3) for value in pair["bands"])]) for pair in pairs
+        TableRow([" and ".join(pair["experts"]), *(number(value, 3) for value in pair["bands"])])
+        for pair in pairs
     ]
     note = (
         f"Root mean square of their difference, relative to their errors, over {facts['images']} images;"
@@ -248,7 +249,8 @@ def feature_table(facts: Facts) -> Table:
     """Distances between features, stage by stage."""
     pairs = facts["features"]
     rows = [
-        Row([stage, *(number(pair["stages"][stage], 3) for pair in pairs)]) for stage in pairs[0]["stages"]
+        TableRow([stage, *(number(pair["stages"][stage], 3) for pair in pairs)])
+        for stage in pairs[0]["stages"]
     ]
     note = "Each expert on its own path; 0: the same features, 1.41: nothing in common."
     return Table(["stage", *(" and ".join(pair["experts"]) for pair in pairs)], rows, note)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from afa.data.images import UNREADABLE, Crop, reason, square
-from afa.data.sources import Sample, Skipped, Source
+from afa.data.sources import ImageSource, Sample, Skipped
 from afa.errors import UserError
 from afa.images import open_image
 from afa.latents import latents_of
@@ -44,7 +44,7 @@ def split(samples: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any], 
     ]
 
 
-def check_skipped(source: Source, share: float) -> None:
+def check_skipped(source: ImageSource, share: float) -> None:
     """Raise UserError if more than a share of the images was left out."""
     skipped = len(source.skipped)
     total = source.listed

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from afa.aggregators.registry import count_parameters
 from afa.cost import call_of
-from afa.data.sources import Source
+from afa.data.sources import ImageSource
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.lora import base_of, shared_copy
 from afa.devices import LiveBytes, choose_device
@@ -196,7 +196,7 @@ class Plan:
 
     settings: LoopSettings
     ensemble: Ensemble
-    source: Source
+    source: ImageSource
     resolution: int
     own: bool = True
     store: str | None = None

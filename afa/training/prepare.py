@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from afa.data.images import Crop
 from afa.data.registry import open_source
-from afa.data.sources import Columns, Source
+from afa.data.sources import Columns, ImageSource
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.latents import latents_of
@@ -27,7 +27,7 @@ from afa.training.sheets import make_watch
 FEW = 50  # images, encoded without a bar
 
 
-def find_data(settings: LoopSettings) -> Source:
+def find_data(settings: LoopSettings) -> ImageSource:
     """List the data without reading images.
 
     Raises UserError if there are too few images, or too many cannot be used.
@@ -65,7 +65,7 @@ def noising_of(settings: LoopSettings, ensemble: Ensemble, device: torch.device)
     return Noising(ensemble.frame.scheduler, latents_of(ensemble.frame.vae), device, settings.timesteps)
 
 
-def check_objective(settings: LoopSettings, ensemble: Ensemble, source: Source) -> None:
+def check_objective(settings: LoopSettings, ensemble: Ensemble, source: ImageSource) -> None:
     """Raise UserError for what would fail after the data are encoded: schedule, weighting, reward models."""
     cpu = torch.device("cpu")
     means = make_means(settings, noising_of(settings, ensemble, cpu), ensemble.frame.vae, cpu, False)
@@ -76,7 +76,9 @@ def check_objective(settings: LoopSettings, ensemble: Ensemble, source: Source) 
         means.reward(torch.zeros(1, 3, side, side, requires_grad=True), [source.samples[0].caption])
 
 
-def encode_data(settings: LoopSettings, source: Source, resolution: int, vae: Any) -> tuple[Encoded, Encoded]:
+def encode_data(
+    settings: LoopSettings, source: ImageSource, resolution: int, vae: Any
+) -> tuple[Encoded, Encoded]:
     """Return the encoded training set and held-out set.
 
     Unreadable images are left out and reported. Raises UserError if there are too many.
@@ -116,7 +118,7 @@ def _caching(folder: Path, parts: list[list[Work]], resolution: int, vae: Any) -
     return functools.partial(encode_cached, cache=cache)
 
 
-def _watched(source: Source, share: float, total: int, images: Iterable[Any]) -> Iterator[Any]:
+def _watched(source: ImageSource, share: float, total: int, images: Iterable[Any]) -> Iterator[Any]:
     """Iterate with a progress bar, and check after every image how many were left out."""
     for image in tqdm(
         images, desc="encoding images", unit="image", total=total, file=sys.stderr, disable=total < FEW

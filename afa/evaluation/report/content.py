@@ -10,7 +10,7 @@ from afa.evaluation.columns import Column
 from afa.evaluation.compare import Analysis
 from afa.evaluation.results import GROUPS, Method
 from afa.pages.numbers import count, decimals, durations, number, plural
-from afa.pages.tables import Cell, Row, Shown, Table
+from afa.pages.tables import Cell, Shown, Table, TableRow
 from afa.places import public_place
 from afa.stats import PADDED, RESAMPLES, SEVERAL, Estimate
 
@@ -94,7 +94,7 @@ def overview_table(several: Sequence[Analysis], names: Sequence[str]) -> Table:
     methods = {method.name: method for one in several for method in one.rows}
     ours = {one.ours for one in several}
     rows = [
-        Row(
+        TableRow(
             [method.title, *(value_cell(one.lead, method) for one in several)],
             method.group,
             method.name in ours,
@@ -116,7 +116,7 @@ def runs_table(one: Analysis) -> Table | None:
     for method, seed in runs:
         found = [column.by_run.get((method.name, seed)) for column in one.primary]
         rows.append(
-            Row([method.title, str(seed), *(value and Shown(value) for value in found)], method.group)
+            TableRow([method.title, str(seed), *(value and Shown(value) for value in found)], method.group)
         )
     headers = ["method", "training seed", *(f"{column.metric} {arrow(column)}" for column in one.primary)]
     alone = "Intervals of a single run are over prompts only"
@@ -137,7 +137,7 @@ def training_table(one: Analysis) -> Table | None:
         steps = count(method.training_steps) if method.training_steps else None
         seconds = durations(method.training_seconds) if method.training_seconds else None
         cells = [name, parameters_cell(method), steps, seconds, str(len(method.runs))]
-        rows.append(Row(cells, method.group, method.name == one.ours))
+        rows.append(TableRow(cells, method.group, method.name == one.ours))
     headers = ["method", "trained parameters", "training steps", "time", "runs"]
     return Table(headers, rows, "Time is the mean over runs [shortest, longest].") if rows else None
 
@@ -145,7 +145,7 @@ def training_table(one: Analysis) -> Table | None:
 def _by_method(one: Analysis, columns: dict[str, list[Cell]], note: str) -> Table:
     """columns: by header, a cell a row of the main table; the method's title stands before them."""
     rows = [
-        Row([row.title, *cells], row.group, row.name == one.ours)
+        TableRow([row.title, *cells], row.group, row.name == one.ours)
         for row, *cells in zip(one.rows, *columns.values(), strict=True)
     ]
     return Table(["method", *columns], rows, note)
@@ -323,7 +323,7 @@ def study_table(one: Analysis, study: Study) -> Table:
             parameters_cell(method),
             seconds_cell(one, method),
         ]
-        rows.append(Row([*names, *cells], method.group, point.main))
+        rows.append(TableRow([*names, *cells], method.group, point.main))
     all_main = not any(of in one.methods and one.methods[of].axes for of in study.lines)
     headers = ["method", study.axis] if study.numeric else [study.axis]
     minus = "minus the main table's" if all_main else "minus what it is compared with"

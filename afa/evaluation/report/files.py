@@ -22,7 +22,7 @@ from afa.evaluation.report.headline import headlines, terms
 from afa.evaluation.report.page import as_html
 from afa.evaluation.results import Method, Results
 from afa.files import locked, write_atomically
-from afa.pages.tables import Row, Table, wrapped
+from afa.pages.tables import Table, TableRow, wrapped
 from afa.places import markdown_words
 from afa.stats import Estimate
 
@@ -150,7 +150,7 @@ def as_csv(several: Sequence[Analysis], names: Sequence[str]) -> str:
     lines = [
         {"evaluation": name, **line} for name, one in zip(names, several, strict=True) for line in _lines(one)
     ]
-    return Table(HEADERS, [Row([line.get(header) for header in HEADERS]) for line in lines]).csv()
+    return Table(HEADERS, [TableRow([line.get(header) for header in HEADERS]) for line in lines]).csv()
 
 
 def _lines(one: Analysis) -> Iterator[dict[str, Any]]:

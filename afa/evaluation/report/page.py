@@ -32,7 +32,7 @@ from afa.evaluation.report.headline import headlines, terms
 from afa.evaluation.results import Item, Method, prompts_of
 from afa.images import open_image
 from afa.pages import charts
-from afa.pages.charts import Curve, Entry, Spot
+from afa.pages.charts import Curve, ForestEntry, Spot
 from afa.pages.numbers import decimals, number, plural, with_interval
 from afa.pages.page import data_uri, render
 from afa.pages.tables import Table
@@ -124,7 +124,7 @@ def _against_best(one: Analysis, column: Column) -> tuple[str, Table] | None:
         if found is not None:
             strong = method.name == one.ours
             entries.append(
-                Entry(method.title, method.group, found.difference, found.verdict, found.p_holm, strong)
+                ForestEntry(method.title, method.group, found.difference, found.verdict, found.p_holm, strong)
             )
     if not entries or column.best is None:
         return None
@@ -154,7 +154,7 @@ def _study(one: Analysis, study: Study) -> dict[str, Any]:
     for of, points in study.lines.items():
         known = [(point, one.lead.against(point.method.name, of)) for point in points]
         entries = [
-            Entry(str(point.place), point.method.group, found.difference, found.verdict, found.p_holm)
+            ForestEntry(str(point.place), point.method.group, found.difference, found.verdict, found.p_holm)
             for point, found in known
             if found is not None
         ]
@@ -169,10 +169,10 @@ def _study(one: Analysis, study: Study) -> dict[str, Any]:
 def _curves(one: Analysis, study: Study) -> str:
     """A line for each method that others were derived from, and the best single expert drawn across."""
 
-    def drawn(name: str, point: Point) -> charts.Point:
+    def drawn(name: str, point: Point) -> charts.CurvePoint:
         value = point.value
         tip = f"{name}, {point.place:g}: {with_interval(value, 3)}, n = {value.n}"
-        return charts.Point(float(point.place), value.value, value.low, value.high, tip)
+        return charts.CurvePoint(float(point.place), value.value, value.low, value.high, tip)
 
     lines = []
     for of, points in study.lines.items():
