@@ -1,13 +1,11 @@
-"""Measure the house: files, lines, statements, sizes, helpers called once, repeated names, import direction, circles.
+"""Measure the house: files, lines, statements, sizes, helpers called once, repeated names, imports upwards.
 
-    python scripts/measure_house.py [FOLDER]        FOLDER: a checkout of afa (default: the one this file lies in)
-
-Reads the source with `ast` only; nothing of afa is imported.
+The source is read with `ast` only; nothing of afa is imported.
 """
 
+import argparse
 import ast
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -158,7 +156,12 @@ def measure(root: Path) -> list[tuple[str, str]]:
 
 def main() -> None:
     """Print the measurements of the checkout that is named, or of this one."""
-    checkout = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    here = Path(__file__).resolve().parent.parent
+    parser.add_argument("checkout", nargs="?", type=Path, default=here, help="a checkout of afa (default: this)")
+    checkout = parser.parse_args().checkout
+    if not (checkout / "afa").is_dir():
+        parser.error(f"{checkout} has no folder afa; give the folder of a checkout")
     for title, value in measure(checkout / "afa"):
         first, *rest = value.split("\n")
         print(f"{title:42}{first}", *(f"    {line}" for line in rest), sep="\n")
