@@ -1,5 +1,6 @@
 """Small real experts, built once per test session; no network, no mocks."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run two at a time
@@ -17,3 +18,10 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def three_unets():
     return [sd_unet(seed) for seed in range(3)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_heap():
+    """The garbage collector leaves alone what lived before a module: looking at 500,000 imported objects takes .3 s each time."""
+    gc.collect()
+    gc.freeze()
