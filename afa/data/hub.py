@@ -5,7 +5,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,9 +15,7 @@ from afa.data.sources import (
     NO_CAPTION,
     NO_FILE,
     NO_IMAGE,
-    NO_TEXT,
     Columns,
-    ImageSource,
     LeftOutError,
     Sample,
     Skipped,
@@ -29,49 +27,41 @@ from afa.data.sources import (
 from afa.errors import UserError
 from afa.text_files import TextError, read_bytes
 
+# What pyarrow raises for a damaged file; its own errors are among them.
+PARQUET_ERRORS = (OSError, ValueError, NotImplementedError, TypeError, KeyError, MemoryError)
 
-def from_parquet(origin: str, files: Sequence[Path], columns: Columns) -> ImageSource:
-    """List the images of parquet files; only captions are read here.
+
+def from_parquet(files: Iterable[Path], columns: Columns, skipped: Skipped) -> Iterator[Sample]:
+    """Read the images of parquet files; only captions are read here.
 
     Images are read by row group, and the last group is kept, so that neighbours need one read. An image is a
     column of bytes, of {"bytes", "path"} (as `datasets` writes it), or of paths relative to the file.
     Raises UserError for a file that is not parquet, or has no such columns.
     """
-    samples, skipped = [], Skipped()
     for file in files:
         opened = _open(file)
         image, caption = columns.choose(opened.schema_arrow.names, str(file))
-        mark, find = (
-            file_mark(file),
-            functools.partial(find_file, folder=file.parent, roots=roots_of(file.parent, columns)),
-        )
-        row = 0
+        find = functools.partial(find_file, folder=file.parent, roots=roots_of(file.parent, columns))
+        mark, row = file_mark(file), 0
         for group in range(opened.num_row_groups):
             for place, value in enumerate(_column(file, opened, group, caption)):
                 name = f"{file.name}:{row}"
                 row += 1
-                try:
-                    text = row_caption(value.as_py)
+                with skipped.noting(name):
                     read = functools.partial(_read_parquet, file, image, group, place, find)
-                    samples.append(Sample(name, text, f"{mark} {row}", read))
-                except LeftOutError as reason:
-                    skipped.add(str(reason), name)
-    return ImageSource(origin, samples, skipped)
+                    yield Sample(name, _needed(value.as_py()), f"{mark} {row}", read)
 
 
-def row_caption(value: Callable[[], Any]) -> str:
-    """Return the caption of a row. Raises LeftOutError if there is none, or it is not text."""
-    try:
-        text = caption_of(value())
-    except (TextError, UnicodeDecodeError):
-        raise LeftOutError(NO_TEXT) from None
+def _needed(value: Any) -> str:
+    """The caption of a row. Raises LeftOutError if there is none, TextError if it is not text."""
+    text = caption_of(value)
     if not text:
         raise LeftOutError(NO_CAPTION)
     return text
 
 
 def image_bytes(value: Any, find: Callable[[str], Path]) -> bytes:
-    """Return an image's bytes from a table's value.
+    """The bytes of an image from a value in a table.
 
     find: returns the file of a path; see find_file
     Raises OSError if there is no image.
@@ -94,17 +84,10 @@ def _open(file: Path) -> Any:
 
 
 def _reading(file: Path, read: Callable[[], Any]) -> Any:
-    """Return what a pyarrow reader returns. Raises UserError if it fails."""
+    """What a reader of pyarrow returns. Raises UserError if it fails."""
     try:
         return read()
-    except (
-        OSError,
-        ValueError,
-        NotImplementedError,
-        TypeError,
-        KeyError,
-        MemoryError,
-    ) as error:  # pyarrow's are among them
+    except PARQUET_ERRORS as error:
         why = str(error).splitlines() or [type(error).__name__]
         raise UserError(f"{file} cannot be read as parquet: {why[0][:200]}") from None
 
@@ -125,49 +108,37 @@ def _images(file: Path, column: str, group: int) -> Any:
 SPLIT = "train"
 
 
-def from_hub(spec: str, columns: Columns, limit: int | None = None) -> ImageSource:
-    """List the images of a data set of the hub, downloaded once into the hub's cache.
+def from_hub(spec: str, columns: Columns, skipped: Skipped, limit: int | None = None) -> Iterator[Sample]:
+    """Read the images of a data set of the hub, downloaded once into the hub's cache.
 
     limit: stream only the first so many rows; None: all
     Raises UserError if it cannot be downloaded.
     """
     name, _, revision = spec.partition("@")
+    table = _load(name, revision or None, streaming=limit is not None)
     if limit is not None:
-        return _streamed(spec, _load(name, revision or None, streaming=True), columns, limit)
-    table = _load(name, revision or None)
+        yield from _streamed(spec, table, columns, skipped, limit)
+        return
     image, caption = columns.choose(table.column_names, f"data set {spec}")
-    samples, skipped, find = [], Skipped(), _finder(columns)
+    find = _finder(columns)
     for row, value in enumerate(table[caption]):
-        label, mark = f"{name}:{row}", f"{table._fingerprint}-{row}"
-        try:
-            samples.append(
-                Sample(
-                    label,
-                    row_caption(lambda value=value: value),
-                    mark,
-                    functools.partial(_read, table, image, row, find),
-                )
-            )
-        except LeftOutError as reason:
-            skipped.add(str(reason), label)
-    return ImageSource(spec, samples, skipped)
+        label = f"{name}:{row}"
+        with skipped.noting(label):
+            read = functools.partial(_read, table, image, row, find)
+            yield Sample(label, _needed(value), f"{table._fingerprint}-{row}", read)
 
 
 def _finder(columns: Columns) -> Callable[[str], Path]:
-    """Return a finder of images that a data set names by path: they must lie in the hub's downloads."""
-    import datasets
+    """A finder of images that a data set names by path: they must lie in the hub's downloads."""
+    from datasets import config
     from huggingface_hub import constants
 
-    kept = (
-        constants.HF_HUB_CACHE,
-        datasets.config.HF_DATASETS_CACHE,
-        datasets.config.DOWNLOADED_DATASETS_PATH,
-    )
+    kept = (constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH)
     roots = None if columns.allow_outside else [Path(folder).resolve() for folder in kept]
     return functools.partial(find_file, folder=Path(), roots=roots)
 
 
-def _load(name: str, revision: str | None, streaming: bool = False) -> Any:
+def _load(name: str, revision: str | None, streaming: bool) -> Any:
     try:
         import datasets
     except ImportError:
@@ -191,30 +162,28 @@ def _read(table: Any, column: str, row: int, find: Callable[[str], Path]) -> byt
     return image_bytes(table[row][column], find)
 
 
-def _streamed(spec: str, table: Any, columns: Columns, limit: int) -> ImageSource:
-    """List the first rows; their images lie in one temporary file that the process deletes at its end."""
+def _streamed(spec: str, table: Any, columns: Columns, skipped: Skipped, limit: int) -> Iterator[Sample]:
+    """Read the first rows; their images lie in one temporary file that the process deletes at its end."""
     spool = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the samples)
-    samples, skipped, chosen, find = [], Skipped(), None, _finder(columns)
+    chosen, find = None, _finder(columns)
     for row, entry in enumerate(_rows(spec, table, limit)):
         image, caption = chosen = chosen or columns.choose(entry, f"data set {spec}")
         label = f"{spec}:{row}"
-        try:
-            text, data = row_caption(lambda value=entry[caption]: value), image_bytes(entry[image], find)
-        except (OSError, TextError) as reason:
-            skipped.add(str(reason) if isinstance(reason, LeftOutError) else NO_FILE, label)
-            continue
-        place = spool.seek(0, os.SEEK_END)
-        spool.write(data)
-        samples.append(
-            Sample(
-                label,
-                text,
-                f"sha256 {hashlib.sha256(data).hexdigest()}",
-                functools.partial(_part, spool, place, len(data)),
-            )
-        )
-    spool.flush()
-    return ImageSource(spec, samples, skipped)
+        with skipped.noting(label):
+            text, data = _needed(entry[caption]), _downloaded(entry[image], find)
+            place = spool.seek(0, os.SEEK_END)
+            spool.write(data)
+            spool.flush()
+            read = functools.partial(_part, spool, place, len(data))
+            yield Sample(label, text, f"sha256 {hashlib.sha256(data).hexdigest()}", read)
+
+
+def _downloaded(value: Any, find: Callable[[str], Path]) -> bytes:
+    """image_bytes() of a row that is streamed. Raises LeftOutError if its file cannot be read."""
+    try:
+        return image_bytes(value, find)
+    except (OSError, TextError) as error:
+        raise error if isinstance(error, LeftOutError) else LeftOutError(NO_FILE) from None
 
 
 def _rows(spec: str, table: Any, limit: int) -> Iterator[dict[str, Any]]:

@@ -14,10 +14,8 @@ from afa.data.sources import (
     LONGEST,
     NO_CAPTION,
     NO_IMAGE,
-    NO_TEXT,
     NOT_PLAIN,
     Columns,
-    ImageSource,
     LeftOutError,
     Sample,
     Skipped,
@@ -36,13 +34,12 @@ CUT_OFF = "its shard is cut off"
 # What tarfile raises for headers that are none.
 TAR_ERRORS = (tarfile.TarError, ValueError, KeyError, OverflowError, EOFError, RecursionError, MemoryError)
 
-Member = tuple[
-    str, int, int
-]  # name, where its bytes begin in the shard, how many there are; -1: it has none of its own
+# Name, where its bytes begin in the shard, how many there are; -1: it has none of its own.
+Member = tuple[str, int, int]
 
 
 def expand(pattern: str) -> list[Path]:
-    """Return the shards that a pattern with {000..012}, * or ? names, in order.
+    """The shards that a pattern with {000..012}, * or ? names, in order.
 
     Raises UserError for more than MOST_SHARDS.
     """
@@ -69,13 +66,12 @@ def expand(pattern: str) -> list[Path]:
     return sorted(path.parent.glob(path.name)) if set(path.name) & set("*?[") else [path]
 
 
-def from_shards(origin: str, shards: Iterable[Path], columns: Columns) -> ImageSource:
-    """List the images of tar shards. Only headers and captions are read; nothing is unpacked.
+def from_shards(shards: Iterable[Path], columns: Columns, skipped: Skipped) -> Iterator[Sample]:
+    """Read the images of tar shards. Only headers and captions are read here; nothing is unpacked.
 
     A shard that was cut off gives the images before the cut. Raises UserError for a file that is not a plain
     tar archive.
     """
-    samples, skipped = [], Skipped()
     endings = (columns.image,) if columns.image else IMAGE_ENDINGS
     for shard in shards:
         mark = file_mark(shard)
@@ -85,7 +81,7 @@ def from_shards(origin: str, shards: Iterable[Path], columns: Columns) -> ImageS
             }
             image = next((parts[kind] for kind in endings if kind in parts), None)
             name = f"{shard.name}:{key}"
-            try:
+            with skipped.noting(name):
                 if any(size < 0 for _, size in parts.values()):
                     raise LeftOutError(NOT_PLAIN)
                 if image is None:
@@ -93,16 +89,11 @@ def from_shards(origin: str, shards: Iterable[Path], columns: Columns) -> ImageS
                 caption = _caption(shard, parts, columns)
                 if not caption:
                     raise LeftOutError(NO_CAPTION)
-            except LeftOutError as reason:
-                skipped.add(str(reason), name)
-            else:
-                read = functools.partial(read_part, shard, *image)
-                samples.append(Sample(name, caption, f"{mark} {image[0]}", read))
-    return ImageSource(origin, samples, skipped)
+                yield Sample(name, caption, f"{mark} {image[0]}", functools.partial(read_part, shard, *image))
 
 
 def read_part(file: Path, offset: int, size: int) -> bytes:
-    """Return some bytes of a file. Raises OSError if the file is too short."""
+    """Bytes of a file from an offset. Raises OSError if the file is too short."""
     with file.open("rb") as opened:
         opened.seek(offset)
         data = opened.read(size)
@@ -150,18 +141,12 @@ def _key(name: str) -> str:
 
 
 def _caption(shard: Path, parts: dict[str, tuple[int, int]], columns: Columns) -> str:
-    """Return the caption from the first file of a sample that has one; JSON comes last.
-
-    Raises LeftOutError if it is not text.
-    """
+    """The caption in the first file of a sample that has one; JSON comes last. Raises TextError."""
     for kind in (*([columns.caption] if columns.caption else CAPTION_COLUMNS), "json"):
         offset, size = parts.get(kind, (0, 0))
-        try:
-            if size > LONGEST:
-                raise TextError("a caption is too long")
-            text = decode_text(read_part(shard, offset, size), "a caption")
-        except TextError:
-            raise LeftOutError(NO_TEXT) from None
+        if size > LONGEST:
+            raise TextError("a caption is too long")
+        text = decode_text(read_part(shard, offset, size), "a caption")
         caption = caption_in_json(text, columns.caption) if kind == "json" else caption_of(text)
         if caption:
             return caption

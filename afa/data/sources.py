@@ -1,12 +1,16 @@
-"""Captioned images from folders and lists, and a record of images that are left out."""
+"""Captioned images from folders and lists, and a record of images that are left out.
+
+A reader yields the samples of a data set, and notes in a `Skipped` which images it leaves out, and why.
+"""
 
 import csv
 import functools
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
@@ -27,9 +31,9 @@ OUTSIDE = "outside the data's folder, which needs --allow-outside"
 class Sample:
     """One captioned image.
 
-    name:    shown to people, unique in its source
+    name:    shown to people, unique in its data set
     caption: its text
-    mark:    identifies the image file and its version; changes when the file changes
+    mark:    identifies the image and its version: it changes when the file changes
     read:    returns the encoded image; raises OSError or UserError if it cannot be read
     """
 
@@ -56,16 +60,28 @@ class Skipped:
     names: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, name: str) -> None:
+        """Note one image."""
         self.names.setdefault(reason, []).append(name)
+
+    @contextmanager
+    def noting(self, name: str) -> Iterator[None]:
+        """Note an image if the body raises LeftOutError, or finds that the caption is not text."""
+        try:
+            yield
+        except LeftOutError as reason:
+            self.add(str(reason), name)
+        except (TextError, UnicodeDecodeError):
+            self.add(NO_TEXT, name)
 
     def __len__(self) -> int:
         return sum(map(len, self.names.values()))
 
     def counts(self) -> dict[str, int]:
+        """The number of images by reason."""
         return {reason: len(names) for reason, names in self.names.items()}
 
     def write(self, file: Path) -> None:
-        """Write one line per image with its reason and name; no file if nothing is left out."""
+        """Write a line of JSON per image with its reason and name; no file if nothing is left out."""
         lines = [
             json.dumps({"reason": reason, "image": name})
             for reason, names in self.names.items()
@@ -86,7 +102,9 @@ class Skipped:
 class ImageSource:
     """A listed data set.
 
-    origin: the place that the user gave
+    origin:  the place that the user gave
+    samples: its images
+    skipped: the images that are left out
     """
 
     origin: str
@@ -97,17 +115,15 @@ class ImageSource:
         self.listed = len(self.samples) + len(self.skipped)  # before any image is read
 
     def summary(self) -> str:
-        """Return one line: how many images there are, and what was left out."""
-        return "; ".join(
-            part for part in (f"{len(self.samples)} captioned images", self.skipped.summary()) if part
-        )
+        """One line: how many images there are, and what was left out."""
+        return "; ".join(filter(None, (f"{len(self.samples)} captioned images", self.skipped.summary())))
 
 
 @dataclass(frozen=True)
 class Columns:
     """How data are read.
 
-    image, caption: names of the columns; None: the first usual name that is there
+    image, caption: names of the columns; None: the first usual name that the data have
     allow_outside:  whether images may lie outside the data's folder
     """
 
@@ -162,10 +178,7 @@ def is_hidden(name: str) -> bool:
 
 
 def first_known(entry: Mapping[str, Any], asked: str | None, usual: Sequence[str]) -> Any:
-    """Return the value of the first usual name that an entry has and that is not empty;
-
-    None if there is none.
-    """
+    """The value of the first usual name that an entry has and that is not empty; None if there is none."""
     return next((entry[name] for name in ([asked] if asked else usual) if entry.get(name)), None)
 
 
@@ -197,112 +210,87 @@ def roots_of(folder: Path, columns: Columns) -> list[Path] | None:
     return None if columns.allow_outside else [folder.resolve()]
 
 
-def file_sample(name: str, caption: str, file: Path) -> Sample:
-    """Return the sample of an image in its own file."""
-    return Sample(name, caption, file_mark(file), functools.partial(read_bytes, file))
-
-
 METADATA, TABLE = "metadata.jsonl", "metadata.csv"
 
 
-def from_jsonl(file: Path, columns: Columns) -> ImageSource:
+def from_jsonl(files: Iterable[Path], columns: Columns, skipped: Skipped) -> Iterator[Sample]:
     """Read one image per line: {"file_name": …, "text": …}; paths are relative to the file.
 
     Raises UserError for a line that is not JSON, or names no image.
     """
-    samples: list[Sample] = []
-    skipped = Skipped()
-    for place, entry in read_json_lines(file):
-        if not isinstance(entry, dict):
-            raise UserError(f'{place} is no object; expected {{"file_name": "a.png", "text": "caption"}}')
-        named = first_known(entry, columns.image, IMAGE_COLUMNS)
-        if not isinstance(named, str):
-            wanted = columns.image or "file_name"
-            raise UserError(f'{place} has no "{wanted}"; expected {{"{wanted}": "a.png", "text": "caption"}}')
-        caption = caption_of(first_known(entry, columns.caption, CAPTION_COLUMNS))
-        _add(samples, skipped, named, caption, file.parent, columns)
-    return ImageSource(str(file), samples, skipped)
+    for file in files:
+        for place, entry in read_json_lines(file):
+            if not isinstance(entry, dict):
+                raise UserError(f'{place} is no object; expected {{"file_name": "a.png", "text": "caption"}}')
+            named = first_known(entry, columns.image, IMAGE_COLUMNS)
+            if not isinstance(named, str):
+                wanted = columns.image or "file_name"
+                raise UserError(
+                    f'{place} has no "{wanted}"; expected {{"{wanted}": "a.png", "text": "caption"}}'
+                )
+            caption = caption_of(first_known(entry, columns.caption, CAPTION_COLUMNS))
+            yield from _listed(named, caption, file.parent, columns, skipped)
 
 
-def from_csv(file: Path, columns: Columns) -> ImageSource:
+def from_csv(files: Iterable[Path], columns: Columns, skipped: Skipped) -> Iterator[Sample]:
     """Read one image per row, below a row of column names.
 
     Raises UserError for a table without columns of images and captions.
     """
-    table = csv.DictReader(io.StringIO(read_text(file), newline=""))
-    samples: list[Sample] = []
-    skipped = Skipped()
-    try:
-        image, caption = columns.choose(table.fieldnames or [], str(file))
-        for row in table:
-            _add(samples, skipped, row[image] or "", caption_of(row[caption]), file.parent, columns)
-    except csv.Error as error:
-        raise UserError(f"{file}, line {table.line_num} cannot be read as CSV: {error}") from None
-    return ImageSource(str(file), samples, skipped)
+    for file in files:
+        table = csv.DictReader(io.StringIO(read_text(file), newline=""))
+        try:
+            image, caption = columns.choose(table.fieldnames or [], str(file))
+            for row in table:
+                yield from _listed(row[image] or "", caption_of(row[caption]), file.parent, columns, skipped)
+        except csv.Error as error:
+            raise UserError(f"{file}, line {table.line_num} cannot be read as CSV: {error}") from None
 
 
-def from_pairs(folder: Path, columns: Columns) -> ImageSource | None:
+def from_pairs(folder: Path, columns: Columns, skipped: Skipped) -> Iterator[Sample]:
     """Read images with captions beside them in files of the same name (a.png, a.txt), also in sub-folders.
 
     A caption is all of a .txt, .caption or .text, or a value in a .json; the first one with text is taken.
-    Returns None if no image has such a file.
+    Raises UserError if no image has such a file.
     """
     groups: dict[str, dict[str, str]] = {}  # path without its ending -> ending -> path
-    for name in _visible(folder):
-        groups.setdefault(str(PurePosixPath(name).with_suffix("")), {})[
-            PurePosixPath(name).suffix[1:].lower()
-        ] = name
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not is_hidden(name.as_posix()) and not path.is_dir():
+            groups.setdefault(name.with_suffix("").as_posix(), {})[name.suffix[1:].lower()] = name.as_posix()
     captions = (*([columns.caption] if columns.caption else CAPTION_COLUMNS), "json")
     pictures = (columns.image,) if columns.image else IMAGE_ENDINGS
-    samples: list[Sample] = []
-    skipped, found = Skipped(), False
+    found = False
     for beside in groups.values():
         texts = [beside[ending] for ending in captions if ending in beside]
         images = [name for ending, name in beside.items() if ending in pictures]
         found = found or bool(texts and images)
-        if (
-            texts and not images
-        ):  # a caption alone is no image; one beside something else has an image of another kind
+        if texts and not images:  # a file beside a caption is an image of another kind
             for name in (
                 name for ending, name in beside.items() if ending not in (*captions, *CAPTION_COLUMNS)
             ):
                 skipped.add(NO_IMAGE, name)
         for name in images:
-            try:
+            with skipped.noting(name):
                 caption = next(filter(None, (_caption(folder, text, columns) for text in texts)), "")
-                _add(samples, skipped, name, caption, folder, columns)
-            except LeftOutError as reason:
-                skipped.add(str(reason), name)
-    return ImageSource(str(folder), samples, skipped) if found else None
+                yield from _listed(name, caption, folder, columns, skipped)
+    if not found:
+        raise UserError(
+            f"{folder} has no {METADATA}; write one with a line "
+            '{"file_name": "a.png", "text": "caption"} per image, or put a .txt beside every image'
+        )
 
 
-def _add(
-    samples: list[Sample], skipped: Skipped, named: str, caption: str, folder: Path, columns: Columns
-) -> None:
-    """Add one image, or note why it is left out."""
-    try:
+def _listed(named: str, caption: str, folder: Path, columns: Columns, skipped: Skipped) -> Iterator[Sample]:
+    """Yield an image of a folder, or note why it is left out."""
+    with skipped.noting(named):
         if not caption:
             raise LeftOutError(NO_CAPTION)
-        samples.append(file_sample(named, caption, find_file(named, folder, roots_of(folder, columns))))
-    except LeftOutError as reason:
-        skipped.add(str(reason), named)
-
-
-def _visible(folder: Path) -> Iterator[str]:
-    """Yield the paths of all files below a folder, in order, without hidden ones."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if not is_hidden(name.as_posix()) and not path.is_dir():
-            yield name.as_posix()
+        file = find_file(named, folder, roots_of(folder, columns))
+        yield Sample(named, caption, file_mark(file), functools.partial(read_bytes, file))
 
 
 def _caption(folder: Path, name: str, columns: Columns) -> str:
-    """Return the caption in a file beside an image; "" if there is none.
-
-    Raises LeftOutError if it is not text.
-    """
-    try:
-        text = read_text(find_file(name, folder, roots_of(folder, columns)), LONGEST)
-    except TextError:
-        raise LeftOutError(NO_TEXT) from None
+    """The caption in a file beside an image; "" if there is none. Raises TextError if it is not text."""
+    text = read_text(find_file(name, folder, roots_of(folder, columns)), LONGEST)
     return caption_in_json(text, columns.caption) if name.lower().endswith(".json") else caption_of(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from afa.data.sources import ImageSource, Sample
+from afa.data.sources import Sample
 from afa.demo.scenes import Scene, draw, render, render_all, sample_scenes
 from afa.errors import UserError
 from afa.evaluation.protocols import Protocol, Real, Request
@@ -48,8 +48,8 @@ def protocol(request: Request) -> Protocol:
 SEED = 600_000  # of the demonstration's training scenes too; nothing that is judged comes from it
 
 
-def from_scenes(place: str) -> ImageSource:
-    """Make a source from "scenes:COUNT": the images of `python -m afa.demo.scenes --seed 600000`.
+def from_scenes(place: str) -> list[Sample]:
+    """The samples of "scenes:COUNT": the images of `python -m afa.demo.scenes --seed 600000`.
 
     Raises UserError if COUNT is not a count.
     """
@@ -57,7 +57,7 @@ def from_scenes(place: str) -> ImageSource:
     if not (count.isascii() and count.isdigit() and len(count) <= 6 and int(count) > 0):
         raise UserError(f"--data {place[:80]}: say how many scenes, from 1 to 999999, such as scenes:512")
     scenes = sample_scenes("mixed", int(count), SEED)
-    return ImageSource(place, [_sample(scene, index) for index, scene in enumerate(scenes)])
+    return [_sample(scene, index) for index, scene in enumerate(scenes)]
 
 
 def _sample(scene: Scene, index: int) -> Sample:
