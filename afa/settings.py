@@ -75,9 +75,11 @@ class CheckedOptions:
     """Base of all options: checks kinds, bounds and choices when it is made, and finds embedded models.
 
     prefix: what stands before a field's name where it is named: options of a method are no flags.
+    free:   options that may differ when a run is resumed or extended, since they change no result
     """
 
     prefix: ClassVar[str] = "--"
+    free: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
@@ -87,6 +89,11 @@ class CheckedOptions:
             if field.metadata.get("place") and value is not None:
                 found = [located(one) for one in value] if isinstance(value, list) else located(value)
                 object.__setattr__(self, field.name, found)
+
+    def binding(self) -> dict[str, Any]:
+        """Return the options that must stay the same when a run is resumed or extended."""
+        names = (field.name for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in names if name not in self.free}
 
 
 def choices_of(field: dataclasses.Field[Any]) -> list[str] | None:

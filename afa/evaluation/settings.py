@@ -1,31 +1,21 @@
 """The options of a comparison. No heavy imports: the command line's help comes from here."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SIDE, CheckedOptions, option
 
 STUDIES = ["steps", "experts", "ablations", "objectives"]
-# May differ between the two halves of an interrupted comparison: they do not change any image or score.
-FREE = (
-    "output",
-    "methods",
-    "seeds",
-    "metrics",
-    "metric_weights",
-    "scorer",
-    "study",
-    "batch_size",
-    "device",
-    "resamples",
-    "allow_outside",
-    "dry_run",
-    "json",
-)
 
 
 @dataclass(frozen=True)
 class EvaluateSettings(CheckedOptions):
     """The options of `afa evaluate`; each field is a flag."""
+
+    free: ClassVar[tuple[str, ...]] = (
+        *("output", "methods", "seeds", "metrics", "metric_weights", "scorer", "study"),
+        *("batch_size", "device", "resamples", "allow_outside", "dry_run", "json"),
+    )
 
     ensemble: str = option(place=True, help="a saved ensemble, as `afa train` leaves it")
     output: str = option(
@@ -118,7 +108,3 @@ class EvaluateSettings(CheckedOptions):
     device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
     dry_run: bool = option(False, help="print what would be done, then stop")
     json: bool = option(False, help="print the results as JSON")
-
-    def binding(self) -> dict[str, object]:
-        """Return the options that must stay the same when a comparison resumes or is extended."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in FREE}

@@ -1,7 +1,7 @@
 """The settings of `afa explain`. This module imports no torch, so that --help is fast."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from afa.errors import UserError, unknown
 from afa.settings import GUIDANCE, SAMPLING_STEPS, SEED_OR_DRAWN, SIDE, CheckedOptions, option
@@ -16,13 +16,14 @@ COUNTERFACTUALS = {
 }
 DEFAULT = ["off", "swapped", "frozen", "equal", "skipped"]
 NONE = "none"
-# Settings that may change when a run is resumed; the ensemble and the prompts are compared by their content.
-UNBOUND = ("ensemble", "output", "device", "json", "prompts")
 
 
 @dataclass(frozen=True)
 class ExplainSettings(CheckedOptions):
     """The settings of one explanation; each field is a flag of `afa explain`."""
+
+    # The ensemble and the prompts are compared by their content.
+    free: ClassVar[tuple[str, ...]] = ("ensemble", "output", "device", "json", "prompts")
 
     output: str = option(
         help="a folder for pictures, data and explain.html; images that are already explained there are kept"
@@ -89,9 +90,7 @@ class ExplainSettings(CheckedOptions):
 
     def binding(self) -> dict[str, Any]:
         """Return the settings that must stay the same when a run is resumed."""
-        return {name: value for name, value in asdict(self).items() if name not in UNBOUND} | {
-            "counterfactuals": self.kinds
-        }
+        return super().binding() | {"counterfactuals": self.kinds}
 
     def _check_counterfactuals(self) -> None:
         for name in self.kinds:

@@ -5,7 +5,7 @@ No heavy imports: help comes from here.
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
@@ -148,21 +148,14 @@ def _numbers(texts: list[str]) -> list[float]:
     return numbers
 
 
-FREE = (
-    "output",
-    "trials",
-    "passes",
-    "metric_weights",
-    "batch_size",
-    "device",
-    "dry_run",
-    "json",
-)  # do not change what a point scores
-
-
 @dataclass(frozen=True)
 class SearchSettings(CheckedOptions):
     """One search, field by field a flag of `afa search`."""
+
+    free: ClassVar[tuple[str, ...]] = (
+        *("output", "trials", "passes", "metric_weights"),
+        *("batch_size", "device", "dry_run", "json"),
+    )
 
     experts: list[str] = option(
         place=True, help="two or more: folder, .safetensors file or org/name@revision, each optionally NAME=…"
@@ -223,7 +216,3 @@ class SearchSettings(CheckedOptions):
         for mean in self.means:
             if mean not in ("arithmetic", "geometric", "harmonic"):
                 raise UserError(f"--means {mean} is none of arithmetic, geometric, harmonic")
-
-    def binding(self) -> dict[str, object]:
-        """What must stay the same when a search is resumed."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in FREE}

@@ -1,18 +1,18 @@
 """The settings of `afa screen`. This module imports no torch, so that --help is fast."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, CheckedOptions, option
 
-# Settings that may change when a screening is resumed; they change no answer.
-FREE = ("output", "batch_size", "allow_outside", "device", "dry_run", "json")
-
 
 @dataclass(frozen=True)
 class ScreenSettings(CheckedOptions):
     """The settings of one screening; each field is a flag of `afa screen`."""
+
+    free: ClassVar[tuple[str, ...]] = ("output", "batch_size", "allow_outside", "device", "dry_run", "json")
 
     experts: list[str] = option(
         positional=True,
@@ -109,7 +109,3 @@ class ScreenSettings(CheckedOptions):
         for name in ("image_column", "caption_column", "allow_outside"):
             if self.prompts is not None and getattr(self, name):
                 raise UserError(f"--{name.replace('_', '-')} is for --data; leave it out with --prompts")
-
-    def binding(self) -> dict[str, object]:
-        """Return the settings that must stay the same when a screening is resumed."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in FREE}

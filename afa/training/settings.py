@@ -3,20 +3,13 @@
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from afa.aggregators.registry import AGGREGATORS, explain_trained, trained_kinds
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SHARE, WEIGHT, option
 from afa.training.objective_settings import ObjectiveSettings
-
-# May differ between the two halves of an interrupted run: they do not change what is computed.
-SHEETS = ("sheet_every", "sheet_images", "sheet_steps", "sheet_guidance", "watch", "watch_weights")
-FREE = (
-    *("recipe", "steps", "output", "save_every", "cache", "max_skipped"),
-    *("gradient_checkpointing", "log_with", "device", "dry_run", "json", "allow_outside", *SHEETS),
-)
 
 # Once, when an ensemble is made.
 MADE = (
@@ -38,6 +31,12 @@ MADE = (
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings(ObjectiveSettings):
     """The options of all training runs; each field is a flag."""
+
+    free: ClassVar[tuple[str, ...]] = (
+        *("recipe", "output", "save_every", "cache", "max_skipped", "gradient_checkpointing", "log_with"),
+        *("sheet_every", "sheet_images", "sheet_steps", "sheet_guidance", "watch", "watch_weights"),
+        *("device", "dry_run", "json", "allow_outside"),
+    )
 
     data: str = option(
         help="a folder with metadata.jsonl or with a .txt beside every image, a .jsonl of paths, .parquet, "
@@ -175,9 +174,9 @@ class LoopSettings(ObjectiveSettings):
             raise UserError("--flip mirrors random crops, and there are none; give --crops 1 or more")
 
     def binding(self) -> dict[str, object]:
-        """Return the options that must stay the same when a run resumes."""
-        free = FREE if self.schedule == "constant" else tuple(name for name in FREE if name != "steps")
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in free}
+        """Return the options that must stay the same when a run resumes: steps only if the rate's schedule knows them."""
+        bound = super().binding()
+        return {name: bound[name] for name in bound if name != "steps" or self.schedule != "constant"}
 
     def files(self) -> dict[str, str]:
         """Return sha256 of the run's files, which must stay the same when it resumes."""
