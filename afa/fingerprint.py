@@ -72,9 +72,9 @@ def saved_fingerprint(folder: Path, moved: Mapping[str, str] | None = None) -> F
     return own | fingerprint(given, **frame)
 
 
-def digest(files: Files) -> str:
-    """Of all of them, as one hash."""
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+def digest(facts: Any) -> str:
+    """The sha256 of anything that JSON can hold; of other values their text is taken."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def summed(files: Files) -> Files:

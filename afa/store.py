@@ -1,10 +1,15 @@
-"""Rows of one shape by key, in files that are only appended to and memory-mapped: what a cache is made of."""
+"""What runs keep on disk to go on with: rows of tensors by key, and values in JSON files.
+
+Rows have one shape and lie in files that are only appended to and memory-mapped. Damaged rows and values count
+as missing, and are made again.
+"""
 
 import json
 import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -12,6 +17,27 @@ from torch import Tensor
 
 from afa.errors import UserError
 from afa.files import json_or_none, locked, refuse_busy, write_atomically
+from afa.schema import Count, build
+
+
+def kept_json(file: Path, kind: Any) -> Any:
+    """What a run keeps in a JSON file; None if it is not there, damaged, or not of that kind.
+
+    kind: a type hint, as afa.schema.build takes it
+    """
+    try:
+        return build(kind, json_or_none(file), file)
+    except UserError:
+        return None
+
+
+class StoreFacts(TypedDict):
+    """The content of META."""
+
+    format: Literal[1]
+    shape: list[Count]
+    dtype: Literal["torch.float16", "torch.bfloat16", "torch.float32", "torch.float64", "torch.int64"]
+
 
 FORMAT = 1
 META = "rows.json"
@@ -41,6 +67,14 @@ class RowStore:
         self._writing: Path | None = None
         self._check()
         self.refresh()
+
+    @classmethod
+    def existing(cls, folder: Path) -> "RowStore | None":
+        """Open the rows that a folder keeps, whatever their shape; None if nothing was added to it yet."""
+        if not (folder / META).exists():
+            return None
+        facts = _facts(folder)
+        return cls(folder, facts["shape"], getattr(torch, facts["dtype"].removeprefix("torch.")))
 
     def __contains__(self, key: str) -> bool:
         places = self._places.get(key, [])
@@ -128,12 +162,7 @@ class RowStore:
         else:
             with locked(meta, file=True, wait=60.0):  # others may begin the same cache
                 write_atomically(meta, json.dumps(facts))
-        found = json_or_none(meta)
-        if found is None:
-            raise UserError(
-                f"{meta} is damaged, so it is not known what rows its folder keeps; delete the folder, "
-                "or give another --cache"
-            )
+        found = _facts(self.folder)
         if found != facts:
             raise UserError(
                 f"{self.folder} keeps rows of {found}, now {facts} are asked for; give another --cache"
@@ -149,6 +178,17 @@ class RowStore:
                 self._writing = part
             except FileExistsError:
                 number += 1
+
+
+def _facts(folder: Path) -> StoreFacts:
+    """What rows a folder keeps. Raises UserError if its description is damaged."""
+    found: StoreFacts | None = kept_json(folder / META, StoreFacts)
+    if found is None:
+        raise UserError(
+            f"{folder / META} is damaged, so it is not known what rows its folder keeps; delete the folder, "
+            "and its rows are made again"
+        )
+    return found
 
 
 def _sum(key: str, row: np.ndarray) -> bytes:

@@ -89,15 +89,17 @@ def test_an_interruption_loses_one_chunk(tmp_path):
     assert metric.seen == 2
 
 
-def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
-    def torn(stream, **arrays):
-        stream.write(b"PK half of it")
+def test_an_interrupted_write_is_computed_again(tmp_path, monkeypatch):
+    def full(descriptor):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(np, "savez", torn)
-    with pytest.raises(OSError, match="No space left"):
-        cached_features(Means(), lambda: images(3), tmp_path)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            cached_features(Means(), lambda: images(3), tmp_path)
+    metric = Means()
+    np.testing.assert_array_equal(cached_features(metric, lambda: images(3), tmp_path), expected(images(3)))
+    assert metric.seen == 3
 
 
 def damage_end(data):
@@ -105,20 +107,21 @@ def damage_end(data):
 
 
 def damage_middle(data):
-    """One byte of the features changed, as a failing disk does; the archive still opens."""
-    place = data.index(b"features.npy") + 12 + 128 + 4
-    return data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :]
+    """One byte of the features changed, as a failing disk does."""
+    return data[:40] + bytes([data[40] ^ 255]) + data[41:]
 
 
-@pytest.mark.parametrize("damage", [damage_end, damage_middle, lambda data: b"", lambda data: b"nonsense"])
-def test_what_is_broken_is_computed_again(tmp_path, damage):
+@pytest.mark.parametrize(
+    ("damage", "lost"), [(damage_end, 4), (damage_middle, 1), (lambda data: b"", 8), (lambda data: b"nonsense", 8)]
+)
+def test_what_is_broken_is_computed_again(tmp_path, damage, lost):
     shown = images(8)
     cached_features(Means(), lambda: shown, tmp_path, name="set")
-    shard = sorted(tmp_path.rglob("*.npz"))[0]
-    shard.write_bytes(damage(shard.read_bytes()))
+    rows = next(tmp_path.rglob("*.bin"))
+    rows.write_bytes(damage(rows.read_bytes()))
     metric = Means()
     np.testing.assert_array_equal(cached_features(metric, lambda: shown, tmp_path, name="set"), expected(shown))
-    assert metric.seen == 4
+    assert metric.seen == lost
     after = Means()
     cached_features(after, lambda: shown, tmp_path)
     assert after.seen == 0
@@ -136,7 +139,7 @@ def test_a_set_that_is_known_by_name_is_not_even_read(tmp_path):
 def test_a_broken_note_of_a_set_is_made_again(tmp_path):
     shown = images(6)
     cached_features(Means(), lambda: shown, tmp_path, name="set")
-    note = next(tmp_path.rglob("*.npy"))
+    note = next(tmp_path.rglob("sets/*.json"))
     note.write_bytes(note.read_bytes()[:40])
     np.testing.assert_array_equal(cached_features(Means(), lambda: shown, tmp_path, name="set"), expected(shown))
 
@@ -169,5 +172,5 @@ def test_features_of_many_images_are_found_without_reading_them_all_at_once(tmp_
     """What is in memory per image while a store is opened is its key and its place, not its features."""
     cached_features(Means(), lambda: images(10), tmp_path)
     store = FeatureStore(tmp_path, Means().identity)
-    assert len(store.places) == 10
-    assert {row for _, row in store.places.values()} == {0, 1, 2, 3}
+    assert len(store.rows) == 10
+    assert all(isinstance(part, np.memmap) for part in store.rows._parts)

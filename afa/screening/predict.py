@@ -3,7 +3,6 @@
 import gc
 import json
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from afa.experts.expert import Expert, load_vae
 from afa.experts.load import lend, load_experts, load_lender
 from afa.experts.locate import locate
 from afa.experts.spec import ExpertSpec
-from afa.files import json_or_none, read_arrays, replacing, write_atomically
+from afa.files import read_arrays, replacing, write_atomically
 from afa.frame import Frame
 from afa.images import read_made
 from afa.models.registry import FAMILIES
@@ -37,6 +36,7 @@ from afa.screening.plan import Probes
 from afa.screening.settings import ScreenSettings
 from afa.seeds import nth_seed
 from afa.stages.stage import Stage, Trace
+from afa.store import RowStore
 from afa.text_encoder import width_of
 from afa.training.conditions import Conditions
 from afa.training.noise import Batch, Noising
@@ -323,78 +323,50 @@ def _repeated(value: Any, count: int) -> Any:
     return value
 
 
-DONE, ERRORS, FEATURES = "done", "errors.npy", "features.npz"
+FEATURED = 8  # the number of images at which features are recorded
 
 
 class AnswerStore:
-    """The answers of one expert in a folder; errors are float32 and memory-mapped.
+    """The answers of one expert in a folder: errors of every image, features of the first FEATURED images.
 
     folder: is created
     shape:  of all errors (M, BANDS, D, C, h, w)
-    Answers with a wrong checksum, and all answers after them, are computed again.
+    Damaged answers count as missing, and are computed again.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
         self.folder, self.shape = folder, shape
-        folder.mkdir(parents=True, exist_ok=True)
-        noted = json_or_none(folder / DONE)
-        self._sums: list[Any] = (
-            noted if isinstance(noted, list) else []
-        )  # a checksum for each image: see _sum
-        errors = self._open() if self._sums else None
-        if errors is None:
-            self._sums = []
-            errors = np.lib.format.open_memmap(folder / ERRORS, mode="w+", dtype=np.float32, shape=shape)
-        self._errors = errors
-        whole = next(
-            (image for image, sum_ in enumerate(self._sums) if self._sum(image) != sum_), len(self._sums)
-        )
-        self._sums = self._sums[:whole]
+        self._errors = RowStore(folder / "errors", shape[1:], torch.float32)
 
-    @property
-    def done(self) -> int:
-        """How many images, from the first on, have complete answers."""
-        return len(self._sums)
-
-    @property
-    def complete(self) -> bool:
-        return self.done >= self.shape[0]
-
-    def add(self, answers: Answers) -> None:
-        """Append the answers of the next image."""
-        self._errors[self.done] = answers.errors.numpy()
-        self._errors.flush()
-        if answers.features:
-            with replacing(self._features(self.done)) as temporary, temporary.open("wb") as file:
-                np.savez(file, **{name: tensor.numpy() for name, tensor in answers.features.items()})
-        self._sums.append(self._sum(self.done))
-        write_atomically(self.folder / DONE, json.dumps(self._sums))
-
-    def _open(self) -> np.memmap | None:
-        """Open the existing errors; None if they are damaged or have another shape."""
-        try:
-            found = np.lib.format.open_memmap(self.folder / ERRORS, mode="r+")
-        except (OSError, ValueError):
-            return None
-        return found if found.shape == self.shape and found.dtype == np.float32 else None
-
-    def _sum(self, image: int) -> list[int] | None:
-        """Return the checksum of one image: crc32 of its errors, and whether its features can be read."""
-        if image >= self.shape[0]:
-            return None
+    def missing(self) -> list[int]:
+        """Return the images without complete answers."""
         return [
-            zlib.crc32(self._errors[image].tobytes()),
-            int(read_arrays(self._features(image)) is not None),
+            image
+            for image in range(self.shape[0])
+            if _key(image) not in self._errors
+            or (image < FEATURED and read_arrays(self._features(image)) is None)
         ]
+
+    def add(self, image: int, answers: Answers) -> None:
+        """Keep the answers of an image; its features are written first."""
+        if answers.features:
+            with replacing(self._features(image)) as temporary, temporary.open("wb") as file:
+                np.savez(file, **{name: tensor.numpy() for name, tensor in answers.features.items()})
+        self._errors.add([_key(image)], answers.errors[None])
 
     def errors(self, image: int) -> Tensor:
         """Read the errors of one image: (BANDS, D, C, h, w)."""
-        return torch.from_numpy(np.array(self._errors[image]))
+        return self._errors.read([_key(image)])[0]
 
     def features(self) -> dict[str, NDArray[np.float32]]:
         """Read the features of all images: stage -> (samples, C, PLACES)."""
-        parts = [dict(np.load(file)) for file in sorted(self.folder.glob(f"*-{FEATURES}"))]
+        parts = [dict(np.load(file)) for file in sorted(self.folder.glob("*-features.npz"))]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
     def _features(self, image: int) -> Path:
-        return self.folder / f"{image:05d}-{FEATURES}"
+        return self.folder / f"{image:05d}-features.npz"
+
+
+def _key(image: int) -> str:
+    """The key of an image's row: 64 hexadecimal digits."""
+    return f"{image:064x}"

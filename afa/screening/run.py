@@ -26,6 +26,7 @@ from afa.screening.distances import Distances, distances
 from afa.screening.facts import facts_of
 from afa.screening.plan import Probes, ScreenPlan, encoded, find, plan
 from afa.screening.predict import (
+    FEATURED,
     AnswerStore,
     ExpertPredictor,
     SharedParts,
@@ -38,7 +39,6 @@ from afa.training.data import check_skipped
 from afa.training.measure import BANDS
 from afa.training.noise import Noising
 
-FEATURED = 8  # the number of images at which features are recorded
 AVERAGE = "weight-average"
 PROBES = "probes.json"  # a hash of the images and captions
 
@@ -149,7 +149,7 @@ class AnswerCollector:
     def all(self, specs: list[ExpertSpec]) -> list[AnswerStore]:
         """Compute the missing answers of every expert; one expert is in memory at a time."""
         stores = [self.store(spec) for spec in specs]
-        self._check_space(sum(not store.complete for store in stores))
+        self._check_space(sum(len(store.missing()) for store in stores))
         with tqdm(
             total=len(self.probes) * len(specs), desc="asking experts", unit="image", file=sys.stderr
         ) as bar:
@@ -163,24 +163,25 @@ class AnswerCollector:
 
     def ask(self, spec: ExpertSpec, store: AnswerStore, bar: Any) -> None:
         """Load one expert, compute its missing answers, and free its memory."""
+        missing = store.missing()
         bar.set_postfix_str(spec.name)
-        bar.update(store.done)
-        if store.complete:
+        bar.update(len(self.probes) - len(missing))
+        if not missing:
             return
         ensemble = self.frame.load(spec)
         warn_of_prompts(self.probes.captions, ensemble.denoiser.call, ensemble.frame.tokenizers, "caption")
         asking = ExpertPredictor(
             ensemble, self.frame.conditions(ensemble), self.noising, self.probes, self.settings.batch_size
         )
-        while not store.complete:
-            store.add(asking.ask(store.done, features=store.done < FEATURED))
+        for image in missing:
+            store.add(image, asking.ask(image, features=image < FEATURED))
             bar.update()
         del ensemble, asking
         forget()
 
     def _check_space(self, missing: int) -> None:
-        """Raise UserError if the disk cannot hold the answers."""
-        needed, free = 4 * torch.Size(self.shape).numel() * missing, shutil.disk_usage(self.work).free
+        """Raise UserError if the disk cannot hold the answers at so many images."""
+        needed, free = 4 * torch.Size(self.shape[1:]).numel() * missing, shutil.disk_usage(self.work).free
         if needed > free:
             raise UserError(
                 f"the answers need {needed / 1e9:.1f} GB in {self.work},"
@@ -197,7 +198,7 @@ def _average(planned: ScreenPlan, asking: AnswerCollector) -> AnswerStore | str:
     spec = ExpertSpec(AVERAGE, str(place))
     store = AnswerStore(asking.work / AVERAGE, asking.shape)
     try:
-        if not store.complete:
+        if store.missing():
             shutil.rmtree(place, ignore_errors=True)  # of a run that was killed here
             read = {"config": planned.settings.config, "prediction_type": planned.settings.prediction_type}
             merge_files(

@@ -94,45 +94,47 @@ def test_damaged_marks_of_images_are_passed_over(tmp_path, text):
     assert LatentCache(tmp_path, torch.nn.Linear(1, 1), (1, 2, 2))._marks == {}
 
 
-def answers(value, features=False):
-    return Answers(torch.full((2, 3), float(value)), {"OUT": torch.full((2, 2), float(value))} if features else {})
+def answers(value):
+    return Answers(torch.full((2, 3), float(value)), {"OUT": torch.full((2, 2), float(value))})
 
 
 def answered(folder):
     store = AnswerStore(folder, (3, 2, 3))
     for image in range(3):
-        store.add(answers(image, features=image == 0))
+        store.add(image, answers(image))
     return folder
 
 
 def test_answers_are_kept_as_they_were_given(tmp_path):
     store = AnswerStore(answered(tmp_path), (3, 2, 3))
-    assert store.complete
+    assert store.missing() == []
     assert [store.errors(image)[0, 0].item() for image in range(3)] == [0, 1, 2]
+    assert store.features()["OUT"][:, 0].tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
-    ("damage", "left"),
+    ("damage", "missing"),
     [
-        (lambda folder: flip(folder / "errors.npy", -20), 2),
-        (lambda folder: cut(folder / "errors.npy"), 0),
-        (lambda folder: (folder / "errors.npy").write_bytes(b"nothing"), 0),
-        (lambda folder: (folder / "errors.npy").unlink(), 0),
-        (lambda folder: cut(folder / "00000-features.npz"), 0),
-        (lambda folder: (folder / "00000-features.npz").unlink(), 0),
-        (lambda folder: (folder / "done").write_text("3"), 0),
-        (lambda folder: (folder / "done").write_text('["a", null, 3]'), 0),
-        (lambda folder: (folder / "done").write_text("[[1, 2"), 0),
-        (lambda folder: (folder / "done").write_bytes(b"\xff\xff"), 0),
+        (lambda folder: flip(folder / "errors" / "part-00000.bin", -20), [2]),
+        (lambda folder: flip(folder / "errors" / "part-00000.bin", 20), [0]),
+        (lambda folder: cut(folder / "errors" / "part-00000.bin"), [1, 2]),
+        (lambda folder: (folder / "errors" / "part-00000.bin").write_bytes(b"nothing"), [0, 1, 2]),
+        (lambda folder: (folder / "errors" / "part-00000.bin").unlink(), [0, 1, 2]),
+        (lambda folder: cut(folder / "errors" / "part-00000.keys"), [1, 2]),
+        (lambda folder: (folder / "errors" / "part-00000.keys").write_bytes(b"\xff\xff"), [0, 1, 2]),
+        (lambda folder: cut(folder / "00001-features.npz"), [1]),
+        (lambda folder: (folder / "00000-features.npz").unlink(), [0]),
     ],
 )
-def test_damaged_answers_of_a_screening_are_asked_again(tmp_path, damage, left):
+def test_damaged_answers_of_a_screening_are_asked_again(tmp_path, damage, missing):
     damage(answered(tmp_path))
     store = AnswerStore(tmp_path, (3, 2, 3))
-    assert store.done == left
-    for image in range(left, 3):
-        store.add(answers(image, features=image == 0))
-    assert AnswerStore(tmp_path, (3, 2, 3)).complete
+    assert store.missing() == missing
+    for image in missing:
+        store.add(image, answers(image))
+    again = AnswerStore(tmp_path, (3, 2, 3))
+    assert again.missing() == []
+    assert [again.errors(image)[0, 0].item() for image in range(3)] == [0, 1, 2]
 
 
 def test_a_picture_that_a_crash_cut_off_does_not_count_as_made(tmp_path):
