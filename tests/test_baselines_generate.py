@@ -64,7 +64,7 @@ def test_images_of_another_method_or_option_are_not_overwritten(experts):
     assert (said["method"], said["method_options"]) == ("noise_average", {"weights": [1.0, 2.0]}) and said["source"] == ["photo", "paint"]
     made = first.stat().st_mtime_ns
     assert generate(asked) and first.stat().st_mtime_ns == made
-    with pytest.raises(UserError, match="was made with method 'noise_average', now 'feature_mean' is asked"):
+    with pytest.raises(UserError, match='was made with method "noise_average", now "feature_mean" is asked'):
         generate(replace(asked, method="feature_mean", method_option=None))
     with pytest.raises(UserError, match=r"was made with method_options .*2\.0.*, now .*3\.0.* is asked"):
         generate(replace(asked, method_option=["weights=1,3"]))

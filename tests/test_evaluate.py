@@ -18,6 +18,7 @@ from afa.evaluation.plan import plan
 from afa.evaluation.results import Results
 from afa.evaluation.run import evaluate
 from afa.evaluation.settings import EvaluateSettings
+from afa.sampling.image_files import ImageFile
 from afa.training.run import train
 from afa.training.settings import TrainSettings
 
@@ -126,7 +127,7 @@ def test_results_come_back_from_their_file(done):
 
 def test_a_finished_comparison_is_only_read(done, monkeypatch):
     settings, results = done
-    monkeypatch.setattr("afa.evaluation.images._make_batch", lambda *given: pytest.fail("made again"))
+    monkeypatch.setattr("afa.evaluation.images.draw", lambda *given: pytest.fail("made again"))
     monkeypatch.setattr("afa.evaluation.trained.train", lambda *given: pytest.fail("trained again"))
     again = evaluate(settings)
     assert again is not None
@@ -143,21 +144,19 @@ def test_methods_and_seeds_can_be_added_later(settings):
 
 
 def test_an_interrupted_comparison_goes_on_to_the_same_images(settings, monkeypatch):
-    import afa.evaluation.images as module
+    save, calls = ImageFile.save, []
 
-    make, calls = module._make_batch, []
-
-    def interrupted(*given):
+    def interrupted(*given, **notes):
         calls.append(given)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        make(*given)
+        save(*given, **notes)
 
     small = replace(settings, batch_size=1, methods=["weighted"])
-    monkeypatch.setattr(module, "_make_batch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(small)
-    monkeypatch.setattr(module, "_make_batch", make)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFile, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(small)
     evaluate(small)
     found = images(small)
     shutil.rmtree(small.output)

@@ -42,8 +42,8 @@ def test_every_image_is_made_from_its_own_seed_and_says_so(tmp_path):
 def test_what_is_there_is_not_made_again(tmp_path):
     images, painter = image_set(tmp_path), Painter()
     make_images(images, lambda: painter, 4, "painter")
-    images.path(2).unlink()
-    images.path(4).write_bytes(images.path(4).read_bytes()[:30])  # torn by a crash of the machine
+    images.files[2].path.unlink()
+    images.files[4].path.write_bytes(images.files[4].path.read_bytes()[:30])  # torn by a crash of the machine
     again = Painter()
     make_images(images, lambda: again, 4, "painter")
     assert again.made == [12, 14]
@@ -67,7 +67,7 @@ def test_the_digest_is_that_of_pixels_and_captions(tmp_path):
         make_images(images, Painter, 4, "painter")
     first = one.digest()
     assert first == one.digest()
-    one.write(3, np.zeros((4, 4, 3), np.uint8), 0.1)
+    one.files[3].save(np.zeros((4, 4, 3), np.uint8), seconds=0.1)
     assert one.digest() != first
 
 

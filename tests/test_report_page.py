@@ -14,14 +14,12 @@ from made_results import made_results, write_results
 from PIL import Image
 
 from afa.evaluation.compare import Analysis, analyse
-from afa.evaluation.images import ImageSet
 from afa.evaluation.report.files import HEADERS, as_csv, as_markdown, as_text
-from afa.evaluation.report.page import as_html, extreme_cases, image_name, shown_items, thumbnail
+from afa.evaluation.report.page import as_html, extreme_cases, shown_items, thumbnail
 from afa.evaluation.results import Results
 from afa.pages.charts import LETTER, LINE, Box, place_labels, scale, ticks
 from afa.pages.numbers import MINUS, decimals, durations, number
 from afa.pages.tables import Shown, Table, TableRow
-from afa.sampling.sample import Sampling
 from afa.stats import Estimate
 
 EMPTY = {"meta", "img", "br", "line", "circle", "rect", "path"}  # elements without content
@@ -166,10 +164,6 @@ def test_sheets_show_the_first_prompts_by_every_method_that_has_images(one, page
     images = sum(sheet.count("<img") for sheet in sheets)
     drawn = [method for method in one.rows if method.runs[0].images]
     assert images == 6 * (len(drawn) - 1 + len(sheets)) and "best of N" not in "".join(sheets)  # ours is in every sheet
-
-
-def test_images_are_looked_for_where_they_are_written(tmp_path):
-    assert ImageSet(tmp_path, [], Sampling(1, 1.0), {}).path(37).name == image_name(37)
 
 
 def test_missing_and_broken_images_are_said_and_cost_nothing_else(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afa.evaluation.methods import all_rows, study_rows
+from afa.evaluation.results import image_name
 from afa.evaluation.rows import SEARCH, Row, training_runs
 from afa.evaluation.run import (
     MEMORY,
@@ -126,9 +127,8 @@ def _drawing(comparison: ComparisonContext, row: Row) -> list[Work]:
     found = []
     for run in range(row.runs):
         folder = image_folder(setup.output, row, run)
-        missing = sum(
-            not (folder / f"{index:06d}.png").exists() for index in range(len(setup.protocol.items))
-        )
+        names = map(image_name, range(len(setup.protocol.items)))
+        missing = sum(not (folder / name).exists() for name in names)
         found.append(Work("judged", kind, missing, steps))
         found.append(Work("memory", kind, int(not (folder / MEMORY).exists()), min(MEMORY_STEPS, steps)))
     if row.name == SEARCH:

@@ -53,6 +53,11 @@ def prompts_of(items: Sequence[Item]) -> list[int]:
     return [numbers.setdefault(" ".join(item.caption.split()), len(numbers)) for item in items]
 
 
+def image_name(index: int) -> str:
+    """Return the name of an item's image in the folder of its run."""
+    return f"{index:06d}.png"
+
+
 @dataclass(frozen=True)
 class MetricNote:
     """What a score means.

@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError, unknown
 from afa.experts.spec import new_places
 from afa.files import locked, read_arrays, refuse_busy, replacing, settled, sha256, write_atomically
-from afa.fingerprint import Files, changed, fingerprint, saved_fingerprint, summed
+from afa.fingerprint import Files, fingerprint, saved_fingerprint, summed
 from afa.generation.settings import GenerateSettings
-from afa.images import read_made, read_pixels, save_picture
+from afa.images import read_made, read_pixels
 from afa.places import public_place
 from afa.prompts import asked_prompts, warn_of_prompts
+from afa.sampling.image_files import ImageFile, draw
 from afa.sampling.registry import SAMPLING_METHODS, make_sampler
 from afa.sampling.sample import PipelineSampler, Request, Sampling, in_frame
 from afa.schedulers import reschedule
@@ -103,39 +104,6 @@ def load_sources(
 GRID_UP_TO = 400  # images; a larger grid is no longer looked at
 
 
-@dataclass(frozen=True)
-class ImageJob:
-    """One image: its file, its request, and the facts that its PNG records."""
-
-    path: Path
-    request: Request
-    metadata: dict[str, Any]
-
-    @property
-    def made(self) -> bool:
-        """Return whether the image exists. Raises UserError if its file was made with other settings."""
-        if not self.path.exists():
-            return False
-        found = read_made(self.path)
-        if found is None:
-            return False  # broken or cut off: made again
-        if "files" in found and (
-            clauses := changed(found["files"], self.metadata["files"])
-        ):  # older pictures do not say
-            raise UserError(
-                f"{self.path} was made with other files: {clauses[0]}; restore them, "
-                "or choose another --output"
-            )
-        found["source"] = public_place(found.get("source"))  # older pictures say where it lay
-        for name, value in self.metadata.items():
-            if name != "files" and found.get(name) != value:
-                raise UserError(
-                    f"{self.path} was made with {name} {found.get(name)!r}, now {value!r} is asked; "
-                    "choose another --output or delete it"
-                )
-        return True
-
-
 def generate(settings: GenerateSettings) -> list[Path]:
     """Generate the images that are missing in settings.output. Ctrl-C loses at most one batch.
 
@@ -167,12 +135,16 @@ def generate(settings: GenerateSettings) -> list[Path]:
             [sampling.negative_prompt], ensemble.denoiser.call, ensemble.frame.tokenizers, "negative prompt"
         )
     _check_strengths(settings, ensemble, sampler)
-    jobs = _jobs(settings, sampling, prompts, ensemble, sampler, files)
+    images = _images(settings, sampling, prompts, ensemble, sampler, files)
     with locked(output):
-        todo = [job for job in jobs if not job.made or (settings.weights and not _weights_made(job))]
-        _make(settings, sampling, sampler, todo, done=len(jobs) - len(todo))
-        _finish(output, jobs, settings.images_per_prompt)
-    return [job.path for job in jobs]
+        todo = [
+            image
+            for image in images
+            if image.found() is None or (settings.weights and not _weights_made(image.path))
+        ]
+        _draw(settings, sampling, sampler, todo, done=len(images) - len(todo))
+        _finish(output, images, settings.images_per_prompt)
+    return [image.path for image in images]
 
 
 def _load(settings: GenerateSettings) -> Ensemble:
@@ -211,14 +183,14 @@ def _check_strengths(settings: GenerateSettings, ensemble: Ensemble, sampler: An
         )
 
 
-def _jobs(
+def _images(
     settings: GenerateSettings,
     sampling: Sampling,
     prompts: list[str],
     ensemble: Ensemble,
     sampler: Any,
-    files: dict[str, str],
-) -> list[ImageJob]:
+    files: Files,
+) -> list[ImageFile]:
     """List all images in order. Seeds count on over prompts, so all images have different noise."""
     used = getattr(sampler, "pipeline", ensemble.frame).scheduler  # drawn experts have a pipeline each
     aggregators = Path(settings.sources[0]) / AGGREGATORS
@@ -232,17 +204,17 @@ def _jobs(
         "expert": settings.expert,
         "experts": list(ensemble.names),
         "aggregators": sha256(aggregators) if trained else None,
-        "files": used_files(files, trained),
         "dtype": settings.dtype,
         "strengths": dict.fromkeys(ensemble.names, 1.0) | settings.strengths() if settings.strength else None,
     }
-    jobs = []
+    images, copies = [], settings.images_per_prompt
     for index, prompt in enumerate(prompts):
-        for copy in range(settings.images_per_prompt):
-            request = Request(prompt, nth_seed(settings.seed, index * settings.images_per_prompt + copy))
+        for copy in range(copies):
+            request = Request(prompt, nth_seed(settings.seed, index * copies + copy))
             path = Path(settings.output) / f"{index:05d}-{copy:02d}.png"
-            jobs.append(ImageJob(path, request, {**common, "prompt": prompt, "seed": request.seed}))
-    return jobs
+            facts = {**common, "prompt": prompt, "seed": request.seed}
+            images.append(ImageFile(path, request, facts, used_files(files, trained)))
+    return images
 
 
 def _sampling(settings: GenerateSettings, ensemble: Ensemble) -> Sampling:
@@ -263,41 +235,34 @@ def _sampling(settings: GenerateSettings, ensemble: Ensemble) -> Sampling:
     )
 
 
-def _make(
-    settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: list[ImageJob], done: int
+def _draw(
+    settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: list[ImageFile], done: int
 ) -> None:
-    """Generate batch by batch; each image is saved at once."""
+    """Draw batch by batch, with scaled and recorded weights if they are asked for."""
+    paths = {file.request: file.path for file in todo}
+
+    def hooked(requests: Sequence[Request], sampling: Sampling) -> NDArray[np.uint8]:
+        with contextlib.ExitStack() as hooks:
+            if settings.weights:
+                maps = hooks.enter_context(record_weights(sampler.denoiser))
+            if settings.strength:
+                hooks.enter_context(scale_weights(sampler.denoiser, settings.strengths()))
+            images: NDArray[np.uint8] = sampler(requests, sampling)
+        for index, request in enumerate(requests if settings.weights else ()):
+            _save_weights(paths[request], images[index], maps, index, len(requests))
+        return images
+
     with tqdm(total=done + len(todo), initial=done, desc="images", unit="image", file=sys.stderr) as bar:
-        for start in range(0, len(todo), settings.batch_size):
-            batch = todo[start : start + settings.batch_size]
-            recording = record_weights(sampler.denoiser) if settings.weights else contextlib.nullcontext()
-            scaled = (
-                scale_weights(sampler.denoiser, settings.strengths())
-                if settings.strength
-                else contextlib.nullcontext()
-            )
-            with recording as maps, scaled:
-                images = sampler([job.request for job in batch], sampling)
-            for index, (job, image) in enumerate(zip(batch, images, strict=True)):
-                if isinstance(maps, WeightMaps):
-                    _save_weights(job, image, maps, index, len(batch))
-                save_picture(job.path, image, job.metadata)
-            bar.update(len(batch))
+        draw(todo, hooked, sampling, settings.batch_size, bar)
 
 
-def _weights_made(job: ImageJob) -> bool:
+def _weights_made(path: Path) -> bool:
     """Return whether the weight maps of an image and their picture exist and are complete."""
-    return (
-        read_arrays(_weights_path(job)) is not None
-        and read_made(job.path.with_suffix(".weights.png")) is not None
-    )
+    arrays = read_arrays(path.with_suffix(".weights.npz"))
+    return arrays is not None and read_made(path.with_suffix(".weights.png")) is not None
 
 
-def _weights_path(job: ImageJob) -> Path:
-    return job.path.with_suffix(".weights.npz")
-
-
-def _save_weights(job: ImageJob, image: NDArray[np.uint8], maps: WeightMaps, index: int, batch: int) -> None:
+def _save_weights(path: Path, image: NDArray[np.uint8], maps: WeightMaps, index: int, batch: int) -> None:
     """Save the weight maps of one image, and a picture of them.
 
     The .npz holds STAGE: (passes, N, h, w) float16, and timesteps: (passes,).
@@ -306,30 +271,26 @@ def _save_weights(job: ImageJob, image: NDArray[np.uint8], maps: WeightMaps, ind
 
     own = [{name: weights[index] for name, weights in one.items()} for one in conditional(maps, batch)]
     arrays = {name: torch.stack([one[name] for one in own]).half().numpy() for name in own[0]}
-    with replacing(_weights_path(job)) as temporary, temporary.open("wb") as file:
+    with replacing(path.with_suffix(".weights.npz")) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file, timesteps=np.asarray(maps.timesteps, np.float32), experts=np.asarray(maps.experts), **arrays
         )
-    with replacing(job.path.with_suffix(".weights.png")) as temporary:
+    with replacing(path.with_suffix(".weights.png")) as temporary:
         picture(image, own, maps.experts, maps.timesteps).save(temporary, format="PNG")
 
 
-def _finish(output: Path, jobs: list[ImageJob], columns: int) -> None:
+def _finish(output: Path, images: list[ImageFile], columns: int) -> None:
     """Write images.jsonl (`afa train --data` reads it after a rename) and a grid with a row per prompt."""
-    lines = [
-        json.dumps(
-            {"file_name": job.path.name, "text": job.request.prompt, "seed": job.request.seed},
-            ensure_ascii=False,
-        )
-        for job in jobs
-    ]
+    lines = []
+    for image in images:
+        facts = {"file_name": image.path.name, "text": image.request.prompt, "seed": image.request.seed}
+        lines.append(json.dumps(facts, ensure_ascii=False))
     write_atomically(output / "images.jsonl", "\n".join(lines) + "\n")
-    if 1 < len(jobs) <= GRID_UP_TO:
+    if 1 < len(images) <= GRID_UP_TO:
         from afa.pictures import grid
 
-        images = [read_pixels(job.path) for job in jobs]
-        width = columns if columns > 1 else min(8, len(images))
+        pixels = [read_pixels(image.path) for image in images]
+        width = columns if columns > 1 else min(8, len(pixels))
+        rows = [pixels[start : start + width] for start in range(0, len(pixels), width)]
         with replacing(output / "grid.png") as temporary:
-            grid([images[start : start + width] for start in range(0, len(images), width)]).save(
-                temporary, format="PNG"
-            )
+            grid(rows).save(temporary, format="PNG")

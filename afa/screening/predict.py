@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,10 +27,10 @@ from afa.experts.locate import locate
 from afa.experts.spec import ExpertSpec
 from afa.files import read_arrays, replacing, write_atomically
 from afa.frame import Frame
-from afa.images import read_made
 from afa.models.registry import FAMILIES
 from afa.prompts import read_prompts
-from afa.sampling.sample import Request, Sampling, sample
+from afa.sampling.image_files import ImageFile, draw
+from afa.sampling.sample import PipelineSampler, Request, Sampling, settled
 from afa.screening.plan import Probes
 from afa.screening.settings import ScreenSettings
 from afa.seeds import nth_seed
@@ -150,50 +149,31 @@ def draw_prompts(
     folder:     is created and filled with images and captions
     Returns folder.
     """
-    prompts = read_prompts(Path(str(settings.prompts)))[: settings.images]
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{place:05d}.png" for place in range(len(prompts))]
-    there = [read_made(file) is not None for file in files]
-    with tqdm(total=len(prompts), desc="drawing", unit="image", file=sys.stderr, initial=sum(there)) as bar:
-        for turn, spec in enumerate(specs):
-            missing = [place for place in range(turn, len(prompts), len(specs)) if not there[place]]
-            if missing:
-                _draw(spec, missing, prompts, files, settings, frame, resolution, bar)
+    files = [
+        ImageFile(folder / f"{place:05d}.png", Request(prompt, nth_seed(settings.seed, place)), {})
+        for place, prompt in enumerate(read_prompts(Path(str(settings.prompts)))[: settings.images])
+    ]
+    sampling = Sampling(settings.steps, settings.guidance, height=resolution, width=resolution)
+    missing = [
+        [file for file in files[turn :: len(specs)] if file.found() is None] for turn in range(len(specs))
+    ]
+    done = len(files) - sum(map(len, missing))
+    with tqdm(total=len(files), initial=done, desc="drawing", unit="image", file=sys.stderr) as bar:
+        for spec, own in zip(specs, missing, strict=True):
+            if own:
+                ensemble = frame.load(spec)
+                frame.vae.to(frame.device)
+                sampler = PipelineSampler(settled(ensemble.pipeline(vae=frame.vae), ensemble.experts[0]))
+                draw(own, sampler, sampling, AT_ONCE, bar)
+                del ensemble, sampler
+                forget()
     lines = [
-        json.dumps({"file_name": file.name, "text": prompt}, ensure_ascii=False)
-        for file, prompt in zip(files, prompts, strict=True)
+        json.dumps({"file_name": file.path.name, "text": file.request.prompt}, ensure_ascii=False)
+        for file in files
     ]
     write_atomically(folder / METADATA, "\n".join(lines) + "\n")
     return folder
-
-
-def _draw(
-    spec: ExpertSpec,
-    places: Sequence[int],
-    prompts: Sequence[str],
-    files: Sequence[Path],
-    settings: ScreenSettings,
-    frame: SharedParts,
-    side: int,
-    bar: tqdm,
-) -> None:
-    """Sample the missing images of one expert, AT_ONCE in a batch."""
-    ensemble = frame.load(spec)
-    frame.vae.to(frame.device)
-    pipeline = ensemble.pipeline(vae=frame.vae)
-    pipeline.set_progress_bar_config(disable=True)
-    sampling = Sampling(settings.steps, settings.guidance, height=side, width=side)
-    for start in range(0, len(places), AT_ONCE):
-        part = places[start : start + AT_ONCE]
-        images = sample(
-            pipeline, [Request(prompts[place], nth_seed(settings.seed, place)) for place in part], sampling
-        )
-        for place, image in zip(part, images, strict=True):
-            with replacing(files[place]) as temporary:
-                Image.fromarray(image).save(temporary, format="PNG")
-        bar.update(len(part))
-    del ensemble, pipeline
-    forget()
 
 
 PLACES = (

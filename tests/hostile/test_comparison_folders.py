@@ -75,15 +75,15 @@ def test_references_known_by_name_are_looked_at_again_when_pictures_open_differe
 @pytest.mark.parametrize("seconds", [None, "3", True, [], -1, 10**400])
 def test_an_image_that_does_not_say_how_long_it_took_is_made_again(tmp_path, seconds):
     images = ImageSet(tmp_path, [Item(0, "a", 1)], Sampling(2, 1.0), {})
-    images.write(0, np.zeros((2, 2, 3), np.uint8), 0.5)
+    images.files[0].save(np.zeros((2, 2, 3), np.uint8), seconds=0.5)
     assert images.missing() == [] and images.seconds() == [0.5]
     rewrite(images, seconds=seconds)
-    assert images.missing() == [0]
+    assert images.missing() == [images.files[0]]
 
 
 def test_a_long_setting_of_a_foreign_image_is_shortened(tmp_path):
     images = ImageSet(tmp_path, [Item(0, "a", 1)], Sampling(2, 1.0), {})
-    images.write(0, np.zeros((2, 2, 3), np.uint8), 0.5)
+    images.files[0].save(np.zeros((2, 2, 3), np.uint8), seconds=0.5)
     rewrite(images, prompt="\x1b[2J" + "x" * 90_000)
     with pytest.raises(UserError, match="was made with prompt") as raised:
         images.missing()
@@ -92,8 +92,8 @@ def test_a_long_setting_of_a_foreign_image_is_shortened(tmp_path):
 
 def rewrite(images, **changes):
     """The picture again, with other settings in it."""
-    with Image.open(images.path(0)) as picture:
+    with Image.open(images.files[0].path) as picture:
         picture.load()
     chunk = PngImagePlugin.PngInfo()
     chunk.add_itxt(CHUNK, json.dumps(json.loads(picture.info[CHUNK]) | changes))
-    picture.save(images.path(0), pnginfo=chunk)
+    picture.save(images.files[0].path, pnginfo=chunk)

@@ -150,10 +150,10 @@ def test_a_picture_that_a_crash_cut_off_does_not_count_as_made(tmp_path):
 def test_a_comparison_makes_a_cut_picture_again(tmp_path, share):
     images = ImageSet(tmp_path, [Item(0, "a", 0), Item(1, "b", 1)], Sampling(2, 1.0), {"method": "x"})
     for index in range(2):
-        images.write(index, np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8), 0.1)
+        images.files[index].save(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8), seconds=0.1)
     assert images.missing() == []
-    cut(images.path(1), share)
-    assert images.missing() == [1]
+    cut(images.files[1].path, share)
+    assert images.missing() == [images.files[1]]
 
 
 @pytest.mark.parametrize("text", ['{"{\\"a\\": 1}": "high"}', "[1]", '{"{\\"a\\"', "", "\x00", "[" * 100_000])

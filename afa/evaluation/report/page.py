@@ -29,7 +29,7 @@ from afa.evaluation.report.content import (
     training_table,
 )
 from afa.evaluation.report.headline import headlines, terms
-from afa.evaluation.results import Item, Method, prompts_of
+from afa.evaluation.results import Item, Method, image_name, prompts_of
 from afa.images import open_image
 from afa.pages import charts
 from afa.pages.charts import Curve, ForestEntry, Spot
@@ -234,11 +234,6 @@ class Thumbnails:
             return []
         found = f"{plural(len(self.missing), 'image')} could not be read (first: {self.missing[0]})"
         return [f"{found}; afa evaluate makes missing images again"]
-
-
-def image_name(index: int) -> str:
-    """The file of an item, as afa.evaluation.images writes it."""
-    return f"{index:06d}.png"
 
 
 def thumbnail(path: Path) -> str:

@@ -1,0 +1,92 @@
+"""Image files of a run that can resume: each PNG says how it was made, and is kept if it was made the same way."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from afa.errors import UserError
+from afa.fingerprint import changed
+from afa.images import read_made, save_picture
+from afa.places import public_place
+from afa.sampling.sample import Request, Sampler, Sampling
+from afa.schema import shown
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One image of a run.
+
+    path:    of its PNG
+    request: its prompt and seed
+    facts:   what the PNG records; a PNG that records other values is refused
+    files:   sha256 of what it is made from, recorded and compared as "files"; pictures of older versions lack it
+    notes:   what the PNG records besides, not compared
+    """
+
+    path: Path
+    request: Request
+    facts: Mapping[str, Any]
+    files: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def found(self, *, whole: bool = True) -> dict[str, Any] | None:
+        """Return what the PNG records; None if it is missing or cut off, so that it has to be drawn.
+
+        whole: decode it to the end
+        Raises UserError if it was made with other settings or files.
+        """
+        found = read_made(self.path, whole=whole)
+        if found is None:
+            return None
+        recorded = found.get("files")
+        if isinstance(recorded, dict) and (clauses := changed(recorded, self.files)):
+            raise UserError(
+                f"{self.path} was made with other files: {clauses[0]}; restore them, or choose another --output"
+            )
+        if "source" in found:
+            found["source"] = public_place(found["source"])  # older pictures name the whole place
+        for name, value in self.facts.items():
+            if found.get(name) != value:
+                then, now = (
+                    shown(str(one) if isinstance(one, (dict, list)) else one)
+                    for one in (found.get(name), value)
+                )
+                raise UserError(
+                    f"{self.path} was made with {name} {then}, now {now} is asked; "
+                    "choose another --output or delete it"
+                )
+        return found
+
+    def save(self, image: NDArray[np.uint8], **notes: Any) -> None:
+        """Save the image (H, W, 3), whole or not at all. notes: more that the PNG records."""
+        files = {"files": dict(self.files)} if self.files else {}
+        save_picture(self.path, image, {**self.facts, **files, **self.notes, **notes})
+
+
+def draw(
+    files: Sequence[ImageFile],
+    sampler: Sampler,
+    sampling: Sampling,
+    batch_size: int,
+    bar: "tqdm[Any]",
+    timed: bool = False,
+) -> None:
+    """Draw images batch by batch; each batch is saved before the next one begins, so Ctrl-C loses at most one.
+
+    bar:   of progress, one step an image
+    timed: record the seconds that each image took in its batch
+    """
+    for start in range(0, len(files), batch_size):
+        batch = files[start : start + batch_size]
+        began = time.perf_counter()
+        images = sampler([file.request for file in batch], sampling)
+        seconds = round((time.perf_counter() - began) / len(batch), 4)
+        for file, image in zip(batch, images, strict=True):
+            file.save(image, **({"seconds": seconds} if timed else {}))
+        bar.update(len(batch))
