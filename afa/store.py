@@ -1,7 +1,7 @@
 """What runs keep on disk to go on with: rows of tensors by key, and values in JSON files.
 
-Rows have one shape and lie in files that are only appended to and memory-mapped. Damaged rows and values count
-as missing, and are made again.
+Rows have one shape and lie in files that are only appended to and memory-mapped. Damaged rows and values
+count as missing, and are made again.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A cache of image features on disk, keyed by the images' content.
 
 folder/IDENTITY/       a RowStore: the features of each image by the hash of its pixels
-folder/IDENTITY/sets/  the keys of a whole set, in order, by the set's name and the version of the image opener
+folder/IDENTITY/sets/  the keys of a whole set, in order, by the set's name and the image opener's version
                        (another version may decode the same files to other pixels)
 """
 

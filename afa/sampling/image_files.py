@@ -1,4 +1,4 @@
-"""Image files of a run that can resume: each PNG says how it was made, and is kept if it was made the same way."""
+"""Image files of a run that can resume: each PNG says how it was made; one made the same way is kept."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ class ImageFile:
     path:    of its PNG
     request: its prompt and seed
     facts:   what the PNG records; a PNG that records other values is refused
-    files:   sha256 of what it is made from, recorded and compared as "files"; pictures of older versions lack it
+    files:   sha256 of what it is made from, recorded and compared as "files"; older pictures lack it
     notes:   what the PNG records besides, not compared
     """
 
@@ -47,7 +47,8 @@ class ImageFile:
         recorded = found.get("files")
         if isinstance(recorded, dict) and (clauses := changed(recorded, self.files)):
             raise UserError(
-                f"{self.path} was made with other files: {clauses[0]}; restore them, or choose another --output"
+                f"{self.path} was made with other files: {clauses[0]}; restore them, "
+                "or choose another --output"
             )
         if "source" in found:
             found["source"] = public_place(found["source"])  # older pictures name the whole place
@@ -77,7 +78,7 @@ def draw(
     bar: "tqdm[Any]",
     timed: bool = False,
 ) -> None:
-    """Draw images batch by batch; each batch is saved before the next one begins, so Ctrl-C loses at most one.
+    """Draw images batch by batch; each batch is saved at once, so Ctrl-C loses at most one.
 
     bar:   of progress, one step an image
     timed: record the seconds that each image took in its batch
