@@ -174,7 +174,7 @@ class LoopSettings(ObjectiveSettings):
             raise UserError("--flip mirrors random crops, and there are none; give --crops 1 or more")
 
     def binding(self) -> dict[str, object]:
-        """Return the options that must stay the same when a run resumes; steps only if the rate knows them."""
+        """Return the options that must stay the same when a run resumes; of a constant rate not the steps."""
         bound = super().binding()
         return {name: bound[name] for name in bound if name != "steps" or self.schedule != "constant"}
 
