@@ -11,7 +11,6 @@ from tiny_transformers import qwen_image_inputs, qwen_image_transformer
 
 from afa.aggregators.registry import count_parameters
 from afa.cost import call_of, count_flops
-from afa.models import qwen_image
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.registry import FAMILIES
 
@@ -148,4 +147,4 @@ def test_a_strange_patch_size_is_refused():
     made = qwen_image_transformer()
     made.register_to_config(patch_size=4)
     with pytest.raises(ValueError, match="patch_size 4"):
-        qwen_image.stages(made)
+        QwenImageEnsemble.read_stages(made)

@@ -8,9 +8,10 @@ import torch
 from family_models import MODELS
 from tiny_transformers import flux_inputs, flux_transformer, sd3_inputs, sd3_transformer
 
-from afa.models import flux, sd3
+from afa.models import flux
 from afa.models.flux import FluxEnsemble
 from afa.models.sd3 import SD3Ensemble
+from afa.stages import tokens
 
 
 def sd3_control(model, call):
@@ -111,9 +112,9 @@ def test_packing_is_the_pipelines_own():
     from diffusers import FluxPipeline
 
     latents = torch.randn(2, 4, 8, 12)
-    tokens = flux.pack(latents)
-    assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 4, 8, 12))
-    assert torch.equal(flux.unpack(tokens, (8, 12)), latents)
+    packed = tokens.pack(latents)
+    assert torch.equal(packed, FluxPipeline._pack_latents(latents, 2, 4, 8, 12))
+    assert torch.equal(tokens.unpack(packed, (8, 12)), latents)
     ids = FluxPipeline._prepare_latent_image_ids(2, 4, 6, torch.device("cpu"), torch.float32)
     assert torch.equal(flux.image_ids((8, 12), latents), ids)
     assert flux.grid_of(ids) == (4, 6)
@@ -140,4 +141,4 @@ def test_a_strange_patch_size_is_refused(model, sentence):
     made = model()
     made.register_to_config(patch_size=int(sentence[-1]))
     with pytest.raises(ValueError, match=sentence):
-        (sd3 if model is sd3_transformer else flux).stages(made)
+        (SD3Ensemble if model is sd3_transformer else FluxEnsemble).read_stages(made)

@@ -13,7 +13,7 @@ from afa.aggregators.base import Aggregator
 from afa.aggregators.registry import Recipe
 from afa.denoiser.forward import Adjuster, Answer, Observer, ParallelStages, Residuals, run_stages
 from afa.denoiser.hooks import WeightMaps
-from afa.denoiser.lora import DenoiserLoras, applied
+from afa.denoiser.lora import DenoiserLoras, applied, lora_scaled
 from afa.denoiser.placement import fused_stages
 from afa.denoiser.schedule import Conversion
 from afa.places import check_name
@@ -85,9 +85,9 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         self.in_uncond_pass = False  # True in guidance's separate pass without the prompt, see cache_context
         self._solo_expert: int | None = None
 
-    @staticmethod
-    def read_stages(model: Any, /) -> tuple[Stage, ...]:
-        """Read one expert's model as stages."""
+    @classmethod
+    def read_stages(cls, model: Any, /) -> tuple[Stage, ...]:
+        """Read one expert's model as stages. Raises ValueError for a model that is not supported."""
         raise NotImplementedError
 
     def _original_layers(self, model: Any) -> dict[str, Layers]:
@@ -161,48 +161,70 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         """
         return args, kwargs
 
-    def _run(
+    def _predict(
         self,
-        begin: Callable[[int], tuple[Tensor, Trace]],
+        embed: Callable[..., tuple[Tensor, Trace]],
+        sample: Tensor,
         timestep: Tensor | float | int,
+        conditions: Sequence[Mapping[str, Any]],
+        *,
+        attention_kwargs: Mapping[str, Any] | None,
         residuals: Residuals,
         odd_size: bool = False,
         skipped: Collection[str] = (),
-        noisy: Callable[[], Tensor] | None = None,
-    ) -> Tensor:
-        """Run one pass and return its prediction.
+        return_dict: bool,
+    ) -> Any:
+        """Run one pass and return what the stock forward returns.
 
-        begin:    index of an expert -> the input of its first stage, its trace
-        timestep: of the call
-        noisy:    returns the call's latents in the layout of the last stage's output
+        embed:            what the stock forward does before its first block: (model, sample, timestep, an
+                          expert's conditions and attention_kwargs by keyword) -> input of the first stage,
+                          trace
+        sample, timestep: of the call
+        conditions:       for each expert, the arguments of `embed` that are its own
         residuals, odd_size, skipped: see run_stages
         """
-        chosen = range(len(self.experts)) if self._solo_expert is None else (self._solo_expert,)
-        hidden, traces = zip(*(begin(index) for index in chosen), strict=True)
-        parallel_stages = self.parallel_stages
-        aggregators = cast(Mapping[str, Aggregator], self.aggregators)  # a ModuleDict is one in all but name
-        if self._solo_expert is not None:
-            parallel_stages, aggregators = (
-                [(same_stage[self._solo_expert],) for same_stage in parallel_stages],
-                {},
-            )
+        options, lora_scale = attention_options(attention_kwargs)
+        solo = self._solo_expert
+        chosen = range(len(self.experts)) if solo is None else (solo,)
+        # a ModuleDict is a mapping in all but name; one expert alone needs no aggregator
+        aggregators = cast(Mapping[str, Aggregator], self.aggregators if solo is None else {})
         if self._maps is not None and not self.in_uncond_pass:
             self._maps.begin(self.call.timestep_from_model(timestep))
-        observe = None if self._maps is None and self._watch is None else self._observe
-        return run_stages(
-            parallel_stages,
-            aggregators,
-            hidden,
-            traces,
-            residuals,
-            odd_size=odd_size,
-            observe=observe,
-            checkpoint=self.gradient_checkpointing,
-            skipped=skipped,
-            blend_streams=self.recipe.text_stream == "fused",
-            answers=self._answers(chosen, timestep, noisy),
-            adjust=self._adjust,
-        )
+        with lora_scaled(self.experts, lora_scale):
+            begun = [
+                embed(
+                    self.experts[index],
+                    *self.inputs_for_expert(index, sample, timestep),
+                    **conditions[index],
+                    attention_kwargs=options,
+                )
+                for index in chosen
+            ]
+            hidden, traces = zip(*begun, strict=True)
+            prediction = run_stages(
+                [tuple(same_stage[index] for index in chosen) for same_stage in self.parallel_stages],
+                aggregators,
+                hidden,
+                traces,
+                residuals,
+                odd_size=odd_size,
+                observe=None if self._maps is None and self._watch is None else self._observe,
+                checkpoint=self.gradient_checkpointing,
+                skipped=skipped,
+                blend_streams=self.recipe.text_stream == "fused",
+                answers=self._answers(chosen, sample, timestep, traces[0]),
+                adjust=self._adjust,
+            )
+        output = self.as_output(prediction)
+        return self.output(sample=output) if return_dict else (output,)
+
+    def as_prediction(self, sample: Tensor, trace: Trace) -> Tensor:
+        """Arrange the call's latents as the output of the last stage, to compare both place by place."""
+        return sample
+
+    def as_output(self, prediction: Tensor) -> Tensor:
+        """Arrange the output of the last stage as that of the stock forward: the inverse of as_prediction."""
+        return prediction
 
     def inputs_for_expert(
         self, expert: int, noisy: Tensor, timestep: Tensor | float | int
@@ -215,18 +237,13 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         return own, self.call.timestep_to_model(times.float())
 
     def _answers(
-        self, chosen: Sequence[int], timestep: Tensor | float | int, noisy: Callable[[], Tensor] | None
+        self, chosen: Sequence[int], sample: Tensor, timestep: Tensor | float | int, trace: Trace
     ) -> list[Answer]:
         """Return one conversion for the prediction of each chosen expert; none if all are of one kind."""
         if all(self.conversions[index] is None for index in chosen):
             return []
-        if noisy is None:
-            raise NotImplementedError(
-                f"predictions of family {self.family} are not converted; take experts of one kind"
-            )
-        latents = noisy()
-        times = self.times(timestep, latents)
-        return [_answer(self.conversions[index], latents, times) for index in chosen]
+        noisy, times = self.as_prediction(sample, trace), self.times(timestep, sample)
+        return [_answer(self.conversions[index], noisy, times) for index in chosen]
 
     def times(self, timestep: Tensor | float | int, like: Tensor) -> Tensor:
         """Return a call's timestep in the scheduler's unit, () or (B,), on the device of `like`."""
@@ -369,19 +386,6 @@ def split_joined(states: Tensor, widths: Sequence[int], experts: int, what: str)
     return [
         parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1) for parts in zip(*per_encoder, strict=True)
     ]
-
-
-def first_parts(kwargs: Mapping[str, Any], widths: Mapping[str, int], experts: int) -> dict[str, Any]:
-    """Return a call's arguments with the first expert's part of all joined states.
-
-    widths: name of an argument -> width of one expert's states
-    """
-    own = {
-        name: split_joined(kwargs[name], (width,), experts, name)[0]
-        for name, width in widths.items()
-        if kwargs.get(name) is not None
-    }
-    return {**kwargs, **own}
 
 
 def attention_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, float]:

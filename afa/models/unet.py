@@ -10,17 +10,16 @@ Source of the architecture: Ronneberger et al. 2015 (arXiv:1505.04597), as in Ro
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from afa.denoiser.base import EnsembleDenoiser, attention_options, split_joined
+from afa.denoiser.base import EnsembleDenoiser, split_joined
 from afa.denoiser.forward import Residuals
-from afa.denoiser.lora import lora_scaled
 from afa.errors import UserError
-from afa.models import unet
 from afa.stages.call import Call
 from afa.stages.stage import Stage, Trace, plain
 
@@ -261,28 +260,27 @@ def check_state(unet: Any) -> None:
         )
 
 
-def begin(
+def embed(
     unet: Any,
     sample: Tensor,
     timestep: Tensor | float | int,
-    text: Tensor,
     *,
+    text: Tensor,
+    added: dict[str, Tensor],
     class_labels: Tensor | None = None,
     timestep_cond: Tensor | None = None,
-    added: dict[str, Tensor] | None = None,
     mask: Tensor | None = None,
     text_mask: Tensor | None = None,
-    options: dict[str, Any] | None = None,
+    attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, UNetTrace]:
-    """Start the pass of one expert.
+    """Start the pass of one expert, as the stock forward does before its first block.
 
     sample:    (B, C, H, W) noisy latents
     timestep:  one number or (B,)
     text:      (B, T, D) text states
-    class_labels, timestep_cond, added: as in the stock forward
+    added, class_labels, timestep_cond: as in the stock forward
     mask:      (B, H·W), 1 for positions to keep in self-attention
     text_mask: (B, T), 1 for text tokens to keep
-    options:   of the attention processors
     Returns the input of the first stage, and the trace.
     """
     check_state(unet)
@@ -292,7 +290,6 @@ def begin(
     classes = unet.get_class_embed(sample=sample, class_labels=class_labels)
     if classes is not None:
         temb = torch.cat([temb, classes], dim=-1) if unet.config.class_embeddings_concat else temb + classes
-    added = added or {}
     extra = unet.get_aug_embed(emb=temb, encoder_hidden_states=text, added_cond_kwargs=added)
     temb = temb if extra is None else temb + extra
     if unet.time_embed_act is not None:
@@ -303,7 +300,7 @@ def begin(
         text=text,
         attention_bias=_bias(mask, sample),
         text_bias=_bias(text_mask, sample),
-        options=options,
+        options=attention_kwargs,
     )
 
 
@@ -347,8 +344,8 @@ TIMES = 6  # numbers of SDXL's micro-conditioning: original size, crop, target s
 class UNetCall(Call):
     """How U-Nets are called: unpacked latents, text states, and for SDXL pooled states and sizes."""
 
+    latents_input = "sample"
     tokens = 77  # of CLIP
-    patch = 1
     encoded = (0, 2)
     joined = True
     streams = False
@@ -368,9 +365,6 @@ class UNetCall(Call):
 
     def prompt_tokens(self, encoders: Sequence[Any]) -> int:
         return getattr(encoders[0], "max_position_embeddings", self.tokens) if encoders else self.tokens
-
-    def side(self, config: Any) -> Any:
-        return config.sample_size
 
     def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:
         if len(parts) == 1:
@@ -394,14 +388,6 @@ class UNetCall(Call):
         if config.class_embed_type is not None or config.num_class_embeds is not None:
             found["class_labels"] = _labels(config, batch, empty)
         return found
-
-    def arguments(
-        self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]
-    ) -> dict[str, Any]:
-        return {"sample": noisy, "timestep": times, **conditions}
-
-    def latents(self, call: Mapping[str, Any]) -> Tensor:
-        return call["sample"]
 
     def strength(self, config: Any) -> float | None:
         return XL if config.addition_embed_type == "text_time" else self.guidance
@@ -450,12 +436,12 @@ class UNetEnsemble(EnsembleDenoiser):
     def __init__(self, experts: Sequence[Any], *args: Any, **options: Any) -> None:
         super().__init__(experts, *args, **options)
         self.text_widths = self.text_widths or (_text_input_width(experts[0]),)
-        self._adapter_stages = unet.adapter_stages(experts[0])
+        self._adapter_stages = adapter_stages(experts[0])
         self._down_factor = 2 ** experts[0].num_upsamplers
 
     @property
     def widths(self) -> tuple[int, int]:
-        return unet.widths(self.experts[0])
+        return widths(self.experts[0])
 
     @property
     def add_embedding(self) -> Any:
@@ -484,32 +470,28 @@ class UNetEnsemble(EnsembleDenoiser):
         added_cond_kwargs["text_embeds"]: (B, P) or (B, N·P), in the same way
         Raises NotImplementedError for GLIGEN, IP-Adapter and other image conditions.
         """
-        options, lora_scale = attention_options(cross_attention_kwargs)
         texts = self.split_text(encoder_hidden_states)
         added = self._split_added(added_cond_kwargs)
-        residuals = self._residuals(
-            down_block_additional_residuals,
-            mid_block_additional_residual,
-            down_intrablock_additional_residuals,
-        )
-
-        def begin(expert: int) -> tuple[Tensor, unet.UNetTrace]:
-            return unet.begin(
-                self.experts[expert],
-                *self.inputs_for_expert(expert, sample, timestep),
-                texts[expert],
+        return self._predict(
+            partial(
+                embed,
                 class_labels=class_labels,
                 timestep_cond=timestep_cond,
-                added=added[expert],
                 mask=attention_mask,
                 text_mask=encoder_attention_mask,
-                options=options,
-            )
-
-        odd_size = any(side % self._down_factor for side in sample.shape[-2:])
-        with lora_scaled(self.experts, lora_scale):
-            prediction = self._run(begin, timestep, residuals, odd_size, noisy=lambda: sample)
-        return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+            ),
+            sample,
+            timestep,
+            [{"text": text, "added": own} for text, own in zip(texts, added, strict=True)],
+            attention_kwargs=cross_attention_kwargs,
+            residuals=self._residuals(
+                down_block_additional_residuals,
+                mid_block_additional_residual,
+                down_intrablock_additional_residuals,
+            ),
+            odd_size=any(side % self._down_factor for side in sample.shape[-2:]),
+            return_dict=return_dict,
+        )
 
     def split_text(self, states: Tensor) -> list[Tensor]:
         """Return each expert's text states. states: (B, T, D) for all experts, or (B, T, N·D)."""
@@ -572,4 +554,4 @@ class UNetEnsemble(EnsembleDenoiser):
 
 def _text_input_width(model: Any) -> int:
     """Return the width of the text states that a pipeline passes to this U-Net."""
-    return model.config.encoder_hid_dim or unet.widths(model)[1]
+    return model.config.encoder_hid_dim or widths(model)[1]

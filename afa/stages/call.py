@@ -14,6 +14,8 @@ class Call(ABC):
 
     `config`, an argument of many methods, is always the denoiser's own config.
 
+    pipeline_class: class of the stock text-to-image pipeline
+    latents_input: the denoiser's argument of the noisy latents
     tokens:      length of a prompt in tokens, as the stock pipelines pad it
     patch:       the height and width of the latents must be multiples of it
     encoded:     indices of the results of the pipeline's encode_prompt that the denoiser takes; indices past
@@ -32,8 +34,10 @@ class Call(ABC):
     read:        indices of the pipeline's tokenizers whose text states the aggregators see, in order
     """
 
+    pipeline_class: str
+    latents_input: str = "hidden_states"
     tokens: int
-    patch: int
+    patch: int = 1
     encoded: tuple[int, ...]
     named: tuple[str, ...] = (
         "prompt_embeds",
@@ -50,17 +54,17 @@ class Call(ABC):
     nothing: str = ""
     read: tuple[int, ...] = (0,)
 
-    @abstractmethod
     def pipeline(self, text_encoders: int) -> str:
         """Return the class name of the stock text-to-image pipeline, by the number of text encoders."""
+        return self.pipeline_class
 
     def prompt_tokens(self, encoders: Sequence[Any]) -> int:
         """Return the length of a prompt in tokens. encoders: configs of the model's text encoders, if any."""
         return self.tokens
 
-    @abstractmethod
     def side(self, config: Any) -> Any:
         """Return the side of the latents the model is made for, or (height, width); None if it is unknown."""
+        return config.sample_size
 
     def latent_channels(self, config: Any) -> int:
         """Return the number of channels of the latents."""
@@ -93,7 +97,6 @@ class Call(ABC):
     def blank(self, config: Any, batch: int, tokens: int, empty: Callable[..., Tensor]) -> dict[str, Any]:
         """Return conditions without content, to count or measure. empty: makes a tensor of a given shape."""
 
-    @abstractmethod
     def arguments(
         self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]
     ) -> dict[str, Any]:
@@ -103,6 +106,7 @@ class Call(ABC):
         times:      (B,) timesteps in the scheduler's unit
         conditions: see `conditions`
         """
+        return {self.latents_input: noisy, "timestep": times, **conditions}
 
     def timestep_from_model(self, timestep: Tensor | float | int) -> Tensor | float | int:
         """Convert the timestep of a denoiser call to the scheduler's unit."""
@@ -112,9 +116,10 @@ class Call(ABC):
         """Convert timesteps in the scheduler's unit to the unit of a denoiser call."""
         return times
 
-    @abstractmethod
     def latents(self, call: Mapping[str, Any]) -> Tensor:
         """Return the noisy latents of a call, (B, C, H, W)."""
+        latents: Tensor = call[self.latents_input]
+        return latents
 
     def schedule(self, scheduler: Any, steps: int, size: tuple[int, int]) -> None:
         """Set the scheduler's steps as the stock pipelines do. size: height and width of the latents."""

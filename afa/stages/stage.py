@@ -69,7 +69,7 @@ class Stage(ABC):
     def modules(self) -> list[object]:
         """Return the model's own sub-modules that this stage runs, in order."""
 
-    def unheard(self) -> list[object]:
+    def unused_modules(self) -> list[object]:
         """Return those sub-modules inside `modules()` whose output does not influence the prediction."""
         return []
 

@@ -73,11 +73,11 @@ class Block(Stage):
     """One transformer block of image and text tokens.
 
     module: the block; it returns (text tokens, image tokens), text None if no later block reads it
-    silent: names of sub-modules without influence on the prediction: in a last block, those for text tokens
+    unused: names of sub-modules without influence on the prediction: in a last block, those for text tokens
     """
 
     module: nn.Module
-    silent: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def run(
         self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
@@ -95,8 +95,8 @@ class Block(Stage):
     def modules(self) -> list[object]:
         return [self.module]
 
-    def unheard(self) -> list[object]:
-        return [self.module.get_submodule(name) for name in self.silent]
+    def unused_modules(self) -> list[object]:
+        return [self.module.get_submodule(name) for name in self.unused]
 
 
 @dataclass(kw_only=True, eq=False)

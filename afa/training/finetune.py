@@ -60,7 +60,7 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Layer]]:
     chosen = {
         id(plain(layer)) for stage in stages for part in _inside(stage.modules()) for layer in _layers(part)
     }
-    chosen -= {id(layer) for stage in stages for layer in _inside(stage.unheard())}
+    chosen -= {id(layer) for stage in stages for layer in _inside(stage.unused_modules())}
     for path, module in model.named_modules():
         name = path.removesuffix(".base_layer")
         if isinstance(module, Layer) and id(module) in chosen and "lora_" not in path:
