@@ -19,7 +19,7 @@ from afa.denoiser.schedule import Conversion
 from afa.places import check_name
 from afa.stages.call import Call
 from afa.stages.original_names import Layers, original_layers
-from afa.stages.stage import Stage, Trace
+from afa.stages.stage import Stage, StageContext
 
 
 class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
@@ -74,7 +74,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         self.aggregators = nn.ModuleDict(self._aggregators())
         self.conversions = tuple(conversions) or (None,) * len(experts)
         self._check_conversions()
-        if self.recipe.text_stream == "fused" and not self.call.streams:
+        if self.recipe.text_stream == "fused" and not self.call.changes_text:
             raise ValueError(
                 "text_stream fused is for blocks that change text tokens, "
                 f"and those of family {self.family} only read them; leave it out"
@@ -163,7 +163,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
 
     def _predict(
         self,
-        embed: Callable[..., tuple[Tensor, Trace]],
+        embed: Callable[..., tuple[Tensor, StageContext]],
         sample: Tensor,
         timestep: Tensor | float | int,
         conditions: Sequence[Mapping[str, Any]],
@@ -178,7 +178,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
 
         embed:            what the stock forward does before its first block: (model, sample, timestep, an
                           expert's conditions and attention_kwargs by keyword) -> input of the first stage,
-                          trace
+                          context
         sample, timestep: of the call
         conditions:       for each expert, the arguments of `embed` that are its own
         residuals, odd_size, skipped: see run_stages
@@ -200,25 +200,25 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
                 )
                 for index in chosen
             ]
-            hidden, traces = zip(*begun, strict=True)
+            hidden, contexts = zip(*begun, strict=True)
             prediction = run_stages(
                 [tuple(same_stage[index] for index in chosen) for same_stage in self.parallel_stages],
                 aggregators,
                 hidden,
-                traces,
+                contexts,
                 residuals,
                 odd_size=odd_size,
                 observe=None if self._maps is None and self._watch is None else self._observe,
                 checkpoint=self.gradient_checkpointing,
                 skipped=skipped,
-                blend_streams=self.recipe.text_stream == "fused",
-                answers=self._answers(chosen, sample, timestep, traces[0]),
+                fuse_text=self.recipe.text_stream == "fused",
+                answers=self._answers(chosen, sample, timestep, contexts[0]),
                 adjust=self._adjust,
             )
         output = self.as_output(prediction)
         return self.output(sample=output) if return_dict else (output,)
 
-    def as_prediction(self, sample: Tensor, trace: Trace) -> Tensor:
+    def as_prediction(self, sample: Tensor, context: StageContext) -> Tensor:
         """Arrange the call's latents as the output of the last stage, to compare both place by place."""
         return sample
 
@@ -237,12 +237,12 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         return own, self.call.timestep_to_model(times.float())
 
     def _answers(
-        self, chosen: Sequence[int], sample: Tensor, timestep: Tensor | float | int, trace: Trace
+        self, chosen: Sequence[int], sample: Tensor, timestep: Tensor | float | int, context: StageContext
     ) -> list[Answer]:
         """Return one conversion for the prediction of each chosen expert; none if all are of one kind."""
         if all(self.conversions[index] is None for index in chosen):
             return []
-        noisy, times = self.as_prediction(sample, trace), self.times(timestep, sample)
+        noisy, times = self.as_prediction(sample, context), self.times(timestep, sample)
         return [_answer(self.conversions[index], noisy, times) for index in chosen]
 
     def times(self, timestep: Tensor | float | int, like: Tensor) -> Tensor:

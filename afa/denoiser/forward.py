@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from afa.aggregators.base import Adjust, Aggregator
-from afa.stages.stage import Stage, Trace
+from afa.stages.stage import Stage, StageContext
 
 ParallelStages = tuple[Stage, ...]  # the same stage of every expert
 Answer = Callable[[Tensor], Tensor]  # converts an expert's prediction to the common kind
@@ -37,14 +37,14 @@ def run_stages(
     parallel_stages: Sequence[ParallelStages],
     aggregators: Mapping[str, Aggregator],
     hidden: Sequence[Tensor],
-    traces: Sequence[Trace],
+    contexts: Sequence[StageContext],
     residuals: Residuals,
     *,
     odd_size: bool = False,
     observe: Observer | None = None,
     checkpoint: bool = False,
     skipped: Collection[str] = (),
-    blend_streams: bool = False,
+    fuse_text: bool = False,
     answers: Sequence[Answer] = (),
     adjust: Adjuster | None = None,
 ) -> Tensor:
@@ -53,22 +53,22 @@ def run_stages(
     parallel_stages: one tuple per stage: this stage of every expert
     aggregators:     stage name -> aggregator; at a stage without one, every expert keeps its own features
     hidden:          N × (B, C, H, W), the input of each expert's first stage
-    traces:          N traces, one per expert
+    contexts:          N contexts, one per expert
     residuals:       of ControlNets and T2I-Adapters
     odd_size:        True if a side of the latents is no multiple of the down-sampling factor; each upsampler
                      then makes the size of the next skip connection
     observe:         called with each fused stage's name and weights
     checkpoint:      recompute each stage in the backward pass instead of keeping its activations
     skipped:         names of stages that are left out (skip-layer guidance)
-    blend_streams:   fuse text tokens, too, wherever image tokens are fused
+    fuse_text:       fuse text tokens, too, wherever image tokens are fused
     answers:         N conversions of each expert's prediction, applied before it is fused; empty: none
     adjust:          changes the weights of each fused stage before they are used and observed
     Returns (B, C, H, W).
     """
-    temb = torch.stack([trace.temb for trace in traces]).mean(0)  # (B, E)
-    text = torch.stack([trace.text for trace in traces]).mean(0)  # (B, T, D)
-    text_mask = traces[0].text_mask  # all experts are given the same prompts
-    features, traces = list(hidden), list(traces)
+    temb = torch.stack([context.temb for context in contexts]).mean(0)  # (B, E)
+    text = torch.stack([context.text for context in contexts]).mean(0)  # (B, T, D)
+    text_mask = contexts[0].text_mask  # all experts are given the same prompts
+    features, contexts = list(hidden), list(contexts)
     skips: list[list[Tensor]] = []
     last = parallel_stages[-1][0].name
     for same_stage in parallel_stages:
@@ -83,22 +83,22 @@ def run_stages(
                 same_stage,
                 aggregator,
                 features,
-                traces,
+                contexts,
                 skip,
                 size,
                 temb,
                 text,
                 text_mask,
-                blend_streams,
+                fuse_text,
                 final,
                 change,
             )
             if checkpoint and torch.is_grad_enabled():
-                features, traces, weights = torch.utils.checkpoint.checkpoint(
+                features, contexts, weights = torch.utils.checkpoint.checkpoint(
                     _step, *step, use_reentrant=False
                 )
             else:
-                features, traces, weights = _step(*step)
+                features, contexts, weights = _step(*step)
             if observe is not None and weights is not None:
                 observe(stage.name, weights)
         features = _add(features, residuals.to_hidden.get(stage.name))
@@ -111,43 +111,42 @@ def _step(
     same_stage: ParallelStages,
     aggregator: Aggregator | None,
     features: Sequence[Tensor],
-    traces: Sequence[Trace],
+    contexts: Sequence[StageContext],
     skip: Sequence[Tensor | None],
     size: tuple[int, int] | None,
     temb: Tensor,
     text: Tensor,
     text_mask: Tensor | None,
-    blend_streams: bool,
+    fuse_text: bool,
     answers: Sequence[Answer],
     adjust: Adjust | None,
-) -> tuple[list[Tensor], list[Trace], Tensor | None]:
+) -> tuple[list[Tensor], list[StageContext], Tensor | None]:
     """Run one stage of all experts, and fuse their features if the stage has an aggregator.
 
-    Returns each expert's features (the same tensor N times if one blend serves all), traces, and the weights.
+    Returns every expert's features (one tensor N times if one blend serves all) and context, and the weights.
     """
     ran = [
-        stage.run(x, trace, s, size)
-        for stage, x, trace, s in zip(same_stage, features, traces, skip, strict=True)
+        stage.run(x, context, s, size)
+        for stage, x, context, s in zip(same_stage, features, contexts, skip, strict=True)
     ]
-    outputs, after = [output for output, _ in ran], [trace for _, trace in ran]
+    outputs, after = [output for output, _ in ran], [context for _, context in ran]
     if answers:
         outputs = [answer(output) for answer, output in zip(answers, outputs, strict=True)]
     if aggregator is None:
         return outputs, after, None
     fused, weights = aggregator(torch.stack(outputs, dim=1), temb, text, text_mask, adjust)
-    if blend_streams and after[0].stream is not None:
-        after = _with_one_stream(after, weights)
+    if fuse_text and after[0].text_tokens is not None:
+        after = _fuse_text_tokens(after, weights)
     return fused if isinstance(fused, list) else [fused] * len(same_stage), after, weights
 
 
-def _with_one_stream(traces: Sequence[Trace], weights: Tensor) -> list[Trace]:
+def _fuse_text_tokens(contexts: Sequence[StageContext], weights: Tensor) -> list[StageContext]:
     """Blend the experts' text tokens by each expert's mean weight over the image. weights: (B, N, H, W)."""
-    streams = torch.stack(
-        [trace.stream for trace in traces if trace.stream is not None], dim=1
-    )  # (B, N, T, D)
-    shares = weights.mean((2, 3)).to(streams.dtype)  # (B, N)
-    stream = torch.einsum("bntd,bn->btd", streams, shares)
-    return [dataclasses.replace(trace, stream=stream) for trace in traces]
+    tokens = [context.text_tokens for context in contexts if context.text_tokens is not None]
+    stacked = torch.stack(tokens, dim=1)  # (B, N, T, D)
+    shares = weights.mean((2, 3)).to(stacked.dtype)  # (B, N)
+    fused = torch.einsum("bntd,bn->btd", stacked, shares)
+    return [dataclasses.replace(context, text_tokens=fused) for context in contexts]
 
 
 def _size(skips: Sequence[Sequence[Tensor]]) -> tuple[int, int]:

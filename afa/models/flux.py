@@ -18,7 +18,7 @@ from torch import Tensor
 from afa.denoiser.forward import Residuals
 from afa.errors import UserError
 from afa.models.transformer import TIMES, BlockList, PackedCall, TransformerEnsemble, block_residuals
-from afa.stages.tokens import TokenTrace, as_map
+from afa.stages.tokens import TokenContext, as_map
 
 GUIDANCE = 3.5  # input of guidance-distilled models in training: the default of their pipelines
 
@@ -34,7 +34,7 @@ def embed(
     grid: tuple[int, int],
     guidance: Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
-) -> tuple[Tensor, TokenTrace]:
+) -> tuple[Tensor, TokenContext]:
     """Start the pass of one expert, as the stock forward does before its first block.
 
     sample:                (B, S, C) packed noisy latents
@@ -44,7 +44,7 @@ def embed(
     ids:                   position ids of text tokens (T, 3) and image tokens (S, 3)
     grid:                  rows and columns of image tokens
     guidance:              (B,) for guidance-distilled models
-    Returns the image tokens as a map, and the trace.
+    Returns the image tokens as a map, and the context.
     """
     hidden = model.x_embedder(sample)
     time = timestep.to(hidden.dtype) * TIMES
@@ -53,8 +53,8 @@ def embed(
     text = model.context_embedder(encoder_hidden_states)
     rotary = model.pos_embed(torch.cat([_flat(part) for part in ids], dim=0))
     conditions = {"temb": temb, "image_rotary_emb": rotary, "joint_attention_kwargs": attention_kwargs}
-    return as_map(hidden, grid), TokenTrace(
-        temb=temb, text=text, stream=text, grid=grid, conditions=conditions
+    return as_map(hidden, grid), TokenContext(
+        temb=temb, text=text, text_tokens=text, grid=grid, conditions=conditions
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from afa.denoiser.forward import Residuals
 from afa.models.transformer import BlockList, PackedCall, TransformerEnsemble, block_residuals
 from afa.stages.stage import Stage
-from afa.stages.tokens import TokenTrace, as_map, pack, unpack
+from afa.stages.tokens import TokenContext, as_map, pack, unpack
 
 # config switches -> the variants that have them; guidance_embeds: the stock forward fails on such a model
 VARIANTS = {
@@ -39,7 +39,7 @@ def embed(
     shape: Shape,
     mask: Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
-) -> tuple[Tensor, TokenTrace]:
+) -> tuple[Tensor, TokenContext]:
     """Start the pass of one expert, as the stock forward does before its first block.
 
     sample:                (B, S, C) packed noisy latents
@@ -47,7 +47,7 @@ def embed(
     encoder_hidden_states: (B, T, D) states of Qwen2.5-VL
     shape:                 of the image in tokens: (1, rows, columns)
     mask:                  (B, T), 1 for text, 0 for padding; None: no padding
-    Returns the image tokens as a map, and the trace.
+    Returns the image tokens as a map, and the context.
     """
     hidden = model.img_in(sample)
     temb = model.time_text_embed(timestep.to(hidden.dtype), hidden)
@@ -60,8 +60,8 @@ def embed(
         "joint_attention_kwargs": attention_kwargs,
     }
     grid = shape[1:]
-    return as_map(hidden, grid), TokenTrace(
-        temb=temb, text=text, text_mask=text_mask, stream=text, grid=grid, conditions=conditions
+    return as_map(hidden, grid), TokenContext(
+        temb=temb, text=text, text_mask=text_mask, text_tokens=text, grid=grid, conditions=conditions
     )
 
 

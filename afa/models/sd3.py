@@ -16,8 +16,8 @@ from torch import Tensor
 
 from afa.denoiser.forward import Residuals
 from afa.models.transformer import BlockList, TransformerCall, TransformerEnsemble, block_residuals
-from afa.stages.stage import Trace
-from afa.stages.tokens import LEVEL, TokenTrace, as_map
+from afa.stages.stage import StageContext
+from afa.stages.tokens import LEVEL, TokenContext, as_map
 
 
 def embed(
@@ -28,22 +28,22 @@ def embed(
     encoder_hidden_states: Tensor,
     pooled_projections: Tensor,
     attention_kwargs: dict[str, Any] | None = None,
-) -> tuple[Tensor, TokenTrace]:
+) -> tuple[Tensor, TokenContext]:
     """Start the pass of one expert, as the stock forward does before its first block.
 
     sample:                (B, C, H, W) noisy latents
     timestep:              (B,)
     encoder_hidden_states: (B, T, D) states of all text encoders
     pooled_projections:    (B, P) pooled states of CLIP
-    Returns the image tokens as a map, and the trace.
+    Returns the image tokens as a map, and the context.
     """
     grid = (sample.shape[-2] // 2**LEVEL, sample.shape[-1] // 2**LEVEL)
     hidden = model.pos_embed(sample)
     temb = model.time_text_embed(timestep, pooled_projections)
     text = model.context_embedder(encoder_hidden_states)
     conditions = {"temb": temb, "joint_attention_kwargs": attention_kwargs}
-    return as_map(hidden, grid), TokenTrace(
-        temb=temb, text=text, stream=text, grid=grid, conditions=conditions
+    return as_map(hidden, grid), TokenContext(
+        temb=temb, text=text, text_tokens=text, grid=grid, conditions=conditions
     )
 
 
@@ -111,7 +111,7 @@ class SD3Ensemble(TransformerEnsemble):
         interval = len(blocks) / len(controls) if controls else None
         return Residuals(to_hidden=block_residuals(blocks[:-1], controls, grid, interval=interval))
 
-    def as_prediction(self, sample: Tensor, trace: Trace) -> Tensor:
+    def as_prediction(self, sample: Tensor, context: StageContext) -> Tensor:
         """Fold latents to patches in the head's order: (B, C, p·H, p·W) -> (B, p·p·C, H, W)."""
         side = 2**LEVEL
         parts = sample.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, C, H, p, W, p)

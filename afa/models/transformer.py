@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from afa.denoiser.base import EnsembleDenoiser, split_joined
 from afa.stages.call import Call
-from afa.stages.stage import Stage, Trace, plain
-from afa.stages.tokens import LEVEL, Block, Head, TokenTrace, as_map, as_tokens, pack, set_steps, unpack
+from afa.stages.stage import Stage, StageContext, plain
+from afa.stages.tokens import LEVEL, Block, Head, TokenContext, as_map, as_tokens, pack, set_steps, unpack
 
 TIMES = 1000  # timesteps of a flow's schedule; models of packed latents take a fraction of them, 0 to 1
 
@@ -156,9 +156,9 @@ class TransformerEnsemble(EnsembleDenoiser):
         states = {name: kwargs[name] for name in self.call.text_inputs if kwargs.get(name) is not None}
         return args, {**kwargs, **self.split_by_expert(**states)[0]}
 
-    def as_prediction(self, sample: Tensor, trace: Trace) -> Tensor:
-        assert isinstance(trace, TokenTrace)
-        return as_map(sample, trace.grid)
+    def as_prediction(self, sample: Tensor, context: StageContext) -> Tensor:
+        assert isinstance(context, TokenContext)
+        return as_map(sample, context.grid)
 
     def as_output(self, prediction: Tensor) -> Tensor:
         return as_tokens(prediction)

@@ -21,7 +21,7 @@ from afa.denoiser.base import EnsembleDenoiser, split_joined
 from afa.denoiser.forward import Residuals
 from afa.errors import UserError
 from afa.stages.call import Call
-from afa.stages.stage import Stage, Trace, plain
+from afa.stages.stage import Stage, StageContext, plain
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 MIDDLE_BLOCKS = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
@@ -29,8 +29,8 @@ UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
 
 
 @dataclass(kw_only=True)
-class UNetTrace(Trace):
-    """The trace of a U-Net.
+class UNetContext(StageContext):
+    """The context of a U-Net.
 
     attention_bias: (B, 1, T) added to the scores of self-attention; None: nothing
     text_bias:      (B, 1, T) added to the scores of cross-attention, strongly negative for masked tokens
@@ -67,9 +67,13 @@ class Convolution(Stage):
         return self.owner.get_submodule(self.part)
 
     def run(
-        self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
-    ) -> tuple[Tensor, Trace]:
-        return self.conv(hidden), trace
+        self,
+        hidden: Tensor,
+        context: StageContext,
+        skip: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, StageContext]:
+        return self.conv(hidden), context
 
     def modules(self) -> list[object]:
         return [self.conv]
@@ -93,19 +97,23 @@ class Layer(Stage):
         return () if self.whole is None else output_head(self.whole)
 
     def run(
-        self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
-    ) -> tuple[Tensor, Trace]:
-        assert isinstance(trace, UNetTrace)
+        self,
+        hidden: Tensor,
+        context: StageContext,
+        skip: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, StageContext]:
+        assert isinstance(context, UNetContext)
         if skip is not None:
             hidden = torch.cat([hidden, skip], dim=1)
-        hidden = self.resnet(hidden, trace.temb)
+        hidden = self.resnet(hidden, context.temb)
         if self.attention is not None:
-            hidden = self.attention(hidden, **trace.attention(), return_dict=False)[0]
+            hidden = self.attention(hidden, **context.attention(), return_dict=False)[0]
         if self.upsampler is not None:
             hidden = self.upsampler(hidden, size)
         for module in self.head:
             hidden = module(hidden)
-        return hidden, trace
+        return hidden, context
 
     def modules(self) -> list[object]:
         return [
@@ -122,12 +130,16 @@ class Middle(Stage):
     middle: nn.Module
 
     def run(
-        self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
-    ) -> tuple[Tensor, Trace]:
-        assert isinstance(trace, UNetTrace)
+        self,
+        hidden: Tensor,
+        context: StageContext,
+        skip: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, StageContext]:
+        assert isinstance(context, UNetContext)
         if getattr(self.middle, "has_cross_attention", False):
-            return self.middle(hidden, trace.temb, **trace.attention()), trace
-        return self.middle(hidden, trace.temb), trace
+            return self.middle(hidden, context.temb, **context.attention()), context
+        return self.middle(hidden, context.temb), context
 
     def modules(self) -> list[object]:
         return [self.middle]
@@ -272,7 +284,7 @@ def embed(
     mask: Tensor | None = None,
     text_mask: Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
-) -> tuple[Tensor, UNetTrace]:
+) -> tuple[Tensor, UNetContext]:
     """Start the pass of one expert, as the stock forward does before its first block.
 
     sample:    (B, C, H, W) noisy latents
@@ -281,7 +293,7 @@ def embed(
     added, class_labels, timestep_cond: as in the stock forward
     mask:      (B, H·W), 1 for positions to keep in self-attention
     text_mask: (B, T), 1 for text tokens to keep
-    Returns the input of the first stage, and the trace.
+    Returns the input of the first stage, and the context.
     """
     check_state(unet)
     if unet.config.center_input_sample:
@@ -295,7 +307,7 @@ def embed(
     if unet.time_embed_act is not None:
         temb = unet.time_embed_act(temb)
     text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added)
-    return sample, UNetTrace(
+    return sample, UNetContext(
         temb=temb,
         text=text,
         attention_bias=_bias(mask, sample),
@@ -348,7 +360,7 @@ class UNetCall(Call):
     tokens = 77  # of CLIP
     encoded = (0, 2)
     joined = True
-    streams = False
+    changes_text = False
     frozen_text = False
     alike = (
         "in_channels",

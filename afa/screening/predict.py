@@ -34,7 +34,7 @@ from afa.sampling.sample import PipelineSampler, Request, Sampling, settled
 from afa.screening.plan import Probes
 from afa.screening.settings import ScreenSettings
 from afa.seeds import nth_seed
-from afa.stages.stage import Stage, Trace
+from afa.stages.stage import Stage, StageContext
 from afa.store import RowStore
 from afa.text_encoder import width_of
 from afa.training.conditions import Conditions
@@ -192,9 +192,13 @@ class RecordingStage:
         return getattr(self._stage, name)
 
     def run(
-        self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
-    ) -> tuple[Tensor, Trace]:
-        features, after = self._stage.run(hidden, trace, skip, size)
+        self,
+        hidden: Tensor,
+        context: StageContext,
+        skip: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, StageContext]:
+        features, after = self._stage.run(hidden, context, skip, size)
         self._seen[self._stage.name] = at_places(features).float().cpu()
         return features, after
 

@@ -23,7 +23,7 @@ class Call(ABC):
     named:       names of all these results as arguments of the pipeline, in order
     joined:      True if experts may have different text encoders; their states are then joined on the
                  feature axis
-    streams:     True if blocks change text tokens together with image tokens
+    changes_text: True if blocks change text tokens together with image tokens
     frozen_text: True if fine-tunes leave the text encoders unchanged, so that all experts have the same ones
     alike:       config keys that must be equal in all experts: they change what features or predictions mean,
                  but not the stages
@@ -46,7 +46,7 @@ class Call(ABC):
         "negative_pooled_prompt_embeds",
     )
     joined: bool
-    streams: bool = True
+    changes_text: bool = True
     frozen_text: bool = True
     alike: tuple[str, ...]
     guidance: float | None = None

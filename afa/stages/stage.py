@@ -1,7 +1,7 @@
 """The central idea: a denoiser is a list of stages.
 
 A stage is one cut of the denoiser: a few of its own sub-modules, run one after another. An expert is one of
-the models that are combined. A trace holds what one expert carries through all stages besides its features.
+the models that are combined. A context holds what one expert carries through all stages besides its features.
 """
 
 from abc import ABC, abstractmethod
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 
 @dataclass(kw_only=True)
-class Trace:
+class StageContext:
     """What one expert carries through a pass besides its features. A family adds what its sub-modules need.
 
-    temb:      (B, E) time embedding of the expert; aggregators see it
-    text:      (B, T, D) text states of the expert; aggregators see them
-    text_mask: (B, T) bool, False for padding; None: there is no padding
-    stream:    (B, T, D') current text tokens, in families whose blocks change them; None elsewhere
+    temb:        (B, E) time embedding of the expert; aggregators see it
+    text:        (B, T, D) text states of the expert; aggregators see them
+    text_mask:   (B, T) bool, False for padding; None: there is no padding
+    text_tokens: (B, T, D') current text tokens, in families whose blocks change them; None elsewhere
     """
 
     temb: Tensor
     text: Tensor
     text_mask: Tensor | None = None
-    stream: Tensor | None = None
+    text_tokens: Tensor | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -54,15 +54,19 @@ class Stage(ABC):
 
     @abstractmethod
     def run(
-        self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
-    ) -> tuple[Tensor, Trace]:
+        self,
+        hidden: Tensor,
+        context: StageContext,
+        skip: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, StageContext]:
         """Run the stage.
 
         hidden: (B, C_in, H, W) features
-        trace:  of this expert; never changed in place, since the backward pass may run a stage again
+        context:  of this expert; never changed in place, since the backward pass may run a stage again
         skip:   (B, C_skip, H, W) if the stage takes a skip connection
         size:   (H', W') output size of an upsampler; None: twice the input
-        Returns features (B, channels, H', W') and the trace for the next stage.
+        Returns features (B, channels, H', W') and the context for the next stage.
         """
 
     @abstractmethod

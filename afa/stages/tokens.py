@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from afa.stages.stage import Stage, Trace
+from afa.stages.stage import Stage, StageContext
 
 LEVEL = 1  # tokens stand for 2×2 latent pixels in every family known here
 
@@ -57,8 +57,8 @@ def set_steps(scheduler: Any, steps: int, tokens: int) -> None:
 
 
 @dataclass(kw_only=True)
-class TokenTrace(Trace):
-    """The trace of a transformer.
+class TokenContext(StageContext):
+    """The context of a transformer.
 
     grid:       rows and columns of image tokens
     conditions: keyword arguments of every block
@@ -80,17 +80,23 @@ class Block(Stage):
     unused: tuple[str, ...] = ()
 
     def run(
-        self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
-    ) -> tuple[Tensor, Trace]:
-        assert isinstance(trace, TokenTrace)
-        stream, tokens = self.module(
-            hidden_states=as_tokens(hidden), encoder_hidden_states=trace.stream, **self.arguments(trace)
+        self,
+        hidden: Tensor,
+        context: StageContext,
+        skip: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, StageContext]:
+        assert isinstance(context, TokenContext)
+        text, image = self.module(
+            hidden_states=as_tokens(hidden),
+            encoder_hidden_states=context.text_tokens,
+            **self.arguments(context),
         )
-        return as_map(tokens, trace.grid), dataclasses.replace(trace, stream=stream)
+        return as_map(image, context.grid), dataclasses.replace(context, text_tokens=text)
 
-    def arguments(self, trace: TokenTrace) -> dict[str, Any]:
+    def arguments(self, context: TokenContext) -> dict[str, Any]:
         """Return the keyword arguments of the block besides the tokens."""
-        return trace.conditions
+        return context.conditions
 
     def modules(self) -> list[object]:
         return [self.module]
@@ -109,11 +115,15 @@ class Head(Stage):
     model: Any
 
     def run(
-        self, hidden: Tensor, trace: Trace, skip: Tensor | None = None, size: tuple[int, int] | None = None
-    ) -> tuple[Tensor, Trace]:
-        assert isinstance(trace, TokenTrace)
-        patches = self.model.proj_out(self.model.norm_out(as_tokens(hidden), trace.temb))
-        return as_map(patches, trace.grid), trace
+        self,
+        hidden: Tensor,
+        context: StageContext,
+        skip: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, StageContext]:
+        assert isinstance(context, TokenContext)
+        patches = self.model.proj_out(self.model.norm_out(as_tokens(hidden), context.temb))
+        return as_map(patches, context.grid), context
 
     def modules(self) -> list[object]:
         return [self.model.norm_out, self.model.proj_out]
