@@ -49,6 +49,18 @@ WEIGHT: Bounds = {"least": 0, "most": 10**6}
 SEED: Bounds = {"least": 0, "most": SEEDS - 1}
 SEED_OR_DRAWN: Bounds = {"least": -1, "most": SEEDS - 1}  # -1: one is drawn, see afa.seeds
 
+# Help that many commands share.
+DTYPES = ["float32", "bfloat16", "float16"]
+DTYPE_HELP = "number format of the models' weights"
+DEVICE_HELP = "where to compute: cpu, cuda, mps … (default: the fastest that is there)"
+CONFIG_HELP = (
+    "architecture of single files: sd15, sd21, sdxl, sd3, sd35, flux … or a folder (default: detected)"
+)
+FRAME_HELP = (
+    "a pipeline's folder, which gives text encoders, scheduler and VAE to experts that are denoisers alone"
+)
+MOVED_HELP = "new places of a saved ensemble's experts that have moved, each NAME=PLACE"
+
 
 def option(
     default: Any = dataclasses.MISSING,

@@ -3,7 +3,19 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SIDE, CheckedOptions, option
+from afa.settings import (
+    COUNT,
+    DEVICE_HELP,
+    DTYPE_HELP,
+    DTYPES,
+    GUIDANCE,
+    MOVED_HELP,
+    SAMPLING_STEPS,
+    SEED,
+    SIDE,
+    CheckedOptions,
+    option,
+)
 
 STUDIES = ["steps", "experts", "ablations", "objectives"]
 
@@ -24,9 +36,7 @@ class EvaluateSettings(CheckedOptions):
     protocol: str = option(
         help="scenes, coco2017, drawbench, a file of prompts, or a folder of captioned images"
     )
-    experts: list[str] | None = option(
-        None, place=True, help="new places of the ensemble's experts that have moved, each NAME=PLACE"
-    )
+    experts: list[str] | None = option(None, place=True, help=MOVED_HELP)
     methods: list[str] = option(
         ["all"], help="what to compare: all, or names (`afa evaluate --methods list` shows them)"
     )
@@ -89,8 +99,12 @@ class EvaluateSettings(CheckedOptions):
     scheduler: str | None = option(
         None, help="ddim, euler, dpm++ …; of flows: euler, dpm++, unipc (default: the ensemble's)"
     )
-    width: int | None = option(None, **SIDE, help="in pixels (default: the protocol's, or the experts' own)")
-    height: int | None = option(None, **SIDE, help="in pixels (default: the protocol's, or the experts' own)")
+    width: int | None = option(
+        None, **SIDE, help="width of the images in pixels (default: the protocol's, or the experts' own)"
+    )
+    height: int | None = option(
+        None, **SIDE, help="height of the images in pixels (default: the protocol's, or the experts' own)"
+    )
     allow_outside: bool = option(
         False, help="also read images that --protocol or --train-data name outside their own folder"
     )
@@ -104,7 +118,7 @@ class EvaluateSettings(CheckedOptions):
     search_trials: int = option(60, least=0, most=10**6, help="merges that auto_mbw tries")
     batch_size: int = option(8, **COUNT, help="images made at once")
     resamples: int = option(1000, least=100, most=10**6, help="bootstrap resamples of distances between sets")
-    dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
-    device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
+    dtype: str = option("float32", help=DTYPE_HELP, choices=DTYPES)
+    device: str | None = option(None, help=DEVICE_HELP)
     dry_run: bool = option(False, help="print what would be done, then stop")
     json: bool = option(False, help="print the results as JSON")

@@ -4,7 +4,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from afa.errors import UserError, unknown
-from afa.settings import GUIDANCE, SAMPLING_STEPS, SEED_OR_DRAWN, SIDE, CheckedOptions, option
+from afa.settings import (
+    DEVICE_HELP,
+    DTYPE_HELP,
+    DTYPES,
+    GUIDANCE,
+    MOVED_HELP,
+    SAMPLING_STEPS,
+    SEED_OR_DRAWN,
+    SIDE,
+    CheckedOptions,
+    option,
+)
 
 COUNTERFACTUALS = {
     "off": "each expert off in turn",
@@ -56,8 +67,10 @@ class ExplainSettings(CheckedOptions):
     scheduler: str | None = option(
         None, help="ddim, euler, dpm++ … as in afa generate (default: the experts')"
     )
-    width: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
-    height: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
+    width: int | None = option(None, **SIDE, help="width of the images in pixels (default: the experts' own)")
+    height: int | None = option(
+        None, **SIDE, help="height of the images in pixels (default: the experts' own)"
+    )
     counterfactuals: list[str] = option(
         DEFAULT,
         help="images to sample again with changed weights: "
@@ -69,11 +82,9 @@ class ExplainSettings(CheckedOptions):
     threshold: float = option(
         0.02, above=0, below=1, help="an expert is unused where its mean weight stays below this"
     )
-    experts: list[str] | None = option(
-        None, place=True, help="new places of the ensemble's experts that have moved, each NAME=PLACE"
-    )
-    dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
-    device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
+    experts: list[str] | None = option(None, place=True, help=MOVED_HELP)
+    dtype: str = option("float32", help=DTYPE_HELP, choices=DTYPES)
+    device: str | None = option(None, help=DEVICE_HELP)
     json: bool = option(False, help="print explain.json")
 
     def __post_init__(self) -> None:

@@ -8,8 +8,14 @@ from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.sampling.options import MethodOptions
 from afa.sampling.registry import SAMPLING_METHODS, read_options
 from afa.settings import (
+    CONFIG_HELP,
     COUNT,
+    DEVICE_HELP,
+    DTYPE_HELP,
+    DTYPES,
+    FRAME_HELP,
     GUIDANCE,
+    MOVED_HELP,
     SAMPLING_STEPS,
     SEED_OR_DRAWN,
     SIDE,
@@ -59,8 +65,10 @@ class GenerateSettings(CheckedOptions):
         help="ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, dpm++_karras, unipc …; of flows: euler, "
         "dpm++, unipc (default: the experts')",
     )
-    width: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
-    height: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
+    width: int | None = option(None, **SIDE, help="width of the images in pixels (default: the experts' own)")
+    height: int | None = option(
+        None, **SIDE, help="height of the images in pixels (default: the experts' own)"
+    )
     batch_size: int = option(4, **COUNT, help="images made at once")
     method: str | None = option(
         None,
@@ -75,24 +83,19 @@ class GenerateSettings(CheckedOptions):
     expert: str | None = option(
         None, help="use only this expert, in the ensemble's frame; with --method single: this one"
     )
-    experts: list[str] | None = option(
-        None, place=True, help="new places of an ensemble's experts that have moved, each NAME=PLACE"
-    )
-    config: str | None = option(
-        None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)"
-    )
+    experts: list[str] | None = option(None, place=True, help=MOVED_HELP)
+    config: str | None = option(None, help=CONFIG_HELP)
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     frame: str | None = option(
         None,
         place=True,
-        help="a pipeline's folder that lends text encoders, "
-        "scheduler and VAE to experts that are denoisers alone",
+        help=FRAME_HELP,
     )
     weights: bool = option(
         False, help="save the weight maps of every image: .npz, and a picture of them over the image"
     )
-    dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
-    device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
+    dtype: str = option("float32", help=DTYPE_HELP, choices=DTYPES)
+    device: str | None = option(None, help=DEVICE_HELP)
     json: bool = option(False, help="print what was made as JSON")
 
     def __post_init__(self) -> None:

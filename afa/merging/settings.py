@@ -11,7 +11,11 @@ from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.merging.registry import MERGES, flag_help, read_options
 from afa.settings import (
+    CONFIG_HELP,
     COUNT,
+    DEVICE_HELP,
+    DTYPE_HELP,
+    DTYPES,
     GUIDANCE,
     SAMPLING_STEPS,
     SEED,
@@ -33,8 +37,6 @@ FLAGS = (
     "t",
 )  # options of merges that are flags
 BESIDE_RECIPE = ("recipe", "experts", "output", "config", "prediction_type", "device", "dry_run", "json")
-DTYPES = ["float32", "bfloat16", "float16"]
-CONFIG_HELP = "sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)"
 
 
 @dataclass(frozen=True)
@@ -194,16 +196,16 @@ class SearchSettings(CheckedOptions):
     )
     steps: int = option(20, **SAMPLING_STEPS, help="denoising steps")
     guidance: float | None = option(None, **GUIDANCE, help="strength of guidance (default: the family's own)")
-    width: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
-    height: int | None = option(None, **SIDE, help="in pixels (default: the experts' own)")
+    width: int | None = option(None, **SIDE, help="width of the images in pixels (default: the experts' own)")
+    height: int | None = option(
+        None, **SIDE, help="height of the images in pixels (default: the experts' own)"
+    )
     seed: int = option(0, **SEED, help="of the noise and of the optimiser, 0 to 2**64 - 1")
     batch_size: int = option(8, **COUNT, help="images made at once")
-    config: str | None = option(
-        None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)"
-    )
+    config: str | None = option(None, help=CONFIG_HELP)
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
-    dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
-    device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
+    dtype: str = option("float32", help=DTYPE_HELP, choices=DTYPES)
+    device: str | None = option(None, help=DEVICE_HELP)
     dry_run: bool = option(False, help="print what would be done, then stop")
     json: bool = option(False, help="print the result as JSON")
 

@@ -5,7 +5,19 @@ from typing import ClassVar
 
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
-from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, CheckedOptions, option
+from afa.settings import (
+    CONFIG_HELP,
+    COUNT,
+    DEVICE_HELP,
+    DTYPE_HELP,
+    DTYPES,
+    FRAME_HELP,
+    GUIDANCE,
+    SAMPLING_STEPS,
+    SEED,
+    CheckedOptions,
+    option,
+)
 
 
 @dataclass(frozen=True)
@@ -68,14 +80,12 @@ class ScreenSettings(CheckedOptions):
     guidance: float | None = option(
         None, **GUIDANCE, help="with --prompts: strength of guidance (default: the family's own)"
     )
-    config: str | None = option(
-        None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)"
-    )
+    config: str | None = option(None, help=CONFIG_HELP)
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     frame: str | None = option(
         None,
         place=True,
-        help="a pipeline's folder with text encoders, scheduler and VAE for experts that are denoisers alone",
+        help=FRAME_HELP,
     )
     vae: str | None = option(
         None,
@@ -83,8 +93,8 @@ class ScreenSettings(CheckedOptions):
         help="a VAE's or pipeline's folder, or one .safetensors file (default: the first expert's)",
     )
     batch_size: int = option(16, **COUNT, help="noisy latents in one pass of a denoiser, at most one image's")
-    dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
-    device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
+    dtype: str = option("float32", help=DTYPE_HELP, choices=DTYPES)
+    device: str | None = option(None, help=DEVICE_HELP)
     dry_run: bool = option(False, help="print how many passes and how much disk it would take, then stop")
     json: bool = option(False, help="print everything as one JSON document")
 

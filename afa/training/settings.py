@@ -8,7 +8,17 @@ from typing import Any, ClassVar
 from afa.aggregators.registry import AGGREGATORS, explain_trained, trained_kinds
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
-from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, SEED, SHARE, WEIGHT, option
+from afa.settings import (
+    CONFIG_HELP,
+    COUNT,
+    FRAME_HELP,
+    GUIDANCE,
+    SAMPLING_STEPS,
+    SEED,
+    SHARE,
+    WEIGHT,
+    option,
+)
 from afa.training.objective_settings import ObjectiveSettings
 
 # Once, when an ensemble is made.
@@ -121,15 +131,12 @@ class LoopSettings(ObjectiveSettings):
         help="of what is frozen; what is trained is always float32",
         choices=["float32", "bfloat16"],
     )
-    config: str | None = option(
-        None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)"
-    )
+    config: str | None = option(None, help=CONFIG_HELP)
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     frame: str | None = option(
         None,
         place=True,
-        help="a pipeline's folder that lends text encoders, "
-        "scheduler and VAE to experts that are denoisers alone",
+        help=FRAME_HELP,
     )
     gradient_checkpointing: bool = option(
         False, help="recompute stages in the backward pass: less memory, a third more time"

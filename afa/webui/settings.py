@@ -3,7 +3,18 @@
 from dataclasses import dataclass
 
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
-from afa.settings import SAMPLING_STEPS, SIDE, CheckedOptions, option
+from afa.settings import (
+    CONFIG_HELP,
+    DEVICE_HELP,
+    DTYPE_HELP,
+    DTYPES,
+    FRAME_HELP,
+    MOVED_HELP,
+    SAMPLING_STEPS,
+    SIDE,
+    CheckedOptions,
+    option,
+)
 
 FIRST_PORT = 7860
 
@@ -47,17 +58,13 @@ class UiSettings(CheckedOptions):
         **SIDE,
         help="height and width that a run may ask for, in pixels (default: twice the experts' own)",
     )
-    experts: list[str] | None = option(
-        None, place=True, help="new places of an ensemble's experts that have moved, each NAME=PLACE"
-    )
-    config: str | None = option(
-        None, help="sd15, sd21, sdxl, sd3, sd35, flux … or a folder: of single files (default: found out)"
-    )
+    experts: list[str] | None = option(None, place=True, help=MOVED_HELP)
+    config: str | None = option(None, help=CONFIG_HELP)
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     frame: str | None = option(
         None,
         place=True,
-        help="a pipeline's folder with text encoders, scheduler and VAE for experts that are denoisers alone",
+        help=FRAME_HELP,
     )
-    dtype: str = option("float32", help="of the models", choices=["float32", "bfloat16", "float16"])
-    device: str | None = option(None, help="cpu, cuda, mps … (default: the best there is)")
+    dtype: str = option("float32", help=DTYPE_HELP, choices=DTYPES)
+    device: str | None = option(None, help=DEVICE_HELP)
