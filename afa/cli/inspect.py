@@ -66,7 +66,7 @@ class Options(CheckedOptions):
     depth: int | None = option(
         None, least=0, most=1000, help="transformer layers of the aggregators; 0: none (default: 2)"
     )
-    weights: list[float] | None = option(None, help="of aggregator fixed: one weight per expert")
+    weights: list[float] | None = option(None, help="for --aggregator fixed: one weight per expert")
     attention_up_to: int | None = option(
         None,
         least=0,

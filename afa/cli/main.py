@@ -31,7 +31,7 @@ COMMANDS = {
     "ui": "afa.cli.ui",
 }
 MODELS = ", ".join(f"demo:{name}" for name in EMBEDDED)
-EMBEDDED_HELP = f"small embedded models, in place of any model: {MODELS}; data: scenes:200"
+EMBEDDED_HELP = f"small models that come with afa and can replace any model: {MODELS}; data: scenes:200"
 TRACEBACK = "--traceback"
 LONGEST = 400  # characters of an unexpected error
 
@@ -126,7 +126,7 @@ def _add_traceback(parser: argparse.ArgumentParser) -> None:
         TRACEBACK,
         action="store_true",
         default=argparse.SUPPRESS,
-        help="when a command fails, show where in the program",
+        help="if a command fails, show where in the program",
     )
 
 

@@ -1,4 +1,4 @@
-"""Before any training: are these experts worth ensembling, which of them, and what would be the gain?
+"""Before training: find out whether these experts are worth combining, which of them, and what it would gain.
 
 Every expert, one after another, predicts on the same noisy images. Differences between their errors that
 persist when the noise changes can be learned: the learnable head-room. Also finds duplicates and experts

@@ -29,9 +29,12 @@ class EvaluateSettings(CheckedOptions):
         *("batch_size", "device", "resamples", "allow_outside", "dry_run", "json"),
     )
 
-    ensemble: str = option(place=True, help="a saved ensemble, as `afa train` leaves it")
+    ensemble: str = option(place=True, help="a saved ensemble, made by `afa train`")
     output: str = option(
-        help="where images, scores and results.json go; what is there already, made the same way, is kept"
+        help=(
+            "a folder for images, scores and results.json; what is already there and was made the same way"
+            " is kept"
+        )
     )
     protocol: str = option(
         help="scenes, coco2017, drawbench, a file of prompts, or a folder of captioned images"
@@ -59,7 +62,7 @@ class EvaluateSettings(CheckedOptions):
         "DARE and model stock need it",
     )
     metrics: list[str] | None = option(
-        None, help="judge by these, the first leading the table (default: the protocol's)"
+        None, help="the metrics; the first one is the main one of the table (default: the protocol's)"
     )
     metric_weights: list[str] | None = option(
         None, help="where a metric's weights are, each METRIC=PATH or METRIC=org/name"
@@ -75,11 +78,14 @@ class EvaluateSettings(CheckedOptions):
         choices=STUDIES,
     )
     reward: str | None = option(
-        None, help="of the study of objectives, as in `afa train` (default: the protocol's own)"
+        None, help="reward for the study of objectives, as in `afa train` (default: the protocol's)"
     )
     reward_weights: str | None = option(None, help="where that reward's weights are (default: the hub)")
     prompts: int | None = option(
-        None, least=2, most=10**6, help="only the first so many prompts (default: all of the protocol's)"
+        None,
+        least=2,
+        most=10**6,
+        help="use this many prompts, the first ones (default: all of the protocol's)",
     )
     images_per_prompt: int | None = option(
         None, **COUNT, help="images of each prompt (default: the protocol's)"
@@ -97,7 +103,7 @@ class EvaluateSettings(CheckedOptions):
         None, **GUIDANCE, help="FLUX: strength of classifier-free guidance beside the built-in one"
     )
     scheduler: str | None = option(
-        None, help="ddim, euler, dpm++ …; of flows: euler, dpm++, unipc (default: the ensemble's)"
+        None, help="ddim, euler, dpm++ …; for flow models: euler, dpm++, unipc (default: the ensemble's)"
     )
     width: int | None = option(
         None, **SIDE, help="width of the images in pixels (default: the protocol's, or the experts' own)"
@@ -113,7 +119,7 @@ class EvaluateSettings(CheckedOptions):
         24,
         least=0,
         most=10**6,
-        help="images that a rival's options are chosen on, never judged; 0: its defaults are taken",
+        help="images on which the options of methods are chosen; they are not judged; 0: use the defaults",
     )
     search_trials: int = option(60, least=0, most=10**6, help="merges that auto_mbw tries")
     batch_size: int = option(8, **COUNT, help="images made at once")

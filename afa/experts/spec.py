@@ -10,9 +10,7 @@ from afa.places import check_name, located, plain_name
 from afa.settings import check_number
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")  # what a U-Net may predict
-PREDICTION_HELP = (
-    "what U-Nets of single files predict, where the files do not say it themselves"  # of --prediction-type
-)
+PREDICTION_HELP = "what U-Nets of single files predict, if the files do not record it"  # of --prediction-type
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w./-]+\.safetensors)?")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 

@@ -37,7 +37,7 @@ class GenerateSettings(CheckedOptions):
         positional=True,
     )
     output: str = option(
-        help="a folder for the images; images that are there already, made the same way, are kept"
+        help="a folder for the images; an image that is already there and was made the same way is kept"
     )
     prompt: list[str] | None = option(None, help="one or more prompts")
     prompts: str | None = option(None, help='a file of prompts: one a line, or JSON lines with "text"')
@@ -46,7 +46,7 @@ class GenerateSettings(CheckedOptions):
     seed: int = option(
         0,
         **SEED_OR_DRAWN,
-        help="seed of the first image, 0 to 2**64 - 1; image k has seed + k; -1 draws one and says it",
+        help="seed of the first image, 0 to 2**64 - 1; image k has seed + k; -1 draws one and prints it",
     )
     steps: int = option(50, **SAMPLING_STEPS, help="denoising steps")
     guidance: float | None = option(
@@ -62,8 +62,8 @@ class GenerateSettings(CheckedOptions):
     )
     scheduler: str | None = option(
         None,
-        help="ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, dpm++_karras, unipc …; of flows: euler, "
-        "dpm++, unipc (default: the experts')",
+        help="ddim, ddpm, pndm, euler, euler_a, heun, lms, dpm++, dpm++_karras, unipc …; for flow models:"
+        " euler, dpm++, unipc (default: the experts' own)",
     )
     width: int | None = option(None, **SIDE, help="width of the images in pixels (default: the experts' own)")
     height: int | None = option(
@@ -72,16 +72,16 @@ class GenerateSettings(CheckedOptions):
     batch_size: int = option(4, **COUNT, help="images made at once")
     method: str | None = option(
         None,
-        help="combine the experts this way instead, see below (default: the saved ensemble, or the expert)",
+        help="how to combine the experts, see above (default: the saved ensemble, or the expert)",
     )
     method_option: list[str] | None = option(
-        None, help="options of the method, each KEY=VALUE, lists with commas"
+        None, help="options of the method, each KEY=VALUE; a list has commas between its values"
     )
     strength: list[str] | None = option(
         None, help="scale an expert's weights, each NAME=FACTOR: 0 turns it off, 1 changes nothing"
     )
     expert: str | None = option(
-        None, help="use only this expert, in the ensemble's frame; with --method single: this one"
+        None, help="use only this expert, in the ensemble's frame; with --method single: as its own pipeline"
     )
     experts: list[str] | None = option(None, place=True, help=MOVED_HELP)
     config: str | None = option(None, help=CONFIG_HELP)
@@ -96,7 +96,7 @@ class GenerateSettings(CheckedOptions):
     )
     dtype: str = option("float32", help=DTYPE_HELP, choices=DTYPES)
     device: str | None = option(None, help=DEVICE_HELP)
-    json: bool = option(False, help="print what was made as JSON")
+    json: bool = option(False, help="print the paths of the images as JSON")
 
     def __post_init__(self) -> None:
         super().__post_init__()

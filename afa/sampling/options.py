@@ -17,14 +17,16 @@ class MethodOptions(CheckedOptions):
 class OneExpert(MethodOptions):
     """Which of the experts."""
 
-    expert: str | None = option(None, help="which; needed where there are several")
+    expert: str | None = option(None, help="name of the expert; needed if there are several")
 
 
 @dataclass(frozen=True)
 class RandomExpert(MethodOptions):
-    """One expert an image, drawn by the image's seed."""
+    """One expert for each image, chosen by the image's seed."""
 
-    weights: list[float] | None = option(None, help="chances, one per expert, in any unit (default: equal)")
+    weights: list[float] | None = option(
+        None, help="probabilities, one per expert, in any unit (default: equal)"
+    )
     frame: str = option(
         "own",
         help="own: each expert as its own pipeline; ensemble: all in the ensemble's frame",
@@ -37,7 +39,7 @@ class NoiseAverage(MethodOptions):
     """The weighted mean of the experts' predictions."""
 
     weights: list[float] | None = option(
-        None, help="one per expert, in any unit (default: equal); an expert of 0 is not run"
+        None, help="one per expert, in any unit (default: equal); an expert with 0 is not run"
     )
 
 

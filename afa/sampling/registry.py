@@ -77,8 +77,8 @@ SAMPLING_METHODS: dict[str, SamplingMethod] = {
     "single": SamplingMethod(
         "afa.sampling.base:single",
         title="expert {}",
-        help="One expert as the pipeline it came as: its own VAE, tokenizers, text encoders and scheduler.",
-        row="each expert alone, as the pipeline it came as",
+        help="One expert as its own pipeline, with its own VAE, tokenizers, text encoders and scheduler.",
+        row="each expert alone, as its own pipeline",
         options=of.OneExpert,
         each=True,
     ),
@@ -86,17 +86,17 @@ SAMPLING_METHODS: dict[str, SamplingMethod] = {
         "afa.sampling.base:single_in_ensemble",
         title="expert {} in the frame",
         help="One expert in the ensemble's frame (its VAE, tokenizers, scheduler):"
-        " the control for what the frame does.",
+        " it shows what the frame changes.",
         row="each expert alone in the ensemble's frame (its VAE, text encoders and scheduler):"
-        " the control for the frame",
+        " it shows what the frame changes",
         options=of.OneExpert,
         each=True,
     ),
     "random_expert": SamplingMethod(
         "afa.sampling.base:random_expert",
         title="random expert",
-        help="One expert an image, drawn by the image's seed.",
-        row="one expert an image, drawn by its seed",
+        help="One expert for each image, chosen by the image's seed.",
+        row="one expert for each image, chosen by its seed",
         options=of.RandomExpert,
     ),
     "noise_average": SamplingMethod(

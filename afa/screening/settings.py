@@ -52,22 +52,29 @@ class ScreenSettings(CheckedOptions):
         place=True,
         help="the model that the experts were fine-tuned from; finds an expert that equals this base",
     )
-    images: int = option(64, least=2, most=10**6, help="use the first so many images, or prompts")
+    images: int = option(64, least=2, most=10**6, help="use this many images or prompts, the first ones")
     draws: int = option(
         4,
         least=2,
         most=1000,
-        help="noises at every image and timestep; for head-room, each is predicted by all the others",
+        help=(
+            "noises for every image and timestep; for the head-room, the others predict which expert is best"
+            " for one"
+        ),
     )
-    seed: int = option(0, **SEED, help="of timesteps and noise, 0 to 2**64 - 1")
+    seed: int = option(0, **SEED, help="seed of timesteps and noise, 0 to 2**64 - 1")
     resolution: int | None = option(
         None,
         least=1,
         most=2**16,
         help="side of the square that is cut from images, in pixels (default: the experts' own)",
     )
-    image_column: str | None = option(None, help="of --data (default: image, jpg, file_name …)")
-    caption_column: str | None = option(None, help="of --data (default: text, caption, prompt …)")
+    image_column: str | None = option(
+        None, help="column of --data with the images (default: image, jpg, file_name …)"
+    )
+    caption_column: str | None = option(
+        None, help="column of --data with the captions (default: text, caption, prompt …)"
+    )
     allow_outside: bool = option(
         False, help="also read images that --data names outside its own folder: links, absolute paths, .."
     )
@@ -92,7 +99,9 @@ class ScreenSettings(CheckedOptions):
         place=True,
         help="a VAE's or pipeline's folder, or one .safetensors file (default: the first expert's)",
     )
-    batch_size: int = option(16, **COUNT, help="noisy latents in one pass of a denoiser, at most one image's")
+    batch_size: int = option(
+        16, **COUNT, help="noisy latents in one pass of a denoiser; never more than one image has"
+    )
     dtype: str = option("float32", help=DTYPE_HELP, choices=DTYPES)
     device: str | None = option(None, help=DEVICE_HELP)
     dry_run: bool = option(False, help="print how many passes and how much disk it would take, then stop")

@@ -96,7 +96,7 @@ def _own(ensemble: Ensemble, name: str) -> PageMethod:
     record = {"method": "single", "method_options": {"expert": name}, "expert": name}
     make = partial(make_sampler, "single", ensemble, expert=name)
     return PageMethod(
-        f"single:{name}", f"{name} as it came", "one expert as the pipeline it came as", make, record
+        f"single:{name}", f"{name} alone, own pipeline", "one expert as its own pipeline", make, record
     )
 
 

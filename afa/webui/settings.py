@@ -31,18 +31,18 @@ class UiSettings(CheckedOptions):
     )
     host: str = option(
         "127.0.0.1",
-        help="address to listen at; with 0.0.0.0, every machine that can reach this one can open the page",
+        help="address to listen on; with 0.0.0.0, every machine that can reach this one can open the page",
     )
     names: list[str] | None = option(
         None,
-        help="further host names of the page, besides those of this machine, such as that of a proxy;"
-        " for a --host that other machines can reach",
+        help="more host names under which the page may be opened, such as a proxy's;"
+        " needed only with a --host that other machines can reach",
     )
     port: int | None = option(
         None,
         least=1,
         most=65535,
-        help=f"port to listen at (default: {FIRST_PORT}, or the next free one)",
+        help=f"port to listen on (default: {FIRST_PORT}, or the next free one)",
     )
     output: str = option("afa-ui", help="a folder for the pictures, which is the page's gallery")
     reports: list[str] | None = option(
