@@ -1,6 +1,6 @@
 """The base class of the drop-in denoisers of all families: experts, aggregators, and hooks of a pass."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from afa.aggregators.base import Aggregator
 from afa.aggregators.registry import Recipe
-from afa.denoiser.forward import Adjuster, Answer, Observer, ParallelStages, Residuals, run_stages
+from afa.denoiser.forward import Adjuster, Converter, Observer, ParallelStages, PassOptions, run_stages
 from afa.denoiser.hooks import WeightMaps
 from afa.denoiser.lora import DenoiserLoras, applied, lora_scaled
 from afa.denoiser.placement import fused_stages
@@ -167,54 +167,37 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         sample: Tensor,
         timestep: Tensor | float | int,
         conditions: Sequence[Mapping[str, Any]],
-        *,
+        options: PassOptions,
         attention_kwargs: Mapping[str, Any] | None,
-        residuals: Residuals,
-        odd_size: bool = False,
-        skipped: Collection[str] = (),
         return_dict: bool,
     ) -> Any:
         """Run one pass and return what the stock forward returns.
 
-        embed:            what the stock forward does before its first block: (model, sample, timestep, an
-                          expert's conditions and attention_kwargs by keyword) -> input of the first stage,
-                          context
-        sample, timestep: of the call
-        conditions:       for each expert, the arguments of `embed` that are its own
-        residuals, odd_size, skipped: see run_stages
+        embed:      what the stock forward does before its first block: (model, sample, timestep; by keyword
+                    conditions and attention_kwargs) -> input of the first stage, context
+        sample:     noisy latents, as the pipeline passes them
+        conditions: N, the arguments of `embed` that each expert has of its own
+        options:    of the family; those of the ensemble are added
         """
-        options, lora_scale = attention_options(attention_kwargs)
-        solo = self._solo_expert
-        chosen = range(len(self.experts)) if solo is None else (solo,)
-        # a ModuleDict is a mapping in all but name; one expert alone needs no aggregator
-        aggregators = cast(Mapping[str, Aggregator], self.aggregators if solo is None else {})
+        processor_options, lora_scale = attention_options(attention_kwargs)
+        chosen = range(len(self.experts)) if self._solo_expert is None else (self._solo_expert,)
+        stages = [tuple(same_stage[index] for index in chosen) for same_stage in self.parallel_stages]
+        fused = dict(self.aggregators.items()) if self._solo_expert is None else {}
+        options.fuse_text = self.recipe.text_stream == "fused"
+        options.checkpoint = self.gradient_checkpointing
+        options.adjust, options.observe = self._adjust, self._observe
         if self._maps is not None and not self.in_uncond_pass:
             self._maps.begin(self.call.timestep_from_model(timestep))
+
+        def start(index: int) -> tuple[Tensor, StageContext]:
+            own_inputs = self.inputs_for_expert(index, sample, timestep)
+            own = {**conditions[index], "attention_kwargs": processor_options}
+            return embed(self.experts[index], *own_inputs, **own)
+
         with lora_scaled(self.experts, lora_scale):
-            begun = [
-                embed(
-                    self.experts[index],
-                    *self.inputs_for_expert(index, sample, timestep),
-                    **conditions[index],
-                    attention_kwargs=options,
-                )
-                for index in chosen
-            ]
-            hidden, contexts = zip(*begun, strict=True)
-            prediction = run_stages(
-                [tuple(same_stage[index] for index in chosen) for same_stage in self.parallel_stages],
-                aggregators,
-                hidden,
-                contexts,
-                residuals,
-                odd_size=odd_size,
-                observe=None if self._maps is None and self._watch is None else self._observe,
-                checkpoint=self.gradient_checkpointing,
-                skipped=skipped,
-                fuse_text=self.recipe.text_stream == "fused",
-                answers=self._answers(chosen, sample, timestep, contexts[0]),
-                adjust=self._adjust,
-            )
+            hidden, contexts = zip(*map(start, chosen), strict=True)
+            options.converters = self._converters(chosen, sample, timestep, contexts[0])
+            prediction = run_stages(stages, cast(dict[str, Aggregator], fused), hidden, contexts, options)
         output = self.as_output(prediction)
         return self.output(sample=output) if return_dict else (output,)
 
@@ -236,14 +219,14 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         own, times = found.given(noisy, self.times(timestep, noisy))
         return own, self.call.timestep_to_model(times.float())
 
-    def _answers(
+    def _converters(
         self, chosen: Sequence[int], sample: Tensor, timestep: Tensor | float | int, context: StageContext
-    ) -> list[Answer]:
-        """Return one conversion for the prediction of each chosen expert; none if all are of one kind."""
+    ) -> dict[str, list[Converter]]:
+        """Return how the prediction of each chosen expert is converted; nothing if all are of one kind."""
         if all(self.conversions[index] is None for index in chosen):
-            return []
+            return {}
         noisy, times = self.as_prediction(sample, context), self.times(timestep, sample)
-        return [_answer(self.conversions[index], noisy, times) for index in chosen]
+        return {self.stages[-1].name: [_converter(self.conversions[index], noisy, times) for index in chosen]}
 
     def times(self, timestep: Tensor | float | int, like: Tensor) -> Tensor:
         """Return a call's timestep in the scheduler's unit, () or (B,), on the device of `like`."""
@@ -328,7 +311,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         return list(self.experts)
 
 
-def _answer(conversion: Conversion | None, noisy: Tensor, times: Tensor) -> Answer:
+def _converter(conversion: Conversion | None, noisy: Tensor, times: Tensor) -> Converter:
     return (
         (lambda prediction: prediction)
         if conversion is None

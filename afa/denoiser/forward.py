@@ -1,36 +1,68 @@
 """The loop of an ensemble: run each stage of all N experts, then fuse their features if it has an aggregator.
 
+Shapes: B batch, N experts, C channels, H and W of a stage's map, E time width, T tokens, D text width.
 Source: arXiv:2405.17082, section 3. Deviation: none where every stage is fused; unfused stages are ours.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from afa.aggregators.base import Adjust, Aggregator
+from afa.aggregators.base import Aggregator
 from afa.stages.stage import Stage, StageContext
 
 ParallelStages = tuple[Stage, ...]  # the same stage of every expert
-Answer = Callable[[Tensor], Tensor]  # converts an expert's prediction to the common kind
+Converter = Callable[[Tensor], Tensor]  # an expert's prediction -> the same prediction, of the common kind
 Observer = Callable[[str, Tensor], None]  # (name of a fused stage, its weights (B, N, H, W))
 # (name of a fused stage, its weights (R, N, H, W)) -> the weights to use instead
 Adjuster = Callable[[str, Tensor], Tensor]
 
 
-@dataclass
-class Residuals:
-    """What ControlNets and T2I-Adapters add, by the name of the stage after which it is added.
+@dataclass(kw_only=True)
+class PassOptions:
+    """What one pass does besides running stages and fusing features.
 
-    to_hidden: added to the features for the next stage, and so to the skip connection, too
-    to_skip:   added to the skip connection only
+    residuals:      stage name -> (B, C, H, W), added to the stage's output and so to its skip connection, too
+                    (ControlNet, T2I-Adapter)
+    skip_residuals: stage name -> (B, C, H, W), added to the stage's skip connection only (ControlNet)
+    skipped:        names of stages that are left out (skip-layer guidance)
+    odd_size:       True if a side of the latents is no multiple of the down-sampling factor; each upsampler
+                    then makes the size of the next skip connection
+    converters:     stage name -> N functions, applied to each expert's output before it is fused
+    fuse_text:      fuse text tokens, too, wherever image tokens are fused
+    checkpoint:     recompute each stage in the backward pass instead of keeping its activations
+    adjust:         returns the weights to use at a fused stage, instead of the aggregator's
+    observe:        called with the weights that a fused stage used
     """
 
-    to_hidden: dict[str, Tensor] = field(default_factory=dict)
-    to_skip: dict[str, Tensor] = field(default_factory=dict)
+    residuals: Mapping[str, Tensor] = field(default_factory=dict)
+    skip_residuals: Mapping[str, Tensor] = field(default_factory=dict)
+    skipped: Collection[str] = ()
+    odd_size: bool = False
+    converters: Mapping[str, Sequence[Converter]] = field(default_factory=dict)
+    fuse_text: bool = False
+    checkpoint: bool = False
+    adjust: Adjuster | None = None
+    observe: Observer | None = None
+
+
+class AggregatorInputs(NamedTuple):
+    """What every aggregator sees besides features: the means over the experts.
+
+    temb:      (B, E) time embedding
+    text:      (B, T, D) text states
+    text_mask: (B, T) bool, False for padding; None: no padding. All experts are given the same prompts
+    """
+
+    temb: Tensor
+    text: Tensor
+    text_mask: Tensor | None
 
 
 def run_stages(
@@ -38,104 +70,62 @@ def run_stages(
     aggregators: Mapping[str, Aggregator],
     hidden: Sequence[Tensor],
     contexts: Sequence[StageContext],
-    residuals: Residuals,
-    *,
-    odd_size: bool = False,
-    observe: Observer | None = None,
-    checkpoint: bool = False,
-    skipped: Collection[str] = (),
-    fuse_text: bool = False,
-    answers: Sequence[Answer] = (),
-    adjust: Adjuster | None = None,
+    options: PassOptions,
 ) -> Tensor:
-    """Run all stages of N experts and return the prediction of the last stage.
+    """Run all stages of N experts and return the prediction of the last stage, (B, C, H, W).
 
-    parallel_stages: one tuple per stage: this stage of every expert
+    parallel_stages: for each stage, in order: this stage of every expert
     aggregators:     stage name -> aggregator; at a stage without one, every expert keeps its own features
     hidden:          N × (B, C, H, W), the input of each expert's first stage
-    contexts:          N contexts, one per expert
-    residuals:       of ControlNets and T2I-Adapters
-    odd_size:        True if a side of the latents is no multiple of the down-sampling factor; each upsampler
-                     then makes the size of the next skip connection
-    observe:         called with each fused stage's name and weights
-    checkpoint:      recompute each stage in the backward pass instead of keeping its activations
-    skipped:         names of stages that are left out (skip-layer guidance)
-    fuse_text:       fuse text tokens, too, wherever image tokens are fused
-    answers:         N conversions of each expert's prediction, applied before it is fused; empty: none
-    adjust:          changes the weights of each fused stage before they are used and observed
-    Returns (B, C, H, W).
+    contexts:        N, one per expert
     """
-    temb = torch.stack([context.temb for context in contexts]).mean(0)  # (B, E)
-    text = torch.stack([context.text for context in contexts]).mean(0)  # (B, T, D)
-    text_mask = contexts[0].text_mask  # all experts are given the same prompts
-    features, contexts = list(hidden), list(contexts)
-    skips: list[list[Tensor]] = []
-    last = parallel_stages[-1][0].name
+    temb = torch.stack([context.temb for context in contexts]).mean(0)
+    text = torch.stack([context.text for context in contexts]).mean(0)
+    seen = AggregatorInputs(temb, text, contexts[0].text_mask)
+    features = list(hidden)
+    skips: list[list[Tensor]] = []  # one entry per saved skip connection: that of every expert
     for same_stage in parallel_stages:
         stage = same_stage[0]
-        if stage.name not in skipped:
-            skip: Sequence[Tensor | None] = skips.pop() if stage.takes_skip else [None] * len(same_stage)
-            size = _size(skips) if odd_size and stage.upsamples and skips else None
-            aggregator = aggregators[stage.name] if stage.name in aggregators else None
-            final = answers if stage.name == last else ()
-            change = None if adjust is None else functools.partial(adjust, stage.name)
-            step = (
-                same_stage,
-                aggregator,
-                features,
-                contexts,
-                skip,
-                size,
-                temb,
-                text,
-                text_mask,
-                fuse_text,
-                final,
-                change,
-            )
-            if checkpoint and torch.is_grad_enabled():
-                features, contexts, weights = torch.utils.checkpoint.checkpoint(
-                    _step, *step, use_reentrant=False
-                )
-            else:
-                features, contexts, weights = _step(*step)
-            if observe is not None and weights is not None:
-                observe(stage.name, weights)
-        features = _add(features, residuals.to_hidden.get(stage.name))
+        if stage.name not in options.skipped:
+            skip = skips.pop() if stage.takes_skip else [None] * len(same_stage)
+            size = _size(skips[-1][0]) if options.odd_size and stage.upsamples and skips else None
+            step = partial(_run_and_fuse, same_stage, aggregators.get(stage.name), seen, options)
+            if options.checkpoint and torch.is_grad_enabled():
+                step = partial(checkpoint, step, use_reentrant=False)
+            features, contexts, weights = step(features, contexts, skip, size)
+            if options.observe is not None and weights is not None:
+                options.observe(stage.name, weights)
+        features = _add(features, options.residuals.get(stage.name))
         if stage.saves_skip:
-            skips.append(_add(features, residuals.to_skip.get(stage.name)))
+            skips.append(_add(features, options.skip_residuals.get(stage.name)))
     return features[0]
 
 
-def _step(
+def _run_and_fuse(
     same_stage: ParallelStages,
     aggregator: Aggregator | None,
+    seen: AggregatorInputs,
+    options: PassOptions,
     features: Sequence[Tensor],
     contexts: Sequence[StageContext],
     skip: Sequence[Tensor | None],
     size: tuple[int, int] | None,
-    temb: Tensor,
-    text: Tensor,
-    text_mask: Tensor | None,
-    fuse_text: bool,
-    answers: Sequence[Answer],
-    adjust: Adjust | None,
 ) -> tuple[list[Tensor], list[StageContext], Tensor | None]:
     """Run one stage of all experts, and fuse their features if the stage has an aggregator.
 
     Returns every expert's features (one tensor N times if one blend serves all) and context, and the weights.
     """
-    ran = [
-        stage.run(x, context, s, size)
-        for stage, x, context, s in zip(same_stage, features, contexts, skip, strict=True)
-    ]
+    name = same_stage[0].name
+    each = zip(same_stage, features, contexts, skip, strict=True)
+    ran = [stage.run(x, context, own_skip, size) for stage, x, context, own_skip in each]
     outputs, after = [output for output, _ in ran], [context for _, context in ran]
-    if answers:
-        outputs = [answer(output) for answer, output in zip(answers, outputs, strict=True)]
+    if name in options.converters:
+        outputs = [convert(x) for convert, x in zip(options.converters[name], outputs, strict=True)]
     if aggregator is None:
         return outputs, after, None
-    fused, weights = aggregator(torch.stack(outputs, dim=1), temb, text, text_mask, adjust)
-    if fuse_text and after[0].text_tokens is not None:
+    adjust = None if options.adjust is None else partial(options.adjust, name)
+    fused, weights = aggregator(torch.stack(outputs, dim=1), *seen, adjust)
+    if options.fuse_text and after[0].text_tokens is not None:
         after = _fuse_text_tokens(after, weights)
     return fused if isinstance(fused, list) else [fused] * len(same_stage), after, weights
 
@@ -149,9 +139,8 @@ def _fuse_text_tokens(contexts: Sequence[StageContext], weights: Tensor) -> list
     return [dataclasses.replace(context, text_tokens=fused) for context in contexts]
 
 
-def _size(skips: Sequence[Sequence[Tensor]]) -> tuple[int, int]:
-    height, width = skips[-1][0].shape[-2:]
-    return height, width
+def _size(features: Tensor) -> tuple[int, int]:
+    return features.shape[-2], features.shape[-1]
 
 
 def _add(features: list[Tensor], residual: Tensor | None) -> list[Tensor]:

@@ -15,7 +15,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from afa.denoiser.forward import Residuals
+from afa.denoiser.forward import PassOptions
 from afa.errors import UserError
 from afa.models.transformer import TIMES, BlockList, PackedCall, TransformerEnsemble, block_residuals
 from afa.stages.tokens import TokenContext, as_map
@@ -208,10 +208,9 @@ class FluxEnsemble(TransformerEnsemble):
         grid = grid_of(img_ids)
         double = [stage for stage in self.stages if stage.group == "double"]
         single = [stage for stage in self.stages if stage.group == "single"]
-        residuals = Residuals(
-            block_residuals(double, controlnet_block_samples, grid, repeat=controlnet_blocks_repeat)
-            | block_residuals(single, controlnet_single_block_samples, grid)
-        )
+        residuals = block_residuals(
+            double, controlnet_block_samples, grid, repeat=controlnet_blocks_repeat
+        ) | block_residuals(single, controlnet_single_block_samples, grid)
         return self._predict(
             partial(embed, ids=(txt_ids, img_ids), grid=grid, guidance=guidance),
             hidden_states,
@@ -219,7 +218,7 @@ class FluxEnsemble(TransformerEnsemble):
             self.split_by_expert(
                 encoder_hidden_states=encoder_hidden_states, pooled_projections=pooled_projections
             ),
-            attention_kwargs=joint_attention_kwargs,
-            residuals=residuals,
-            return_dict=return_dict,
+            PassOptions(residuals=residuals),
+            joint_attention_kwargs,
+            return_dict,
         )

@@ -15,7 +15,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from afa.denoiser.forward import Residuals
+from afa.denoiser.forward import PassOptions
 from afa.models.transformer import BlockList, PackedCall, TransformerEnsemble, block_residuals
 from afa.stages.stage import Stage
 from afa.stages.tokens import TokenContext, as_map, pack, unpack
@@ -216,7 +216,7 @@ class QwenImageEnsemble(TransformerEnsemble):
             hidden_states,
             timestep,
             self.split_by_expert(encoder_hidden_states=encoder_hidden_states),
-            attention_kwargs=attention_kwargs,
-            residuals=Residuals(block_residuals(self.stages[:-1], controlnet_block_samples, shape[1:])),
-            return_dict=return_dict,
+            PassOptions(residuals=block_residuals(self.stages[:-1], controlnet_block_samples, shape[1:])),
+            attention_kwargs,
+            return_dict,
         )

@@ -14,7 +14,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from afa.denoiser.forward import Residuals
+from afa.denoiser.forward import PassOptions
 from afa.models.transformer import BlockList, TransformerCall, TransformerEnsemble, block_residuals
 from afa.stages.stage import StageContext
 from afa.stages.tokens import LEVEL, TokenContext, as_map
@@ -37,7 +37,7 @@ def embed(
     pooled_projections:    (B, P) pooled states of CLIP
     Returns the image tokens as a map, and the context.
     """
-    grid = (sample.shape[-2] // 2**LEVEL, sample.shape[-1] // 2**LEVEL)
+    grid = grid_of(sample)
     hidden = model.pos_embed(sample)
     temb = model.time_text_embed(timestep, pooled_projections)
     text = model.context_embedder(encoder_hidden_states)
@@ -45,6 +45,11 @@ def embed(
     return as_map(hidden, grid), TokenContext(
         temb=temb, text=text, text_tokens=text, grid=grid, conditions=conditions
     )
+
+
+def grid_of(sample: Tensor) -> tuple[int, int]:
+    """Return the rows and columns of image tokens of latents (B, C, H, W)."""
+    return sample.shape[-2] // 2**LEVEL, sample.shape[-1] // 2**LEVEL
 
 
 class SD3Call(TransformerCall):
@@ -91,6 +96,14 @@ class SD3Ensemble(TransformerEnsemble):
         pooled_projections:    (B, P) or (B, N·P), in the same way
         Raises NotImplementedError for IP-Adapter.
         """
+        *blocks, _ = self.stages
+        controls = block_controlnet_hidden_states
+        residuals = block_residuals(
+            blocks[:-1],  # the last block, which drops the text tokens, gets none
+            controls,
+            grid_of(hidden_states),
+            interval=len(blocks) / len(controls) if controls else None,
+        )
         return self._predict(
             embed,
             hidden_states,
@@ -98,18 +111,12 @@ class SD3Ensemble(TransformerEnsemble):
             self.split_by_expert(
                 encoder_hidden_states=encoder_hidden_states, pooled_projections=pooled_projections
             ),
-            attention_kwargs=joint_attention_kwargs,
-            residuals=self._residuals(block_controlnet_hidden_states, hidden_states),
-            skipped=[self.stages[index].name for index in skip_layers or ()],
-            return_dict=return_dict,
+            PassOptions(
+                residuals=residuals, skipped=[self.stages[index].name for index in skip_layers or ()]
+            ),
+            joint_attention_kwargs,
+            return_dict,
         )
-
-    def _residuals(self, controls: Sequence[Tensor] | None, sample: Tensor) -> Residuals:
-        """Assign ControlNet residuals to blocks; the last block, which drops the text tokens, gets none."""
-        *blocks, _ = self.stages
-        grid = (sample.shape[-2] // self.call.patch, sample.shape[-1] // self.call.patch)
-        interval = len(blocks) / len(controls) if controls else None
-        return Residuals(to_hidden=block_residuals(blocks[:-1], controls, grid, interval=interval))
 
     def as_prediction(self, sample: Tensor, context: StageContext) -> Tensor:
         """Fold latents to patches in the head's order: (B, C, p·H, p·W) -> (B, p·p·C, H, W)."""

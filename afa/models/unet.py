@@ -18,7 +18,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from afa.denoiser.base import EnsembleDenoiser, split_joined
-from afa.denoiser.forward import Residuals
+from afa.denoiser.forward import PassOptions
 from afa.errors import UserError
 from afa.stages.call import Call
 from afa.stages.stage import Stage, StageContext, plain
@@ -495,14 +495,14 @@ class UNetEnsemble(EnsembleDenoiser):
             sample,
             timestep,
             [{"text": text, "added": own} for text, own in zip(texts, added, strict=True)],
-            attention_kwargs=cross_attention_kwargs,
-            residuals=self._residuals(
+            self._options(
+                sample,
                 down_block_additional_residuals,
                 mid_block_additional_residual,
                 down_intrablock_additional_residuals,
             ),
-            odd_size=any(side % self._down_factor for side in sample.shape[-2:]),
-            return_dict=return_dict,
+            cross_attention_kwargs,
+            return_dict,
         )
 
     def split_text(self, states: Tensor) -> list[Tensor]:
@@ -536,20 +536,24 @@ class UNetEnsemble(EnsembleDenoiser):
         pooled = split_joined(added["text_embeds"], (width,), len(self.experts), "text_embeds")
         return [{**added, "text_embeds": own} for own in pooled]
 
-    def _residuals(
-        self, down: Sequence[Tensor] | None, middle: Tensor | None, adapter: Sequence[Tensor] | None
-    ) -> Residuals:
+    def _options(
+        self,
+        sample: Tensor,
+        down: Sequence[Tensor] | None,
+        middle: Tensor | None,
+        adapter: Sequence[Tensor] | None,
+    ) -> PassOptions:
         """Assign residuals of ControlNets (down and middle) and of T2I-Adapters to stages."""
         if adapter is None and middle is None and down is not None:
             down, adapter = None, down  # older T2I-Adapter pipelines pass theirs in the ControlNets' place
-        residuals = Residuals()
-        for name, residual in zip(self._adapter_stages, adapter or (), strict=False):
-            residuals.to_hidden[name] = residual
-        if adapter is not None and len(adapter) > len(self._adapter_stages):
+        adapter = adapter or ()
+        if len(adapter) > len(self._adapter_stages):
             raise ValueError(
                 f"{len(adapter)} T2I-Adapter residuals for {len(self._adapter_stages)} places; "
                 "the adapter is of another architecture"
             )
+        residuals = dict(zip(self._adapter_stages, adapter, strict=False))
+        skip_residuals: dict[str, Tensor] = {}
         if down is not None and middle is not None:
             saving = [stage.name for stage in self.stages if stage.saves_skip]
             if len(down) != len(saving):
@@ -557,11 +561,10 @@ class UNetEnsemble(EnsembleDenoiser):
                     f"{len(down)} ControlNet residuals for {len(saving)} skips; "
                     "the ControlNet is of another architecture"
                 )
-            residuals.to_skip = dict(zip(saving, down, strict=True))
-            residuals.to_hidden["M00"] = (
-                residuals.to_hidden["M00"] + middle if "M00" in residuals.to_hidden else middle
-            )
-        return residuals
+            skip_residuals = dict(zip(saving, down, strict=True))
+            residuals["M00"] = residuals["M00"] + middle if "M00" in residuals else middle
+        odd_size = any(side % self._down_factor for side in sample.shape[-2:])
+        return PassOptions(residuals=residuals, skip_residuals=skip_residuals, odd_size=odd_size)
 
 
 def _text_input_width(model: Any) -> int:
