@@ -259,7 +259,9 @@ def _aggregators(subject: Subject, denoiser: EnsembleDenoiser) -> dict[str, Any]
     return {
         "kind": recipe.kind,
         "options": {
-            name: value for name, value in (_defaults(recipe) | dict(recipe.options)).items() if value != ()
+            name: value
+            for name, value in (find_aggregator(recipe.kind).defaults() | dict(recipe.options)).items()
+            if value is not None
         },
         "attention_up_to": recipe.attention_up_to,
         "placement": denoiser.placement if isinstance(denoiser.placement, str) else list(denoiser.placement),
@@ -267,12 +269,6 @@ def _aggregators(subject: Subject, denoiser: EnsembleDenoiser) -> dict[str, Any]
         "parameters": count_parameters(denoiser.aggregators),
         "training": None if subject.manifest is None else subject.manifest.training,
     }
-
-
-def _defaults(recipe: Recipe) -> dict[str, Any]:
-    """The options of a kind of aggregator that have a value of their own."""
-    options = find_aggregator(recipe.kind).options()
-    return {name: one.default for name, one in options.items() if one.default is not one.empty}
 
 
 def _size(subject: Subject, resolution: int | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar, TypedDict, Unpack
+from typing import Any, ClassVar, Self, TypedDict, Unpack
 
 from afa.errors import UserError, unknown
 from afa.places import located
@@ -92,6 +92,11 @@ class CheckedOptions:
 
     prefix: ClassVar[str] = "--"
     free: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def current(cls) -> type[Self]:
+        """Return the class whose fields are the flags; settings with flags from a registry override it."""
+        return cls
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses

@@ -170,7 +170,7 @@ class TestRefusals:
             ({"config": "sd15", "batch_size": 0}, "--batch-size 0 is too small"),
             ({"config": "sd15", "hidden": 100}, "hidden 100 is not a multiple of heads 8"),
             ({"config": "sd15", "aggregator": "sawb"}, "did you mean 'sabw'"),
-            ({"config": "sd15", "aggregator": "mean", "hidden": 8}, "'mean' has no option 'hidden'"),
+            ({"config": "sd15", "aggregator": "mean", "hidden": 8}, "--hidden 8 is no option of --aggregator mean; it has no options"),
             ({"config": "sd15", "placement": "IN04"}, "add OUT11"),
             ({"config": "sd15", "resolution": 130}, "--resolution 130 is not a multiple of 8.*try 128"),
             ({"config": "sd14"}, "there is no config .* 'sd14'; did you mean"),

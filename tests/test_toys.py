@@ -2,14 +2,17 @@
 
 import importlib
 import json
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from PIL import Image
 from tiny import ONE_LEVEL, sd_pipeline
 
-from afa import Ensemble
+from afa import Ensemble, UserError
+from afa.aggregators.options import AggregatorOptions, SABWOptions
 from afa.aggregators.registry import AGGREGATORS, AggregatorType
+from afa.aggregators.settings import option_fields
 from afa.checkpoint.manifest import read_manifest
 from afa.cli.main import main
 from afa.evaluation.names import known_methods
@@ -18,7 +21,10 @@ from afa.images import read_metadata
 from afa.merging.registry import MERGES
 from afa.metrics.registry import METRICS, MetricEntry
 from afa.sampling.registry import SAMPLING_METHODS, SamplingMethod
+from afa.settings import option
 from afa.training.objective_registry import OBJECTIVES, ObjectiveEntry
+from afa.training.run import finished
+from afa.training.settings import TrainSettings
 from afa.webui.engine import find_methods
 
 FILES = {
@@ -28,13 +34,22 @@ from torch import nn
 from afa.aggregators.base import Aggregator
 
 class Toy(Aggregator):
-    def __init__(self, *, experts, channels, time_width, text_width, first: float = 2.0):
+    def __init__(self, *, experts, channels, time_width, text_width, toy_strength):
         super().__init__()
-        self.logits = nn.Parameter(first * (torch.arange(experts) == 0))
+        self.logits = nn.Parameter(toy_strength * (torch.arange(experts) == 0))
 
     def weigh(self, features, temb, text, kept=None):
         batch, experts, _, height, width = features.shape
         return self.logits.softmax(0).view(1, experts, 1, 1).expand(batch, experts, height, width)
+""",
+    "toy_aggregator_options": """
+from dataclasses import dataclass
+from afa.aggregators.options import AggregatorOptions
+from afa.settings import option
+
+@dataclass(frozen=True)
+class ToyOptions(AggregatorOptions):
+    toy_strength: float = option(2.0, least=0, most=9, help="how far the first expert is ahead at first")
 """,
     "toy_sampling": """
 from dataclasses import dataclass
@@ -90,11 +105,12 @@ def make(means):
 
 def entries():
     """One line of each registry."""
-    toy_sampling, toy_merge = (importlib.import_module(name) for name in ("toy_sampling", "toy_merge"))
+    modules = (importlib.import_module(name) for name in ("toy_aggregator_options", "toy_sampling", "toy_merge"))
+    toy_aggregator_options, toy_sampling, toy_merge = modules
     places = {"candidates": lambda names, ranking: [{"place": place} for place in range(len(names))]}
     says = {"title": "toy sampler", "help": "One expert draws.", "row": "one expert draws", "options": toy_sampling.ToyOptions}
     return [
-        (AGGREGATORS, "toy", AggregatorType("toy_aggregator:Toy", "the same weights everywhere, learnt")),
+        (AGGREGATORS, "toy", AggregatorType("toy_aggregator:Toy", "the same weights everywhere, learnt", toy_aggregator_options.ToyOptions)),
         (SAMPLING_METHODS, "toy_sampling", SamplingMethod("toy_sampling:make", **says, **places)),
         (MERGES, "toy_merge", toy_merge.TOY),
         (METRICS, "toy_metric", MetricEntry("toy_metric:make", "How red an image is.")),
@@ -126,7 +142,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(world):
     """An ensemble of toy aggregators, trained by `afa train` with the toy objective."""
-    experts = ["--experts", str(world / "photo"), str(world / "paint"), "--aggregator", "toy"]
+    experts = ["--experts", str(world / "photo"), str(world / "paint"), "--aggregator", "toy", "--toy-strength", "3"]
     run = ["--objective", "mse+toy_objective", "--steps", "4", "--batch-size", "2", "--lr", "0.1", "--warm-up", "0", "--ema", "0"]
     place = ["--data", str(world / "data"), "--resolution", "32", "--held-out", "4", "--device", "cpu", "--output", str(world / "afa")]
     assert main(["train", *experts, *run, *place]) == 0
@@ -134,24 +150,61 @@ def trained(world):
 
 
 def test_inspect_counts_a_toy_aggregator(world, capsys):
-    assert main(["inspect", str(world / "photo"), str(world / "paint"), "--aggregator", "toy", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["aggregators"]
-    assert found["kind"] == "toy" and found["options"] == {"first": 2.0} and found["parameters"] == 2 * found["fused"]
+    for flags, strength in ([], 2.0), (["--toy-strength", "4"], 4.0):
+        assert main(["inspect", str(world / "photo"), str(world / "paint"), "--aggregator", "toy", "--json", *flags]) == 0
+        found = json.loads(capsys.readouterr().out)["aggregators"]
+        assert found["kind"] == "toy" and found["options"] == {"toy_strength": strength} and found["parameters"] == 2 * found["fused"]
 
 
 def test_a_toy_aggregator_is_trained_by_a_toy_objective(trained):
     manifest = read_manifest(trained)
-    assert manifest.aggregator["kind"] == "toy" and manifest.aggregator["options"] == {}
+    assert manifest.aggregator["kind"] == "toy" and manifest.aggregator["options"] == {"toy_strength": 3.0}
+    assert manifest.training["settings"]["toy_strength"] == 3.0
     assert set(manifest.training["history"][-1]["terms"]) == {"mse", "toy_objective"}
     learnt = [aggregator.logits.detach() for aggregator in Ensemble.load(trained).denoiser.aggregators.values()]
-    assert any(weights[0] < 2 for weights in learnt)  # where one expert began alone, the others are asked
+    assert any(weights[0] < 3 for weights in learnt)  # where one expert began alone, the others are asked
 
 
-def test_an_option_that_a_toy_aggregator_has_not_is_refused(world, capsys):
-    experts = ["--experts", str(world / "photo"), str(world / "paint"), "--data", str(world / "data"), "--output", str(world / "no")]
-    assert main(["train", *experts, "--aggregator", "toy", "--hidden", "64", "--device", "cpu"]) == 2
-    assert "--hidden 64 is no option of --aggregator toy; it has first" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--aggregator toy --hidden 64", "--hidden 64 is no option of --aggregator toy; it has toy_strength"),
+        ("--aggregator stitch --toy-strength 1", "--toy-strength 1.0 is no option of --aggregator stitch; it has hidden, heads"),
+        ("--aggregator toy --toy-strength 10", "--toy-strength 10 is too large; the most is 9"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "inspect"])
+def test_an_option_that_the_chosen_aggregator_has_not_is_refused(world, capsys, verb, flags, sentence):
+    experts = [str(world / "photo"), str(world / "paint")]
+    place = ["--data", str(world / "data"), "--output", str(world / "no"), "--device", "cpu"]
+    assert main(["inspect", *experts, *flags.split()] if verb == "inspect" else ["train", "--experts", *experts, *place, *flags.split()]) == 2
+    assert sentence in capsys.readouterr().err
     assert not (world / "no").exists()
+
+
+def test_the_help_names_the_options_of_a_toy_aggregator_and_who_has_them(world, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "of toy: how far the first expert is ahead at first (default: 2.0)" in said
+    assert "of sabw, stitch: width inside the aggregators" in said
+
+
+def test_a_finished_run_of_a_toy_aggregator_is_known_again(world, trained, capsys):
+    settings = read_manifest(trained).training["settings"]
+    again = TrainSettings.current()(**settings)
+    assert finished(again)["steps"] == 4
+    with pytest.raises(UserError, match="begun with --toy-strength 3"):
+        finished(replace(again, toy_strength=1.0))
+
+
+def test_options_that_share_a_name_must_be_declared_alike():
+    @dataclass(frozen=True)
+    class Other(AggregatorOptions):
+        hidden: int = option(64, least=1, most=9999, help="width")
+
+    with pytest.raises(ValueError, match="aggregators 'sabw' and 'other' differ in option 'hidden'"):
+        option_fields({"sabw": SABWOptions, "other": Other})
 
 
 def test_generate_draws_with_a_toy_method_and_its_options(world, tmp_path):

@@ -3,14 +3,15 @@
 No heavy imports: help comes from here.
 """
 
-import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from afa.aggregators.options import AggregatorOptions, FixedOptions, SABWOptions
 from afa.errors import UserError, look_up
 from afa.lazy import load
 from afa.schema import build, hints_of, shown
+from afa.settings import check_value
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,46 +19,39 @@ if TYPE_CHECKING:
     from afa.aggregators.base import Aggregator
     from afa.stages.stage import Stage
 
-GIVEN = ("self", "experts", "channels", "time_width", "text_width")  # what the experts decide
+DEFAULT = "sabw"
 
 
 @dataclass(frozen=True)
 class AggregatorType:
     """One kind of aggregator.
 
-    make:    "module:Class" of the Aggregator; imported when it is asked for
+    make:    "module:Class" of the Aggregator; imported when it is asked for. Its arguments are experts,
+             channels, time_width, text_width, and its options by keyword
     help:    what it is, for `--aggregator`
+    options: the dataclass of its options, each a flag of `afa train` and `afa inspect`
     trained: whether it has weights to train, so that `afa train` offers it
     """
 
     make: str
     help: str
+    options: type[AggregatorOptions] = AggregatorOptions
     trained: bool = True
 
-    def options(self) -> dict[str, inspect.Parameter]:
-        """Return its own options by name, with their types (Annotated with their bounds) and defaults.
-
-        A class that takes **options has those of the class it extends.
-        """
-        found: dict[str, inspect.Parameter] = {}
-        for owner in load(self.make).__mro__:
-            if "__init__" not in vars(owner):
-                continue
-            hints = hints_of(owner.__init__)
-            parameters = inspect.signature(owner.__init__).parameters.values()
-            named = [one for one in parameters if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)]
-            own = {one.name: one.replace(annotation=hints.get(one.name, Any)) for one in named}
-            found = {name: own[name] for name in own if name not in GIVEN} | found
-            if not any(one.kind is one.VAR_KEYWORD for one in parameters):
-                break
-        return found
+    def defaults(self) -> dict[str, Any]:
+        """Return the options that have a default, with it."""
+        return {one.name: one.default for one in fields(self.options) if one.default is not MISSING}
 
 
 AGGREGATORS: dict[str, AggregatorType] = {
-    "sabw": AggregatorType("afa.aggregators.sabw:SABW", "the paper's"),
-    "stitch": AggregatorType("afa.aggregators.stitch:Stitch", "every expert keeps a path of its own"),
+    "sabw": AggregatorType("afa.aggregators.sabw:SABW", "the paper's", SABWOptions),
+    "stitch": AggregatorType(
+        "afa.aggregators.stitch:Stitch", "every expert keeps a path of its own", SABWOptions
+    ),
     "mean": AggregatorType("afa.aggregators.base:Mean", "every expert weighs the same", trained=False),
-    "fixed": AggregatorType("afa.aggregators.base:Fixed", "the weights that are given", trained=False),
+    "fixed": AggregatorType(
+        "afa.aggregators.base:Fixed", "the weights that are given", FixedOptions, trained=False
+    ),
 }
 
 
@@ -96,7 +90,7 @@ class Recipe:
     Raises ValueError for another text_stream.
     """
 
-    kind: str = "sabw"
+    kind: str = DEFAULT
     options: Mapping[str, Any] = field(default_factory=dict)
     attention_up_to: int | None = None
     text_stream: str = "own"
@@ -120,24 +114,25 @@ class Recipe:
         options = dict(self.options)
         if self.attention_up_to is not None and -(-side // 2**stage.level) > self.attention_up_to:
             options["depth"] = 0
-        known = entry.options()
         for name in options:
-            if name not in known:
+            if name not in (own.name for own in fields(entry.options)):
                 raise ValueError(f"aggregator '{self.kind}' has no option '{name}'")
         widths = {"channels": stage.channels, "time_width": time_width, "text_width": text_width}
-        return maker(experts=experts, **widths, **options)
+        return maker(experts=experts, **widths, **entry.defaults() | options)
 
 
 def check_options(kind: str, options: Mapping[str, Any], where: str) -> None:
     """Raises UserError for options from a file that are unknown, of another type, or out of bounds."""
-    known = AGGREGATORS[kind].options()
+    own: Any = AGGREGATORS[kind].options
+    known = {one.name: one for one in fields(own)}
     for name, value in options.items():
         if name not in known:
             raise UserError(
                 f"{where}: aggregator '{kind}' has no option {shown(name)};"
                 f" it has {', '.join(sorted(known)) or 'none'}"
             )
-        build(known[name].annotation, value, where, f"aggregator.options.{name}")
+        build(hints_of(own)[name], value, where, f"aggregator.options.{name}")
+        check_value(own, known[name], value, f"{where}: aggregator.options.{name}")
 
 
 def count_parameters(module: "nn.Module") -> int:

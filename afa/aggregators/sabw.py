@@ -1,7 +1,6 @@
 """SABW: the Spatial-Aware Block-Wise aggregator of AFA (arXiv:2405.17082, section 3.2 and figure 3)."""
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -9,25 +8,21 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from afa.aggregators.base import Aggregator
+from afa.aggregators.options import SEEN
 from afa.errors import look_up
-from afa.schema import Within
-
-SEEN = ("text", "time", "place")  # what the weights depend on besides the features
 
 
 class SABW(Aggregator):
     """Look at all experts' features, the time and the text; weigh the experts at every pixel.
 
-    experts N, channels C, time_width E, text_width D: of the stage it fuses.
-    hidden: width inside, a multiple of heads. Cost grows with its square; 128 is the paper's.
-    heads: of the attention; the paper's 8 heads are 16 wide.
-    depth: transformer layers, the paper's is 2; self-attention costs (H·W)², the larger part of the cost on
-           big maps.
-    0 leaves out the transformer and with it all knowledge of the text, at about a quarter of the parameters.
-
+    experts, channels, time_width, text_width: N, C, E and D of the stage it fuses
+    hidden: width inside, a multiple of heads. Cost grows with its square; 128 is the paper's
+    heads:  of the attention; the paper's 8 heads are 16 wide
+    depth:  transformer layers; the paper's is 2. Self-attention costs (H·W)², the larger part of the cost on
+            big maps. 0 leaves out the transformer and with it all knowledge of the text, at about a quarter
+            of the parameters
     ignore: of SEEN, what the weights must not depend on, for ablations: the text states or the time embedding
-            are taken
-    as zeros; without place, one weight an expert serves the whole map.
+            are taken as zeros; without place, one weight per expert serves the whole map
 
     An untrained one is the mean: conv_out starts at zero, so the softmax starts at 1/N everywhere.
     The names of the sub-modules are those of the reference release, so that its files load. Deviation: none.
@@ -40,17 +35,17 @@ class SABW(Aggregator):
         channels: int,
         time_width: int,
         text_width: int,
-        hidden: Annotated[int, Within(1, 16384)] = 128,
-        heads: Annotated[int, Within(1, 1024)] = 8,
-        depth: Annotated[int, Within(0, 100)] = 2,
-        ignore: Sequence[str] = (),
+        hidden: int,
+        heads: int,
+        depth: int,
+        ignore: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if hidden % heads:
             raise ValueError(f"hidden {hidden} is not a multiple of heads {heads}; choose widths that divide")
-        for name in ignore:
+        for name in ignore or ():
             look_up(name, dict.fromkeys(SEEN), "thing that weights depend on,")
-        self.ignore = frozenset(ignore)
+        self.ignore = frozenset(ignore or ())
         groups = 32 if hidden % 32 == 0 else heads  # diffusers' default where it divides, as in the release
         self.conv_in = nn.Conv2d(experts * channels, hidden, 1)
         self.res_block = ResnetBlock2D(in_channels=hidden, temb_channels=time_width, groups=groups)

@@ -245,7 +245,7 @@ def check_recorded(settings: dict[str, Any], where: object, key: str) -> None:
 
     Options that this version does not know are left alone: a later one may have written them.
     """
-    hints = hints_of(importlib.import_module(RECORDED_SETTINGS).TrainSettings)
+    hints = hints_of(importlib.import_module(RECORDED_SETTINGS).TrainSettings.current())
     for name, value in settings.items():
         build(hints.get(name, Any), value, where, f"{key}.{name}")
 

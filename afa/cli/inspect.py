@@ -6,19 +6,20 @@ downloaded once.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afa.aggregators.registry import AGGREGATORS
+from afa.aggregators.registry import AGGREGATORS, DEFAULT, Recipe
+from afa.aggregators.settings import AggregatorSettings, with_aggregator_options
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
-from afa.settings import COUNT, CheckedOptions, option
+from afa.pages.numbers import count, scaled
+from afa.pages.tables import listing
+from afa.settings import COUNT, option
 
 if TYPE_CHECKING:
     from afa.inspection import Subject
-from afa.pages.numbers import count, scaled
-from afa.pages.tables import listing
 
 EXAMPLES = [
     "afa inspect demo:curves demo:angles demo:patterns",
@@ -26,12 +27,11 @@ EXAMPLES = [
     "afa inspect demo:ensemble",
     "afa inspect --config flux --count 2 --placement double",
 ]
-# Options of the aggregators; a saved ensemble has its own.
-FUSION = ("aggregator", "placement", "hidden", "heads", "depth", "weights", "attention_up_to")
 
 
-@dataclass(frozen=True)
-class Options(CheckedOptions):
+@with_aggregator_options
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings(AggregatorSettings):
     """The settings of `afa inspect`: what to show, and how the experts would be fused."""
 
     experts: list[str] = option(
@@ -52,21 +52,13 @@ class Options(CheckedOptions):
     )
     aggregator: str | None = option(
         None,
-        help=f"kind of aggregator: {' or '.join(', '.join(AGGREGATORS).rsplit(', ', 1))} (default: sabw)",
+        help=f"kind of aggregator: {' or '.join(', '.join(AGGREGATORS).rsplit(', ', 1))} (default: {DEFAULT})",
     )
     placement: str | None = option(
         None,
         help="fused stages: layers (all), blocks, every-K, double (FLUX), out, or names such as M00,OUT11"
         " (default: the family's)",
     )
-    hidden: int | None = option(None, least=1, most=2**20, help="width inside the aggregators (default: 128)")
-    heads: int | None = option(
-        None, least=1, most=2**20, help="attention heads of the aggregators (default: 8)"
-    )
-    depth: int | None = option(
-        None, least=0, most=1000, help="transformer layers of the aggregators; 0: none (default: 2)"
-    )
-    weights: list[float] | None = option(None, help="for --aggregator fixed: one weight per expert")
     attention_up_to: int | None = option(
         None,
         least=0,
@@ -93,6 +85,9 @@ class Options(CheckedOptions):
             raise UserError(f"--count {self.count} is for --config without EXPERT; leave out one of them")
 
 
+Options = InspectSettings
+
+
 def run(options: Options) -> None:
     """Print the report; then, if the experts cannot be fused, raise UserError with every reason."""
     from afa.inspection import facts
@@ -107,7 +102,6 @@ def run(options: Options) -> None:
 
 
 def _subject(options: Options) -> "Subject":
-    from afa.aggregators.registry import Recipe
     from afa.checkpoint.manifest import MANIFEST
     from afa.files import settled
     from afa.inspection import Subject
@@ -116,9 +110,7 @@ def _subject(options: Options) -> "Subject":
     if ensembles:
         _check_alone(options, ensembles[0])
         return Subject.from_ensemble(Path(ensembles[0]))
-    inner: dict[str, Any] = {name: getattr(options, name) for name in ("hidden", "heads", "depth", "weights")}
-    given = {name: value for name, value in inner.items() if value is not None}
-    recipe = Recipe(options.aggregator or "sabw", given, options.attention_up_to)
+    recipe = Recipe(options.aggregator or DEFAULT, options.aggregator_options(), options.attention_up_to)
     placement = options.placement
     if not options.experts:
         assert options.config is not None
@@ -133,11 +125,13 @@ def _check_alone(options: Options, ensemble: str) -> None:
     if len(options.experts) > 1:
         other = next(source for source in options.experts if source != ensemble)
         raise UserError(f"{ensemble} is a saved ensemble; inspect it alone, without {other}")
-    for name in ("config", "prediction_type", *FUSION):
-        if getattr(options, name) is not None:
+    made = ("config", "prediction_type", "aggregator", "placement", "attention_up_to")
+    names = (*made, *options.option_fields())
+    for field in fields(options):
+        if field.name in names and getattr(options, field.name) != field.default:
             raise UserError(
                 f"{ensemble} is a saved ensemble with settings of its own;"
-                f" leave out --{name.replace('_', '-')}"
+                f" leave out --{field.name.replace('_', '-')}"
             )
 
 

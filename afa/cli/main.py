@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         parsed = parser.parse_args(given)
         module = importlib.import_module(COMMANDS[parsed.command])
         _quiet_libraries()
-        module.run(read_flags(module.Options, parsed))
+        module.run(read_flags(module.Options.current(), parsed))
     except (UserError, NotImplementedError) as error:
         return _say(str(error), 2, given)
     except KeyboardInterrupt as interrupt:
@@ -88,7 +88,8 @@ def build_parser(arguments: list[str]) -> argparse.ArgumentParser:
         )
         _add_traceback(command)
         if verb in arguments:
-            add_flags(command, module.Options, _preset(verb, module.Options, arguments))
+            options = module.Options.current()
+            add_flags(command, options, _preset(verb, options, arguments))
     return parser
 
 

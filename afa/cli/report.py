@@ -8,7 +8,7 @@ by side, then one by one.
 from dataclasses import dataclass
 from pathlib import Path
 
-from afa.settings import option
+from afa.settings import CheckedOptions, option
 
 EXAMPLES = [
     (
@@ -20,7 +20,7 @@ EXAMPLES = [
 
 
 @dataclass(frozen=True)
-class Options:
+class ReportSettings(CheckedOptions):
     """The settings of `afa report`: the evaluations and the files to write."""
 
     folders: list[str] = option(
@@ -31,6 +31,9 @@ class Options:
     csv: str | None = option(
         None, help="all numbers as CSV, one line for each comparison (default: beside the page, .csv)"
     )
+
+
+Options = ReportSettings
 
 
 def run(options: Options) -> None:

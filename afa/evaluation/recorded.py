@@ -16,21 +16,24 @@ from afa.experts.single_file import KNOWN_CONFIGS
 from afa.schema import shown
 from afa.training.settings import TrainSettings
 
-# Options that name neither code nor a file, of which a recorded value is taken.
+# Options that name neither code nor a file, of which a recorded value is taken; so are the aggregator's own.
 TAKEN = frozenset(
     """
     objective snr_gamma weighting timesteps reward_weight reward_reach better worse draft_steps
     draft_last draft_again draft_guidance anchor sparsity sparsity_top image_column caption_column limit
     crops flip max_skipped steps batch_size accumulate lr warm_up schedule weight_decay clip ema
     caption_dropout resolution held_out evaluate_every patience save_every seed dtype
-    gradient_checkpointing aggregator placement hidden heads depth ignore attention_up_to text_stream
-    store prediction_type
+    gradient_checkpointing aggregator placement attention_up_to text_stream store prediction_type
     """.split()
 )
 OWN = frozenset(
     {"experts", "start", "output", "recipe", "device", "json", "dry_run"}
 )  # of every run, so that nothing is lost without it
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
+
+
+def taken() -> frozenset[str]:
+    """Return the names of all options of which a recorded value is taken."""
+    return TAKEN.union(TrainSettings.option_fields())
 
 
 def recorded_settings(manifest: Manifest, folder: Path) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def recorded_settings(manifest: Manifest, folder: Path) -> dict[str, Any]:
             f"{folder} was trained further from {start}, so it is no recipe for others; compare its start, "
             "or use --seeds 1"
         )
-    return {name: value for name, value in settings.items() if name in TAKEN} | _frame(
+    return {name: value for name, value in settings.items() if name in taken()} | _frame(
         manifest, folder, settings
     )
 
@@ -61,10 +64,11 @@ def recorded_data(manifest: Manifest) -> str | None:
 def tell(manifest: Manifest, folder: Path) -> None:
     """Print to stderr which recorded options baselines are trained with, and which are not used."""
     settings = (manifest.training or {}).get("settings", {})
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings.current())}
     used = [
         f"{name} {shown(value)}"
         for name, value in settings.items()
-        if name in TAKEN and DEFAULTS[name] != value
+        if name in taken() and defaults[name] != value
     ]
     print(
         f"afa: rivals are trained as {folder / MANIFEST} records: {', '.join(used) or 'with the defaults'}",
@@ -73,7 +77,7 @@ def tell(manifest: Manifest, folder: Path) -> None:
     left = [
         name
         for name, value in settings.items()
-        if name not in TAKEN | OWN and value not in (None, DEFAULTS.get(name))
+        if name not in taken() | OWN and value not in (None, defaults.get(name))
     ]
     left = [
         f"{name} {shown(settings[name])}"

@@ -157,7 +157,9 @@ class Setup:
                     " a name or your own Python file"
                 )
             fixed |= {"reward": self.settings.reward, "reward_weights": self.settings.reward_weights}
-        recorded = TrainSettings(**{**self.recorded, **fixed, "data": self.training_data})
+        recorded = TrainSettings.current()(**{**self.recorded, **fixed, "data": self.training_data})
+        if "aggregator" in changes:
+            changes = recorded.other_aggregator(changes["aggregator"]) | changes
         return dataclasses.replace(recorded, **{"seed": nth_seed(recorded.seed, run), **changes})
 
     @cached_property

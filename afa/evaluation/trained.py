@@ -95,7 +95,7 @@ def _differs(denoiser: EnsembleDenoiser, changes: Mapping[str, Any]) -> bool:
     These aggregators may not have the option; blocks of the family may not change text tokens, or be stages
     already.
     """
-    options = find_aggregator(denoiser.recipe.kind).options()
+    options = (field.name for field in dataclasses.fields(find_aggregator(denoiser.recipe.kind).options))
     if not changes.keys() <= {"aggregator", "placement", "text_stream", *options}:
         return False
     if "text_stream" in changes:

@@ -109,7 +109,7 @@ def finished(settings: TrainSettings) -> dict[str, Any] | None:
             f"{settings.output} holds an ensemble that was not trained here; give another --output"
         )
     begun: TrainSettings = build(
-        TrainSettings, record["settings"], Path(settings.output) / MANIFEST, "training.settings"
+        TrainSettings.current(), record["settings"], Path(settings.output) / MANIFEST, "training.settings"
     )
     if settings.steps != begun.steps:  # its state is gone, so it cannot go on
         further = (

@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from afa.aggregators.registry import AGGREGATORS, explain_trained, trained_kinds
+from afa.aggregators.registry import DEFAULT, explain_trained, trained_kinds
+from afa.aggregators.settings import AggregatorSettings, with_aggregator_options
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.settings import (
@@ -21,14 +22,10 @@ from afa.settings import (
 )
 from afa.training.objective_settings import ObjectiveSettings
 
-# Once, when an ensemble is made.
+# Once, when an ensemble is made; so are the aggregators' options.
 MADE = (
     "aggregator",
     "placement",
-    "hidden",
-    "heads",
-    "depth",
-    "ignore",
     "attention_up_to",
     "text_stream",
     "vae",
@@ -207,10 +204,12 @@ class LoopSettings(ObjectiveSettings):
         )
 
 
+@with_aggregator_options
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(LoopSettings):
-    """The options of `afa train`; each field is a flag."""
+class TrainSettings(LoopSettings, AggregatorSettings):
+    """The options of `afa train`; each field is a flag. The aggregators' options are fields too."""
 
+    trained_only: ClassVar[bool] = True
     recipe: str | None = option(
         None,
         help="paper-sd15, paper-sdxl, low-memory, scenes, or a .toml file of flags; "
@@ -227,7 +226,7 @@ class TrainSettings(LoopSettings):
         help="a saved ensemble to go on from, instead of --experts: its experts, its aggregators as they are",
     )
     aggregator: str = option(
-        "sabw",
+        DEFAULT,
         help=explain_trained(),
         choices=trained_kinds,
     )
@@ -235,12 +234,6 @@ class TrainSettings(LoopSettings):
         None,
         help="fused stages: layers (all), blocks, every-K, double (FLUX), "
         "out (a router on the predictions), or names such as M00,OUT11",
-    )
-    hidden: int = option(128, least=1, most=2**20, help="width inside the aggregators")
-    heads: int = option(8, least=1, most=2**20, help="attention heads of the aggregators")
-    depth: int = option(2, least=0, most=1000, help="transformer layers of the aggregators; 0: none")
-    ignore: list[str] | None = option(
-        None, help="what the weights must not depend on, for ablations", choices=["text", "time", "place"]
     )
     attention_up_to: int | None = option(
         None,
@@ -275,17 +268,14 @@ class TrainSettings(LoopSettings):
                 f"--experts names {alone}; an ensemble needs at least two experts (to train one alone: "
                 "afa finetune)"
             )
-        made = [
-            field
-            for field in fields(self)
-            if field.name in MADE and getattr(self, field.name) != field.default
-        ]
+        made = [name for name, default in self._made().items() if getattr(self, name) != default]
         if self.start is not None and made:
-            flag = f"--{made[0].name.replace('_', '-')} {getattr(self, made[0].name)}"
+            flag = f"--{made[0].replace('_', '-')} {getattr(self, made[0])}"
             raise UserError(
                 f"{flag} cannot be given with --start {self.start}: "
                 "its aggregators and its frame are made already"
             )
+        self.aggregator_options()  # raises for an option that the aggregator does not have
 
     def files(self) -> dict[str, str]:
         """Return sha256 of experts, frame and rewards, or of a saved ensemble and its parts."""
@@ -299,17 +289,11 @@ class TrainSettings(LoopSettings):
 
     def further(self, start: Path | str, **changes: Any) -> "TrainSettings":
         """Return settings of a run that continues training a saved ensemble."""
-        made = {field.name: field.default for field in fields(self) if field.name in MADE}
-        return replace(self, **{**made, "experts": None, "recipe": None, "start": str(start), **changes})
+        return replace(
+            self, **{**self._made(), "experts": None, "recipe": None, "start": str(start), **changes}
+        )
 
-    def aggregator_options(self) -> dict[str, object]:
-        """Options of the kind of aggregator. Raises UserError for a flag that this kind has no option for."""
-        known = AGGREGATORS[self.aggregator].options()
-        options: dict[str, object] = {"hidden": self.hidden, "heads": self.heads, "depth": self.depth}
-        options |= {"ignore": list(self.ignore)} if self.ignore else {}
-        defaults = {field.name: field.default for field in fields(self)}
-        for name, value in options.items():
-            if name not in known and value != defaults[name]:
-                has = f"it has {', '.join(known)}" if known else "it has no options"
-                raise UserError(f"--{name} {value} is no option of --aggregator {self.aggregator}; {has}")
-        return {name: value for name, value in options.items() if name in known}
+    def _made(self) -> dict[str, Any]:
+        """Return the options that are chosen once, when an ensemble is made, with their defaults."""
+        names = (*MADE, *self.option_fields())
+        return {field.name: field.default for field in fields(self) if field.name in names}

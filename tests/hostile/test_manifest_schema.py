@@ -107,7 +107,7 @@ def test_a_key_that_is_missing_is_named(manifest, key):
         ("aggregator.kind", "mean2", "mean2"),
         ("aggregator.options.width", 3, "no option .width"),
         ("aggregator.options.experts", 3, "no option .experts"),
-        ("aggregator.options.hidden", 10**9, "hidden is 1000000000"),
+        ("aggregator.options.hidden", 10**9, "hidden 1000000000"),
         ("aggregator.options.depth", 10**6, "depth"),
         ("aggregator.options.ignore", ["text", 3], r"ignore\[1\]"),
         ("family", "unet2", "unet2"),

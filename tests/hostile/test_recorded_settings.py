@@ -8,7 +8,7 @@ import pytest
 from hostile import downloaded, edit
 
 from afa.errors import UserError
-from afa.evaluation.recorded import OWN, TAKEN
+from afa.evaluation.recorded import OWN, taken
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.setup import Setup
 from afa.training.settings import TrainSettings
@@ -32,8 +32,8 @@ def setup(folder: Path, **asked: object) -> Setup:
 
 
 def test_every_option_of_training_is_decided_on():
-    assert {field.name for field in fields(TrainSettings)} == TAKEN | OWN | NOT_TAKEN
-    assert not TAKEN & NOT_TAKEN
+    assert {field.name for field in fields(TrainSettings)} == taken() | OWN | NOT_TAKEN
+    assert not taken() & NOT_TAKEN
 
 
 @pytest.mark.parametrize("objective", ["mse+reward", "reward", "draft", "mse+draft"])
