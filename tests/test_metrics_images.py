@@ -29,10 +29,10 @@ from afa.experts.single_file import clip_tokenizer
 from afa.metrics import imagereward
 from afa.metrics.base import Picture
 from afa.metrics.clip import VIT_L, shared_clip
+from afa.metrics.open_clip import read_config, to_transformers
 from afa.metrics.pixels import CLIP_MEAN, CLIP_STD, crop, pad, to_tensor
-from afa.metrics.preference import read_config, to_transformers
 from afa.metrics.registry import make_metric
-from afa.metrics.weights import check_transformer, find
+from afa.metrics.weights import find, transformer_loader
 
 CPU = torch.device("cpu")
 
@@ -178,7 +178,7 @@ def test_the_sizes_of_the_published_hpsv2_are_read_from_its_tensors():
     assert (vision.image_size, vision.patch_size, vision.num_hidden_layers, vision.num_attention_heads) == (224, 14, 32, 16)
     assert (text.num_hidden_layers, text.num_attention_heads, text.max_position_embeddings) == (24, 16, 77)
     assert round(sum(tensor.numel() for tensor in tensors.values()) / 1e6, 2) == 986.11  # as open_clip lists it
-    check_transformer(CLIPModel, config, to_transformers(tensors), Path("hps.pt"))
+    transformer_loader(CLIPModel, config, to_transformers(tensors), Path("hps.pt"))
 
 
 def test_pickled_weights_of_a_folder_are_the_same_weights(weights, tmp_path):

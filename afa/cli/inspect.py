@@ -52,7 +52,8 @@ class InspectSettings(AggregatorSettings):
     )
     aggregator: str | None = option(
         None,
-        help=f"kind of aggregator: {' or '.join(', '.join(AGGREGATORS).rsplit(', ', 1))} (default: {DEFAULT})",
+        help=f"kind of aggregator: {' or '.join(', '.join(AGGREGATORS).rsplit(', ', 1))} "
+        f"(default: {DEFAULT})",
     )
     placement: str | None = option(
         None,

@@ -16,7 +16,7 @@ from afa.experts.single_file import KNOWN_CONFIGS
 from afa.schema import shown
 from afa.training.settings import TrainSettings
 
-# Options that name neither code nor a file, of which a recorded value is taken; so are the aggregator's own.
+# Options that name neither code nor a file, of which a recorded value is taken; see also taken().
 TAKEN = frozenset(
     """
     objective snr_gamma weighting timesteps reward_weight reward_reach better worse draft_steps

@@ -22,7 +22,7 @@ from afa.metrics.base import Features, Indices, SetMetric, Values, batches, copi
 from afa.metrics.inception import InceptionFeatures, inception_features
 from afa.metrics.pixels import IMAGENET_MEAN, IMAGENET_STD, stretch, to_tensor
 from afa.metrics.registry import Resources
-from afa.metrics.weights import Found, Part, check_folder, find, load_folder
+from afa.metrics.weights import Found, Part, find, folder_loader
 
 Array = NDArray[np.float64]
 BLOCK = 4096  # rows in float64 at once
@@ -203,7 +203,7 @@ class DinoDistance(FrechetDistance):
             f"Fréchet distance on class tokens of {found}, images stretched to {SIDE} px (bicubic); "
             "arXiv:2306.04675"
         )
-        check_folder(Dinov2Model, found.path)
+        self._load = folder_loader(Dinov2Model, found.path)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -215,9 +215,7 @@ class DinoDistance(FrechetDistance):
 
     @cached_property
     def _network(self) -> Any:
-        from transformers import Dinov2Model
-
-        return load_folder(Dinov2Model, self.found.path, self.device)
+        return self._load(self.device)
 
     @torch.no_grad()
     def features(self, images: Sequence[NDArray[np.uint8]]) -> Features:

@@ -21,19 +21,10 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from afa.errors import UserError
 from afa.metrics.base import Differentiable, ImageMetric, Picture, Values, batches
+from afa.metrics.clip_scores import ScoreHead
 from afa.metrics.pixels import CLIP_MEAN, CLIP_STD, crop, fit_tensor, to_tensor
-from afa.metrics.preference import ScoreHead
 from afa.metrics.registry import Resources
-from afa.metrics.weights import (
-    Found,
-    Part,
-    check_network,
-    check_transformer,
-    find,
-    load_network,
-    load_transformer,
-    read_tensors,
-)
+from afa.metrics.weights import Found, Part, find, network_loader, read_tensors, transformer_loader
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
 LENGTH = 35  # tokens of a caption; longer ones are cut, shorter ones padded
@@ -47,7 +38,6 @@ class ImageReward(ImageMetric, Differentiable):
     names = ("imagereward",)
 
     def __init__(self, weights: Found, vocabulary: Found, batch_size: int, device: torch.device) -> None:
-
         self.weights, self.vocabulary, self.batch_size, self.device = weights, vocabulary, batch_size, device
         self.source = (
             f"standardised reward of {weights}, shorter side resized, centre crop, "
@@ -153,34 +143,27 @@ class Checkpoint:
     """ImageReward's tensors, sorted by sub-network. Raises UserError if some are missing."""
 
     def __init__(self, tensors: Mapping[str, Tensor], where: Path) -> None:
-        self.where = where
         self.image = {_vision_name(name): tensor for name, tensor in _under(IMAGE, tensors).items()}
         self.text = {
             name: tensor
             for name, tensor in _under(TEXT, tensors).items()
             if name != "embeddings.position_ids"
         }
-        self.head = _under(HEAD, tensors)
         try:
             self.image_config, self.text_config = self._image_config(), self._text_config()
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"{where} is no checkpoint of ImageReward (looked for {error}); is it the right file?"
             ) from error
-        check_transformer(BlipVisionModel, self.image_config, self.image, where)
-        check_transformer(BlipTextModel, self.text_config, self.text, where, add_pooling_layer=False)
-        check_network(self._build_head, self.head, where)
+        self._loaders = (
+            transformer_loader(BlipVisionModel, self.image_config, self.image, where),
+            transformer_loader(BlipTextModel, self.text_config, self.text, where, add_pooling_layer=False),
+            network_loader(lambda: ScoreHead(self.text_config.hidden_size), _under(HEAD, tensors), where),
+        )
 
     def load(self, device: torch.device) -> "Reward":
         """Return the network with its weights."""
-        image = load_transformer(BlipVisionModel, self.image_config, self.image, self.where, device)
-        text = load_transformer(
-            BlipTextModel, self.text_config, self.text, self.where, device, add_pooling_layer=False
-        )
-        return Reward(image, text, load_network(self._build_head, self.head, device))
-
-    def _build_head(self) -> ScoreHead:
-        return ScoreHead(self.text_config.hidden_size)
+        return Reward(*(load(device) for load in self._loaders))
 
     def _image_config(self) -> Any:
         width, _, patch, _ = self.image["embeddings.patch_embedding.weight"].shape

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from afa.metrics.base import Features, Indices, SetMetric, Values, batches, copies
 from afa.metrics.registry import Resources
-from afa.metrics.weights import Found, Part, check_network, find, load_network, read_tensors
+from afa.metrics.weights import Found, Part, find, network_loader, read_tensors
 
 SIDE, FEATURES, CLASSES = 299, 2048, 1008
 
@@ -230,7 +230,7 @@ class InceptionFeatures:
 
     def __init__(self, found: Found, device: torch.device) -> None:
         self.found, self.device = found, device
-        check_network(Inception, read_tensors(found.path), found.path)
+        self._load = network_loader(Inception, read_tensors(found.path), found.path)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class InceptionFeatures:
 
     @cached_property
     def _network(self) -> Inception:
-        return load_network(Inception, read_tensors(self.found.path), self.device)
+        return self._load(self.device)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[NDArray[np.uint8]], batch_size: int) -> NDArray[np.float32]:

@@ -9,7 +9,6 @@ Source of the diversity: Zhu et al., arXiv:1711.11586.
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from afa.errors import UserError
 from afa.metrics.base import ImageMetric, Picture, Values, batches
 from afa.metrics.pixels import to_tensor
 from afa.metrics.registry import Resources
-from afa.metrics.weights import Found, Part, check_network, find, load_network, read_tensors
+from afa.metrics.weights import Found, Part, find, network_loader, read_tensors
 
 # Layers of torchvision's `features`: (channels, kernel, stride, padding) of a convolution with its ReLU, or
 # max pooling.
@@ -88,27 +87,6 @@ class Linear(nn.Module):
         return [parameter.flatten() for parameter in self.parameters()]
 
 
-class Perceptual:
-    """The two networks in two files. Raises UserError for other weights, or weights of two classifiers."""
-
-    def __init__(self, trunk: Path, linear: Path) -> None:
-        self._trunk, self._linear = read_tensors(trunk), read_tensors(linear)
-        self._layers = VGG16 if "features.28.weight" in self._trunk else ALEXNET
-        check_network(self._build_trunk, self._trunk, trunk)
-        check_network(self._build_linear, self._linear, linear)
-
-    def _build_trunk(self) -> Trunk:
-        return Trunk(self._layers)
-
-    def _build_linear(self) -> Linear:
-        return Linear(self._layers)
-
-    def load(self, device: torch.device) -> tuple[Trunk, list[Tensor]]:
-        """Return the trunk and the channel weights."""
-        linear = load_network(self._build_linear, self._linear, device)
-        return load_network(self._build_trunk, self._trunk, device), linear.weights()
-
-
 def distance(one: list[Tensor], other: list[Tensor], weights: list[Tensor]) -> Tensor:
     """Return the LPIPS distance of two images.
 
@@ -153,7 +131,10 @@ class Diversity(ImageMetric):
             f"mean LPIPS to the other images of the prompt, by {trunk} and {linear}, images as they are; "
             "arXiv:1801.03924"
         )
-        self._perceptual = Perceptual(trunk.path, linear.path)
+        features = read_tensors(trunk.path)
+        layers = VGG16 if "features.28.weight" in features else ALEXNET
+        self._load_trunk = network_loader(lambda: Trunk(layers), features, trunk.path)
+        self._load_linear = network_loader(lambda: Linear(layers), read_tensors(linear.path), linear.path)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -161,7 +142,7 @@ class Diversity(ImageMetric):
 
     @cached_property
     def _network(self) -> Any:
-        return self._perceptual.load(self.device)
+        return self._load_trunk(self.device), self._load_linear(self.device).weights()
 
     @torch.no_grad()
     def score(self, pictures: Sequence[Picture]) -> dict[str, Values]:

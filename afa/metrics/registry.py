@@ -49,23 +49,23 @@ METRICS = {
         "FD-DINOv2: the Fréchet distance on DINOv2 features, closer to people's judgement than FID.",
     ),
     "clip_t": MetricEntry(
-        "afa.metrics.clip:make_clip_t",
+        "afa.metrics.clip_scores:make_clip_t",
         "CLIP-T: does the image fit its prompt? The cosine of their CLIP embeddings.",
     ),
     "clip_i": MetricEntry(
-        "afa.metrics.clip:make_clip_i",
+        "afa.metrics.clip_scores:make_clip_i",
         "CLIP-I: is the image like the real one of the same caption? The cosine of their CLIP embeddings.",
     ),
     "aesthetic": MetricEntry(
-        "afa.metrics.preference:make_aesthetic",
+        "afa.metrics.clip_scores:make_aesthetic",
         "Aesthetic score: how much people would like the image, about 1 to 10, whatever its prompt.",
     ),
     "pickscore": MetricEntry(
-        "afa.metrics.preference:make_pickscore",
+        "afa.metrics.clip_scores:make_pickscore",
         "PickScore: which of two images of a prompt would people pick? A CLIP trained on their choices.",
     ),
     "hpsv2": MetricEntry(
-        "afa.metrics.preference:make_hpsv2",
+        "afa.metrics.clip_scores:make_hpsv2",
         "HPSv2: how would people rank the image among others of its prompt? A CLIP trained on rankings.",
     ),
     "imagereward": MetricEntry(

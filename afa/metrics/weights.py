@@ -268,54 +268,52 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def check_network(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Raise UserError if a file lacks weights of a network, or has them in other shapes."""
+def network_loader(
+    build: Callable[[], Network], tensors: Mapping[str, Tensor], where: Path
+) -> Callable[[torch.device], Network]:
+    """Check the weights of a network, and return a function that loads it on a device.
+
+    The network is in float32 and in eval mode; unknown tensors are ignored.
+    Raises UserError at once if a file lacks weights, or has them in other shapes.
+    """
     with torch.device("meta"):
         network = build()
     check_fit(network, tensors, str(where))
 
+    def load(device: torch.device) -> Network:
+        wanted = {name: tensors[name] for name in network.state_dict()}
+        single = {name: one.float() if one.is_floating_point() else one for name, one in wanted.items()}
+        network.load_state_dict(single, assign=True)
+        return network.to(device).eval().requires_grad_(False)
 
-def load_network(
-    build: Callable[[], Network], tensors: Mapping[str, Tensor], device: torch.device
-) -> Network:
-    """Return a network with these weights in float32, in eval mode; unknown tensors are ignored."""
-    with torch.device("meta"):
-        network = build()
-    wanted = {name: tensors[name] for name in network.state_dict()}
-    single = {
-        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in wanted.items()
-    }
-    network.load_state_dict(single, assign=True)
-    return network.to(device).eval().requires_grad_(False)
+    return load
 
 
-def check_folder(maker: Any, folder: Path) -> None:
-    """Raise UserError if a folder is not of this transformers class, or lacks weights.
+def folder_loader(maker: Any, folder: Path) -> Callable[[torch.device], Any]:
+    """Check a folder of a transformers class by its headers, and return a function that loads it on a device.
 
-    Only headers are read.
+    Raises UserError at once if the folder is not of this class, or lacks weights.
     """
     _made(maker, folder, folder, device_map="meta")
+    return lambda device: _made(maker, folder, folder).to(device)
 
 
-def load_folder(maker: Any, folder: Path, device: torch.device) -> Any:
-    """Load a transformers model from its folder, in float32. Raises UserError if weights are missing."""
-    return _made(maker, folder, folder).to(device)
-
-
-def check_transformer(
+def transformer_loader(
     maker: Any, config: Any, tensors: Mapping[str, Tensor], where: Path, **options: Any
-) -> None:
-    """Raise UserError if tensors, under transformers' names, are not all that a model needs."""
+) -> Callable[[torch.device], Any]:
+    """Check the tensors of a transformers model, and return a function that loads it on a device in float32.
+
+    tensors: under the model's own names
+    Raises UserError at once if they are not all that the model needs.
+    """
     shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
     _made(maker, None, where, config=config, state_dict=shapes, device_map="meta", **options)
 
+    def load(device: torch.device) -> Any:
+        state = {name: tensor.float() for name, tensor in tensors.items()}
+        return _made(maker, None, where, config=config, state_dict=state, **options).to(device)
 
-def load_transformer(
-    maker: Any, config: Any, tensors: Mapping[str, Tensor], where: Path, device: torch.device, **options: Any
-) -> Any:
-    """Make a transformers model from such tensors, in float32."""
-    state = {name: tensor.float() for name, tensor in tensors.items()}
-    return _made(maker, None, where, config=config, state_dict=state, **options).to(device)
+    return load
 
 
 def _made(maker: Any, source: Path | None, where: Path, **options: Any) -> Any:
