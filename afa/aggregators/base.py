@@ -27,6 +27,10 @@ class Aggregator(nn.Module, ABC):
         """Whether the weights depend on the text."""
         return False
 
+    def cross_attentions(self) -> list[nn.Module]:
+        """Return the diffusers `Attention` layers through which the text is read; none if there are none."""
+        return []
+
     @abstractmethod
     def weigh(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
         """features (B, N, C, H, W), temb (B, E), text (B, T, D) -> weights (B, N, H, W), convex over N.

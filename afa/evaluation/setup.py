@@ -31,10 +31,9 @@ from afa.sampling.sample import Sampling, image_size
 from afa.schedulers import reschedule
 from afa.schema import shown
 from afa.seeds import nth_seed
-from afa.training.objective_registry import OBJECTIVES
+from afa.training.objective_registry import OBJECTIVES, PLAIN
 from afa.training.settings import TrainSettings
 
-PLAIN = "mse"  # the objective of a run that records none
 TRAINING_DATA = "training-data"  # inside the output, where a protocol draws its own
 
 

@@ -33,6 +33,7 @@ from afa.training.finetune import (
     plan_finetune,
 )
 from afa.training.finetune_settings import LoraSettings
+from afa.training.objective_registry import PLAIN
 from afa.training.run import finished, plan, train
 from afa.training.settings import LoopSettings, TrainSettings
 from afa.training.state import begin_from
@@ -337,7 +338,6 @@ def _sampler(
 
 
 PART = 4  # of the ensemble's own steps, one part further
-PLAIN = "mse"
 OBJECTIVES: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "mse+reward": {"objective": "mse+reward", "reward_weight": 0.1, "reward_reach": 1.0},

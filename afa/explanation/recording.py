@@ -146,9 +146,9 @@ class AttentionRecorder:
             first = self.denoiser.aggregators[self.denoiser.fused[0]]
             stack.callback(first.register_forward_pre_hook(self._meet).remove)
             for stage in self.reading:
-                for block in self.denoiser.aggregators[stage].transformer.transformer_blocks:
+                for layer in self.denoiser.aggregators[stage].cross_attentions():
                     stack.callback(
-                        block.attn2.register_forward_pre_hook(self._hook(stage), with_kwargs=True).remove
+                        layer.register_forward_pre_hook(self._hook(stage), with_kwargs=True).remove
                     )
             yield
 

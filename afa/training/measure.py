@@ -15,6 +15,7 @@ from afa.denoiser.hooks import only_expert, record_weights
 from afa.training.conditions import Conditions
 from afa.training.data import Encoded
 from afa.training.noise import Batch, Noising
+from afa.training.objective_registry import OBJECTIVES
 from afa.training.objectives import Mse, Pass, Total
 
 BANDS = 4  # equal parts of the timesteps, the first with the least noise
@@ -169,7 +170,8 @@ class HeldOut:
         self.batch = noising.spread(data, SEED, total.spare)
         self.bands = bands_of(self.batch.steps, noising.steps)
         self._mse = Mse(noising)
-        self._only_mse = [term.name for term in total.terms] == ["mse"]
+        plain = [term.name in OBJECTIVES and OBJECTIVES[term.name].diffusion for term in total.terms]
+        self._other_terms = plain != [True]  # the diffusion loss is measured in any case
 
     def measure(self, denoiser: Any, whole: bool = False) -> Measured:
         """Measure the denoiser as it is now.
@@ -185,7 +187,7 @@ class HeldOut:
             with torch.no_grad():
                 with nullcontext() if sums is None else record_weights(denoiser) as maps:
                     losses.append(self._mse.loss(work))
-                if whole and not self._only_mse:
+                if whole and self._other_terms:
                     others.append(self.total.losses(work))
             if sums is not None and maps is not None:
                 sums.add(maps.maps[0], self.bands[start:stop])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from afa.errors import UserError, unknown
 from afa.metrics.registry import REWARDS
 from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, WEIGHT, CheckedOptions, option
-from afa.training.objective_registry import OBJECTIVES
+from afa.training.objective_registry import OBJECTIVES, PLAIN
 
 LISTED = ", ".join(f"{name} ({entry.help})" for name, entry in OBJECTIVES.items())
 
@@ -15,7 +15,7 @@ class ObjectiveSettings(CheckedOptions):
     """The objective, field by field a flag of every command that trains."""
 
     objective: str = option(
-        "mse",
+        PLAIN,
         help=f"{LISTED}, or a sum: mse+reward",
     )
     snr_gamma: float | None = option(
