@@ -17,8 +17,9 @@ from afa import Ensemble, UserError
 from afa.cli.main import main
 from afa.demo.data import ENSEMBLE, EXPERTS
 from afa.explanation.causes import Unused
+from afa.explanation.chart import chart
 from afa.explanation.explanation import explain
-from afa.explanation.pictures import chart, frames, save_strip, sheet, words
+from afa.explanation.pictures import frames, save_strip, sheet, words
 from afa.explanation.recording import record
 from afa.explanation.run import run
 from afa.explanation.settings import ExplainSettings

@@ -9,9 +9,10 @@ from tiny_transformers import flux_transformer, sd3_transformer
 
 from afa.cost import call_of, count_flops, count_stage_flops
 from afa.denoiser.hooks import hide_tokens, record_weights, watch_weights
+from afa.explanation.attention import AREA, find_words, lean
 from afa.explanation.causes import find_causes
 from afa.explanation.explanation import UNREAD, explain, word_remarks, word_rows
-from afa.explanation.recording import AREA, find_words, lean, record
+from afa.explanation.recording import record
 from afa.explanation.shares import FINAL, lead_at, overlay_at, shares, stage_groups, weights_at
 from afa.models.unet import UNetEnsemble
 from afa.sampling.sample import sample
@@ -88,7 +89,7 @@ def test_attention_is_a_share_of_looking_and_leans_cancel():
 
 def test_attention_is_what_the_layer_computes():
     """Its mean over heads, times the values of one head, by the layer itself."""
-    from afa.explanation.recording import probabilities
+    from afa.explanation.attention import probabilities
 
     layer = ensemble(heads=1).aggregators["M00"].transformer.transformer_blocks[0].attn2
     hidden, states = torch.randn(1, 6, 8), torch.randn(1, 5, 24)

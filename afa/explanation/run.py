@@ -22,6 +22,7 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.spec import new_places
 from afa.explanation.causes import Counterfactual, Skipping, Unused, find_unused, rmse
+from afa.explanation.chart import chart
 from afa.explanation.explanation import (
     ExplainedImage,
     Explanation,
@@ -34,7 +35,7 @@ from afa.explanation.explanation import (
     write_facts,
 )
 from afa.explanation.page import as_html
-from afa.explanation.pictures import chart, contact, save_strip, sheet, words
+from afa.explanation.pictures import contact, save_strip, sheet, words
 from afa.explanation.settings import ExplainSettings
 from afa.explanation.summary import as_json
 from afa.files import json_or_none, locked, replacing, settled, write_atomically
