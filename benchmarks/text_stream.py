@@ -94,7 +94,7 @@ class World:
         noisy = self.noising.noisy(batch.latents, batch.noise, batch.steps)
         conditions = self.call.conditions(model.config, told, torch.empty(0))
         answer = model(
-            **self.call.arguments(model.config, noisy, self.noising.told(batch.steps), conditions),
+            **self.call.arguments(model.config, noisy, self.noising.timesteps(batch.steps), conditions),
             return_dict=False,
         )[0]
         return (answer - self.noising.target(batch)).square().mean((1, 2, 3))

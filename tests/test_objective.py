@@ -65,16 +65,16 @@ def test_noise_and_targets_are_those_of_the_scheduler(kind):
     assert torch.equal(process.noisy(batch.latents, batch.noise, batch.steps), known.add_noise(batch.latents, batch.noise, batch.steps))
     targets = {"epsilon": batch.noise, "sample": batch.latents, "v_prediction": known.get_velocity(batch.latents, batch.noise, batch.steps)}
     assert torch.equal(process.target(batch), targets[kind])
-    assert torch.equal(process.told(batch.steps), batch.steps)
+    assert torch.equal(process.timesteps(batch.steps), batch.steps)
 
 
 def test_a_flow_is_noised_and_told_the_time_as_its_scheduler_does():
     process, known = noising("flow"), of_kind("flow")
     batch = process.draw(rows(), [0, 1, 2], torch.Generator().manual_seed(0))
-    times = process.told(batch.steps)
+    times = process.timesteps(batch.steps)
     assert torch.allclose(process.noisy(batch.latents, batch.noise, batch.steps), known.scale_noise(batch.latents, times, batch.noise), atol=1e-6)
     assert torch.equal(process.target(batch), batch.noise - batch.latents)
-    assert process.told(torch.tensor([0]))[0] < process.told(torch.tensor([999]))[0]  # step 0 has the least noise, as everywhere
+    assert process.timesteps(torch.tensor([0]))[0] < process.timesteps(torch.tensor([999]))[0]  # step 0 has the least noise, as everywhere
 
 
 def test_an_unknown_prediction_type_is_refused():
@@ -95,7 +95,7 @@ def test_spare_noise_changes_nothing_else():
     data = rows()
     plain, spare = (noising().draw(data, [0, 1, 2], torch.Generator().manual_seed(3), count) for count in (0, 2))
     assert torch.equal(plain.noise, spare.noise) and torch.equal(plain.steps, spare.steps)
-    assert plain.spare is None and spare.spare.shape == (3, 2, 4, 4, 4)
+    assert plain.extra_noise is None and spare.extra_noise.shape == (3, 2, 4, 4, 4)
 
 
 def test_the_densities_of_sd3_prefer_the_middle():
@@ -119,13 +119,13 @@ def test_min_snr_bounds_what_a_sample_counts(kind):
     signal, noise = process.signal[steps], process.noise[steps]
     snr = (signal / noise) ** 2
     per_x0 = {"epsilon": snr, "v_prediction": noise**-2, "flow": noise**-2, "sample": torch.ones(4)}[kind]  # squared error of the target over x0's
-    assert torch.allclose(Mse(process, snr_gamma=5.0).weights(steps) * per_x0, snr.clamp(max=5.0), rtol=1e-3)
+    assert torch.allclose(process.min_snr(steps, 5.0) * per_x0, snr.clamp(max=5.0), rtol=1e-3)
 
 
 def test_weights_of_a_flow_are_those_of_sd3():
     process, steps = noising("flow"), torch.tensor([100, 500, 900])
     sigma = process.noise[steps]
-    assert torch.allclose(Mse(process, weighting="sigma_sqrt").weights(steps), sigma**-2.0)
-    assert torch.allclose(Mse(process, weighting="cosmap").weights(steps), 2 / (torch.pi * (1 - 2 * sigma + 2 * sigma**2)))
+    assert torch.allclose(process.flow_weighting(steps, "sigma_sqrt"), sigma**-2.0)
+    assert torch.allclose(process.flow_weighting(steps, "cosmap"), 2 / (torch.pi * (1 - 2 * sigma + 2 * sigma**2)))
     with pytest.raises(UserError, match="--weighting cosmap weighs a flow"):
         Mse(noising(), weighting="cosmap")

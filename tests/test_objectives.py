@@ -126,7 +126,7 @@ def test_only_the_last_steps_of_draft_have_gradients(ensemble, work):
 def test_repeating_the_last_step_averages_over_fresh_noise(ensemble, work):
     with torch.no_grad():
         once, twice, thrice = (draft(work, ensemble, again=again).loss(work) for again in (0, 1, 2))
-    assert draft(work, ensemble, again=2).spare == 2
+    assert draft(work, ensemble, again=2).extra_noise == 2
     second, third = 2 * twice - once, 3 * thrice - 2 * twice
     assert not torch.allclose(second, once) and not torch.allclose(third, second)
 

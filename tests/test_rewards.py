@@ -10,7 +10,7 @@ from afa.demo.data import SCORER
 from afa.demo.scenes import render_all, sample_scenes
 from afa.demo.scorer import AttributeScorer
 from afa.metrics.base import Picture
-from afa.metrics.registry import OWN_REWARDS, REWARDS, Resources, make_metric
+from afa.metrics.registry import OWN_REWARDS, Resources, make_metric, rewards
 from afa.training.reward_objectives import make_reward
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def smooth(count, height, width):
     return [(127 + 80 * wave).astype(np.uint8) for wave in waves]
 
 
-@pytest.mark.parametrize("name", [name for name in REWARDS if name not in OWN_REWARDS])
+@pytest.mark.parametrize("name", [name for name in rewards() if name not in OWN_REWARDS])
 @pytest.mark.parametrize(("height", "width"), [(24, 24), (24, 40), (33, 20), (16, 16)])
 def test_a_metric_as_a_reward_says_what_the_metric_says(name, height, width, weights):  # noqa: F811
     images, captions = smooth(3, height, width), ["a cat", "two cats", "no cat at all"]
@@ -66,12 +66,12 @@ def test_words_for_and_against_are_compared():
         calls.append(captions)
         return images.sum((1, 2, 3)) * 0 + torch.tensor([float(len(caption)) for caption in captions])
 
-    from afa.training.reward_objectives import Relative
+    from afa.training.reward_objectives import relative
 
     images = torch.zeros(2, 3, 8, 8)
-    assert Relative(count, "sharp", "blurry and dull")(images, ["a", "bcd"]).tolist() == [-10.0, -10.0]
+    assert relative(count, "sharp", "blurry and dull")(images, ["a", "bcd"]).tolist() == [-10.0, -10.0]
     assert calls == [["sharp, a", "sharp, bcd"], ["blurry and dull, a", "blurry and dull, bcd"]]
-    assert Relative(count, "sharp", "")(images, ["a", "bcd"]).tolist() == [7.0, 7.0]
+    assert relative(count, "sharp", "")(images, ["a", "bcd"]).tolist() == [7.0, 7.0]
 
 
 @pytest.mark.parametrize(

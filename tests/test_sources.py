@@ -18,7 +18,8 @@ from afa.data.sources import Columns, Skipped
 from afa.errors import UserError
 from afa.images import open_image as decode
 from afa.training.data import Augmentation, check_skipped, encode
-from afa.training.run import LEFT_OUT, train
+from afa.training.record import LEFT_OUT
+from afa.training.run import train
 
 CAPTIONS = [f"picture {index}" for index in range(6)]
 

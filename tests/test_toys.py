@@ -97,8 +97,8 @@ class Absolute(Objective):
     def loss(self, work):
         return (work.prediction - self.noising.target(work.batch)).abs().mean((1, 2, 3))
 
-def make(means):
-    return Absolute(means.noising)
+def make(context):
+    return Absolute(context.noising)
 """,
 }
 

@@ -30,7 +30,7 @@ from afa.fingerprint import check_claim, claim, digest, fingerprint, saved_finge
 from afa.metrics.user import try_scorer
 from afa.places import public_place
 from afa.sampling.sample import Request, Sampler
-from afa.training.run import LEFT_OUT
+from afa.training.record import LEFT_OUT
 
 MEMORY, MEMORY_STEPS = "memory.json", 2  # what one image takes, and the steps it is measured in
 T = TypeVar("T")

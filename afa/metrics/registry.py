@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from afa.errors import UserError, look_up
+from afa.errors import UserError, unknown
 from afa.lazy import load
 
 
@@ -11,12 +11,14 @@ from afa.lazy import load
 class MetricEntry:
     """One metric.
 
-    make: "module:function" with function(Resources) -> Metric; imported when the metric is asked for
-    help: one line for `--metrics list` and the docs
+    make:   "module:function" with function(Resources) -> Metric; imported when the metric is asked for
+    help:   one line for `--metrics list` and the docs
+    reward: whether it is Differentiable, so that `afa train --reward` offers it
     """
 
     make: str
     help: str
+    reward: bool = False
 
 
 METRICS = {
@@ -51,6 +53,7 @@ METRICS = {
     "clip_t": MetricEntry(
         "afa.metrics.clip_scores:make_clip_t",
         "CLIP-T: does the image fit its prompt? The cosine of their CLIP embeddings.",
+        reward=True,
     ),
     "clip_i": MetricEntry(
         "afa.metrics.clip_scores:make_clip_i",
@@ -59,18 +62,22 @@ METRICS = {
     "aesthetic": MetricEntry(
         "afa.metrics.clip_scores:make_aesthetic",
         "Aesthetic score: how much people would like the image, about 1 to 10, whatever its prompt.",
+        reward=True,
     ),
     "pickscore": MetricEntry(
         "afa.metrics.clip_scores:make_pickscore",
         "PickScore: which of two images of a prompt would people pick? A CLIP trained on their choices.",
+        reward=True,
     ),
     "hpsv2": MetricEntry(
         "afa.metrics.clip_scores:make_hpsv2",
         "HPSv2: how would people rank the image among others of its prompt? A CLIP trained on rankings.",
+        reward=True,
     ),
     "imagereward": MetricEntry(
         "afa.metrics.imagereward:make_imagereward",
         "ImageReward: how much people would like the image as an answer to its prompt; standardised.",
+        reward=True,
     ),
     "lpips": MetricEntry(
         "afa.metrics.lpips:make_lpips",
@@ -78,9 +85,12 @@ METRICS = {
     ),
 }
 
-# Rewards of training: the embedded one with "module:function(device)", and metrics that are differentiable.
-OWN_REWARDS = {"scenes": "afa.demo.metric:load"}
-REWARDS = (*OWN_REWARDS, "imagereward", "pickscore", "hpsv2", "aesthetic", "clip_t")
+OWN_REWARDS = {"scenes": "afa.demo.metric:load"}  # rewards that are no metrics: "module:function(device)"
+
+
+def rewards() -> list[str]:
+    """Return the names of all rewards of training."""
+    return [*OWN_REWARDS, *(name for name, entry in METRICS.items() if entry.reward)]
 
 
 @dataclass(frozen=True)
@@ -97,13 +107,17 @@ class Resources:
     batch_size: int = 16
 
 
-def make_metric(name: str, resources: Resources) -> Any:
+def make_metric(name: str, resources: Resources, flag: str | None = None) -> Any:
     """Return a metric by name, with its weights found and checked.
 
+    flag: of the command, that gives the place of the weights; None: --metric-weights NAME=
     Raises UserError for an unknown name, or if weights are missing.
     """
+    if name not in METRICS:
+        raise UserError(unknown(name, METRICS, "metric"))
     try:
-        entry = look_up(name, METRICS, "metric")
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return load(entry.make)(resources)
+        return load(METRICS[name].make)(resources)
+    except UserError as error:
+        if flag is None:
+            raise
+        raise UserError(str(error).replace(f"--metric-weights {name}=", f"{flag} ")) from None

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-import numpy as np
 import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
@@ -29,20 +28,19 @@ from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.files import locked, settled, staged
-from afa.fingerprint import FILES
 from afa.models.registry import FAMILIES, family_of
 from afa.places import public_place
 from afa.schema import Count, Within, build
 from afa.stages.stage import plain
-from afa.stats import difference, estimate
+from afa.stats import difference
 from afa.text_files import read_json
 from afa.training.finetune_settings import LoraSettings
-from afa.training.loop import Progress, Trainer
 from afa.training.plan import Plan
 from afa.training.prepare import check_objective, find_data, resolution_of
-from afa.training.run import LEFT_OUT, check_output
+from afa.training.record import LEFT_OUT, check_record, run_record
+from afa.training.run import check_output
 from afa.training.setup import keep_log, make_accelerator, make_trainer
-from afa.training.state import check_finished, forget_state, move_state, state_file
+from afa.training.state import forget_state, move_state, state_file
 from afa.version import __version__
 
 ADAPTER = "default"
@@ -180,18 +178,11 @@ def plan_finetune(settings: LoraSettings, alone: Ensemble | None = None) -> tupl
 
 def facts(planned: Plan, rank: int) -> dict[str, Any]:
     """Return the plan's facts, for people and for --json."""
-    model = planned.ensemble.denoiser.experts[0]
-    held_out = min(planned.settings.held_out, len(planned.source.samples) // 5)
     return {
         "expert": planned.ensemble.names[0],
-        "data": planned.source.summary(),
-        "training_images": len(planned.source.samples) - held_out,
-        "held_out_images": held_out,
-        "resolution": planned.resolution,
+        **planned.run_facts(),
         "rank": rank,
-        "trainable_parameters": parameters_at_rank(model, rank),
-        "steps": planned.settings.steps,
-        "images_a_step": planned.settings.batch_size * planned.settings.accumulate,
+        "trainable_parameters": parameters_at_rank(planned.ensemble.denoiser.experts[0], rank),
     }
 
 
@@ -215,13 +206,7 @@ def finetune_finished(settings: LoraSettings) -> dict[str, Any] | None:
         begun: LoraSettings = build(LoraSettings, record["settings"], file, "settings")
     except UserError as error:
         raise UserError(f"{error}; choose another --output") from None
-    if settings.steps != begun.steps:  # its state is gone, so it cannot go on
-        raise UserError(
-            f"the LoRA in {settings.output} was finished with --steps {begun.steps} (now {settings.steps}); "
-            "choose another --output"
-        )
-    check_finished(settings, begun, record.get("files"), f"the LoRA in {settings.output}")
-    forget_state(settings)  # where a run was killed while it removed it
+    check_record(settings, begun, record, f"the LoRA in {settings.output}")
     return record
 
 
@@ -247,7 +232,14 @@ def _finetune(settings: LoraSettings, work: Plan, rank: int, keep: Path | None) 
     trainer = make_trainer(work, accelerator, lambda alone: add_lora(alone.denoiser.experts[0], rank))
     before = trainer.held_out_losses()
     progress = trainer.train()
-    record = _record(settings, trainer, progress, before, rank) | {"left_out": work.source.skipped.counts()}
+    after = trainer.held_out_losses()
+    record = {
+        **run_record(trainer, progress, {"trained": after, "expert": before}),
+        "rank": rank,
+        "parameters": sum(parameter.numel() for parameter in trainer.parameters),
+        "difference_to_expert": asdict(difference(after, before)),  # paired over the held-out images
+        "left_out": work.source.skipped.counts(),
+    }
     if accelerator.is_main_process:
         with staged(Path(settings.output), last=RECORD) as stage:
             metadata = {
@@ -265,28 +257,6 @@ def _finetune(settings: LoraSettings, work: Plan, rank: int, keep: Path | None) 
         forget_state(settings)
     accelerator.wait_for_everyone()
     return record
-
-
-def _record(
-    settings: LoraSettings, trainer: Trainer, progress: Progress, before: np.ndarray, rank: int
-) -> dict[str, Any]:
-    """Return settings, course and measured result; differences are paired over the held-out images."""
-    after = trainer.held_out_losses()
-    return {
-        "settings": asdict(settings),
-        "files": trainer.begun[FILES],
-        "afa": __version__,
-        "torch": torch.__version__,
-        "rank": rank,
-        "parameters": sum(parameter.numel() for parameter in trainer.parameters),
-        "training_images": len(trainer.data),
-        "steps": progress.step,
-        "best_step": progress.best_step,
-        "seconds": round(progress.seconds, 1),
-        "held_out_loss": {"trained": asdict(estimate(after)), "expert": asdict(estimate(before))},
-        "difference_to_expert": asdict(difference(after, before)),
-        "history": progress.history,
-    }
 
 
 def equal_compute_steps(steps: int, denoiser: EnsembleDenoiser, rank: int, batch_size: int) -> int:

@@ -216,7 +216,7 @@ class Trainer:
         chosen = self._choose()
         dropped = torch.rand(len(chosen), generator=rng) < self.settings.caption_dropout
         rows = self.data.rows(chosen, rng)
-        return StepBatch(rows, dropped, self.noising.draw(self.data, rows, rng, self.total.spare))
+        return StepBatch(rows, dropped, self.noising.draw(self.data, rows, rng, self.total.extra_noise))
 
     def _part(self, micro: int) -> tuple[int, int]:
         """Return where a batch of this process begins and ends in the step."""

@@ -167,7 +167,7 @@ class HeldOut:
             batch_size,
             total,
         )
-        self.batch = noising.spread(data, SEED, total.spare)
+        self.batch = noising.spread(data, SEED, total.extra_noise)
         self.bands = bands_of(self.batch.steps, noising.steps)
         self._mse = Mse(noising)
         plain = [term.name in OBJECTIVES and OBJECTIVES[term.name].diffusion for term in total.terms]

@@ -35,18 +35,20 @@ class Noising:
         self.steps = len(self.times)
         self.latents, self.device, self.density = latents, device, density
 
-    def draw(self, data: Encoded, rows: list[int], rng: torch.Generator, spare: int = 0) -> "Batch":
+    def draw(self, data: Encoded, rows: list[int], rng: torch.Generator, extra_noise: int = 0) -> "Batch":
         """Draw latents, noise and steps for some rows, on the CPU.
 
-        rng:   of all random numbers, on the CPU
-        spare: how much more noise to draw per sample
+        rng:         of all random numbers, on the CPU
+        extra_noise: how many more tensors of noise to draw per sample
         """
         mean, log_variance = data.moments[rows].chunk(2, dim=1)
         deviation = torch.exp(0.5 * log_variance.clamp(-30, 20))
         latents = self.latents.scaled(mean + deviation * torch.randn(mean.shape, generator=rng))
         steps = self._steps(len(rows), rng)
         noise = torch.randn(latents.shape, generator=rng)
-        more = torch.randn((len(rows), spare, *latents.shape[1:]), generator=rng) if spare else None
+        more = None
+        if extra_noise:
+            more = torch.randn((len(rows), extra_noise, *latents.shape[1:]), generator=rng)
         return Batch(latents, noise, steps, more)
 
     def _steps(self, count: int, rng: torch.Generator) -> Tensor:
@@ -64,10 +66,10 @@ class Noising:
         )
         return (self.steps - 1 - (place * self.steps).long()).clamp(0, self.steps - 1)
 
-    def spread(self, data: Encoded, seed: int, spare: int = 0) -> "Batch":
+    def spread(self, data: Encoded, seed: int, extra_noise: int = 0) -> "Batch":
         """Return the held-out batch: each example once, with fixed noise and evenly spread steps."""
         rng = torch.Generator().manual_seed(seed)
-        batch = self.draw(data, list(range(len(data))), rng, spare)
+        batch = self.draw(data, list(range(len(data))), rng, extra_noise)
         steps = (torch.arange(len(data)) + 0.5) * self.steps / len(data)
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(data)))
         batch.steps = steps.long()[order]
@@ -77,7 +79,7 @@ class Noising:
         """Return the noisy latents (B, C, h, w)."""
         return self._at(self.signal, steps) * latents + self._at(self.noise, steps) * noise
 
-    def told(self, steps: Tensor) -> Tensor:
+    def timesteps(self, steps: Tensor) -> Tensor:
         """Return the timesteps that the denoiser gets: (B,)."""
         return self.times.to(steps.device)[steps]
 
@@ -141,26 +143,26 @@ class Noising:
 class Batch:
     """A batch of the forward process.
 
-    latents: (B, C, h, w), clean
-    noise:   (B, C, h, w)
-    steps:   (B,)
-    spare:   (B, n, C, h, w) more noise for objectives that need it; None: none
+    latents:     (B, C, h, w), clean
+    noise:       (B, C, h, w)
+    steps:       (B,)
+    extra_noise: (B, n, C, h, w) more noise for objectives that need it; None: none
     """
 
     latents: Tensor
     noise: Tensor
     steps: Tensor
-    spare: Tensor | None = None
+    extra_noise: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(
             self.latents.to(device),
             self.noise.to(device),
             self.steps.to(device),
-            None if self.spare is None else self.spare.to(device),
+            None if self.extra_noise is None else self.extra_noise.to(device),
         )
 
     def part(self, start: int, stop: int) -> "Batch":
         """Return samples start … stop-1."""
-        spare = None if self.spare is None else self.spare[start:stop]
-        return Batch(self.latents[start:stop], self.noise[start:stop], self.steps[start:stop], spare)
+        more = None if self.extra_noise is None else self.extra_noise[start:stop]
+        return Batch(self.latents[start:stop], self.noise[start:stop], self.steps[start:stop], more)

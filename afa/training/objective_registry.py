@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class ObjectiveEntry:
     """One objective of training; several are summed: mse+reward.
 
-    make:      "module:function" with function(Means) -> Objective; imported when it is asked for
+    make:      "module:function" with function(ObjectiveContext) -> Objective; imported when it is asked for
     help:      what it is, for `--objective`
     rewarded:  whether it judges images: then it needs --reward, and its weight is --reward-weight, else 1
     diffusion: whether it is the diffusion loss, which every measurement on held-out images has anyway

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from afa.errors import UserError, unknown
-from afa.metrics.registry import REWARDS
+from afa.metrics.registry import rewards
 from afa.settings import COUNT, GUIDANCE, SAMPLING_STEPS, WEIGHT, CheckedOptions, option
 from afa.training.objective_registry import OBJECTIVES, PLAIN
 
@@ -34,7 +34,7 @@ class ObjectiveSettings(CheckedOptions):
     )
     reward: str | None = option(
         None,
-        help=f"{', '.join(REWARDS)}, or a Python file with reward(images, captions)",
+        help=f"{', '.join(rewards())}, or a Python file with reward(images, captions)",
     )
     reward_weights: str | None = option(None, help="where the reward's weights are (default: the hub)")
     reward_weight: float = option(0.1, **WEIGHT, help="what reward or draft counts beside mse")

@@ -11,7 +11,7 @@ from afa.lazy import load
 from afa.training.noise import Noising
 from afa.training.objective_registry import OBJECTIVES
 from afa.training.objective_settings import ObjectiveSettings
-from afa.training.objectives import Anchor, Means, Sparsity, Term, Total
+from afa.training.objectives import Anchor, ObjectiveContext, Sparsity, Term, Total
 from afa.training.reward_objectives import Decoder, make_reward
 
 
@@ -27,31 +27,31 @@ class Objectives:
     held_out: Total
 
 
-def make_means(
+def make_context(
     settings: ObjectiveSettings, noising: Noising, vae: Any, device: torch.device, checkpointing: bool
-) -> Means:
+) -> ObjectiveContext:
     """Read all that an objective needs. Raises UserError if the reward's weights are missing."""
     if not settings.rewarded:
-        return Means(settings, noising)
+        return ObjectiveContext(settings, noising)
     assert settings.reward is not None
     reward = make_reward(
         settings.reward, device, settings.reward_weights, settings.better or "", settings.worse or ""
     )
-    return Means(settings, noising, Decoder(vae, checkpointing), reward)
+    return ObjectiveContext(settings, noising, Decoder(vae, checkpointing), reward)
 
 
-def make_objectives(means: Means, parameters: Sequence[nn.Parameter]) -> Objectives:
+def make_objectives(context: ObjectiveContext, parameters: Sequence[nn.Parameter]) -> Objectives:
     """Make every term that the settings ask for.
 
     parameters: what is trained, as it is when the run begins
     Raises UserError for settings that do not go with the noise schedule or with each other.
     """
-    settings = means.settings
+    settings = context.settings
     terms = []
     for name in settings.objectives:
         entry = OBJECTIVES[name]
         weight = settings.reward_weight if entry.rewarded else 1.0
-        terms.append(Term(name, weight, load(entry.make)(means)))
+        terms.append(Term(name, weight, load(entry.make)(context)))
     if settings.anchor:
         terms.append(Term("anchor", settings.anchor, Anchor(parameters)))
     if settings.sparsity:

@@ -2,8 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,13 +18,17 @@ from afa.training.noise import Batch, Noising
 
 @dataclass
 class Pass:
-    """One batch on its way through the objectives.
+    """One batch that all terms of a loss are computed on. What several terms need is computed once.
 
-    What several of them need is computed once, when it is first asked for.
-
-    call: the denoiser as it is called (accelerate's wrapper around it); denoiser: itself. encode: dropped
-          captions (B,) bool ->
-    the denoiser's conditions. watched: whether the weights of the fused stages are wanted.
+    call:     the denoiser as it is called: accelerate's wrapper, or the denoiser itself
+    denoiser: the denoiser itself
+    noising:  the forward process
+    batch:    clean latents, noise and timesteps of B samples
+    captions: B captions
+    dropped:  (B,) bool, True where a sample is trained without its caption
+    encode:   such a mask -> the denoiser's keyword arguments for the captions
+    watched:  whether the weights of the fused stages are recorded
+    weights:  (B, N, H, W) by stage, with gradients; filled when the prediction is made
     """
 
     call: Any
@@ -35,58 +39,65 @@ class Pass:
     dropped: Tensor
     encode: Callable[[Tensor], dict[str, Any]]
     watched: bool = False
-    weights: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # (B, N, H, W) by stage, with gradients; filled by prediction
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def conditions(self) -> dict[str, Any]:
+        """The denoiser's keyword arguments for the captions."""
         return self.encode(self.dropped)
 
     @cached_property
     def noisy(self) -> Tensor:
+        """The noisy latents, (B, C, h, w)."""
         return self.noising.noisy(self.batch.latents, self.batch.noise, self.batch.steps)
 
     @cached_property
     def prediction(self) -> Tensor:
-        """(B, C, h, w) float32."""
+        """What the denoiser predicts from the noisy latents, (B, C, h, w) float32."""
         with watch_weights(self.denoiser, self.weights.__setitem__) if self.watched else nullcontext():
-            return self.predict(self.call, self.noisy, self.noising.told(self.batch.steps), self.conditions)
+            return self.predict(self.call, self.noisy, self.timesteps, self.conditions)
+
+    @cached_property
+    def timesteps(self) -> Tensor:
+        """The timesteps as the denoiser counts them, (B,)."""
+        return self.noising.timesteps(self.batch.steps)
 
     @cached_property
     def clean(self) -> Tensor:
-        """The clean latents that the prediction claims, (B, C, h, w)."""
+        """The clean latents that the prediction implies, (B, C, h, w)."""
         return self.noising.clean(self.noisy, self.prediction, self.batch.steps)
 
-    def predict(self, call: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]) -> Tensor:
-        """The denoiser's answer as latents (B, C, h, w) in float32, whatever it computes in."""
+    def predict(self, call: Any, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Any]) -> Tensor:
+        """Call a denoiser, and return its prediction as latents (B, C, h, w) in float32."""
         dtype = next(self.denoiser.experts.parameters()).dtype
-        convention = self.denoiser.call
-        arguments = convention.arguments(self.denoiser.config, noisy.to(dtype), times, conditions)
-        answer: Tensor = convention.prediction(
-            call(**arguments, return_dict=False)[0], (noisy.shape[-2], noisy.shape[-1])
-        )
-        return answer.float()
+        interface = self.denoiser.call
+        arguments = interface.arguments(self.denoiser.config, noisy.to(dtype), timesteps, conditions)
+        size = (noisy.shape[-2], noisy.shape[-1])
+        return interface.prediction(call(**arguments, return_dict=False)[0], size).float()
 
 
 class Objective(ABC):
-    """A term of what is minimised. spare: tensors of noise a sample that it needs besides the batch's own."""
+    """One term of a training loss.
 
-    spare: int = 0
+    extra_noise:   how many tensors of noise a sample needs besides the batch's own
+    needs_weights: whether it reads the weights of the fused stages (see Pass.weights)
+    """
+
+    extra_noise: int = 0
     needs_weights: bool = False
 
     @abstractmethod
     def loss(self, work: Pass) -> Tensor:
-        """Of each sample, (B,) float32, of about one at first; smaller is better."""
+        """Return the loss of each sample, (B,) float32, about 1 at the beginning; smaller is better."""
 
     def unweighted(self) -> "Objective":
-        """The same where no sample's loss is weighed, for held-out images."""
+        """Return the same objective with equal weights for all samples, to measure held-out images."""
         return self
 
 
 @dataclass(frozen=True)
 class Term:
-    """An objective and what it counts."""
+    """An objective with its name and its weight in the sum."""
 
     name: str
     weight: float
@@ -94,12 +105,13 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Means:
+class ObjectiveContext:
     """What objectives are made of.
 
     settings: an ObjectiveSettings
-    decoder:  latents -> images, where images are judged
-    reward:   images, captions -> (B,), where images are judged
+    noising:  the forward process
+    decoder:  latents -> images; None if no image is judged
+    reward:   (images, captions) -> (B,); None if no image is judged
     """
 
     settings: Any
@@ -113,28 +125,29 @@ class Total:
 
     def __init__(self, terms: Sequence[Term]) -> None:
         self.terms = tuple(terms)
-        self.spare = max(term.objective.spare for term in self.terms)
+        self.extra_noise = max(term.objective.extra_noise for term in self.terms)
         self.needs_weights = any(term.objective.needs_weights for term in self.terms)
 
     def losses(self, work: Pass) -> dict[str, Tensor]:
-        """Of each sample, by term, before it is weighed: (B,)."""
+        """Return the loss of each sample, (B,), by term, without the terms' weights."""
         work.watched = self.needs_weights
         if self.needs_weights:
             _ = work.prediction  # fills the weights, whichever term comes first
         return {term.name: term.objective.loss(work) for term in self.terms}
 
     def sum(self, losses: dict[str, Tensor]) -> Tensor:
-        """(B,)."""
+        """Return the weighted sum over terms, (B,)."""
         parts = [term.weight * losses[term.name] for term in self.terms]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
 class Mse(Objective):
-    """The diffusion loss. snr_gamma: min-SNR-γ weighting. weighting: SD3's, of a flow.
+    """The diffusion loss: the squared distance between prediction and target.
 
-    Neither: all steps count alike.
-
-    Raises UserError for a weighting that is not the schedule's.
+    snr_gamma: γ of min-SNR-γ weighting
+    weighting: SD3's weighting of a flow, a name of noise.WEIGHTINGS
+    With neither, all timesteps have the same weight.
+    Raises UserError for a weighting of flows if the noise schedule is not one.
     """
 
     def __init__(
@@ -142,38 +155,31 @@ class Mse(Objective):
     ) -> None:
         if weighting is not None and not noising.is_flow:
             raise UserError(
-                f"--weighting {weighting} weighs a flow, and these experts predict '{noising.kind}'; try"
-                " --snr-gamma 5"
+                f"--weighting {weighting} weighs a flow, and these experts predict "
+                f"'{noising.kind}'; try --snr-gamma 5"
             )
         self.noising, self.snr_gamma, self.weighting = noising, snr_gamma, weighting
 
     def loss(self, work: Pass) -> Tensor:
         error: Tensor = (work.prediction - self.noising.target(work.batch)).square().mean((1, 2, 3))
-        return (
-            error
-            if self.snr_gamma is None and self.weighting is None
-            else error * self.weights(work.batch.steps)
-        )
+        if self.weighting is not None:
+            return error * self.noising.flow_weighting(work.batch.steps, self.weighting)
+        if self.snr_gamma is not None:
+            return error * self.noising.min_snr(work.batch.steps, self.snr_gamma)
+        return error
 
     def unweighted(self) -> "Mse":
         return Mse(self.noising)
 
-    def weights(self, steps: Tensor) -> Tensor:
-        """What a sample's error counts, (B,)."""
-        if self.weighting is not None:
-            return self.noising.flow_weighting(steps, self.weighting)
-        assert self.snr_gamma is not None
-        return self.noising.min_snr(steps, self.snr_gamma)
 
-
-def make_mse(means: Means) -> Mse:
-    return Mse(means.noising, means.settings.snr_gamma, means.settings.weighting)
+def make_mse(context: ObjectiveContext) -> Mse:
+    return Mse(context.noising, context.settings.snr_gamma, context.settings.weighting)
 
 
 class Anchor(Objective):
-    """Of the prediction to that with the first weights of what is trained.
+    """The squared distance to the prediction with the parameters that the run began with.
 
-    An untrained ensemble, or the one it starts from.
+    These are an untrained ensemble's, or those of the ensemble that is trained further.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -182,29 +188,25 @@ class Anchor(Objective):
 
     def loss(self, work: Pass) -> Tensor:
         prediction = work.prediction
-        with torch.no_grad(), self._back():
-            before = work.predict(
-                work.denoiser, work.noisy, work.noising.told(work.batch.steps), work.conditions
-            )
+        now = [parameter.data for parameter in self.parameters]
+        try:
+            self._put(self.first)
+            with torch.no_grad():
+                before = work.predict(work.denoiser, work.noisy, work.timesteps, work.conditions)
+        finally:
+            self._put(now)
         return (prediction - before).square().mean((1, 2, 3))
 
-    @contextmanager
-    def _back(self) -> Iterator[None]:
-        """Inside, the parameters are what they were at first."""
-        now = [parameter.data for parameter in self.parameters]
-        for parameter, first in zip(self.parameters, self.first, strict=True):
-            parameter.data = first
-        try:
-            yield
-        finally:
-            for parameter, current in zip(self.parameters, now, strict=True):
-                parameter.data = current
+    def _put(self, values: Sequence[Tensor]) -> None:
+        """Let the parameters have these values."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.data = value
 
 
 class Sparsity(Objective):
-    """The mean over stages and places of the weights' entropy, from 0 (one expert) to 1 (all alike).
+    """The entropy of the experts' weights, mean over stages and places: 0 for one expert, 1 if all are equal.
 
-    top: instead, the share of the weight outside the `top` largest, from 0 to 1 - top / N.
+    top: if given, instead of the entropy the weight outside the `top` largest weights, from 0 to 1 - top / N
     """
 
     needs_weights = True
@@ -216,10 +218,10 @@ class Sparsity(Objective):
         return torch.stack([self._spread(weights.float()) for weights in work.weights.values()]).mean(0)
 
     def _spread(self, weights: Tensor) -> Tensor:
-        """(B, N, H, W) -> (B,)."""
+        """Return the loss of one stage's weights: (B, N, H, W) to (B,)."""
+        experts = weights.shape[1]
         if self.top is not None:
-            return 1 - weights.topk(min(self.top, weights.shape[1]), dim=1).values.sum(1).mean((1, 2))
+            return 1 - weights.topk(min(self.top, experts), dim=1).values.sum(1).mean((1, 2))
         # entr(0) has an infinite slope, and a softmax can reach 0
-        return torch.special.entr(weights.clamp(min=1e-12)).sum(1).mean((1, 2)) / math.log(
-            max(2, weights.shape[1])
-        )
+        entropy = torch.special.entr(weights.clamp(min=1e-12)).sum(1).mean((1, 2))
+        return entropy / math.log(max(2, experts))

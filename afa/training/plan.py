@@ -23,7 +23,7 @@ from afa.experts.quantised import kept_elsewhere, store_weights, stored_bytes
 from afa.latents import latents_of
 from afa.training.conditions import Conditions
 from afa.training.noise import Batch
-from afa.training.objective_terms import make_means, make_objectives
+from afa.training.objective_terms import make_context, make_objectives
 from afa.training.objectives import Pass, Total
 from afa.training.prepare import noising_of
 from afa.training.reward_objectives import Decoder
@@ -201,25 +201,34 @@ class Plan:
     own: bool = True
     store: str | None = None
 
+    @property
+    def held_out_images(self) -> int:
+        """The number of images that are never trained on."""
+        return min(self.settings.held_out, len(self.source.samples) // 5)
+
+    def run_facts(self) -> dict[str, Any]:
+        """Return the facts of any run: images and steps."""
+        return {
+            "data": self.source.summary(),
+            "training_images": len(self.source.samples) - self.held_out_images,
+            "held_out_images": self.held_out_images,
+            "resolution": self.resolution,
+            "steps": self.settings.steps,
+            "images_a_step": self.settings.batch_size * self.settings.accumulate,
+        }
+
     def facts(self) -> dict[str, Any]:
-        """Return the plan's facts, for people and for --json."""
-        denoiser, settings = self.ensemble.denoiser, self.settings
-        held_out = min(settings.held_out, len(self.source.samples) // 5)
+        """Return the facts of a run that trains aggregators, for people and for --json."""
+        denoiser = self.ensemble.denoiser
         trainable = count_parameters(denoiser.aggregators)
+        copies = 6  # in float32: weights, gradient, two moments, average, best
         return {
             "experts": list(denoiser.names),
-            "data": self.source.summary(),
-            "training_images": len(self.source.samples) - held_out,
-            "held_out_images": held_out,
-            "resolution": self.resolution,
+            **self.run_facts(),
             "fused_stages": len(denoiser.fused),
             "trainable_parameters": trainable,
             "expert_memory_gb": round(stored_bytes(denoiser.experts) / 1e9, 2),
-            "aggregator_memory_gb": round(
-                trainable * 4 * 6 / 1e9, 2
-            ),  # weights, gradient, two moments, average, best
-            "steps": settings.steps,
-            "images_a_step": settings.batch_size * settings.accumulate,
+            "aggregator_memory_gb": round(trainable * 4 * copies / 1e9, 2),
         }
 
     def memory(self) -> dict[str, Any]:
@@ -265,22 +274,21 @@ def rehearse(planned: Plan) -> tuple[float, float]:
         ensemble.denoiser.enable_gradient_checkpointing()
     vae = ensemble.frame.vae.to(device)
     noising = noising_of(settings, ensemble, device)
-    means = make_means(settings, noising, vae, device, settings.gradient_checkpointing)
+    context = make_context(settings, noising, vae, device, settings.gradient_checkpointing)
     parameters = list(ensemble.aggregators.parameters())
-    objectives = make_objectives(means, parameters)
+    objectives = make_objectives(context, parameters)
     conditions = Conditions(ensemble.pipeline(), ensemble.denoiser, device)
     side = planned.resolution // noising.latents.factor
 
     def work(total: Total) -> torch.Tensor:
         latents = torch.randn(settings.batch_size, noising.latents.channels, side, side, device=device)
-        spare = (
-            torch.randn(len(latents), total.spare, *latents.shape[1:], device=device) if total.spare else None
-        )
+        count = total.extra_noise
+        more = torch.randn(len(latents), count, *latents.shape[1:], device=device) if count else None
         batch = Batch(
             latents,
             torch.randn_like(latents),
             torch.randint(noising.steps, (len(latents),), device=device),
-            spare,
+            more,
         )
         captions = [sample.caption for sample in planned.source.samples[: len(latents)]]
         captions += captions[:1] * (len(latents) - len(captions))
@@ -298,10 +306,8 @@ def rehearse(planned: Plan) -> tuple[float, float]:
     def measure() -> None:
         work(objectives.held_out)
 
-    held_out = min(settings.held_out, len(planned.source.samples) // 5)
-    return _seconds(step, device) * settings.accumulate, _seconds(measure, device) * -(
-        -held_out // settings.batch_size
-    )
+    batches = -(-planned.held_out_images // settings.batch_size)
+    return _seconds(step, device) * settings.accumulate, _seconds(measure, device) * batches
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:

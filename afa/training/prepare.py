@@ -19,7 +19,7 @@ from afa.latents import latents_of
 from afa.training.cache import LatentCache, announce, encode_cached, missing_rows
 from afa.training.data import Augmentation, Encoded, Work, check_skipped, encode, split
 from afa.training.noise import Noising
-from afa.training.objective_terms import make_means, make_objectives
+from afa.training.objective_terms import make_context, make_objectives
 from afa.training.reward_objectives import is_small
 from afa.training.settings import LoopSettings
 from afa.training.sheets import make_watch
@@ -68,12 +68,12 @@ def noising_of(settings: LoopSettings, ensemble: Ensemble, device: torch.device)
 def check_objective(settings: LoopSettings, ensemble: Ensemble, source: ImageSource) -> None:
     """Raise UserError for what would fail after the data are encoded: schedule, weighting, reward models."""
     cpu = torch.device("cpu")
-    means = make_means(settings, noising_of(settings, ensemble, cpu), ensemble.frame.vae, cpu, False)
-    make_objectives(means, [])
+    context = make_context(settings, noising_of(settings, ensemble, cpu), ensemble.frame.vae, cpu, False)
+    make_objectives(context, [])
     make_watch(settings, cpu)
-    if means.reward is not None and is_small(settings.reward):
+    if context.reward is not None and is_small(settings.reward):
         side = resolution_of(settings, ensemble)
-        means.reward(torch.zeros(1, 3, side, side, requires_grad=True), [source.samples[0].caption])
+        context.reward(torch.zeros(1, 3, side, side, requires_grad=True), [source.samples[0].caption])
 
 
 def encode_data(

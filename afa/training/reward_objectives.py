@@ -1,18 +1,16 @@
-"""Objectives that follow a reward model: on claimed images, DRaFT, direct align.
+"""Objectives that follow a reward model: DRaFT (`draft`) and Direct-Align (`reward`).
 
-`draft`: the gradient of an image reward through the last steps of sampling.
+DRaFT: the gradient of a reward through the last steps of sampling. Source: Clark et al., arXiv:2309.17400,
+section 4.2 (the K last steps), and section 4.3 (DRaFT-LV: with K = 1 the last step is repeated from fresh
+noise, for a gradient of less variance).
 
-Source: Clark et al., DRaFT, arXiv:2309.17400: K last steps with gradients (section 4.2); with K = 1 the last
-step may be repeated from fresh noise for a gradient of less variance (DRaFT-LV, section 4.3).
-
-`reward`: the gradient of an image reward through a one-step recovery at any noise (Direct-Align).
-
-Source: Shen et al., SRPO, arXiv:2509.06942, section 3.1: known noise is put into a clean image, the model
-makes one step, and what is left of the known noise is taken out analytically, so that even at much noise an
-image can be judged.
+Direct-Align: the gradient of a reward through one step of recovery, at any noise. Source: Shen et al., SRPO,
+arXiv:2509.06942, section 3.1: known noise is put into a clean image, the model makes one step, and what is
+left of the known noise is taken out analytically, so that an image can be judged even at much noise.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,10 @@ from afa.errors import UserError, unknown
 from afa.latents import latents_of
 from afa.lazy import load
 from afa.metrics.base import Differentiable
-from afa.metrics.registry import METRICS, OWN_REWARDS, REWARDS, Resources, make_metric
+from afa.metrics.registry import METRICS, OWN_REWARDS, Resources, make_metric, rewards
 from afa.training.conditions import equally_long
 from afa.training.noise import Noising
-from afa.training.objectives import Means, Objective, Pass
+from afa.training.objectives import Objective, ObjectiveContext, Pass
 from afa.user_files import UserFile
 
 # images (B, 3, H, W) about [-1, 1], captions -> (B,), higher is better, with gradients to the images
@@ -36,53 +34,60 @@ Reward = Callable[[Tensor, Sequence[str]], Tensor]
 def make_reward(
     name: str, device: torch.device, weights: str | None = None, better: str = "", worse: str = ""
 ) -> Reward:
-    """The reward of that name, or of a Python file with reward(images, captions).
+    """Return a reward by its name, or from a Python file with reward(images, captions).
 
-    better, worse: words before the caption; with both, or one, the reward is that of the caption with the
-                   better words minus that
-    with the worse: what the words alone explain (semantic relative preference, arXiv:2509.06942, section
-                    3.2).
-    Raises UserError for a name that is none, or weights that are missing.
+    weights: where the weights of its model are; None: the hub
+    better:  words before the caption whose reward counts for an image
+    worse:   words before the caption whose reward counts against it
+    With one of these, the reward is the difference between both captions: only what the words explain
+    (semantic relative preference, arXiv:2509.06942, section 3.2).
+    Raises UserError for an unknown name, or missing weights.
     """
-    reward = _file(Path(name)) if name.endswith(".py") else _named(name, device, weights)
-    return Relative(reward, better, worse) if better or worse else reward
+    reward = _from_file(Path(name)) if name.endswith(".py") else _from_registry(name, device, weights)
+    return relative(reward, better, worse) if better or worse else reward
+
+
+def relative(reward: Reward, better: str, worse: str) -> Reward:
+    """Return a reward's difference between a caption with better and with worse words before it."""
+
+    def difference(images: Tensor, captions: Sequence[str]) -> Tensor:
+        with_better, with_worse = (
+            [f"{words}, {caption}" if words else caption for caption in captions] for words in (better, worse)
+        )
+        return reward(images, with_better) - reward(images, with_worse)
+
+    return difference
 
 
 def is_small(name: str | None) -> bool:
-    """Whether a reward can be tried on one image without reading large weights.
-
-    The embedded one, a user's own.
-    """
+    """Return whether a reward reads no large weights, so that it can be tried on one image beforehand."""
     return name is not None and (name in OWN_REWARDS or name.endswith(".py"))
 
 
-def _named(name: str, device: torch.device, weights: str | None) -> Reward:
+def _from_registry(name: str, device: torch.device, weights: str | None) -> Reward:
+    """Return the reward of an embedded scorer, or of a differentiable metric."""
     if name in OWN_REWARDS:
         if weights is not None:
             raise UserError(f"reward '{name}' brings its own weights; leave out --reward-weights {weights}")
         own: Reward = load(OWN_REWARDS[name])(device)
         return own
-    if name not in REWARDS:
+    if name not in rewards():
         if name in METRICS:
-            listed = ", ".join(REWARDS)
             raise UserError(
-                f"--reward {name} cannot be differentiated, or judges whole sets; take one of {listed}, or a"
-                " Python file with reward(images, captions)"
+                f"--reward {name} cannot be differentiated, or judges whole sets; take one of "
+                f"{', '.join(rewards())}, or a Python file with reward(images, captions)"
             )
         raise UserError(
-            f"--reward: {unknown(name, REWARDS, 'reward')}, or give a Python file with reward(images,"
+            f"--reward: {unknown(name, rewards(), 'reward')}, or give a Python file with reward(images,"
             " captions)"
         )
-    try:
-        metric: Any = make_metric(name, Resources(weights, device))
-    except UserError as error:
-        raise UserError(str(error).replace(f"--metric-weights {name}=", "--reward-weights ")) from None
+    metric: Any = make_metric(name, Resources(weights, device), flag="--reward-weights")
     assert isinstance(metric, Differentiable)
     return metric.reward
 
 
-def _file(path: Path) -> Reward:
-    """A user's own."""
+def _from_file(path: Path) -> Reward:
+    """Return the function reward(images, captions) of a Python file, with a check of what it returns."""
     file = UserFile(path, "--reward")
     if not file.has("reward"):
         raise UserError(
@@ -107,28 +112,8 @@ def _file(path: Path) -> Reward:
     return checked
 
 
-class Relative:
-    """A reward's difference between a caption with better and with worse words before it."""
-
-    def __init__(self, reward: Reward, better: str, worse: str) -> None:
-        self.reward, self.better, self.worse = reward, better, worse
-
-    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """As any reward."""
-        return self.reward(images, self._with(self.better, captions)) - self.reward(
-            images, self._with(self.worse, captions)
-        )
-
-    @staticmethod
-    def _with(words: str, captions: Sequence[str]) -> list[str]:
-        return [f"{words}, {caption}" if words else caption for caption in captions]
-
-
 class Decoder:
-    """A frozen VAE's decoder.
-
-    Images come out as it makes them, about [-1, 1] but not cut there, so that gradients live.
-    """
+    """The decoder of a frozen VAE. Images are about [-1, 1]; they are not clipped, so that gradients live."""
 
     def __init__(self, vae: Any, checkpointing: bool = False) -> None:
         self.vae, self.latents = vae.requires_grad_(False), latents_of(vae)
@@ -136,20 +121,19 @@ class Decoder:
             self.latents.recompute(vae)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) in the denoiser's units -> (B, 3, H, W) float32."""
+        """Decode latents (B, C, h, w) in the denoiser's units to images (B, 3, H, W) float32."""
         dtype = next(self.vae.parameters()).dtype
         return self.latents.draw(self.vae, self.latents.unscaled(latents).to(dtype)).to(torch.float32)
 
 
 class Draft(Objective):
-    """Minus the reward of images drawn with guidance from the batch's noise.
+    """Minus the reward of images drawn from the batch's noise with the schedule's deterministic sampler.
 
-    They are drawn by the deterministic sampler of the schedule.
-
-    steps: of sampling; last: of these, how many with gradients. guidance: classifier-free; None: the family's
-           own. again: LV's
-    repetitions, for last = 1 only.
-    Raises UserError where that does not fit.
+    steps:    of sampling
+    last:     how many of them, the last ones, have gradients
+    guidance: strength of classifier-free guidance; None: the family's own
+    again:    how often the last step is repeated from fresh noise (DRaFT-LV); only with last = 1
+    Raises UserError if `last` and `again` do not fit.
     """
 
     def __init__(
@@ -168,72 +152,56 @@ class Draft(Objective):
         if again and last != 1:
             raise UserError(f"--draft-again {again} repeats the last step, and --draft-last is {last}; use 1")
         self.noising, self.decoder, self.reward = noising, decoder, reward
-        self.steps, self.last, self.guidance, self.spare = steps, last, guidance, again
+        self.steps, self.last, self.guidance, self.extra_noise = steps, last, guidance, again
 
     def loss(self, work: Pass) -> Tensor:
-        everybody = torch.zeros_like(work.dropped)
-        conditions = (
-            self._joined(work, ~everybody, everybody) if self._strength(work) != 1 else work.encode(everybody)
-        )
-        drawn = self._draw(work, conditions)
-        rewards = torch.stack([self.reward(self.decoder(latents), work.captions) for latents in drawn])
-        return -rewards.mean(0)
+        drawn = self._draw(work, partial(self._guided, work, *self._conditions(work)))
+        return -torch.stack([self.reward(self.decoder(latents), work.captions) for latents in drawn]).mean(0)
 
-    def _strength(self, work: Pass) -> float:
-        return (
-            work.denoiser.call.classifier_free(work.denoiser.config)
-            if self.guidance is None
-            else self.guidance
-        )
+    def _conditions(self, work: Pass) -> tuple[float, dict[str, Any]]:
+        """Return the strength of guidance, and the denoiser's conditions: doubled where it is not 1."""
+        call, captioned = work.denoiser.call, torch.zeros_like(work.dropped)
+        strength = self.guidance
+        if strength is None:
+            strength = call.classifier_free(work.denoiser.config)
+        if strength == 1:
+            return strength, work.encode(captioned)
+        return strength, joined(work.encode(~captioned), work.encode(captioned), call.varying)
 
-    def _joined(self, work: Pass, *dropped: Tensor) -> dict[str, Any]:
-        """The conditions of two batches as one."""
-        one, other = (work.encode(which) for which in dropped)
-        return _joined(one, other, work.denoiser.call.varying)
+    def _draw(self, work: Pass, predict: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        """Return the clean latents of each sample, with gradients through the last steps.
 
-    def _draw(self, work: Pass, conditions: dict[str, Any]) -> list[Tensor]:
-        """The clean latents of each sample, with gradients through the last steps.
-
-        Several where the last is repeated.
+        predict: (latents, timestep) -> guided prediction
+        The list is longer than one if the last step is repeated.
         """
         sampler = self._sampler(work)
         latents = work.batch.noise * getattr(sampler, "init_noise_sigma", 1.0)
         outer = torch.is_grad_enabled()
         for place, time in enumerate(sampler.timesteps):
             with torch.set_grad_enabled(outer and place >= self.steps - self.last):
-                latents = sampler.step(
-                    self._guided(work, latents, time, conditions), time, latents
-                ).prev_sample
-        return [latents, *self._again(work, sampler.timesteps[-1], conditions, latents.detach())]
+                latents = sampler.step(predict(latents, time), time, latents).prev_sample
+        drawn = [latents]
+        if self.extra_noise:
+            assert work.batch.extra_noise is not None
+            time, clean = sampler.timesteps[-1], latents.detach()
+            nearest = int((self.noising.times.float() - float(time)).abs().argmin())
+            step = torch.full((len(clean),), nearest, device=clean.device)
+            for noise in work.batch.extra_noise[:, : self.extra_noise].unbind(1):
+                noisy = self.noising.noisy(clean, noise, step)
+                drawn.append(self._sampler(work).step(predict(noisy, time), time, noisy).prev_sample)
+        return drawn
 
-    def _again(self, work: Pass, time: Tensor, conditions: dict[str, Any], clean: Tensor) -> list[Tensor]:
-        """The last step once more from each spare noise."""
-        found: list[Tensor] = []
-        if not self.spare:
-            return found
-        assert work.batch.spare is not None
-        for noise in work.batch.spare[:, : self.spare].unbind(1):
-            step = torch.full((len(clean),), self.step_of(time), device=clean.device)
-            noisy = self.noising.noisy(clean, noise, step)
-            fresh = self._sampler(work)
-            found.append(fresh.step(self._guided(work, noisy, time, conditions), time, noisy).prev_sample)
-        return found
-
-    def step_of(self, time: Tensor) -> int:
-        """The step whose told time is nearest."""
-        return int((self.noising.times.float() - float(time)).abs().argmin())
-
-    def _guided(self, work: Pass, latents: Tensor, time: Tensor, conditions: dict[str, Any]) -> Tensor:
-        strength = self._strength(work)
-        if strength == 1:
-            return work.predict(work.call, latents, time.expand(len(latents)).to(latents.device), conditions)
-        twice = torch.cat([latents, latents])
-        without, with_caption = work.predict(
-            work.call, twice, time.expand(len(twice)).to(latents.device), conditions
-        ).chunk(2)
-        return work.denoiser.call.combined(without, with_caption, strength)
+    def _guided(
+        self, work: Pass, strength: float, conditions: dict[str, Any], latents: Tensor, time: Tensor
+    ) -> Tensor:
+        """Return the prediction with classifier-free guidance, (B, C, h, w)."""
+        doubled = latents if strength == 1 else torch.cat([latents, latents])
+        times = time.expand(len(doubled)).to(latents.device)
+        prediction = work.predict(work.call, doubled, times, conditions)
+        return prediction if strength == 1 else work.denoiser.call.combined(*prediction.chunk(2), strength)
 
     def _sampler(self, work: Pass) -> Any:
+        """Return a deterministic scheduler of the noise schedule, with its timesteps set."""
         from diffusers import DDIMScheduler
 
         maker: Any = type(self.noising.scheduler) if self.noising.is_flow else DDIMScheduler
@@ -243,12 +211,12 @@ class Draft(Objective):
         return sampler
 
 
-def make_draft(means: Means) -> Draft:
-    settings = means.settings
+def make_draft(context: ObjectiveContext) -> Draft:
+    settings = context.settings
     return Draft(
-        means.noising,
-        means.decoder,
-        means.reward,
+        context.noising,
+        context.decoder,
+        context.reward,
         steps=settings.draft_steps,
         last=settings.draft_last,
         guidance=settings.draft_guidance,
@@ -256,34 +224,37 @@ def make_draft(means: Means) -> Draft:
     )
 
 
-def _joined(one: Any, other: Any, varying: bool) -> Any:
-    """Two batches of conditions as one. varying: they may be of different lengths."""
+def joined(one: Any, other: Any, varying: bool) -> Any:
+    """Return two batches of conditions as one batch.
+
+    varying: whether their texts may differ in length; the shorter one is then padded
+    """
     if isinstance(one, dict):
-        return {name: _joined(value, other[name], varying) for name, value in one.items()}
+        return {name: joined(value, other[name], varying) for name, value in one.items()}
     return torch.cat(equally_long(one, other) if varying else (one, other))
 
 
 class DirectAlign(Objective):
-    """Minus the reward of the recovered image; a sample without its caption has none.
+    """Minus the reward of the recovered image; 0 for a sample without its caption.
 
-    From x_i = signal x0 + noise ε the model claims (x̂0, ε̂). A deterministic sampler goes with these to an
-    earlier step j, where the
-    known ε is taken out: x0' = x̂0 + r_j / r_i · (x0 - x̂0), r = noise / signal. So the image is that of the
-                          data as far as the
-    step does not reach, and the model's as far as it does. reach: j = (1 - reach) · i; 1: the model's own
-    x̂0. Deviation: x0 is a training image's latent, not one the model has drawn before (their "offline"
-    form).
+    From x_i = signal · x0 + noise · ε the model's prediction implies (x̂0, ε̂). A deterministic sampler takes
+    these to an earlier step j, where the known ε is taken out:
+    x0' = x̂0 + r_j / r_i · (x0 - x̂0), with r = noise / signal.
+    So x0' is the data's image as far as the step does not reach, and the model's as far as it does.
+    reach: j = (1 - reach) · i, above 0, at most 1; 1: x0' = x̂0
+    Deviation: x0 is a training image's latent, not one that the model has drawn before (the source's
+    "offline" form).
     """
 
     def __init__(self, noising: Noising, decoder: Decoder, reward: Reward, reach: float) -> None:
         self.noising, self.decoder, self.reward, self.reach = noising, decoder, reward, reach
 
     def loss(self, work: Pass) -> Tensor:
-        rewards = self.reward(self.decoder(self.recovered(work)), work.captions)
-        return -rewards * (~work.dropped).to(rewards.device, rewards.dtype)
+        found = self.reward(self.decoder(self.recovered(work)), work.captions)
+        return -found * (~work.dropped).to(found.device, found.dtype)
 
     def recovered(self, work: Pass) -> Tensor:
-        """x0' (B, C, h, w)."""
+        """Return x0', (B, C, h, w)."""
         if self.reach == 1:
             return work.clean
         steps = work.batch.steps
@@ -292,5 +263,5 @@ class DirectAlign(Objective):
         return work.clean + left * (work.batch.latents - work.clean)
 
 
-def make_direct_align(means: Means) -> DirectAlign:
-    return DirectAlign(means.noising, means.decoder, means.reward, means.settings.reward_reach)
+def make_direct_align(context: ObjectiveContext) -> DirectAlign:
+    return DirectAlign(context.noising, context.decoder, context.reward, context.settings.reward_reach)

@@ -17,23 +17,21 @@ from afa.errors import UserError
 from afa.experts.locate import hash_expert
 from afa.experts.quantised import store_weights
 from afa.files import locked, present, refuse_busy, settled
-from afa.fingerprint import FILES
 from afa.schema import build
-from afa.stats import Estimate, difference, estimate
+from afa.stats import difference
 from afa.training.loop import Progress, Trainer
 from afa.training.plan import Plan
 from afa.training.prepare import check_objective, find_data, resolution_of
+from afa.training.record import LEFT_OUT, check_record, run_record
 from afa.training.settings import LoopSettings, TrainSettings
 from afa.training.setup import RUNS, keep_log, make_accelerator, make_trainer
 from afa.training.sheets import FOLDER as SHEETS
-from afa.training.state import FOLDER, check_finished, forget_state, state_file
-from afa.version import __version__
+from afa.training.state import FOLDER, forget_state, state_file
 
-LEFT_OUT = "left-out.jsonl"  # the images that could not be used, and why
 BEFORE, STARTED = (
     "untrained mean",
     "as it was begun with",
-)  # what a new ensemble's training, and a further one, is compared with
+)  # with what a new ensemble is compared, and one that is trained further
 
 
 def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
@@ -111,18 +109,8 @@ def finished(settings: TrainSettings) -> dict[str, Any] | None:
     begun: TrainSettings = build(
         TrainSettings.current(), record["settings"], Path(settings.output) / MANIFEST, "training.settings"
     )
-    if settings.steps != begun.steps:  # its state is gone, so it cannot go on
-        further = (
-            f"train it further with --start {settings.output}, or begin anew, both with"
-            if settings.steps > begun.steps
-            else "choose"
-        )
-        raise UserError(
-            f"the ensemble in {settings.output} was finished with --steps {begun.steps} (now "
-            f"{settings.steps}); {further} another --output"
-        )
-    check_finished(settings, begun, record.get("files"), f"the ensemble in {settings.output}")
-    forget_state(settings)  # where a run was killed while it removed it
+    further = f"train it further with --start {settings.output}, or begin anew, both with"
+    check_record(settings, begun, record, f"the ensemble in {settings.output}", further)
     return record
 
 
@@ -151,7 +139,7 @@ def _train(settings: TrainSettings, planned: Plan) -> dict[str, Any]:
         expert.hashes = expert.hashes or ({} if expert.located is None else hash_expert(expert.located))
     baselines = _baselines(trainer, BEFORE if settings.start is None else STARTED)
     progress = trainer.train()
-    record = _record(settings, trainer, progress, baselines) | {"left_out": planned.source.skipped.counts()}
+    record = _record(trainer, progress, baselines) | {"left_out": planned.source.skipped.counts()}
     if accelerator.is_main_process:
         planned.ensemble.training = record
         planned.ensemble.save(settings.output)
@@ -182,39 +170,17 @@ def _baselines(trainer: Trainer, before: str) -> dict[str, np.ndarray]:
     return losses
 
 
-def _record(
-    settings: TrainSettings, trainer: Trainer, progress: Progress, baselines: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    """Return what the manifest records: settings, course and measured result.
-
-    Differences are paired over the held-out images.
-    """
+def _record(trainer: Trainer, progress: Progress, baselines: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return what the manifest records; differences are paired over the held-out images."""
     trained = trainer.held_out_losses()
-    losses: dict[str, Estimate] = {"trained": estimate(trained)} | {
-        name: estimate(values) for name, values in baselines.items()
-    }
     best = min(trainer.denoiser.names, key=lambda name: baselines[name].mean())
+    compared = {"difference_to_best_expert": best} | {
+        f"difference_to_{key}": name
+        for key, name in (("untrained_mean", BEFORE), ("start", STARTED))
+        if name in baselines
+    }
     return {
-        "settings": asdict(settings),
-        "files": trainer.begun[FILES],
-        "afa": __version__,
-        "torch": torch.__version__,
-        "training_images": len(trainer.data),
-        "steps": progress.step,
-        "best_step": progress.best_step,
-        "seconds": round(progress.seconds, 1),
-        "held_out_loss": {name: asdict(value) for name, value in losses.items()},
+        **run_record(trainer, progress, {"trained": trained} | baselines),
         "best_expert": best,
-        "difference_to_best_expert": asdict(difference(trained, baselines[best])),
-        **(
-            {"difference_to_untrained_mean": asdict(difference(trained, baselines[BEFORE]))}
-            if BEFORE in baselines
-            else {}
-        ),
-        **(
-            {"difference_to_start": asdict(difference(trained, baselines[STARTED]))}
-            if STARTED in baselines
-            else {}
-        ),
-        "history": progress.history,
+        **{key: asdict(difference(trained, baselines[name])) for key, name in compared.items()},
     }

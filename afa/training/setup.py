@@ -16,7 +16,7 @@ from afa.seeds import narrow
 from afa.training.conditions import Conditions
 from afa.training.log import LOG, flat
 from afa.training.loop import Trainer
-from afa.training.objective_terms import make_means, make_objectives
+from afa.training.objective_terms import make_context, make_objectives
 from afa.training.plan import Plan
 from afa.training.prepare import encode_data, noising_of
 from afa.training.settings import LoopSettings
@@ -81,7 +81,7 @@ def make_trainer(
     trained = initialise(ensemble)
     if settings.gradient_checkpointing:
         ensemble.denoiser.enable_gradient_checkpointing()
-    means = make_means(
+    context = make_context(
         settings,
         noising_of(settings, ensemble, accelerator.device),
         vae,
@@ -97,12 +97,12 @@ def make_trainer(
         conditions.keep(Path(settings.cache), [*data.captions, *held_out.captions], settings.batch_size)
         if planned.own:
             _forget(ensemble, draws)
-    objectives = make_objectives(means, list(trained.parameters()))
+    objectives = make_objectives(context, list(trained.parameters()))
     return Trainer(
         settings,
         accelerator,
         ensemble.denoiser,
-        means.noising,
+        context.noising,
         objectives,
         conditions,
         data,

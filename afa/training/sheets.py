@@ -41,12 +41,7 @@ def make_watch(settings: LoopSettings, device: torch.device) -> ImageMetric | No
         return None
     if settings.watch == settings.reward:
         raise UserError(f"--watch {settings.watch} is the reward itself; choose another metric")
-    try:
-        metric = make_metric(settings.watch, Resources(settings.watch_weights, device))
-    except UserError as error:
-        raise UserError(
-            str(error).replace(f"--metric-weights {settings.watch}=", "--watch-weights ")
-        ) from None
+    metric = make_metric(settings.watch, Resources(settings.watch_weights, device), flag="--watch-weights")
     if not isinstance(metric, ImageMetric):
         raise UserError(
             f"--watch {settings.watch} judges whole sets, and sheets are small; choose a metric of single"
