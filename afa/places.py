@@ -1,4 +1,4 @@
-"""Names and places: short names such as demo:curves, names of files, places that may be published."""
+"""Names and places: short names such as demo:curves, names for files, and places that may be published."""
 
 import re
 from pathlib import Path, PurePath
@@ -13,10 +13,10 @@ SPELLING = re.compile(r"(?P<name>(?:[A-Za-z0-9][\w.-]*=)?)demo:(?P<model>[\w.-]*
 
 
 def located(text: str) -> str:
-    """A place with the folder of an embedded model for its spelling; any other text as it is.
+    """Replace demo:MODEL by the folder of that embedded model; any other text stays as it is.
 
-    text: demo:MODEL, also as part of an expert: NAME=demo:MODEL+style.safetensors. What exists under that
-    name goes first.
+    text: a place, also as part of an expert: NAME=demo:MODEL+style.safetensors. A file or folder of that name
+          is preferred.
     Raises UserError for a model that is not embedded.
     """
     found = SPELLING.fullmatch(text)
@@ -35,22 +35,24 @@ def as_typed(sentence: str) -> str:
 
 
 def spelled(path: Path) -> str | None:
-    """The spelling of an embedded model's folder; None for any other."""
+    """The short name of an embedded model's folder; None for any other folder."""
     path = path.resolve()
     return f"demo:{path.name}" if path.parent == ASSETS.resolve() and path.name in EMBEDDED else None
 
 
 LONGEST_NAME = 100
-RESERVED = re.compile(
-    r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE
-)  # of Windows, with any ending
+# Names that Windows reserves, with any ending.
+RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 FORBIDDEN = re.compile(r'[/\\:*?"<>|]')
 
 
 def check_name(name: object, what: str) -> str:
-    """A name as it is, if it can be a file's name everywhere.
+    """Check that a name can be the name of a file on every system.
 
-    what: whose it is, for the message: "an expert". Raises UserError.
+    name: what was given
+    what: what it names, for the message: "an expert"
+    Returns the name.
+    Raises UserError.
     """
     reason = _reason(name)
     if reason:
@@ -63,14 +65,14 @@ def check_name(name: object, what: str) -> str:
 
 
 def plain_name(text: str, otherwise: str) -> str:
-    """A name made of any text, such as a file's name; `otherwise` where nothing of it can be used."""
+    """Make a file name of any text; `otherwise` if no character of the text can be used."""
     kept = "".join(letter if letter.isprintable() and not FORBIDDEN.match(letter) else "-" for letter in text)
     kept = kept.strip(" .")[:LONGEST_NAME].rstrip(" .")
     return f"_{kept[1:]}" if RESERVED.fullmatch(kept) else kept or otherwise
 
 
 def _reason(name: object) -> str:
-    """Why a name is not plain; empty if it is."""
+    """Why a name cannot name a file; empty if it can."""
     if not isinstance(name, str):
         return "is text"
     if not name.strip():
@@ -93,26 +95,26 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # begins a formula in spreadsheets
 
 
 def markdown_words(text: Any) -> str:
-    """Words that could be taken for Markdown, HTML, a link or a picture, as words on one line."""
+    """A text on one line, with everything escaped that Markdown would read as markup."""
     words = " ".join(str(text).split())
     for sign in "\\`*_|<>":
         words = words.replace(sign, "\\" + sign)
     for link, plain in LINKING.items():
         words = words.replace(link, plain)
-    return (
-        f"\\{words}" if re.match(r"[#+~=-]|\d+[.)] ", words) and not re.match(r"[-+]?[\d.]", words) else words
-    )
+    begins_block = re.match(r"[#+~=-]|\d+[.)] ", words) and not re.match(r"[-+]?[\d.]", words)
+    return f"\\{words}" if begins_block else words
 
 
 def csv_cell(value: Any) -> Any:
-    """A text that a spreadsheet would compute, as text; numbers as they are."""
+    """A value for CSV: a text that a spreadsheet would compute gets an apostrophe before it."""
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def public_place(place: Any) -> Any:
-    """Remove folders of this machine from a place: hub ids and demo:NAME stay, of others the last name stays.
+    """Remove folders of this machine from a place, so that it may be published.
 
-    place: a text, such as NAME=PLACE+LORA*0.5, or a list of them.
+    place: a text, such as NAME=PLACE+LORA*0.5, or a list of them; other values stay as they are
+    Returns hub ids and demo:NAME unchanged, and only the last name of every path.
     """
     if isinstance(place, (list, tuple)):
         return [public_place(one) for one in place]

@@ -1,4 +1,4 @@
-"""Prompts: read from files and flags, and warnings about what a pipeline does not read as it is meant."""
+"""Prompts from files and flags, and warnings about parts that a pipeline does not read as they are meant."""
 
 import inspect
 import logging
@@ -34,40 +34,43 @@ SYNTAX = re.compile(
 WORDS = re.compile(r"\bBREAK\b|(?<=\s)AND(?=\s)")  # in a prompt that is not all in capitals
 FILE_OF_WEIGHTS = re.compile(r"<(?:lora|lyco|hypernet):", re.IGNORECASE)
 
-_told: set[str] = set()
+_printed: set[str] = set()
 
 
 def warn_of_prompts(
     prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt"
 ) -> None:
-    """Warn on stderr about parts of prompts that are not read as meant; each sentence is printed once.
+    """Warn on stderr about parts of prompts that are not read as they are meant; each sentence is printed
+    once.
 
-    call:       of the family, see afa.stages.call
-    tokenizers: the pipeline's own
-    what:       the prompts' name: prompt, caption
+    prompts:    texts
+    call:       how the family's denoiser is called, see afa.stages.call
+    tokenizers: those of the pipeline
+    what:       what messages call them: prompt or caption
     """
     for sentence in unread(prompts, call, tokenizers, what):
-        if sentence not in _told:
-            _told.add(sentence)
+        if sentence not in _printed:
+            _printed.add(sentence)
             print(f"afa: {sentence}", file=sys.stderr)
     for handler in logging.getLogger("diffusers").handlers:  # whose pipelines say so again, batch by batch
-        if _said_already not in handler.filters:
-            handler.addFilter(_said_already)
+        if _truncation not in handler.filters:
+            handler.addFilter(_truncation)
 
 
 def unread(prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt") -> list[str]:
-    """Sentences about what is not read of prompts as it is meant, none where all is."""
+    """The sentences of warn_of_prompts(); empty if everything is read as it is meant."""
     return [*cut_off(prompts, call, tokenizers, what), *plain_text(prompts, what)]
 
 
-def _said_already(record: logging.LogRecord) -> bool:
+def _truncation(record: logging.LogRecord) -> bool:
+    """Drop diffusers' own warning about prompts that are cut off, which it repeats for every batch."""
     return "was truncated because" not in str(record.msg)
 
 
 def cut_off(
     prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt"
 ) -> Iterator[str]:
-    """Yield a sentence about prompts that are longer than the text encoders read, with the lost part."""
+    """Yield a sentence if prompts are longer than the text encoders read, with a part that is lost."""
     window, lost = lost_parts(prompts, call, tokenizers)
     if lost:
         index, part = next(iter(lost.items()))
@@ -80,7 +83,11 @@ def cut_off(
 
 
 def lost_parts(prompts: Sequence[str], call: Any, tokenizers: Sequence[Any]) -> tuple[int, dict[int, str]]:
-    """Return how many tokens are read, special tokens included, and by prompt the text after them."""
+    """The parts of prompts that text encoders do not read.
+
+    prompts, call, tokenizers: see warn_of_prompts
+    Returns the number of tokens that are read, special tokens included, and prompt's index -> the lost text.
+    """
     tokenizer, window = _widest(call, tokenizers)
     if tokenizer is None:
         return 0, {}
@@ -95,7 +102,7 @@ def lost_parts(prompts: Sequence[str], call: Any, tokenizers: Sequence[Any]) -> 
 
 
 def plain_text(prompts: Sequence[str], what: str = "prompt") -> Iterator[str]:
-    """A sentence about prompts with syntax of other programs, with what is taken literally."""
+    """Yield a sentence if prompts have another program's syntax, with what is read as plain text."""
     found = [(index, pieces) for index, prompt in enumerate(prompts) if (pieces := _pieces(prompt))]
     if found:
         pieces = list(dict.fromkeys(piece for _, several in found for piece in several))
@@ -110,7 +117,7 @@ def plain_text(prompts: Sequence[str], what: str = "prompt") -> Iterator[str]:
 
 
 def _of(some: Sized, all_of_them: Sequence[str], what: str) -> str:
-    """How many of how many, with the verb."""
+    """How many of the prompts, with the verb."""
     if len(all_of_them) == 1:
         return f"the {what} is"
     return f"{len(some)} of {len(all_of_them)} {what}s {'is' if len(some) == 1 else 'are'}"
@@ -122,9 +129,10 @@ def _pieces(prompt: str) -> list[str]:
 
 
 def _widest(call: Any, tokenizers: Sequence[Any]) -> tuple[Any, int]:
-    """The tokenizer that reads most of a prompt, and how many tokens of it; (None, 0) if there is none.
+    """The tokenizer that reads the most of a prompt, and how many tokens it reads; (None, 0) if there is
+    none.
 
-    CLIP's are as long as the model; of others the pipeline says how many tokens it takes.
+    CLIP's tokenizers have a limit of their own; for others the pipeline has one.
     """
     import diffusers
 
@@ -142,20 +150,19 @@ def _widest(call: Any, tokenizers: Sequence[Any]) -> tuple[Any, int]:
     return max(windows, key=lambda pair: pair[1], default=(None, 0))
 
 
-OBJECT = re.compile(
-    r'\{\s*("|$)'
-)  # how a line of JSON begins, and a line of wildcards, {red|blue} ring, does not
+# How a line of JSON begins. A line of wildcards, {red|blue} ring, does not begin so.
+OBJECT = re.compile(r'\{\s*("|$)')
 
 
 def asked_prompts(prompt: Sequence[str] | None, file: str | None) -> list[str]:
-    """The prompts of --prompt, or of the file of --prompts. Raises UserError for what is no text."""
+    """The prompts of --prompt, or of the file of --prompts. Raises UserError for anything but text."""
     if prompt is None:
         return read_prompts(Path(str(file)))
     return [check_text(text, f"--prompt {number}") for number, text in enumerate(prompt, 1)]
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line, or JSON lines with "text"; empty lines are passed over.
+    """Read prompts from a file: one a line, or JSON lines with "text"; empty lines are ignored.
 
     Raises UserError if there is none.
     """

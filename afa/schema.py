@@ -1,7 +1,8 @@
-"""Checks data from JSON or TOML against type hints: makes the object, or an error with file and key.
+"""Check data from JSON or TOML against type hints: -> the object, or an error that names file and key.
 
-Knows dataclasses, TypedDict (other keys may stand beside those it names), list, tuple, dict, Literal, unions,
-Any, and Annotated with `Within`, `Like` or any other object that has `expected` (words) and fits(value).
+Supported hints: dataclasses, TypedDict (which allows other keys besides its own), list, tuple, dict, Literal,
+unions, Any, and Annotated with `Within`, `Like` or any other object that has `expected` (a text) and
+`fits(value)`.
 """
 
 import dataclasses
@@ -34,7 +35,11 @@ EXPECTED = KINDS | {int: "a whole number"}
 
 @dataclass(frozen=True)
 class Within:
-    """A number from `least` to `most`, both included; for text and lists, of their length."""
+    """Bounds of a number, or of the length of a text or list; both bounds are included.
+
+    least: the smallest value
+    most:  the largest value
+    """
 
     least: float = -math.inf
     most: float = math.inf
@@ -51,7 +56,11 @@ class Within:
 
 @dataclass(frozen=True)
 class Like:
-    """A text that a pattern matches as a whole. expected: the pattern in words."""
+    """A text that matches a pattern as a whole.
+
+    pattern:  a regular expression
+    expected: the pattern in words
+    """
 
     pattern: str
     expected: str
@@ -61,7 +70,7 @@ class Like:
 
 
 class AnyFloat:
-    """Marks a float that need not be finite: NaN is a score that could not be computed."""
+    """A float that need not be finite: a score is NaN if it could not be computed."""
 
     expected = "a number"
 
@@ -75,9 +84,12 @@ Score = Annotated[float, AnyFloat()]
 
 
 class Misfit(Exception):  # noqa: N818 - never leaves this file
-    """A value that does not fit its hint.
+    """A value does not fit its hint.
 
-    expected: in words; sentence: the whole of it, where that says more.
+    key:      the place in the file
+    value:    what was found there
+    expected: what should be there, in words
+    sentence: the whole message instead, if that says more
     """
 
     def __init__(self, key: str, value: Any, expected: str, sentence: str = "") -> None:
@@ -85,42 +97,42 @@ class Misfit(Exception):  # noqa: N818 - never leaves this file
 
 
 def build(hint: Any, value: Any, where: object, key: str = "") -> Any:
-    """What a hint describes, built of a value that was read from a file.
+    """Make what a type hint describes from a value that was read from a file.
 
-    where, key: the file and the place in it, for the message. Raises UserError with one sentence: file, key,
-    what was found, what is expected.
+    hint:  a type hint, see above
+    value: from JSON or TOML
+    where: the file, for messages
+    key:   the place in the file, for messages
+    Returns the object.
+    Raises UserError with one sentence: file, key, what was found, what was expected.
     """
     try:
         return _build(hint, value, key, ())
     except Misfit as found:
         at = f" {found.key}" if found.key else ""
-        said = found.sentence or f"is {shown(found.value)}{_kind(found.value)}, expected {found.expected}"
-        raise UserError(f"{where}:{at} {said}") from None
+        why = found.sentence or f"is {shown(found.value)}{_kind(found.value)}, expected {found.expected}"
+        raise UserError(f"{where}:{at} {why}") from None
 
 
 def shown(value: Any) -> str:
-    """Show a value of a file on one line, in at most 80 characters, without control characters."""
+    """A value of a file on one line: at most 80 characters, without control characters."""
     if isinstance(value, (list, dict)):
         return f"{len(value)} values" if isinstance(value, list) else f"{len(value)} keys"
-    text = (
-        json.dumps(value, ensure_ascii=False, default=str)
-        if not isinstance(value, int) or abs(value) < INTEGERS
-        else "beyond 64 bits"
-    )
+    large = isinstance(value, int) and abs(value) >= INTEGERS
+    text = "beyond 64 bits" if large else json.dumps(value, ensure_ascii=False, default=str)
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
 
 
 def _kind(value: Any) -> str:
-    return (
-        ""
-        if value is None or isinstance(value, bool)
-        else f" ({KINDS.get(type(value), type(value).__name__)})"
-    )
+    """The type of a value in words, in brackets; empty where the value itself shows it."""
+    if value is None or isinstance(value, bool):
+        return ""
+    return f" ({KINDS.get(type(value), type(value).__name__)})"
 
 
 def _build(hint: Any, value: Any, key: str, limits: Sequence[Any]) -> Any:
-    """The value as the hint wants it. limits: what stands beside the hint in an Annotated, or on a field."""
+    """The value as the hint wants it. limits: the objects beside the hint in an Annotated."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Required, typing.NotRequired):
         return _build(arguments[0], value, key, limits)
@@ -157,7 +169,7 @@ def _build(hint: Any, value: Any, key: str, limits: Sequence[Any]) -> Any:
 
 
 def _as(kind: type, value: Any, key: str, infinite: bool = False) -> Any:
-    """Check a plain value: true is no number, 3.0 no whole number, floats are finite, texts have no NUL."""
+    """A plain value of a type: true is no number, 3.0 no whole number, infinity no float."""
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
     fits = fits and (kind is bool or not isinstance(value, bool))
     if not fits:
@@ -172,7 +184,7 @@ def _as(kind: type, value: Any, key: str, infinite: bool = False) -> Any:
 
 
 def _text(value: str, key: str) -> str:
-    """A text as it is, if every reader can take it."""
+    """The text, if every reader can take it. Raises Misfit."""
     if len(value) > LONGEST or "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise Misfit(
             key, value, f"text of at most {LONGEST} characters, without NUL and halves of characters"
@@ -187,7 +199,7 @@ def _limited(value: Any, key: str, limits: Sequence[Any]) -> None:
 
 
 def _union(hints: Sequence[Any], value: Any, key: str, limits: Sequence[Any]) -> Any:
-    """By the first hint that fits; where none does, the misfit deepest inside the value says why."""
+    """The value by the first hint that fits. If none fits, the misfit deepest inside the value is raised."""
     missed: list[Misfit] = []
     for hint in hints:
         try:
@@ -201,7 +213,7 @@ def _union(hints: Sequence[Any], value: Any, key: str, limits: Sequence[Any]) ->
 
 
 def _dataclass(kind: type, value: Any, key: str) -> Any:
-    """A dataclass of an object's keys: none unknown, none missing."""
+    """A dataclass made from the keys of an object. Raises Misfit for an unknown or a missing key."""
     hints = hints_of(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     _as(dict, value, key)
@@ -220,7 +232,7 @@ def _dataclass(kind: type, value: Any, key: str) -> Any:
 
 
 def _typed(kind: Any, value: Any, key: str) -> dict[str, Any]:
-    """A TypedDict: its own keys by their hints, others as they are."""
+    """A TypedDict: its own keys by their hints, other keys with any value."""
     hints = hints_of(kind)
     _as(dict, value, key)
     missing = sorted(kind.__required_keys__ - value.keys())
@@ -234,12 +246,12 @@ def _typed(kind: Any, value: Any, key: str) -> dict[str, Any]:
 
 @functools.cache
 def hints_of(kind: Any) -> dict[str, Any]:
-    """The hints of a class or function, with what Annotated says beside them."""
+    """The type hints of a class or function, together with Annotated's other arguments."""
     return typing.get_type_hints(kind, include_extras=True)
 
 
 def _anything(value: Any, key: str, depth: int) -> Any:
-    """Any value of JSON, if it is not too deep, and all its texts can be read."""
+    """Any value of JSON that is not nested too deeply and has only texts that can be read."""
     if depth > DEEPEST:
         raise Misfit(key, value, f"at most {DEEPEST} lists and objects inside each other")
     if isinstance(value, dict):

@@ -1,14 +1,13 @@
-"""A command's settings: options with bounds and help on dataclass fields, and TOML presets of them.
+"""The options of commands: dataclass fields with help and bounds, and recipes, which preset them from TOML.
 
-A command's options are one flat dataclass; every field carries its own help and its bounds.
-
-afa.cli.flags turns fields into flags. Command line, recipes and Python all make the dataclass, which checks
-itself.
+A command has one flat dataclass of options. afa.cli.flags makes a flag of every field. The command line,
+recipes and Python all make the same dataclass, and it checks its values itself.
 """
 
 import dataclasses
 import functools
 import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +24,11 @@ SEEDS = 2**64  # as many seeds as torch's generators and other programs know
 
 
 class Bounds(TypedDict, total=False):
-    """What a number must be.
+    """The bounds of a number.
 
-    least, most:  the smallest and the largest
+    least, most:  the smallest and the largest value
     above, below: the same, without the bound itself
-    multiple:     of what a whole number must be a multiple
+    multiple:     a whole number must be a multiple of it
     """
 
     least: float
@@ -39,6 +38,13 @@ class Bounds(TypedDict, total=False):
     multiple: int
 
 
+# bound -> whether a value exceeds it, and how a message says so
+LIMITS = (
+    ("least", operator.lt, "small", "the least is"),
+    ("above", operator.le, "small", "it must be above"),
+    ("most", operator.gt, "large", "the most is"),
+    ("below", operator.ge, "large", "it must be below"),
+)
 # Bounds that many commands share.
 COUNT: Bounds = {"least": 1, "most": 10**6}  # of images, steps, trials: what is listed before it is made
 SAMPLING_STEPS: Bounds = {"least": 1, "most": 10_000}
@@ -71,11 +77,14 @@ def option(
     place: bool = False,
     **bounds: Unpack[Bounds],
 ) -> Any:
-    """A field that is a flag (or a positional argument), with its help. Without a default it is required.
+    """A dataclass field that is a flag, or a positional argument. Without a default it is required.
 
-    choices: the values there are; a function where a registry holds them
-    place:   where models are; demo:NAME is replaced by the embedded one's folder
-    bounds:  of a number, or of each number of a list
+    default:    its value if it is not given
+    help:       one clause for `afa VERB --help`
+    positional: whether it has no flag
+    choices:    the allowed values; a function where a registry holds them
+    place:      whether it names models: demo:NAME is then replaced by the folder of the embedded model
+    bounds:     of a number, or of each number of a list
     """
     metadata = {"help": help, "positional": positional, "choices": choices, "place": place, "bounds": bounds}
     if isinstance(default, list):
@@ -84,10 +93,9 @@ def option(
 
 
 class CheckedOptions:
-    """Base of all options: checks kinds, bounds and choices when it is made, and finds embedded models.
+    """Base class of options: checks types, bounds and choices when it is made, and finds embedded models.
 
-    prefix: what stands before a field's name where it is named: options of a method are no flags.
-    free:   options that may differ when a run is resumed or extended, since they change no result
+    prefix: stands before the names of fields in messages; empty for options that are no flags
     """
 
     prefix: ClassVar[str] = "--"
@@ -121,9 +129,13 @@ def choices_of(field: dataclasses.Field[Any]) -> list[str] | None:
 
 
 def check_value(options: type, field: dataclasses.Field[Any], value: Any, name: str) -> None:
-    """Raises UserError, beginning with the name, for a value that its field does not allow.
+    """Check the value of one field.
 
-    options: the dataclass of the field. value: one value or a list; None where the field may be left out.
+    options: the dataclass of the field
+    field:   the field
+    value:   one value or a list; None if the field may be left out
+    name:    how the message calls it, for example --steps
+    Raises UserError for a value that the field does not allow.
     """
     kind, several = kind_of(_hints(options)[field.name])
     choices = choices_of(field)
@@ -137,45 +149,45 @@ def check_value(options: type, field: dataclasses.Field[Any], value: Any, name: 
 
 
 def check_number(value: Any, name: str, whole: bool = False, **bounds: Unpack[Bounds]) -> None:
-    """Raises UserError for what is no finite number within the bounds.
+    """Check one number.
 
-    name: how the sentence begins: a flag, or words that end with "is", such as "the strength of expert 'a'
-    is"
+    value:  what was given
+    name:   how the sentence begins: a flag, or words that end with "is", such as "the weight of 'a' is"
+    whole:  whether it must be a whole number
+    bounds: see Bounds
+    Raises UserError for anything else than a finite number within the bounds.
     """
     named = not name.endswith(" is")  # a flag and its value are the subject; else they are a clause already
     if isinstance(value, bool) or not isinstance(value, (int, Integral) if whole else (int, float, Real)):
         kind = "whole number" if whole else "number"
         raise UserError(f"{name} {str(value)[:40]!r}{f' is no {kind}' if named else f'; give a {kind}'}")
-    shown = f"{name} {value if whole else f'{float(value):.16g}'}"
+    given = f"{name} {value if whole else f'{float(value):.16g}'}"
     if not math.isfinite(value):
         raise UserError(
-            f"{shown}{' is no finite number; give one' if named else '; give a finite number'}"
+            f"{given}{' is no finite number; give one' if named else '; give a finite number'}"
             f"{_range(bounds)}"
         )
-    small, large = (" is too small", " is too large") if named else ("", "")
     number: Any = value  # isinstance() has narrowed the type too far for comparisons
-    if "least" in bounds and number < bounds["least"]:
-        raise UserError(f"{shown}{small}; the least is {bounds['least']}")
-    if "above" in bounds and number <= bounds["above"]:
-        raise UserError(f"{shown}{small}; it must be above {bounds['above']}")
-    if "most" in bounds and number > bounds["most"]:
-        raise UserError(f"{shown}{large}; the most is {bounds['most']}")
-    if "below" in bounds and number >= bounds["below"]:
-        raise UserError(f"{shown}{large}; it must be below {bounds['below']}")
+    limits: Mapping[str, Any] = bounds
+    for bound, exceeds, size, must in LIMITS:
+        if bound in limits and exceeds(number, limits[bound]):
+            raise UserError(f"{given}{f' is too {size}' if named else ''}; {must} {limits[bound]}")
     if "multiple" in bounds and number % bounds["multiple"]:
         unit = bounds["multiple"]
         nearest = max(1, round(number / unit)) * unit
         raise UserError(
-            f"{shown}{' must be' if named else '; it must be'} a multiple of {unit}; {nearest} is the nearest"
+            f"{given}{' must be' if named else '; it must be'} a multiple of {unit}; {nearest} is the nearest"
         )
 
 
 def shares(weights: Sequence[float] | None, count: int, of: str = "") -> tuple[float, ...]:
-    """Weights of `count` experts, in any unit, as shares that sum to 1; None: equal.
+    """Weights of experts as shares that sum to 1.
 
-    Raises UserError if they cannot be that.
-
-    of: what they are the weights of, where there are several sets.
+    weights: one number per expert, in any unit; None: equal
+    count:   number of experts
+    of:      what they are the weights of, for messages, if there are several sets
+    Returns `count` shares.
+    Raises UserError if there are not `count` finite numbers of at least 0 with a sum above 0.
     """
     weights = [1.0] * count if weights is None else weights
     named = f" of {of}" if of else ""
@@ -194,7 +206,7 @@ def shares(weights: Sequence[float] | None, count: int, of: str = "") -> tuple[f
 
 
 def one_ahead(count: int) -> list[list[float]]:
-    """Weights worth trying for `count` experts: equal, then each expert ahead of the others."""
+    """Sets of weights to try for `count` experts: equal, then each expert with 0.6 and the rest equal."""
     if count == 1:
         return [[1.0]]
     others = 0.4 / (count - 1)
@@ -203,7 +215,11 @@ def one_ahead(count: int) -> list[list[float]]:
 
 
 def kind_of(hint: Any) -> tuple[type, bool]:
-    """The type of one value of a field with this type hint, and whether the field takes several."""
+    """What the type hint of a field says.
+
+    hint: for example int, str | None, list[float] | None
+    Returns the type of one value, and whether the field takes several values.
+    """
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is list:
@@ -212,6 +228,7 @@ def kind_of(hint: Any) -> tuple[type, bool]:
 
 
 def _range(bounds: Bounds) -> str:
+    """The bounds in words, each with a space before it."""
     words = {"least": "from", "above": "above", "most": "to", "below": "below"}
     given: Mapping[str, Any] = bounds
     return "".join(f" {word} {given[name]}" for name, word in words.items() if name in given)
@@ -226,14 +243,19 @@ PLACES = {"train": Path(__file__).parent / "training" / "recipes"}  # command ->
 
 
 def names(command: str) -> list[str]:
-    """The recipes that a command brings along."""
+    """The names of the recipes that come with a command."""
     return sorted(file.stem for file in PLACES[command].glob("*.toml"))
 
 
 def read_recipe(command: str, recipe: str, options: type) -> dict[str, Any]:
-    """What a recipe sets, by field of the options. recipe: a shipped one's name, or a .toml file.
+    """The values that a recipe sets.
 
-    Raises UserError for a recipe that is not there, a key that is no flag, or a value of another kind.
+    command: the verb, for example train
+    recipe:  the name of a shipped recipe, or a .toml file
+    options: the dataclass of the verb's options
+    Returns field -> value.
+    Raises UserError for a recipe that is not there, a key that is no flag, or a value that does not fit its
+    flag.
     """
     file = Path(recipe) if recipe.endswith(".toml") else PLACES[command] / f"{recipe}.toml"
     if not file.is_file():
@@ -263,7 +285,7 @@ def _field(command: str, file: Path, key: str, flags: list[str]) -> str:
 
 
 def _checked(file: Path, key: str, value: Any, hint: Any) -> Any:
-    """The value as its field wants it."""
+    """The value as its field wants it. Raises UserError for another type, and for code to run."""
     checked = build(hint, value, f"--recipe {file}", key)
     if isinstance(checked, str) and checked.lower().endswith(".py"):
         raise UserError(
