@@ -362,8 +362,14 @@ def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
 def check_finite(module: nn.Module, where: str) -> None:
     """Raises UserError, with the tensor's name, for a model whose weights hold NaN or infinity.
 
+    Weights at odd addresses of a memory-mapped file are copied: some kernels round by the address of their
+    operands, so that a file's header would change the last bits of what its weights predict.
+
     where: whose model it is, for the message
     """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.data_ptr() % 64:  # torch's own allocations begin at multiples of 64 bytes
+            tensor.data = tensor.data.clone()
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     name = first_not_finite(tensors.items())
     if name is None:
