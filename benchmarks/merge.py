@@ -79,7 +79,7 @@ def measure(files: list[str], output: str, method: str) -> dict[str, float]:
 
     *experts, base = files
     based = {"base": base} if find_merge(method).needs("base") else {}
-    weights = {"weights": ["FLAT_50"]} if method == "mbw" else {}
+    weights = {"weights": ["FLAT_50"]} if find_merge(method).by_stage else {}
     settings = MergeSettings(experts, output, method=method, **based, **weights)
     plan = make_plan(settings)
     held, began = resident(), time.perf_counter()

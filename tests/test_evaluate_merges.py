@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from afa.evaluation.run import evaluate
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.setup import Setup
-from afa.evaluation.untrained import merge_rows, ramp
-from afa.merging.rules import RAMPS
+from afa.evaluation.untrained import merge_rows
+from afa.merging.block_weights import RAMPS, ramp
 from afa.training.finetune import RECORD
 from afa.training.run import train
 from afa.training.settings import TrainSettings

@@ -12,11 +12,11 @@ from afa.cli import merge
 from afa.errors import UserError
 from afa.experts.spec import ExpertSpec
 from afa.files import sha256
+from afa.merging.block_weights import PRESETS
 from afa.merging.engine import merge_files, write
 from afa.merging.plan import make_plan
 from afa.merging.settings import MergeSettings
 from afa.merging.sources import Reader, open_source
-from afa.merging.weights import PRESETS
 
 
 @pytest.fixture(scope="module")

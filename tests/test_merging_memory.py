@@ -87,23 +87,23 @@ def test_many_merges_into_one_model_equal_new_ones(family, stage):
 
 def test_only_stages_whose_weights_changed_are_written():
     merge = InMemoryMerge(experts(2))
-    expert = merge.apply_mbw({"others": 0.5})
+    expert = merge.apply("mbw", weights={"others": 0.5})
     touched = expert.model.conv_in.weight
     with torch.no_grad():
         touched.zero_()  # IN00: should it be written again, this would be gone
-    merge.apply_mbw({"others": 0.5, "OUT03": 1})
+    merge.apply("mbw", weights={"others": 0.5, "OUT03": 1})
     assert not touched.any()
-    merge.apply_mbw({"others": 0.5, "IN00": 0.4})
+    merge.apply("mbw", weights={"others": 0.5, "IN00": 0.4})
     assert touched.any()
 
 
 def test_an_interrupted_write_leaves_nothing_taken_for_written():
     merge = InMemoryMerge(experts(2))
-    merge.apply_mbw({"others": 0.5})
+    merge.apply("mbw", weights={"others": 0.5})
     good = state(merge.expert)
     with pytest.raises(UserError):
-        merge.apply_mbw({"others": [1, 1, 1]})
-    assert equal(state(merge.apply_mbw({"others": 0.5})), good)
+        merge.apply("mbw", weights={"others": [1, 1, 1]})
+    assert equal(state(merge.apply("mbw", weights={"others": 0.5})), good)
 
 
 def test_stages_are_those_of_the_experts():

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from afa.errors import UserError
+from afa.merging.block_weights import mbw
 from afa.merging.keys import merge_key
 from afa.merging.registry import MERGES, check_merge, find_merge
 from afa.merging.rules import (
     GIVEN,
     add_difference,
     dare,
-    mbw,
     model_stock,
     slerp,
     task_arithmetic,

@@ -174,7 +174,7 @@ def test_the_stricter_the_mean_the_more_a_bad_image_counts():
 
 
 def test_weights_are_written_as_afa_merge_reads_them(tmp_path):
-    from afa.merging.weights import stage_weights
+    from afa.merging.block_weights import stage_weights
 
     weights = moved(SPACE.middle(), ["M00"], 1, 0.25)
     (tmp_path / BEST).write_text(as_toml(weights, ["photo", "paint"]))

@@ -65,12 +65,14 @@ def _plan(facts: dict[str, Any]) -> str:
 
 def _step(facts: dict[str, Any]) -> list[str]:
     """One merge as lines."""
-    settings = {name: value for name, value in facts["options"].items() if facts["method"] != "mbw"}
-    named = "  ".join(f"{name} {_short(value)}" for name, value in settings.items())
-    lines = [f"method   {facts['method']}{f'  {named}' if named else ''}"]
+    by_stage = [value for value in facts["options"].values() if isinstance(value, dict)]
+    plain = "".join(
+        f"  {name} {_short(value)}" for name, value in facts["options"].items() if value not in by_stage
+    )
+    lines = [f"method   {facts['method']}{plain}"]
     lines += [f"expert   {name}  {path}" for name, path in facts["experts"].items()]
     lines += [f"base     {facts['base']}"] if facts["base"] else []
-    lines += _stages(facts["options"]["weights"]) if facts["method"] == "mbw" else []
+    lines += [line for weights in by_stage for line in _stages(weights)]
     vae = {None: "none", "merged": "merged"}.get(facts["vae"], f"of {facts['vae']}")
     return [*lines, f"merged   {', '.join(facts['merged'])}; VAE {vae}"]
 

@@ -26,7 +26,7 @@ def known_methods() -> dict[str, str]:
     merged: dict[str, str] = {}
     for name, merge in MERGES.items():
         merged[name] = merge.row
-        if name == "mbw":
+        if merge.by_stage:
             merged["auto_mbw"] = "the same with weights searched for by score"
     alone = {name: method.row for name, method in SAMPLING_METHODS.items() if method.each}
     sampled = {name: method.row for name, method in SAMPLING_METHODS.items() if not method.each}

@@ -1,7 +1,7 @@
 """Rows without training: sampling-time methods and merges."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import PartialState
@@ -13,12 +13,11 @@ from afa.evaluation.setup import Setup
 from afa.evaluation.tuning import Tuner
 from afa.experts.expert import Expert
 from afa.files import write_atomically
-from afa.merging.keys import BASE
+from afa.merging.block_weights import curve_weights, has_presets
 from afa.merging.memory import InMemoryMerge
 from afa.merging.optimisers import Journal, Space, Weights, bayesian_search
 from afa.merging.registry import MERGES, find_merge
 from afa.merging.search import BEST, POINTS, as_toml
-from afa.merging.weights import has_presets, preset_weights
 from afa.sampling.registry import SAMPLING_METHODS, make_sampler
 from afa.sampling.sample import Sampler, sample
 
@@ -28,7 +27,7 @@ def merge_rows(setup: Setup) -> list[Row]:
     stages = [stage["name"] for stage in setup.manifest.stages]
     rows = []
     for name, merge in MERGES.items():
-        curves = "" if name != "mbw" else ", presets" if has_presets(stages) else ", ramps"
+        curves = f", {'presets' if has_presets(stages) else 'ramps'}" if merge.by_stage else ""
         candidates = tuple(merge.candidates(len(setup.names), stages))
         sampler = functools.partial(_merge_sampler, setup, name)
         rows.append(
@@ -47,13 +46,8 @@ def _merge_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampl
     pair = setup.ranking[:2] if best_first else setup.ranking[1::-1]
     rule = find_merge(name)
     merge = merger(setup, pair if rule.experts == 2 else setup.names, rule.needs("base"))
-    if name == "mbw":
-        curve = (
-            preset_weights(options["preset"], merge.stages)
-            if "preset" in options
-            else ramp(merge.stages, **options)
-        )
-        options = {"weights": _of_pair(setup, curve, pair)}
+    if rule.by_stage:
+        options = {"weights": curve_weights(options, merge.stages, setup.names, pair)}
     return merged_sampler(setup, merge.apply(name, **options))
 
 
@@ -69,21 +63,6 @@ def merged_sampler(setup: Setup, expert: Expert) -> Sampler:
     return functools.partial(
         sample, setup.pipeline(Ensemble.from_experts([expert], aggregator="mean", placement="out"))
     )
-
-
-def ramp(stages: Sequence[str], first: float, last: float) -> dict[str, float]:
-    """A straight line along the stages, from a share at the first to one at the last."""
-    steps = max(1, len(stages) - 1)
-    return {stage: first + (last - first) * place / steps for place, stage in enumerate(stages)}
-
-
-def _of_pair(setup: Setup, curve: dict[str, float], pair: tuple[str, ...]) -> dict[str, list[float]]:
-    """A curve from the first to the second of a pair, as a weight for every expert."""
-    shares = {BASE: 0.5, **curve}
-    return {
-        stage: [share * (name == pair[1]) + (1 - share) * (name == pair[0]) for name in setup.names]
-        for stage, share in shares.items()
-    }
 
 
 def sampling_rows(setup: Setup) -> list[Row]:
@@ -135,7 +114,7 @@ def _search(setup: Setup, tuner: Tuner, options: Options, run: int) -> Trained:
 
             def judge(weights: Weights) -> list[float]:
                 bar.update()
-                return [tuner.judge(merged_sampler(setup, merge.apply_mbw(weights)))]
+                return [tuner.judge(merged_sampler(setup, merge.apply("mbw", weights=weights)))]
 
             journal = Journal(folder / POINTS, judge)
             best = bayesian_search(
@@ -162,4 +141,4 @@ def searched(setup: Setup, tuner: Tuner) -> int:
 
 def _searched(setup: Setup, search: Callable[[Options, int], Trained], options: Options, run: int) -> Sampler:
     merge = merger(setup, setup.names, False)
-    return merged_sampler(setup, merge.apply_mbw(str(search(options, run).file)))
+    return merged_sampler(setup, merge.apply("mbw", weights=str(search(options, run).file)))

@@ -19,7 +19,7 @@ from afa.experts.prediction import EPSILON, V
 from afa.experts.single_file import KNOWN_CONFIGS
 from afa.files import locked, replacing, sha256, staged
 from afa.merging.configs import carried_configs, copy_surroundings
-from afa.merging.keys import check_values, say_fallen_back
+from afa.merging.keys import check_values
 from afa.merging.plan import TYPES, Item, Plan, PlannedStep, check_output, make_plan
 from afa.merging.recipe import KEY, Input, InputLora, check_input, record_text
 from afa.merging.settings import MergeSettings
@@ -61,7 +61,7 @@ def _merge(plan: Plan) -> dict[str, Any]:
         write(plan, reader, strings, bar)
     seconds = round(time.perf_counter() - began, 2)
     for planned in plan.steps:
-        say_fallen_back(planned.step.method, planned.fallen_back, total)
+        planned.say_fallen_back(total)
     fallen_back = sum(planned.fallen_back for planned in plan.steps)
     found = {str(file): digest for file, digest in hashes.items()}
     return plan.facts() | {
@@ -136,14 +136,9 @@ def write_safetensors(
 
 def hash_sources(plan: Plan) -> dict[Path, str]:
     """sha256 of every file that is read, each read through once for it."""
-    sources = [(planned, source) for planned in plan.steps for source in planned.sources]
-    files = {
-        file
-        for planned, source in sources
-        for part in planned.parts_of(source)
-        for file in source.files(part)
-    }
-    loras = {Path(lora.path) for _, source in sources for lora in source.given}
+    inputs = [found for planned in plan.steps for found in planned.inputs]
+    files = {file for _, source, parts in inputs for part in parts for file in source.files(part)}
+    loras = {Path(lora.path) for _, source, _ in inputs for lora in source.given}
     return {file: sha256(file) for file in sorted(files | loras)}
 
 
@@ -185,22 +180,19 @@ def metadata(plan: Plan, hashes: Hashes) -> dict[str, str]:
 
 
 def _described_step(planned: PlannedStep, plan: Plan, hashes: Hashes) -> dict[str, Any]:
-    step, parts = planned.step, planned.merged_parts
-
-    def described(role: str, source: Source, read: list[str]) -> dict[str, Any]:
-        now = described_input(source, read, hashes)
-        then = step.recorded.get((role, now.name), now) if step.recorded is not None else now
+    step, inputs = planned.step, {}
+    for role, source, parts in planned.inputs:
+        now = described_input(source, parts, hashes)
+        then = now if step.recorded is None else step.recorded.get((role, now.name), now)
         check_input(then, now, plan.recipe.where)
-        return then.plain()
-
+        inputs.setdefault(role, []).append(then.plain())
     named = {"name": step.name} if step.name and planned is not plan.last else {}
-    vae = "merged" if "vae" in parts else described("vae", planned.vae, ["vae"]) if planned.vae else None
     return named | {
         "method": step.method,
         "options": planned.options,
-        "experts": [described("expert", source, parts) for source in planned.experts],
-        "base": described("base", planned.base, parts) if planned.base else None,
-        "vae": vae,
+        "experts": inputs["expert"],
+        "base": inputs.get("base", [None])[0],
+        "vae": "merged" if "vae" in planned.merged_parts else inputs.get("vae", [None])[0],
         "dtype": step.dtype,
     }
 

@@ -4,23 +4,20 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from afa.errors import UserError
+from afa.experts.expert import TEXT_ENCODERS
 from afa.experts.headers import RENAMED, is_finite
-from afa.models import registry as names
-from afa.models.registry import FAMILIES
+from afa.merging.rules import BASE, Merge
+from afa.models.registry import FAMILIES, stages_of
 
-BASE = "base"  # the stage of everything but the denoiser
 DENOISERS = tuple(dict.fromkeys(family.component for family in FAMILIES.values()))  # what pipelines call them
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-MERGED = (
-    *DENOISERS,
-    *TEXT_ENCODERS,
-)  # parts of a pipeline that a merge is made of; the VAE only when asked for
+MERGED = (*DENOISERS, *TEXT_ENCODERS)  # parts of a pipeline that are merged; the VAE only when asked for
 
 
 def today(name: str) -> str:
@@ -30,28 +27,16 @@ def today(name: str) -> str:
     return name
 
 
-def stage_names(model: nn.Module) -> tuple[str, ...]:
-    """A denoiser's stages in the order they run. Raises UserError if no family reads it."""
-    try:
-        return names.stage_names(model)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
 def key_stages(keys: Iterable[str], denoiser: nn.Module) -> dict[str, str]:
-    """The stage of every key "part.name" of a pipeline: those of its denoiser by its family, all others
-    `base`.
+    """The stage of every key "part.name" of a pipeline: of a denoiser's key by its family, else `base`.
 
     denoiser: the pipeline's
-    Raises UserError if no family reads it.
+    Raises ValueError if no family reads it.
     """
-    keys = list(keys)
-    own = {key: key.partition(".")[2] for key in keys if key.partition(".")[0] in DENOISERS}
-    try:
-        stages = names.stages_of(own.values(), denoiser)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return {key: stages[own[key]] if key in own else BASE for key in keys}
+    names = {key: key.partition(".")[2] for key in keys}
+    own = {key: name for key, name in names.items() if key.partition(".")[0] in DENOISERS}
+    stages = stages_of(own.values(), denoiser)
+    return {key: stages[name] if key in own else BASE for key, name in names.items()}
 
 
 def check_same_keys(
@@ -159,8 +144,66 @@ def cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     return converted
 
 
-def say_fallen_back(method: str, count: int, total: int) -> None:
-    """Say on stderr how many tensors a merge left as the base has them, if any."""
-    if count:
-        why = "there the experts' differences from it do not agree"
-        print(f"afa: {method}: {count} of {total} tensors are the base's; {why}", file=sys.stderr)
+class TensorSource(Protocol):
+    """A model whose tensors are read by "part.name": from files, from memory, or made by an earlier step."""
+
+    name: str
+    tensors: Mapping[str, Any]
+
+    def read(self, key: str, reader: Any = None) -> Tensor:
+        """One tensor. reader: of files."""
+
+
+@dataclass(kw_only=True)
+class KeyMerge:
+    """One merge, computed key by key, whatever its models' tensors are read from.
+
+    merge, options: the method, and all that its rule takes
+    stages:         of every key
+    device:         where it is computed; None: where the first expert's tensor is
+    fallen_back:    how many tensors the rule left as the base has them
+    """
+
+    merge: Merge
+    options: Mapping[str, Any]
+    experts: Sequence[TensorSource]
+    base: TensorSource | None
+    stages: Mapping[str, str]
+    device: torch.device | None = None
+    fallen_back: int = 0
+
+    def sources_of(self, key: str) -> Sequence[TensorSource]:
+        """What a key is made from, the base last; of one source it is a copy."""
+        return [*self.experts, *([self.base] if self.base is not None else [])]
+
+    @torch.no_grad()
+    def value(self, key: str, reader: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        """One key's merged value; where all models have the same tensor, that one.
+
+        dtype: of the result; None: as exact as it is computed
+        Raises UserError for what is not finite, or does not fit, naming key and model.
+        """
+        sources = [source for source in self.sources_of(key) if key in source.tensors]
+        tensors = [source.read(key, reader) for source in sources]
+        check_values(key, tensors, [source.name for source in sources])
+        first = tensors[0]
+        if not first.is_floating_point():
+            return first
+        if all(equal(first, other) for other in tensors[1:]):
+            return first if dtype in (None, first.dtype) else cast(first, dtype, key)
+        moved = [tensor.to(self.device or first.device) for tensor in tensors]
+        base = moved.pop() if self.base is not None else None
+        exact = torch.float64 if any(one.dtype == torch.float64 for one in tensors) else torch.float32
+        where: dict[str, Any] = {"key": key, "stage": self.stages[key], "note": self._note}
+        merged = merge_key(self.merge.rule, moved, base, dtype=dtype or exact, **where, **self.options)
+        return merged.to(first.device)
+
+    def _note(self) -> None:
+        self.fallen_back += 1
+
+    def say_fallen_back(self, total: int) -> None:
+        """Say on stderr how many of all tensors are left as the base has them, if any."""
+        if self.fallen_back:
+            count = f"{self.fallen_back} of {total} tensors are the base's"
+            why = "there the experts' differences from it do not agree"
+            print(f"afa: {self.merge.name}: {count}; {why}", file=sys.stderr)

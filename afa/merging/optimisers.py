@@ -22,7 +22,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from afa.errors import UserError
-from afa.merging.keys import BASE
+from afa.merging.rules import BASE
 from afa.schema import Score, build
 from afa.text_files import parse_json, read_text, split_lines
 

@@ -13,27 +13,20 @@ from torch import Tensor
 from afa.devices import choose_device
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
+from afa.experts.expert import TEXT_ENCODERS
 from afa.experts.headers import BITS, DTYPES
 from afa.experts.load import check_names
 from afa.experts.locate import check_loras
 from afa.experts.prediction import keys_of
 from afa.experts.spec import ExpertSpec
 from afa.files import present, refuse_busy
-from afa.merging.keys import (
-    MERGED,
-    TEXT_ENCODERS,
-    cast,
-    check_same_keys,
-    check_values,
-    equal,
-    merge_key,
-    stage_names,
-)
+from afa.merging.keys import MERGED, KeyMerge, TensorSource, check_same_keys
 from afa.merging.recipe import Recipe, Step, recipe_of
 from afa.merging.registry import check_merge, find_merge
 from afa.merging.settings import MergeSettings
 from afa.merging.single_file import Place, names_by_key, original_places, shape_to_original
 from afa.merging.sources import Reader, Source, Stored, add_loras, open_source, open_vae
+from afa.models.registry import stage_names
 
 LATENTS = "vae.decoder.conv_in.weight"  # its second dimension is the latents' channels
 CODES = {dtype: code for code, dtype in DTYPES.items()}  # as a .safetensors header has them
@@ -45,52 +38,47 @@ TYPES = {code: getattr(torch, name) for code, name in DTYPES.items()} | {
 }
 
 
-@dataclass
-class PlannedStep:
+@dataclass(kw_only=True)
+class PlannedStep(KeyMerge):
     """One step with its inputs found: the tensors of its result, one at a time.
 
-    options: complete
-    same:    parts that are the same in all experts and the base, taken from the first as they are
+    same: parts that are the same in all experts and the base, taken from the first as they are
     """
 
     step: Step
     experts: list[Source]
     base: Source | None
     vae: Source | None
-    options: dict[str, Any]
-    device: torch.device
     same: list[str] = field(default_factory=list)
-    fallen_back: int = 0  # tensors that the rule left as the base has them
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def first(self) -> Source:
+        """The expert whose form the result takes."""
         return self.experts[0]
-
-    @property
-    def sources(self) -> list[Source]:
-        """All that is read, each once."""
-        found = [*self.experts, *(source for source in (self.base, self.vae) if source is not None)]
-        return [
-            source
-            for place, source in enumerate(found)
-            if not any(source is other for other in found[:place])
-        ]
 
     @cached_property
     def merged_parts(self) -> list[str]:
-        return [
-            part for part in self.first.parts if part in MERGED or (part == "vae" and self.step.merge_vae)
-        ]
+        """The parts of a pipeline that are merged."""
+        vae = ["vae"] if self.step.merge_vae else []
+        return [part for part in self.first.parts if part in (*MERGED, *vae)]
 
-    def parts_of(self, source: Source) -> list[str]:
-        """What is read of a source."""
-        merged = self.merged_parts if any(source is one for one in (*self.experts, self.base)) else []
-        return [*merged, *(["vae"] if source is self.vae and "vae" not in merged else [])]
+    @property
+    def inputs(self) -> list[tuple[str, Source, list[str]]]:
+        """All that is read: as expert, base or vae; from where; which parts."""
+        found = [("expert", source, self.merged_parts) for source in self.experts]
+        found += [("base", self.base, self.merged_parts)] if self.base else []
+        return found + ([("vae", self.vae, ["vae"])] if self.vae and not self.step.merge_vae else [])
 
     def origin(self, part: str) -> Source:
         """Where a part comes from that is not merged, and how it is laid out if it is."""
         return self.vae if part == "vae" and self.vae is not None else self.first
+
+    def sources_of(self, key: str) -> Sequence[TensorSource]:
+        """Experts and base of what is merged, and else where the key's part comes from."""
+        part = key.partition(".")[0]
+        merged = part in self.merged_parts and part not in self.same
+        return super().sources_of(key) if merged else [self.origin(part)]
 
     def as_source(self, name: str) -> Source:
         """The result as an expert of a later step: laid out as the first expert."""
@@ -113,45 +101,8 @@ class PlannedStep:
         return self._kept[key]
 
     def forget(self) -> None:
+        """Let the kept values go."""
         self._kept.clear()
-
-    @torch.no_grad()
-    def value(self, key: str, reader: Reader, dtype: torch.dtype | None) -> Tensor:
-        """One key's merged value, or the value of the expert it comes from.
-
-        dtype: of the result; None: as exact as it is computed
-        Raises UserError for what is not finite, or does not fit, naming key and expert.
-        """
-        part = key.partition(".")[0]
-        sources = [self.origin(part)]
-        if part in self.merged_parts and part not in self.same:
-            sources = [*self.experts, *([self.base] if self.base else [])]
-            sources = [source for source in sources if key in source.tensors]
-        tensors = [source.read(key, reader) for source in sources]
-        check_values(key, tensors, [source.name for source in sources])
-        first = tensors[0]
-        if not first.is_floating_point() or all(equal(first, other) for other in tensors[1:]):
-            return (
-                first
-                if dtype in (None, first.dtype) or not first.is_floating_point()
-                else cast(first, dtype, key)
-            )
-        if dtype is None:
-            dtype = (
-                torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-            )
-        moved = [tensor.to(self.device) for tensor in tensors]
-        base = moved.pop() if self.base else None
-        where: dict[str, Any] = {
-            "key": key,
-            "stage": self.first.stages[key],
-            "dtype": dtype,
-            "note": self._note,
-        }
-        return merge_key(find_merge(self.step.method).rule, moved, base, **where, **self.options).cpu()
-
-    def _note(self) -> None:
-        self.fallen_back += 1
 
 
 @dataclass(frozen=True)
@@ -286,10 +237,18 @@ def _plan_step(
     merge, stages = find_merge(step.method), stage_names(experts[0].model)
     if merge.float64 and device.type == "mps":
         raise UserError(f"{step.method} computes in float64, which mps does not; leave out --device mps")
-    options = merge.filled(step.options, len(experts), stages)
-    if step.recorded is not None:  # complete, and to be repeated to the last bit
-        options = dict(step.options)
-    return PlannedStep(step, experts, base, vae, options, device)
+    # Recorded options are complete, and to be repeated to the last bit.
+    options = merge.filled(step.options, len(experts), stages) if step.recorded is None else step.options
+    return PlannedStep(
+        merge=merge,
+        options=dict(options),
+        experts=experts,
+        base=base,
+        stages=experts[0].stages,
+        device=device,
+        step=step,
+        vae=vae,
+    )
 
 
 def _open(spec: ExpertSpec, recipe: Recipe, made: Mapping[str, PlannedStep]) -> Source:

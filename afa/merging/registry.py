@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from afa.errors import UserError, look_up, unknown
-from afa.merging import rules
+from afa.merging import block_weights, rules
 from afa.merging.rules import Merge
-from afa.settings import check_value, kind_of, shares
+from afa.settings import check_value, kind_of
 
 MERGES: dict[str, Merge] = {
     "weighted": rules.WEIGHTED,
-    "mbw": rules.MBW,
+    "mbw": block_weights.MBW,
     "add_difference": rules.ADD_DIFFERENCE,
     "task_arithmetic": rules.TASK_ARITHMETIC,
     "ties": rules.TIES,
@@ -57,8 +57,8 @@ def check_merge(method: str, experts: int, base: bool, options: Mapping[str, Any
         raise UserError(f"{method} is of exactly {merge.experts} experts, and {experts} were given; {other}")
     for name, value in options.items():
         check_value(merge.options, fields[name], value, f"{method}: {name}")
-    if method == "weighted" and options.get("weights") is not None:
-        shares(options["weights"], experts)
+    if not merge.by_stage:  # whose weights are checked where the stages are known
+        merge.filled(options, experts, ())
 
 
 def flag_help(name: str) -> str:

@@ -25,8 +25,11 @@ from afa.settings import SEED, SHARE, Bounds, CheckedOptions, one_ahead, option,
 if TYPE_CHECKING:
     from torch import Tensor
 
+BASE = "base"  # the stage of everything but the denoiser
 GIVEN = ("base", "stage", "key", "note")  # what the engine gives to a rule
 OPPOSITE = 1e-12  # |â + b̂| below this is rounding in float64
+ORDERS = ("best first", "second first")  # of the two best experts of a comparison
+SCALES = (0.3, 0.5, 0.7, 1.0)
 Options = dict[str, Any]
 
 
@@ -51,6 +54,7 @@ class Merge:
                 describe block weights along the stages
     fill:       (number of experts, stages, *, options) -> all options that the rule needs; default: those
                 given, and defaults. Where there is one, the options are its arguments
+    by_stage:   whether its option `weights` is one set for every stage, and `base`
     float64:    whether it computes in float64, which Apple's GPUs do not
     """
 
@@ -61,6 +65,7 @@ class Merge:
     experts: int | None = None
     candidates: Callable[[int, Sequence[str]], list[Options]] = lambda count, stages: [{}]
     fill: Callable[..., Options] | None = None
+    by_stage: bool = False
     float64: bool = False
 
     @property
@@ -117,61 +122,9 @@ def _shares(
     count: int,
     stages: Sequence[str],
     *,
-    weights: Annotated[Sequence[float] | None, Option("one number per expert, in any unit")] = None,
+    weights: Annotated[list[float] | None, Option("one number per expert, in any unit")] = None,
 ) -> Options:
     return {"weights": shares(weights, count)}
-
-
-def mbw(tensors: "Sequence[Tensor]", *, stage: str, weights: Mapping[str, Sequence[float]]) -> "Tensor":
-    """Block-weighted mean: weighted, with one set of weights per stage.
-
-    weights: stage -> one per expert, for every stage and for `base` (all that is not the denoiser).
-    Source: bbc-mc, sdweb-merge-block-weighted-gui. Deviation: more than two experts, each stage its own
-    convex weights.
-    """
-    return weighted(tensors, weights=weights[stage])
-
-
-def _block_weights(
-    count: int,
-    stages: Sequence[str],
-    *,
-    weights: Annotated[Any, Option("shares of the second expert, or weights of all, for every stage")],
-    base_alpha: Annotated[
-        float | None,
-        Option(
-            "the second of two experts' share of all but the denoiser, where the weights do not say it (else"
-            " 0)"
-        ),
-    ] = None,
-) -> Options:
-    from afa.merging.weights import stage_weights
-
-    return {"weights": stage_weights(weights, stages, count, base_alpha)}
-
-
-SHAPES = (
-    "GRAD_V",
-    "GRAD_A",
-    "WRAP12",
-    "SMOOTHSTEP",
-    "OUT12",
-    "MID12_50",
-)  # of presets, each in both directions
-RAMPS = (
-    (0.0, 1.0),
-    (0.25, 0.75),
-)  # the second's share at the first and at the last stage, where there are no presets
-ORDERS = ("best first", "second first")
-SCALES = (0.3, 0.5, 0.7, 1.0)
-
-
-def _curves(count: int, stages: Sequence[str]) -> list[Options]:
-    """As presets run along the stages, which are for U-Nets; else straight."""
-    presets: list[Options] = [{"preset": name} for name in SHAPES]
-    ramps: list[Options] = [{"first": first, "last": last} for first, last in RAMPS]
-    unet = any(stage.startswith("IN") for stage in stages)
-    return [{**curve, "order": order} for curve in (presets if unet else ramps) for order in ORDERS]
 
 
 def slerp(
@@ -341,14 +294,6 @@ WEIGHTED = Merge(
     row="one model of averaged weights",
     candidates=lambda count, stages: [{"weights": weights} for weights in one_ahead(count)],
     fill=_shares,
-)
-MBW = Merge(
-    mbw,
-    title="MBW",
-    help="weighted, stage by stage",
-    row="one model, weights averaged stage by stage along the community's presets",
-    candidates=_curves,
-    fill=_block_weights,
 )
 ADD_DIFFERENCE = Merge(
     add_difference,

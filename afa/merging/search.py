@@ -147,7 +147,7 @@ def _objective(
     warn_of_prompts(prompts, FAMILIES[merge.expert.family].call, merge.expert.tokenizers)
 
     def judge(weights: Weights) -> Scores:
-        merge.apply_mbw(weights)  # into the very model that stands in the pipeline
+        merge.apply("mbw", weights=weights)  # into the very model that stands in the pipeline
         pictures: list[Picture] = []
         for start in range(0, len(requests), settings.batch_size):
             batch = requests[start : start + settings.batch_size]

@@ -23,6 +23,7 @@ from afa.settings import (
     WEIGHT,
     CheckedOptions,
     check_number,
+    kind_of,
     option,
 )
 
@@ -134,8 +135,9 @@ class MergeSettings(CheckedOptions):
         Raises UserError for weights that are no numbers.
         """
         given = {name: getattr(self, name) for name in FLAGS if getattr(self, name) is not None}
-        if "weights" in given and self.method == "weighted":
-            given["weights"] = _numbers(given["weights"])
+        own = fields(MERGES[self.method].options)
+        numbers = [field.name for field in own if kind_of(field.type) == (float, True)]
+        given |= {name: _numbers(given[name]) for name in numbers if name in given}
         return given | read_options(self.method, self.method_option or [])
 
 

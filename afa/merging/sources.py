@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from afa.denoiser.lora import OWN, activate
 from afa.denoiser.lora_layers import lora_states
 from afa.errors import UserError
+from afa.experts.expert import TEXT_ENCODERS
 from afa.experts.folders import read_folder, read_object
 from afa.experts.headers import Entry, Tensors, is_float, is_position_ids, read_file, tied
 from afa.experts.locate import Located, locate
@@ -28,7 +29,7 @@ from afa.experts.meta_model import OPEN_CLIP, Outline, read_outline
 from afa.experts.prediction import says
 from afa.experts.single_file import config_folder, describe_vae
 from afa.experts.spec import ExpertSpec, Lora
-from afa.merging.keys import MERGED, TEXT_ENCODERS, key_stages, today
+from afa.merging.keys import MERGED, key_stages, today
 from afa.merging.single_file import Place, from_original, original_places, shape_from_original
 from afa.models.registry import FAMILIES, layers_of
 

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from afa.errors import UserError
+from afa.experts.expert import TEXT_ENCODERS
 from afa.experts.spec import ExpertSpec
-from afa.merging.keys import TEXT_ENCODERS, stage_names
 from afa.merging.sources import Reader, Source, open_source
+from afa.models.registry import stage_names
 
 TEXT = "text"  # the name of the text encoders beside the stages
 # Experts that are closer (relative distance) are equal up to rounding: 3e-4 for float16, 1.1e-3 for bfloat16.
