@@ -1,4 +1,4 @@
-"""The block-weighted merge (MBW): its rule, the community's presets, and the forms that weights are written in.
+"""The block-weighted merge (MBW): its rule, the community's presets, and how weights are written.
 
 Names and shapes of presets as in bbc-mc's sdweb-merge-block-weighted-gui and hako-mikan's
 sd-webui-supermerger. All leave `base` at 0. They are functions of the stage's place k = 0 (IN00) … 12 (M00) …
@@ -252,7 +252,8 @@ def _complete(
     base_alpha: Annotated[
         float | None,
         Option(
-            "the second of two experts' share of all but the denoiser, where the weights do not say it (else 0)"
+            "the second of two experts' share of all but the denoiser, where the weights do not say it"
+            " (else 0)"
         ),
     ] = None,
 ) -> Options:
