@@ -9,14 +9,15 @@ Algorithms for hyper-parameter optimization, NeurIPS 2011; its use on block weig
 sd-webui-bayesian-merger.
 """
 
+import functools
 import importlib
 import itertools
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, geometric_mean, harmonic_mean
 from typing import Any, TypedDict
 
 import numpy as np
@@ -39,10 +40,8 @@ class Space:
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Everything that has weights of its own, in the order of the search: base and a U-Net's middle
-        first."""
-        first = (BASE, *(stage for stage in self.stages if stage == "M00"))
-        return (*first, *(stage for stage in self.stages if stage not in first))
+        """All that has weights of its own, as the search takes it: base and a U-Net's middle first."""
+        return (BASE, *sorted(self.stages, key=lambda stage: stage != "M00"))
 
     def corner(self, expert: int) -> Weights:
         """One expert alone."""
@@ -59,10 +58,7 @@ def moved(weights: Weights, places: Sequence[str], expert: int, share: float) ->
     for place in places:
         row = weights[place]
         rest = sum(row) - row[expert]
-        others = [
-            (value / rest if rest > 0 else 1 / (len(row) - 1)) if index != expert else 0.0
-            for index, value in enumerate(row)
-        ]
+        others = [value / rest if rest > 0 else 1 / (len(row) - 1) for value in row]
         changed[place] = tuple(
             share if index == expert else (1 - share) * value for index, value in enumerate(others)
         )
@@ -79,7 +75,7 @@ def key(weights: Mapping[str, Sequence[float]]) -> str:
 # ---- points that were evaluated ---------------------------------------------------------------------------
 
 
-class Point(TypedDict):
+class JournalLine(TypedDict):
     """A line of the journal: the weights of every expert at a stage, and a score an image."""
 
     weights: dict[str, tuple[float, ...]]
@@ -93,83 +89,70 @@ class Journal:
     """Evaluates points once. Each is a line on disk before the next is begun, so a search resumes.
 
     file: JSON lines; None keeps them in memory only
+    Raises UserError for a whole line that is no point; one that a crash tore is evaluated again.
     """
 
     def __init__(self, file: Path | None, objective: Objective) -> None:
         self.file, self.objective = file, objective
-        self.points: list[tuple[Weights, Scores]] = _read(file) if file is not None else []
-        self._known = {key(weights): scores for weights, scores in self.points}
+        self._known: dict[str, tuple[Weights, Scores]] = {}
+        for number, line in enumerate(split_lines(read_text(file)) if file and file.exists() else [], 1):
+            where = f"{file}, line {number}"
+            try:
+                found = parse_json(line, where, nan=True)
+            except UserError:
+                continue
+            point = build(JournalLine, found, where)
+            self._known[key(point["weights"])] = point["weights"], point["scores"]
+
+    @property
+    def points(self) -> list[tuple[Weights, Scores]]:
+        """All that are known, in their order."""
+        return list(self._known.values())
 
     def __call__(self, weights: Weights) -> Scores:
         """The scores of a point, computed if it is new."""
         name = key(weights)
         if name not in self._known:
             scores = [float(value) for value in self.objective(weights)]
-            self._known[name] = scores
-            self.points.append((weights, scores))
-            self._append(weights, scores)
-        return self._known[name]
+            self._known[name] = weights, scores
+            if self.file is not None:
+                self._append(self.file, json.dumps({"weights": weights, "scores": scores}))
+        return self._known[name][1]
 
-    def _append(self, weights: Weights, scores: Scores) -> None:
-        if self.file is None:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        torn = (
-            self.file.exists() and not self.file.read_bytes().endswith(b"\n") and self.file.stat().st_size > 0
-        )
-        with self.file.open("a") as stream:
-            stream.write(("\n" if torn else "") + json.dumps({"weights": weights, "scores": scores}) + "\n")
+    @staticmethod
+    def _append(file: Path, line: str) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torn = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
+        with file.open("a") as stream:
+            stream.write(("\n" if torn else "") + line + "\n")
             stream.flush()
             os.fsync(stream.fileno())
 
 
-def _read(file: Path) -> list[tuple[Weights, Scores]]:
-    """All whole lines; one that a crash tore is evaluated again.
-
-    Raises UserError for a whole one that is no point.
-    """
-    points: list[tuple[Weights, Scores]] = []
-    for number, line in enumerate(split_lines(read_text(file)) if file.exists() else [], 1):
-        where = f"{file}, line {number}"
-        try:
-            found = parse_json(line, where, nan=True)
-        except UserError:
-            continue
-        point = build(Point, found, where)
-        points.append((point["weights"], point["scores"]))
-    return points
-
-
 # ---- how the scores of several images become one number ---------------------------------------------------
 
-
-def arithmetic(scores: Sequence[float]) -> float:
-    """The mean."""
-    return math.fsum(scores) / len(scores)
+Mean = Callable[[Sequence[float]], float]
+SHIFT = 4.0  # makes scores positive: ImageReward lies between about -2.5 and 2.5
 
 
 def geometric(scores: Sequence[float]) -> float:
-    """The mean of the logarithms, after shifting scores above zero: a bad image weighs more."""
-    shift = _above_zero(scores)
-    return math.exp(math.fsum(math.log(score + shift) for score in scores) / len(scores)) - shift
+    """The mean of the logarithms: a bad image weighs more."""
+    return _shifted(geometric_mean, scores)
 
 
 def harmonic(scores: Sequence[float]) -> float:
-    """The reciprocal of the mean reciprocal, after shifting scores above zero: a bad image weighs most."""
-    shift = _above_zero(scores)
-    return len(scores) / math.fsum(1 / (score + shift) for score in scores) - shift
+    """The reciprocal of the mean reciprocal: a bad image weighs most."""
+    return _shifted(harmonic_mean, scores)
 
 
-SHIFT = 4.0  # ImageReward lies between about -2.5 and 2.5
+def _shifted(mean: Mean, scores: Sequence[float]) -> float:
+    """A mean of scores above zero: all are shifted by the same, unless one lies lower still."""
+    shift = max(SHIFT, 1e-3 - min(scores))
+    return mean([score + shift for score in scores]) - shift
 
 
-def _above_zero(scores: Sequence[float]) -> float:
-    """The same shift for all sets of scores, unless one lies lower still."""
-    return max(SHIFT, 1e-3 - min(scores))
-
-
-MEANS: dict[str, Callable[[Sequence[float]], float]] = {
-    "arithmetic": arithmetic,
+MEANS: dict[str, Mean] = {
+    "arithmetic": fmean,
     "geometric": geometric,
     "harmonic": harmonic,
 }
@@ -226,32 +209,22 @@ def coordinate_search(
     line:     how one share is found, of LINES
     grouping: neighbouring stages of one kind changed together, 1 or 2
     means:    of MEANS, one a pass; the last serves all later passes
-    Every point goes through the journal.
+    Every point goes through the journal. What is there stays unless something is better.
     """
     best = space.corner(0)
-    for number in range(passes):
+    steps = itertools.product(range(passes), groups(space, grouping), range(1, space.experts))
+    for number, places, expert in steps:
         mean = MEANS[means[min(number, len(means) - 1)]]
-        for places in groups(space, grouping):
-            for expert in range(1, space.experts):
-                best = _improve(best, places, expert, journal, mean, LINES[line])
+        with_share = functools.partial(moved, best, places, expert)
+        score = _scores_on_line(with_share, journal, mean)
+        share = LINES[line](score)
+        if score(share) > mean(journal(best)):
+            best = with_share(share)
     return best
 
 
-def _improve(
-    best: Weights,
-    places: Sequence[str],
-    expert: int,
-    journal: Journal,
-    mean: Callable[[Sequence[float]], float],
-    line: Callable[[Line], float],
-) -> Weights:
-    """The best share of one expert at some places; what is there stays unless something is better."""
-
-    def score(share: float) -> float:
-        return mean(journal(moved(best, places, expert, share)))
-
-    share = line(score)
-    return moved(best, places, expert, share) if score(share) > mean(journal(best)) else best
+def _scores_on_line(with_share: Callable[[float], Weights], journal: Journal, mean: Mean) -> Line:
+    return lambda share: mean(journal(with_share(share)))
 
 
 def groups(space: Space, grouping: int) -> list[tuple[str, ...]]:
@@ -276,79 +249,41 @@ def bayesian_search(space: Space, journal: Journal, *, trials: int, seed: int = 
     would have.
     Raises UserError if Optuna is not installed.
     """
-    optuna = _optuna()
+    try:
+        optuna: Any = importlib.import_module("optuna")
+    except ImportError:
+        raise UserError(
+            "the bayesian search needs Optuna, which is not installed;"
+            " pip install 'afa[search]', or search by coordinate"
+        ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
-    distributions = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in _names(space)}
-    for number, weights in enumerate(_first(space)[:trials]):
-        _tell(study, optuna, distributions, _numbers(weights, space), arithmetic(journal(weights)), number)
-    for number in range(len(study.trials), trials):
+    experts = [1] if space.experts == 2 else range(space.experts)
+    names = {f"{place} {expert}": (place, expert) for place in space.places for expert in experts}
+    distributions = dict.fromkeys(names, optuna.distributions.FloatDistribution(0.0, 1.0))
+    for weights in (space.middle(), *map(space.corner, range(space.experts))):
+        study.enqueue_trial({name: weights[place][expert] for name, (place, expert) in names.items()})
+    for number in range(trials):
         # A sampler of its own for every trial: it draws by seed and number, whatever ran before.
         trial_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
         study.sampler = optuna.samplers.TPESampler(
             seed=trial_seed, multivariate=True, n_startup_trials=min(10, trials // 2)
         )
         trial = study.ask(distributions)
-        study.tell(trial, arithmetic(journal(_weights(trial.params, space))))
+        point = {place: _row([trial.params[f"{place} {e}"] for e in experts]) for place in space.places}
+        study.tell(trial, fmean(journal(point)))
     return best_point(journal)
 
 
 def best_point(journal: Journal) -> Weights:
     """The point with the highest mean; of equals the first."""
-    weights, _ = max(journal.points, key=lambda point: arithmetic(point[1]))
+    weights, _ = max(journal.points, key=lambda point: fmean(point[1]))
     return weights
 
 
-def _optuna() -> Any:
-    try:
-        return importlib.import_module("optuna")
-    except ImportError:
-        raise UserError(
-            "the bayesian search needs Optuna, which is not installed;"
-            " pip install 'afa[search]', or search by coordinate"
-        ) from None
-
-
-def _first(space: Space) -> list[Weights]:
-    return [space.middle(), *(space.corner(expert) for expert in range(space.experts))]
-
-
-def _names(space: Space) -> list[str]:
-    experts = [1] if space.experts == 2 else range(space.experts)
-    return [f"{place} {expert}" for place in space.places for expert in experts]
-
-
-def _numbers(weights: Weights, space: Space) -> dict[str, float]:
-    """Weights as the optimiser has them."""
-    places = ((name, *name.rsplit(" ", 1)) for name in _names(space))
-    return {name: weights[place][int(expert)] for name, place, expert in places}
-
-
-def _weights(numbers: dict[str, float], space: Space) -> Weights:
-    """The optimiser's numbers as weights."""
-    if space.experts == 2:
-        return {place: (1 - numbers[f"{place} 1"], numbers[f"{place} 1"]) for place in space.places}
-    rows = {
-        place: [numbers[f"{place} {expert}"] for expert in range(space.experts)] for place in space.places
-    }
-    return {place: _divided(row) for place, row in rows.items()}
-
-
-def _divided(row: Sequence[float]) -> tuple[float, ...]:
-    total = sum(row)
-    return tuple(value / total for value in row) if total > 0 else (1 / len(row),) * len(row)
-
-
-def _tell(
-    study: Any,
-    optuna: Any,
-    distributions: dict[str, Any],
-    numbers: dict[str, float],
-    value: float,
-    number: int,
-) -> None:
-    study.add_trial(
-        optuna.trial.create_trial(
-            params=numbers, distributions=distributions, value=value, user_attrs={"number": number}
-        )
-    )
+def _row(numbers: Sequence[float]) -> tuple[float, ...]:
+    """The optimiser's numbers of a place as weights that sum to 1."""
+    if len(numbers) == 1:  # the share of the second of two experts
+        return (1 - numbers[0], numbers[0])
+    total = sum(numbers)
+    return tuple(number / total if total > 0 else 1 / len(numbers) for number in numbers)

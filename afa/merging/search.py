@@ -1,10 +1,13 @@
-"""A search from its settings: merges made in memory, judged by the images they draw; the best is written as
-best.toml."""
+"""A search from its settings: merges made in memory, judged by the images that they draw.
+
+The best is written as best.toml.
+"""
 
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,6 @@ from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.results import Item, prompts_of
-from afa.experts.expert import Expert
 from afa.experts.load import load_experts
 from afa.files import locked, write_atomically
 from afa.fingerprint import claim, fingerprint
@@ -27,7 +29,6 @@ from afa.merging.optimisers import (
     Scores,
     Space,
     Weights,
-    arithmetic,
     bayesian_search,
     best_point,
     coordinate_search,
@@ -47,8 +48,7 @@ BEST, POINTS, RESULT = "best.toml", "journal.jsonl", "search.json"
 
 
 def search(settings: SearchSettings) -> dict[str, Any]:
-    """Search, and leave best.toml (for `afa merge --method mbw --weights`) and search.json in
-    settings.output.
+    """Search, and leave best.toml (for `afa merge --method mbw --weights`) and search.json in the output.
 
     Resumes after every merge that was judged. Raises UserError for what cannot be searched, before anything
     is merged.
@@ -56,11 +56,10 @@ def search(settings: SearchSettings) -> dict[str, Any]:
     metric = _metric(settings)  # missing weights fail here
     device = choose_device(settings.device)
     output = Path(settings.output)
-    prompts, judge = (
-        asked_prompts(settings.prompt, settings.prompts),
-        json.dumps(metric.identity, sort_keys=True),
-    )
-    asked = settings.binding() | {"prompt": prompts, "the metric's identity": judge}
+    asked = settings.binding() | {
+        "prompt": asked_prompts(settings.prompt, settings.prompts),
+        "the metric's identity": json.dumps(metric.identity, sort_keys=True),
+    }
     with locked(output):
         claim(output, asked, "the search", fingerprint(settings.experts, config=settings.config))
         return _search(settings, metric, device, output)
@@ -72,90 +71,91 @@ def _search(
     experts = load_experts(
         settings.experts, getattr(torch, settings.dtype), settings.config, settings.prediction_type
     )
-    for expert in experts:
-        for module in (expert.model, *expert.text_encoders):
-            module.to(device)
+    for module in (module for expert in experts for module in (expert.model, *expert.text_encoders)):
+        module.to(device)
     merge = InMemoryMerge(experts)
-    space = Space(merge.stages, len(experts))
-    pipeline, sampling = _pipeline(merge.expert, device), _sampling(settings)
-    try_scorer([metric], *image_size(pipeline, sampling))
-    objective = _objective(settings, merge, metric, pipeline)
+    space, names = Space(merge.stages, len(experts)), [expert.name for expert in experts]
+    judge = _objective(settings, merge, metric, device)
     with tqdm(total=evaluations(settings, space), desc="merges judged", unit="merge", file=sys.stderr) as bar:
-        journal = Journal(output / POINTS, _counted(objective, bar))
+
+        def judged(weights: Weights) -> Scores:
+            scores = judge(weights)
+            bar.update()
+            bar.set_postfix(score=f"{fmean(scores):.4f}")
+            return scores
+
+        journal = Journal(output / POINTS, judged)
         bar.update(len(journal.points))
         best = find(settings, space, journal)
-    return _finish(output, settings, [expert.name for expert in experts], journal, best)
+    write_atomically(output / BEST, as_toml(best, names))
+    record = {
+        "experts": names,
+        "search": settings.search,
+        "merges": len(journal.points),
+        "score": fmean(journal(best)),
+        "highest_score": fmean(journal(best_point(journal))),  # higher where the search ends elsewhere
+        "first_score": fmean(journal.points[0][1]),
+        "weights": best,
+    }
+    write_atomically(output / RESULT, json.dumps(record, indent=1) + "\n")
+    return record
 
 
 def find(settings: SearchSettings, space: Space, journal: Journal) -> Weights:
-    """The best weights by the search that was asked for.
-
-    The journal's best is never worse than what a crash would leave.
-    """
+    """The best weights by the search that was asked for."""
     if settings.search == "bayesian":
         return bayesian_search(space, journal, trials=settings.trials, seed=settings.seed)
-    return coordinate_search(
-        space,
-        journal,
-        passes=settings.passes,
-        line=settings.line,
-        grouping=settings.grouping,
-        means=settings.means,
-    )
+    how = {name: getattr(settings, name) for name in ("passes", "line", "grouping", "means")}
+    return coordinate_search(space, journal, **how)
 
 
 def evaluations(settings: SearchSettings, space: Space) -> int:
     """How many merges a search judges at most."""
     if settings.search == "bayesian":
         return settings.trials
-    a_line = {"linear": 11, "binary": 6, "binary_mid": 9}[settings.line]
-    assert set(LINES) == {"linear", "binary", "binary_mid"}
-    return 1 + settings.passes * len(groups(space, settings.grouping)) * (space.experts - 1) * a_line
+    shares: set[float] = set()
+    LINES[settings.line](lambda share: shares.add(share) or 0.0)
+    return 1 + settings.passes * len(groups(space, settings.grouping)) * (space.experts - 1) * len(shares)
 
 
 def _metric(settings: SearchSettings) -> ImageMetric:
     if settings.scorer is not None:
         own = load_scorer(Path(settings.scorer))[0]
     else:
-        own = make_metric(
-            settings.metric,
-            Resources(settings.metric_weights, choose_device(settings.device), settings.batch_size),
-        )
+        resources = Resources(settings.metric_weights, choose_device(settings.device), settings.batch_size)
+        own = make_metric(settings.metric, resources)
     if not isinstance(own, ImageMetric):
-        raise UserError(
-            f"--metric {settings.metric} is one value for a set of images; choose one that judges each image"
-        )
+        advice = "choose one that judges each image"
+        raise UserError(f"--metric {settings.metric} is one value for a set of images; {advice}")
     return own
 
 
-def _sampling(settings: SearchSettings) -> Sampling:
-    return Sampling(settings.steps, settings.guidance, height=settings.height, width=settings.width)
-
-
 def _objective(
-    settings: SearchSettings, merge: InMemoryMerge, metric: ImageMetric, pipeline: Any
+    settings: SearchSettings, merge: InMemoryMerge, metric: ImageMetric, device: torch.device
 ) -> Objective:
-    """Draw the same images with a merge, and judge each: the mean score of every prompt, however often it is
-    drawn."""
+    """Draw the same images with a merge, and judge each: -> the mean score of every prompt."""
+    pipeline = Ensemble.from_experts([merge.expert], aggregator="mean", placement="out").pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    sampling = Sampling(settings.steps, settings.guidance, height=settings.height, width=settings.width)
+    try_scorer([metric], *image_size(pipeline, sampling))
     prompts = asked_prompts(settings.prompt, settings.prompts)
+    warn_of_prompts(prompts, FAMILIES[merge.expert.family].call, merge.expert.tokenizers)
     requests = [
         Request(prompts[index % len(prompts)], nth_seed(settings.seed, index))
         for index in range(settings.images)
     ]
-    sampling = _sampling(settings)
     numbers = prompts_of([Item(0, request.prompt, request.seed) for request in requests])
-    warn_of_prompts(prompts, FAMILIES[merge.expert.family].call, merge.expert.tokenizers)
 
     def judge(weights: Weights) -> Scores:
         merge.apply("mbw", weights=weights)  # into the very model that stands in the pipeline
-        pictures: list[Picture] = []
-        for start in range(0, len(requests), settings.batch_size):
-            batch = requests[start : start + settings.batch_size]
-            made = zip(sample(pipeline, batch, sampling), batch, strict=True)
-            pictures += [
-                Picture(image, request.prompt, numbers[start + index])
-                for index, (image, request) in enumerate(made)
-            ]
+        batches = [
+            requests[start : start + settings.batch_size]
+            for start in range(0, len(requests), settings.batch_size)
+        ]
+        images = [image for batch in batches for image in sample(pipeline, batch, sampling)]
+        made = zip(images, requests, numbers, strict=True)
+        pictures = [Picture(image, request.prompt, number) for image, request, number in made]
         name, scores = next(iter(metric.score(pictures).items()))
         if not np.isfinite(scores).all():
             prompt = requests[int(np.argmin(np.isfinite(scores)))].prompt
@@ -166,42 +166,6 @@ def _objective(
         return [sign * float(value) for value in prompt_means(scores, numbers)]
 
     return judge
-
-
-def _pipeline(expert: Expert, device: torch.device) -> Any:
-    pipeline = Ensemble.from_experts([expert], aggregator="mean", placement="out").pipeline()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def _counted(objective: Objective, bar: Any) -> Objective:
-    def judge(weights: Weights) -> Scores:
-        scores = objective(weights)
-        bar.update()
-        bar.set_postfix(score=f"{arithmetic(scores):.4f}")
-        return scores
-
-    return judge
-
-
-def _finish(
-    output: Path, settings: SearchSettings, names: Sequence[str], journal: Journal, best: Weights
-) -> dict[str, Any]:
-    """The weights for `afa merge`, and what was found; the best of all points where the search ends
-    elsewhere."""
-    write_atomically(output / BEST, as_toml(best, names))
-    top = best_point(journal)
-    record = {
-        "experts": list(names),
-        "search": settings.search,
-        "merges": len(journal.points),
-        "score": arithmetic(journal(best)),
-        "highest_score": arithmetic(journal(top)),
-        "first_score": arithmetic(journal.points[0][1]),
-        "weights": best,
-    }
-    write_atomically(output / RESULT, json.dumps(record, indent=1) + "\n")
-    return record
 
 
 def as_toml(weights: Weights, names: Sequence[str]) -> str:

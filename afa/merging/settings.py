@@ -194,7 +194,9 @@ class SearchSettings(CheckedOptions):
     )
     grouping: int = option(1, least=1, most=2, help="coordinate: neighbouring stages changed together")
     means: list[str] = option(
-        ["arithmetic"], help="coordinate: mean over the images, one a pass: arithmetic, geometric, harmonic"
+        ["arithmetic"],
+        help="coordinate: mean over the images, one a pass",
+        choices=["arithmetic", "geometric", "harmonic"],
     )
     steps: int = option(20, **SAMPLING_STEPS, help="denoising steps")
     guidance: float | None = option(None, **GUIDANCE, help="strength of guidance (default: the family's own)")
@@ -217,6 +219,3 @@ class SearchSettings(CheckedOptions):
             raise UserError(f"--experts has {len(self.experts)} expert; a merge needs at least two")
         if (self.prompt is None) == (self.prompts is None):
             raise UserError("give either --prompt TEXT... or --prompts FILE")
-        for mean in self.means:
-            if mean not in ("arithmetic", "geometric", "harmonic"):
-                raise UserError(f"--means {mean} is none of arithmetic, geometric, harmonic")
