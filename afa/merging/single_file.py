@@ -159,21 +159,12 @@ def to_original(tensors: Sequence[Tensor], form: str) -> Tensor:
 
 def shape_from_original(shape: Sequence[int], place: Place) -> tuple[int, ...]:
     """The shape that from_original will give."""
-    if place.rows is not None:
-        return (place.rows[1] - place.rows[0], *shape[1:])
-    if place.form == "transposed":
-        return tuple(reversed(shape))
-    return tuple(shape[:2]) if place.form == "conv" else tuple(shape)
+    return tuple(from_original(torch.empty(shape, device="meta"), place).shape)
 
 
 def shape_to_original(shapes: Sequence[Sequence[int]], form: str) -> tuple[int, ...]:
     """The shape that to_original will give."""
-    first, *_ = shapes
-    if form == "transposed":
-        return tuple(reversed(first))
-    rows = sum(shape[0] for shape in shapes) if first else ()
-    shape = (rows, *first[1:]) if first else ()
-    return (*shape, 1, 1) if form == "conv" else shape
+    return tuple(to_original([torch.empty(shape, device="meta") for shape in shapes], form).shape)
 
 
 def _transformer(shapes: Mapping[str, Sequence[int]], model: Any) -> dict[str, Place]:
