@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from afa.models.unet import stages
+from afa.models.unet_stages import stages
 
 RESNET = {
     "norm1": "in_layers.0",
