@@ -3,6 +3,8 @@
 import gc
 import os
 
+gc.set_threshold(50_000, 20, 50)  # torch and the libraries keep half a million objects: a full collection takes a quarter of a second
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run two at a time
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
