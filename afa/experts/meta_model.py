@@ -226,10 +226,12 @@ def _build(folder: Path, part: str | None, library: str, name: str) -> nn.Module
 
     part: as component_class takes it.
     """
+    from diffusers.models.modeling_utils import no_init_weights
+
     maker = component_class(folder, part, library, name)
     config = check_config(folder, library, name)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             model: nn.Module = (
                 maker(maker.config_class.from_dict(config))
                 if library == "transformers"
