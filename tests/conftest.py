@@ -3,9 +3,8 @@
 import gc
 import os
 
-gc.set_threshold(50_000, 20, 50)  # torch and the libraries keep half a million objects: a full collection takes a quarter of a second
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run two at a time
+os.environ.setdefault("MKL_CBWR", "AUTO")  # else the last bit of a product depends on where its matrices lie in memory
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["DIFFUSERS_VERBOSITY"] = "error"
@@ -15,6 +14,7 @@ import torch
 from tiny import sd_unet
 
 torch.set_num_threads(1)
+gc.set_threshold(50_000, 20, 50)  # the libraries keep half a million objects: a full collection takes a quarter of a second
 
 
 @pytest.fixture(scope="session")
