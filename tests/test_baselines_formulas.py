@@ -9,7 +9,7 @@ from afa.denoiser.schedule import Schedule, noise_of
 from afa.sampling.average import average
 from afa.sampling.magicfusion import pick, saliency, winners
 from afa.sampling.superdiff import (
-    Step,
+    SdeStep,
     and_shares,
     and_velocity,
     log_density_change,
@@ -99,7 +99,7 @@ class TestSaliency:
 
 def a_step(experts=3, guidance=4.0, sigma=2.0, dsigma=-0.25, seed=0):
     unconditional, conditional = (random(2, experts, 1, 4, 4, seed=seed + k) for k in (0, 1))
-    return Step(unconditional, conditional, guidance, sigma, dsigma, random(2, 1, 4, 4, seed=seed + 2), 50)
+    return SdeStep(unconditional, conditional, guidance, sigma, dsigma, random(2, 1, 4, 4, seed=seed + 2), 50)
 
 
 def inner(one, other):
@@ -127,7 +127,7 @@ class TestSuperposition:
         for sigma, after in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
             velocities = sigma * (x[:, None] - means) / (1 + sigma**2)
             noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-            step = Step(velocities, velocities, 1.0, sigma, after - sigma, noise, 500)
+            step = SdeStep(velocities, velocities, 1.0, sigma, after - sigma, noise, 500)
             increment = step.increment(velocities.mean(1))
             estimated = estimated + log_density_change(velocities, increment, sigma, after - sigma)
             x = x + increment
@@ -147,7 +147,7 @@ class TestSuperposition:
 
     def test_two_experts_with_one_unconditional_share_as_published(self):
         drawn, lift = a_step(experts=2), 3.0
-        step = Step(drawn.unconditional[:, :1].expand(-1, 2, -1, -1, -1), *list(vars(drawn).values())[1:])
+        step = SdeStep(drawn.unconditional[:, :1].expand(-1, 2, -1, -1, -1), *list(vars(drawn).values())[1:])
         base, a, b = step.unconditional[:, 0], step.conditional[:, 0], step.conditional[:, 1]
         alone = 2 * step.dsigma * (base + step.guidance * (b - base)) + math.sqrt(2 * 0.25 * 2.0) * step.noise
         kappa = 0.25 * inner(b - a, b + a) - inner(alone, a - b) + step.sigma * lift / 50
@@ -167,7 +167,7 @@ class TestSuperposition:
     @pytest.mark.parametrize("experts", [1, 2, 3])
     def test_equal_experts_are_one_whatever_their_shares(self, experts):
         single = a_step(1)
-        step = Step(*(part.expand(-1, experts, -1, -1, -1) for part in (single.unconditional, single.conditional)), *list(vars(single).values())[2:])
+        step = SdeStep(*(part.expand(-1, experts, -1, -1, -1) for part in (single.unconditional, single.conditional)), *list(vars(single).values())[2:])
         for lift in (0.0, 2.0):
             shares = and_shares(step, lift)
             assert torch.equal(shares.sum(-1), torch.ones(2).double())
@@ -176,7 +176,7 @@ class TestSuperposition:
 
     def test_the_order_of_experts_changes_nothing(self):
         step, order = a_step(3), [2, 0, 1]
-        other = Step(step.unconditional[:, order], step.conditional[:, order], *list(vars(step).values())[2:])
+        other = SdeStep(step.unconditional[:, order], step.conditional[:, order], *list(vars(step).values())[2:])
         assert torch.allclose(and_shares(step)[:, order], and_shares(other))
         assert torch.allclose(and_velocity(step, and_shares(step)), and_velocity(other, and_shares(other)))
         shares = or_shares(random(2, 3), torch.full((3,), 1 / 3).log().double(), 1.0)
@@ -185,7 +185,7 @@ class TestSuperposition:
     def test_two_copies_and_a_third_are_the_two_experts(self):
         """A singular system: the copies share what one of them would get."""
         step = a_step(2)
-        copies = Step(step.unconditional[:, [0, 1, 1]], step.conditional[:, [0, 1, 1]], *list(vars(step).values())[2:])
+        copies = SdeStep(step.unconditional[:, [0, 1, 1]], step.conditional[:, [0, 1, 1]], *list(vars(step).values())[2:])
         base = step.unconditional[:, [0, 1, 1]].mean(1)
-        two = Step(base[:, None].expand(-1, 2, -1, -1, -1), *list(vars(step).values())[1:])
+        two = SdeStep(base[:, None].expand(-1, 2, -1, -1, -1), *list(vars(step).values())[1:])
         assert torch.allclose(and_velocity(copies, and_shares(copies)), and_velocity(two, and_shares(two)))

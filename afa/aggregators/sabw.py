@@ -69,7 +69,9 @@ class SABW(Aggregator):
         return self.transformer is not None and "text" not in self.ignore
 
     def cross_attentions(self) -> list[nn.Module]:
-        return [block.attn2 for block in self.transformer.transformer_blocks] if self.reads else []
+        if self.transformer is None or not self.reads:
+            return []
+        return [block.attn2 for block in self.transformer.transformer_blocks]
 
     def weigh(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
         return torch.softmax(self.logits(features, temb, text, kept), dim=1)  # (B, N, H, W)

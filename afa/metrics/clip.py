@@ -13,7 +13,7 @@ from torch import Tensor
 from afa.experts.single_file import clip_tokenizer
 from afa.metrics.base import Memo, Values, batches, content_key
 from afa.metrics.pixels import CLIP_MEAN, CLIP_STD, FITS, fit_tensor, to_tensor
-from afa.metrics.weights import Found, Part, folder_loader
+from afa.metrics.weights import FoundPart, Part, folder_loader
 
 LARGE = "openai/clip-vit-large-patch14"
 VIT_L = Part("CLIP ViT-L/14", "clip-vit-large-patch14", hub=LARGE, folder=True)
@@ -101,7 +101,7 @@ def cosines(one: Rows, other: Rows) -> Values:
     return np.einsum("nd,nd->n", one.astype(np.float64), other.astype(np.float64))
 
 
-def shared_clip(found: Found, device: torch.device) -> Clip:
+def shared_clip(found: FoundPart, device: torch.device) -> Clip:
     """Return the CLIP of a folder on a device; loaded once. Raises UserError if its weights do not fit."""
     return _shared(found.path.resolve(), tuple(found.identity), str(device))
 

@@ -13,7 +13,7 @@ from afa.metrics.base import Differentiable, ImageMetric, Picture, Values
 from afa.metrics.clip import VIT_L, Clip, cosines, shared_clip
 from afa.metrics.open_clip import open_clip
 from afa.metrics.registry import Resources
-from afa.metrics.weights import Found, Part, find, network_loader, read_tensors
+from afa.metrics.weights import FoundPart, Part, find, network_loader, read_tensors
 
 CROP = "shorter side resized, centre crop"  # what fit="crop" does, in words
 
@@ -25,7 +25,7 @@ class ClipMetric(ImageMetric):
     """
 
     def __init__(
-        self, name: str, clip: Clip, found: Found, batch_size: int, source: str, fit: str = "crop"
+        self, name: str, clip: Clip, found: FoundPart, batch_size: int, source: str, fit: str = "crop"
     ) -> None:
         self.names, self.clip, self.found, self.batch_size = (name,), clip, found, batch_size
         self.source, self.fit = source, fit
@@ -51,7 +51,7 @@ class CaptionRow:
     """
 
     part: Part
-    opened: Callable[[Found, torch.device], Clip]
+    opened: Callable[[FoundPart, torch.device], Clip]
     source: str
     fit: str = "crop"
     scaled: bool = False
@@ -178,7 +178,7 @@ class Aesthetic(ClipMetric, Differentiable):
     float32, where the release runs CLIP in float16.
     """
 
-    def __init__(self, clip: Clip, head: Found, backbone: Found, batch_size: int) -> None:
+    def __init__(self, clip: Clip, head: FoundPart, backbone: FoundPart, batch_size: int) -> None:
         source = f"{head} on embeddings of {backbone}, {CROP}"
         super().__init__("aesthetic", clip, backbone, batch_size, source)
         self.head = head

@@ -22,7 +22,7 @@ from afa.metrics.base import Features, Indices, SetMetric, Values, batches, copi
 from afa.metrics.inception import InceptionFeatures, inception_features
 from afa.metrics.pixels import IMAGENET_MEAN, IMAGENET_STD, stretch, to_tensor
 from afa.metrics.registry import Resources
-from afa.metrics.weights import Found, Part, find, folder_loader
+from afa.metrics.weights import FoundPart, Part, find, folder_loader
 
 Array = NDArray[np.float64]
 BLOCK = 4096  # rows in float64 at once
@@ -195,7 +195,7 @@ class DinoDistance(FrechetDistance):
 
     name = "fd_dinov2"
 
-    def __init__(self, found: Found, batch_size: int, device: torch.device) -> None:
+    def __init__(self, found: FoundPart, batch_size: int, device: torch.device) -> None:
         from transformers import Dinov2Model
 
         self.found, self.batch_size, self.device = found, batch_size, device

@@ -24,7 +24,7 @@ from afa.metrics.base import Differentiable, ImageMetric, Picture, Values, batch
 from afa.metrics.clip_scores import ScoreHead
 from afa.metrics.pixels import CLIP_MEAN, CLIP_STD, crop, fit_tensor, to_tensor
 from afa.metrics.registry import Resources
-from afa.metrics.weights import Found, Part, find, network_loader, read_tensors, transformer_loader
+from afa.metrics.weights import FoundPart, Part, find, network_loader, read_tensors, transformer_loader
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
 LENGTH = 35  # tokens of a caption; longer ones are cut, shorter ones padded
@@ -37,7 +37,9 @@ class ImageReward(ImageMetric, Differentiable):
 
     names = ("imagereward",)
 
-    def __init__(self, weights: Found, vocabulary: Found, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, weights: FoundPart, vocabulary: FoundPart, batch_size: int, device: torch.device
+    ) -> None:
         self.weights, self.vocabulary, self.batch_size, self.device = weights, vocabulary, batch_size, device
         self.source = (
             f"standardised reward of {weights}, shorter side resized, centre crop, "

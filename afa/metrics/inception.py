@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from afa.metrics.base import Features, Indices, SetMetric, Values, batches, copies
 from afa.metrics.registry import Resources
-from afa.metrics.weights import Found, Part, find, network_loader, read_tensors
+from afa.metrics.weights import FoundPart, Part, find, network_loader, read_tensors
 
 SIDE, FEATURES, CLASSES = 299, 2048, 1008
 
@@ -228,7 +228,7 @@ PREPROCESSING = "resized to 299 px as TensorFlow 1 did (bilinear, no antialiasin
 class InceptionFeatures:
     """The 2048 features before the classifier, and the classifier; loaded when first used."""
 
-    def __init__(self, found: Found, device: torch.device) -> None:
+    def __init__(self, found: FoundPart, device: torch.device) -> None:
         self.found, self.device = found, device
         self._load = network_loader(Inception, read_tensors(found.path), found.path)
 
@@ -275,7 +275,7 @@ def inception_features(metric: str, resources: Resources) -> InceptionFeatures:
 
 @lru_cache(maxsize=2)
 def _shared(path: Path, hashes: tuple[tuple[str, str], ...], device: str) -> InceptionFeatures:
-    return InceptionFeatures(Found(WEIGHTS, path, dict(hashes)), torch.device(device))
+    return InceptionFeatures(FoundPart(WEIGHTS, path, dict(hashes)), torch.device(device))
 
 
 Array = NDArray[np.float64]

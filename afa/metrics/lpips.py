@@ -19,7 +19,7 @@ from afa.errors import UserError
 from afa.metrics.base import ImageMetric, Picture, Values, batches
 from afa.metrics.pixels import to_tensor
 from afa.metrics.registry import Resources
-from afa.metrics.weights import Found, Part, find, network_loader, read_tensors
+from afa.metrics.weights import FoundPart, Part, find, network_loader, read_tensors
 
 # Layers of torchvision's `features`: (channels, kernel, stride, padding) of a convolution with its ReLU, or
 # max pooling.
@@ -125,7 +125,7 @@ class Diversity(ImageMetric):
 
     names = ("lpips",)
 
-    def __init__(self, trunk: Found, linear: Found, batch_size: int, device: torch.device) -> None:
+    def __init__(self, trunk: FoundPart, linear: FoundPart, batch_size: int, device: torch.device) -> None:
         self.trunk, self.linear, self.batch_size, self.device = trunk, linear, batch_size, device
         self.source = (
             f"mean LPIPS to the other images of the prompt, by {trunk} and {linear}, images as they are; "

@@ -27,7 +27,7 @@ from afa.metrics.base import Features, Indices, SetMetric, Values, copies
 from afa.metrics.clip import Clip, shared_clip
 from afa.metrics.inception import InceptionFeatures, inception_features
 from afa.metrics.registry import Resources
-from afa.metrics.weights import Found, Part, find
+from afa.metrics.weights import FoundPart, Part, find
 
 Array = NDArray[np.float64]
 BLOCK = 1 << 24  # entries of a kernel matrix in memory at once
@@ -149,7 +149,7 @@ class ClipDiscrepancy(Discrepancy):
     unbiased = False
     scale = 1000.0
 
-    def __init__(self, clip: Clip, found: Found, batch_size: int, device: torch.device) -> None:
+    def __init__(self, clip: Clip, found: FoundPart, batch_size: int, device: torch.device) -> None:
         self.clip, self.found, self.batch_size, self.device = clip, found, batch_size, double_device(device)
         self.source = (
             f"1000 · MMD², Gaussian kernel of width 10, on embeddings of {found}, "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from afa.errors import UserError
 from afa.metrics.clip import Clip
-from afa.metrics.weights import Found, read_tensors, transformer_loader
+from afa.metrics.weights import FoundPart, read_tensors, transformer_loader
 
 VISION_HEAD, TEXT_HEAD = 80, 64  # widths of a ViT-H/14's attention heads, which no tensor shows
 TOWERS = {"visual.": "vision_model.", "": "text_model."}
@@ -107,7 +107,7 @@ def _tower(tensors: Mapping[str, Tensor], prefix: str, width: int, head: int) ->
     return {**sizes, "intermediate_size": inner}
 
 
-def open_clip(found: Found, device: torch.device) -> Clip:
+def open_clip(found: FoundPart, device: torch.device) -> Clip:
     """Return the CLIP of a checkpoint, which is checked now and loaded when first used.
 
     Raises UserError if it is not a CLIP, or weights are missing.

@@ -48,7 +48,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundPart:
     """A part that was found on this machine.
 
     hashes: sha256 of its weight files
@@ -72,7 +72,7 @@ class Found:
         return f"{self.part.what} ({self.path.name}, sha256 {digest[:12]}{others})"
 
 
-def find(metric: str, parts: Sequence[Part], given: str | None) -> list[Found]:
+def find(metric: str, parts: Sequence[Part], given: str | None) -> list[FoundPart]:
     """Find all parts of a metric: at the given place, else in a cache, else on the hub.
 
     given: PLACE, or PLACE,PLACE … in the order of the parts (an empty one: the default), or a folder with the
@@ -94,7 +94,7 @@ def find(metric: str, parts: Sequence[Part], given: str | None) -> list[Found]:
         path or _cached(part) or _default(metric, part, len(parts))
         for part, path in zip(parts, there, strict=True)
     ]
-    return [Found(part, path, _hashes(part, path)) for part, path in zip(parts, paths, strict=True)]
+    return [FoundPart(part, path, _hashes(part, path)) for part, path in zip(parts, paths, strict=True)]
 
 
 def _places(metric: str, given: str | None, count: int) -> list[str]:

@@ -1,16 +1,12 @@
-"""SuperDiff: superposition of experts by their estimated densities.
-
-SuperDiff (arXiv:2412.17762) in a stock pipeline: a denoiser that hands on all predictions, a scheduler that
-superposes them.
-
-The method weighs experts by how likely each finds the increment, noise included, so weighing is done where
-the increment is made. Noise comes from the images' own generators, as in any stochastic scheduler.
-
-Superposition of densities while sampling: the formulas of SuperDiff in sigma space. Pure functions.
+"""SuperDiff: superposition of experts by their estimated densities, in a stock diffusers pipeline.
 
 Source: Skreta et al., The superposition of diffusion models using the Itô density estimator,
 arXiv:2412.17762. There x = x₀ + sigma ε, a model's velocity is its ε, and a step goes from sigma to sigma +
 dsigma, with dsigma < 0.
+
+The method weighs experts by how likely each finds the increment of a step, its noise included, so it weighs
+them where the increment is made. Therefore a denoiser returns the predictions of all experts, and a scheduler
+superposes them. The noise comes from the images' own generators, as in any stochastic scheduler.
 """
 
 import math
@@ -38,12 +34,16 @@ ROUNDING = 1e-12  # squared: experts that differ by less than a millionth of the
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step of the SDE.
+class SdeStep:
+    """One step of the reverse SDE.
 
-    unconditional, conditional: ε of every expert, (B, N, C, H, W). guidance: w. noise: z of the increment,
-                                (B, C, H, W),
-    standard normal. steps: K, how many the whole way has.
+    unconditional: ε of every expert without the prompt, (B, N, C, H, W)
+    conditional:   ε of every expert with the prompt, (B, N, C, H, W)
+    guidance:      w, strength of classifier-free guidance
+    sigma:         level of the noise
+    dsigma:        its change, below 0
+    noise:         z of the increment, standard normal, (B, C, H, W)
+    steps:         K, the number of steps of the whole sampling
     """
 
     unconditional: Tensor
@@ -55,47 +55,58 @@ class Step:
     steps: int
 
     def increment(self, velocity: Tensor) -> Tensor:
-        """dx = 2 dsigma v + √(2 |dsigma| sigma) z: the reverse SDE, (B, C, H, W) -> (B, C, H, W)."""
+        """Return dx = 2 dsigma v + √(2 |dsigma| sigma) z for a velocity v: (B, C, H, W) to (B, C, H, W)."""
         return 2 * self.dsigma * velocity + math.sqrt(2 * abs(self.dsigma) * self.sigma) * self.noise
 
 
 def log_density_change(velocities: Tensor, increment: Tensor, sigma: float, dsigma: float) -> Tensor:
-    """d log qᵢ = -⟨vᵢ, dx + |dsigma| vᵢ⟩ / sigma, whatever drove dx: (B, N, C, H, W), (B, C, H, W) -> (B, N).
+    """Return the change of every expert's log-density, d log qᵢ = -⟨vᵢ, dx + |dsigma| vᵢ⟩ / sigma.
 
-    Theorem 1 with score -v/sigma and diffusion g² dt = 2 sigma |dsigma|.
+    velocities: (B, N, C, H, W)
+    increment:  dx (B, C, H, W), of any process
+    Returns (B, N).
+    Source: theorem 1, with score -v / sigma and diffusion g² dt = 2 sigma |dsigma|.
     """
     return -(velocities * (increment[:, None] + abs(dsigma) * velocities)).flatten(2).sum(-1) / sigma
 
 
 def published_change(velocities: Tensor, increment: Tensor, sigma: float, dsigma: float) -> Tensor:
-    """The same as the published program has it for OR.
+    """Return log_density_change as the published program computes it for OR.
 
-    With dsigma, which is negative, where the theorem has |dsigma|.
+    It has dsigma, which is negative, where the theorem has |dsigma|.
     """
     return -(velocities * (increment[:, None] + dsigma * velocities)).flatten(2).sum(-1) / sigma
 
 
 def or_shares(log_densities: Tensor, log_prior: Tensor, temperature: float) -> Tensor:
-    """κ = softmax(T (log q + log prior)): (B, N), (N,) -> (B, N). Algorithm 1, OR; a mixture of densities."""
+    """Return the shares κ = softmax(T (log q + log prior)) of a mixture of densities.
+
+    log_densities: log q (B, N), up to a constant
+    log_prior:     (N,)
+    temperature:   T
+    Returns (B, N). Source: algorithm 1, OR.
+    """
     return torch.softmax(temperature * (log_densities + log_prior), dim=-1)
 
 
-def or_velocity(step: Step, shares: Tensor) -> Tensor:
-    """v = Σ κᵢ (uᵢ + w (cᵢ - uᵢ)): every expert guided by its own unconditional prediction.
+def or_velocity(step: SdeStep, shares: Tensor) -> Tensor:
+    """Return v = Σ κᵢ (uᵢ + w (cᵢ - uᵢ)), (B, C, H, W).
 
-    -> (B, C, H, W).
+    Every expert is guided by its own unconditional prediction.
     """
     guided = step.unconditional + step.guidance * (step.conditional - step.unconditional)
     return average(guided, shares)
 
 
-def and_shares(step: Step, lift: float = 0.0) -> Tensor:
-    """κ with Σ κ = 1 for which all log-densities change alike, the last one by lift/K more: -> (B, N).
+def and_shares(step: SdeStep, lift: float = 0.0) -> Tensor:
+    """Return the shares κ (B, N), with sum 1, for which the log-densities of all experts change equally.
 
-    Proposition 6. With dᵢ = cᵢ - c_N and dx⁰ the increment of the last expert alone, for i, j < N:
-    Σⱼ 2 dsigma w ⟨dᵢ, dⱼ⟩ κⱼ = |dsigma| ⟨c_N - cᵢ, c_N + cᵢ⟩ - ⟨dx⁰, dᵢ⟩ + sigma lift/K,
-    which for two experts is the published formula.
-    Where experts agree there is nothing to solve: the smallest solution is taken, and equal experts get 0.
+    lift: how much more the last expert's log-density rises over all K steps
+    With dᵢ = cᵢ - c_N and dx⁰ the increment of the last expert alone, for i, j < N:
+    Σⱼ 2 dsigma w ⟨dᵢ, dⱼ⟩ κⱼ = |dsigma| ⟨c_N - cᵢ, c_N + cᵢ⟩ - ⟨dx⁰, dᵢ⟩ + sigma lift / K,
+    which is the published formula for two experts.
+    Where experts agree, the equations do not determine κ: the smallest solution is taken, and equal experts
+    get 0. Source: proposition 6.
     """
     conditional = step.conditional.flatten(2)  # (B, N, D)
     last = conditional[:, -1:]
@@ -110,23 +121,28 @@ def and_shares(step: Step, lift: float = 0.0) -> Tensor:
     return torch.cat([others, 1 - others.sum(-1, keepdim=True)], dim=-1)
 
 
-def and_velocity(step: Step, shares: Tensor) -> Tensor:
-    """v = u + w (Σ κᵢ cᵢ - u), u the mean of the experts' unconditional predictions. -> (B, C, H, W)."""
+def and_velocity(step: SdeStep, shares: Tensor) -> Tensor:
+    """Return v = u + w (Σ κᵢ cᵢ - u), (B, C, H, W); u is the mean of the unconditional predictions."""
     backwards = list(range(shares.shape[1]))[::-1]  # the last expert is the one the others are compared with
     return _and_base(step) + step.guidance * average(step.conditional[:, backwards], shares[:, backwards])
 
 
-def _and_base(step: Step) -> Tensor:
-    """(1 - w) u. The paper superposes conditions of one model, which has one u; experts have one each."""
+def _and_base(step: SdeStep) -> Tensor:
+    """Return (1 - w) u, (B, C, H, W).
+
+    Deviation: the paper superposes conditions of one model, which has one u; experts have one each.
+    """
     count = step.unconditional.shape[1]
     mean = average(step.unconditional, torch.full((count,), 1 / count))
     return (1 - step.guidance) * mean
 
 
 def _solve(gram: Tensor, right: Tensor, smallest: Tensor) -> Tensor:
-    """The smallest least-squares solution, in float64.
+    """Return the smallest least-squares solution, (B, M), computed in float64.
 
-    (B, M, M), (B, M), (B,) eigenvalues below count as 0 -> (B, M).
+    gram:     (B, M, M)
+    right:    (B, M)
+    smallest: (B,) smaller eigenvalues are taken as 0
     """
     gram64, right64 = gram.cpu().double(), right.cpu().double()
     atol = smallest.cpu().double()
@@ -145,19 +161,21 @@ SPACING = {
 
 
 class Rule(Protocol):
-    """What is superposed."""
+    """How the experts' densities are superposed."""
 
     def begin(self) -> None:
-        """Forget the last images."""
+        """Begin new images."""
 
-    def increment(self, step: Step) -> Tensor:
-        """The way of one step, (B, C, H, W)."""
+    def increment(self, step: SdeStep) -> Tensor:
+        """Return the increment of one step, (B, C, H, W)."""
 
 
 class Or:
-    """A mixture of the experts' densities. prior: one per expert, with sum 1.
+    """A mixture of the experts' densities.
 
-    theorem: which estimate (see published_change).
+    prior:       one weight per expert, with sum 1
+    temperature: T of or_shares
+    theorem:     whether log-densities are estimated by the theorem, not as the published program does
     """
 
     def __init__(self, prior: Sequence[float], temperature: float, theorem: bool) -> None:
@@ -169,7 +187,7 @@ class Or:
     def begin(self) -> None:
         self.log_densities = None
 
-    def increment(self, step: Step) -> Tensor:
+    def increment(self, step: SdeStep) -> Tensor:
         if self.log_densities is None:
             self.log_densities = step.conditional.new_zeros(step.conditional.shape[:2])
         kappa = or_shares(self.log_densities, self.log_prior.to(self.log_densities), self.temperature)
@@ -181,26 +199,28 @@ class Or:
 
 
 class And:
-    """Where the experts' densities are equal; lift: of the last over the others."""
+    """Images that all experts find equally likely.
+
+    lift: how much more likely the last expert finds them, in nats
+    """
 
     def __init__(self, lift: float) -> None:
         self.lift = lift
 
     def begin(self) -> None:
-        """Nothing is carried from step to step."""
+        """Do nothing: no state is kept between steps."""
 
-    def increment(self, step: Step) -> Tensor:
+    def increment(self, step: SdeStep) -> Tensor:
         return step.increment(and_velocity(step, and_shares(step, self.lift)))
 
 
 class Stacked(Combination):
-    """Hands on what every expert predicts, (B, 2·N·C, H, W).
+    """Returns the unconditional and the conditional predictions of all experts as channels: (B, 2·N·C, H, W).
 
-    Unconditional and conditional, one after another on the channels.
-
-    Both halves of a batch doubled by guidance are equal, so the pipeline's own guidance leaves them as they
-    are.
-    run: the experts that are asked. guidance: set by the sampler.
+    If guidance doubles the batch, both halves of the result are equal, so the pipeline's own guidance changes
+    nothing.
+    run:      indices of the experts that are run
+    guidance: set by the sampler
     """
 
     def __init__(self, denoiser: EnsembleDenoiser, run: Sequence[int]) -> None:
@@ -221,9 +241,9 @@ class Stacked(Combination):
 
 
 class SuperposedScheduler(EulerDiscreteScheduler):
-    """The reverse SDE in sigma space, its velocity superposed by a rule.
+    """The reverse SDE in sigma space, with a velocity that a rule superposes; made by superposed().
 
-    Made by `superposed`; guidance: set by the sampler.
+    guidance: set by the sampler
     """
 
     rule: Rule
@@ -232,7 +252,7 @@ class SuperposedScheduler(EulerDiscreteScheduler):
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Any = None, **kwargs: Any
     ) -> None:
-        """As the Euler scheduler's; begins anew."""
+        """Set the timesteps as the Euler scheduler does, and begin new images."""
         super().set_timesteps(num_inference_steps, device=device, **kwargs)
         self.rule.begin()
 
@@ -244,16 +264,18 @@ class SuperposedScheduler(EulerDiscreteScheduler):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> EulerDiscreteSchedulerOutput | tuple[Tensor]:
-        """One step: model_output (B, 2·N·C, H, W) of Stacked, sample (B, C, H, W) -> the next sample.
+        """Make one step, computed in float32.
 
-        Computed in float32.
+        model_output: (B, 2·N·C, H, W) of Stacked
+        sample:       (B, C, H, W)
+        Returns the next sample.
         """
         if self.step_index is None:
             self._init_step_index(timestep)
         sigma, after = self.sigmas[self.step_index].item(), self.sigmas[self.step_index + 1].item()
         unconditional, conditional = self._noises(model_output, sample, sigma)
         noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
-        step = Step(
+        step = SdeStep(
             unconditional,
             conditional,
             max(self.guidance, 1.0),
@@ -267,7 +289,7 @@ class SuperposedScheduler(EulerDiscreteScheduler):
         return EulerDiscreteSchedulerOutput(prev_sample=following) if return_dict else (following,)
 
     def _noises(self, model_output: Tensor, sample: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """ε of every expert, without and with its condition: 2 × (B, N, C, H, W)."""
+        """Return ε of every expert, without and with the prompt: (B, N, C, H, W) each."""
         alpha = 1 / (sigma**2 + 1)
         noisy = math.sqrt(alpha) * sample.float()[:, None, None]
         parts = model_output.float().unflatten(1, (2, -1, sample.shape[1]))  # (B, 2, N, C, H, W)
@@ -277,7 +299,7 @@ class SuperposedScheduler(EulerDiscreteScheduler):
 
 
 def superdiff_or(ensemble: Ensemble, options: SuperdiffOr) -> PipelineSampler:
-    """κ = softmax(T (log q + log prior)), arXiv:2412.17762, algorithm 1."""
+    """Return a sampler of the mixture of the experts' densities (algorithm 1, OR)."""
     prior = shares(options.weights, len(ensemble.names))
     run = [expert for expert, weight in enumerate(prior) if weight > 0]
     rule = Or([prior[expert] for expert in run], options.temperature, options.density == "theorem")
@@ -285,14 +307,15 @@ def superdiff_or(ensemble: Ensemble, options: SuperdiffOr) -> PipelineSampler:
 
 
 def superdiff_and(ensemble: Ensemble, options: SuperdiffAnd) -> PipelineSampler:
-    """Equal log-densities, arXiv:2412.17762, proposition 6."""
+    """Return a sampler of images that all experts find equally likely (proposition 6, AND)."""
     return superposed(ensemble, And(options.lift), range(len(ensemble.names)))
 
 
 def superposed(ensemble: Ensemble, rule: Rule, run: Sequence[int]) -> PipelineSampler:
-    """The ensemble's frame with the experts of `run` superposed.
+    """Return a sampler in the ensemble's frame that superposes the experts of `run` by a rule.
 
-    The noise schedule is the frame's, the steps are the SDE's.
+    The noise schedule is the frame's; the steps are the SDE's.
+    Raises UserError for flow models.
     """
     check_guidable(ensemble, "superdiff")
     config = ensemble.frame.scheduler.config

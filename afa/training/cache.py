@@ -171,7 +171,7 @@ def _lines(file: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class CachedImage:
-    """A cached image; it takes the place of data.Row."""
+    """A cached image; it takes the place of data.ImageRow."""
 
     sample: Sample
     sha256: bytes

@@ -103,7 +103,7 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class Row:
+class ImageRow:
     """One square crop of an image.
 
     size:   SDXL's size conditions
@@ -127,7 +127,7 @@ def encode(
     Raises UserError if no image can be read.
     """
     moments: list[Tensor] = []
-    rows: list[Row] = []
+    rows: list[ImageRow] = []
     for batch in batches(work, batch_size, skipped, progress):
         moments.append(moments_of(vae, batch))
         rows += [replace(row, pixels=EMPTY) for row in batch]
@@ -151,14 +151,16 @@ def digest(rows: Iterable[Any]) -> str:
 
 
 @torch.no_grad()
-def moments_of(vae: Any, batch: Sequence[Row]) -> Tensor:
+def moments_of(vae: Any, batch: Sequence[ImageRow]) -> Tensor:
     """Return the VAE's posterior of each row: (B, 2C, h, w) float32 on the CPU."""
     first = next(vae.parameters())
     images = torch.stack([row.pixels for row in batch]).to(first.device, first.dtype)
     return latents_of(vae).moments(vae, images).float().cpu()
 
 
-def batches(work: Sequence[Work], size: int, skipped: Skipped, progress: Any = iter) -> Iterator[list[Row]]:
+def batches(
+    work: Sequence[Work], size: int, skipped: Skipped, progress: Any = iter
+) -> Iterator[list[ImageRow]]:
     """Yield all rows in order, `size` at once; several threads read ahead."""
     images = progress(_read_ahead(work, AHEAD * size, skipped))
     rows = (row for image in images for row in image or ())
@@ -166,7 +168,7 @@ def batches(work: Sequence[Work], size: int, skipped: Skipped, progress: Any = i
         yield batch
 
 
-def _read_ahead(work: Sequence[Work], ahead: int, skipped: Skipped) -> Iterator[list[Row] | None]:
+def _read_ahead(work: Sequence[Work], ahead: int, skipped: Skipped) -> Iterator[list[ImageRow] | None]:
     """Yield the rows of each image in order; None for an image that cannot be read."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         rest = iter(work)
@@ -179,11 +181,11 @@ def _read_ahead(work: Sequence[Work], ahead: int, skipped: Skipped) -> Iterator[
             yield None if isinstance(rows, str) else rows
 
 
-def _read(sample: Sample, crops: Sequence[Crop]) -> list[Row] | str:
+def _read(sample: Sample, crops: Sequence[Crop]) -> list[ImageRow] | str:
     """Return the rows of an image, or the reason why there are none."""
     try:
         data = sample.read()
         image, sha256 = open_image(data, sample.name), hashlib.sha256(data).digest()
-        return [Row(*square(image, crop), sample, crop, sha256) for crop in crops]
+        return [ImageRow(*square(image, crop), sample, crop, sha256) for crop in crops]
     except UNREADABLE as error:
         return reason(error)

@@ -35,7 +35,7 @@ from afa.stages.stage import plain
 from afa.stats import difference
 from afa.text_files import read_json
 from afa.training.finetune_settings import LoraSettings
-from afa.training.plan import Plan
+from afa.training.plan import TrainingPlan
 from afa.training.prepare import check_objective, find_data, resolution_of
 from afa.training.record import LEFT_OUT, check_record, run_record
 from afa.training.run import check_output
@@ -153,7 +153,7 @@ def fuse_lora(model: Any, file: Path) -> None:
 RECORD = "finetune.json"
 
 
-def plan_finetune(settings: LoraSettings, alone: Ensemble | None = None) -> tuple[Plan, int]:
+def plan_finetune(settings: LoraSettings, alone: Ensemble | None = None) -> tuple[TrainingPlan, int]:
     """Return the training plan and the rank. It finds everything that would fail later.
 
     alone: an ensemble of the one expert, if it is in memory already; its denoiser is changed
@@ -173,10 +173,10 @@ def plan_finetune(settings: LoraSettings, alone: Ensemble | None = None) -> tupl
         alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", **read, **framed)
     check_objective(settings, alone, source)
     rank = settings.rank or matching_rank(alone.denoiser.experts[0], wanted)
-    return Plan(settings, alone, source, resolution_of(settings, alone), own), rank
+    return TrainingPlan(settings, alone, source, resolution_of(settings, alone), own), rank
 
 
-def facts(planned: Plan, rank: int) -> dict[str, Any]:
+def facts(planned: TrainingPlan, rank: int) -> dict[str, Any]:
     """Return the plan's facts, for people and for --json."""
     return {
         "expert": planned.ensemble.names[0],
@@ -211,7 +211,7 @@ def finetune_finished(settings: LoraSettings) -> dict[str, Any] | None:
 
 
 def finetune(
-    settings: LoraSettings, planned: tuple[Plan, int] | None = None, keep: Path | None = None
+    settings: LoraSettings, planned: tuple[TrainingPlan, int] | None = None, keep: Path | None = None
 ) -> dict[str, Any]:
     """Train a LoRA, write it into settings.output, and return the record that is kept beside it.
 
@@ -227,7 +227,7 @@ def finetune(
         return finetune_finished(settings) or _finetune(settings, *(planned or plan_finetune(settings)), keep)
 
 
-def _finetune(settings: LoraSettings, work: Plan, rank: int, keep: Path | None) -> dict[str, Any]:
+def _finetune(settings: LoraSettings, work: TrainingPlan, rank: int, keep: Path | None) -> dict[str, Any]:
     accelerator = make_accelerator(settings)
     trainer = make_trainer(work, accelerator, lambda alone: add_lora(alone.denoiser.experts[0], rank))
     before = trainer.held_out_losses()

@@ -187,7 +187,7 @@ def advice(
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What a run would do; `--dry-run` stops here.
 
     own:   whether the ensemble was loaded for this run alone
@@ -265,7 +265,7 @@ class Plan:
         }
 
 
-def rehearse(planned: Plan) -> tuple[float, float]:
+def rehearse(planned: TrainingPlan) -> tuple[float, float]:
     """Return the seconds of one optimiser step on one process, and of one held-out measurement."""
     settings, ensemble = planned.settings, planned.ensemble
     device = choose_device(settings.device)

@@ -20,7 +20,7 @@ from afa.files import locked, present, refuse_busy, settled
 from afa.schema import build
 from afa.stats import difference
 from afa.training.loop import Progress, Trainer
-from afa.training.plan import Plan
+from afa.training.plan import TrainingPlan
 from afa.training.prepare import check_objective, find_data, resolution_of
 from afa.training.record import LEFT_OUT, check_record, run_record
 from afa.training.settings import LoopSettings, TrainSettings
@@ -34,7 +34,7 @@ BEFORE, STARTED = (
 )  # with what a new ensemble is compared, and one that is trained further
 
 
-def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
+def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> TrainingPlan:
     """Read data and experts, and find everything that would fail later.
 
     ensemble: the one to train, if its experts are in memory already
@@ -54,7 +54,7 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> Plan:
             "an ensemble needs at least two"
         )
     check_objective(settings, ensemble, source)
-    return Plan(settings, ensemble, source, resolution_of(settings, ensemble), own, settings.store)
+    return TrainingPlan(settings, ensemble, source, resolution_of(settings, ensemble), own, settings.store)
 
 
 def _ensemble(settings: TrainSettings) -> Ensemble:
@@ -114,7 +114,7 @@ def finished(settings: TrainSettings) -> dict[str, Any] | None:
     return record
 
 
-def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any]:
+def train(settings: TrainSettings, planned: TrainingPlan | None = None) -> dict[str, Any]:
     """Train an ensemble and save it in settings.output. An interrupted run continues; a finished one is read.
 
     settings: the options of `afa train`
@@ -128,7 +128,7 @@ def train(settings: TrainSettings, planned: Plan | None = None) -> dict[str, Any
         return finished(settings) or _train(settings, planned or plan(settings))
 
 
-def _train(settings: TrainSettings, planned: Plan) -> dict[str, Any]:
+def _train(settings: TrainSettings, planned: TrainingPlan) -> dict[str, Any]:
     accelerator = make_accelerator(settings)
     trainer = make_trainer(
         planned,

@@ -17,7 +17,7 @@ from afa.training.conditions import Conditions
 from afa.training.log import LOG, flat
 from afa.training.loop import Trainer
 from afa.training.objective_terms import make_context, make_objectives
-from afa.training.plan import Plan
+from afa.training.plan import TrainingPlan
 from afa.training.prepare import encode_data, noising_of
 from afa.training.settings import LoopSettings
 from afa.training.sheets import Sheets, make_watch
@@ -59,7 +59,7 @@ def _accelerator(settings: LoopSettings) -> Accelerator:
 
 
 def make_trainer(
-    planned: Plan, accelerator: Accelerator, initialise: Callable[[Ensemble], nn.Module]
+    planned: TrainingPlan, accelerator: Accelerator, initialise: Callable[[Ensemble], nn.Module]
 ) -> Trainer:
     """Make everything that a run needs, in memory.
 
@@ -113,7 +113,7 @@ def make_trainer(
     )
 
 
-def _sheets(planned: Plan, captions: list[str], device: torch.device) -> Sheets | None:
+def _sheets(planned: TrainingPlan, captions: list[str], device: torch.device) -> Sheets | None:
     """Return the sample sheets; None without --sheet-every."""
     if planned.settings.sheet_every is None:
         return None
