@@ -102,11 +102,11 @@ def test_a_table_is_read_in_any_order_and_an_expert_may_come_back():
 @pytest.mark.parametrize(
     ("table", "sentence"),
     [
-        ("1000-700:curves,600-0:angles", "nobody is there for 700-600; 600-0:angles must start at 700"),
+        ("1000-700:curves,600-0:angles", "no expert is given for 700-600; 600-0:angles must start at 700"),
         ("1000-500:curves,700-0:angles", "700-0:angles overlaps the interval before it; it must start at 500"),
-        ("900-0:curves", "nobody is there for 1000-900"),
+        ("900-0:curves", "no expert is given for 1000-900"),
         ("1100-0:curves", "1100-0:curves overlaps 1000 timesteps; it must start at 1000"),
-        ("1000-10:curves", "nobody is there for 10-0"),
+        ("1000-10:curves", "no expert is given for 10-0"),
         ("1000-0:curvs", "did you mean 'curves'"),
         ("0-1000:curves", "FROM above TO"),
         ("1000-0", "'1000-0' is no interval"),

@@ -16,9 +16,12 @@ from afa.settings import shares
 
 
 def average(predictions: Tensor, weights: Tensor) -> Tensor:
-    """Σ wᵢ pᵢ with Σ wᵢ = 1: predictions (B, N, C, H, W), weights (N,) or (B, N) -> (B, C, H, W).
+    """Return the weighted mean of predictions, Σ wᵢ pᵢ.
 
-    Summed as p₀ + Σ wᵢ (pᵢ - p₀), so that equal predictions stay what they are, bit for bit.
+    predictions: (B, N, C, H, W)
+    weights:     (N,) or (B, N), with sum 1 over N
+    Returns (B, C, H, W). Computed as p₀ + Σ wᵢ (pᵢ - p₀), so that the mean of equal predictions is bit for
+    bit the same prediction.
     """
     first = predictions[:, 0]
     total = first
@@ -29,9 +32,9 @@ def average(predictions: Tensor, weights: Tensor) -> Tensor:
 
 
 class Averaged(Combination):
-    """The weighted mean of predictions.
+    """The weighted mean of the experts' predictions.
 
-    weights: one per expert, with sum 1; experts of weight 0 are not run.
+    weights: one per expert, with sum 1; experts with weight 0 are not run
     """
 
     def __init__(self, denoiser: EnsembleDenoiser, weights: Sequence[float]) -> None:
@@ -46,16 +49,16 @@ class Averaged(Combination):
 
 
 def noise_average(ensemble: Ensemble, options: NoiseAverage) -> PipelineSampler:
-    """ε = Σ wᵢ εᵢ, each expert with its own text encoders.
+    """Return a sampler of ε = Σ wᵢ εᵢ, in which each expert has its own text encoders.
 
-    For any kind of prediction, since all are linear in ε.
+    It works for any kind of prediction, since all kinds are linear in ε.
     """
     weights = shares(options.weights, len(ensemble.names))
     return PipelineSampler(in_frame(ensemble, Averaged(ensemble.denoiser, weights)))
 
 
 def feature_mean(ensemble: Ensemble, options: MethodOptions) -> PipelineSampler:
-    """What AFA is before training (arXiv:2405.17082): the features' mean at every stage."""
+    """Return a sampler of the ensemble with the mean of the features at every stage: untrained AFA."""
     return PipelineSampler(settled(ensemble.sharing("mean").pipeline(), ensemble.experts[0]))
 
 
@@ -72,7 +75,7 @@ class Interval:
 
 
 def equal_intervals(names: Sequence[str], steps: int) -> list[Interval]:
-    """The timesteps 0 … steps-1 in equal parts, the first expert where there is most noise."""
+    """Divide the timesteps 0 … steps-1 equally; the first expert gets those with the most noise."""
     bounds = [round(steps * (len(names) - place) / len(names)) for place in range(len(names) + 1)]
     return [
         Interval(start, end, name) for start, end, name in zip(bounds[:-1], bounds[1:], names, strict=True)
@@ -80,9 +83,10 @@ def equal_intervals(names: Sequence[str], steps: int) -> list[Interval]:
 
 
 def read_table(text: str, names: Sequence[str], steps: int) -> list[Interval]:
-    """Intervals from noise to image that cover the timesteps 0 … steps-1 once.
+    """Read intervals of timesteps, from noise to image.
 
-    Raises UserError if they do not.
+    text:  FROM-TO:EXPERT,…
+    Raises UserError unless they cover the timesteps 0 … steps-1 exactly once.
     """
     intervals = sorted(
         (_read(entry.strip(), names) for entry in text.split(",")), key=lambda interval: -interval.start
@@ -94,17 +98,17 @@ def read_table(text: str, names: Sequence[str], steps: int) -> list[Interval]:
             raise UserError(f"table {text}: {interval} overlaps {other}; it must start at {expected}")
         if interval.start < expected:
             raise UserError(
-                f"table {text}: nobody is there for {expected}-{interval.start}; {interval} must start at"
+                f"table {text}: no expert is given for {expected}-{interval.start}; {interval} must start at"
                 f" {expected}"
             )
         expected = interval.end
     if expected > 0:
-        raise UserError(f"table {text}: nobody is there for {expected}-0; the last interval must end at 0")
+        raise UserError(f"table {text}: no expert is given for {expected}-0; the last interval must end at 0")
     return intervals
 
 
 def at(intervals: Sequence[Interval], timestep: float) -> Interval:
-    """The interval of a timestep, which may be a fraction."""
+    """Return the interval of a timestep; the timestep may be a fraction."""
     return next((interval for interval in intervals if timestep >= interval.end), intervals[-1])
 
 
@@ -122,7 +126,7 @@ def _read(text: str, names: Sequence[str]) -> Interval:
 
 
 class ByTimestep(Combination):
-    """At every step the expert of its interval; the others are not run."""
+    """Runs one expert at every step, by the interval of its timestep."""
 
     def __init__(self, denoiser: EnsembleDenoiser, intervals: Sequence[Interval]) -> None:
         super().__init__(denoiser)
@@ -134,10 +138,10 @@ class ByTimestep(Combination):
 
 
 def timestep_experts(ensemble: Ensemble, options: TimestepExperts) -> PipelineSampler:
-    """Experts for intervals of noise levels: arXiv:2211.01324, section 4.
+    """Return a sampler that runs one expert for each interval of timesteps.
 
-    Deviation: there experts are trained for their intervals; here they are what they are. Raises UserError
-    for a table with gaps or overlaps.
+    Source: arXiv:2211.01324, section 4. Deviation: there, experts are trained for their intervals.
+    Raises UserError for a table with gaps or overlaps.
     """
     steps = ensemble.frame.scheduler.config.num_train_timesteps
     table = options.table

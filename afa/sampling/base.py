@@ -27,12 +27,11 @@ Predict = Callable[[int], Tensor]  # runs the expert of that index on the inputs
 
 
 class Combination(ModelMixin, ConfigMixin, ABC):
-    """Runs experts of an ensemble, each with its own part of the text, and combines what they predict.
+    """A drop-in denoiser that runs experts one at a time and combines their predictions.
 
-    denoiser: the ensemble's, whose experts are run one at a time; its aggregators are not. A method says in
-              `combine`
-    which experts it needs at a step and what becomes of their predictions. Weights can be recorded as an
-    ensemble's.
+    denoiser: the ensemble's; its aggregators are not used
+    A method defines `combine`: which experts it runs at a step, and what it makes of their predictions.
+    Weights can be recorded as those of an ensemble.
     """
 
     def __init__(self, denoiser: EnsembleDenoiser) -> None:
@@ -43,13 +42,12 @@ class Combination(ModelMixin, ConfigMixin, ABC):
 
     @abstractmethod
     def combine(self, predict: Predict, sample: Tensor, timestep: float) -> tuple[Tensor, Tensor | None]:
-        """One pass.
+        """Return the prediction of one pass, (B, C, H, W), and the weights of the experts.
 
-        Sample (B, C, H, W), B doubled where guidance does so -> prediction (B, C, H, W), weights of the
-        experts.
-
-        timestep: as schedulers count it. weights: (N,) the same everywhere, (B, N, H, W), or None where there
-                  are none to look at.
+        predict:  index of an expert -> its prediction (B, C, H, W)
+        sample:   (B, C, H, W); guidance may double B
+        timestep: as schedulers count it
+        The weights are (N,) if they are equal everywhere, or (B, N, H, W), or None if there are none.
         """
 
     @property
@@ -59,21 +57,21 @@ class Combination(ModelMixin, ConfigMixin, ABC):
 
     @property
     def family(self) -> str:
-        """The experts'."""
+        """The family of the experts."""
         return self.ensemble.family
 
     @property
     def add_embedding(self) -> Any:
-        """The first expert's; the SDXL pipeline reads its width."""
+        """The first expert's; a pipeline may read its width."""
         return self.ensemble.add_embedding
 
     @property
     def encoder_hid_proj(self) -> Any:
-        """FLUX pipelines ask whether there is an IP-Adapter."""
+        """A pipeline may read here whether there is an IP-Adapter."""
         return self.ensemble.encoder_hid_proj
 
     def cache_context(self, name: str, **where: Any) -> AbstractContextManager[None]:
-        """Asked for by the pipelines of some transformers."""
+        """Return the context that the pipelines of some transformers open."""
         return self.ensemble.cache_context(name, **where)
 
     @cached_property
@@ -99,12 +97,12 @@ class Combination(ModelMixin, ConfigMixin, ABC):
         return self.ensemble.output(sample=answer) if return_dict else (answer,)
 
     def one_hot(self, expert: int) -> Tensor:
-        """The weights of one expert alone, (N,)."""
+        """Return the weights of one expert alone, (N,)."""
         return torch.nn.functional.one_hot(torch.tensor(expert), len(self.names)).float()
 
 
 def _one(timestep: Tensor | float | int) -> float:
-    """The timestep of a pass as a number. Raises NotImplementedError for images at different ones."""
+    """Return the timestep of a pass. Raises NotImplementedError if images are at different timesteps."""
     values = torch.as_tensor(timestep).flatten()
     if len(values) > 1 and bool((values != values[0]).any()):
         raise NotImplementedError(
@@ -123,12 +121,12 @@ DRAW = 20_824  # keeps the draw of an expert apart from other uses of the same s
 
 
 def single(ensemble: Ensemble, options: OneExpert) -> PipelineSampler:
-    """Expert k as the stock pipeline it came as."""
+    """Return a sampler of one expert with its own components, as its stock pipeline."""
     return own_pipeline(ensemble.experts[find_expert(ensemble, options.expert)])
 
 
 def own_pipeline(expert: Expert) -> PipelineSampler:
-    """An expert's own modules in a stock pipeline; nothing of ours takes part.
+    """Return a sampler of an expert's own modules in a stock pipeline, without any module of afa.
 
     Raises UserError if it lacks a VAE or text encoders.
     """
@@ -150,7 +148,7 @@ class Alone(Combination):
 
 
 def single_in_ensemble(ensemble: Ensemble, options: OneExpert) -> PipelineSampler:
-    """Expert k with the ensemble's VAE, tokenizers and scheduler, and its own text encoders."""
+    """Return a sampler of one expert with its own text encoders, in the ensemble's frame."""
     return _framed(ensemble, find_expert(ensemble, options.expert))
 
 
@@ -159,9 +157,10 @@ def _framed(ensemble: Ensemble, expert: int) -> PipelineSampler:
 
 
 class Drawn:
-    """Every image by the expert that its seed draws, whatever the batch and the order of the experts.
+    """Draws every image with one expert, which depends on the image's seed only.
 
-    makers: expert's name -> its sampler, made when it is drawn first. chances: by name, with sum 1.
+    makers:  expert's name -> a function that makes its sampler
+    chances: expert's name -> its probability; the sum is 1
     """
 
     def __init__(self, makers: dict[str, Callable[[], PipelineSampler]], chances: dict[str, float]) -> None:
@@ -173,16 +172,17 @@ class Drawn:
         return sorted(self.makers)
 
     def draw(self, seed: int) -> str:
-        """The expert of one image."""
+        """Return the name of the expert of one image."""
         generator = np.random.default_rng([DRAW, seed])
         return self.names[generator.choice(len(self.names), p=[self.chances[name] for name in self.names])]
 
     def __call__(
         self, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None
     ) -> NDArray[np.uint8]:
-        """-> (n, H, W, 3) uint8. on_step: counts anew for every expert that was drawn.
+        """Draw one batch of images: (n, H, W, 3) uint8.
 
-        Raises UserError if the experts' own sizes differ and none was asked for.
+        on_step: its count begins again for every expert that is drawn
+        Raises UserError if the experts' own sizes differ and the request has none.
         """
         drawn = [self.draw(request.seed) for request in requests]
         images: dict[int, NDArray[np.uint8]] = {}
@@ -199,7 +199,7 @@ class Drawn:
 
 
 def random_expert(ensemble: Ensemble, options: RandomExpert) -> Drawn:
-    """One expert an image: what a combination must beat before anything is said about combining."""
+    """Return a sampler that draws one expert for each image: the baseline of every combination."""
     chances = dict(zip(ensemble.names, shares(options.weights, len(ensemble.names)), strict=True))
     makers: dict[str, Callable[[], PipelineSampler]] = {
         expert.name: partial(own_pipeline, expert)

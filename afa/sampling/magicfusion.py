@@ -1,6 +1,4 @@
-"""MagicFusion: per pixel the expert to which guidance matters most.
-
-Saliency-aware noise blending: to which expert does guidance matter most, pixel by pixel. Pure functions.
+"""MagicFusion: at every pixel, the prediction of the expert that guidance changes most (saliency).
 
 Source: Zhao et al., MagicFusion, ICCV 2023, arXiv:2303.13126, section 3 and the published program.
 """
@@ -18,12 +16,13 @@ from afa.sampling.sample import PipelineSampler, check_guidable, find_expert, in
 
 
 def saliency(conditional: Tensor, reference: Tensor, guidance: float) -> Tensor:
-    """S = |s (c - u)|, smoothed, mean over channels.
+    """Return the saliency S = |s (c - u)|, smoothed, mean over channels: (B, N, H, W).
 
-    (B, N, C, H, W), reference the same or with N = 1 -> (B, N, H, W).
-
-    Smoothed by a 4×4 mean with stride 1 and zero padding 1, then resized to H×W. The published program takes
-    the general expert's u for all; with each expert's own it is the paper's formula.
+    conditional: c (B, N, C, H, W)
+    reference:   u, of the same shape or with N = 1. The published program takes the general expert's u for
+                 all experts; with each expert's own u it is the paper's formula
+    guidance:    s
+    Smoothing is a 4×4 mean with stride 1 and zero padding 1, resized to H×W.
     """
     strength = (guidance * (conditional - reference)).abs()
     pooled = F.avg_pool2d(strength.flatten(0, 1), kernel_size=4, stride=1, padding=1)
@@ -32,31 +31,30 @@ def saliency(conditional: Tensor, reference: Tensor, guidance: float) -> Tensor:
 
 
 def winners(saliencies: Tensor, sharpness: Tensor) -> Tensor:
-    """argmax over experts of P = softmax over positions of k S (equation 4).
+    """Return the expert with the largest P at every pixel, (B, H, W); the first of equal ones.
 
-    (B, N, H, W), (N,) -> (B, H, W) indices.
-
-    Where experts are equal, the first wins.
+    saliencies: S (B, N, H, W)
+    sharpness:  k (N,)
+    P is the softmax of k S over positions (equation 4).
     """
     scaled = sharpness.to(saliencies).view(1, -1, 1) * saliencies.flatten(2)
     return torch.softmax(scaled, dim=-1).view_as(saliencies).argmax(1)
 
 
 def pick(predictions: Tensor, winner: Tensor) -> Tensor:
-    """Every pixel from its winner: (B, N, C, H, W), (B, H, W) -> (B, C, H, W)."""
+    """Take every pixel from its winner: (B, N, C, H, W) and (B, H, W) to (B, C, H, W)."""
     index = winner[:, None, None].expand(-1, 1, *predictions.shape[2:])
     return predictions.gather(1, index).squeeze(1)
 
 
 class Blended(Combination):
-    """Hands the pipeline, pixel by pixel, the winner's unconditional and conditional prediction.
+    """Returns, at every pixel, the winner's unconditional and conditional prediction.
 
-    Guidance is linear, so what the pipeline makes of them is the winner's guided prediction, exactly.
-    Saliency is defined
-    on ε: other predictions, a flow's velocity too, are converted to tell the winner; the prediction handed on
-          is the winner's own.
-    Of pure noise, a flow's first step, all claim the same noise, and the general expert wins.
-    guidance: must be set, above 1, before a pass; the sampler does it.
+    Guidance is linear, so the pipeline makes exactly the winner's guided prediction of them.
+    Saliency is defined on ε: other kinds of predictions are converted to find the winner, and the winner's
+    own prediction is returned. At a flow's first step, pure noise, all experts predict the same noise, and
+    the general expert wins.
+    guidance: the sampler sets it before a pass, above 1
     """
 
     def __init__(self, ensemble: Ensemble, options: MagicFusion) -> None:
@@ -101,9 +99,9 @@ class Blended(Combination):
         return pick(predictions, winner), weights[:, torch.tensor(self.order).argsort()]
 
     def _winner(self, predictions: Tensor, sample: Tensor, timestep: float) -> Tensor:
-        """(2B, N, C, H, W) -> (B, H, W), indices into self.order.
+        """Return the winners (B, H, W) as indices into self.order, from predictions (2B, N, C, H, W).
 
-        In float32, for softmax over many positions.
+        Computed in float32, since the softmax is over many positions.
         """
         levels = (float(level) for level in self.schedule.at(torch.tensor(timestep, dtype=torch.float64)))
         noise = noise_of(self.schedule.kind, predictions.float(), sample.float()[:, None], *levels)
@@ -113,12 +111,11 @@ class Blended(Combination):
 
 
 def magicfusion(ensemble: Ensemble, options: MagicFusion) -> PipelineSampler:
-    """Saliency-aware noise blending.
+    """Return a sampler of saliency-aware noise blending, with the published program's schedule and defaults.
 
-    arXiv:2303.13126, section 3, with the published program's schedule and defaults.
-
-    N experts: the winner is the argmax over all of them; the paper has two. Raises UserError for experts that
-    have no unconditional prediction to compare with.
+    Source: arXiv:2303.13126, section 3. Deviation: the paper has two experts; with more, the winner is the
+    argmax over all of them.
+    Raises UserError for experts without an unconditional prediction.
     """
     check_guidable(ensemble, "magicfusion")
     denoiser = Blended(ensemble, options)

@@ -65,26 +65,24 @@ class Sampling:
         check_text(self.negative_prompt or "", "the negative prompt")
 
 
-# Any way of making images from requests: a pipeline's, or one with a loop of its own.
+# A way to make images from requests: (n requests, how) -> (n, H, W, 3) uint8
 Sampler = Callable[[Sequence[Request], Sampling], NDArray[np.uint8]]
-OnStep = Callable[
-    [int, int], None
-]  # called after every denoising step with how many are done, of how many; what it raises ends the run
+# Called after every denoising step with (steps done, steps in all); an exception that it raises ends the run.
+OnStep = Callable[[int, int], None]
 
 
 def sample(
     pipeline: Any, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None
 ) -> NDArray[np.uint8]:
-    """One batch: -> (n, H, W, 3) uint8.
+    """Draw one batch of images: (n, H, W, 3) uint8.
 
-    The noise comes from CPU generators, so it is the same on every device.
-
-    Raises UserError for guidance, negative prompts and sides that the model does not know.
+    The noise comes from generators on the CPU, so it is the same on every device.
+    Raises UserError for guidance, a negative prompt or a size that the model cannot use.
     """
     call, config = called(pipeline)
     _check_sides(sampling, pipeline.vae_scale_factor * call.patch)
     _check_steps(sampling, pipeline.scheduler)
-    with _watched(on_step) as watching:
+    with _step_callback(on_step) as callback:
         result = pipeline(
             [request.prompt for request in requests],
             **call.guided(
@@ -95,42 +93,36 @@ def sample(
             width=sampling.width,
             generator=[generator(request.seed) for request in requests],
             output_type="np",
-            callback_on_step_end=None if watching is None else _told(watching),
+            callback_on_step_end=callback,
         )
     images: NDArray[np.uint8] = (result.images * 255).round().astype(np.uint8)
     return images
 
 
 @contextmanager
-def _watched(on_step: OnStep | None) -> Iterator[OnStep | None]:
-    """What is called after every step.
+def _step_callback(on_step: OnStep | None) -> Iterator[Any]:
+    """Yield the callback that a diffusers pipeline calls after every step; None if there is nothing to do.
 
-    As given, else a bar with the time left where somebody watches a terminal.
+    It calls on_step, or else moves a progress bar if stderr is a terminal.
     """
-    if on_step is not None or not sys.stderr.isatty():
-        yield on_step
+    if on_step is None and not sys.stderr.isatty():
+        yield None
         return
-    with tqdm(desc="steps", unit="step", leave=False, file=sys.stderr) as bar:
+    with tqdm(desc="steps", unit="step", leave=False, file=sys.stderr, disable=on_step is not None) as bar:
 
-        def show(done: int, steps: int) -> None:
-            bar.total = steps
-            bar.update(done - bar.n)
+        def callback(pipeline: Any, step: int, timestep: Any, changed: dict[str, Any]) -> dict[str, Any]:
+            if on_step is not None:
+                on_step(step + 1, pipeline.num_timesteps)
+            else:
+                bar.total = pipeline.num_timesteps
+                bar.update(step + 1 - bar.n)
+            return changed
 
-        yield show
-
-
-def _told(on_step: OnStep) -> Callable[..., dict[str, Any]]:
-    """The callback of diffusers that tells of every step and changes nothing."""
-
-    def callback(pipeline: Any, step: int, timestep: Any, changed: dict[str, Any]) -> dict[str, Any]:
-        on_step(step + 1, pipeline.num_timesteps)
-        return changed
-
-    return callback
+        yield callback
 
 
 def image_size(pipeline: Any, sampling: Sampling) -> tuple[int, int]:
-    """Height and width in pixels of what a pipeline draws: as asked, or the model's own."""
+    """Return height and width in pixels of a pipeline's images: those of the request, or the model's own."""
     call, config = called(pipeline)
     own = call.side(config) or UNKNOWN_SIDE
     height, width = own if isinstance(own, (tuple, list)) else (own, own)
@@ -139,7 +131,7 @@ def image_size(pipeline: Any, sampling: Sampling) -> tuple[int, int]:
 
 
 def strength(pipeline: Any, sampling: Sampling) -> float | None:
-    """Of guidance, in a pipeline: as asked, or its family's own."""
+    """Return the strength of guidance in a pipeline: that of the request, or its family's own."""
     call, config = called(pipeline)
     return call.strength(config) if sampling.guidance is None else sampling.guidance
 
@@ -154,9 +146,9 @@ def _check_sides(sampling: Sampling, unit: int) -> None:
 
 
 def _check_steps(sampling: Sampling, scheduler: Any) -> None:
-    """A diffusion schedule has so many timesteps; beyond them diffusers draws without a word, or fails.
+    """Raise UserError for more steps than the schedule has timesteps; diffusers would fail, or say nothing.
 
-    A flow has any number.
+    A flow has any number of timesteps.
     """
     most = getattr(scheduler.config, "num_train_timesteps", None)
     if most is not None and kind_of(scheduler) != FLOW and sampling.steps > most:
@@ -169,21 +161,24 @@ def _check_steps(sampling: Sampling, scheduler: Any) -> None:
 def sample_all(
     pipeline: Any, requests: Sequence[Request], sampling: Sampling, batch_size: int
 ) -> Iterator[NDArray[np.uint8]]:
-    """Batch after batch of images (n, H, W, 3) uint8, in order."""
+    """Draw images batch by batch, in order: each (n, H, W, 3) uint8."""
     for start in range(0, len(requests), batch_size):
         yield sample(pipeline, requests[start : start + batch_size], sampling)
 
 
 @dataclass(frozen=True)
 class PipelineSampler:
-    """Images from a stock pipeline. guided: parts of it that have to know how strong the guidance is."""
+    """Draws images with a stock pipeline.
+
+    guided: parts of the pipeline whose attribute `guidance` is set to the strength of guidance
+    """
 
     pipeline: Any
     guided: tuple[Any, ...] = ()
 
     @property
     def denoiser(self) -> Any:
-        """What stands in the denoiser's place; weight maps are recorded there."""
+        """The pipeline's denoiser; weight maps are recorded there."""
         return next(
             part
             for family in FAMILIES.values()
@@ -193,20 +188,20 @@ class PipelineSampler:
     def __call__(
         self, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None
     ) -> NDArray[np.uint8]:
-        """-> (n, H, W, 3) uint8."""
+        """Draw one batch of images: (n, H, W, 3) uint8."""
         for part in self.guided:
             part.guidance = strength(self.pipeline, sampling)
         return sample(self.pipeline, requests, sampling, on_step)
 
 
 def in_frame(ensemble: Ensemble, denoiser: nn.Module, **components: Any) -> Any:
-    """A stock pipeline of the ensemble's frame with another denoiser, on the experts' device."""
+    """Return a stock pipeline of the ensemble's frame with another denoiser, on the experts' device."""
     components[FAMILIES[ensemble.experts[0].family].component] = denoiser
     return settled(ensemble.pipeline(**components), ensemble.experts[0])
 
 
 def settled(pipeline: Any, expert: Expert) -> Any:
-    """The pipeline on an expert's device, without a bar of its own."""
+    """Move a pipeline to an expert's device, and turn off its own progress bar."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(next(expert.model.parameters()).device)
 
@@ -219,7 +214,7 @@ def check_guidable(ensemble: Ensemble, method: str) -> None:
 
 
 def find_expert(ensemble: Ensemble, name: str | None) -> int:
-    """The place of an expert; None: of the only one. Raises UserError."""
+    """Return the index of an expert by its name; None: of the only expert. Raises UserError."""
     if name is None and len(ensemble.names) > 1:
         raise UserError(
             f"which expert? give expert=NAME (or --expert NAME), one of {', '.join(ensemble.names)}"

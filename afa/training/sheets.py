@@ -1,7 +1,4 @@
-"""Sample sheets.
-
-What the ensemble draws while it is trained, with its weight maps, and what another metric says of it.
-"""
+"""Sample sheets: images that the ensemble draws while it is trained, with weight maps and a second metric."""
 
 import functools
 import sys
@@ -33,9 +30,9 @@ SEED = 500  # of the first image's noise, the same at every step
 
 
 def make_watch(settings: LoopSettings, device: torch.device) -> ImageMetric | None:
-    """The metric that watches.
+    """Return the metric of --watch; None without it.
 
-    Raises UserError if it cannot: a reward cannot watch itself, and a set of few images says nothing.
+    Raises UserError for the reward itself, and for metrics of whole sets, since a sheet has few images.
     """
     if settings.watch is None:
         return None
@@ -51,10 +48,12 @@ def make_watch(settings: LoopSettings, device: torch.device) -> ImageMetric | No
 
 
 class Sheets:
-    """Draws the first held-out captions, always from the same noise, with the pipeline as it is now.
+    """Draws the first held-out captions, always from the same noise, with the current weights.
 
-    pipeline: its own; the captions' states are computed at once, and the text encoders taken out, so that
-              they may leave the memory.
+    pipeline: used by nothing else. The captions' states are computed now, and its text encoders are removed,
+              so that they may leave the memory
+    side:     of the images, in pixels
+    watch:    a metric of the images; None: none
     """
 
     def __init__(
@@ -70,7 +69,9 @@ class Sheets:
         self.denoiser = denoiser
         self.captions = list(dict.fromkeys(captions))[: settings.sheet_images]
         pipeline.set_progress_bar_config(disable=True)
-        self._prompt = _encoded(pipeline, denoiser, self.captions)
+        encode = functools.partial(encode_prompt, pipeline, device=pipeline._execution_device, guided=True)
+        with torch.no_grad():
+            self._prompt = denoiser.call.prompts(encode, self.captions)
         for name in TEXT_ENCODERS:
             if getattr(pipeline, name, None) is not None:
                 setattr(pipeline, name, None)
@@ -78,7 +79,7 @@ class Sheets:
         self._warned = False
 
     def draw(self, step: int) -> dict[str, Any]:
-        """Write the sheet of a step: -> what the watching metric says, {} without one."""
+        """Write the sheet of a step, and return the scores of the watching metric; {} without one."""
         routed = len(self.denoiser.names) > 1
         with torch.no_grad(), record_weights(self.denoiser) if routed else nullcontext() as maps:
             images = self._images()
@@ -92,12 +93,16 @@ class Sheets:
         return self._watched(images)
 
     def _images(self) -> NDArray[np.uint8]:
-        settings = self.settings
+        settings, call = self.settings, self.denoiser.call
+        strength = settings.sheet_guidance
+        if strength is None:
+            strength = call.strength(self.denoiser.config)
+        guidance = {} if strength is None else call.guiding(strength)
         noise = [torch.Generator().manual_seed(SEED + index) for index in range(len(self.captions))]
         drawn = self.pipeline(
             **self._prompt,
             num_inference_steps=settings.sheet_steps,
-            **self._guiding(),
+            **guidance,
             height=self.side,
             width=self.side,
             generator=noise,
@@ -105,14 +110,8 @@ class Sheets:
         ).images
         return (np.asarray(drawn) * 255).round().astype(np.uint8)
 
-    def _guiding(self) -> dict[str, Any]:
-        """The pipeline's argument for guidance; none for models that know none, where nobody says."""
-        call, strength = self.denoiser.call, self.settings.sheet_guidance
-        strength = call.strength(self.denoiser.config) if strength is None else strength
-        return {} if strength is None else call.guiding(strength)
-
     def _watched(self, images: NDArray[np.uint8]) -> dict[str, Any]:
-        """Scores; a warning, once, when the leading one has fallen since the first sheet."""
+        """Return the scores; warn once if the main score has become worse since the first sheet."""
         if self.watch is None:
             return {}
         pictures = [
@@ -134,15 +133,8 @@ class Sheets:
         return {"watched": {name: float(values.mean()) for name, values in scores.items()}}
 
 
-def _encoded(pipeline: Any, denoiser: EnsembleDenoiser, captions: list[str]) -> dict[str, Any]:
-    """The pipeline's arguments for captions, with the empty one for guidance."""
-    encode = functools.partial(encode_prompt, pipeline, device=pipeline._execution_device, guided=True)
-    with torch.no_grad():
-        return denoiser.call.prompts(encode, captions)
-
-
 def _sheet(images: NDArray[np.uint8], maps: Any) -> Image.Image:
-    """A column an image: the image, and below it the mean weights of every expert over stages and steps."""
+    """Arrange one column for each image: the image, and below it each expert's mean weights."""
     size = images.shape[1:3]
     mean = (
         torch.stack([mean_over_stages(one, size) for one in conditional(maps, len(images))]).mean(0).numpy()
