@@ -9,6 +9,7 @@ import torch
 from tiny import sd_pipeline
 
 from afa.experts.spec import ExpertSpec
+from afa.merging.sources import open_source
 from afa.screening.comparison import ExpertComparison, chance_agreement, routes
 from afa.screening.distances import SAME, distances, features_apart
 from afa.screening.plan import Probes
@@ -170,8 +171,8 @@ def folders(tmp_path_factory):
 
 class TestDistances:
     def found(self, folders, *names, base=None):
-        specs = [ExpertSpec.parse(str(folders / name)) for name in names]
-        return distances(specs, None if base is None else ExpertSpec.parse(str(folders / base)), None)
+        *sources, reference = [name and open_source(ExpertSpec.parse(str(folders / name))) for name in (*names, base)]
+        return distances(sources, reference)
 
     def test_a_copy_is_no_distance_away_and_half_precision_is_rounding(self, folders):
         found = self.found(folders, "copy", "base", "half")

@@ -46,10 +46,29 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def screened(tmp_path_factory):
+def described():
+    """The experts whose files were described while `screened` was made."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def screened(tmp_path_factory, described):
     """Two experts and a copy of the first."""
     output = tmp_path_factory.mktemp("screened") / "out"
-    return screen(settings(CURVES, PATTERNS, f"again={CURVES}", output=output)), output
+
+    def counted(spec, config=None):
+        described.append(spec.name)
+        return read_outline(spec, config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("screening.plan", "merging.sources"):
+            patch.setattr(f"afa.{module}.read_outline", counted)
+        return screen(settings(CURVES, PATTERNS, f"again={CURVES}", output=output)), output
+
+
+def test_the_plan_the_distances_and_the_average_describe_each_experts_files_once(screened, described):
+    assert "overall" in screened[0]["average"]
+    assert described == ["curves", "patterns", "again"]
 
 
 def test_a_duplicate_is_found_and_the_others_are_ensembled(screened):

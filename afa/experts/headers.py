@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -305,8 +306,9 @@ def tied(model: nn.Module) -> dict[str, str]:
     }
 
 
+@lru_cache(maxsize=1 << 14)
 def _today(name: str) -> str:
-    """A tensor's name as the installed libraries have it."""
+    """A tensor's name as the installed libraries have it; models of one family share most names."""
     for old, new in RENAMED:
         name = re.sub(old, new, name)
     return name

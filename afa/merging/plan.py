@@ -184,8 +184,11 @@ def _step_facts(planned: PlannedStep) -> dict[str, Any]:
     }
 
 
-def make_plan(settings: MergeSettings) -> Plan:
-    """Find and compare all sources, and lay out the result. Raises UserError for whatever cannot be done."""
+def make_plan(settings: MergeSettings, opened: Mapping[ExpertSpec, Source] | None = None) -> Plan:
+    """Find and compare all sources, and lay out the result. Raises UserError for whatever cannot be done.
+
+    opened: sources that were found already
+    """
     recipe = recipe_of(settings)
     device = choose_device(settings.device)
     specs = [spec for step in recipe.steps for spec in (*step.experts, *([step.base] if step.base else []))]
@@ -197,7 +200,7 @@ def make_plan(settings: MergeSettings) -> Plan:
     planned = []
     for number, step in enumerate(recipe.steps, 1):
         try:
-            planned.append(_plan_step(step, recipe, made, device))
+            planned.append(_plan_step(step, recipe, made, device, opened or {}))
         except UserError as error:
             raise UserError(
                 f"{recipe.where}: step {number}: {error}" if len(recipe.steps) > 1 else str(error)
@@ -225,9 +228,13 @@ def check_output(settings: MergeSettings, specs: Sequence[ExpertSpec]) -> None:
 
 
 def _plan_step(
-    step: Step, recipe: Recipe, made: Mapping[str, PlannedStep], device: torch.device
+    step: Step,
+    recipe: Recipe,
+    made: Mapping[str, PlannedStep],
+    device: torch.device,
+    opened: Mapping[ExpertSpec, Source],
 ) -> PlannedStep:
-    experts = [_open(spec, recipe, made) for spec in step.experts]
+    experts = [opened.get(spec) or _open(spec, recipe, made) for spec in step.experts]
     base = _open(step.base, recipe, made) if step.base is not None else None
     if step.vae is not None and not experts[0].located.whole_pipeline:
         alone = f"'{experts[0].name}' is a denoiser alone"

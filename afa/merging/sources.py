@@ -219,13 +219,16 @@ def add_loras(source: Source, loras: tuple[Lora, ...]) -> Source:
     return source
 
 
-def open_source(spec: ExpertSpec, config: str | None = None) -> Source:
-    """Find an expert's tensors, without reading them. config: of a single file, as in load_expert.
+def open_source(spec: ExpertSpec, config: str | None = None, outline: Outline | None = None) -> Source:
+    """Find an expert's tensors, without reading them.
 
+    config:  of a single file, as in load_expert
+    outline: what read_outline(spec, config) returned, where it is known
     Raises UserError if it cannot be found, is broken, incomplete or pickled, or if a LoRA does not fit it.
     """
     located = locate(spec)
-    outline = read_outline(replace(spec, loras=()), config)
+    if outline is None or spec.loras:  # an outline with LoRAs lacks the text encoders that they may change
+        outline = read_outline(replace(spec, loras=()), config)
     found = _single_file(located, outline) if located.single_file else _folder(located, outline)
     return add_loras(found, spec.loras)
 

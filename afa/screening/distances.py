@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from afa.errors import UserError
 from afa.experts.expert import TEXT_ENCODERS
-from afa.experts.spec import ExpertSpec
-from afa.merging.sources import Reader, Source, open_source
+from afa.merging.sources import Reader, Source
 from afa.models.registry import stage_names
 
 TEXT = "text"  # the name of the text encoders beside the stages
@@ -99,15 +98,12 @@ class Distances:
         }
 
 
-def distances(specs: Sequence[ExpertSpec], base: ExpertSpec | None, config: str | None) -> Distances:
+def distances(sources: Sequence[Source], base: Source | None = None) -> Distances:
     """Read the weights of all experts once and compute their distances.
 
-    base:   the model that the experts were fine-tuned from; None: not known
-    config: architecture of single files; None: detected
-    Raises UserError for experts whose weights cannot be read key by key (pickles, foreign single files).
+    base: the model that the experts were fine-tuned from; None: not known
     """
-    sources = [open_source(spec, config) for spec in specs]
-    reference = sources[0] if base is None else open_source(base, config)
+    reference = sources[0] if base is None else base
     grams: dict[str, NDArray[np.float64]] = {}
     stages = sources[0].stages
     keys = [key for key in _common(sources, reference) if key.partition(".")[0] != "vae"]
@@ -122,7 +118,7 @@ def distances(specs: Sequence[ExpertSpec], base: ExpertSpec | None, config: str 
         name for name in stage_names(sources[0].model) if name in grams
     ]  # in the order they run, whatever the file's
     return Distances(
-        tuple(spec.name for spec in specs),
+        tuple(source.name for source in sources),
         (*ordered, *([TEXT] if TEXT in grams else [])),
         grams,
         base is not None,

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from afa.errors import UserError
 from afa.experts.compatible import mismatches
 from afa.experts.expert import Expert
 from afa.experts.load import check_names, frame_scheduler, lent_scheduler
-from afa.experts.meta_model import read_outline
+from afa.experts.meta_model import Outline, read_outline
 from afa.experts.spec import ExpertSpec
 from afa.latents import latents_of
 from afa.models.registry import FAMILIES
@@ -128,6 +128,7 @@ class ScreenPlan:
 
     settings:   as given
     specs:      of the experts
+    outlines:   of the experts, as their files describe them
     first:      the first expert, without its weights
     lender:     folder whose text encoders and scheduler are used for bare denoisers; None: none needed
     apart:      reasons why the experts' features cannot be fused, although their predictions can be compared
@@ -139,6 +140,7 @@ class ScreenPlan:
 
     settings: ScreenSettings
     specs: list[ExpertSpec]
+    outlines: list[Outline]
     first: Expert
     lender: str | None
     apart: list[str]
@@ -177,7 +179,8 @@ def plan(settings: ScreenSettings) -> ScreenPlan:
     """Read the headers of weight files and list the data. Raises UserError for what would fail later."""
     specs = [ExpertSpec.parse(text, settings.prediction_type) for text in settings.experts]
     check_names(specs)
-    experts = [read_outline(spec, settings.config).expert for spec in specs]
+    outlines = [read_outline(spec, settings.config) for spec in specs]
+    experts = [replace(outline.expert) for outline in outlines]  # the outlines stay without what is lent
     lender = _lender(experts, settings.frame)
     reasons = mismatches(experts, features=False)
     if reasons:
@@ -190,7 +193,15 @@ def plan(settings: ScreenSettings) -> ScreenPlan:
         check_skipped(source, settings.max_skipped)
     images = _prompts(settings) if source is None else len(source.samples)
     return ScreenPlan(
-        settings, specs, experts[0], lender, mismatches(experts), *_size(settings, experts[0]), images, source
+        settings,
+        specs,
+        outlines,
+        experts[0],
+        lender,
+        mismatches(experts),
+        *_size(settings, experts[0]),
+        images,
+        source,
     )
 
 

@@ -19,7 +19,9 @@ from afa.files import json_or_none, locked, write_atomically
 from afa.fingerprint import claim, fingerprint
 from afa.latents import latents_of
 from afa.merging.engine import merge_files
+from afa.merging.plan import make_plan
 from afa.merging.settings import MergeSettings
+from afa.merging.sources import Source, open_source
 from afa.prompts import read_prompts, warn_of_prompts
 from afa.screening.comparison import ExpertComparison
 from afa.screening.distances import Distances, distances
@@ -63,10 +65,11 @@ def screen(settings: ScreenSettings, planned: ScreenPlan | None = None) -> dict[
         noising = Noising(frame.scheduler, latents_of(frame.vae), frame.device)
         probes = _probes(planned, frame, noising, work)
         _check_probes(work / PROBES, probes)
-        apart = _distances(planned)
+        sources = _sources(planned)
+        apart = _distances(planned, sources)
         asking = AnswerCollector(frame, noising, probes, settings, work)
         comparison = ExpertComparison(tuple(spec.name for spec in planned.specs), asking.all(planned.specs))
-        return facts_of(planned, comparison, apart, _average(planned, asking), noising.steps)
+        return facts_of(planned, comparison, apart, _average(planned, asking, sources), noising.steps)
 
 
 @contextmanager
@@ -189,11 +192,13 @@ class AnswerCollector:
             )
 
 
-def _average(planned: ScreenPlan, asking: AnswerCollector) -> AnswerStore | str:
+def _average(planned: ScreenPlan, asking: AnswerCollector, sources: list[Source] | str) -> AnswerStore | str:
     """Return the answers of the experts' weight average, or the reason why there are none."""
     reason = planned.no_average_reason()
     if reason is not None:
         return reason
+    if isinstance(sources, str):
+        return f"cannot be made: {sources}"
     place = asking.work / f"{AVERAGE}-model"
     spec = ExpertSpec(AVERAGE, str(place))
     store = AnswerStore(asking.work / AVERAGE, asking.shape)
@@ -201,9 +206,8 @@ def _average(planned: ScreenPlan, asking: AnswerCollector) -> AnswerStore | str:
         if store.missing():
             shutil.rmtree(place, ignore_errors=True)  # of a run that was killed here
             read = {"config": planned.settings.config, "prediction_type": planned.settings.prediction_type}
-            merge_files(
-                MergeSettings(experts=[str(spec) for spec in planned.specs], output=str(place), **read)
-            )
+            merge = MergeSettings(experts=[str(spec) for spec in planned.specs], output=str(place), **read)
+            merge_files(merge, make_plan(merge, dict(zip(planned.specs, sources, strict=True))))
         with tqdm(
             total=len(asking.probes), desc="asking their average", unit="image", file=sys.stderr
         ) as bar:
@@ -215,14 +219,27 @@ def _average(planned: ScreenPlan, asking: AnswerCollector) -> AnswerStore | str:
     return store
 
 
-def _distances(planned: ScreenPlan) -> Distances | str:
-    """Return the distances between weights, or the reason why they cannot be compared."""
-    base = planned.settings.base
+def _sources(planned: ScreenPlan) -> list[Source] | str:
+    """Find the experts' tensors, or return the reason why they cannot be read key by key (pickles)."""
     try:
+        return [
+            open_source(spec, planned.settings.config, outline)
+            for spec, outline in zip(planned.specs, planned.outlines, strict=True)
+        ]
+    except UserError as error:
+        return str(error)
+
+
+def _distances(planned: ScreenPlan, sources: list[Source] | str) -> Distances | str:
+    """Return the distances between weights, or the reason why they cannot be compared."""
+    if isinstance(sources, str):
+        return sources
+    settings, base = planned.settings, planned.settings.base
+    try:
+        if base is None:
+            return distances(sources)
         return distances(
-            planned.specs,
-            None if base is None else ExpertSpec.parse(base, planned.settings.prediction_type),
-            planned.settings.config,
+            sources, open_source(ExpertSpec.parse(base, settings.prediction_type), settings.config)
         )
     except UserError as error:
         return str(error)
