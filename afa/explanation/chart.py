@@ -13,7 +13,12 @@ PANEL_GAP, STAGE_NAMES, WIDEST = 30, 64, 1340
 
 
 def chart(unused: Unused, means: NDArray[np.float32], timesteps: Sequence[float], images: int) -> Image.Image:
-    """A panel an expert, a row a stage, a column a pass. means (passes, K, N): over images."""
+    """Draw a panel for each expert, with a row for each stage and a column for each pass.
+
+    means:     (passes, K, N) mean weights over images
+    timesteps: of each pass
+    images:    how many there are
+    """
     passes, stages, experts = means.shape
     wide = min(24, max(6, 320 // passes))
     tall = 22 if stages <= 12 else 16
@@ -35,7 +40,7 @@ def _chart_note(unused: Unused, images: int) -> str:
     mean = "of the one image" if images == 1 else f"over {images} images"
     return (
         f"White is a weight of 0, full colour 1: the mean {mean}. Crossed out: below {unused.threshold:g} in"
-        " every image, with and without the prompt, in whatever is made of the expert's features there."
+        " every image, with and without the prompt, in every blend of the expert's features there."
         " Noise is on the left, the image on the right."
     )
 
@@ -76,7 +81,7 @@ def _chart_panel(
 
 
 def _cross(canvas: Canvas, x: float, y: float, wide: int, tall: int) -> None:
-    """Grey, so that it is seen on white, which these cells nearly are."""
+    """Cross out a cell, on grey, since these cells are nearly white."""
     canvas.pen.rectangle((x, y, x + wide - 1, y + tall - 1), fill=(241, 243, 244), outline=LINE)
     inset = max(2, min(wide, tall) // 4)
     middle, half = (x + wide / 2, y + tall / 2), min(wide, tall) / 2 - inset

@@ -1,4 +1,4 @@
-"""explain.html: everything on one page that needs nothing else, without scripts."""
+"""explain.html: one page with everything, without scripts or other files."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -34,9 +34,10 @@ DOT = Markup('<span class="dot" style="background:rgb({},{},{})"></span>{}')
 def as_html(
     folder: Path, entries: Sequence[ExplainedImage], unused: Unused, found: Mapping[str, Any], facts: str
 ) -> str:
-    """The page of a folder whose images are explained.
+    """Return the page of a folder whose images are explained.
 
-    found: as in explain.json; facts: how they were made.
+    found: the content of explain.json
+    facts: how the images were made, in one line
     """
     images, skipped = len(entries), found["counterfactuals"].get("left out where unused")
     around = (
@@ -62,7 +63,7 @@ def as_html(
 
 
 def _shares(entries: Sequence[ExplainedImage], unused: Unused) -> Table:
-    """A row a group of stages and an expert, a column a band of the noise schedule."""
+    """Return a table of mean weights: a row for each group of stages and expert, a column for each band."""
     groups, found = entries[0].facts["shares"]["groups"], estimates([entry.shares for entry in entries])
     rows = []
     for row, group in enumerate(groups):
@@ -75,7 +76,7 @@ def _shares(entries: Sequence[ExplainedImage], unused: Unused) -> Table:
 
 
 def _words(found: Sequence[WordMean], unused: Unused) -> Table:
-    """A row a word, with n in a column of its own."""
+    """Return a table of the words' effects, with a row for each word."""
     rows = []
     for one in found[:MOST_WORDS]:
         cells = [
@@ -97,7 +98,7 @@ def _distances(known: Mapping[str, Any]) -> Table | None:
 
 
 def _image(folder: Path, entry: ExplainedImage) -> dict[str, Any]:
-    """One image's pictures, those that are there, with what is said of its words."""
+    """Return what the page shows of one image: its pictures, as far as there are any, and remarks."""
     shown = [(title, folder / f"{entry.stem}.{suffix}") for suffix, title in PICTURES.items()]
     return {
         "stem": entry.stem,
@@ -109,7 +110,7 @@ def _image(folder: Path, entry: ExplainedImage) -> dict[str, Any]:
 
 
 def picture(path: Path) -> str:
-    """A picture as a data URI, as WebP, a third of the PNG beside it."""
+    """Return a picture as a data URI, as WebP, which is a third as large as PNG."""
     if path.suffix == ".webp":  # animated: as it is
         return f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode()}"
     return data_uri(Image.fromarray(read_pixels(path)), "webp", quality=88, method=4)
@@ -120,6 +121,6 @@ def _shown(found: Estimate | None, digits: int) -> Shown | str:
 
 
 def _estimate(data: Mapping[str, Any]) -> Estimate:
-    """As explain.json has it: a single image has no interval."""
+    """Return an estimate of explain.json; that of a single image has no interval."""
     value, n = float(data["value"]), int(data["n"])
     return Estimate(value, value if n == 1 else data["low"], value if n == 1 else data["high"], n)

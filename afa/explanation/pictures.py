@@ -17,15 +17,14 @@ from afa.pictures import INK, LINE, MARGIN, MUTED, Canvas, colour_of, fitting, f
 
 CELL, CELL_GAP, BIG, NARROWEST = 104, 10, 232, 1160
 STEPS = 5  # columns
-Column = tuple[
-    str, str, "Sequence[int] | None", "Sequence[str] | None"
-]  # two lines of heading, passes, stages
+# Two lines of heading, passes (None: all), stages (None: all)
+Column = tuple[str, str, "Sequence[int] | None", "Sequence[str] | None"]
 
 
 def sheet(recording: Recording, facts: str) -> Image.Image:
-    """One image: it, its overlay and what every expert weighs; below, a row an expert.
+    """Draw the sheet of one image: the image, its overlay and the mean weights; below, a row for each expert.
 
-    facts: said under the prompt.
+    facts: a line under the prompt
     """
     sections = [
         ("over the steps, all stages together", over_steps(recording)),
@@ -55,7 +54,7 @@ def sheet(recording: Recording, facts: str) -> Image.Image:
 
 
 def over_steps(recording: Recording) -> list[Column]:
-    """Some passes, from noise to image."""
+    """Return a column for each of some passes, from noise to image."""
     count = len(recording.timesteps)
     chosen = np.unique(np.linspace(0, count - 1, min(STEPS, count)).round().astype(int))
     return [
@@ -64,7 +63,7 @@ def over_steps(recording: Recording) -> list[Column]:
 
 
 def by_group(recording: Recording) -> list[Column]:
-    """Groups of stages, in the order in which the image passes them."""
+    """Return a column for each group of stages, in the order in which they run."""
     return [(name, _members(name, own), None, own) for name, own in stage_groups(recording.stages).items()]
 
 
@@ -95,7 +94,7 @@ def _sheet_labels(canvas: Canvas, y: float, recording: Recording, high: int, lab
 
 
 def _sheet_top(recording: Recording, facts: str, width: float) -> Canvas:
-    """The prompt, the image, the overlay, the legend."""
+    """Draw the top of the sheet: prompt, image, overlay, legend."""
     lines = wrapped(recording.prompt, 21, width - 2 * MARGIN, 2)
     high = round(BIG * recording.image.shape[0] / recording.image.shape[1])
     head = MARGIN + 28 * len(lines) + 30
@@ -115,7 +114,7 @@ def _sheet_top(recording: Recording, facts: str, width: float) -> Canvas:
 
 
 def _sheet_legend(canvas: Canvas, x: float, y: float, recording: Recording, width: float) -> None:
-    """Names, colours, and the mean weight as a bar."""
+    """Draw the legend: names, colours, and the mean weights as bars."""
     canvas.text(x, y, "mean weight, all steps, stages and places", 15)
     names = name_width(recording.experts, 130, 340)
     full = width - x - MARGIN - names - 50
@@ -135,20 +134,20 @@ def _sheet_legend(canvas: Canvas, x: float, y: float, recording: Recording, widt
 
 
 def _share(value: float) -> str:
-    """0.333 -> .33, as a share is read."""
+    """Format a share: 0.333 as .33."""
     return f"{value:.2f}".removeprefix("0") if value < 0.995 else "1"
 
 
-# --- the animated strip: step after step, what the ensemble believes in and who weighs where ---
+# --- the animated strip: at every step, the predicted image and the weights ---
 
 FRAME, FRAME_GAP = 160, 10
 MILLISECONDS, REST = 250, 1500  # a frame; the last one stays longer
 
 
 def frames(recording: Recording) -> list[Image.Image]:
-    """One an image that was drawn on the way, at most FRAMES.
+    """Draw one frame for each predicted image, at most FRAMES.
 
-    Where none could be, the final image stands in all.
+    If no predicted image was finite, the frames show the final image.
     """
     count = len(recording.timesteps)
     spread = np.unique(np.linspace(0, count - 1, min(FRAMES, count)).round().astype(int))
@@ -157,7 +156,7 @@ def frames(recording: Recording) -> list[Image.Image]:
 
 
 def frame(recording: Recording, index: int) -> Image.Image:
-    """Of one pass: the step, the image believed in, its overlay, every expert's weights."""
+    """Draw the frame of one pass: the step, the predicted image, its overlay, each expert's weights."""
     tile = FRAME if len(recording.experts) <= 4 else 120
     image = recording.drawn.get(index, recording.image)
     high = round(tile * image.shape[0] / image.shape[1])
@@ -192,7 +191,7 @@ def _progress(canvas: Canvas, recording: Recording, index: int) -> None:
 
 
 def save_strip(recording: Recording, path: Path) -> None:
-    """An endless animated WebP."""
+    """Save the frames as a looping animated WebP."""
     pictures = frames(recording)
     durations = [*[MILLISECONDS] * (len(pictures) - 1), REST]
     pictures[0].save(
@@ -207,13 +206,13 @@ def save_strip(recording: Recording, path: Path) -> None:
     )
 
 
-# --- the contact sheet: the image, and what it would have been ---
+# --- the contact sheet: the image and its counterfactuals ---
 
 TILE, TILE_GAP, TILES = 168, 20, 5
 
 
 def contact(prompt: str, image: NDArray[np.uint8], others: Sequence[Counterfactual]) -> Image.Image:
-    """All from the same noise; under each, what was changed and how far it is from the image as it is."""
+    """Draw an image and its counterfactuals, all from the same noise, with what was changed and the RMSE."""
     high = round(TILE * image.shape[0] / image.shape[1])
     columns = min(TILES, len(others) + 1)
     lines = -(-(len(others) + 1) // columns)
@@ -248,7 +247,7 @@ WORD_HEADS = (
 
 
 def words(recording: Recording, causes: Causes | None) -> Image.Image | None:
-    """A row a word, what moves most first; None without words."""
+    """Draw a row for each word, the word with the largest effect first; None if there is no word."""
     rows = word_rows(recording, causes)[:MOST_WORDS]
     if not rows:
         return None
@@ -279,7 +278,7 @@ def words(recording: Recording, causes: Causes | None) -> Image.Image | None:
 
 
 def _words_legend(canvas: Canvas, recording: Recording, y: float) -> None:
-    """Whose bars they are, along the whole width."""
+    """Draw the names and colours of the experts along the whole width."""
     room = (canvas.image.width - 2 * MARGIN) / len(recording.experts)
     width = min(room, name_width(recording.experts, 90, 400))
     for expert, name in enumerate(recording.experts):
@@ -317,7 +316,7 @@ def _word_row(
 
 
 def _amounts(canvas: Canvas, row: WordRow, x: float, y: float, most: float) -> None:
-    """How much moves: left out of the prompt, and hidden from the aggregators only."""
+    """Draw how much weight moves without a word: left out of the prompt, and hidden from aggregators."""
     for place, (amount, what) in enumerate(
         ((row.omitted, "left out of the prompt"), (row.hidden, "hidden from the aggregators only"))
     ):
@@ -330,7 +329,7 @@ def _amounts(canvas: Canvas, row: WordRow, x: float, y: float, most: float) -> N
 
 
 def _pulls(canvas: Canvas, recording: Recording, row: WordRow, x: float, y: float, most: float) -> None:
-    """Bars to the right: the word calls for the expert; to the left: it keeps it away."""
+    """Draw each expert's pull: to the right if the word raises its weight, to the left if it lowers it."""
     middle, room = x + BARS / 2, BARS / 2 - 44
     canvas.pen.line((middle, y, middle, y + 22 * len(recording.experts)), fill=LINE)
     assert row.omitted_pull is not None
@@ -349,6 +348,6 @@ def _pulls(canvas: Canvas, recording: Recording, row: WordRow, x: float, y: floa
 
 
 def _points(value: float) -> str:
-    """+0.8, -0.4, and 0.0 without a sign."""
+    """Format percentage points: +0.8, -0.4, and 0.0 without a sign."""
     found = f"{value:+.1f}"
     return found if found.strip("+-0.") else "0.0"

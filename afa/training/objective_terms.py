@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from afa.ensemble import Ensemble
+from afa.latents import latents_of
 from afa.lazy import load
 from afa.training.noise import Noising
 from afa.training.objective_registry import OBJECTIVES
-from afa.training.objective_settings import ObjectiveSettings
 from afa.training.objectives import Anchor, ObjectiveContext, Sparsity, Term, Total
 from afa.training.reward_objectives import Decoder, make_reward
+from afa.training.settings import LoopSettings
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,19 @@ class Objectives:
     held_out: Total
 
 
-def make_context(
-    settings: ObjectiveSettings, noising: Noising, vae: Any, device: torch.device, checkpointing: bool
-) -> ObjectiveContext:
-    """Read all that an objective needs. Raises UserError if the reward's weights are missing."""
-    if not settings.rewarded:
+def make_context(settings: LoopSettings, ensemble: Ensemble, device: torch.device) -> ObjectiveContext:
+    """Make everything that objectives need.
+
+    Raises UserError for a prediction type that cannot be trained, and if the reward's weights are missing.
+    """
+    vae = ensemble.frame.vae
+    noising = Noising(ensemble.frame.scheduler, latents_of(vae), device, settings.timesteps)
+    if settings.reward is None:
         return ObjectiveContext(settings, noising)
-    assert settings.reward is not None
     reward = make_reward(
         settings.reward, device, settings.reward_weights, settings.better or "", settings.worse or ""
     )
-    return ObjectiveContext(settings, noising, Decoder(vae, checkpointing), reward)
+    return ObjectiveContext(settings, noising, Decoder(vae, settings.gradient_checkpointing), reward)
 
 
 def make_objectives(context: ObjectiveContext, parameters: Sequence[nn.Parameter]) -> Objectives:

@@ -22,10 +22,10 @@ from afa.experts.lora import tuner_layers
 from afa.experts.quantised import kept_elsewhere, store_weights, stored_bytes
 from afa.latents import latents_of
 from afa.training.conditions import Conditions
-from afa.training.noise import Batch
+from afa.training.data import Encoded
+from afa.training.measure import HeldOut
 from afa.training.objective_terms import make_context, make_objectives
-from afa.training.objectives import Pass, Total
-from afa.training.prepare import noising_of
+from afa.training.objectives import Pass
 from afa.training.reward_objectives import Decoder
 from afa.training.settings import LoopSettings
 
@@ -158,31 +158,26 @@ def expected(
     return Memory(step, stored_bytes(denoiser.experts), sum(map(stored_bytes, beside)))
 
 
-def advice(
-    memory: Memory,
-    *,
-    checkpointing: bool,
-    dtype: torch.dtype,
-    cached: bool,
-    batch_size: int,
-    store: str | None,
-) -> list[str]:
-    """Return options that save memory and are still off, the most effective first."""
+def advice(memory: Memory, settings: LoopSettings, store: str | None) -> list[str]:
+    """Return options that save memory and are still off, the most effective first.
+
+    store: how the experts' weights are stored; None: as they are
+    """
     activations = memory.step - memory.frozen
     found = []
-    if not checkpointing and activations > memory.frozen / 4:
+    if not settings.gradient_checkpointing and activations > memory.frozen / 4:
         found.append("--gradient-checkpointing (activations of one stage instead of all)")
-    if dtype == torch.float32:
+    if settings.dtype == "float32":
         found.append("--dtype bfloat16 (half of the experts and of the activations)")
     if store is None and memory.frozen > memory.total / 4:
         found.append(
             f"--store int8 (a quarter of {memory.frozen / 1e9:.2f} GB of experts in float32, "
             "half in bfloat16), or --store cpu"
         )
-    if not cached and memory.beside > memory.total / 20:
+    if settings.cache is None and memory.beside > memory.total / 20:
         found.append(f"--cache DIR ({memory.beside / 1e9:.2f} GB of VAE and text encoders)")
-    if batch_size > 1:
-        found.append(f"--batch-size {batch_size // 2} --accumulate 2 (the same step in two parts)")
+    if settings.batch_size > 1:
+        found.append(f"--batch-size {settings.batch_size // 2} --accumulate 2 (the same step in two parts)")
     return found
 
 
@@ -240,22 +235,16 @@ class TrainingPlan:
         vae = frame.vae if settings.rewarded else None
         checkpointing, size = settings.gradient_checkpointing, settings.batch_size
         found = expected(self.ensemble.denoiser, beside, size, side, dtype, checkpointing, self.store, vae)
-        less = advice(
-            found,
-            checkpointing=checkpointing,
-            dtype=dtype,
-            cached=not beside,
-            batch_size=size,
-            store=self.store,
-        )
-        return {"expected_memory_gb": round(found.total / 1e9, 2), "for_less_memory": less}
+        return {
+            "expected_memory_gb": round(found.total / 1e9, 2),
+            "for_less_memory": advice(found, settings, self.store),
+        }
 
     def time(self) -> dict[str, Any]:
         """Return the expected time of the run in seconds.
 
         It runs two steps on random latents and measures the second; nothing of them is kept.
         """
-
         seconds, measurement = rehearse(self)
         measurements = self.settings.steps // self.settings.evaluate_every + 1
         return {
@@ -268,49 +257,37 @@ class TrainingPlan:
 def rehearse(planned: TrainingPlan) -> tuple[float, float]:
     """Return the seconds of one optimiser step on one process, and of one held-out measurement."""
     settings, ensemble = planned.settings, planned.ensemble
-    device = choose_device(settings.device)
+    device, size = choose_device(settings.device), settings.batch_size
     ensemble.to(device)
+    ensemble.frame.vae.to(device)
+    denoiser = ensemble.denoiser
     if settings.gradient_checkpointing:
-        ensemble.denoiser.enable_gradient_checkpointing()
-    vae = ensemble.frame.vae.to(device)
-    noising = noising_of(settings, ensemble, device)
-    context = make_context(settings, noising, vae, device, settings.gradient_checkpointing)
-    parameters = list(ensemble.aggregators.parameters())
+        denoiser.enable_gradient_checkpointing()
+    context = make_context(settings, ensemble, device)
+    noising, parameters = context.noising, list(ensemble.aggregators.parameters())
     objectives = make_objectives(context, parameters)
-    conditions = Conditions(ensemble.pipeline(), ensemble.denoiser, device)
+    conditions = Conditions(ensemble.pipeline(), denoiser, device)
     side = planned.resolution // noising.latents.factor
-
-    def work(total: Total) -> torch.Tensor:
-        latents = torch.randn(settings.batch_size, noising.latents.channels, side, side, device=device)
-        count = total.extra_noise
-        more = torch.randn(len(latents), count, *latents.shape[1:], device=device) if count else None
-        batch = Batch(
-            latents,
-            torch.randn_like(latents),
-            torch.randint(noising.steps, (len(latents),), device=device),
-            more,
-        )
-        captions = [sample.caption for sample in planned.source.samples[: len(latents)]]
-        captions += captions[:1] * (len(latents) - len(captions))
-        encode = functools.partial(
-            conditions, captions, torch.full((len(latents), 6), float(planned.resolution))
-        )
-        none = torch.zeros(len(latents), dtype=torch.bool, device=device)
-        one = Pass(ensemble.denoiser, ensemble.denoiser, noising, batch, captions, none, encode)
-        return total.sum(total.losses(one)).mean()
+    captions = [sample.caption for sample in planned.source.samples[:size]]
+    captions += captions[:1] * (size - len(captions))
+    rng = torch.Generator().manual_seed(0)
+    moments = torch.randn(size, 2 * noising.latents.channels, side, side, generator=rng)
+    data = Encoded(moments, captions, torch.full((size, 6), float(planned.resolution)))
+    held_out = HeldOut(data, noising, conditions, size, objectives.held_out)
 
     def step() -> None:
-        torch.autograd.grad(work(objectives.training), parameters, allow_unused=True)
+        total = objectives.training
+        batch = noising.draw(data, list(range(size)), rng, total.extra_noise).to(device)
+        encode = functools.partial(conditions, captions, data.sizes)
+        none = torch.zeros(size, dtype=torch.bool, device=device)
+        work = Pass(denoiser, denoiser, noising, batch, captions, none, encode)
+        torch.autograd.grad(total.sum(total.losses(work)).mean(), parameters, allow_unused=True)
 
-    @torch.no_grad()
-    def measure() -> None:
-        work(objectives.held_out)
-
-    batches = -(-planned.held_out_images // settings.batch_size)
-    return _seconds(step, device) * settings.accumulate, _seconds(measure, device) * batches
+    seconds = _seconds(step, device), _seconds(lambda: held_out.measure(denoiser, whole=True), device)
+    return seconds[0] * settings.accumulate, seconds[1] * -(-planned.held_out_images // size)
 
 
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     """Return the seconds of the second run; the first one allocates buffers and chooses kernels."""
     work()
     _wait(device)

@@ -18,7 +18,6 @@ from afa.errors import UserError
 from afa.latents import latents_of
 from afa.training.cache import LatentCache, announce, encode_cached, missing_rows
 from afa.training.data import Augmentation, Encoded, Work, check_skipped, encode, split
-from afa.training.noise import Noising
 from afa.training.objective_terms import make_context, make_objectives
 from afa.training.reward_objectives import is_small
 from afa.training.settings import LoopSettings
@@ -60,15 +59,10 @@ def resolution_of(settings: LoopSettings, ensemble: Ensemble) -> int:
     return resolution
 
 
-def noising_of(settings: LoopSettings, ensemble: Ensemble, device: torch.device) -> Noising:
-    """Return the frame's forward process. Raises UserError for a prediction type that cannot be trained."""
-    return Noising(ensemble.frame.scheduler, latents_of(ensemble.frame.vae), device, settings.timesteps)
-
-
 def check_objective(settings: LoopSettings, ensemble: Ensemble, source: ImageSource) -> None:
     """Raise UserError for what would fail after the data are encoded: schedule, weighting, reward models."""
     cpu = torch.device("cpu")
-    context = make_context(settings, noising_of(settings, ensemble, cpu), ensemble.frame.vae, cpu, False)
+    context = make_context(settings, ensemble, cpu)
     make_objectives(context, [])
     make_watch(settings, cpu)
     if context.reward is not None and is_small(settings.reward):

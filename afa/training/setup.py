@@ -18,7 +18,7 @@ from afa.training.log import LOG, flat
 from afa.training.loop import Trainer
 from afa.training.objective_terms import make_context, make_objectives
 from afa.training.plan import TrainingPlan
-from afa.training.prepare import encode_data, noising_of
+from afa.training.prepare import encode_data
 from afa.training.settings import LoopSettings
 from afa.training.sheets import Sheets, make_watch
 from afa.training.state import belongings, state_file
@@ -67,67 +67,40 @@ def make_trainer(
     initialise: draws the first weights of the trained module with torch's global generator, and returns the
                 module
     """
-    settings, ensemble = planned.settings, planned.ensemble
-    begun = belongings(
-        settings, planned.own
-    )  # as they are now: a file that is replaced meanwhile is not what is trained
-    vae = ensemble.frame.vae.to(accelerator.device)
+    settings, ensemble, device = planned.settings, planned.ensemble, accelerator.device
+    begun = belongings(settings, planned.own)  # of the files as they are now, before they are read
+    vae = ensemble.frame.vae.to(device)
     data, held_out = encode_data(settings, planned.source, planned.resolution, vae)
     draws = settings.rewarded or settings.sheet_every is not None
     if not draws:
         vae.to("cpu")
-    ensemble.to(accelerator.device)
+    ensemble.to(device)
     torch.manual_seed(narrow(settings.seed))
-    trained = initialise(ensemble)
+    trained, denoiser = initialise(ensemble), ensemble.denoiser
     if settings.gradient_checkpointing:
-        ensemble.denoiser.enable_gradient_checkpointing()
-    context = make_context(
-        settings,
-        noising_of(settings, ensemble, accelerator.device),
-        vae,
-        accelerator.device,
-        settings.gradient_checkpointing,
-    )
+        denoiser.enable_gradient_checkpointing()
+    context = make_context(settings, ensemble, device)
     if accelerator.is_main_process:
         captions = [sample.caption for sample in planned.source.samples]
-        warn_of_prompts(captions, ensemble.denoiser.call, ensemble.frame.tokenizers, "caption")
-    conditions = Conditions(ensemble.pipeline(), ensemble.denoiser, accelerator.device)
-    sheets = _sheets(planned, held_out.captions, accelerator.device)
+        warn_of_prompts(captions, denoiser.call, ensemble.frame.tokenizers, "caption")
+    conditions, sheets = Conditions(ensemble.pipeline(), denoiser, device), None
+    if settings.sheet_every is not None:
+        watch = make_watch(settings, device)
+        sheets = Sheets(settings, ensemble.pipeline(), denoiser, held_out.captions, planned.resolution, watch)
     if settings.cache is not None:
         conditions.keep(Path(settings.cache), [*data.captions, *held_out.captions], settings.batch_size)
         if planned.own:
-            _forget(ensemble, draws)
+            _free_encoders(ensemble, vae=not draws)
     objectives = make_objectives(context, list(trained.parameters()))
-    return Trainer(
-        settings,
-        accelerator,
-        ensemble.denoiser,
-        context.noising,
-        objectives,
-        conditions,
-        data,
-        held_out,
-        trained,
-        begun,
-        sheets,
-    )
+    run = (settings, accelerator, denoiser, context.noising, objectives, conditions)
+    return Trainer(*run, data, held_out, trained, begun, sheets)
 
 
-def _sheets(planned: TrainingPlan, captions: list[str], device: torch.device) -> Sheets | None:
-    """Return the sample sheets; None without --sheet-every."""
-    if planned.settings.sheet_every is None:
-        return None
-    ensemble, watch = planned.ensemble, make_watch(planned.settings, device)
-    return Sheets(
-        planned.settings, ensemble.pipeline(), ensemble.denoiser, captions, planned.resolution, watch
-    )
+def _free_encoders(ensemble: Ensemble, vae: bool) -> None:
+    """Free the memory of the text encoders, which the cache replaces; the ensemble can still be saved.
 
-
-def _forget(ensemble: Ensemble, draws: bool) -> None:
-    """Free the memory of what the cache replaces; the ensemble can still be trained and saved.
-
-    draws: the VAE stays, because images will be decoded
+    vae: whether the VAE goes too, since no image will be decoded
     """
     encoders = [encoder for expert in ensemble.experts for encoder in expert.text_encoders]
-    for module in (*ensemble.text_encoders, *encoders, *(() if draws else (ensemble.frame.vae,))):
+    for module in (*ensemble.text_encoders, *encoders, *((ensemble.frame.vae,) if vae else ())):
         module.to("meta")
