@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from afa.metrics.base import Features, Indices, SetMetric, Values, batches, copies
-from afa.metrics.inception import InceptionFeatures, inception_features
+from afa.metrics.inception import InceptionMetric, inception_features
 from afa.metrics.pixels import IMAGENET_MEAN, IMAGENET_STD, stretch, to_tensor
 from afa.metrics.registry import Resources
 from afa.metrics.weights import FoundPart, Part, find, folder_loader
@@ -164,21 +164,11 @@ class FrechetDistance(SetMetric):
         return (exact_replicates if exact else linear_replicates)(features, groups, reference, draws)
 
 
-class FrechetInceptionDistance(FrechetDistance):
+class FrechetInceptionDistance(InceptionMetric, FrechetDistance):
     """The Fréchet distance on Inception features. 0 and above, lower is better."""
 
     name = "fid"
-
-    def __init__(self, extract: InceptionFeatures, batch_size: int) -> None:
-        self.extract, self.batch_size = extract, batch_size
-        self.source = f"Fréchet distance on {extract.source}; arXiv:1706.08500"
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return self.extract.identity
-
-    def features(self, images: Sequence[NDArray[np.uint8]]) -> Features:
-        return self.extract(images, self.batch_size)
+    what = "Fréchet distance on {}; arXiv:1706.08500"
 
 
 def make_fid(resources: Resources) -> FrechetInceptionDistance:

@@ -281,17 +281,17 @@ def _shared(path: Path, hashes: tuple[tuple[str, str], ...], device: str) -> Inc
 Array = NDArray[np.float64]
 
 
-class InceptionScore(SetMetric):
-    """The Inception score: 1 (all images alike, or uncertain) to the number of classes; higher is better."""
+class InceptionMetric(SetMetric):
+    """A set metric on Inception features.
 
-    name = "inception_score"
-    needs_reference: ClassVar[bool] = False
+    what: one sentence, with {} for the source of the features
+    """
+
+    what: ClassVar[str]
 
     def __init__(self, extract: InceptionFeatures, batch_size: int) -> None:
         self.extract, self.batch_size = extract, batch_size
-        self.source = (
-            f"exp E KL over all images, 1008 classes (without bias) from {extract.source}; arXiv:1606.03498"
-        )
+        self.source = self.what.format(extract.source)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -299,6 +299,14 @@ class InceptionScore(SetMetric):
 
     def features(self, images: Sequence[NDArray[np.uint8]]) -> Features:
         return self.extract(images, self.batch_size)
+
+
+class InceptionScore(InceptionMetric):
+    """The Inception score: 1 (all images alike, or uncertain) to the number of classes; higher is better."""
+
+    name = "inception_score"
+    needs_reference: ClassVar[bool] = False
+    what = "exp E KL over all images, 1008 classes (without bias) from {}; arXiv:1606.03498"
 
     def value(self, features: Features, reference: None) -> float:
         logs = log_softmax(self.extract.logits(features))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from afa.metrics.base import Features, Indices, SetMetric, Values, copies
 from afa.metrics.clip import Clip, shared_clip
-from afa.metrics.inception import InceptionFeatures, inception_features
+from afa.metrics.inception import InceptionFeatures, InceptionMetric, inception_features
 from afa.metrics.registry import Resources
 from afa.metrics.weights import FoundPart, Part, find
 
@@ -180,24 +180,16 @@ def make_cmmd(resources: Resources) -> ClipDiscrepancy:
     return ClipDiscrepancy(shared_clip(found, device), found, resources.batch_size, device)
 
 
-class KernelInceptionDistance(Discrepancy):
+class KernelInceptionDistance(InceptionMetric, Discrepancy):
     """The unbiased MMD² on Inception features. 0 for images from the real distribution, lower is better."""
 
     name = "kid"
     unbiased = True
+    what = "unbiased MMD² with a cubic kernel over all pairs on {}; arXiv:1801.01401"
 
     def __init__(self, extract: InceptionFeatures, batch_size: int, device: torch.device) -> None:
-        self.extract, self.batch_size, self.device = extract, batch_size, double_device(device)
-        self.source = (
-            f"unbiased MMD² with a cubic kernel over all pairs on {extract.source}; arXiv:1801.01401"
-        )
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return self.extract.identity
-
-    def features(self, images: Sequence[NDArray[np.uint8]]) -> Features:
-        return self.extract(images, self.batch_size)
+        super().__init__(extract, batch_size)
+        self.device = double_device(device)
 
     def kernel(self, one: Tensor, other: Tensor) -> Tensor:
         return cubic(one, other)

@@ -1,6 +1,5 @@
 """The training loop. It resumes from a saved state, and Ctrl-C stops it at the end of a step."""
 
-import functools
 import signal
 import sys
 import threading
@@ -190,17 +189,10 @@ class Trainer:
 
     def _backward(self, drawn: StepBatch) -> float:
         """Add the gradients of one batch, and return its part of the loss."""
-        captions, sizes = [self.data.captions[row] for row in drawn.rows], self.data.sizes[drawn.rows]
-        encode = functools.partial(self.conditions, captions, sizes)
         device = self.accelerator.device
-        work = Pass(
-            self.wrapped,
-            self.denoiser,
-            self.noising,
-            drawn.batch.to(device),
-            captions,
-            drawn.dropped.to(device),
-            encode,
+        batch, dropped = drawn.batch.to(device), drawn.dropped.to(device)
+        work = Pass.of(
+            self.denoiser, self.noising, self.conditions, self.data, drawn.rows, batch, dropped, self.wrapped
         )
         loss = self.total.sum(self.total.losses(work)).mean() / self.settings.accumulate
         self.accelerator.backward(loss)
@@ -327,15 +319,13 @@ class Trainer:
             save_state(self.settings, self.begun, {**shared, **state})
 
     def _resume(self) -> None:
-        state = load_state(self.settings, self.begun, self.accelerator.device)
-        if state is not None:
-            self._restore(state)
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        """Restore a saved state.
+        """Restore the saved state, if there is one.
 
         Raises UserError if it is of other data, or of other kinds or shapes of parts.
         """
+        state = load_state(self.settings, self.begun, self.accelerator.device)
+        if state is None:
+            return
         file = state_file(self.settings)
         try:
             if str(state["data"]) != self.data.digest:

@@ -1,6 +1,5 @@
 """Held-out loss with fixed noise, and the weight that each expert gets."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 from afa.denoiser.hooks import only_expert, record_weights
 from afa.training.conditions import Conditions
 from afa.training.data import Encoded
-from afa.training.noise import Batch, Noising
+from afa.training.noise import Noising
 from afa.training.objective_registry import OBJECTIVES
 from afa.training.objectives import Mse, Pass, Total
 
@@ -183,7 +182,10 @@ class HeldOut:
         sums = RoutingSums(denoiser.names, denoiser.fused) if whole and len(denoiser.names) > 1 else None
         for start in range(0, len(self.data), self.batch_size):
             stop = min(start + self.batch_size, len(self.data))
-            work = self._pass(denoiser, start, stop)
+            batch = self.batch.part(start, stop)
+            rows = list(range(start, stop))
+            work = Pass.of(denoiser, self.noising, self.conditions, self.data, rows, batch)
+            work.watched = self.total.needs_weights
             with torch.no_grad():
                 with nullcontext() if sums is None else record_weights(denoiser) as maps:
                     losses.append(self._mse.loss(work))
@@ -199,23 +201,6 @@ class HeldOut:
         means = {name: float(values.mean()) for name, values in terms.items()}
         whole_loss = float(self.total.sum(terms).mean()) if terms else float(found.mean())
         return Measured(found, self.bands, None if sums is None else sums.result(), means, whole_loss)
-
-    def _pass(self, denoiser: Any, start: int, stop: int) -> Pass:
-        """Return a pass over some of the images, all with their captions."""
-        captions, sizes = self.data.captions[start:stop], self.data.sizes[start:stop]
-        batch: Batch = self.batch.part(start, stop)
-        none = torch.zeros(stop - start, dtype=torch.bool, device=batch.latents.device)
-        watched = self.total.needs_weights
-        return Pass(
-            denoiser,
-            denoiser,
-            self.noising,
-            batch,
-            captions,
-            none,
-            functools.partial(self.conditions, captions, sizes),
-            watched,
-        )
 
     def broken(self, denoiser: Any) -> list[str]:
         """Return the experts whose own predictions on the held-out images are not finite."""

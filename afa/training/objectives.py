@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -40,6 +40,31 @@ class Pass:
     encode: Callable[[Tensor], dict[str, Any]]
     watched: bool = False
     weights: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        denoiser: Any,
+        noising: Noising,
+        conditions: Any,
+        data: Any,
+        rows: list[int],
+        batch: Batch,
+        dropped: Tensor | None = None,
+        call: Any = None,
+    ) -> "Pass":
+        """Return the pass of some rows of the data.
+
+        conditions: a Conditions, which encodes captions
+        data:       an Encoded
+        dropped:    see Pass; None: all samples keep their captions
+        call:       see Pass; None: the denoiser itself
+        """
+        captions = [data.captions[row] for row in rows]
+        if dropped is None:
+            dropped = torch.zeros(len(rows), dtype=torch.bool, device=batch.latents.device)
+        encode = partial(conditions, captions, data.sizes[rows])
+        return cls(call or denoiser, denoiser, noising, batch, captions, dropped, encode)
 
     @cached_property
     def conditions(self) -> dict[str, Any]:

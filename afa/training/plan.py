@@ -1,7 +1,6 @@
 """A forecast of a training run: steps, time and memory, measured before it begins."""
 
 import copy
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -277,10 +276,9 @@ def rehearse(planned: TrainingPlan) -> tuple[float, float]:
 
     def step() -> None:
         total = objectives.training
-        batch = noising.draw(data, list(range(size)), rng, total.extra_noise).to(device)
-        encode = functools.partial(conditions, captions, data.sizes)
-        none = torch.zeros(size, dtype=torch.bool, device=device)
-        work = Pass(denoiser, denoiser, noising, batch, captions, none, encode)
+        rows = list(range(size))
+        batch = noising.draw(data, rows, rng, total.extra_noise).to(device)
+        work = Pass.of(denoiser, noising, conditions, data, rows, batch)
         torch.autograd.grad(total.sum(total.losses(work)).mean(), parameters, allow_unused=True)
 
     seconds = _seconds(step, device), _seconds(lambda: held_out.measure(denoiser, whole=True), device)
