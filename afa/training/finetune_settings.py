@@ -1,4 +1,4 @@
-"""What fine-tuning is asked to do. No heavy imports: the command line's help comes from here."""
+"""The options of `afa finetune`. No heavy imports: the command line's help comes from here."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,14 @@ from afa.training.settings import LoopSettings
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings(LoopSettings):
-    """One LoRA on one expert, field by field a flag of `afa finetune`."""
+    """The options of `afa finetune`; each field is a flag."""
 
     expert: str = option(
         place=True,
         help="diffusers folder, .safetensors file or org/name@revision, optionally NAME=…",
         positional=True,
     )
-    rank: int | None = option(None, least=1, most=2**20, help="of every pair of matrices")
+    rank: int | None = option(None, least=1, most=2**20, help="rank of the LoRA")
     like: str | None = option(
         None,
         place=True,
@@ -25,8 +25,8 @@ class LoraSettings(LoopSettings):
     vae: str | None = option(
         None,
         place=True,
-        help="a VAE's or pipeline's folder, or one .safetensors file; the ensemble's, "
-        "where the two are compared (default: the expert's own)",
+        help="a VAE's or pipeline's folder, or one .safetensors file (default: the expert's own); "
+        "give the ensemble's VAE to compare with an ensemble",
     )
 
     def __post_init__(self) -> None:
@@ -35,7 +35,7 @@ class LoraSettings(LoopSettings):
             raise UserError("give either --rank N or --like ENSEMBLE")
 
     def files(self) -> dict[str, str]:
-        """Of the expert, what was chosen for its frame, and the rewards."""
+        """Return sha256 of the expert, of what was chosen for its frame, and of the rewards."""
         from afa.fingerprint import fingerprint
 
         return fingerprint([self.expert], vae=self.vae, frame=self.frame, config=self.config, **self.judges())

@@ -22,7 +22,7 @@ class ObjectiveSettings(CheckedOptions):
         None,
         above=0,
         most=10**6,
-        help="min-SNR-γ weighting of mse, 5 as published; default: all timesteps count alike",
+        help="γ of min-SNR-γ weighting of mse, 5 as published (default: all timesteps have the same weight)",
     )
     weighting: str | None = option(
         None,
@@ -30,48 +30,50 @@ class ObjectiveSettings(CheckedOptions):
         choices=["sigma_sqrt", "cosmap"],
     )
     timesteps: str = option(
-        "uniform", help="how training draws them", choices=["uniform", "logit_normal", "mode"]
+        "uniform", help="how the timesteps of a step are drawn", choices=["uniform", "logit_normal", "mode"]
     )
     reward: str | None = option(
         None,
         help=f"{', '.join(rewards())}, or a Python file with reward(images, captions)",
     )
     reward_weights: str | None = option(None, help="where the reward's weights are (default: the hub)")
-    reward_weight: float = option(0.1, **WEIGHT, help="what reward or draft counts beside mse")
+    reward_weight: float = option(
+        0.1, **WEIGHT, help="weight of reward or draft in the sum; mse has weight 1"
+    )
     reward_reach: float = option(
         0.5,
         above=0,
         most=1,
-        help="of reward: how far the recovered step goes towards the clean image, above 0, at most 1",
+        help="for reward: how far the recovered step goes towards the clean image, above 0, at most 1",
     )
     better: str | None = option(
-        None, help="words before the caption whose reward counts for, e.g. 'detailed photo'"
+        None, help="words before the caption whose reward is added, e.g. 'detailed photo'"
     )
     worse: str | None = option(
-        None, help="words before the caption whose reward counts against, e.g. 'blurry'"
+        None, help="words before the caption whose reward is subtracted, e.g. 'blurry'"
     )
-    draft_steps: int = option(20, **SAMPLING_STEPS, help="of draft: sampling steps")
+    draft_steps: int = option(20, **SAMPLING_STEPS, help="for draft: number of sampling steps")
     draft_last: int = option(
-        1, **SAMPLING_STEPS, help="of draft: how many of them, the last ones, have gradients"
+        1, **SAMPLING_STEPS, help="for draft: number of last sampling steps that have gradients"
     )
     draft_again: int = option(
-        0, least=0, most=1000, help="of draft: repetitions of the last step from fresh noise (LV)"
+        0, least=0, most=1000, help="for draft: repetitions of the last step from new noise (DRaFT-LV)"
     )
     draft_guidance: float | None = option(
-        None, **GUIDANCE, help="of draft: strength of classifier-free guidance (default: the family's own)"
+        None, **GUIDANCE, help="for draft: strength of classifier-free guidance (default: the family's own)"
     )
     anchor: float = option(
         0.0,
         **WEIGHT,
-        help="weight of the squared distance to the predictions the run began with, against running away",
+        help="weight of the squared distance to the predictions that the run began with",
     )
     sparsity: float = option(
         0.0,
         **WEIGHT,
-        help="weight of the entropy of the experts' weights, so that fewer experts are used at a place",
+        help="weight of the entropy of the experts' weights; fewer experts are then used at each place",
     )
     sparsity_top: int | None = option(
-        None, **COUNT, help="instead of the entropy: the weight outside so many experts"
+        None, **COUNT, help="replaces the entropy by the weight outside this number of experts"
     )
 
     def __post_init__(self) -> None:

@@ -51,10 +51,10 @@ class LoopSettings(ObjectiveSettings):
         "(x-{000..099}.tar), or a data set of the hub"
     )
     image_column: str | None = option(
-        None, help="of the data: where the image or its path is (default: image, jpg, file_name …)"
+        None, help="column of the data with the image or its path (default: image, jpg, file_name …)"
     )
     caption_column: str | None = option(
-        None, help="of the data: where the caption is (default: text, caption, prompt)"
+        None, help="column of the data with the caption (default: text, caption, prompt)"
     )
     allow_outside: bool = option(
         False, help="also read images that the data name outside their own folder: links, absolute paths, .."
@@ -63,38 +63,38 @@ class LoopSettings(ObjectiveSettings):
         None,
         least=1,
         most=10**9,
-        help="only the first so many images; a data set of the hub is then streamed instead of downloaded",
+        help="read only this number of images; a data set of the hub is then streamed instead of downloaded",
     )
     crops: int = option(
         0,
         least=0,
         most=10_000,
-        help="squares cut at random places of every training image, each encoded once; 0: its centre",
+        help="number of random square crops of every training image, each encoded once; 0: the centre",
     )
     flip: bool = option(False, help="mirror half of the random crops")
     max_skipped: float = option(
         0.1, **SHARE, help="share of the images that may be unusable before the run stops"
     )
-    output: str = option(help="where the result goes; an interrupted run goes on from here")
+    output: str = option(help="folder of the result; the same command continues an interrupted run there")
     steps: int = option(
         1000,
         least=1,
         most=10**9,
         help="optimiser steps at most; training stops earlier when the held-out loss no longer falls",
     )
-    batch_size: int = option(8, **COUNT, help="images a step and process")
+    batch_size: int = option(8, **COUNT, help="images per step and process")
     accumulate: int = option(1, **COUNT, help="batches whose gradients make one step")
     lr: float = option(1e-4, **SHARE, help="learning rate of AdamW after the warm-up")
     warm_up: int = option(20, least=0, most=10**9, help="steps over which the learning rate rises from 0")
     schedule: str = option(
         "constant",
-        help="of the rate after the warm-up; all but constant fall to 0 at --steps",
+        help="schedule of the learning rate after the warm-up; all but constant fall to 0 at --steps",
         choices=["constant", "cosine", "linear"],
     )
-    weight_decay: float = option(0.01, **WEIGHT, help="of AdamW")
+    weight_decay: float = option(0.01, **WEIGHT, help="weight decay of AdamW")
     clip: float = option(1.0, above=0, most=10**9, help="largest norm of the gradient")
     ema: float = option(
-        0.999, **SHARE, help="decay of the moving average of what is trained; the average is what is kept"
+        0.999, **SHARE, help="decay of the moving average of the trained weights; the average is saved"
     )
     caption_dropout: float = option(
         0.1, **SHARE, help="share of samples trained without their caption, so that guidance keeps working"
@@ -111,7 +111,10 @@ class LoopSettings(ObjectiveSettings):
         "VAE and text encoders then leave the memory",
     )
     held_out: int = option(
-        64, **COUNT, help="images that are never trained on, at most a fifth: the measure of early stopping"
+        64,
+        **COUNT,
+        help="number of images that are never trained on, at most a fifth; "
+        "training stops early by their loss",
     )
     evaluate_every: int = option(
         50, least=1, most=10**9, help="steps between two measurements on the held-out images"
@@ -120,12 +123,12 @@ class LoopSettings(ObjectiveSettings):
         5, least=1, most=10**9, help="measurements without a better one before training stops"
     )
     save_every: int = option(
-        200, least=1, most=10**9, help="steps between two saved states; Ctrl-C saves one too"
+        200, least=1, most=10**9, help="steps between two saved states; Ctrl-C also saves one"
     )
-    seed: int = option(0, **SEED, help="of everything random, 0 to 2**64 - 1")
+    seed: int = option(0, **SEED, help="seed of all random numbers, 0 to 2**64 - 1")
     dtype: str = option(
         "float32",
-        help="of what is frozen; what is trained is always float32",
+        help="number format of frozen weights; trained weights are always float32",
         choices=["float32", "bfloat16"],
     )
     config: str | None = option(None, help=CONFIG_HELP)
@@ -142,24 +145,26 @@ class LoopSettings(ObjectiveSettings):
         None,
         least=1,
         most=10**9,
-        help="steps between two sample sheets with weight maps, a multiple of --evaluate-every (default: "
-        "none)",
+        help="steps between two sample sheets with weight maps, a multiple of --evaluate-every "
+        "(default: no sheets)",
     )
-    sheet_images: int = option(4, **COUNT, help="held-out captions on a sheet")
+    sheet_images: int = option(4, **COUNT, help="number of held-out captions on a sheet")
     sheet_steps: int = option(20, **SAMPLING_STEPS, help="sampling steps of a sheet")
     sheet_guidance: float | None = option(
         None, **GUIDANCE, help="strength of guidance of a sheet (default: the family's own)"
     )
     watch: str | None = option(
-        None, help="a metric of every sheet's images, never trained on: it shows when a reward is hacked"
+        None, help="a metric of the sheets' images that is not trained on; it shows if the reward is hacked"
     )
     watch_weights: str | None = option(None, help="where that metric's weights are (default: the hub)")
     log_with: str | None = option(
-        None, help="besides the terminal and log.jsonl", choices=["tensorboard", "trackio", "wandb"]
+        None,
+        help="a tracker that gets the log too, besides the terminal and log.jsonl",
+        choices=["tensorboard", "trackio", "wandb"],
     )
     device: str | None = option(
         None,
-        help="default: the best there is; several are used with accelerate launch",
+        help="device to train on (default: the best one); accelerate launch uses several",
         choices=["cpu", "cuda", "mps", "xpu"],
     )
     dry_run: bool = option(False, help="print what would be trained and what it costs, then stop")
@@ -213,7 +218,7 @@ class TrainSettings(LoopSettings, AggregatorSettings):
     recipe: str | None = option(
         None,
         help="paper-sd15, paper-sdxl, low-memory, scenes, or a .toml file of flags; "
-        "a flag that is given too goes first",
+        "a flag on the command line replaces the value of the recipe",
     )
     experts: list[str] | None = option(
         None,
@@ -223,7 +228,7 @@ class TrainSettings(LoopSettings, AggregatorSettings):
     start: str | None = option(
         None,
         place=True,
-        help="a saved ensemble to go on from, instead of --experts: its experts, its aggregators as they are",
+        help="a saved ensemble to train further, instead of --experts",
     )
     aggregator: str = option(
         DEFAULT,
@@ -243,7 +248,8 @@ class TrainSettings(LoopSettings, AggregatorSettings):
     )
     text_stream: str = option(
         "own",
-        help="SD3, FLUX: text tokens of every expert's own, or fused where image tokens are",
+        help="SD3, FLUX, Qwen-Image: each expert keeps its own text tokens, or they are fused "
+        "as image tokens are",
         choices=["own", "fused"],
     )
     vae: str | None = option(
@@ -254,7 +260,7 @@ class TrainSettings(LoopSettings, AggregatorSettings):
     )
     store: str | None = option(
         None,
-        help="of the experts' weights: in 8 bits, or in the CPU's memory until needed",
+        help="how the experts' weights are stored: in 8 bits, or in the CPU's memory until they are needed",
         choices=["int8", "fp8", "cpu"],
     )
 
