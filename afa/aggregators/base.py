@@ -12,11 +12,11 @@ Adjust = Callable[[Tensor], Tensor]  # weights (R, N, H, W), convex over N, to o
 
 
 class Aggregator(nn.Module, ABC):
-    """Fuses the experts' features of one stage. A kind of aggregator says how they are weighed.
+    """Fuses the experts' features of one stage; a subclass defines how they are weighed.
 
-    own_blends: whether it hands every expert a blend of its own, so that its weights are N rows a sample
-    at_output:  the kind that stands in its place at the last stage, where an ensemble must make one
-                prediction; None: itself
+    own_blends: whether each expert gets a blend of its own; then there are N rows of weights per sample
+    at_output:  the class that replaces it at the last stage, where an ensemble makes one prediction; None:
+                the same class
     """
 
     own_blends: ClassVar[bool] = False
@@ -33,9 +33,12 @@ class Aggregator(nn.Module, ABC):
 
     @abstractmethod
     def weigh(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
-        """features (B, N, C, H, W), temb (B, E), text (B, T, D) -> weights (B, N, H, W), convex over N.
+        """Return the experts' weights at every place, (B, N, H, W), convex over N.
 
-        kept (B, T) bool: which of the text is no padding, and may be looked at; None: all of it.
+        features: (B, N, C, H, W) of the experts
+        temb:     (B, E) time embedding
+        text:     (B, T, D) text states
+        kept:     (B, T) bool, False for padding, which must not be read; None: there is no padding
         """
 
     def forward(
@@ -46,12 +49,12 @@ class Aggregator(nn.Module, ABC):
         kept: Tensor | None = None,
         adjust: Adjust | None = None,
     ) -> tuple[Tensor | list[Tensor], Tensor]:
-        """Blend the experts' features: -> fused (B, C, H, W) in the features' dtype, weights (B, N, H, W).
+        """Blend the experts' features; arguments as of weigh().
 
-        An aggregator may hand every expert a blend of its own: then fused is a list, one for each (see
-        stitch.py).
-        adjust: changes the weights before anything is blended; it is shown R = B of them, or B·N where
-                everyone has a blend of its own.
+        adjust: changes the weights (R, N, H, W) before anything is blended; R = B, or B·N if each expert has
+                a blend of its own
+        Returns the blend (B, C, H, W) in the features' dtype, or a list with a blend for each expert (see
+        stitch.py), and the weights (B, N, H, W).
         Source: arXiv:2405.17082, section 3.2. Deviation: none.
         """
         weights = self.weigh(features, temb, text, kept)
@@ -61,9 +64,10 @@ class Aggregator(nn.Module, ABC):
 
 
 def blend(features: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum over experts, without a second copy of all features.
+    """Return the weighted sum over experts, (B, C, H, W), without a second copy of all features.
 
-    (B, N, C, H, W) -> (B, C, H, W).
+    features: (B, N, C, H, W)
+    weights:  (B, N, H, W)
     """
     fused = features[:, 0] * weights[:, 0, None]
     for expert in range(1, features.shape[1]):
@@ -72,9 +76,10 @@ def blend(features: Tensor, weights: Tensor) -> Tensor:
 
 
 class Fixed(Aggregator):
-    """The same convex weight for an expert everywhere, at every stage and step.
+    """Gives each expert the same weight everywhere, at every stage and step.
 
-    weights: one number per expert, not negative, with sum 1. Cost: one multiplication per feature.
+    weights: one number per expert, not negative, with sum 1
+    Cost: one multiplication per feature.
     """
 
     weights: Tensor
@@ -98,7 +103,7 @@ class Fixed(Aggregator):
 
 
 class Mean(Fixed):
-    """Every expert weighs the same: what an untrained SABW computes, without its cost."""
+    """Gives all experts the same weight: what an untrained SABW computes, without its cost."""
 
     def __init__(self, *, experts: int, channels: int, time_width: int, text_width: int) -> None:
         weights = [1 / experts] * experts

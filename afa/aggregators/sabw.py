@@ -13,7 +13,7 @@ from afa.errors import look_up
 
 
 class SABW(Aggregator):
-    """Look at all experts' features, the time and the text; weigh the experts at every pixel.
+    """Weighs the experts at every pixel by all their features, the time and the text.
 
     experts, channels, time_width, text_width: N, C, E and D of the stage it fuses
     hidden: width inside, a multiple of heads. Cost grows with its square; 128 is the paper's
@@ -77,7 +77,7 @@ class SABW(Aggregator):
         return torch.softmax(self.logits(features, temb, text, kept), dim=1)  # (B, N, H, W)
 
     def logits(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
-        """What the softmax is taken of: (B, conv_out's channels, H, W)."""
+        """Return what the softmax is taken of, (B, channels of conv_out, H, W); arguments as of weigh()."""
         dtype = self.conv_in.weight.dtype  # aggregators may be kept in float32 beside half-precision experts
         hidden = self.conv_in(features.flatten(1, 2).to(dtype))  # (B, hidden, H, W)
         hidden = self.res_block(hidden, _seen(temb, "time" not in self.ignore).to(dtype))

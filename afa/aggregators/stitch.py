@@ -1,7 +1,4 @@
-"""Cross-stitched SABW.
-
-Every expert goes its own way and takes from the others, pixel by pixel, what it lacks.
-"""
+"""Cross-stitched SABW: every expert keeps its own path and takes from the others, at every pixel."""
 
 from typing import Any
 
@@ -15,14 +12,14 @@ KEPT = 4.0  # logit an untrained expert gives itself over each other: .965 of th
 
 
 class Stitch(SABW):
-    """SABW that hands every expert a convex blend of its own instead of one blend to all.
+    """SABW that gives every expert a convex blend of its own instead of one blend to all.
 
-    The weights are a matrix per pixel: row j says what expert j goes on with. It starts near the identity, so
-    an untrained ensemble is nearly the mean of the experts' *predictions*: experts whose features have
-    drifted apart are not thrown into each other's hands before anything is learnt. With equal rows it is
-    SABW, with the identity a router on the predictions; it can learn to be either, at every pixel. The
-    arguments are SABW's; besides, `kept` (a scalar) is trained. Where an ensemble must make one prediction,
-    at its last stage, SABW itself stands.
+    The weights are a matrix per pixel: row j is the blend with which expert j continues. It starts near the
+    identity, so an untrained ensemble is nearly the mean of the experts' *predictions*: experts whose
+    features have drifted apart are not mixed before anything is learnt. With equal rows it is SABW, with the
+    identity a router on the predictions; it can learn to be either, at every pixel. The arguments are
+    SABW's; besides, `kept` (a scalar) is trained. At the last stage, where an ensemble makes one prediction,
+    SABW replaces it.
 
     Ours; the idea of learning what parallel networks share is that of Misra et al., Cross-stitch networks,
     arXiv:1604.03539, there with one scalar per stage and channel.
@@ -39,10 +36,7 @@ class Stitch(SABW):
         self.experts = experts
 
     def matrix(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
-        """features (B, N, C, H, W), temb (B, E), text (B, T, D) -> (B, N, N, H, W).
-
-        To each expert (dim 1) from all (dim 2).
-        """
+        """Return the weights to each expert (dim 1) from all experts (dim 2): (B, N, N, H, W)."""
         logits = self.logits(features, temb, text, kept).unflatten(1, (self.experts, self.experts))
         own = torch.eye(self.experts, device=logits.device, dtype=logits.dtype).view(
             1, self.experts, self.experts, 1, 1
@@ -50,7 +44,7 @@ class Stitch(SABW):
         return torch.softmax(logits + self.kept * own, dim=2)
 
     def weigh(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
-        """How much of each expert all of them together take: (B, N, H, W), convex over N."""
+        """Return the mean over the blends: how much of each expert all take together, (B, N, H, W)."""
         return self.matrix(features, temb, text, kept).mean(1)
 
     def forward(
@@ -61,7 +55,7 @@ class Stitch(SABW):
         kept: Tensor | None = None,
         adjust: Adjust | None = None,
     ) -> tuple[list[Tensor], Tensor]:
-        """-> each expert's own blend, N × (B, C, H, W) in the features' dtype, weights (B, N, H, W)."""
+        """Return N blends (B, C, H, W) in the features' dtype, and the mean weights (B, N, H, W)."""
         matrix = self.matrix(features, temb, text, kept)
         if adjust is not None:  # a sample's rows stand one after another
             matrix = adjust(matrix.flatten(0, 1)).unflatten(0, matrix.shape[:2])
