@@ -13,8 +13,8 @@ from afa.experts.folders import read_object
 from afa.experts.parts import INDEX, read_index
 from afa.experts.prediction import keys_of, warn_once
 from afa.experts.single_file import clip_vocabulary, config_folder, load_tokenizers
-from afa.merging.plan import Plan
-from afa.merging.sources import Source
+from afa.merging.plan import MergePlan
+from afa.merging.sources import FileSource
 
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # a download may leave them out
 SHIPPED = ("sd15", "sd21", "sd21-base", "sdxl")  # configs that are found out by a single file's shapes
@@ -29,7 +29,7 @@ UNIMPORTANT = (*LEFT_OUT, "architectures", "dtype", "torch_dtype", "sample_size"
 PADS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}  # as load_tokenizers makes CLIP's
 
 
-def copy_surroundings(plan: Plan, into: Path) -> None:
+def copy_surroundings(plan: MergePlan, into: Path) -> None:
     """Write everything but the weights.
 
     Weights that a merge does not read (a safety checker's) are copied with their folder.
@@ -61,7 +61,7 @@ def copy_surroundings(plan: Plan, into: Path) -> None:
     (into / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _copy_config(origin: Source, part: str, into: Path, dtype: str | None) -> None:
+def _copy_config(origin: FileSource, part: str, into: Path, dtype: str | None) -> None:
     """A part's config.json, from a pipeline's folder or (a VAE's) own."""
     (into / part).mkdir(exist_ok=True)
     own = origin.config / part
@@ -81,7 +81,7 @@ def _write_config(file: Path, target: Path, dtype: str | None) -> None:
     target.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _scheduler(first: Source, index: dict[str, Any], into: Path) -> None:
+def _scheduler(first: FileSource, index: dict[str, Any], into: Path) -> None:
     """A single file may say of itself what its configs do not: then the folder has to."""
     assert first.outline is not None
     scheduler = first.outline.expert.scheduler
@@ -90,7 +90,7 @@ def _scheduler(first: Source, index: dict[str, Any], into: Path) -> None:
     scheduler.save_pretrained(into / "scheduler")
 
 
-def carried_configs(plan: Plan) -> dict[str, str]:
+def carried_configs(plan: MergePlan) -> dict[str, str]:
     """The configs that the header of a merged U-Net carries; none for architectures that afa ships."""
     first = plan.first
     if first.denoiser != "unet":

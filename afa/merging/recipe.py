@@ -13,41 +13,34 @@ A TOML file is its user's: experts are written as on the command line, or are na
     base = "base.safetensors"
     dtype = "float16"
 
-A merged file may be a stranger's. Its header names inputs, never places: an input is a model of this package,
-a commit of the hub, a file or folder of that plain name beside the merged file, or what the user gives for
-it; and it must have the recorded sha256.
+What a merged file's header says stands in record.py.
 """
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from afa.errors import UserError, unknown
-from afa.experts.headers import read_metadata
 from afa.experts.single_file import KNOWN_CONFIGS
 from afa.experts.spec import HUB_ID, ExpertSpec, Lora, exists, new_places
-from afa.files import settled
-from afa.merging.settings import DTYPES, MergeSettings
+from afa.merging.record import Dtype, Input, RecordedStep, read_record
+from afa.merging.settings import MergeSettings
 from afa.places import ASSETS, EMBEDDED, check_name, located
-from afa.schema import Sha256, Within, build, shown
-from afa.text_files import parse_json, read_toml
+from afa.schema import Within, build, shown
+from afa.text_files import read_toml
 from afa.version import __version__
 
-KEY = "afa.merge"  # of a merged file's header
 Value = (
     int | float | bool | str | list[float] | list[str] | dict[str, float | Annotated[list[float], Within(1)]]
 )
-Dtype = Literal["float32", "bfloat16", "float16"]
-assert set(DTYPES) == set(Dtype.__args__)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
-class Step:
+class MergeStep:
     """One merge of a recipe.
 
     experts, base: as asked for; a source may be the name of an earlier step
@@ -65,41 +58,46 @@ class Step:
     vae: str | ExpertSpec | None = None
     merge_vae: bool = False
     dtype: str | None = None
-    recorded: Mapping[tuple[str, str], "Input"] | None = None
+    recorded: Mapping[tuple[str, str], Input] | None = None
+
+    @property
+    def specs(self) -> list[ExpertSpec]:
+        """The experts, and the base if there is one."""
+        return [*self.experts, *([self.base] if self.base is not None else [])]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MergeRecipe:
     """Steps in order; the last one makes the result.
 
     config, prediction_type: of single files
     where:                   it was read
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[MergeStep, ...]
     config: str | None = None
     prediction_type: str | None = None
     where: str = ""
 
 
-def recipe_of(settings: MergeSettings) -> Recipe:
+def recipe_of(settings: MergeSettings) -> MergeRecipe:
     """The recipe that is asked for. Raises UserError for one that cannot be read or makes no sense."""
     if settings.recipe is None:
         asked = AskedStep(
             settings.experts or [], "", settings.method, settings.base, settings.options(), settings.vae,
             settings.merge_vae, settings.dtype,
         )  # fmt: skip
-        return Recipe((asked.parsed(settings),), settings.config, settings.prediction_type)
+        return MergeRecipe((asked.parsed(settings),), settings.config, settings.prediction_type)
     file = Path(settings.recipe)
     recipe = _from_toml(file, settings) if file.suffix == ".toml" else _from_header(file, settings)
     _check_steps(recipe)
     return recipe
 
 
-def _check_steps(recipe: Recipe) -> None:
+def _check_steps(recipe: MergeRecipe) -> None:
     """Names of steps are plain and their own; a step uses earlier ones only, and is used by a later one."""
     names = [step.name for step in recipe.steps]
-    used = {spec.source for step in recipe.steps for spec in (*step.experts, step.base) if spec is not None}
+    used = {spec.source for step in recipe.steps for spec in step.specs}
     for number, step in enumerate(recipe.steps, 1):
         where = f"{recipe.where}: step {number}"
         if number < len(names) and not step.name:
@@ -114,7 +112,7 @@ def _check_steps(recipe: Recipe) -> None:
                 f"{where} ('{step.name}') is used by no later step; leave it out, or name it as an expert or"
                 " base"
             )
-        for spec in (*step.experts, *([step.base] if step.base else [])):
+        for spec in step.specs:
             if spec.source in names[number - 1 :] and spec.source and not exists(spec.source):
                 raise UserError(
                     f"{where} uses '{spec.source}', which is not made before it; put that step first"
@@ -137,9 +135,9 @@ class AskedStep:
     merge_vae: bool = False
     dtype: Dtype | None = None
 
-    def parsed(self, settings: MergeSettings) -> Step:
+    def parsed(self, settings: MergeSettings) -> MergeStep:
         parse = functools.partial(ExpertSpec.parse, prediction_type=settings.prediction_type)
-        return Step(
+        return MergeStep(
             self.method,
             tuple(parse(text) for text in self.experts),
             None if self.base is None else parse(self.base),
@@ -151,7 +149,7 @@ class AskedStep:
         )
 
 
-def _from_toml(file: Path, settings: MergeSettings) -> Recipe:
+def _from_toml(file: Path, settings: MergeSettings) -> MergeRecipe:
     if not file.is_file():
         raise UserError(f"--recipe {file} is not there")
     found = read_toml(file)
@@ -173,94 +171,13 @@ def _from_toml(file: Path, settings: MergeSettings) -> Recipe:
         if asked.name:
             check_name(asked.name, where)
         made.append(asked.parsed(settings))
-    return Recipe(tuple(made), settings.config, settings.prediction_type, str(file))
+    return MergeRecipe(tuple(made), settings.config, settings.prediction_type, str(file))
 
 
 # ---- the header of a merged file --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class InputLora:
-    """A LoRA as a header has it: the name of its file."""
-
-    source: str
-    sha256: Sha256
-    strength: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Input:
-    """An expert, a base or a VAE as a header has it.
-
-    source: demo:NAME, a hub id, or the last part of a path
-    commit: of the hub
-    sha256: of every file that is read, by its path in the input's folder
-    step:   an earlier step, instead of files
-    """
-
-    name: str
-    source: str | None = None
-    commit: str | None = None
-    sha256: dict[str, Sha256] = field(default_factory=dict)
-    loras: list[InputLora] = field(default_factory=list)
-    step: str | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON, without what is empty."""
-        return {
-            name: value for name, value in dataclasses.asdict(self).items() if value not in (None, {}, [])
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordedStep:
-    """One step as a header has it, its options complete."""
-
-    method: str
-    options: dict[str, int | float | bool | str | list[float] | dict[str, list[float]] | None]
-    experts: Annotated[list[Input], Within(1)]
-    base: Input | None = None
-    vae: Input | Literal["merged"] | None = None
-    dtype: Dtype | None = None
-    name: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record(RecordedStep):
-    """The last step, and what came before it."""
-
-    afa: str = ""
-    steps: list[RecordedStep] = field(default_factory=list)
-    config: str | None = None
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None
-
-
-def read_record(file: Path) -> Record:
-    """What the header of a merged file, or of a merged folder's denoiser, says of how it was made.
-
-    Raises UserError.
-    """
-    if file.is_dir():
-        names = [
-            settled(file) / part / "diffusion_pytorch_model.safetensors"
-            for part in ("unet", "transformer", "")
-        ]
-        source = next((name for name in names if name.is_file()), None)
-    else:
-        source = file if file.suffix == ".safetensors" and file.is_file() else None
-    if source is None:
-        raise UserError(
-            f"--recipe {file} is no recipe; give a .toml file, or a file or folder that afa merge made"
-        )
-    text = read_metadata(source).get(KEY)
-    if text is None:
-        raise UserError(f"{source} does not say how it was merged ('{KEY}' in its header); give a .toml file")
-    where = f"the recipe in the header of {source}"
-    record: Record = build(Record, parse_json(text, where), where)
-    return record
-
-
-def _from_header(file: Path, settings: MergeSettings) -> Recipe:
+def _from_header(file: Path, settings: MergeSettings) -> MergeRecipe:
     record = read_record(file)
     if record.afa != __version__:
         print(
@@ -268,7 +185,7 @@ def _from_header(file: Path, settings: MergeSettings) -> Recipe:
             file=sys.stderr,
         )
     places = new_places(settings.experts or [])
-    inputs = {one.name for step in (*record.steps, record) for one in _inputs(step) if one.step is None}
+    inputs = {one.name for step in (*record.steps, record) for _, one in step.inputs() if one.step is None}
     for name in places:
         if name not in inputs:
             raise UserError(
@@ -278,11 +195,7 @@ def _from_header(file: Path, settings: MergeSettings) -> Recipe:
     made = [step.name for step in record.steps]
     steps = tuple(finder.step(step, made[:number]) for number, step in enumerate((*record.steps, record)))
     config = settings.config or _config(file, record.config)
-    return Recipe(steps, config, settings.prediction_type or record.prediction_type, str(file))
-
-
-def _inputs(step: RecordedStep) -> list[Input]:
-    return [*step.experts, *(one for one in (step.base, step.vae) if isinstance(one, Input))]
+    return MergeRecipe(steps, config, settings.prediction_type or record.prediction_type, str(file))
 
 
 def _config(file: Path, recorded: str | None) -> str | None:
@@ -306,7 +219,7 @@ class _Finder:
     places: Mapping[str, str]
     prediction_type: str | None
 
-    def step(self, step: RecordedStep, made: Sequence[str]) -> Step:
+    def step(self, step: RecordedStep, made: Sequence[str]) -> MergeStep:
         """made: the names of the steps before it."""
         weights = step.options.get("weights")
         if isinstance(weights, str):
@@ -317,11 +230,11 @@ class _Finder:
         if isinstance(step.vae, Input):
             own = any(step.vae.name == one.name for one in step.experts)
             vae = step.vae.name if own else self._spec(step.vae)
-        recorded = {("expert", one.name): one for one in step.experts}
-        others = {"base": step.base, "vae": step.vae}
-        recorded |= {(role, one.name): one for role, one in others.items() if isinstance(one, Input)}
+        recorded = {(role, one.name): one for role, one in step.inputs()}
         merged = step.vae == "merged"
-        return Step(step.method, experts, base, step.options, step.name, vae, merged, step.dtype, recorded)
+        return MergeStep(
+            step.method, experts, base, step.options, step.name, vae, merged, step.dtype, recorded
+        )
 
     def _spec(self, one: Input, made: Sequence[str] = ()) -> ExpertSpec:
         """An input as an expert. Raises UserError if it is nowhere, or its place is no plain name."""
@@ -334,7 +247,10 @@ class _Finder:
             return ExpertSpec(name, one.step, loras=self._loras(one))
         if name in self.places:
             spec = ExpertSpec.parse(f"{name}={self.places[name]}", self.prediction_type)
-            self._check_loras(one, spec)
+            mine, theirs = ([lora.strength for lora in loras] for loras in (spec.loras, one.loras))
+            if mine and mine != theirs:
+                made = f"{self.file} was made with {theirs}"
+                raise UserError(f"--experts {spec}: its LoRAs have the strengths {mine}, {made}")
             return dataclasses.replace(spec, loras=spec.loras or self._loras(one))
         if one.commit is not None and one.source is not None:
             if exists(one.source) or not HUB_ID.fullmatch(one.source):
@@ -373,46 +289,3 @@ class _Finder:
             for lora in one.loras
         ]
         return tuple(Lora(str(place), lora.strength) for place, lora in zip(places, one.loras, strict=True))
-
-    def _check_loras(self, one: Input, spec: ExpertSpec) -> None:
-        """LoRAs that the user gives with a place are those of the recipe."""
-        mine, theirs = ([lora.strength for lora in loras] for loras in (spec.loras, one.loras))
-        if mine and mine != theirs:
-            raise UserError(
-                f"--experts {spec}: its LoRAs have the strengths {mine}, {self.file} was made with {theirs}"
-            )
-
-
-# ---- writing it -------------------------------------------------------------------------------------------
-
-
-def check_input(recorded: Input, now: Input, where: str) -> None:
-    """Raises UserError, with both hashes, for an input that is not what a recipe was made with."""
-    renamed = len(recorded.sha256) == len(now.sha256) == 1  # a file may have another name
-    names = dict(zip(recorded.sha256, now.sha256, strict=False)) if renamed else {}
-    pairs = [(name, then, now.sha256.get(names.get(name, name))) for name, then in recorded.sha256.items()]
-    pairs += [
-        (one.source, one.sha256, other.sha256) for one, other in zip(recorded.loras, now.loras, strict=True)
-    ]
-    for name, then, found in pairs:
-        if then != found:
-            raise UserError(
-                f"{where} was made of '{recorded.name}' with {name} of sha256 {then},"
-                f" and it has {found or 'no such file'} now; restore it, or merge anew"
-            )
-    more = sorted(set(now.sha256) - set(recorded.sha256))
-    if more and not renamed:
-        raise UserError(f"{where} was made of '{recorded.name}' without {more[0]}; restore it, or merge anew")
-
-
-def record_text(steps: Sequence[Mapping[str, Any]], recipe: Recipe, config: str | None) -> str:
-    """The recipe for a header. Nothing depends on time or place, so the same merge gives the same file.
-
-    steps: each as plain data, the last one makes the result
-    """
-    *earlier, last = steps
-    found = {"afa": __version__, **last}
-    found |= {"steps": earlier} if earlier else {}
-    found |= {"config": config} if config is not None else {}
-    found |= {"prediction_type": recipe.prediction_type} if recipe.prediction_type is not None else {}
-    return json.dumps(found, sort_keys=True, default=list)

@@ -29,12 +29,12 @@ from afa.experts.meta_model import OPEN_CLIP, Outline, read_outline
 from afa.experts.prediction import says
 from afa.experts.single_file import config_folder, describe_vae
 from afa.experts.spec import ExpertSpec, Lora
-from afa.merging.keys import MERGED, key_stages, today
+from afa.merging.keys import key_stages, today
 from afa.merging.single_file import Place, from_original, original_places, shape_from_original
-from afa.models.registry import FAMILIES, layers_of
+from afa.models.registry import layers_of
 
 if TYPE_CHECKING:
-    from afa.merging.plan import PlannedStep
+    pass
 
 EMA = "model_ema."
 MAPPED = 256 << 20  # bytes read from all files before they are mapped anew, which lets the read pages go
@@ -64,8 +64,8 @@ class Stored:
 
 
 @dataclass
-class Source:
-    """An expert, a base or a VAE, or the result of an earlier step of a recipe.
+class FileSource:
+    """An expert, a base or a VAE, as its files have it.
 
     tensors: by "part.name"
     config:  folder of configs: the expert's own, or the one that a single file is read with
@@ -73,7 +73,6 @@ class Source:
              written anew
     outline: of an expert; a VAE has none
     loras:   by the name of a layer, "part.layer"; given: their files
-    step:    that makes the tensors; then `tensors` says what the step's first expert has
     """
 
     name: str
@@ -84,12 +83,21 @@ class Source:
     outline: Outline | None = None
     loras: dict[str, "LayerLoras"] = field(default_factory=dict)
     given: tuple[Lora, ...] = ()
-    step: "PlannedStep | None" = None
+
+    @property
+    def place(self) -> str:
+        """Where it is, for a reader."""
+        return str(self.located.path)
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts of a pipeline that it has weights of, the denoiser first."""
         return tuple(dict.fromkeys(key.partition(".")[0] for key in self.tensors))
+
+    def of(self, part: str) -> dict[str, Stored]:
+        """The tensors of one part, by their names in it."""
+        keys = {key: key.removeprefix(f"{part}.") for key in self.tensors}
+        return {name: self.tensors[key] for key, name in keys.items() if name != key}
 
     @property
     def denoiser(self) -> str:
@@ -112,31 +120,29 @@ class Source:
         return key_stages(self.tensors, self.model)
 
     def read(self, key: str, reader: "Reader") -> Tensor:
-        """One tensor in its diffusers form, in the file's type; in float32 where a LoRA or a step changes
-        it."""
-        plain = reader.read(self.tensors[key]) if self.step is None else self.step.kept(key, reader)
+        """One tensor in its diffusers form, in the file's type; in float32 where a LoRA changes it."""
         layer, _, end = key.rpartition(".")
         if layer not in self.loras or not self.loras[layer].changes(end):
-            return plain
-        other = f"{layer}.{'bias' if end == 'weight' else 'weight'}"
-        tensors = {end: plain}
-        if other in self.tensors:
-            own = reader.read(self.tensors[other]) if self.step is None else self.step.kept(other, reader)
-            tensors[other.rpartition(".")[2]] = own
-        return self.loras[layer].folded(tensors, f"'{self.name}': {key}")[end]
+            return self.plain(key, reader)
+        keys = {name: f"{layer}.{name}" for name in ("weight", "bias")}
+        own = {name: self.plain(key, reader) for name, key in keys.items() if key in self.tensors}
+        return self.loras[layer].folded(own, f"'{self.name}': {key}")[end]
+
+    def plain(self, key: str, reader: "Reader") -> Tensor:
+        """One tensor without LoRAs."""
+        return reader.read(self.tensors[key])
 
     def files(self, part: str) -> list[Path]:
-        """The files that a part's weights are in; of a step's result none are."""
-        own = (stored.file for key, stored in self.tensors.items() if key.startswith(f"{part}."))
-        return sorted(set(own)) if self.step is None else []
+        """The files that a part's weights are in."""
+        return sorted({stored.file for stored in self.of(part).values()})
 
     def floats(self) -> dict[str, tuple[int, ...]]:
         """The shapes of what can be merged: all but whole numbers."""
         return {key: stored.shape for key, stored in self.tensors.items() if stored.is_float}
 
-    def origin(self, part: str) -> "Source":
-        """What a part's configs come from: itself, or an expert of the step that made it."""
-        return self if self.step is None else self.step.origin(part).origin(part)
+    def origin(self, part: str) -> "FileSource":
+        """What a part's configs come from."""
+        return self
 
     def open_clip(self, part: str) -> bool:
         """Whether a text encoder was OpenCLIP's: SDXL's second, and SD 2.x'.
@@ -146,8 +152,7 @@ class Source:
         if "text_encoder_2" in self.parts:
             return part == "text_encoder_2"
         if self.located.single_file:
-            own = (stored.name for key, stored in self.tensors.items() if key.startswith(f"{part}."))
-            return any(name.startswith(OPEN_CLIP) for name in own)
+            return any(stored.name.startswith(OPEN_CLIP) for stored in self.of(part).values())
         return read_object(self.config / part / "config.json").get("hidden_act") == "gelu"
 
 
@@ -162,7 +167,8 @@ class LayerLoras:
 
     def changes(self, end: str) -> bool:
         """Whether the layer's `weight` or `bias` is another with them."""
-        return end == "weight" or any("lora_B.bias" in state for state, _ in self.added)
+        biased = any("lora_B.bias" in state for state, _ in self.added)
+        return end == "weight" or (end == "bias" and biased)
 
     def folded(self, tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
         """The layer's own tensors -> with the LoRAs in them. what: for messages."""
@@ -188,7 +194,7 @@ class LayerLoras:
         return {end: getattr(holder.layer, end).data for end in tensors}
 
 
-def add_loras(source: Source, loras: tuple[Lora, ...]) -> Source:
+def add_loras(source: FileSource, loras: tuple[Lora, ...]) -> FileSource:
     """The source with LoRA files folded into what is read.
 
     Raises UserError for one that does not fit, or is another kind.
@@ -219,7 +225,7 @@ def add_loras(source: Source, loras: tuple[Lora, ...]) -> Source:
     return source
 
 
-def open_source(spec: ExpertSpec, config: str | None = None, outline: Outline | None = None) -> Source:
+def open_source(spec: ExpertSpec, config: str | None = None, outline: Outline | None = None) -> FileSource:
     """Find an expert's tensors, without reading them.
 
     config:  of a single file, as in load_expert
@@ -233,7 +239,7 @@ def open_source(spec: ExpertSpec, config: str | None = None, outline: Outline | 
     return add_loras(found, spec.loras)
 
 
-def open_vae(place: str | ExpertSpec, like: Source, config: str | None = None) -> Source:
+def open_vae(place: str | ExpertSpec, like: FileSource, config: str | None = None) -> FileSource:
     """The source of a VAE: an expert's, a VAE's own folder, or its own file. like: an expert that it is to
     serve.
 
@@ -247,14 +253,14 @@ def open_vae(place: str | ExpertSpec, like: Source, config: str | None = None) -
         kind = read_object(located.path / "config.json").get("_class_name")
         if kind != "AutoencoderKL":
             raise UserError(f"{located.path} is no VAE (its config.json says {kind})")
-        return Source(spec.name, located, _folder_tensors(located.path, "vae"), located.path)
+        return FileSource(spec.name, located, _folder_tensors(located.path, "vae"), located.path)
     source = open_source(replace(spec, loras=()), config)
     if "vae" not in source.parts:
         raise UserError(f"'{spec.name}' has no VAE; choose another with --vae")
     return source
 
 
-def _vae_file(located: Located, like: Source, config: str | None) -> Source:
+def _vae_file(located: Located, like: FileSource, config: str | None) -> FileSource:
     assert like.outline is not None
     model, layout = describe_vae(located.path, like.outline.expert, config)
     entries, shapes = read_file(located.path), _shapes(model)
@@ -265,24 +271,20 @@ def _vae_file(located: Located, like: Source, config: str | None) -> Source:
         for name, place in places.items()
     }
     folder = like.config if config is None else config_folder(config)
-    return Source(located.spec.name, located, found, folder)
+    return FileSource(located.spec.name, located, found, folder)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _folder(located: Located, outline: Outline) -> Source:
+def _folder(located: Located, outline: Outline) -> FileSource:
     """A diffusers pipeline's folder, or a bare denoiser's."""
     path, name = located.path, located.spec.name
-    if not located.whole_pipeline:
-        part = FAMILIES[outline.expert.family].component
-        return Source(name, located, _folder_tensors(path, part, outline.expert.model), path, outline=outline)
     tensors: dict[str, Stored] = {}
-    for part in (*MERGED, "vae"):
-        if part in outline.parts:
-            tensors |= _folder_tensors(path / part, part, outline.parts[part])
-    return Source(name, located, tensors, path, outline=outline)
+    for part, model in outline.parts.items():
+        tensors |= _folder_tensors(path / part if located.whole_pipeline else path, part, model)
+    return FileSource(name, located, tensors, path, outline=outline)
 
 
 def _folder_tensors(folder: Path, part: str, model: nn.Module | None = None) -> dict[str, Stored]:
@@ -298,7 +300,7 @@ def _folder_tensors(folder: Path, part: str, model: nn.Module | None = None) -> 
     return tensors
 
 
-def _single_file(located: Located, outline: Outline) -> Source:
+def _single_file(located: Located, outline: Outline) -> FileSource:
     """A whole checkpoint of SD 1.x, 2.x or XL, or a denoiser alone."""
     assert outline.folder is not None
     layout, xl = located.layout, "text_encoder_2" in outline.parts
@@ -319,7 +321,7 @@ def _single_file(located: Located, outline: Outline) -> Source:
         for name, entry in read_file(located.path).items()
         if not (name in used or name.startswith(EMA) or says(name))
     }
-    return Source(located.spec.name, located, tensors, outline.folder, spare, outline)
+    return FileSource(located.spec.name, located, tensors, outline.folder, spare, outline)
 
 
 def _as_is(name: str, entry: Entry) -> Stored:

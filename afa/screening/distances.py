@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from afa.errors import UserError
 from afa.experts.expert import TEXT_ENCODERS
-from afa.merging.sources import Reader, Source
+from afa.merging.sources import FileSource, Reader
 from afa.models.registry import stage_names
 
 TEXT = "text"  # the name of the text encoders beside the stages
@@ -98,7 +98,7 @@ class Distances:
         }
 
 
-def distances(sources: Sequence[Source], base: Source | None = None) -> Distances:
+def distances(sources: Sequence[FileSource], base: FileSource | None = None) -> Distances:
     """Read the weights of all experts once and compute their distances.
 
     base: the model that the experts were fine-tuned from; None: not known
@@ -125,7 +125,7 @@ def distances(sources: Sequence[Source], base: Source | None = None) -> Distance
     )
 
 
-def _common(sources: Sequence[Source], reference: Source) -> list[str]:
+def _common(sources: Sequence[FileSource], reference: FileSource) -> list[str]:
     """Return the floating-point keys that all models have. Raises UserError for shapes that differ."""
     shapes = [source.floats() for source in (*sources, reference)]
     keys = [key for key in shapes[0] if all(key in other for other in shapes)]

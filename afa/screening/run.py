@@ -21,7 +21,7 @@ from afa.latents import latents_of
 from afa.merging.engine import merge_files
 from afa.merging.plan import make_plan
 from afa.merging.settings import MergeSettings
-from afa.merging.sources import Source, open_source
+from afa.merging.sources import FileSource, open_source
 from afa.prompts import read_prompts, warn_of_prompts
 from afa.screening.comparison import ExpertComparison
 from afa.screening.distances import Distances, distances
@@ -192,7 +192,9 @@ class AnswerCollector:
             )
 
 
-def _average(planned: ScreenPlan, asking: AnswerCollector, sources: list[Source] | str) -> AnswerStore | str:
+def _average(
+    planned: ScreenPlan, asking: AnswerCollector, sources: list[FileSource] | str
+) -> AnswerStore | str:
     """Return the answers of the experts' weight average, or the reason why there are none."""
     reason = planned.no_average_reason()
     if reason is not None:
@@ -219,7 +221,7 @@ def _average(planned: ScreenPlan, asking: AnswerCollector, sources: list[Source]
     return store
 
 
-def _sources(planned: ScreenPlan) -> list[Source] | str:
+def _sources(planned: ScreenPlan) -> list[FileSource] | str:
     """Find the experts' tensors, or return the reason why they cannot be read key by key (pickles)."""
     try:
         return [
@@ -230,7 +232,7 @@ def _sources(planned: ScreenPlan) -> list[Source] | str:
         return str(error)
 
 
-def _distances(planned: ScreenPlan, sources: list[Source] | str) -> Distances | str:
+def _distances(planned: ScreenPlan, sources: list[FileSource] | str) -> Distances | str:
     """Return the distances between weights, or the reason why they cannot be compared."""
     if isinstance(sources, str):
         return sources
