@@ -1,30 +1,36 @@
 """Merge experts into one new checkpoint: weighted, by blocks, by differences from their base, and more.
 
-Tensors are read and written one after the other, so a merge of any number of models needs the memory of one
-tensor of each. Expert folders and single files may be mixed, each with LoRAs
-(base.safetensors+style.safetensors*0.8). SD 1.x, 2.x and XL are written as a folder or a single file,
-denoisers alone as their first expert is, other pipelines as a folder. Text encoders are merged with the
-denoiser; the VAE is the first expert's. How it was made, and the sha256 of every file it was made from, stand
-in the header of the files written; --recipe makes it again. A TOML file given as
---recipe may hold several steps: each [[step]] names its method, its experts and its options.
+All experts must have one architecture. Folders and single files can be mixed, each with LoRAs
+(base.safetensors+style.safetensors*0.8). SD 1.x, 2.x and XL are written as a folder or as a single file; a
+denoiser alone keeps the form of the first expert; other pipelines are written as a folder. Text encoders are
+merged like the denoiser; the VAE is copied from the first expert. Only a few tensors are in memory at a time,
+however many models are merged.
+
+The header of the written files records the methods, the options and the sha256 of every input. `--recipe`
+with such a file repeats the merge. `--recipe` with a TOML file can have several steps: each [[step]] has a
+method, experts and options, and later steps use the results of earlier ones.
+
+Methods (θᵢ: the weights of an expert):
 """
 
 import json
+import textwrap
 from typing import Any
 
+from afa.merging.block_weights import PRESETS
 from afa.merging.registry import MERGES
 from afa.merging.settings import MergeSettings as Options
 from afa.pages.numbers import scaled
 
 METHODS = "\n".join(f"  {name:<17}{merge.help}" for name, merge in MERGES.items())
-__doc__ = f"""{__doc__}
-{METHODS}
+__doc__ = f"""{__doc__}{METHODS}
 
-A TOML file of block weights names stages: IN00 = 0.5 (the second expert's share) or IN00 = [2, 1, 1] (for
-three), `base` for all but the denoiser, `others` for the rest. Stages: IN00 … M00 … OUT11 of SD 1.x and 2.x,
-IN00 … OUT08 of XL, J00 … OUT of SD3, D00 … S00 … OUT of FLUX.1; `afa inspect` shows a model's. Presets, for
-U-Nets: GRAD_V GRAD_A FLAT_25 FLAT_50 FLAT_75 WRAP08 WRAP12 WRAP14 WRAP16 MID12_50 OUT07 OUT12 OUT12_5
-RING08_5 RING08_SOFT RING10_3 RING10_5 SMOOTHSTEP REVERSE_SMOOTHSTEP ALL_A ALL_B
+Block weights (--method mbw) can be a preset, numbers, or a TOML file with a line for each stage: IN00 = 0.5
+is the share of the second of two experts, IN00 = [2, 1, 1] are weights of three. `base` means everything
+except the denoiser, `others` all stages that are not named. Stages: IN00 … M00 … OUT11 of SD 1.x and 2.x,
+IN00 … OUT08 of XL, J00 … OUT of SD3, D00 … S00 … OUT of FLUX.1; `afa inspect` lists those of a model.
+Presets, for U-Nets:
+{textwrap.fill(" ".join(PRESETS), 105)}
 """
 
 EXAMPLES = [

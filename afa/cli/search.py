@@ -1,9 +1,8 @@
 """Search for the block weights whose merge draws the best images (auto-MBW).
 
-Merges in memory, judged by any metric.
-
-Leaves best.toml for `afa merge --method mbw --weights best.toml`. Interrupt it with Ctrl-C: the same command
-goes on.
+The experts are merged in memory again and again. Every merge draws the same images, and a metric scores them.
+The best weights are written to best.toml, for: afa merge --method mbw --weights best.toml. The search can be
+interrupted with Ctrl-C; the same command continues it.
 """
 
 import json

@@ -252,8 +252,8 @@ def _complete(
     base_alpha: Annotated[
         float | None,
         Option(
-            "the second of two experts' share of all but the denoiser, where the weights do not say it"
-            " (else 0)"
+            "share of the second of two experts of everything except the denoiser, if the weights do not"
+            " name `base` (default: 0)"
         ),
     ] = None,
 ) -> Options:
@@ -263,7 +263,7 @@ def _complete(
 MBW = Merge(
     mbw,
     title="MBW",
-    help="weighted, stage by stage",
+    help="weighted, with weights of its own for every stage (block-weighted merge)",
     row="one model, weights averaged stage by stage along the community's presets",
     candidates=_curves,
     fill=_complete,

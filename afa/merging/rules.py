@@ -130,7 +130,7 @@ def _shares(
 def slerp(
     tensors: "Sequence[Tensor]",
     *,
-    t: Annotated[float, Option("from the first expert (0) to the second (1)", **SHARE)] = 0.5,
+    t: Annotated[float, Option("position between the first expert (0) and the second (1)", **SHARE)] = 0.5,
 ) -> "Tensor":
     """Spherical interpolation of two tensors.
 
@@ -162,7 +162,7 @@ def add_difference(
     tensors: "Sequence[Tensor]",
     *,
     base: "Tensor",
-    alpha: Annotated[float, Option("how much of the second's difference is added")] = 1.0,
+    alpha: Annotated[float, Option("factor of the second expert's difference from the base")] = 1.0,
 ) -> "Tensor":
     """What the second expert learnt is added to the first: θ = A + alpha (B - base).
 
@@ -173,7 +173,7 @@ def add_difference(
     return first.add(second - base, alpha=alpha)
 
 
-SCALE = Option("factor of the sum")
+SCALE = Option("factor of the summed differences")
 
 
 def task_arithmetic(
@@ -192,7 +192,7 @@ def ties(
     *,
     base: "Tensor",
     density: Annotated[
-        float, Option("fraction of each tensor's differences that is kept", above=0, most=1)
+        float, Option("fraction of each tensor's differences that is kept, the largest ones", above=0, most=1)
     ] = 0.2,
     scale: Annotated[float, SCALE] = 1.0,
 ) -> "Tensor":
@@ -229,8 +229,8 @@ def dare(
     *,
     base: "Tensor",
     key: str,
-    drop: Annotated[float, Option("probability with which a difference is dropped", least=0, below=1)] = 0.5,
-    seed: Annotated[int, Option("which differences are dropped, 0 to 2**64 - 1", **SEED)] = 0,
+    drop: Annotated[float, Option("probability that a difference is dropped", least=0, below=1)] = 0.5,
+    seed: Annotated[int, Option("seed of the random choice, 0 to 2**64 - 1", **SEED)] = 0,
     scale: Annotated[float, SCALE] = 0.4,
 ) -> "Tensor":
     """Drop differences at random, rescale the others, then task arithmetic: θ = base + λ Σ mᵢ dᵢ / (1 - p).
@@ -290,7 +290,7 @@ def sum_of(tensors: "Iterable[Tensor]") -> "Tensor":
 WEIGHTED = Merge(
     weighted,
     title="weighted merge",
-    help="Σ wᵢ θᵢ, equal weights by default",
+    help="Σ wᵢ θᵢ with Σ wᵢ = 1; equal weights by default",
     row="one model of averaged weights",
     candidates=lambda count, stages: [{"weights": weights} for weights in one_ahead(count)],
     fill=_shares,
@@ -315,7 +315,7 @@ TASK_ARITHMETIC = Merge(
 TIES = Merge(
     ties,
     title="TIES",
-    help="base + scale · the differences that agree",
+    help="base + scale · the mean of the large differences that agree in sign",
     row="the same, trimmed and with elected signs",
     candidates=lambda count, stages: [
         {"scale": scale, "density": density} for density, scale in itertools.product((0.2, 0.5), (1.0, 0.5))
@@ -324,7 +324,7 @@ TIES = Merge(
 DARE = Merge(
     dare,
     title="DARE",
-    help="as task_arithmetic, most differences dropped at random",
+    help="task_arithmetic after differences are dropped at random",
     row="the same, differences dropped at random",
     candidates=lambda count, stages: [
         {"scale": scale, "drop": drop} for drop, scale in itertools.product((0.5, 0.9), (1 / count, 0.5))
@@ -333,14 +333,14 @@ DARE = Merge(
 MODEL_STOCK = Merge(
     model_stock,
     title="model stock",
-    help="mean, closer to base the less experts agree",
+    help="the mean, moved towards the base the more the experts disagree",
     row="the mean of the experts, drawn back to the base",
     float64=True,
 )
 SLERP = Merge(
     slerp,
     title="slerp",
-    help="along the great circle, from A to B",
+    help="from A to B along a great circle (spherical interpolation)",
     row="the two best experts, interpolated on the sphere",
     experts=2,
     float64=True,

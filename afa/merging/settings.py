@@ -48,35 +48,34 @@ class MergeSettings(CheckedOptions):
         None,
         place=True,
         help=(
-            "two or more: a diffusers folder, .safetensors file or org/name@revision, each optionally NAME=…"
-            " and …+LORA.safetensors*STRENGTH. With --recipe MERGED: NAME=PLACE of inputs that do not lie"
-            " beside it"
+            "two or more models: a diffusers folder, a .safetensors file or org/name@revision; NAME=… gives"
+            " one a name, …+LORA.safetensors*STRENGTH adds a LoRA. With --recipe MERGED: NAME=PLACE of inputs"
+            " that are not in its folder"
         ),
     )
-    output: str = option(
-        None, help="what to write: FILE.safetensors in original layout, or a diffusers folder"
-    )
+    output: str = option(None, help="FILE.safetensors in the original layout, or a diffusers folder")
     recipe: str | None = option(
         None,
         help=(
-            "instead of experts and options: a .toml file of steps, or what afa merge made, to make it again"
+            "instead of experts and options: a .toml file of steps, or a file or folder that afa merge made,"
+            " to make it again"
         ),
     )
     # names are its keys
-    method: str = option("weighted", help="how to merge", choices=MERGES)  # type: ignore[arg-type]
+    method: str = option("weighted", help="method, see above", choices=MERGES)  # type: ignore[arg-type]
     weights: list[str] | None = option(
         None,
         help=(
-            "weighted: one number per expert, in any unit (default: equal). mbw: a preset such as GRAD_V,"
-            " numbers with commas between them or FILE.toml: the second expert's share of every stage; or"
-            " one of these per expert"
+            "weighted: one number for each expert, in any unit (default: equal). mbw: the second expert's"
+            " share of every stage, as a preset such as GRAD_V, numbers with commas between them, or"
+            " FILE.toml; or one of these for each expert"
         ),
     )
     base: str | None = option(
         None,
         place=True,
         help=f"{', '.join(name for name, merge in MERGES.items() if merge.needs('base'))}:"
-        " the model that the experts were tuned from",
+        " the model that the experts were fine-tuned from",
     )
     base_alpha: float | None = option(None, help=flag_help("base_alpha"))
     alpha: float | None = option(None, help=flag_help("alpha"))
@@ -86,22 +85,28 @@ class MergeSettings(CheckedOptions):
     seed: int | None = option(None, **SEED, help=flag_help("seed"))
     t: float | None = option(None, help=flag_help("t"))
     method_option: list[str] | None = option(
-        None, help="KEY=VALUE: options of a merge that have no flag of their own"
+        None, help="KEY=VALUE: an option of the method that has no flag of its own"
     )
     vae: str | None = option(
         None,
         place=True,
         help=(
-            "where the VAE comes from: an expert's name, a VAE's or pipeline's folder, or one .safetensors"
+            "source of the VAE: the name of an expert, the folder of a VAE or a pipeline, or a .safetensors"
             " file (default: the first expert)"
         ),
     )
-    merge_vae: bool = option(False, help="merge the VAEs, too (averaged VAEs tend to dark and blurry images)")
-    dtype: str | None = option(None, help="of the result (default: that of the first expert)", choices=DTYPES)
-    device: str = option("cpu", help="where it is computed, tensor by tensor: cpu, cuda, mps …")
+    merge_vae: bool = option(
+        False, help="merge the VAEs too (averaged VAEs often make images dark and blurry)"
+    )
+    dtype: str | None = option(
+        None, help="number type of the result (default: that of the first expert)", choices=DTYPES
+    )
+    device: str = option("cpu", help="device that computes, one tensor after the other: cpu, cuda, mps …")
     config: str | None = option(None, help=CONFIG_HELP)
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
-    dry_run: bool = option(False, help="check everything, print the plan and its size, write nothing")
+    dry_run: bool = option(
+        False, help="check everything, print the plan and the size of the result, write nothing"
+    )
     json: bool = option(False, help="print one JSON document")
 
     def __post_init__(self) -> None:
@@ -156,46 +161,52 @@ def _numbers(texts: list[str]) -> list[float]:
 class SearchSettings(CheckedOptions):
     """One search, field by field a flag of `afa search`."""
 
-    free: ClassVar[tuple[str, ...]] = (
-        *("output", "trials", "passes", "metric_weights"),
-        *("batch_size", "device", "dry_run", "json"),
+    free: ClassVar[tuple[str, ...]] = tuple(
+        "output trials passes metric_weights batch_size device dry_run json".split()
     )
 
     experts: list[str] = option(
-        place=True, help="two or more: folder, .safetensors file or org/name@revision, each optionally NAME=…"
+        place=True,
+        help="two or more models: a folder, a .safetensors file or org/name@revision; NAME=… names one",
     )
-    output: str = option(help="where the journal and best.toml go; the same command goes on from there")
-    prompts: str | None = option(None, help='a file of prompts: one a line, or JSON lines with "text"')
+    output: str = option(
+        help="folder for the journal and best.toml; the same command continues the search in it"
+    )
+    prompts: str | None = option(None, help='a file of prompts: one in each line, or JSON lines with "text"')
     prompt: list[str] | None = option(None, help="one or more prompts")
     images: int = option(
-        8, **COUNT, help="images every merge is judged by; their prompts and noise stay the same"
+        8, **COUNT, help="images drawn with every merge, always from the same prompts and noise"
     )
     metric: str = option(
         "imagereward",
-        help="what is to rise: a metric of one value an image (all of them: afa evaluate --metrics list)",
+        help="metric to improve, one that scores every image (list: afa evaluate --metrics list)",
     )
-    metric_weights: str | None = option(None, help="where the metric's weights are: a path or org/name")
+    metric_weights: str | None = option(None, help="weights of the metric: a path or org/name")
     scorer: str | None = option(
         None,
         help=(
-            "instead: a Python file, score(images (n, H, W, 3) uint8, captions) -> dict of n values each,"
-            " the first counts"
+            "instead of a metric: a Python file with score(images, captions), images (n, H, W, 3) uint8, that"
+            " returns a dict of n values each; the first entry counts"
         ),
     )
     search: str = option(
         "bayesian",
-        help="bayesian: Optuna over all weights; coordinate: stage by stage, as auto-MBW does",
+        help="bayesian: Optuna changes all weights at once; coordinate: one stage after the other (auto-MBW)",
         choices=["bayesian", "coordinate"],
     )
-    trials: int = option(100, **COUNT, help="bayesian: merges to try")
-    passes: int = option(1, **COUNT, help="coordinate: times to go through all stages")
+    trials: int = option(100, **COUNT, help="bayesian: number of merges to try")
+    passes: int = option(1, **COUNT, help="coordinate: number of passes through all stages")
     line: str = option(
-        "linear", help="coordinate: how one weight is found", choices=["linear", "binary", "binary_mid"]
+        "linear",
+        help="coordinate: how the weight of a stage is searched",
+        choices=["linear", "binary", "binary_mid"],
     )
-    grouping: int = option(1, least=1, most=2, help="coordinate: neighbouring stages changed together")
+    grouping: int = option(
+        1, least=1, most=2, help="coordinate: number of neighbouring stages that change together"
+    )
     means: list[str] = option(
         ["arithmetic"],
-        help="coordinate: mean over the images, one a pass",
+        help="coordinate: mean over the images, one for each pass",
         choices=["arithmetic", "geometric", "harmonic"],
     )
     steps: int = option(20, **SAMPLING_STEPS, help="denoising steps")
@@ -204,13 +215,13 @@ class SearchSettings(CheckedOptions):
     height: int | None = option(
         None, **SIDE, help="height of the images in pixels (default: the experts' own)"
     )
-    seed: int = option(0, **SEED, help="of the noise and of the optimiser, 0 to 2**64 - 1")
-    batch_size: int = option(8, **COUNT, help="images made at once")
+    seed: int = option(0, **SEED, help="seed of the noise and of the optimiser, 0 to 2**64 - 1")
+    batch_size: int = option(8, **COUNT, help="number of images drawn at once")
     config: str | None = option(None, help=CONFIG_HELP)
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     dtype: str = option("float32", help=DTYPE_HELP, choices=DTYPES)
     device: str | None = option(None, help=DEVICE_HELP)
-    dry_run: bool = option(False, help="print what would be done, then stop")
+    dry_run: bool = option(False, help="print how many merges and images would be made, then stop")
     json: bool = option(False, help="print the result as JSON")
 
     def __post_init__(self) -> None:
