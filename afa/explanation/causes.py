@@ -10,6 +10,7 @@ Images: the same request is sampled again with an expert off, or with weights sw
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -148,7 +149,7 @@ def _effects(passes: Sequence[Sequence[tuple[Tensor, Tensor, Tensor]]]) -> Effec
     return Effects(moved.astype(np.float64), pull.astype(np.float64), places)
 
 
-Change = Callable[[], AbstractContextManager[None]]
+Changes = dict[str, Callable[[], AbstractContextManager[None]]]  # title -> a context that changes the weights
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def counterfactuals(
     Raises ValueError for an unknown kind.
     """
     for kind in kinds:
-        for title, change in look_up(kind, CHANGES, "counterfactual")(denoiser, recording):
+        for title, change in look_up(kind, CHANGES, "counterfactual")(denoiser, recording).items():
             with change():
                 image = sample(pipeline, [request], sampling)[0]
             yield Counterfactual(kind, title, image, rmse(recording.image, image))
@@ -192,47 +193,49 @@ def rmse(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
     return float(np.sqrt(np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2)))
 
 
-def _off(denoiser: EnsembleDenoiser, recording: Recording) -> Iterator[tuple[str, Change]]:
+def _off(denoiser: EnsembleDenoiser, recording: Recording) -> Changes:
     """Turn off each expert in turn; the other experts share its weight in proportion to their own."""
-    for name in denoiser.names:
-        yield f"{name} off", lambda name=name: scale_weights(denoiser, {name: 0.0})  # type: ignore[misc]
+    return {f"{name} off": partial(scale_weights, denoiser, {name: 0.0}) for name in denoiser.names}
 
 
-def _swapped(denoiser: EnsembleDenoiser, recording: Recording) -> Iterator[tuple[str, Change]]:
+def _swapped(denoiser: EnsembleDenoiser, recording: Recording) -> Changes:
     """Give every expert the weights of the expert before it; two experts exchange theirs."""
     names = denoiser.names
     order = [(index - 1) % len(names) for index in range(len(names))]
     title = " <-> ".join(names) if len(names) == 2 else "every expert in the next one's place"
-    yield title, lambda: adjust_weights(denoiser, permuted(denoiser, order))
+    return {title: partial(adjust_weights, denoiser, permuted(denoiser, order))}
 
 
-def _pairs(denoiser: EnsembleDenoiser, recording: Recording) -> Iterator[tuple[str, Change]]:
+def _pairs(denoiser: EnsembleDenoiser, recording: Recording) -> Changes:
     """Exchange the weights of every two experts."""
+    found: Changes = {}
     for one, other in combinations(range(len(denoiser.names)), 2):
         order = list(range(len(denoiser.names)))
         order[one], order[other] = other, one
         title = f"{denoiser.names[one]} <-> {denoiser.names[other]}"
-        change = permuted(denoiser, order)
-        yield title, lambda change=change: adjust_weights(denoiser, change)  # type: ignore[misc]
+        found[title] = partial(adjust_weights, denoiser, permuted(denoiser, order))
+    return found
 
 
-def _frozen(denoiser: EnsembleDenoiser, recording: Recording) -> Iterator[tuple[str, Change]]:
+def _frozen(denoiser: EnsembleDenoiser, recording: Recording) -> Changes:
     """Average the weights over places; then over places and steps."""
-    yield "one weight for all places", lambda: adjust_weights(denoiser, without_places)
-    yield "... and for all steps", lambda: adjust_weights(denoiser, constant(denoiser, recording))
+    return {
+        "one weight for all places": partial(adjust_weights, denoiser, without_places),
+        "... and for all steps": partial(adjust_weights, denoiser, constant(denoiser, recording)),
+    }
 
 
-def _equal(denoiser: EnsembleDenoiser, recording: Recording) -> Iterator[tuple[str, Change]]:
+def _equal(denoiser: EnsembleDenoiser, recording: Recording) -> Changes:
     """Give all experts the same weight."""
-    yield (
-        "equal weights",
-        lambda: adjust_weights(denoiser, lambda _, weights: torch.full_like(weights, 1 / weights.shape[1])),
-    )
+    return {
+        "equal weights": partial(
+            adjust_weights, denoiser, lambda _, weights: torch.full_like(weights, 1 / weights.shape[1])
+        )
+    }
 
 
-# kind, as in COUNTERFACTUALS -> (denoiser, recording) -> titles and context managers that apply the change;
-# "skipped" is not here: it needs the recordings of all images, see Skipping
-CHANGES: dict[str, Callable[[EnsembleDenoiser, Recording], Iterator[tuple[str, Change]]]] = {
+# By name, as in COUNTERFACTUALS; "skipped" is not here: it needs the recordings of all images, see Skipping.
+CHANGES: dict[str, Callable[[EnsembleDenoiser, Recording], Changes]] = {
     "off": _off,
     "swapped": _swapped,
     "pairs": _pairs,

@@ -130,9 +130,7 @@ class Recorder:
         if self.denoiser.in_uncond_pass:
             return
         call = arguments(self.denoiser, args, kwargs)
-        self.timesteps.append(
-            float(torch.as_tensor(self.denoiser.call.timestep_from_model(call["timestep"])).flatten()[0])
-        )
+        self.timesteps.append(_time(self.denoiser, call))
         self.calls.append(with_prompt(call, len(self.denoiser.call.latents(call))))
 
     def _adjust(self, stage: str, weights: Tensor) -> Tensor:
@@ -219,4 +217,5 @@ def _draw(
 
 
 def _time(denoiser: EnsembleDenoiser, call: Mapping[str, Any]) -> float:
+    """Return the timestep of a call, as schedulers count it."""
     return float(torch.as_tensor(denoiser.call.timestep_from_model(call["timestep"])).flatten()[0])

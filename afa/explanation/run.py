@@ -97,23 +97,19 @@ def run(settings: ExplainSettings) -> dict[str, Any]:
     job = _prepare(settings, prompts, device)
     with locked(output):
         claim(output, asked, "the explanation", files)
-        return _run(job, asked)
-
-
-def _run(job: ExplainRun, asked: dict[str, Any]) -> dict[str, Any]:
-    """Explain missing images, then summarise all images."""
-    settings, output, prompts = job.settings, job.output, asked["prompt"]
-    _explain(job)
-    entries = [read_entry(output, stem_of(index)) for index in range(len(prompts))]
-    unused = _unused(job, entries)
-    skipped = _skipped(job, unused, entries)
-    drawn = {
-        "ensemble": public_place(settings.ensemble),
-        "guidance": job.sampling.guidance,
-        "steps": job.sampling.steps,
-    }
-    found = as_json(asked | drawn, entries, unused, skipped)
-    _write(job, entries, unused, found)
+        _explain(job)
+        entries = [read_entry(output, stem_of(index)) for index in range(len(prompts))]
+        unused = _unused(job, entries)
+        drawn = {
+            "ensemble": public_place(settings.ensemble),
+            "guidance": job.sampling.guidance,
+            "steps": job.sampling.steps,
+        }
+        found = as_json(asked | drawn, entries, unused, _skipped(job, unused, entries))
+        means = np.mean([entry.means for entry in entries], axis=0)
+        _save_png(chart(unused, means, entries[0].timesteps, len(entries)), output / CHART)
+        write_atomically(output / RESULTS, json.dumps(found, indent=1, ensure_ascii=False))
+        write_atomically(output / PAGE, as_html(output, entries, unused, found, job.facts))
     return found
 
 
@@ -234,10 +230,3 @@ def _skip(
     )
     write_atomically(record, json.dumps({"rmse": distance}))
     return distance
-
-
-def _write(job: ExplainRun, entries: list[ExplainedImage], unused: Unused, found: dict[str, Any]) -> None:
-    means = np.mean([entry.means for entry in entries], axis=0)
-    _save_png(chart(unused, means, entries[0].timesteps, len(entries)), job.output / CHART)
-    write_atomically(job.output / RESULTS, json.dumps(found, indent=1, ensure_ascii=False))
-    write_atomically(job.output / PAGE, as_html(job.output, entries, unused, found, job.facts))

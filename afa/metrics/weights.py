@@ -79,99 +79,68 @@ def find(metric: str, parts: Sequence[Part], given: str | None) -> list[FoundPar
            parts under their published names. A place is a path or a hub id. None: the defaults.
     Raises UserError with what is missing and how to give it.
     """
-    places = _places(metric, given, len(parts))
-    several = len(parts) > 1 and len(places) == 1 and Path(places[0]).expanduser().is_dir()
-    asked = places * len(parts) if several else [*places, *[""] * (len(parts) - len(places))]
+    count, flag = len(parts), f"--metric-weights {metric}"
+    places = [] if given is None else [given]
+    if given is not None and count > 1 and not Path(given).expanduser().exists():
+        places = given.split(",")
+    if len(places) > count:
+        raise UserError(f"{flag}={given} names {len(places)} places, '{metric}' needs {count}")
+    folder = count > 1 and len(places) == 1 and Path(places[0]).expanduser().is_dir()
+    places = places * count if folder else [*places, *[""] * (count - len(places))]
+    wanted = ["PATH" if count == 1 else f"FOLDER, a folder with {part.name} in it" for part in parts]
+    advice = [f"{flag}={what}" for what in wanted]
     there = [
-        _given(metric, part, place, len(parts), optional=several)
-        for part, place in zip(parts, asked, strict=True)
+        _given(metric, part, place, flag, how, optional=folder)
+        for part, place, how in zip(parts, places, advice, strict=True)
     ]
-    if several and not any(there):
-        raise UserError(
-            f"--metric-weights {metric}={given} holds none of {', '.join(part.name for part in parts)}"
-        )
+    if folder and not any(there):
+        raise UserError(f"{flag}={given} holds none of {', '.join(part.name for part in parts)}")
     paths = [
-        path or _cached(part) or _default(metric, part, len(parts))
-        for part, path in zip(parts, there, strict=True)
+        path or _default(metric, part, how) for part, path, how in zip(parts, there, advice, strict=True)
     ]
     return [FoundPart(part, path, _hashes(part, path)) for part, path in zip(parts, paths, strict=True)]
 
 
-def _places(metric: str, given: str | None, count: int) -> list[str]:
-    if given is None:
-        return []
-    places = [given] if count == 1 or Path(given).expanduser().exists() else given.split(",")
-    if len(places) > count:
-        raise UserError(
-            f"--metric-weights {metric}={given} names {len(places)} places, '{metric}' needs {count}"
-        )
-    return places
+def _given(metric: str, part: Part, place: str, flag: str, advice: str, optional: bool) -> Path | None:
+    """Return a part at the place that was given for it; None if there is no place.
 
-
-def _given(metric: str, part: Part, place: str, count: int, optional: bool) -> Path | None:
-    """Return a part at the place that was given for it.
-
-    count:    of the metric's parts
-    optional: whether the place may lack this part
+    flag:     for errors: the flag, without the place
+    advice:   for errors: the flag and what to give
+    optional: whether the place may lack this part; then None is returned
     """
     if not place:
         return None
     path = Path(place).expanduser()
     if not path.exists():
         if not HUB_PLACE.fullmatch(place):
-            raise UserError(f"--metric-weights {metric}={place}: there is no such file or folder")
-        return _from_hub(metric, part, place, count)
-    candidates = [path, *(path / name for name in (part.name, *part.also))]
-    found = next((candidate for candidate in candidates if _is(part, candidate)), None)
-    if found is None and not optional:
-        raise UserError(f"--metric-weights {metric}={place} is not {part.what}: {_expected(part)}")
-    return found
+            raise UserError(f"{flag}={place}: there is no such file or folder")
+        return _from_hub(metric, part, place, advice)
+    for candidate in (path, *(path / name for name in (part.name, *part.also))):
+        if (candidate / "config.json" if part.folder else candidate).is_file():
+            return candidate
+    if optional:
+        return None
+    kind = "a folder of transformers" if part.folder else "a file"
+    raise UserError(f"{flag}={place} is not {part.what}: expected {kind}, as {part.name}")
 
 
-def _is(part: Part, path: Path) -> bool:
-    return (path / "config.json").is_file() if part.folder else path.is_file()
-
-
-def _expected(part: Part) -> str:
-    return (
-        f"expected a folder of transformers, as {part.name}"
-        if part.folder
-        else f"expected a file, as {part.name}"
-    )
-
-
-def _cached(part: Part) -> Path | None:
-    """Return the path in torch.hub's cache, where other packages may have downloaded it;
-
-    None if it is not there.
-    """
-    import torch
-
+def _default(metric: str, part: Part, advice: str) -> Path:
+    """Return a part in torch.hub's cache, where other packages may have downloaded it, or of the hub."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    names = () if part.folder else (part.name, *part.also)
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _default(metric: str, part: Part, count: int) -> Path:
+    for name in () if part.folder else (part.name, *part.also):
+        if (folder / name).is_file():
+            return folder / name
     if part.hub:
-        return _from_hub(metric, part, part.hub, count)
-    raise UserError(
-        f"metric '{metric}' needs {part.what}: download {part.url} and give it with "
-        f"{_flag(metric, part, count)}"
-    )
+        return _from_hub(metric, part, part.hub, advice)
+    raise UserError(f"metric '{metric}' needs {part.what}: download {part.url} and give it with {advice}")
 
 
-def _flag(metric: str, part: Part, count: int) -> str:
-    where = "PATH" if count == 1 else f"FOLDER, a folder with {part.name} in it"
-    return f"--metric-weights {metric}={where}"
-
-
-def _from_hub(metric: str, part: Part, place: str, count: int) -> Path:
+def _from_hub(metric: str, part: Part, place: str, advice: str) -> Path:
     """Return a folder or file of the hub, from its cache or downloaded (unless the hub is switched off)."""
     fetch = _fetch_folder if part.folder else _fetch_file
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
     try:
-        with suppress(Exception):  # whatever keeps it from being in the cache
+        with suppress(Exception):  # for any reason it is not in the cache
             return fetch(place, local_files_only=True)
         if offline:
             raise OSError("HF_HUB_OFFLINE is set")
@@ -181,7 +150,7 @@ def _from_hub(metric: str, part: Part, place: str, count: int) -> Path:
         raise UserError(
             f"metric '{metric}' needs {part.what}, and {place} is neither in the hub's cache nor can it be "
             f"loaded ({reason}); "
-            f"give its place with {_flag(metric, part, count)}"
+            f"give its place with {advice}"
         ) from error
 
 
