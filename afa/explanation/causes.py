@@ -315,6 +315,19 @@ class Unused:
         everything = len(self.most) * self.costs.sum() * len(self.experts)
         return np.einsum("pkn,k->n", self.cells, self.costs) / everything
 
+    def data(self) -> dict[str, Any]:
+        """Return the JSON values of explain.json."""
+        return {
+            "threshold": self.threshold,
+            "cells": {
+                name: self.cells[:, :, index].astype(int).tolist() for index, name in enumerate(self.experts)
+            },
+            "counts": dict(zip(self.experts, self.counts.tolist(), strict=True)),
+            "stage_steps": self.total,
+            "estimated_saving": dict(zip(self.experts, self.saved.tolist(), strict=True)),
+            "sentences": self.sentences(),
+        }
+
     def sentences(self) -> list[str]:
         """One sentence for each expert, and one for all experts together."""
         lines = []

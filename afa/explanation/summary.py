@@ -32,6 +32,16 @@ class WordMean:
     looked: Estimate | None
     pull: list[Estimate]
 
+    def data(self, experts: Sequence[str]) -> dict[str, Any]:
+        """Return the JSON values of explain.json."""
+        return {
+            "word": self.word,
+            "omitted": as_data(self.omitted),
+            "hidden": as_data(self.hidden),
+            "looked": as_data(self.looked),
+            "pull": {name: as_data(pull) for name, pull in zip(experts, self.pull, strict=True)},
+        }
+
 
 def word_means(entries: Sequence[ExplainedImage]) -> list[WordMean]:
     """Return the words of all prompts in lower case, the word with the largest effect first.
@@ -102,27 +112,8 @@ def as_json(
             "bands": f"{BANDS} equal parts of the noise schedule, the first with the least noise",
             "weights": by_group,
         },
-        "words": [
-            {
-                "word": one.word,
-                "omitted": as_data(one.omitted),
-                "hidden": as_data(one.hidden),
-                "looked": as_data(one.looked),
-                "pull": {name: as_data(pull) for name, pull in zip(unused.experts, one.pull, strict=True)},
-            }
-            for one in word_means(entries)
-        ],
+        "words": [one.data(unused.experts) for one in word_means(entries)],
         "counterfactuals": {title: as_data(value) for title, value in distances(entries, skipped).items()},
-        "unused": {
-            "threshold": unused.threshold,
-            "cells": {
-                name: unused.cells[:, :, index].astype(int).tolist()
-                for index, name in enumerate(unused.experts)
-            },
-            "counts": dict(zip(unused.experts, unused.counts.tolist(), strict=True)),
-            "stage_steps": unused.total,
-            "estimated_saving": dict(zip(unused.experts, unused.saved.tolist(), strict=True)),
-            "sentences": unused.sentences(),
-        },
+        "unused": unused.data(),
         "versions": versions(),
     }

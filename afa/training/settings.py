@@ -201,12 +201,8 @@ class LoopSettings(ObjectiveSettings):
         if step < self.warm_up:
             return self.lr * (step + 1) / self.warm_up
         part = (step - self.warm_up) / max(1, self.steps - self.warm_up)
-        return (
-            self.lr
-            * {"constant": 1.0, "linear": 1 - part, "cosine": 0.5 * (1 + math.cos(math.pi * part))}[
-                self.schedule
-            ]
-        )
+        factors = {"constant": 1.0, "linear": 1 - part, "cosine": 0.5 * (1 + math.cos(math.pi * part))}
+        return self.lr * factors[self.schedule]
 
 
 @with_aggregator_options
