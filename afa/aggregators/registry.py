@@ -56,12 +56,12 @@ AGGREGATORS: dict[str, AggregatorType] = {
 
 
 def trained_kinds() -> list[str]:
-    """The names of the aggregators that can be trained."""
+    """Return the names of the aggregators that can be trained."""
     return [name for name, entry in AGGREGATORS.items() if entry.trained]
 
 
 def explain_trained() -> str:
-    """What can be trained, for a help text: the first name with its help, then the others."""
+    """Return a help text of the aggregators that can be trained."""
     first, *others = trained_kinds()
     rest = [f", or {name}: {AGGREGATORS[name].help}" for name in others]
     return f"{first} ({AGGREGATORS[first].help}){''.join(rest)}"
@@ -122,7 +122,7 @@ class Recipe:
 
 
 def check_options(kind: str, options: Mapping[str, Any], where: str) -> None:
-    """Raises UserError for options from a file that are unknown, of another type, or out of bounds."""
+    """Raise UserError for options from a file that are unknown, of another type, or out of bounds."""
     own: Any = AGGREGATORS[kind].options
     known = {one.name: one for one in fields(own)}
     for name, value in options.items():
@@ -136,5 +136,5 @@ def check_options(kind: str, options: Mapping[str, Any], where: str) -> None:
 
 
 def count_parameters(module: "nn.Module") -> int:
-    """How many numbers a module holds."""
+    """Return the number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -329,7 +329,7 @@ class Unused:
         }
 
     def sentences(self) -> list[str]:
-        """One sentence for each expert, and one for all experts together."""
+        """Return one sentence for each expert, and one for all experts together."""
         lines = []
         for name, count, saved in zip(self.experts, self.counts, self.saved, strict=True):
             share = f"{count} of {self.total} stage-steps ({count / self.total:.0%})"

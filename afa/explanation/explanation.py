@@ -104,7 +104,7 @@ def explain(
 
 
 def check(ensemble: Ensemble) -> None:
-    """Raises UserError for an ensemble of one expert."""
+    """Raise UserError for an ensemble of one expert."""
     if len(ensemble.names) < 2:
         raise UserError(
             f"the ensemble has one expert, {ensemble.names[0]}, and so no weights to explain;"
@@ -332,7 +332,7 @@ def _word(row: WordRow) -> dict[str, Any]:
 
 
 def _rounded(values: NDArray[np.floating]) -> list[Any]:
-    """As JSON has it: nan becomes null."""
+    """Convert to nested lists for JSON; nan becomes None."""
     found = np.round(values.astype(np.float64), 5).astype(object)
     found[np.isnan(values.astype(np.float64))] = None
     nested: list[Any] = found.tolist()

@@ -79,7 +79,7 @@ class Combination(ModelMixin, ConfigMixin, ABC):
         return inspect.signature(self.ensemble.forward)
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        """The stock forward of the experts' family."""
+        """Run the stock forward of the experts' family."""
         given, call = self._stock.bind(*args, **kwargs).arguments, self.ensemble.call
         sample = call.latents(given)
         timestep = _one(self.ensemble.times(given["timestep"], sample))

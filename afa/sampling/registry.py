@@ -5,17 +5,16 @@ No heavy imports: command line, page, comparisons and docs read it.
 
 import dataclasses
 import itertools
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from afa.errors import UserError, look_up, unknown
+from afa.errors import UserError, unknown
 from afa.lazy import load
 from afa.sampling import options as of
 from afa.sampling.options import MethodOptions
-from afa.settings import one_ahead
+from afa.settings import kind_of, one_ahead
 
 if TYPE_CHECKING:
     from afa.ensemble import Ensemble
@@ -59,7 +58,7 @@ class SamplingMethod:
 
 
 def _orders(names: Sequence[str], ranking: Sequence[str]) -> list[dict[str, Any]]:
-    """Equal intervals of the timesteps, in up to six orders of the experts."""
+    """Return equal intervals of the timesteps, in up to six orders of the experts."""
     edges = [round(1000 * (1 - place / len(names))) for place in range(len(names) + 1)]
     intervals = list(itertools.pairwise(edges))
     orders = itertools.islice(itertools.permutations(names), 6)
@@ -170,18 +169,17 @@ SAMPLING_METHODS: dict[str, SamplingMethod] = {
 
 def find_method(name: str) -> SamplingMethod:
     """Return the entry of that name. Raises UserError with the nearest names."""
-    try:
-        return look_up(name, SAMPLING_METHODS, "method")
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    if name not in SAMPLING_METHODS:
+        raise UserError(unknown(name, SAMPLING_METHODS, "method"))
+    return SAMPLING_METHODS[name]
 
 
 def make_sampler(name: str, ensemble: "Ensemble", **options: Any) -> "Sampler":
-    """A method as a sampler of images from the ensemble's experts, where they are (see Ensemble.to).
+    """Return the sampler of a method, which draws with the ensemble's experts on their device.
 
-    The ensemble's experts and frame are used, its aggregators are not. options: see afa.sampling.options, or
-    `afa generate --help`. Raises UserError for an unknown method, an option of another one, or values that do
-    not fit.
+    ensemble: its experts and its frame are used, its aggregators are not
+    options:  see afa.sampling.options, or `afa generate --help`
+    Raises UserError for an unknown method, an option of another method, or a value that does not fit.
     """
     checked = make_options(name, options)
     sampler: Sampler = load(SAMPLING_METHODS[name].make)(ensemble, checked)
@@ -189,7 +187,7 @@ def make_sampler(name: str, ensemble: "Ensemble", **options: Any) -> "Sampler":
 
 
 def make_options(method: str, given: Mapping[str, Any]) -> MethodOptions:
-    """A method's options, checked.
+    """Check and return the options of a method.
 
     Raises UserError for an unknown method, and for an option that it does not have.
     """
@@ -200,9 +198,9 @@ def make_options(method: str, given: Mapping[str, Any]) -> MethodOptions:
 
 
 def read_options(method: str, texts: Sequence[str]) -> MethodOptions:
-    """A method's options from KEY=VALUE; lists are written with commas.
+    """Read the options of a method from KEY=VALUE; the values of a list are separated by commas.
 
-    Raises UserError for what cannot be understood.
+    Raises UserError for text that has another form.
     """
     given: dict[str, Any] = {}
     for text in texts:
@@ -214,12 +212,12 @@ def read_options(method: str, texts: Sequence[str]) -> MethodOptions:
                 f"--method-option {name} is given twice, as {given[name]} and as {value}; leave out one"
             )
         given[name] = value
-    make_options(method, {})  # an unknown method is said before its options
+    make_options(method, {})  # an unknown method is an error before its options are
     return make_options(method, {name: _read(method, name, value) for name, value in given.items()})
 
 
 def explain() -> str:
-    """All methods and their options, for a help text."""
+    """Return all methods and their options, for a help text."""
     lines = []
     for method, entry in SAMPLING_METHODS.items():
         lines.append(f"  {method:<20}{entry.help}")
@@ -231,9 +229,9 @@ def explain() -> str:
 
 
 def _field(method: str, name: str) -> dataclasses.Field[Any]:
-    """An option of a method.
+    """Return an option of a method.
 
-    Raises UserError that says whose option it is, or which one was probably meant.
+    Raises UserError that names the methods that have the option, or the nearest name.
     """
     own = {field.name: field for field in dataclasses.fields(SAMPLING_METHODS[method].options)}
     if name in own:
@@ -254,12 +252,9 @@ def _field(method: str, name: str) -> dataclasses.Field[Any]:
 
 
 def _read(method: str, name: str, text: str) -> Any:
-    """One value in the type of its field."""
-    hint: Any = typing.get_type_hints(SAMPLING_METHODS[method].options)[_field(method, name).name]
-    if isinstance(hint, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    several = typing.get_origin(hint) is list
-    kind = typing.get_args(hint)[0] if several else hint
+    """Return a value in the type of its field."""
+    hints = typing.get_type_hints(SAMPLING_METHODS[method].options)
+    kind, several = kind_of(hints[_field(method, name).name])
     try:
         values = [kind(part) for part in (text.split(",") if several else [text])]
     except ValueError:

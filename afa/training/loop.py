@@ -84,7 +84,7 @@ class StepBatch:
     batch: Batch
 
     def part(self, start: int, stop: int) -> "StepBatch":
-        """Samples start … stop-1."""
+        """Return samples start … stop-1."""
         return StepBatch(self.rows[start:stop], self.dropped[start:stop], self.batch.part(start, stop))
 
 

@@ -223,7 +223,7 @@ class Anchor(Objective):
         return (prediction - before).square().mean((1, 2, 3))
 
     def _put(self, values: Sequence[Tensor]) -> None:
-        """Let the parameters have these values."""
+        """Set the values of the parameters."""
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.data = value
 
