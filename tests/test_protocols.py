@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from afa.errors import UserError
-from afa.evaluation.protocols import PROTOCOLS, Request, make_protocol
+from afa.evaluation.protocols import PROTOCOLS, ProtocolOptions, make_protocol
 
 
 def write_image(path, size=(40, 30), colour=(200, 10, 30)):
@@ -34,26 +34,26 @@ def drawbench(path, count=200):
 
 
 def test_scenes_need_nothing_and_never_share_noise():
-    protocol = make_protocol("scenes", Request(prompts=12))
+    protocol = make_protocol("scenes", ProtocolOptions(prompts=12))
     assert len(protocol.items) == 12
     assert len({item.seed for item in protocol.items}) == 12
     assert protocol.metrics[0] == "attributes"
 
 
 def test_scenes_that_are_judged_are_neither_tuned_on_nor_compared_with_themselves():
-    protocol = make_protocol("scenes", Request())
+    protocol = make_protocol("scenes", ProtocolOptions())
     judged = {item.caption for item in protocol.items}
     assert len(judged & set(protocol.tuning)) <= 1  # the world is finite: the same words may be drawn twice
     assert next(iter(protocol.real.images())).shape == (64, 64, 3)
 
 
 def test_more_prompts_change_no_earlier_one():
-    few, many = (make_protocol("scenes", Request(prompts=count)).items for count in (5, 9))
+    few, many = (make_protocol("scenes", ProtocolOptions(prompts=count)).items for count in (5, 9))
     assert many[:5] == few
 
 
 def test_a_coco_pair_is_an_image_and_its_first_caption(coco):
-    protocol = make_protocol("coco2017", Request(data=coco))
+    protocol = make_protocol("coco2017", ProtocolOptions(data=coco))
     assert [item.caption for item in protocol.items] == ["the first caption", "another image"]
     wanted = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(coco.rglob("0000000000*.jpg")) if path.name.endswith(("09.jpg", "25.jpg"))]
     assert all((reference() == image).all() for reference, image in zip(protocol.references, wanted, strict=True))
@@ -62,17 +62,17 @@ def test_a_coco_pair_is_an_image_and_its_first_caption(coco):
 
 
 def test_cocos_real_images_are_squares_of_256_pixels(coco):
-    assert [image.shape for image in make_protocol("coco2017", Request(data=coco)).real.images()] == [(256, 256, 3)] * 2
+    assert [image.shape for image in make_protocol("coco2017", ProtocolOptions(data=coco)).real.images()] == [(256, 256, 3)] * 2
 
 
 def test_a_number_of_pairs_can_be_asked_for(coco):
-    protocol = make_protocol("coco2017", Request(data=coco, prompts=1))
+    protocol = make_protocol("coco2017", ProtocolOptions(data=coco, prompts=1))
     assert len(protocol.items) == 1
     assert len(list(protocol.real.images())) == 1
 
 
 def test_drawbench_makes_four_images_of_each_of_its_200_prompts(tmp_path):
-    protocol = make_protocol("drawbench", Request(data=drawbench(tmp_path / "drawbench.csv")))
+    protocol = make_protocol("drawbench", ProtocolOptions(data=drawbench(tmp_path / "drawbench.csv")))
     assert len(protocol.items) == 800
     assert [item.prompt for item in protocol.items[:5]] == [0, 0, 0, 0, 1]
     assert protocol.items[0].caption == "A thing, number 0"
@@ -81,7 +81,7 @@ def test_drawbench_makes_four_images_of_each_of_its_200_prompts(tmp_path):
 
 def test_a_file_of_prompts_is_a_protocol(tmp_path):
     (tmp_path / "mine.txt").write_text("a cat\n\na dog\n")
-    protocol = make_protocol(str(tmp_path / "mine.txt"), Request(images_per_prompt=2, steps=3, guidance=2.0, seed=10, width=64, height=32))
+    protocol = make_protocol(str(tmp_path / "mine.txt"), ProtocolOptions(images_per_prompt=2, steps=3, guidance=2.0, seed=10, width=64, height=32))
     assert [(item.caption, item.seed) for item in protocol.items] == [("a cat", 10), ("a cat", 11), ("a dog", 12), ("a dog", 13)]
     assert (protocol.sampling.steps, protocol.sampling.guidance) == (3, 2.0)
     assert (protocol.sampling.width, protocol.sampling.height) == (64, 32)
@@ -93,7 +93,7 @@ def test_captioned_images_are_prompts_and_references(tmp_path):
         write_image(tmp_path / f"{name}.png")
     Image.new("RGB", (40, 30), "red").save(tmp_path / "b.png")
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{name}.png", "text": f"image {name}"}) + "\n" for name in "ab"))
-    protocol = make_protocol(str(tmp_path), Request(images_per_prompt=2))
+    protocol = make_protocol(str(tmp_path), ProtocolOptions(images_per_prompt=2))
     wanted = [np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")) for name in "aabb"]
     assert all((reference() == image).all() for reference, image in zip(protocol.references, wanted, strict=True))
     assert not (wanted[1] == wanted[2]).all()
@@ -103,9 +103,9 @@ def test_captioned_images_are_prompts_and_references(tmp_path):
 @pytest.mark.parametrize(
     ("name", "request_", "sentence"),
     [
-        ("scene", Request(), "there is no protocol (or file of prompts, or folder of captioned images) 'scene'; did you mean 'scenes'?"),
-        ("coco2017", Request(), "protocol 'coco2017' needs a folder with COCO 2017's"),
-        ("drawbench", Request(), "protocol 'drawbench' needs DrawBench's table of 200 prompts"),
+        ("scene", ProtocolOptions(), "there is no protocol (or file of prompts, or folder of captioned images) 'scene'; did you mean 'scenes'?"),
+        ("coco2017", ProtocolOptions(), "protocol 'coco2017' needs a folder with COCO 2017's"),
+        ("drawbench", ProtocolOptions(), "protocol 'drawbench' needs DrawBench's table of 200 prompts"),
     ],
 )
 def test_what_is_missing_is_named(name, request_, sentence):
@@ -116,25 +116,25 @@ def test_what_is_missing_is_named(name, request_, sentence):
 
 def test_a_table_that_is_not_drawbench_is_refused_with_both_numbers(tmp_path):
     with pytest.raises(UserError, match="holds 7 prompts, DrawBench has 200"):
-        make_protocol("drawbench", Request(data=drawbench(tmp_path / "few.csv", 7)))
+        make_protocol("drawbench", ProtocolOptions(data=drawbench(tmp_path / "few.csv", 7)))
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="is not DrawBench's table"):
-        make_protocol("drawbench", Request(data=tmp_path / "other.csv"))
+        make_protocol("drawbench", ProtocolOptions(data=tmp_path / "other.csv"))
 
 
 def test_a_coco_image_that_is_missing_is_named(coco):
     (coco / "train2017" / "000000000025.jpg").unlink()
     with pytest.raises(UserError, match=r"000000000025\.jpg is missing"):
-        make_protocol("coco2017", Request(data=coco))
+        make_protocol("coco2017", ProtocolOptions(data=coco))
 
 
 def test_data_that_do_not_exist_are_named(tmp_path):
     with pytest.raises(UserError, match="--protocol-data .* does not exist"):
-        make_protocol("coco2017", Request(data=tmp_path / "nowhere"))
+        make_protocol("coco2017", ProtocolOptions(data=tmp_path / "nowhere"))
 
 
 def test_every_protocol_states_what_it_asked_of_all_methods(coco, tmp_path):
     data = {"coco2017": coco, "drawbench": drawbench(tmp_path / "drawbench.csv"), "scenes": None}
     for name in PROTOCOLS:
-        facts = make_protocol(name, Request(data=data[name])).facts()
+        facts = make_protocol(name, ProtocolOptions(data=data[name])).facts()
         assert {"name", "prompts", "images", "steps", "guidance", "scheduler"} <= facts.keys()

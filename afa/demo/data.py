@@ -11,7 +11,7 @@ from PIL import Image
 from afa.data.sources import Sample
 from afa.demo.scenes import Scene, draw, render, render_all, sample_scenes
 from afa.errors import UserError
-from afa.evaluation.protocols import Protocol, Real, Request
+from afa.evaluation.protocols import Protocol, ProtocolOptions, Real
 
 SCENES, STEPS, GUIDANCE = 160, 20, 3.0
 JUDGED, TRAINING, REAL, TUNING = (
@@ -23,7 +23,7 @@ JUDGED, TRAINING, REAL, TUNING = (
 REAL_SCENES, TRAINING_SCENES, TUNING_SCENES = 1_000, 512, 64
 
 
-def protocol(request: Request) -> Protocol:
+def protocol(request: ProtocolOptions) -> Protocol:
     """Make the protocol of 160 mixed scenes: one image each, 20 steps, guidance 3, 64 px.
 
     The Fréchet distance is to 1,000 other mixed scenes.

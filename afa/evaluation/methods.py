@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from afa.evaluation.rows import Row
+from afa.evaluation.rows import MethodRow
 from afa.evaluation.setup import Setup
 from afa.evaluation.trained import ablation_rows, control_rows, expert_rows, objective_rows, trained_rows
 from afa.evaluation.tuning import Tuner
@@ -15,21 +15,26 @@ STEPPED = (
     "prediction_router",
     "afa",
 )  # besides the best expert: what the study of steps looks at
-MAKERS: tuple[Callable[[Setup], list[Row]], ...] = (sampling_rows, merge_rows, control_rows, trained_rows)
+MAKERS: tuple[Callable[[Setup], list[MethodRow]], ...] = (
+    sampling_rows,
+    merge_rows,
+    control_rows,
+    trained_rows,
+)
 
 
-def all_rows(setup: Setup, tuner: Tuner, names: Sequence[str]) -> list[Row]:
+def all_rows(setup: Setup, tuner: Tuner, names: Sequence[str]) -> list[MethodRow]:
     """The rows of some methods, in the order of the table; `single` has one for every expert."""
     rows = [*auto_mbw_rows(setup, tuner), *(row for make in MAKERS for row in make(setup))]
     return [row for name in names for row in rows if row.name.partition(":")[0] == name]
 
 
-def study_rows(setup: Setup, rows: Sequence[Row], studies: Sequence[str]) -> list[Row]:
+def study_rows(setup: Setup, rows: Sequence[MethodRow], studies: Sequence[str]) -> list[MethodRow]:
     """What studies add.
 
     Other numbers of steps, fewer experts, the ensemble without one of its parts, other objectives.
     """
-    makers: dict[str, Callable[[], list[Row]]] = {
+    makers: dict[str, Callable[[], list[MethodRow]]] = {
         "steps": lambda: _stepped(setup, rows),
         "experts": lambda: expert_rows(setup),
         "ablations": lambda: ablation_rows(setup),
@@ -38,7 +43,7 @@ def study_rows(setup: Setup, rows: Sequence[Row], studies: Sequence[str]) -> lis
     return [row for study in studies for row in makers[study]()]
 
 
-def _stepped(setup: Setup, rows: Sequence[Row]) -> list[Row]:
+def _stepped(setup: Setup, rows: Sequence[MethodRow]) -> list[MethodRow]:
     """Rows at other numbers of denoising steps, one training seed."""
     names = (f"single:{setup.ranking[0]}", *STEPPED)
     return [

@@ -7,7 +7,7 @@ from typing import Any
 
 from afa.evaluation.methods import all_rows, study_rows
 from afa.evaluation.results import image_name
-from afa.evaluation.rows import SEARCH, Row, training_runs
+from afa.evaluation.rows import SEARCH, MethodRow, training_runs
 from afa.evaluation.run import (
     MEMORY,
     MEMORY_STEPS,
@@ -104,7 +104,7 @@ def plan(settings: EvaluateSettings) -> dict[str, Any]:
     }
 
 
-def _tuning(comparison: ComparisonContext, rows: list[Row]) -> list[Work]:
+def _tuning(comparison: ComparisonContext, rows: list[MethodRow]) -> list[Work]:
     """Return the images of candidates that are not scored yet: for ranking experts, and for each row."""
     tuner, setup = comparison.tuner, comparison.setup
     if not tuner.able:
@@ -120,7 +120,7 @@ def _tuning(comparison: ComparisonContext, rows: list[Row]) -> list[Work]:
     ]
 
 
-def _drawing(comparison: ComparisonContext, row: Row) -> list[Work]:
+def _drawing(comparison: ComparisonContext, row: MethodRow) -> list[Work]:
     """Return a row's missing images, including those that measure memory and search weights."""
     setup, tuner = comparison.setup, comparison.tuner
     steps, kind = (row.sampling or setup.sampling).steps, row.cost

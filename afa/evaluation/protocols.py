@@ -79,7 +79,7 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Request:
+class ProtocolOptions:
     """The command line's options of a protocol; None: the protocol's own."""
 
     prompts: int | None = None
@@ -133,7 +133,7 @@ class Request:
 STEPS = 50
 
 
-def protocol(source: Path, request: Request) -> Protocol:
+def protocol(source: Path, request: ProtocolOptions) -> Protocol:
     """Make a protocol of a user's prompts or captioned images: 50 steps and the family's guidance by default.
 
     All references are decoded here, so that broken ones are left out before anything is drawn.
@@ -190,7 +190,7 @@ def sample_image(sample: Sample) -> np.ndarray:
 class ProtocolEntry:
     """One protocol.
 
-    make: "module:function" with function(Request) -> Protocol, imported when the protocol is asked for
+    make: "module:function" with function(ProtocolOptions) -> Protocol, imported when the protocol is asked for
     help: one line for `--protocol list` and the docs
     """
 
@@ -213,7 +213,7 @@ PROTOCOLS = {
 }
 
 
-def make_protocol(name: str, request: Request) -> Protocol:
+def make_protocol(name: str, request: ProtocolOptions) -> Protocol:
     """Return a protocol by name, or of a user's file of prompts or folder of captioned images.
 
     Raises UserError for a name that is neither, or if data are missing.

@@ -22,7 +22,7 @@ from PIL import Image
 from afa.data.images import unreadable
 from afa.data.sources import NO_FILE, LeftOutError, Sample, find_file
 from afa.errors import UserError
-from afa.evaluation.protocols import Protocol, Real, Request
+from afa.evaluation.protocols import Protocol, ProtocolOptions, Real
 from afa.files import sha256
 from afa.images import open_image, read_pixels
 from afa.text_files import read_bytes, read_json, read_json_lines, read_text
@@ -33,7 +33,7 @@ ANNOTATIONS, IMAGES = "annotations/captions_train2017.json", "train2017"
 COCO_HOLDS = f"a folder with COCO 2017's {ANNOTATIONS} and {IMAGES}/"
 
 
-def coco2017(request: Request) -> Protocol:
+def coco2017(request: ProtocolOptions) -> Protocol:
     """--prompts pairs (all 118,287 by default). Raises UserError if COCO is not at --protocol-data."""
     root = request.data_folder("coco2017", COCO_HOLDS)
     pairs = read_pairs(root, inside=not request.allow_outside)[: request.prompts]
@@ -111,7 +111,7 @@ PROMPTS, COPIES, DRAWBENCH_STEPS = 200, 4, 50
 DRAWBENCH_HOLDS = "DrawBench's table of 200 prompts (.csv, .tsv or .jsonl with a column Prompts)"
 
 
-def drawbench(request: Request) -> Protocol:
+def drawbench(request: ProtocolOptions) -> Protocol:
     """200 prompts × 4 images. Raises UserError if the prompts cannot be had, or are not 200."""
     path = request.data_folder("drawbench", DRAWBENCH_HOLDS)
     captions = read_table(path)

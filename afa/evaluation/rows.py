@@ -30,7 +30,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """One method. group: one of results.GROUPS. title: for people. cost: of a step, as in SamplingMethod.
 
     sampler: options and training run -> the method, ready to make images. candidates: options to choose
@@ -59,7 +59,7 @@ class Row:
     cost: str = "one model"
 
 
-def training_runs(row: Row) -> int:
+def training_runs(row: MethodRow) -> int:
     """How often a row is trained.
 
     Every seed once, and at the first with every candidate that is chosen by loss; ours is there at the first.

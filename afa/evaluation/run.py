@@ -21,7 +21,7 @@ from afa.evaluation.judge import Judge, Judged
 from afa.evaluation.methods import all_rows, study_rows
 from afa.evaluation.names import chosen_methods, known_methods
 from afa.evaluation.results import Method, Results, Run, machine, versions
-from afa.evaluation.rows import Options, Row, Trained, training_runs
+from afa.evaluation.rows import MethodRow, Options, Trained, training_runs
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.setup import Setup
 from afa.evaluation.tuning import ScoringError, Tuner
@@ -133,12 +133,12 @@ def _evaluate(comparison: ComparisonContext) -> Results | None:
     return results
 
 
-def asked_for(settings: EvaluateSettings, row: Row) -> bool:
+def asked_for(settings: EvaluateSettings, row: MethodRow) -> bool:
     """Return whether the user named this row, so that its failure must raise."""
     return "all" not in settings.methods and row.name.partition(":")[0] in settings.methods
 
 
-def check_row(setup: Setup, row: Row) -> bool:
+def check_row(setup: Setup, row: MethodRow) -> bool:
     """Raise UserError if a row lacks its base model or its training settings, before anything is drawn."""
     if row.based and setup.settings.base is None:
         _ = setup.base  # which says that it is missing
@@ -157,7 +157,7 @@ def _claim(setup: Setup, keep: bool) -> None:
         claim(setup.output, asked, "the comparison", files)
 
 
-def _rows(comparison: ComparisonContext) -> list[Row]:
+def _rows(comparison: ComparisonContext) -> list[MethodRow]:
     """Return the rows; experts are ranked before baselines are made of them."""
     setup = comparison.setup
     for row in all_rows(setup, comparison.tuner, comparison.names):
@@ -193,7 +193,7 @@ class Made:
     memory_mb: float
 
 
-def _make(comparison: ComparisonContext, row: Row, place: str) -> tuple[Row, Options, list[Made]]:
+def _make(comparison: ComparisonContext, row: MethodRow, place: str) -> tuple[MethodRow, Options, list[Made]]:
     """Choose options, train and draw: everything of a row that takes time.
 
     place: of the row among all rows, shown with the progress
@@ -202,7 +202,7 @@ def _make(comparison: ComparisonContext, row: Row, place: str) -> tuple[Row, Opt
     return row, options, [_make_run(comparison, row, options, run, place) for run in range(row.runs)]
 
 
-def _choose(comparison: ComparisonContext, row: Row) -> Options:
+def _choose(comparison: ComparisonContext, row: MethodRow) -> Options:
     if row.by_loss and row.train is not None:
         losses = [row.train(options, 0).loss for options in row.candidates]
         return row.candidates[int(np.argmin(losses))]
@@ -215,7 +215,7 @@ def _choose(comparison: ComparisonContext, row: Row) -> Options:
         return row.candidates[0]
 
 
-def image_folder(output: Path, row: Row, run: int) -> Path:
+def image_folder(output: Path, row: MethodRow, run: int) -> Path:
     """Return the folder of the images of a row's run; no other row has it.
 
     Different names may give the same folder name (`a b` and `a-b`, or `a-10-steps` and `a` in 10 steps), so a
@@ -230,7 +230,7 @@ def image_folder(output: Path, row: Row, run: int) -> Path:
     return folder / f"seed-{run}" if row.train is not None else folder
 
 
-def _make_run(comparison: ComparisonContext, row: Row, options: Options, run: int, place: str) -> Made:
+def _make_run(comparison: ComparisonContext, row: MethodRow, options: Options, run: int, place: str) -> Made:
     setup = comparison.setup
     trained = row.train(options, run) if row.train is not None else None
     folder = image_folder(setup.output, row, run)
@@ -275,7 +275,7 @@ def _megabytes(file: Path) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _judge(comparison: ComparisonContext, row: Row, options: Options, made: list[Made]) -> Method:
+def _judge(comparison: ComparisonContext, row: MethodRow, options: Options, made: list[Made]) -> Method:
     """Score a row's images and return the row of the results."""
     setup = comparison.setup
     runs = []

@@ -16,7 +16,7 @@ from afa.data.sources import Columns
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.evaluation.protocols import Protocol, Request, make_protocol
+from afa.evaluation.protocols import Protocol, ProtocolOptions, make_protocol
 from afa.evaluation.recorded import recorded_data, recorded_settings, tell
 from afa.evaluation.settings import EvaluateSettings
 from afa.experts.expert import Expert
@@ -224,8 +224,8 @@ def _device(name: str | None) -> torch.device:
     )  # accelerate's cpu:0 would be copied to
 
 
-def _request(settings: EvaluateSettings) -> Request:
-    return Request(
+def _request(settings: EvaluateSettings) -> ProtocolOptions:
+    return ProtocolOptions(
         prompts=settings.prompts,
         images_per_prompt=settings.images_per_prompt,
         seed=settings.seed,

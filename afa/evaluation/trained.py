@@ -16,7 +16,7 @@ from afa.denoiser.placement import fused_stages
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.names import chosen_methods
-from afa.evaluation.rows import Options, Row, Trained
+from afa.evaluation.rows import MethodRow, Options, Trained
 from afa.evaluation.setup import Setup
 from afa.evaluation.untrained import merged_sampler
 from afa.experts.expert import Expert
@@ -55,7 +55,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained_rows(setup: Setup) -> list[Row]:
+def trained_rows(setup: Setup) -> list[MethodRow]:
     """The prediction router, and the ensemble."""
     router = functools.partial(_train, setup, "prediction_router", {"placement": "out"})
     return [
@@ -64,7 +64,7 @@ def trained_rows(setup: Setup) -> list[Row]:
     ]
 
 
-def ablation_rows(setup: Setup) -> list[Row]:
+def ablation_rows(setup: Setup) -> list[MethodRow]:
     """The ensemble's recipe with one thing changed, trained anew."""
     denoiser = setup.ensemble.denoiser
     recorded = setup.training(
@@ -104,7 +104,7 @@ def _differs(denoiser: EnsembleDenoiser, changes: Mapping[str, Any]) -> bool:
     return "placement" not in changes or fused_stages(changes["placement"], denoiser.stages) != denoiser.fused
 
 
-def expert_rows(setup: Setup) -> list[Row]:
+def expert_rows(setup: Setup) -> list[MethodRow]:
     """The ensemble of the two best experts, of the three best …, trained anew; of all.
 
     The ensemble itself.
@@ -152,10 +152,10 @@ def _row(
     of: str = "",
     names: Sequence[str] = (),
     cost: str = "ensemble",
-) -> Row:
+) -> MethodRow:
     sampler = functools.partial(trained_sampler, setup, make, tuple(names))
     runs = setup.settings.seeds
-    return Row(name, group, title, sampler, train=make, runs=runs, axes=axes or {}, of=of, cost=cost)
+    return MethodRow(name, group, title, sampler, train=make, runs=runs, axes=axes or {}, of=of, cost=cost)
 
 
 def afa_run(setup: Setup, options: Options, run: int) -> Trained:
@@ -219,7 +219,7 @@ KEPT = "last-state.pt"  # of a run to equal steps, until the one to equal comput
 RATES = (1.0, 0.25)  # of the ensemble's learning rate: the better by held-out loss is taken
 
 
-def control_rows(setup: Setup) -> list[Row]:
+def control_rows(setup: Setup) -> list[MethodRow]:
     """Four rows; as many trained parameters as the ensemble has, never fewer."""
     kinds: dict[str, tuple[str, Callable[[Setup], Expert]]] = {
         "finetune_best": ("LoRA on the best expert", _best),
@@ -234,11 +234,11 @@ def control_rows(setup: Setup) -> list[Row]:
 
 def _control_row(
     setup: Setup, name: str, title: str, start: Callable[[Setup], Expert], by_compute: bool
-) -> Row:
+) -> MethodRow:
     train = functools.partial(_train_control, setup, name, start, by_compute)
     candidates = tuple({"lr": rate} for rate in RATES)
     sampler = functools.partial(_sampler, setup, start, train)
-    return Row(
+    return MethodRow(
         name,
         "control",
         title,
@@ -347,7 +347,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-def objective_rows(setup: Setup) -> list[Row]:
+def objective_rows(setup: Setup) -> list[MethodRow]:
     """One row an objective.
 
     The diffusion loss itself is compared with the ensemble, all others with the diffusion loss.
@@ -355,11 +355,11 @@ def objective_rows(setup: Setup) -> list[Row]:
     return [_objective_row(setup, name, changes) for name, changes in OBJECTIVES.items()]
 
 
-def _objective_row(setup: Setup, name: str, changes: dict[str, Any]) -> Row:
+def _objective_row(setup: Setup, name: str, changes: dict[str, Any]) -> MethodRow:
     of = "afa" if name == PLAIN else _name(PLAIN)
     make = functools.partial(_train_objective, setup, name, changes)
     sampler: Callable[..., Any] = functools.partial(trained_sampler, setup, make, ())
-    return Row(
+    return MethodRow(
         _name(name),
         "ours",
         f"AFA, further by {name}",

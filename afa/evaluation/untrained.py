@@ -8,7 +8,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from afa.ensemble import Ensemble
-from afa.evaluation.rows import Options, Row, Trained
+from afa.evaluation.rows import MethodRow, Options, Trained
 from afa.evaluation.setup import Setup
 from afa.evaluation.tuning import Tuner
 from afa.experts.expert import Expert
@@ -22,7 +22,7 @@ from afa.sampling.registry import SAMPLING_METHODS, make_sampler
 from afa.sampling.sample import Sampler, sample
 
 
-def merge_rows(setup: Setup) -> list[Row]:
+def merge_rows(setup: Setup) -> list[MethodRow]:
     """One row a merge of the registry. Rows that need the base say so when they are run."""
     stages = [stage["name"] for stage in setup.manifest.stages]
     rows = []
@@ -31,7 +31,7 @@ def merge_rows(setup: Setup) -> list[Row]:
         candidates = tuple(merge.candidates(len(setup.names), stages))
         sampler = functools.partial(_merge_sampler, setup, name)
         rows.append(
-            Row(name, "merge", f"{merge.title}{curves}", sampler, candidates, based=merge.needs("base"))
+            MethodRow(name, "merge", f"{merge.title}{curves}", sampler, candidates, based=merge.needs("base"))
         )
     return rows
 
@@ -65,19 +65,21 @@ def merged_sampler(setup: Setup, expert: Expert) -> Sampler:
     )
 
 
-def sampling_rows(setup: Setup) -> list[Row]:
+def sampling_rows(setup: Setup) -> list[MethodRow]:
     """One row a method, or one for every expert where the method is of one expert."""
     rows = []
     for name, method in SAMPLING_METHODS.items():
         make = functools.partial(_rival_sampler, setup, name)
         if method.each:
             rows += [
-                Row(f"{name}:{expert}", "expert", method.title.format(expert), make, ({"expert": expert},))
+                MethodRow(
+                    f"{name}:{expert}", "expert", method.title.format(expert), make, ({"expert": expert},)
+                )
                 for expert in setup.names
             ]
         else:
             candidates = tuple(method.candidates(setup.names, setup.ranking))
-            rows.append(Row(name, "sampling", method.title, make, candidates, cost=method.cost))
+            rows.append(MethodRow(name, "sampling", method.title, make, candidates, cost=method.cost))
     return rows
 
 
@@ -85,14 +87,14 @@ def _rival_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampl
     return make_sampler(name, setup.ensemble, **options)
 
 
-def auto_mbw_rows(setup: Setup, tuner: Tuner) -> list[Row]:
+def auto_mbw_rows(setup: Setup, tuner: Tuner) -> list[MethodRow]:
     """Block weights searched for on the tuning images; a row only where there is something to search by."""
     if not tuner.able or setup.settings.search_trials < 1:
         return []
     search = functools.partial(_search, setup, tuner)
     note = f"{setup.settings.search_trials} merges tried by Optuna on {len(tuner.captions)} other images"
     return [
-        Row(
+        MethodRow(
             "auto_mbw",
             "merge",
             "auto MBW",

@@ -11,7 +11,7 @@ from PIL import Image, PngImagePlugin
 from afa.errors import UserError
 from afa.evaluation.images import ImageSet
 from afa.evaluation.results import Item
-from afa.evaluation.rows import Row
+from afa.evaluation.rows import MethodRow
 from afa.evaluation.run import image_folder
 from afa.images import CHUNK
 from afa.metrics import cache
@@ -21,7 +21,7 @@ from afa.sampling.sample import Sampling
 
 
 def folder(name, **axes):
-    return image_folder(Path("out"), Row(name, "expert", name, lambda *_: None, axes=axes), 0).relative_to("out/images").as_posix()
+    return image_folder(Path("out"), MethodRow(name, "expert", name, lambda *_: None, axes=axes), 0).relative_to("out/images").as_posix()
 
 
 ALIKE = ["a b", "a-b", "a, b", "a,b", "a  b", "a,  b", "a-10-steps", "a 10 steps", "a, 10 steps", "a,-b"]

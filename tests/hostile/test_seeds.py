@@ -9,7 +9,7 @@ import torch
 from afa.cli.main import main
 from afa.demo.data import EXPERTS
 from afa.errors import UserError
-from afa.evaluation.protocols import Request as Asked
+from afa.evaluation.protocols import ProtocolOptions as Asked
 from afa.images import read_metadata
 from afa.sampling.sample import Request, Sampling
 from afa.screening.plan import Probes

@@ -235,7 +235,7 @@ def parameters_cell(method: Method) -> str | None:
 
 
 @dataclass(frozen=True)
-class Point:
+class StudyPoint:
     """One method at one place of an axis.
 
     main: whether it is a row of the main table, with no axes of its own.
@@ -255,7 +255,7 @@ class Study:
     """
 
     axis: str
-    lines: dict[str, list[Point]]
+    lines: dict[str, list[StudyPoint]]
     numeric: bool
 
     @property
@@ -283,12 +283,12 @@ def find_studies(one: Analysis) -> list[Study]:
     return found
 
 
-def _points(one: Analysis, axis: str, of: str, methods: Sequence[Method], numeric: bool) -> list[Point]:
+def _points(one: Analysis, axis: str, of: str, methods: Sequence[Method], numeric: bool) -> list[StudyPoint]:
     """The points of one line; with the row of the main table that it was derived from, if that is known."""
     points = []
     for method in methods:
         place = method.axes[axis] if numeric else str(method.axes[axis])
-        points.append(Point(place, method, one.lead.values[method.name]))
+        points.append(StudyPoint(place, method, one.lead.values[method.name]))
     main: float | str | None = None if numeric else "as it is"
     if numeric and axis == "steps":
         steps = one.results.protocol.get("steps")
@@ -304,7 +304,7 @@ def _points(one: Analysis, axis: str, of: str, methods: Sequence[Method], numeri
             if len(seeds) == 1
             else one.lead.values[of]
         )
-        points.insert(0, Point(main, one.methods[of], value, main=True))
+        points.insert(0, StudyPoint(main, one.methods[of], value, main=True))
     return sorted(points, key=lambda point: float(point.place)) if numeric else points
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 from afa.evaluation.columns import Column
 from afa.evaluation.compare import RIVALS, Analysis
 from afa.evaluation.report.content import (
-    Point,
     Study,
+    StudyPoint,
     arrow,
     find_studies,
     made_of,
@@ -169,7 +169,7 @@ def _study(one: Analysis, study: Study) -> dict[str, Any]:
 def _curves(one: Analysis, study: Study) -> str:
     """A line for each method that others were derived from, and the best single expert drawn across."""
 
-    def drawn(name: str, point: Point) -> charts.CurvePoint:
+    def drawn(name: str, point: StudyPoint) -> charts.CurvePoint:
         value = point.value
         tip = f"{name}, {point.place:g}: {with_interval(value, 3)}, n = {value.n}"
         return charts.CurvePoint(float(point.place), value.value, value.low, value.high, tip)
