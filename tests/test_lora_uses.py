@@ -11,7 +11,7 @@ from tiny_loras import write_lora
 
 from afa import Ensemble, merge_experts, merge_pipelines
 from afa.aggregators.registry import Recipe, count_parameters
-from afa.evaluation.trained import _best
+from afa.evaluation.controls import best_expert
 from afa.experts.load import load_expert
 from afa.experts.lora import fused, lora_numbers, tuner_layers
 from afa.experts.quantised import STORES, kept_elsewhere, store_weights, stored_bytes
@@ -77,8 +77,9 @@ def test_a_rival_alone_is_the_fused_expert(ensemble, copies):
 
 
 def test_the_control_is_trained_on_plain_layers_of_its_own(ensemble, copies):
-    setup = type("Setup", (), {"names": ensemble.names, "ensemble": ensemble, "ranking": ("oil", "ink")})()
-    best = _best(setup).model
+    found = staticmethod(lambda name: ensemble.experts[ensemble.names.index(name)])
+    setup = type("Setup", (), {"ensemble": ensemble, "ranking": ("oil", "ink"), "expert": found})()
+    best = best_expert(setup).model
     assert best.state_dict().keys() == sd_unet(**SMALL).state_dict().keys()
     with torch.no_grad():
         assert close(best(**inputs()).sample, copies[1].model(**inputs()).sample)

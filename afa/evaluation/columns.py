@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 
 from afa.errors import UserError
-from afa.evaluation.results import Item, Method, MetricNote, SetScore, prompts_of
+from afa.evaluation.results import Item, Method, MetricNote, prompts_of
 from afa.significance import difference_tests, set_test
 from afa.stats import (
     LEVEL,
@@ -131,6 +131,11 @@ class Column:
     best: str | None = None
     comparisons: Mapping[Pair, Comparison] = field(default_factory=dict)
 
+    @property
+    def header(self) -> str:
+        """Return the metric's name and which way is better."""
+        return f"{self.metric} {'↑' if self.note.higher_is_better else '↓'}"
+
     def against(self, method: str, other: str | None) -> Comparison | None:
         """Return method minus other; None if they were not compared."""
         if other is None:
@@ -150,15 +155,18 @@ def make_column(metric: str, note: MetricNote, methods: Sequence[Method], items:
 
     Raises UserError if their numbers of prompts differ.
     """
-    prompts = prompts_of(items)
-    found = {
-        method.name: image_sample(method, prompts, metric)
-        if note.kind == "image"
-        else _set_sample(metric, method, prompts)
-        for method in methods
-    }
-    samples = {name: sample for name, sample in found.items() if sample is not None}
-    _check_lengths(metric, samples)
+    prompts, samples = prompts_of(items), {}
+    for method in methods:
+        found = (image_sample if note.kind == "image" else _set_sample)(method, prompts, metric)
+        if found is not None:
+            samples[method.name] = found
+    lengths = {sample.scores.shape[1]: name for name, sample in samples.items() if sample.replicates is None}
+    if len(lengths) > 1:
+        (few, one), (many, other) = sorted(lengths.items())[:2]
+        raise UserError(
+            f"metric '{metric}' has values of {few} prompts for '{one}', of {many} for '{other}'; "
+            "run afa evaluate again"
+        )
     alone = {
         (name, seed): sample.of_seeds([seed]) for name, sample in samples.items() for seed in sample.seeds
     }
@@ -170,41 +178,33 @@ def compare(column: Column, pairs: Sequence[Pair]) -> dict[Pair, Comparison]:
 
     Pairs that share no training seed are left out.
     """
-    samples, higher = column.samples, column.note.higher_is_better
-    both = {
-        pair: shared for pair in pairs if (shared := _paired(*(samples[name] for name in pair))) is not None
-    }
+    samples, higher, both = column.samples, column.note.higher_is_better, {}
+    for pair in pairs:
+        one, other = (samples[name] for name in pair)
+        # Runs are paired by training seed; an untrained run is paired with all runs of the other.
+        seeds = list(one.seeds if one.trained else other.seeds)
+        if one.trained and other.trained:
+            seeds = [seed for seed in seeds if seed in other.seeds]
+        if seeds:
+            both[pair] = one.of_seeds(seeds), other.of_seeds(seeds)
     if not both:
         return {}
     apart = [_minus(one, other) for one, other in both.values()]
     won: Sequence[Estimate | None] = [None] * len(both)
     if column.note.kind == "image":
-        won = win_rates(
-            [
-                wins(one.scores, other.scores) if higher else wins(other.scores, one.scores)
-                for one, other in both.values()
-            ]
-        )
+        ordered = [(one, other) if higher else (other, one) for one, other in both.values()]
+        won = win_rates([wins(one.scores, other.scores) for one, other in ordered])
+    tests = [
+        set_test(minus.scores, minus.replicates, minus.prompts)
+        for minus in apart
+        if minus.replicates is not None
+    ] or difference_tests([minus.scores for minus in apart])
     width = float(np.ptp(_span(samples.values())))
-    found = zip(
-        zip(both, apart, strict=True),
-        _estimates(apart, (-width, width), differences),
-        _tests(apart),
-        won,
-        strict=True,
-    )
+    between = _estimates(apart, (-width, width), differences)
     return {
-        pair: Comparison(*pair, between, higher, p, share, None, minus.prompts, 0, minus.seeds, minus.means())
-        for (pair, minus), between, p, share in found
+        pair: Comparison(*pair, gap, higher, p, share, None, minus.prompts, 0, minus.seeds, minus.means())
+        for pair, minus, gap, p, share in zip(both, apart, between, tests, won, strict=True)
     }
-
-
-def _paired(one: MethodScores, other: MethodScores) -> tuple[MethodScores, MethodScores] | None:
-    """Pair runs by training seed; an untrained run is paired with all runs of the other."""
-    seeds = list(one.seeds if one.trained else other.seeds)
-    if one.trained and other.trained:
-        seeds = [seed for seed in seeds if seed in other.seeds]
-    return (one.of_seeds(seeds), other.of_seeds(seeds)) if seeds else None
 
 
 def image_sample(method: Method, prompts: Sequence[int], metric: str | None = None) -> MethodScores | None:
@@ -236,9 +236,15 @@ def image_sample(method: Method, prompts: Sequence[int], metric: str | None = No
     )
 
 
-def _set_sample(metric: str, method: Method, prompts: Sequence[int]) -> MethodScores | None:
+def _set_sample(method: Method, prompts: Sequence[int], metric: str) -> MethodScores | None:
+    """Return a score of sets, from the runs that have it; None if no run has it."""
     runs = sorted(method.runs, key=lambda run: run.seed)
-    scores = {run.seed: run.sets[metric] for run in runs if metric in run.sets and _finite(run.sets[metric])}
+    given = {run.seed: run.sets[metric] for run in runs if metric in run.sets}
+    scores = {
+        seed: score
+        for seed, score in given.items()
+        if np.isfinite(score.value) and np.isfinite(score.replicates).all()
+    }
     if not scores:
         return None
     count = min(len(score.replicates) for score in scores.values())
@@ -253,20 +259,6 @@ def _set_sample(metric: str, method: Method, prompts: Sequence[int]) -> MethodSc
     return MethodScores(
         tuple(scores), values, replicates, images, method.is_trained, len(set(prompts[:images]))
     )
-
-
-def _finite(score: SetScore) -> bool:
-    return bool(np.isfinite(score.value) and np.isfinite(score.replicates).all())
-
-
-def _check_lengths(metric: str, samples: Mapping[str, MethodScores]) -> None:
-    lengths = {sample.scores.shape[1]: name for name, sample in samples.items() if sample.replicates is None}
-    if len(lengths) > 1:
-        (few, one), (many, other) = sorted(lengths.items())[:2]
-        raise UserError(
-            f"metric '{metric}' has values of {few} prompts for '{one}', of {many} for '{other}'; "
-            "run afa evaluate again"
-        )
 
 
 def _by_key(samples: Mapping[K, MethodScores]) -> dict[K, Estimate]:
@@ -294,15 +286,6 @@ def _estimates(
         if sample.replicates is not None
     ]
     return of_sets or (of_prompts([sample.scores for sample in samples], span=span) if samples else [])
-
-
-def _tests(samples: Sequence[MethodScores]) -> list[float]:
-    of_sets = [
-        set_test(sample.scores, sample.replicates, sample.prompts)
-        for sample in samples
-        if sample.replicates is not None
-    ]
-    return of_sets or difference_tests([sample.scores for sample in samples])
 
 
 def _minus(one: MethodScores, other: MethodScores) -> MethodScores:

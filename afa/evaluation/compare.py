@@ -1,8 +1,7 @@
 """All comparisons of a report, computed from Results; p-values are corrected as one family."""
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -117,16 +116,19 @@ def analyse(several: Sequence[Results], folders: Sequence[Path | None] = ()) -> 
     Raises UserError for results that cannot be compared.
     """
     found = [_analyse(results) for results in several]
-    family = {
-        _key(place, column, pair): column.comparisons[pair].p
-        for place, one in enumerate(found)
-        for column, pair in _claims(one)
-    }
+    family: dict[Key, float] = {}
+    for place, one in enumerate(found):
+        rivals = {method.name for method in one.rows if method.group != BOUND}
+        for column in one.primary:
+            compared = {pair: known.p for pair, known in column.comparisons.items() if set(pair) <= rivals}
+            family |= {_key(place, column, pair): p for pair, p in compared.items()}
     corrected = dict(zip(family, holm(list(family.values())), strict=True))
     places = list(folders) or [None] * len(found)
     return [
-        dataclasses.replace(one, columns=_corrected(one, place, corrected), family=len(family), folder=folder)
-        for place, (one, folder) in enumerate(zip(found, places, strict=True))
+        replace(
+            one, columns=_corrected(one.columns, place, corrected), family=len(family), folder=places[place]
+        )
+        for place, one in enumerate(found)
     ]
 
 
@@ -145,10 +147,15 @@ def our_method(results: Results) -> str | None:
 
 
 def _analyse(results: Results) -> Analysis:
+    """Every column with its best expert, its values, and the comparisons of _pairs, not corrected yet."""
     _check(results)
-    names = sorted(results.metrics, key=lambda name: not results.metrics[name].primary)
-    columns = [make_column(name, results.metrics[name], results.methods, results.items) for name in names]
-    known = {column.metric: _compared(results, column) for column in columns if column.values}
+    experts = [method.name for method in main_methods(results) if method.group == EXPERT]
+    known = {}
+    for name in sorted(results.metrics, key=lambda name: not results.metrics[name].primary):
+        column = make_column(name, results.metrics[name], results.methods, results.items)
+        if column.values:
+            column = replace(column, best=column.leader(experts))
+            known[name] = replace(column, comparisons=compare(column, _pairs(results, column)))
     if not known:
         raise UserError(
             "there is nothing to report: no method has a score; "
@@ -177,17 +184,8 @@ def _check(results: Results) -> None:
             )
 
 
-def _compared(results: Results, column: Column) -> Column:
-    """Add the best expert and the comparisons of a column.
-
-    Every row is compared with the best expert and with our method, every variant with its origin.
-    """
-    experts = [method.name for method in main_methods(results) if method.group == EXPERT]
-    column = dataclasses.replace(column, best=column.leader(experts))
-    return dataclasses.replace(column, comparisons=compare(column, _pairs(results, column)))
-
-
 def _pairs(results: Results, column: Column) -> list[Pair]:
+    """Every row with the best expert and with our method, every variant with its origin."""
     main = [method.name for method in main_methods(results) if method.name in column.values]
     references = [name for name in (column.best, our_method(results)) if name in column.values]
     pairs = [(name, other) for other in references if other is not None for name in main if name != other]
@@ -199,26 +197,18 @@ def _pairs(results: Results, column: Column) -> list[Pair]:
     return list(dict.fromkeys([*pairs, *derived]))
 
 
-def _claims(one: Analysis) -> list[tuple[Column, Pair]]:
-    rivals = {method.name for method in one.rows if method.group != BOUND}
-    return [(column, pair) for column in one.primary for pair in column.comparisons if set(pair) <= rivals]
-
-
 def _key(place: int, column: Column, pair: Pair) -> Key:
     """Return a key that is the same for both directions of a comparison."""
     return (place, column.metric, *sorted(pair))
 
 
-def _corrected(one: Analysis, place: int, corrected: dict[Key, float]) -> dict[str, Column]:
-    return {
-        name: dataclasses.replace(
-            column,
-            comparisons={
-                pair: dataclasses.replace(
-                    found, p_holm=corrected.get(_key(place, column, pair)), least=least_items(len(corrected))
-                )
-                for pair, found in column.comparisons.items()
-            },
-        )
-        for name, column in one.columns.items()
-    }
+def _corrected(columns: dict[str, Column], place: int, corrected: dict[Key, float]) -> dict[str, Column]:
+    """The columns of the evaluation at a place, with the corrected p-values of the family."""
+    found, least = {}, least_items(len(corrected))
+    for name, column in columns.items():
+        comparisons = {
+            pair: replace(known, p_holm=corrected.get(_key(place, column, pair)), least=least)
+            for pair, known in column.comparisons.items()
+        }
+        found[name] = replace(column, comparisons=comparisons)
+    return found

@@ -1,9 +1,11 @@
 """The images of one method: one PNG per item, which records how it was made; existing images are kept."""
 
 import hashlib
+import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,18 @@ from accelerate import PartialState
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from afa.devices import peak_megabytes
 from afa.evaluation.results import Item, image_name
+from afa.evaluation.rows import MethodRow
+from afa.files import write_atomically
 from afa.fingerprint import digest
 from afa.images import read_pixels
 from afa.sampling.image_files import ImageFile, draw
 from afa.sampling.sample import Request, Sampler, Sampling
+from afa.store import kept_json
 
 FOREVER = 1e9  # seconds that no image takes
+MEMORY, MEMORY_STEPS = "memory.json", 2  # what one image takes, and the steps it is measured in
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,21 @@ def _seconds(found: Mapping[str, Any] | None) -> float | None:
     return float(seconds) if known else None
 
 
+def image_folder(output: Path, row: MethodRow, run: int) -> Path:
+    """Return the folder of the images of a row's run; no other row has it.
+
+    Different names may give the same folder name (`a b` and `a-b`, or `a-10-steps` and `a` in 10 steps), so a
+    hash of the row's name tells them apart.
+    """
+    name = re.sub("[ ,:]", "-", row.name.replace(", ", "-"))
+    expert = row.name.partition(":")[2]
+    expert = re.sub(r", \d+ steps$", "", expert) if "steps" in row.axes else expert
+    if re.search(r"[ ,]|-steps$", expert):
+        name += f"-{digest({row.name: ' '.join(row.axes)})[:8]}"
+    folder = output / "images" / name
+    return folder / f"seed-{run}" if row.train is not None else folder
+
+
 def make_images(images: ImageSet, make: Callable[[], Sampler], batch_size: int, title: str) -> None:
     """Make the missing images, batch by batch, over all processes. The model is made only if one is missing.
 
@@ -107,3 +129,23 @@ def make_images(images: ImageSet, make: Callable[[], Sampler], batch_size: int, 
         ) as bar:
             draw(own, sampler, images.sampling, batch_size, bar, timed=True)
     state.wait_for_everyone()
+
+
+def measured_memory(images: ImageSet, make: Callable[[], Sampler]) -> float:
+    """Return the peak megabytes of tensors while one image is made in two steps.
+
+    One process measures it once; it is kept beside the images.
+    """
+    file = images.folder / MEMORY
+
+    def known() -> float:
+        kept: dict[str, float] = kept_json(file, dict[str, float]) or {}
+        return kept.get("megabytes", 0.0)
+
+    if PartialState().is_main_process and not known():
+        short = replace(images.sampling, steps=min(MEMORY_STEPS, images.sampling.steps))
+        sampler, requests = make(), [images.files[0].request]
+        megabytes = peak_megabytes(lambda: sampler(requests, short))
+        write_atomically(file, json.dumps({"megabytes": round(megabytes, 2)}))
+    PartialState().wait_for_everyone()
+    return known()

@@ -1,10 +1,8 @@
 """All metrics of a comparison: checked early, then applied to image sets; results are cached by content."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,15 @@ from afa.evaluation.images import ImageSet
 from afa.evaluation.protocols import Protocol
 from afa.evaluation.results import MetricNote, SetScore, prompts_of
 from afa.evaluation.settings import EvaluateSettings
-from afa.evaluation.tuning import Score
-from afa.files import json_or_none, write_atomically
+from afa.evaluation.tuning import ScoreOfSet
+from afa.files import write_atomically
+from afa.fingerprint import digest
 from afa.metrics.base import ImageMetric, Picture, SetMetric
 from afa.metrics.cache import cached_features
 from afa.metrics.registry import METRICS, Resources, make_metric
 from afa.metrics.user import UserFrechet, UserScore, load_scorer
+from afa.schema import Score
+from afa.store import kept_json
 
 CHUNK = 256  # pictures in memory at once
 Attempt = Callable[[str, bool, Callable[[], Any]], Any]
@@ -31,8 +32,8 @@ Attempt = Callable[[str, bool, Callable[[], Any]], Any]
 class Judged:
     """The scores of one image set by all metrics."""
 
-    scores: dict[str, list[float]]
-    sets: dict[str, SetScore]
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    sets: dict[str, SetScore] = field(default_factory=dict)
 
 
 class Judge:
@@ -43,6 +44,9 @@ class Judge:
 
     def __init__(self, metrics: Sequence[ImageMetric | SetMetric], folder: Path, resamples: int) -> None:
         self.metrics, self.folder, self.resamples = list(metrics), folder, resamples
+        self._references: dict[SetMetric, Any] = {}  # what metrics need of the real images
+        # Options are chosen by the first metric of images.
+        self._leading = next((metric for metric in metrics if isinstance(metric, ImageMetric)), None)
 
     @classmethod
     def make(
@@ -52,7 +56,15 @@ class Judge:
 
         Raises UserError for what is missing.
         """
-        weights = dict(_given(place) for place in settings.metric_weights or [])
+        weights: dict[str, str] = {}
+        for given in settings.metric_weights or []:
+            name, equals, place = given.partition("=")
+            if not equals or name not in METRICS:
+                raise UserError(
+                    f"--metric-weights {given} names no metric; write METRIC=PATH with one of "
+                    f"{', '.join(METRICS)}"
+                )
+            weights[name] = place
         names = list(settings.metrics or ([] if settings.scorer else protocol.metrics))
         for name in weights:
             if name not in names:
@@ -64,11 +76,8 @@ class Judge:
             make_metric(name, Resources(weights.get(name), device, settings.batch_size)) for name in names
         ]
         if settings.scorer is not None:
-            own = load_scorer(Path(settings.scorer))
-            metrics = [
-                *(metric for metric in own if isinstance(metric, ImageMetric) or protocol.real is not None),
-                *metrics,
-            ]
+            own = load_scorer(Path(settings.scorer))  # its score, then its features, if it has any
+            metrics = [*(own if protocol.real is not None else own[:1]), *metrics]
         for metric in metrics:
             if isinstance(metric, SetMetric) and metric.needs_reference and protocol.real is None:
                 raise UserError(
@@ -84,46 +93,31 @@ class Judge:
 
         If several metrics have a score of that name, a user's score is qualified by its file.
         """
-        names = _names(metric)
         if not isinstance(metric, (UserScore, UserFrechet)):
-            return {name: name for name in names}
-        others = {name for one in self.metrics if one is not metric for name in _names(one)}
-        qualified = (
-            "features of "
-            if isinstance(metric, UserFrechet) and metric.path in _scored(self.metrics, metric.name)
-            else ""
-        )
+            return {name: name for name in metric.names}
+        others = {name for one in self.metrics if one is not metric for name in one.names}
+        qualified, file = "", metric.path.stem
+        if isinstance(metric, UserFrechet):
+            scores = [one for one in self.metrics if isinstance(one, UserScore) and one.path == metric.path]
+            qualified = "features of " if any(metric.name in one.names for one in scores) else ""
         found = {}
-        for name in names:
-            label = name if name not in others else f"{qualified}{metric.path.stem}:{name}"
-            while label != name and label in (*others, *names):
-                label = f"{metric.path.stem}:{label}"
+        for name in metric.names:
+            label = name if name not in others else f"{qualified}{file}:{name}"
+            while label != name and label in (*others, *metric.names):
+                label = f"{file}:{label}"
             found[name] = label
         return found
 
     @property
     def primary(self) -> str:
-        """Return the first score of an image.
-
-        Returns "" if all metrics are of sets, or a user's scorer was not called yet.
-        """
-        return next(
-            (
-                label
-                for metric in self.metrics
-                if isinstance(metric, ImageMetric)
-                for label in self.labels(metric).values()
-            ),
-            "",
-        )
+        """Return the first score of an image; "" if there is none, or a user's scorer was not called yet."""
+        labels = (self.labels(metric) for metric in self.metrics if isinstance(metric, ImageMetric))
+        return next((label for found in labels for label in found.values()), "")
 
     @property
-    def tuning_score(self) -> Score | None:
-        """Return the mean of the primary score over some pictures, higher is better;
-
-        None if all metrics are of sets.
-        """
-        metric = next((metric for metric in self.metrics if isinstance(metric, ImageMetric)), None)
+    def tuning_score(self) -> ScoreOfSet | None:
+        """Return the mean of the primary score over some pictures, higher is better; None without one."""
+        metric = self._leading
         if metric is None:
             return None
         sign = 1 if metric.higher_is_better else -1
@@ -132,66 +126,51 @@ class Judge:
     @property
     def tuning_identity(self) -> str:
         """Return what changes when tuning_score changes: metric, weights, a scorer's file."""
-        metric = next((metric for metric in self.metrics if isinstance(metric, ImageMetric)), None)
-        return (
-            "" if metric is None else json.dumps([type(metric).__qualname__, metric.identity], sort_keys=True)
-        )
+        metric = self._leading
+        if metric is None:
+            return ""
+        return json.dumps([type(metric).__qualname__, metric.identity], sort_keys=True)
 
     def notes(self) -> dict[str, MetricNote]:
         """Return what each score means; the first score of an image and the first of a set are primary."""
-        of_sets = (
-            label
-            for metric in self.metrics
-            if isinstance(metric, SetMetric)
-            for label in self.labels(metric).values()
-        )
-        leading = {self.primary, next(of_sets, "")}
+        of_sets = (metric for metric in self.metrics if isinstance(metric, SetMetric))
+        leading = {self.primary, next((label for one in of_sets for label in self.labels(one).values()), "")}
         notes = {}
         for metric in self.metrics:
             kind = "image" if isinstance(metric, ImageMetric) else "set"
-            labels = self.labels(metric).values()
-            notes |= {
-                label: MetricNote(kind, metric.higher_is_better, metric.source, label in leading)
-                for label in labels
-            }
+            for label in self.labels(metric).values():
+                notes[label] = MetricNote(kind, metric.higher_is_better, metric.source, label in leading)
         return notes
 
     def judge(self, images: ImageSet, protocol: Protocol, title: str, attempt: Attempt) -> Judged:
         """Score an image set by all metrics; a metric that fails does not stop the others."""
-        judged = Judged({}, {})
+        judged = Judged()
         for metric in self.metrics:
             what = f"{next(iter(self.labels(metric).values()), 'the scorer')} of {title}"
-            if isinstance(metric, ImageMetric):
-                scores = (
-                    attempt(what, False, lambda metric=metric: self._score(metric, images, protocol)) or {}
-                )
-                labels = self.labels(metric)
-                judged.scores.update({labels[name]: values for name, values in scores.items()})
-            else:
-                value = attempt(what, False, lambda metric=metric: self._set_score(metric, images, protocol))
-                judged.sets.update({} if value is None else {self.labels(metric)[metric.name]: value})
+            score = self._score if isinstance(metric, ImageMetric) else self._set_score
+            found = attempt(what, False, lambda score=score, metric=metric: score(metric, images, protocol))
+            kept = judged.scores if isinstance(metric, ImageMetric) else judged.sets
+            labels = self.labels(metric)  # a user's scorer has names once it has been called
+            kept.update({labels[name]: value for name, value in (found or {}).items()})
         return judged
 
     def _score(self, metric: ImageMetric, images: ImageSet, protocol: Protocol) -> dict[str, list[float]]:
         """Return the values of all images, or of the first ones if the protocol limits the metric."""
         first = {} if isinstance(metric, UserScore) else protocol.first  # which is about metrics of ours
         count = min([len(images.items), *(first[name] for name in metric.names if name in first)])
-        file = self._file(metric, images.digest(), f"{count}.json")
-        scores = _kept(file)
-        if scores is None:
+        facts = [type(metric).__qualname__, metric.identity, images.digest()]
+        file = self.folder / "scores" / f"{digest(facts)[:32]}.{count}.json"
+        scores: dict[str, list[float]] = kept_json(file, dict[str, list[Score]]) or {}
+        if not scores:
             prompts = prompts_of(images.items)[:count]
-            found: dict[str, list[float]] = {}
             for indices in _by_prompt(prompts):
-                values = metric.score(
-                    [self._picture(images, index, prompts[index], protocol) for index in indices]
-                )
-                for name, column in values.items():
-                    row = found.setdefault(name, [float("nan")] * count)
+                pictures = [self._picture(images, index, prompts[index], protocol) for index in indices]
+                for name, column in metric.score(pictures).items():
+                    row = scores.setdefault(name, [float("nan")] * count)
                     for index, value in zip(indices, column, strict=True):
                         row[index] = float(value)
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(found))
-            scores = found
+            write_atomically(file, json.dumps(scores))
         metric.names = metric.names or tuple(scores)  # of a user's scorer that had nothing new to look at
         return scores
 
@@ -200,57 +179,21 @@ class Judge:
         reference = None if protocol.references is None else protocol.references[index]()
         return Picture(images.read(index), item.caption, prompt, reference)
 
-    def _set_score(self, metric: SetMetric, images: ImageSet, protocol: Protocol) -> SetScore:
+    def _set_score(self, metric: SetMetric, images: ImageSet, protocol: Protocol) -> dict[str, SetScore]:
         """Return the value of all images, and under resampled prompts, which are the same for all methods."""
-        reference = self._reference(metric, protocol) if metric.needs_reference else None
-        features = cached_features(metric, images.read_all, self.folder / "features", images.digest())
+        folder = self.folder / "features"
+        if metric.needs_reference and metric not in self._references:
+            assert protocol.real is not None
+            real = cached_features(metric, protocol.real.images, folder, protocol.real.identity)
+            self._references[metric] = metric.prepare(real)
+        reference = self._references.get(metric)
+        features = cached_features(metric, images.read_all, folder, images.digest())
         groups = np.asarray(prompts_of(images.items))
         count = int(groups.max()) + 1
         draws = np.random.default_rng(0).integers(count, size=(self.resamples, count))
         replicates = metric.replicates(features, groups, reference, draws)
-        return SetScore(
-            metric.value(features, reference), [float(value) for value in replicates], len(features)
-        )
-
-    @cached_property
-    def _prepared(self) -> dict[SetMetric, Any]:
-        return {}
-
-    def _reference(self, metric: SetMetric, protocol: Protocol) -> Any:
-        """Return what a metric needs of the real images; computed once."""
-        assert protocol.real is not None
-        if metric not in self._prepared:
-            real = cached_features(
-                metric, protocol.real.images, self.folder / "features", protocol.real.identity
-            )
-            self._prepared[metric] = metric.prepare(real)
-        return self._prepared[metric]
-
-    def _file(self, metric: ImageMetric, digest: str, ending: str) -> Path:
-        """Return the cache file of a metric's scores of an image set."""
-        facts = json.dumps([type(metric).__qualname__, metric.identity, digest], sort_keys=True)
-        return self.folder / "scores" / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.{ending}"
-
-
-def _kept(file: Path) -> dict[str, list[float]] | None:
-    """Return cached scores; None if there are none, or the file is damaged."""
-    found = json_or_none(file)
-    if not isinstance(found, dict) or not found:
-        return None
-    columns = [
-        isinstance(column, list) and all(isinstance(value, int | float) for value in column)
-        for column in found.values()
-    ]
-    return found if all(columns) else None
-
-
-def _names(metric: ImageMetric | SetMetric) -> tuple[str, ...]:
-    return metric.names if isinstance(metric, ImageMetric) else (metric.name,)
-
-
-def _scored(metrics: Sequence[ImageMetric | SetMetric], name: str) -> list[Path]:
-    """Return the users' scorers with a score of that name."""
-    return [metric.path for metric in metrics if isinstance(metric, UserScore) and name in metric.names]
+        value = metric.value(features, reference)
+        return {metric.name: SetScore(value, [float(one) for one in replicates], len(features))}
 
 
 def _by_prompt(prompts: Sequence[int]) -> Iterator[list[int]]:
@@ -265,13 +208,3 @@ def _by_prompt(prompts: Sequence[int]) -> Iterator[list[int]]:
             part = []
         part.append(index)
     yield part
-
-
-def _given(place: str) -> tuple[str, str]:
-    """Split METRIC=PLACE. Raises UserError if there is no name."""
-    name, equals, where = place.partition("=")
-    if not equals or name not in METRICS:
-        raise UserError(
-            f"--metric-weights {place} names no metric; write METRIC=PATH with one of {', '.join(METRICS)}"
-        )
-    return name, where

@@ -1,26 +1,19 @@
 """From names to rows: what every method of a comparison is made of, and the rows of its studies."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
+from afa.evaluation.controls import control_rows
 from afa.evaluation.rows import MethodRow
 from afa.evaluation.setup import Setup
-from afa.evaluation.trained import ablation_rows, control_rows, expert_rows, objective_rows, trained_rows
+from afa.evaluation.trained import ablation_rows, expert_rows, objective_rows, trained_rows
 from afa.evaluation.tuning import Tuner
 from afa.evaluation.untrained import auto_mbw_rows, merge_rows, sampling_rows
 
 STEPS = (10, 20, 30, 50)
-STEPPED = (
-    "weighted",
-    "prediction_router",
-    "afa",
-)  # besides the best expert: what the study of steps looks at
-MAKERS: tuple[Callable[[Setup], list[MethodRow]], ...] = (
-    sampling_rows,
-    merge_rows,
-    control_rows,
-    trained_rows,
-)
+STEPPED = ("weighted", "prediction_router", "afa")  # rows of the study of steps, besides the best expert
+MAKERS = (sampling_rows, merge_rows, control_rows, trained_rows)
+STUDIES = {"experts": expert_rows, "ablations": ablation_rows, "objectives": objective_rows}
 
 
 def all_rows(setup: Setup, tuner: Tuner, names: Sequence[str]) -> list[MethodRow]:
@@ -29,29 +22,23 @@ def all_rows(setup: Setup, tuner: Tuner, names: Sequence[str]) -> list[MethodRow
     return [row for name in names for row in rows if row.name.partition(":")[0] == name]
 
 
-def study_rows(setup: Setup, rows: Sequence[MethodRow], studies: Sequence[str]) -> list[MethodRow]:
-    """What studies add.
-
-    Other numbers of steps, fewer experts, the ensemble without one of its parts, other objectives.
-    """
-    makers: dict[str, Callable[[], list[MethodRow]]] = {
-        "steps": lambda: _stepped(setup, rows),
-        "experts": lambda: expert_rows(setup),
-        "ablations": lambda: ablation_rows(setup),
-        "objectives": lambda: objective_rows(setup),
-    }
-    return [row for study in studies for row in makers[study]()]
+def study_rows(setup: Setup, rows: Sequence[MethodRow]) -> list[MethodRow]:
+    """What the studies that are asked for add to some rows."""
+    found: list[MethodRow] = []
+    for study in setup.settings.study or ():
+        found += _stepped(setup, rows) if study == "steps" else STUDIES[study](setup)
+    return found
 
 
 def _stepped(setup: Setup, rows: Sequence[MethodRow]) -> list[MethodRow]:
     """Rows at other numbers of denoising steps, one training seed."""
     names = (f"single:{setup.ranking[0]}", *STEPPED)
     return [
-        dataclasses.replace(
+        replace(
             row,
             name=f"{row.name}, {steps} steps",
             title=f"{row.title}, {steps} steps",
-            sampling=dataclasses.replace(setup.sampling, steps=steps),
+            sampling=replace(setup.sampling, steps=steps),
             runs=1,
             axes={"steps": steps},
             of=row.name,

@@ -1,24 +1,16 @@
 """A forecast of a comparison: the images that it would draw, and the time on this machine."""
 
-import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from afa.evaluation.images import MEMORY, MEMORY_STEPS, image_folder
 from afa.evaluation.methods import all_rows, study_rows
 from afa.evaluation.results import image_name
-from afa.evaluation.rows import SEARCH, MethodRow, training_runs
-from afa.evaluation.run import (
-    MEMORY,
-    MEMORY_STEPS,
-    ComparisonContext,
-    asked_for,
-    check_row,
-    image_folder,
-    prepare,
-)
+from afa.evaluation.rows import SEARCH, MethodRow
+from afa.evaluation.run import ComparisonContext, asked_for, check_row, prepare
 from afa.evaluation.settings import EvaluateSettings
-from afa.evaluation.untrained import searched
+from afa.evaluation.untrained import unsearched
 from afa.pages.numbers import plural
 from afa.sampling.sample import Request, Sampler
 
@@ -46,61 +38,57 @@ def plan(settings: EvaluateSettings) -> dict[str, Any]:
     """Forecast a comparison, and find everything that would fail early. Leaves no files behind.
 
     Images: those that are missing. Seconds: one image of each kind is measured here; training takes as long
-            as
-    the ensemble's training took. Raises UserError.
+            as the ensemble's training took. Raises UserError.
     """
     comparison = prepare(settings, keep=False)
     setup, tuner = comparison.setup, comparison.tuner
     rows = all_rows(setup, tuner, comparison.names)
-    rows += study_rows(setup, rows, tuple(settings.study or ()))
     rows = [
         row
-        for row in rows
+        for row in [*rows, *study_rows(setup, rows)]
         if comparison.attempt(row.title, asked_for(settings, row), lambda row=row: check_row(setup, row))
     ]
     work = [*_tuning(comparison, rows), *(one for row in rows for one in _drawing(comparison, row))]
-    images = {
-        what: sum(one.images for one in work if one.what == what)
-        for what in ("judged", "tuning", "search", "memory")
-    }
-    trained = [row for row in rows if row.train is not None and row.name != SEARCH]
-    runs = sum(training_runs(row) for row in trained)
-    recorded = (setup.manifest.training or {}).get("seconds", 0.0)
-    seconds = _seconds(comparison, work)
-    return {
+    images = dict.fromkeys(("judged", "tuning", "search", "memory"), 0)
+    for one in work:
+        images[one.what] += one.images
+    protocol = (f"{name} {value}" for name, value in setup.protocol.facts().items() if value is not None)
+    references, runs = setup.protocol.references, sum(row.trainings for row in rows)
+    trained = ", ".join(row.name for row in rows if row.train is not None and row.name != SEARCH)
+    facts = {
         "ensemble": f"{setup.folder}: {', '.join(setup.names)}",
-        "protocol": ", ".join(
-            f"{name} {value}" for name, value in setup.protocol.facts().items() if value is not None
-        ),
-        **(
-            {"references": f"{len(setup.protocol.references)} pictures are read"}
-            if setup.protocol.references
-            else {}
-        ),
+        "protocol": ", ".join(protocol),
+        "references": f"{len(references)} pictures are read" if references else None,
         "methods": ", ".join(comparison.names),
-        **({"left_out": "; ".join(comparison.errors)} if comparison.errors else {}),
+        "left_out": "; ".join(comparison.errors) or None,
         "images": images["judged"] + images["tuning"] + images["search"],
         "images_to_judge": images["judged"],
         "images_to_choose_options": images["tuning"],
         "images_to_search_weights": images["search"],
         "images_to_measure_memory": f"{images['memory']} besides, of at most {MEMORY_STEPS} steps",
-        "trained": f"{', '.join(row.name for row in trained)}; {plural(settings.seeds, 'seed')} each, "
-        "the ensemble's first is there",
+        "trained": f"{trained}; {plural(settings.seeds, 'seed')} each, the ensemble's first is there",
         "training_runs": runs,
         "options_chosen_on": f"{len(tuner.captions)} captions that are not judged"
         if tuner.able
         else "nothing: defaults are taken",
-        **({"scorer": settings.scorer} if settings.scorer is not None else {}),
+        "scorer": settings.scorer,
         "metrics": ", ".join(comparison.judge.notes()),
         "device": str(setup.device),
+        **_times(comparison, work, runs),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _times(comparison: ComparisonContext, work: list[Work], runs: int) -> dict[str, Any]:
+    """Return the seconds of all images and of some training runs, also in words."""
+    recorded = (comparison.setup.manifest.training or {}).get("seconds", 0.0)
+    seconds = _seconds(comparison, work)
+    return {
         "seconds_to_draw": round(seconds, 1),
         "seconds_to_train": round(runs * recorded, 1),
-        "time": (
-            f"about {_duration(seconds + runs * recorded)}: {_duration(seconds)} to draw, "
-            "by an image of each kind measured here;"
-            f" {plural(runs, 'training')} of {_duration(recorded)}, as the ensemble records its own; "
-            "metrics are not counted"
-        ),
+        "time": f"about {_duration(seconds + runs * recorded)}: {_duration(seconds)} to draw, "
+        f"by an image of each kind measured here; {plural(runs, 'training')} of {_duration(recorded)}, "
+        "as the ensemble records its own; metrics are not counted",
     }
 
 
@@ -115,7 +103,7 @@ def _tuning(comparison: ComparisonContext, rows: list[MethodRow]) -> list[Work]:
             asked[row.of or row.name, row.cost] = list(row.candidates)
     steps = setup.sampling.steps
     return [
-        Work("tuning", kind, max(0, len(candidates) - tuner.scored(name)) * len(tuner.captions), steps)
+        Work("tuning", kind, tuner.unscored(name, candidates) * len(tuner.captions), steps)
         for (name, kind), candidates in asked.items()
     ]
 
@@ -132,8 +120,8 @@ def _drawing(comparison: ComparisonContext, row: MethodRow) -> list[Work]:
         found.append(Work("judged", kind, missing, steps))
         found.append(Work("memory", kind, int(not (folder / MEMORY).exists()), min(MEMORY_STEPS, steps)))
     if row.name == SEARCH:
-        trials = max(0, setup.settings.search_trials - searched(setup, tuner))
-        found.append(Work("search", kind, trials * len(tuner.captions), setup.sampling.steps))
+        merges = unsearched(setup, tuner)
+        found.append(Work("search", kind, merges * len(tuner.captions), setup.sampling.steps))
     return found
 
 
@@ -158,9 +146,7 @@ def _measured(comparison: ComparisonContext, sampler: Sampler) -> tuple[float, f
     took = []
     for steps in (1, 1, 3):
         began = time.perf_counter()
-        sampler(
-            [Request(item.caption, item.seed)], dataclasses.replace(comparison.setup.sampling, steps=steps)
-        )
+        sampler([Request(item.caption, item.seed)], replace(comparison.setup.sampling, steps=steps))
         took.append(time.perf_counter() - began)
     step = max(0.0, took[2] - took[1]) / 2
     return step, max(0.0, took[1] - step)

@@ -190,7 +190,7 @@ def sample_image(sample: Sample) -> np.ndarray:
 class ProtocolEntry:
     """One protocol.
 
-    make: "module:function" with function(ProtocolOptions) -> Protocol, imported when the protocol is asked for
+    make: "module:function" with function(ProtocolOptions) -> Protocol, imported when it is asked for
     help: one line for `--protocol list` and the docs
     """
 

@@ -130,6 +130,11 @@ class Method:
         """Return whether its runs are training seeds; an untrained method has one run for all seeds."""
         return self.trained_parameters > 0 or len(self.runs) > 1
 
+    @property
+    def memory_mb(self) -> float | None:
+        """Return the largest peak of its runs; None if none was measured."""
+        return max((run.memory_mb for run in self.runs if run.memory_mb is not None), default=None)
+
 
 @dataclass(frozen=True)
 class Results:

@@ -1,7 +1,4 @@
-"""The methods of a comparison by name, and a row.
-
-How one method makes images, what is chosen, what is trained first.
-"""
+"""One row of a comparison: how a method makes images, what is chosen, what is trained first."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +13,11 @@ SEARCH = "auto_mbw"  # trains nothing: it tries merges
 
 @dataclass(frozen=True)
 class Trained:
-    """What training left.
+    """What training left in a folder.
 
-    file: its weights; parameters: how many were trained; loss: on the held-out images.
+    file:       its weights
+    parameters: number of trained parameters
+    loss:       on the held-out images
     """
 
     folder: Path
@@ -29,18 +28,25 @@ class Trained:
     loss: float
 
 
+Train = Callable[[Options, int], Trained]  # options, training run -> what was trained, or was there already
+
+
 @dataclass(frozen=True)
 class MethodRow:
-    """One method. group: one of results.GROUPS. title: for people. cost: of a step, as in SamplingMethod.
+    """One row.
 
-    sampler: options and training run -> the method, ready to make images. candidates: options to choose
-             among; the first
-    is taken where nothing can be chosen by. train: trains run k with some options (or reads what was
-    trained).
-    by_loss: candidates are told apart by the held-out loss of run 0 instead of by images. runs: training
-             seeds.
-    sampling: where it differs from the protocol's. axes, of: see results.Method. note: for the report.
-    based: needs the model that the experts were tuned from.
+    group:      one of results.GROUPS
+    title:      for people
+    sampler:    options, training run -> the method, ready to make images
+    candidates: options to choose among; the first are taken where nothing can be chosen by
+    train:      trains a run; None: nothing is trained
+    by_loss:    the held-out loss of run 0 chooses the options, instead of images
+    runs:       number of training seeds
+    sampling:   where it differs from the protocol's
+    axes, of:   see results.Method
+    note:       for the report
+    based:      needs the model that the experts were tuned from
+    cost:       of a step, as in SamplingMethod
     """
 
     name: str
@@ -48,7 +54,7 @@ class MethodRow:
     title: str
     sampler: Callable[[Options, int], Sampler]
     candidates: tuple[Options, ...] = ({},)
-    train: Callable[[Options, int], Trained] | None = None
+    train: Train | None = None
     by_loss: bool = False
     runs: int = 1
     sampling: Sampling | None = None
@@ -58,13 +64,10 @@ class MethodRow:
     based: bool = False
     cost: str = "one model"
 
-
-def training_runs(row: MethodRow) -> int:
-    """How often a row is trained.
-
-    Every seed once, and at the first with every candidate that is chosen by loss; ours is there at the first.
-    """
-    if row.train is None or row.name == SEARCH:
-        return 0
-    there = row.name == "afa" or ("steps" in row.axes and row.of == "afa")
-    return row.runs - there + (len(row.candidates) - 1 if row.by_loss else 0)
+    @property
+    def trainings(self) -> int:
+        """How often it is trained: every seed once, the first with every candidate; ours is there once."""
+        if self.train is None or self.name == SEARCH:
+            return 0
+        there = self.name == "afa" or ("steps" in self.axes and self.of == "afa")
+        return self.runs - there + (len(self.candidates) - 1 if self.by_loss else 0)

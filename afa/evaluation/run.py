@@ -1,9 +1,7 @@
 """Run a comparison: all methods draw from the same noise, and all metrics judge all images."""
 
-import dataclasses
 import functools
 import json
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,25 +12,22 @@ from typing import Any, TypeVar
 import numpy as np
 from accelerate import PartialState
 
-from afa.devices import peak_megabytes
 from afa.errors import UserError
-from afa.evaluation.images import ImageSet, make_images
-from afa.evaluation.judge import Judge, Judged
+from afa.evaluation.images import ImageSet, image_folder, make_images, measured_memory
+from afa.evaluation.judge import Judge
 from afa.evaluation.methods import all_rows, study_rows
 from afa.evaluation.names import chosen_methods, known_methods
 from afa.evaluation.results import Method, Results, Run, machine, versions
-from afa.evaluation.rows import MethodRow, Options, Trained, training_runs
+from afa.evaluation.rows import MethodRow, Options, Trained
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.setup import Setup
 from afa.evaluation.tuning import ScoringError, Tuner
-from afa.files import json_or_none, locked, sha256, write_atomically
+from afa.files import locked, sha256
 from afa.fingerprint import check_claim, claim, digest, fingerprint, saved_fingerprint
 from afa.metrics.user import try_scorer
 from afa.places import public_place
-from afa.sampling.sample import Request, Sampler
 from afa.training.record import LEFT_OUT
 
-MEMORY, MEMORY_STEPS = "memory.json", 2  # what one image takes, and the steps it is measured in
 T = TypeVar("T")
 
 
@@ -116,21 +111,17 @@ def evaluate(settings: EvaluateSettings) -> Results | None:
     noted in results.errors. Raises UserError for what cannot be compared at all.
     """
     with locked(Path(settings.output)):
-        return _evaluate(prepare(settings))
-
-
-def _evaluate(comparison: ComparisonContext) -> Results | None:
-    settings = comparison.setup.settings
-    rows = _rows(comparison)
-    made = []
-    for place, row in enumerate(rows, 1):
-        work = functools.partial(_make, comparison, row, f"{place}/{len(rows)} ")
-        made += [done] if (done := comparison.attempt(row.title, asked_for(settings, row), work)) else []
-    if not PartialState().is_main_process:
-        return None
-    results = _results(comparison, [_judge(comparison, *done) for done in made])
-    results.save(comparison.setup.output)
-    return results
+        comparison = prepare(settings)
+        rows, drawn = _rows(comparison), []
+        for place, row in enumerate(rows, 1):
+            work = functools.partial(_draw, comparison, row, f"{place}/{len(rows)} ")
+            done = comparison.attempt(row.title, asked_for(settings, row), work)
+            drawn += [done] if done is not None else []
+        if not PartialState().is_main_process:
+            return None
+        results = _results(comparison, [_judge(comparison, one) for one in drawn])
+        results.save(comparison.setup.output)
+        return results
 
 
 def asked_for(settings: EvaluateSettings, row: MethodRow) -> bool:
@@ -142,7 +133,7 @@ def check_row(setup: Setup, row: MethodRow) -> bool:
     """Raise UserError if a row lacks its base model or its training settings, before anything is drawn."""
     if row.based and setup.settings.base is None:
         _ = setup.base  # which says that it is missing
-    if training_runs(row):
+    if row.trainings:
         setup.training(setup.output, 0)
     return True
 
@@ -165,7 +156,7 @@ def _rows(comparison: ComparisonContext) -> list[MethodRow]:
             comparison.attempt(row.title, True, functools.partial(check_row, setup, row))
     comparison.attempt("ranking the experts", False, lambda: _rank(comparison))
     rows = all_rows(setup, comparison.tuner, comparison.names)
-    return rows + study_rows(setup, rows, tuple(setup.settings.study or ()))
+    return rows + study_rows(setup, rows)
 
 
 def _rank(comparison: ComparisonContext) -> None:
@@ -185,21 +176,46 @@ def _rank(comparison: ComparisonContext) -> None:
 
 
 @dataclass(frozen=True)
-class Made:
-    """One run's images, its training and its memory."""
+class DrawnRun:
+    """One run's images, what was trained for it, and the megabytes that an image takes."""
 
     images: ImageSet
     trained: Trained | None
     memory_mb: float
 
 
-def _make(comparison: ComparisonContext, row: MethodRow, place: str) -> tuple[MethodRow, Options, list[Made]]:
+@dataclass(frozen=True)
+class DrawnRow:
+    """A row with its chosen options and its runs."""
+
+    row: MethodRow
+    options: Options
+    runs: list[DrawnRun]
+
+
+def _draw(comparison: ComparisonContext, row: MethodRow, place: str) -> DrawnRow:
     """Choose options, train and draw: everything of a row that takes time.
 
     place: of the row among all rows, shown with the progress
     """
-    options = _choose(comparison, row)
-    return row, options, [_make_run(comparison, row, options, run, place) for run in range(row.runs)]
+    setup, options, runs = comparison.setup, _choose(comparison, row), []
+    for run in range(row.runs):
+        trained = row.train(options, run) if row.train is not None else None
+        identity = {
+            "method": row.name,
+            "options": options,
+            "experts": {entry.name: sorted(entry.files.values()) for entry in setup.manifest.experts},
+            "weights": sha256(trained.file) if trained is not None else None,
+            "scheduler": setup.protocol.scheduler,
+            "dtype": setup.settings.dtype,
+        }
+        folder, sampling = image_folder(setup.output, row, run), row.sampling or setup.sampling
+        images = ImageSet(folder, setup.protocol.items, sampling, identity)
+        make = functools.cache(functools.partial(row.sampler, options, run))  # once, if an image is missing
+        title = f"{place}{row.title}{f', seed {run}' if row.runs > 1 else ''}"
+        make_images(images, make, setup.settings.batch_size, title)
+        runs.append(DrawnRun(images, trained, measured_memory(images, make)))
+    return DrawnRow(row, options, runs)
 
 
 def _choose(comparison: ComparisonContext, row: MethodRow) -> Options:
@@ -215,88 +231,23 @@ def _choose(comparison: ComparisonContext, row: MethodRow) -> Options:
         return row.candidates[0]
 
 
-def image_folder(output: Path, row: MethodRow, run: int) -> Path:
-    """Return the folder of the images of a row's run; no other row has it.
-
-    Different names may give the same folder name (`a b` and `a-b`, or `a-10-steps` and `a` in 10 steps), so a
-    hash of the row's name tells them apart.
-    """
-    name = re.sub("[ ,:]", "-", row.name.replace(", ", "-"))
-    expert = row.name.partition(":")[2]
-    expert = re.sub(r", \d+ steps$", "", expert) if "steps" in row.axes else expert
-    if re.search(r"[ ,]|-steps$", expert):
-        name += f"-{digest({row.name: ' '.join(row.axes)})[:8]}"
-    folder = output / "images" / name
-    return folder / f"seed-{run}" if row.train is not None else folder
-
-
-def _make_run(comparison: ComparisonContext, row: MethodRow, options: Options, run: int, place: str) -> Made:
-    setup = comparison.setup
-    trained = row.train(options, run) if row.train is not None else None
-    folder = image_folder(setup.output, row, run)
-    identity = {
-        "method": row.name,
-        "options": options,
-        "experts": {entry.name: sorted(entry.files.values()) for entry in setup.manifest.experts},
-        "weights": sha256(trained.file) if trained is not None else None,
-        "scheduler": setup.protocol.scheduler,
-        "dtype": setup.settings.dtype,
-    }
-    images = ImageSet(folder, setup.protocol.items, row.sampling or setup.sampling, identity)
-    make = functools.cache(lambda: row.sampler(options, run))  # once, and not at all if everything is there
-    make_images(
-        images,
-        make,
-        setup.settings.batch_size,
-        f"{place}{row.title}{f', seed {run}' if row.runs > 1 else ''}",
-    )
-    return Made(images, trained, _memory(images, make))
-
-
-def _memory(images: ImageSet, make: Callable[[], Sampler]) -> float:
-    """Return the peak megabytes of tensors while one image is made in two steps.
-
-    One process measures it once; it is kept beside the images.
-    """
-    file = images.folder / MEMORY
-    if PartialState().is_main_process and not _megabytes(file):
-        short = dataclasses.replace(images.sampling, steps=min(MEMORY_STEPS, images.sampling.steps))
-        sampler, item = make(), images.items[0]
-        megabytes = peak_megabytes(lambda: sampler([Request(item.caption, item.seed)], short))
-        write_atomically(file, json.dumps({"megabytes": round(megabytes, 2)}))
-    PartialState().wait_for_everyone()
-    return _megabytes(file)
-
-
-def _megabytes(file: Path) -> float:
-    """Return what was measured before; 0 if there is nothing, or the file is damaged."""
-    found = json_or_none(file)
-    value = found.get("megabytes") if isinstance(found, dict) else None
-    return float(value) if isinstance(value, int | float) else 0.0
-
-
-def _judge(comparison: ComparisonContext, row: MethodRow, options: Options, made: list[Made]) -> Method:
+def _judge(comparison: ComparisonContext, drawn: DrawnRow) -> Method:
     """Score a row's images and return the row of the results."""
-    setup = comparison.setup
+    setup, row, tuner = comparison.setup, drawn.row, comparison.tuner
     runs = []
-    for run, one in enumerate(made):
-        judged: Judged = comparison.judge.judge(one.images, setup.protocol, row.title, comparison.attempt)
+    for run, one in enumerate(drawn.runs):
+        judged = comparison.judge.judge(one.images, setup.protocol, row.title, comparison.attempt)
         folder = str(one.images.folder.relative_to(setup.output))
         runs.append(Run(run, folder, judged.scores, judged.sets, one.images.seconds(), one.memory_mb))
-    trained = [one.trained for one in made if one.trained is not None]
-    chosen = ""
+    trained = [one.trained for one in drawn.runs if one.trained is not None]
+    notes = [row.note] if row.note else []
     if len(row.candidates) > 1:
-        by = (
-            "held-out loss of the first run"
-            if row.by_loss
-            else f"{len(comparison.tuner.captions)} other images"
-        )
-        how = (
-            f"chosen by {by}"
-            if row.by_loss or comparison.tuner.able
-            else "its default, since there is nothing to choose by"
-        )
-        chosen = f"{how}: {_words(options)}"
+        how = "its default, since there is nothing to choose by"
+        if row.by_loss:
+            how = "chosen by held-out loss of the first run"
+        elif tuner.able:
+            how = f"chosen by {len(tuner.captions)} other images"
+        notes.append(f"{how}: {', '.join(f'{name} {value}' for name, value in drawn.options.items())}")
     return Method(
         row.name,
         row.group,
@@ -307,12 +258,8 @@ def _judge(comparison: ComparisonContext, row: MethodRow, options: Options, made
         trained_parameters=trained[0].parameters if trained else 0,
         training_steps=trained[0].steps if trained else 0,
         training_seconds=[one.seconds for one in trained],
-        note="; ".join(part for part in (row.note, chosen) if part),
+        note="; ".join(notes),
     )
-
-
-def _words(options: Options) -> str:
-    return ", ".join(f"{name} {value}" for name, value in options.items())
 
 
 def _results(comparison: ComparisonContext, methods: list[Method]) -> Results:

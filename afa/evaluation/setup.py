@@ -103,6 +103,10 @@ class Setup:
             warn_of_prompts(captions, ensemble.denoiser.call, ensemble.frame.tokenizers)
         return ensemble
 
+    def expert(self, name: str) -> Expert:
+        """Return an expert of the ensemble."""
+        return self.ensemble.experts[self.names.index(name)]
+
     @cached_property
     def base(self) -> Expert:
         """Return the model that the experts were fine-tuned from. Raises UserError if it is not given."""

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -11,12 +10,14 @@ from tqdm import tqdm
 
 from afa.errors import UserError
 from afa.evaluation.protocols import TUNING_SEED
-from afa.files import json_or_none, write_atomically
+from afa.evaluation.rows import Options
+from afa.files import write_atomically
 from afa.metrics.base import Picture
 from afa.sampling.sample import Request, Sampler, Sampling
+from afa.schema import Score
+from afa.store import kept_json
 
-Options = dict[str, Any]
-Score = Callable[[Sequence[Picture]], float]
+ScoreOfSet = Callable[[Sequence[Picture]], float]
 
 
 class ScoringError(UserError):
@@ -32,15 +33,15 @@ class Tuner:
     """
 
     def __init__(
-        self, folder: Path, captions: Sequence[str], sampling: Sampling, score: Score | None, batch_size: int
+        self,
+        folder: Path,
+        captions: Sequence[str],
+        sampling: Sampling,
+        score: ScoreOfSet | None,
+        batch_size: int,
     ) -> None:
-        self.folder, self.captions, self.sampling, self.score, self.batch_size = (
-            folder,
-            captions,
-            sampling,
-            score,
-            batch_size,
-        )
+        self.folder, self.captions, self.sampling = folder, captions, sampling
+        self.score, self.batch_size = score, batch_size
 
     @property
     def able(self) -> bool:
@@ -51,16 +52,21 @@ class Tuner:
         self, name: str, candidates: Sequence[Options], make: Callable[[Options], Sampler]
     ) -> list[float]:
         """Return the score of each candidate. One process computes them; the others wait."""
-        state = PartialState()
+        state, known = PartialState(), self._known(name)
+        todo = [options for options in candidates if _key(options) not in known]
         if state.is_main_process:
-            self._score_all(name, candidates, make)
+            for options in tqdm(todo, desc=f"choosing options of {name}", unit="candidate", disable=not todo):
+                known[_key(options)] = self.judge(make(options))
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(self._file(name), json.dumps(known, indent=1))
         state.wait_for_everyone()
         known = self._known(name)
         return [known[_key(options)] for options in candidates]
 
-    def scored(self, name: str) -> int:
-        """Return how many candidates of a method are scored already."""
-        return len(self._known(name))
+    def unscored(self, name: str, candidates: Sequence[Options]) -> int:
+        """Return how many candidates of a method have no score yet."""
+        known = self._known(name)
+        return sum(_key(options) not in known for options in candidates)
 
     def best(self, name: str, candidates: Sequence[Options], make: Callable[[Options], Sampler]) -> Options:
         """Return the candidate with the highest score; the first one if there is no score."""
@@ -68,16 +74,6 @@ class Tuner:
             return candidates[0]
         scores = self.scores(name, candidates, make)
         return candidates[max(range(len(candidates)), key=lambda index: scores[index])]
-
-    def _score_all(
-        self, name: str, candidates: Sequence[Options], make: Callable[[Options], Sampler]
-    ) -> None:
-        known = self._known(name)
-        todo = [options for options in candidates if _key(options) not in known]
-        for options in tqdm(todo, desc=f"choosing options of {name}", unit="candidate", disable=not todo):
-            known[_key(options)] = self.judge(make(options))
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._file(name), json.dumps(known, indent=1))
 
     def judge(self, sampler: Sampler) -> float:
         """Return the score of one method on the tuning images."""
@@ -92,21 +88,16 @@ class Tuner:
             ]
         try:
             score = self.score(pictures)
+        except UserError as error:
+            raise ScoringError(str(error)) from error
         except Exception as error:
-            raise ScoringError(
-                f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
-            ) from error
+            raise ScoringError(f"{type(error).__name__}: {error}") from error
         if not np.isfinite(score):
             raise ScoringError(f"its score is {score}")
         return score
 
     def _known(self, name: str) -> dict[str, float]:
-        found = json_or_none(self._file(name))  # damaged: scored again
-        return (
-            {key: value for key, value in found.items() if isinstance(value, int | float)}
-            if isinstance(found, dict)
-            else {}
-        )
+        return kept_json(self._file(name), dict[str, Score]) or {}
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name.replace(':', '-')}.json"

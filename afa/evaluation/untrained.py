@@ -1,14 +1,13 @@
 """Rows without training: sampling-time methods and merges."""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import PartialState
 from tqdm import tqdm
 
 from afa.ensemble import Ensemble
-from afa.evaluation.rows import MethodRow, Options, Trained
+from afa.evaluation.rows import SEARCH, MethodRow, Options, Trained
 from afa.evaluation.setup import Setup
 from afa.evaluation.tuning import Tuner
 from afa.experts.expert import Expert
@@ -41,10 +40,9 @@ def _merge_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampl
 
     `order` says which of the two best experts a merge of pairs begins with.
     """
-    options = dict(options)
+    options, rule = dict(options), find_merge(name)
     best_first = options.pop("order", "best first") == "best first"
     pair = setup.ranking[:2] if best_first else setup.ranking[1::-1]
-    rule = find_merge(name)
     merge = merger(setup, pair if rule.experts == 2 else setup.names, rule.needs("base"))
     if rule.by_stage:
         options = {"weights": curve_weights(options, merge.stages, setup.names, pair)}
@@ -54,8 +52,7 @@ def _merge_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampl
 @functools.lru_cache(maxsize=1)  # one merged model in memory at a time
 def merger(setup: Setup, names: tuple[str, ...], based: bool) -> InMemoryMerge:
     """Merges of some experts, written into one copy again and again."""
-    by_name = dict(zip(setup.names, setup.ensemble.experts, strict=True))
-    return InMemoryMerge([by_name[name] for name in names], setup.base if based else None)
+    return InMemoryMerge([setup.expert(name) for name in names], setup.base if based else None)
 
 
 def merged_sampler(setup: Setup, expert: Expert) -> Sampler:
@@ -69,78 +66,61 @@ def sampling_rows(setup: Setup) -> list[MethodRow]:
     """One row a method, or one for every expert where the method is of one expert."""
     rows = []
     for name, method in SAMPLING_METHODS.items():
-        make = functools.partial(_rival_sampler, setup, name)
+
+        def sampler(options: Options, run: int, name: str = name) -> Sampler:
+            return make_sampler(name, setup.ensemble, **options)
+
         if method.each:
-            rows += [
-                MethodRow(
-                    f"{name}:{expert}", "expert", method.title.format(expert), make, ({"expert": expert},)
-                )
-                for expert in setup.names
-            ]
+            for expert in setup.names:
+                title, options = method.title.format(expert), {"expert": expert}
+                rows.append(MethodRow(f"{name}:{expert}", "expert", title, sampler, (options,)))
         else:
             candidates = tuple(method.candidates(setup.names, setup.ranking))
-            rows.append(MethodRow(name, "sampling", method.title, make, candidates, cost=method.cost))
+            rows.append(MethodRow(name, "sampling", method.title, sampler, candidates, cost=method.cost))
     return rows
-
-
-def _rival_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampler:
-    return make_sampler(name, setup.ensemble, **options)
 
 
 def auto_mbw_rows(setup: Setup, tuner: Tuner) -> list[MethodRow]:
     """Block weights searched for on the tuning images; a row only where there is something to search by."""
-    if not tuner.able or setup.settings.search_trials < 1:
+    trials = setup.settings.search_trials
+    if not tuner.able or trials < 1:
         return []
     search = functools.partial(_search, setup, tuner)
-    note = f"{setup.settings.search_trials} merges tried by Optuna on {len(tuner.captions)} other images"
-    return [
-        MethodRow(
-            "auto_mbw",
-            "merge",
-            "auto MBW",
-            functools.partial(_searched, setup, search),
-            train=search,
-            note=note,
-        )
-    ]
+
+    def sampler(options: Options, run: int) -> Sampler:
+        merge = merger(setup, setup.names, False)
+        return merged_sampler(setup, merge.apply_mbw(str(search(options, run).file)))
+
+    note = f"{trials} merges tried by Optuna on {len(tuner.captions)} other images"
+    return [MethodRow(SEARCH, "merge", "auto MBW", sampler, train=search, note=note)]
 
 
 def _search(setup: Setup, tuner: Tuner, options: Options, run: int) -> Trained:
     """Search, by one process; what was tried is kept and not tried again."""
-    folder = _search_folder(setup, tuner)
+    folder, trials = _search_folder(setup, tuner), setup.settings.search_trials
     file = folder / BEST
     if PartialState().is_main_process and not file.exists():
         merge = merger(setup, setup.names, False)
-        space = Space(merge.stages, len(setup.names))
-        with tqdm(total=setup.settings.search_trials, desc="auto MBW: merges judged", unit="merge") as bar:
+        with tqdm(total=trials, desc="auto MBW: merges judged", unit="merge") as bar:
 
             def judge(weights: Weights) -> list[float]:
                 bar.update()
-                return [tuner.judge(merged_sampler(setup, merge.apply("mbw", weights=weights)))]
+                return [tuner.judge(merged_sampler(setup, merge.apply_mbw(weights)))]
 
-            journal = Journal(folder / POINTS, judge)
-            best = bayesian_search(
-                space, journal, trials=setup.settings.search_trials, seed=setup.settings.seed
-            )
+            space, journal = Space(merge.stages, len(setup.names)), Journal(folder / POINTS, judge)
+            best = bayesian_search(space, journal, trials=trials, seed=setup.settings.seed)
         write_atomically(file, as_toml(best, setup.names))
     PartialState().wait_for_everyone()
     return Trained(folder, file, 0, 0, 0.0, float("nan"))
 
 
 def _search_folder(setup: Setup, tuner: Tuner) -> Path:
-    return tuner.folder / f"auto_mbw-{setup.settings.search_trials}"
+    return tuner.folder / f"{SEARCH}-{setup.settings.search_trials}"
 
 
-def searched(setup: Setup, tuner: Tuner) -> int:
-    """How many merges of the search are judged already."""
-    folder = _search_folder(setup, tuner)
-    return (
-        setup.settings.search_trials
-        if (folder / BEST).exists()
-        else len(Journal(folder / POINTS, lambda weights: []).points)
-    )
-
-
-def _searched(setup: Setup, search: Callable[[Options, int], Trained], options: Options, run: int) -> Sampler:
-    merge = merger(setup, setup.names, False)
-    return merged_sampler(setup, merge.apply("mbw", weights=str(search(options, run).file)))
+def unsearched(setup: Setup, tuner: Tuner) -> int:
+    """How many merges the search has still to judge."""
+    folder, trials = _search_folder(setup, tuner), setup.settings.search_trials
+    if (folder / BEST).exists():
+        return 0
+    return max(0, trials - len(Journal(folder / POINTS, lambda weights: []).points))

@@ -123,6 +123,11 @@ class SetMetric(Metric):
     name: str
     needs_reference: ClassVar[bool] = True
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of its scores: its own."""
+        return (self.name,)
+
     @abstractmethod
     def features(self, images: Sequence[NDArray[np.uint8]]) -> Features:
         """Return features (n, D) of n images (H, W, 3) uint8."""

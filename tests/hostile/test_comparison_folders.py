@@ -9,10 +9,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from afa.errors import UserError
-from afa.evaluation.images import ImageSet
+from afa.evaluation.images import ImageSet, image_folder
 from afa.evaluation.results import Item
 from afa.evaluation.rows import MethodRow
-from afa.evaluation.run import image_folder
 from afa.images import CHUNK
 from afa.metrics import cache
 from afa.metrics.cache import cached_features

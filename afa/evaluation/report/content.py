@@ -54,7 +54,7 @@ def main_table(one: Analysis, column: Column, brief: bool = False) -> Table:
     brief: as narrow as a terminal.
     """
     best, ours = column.best, one.ours if one.ours in column.values else None
-    columns = {f"{column.metric} {arrow(column)}": [value_cell(column, row) for row in one.rows]}
+    columns = {column.header: [value_cell(column, row) for row in one.rows]}
     for other in (best, ours):
         if other is not None:
             columns[f"minus {one.title(other)}"] = [
@@ -79,10 +79,12 @@ def main_table(one: Analysis, column: Column, brief: bool = False) -> Table:
     return _by_method(one, columns, _main_note(one, column))
 
 
-def metrics_table(one: Analysis) -> Table:
-    """Every metric of every row."""
+def metrics_table(one: Analysis) -> Table | None:
+    """Every metric of every row; None if there is one metric only, which the main table shows."""
+    if len(one.columns) < 2:
+        return None
     columns = {
-        f"{c.metric} {arrow(c)}": [value_cell(c, row) for row in one.rows] for c in one.columns.values()
+        column.header: [value_cell(column, row) for row in one.rows] for column in one.columns.values()
     }
     leading = " and ".join(column.metric for column in one.primary)
     claims = f"Claims are made about {leading} only; intervals of the others are not corrected."
@@ -93,36 +95,28 @@ def overview_table(several: Sequence[Analysis], names: Sequence[str]) -> Table:
     """The leading metric of every evaluation side by side. names: of the evaluations."""
     methods = {method.name: method for one in several for method in one.rows}
     ours = {one.ours for one in several}
-    rows = [
-        TableRow(
-            [method.title, *(value_cell(one.lead, method) for one in several)],
-            method.group,
-            method.name in ours,
-        )
-        for method in sorted(methods.values(), key=lambda method: GROUPS.index(method.group))
-    ]
-    headers = [
-        f"{name}: {one.lead.metric} {arrow(one.lead)}" for name, one in zip(names, several, strict=True)
-    ]
+    rows = []
+    for method in sorted(methods.values(), key=lambda method: GROUPS.index(method.group)):
+        cells = [method.title, *(value_cell(one.lead, method) for one in several)]
+        rows.append(TableRow(cells, method.group, method.name in ours))
+    headers = [f"{name}: {one.lead.header}" for name, one in zip(names, several, strict=True)]
     return Table(["method", *headers], rows)
 
 
 def runs_table(one: Analysis) -> Table | None:
     """Every training run alone; None if nothing was trained more than once."""
     runs = [(method, run.seed) for method in one.rows if len(method.runs) > 1 for run in method.runs]
-    if not runs:
-        return None
     rows = []
     for method, seed in runs:
         found = [column.by_run.get((method.name, seed)) for column in one.primary]
-        rows.append(
-            TableRow([method.title, str(seed), *(value and Shown(value) for value in found)], method.group)
-        )
-    headers = ["method", "training seed", *(f"{column.metric} {arrow(column)}" for column in one.primary)]
-    alone = "Intervals of a single run are over prompts only"
-    return Table(
-        headers, rows, f"{alone}; how far the runs of a method lie apart is what its own interval adds."
+        cells = [method.title, str(seed), *(value and Shown(value) for value in found)]
+        rows.append(TableRow(cells, method.group))
+    headers = ["method", "training seed", *(column.header for column in one.primary)]
+    note = (
+        "Intervals of a single run are over prompts only; how far the runs of a method lie apart is what its"
+        " own interval adds."
     )
+    return Table(headers, rows, note) if rows else None
 
 
 def training_table(one: Analysis) -> Table | None:
@@ -186,11 +180,6 @@ def _main_note(one: Analysis, column: Column) -> str:
 # --- cells ---
 
 
-def arrow(column: Column) -> str:
-    """Which way is better."""
-    return "↑" if column.note.higher_is_better else "↓"
-
-
 def value_cell(column: Column, method: Method) -> Cell:
     """A method's score."""
     return Shown(column.values[method.name]) if method.name in column.values else None
@@ -209,10 +198,10 @@ def seconds_cell(one: Analysis, method: Method) -> Cell:
 
 def memory_cell(method: Method) -> str | None:
     """The largest of its runs."""
-    known = [run.memory_mb for run in method.runs if run.memory_mb is not None]
-    if not known:
+    megabytes = method.memory_mb
+    if megabytes is None:
         return None
-    return f"{number(max(known) / 1000, 2)} GB" if max(known) >= 1000 else f"{number(max(known), 0)} MB"
+    return f"{number(megabytes / 1000, 2)} GB" if megabytes >= 1000 else f"{number(megabytes, 0)} MB"
 
 
 def seeds_cell(column: Column, method: Method) -> str | None:
@@ -327,7 +316,7 @@ def study_table(one: Analysis, study: Study) -> Table:
     all_main = not any(of in one.methods and one.methods[of].axes for of in study.lines)
     headers = ["method", study.axis] if study.numeric else [study.axis]
     minus = "minus the main table's" if all_main else "minus what it is compared with"
-    headers += [f"{one.lead.metric} {arrow(one.lead)}", minus]
+    headers += [one.lead.header, minus]
     note = (
         "Differences are paired by prompt and compare runs of the same training seeds; they are not corrected"
         " for their number."

@@ -128,7 +128,7 @@ def _sections(one: Analysis) -> Iterator[str]:
     tables: list[tuple[str, Table | None]] = [
         (f"By {column.metric}", main_table(one, column)) for column in one.primary
     ]
-    tables += [("All metrics", metrics_table(one))] if len(one.columns) > 1 else []
+    tables += [("All metrics", metrics_table(one))]
     tables += [(study.title, study_table(one, study)) for study in find_studies(one)]
     tables += [("Training", training_table(one)), ("Run by run", runs_table(one))]
     for name, table in tables:
@@ -158,15 +158,18 @@ def _lines(one: Analysis) -> Iterator[dict[str, Any]]:
     methods = [*one.rows, *(method for method in one.results.methods if method.axes)]
     for column in one.columns.values():
         for method in (method for method in methods if method.name in column.values):
-            shared = {**_about(one, method), **_score(one, column, method)}
+            shared = _score(one, column, method)
             compared = [found for found in column.comparisons.values() if found.method == method.name]
             yield from ({**shared, **_versus(found)} for found in compared)
             if not compared:
                 yield shared
 
 
-def _about(one: Analysis, method: Method) -> dict[str, Any]:
+def _score(one: Analysis, column: Column, method: Method) -> dict[str, Any]:
+    """A method, and what it has by one metric."""
+    found, sample = column.values[method.name], column.samples[method.name]
     seconds = one.seconds.get(method.name)
+    timed = {} if seconds is None else {"seconds": seconds.value, "seconds_n": seconds.n}
     return {
         "method": method.name,
         "title": method.title,
@@ -175,18 +178,9 @@ def _about(one: Analysis, method: Method) -> dict[str, Any]:
         "of": method.of,
         "trained_parameters": method.trained_parameters,
         "training_steps": method.training_steps,
-        "memory_mb": max((run.memory_mb for run in method.runs if run.memory_mb is not None), default=None),
-        **(
-            {}
-            if seconds is None
-            else {"seconds": seconds.value, **_ends(seconds, "seconds_"), "seconds_n": seconds.n}
-        ),
-    }
-
-
-def _score(one: Analysis, column: Column, method: Method) -> dict[str, Any]:
-    found, sample = column.values[method.name], column.samples[method.name]
-    return {
+        "memory_mb": method.memory_mb,
+        **timed,
+        **_ends(seconds, "seconds_"),
         "training_seeds": len(sample.seeds),
         "metric": column.metric,
         "kind": column.note.kind,
@@ -205,13 +199,16 @@ def _versus(found: Comparison) -> dict[str, Any]:
         "shared_seeds": len(found.seeds) or None,
         "diff": found.difference.value,
         **_ends(found.difference, "diff_"),
-        **({} if found.wins is None else {"win": found.wins.value, **_ends(found.wins, "win_")}),
+        **({} if found.wins is None else {"win": found.wins.value}),
+        **_ends(found.wins, "win_"),
         "p": found.p,
         "p_holm": found.p_holm,
         "verdict": found.verdict,
     }
 
 
-def _ends(found: Estimate, prefix: str = "") -> dict[str, float]:
+def _ends(found: Estimate | None, prefix: str = "") -> dict[str, float]:
     """Of its interval, where it has one."""
-    return {f"{prefix}low": found.low, f"{prefix}high": found.high} if found.has_interval else {}
+    if found is None or not found.has_interval:
+        return {}
+    return {f"{prefix}low": found.low, f"{prefix}high": found.high}

@@ -3,7 +3,6 @@
 Which rivals our method beats, which beat it, which are undecided.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from afa.evaluation.columns import Column, Comparison
@@ -67,79 +66,45 @@ def _seeds(one: Analysis) -> str:
 
 
 def _lead(one: Analysis, column: Column) -> str:
-    direction = "higher" if column.note.higher_is_better else "lower"
+    by = f"By {column.metric} ({'higher' if column.note.higher_is_better else 'lower'} is better)"
     if one.ours is None:
-        return (
-            f"By {column.metric} ({direction} is better) nothing is claimed: the evaluation has no method of"
-            f" group '{OURS}'."
-        )
+        return f"{by} nothing is claimed: the evaluation has no method of group '{OURS}'."
     found = column.against(one.ours, column.best)
     if found is None:
-        missing = (
-            "there is no single expert to compare with"
-            if column.best is None
-            else f"{one.title(one.ours)} has no value"
-        )
-        return (
-            f"By {column.metric} ({direction} is better) nothing can be said about the best single expert:"
-            f" {missing}."
-        )
-    best = f"the best single expert, {one.title(found.other)}"
+        missing = f"{one.title(one.ours)} has no value"
+        if column.best is None:
+            missing = "there is no single expert to compare with"
+        return f"{by} nothing can be said about the best single expert: {missing}."
     here = (
         f", as trained here ({plural(len(found.seeds), 'seed')})," if 0 < len(found.seeds) < SEVERAL else ""
     )
-    return (
-        f"By {column.metric} ({direction} is better) {one.title(one.ours)}{here} is {_verdict(found)} {best}:"
-        f" {_figures(found)}."
-    )
-
-
-def _verdict(found: Comparison) -> str:
-    return "not distinguishable from" if found.verdict == "undecided" else WORDS[found.verdict]
+    verdict = {**WORDS, "undecided": "not distinguishable from"}[found.verdict]
+    best = f"the best single expert, {one.title(found.other)}"
+    return f"{by} {one.title(one.ours)}{here} is {verdict} {best}: {_figures(found)}."
 
 
 def _figures(found: Comparison) -> str:
     places = decimals([found.difference])
-    p = (
-        ""
-        if found.p_holm is None
-        else f", p {probability(found.p_holm) if found.p_holm < 0.001 else f'= {probability(found.p_holm)}'}"
-    )
-    seeds = ", ".join(
-        f"{number(value, places, True)} with seed {seed}"
-        for seed, value in zip(found.seeds, found.by_seed, strict=True)
-    )
-    few = f" ({seeds})" if 1 < len(found.seeds) < SEVERAL else ""
-    return f"{with_interval(found.difference, places, True)}{p}{few}"
+    p = ""
+    if found.p_holm is not None:
+        p = f", p {'' if found.p_holm < 0.001 else '= '}{probability(found.p_holm)}"
+    by_seed = zip(found.seeds, found.by_seed, strict=True)
+    seeds = ", ".join(f"{number(value, places, True)} with seed {seed}" for seed, value in by_seed)
+    several = f" ({seeds})" if 1 < len(found.seeds) < SEVERAL else ""
+    return f"{with_interval(found.difference, places, True)}{p}{several}"
 
 
 def _kinds(one: Analysis, column: Column) -> list[tuple[str, str]]:
-    if one.ours is None:
-        return []
-    found = [
-        (group, [column.against(one.ours, name) for name in one.group(group)])
-        for group in (EXPERT, *RIVALS, OURS)
-    ]
-    return [
-        (GROUP_TITLES[group], _kind(one, comparisons))
-        for group, every in found
-        if (comparisons := [known for known in every if known is not None])
-    ]
-
-
-def _kind(one: Analysis, comparisons: Sequence[Comparison]) -> str:
-    """Of one kind: how many it beats; those that it does not, by name."""
-    by_verdict = {verdict: [known for known in comparisons if known.verdict == verdict] for verdict in WORDS}
-    total = len(comparisons)
-    beaten = len(by_verdict["better"])
-    clauses = [_beaten(beaten, total)] if beaten else []
-    for verdict in ("undecided", "worse"):
-        named = [f"{one.title(known.other)} ({_figures(known)})" for known in by_verdict[verdict]]
-        clauses += [f"{WORDS[verdict]} {', '.join(named)}"] if named else []
-    return f"{'; '.join(clauses)}."
-
-
-def _beaten(beaten: int, total: int) -> str:
-    if beaten == total:
-        return "better than " + ("it" if total == 1 else "both" if total == 2 else f"all {total}")
-    return f"better than {beaten} of {total}"
+    """For every kind of rival: how many of them our method beats, and those that it does not, by name."""
+    kinds = []
+    for group in (EXPERT, *RIVALS, OURS) if one.ours is not None else ():
+        against = [column.against(str(one.ours), name) for name in one.group(group)]
+        found = [comparison for comparison in against if comparison is not None]
+        beaten, total = sum(own.verdict == "better" for own in found), len(found)
+        every = "it" if total == 1 else "both" if total == 2 else f"all {total}"
+        clauses = [f"better than {every if beaten == total else f'{beaten} of {total}'}"] if beaten else []
+        for verdict in ("undecided", "worse"):
+            named = [f"{one.title(own.other)} ({_figures(own)})" for own in found if own.verdict == verdict]
+            clauses += [f"{WORDS[verdict]} {', '.join(named)}"] if named else []
+        kinds += [(GROUP_TITLES[group], f"{'; '.join(clauses)}.")] if found else []
+    return kinds

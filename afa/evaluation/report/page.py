@@ -4,7 +4,7 @@ No scripts, nothing from elsewhere, pictures inside.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,6 @@ from afa.evaluation.compare import RIVALS, Analysis
 from afa.evaluation.report.content import (
     Study,
     StudyPoint,
-    arrow,
     find_studies,
     made_of,
     main_table,
@@ -66,13 +65,9 @@ def _evaluation(one: Analysis, name: str, key: str) -> dict[str, Any]:
         "seconds an image": spots(one, "seconds"),
         "megabytes while drawing one image": spots(one, "memory"),
     }
-    quality = f"{one.lead.metric} {arrow(one.lead)}"
     described = f"{one.lead.metric} of {{}} methods against {{}}"
-    shown = sheets(one, pictures)
-    chosen_by = next(
-        (column for column in [*one.primary, *one.columns.values()] if column.note.kind == "image"), None
-    )
-    chosen = [] if chosen_by is None else cases(one, chosen_by, pictures)
+    of_images = (column for column in one.columns.values() if column.note.kind == "image")
+    chosen_by = next(of_images, None)  # primary columns come first
     return {
         "key": key,
         "name": name,
@@ -81,14 +76,14 @@ def _evaluation(one: Analysis, name: str, key: str) -> dict[str, Any]:
         "terms": terms(one),
         "groups": {method.group for method in one.rows},
         "main": [(column.metric, main_table(one, column)) for column in one.primary],
-        "forests": [found for column in one.primary if (found := _against_best(one, column))],
-        "metrics": metrics_table(one) if len(one.columns) > 1 else None,
+        "forests": [found for column in one.primary for found in _against_best(one, column)],
+        "metrics": metrics_table(one),
         "shown": plural(len(shown_items(one)), "prompt"),
-        "sheets": shown,
+        "sheets": sheets(one, pictures),
         "cases_by": chosen_by.metric if chosen_by else "",
-        "cases": chosen,
+        "cases": cases(one, chosen_by, pictures) if chosen_by else [],
         "costs": [
-            (unit, charts.scatter(found, unit, quality, described.format(len(found), unit)))
+            (unit, charts.scatter(found, unit, one.lead.header, described.format(len(found), unit)))
             for unit, found in costs.items()
             if len(found) > 1
         ],
@@ -116,21 +111,30 @@ def _facts(one: Analysis) -> str:
 # --- charts ---
 
 
-def _against_best(one: Analysis, column: Column) -> tuple[str, Table] | None:
-    """Every row minus the best single expert."""
+def _forest(
+    column: Column, compared: Iterable[tuple[str, Method, str | None]], of: str, ours: str | None = None
+) -> list[tuple[str, Table]]:
+    """Differences drawn as a table, with its caption; none where nothing was compared.
+
+    compared: names of rows, their methods, and the method that each is compared with
+    of:       title of that method
+    """
     entries = []
-    for method in one.rows:
-        found = column.against(method.name, column.best)
+    for name, method, other in compared:
+        found = column.against(method.name, other)
         if found is not None:
-            strong = method.name == one.ours
-            entries.append(
-                ForestEntry(method.title, method.group, found.difference, found.verdict, found.p_holm, strong)
-            )
-    if not entries or column.best is None:
-        return None
-    return f"{column.metric} minus that of {one.title(column.best)}", charts.forest(
-        entries, column.note.higher_is_better
-    )
+            verdict = found.difference, found.verdict, found.p_holm
+            entries.append(ForestEntry(name, method.group, *verdict, strong=method.name == ours))
+    caption = f"{column.metric} minus that of {of}"
+    return [(caption, charts.forest(entries, column.note.higher_is_better))] if entries else []
+
+
+def _against_best(one: Analysis, column: Column) -> list[tuple[str, Table]]:
+    """Every row minus the best single expert."""
+    if column.best is None:
+        return []
+    rows = [(method.title, method, column.best) for method in one.rows]
+    return _forest(column, rows, one.title(column.best), one.ours)
 
 
 def spots(one: Analysis, what: str) -> list[Spot]:
@@ -138,8 +142,8 @@ def spots(one: Analysis, what: str) -> list[Spot]:
     found = []
     for method in one.rows:
         seconds = one.seconds.get(method.name) if what == "seconds" else None
-        memory = [run.memory_mb for run in method.runs if run.memory_mb] if what == "memory" else []
-        cost = seconds.value if seconds is not None else max(memory, default=0.0)
+        memory = method.memory_mb if what == "memory" else None
+        cost = seconds.value if seconds is not None else memory or 0.0
         if cost > 0 and method.name in one.lead.values:
             found.append(Spot(method.title, method.group, cost, seconds, one.lead.values[method.name]))
     return found
@@ -147,23 +151,14 @@ def spots(one: Analysis, what: str) -> list[Spot]:
 
 def _study(one: Analysis, study: Study) -> dict[str, Any]:
     """Curves where the axis is of numbers; else every variant minus what it was derived from."""
-    shown = {"title": study.title, "drawn": None, "forests": [], "table": study_table(one, study)}
-    if study.numeric:
-        shown["drawn"] = _curves(one, study)
-        return shown
-    for of, points in study.lines.items():
-        known = [(point, one.lead.against(point.method.name, of)) for point in points]
-        entries = [
-            ForestEntry(str(point.place), point.method.group, found.difference, found.verdict, found.p_holm)
-            for point, found in known
-            if found is not None
-        ]
-        whole = "" if of in one.methods and one.methods[of].axes else " as it is"
-        caption = f"{one.lead.metric} minus that of {one.title(of) if of in one.methods else of}{whole}"
-        shown["forests"] += (
-            [(caption, charts.forest(entries, one.lead.note.higher_is_better))] if entries else []
-        )
-    return shown
+    forests = []
+    for of, points in study.lines.items() if not study.numeric else ():
+        known = one.methods.get(of)
+        origin = of if known is None else known.title
+        rows = [(str(point.place), point.method, of) for point in points]
+        forests += _forest(one.lead, rows, origin if known and known.axes else f"{origin} as it is")
+    drawn = _curves(one, study) if study.numeric else None
+    return {"title": study.title, "drawn": drawn, "forests": forests, "table": study_table(one, study)}
 
 
 def _curves(one: Analysis, study: Study) -> str:
@@ -186,7 +181,7 @@ def _curves(one: Analysis, study: Study) -> str:
     )
     places = {point.x: charts.tick_label(point.x) for line in lines for point in line.points}
     described = f"{one.lead.metric} against {axis} for {', '.join(line.name for line in lines)}"
-    return charts.curves(lines, places, axis, f"{one.lead.metric} {arrow(one.lead)}", described, level)
+    return charts.curves(lines, places, axis, one.lead.header, described, level)
 
 
 # --- pictures ---

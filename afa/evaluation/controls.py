@@ -1,0 +1,123 @@
+"""Rows of LoRA controls: the best expert, or the merge of all, fine-tuned as the ensemble was trained."""
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+from accelerate import PartialState
+
+from afa.checkpoint.manifest import read_manifest
+from afa.ensemble import Ensemble
+from afa.evaluation.names import chosen_methods
+from afa.evaluation.rows import MethodRow, Options, Train, Trained
+from afa.evaluation.setup import Setup
+from afa.evaluation.untrained import merged_sampler
+from afa.experts.expert import Expert
+from afa.experts.lora import fuse
+from afa.merging.memory import merge_experts
+from afa.sampling.sample import Sampler
+from afa.training.finetune import (
+    FILE,
+    equal_compute_steps,
+    finetune,
+    finetune_finished,
+    fuse_lora,
+    matching_rank,
+    plan_finetune,
+)
+from afa.training.finetune_settings import LoraSettings
+from afa.training.settings import LoopSettings
+from afa.training.state import begin_from
+
+COMPUTE = "_compute"  # ends the names of rows at equal compute
+KEPT = "last-state.pt"  # of a run to equal steps, until the one to equal compute takes it over
+RATES = (1.0, 0.25)  # of the ensemble's learning rate: the better by held-out loss is taken
+Start = Callable[[Setup], Expert]  # -> the model that is fine-tuned, to be changed
+
+
+def control_rows(setup: Setup) -> list[MethodRow]:
+    """Four rows; as many trained parameters as the ensemble has, never fewer."""
+    starts: dict[str, tuple[str, Start]] = {
+        "finetune_best": ("LoRA on the best expert", best_expert),
+        "finetune_merge": ("LoRA on the weighted merge", _merge),
+    }
+    rows = []
+    for kind, (title, start) in starts.items():
+        for name, equal in ((kind, "steps"), (f"{kind}{COMPUTE}", "compute")):
+            train = functools.partial(_train, setup, name, start)
+            rows.append(
+                MethodRow(
+                    name,
+                    "control",
+                    f"{title}, equal {equal}",
+                    functools.partial(_sampler, setup, start, train),
+                    tuple({"lr": rate} for rate in RATES),
+                    train=train,
+                    by_loss=True,
+                    runs=setup.settings.seeds,
+                    note="lr: times the ensemble's",
+                )
+            )
+    return rows
+
+
+def best_expert(setup: Setup) -> Expert:
+    """A copy of the expert that was ranked best, its LoRAs in its weights, with the ensemble's VAE."""
+    best = setup.expert(setup.ranking[0])
+    return replace(best, model=fuse(copy.deepcopy(best.model)), vae=setup.ensemble.frame.vae)
+
+
+def _merge(setup: Setup) -> Expert:
+    """The mean of all experts' weights, with the ensemble's VAE."""
+    return replace(merge_experts(setup.ensemble.experts, "weighted"), vae=setup.ensemble.frame.vae)
+
+
+def _train(setup: Setup, name: str, start: Start, options: Options, run: int) -> Trained:
+    """Train with the ensemble's recipe; what is trained is only read.
+
+    A run to equal compute goes on from that to equal steps.
+    """
+    trained, place = setup.output / "trained", Path(f"lr-{options['lr']:g}") / f"seed-{run}"
+    folder = trained / name / place
+    settings = _settings(setup, start, name.endswith(COMPUTE), options, run, folder)
+    record = finetune_finished(settings)
+    if record is None:
+        state = PartialState()
+        if name.endswith(COMPUTE):
+            if state.is_main_process and not folder.exists():
+                begin_from(settings, trained / name.removesuffix(COMPUTE) / place / KEPT)
+            state.wait_for_everyone()
+        kept = folder / KEPT if f"{name}{COMPUTE}" in chosen_methods(setup.settings.methods) else None
+        alone = Ensemble.from_experts([start(setup)], aggregator="mean", placement="out")
+        record = finetune(settings, plan_finetune(settings, alone), kept)
+    loss = record["held_out_loss"]["trained"]["value"]
+    return Trained(folder, folder / FILE, record["parameters"], record["steps"], record["seconds"], loss)
+
+
+def _settings(
+    setup: Setup, start: Start, by_compute: bool, options: Options, run: int, folder: Path
+) -> LoraSettings:
+    """The ensemble's own settings, with its rate scaled, and its steps where compute is to be equal."""
+    ensemble = setup.training(folder, run)
+    shared = {field.name: getattr(ensemble, field.name) for field in fields(LoopSettings)}
+    expert = setup.ensemble.experts[0].model
+    rank = matching_rank(expert, read_manifest(setup.folder).aggregator["parameters"])
+    steps = _equal_steps(setup, rank, ensemble.steps, ensemble.batch_size) if by_compute else ensemble.steps
+    source = setup.ranking[0] if start is best_expert else "+".join(setup.names)
+    return LoraSettings(
+        **{**shared, "expert": source, "rank": rank, "lr": ensemble.lr * options["lr"], "steps": steps}
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _equal_steps(setup: Setup, rank: int, steps: int, batch_size: int) -> int:
+    return equal_compute_steps(steps, setup.ensemble.denoiser, rank, batch_size)
+
+
+def _sampler(setup: Setup, start: Start, train: Train, options: Options, run: int) -> Sampler:
+    """A stock pipeline around the expert with its LoRA in its weights."""
+    expert = start(setup)
+    fuse_lora(expert.model, train(options, run).file)
+    return merged_sampler(setup, expert)
