@@ -7,7 +7,7 @@ Differences that depend on the noise alone cancel; a trained router could learn 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 from math import comb
@@ -121,6 +121,8 @@ class ExpertComparison:
 
     names: tuple[str, ...]
     stores: Sequence[AnswerStore]
+    _routed: dict[tuple[int, ...], Array] = field(default_factory=dict)  # what routed() returned
+    _apart: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # what apart() returned
 
     @property
     def images(self) -> int:
@@ -130,12 +132,19 @@ class ExpertComparison:
     def bands(self) -> int:
         return self.stores[0].shape[1]
 
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The indices of every two experts."""
+        return list(combinations(range(len(self.names)), 2))
+
     @cached_property
     def losses(self) -> Array:
         """(N, M, BANDS) mean squared error of each expert."""
-        return np.stack(
-            [[self._losses(store, image) for image in range(self.images)] for store in self.stores]
-        )
+
+        def loss(store: AnswerStore, image: int) -> Any:
+            return store.errors(image).square().double().mean((1, 2, 3, 4)).numpy()
+
+        return np.stack([[loss(store, image) for image in range(self.images)] for store in self.stores])
 
     @cached_property
     def ranking(self) -> list[int]:
@@ -159,8 +168,7 @@ class ExpertComparison:
 
     def wins(self) -> Array:
         """Return the win rates (N, M, BANDS), experts in the order given."""
-        found = np.array([[bands.wins for bands in image] for image in self.routes])  # (M, BANDS, N)
-        return np.moveaxis(found, -1, 0)[np.argsort(self.ranking)]
+        return np.moveaxis(self.values("wins"), -1, 0)[np.argsort(self.ranking)]
 
     def gains(self, losses: Array) -> tuple[Estimate, list[Estimate]]:
         """Compute the gain 1 - loss / loss of the best expert, over all bands and in each band.
@@ -174,8 +182,7 @@ class ExpertComparison:
 
     def agreement(self) -> list[tuple[Estimate, float]]:
         """Return for each band how often two draws have the same winner: observed, and by chance."""
-        wins = self.wins()
-        observed = self.values("agreement")
+        wins, observed = self.wins(), self.values("agreement")
         return [
             (estimate(observed[:, band]), chance_agreement(wins[:, :, band].T)) for band in range(self.bands)
         ]
@@ -188,21 +195,15 @@ class ExpertComparison:
         ordered = tuple(sorted(members, key=self.ranking.index))
         if len(ordered) == 1:
             return self.losses[ordered[0]]
+        if len(ordered) == len(self.names):
+            return self.values("routed_pixels")
         if ordered not in self._routed:
             rows = [
-                [self._routed_pixels(errors) for errors in self._errors(ordered, image)]
+                [routed(errors.square().mean(2).flatten(2)) for errors in self._errors(ordered, image)]
                 for image in range(self.images)
             ]
             self._routed[ordered] = np.array(rows)
         return self._routed[ordered]
-
-    @cached_property
-    def _routed(self) -> dict[tuple[int, ...], Array]:
-        return {tuple(self.ranking): self.values("routed_pixels")}
-
-    @staticmethod
-    def _routed_pixels(errors: torch.Tensor) -> float:
-        return routed(errors.square().mean(2).flatten(2))
 
     def greedy(self) -> list[tuple[int, ...]]:
         """Return a set of each size: the best expert first, then always the one that lowers the loss most."""
@@ -218,36 +219,19 @@ class ExpertComparison:
         """Return the best set of a size: among all sets if there are at most FEW, else the greedy one."""
         if comb(len(self.names), size) > FEW:
             return self.greedy()[size - 1]
-        return min(
-            combinations(range(len(self.names)), size), key=lambda members: float(self.routed(members).mean())
-        )
+        every = combinations(range(len(self.names)), size)
+        return min(every, key=lambda members: float(self.routed(members).mean()))
 
     def apart(self, one: int, other: int) -> list[float]:
         """Return the RMS distance of two experts' predictions in each band, in units of their RMS error."""
-        pair = (min(one, other), max(one, other))
-        if pair not in self._apart_by_pair:
-            self._apart_by_pair[pair] = self._measured_apart(*pair)
-        return self._apart_by_pair[pair]
-
-    @cached_property
-    def _apart_by_pair(self) -> dict[tuple[int, int], list[float]]:
-        return {}
-
-    def _measured_apart(self, one: int, other: int) -> list[float]:
-        found = np.array([self._apart(one, other, image) for image in range(self.images)])  # (M, BANDS)
-        errors = (self.losses[one] + self.losses[other]) / 2
-        return [float(np.sqrt(value)) for value in found.mean(0) / errors.mean(0)]
-
-    def _apart(self, one: int, other: int, image: int) -> Any:
-        return (
-            (self.stores[one].errors(image) - self.stores[other].errors(image))
-            .square()
-            .mean((1, 2, 3, 4))
-            .numpy()
-        )
-
-    def _losses(self, store: AnswerStore, image: int) -> Any:
-        return store.errors(image).square().double().mean((1, 2, 3, 4)).numpy()
+        if (one, other) not in self._apart:
+            gaps = []
+            for image in range(self.images):
+                gap = self.stores[one].errors(image) - self.stores[other].errors(image)
+                gaps.append(gap.square().mean((1, 2, 3, 4)).numpy())
+            errors = (self.losses[one] + self.losses[other]) / 2
+            self._apart[one, other] = [float(value) for value in np.sqrt(np.mean(gaps, 0) / errors.mean(0))]
+        return self._apart[one, other]
 
     def _errors(self, members: Sequence[int], image: int) -> list[torch.Tensor]:
         """Read the errors of some experts at one image: for each band (N, D, C, h, w)."""

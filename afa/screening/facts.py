@@ -1,5 +1,6 @@
 """The content of screen.json; numbers over images have an interval and n."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -35,7 +36,7 @@ def facts_of(
     average: answers of the weight average, or the reason why there are none
     steps:   number of timesteps of the noise schedule
     """
-    settings = planned.settings
+    settings, names, bands = planned.settings, comparison.names, comparison.bands
     common = {
         "afa": __version__,
         "experts": [{"name": spec.name, "source": public_place(str(spec))} for spec in planned.specs],
@@ -44,11 +45,14 @@ def facts_of(
         "images": comparison.images,
         "draws": settings.draws,
         "resolution": planned.resolution,
-        "timesteps": _bands(comparison.bands, steps),
+        "timesteps": [[band * steps // bands, (band + 1) * steps // bands - 1] for band in range(bands)],
         "only_predictions": planned.apart,
         "parameters": apart if isinstance(apart, str) else apart.facts(),
-        "predictions": _predictions(comparison),
-        "features": stage_pairs(comparison.names, [store.features() for store in comparison.stores]),
+        "predictions": [
+            {"experts": [names[one], names[other]], "bands": comparison.apart(one, other)}
+            for one, other in comparison.pairs
+        ],
+        "features": stage_pairs(names, [store.features() for store in comparison.stores]),
     }
     if settings.data is None:
         return common | {"unknown": UNKNOWABLE, "verdict": _only_disagreement(comparison, apart)}
@@ -59,16 +63,16 @@ def _judged(
     comparison: ExpertComparison, apart: Distances | str, average: AnswerStore | str
 ) -> dict[str, Any]:
     """Return what can be computed only with captioned images."""
-    room, by_band = comparison.gains(comparison.routed(range(len(comparison.names))))
+    everyone = comparison.routed(range(len(comparison.names)))
+    room, by_band = comparison.gains(everyone)
     lost = leave_one_out(comparison)
-    averaged = (
-        None
-        if isinstance(average, str)
-        else comparison.gains(ExpertComparison(("average",), [average]).losses[0])
-    )
+    averaged = None
+    if not isinstance(average, str):
+        averaged = comparison.gains(ExpertComparison(("average",), [average]).losses[0])
     average_gain = None if averaged is None else averaged[0]
-    forecast = {method: fit(room.value) for method, fit in fits().items()}
-    subsets = _subsets(comparison)
+    afa, router = (fits()[method](room.value) for method in ("afa", "router"))
+    over_average = None if average_gain is None else asdict(over(afa, average_gain.value))
+    path = comparison.greedy()
     evidence = Evidence(
         names=comparison.names,
         best=comparison.best,
@@ -76,18 +80,11 @@ def _judged(
         base=_bases(comparison, apart),
         lost=lost,
         room=room,
-        afa=forecast["afa"],
+        afa=afa,
         average=average_gain,
-        order=[comparison.names[place] for place in comparison.greedy()[-1]],
-        enough=_enough(comparison),
+        order=[comparison.names[place] for place in path[-1]],
+        enough=_enough([comparison.routed(members).mean() for members in path]),
         near=_near(comparison),
-    )
-    predicted = {
-        "over_best": asdict(forecast["afa"]),
-        "over_router": asdict(over(forecast["afa"], forecast["router"].value)),
-    }
-    predicted["over_average"] = (
-        None if average_gain is None else asdict(over(forecast["afa"], average_gain.value))
     )
     return {
         "best": comparison.best,
@@ -98,16 +95,15 @@ def _judged(
             {"observed": asdict(observed), "chance": chance} for observed, chance in comparison.agreement()
         ],
         "leave_one_out": {name: asdict(value) for name, value in lost.items()},
-        "subsets": subsets,
+        "subsets": _subsets(comparison),
         "average": average if averaged is None else _gains(averaged),
-        "predicted": predicted,
+        "predicted": {
+            "over_best": asdict(afa),
+            "over_router": asdict(over(afa, router.value)),
+            "over_average": over_average,
+        },
         "verdict": _plain(judge(evidence)),
     }
-
-
-def _bands(bands: int, steps: int) -> list[list[int]]:
-    """Return the first and last timestep of each band."""
-    return [[band * steps // bands, (band + 1) * steps // bands - 1] for band in range(bands)]
 
 
 def _losses(comparison: ExpertComparison) -> dict[str, Any]:
@@ -135,10 +131,7 @@ def _bounds(comparison: ExpertComparison) -> dict[str, Any]:
         "oracle, by sample": comparison.values("sample_oracle"),
         "oracle, by element": comparison.values("element_oracle"),
     }
-    found = {}
-    for name, losses in rows.items():
-        found[name] = _gains(comparison.gains(losses))
-    return found
+    return {name: _gains(comparison.gains(losses)) for name, losses in rows.items()}
 
 
 def _gains(found: tuple[Estimate, list[Estimate]]) -> dict[str, Any]:
@@ -147,15 +140,12 @@ def _gains(found: tuple[Estimate, list[Estimate]]) -> dict[str, Any]:
 
 def leave_one_out(comparison: ExpertComparison) -> dict[str, Estimate]:
     """Return the rise of the routed loss without each expert, as a share of the loss with all experts."""
-    places = range(len(comparison.names))
+    places, found = range(len(comparison.names)), {}
     whole = comparison.routed(places).mean(1)
-    found = {}
     for left_out, name in enumerate(comparison.names):
         without = comparison.routed([place for place in places if place != left_out]).mean(1)
-        rise = difference(without, whole)
-        found[name] = Estimate(
-            rise.value / whole.mean(), rise.low / whole.mean(), rise.high / whole.mean(), rise.n
-        )
+        rise, loss = difference(without, whole), whole.mean()
+        found[name] = Estimate(rise.value / loss, rise.low / loss, rise.high / loss, rise.n)
     return found
 
 
@@ -164,50 +154,37 @@ def _subsets(comparison: ExpertComparison) -> list[dict[str, Any]]:
     found = []
     for size in range(1, len(comparison.names) + 1):
         members = comparison.best_of_size(size)
+        names = [comparison.names[place] for place in sorted(members)]
         overall, _ = comparison.gains(comparison.routed(members))
-        found.append(
-            {
-                "size": size,
-                "experts": [comparison.names[place] for place in sorted(members)],
-                "head_room": asdict(overall),
-            }
-        )
+        found.append({"size": size, "experts": names, "head_room": asdict(overall)})
     return found
 
 
-def _enough(comparison: ExpertComparison) -> int:
-    """Return the smallest number of experts of the greedy path whose loss is within WORTH of the best."""
-    path = comparison.greedy()
-    whole = min(comparison.routed(members).mean() for members in path)
-    return next(
-        size
-        for size, members in enumerate(path, start=1)
-        if comparison.routed(members).mean() <= whole * (1 + WORTH)
-    )
+def _enough(losses: Sequence[float]) -> int:
+    """Return the smallest number of experts whose loss is within WORTH of the best.
+
+    losses: of the greedy path, with one expert, with two …
+    """
+    return next(size for size, loss in enumerate(losses, 1) if loss <= min(losses) * (1 + WORTH))
 
 
 def _same(comparison: ExpertComparison, apart: Distances | str) -> dict[str, str]:
     """Return later expert -> earlier expert with the same weights (predictions if there are no weights)."""
-    count = range(len(comparison.names))
-    found = {}
-    for other in count:
-        for one in range(other):
-            distance = (
-                max(comparison.apart(one, other)) if isinstance(apart, str) else apart.between(one, other)
-            )
-            if distance < SAME and comparison.names[one] not in found:
-                found.setdefault(comparison.names[other], comparison.names[one])
+    found: dict[str, str] = {}
+    for one, other in sorted(comparison.pairs, key=lambda pair: pair[1]):
+        distance = max(comparison.apart(one, other)) if isinstance(apart, str) else apart.between(one, other)
+        if distance < SAME and comparison.names[one] not in found:
+            found.setdefault(comparison.names[other], comparison.names[one])
     return found
 
 
 def _near(comparison: ExpertComparison) -> dict[str, tuple[str, float]]:
     """Return later expert -> earlier expert with predictions closer than NEAR in all bands, and distance."""
     found: dict[str, tuple[str, float]] = {}
-    for other in range(len(comparison.names)):
-        for one in range(other):
-            distance = max(comparison.apart(one, other))
-            if distance < NEAR:
-                found.setdefault(comparison.names[other], (comparison.names[one], distance))
+    for one, other in sorted(comparison.pairs, key=lambda pair: pair[1]):
+        distance = max(comparison.apart(one, other))
+        if distance < NEAR:
+            found.setdefault(comparison.names[other], (comparison.names[one], distance))
     return found
 
 
@@ -217,20 +194,8 @@ def _bases(comparison: ExpertComparison, apart: Distances | str) -> list[str]:
     return [name for place, name in enumerate(comparison.names) if apart.from_base(place) < SAME]
 
 
-def _predictions(comparison: ExpertComparison) -> list[dict[str, Any]]:
-    """Return the distances of predictions of every pair of experts, by band."""
-    count = range(len(comparison.names))
-    return [
-        {"experts": [comparison.names[one], comparison.names[other]], "bands": comparison.apart(one, other)}
-        for one in count
-        for other in count
-        if one < other
-    ]
-
-
 def _only_disagreement(comparison: ExpertComparison, apart: Distances | str) -> dict[str, Any]:
-    same = _same(comparison, apart)
-    dropped = {name: f"it is {other} but for rounding" for name, other in same.items()}
+    dropped = {name: f"it is {other} but for rounding" for name, other in _same(comparison, apart).items()}
     dropped |= dict.fromkeys(_bases(comparison, apart), "it is the base model under another name")
     kept = tuple(name for name in comparison.names if name not in dropped)
     return _plain(Verdict(UNKNOWN, kept, dropped, (UNKNOWABLE,)))

@@ -261,26 +261,20 @@ class ExpertPredictor:
         bands, draws = noise.shape[:2]
         steps = self.probes.steps(image, self.noising).repeat_interleave(draws)  # (BANDS·D,)
         latents = self.probes.latents[image].expand(bands * draws, *noise.shape[2:])
-        prompt = self._prompt(image)
+        batch = Batch(latents, noise.flatten(0, 1), steps)
+        caption, size = self.probes.captions[image], self.probes.sizes[image : image + 1]
+        prompt = self.conditions([caption], size, torch.zeros(1, dtype=torch.bool))
         errors: list[Tensor] = []
         seen: list[dict[str, Tensor]] = []
         with record_features(self.denoiser) if features else nullcontext({}) as passing:
-            for part in self._parts(Batch(latents, noise.flatten(0, 1), steps)):
-                errors.append(self._error(part, prompt).cpu())
+            for start in range(0, len(steps), self.batch_size):
+                part = batch.part(start, min(start + self.batch_size, len(steps))).to(self.noising.device)
+                errors.append((self._predict(part, prompt) - self.noising.target(part)).cpu())
                 seen.append(dict(passing))
         joined = {name: torch.cat([one[name] for one in seen])[::draws] for name in seen[0]}
         return Answers(torch.cat(errors).unflatten(0, (bands, draws)), joined)
 
-    def _prompt(self, image: int) -> dict[str, Any]:
-        """Encode the caption of one image: the conditions of a batch of one."""
-        caption, size = self.probes.captions[image], self.probes.sizes[image : image + 1]
-        return self.conditions([caption], size, torch.zeros(1, dtype=torch.bool))
-
-    def _parts(self, batch: Batch) -> Iterator[Batch]:
-        for start in range(0, len(batch.steps), self.batch_size):
-            yield batch.part(start, min(start + self.batch_size, len(batch.steps))).to(self.noising.device)
-
-    def _error(self, batch: Batch, prompt: dict[str, Any]) -> Tensor:
+    def _predict(self, batch: Batch, prompt: dict[str, Any]) -> Tensor:
         count = len(batch.steps)
         work = Pass(
             self.denoiser,
@@ -291,20 +285,16 @@ class ExpertPredictor:
             dropped=torch.zeros(count, dtype=torch.bool),
             encode=lambda dropped: repeated(prompt, count),
         )
-        return work.prediction - self.noising.target(batch)
+        return work.prediction
 
 
-def repeated(conditions: dict[str, Any], count: int) -> dict[str, Any]:
+def repeated(conditions: Any, count: int) -> Any:
     """Expand the conditions of a batch of one to a batch of `count`; tensors are expanded, not copied."""
-    return {name: _repeated(value, count) for name, value in conditions.items()}
-
-
-def _repeated(value: Any, count: int) -> Any:
-    if isinstance(value, dict):
-        return repeated(value, count)
-    if isinstance(value, Tensor) and value.ndim and len(value) == 1:
-        return value.expand(count, *value.shape[1:])
-    return value
+    if isinstance(conditions, dict):
+        return {name: repeated(value, count) for name, value in conditions.items()}
+    if isinstance(conditions, Tensor) and conditions.ndim and len(conditions) == 1:
+        return conditions.expand(count, *conditions.shape[1:])
+    return conditions
 
 
 FEATURED = 8  # the number of images at which features are recorded

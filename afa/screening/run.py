@@ -64,7 +64,6 @@ def screen(settings: ScreenSettings, planned: ScreenPlan | None = None) -> dict[
         )
         noising = Noising(frame.scheduler, latents_of(frame.vae), frame.device)
         probes = _probes(planned, frame, noising, work)
-        _check_probes(work / PROBES, probes)
         sources = _sources(planned)
         apart = _distances(planned, sources)
         asking = AnswerCollector(frame, noising, probes, settings, work)
@@ -99,26 +98,15 @@ def _workplace(planned: ScreenPlan) -> Iterator[Path]:
         raise KeyboardInterrupt(f"interrupted; the same command goes on with what is in {output}") from None
 
 
-def _check_probes(note: Path, probes: Probes) -> None:
-    """Raise UserError if the images or captions differ from those of the interrupted screening."""
-    now = {"sha256 of images and captions": probes.digest}
-    if note.exists() and json_or_none(note) != now:
-        raise UserError(
-            f"the images or captions have changed since the screening in {note.parent} was begun;"
-            " choose another --output"
-        )
-    write_atomically(note, json.dumps(now))
-
-
 def _probes(planned: ScreenPlan, frame: SharedParts, noising: Noising, work: Path) -> Probes:
-    """Encode the images of --data, or the images that the experts sample from --prompts."""
-    settings = planned.settings
-    source: Any = planned.source
+    """Encode the images of --data, or the images that the experts sample from --prompts.
+
+    Raises UserError if images or captions differ from those of the interrupted screening.
+    """
+    settings, source = planned.settings, planned.source
     if source is None:
-        source = find(
-            str(draw_prompts(settings, planned.specs, frame, planned.resolution, work / "drawn")),
-            settings.images,
-        )
+        drawn = draw_prompts(settings, planned.specs, frame, planned.resolution, work / "drawn")
+        source = find(str(drawn), settings.images)
     found = encoded(
         source,
         frame.vae,
@@ -131,6 +119,13 @@ def _probes(planned: ScreenPlan, frame: SharedParts, noising: Noising, work: Pat
     check_skipped(source, settings.max_skipped)
     if source.skipped:
         print(f"afa: {source.skipped.summary()}", file=sys.stderr)
+    note, now = work / PROBES, {"sha256 of images and captions": found.digest}
+    if note.exists() and json_or_none(note) != now:
+        raise UserError(
+            f"the images or captions have changed since the screening in {work} was begun;"
+            " choose another --output"
+        )
+    write_atomically(note, json.dumps(now))
     return found
 
 
@@ -140,29 +135,28 @@ class AnswerCollector:
     def __init__(
         self, frame: SharedParts, noising: Noising, probes: Probes, settings: ScreenSettings, work: Path
     ) -> None:
-        self.frame, self.noising, self.probes, self.settings, self.work = (
-            frame,
-            noising,
-            probes,
-            settings,
-            work,
-        )
+        self.frame, self.noising, self.probes = frame, noising, probes
+        self.settings, self.work = settings, work
         self.shape = (len(probes), BANDS, settings.draws, *probes.latents.shape[1:])
 
     def all(self, specs: list[ExpertSpec]) -> list[AnswerStore]:
-        """Compute the missing answers of every expert; one expert is in memory at a time."""
-        stores = [self.store(spec) for spec in specs]
-        self._check_space(sum(len(store.missing()) for store in stores))
-        with tqdm(
-            total=len(self.probes) * len(specs), desc="asking experts", unit="image", file=sys.stderr
-        ) as bar:
+        """Compute the missing answers of every expert; one expert is in memory at a time.
+
+        Raises UserError if the disk cannot hold them.
+        """
+        stores = [AnswerStore(self.work / "answers" / spec.name, self.shape) for spec in specs]
+        missing = sum(len(store.missing()) for store in stores)
+        needed, free = 4 * torch.Size(self.shape[1:]).numel() * missing, shutil.disk_usage(self.work).free
+        if needed > free:
+            raise UserError(
+                f"the answers need {needed / 1e9:.1f} GB in {self.work},"
+                f" and its disk has {free / 1e9:.1f} GB left; lower --images or --draws"
+            )
+        total = len(self.probes) * len(specs)
+        with tqdm(total=total, desc="asking experts", unit="image", file=sys.stderr) as bar:
             for spec, store in zip(specs, stores, strict=True):
                 self.ask(spec, store, bar)
         return stores
-
-    def store(self, spec: ExpertSpec) -> AnswerStore:
-        """Open the store of an expert's answers."""
-        return AnswerStore(self.work / "answers" / spec.name, self.shape)
 
     def ask(self, spec: ExpertSpec, store: AnswerStore, bar: Any) -> None:
         """Load one expert, compute its missing answers, and free its memory."""
@@ -181,15 +175,6 @@ class AnswerCollector:
             bar.update()
         del ensemble, asking
         forget()
-
-    def _check_space(self, missing: int) -> None:
-        """Raise UserError if the disk cannot hold the answers at so many images."""
-        needed, free = 4 * torch.Size(self.shape[1:]).numel() * missing, shutil.disk_usage(self.work).free
-        if needed > free:
-            raise UserError(
-                f"the answers need {needed / 1e9:.1f} GB in {self.work},"
-                f" and its disk has {free / 1e9:.1f} GB left; lower --images or --draws"
-            )
 
 
 def _average(
