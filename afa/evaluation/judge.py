@@ -164,7 +164,11 @@ class Judge:
         if not scores:
             prompts = prompts_of(images.items)[:count]
             for indices in _by_prompt(prompts):
-                pictures = [self._picture(images, index, prompts[index], protocol) for index in indices]
+                pictures = []
+                for index in indices:
+                    reference = None if protocol.references is None else protocol.references[index]()
+                    caption = images.items[index].caption
+                    pictures.append(Picture(images.read(index), caption, prompts[index], reference))
                 for name, column in metric.score(pictures).items():
                     row = scores.setdefault(name, [float("nan")] * count)
                     for index, value in zip(indices, column, strict=True):
@@ -173,11 +177,6 @@ class Judge:
             write_atomically(file, json.dumps(scores))
         metric.names = metric.names or tuple(scores)  # of a user's scorer that had nothing new to look at
         return scores
-
-    def _picture(self, images: ImageSet, index: int, prompt: int, protocol: Protocol) -> Picture:
-        item = images.items[index]
-        reference = None if protocol.references is None else protocol.references[index]()
-        return Picture(images.read(index), item.caption, prompt, reference)
 
     def _set_score(self, metric: SetMetric, images: ImageSet, protocol: Protocol) -> dict[str, SetScore]:
         """Return the value of all images, and under resampled prompts, which are the same for all methods."""

@@ -12,7 +12,7 @@ from afa.evaluation.run import ComparisonContext, asked_for, check_row, prepare
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.untrained import unsearched
 from afa.pages.numbers import plural
-from afa.sampling.sample import Request, Sampler
+from afa.sampling.sample import Request
 
 # What a step costs: that of one model, of all experts' predictions, or of the ensemble. -> the row it is
 # measured with.
@@ -128,28 +128,24 @@ def _drawing(comparison: ComparisonContext, row: MethodRow) -> list[Work]:
 def _seconds(comparison: ComparisonContext, work: list[Work]) -> float:
     """Return the seconds to draw everything, one image at a time.
 
-    One image of each kind is drawn in one step and in three, after one to warm up.
+    One image of each kind is drawn in one step and in three, after one to warm up. This tells the seconds of
+    a step from those of the rest: the text encoders and the VAE.
     """
-    total = 0.0
+    setup, total = comparison.setup, 0.0
+    item = setup.protocol.items[0]
     for kind, name in MEASURED.items():
         own = [one for one in work if one.kind == kind and one.images]
         if own:
-            row = all_rows(comparison.setup, comparison.tuner, [name])[0]
-            step, rest = _measured(comparison, row.sampler(row.candidates[0], 0))
+            row, took = all_rows(setup, comparison.tuner, [name])[0], []
+            sampler = row.sampler(row.candidates[0], 0)
+            for steps in (1, 1, 3):
+                began = time.perf_counter()
+                sampler([Request(item.caption, item.seed)], replace(setup.sampling, steps=steps))
+                took.append(time.perf_counter() - began)
+            step = max(0.0, took[2] - took[1]) / 2
+            rest = max(0.0, took[1] - step)
             total += sum(one.images * (rest + one.steps * step) for one in own)
     return total
-
-
-def _measured(comparison: ComparisonContext, sampler: Sampler) -> tuple[float, float]:
-    """Return the seconds of a step of one image, and of the rest: its text and its VAE."""
-    item = comparison.setup.protocol.items[0]
-    took = []
-    for steps in (1, 1, 3):
-        began = time.perf_counter()
-        sampler([Request(item.caption, item.seed)], replace(comparison.setup.sampling, steps=steps))
-        took.append(time.perf_counter() - began)
-    step = max(0.0, took[2] - took[1]) / 2
-    return step, max(0.0, took[1] - step)
 
 
 def _duration(seconds: float) -> str:

@@ -1,7 +1,6 @@
 """Protocols: prompts, noise, steps, guidance and size, the same for all methods; and their registry."""
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from afa.data.sources import Columns, Sample, Skipped
 from afa.errors import UserError, unknown
 from afa.evaluation.results import Item
 from afa.files import given_name
+from afa.fingerprint import digest
 from afa.images import read_pixels
 from afa.lazy import load
 from afa.prompts import read_prompts
@@ -157,23 +157,20 @@ def protocol(source: Path, request: ProtocolOptions) -> Protocol:
             f"{found.skipped.summary()}"
         )
     items = request.items([sample.caption for sample in samples])
+    listed = digest([[sample.name, sample.caption, sample.mark] for sample in samples])
     return Protocol(
         given_name(source),
         items,
         sampling,
         metrics=("fid", "clip_t", "clip_i"),
         scheduler=request.scheduler,
-        real=real_images(samples),
+        real=Real(
+            json.dumps({"images": len(samples), "list": listed}),
+            lambda: (sample_image(sample) for sample in samples),
+        ),
         references=[functools.partial(sample_image, samples[item.prompt]) for item in items],
         left_out=found.skipped,
     )
-
-
-def real_images(samples: list[Sample]) -> Real:
-    """Yield captioned images, one by one."""
-    listed = json.dumps([[sample.name, sample.caption, sample.mark] for sample in samples])
-    identity = json.dumps({"images": len(samples), "list": hashlib.sha256(listed.encode()).hexdigest()})
-    return Real(identity, lambda: (sample_image(sample) for sample in samples))
 
 
 def sample_image(sample: Sample) -> np.ndarray:

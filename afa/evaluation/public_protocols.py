@@ -13,7 +13,6 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +33,21 @@ COCO_HOLDS = f"a folder with COCO 2017's {ANNOTATIONS} and {IMAGES}/"
 
 
 def coco2017(request: ProtocolOptions) -> Protocol:
-    """--prompts pairs (all 118,287 by default). Raises UserError if COCO is not at --protocol-data."""
+    """--prompts pairs (all 118,287 by default).
+
+    Raises UserError if COCO is not at --protocol-data, or images cannot be read.
+    """
     root = request.data_folder("coco2017", COCO_HOLDS)
     pairs = read_pairs(root, inside=not request.allow_outside)[: request.prompts]
-    check_images([path for path, _ in pairs])
-    items = request.items([caption for _, caption in pairs])
     paths = [path for path, _ in pairs]
+    samples = [Sample(str(path), "", "", functools.partial(read_bytes, path)) for path in paths]
+    broken = [error for error in unreadable(samples) if error is not None]
+    if broken:
+        raise UserError(
+            f"{len(broken)} of COCO's {len(paths)} images cannot be used, the first: {broken[0]}; "
+            "unpack them again"
+        )
+    items = request.items([caption for _, caption in pairs])
     identity = json.dumps({"coco2017": len(paths), "annotations": sha256(root / ANNOTATIONS), "side": SIDE})
     return Protocol(
         "coco2017",
@@ -83,17 +91,6 @@ def read_pairs(root: Path, inside: bool = True) -> list[tuple[Path, str]]:
             )
             raise UserError(sentence) from None
     return pairs
-
-
-def check_images(paths: Sequence[Path]) -> None:
-    """Raises UserError, naming the first, if images cannot be read."""
-    samples = [Sample(str(path), "", "", functools.partial(read_bytes, path)) for path in paths]
-    broken = [error for error in unreadable(samples) if error is not None]
-    if broken:
-        raise UserError(
-            f"{len(broken)} of COCO's {len(paths)} images cannot be used, the first: {broken[0]}; "
-            "unpack them again"
-        )
 
 
 def square(path: Path) -> np.ndarray:

@@ -80,7 +80,12 @@ def prepare(settings: EvaluateSettings, keep: bool = True) -> ComparisonContext:
     names = chosen_methods(settings.methods)
     setup = Setup(settings)
     judge = Judge.make(settings, setup.protocol, setup.output / "judged", setup.device)
-    _claim(setup, keep)
+    asked = {**settings.binding(), "the ensemble's afa.json": sha256(setup.folder / "afa.json")}
+    files = saved_fingerprint(setup.folder, setup.moved) | fingerprint(base=settings.base)
+    check_claim(setup.output, asked, "the comparison", files)
+    PartialState().wait_for_everyone()  # all processes check it before the first one writes
+    if keep and PartialState().is_main_process:
+        claim(setup.output, asked, "the comparison", files)
     if settings.scorer is not None:
         try_scorer(judge.metrics, *setup.size())
     captions = setup.tuning_captions() if settings.tuning else []
@@ -136,16 +141,6 @@ def check_row(setup: Setup, row: MethodRow) -> bool:
     if row.trainings:
         setup.training(setup.output, 0)
     return True
-
-
-def _claim(setup: Setup, keep: bool) -> None:
-    """Claim the output folder for this comparison; all processes check it before the first one writes."""
-    asked = {**setup.settings.binding(), "the ensemble's afa.json": sha256(setup.folder / "afa.json")}
-    files = saved_fingerprint(setup.folder, setup.moved) | fingerprint(base=setup.settings.base)
-    check_claim(setup.output, asked, "the comparison", files)
-    PartialState().wait_for_everyone()
-    if keep and PartialState().is_main_process:
-        claim(setup.output, asked, "the comparison", files)
 
 
 def _rows(comparison: ComparisonContext) -> list[MethodRow]:

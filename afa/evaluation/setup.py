@@ -50,7 +50,10 @@ class Setup:
         self.manifest = read_manifest(self.folder)
         self.device = _device(settings.device)
         self.moved = new_places(settings.experts or [])
-        self.protocol: Protocol = self._settled(make_protocol(settings.protocol, _request(settings)))
+        data = None if settings.protocol_data is None else Path(settings.protocol_data)
+        names = [field.name for field in dataclasses.fields(ProtocolOptions) if field.name != "data"]
+        given = ProtocolOptions(**{name: getattr(settings, name) for name in names}, data=data)
+        self.protocol: Protocol = self._settled(make_protocol(settings.protocol, given))
         self.ranking: tuple[str, ...] = self.names
 
     def _settled(self, protocol: Protocol) -> Protocol:
@@ -186,11 +189,13 @@ class Setup:
             )
         return str(drawn)
 
-    @cached_property
-    def _captions(self) -> list[str]:
-        columns = Columns(allow_outside=self.settings.allow_outside)
+    def tuning_captions(self) -> list[str]:
+        """Return captions for choosing options: the protocol's, else those of the training data."""
+        captions = list(self.protocol.tuning)
         try:
-            return [sample.caption for sample in open_source(self.training_data, columns).samples]
+            if not captions:
+                columns = Columns(allow_outside=self.settings.allow_outside)
+                captions = [sample.caption for sample in open_source(self.training_data, columns).samples]
         except UserError as error:
             if PartialState().is_main_process:
                 print(
@@ -198,11 +203,7 @@ class Setup:
                     f"{error}",
                     file=sys.stderr,
                 )
-            return []
-
-    def tuning_captions(self) -> list[str]:
-        """Return captions for choosing options: the protocol's, else those of the training data."""
-        return list((self.protocol.tuning or self._captions)[: self.settings.tuning])
+        return captions[: self.settings.tuning]
 
     def pipeline(self, ensemble: Ensemble) -> Any:
         """Return a stock pipeline with the ensemble's VAE and scheduler, for any denoiser."""
@@ -226,19 +227,3 @@ def _device(name: str | None) -> torch.device:
     return (
         state.device if state.num_processes > 1 and not cpu else device
     )  # accelerate's cpu:0 would be copied to
-
-
-def _request(settings: EvaluateSettings) -> ProtocolOptions:
-    return ProtocolOptions(
-        prompts=settings.prompts,
-        images_per_prompt=settings.images_per_prompt,
-        seed=settings.seed,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        true_guidance=settings.true_guidance,
-        scheduler=settings.scheduler,
-        width=settings.width,
-        height=settings.height,
-        data=None if settings.protocol_data is None else Path(settings.protocol_data),
-        allow_outside=settings.allow_outside,
-    )
