@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -38,14 +38,16 @@ from afa.explanation.page import as_html
 from afa.explanation.pictures import contact, save_strip, sheet, words
 from afa.explanation.settings import ExplainSettings
 from afa.explanation.summary import as_json
-from afa.files import json_or_none, locked, replacing, settled, write_atomically
+from afa.files import locked, replacing, settled, write_atomically
 from afa.fingerprint import check_claim, claim, saved_fingerprint
 from afa.images import read_made, read_pixels
 from afa.places import public_place
 from afa.prompts import asked_prompts, warn_of_prompts
 from afa.sampling.sample import Request, Sampling, in_frame, sample
 from afa.schedulers import reschedule
+from afa.schema import Within
 from afa.seeds import nth_seed, with_seed
+from afa.store import kept_json
 
 STEPS = 50  # the default
 RESULTS, PAGE, CHART = "explain.json", "explain.html", "chart.png"
@@ -207,9 +209,8 @@ def _skipped(job: ExplainRun, unused: Unused, entries: list[ExplainedImage]) -> 
 
 def _distance(record: Path) -> float | None:
     """Read an RMSE that _skip saved before; None if the file is missing or damaged."""
-    found = json_or_none(record)
-    value = found.get("rmse") if isinstance(found, dict) else None
-    return value if isinstance(value, float) and 0 <= value <= 255 else None
+    found: dict[str, float] = kept_json(record, dict[str, Annotated[float, Within(0, 255)]]) or {}
+    return found.get("rmse")
 
 
 def _skip(

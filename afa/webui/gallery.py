@@ -5,7 +5,6 @@ The page writes to no other folder, and reads pictures from no other folder.
 
 import contextlib
 import functools
-import hashlib
 import json
 import re
 from collections import OrderedDict
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from afa.denoiser.hooks import WeightMaps
 from afa.errors import UserError
 from afa.files import locked
+from afa.fingerprint import digest
 from afa.images import open_image, read_made, save_picture
 from afa.pictures import conditional, mean_over_stages
 from afa.webui.request_validation import text
@@ -65,11 +65,9 @@ class Gallery:
     def path(self, method: str, metadata: Mapping[str, Any]) -> Path:
         """Return the path of a picture of this method with these metadata."""
         described = {name: value for name, value in metadata.items() if name not in UNMOVED}
-        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
         words = re.sub(r"[^a-z0-9]+", "-", str(metadata["prompt"]).lower()).strip("-")[:40].strip("-")
-        return (
-            self.folder / f"{words or 'picture'}-{method.replace(':', '-')}-{metadata['seed']}-{digest}.png"
-        )
+        name = f"{words or 'picture'}-{method.replace(':', '-')}-{metadata['seed']}"
+        return self.folder / f"{name}-{digest(described)[:12]}.png"
 
     def made(self, path: Path, metadata: Mapping[str, Any]) -> bool:
         """Return whether the picture exists, is readable, and has these metadata."""
