@@ -8,7 +8,7 @@ from afa.evaluation.images import MEMORY, MEMORY_STEPS, image_folder
 from afa.evaluation.methods import all_rows, study_rows
 from afa.evaluation.results import image_name
 from afa.evaluation.rows import SEARCH, MethodRow
-from afa.evaluation.run import ComparisonContext, asked_for, check_row, prepare
+from afa.evaluation.run import ComparisonContext, check_row, prepare
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.untrained import unsearched
 from afa.pages.numbers import plural
@@ -37,23 +37,17 @@ class Work:
 def plan(settings: EvaluateSettings) -> dict[str, Any]:
     """Forecast a comparison, and find everything that would fail early. Leaves no files behind.
 
-    Images: those that are missing. Seconds: one image of each kind is measured here; training takes as long
-            as the ensemble's training took. Raises UserError.
+    Images: those that are missing. Seconds: see _times. Raises UserError.
     """
     comparison = prepare(settings, keep=False)
     setup, tuner = comparison.setup, comparison.tuner
     rows = all_rows(setup, tuner, comparison.names)
-    rows = [
-        row
-        for row in [*rows, *study_rows(setup, rows)]
-        if comparison.attempt(row.title, asked_for(settings, row), lambda row=row: check_row(setup, row))
-    ]
+    rows = [row for row in [*rows, *study_rows(setup, rows)] if check_row(comparison, row)]
     work = [*_tuning(comparison, rows), *(one for row in rows for one in _drawing(comparison, row))]
-    images = dict.fromkeys(("judged", "tuning", "search", "memory"), 0)
-    for one in work:
-        images[one.what] += one.images
+    kinds = ("judged", "tuning", "search", "memory")
+    images = {what: sum(one.images for one in work if one.what == what) for what in kinds}
     protocol = (f"{name} {value}" for name, value in setup.protocol.facts().items() if value is not None)
-    references, runs = setup.protocol.references, sum(row.trainings for row in rows)
+    references = setup.protocol.references
     trained = ", ".join(row.name for row in rows if row.train is not None and row.name != SEARCH)
     facts = {
         "ensemble": f"{setup.folder}: {', '.join(setup.names)}",
@@ -67,20 +61,23 @@ def plan(settings: EvaluateSettings) -> dict[str, Any]:
         "images_to_search_weights": images["search"],
         "images_to_measure_memory": f"{images['memory']} besides, of at most {MEMORY_STEPS} steps",
         "trained": f"{trained}; {plural(settings.seeds, 'seed')} each, the ensemble's first is there",
-        "training_runs": runs,
+        "training_runs": sum(row.trainings for row in rows),
         "options_chosen_on": f"{len(tuner.captions)} captions that are not judged"
         if tuner.able
         else "nothing: defaults are taken",
         "scorer": settings.scorer,
         "metrics": ", ".join(comparison.judge.notes()),
         "device": str(setup.device),
-        **_times(comparison, work, runs),
+        **_times(comparison, work, sum(row.trainings for row in rows)),
     }
     return {name: value for name, value in facts.items() if value is not None}
 
 
 def _times(comparison: ComparisonContext, work: list[Work], runs: int) -> dict[str, Any]:
-    """Return the seconds of all images and of some training runs, also in words."""
+    """Return the seconds of all images and of some training runs, also in words.
+
+    One image of each kind is measured here; a training takes as long as the ensemble's training took.
+    """
     recorded = (comparison.setup.manifest.training or {}).get("seconds", 0.0)
     seconds = _seconds(comparison, work)
     return {

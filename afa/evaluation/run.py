@@ -134,13 +134,21 @@ def asked_for(settings: EvaluateSettings, row: MethodRow) -> bool:
     return "all" not in settings.methods and row.name.partition(":")[0] in settings.methods
 
 
-def check_row(setup: Setup, row: MethodRow) -> bool:
-    """Raise UserError if a row lacks its base model or its training settings, before anything is drawn."""
-    if row.based and setup.settings.base is None:
-        _ = setup.base  # which says that it is missing
-    if row.trainings:
-        setup.training(setup.output, 0)
-    return True
+def check_row(comparison: ComparisonContext, row: MethodRow) -> bool:
+    """Return whether a row has its base model and its training settings, before anything is drawn.
+
+    Raises UserError if the user named the row; else a failure is noted.
+    """
+    setup = comparison.setup
+
+    def check() -> bool:
+        if row.based and setup.settings.base is None:
+            _ = setup.base  # which says that it is missing
+        if row.trainings:
+            setup.training(setup.output, 0)
+        return True
+
+    return comparison.attempt(row.title, asked_for(setup.settings, row), check) or False
 
 
 def _rows(comparison: ComparisonContext) -> list[MethodRow]:
@@ -148,7 +156,7 @@ def _rows(comparison: ComparisonContext) -> list[MethodRow]:
     setup = comparison.setup
     for row in all_rows(setup, comparison.tuner, comparison.names):
         if asked_for(setup.settings, row):
-            comparison.attempt(row.title, True, functools.partial(check_row, setup, row))
+            check_row(comparison, row)
     comparison.attempt("ranking the experts", False, lambda: _rank(comparison))
     rows = all_rows(setup, comparison.tuner, comparison.names)
     return rows + study_rows(setup, rows)

@@ -137,12 +137,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
     _check_strengths(settings, ensemble, sampler)
     images = _images(settings, sampling, prompts, ensemble, sampler, files)
     with locked(output):
-        todo = [
-            image
-            for image in images
-            if image.found() is None or (settings.weights and not _weights_made(image.path))
-        ]
-        _draw(settings, sampling, sampler, todo, done=len(images) - len(todo))
+        _draw(settings, sampling, sampler, images)
         _finish(output, images, settings.images_per_prompt)
     return [image.path for image in images]
 
@@ -150,9 +145,8 @@ def generate(settings: GenerateSettings) -> list[Path]:
 def _load(settings: GenerateSettings) -> Ensemble:
     """The saved ensemble, or experts as an ensemble: of one, that is the expert, bit for bit."""
     method = None if settings.method is None else SAMPLING_METHODS[settings.method]
-    placement = (
-        "out" if method is not None and method.only_predictions else None
-    )  # of different kinds, perhaps
+    # Predictions of experts of different architectures can be combined.
+    placement = "out" if method is not None and method.only_predictions else None
     names = ("experts", "frame", "config", "prediction_type", "dtype")
     given: dict[str, Any] = {name: getattr(settings, name) for name in names}
     return load_sources(settings.sources, **given, placement=placement)
@@ -235,11 +229,14 @@ def _sampling(settings: GenerateSettings, ensemble: Ensemble) -> Sampling:
     )
 
 
-def _draw(
-    settings: GenerateSettings, sampling: Sampling, sampler: Any, todo: list[ImageFile], done: int
-) -> None:
-    """Draw batch by batch, with scaled and recorded weights if they are asked for."""
-    paths = {file.request: file.path for file in todo}
+def _draw(settings: GenerateSettings, sampling: Sampling, sampler: Any, images: list[ImageFile]) -> None:
+    """Draw the missing images batch by batch, with scaled and recorded weights if they are asked for."""
+    missing = [
+        image
+        for image in images
+        if image.found() is None or (settings.weights and not _weights_made(image.path))
+    ]
+    paths = {image.request: image.path for image in missing}
 
     def hooked(requests: Sequence[Request], sampling: Sampling) -> NDArray[np.uint8]:
         with contextlib.ExitStack() as hooks:
@@ -247,13 +244,14 @@ def _draw(
                 maps = hooks.enter_context(record_weights(sampler.denoiser))
             if settings.strength:
                 hooks.enter_context(scale_weights(sampler.denoiser, settings.strengths()))
-            images: NDArray[np.uint8] = sampler(requests, sampling)
+            drawn: NDArray[np.uint8] = sampler(requests, sampling)
         for index, request in enumerate(requests if settings.weights else ()):
-            _save_weights(paths[request], images[index], maps, index, len(requests))
-        return images
+            _save_weights(paths[request], drawn[index], maps, index, len(requests))
+        return drawn
 
-    with tqdm(total=done + len(todo), initial=done, desc="images", unit="image", file=sys.stderr) as bar:
-        draw(todo, hooked, sampling, settings.batch_size, bar)
+    total, done = len(images), len(images) - len(missing)
+    with tqdm(total=total, initial=done, desc="images", unit="image", file=sys.stderr) as bar:
+        draw(missing, hooked, sampling, settings.batch_size, bar)
 
 
 def _weights_made(path: Path) -> bool:

@@ -1,6 +1,5 @@
 """The content of screen.json; numbers over images have an interval and n."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +10,7 @@ from afa.screening.comparison import ExpertComparison
 from afa.screening.distances import SAME, Distances, stage_pairs
 from afa.screening.plan import ScreenPlan
 from afa.screening.predict import AnswerStore
-from afa.screening.verdict import UNKNOWN, WORTH, Evidence, Verdict, fits, judge, over
+from afa.screening.verdict import UNKNOWN, WORTH, Evidence, Forecast, Verdict, fits, judge, over
 from afa.stats import Estimate, difference, estimate
 from afa.version import __version__
 
@@ -72,20 +71,7 @@ def _judged(
     average_gain = None if averaged is None else averaged[0]
     afa, router = (fits()[method](room.value) for method in ("afa", "router"))
     over_average = None if average_gain is None else asdict(over(afa, average_gain.value))
-    path = comparison.greedy()
-    evidence = Evidence(
-        names=comparison.names,
-        best=comparison.best,
-        same=_same(comparison, apart),
-        base=_bases(comparison, apart),
-        lost=lost,
-        room=room,
-        afa=afa,
-        average=average_gain,
-        order=[comparison.names[place] for place in path[-1]],
-        enough=_enough([comparison.routed(members).mean() for members in path]),
-        near=_near(comparison),
-    )
+    evidence = _evidence(comparison, apart, lost, room, afa, average_gain)
     return {
         "best": comparison.best,
         "losses": _losses(comparison),
@@ -104,6 +90,33 @@ def _judged(
         },
         "verdict": _plain(judge(evidence)),
     }
+
+
+def _evidence(
+    comparison: ExpertComparison,
+    apart: Distances | str,
+    lost: dict[str, Estimate],
+    room: Estimate,
+    afa: Forecast,
+    average: Estimate | None,
+) -> Evidence:
+    """Return what the verdict rests on; the arguments are fields of Evidence."""
+    path = comparison.greedy()
+    losses = [comparison.routed(members).mean() for members in path]
+    enough = next(size for size, loss in enumerate(losses, 1) if loss <= min(losses) * (1 + WORTH))
+    return Evidence(
+        names=comparison.names,
+        best=comparison.best,
+        same=_same(comparison, apart),
+        base=_bases(comparison, apart),
+        lost=lost,
+        room=room,
+        afa=afa,
+        average=average,
+        order=[comparison.names[place] for place in path[-1]],
+        enough=enough,
+        near=_near(comparison),
+    )
 
 
 def _losses(comparison: ExpertComparison) -> dict[str, Any]:
@@ -158,14 +171,6 @@ def _subsets(comparison: ExpertComparison) -> list[dict[str, Any]]:
         overall, _ = comparison.gains(comparison.routed(members))
         found.append({"size": size, "experts": names, "head_room": asdict(overall)})
     return found
-
-
-def _enough(losses: Sequence[float]) -> int:
-    """Return the smallest number of experts whose loss is within WORTH of the best.
-
-    losses: of the greedy path, with one expert, with two …
-    """
-    return next(size for size, loss in enumerate(losses, 1) if loss <= min(losses) * (1 + WORTH))
 
 
 def _same(comparison: ExpertComparison, apart: Distances | str) -> dict[str, str]:
