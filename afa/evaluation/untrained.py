@@ -89,7 +89,7 @@ def auto_mbw_rows(setup: Setup, tuner: Tuner) -> list[MethodRow]:
 
     def sampler(options: Options, run: int) -> Sampler:
         merge = merger(setup, setup.names, False)
-        return merged_sampler(setup, merge.apply_mbw(str(search(options, run).file)))
+        return merged_sampler(setup, merge.apply("mbw", weights=str(search(options, run).file)))
 
     note = f"{trials} merges tried by Optuna on {len(tuner.captions)} other images"
     return [MethodRow(SEARCH, "merge", "auto MBW", sampler, train=search, note=note)]
@@ -105,7 +105,7 @@ def _search(setup: Setup, tuner: Tuner, options: Options, run: int) -> Trained:
 
             def judge(weights: Weights) -> list[float]:
                 bar.update()
-                return [tuner.judge(merged_sampler(setup, merge.apply_mbw(weights)))]
+                return [tuner.judge(merged_sampler(setup, merge.apply("mbw", weights=weights)))]
 
             space, journal = Space(merge.stages, len(setup.names)), Journal(folder / POINTS, judge)
             best = bayesian_search(space, journal, trials=trials, seed=setup.settings.seed)
