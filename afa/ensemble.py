@@ -13,7 +13,7 @@ from afa.denoiser.schedule import Conversion, Schedule, conversion, kind_of
 from afa.errors import UserError
 from afa.experts.compatible import kind_mismatches, mismatches, only_predictions, scheduler_mismatches
 from afa.experts.expert import Expert
-from afa.experts.load import lend, load_experts
+from afa.experts.load import borrow_components, load_experts
 from afa.frame import Frame
 from afa.lora_loading import equip, load_into
 from afa.models.registry import FAMILIES
@@ -86,11 +86,9 @@ class Ensemble:
         recipe = _recipe(aggregator, aggregator_options, attention_up_to, text_stream)
         frame, vae = (located(place) if isinstance(place, str) else place for place in (frame, vae))
         loaded = load_experts(experts, dtype, config, prediction_type)
-        lender = lend(loaded, frame, dtype)
+        donor = borrow_components(loaded, frame, dtype)
         _check(loaded, placement, aggregators)
-        framed = Frame(
-            loaded, vae=vae, tokenizer=tokenizer, scheduler=scheduler, config=config, lender=lender
-        )
+        framed = Frame(loaded, vae=vae, tokenizer=tokenizer, scheduler=scheduler, config=config, donor=donor)
         return cls._combined(loaded, framed, recipe, placement, aggregators)
 
     def sharing(

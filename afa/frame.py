@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from afa.errors import UserError
-from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS, Expert, load_vae
+from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS, Expert
 from afa.experts.locate import locate
 from afa.experts.parts import load_tokenizer
 from afa.experts.spec import ExpertSpec
+from afa.experts.vae import load_vae
 from afa.models.registry import FAMILIES
 
 if TYPE_CHECKING:
@@ -27,12 +28,12 @@ class Frame:
     """The VAE, tokenizers and scheduler of an ensemble, which are loaded when they are first used.
 
     experts:   of the ensemble
-    vae:       name of an expert or a path; None: the lender, or else the first expert that is a whole
+    vae:       name of an expert or a path; None: the donor, or else the first expert that is a whole
     pipeline
     tokenizer: the same for the tokenizers
     scheduler: the same for the scheduler
     config:    of a VAE that is a single file
-    lender:    a pipeline outside the ensemble that serves experts which are bare denoisers; None: there is
+    donor:    a pipeline outside the ensemble that serves experts which are bare denoisers; None: there is
     none
     Raises UserError for a text that is neither an expert's name nor a path.
     """
@@ -44,21 +45,17 @@ class Frame:
         tokenizer: str | None = None,
         scheduler: str | None = None,
         config: str | None = None,
-        lender: Expert | None = None,
+        donor: Expert | None = None,
     ) -> None:
         self.experts = list(experts)
-        self.lender = None if lender is None or any(lender is expert for expert in experts) else lender
-        whole = lender or next((expert for expert in experts if expert.text_encoders), experts[0])
+        self.donor = None if donor is None or any(donor is expert for expert in experts) else donor
+        whole = donor or next((expert for expert in experts if expert.text_encoders), experts[0])
         self.choice = {
             part: chosen or whole.name
             for part, chosen in (("vae", vae), ("tokenizer", tokenizer), ("scheduler", scheduler))
         }
-        if (
-            scheduler is None
-            and self.lender is not None
-            and experts[0].scheduler is not self.lender.scheduler
-        ):
-            self.choice["scheduler"] = experts[0].name  # read from its own file, so better than the lender's
+        if scheduler is None and self.donor is not None and experts[0].scheduler is not self.donor.scheduler:
+            self.choice["scheduler"] = experts[0].name  # read from its own file, so better than the donor's
         self.config = config
         for part, choice in self.choice.items():
             if self._expert(choice) is None and not Path(choice).exists():
@@ -68,7 +65,7 @@ class Frame:
                 )
 
     def _expert(self, name: str) -> Expert | None:
-        known = [*self.experts, *([self.lender] if self.lender else [])]
+        known = [*self.experts, *([self.donor] if self.donor else [])]
         return next((expert for expert in known if expert.name == name), None)
 
     @functools.cached_property

@@ -18,11 +18,16 @@ from afa.denoiser.placement import choices
 from afa.denoiser.schedule import kind_of, noise_of_schedule
 from afa.errors import UserError
 from afa.experts.compatible import mismatches, only_predictions
+from afa.experts.description import (
+    ExpertDescription,
+    describe_config,
+    describe_expert,
+    shared_text_encoders,
+)
 from afa.experts.expert import Expert
-from afa.experts.headers import check_fit, dtype_of, read_file
+from afa.experts.headers import check_fit, read_file
 from afa.experts.load import check_names
 from afa.experts.lora import lora_numbers, place_of
-from afa.experts.meta_model import Outline, config_outline, read_outline, shared_text_encoders
 from afa.experts.single_file import KNOWN_CONFIGS
 from afa.experts.spec import ExpertSpec
 from afa.latents import latents_of
@@ -40,7 +45,7 @@ class Subject:
     manifest: of an ensemble that is saved in folder.
     """
 
-    outlines: list[Outline]
+    descriptions: list[ExpertDescription]
     recipe: Recipe
     placement: str | Sequence[str] | None
     manifest: Manifest | None = None
@@ -61,18 +66,18 @@ class Subject:
         """
         specs = [ExpertSpec.parse(source, prediction_type) for source in sources]
         check_names(specs)
-        return cls([read_outline(spec, config) for spec in specs], recipe, placement)
+        return cls([describe_expert(spec, config) for spec in specs], recipe, placement)
 
     @classmethod
     def from_config(cls, config: str, count: int, recipe: Recipe, placement: str | None) -> "Subject":
         """As many experts of a shipped architecture."""
-        return cls([config_outline(f"expert_{index}", config) for index in range(count)], recipe, placement)
+        return cls([describe_config(f"expert_{index}", config) for index in range(count)], recipe, placement)
 
     @classmethod
     def from_ensemble(cls, folder: Path) -> "Subject":
         """A saved ensemble. Raises UserError if it, or one of its experts, is not complete."""
         manifest = read_manifest(folder)
-        outlines = []
+        descriptions = []
         for entry in manifest.experts:
             config = (
                 entry.config
@@ -80,17 +85,17 @@ class Subject:
                 else str(folder / entry.config)
             )
             try:
-                outlines.append(read_outline(entry.spec(folder), config))
+                descriptions.append(describe_expert(entry.spec(folder), config))
             except UserError as error:
                 raise UserError(f"expert '{entry.name}' of {folder}: {error}") from None
-        return cls(outlines, recipe_of(manifest), manifest.placement, manifest, folder)
+        return cls(descriptions, recipe_of(manifest), manifest.placement, manifest, folder)
 
     def denoiser(self) -> EnsembleDenoiser:
         """The ensemble on the meta device.
 
         Raises UserError if aggregators cannot be made, or a saved file does not fit.
         """
-        experts = [outline.expert for outline in self.outlines]
+        experts = [description.expert for description in self.descriptions]
         models, names = [expert.model for expert in experts], [expert.name for expert in experts]
         try:
             denoiser = FAMILIES[experts[0].family].denoiser(models, names, self.recipe, self.placement)
@@ -113,7 +118,7 @@ def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) 
 
     What only an ensemble has is None if the experts cannot be fused.
     """
-    experts = [outline.expert for outline in subject.outlines]
+    experts = [description.expert for description in subject.descriptions]
     reasons = _mismatches(subject, experts)
     denoiser = None if reasons else subject.denoiser()
     size = _size(subject, resolution)
@@ -125,14 +130,16 @@ def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) 
         tokens=size["tokens"],
     )
     flops = None if denoiser is None else count(denoiser)
-    shared = shared_text_encoders(subject.outlines)
-    described = [_expert(outline, same) for outline, same in zip(subject.outlines, shared, strict=True)]
+    shared = shared_text_encoders(subject.descriptions)
+    described = [
+        _expert(description, same) for description, same in zip(subject.descriptions, shared, strict=True)
+    ]
     memory = _memory(subject, described, denoiser)
     return {
         "ensemble": None if subject.folder is None else str(subject.folder),
         "experts": described,
         "mismatches": reasons,
-        "stages": _stages(subject.outlines[0], denoiser, flops),
+        "stages": _stages(subject.descriptions[0], denoiser, flops),
         "aggregators": None if denoiser is None else _aggregators(subject, denoiser),
         "placements": None
         if denoiser is None or subject.folder
@@ -182,46 +189,48 @@ def _placements(
     ]
 
 
-def _expert(outline: Outline, same: Sequence[str | None]) -> dict[str, Any]:
-    expert = outline.expert
+def _expert(description: ExpertDescription, same: Sequence[str | None]) -> dict[str, Any]:
+    expert = description.expert
     located = expert.located
     return {
         "name": expert.name,
-        "source": located.spec.source if located else f"config {outline.config}",
+        "source": located.spec.source if located else f"config {description.config}",
         "commit": located.commit if located else None,
-        "config": outline.config,
+        "config": description.config,
         "loras": [str(lora) for lora in located.spec.loras] if located else [],
         "family": expert.family,
         "class": type(expert.model).__name__,
         "parameters": count_parameters(expert.model),
-        "dtype": outline.dtype,
+        "dtype": description.denoiser.dtype,
         "prediction_type": None if expert.scheduler is None else kind_of(expert.scheduler),
         "noise": None if expert.scheduler is None else noise_of_schedule(expert.scheduler),
         "text_encoders": [
-            _text_encoder(outline, part, other) for part, other in zip(outline.text_parts, same, strict=True)
+            _text_encoder(description, part, other)
+            for part, other in zip(description.text_parts, same, strict=True)
         ],
-        "vae": None if expert.vae is None else _vae(outline, expert.vae),
+        "vae": None if expert.vae is None else _vae(description, expert.vae),
     }
 
 
-def _text_encoder(outline: Outline, part: str, same: str | None) -> dict[str, Any]:
-    model: Any = outline.parts[part]
+def _text_encoder(description: ExpertDescription, part: str, same: str | None) -> dict[str, Any]:
+    component = description.components[part]
+    model: Any = component.model
     return {
         "part": part,
         "class": type(model).__name__,
         "width": width_of(model),
         "parameters": count_parameters(model),
-        "dtype": dtype_of(outline.stored.get(part)),
+        "dtype": None if description.loras_change_text else component.dtype,
         "same_as": same,
     }
 
 
-def _vae(outline: Outline, vae: Any) -> dict[str, Any]:
+def _vae(description: ExpertDescription, vae: Any) -> dict[str, Any]:
     latents = latents_of(vae)
     return {
         "class": type(vae).__name__,
         "parameters": count_parameters(vae),
-        "dtype": dtype_of(outline.stored.get("vae")),
+        "dtype": description.components["vae"].dtype,
         "factor": latents.factor,
         "latent_channels": latents.channels,
         "scaling_factor": latents.scale if isinstance(latents.scale, int | float) else "per channel",
@@ -233,7 +242,9 @@ def _factor(vae: Any) -> int:
     return VAE_FACTOR if vae is None else latents_of(vae).factor
 
 
-def _stages(outline: Outline, denoiser: EnsembleDenoiser | None, flops: Flops | None) -> list[dict[str, Any]]:
+def _stages(
+    description: ExpertDescription, denoiser: EnsembleDenoiser | None, flops: Flops | None
+) -> list[dict[str, Any]]:
     """The first expert's stages, and what stands at each in the ensemble."""
     fused: Any = {} if denoiser is None else denoiser.aggregators
     return [
@@ -250,7 +261,7 @@ def _stages(outline: Outline, denoiser: EnsembleDenoiser | None, flops: Flops | 
             if flops is not None and stage.name in fused
             else None,
         }
-        for stage in FAMILIES[outline.expert.family].stages(outline.expert.model)
+        for stage in FAMILIES[description.expert.family].stages(description.expert.model)
     ]
 
 
@@ -276,7 +287,7 @@ def _size(subject: Subject, resolution: int | None) -> dict[str, Any]:
 
     Raises UserError for a size no latent has.
     """
-    first = subject.outlines[0].expert
+    first = subject.descriptions[0].expert
     settings: Any = first.model.config
     convention = FAMILIES[first.family].call
     factor, side = _factor(first.vae), convention.side(settings)
@@ -309,11 +320,14 @@ def _memory(
 
     So does a base that LoRAs share, which lie beside it.
     """
-    places = [place_of(outline.expert.located) or index for index, outline in enumerate(subject.outlines)]
+    places = [
+        place_of(description.expert.located) or index
+        for index, description in enumerate(subject.descriptions)
+    ]
     firsts = [expert for index, expert in enumerate(described) if places[index] not in places[:index]]
     loras = [
-        lora_numbers(outline.expert.located)
-        for outline, place in zip(subject.outlines, places, strict=True)
+        lora_numbers(description.expert.located)
+        for description, place in zip(subject.descriptions, places, strict=True)
         if places.count(place) > 1
     ]
     texts = [text for expert in firsts for text in expert["text_encoders"] if text["same_as"] is None]

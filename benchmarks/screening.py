@@ -177,11 +177,11 @@ def realised(name: str, places: dict[str, Path], work: Path, steps: int, seed: i
 
 def head_rooms(places: dict[str, Path], work: Path) -> dict[str, ExpertComparison]:
     """What `afa screen` would find of every set; experts of several sets are asked once."""
-    from afa.experts.meta_model import read_outline
+    from afa.experts.description import describe_expert
 
     settings = ScreenSettings([str(BASE), *map(str, EXPERTS.values())], data=str(work.parent / "data"))
     specs = {name: ExpertSpec(name, str(place)) for name, place in places.items()}
-    frame = load_shared_parts(read_outline(specs["base"]).expert, None, None, None, torch.float32, torch.device("cpu"))
+    frame = load_shared_parts(describe_expert(specs["base"]).expert, None, None, None, torch.float32, torch.device("cpu"))
     noising = Noising(frame.scheduler, latents_of(frame.vae), frame.device)
     probes = encoded(
         str(work.parent / "data"),

@@ -23,7 +23,9 @@ from tqdm import trange
 
 from afa.aggregators.registry import Recipe, count_parameters
 from afa.demo.data import BASE as BASE_MODEL
-from afa.experts.parts import load_part
+from afa.experts.description import describe
+from afa.experts.locate import locate
+from afa.experts.spec import ExpertSpec
 from afa.latents import latents_of
 from afa.models.registry import FAMILIES
 from afa.models.sd3 import SD3Ensemble
@@ -45,8 +47,9 @@ class World:
     """Latents and text states of scenes, and the flow between latents and noise."""
 
     def __init__(self, work: Path, quick: int) -> None:
-        networks = (load_part(BASE_MODEL, name, torch.float32) for name in ("text_encoder", "vae"))
-        self.parts = Parts(load_part(BASE_MODEL, "tokenizer"), *networks)
+        base = describe(locate(ExpertSpec("base", str(BASE_MODEL))))
+        networks = (base.components[name].load(torch.float32) for name in ("text_encoder", "vae"))
+        self.parts = Parts(base.tokenizers[0], *networks)
         self.work, self.quick = work, quick
         self.noising = Noising(FlowMatchEulerDiscreteScheduler(shift=1.0), latents_of(self.parts.vae), CPU)
         self.call = FAMILIES["sd3"].call

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import sd_pipeline
 from torch import Tensor
 
-from afa.experts.meta_model import config_outline
+from afa.experts.description import describe_config
 
 BLOCKS = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
 UNET = {**BLOCKS, "block_out_channels": (16, 32), "layers_per_block": 1}  # nine stages: counting takes its time by the operation
@@ -57,7 +57,7 @@ def write_sparse(path: Path, tensors: dict[str, Tensor]) -> Path:
 
 def original(config: str) -> dict[str, Tensor]:
     """A real checkpoint of original layout without content: U-Net, VAE and text encoders."""
-    parts: Any = config_outline("real", config).parts
+    parts: Any = describe_config("real", config).parts
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in _unet(parts["unet"]).items()}
     tensors |= {f"first_stage_model.{name}": tensor for name, tensor in _vae(parts["vae"]).items()}
     if config == "sdxl":

@@ -13,8 +13,8 @@ from tiny import inputs, sd_unet, sdxl_inputs, sdxl_pipeline
 from afa import UserError
 from afa.aggregators.registry import Recipe
 from afa.cost import count_flops, count_training_flops
+from afa.experts.description import describe_config
 from afa.experts.load import load_expert
-from afa.experts.meta_model import config_outline
 from afa.models.unet import UNetEnsemble
 from afa.training.conditions import Conditions
 from afa.training.finetune import (
@@ -207,6 +207,6 @@ def test_a_device_that_is_not_there_is_found_by_the_plan(settings):  # noqa: F81
 
 @pytest.mark.parametrize(("config", "aggregators", "rank", "parameters"), [("sd15", 45_132_416, 53, 45_771_648), ("sdxl", 45_750_144, 16, 47_093_760)])
 def test_the_rank_that_matches_three_experts_of_published_sizes(config, aggregators, rank, parameters):
-    model = config_outline("expert", config).expert.model
+    model = describe_config("expert", config).expert.model
     assert matching_rank(model, aggregators) == rank
     assert parameters_at_rank(model, rank) == parameters

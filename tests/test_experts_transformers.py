@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from tiny_transformers import flux_pipeline, flux_transformer, sd3_pipeline, sd3_transformer
 
 from afa import Ensemble, UserError
+from afa.experts.description import describe_config, describe_expert
 from afa.experts.load import load_experts
-from afa.experts.meta_model import config_outline, read_outline
 from afa.experts.single_file import KNOWN_CONFIGS, config_folder, detect_config
 from afa.experts.spec import ExpertSpec
 from afa.models.registry import FAMILIES
@@ -49,7 +49,7 @@ def same_weights(model, other):
 
 @pytest.mark.parametrize("config", STAGES)
 def test_the_real_architectures_have_their_stages_and_parameters(config):
-    model = config_outline("real", config).expert.model
+    model = describe_config("real", config).expert.model
     assert len(FAMILIES["flux" if "flux" in config else "sd3"].stages(model)) == STAGES[config]
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[config]
 
@@ -123,8 +123,8 @@ def test_a_single_file_is_the_model_it_was_made_of(tmp_path, prefix):
     assert same_weights(ensemble.experts[1].model, model)
     ensemble.save(tmp_path / "saved")
     assert np.array_equal(draw(Ensemble.load(tmp_path / "saved")), draw(ensemble))
-    outline = read_outline(ExpertSpec.parse(str(file)), str(tmp_path / "whole"))
-    assert outline.dtype == "float32"
+    outline = describe_expert(ExpertSpec.parse(str(file)), str(tmp_path / "whole"))
+    assert outline.denoiser.dtype == "float32"
     assert outline.text_parts == []
 
 
@@ -148,7 +148,7 @@ def test_a_flux_file_is_the_model_it_was_made_of(tmp_path):
 
 def real_header(kind, config, path, **changes):
     """A file with all keys and shapes of a real checkpoint, and no content on the disk."""
-    model = config_outline("real", config).expert.model
+    model = describe_config("real", config).expert.model
     tensors = {name: torch.empty(shape, device="meta") for name, shape in changes.items()}
     tensors |= {name: tensor for name, tensor in originals(kind, dict(model.state_dict())) if name not in tensors}
     header, end = {}, 0
@@ -166,15 +166,15 @@ def real_header(kind, config, path, **changes):
 def test_real_files_are_recognised_and_known_without_their_weights(config, tmp_path):
     file = real_header("flux" if "flux" in config else "sd3", config, tmp_path / "real.safetensors")
     assert detect_config(file) == config
-    outline = read_outline(ExpertSpec.parse(str(file)))
-    assert (outline.config, outline.dtype) == (config, "bfloat16")
+    outline = describe_expert(ExpertSpec.parse(str(file)))
+    assert (outline.config, outline.denoiser.dtype) == (config, "bfloat16")
     assert sum(parameter.numel() for parameter in outline.expert.model.parameters()) == PARAMETERS[config]
 
 
 def test_a_file_cut_down_says_what_it_lacks(tmp_path):
     file = real_header("sd3", "sd3", tmp_path / "real.safetensors")
     with pytest.raises(UserError, match="weights and config belong to different models|lacks|incomplete"):
-        read_outline(ExpertSpec.parse(str(file)), "sd35-large")
+        describe_expert(ExpertSpec.parse(str(file)), "sd35-large")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_what_a_single_file_cannot_be_is_one_sentence(tmp_path, name, shape, sen
 def test_one_component_in_diffusers_layout_asks_for_its_folder(tmp_path):
     save_file(sd3_transformer(0).state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match="give its folder"):
-        read_outline(ExpertSpec.parse(str(tmp_path / "diffusion_pytorch_model.safetensors")))
+        describe_expert(ExpertSpec.parse(str(tmp_path / "diffusion_pytorch_model.safetensors")))
 
 
 def test_experts_of_two_kinds_of_flux_cannot_be_fused():
@@ -217,7 +217,7 @@ def test_a_denoiser_that_fills_in_needs_its_pipeline():
 
 @pytest.mark.parametrize("name", KNOWN_CONFIGS)
 def test_every_known_config_is_complete(name):
-    assert config_outline("real", name).expert.scheduler is not None
+    assert describe_config("real", name).expert.scheduler is not None
 
 
 def addresses(expert):

@@ -20,8 +20,8 @@ from afa.cli import main as command_line
 from afa.cli.inspect import EXAMPLES, Options, run
 from afa.cost import call_of, count_flops, count_training_flops
 from afa.experts.compatible import mismatches
+from afa.experts.description import describe_config, describe_expert
 from afa.experts.expert import Expert
-from afa.experts.meta_model import config_outline, read_outline
 from afa.experts.spec import ExpertSpec
 from afa.pages.numbers import scaled
 from afa.pages.tables import listing
@@ -212,7 +212,7 @@ class TestFusion:
         assert any("addition_embed_type is text_time, expected None" in reason for reason in mismatches([one, other]))
 
     def test_text_encoders_of_other_widths(self, experts):
-        photo, real = read_outline(ExpertSpec.parse(str(experts / "photo"))).expert, config_outline("real", "sd15").expert
+        photo, real = describe_expert(ExpertSpec.parse(str(experts / "photo"))).expert, describe_config("real", "sd15").expert
         other = Expert(name="b", model=photo.model, text_encoders=real.text_encoders, scheduler=scheduler())
         assert mismatches([photo, other]) == ["'b' cannot join 'photo': text encoder 1 is 768 wide, expected 24"]
 

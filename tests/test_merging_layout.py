@@ -8,7 +8,7 @@ from tiny import sd_unet, sdxl_unet, text_encoder, vae
 from tiny_transformers import flux_transformer, sd3_transformer
 from torch import Tensor, nn
 
-from afa.experts.meta_model import config_outline
+from afa.experts.description import describe_config
 from afa.merging.keys import today
 from afa.merging.single_file import (
     Place,
@@ -103,7 +103,7 @@ def test_a_flux_transformer_has_the_places_that_its_publisher_gives(guidance):
 
 def real_names(config: str) -> set[str]:
     """Every name a checkpoint of a real architecture gets from us."""
-    parts = config_outline("real", config).parts
+    parts = describe_config("real", config).parts
     xl = "text_encoder_2" in parts
     opened = {"text_encoder": config.startswith("sd21"), "text_encoder_2": True}
     shapes = {part: {today(name): tensor.shape for name, tensor in model.state_dict().items()} for part, model in parts.items()}

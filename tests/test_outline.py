@@ -14,7 +14,7 @@ from test_experts import write_lora
 from tiny import sd_pipeline, sd_unet
 
 from afa import Ensemble, UserError
-from afa.experts.meta_model import read_outline, shared_text_encoders
+from afa.experts.description import describe_expert, shared_text_encoders
 from afa.experts.spec import ExpertSpec
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -32,7 +32,7 @@ def photo(experts, tmp_path):
 
 
 def outline(place, config=None):
-    return read_outline(ExpertSpec.parse(str(place)), None if config is None else str(config))
+    return describe_expert(ExpertSpec.parse(str(place)), None if config is None else str(config))
 
 
 def shared(*places, config=None):
@@ -57,7 +57,7 @@ class TestOutlines:
     def test_a_real_single_file_is_complete_to_the_last_weight(self, tmp_path, config):
         tensors = original(config)
         whole = outline(write_sparse(tmp_path / "whole.safetensors", tensors))
-        assert (whole.config, whole.dtype) == (config, "float16")
+        assert (whole.config, whole.denoiser.dtype) == (config, "float16")
         ends = ("time_embed.0.bias", "label_emb.0.0.weight", "encoder.conv_in.weight", "final_layer_norm.bias", "ln_final.bias")
         for lost in [name for name in tensors if name.endswith(ends)]:
             write_sparse(tmp_path / "partly.safetensors", {name: tensor for name, tensor in tensors.items() if name != lost})
@@ -137,7 +137,7 @@ class TestRefusals:
         sd_unet(0, **UNET).save_pretrained(photo / "unet", max_shard_size="200KB")
         shards = sorted((photo / "unet").glob("*-of-*"))
         assert len(shards) > 1
-        assert outline(photo).dtype == "float32"
+        assert outline(photo).denoiser.dtype == "float32"
         shards[0].unlink()
         self.refused(photo, f"lacks {shards[0].name}, one of {len(shards)} files")
 
@@ -152,7 +152,7 @@ class TestRefusals:
         self.refused(photo, r"config.json makes no UNet2DConditionModel: .*Spiral")
 
     def test_a_model_that_is_no_denoiser(self, photo):
-        self.refused(photo / "vae", "expert 'vae': .* AutoencoderKL cannot be an expert")
+        self.refused(photo / "vae", "vae: a AutoencoderKL cannot be an expert")
 
     def test_one_component_is_no_expert(self, photo):
         self.refused(photo / UNET_FILE, "give its folder: .*unet,")

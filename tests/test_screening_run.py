@@ -15,7 +15,7 @@ from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 from afa import Ensemble
 from afa.cli.main import main
 from afa.demo.data import EXPERTS
-from afa.experts.meta_model import read_outline
+from afa.experts.description import describe_expert
 from afa.experts.spec import ExpertSpec
 from afa.latents import latents_of
 from afa.screening import run
@@ -58,11 +58,11 @@ def screened(tmp_path_factory, described):
 
     def counted(spec, config=None):
         described.append(spec.name)
-        return read_outline(spec, config)
+        return describe_expert(spec, config)
 
     with pytest.MonkeyPatch.context() as patch:
         for module in ("screening.plan", "merging.sources"):
-            patch.setattr(f"afa.{module}.read_outline", counted)
+            patch.setattr(f"afa.{module}.describe_expert", counted)
         return screen(settings(CURVES, PATTERNS, f"again={CURVES}", output=output)), output
 
 
@@ -80,7 +80,7 @@ def test_a_duplicate_is_found_and_the_others_are_ensembled(screened):
 
 def test_losses_are_those_of_the_training_objective(screened):
     ensemble = Ensemble.from_experts([CURVES], aggregator="mean")
-    first = read_outline(ExpertSpec.parse(CURVES)).expert
+    first = describe_expert(ExpertSpec.parse(CURVES)).expert
     frame = load_shared_parts(first, None, None, None, torch.float32, CPU)
     noising = Noising(frame.scheduler, latents_of(frame.vae), CPU)
     probes = encoded("scenes:3", frame.vae, noising, images=3, draws=2, seed=0, resolution=64)

@@ -58,8 +58,8 @@ def save_ensemble(ensemble: "Ensemble", folder: Path, *, bundle: bool) -> None:
             _bundle(expert, stage, copied) if bundle else _refer(expert, folder)
             for expert in ensemble.experts
         ]
-        lender = ensemble.frame.lender
-        choices = ensemble.frame.choice | ({} if lender is None else {"frame": lender.name})
+        donor = ensemble.frame.donor
+        choices = ensemble.frame.choice | ({} if donor is None else {"frame": donor.name})
         frame = {
             part: _frame(part, choice, ensemble, folder, stage if bundle else None)
             for part, choice in choices.items()
@@ -97,14 +97,14 @@ def _frame(part: str, choice: str, ensemble: "Ensemble", folder: Path, stage: Pa
         return choice
     if stage is None:
         return relative(Path(choice), folder)
-    lender = ensemble.frame.lender
-    if lender is not None and choice == lender.name:  # several parts of one folder
-        return _copy_lender(Path(choice), stage / "frame" / "pipeline").relative_to(stage).as_posix()
+    donor = ensemble.frame.donor
+    if donor is not None and choice == donor.name:  # several parts of one folder
+        return _copy_donor(Path(choice), stage / "frame" / "pipeline").relative_to(stage).as_posix()
     copied = _copy(Path(choice), stage / "frame" / part)
     return copied.relative_to(stage).as_posix()
 
 
-def _copy_lender(source: Path, target: Path) -> Path:
+def _copy_donor(source: Path, target: Path) -> Path:
     """Copy a pipeline's folder, once, without the denoiser, which nobody asks for."""
     if not target.exists():
         denoiser = component_of(source, read_index(source))
@@ -220,7 +220,7 @@ def _save_object(expert: Expert, target: Path) -> None:
             f"expert '{expert.name}' has a LoRA loaded beside its weights; "
             "call pipe.fuse_lora() and pipe.unload_lora_weights() before saving"
         )
-    if not expert.text_encoders or expert.lender is not None:
+    if not expert.text_encoders or expert.donor is not None:
         expert.model.save_pretrained(target)
         return
     stock_pipeline(expert).save_pretrained(target)

@@ -19,10 +19,11 @@ from afa.errors import UserError
 from afa.evaluation.protocols import Protocol, ProtocolOptions, make_protocol
 from afa.evaluation.recorded import recorded_data, recorded_settings, tell
 from afa.evaluation.settings import EvaluateSettings
+from afa.experts.description import denoiser_config
 from afa.experts.expert import Expert
 from afa.experts.load import load_expert
 from afa.experts.locate import locate
-from afa.experts.single_file import KNOWN_CONFIGS, denoiser_config
+from afa.experts.single_file import KNOWN_CONFIGS
 from afa.experts.spec import ExpertSpec, new_places
 from afa.files import settled
 from afa.models.registry import FAMILIES

@@ -266,15 +266,18 @@ def dtype_of(tensors: Tensors | None) -> str | None:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def check_fit(model: nn.Module, found: Mapping[str, Tensor], where: str) -> None:
-    """Raises UserError for weights that a model needs and a file lacks, or has in another shape or kind.
+def check_fit(model: nn.Module, found: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Find every weight of a model among the tensors of a file, which may have more.
 
-    It may have more.
+    found: by diffusers' names, of whichever version
+    where: the file, for messages
+    Returns the tensors by the names in the model's state, position_ids excepted.
+    Raises UserError for weights that the file lacks, or has in another shape, or as whole numbers.
     """
     same = tied(model)
-    present = {same.get(_today(name), _today(name)): tensor for name, tensor in found.items()}
-    state = {_today(name): tensor for name, tensor in model.state_dict().items() if not is_position_ids(name)}
-    wanted = {name: tensor for name, tensor in state.items() if name not in same}
+    present = {same.get(current_name(name), current_name(name)): tensor for name, tensor in found.items()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if not is_position_ids(name)}
+    wanted = {current_name(name): tensor for name, tensor in state.items() if current_name(name) not in same}
     lacking = [name for name in wanted if name not in present]
     if lacking:
         missing = f"{len(lacking)} of {len(wanted)} weights (first: {lacking[0]})"
@@ -290,6 +293,7 @@ def check_fit(model: nn.Module, found: Mapping[str, Tensor], where: str) -> None
                 f"{where}: {name} holds whole numbers where weights are expected; "
                 "take the model in bf16 or fp16"
             )
+    return {name: present[same.get(current_name(name), current_name(name))] for name in state}
 
 
 def tied(model: nn.Module) -> dict[str, str]:
@@ -298,7 +302,7 @@ def tied(model: nn.Module) -> dict[str, str]:
     T5 ties its embeddings; files hold either or both.
     """
     first: dict[int, str] = {}
-    state = {_today(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    state = {current_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     return {
         name: first[id(tensor)]
         for name, tensor in state.items()
@@ -306,9 +310,9 @@ def tied(model: nn.Module) -> dict[str, str]:
     }
 
 
-@lru_cache(maxsize=1 << 14)
-def _today(name: str) -> str:
-    """A tensor's name as the installed libraries have it; models of one family share most names."""
+@lru_cache(maxsize=1 << 14)  # models of one family share most names
+def current_name(name: str) -> str:
+    """A tensor's name in the installed diffusers and transformers, whichever version wrote the file."""
     for old, new in RENAMED:
         name = re.sub(old, new, name)
     return name

@@ -1,4 +1,4 @@
-"""What a single .safetensors file is, told by the names and shapes in its header.
+"""Which model a single .safetensors file holds, by the names in its header, and those names in diffusers.
 
 Read are: whole checkpoints of SD 1.x, 2.x and XL in the original (LDM) layout; their U-Net alone, with the
 prefix of checkpoints, without it, or under diffusers' names; transformers of SD 3 and FLUX.1; VAEs alone.
@@ -7,13 +7,23 @@ Everything else is refused by its name.
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
+
+from torch import Tensor
 
 from afa.errors import UserError
 
-T = TypeVar("T")
 DENOISER, VAE = "model.diffusion_model.", "first_stage_model."  # before a part's names in whole checkpoints
 TEXT = ("cond_stage_model.", "conditioner.")
+# component of a whole checkpoint -> the prefixes that its tensors may have (of SD 1.x and 2.x; of SDXL)
+PREFIXES = {
+    "unet": (DENOISER,),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": ("conditioner.embedders.1.",),
+    "vae": (VAE,),
+}
+# prefixes of text encoders that are OpenCLIP's, within those above
+OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model.")
 SD3, FLUX = "joint_blocks.0.x_block.attn.qkv.weight", "double_blocks.0.img_attn.qkv.weight"
 # What has this tensor is a U-Net, under the original's or under diffusers' names.
 UNETS = (("input_blocks.0.0.weight", False), ("up_blocks.0.resnets.0.conv1.weight", True))
@@ -48,11 +58,11 @@ READ = "SD 1.x, 2.x, XL, 3, 3.5 and FLUX.1"
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file names its tensors.
+    """How a single file names the tensors of one component, or of a whole checkpoint.
 
-    part: pipeline (a whole checkpoint), unet, transformer or vae. prefix: before the part's names in this
-    file.
-    diffusers: whether they are diffusers' names, else the original's.
+    part:      pipeline (a whole checkpoint), unet, transformer, vae, text_encoder or text_encoder_2
+    prefix:    what stands before the component's names in this file
+    diffusers: whether the names are diffusers'; otherwise they are the publisher's
     """
 
     part: str
@@ -61,20 +71,39 @@ class Layout:
 
     @property
     def usual(self) -> str:
-        """The prefix that converters of the original names expect."""
-        return "" if self.diffusers else VAE if self.part == "vae" else DENOISER
-
-    def select(self, tensors: Mapping[str, T]) -> dict[str, T]:
-        """The part's tensors, by the names that converters expect."""
-        return {
-            self.usual + name.removeprefix(self.prefix): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(self.prefix)
-        }
+        """The prefix that converters of the publishers' names expect."""
+        if self.diffusers or self.part.startswith("text_encoder"):
+            return "" if self.diffusers else self.prefix
+        return VAE if self.part == "vae" else DENOISER
 
     def own(self, name: str) -> str:
         """The name in this file of a tensor that converters expect under `name`."""
         return self.prefix + name.removeprefix(self.usual)
+
+    def to_diffusers(self, model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The component's tensors by diffusers' names, as diffusers' own converters make them.
+
+        model:   of the component's class and settings, with or without weights
+        tensors: by their names in the file, with or without content
+        Raises KeyError, IndexError or AttributeError for tensors of another architecture.
+        """
+        from diffusers.loaders import single_file_utils as converters
+        from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+        chosen = {
+            self.usual + name.removeprefix(self.prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(self.prefix)
+        }
+        if self.diffusers:
+            return chosen
+        if self.part.startswith("text_encoder"):
+            prefix = next((one for one in OPEN_CLIP if any(name.startswith(one) for name in chosen)), None)
+            if prefix is not None:
+                return dict(converters.convert_open_clip_checkpoint(model, chosen, prefix=prefix))
+            return dict(converters.convert_ldm_clip_checkpoint(chosen))
+        convert = SINGLE_FILE_LOADABLE_CLASSES[type(model).__name__]["checkpoint_mapping_fn"]
+        return dict(convert(checkpoint=chosen, config=model.config))
 
 
 def layout_of(names: Collection[str], file: Any) -> Layout:
@@ -105,6 +134,16 @@ def vae_layout(names: Collection[str]) -> Layout | None:
             if f"{prefix}{mark}" in names:
                 return Layout("vae", prefix, diffusers)
     return None
+
+
+def component_layouts(names: Collection[str]) -> dict[str, Layout]:
+    """How a whole checkpoint names the tensors of each component. A VAE may be missing."""
+    found = {}
+    for part, prefixes in PREFIXES.items():
+        prefix = next((one for one in prefixes if any(name.startswith(one) for name in names)), None)
+        if prefix is not None or part != "vae":
+            found[part] = Layout(part, prefix or prefixes[0])
+    return found
 
 
 def _foreign(names: Iterable[str]) -> str | None:

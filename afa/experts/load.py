@@ -1,8 +1,6 @@
-"""From specs to loaded experts; equal components are loaded once, a denoiser alone borrows the rest."""
+"""From specs to loaded experts. Equal components are loaded once; a denoiser alone borrows the others."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,58 +8,46 @@ import torch
 from torch import nn
 
 from afa.errors import UserError
-from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS, Expert, check_whole, pipeline_options
-from afa.experts.folders import read_config, read_folder
-from afa.experts.headers import Tensors, check_finite, same_bytes
+from afa.experts.component import Component
+from afa.experts.description import ExpertDescription, describe, pipeline_components
+from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS, Expert, pipeline_options
+from afa.experts.headers import check_finite
 from afa.experts.locate import Located, locate
 from afa.experts.lora import add_own, fuse, load_sharing
-from afa.experts.parts import component_of, first_line, has_part, load_part, read_index
-from afa.experts.prediction import Prediction, flow_only, folder_scheduler, predicting
-from afa.experts.single_file import config_of, load_tokenizers, read_component, scheduler_of
+from afa.experts.parts import has_part, load_part, read_index
+from afa.experts.prediction import predicting
 from afa.experts.spec import ExpertSpec
 from afa.models.registry import FAMILIES
 
 
-@dataclass
-class KnownParts:
-    """What has been loaded so far, with what its files hold."""
+class ComponentCache:
+    """Components that have been loaded, so that equal ones of other experts are not loaded again."""
 
-    parts: list[tuple[str, torch.dtype | None, str, Tensors, nn.Module]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._loaded: list[tuple[Component, torch.dtype, nn.Module]] = []
 
-    def find(self, folder: Path, dtype: torch.dtype | None) -> nn.Module | None:
-        """A module that was loaded from equal files: the same config, the same weights bit for bit.
-
-        None if there is none.
-
-        Weight files are read until their first difference, and kept by nobody.
-        """
-        settings, tensors = _read(folder)
-        for known, other, kind, stored, module in self.parts:
-            if (known, other, kind) == (folder.name, dtype, settings) and same_bytes(stored, tensors):
+    def load(self, component: Component, dtype: torch.dtype) -> nn.Module:
+        """Load a component, or take one that was loaded from equal files, bit for bit."""
+        for known, its_dtype, module in self._loaded:
+            if its_dtype == dtype and known.same_as(component):
                 return module
-        return None
-
-    def add(self, folder: Path, dtype: torch.dtype | None, module: nn.Module) -> None:
-        """Remember a module for those that follow."""
-        settings, tensors = _read(folder)
-        self.parts.append((folder.name, dtype, settings, tensors, module))
-
-
-def _read(folder: Path) -> tuple[str, Tensors]:
-    """-> the settings as text, the tensors."""
-    return json.dumps(read_config(folder), sort_keys=True), read_folder(folder)
+        module = component.load(dtype)
+        self._loaded.append((component, dtype, module))
+        return module
 
 
 def load_expert(
     source: object,
     dtype: torch.dtype | None = None,
     config: str | None = None,
-    known: KnownParts | None = None,
+    cache: ComponentCache | None = None,
 ) -> Expert:
-    """Make an expert from a string (see ExpertSpec), a spec, a pipeline, a bare denoiser or an Expert.
+    """Make an expert.
 
-    config: for a single file, the name of a shipped config or a folder of configs; found out by default.
-    known: parts of other experts, of which equal ones are taken instead of being loaded again.
+    source: a string (see ExpertSpec), a spec, a pipeline, a denoiser or an Expert
+    dtype:  of its weights; None: float32
+    config: of a single file, the name of a shipped config or a folder of configs; None: detected
+    cache:  text encoders of other experts
     Raises UserError if it cannot be found, read, or be an expert, or if its weights hold NaN or infinity.
     """
     if isinstance(source, Expert):
@@ -69,7 +55,9 @@ def load_expert(
     if isinstance(source, (str, Path)):
         source = ExpertSpec.parse(str(source))
     if isinstance(source, ExpertSpec):
-        expert = _from_files(locate(source), dtype or torch.float32, config, known or KnownParts())
+        expert = _from_files(
+            describe(locate(source), config), dtype or torch.float32, cache or ComponentCache()
+        )
     elif isinstance(source, nn.Module):
         expert = Expert(name="", model=source)
     elif hasattr(source, "components"):
@@ -102,8 +90,8 @@ def load_experts(
         for source in sources
     ]
     check_names([spec for spec in specs if isinstance(spec, ExpertSpec)])
-    known = KnownParts()
-    experts = load_sharing(specs, lambda source: load_expert(source, dtype, config, known))
+    cache = ComponentCache()
+    experts = load_sharing(specs, lambda source: load_expert(source, dtype, config, cache))
     for index, expert in enumerate(experts):
         expert.name = expert.name or f"expert_{index}"
     return experts
@@ -142,153 +130,60 @@ def _from_pipeline(pipe: Any) -> Expert:
     )
 
 
-def _from_files(located: Located, dtype: torch.dtype, config: str | None, known: KnownParts) -> Expert:
-    spec = located.spec
-    if not located.whole_pipeline:
-        if spec.loras:
-            raise UserError(
-                f"expert '{spec.name}': a LoRA needs a whole pipeline to join, "
-                f"and {located.path} is only a denoiser"
-            )
-        if located.single_file:
-            return _denoiser_file(located, dtype, config)
-        said = Prediction(spec.prediction_type)
-        return Expert(name=spec.name, model=load_part(located.path, None, dtype), located=located, said=said)
-    if located.single_file:
-        return _from_single_file(located, dtype, config)
-    index = read_index(located.path)
-    known = KnownParts() if spec.loras else known  # text encoders that a LoRA changes are shared with nobody
-    expert = Expert(
-        name=spec.name,
-        model=load_part(located.path, component_of(located.path, index), dtype),
-        text_encoders=[
-            _load_known(known, located.path, name, dtype) for name in TEXT_ENCODERS if has_part(index, name)
-        ],
-        tokenizers=[load_part(located.path, name) for name in TOKENIZERS if has_part(index, name)],
-        scheduler=folder_scheduler(located, index),
-        pipeline=index["_class_name"],
-        pipeline_options=pipeline_options(index),
-        located=located,
-    )
-    return _fuse_loras(expert)
+def _from_files(description: ExpertDescription, dtype: torch.dtype, cache: ComponentCache) -> Expert:
+    """Load what was described, with its LoRAs fused into its weights."""
+    loras = description.located.spec.loras if description.located is not None else ()
 
+    def load(component: Component) -> nn.Module:
+        shareable = component.name in TEXT_ENCODERS and not loras
+        return cache.load(component, dtype) if shareable else component.load(dtype)
 
-def _load_known(known: KnownParts, folder: Path, part: str, dtype: torch.dtype) -> Any:
-    """A component that may have been loaded from equal files before."""
-    if not (folder / part / "config.json").is_file():
-        return load_part(folder, part, dtype)  # which says what is wrong
-    module = known.find(folder / part, dtype)
-    if module is None:
-        module = load_part(folder, part, dtype)
-        known.add(folder / part, dtype, module)
-    return module
-
-
-def _denoiser_file(located: Located, dtype: torch.dtype, config: str | None) -> Expert:
-    """A denoiser alone, whatever else its file holds."""
-    import diffusers
-
-    _, folder = config_of(located, config)
-    index = read_index(folder)
-    part = component_of(folder, index)
-    maker = getattr(diffusers, index[part][1])
-    if located.layout.part == "unet":
-        model = read_component(
-            located.path,
-            located.layout,
-            maker,
-            maker.load_config(folder / part, local_files_only=True),
-            dtype,
-        )
-        said = scheduler_of(located, config, folder)[1]
-        return Expert(name=located.spec.name, model=model, located=located, config=config, said=said)
-    options = {"config": str(folder), "subfolder": part, "local_files_only": True, "dtype": dtype}
-    try:
-        model = maker.from_single_file(str(located.path), **options).eval()
-    except Exception as error:
-        raise UserError(
-            f"{located.path} could not be read with the config {folder.name}: {first_line(error)}"
-        ) from error
-    check_whole(located, folder, {part: model})
-    return Expert(
-        name=located.spec.name, model=model, located=located, config=config, said=flow_only(located)
-    )
-
-
-def _from_single_file(located: Located, dtype: torch.dtype, config: str | None) -> Expert:
-    """Load the expert in a single file by a stock pipeline; its VAE is read later."""
-    import diffusers
-
-    _, folder = config_of(located, config)
-    maker = getattr(diffusers, read_index(folder)["_class_name"])
-    options = {
-        "config": str(folder),
-        "local_files_only": True,
-        "dtype": dtype,
-        "vae": None,
-        **load_tokenizers(folder),
-    }
-    try:
-        pipe = maker.from_single_file(str(located.path), **options)
-    except Exception as error:  # the library raises anything for what it did not expect
-        raise UserError(
-            f"{located.path} could not be read with the config {folder.name}: {first_line(error)}"
-        ) from error
-    check_whole(located, folder, pipe.components)
-    expert = _from_pipeline(pipe)
-    expert.name, expert.located, expert.config = located.spec.name, located, config
-    expert.scheduler, expert.said = scheduler_of(located, config, folder)
-    return _fuse_loras(expert)
-
-
-def _fuse_loras(expert: Expert) -> Expert:
-    """Add the LoRA files that an expert was given with to its weights."""
-    assert expert.located is not None
-    if expert.located.spec.loras:
-        add_own(expert, expert.located.spec.loras)
+    expert = description.build(load)
+    if loras:
+        add_own(expert, loras)
         for module in (expert.model, *expert.text_encoders):
             fuse(module)
     return expert
 
 
-def lend(experts: Sequence[Expert], frame: str | None, dtype: torch.dtype | None) -> Expert | None:
-    """Give text encoders, tokenizers and scheduler to bare denoisers; return their owner, or None.
+def borrow_components(
+    experts: Sequence[Expert], frame: str | None, dtype: torch.dtype | None
+) -> Expert | None:
+    """Give denoisers alone the text encoders, tokenizers and scheduler of a donor.
 
-    frame: a pipeline's folder; by default the first expert that brings text encoders lends them. Where nobody
-    has any, the experts stay bare denoisers. Raises UserError for a frame that is no pipeline's folder, or
-    that nobody needs.
+    frame: a pipeline's folder, which is the donor; None: the first expert that has text encoders
+    Returns the donor; None if no expert needs one, or there is none, and denoisers alone stay what they are.
+    Raises UserError for a frame that is no pipeline's folder, or that no expert needs.
     """
     bare = [expert for expert in experts if not expert.text_encoders]
     if frame is not None and not bare:
         raise UserError(
-            f"frame '{frame}' lends to experts that are denoisers alone, and all of these bring their own; "
-            "leave it out, or choose another VAE with vae (--vae)"
+            f"frame '{frame}' gives components to experts that are denoisers alone, and all of these bring "
+            "their own; leave it out, or choose another VAE with vae (--vae)"
         )
-    lender = (
-        next((expert for expert in experts if expert.text_encoders), None)
-        if frame is None
-        else load_lender(frame, dtype)
-    )
-    if lender is None or not bare:
+    if frame is not None:
+        donor: Expert | None = load_donor(frame, dtype)
+    else:
+        donor = next((expert for expert in experts if expert.text_encoders), None)
+    if donor is None or not bare:
         return None
     for expert in bare:
-        expert.lender, expert.text_encoders, expert.tokenizers = (
-            lender,
-            list(lender.text_encoders),
-            list(lender.tokenizers),
-        )
-        expert.scheduler = expert.scheduler or lent_scheduler(expert, lender.scheduler)
-        expert.pipeline_options = dict(lender.pipeline_options)
-    return lender
+        expert.donor = donor
+        expert.text_encoders, expert.tokenizers = list(donor.text_encoders), list(donor.tokenizers)
+        expert.scheduler = expert.scheduler or donor_scheduler(expert, donor.scheduler)
+        expert.pipeline_options = dict(donor.pipeline_options)
+    return donor
 
 
-def lent_scheduler(expert: Expert, scheduler: Any) -> Any:
-    """A lender's scheduler, for what an expert's own file says that it predicts."""
-    return None if scheduler is None else predicting(scheduler, expert.said, f"expert '{expert.name}'")
+def donor_scheduler(expert: Expert, scheduler: Any) -> Any:
+    """A donor's scheduler, changed to the kind of prediction that the expert's own file names."""
+    if scheduler is None:
+        return None
+    return predicting(scheduler, expert.prediction, f"expert '{expert.name}'")
 
 
 def frame_scheduler(frame: str) -> Any:
-    """The scheduler that a pipeline's folder lends. Raises UserError if it is none."""
+    """The scheduler of a pipeline's folder. Raises UserError if it is no pipeline's."""
     return load_part(_pipeline(frame)[0], "scheduler")
 
 
@@ -299,23 +194,25 @@ def _pipeline(frame: str) -> tuple[Path, dict[str, Any]]:
     return folder, read_index(folder)
 
 
-def load_lender(frame: str, dtype: torch.dtype | None) -> Expert:
+def load_donor(frame: str, dtype: torch.dtype | None) -> Expert:
     """A pipeline's folder without its denoiser. Raises UserError if it is none, or has no text encoders."""
     folder, index = _pipeline(frame)
-    found = [part for part in TEXT_ENCODERS if has_part(index, part)]
-    if not found:
+    components = pipeline_components(folder, index, (*TEXT_ENCODERS, "vae"))
+    vae = components.pop("vae", None)
+    if not components:
         raise UserError(
             f"frame '{frame}' has no text encoders; give the folder of a whole text-to-image pipeline"
         )
-    encoders = [load_part(folder, part, dtype or torch.float32) for part in found]
-    for part, encoder in zip(found, encoders, strict=True):
-        check_finite(encoder, f"the {part} of frame '{frame}'")
+    encoders = [component.load(dtype or torch.float32) for component in components.values()]
+    for name, encoder in zip(components, encoders, strict=True):
+        check_finite(encoder, f"the {name} of frame '{frame}'")
     return Expert(
         name=frame,
         model=None,
         text_encoders=encoders,
-        tokenizers=[load_part(folder, part) for part in TOKENIZERS if has_part(index, part)],
+        tokenizers=[load_part(folder, name) for name in TOKENIZERS if has_part(index, name)],
         scheduler=load_part(folder, "scheduler"),
+        vae_component=vae,
         pipeline=index["_class_name"],
         located=Located(ExpertSpec(frame, frame), folder),
     )

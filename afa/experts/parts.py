@@ -8,12 +8,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from afa.errors import UserError
-from afa.experts.folders import read_config, read_object, weight_files
-from afa.experts.headers import check_fit, read_file
+from afa.experts.folders import read_config, read_object
 from afa.models.registry import FAMILIES
 
 INDEX = "model_index.json"
@@ -37,36 +35,18 @@ LIBRARIES = (
 )  # of components that are never loaded, such as the safety checker
 
 
-def load_part(folder: Path, part: str | None, dtype: torch.dtype | None = None) -> Any:
-    """One component of a diffusers folder (or the folder itself, for part None), by the class it names."""
-    place = folder / (part or "")
-    library, name = (
-        _named(folder, part) if part else ("diffusers", str(read_config(folder).get("_class_name")))
-    )
-    maker = component_class(place, part, library, name)
-    options: dict[str, Any] = {"subfolder": part} if part else {}
-    if dtype is not None:
-        options |= {"dtype": dtype}
-    tensors = {}
-    if issubclass(maker, nn.Module):
-        check_config(place, library, name)
-        found = weight_files(place)
-        tensors = {key: entry.meta() for file in found.files for key, entry in read_file(file).items()}
-        options |= {"output_loading_info": True, "use_safetensors": True, "variant": found.variant}
-    else:
-        _check_settings(place)
-    loaded = from_pretrained(maker, folder, place, **options)
-    if not tensors:
-        return loaded
-    model, info = loaded
-    if info["missing_keys"]:  # the libraries would leave them empty, or draw them at random
-        missing = sorted(info["missing_keys"])
-        raise UserError(
-            f"{place} lacks {len(missing)} of the weights of a {name} (first: {missing[0]}); "
-            "download or export it again"
-        )
-    check_fit(model, tensors, str(place))
-    return model.eval()
+def load_part(folder: Path, part: str) -> Any:
+    """A tokenizer or the scheduler of a pipeline's folder, of the class that its index names.
+
+    part: its name in model_index.json
+    Raises UserError if there is none, or it cannot be loaded.
+    """
+    index = read_index(folder)
+    if not has_part(index, part):
+        raise UserError(f"{folder} has no {part} ({INDEX} names none)")
+    kind = component_class(folder / part, part, *index[part])
+    _check_settings(folder / part)
+    return from_pretrained(kind, folder, folder / part, subfolder=part)
 
 
 def from_pretrained(maker: Any, folder: Path, place: Path, **options: Any) -> Any:
@@ -99,15 +79,6 @@ def _check_settings(folder: Path) -> None:
     for name in ("scheduler_config.json", "tokenizer_config.json", "config.json"):
         if (folder / name).exists():
             read_config(folder, name)
-
-
-def _named(folder: Path, part: str) -> tuple[str, str]:
-    """The library and the class of a pipeline's component. Raises UserError if it has none of that name."""
-    index = read_index(folder)
-    if not has_part(index, part):
-        raise UserError(f"{folder} has no {part} ({INDEX} names none)")
-    library, name = index[part]
-    return library, name
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -214,18 +185,25 @@ def check_config(place: Path, library: str, name: str) -> dict[str, Any]:
 
 
 def component_of(folder: Path, index: dict[str, Any]) -> str:
-    """The name of the denoiser in a pipeline folder.
+    """The name of the denoiser in a pipeline's folder.
 
     Raises UserError if it has none that can be an expert.
     """
-    models = [family.model for family in FAMILIES.values()]
     for family in FAMILIES.values():
         if has_part(index, family.component):
-            if index[family.component][1] not in models:
-                name = index[family.component][1]
-                raise UserError(f"{folder}: a {name} cannot be an expert; supported are: {', '.join(models)}")
+            component_named(folder, index[family.component][1])
             return family.component
     raise UserError(f"{folder} is a {index.get('_class_name')}, which has no denoiser that can be an expert")
+
+
+def component_named(folder: Path, class_name: str) -> str:
+    """What pipelines call a denoiser of a class. Raises UserError if no family reads that class."""
+    components = {family.model: family.component for family in FAMILIES.values()}
+    if class_name not in components:
+        raise UserError(
+            f"{folder}: a {class_name} cannot be an expert; supported are: {', '.join(components)}"
+        )
+    return components[class_name]
 
 
 def has_part(index: dict[str, Any], name: str) -> bool:

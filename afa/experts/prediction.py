@@ -146,7 +146,7 @@ def keys_of(scheduler: Any) -> tuple[str, ...]:
     return (V_KEY, ZERO_KEY) if Schedule.of(scheduler).zero_snr else (V_KEY,)
 
 
-def says(name: str) -> bool:
+def is_prediction_key(name: str) -> bool:
     """Whether a tensor of a single file is one of those that say what it predicts, and no weight."""
     return name.removeprefix(DENOISER) in (V_KEY, ZERO_KEY)
 

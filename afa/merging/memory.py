@@ -231,8 +231,7 @@ def _vae_of(experts: Sequence[Expert], name: str | None) -> nn.Module | None:
     if name is not None and name not in names:
         raise UserError(f"vae='{name}' is no expert's name; these are {', '.join(names)}")
     chosen = experts[0 if name is None else names.index(name)]
-    has_one = chosen.vae is not None or (chosen.located is not None and chosen.located.whole_pipeline)
-    return chosen.load_vae() if has_one or name is not None else None
+    return chosen.load_vae() if chosen.has_vae or name is not None else None
 
 
 def state(parts: Parts) -> dict[str, Tensor]:

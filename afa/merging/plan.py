@@ -85,7 +85,7 @@ class PlannedStep(KeyMerge):
             for key, stored in self.origin(part).of(part).items()
         }
         assert first.outline is not None
-        outline = replace(first.outline, expert=replace(first.outline.expert, name=name))
+        outline = replace(first.outline, name=name)
         return StepSource(name, first.located, tensors, first.config, first.spare, outline, step=self)
 
     def kept(self, key: str, reader: Reader) -> Tensor:

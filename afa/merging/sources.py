@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from afa.denoiser.lora import OWN, activate
 from afa.denoiser.lora_layers import lora_states
 from afa.errors import UserError
+from afa.experts.description import ExpertDescription, describe_expert
 from afa.experts.expert import TEXT_ENCODERS
 from afa.experts.folders import read_folder, read_object
 from afa.experts.headers import Entry, Tensors, is_float, is_position_ids, read_file, tied
+from afa.experts.layouts import OPEN_CLIP
 from afa.experts.locate import Located, locate
 from afa.experts.lora import attach, fuse, read_lora
-from afa.experts.meta_model import OPEN_CLIP, Outline, read_outline
-from afa.experts.prediction import says
-from afa.experts.single_file import config_folder, describe_vae
+from afa.experts.prediction import is_prediction_key
+from afa.experts.single_file import config_folder
 from afa.experts.spec import ExpertSpec, Lora
+from afa.experts.vae import describe_vae
 from afa.merging.keys import key_stages, today
 from afa.merging.single_file import Place, from_original, original_places, shape_from_original
 from afa.models.registry import layers_of
@@ -80,7 +82,7 @@ class FileSource:
     tensors: dict[str, Stored]
     config: Path
     spare: dict[str, Stored] = field(default_factory=dict)
-    outline: Outline | None = None
+    outline: ExpertDescription | None = None
     loras: dict[str, "LayerLoras"] = field(default_factory=dict)
     given: tuple[Lora, ...] = ()
 
@@ -206,7 +208,7 @@ def add_loras(source: FileSource, loras: tuple[Lora, ...]) -> FileSource:
         raise UserError(f"expert '{source.name}': a LoRA needs a whole pipeline to join, and {only}")
     assert source.outline is not None
     outline, found = source.outline, source.loras
-    parts = {part: outline.parts[part] for part in (outline.denoiser, *outline.text_parts)}
+    parts = {part: outline.parts[part] for part in (outline.denoiser.name, *outline.text_parts)}
     for lora in loras:
         what, tensors, config = read_lora(lora.path)
         for part, state in lora_states(
@@ -225,16 +227,18 @@ def add_loras(source: FileSource, loras: tuple[Lora, ...]) -> FileSource:
     return source
 
 
-def open_source(spec: ExpertSpec, config: str | None = None, outline: Outline | None = None) -> FileSource:
+def open_source(
+    spec: ExpertSpec, config: str | None = None, outline: ExpertDescription | None = None
+) -> FileSource:
     """Find an expert's tensors, without reading them.
 
     config:  of a single file, as in load_expert
-    outline: what read_outline(spec, config) returned, where it is known
+    outline: what describe_expert(spec, config) returned, where it is known
     Raises UserError if it cannot be found, is broken, incomplete or pickled, or if a LoRA does not fit it.
     """
     located = locate(spec)
-    if outline is None or spec.loras:  # an outline with LoRAs lacks the text encoders that they may change
-        outline = read_outline(replace(spec, loras=()), config)
+    if outline is None:
+        outline = describe_expert(spec, config)
     found = _single_file(located, outline) if located.single_file else _folder(located, outline)
     return add_loras(found, spec.loras)
 
@@ -262,8 +266,9 @@ def open_vae(place: str | ExpertSpec, like: FileSource, config: str | None = Non
 
 def _vae_file(located: Located, like: FileSource, config: str | None) -> FileSource:
     assert like.outline is not None
-    model, layout = describe_vae(located.path, like.outline.expert, config)
-    entries, shapes = read_file(located.path), _shapes(model)
+    vae = describe_vae(located, config, like.outline.expert)
+    assert vae.layout is not None
+    layout, entries, shapes = vae.layout, vae.tensors, _shapes(vae.model)
     own = {name: Place(layout.prefix + name) for name in shapes}
     places = own if layout.diffusers else original_places("vae", shapes)
     found = {
@@ -278,7 +283,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _folder(located: Located, outline: Outline) -> FileSource:
+def _folder(located: Located, outline: ExpertDescription) -> FileSource:
     """A diffusers pipeline's folder, or a bare denoiser's."""
     path, name = located.path, located.spec.name
     tensors: dict[str, Stored] = {}
@@ -300,13 +305,12 @@ def _folder_tensors(folder: Path, part: str, model: nn.Module | None = None) -> 
     return tensors
 
 
-def _single_file(located: Located, outline: Outline) -> FileSource:
+def _single_file(located: Located, outline: ExpertDescription) -> FileSource:
     """A whole checkpoint of SD 1.x, 2.x or XL, or a denoiser alone."""
-    assert outline.folder is not None
     layout, xl = located.layout, "text_encoder_2" in outline.parts
     tensors: dict[str, Stored] = {}
-    for part, entries in outline.stored.items():
-        shapes = _shapes(outline.parts[part])
+    for part, component in outline.components.items():
+        entries, shapes = component.tensors, _shapes(component.model)
         if layout.diffusers:
             places = {name: Place(layout.prefix + name) for name in shapes}
         else:
@@ -319,7 +323,7 @@ def _single_file(located: Located, outline: Outline) -> FileSource:
     spare = {
         name: _as_is(name, entry)
         for name, entry in read_file(located.path).items()
-        if not (name in used or name.startswith(EMA) or says(name))
+        if not (name in used or name.startswith(EMA) or is_prediction_key(name))
     }
     return FileSource(located.spec.name, located, tensors, outline.folder, spare, outline)
 

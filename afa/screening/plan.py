@@ -16,9 +16,9 @@ from afa.data.sources import Columns, ImageSource
 from afa.devices import choose_device
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
+from afa.experts.description import ExpertDescription, describe_expert
 from afa.experts.expert import Expert
-from afa.experts.load import check_names, frame_scheduler, lent_scheduler
-from afa.experts.meta_model import Outline, read_outline
+from afa.experts.load import check_names, donor_scheduler, frame_scheduler
 from afa.experts.spec import ExpertSpec
 from afa.latents import latents_of
 from afa.models.registry import FAMILIES
@@ -140,7 +140,7 @@ class ScreenPlan:
 
     settings: ScreenSettings
     specs: list[ExpertSpec]
-    outlines: list[Outline]
+    outlines: list[ExpertDescription]
     first: Expert
     lender: str | None
     apart: list[str]
@@ -179,7 +179,7 @@ def plan(settings: ScreenSettings) -> ScreenPlan:
     """Read the headers of weight files and list the data. Raises UserError for what would fail later."""
     specs = [ExpertSpec.parse(text, settings.prediction_type) for text in settings.experts]
     check_names(specs)
-    outlines = [read_outline(spec, settings.config) for spec in specs]
+    outlines = [describe_expert(spec, settings.config) for spec in specs]
     experts = [replace(outline.expert) for outline in outlines]  # the outlines stay without what is lent
     lender = _lender(experts, settings.frame)
     reasons = mismatches(experts, features=False)
@@ -225,7 +225,7 @@ def _lender(experts: Sequence[Expert], frame: str | None) -> str | None:
     place = frame or folder
     lent = frame_scheduler(place) if place is not None else None if whole is None else whole.scheduler
     for expert in bare if lent is not None else ():
-        expert.scheduler = lent_scheduler(expert, lent)
+        expert.scheduler = donor_scheduler(expert, lent)
     if frame is None and folder is None:
         raise UserError(
             f"expert '{bare[0].name}' is a denoiser alone;"

@@ -21,10 +21,11 @@ from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.schedule import Schedule, conversion
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.experts.expert import Expert, load_vae
-from afa.experts.load import lend, load_experts, load_lender
+from afa.experts.expert import Expert, load_finite_vae
+from afa.experts.load import borrow_components, load_donor, load_experts
 from afa.experts.locate import locate
 from afa.experts.spec import ExpertSpec
+from afa.experts.vae import load_vae
 from afa.files import read_arrays, replacing, write_atomically
 from afa.frame import Frame
 from afa.models.registry import FAMILIES
@@ -71,7 +72,7 @@ class SharedParts:
             denoiser = maker([expert.model], [expert.name], Recipe("mean"), "out", widths, [kind])
         except ValueError as error:
             raise UserError(str(error)) from None
-        return Ensemble([expert], denoiser, Frame([expert], lender=expert.lender)).to(self.device)
+        return Ensemble([expert], denoiser, Frame([expert], donor=expert.donor)).to(self.device)
 
     def conditions(self, ensemble: Ensemble) -> Conditions:
         """Return the prompt encoding of an expert, by its own text encoders."""
@@ -88,12 +89,12 @@ def load_shared_parts(
 ) -> SharedParts:  # fmt: skip
     """Load what all experts share.
 
-    first:  the first expert, without its weights (see experts/meta_model.py)
+    first:  the first expert, without its weights (see experts/description.py)
     lender: see SharedParts
     vae:    place of a VAE that replaces the first expert's; None: its own
     Raises UserError if there is no VAE or no scheduler.
     """
-    borrowed = None if first.scheduler is not None else load_lender(_folder(first, lender), dtype)
+    borrowed = None if first.scheduler is not None else load_donor(_folder(first, lender), dtype)
     scheduler = first.scheduler if borrowed is None else borrowed.scheduler
     if vae is not None:
         return SharedParts(
@@ -104,12 +105,10 @@ def load_shared_parts(
             dtype,
             device,
         )
-    own = first.located if first.located is not None and first.located.whole_pipeline else None
-    found = (
-        load_vae(own, first.config or config, dtype)
-        if own is not None
-        else (borrowed or load_lender(_folder(first, lender), dtype)).load_vae()
-    )
+    if first.vae_component is not None:
+        found = load_finite_vae(first.vae_component, dtype)
+    else:
+        found = (borrowed or load_donor(_folder(first, lender), dtype)).load_vae()
     return SharedParts(found, scheduler, lender, config, dtype, device)
 
 
@@ -126,7 +125,7 @@ def load_single(spec: ExpertSpec, lender: str | None, dtype: torch.dtype, config
     """Load one expert. Raises UserError for a bare denoiser without a lender."""
     (expert,) = load_experts([spec], dtype, config)
     if not expert.text_encoders:
-        lend([expert], _folder(expert, lender), dtype)
+        borrow_components([expert], _folder(expert, lender), dtype)
     return expert
 
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import afa.experts.parts
 from afa.errors import UserError
+from afa.experts.description import describe_expert, shared_text_encoders
 from afa.experts.folders import read_folder, weight_files
 from afa.experts.load import load_expert
 from afa.experts.locate import expert_files, locate
-from afa.experts.meta_model import read_outline, shared_text_encoders
 from afa.experts.spec import ExpertSpec
 from afa.frame import Frame
 from afa.merging.sources import Reader, open_source
@@ -69,7 +69,7 @@ def seen(folder: Path, part: str = UNET) -> list[float]:
     source = open_source(ExpertSpec("x", str(folder)))
     with Reader() as reader:
         merged = reader.read(source.tensors[name])
-    entry = read_outline(ExpertSpec("x", str(folder))).stored[part.partition("/")[0]][key]
+    entry = describe_expert(ExpertSpec("x", str(folder))).components[part.partition("/")[0]].tensors[key]
     hashed = [file for file in expert_files(locate(ExpertSpec("x", str(folder)))).values() if file == entry.file]
     of_loaded = next(tensor for other, tensor in loaded.items() if other.endswith(key))
     return [float(of_loaded[0]), float(merged[0]), float(load_file(entry.file)[key][0]), float(load_file(hashed[0])[key][0])]
@@ -177,7 +177,7 @@ def test_only_pickles_are_refused_whatever_part_they_are_of(folder):
 
 COMMANDS = {
     "load": lambda folder: load_expert(str(folder)),
-    "inspect": lambda folder: read_outline(ExpertSpec("x", str(folder))),
+    "inspect": lambda folder: describe_expert(ExpertSpec("x", str(folder))),
     "merge": lambda folder: open_source(ExpertSpec("x", str(folder))),
     "hash": lambda folder: expert_files(locate(ExpertSpec("x", str(folder)))),
 }
@@ -370,7 +370,7 @@ def test_position_ids_never_make_two_text_encoders_unlike(folder, tmp_path):
         tensors = load_file(place / TEXT)
         replace(place / TEXT, tensors | ({} if kept is None else {"embeddings.position_ids": kept}))
         places.append(place)
-    outlines = [read_outline(ExpertSpec(place.name, str(place))) for place in places]
+    outlines = [describe_expert(ExpertSpec(place.name, str(place))) for place in places]
     assert shared_text_encoders(outlines) == [[None], ["none"], ["none"], ["none"]]
     right = load_expert(str(places[0])).text_encoders[0](torch.arange(24)[None]).last_hidden_state
     for place in places[1:]:

@@ -13,7 +13,7 @@ from tiny import sd_pipeline, sd_unet
 import afa as package
 from afa import Ensemble, UserError
 from afa.experts.headers import first_not_finite, is_finite
-from afa.experts.load import load_expert, load_experts, load_lender
+from afa.experts.load import load_donor, load_expert, load_experts
 
 ASSETS = Path(package.__file__).parent / "demo" / "assets"
 FILES = {
@@ -85,12 +85,12 @@ def test_numbers_beyond_half_precision_are_named_as_such(tmp_path):
         load_expert(str(folder), torch.float16)
 
 
-def test_a_vae_and_a_lender_with_such_weights_are_refused(tmp_path):
+def test_a_vae_and_a_donor_with_such_weights_are_refused(tmp_path):
     folder = broken(tmp_path, "vae", float("nan"))
-    with pytest.raises(UserError, match=r"VAE of .*broken: decoder.conv_in.weight is not finite"):
+    with pytest.raises(UserError, match=r"VAE of .*broken/vae: decoder.conv_in.weight is not finite"):
         load_expert(str(folder)).load_vae()
-    with pytest.raises(UserError, match=r"lender.*final_layer_norm.weight is not finite"):
-        load_lender(str(broken(tmp_path, "text_encoder", float("nan"), "lender")), None)
+    with pytest.raises(UserError, match=r"donor.*final_layer_norm.weight is not finite"):
+        load_donor(str(broken(tmp_path, "text_encoder", float("nan"), "donor")), None)
 
 
 def test_experts_given_as_objects_are_refused_too():

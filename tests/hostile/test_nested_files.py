@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from afa.errors import UserError
-from afa.experts.single_file import _read
+from afa.experts.vae import _read
 from afa.explanation.run import _distance
 from afa.fingerprint import NOTE, check_claim
 from afa.images import CHUNK, read_made

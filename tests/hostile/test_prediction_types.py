@@ -15,8 +15,8 @@ from transformers import CLIPTokenizer
 from afa import Ensemble, UserError
 from afa.checkpoint.manifest import read_manifest
 from afa.denoiser.schedule import Schedule, kind_of, tables
+from afa.experts.description import describe_expert
 from afa.experts.load import load_expert
-from afa.experts.meta_model import read_outline
 from afa.experts.prediction import Prediction, predicting, said_by_file
 from afa.experts.single_file import detect_config
 from afa.experts.spec import ExpertSpec
@@ -66,7 +66,7 @@ def made(home, tmp_path):
 
 
 def outline(path, home, given=None):
-    return read_outline(ExpertSpec.parse(str(path), given), str(home / "configs")).expert
+    return describe_expert(ExpertSpec.parse(str(path), given), str(home / "configs")).expert
 
 
 def meaning(scheduler):

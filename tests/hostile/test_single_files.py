@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 from tiny import sd_pipeline
 
 from afa import Ensemble, UserError
+from afa.experts.description import describe_expert
 from afa.experts.embedded import KEY, check, pack
-from afa.experts.expert import Expert, load_vae
+from afa.experts.expert import Expert
 from afa.experts.layouts import layout_of
 from afa.experts.load import load_expert
 from afa.experts.locate import locate
-from afa.experts.meta_model import read_outline
-from afa.experts.single_file import describe_vae, detect_config
+from afa.experts.single_file import detect_config
 from afa.experts.spec import ExpertSpec
+from afa.experts.vae import describe_vae, load_vae
 from afa.merging.engine import merge_files
 from afa.merging.settings import MergeSettings
 from afa.screening.plan import plan
@@ -68,7 +69,7 @@ class TestUNetAlone:
         lost = next(name for name in tensors if "mid" in name)
         save_file({name: tensor for name, tensor in tensors.items() if name != lost}, tmp_path / "less.safetensors")
         with pytest.raises(UserError, match="the unet in"):
-            read_outline(ExpertSpec.parse(str(tmp_path / "less.safetensors")), str(home / "b"))
+            describe_expert(ExpertSpec.parse(str(tmp_path / "less.safetensors")), str(home / "b"))
 
     def test_screening_lends_to_it(self, home):
         files = [str(home / "unet-bare.safetensors"), str(home / "unet-prefix.safetensors")]
@@ -102,7 +103,7 @@ class TestVAEAlone:
             assert ensemble.frame.vae.config.scaling_factor == wanted.config.scaling_factor
         ensemble.save(tmp_path / "saved")
         assert same_weights(Ensemble.load(tmp_path / "saved").frame.vae, wanted)
-        first = read_outline(ExpertSpec.parse(str(home / "a"))).expert
+        first = describe_expert(ExpertSpec.parse(str(home / "a"))).expert
         assert same_weights(load_shared_parts(first, None, str(file), None, torch.float32, torch.device("cpu")).vae, wanted)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -133,7 +134,7 @@ class TestVAEAlone:
         save_file({name: torch.zeros(tensor.shape, dtype=torch.float8_e4m3fn) for name, tensor in real.state_dict().items()}, tmp_path / "ae.safetensors")
         shape = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 1, "axes_dims_rope": (2, 2, 4)}
         expert = Expert(name="dev", model=FluxTransformer2DModel(in_channels=64, joint_attention_dim=8, pooled_projection_dim=8, **shape))
-        model, _ = describe_vae(tmp_path / "ae.safetensors", expert, None)
+        model = describe_vae(locate(ExpertSpec("vae", str(tmp_path / "ae.safetensors"))), like=expert).model
         assert model.config.scaling_factor == settings["scaling_factor"] and model.config.latent_channels == 16
 
     def test_it_is_no_expert(self, home):

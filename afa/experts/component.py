@@ -1,0 +1,191 @@
+"""One component of an expert, described by its files: its class, its settings, the headers of its weights.
+
+`model` is what the files describe, on the meta device; `load` is the same model with its weights. Both are
+made from the same class, settings and names, and checked alike: a command that only describes a component and
+one that computes with it cannot differ.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.models.modeling_utils import no_init_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from afa.errors import UserError
+from afa.experts.folders import read_folder
+from afa.experts.headers import Tensors, check_fit, dtype_of, read_file, same_bytes
+from afa.experts.layouts import Layout
+from afa.experts.parts import check_config, component_class, component_named, first_line
+from afa.experts.prediction import is_prediction_key
+from afa.text_encoder import arithmetic
+
+
+@dataclass(frozen=True, eq=False)
+class Component:
+    """A denoiser, a text encoder or a VAE, before its weights are read.
+
+    name:     its name in a pipeline: unet, transformer, text_encoder, vae …
+    kind:     its class, of diffusers or transformers
+    settings: the content of its config.json
+    config:   the folder with its config.json
+    weights:  the folder or the single file with its weights; None: a config without weights
+    layout:   how a single file names the tensors; None: as the installed libraries do
+    """
+
+    name: str
+    kind: Any
+    settings: Mapping[str, Any]
+    config: Path
+    weights: Path | None = None
+    layout: Layout | None = None
+
+    @classmethod
+    def read(
+        cls,
+        config: Path,
+        name: str | None,
+        library: str,
+        class_name: str,
+        weights: Path,
+        layout: Layout | None = None,
+    ) -> "Component":
+        """Read the settings of a component.
+
+        name:                None: of a denoiser alone, which its class names
+        library, class_name: as model_index.json has them
+        Raises UserError for a class that is not the library's own, and for settings that are broken.
+        """
+        kind = component_class(config, name, library, class_name)
+        settings = check_config(config, library, class_name)
+        return cls(name or component_named(config, class_name), kind, settings, config, weights, layout)
+
+    @property
+    def where(self) -> str:
+        """What error messages call it."""
+        if self.layout is None:
+            return str(self.weights or self.config)
+        config = f" (read with the config {self.config.parent.name})" if self.config.name == self.name else ""
+        return f"the {self.name} in {self.weights}{config}"
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """The headers of its tensors, by their names in the files.
+
+        Raises UserError if a file is missing, broken, cut off, pickled or quantised.
+        """
+        if self.weights is None:
+            return {}
+        if self.layout is None:
+            return read_folder(self.weights)
+        found = read_file(self.weights)
+        return {
+            name: entry
+            for name, entry in found.items()
+            if name.startswith(self.layout.prefix) and not is_prediction_key(name)
+        }
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype in its files; None if there are none."""
+        return dtype_of(self.tensors)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The component on the meta device.
+
+        Raises UserError for settings that make no model, and for files that lack one of its weights.
+        """
+        with torch.device("meta"), no_init_weights():
+            model = self.make()
+        if self.weights is not None:
+            self._fitting(model, {name: entry.meta() for name, entry in self.tensors.items()})
+        return model
+
+    def load(self, dtype: torch.dtype) -> nn.Module:
+        """The component with its weights, in evaluation mode.
+
+        dtype: of the weights; those that its class keeps in float32 stay so
+        Raises UserError as `model` does.
+        """
+        with init_empty_weights(), no_init_weights():  # buffers that no file holds are computed
+            model = self.make()
+        _tie(model)
+        tensors: dict[str, Tensor] = {}
+        for file in {entry.file for entry in self.tensors.values()}:
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {
+                    name: opened.get_tensor(name)
+                    for name, entry in self.tensors.items()
+                    if entry.file == file
+                }
+        # copied, since at the odd addresses of a mapped file some kernels round the last bit otherwise
+        state = {
+            name: tensor.to(
+                _dtype_of_weight(model, name, dtype) if tensor.is_floating_point() else tensor.dtype,
+                copy=True,
+            )
+            for name, tensor in self._fitting(model, tensors).items()
+        }
+        model.load_state_dict(state, strict=False, assign=True)
+        _tie(model)
+        return model
+
+    def make(self) -> nn.Module:
+        """A new model of its class and settings, without its weights. Raises UserError if they make none."""
+        try:
+            if hasattr(self.kind, "config_class"):  # of transformers
+                config_class = self.kind.config_class
+                own = self.settings.get(config_class.base_config_key)  # one part of a larger model's settings
+                model: nn.Module = self.kind(config_class.from_dict(dict(own or self.settings)))
+            else:
+                model = self.kind.from_config(dict(self.settings))
+        except Exception as error:  # the libraries raise anything for settings of a wrong type
+            raise UserError(
+                f"{self.config / 'config.json'} makes no {self.kind.__name__}: {first_line(error)}"
+            ) from None
+        return model.eval()
+
+    def same_as(self, other: "Component") -> bool:
+        """Whether two components compute the same: equal files, bit for bit, and equal settings.
+
+        Files are read until their first difference.
+        """
+        return (
+            self.name == other.name
+            and self.kind is other.kind
+            and arithmetic(self.model) == arithmetic(other.model)
+            and same_bytes(self.tensors, other.tensors)
+        )
+
+    def _fitting(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of its files by the names in the model's state. Raises UserError if any are missing."""
+        if self.layout is not None:
+            try:
+                tensors = self.layout.to_diffusers(model, tensors)
+            except (KeyError, IndexError, AttributeError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise UserError(
+                    f"{self.where} is incomplete or of another architecture ({reason}); "
+                    "download or export it again"
+                ) from None
+        return check_fit(model, tensors, self.where)
+
+
+def _tie(model: Any) -> None:
+    """Make weights that a class of transformers shares between layers one parameter again."""
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+
+
+def _dtype_of_weight(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of one weight, by the rules of transformers and diffusers for classes that need float32."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
+    if dtype in (torch.float16, torch.bfloat16):
+        kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return torch.float32 if kept & set(name.split(".")) else dtype
