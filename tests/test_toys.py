@@ -16,12 +16,13 @@ from afa.aggregators.settings import option_fields
 from afa.checkpoint.manifest import read_manifest
 from afa.cli.main import main
 from afa.evaluation.names import known_methods
+from afa.evaluation.recorded import recorded_settings
 from afa.evaluation.results import Results
 from afa.images import read_metadata
 from afa.merging.registry import MERGES
 from afa.metrics.registry import METRICS, MetricEntry
 from afa.sampling.registry import SAMPLING_METHODS, SamplingMethod
-from afa.settings import option
+from afa.settings import option, read_recipe
 from afa.training.objective_registry import OBJECTIVES, ObjectiveEntry
 from afa.training.run import finished
 from afa.training.settings import TrainSettings
@@ -45,7 +46,7 @@ class Toy(Aggregator):
     "toy_aggregator_options": """
 from dataclasses import dataclass
 from afa.aggregators.options import AggregatorOptions
-from afa.settings import option
+from afa.settings import option, read_recipe
 
 @dataclass(frozen=True)
 class ToyOptions(AggregatorOptions):
@@ -56,7 +57,7 @@ from dataclasses import dataclass
 from afa.sampling.base import Alone
 from afa.sampling.options import MethodOptions
 from afa.sampling.sample import PipelineSampler, in_frame
-from afa.settings import option
+from afa.settings import option, read_recipe
 
 @dataclass(frozen=True)
 class ToyOptions(MethodOptions):
@@ -196,6 +197,17 @@ def test_a_finished_run_of_a_toy_aggregator_is_known_again(world, trained, capsy
     assert finished(again)["steps"] == 4
     with pytest.raises(UserError, match="begun with --toy-strength 3"):
         finished(replace(again, toy_strength=1.0))
+
+
+def test_a_recipe_may_set_an_option_of_a_toy_aggregator_and_a_comparison_takes_the_recorded_one(world, trained, tmp_path):
+    (tmp_path / "mine.toml").write_text('aggregator = "toy"\ntoy-strength = 5\n')
+    found = read_recipe("train", str(tmp_path / "mine.toml"), TrainSettings.current())
+    assert found == {"aggregator": "toy", "toy_strength": 5.0}
+    recorded = recorded_settings(read_manifest(trained), trained)
+    assert recorded["toy_strength"] == 3.0
+    settings = TrainSettings.current()(**recorded, experts=["a", "b"], data="x", output="y")
+    other = replace(settings, **settings.other_aggregator("sabw"))  # as an ablation changes it: what sabw has not is reset
+    assert (other.aggregator, other.toy_strength, other.aggregator_options()) == ("sabw", 2.0, {"hidden": 128, "heads": 8, "depth": 2})
 
 
 def test_options_that_share_a_name_must_be_declared_alike():

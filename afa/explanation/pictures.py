@@ -9,7 +9,7 @@ from PIL import Image
 
 from afa.explanation.causes import Causes, Counterfactual
 from afa.explanation.explanation import WordRow, word_remarks, word_rows
-from afa.explanation.recording import FRAMES, Recording
+from afa.explanation.recording import FRAMES, Recording, evenly_spread
 from afa.explanation.shares import FINAL, lead_at, resized, spotlight, stage_groups, weights_at
 from afa.pictures import INK, LINE, MARGIN, MUTED, Canvas, colour_of, fitting, font, heat, name_width, wrapped
 
@@ -55,10 +55,9 @@ def sheet(recording: Recording, facts: str) -> Image.Image:
 
 def over_steps(recording: Recording) -> list[Column]:
     """Return a column for each of some passes, from noise to image."""
-    count = len(recording.timesteps)
-    chosen = np.unique(np.linspace(0, count - 1, min(STEPS, count)).round().astype(int))
     return [
-        (f"step {index + 1}", f"t = {recording.timesteps[index]:.0f}", [int(index)], None) for index in chosen
+        (f"step {index + 1}", f"t = {recording.timesteps[index]:.0f}", [index], None)
+        for index in evenly_spread(len(recording.timesteps), STEPS)
     ]
 
 
@@ -149,9 +148,7 @@ def frames(recording: Recording) -> list[Image.Image]:
 
     If no predicted image was finite, the frames show the final image.
     """
-    count = len(recording.timesteps)
-    spread = np.unique(np.linspace(0, count - 1, min(FRAMES, count)).round().astype(int))
-    passes = sorted(recording.drawn) or [int(index) for index in spread]
+    passes = sorted(recording.drawn) or evenly_spread(len(recording.timesteps), FRAMES)
     return [frame(recording, index) for index in passes]
 
 

@@ -201,7 +201,7 @@ def _draw(
     """Decode the predicted clean images of up to FRAMES passes, spread evenly; the last pass is included."""
     latents, schedule = latents_of(pipeline.vae), Schedule.of(pipeline.scheduler)
     passes = sorted(predictions)
-    for place in np.unique(np.linspace(0, len(passes) - 1, min(FRAMES, len(passes))).round().astype(int)):
+    for place in evenly_spread(len(passes), FRAMES):
         call, prediction = predictions[passes[place]]
         noisy = denoiser.call.latents(call).float()
         signal, noise = (float(level) for level in schedule.at(torch.tensor(_time(denoiser, call))))
@@ -214,6 +214,11 @@ def _draw(
                 passes[place],
                 ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy(),
             )
+
+
+def evenly_spread(count: int, most: int) -> list[int]:
+    """Return at most `most` of the indices 0 … count-1, evenly spread, with the first and the last."""
+    return [int(place) for place in np.unique(np.linspace(0, count - 1, min(most, count)).round())]
 
 
 def _time(denoiser: EnsembleDenoiser, call: Mapping[str, Any]) -> float:
