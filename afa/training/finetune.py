@@ -39,8 +39,8 @@ from afa.training.plan import TrainingPlan
 from afa.training.prepare import check_objective, find_data, resolution_of
 from afa.training.record import LEFT_OUT, check_record, run_record
 from afa.training.run import check_output
-from afa.training.setup import keep_log, make_accelerator, make_trainer
-from afa.training.state import forget_state, move_state, state_file
+from afa.training.setup import end_run, make_accelerator, make_trainer
+from afa.training.state import state_file
 from afa.version import __version__
 
 ADAPTER = "default"
@@ -251,11 +251,7 @@ def _finetune(settings: LoraSettings, work: TrainingPlan, rank: int, keep: Path 
             save_file(lora_tensors(work.ensemble.denoiser.experts[0]), stage / FILE, metadata=metadata)
             work.source.skipped.write(stage / LEFT_OUT)
             (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        keep_log(settings)
-        if keep is not None:
-            move_state(settings, keep)
-        forget_state(settings)
-    accelerator.wait_for_everyone()
+    end_run(settings, accelerator, keep)
     return record
 
 

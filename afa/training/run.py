@@ -24,9 +24,9 @@ from afa.training.plan import TrainingPlan
 from afa.training.prepare import check_objective, find_data, resolution_of
 from afa.training.record import LEFT_OUT, check_record, run_record
 from afa.training.settings import LoopSettings, TrainSettings
-from afa.training.setup import RUNS, keep_log, make_accelerator, make_trainer
+from afa.training.setup import RUNS, end_run, make_accelerator, make_trainer
 from afa.training.sheets import FOLDER as SHEETS
-from afa.training.state import FOLDER, forget_state, state_file
+from afa.training.state import FOLDER, state_file
 
 BEFORE, STARTED = (
     "untrained mean",
@@ -46,8 +46,13 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> TrainingP
         choose_device(settings.device)
     own = ensemble is None
     ensemble = ensemble or _ensemble(settings)
+    if settings.store == "cpu" and choose_device(settings.device).type == "cpu":
+        raise UserError(
+            "--store cpu keeps experts beside a GPU, and training would run on the CPU; leave it out, "
+            "or use --store int8"
+        )
     if settings.store is not None:
-        _store(settings.store, ensemble, choose_device(settings.device))
+        store_weights(ensemble.denoiser.experts, settings.store)
     if len(ensemble.denoiser.names) < 2:
         raise UserError(
             f"'{ensemble.denoiser.names[0]}' is one expert alone, and there is nothing to weigh; "
@@ -75,16 +80,6 @@ def _ensemble(settings: TrainSettings) -> Ensemble:
         prediction_type=settings.prediction_type,
         **settings.aggregator_options(),
     )
-
-
-def _store(store: str, ensemble: Ensemble, device: torch.device) -> None:
-    """Store the experts' weights in less memory. Raises UserError if that would not help."""
-    if store == "cpu" and device.type == "cpu":
-        raise UserError(
-            "--store cpu keeps experts beside a GPU, and training would run on the CPU; leave it out, "
-            "or use --store int8"
-        )
-    store_weights(ensemble.denoiser.experts, store)
 
 
 def check_output(settings: LoopSettings) -> None:
@@ -144,11 +139,7 @@ def _train(settings: TrainSettings, planned: TrainingPlan) -> dict[str, Any]:
         planned.ensemble.training = record
         planned.ensemble.save(settings.output)
         planned.source.skipped.write(Path(settings.output) / LEFT_OUT)
-        keep_log(settings)
-        forget_state(settings)
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    accelerator.wait_for_everyone()
+    end_run(settings, accelerator)
     return record
 
 

@@ -21,16 +21,26 @@ from afa.training.plan import TrainingPlan
 from afa.training.prepare import encode_data
 from afa.training.settings import LoopSettings
 from afa.training.sheets import Sheets, make_watch
-from afa.training.state import belongings, state_file
+from afa.training.state import belongings, forget_state, state_file
 
 RUNS = "runs"  # the folder of what trackers write, and the name of their project
 
 
-def keep_log(settings: LoopSettings) -> None:
-    """Move the log beside the trained files."""
-    log = state_file(settings).with_name(LOG)
-    if log.exists():
-        os.replace(log, Path(settings.output) / LOG)
+def end_run(settings: LoopSettings, accelerator: Accelerator, keep: Path | None = None) -> None:
+    """Move the log beside the trained files, remove the state, and close the trackers.
+
+    keep: where to move the state, so that a longer run can continue from it; None: remove it
+    """
+    if accelerator.is_main_process:
+        log = state_file(settings).with_name(LOG)
+        if log.exists():
+            os.replace(log, Path(settings.output) / LOG)
+        if keep is not None:
+            os.replace(state_file(settings), keep)
+        forget_state(settings)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.wait_for_everyone()
 
 
 def make_accelerator(settings: LoopSettings) -> Accelerator:

@@ -92,11 +92,6 @@ def load_state(settings: LoopSettings, now: dict[str, Any], device: torch.device
     return state
 
 
-def move_state(settings: LoopSettings, place: Path) -> None:
-    """Move the saved state elsewhere, for a longer run to continue from."""
-    os.replace(state_file(settings), place)
-
-
 def begin_from(settings: LoopSettings, place: Path) -> None:
     """Let a run that has not begun continue from a state that a shorter run left, if there is one."""
     if place.exists():
