@@ -9,7 +9,7 @@ from tiny_transformers import flux_transformer, sd3_transformer
 from torch import Tensor, nn
 
 from afa.experts.description import describe_config
-from afa.merging.keys import today
+from afa.experts.headers import current_name
 from afa.merging.single_file import (
     Place,
     from_original,
@@ -25,14 +25,14 @@ OPEN_CLIP = {"hidden_act": "gelu", "width": 24}
 
 def as_original(part: str, module: nn.Module, **layout: bool) -> dict[str, Tensor]:
     """A part's weights under their original names."""
-    own = {today(name): tensor for name, tensor in module.state_dict().items()}
+    own = {current_name(name): tensor for name, tensor in module.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
     places = original_places(part, shapes, module, **layout)
     return {key: to_original([own[name] for name in names], places[names[0]].form) for key, names in names_by_key(places).items()}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    one, other = ({today(name): tensor for name, tensor in each.items()} for each in (one, other))
+    one, other = ({current_name(name): tensor for name, tensor in each.items()} for each in (one, other))
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -106,7 +106,7 @@ def real_names(config: str) -> set[str]:
     parts = describe_config("real", config).parts
     xl = "text_encoder_2" in parts
     opened = {"text_encoder": config.startswith("sd21"), "text_encoder_2": True}
-    shapes = {part: {today(name): tensor.shape for name, tensor in model.state_dict().items()} for part, model in parts.items()}
+    shapes = {part: {current_name(name): tensor.shape for name, tensor in model.state_dict().items()} for part, model in parts.items()}
     places = [
         original_places(part, own, parts[part], xl=xl, open_clip=opened.get(part, False)) for part, own in shapes.items()
     ]

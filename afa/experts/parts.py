@@ -1,7 +1,7 @@
-"""What a diffusers folder is made of, and one component of it, by the class it names.
+"""The components of a diffusers pipeline's folder, their classes, and its tokenizers and scheduler.
 
-Classes are the installed libraries' own, each of the kind that its place asks for, and are checked before a
-library is asked to load anything: a folder that was downloaded never chooses what code runs.
+A class must be one of the installed diffusers or transformers, and of the kind that a component needs. This
+is checked before a library loads anything, so that a downloaded folder never chooses what code runs.
 """
 
 import functools
@@ -15,7 +15,7 @@ from afa.experts.folders import read_config, read_object
 from afa.models.registry import FAMILIES
 
 INDEX = "model_index.json"
-# What a component must be: library, base class, what a class of that kind can do that a base class cannot.
+# The kind of class that a component needs: its library, its base class, a method that the base class lacks.
 DENOISER = ("diffusers", "ModelMixin", "forward")
 KINDS = {
     **{family.component: DENOISER for family in FAMILIES.values()},
@@ -28,11 +28,8 @@ KINDS = {
         ("tokenizer", "tokenizer_2", "tokenizer_3"), ("transformers", "PreTrainedTokenizerBase", "__call__")
     ),
 }
-LIBRARIES = (
-    "diffusers",
-    "transformers",
-    "stable_diffusion",
-)  # of components that are never loaded, such as the safety checker
+# libraries of components that are never loaded, such as the safety checker
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 
 
 def load_part(folder: Path, part: str) -> Any:
@@ -46,45 +43,42 @@ def load_part(folder: Path, part: str) -> Any:
         raise UserError(f"{folder} has no {part} ({INDEX} names none)")
     kind = component_class(folder / part, part, *index[part])
     _check_settings(folder / part)
-    return from_pretrained(kind, folder, folder / part, subfolder=part)
+    return from_pretrained(kind, folder / part)
 
 
-def from_pretrained(maker: Any, folder: Path, place: Path, **options: Any) -> Any:
-    """What a library loads from a folder.
-
-    place: the component's own, for messages. Raises UserError for what it cannot load.
-    """
+def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+    """Let a library load a tokenizer or a scheduler from its folder. Raises UserError where it cannot."""
     try:
-        return maker.from_pretrained(folder, local_files_only=True, **options)
+        return kind.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # the libraries raise anything for settings of a wrong type
-        raise UserError(f"{place} could not be loaded as {maker.__name__}: {first_line(error)}") from error
+        raise UserError(f"{folder} could not be loaded as {kind.__name__}: {first_line(error)}") from error
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder that no pipeline describes, of whichever class of transformers it names."""
+    """The tokenizer of a folder that belongs to no pipeline, of the class of transformers that it names."""
     from transformers import AutoTokenizer
 
     _check_settings(folder)
-    return from_pretrained(AutoTokenizer, folder, folder, trust_remote_code=False)
+    return from_pretrained(AutoTokenizer, folder, trust_remote_code=False)
 
 
 def load_scheduler(folder: Path) -> Any:
-    """The scheduler of a folder that no pipeline describes."""
+    """The scheduler of a folder that belongs to no pipeline. Raises UserError if there is none."""
     name = str(read_config(folder, "scheduler_config.json").get("_class_name"))
-    return from_pretrained(component_class(folder, "scheduler", "diffusers", name), folder, folder)
+    return from_pretrained(component_class(folder, "scheduler", "diffusers", name), folder)
 
 
 def _check_settings(folder: Path) -> None:
-    """Raise UserError for settings of a scheduler or tokenizer that are broken, or that name custom code."""
+    """Raise UserError for settings of a scheduler or tokenizer that are broken, or name custom code."""
     for name in ("scheduler_config.json", "tokenizer_config.json", "config.json"):
         if (folder / name).exists():
             read_config(folder, name)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """What a pipeline folder is made of.
+    """The content of a pipeline's model_index.json: component -> [library, class].
 
-    Raises UserError if that cannot be read, or names a class that is not the installed libraries' own.
+    Raises UserError if it cannot be read, or names a class that the installed libraries do not have.
     """
     file = folder / INDEX
     index = read_object(file)
@@ -120,10 +114,10 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 @functools.cache
 def _pipelines() -> frozenset[str]:
-    """The pipelines of the installed diffusers, by name; none is imported."""
+    """The names of the installed diffusers' pipelines. No pipeline is imported."""
     import diffusers
 
-    others = ("DiffusionPipeline", "ModularPipeline")  # what all are made of
+    others = ("DiffusionPipeline", "ModularPipeline")  # base classes
     ends = ("Output", "Blocks", "Config")
     names = (name for name in dir(diffusers) if "Pipeline" in name and not name.startswith("Auto"))
     return frozenset(name for name in names if name not in others and not name.endswith(ends))
@@ -132,19 +126,22 @@ def _pipelines() -> frozenset[str]:
 def component_class(where: Path, part: str | None, library: str, name: str) -> Any:
     """The class of a component.
 
-    where: what names it, for messages. part: its place in a pipeline; None for a denoiser's own folder.
-    Raises UserError if it is not the installed library's own, or of another kind. None for parts that are
-    never loaded.
+    where:   the file or folder that names it, for messages
+    part:    its name in a pipeline; None: a denoiser alone
+    library: diffusers or transformers
+    name:    of the class
+    Returns the class; None for a component that is never loaded.
+    Raises UserError for a class that the installed library does not have, or of another kind.
     """
     if part is not None and part not in KINDS:
         if library not in LIBRARIES or not name.isidentifier():
             raise UserError(_foreign(where, part, library, name))
         return None
     home, base, ability = KINDS[part] if part else DENOISER
-    maker = _class(home, base, ability, name) if library == home else None
-    if maker is None:
+    kind = _class(home, base, ability, name) if library == home else None
+    if kind is None:
         raise UserError(_foreign(where, part or "denoiser", library, name))
-    return maker
+    return kind
 
 
 def _foreign(where: Path, part: str, library: str, name: str) -> str:
@@ -157,14 +154,14 @@ def _foreign(where: Path, part: str, library: str, name: str) -> str:
 
 @functools.cache
 def _class(library: str, base: str, ability: str, name: str) -> Any:
-    """A class of a library, or None if there is none of that name, or of another kind."""
+    """A class of a library; None if there is none of that name, or it is of another kind."""
     import diffusers
     import transformers
 
     module = {"diffusers": diffusers, "transformers": transformers}[library]
     try:
         found = getattr(module, name, None)
-    except Exception:  # what lacks a package that is not installed
+    except Exception:  # a class that needs a package which is not installed
         return None
     parent = getattr(module, base)
     if not isinstance(found, type) or not issubclass(found, parent) or found is parent:
@@ -174,7 +171,7 @@ def _class(library: str, base: str, ability: str, name: str) -> Any:
 
 
 def check_config(place: Path, library: str, name: str) -> dict[str, Any]:
-    """A component's settings. Raises UserError where they are those of another class of diffusers."""
+    """The settings of a component. Raises UserError if they belong to another class of diffusers."""
     config = read_config(place)
     own = config.get("_class_name")
     if library == "diffusers" and own is not None and own != name:
@@ -207,11 +204,11 @@ def component_named(folder: Path, class_name: str) -> str:
 
 
 def has_part(index: dict[str, Any], name: str) -> bool:
-    """Whether a pipeline has a component of that name."""
+    """Whether a pipeline has a component. index: the content of its model_index.json."""
     entry = index.get(name)
     return isinstance(entry, list) and entry[0] is not None
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, without what a library says below it."""
+    """The first line of an error's message; libraries add long advice below it."""
     return str(error).strip().partition("\n")[0]

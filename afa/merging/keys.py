@@ -1,7 +1,6 @@
 """One key of several models: its stage, whether its tensors fit, and its merge in the precision it needs."""
 
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,19 +11,12 @@ from torch import Tensor, nn
 
 from afa.errors import UserError
 from afa.experts.expert import TEXT_ENCODERS
-from afa.experts.headers import RENAMED, is_finite
+from afa.experts.headers import is_finite
 from afa.merging.rules import BASE, Merge
 from afa.models.registry import FAMILIES, stages_of
 
 DENOISERS = tuple(dict.fromkeys(family.component for family in FAMILIES.values()))  # what pipelines call them
 MERGED = (*DENOISERS, *TEXT_ENCODERS)  # parts of a pipeline that are merged; the VAE only when asked for
-
-
-def today(name: str) -> str:
-    """A tensor's name in diffusers' layout as the installed libraries have it, whichever version wrote it."""
-    for old, new in RENAMED:
-        name = re.sub(old, new, name)
-    return name
 
 
 def key_stages(keys: Iterable[str], denoiser: nn.Module) -> dict[str, str]:

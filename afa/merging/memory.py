@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
 from afa.experts.expert import TEXT_ENCODERS, Expert
-from afa.experts.headers import is_position_ids, tied
+from afa.experts.headers import current_name, is_position_ids, tied
 from afa.experts.load import load_expert
 from afa.experts.lora import fused, lora_parts
-from afa.merging.keys import DENOISERS, MERGED, KeyMerge, check_same_keys, check_values, key_stages, today
+from afa.merging.keys import DENOISERS, MERGED, KeyMerge, check_same_keys, check_values, key_stages
 from afa.merging.registry import check_merge, find_merge
 from afa.models.registry import FAMILIES, stage_names
 
@@ -240,7 +240,7 @@ def state(parts: Parts) -> dict[str, Tensor]:
     Raises UserError for weights that are not in memory.
     """
     found = {
-        f"{part}.{today(name)}": tensor
+        f"{part}.{current_name(name)}": tensor
         for part, module in parts.items()
         for name, tensor in module.state_dict().items()
     }

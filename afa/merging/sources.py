@@ -23,7 +23,7 @@ from afa.errors import UserError
 from afa.experts.description import ExpertDescription, describe_expert
 from afa.experts.expert import TEXT_ENCODERS
 from afa.experts.folders import read_folder, read_object
-from afa.experts.headers import Entry, Tensors, is_float, is_position_ids, read_file, tied
+from afa.experts.headers import Entry, Tensors, current_name, is_float, is_position_ids, read_file, tied
 from afa.experts.layouts import OPEN_CLIP
 from afa.experts.locate import Located, locate
 from afa.experts.lora import attach, fuse, read_lora
@@ -31,7 +31,7 @@ from afa.experts.prediction import is_prediction_key
 from afa.experts.single_file import config_folder
 from afa.experts.spec import ExpertSpec, Lora
 from afa.experts.vae import describe_vae
-from afa.merging.keys import key_stages, today
+from afa.merging.keys import key_stages
 from afa.merging.single_file import Place, from_original, original_places, shape_from_original
 from afa.models.registry import layers_of
 
@@ -220,7 +220,7 @@ def add_loras(source: FileSource, loras: tuple[Lora, ...]) -> FileSource:
                 layers.setdefault(layer, {})[f"lora_{end}"] = tensor
             for layer, own in layers.items():
                 module = parts[part].get_submodule(layer)
-                found.setdefault(f"{part}.{today(layer)}", LayerLoras(module)).added.append(
+                found.setdefault(f"{part}.{current_name(layer)}", LayerLoras(module)).added.append(
                     (own, lora.strength)
                 )
     source.given = loras
@@ -280,7 +280,7 @@ def _vae_file(located: Located, like: FileSource, config: str | None) -> FileSou
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {current_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _folder(located: Located, outline: ExpertDescription) -> FileSource:
@@ -300,7 +300,7 @@ def _folder_tensors(folder: Path, part: str, model: nn.Module | None = None) -> 
     same = tied(model) if model is not None else {}
     tensors: dict[str, Stored] = {}
     for name, entry in read_folder(folder).items():
-        key = same.get(today(name), today(name))
+        key = same.get(current_name(name), current_name(name))
         tensors.setdefault(f"{part}.{key}", _as_is(name, entry))
     return tensors
 
