@@ -135,11 +135,13 @@ def call_of(
         return torch.empty(shape, device=device, dtype=dtype)
 
     family = denoiser.family if isinstance(denoiser, EnsembleDenoiser) else family_of(denoiser)
-    call = FAMILIES[family].call
-    conditions = call.blank(denoiser.config, batch, tokens or call.tokens, empty)
-    return call.arguments(
+    interface = FAMILIES[family].interface
+    conditions = interface.empty_conditions(
+        denoiser.config, batch, tokens or interface.max_sequence_length, empty
+    )
+    return interface.denoiser_kwargs(
         denoiser.config,
-        empty(batch, call.latent_channels(denoiser.config), height, width),
+        empty(batch, interface.latent_channels(denoiser.config), height, width),
         empty(batch),
         conditions,
     )

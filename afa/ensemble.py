@@ -277,7 +277,7 @@ def _refuse(experts: Sequence[Expert], reasons: Sequence[str]) -> None:
 
 def _check_text_encoders(ensemble: Ensemble) -> None:
     """Raise UserError for text encoders of different weights in a family that cannot join their states."""
-    if ensemble.denoiser.call.joined:
+    if ensemble.denoiser.interface.concat_text:
         return
     for index, name in enumerate(ensemble.names):
         unlike = [

@@ -117,7 +117,9 @@ class Frame:
             )
         first = self.experts[0]
         family = FAMILIES[first.family]
-        chosen = pipeline_class or getattr(diffusers, family.call.pipeline(len(ensemble.text_encoders)))
+        chosen = pipeline_class or getattr(
+            diffusers, family.interface.pipeline_name(len(ensemble.text_encoders))
+        )
         if pipeline_class is None and "vae" not in components:
             _check_channels(first, self.vae)
         parts: dict[str, Any] = {
@@ -145,7 +147,7 @@ def stock_pipeline(expert: Expert) -> Any:
         "scheduler": expert.scheduler,
         **expert.pipeline_options,
     }
-    chosen = getattr(diffusers, family.call.pipeline(len(expert.text_encoders)))
+    chosen = getattr(diffusers, family.interface.pipeline_name(len(expert.text_encoders)))
     return _made(chosen, parts | _named(expert.text_encoders, expert.tokenizers))
 
 
@@ -171,7 +173,7 @@ def _made(chosen: type, parts: dict[str, Any]) -> Any:
 def _check_channels(expert: Expert, vae: Any) -> None:
     """Raise UserError for a denoiser with other inputs than noisy latents, which text-to-image cannot run."""
     expected = vae.config.get("latent_channels")
-    found = FAMILIES[expert.family].call.latent_channels(expert.model.config)
+    found = FAMILIES[expert.family].interface.latent_channels(expert.model.config)
     if expected is not None and found != expected:
         raise UserError(
             f"'{expert.name}' takes {found} latent channels and its VAE has {expected}: "

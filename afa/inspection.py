@@ -157,7 +157,7 @@ def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) 
 def _guidance_doubles(expert: Expert) -> bool:
     """Whether guidance makes two passes a step, by default."""
     settings: Any = expert.model.config
-    return FAMILIES[expert.family].call.classifier_free(settings) > 1
+    return FAMILIES[expert.family].interface.default_cfg_scale(settings) > 1
 
 
 def _mismatches(subject: Subject, experts: Sequence[Expert]) -> list[str]:
@@ -289,12 +289,12 @@ def _size(subject: Subject, resolution: int | None) -> dict[str, Any]:
     """
     first = subject.descriptions[0].expert
     settings: Any = first.model.config
-    convention = FAMILIES[first.family].call
-    factor, side = _factor(first.vae), convention.side(settings)
-    multiple = factor * convention.patch
+    interface = FAMILIES[first.family].interface
+    factor, side = _factor(first.vae), interface.sample_size(settings)
+    multiple = factor * interface.patch
     if resolution is not None and resolution % multiple:
         near = max(1, resolution // multiple) * multiple
-        patches = "" if convention.patch == 1 else f" times patches of {convention.patch}"
+        patches = "" if interface.patch == 1 else f" times patches of {interface.patch}"
         raise UserError(
             f"--resolution {resolution} is not a multiple of {multiple}, the factor of the VAE{patches}; "
             f"try {near}"
@@ -307,7 +307,7 @@ def _size(subject: Subject, resolution: int | None) -> dict[str, Any]:
     return {
         "resolution": [factor * length for length in latent],
         "latent": latent,
-        "tokens": convention.prompt_tokens(texts),
+        "tokens": interface.prompt_tokens(texts),
     }
 
 

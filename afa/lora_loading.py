@@ -78,7 +78,7 @@ def _load_one(ensemble: "Ensemble", index: int, source: Any, name: str, options:
     ]
     expert = replace(ensemble.experts[index], model=ensemble.denoiser.experts[index], text_encoders=encoders)
     parts = lora_parts(expert)
-    kinds = FAMILIES[expert.family].call.pipeline(len(encoders))
+    kinds = FAMILIES[expert.family].interface.pipeline_name(len(encoders))
     switched = getattr(diffusers, kinds)._lora_loadable_modules  # a pipeline cannot disable LoRAs of others
     parts = {part: module for part, module in parts.items() if part in switched}
     load_lora(parts, source, name, f"expert '{expert.name}'", **options)
@@ -89,7 +89,7 @@ def _check_text(
     ensemble: "Ensemble", chosen: Sequence[int], encoders: Sequence[Sequence[nn.Module]], name: str
 ) -> None:
     """Raise UserError if text encoders would differ in a family whose experts must share them."""
-    joined = FAMILIES[ensemble.denoiser.family].call.joined
+    joined = FAMILIES[ensemble.denoiser.family].interface.concat_text
     for slot, host in enumerate(ensemble.text_encoders):
         changed = bool(adapter_parameters(encoders[0][slot], name))
         if changed and not joined and len(chosen) < len(host.of_expert):

@@ -38,17 +38,17 @@ _printed: set[str] = set()
 
 
 def warn_of_prompts(
-    prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt"
+    prompts: Sequence[str], interface: Any, tokenizers: Sequence[Any], what: str = "prompt"
 ) -> None:
     """Warn on stderr about parts of prompts that are not read as they are meant; each sentence is printed
     once.
 
     prompts:    texts
-    call:       how the family's denoiser is called, see afa.stages.call
+    interface:  how the family's denoiser is called, see afa.stages.interface
     tokenizers: those of the pipeline
     what:       what messages call them: prompt or caption
     """
-    for sentence in unread(prompts, call, tokenizers, what):
+    for sentence in unread(prompts, interface, tokenizers, what):
         if sentence not in _printed:
             _printed.add(sentence)
             print(f"afa: {sentence}", file=sys.stderr)
@@ -57,9 +57,11 @@ def warn_of_prompts(
             handler.addFilter(_truncation)
 
 
-def unread(prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt") -> list[str]:
+def unread(
+    prompts: Sequence[str], interface: Any, tokenizers: Sequence[Any], what: str = "prompt"
+) -> list[str]:
     """The sentences of warn_of_prompts(); empty if everything is read as it is meant."""
-    return [*cut_off(prompts, call, tokenizers, what), *plain_text(prompts, what)]
+    return [*cut_off(prompts, interface, tokenizers, what), *plain_text(prompts, what)]
 
 
 def _truncation(record: logging.LogRecord) -> bool:
@@ -68,10 +70,10 @@ def _truncation(record: logging.LogRecord) -> bool:
 
 
 def cut_off(
-    prompts: Sequence[str], call: Any, tokenizers: Sequence[Any], what: str = "prompt"
+    prompts: Sequence[str], interface: Any, tokenizers: Sequence[Any], what: str = "prompt"
 ) -> Iterator[str]:
     """Yield a sentence if prompts are longer than the text encoders read, with a part that is lost."""
-    window, lost = lost_parts(prompts, call, tokenizers)
+    window, lost = lost_parts(prompts, interface, tokenizers)
     if lost:
         index, part = next(iter(lost.items()))
         shown = part.strip() if len(part) <= LONGEST else f"{part[:LONGEST].strip()}…"
@@ -82,13 +84,15 @@ def cut_off(
         )
 
 
-def lost_parts(prompts: Sequence[str], call: Any, tokenizers: Sequence[Any]) -> tuple[int, dict[int, str]]:
+def lost_parts(
+    prompts: Sequence[str], interface: Any, tokenizers: Sequence[Any]
+) -> tuple[int, dict[int, str]]:
     """The parts of prompts that text encoders do not read.
 
-    prompts, call, tokenizers: see warn_of_prompts
+    prompts, interface, tokenizers: see warn_of_prompts
     Returns the number of tokens that are read, special tokens included, and prompt's index -> the lost text.
     """
-    tokenizer, window = _widest(call, tokenizers)
+    tokenizer, window = _widest(interface, tokenizers)
     if tokenizer is None:
         return 0, {}
     room, lost = window - tokenizer.num_special_tokens_to_add(), {}
@@ -128,7 +132,7 @@ def _pieces(prompt: str) -> list[str]:
     return [found.group() for found in SYNTAX.finditer(prompt)] + ([] if capitals else WORDS.findall(prompt))
 
 
-def _widest(call: Any, tokenizers: Sequence[Any]) -> tuple[Any, int]:
+def _widest(interface: Any, tokenizers: Sequence[Any]) -> tuple[Any, int]:
     """The tokenizer that reads the most of a prompt, and how many tokens it reads; (None, 0) if there is
     none.
 
@@ -138,7 +142,9 @@ def _widest(call: Any, tokenizers: Sequence[Any]) -> tuple[Any, int]:
 
     if not tokenizers:
         return None, 0
-    taken = inspect.signature(getattr(diffusers, call.pipeline(len(tokenizers))).__call__).parameters
+    taken = inspect.signature(
+        getattr(diffusers, interface.pipeline_name(len(tokenizers))).__call__
+    ).parameters
     longest = taken["max_sequence_length"].default if "max_sequence_length" in taken else None
     windows = []
     for tokenizer in tokenizers:

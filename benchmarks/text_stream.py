@@ -52,7 +52,7 @@ class World:
         self.parts = Parts(base.tokenizers[0], *networks)
         self.work, self.quick = work, quick
         self.noising = Noising(FlowMatchEulerDiscreteScheduler(shift=1.0), latents_of(self.parts.vae), CPU)
-        self.call = FAMILIES["sd3"].call
+        self.interface = FAMILIES["sd3"].interface
         self.nothing = [part[0] for part in self._texts(token_ids(self.parts.tokenizer, [""]))]
 
     @torch.no_grad()
@@ -95,9 +95,9 @@ class World:
 
     def _error(self, model: Any, batch: Batch, told: list[Tensor]) -> Tensor:
         noisy = self.noising.noisy(batch.latents, batch.noise, batch.steps)
-        conditions = self.call.conditions(model.config, told, torch.empty(0))
+        conditions = self.interface.conditions(model.config, told, torch.empty(0))
         answer = model(
-            **self.call.arguments(model.config, noisy, self.noising.timesteps(batch.steps), conditions),
+            **self.interface.denoiser_kwargs(model.config, noisy, self.noising.timesteps(batch.steps), conditions),
             return_dict=False,
         )[0]
         return (answer - self.noising.target(batch)).square().mean((1, 2, 3))

@@ -116,14 +116,14 @@ class TestDenoiser:
     @pytest.mark.parametrize(("own", "frame"), PAIRS)
     def test_a_converted_expert_claims_what_it_would_alone(self, name, own, frame):
         model, mine, theirs = self.made(name, [frame, own]), SCHEDULES[own], SCHEDULES[frame]
-        call, given = MODELS[name].call(), model.call
-        noisy, times = given.latents(call), torch.as_tensor(given.timestep_from_model(call["timestep"])).double()
+        call, interface = MODELS[name].call(), model.interface
+        noisy, times = interface.latents(call), torch.as_tensor(interface.timestep_from_model(call["timestep"])).double()
         handed, own_times = conversion(mine, theirs).given(noisy, times)
         size, first = noisy.shape[-2:], next(iter(call))
-        stock = {**call, first: given.answer(handed) if first != "sample" else handed, "timestep": given.timestep_to_model(own_times.float())}
+        stock = {**call, first: interface.from_latents(handed) if first != "sample" else handed, "timestep": interface.timestep_to_model(own_times.float())}
         with torch.no_grad(), only_expert(model, "expert_1"):
-            heard = given.prediction(model(**call).sample, size)
-            said = given.prediction(model.experts[1](**stock).sample, size)
+            heard = interface.to_latents(model(**call).sample, size)
+            said = interface.to_latents(model.experts[1](**stock).sample, size)
         levels, own_levels = ([level.view(-1, 1, 1, 1) for level in schedule.at(at)] for schedule, at in ((theirs, times), (mine, own_times)))
         expected = clean_of(mine.kind, said.double(), handed.double(), *own_levels)
         claimed = clean_of(theirs.kind, heard.double(), noisy.double(), *levels)

@@ -98,14 +98,14 @@ def test_the_call_is_the_pipelines():
     call = call_of(qwen_image_transformer(), 8, 12, batch=2)
     assert call["hidden_states"].shape == (2, 24, 16) and call["img_shapes"] == [[(1, 4, 6)]] * 2
     assert call["encoder_hidden_states_mask"] is None
-    convention, config = FAMILIES["qwen-image"].call, qwen_image_transformer().config
+    interface, config = FAMILIES["qwen-image"].interface, qwen_image_transformer().config
     noisy, states = torch.randn(2, 4, 8, 12), torch.randn(2, 5, 24)
     for mask, kept in ((torch.ones(2, 5), None), (torch.tensor([[1] * 5, [1, 1, 1, 0, 0]]), True)):
-        conditions = convention.conditions(config, [states, mask], torch.zeros(2, 6))
-        found = convention.arguments(config, noisy, torch.tensor([500, 250]), conditions)
+        conditions = interface.conditions(config, [states, mask], torch.zeros(2, 6))
+        found = interface.denoiser_kwargs(config, noisy, torch.tensor([500, 250]), conditions)
         assert (found["encoder_hidden_states_mask"] is not None) == (kept is not None)
     assert found["timestep"].tolist() == [0.5, 0.25]
-    assert torch.equal(convention.prediction(found["hidden_states"], (8, 12)), noisy)
+    assert torch.equal(interface.to_latents(found["hidden_states"], (8, 12)), noisy)
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_a_further_family_needs_only_its_entry_in_the_table(monkeypatch):
     first, second = (PixArtTransformer2DModel(**config, caption_channels=16, sample_size=8) for _ in range(2))
     class PixArtEnsemble(EnsembleDenoiser):
         family = "pixart"
-        call = FAMILIES["sd3"].call
+        interface = FAMILIES["sd3"].interface
         read_stages = staticmethod(read)
 
     monkeypatch.setitem(FAMILIES, "pixart", Family("PixArtTransformer2DModel", "transformer", PixArtEnsemble))

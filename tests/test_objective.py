@@ -7,7 +7,7 @@ from tiny import scheduler
 
 from afa import UserError
 from afa.latents import Latents
-from afa.models.unet import UNetCall
+from afa.models.unet import UNetInterface
 from afa.training.noise import Noising
 from afa.training.objectives import Mse, Pass
 
@@ -30,7 +30,7 @@ def rows(count=3):
 class Oracle(torch.nn.Module):
     """A denoiser that answers what it is told to; it is called as a U-Net is."""
 
-    call, config = UNetCall(), None
+    interface, config = UNetInterface(), None
 
     def __init__(self, answer):
         super().__init__()

@@ -22,7 +22,7 @@ from afa import Ensemble, UserError
 from afa.aggregators.registry import Recipe
 from afa.inspection import Subject, facts
 from afa.latents import latents_of
-from afa.models.registry import called
+from afa.models.registry import interface_of
 from afa.sampling.sample import Request, Sampling, sample
 from afa.stages.tokens import pack
 from afa.training.cache import VaryingTextCache
@@ -144,10 +144,10 @@ def test_generation_guides_as_these_pipelines_do():
 
 def test_prompts_that_are_encoded_already_draw_the_same(three):
     """As sheets are drawn: the caption and the prompt of nothing beside it, encoded once."""
-    pipe, call = quiet(three.pipeline()), called(three.pipeline())[0]
-    prompts = call.prompts(functools.partial(pipe.encode_prompt, device=CPU), CAPTIONS[:2])
+    pipe, interface = quiet(three.pipeline()), interface_of(three.pipeline())[0]
+    prompts = interface.encode_prompts(functools.partial(pipe.encode_prompt, device=CPU), CAPTIONS[:2])
     generator = [torch.Generator().manual_seed(3 + index) for index in range(2)]
-    images = pipe(**prompts, **call.guiding(4.0), generator=generator, **DRAWN).images
+    images = pipe(**prompts, **interface.guidance_kwargs(4.0), generator=generator, **DRAWN).images
     assert torch.allclose(images, draw(pipe, CAPTIONS[:2], negative_prompt=[" "] * 2, true_cfg_scale=4.0), atol=1e-5)
 
 
@@ -309,8 +309,8 @@ def test_draft_judges_what_the_pipeline_draws(three, guidance, dynamic):
     judge = Draft(work.noising, Decoder(made.frame.vae), lambda shown, captions: seen.append(shown) or shown.sum((1, 2, 3)), steps=3, last=1, guidance=guidance)
     losses = judge.loss(work)
     pipe = quiet(made.pipeline())
-    call, config = called(pipe)
-    guided = call.guided(config, 2, guidance, None, None)
+    interface, config = interface_of(pipe)
+    guided = interface.pipeline_guidance(config, 2, guidance, None, None)
     drawn = pipe(list(work.captions), **guided, latents=pack(work.batch.noise), **DRAWN | {"num_inference_steps": 3}).images
     assert torch.allclose((seen[0] / 2 + 0.5).clamp(0, 1), drawn, atol=1e-4)
     losses.sum().backward()

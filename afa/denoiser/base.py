@@ -17,7 +17,7 @@ from afa.denoiser.lora import DenoiserLoras, applied, lora_scaled
 from afa.denoiser.placement import fused_stages
 from afa.denoiser.schedule import Conversion
 from afa.places import check_name
-from afa.stages.call import Call
+from afa.stages.interface import ModelInterface
 from afa.stages.original_names import Layers, original_layers
 from afa.stages.stage import Stage, StageContext
 
@@ -38,7 +38,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
     """
 
     family: ClassVar[str]
-    call: ClassVar[Call]  # how the denoiser is called
+    interface: ClassVar[ModelInterface]  # how the denoiser is called
     default_placement: ClassVar[str] = "layers"
     output: ClassVar[type] = Transformer2DModelOutput  # what the stock forward returns
     _supports_gradient_checkpointing = True
@@ -74,7 +74,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         self.aggregators = nn.ModuleDict(self._aggregators())
         self.conversions = tuple(conversions) or (None,) * len(experts)
         self._check_conversions()
-        if self.recipe.text_stream == "fused" and not self.call.changes_text:
+        if self.recipe.text_stream == "fused" and not self.interface.changes_text:
             raise ValueError(
                 "text_stream fused is for blocks that change text tokens, "
                 f"and those of family {self.family} only read them; leave it out"
@@ -132,7 +132,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
                 f"placement out, not {','.join(self.fused)}"
             )
         last = self.stages[-1]
-        channels_in = self.call.latent_channels(self.config)
+        channels_in = self.interface.latent_channels(self.config)
         channels_out = last.channels // 4**last.level  # of latents, after the patches are unfolded
         if channels_in != channels_out:
             raise ValueError(
@@ -144,7 +144,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
     @property
     def side(self) -> int:
         """The larger side of the latents the experts are made for; 0 if it is unknown."""
-        found = self.call.side(self.config)
+        found = self.interface.sample_size(self.config)
         return int(found or 0) if isinstance(found, int | None) else max(found)
 
     @property
@@ -187,7 +187,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         options.checkpoint = self.gradient_checkpointing
         options.adjust, options.observe = self._adjust, self._observe
         if self._maps is not None and not self.in_uncond_pass:
-            self._maps.begin(self.call.timestep_from_model(timestep))
+            self._maps.begin(self.interface.timestep_from_model(timestep))
 
         def start(index: int) -> tuple[Tensor, StageContext]:
             own_inputs = self.inputs_for_expert(index, sample, timestep)
@@ -217,7 +217,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         if found is None:
             return noisy, timestep
         own, times = found.given(noisy, self.times(timestep, noisy))
-        return own, self.call.timestep_to_model(times.float())
+        return own, self.interface.timestep_to_model(times.float())
 
     def _converters(
         self, chosen: Sequence[int], sample: Tensor, timestep: Tensor | float | int, context: StageContext
@@ -232,7 +232,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         """Return a call's timestep in the scheduler's unit, () or (B,), on the device of `like`."""
         time = torch.as_tensor(timestep, device=like.device)
         wide = time.to(torch.promote_types(time.dtype, torch.float32))  # half precision would round again
-        return torch.as_tensor(self.call.timestep_from_model(wide))
+        return torch.as_tensor(self.interface.timestep_from_model(wide))
 
     def _observe(self, stage: str, weights: Tensor) -> None:
         """Pass a stage's weights to record_weights and watch_weights, if they are on."""

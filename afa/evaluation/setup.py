@@ -75,9 +75,11 @@ class Setup:
                 else entry.spec(self.folder)
             )
             config = denoiser_config(locate(spec), self.manifest.family, shape)
-            call = FAMILIES[self.manifest.family].call
-            call.guided(config, 1, sampling.guidance, sampling.negative_prompt, sampling.true_guidance)
-            guidance = call.strength(config) if sampling.guidance is None else sampling.guidance
+            interface = FAMILIES[self.manifest.family].interface
+            interface.pipeline_guidance(
+                config, 1, sampling.guidance, sampling.negative_prompt, sampling.true_guidance
+            )
+            guidance = interface.default_guidance(config) if sampling.guidance is None else sampling.guidance
             protocol = dataclasses.replace(
                 protocol, sampling=dataclasses.replace(sampling, guidance=guidance)
             )
@@ -104,7 +106,7 @@ class Setup:
             reschedule(ensemble, self.protocol.scheduler)
         if PartialState().is_main_process:
             captions = list(dict.fromkeys(item.caption for item in self.protocol.items))
-            warn_of_prompts(captions, ensemble.denoiser.call, ensemble.frame.tokenizers)
+            warn_of_prompts(captions, ensemble.denoiser.interface, ensemble.frame.tokenizers)
         return ensemble
 
     def expert(self, name: str) -> Expert:

@@ -76,7 +76,7 @@ def _differs(denoiser: EnsembleDenoiser, changes: Mapping[str, Any]) -> bool:
     if not changes.keys() <= {"aggregator", "placement", "text_stream", *options}:
         return False
     if "text_stream" in changes:
-        return denoiser.call.changes_text
+        return denoiser.interface.changes_text
     return "placement" not in changes or fused_stages(changes["placement"], denoiser.stages) != denoiser.fused
 
 

@@ -50,7 +50,7 @@ def _pair(first: Expert, other: Expert, features: bool) -> list[str]:
             )
         ]
     found = _stage_mismatches(first, other) + _value_mismatches(
-        first.model.config, other.model.config, FAMILIES[first.family].call.alike
+        first.model.config, other.model.config, FAMILIES[first.family].interface.shared_config_keys
     )
     found += _kind_mismatches(first, other, features)
     found += _text_mismatches(first, other)

@@ -256,7 +256,7 @@ def shared_text_encoders(experts: Sequence[ExpertDescription]) -> list[list[str 
 def _first_with_same(earlier: Sequence[ExpertDescription], mine: ExpertDescription, part: str) -> str | None:
     for other in earlier:
         if mine.located is None:
-            same = FAMILIES[mine.expert.family].call.frozen_text and other.config == mine.config
+            same = FAMILIES[mine.expert.family].interface.frozen_text_encoders and other.config == mine.config
         else:
             changed = mine.loras_change_text or other.loras_change_text
             same = (

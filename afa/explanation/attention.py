@@ -17,7 +17,7 @@ from torch import Tensor
 
 from afa.denoiser.base import EnsembleDenoiser
 from afa.experts.expert import TOKENIZERS
-from afa.models.registry import called
+from afa.models.registry import interface_of
 
 WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
@@ -47,11 +47,11 @@ def find_words(pipeline: Any, prompt: str, length: int) -> list[Word]:
     length: number of tokens in the text states that the aggregators read
     Punctuation, start and end tokens, and padding are not words.
     """
-    call, _ = called(pipeline)
+    interface, _ = interface_of(pipeline)
     spans = [(found.group(), found.span()) for found in WORD.finditer(prompt)]
     places: list[list[int]] = [[] for _ in spans]
     offset = 0
-    for index in call.read:
+    for index in interface.aggregator_tokenizers:
         tokenizer = getattr(pipeline, TOKENIZERS[index])
         room = min(length - offset, tokenizer.model_max_length)
         for place, (start, end) in enumerate(_offsets(tokenizer, prompt, room)):

@@ -93,17 +93,17 @@ def _without(
     pipeline: Any, denoiser: EnsembleDenoiser, recording: Recording
 ) -> list[Callable[[dict[str, Any]], dict[str, Any]]]:
     """For each word, return a function that replaces the prompt of a call by the prompt without that word."""
-    device, call = next(denoiser.parameters()).device, denoiser.call
+    device, interface = next(denoiser.parameters()).device, denoiser.interface
     found = []
     for word in recording.words:
         with torch.no_grad():
-            parts = call.parts(
+            parts = interface.select_prompt_outputs(
                 encode_prompt(pipeline, [word.left_out(recording.prompt)], device, guided=False)
             )
 
         def changed(before: dict[str, Any], parts: Sequence[Tensor] = parts) -> dict[str, Any]:
             sizes = (before.get("added_cond_kwargs") or {}).get("time_ids")  # SDXL: sizes of the image
-            return before | call.conditions(denoiser.config, parts, sizes)  # type: ignore[arg-type]
+            return before | interface.conditions(denoiser.config, parts, sizes)  # type: ignore[arg-type]
 
         found.append(changed)
     return found

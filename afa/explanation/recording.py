@@ -131,7 +131,7 @@ class Recorder:
             return
         call = arguments(self.denoiser, args, kwargs)
         self.timesteps.append(_time(self.denoiser, call))
-        self.calls.append(with_prompt(call, len(self.denoiser.call.latents(call))))
+        self.calls.append(with_prompt(call, len(self.denoiser.interface.latents(call))))
 
     def _adjust(self, stage: str, weights: Tensor) -> Tensor:
         """Record the rows of every blend, and return the weights unchanged."""
@@ -203,9 +203,9 @@ def _draw(
     passes = sorted(predictions)
     for place in evenly_spread(len(passes), FRAMES):
         call, prediction = predictions[passes[place]]
-        noisy = denoiser.call.latents(call).float()
+        noisy = denoiser.interface.latents(call).float()
         signal, noise = (float(level) for level in schedule.at(torch.tensor(_time(denoiser, call))))
-        answer = denoiser.call.prediction(prediction, (noisy.shape[-2], noisy.shape[-1])).float()
+        answer = denoiser.interface.to_latents(prediction, (noisy.shape[-2], noisy.shape[-1])).float()
         clean = clean_of(schedule.kind, answer, noisy, max(signal, 1e-4), noise)
         with torch.no_grad():
             pixels = latents.draw(pipeline.vae, latents.unscaled(clean).to(pipeline.vae.dtype))[0].float()
@@ -223,4 +223,4 @@ def evenly_spread(count: int, most: int) -> list[int]:
 
 def _time(denoiser: EnsembleDenoiser, call: Mapping[str, Any]) -> float:
     """Return the timestep of a call, as schedulers count it."""
-    return float(torch.as_tensor(denoiser.call.timestep_from_model(call["timestep"])).flatten()[0])
+    return float(torch.as_tensor(denoiser.interface.timestep_from_model(call["timestep"])).flatten()[0])

@@ -121,10 +121,12 @@ def _prepare(settings: ExplainSettings, prompts: list[str], device: torch.device
         str(settings.ensemble), new_places(settings.experts or []), dtype=getattr(torch, settings.dtype)
     )
     check(ensemble)
-    warn_of_prompts(prompts, ensemble.denoiser.call, ensemble.frame.tokenizers)
-    call, config = ensemble.denoiser.call, ensemble.denoiser.config
-    call.guided(config, 1, settings.guidance, settings.negative_prompt, settings.true_guidance)
-    guidance = call.strength(config) if settings.guidance is None else settings.guidance
+    warn_of_prompts(prompts, ensemble.denoiser.interface, ensemble.frame.tokenizers)
+    interface, config = ensemble.denoiser.interface, ensemble.denoiser.config
+    interface.pipeline_guidance(
+        config, 1, settings.guidance, settings.negative_prompt, settings.true_guidance
+    )
+    guidance = interface.default_guidance(config) if settings.guidance is None else settings.guidance
     sides = settings.negative_prompt, settings.height, settings.width, settings.true_guidance
     sampling = Sampling(settings.steps or STEPS, guidance, *sides)
     if settings.scheduler is not None:
@@ -182,7 +184,7 @@ def _unused(job: ExplainRun, entries: list[ExplainedImage]) -> Unused:
         side // job.pipeline.vae_scale_factor
         for side in read_pixels(job.output / f"{entries[0].stem}.png").shape[:2]
     ]
-    tokens = job.ensemble.denoiser.call.prompt_tokens(
+    tokens = job.ensemble.denoiser.interface.prompt_tokens(
         [encoder.config for encoder in job.ensemble.text_encoders]
     )
     costs = count_stage_flops(job.ensemble.experts[0].model, latent[0], latent[1], tokens)

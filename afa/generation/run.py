@@ -129,10 +129,13 @@ def generate(settings: GenerateSettings) -> list[Path]:
     if settings.scheduler is not None:
         reschedule(ensemble, settings.scheduler)
     sampler = _sampler(settings, ensemble.to(device))
-    warn_of_prompts(prompts, ensemble.denoiser.call, ensemble.frame.tokenizers)
+    warn_of_prompts(prompts, ensemble.denoiser.interface, ensemble.frame.tokenizers)
     if sampling.negative_prompt:
         warn_of_prompts(
-            [sampling.negative_prompt], ensemble.denoiser.call, ensemble.frame.tokenizers, "negative prompt"
+            [sampling.negative_prompt],
+            ensemble.denoiser.interface,
+            ensemble.frame.tokenizers,
+            "negative prompt",
         )
     _check_strengths(settings, ensemble, sampler)
     images = _images(settings, sampling, prompts, ensemble, sampler, files)
@@ -216,9 +219,11 @@ def _sampling(settings: GenerateSettings, ensemble: Ensemble) -> Sampling:
 
     Raises UserError for guidance that the family does not have.
     """
-    call, config = ensemble.denoiser.call, ensemble.denoiser.config
-    call.guided(config, 1, settings.guidance, settings.negative_prompt, settings.true_guidance)
-    guidance = call.strength(config) if settings.guidance is None else settings.guidance
+    interface, config = ensemble.denoiser.interface, ensemble.denoiser.config
+    interface.pipeline_guidance(
+        config, 1, settings.guidance, settings.negative_prompt, settings.true_guidance
+    )
+    guidance = interface.default_guidance(config) if settings.guidance is None else settings.guidance
     return Sampling(
         settings.steps,
         guidance,

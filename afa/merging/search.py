@@ -140,7 +140,7 @@ def _objective(
     sampling = Sampling(settings.steps, settings.guidance, height=settings.height, width=settings.width)
     try_scorer([metric], *image_size(pipeline, sampling))
     prompts = asked_prompts(settings.prompt, settings.prompts)
-    warn_of_prompts(prompts, FAMILIES[merge.expert.family].call, merge.expert.tokenizers)
+    warn_of_prompts(prompts, FAMILIES[merge.expert.family].interface, merge.expert.tokenizers)
     requests = [
         Request(prompts[index % len(prompts)], nth_seed(settings.seed, index))
         for index in range(settings.images)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from afa.denoiser.forward import PassOptions
 from afa.errors import UserError
-from afa.models.transformer import TIMES, BlockList, PackedCall, TransformerEnsemble, block_residuals
+from afa.models.transformer import TIMES, BlockList, PackedInterface, TransformerEnsemble, block_residuals
 from afa.stages.tokens import TokenContext, as_map
 
 GUIDANCE = 3.5  # input of guidance-distilled models in training: the default of their pipelines
@@ -97,15 +97,15 @@ def _flat(ids: Tensor) -> Tensor:
     return ids[0] if ids.ndim == 3 else ids
 
 
-class FluxCall(PackedCall):
+class FluxInterface(PackedInterface):
     """How FLUX.1 is called: packed latents, states of T5, pooled states of CLIP, position ids."""
 
     pipeline_class = "FluxPipeline"
-    tokens = 512  # of T5
-    encoded = (0, 1)
-    named = ("prompt_embeds", "pooled_prompt_embeds")
-    joined = True
-    alike = (
+    max_sequence_length = 512  # of T5
+    prompt_outputs = (0, 1)
+    prompt_names = ("prompt_embeds", "pooled_prompt_embeds")
+    concat_text = True
+    shared_config_keys = (
         "in_channels",
         "out_channels",
         "joint_attention_dim",
@@ -114,13 +114,13 @@ class FluxCall(PackedCall):
         "axes_dims_rope",
         "attention_head_dim",
     )
-    guidance = GUIDANCE
-    read = (1,)
+    guidance_scale = GUIDANCE
+    aggregator_tokenizers = (1,)
 
-    def arguments(
+    def denoiser_kwargs(
         self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]
     ) -> dict[str, Any]:
-        call = super().arguments(config, noisy, times, conditions)
+        call = super().denoiser_kwargs(config, noisy, times, conditions)
         call["img_ids"] = image_ids((noisy.shape[-2], noisy.shape[-1]), noisy)
         call["txt_ids"] = noisy.new_zeros(conditions["encoder_hidden_states"].shape[1], 3)
         if config.guidance_embeds:
@@ -130,13 +130,13 @@ class FluxCall(PackedCall):
     def grid(self, call: Mapping[str, Any]) -> tuple[int, int]:
         return grid_of(call["img_ids"])
 
-    def strength(self, config: Any) -> float | None:
-        return self.guidance if config.guidance_embeds else None
+    def default_guidance(self, config: Any) -> float | None:
+        return self.guidance_scale if config.guidance_embeds else None
 
-    def guided(
+    def pipeline_guidance(
         self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None
     ) -> dict[str, Any]:
-        """Return the pipeline's arguments for guidance; see Call.guided.
+        """Return the pipeline's arguments for guidance; see ModelInterface.pipeline_guidance.
 
         strength: an input of guidance-distilled models
         true:     strength of classifier-free guidance, with a second pass for the negative or empty prompt
@@ -149,21 +149,22 @@ class FluxCall(PackedCall):
             )
         if true is None and negative is not None:
             raise UserError(
-                f"a negative prompt needs classifier-free guidance, and {self.unpaired(config)};"
-                " give that a strength above 1 (--true-guidance), or leave the prompt out"
+                "a negative prompt needs classifier-free guidance, "
+                f"and {self.why_no_batched_guidance(config)}; "
+                "give that a strength above 1 (--true-guidance), or leave the prompt out"
             )
         if true is not None and true <= 1:
             raise UserError(f"true guidance {true:g} adds nothing; give one above 1, or leave it out")
-        built_in = self.strength(config) if strength is None else strength
+        built_in = self.default_guidance(config) if strength is None else strength
         guided: dict[str, Any] = {} if built_in is None else {"guidance_scale": built_in}
         if true is None:
             return guided
         return {**guided, "true_cfg_scale": true, "negative_prompt": [negative or ""] * count}
 
-    def classifier_free(self, config: Any) -> float:
+    def default_cfg_scale(self, config: Any) -> float:
         return 1.0
 
-    def unpaired(self, config: Any) -> str:
+    def why_no_batched_guidance(self, config: Any) -> str:
         return (
             "these experts have theirs built in (guidance_embeds)"
             if config.guidance_embeds
@@ -175,7 +176,7 @@ class FluxEnsemble(TransformerEnsemble):
     """N `FluxTransformer2DModel` experts as one. See EnsembleDenoiser for the arguments."""
 
     family = "flux"
-    call = FluxCall()
+    interface = FluxInterface()
     block_lists = (
         BlockList("transformer_blocks", "D", "double"),
         BlockList("single_transformer_blocks", "S", "single"),

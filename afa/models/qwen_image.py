@@ -16,7 +16,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from afa.denoiser.forward import PassOptions
-from afa.models.transformer import BlockList, PackedCall, TransformerEnsemble, block_residuals
+from afa.models.transformer import BlockList, PackedInterface, TransformerEnsemble, block_residuals
 from afa.stages.stage import Stage
 from afa.stages.tokens import TokenContext, as_map, pack, unpack
 
@@ -87,53 +87,65 @@ def shape_of(shapes: Sequence[Any]) -> Shape:
     return int(frames), int(rows), int(columns)
 
 
-class QwenImageCall(PackedCall):
+class QwenImageInterface(PackedInterface):
     """How Qwen-Image is called: packed latents, states of Qwen2.5-VL and a mask, timesteps from 0 to 1."""
 
     pipeline_class = "QwenImagePipeline"
     text_inputs: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "joint_attention_dim"}
-    tokens = 512  # at most; prompts are padded to the longest of the batch
-    encoded = (0, 1)
-    named = ("prompt_embeds", "prompt_embeds_mask")
-    varying = True
-    nothing = " "  # as in the examples of its authors
-    guidance = 4.0
-    alike = ("in_channels", "out_channels", "joint_attention_dim", "axes_dims_rope", "attention_head_dim")
-    joined = False  # experts share the encoder of 7 billion parameters, which fine-tunes do not change
+    max_sequence_length = 512  # at most; prompts are padded to the longest of the batch
+    prompt_outputs = (0, 1)
+    prompt_names = ("prompt_embeds", "prompt_embeds_mask")
+    variable_length = True
+    empty_prompt = " "  # as in the examples of its authors
+    guidance_scale = 4.0
+    shared_config_keys = (
+        "in_channels",
+        "out_channels",
+        "joint_attention_dim",
+        "axes_dims_rope",
+        "attention_head_dim",
+    )
+    concat_text = False  # experts share the encoder of 7 billion parameters, which fine-tunes do not change
 
-    def parts(self, encoded: Sequence[Any]) -> tuple[Tensor, ...]:
+    def select_prompt_outputs(self, encoded: Sequence[Any]) -> tuple[Tensor, ...]:
         """Return states and a mask; the pipeline's mask is None if there is no padding."""
         states, mask = encoded
         everything = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
         return states, everything if mask is None else mask.to(torch.bool)
 
-    def prompts(self, encode: Callable[[list[str]], Sequence[Any]], captions: list[str]) -> dict[str, Any]:
-        found = zip(self.named, self.parts(encode(captions)), strict=True)
-        nothing = zip(self.named, self.parts(encode([self.nothing] * len(captions))), strict=True)
+    def encode_prompts(
+        self, encode: Callable[[list[str]], Sequence[Any]], captions: list[str]
+    ) -> dict[str, Any]:
+        found = zip(self.prompt_names, self.select_prompt_outputs(encode(captions)), strict=True)
+        nothing = zip(
+            self.prompt_names,
+            self.select_prompt_outputs(encode([self.empty_prompt] * len(captions))),
+            strict=True,
+        )
         return {**dict(found), **{f"negative_{name}": part for name, part in nothing}}
 
-    def guiding(self, strength: float) -> dict[str, Any]:
+    def guidance_kwargs(self, strength: float) -> dict[str, Any]:
         return {"true_cfg_scale": strength}
 
-    def guided(
+    def pipeline_guidance(
         self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None
     ) -> dict[str, Any]:
-        """Return the pipeline's arguments for guidance; see Call.guided.
+        """Return the pipeline's arguments for guidance; see ModelInterface.pipeline_guidance.
 
         The pipelines apply guidance only if they get a negative prompt.
         """
-        found = super().guided(config, count, strength, negative, true)
+        found = super().pipeline_guidance(config, count, strength, negative, true)
         scale = found.pop("guidance_scale")
-        empty = {"negative_prompt": [self.nothing] * count} if negative is None and scale > 1 else {}
-        return {**found, **self.guiding(scale), **empty}
+        empty = {"negative_prompt": [self.empty_prompt] * count} if negative is None and scale > 1 else {}
+        return {**found, **self.guidance_kwargs(scale), **empty}
 
-    def unpaired(self, config: Any) -> str:
+    def why_no_batched_guidance(self, config: Any) -> str:
         return "the pipelines of these experts make its two passes one after another"
 
     def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": parts[0], "encoder_hidden_states_mask": parts[1]}
 
-    def arguments(
+    def denoiser_kwargs(
         self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]
     ) -> dict[str, Any]:
         mask = conditions.get("encoder_hidden_states_mask")
@@ -141,7 +153,7 @@ class QwenImageCall(PackedCall):
             mask = None  # as in the pipeline: attention without padding is faster
         size = (noisy.shape[-2] // self.patch, noisy.shape[-1] // self.patch)
         return {
-            **super().arguments(config, noisy, times, conditions),
+            **super().denoiser_kwargs(config, noisy, times, conditions),
             "img_shapes": [[(1, *size)]] * len(noisy),
             "encoder_hidden_states_mask": mask,
         }
@@ -149,9 +161,9 @@ class QwenImageCall(PackedCall):
     def grid(self, call: Mapping[str, Any]) -> tuple[int, int]:
         return shape_of(call["img_shapes"])[1:]
 
-    def combined(self, uncond: Tensor, cond: Tensor, strength: float) -> Tensor:
+    def apply_guidance(self, uncond: Tensor, cond: Tensor, strength: float) -> Tensor:
         """Apply guidance as the pipelines do: every token keeps the norm of the conditional prediction."""
-        guided, target = pack(super().combined(uncond, cond, strength)), pack(cond)
+        guided, target = pack(super().apply_guidance(uncond, cond, strength)), pack(cond)
         scale = target.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
         return unpack(guided * scale, (cond.shape[-2], cond.shape[-1]))
 
@@ -160,7 +172,7 @@ class QwenImageEnsemble(TransformerEnsemble):
     """N `QwenImageTransformer2DModel` experts as one. See EnsembleDenoiser for the arguments."""
 
     family = "qwen-image"
-    call = QwenImageCall()
+    interface = QwenImageInterface()
     block_lists = (BlockList("transformer_blocks", "Q"),)
     unused_in_last = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp")
     # 60 blocks, 3072 channels: aggregators of three experts have 247 million parameters at all stages, and

@@ -11,7 +11,7 @@ from afa.models.flux import FluxEnsemble
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.sd3 import SD3Ensemble
 from afa.models.unet import UNetEnsemble
-from afa.stages.call import Call
+from afa.stages.interface import ModelInterface
 from afa.stages.original_names import Layers, original_layers
 from afa.stages.stage import Stage, stage_of_names
 
@@ -35,9 +35,9 @@ class Family:
         return self.denoiser.read_stages
 
     @property
-    def call(self) -> Call:
+    def interface(self) -> ModelInterface:
         """How the denoiser is called."""
-        return self.denoiser.call
+        return self.denoiser.interface
 
     @property
     def placement(self) -> str:
@@ -53,15 +53,16 @@ FAMILIES = {
 }
 
 
-def called(pipeline: Any) -> tuple[Call, Any]:
-    """Return the Call and the config of a pipeline's denoiser, which is a model or an ensemble of models.
+def interface_of(pipeline: Any) -> tuple[ModelInterface, Any]:
+    """Return the interface and the config of a pipeline's denoiser, which is a model or an ensemble.
 
     Raises ValueError if the pipeline has no denoiser of a known family.
     """
     for family in FAMILIES.values():
         denoiser = pipeline.components.get(family.component)
         if denoiser is not None:
-            return FAMILIES[getattr(denoiser, "family", None) or family_of(denoiser)].call, denoiser.config
+            name = getattr(denoiser, "family", None) or family_of(denoiser)
+            return FAMILIES[name].interface, denoiser.config
     raise ValueError(f"a {type(pipeline).__name__} has no denoiser of a known family")
 
 

@@ -15,7 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from afa.denoiser.forward import PassOptions
-from afa.models.transformer import BlockList, TransformerCall, TransformerEnsemble, block_residuals
+from afa.models.transformer import BlockList, TransformerEnsemble, TransformerInterface, block_residuals
 from afa.stages.stage import StageContext
 from afa.stages.tokens import LEVEL, TokenContext, as_map
 
@@ -52,16 +52,16 @@ def grid_of(sample: Tensor) -> tuple[int, int]:
     return sample.shape[-2] // 2**LEVEL, sample.shape[-1] // 2**LEVEL
 
 
-class SD3Call(TransformerCall):
+class SD3Interface(TransformerInterface):
     """How SD3 is called: unpacked latents, the states of all text encoders, and pooled states."""
 
     pipeline_class = "StableDiffusion3Pipeline"
-    tokens = 77 + 256  # of CLIP, then of T5
-    encoded = (0, 2)
-    guidance = 7.0
-    read = (0, 2)  # both CLIP encoders read the same tokens
-    joined = False  # the stock pipelines pad CLIP's states to T5's width, which would cut joined ones
-    alike = (
+    max_sequence_length = 77 + 256  # of CLIP, then of T5
+    prompt_outputs = (0, 2)
+    guidance_scale = 7.0
+    aggregator_tokenizers = (0, 2)  # both CLIP encoders read the same tokens
+    concat_text = False  # the stock pipelines pad CLIP's states to T5's width, which would cut joined ones
+    shared_config_keys = (
         "in_channels",
         "out_channels",
         "joint_attention_dim",
@@ -75,7 +75,7 @@ class SD3Ensemble(TransformerEnsemble):
     """N `SD3Transformer2DModel` experts as one. See EnsembleDenoiser for the arguments."""
 
     family = "sd3"
-    call = SD3Call()
+    interface = SD3Interface()
     block_lists = (BlockList("transformer_blocks", "J"),)
     unused_in_last = ("attn.add_q_proj",)  # the attention output of its text tokens is dropped
 

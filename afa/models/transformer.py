@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from afa.denoiser.base import EnsembleDenoiser, split_joined
-from afa.stages.call import Call
+from afa.stages.interface import ModelInterface
 from afa.stages.stage import Stage, StageContext, plain
 from afa.stages.tokens import LEVEL, Block, Head, TokenContext, as_map, as_tokens, pack, set_steps, unpack
 
 TIMES = 1000  # timesteps of a flow's schedule; models of packed latents take a fraction of them, 0 to 1
 
 
-class TransformerCall(Call):
+class TransformerInterface(ModelInterface):
     """How transformers are called: unpacked latents, text states, and pooled states if there are any.
 
     text_inputs: arguments of the denoiser that hold text, and the config key of the width of each; they are
@@ -36,7 +36,9 @@ class TransformerCall(Call):
     def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:
         return dict(zip(self.text_inputs, parts, strict=True))
 
-    def blank(self, config: Any, batch: int, tokens: int, empty: Callable[..., Tensor]) -> dict[str, Any]:
+    def empty_conditions(
+        self, config: Any, batch: int, tokens: int, empty: Callable[..., Tensor]
+    ) -> dict[str, Any]:
         lengths = {"encoder_hidden_states": (tokens,)}
         return {
             name: empty(batch, *lengths.get(name, ()), config[width])
@@ -44,20 +46,20 @@ class TransformerCall(Call):
         }
 
 
-class PackedCall(TransformerCall):
+class PackedInterface(TransformerInterface):
     """How transformers of packed latents are called: 2×2 pixels a token, timesteps from 0 to 1."""
 
     @abstractmethod
     def grid(self, call: Mapping[str, Any]) -> tuple[int, int]:
         """Return the rows and columns of image tokens of a denoiser call."""
 
-    def side(self, config: Any) -> Any:
+    def sample_size(self, config: Any) -> Any:
         return 128  # of latents of 1024 px, the default of the stock pipelines; no config records it
 
     def latent_channels(self, config: Any) -> int:
         return int(config.in_channels) // self.patch**2
 
-    def arguments(
+    def denoiser_kwargs(
         self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]
     ) -> dict[str, Any]:
         timestep = self.timestep_to_model(times.to(noisy.dtype))
@@ -73,13 +75,13 @@ class PackedCall(TransformerCall):
         rows, columns = self.grid(call)
         return unpack(call["hidden_states"], (rows * self.patch, columns * self.patch))
 
-    def schedule(self, scheduler: Any, steps: int, size: tuple[int, int]) -> None:
+    def set_timesteps(self, scheduler: Any, steps: int, size: tuple[int, int]) -> None:
         set_steps(scheduler, steps, size[0] * size[1] // self.patch**2)
 
-    def prediction(self, answer: Tensor, size: tuple[int, int]) -> Tensor:
-        return unpack(answer, size)
+    def to_latents(self, output: Tensor, size: tuple[int, int]) -> Tensor:
+        return unpack(output, size)
 
-    def answer(self, prediction: Tensor) -> Tensor:
+    def from_latents(self, prediction: Tensor) -> Tensor:
         return pack(prediction)
 
 
@@ -105,7 +107,7 @@ class TransformerEnsemble(EnsembleDenoiser):
     unused_in_last: names of the layers in the last block whose output does not influence the prediction
     """
 
-    call: ClassVar[TransformerCall]
+    interface: ClassVar[TransformerInterface]
     block_lists: ClassVar[tuple[BlockList, ...]]
     patch_size: ClassVar[int] = 2**LEVEL
     unused_in_last: ClassVar[tuple[str, ...]] = ()
@@ -143,7 +145,7 @@ class TransformerEnsemble(EnsembleDenoiser):
 
     def split_by_expert(self, **states: Tensor) -> list[dict[str, Tensor]]:
         """Return each expert's arguments of text, from those for all experts or those of each in order."""
-        experts, widths = len(self.experts), self.call.text_inputs
+        experts, widths = len(self.experts), self.interface.text_inputs
         parts = {
             name: split_joined(found, (self.config[widths[name]],), experts, name)
             for name, found in states.items()
@@ -153,7 +155,7 @@ class TransformerEnsemble(EnsembleDenoiser):
     def first_expert_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        states = {name: kwargs[name] for name in self.call.text_inputs if kwargs.get(name) is not None}
+        states = {name: kwargs[name] for name in self.interface.text_inputs if kwargs.get(name) is not None}
         return args, {**kwargs, **self.split_by_expert(**states)[0]}
 
     def as_prediction(self, sample: Tensor, context: StageContext) -> Tensor:

@@ -15,7 +15,7 @@ from afa.denoiser.base import EnsembleDenoiser, split_joined
 from afa.denoiser.forward import PassOptions
 from afa.errors import UserError
 from afa.models.unet_stages import UNetContext, adapter_stages, stages
-from afa.stages.call import Call
+from afa.stages.interface import ModelInterface
 
 
 def embed(
@@ -100,16 +100,16 @@ XL = 5.0  # default guidance strength of SDXL's pipeline
 TIMES = 6  # numbers of SDXL's micro-conditioning: original size, crop, target size, two each
 
 
-class UNetCall(Call):
+class UNetInterface(ModelInterface):
     """How U-Nets are called: unpacked latents, text states, and for SDXL pooled states and sizes."""
 
     latents_input = "sample"
-    tokens = 77  # of CLIP
-    encoded = (0, 2)
-    joined = True
+    max_sequence_length = 77  # of CLIP
+    prompt_outputs = (0, 2)
+    concat_text = True
     changes_text = False
-    frozen_text = False
-    alike = (
+    frozen_text_encoders = False
+    shared_config_keys = (
         "in_channels",
         "out_channels",
         "cross_attention_dim",
@@ -117,13 +117,17 @@ class UNetCall(Call):
         "addition_time_embed_dim",
         "time_cond_proj_dim",
     )
-    guidance = 7.5
+    guidance_scale = 7.5
 
-    def pipeline(self, text_encoders: int) -> str:
+    def pipeline_name(self, text_encoders: int) -> str:
         return "StableDiffusionXLPipeline" if text_encoders == 2 else "StableDiffusionPipeline"
 
     def prompt_tokens(self, encoders: Sequence[Any]) -> int:
-        return getattr(encoders[0], "max_position_embeddings", self.tokens) if encoders else self.tokens
+        return (
+            getattr(encoders[0], "max_position_embeddings", self.max_sequence_length)
+            if encoders
+            else self.max_sequence_length
+        )
 
     def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:
         if len(parts) == 1:
@@ -133,7 +137,9 @@ class UNetCall(Call):
             "added_cond_kwargs": {"text_embeds": parts[1], "time_ids": sizes},
         }
 
-    def blank(self, config: Any, batch: int, tokens: int, empty: Callable[..., Tensor]) -> dict[str, Any]:
+    def empty_conditions(
+        self, config: Any, batch: int, tokens: int, empty: Callable[..., Tensor]
+    ) -> dict[str, Any]:
         text = config.encoder_hid_dim or config.cross_attention_dim
         parts = [empty(batch, tokens, text if isinstance(text, int) else text[0])]
         if config.addition_embed_type == "text_time":
@@ -148,19 +154,18 @@ class UNetCall(Call):
             found["class_labels"] = _labels(config, batch, empty)
         return found
 
-    def strength(self, config: Any) -> float | None:
-        return XL if config.addition_embed_type == "text_time" else self.guidance
+    def default_guidance(self, config: Any) -> float | None:
+        return XL if config.addition_embed_type == "text_time" else self.guidance_scale
 
-    def guided(
+    def pipeline_guidance(
         self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None
     ) -> dict[str, Any]:
-        if negative is not None and self.unpaired(config):
-            raise UserError(
-                f"a negative prompt needs classifier-free guidance, and {self.unpaired(config)}; leave it out"
-            )
-        return super().guided(config, count, strength, negative, true)
+        reason = self.why_no_batched_guidance(config)
+        if negative is not None and reason:
+            raise UserError(f"a negative prompt needs classifier-free guidance, and {reason}; leave it out")
+        return super().pipeline_guidance(config, count, strength, negative, true)
 
-    def unpaired(self, config: Any) -> str:
+    def why_no_batched_guidance(self, config: Any) -> str:
         return (
             ""
             if config.time_cond_proj_dim is None
@@ -188,7 +193,7 @@ class UNetEnsemble(EnsembleDenoiser):
     """
 
     family = "unet"
-    call = UNetCall()
+    interface = UNetInterface()
     read_stages = staticmethod(stages)
     output = UNet2DConditionOutput
 

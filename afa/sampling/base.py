@@ -80,20 +80,20 @@ class Combination(ModelMixin, ConfigMixin, ABC):
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Run the stock forward of the experts' family."""
-        given, call = self._stock.bind(*args, **kwargs).arguments, self.ensemble.call
-        sample = call.latents(given)
+        given, interface = self._stock.bind(*args, **kwargs).arguments, self.ensemble.interface
+        sample = interface.latents(given)
         timestep = _one(self.ensemble.times(given["timestep"], sample))
         size = (sample.shape[-2], sample.shape[-1])
 
         def predict(expert: int) -> Tensor:
             with only_expert(self.ensemble, self.names[expert]):
-                return call.prediction(self.ensemble(**given, return_dict=False)[0], size)
+                return interface.to_latents(self.ensemble(**given, return_dict=False)[0], size)
 
         prediction, weights = self.combine(predict, sample, timestep)
         if self._maps is not None and weights is not None and not self.ensemble.in_uncond_pass:
             self._maps.begin(timestep)
             self._maps.observe(self.ensemble.stages[-1].name, _everywhere(weights, sample))
-        answer = call.answer(prediction)
+        answer = interface.from_latents(prediction)
         return self.ensemble.output(sample=answer) if return_dict else (answer,)
 
     def one_hot(self, expert: int) -> Tensor:

@@ -15,7 +15,7 @@ from afa.denoiser.schedule import FLOW, kind_of
 from afa.ensemble import Ensemble
 from afa.errors import UserError, unknown
 from afa.experts.expert import Expert
-from afa.models.registry import FAMILIES, called
+from afa.models.registry import FAMILIES, interface_of
 from afa.seeds import generator
 from afa.settings import GUIDANCE, SAMPLING_STEPS, SEED, check_number
 from afa.text_files import check_text
@@ -79,13 +79,13 @@ def sample(
     The noise comes from generators on the CPU, so it is the same on every device.
     Raises UserError for guidance, a negative prompt or a size that the model cannot use.
     """
-    call, config = called(pipeline)
-    _check_sides(sampling, pipeline.vae_scale_factor * call.patch)
+    interface, config = interface_of(pipeline)
+    _check_sides(sampling, pipeline.vae_scale_factor * interface.patch)
     _check_steps(sampling, pipeline.scheduler)
     with _step_callback(on_step) as callback:
         result = pipeline(
             [request.prompt for request in requests],
-            **call.guided(
+            **interface.pipeline_guidance(
                 config, len(requests), sampling.guidance, sampling.negative_prompt, sampling.true_guidance
             ),
             num_inference_steps=sampling.steps,
@@ -123,8 +123,8 @@ def _step_callback(on_step: OnStep | None) -> Iterator[Any]:
 
 def image_size(pipeline: Any, sampling: Sampling) -> tuple[int, int]:
     """Return height and width in pixels of a pipeline's images: those of the request, or the model's own."""
-    call, config = called(pipeline)
-    own = call.side(config) or UNKNOWN_SIDE
+    interface, config = interface_of(pipeline)
+    own = interface.sample_size(config) or UNKNOWN_SIDE
     height, width = own if isinstance(own, (tuple, list)) else (own, own)
     factor = pipeline.vae_scale_factor
     return sampling.height or height * factor, sampling.width or width * factor
@@ -132,8 +132,8 @@ def image_size(pipeline: Any, sampling: Sampling) -> tuple[int, int]:
 
 def strength(pipeline: Any, sampling: Sampling) -> float | None:
     """Return the strength of guidance in a pipeline: that of the request, or its family's own."""
-    call, config = called(pipeline)
-    return call.strength(config) if sampling.guidance is None else sampling.guidance
+    interface, config = interface_of(pipeline)
+    return interface.default_guidance(config) if sampling.guidance is None else sampling.guidance
 
 
 def _check_sides(sampling: Sampling, unit: int) -> None:
@@ -208,7 +208,7 @@ def settled(pipeline: Any, expert: Expert) -> Any:
 
 def check_guidable(ensemble: Ensemble, method: str) -> None:
     """Raises UserError for experts whose pipelines make no unconditional prediction beside the other."""
-    reason = ensemble.denoiser.call.unpaired(ensemble.denoiser.config)
+    reason = ensemble.denoiser.interface.why_no_batched_guidance(ensemble.denoiser.config)
     if reason:
         raise UserError(f"{method} needs classifier-free guidance, and {reason}; choose another method")
 

@@ -247,17 +247,17 @@ def _size(settings: ScreenSettings, expert: Expert) -> tuple[tuple[int, int, int
 
     Raises UserError for a resolution that the VAE and the denoiser cannot represent.
     """
-    call, config = FAMILIES[expert.family].call, expert.model.config
+    interface, config = FAMILIES[expert.family].interface, expert.model.config
     factor = VAE_FACTOR if expert.vae is None else latents_of(expert.vae).factor
-    found = call.side(config)
+    found = interface.sample_size(config)
     side = found if isinstance(found, int | None) else max(found)
     if not settings.resolution and not side:
         raise UserError(f"'{expert.name}' has no size of its own (sample_size); give --resolution")
     resolution = settings.resolution or side * factor
-    multiple = factor * call.patch
+    multiple = factor * interface.patch
     if resolution % multiple:
         near = max(1, round(resolution / multiple)) * multiple
         raise UserError(
             f"--resolution {resolution} is not a multiple of {multiple} pixels; {near} is the nearest"
         )
-    return (call.latent_channels(config), resolution // factor, resolution // factor), resolution
+    return (interface.latent_channels(config), resolution // factor, resolution // factor), resolution

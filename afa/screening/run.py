@@ -166,7 +166,9 @@ class AnswerCollector:
         if not missing:
             return
         ensemble = self.frame.load(spec)
-        warn_of_prompts(self.probes.captions, ensemble.denoiser.call, ensemble.frame.tokenizers, "caption")
+        warn_of_prompts(
+            self.probes.captions, ensemble.denoiser.interface, ensemble.frame.tokenizers, "caption"
+        )
         asking = ExpertPredictor(
             ensemble, self.frame.conditions(ensemble), self.noising, self.probes, self.settings.batch_size
         )

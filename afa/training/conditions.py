@@ -38,9 +38,9 @@ class Conditions:
 
     def __init__(self, pipeline: Any, denoiser: EnsembleDenoiser, device: torch.device) -> None:
         self.pipeline, self.device = pipeline, device
-        self.call, self.config = denoiser.call, denoiser.config
+        self.interface, self.config = denoiser.interface, denoiser.config
         self.cache: TextCache | VaryingTextCache | None = None
-        self._none = self._encode([self.call.nothing])
+        self._none = self._encode([self.interface.empty_prompt])
         if pipeline.config.get("force_zeros_for_empty_prompt"):
             self._none = tuple(torch.zeros_like(part) for part in self._none)
 
@@ -62,7 +62,7 @@ class Conditions:
         self.cache = cache
 
     def _cache(self, folder: Path, captions: list[str]) -> TextCache | VaryingTextCache:
-        if not self.call.varying:
+        if not self.interface.variable_length:
             return TextCache(
                 folder, self._identity(), [(tuple(part.shape[1:]), part.dtype) for part in self._none]
             )
@@ -90,7 +90,7 @@ class Conditions:
         if self.cache is not None:
             return tuple(part.to(self.device, non_blocking=True) for part in self.cache.read(captions))
         encoded = encode_prompt(self.pipeline, captions, self.device, guided=False)
-        return self.call.parts(encoded)
+        return self.interface.select_prompt_outputs(encoded)
 
     def __call__(self, captions: list[str], sizes: Tensor, dropped: Tensor) -> dict[str, Any]:
         """Return the denoiser's keyword arguments for these captions.
@@ -100,11 +100,11 @@ class Conditions:
         """
         parts = []
         for part, none in zip(self._encode(list(captions)), self._none, strict=True):
-            if self.call.varying:
+            if self.interface.variable_length:
                 part, none = equally_long(part, none)
             mask = dropped.to(part.device).view(-1, *[1] * (part.ndim - 1))
             parts.append(torch.where(mask, none, part))
-        return self.call.conditions(self.config, parts, sizes.to(self.device, parts[0].dtype))
+        return self.interface.conditions(self.config, parts, sizes.to(self.device, parts[0].dtype))
 
 
 def encode_prompt(

@@ -95,10 +95,10 @@ class Pass:
     def predict(self, call: Any, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Any]) -> Tensor:
         """Call a denoiser, and return its prediction as latents (B, C, h, w) in float32."""
         dtype = next(self.denoiser.experts.parameters()).dtype
-        interface = self.denoiser.call
-        arguments = interface.arguments(self.denoiser.config, noisy.to(dtype), timesteps, conditions)
+        interface = self.denoiser.interface
+        arguments = interface.denoiser_kwargs(self.denoiser.config, noisy.to(dtype), timesteps, conditions)
         size = (noisy.shape[-2], noisy.shape[-1])
-        return interface.prediction(call(**arguments, return_dict=False)[0], size).float()
+        return interface.to_latents(call(**arguments, return_dict=False)[0], size).float()
 
 
 class Objective(ABC):

@@ -48,12 +48,12 @@ def resolution_of(settings: LoopSettings, ensemble: Ensemble) -> int:
     if not settings.resolution and not denoiser.side:
         raise UserError(f"'{denoiser.names[0]}' has no size of its own (sample_size); give --resolution")
     resolution = settings.resolution or denoiser.side * factor
-    multiple = factor * denoiser.call.patch
+    multiple = factor * denoiser.interface.patch
     if resolution % multiple:
         what = (
             "the VAE's down-sampling factor"
             if multiple == factor
-            else f"{factor} of the VAE times patches of {denoiser.call.patch}"
+            else f"{factor} of the VAE times patches of {denoiser.interface.patch}"
         )
         raise UserError(f"--resolution {resolution} is not a multiple of {multiple}, {what}")
     return resolution

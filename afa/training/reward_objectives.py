@@ -160,13 +160,13 @@ class Draft(Objective):
 
     def _conditions(self, work: Pass) -> tuple[float, dict[str, Any]]:
         """Return the strength of guidance, and the denoiser's conditions: doubled where it is not 1."""
-        call, captioned = work.denoiser.call, torch.zeros_like(work.dropped)
+        interface, captioned = work.denoiser.interface, torch.zeros_like(work.dropped)
         strength = self.guidance
         if strength is None:
-            strength = call.classifier_free(work.denoiser.config)
+            strength = interface.default_cfg_scale(work.denoiser.config)
         if strength == 1:
             return strength, work.encode(captioned)
-        return strength, joined(work.encode(~captioned), work.encode(captioned), call.varying)
+        return strength, joined(work.encode(~captioned), work.encode(captioned), interface.variable_length)
 
     def _draw(self, work: Pass, predict: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
         """Return the clean latents of each sample, with gradients through the last steps.
@@ -198,7 +198,11 @@ class Draft(Objective):
         doubled = latents if strength == 1 else torch.cat([latents, latents])
         times = time.expand(len(doubled)).to(latents.device)
         prediction = work.predict(work.call, doubled, times, conditions)
-        return prediction if strength == 1 else work.denoiser.call.combined(*prediction.chunk(2), strength)
+        return (
+            prediction
+            if strength == 1
+            else work.denoiser.interface.apply_guidance(*prediction.chunk(2), strength)
+        )
 
     def _sampler(self, work: Pass) -> Any:
         """Return a deterministic scheduler of the noise schedule, with its timesteps set."""
@@ -207,7 +211,7 @@ class Draft(Objective):
         maker: Any = type(self.noising.scheduler) if self.noising.is_flow else DDIMScheduler
         sampler = maker.from_config(self.noising.scheduler.config)
         height, width = work.batch.noise.shape[-2:]
-        work.denoiser.call.schedule(sampler, self.steps, (height, width))
+        work.denoiser.interface.set_timesteps(sampler, self.steps, (height, width))
         return sampler
 
 

@@ -92,7 +92,7 @@ def make_trainer(
     context = make_context(settings, ensemble, device)
     if accelerator.is_main_process:
         captions = [sample.caption for sample in planned.source.samples]
-        warn_of_prompts(captions, denoiser.call, ensemble.frame.tokenizers, "caption")
+        warn_of_prompts(captions, denoiser.interface, ensemble.frame.tokenizers, "caption")
     conditions, sheets = Conditions(ensemble.pipeline(), denoiser, device), None
     if settings.sheet_every is not None:
         watch = make_watch(settings, device)

@@ -71,7 +71,7 @@ class Sheets:
         pipeline.set_progress_bar_config(disable=True)
         encode = functools.partial(encode_prompt, pipeline, device=pipeline._execution_device, guided=True)
         with torch.no_grad():
-            self._prompt = denoiser.call.prompts(encode, self.captions)
+            self._prompt = denoiser.interface.encode_prompts(encode, self.captions)
         for name in TEXT_ENCODERS:
             if getattr(pipeline, name, None) is not None:
                 setattr(pipeline, name, None)
@@ -93,11 +93,11 @@ class Sheets:
         return self._watched(images)
 
     def _images(self) -> NDArray[np.uint8]:
-        settings, call = self.settings, self.denoiser.call
+        settings, interface = self.settings, self.denoiser.interface
         strength = settings.sheet_guidance
         if strength is None:
-            strength = call.strength(self.denoiser.config)
-        guidance = {} if strength is None else call.guiding(strength)
+            strength = interface.default_guidance(self.denoiser.config)
+        guidance = {} if strength is None else interface.guidance_kwargs(strength)
         noise = [torch.Generator().manual_seed(SEED + index) for index in range(len(self.captions))]
         drawn = self.pipeline(
             **self._prompt,

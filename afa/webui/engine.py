@@ -167,13 +167,15 @@ class Engine:
     @property
     def guidance(self) -> float | None:
         """The default strength of guidance."""
-        return self.ensemble.denoiser.call.strength(self.ensemble.denoiser.config)
+        return self.ensemble.denoiser.interface.default_guidance(self.ensemble.denoiser.config)
 
     @property
     def has_true_guidance(self) -> bool:
         """Whether the experts take classifier-free guidance beside their built-in guidance."""
         try:
-            self.ensemble.denoiser.call.guided(self.ensemble.denoiser.config, 1, None, None, 2.0)
+            self.ensemble.denoiser.interface.pipeline_guidance(
+                self.ensemble.denoiser.config, 1, None, None, 2.0
+            )
         except UserError:
             return False
         return True
@@ -183,8 +185,10 @@ class Engine:
         request = validate_request(
             given, self.limits, list(self.methods), self.ensemble.names, self.schedulers
         )
-        call, config = self.ensemble.denoiser.call, self.ensemble.denoiser.config
-        call.guided(config, 1, request.guidance, request.negative_prompt, request.true_guidance)
+        interface, config = self.ensemble.denoiser.interface, self.ensemble.denoiser.config
+        interface.pipeline_guidance(
+            config, 1, request.guidance, request.negative_prompt, request.true_guidance
+        )
         return DrawingJob(
             request,
             [MethodColumn(name, self.methods[name].title) for name in request.methods],
@@ -312,9 +316,9 @@ def _rescheduled(ensemble: Ensemble, method: PageMethod, name: str | None) -> It
 
 
 def _limits(settings: UiSettings, ensemble: Ensemble) -> Limits:
-    factor, call = ensemble.pipeline().vae_scale_factor, ensemble.denoiser.call
-    side = call.side(ensemble.denoiser.config) or LATENTS
+    factor, interface = ensemble.pipeline().vae_scale_factor, ensemble.denoiser.interface
+    side = interface.sample_size(ensemble.denoiser.config) or LATENTS
     own = factor * max(side if isinstance(side, (tuple, list)) else (side,))
     return Limits(
-        settings.max_images, settings.max_steps, settings.max_side or 2 * own, factor * call.patch, own
+        settings.max_images, settings.max_steps, settings.max_side or 2 * own, factor * interface.patch, own
     )

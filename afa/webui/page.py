@@ -150,7 +150,7 @@ class Handlers:
     def _begun(self, job: DrawingJob) -> list[Any]:
         ensemble = self.engine.ensemble
         for words in filter(None, (job.request.prompt, job.request.negative_prompt)):
-            for remark in unread([words], ensemble.denoiser.call, ensemble.frame.tokenizers):
+            for remark in unread([words], ensemble.denoiser.interface, ensemble.frame.tokenizers):
                 gr.Warning(markup.warning(remark))
         buttons = [gr.Button(interactive=False), gr.Button(interactive=True)]
         return [*buttons, markup.status(job), markup.results(job)]

@@ -7,11 +7,11 @@ import torch
 from tiny import quiet, sd_pipeline, sdxl_pipeline, tokenizer
 from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
-from afa.models.registry import FAMILIES, called
+from afa.models.registry import FAMILIES, interface_of
 from afa.prompts import lost_parts, plain_text, unread, warn_of_prompts
 from afa.training.conditions import encode_prompt
 
-CALL = FAMILIES["unet"].call
+INTERFACE = FAMILIES["unet"].interface
 PIPELINES = [sd_pipeline, sdxl_pipeline, sd3_pipeline, flux_pipeline, qwen_image_pipeline]
 WORDS = [f"{colour} {thing}" for colour in ("red", "Blue", "grün", "pale") for thing in ("ring", "cat,", "house") for _ in range(60)]
 
@@ -32,22 +32,22 @@ def same(one, other):
 @pytest.mark.parametrize("make", PIPELINES)
 def test_what_is_called_cut_off_is_exactly_what_the_model_does_not_read(make):
     pipe = quiet(make())
-    call, tokenizers, prompt = called(pipe)[0], tokenizers_of(pipe), " ".join(WORDS)
-    lost = lost_parts([prompt], call, tokenizers)[1][0]
+    interface, tokenizers, prompt = interface_of(pipe)[0], tokenizers_of(pipe), " ".join(WORDS)
+    lost = lost_parts([prompt], interface, tokenizers)[1][0]
     kept, (cut_word, _, _) = prompt.removesuffix(lost), lost.partition(" ")
     assert len(kept) > 50
     read = states(pipe, prompt)
     assert same(read, states(pipe, f"{kept}{cut_word} and what else there is to say"))
     at = kept.rstrip().rindex(" ")
     assert not same(read, states(pipe, kept[:at]))
-    assert lost_parts([kept[:at]], call, tokenizers)[1] == {}
+    assert lost_parts([kept[:at]], interface, tokenizers)[1] == {}
 
 
 def test_prompts_that_fit_are_passed_over_and_those_that_do_not_are_counted():
     long = "a cat " * 60
-    sentences = unread(["a cat", long, "a dog", f"{long}on a mat"], CALL, [tokenizer()])
+    sentences = unread(["a cat", long, "a dog", f"{long}on a mat"], INTERFACE, [tokenizer()])
     assert len(sentences) == 1 and sentences[0].startswith("2 of 4 prompts are longer than the 77 tokens") and 'of prompt 2: "a cat' in sentences[0]
-    assert unread(["a cat", "the C++ book (red): 12:30, [1] A & B"], CALL, [tokenizer()]) == []
+    assert unread(["a cat", "the C++ book (red): 12:30, [1] A & B"], INTERFACE, [tokenizer()]) == []
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_run_is_told_once_and_diffusers_does_not_say_it_again(capsys):
     logging.getLogger("diffusers").setLevel(logging.WARNING)
     try:
         for _ in range(2):
-            warn_of_prompts(["a cat " * 40 + "(once:1.1)"], CALL, [tokenizer()], "caption")
+            warn_of_prompts(["a cat " * 40 + "(once:1.1)"], INTERFACE, [tokenizer()], "caption")
         encode_prompt(pipe, ["a cat " * 40], torch.device("cpu"), guided=False)
         diffusers_logger.warning("something else")
     finally:

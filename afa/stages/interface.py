@@ -9,60 +9,60 @@ from torch import Tensor
 from afa.errors import UserError
 
 
-class Call(ABC):
+class ModelInterface(ABC):
     """How the denoisers of one family are called.
 
     `config`, an argument of many methods, is always the denoiser's own config.
 
-    pipeline_class: class of the stock text-to-image pipeline
-    latents_input: the denoiser's argument of the noisy latents
-    tokens:      length of a prompt in tokens, as the stock pipelines pad it
-    patch:       the height and width of the latents must be multiples of it
-    encoded:     indices of the results of the pipeline's encode_prompt that the denoiser takes; indices past
-                 the last result are ignored
-    named:       names of all these results as arguments of the pipeline, in order
-    joined:      True if experts may have different text encoders; their states are then joined on the
-                 feature axis
-    changes_text: True if blocks change text tokens together with image tokens
-    frozen_text: True if fine-tunes leave the text encoders unchanged, so that all experts have the same ones
-    alike:       config keys that must be equal in all experts: they change what features or predictions mean,
-                 but not the stages
-    guidance:    default guidance strength; None: the models have no guidance
-    varying:     True if the text states of a batch are as long as its longest prompt; `parts` are then
-                 (states, mask)
-    nothing:     the empty prompt of guidance
-    read:        indices of the pipeline's tokenizers whose text states the aggregators see, in order
+    pipeline_class:        class of the stock text-to-image pipeline
+    latents_input:         argument of the denoiser's forward that takes the noisy latents
+    max_sequence_length:   length of a prompt in tokens, as the stock pipelines pad it
+    patch:                 the height and width of the latents must be multiples of it
+    prompt_outputs:        indices of the results of the pipeline's encode_prompt that the denoiser takes;
+                           indices past the last result are ignored
+    prompt_names:          names of all these results as arguments of the pipeline, in order
+    concat_text:           experts may have different text encoders; their states are then concatenated on the
+                           feature axis
+    changes_text:          blocks change text tokens together with image tokens
+    frozen_text_encoders:  fine-tunes leave the text encoders unchanged; all experts have the same ones
+    shared_config_keys:    config keys that must be equal in all experts: they change what features or
+                           predictions mean, but not the stages
+    guidance_scale:        default guidance strength; None: the models have no guidance
+    variable_length:       the text states of a batch are as long as its longest prompt, and
+                           `select_prompt_outputs` returns (states, mask)
+    empty_prompt:          of guidance
+    aggregator_tokenizers: indices of the pipeline's tokenizers whose text states the aggregators see
     """
 
     pipeline_class: str
     latents_input: str = "hidden_states"
-    tokens: int
+    max_sequence_length: int
     patch: int = 1
-    encoded: tuple[int, ...]
-    named: tuple[str, ...] = (
+    prompt_outputs: tuple[int, ...]
+    prompt_names: tuple[str, ...] = (
         "prompt_embeds",
         "negative_prompt_embeds",
         "pooled_prompt_embeds",
         "negative_pooled_prompt_embeds",
     )
-    joined: bool
+    concat_text: bool
     changes_text: bool = True
-    frozen_text: bool = True
-    alike: tuple[str, ...]
-    guidance: float | None = None
-    varying: bool = False
-    nothing: str = ""
-    read: tuple[int, ...] = (0,)
+    frozen_text_encoders: bool = True
+    shared_config_keys: tuple[str, ...]
+    guidance_scale: float | None = None
+    variable_length: bool = False
+    empty_prompt: str = ""
+    aggregator_tokenizers: tuple[int, ...] = (0,)
 
-    def pipeline(self, text_encoders: int) -> str:
+    def pipeline_name(self, text_encoders: int) -> str:
         """Return the class name of the stock text-to-image pipeline, by the number of text encoders."""
         return self.pipeline_class
 
     def prompt_tokens(self, encoders: Sequence[Any]) -> int:
         """Return the length of a prompt in tokens. encoders: configs of the model's text encoders, if any."""
-        return self.tokens
+        return self.max_sequence_length
 
-    def side(self, config: Any) -> Any:
+    def sample_size(self, config: Any) -> Any:
         """Return the side of the latents the model is made for, or (height, width); None if it is unknown."""
         return config.sample_size
 
@@ -70,18 +70,20 @@ class Call(ABC):
         """Return the number of channels of the latents."""
         return int(config.in_channels)
 
-    def parts(self, encoded: Sequence[Any]) -> tuple[Tensor, ...]:
+    def select_prompt_outputs(self, encoded: Sequence[Any]) -> tuple[Tensor, ...]:
         """Select from the results of the pipeline's encode_prompt what the denoiser takes, batch first."""
-        return tuple(encoded[place] for place in self.encoded if place < len(encoded))
+        return tuple(encoded[place] for place in self.prompt_outputs if place < len(encoded))
 
-    def prompts(self, encode: Callable[[list[str]], Sequence[Any]], captions: list[str]) -> dict[str, Any]:
+    def encode_prompts(
+        self, encode: Callable[[list[str]], Sequence[Any]], captions: list[str]
+    ) -> dict[str, Any]:
         """Encode captions and the empty prompt of guidance; return them as arguments of the pipeline.
 
         encode: the pipeline's encode_prompt
         """
-        return dict(zip(self.named, encode(captions), strict=False))
+        return dict(zip(self.prompt_names, encode(captions), strict=False))
 
-    def guiding(self, strength: float) -> dict[str, Any]:
+    def guidance_kwargs(self, strength: float) -> dict[str, Any]:
         """Return the pipeline's argument for this guidance strength, for prompts that are encoded already."""
         return {"guidance_scale": strength}
 
@@ -89,15 +91,17 @@ class Call(ABC):
     def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:
         """Return the arguments of a denoiser call that depend on the prompts, batch first.
 
-        parts: the encoded prompts, see `parts`
+        parts: the encoded prompts, see `select_prompt_outputs`
         sizes: (B, 6), SDXL's micro-conditioning
         """
 
     @abstractmethod
-    def blank(self, config: Any, batch: int, tokens: int, empty: Callable[..., Tensor]) -> dict[str, Any]:
+    def empty_conditions(
+        self, config: Any, batch: int, tokens: int, empty: Callable[..., Tensor]
+    ) -> dict[str, Any]:
         """Return conditions without content, to count or measure. empty: makes a tensor of a given shape."""
 
-    def arguments(
+    def denoiser_kwargs(
         self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]
     ) -> dict[str, Any]:
         """Return all keyword arguments of a denoiser call.
@@ -121,11 +125,11 @@ class Call(ABC):
         latents: Tensor = call[self.latents_input]
         return latents
 
-    def schedule(self, scheduler: Any, steps: int, size: tuple[int, int]) -> None:
+    def set_timesteps(self, scheduler: Any, steps: int, size: tuple[int, int]) -> None:
         """Set the scheduler's steps as the stock pipelines do. size: height and width of the latents."""
         scheduler.set_timesteps(steps)
 
-    def combined(self, uncond: Tensor, cond: Tensor, strength: float) -> Tensor:
+    def apply_guidance(self, uncond: Tensor, cond: Tensor, strength: float) -> Tensor:
         """Apply classifier-free guidance to two predictions.
 
         uncond, cond: (B, C, H, W) predictions without and with the prompt
@@ -133,19 +137,19 @@ class Call(ABC):
         """
         return uncond + strength * (cond - uncond)
 
-    def prediction(self, answer: Tensor, size: tuple[int, int]) -> Tensor:
+    def to_latents(self, output: Tensor, size: tuple[int, int]) -> Tensor:
         """Convert the output of a denoiser to latents (B, C, H, W). size: their height and width."""
-        return answer
+        return output
 
-    def answer(self, prediction: Tensor) -> Tensor:
-        """Convert predicted latents to the form of a denoiser's output: the inverse of `prediction`."""
+    def from_latents(self, prediction: Tensor) -> Tensor:
+        """Convert predicted latents to the form of a denoiser's output: the inverse of `to_latents`."""
         return prediction
 
-    def strength(self, config: Any) -> float | None:
+    def default_guidance(self, config: Any) -> float | None:
         """Return the stock pipeline's default guidance strength; None: the models have no guidance."""
-        return self.guidance
+        return self.guidance_scale
 
-    def guided(
+    def pipeline_guidance(
         self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None
     ) -> dict[str, Any]:
         """Return the stock pipeline's arguments for the guidance of `count` images.
@@ -156,7 +160,7 @@ class Call(ABC):
         true:     strength of classifier-free guidance for models that also have a built-in one
         Raises UserError for what the models cannot do.
         """
-        strength = self.strength(config) if strength is None else strength
+        strength = self.default_guidance(config) if strength is None else strength
         if true is not None:
             raise UserError(
                 f"true guidance {true:g} is for models whose own guidance is built in, "
@@ -172,14 +176,14 @@ class Call(ABC):
             "negative_prompt": None if negative is None else [negative] * count,
         }
 
-    def classifier_free(self, config: Any) -> float:
+    def default_cfg_scale(self, config: Any) -> float:
         """Return the default strength of guidance that needs two passes.
 
         It is 1 (no guidance) for models with built-in guidance or without guidance.
         """
-        return self.strength(config) or 1.0
+        return self.default_guidance(config) or 1.0
 
-    def unpaired(self, config: Any) -> str:
+    def why_no_batched_guidance(self, config: Any) -> str:
         """Say why one pass cannot predict with and without the prompt side by side; "" if it can.
 
         Returns the end of a sentence, for error messages.
