@@ -194,8 +194,15 @@ class Canvas:
     def text(
         self, x: float, y: float, words: str, size: int = 14, colour: Colour = INK, anchor: str = "la"
     ) -> None:
-        """Words at a place; anchor: as Pillow's."""
+        """Write words at a place; anchor: as Pillow's."""
         self.pen.text((x, y), words, tuple(colour), font(size), anchor=anchor)
+
+    def lines(
+        self, x: float, y: float, lines: Sequence[str], step: int, size: int, colour: Colour = INK
+    ) -> None:
+        """Write lines of text; step: pixels from one line to the next."""
+        for place, line in enumerate(lines):
+            self.text(x, y + step * place, line, size, colour)
 
     def picture(
         self, x: float, y: float, pixels: NDArray[np.uint8], width: int, height: int | None = None

@@ -31,8 +31,7 @@ def chart(unused: Unused, means: NDArray[np.float32], timesteps: Sequence[float]
     for expert in range(experts):
         x, y = MARGIN + expert % across * panel[0], 64 + expert // across * panel[1]
         _chart_panel(canvas, x, y, unused, means, timesteps, expert, (wide, tall))
-    for place, line in enumerate(note):
-        canvas.text(MARGIN, canvas.image.height - 20 * len(note) - 10 + 20 * place, line, 13, MUTED)
+    canvas.lines(MARGIN, canvas.image.height - 20 * len(note) - 10, note, 20, 13, MUTED)
     return canvas.image
 
 

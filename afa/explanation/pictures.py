@@ -99,8 +99,7 @@ def _sheet_top(recording: Recording, facts: str, width: float) -> Canvas:
     head = MARGIN + 28 * len(lines) + 30
     rows = len(recording.experts) * 34 + 76
     canvas = Canvas(width, head + max(high + 24, rows) + 20)
-    for index, line in enumerate(lines):
-        canvas.text(MARGIN, MARGIN - 6 + 28 * index, line, 21)
+    canvas.lines(MARGIN, MARGIN - 6, lines, 28, 21)
     canvas.text(MARGIN, MARGIN + 28 * len(lines) - 2, facts, 13, MUTED)
     for place, (pixels, caption) in enumerate(
         ((recording.image, "the image"), (lead_at(recording), "who weighs more here than elsewhere"))
@@ -224,8 +223,7 @@ def contact(prompt: str, image: NDArray[np.uint8], others: Sequence[Counterfactu
         x, y = MARGIN + place % columns * (TILE + TILE_GAP), 66 + place // columns * (high + 74)
         canvas.picture(x, y, pixels, TILE, high)
         found = wrapped(title, 14, TILE, 2)
-        for index, line in enumerate(found):
-            canvas.text(x, y + high + 7 + 18 * index, line, 14)
+        canvas.lines(x, y + high + 7, found, 18, 14)
         canvas.text(x, y + high + 8 + 18 * len(found), distance, 12, MUTED)
     return canvas.image
 
@@ -260,16 +258,15 @@ def words(recording: Recording, causes: Causes | None) -> Image.Image | None:
     for x, head, room in zip(
         [*xs, xs[2] + BARS + SPOT_GAP], WORD_HEADS, (SPOT, SPOT, BARS - 20, BARS), strict=True
     ):
-        for place, line in enumerate(wrapped(head, 13, room)):
-            canvas.text(x, 60 + 17 * place, line, 13, MUTED)
+        canvas.lines(x, 60, wrapped(head, 13, room), 17, 13, MUTED)
     for place, row in enumerate(rows):
         _word_row(canvas, recording, causes, row, xs, 124 + place * (high + SPOT_GAP), rows)
     left = len(recording.words) - len(rows)
     remarks = word_remarks(recording) + (
         [f"Shown are the {MOST_WORDS} that move most of {left + MOST_WORDS}."] if left else []
     )
-    for place, line in enumerate(wrapped(" ".join(remarks), 13, canvas.image.width - 2 * MARGIN, 3)):
-        canvas.text(MARGIN, canvas.image.height - 66 + 18 * place, line, 13, MUTED)
+    note = wrapped(" ".join(remarks), 13, canvas.image.width - 2 * MARGIN, 3)
+    canvas.lines(MARGIN, canvas.image.height - 66, note, 18, 13, MUTED)
     _words_legend(canvas, recording, canvas.image.height - 100)
     return canvas.image
 

@@ -262,22 +262,10 @@ def equal_compute_steps(steps: int, denoiser: EnsembleDenoiser, rank: int, batch
     once (text encoders, VAE, optimiser) is left out.
     """
     side = denoiser.side
-    whole = count_training_flops(_on_meta(denoiser), side, side, batch_size)
-    single = type(denoiser)([_copy(denoiser.experts[0])], recipe=Recipe("mean"), placement="out")
     with torch.device("meta"):
+        experts = [type(expert).from_config(expert.config) for expert in denoiser.experts]
+        ensemble = type(denoiser)(experts, denoiser.names, denoiser.recipe, denoiser.placement)
+        whole = count_training_flops(ensemble, side, side, batch_size)
+        single = type(denoiser)(experts[:1], recipe=Recipe("mean"), placement="out")
         add_lora(single.experts[0], rank)
     return round(steps * whole / count_training_flops(single, side, side, batch_size))
-
-
-def _on_meta(denoiser: EnsembleDenoiser) -> EnsembleDenoiser:
-    """Return the same ensemble on the meta device."""
-    experts = [_copy(expert) for expert in denoiser.experts]
-    with torch.device("meta"):
-        return type(denoiser)(experts, denoiser.names, denoiser.recipe, denoiser.placement)
-
-
-def _copy(expert: Any) -> nn.Module:
-    """Return a model of an expert's config on the meta device."""
-    with torch.device("meta"):
-        model: nn.Module = type(expert).from_config(expert.config)
-    return model
