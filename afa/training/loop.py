@@ -22,7 +22,7 @@ from afa.training.conditions import Conditions
 from afa.training.data import Encoded
 from afa.training.log import LOG, Monitor
 from afa.training.measure import HeldOut
-from afa.training.noise import Batch, Noising
+from afa.training.noise import Batch
 from afa.training.objective_terms import Objectives
 from afa.training.objectives import Pass
 from afa.training.settings import LoopSettings
@@ -101,7 +101,6 @@ class Trainer:
         settings: LoopSettings,
         accelerator: Accelerator,
         denoiser: Any,
-        noising: Noising,
         objectives: Objectives,
         conditions: Conditions,
         data: Encoded,
@@ -110,15 +109,10 @@ class Trainer:
         begun: dict[str, Any],
         sheets: Sheets | None = None,
     ) -> None:
-        self.settings, self.accelerator, self.noising, self.conditions = (
-            settings,
-            accelerator,
-            noising,
-            conditions,
-        )
-        self.begun = begun
-        self.data, self.denoiser, self.total, self.sheets = data, denoiser, objectives.training, sheets
-        self.held_out = HeldOut(held_out, noising, conditions, settings.batch_size, objectives.held_out)
+        self.settings, self.accelerator, self.denoiser = settings, accelerator, denoiser
+        self.noising, self.total, self.conditions = objectives.noising, objectives.training, conditions
+        self.data, self.begun, self.sheets = data, begun, sheets
+        self.held_out = HeldOut(held_out, objectives, conditions, settings.batch_size)
         self.monitor = Monitor(
             state_file(settings).with_name(LOG), accelerator, settings.batch_size * settings.accumulate
         )

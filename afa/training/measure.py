@@ -13,9 +13,9 @@ from torch import Tensor
 from afa.denoiser.hooks import only_expert, record_weights
 from afa.training.conditions import Conditions
 from afa.training.data import Encoded
-from afa.training.noise import Noising
 from afa.training.objective_registry import OBJECTIVES
-from afa.training.objectives import Mse, Pass, Total
+from afa.training.objective_terms import Objectives
+from afa.training.objectives import Mse, Pass
 
 BANDS = 4  # equal parts of the timesteps, the first with the least noise
 GROUPS = ("IN", "M", "OUT")  # how the names of stages begin; whatever begins otherwise is a group by itself
@@ -157,19 +157,14 @@ class HeldOut:
     """Measures a denoiser on fixed images with fixed noise and evenly spread timesteps, in batches."""
 
     def __init__(
-        self, data: Encoded, noising: Noising, conditions: Conditions, batch_size: int, total: Total
+        self, data: Encoded, objectives: Objectives, conditions: Conditions, batch_size: int
     ) -> None:
-        self.data, self.noising, self.conditions, self.batch_size, self.total = (
-            data,
-            noising,
-            conditions,
-            batch_size,
-            total,
-        )
-        self.batch = noising.spread(data, SEED, total.extra_noise)
-        self.bands = bands_of(self.batch.steps, noising.steps)
-        self._mse = Mse(noising)
-        plain = [term.name in OBJECTIVES and OBJECTIVES[term.name].diffusion for term in total.terms]
+        self.data, self.conditions, self.batch_size = data, conditions, batch_size
+        self.noising, self.total = objectives.noising, objectives.held_out
+        self.batch = self.noising.spread(data, SEED, self.total.extra_noise)
+        self.bands = bands_of(self.batch.steps, self.noising.steps)
+        self._mse = Mse(self.noising)
+        plain = [term.name in OBJECTIVES and OBJECTIVES[term.name].diffusion for term in self.total.terms]
         self._other_terms = plain != [True]  # the diffusion loss is measured in any case
 
     def measure(self, denoiser: Any, whole: bool = False) -> Measured:

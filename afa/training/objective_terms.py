@@ -20,10 +20,12 @@ from afa.training.settings import LoopSettings
 class Objectives:
     """What a run minimises, and what it picks the best weights by.
 
+    noising:  the forward process of all terms
     training: the weighted sum of all terms
-    held_out: the same where no sample's loss is weighed
+    held_out: the same sum, in which all samples have the same weight
     """
 
+    noising: Noising
     training: Total
     held_out: Total
 
@@ -60,4 +62,4 @@ def make_objectives(context: ObjectiveContext, parameters: Sequence[nn.Parameter
     if settings.sparsity:
         terms.append(Term("sparsity", settings.sparsity, Sparsity(settings.sparsity_top)))
     unweighted = [Term(term.name, term.weight, term.objective.unweighted()) for term in terms]
-    return Objectives(Total(terms), Total(unweighted))
+    return Objectives(context.noising, Total(terms), Total(unweighted))

@@ -272,7 +272,7 @@ def rehearse(planned: TrainingPlan) -> tuple[float, float]:
     rng = torch.Generator().manual_seed(0)
     moments = torch.randn(size, 2 * noising.latents.channels, side, side, generator=rng)
     data = Encoded(moments, captions, torch.full((size, 6), float(planned.resolution)))
-    held_out = HeldOut(data, noising, conditions, size, objectives.held_out)
+    held_out = HeldOut(data, objectives, conditions, size)
 
     def step() -> None:
         total = objectives.training

@@ -102,8 +102,9 @@ def make_trainer(
         if planned.own:
             _free_encoders(ensemble, vae=not draws)
     objectives = make_objectives(context, list(trained.parameters()))
-    run = (settings, accelerator, denoiser, context.noising, objectives, conditions)
-    return Trainer(*run, data, held_out, trained, begun, sheets)
+    return Trainer(
+        settings, accelerator, denoiser, objectives, conditions, data, held_out, trained, begun, sheets
+    )
 
 
 def _free_encoders(ensemble: Ensemble, vae: bool) -> None:
