@@ -16,19 +16,16 @@ from afa.schema import build
 
 Files = dict[str, str]  # "expert 'photo', unet/config.json" -> sha256
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".txt", ".model")
-UNUSED = (
-    "safety_checker",
-    "feature_extractor",
-    "image_encoder",
-)  # parts of a pipeline that no command here asks
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a pipeline that no command uses
 
 
 def fingerprint(experts: Sequence[str | ExpertSpec] = (), **others: str | Path | None) -> Files:
-    """Every file that decides what experts compute, LoRAs included, and those of other models and files.
+    """Return the sha256 of every file that decides what experts and other models compute, LoRAs included.
 
-    experts: as given. others: by what they are called in a sentence, `vae="./vae"`: a folder, a file, or what
-    an expert is given as; names of experts and of known configs need no hash. Raises UserError for an expert
-    that is not there.
+    experts: as the user gave them
+    others:  by their name in a sentence, `vae="./vae"`: a folder, a file, or the spelling of an expert; names
+             of experts and of known configs need no hash
+    Raises UserError for an expert that is not there.
     """
     specs = [spec if isinstance(spec, ExpertSpec) else ExpertSpec.parse(spec) for spec in experts]
     found: Files = {}
@@ -48,9 +45,9 @@ def fingerprint(experts: Sequence[str | ExpertSpec] = (), **others: str | Path |
 
 
 def saved_fingerprint(folder: Path, moved: Mapping[str, str] | None = None) -> Files:
-    """The same of a saved ensemble: its manifest and aggregators, its experts, its frame.
+    """Return the same for a saved ensemble: its manifest and aggregators, its experts, its frame.
 
-    moved: new places of experts, by name.
+    moved: new places of experts, by name
     """
     manifest = read_manifest(settled(folder))
     specs = [entry.spec(folder) for entry in manifest.experts]
@@ -59,9 +56,8 @@ def saved_fingerprint(folder: Path, moved: Mapping[str, str] | None = None) -> F
         ExpertSpec.parse(f"{spec.name}={places[spec.name]}") if spec.name in places else spec
         for spec in specs
     ]
-    given = [
-        spec for spec in given if HUB_ID.fullmatch(spec.source) or Path(spec.source).exists()
-    ]  # of others, loading will tell
+    # Experts that are not there are left out here; loading names them.
+    given = [spec for spec in given if HUB_ID.fullmatch(spec.source) or Path(spec.source).exists()]
     names = {spec.name for spec in specs}
     frame = {part: folder / choice for part, choice in manifest.frame.items() if choice not in names}
     own = {
@@ -73,12 +69,12 @@ def saved_fingerprint(folder: Path, moved: Mapping[str, str] | None = None) -> F
 
 
 def digest(facts: Any) -> str:
-    """The sha256 of anything that JSON can hold; of other values their text is taken."""
+    """Return the sha256 of anything that JSON can hold; other values are taken as text."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def summed(files: Files) -> Files:
-    """One hash for every expert or other source, for places where all files would be too much."""
+    """Return one hash for each expert or other source, for places where all files would be too long."""
     sources = dict.fromkeys(name.partition(", ")[0] for name in files)
     return {
         source: digest({name: found for name, found in files.items() if name.startswith(f"{source}, ")})
@@ -87,7 +83,7 @@ def summed(files: Files) -> Files:
 
 
 def changed(begun: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What is no longer as it was, as clauses that name expert and file."""
+    """Return a clause for every file that has changed; it names the expert and the file."""
     return [
         f"{name} has {_short(now.get(name))} (then {_short(begun.get(name))})"
         for name in sorted({*begun, *now})
@@ -137,9 +133,10 @@ FILES = "sha256 of files"  # the entry of the note that holds them
 def check_claim(folder: Path, asked: Mapping[str, Any], what: str, files: Files | None = None) -> None:
     """Raise UserError for a folder of another run, of other content, or to which another process writes.
 
-    A folder in which nothing has been made yet binds nobody: whoever mistyped an option may correct it.
-    asked: by field; names with a space are no flags. what: what is made there, as in "the search". files:
-    what it is made from.
+    A folder in which nothing has been made yet is free: a mistyped option can be corrected.
+    asked: options by field; names with a space are no flags
+    what:  what is made there, as in "the search"
+    files: what it is made from
     """
     if folder.is_file():
         raise UserError(f"--output {folder} is a file; give a folder")
@@ -153,7 +150,7 @@ def check_claim(folder: Path, asked: Mapping[str, Any], what: str, files: Files 
 
 
 def claim(folder: Path, asked: Mapping[str, Any], what: str, files: Files | None = None) -> None:
-    """Note settings and files in a folder that may be had; see check_claim. The folder should be locked."""
+    """Check a folder, and note settings and files in it; see check_claim. The folder should be locked."""
     check_claim(folder, asked, what, files)
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / NOTE
@@ -163,12 +160,12 @@ def claim(folder: Path, asked: Mapping[str, Any], what: str, files: Files | None
 
 
 def check_same(begun: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
-    """Raises UserError, naming every option and file that differs.
+    """Raise UserError that names every option and file that differs.
 
-    Both: fields, and under FILES hashes, if they were noted.
+    begun, now: options by field; hashes under FILES, if they were noted
     """
     options = [
-        f"{_told(name)} {value} (now {now.get(name)})"
+        f"{_flag(name)} {value} (now {now.get(name)})"
         for name, value in begun.items()
         if name != FILES and now.get(name) != value
     ]
@@ -196,10 +193,10 @@ def _read(note: Path) -> dict[str, Any]:
 
 
 def _plain(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """Return the options as they come back from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(asked)))
     return plain
 
 
-def _told(name: str) -> str:
+def _flag(name: str) -> str:
     return name if " " in name else f"--{name.replace('_', '-')}"

@@ -21,7 +21,7 @@ from afa.schema import Count, build
 
 
 def kept_json(file: Path, kind: Any) -> Any:
-    """What a run keeps in a JSON file; None if it is not there, damaged, or not of that kind.
+    """Return what a run keeps in a JSON file; None if it is not there, damaged, or not of that kind.
 
     kind: a type hint, as afa.schema.build takes it
     """
@@ -57,9 +57,7 @@ class RowStore:
     def __init__(self, folder: Path, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.folder, self.shape, self.dtype = folder, tuple(shape), dtype
         self.row_bytes = int(np.prod(self.shape, dtype=np.int64)) * dtype.itemsize
-        self._places: dict[
-            str, list[tuple[int, int]]
-        ] = {}  # key -> part and row, of several the last that is whole
+        self._places: dict[str, list[tuple[int, int]]] = {}  # key -> its rows as (part, row); the last counts
         self._whole: set[str] = set()  # keys whose rows were checked
         self._sums: list[list[bytes]] = []  # of every part
         self._parts: list[np.ndarray] = []
@@ -113,7 +111,7 @@ class RowStore:
         self.refresh()
 
     def read(self, keys: Sequence[str]) -> Tensor:
-        """The rows of some keys, (n, …), copied from the mapped files."""
+        """Return the rows of some keys, (n, …), copied from the mapped files."""
         found = torch.empty((len(keys), self.row_bytes), dtype=torch.uint8)
         for place, key in enumerate(keys):
             if key not in self:
@@ -126,7 +124,7 @@ class RowStore:
         return found.view(self.dtype).view(len(keys), *self.shape)
 
     def refresh(self) -> None:
-        """See what has been appended, here or by others."""
+        """Find the rows that were appended since, by this process or another."""
         for names in sorted(self.folder.glob("*.keys")):
             data = names.with_suffix(".bin")
             whole = min(
@@ -169,7 +167,7 @@ class RowStore:
             )
 
     def _begin(self) -> None:
-        """A part of this writer's own."""
+        """Begin a part that only this writer appends to."""
         number = 0
         while self._writing is None:
             part = self.folder / f"part-{number:05d}.bin"
@@ -181,7 +179,7 @@ class RowStore:
 
 
 def _facts(folder: Path) -> StoreFacts:
-    """What rows a folder keeps. Raises UserError if its description is damaged."""
+    """Return what rows a folder keeps. Raises UserError if its description is damaged."""
     found: StoreFacts | None = kept_json(folder / META, StoreFacts)
     if found is None:
         raise UserError(
@@ -192,12 +190,12 @@ def _facts(folder: Path) -> StoreFacts:
 
 
 def _sum(key: str, row: np.ndarray) -> bytes:
-    """The checksum of a row and its key, as a line."""
+    """Return the checksum of a row and its key, as a line."""
     return b"%08x\n" % zlib.crc32(row.tobytes(), zlib.crc32(key.encode()))
 
 
 def _lines(file: Path, length: int) -> list[bytes] | None:
-    """The whole lines of that length; None if there is no such file."""
+    """Return the whole lines of a file, each of that length; None if there is no such file."""
     if not file.exists():
         return None
     data = file.read_bytes()

@@ -84,12 +84,6 @@ class Analysis:
         """Return how many prompts a verdict needs, corrected over the family."""
         return least_items(self.family)
 
-    def seeds(self, name: str) -> int:
-        """Return the most training seeds in a method's primary metrics; 0 if it is not trained."""
-        return max(
-            (len(column.samples[name].seeds) for column in self.primary if name in column.samples), default=0
-        ) * (self.methods[name].is_trained)
-
     def title(self, name: str) -> str:
         """Return a method's title."""
         return self.methods[name].title
@@ -147,7 +141,7 @@ def our_method(results: Results) -> str | None:
 
 
 def _analyse(results: Results) -> Analysis:
-    """Every column with its best expert, its values, and the comparisons of _pairs, not corrected yet."""
+    """Return every column with its best expert, its values and its comparisons, not corrected yet."""
     _check(results)
     experts = [method.name for method in main_methods(results) if method.group == EXPERT]
     known = {}
@@ -185,7 +179,7 @@ def _check(results: Results) -> None:
 
 
 def _pairs(results: Results, column: Column) -> list[Pair]:
-    """Every row with the best expert and with our method, every variant with its origin."""
+    """Return the pairs to compare: methods with the best expert and with ours, variants with their origin."""
     main = [method.name for method in main_methods(results) if method.name in column.values]
     references = [name for name in (column.best, our_method(results)) if name in column.values]
     pairs = [(name, other) for other in references if other is not None for name in main if name != other]
@@ -203,7 +197,10 @@ def _key(place: int, column: Column, pair: Pair) -> Key:
 
 
 def _corrected(columns: dict[str, Column], place: int, corrected: dict[Key, float]) -> dict[str, Column]:
-    """The columns of the evaluation at a place, with the corrected p-values of the family."""
+    """Return the columns of one evaluation with the corrected p-values of the family.
+
+    place: of the evaluation in the report
+    """
     found, least = {}, least_items(len(corrected))
     for name, column in columns.items():
         comparisons = {

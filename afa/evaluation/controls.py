@@ -32,13 +32,13 @@ from afa.training.settings import LoopSettings
 from afa.training.state import begin_from
 
 COMPUTE = "_compute"  # ends the names of rows at equal compute
-KEPT = "last-state.pt"  # of a run to equal steps, until the one to equal compute takes it over
+KEPT = "last-state.pt"  # of a run to equal steps, until the run to equal compute continues it
 RATES = (1.0, 0.25)  # of the ensemble's learning rate: the better by held-out loss is taken
 Start = Callable[[Setup], Expert]  # -> the model that is fine-tuned, to be changed
 
 
 def control_rows(setup: Setup) -> list[MethodRow]:
-    """Four rows; as many trained parameters as the ensemble has, never fewer."""
+    """Return four rows, each with at least as many trained parameters as the ensemble."""
     starts: dict[str, tuple[str, Start]] = {
         "finetune_best": ("LoRA on the best expert", best_expert),
         "finetune_merge": ("LoRA on the weighted merge", _merge),
@@ -64,20 +64,20 @@ def control_rows(setup: Setup) -> list[MethodRow]:
 
 
 def best_expert(setup: Setup) -> Expert:
-    """A copy of the expert that was ranked best, its LoRAs in its weights, with the ensemble's VAE."""
+    """Return a copy of the best expert, its LoRAs fused into its weights, with the ensemble's VAE."""
     best = setup.expert(setup.ranking[0])
     return replace(best, model=fuse(copy.deepcopy(best.model)), vae=setup.ensemble.frame.vae)
 
 
 def _merge(setup: Setup) -> Expert:
-    """The mean of all experts' weights, with the ensemble's VAE."""
+    """Return the mean of all experts' weights, with the ensemble's VAE."""
     return replace(merge_experts(setup.ensemble.experts, "weighted"), vae=setup.ensemble.frame.vae)
 
 
 def _train(setup: Setup, name: str, start: Start, options: Options, run: int) -> Trained:
-    """Train with the ensemble's recipe; what is trained is only read.
+    """Train with the ensemble's recipe, or read what was trained before.
 
-    A run to equal compute goes on from that to equal steps.
+    A run to equal compute continues the run to equal steps.
     """
     trained, place = setup.output / "trained", Path(f"lr-{options['lr']:g}") / f"seed-{run}"
     folder = trained / name / place
@@ -99,7 +99,7 @@ def _train(setup: Setup, name: str, start: Start, options: Options, run: int) ->
 def _settings(
     setup: Setup, start: Start, by_compute: bool, options: Options, run: int, folder: Path
 ) -> LoraSettings:
-    """The ensemble's own settings, with its rate scaled, and its steps where compute is to be equal."""
+    """Return the ensemble's settings with a scaled rate, and with more steps for equal compute."""
     ensemble = setup.training(folder, run)
     shared = {field.name: getattr(ensemble, field.name) for field in fields(LoopSettings)}
     expert = setup.ensemble.experts[0].model
@@ -117,7 +117,7 @@ def _equal_steps(setup: Setup, rank: int, steps: int, batch_size: int) -> int:
 
 
 def _sampler(setup: Setup, start: Start, train: Train, options: Options, run: int) -> Sampler:
-    """A stock pipeline around the expert with its LoRA in its weights."""
+    """Return a stock pipeline around the expert, with the trained LoRA fused into its weights."""
     expert = start(setup)
     fuse_lora(expert.model, train(options, run).file)
     return merged_sampler(setup, expert)

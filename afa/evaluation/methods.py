@@ -17,13 +17,13 @@ STUDIES = {"experts": expert_rows, "ablations": ablation_rows, "objectives": obj
 
 
 def all_rows(setup: Setup, tuner: Tuner, names: Sequence[str]) -> list[MethodRow]:
-    """The rows of some methods, in the order of the table; `single` has one for every expert."""
+    """Return the rows of some methods, in the order of the table; `single` has one for every expert."""
     rows = [*auto_mbw_rows(setup, tuner), *(row for make in MAKERS for row in make(setup))]
     return [row for name in names for row in rows if row.name.partition(":")[0] == name]
 
 
 def study_rows(setup: Setup, rows: Sequence[MethodRow]) -> list[MethodRow]:
-    """What the studies that are asked for add to some rows."""
+    """Return the rows of the studies that the user asked for."""
     found: list[MethodRow] = []
     for study in setup.settings.study or ():
         found += _stepped(setup, rows) if study == "steps" else STUDIES[study](setup)
@@ -31,7 +31,7 @@ def study_rows(setup: Setup, rows: Sequence[MethodRow]) -> list[MethodRow]:
 
 
 def _stepped(setup: Setup, rows: Sequence[MethodRow]) -> list[MethodRow]:
-    """Rows at other numbers of denoising steps, one training seed."""
+    """Return rows at other numbers of denoising steps, with one training seed."""
     names = (f"single:{setup.ranking[0]}", *STEPPED)
     return [
         replace(

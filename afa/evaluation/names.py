@@ -18,7 +18,7 @@ TRAINED = {
         " one"
     ),
 }
-ALWAYS = ("single", "afa")  # what everything else is compared with
+ALWAYS = ("single", "afa")  # all other methods are compared with these
 
 
 def known_methods() -> dict[str, str]:
@@ -34,7 +34,7 @@ def known_methods() -> dict[str, str]:
 
 
 def chosen_methods(given: Sequence[str]) -> tuple[str, ...]:
-    """The methods that were asked for, in the table's order, with what they are compared with.
+    """Return the methods that the user asked for and those of ALWAYS, in the order of the table.
 
     Raises UserError for others.
     """

@@ -33,7 +33,7 @@ COCO_HOLDS = f"a folder with COCO 2017's {ANNOTATIONS} and {IMAGES}/"
 
 
 def coco2017(request: ProtocolOptions) -> Protocol:
-    """--prompts pairs (all 118,287 by default).
+    """Make the protocol of the first --prompts pairs (default: all 118,287).
 
     Raises UserError if COCO is not at --protocol-data, or images cannot be read.
     """
@@ -62,7 +62,9 @@ def coco2017(request: ProtocolOptions) -> Protocol:
 
 
 def read_pairs(root: Path, inside: bool = True) -> list[tuple[Path, str]]:
-    """Image and first caption, by image id. inside: images must lie in their folder, links followed.
+    """Return (image, first caption) by image id.
+
+    inside: images must lie in their folder, after links are followed
 
     Raises UserError if files are missing or not COCO's.
     """
@@ -94,7 +96,10 @@ def read_pairs(root: Path, inside: bool = True) -> list[tuple[Path, str]]:
 
 
 def square(path: Path) -> np.ndarray:
-    """The centre of an image, its shorter side resized to 256 (bicubic, antialiased): (256, 256, 3) uint8."""
+    """Return the centre of an image, its shorter side resized to 256 (bicubic, antialiased).
+
+    Returns (256, 256, 3) uint8.
+    """
     rgb = open_image(path)
     scale = SIDE / min(rgb.size)
     rgb = rgb.resize(
@@ -109,7 +114,7 @@ DRAWBENCH_HOLDS = "DrawBench's table of 200 prompts (.csv, .tsv or .jsonl with a
 
 
 def drawbench(request: ProtocolOptions) -> Protocol:
-    """200 prompts × 4 images. Raises UserError if the prompts cannot be had, or are not 200."""
+    """Make the protocol of 200 prompts × 4 images. Raises UserError for a file without these prompts."""
     path = request.data_folder("drawbench", DRAWBENCH_HOLDS)
     captions = read_table(path)
     if len(captions) != PROMPTS:
@@ -129,7 +134,7 @@ def drawbench(request: ProtocolOptions) -> Protocol:
 
 
 def read_table(path: Path) -> list[str]:
-    """The column Prompts (or prompt) of a table, in its order. Raises UserError if there is none."""
+    """Return the column Prompts (or prompt) of a table, in its order. Raises UserError if there is none."""
     try:
         if path.suffix == ".jsonl":
             rows = [row for _, row in read_json_lines(path)]

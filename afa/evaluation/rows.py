@@ -28,7 +28,7 @@ class Trained:
     loss: float
 
 
-Train = Callable[[Options, int], Trained]  # options, training run -> what was trained, or was there already
+Train = Callable[[Options, int], Trained]  # options, training run -> what was trained, now or before
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class MethodRow:
 
     @property
     def trainings(self) -> int:
-        """How often it is trained: every seed once, the first with every candidate; ours is there once."""
+        """Return how many trainings it needs; the ensemble itself was trained once before."""
         if self.train is None or self.name == SEARCH:
             return 0
         there = self.name == "afa" or ("steps" in self.axes and self.of == "afa")

@@ -26,7 +26,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "draft": {"objective": "draft", "reward_weight": 0.3},
 }
 PART = 4  # the study of objectives goes on for one part of the ensemble's own steps
-# title -> what is changed in the ensemble's own recipe; what it already is, is left out
+# title -> changes to the ensemble's own recipe; a row that changes nothing is left out
 ABLATIONS: dict[str, dict[str, Any]] = {
     "one path (sabw)": {"aggregator": "sabw"},
     "own paths (stitch)": {"aggregator": "stitch"},
@@ -44,7 +44,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def trained_rows(setup: Setup) -> list[MethodRow]:
-    """The prediction router, and the ensemble."""
+    """Return the rows of the prediction router and of the ensemble."""
     router = functools.partial(_train, setup, "prediction_router", {"placement": "out"})
     return [
         _row(setup, "prediction_router", "prediction router", router, group="control", cost="all experts"),
@@ -53,7 +53,7 @@ def trained_rows(setup: Setup) -> list[MethodRow]:
 
 
 def ablation_rows(setup: Setup) -> list[MethodRow]:
-    """The ensemble's recipe with one thing changed, trained anew."""
+    """Return rows that are trained by the ensemble's recipe with one change."""
     denoiser = setup.ensemble.denoiser
     recorded = setup.training(setup.output, 0, placement=denoiser.placement)  # the family's by default
     rows = []
@@ -67,10 +67,10 @@ def ablation_rows(setup: Setup) -> list[MethodRow]:
 
 
 def _differs(denoiser: EnsembleDenoiser, changes: Mapping[str, Any]) -> bool:
-    """Whether a change makes a difference here.
+    """Return whether a change makes a difference for this ensemble.
 
-    These aggregators may not have the option; blocks of the family may not change text tokens, or be stages
-    already.
+    It makes none if its aggregators lack the option, if the family's blocks do not change text tokens, or if
+    the placement gives the same stages.
     """
     options = (field.name for field in fields(find_aggregator(denoiser.recipe.kind).options))
     if not changes.keys() <= {"aggregator", "placement", "text_stream", *options}:
@@ -81,7 +81,7 @@ def _differs(denoiser: EnsembleDenoiser, changes: Mapping[str, Any]) -> bool:
 
 
 def expert_rows(setup: Setup) -> list[MethodRow]:
-    """The ensemble of the two best experts, of the three best …, trained anew; that of all is there."""
+    """Return rows of the two best experts, of the three best …; the ensemble has all of them."""
     specs = dict(zip(setup.names, setup.expert_specs(), strict=True))
     rows = []
     for count in range(2, len(setup.names)):
@@ -94,21 +94,21 @@ def expert_rows(setup: Setup) -> list[MethodRow]:
 
 
 def folder_name(title: str) -> str:
-    """A title as a folder is called."""
+    """Return the name of a title's folder."""
     return "".join(letter if letter.isalnum() else "-" for letter in title).strip("-")
 
 
 def _row(
     setup: Setup, name: str, title: str, train: Train, *, experts: Sequence[str] = (), **more: Any
 ) -> MethodRow:
-    """A row of ensembles that are trained first. experts: those that it has, if not all."""
+    """Return a row of ensembles that are trained first. experts: of the ensembles; empty: all."""
     sampler = functools.partial(_sampler, setup, train, experts)
     given = {"group": "ours", "cost": "ensemble", "runs": setup.settings.seeds, **more}
     return MethodRow(name=name, title=title, sampler=sampler, train=train, **given)
 
 
 def _sampler(setup: Setup, train: Train, experts: Sequence[str], options: Options, run: int) -> Sampler:
-    """A stock pipeline around the trained ensemble; experts in memory are shared."""
+    """Return a stock pipeline around the trained ensemble; experts in memory are shared."""
     folder = train(options, run).folder
     if not experts:
         return functools.partial(sample, setup.pipeline(setup.ensemble.sharing(aggregators=folder)))
@@ -117,12 +117,12 @@ def _sampler(setup: Setup, train: Train, experts: Sequence[str], options: Option
 
 
 def afa_run(setup: Setup, options: Options, run: int) -> Trained:
-    """The ensemble as it was given, and its like at later seeds."""
+    """Return the given ensemble for run 0, and for later runs one that is trained with another seed."""
     return read_trained(setup.folder) if run == 0 else _train(setup, "afa", {}, options, run)
 
 
 def _train(setup: Setup, name: str, changes: dict[str, Any], options: Options, run: int) -> Trained:
-    """Train by the ensemble's recipe with some changes; what is trained is only read.
+    """Train by the ensemble's recipe with some changes, or read what was trained before.
 
     Experts that are in memory already are shared.
     """
@@ -143,7 +143,7 @@ def _train(setup: Setup, name: str, changes: dict[str, Any], options: Options, r
 
 
 def read_trained(folder: Path) -> Trained:
-    """What training left in a folder."""
+    """Read what training left in a folder."""
     manifest = read_manifest(folder)
     record = manifest.training or {}
     return Trained(
@@ -157,7 +157,7 @@ def read_trained(folder: Path) -> Trained:
 
 
 def objective_rows(setup: Setup) -> list[MethodRow]:
-    """One row an objective.
+    """Return one row for each objective.
 
     The diffusion loss itself is compared with the ensemble, all others with the diffusion loss.
     """
@@ -176,7 +176,7 @@ def objective_rows(setup: Setup) -> list[MethodRow]:
 
 
 def _train_further(setup: Setup, objective: str, options: Options, run: int) -> Trained:
-    """Train the ensemble further by an objective; what is trained is only read.
+    """Train the ensemble further by an objective, or read what was trained before.
 
     By the ensemble's own recipe, for fewer steps of half the batch and a quarter of the rate. Raises
     UserError if the objective needs a reward and none is given.

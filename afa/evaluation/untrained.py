@@ -22,7 +22,7 @@ from afa.sampling.sample import Sampler, sample
 
 
 def merge_rows(setup: Setup) -> list[MethodRow]:
-    """One row a merge of the registry. Rows that need the base say so when they are run."""
+    """Return one row for each merge of the registry."""
     stages = [stage["name"] for stage in setup.manifest.stages]
     rows = []
     for name, merge in MERGES.items():
@@ -36,7 +36,7 @@ def merge_rows(setup: Setup) -> list[MethodRow]:
 
 
 def _merge_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampler:
-    """A stock pipeline around the merged model.
+    """Return a stock pipeline around the merged model.
 
     `order` says which of the two best experts a merge of pairs begins with.
     """
@@ -51,19 +51,19 @@ def _merge_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampl
 
 @functools.lru_cache(maxsize=1)  # one merged model in memory at a time
 def merger(setup: Setup, names: tuple[str, ...], based: bool) -> InMemoryMerge:
-    """Merges of some experts, written into one copy again and again."""
+    """Return what merges some experts; every merge is written into the same copy."""
     return InMemoryMerge([setup.expert(name) for name in names], setup.base if based else None)
 
 
 def merged_sampler(setup: Setup, expert: Expert) -> Sampler:
-    """A stock pipeline around one merged expert, in the comparison's frame."""
+    """Return a stock pipeline around one merged expert, with the comparison's VAE and scheduler."""
     return functools.partial(
         sample, setup.pipeline(Ensemble.from_experts([expert], aggregator="mean", placement="out"))
     )
 
 
 def sampling_rows(setup: Setup) -> list[MethodRow]:
-    """One row a method, or one for every expert where the method is of one expert."""
+    """Return one row for each method, or one for every expert if the method is of one expert."""
     rows = []
     for name, method in SAMPLING_METHODS.items():
 
@@ -81,7 +81,7 @@ def sampling_rows(setup: Setup) -> list[MethodRow]:
 
 
 def auto_mbw_rows(setup: Setup, tuner: Tuner) -> list[MethodRow]:
-    """Block weights searched for on the tuning images; a row only where there is something to search by."""
+    """Return the row of block weights that are searched for on the tuning images; none without a score."""
     trials = setup.settings.search_trials
     if not tuner.able or trials < 1:
         return []
@@ -96,7 +96,7 @@ def auto_mbw_rows(setup: Setup, tuner: Tuner) -> list[MethodRow]:
 
 
 def _search(setup: Setup, tuner: Tuner, options: Options, run: int) -> Trained:
-    """Search, by one process; what was tried is kept and not tried again."""
+    """Search in one process; merges that were tried before are not tried again."""
     folder, trials = _search_folder(setup, tuner), setup.settings.search_trials
     file = folder / BEST
     if PartialState().is_main_process and not file.exists():
@@ -119,7 +119,7 @@ def _search_folder(setup: Setup, tuner: Tuner) -> Path:
 
 
 def unsearched(setup: Setup, tuner: Tuner) -> int:
-    """How many merges the search has still to judge."""
+    """Return how many merges the search still has to judge."""
     folder, trials = _search_folder(setup, tuner), setup.settings.search_trials
     if (folder / BEST).exists():
         return 0

@@ -146,7 +146,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
 
 
 def _load(settings: GenerateSettings) -> Ensemble:
-    """The saved ensemble, or experts as an ensemble: of one, that is the expert, bit for bit."""
+    """Load the saved ensemble, or the experts as an ensemble; one expert stays as it is, bit for bit."""
     method = None if settings.method is None else SAMPLING_METHODS[settings.method]
     # Predictions of experts of different architectures can be combined.
     placement = "out" if method is not None and method.only_predictions else None

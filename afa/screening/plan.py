@@ -171,7 +171,7 @@ class ScreenPlan:
         if self.settings.no_average:
             return "left out by --no-average"
         if self.settings.prompts is not None:
-            return "left out: without images nobody knows who is right"
+            return "left out: without captioned images it is not known which expert is right"
         return f"cannot be made: {self.apart[0]}" if self.apart else None
 
 

@@ -1,4 +1,4 @@
-"""What a screening found: its tables, as text for the terminal and as a page, and the files of both."""
+"""The results of a screening as tables: text for the terminal, and a page."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,14 +27,14 @@ CROWDED = 14  # stages, above which not every name is written
 
 
 def write(facts: Facts, output: str) -> None:
-    """screen.json and report.html, each whole."""
+    """Write screen.json and report.html, each whole or not at all."""
     folder = Path(output)
     write_atomically(folder / FACTS, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     write_atomically(folder / PAGE, as_html(facts))
 
 
 def as_html(facts: Facts) -> str:
-    """The page."""
+    """Return the page."""
     given = f"captioned images of {facts['data']}"
     drawn = f"prompts of {facts['prompts']}, drawn by the experts"
     timesteps, draws, pixels = len(facts["timesteps"]), facts["draws"], facts["resolution"]
@@ -52,7 +52,7 @@ def as_html(facts: Facts) -> str:
 
 
 def as_text(facts: Facts) -> str:
-    """For the terminal: the verdict and its reasons first, then the tables they rest on."""
+    """Return text for the terminal: the verdict and its reasons, then the tables that they rest on."""
     verdict = facts["verdict"]
     lines = [verdict["headline"], *(_indented(reason) for reason in verdict["reasons"])]
     lines += [_indented(f"Leave out {name}: {why}.") for name, why in verdict["dropped"].items()]
@@ -68,7 +68,7 @@ def _indented(text: str) -> str:
 
 
 def notes(facts: Facts) -> list[str]:
-    """What could not be found out, and why."""
+    """Return sentences about what could not be measured, and why."""
     found = []
     if isinstance(facts["parameters"], str):
         found.append(f"Weights could not be compared: {facts['parameters']}.")
@@ -82,9 +82,9 @@ def notes(facts: Facts) -> list[str]:
 
 
 def chart(name: str, facts: Facts) -> str:
-    """A curve a pair of experts, over the stages.
+    """Draw a curve over the stages for each pair of experts.
 
-    "" for other tables, and for more pairs than can be told apart.
+    Returns "" for other tables, and for more pairs than there are colours.
     """
     pairs = {"features": facts["features"], "weights": facts["parameters"]}.get(name, ())
     pairs = pairs["pairs"] if isinstance(pairs, Mapping) else pairs
@@ -108,7 +108,7 @@ def chart(name: str, facts: Facts) -> str:
 
 
 def all_tables(facts: Facts) -> Sequence[tuple[str, str, Table]]:
-    """A short name, a title, the table; those that were not found are left out."""
+    """Return (short name, title, table) of everything that was measured."""
     found: list[tuple[str, str, Table]] = []
     if facts.get("losses") is not None:
         found += [
@@ -127,7 +127,7 @@ def all_tables(facts: Facts) -> Sequence[tuple[str, str, Table]]:
 
 
 def loss_table(facts: Facts) -> Table:
-    """Every expert's loss, by band."""
+    """Return every expert's loss, by band."""
     rows = []
     for name, found in facts["losses"].items():
         shown = [Shown(Estimate(**one)) for one in (found["overall"], *found["bands"])]
@@ -142,7 +142,7 @@ def loss_table(facts: Facts) -> Table:
 
 
 def room_table(facts: Facts) -> Table:
-    """Head-room and what else the same experts could do, by band."""
+    """Return the head-room and what the same experts could do otherwise, by band."""
     found = {"routed by place: head-room": facts["head_room"], **facts["bounds"]}
     if isinstance(facts["average"], Mapping):
         found["weight average"] = facts["average"]
@@ -155,25 +155,26 @@ def room_table(facts: Facts) -> Table:
     ]
     rows.append(TableRow(["winners of two noises agree", None, *agreement]))
     note = (
-        f"How much lower than the loss of {facts['best']}, the best expert of all timesteps (n ="
-        f" {facts['images']} images). Routed: at each place the expert answers that won most often on the"
-        f" other noises (of {facts['draws']}); what only the noise decides cannot be learnt and is not in it."
-        " Oracles use the truth: upper bounds."
+        f"How much lower the loss is than that of {facts['best']}, the best expert over all timesteps (n ="
+        f" {facts['images']} images). Routed: at each place, the expert answers that won most often on the"
+        f" other noises (of {facts['draws']}); what depends only on the noise cannot be learnt and is not"
+        " counted. Oracles choose by the true error: upper bounds."
     )
     return Table(["answered by", "all timesteps", *bands(facts)], rows, note)
 
 
 def parts_table(facts: Facts) -> Table:
-    """What the set would lose without an expert."""
+    """Return what the set would lose without each expert."""
     rows = [TableRow([name, share(found, signed=True)]) for name, found in facts["leave_one_out"].items()]
-    adds = "an interval around 0: the expert adds nothing"
-    return Table(
-        ["without", "routed loss"], rows, f"Change of the routed loss, n = {facts['images']} images; {adds}."
+    note = (
+        f"Change of the routed loss without the expert, n = {facts['images']} images; an interval around 0"
+        " means that the expert adds nothing."
     )
+    return Table(["without", "routed loss"], rows, note)
 
 
 def subset_table(facts: Facts) -> Table:
-    """The best set of every size."""
+    """Return the best set of every size."""
     rows = [
         TableRow([str(one["size"]), ", ".join(one["experts"]), share(one["head_room"])])
         for one in facts["subsets"]
@@ -183,7 +184,7 @@ def subset_table(facts: Facts) -> Table:
 
 
 def foretold_table(facts: Facts) -> Table:
-    """What training would gain."""
+    """Return the forecast of the gain of training."""
     titles = {
         "over_best": f"the best expert ({facts['best']})",
         "over_router": "a router on the predictions",
@@ -196,15 +197,15 @@ def foretold_table(facts: Facts) -> Table:
     ]
     sets = facts["predicted"]["over_best"]["sets"]
     note = (
-        f"Loss of AFA below that of others, foretold from head-room by what {sets} expert sets of the"
-        " embedded world gained in training; the interval held 95 % of them. For large models a guess;"
-        " measure it."
+        "How much lower the loss of AFA should be than that of others. This forecast from the head-room rests"
+        f" on {sets} expert sets of the embedded world that were screened and trained; the interval held 95 %"
+        " of them. For large models it is a guess: measure it."
     )
     return Table(["AFA over", "loss lower by"], rows, note)
 
 
 def weights_table(facts: Facts) -> Table:
-    """Distances between parameters."""
+    """Return the distances between the experts' weights."""
     found = facts["parameters"]
     based = found["base"] is not None
     rows = []
@@ -222,9 +223,10 @@ def weights_table(facts: Facts) -> Table:
             TableRow([f"{name} and the base", _plain(base["distance"]), f"cosine {base['cosine']:.6f}", None])
         )
     headers = ["experts", "distance", "most at", *(["changes alike"] if based else [])]
-    note = "Of the denoisers' weights, relative to their size; 0: the same."
-    alike = " changes alike: cosine between what both changed about the base."
-    return Table(headers, rows, note + alike if based else note)
+    note = "Distance of the denoisers' weights, relative to their size; 0: the same weights."
+    if based:
+        note += " changes alike: cosine between the changes that both made to the base."
+    return Table(headers, rows, note)
 
 
 def _plain(value: float) -> str:
@@ -232,36 +234,36 @@ def _plain(value: float) -> str:
 
 
 def apart_table(facts: Facts) -> Table:
-    """Distances between predictions."""
+    """Return the distances between the experts' predictions."""
     pairs = facts["predictions"]
     rows = [
         TableRow([" and ".join(pair["experts"]), *(number(value, 3) for value in pair["bands"])])
         for pair in pairs
     ]
     note = (
-        f"Root mean square of their difference, relative to their errors, over {facts['images']} images;"
-        " 0: the same, 1.41: errors that have nothing in common."
+        f"Root mean square of the difference, relative to the experts' errors, over {facts['images']} images;"
+        " 0: the same predictions, 1.41: errors that have nothing in common."
     )
     return Table(["predictions of", *bands(facts)], rows, note)
 
 
 def feature_table(facts: Facts) -> Table:
-    """Distances between features, stage by stage."""
+    """Return the distances between the experts' features, stage by stage."""
     pairs = facts["features"]
     rows = [
         TableRow([stage, *(number(pair["stages"][stage], 3) for pair in pairs)])
         for stage in pairs[0]["stages"]
     ]
-    note = "Each expert on its own path; 0: the same features, 1.41: nothing in common."
+    note = "Each expert runs by itself; 0: the same features, 1.41: features that have nothing in common."
     return Table(["stage", *(" and ".join(pair["experts"]) for pair in pairs)], rows, note)
 
 
 def bands(facts: Facts) -> list[str]:
-    """Headers: t 0 to 249 …"""
+    """Return the headers of the bands: t 0 to 249 …"""
     return [f"t {low} to {high}" for low, high in facts["timesteps"]]
 
 
 def share(found: Mapping[str, float], places: int = 1, signed: bool = False) -> str:
-    """12.3 % [10.1, 14.0]"""
+    """Return a share as text: 12.3 % [10.1, 14.0]."""
     value, low, high = (number(100 * found[name], places, signed) for name in ("value", "low", "high"))
     return f"{value} % [{low}, {high}]"

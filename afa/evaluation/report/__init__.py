@@ -1,4 +1,4 @@
 """Results as a page, as Markdown, as CSV and as text for the terminal.
 
-Importing this package costs nothing.
+Importing this package loads nothing.
 """

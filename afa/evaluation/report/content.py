@@ -39,7 +39,7 @@ STUDY_TITLES = {
 
 
 def title(several: Sequence[Analysis], names: Sequence[str]) -> str:
-    """The report's name. names: of the evaluations."""
+    """Return the report's title. names: of the evaluations."""
     ours, on = sorted({one.title(one.ours) for one in several if one.ours is not None}), " and ".join(names)
     whose = "its" if len(ours) == 1 else "their"
     return f"{' and '.join(ours)} and {whose} rivals, on {on}" if ours else f"Comparison on {on}"
@@ -49,9 +49,9 @@ def title(several: Sequence[Analysis], names: Sequence[str]) -> str:
 
 
 def main_table(one: Analysis, column: Column, brief: bool = False) -> Table:
-    """Value, differences, win rate and cost of every row, by a leading metric.
+    """Return value, differences, win rate and cost of every method, by a leading metric.
 
-    brief: as narrow as a terminal.
+    brief: fewer columns, for the terminal
     """
     best, ours = column.best, one.ours if one.ours in column.values else None
     columns = {column.header: [value_cell(column, row) for row in one.rows]}
@@ -80,7 +80,7 @@ def main_table(one: Analysis, column: Column, brief: bool = False) -> Table:
 
 
 def metrics_table(one: Analysis) -> Table | None:
-    """Every metric of every row; None if there is one metric only, which the main table shows."""
+    """Return every metric of every method; None if there is only one metric, which the main table shows."""
     if len(one.columns) < 2:
         return None
     columns = {
@@ -92,7 +92,7 @@ def metrics_table(one: Analysis) -> Table | None:
 
 
 def overview_table(several: Sequence[Analysis], names: Sequence[str]) -> Table:
-    """The leading metric of every evaluation side by side. names: of the evaluations."""
+    """Return the leading metric of every evaluation, side by side. names: of the evaluations."""
     methods = {method.name: method for one in several for method in one.rows}
     ours = {one.ours for one in several}
     rows = []
@@ -104,7 +104,7 @@ def overview_table(several: Sequence[Analysis], names: Sequence[str]) -> Table:
 
 
 def runs_table(one: Analysis) -> Table | None:
-    """Every training run alone; None if nothing was trained more than once."""
+    """Return the values of each training run; None if nothing was trained more than once."""
     runs = [(method, run.seed) for method in one.rows if len(method.runs) > 1 for run in method.runs]
     rows = []
     for method, seed in runs:
@@ -120,7 +120,7 @@ def runs_table(one: Analysis) -> Table | None:
 
 
 def training_table(one: Analysis) -> Table | None:
-    """Parameters, steps and time of what was trained; a study of sampling steps trains nothing of its own."""
+    """Return parameters, steps and time of every training; a study of sampling steps has none of its own."""
     trained = [
         method for method in one.results.methods if method.trained_parameters and "steps" not in method.axes
     ]
@@ -137,7 +137,10 @@ def training_table(one: Analysis) -> Table | None:
 
 
 def _by_method(one: Analysis, columns: dict[str, list[Cell]], note: str) -> Table:
-    """columns: by header, a cell a row of the main table; the method's title stands before them."""
+    """Return a table with a row for each method of the main table; its first column is the method's title.
+
+    columns: header -> a cell for each method
+    """
     rows = [
         TableRow([row.title, *cells], row.group, row.name == one.ours)
         for row, *cells in zip(one.rows, *columns.values(), strict=True)
@@ -146,25 +149,25 @@ def _by_method(one: Analysis, columns: dict[str, list[Cell]], note: str) -> Tabl
 
 
 def _main_note(one: Analysis, column: Column) -> str:
-    """What must be known to read the main table."""
+    """Return the sentences that explain the main table."""
     trained = [method.name for method in one.rows if method.is_trained and method.name in column.samples]
     seeds = {len(column.samples[name].seeds) for name in trained}
     every = f"What was trained rests on {plural(max(seeds), 'seed')} each. " if len(seeds) == 1 else ""
     unit = (
         "prompts, the images of a prompt together"
         if column.note.kind == "image"
-        else "images, of seconds prompts"
+        else "images, and for seconds prompts"
     )
     parts = [f"n counts {unit}; brackets are 95 % bootstrap intervals, differences are paired."]
     if column.best is not None:
         parts.append(
-            f"{one.title(column.best)} is the best single expert on these same images, which favours it."
+            f"{one.title(column.best)} is the best single expert on these same images: the choice favours it."
         )
     family = plural(one.family, "comparison")
     parts.append(f"▲ better, ▼ worse, ○ undecided, after Holm's correction over the {family} of this report.")
     if column.note.kind == "set":
         parts.append(
-            f"A bracket is for this number of images: {column.metric} of more images would lie elsewhere."
+            f"An interval is for this number of images; {column.metric} of more images would be another."
         )
     if max(seeds, default=0) >= SEVERAL:
         others = "intervals are for other prompts and seeds, all else for other prompts"
@@ -181,23 +184,23 @@ def _main_note(one: Analysis, column: Column) -> str:
 
 
 def value_cell(column: Column, method: Method) -> Cell:
-    """A method's score."""
+    """Return a method's score."""
     return Shown(column.values[method.name]) if method.name in column.values else None
 
 
 def difference_cell(column: Column, name: str, other: str | None) -> Cell:
-    """name - other, with the verdict where there is one."""
+    """Return the score of one method minus that of another, with the verdict if there is one."""
     found = column.against(name, other)
     return None if found is None else Shown(found.difference, signed=True, verdict=found.verdict)
 
 
 def seconds_cell(one: Analysis, method: Method) -> Cell:
-    """Seconds an image."""
+    """Return the seconds of one image."""
     return Shown(one.seconds[method.name], coarse=True) if method.name in one.seconds else None
 
 
 def memory_cell(method: Method) -> str | None:
-    """The largest of its runs."""
+    """Return the largest memory of a method's runs."""
     megabytes = method.memory_mb
     if megabytes is None:
         return None
@@ -205,7 +208,7 @@ def memory_cell(method: Method) -> str | None:
 
 
 def seeds_cell(column: Column, method: Method) -> str | None:
-    """How many training seeds a value rests on; too few to show their spread: each of them."""
+    """Return the number of training seeds of a value; if they are few, also the value of each seed."""
     sample = column.samples.get(method.name)
     if sample is None or not method.is_trained:
         return None
@@ -216,7 +219,7 @@ def seeds_cell(column: Column, method: Method) -> str | None:
 
 
 def parameters_cell(method: Method) -> str | None:
-    """How many were trained; nothing where nothing was."""
+    """Return the number of trained parameters; None if nothing was trained."""
     return count(method.trained_parameters) if method.trained_parameters else None
 
 
@@ -227,7 +230,7 @@ def parameters_cell(method: Method) -> str | None:
 class StudyPoint:
     """One method at one place of an axis.
 
-    main: whether it is a row of the main table, with no axes of its own.
+    main: whether it is a row of the main table, which has no axes
     """
 
     place: float | str
@@ -240,7 +243,8 @@ class StudyPoint:
 class Study:
     """How the leading metric changes along an axis.
 
-    lines: by what they were derived from; numeric: of numbers.
+    lines:   points by the method that they were derived from
+    numeric: whether the axis is of numbers
     """
 
     axis: str
@@ -253,7 +257,7 @@ class Study:
 
 
 def find_studies(one: Analysis) -> list[Study]:
-    """One study an axis, in the order of STUDY_TITLES; its methods have a value of the leading metric."""
+    """Return a study for each axis, in the order of STUDY_TITLES, of methods with the leading metric."""
     by_axis: dict[str, list[Method]] = {}
     for method in one.results.methods:
         if method.axes and method.name in one.lead.values:
@@ -273,7 +277,7 @@ def find_studies(one: Analysis) -> list[Study]:
 
 
 def _points(one: Analysis, axis: str, of: str, methods: Sequence[Method], numeric: bool) -> list[StudyPoint]:
-    """The points of one line; with the row of the main table that it was derived from, if that is known."""
+    """Return the points of one line, with the main table's method that they come from if it has a place."""
     points = []
     for method in methods:
         place = method.axes[axis] if numeric else str(method.axes[axis])
@@ -298,7 +302,7 @@ def _points(one: Analysis, axis: str, of: str, methods: Sequence[Method], numeri
 
 
 def study_table(one: Analysis, study: Study) -> Table:
-    """Its points: the value, the difference to what each was derived from, the cost."""
+    """Return the points of a study: value, difference to the method that each comes from, cost."""
     rows = []
     for point in (point for points in study.lines.values() for point in points):
         of, method = point.method.of or point.method.name, point.method
@@ -329,7 +333,7 @@ def study_table(one: Analysis, study: Study) -> Table:
 
 
 def made_of(one: Analysis) -> list[tuple[str, str]]:
-    """How the evaluation was made, as pairs of words."""
+    """Return how the evaluation was made, as pairs of a name and words."""
     results, pairs = one.results, []
     for name, value in results.protocol.items():
         name = (

@@ -89,7 +89,7 @@ def _check(folders: Sequence[Path], outputs: dict[str, Path]) -> None:
 
 
 def as_text(one: Analysis) -> str:
-    """The tables of the leading metrics, what they allow to be said, and what could not be computed."""
+    """Return the tables of the leading metrics, what follows from them, and what could not be computed."""
     tables = [main_table(one, column, brief=True) for column in one.primary]
     parts = [f"{table.text()}\n\n{wrapped(table.note)}" for table in tables]
     for found in headlines(one):
@@ -107,9 +107,9 @@ def as_text(one: Analysis) -> str:
 
 
 def as_markdown(several: Sequence[Analysis], names: Sequence[str]) -> str:
-    """All evaluations of a report: sentences and tables; the pictures are in the page.
+    """Return all evaluations of a report as sentences and tables; only the page has pictures.
 
-    names: of the evaluations.
+    names: of the evaluations
     """
     parts = [f"# {markdown_words(title(several, names))}"]
     parts += ["## Side by side", overview_table(several, names).markdown()] if len(several) > 1 else []
@@ -119,7 +119,7 @@ def as_markdown(several: Sequence[Analysis], names: Sequence[str]) -> str:
 
 
 def _sections(one: Analysis) -> Iterator[str]:
-    """Of one evaluation."""
+    """Yield the paragraphs and tables of one evaluation."""
     for found in headlines(one):
         yield f"**{markdown_words(found.lead)}**"
         if found.kinds:
@@ -146,7 +146,7 @@ def _sections(one: Analysis) -> Iterator[str]:
 
 
 def as_csv(several: Sequence[Analysis], names: Sequence[str]) -> str:
-    """A line for each method, metric and method it is compared with; one if it is compared with none."""
+    """Return a line for each method, metric and method that it is compared with, or one without any."""
     lines = [
         {"evaluation": name, **line} for name, one in zip(names, several, strict=True) for line in _lines(one)
     ]
@@ -154,7 +154,7 @@ def as_csv(several: Sequence[Analysis], names: Sequence[str]) -> str:
 
 
 def _lines(one: Analysis) -> Iterator[dict[str, Any]]:
-    """Columns as in HEADERS; those without a value are left out, or None or ""."""
+    """Yield lines by column of HEADERS; columns without a value are left out, or None or ""."""
     methods = [*one.rows, *(method for method in one.results.methods if method.axes)]
     for column in one.columns.values():
         for method in (method for method in methods if method.name in column.values):
@@ -166,7 +166,7 @@ def _lines(one: Analysis) -> Iterator[dict[str, Any]]:
 
 
 def _score(one: Analysis, column: Column, method: Method) -> dict[str, Any]:
-    """A method, and what it has by one metric."""
+    """Return the columns about a method and its score by one metric."""
     found, sample = column.values[method.name], column.samples[method.name]
     seconds = one.seconds.get(method.name)
     timed = {} if seconds is None else {"seconds": seconds.value, "seconds_n": seconds.n}
@@ -208,7 +208,7 @@ def _versus(found: Comparison) -> dict[str, Any]:
 
 
 def _ends(found: Estimate | None, prefix: str = "") -> dict[str, float]:
-    """Of its interval, where it has one."""
+    """Return the columns of an interval; none if there is no interval."""
     if found is None or not found.has_interval:
         return {}
     return {f"{prefix}low": found.low, f"{prefix}high": found.high}

@@ -1,6 +1,6 @@
-"""What the numbers allow to be said, and no more.
+"""The sentences of a report: which methods ours beats, which beat it, which comparisons are undecided.
 
-Which rivals our method beats, which beat it, which are undecided.
+They claim no more than the corrected tests allow.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ WORDS = {"better": "better than", "worse": "worse than", "undecided": "undecided
 
 @dataclass(frozen=True)
 class Headline:
-    """By one leading metric.
+    """The sentences of one leading metric.
 
-    The sentence about the best single expert, then a kind of rival and what is said about it.
+    lead:  about the best single expert
+    kinds: (kind of method, sentence about our method against methods of this kind)
     """
 
     metric: str
@@ -27,12 +28,12 @@ class Headline:
 
 
 def headlines(one: Analysis) -> list[Headline]:
-    """One for every leading metric."""
+    """Return one for every leading metric."""
     return [Headline(column.metric, _lead(one, column), _kinds(one, column)) for column in one.primary]
 
 
 def terms(one: Analysis) -> str:
-    """On what terms the sentences are said."""
+    """Return what the sentences rest on: prompts, images, training seeds, and the rule of a verdict."""
     prompts, images = plural(one.prompts, "independent prompt"), plural(len(one.results.items), "image")
     enough = f"it needs at least {one.least} independent prompts for {'this' if one.family == 1 else 'that'}"
     return (
@@ -44,7 +45,7 @@ def terms(one: Analysis) -> str:
 
 
 def _seeds(one: Analysis) -> str:
-    """How many training seeds our method's comparisons rest on, and what that means."""
+    """Return how many training seeds our method's comparisons have, and what that means."""
     shared = [
         len(found.seeds)
         for column in one.primary
@@ -95,7 +96,7 @@ def _figures(found: Comparison) -> str:
 
 
 def _kinds(one: Analysis, column: Column) -> list[tuple[str, str]]:
-    """For every kind of rival: how many of them our method beats, and those that it does not, by name."""
+    """Return for every kind of method how many of them ours beats, and the names of the others."""
     kinds = []
     for group in (EXPERT, *RIVALS, OURS) if one.ours is not None else ():
         against = [column.against(str(one.ours), name) for name in one.group(group)]

@@ -1,7 +1,4 @@
-"""The report as one HTML file that needs nothing else.
-
-No scripts, nothing from elsewhere, pictures inside.
-"""
+"""The report as one HTML file with its pictures inside; it has no scripts and loads nothing."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -44,9 +41,9 @@ SHARP_UP_TO = 96  # pixels; smaller images are shown with hard edges
 
 
 def as_html(several: Sequence[Analysis], names: Sequence[str]) -> str:
-    """The whole page.
+    """Return the whole page.
 
-    names: of the evaluations; their pictures are read from where the analyses say they are.
+    names: of the evaluations; their pictures are read from the folders in the analyses
     """
     evaluations = [
         _evaluation(one, name, f"e{place}")
@@ -59,7 +56,7 @@ def as_html(several: Sequence[Analysis], names: Sequence[str]) -> str:
 
 
 def _evaluation(one: Analysis, name: str, key: str) -> dict[str, Any]:
-    """What the macro `evaluation` of templates/evaluation.html shows of one."""
+    """Return the arguments of the macro `evaluation` in templates/evaluation.html."""
     pictures = Thumbnails(one.folder)
     costs = {
         "seconds an image": spots(one, "seconds"),
@@ -96,7 +93,7 @@ def _evaluation(one: Analysis, name: str, key: str) -> dict[str, Any]:
 
 
 def _facts(one: Analysis) -> str:
-    """The protocol in a line."""
+    """Return the protocol in one line."""
     protocol, items = one.results.protocol, one.results.items
     facts = [
         plural(len({item.prompt for item in items}), "prompt"),
@@ -114,7 +111,7 @@ def _facts(one: Analysis) -> str:
 def _forest(
     column: Column, compared: Iterable[tuple[str, Method, str | None]], of: str, ours: str | None = None
 ) -> list[tuple[str, Table]]:
-    """Differences drawn as a table, with its caption; none where nothing was compared.
+    """Return a caption and a table that draws differences; nothing if nothing was compared.
 
     compared: names of rows, their methods, and the method that each is compared with
     of:       title of that method
@@ -130,7 +127,7 @@ def _forest(
 
 
 def _against_best(one: Analysis, column: Column) -> list[tuple[str, Table]]:
-    """Every row minus the best single expert."""
+    """Draw every method minus the best single expert."""
     if column.best is None:
         return []
     rows = [(method.title, method, column.best) for method in one.rows]
@@ -138,7 +135,7 @@ def _against_best(one: Analysis, column: Column) -> list[tuple[str, Table]]:
 
 
 def spots(one: Analysis, what: str) -> list[Spot]:
-    """Every row that has a cost and a value of the leading metric. what: seconds or memory."""
+    """Return all methods with a cost and a value of the leading metric. what: seconds or memory."""
     found = []
     for method in one.rows:
         seconds = one.seconds.get(method.name) if what == "seconds" else None
@@ -150,7 +147,7 @@ def spots(one: Analysis, what: str) -> list[Spot]:
 
 
 def _study(one: Analysis, study: Study) -> dict[str, Any]:
-    """Curves where the axis is of numbers; else every variant minus what it was derived from."""
+    """Draw curves if the axis is of numbers, else every variant minus the method that it comes from."""
     forests = []
     for of, points in study.lines.items() if not study.numeric else ():
         known = one.methods.get(of)
@@ -162,7 +159,7 @@ def _study(one: Analysis, study: Study) -> dict[str, Any]:
 
 
 def _curves(one: Analysis, study: Study) -> str:
-    """A line for each method that others were derived from, and the best single expert drawn across."""
+    """Draw a line for each method that others come from, and the level of the best single expert."""
 
     def drawn(name: str, point: StudyPoint) -> charts.CurvePoint:
         value = point.value
@@ -189,14 +186,18 @@ def _curves(one: Analysis, study: Study) -> str:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """An image inside the page. uri: "" if it could not be read; words: for those who cannot see it."""
+    """An image inside the page.
+
+    uri:   "" if the image could not be read
+    words: a description for readers who cannot see it
+    """
 
     uri: str
     words: str
 
 
 class Thumbnails:
-    """Reads images of runs below a folder, each once. missing: paths that could not be read."""
+    """Reads the images of runs below a folder, each once. missing: paths that could not be read."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -204,11 +205,11 @@ class Thumbnails:
         self._known: dict[Path, str] = {}
 
     def available(self, method: Method) -> bool:
-        """Whether a method has images of its own at all."""
+        """Return whether a method has images of its own."""
         return self.folder is not None and bool(method.runs[0].images)
 
     def of(self, method: Method, index: int, item: Item) -> Thumbnail:
-        """The image of one item by a method's first run."""
+        """Return the image of one item by a method's first run."""
         assert self.folder is not None
         path = self.folder / min(method.runs, key=lambda run: run.seed).images / image_name(index)
         if path not in self._known:
@@ -224,7 +225,7 @@ class Thumbnails:
         return Thumbnail(self._known[path], f"{method.title}: {item.caption}")
 
     def problems(self) -> list[str]:
-        """A sentence about images that are not there, if there are such."""
+        """Return a sentence about images that could not be read, if there are any."""
         if not self.missing:
             return []
         found = f"{plural(len(self.missing), 'image')} could not be read (first: {self.missing[0]})"
@@ -232,7 +233,7 @@ class Thumbnails:
 
 
 def thumbnail(path: Path) -> str:
-    """An image file as a WebP data URI: small ones exactly, large ones reduced."""
+    """Return an image file as a WebP data URI: small ones without loss, large ones reduced."""
     picture = open_image(path)
     small = max(picture.size) <= 2 * SHARP_UP_TO
     if not small:
@@ -241,7 +242,7 @@ def thumbnail(path: Path) -> str:
 
 
 def shown_items(one: Analysis) -> list[int]:
-    """The first image of each of the first prompts."""
+    """Return the index of the first image of each of the first prompts."""
     firsts: dict[int, int] = {}
     for index, item in enumerate(one.results.items):
         firsts.setdefault(item.prompt, index)
@@ -249,9 +250,9 @@ def shown_items(one: Analysis) -> list[int]:
 
 
 def sheets(one: Analysis, pictures: Thumbnails) -> list[dict[str, Any]]:
-    """A row a prompt, a column a method, of about the same width.
+    """Return sheets of about the same width: a row for each prompt, a column for each method.
 
-    Our own method is repeated in every sheet.
+    Our method is in every sheet.
     """
     methods = [method for method in one.rows if pictures.available(method)]
     ours = [method for method in methods if method.name == one.ours]
@@ -268,7 +269,7 @@ def sheets(one: Analysis, pictures: Thumbnails) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Case:
-    """One image by two methods, with the scores of these very images."""
+    """One item drawn by our method and another, with the scores of these two images."""
 
     index: int
     ours: float
@@ -276,9 +277,9 @@ class Case:
 
 
 def cases(one: Analysis, column: Column, pictures: Thumbnails) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Title and images.
+    """Return titles and images: where our method is furthest ahead of, and behind, another.
 
-    Where our method is furthest ahead of, and behind, the best expert and the best rival.
+    The others are the best expert and the best of all other methods.
     """
     if one.ours is None or one.ours not in column.values or not pictures.available(one.methods[one.ours]):
         return []
@@ -303,9 +304,9 @@ def cases(one: Analysis, column: Column, pictures: Thumbnails) -> list[tuple[str
 
 
 def extreme_cases(one: Analysis, column: Column, other: str) -> tuple[list[Case], list[Case]]:
-    """Wins and losses, the largest first, at most one a prompt, by the first training seed that both have.
+    """Return wins and losses, the largest first, at most one of a prompt; equal scores are neither.
 
-    Equal scores are neither.
+    They are of the first training seed that both methods have.
     """
     found = column.against(str(one.ours), other)
     if found is None:
