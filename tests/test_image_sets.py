@@ -1,5 +1,7 @@
 """The images of a comparison: made once, from their own noise, refused if made otherwise; and what they cost."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from afa.errors import UserError
 from afa.evaluation.images import ImageSet, make_images
 from afa.evaluation.results import Item
 from afa.evaluation.tuning import Tuner
-from afa.sampling.sample import Sampling
+from afa.sampling.image_files import ImageFile
+from afa.sampling.sample import Request, Sampling
 
 ITEMS = [Item(index // 2, f"prompt {index // 2}", 10 + index) for index in range(6)]
 SAMPLING = Sampling(steps=3, guidance=2.0)
@@ -59,6 +62,17 @@ def test_images_made_otherwise_are_refused(tmp_path):
     make_images(image_set(tmp_path), Painter, 4, "painter")
     with pytest.raises(UserError, match="was made with made_by"):
         make_images(image_set(tmp_path, options={"scale": 0.5}), Painter, 4, "painter")
+
+
+def test_pictures_of_changed_files_are_refused_and_older_ones_without_hashes_are_kept(tmp_path):
+    file = ImageFile(tmp_path / "a.png", Request("a", 1), {"seed": 1}, {"expert 'x'": "a" * 64})
+    assert file.found() is None
+    file.save(np.zeros((4, 4, 3), np.uint8))
+    assert file.found()["seed"] == 1
+    with pytest.raises(UserError, match="was made with other files: expert 'x' has sha256"):
+        replace(file, files={"expert 'x'": "b" * 64}).found()
+    replace(file, files={}).save(np.zeros((4, 4, 3), np.uint8))
+    assert file.found() is not None
 
 
 def test_the_digest_is_that_of_pixels_and_captions(tmp_path):

@@ -17,8 +17,9 @@ from afa.files import json_or_none, read_arrays, sha256
 from afa.fingerprint import NOTE, claim
 from afa.images import read_made, save_picture
 from afa.sampling.sample import Sampling
+from afa.schema import Score
 from afa.screening.predict import Answers, AnswerStore
-from afa.store import RowStore
+from afa.store import RowStore, kept_json
 from afa.training.cache import LatentCache, caption_key
 
 KEYS = [caption_key(text) for text in "abc"]
@@ -86,6 +87,20 @@ def test_a_cache_whose_description_is_damaged_is_refused(tmp_path):
     cut(filled(tmp_path) / "rows.json", 0.3)
     with pytest.raises(UserError, match=r"rows\.json is damaged"):
         RowStore(tmp_path, (4,), torch.float32)
+
+
+def test_a_store_is_opened_without_knowing_its_rows(tmp_path):
+    assert RowStore.existing(tmp_path / "none") is None
+    assert torch.equal(RowStore.existing(filled(tmp_path)).read(KEYS), ROWS)
+
+
+@pytest.mark.parametrize("text", ['{"a": [1, NaN]}', '{"a": "high"}', '{"a": [true]}', "[1]", '{"a"', "", "\x00", "[" * 100_000])
+def test_json_that_a_run_keeps_is_what_it_should_be_or_nothing(tmp_path, text):
+    (tmp_path / "kept.json").write_text(text)
+    found = kept_json(tmp_path / "kept.json", dict[str, list[Score]])
+    assert found is None or (found["a"][0] == 1 and np.isnan(found["a"][1]))
+    assert (found is None) == (text != '{"a": [1, NaN]}')
+    assert kept_json(tmp_path / "none.json", dict[str, list[Score]]) is None
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe\n", b"mark zz\n", b"a b\nc d e\n", b"\x00" * 200])
