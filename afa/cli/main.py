@@ -1,6 +1,7 @@
 """`afa VERB …`: find the command, run it, and turn errors into sentences and exit codes."""
 
 import argparse
+import atexit
 import gc
 import importlib
 import os
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         module = importlib.import_module(COMMANDS[parsed.command])
         _quiet_libraries()
         gc.set_threshold(50_000)  # imports make half a million objects that stay: look for garbage seldom
+        atexit.register(gc.freeze)  # and not when all is done: it takes the interpreter a second to end
         module.run(read_flags(module.Options.current(), parsed))
     except (UserError, NotImplementedError) as error:
         return _say(str(error), 2, given)
