@@ -1,20 +1,13 @@
-"""Real processes: some that get a real Ctrl-C, some that train together."""
+"""Real processes: some that train together, some that are killed."""
 
 import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
-
-
-def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
-    """A command whose Ctrl-C works even where the tests run in the background of a shell, which has them ignore it."""
-    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **listening, **options)
 
 
 def in_processes(work: Callable[[], object], count: int = 2) -> list[Any]:

@@ -2,8 +2,6 @@
 
 import json
 import re
-import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +9,6 @@ import numpy as np
 import pytest
 from explained import SMALL, asked, ensemble
 from PIL import Image
-from processes import start
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
@@ -180,23 +177,3 @@ def test_the_help_names_every_counterfactual(capsys):
     said_ = capsys.readouterr().out
     assert all(name in said_ for name in ("off", "swapped", "pairs", "frozen", "equal", "skipped"))
     assert Path(ENSEMBLE).name == "ensemble"
-
-
-def test_interruption_loses_at_most_one_image(tmp_path):
-    """A real process, a real Ctrl-C; the same command goes on."""
-    prompts = ["a star", "a ring", "a heart"]  # three, so that it cannot be through before the signal comes
-    quick = ["--steps", "2", "--word-steps", "0", "--counterfactuals", "none", "--device", "cpu"]
-    command = [sys.executable, "-m", "afa", "explain", "--prompt", *prompts, "--output", str(tmp_path / "out"), *quick]
-    running = start(command, start_new_session=True)
-    seen = ""
-    while "1/3" not in seen:
-        seen += running.stderr.read(1)
-        assert running.poll() is None or "1/3" in seen, seen
-    running.send_signal(signal.SIGINT)
-    running.communicate(timeout=120)
-    assert running.returncode == 130
-    first = tmp_path / "out" / "00000.json"
-    before = first.stat().st_mtime_ns
-    assert not (tmp_path / "out" / "explain.json").exists() and not list((tmp_path / "out").glob(".writing-*"))
-    assert main(command[3:]) == 0
-    assert first.stat().st_mtime_ns == before and (tmp_path / "out" / "00002.json").exists()

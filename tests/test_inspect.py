@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from afa import Ensemble, UserError
 from afa.aggregators.registry import Recipe
 from afa.cli import main as command_line
-from afa.cli.inspect import EXAMPLES, Options, run
+from afa.cli.inspect import Options, run
 from afa.cost import call_of, count_flops, count_training_flops
 from afa.experts.compatible import mismatches
 from afa.experts.description import describe_config, describe_expert
@@ -271,20 +269,6 @@ class TestOutput:
         places, options = [experts / "photo", experts / "paint"], ["--aggregator", "mean", "--json"]
         assert afa(*options, *places) == afa(*places, *options)
 
-    def test_help_needs_no_torch_and_shows_examples(self):
-        program = (
-            f"{ONLY_INSPECT}\ntry: m.main(['inspect', '--help'])\nfinally: assert not {{'torch', 'diffusers'}} & set(sys.modules)"
-        )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        assert all(example in done.stdout for example in EXAMPLES)
-
-    def test_nothing_but_the_document_is_printed(self, experts):
-        words = ["inspect", str(experts / "photo"), str(experts / "paint"), "--json"]
-        loud = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY")}
-        program = [sys.executable, "-c", f"{ONLY_INSPECT}sys.exit(m.main({words}))"]
-        done = subprocess.run(program, capture_output=True, text=True, env=loud, check=True)
-        assert done.stderr == ""
-        json.loads(done.stdout)
 
 
 def test_columns_stand_under_their_headers():

@@ -1,7 +1,6 @@
 """The page as it is served: its functions by name, what it refuses, what it lets nobody reach."""
 
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from processes import start
 from webui_engine import ASKED, HARMFUL, PROMPT
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'afa[ui]'")
@@ -161,18 +159,3 @@ def test_without_gradio_one_sentence_says_what_to_install(tmp_path, capsys, monk
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["ui", "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "afa: afa ui needs gradio, which is not installed; install it with: pip install 'afa[ui]'\n"
-
-
-def test_it_starts_with_the_embedded_ensemble_and_ends_with_ctrl_c(tmp_path):
-    """A real process, a real Ctrl-C."""
-    command = [sys.executable, "-m", "afa", "ui", "--output", str(tmp_path / "gallery"), "--port", str(free_port()), "--device", "cpu"]
-    process = start(command)
-    try:
-        said = process.stdout.readline()
-        assert said.startswith("The page is at http://127.0.0.1:"), process.stderr.read()
-        assert fetch(said.split()[4])[0] == 200
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0 and "Traceback" not in errors and errors.rstrip().endswith("stopped")
