@@ -32,10 +32,8 @@ class UserFile:
         beside = str(path.resolve().parent)
         if beside not in sys.path:
             sys.path.append(beside)
-        kept, sys.dont_write_bytecode = (
-            sys.dont_write_bytecode,
-            True,
-        )  # a folder of the user's gets no __pycache__ from being read
+        # A folder of the user's gets no __pycache__ from being read.
+        kept, sys.dont_write_bytecode = sys.dont_write_bytecode, True
         try:
             spec.loader.exec_module(self.module)
         except (Exception, SystemExit) as error:

@@ -77,7 +77,7 @@ def test_a_strength_that_is_moved_draws_again(page):
     page.wait(lambda: "curves" in page.text("#afa-weights"))
     page.move(".afa-strength", 0)
     page.wait(lambda: page.all("#afa-weights .afa-value") and page.text("#afa-weights .afa-value") == "0 %")
-    assert [one.text for one in page.all("#afa-results .afa-under")][1] == "made before"
+    assert [one.text for one in page.all("#afa-results .afa-under")][1] == "already there"
     for place in (1, 2):
         page.move(".afa-strength", 0, place)
     page.wait(lambda: "are turned off; give at least one a strength above 0" in page.text("body"))
@@ -99,7 +99,7 @@ def test_a_run_is_cancelled_and_another_one_works(page):
 
 def test_broken_input_is_a_sentence_and_the_page_goes_on(page):
     page.press("#afa-run")
-    page.wait(lambda: "There is no prompt; write what the image shall show" in page.text("body"))
+    page.wait(lambda: "There is no prompt; write what the image should show" in page.text("body"))
     page.write("#afa-prompt textarea", PROMPT)
     page.choose()
     page.press("#afa-run")

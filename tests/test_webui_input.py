@@ -141,7 +141,7 @@ def test_an_evaluation_is_shown_as_afa_report_makes_it(tmp_path):
         (["--queue", "0"], "--queue 0 is too small"),
         (["--port", "99999"], "--port 99999 is too large; the most is 65535"),
         (["--reports", "nowhere"], "--reports nowhere holds no report"),
-        (["--host", "203.0.113.7"], "--host 203.0.113.7 cannot be listened at"),
+        (["--host", "203.0.113.7"], "--host 203.0.113.7 cannot be used"),
         (["--experts", "a"], "--experts a names no expert"),
     ],
 )

@@ -14,12 +14,7 @@ from afa.errors import UserError
 from afa.evaluation.protocols import Protocol, ProtocolOptions, Real
 
 SCENES, STEPS, GUIDANCE = 160, 20, 3.0
-JUDGED, TRAINING, REAL, TUNING = (
-    500_000,
-    600_000,
-    800_000,
-    810_000,
-)  # seeds; none occurs in the building of the world
+JUDGED, TRAINING, REAL, TUNING = 500_000, 600_000, 800_000, 810_000  # seeds; the world was built with others
 REAL_SCENES, TRAINING_SCENES, TUNING_SCENES = 1_000, 512, 64
 
 

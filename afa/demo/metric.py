@@ -130,9 +130,8 @@ class SceneReward:
             answer.log_softmax(1).gather(1, truth[:, k : k + 1])[:, 0]
             for k, answer in enumerate(answers(self.net(images)))
         ]
-        asked = torch.cat(
-            [truth[:, :8] > 0, torch.ones_like(truth[:, 8:], dtype=torch.bool)], 1
-        )  # two shapes, two colours, texture, ground
+        # Two shapes, two colours, the texture and the ground.
+        asked = torch.cat([truth[:, :8] > 0, torch.ones_like(truth[:, 8:], dtype=torch.bool)], 1)
         return (torch.stack(found, 1).clamp(min=FLOOR) * asked).sum(1) / ASKED
 
 

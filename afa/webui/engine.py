@@ -17,6 +17,7 @@ from afa.errors import UserError
 from afa.evaluation.names import known_methods
 from afa.files import sha256
 from afa.generation.run import is_saved, load_sources, source_files, used_files
+from afa.images import save_picture
 from afa.places import public_place
 from afa.sampling.registry import SAMPLING_METHODS, make_options, make_sampler
 from afa.sampling.sample import PipelineSampler, Request, Sampling, in_frame
@@ -251,12 +252,10 @@ class Engine:
             image = sampler(
                 [Request(job.request.prompt, seed)], _sampling(job.request, self.guidance), on_step
             )[0]
-        if (
-            changes
-        ):  # noted after the step of the change; such a picture cannot be reproduced from its metadata
+        if changes:  # of strengths, after which step; such a picture cannot be made again from its metadata
             metadata |= {"strength_changes": changes}
             path = self.gallery.path(method.name, metadata)
-        self.gallery.save(path, image, metadata)
+        save_picture(path, image, metadata)
         if maps is not None:
             self.shelf.put(path.name, RecordedWeights.of(image, maps))
         column.seconds += time.monotonic() - began

@@ -21,7 +21,7 @@ from afa.denoiser.hooks import WeightMaps
 from afa.errors import UserError
 from afa.files import locked
 from afa.fingerprint import digest
-from afa.images import open_image, read_made, save_picture
+from afa.images import open_image, read_made
 from afa.pictures import conditional, mean_over_stages
 from afa.webui.request_validation import text
 
@@ -76,10 +76,6 @@ class Gallery:
         return bool(found) and all(
             found.get(name) == value for name, value in expected.items() if name not in UNMOVED
         )
-
-    def save(self, path: Path, image: NDArray[np.uint8], metadata: dict[str, Any]) -> None:
-        """Save a picture atomically."""
-        save_picture(path, image, metadata)
 
     def pictures(self) -> tuple[list[Path], list[str]]:
         """Return the latest pictures, the newest first, and a sentence for each unreadable file."""

@@ -24,15 +24,8 @@ from afa.webui.gallery import RecordedWeights
 from afa.webui.queue import DrawingJob, GalleryPicture
 
 LARGEST = 512  # pixels: maps are shown no larger
-HIDDEN = (
-    "source",
-    "aggregators",
-    "files",
-    "afa",
-    "experts",
-    "method_options",
-    "prompt",
-)  # shown elsewhere, or long
+# Settings that are shown elsewhere, or are long.
+HIDDEN = ("source", "aggregators", "files", "afa", "experts", "method_options", "prompt")
 PROMPT = "a red star left of a blue ring on a dotted mint background"  # of the examples
 
 
@@ -60,9 +53,9 @@ def status(job: DrawingJob | None, before: int = 0) -> str:
     if job is None:
         sentence = "Nothing has been made yet."
     elif job.state == "waiting":
-        sentence = f"Waiting: {plural(before, 'run')} before it." if before else "Beginning …"
+        sentence = f"Waiting: {plural(before, 'run')} ahead of it." if before else "Starting …"
     elif job.state == "refused":
-        sentence = "Not begun: too many runs are waiting."
+        sentence = "Refused: too many runs are waiting."
     elif job.current is not None:
         made, (done, steps) = len(job.current.pictures), job.at
         which = f", picture {made + 1} of {job.request.images}" if job.request.images > 1 else ""
@@ -73,7 +66,7 @@ def status(job: DrawingJob | None, before: int = 0) -> str:
     else:
         made = sum(len(column.pictures) for column in job.columns)
         seconds = sum(column.seconds for column in job.columns)
-        how = f" in {seconds:.1f} s" if seconds else ", made before" if made else ""
+        how = f" in {seconds:.1f} s" if seconds else ", already there" if made else ""
         sentence = f"{'Cancelled' if job.state == 'cancelled' else 'Done'}: {plural(made, 'picture')}{how}."
     return part("webui.html", "status", sentence=sentence, share=share)
 
@@ -90,7 +83,7 @@ def results(job: DrawingJob | None) -> str:
             "pictures": [(picture, address(picture)) for picture in column.pictures],
             "missing": 0 if column.error else job.request.images - len(column.pictures),
             "empty": "cancelled" if job.over else "drawing …" if column is job.current else "waiting",
-            "seconds": "made before" if kept else f"{column.seconds:.1f} s" if column.pictures else "",
+            "seconds": "already there" if kept else f"{column.seconds:.1f} s" if column.pictures else "",
         })  # fmt: skip
     return part("webui.html", "cards", cards=cards, prompt=job.request.prompt)
 
@@ -136,9 +129,8 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
     if isinstance(value, str):
         return value
-    if (
-        isinstance(value, list) and value and all(isinstance(one, list) and len(one) == 2 for one in value)
-    ):  # strength_changes
+    pairs = isinstance(value, list) and all(isinstance(one, list) and len(one) == 2 for one in value)
+    if pairs and value:  # strength_changes
         return "; ".join(f"after step {step}: {_plain(then)}" for step, then in value)
     return f"{value:g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 

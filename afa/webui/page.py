@@ -36,11 +36,8 @@ class Handlers:
 
     def again(self, request: gr.Request, live: bool, *strengths: float) -> list[Any]:
         """Create the last run again with the present strengths, if live is set."""
-        job = (
-            self.sessions.again(request.session_hash, dict(zip(self.experts, strengths, strict=True)))
-            if live
-            else None
-        )
+        wanted = dict(zip(self.experts, strengths, strict=True))
+        job = self.sessions.again(request.session_hash, wanted) if live else None
         return [gr.skip()] * 4 if job is None else self._begun(job)
 
     def draw(self, request: gr.Request) -> Iterator[list[Any]]:
@@ -63,13 +60,12 @@ class Handlers:
         job = self.sessions.job(request.session_hash)
         if job is None or not job.over:
             return [gr.skip()] * 4
-        made = [
-            (column, picture)
+        looked = [
+            (f"{column.title}, seed {picture.seed}", picture.path.name)
             for column in job.columns
             for picture in column.pictures
             if picture.path.name in self.engine.shelf
         ]
-        looked = [(f"{column.title}, seed {picture.seed}", picture.path.name) for column, picture in made]
         chosen = gr.Dropdown(choices=looked, value=looked[0][1] if looked else None)
         return [gr.Button(interactive=True), gr.Button(interactive=False), markup.status(job), chosen]
 
@@ -92,7 +88,7 @@ class Handlers:
     def look(self, picture: str | None, step: float, stage: float) -> str:
         """Show the weights of a picture at a step and stage."""
         if not picture:
-            return markup.note("None of these pictures was made by weighing experts.")
+            return markup.note("None of these pictures has weight maps: their methods do not weigh experts.")
         kept = self.engine.shelf.get(text("picture", picture))
         stages = ["", *kept.maps]
         return markup.weights(
@@ -120,7 +116,7 @@ class Handlers:
         """Show how a picture of the gallery was made."""
         index = event.index if isinstance(event.index, int) else -1
         if not isinstance(names, list) or not 0 <= index < len(names):
-            raise UserError("there is no such picture; look again")
+            raise UserError("there is no such picture; refresh the gallery")
         path = self.engine.gallery.find(names[index])
         return self._read(path, path.name)
 
@@ -141,9 +137,8 @@ class Handlers:
         for note in notes:
             gr.Warning(markup.warning(note))
         sides = {name: found[name] or 0 for name in ("width", "height")}
-        values = (
-            found | sides | {"seed": str(found["seed"])}
-        )  # as text: a browser counts exactly only up to 2**53
+        # The seed as text: a browser counts exactly only up to 2**53.
+        values = found | sides | {"seed": str(found["seed"])}
         strengths = [found["strengths"][name] for name in self.experts]
         return [*(values[name] for name in self.names), *strengths, gr.Tabs(selected="create")]
 
@@ -162,12 +157,12 @@ class Handlers:
     def _title(self, path: Path) -> str:
         """Return the caption of a picture in the gallery: its method and prompt."""
         try:
-            said = read_metadata(path)
+            found = read_metadata(path)
         except UserError:
             return path.name
-        known = [method.title for method in self.engine.methods.values() if method.made(said)]
-        how = known[0] if known else str(said.get("method") or said.get("expert"))
-        return f"{how}: {said.get('prompt')}"
+        known = [method.title for method in self.engine.methods.values() if method.made(found)]
+        how = known[0] if known else str(found.get("method") or found.get("expert"))
+        return f"{how}: {found.get('prompt')}"
 
 
 TITLE = "Adaptive Feature Aggregation"
@@ -224,10 +219,10 @@ def build(
 def _form(engine: Engine, examples: Sequence[str]) -> dict[str, Any]:
     """Add prompt, methods and buttons; "fields" holds the inputs by their names in a request."""
     prompt = gr.Textbox(
-        label="Prompt", lines=2, max_lines=6, placeholder="what the images shall show", elem_id="afa-prompt"
+        label="Prompt", lines=2, max_lines=6, placeholder="what the images should show", elem_id="afa-prompt"
     )
     if examples:
-        gr.Examples([[one] for one in examples], inputs=prompt, label="For example")
+        gr.Examples([[one] for one in examples], inputs=prompt, label="Examples")
     choices = [(method.title, method.name) for method in engine.methods.values()]
     methods = gr.CheckboxGroup(choices, value=[choices[0][1]], label="Methods", elem_id="afa-methods")
     with gr.Row():
@@ -248,7 +243,11 @@ def _settings(engine: Engine, steps: int, guidance: float | None) -> dict[str, A
         )
     with gr.Row():
         fields["seed"] = gr.Textbox(
-            value="0", max_lines=1, label="Seed", info="one more for each next image; -1: draws one", **half
+            value="0",
+            max_lines=1,
+            label="Seed",
+            info="one more for each next image; -1: random",
+            **half,
         )
         fields["images"] = gr.Slider(
             1, engine.limits.images, value=1, step=1, label="Images a method", **half
@@ -277,21 +276,21 @@ def _strengths(engine: Engine) -> dict[str, Any]:
     """Add a strength slider for each expert; they are visible if a method uses them."""
     scaled = [method.title for method in engine.methods.values() if method.scalable]
     with gr.Accordion("Strength of each expert", open=True, visible=bool(scaled)):
-        info = f"Scales the weights of {' and '.join(scaled)};"
-        gr.HTML(markup.note(f"{info} moved while a run goes on, it works from the next stage on."))
+        info = f"A strength scales the expert's weights in {' and '.join(scaled)}."
+        gr.HTML(markup.note(f"{info} Moved during a run, it takes effect at the next stage."))
         names = engine.ensemble.names
         sliders = [
             gr.Slider(0, STRONGEST, value=1, step=0.05, label=name, elem_classes="afa-strength")
             for name in names
         ]
-        live = gr.Checkbox(value=True, label="Draw again when a strength was moved", elem_id="afa-live")
+        live = gr.Checkbox(value=True, label="Draw again after a strength has changed", elem_id="afa-live")
     return {"strengths": sliders, "live": live}
 
 
 def _results() -> dict[str, Any]:
     status = gr.HTML(markup.status(None), elem_id="afa-status")
     results = gr.HTML("", elem_id="afa-results")
-    gr.Markdown("### Weights: which expert shaped what")
+    gr.Markdown("### Weights: which expert drew what")
     none = markup.note(
         "Make a picture with a method that weighs experts, such as the first;"
         " then look at any step and stage of it."
@@ -320,7 +319,7 @@ def _gallery() -> dict[str, Any]:
                 label="The latest pictures", show_label=False, elem_id="afa-gallery", **looks
             )
             left_out = gr.HTML("")
-            refresh = gr.Button("Look again", size="sm")
+            refresh = gr.Button("Refresh", size="sm")
         with gr.Column(scale=2, min_width=320):
             settings = gr.HTML(markup.note("Choose a picture to see how it was made."), elem_id="afa-chosen")
             use = gr.Button("Use these settings", interactive=False, elem_id="afa-use")

@@ -126,8 +126,8 @@ def follow(work: Callable[[DrawingJob], None], job: DrawingJob) -> Iterator[None
 def unexpected(error: Exception) -> str:
     """Return the sentence for an unexpected error, and print its traceback in the terminal."""
     traceback.print_exception(error, file=sys.stderr)
-    what = f"something went wrong that should not ({type(error).__name__})"
-    return f"{what}; the terminal that runs afa ui says more, and the page goes on"
+    what = f"there was an unexpected error ({type(error).__name__})"
+    return f"{what}; the terminal of afa ui shows more, and the page keeps running"
 
 
 PATIENCE = 0.1  # seconds between checks for cancelled jobs in the queue

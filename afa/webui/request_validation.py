@@ -124,7 +124,7 @@ def make_strengths(given: Mapping[str, Any], experts: tuple[str, ...]) -> dict[s
 def _prompt(value: Any) -> str:
     prompt = text("prompt", value)
     if not prompt:
-        raise UserError("there is no prompt; write what the image shall show")
+        raise UserError("there is no prompt; write what the image should show")
     return prompt
 
 

@@ -22,6 +22,7 @@ from afa.webui.markup import read_reports
 from afa.webui.settings import FIRST_PORT, UiSettings
 
 TRIED = 20  # ports after the first
+TAKEN = (98, 48, 10048, 13)  # error numbers of a port in use on Linux, macOS, Windows; of one not allowed
 CALLS = 100  # calls that may wait besides runs; Gradio refuses further ones
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SMALL = 128  # pixels: pictures up to this side are enlarged with hard edges
@@ -151,12 +152,9 @@ def _port(settings: UiSettings) -> int:
                 probe.bind((settings.host, port))
             return port
         except (OSError, OverflowError) as error:
-            if getattr(error, "errno", None) not in (
-                *(98, 48, 10048),  # in use: Linux, macOS, Windows
-                13,  # not allowed
-            ):
+            if getattr(error, "errno", None) not in TAKEN:
                 reason = getattr(error, "strerror", None) or error
-                raise UserError(f"--host {settings.host} cannot be listened at: {reason}") from None
+                raise UserError(f"--host {settings.host} cannot be used: {reason}") from None
     if settings.port is None:
         raise UserError(
             f"the ports {FIRST_PORT} to {FIRST_PORT + TRIED - 1} are all in use; give a free one with --port"
@@ -187,14 +185,8 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
-FETCHING = (
-    "/gradio_api/file=http",
-    "/file=http",
-    "/gradio_api/proxy=",
-    "/proxy=",
-)  # would have the server fetch from elsewhere
-
-
+# Paths that would make the server fetch from elsewhere.
+FETCHING = ("/gradio_api/file=http", "/file=http", "/gradio_api/proxy=", "/proxy=")
 UPLOADS = ("/gradio_api/upload", "/upload")
 LARGEST_UPLOAD = 20 * 2**20  # bytes of one request with files
 MOST_UPLOADS = 20  # files that are kept, of all visitors together; the oldest make room
@@ -257,14 +249,10 @@ class SameOriginMiddleware:
             for name, value in headers
             if name in (b"origin", b"sec-fetch-site", b"sec-fetch-mode")
         }
-        opened = (
-            scope.get("method") == "GET"
-            and scope["path"] == "/"
-            and given.get(b"sec-fetch-mode") == "navigate"
-        )  # a link to the page
-        if given.get(b"sec-fetch-site", "none") not in ("same-origin", "none") and not opened:
-            return "This page answers to itself only, not to pages of other sites."
-        if b"origin" in given and urlsplit(given[b"origin"]).netloc.lower() != host.lower():
+        linked = scope.get("method") == "GET" and scope["path"] == "/"  # a link to the page may be followed
+        linked = linked and given.get(b"sec-fetch-mode") == "navigate"
+        foreign = given.get(b"sec-fetch-site", "none") not in ("same-origin", "none") and not linked
+        if foreign or (b"origin" in given and urlsplit(given[b"origin"]).netloc.lower() != host.lower()):
             return "This page answers to itself only, not to pages of other sites."
         if unquote(scope["path"]).lower().startswith(FETCHING):
             return "This page fetches nothing from elsewhere."

@@ -118,15 +118,16 @@ def _scheduler(name: Any, engine: Engine, notes: list[str]) -> str:
     if name in engine.schedulers:
         return str(name)
     if name not in (None, type(engine.ensemble.frame.scheduler).__name__, "SuperposedScheduler"):
-        notes.append(f"it was made with scheduler {str(name)[:60]}, and the experts' own is another")
+        notes.append(
+            f"it was made with scheduler {str(name)[:60]}, which is not here; the experts' own is used"
+        )
     return ""
 
 
 def _strengths(metadata: Mapping[str, Any], engine: Engine, notes: list[str]) -> dict[str, Any]:
     if metadata.get("strength_changes"):
         notes.append(
-            "strengths were changed while it was made, so it will not come out the same;"
-            " those it began with are set"
+            "its strengths were changed while it was made, so the result will differ; the first ones are used"
         )
     given = metadata.get("strengths")
     return {
