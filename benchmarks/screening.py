@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from afa.demo import data as scenes
 from afa.demo.data import BASE, EXPERTS
-from afa.demo.run import TEST_SCENES, TRAINING_SCENES, training
+from afa.demo.run import training
 from afa.demo.scenes import draw
 from afa.demo.settings import DemoSettings
 from afa.ensemble import Ensemble
@@ -145,10 +147,21 @@ def trained(sources: list[str], folder: Path, placement: str, work: Path, steps:
     return Ensemble.load(folder)
 
 
+def weight_average(sources: list[str]) -> Ensemble:
+    """One model with the mean of the experts' denoisers and text encoders.
+
+    Source: Wortsman et al., Model soups, arXiv:2203.05482 (the uniform soup).
+    """
+    alone = [Ensemble.from_experts([source], aggregator="mean") for source in sources]
+    networks = [nn.ModuleList([ensemble.denoiser.experts, *ensemble.text_encoders]) for ensemble in alone]
+    with torch.no_grad():
+        for same in zip(*(network.parameters() for network in networks), strict=True):
+            same[0].copy_(torch.stack(same).mean(0))
+    return alone[0]
+
+
 def realised(name: str, places: dict[str, Path], work: Path, steps: int, seed: int) -> dict[str, Any]:
     """Losses of AFA, the router, every expert and the weight average, each (JUDGED, BANDS)."""
-    from afa.demo.run import weight_average
-
     experts, folder = SETS[name], work / "sets" / f"{name.replace(' ', '-')}-{seed}"
     sources = [f"{expert}={places[expert]}" for expert in experts]
     test = work / "test"
@@ -193,7 +206,11 @@ def head_rooms(places: dict[str, Path], work: Path) -> dict[str, ExpertCompariso
         resolution=SIDE,
     )
     stores = dict(
-        zip(specs, AnswerCollector(frame, noising, probes, settings, work).all(list(specs.values())), strict=True)
+        zip(
+            specs,
+            AnswerCollector(frame, noising, probes, settings, work).all(list(specs.values())),
+            strict=True,
+        )
     )
     return {
         name: ExpertComparison(tuple(experts), [stores[expert] for expert in experts])
@@ -276,7 +293,7 @@ def main() -> None:
     )
     given = flags.parse_args()
     work: Path = given.output
-    for folder, count, seed in (("data", 512, TRAINING_SCENES), ("test", JUDGED, TEST_SCENES + 50_000)):
+    for folder, count, seed in (("data", 512, scenes.TRAINING), ("test", JUDGED, scenes.JUDGED + 50_000)):
         if not (work / folder).exists():
             draw(work / folder, "mixed", count, seed)
     places = make_experts(work / "experts")

@@ -3,15 +3,15 @@
 import argparse
 from pathlib import Path
 
-from afa.demo.world import ENSEMBLE
-from afa.generation.sample import Request, Sampling
 from PIL import Image
 
+from afa.demo.data import ENSEMBLE
 from afa.demo.report import sheet
 from afa.demo.run import demonstrate, weight_pictures
 from afa.demo.settings import DemoSettings
 from afa.ensemble import Ensemble
 from afa.explanation import Explanation, explain, pictures
+from afa.sampling.sample import Request, Sampling
 
 TARGET = Path(__file__).parent / "images"
 PROMPT = (

@@ -1,8 +1,8 @@
 """See the whole path on small embedded experts: inspect, train, generate, compare, report.
 
-The three experts are small Stable Diffusion models that each draw different things well; the mixed scenes
-need all three. Writes OUTPUT/report.html and prints the table. Needs no network, and a few minutes on two
-CPU cores.
+The three experts are small Stable Diffusion models; each draws other things well, and the mixed scenes
+need all three. Prints the table and writes OUTPUT/report.html. The comparison is one of `afa evaluate`; its
+images and results.json are in OUTPUT/compared. Needs no network, and a few minutes on two CPU cores.
 """
 
 from pathlib import Path

@@ -40,9 +40,6 @@ def protocol(request: ProtocolOptions) -> Protocol:
     )
 
 
-SEED = 600_000  # of the demonstration's training scenes too; nothing that is judged comes from it
-
-
 def from_scenes(place: str) -> list[Sample]:
     """The samples of "scenes:COUNT": the images of `python -m afa.demo.scenes --seed 600000`.
 
@@ -51,7 +48,7 @@ def from_scenes(place: str) -> list[Sample]:
     count = place.partition(":")[2]
     if not (count.isascii() and count.isdigit() and len(count) <= 6 and int(count) > 0):
         raise UserError(f"--data {place[:80]}: say how many scenes, from 1 to 999999, such as scenes:512")
-    scenes = sample_scenes("mixed", int(count), SEED)
+    scenes = sample_scenes("mixed", int(count), TRAINING)
     return [_sample(scene, index) for index, scene in enumerate(scenes)]
 
 
@@ -59,13 +56,13 @@ def _sample(scene: Scene, index: int) -> Sample:
     return Sample(
         f"scene {index}",
         scene.caption,
-        f"scene {SEED} {index} {scene.caption}",
+        f"scene {TRAINING} {index} {scene.caption}",
         functools.partial(_png, scene, index),
     )
 
 
 def _png(scene: Scene, index: int) -> bytes:
-    image, file = render(scene, np.random.default_rng((SEED, index))), io.BytesIO()
+    image, file = render(scene, np.random.default_rng((TRAINING, index))), io.BytesIO()
     Image.fromarray(image).save(file, format="png")
     return file.getvalue()
 

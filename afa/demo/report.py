@@ -31,7 +31,8 @@ OTHERS = {
     "untrained mean": "the untrained mean",
     "prediction router": "the prediction router",
 }
-TRAINED = {"AFA": "ensemble", "prediction router": "router"}  # and their folders
+# Trained methods, and their folders.
+TRAINED = {"AFA": "ensemble", "prediction router": "compared/trained/prediction_router/seed-0"}
 
 
 def table(outcome: Outcome) -> Table:
@@ -108,7 +109,7 @@ def sheet(outcome: Outcome, count: int = SHOWN) -> NDArray[np.uint8]:
 
     Not chosen: the first of the list.
     """
-    rows = [[row.images[index] for row in outcome.rows] for index in range(min(count, len(outcome.captions)))]
+    rows = list(zip(*(row.images(count) for row in outcome.rows), strict=True))
     return np.asarray(grid(rows, columns=[row.name for row in outcome.rows], side=128))
 
 

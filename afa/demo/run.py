@@ -1,27 +1,25 @@
-"""The demonstration: train an ensemble, compare it with its baselines, and report."""
+"""The demonstration: train an ensemble on mixed scenes, and compare it as `afa evaluate` does."""
 
-import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
-from tqdm import tqdm
 
-from afa.demo.data import BASE, EXPERTS, SCORER
-from afa.demo.scenes import draw, sample_scenes
-from afa.demo.scorer import AttributeScorer
+from afa.demo.data import BASE, EXPERTS, TRAINING
+from afa.demo.scenes import draw
 from afa.demo.settings import DemoSettings
 from afa.denoiser.hooks import record_weights
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.files import locked, read_arrays, replacing
+from afa.evaluation.results import image_name
+from afa.evaluation.run import evaluate
+from afa.evaluation.settings import EvaluateSettings
+from afa.files import locked
 from afa.fingerprint import claim, fingerprint
-from afa.sampling.sample import Request, Sampling, sample, sample_all
+from afa.images import read_pixels
+from afa.pictures import conditional, picture
+from afa.sampling.sample import Request, Sampling, sample
 from afa.seeds import nth_seed
 from afa.stats import Estimate, difference, estimate
 from afa.training.run import train
@@ -29,26 +27,21 @@ from afa.training.settings import TrainSettings
 
 # Small, as the experts are; the paper's 128 would be larger than they. Own paths: see docs/log.md.
 AGGREGATORS = {"aggregator": "stitch", "hidden": 32, "heads": 4, "depth": 1}
-
-
-def methods(settings: DemoSettings) -> dict[str, Callable[[], Ensemble]]:
-    """Return the methods by name, as functions that make them. They train if nothing was trained before."""
-    output = Path(settings.output)
-    sources = [str(path) for path in EXPERTS.values()]
-    return {
-        **{
-            name: lambda source=str(path): Ensemble.from_experts([source], aggregator="mean")
-            for name, path in EXPERTS.items()
-        },
-        "weight average": lambda: weight_average(sources),
-        "untrained mean": lambda: Ensemble.from_experts(sources, aggregator="mean"),
-        "prediction router": lambda: _trained(settings, sources, output / "router", "out"),
-        "AFA": lambda: _trained(settings, sources, output / "ensemble", "layers"),
-    }
+# row of the evaluation -> its name here, in the order of the table
+METHODS = {
+    **{f"single:{name}": name for name in EXPERTS},
+    "weighted": "weight average",
+    "feature_mean": "untrained mean",
+    "prediction_router": "prediction router",
+    "afa": "AFA",
+}
+BATCH = 32  # images drawn at once
+SHOWN = 6  # images in the report's sheet
+MAPPED = 2  # of them with weight maps
 
 
 def training(settings: DemoSettings, folder: Path, placement: str, sources: list[str]) -> TrainSettings:
-    """Return the demonstration's training settings, the same for AFA and for the router."""
+    """The demonstration's settings of a training; the router's differ in the placement only."""
     return TrainSettings(
         experts=sources,
         data=str(Path(settings.output) / "data"),
@@ -65,27 +58,23 @@ def training(settings: DemoSettings, folder: Path, placement: str, sources: list
     )
 
 
-def _trained(settings: DemoSettings, sources: list[str], folder: Path, placement: str) -> Ensemble:
-    train(training(settings, folder, placement, sources))
-    return Ensemble.load(folder)
-
-
-def weight_average(sources: list[str]) -> Ensemble:
-    """Return one model with the mean of the experts' denoisers and text encoders.
-
-    Source: Wortsman et al., Model soups, arXiv:2203.05482 (the uniform soup).
-    """
-    alone = [Ensemble.from_experts([source], aggregator="mean") for source in sources]
-    networks = [nn.ModuleList([ensemble.denoiser.experts, *ensemble.text_encoders]) for ensemble in alone]
-    with torch.no_grad():
-        for same in zip(*(network.parameters() for network in networks), strict=True):
-            same[0].copy_(torch.stack(same).mean(0))
-    return alone[0]
-
-
-TEST_SCENES, TRAINING_SCENES = 500_000, 600_000  # seeds; neither occurs in the building of the world
-SHOWN = 6  # images in the report's sheet
-MAPPED = 2  # of them with weight maps
+def comparison(settings: DemoSettings) -> EvaluateSettings:
+    """The settings of the comparison: every method with its default options, on the same scenes and noise."""
+    output = Path(settings.output)
+    return EvaluateSettings(
+        ensemble=str(output / "ensemble"),
+        output=str(output / "compared"),
+        protocol="scenes",
+        methods=list(dict.fromkeys(name.partition(":")[0] for name in METHODS)),
+        train_data=str(output / "data"),
+        metrics=["attributes"],
+        prompts=settings.prompts,
+        seed=settings.seed,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        tuning=0,
+        batch_size=BATCH,
+    )
 
 
 @dataclass(frozen=True)
@@ -93,22 +82,27 @@ class MethodResult:
     """The result of one method.
 
     scores:  (n,) per image, by name
-    images:  (n, 64, 64, 3) uint8
+    files:   of the images
     seconds: per image, one value per batch
     """
 
     name: str
     scores: dict[str, NDArray[np.float64]]
-    images: NDArray[np.uint8]
+    files: list[Path]
     seconds: NDArray[np.float64]
 
     def value(self, score: str) -> Estimate:
+        """The mean of a score over scenes."""
         return estimate(self.scores[score])
+
+    def images(self, count: int) -> list[NDArray[np.uint8]]:
+        """The first images: (64, 64, 3) each."""
+        return [read_pixels(file) for file in self.files[:count]]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """All methods on the same scenes, and what training measured."""
+    """All methods on the same scenes."""
 
     settings: DemoSettings
     captions: list[str]
@@ -116,17 +110,15 @@ class Outcome:
 
     @property
     def best_single(self) -> MethodResult:
-        """Return the expert with the highest attribute accuracy on these scenes, the strongest baseline."""
+        """The expert with the highest attribute accuracy on these scenes, the strongest baseline."""
         return max(
             (row for row in self.rows if row.name in EXPERTS), key=lambda row: row.scores["attributes"].mean()
         )
 
-    def row(self, name: str) -> MethodResult:
-        return next(row for row in self.rows if row.name == name)
-
     def lead(self, name: str, over: str) -> Estimate:
-        """Return attribute accuracy of one method minus another's, paired by scene."""
-        return difference(self.row(name).scores["attributes"], self.row(over).scores["attributes"])
+        """Attribute accuracy of one method minus another's, paired by scene."""
+        scores = {row.name: row.scores["attributes"] for row in self.rows}
+        return difference(scores[name], scores[over])
 
 
 def demonstrate(settings: DemoSettings) -> Outcome:
@@ -137,76 +129,34 @@ def demonstrate(settings: DemoSettings) -> Outcome:
                 f"the embedded world is not complete: {place} is missing; install afa again, "
                 "or, in a checkout, make it with: python -m scripts.demo_world.build"
             )
-    with locked(Path(settings.output)):
-        return _demonstrate(settings, Path(settings.output))
-
-
-def _demonstrate(settings: DemoSettings, output: Path) -> Outcome:
-    asked = {name: value for name, value in asdict(settings).items() if name not in ("output", "json")}
-    claim(
-        output, asked, "the demonstration", fingerprint([str(place) for place in EXPERTS.values()], base=BASE)
-    )
-    draw(output / "data", "mixed", settings.train_images, TRAINING_SCENES + settings.seed)
-    captions = [scene.caption for scene in sample_scenes("mixed", settings.prompts, TEST_SCENES)]
-    scorer = AttributeScorer.load(SCORER)
+    output, sources = Path(settings.output), [str(path) for path in EXPERTS.values()]
+    with locked(output):
+        asked = {name: value for name, value in asdict(settings).items() if name not in ("output", "json")}
+        claim(output, asked, "the demonstration", fingerprint(sources, base=BASE))
+        draw(output / "data", "mixed", settings.train_images, TRAINING + settings.seed)
+        train(training(settings, output / "ensemble", "layers", sources))
+        results = evaluate(comparison(settings))
+    assert results is not None
+    runs = {method.name: method.runs[0] for method in results.methods}
     rows = []
-    for name, make in methods(settings).items():
-        images, seconds = _images(output, name, make, captions, settings)
-        rows.append(MethodResult(name, scorer.score(images, captions), images, seconds))
-    return Outcome(settings, captions, rows)
-
-
-def _images(
-    output: Path, name: str, make: Callable[[], Ensemble], captions: list[str], settings: DemoSettings
-) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Return a method's images of all captions, (n, 64, 64, 3), and seconds per image of each batch.
-
-    They are made once and kept as .npz.
-    """
-    file = output / "images" / f"{name.replace(' ', '_')}.npz"
-    kept = read_arrays(file)
-    if kept is None:
-        batches, seconds = zip(*_sampled(name, make(), captions, settings), strict=True)
-        file.parent.mkdir(exist_ok=True)
-        with replacing(file) as temporary, temporary.open("wb") as stream:
-            np.savez_compressed(stream, images=np.concatenate(batches), seconds=np.asarray(seconds))
-        kept = read_arrays(file)
-    assert kept is not None
-    return kept["images"], kept["seconds"]
-
-
-def sampling(settings: DemoSettings) -> Sampling:
-    return Sampling(settings.steps, settings.guidance)
-
-
-def requests(captions: list[str], settings: DemoSettings) -> list[Request]:
-    """Return the requests: scene k has the noise of seed + k in all methods."""
-    return [Request(caption, nth_seed(settings.seed, index)) for index, caption in enumerate(captions)]
-
-
-def _sampled(
-    name: str, ensemble: Ensemble, captions: list[str], settings: DemoSettings
-) -> Iterator[tuple[NDArray[np.uint8], float]]:
-    """Yield each batch: images, and seconds per image."""
-    pipeline = ensemble.pipeline()
-    pipeline.set_progress_bar_config(disable=True)
-    started = time.monotonic()
-    with tqdm(total=len(captions), desc=name, unit="image", file=sys.stderr) as bar:
-        for images in sample_all(pipeline, requests(captions, settings), sampling(settings), batch_size=32):
-            bar.update(len(images))
-            yield images, (time.monotonic() - started) / len(images)
-            started = time.monotonic()
+    for row, name in METHODS.items():
+        scores = {score: np.asarray(values) for score, values in runs[row].scores.items()}
+        folder = output / "compared" / runs[row].images
+        files = [folder / image_name(index) for index in range(len(results.items))]
+        rows.append(MethodResult(name, scores, files, np.asarray(runs[row].seconds[::BATCH])))
+    return Outcome(settings, [item.caption for item in results.items], rows)
 
 
 def weight_pictures(settings: DemoSettings, captions: list[str]) -> list[NDArray[np.uint8]]:
-    """Return weight maps over steps of the first images, as pictures (H, W, 3) uint8."""
-    from afa.pictures import conditional, picture
-
+    """Weight maps over steps of the first images, as pictures (H, W, 3)."""
     ensemble = Ensemble.load(Path(settings.output) / "ensemble")
     pipeline = ensemble.pipeline()
     pipeline.set_progress_bar_config(disable=True)
+    asked = [
+        Request(caption, nth_seed(settings.seed, index)) for index, caption in enumerate(captions[:MAPPED])
+    ]
     with record_weights(ensemble.denoiser) as maps:
-        images = sample(pipeline, requests(captions, settings)[:MAPPED], sampling(settings))
+        images = sample(pipeline, asked, Sampling(settings.steps, settings.guidance))
     passes = conditional(maps, len(images))
     own = [
         [{name: weights[index] for name, weights in one.items()} for one in passes]

@@ -7,8 +7,8 @@ It takes two minutes on two cores. An ensemble that `afa demo` trained in that f
 import argparse
 from pathlib import Path
 
-from afa.demo.data import ENSEMBLE, EXPERTS
-from afa.demo.run import TRAINING_SCENES, training
+from afa.demo.data import ENSEMBLE, EXPERTS, TRAINING
+from afa.demo.run import training
 from afa.demo.scenes import draw
 from afa.demo.settings import DemoSettings
 from afa.ensemble import Ensemble
@@ -23,7 +23,7 @@ def main() -> None:
     settings = DemoSettings(output=str(flags.parse_args().work))
     data = Path(settings.output) / "data"
     if not data.exists():
-        draw(data, "mixed", settings.train_images, TRAINING_SCENES + settings.seed)
+        draw(data, "mixed", settings.train_images, TRAINING + settings.seed)
     folder = Path(settings.output) / "ensemble"
     train(training(settings, folder, "layers", [str(path) for path in EXPERTS.values()]))
     ensemble = Ensemble.load(folder)
