@@ -1,8 +1,6 @@
-"""Pictures: the one opener of image files, and PNG files that say how they were made.
+"""Pictures: the one opener of image files for all commands, and PNG files that record how they were made.
 
-The one opener of pictures, for all commands: each comes out as 8-bit RGB in sRGB, upright, on white.
-
-A picture that is 8-bit RGB already, without transparency and in sRGB, comes out as its bits are.
+Every picture is opened as 8-bit RGB in sRGB, upright, on white. A picture that is so already keeps its bits.
 """
 
 import functools
@@ -48,12 +46,12 @@ class ImageError(UserError):
 
 
 def open_image(source: Path | str | bytes, name: str | None = None) -> Image.Image:
-    """A picture as 8-bit RGB: (width, height).
+    """Open a picture as 8-bit RGB.
 
     source: a file, or the encoded picture
     name:   what to call it in an error; the file's path by default
-    Grey and colours of more than 8 bits are scaled by their range; transparency is laid on white; colours are
-    converted to sRGB; EXIF orientation is applied; of an animation the first frame is taken.
+    Grey and colours of more than 8 bits are scaled by their range. Transparency is laid on white. Colours are
+    converted to sRGB. EXIF orientation is applied. Of an animation the first frame is taken.
     Raises ImageError for what is no picture, is cut off, or is too large.
     """
     name = name or ("the picture" if isinstance(source, bytes) else str(source))
@@ -76,7 +74,7 @@ def open_image(source: Path | str | bytes, name: str | None = None) -> Image.Ima
 
 
 def read_pixels(source: Path | str | bytes, name: str | None = None) -> NDArray[np.uint8]:
-    """As open_image: (H, W, 3) uint8."""
+    """Open a picture as in open_image: -> (H, W, 3) uint8."""
     return np.asarray(open_image(source, name))
 
 
@@ -87,7 +85,7 @@ def _formats() -> list[str]:
 
 
 def _plain(source: Path | str) -> Path:
-    """The path of a file. Raises OSError for a device, a pipe or a folder, which are never opened."""
+    """The path of a file. Raises OSError for a device, a pipe or a folder; these are never opened."""
     path = Path(source)
     if path.exists() and not path.is_file():
         raise OSError("it is no plain file")
@@ -95,7 +93,7 @@ def _plain(source: Path | str) -> Path:
 
 
 def _counted(error: Exception) -> str:
-    """How many pixels, from our size or from Pillow's sentence."""
+    """The number of pixels in words, from our own size or from Pillow's message."""
     size = error.args[0] if error.args else ""
     if isinstance(size, tuple):
         return f"{size[0]} × {size[1]}"
@@ -104,7 +102,7 @@ def _counted(error: Exception) -> str:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits as L, or LA if one of its levels is transparent; everything else as it is.
+    """Grey of more than 8 bits as L, or LA if one of its levels is transparent; other pictures unchanged.
 
     Colours of 16 bits come from Pillow's decoders as 8 bits already.
     """
@@ -137,7 +135,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _float_shares(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Floating-point grey as shares of white. Raises ValueError where its range cannot be told."""
+    """Floating-point grey as shares of white. Raises ValueError if its range is unclear."""
     if not np.isfinite(values).all():
         raise ValueError("values that are no numbers: NaN or infinite")
     low, high = values.min(), values.max()
@@ -147,7 +145,7 @@ def _float_shares(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _on_white(image: Image.Image, name: str) -> Image.Image:
-    """In sRGB, and without transparency."""
+    """The picture in sRGB, without transparency."""
     profile = image.info.get("icc_profile")
     alpha = None
     if image.has_transparency_data:
@@ -161,7 +159,7 @@ def _on_white(image: Image.Image, name: str) -> Image.Image:
 
 
 def _srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Image:
-    """In RGB; by the colour profile, if there is one, and it is not sRGB's."""
+    """The picture in RGB, converted by its colour profile if it has one that is not sRGB."""
     if image.mode == "LAB":
         profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     elif image.mode not in ("L", "RGB", "CMYK"):
@@ -181,7 +179,7 @@ def _srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Image:
 
 @functools.lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> Any:
-    """From a profile to sRGB; None if that changes nothing beyond rounding."""
+    """The transform from a profile to sRGB; None if it changes nothing beyond rounding."""
     transform = ImageCms.buildTransform(
         ImageCms.ImageCmsProfile(io.BytesIO(profile)),
         ImageCms.createProfile("sRGB"),
@@ -200,7 +198,7 @@ def _transform(profile: bytes, mode: str) -> Any:
 
 
 def _warn_of_profile(reason: str, name: str) -> None:
-    """Once for each reason; as browsers do, the picture is then taken for sRGB."""
+    """Warn once for each reason. As in browsers, the picture is then read as sRGB."""
     if reason not in _warned:
         _warned.add(reason)
         sentence = f"{name} has a colour profile that cannot be used ({reason}); it is read as sRGB"
@@ -211,7 +209,11 @@ CHUNK = "afa"  # the PNG text chunk that holds the settings
 
 
 def save_picture(path: Path, image: NDArray[np.uint8], metadata: dict[str, Any]) -> None:
-    """One image (H, W, 3) as a PNG, whole or not at all."""
+    """Save one image as a PNG, whole or not at all.
+
+    image:    (H, W, 3)
+    metadata: how it was made; stored in the PNG's text chunk, with the version of afa
+    """
     chunk = PngImagePlugin.PngInfo()
     chunk.add_itxt(CHUNK, json.dumps({**metadata, "afa": __version__}, ensure_ascii=False))
     with replacing(path) as temporary:
@@ -219,9 +221,9 @@ def save_picture(path: Path, image: NDArray[np.uint8], metadata: dict[str, Any])
 
 
 def read_made(path: Path, *, whole: bool = True) -> dict[str, Any] | None:
-    """Read the metadata of a picture, {} if it has none; None if the picture is missing, broken or cut off.
+    """The metadata of a picture: {} if it has none; None if it is missing, broken or cut off.
 
-    whole: decode it to the end, since a picture that a crash cut off begins like a whole one.
+    whole: decode it to the end, since a picture that a crash cut off begins like a whole one
     """
     try:
         return _settings(path, whole)
@@ -230,9 +232,11 @@ def read_made(path: Path, *, whole: bool = True) -> dict[str, Any] | None:
 
 
 def read_metadata(path: Path, name: str | None = None) -> dict[str, Any]:
-    """What a picture says of itself.
+    """How a picture was made, as it records it.
 
-    name: what to call it in an error. Raises UserError if it says nothing, or is none.
+    path: of a PNG
+    name: what to call it in an error; the file's name by default
+    Raises UserError if it records nothing, or is no PNG.
     """
     name = name or path.name
     made_here = "give one that was made here or by afa generate"

@@ -1,4 +1,4 @@
-"""What can be known about a set of experts, and the ensemble they would make, before a weight is read."""
+"""What is known about experts, and about the ensemble they would make, before any weight is read."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -42,7 +42,11 @@ VAE_FACTOR = 8  # of all known VAEs of SD and SDXL; for denoisers that come with
 class Subject:
     """What is inspected: experts, and how they are, or would be, fused.
 
-    manifest: of an ensemble that is saved in folder.
+    descriptions: of the experts, without weights
+    recipe:       of the aggregators
+    placement:    where aggregators stand; None: the family's default
+    manifest:     of a saved ensemble
+    folder:       of a saved ensemble
     """
 
     descriptions: list[ExpertDescription]
@@ -62,7 +66,7 @@ class Subject:
     ) -> "Subject":
         """Experts as Ensemble.from_experts takes them.
 
-        Raises UserError for what is not there, broken or incomplete.
+        Raises UserError for what is missing, broken or incomplete.
         """
         specs = [ExpertSpec.parse(source, prediction_type) for source in sources]
         check_names(specs)
@@ -70,7 +74,7 @@ class Subject:
 
     @classmethod
     def from_config(cls, config: str, count: int, recipe: Recipe, placement: str | None) -> "Subject":
-        """As many experts of a shipped architecture."""
+        """`count` experts of a shipped architecture."""
         return cls([describe_config(f"expert_{index}", config) for index in range(count)], recipe, placement)
 
     @classmethod
@@ -114,11 +118,15 @@ def _check_saved(aggregators: nn.Module, file: Path) -> None:
 
 
 def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) -> dict[str, Any]:
-    """Everything `afa inspect` shows, ready for JSON.
+    """Everything that `afa inspect` shows, ready for JSON.
 
-    What only an ensemble has is None if the experts cannot be fused.
+    subject:    what is inspected
+    resolution: side of the images in pixels; None: the experts' own
+    batch_size: images at once
+    Parts that only an ensemble has are None if the experts cannot be fused.
     """
     experts = [description.expert for description in subject.descriptions]
+    first: Any = experts[0].model
     reasons = _mismatches(subject, experts)
     denoiser = None if reasons else subject.denoiser()
     size = _size(subject, resolution)
@@ -147,21 +155,15 @@ def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) 
         "cost": {
             **size,
             "batch_size": batch_size,
-            "guidance_doubles": _guidance_doubles(experts[0]),
+            "guidance_doubles": FAMILIES[experts[0].family].interface.default_cfg_scale(first.config) > 1,
             **memory,
             "flops": _flops(experts, count, flops),
         },
     }
 
 
-def _guidance_doubles(expert: Expert) -> bool:
-    """Whether guidance makes two passes a step, by default."""
-    settings: Any = expert.model.config
-    return FAMILIES[expert.family].interface.default_cfg_scale(settings) > 1
-
-
 def _mismatches(subject: Subject, experts: Sequence[Expert]) -> list[str]:
-    """Why they cannot be fused as they would be. Raises UserError for a placement that does not exist."""
+    """Why the experts cannot be fused. Raises UserError for a placement that does not exist."""
     try:
         return mismatches(experts, features=not only_predictions(subject.placement, experts[0]))
     except ValueError as error:
@@ -237,11 +239,6 @@ def _vae(description: ExpertDescription, vae: Any) -> dict[str, Any]:
     }
 
 
-def _factor(vae: Any) -> int:
-    """How many pixels stand behind a side of one latent pixel."""
-    return VAE_FACTOR if vae is None else latents_of(vae).factor
-
-
 def _stages(
     description: ExpertDescription, denoiser: EnsembleDenoiser | None, flops: Flops | None
 ) -> list[dict[str, Any]]:
@@ -283,14 +280,15 @@ def _aggregators(subject: Subject, denoiser: EnsembleDenoiser) -> dict[str, Any]
 
 
 def _size(subject: Subject, resolution: int | None) -> dict[str, Any]:
-    """The image in pixels, its latent, and the length of a prompt.
+    """The image in pixels, its latent, and the length of a prompt in tokens.
 
-    Raises UserError for a size no latent has.
+    Raises UserError for a resolution that no latent has.
     """
     first = subject.descriptions[0].expert
     settings: Any = first.model.config
     interface = FAMILIES[first.family].interface
-    factor, side = _factor(first.vae), interface.sample_size(settings)
+    factor = VAE_FACTOR if first.vae is None else latents_of(first.vae).factor
+    side = interface.sample_size(settings)
     multiple = factor * interface.patch
     if resolution is not None and resolution % multiple:
         near = max(1, resolution // multiple) * multiple
@@ -314,11 +312,9 @@ def _size(subject: Subject, resolution: int | None) -> dict[str, Any]:
 def _memory(
     subject: Subject, described: Sequence[dict[str, Any]], denoiser: EnsembleDenoiser | None
 ) -> dict[str, Any]:
-    """Parameters that have to be held, and their bytes; activations come on top.
+    """The number of parameters that have to be held, and their bytes; activations need memory besides.
 
-    Equal text encoders count once.
-
-    So does a base that LoRAs share, which lie beside it.
+    Equal text encoders count once, and so does a base that several LoRAs share.
     """
     places = [
         place_of(description.expert.located) or index
@@ -338,15 +334,15 @@ def _memory(
         "vae": _vae_parameters(subject, described),
     }
     held["total"] = sum(value or 0 for value in held.values())
-    return {"parameters": held, "bytes": {dtype: _times(held, width) for dtype, width in DTYPES.items()}}
-
-
-def _times(held: dict[str, int | None], width: int) -> dict[str, int | None]:
-    return {name: None if value is None else value * width for name, value in held.items()}
+    sizes = {
+        dtype: {name: None if value is None else value * width for name, value in held.items()}
+        for dtype, width in DTYPES.items()
+    }
+    return {"parameters": held, "bytes": sizes}
 
 
 def _vae_parameters(subject: Subject, described: Sequence[dict[str, Any]]) -> int | None:
-    """Of the one VAE that serves all; None if it is not an expert's."""
+    """Parameters of the one VAE that serves all experts; None if it is not an expert's."""
     choice = described[0]["name"] if subject.manifest is None else subject.manifest.frame["vae"]
     vae = next((expert["vae"] for expert in described if expert["name"] == choice), None)
     return None if vae is None else int(vae["parameters"])

@@ -1,6 +1,6 @@
-"""Plots as SVG: scatter, curves, and a table of differences that is drawn (forest).
+"""Plots as SVG: scatter, curves, and a table whose differences are drawn (forest plot).
 
-Colours are the page's, by class; every kind of method has a shape of its own, too.
+Colours come from the page's style, by class. Every group of methods also has a shape of its own.
 """
 
 import math
@@ -45,7 +45,11 @@ STEPS = [(out, up) for out in (0, 22, 48, 80) for up in HEIGHTS]
 
 @dataclass(frozen=True)
 class Scale:
-    """Numbers to places: low and high of the data become start and end of the drawing."""
+    """A linear or logarithmic map from numbers to places.
+
+    low, high:  of the data
+    start, end: of the drawing, in pixels or percent
+    """
 
     low: float
     high: float
@@ -59,7 +63,7 @@ class Scale:
 
 
 def scale(values: Sequence[float], start: float, end: float, log: bool = False, room: float = 0.05) -> Scale:
-    """Around all values, with some room at both ends."""
+    """A scale around all values, with some room at both ends."""
     low, high = min(values), max(values)
     if log:
         factor = (high / low) ** room if high > low else 1.5
@@ -69,7 +73,7 @@ def scale(values: Sequence[float], start: float, end: float, log: bool = False, 
 
 
 def ticks(over: Scale, count: int = 6) -> list[float]:
-    """About so many round numbers within a scale: 1, 2 or 5 times a power of ten."""
+    """About `count` round numbers within a scale: 1, 2 or 5 times a power of ten."""
     low, high = over.low, over.high
     if over.log:
         powers = [
@@ -94,28 +98,28 @@ def ticks(over: Scale, count: int = 6) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    """As short as it can be said."""
+    """A number for an axis, as short as possible."""
     return f"{value:.6g}".replace("-", MINUS)
 
 
 def text(x: float | str, y: float | str, words: str, kind: str = "label", anchor: str = "start") -> str:
-    """Words at a place. kind: label, tick or axis."""
+    """A text element. kind: label, tick or axis."""
     return f'<text x="{_at(x)}" y="{_at(y)}" class="{kind}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
 def line(x1: float | str, y1: float | str, x2: float | str, y2: float | str, kind: str) -> str:
-    """A line of a class: grid, zero, whisker, leader …"""
+    """A line element of a class: grid, zero, whisker, leader …"""
     return f'<line x1="{_at(x1)}" y1="{_at(y1)}" x2="{_at(x2)}" y2="{_at(y2)}" class="{kind}"/>'
 
 
 def mark(x: float, y: float, group: str, tip: str) -> str:
-    """The shape of a group in its colour; tip: shown under the pointer."""
+    """The shape of a group in its colour. tip: text under the pointer."""
     place = f'<g transform="translate({_at(x)} {_at(y)})" class="mark {group}">'
     return f"{place}<title>{escape(tip)}</title>{SHAPES[group]}</g>"
 
 
 def drawing(width: float, height: float, parts: Sequence[str], description: str) -> Markup:
-    """A whole plot, as wide as its place. description: for those who cannot see it."""
+    """A whole plot. description: for people who cannot see it."""
     return Markup(
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(description)}" class="plot"'
         f' style="min-width:{0.8 * width:g}px;max-width:{1.1 * width:g}px">{"".join(parts)}</svg>'
@@ -140,7 +144,14 @@ class Field:
     def frame(
         self, upwards: Scale, across: Mapping[float, str], names: tuple[str, str], count: int, lines: bool
     ) -> list[str]:
-        """Grid, ticks and the names of the axes. across: word of each tick by its x; lines: at them, too."""
+        """Grid, ticks and the names of the axes.
+
+        upwards: scale of the values
+        across:  x of each tick -> its text
+        names:   of the two axes
+        count:   about how many ticks upwards
+        lines:   whether ticks across have grid lines
+        """
         parts = []
         for x, words in across.items():
             parts += [line(x, self.top, x, self.bottom, "grid")] if lines else []
@@ -161,7 +172,7 @@ LOW = Field(760, 300, 62, 560, 14, 254)
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One value at a place of the axis. tip: shown under the pointer."""
+    """One value with its interval at a place of the axis. tip: text under the pointer."""
 
     x: float
     value: float
@@ -172,7 +183,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points that are joined. group: colour and shape."""
+    """Points that are joined. group: of the method, for colour and shape."""
 
     name: str
     group: str
@@ -189,9 +200,14 @@ def curves(
     field: Field = WIDE,
     zero: bool = False,
 ) -> Markup:
-    """Values along an axis. places: its words; level: a name and a value that is drawn across.
+    """Values along an axis, one line a method.
 
-    zero: whether the values' axis begins at zero.
+    lines:       the methods
+    places:      x -> text on the axis
+    level:       a name and a value that is drawn across
+    field:       size
+    zero:        whether the axis of values begins at zero
+    description: for people who cannot see it
     """
     points = [point for one in lines for point in one.points]
     across = scale([point.x for point in points], field.left, field.right, room=0.08)
@@ -233,7 +249,7 @@ BROAD = Field(1080, 430, 62, 1064, 14, 384)
 
 @dataclass(frozen=True)
 class Spot:
-    """One method. cost: a single measurement; spread: the same with its interval, if it has one."""
+    """One method. cost: one measurement; spread: the same with its interval, if it has one."""
 
     title: str
     group: str
@@ -243,7 +259,7 @@ class Spot:
 
 
 def scatter(found: Sequence[Spot], unit: str, quality: str, description: str) -> Markup:
-    """Cost to the right on a logarithmic scale, quality upwards. unit: of the cost; quality: its name."""
+    """Quality against cost, on a logarithmic scale. unit: of the cost; quality: name of the metric."""
     field, found = BROAD, sorted(found, key=lambda spot: FIRST.index(spot.group))
     across = scale([spot.cost for spot in found], field.left, field.right, log=True, room=0.12)
     ends = [end for spot in found for end in (spot.quality.low, spot.quality.high)]
@@ -281,7 +297,7 @@ class Box:
     bottom: float
 
     def overlap(self, other: "Box") -> float:
-        """The area two boxes share."""
+        """The area that two boxes share."""
         width = min(self.right, other.right) - max(self.left, other.left)
         height = min(self.bottom, other.bottom) - max(self.top, other.top)
         return max(0.0, width) * max(0.0, height)
@@ -302,10 +318,12 @@ Words = tuple[float, float, str]  # x, y and what stands there
 
 
 def place_labels(points: Sequence[Words], obstacles: Sequence[Box], field: Box) -> list[Label]:
-    """A label for each point (x, y, words), those that come first placed best.
+    """Place a label for each point; the first ones get the best places.
 
-    obstacles: what should not be written over, such as intervals; field: where labels may be.
-    A label lies on no other label and on no point as long as there is any room.
+    points:    x, y and text
+    obstacles: what labels should not cover, such as intervals
+    field:     where labels may be
+    A label covers no other label and no point as long as there is room.
     """
     marks = [Box(x - 6, y - 6, x + 6, y + 6) for x, y, _ in points]
     placed: list[Label] = []
@@ -336,9 +354,9 @@ def place_labels(points: Sequence[Words], obstacles: Sequence[Box], field: Box) 
 
 @dataclass(frozen=True)
 class ForestEntry:
-    """One row.
+    """One row of a forest plot.
 
-    p: after Holm's correction; None where the comparison is not in the family that is corrected.
+    p: after Holm's correction; None if the comparison is not in the family that is corrected
     """
 
     title: str
@@ -350,7 +368,7 @@ class ForestEntry:
 
 
 def forest(entries: Sequence[ForestEntry], higher_is_better: bool) -> Table:
-    """A table from best to worst whose second column is drawn, in percent: it is as wide as its cell."""
+    """A table from best to worst; its second column is drawn, in percent of the cell's width."""
     sign = -1 if higher_is_better else 1
     rows = sorted(entries, key=lambda entry: (sign * entry.difference.value, entry.title))
     ends = [end for entry in rows for end in (entry.difference.low, entry.difference.high)]

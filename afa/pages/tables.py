@@ -1,6 +1,4 @@
-"""One table: as text for the terminal, Markdown and CSV.
-
-As HTML by the macro `table` of templates/parts.html.
+"""One table, as text for the terminal, as Markdown and as CSV; as HTML by a macro of templates/parts.html.
 
 No estimate is shown without its interval and its n.
 """
@@ -33,13 +31,14 @@ GROUP_TITLES = {
 
 @dataclass(frozen=True)
 class Shown:
-    """How an estimate is shown.
+    """An estimate in a cell, and how it is shown.
 
-    signed: with a plus sign
-    share: in percent
-    coarse: with one digit less than its interval carries
-    digits: after the point, where they do not follow from the intervals of the column
-    verdict: of the comparison that it belongs to: a key of MARKS
+    estimate: value, interval and n
+    signed:   with a plus sign
+    share:    in percent
+    coarse:   with one digit less than its interval justifies
+    digits:   after the point; None: as the intervals of the column justify
+    verdict:  of the comparison that it belongs to: a key of MARKS
     """
 
     estimate: "Estimate"
@@ -50,7 +49,7 @@ class Shown:
     verdict: str = ""
 
     def parts(self, places: int) -> tuple[str, str]:
-        """Value and interval. places: digits after the point."""
+        """Value and interval as texts. places: digits after the point."""
         found, places = self.estimate, places if self.digits is None else self.digits
         if self.share:
             return f"{number(100 * found.value, 0)} %", interval(found, 0, scale=100)
@@ -63,7 +62,12 @@ Cell = Shown | str | int | float | None
 
 @dataclass(frozen=True)
 class TableRow:
-    """One line. group: a key of GROUP_TITLES, or ""; strong: whether claims are made about this row."""
+    """One row.
+
+    cells:  one a column
+    group:  a key of GROUP_TITLES, or ""
+    strong: whether claims are made about this row
+    """
 
     cells: Sequence[Cell]
     group: str = ""
@@ -74,10 +78,12 @@ class TableRow:
 class Table:
     """Headers and rows.
 
-    note: what a reader must know to read it
-    align: a letter a column, "l" or "r"; "": the first column to the left, the others to the right
+    headers: one a column
+    rows:    the rows
+    note:    what a reader must know to read the table
+    align:   "l" or "r" for each column; "": the first column to the left, the others to the right
     n_apart: n stands in a column or a note of its own, and is not repeated beside the numbers
-    kind: class of the HTML table, for style.css
+    kind:    class of the HTML table, for style.css
     """
 
     headers: Sequence[str]
@@ -88,7 +94,7 @@ class Table:
     kind: str = ""
 
     def is_number(self, column: int) -> bool:
-        """Whether a column stands to the right."""
+        """Whether a column is aligned to the right."""
         return self.align[column] == "r" if self.align else column > 0
 
     def estimates(self, column: int) -> list[Shown]:
@@ -101,7 +107,7 @@ class Table:
         return max(0, decimals([shown.estimate for shown in found]) - any(shown.coarse for shown in found))
 
     def has_verdicts(self, column: int) -> bool:
-        """Whether room for marks is needed in a column."""
+        """Whether a column needs room for marks."""
         return any(shown.verdict for shown in self.estimates(column))
 
     def common_n(self, column: int) -> int | None:
@@ -110,21 +116,21 @@ class Table:
         return found.pop() if len(found) == 1 else None
 
     def own_n(self, cell: Shown, column: int) -> str:
-        """n = 7, beside an estimate whose n does not stand elsewhere; else ""."""
+        """n = 7, beside an estimate whose n is not in the header; else empty."""
         return "" if self.n_apart or self.common_n(column) is not None else f"n = {cell.estimate.n}"
 
     def under(self, column: int) -> str:
-        """Under a header: [95 %], n = 30, where there are estimates."""
+        """What stands under a header, where there are estimates: [95 %], n = 30."""
         n = None if self.n_apart else self.common_n(column)
         brackets = "[95 %]" if any(shown.estimate.has_interval for shown in self.estimates(column)) else ""
         return ", ".join(part for part in (brackets, "" if n is None else f"n = {n}") if part)
 
     def header(self, column: int) -> str:
-        """In one line, with what stands under it."""
+        """A header in one line, with what stands under it."""
         return f"{self.headers[column]} {self.under(column)}".strip()
 
     def words(self, cell: Cell, column: int, missing: str = "") -> str:
-        """A cell as plain words, whole."""
+        """A cell as plain text."""
         if not isinstance(cell, Shown):
             return missing if cell is None else str(cell)
         n = self.own_n(cell, column)
@@ -132,12 +138,16 @@ class Table:
         return " ".join(part for part in parts if part)
 
     def groups(self) -> Iterator[tuple[str, list[TableRow]]]:
-        """Neighbouring rows of one group together, for a heading each."""
+        """Neighbouring rows of one group together."""
         for group, rows in itertools.groupby(self.rows, key=lambda row: row.group):
             yield group, list(rows)
 
     def text(self, ruled: bool = True, missing: str = DASH) -> str:
-        """Columns two spaces apart. ruled: a line under the headers, group titles, * before strong rows."""
+        """The table as text, columns two spaces apart.
+
+        ruled:   a line under the headers, group titles, and * before strong rows
+        missing: shown for an empty cell
+        """
         columns = range(len(self.headers))
         under = [self.under(column) for column in columns]
         heads = [list(self.headers), *([under] if any(under) else [])]
@@ -164,7 +174,7 @@ class Table:
         return "\n".join(lines)
 
     def markdown(self) -> str:
-        """A pipe table, strong rows in bold, a line for each group, and the note."""
+        """The table in Markdown, strong rows in bold, with a line for each group, and the note."""
         columns = range(len(self.headers))
         lines = ["| " + " | ".join(markdown_words(self.header(column)) for column in columns) + " |"]
         lines.append("|" + "|".join("---:" if self.is_number(column) else "---" for column in columns) + "|")
@@ -178,7 +188,7 @@ class Table:
         return "\n".join(lines) + (f"\n\n{markdown_words(self.note)}" if self.note else "")
 
     def csv(self) -> str:
-        """Numbers as they are, texts that a spreadsheet would compute as text, nothing for None."""
+        """The table as CSV: numbers as they are, texts that a spreadsheet would compute as text."""
         target = io.StringIO()
         writer = csv.writer(target, lineterminator="\n")
         writer.writerow(self.headers)
@@ -192,9 +202,9 @@ class Table:
 
 
 def listing(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table of words without rules, for the terminal.
+    """A table without rules, as text for the terminal.
 
-    ">" before a header aligns its column to the right.
+    headers: ">" before a header aligns its column to the right
     """
     align = "".join("r" if header.startswith(">") else "l" for header in headers)
     names = [header.removeprefix(">") for header in headers]
@@ -202,5 +212,5 @@ def listing(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 
 
 def wrapped(text: str, first: str = "", others: str = "") -> str:
-    """In lines for the terminal. first, others: their indents."""
+    """Text in lines for the terminal. first, others: indents of the first line and of the others."""
     return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=others)
