@@ -82,13 +82,17 @@ def record(ensemble: Ensemble, request: Request, sampling: Sampling, pipeline: A
     with recorder.open(pipeline), torch.no_grad():
         image = sample(pipeline, [request], sampling)[0]
     drawn = dict(_draw(pipeline, ensemble.denoiser, recorder.predictions))
+    most = [  # of each pass of guidance, (passes, K, N): the largest mean weight over all rows
+        torch.stack([torch.stack(recorder.rows[aside, stage]).amax(1) for stage in recorder.maps], dim=1)
+        for aside in sorted({aside for aside, _ in recorder.rows})
+    ]
     return Recording(
         ensemble.names,
         request.prompt,
         image,
         tuple(recorder.timesteps),
         {stage: torch.stack(maps) for stage, maps in recorder.maps.items()},
-        _most(recorder),
+        torch.stack(most).amax(0).numpy(),
         {key: torch.stack(passes) for key, passes in recorder.rows.items()},
         recorder.calls,
         tuple(recorder.attention.words or ()),
@@ -149,16 +153,6 @@ class Recorder:
     def _step(self, prediction: Tensor) -> None:
         """Keep the guided prediction that the scheduler receives."""
         self.predictions[len(self.calls) - 1] = (self.calls[-1], prediction.detach())
-
-
-def _most(recorder: Recorder) -> NDArray[np.float32]:
-    """Return (passes, K, N): the largest mean weight over all rows, and over both passes of guidance."""
-    halves = [
-        torch.stack([torch.stack(recorder.rows[aside, stage]).amax(1) for stage in recorder.maps], dim=1)
-        for aside in sorted({aside for aside, _ in recorder.rows})
-    ]
-    most: NDArray[np.float32] = torch.stack(halves).amax(0).numpy()
-    return most
 
 
 def arguments(denoiser: EnsembleDenoiser, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -156,21 +156,20 @@ def _explain(job: ExplainRun) -> None:
 
 def _save(job: ExplainRun, stem: str, found: Explanation) -> None:
     """Write pictures and arrays, then the .json with their hashes."""
-    recording, drawn = found.recording, {}
-    drawn["png"] = Image.fromarray(recording.image)
-    drawn["sheet.png"] = sheet(recording, f"seed {found.request.seed}, {job.facts}")
-    drawn["words.png"] = words(recording, found.causes)
-    drawn["counterfactuals.png"] = (
-        contact(recording.prompt, recording.image, found.counterfactuals) if found.counterfactuals else None
-    )
-    files = [f"{stem}.{suffix}" for suffix, picture in drawn.items() if picture is not None]
-    for suffix, picture in drawn.items():
-        if picture is not None:
-            _save_png(picture, job.output / f"{stem}.{suffix}")
+    recording, others = found.recording, found.counterfactuals
+    drawn = {
+        "png": Image.fromarray(recording.image),
+        "sheet.png": sheet(recording, f"seed {found.request.seed}, {job.facts}"),
+        "words.png": words(recording, found.causes),
+        "counterfactuals.png": contact(recording.prompt, recording.image, others) if others else None,
+    }
+    pictures = {f"{stem}.{suffix}": picture for suffix, picture in drawn.items() if picture is not None}
+    for name, picture in pictures.items():
+        _save_png(picture, job.output / name)
     with replacing(job.output / f"{stem}.strip.webp") as temporary:
         save_strip(recording, temporary)
     write_arrays(recording, job.output / f"{stem}.npz")
-    write_facts(job.output, stem, found, [*files, f"{stem}.strip.webp", f"{stem}.npz"])
+    write_facts(job.output, stem, found, [*pictures, f"{stem}.strip.webp", f"{stem}.npz"])
 
 
 def _save_png(picture: Image.Image, path: Path) -> None:
@@ -197,39 +196,25 @@ def _skipped(job: ExplainRun, unused: Unused, entries: list[ExplainedImage]) -> 
     """Sample the images again without experts where they are unused; return their RMSE from the originals."""
     if "skipped" not in job.settings.kinds or not unused.cells.any():
         return []
-    found = []
+    denoiser, found = job.ensemble.denoiser, []
     for entry, request in zip(
         tqdm(entries, desc="left out where unused", unit="image", file=sys.stderr), job.requests, strict=True
     ):
         record, picture = job.output / f"{entry.stem}.skipped.json", job.output / f"{entry.stem}.skipped.png"
         distance = _distance(record)
         if distance is None or read_made(picture) is None:
-            distance = _skip(job, unused, entry, request, record, picture)
+            before = read_pixels(job.output / f"{entry.stem}.png")
+            with torch.no_grad(), adjust_weights(denoiser, Skipping(denoiser, unused)):
+                after = sample(job.pipeline, [request], job.sampling)[0]
+            distance = rmse(before, after)
+            changed = Counterfactual("skipped", "experts left out where unused", after, distance)
+            _save_png(contact(request.prompt, before, [changed]), picture)
+            write_atomically(record, json.dumps({"rmse": distance}))
         found.append(distance)
     return found
 
 
 def _distance(record: Path) -> float | None:
-    """Read an RMSE that _skip saved before; None if the file is missing or damaged."""
+    """Read an RMSE that was saved before; None if the file is missing or damaged."""
     found: dict[str, float] = kept_json(record, dict[str, Annotated[float, Within(0, 255)]]) or {}
     return found.get("rmse")
-
-
-def _skip(
-    job: ExplainRun, unused: Unused, entry: ExplainedImage, request: Request, record: Path, picture: Path
-) -> float:
-    """Sample one image without unused experts; save it and its RMSE."""
-    before = read_pixels(job.output / f"{entry.stem}.png")
-    with torch.no_grad(), adjust_weights(job.ensemble.denoiser, Skipping(job.ensemble.denoiser, unused)):
-        after = sample(job.pipeline, [request], job.sampling)[0]
-    distance = rmse(before, after)
-    _save_png(
-        contact(
-            request.prompt,
-            before,
-            [Counterfactual("skipped", "experts left out where unused", after, distance)],
-        ),
-        picture,
-    )
-    write_atomically(record, json.dumps({"rmse": distance}))
-    return distance

@@ -92,7 +92,9 @@ class Combination(ModelMixin, ConfigMixin, ABC):
         prediction, weights = self.combine(predict, sample, timestep)
         if self._maps is not None and weights is not None and not self.ensemble.in_uncond_pass:
             self._maps.begin(timestep)
-            self._maps.observe(self.ensemble.stages[-1].name, _everywhere(weights, sample))
+            if weights.ndim == 1:
+                weights = weights.view(1, -1, 1, 1).expand(sample.shape[0], -1, *size)
+            self._maps.observe(self.ensemble.stages[-1].name, weights)
         answer = interface.from_latents(prediction)
         return self.ensemble.output(sample=answer) if return_dict else (answer,)
 
@@ -109,12 +111,6 @@ def _one(timestep: Tensor | float | int) -> float:
             "images at different timesteps in one pass are not supported here; run them one by one"
         )
     return float(values[0])
-
-
-def _everywhere(weights: Tensor, sample: Tensor) -> Tensor:
-    if weights.ndim > 1:
-        return weights
-    return weights.view(1, -1, 1, 1).expand(sample.shape[0], -1, *sample.shape[-2:])
 
 
 DRAW = 20_824  # keeps the draw of an expert apart from other uses of the same seed

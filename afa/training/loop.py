@@ -133,7 +133,15 @@ class Trainer:
         self._resumed = time.monotonic() - self.progress.seconds
         self.monitor.begin(self.progress.step, measured=bool(self.progress.history))
         self.denoiser.train()
-        with interruptible() as interrupted, self._bar() as bar:
+        bar = tqdm(
+            total=self.settings.steps,
+            initial=self.progress.step,
+            desc="training",
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            file=sys.stderr,
+        )
+        with interruptible() as interrupted, bar:
             while self.progress.step < self.settings.steps and not self._stopped_falling():
                 if self.progress.step == 0 and not self.progress.history:
                     self._evaluate(None)
@@ -344,14 +352,3 @@ class Trainer:
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{file} is no state of this run ({reason}); delete it to begin again") from None
-
-    def _bar(self) -> tqdm:
-        quiet = not self.accelerator.is_main_process
-        return tqdm(
-            total=self.settings.steps,
-            initial=self.progress.step,
-            desc="training",
-            unit="step",
-            disable=quiet,
-            file=sys.stderr,
-        )

@@ -132,7 +132,10 @@ def _train(settings: TrainSettings, planned: TrainingPlan) -> dict[str, Any]:
     )
     for expert in planned.ensemble.experts:
         expert.hashes = expert.hashes or ({} if expert.located is None else hash_expert(expert.located))
-    baselines = _baselines(trainer, BEFORE if settings.start is None else STARTED)
+    baselines = {BEFORE if settings.start is None else STARTED: trainer.held_out_losses()}
+    for name in trainer.denoiser.names:
+        with only_expert(trainer.denoiser, name):
+            baselines[name] = trainer.held_out_losses()
     progress = trainer.train()
     record = _record(trainer, progress, baselines) | {"left_out": planned.source.skipped.counts()}
     if accelerator.is_main_process:
@@ -152,17 +155,11 @@ def _initialise(ensemble: Ensemble) -> nn.Module:
     return denoiser.aggregators
 
 
-def _baselines(trainer: Trainer, before: str) -> dict[str, np.ndarray]:
-    """Return the held-out losses, per image, of the ensemble before training and of each expert alone."""
-    losses = {before: trainer.held_out_losses()}
-    for name in trainer.denoiser.names:
-        with only_expert(trainer.denoiser, name):
-            losses[name] = trainer.held_out_losses()
-    return losses
-
-
 def _record(trainer: Trainer, progress: Progress, baselines: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return what the manifest records; differences are paired over the held-out images."""
+    """Return what the manifest records; differences are paired over the held-out images.
+
+    baselines: held-out losses (n,) of the ensemble before training, and of each expert alone
+    """
     trained = trainer.held_out_losses()
     best = min(trainer.denoiser.names, key=lambda name: baselines[name].mean())
     compared = {"difference_to_best_expert": best} | {
