@@ -40,7 +40,11 @@ class AggregatorType:
 
     def defaults(self) -> dict[str, Any]:
         """Return the options that have a default, with it."""
-        return {one.name: one.default for one in fields(self.options) if one.default is not MISSING}
+        made = {
+            one.name: one.default_factory() if callable(one.default_factory) else one.default
+            for one in fields(self.options)
+        }
+        return {name: value for name, value in made.items() if value is not MISSING}
 
 
 AGGREGATORS: dict[str, AggregatorType] = {
