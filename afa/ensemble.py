@@ -119,7 +119,7 @@ class Ensemble:
     ) -> "Ensemble":
         tensors = None
         if aggregators is not None:
-            from afa.checkpoint.manifest import fill, read_aggregators
+            from afa.checkpoint.aggregator_files import fill, read_aggregators
 
             recipe, placement, tensors = read_aggregators(Path(aggregators), experts[0], len(experts))
         ensemble = cls(experts, _denoiser(experts, recipe, placement, frame), frame)

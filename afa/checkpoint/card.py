@@ -1,19 +1,13 @@
 """The model card of an ensemble, README.md in its folder."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from afa.checkpoint.manifest import (
-    ExpertEntry,
-    Manifest,
-)
+from afa.checkpoint.manifest import ExpertEntry, Manifest
 from afa.places import HUB_ID, markdown_words, public_place
 from afa.stats import Estimate
 
-if TYPE_CHECKING:
-    pass
-
-
+# options of the training that the card lists
 SHOWN = (
     "lr",
     "batch_size",
@@ -25,7 +19,7 @@ SHOWN = (
     "resolution",
     "seed",
     "dtype",
-)  # of the options
+)
 CARD = """---
 library_name: afa
 pipeline_tag: text-to-image
@@ -79,10 +73,11 @@ def model_card(manifest: Manifest) -> str:
 
 
 def gains(record: Mapping[str, Any]) -> list[str]:
-    """Say what a training gained, compared with the best expert and with the untrained ensemble.
+    """What a training gained over the best expert and over the untrained ensemble, in sentences.
 
-    Most of what an ensemble gains over its best expert is often there untrained, so the first alone would
-    mislead.
+    An untrained ensemble often has most of the gain over the best expert, so both are shown.
+
+    record: of the training, as in the manifest
     """
     best = Estimate(**record["difference_to_best_expert"])
     against = f"{best.verdict} that of its best expert, {record['best_expert']}"
@@ -102,9 +97,12 @@ def gains(record: Mapping[str, Any]) -> list[str]:
 
 
 def _learnt(change: Estimate, best: Estimate, what: str, short: str) -> str:
-    """What training itself changed.
+    """What training itself changed, in a sentence.
 
-    change, best: the trained loss minus that of `what`, and minus the best expert's.
+    change: the trained loss minus that of `what`
+    best:   the trained loss minus that of the best expert
+    what:   the ensemble before training
+    short:  the same in one word
     """
     figures = f"{change.words(5, signed=True)}, paired"
     if change.verdict == "higher than":
@@ -140,9 +138,9 @@ def _row(expert: ExpertEntry) -> str:
 
 
 def _training(manifest: Manifest) -> str:
-    """What training measured, and with which options.
+    """What training measured, and its options.
 
-    Tolerates records without a measurement (aggregators from elsewhere).
+    A record without measurements (aggregators from elsewhere) is listed key by key.
     """
     record = manifest.training
     if record is None:

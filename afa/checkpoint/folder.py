@@ -1,4 +1,4 @@
-"""An ensemble's folder: saved whole, and loaded with checks."""
+"""The folder of a saved ensemble: written as a whole, and read with checks."""
 
 import os
 import shutil
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from afa.aggregators.registry import count_parameters
+from afa.checkpoint.aggregator_files import check_file, fill, read_tensors
 from afa.checkpoint.card import model_card
 from afa.checkpoint.manifest import (
     AGGREGATORS,
@@ -18,12 +19,9 @@ from afa.checkpoint.manifest import (
     ExpertEntry,
     Manifest,
     TrainingRecord,
-    check_file,
     check_hashes,
     entry_for,
-    fill,
     read_manifest,
-    read_tensors,
     recipe_of,
     relative,
 )
@@ -74,7 +72,7 @@ def save_ensemble(ensemble: "Ensemble", folder: Path, *, bundle: bool) -> None:
 
 
 def _public(record: TrainingRecord | None) -> TrainingRecord | None:
-    """What training was asked for and measured, with names in place of this machine's folders."""
+    """A training's record with names in place of this machine's folders."""
     if record is None or "settings" not in record:
         return record
     settings = {
@@ -85,14 +83,21 @@ def _public(record: TrainingRecord | None) -> TrainingRecord | None:
 
 
 def _check_target(folder: Path) -> None:
-    """An ensemble may replace an ensemble; it never writes into a folder of something else."""
+    """Raise UserError for a folder of a model: an ensemble only replaces an ensemble."""
     for mark in ("model_index.json", "config.json"):
         if (folder / mark).exists():
             raise UserError(f"{folder} holds a model ({mark}); save the ensemble into a folder of its own")
 
 
 def _frame(part: str, choice: str, ensemble: "Ensemble", folder: Path, stage: Path | None) -> str:
-    """Return a choice of the frame for the manifest: an expert's name, or a path from the folder."""
+    """A part of the frame for the manifest.
+
+    part:   vae, tokenizer, scheduler or frame
+    choice: an expert's name, or a path
+    folder: of the ensemble
+    stage:  the folder that it is staged in, for a bundle; None: paths are not copied
+    Returns the expert's name, or a path relative to the folder.
+    """
     if choice in ensemble.names:
         return choice
     if stage is None:
@@ -105,7 +110,7 @@ def _frame(part: str, choice: str, ensemble: "Ensemble", folder: Path, stage: Pa
 
 
 def _copy_donor(source: Path, target: Path) -> Path:
-    """Copy a pipeline's folder, once, without the denoiser, which nobody asks for."""
+    """Copy a pipeline's folder, once, without its denoiser, which the ensemble does not use."""
     if not target.exists():
         denoiser = component_of(source, read_index(source))
         shutil.copytree(
@@ -115,7 +120,7 @@ def _copy_donor(source: Path, target: Path) -> Path:
 
 
 def _copy(source: Path, target: Path) -> Path:
-    """Copy a file or a folder to `target`, a file with its ending kept: -> the copy."""
+    """Copy a file or a folder to `target`; a file keeps its suffix. Returns the copy."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
         return Path(shutil.copytree(source, target, dirs_exist_ok=True))
@@ -169,10 +174,7 @@ def _check_prediction_type(expert: Expert, entry: ExpertEntry) -> None:
 
 
 def _refer(expert: Expert, folder: Path) -> ExpertEntry:
-    """An entry for an expert that has a place of its own.
-
-    Raises UserError for one that only lives in memory.
-    """
+    """The entry of an expert that stays where it is. Raises UserError for one that is in memory only."""
     if expert.located is None:
         raise UserError(
             f"expert '{expert.name}' was given as an object and has no place to refer to; "
@@ -184,11 +186,10 @@ def _refer(expert: Expert, folder: Path) -> ExpertEntry:
 
 
 def _bundle(expert: Expert, stage: Path, copied: dict[Path, Path]) -> ExpertEntry:
-    """Copy an expert in.
+    """Copy an expert into a bundle; its LoRAs stay separate files, and their base is copied once.
 
-    One from files keeps its form; LoRAs stay files beside it, and their base is copied once.
-
-    copied: where to, by the place the experts before came from.
+    stage:  the folder that the ensemble is staged in
+    copied: source -> copy, of the experts before
     """
     target = stage / "experts" / expert.name
     config = expert.config
@@ -214,7 +215,7 @@ def _copy_files(located: Located, target: Path, copied: dict[Path, Path]) -> Loc
 
 
 def _save_object(expert: Expert, target: Path) -> None:
-    """Write an expert that was handed over as an object, as the diffusers folder it would have come from."""
+    """Write an expert that was given as an object, as a diffusers folder."""
     if getattr(expert.model, "peft_config", None):
         raise UserError(
             f"expert '{expert.name}' has a LoRA loaded beside its weights; "
@@ -243,31 +244,13 @@ def load_ensemble(
                 f"{folder / MANIFEST}: frame.{part} is {shown(choice)}, "
                 "neither the name of an expert nor a place that is there"
             )
-    specs = [_saying(entry, spec) for entry, spec in zip(manifest.experts, specs, strict=True)]
+    specs = [
+        _with_recorded_prediction(entry, spec) for entry, spec in zip(manifest.experts, specs, strict=True)
+    ]
     if verify:
         for entry, spec in zip(manifest.experts, specs, strict=True):
             check_hashes(entry, locate(spec))
-    config = next((entry.config for entry in manifest.experts if entry.config), None)
-    ensemble = kind.from_experts(
-        specs,
-        placement=manifest.placement,
-        aggregator=manifest.aggregator["kind"],
-        attention_up_to=manifest.aggregator["attention_up_to"],
-        text_stream=recipe_of(manifest).text_stream,
-        dtype=dtype,
-        config=config if config is None or config in KNOWN_CONFIGS else str(folder / config),
-        **{
-            part: choice if choice in names else str(folder / choice)
-            for part, choice in manifest.frame.items()
-        },
-        **recipe_of(manifest).options,
-    )
-    fused = ensemble.denoiser.fused
-    made = [(stage.name, stage.channels, stage.name in fused) for stage in ensemble.denoiser.stages]
-    if made != [(stage["name"], stage["channels"], stage["fused"]) for stage in manifest.stages]:
-        raise UserError(
-            f"{folder / MANIFEST} has other stages than its experts; they belong to another architecture"
-        )
+    ensemble = _make(kind, manifest, specs, folder, dtype)
     fill(ensemble.denoiser.aggregators, read_tensors(folder), folder)
     ensemble.training = None if manifest.training is None else {**manifest.training}
     for expert, entry in zip(ensemble.experts, manifest.experts, strict=True):
@@ -276,8 +259,42 @@ def load_ensemble(
     return ensemble
 
 
-def _saying(entry: ExpertEntry, spec: ExpertSpec) -> ExpertSpec:
-    """Return the recorded kind of prediction for a U-Net's single file that does not state it."""
+def _make(
+    kind: "type[Ensemble]",
+    manifest: Manifest,
+    specs: list[ExpertSpec],
+    folder: Path,
+    dtype: torch.dtype | None,
+) -> "Ensemble":
+    """The ensemble of a manifest, with untrained aggregators. Raises UserError if its stages are others."""
+    names = [entry.name for entry in manifest.experts]
+    config = next((entry.config for entry in manifest.experts if entry.config), None)
+    recipe = recipe_of(manifest)
+    ensemble = kind.from_experts(
+        specs,
+        placement=manifest.placement,
+        aggregator=recipe.kind,
+        attention_up_to=recipe.attention_up_to,
+        text_stream=recipe.text_stream,
+        dtype=dtype,
+        config=config if config is None or config in KNOWN_CONFIGS else str(folder / config),
+        **{
+            part: choice if choice in names else str(folder / choice)
+            for part, choice in manifest.frame.items()
+        },
+        **recipe.options,
+    )
+    fused = ensemble.denoiser.fused
+    made = [(stage.name, stage.channels, stage.name in fused) for stage in ensemble.denoiser.stages]
+    if made != [(stage["name"], stage["channels"], stage["fused"]) for stage in manifest.stages]:
+        raise UserError(
+            f"{folder / MANIFEST} has other stages than its experts; they belong to another architecture"
+        )
+    return ensemble
+
+
+def _with_recorded_prediction(entry: ExpertEntry, spec: ExpertSpec) -> ExpertSpec:
+    """The spec with the recorded kind of prediction, for a U-Net's single file that does not say it."""
     if entry.prediction_type not in PREDICTION_TYPES:
         return spec
     located = locate(spec)
@@ -287,7 +304,12 @@ def _saying(entry: ExpertEntry, spec: ExpertSpec) -> ExpertSpec:
 
 
 def _spec(entry: ExpertEntry, folder: Path, moved: str | None) -> ExpertSpec:
-    """Where an expert is to be read from. Raises UserError if it is not there any more."""
+    """Where an expert is read from.
+
+    folder: of the ensemble
+    moved:  the expert's new place; None: the recorded one
+    Raises UserError if it is not there any more.
+    """
     spec = entry.spec(folder)
     if moved is not None:
         other = ExpertSpec.parse(moved)

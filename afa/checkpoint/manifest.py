@@ -1,28 +1,20 @@
-"""afa.json: what it holds, and how aggregators are stored beside it.
+"""afa.json, the manifest: what an ensemble is made of, so that it can be found, checked and made again.
 
-afa.json: what an ensemble is, so that it can be found, checked and made again.
-
-A manifest may come from a stranger: it is validated as a whole before anything of it is used, and names only
-places of weights.
+A manifest may come from a stranger: it is checked as a whole before anything of it is used.
 """
 
 import importlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-from torch import Tensor, nn
-
-from afa.aggregators.registry import Recipe
-from afa.checkpoint.release import is_release, read_release
+from afa.aggregators.registry import AGGREGATORS as KINDS
+from afa.aggregators.registry import Recipe, check_options
 from afa.errors import UserError, unknown
-from afa.experts.expert import Expert
-from afa.experts.headers import first_not_finite, load_tensors, read_file
-from afa.experts.locate import Located
+from afa.experts.locate import Located, expert_files, recorded_files
 from afa.experts.single_file import KNOWN_CONFIGS
 from afa.experts.spec import HUB_ID, ExpertSpec, Lora
 from afa.files import settled, sha256
@@ -36,7 +28,8 @@ MANIFEST = "afa.json"
 AGGREGATORS = "aggregators.safetensors"
 FRAME = ("vae", "tokenizer", "scheduler", "frame")
 PLACE = Annotated[str, Within(1, 4096)]  # a path or a hub id
-RECORDED_SETTINGS = "afa.training.settings"  # where the options of a recorded training are declared
+RECORDED_SETTINGS = "afa.training.settings"  # the module that declares the options of a training
+# keys that a record of a training has besides held_out_loss
 MEASURED = (
     "settings",
     "training_images",
@@ -44,18 +37,28 @@ MEASURED = (
     "best_step",
     "best_expert",
     "difference_to_best_expert",
-)  # beside held_out_loss
+)
 
 
 class LoraEntry(TypedDict):
-    """A LoRA of an expert: its place from the manifest, and how strongly it counts."""
+    """A LoRA of an expert.
+
+    path:     relative to the manifest
+    strength: 1: as trained
+    """
 
     path: PLACE
     strength: Annotated[float, Within(-1000, 1000)]
 
 
 class StageEntry(TypedDict):
-    """One stage of the experts, and whether an aggregator stands there."""
+    """One stage of the experts.
+
+    name:     such as OUT11
+    channels: of its features
+    level:    how often its features are halved in size
+    fused:    whether it has an aggregator
+    """
 
     name: Annotated[str, Like("[A-Z]{1,8}[0-9]{0,4}", "a stage such as OUT11")]
     channels: Annotated[int, Within(1, 10**6)]
@@ -64,7 +67,15 @@ class StageEntry(TypedDict):
 
 
 class AggregatorEntry(TypedDict):
-    """How the aggregators are made, how many numbers they have, and the hash of their file."""
+    """How the aggregators are made, and their file.
+
+    kind:            sabw, stitch, …
+    options:         of the kind
+    attention_up_to: largest side, in latent pixels, of maps with attention; None: all maps
+    text_stream:     own or fused
+    parameters:      number of their elements
+    sha256:          of their file
+    """
 
     kind: str
     options: dict[str, Any]
@@ -75,7 +86,7 @@ class AggregatorEntry(TypedDict):
 
 
 class Loss(TypedDict):
-    """A measured value with its interval, of n images."""
+    """A loss with its 95 % interval [low, high], over n images."""
 
     value: Score
     low: Score
@@ -84,13 +95,13 @@ class Loss(TypedDict):
 
 
 class Losses(TypedDict):
-    """What training measured on the held-out images: of the trained, and of others by name."""
+    """Losses on the held-out images: of the trained ensemble, and of others by name."""
 
     trained: Loss
 
 
 class Measurement(TypedDict, total=False):
-    """One line of a training's course; what watches it may add numbers of its own."""
+    """One measurement during training. Metrics that watch it may add numbers."""
 
     step: Count
     training_loss: Score | None
@@ -100,10 +111,7 @@ class Measurement(TypedDict, total=False):
 
 
 class TrainingRecord(TypedDict, total=False):
-    """What training was asked for and measured.
-
-    Aggregators from elsewhere may have less, or something else.
-    """
+    """The settings and results of a training. Aggregators from elsewhere may have less, or other keys."""
 
     settings: dict[str, Any]
     afa: str
@@ -124,9 +132,13 @@ class TrainingRecord(TypedDict, total=False):
 class ExpertEntry:
     """One expert of a manifest.
 
-    source: a hub id, or a path relative to the manifest. commit: the hub's full hash. config: of a single
-    file.
-    files: sha256 of every file that decides what the expert computes; loras: path and strength.
+    name:            unique in the ensemble
+    source:          a hub id, or a path relative to the manifest
+    commit:          of a hub id, the full hash; None: a path
+    config:          of a single file; None: detected
+    loras:           LoRA files that are part of it
+    files:           sha256 of every file that decides what the expert computes, by name
+    prediction_type: of its scheduler; None: unknown
     """
 
     name: str
@@ -138,7 +150,7 @@ class ExpertEntry:
     prediction_type: str | None = None
 
     def spec(self, folder: Path) -> ExpertSpec:
-        """How to find this expert again, from the ensemble's folder."""
+        """The spec by which this expert is found again. folder: of the ensemble."""
         path = folder / located(self.source)
         source = str(path) if self.commit is None or path.exists() else self.source
         loras = tuple(Lora(str(folder / lora["path"]), lora["strength"]) for lora in self.loras)
@@ -147,10 +159,18 @@ class ExpertEntry:
 
 @dataclass
 class Manifest:
-    """What is written to afa.json.
+    """The content of afa.json.
 
-    frame: which VAE, tokenizer and scheduler serve the ensemble: an expert's name or a path; and the frame
-    that lends experts their text encoders, if it is none of them. placement: a name or a list.
+    family:      of the experts
+    experts:     in order
+    frame:       the VAE, tokenizer and scheduler of the ensemble, and the frame that gives text encoders to
+                 denoisers alone if there is one: part -> an expert's name, or a path
+    placement:   a name, or a list of stages
+    stages:      all of the experts' stages, in order
+    aggregator:  how the aggregators are made, and their file
+    training:    None: not trained
+    afa_version: that wrote it
+    format:      of this file
     """
 
     family: str
@@ -168,10 +188,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read an ensemble's manifest.
-
-    Raises UserError, naming the key, if there is none, or one that is not as it has to be.
-    """
+    """Read an ensemble's manifest. Raises UserError if there is none, or with the key that is wrong."""
     path = settled(folder) / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} is no ensemble: it has no {MANIFEST}")
@@ -188,7 +205,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check_whole(manifest: Manifest, path: Path) -> None:
-    """Raises UserError for parts of a manifest that do not fit each other."""
+    """Raise UserError for parts of a manifest that do not fit each other."""
     names = [entry.name for entry in manifest.experts]
     for place, entry in enumerate(manifest.experts):
         check_name(entry.name, f"{path}: experts[{place}]")
@@ -217,10 +234,6 @@ def _check_whole(manifest: Manifest, path: Path) -> None:
 
 def _check_tables(manifest: Manifest, path: Path, stages: list[str]) -> None:
     """Raise UserError for an unknown family, kind of aggregator or option, or for impossible fused stages."""
-    from afa.aggregators.registry import AGGREGATORS as KINDS
-    from afa.aggregators.registry import check_options
-    from afa.models.registry import FAMILIES
-
     entry = manifest.aggregator
     for key, name, table in (
         ("family", manifest.family, FAMILIES),
@@ -241,9 +254,9 @@ def _check_tables(manifest: Manifest, path: Path, stages: list[str]) -> None:
 
 
 def check_recorded(settings: dict[str, Any], where: object, key: str) -> None:
-    """Raise UserError for recorded training settings with values of another type than the option's.
+    """Raise UserError for a recorded training option with a value of another type.
 
-    Options that this version does not know are left alone: a later one may have written them.
+    Options that this version does not know are not checked: a later version may have written them.
     """
     hints = hints_of(importlib.import_module(RECORDED_SETTINGS).TrainSettings.current())
     for name, value in settings.items():
@@ -261,7 +274,14 @@ def _refuse_twice(names: Collection[str], where: str) -> None:
 def entry_for(
     found: Located, folder: Path, files: dict[str, str], config: str | None, prediction_type: str | None
 ) -> ExpertEntry:
-    """The entry of an expert at the place it is."""
+    """The entry of an expert that stays where it is.
+
+    found:           its files
+    folder:          of the ensemble
+    files:           sha256 by name
+    config:          of a single file; None: detected
+    prediction_type: of its scheduler
+    """
     spec = found.spec
     hub = found.commit is not None
     loras: list[LoraEntry] = [
@@ -279,15 +299,12 @@ def entry_for(
 
 
 def relative(path: Path, folder: Path) -> str:
-    """A path as it is written from a folder."""
+    """A path relative to a folder, as it is written to a manifest."""
     return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
 
 
 def check_hashes(entry: ExpertEntry, located: Located) -> None:
     """Raise UserError, with the file and both hashes, if an expert differs from the recorded one."""
-    from afa.experts.locate import expert_files, recorded_files
-    from afa.files import sha256
-
     files = recorded_files(located, entry.files)
     for name, expected in entry.files.items():
         if name not in files:
@@ -315,110 +332,7 @@ def check_hashes(entry: ExpertEntry, located: Located) -> None:
         )
 
 
-def read_aggregators(
-    folder: Path, expert: Expert, experts: int
-) -> tuple[Recipe, str | list[str], dict[str, Tensor]]:
-    """-> recipe, placement and tensors of trained aggregators.
-
-    Raises UserError if they do not fit the experts.
-    """
-    stages = FAMILIES[expert.family].stages(expert.model)
-    if is_release(settled(folder)):
-        recipe, tensors = read_release(folder, stages, experts)
-        return recipe, "layers", tensors
-    if not (folder / MANIFEST).is_file():
-        raise UserError(
-            f"{folder} holds no aggregators: neither {MANIFEST} nor aggregator_0/config.json is there"
-        )
-    manifest = read_manifest(folder)
-    if len(manifest.experts) != experts:
-        raise UserError(
-            f"{folder} has aggregators for {len(manifest.experts)} experts, {experts} are given; "
-            "they must be as many, in the same order"
-        )
-    shapes = [(stage["name"], stage["channels"]) for stage in manifest.stages]
-    if shapes != [(stage.name, stage.channels) for stage in stages]:
-        raise UserError(
-            f"{folder} has aggregators for other stages than the experts have; "
-            "they belong to another architecture"
-        )
-    check_file(folder, manifest)
-    return recipe_of(manifest), manifest.placement, read_tensors(folder)
-
-
 def recipe_of(manifest: Manifest) -> Recipe:
-    """How a manifest's aggregators are made."""
+    """How the aggregators of a manifest are made."""
     entry = manifest.aggregator
     return Recipe(entry["kind"], entry["options"], entry["attention_up_to"], entry.get("text_stream", "own"))
-
-
-def check_file(folder: Path, manifest: Manifest) -> None:
-    """Raise UserError if the aggregators' file is missing, broken, or does not match the manifest.
-
-    By hash and header: nothing has been allocated for sizes that a stranger wrote.
-    """
-    path, entry = folder / AGGREGATORS, manifest.aggregator
-    if not path.is_file():
-        raise UserError(f"{folder} is incomplete: it has no {AGGREGATORS}")
-    if (digest := sha256(path)) != entry["sha256"]:
-        raise UserError(
-            f"{path} has sha256 {digest}, {MANIFEST} expects {entry['sha256']}; "
-            "the file was changed or the copy is incomplete"
-        )
-    tensors = read_file(path)
-    numbers = sum(prod(tensor.shape) for tensor in tensors.values())
-    if numbers != entry["parameters"]:
-        raise UserError(
-            f"{path} has {numbers:,} numbers, {MANIFEST} says {entry['parameters']:,} parameters; "
-            "the two do not belong together"
-        )
-    fused = [stage for stage in manifest.stages if stage["fused"]]
-    others = {name.partition(".")[0] for name in tensors} - {stage["name"] for stage in fused}
-    if others:
-        raise UserError(
-            f"{path} has an aggregator for stage {min(others)}, which {MANIFEST} does not call fused; "
-            "the two do not belong together"
-        )
-    hidden = entry["options"].get("hidden")
-    for stage in fused:
-        found = tensors.get(f"{stage['name']}.conv_in.weight")
-        expected = (hidden, len(manifest.experts) * stage["channels"], 1, 1)
-        if hidden is not None and (found is None or found.shape != expected):
-            what = "missing" if found is None else f"of shape {list(found.shape)}"
-            raise UserError(
-                f"{path}: {stage['name']}.conv_in.weight is {what}, {MANIFEST} needs {list(expected)}; "
-                "the two do not belong together"
-            )
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The aggregators' tensors, once they are checked. Raises UserError if they cannot be read."""
-    tensors = load_tensors(folder / AGGREGATORS)
-    broken = first_not_finite(tensors.items())
-    if broken is not None:
-        raise UserError(
-            f"{folder / AGGREGATORS}: {broken} is not finite (NaN or infinite numbers); "
-            "train the aggregators again"
-        )
-    return tensors
-
-
-def fill(aggregators: nn.ModuleDict, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Load tensors into the aggregators they were trained as.
-
-    Raises UserError, naming the first that does not fit.
-    """
-    wanted = aggregators.state_dict()
-    for name in sorted(wanted.keys() ^ tensors.keys()):
-        raise UserError(
-            f"{folder}: the aggregators {'lack' if name in wanted else 'have an unknown'} tensor {name}; "
-            "they were made in another way"
-        )
-    for name, tensor in wanted.items():
-        if tensor.shape != tensors[name].shape:
-            found, needed = list(tensors[name].shape), list(tensor.shape)
-            raise UserError(
-                f"{folder}: tensor {name} of the aggregators has shape {found}, the experts need {needed}; "
-                "they belong to others"
-            )
-    aggregators.load_state_dict(dict(tensors))

@@ -16,12 +16,18 @@ from afa.schema import Count, Within, build
 from afa.stages.stage import Stage
 from afa.text_files import read_json
 
-RELEASE_DEPTH = 2  # whatever num_layers its config says: a shadowed variable
+RELEASE_DEPTH = 2  # whatever num_layers its config says, which a bug in the release ignores
 LAYER = re.compile(r"transformer\.transformer_blocks\.(\d+)\.")
 
 
 class Config(TypedDict):
-    """The config.json of one aggregator, as far as it is read."""
+    """The fields of an aggregator's config.json that are read.
+
+    in_channels:    channels of the stage
+    num_experts:    number of experts
+    hidden_size:    channels inside the aggregator
+    num_attn_heads: heads of its attention
+    """
 
     in_channels: Count
     num_experts: Count
@@ -35,9 +41,13 @@ def is_release(folder: Path) -> bool:
 
 
 def read_release(folder: Path, stages: tuple[Stage, ...], experts: int) -> tuple[Recipe, dict[str, Tensor]]:
-    """-> how such aggregators are made, and their tensors as "STAGE.name".
+    """Read the aggregators of a reference release.
 
-    Raises UserError if they do not fit.
+    folder:  with one folder for each aggregator
+    stages:  of the experts
+    experts: their number
+    Returns how the aggregators are made, and their tensors as "STAGE.name".
+    Raises UserError if they do not fit the experts.
     """
     count = len([path for path in folder.iterdir() if path.name.startswith("aggregator_")])
     if count != len(stages):
@@ -85,7 +95,14 @@ def write_release(
     widths: tuple[int, int],
     experts: int,
 ) -> None:
-    """Write aggregators in that form. Raises UserError if the form cannot hold them."""
+    """Write aggregators in the format of the reference release.
+
+    folder:  exists already
+    recipe:  how the aggregators are made
+    widths:  of the time embedding and of the text states
+    experts: their number
+    Raises UserError if the format cannot hold them.
+    """
     if (
         list(aggregators) != [stage.name for stage in stages]
         or recipe.kind != "sabw"
