@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from afa.ensemble import Ensemble
 
 NO_SAFETY_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-# not every pipeline takes these
+# arguments that some pipelines do not take
 OPTIONAL = (*NO_SAFETY_CHECKER, *TEXT_ENCODERS, *TOKENIZERS, "force_zeros_for_empty_prompt")
 
 
@@ -28,13 +28,11 @@ class Frame:
     """The VAE, tokenizers and scheduler of an ensemble, which are loaded when they are first used.
 
     experts:   of the ensemble
-    vae:       name of an expert or a path; None: the donor, or else the first expert that is a whole
-    pipeline
+    vae:       name of an expert or a path; None: the donor's, or else the first whole pipeline's
     tokenizer: the same for the tokenizers
     scheduler: the same for the scheduler
     config:    of a VAE that is a single file
-    donor:    a pipeline outside the ensemble that serves experts which are bare denoisers; None: there is
-    none
+    donor:     a pipeline that gives components to experts which are denoisers alone; None: none is needed
     Raises UserError for a text that is neither an expert's name nor a path.
     """
 
@@ -55,7 +53,7 @@ class Frame:
             for part, chosen in (("vae", vae), ("tokenizer", tokenizer), ("scheduler", scheduler))
         }
         if scheduler is None and self.donor is not None and experts[0].scheduler is not self.donor.scheduler:
-            self.choice["scheduler"] = experts[0].name  # read from its own file, so better than the donor's
+            self.choice["scheduler"] = experts[0].name  # changed to what the expert's own file says
         self.config = config
         for part, choice in self.choice.items():
             if self._expert(choice) is None and not Path(choice).exists():
@@ -132,7 +130,7 @@ class Frame:
         if components.get("controlnet") is not None:
             ensemble.attach(components["controlnet"])
         pipe = _made(chosen, parts | components)
-        pipe.save_pretrained = _refuse_saving  # before it has written half of it
+        pipe.save_pretrained = _refuse_saving  # the stock method would fail after writing half of it
         return pipe
 
 
@@ -152,14 +150,14 @@ def stock_pipeline(expert: Expert) -> Any:
 
 
 def _named(text_encoders: Sequence[Any], tokenizers: Sequence[Any]) -> dict[str, Any]:
-    """Map the names in pipelines to text encoders and tokenizers."""
+    """Text encoders and tokenizers by their names in a pipeline."""
     return dict(zip(TEXT_ENCODERS, text_encoders, strict=False)) | dict(
         zip(TOKENIZERS, tokenizers, strict=False)
     )
 
 
 def _made(chosen: type, parts: dict[str, Any]) -> Any:
-    """Make a pipeline of these parts; missing encoders are None, unknown optional parts are dropped."""
+    """Make a pipeline. Missing text encoders are None; optional parts that it does not take are dropped."""
     taken = inspect.signature(chosen.__init__).parameters
     absent = {name: None for name in (*TEXT_ENCODERS, *TOKENIZERS) if name in taken and name not in parts}
     given = {
@@ -171,7 +169,7 @@ def _made(chosen: type, parts: dict[str, Any]) -> Any:
 
 
 def _check_channels(expert: Expert, vae: Any) -> None:
-    """Raise UserError for a denoiser with other inputs than noisy latents, which text-to-image cannot run."""
+    """Raise UserError for a denoiser with other inputs than noisy latents; text-to-image cannot run it."""
     expected = vae.config.get("latent_channels")
     found = FAMILIES[expert.family].interface.latent_channels(expert.model.config)
     if expected is not None and found != expected:

@@ -24,7 +24,7 @@ def load_into(
     scale: float,
     options: dict[str, Any],
 ) -> str:
-    """Load a LoRA and return its name; after an error nothing is loaded. See Ensemble.load_lora."""
+    """Load a LoRA and return its adapter name. After an error nothing is loaded. See Ensemble.load_lora."""
     check_weights(scale)
     chosen = _chosen(ensemble, experts)
     name = name or ensemble.denoiser.free_name()
@@ -67,7 +67,7 @@ def _check_name(ensemble: "Ensemble", name: str) -> None:
 
 
 def _load_one(ensemble: "Ensemble", index: int, source: Any, name: str, options: dict[str, Any]) -> list[Any]:
-    """Load a LoRA into one expert, and into copies of its text encoders that share their weights.
+    """Load a LoRA into one expert's denoiser, and into copies of its text encoders that share their weights.
 
     Returns the copies.
     """
@@ -120,7 +120,7 @@ def _give(ensemble: "Ensemble", chosen: Sequence[int], encoders: Sequence[Sequen
 
 
 def equip(ensemble: "Ensemble", pipe: Any) -> None:
-    """Replace the methods of a stock pipeline that do not support several models behind a component."""
+    """Replace the methods of a stock pipeline that expect one model in each component."""
 
     def load_lora_weights(
         source: Any, adapter_name: str | None = None, hotswap: bool = False, **options: Any

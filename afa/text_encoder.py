@@ -1,4 +1,4 @@
-"""The drop-in text encoder of an ensemble, and words of textual inversion for it."""
+"""The drop-in text encoder of an ensemble, and textual inversions for it."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +16,11 @@ from afa.experts.headers import first_not_finite, load_tensors
 
 
 class EnsembleTextEncoder(LoraHost, ModelMixin):
-    """N CLIP text encoders as one: states of (B, T, D) each are joined on the last axis to (B, T, N·D).
+    """N text encoders as one: their states (B, T, D) are concatenated on the last axis to (B, T, N·D).
 
-    encoders: one per expert, in the experts' order. Those with equal weights are run, and kept in memory,
-    once.
-    joined: False keeps the single width D; allowed only if all encoders are the same.
+    encoders: one for each expert, in order; equal ones are kept in memory, and run, once
+    joined:   False: the width stays D, for encoders that are all equal; None: joined if they differ
+    Raises ValueError for different encoders that are not joined.
     """
 
     def __init__(self, encoders: Sequence[nn.Module], joined: bool | None = None) -> None:
@@ -42,8 +42,8 @@ class EnsembleTextEncoder(LoraHost, ModelMixin):
         return list(self.encoders)
 
     def replace(self, changed: Mapping[int, nn.Module]) -> None:
-        """Give some experts, by index, new encoders; experts that shared one still do if all change."""
-        places: dict[int, int] = {}  # of an encoder -> where what came in its place is
+        """Give experts, by index, other encoders; experts that shared one still do if all of them change."""
+        places: dict[int, int] = {}  # place of an encoder -> place of the one that replaces it
         for index, encoder in changed.items():
             before = self.of_expert[index]
             if before not in places:
@@ -72,7 +72,7 @@ class EnsembleTextEncoder(LoraHost, ModelMixin):
 
     @property
     def text_model(self) -> "_TextModel":
-        """What `clip_skip` of the stock pipelines reaches for: the final layer norms."""
+        """The final layer norms, where `clip_skip` of stock pipelines looks for them."""
         return _TextModel(self)
 
     def forward(
@@ -137,9 +137,10 @@ class _TextModel:
 
 
 def join_text_encoders(slots: Sequence[Sequence[nn.Module]]) -> list[EnsembleTextEncoder]:
-    """One drop-in per text encoder of the pipeline (SDXL has two), from every expert's encoder in that place.
+    """One drop-in for each text encoder of the pipeline (SDXL has two).
 
-    Either all slots are joined or none, so that a denoiser can tell from the width alone.
+    slots: by text encoder of the pipeline, the encoders of all experts
+    Either all are joined or none, so that a denoiser can tell from the width alone.
     """
     single = [EnsembleTextEncoder(encoders) for encoders in slots]
     if any(encoder.joined for encoder in single):
@@ -149,7 +150,7 @@ def join_text_encoders(slots: Sequence[Sequence[nn.Module]]) -> list[EnsembleTex
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two text encoders compute the same, bit for bit; stops at the first difference."""
+    """Whether two text encoders compute the same, bit for bit. Stops at the first difference."""
     if one is other:
         return True
     if type(one) is not type(other) or arithmetic(one) != arithmetic(other):
@@ -177,12 +178,12 @@ def arithmetic(encoder: nn.Module) -> list[Any]:
 
 
 def width_of(encoder: Any) -> int:
-    """How wide an encoder's states of text are; models of text and pictures say it of their text part."""
+    """The width D of a text encoder's states; of a model of text and images, that of its text part."""
     return int(encoder.config.get_text_config().hidden_size)
 
 
 def _strengths(encoder: nn.Module) -> list[tuple[Any, ...]]:
-    """Of each layer with LoRAs beside its weight: which are on, and how strongly; in order."""
+    """The state of each LoRA layer, in order: active adapters, strengths, whether merged or disabled."""
     layers: list[Any] = [
         layer
         for layer in encoder.modules()
@@ -240,14 +241,14 @@ def unload_inversion(pipe: Any, tokens: Any, tokenizer: Any, text_encoder: Any) 
 
 
 def _parts(pipe: Any, tokenizer: Any, text_encoder: Any) -> tuple[Any, Any]:
-    """The text encoder and tokenizer that are meant; by default a pipeline's first."""
+    """The given text encoder and tokenizer, or the pipeline's first."""
     return text_encoder or pipe.text_encoder, tokenizer or pipe.tokenizer
 
 
 def _for_all(host: Any, tokenizer: Any, change: Any) -> None:
-    """Change all text encoders behind one, each with a copy of the tokenizer; the last gets the tokenizer.
+    """Change all text encoders of a drop-in, each with a copy of the tokenizer; the last gets the tokenizer.
 
-    Encoders that share their vectors (a LoRA beside them is all that differs) go on to share them.
+    Encoders that share their embedding (they differ by a LoRA only) still share it afterwards.
     """
     encoders = list(host.encoders) if isinstance(host, EnsembleTextEncoder) else [host]
     groups: dict[int, list[Any]] = {}

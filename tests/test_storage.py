@@ -10,7 +10,7 @@ from tiny import sd_unet
 from torch import nn
 
 from afa import UserError
-from afa.experts.quantised import STORES, Kept, store_weights, stored_bytes
+from afa.experts.quantised import STORES, StoredWeight, store_weights, stored_bytes
 from afa.training.run import plan, train
 
 LARGEST_ERROR = {"cpu": 0.0, "int8": 0.5 / 127, "fp8": 2.0**-4}  # of a channel's largest number, of each number
@@ -20,7 +20,7 @@ LARGEST_ERROR = {"cpu": 0.0, "int8": 0.5 / 127, "fp8": 2.0**-4}  # of a channel'
 def test_a_stored_weight_is_the_weight_but_for_the_rounding(store):
     torch.manual_seed(0)
     weight = torch.randn(8, 16, 3, 3) * torch.logspace(-3, 2, 8).view(8, 1, 1, 1)
-    error = (Kept(weight, store).fetch(weight) - weight).abs()
+    error = (StoredWeight(weight, store).fetch(weight) - weight).abs()
     scale = weight.abs() if store == "fp8" else weight.abs().amax((1, 2, 3), keepdim=True)
     assert (error <= LARGEST_ERROR[store] * scale * 1.001 + 1e-3 * weight.abs().amax((1, 2, 3), keepdim=True) * (store == "fp8")).all()
 

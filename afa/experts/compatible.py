@@ -9,7 +9,7 @@ from afa.experts.expert import Expert
 from afa.models.registry import FAMILIES
 from afa.text_encoder import width_of
 
-# What tables of noise are made from: of diffusion schedules, of EDM's.
+# Settings of schedulers that decide the noise: of diffusion models, and of EDM's schedulers.
 SCHEDULER = (
     "beta_schedule",
     "beta_start",
@@ -24,16 +24,17 @@ ROUTE = "may differ where only predictions are combined: placement out"
 
 
 def mismatches(experts: Sequence[Expert], features: bool = True) -> list[str]:
-    """Why the others cannot join the first: one sentence each, none if they can.
+    """Why the other experts cannot join the first.
 
-    features: they are to be fused, not only predictions, which may be of different kinds.
+    features: whether features are fused; otherwise only predictions, which may be of different kinds
+    Returns one sentence for each reason; none if they fit.
     """
     first, *others = experts
     return [sentence for other in others for sentence in _pair(first, other, features)]
 
 
 def kind_mismatches(experts: Sequence[Expert]) -> list[str]:
-    """Return why features cannot be fused: another kind of prediction, or another noise schedule."""
+    """The reasons of mismatches that lie in the schedulers: another kind of prediction, or another noise."""
     first, *others = experts
     return [
         f"{_start(first, other)}: {reason}" for other in others for reason in _kind_mismatches(first, other)
@@ -62,7 +63,10 @@ def _start(first: Expert, other: Expert) -> str:
 
 
 def _kind_mismatches(first: Expert, other: Expert, features: bool = True) -> list[str]:
-    """By their schedulers, where both have one. Predictions alone are converted, but for EDM's."""
+    """The reasons in two experts' schedulers, if both have one.
+
+    features: False: predictions are converted, unless one scheduler is EDM's
+    """
     if first.scheduler is None or other.scheduler is None:
         return []
     convertible = not (is_edm(first.scheduler) or is_edm(other.scheduler))
@@ -73,11 +77,10 @@ def _kind_mismatches(first: Expert, other: Expert, features: bool = True) -> lis
 
 
 def scheduler_mismatches(mine: Any, theirs: Any) -> list[str]:
-    """Return the differences of two schedulers that change what a model predicts: its kind, or the noise.
+    """The differences of two schedulers that change what a model predicts.
 
-    The whole tables of noise are compared. How a sampler goes through them (timestep_spacing, steps_offset, a
-    flow's shift) may
-    differ: a model is called at the same timestep with the same noise then.
+    The whole noise schedules are compared. How a sampler goes through them (timestep_spacing, steps_offset, a
+    flow's shift) may differ, since a model is still called at the same timestep with the same noise.
     """
     one, other = kind_of(mine), kind_of(theirs)
     if one != other:
@@ -108,21 +111,21 @@ def scheduler_mismatches(mine: Any, theirs: Any) -> list[str]:
 
 
 def _shown(value: Any, name: str) -> Any:
-    """A setting for a message: a table of betas by its ends; what is off is the same as what is not there."""
+    """A setting for a message: a list of betas by its ends; off and missing are the same."""
     if isinstance(value, (list, tuple)) and value:
         return f"{len(value)} values from {value[0]:g} to {value[-1]:g}"
     return value or (False if name.startswith("rescale") else "none")
 
 
 def only_predictions(placement: str | Sequence[str] | None, expert: Expert) -> bool:
-    """Return True if only the last stage is fused. Raises ValueError for an unknown placement."""
+    """Whether only the last stage is fused, the prediction. Raises ValueError for an unknown placement."""
     family = FAMILIES[expert.family]
     stages = family.stages(expert.model)
     return fused_stages(placement or family.placement, stages) == [stages[-1].name]
 
 
 def _stage_mismatches(first: Expert, other: Expert) -> list[str]:
-    """Return sentences about stages that only one of two experts has, or else about stages that differ."""
+    """The stages that only one of two experts has, or else the stages that differ, in sentences."""
     stages = FAMILIES[first.family].stages
     mine, theirs = ({stage.name: stage for stage in stages(expert.model)} for expert in (first, other))
     lacking, extra = (
@@ -152,7 +155,7 @@ def _others(names: Sequence[str]) -> str:
 
 
 def _text_mismatches(first: Expert, other: Expert) -> list[str]:
-    """What keeps two experts from being given the same prompt."""
+    """The differences of text encoders and tokenizers that keep two experts from sharing a prompt."""
     mine, theirs = first.text_encoders, other.text_encoders
     if len(mine) != len(theirs):
         return [f"it has {len(theirs)} text encoders, expected {len(mine)}; load both as whole pipelines"]
@@ -176,5 +179,5 @@ def _value_mismatches(mine: Any, theirs: Any, names: Sequence[str]) -> list[str]
 
 
 def _plain(value: Any) -> Any:
-    """A tuple that went through a file is a list."""
+    """A tuple as a list, since a config that was saved and loaded has lists."""
     return list(value) if isinstance(value, tuple) else value

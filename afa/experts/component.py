@@ -124,7 +124,7 @@ class Component:
                     for name, entry in self.tensors.items()
                     if entry.file == file
                 }
-        # copied, since at the odd addresses of a mapped file some kernels round the last bit otherwise
+        # Copied: at the odd addresses of a memory-mapped file, some kernels round the last bits otherwise.
         state = {
             name: tensor.to(
                 _dtype_of_weight(model, name, dtype) if tensor.is_floating_point() else tensor.dtype,

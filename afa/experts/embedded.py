@@ -1,9 +1,9 @@
 """Configs in the header of a single file, so that afa can read its own merges of any architecture.
 
-A whole checkpoint's shapes name one of the shipped architectures. A merge of any other carries what a folder
-of configs would hold, as one JSON object in its header: file -> content. A header may come from a stranger,
-so what is read back is a fixed set of files, of known classes, with bounded numbers and plain words, and
-never a path or code.
+The shapes of a whole checkpoint tell which of the shipped configs it has. A merge of another architecture
+carries its configs in its header, as one JSON object: file -> content. A header may come from a stranger;
+only a fixed set of files is read from it, with known classes, bounded numbers and plain words, and never a
+path or code.
 """
 
 import atexit
@@ -24,7 +24,7 @@ from afa.text_files import parse_json
 KEY = "afa.configs"
 LONGEST = 2**24  # characters
 INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
-# component -> its classes; files beside config.json are the scheduler's and the tokenizers'
+# component -> the classes that it may have
 CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
@@ -54,10 +54,11 @@ LONGEST_LIST, DEEPEST_MODEL, LARGEST = 128, 128, 2**20
 
 
 def pack(folder: Path, vae: Path, tokenizers: Mapping[str, Any]) -> str:
-    """A folder of configs as text for a header.
+    """The text for a header that holds a folder of configs.
 
-    vae: the folder that the VAE's config.json is in. tokenizers: by component; CLIP's are left out, since
-    they are known.
+    folder:     of the configs
+    vae:        the folder with the VAE's config.json
+    tokenizers: by component, those that are not CLIP's
     """
     index = read_object(folder / INDEX)
     kept = {
@@ -80,10 +81,11 @@ def pack(folder: Path, vae: Path, tokenizers: Mapping[str, Any]) -> str:
 
 
 def unpack(metadata: Mapping[str, str], file: Path) -> Path | None:
-    """The folder of configs that a file's header carries; None if it carries none.
+    """Write the configs in a file's header to a temporary folder of this process.
 
-    The folder is temporary and this process's own. Raises UserError for configs that afa would not have
-    written.
+    metadata: of the header
+    Returns the folder; None if the header has no configs.
+    Raises UserError for configs that `pack` does not write.
     """
     return _unpacked(metadata[KEY], file) if KEY in metadata else None
 
@@ -92,7 +94,7 @@ def unpack(metadata: Mapping[str, str], file: Path) -> Path | None:
 def _unpacked(text: str, file: Path) -> Path:
     where = f"the configs in the header of {file}"
     found = check(text, where)
-    folder = Path(tempfile.mkdtemp(prefix="afa-configs-"))  # which only its owner can read
+    folder = Path(tempfile.mkdtemp(prefix="afa-configs-"))  # only its owner can read it
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name, content in found.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -102,7 +104,7 @@ def _unpacked(text: str, file: Path) -> Path:
 
 
 def check(text: str, where: str) -> dict[str, Any]:
-    """What a header carries, as file -> content. Raises UserError for anything that `pack` does not write."""
+    """The configs in a header, file -> content. Raises UserError for anything that `pack` does not write."""
     if len(text) > LONGEST:
         raise UserError(f"{where} have {len(text)} characters, and at most {LONGEST} are read; give --config")
     found = parse_json(text, where)
@@ -149,7 +151,7 @@ def _check_classes(found: dict[str, Any], where: str) -> None:
 
 
 def _check_values(value: Any, where: str, key: str = "") -> None:
-    """Numbers within bounds, plain words, short lists."""
+    """Raise UserError for a number out of bounds, a text that is no plain word, or a long list."""
     if isinstance(value, dict):
         for name, child in value.items():
             _check_values(child, where, str(name))
@@ -174,12 +176,12 @@ def _check_values(value: Any, where: str, key: str = "") -> None:
 
 
 def _is_token(key: str, value: str) -> bool:
-    """A tokenizer's marks, such as <|endoftext|>."""
+    """Whether a text is a tokenizer's special token, such as <|endoftext|>."""
     return (key.endswith("_token") or key == "content") and len(value) < 40 and "/" not in value
 
 
 def _plain(content: Any) -> Any:
-    """Settings without what names places and versions."""
+    """Settings without the keys that name places and versions."""
     if isinstance(content, dict):
         return {name: _plain(value) for name, value in content.items() if name not in LEFT_OUT}
     return [_plain(value) for value in content] if isinstance(content, list) else content

@@ -1,7 +1,7 @@
-"""The folder of one component: its config.json, and which of its weight files are loaded.
+"""The folder of one component: its config.json, and which of its weight files are read.
 
-All commands find weights here, by the rules of the libraries that load them, so that what is inspected,
-hashed and merged is what is computed with. Pickled weights are refused: to read them can run code.
+All commands find weights here, by the rules of diffusers and transformers. What is inspected, hashed and
+merged is therefore what is computed with. Pickled weights are refused, since reading them can run code.
 """
 
 import json
@@ -26,7 +26,7 @@ CONFIGS = (
     "tokenizer_config.json",
     "preprocessor_config.json",
 )
-NOTED = ("name_or_path", "_file")  # how the keys end under which diffusers and transformers note paths
+NOTED = ("name_or_path", "_file")  # ends of the keys under which diffusers and transformers record paths
 # Settings that make a library read other files than the folder's, or run code that came with it.
 FOREIGN = {
     "auto_map": "names code of its own, which is never run",
@@ -38,9 +38,11 @@ FOREIGN = {
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """files: that hold the weights.
+    """The weight files of a component.
 
-    variant: as from_pretrained takes it, e.g. fp16. index: of weights in shards.
+    files:   they hold the weights, whole or in shards
+    variant: as from_pretrained takes it, e.g. fp16; None: none
+    index:   of shards; None: one file
     """
 
     files: tuple[Path, ...]
@@ -49,7 +51,7 @@ class WeightFiles:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError if there is none."""
+    """The object in a JSON file. Raises UserError if the file is missing, broken, or holds no object."""
     try:
         found = read_json(file, CONFIG)
     except OSError as error:
@@ -68,11 +70,11 @@ MOST = {"layers": 1000, "depth": 1000, "blocks": 1000, "timesteps": 1_000_000}
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A component's settings.
+    """The settings of a component.
 
-    name: of the file
-    Raises UserError if it is missing or broken, or asks for what only its author's own code, or another file,
-    can give.
+    folder: of the component
+    name:   of the file with the settings
+    Raises UserError if it is missing or broken, names code or another weight file, or has impossible numbers.
     """
     file = folder / name
     config = read_object(file)
@@ -105,7 +107,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def _check_sizes(value: Any, file: Path, key: str) -> None:
-    """Raise UserError for a number that no model has: a library would build endless layers or tables."""
+    """Raise UserError for a number that no model has; a library would build layers or tables without end."""
     if isinstance(value, dict):
         for name, child in value.items():
             _check_sizes(child, file, name)
@@ -119,11 +121,10 @@ def _check_sizes(value: Any, file: Path, key: str) -> None:
 
 
 def weight_files(folder: Path) -> WeightFiles:
-    """Find the weight files of a component's folder: the plain ones, or else those of a variant (fp16).
+    """Find the weight files of a component's folder: those without a variant, or else of one, such as fp16.
 
-    Beside an index of shards, a whole file is left aside by diffusers and preferred by transformers; so it is
-    here.
-    Raises UserError if there are none, or only pickles.
+    If there are both shards and a whole file, diffusers reads the shards and transformers the whole file.
+    Raises UserError if there are none, only pickles, or several variants.
     """
     library = "diffusers" if "_class_name" in read_config(folder) else "transformers"
     stem = NAMES[library]
@@ -149,7 +150,7 @@ def weight_files(folder: Path) -> WeightFiles:
 
 
 def _nothing(folder: Path, stem: str, present: list[str]) -> str:
-    """Why a folder without weights that are loaded is refused."""
+    """The error for a folder without weight files of a known name."""
     pickles = [name for name in present if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
     if pickles and not any(name.endswith(".safetensors") for name in present):
         return (
@@ -164,7 +165,7 @@ def _nothing(folder: Path, stem: str, present: list[str]) -> str:
 
 
 def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
-    """The files that an index names. Raises UserError for one that is missing, or not in the folder."""
+    """The shards that an index names. Raises UserError for one that is missing, or outside the folder."""
     found = read_object(index)
     weight_map = found.get("weight_map")
     weight_map = (
@@ -189,10 +190,9 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
 
 
 def read_folder(folder: Path) -> Tensors:
-    """The tensors of a component's folder, whole or in shards.
+    """The headers of the tensors in a component's folder, whole or in shards.
 
-    Raises UserError if there are no weights that a loader would find, or if a file is missing, broken or
-    quantised.
+    Raises UserError if there are no weight files, or if one is missing, broken, pickled or quantised.
     """
     found = weight_files(folder)
     tensors: Tensors = {}
@@ -209,7 +209,7 @@ def read_folder(folder: Path) -> Tensors:
 
 
 def forget_places(folder: Path) -> None:
-    """Shorten paths in the configs of a copy to names; libraries record where a model was read from."""
+    """Shorten the paths that libraries recorded in the configs of a copied model to names."""
     for file in folder.rglob("*.json") if folder.is_dir() else ():
         settings = json_or_none(file) if file.name in CONFIGS else None
         if not isinstance(settings, dict):

@@ -1,9 +1,8 @@
-"""The one reader of .safetensors headers, and the check for NaN and infinity in weights.
+"""The one reader of .safetensors headers: dtypes, shapes and places of tensors, without the tensors.
 
-What weight files say about their tensors, read without the tensors: dtypes, shapes, and where the bytes lie.
-
-Every .safetensors file that is opened goes through `read_header` first, so that a broken, packed or foreign
-file ends in the same sentence in every command. The format: https://github.com/huggingface/safetensors#format
+Every .safetensors file goes through it before it is opened, so that a broken, quantised or foreign file gives
+the same error in every command. Also here: whether tensors fit a model, are equal, and are finite.
+Format: https://github.com/huggingface/safetensors#format
 """
 
 import math
@@ -23,12 +22,7 @@ from afa.errors import UserError
 from afa.text_files import parse_json
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-SMALL_FLOATS = (
-    "F8_E4M3",
-    "F8_E5M2",
-    "F8_E4M3FNUZ",
-    "F8_E5M2FNUZ",
-)  # one number a byte; torch converts them to others
+SMALL_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # of 8 bits; torch converts them
 BITS = (
     {
         "F64": 64,
@@ -60,8 +54,8 @@ PACKED_NOTES = ("_quantization_metadata", "quantization_config", "quantization")
 # Of single files, parts that are never read: an average of the weights, text encoders beside a transformer.
 UNREAD = ("model_ema.", "text_encoders.")
 BLOCK = 1 << 20
-# Renamed since: attention of old VAEs by diffusers; the inner model of CLIP encoders by transformers 5.6, and
-# the two of Qwen2.5-VL
+# Names that changed: attention of old VAEs in diffusers; the inner model of CLIP text encoders in
+# transformers 5.6, and the two of Qwen2.5-VL
 # by 4.52, which are still stored as they were.
 RENAMED = [
     (r"\.query\.", ".to_q."),
@@ -76,7 +70,13 @@ RENAMED = [
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: torch's name of its dtype, its shape, and its bytes [start, end) in the file."""
+    """The header of one tensor.
+
+    file:       the file that holds it
+    dtype:      torch's name of its dtype, such as float16
+    shape:      its shape
+    start, end: its bytes [start, end) in the file
+    """
 
     file: Path
     dtype: str
@@ -86,11 +86,11 @@ class Entry:
 
     @property
     def is_float(self) -> bool:
-        """Whether it holds numbers that a weight can be read from."""
+        """Whether a weight can be read from it."""
         return is_float(self.dtype)
 
     def meta(self) -> Tensor:
-        """A tensor of this shape without content: of float32, or int64 for what is no float."""
+        """A tensor of this shape on the meta device, in float32; in int64 if it is no float."""
         return torch.empty(self.shape, device="meta", dtype=torch.float32 if self.is_float else torch.int64)
 
 
@@ -103,10 +103,10 @@ def is_float(dtype: str) -> bool:
 
 
 def read_file(file: Path) -> Tensors:
-    """The tensors of a .safetensors file. Raises UserError as read_header does.
+    """The headers of a file's tensors, by name. Raises UserError as read_header does.
 
-    CLIP's `position_ids` are whole numbers here, whatever the file has: 0, 1, 2 …, which other programs leave
-    in other types, or scaled. No weights: encoders make them themselves, and nothing is compared by them.
+    CLIP's `position_ids` (0, 1, 2 …) count as int64, whatever dtype other programs left them in. They are no
+    weights: text encoders make them themselves.
     """
     header, _, first = _read(file)
     found: Tensors = {}
@@ -118,30 +118,27 @@ def read_file(file: Path) -> Tensors:
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """Names of a .safetensors file -> dtype, shape and data_offsets, as its header has them.
+    """The header of a file as it is written: tensor's name -> dtype, shape, data_offsets.
 
-    Raises UserError if the file is broken, cut off or longer than it says, or holds quantised weights.
+    Raises UserError if the file is broken, cut off, longer than its header says, or holds quantised weights.
     """
     return _read(file)[0]
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The text that a .safetensors file has in its header beside its tensors.
-
-    Raises UserError as read_header does.
-    """
+    """The metadata in a file's header. Raises UserError as read_header does."""
     return _read(file)[1]
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, mapped on the CPU. Raises UserError as read_header does."""
+    """The tensors of a file, on the CPU. Raises UserError as read_header does."""
     _read(file)
     return load_file(file)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, str], int]:
-    """-> tensors, metadata, where the tensors' bytes begin."""
-    if not file.is_file():  # a pipe would never answer
+    """The tensors' entries, the metadata, and the byte at which the tensors begin."""
+    if not file.is_file():  # reading a pipe might never end
         raise UserError(f"{file} is no file; give a .safetensors file")
     try:
         size = file.stat().st_size
@@ -179,9 +176,9 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, str], int]:
 
 
 def _check_entries(header: dict[str, Any]) -> int:
-    """-> where the last tensor ends.
+    """Return the byte at which the last tensor ends.
 
-    Raises ValueError for entries that are none, and tensors that overlap or leave a gap.
+    Raises ValueError for entries that describe no tensor, and for tensors that overlap or leave a gap.
     """
     for name, entry in header.items():
         fault = _fault(entry)
@@ -197,7 +194,7 @@ def _check_entries(header: dict[str, Any]) -> int:
 
 
 def _fault(entry: Any) -> str | None:
-    """Why an entry describes no tensor."""
+    """Why an entry describes no tensor; None if it does."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         return "has no dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -216,7 +213,7 @@ def _fault(entry: Any) -> str | None:
 
 
 def _check_metadata(file: Path, metadata: Any) -> None:
-    """Raises UserError for __metadata__ that the safetensors library cannot read either."""
+    """Raise UserError for __metadata__ that the safetensors library cannot read."""
     if metadata is None:
         return
     if not isinstance(metadata, dict):
@@ -233,7 +230,7 @@ def _check_metadata(file: Path, metadata: Any) -> None:
 
 
 def _check_plain(file: Path, header: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Raise UserError for quantised weights: loaders ignore their scales, so their numbers would be wrong."""
+    """Raise UserError for quantised weights: loaders ignore their scales, and would read wrong numbers."""
     found = next((f"{name} in its __metadata__" for name in PACKED_NOTES if name in metadata), None)
     for name, entry in header.items():
         if name.startswith(UNREAD):
@@ -252,12 +249,12 @@ def _check_plain(file: Path, header: Mapping[str, Any], metadata: Mapping[str, s
 
 
 def is_position_ids(name: str) -> bool:
-    """Whether a tensor is CLIP's list of places 0, 1, 2 …, which is no weight."""
+    """Whether a tensor is CLIP's list of positions 0, 1, 2 …, which is no weight."""
     return name.rpartition(".")[2] == "position_ids"
 
 
 def dtype_of(tensors: Tensors | None) -> str | None:
-    """The dtype most of the bytes are in; None if that is not known."""
+    """The dtype of most bytes; None if there are no tensors."""
     if not tensors:
         return None
     sizes: dict[str, int] = {}
@@ -297,7 +294,7 @@ def check_fit(model: nn.Module, found: Mapping[str, Tensor], where: str) -> dict
 
 
 def tied(model: nn.Module) -> dict[str, str]:
-    """Names of a model's state that stand for the tensor of another name -> that name.
+    """Names in a model's state that share the tensor of an earlier name -> that name.
 
     T5 ties its embeddings; files hold either or both.
     """
@@ -319,7 +316,10 @@ def current_name(name: str) -> str:
 
 
 def same_bytes(one: Tensors, other: Tensors) -> bool:
-    """Return True if two sets of tensors are equal bit for bit, apart from position_ids."""
+    """Whether two sets of tensors are equal bit for bit, position_ids excepted.
+
+    Files are read until their first difference.
+    """
     one, other = (
         {name: entry for name, entry in tensors.items() if not is_position_ids(name)}
         for tensors in (one, other)
@@ -344,13 +344,13 @@ def _blocks(entry: Entry) -> Iterator[bytes]:
             yield stream.read(min(BLOCK, entry.end - position))
 
 
-CHUNK = 1 << 24  # numbers that are converted at once, where torch compares no dtype of that kind
+CHUNK = 1 << 24  # numbers converted at once, for dtypes of which torch has no extremes
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity.
 
-    Its extremes are compared: a NaN anywhere becomes both of them.
+    Only its extremes are looked at: a NaN anywhere becomes both of them.
     """
     if tensor.is_meta or tensor.numel() == 0 or not tensor.is_floating_point():
         return True
@@ -366,16 +366,10 @@ def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def check_finite(module: nn.Module, where: str) -> None:
-    """Raises UserError, with the tensor's name, for a model whose weights hold NaN or infinity.
-
-    Weights at odd addresses of a memory-mapped file are copied: some kernels round by the address of their
-    operands, so that a file's header would change the last bits of what its weights predict.
+    """Raise UserError, with the tensor's name, for a model whose weights hold NaN or infinity.
 
     where: whose model it is, for the message
     """
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.data_ptr() % 64:  # torch's own allocations begin at multiples of 64 bytes
-            tensor.data = tensor.data.clone()
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     name = first_not_finite(tensors.items())
     if name is None:

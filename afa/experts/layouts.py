@@ -1,8 +1,8 @@
 """Which model a single .safetensors file holds, by the names in its header, and those names in diffusers.
 
-Read are: whole checkpoints of SD 1.x, 2.x and XL in the original (LDM) layout; their U-Net alone, with the
-prefix of checkpoints, without it, or under diffusers' names; transformers of SD 3 and FLUX.1; VAEs alone.
-Everything else is refused by its name.
+afa reads whole checkpoints of SD 1.x, 2.x and XL in the publisher's (LDM) layout; their U-Net alone, with the
+prefix that it has in checkpoints, without it, or by diffusers' names; transformers of SD 3 and FLUX.1; and
+VAEs alone. Other models are refused with an error that names them.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -25,11 +25,11 @@ PREFIXES = {
 # prefixes of text encoders that are OpenCLIP's, within those above
 OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model.")
 SD3, FLUX = "joint_blocks.0.x_block.attn.qkv.weight", "double_blocks.0.img_attn.qkv.weight"
-# What has this tensor is a U-Net, under the original's or under diffusers' names.
+# Tensors that only a U-Net has (and below, only a VAE), and whether the name is diffusers'.
 UNETS = (("input_blocks.0.0.weight", False), ("up_blocks.0.resnets.0.conv1.weight", True))
 VAES = (("decoder.up.0.block.0.conv1.weight", False), ("decoder.up_blocks.0.resnets.0.conv1.weight", True))
-# prefix of a tensor's name -> a family that is not read as a single file; checked first, since some resemble
-# FLUX.1
+# prefix of a tensor's name -> a family that is not read as a single file; checked first, since some of them
+# resemble FLUX.1
 FOREIGN = {
     "double_stream_modulation_img.": "FLUX.2",
     "distilled_guidance_layer.": "Chroma",
@@ -107,9 +107,11 @@ class Layout:
 
 
 def layout_of(names: Collection[str], file: Any) -> Layout:
-    """The layout of a file with tensors of these names.
+    """The layout of a file.
 
-    file: for messages. Raises UserError, by name, for what is not read.
+    names: of its tensors
+    file:  for messages
+    Raises UserError for a model that is not read, with its name.
     """
     for mark, diffusers in UNETS:
         for prefix in (DENOISER, ""):
@@ -128,7 +130,7 @@ def layout_of(names: Collection[str], file: Any) -> Layout:
 
 
 def vae_layout(names: Collection[str]) -> Layout | None:
-    """How a file names the tensors of a VAE, alone or in a whole checkpoint; None if it has none."""
+    """How a file names the tensors of a VAE, alone or in a whole checkpoint; None if it has no VAE."""
     for mark, diffusers in VAES:
         for prefix in (VAE, "", "vae."):
             if f"{prefix}{mark}" in names:
@@ -147,7 +149,7 @@ def component_layouts(names: Collection[str]) -> dict[str, Layout]:
 
 
 def _foreign(names: Iterable[str]) -> str | None:
-    """The name of a family that is not read here."""
+    """The name of a family that is not read as a single file; None if it is none of those."""
     begins = [name.removeprefix(DENOISER).removeprefix("net.").removeprefix("transformer.") for name in names]
     return next(
         (family for mark, family in FOREIGN.items() if any(name.startswith(mark) for name in begins)), None
@@ -155,7 +157,7 @@ def _foreign(names: Iterable[str]) -> str | None:
 
 
 def _strange(names: Collection[str], family: str | None) -> str:
-    """Why a file is not read, and what to do."""
+    """The error for a file that is not read: what it is, and what to do."""
     if any(mark in name for name in names for mark in LORA):
         return (
             "is no checkpoint in original layout but a LoRA; give it with the checkpoint it is for: "

@@ -71,8 +71,19 @@ def load_expert(
     if isinstance(source, ExpertSpec):
         where = f"expert '{source.name}' ({str(source).partition('=')[2]})"
     for module in (expert.model, *expert.text_encoders):
+        _align(module)
         check_finite(module, f"{where}, {type(module).__name__}")
     return expert
+
+
+def _align(module: nn.Module) -> None:
+    """Copy weights at odd addresses, as those of a memory-mapped file.
+
+    Some kernels round by the address of their operands: equal weights would predict other last bits.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.data_ptr() % 64:  # torch's own allocations begin at multiples of 64 bytes
+            tensor.data = tensor.data.clone()
 
 
 def load_experts(
@@ -81,9 +92,12 @@ def load_experts(
     config: str | None = None,
     prediction_type: str | None = None,
 ) -> list[Expert]:
-    """Load several, and give every one a name of its own; those on one base share its weights (see adapters).
+    """Load several experts. Those that are one base with different LoRAs share its weights.
 
-    Raises UserError for two of one name, before loading.
+    sources:         as load_expert takes them; a string may name the expert
+    dtype, config:   as in load_expert
+    prediction_type: epsilon or v_prediction, for U-Nets in single files that do not say it
+    Returns the experts, each with a name. Raises UserError for two of one name, before loading.
     """
     specs = [
         ExpertSpec.parse(str(source), prediction_type) if isinstance(source, (str, Path)) else source
@@ -98,7 +112,7 @@ def load_experts(
 
 
 def check_names(specs: Sequence[ExpertSpec]) -> None:
-    """Raises UserError if two experts have one name."""
+    """Raise UserError if two experts have one name."""
     named = [(spec.name, str(spec)) for spec in specs]
     for index, (name, text) in enumerate(named):
         for earlier, other in named[:index]:
@@ -110,7 +124,7 @@ def check_names(specs: Sequence[ExpertSpec]) -> None:
 
 
 def _from_pipeline(pipe: Any) -> Expert:
-    """The expert in a pipeline that is already built, LoRAs and all."""
+    """The expert in a pipeline object, with the LoRAs that are loaded in it."""
     components = pipe.components
     component = next(
         (family.component for family in FAMILIES.values() if components.get(family.component) is not None),

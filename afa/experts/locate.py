@@ -1,4 +1,4 @@
-"""The files of an expert: found here or on the hub, with the layout of a single file, and hashed."""
+"""The files of an expert: where they are, here or on the hub, and their hashes."""
 
 import os
 import stat
@@ -23,7 +23,12 @@ from afa.files import settled, sha256
 
 @dataclass(frozen=True)
 class Located:
-    """An expert's files: a diffusers folder or one .safetensors file, and its commit on the hub."""
+    """The files of an expert.
+
+    spec:   what the user asked for
+    path:   a diffusers folder or a .safetensors file
+    commit: on the hub; None: not from the hub
+    """
 
     spec: ExpertSpec
     path: Path
@@ -31,30 +36,32 @@ class Located:
 
     @property
     def single_file(self) -> bool:
+        """Whether it is one .safetensors file."""
         return self.path.is_file()
 
     @property
     def whole_pipeline(self) -> bool:
-        """Whether it brings text encoders, VAE and scheduler, not only the denoiser."""
+        """Whether it has text encoders and a scheduler, not only the denoiser."""
         return (
             self.layout.part == "pipeline" if self.single_file else (self.path / "model_index.json").is_file()
         )
 
     @cached_property
     def layout(self) -> Layout:
-        """How a single file names its tensors. Raises UserError if it is broken, or is not read at all."""
+        """How a single file names its tensors. Raises UserError for a broken file, or a model not read."""
         return layout_of(read_header(self.path), self.path)
 
 
 def locate(spec: ExpertSpec) -> Located:
-    """Find an expert's files; a hub id is downloaded once. Raises UserError if there is nothing by that name.
+    """Find an expert's files. A hub id is downloaded once.
 
     What exists here is never taken for a hub id, and a mistyped path is not looked for on the network.
+    Raises UserError if nothing has that name, or it is no model.
     """
     check_loras(spec)
     path, there = Path(spec.source), exists(spec.source)
     if there and path.is_dir():
-        settled(path)  # a merge that was killed at its end
+        settled(path)  # finishes a merge that was killed while its files were moved into place
         if (path / "afa.json").is_file():
             raise UserError(
                 f"{path} is a saved ensemble, which has its experts; give it alone, or give experts only"
@@ -72,16 +79,14 @@ def locate(spec: ExpertSpec) -> Located:
                 "(convert pickles first)"
             )
         return Located(spec, path)
-    from_file = (
-        spec.named_by is not None and spec.revision is None
-    )  # what a file names without a commit is a path
-    if from_file or not HUB_ID.fullmatch(spec.source) or ".." in spec.source.split("/"):
+    from_manifest = spec.named_by is not None and spec.revision is None  # without a commit it is a path
+    if from_manifest or not HUB_ID.fullmatch(spec.source) or ".." in spec.source.split("/"):
         raise UserError(f"there is no folder or file {spec.source}")
     return _from_hub(spec)
 
 
 def check_loras(spec: ExpertSpec) -> None:
-    """Raises UserError for a LoRA file of an expert that is not there, or not of a kind that is read."""
+    """Raise UserError for a LoRA file of an expert that is missing, or no .safetensors file."""
     for lora in spec.loras:
         if not exists(lora.path):
             raise UserError(f"expert '{spec.name}': there is no LoRA file {lora.path}")
@@ -97,7 +102,7 @@ def _check_plain(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except OSError:
-        return  # a link to nothing: its reader says so
+        return  # a link to nothing: its reader names it
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or path.resolve().parts[1:2] in (
         ("dev",),
         ("proc",),
@@ -109,8 +114,8 @@ def _check_plain(path: Path) -> None:
 
 
 @cache
-def _tell(spec: ExpertSpec) -> None:
-    """Say once which hub id is fetched that the user did not type."""
+def _announce(spec: ExpertSpec) -> None:
+    """Print once that a hub id is fetched which a file names, not the user."""
     at = f" at commit {spec.revision}" if spec.revision else ""
     print(
         f"afa: {spec.named_by} names expert '{spec.name}' as {spec.source} of the hub{at}: fetched, "
@@ -125,14 +130,14 @@ def _from_hub(spec: ExpertSpec) -> Located:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if spec.named_by is not None:
-        _tell(spec)
+        _announce(spec)
     parts = spec.source.split("/")
     try:
         if len(parts) > 2:
             file = hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=spec.revision)
             return Located(spec, Path(file), commit=_commit(Path(file)))
         index = Path(hf_hub_download(spec.source, "model_index.json", revision=spec.revision))
-        read_index(index.parent)  # refuses classes that are not the libraries' own, before a library is asked
+        read_index(index.parent)  # refuses foreign classes before a library sees them
         folder = _download(spec)
         return Located(spec, folder, commit=_commit(folder))
     except UserError:
@@ -151,7 +156,7 @@ def _from_hub(spec: ExpertSpec) -> Located:
 
 
 def _download(spec: ExpertSpec) -> Path:
-    """A pipeline's repository, as far as experts need it; in half precision where it has no other weights."""
+    """Download what experts need of a pipeline's repository; weights in float16 if there are no others."""
     from diffusers import DiffusionPipeline
 
     options = {
@@ -163,33 +168,28 @@ def _download(spec: ExpertSpec) -> Path:
     try:
         return Path(DiffusionPipeline.download(spec.source, **options))
     except OSError as error:
-        if "safetensors" not in str(error):  # which are missing without a variant
+        if "safetensors" not in str(error):  # otherwise there are none without a variant
             raise
         return Path(DiffusionPipeline.download(spec.source, variant="fp16", **options))
 
 
 def _commit(path: Path) -> str | None:
-    """The commit in a path of the hub's cache: …/snapshots/COMMIT/…"""
+    """The commit in a path of the hub's cache, …/snapshots/COMMIT/…; None if there is none."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong: the library's first sentence, without its advice and what it adds in brackets."""
+    """The first sentence of a library's message, without its advice and what stands in brackets."""
     return str(error).strip().partition("\n")[0].partition(" (")[0].partition(". ")[0]
 
 
-PARTS = (
-    "unet",
-    "transformer",
-    "text_encoder",
-    "text_encoder_2",
-    "text_encoder_3",
-)  # what an ensemble computes with
+# components whose files decide what an expert computes
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def expert_files(located: Located) -> dict[str, Path]:
-    """Return the weight files that decide what an expert computes: name in a manifest -> file."""
+    """The weight files that decide what an expert computes: name in a manifest -> file."""
     root = located.path
     if located.single_file:
         files = {root.name: root}
@@ -200,7 +200,7 @@ def expert_files(located: Located) -> dict[str, Path]:
 
 
 def _folders(located: Located) -> list[Path]:
-    """The folders of what an ensemble computes with: its parts, or a denoiser's own."""
+    """The folders with those weight files: of its components, or of a denoiser alone."""
     if not located.whole_pipeline:
         return [located.path]
     index = read_index(located.path)
@@ -208,14 +208,14 @@ def _folders(located: Located) -> list[Path]:
 
 
 def hash_expert(located: Located) -> dict[str, str]:
-    """sha256 of each of an expert's files."""
+    """sha256 of each of an expert's files, by its name in a manifest."""
     return {name: sha256(path) for name, path in expert_files(located).items()}
 
 
 def recorded_files(located: Located, names: Collection[str]) -> dict[str, Path]:
-    """The files of an expert that a manifest names: those that are loaded, and others beside them.
+    """The files of an expert that are loaded, and those beside them that a manifest names.
 
-    Older manifests also name weight files that lie there without being loaded.
+    names: of files in the manifest; older versions also recorded weight files that are not loaded
     """
     files = expert_files(located)
     folders = [] if located.single_file else _folders(located)

@@ -1,10 +1,8 @@
-"""LoRA files of an expert: found, read, checked, applied.
+"""LoRA files of experts: found, read, checked, and applied.
 
-LoRAs of experts: beside weights that several experts share, or fused into the weights of one.
-
-Experts on one base keep its weights in memory once: each is a copy of the structure around the very same
-tensors, with its LoRAs left beside them. An expert's own LoRA is part of it: what pipelines do to LoRAs
-(scale, switch off, unload) passes it by.
+Experts that are one base with different LoRAs keep its weights in memory once: each is a copy of the modules
+around the same tensors, with its LoRAs beside them. The LoRAs of any other expert are fused into its weights.
+A LoRA that is part of an expert does not change when a pipeline scales, disables or unloads LoRAs.
 """
 
 import copy
@@ -43,24 +41,20 @@ if TYPE_CHECKING:
     from afa.experts.expert import Expert
 
 
-RECORDED = "lora_adapter_metadata"  # under this name diffusers saves PEFT's settings in a file's header
+RECORDED = "lora_adapter_metadata"  # key of PEFT's settings in the header of a file from diffusers
 WEIGHTS = (
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
-)  # as diffusers and PEFT call their files
-HINTS = (
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "use_safetensors",
-)  # options of diffusers that change nothing here
+)  # diffusers' and PEFT's file names
+HINTS = ("local_files_only", "low_cpu_mem_usage", "use_safetensors")  # diffusers' options without effect here
 
 
 def read_lora(source: Any, **options: Any) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """A LoRA's name for messages, its tensors, and PEFT's settings if they are recorded.
+    """Read a LoRA.
 
-    source: a .safetensors file, a folder, a hub id that is in the hub's cache, or the tensors themselves by
-    their keys.
-    options: as diffusers' load_lora_weights has them: weight_name, subfolder, revision, cache_dir.
+    source:  a .safetensors file, a folder, a hub id in the hub's cache, or tensors by their keys
+    options: weight_name, subfolder, revision, cache_dir, as in diffusers' load_lora_weights
+    Returns its name for messages, its tensors, and PEFT's settings if they are recorded.
     Raises UserError if there is none, or it cannot be read.
     """
     unknown = set(options) - {"weight_name", "subfolder", "revision", "cache_dir", *HINTS}
@@ -74,7 +68,7 @@ def read_lora(source: Any, **options: Any) -> tuple[str, dict[str, Tensor], dict
         raise UserError(
             f"{what} is no .safetensors file; convert it first (pickles can run code and are not read)"
         )
-    read_file(file)  # says what is wrong with a broken one
+    read_file(file)  # raises for a broken file
     with safe_open(file, framework="pt") as opened:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         recorded = (opened.metadata() or {}).get(RECORDED)
@@ -91,7 +85,7 @@ def read_lora(source: Any, **options: Any) -> tuple[str, dict[str, Tensor], dict
 
 
 def _checked(what: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors as they are. Raises UserError for what is none; a layer whose alpha is 0 is warned of."""
+    """The tensors, unchanged. Raises UserError for other values, NaN or infinity; warns of an alpha of 0."""
     strange = next(
         (
             key
@@ -129,7 +123,7 @@ def _file(
     cache_dir: str | None = None,
     **hints: Any,
 ) -> Path:
-    """The file that is meant. Raises UserError if it is not there, or not the only one."""
+    """The file of a LoRA. Raises UserError if it is missing, or one of several."""
     path = Path(source)
     if path.is_file():
         return path
@@ -176,11 +170,10 @@ UP = ".lora_B.weight"
 
 
 def load_sharing(sources: Sequence[Any], load: Callable[[Any], "Expert"]) -> list["Expert"]:
-    """Load experts, each base that several of them name once.
+    """Load experts; a base that several of them have is loaded once.
 
-    An expert alone on its base has its LoRAs fused into it.
-
-    load: reads one expert, whatever it is given as.
+    sources: as load_expert takes them
+    load:    loads one of them
     """
     found = [locate(source) if isinstance(source, ExpertSpec) else None for source in sources]
     places = [place_of(located) for located in found]
@@ -197,12 +190,12 @@ def load_sharing(sources: Sequence[Any], load: Callable[[Any], "Expert"]) -> lis
 
 
 def place_of(located: Located | None) -> Path | None:
-    """Return a key that is equal for experts on one base; None for objects and bare denoisers."""
+    """A key that experts of one base share; None for objects and denoisers alone."""
     return located.path.resolve() if located is not None and located.whole_pipeline else None
 
 
 def on_base(base: "Expert", located: Located) -> "Expert":
-    """Another expert of the same weights, which stay in memory once, with LoRAs of its own beside them."""
+    """Another expert with the weights of a base, which stay in memory once, and LoRAs beside them."""
     encoders = [shared_copy(encoder) for encoder in base.text_encoders]
     model = shared_copy(base.model)
     expert = dataclasses.replace(
@@ -212,14 +205,14 @@ def on_base(base: "Expert", located: Located) -> "Expert":
     both = zip(encoders, base.text_encoders, strict=True)
     expert.text_encoders = [
         mine if any(tuner_layers(mine)) else theirs for mine, theirs in both
-    ]  # untouched ones are one object
+    ]  # encoders without LoRA are the base's own objects
     return expert
 
 
 def add_own(expert: "Expert", loras: Sequence[Lora]) -> None:
-    """Put LoRA files beside an expert's weights, as part of it.
+    """Put LoRA files beside an expert's weights, as part of the expert.
 
-    Raises UserError for one that does not fit, or is another kind.
+    Raises UserError for a LoRA that is broken, does not fit, or is of another kind.
     """
     names = [f"{OWN}{index}" for index in range(len(loras))]
     parts = lora_parts(expert)
@@ -238,7 +231,7 @@ def add_own(expert: "Expert", loras: Sequence[Lora]) -> None:
 
 
 def lora_parts(expert: "Expert") -> dict[str, Any]:
-    """Return the parts of an expert that a LoRA can change, by pipeline name; the denoiser is first."""
+    """The models of an expert that a LoRA can change, by their names in a pipeline, the denoiser first."""
     from afa.experts.expert import TEXT_ENCODERS
 
     return {
@@ -248,12 +241,13 @@ def lora_parts(expert: "Expert") -> dict[str, Any]:
 
 
 def load_lora(parts: Mapping[str, Any], source: Any, name: str, where: str, **options: Any) -> None:
-    """Put a LoRA beside the weights of some models as an adapter of that name: all of it, or nothing.
+    """Put a LoRA beside the weights of models, all of it or nothing.
 
-    parts: the denoiser first, then text encoders, by their names in a pipeline.
-    source, options: see afa.experts.lora.read_lora.
-    where: whose models they are, for messages.
-    Raises UserError for one that is of another kind, is broken, or does not fit.
+    parts:           models by their names in a pipeline, the denoiser first
+    source, options: see read_lora
+    name:            of the adapter
+    where:           the expert, for messages
+    Raises UserError for a LoRA that is broken, does not fit, or is of another kind.
     """
     what, tensors, config = read_lora(source, **options)
     for part, state in lora_states(tensors, parts, what, where, layers_of, config).items():
@@ -262,9 +256,10 @@ def load_lora(parts: Mapping[str, Any], source: Any, name: str, where: str, **op
 
 
 def attach(module: Any, state: dict[str, Tensor], name: str) -> None:
-    """Put one model's part of a LoRA beside its weights.
+    """Put the part of a LoRA that belongs to one model beside its weights.
 
-    state: as lora_states makes it, every layer of alpha = rank.
+    state: as lora_states makes it, with alpha = rank in every layer
+    name:  of the adapter
     """
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
@@ -285,7 +280,7 @@ def attach(module: Any, state: dict[str, Tensor], name: str) -> None:
 
 
 def lora_numbers(located: Located | None) -> int:
-    """How many numbers the LoRAs of an expert have, by the headers of their files."""
+    """The number of elements in the LoRAs of an expert, by the headers of their files."""
     headers = [read_header(Path(lora.path)) for lora in located.spec.loras] if located else []
     return sum(
         prod(entry["shape"]) for header in headers for key, entry in header.items() if "alpha" not in key
@@ -293,7 +288,7 @@ def lora_numbers(located: Located | None) -> int:
 
 
 def fuse(module: Model) -> Model:
-    """Add the LoRAs that are on into a model's own weights, in place, and leave plain layers behind.
+    """Add the active LoRAs of a model to its weights, in place, and remove the LoRA layers.
 
     Raises UserError for a weight that does not fit the model's dtype with the LoRA in it.
     """
@@ -313,5 +308,5 @@ def fuse(module: Model) -> Model:
 
 
 def fused(module: Model) -> Model:
-    """Return a model with its LoRAs fused into the weights: a copy, or the model itself if it has no LoRA."""
+    """A copy of a model with its LoRAs fused into the weights; the model itself if it has no LoRA."""
     return fuse(copy.deepcopy(module)) if any(tuner_layers(module)) else module

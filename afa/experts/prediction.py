@@ -1,13 +1,12 @@
-"""What a U-Net predicts and at which noise, as its single file or its user says it.
+"""The kind of prediction and the noise of a U-Net, by its single file or its user.
 
-A single file has no scheduler_config.json. What says more than its architecture's usual scheduler, the first
-that speaks:
-1. two empty tensors, `v_pred` and `ztsnr`, as ComfyUI reads and writes them: v-prediction; and with it zero
-terminal SNR;
+A single file has no scheduler_config.json. The usual scheduler of its architecture is changed by the first of
+1. two empty tensors, as ComfyUI reads and writes them: `v_pred` (v-prediction), and with it `ztsnr` (zero
+   terminal SNR);
 2. `modelspec.prediction_type` in its header: epsilon or v;
-3. the user, by --prediction-type;
+3. the user's --prediction-type;
 4. a folder of configs that the user names.
-Two that contradict each other are refused with both values.
+If two contradict each other, an error shows both values.
 """
 
 import sys
@@ -34,9 +33,10 @@ EDM_KEYS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is said.
+    """What a file or a user says about the kind of prediction.
 
-    type: epsilon or v_prediction; None where nothing is. zero_snr: whether the noise ends without signal.
+    type:     epsilon or v_prediction; None: nothing is said
+    zero_snr: whether the noise schedule ends without signal (zero terminal SNR)
     """
 
     type: str | None = None
@@ -44,12 +44,12 @@ class Prediction:
 
 
 def said_by_file(file: Path, given: str | None = None, config: str | None = None) -> Prediction:
-    """What is said of a U-Net's single file.
+    """The kind of prediction of a U-Net's single file.
 
-    given:  what its user says by --prediction-type
-    config: what the scheduler says of a folder of configs that the user names; a key of the file outweighs it
-
-    Raises UserError if two contradict each other, or for models of EDM's noise.
+    given:  the user's --prediction-type
+    config: the prediction type of the scheduler in a folder of configs that the user names; the file's own
+            keys and the user count more
+    Raises UserError if two contradict each other, and for models of EDM's noise schedule.
     """
     names = read_header(file)
     edm = next((name for name in EDM_KEYS if _has(names, name)), None)
@@ -79,12 +79,14 @@ def said_by_file(file: Path, given: str | None = None, config: str | None = None
 
 
 def predicting(scheduler: Any, said: Prediction, where: object) -> Any:
-    """Return a scheduler for the stated kind of prediction; the same object if nothing changes.
+    """A scheduler for a kind of prediction; the same object if nothing changes.
 
-    At zero terminal SNR its steps begin at the end of the schedule.
+    With zero terminal SNR its steps begin at the end of the schedule. Zero terminal SNR without v-prediction
+    is ignored with a warning, as in ComfyUI.
 
-    Zero terminal SNR without v-prediction is left out with a warning, as ComfyUI does. where: for messages.
-    Source: arXiv:2305.08891, sections 3.1 (rescaled betas) and 3.3 (trailing steps).
+    said:  what the file or the user says
+    where: the expert, for messages
+    Raises UserError for a scheduler of a flow model. Source: arXiv:2305.08891, sections 3.1 and 3.3.
     """
     kind = kind_of(scheduler)
     if said.type is not None and kind not in SPELLINGS.values():
@@ -109,7 +111,7 @@ def predicting(scheduler: Any, said: Prediction, where: object) -> Any:
     made = type(scheduler).from_config(scheduler.config, **changes)
     if Schedule.of(made).zero_snr:
         return made
-    from diffusers import DDIMScheduler  # for classes that have no such setting, such as SD 1.x' PNDM
+    from diffusers import DDIMScheduler  # for classes without this setting, such as the PNDM of SD 1.x
 
     return DDIMScheduler.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=False, **changes)
 
@@ -117,7 +119,8 @@ def predicting(scheduler: Any, said: Prediction, where: object) -> Any:
 def folder_scheduler(located: Located, index: dict[str, Any]) -> Any:
     """The scheduler of a pipeline's folder; None if it has none.
 
-    Raises UserError if its user says otherwise than it does.
+    index: the content of its model_index.json
+    Raises UserError if the user's --prediction-type is another than the scheduler's.
     """
     scheduler = load_part(located.path, "scheduler") if has_part(index, "scheduler") else None
     given = located.spec.prediction_type
@@ -130,7 +133,7 @@ def folder_scheduler(located: Located, index: dict[str, Any]) -> Any:
 
 
 def flow_only(located: Located) -> Prediction:
-    """Of a flow's file, which says nothing. Raises UserError for a user who does."""
+    """The empty Prediction of a flow model. Raises UserError if the user gave --prediction-type."""
     if located.spec.prediction_type is not None:
         raise UserError(
             f"{located.path} is a flow model, which predicts neither epsilon nor v; "
@@ -140,14 +143,14 @@ def flow_only(located: Located) -> Prediction:
 
 
 def keys_of(scheduler: Any) -> tuple[str, ...]:
-    """The empty tensors that say in a single file of a U-Net what its scheduler says."""
+    """The names of the empty tensors by which a U-Net's single file says what its scheduler says."""
     if scheduler is None or kind_of(scheduler) != V:
         return ()
     return (V_KEY, ZERO_KEY) if Schedule.of(scheduler).zero_snr else (V_KEY,)
 
 
 def is_prediction_key(name: str) -> bool:
-    """Whether a tensor of a single file is one of those that say what it predicts, and no weight."""
+    """Whether a tensor of a single file is one of those empty ones, and no weight."""
     return name.removeprefix(DENOISER) in (V_KEY, ZERO_KEY)
 
 
@@ -157,5 +160,5 @@ def _has(names: Collection[str], key: str) -> bool:
 
 @lru_cache
 def warn_once(sentence: str) -> None:
-    """Say something on stderr, the same only once."""
+    """Print a warning on stderr; the same one only once."""
     print(f"afa: {sentence}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""Frozen weights that need less device memory: stored in 8 bits, or kept on the CPU until a layer needs them.
+"""Frozen weights in less device memory: in 8 bits, or in the CPU's memory until a layer needs them.
 
-Only the weights of linear and convolutional layers are stored so; they are most of a model. A layer computes
-as before, in the dtype of its input, with the weight fetched for the moment; the backward pass fetches it
-again instead of keeping it.
+Only the weights of linear and convolutional layers are stored in this way; they are most of a model. A layer
+computes as before, in the dtype of its input, with a weight that is fetched for this call. The backward pass
+fetches it again instead of keeping it.
 """
 
 from typing import Any
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 STORES = ("int8", "fp8", "cpu")
-LEAST = 4096  # numbers of a weight, below which nothing is gained
+LEAST = 4096  # elements of a weight; storing a smaller one gains nothing
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 
-class Kept:
-    """One weight. fetch: as it was, but for the rounding to 8 bits, where it is wanted.
+class StoredWeight:
+    """One stored weight, which fetch returns, rounded to 8 bits if it is stored so.
 
-    In 8 bits every output channel has a scale of its own, so that its largest number is kept exactly.
+    weight: of a layer
+    store:  int8, fp8 or cpu. In 8 bits each output channel has a scale, so that its largest value is exact
     """
 
     def __init__(self, weight: Tensor, store: str) -> None:
@@ -38,28 +39,28 @@ class Kept:
         self.values = scaled.round().to(torch.int8) if store == "int8" else scaled.to(torch.float8_e4m3fn)
 
     def fetch(self, like: Tensor) -> Tensor:
-        """In another tensor's dtype and on its device."""
+        """The weight in the dtype and on the device of another tensor."""
         if self.scale is None:
             return self.values.to(like.device, like.dtype, non_blocking=True, copy=True)
         return self.values.to(like.dtype) * self.scale.to(like.dtype)
 
     def move(self, apply: Any) -> None:
-        """Follow the layer to another device, where the store is one of the device."""
+        """Move 8-bit values to another device with the layer. apply: what nn.Module._apply got."""
         if self.scale is not None:
             device = apply(torch.empty(0, device=self.values.device)).device
             self.values, self.scale = self.values.to(device), self.scale.to(device)
 
     @property
     def bytes(self) -> int:
-        """On the device."""
+        """The bytes that it takes on the device."""
         return 0 if self.scale is None else self.values.numel() + self.scale.numel() * 4
 
 
 class _Linear(torch.autograd.Function):
-    """x W' + b; the weight is frozen, and fetched twice rather than kept in between."""
+    """x Wᵀ + b with a frozen weight, which is fetched for each pass and not kept in between."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Kept, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kept: StoredWeight, bias: Tensor | None) -> Tensor:
         ctx.kept = kept
         return F.linear(x, kept.fetch(x), bias)
 
@@ -69,10 +70,10 @@ class _Linear(torch.autograd.Function):
 
 
 class _Conv2d(torch.autograd.Function):
-    """The same for a convolution; how: stride, padding, dilation, groups."""
+    """The same for a convolution. how: stride, padding, dilation, groups."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Kept, bias: Tensor | None, how: tuple[Any, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kept: StoredWeight, bias: Tensor | None, how: tuple[Any, ...]) -> Tensor:
         ctx.kept, ctx.how, ctx.shape = kept, how, x.shape
         return F.conv2d(x, kept.fetch(x), bias, *how)
 
@@ -82,14 +83,14 @@ class _Conv2d(torch.autograd.Function):
 
 
 class _Stored(nn.Module):
-    """What stored layers share: the weight is no parameter any more, but can still be read."""
+    """A layer whose weight is stored: no parameter any more, but it can still be read."""
 
-    kept: Kept
+    kept: StoredWeight
     _like: Tensor
 
     @property
     def weight(self) -> Tensor:
-        """As it is computed with, in the dtype it came in."""
+        """The weight that the layer computes with, in its original dtype."""
         return self.kept.fetch(self._like)
 
     def _apply(self, function: Any, recurse: bool = True) -> Any:
@@ -98,7 +99,7 @@ class _Stored(nn.Module):
 
 
 class StoredLinear(_Stored, nn.Linear):  # type: ignore[override]
-    """A linear layer whose weight is kept elsewhere or smaller."""
+    """A linear layer whose weight is stored."""
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = _Linear.apply(x, self.kept, self.bias)  # type: ignore[no-untyped-call]
@@ -106,7 +107,7 @@ class StoredLinear(_Stored, nn.Linear):  # type: ignore[override]
 
 
 class StoredConv2d(_Stored, nn.Conv2d):  # type: ignore[override]
-    """A convolution whose weight is kept elsewhere or smaller."""
+    """A convolution whose weight is stored."""
 
     def forward(self, x: Tensor) -> Tensor:
         how = (self.stride, self.padding, self.dilation, self.groups)
@@ -115,17 +116,19 @@ class StoredConv2d(_Stored, nn.Conv2d):  # type: ignore[override]
 
 
 def store_weights(model: nn.Module, store: str) -> None:
-    """Store the large weights of a frozen model, in place; it cannot be trained or saved afterwards.
+    """Store the large weights of a frozen model, in place. It cannot be trained or saved afterwards.
 
-    store: of STORES. A weight that several layers share is stored once, if they are stored in one call. LoRAs
-    beside weights and padded convolutions of other kinds than zeros stay as they are. Raises ValueError for
-    an unknown store.
+    A weight that several layers share is stored once. LoRAs beside weights, and convolutions with padding
+    other than zeros, stay as they are.
+
+    store: one of STORES
+    Raises ValueError for an unknown store.
     """
     if store not in STORES:
         raise ValueError(f"there is no store '{store}'. Known: {', '.join(STORES)}")
     stored: dict[
-        int, Kept
-    ] = {}  # by the weight's identity: all there are existed before, so that none is given twice
+        int, StoredWeight
+    ] = {}  # by id; all weights exist before the first is stored, so no id recurs
     layer: Any
     for layer in [layer for name, layer in model.named_modules() if "lora_" not in name]:
         large = (
@@ -140,14 +143,14 @@ def store_weights(model: nn.Module, store: str) -> None:
         weight = layer.weight
         del layer._parameters["weight"]
         layer.__class__ = StoredLinear if isinstance(layer, nn.Linear) else StoredConv2d
-        layer.kept = stored[id(weight)] = stored.get(id(weight)) or Kept(weight, store)
+        layer.kept = stored[id(weight)] = stored.get(id(weight)) or StoredWeight(weight, store)
         layer.register_buffer(
             "_like", torch.empty(0, dtype=weight.dtype, device=weight.device), persistent=False
         )
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Of a model's weights on the device, however they are stored; what experts share counts once."""
+    """The bytes of a model's weights on the device, however they are stored. Shared weights count once."""
     whole = sum(
         parameter.numel() * parameter.element_size()
         for parameter in model.parameters()
@@ -159,7 +162,7 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def kept_elsewhere(model: nn.Module) -> list[Tensor]:
-    """The weights of a model that lie in the memory of the CPU, whatever device it is on."""
+    """The weights of a model that are stored in the CPU's memory."""
     return [
         layer.kept.values
         for layer in model.modules()

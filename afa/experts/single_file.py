@@ -22,7 +22,7 @@ from afa.experts.prediction import Prediction, predicting, said_by_file, warn_on
 
 CONFIGS = Path(__file__).parent / "configs"
 KNOWN_CONFIGS = ("sd15", "sd21", "sd21-base", "sdxl", "sd3", "sd35", "sd35-large", "flux", "flux-schnell")
-# names of a U-Net's first convolution and of its first attention's text input, by layout (diffusers or not)
+# whether names are diffusers' -> names of a U-Net's first convolution and of its first attention's text input
 UNET = {
     False: ("input_blocks.0.0.weight", "input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"),
     True: ("conv_in.weight", "down_blocks.{}.attentions.0.transformer_blocks.0.attn2.to_k.weight"),
@@ -33,9 +33,10 @@ ARCHITECTURES = {(1, 0, 768): "sd15", (1, 0, 1024): "sd21", (4, 1, 2048): "sdxl"
 
 
 def detect_config(file: Path, prediction_type: str | None = None) -> str:
-    """Which shipped config fits a single file, from the shapes in its header. Raises UserError if none does.
+    """The name of the shipped config that fits a single file, by the shapes in its header.
 
-    prediction_type: what its user says that it predicts.
+    prediction_type: the user's --prediction-type
+    Raises UserError if none fits.
     """
     header = read_header(file)
     layout = layout_of(header, file)
@@ -68,10 +69,10 @@ def detect_config(file: Path, prediction_type: str | None = None) -> str:
 
 
 def config_of(located: Located, config: str | None) -> tuple[str, Path]:
-    """With which configs a single file is read: -> what they are called, their folder.
+    """Find the configs of a single file.
 
-    config: what its user names; else the file's own header has them, or its shapes decide. Raises UserError
-    if there are none.
+    config: what the user names; None: the configs in the file's header, or those that fit its shapes
+    Returns what they are called, and their folder. Raises UserError if there are none.
     """
     own = unpack(read_metadata(located.path), located.path) if config is None else None
     if own is not None:
@@ -81,15 +82,15 @@ def config_of(located: Located, config: str | None) -> tuple[str, Path]:
 
 
 def scheduler_of(located: Located, config: str | None, folder: Path) -> tuple[Any, Prediction]:
-    """Return the scheduler of a U-Net's single file, and what is stated about its kind of prediction.
+    """The scheduler of a U-Net's single file, and what is said about its kind of prediction.
 
-    config: what its user named, of the folder that it is read with. Raises UserError for what contradicts
-    itself.
+    config: what the user named
+    folder: of the configs that the file is read with
+    Raises UserError if the file, the user and the config contradict each other.
     """
     usual = load_part(folder, "scheduler")
-    named = config is not None and (
-        config not in KNOWN_CONFIGS or config.startswith("sd21")
-    )  # sd15 and sdxl name shapes only
+    # the names sd15 and sdxl mean shapes only, not a kind of prediction
+    named = config is not None and (config not in KNOWN_CONFIGS or config.startswith("sd21"))
     said = said_by_file(located.path, located.spec.prediction_type, kind_of(usual) if named else None)
     if folder.name == "sd21" and said.type is None and config is None:
         warn_once(
@@ -100,9 +101,12 @@ def scheduler_of(located: Located, config: str | None, folder: Path) -> tuple[An
 
 
 def _transformer_config(file: Path, shapes: Mapping[str, list[int]]) -> str:
-    """Of SD 3 by depth and by the largest image, of FLUX by whether guidance is told.
+    """The shipped config of a transformer.
 
-    Raises UserError for what is none of them.
+    SD 3 is known by its depth and its second attention, FLUX.1 by its guidance input.
+
+    shapes: by tensor's name, without prefix
+    Raises UserError for a FLUX.1 with other inputs than latents.
     """
     if SD3 in shapes:
         if "joint_blocks.37.x_block.attn.qkv.weight" in shapes:
@@ -119,10 +123,7 @@ def _transformer_config(file: Path, shapes: Mapping[str, list[int]]) -> str:
 
 
 def config_folder(name_or_folder: str) -> Path:
-    """A shipped config by its name, or a user's own folder of configs.
-
-    Raises UserError if there is neither.
-    """
+    """The folder of a shipped config, or a user's folder of configs. Raises UserError if there is neither."""
     if name_or_folder in KNOWN_CONFIGS:
         return CONFIGS / name_or_folder
     folder = Path(name_or_folder)
@@ -133,9 +134,10 @@ def config_folder(name_or_folder: str) -> Path:
 
 @lru_cache(maxsize=1)
 def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's vocabulary and merges: 256 bytes, the same at a word's end, 48,894 merges, two marks.
+    """CLIP's vocabulary (token -> id) and merges.
 
-    Data of OpenAI's CLIP (MIT); see NOTICE.
+    The vocabulary is 256 bytes, the same at the end of a word, 48,894 merges and two special tokens.
+    Source: OpenAI's CLIP (MIT); see NOTICE.
     """
     merges = [
         tuple(line.split())
@@ -150,7 +152,7 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
-    """The tokenizer of all Stable Diffusion models, built from the shipped merges."""
+    """CLIP's tokenizer, which all Stable Diffusion models use, built from the shipped merges."""
     from transformers import CLIPTokenizer
 
     vocabulary, merges = clip_vocabulary()
@@ -158,7 +160,7 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
 
 
 def load_tokenizers(config: Path) -> dict[str, Any]:
-    """The tokenizers a config folder asks for: its own, or CLIP's with the architecture's padding."""
+    """The tokenizers of a folder of configs, by component: its own, or CLIP's with the right padding."""
     from transformers import CLIPTokenizer
 
     index = read_object(config / "model_index.json")

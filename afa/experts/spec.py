@@ -1,4 +1,4 @@
-"""Where an expert comes from: the spec that a user writes."""
+"""What a user writes for an expert: NAME=SOURCE@REVISION+LORA*STRENGTH."""
 
 import re
 from dataclasses import dataclass, field
@@ -17,7 +17,11 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file that becomes part of an expert, and how strongly (1 = as trained)."""
+    """A LoRA file that becomes part of an expert.
+
+    path:     of the file
+    strength: factor on its change of the weights; 1: as trained
+    """
 
     path: str
     strength: float = 1.0
@@ -31,12 +35,14 @@ class Lora:
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """One expert as asked for.
+    """One expert as the user, or a manifest, names it.
 
-    source: a diffusers folder, a .safetensors file, a hub id org/name, or org/name/file.safetensors.
-    revision: branch, tag or commit of a hub id.
-    named_by: the file that names it, where the user did not.
-    prediction_type: one of PREDICTION_TYPES, where its user says it beside the text.
+    name:            unique in an ensemble
+    source:          a diffusers folder, a .safetensors file, a hub id org/name or org/name/file.safetensors
+    revision:        branch, tag or commit of a hub id; None: the default branch
+    loras:           LoRA files that are part of it
+    named_by:        the file that names it, such as a manifest; None: the user
+    prediction_type: one of PREDICTION_TYPES, from --prediction-type; None: the files say it
     """
 
     name: str
@@ -52,10 +58,12 @@ class ExpertSpec:
 
     @classmethod
     def parse(cls, text: str, prediction_type: str | None = None) -> "ExpertSpec":
-        """Read "name=source@revision+lora*strength". Raises UserError if the parts make no sense.
+        """Read "name=source@revision+lora*strength".
 
-        prediction_type: what it predicts, for a file that does not say it. demo:MODEL is an
-        embedded source. A path that exists as it stands is taken whole, whatever characters are in it.
+        text:            a path that exists is taken whole, whatever characters it has; demo:MODEL is a model
+                         that comes with afa
+        prediction_type: of a U-Net in a single file that does not say it
+        Raises UserError for a text without source, or a strength that is no number.
         """
         text = located(text)
         name, rest = None, text
@@ -79,7 +87,7 @@ class ExpertSpec:
 
 
 def exists(place: str) -> bool:
-    """Whether there is something of that name; a text that can be no path names nothing."""
+    """Whether a path exists; a text that cannot be a path does not."""
     try:
         return Path(place).exists()
     except (OSError, ValueError):
@@ -87,9 +95,10 @@ def exists(place: str) -> bool:
 
 
 def new_places(given: list[str]) -> dict[str, str]:
-    """Where the experts of a saved ensemble are now: NAME=PLACE, split.
+    """The new places of a saved ensemble's experts: name -> place.
 
-    Raises UserError where there is no name.
+    given: NAME=PLACE each
+    Raises UserError where the name is missing.
     """
     for place in given:
         if "=" not in place:
@@ -98,10 +107,7 @@ def new_places(given: list[str]) -> dict[str, str]:
 
 
 def _pieces(text: str) -> list[str]:
-    """The source and the LoRAs behind it.
-
-    A + divides them, unless it belongs to the name of something that exists.
-    """
+    """Split a text at each +, unless the + belongs to the name of a file that exists."""
     parts, pieces = text.split("+"), []
     while parts:
         ends = range(len(parts), 0, -1)
@@ -127,5 +133,5 @@ def _lora(text: str) -> Lora:
 
 
 def _default_name(source: str) -> str:
-    """The folder's or file's name as it was given, without .safetensors and what cannot be in a name."""
+    """The name of a folder or file, without .safetensors and characters that a name cannot have."""
     return plain_name(given_name(Path(source)).removesuffix(".safetensors"), "expert")

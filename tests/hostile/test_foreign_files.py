@@ -99,7 +99,7 @@ def test_a_hub_id_that_a_manifest_names_is_shown_before_it_is_fetched(tmp_path, 
     folder = downloaded(tmp_path)
     edit(folder / "afa.json", "experts", 0, "source", value="stranger/model")
     edit(folder / "afa.json", "experts", 0, "commit", value=COMMIT)
-    locating._tell.cache_clear()
+    locating._announce.cache_clear()
     shown = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: shown.append(capsys.readouterr().err) or (_ for _ in ()).throw(OSError("offline")))
     with pytest.raises(UserError, match="stranger/model"):
