@@ -39,7 +39,7 @@ class Toy(Aggregator):
         super().__init__()
         self.logits = nn.Parameter(toy_strength * (torch.arange(experts) == 0))
 
-    def weigh(self, features, temb, text, kept=None):
+    def weigh(self, features, temb, text, text_mask=None):
         batch, experts, _, height, width = features.shape
         return self.logits.softmax(0).view(1, experts, 1, 1).expand(batch, experts, height, width)
 """,

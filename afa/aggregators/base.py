@@ -32,13 +32,13 @@ class Aggregator(nn.Module, ABC):
         return []
 
     @abstractmethod
-    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
+    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Return the experts' weights at every place, (B, N, H, W), convex over N.
 
-        features: (B, N, C, H, W) of the experts
-        temb:     (B, E) time embedding
-        text:     (B, T, D) text states
-        kept:     (B, T) bool, False for padding, which must not be read; None: there is no padding
+        features:  (B, N, C, H, W) of the experts
+        temb:      (B, E) time embedding
+        text:      (B, T, D) text states
+        text_mask: (B, T) bool, False for padding, which must not be read; None: there is no padding
         """
 
     def forward(
@@ -46,7 +46,7 @@ class Aggregator(nn.Module, ABC):
         features: Tensor,
         temb: Tensor,
         text: Tensor,
-        kept: Tensor | None = None,
+        text_mask: Tensor | None = None,
         adjust: Adjust | None = None,
     ) -> tuple[Tensor | list[Tensor], Tensor]:
         """Blend the experts' features; arguments as of weigh().
@@ -57,7 +57,7 @@ class Aggregator(nn.Module, ABC):
         stitch.py), and the weights (B, N, H, W).
         Source: arXiv:2405.17082, section 3.2. Deviation: none.
         """
-        weights = self.weigh(features, temb, text, kept)
+        weights = self.weigh(features, temb, text, text_mask)
         if adjust is not None:
             weights = adjust(weights)
         return blend(features, weights.to(features.dtype)), weights
@@ -97,7 +97,7 @@ class Fixed(Aggregator):
         # A constant of the configuration, not a state: it moves with the module but is not saved.
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
 
-    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
+    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         batch, experts, _, height, width = features.shape
         return self.weights.view(1, experts, 1, 1).expand(batch, experts, height, width)
 

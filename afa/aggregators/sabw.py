@@ -73,10 +73,10 @@ class SABW(Aggregator):
             return []
         return [block.attn2 for block in self.transformer.transformer_blocks]
 
-    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
-        return torch.softmax(self.logits(features, temb, text, kept), dim=1)  # (B, N, H, W)
+    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        return torch.softmax(self.logits(features, temb, text, text_mask), dim=1)  # (B, N, H, W)
 
-    def logits(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
+    def logits(self, features: Tensor, temb: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Return what the softmax is taken of, (B, channels of conv_out, H, W); arguments as of weigh()."""
         dtype = self.conv_in.weight.dtype  # aggregators may be kept in float32 beside half-precision experts
         hidden = self.conv_in(features.flatten(1, 2).to(dtype))  # (B, hidden, H, W)
@@ -84,7 +84,7 @@ class SABW(Aggregator):
         if self.transformer is not None:
             text = _seen(text, "text" not in self.ignore).to(dtype)
             hidden = self.transformer(
-                hidden, encoder_hidden_states=text, encoder_attention_mask=kept, return_dict=False
+                hidden, encoder_hidden_states=text, encoder_attention_mask=text_mask, return_dict=False
             )[0]
         logits: Tensor = self.conv_out(hidden)
         return logits.mean((2, 3), keepdim=True).expand_as(logits) if "place" in self.ignore else logits

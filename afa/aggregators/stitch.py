@@ -35,28 +35,28 @@ class Stitch(SABW):
         self.kept = nn.Parameter(torch.tensor(KEPT))
         self.experts = experts
 
-    def matrix(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
+    def matrix(self, features: Tensor, temb: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Return the weights to each expert (dim 1) from all experts (dim 2): (B, N, N, H, W)."""
-        logits = self.logits(features, temb, text, kept).unflatten(1, (self.experts, self.experts))
+        logits = self.logits(features, temb, text, text_mask).unflatten(1, (self.experts, self.experts))
         own = torch.eye(self.experts, device=logits.device, dtype=logits.dtype).view(
             1, self.experts, self.experts, 1, 1
         )
         return torch.softmax(logits + self.kept * own, dim=2)
 
-    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, kept: Tensor | None = None) -> Tensor:
+    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Return the mean over the blends: how much of each expert all take together, (B, N, H, W)."""
-        return self.matrix(features, temb, text, kept).mean(1)
+        return self.matrix(features, temb, text, text_mask).mean(1)
 
     def forward(
         self,
         features: Tensor,
         temb: Tensor,
         text: Tensor,
-        kept: Tensor | None = None,
+        text_mask: Tensor | None = None,
         adjust: Adjust | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """Return N blends (B, C, H, W) in the features' dtype, and the mean weights (B, N, H, W)."""
-        matrix = self.matrix(features, temb, text, kept)
+        matrix = self.matrix(features, temb, text, text_mask)
         if adjust is not None:  # a sample's rows stand one after another
             matrix = adjust(matrix.flatten(0, 1)).unflatten(0, matrix.shape[:2])
         return [blend(features, rows.to(features.dtype)) for rows in matrix.unbind(1)], matrix.mean(1)

@@ -189,8 +189,11 @@ class LoraHost:
         """
         check_weights(lora_scale)
         models = self.lora_models()
-        for model in models:
-            _check_fusible(model)
+        if any(hasattr(module, "kept") for model in models for module in model.modules()):
+            raise NotImplementedError(
+                "a LoRA cannot be fused into weights that are stored in 8 bits or on the CPU; "
+                "leave it beside them"
+            )
         owners = Counter(id(parameter) for model in models for parameter in model.parameters())
         for model in models:
             for name, layer in tuner_layers(model):
@@ -254,35 +257,21 @@ class DenoiserLoras(LoraHost):
                 f"adapter_name '{name}' begins with '{OWN}', as the names of experts' own LoRAs do; "
                 "choose another"
             )
+        # diffusers' keys of the alphas of attention layers also contain the name of the factor
         alphas = {
-            key: torch.tensor(alpha) for key, alpha in (options.pop("network_alphas", None) or {}).items()
+            re.sub(r"(_lora\.(down|up)\.weight)?\.alpha$", ".alpha", key): torch.tensor(alpha)
+            for key, alpha in (options.pop("network_alphas", None) or {}).items()
         }
         config, part = options.pop("metadata", None), prefix or "denoiser"
         try:
             for model in self.lora_models():
-                states = lora_states(
-                    {**given, **_attention(alphas)},
-                    {part: model},
-                    "the LoRA",
-                    "the experts",
-                    self._original_layers,
-                    config,
-                )
+                tensors, layers = {**given, **alphas}, self._original_layers
+                states = lora_states(tensors, {part: model}, "the LoRA", "the experts", layers, config)
                 model.load_lora_adapter(states[part], prefix=None, adapter_name=name, **options)
                 settle(model, name)
         except BaseException:
             self.delete_adapters(name)
             raise
-
-
-def _attention(alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename alphas that diffusers passes to the names of their layers.
-
-    diffusers' keys of attention layers also contain the name of the factor.
-    """
-    return {
-        re.sub(r"(_lora\.(down|up)\.weight)?\.alpha$", ".alpha", key): alpha for key, alpha in alphas.items()
-    }
 
 
 def activate(model: Any, names: Sequence[str], weights: Any = None) -> None:
@@ -311,15 +300,6 @@ def check_weights(weights: Any) -> None:
             check_weights(weight)
     elif weights is not None:
         check_number(weights, "the weight of a LoRA is")
-
-
-def _check_fusible(model: nn.Module) -> None:
-    """Raise NotImplementedError for a model with weights that are no parameters."""
-    if any(hasattr(module, "kept") for module in model.modules()):
-        raise NotImplementedError(
-            "a LoRA cannot be fused into weights that are stored in 8 bits or on the CPU; "
-            "leave it beside them"
-        )
 
 
 def _tidy(model: Any) -> None:
@@ -357,9 +337,11 @@ class OwnLayer:
     own: tuple[str, ...]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        others = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        names = [*self.own, *(name for name in others if name not in self.own)]
-        super().set_adapter(names, inference_mode)  # type: ignore[misc]
+        others = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        super().set_adapter(self._and_own(others), inference_mode)  # type: ignore[misc]
+
+    def _and_own(self, names: Sequence[str]) -> list[str]:
+        return [*self.own, *(name for name in names if name not in self.own)]
 
     def set_scale(self, adapter: str, scale: float) -> None:
         if adapter not in self.own:
@@ -388,11 +370,7 @@ class OwnLayer:
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge the expert's own LoRAs, too, since a merged layer computes with its weight alone."""
-        names = (
-            None
-            if adapter_names is None
-            else [*self.own, *(name for name in adapter_names if name not in self.own)]
-        )
+        names = None if adapter_names is None else self._and_own(adapter_names)
         super().merge(safe_merge, names)  # type: ignore[misc]
 
 
