@@ -10,7 +10,7 @@ since its pattern of the other alphas is for modules `attn1.processor.to_q_lora`
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -102,35 +102,14 @@ def lora_states(
     """
     found = _grouped(tensors, what)
     names = {part: Names(module, originals) for part, module in parts.items()}
-    placed, lost = {}, []
-    for key, layer in found.items():
-        place = _place(key, names)
-        placed[key] = place
-        lost += [] if place else [one for one in layer.keys if not one.endswith(".alpha")]
-    if lost:
-        count = sum(not key.endswith(".alpha") for key in tensors)
-        missing = f"{len(lost)} of its {count} weights found no place (first: {lost[0]})"
-        raise UserError(f"{what} does not fit {where}: {missing}; it was made for another architecture")
-    for key, layer in found.items():
-        if layer.down is None or layer.up is None:
-            lacks = (
-                "both factors"
-                if layer.down is layer.up
-                else "lora_up (lora_B)"
-                if layer.up is None
-                else "lora_down (lora_A)"
-            )
-            raise UserError(f"{what} is incomplete: layer {key} lacks {lacks}; download or export it again")
+    places = _places(found, names, what, where)
     states: dict[str, dict[str, Tensor]] = {}
     for key, layer in found.items():
-        part, layers = placed[key]  # type: ignore[misc]
+        part, layers = places[key]
         state = states.setdefault(part, {})
-        alpha = (
-            layer.alpha
-            if layer.alpha is not None
-            else _recorded(config or {}, part, layers.names[0], layer, what)
-        )
-        for name, tensor in _factors(layer, alpha, layers, names[part], what, where):
+        if layer.alpha is None:
+            layer.alpha = _recorded(config or {}, part, layers.names[0], layer, what)
+        for name, tensor in _factors(layer, layers, names[part], what, where):
             if name in state:
                 raise UserError(
                     f"{what} holds layer {name.rpartition('.lora_')[0]} of the {part} twice "
@@ -216,6 +195,33 @@ class Names:
         return self.known.get(name)
 
 
+def _places(
+    found: Mapping[str, Found], names: Mapping[str, Names], what: str, where: str
+) -> dict[str, tuple[str, Layers]]:
+    """Find the part and the layers of each layer of a file.
+
+    Raises UserError for weights that find no place, and for layers that lack a factor.
+    """
+    places = {key: _place(key, names) for key in found}
+    lost = [one for key, layer in found.items() if places[key] is None for one in _weights(layer)]
+    if lost:
+        count = sum(len(_weights(layer)) for layer in found.values())
+        missing = f"{len(lost)} of its {count} weights found no place (first: {lost[0]})"
+        raise UserError(f"{what} does not fit {where}: {missing}; it was made for another architecture")
+    for key, layer in found.items():
+        factors = {"lora_up (lora_B)": layer.up, "lora_down (lora_A)": layer.down}
+        lacks = [name for name, factor in factors.items() if factor is None]
+        if lacks:
+            lacking = lacks[0] if len(lacks) == 1 else "both factors"
+            raise UserError(f"{what} is incomplete: layer {key} lacks {lacking}; download or export it again")
+    return {key: place for key, place in places.items() if place is not None}
+
+
+def _weights(layer: Found) -> list[str]:
+    """Return the keys of a layer's tensors besides alpha."""
+    return [key for key in layer.keys if not key.endswith(".alpha")]
+
+
 def _place(key: str, names: Mapping[str, Names]) -> tuple[str, Layers] | None:
     """Return the part and the layers for a name in a file; None if there are none."""
     key = key.removeprefix("base_model.model.")
@@ -261,23 +267,23 @@ def _recorded(config: Mapping[str, Any], part: str, name: str, layer: Found, wha
 
 
 def _factors(
-    layer: Found, alpha: Tensor | float | None, layers: Layers, names: Names, what: str, where: str
-) -> list[tuple[str, Tensor]]:
-    """Return a layer's tensors under PEFT's names, with alpha / rank multiplied in, in the model's dtype.
+    layer: Found, layers: Layers, names: Names, what: str, where: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield a layer's tensors under PEFT's names, with alpha / rank multiplied in, in the model's dtype.
 
     alpha / rank is divided between both factors (down gets a power of two), so that no factor becomes too
     small for half precision.
     """
     assert layer.down is not None and layer.up is not None
+    first = layer.keys[0]
     modules = [names.layers[name] for name in layers.names]
     sizes = [
         module.out_features if isinstance(module, nn.Linear) else module.out_channels for module in modules
     ]
-    down, up = _shaped(
-        layer.down, layer.up, modules[0], sum(sizes), f"{what} does not fit {where}: {layer.keys[0]}"
-    )
+    down, up = _shaped(layer.down, layer.up, modules[0], sum(sizes), f"{what} does not fit {where}: {first}")
     rank = down.shape[0]
-    scale = (_number(alpha, f"{what}: the alpha of {layer.keys[0]}") if alpha is not None else rank) / rank
+    alpha = rank if layer.alpha is None else _number(layer.alpha, f"{what}: the alpha of {first}")
+    scale = alpha / rank
     root = 2.0 ** round(math.log2(abs(scale)) / 2) if scale else 1.0
     if layers.swapped:
         up = torch.cat(tuple(reversed(up.chunk(2))))
@@ -287,24 +293,23 @@ def _factors(
     if layer.magnitude is not None:
         tensors["lora_magnitude_vector"] = layer.magnitude.float()
     for end, tensor in tensors.items():
-        tensors[end] = tensor.to(names.dtype)
-        if not tensor.is_meta and not torch.isfinite(tensors[end]).all():
-            if torch.isfinite(tensor).all():
-                kind = f"does not fit {names.dtype}; load the experts in float32"
-            else:
-                kind = "holds NaN or infinity; it is broken, download or export it again"
-            raise UserError(f"{what}: {layer.keys[0]} {kind}")
-    found = []
-    for end, tensor in tensors.items():
-        pieces = (
-            [tensor] * len(modules)
-            if end == "lora_A.weight"
-            else tensor.split(sizes)
-            if len(sizes) > 1
-            else [tensor]
-        )
-        found += [(f"{name}.{end}", piece) for name, piece in zip(layers.names, pieces, strict=True)]
-    return found
+        tensor = _cast(tensor, names.dtype, f"{what}: {first}")
+        shared = (
+            end == "lora_A.weight" or len(modules) == 1
+        )  # the rows of all others belong to one layer each
+        pieces = [tensor] * len(modules) if shared else tensor.split(sizes)
+        for name, piece in zip(layers.names, pieces, strict=True):
+            yield f"{name}.{end}", piece
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, start: str) -> Tensor:
+    """Cast a tensor. Raises UserError if numbers are not finite, or not any more. start: of the message."""
+    cast = tensor.to(dtype)
+    if not tensor.is_meta and not torch.isfinite(cast).all():
+        if torch.isfinite(tensor).all():
+            raise UserError(f"{start} does not fit {dtype}; load the experts in float32")
+        raise UserError(f"{start} holds NaN or infinity; it is broken, download or export it again")
+    return cast
 
 
 def _shaped(down: Tensor, up: Tensor, module: Any, rows: int, start: str) -> tuple[Tensor, Tensor]:
