@@ -127,8 +127,8 @@ def judge(ensemble: Ensemble, data: Path) -> list[list[float]]:
     common = SharedParts(vae, ensemble.frame.scheduler, None, None, torch.float32, cpu)
     noising = Noising(common.scheduler, latents_of(vae), cpu)
     probes = encoded(str(data), vae, noising, images=JUDGED, draws=1, seed=99, resolution=SIDE)
-    asking = ExpertPredictor(ensemble, common.conditions(ensemble), noising, probes, batch_size=4)
-    return [asking.ask(image).errors.square().mean((1, 2, 3, 4)).tolist() for image in range(JUDGED)]
+    predictor = ExpertPredictor(ensemble, common.conditions(ensemble), noising, probes, batch_size=4)
+    return [predictor.predict(image).errors.square().mean((1, 2, 3, 4)).tolist() for image in range(JUDGED)]
 
 
 def kept(file: Path, make: Callable[[], Any]) -> Any:

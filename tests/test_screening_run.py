@@ -84,8 +84,8 @@ def test_losses_are_those_of_the_training_objective(screened):
     frame = load_shared_parts(first, None, None, None, torch.float32, CPU)
     noising = Noising(frame.scheduler, latents_of(frame.vae), CPU)
     probes = encoded("scenes:3", frame.vae, noising, images=3, draws=2, seed=0, resolution=64)
-    asking = ExpertPredictor(ensemble, frame.conditions(ensemble), noising, probes, batch_size=3)  # not a divisor of a step's draws
-    errors = torch.stack([asking.ask(image).errors for image in range(3)])
+    predictor = ExpertPredictor(ensemble, frame.conditions(ensemble), noising, probes, batch_size=3)  # not a divisor of a step's draws
+    errors = torch.stack([predictor.predict(image).errors for image in range(3)])
     assert errors.square().mean().item() == pytest.approx(screened[0]["losses"]["curves"]["overall"]["value"], rel=1e-5)
     latents, step = probes.latents[:1], probes.steps(0, noising)[2:3]
     noise = probes.noise(0)[2, 1][None]
@@ -109,20 +109,20 @@ def test_an_expert_of_another_kind_is_asked_in_the_frames_kind(tmp_path):
 
 def test_an_interrupted_screening_goes_on_to_the_same_numbers(small, tmp_path, monkeypatch):
     whole = screen(settings(*small[:2], output=tmp_path / "whole", resolution=64))
-    asked, ask = [], ExpertPredictor.ask
+    asked, predict = [], ExpertPredictor.predict
 
     def interrupted(self, image, features=False):
         if len(asked) == 4:
             raise KeyboardInterrupt
         asked.append(image)
-        return ask(self, image, features)
+        return predict(self, image, features)
 
-    monkeypatch.setattr(ExpertPredictor, "ask", interrupted)
+    monkeypatch.setattr(ExpertPredictor, "predict", interrupted)
     again = settings(*small[:2], output=tmp_path / "out", resolution=64)
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         screen(again)
     counted = []
-    monkeypatch.setattr(ExpertPredictor, "ask", lambda self, image, features=False: counted.append(image) or ask(self, image, features))
+    monkeypatch.setattr(ExpertPredictor, "predict", lambda self, image, features=False: counted.append(image) or predict(self, image, features))
     assert screen(again) == whole
     assert len(counted) == 2 * 3 + 3 - 4  # two experts and their average, three images each, of which four were there
 

@@ -1,4 +1,4 @@
-"""The training settings in a manifest, so far as baselines may be trained with them.
+"""The training settings in a manifest with which baselines are trained.
 
 A manifest may come from a stranger. Only numbers and choices are read from it, never code or places: data,
 rewards, loggers, caches and outputs come from the command line.
@@ -56,12 +56,12 @@ def recorded_settings(manifest: Manifest, folder: Path) -> dict[str, Any]:
 
 
 def recorded_data(manifest: Manifest) -> str | None:
-    """Return the recorded training data if this package draws them; None if they are a place on a machine."""
+    """Return the recorded training data if afa draws them; None if they are a place on a machine."""
     data = (manifest.training or {}).get("settings", {}).get("data")
     return data if isinstance(data, str) and data.startswith(tuple(DRAWN)) else None
 
 
-def tell(manifest: Manifest, folder: Path) -> None:
+def print_recorded(manifest: Manifest, folder: Path) -> None:
     """Print to stderr which recorded options baselines are trained with, and which are not used."""
     settings = (manifest.training or {}).get("settings", {})
     defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings.current())}
@@ -74,15 +74,11 @@ def tell(manifest: Manifest, folder: Path) -> None:
         f"afa: rivals are trained as {folder / MANIFEST} records: {', '.join(used) or 'with the defaults'}",
         file=sys.stderr,
     )
+    read = taken() | OWN | ({"data"} if recorded_data(manifest) is not None else set())
     left = [
-        name
+        f"{name} {shown(value)}"
         for name, value in settings.items()
-        if name not in taken() | OWN and value not in (None, defaults.get(name))
-    ]
-    left = [
-        f"{name} {shown(settings[name])}"
-        for name in left
-        if name != "data" or recorded_data(manifest) is None
+        if name not in read and value not in (None, defaults.get(name))
     ]
     if left:
         print(
@@ -93,7 +89,10 @@ def tell(manifest: Manifest, folder: Path) -> None:
 
 
 def _frame(manifest: Manifest, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest's VAE, frame and config, where training was given them; checked as experts are."""
+    """Return the manifest's VAE, frame and config if the user gave them to the training.
+
+    Their places are checked as those of experts are.
+    """
     names = [entry.name for entry in manifest.experts]
     config = next((entry.config for entry in manifest.experts if entry.config), None)
     places = {"vae": manifest.frame.get("vae"), "frame": manifest.frame.get("frame"), "config": config}

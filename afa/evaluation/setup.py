@@ -17,7 +17,7 @@ from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.protocols import Protocol, ProtocolOptions, make_protocol
-from afa.evaluation.recorded import recorded_data, recorded_settings, tell
+from afa.evaluation.recorded import print_recorded, recorded_data, recorded_settings
 from afa.evaluation.settings import EvaluateSettings
 from afa.experts.description import denoiser_config
 from afa.experts.expert import Expert
@@ -54,11 +54,11 @@ class Setup:
         data = None if settings.protocol_data is None else Path(settings.protocol_data)
         names = [field.name for field in dataclasses.fields(ProtocolOptions) if field.name != "data"]
         given = ProtocolOptions(**{name: getattr(settings, name) for name in names}, data=data)
-        self.protocol: Protocol = self._settled(make_protocol(settings.protocol, given))
+        self.protocol: Protocol = self._with_guidance(make_protocol(settings.protocol, given))
         self.ranking: tuple[str, ...] = self.names
 
-    def _settled(self, protocol: Protocol) -> Protocol:
-        """Return the sampling, with the family's guidance if the protocol has none.
+    def _with_guidance(self, protocol: Protocol) -> Protocol:
+        """Return the protocol, with the family's guidance if it has none of its own.
 
         Raises UserError for guidance that the family does not have.
         """
@@ -142,7 +142,7 @@ class Setup:
         """
         found = recorded_settings(self.manifest, self.folder)
         if PartialState().is_main_process:
-            tell(self.manifest, self.folder)
+            print_recorded(self.manifest, self.folder)
         return found
 
     def training(self, output: Path, run: int, **changes: Any) -> TrainSettings:

@@ -163,7 +163,7 @@ class ScreenPlan:
             "resolution": self.resolution,
             "passes_each": self.images * BANDS * self.settings.draws,
             "answers_gb": round(bytes_each * len(self.specs) / 1e9, 3),
-            "weight_average": self.no_average_reason() or "asked too",
+            "weight_average": self.no_average_reason() or "screened too",
         }
 
     def no_average_reason(self) -> str | None:

@@ -254,7 +254,7 @@ class ExpertPredictor:
         self.probes, self.batch_size = probes, batch_size
 
     @torch.no_grad()
-    def ask(self, image: int, features: bool = False) -> Answers:
+    def predict(self, image: int, features: bool = False) -> Answers:
         """Predict at all timesteps and noises of one image; features: whether to record them too."""
         noise = self.probes.noise(image)
         bands, draws = noise.shape[:2]
@@ -268,12 +268,12 @@ class ExpertPredictor:
         with record_features(self.denoiser) if features else nullcontext({}) as passing:
             for start in range(0, len(steps), self.batch_size):
                 part = batch.part(start, min(start + self.batch_size, len(steps))).to(self.noising.device)
-                errors.append((self._predict(part, prompt) - self.noising.target(part)).cpu())
+                errors.append((self._prediction(part, prompt) - self.noising.target(part)).cpu())
                 seen.append(dict(passing))
         joined = {name: torch.cat([one[name] for one in seen])[::draws] for name in seen[0]}
         return Answers(torch.cat(errors).unflatten(0, (bands, draws)), joined)
 
-    def _predict(self, batch: Batch, prompt: dict[str, Any]) -> Tensor:
+    def _prediction(self, batch: Batch, prompt: dict[str, Any]) -> Tensor:
         count = len(batch.steps)
         work = Pass(
             self.denoiser,

@@ -66,9 +66,11 @@ def screen(settings: ScreenSettings, planned: ScreenPlan | None = None) -> dict[
         probes = _probes(planned, frame, noising, work)
         sources = _sources(planned)
         apart = _distances(planned, sources)
-        asking = AnswerCollector(frame, noising, probes, settings, work)
-        comparison = ExpertComparison(tuple(spec.name for spec in planned.specs), asking.all(planned.specs))
-        return facts_of(planned, comparison, apart, _average(planned, asking, sources), noising.steps)
+        collector = AnswerCollector(frame, noising, probes, settings, work)
+        comparison = ExpertComparison(
+            tuple(spec.name for spec in planned.specs), collector.all(planned.specs)
+        )
+        return facts_of(planned, comparison, apart, _average(planned, collector, sources), noising.steps)
 
 
 @contextmanager
@@ -153,12 +155,12 @@ class AnswerCollector:
                 f" and its disk has {free / 1e9:.1f} GB left; lower --images or --draws"
             )
         total = len(self.probes) * len(specs)
-        with tqdm(total=total, desc="asking experts", unit="image", file=sys.stderr) as bar:
+        with tqdm(total=total, desc="predictions of experts", unit="image", file=sys.stderr) as bar:
             for spec, store in zip(specs, stores, strict=True):
-                self.ask(spec, store, bar)
+                self.collect(spec, store, bar)
         return stores
 
-    def ask(self, spec: ExpertSpec, store: AnswerStore, bar: Any) -> None:
+    def collect(self, spec: ExpertSpec, store: AnswerStore, bar: Any) -> None:
         """Load one expert, compute its missing answers, and free its memory."""
         missing = store.missing()
         bar.set_postfix_str(spec.name)
@@ -169,18 +171,18 @@ class AnswerCollector:
         warn_of_prompts(
             self.probes.captions, ensemble.denoiser.interface, ensemble.frame.tokenizers, "caption"
         )
-        asking = ExpertPredictor(
+        predictor = ExpertPredictor(
             ensemble, self.frame.conditions(ensemble), self.noising, self.probes, self.settings.batch_size
         )
         for image in missing:
-            store.add(image, asking.ask(image, features=image < FEATURED))
+            store.add(image, predictor.predict(image, features=image < FEATURED))
             bar.update()
-        del ensemble, asking
+        del ensemble, predictor
         forget()
 
 
 def _average(
-    planned: ScreenPlan, asking: AnswerCollector, sources: list[FileSource] | str
+    planned: ScreenPlan, collector: AnswerCollector, sources: list[FileSource] | str
 ) -> AnswerStore | str:
     """Return the answers of the experts' weight average, or the reason why there are none."""
     reason = planned.no_average_reason()
@@ -188,9 +190,9 @@ def _average(
         return reason
     if isinstance(sources, str):
         return f"cannot be made: {sources}"
-    place = asking.work / f"{AVERAGE}-model"
+    place = collector.work / f"{AVERAGE}-model"
     spec = ExpertSpec(AVERAGE, str(place))
-    store = AnswerStore(asking.work / AVERAGE, asking.shape)
+    store = AnswerStore(collector.work / AVERAGE, collector.shape)
     try:
         if store.missing():
             shutil.rmtree(place, ignore_errors=True)  # of a run that was killed here
@@ -198,9 +200,9 @@ def _average(
             merge = MergeSettings(experts=[str(spec) for spec in planned.specs], output=str(place), **read)
             merge_files(merge, make_plan(merge, dict(zip(planned.specs, sources, strict=True))))
         with tqdm(
-            total=len(asking.probes), desc="asking their average", unit="image", file=sys.stderr
+            total=len(collector.probes), desc="predictions of their average", unit="image", file=sys.stderr
         ) as bar:
-            asking.ask(spec, store, bar)
+            collector.collect(spec, store, bar)
     except UserError as error:
         return f"cannot be made: {error}"
     finally:
