@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,6 @@ from afa.store import kept_json
 
 CHUNK = 256  # pictures in memory at once
 Attempt = Callable[[str, bool, Callable[[], Any]], Any]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The scores of one image set by all metrics."""
-
-    scores: dict[str, list[float]] = field(default_factory=dict)
-    sets: dict[str, SetScore] = field(default_factory=dict)
 
 
 class Judge:
@@ -142,17 +133,23 @@ class Judge:
                 notes[label] = MetricNote(kind, metric.higher_is_better, metric.source, label in leading)
         return notes
 
-    def judge(self, images: ImageSet, protocol: Protocol, title: str, attempt: Attempt) -> Judged:
-        """Score an image set by all metrics; a metric that fails does not stop the others."""
-        judged = Judged()
+    def judge(
+        self, images: ImageSet, protocol: Protocol, title: str, attempt: Attempt
+    ) -> tuple[dict[str, list[float]], dict[str, SetScore]]:
+        """Score an image set by all metrics; a metric that fails does not stop the others.
+
+        Returns the scores of every image and those of the whole set, both by name.
+        """
+        scores: dict[str, list[float]] = {}
+        sets: dict[str, SetScore] = {}
         for metric in self.metrics:
             what = f"{next(iter(self.labels(metric).values()), 'the scorer')} of {title}"
             score = self._score if isinstance(metric, ImageMetric) else self._set_score
             found = attempt(what, False, lambda score=score, metric=metric: score(metric, images, protocol))
-            kept = judged.scores if isinstance(metric, ImageMetric) else judged.sets
             labels = self.labels(metric)  # a user's scorer has names once it has been called
-            kept.update({labels[name]: value for name, value in (found or {}).items()})
-        return judged
+            named = {labels[name]: value for name, value in (found or {}).items()}
+            (scores if isinstance(metric, ImageMetric) else sets).update(named)
+        return scores, sets
 
     def _score(self, metric: ImageMetric, images: ImageSet, protocol: Protocol) -> dict[str, list[float]]:
         """Return the values of all images, or of the first ones if the protocol limits the metric."""

@@ -239,9 +239,9 @@ def _judge(comparison: ComparisonContext, drawn: DrawnRow) -> Method:
     setup, row, tuner = comparison.setup, drawn.row, comparison.tuner
     runs = []
     for run, one in enumerate(drawn.runs):
-        judged = comparison.judge.judge(one.images, setup.protocol, row.title, comparison.attempt)
+        scores, sets = comparison.judge.judge(one.images, setup.protocol, row.title, comparison.attempt)
         folder = str(one.images.folder.relative_to(setup.output))
-        runs.append(Run(run, folder, judged.scores, judged.sets, one.images.seconds(), one.memory_mb))
+        runs.append(Run(run, folder, scores, sets, one.images.seconds(), one.memory_mb))
     trained = [one.trained for one in drawn.runs if one.trained is not None]
     notes = [row.note] if row.note else []
     if len(row.candidates) > 1:
