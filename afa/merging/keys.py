@@ -1,10 +1,9 @@
 """One key of several models: its stage, whether its tensors fit, and its merge in the precision it needs."""
 
-import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from afa.errors import UserError
 from afa.experts.expert import TEXT_ENCODERS
 from afa.experts.headers import is_finite
-from afa.merging.rules import BASE, Merge
+from afa.merging.rules import BASE, Merge, parameters_of
 from afa.models.registry import FAMILIES, stages_of
 
 DENOISERS = tuple(dict.fromkeys(family.component for family in FAMILIES.values()))  # what pipelines call them
@@ -102,10 +101,9 @@ def merge_key(
     first = tensors[0]
     if not first.is_floating_point():
         return first.clone()
-    asked = inspect.signature(rule).parameters
     given = {"base": None if base is None else _fine(base, first), "stage": stage, "key": key, "note": note}
-    given = {name: value for name, value in given.items() if name in asked}
-    merged = rule([_fine(tensor, first) for tensor in tensors], **given, **options)
+    taken = {name: value for name, value in given.items() if name in parameters_of(rule)}
+    merged = rule([_fine(tensor, first) for tensor in tensors], **taken, **options)
     return cast(merged, dtype or first.dtype, key)
 
 
@@ -136,19 +134,9 @@ def cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     return converted
 
 
-class TensorSource(Protocol):
-    """A model whose tensors are read by "part.name": from files, from memory, or made by an earlier step."""
-
-    name: str
-    tensors: Mapping[str, Any]
-
-    def read(self, key: str, reader: Any = None) -> Tensor:
-        """One tensor. reader: of files."""
-
-
 @dataclass(kw_only=True)
 class KeyMerge:
-    """One merge, computed key by key, whatever its models' tensors are read from.
+    """One merge, computed key by key: of files and in memory.
 
     merge, options: the method, and all that its rule takes
     stages:         of every key
@@ -158,33 +146,25 @@ class KeyMerge:
 
     merge: Merge
     options: Mapping[str, Any]
-    experts: Sequence[TensorSource]
-    base: TensorSource | None
     stages: Mapping[str, str]
     device: torch.device | None = None
     fallen_back: int = 0
 
-    def sources_of(self, key: str) -> Sequence[TensorSource]:
-        """What a key is made from, the base last; of one source it is a copy."""
-        return [*self.experts, *([self.base] if self.base is not None else [])]
-
     @torch.no_grad()
-    def value(self, key: str, reader: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+    def compute(self, key: str, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """One key's merged value; where all models have the same tensor, that one.
 
-        dtype: of the result; None: as exact as it is computed
-        Raises UserError for what is not finite, or does not fit, naming key and model.
+        tensors: of the experts, and of the base if the merge needs one; checked by check_values
+        dtype:   of the result; None: as exact as it is computed
+        Raises UserError for a result that is not finite or does not fit.
         """
-        sources = [source for source in self.sources_of(key) if key in source.tensors]
-        tensors = [source.read(key, reader) for source in sources]
-        check_values(key, tensors, [source.name for source in sources])
         first = tensors[0]
         if not first.is_floating_point():
             return first
         if all(equal(first, other) for other in tensors[1:]):
             return first if dtype in (None, first.dtype) else cast(first, dtype, key)
         moved = [tensor.to(self.device or first.device) for tensor in tensors]
-        base = moved.pop() if self.base is not None else None
+        base = moved.pop() if self.merge.needs("base") else None
         exact = torch.float64 if any(one.dtype == torch.float64 for one in tensors) else torch.float32
         where: dict[str, Any] = {"key": key, "stage": self.stages[key], "note": self._note}
         merged = merge_key(self.merge.rule, moved, base, dtype=dtype or exact, **where, **self.options)

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,6 @@ from afa.merging.registry import check_merge, find_merge
 from afa.models.registry import FAMILIES, stage_names
 
 Parts = Mapping[str, nn.Module]  # of a pipeline, by name: unet, text_encoder …
-
-
-class ModelTensors(NamedTuple):
-    """A model in memory, as a merge reads it."""
-
-    name: str
-    tensors: dict[str, Tensor]
-
-    def read(self, key: str, reader: Any = None) -> Tensor:
-        """One tensor, as it lies in memory."""
-        return self.tensors[key]
 
 
 class PartsMerge:
@@ -50,13 +39,13 @@ class PartsMerge:
                 whole = torch.arange(ids.numel(), device=ids.device)
                 module._buffers["position_ids"] = whole.reshape(ids.shape)
         everyone = [*experts, *([base] if base is not None else [])]
-        models = [ModelTensors(name, state(parts)) for name, parts in zip(names, everyone, strict=False)]
-        shapes = [{key: tensor.shape for key, tensor in model.tensors.items()} for model in models]
-        for model, its in zip(models[1:], shapes[1:], strict=True):
-            check_same_keys(shapes[0], its, model.name, models[0].name)
-        for key in models[0].tensors:
-            check_values(key, [model.tensors[key] for model in models], names)
-        self._experts, self._base = models[: len(experts)], models[-1] if base is not None else None
+        self._models = [state(parts) for parts in everyone]  # the base is the last
+        shapes = [{key: tensor.shape for key, tensor in model.items()} for model in self._models]
+        for its, name in zip(shapes[1:], names[1:], strict=False):
+            check_same_keys(shapes[0], its, name, names[0])
+        for key in shapes[0]:
+            check_values(key, [model[key] for model in self._models], names)
+        self.count = len(experts)
         denoiser = next(module for name, module in self.parts.items() if name in DENOISERS)
         self.stages, self._targets = stage_names(denoiser), state(self.parts)
         self._key_stages = key_stages(self._targets, denoiser)
@@ -70,18 +59,16 @@ class PartsMerge:
         Raises UserError if the options do not fit.
         """
         merge, before = find_merge(method), self._written
-        base = self._base if merge.needs("base") else None
-        check_merge(method, len(self._experts), base is not None, options)
-        complete = merge.filled(options, len(self._experts), self.stages)
+        models = self._models if merge.needs("base") else self._models[: self.count]
+        check_merge(method, self.count, len(models) > self.count, options)
+        complete = merge.filled(options, self.count, self.stages)
+        work = KeyMerge(merge=merge, options=complete, stages=self._key_stages)
         now = complete["weights"] if merge.by_stage else {}
-        work = KeyMerge(
-            merge=merge, options=complete, experts=self._experts, base=base, stages=self._key_stages
-        )
         self._written = {}  # should this be interrupted, nothing counts as written
         for key, target in self._targets.items():
             stage = self._key_stages[key]
             if stage not in now or before.get(stage) != now[stage]:
-                target.copy_(work.value(key, dtype=target.dtype))
+                target.copy_(work.compute(key, [model[key] for model in models], target.dtype))
         self._written, self.fallen_back = now, work.fallen_back
         work.say_fallen_back(len(self._targets))
 

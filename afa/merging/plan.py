@@ -18,7 +18,7 @@ from afa.experts.load import check_names
 from afa.experts.locate import check_loras
 from afa.experts.spec import ExpertSpec
 from afa.files import present, refuse_busy
-from afa.merging.keys import MERGED, KeyMerge, TensorSource, check_same_keys
+from afa.merging.keys import MERGED, KeyMerge, check_same_keys, check_values
 from afa.merging.output import OutputTensor, diffusers_files, original_file
 from afa.merging.recipe import MergeRecipe, MergeStep, recipe_of
 from afa.merging.registry import check_merge, find_merge
@@ -65,12 +65,6 @@ class PlannedStep(KeyMerge):
         """Where a part comes from that is not merged, and how it is laid out if it is."""
         return self.vae if part == "vae" and self.vae is not None else self.first
 
-    def sources_of(self, key: str) -> Sequence[TensorSource]:
-        """Experts and base of what is merged, and else where the key's part comes from."""
-        part = key.partition(".")[0]
-        merged = part in self.merged_parts and part not in self.same
-        return super().sources_of(key) if merged else [self.origin(part)]
-
     @property
     def parts(self) -> list[str]:
         """The parts of the result, the denoiser first."""
@@ -87,6 +81,21 @@ class PlannedStep(KeyMerge):
         assert first.outline is not None
         outline = replace(first.outline, name=name)
         return StepSource(name, first.located, tensors, first.config, first.spare, outline, step=self)
+
+    def value(self, key: str, reader: Reader, dtype: torch.dtype | None = None) -> Tensor:
+        """One key's merged value, or the value of the source that it comes from.
+
+        dtype: of the result; None: as exact as it is computed
+        Raises UserError for what is not finite, or does not fit, naming key and source.
+        """
+        part = key.partition(".")[0]
+        sources = [self.origin(part)]
+        if part in self.merged_parts and part not in self.same:
+            models = [*self.experts, *([self.base] if self.base else [])]
+            sources = [source for source in models if key in source.tensors]
+        tensors = [source.read(key, reader) for source in sources]
+        check_values(key, tensors, [source.name for source in sources])
+        return self.compute(key, tensors, dtype)
 
     def kept(self, key: str, reader: Reader) -> Tensor:
         """One key's value, computed once while a tensor of the result is made."""

@@ -40,6 +40,12 @@ class Option:
         self.help, self.bounds = help, bounds
 
 
+@functools.cache
+def parameters_of(rule: Callable[..., "Tensor"]) -> tuple[str, ...]:
+    """The names of a rule's parameters."""
+    return tuple(inspect.signature(rule).parameters)
+
+
 @dataclass(frozen=True)
 class Merge:
     """Everything about one merge.
@@ -87,7 +93,7 @@ class Merge:
 
     def needs(self, given: str) -> bool:
         """Whether its rule asks for `base`, `stage`, `key` or `note`."""
-        return given in inspect.signature(self.rule).parameters
+        return given in parameters_of(self.rule)
 
     def filled(self, options: Mapping[str, Any], count: int, stages: Sequence[str]) -> Options:
         """Given options with the defaults of all others: all that it takes to repeat the merge."""
