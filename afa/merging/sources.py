@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from afa.denoiser.lora import OWN, activate
 from afa.denoiser.lora_layers import lora_states
 from afa.errors import UserError
+from afa.experts.component import Component
 from afa.experts.description import ExpertDescription, describe_expert
 from afa.experts.expert import TEXT_ENCODERS
-from afa.experts.folders import read_folder, read_object
-from afa.experts.headers import Entry, Tensors, current_name, is_float, is_position_ids, read_file, tied
+from afa.experts.folders import read_object
+from afa.experts.headers import Tensors, current_name, is_float, is_position_ids, read_file, tied
 from afa.experts.layouts import OPEN_CLIP
 from afa.experts.locate import Located, locate
 from afa.experts.lora import attach, fuse, read_lora
@@ -207,22 +208,20 @@ def add_loras(source: FileSource, loras: tuple[Lora, ...]) -> FileSource:
         only = f"{source.located.path} is only a denoiser"
         raise UserError(f"expert '{source.name}': a LoRA needs a whole pipeline to join, and {only}")
     assert source.outline is not None
-    outline, found = source.outline, source.loras
+    outline = source.outline
     parts = {part: outline.parts[part] for part in (outline.denoiser.name, *outline.text_parts)}
     for lora in loras:
         what, tensors, config = read_lora(lora.path)
-        for part, state in lora_states(
-            tensors, parts, what, f"expert '{source.name}'", layers_of, config
-        ).items():
+        states = lora_states(tensors, parts, what, f"expert '{source.name}'", layers_of, config)
+        for part, state in states.items():
             layers: dict[str, dict[str, Tensor]] = {}
             for key, tensor in state.items():
                 layer, _, end = key.partition(".lora_")
                 layers.setdefault(layer, {})[f"lora_{end}"] = tensor
             for layer, own in layers.items():
-                module = parts[part].get_submodule(layer)
-                found.setdefault(f"{part}.{current_name(layer)}", LayerLoras(module)).added.append(
-                    (own, lora.strength)
-                )
+                known = LayerLoras(parts[part].get_submodule(layer))
+                known = source.loras.setdefault(f"{part}.{current_name(layer)}", known)
+                known.added.append((own, lora.strength))
     source.given = loras
     return source
 
@@ -239,97 +238,68 @@ def open_source(
     located = locate(spec)
     if outline is None:
         outline = describe_expert(spec, config)
-    found = _single_file(located, outline) if located.single_file else _folder(located, outline)
-    return add_loras(found, spec.loras)
+    tensors: dict[str, Stored] = {}
+    for component in outline.components.values():
+        tensors |= tensors_of(component, outline.expert.model, xl="text_encoder_2" in outline.components)
+    spare: dict[str, Stored] = {}
+    if located.single_file:
+        used = {stored.name for stored in tensors.values()}
+        spare = {
+            name: Stored(entry.file, Place(name), entry.dtype, entry.shape)
+            for name, entry in read_file(located.path).items()
+            if not (name in used or name.startswith(EMA) or is_prediction_key(name))
+        }
+    source = FileSource(spec.name, located, tensors, outline.folder, spare, outline)
+    return add_loras(source, spec.loras)
 
 
 def open_vae(place: str | ExpertSpec, like: FileSource, config: str | None = None) -> FileSource:
-    """The source of a VAE: an expert's, a VAE's own folder, or its own file. like: an expert that it is to
-    serve.
+    """The source of a VAE: an expert's, a VAE's own folder, or its own file.
 
+    like:   an expert that the VAE is to serve
+    config: of a single file, as in load_expert
     Raises UserError if there is none, or one of another kind.
     """
     spec = ExpertSpec.parse(place) if isinstance(place, str) else place
     located = locate(spec)
-    if located.single_file and located.layout.part != "pipeline":
-        return _vae_file(located, like, config)
-    if not located.single_file and not located.whole_pipeline:
-        kind = read_object(located.path / "config.json").get("_class_name")
-        if kind != "AutoencoderKL":
-            raise UserError(f"{located.path} is no VAE (its config.json says {kind})")
-        return FileSource(spec.name, located, _folder_tensors(located.path, "vae"), located.path)
-    source = open_source(replace(spec, loras=()), config)
-    if "vae" not in source.parts:
-        raise UserError(f"'{spec.name}' has no VAE; choose another with --vae")
-    return source
-
-
-def _vae_file(located: Located, like: FileSource, config: str | None) -> FileSource:
+    if located.whole_pipeline:
+        source = open_source(replace(spec, loras=()), config)
+        if "vae" not in source.parts:
+            raise UserError(f"'{spec.name}' has no VAE; choose another with --vae")
+        return source
+    folder = located.path
+    if located.single_file:
+        folder = like.config if config is None else config_folder(config)
+    elif (kind := read_object(folder / "config.json").get("_class_name")) != "AutoencoderKL":
+        raise UserError(f"{folder} is no VAE (its config.json says {kind})")
     assert like.outline is not None
     vae = describe_vae(located, config, like.outline.expert)
-    assert vae.layout is not None
-    layout, entries, shapes = vae.layout, vae.tensors, _shapes(vae.model)
-    own = {name: Place(layout.prefix + name) for name in shapes}
-    places = own if layout.diffusers else original_places("vae", shapes)
-    found = {
-        f"vae.{name}": _stored(entries, replace(place, key=layout.own(place.key)))
-        for name, place in places.items()
-    }
-    folder = like.config if config is None else config_folder(config)
-    return FileSource(located.spec.name, located, found, folder)
+    return FileSource(spec.name, located, tensors_of(vae), folder)
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {current_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def tensors_of(component: Component, denoiser: Any = None, xl: bool = False) -> dict[str, Stored]:
+    """A component's tensors by "part.name", each once, though a file may hold one under two names.
 
-
-def _folder(located: Located, outline: ExpertDescription) -> FileSource:
-    """A diffusers pipeline's folder, or a bare denoiser's."""
-    path, name = located.path, located.spec.name
-    tensors: dict[str, Stored] = {}
-    for part, model in outline.parts.items():
-        tensors |= _folder_tensors(path / part if located.whole_pipeline else path, part, model)
-    return FileSource(name, located, tensors, path, outline=outline)
-
-
-def _folder_tensors(folder: Path, part: str, model: nn.Module | None = None) -> dict[str, Stored]:
-    """A part's tensors, each once, though a file may hold one under two names.
-
-    model: the part's, without its numbers.
+    denoiser: of the pipeline, on the meta device
+    xl:       whether it is of an SDXL pipeline
     """
-    same = tied(model) if model is not None else {}
-    tensors: dict[str, Stored] = {}
-    for name, entry in read_folder(folder).items():
-        key = same.get(current_name(name), current_name(name))
-        tensors.setdefault(f"{part}.{key}", _as_is(name, entry))
-    return tensors
-
-
-def _single_file(located: Located, outline: ExpertDescription) -> FileSource:
-    """A whole checkpoint of SD 1.x, 2.x or XL, or a denoiser alone."""
-    layout, xl = located.layout, "text_encoder_2" in outline.parts
-    tensors: dict[str, Stored] = {}
-    for part, component in outline.components.items():
-        entries, shapes = component.tensors, _shapes(component.model)
-        if layout.diffusers:
-            places = {name: Place(layout.prefix + name) for name in shapes}
-        else:
-            opened = part in TEXT_ENCODERS and any(name.startswith(OPEN_CLIP) for name in entries)
-            places = original_places(part, shapes, outline.expert.model, xl=xl, open_clip=opened)
-            if layout.part != "pipeline":
-                places = {name: replace(place, key=layout.own(place.key)) for name, place in places.items()}
-        tensors |= {f"{part}.{name}": _stored(entries, place) for name, place in places.items()}
-    used = {stored.name for stored in tensors.values()}
-    spare = {
-        name: _as_is(name, entry)
-        for name, entry in read_file(located.path).items()
-        if not (name in used or name.startswith(EMA) or is_prediction_key(name))
-    }
-    return FileSource(located.spec.name, located, tensors, outline.folder, spare, outline)
-
-
-def _as_is(name: str, entry: Entry) -> Stored:
-    return Stored(entry.file, Place(name), entry.dtype, entry.shape)
+    part, layout, entries = component.name, component.layout, component.tensors
+    state = {current_name(name): tensor.shape for name, tensor in component.model.state_dict().items()}
+    found: dict[str, Stored] = {}
+    if layout is None:  # a folder
+        same = tied(component.model)
+        for name, entry in entries.items():
+            key = same.get(current_name(name), current_name(name))
+            found.setdefault(key, Stored(entry.file, Place(name), entry.dtype, entry.shape))
+    elif layout.diffusers:
+        found = {name: _stored(entries, Place(layout.own(name))) for name in state}
+    else:
+        text = part in TEXT_ENCODERS
+        opened = text and any(name.startswith(OPEN_CLIP) for name in entries)
+        places = original_places(part, state, denoiser, xl=xl, open_clip=opened)
+        for name, place in places.items():
+            found[name] = _stored(entries, place if text else replace(place, key=layout.own(place.key)))
+    return {f"{part}.{name}": stored for name, stored in found.items()}
 
 
 def _stored(entries: Tensors, place: Place) -> Stored:
