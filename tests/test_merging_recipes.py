@@ -273,6 +273,28 @@ def test_a_further_merge_is_one_line_in_the_registry(home, tmp_path, monkeypatch
         assert sentence in capsys.readouterr().err
 
 
+def second(tensors, *, stage, weights):
+    """A toy: the second expert where it has more weight. weights: of every stage. Source: none."""
+    return tensors[int(weights[stage][1] > 0.5)].clone()
+
+
+def test_a_further_merge_by_stage_needs_only_its_entry(home, tmp_path, monkeypatch, capsys):
+    """Plan, files, memory and rows of comparisons know by `by_stage` that its weights are one set a stage."""
+    mbw = MERGES["mbw"]
+    toy = Merge(second, title="toy", help="one or the other", row="a toy", candidates=mbw.candidates, fill=mbw.fill, by_stage=True)
+    monkeypatch.setitem(MERGES, "toy", toy)
+    experts = ["--method", "toy", "--experts", str(home / "a"), str(home / "b"), "--weights", "0,0,1,1,1,0,0,0,0"]
+    assert main(["merge", *experts, "--output", str(tmp_path / "m"), "--dry-run"]) == 0
+    assert "stage    IN02 … M00: 0 1" in capsys.readouterr().out
+    assert main(["merge", *experts, "--output", str(tmp_path / "m")]) == 0
+    merged, a, b = (load_expert(str(place)) for place in (tmp_path / "m", home / "a", home / "b"))
+    again = merge_experts([a, b], "toy", weights="0,0,1,1,1,0,0,0,0").model.state_dict()
+    for name, tensor in merged.model.state_dict().items():
+        assert torch.equal(tensor, again[name]), name
+    assert torch.equal(again["conv_in.weight"], a.model.conv_in.weight)
+    assert torch.equal(again["mid_block.resnets.0.conv1.weight"], b.model.mid_block.resnets[0].conv1.weight)
+
+
 def test_every_merge_is_a_row_of_comparisons():
     assert all(known_methods()[name] == merge.row for name, merge in MERGES.items())
 
