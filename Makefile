@@ -15,8 +15,9 @@ help: ## say what there is to make
 demo: $(INSTALLED) ## see the whole path on small embedded experts; leaves demo/report.html
 	$(BIN)/afa demo
 
+# What the tests of a file share is made once, where one worker runs all of them.
 test: $(INSTALLED) ## run the tests, two at a time, without a network
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(INSTALLED) ## lint everything, check the types of the core
 	$(BIN)/ruff check .

@@ -18,20 +18,24 @@ sys.path.insert(0, str(ROOT.parent / "scripts"))
 import measure_house as house  # noqa: E402
 
 HEAVY = ("torch", "diffusers", "transformers")
-GRAPH = house.import_graph(ROOT)
 KERNEL = {"stages", "aggregators", "denoiser", "models"}
 
 
-def test_every_room_has_a_floor():
-    assert {house.room(module) for module in GRAPH} - set(house.FLOOR) == set()
+@pytest.fixture(scope="module")
+def graph():
+    return house.import_graph(ROOT)
 
 
-def test_imports_point_down():
-    assert house.upward_imports(GRAPH) == []
+def test_every_room_has_a_floor(graph):
+    assert {house.room(module) for module in graph} - set(house.FLOOR) == set()
 
 
-def test_no_imports_go_in_a_circle():
-    assert house.circles(GRAPH) == []
+def test_imports_point_down(graph):
+    assert house.upward_imports(graph) == []
+
+
+def test_no_imports_go_in_a_circle(graph):
+    assert house.circles(graph) == []
 
 
 def test_an_upward_import_and_a_circle_would_be_found():
@@ -47,8 +51,8 @@ def test_lines_end_before_the_margin(folder, columns):
     assert [f"{file}:{number}" for file, number, line in lines if len(line) > columns] == []
 
 
-def test_only_the_edges_import_the_demonstration():
-    importers = {house.room(module) for module, others in GRAPH.items() for other in others if house.room(other) == "demo"}
+def test_only_the_edges_import_the_demonstration(graph):
+    importers = {house.room(module) for module, others in graph.items() for other in others if house.room(other) == "demo"}
     assert importers <= {"demo", "cli", "webui"}
 
 
