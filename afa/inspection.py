@@ -130,13 +130,8 @@ def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) 
     reasons = _mismatches(subject, experts)
     denoiser = None if reasons else subject.denoiser()
     size = _size(subject, resolution)
-    count = partial(
-        count_flops,
-        height=size["latent"][0],
-        width=size["latent"][1],
-        batch=batch_size,
-        tokens=size["tokens"],
-    )
+    height, width = size["latent"]
+    count = partial(count_flops, height=height, width=width, batch=batch_size, tokens=size["tokens"])
     flops = None if denoiser is None else count(denoiser)
     shared = shared_text_encoders(subject.descriptions)
     described = [

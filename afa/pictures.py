@@ -123,8 +123,7 @@ def picture(
     ]
     rows = []
     for index in range(len(experts)):
-        colour = COLOURS[index % len(COLOURS)]
-        rows.append([heat(over_steps[step][index], colour) for step in shown])
+        rows.append([heat(over_steps[step][index], colour_of(index)) for step in shown])
     mean = np.mean(over_steps, axis=0)
     rows[0] += [image]
     if len(rows) > 1:

@@ -6,9 +6,11 @@ images; the same command resumes. With several devices or machines: `accelerate 
 
 import json
 import time
+from dataclasses import asdict
 
 from afa.errors import UserError
 from afa.evaluation.settings import EvaluateSettings as Options
+from afa.pages.tables import pairs
 
 EXAMPLES = [
     (
@@ -56,11 +58,11 @@ def run(options: Options) -> None:
     hush()
     if options.dry_run:
         facts = plan(options)
-        print(json.dumps(facts, indent=2) if options.json else _plan(facts))
+        print(json.dumps(facts, indent=2) if options.json else pairs(facts))
         return
     began = time.monotonic()
     results = evaluate(options)
-    took = (time.monotonic() - began) / 60
+    minutes = (time.monotonic() - began) / 60
     if results is None:
         return  # another process prints
     if not any(run.scores or run.sets for method in results.methods for run in method.runs):
@@ -70,28 +72,15 @@ def run(options: Options) -> None:
             " the same command goes on from them"
         )
     if options.json:
-        from dataclasses import asdict
-
         print(json.dumps(asdict(results), indent=1, ensure_ascii=False))
-    else:
-        from afa.evaluation.compare import analyse
-        from afa.evaluation.report.files import as_text
+        return
+    from afa.evaluation.compare import analyse
+    from afa.evaluation.report.files import as_text
 
-        print(
-            f"{as_text(analyse([results])[0])}\n\n"
-            f"This run took {took:.0f} min; results of earlier runs are not counted."
-        )
-        lost = (
-            f" without what could not be computed (see above, {len(results.errors)})"
-            if results.errors
-            else ""
-        )
-        print(
-            f"results.json in {options.output}{lost};"
-            f" a page of them: afa report {options.output} --output report.html"
-        )
-
-
-def _plan(facts: dict[str, object]) -> str:
-    width = max(map(len, facts))
-    return "\n".join(f"{name.replace('_', ' '):<{width}}  {value}" for name, value in facts.items())
+    lost = f" without what could not be computed (see above, {len(results.errors)})" if results.errors else ""
+    print(
+        f"{as_text(analyse([results])[0])}\n\n"
+        f"This run took {minutes:.0f} min; results of earlier runs are not counted.\n"
+        f"results.json in {options.output}{lost};"
+        f" a page of them: afa report {options.output} --output report.html"
+    )

@@ -9,6 +9,7 @@ training from expert sets that were trained. With --prompts, it shows only where
 
 import json
 
+from afa.pages.tables import pairs
 from afa.screening.settings import ScreenSettings as Options
 
 EXAMPLES = [
@@ -26,7 +27,7 @@ def run(options: Options) -> None:
     planned = plan(options)
     if options.dry_run:
         facts = planned.facts()
-        print(json.dumps(facts, indent=2) if options.json else _plan(facts))
+        print(json.dumps(facts, indent=2) if options.json else pairs(facts))
         return
     found = screen(options, planned)
     if options.output is not None:
@@ -41,11 +42,3 @@ def run(options: Options) -> None:
     print(as_text(found))
     if options.output is not None:
         print(f"\nreport.html and screen.json in {options.output}")
-
-
-def _plan(facts: dict[str, object]) -> str:
-    width = max(map(len, facts))
-    return "\n".join(
-        f"{name.replace('_', ' '):<{width}}  {', '.join(value) if isinstance(value, list) else value}"
-        for name, value in facts.items()
-    )

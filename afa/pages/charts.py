@@ -219,12 +219,8 @@ def curves(
     parts = field.frame(upwards, axis, (x_words, y_words), 5, lines=False)
     names = [(upwards(one.points[-1].value), one.name, one.group) for one in lines]
     if level is not None:
-        name, value = level
-        top, bottom, middle = upwards(value.high), upwards(value.low), upwards(value.value)
-        size = f'width="{field.right - field.left}" height="{bottom - top:.1f}"'
-        parts.append(f'<rect x="{field.left}" y="{top:.1f}" {size} class="band"/>')
-        parts.append(line(field.left, middle, field.right, middle, "reference"))
-        names.append((middle, name, "level"))
+        parts += _band(field, *(upwards(end) for end in (level[1].low, level[1].value, level[1].high)))
+        names.append((upwards(level[1].value), level[0], "level"))
     apart = APART if any(point.high > point.low for point in points) else 0
     for place, one in enumerate(lines):
         shift = (place - (len(lines) - 1) / 2) * apart
@@ -234,12 +230,24 @@ def curves(
             if point.high > point.low:
                 parts.append(line(x, upwards(point.low), x, upwards(point.high), f"whisker {one.group}"))
             parts.append(mark(x, y, one.group, point.tip))
-    lowest = field.top - LINE
-    for y, name, group in sorted(names):  # pushed apart where they would lie on each other
+    return drawing(field.width, field.height, [*parts, *_beside(field, names)], description)
+
+
+def _band(field: Field, low: float, middle: float, high: float) -> list[str]:
+    """A value across the field, and its interval behind it."""
+    size = f'width="{field.right - field.left}" height="{low - high:.1f}"'
+    band = f'<rect x="{field.left}" y="{high:.1f}" {size} class="band"/>'
+    return [band, line(field.left, middle, field.right, middle, "reference")]
+
+
+def _beside(field: Field, names: Sequence[tuple[float, str, str]]) -> list[str]:
+    """Names of lines right of the field, moved apart so that none covers another: (y, name, group) each."""
+    parts, lowest = [], field.top - LINE
+    for y, name, group in sorted(names):
         lowest = max(y, lowest + LINE + 1)
         parts.append(line(field.right + 2, y, field.right + 14, lowest, "leader"))
         parts.append(text(field.right + 18, lowest + 4, name, f"label {group}"))
-    return drawing(field.width, field.height, parts, description)
+    return parts
 
 
 # --- scatter: quality against cost ---

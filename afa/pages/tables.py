@@ -7,7 +7,7 @@ import csv
 import io
 import itertools
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -209,6 +209,15 @@ def listing(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     align = "".join("r" if header.startswith(">") else "l" for header in headers)
     names = [header.removeprefix(">") for header in headers]
     return Table(names, [TableRow(cells) for cells in rows], align=align).text(ruled=False, missing="-")
+
+
+def pairs(facts: Mapping[str, object]) -> str:
+    """Facts as text for the terminal, one a line, their names in a column of their own."""
+    width = max(map(len, facts))
+    shown = {
+        name: ", ".join(map(str, fact)) if isinstance(fact, list) else fact for name, fact in facts.items()
+    }
+    return "\n".join(f"{name.replace('_', ' '):<{width}}  {fact}" for name, fact in shown.items())
 
 
 def wrapped(text: str, first: str = "", others: str = "") -> str:

@@ -16,7 +16,7 @@ from afa.files import given_name
 from afa.generation.run import is_saved
 from afa.pages.numbers import plural
 from afa.pages.page import data_uri, part
-from afa.pictures import COLOURS, heat, overlay
+from afa.pictures import colour_of, heat, overlay
 from afa.text_files import read_text
 from afa.version import __version__
 from afa.webui.engine import Engine
@@ -100,7 +100,7 @@ def weights(kept: RecordedWeights, step: int, stage: str) -> str:
     where = f"stage {stage}" if stage else f"mean over {len(kept.maps)} stages"
     figures, shares = [("picture", kept.image), ("weights over it", overlay(kept.image, maps))], []
     for index, name in enumerate(kept.experts):
-        colour = COLOURS[index % len(COLOURS)]
+        colour = colour_of(index)
         figures.append((name, heat(maps[index], colour)))
         shares.append((name, colour, 100 * float(maps[index].mean())))
     shown = []

@@ -308,16 +308,10 @@ def _results() -> dict[str, Any]:
 def _gallery() -> dict[str, Any]:
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            looks: dict[str, Any] = {
-                "columns": 4,
-                "height": "auto",
-                "object_fit": "contain",
-                "allow_preview": False,
-                "buttons": [],
-            }
             pictures = gr.Gallery(
-                label="The latest pictures", show_label=False, elem_id="afa-gallery", **looks
-            )
+                label="The latest pictures", show_label=False, columns=4, height="auto", object_fit="contain",
+                allow_preview=False, buttons=[], elem_id="afa-gallery",
+            )  # fmt: skip
             left_out = gr.HTML("")
             refresh = gr.Button("Refresh", size="sm")
         with gr.Column(scale=2, min_width=320):
@@ -388,7 +382,12 @@ def _wire(do: Handlers, form: dict[str, Any], shown: dict[str, Any], page: gr.Bl
     shown["picture"].input(answering(do.fit), looks, fitted, **QUICK)
     for slider in (shown["step"], shown["stage"]):
         slider.input(answering(do.look), looks, shown["weights"], trigger_mode="always_last", **QUICK)
+    _wire_gallery(do, form, shown, page)
 
+
+def _wire_gallery(do: Handlers, form: dict[str, Any], shown: dict[str, Any], page: gr.Blocks) -> None:
+    """Connect the events of the tab Gallery."""
+    gallery = [shown["pictures"], shown["names"], shown["left_out"]]
     chosen = [shown["settings"], shown["chosen"], shown["use"]]
     shown["pictures"].select(answering(do.choose), shown["names"], chosen, **QUICK)
     shown["upload"].upload(answering(do.read), shown["upload"], chosen, **QUICK)
