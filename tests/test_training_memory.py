@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from test_training import experts, images, settings  # noqa: F401 (fixtures)
-from tiny import sd_pipeline
+from tiny import ONE_LEVEL, sd_pipeline
 
 from afa.cli.main import main
 from afa.devices import LiveBytes
 from afa.training.loop import Trainer
 from afa.training.plan import expected
 from afa.training.run import plan, train
+
+WIDE = ONE_LEVEL | {"block_out_channels": (32,), "layers_per_block": 2}
 
 
 def measured(settings, monkeypatch):  # noqa: F811
@@ -62,7 +64,7 @@ def test_a_step_needs_what_the_plan_says(settings, monkeypatch, changes, tmp_pat
 def test_less_memory_is_proposed_until_everything_is_on(settings, tmp_path):  # noqa: F811
     """Of experts that are large enough beside their aggregators for all of it to pay."""
     for seed in range(2):
-        sd_pipeline(seed).save_pretrained(tmp_path / str(seed))
+        sd_pipeline(seed, **WIDE).save_pretrained(tmp_path / str(seed))
     settings = replace(settings, experts=[f"x{seed}={tmp_path / str(seed)}" for seed in range(2)])
     ways = plan(settings).memory()["for_less_memory"]
     assert [way.split()[0] for way in ways][-4:] == ["--dtype", "--store", "--cache", "--batch-size"]

@@ -126,10 +126,9 @@ def _step(
 ) -> None:
     kept = [[parameter.detach().clone() for parameter in parameters] for _ in range(COPIES)]
     optimiser = torch.optim.AdamW(parameters)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimiser.step()  # makes its moments, which every later step finds
-    optimiser.zero_grad()
+    for parameter in parameters:  # what every step after the first finds
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimiser.state[parameter] = {"step": torch.tensor(0.0), **moments}
     for parameter in denoiser.parameters():
         parameter.view(-1)  # counted from the start: in every later step all weights are there
     call = call_of(denoiser, side, side, batch_size, dtype=dtype)
