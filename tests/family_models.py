@@ -18,11 +18,14 @@ from tiny_transformers import (
     sd3_transformer,
 )
 
+from afa.aggregators.registry import Recipe
 from afa.denoiser.base import EnsembleDenoiser
 from afa.models.flux import FluxEnsemble
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.sd3 import SD3Ensemble
 from afa.models.unet import UNetEnsemble
+
+SMALL_SABW = Recipe("sabw", {"hidden": 16, "heads": 2, "depth": 1})  # for laws that make many and train none
 
 
 @dataclass(frozen=True)

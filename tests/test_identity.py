@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from family_models import SMALL_SABW
 from tiny import inputs, sd_unet, sdxl_inputs, sdxl_unet
 
-from afa.aggregators.registry import Recipe
 from afa.models.unet import UNetEnsemble
 
 
 def alone(unet, placement="layers"):
     """An ensemble of one, with small aggregators: there are 25 to make."""
-    return UNetEnsemble([unet], recipe=Recipe("sabw", {"hidden": 16, "heads": 2, "depth": 1}), placement=placement)
+    return UNetEnsemble([unet], recipe=SMALL_SABW, placement=placement)
 
 
 def control(unet, call) -> dict[str, Any]:
     """ControlNet residuals: one per saved skip and one for the middle."""
-    saved = [stage for stage in alone(unet).stages if stage.saves_skip]
+    saved = [stage for stage in alone(unet, "out").stages if stage.saves_skip]
     batch, _, height, width = call["sample"].shape
     size = lambda level: (-(-height // 2**level), -(-width // 2**level))  # noqa: E731
     down = tuple(torch.randn(batch, stage.channels, *size(stage.level)) for stage in saved)
@@ -29,7 +29,7 @@ def control(unet, call) -> dict[str, Any]:
 
 def adapter(unet, call) -> dict[str, Any]:
     """T2I-Adapter residuals: one per down block, at the size of its last attention (or of its end)."""
-    model = alone(unet)
+    model = alone(unet, "out")
     stages = {stage.name: stage for stage in model.stages}
     batch, _, height, width = call["sample"].shape
     names = model._adapter_stages[: len(unet.down_blocks)]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
-from family_models import MODELS
+from family_models import MODELS, SMALL_SABW
 from test_laws import ensemble
 from tiny_transformers import qwen_image_inputs, qwen_image_transformer
 
@@ -13,6 +13,11 @@ from afa.aggregators.registry import count_parameters
 from afa.cost import call_of, count_flops
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.registry import FAMILIES
+
+
+def alone(model, placement="layers"):
+    """An ensemble of one, with small aggregators."""
+    return QwenImageEnsemble([model], recipe=SMALL_SABW, placement=placement)
 
 
 def control(count):
@@ -46,9 +51,9 @@ def test_one_expert_is_itself(name, placement):
     call = {**call, **extra(model, call)}
     with torch.no_grad():
         expected = model(**copy.deepcopy(call)).sample
-        got = QwenImageEnsemble([model], placement=placement)(**copy.deepcopy(call))
-        assert torch.equal(got.sample, expected)
-        assert torch.equal(QwenImageEnsemble([model], placement=placement)(**call, return_dict=False)[0], expected)
+        made = alone(model, placement)
+        assert torch.equal(made(**copy.deepcopy(call)).sample, expected)
+        assert torch.equal(made(**call, return_dict=False)[0], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -59,8 +64,8 @@ def test_one_expert_is_itself_in_half_precision(dtype, lengths):
     call = {key: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value for key, value in call.items()}
     with torch.no_grad():
         expected = model(**call).sample
-        assert torch.equal(QwenImageEnsemble([model])(**call).sample, expected)
-        assert torch.equal(QwenImageEnsemble([model]).to(dtype)(**call).sample, expected)
+        assert torch.equal(alone(model)(**call).sample, expected)
+        assert torch.equal(alone(model).to(dtype)(**call).sample, expected)
 
 
 @pytest.mark.parametrize("kind", ["sabw", "stitch"])

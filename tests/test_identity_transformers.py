@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from family_models import MODELS
+from family_models import MODELS, SMALL_SABW
 from tiny_transformers import flux_inputs, flux_transformer, sd3_inputs, sd3_transformer
 
 from afa.models import flux
@@ -79,7 +79,7 @@ def test_one_expert_is_itself(name, placement):
     kind = SD3Ensemble if name.startswith("sd3") else FluxEnsemble
     with torch.no_grad():
         expected = model(**copy.deepcopy(call)).sample
-        assert torch.equal(kind([model], placement=placement)(**copy.deepcopy(call)).sample, expected)
+        assert torch.equal(kind([model], recipe=SMALL_SABW, placement=placement)(**copy.deepcopy(call)).sample, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -90,8 +90,8 @@ def test_one_expert_is_itself_in_half_precision(name, dtype):
     call = {key: value.to(dtype) if value.is_floating_point() and key != "guidance" else value for key, value in family.call().items()}
     with torch.no_grad():
         expected = model(**call).sample
-        assert torch.equal(family.ensemble([model])(**call).sample, expected)
-        assert torch.equal(family.ensemble([model]).to(dtype)(**call).sample, expected)
+        assert torch.equal(family.ensemble([model], recipe=SMALL_SABW)(**call).sample, expected)
+        assert torch.equal(family.ensemble([model], recipe=SMALL_SABW).to(dtype)(**call).sample, expected)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])

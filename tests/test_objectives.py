@@ -220,7 +220,8 @@ def test_a_rewarded_run_resumes_to_the_same_bits(name, settings, red, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             train(run)
     assert train(run)["history"] == record["history"]
-    assert all(torch.equal(tensor, aggregators(whole)[name]) for name, tensor in aggregators(run).items())
+    expected = aggregators(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in aggregators(run).items())
 
 
 def test_a_reward_rises_and_the_diffusion_loss_is_still_told(settings, red):  # noqa: F811

@@ -14,7 +14,8 @@ from afa.training.loop import Trainer
 from afa.training.plan import expected
 from afa.training.run import plan, train
 
-WIDE = ONE_LEVEL | {"block_out_channels": (32,), "layers_per_block": 2}
+FEWER = {"placement": "every-2"}  # operations are counted one by one, those of aggregators above all
+WIDE = ONE_LEVEL | {"block_out_channels": (32,)}
 
 
 def measured(settings, monkeypatch):  # noqa: F811
@@ -43,10 +44,10 @@ def measured(settings, monkeypatch):  # noqa: F811
         {},
         {"placement": "out"},
         {"gradient_checkpointing": True},
-        {"dtype": "bfloat16"},
-        {"batch_size": 6, "depth": 2},
-        {"store": "int8"},
-        {"objective": "mse+reward", "reward": "red.py"},
+        {"dtype": "bfloat16", **FEWER},
+        {"batch_size": 6, "depth": 2, **FEWER},
+        {"store": "int8", **FEWER},
+        {"objective": "mse+reward", "reward": "red.py", **FEWER},
     ],
 )
 def test_a_step_needs_what_the_plan_says(settings, monkeypatch, changes, tmp_path):  # noqa: F811
@@ -65,7 +66,7 @@ def test_less_memory_is_proposed_until_everything_is_on(settings, tmp_path):  # 
     """Of experts that are large enough beside their aggregators for all of it to pay."""
     for seed in range(2):
         sd_pipeline(seed, **WIDE).save_pretrained(tmp_path / str(seed))
-    settings = replace(settings, experts=[f"x{seed}={tmp_path / str(seed)}" for seed in range(2)])
+    settings = replace(settings, **FEWER, experts=[f"x{seed}={tmp_path / str(seed)}" for seed in range(2)])
     ways = plan(settings).memory()["for_less_memory"]
     assert [way.split()[0] for way in ways][-4:] == ["--dtype", "--store", "--cache", "--batch-size"]
     low = replace(settings, dtype="bfloat16", cache="somewhere", batch_size=1, gradient_checkpointing=True, store="int8")

@@ -94,7 +94,8 @@ def test_killed_training_equals_uninterrupted(settings, tmp_path):  # noqa: F811
     assert all(killed(lambda: train(run), ready) for ready in (state_takes_its_place, state_is_there, state_is_there))
     assert (Path(run.output) / ".training" / "state.pt").exists()
     train(run)
-    assert all(torch.equal(tensor, aggregators(whole)[name]) for name, tensor in aggregators(run).items())
+    expected = aggregators(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in aggregators(run).items())
     logs = [[json.loads(line) for line in (Path(each.output) / LOG).read_text().splitlines()] for each in (whole, run)]
     timeless = [[{name: value for name, value in line.items() if name not in ("images_per_second", "memory_gb")} for line in log] for log in logs]
     assert timeless[0] == timeless[1]
