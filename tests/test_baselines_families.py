@@ -7,14 +7,18 @@ import pytest
 import torch
 from rival_experts import differ, together
 from tiny import quiet
-from tiny_transformers import flux_pipeline, sd3_pipeline, text_encoder
+from tiny_transformers import FLUX_SMALL, SD3_SMALL, flux_pipeline, sd3_pipeline, text_encoder
 
 from afa import UserError, only_expert, record_weights
 from afa.sampling.magicfusion import saliency, winners
 from afa.sampling.registry import SAMPLING_METHODS, make_sampler
 from afa.sampling.sample import Request, Sampling, sample
 
-PIPELINES = {"sd3": sd3_pipeline, "flux": flux_pipeline, "schnell": functools.partial(flux_pipeline, guidance_embeds=False)}
+PIPELINES = {
+    "sd3": functools.partial(sd3_pipeline, **SD3_SMALL),
+    "flux": functools.partial(flux_pipeline, **FLUX_SMALL),
+    "schnell": functools.partial(flux_pipeline, guidance_embeds=False, **FLUX_SMALL),
+}
 SAMPLING = Sampling(steps=3, height=32, width=48)
 CAT, DOG = Request("a red cat", 1), Request("a dog", 7)
 EVERYWHERE = ["single", "single_in_ensemble", "random_expert", "noise_average", "feature_mean", "timestep_experts"]

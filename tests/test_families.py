@@ -8,13 +8,26 @@ import pytest
 import torch
 from PIL import Image
 from tiny import sd_pipeline, sdxl_pipeline
-from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
+from tiny_transformers import (
+    FLUX_SMALL,
+    QWEN_IMAGE_SMALL,
+    SD3_SMALL,
+    flux_pipeline,
+    qwen_image_pipeline,
+    sd3_pipeline,
+)
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
 from afa.models.registry import FAMILIES
 
-PIPELINES = {"sd": partial(sd_pipeline, text_seed=0), "sdxl": sdxl_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline, "qwen-image": qwen_image_pipeline}
+PIPELINES = {
+    "sd": partial(sd_pipeline, text_seed=0),
+    "sdxl": sdxl_pipeline,
+    "sd3": partial(sd3_pipeline, **SD3_SMALL),
+    "flux": partial(flux_pipeline, **FLUX_SMALL),
+    "qwen-image": partial(qwen_image_pipeline, **QWEN_IMAGE_SMALL),
+}
 SMALL = "--hidden 8 --heads 2 --depth 1 --resolution 64 --batch-size 2 --held-out 2 --evaluate-every 1 --lr 1e-2 --device cpu".split()
 
 

@@ -1,5 +1,6 @@
 """Tiny LoRA files of every family, in the forms that diffusers and kohya's scripts write."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from tiny import sd_pipeline, sdxl_pipeline
-from tiny_transformers import flux_pipeline, sd3_pipeline
+from tiny_transformers import FLUX_SMALL, SD3_SMALL, flux_pipeline, sd3_pipeline
 from torch import nn
 
 TEXT = ["q_proj", "v_proj"]  # of CLIP
@@ -35,8 +36,10 @@ class Family:
 FAMILIES = {
     "sd": Family(sd_pipeline, "unet", ("to_q", "to_v", "ff.net.2", "conv1", "conv_in", "conv_out", "linear_1"), ("text_encoder",)),
     "sdxl": Family(sdxl_pipeline, "unet", ("to_k", "to_out.0"), ("text_encoder", "text_encoder_2")),
-    "sd3": Family(sd3_pipeline, "transformer", ("to_q", "to_v", "add_k_proj"), ("text_encoder", "text_encoder_2")),
-    "flux": Family(flux_pipeline, "transformer", ("to_q", "to_v", "proj_out"), ("text_encoder",)),
+    "sd3": Family(
+        functools.partial(sd3_pipeline, **SD3_SMALL), "transformer", ("to_q", "to_v", "add_k_proj"), ("text_encoder", "text_encoder_2")
+    ),
+    "flux": Family(functools.partial(flux_pipeline, **FLUX_SMALL), "transformer", ("to_q", "to_v", "proj_out"), ("text_encoder",)),
 }
 
 

@@ -54,6 +54,9 @@ FLUX = {
     "guidance_embeds": True,
     "axes_dims_rope": (4, 6, 6),
 }
+SD3_SMALL = {"num_layers": 2, "dual_attention_layers": (0,)}  # J00, J01, OUT; for laws that every block obeys alike
+FLUX_SMALL = {"num_layers": 1, "num_single_layers": 2}  # D00, S00, S01, OUT
+QWEN_IMAGE_SMALL = {"num_layers": 2}  # Q00, Q01, OUT
 QWEN_IMAGE = {
     "in_channels": 16,
     "out_channels": 4,
