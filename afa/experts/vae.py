@@ -15,6 +15,7 @@ from afa.experts.folders import read_config, read_object
 from afa.experts.headers import read_file
 from afa.experts.layouts import vae_layout
 from afa.experts.locate import Located
+from afa.experts.parts import component_class
 from afa.experts.single_file import config_folder, config_of
 
 # The shipped config whose VAE an expert has, by its family; of U-Nets by the width of their text input.
@@ -45,7 +46,10 @@ def describe_vae(located: Located, config: str | None = None, like: Expert | Non
             raise UserError(f"{path} has no VAE; choose another with vae=")
         return component
     if not located.single_file:
-        return Component.read(path, "vae", "diffusers", str(read_config(path).get("_class_name")), path)
+        class_name = str(read_config(path).get("_class_name"))
+        if not hasattr(component_class(path, None, "diffusers", class_name), "encode"):
+            raise UserError(f"{path} is no VAE (its config.json says {class_name})")
+        return Component.read(path, "vae", "diffusers", class_name, path)
     from diffusers import AutoencoderKL
 
     found = read_file(path)
