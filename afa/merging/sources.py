@@ -292,7 +292,8 @@ def tensors_of(component: Component, denoiser: Any = None, xl: bool = False) -> 
             key = same.get(current_name(name), current_name(name))
             found.setdefault(key, Stored(entry.file, Place(name), entry.dtype, entry.shape))
     elif layout.diffusers:
-        found = {name: _stored(entries, Place(layout.own(name))) for name in state}
+        names = {current_name(name.removeprefix(layout.prefix)): name for name in entries}
+        found = {name: _stored(entries, Place(names[name])) for name in state}
     else:
         text = part in TEXT_ENCODERS
         opened = text and any(name.startswith(OPEN_CLIP) for name in entries)

@@ -116,6 +116,18 @@ class TestVAEAlone:
         merge_files(MergeSettings(experts=[f"{name}={home / 'a'}" for name in "xy"], vae=file, output=str(tmp_path / "m")))
         assert same_weights(AutoencoderKL.from_pretrained(tmp_path / "m/vae"), AutoencoderKL.from_pretrained(home / "b/vae"))
 
+    def test_one_with_the_old_names_of_its_attention_is_read_and_merged(self, home, tmp_path):
+        """As diffusers saved it before version 0.13: query, key, value and proj_attn."""
+        old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+        tensors = load_file(home / "vae-diffusers.safetensors")
+        for new, name in old.items():
+            tensors = {key.replace(new, name): tensor for key, tensor in tensors.items()}
+        save_file(tensors, tmp_path / "old.safetensors")
+        wanted = AutoencoderKL.from_pretrained(home / "b/vae")
+        assert same_weights(Ensemble.from_experts([str(home / "a")], vae=str(tmp_path / "old.safetensors")).frame.vae, wanted)
+        merge_files(MergeSettings(experts=[f"{name}={home / 'a'}" for name in "xy"], vae=str(tmp_path / "old.safetensors"), output=str(tmp_path / "m")))
+        assert same_weights(AutoencoderKL.from_pretrained(tmp_path / "m/vae"), wanted)
+
     def test_another_kind_is_refused_with_both_numbers_of_channels(self, home, tmp_path):
         other = AutoencoderKL(latent_channels=16, block_out_channels=(8, 8), norm_num_groups=4, **BLOCKS)
         save_file({name: tensor.contiguous() for name, tensor in other.state_dict().items()}, tmp_path / "sd3.safetensors")
