@@ -11,9 +11,18 @@ from test_evaluate import settings, world  # noqa: F401 (fixtures)
 from afa.checkpoint.manifest import read_manifest
 from afa.cli.main import main
 from afa.errors import UserError
-from afa.evaluation.results import Results
-from afa.evaluation.run import evaluate
+from afa.evaluation.results import Method, Results, Run
+from afa.evaluation.run import best_of_n, evaluate
 from afa.evaluation.trained import OBJECTIVES
+
+
+def test_the_oracle_chooses_among_the_experts_and_not_among_their_rows_in_a_study():
+    def alone(name, score, **axes):
+        return Method(name, "expert", name, [Run(0, "", {"light": [score]}, seconds=[1.0])], axes=axes)
+
+    experts = [alone("single:photo", 0.2), alone("single:paint", 0.4)]
+    (oracle,) = best_of_n([*experts, alone("single:paint, 50 steps", 0.9, steps=50)], "light")
+    assert oracle.runs[0].scores == {"light": [0.4]} and oracle.runs[0].seconds == [2.0]
 
 
 @pytest.fixture

@@ -290,7 +290,7 @@ def best_of_n(methods: list[Method], primary: str) -> list[Method]:
     alone = [
         method.runs[0]
         for method in methods
-        if method.name.startswith("single:") and primary in method.runs[0].scores
+        if method.name.startswith("single:") and not method.axes and primary in method.runs[0].scores
     ]
     if len(alone) < 2:
         return []
