@@ -1,12 +1,11 @@
 """The device to compute on, and how much memory a piece of work takes."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from afa.errors import UserError
 
@@ -41,9 +40,10 @@ class LiveBytes(TorchDispatchMode):
         self._seen = {tensor.untyped_storage()._cdata for tensor in ignored}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for value in tree_leaves((args, kwargs, result)):
-            if isinstance(value, torch.Tensor) and value.device.type != "meta":
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        for value in _tensors((*args, *kwargs.values(), result)):
+            if value.device.type != "meta":
                 self._add(value.untyped_storage())
         return result
 
@@ -60,6 +60,15 @@ class LiveBytes(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.alive -= size
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors among an operation's values, which it nests in lists and tuples only."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def peak_megabytes(work: Callable[[], Any]) -> float:
