@@ -13,14 +13,20 @@ T = TypeVar("T")
 
 
 def look_up(name: str, table: Mapping[str, T], what: str) -> T:
-    """The entry of that name. Raises ValueError with the nearest names and all there are."""
+    """The entry of a table by its name.
+
+    name:  what was asked for
+    table: name -> entry
+    what:  what an entry is, for the message
+    Raises ValueError with the nearest name and all known names.
+    """
     if name not in table:
         raise ValueError(unknown(name, table, what))
     return table[name]
 
 
 def unknown(name: str, names: Iterable[str], what: str) -> str:
-    """The sentence for a name that is not there."""
+    """The sentence for a name that is not known, with the nearest name and all known names."""
     names = list(names)
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     meant = f"; did you mean '{near[0]}'?" if near else "."

@@ -279,8 +279,8 @@ def read_recipe(command: str, recipe: str, options: type) -> dict[str, Any]:
 def _field(command: str, file: Path, key: str, flags: list[str]) -> str:
     name = key.replace("-", "_")
     if name not in flags:
-        told = unknown(name, flags, "flag").partition(" Known:")[0].replace("_", "-")
-        raise UserError(f"--recipe {file}: {told} All are shown by: afa {command} --help")
+        sentence = unknown(name, flags, "flag").partition(" Known:")[0].replace("_", "-")
+        raise UserError(f"--recipe {file}: {sentence} All are shown by: afa {command} --help")
     return name
 
 

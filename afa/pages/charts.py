@@ -212,8 +212,7 @@ def curves(
     points = [point for one in lines for point in one.points]
     across = scale([point.x for point in points], field.left, field.right, room=0.08)
     ends = [end for point in points for end in (point.low, point.high)]
-    ends += [level[1].low, level[1].high] if level else []
-    ends += [0.0] if zero else []
+    ends += [*((level[1].low, level[1].high) if level else ()), *((0.0,) if zero else ())]
     upwards = scale(ends, field.bottom, field.top)
     axis = {across(x): words for x, words in places.items()}
     parts = field.frame(upwards, axis, (x_words, y_words), 5, lines=False)

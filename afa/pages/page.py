@@ -1,7 +1,4 @@
-"""Pages from templates.
-
-Jinja escapes everything that reaches one, unless our own code says that it is HTML.
-"""
+"""Pages from templates. Jinja escapes all values, except those that our own code marks as HTML."""
 
 import base64
 import io
@@ -19,7 +16,7 @@ from afa.version import __version__
 
 @lru_cache(maxsize=1)
 def environment() -> Environment:
-    """Of afa/pages/templates. A name that a template uses and nobody gave is an error, not an empty place."""
+    """The templates of afa/pages/templates. A name that a template uses and does not get is an error."""
     made = Environment(
         loader=PackageLoader("afa.pages"),
         autoescape=True,

@@ -63,7 +63,7 @@ class Page(gr.Blocks):
             return await super().process_api(*args, **kwargs)
         except Exception as error:
             if isinstance(error, gr.Error) and not error.print_exception:
-                raise  # said by answering()
+                raise  # it has its sentence already
             words = (
                 error.message
                 if isinstance(error, gr.Error)
