@@ -28,7 +28,6 @@ from afa.experts.expert import Expert
 from afa.experts.headers import check_fit, read_file
 from afa.experts.load import check_names
 from afa.experts.lora import lora_numbers, place_of
-from afa.experts.single_file import KNOWN_CONFIGS
 from afa.experts.spec import ExpertSpec
 from afa.latents import latents_of
 from afa.models.registry import FAMILIES
@@ -83,13 +82,8 @@ class Subject:
         manifest = read_manifest(folder)
         descriptions = []
         for entry in manifest.experts:
-            config = (
-                entry.config
-                if entry.config is None or entry.config in KNOWN_CONFIGS
-                else str(folder / entry.config)
-            )
             try:
-                descriptions.append(describe_expert(entry.spec(folder), config))
+                descriptions.append(describe_expert(entry.spec(folder), entry.config_in(folder)))
             except UserError as error:
                 raise UserError(f"expert '{entry.name}' of {folder}: {error}") from None
         return cls(descriptions, recipe_of(manifest), manifest.placement, manifest, folder)

@@ -268,7 +268,7 @@ def _make(
 ) -> "Ensemble":
     """The ensemble of a manifest, with untrained aggregators. Raises UserError if its stages are others."""
     names = [entry.name for entry in manifest.experts]
-    config = next((entry.config for entry in manifest.experts if entry.config), None)
+    configs = [entry.config_in(folder) for entry in manifest.experts]
     recipe = recipe_of(manifest)
     ensemble = kind.from_experts(
         specs,
@@ -277,7 +277,7 @@ def _make(
         attention_up_to=recipe.attention_up_to,
         text_stream=recipe.text_stream,
         dtype=dtype,
-        config=config if config is None or config in KNOWN_CONFIGS else str(folder / config),
+        config=next((config for config in configs if config), None),
         **{
             part: choice if choice in names else str(folder / choice)
             for part, choice in manifest.frame.items()

@@ -156,6 +156,11 @@ class ExpertEntry:
         loras = tuple(Lora(str(folder / lora["path"]), lora["strength"]) for lora in self.loras)
         return ExpertSpec(self.name, source, self.commit, loras, str(folder / MANIFEST))
 
+    def config_in(self, folder: Path) -> str | None:
+        """The config of a single file, as load_expert takes it. folder: of the ensemble."""
+        known = self.config is None or self.config in KNOWN_CONFIGS
+        return self.config if known else str(folder / str(self.config))
+
 
 @dataclass
 class Manifest:

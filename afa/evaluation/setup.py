@@ -23,7 +23,6 @@ from afa.experts.description import denoiser_config
 from afa.experts.expert import Expert
 from afa.experts.load import load_expert
 from afa.experts.locate import locate
-from afa.experts.single_file import KNOWN_CONFIGS
 from afa.experts.spec import ExpertSpec, new_places
 from afa.files import settled
 from afa.models.registry import FAMILIES
@@ -64,17 +63,12 @@ class Setup:
         """
         entry, sampling = self.manifest.experts[0], protocol.sampling
         if sampling.guidance is None or sampling.true_guidance is not None:
-            shape = (
-                entry.config
-                if entry.config is None or entry.config in KNOWN_CONFIGS
-                else str(self.folder / entry.config)
-            )
             spec = (
                 ExpertSpec.parse(self.expert_specs()[0])
                 if entry.name in self.moved
                 else entry.spec(self.folder)
             )
-            config = denoiser_config(locate(spec), self.manifest.family, shape)
+            config = denoiser_config(locate(spec), self.manifest.family, entry.config_in(self.folder))
             interface = FAMILIES[self.manifest.family].interface
             interface.pipeline_guidance(
                 config, 1, sampling.guidance, sampling.negative_prompt, sampling.true_guidance
