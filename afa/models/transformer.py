@@ -92,11 +92,13 @@ class BlockList:
     name:   of the list in the model
     letter: of the names of its stages: J for J00, J01 …
     group:  of its stages, see Stage
+    stage:  class of its stages
     """
 
     name: str
     letter: str
     group: str = ""
+    stage: type[Block] = Block
 
 
 class TransformerEnsemble(EnsembleDenoiser):
@@ -118,14 +120,13 @@ class TransformerEnsemble(EnsembleDenoiser):
 
         Raises ValueError for another patch size.
         """
-        if model.config.patch_size != cls.patch_size:
-            raise ValueError(
-                f"patch_size {model.config.patch_size} is not supported; only {cls.patch_size} is"
-            )
+        patch_size = model.config.get("patch_size", cls.patch_size)
+        if patch_size != cls.patch_size:
+            raise ValueError(f"patch_size {patch_size} is not supported; only {cls.patch_size} is")
         blocks = [
-            Block(
+            part.stage(
                 name=f"{part.letter}{index:02}",
-                channels=model.inner_dim,
+                channels=cls.hidden_size(model),
                 level=LEVEL,
                 block=f"{part.name}.{index}",
                 group=part.group,
@@ -135,13 +136,23 @@ class TransformerEnsemble(EnsembleDenoiser):
             for index, module in enumerate(getattr(model, part.name))
         ]
         blocks[-1].unused = cls.unused_in_last
-        head = Head(name="OUT", channels=plain(model.proj_out).out_features, level=LEVEL, model=model)
-        return (*blocks, head)
+        return (*blocks, cls.read_head(model))
+
+    @classmethod
+    def hidden_size(cls, model: Any) -> int:
+        """Return the width of image tokens between blocks."""
+        return int(model.inner_dim)
+
+    @classmethod
+    def read_head(cls, model: Any) -> Head:
+        """Return the last stage."""
+        channels = plain(model.proj_out).out_features
+        return Head(name="OUT", channels=channels, level=LEVEL, model=model)
 
     @property
     def widths(self) -> tuple[int, int]:
-        model: Any = self.experts[0]
-        return model.inner_dim, model.inner_dim
+        width = self.hidden_size(self.experts[0])
+        return width, width
 
     def split_by_expert(self, **states: Tensor) -> list[dict[str, Tensor]]:
         """Return each expert's arguments of text, from those for all experts or those of each in order."""

@@ -72,7 +72,7 @@ class TokenContext(StageContext):
 class Block(Stage):
     """One transformer block of image and text tokens.
 
-    module: the block; it returns (text tokens, image tokens), text None if no later block reads it
+    module: the block
     unused: names of sub-modules without influence on the prediction: in a last block, those for text tokens
     """
 
@@ -87,12 +87,19 @@ class Block(Stage):
         size: tuple[int, int] | None = None,
     ) -> tuple[Tensor, StageContext]:
         assert isinstance(context, TokenContext)
-        text, image = self.module(
-            hidden_states=as_tokens(hidden),
-            encoder_hidden_states=context.text_tokens,
-            **self.arguments(context),
-        )
+        text, image = self.process(as_tokens(hidden), context)
         return as_map(image, context.grid), dataclasses.replace(context, text_tokens=text)
+
+    def process(self, image: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor]:
+        """Run the block on image tokens (B, S, C).
+
+        Returns text tokens (None if no later block reads them) and image tokens. A block that takes both as
+        one sequence, or other arguments, is a subclass with its own `process`.
+        """
+        text, image = self.module(
+            hidden_states=image, encoder_hidden_states=context.text_tokens, **self.arguments(context)
+        )
+        return text, image
 
     def arguments(self, context: TokenContext) -> dict[str, Any]:
         """Return the keyword arguments of the block besides the tokens."""
@@ -122,8 +129,12 @@ class Head(Stage):
         size: tuple[int, int] | None = None,
     ) -> tuple[Tensor, StageContext]:
         assert isinstance(context, TokenContext)
-        patches = self.model.proj_out(self.model.norm_out(as_tokens(hidden), context.temb))
-        return as_map(patches, context.grid), context
+        return as_map(self.project(as_tokens(hidden), context), context.grid), context
+
+    def project(self, image: Tensor, context: TokenContext) -> Tensor:
+        """Project image tokens (B, S, C) to patches of the prediction."""
+        patches: Tensor = self.model.proj_out(self.model.norm_out(image, context.temb))
+        return patches
 
     def modules(self) -> list[object]:
         return [self.model.norm_out, self.model.proj_out]
