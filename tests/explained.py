@@ -1,5 +1,6 @@
 """Tiny ensembles to explain, as if trained: their weights are not the mean."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ SIDE = {"sd": 32, "sdxl": 32, "sd3": 64, "flux": 64, "qwen-image": 64}
 PROMPT = "a red bicycle, on a lawn"
 
 
+@cache
 def ensemble(family: str = "sd", aggregator: str = "sabw", seeds: tuple[int, ...] = (0, 1), **options: Any) -> Ensemble:
-    """Of one expert a seed; equal seeds are equal experts."""
+    """Of one expert a seed; equal seeds are equal experts. Made once: who looks on, or turns something off, leaves it as it was."""
     alike = {} if family in ("sd", "sdxl") else {"text_seed": 0}
     pipelines = [MAKERS[family](seed, **alike) for seed in seeds]
     sized = {**SMALL, **options} if aggregator in ("sabw", "stitch") else options
