@@ -1,6 +1,8 @@
 """Pictures about images: grids, weight maps over images, and the canvas of an explanation's pictures."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -140,6 +142,7 @@ def picture(
 # --- what an explanation's pictures are drawn with ---
 
 
+@cache
 def font(size: int) -> ImageFont.FreeTypeFont:
     """Pillow's own, the same everywhere."""
     found = ImageFont.load_default(size)
@@ -157,11 +160,13 @@ def fitting(words: str, size: int, width: float) -> str:
     own = font(size)
     if own.getlength(words) <= width:
         return words
-    for kept in range(len(words) - 1, 1, -1):
-        shorter = f"{words[: (kept + 1) // 2]}…{words[len(words) - kept // 2 :]}"
-        if own.getlength(shorter) <= width:
-            return shorter
-    return "…"
+
+    def cut(kept: int) -> str:
+        return f"{words[: (kept + 1) // 2]}…{words[len(words) - kept // 2 :]}"
+
+    counts = range(2, len(words))
+    fit = bisect_right(counts, width, key=lambda kept: own.getlength(cut(kept)))
+    return cut(counts[fit - 1]) if fit else "…"
 
 
 def name_width(names: Sequence[str], least: int, most: int) -> int:
