@@ -1,5 +1,6 @@
 """The device to compute on, and how much memory a piece of work takes."""
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -24,6 +25,13 @@ def choose_device(name: str | None) -> torch.device:
             f"--device {name} cannot be used here: {str(error).strip().splitlines()[0]}"
         ) from None
     return device
+
+
+def free_memory() -> None:
+    """Free models that are no longer referenced: they hold themselves by cycles, and garbage is rare."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class LiveBytes(TorchDispatchMode):

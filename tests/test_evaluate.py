@@ -1,7 +1,9 @@
 """Comparisons from end to end, on tiny real experts: the same noise for all, resumable, and nothing finished is lost."""
 
+import gc
 import json
 import shutil
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from tiny import ONE_LEVEL, sd_pipeline
 
 from afa.checkpoint.manifest import read_manifest
 from afa.cli.main import main
+from afa.denoiser.base import EnsembleDenoiser
 from afa.errors import UserError
+from afa.evaluation import run
 from afa.evaluation.plan import plan
 from afa.evaluation.results import Results
 from afa.evaluation.run import evaluate
@@ -132,6 +136,22 @@ def test_a_finished_comparison_is_only_read(done, monkeypatch):
     again = evaluate(settings)
     assert again is not None
     assert [asdict(method) for method in again.methods] == [asdict(method) for method in results.methods]
+
+
+def test_a_rows_models_are_freed_before_the_next_row(settings, monkeypatch):
+    """Models hold themselves by cycles: without a collection, those of all rows would be in memory at once."""
+    alive, free = [], run.free_memory
+
+    def counted():
+        free()
+        alive.append(sum(isinstance(thing, EnsembleDenoiser) for thing in gc.get_objects()))
+
+    monkeypatch.setattr(run, "free_memory", counted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries' objects that are looked at
+        evaluate(replace(settings, methods=["prediction_router", "weighted", "afa"], tuning=0))
+    assert len(alive) > 3
+    assert max(alive) == alive[0]
 
 
 def test_methods_and_seeds_can_be_added_later(settings):

@@ -129,13 +129,13 @@ def test_an_interrupted_screening_goes_on_to_the_same_numbers(small, tmp_path, m
 
 def test_one_expert_is_in_memory_at_a_time(small, monkeypatch):
     held = []
-    forget = run.forget
+    free_memory = run.free_memory
 
     def counted():
-        forget()
+        free_memory()
         held.append(sum(type(thing).__name__ == "UNet2DConditionModel" and not thing.conv_in.weight.is_meta for thing in _alive()))
 
-    monkeypatch.setattr(run, "forget", counted)
+    monkeypatch.setattr(run, "free_memory", counted)
     before = sum(type(thing).__name__ == "UNet2DConditionModel" and not thing.conv_in.weight.is_meta for thing in _alive())
     screen(settings(*small, resolution=64))
     assert held == [before] * 4  # after each expert, and after their average, none is left

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from accelerate import PartialState
 
+from afa.devices import free_memory
 from afa.errors import UserError
 from afa.evaluation.images import ImageSet, image_folder, make_images, measured_memory
 from afa.evaluation.judge import Judge
@@ -122,6 +123,7 @@ def evaluate(settings: EvaluateSettings) -> Results | None:
             work = functools.partial(_draw, comparison, row, f"{place}/{len(rows)} ")
             done = comparison.attempt(row.title, asked_for(settings, row), work)
             drawn += [done] if done is not None else []
+            free_memory()  # of this row's models
         if not PartialState().is_main_process:
             return None
         results = _results(comparison, [_judge(comparison, one) for one in drawn])

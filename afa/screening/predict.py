@@ -1,6 +1,5 @@
 """Load one expert at a time, compute its predictions at the probes, and keep their errors on disk."""
 
-import gc
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from afa.aggregators.registry import Recipe
 from afa.data.sources import METADATA
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.schedule import Schedule, conversion
+from afa.devices import free_memory
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.expert import Expert, load_finite_vae
@@ -129,13 +129,6 @@ def load_single(spec: ExpertSpec, lender: str | None, dtype: torch.dtype, config
     return expert
 
 
-def forget() -> None:
-    """Free the memory of an expert that is no longer referenced."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 AT_ONCE = 4  # images that are sampled in one batch
 
 
@@ -166,7 +159,7 @@ def draw_prompts(
                 sampler = PipelineSampler(settled(ensemble.pipeline(vae=frame.vae), ensemble.experts[0]))
                 draw(own, sampler, sampling, AT_ONCE, bar)
                 del ensemble, sampler
-                forget()
+                free_memory()
     lines = [
         json.dumps({"file_name": file.path.name, "text": file.request.prompt}, ensure_ascii=False)
         for file in files

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from afa.devices import choose_device
+from afa.devices import choose_device, free_memory
 from afa.errors import UserError
 from afa.experts.spec import ExpertSpec
 from afa.files import json_or_none, locked, write_atomically
@@ -33,7 +33,6 @@ from afa.screening.predict import (
     ExpertPredictor,
     SharedParts,
     draw_prompts,
-    forget,
     load_shared_parts,
 )
 from afa.screening.settings import ScreenSettings
@@ -178,7 +177,7 @@ class AnswerCollector:
             store.add(image, predictor.predict(image, features=image < FEATURED))
             bar.update()
         del ensemble, predictor
-        forget()
+        free_memory()
 
 
 def _average(
