@@ -1,9 +1,11 @@
 """The command line as people and scripts meet it: help, sentences, exit codes, interruption."""
 
+import argparse
 import importlib
 import json
 import subprocess
 import sys
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from afa.cli.main import COMMANDS, main
 from afa.demo.data import EXPERTS
 from afa.demo.scenes import draw
+from afa.settings import option
 
 CURVES, ANGLES, PATTERNS = (str(path) for path in EXPERTS.values())
 SMALL = ["--hidden", "8", "--heads", "2", "--depth", "1", "--batch-size", "2", "--held-out", "4", "--lr", "1e-3", "--device", "cpu"]
@@ -32,6 +35,17 @@ def test_help_needs_no_torch():
     assert all(name in own for name in COMMANDS)
     for verb, text in zip(COMMANDS, helps, strict=True):
         assert all(example in text for example in importlib.import_module(COMMANDS[verb]).EXAMPLES)
+
+
+def test_the_default_of_a_list_of_numbers_is_shown():
+    from afa.cli.flags import add_flags
+
+    numbers = option([2, 3], help="how many")
+    options = make_dataclass("Options", [("counts", list[int], numbers)])
+    parser = argparse.ArgumentParser()
+    add_flags(parser, options)
+    assert "how many (default: 2 3)" in parser.format_help()
+    assert parser.parse_args(["--counts", "4"]).counts == [4]
 
 
 def test_the_module_is_the_command():

@@ -46,7 +46,7 @@ def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     shown = (
         ""
         if required or default is None or default is False or default == []
-        else f" (default: {' '.join(default) if several else default})"
+        else f" (default: {' '.join(map(str, default)) if several else default})"
     )
     settings: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%") + shown}
     if kind is bool:

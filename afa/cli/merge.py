@@ -13,6 +13,7 @@ method, experts and options, and later steps use the results of earlier ones.
 Methods (θᵢ: the weights of an expert):
 """
 
+import itertools
 import json
 import textwrap
 from typing import Any
@@ -85,16 +86,12 @@ def _step(facts: dict[str, Any]) -> list[str]:
 
 def _stages(weights: dict[str, tuple[float, ...]]) -> list[str]:
     """Stages with equal weights side by side in one line."""
-    groups: list[tuple[list[str], tuple[float, ...]]] = []
-    for stage, row in weights.items():
-        if groups and groups[-1][1] == row:
-            groups[-1][0].append(stage)
-        else:
-            groups.append(([stage], row))
-    return [
-        f"stage    {names[0] if len(names) == 1 else f'{names[0]} … {names[-1]}'}: {_short(row)}"
-        for names, row in groups
-    ]
+    lines = []
+    for row, group in itertools.groupby(weights, key=weights.__getitem__):
+        first, *more = group
+        names = f"{first} … {more[-1]}" if more else first
+        lines.append(f"stage    {names}: {_short(row)}")
+    return lines
 
 
 def _short(value: Any) -> str:

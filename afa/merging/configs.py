@@ -1,6 +1,6 @@
 """What a merged checkpoint has besides weights: the files of a folder, or configs in a single file's header.
 
-All are the first expert's, but for the VAE's, which come with it.
+All come from the first expert, except those of the VAE, which come with the VAE.
 """
 
 import json
@@ -17,14 +17,9 @@ from afa.merging.plan import MergePlan
 from afa.merging.sources import FileSource
 
 OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # a download may leave them out
-SHIPPED = ("sd15", "sd21", "sd21-base", "sdxl")  # configs that are found out by a single file's shapes
-NOISE = (
-    "beta_schedule",
-    "beta_start",
-    "beta_end",
-    "num_train_timesteps",
-    "trained_betas",
-)  # others: keys, or a sampler's
+SHIPPED = ("sd15", "sd21", "sd21-base", "sdxl")  # configs that are detected by a single file's shapes
+# Of a scheduler; its other settings are a sampler's, or keys in the file.
+NOISE = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "trained_betas")
 UNIMPORTANT = (*LEFT_OUT, "architectures", "dtype", "torch_dtype", "sample_size")
 PADS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}  # as load_tokenizers makes CLIP's
 
@@ -37,7 +32,7 @@ def copy_surroundings(plan: MergePlan, into: Path) -> None:
     first = plan.first
     if not first.located.whole_pipeline:
         own = first.config / first.denoiser if first.located.single_file else first.config
-        if keys_of(first.outline.expert.scheduler if first.outline else None):
+        if keys_of(first.expert.scheduler):
             cannot = "a folder of a denoiser alone cannot say that it predicts v"
             warn_once(f"{plan.settings.output}: {cannot}; give --prediction-type v_prediction with it")
         _write_config(own / "config.json", into / "config.json", plan.dtype)
@@ -83,8 +78,7 @@ def _write_config(file: Path, target: Path, dtype: str | None) -> None:
 
 def _scheduler(first: FileSource, index: dict[str, Any], into: Path) -> None:
     """A single file may say of itself what its configs do not: then the folder has to."""
-    assert first.outline is not None
-    scheduler = first.outline.expert.scheduler
+    scheduler = first.expert.scheduler
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     shutil.rmtree(into / "scheduler")
     scheduler.save_pretrained(into / "scheduler")
@@ -95,7 +89,6 @@ def carried_configs(plan: MergePlan) -> dict[str, str]:
     first = plan.first
     if first.denoiser != "unet":
         return {}
-    assert first.outline is not None
     origin = plan.last.origin("vae").origin("vae")
     vae = origin.config / "vae" if (origin.config / "vae").is_dir() else origin.config
     parts = {part: (vae if part == "vae" else first.config / part) / "config.json" for part in first.parts}
@@ -105,7 +98,7 @@ def carried_configs(plan: MergePlan) -> dict[str, str]:
     settings = {name: read_object(file) for name, file in files.items() if file.is_file()}
     if any(_agree(settings, config_folder(name)) for name in SHIPPED):
         return {}
-    tokenizers = dict(zip(PADS, first.outline.expert.tokenizers, strict=False))
+    tokenizers = dict(zip(PADS, first.expert.tokenizers, strict=False))
     return {
         KEY: pack(
             first.config, vae, {part: one for part, one in tokenizers.items() if not _is_clip(part, one)}

@@ -129,8 +129,7 @@ def metadata(plan: MergePlan, hashes: Hashes) -> dict[str, str]:
     names = ", ".join(source.name for source in plan.last.experts)
     recipe, steps = plan.recipe, [_described_step(planned, plan, hashes) for planned in plan.steps]
     config = recipe.config if recipe.config in (None, *KNOWN_CONFIGS) else Path(recipe.config).resolve().name
-    assert plan.first.outline is not None
-    expert = plan.first.outline.expert
+    expert = plan.first.expert
     architecture = ARCHITECTURES.get((expert.pipeline, expert.model.config.get("cross_attention_dim")))
     kind = None if expert.scheduler is None else kind_of(expert.scheduler)
     found = {

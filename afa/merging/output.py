@@ -87,8 +87,7 @@ def original_file(step: "PlannedStep") -> list[OutputTensor]:
         layout = "a single file in original layout is of a whole SD 1.x, 2.x or XL"
         raise UserError(f"'{first.name}' {what}, and {layout}; give a folder as --output")
     found = {tensor.name: tensor for part in step.parts for tensor in _original_part(part, step)}
-    assert first.outline is not None
-    says = [OutputTensor(name, "F32", (0,)) for name in keys_of(first.outline.expert.scheduler)]
+    says = [OutputTensor(name, "F32", (0,)) for name in keys_of(first.expert.scheduler)]
     besides = [
         OutputTensor(name, _code(one, None), one.shape, spare=one)
         for name, one in first.spare.items()

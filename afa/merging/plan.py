@@ -78,9 +78,9 @@ class PlannedStep(KeyMerge):
             for part in self.parts
             for key, stored in self.origin(part).of(part).items()
         }
-        assert first.outline is not None
-        outline = replace(first.outline, name=name)
-        return StepSource(name, first.located, tensors, first.config, first.spare, outline, step=self)
+        assert first.description is not None
+        description = replace(first.description, name=name)
+        return StepSource(name, first.located, tensors, first.config, first.spare, description, step=self)
 
     def value(self, key: str, reader: Reader, dtype: torch.dtype | None = None) -> Tensor:
         """One key's merged value, or the value of the source that it comes from.
@@ -144,6 +144,7 @@ class MergePlan:
 
     @property
     def last(self) -> PlannedStep:
+        """The step that makes the result."""
         return self.steps[-1]
 
     @property
@@ -153,6 +154,7 @@ class MergePlan:
 
     @property
     def dtype(self) -> str | None:
+        """The number format that was asked for; None: that of the first expert."""
         return self.last.asked.dtype
 
     def facts(self) -> dict[str, Any]:
@@ -287,7 +289,7 @@ def _vae(step: MergeStep, experts: list[FileSource], config: str | None) -> File
 def _check_fit(sources: Sequence[FileSource], vae: bool) -> None:
     """Refuse what cannot be merged: as experts are compared, then weight by weight."""
     first, *others = sources
-    reasons = mismatches([source.outline.expert for source in sources if source.outline])
+    reasons = mismatches([source.expert for source in sources])
     if reasons:
         raise UserError("; ".join(reasons))
     if vae:

@@ -22,7 +22,7 @@ from afa.denoiser.lora_layers import lora_states
 from afa.errors import UserError
 from afa.experts.component import Component
 from afa.experts.description import ExpertDescription, describe_expert
-from afa.experts.expert import TEXT_ENCODERS
+from afa.experts.expert import TEXT_ENCODERS, Expert
 from afa.experts.folders import read_object
 from afa.experts.headers import Tensors, current_name, is_float, is_position_ids, read_file, tied
 from afa.experts.layouts import OPEN_CLIP
@@ -70,12 +70,13 @@ class Stored:
 class FileSource:
     """An expert, a base or a VAE, as its files have it.
 
-    tensors: by "part.name"
-    config:  folder of configs: the expert's own, or the one that a single file is read with
-    spare:   what a single file holds besides; never its EMA copy, nor what says what it predicts, which is
-             written anew
-    outline: of an expert; a VAE has none
-    loras:   by the name of a layer, "part.layer"; given: their files
+    tensors:     by "part.name"
+    config:      folder of configs: the expert's own, or the one that a single file is read with
+    spare:       what else a single file holds; never its EMA copy, nor the tensors that say what it predicts,
+                 which are written anew
+    description: of an expert; a VAE has none
+    loras:       by the name of a layer, "part.layer"
+    given:       their files
     """
 
     name: str
@@ -83,7 +84,7 @@ class FileSource:
     tensors: dict[str, Stored]
     config: Path
     spare: dict[str, Stored] = field(default_factory=dict)
-    outline: ExpertDescription | None = None
+    description: ExpertDescription | None = None
     loras: dict[str, "LayerLoras"] = field(default_factory=dict)
     given: tuple[Lora, ...] = ()
 
@@ -107,10 +108,15 @@ class FileSource:
         return self.parts[0]
 
     @property
+    def expert(self) -> Expert:
+        """An expert on the meta device; not of a VAE."""
+        assert self.description is not None
+        return self.description.expert
+
+    @property
     def model(self) -> nn.Module:
         """An expert's denoiser, without its numbers."""
-        assert self.outline is not None
-        return self.outline.expert.model
+        return self.expert.model
 
     @property
     def alone(self) -> bool:
@@ -207,9 +213,9 @@ def add_loras(source: FileSource, loras: tuple[Lora, ...]) -> FileSource:
     if not source.located.whole_pipeline:
         only = f"{source.located.path} is only a denoiser"
         raise UserError(f"expert '{source.name}': a LoRA needs a whole pipeline to join, and {only}")
-    assert source.outline is not None
-    outline = source.outline
-    parts = {part: outline.parts[part] for part in (outline.denoiser.name, *outline.text_parts)}
+    assert source.description is not None
+    models, text = source.description.parts, source.description.text_parts
+    parts = {part: models[part] for part in (source.denoiser, *text)}
     for lora in loras:
         what, tensors, config = read_lora(lora.path)
         states = lora_states(tensors, parts, what, f"expert '{source.name}'", layers_of, config)
@@ -227,20 +233,22 @@ def add_loras(source: FileSource, loras: tuple[Lora, ...]) -> FileSource:
 
 
 def open_source(
-    spec: ExpertSpec, config: str | None = None, outline: ExpertDescription | None = None
+    spec: ExpertSpec, config: str | None = None, description: ExpertDescription | None = None
 ) -> FileSource:
     """Find an expert's tensors, without reading them.
 
-    config:  of a single file, as in load_expert
-    outline: what describe_expert(spec, config) returned, where it is known
+    config:      of a single file, as in load_expert
+    description: what describe_expert(spec, config) returned, where it is known
     Raises UserError if it cannot be found, is broken, incomplete or pickled, or if a LoRA does not fit it.
     """
     located = locate(spec)
-    if outline is None:
-        outline = describe_expert(spec, config)
+    if description is None:
+        description = describe_expert(spec, config)
     tensors: dict[str, Stored] = {}
-    for component in outline.components.values():
-        tensors |= tensors_of(component, outline.expert.model, xl="text_encoder_2" in outline.components)
+    for component in description.components.values():
+        tensors |= tensors_of(
+            component, description.expert.model, xl="text_encoder_2" in description.components
+        )
     spare: dict[str, Stored] = {}
     if located.single_file:
         used = {stored.name for stored in tensors.values()}
@@ -249,7 +257,7 @@ def open_source(
             for name, entry in read_file(located.path).items()
             if not (name in used or name.startswith(EMA) or is_prediction_key(name))
         }
-    source = FileSource(spec.name, located, tensors, outline.folder, spare, outline)
+    source = FileSource(spec.name, located, tensors, description.folder, spare, description)
     return add_loras(source, spec.loras)
 
 
@@ -272,8 +280,7 @@ def open_vae(place: str | ExpertSpec, like: FileSource, config: str | None = Non
         folder = like.config if config is None else config_folder(config)
     elif (kind := read_object(folder / "config.json").get("_class_name")) != "AutoencoderKL":
         raise UserError(f"{folder} is no VAE (its config.json says {kind})")
-    assert like.outline is not None
-    vae = describe_vae(located, config, like.outline.expert)
+    vae = describe_vae(located, config, like.expert)
     return FileSource(spec.name, located, tensors_of(vae), folder)
 
 
