@@ -48,12 +48,12 @@ class Options:
 def write_sparse(file: Path, config: str, seed: int) -> int:
     """A checkpoint of original layout in float16: -> its size in bytes."""
     from afa.experts.description import describe_config
-    from afa.merging.keys import today
+    from afa.experts.headers import current_name
     from afa.merging.single_file import names_by_key, original_places, shape_to_original
 
     header, end, parts = {}, 0, describe_config("bench", config).parts
     for part, model in parts.items():
-        shapes = {today(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        shapes = {current_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         opened = part == "text_encoder_2" or (part == "text_encoder" and config.startswith("sd2"))
         xl = "text_encoder_2" in parts
         places = original_places(part, shapes, parts[part], xl=xl, open_clip=opened)
