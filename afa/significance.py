@@ -1,6 +1,6 @@
 """p-values of paired differences: by flipping signs, by analysis of variance, and Holm's correction of many.
 
-benchmarks/statistics.py simulates how often these tests are wrong.
+benchmarks/intervals.py simulates how often these tests are wrong.
 """
 
 import itertools

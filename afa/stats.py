@@ -3,7 +3,7 @@
 Prompts are resampled: images of one prompt are averaged first, so a prompt's images always stay together.
 Methods that are compared share the resamples, so what prompts do to all methods cancels. See estimates() for
 what several training runs add. What these intervals and tests are worth is simulated by
-benchmarks/statistics.py.
+benchmarks/intervals.py.
 """
 
 import math

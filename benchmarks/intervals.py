@@ -1,6 +1,6 @@
 """What the intervals and tests of a comparison are worth, by simulation: coverage and family-wise error, before and after.
 
-    python benchmarks/statistics.py
+    python benchmarks/intervals.py
 
 "before" is the plain percentile bootstrap over prompts and the sign-flip test alone; "after" is what afa.stats
 does: pseudo-prompts below 60, repeats averaged, from three training seeds on the larger of the sign-flip p and that of a
