@@ -73,7 +73,7 @@ BLOCKS = {
 
 def write_transformer(kind: str, state: dict[str, Tensor], path: Path, prefix: str = "model.diffusion_model.", **more: Tensor) -> Path:
     """Save a transformer's state. kind: sd3 or flux. more: whatever else lies in such files."""
-    found = {f"{prefix}{name}": tensor.contiguous().clone() for name, tensor in originals(kind, state)}
+    found = {f"{prefix}{name}": tensor.contiguous() for name, tensor in originals(kind, state)}
     save_file({**found, **more}, path)
     return path
 
