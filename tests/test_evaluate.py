@@ -17,7 +17,7 @@ from afa.checkpoint.manifest import read_manifest
 from afa.cli.main import main
 from afa.denoiser.base import EnsembleDenoiser
 from afa.errors import UserError
-from afa.evaluation import run
+from afa.evaluation import run as comparison
 from afa.evaluation.plan import plan
 from afa.evaluation.results import Results
 from afa.evaluation.run import evaluate
@@ -140,13 +140,13 @@ def test_a_finished_comparison_is_only_read(done, monkeypatch):
 
 def test_a_rows_models_are_freed_before_the_next_row(settings, monkeypatch):
     """Models hold themselves by cycles: without a collection, those of all rows would be in memory at once."""
-    alive, free = [], run.free_memory
+    alive, free = [], comparison.free_memory
 
     def counted():
         free()
         alive.append(sum(isinstance(thing, EnsembleDenoiser) for thing in gc.get_objects()))
 
-    monkeypatch.setattr(run, "free_memory", counted)
+    monkeypatch.setattr(comparison, "free_memory", counted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries' objects that are looked at
         evaluate(replace(settings, methods=["prediction_router", "weighted", "afa"], tuning=0))
