@@ -40,9 +40,6 @@ HEIGHTS = (0, *(sign * step for step in range(7, 92, 7) for sign in (-1, 1)))
 STEPS = [(out, up) for out in (0, 22, 48, 80) for up in HEIGHTS]
 
 
-# --- scales ---
-
-
 @dataclass(frozen=True)
 class Scale:
     """A linear or logarithmic map from numbers to places.
@@ -92,9 +89,6 @@ def ticks(over: Scale, count: int = 6) -> list[float]:
     step = next(size * power for size in (1, 2, 5, 10) if size * power >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
-
-
-# --- strokes ---
 
 
 def tick_label(value: float) -> str:
