@@ -76,11 +76,11 @@ class TestConversion:
         signal, level = over(SCHEDULES[frame].at(TIMES))
         noisy = signal * clean + level * noise
         found = conversion(SCHEDULES[own], SCHEDULES[frame])
-        given, times = found.given(noisy, TIMES)
+        given, times = found.to_expert(noisy, TIMES)
         own_signal, own_level = over(SCHEDULES[own].at(times))
         assert torch.allclose(given, own_signal * clean + own_level * noise)
         said = prediction_of(SCHEDULES[own].kind, clean, given, own_signal, own_level)
-        heard = found.answer(said, noisy, TIMES)
+        heard = found.to_frame(said, noisy, TIMES)
         assert torch.allclose(clean_of(SCHEDULES[frame].kind, heard, noisy, signal, level), clean)
         assert torch.allclose(noise_of(SCHEDULES[frame].kind, heard, noisy, signal, level), noise)
 
@@ -94,13 +94,13 @@ class TestConversion:
     def test_pure_noise_is_asked_about_at_the_experts_own_end(self):
         """A flow begins without any signal, a diffusion schedule with a little: the expert is asked at its last time, with noise of its size."""
         noise = random(1, 4, 64, 64)
-        given, times = conversion(SCHEDULES["epsilon"], SCHEDULES["flow"]).given(noise, torch.tensor(1000.0))
+        given, times = conversion(SCHEDULES["epsilon"], SCHEDULES["flow"]).to_expert(noise, torch.tensor(1000.0))
         assert times == 999 and given.std() == pytest.approx(noise.std().item()) and torch.isfinite(given).all()
 
     def test_half_precision_is_converted_in_single(self):
         found, noisy, said = conversion(SCHEDULES["v_prediction"], SCHEDULES["epsilon"]), random(2, 4, 4, 4), random(2, 4, 4, 4, seed=1)
-        half = found.answer(said.bfloat16(), noisy.bfloat16(), torch.tensor(980))
-        exact = found.answer(said.bfloat16().float(), noisy.bfloat16().float(), torch.tensor(980))
+        half = found.to_frame(said.bfloat16(), noisy.bfloat16(), torch.tensor(980))
+        exact = found.to_frame(said.bfloat16().float(), noisy.bfloat16().float(), torch.tensor(980))
         assert half.dtype == torch.bfloat16 and torch.equal(half, exact.bfloat16())
 
 
@@ -118,7 +118,7 @@ class TestDenoiser:
         model, mine, theirs = self.made(name, [frame, own]), SCHEDULES[own], SCHEDULES[frame]
         call, interface = MODELS[name].call(), model.interface
         noisy, times = interface.latents(call), torch.as_tensor(interface.timestep_from_model(call["timestep"])).double()
-        handed, own_times = conversion(mine, theirs).given(noisy, times)
+        handed, own_times = conversion(mine, theirs).to_expert(noisy, times)
         size, first = noisy.shape[-2:], next(iter(call))
         stock = {**call, first: interface.from_latents(handed) if first != "sample" else handed, "timestep": interface.timestep_to_model(own_times.float())}
         with torch.no_grad(), only_expert(model, "expert_1"):

@@ -216,7 +216,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         found = self.conversions[expert]
         if found is None:
             return noisy, timestep
-        own, times = found.given(noisy, self.times(timestep, noisy))
+        own, times = found.to_expert(noisy, self.times(timestep, noisy))
         return own, self.interface.timestep_to_model(times.float())
 
     def _converters(
@@ -315,7 +315,7 @@ def _converter(conversion: Conversion | None, noisy: Tensor, times: Tensor) -> C
     return (
         (lambda prediction: prediction)
         if conversion is None
-        else lambda prediction: conversion.answer(prediction, noisy, times)
+        else lambda prediction: conversion.to_frame(prediction, noisy, times)
     )
 
 

@@ -229,7 +229,7 @@ class Conversion:
     own: Schedule
     frame: Schedule
 
-    def given(self, noisy: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    def to_expert(self, noisy: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """Convert the sampler's noisy latents and times to the expert's convention.
 
         noisy: (B, …) latents
@@ -245,7 +245,7 @@ class Conversion:
         wide = _broadcast(noisy)
         return (noisy.to(wide) * _over(factor, noisy).to(wide)).to(noisy.dtype), own_times
 
-    def answer(self, prediction: Tensor, noisy: Tensor, times: Tensor) -> Tensor:
+    def to_frame(self, prediction: Tensor, noisy: Tensor, times: Tensor) -> Tensor:
         """Convert the expert's prediction to the frame's kind, by way of its clean latents.
 
         prediction: (B, …) of the expert
@@ -253,7 +253,7 @@ class Conversion:
         times:      () or (B,), in the unit of the frame's scheduler
         """
         wide = _broadcast(prediction)
-        own_noisy, own_times = self.given(noisy.to(wide), times)
+        own_noisy, own_times = self.to_expert(noisy.to(wide), times)
         own_signal, own_noise = (_over(level, noisy).to(wide) for level in self.own.at(own_times))
         clean = clean_of(self.own.kind, prediction.to(wide), own_noisy, own_signal, own_noise)
         signal, noise = (_over(level, noisy).to(wide) for level in self.frame.at(times))

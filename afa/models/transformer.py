@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from afa.denoiser.base import EnsembleDenoiser, split_joined
 from afa.stages.interface import ModelInterface
-from afa.stages.stage import Stage, StageContext, plain
+from afa.stages.stage import Stage, StageContext, base_layer
 from afa.stages.tokens import LEVEL, Block, Head, TokenContext, as_map, as_tokens, pack, set_steps, unpack
 
 TIMES = 1000  # timesteps of a flow's schedule; models of packed latents take a fraction of them, 0 to 1
@@ -146,7 +146,7 @@ class TransformerEnsemble(EnsembleDenoiser):
     @classmethod
     def read_head(cls, model: Any) -> Head:
         """Return the last stage."""
-        channels = plain(model.proj_out).out_features
+        channels = base_layer(model.proj_out).out_features
         return Head(name="OUT", channels=channels, level=LEVEL, model=model)
 
     @property

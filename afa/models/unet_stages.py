@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afa.stages.stage import Stage, StageContext, plain
+from afa.stages.stage import Stage, StageContext, base_layer
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 MIDDLE_BLOCKS = ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
@@ -154,7 +154,7 @@ def _down_stages(unet: Any) -> Iterator[Stage]:
     names, level = (f"IN{index:02}" for index in count()), 0
     yield Convolution(
         name=next(names),
-        channels=plain(unet.conv_in).out_channels,
+        channels=base_layer(unet.conv_in).out_channels,
         level=level,
         saves_skip=True,
         owner=unet,
@@ -188,7 +188,7 @@ def _up_stages(unet: Any, level: int) -> Iterator[Stage]:
             level -= upsampler is not None
             yield Layer(
                 name=next(names),
-                channels=resnet.out_channels if whole is None else plain(unet.conv_out).out_channels,
+                channels=resnet.out_channels if whole is None else base_layer(unet.conv_out).out_channels,
                 level=level,
                 block=f"up_blocks.{number}",
                 takes_skip=True,

@@ -78,7 +78,7 @@ class Stage(ABC):
         return []
 
 
-def plain(layer: Any) -> Any:
+def base_layer(layer: Any) -> Any:
     """Return the original layer, which has the sizes, if peft has wrapped it with a LoRA; else the layer."""
     return getattr(layer, "base_layer", layer)
 

@@ -31,7 +31,7 @@ from afa.files import locked, settled, staged
 from afa.models.registry import FAMILIES, family_of
 from afa.places import public_place
 from afa.schema import Count, Within, build
-from afa.stages.stage import plain
+from afa.stages.stage import base_layer
 from afa.stats import difference
 from afa.text_files import read_json
 from afa.training.finetune_settings import LoraSettings
@@ -56,7 +56,10 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Layer]]:
     """
     stages = FAMILIES[family_of(model)].stages(model)
     chosen = {
-        id(plain(layer)) for stage in stages for part in _inside(stage.modules()) for layer in _layers(part)
+        id(base_layer(layer))
+        for stage in stages
+        for part in _inside(stage.modules())
+        for layer in _layers(part)
     }
     chosen -= {id(layer) for stage in stages for layer in _inside(stage.unused_modules())}
     for path, module in model.named_modules():
