@@ -6,13 +6,17 @@ import diffusers
 import pytest
 import torch
 import transformers
+from merging_models import saved, sdxl
 from tiny import sdxl_pipeline
 from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
 from afa.experts.description import describe
+from afa.experts.expert import TEXT_ENCODERS
 from afa.experts.load import load_expert
 from afa.experts.locate import locate
 from afa.experts.spec import ExpertSpec
+from afa.merging.engine import merge_files
+from afa.merging.settings import MergeSettings
 
 PIPELINES = {"sdxl": sdxl_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline, "qwen_image": qwen_image_pipeline}
 
@@ -42,7 +46,8 @@ def test_it_is_what_its_library_loads(folder, components, dtype):
     for name, component in components.items():
         library, kind = index[name]
         options = {"torch_dtype" if library == "diffusers" else "dtype": dtype, "local_files_only": True}
-        theirs = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind).from_pretrained(folder, subfolder=name, **options)
+        module = {"diffusers": diffusers, "transformers": transformers}[library]
+        theirs = getattr(module, kind).from_pretrained(folder, subfolder=name, **options)
         mine = component.load(dtype)
         assert type(mine) is type(theirs) and not mine.training
         same(dict(mine.named_parameters()), dict(theirs.named_parameters()))  # what is tied is one parameter
@@ -51,11 +56,12 @@ def test_it_is_what_its_library_loads(folder, components, dtype):
 
 def test_what_is_described_is_what_is_loaded(folder, components):
     loaded = load_expert(str(folder))
-    modules = {"vae": loaded.load_vae(), **dict(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), loaded.text_encoders, strict=False))}
+    modules = {"vae": loaded.load_vae(), **dict(zip(TEXT_ENCODERS, loaded.text_encoders, strict=False))}
     for name, component in components.items():
         module = modules.get(name, loaded.model)
         assert type(component.model) is type(module)
-        assert {key: tensor.shape for key, tensor in component.model.state_dict().items()} == {key: tensor.shape for key, tensor in module.state_dict().items()}
+        described, filled = component.model.state_dict(), module.state_dict()
+        assert {key: tensor.shape for key, tensor in described.items()} == {key: tensor.shape for key, tensor in filled.items()}
         assert all(tensor.is_meta for tensor in component.model.state_dict().values())
 
 
@@ -64,3 +70,16 @@ def test_loading_leaves_random_numbers_alone(components):
     for component in components.values():
         component.load(torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_single_file_is_what_diffusers_makes_of_it(tmp_path):
+    """SDXL's has every kind of name: U-Net and VAE in LDM's layout, a text encoder of CLIP's and one of OpenCLIP's."""
+    folders = [saved(sdxl(seed), tmp_path / str(seed)) for seed in (0, 1)]
+    file = tmp_path / "merged.safetensors"
+    merge_files(MergeSettings(experts=[f"x={folders[0]}", f"y={folders[1]}"], output=str(file)))
+    theirs = diffusers.StableDiffusionXLPipeline.from_single_file(str(file), config=str(folders[0]), local_files_only=True, dtype=torch.float16)
+    mine = load_expert(str(file), torch.float16, str(folders[0]))
+    expected = [theirs.unet, theirs.text_encoder, theirs.text_encoder_2, theirs.vae]
+    for one, other in zip([mine.model, *mine.text_encoders, mine.load_vae()], expected, strict=True):
+        assert type(one) is type(other)
+        same(one.state_dict(), other.state_dict())
