@@ -67,14 +67,14 @@ def count_stage_flops(model: Any, height: int, width: int, tokens: int | None = 
     tokens:        of the prompt; None: the family's default
     """
     with torch.device("meta"):
-        outline = type(model).from_config(dict(model.config)).eval()
+        meta_model = type(model).from_config(dict(model.config)).eval()
     with torch.no_grad(), _counting() as counter:
-        outline(**call_of(outline, height, width, 1, tokens, device="meta"))
-    names = {id(module): f"{type(outline).__name__}.{name}" for name, module in outline.named_modules()}
+        meta_model(**call_of(meta_model, height, width, 1, tokens, device="meta"))
+    names = {id(module): f"{type(meta_model).__name__}.{name}" for name, module in meta_model.named_modules()}
     counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
     return {
         stage.name: sum(counts.get(names.get(id(module), ""), 0) for module in stage.modules())
-        for stage in FAMILIES[family_of(outline)].stages(outline)
+        for stage in FAMILIES[family_of(meta_model)].stages(meta_model)
     }
 
 

@@ -126,23 +126,23 @@ VAE_FACTOR = 8  # of all known VAEs of SD and SDXL; for denoisers that come with
 class ScreenPlan:
     """What is known before any weights are read.
 
-    settings:   as given
-    specs:      of the experts
-    outlines:   of the experts, as their files describe them
-    first:      the first expert, without its weights
-    lender:     folder whose text encoders and scheduler are used for bare denoisers; None: none needed
-    apart:      reasons why the experts' features cannot be fused, although their predictions can be compared
-    latent:     (C, h, w)
-    resolution: side of the images in pixels
-    images:     number of images
-    source:     of captioned images; None: the experts sample them from prompts
+    settings:     as given
+    specs:        of the experts
+    descriptions: of the experts, as their files describe them
+    first:        the first expert, without its weights
+    donor:        folder whose text encoders and scheduler are used for bare denoisers; None: none needed
+    apart:        why the experts' features cannot be fused, although their predictions can be compared
+    latent:       (C, h, w)
+    resolution:   side of the images in pixels
+    images:       number of images
+    source:       of captioned images; None: the experts sample them from prompts
     """
 
     settings: ScreenSettings
     specs: list[ExpertSpec]
-    outlines: list[ExpertDescription]
+    descriptions: list[ExpertDescription]
     first: Expert
-    lender: str | None
+    donor: str | None
     apart: list[str]
     latent: tuple[int, int, int]
     resolution: int
@@ -179,9 +179,10 @@ def plan(settings: ScreenSettings) -> ScreenPlan:
     """Read the headers of weight files and list the data. Raises UserError for what would fail later."""
     specs = [ExpertSpec.parse(text, settings.prediction_type) for text in settings.experts]
     check_names(specs)
-    outlines = [describe_expert(spec, settings.config) for spec in specs]
-    experts = [replace(outline.expert) for outline in outlines]  # the outlines stay without what is lent
-    lender = _lender(experts, settings.frame)
+    descriptions = [describe_expert(spec, settings.config) for spec in specs]
+    # Copies: the descriptions stay without what is borrowed.
+    experts = [replace(description.expert) for description in descriptions]
+    donor = _donor(experts, settings.frame)
     reasons = mismatches(experts, features=False)
     if reasons:
         raise UserError("; ".join(reasons) + f". Compare them with: afa inspect {' '.join(settings.experts)}")
@@ -195,9 +196,9 @@ def plan(settings: ScreenSettings) -> ScreenPlan:
     return ScreenPlan(
         settings,
         specs,
-        outlines,
+        descriptions,
         experts[0],
-        lender,
+        donor,
         mismatches(experts),
         *_size(settings, experts[0]),
         images,
@@ -205,11 +206,11 @@ def plan(settings: ScreenSettings) -> ScreenPlan:
     )
 
 
-def _lender(experts: Sequence[Expert], frame: str | None) -> str | None:
+def _donor(experts: Sequence[Expert], frame: str | None) -> str | None:
     """Return the folder that lends text encoders and scheduler to bare denoisers; None if it is not needed.
 
     It is --frame, or the first expert that is a pipeline's folder. The bare denoisers get its text encoders
-    and tokenizers for the comparison. Raises UserError if a bare denoiser has no lender.
+    and tokenizers for the comparison. Raises UserError if a bare denoiser has no donor.
     """
     bare = [expert for expert in experts if not expert.text_encoders]
     if not bare:

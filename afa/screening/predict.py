@@ -49,7 +49,7 @@ class SharedParts:
 
     vae:       of the first expert
     scheduler: of the first expert; errors are in its kind of prediction
-    lender:    folder whose text encoders and scheduler are used for bare denoisers; None: none needed
+    donor:     folder whose text encoders and scheduler are used for bare denoisers; None: none needed
     config:    architecture of single files; None: detected
     dtype:     of the models
     device:    on which they run
@@ -57,14 +57,14 @@ class SharedParts:
 
     vae: Any
     scheduler: Any
-    lender: str | None
+    donor: str | None
     config: str | None
     dtype: torch.dtype
     device: torch.device
 
     def load(self, spec: ExpertSpec) -> Ensemble:
         """Load one expert; its predictions are converted to the scheduler's kind of prediction."""
-        expert = load_single(spec, self.lender, self.dtype, self.config)
+        expert = load_single(spec, self.donor, self.dtype, self.config)
         kind = conversion(Schedule.of(expert.scheduler), Schedule.of(self.scheduler))
         widths = [width_of(encoder) for encoder in expert.text_encoders]
         maker = FAMILIES[expert.family].denoiser
@@ -81,7 +81,7 @@ class SharedParts:
 
 def load_shared_parts(
     first: Expert,
-    lender: str | None,
+    donor: str | None,
     vae: str | None,
     config: str | None,
     dtype: torch.dtype,
@@ -90,17 +90,17 @@ def load_shared_parts(
     """Load what all experts share.
 
     first:  the first expert, without its weights (see experts/description.py)
-    lender: see SharedParts
+    donor: see SharedParts
     vae:    place of a VAE that replaces the first expert's; None: its own
     Raises UserError if there is no VAE or no scheduler.
     """
-    borrowed = None if first.scheduler is not None else load_donor(_folder(first, lender), dtype)
+    borrowed = None if first.scheduler is not None else load_donor(_folder(first, donor), dtype)
     scheduler = first.scheduler if borrowed is None else borrowed.scheduler
     if vae is not None:
         return SharedParts(
             load_vae(locate(ExpertSpec("vae", vae)), config, dtype, like=first),
             scheduler,
-            lender,
+            donor,
             config,
             dtype,
             device,
@@ -108,8 +108,8 @@ def load_shared_parts(
     if first.vae_component is not None:
         found = load_finite_vae(first.vae_component, dtype)
     else:
-        found = (borrowed or load_donor(_folder(first, lender), dtype)).load_vae()
-    return SharedParts(found, scheduler, lender, config, dtype, device)
+        found = (borrowed or load_donor(_folder(first, donor), dtype)).load_vae()
+    return SharedParts(found, scheduler, donor, config, dtype, device)
 
 
 def _folder(expert: Expert, frame: str | None) -> str:
@@ -121,11 +121,11 @@ def _folder(expert: Expert, frame: str | None) -> str:
     return frame
 
 
-def load_single(spec: ExpertSpec, lender: str | None, dtype: torch.dtype, config: str | None) -> Expert:
-    """Load one expert. Raises UserError for a bare denoiser without a lender."""
+def load_single(spec: ExpertSpec, donor: str | None, dtype: torch.dtype, config: str | None) -> Expert:
+    """Load one expert. Raises UserError for a bare denoiser without a donor."""
     (expert,) = load_experts([spec], dtype, config)
     if not expert.text_encoders:
-        borrow_components([expert], _folder(expert, lender), dtype)
+        borrow_components([expert], _folder(expert, donor), dtype)
     return expert
 
 

@@ -55,7 +55,7 @@ def screen(settings: ScreenSettings, planned: ScreenPlan | None = None) -> dict[
     with _workplace(planned) as work:
         frame = load_shared_parts(
             planned.first,
-            planned.lender,
+            planned.donor,
             settings.vae,
             settings.config,
             getattr(torch, settings.dtype),
@@ -213,8 +213,8 @@ def _sources(planned: ScreenPlan) -> list[FileSource] | str:
     """Find the experts' tensors, or return the reason why they cannot be read key by key (pickles)."""
     try:
         return [
-            open_source(spec, planned.settings.config, outline)
-            for spec, outline in zip(planned.specs, planned.outlines, strict=True)
+            open_source(spec, planned.settings.config, description)
+            for spec, description in zip(planned.specs, planned.descriptions, strict=True)
         ]
     except UserError as error:
         return str(error)

@@ -370,8 +370,8 @@ def test_position_ids_never_make_two_text_encoders_unlike(folder, tmp_path):
         tensors = load_file(place / TEXT)
         replace(place / TEXT, tensors | ({} if kept is None else {"embeddings.position_ids": kept}))
         places.append(place)
-    outlines = [describe_expert(ExpertSpec(place.name, str(place))) for place in places]
-    assert shared_text_encoders(outlines) == [[None], ["none"], ["none"], ["none"]]
+    descriptions = [describe_expert(ExpertSpec(place.name, str(place))) for place in places]
+    assert shared_text_encoders(descriptions) == [[None], ["none"], ["none"], ["none"]]
     right = load_expert(str(places[0])).text_encoders[0](torch.arange(24)[None]).last_hidden_state
     for place in places[1:]:
         assert torch.equal(load_expert(str(place)).text_encoders[0](torch.arange(24)[None]).last_hidden_state, right)

@@ -65,7 +65,7 @@ def made(home, tmp_path):
     return make
 
 
-def outline(path, home, given=None):
+def description(path, home, given=None):
     return describe_expert(ExpertSpec.parse(str(path), given), str(home / "configs")).expert
 
 
@@ -77,7 +77,7 @@ def meaning(scheduler):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_keys_are_read_in_every_layout_by_inspection_and_by_loading(layout, keys, made, home):
     path = made(layout, keys)
-    assert meaning(outline(path, home).scheduler) == MEANT[keys]
+    assert meaning(description(path, home).scheduler) == MEANT[keys]
     frame = None if layout == "whole" else str(home / "configs")
     ensemble = Ensemble.from_experts([str(path)], config=str(home / "configs"), frame=frame)
     for scheduler in (ensemble.experts[0].scheduler, ensemble.frame.scheduler, ensemble.pipeline().scheduler):
@@ -89,7 +89,7 @@ def test_keys_are_read_in_every_layout_by_inspection_and_by_loading(layout, keys
 
 
 def test_a_key_that_is_ignored_is_warned_about(made, home, capsys):
-    outline(made("whole", "zero", name="alone"), home)
+    description(made("whole", "zero", name="alone"), home)
     assert "ztsnr is ignored" in capsys.readouterr().err
 
 
@@ -130,8 +130,8 @@ def test_the_header_says_it_where_no_key_does(header, kind, made):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_user_says_it_where_the_file_says_nothing(layout, made, home):
-    assert meaning(outline(made(layout), home, "v_prediction").scheduler) == ("v_prediction", False)
-    assert meaning(outline(made(layout, "zero"), home, "v_prediction").scheduler) == ("v_prediction", True)
+    assert meaning(description(made(layout), home, "v_prediction").scheduler) == ("v_prediction", False)
+    assert meaning(description(made(layout, "zero"), home, "v_prediction").scheduler) == ("v_prediction", True)
 
 
 @pytest.mark.parametrize(
@@ -148,11 +148,11 @@ def test_the_user_says_it_where_the_file_says_nothing(layout, made, home):
 def test_contradictions_are_refused_with_both_values(keys, header, given, made, home):
     """The last: a header against the scheduler of the configs that the user names."""
     with pytest.raises(UserError, match=r"(?s)(v_prediction.*epsilon|epsilon.*v_prediction)"):
-        outline(made("whole", keys, header), home, given)
+        description(made("whole", keys, header), home, given)
 
 
 def test_the_user_settles_what_key_and_header_contradict_in_favour_of_the_key(made, home):
-    assert meaning(outline(made("whole", "v", "epsilon"), home, "v_prediction").scheduler) == ("v_prediction", False)
+    assert meaning(description(made("whole", "v", "epsilon"), home, "v_prediction").scheduler) == ("v_prediction", False)
 
 
 @pytest.mark.parametrize("header", ["sample", "score", "1"])
@@ -166,7 +166,7 @@ def test_a_header_of_an_unknown_kind_is_refused_until_the_user_says_it(header, m
 def test_models_of_edms_noise_are_refused_by_name(key, home, tmp_path):
     save_file(load_file(home / "whole.safetensors") | {key: torch.zeros(1)}, tmp_path / "playground.safetensors")
     with pytest.raises(UserError, match="EDM"):
-        outline(tmp_path / "playground.safetensors", home)
+        description(tmp_path / "playground.safetensors", home)
 
 
 def test_a_folder_that_says_otherwise_than_its_user_is_refused(home):
@@ -199,7 +199,7 @@ def test_a_merge_of_files_that_agree_says_what_they_say(layout, keys, made, home
     with safe_open(files[0], "pt") as file:
         assert names == set(file.keys())  # a U-Net alone stays alone, in its own layout
     assert header == {"epsilon": "epsilon", "v_prediction": "v"}[MEANT[keys][0]]
-    assert meaning(outline(merged, home).scheduler) == MEANT[keys]
+    assert meaning(description(merged, home).scheduler) == MEANT[keys]
     first = load_file(files[0])
     assert all(torch.equal(tensor, first[name]) for name, tensor in load_file(merged).items())
 

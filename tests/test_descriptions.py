@@ -31,12 +31,12 @@ def photo(experts, tmp_path):
     return Path(shutil.copytree(experts / "photo", tmp_path / "photo"))
 
 
-def outline(place, config=None):
+def description(place, config=None):
     return describe_expert(ExpertSpec.parse(str(place)), None if config is None else str(config))
 
 
 def shared(*places, config=None):
-    return [same for (same,) in shared_text_encoders([outline(place, config) for place in places])]
+    return [same for (same,) in shared_text_encoders([description(place, config) for place in places])]
 
 
 def shapes(model):
@@ -45,24 +45,24 @@ def shapes(model):
 
 class TestOutlines:
     def test_a_folder_has_the_shapes_it_loads_with(self, experts):
-        found, stock = outline(experts / "photo"), pipe(0)
+        found, stock = description(experts / "photo"), pipe(0)
         assert all(shapes(part) == shapes(getattr(stock, name)) for name, part in found.parts.items())
         assert set(found.parts) == {"unet", "text_encoder", "vae"}
 
     def test_a_single_file_has_the_shapes_of_its_folder(self, experts):
-        single, folder = outline(experts / "photo.safetensors", experts / "configs"), outline(experts / "photo")
+        single, folder = description(experts / "photo.safetensors", experts / "configs"), description(experts / "photo")
         assert all(shapes(part) == shapes(single.parts[name]) for name, part in folder.parts.items())
 
     @pytest.mark.parametrize("config", ["sd15", "sd21", "sdxl"])
     def test_a_real_single_file_is_complete_to_the_last_weight(self, tmp_path, config):
         tensors = original(config)
-        whole = outline(write_sparse(tmp_path / "whole.safetensors", tensors))
+        whole = description(write_sparse(tmp_path / "whole.safetensors", tensors))
         assert (whole.config, whole.denoiser.dtype) == (config, "float16")
         ends = ("time_embed.0.bias", "label_emb.0.0.weight", "encoder.conv_in.weight", "final_layer_norm.bias", "ln_final.bias")
         for lost in [name for name in tensors if name.endswith(ends)]:
             write_sparse(tmp_path / "partly.safetensors", {name: tensor for name, tensor in tensors.items() if name != lost})
             with pytest.raises(UserError, match=r"partly.safetensors .* (lacks 1 of|is incomplete)"):
-                outline(tmp_path / "partly.safetensors")
+                description(tmp_path / "partly.safetensors")
 
     def test_no_weights_are_read(self, tmp_path):
         """A file of 2 GB is neither read nor allocated."""
@@ -70,9 +70,9 @@ class TestOutlines:
         if not io.exists():
             pytest.skip("needs /proc/self/io")
         file = write_sparse(tmp_path / "real.safetensors", original("sd15"))
-        outline(file)  # what is imported is not counted
+        description(file)  # what is imported is not counted
         before = int(io.read_text().split()[1])
-        found = outline(file)
+        found = description(file)
         assert file.stat().st_size > 2e9
         assert int(io.read_text().split()[1]) - before < 20e6
         assert all(tensor.is_meta for part in found.parts.values() for tensor in part.state_dict().values())
@@ -110,7 +110,7 @@ class TestTextEncoders:
 class TestRefusals:
     def refused(self, place, message, config=None):
         with pytest.raises(UserError, match=message) as raised:
-            outline(place, config)
+            description(place, config)
         assert "\n" not in str(raised.value)
 
     @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
@@ -137,7 +137,7 @@ class TestRefusals:
         sd_unet(0, **UNET).save_pretrained(photo / "unet", max_shard_size="200KB")
         shards = sorted((photo / "unet").glob("*-of-*"))
         assert len(shards) > 1
-        assert outline(photo).denoiser.dtype == "float32"
+        assert description(photo).denoiser.dtype == "float32"
         shards[0].unlink()
         self.refused(photo, f"lacks {shards[0].name}, one of {len(shards)} files")
 
@@ -165,7 +165,7 @@ class TestRefusals:
 
     def test_a_lora_file_that_is_cut_off(self, experts, tmp_path):
         lora = write_lora(sd_pipeline(0), tmp_path / "style.safetensors")
-        outline(f"styled={experts / 'photo'}+{lora}")
+        description(f"styled={experts / 'photo'}+{lora}")
         os.truncate(lora, lora.stat().st_size - 4)
         self.refused(f"styled={experts / 'photo'}+{lora}", "style.safetensors is cut off")
 
@@ -179,16 +179,16 @@ class TestAccepted:
         shutil.rmtree(photo / "vae")
         write_single_file(pipe(0), tmp_path / "bare.safetensors", vae=False)
         for place in (photo, tmp_path / "bare.safetensors"):
-            assert outline(place, experts / "configs").expert.vae is None
+            assert description(place, experts / "configs").expert.vae is None
 
     def test_a_denoiser_alone(self, photo):
-        assert outline(photo / "unet").expert.text_encoders == []
+        assert description(photo / "unet").expert.text_encoders == []
 
     def test_pickled_weights_are_refused(self, photo):
         (photo / UNET_FILE).unlink()
         (photo / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"no pickle at all")
         with pytest.raises(UserError, match=r"pickled \(diffusion_pytorch_model.bin\)"):
-            outline(photo)
+            description(photo)
 
     def test_names_of_older_versions(self, photo):
         """Attention of VAEs and the inner model of text encoders once had other names; loaders know them."""
@@ -206,5 +206,5 @@ class TestAccepted:
 
         edit(photo / "vae/diffusion_pytorch_model.safetensors", rename)
         edit(photo / "text_encoder/model.safetensors", wrap)
-        outline(photo)
+        description(photo)
         Ensemble.from_experts([str(photo)]).pipeline()
