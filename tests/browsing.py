@@ -19,6 +19,11 @@ DRIVER = shutil.which("chromedriver")
 FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-dev-shm-usage --hide-scrollbars --disable-component-update --disable-sync""".split()
 WIDE, PHONE = (1400, 1000), (390, 844)
+# A run of pictures that are there already is over between two looks at the button, so its changes are counted.
+COUNT_RUNS = """
+window.afaRuns = 0;
+new MutationObserver(() => { window.afaRuns += 1; }).observe(document.querySelector("#afa-run"), {attributes: true, attributeFilter: ["disabled"]});
+"""
 MOVE = """const set = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set; set.call(arguments[0], arguments[1]);
     arguments[0].dispatchEvent(new Event('input', {bubbles: true})); arguments[0].dispatchEvent(new Event('pointerup', {bubbles: true}));"""
 
@@ -99,8 +104,9 @@ class Browser:
 
     def create(self, end: str = "Done") -> None:
         """Press the button, wait for the end and for what follows it."""
+        self.driver.execute_script(COUNT_RUNS)
         self.press("#afa-run")
-        self.wait(lambda: not self.find("#afa-run").is_enabled())
+        self.wait(lambda: self.driver.execute_script("return window.afaRuns"))
         self.wait(lambda: end in self.text("#afa-status") and self.find("#afa-run").is_enabled())
 
     def drawn(self, selector: str) -> list[int]:

@@ -146,7 +146,7 @@ def test_zero_snr_is_converted_and_trained_without_an_infinite_number():
     for pair in ((USUAL, zero), (zero, DDIMScheduler(**{**SD, "prediction_type": "epsilon"}))):
         conversion = combined(*pair, placement="out").denoiser.conversions[1]
         for time in (0.0, 500.0, 999.0):
-            assert conversion.answer(prediction, noisy, torch.tensor(time)).isfinite().all()
+            assert conversion.to_frame(prediction, noisy, torch.tensor(time)).isfinite().all()
     noising = Noising(zero, Latents({"latent_channels": 4, "scaling_factor": 1.0, "block_out_channels": (1,)}), torch.device("cpu"))
     last = torch.tensor([999])
     assert noising.ratio(last).isfinite().all() and noising.min_snr(last, 5.0).isfinite().all()
