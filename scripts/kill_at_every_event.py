@@ -444,11 +444,19 @@ def warm_up() -> None:
         diffusers.DDIMScheduler,
     )
     _ = transformers.CLIPTextModel, transformers.CLIPTokenizerFast
-    rooms = "training.run controls.run generation.run evaluation.run evaluation.report.files merging.engine merging.search screening.run"
-    for module in [
-        *COMMANDS.values(),
-        *(f"afa.{room}" for room in f"{rooms} explanation.run screening.report demo.draw".split()),
-    ]:
+    import afa.demo.scenes
+    import afa.evaluation.report.files
+    import afa.evaluation.run
+    import afa.explanation.run
+    import afa.generation.run
+    import afa.merging.engine
+    import afa.merging.search
+    import afa.screening.report
+    import afa.screening.run
+    import afa.training.finetune
+    import afa.training.run  # noqa: F401
+
+    for module in COMMANDS.values():
         importlib.import_module(module)
 
 

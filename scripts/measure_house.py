@@ -158,7 +158,9 @@ def main() -> None:
     """Print the measurements of the checkout that is named, or of this one."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     here = Path(__file__).resolve().parent.parent
-    parser.add_argument("checkout", nargs="?", type=Path, default=here, help="a checkout of afa (default: this)")
+    parser.add_argument(
+        "checkout", nargs="?", type=Path, default=here, help="a checkout of afa (default: this)"
+    )
     checkout = parser.parse_args().checkout
     if not (checkout / "afa").is_dir():
         parser.error(f"{checkout} has no folder afa; give the folder of a checkout")

@@ -56,6 +56,32 @@ def test_only_the_edges_import_the_demonstration(graph):
     assert importers <= {"demo", "cli", "webui"}
 
 
+def imports_of_afa(file: Path) -> Iterator[str]:
+    """Yield the dotted names of all modules, and of what is taken from them."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == "afa")
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "afa":
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def there_is(name: str) -> bool:
+    """Whether a module of this name exists, or a module that defines it, by its source alone."""
+    place = ROOT.parent / name.replace(".", "/")
+    if place.is_dir() or place.with_suffix(".py").is_file():
+        return True
+    file = place.parent.with_suffix(".py")
+    file = file if file.is_file() else place.parent / "__init__.py"
+    return file.is_file() and re.search(rf"\b{place.name}\b", file.read_text()) is not None
+
+
+@pytest.mark.parametrize("folder", ["scripts", "benchmarks", "docs"])
+def test_programs_outside_the_package_import_what_exists(folder):
+    files = sorted((ROOT.parent / folder).rglob("*.py"))
+    assert [f"{file.name}: {name}" for file in files for name in imports_of_afa(file) if not there_is(name)] == []
+    assert not there_is("afa.controls.run") and not there_is("afa.training.run.walk_of_stages")
+
+
 def kernel_files() -> Iterator[tuple[Path, ast.Module]]:
     for room in sorted(KERNEL):
         for file in sorted((ROOT / room).glob("*.py")):
