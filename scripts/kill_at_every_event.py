@@ -32,6 +32,7 @@ from safetensors import safe_open
 
 from afa.cli.main import COMMANDS, main
 from afa.demo.data import ENSEMBLE, EXPERTS
+from afa.store import META, RowStore
 
 QUIET = {
     "OMP_NUM_THREADS": "1",
@@ -284,16 +285,20 @@ def contents(folder: Path) -> dict[str, Any]:
         name = path.relative_to(folder).as_posix()
         if path.is_dir() or name.startswith("cache/"):  # a cache may hold more than is needed, in any order
             continue
-        if "/features/" in f"/{name}" and path.suffix == ".npz":  # shards have random names
-            with np.load(path) as shard:
-                rows = {
-                    key.tobytes().hex(): row.tobytes()
-                    for key, row in zip(shard["keys"], shard["features"], strict=True)
-                }
-            found.setdefault("features", {}).update(rows)
+        if (path.parent / META).exists():  # which files rows lie in depends on when a run was killed
+            if path.name == META:
+                found[name] = rows(path.parent)
         else:
             found[name] = content(path)
     return found
+
+
+def rows(folder: Path) -> dict[str, bytes]:
+    """What a store of rows keeps, by key."""
+    store = RowStore.existing(folder)
+    assert store is not None
+    keys = {key for file in folder.glob("*.keys") for key in file.read_text().split()}
+    return {key: store.read([key]).numpy().tobytes() for key in sorted(keys) if key in store}
 
 
 def content(path: Path) -> Any:
