@@ -283,3 +283,38 @@ def test_a_clip_folder_without_its_text_projection_is_refused(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(UserError, match=r"lacks 1 weights of a CLIPModel \(first: text_projection.weight\)"):
         make_metric("clip_t", resources(tmp_path))
+
+
+def spoilt(tensors, part):
+    """A checkpoint with one number that is none."""
+    return {name: torch.full_like(tensor, torch.nan) if part in name else tensor for name, tensor in tensors.items()}
+
+
+def nan_in_a_folder(home, weights):
+    model = clip_model()
+    model.save_pretrained(home, state_dict=spoilt(model.state_dict(), "text_projection.weight"))
+    return home
+
+
+def nan_in_a_head(home, weights):
+    torch.save(spoilt(random_tensors(head_shapes(768), scale=0.1), "layers.7.bias"), home / "head.pth")
+    return f"{home / 'head.pth'},{weights['aesthetic'].partition(',')[2]}"
+
+
+def nan_in_open_clip(home, weights):
+    torch.save({"state_dict": spoilt(open_clip_tensors(), "ln_final.bias")}, home / "hps.pt")
+    return home / "hps.pt"
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "tensor"),
+    [
+        ("clip_t", nan_in_a_folder, "text_projection.weight"),
+        ("aesthetic", nan_in_a_head, "layers.7.bias"),
+        ("hpsv2", nan_in_open_clip, "final_layer_norm.bias"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(name, make, tensor, weights, tmp_path):
+    metric = make_metric(name, resources(make(tmp_path, weights)))
+    with pytest.raises(UserError, match=rf"{tensor} is not finite"):
+        metric.score(pictures())

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from afa.errors import UserError
-from afa.experts.headers import check_fit, load_tensors, read_header
+from afa.experts.headers import check_finite, check_fit, load_tensors, read_header
 from afa.files import sha256
 
 HUB_PLACE = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w./+-]+)?")
@@ -243,7 +243,8 @@ def network_loader(
     """Check the weights of a network, and return a function that loads it on a device.
 
     The network is in float32 and in eval mode; unknown tensors are ignored.
-    Raises UserError at once if a file lacks weights, or has them in other shapes.
+    Raises UserError at once if a file lacks weights, or has them in other shapes; and when it loads them, if
+    they hold NaN or infinity.
     """
     with torch.device("meta"):
         network = build()
@@ -253,6 +254,7 @@ def network_loader(
         wanted = {name: tensors[name] for name in network.state_dict()}
         single = {name: one.float() if one.is_floating_point() else one for name, one in wanted.items()}
         network.load_state_dict(single, assign=True)
+        check_finite(network, str(where))
         return network.to(device).eval().requires_grad_(False)
 
     return load
@@ -288,7 +290,7 @@ def transformer_loader(
 def _made(maker: Any, source: Path | None, where: Path, **options: Any) -> Any:
     """Load with transformers' own loader, which knows older names.
 
-    Missing or left-over weights are an error.
+    Raises UserError for weights that are missing, or that hold NaN or infinity.
     """
     common = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
     for file in source.glob("*.safetensors") if source else ():
@@ -304,6 +306,8 @@ def _made(maker: Any, source: Path | None, where: Path, **options: Any) -> Any:
             f"{where} lacks {len(missing)} weights of a {maker.__name__} (first: {missing[0]}); "
             "download it again"
         )
+    if "device_map" not in options:  # on the meta device there are no numbers
+        check_finite(model, str(where))
     return model.eval().requires_grad_(False)
 
 
