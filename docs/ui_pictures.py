@@ -3,6 +3,7 @@
 Needs Chromium and its driver, and the development tools (pip install -e '.[dev]').
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +22,9 @@ WIDE = (1400, 1240)  # as high as the results and the weights
 
 
 def main() -> None:
-    more = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("folder", type=Path, nargs="?", help="where more pictures go, to look at")
+    more = flags.parse_args().folder
     with tempfile.TemporaryDirectory() as gallery, serving(UiSettings(output=gallery)) as served:
         browser = Browser()
         try:

@@ -113,9 +113,8 @@ def stage_weights(
     (`others` is for the stages it does not name); or the numbers of all stages in order, with or without
     `base` in front; or a preset's name, a string of numbers, a TOML file; or a list of such strings, one per
     expert.
-    base_alpha: the second of two experts' share of `base`, where the weights do not say it. What nobody says
-    of `base` is the first expert's. Raises UserError for unknown stages, wrong numbers of weights, and what
-    is no share.
+    base_alpha: the second of two experts' share of `base`, if `given` has none; None: 0
+    Raises UserError for unknown stages, wrong numbers of weights, and what is no share.
     """
     stages = tuple(stages)
     listed = isinstance(given, Sequence) and all(isinstance(one, str) for one in given)

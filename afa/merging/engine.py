@@ -141,8 +141,8 @@ def metadata(plan: MergePlan, hashes: Hashes) -> dict[str, str]:
         "modelspec.prediction_type": {V: "v", EPSILON: "epsilon"}.get(kind),
         "modelspec.architecture": architecture,
     }
-    told = {name: text for name, text in found.items() if text is not None}
-    return told | (carried_configs(plan) if plan.settings.single_file else {})
+    known = {name: text for name, text in found.items() if text is not None}
+    return known | (carried_configs(plan) if plan.settings.single_file else {})
 
 
 def _described_step(planned: PlannedStep, plan: MergePlan, hashes: Hashes) -> dict[str, Any]:

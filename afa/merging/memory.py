@@ -38,8 +38,8 @@ class PartsMerge:
             if ids is not None and ids.is_floating_point():  # as merging programs leave them
                 whole = torch.arange(ids.numel(), device=ids.device)
                 module._buffers["position_ids"] = whole.reshape(ids.shape)
-        everyone = [*experts, *([base] if base is not None else [])]
-        self._models = [state(parts) for parts in everyone]  # the base is the last
+        models = [*experts, *([base] if base is not None else [])]
+        self._models = [state(parts) for parts in models]  # the base is the last
         shapes = [{key: tensor.shape for key, tensor in model.items()} for model in self._models]
         for its, name in zip(shapes[1:], names[1:], strict=False):
             check_same_keys(shapes[0], its, name, names[0])
@@ -94,10 +94,10 @@ class InMemoryMerge:
         vae: str | None = None,
         merge_vae: bool = False,
     ) -> None:
-        everyone = [*experts, *([base] if base is not None else [])]
-        check_experts(everyone)
-        parts = [expert_parts(expert, merge_vae) for expert in everyone]
-        names = [expert.name for expert in everyone]
+        models = [*experts, *([base] if base is not None else [])]
+        check_experts(models)
+        parts = [expert_parts(expert, merge_vae) for expert in models]
+        names = [expert.name for expert in models]
         self._merge = PartsMerge(parts[: len(experts)], names, parts[-1] if base is not None else None)
         self.stages = self._merge.stages
         merged = self._merge.parts
@@ -162,14 +162,14 @@ def merge_pipelines(
     Returns the new pipeline. Raises UserError for pipelines or options that do not fit.
     """
     check_merge(method, len(pipelines), base is not None, options)
-    everyone = [*pipelines, *([base] if base is not None else [])]
+    models = [*pipelines, *([base] if base is not None else [])]
     names = [f"pipeline {place}" for place in range(len(pipelines))] + ["base"] * (base is not None)
-    parts = [pipeline_parts(pipe, merge_vae) for pipe in everyone]
+    parts = [pipeline_parts(pipe, merge_vae) for pipe in models]
     for own, name in zip(parts, names, strict=True):
         if own.keys() != parts[0].keys():
             theirs, mine = ", ".join(own), ", ".join(parts[0])
             raise UserError(f"'{name}' cannot join '{names[0]}': it has {theirs}, expected {mine}")
-    experts = zip(map(load_expert, everyone), names, strict=True)
+    experts = zip(map(load_expert, models), names, strict=True)
     check_experts([dataclasses.replace(expert, name=name) for expert, name in experts])
     merge = PartsMerge(parts[: len(pipelines)], names, parts[-1] if base is not None else None)
     merge.apply(method, **options)
@@ -213,7 +213,7 @@ def pipeline_parts(pipe: Any, vae: bool) -> dict[str, nn.Module]:
 
 
 def _vae_of(experts: Sequence[Expert], name: str | None) -> nn.Module | None:
-    """The chosen expert's VAE; None if the first has none and nobody was chosen."""
+    """The chosen expert's VAE; None if the first has none and no expert was chosen."""
     names = [expert.name for expert in experts]
     if name is not None and name not in names:
         raise UserError(f"vae='{name}' is no expert's name; these are {', '.join(names)}")

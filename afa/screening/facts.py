@@ -62,8 +62,8 @@ def _judged(
     comparison: ExpertComparison, apart: Distances | str, average: AnswerStore | str
 ) -> dict[str, Any]:
     """Return what can be computed only with captioned images."""
-    everyone = comparison.routed(range(len(comparison.names)))
-    room, by_band = comparison.gains(everyone)
+    all_experts = comparison.routed(range(len(comparison.names)))
+    room, by_band = comparison.gains(all_experts)
     lost = leave_one_out(comparison)
     averaged = None
     if not isinstance(average, str):

@@ -89,9 +89,9 @@ def load_shared_parts(
 ) -> SharedParts:  # fmt: skip
     """Load what all experts share.
 
-    first:  the first expert, without its weights (see experts/description.py)
+    first: the first expert, without its weights (see experts/description.py)
     donor: see SharedParts
-    vae:    place of a VAE that replaces the first expert's; None: its own
+    vae:   place of a VAE that replaces the first expert's; None: its own
     Raises UserError if there is no VAE or no scheduler.
     """
     borrowed = None if first.scheduler is not None else load_donor(_folder(first, donor), dtype)
@@ -116,7 +116,7 @@ def _folder(expert: Expert, frame: str | None) -> str:
     if frame is None:
         raise UserError(
             f"expert '{expert.name}' lacks a VAE, text encoders or a scheduler;"
-            " name a pipeline's folder that lends them: --frame FOLDER"
+            " name a pipeline's folder that has them: --frame FOLDER"
         )
     return frame
 

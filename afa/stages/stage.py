@@ -62,10 +62,10 @@ class Stage(ABC):
     ) -> tuple[Tensor, StageContext]:
         """Run the stage.
 
-        hidden: (B, C_in, H, W) features
-        context:  of this expert; never changed in place, since the backward pass may run a stage again
-        skip:   (B, C_skip, H, W) if the stage takes a skip connection
-        size:   (H', W') output size of an upsampler; None: twice the input
+        hidden:  (B, C_in, H, W) features
+        context: of this expert; never changed in place, since the backward pass may run a stage again
+        skip:    (B, C_skip, H, W) if the stage takes a skip connection
+        size:    (H', W') output size of an upsampler; None: twice the input
         Returns features (B, channels, H', W') and the context for the next stage.
         """
 
