@@ -1,13 +1,15 @@
 """A component that afa fills with weights is the one that its library loads, to the bit."""
 
 import json
+import shutil
 
 import diffusers
 import pytest
 import torch
 import transformers
 from merging_models import saved, sdxl
-from tiny import sdxl_pipeline
+from safetensors.torch import load_file, save_file
+from tiny import sd_pipeline, sdxl_pipeline
 from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
 from afa.experts.description import describe
@@ -83,3 +85,24 @@ def test_a_single_file_is_what_diffusers_makes_of_it(tmp_path):
     for one, other in zip([mine.model, *mine.text_encoders, mine.load_vae()], expected, strict=True):
         assert type(one) is type(other)
         same(one.state_dict(), other.state_dict())
+
+
+def old_names(name):
+    """As the first diffusers folders of Stable Diffusion 1.x call a VAE's attention."""
+    for now, then in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        name = name.replace(f"attentions.0.{now}.", f"attentions.0.{then}.")
+    return name
+
+
+def test_a_folder_of_the_first_diffusers_is_the_same_expert(tmp_path):
+    sd_pipeline(0).save_pretrained(tmp_path / "now")
+    shutil.copytree(tmp_path / "now", tmp_path / "then")
+    vae, text = tmp_path / "then/vae/diffusion_pytorch_model.safetensors", tmp_path / "then/text_encoder/model.safetensors"
+    renamed = {old_names(name): tensor for name, tensor in load_file(vae).items()}
+    assert sum("query" in name for name in renamed) == 4  # weight and bias, in encoder and decoder
+    save_file(renamed, vae)
+    prefixed = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(text).items()}
+    save_file(prefixed | {"text_model.embeddings.position_ids": torch.arange(8)[None]}, text)
+    now, then = (load_expert(str(tmp_path / name)) for name in ("now", "then"))  # each alone, so that nothing is shared
+    same(then.load_vae().state_dict(), now.load_vae().state_dict())
+    same(then.text_encoders[0].state_dict(), now.text_encoders[0].state_dict())
