@@ -1,8 +1,6 @@
 """The model card of an ensemble, README.md in its folder."""
 
-from collections.abc import Mapping
-from typing import Any
-
+from afa.checkpoint.gains import gains
 from afa.checkpoint.manifest import ExpertEntry, Manifest
 from afa.places import HUB_ID, markdown_words, public_place
 from afa.stats import Estimate
@@ -69,59 +67,6 @@ def model_card(manifest: Manifest) -> str:
             f"{part} of {markdown_words(public_place(choice))}" for part, choice in manifest.frame.items()
         ),
         training=_training(manifest),
-    )
-
-
-def gains(record: Mapping[str, Any]) -> list[str]:
-    """What a training gained over the best expert and over the untrained ensemble, in sentences.
-
-    An untrained ensemble often has most of the gain over the best expert, so both are shown.
-
-    record: of the training, as in the manifest
-    """
-    best = Estimate(**record["difference_to_best_expert"])
-    against = f"{best.verdict} that of its best expert, {record['best_expert']}"
-    found = [
-        (
-            f"The trained ensemble's loss is {against}: {best.words(5, signed=True)}, "
-            f"paired over the held-out images{best.too_few('image')}."
-        )
-    ]
-    for key, what, short in (
-        ("difference_to_untrained_mean", "the untrained ensemble", "untrained"),
-        ("difference_to_start", "the ensemble it was begun with", "before"),
-    ):
-        if key in record:
-            found.append(_learnt(Estimate(**record[key]), best, what, short))
-    return found
-
-
-def _learnt(change: Estimate, best: Estimate, what: str, short: str) -> str:
-    """What training itself changed, in a sentence.
-
-    change: the trained loss minus that of `what`
-    best:   the trained loss minus that of the best expert
-    what:   the ensemble before training
-    short:  the same in one word
-    """
-    figures = f"{change.words(5, signed=True)}, paired"
-    if change.verdict == "higher than":
-        return f"Training made it worse than {short}: {figures}."
-    if change.verdict != "lower than":
-        return (
-            f"Nothing was learnt that these images show: no better than {short}: "
-            f"{figures}{change.too_few('image')}."
-        )
-    before = best.value - change.value  # of the ensemble before training, minus the best expert's
-    share = (
-        f"; {100 * before / best.value:.0f} % of the gain over the best expert was there {short}"
-        if best.value < 0 and before < 0
-        else ""
-    )
-    return (
-        f"It is lower than that of {what}, too: {figures}{share}."
-        if best.value < 0
-        else f"It is lower than that of {what}: {figures}."
     )
 
 

@@ -123,7 +123,10 @@ class TrainingRecord(TypedDict, total=False):
     held_out_loss: dict[str, Loss]
     best_expert: str
     difference_to_best_expert: Loss
-    difference_to_untrained_mean: Loss
+    difference_to_untrained: Loss
+    difference_to_untrained_mean: Loss  # the same, in earlier records
+    difference_to_start: Loss
+    weights_moved: Score | None
     history: list[Measurement]
     left_out: dict[str, Count]
 

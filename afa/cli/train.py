@@ -77,7 +77,7 @@ def _duration(seconds: float) -> str:
 
 def _result(record: dict[str, Any], output: str) -> str:
     """Format the measured result as a table and a sentence."""
-    from afa.checkpoint.card import gains
+    from afa.checkpoint.gains import gains
     from afa.stats import Estimate
 
     lines = [f"held-out loss (95 % interval, n = {record['held_out_loss']['trained']['n']})"]

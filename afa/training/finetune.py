@@ -233,9 +233,9 @@ def finetune(
 def _finetune(settings: LoraSettings, work: TrainingPlan, rank: int, keep: Path | None) -> dict[str, Any]:
     accelerator = make_accelerator(settings)
     trainer = make_trainer(work, accelerator, lambda alone: add_lora(alone.denoiser.experts[0], rank))
-    before = trainer.held_out_losses()
     progress = trainer.train()
-    after = trainer.held_out_losses()
+    assert trainer.before is not None
+    before, after = trainer.before.losses, trainer.held_out_losses()
     record = {
         **run_record(trainer, progress, {"trained": after, "expert": before}),
         "rank": rank,

@@ -21,7 +21,7 @@ from afa.schema import Score, build
 from afa.training.conditions import Conditions
 from afa.training.data import Encoded
 from afa.training.log import LOG, Monitor
-from afa.training.measure import HeldOut
+from afa.training.measure import Before, HeldOut, Measured
 from afa.training.noise import Batch
 from afa.training.objective_terms import Objectives
 from afa.training.objectives import Pass
@@ -122,6 +122,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(self.parameters, settings.lr, weight_decay=settings.weight_decay)
         self.average = EMAModel(self.parameters, decay=settings.ema)
         self.progress = Progress()
+        self.before: Before | None = None
         self.best: list[Tensor] = [parameter.detach().clone() for parameter in self.parameters]
 
     def train(self) -> Progress:
@@ -129,7 +130,7 @@ class Trainer:
 
         Raises KeyboardInterrupt after Ctrl-C, once the state is saved.
         """
-        self._resume()
+        first = self._resume()
         self._resumed = time.monotonic() - self.progress.seconds
         self.monitor.begin(self.progress.step, measured=bool(self.progress.history))
         self.denoiser.train()
@@ -144,7 +145,7 @@ class Trainer:
         with interruptible() as interrupted, bar:
             while self.progress.step < self.settings.steps and not self._stopped_falling():
                 if self.progress.step == 0 and not self.progress.history:
-                    self._evaluate(None)
+                    self._evaluate(None, first)
                 loss = self._step()
                 bar.update()
                 bar.set_postfix(
@@ -268,13 +269,16 @@ class Trainer:
             f"no finite gradient for {PERSISTS} steps in a row, up to step {progress.step}: {reason}"
         )
 
-    def _evaluate(self, training_loss: float | None) -> None:
-        """Measure the average of the trained weights, and keep it if it is the best so far."""
+    def _evaluate(self, training_loss: float | None, measured: Measured | None = None) -> None:
+        """Measure the average of the trained weights, and keep it if it is the best so far.
+
+        measured: the measurement, if it was made already
+        """
         progress, settings = self.progress, self.settings
         if progress.step:
             self.average.store(self.parameters)
             self.average.copy_to(self.parameters)
-        measured = self.held_out.measure(self.denoiser, whole=True)
+        measured = measured or self.held_out.measure(self.denoiser, whole=True)
         entry: dict[str, Any] = {
             "step": progress.step,
             "training_loss": training_loss,
@@ -318,16 +322,25 @@ class Trainer:
                 "progress": asdict(self.progress),
             }
             shared = {"data": self.data.digest, "aggregators": self.trained.state_dict(), "best": self.best}
-            save_state(self.settings, self.begun, {**shared, **state})
+            assert self.before is not None
+            save_state(self.settings, self.begun, {**shared, **state, "before": self.before.as_state()})
 
-    def _resume(self) -> None:
-        """Restore the saved state, if there is one.
+    def _resume(self) -> Measured | None:
+        """Restore the saved state, if there is one; else measure what is there before the first step.
 
-        Raises UserError if it is of other data, or of other kinds or shapes of parts.
+        Returns that measurement; None if it was made before.
+        Raises UserError if the state is of other data, or of other kinds or shapes of parts.
         """
-        state = load_state(self.settings, self.begun, self.accelerator.device)
-        if state is None:
-            return
+        state, first = load_state(self.settings, self.begun, self.accelerator.device), None
+        if state is None or "before" not in state:  # of an earlier version
+            first = self.held_out.measure(self.denoiser, whole=True)
+            self.before = Before(first.losses, first.maps, self.held_out.experts(self.denoiser))
+        if state is not None:
+            self._restore(state)
+        return first
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Put a saved state in place."""
         file = state_file(self.settings)
         try:
             if str(state["data"]) != self.data.digest:
@@ -349,6 +362,7 @@ class Trainer:
                 if [tensor.shape for tensor in column] != [parameter.shape for parameter in self.parameters]:
                     raise ValueError("its tensors are of other shapes")
             self.best, self.progress = state["best"], build(Progress, state["progress"], file, "progress")
+            self.before = self.before or Before.of_state(state["before"], len(self.held_out.data))
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{file} is no state of this run ({reason}); delete it to begin again") from None

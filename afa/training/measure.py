@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from afa.denoiser.hooks import only_expert, record_weights
 from afa.training.conditions import Conditions
@@ -124,6 +125,19 @@ class RoutingSums:
 
 
 SEED = 777  # of the held-out noise: the same for every run, so that runs can be compared
+PARTS = 4  # a weight map is kept as the means of 4 × 4 parts, so that maps of different steps can be compared
+
+
+def in_parts(maps: Mapping[str, Tensor]) -> Tensor:
+    """Return the weight maps of one pass, averaged over 4 × 4 parts of the image: (B, K) float16.
+
+    maps: (B, N, H, W) by stage
+    """
+    parts = [
+        adaptive_avg_pool2d(weights, (min(PARTS, weights.shape[2]), min(PARTS, weights.shape[3]))).flatten(1)
+        for weights in maps.values()
+    ]
+    return torch.cat(parts, dim=1).half()
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,7 @@ class Measured:
     routing:   weights of the experts; None if nothing is fused
     terms:     mean of each term of the objective
     objective: weighted sum of the terms; the best weights minimise it
+    maps:      (n, K) weights of the experts at all stages, see in_parts; None if nothing is fused
     """
 
     losses: NDArray[np.float64]
@@ -142,6 +157,7 @@ class Measured:
     routing: Routing | None
     terms: dict[str, float]
     objective: float
+    maps: Tensor | None = None
 
     @property
     def loss(self) -> float:
@@ -151,6 +167,40 @@ class Measured:
         """Return the mean loss of each band, from little noise to much; None for a band without images."""
         of_bands = [self.losses[self.bands == band] for band in range(BANDS)]
         return [float(losses.mean()) if len(losses) else None for losses in of_bands]
+
+
+@dataclass(frozen=True)
+class Before:
+    """What the held-out images say before the first step; it is measured once, and saved with the state.
+
+    losses:  (n,) of the model that is trained, as it is then
+    maps:    (n, K) weights of its experts, see in_parts; None if nothing is fused
+    experts: (n,) losses of each expert alone, by name; empty for one expert
+    """
+
+    losses: NDArray[np.float64]
+    maps: Tensor | None
+    experts: dict[str, NDArray[np.float64]]
+
+    def as_state(self) -> dict[str, Any]:
+        """Return it as what torch.save keeps without code."""
+        experts = {name: losses.tolist() for name, losses in self.experts.items()}
+        return {"losses": self.losses.tolist(), "maps": self.maps, "experts": experts}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], images: int) -> "Before":
+        """Return what as_state() made. Raises ValueError if it is not of that many images."""
+        experts = {name: np.asarray(losses, np.float64) for name, losses in state["experts"].items()}
+        own, maps = np.asarray(state["losses"], np.float64), state["maps"]
+        if any(losses.shape != (images,) for losses in (own, *experts.values())):
+            raise ValueError(f"it was not measured on {images} held-out images")
+        return cls(own, None if maps is None else maps.cpu(), experts)
+
+    def moved(self, after: Measured) -> float | None:
+        """Return the mean absolute change of the experts' weights since; None if nothing is fused."""
+        if self.maps is None or after.maps is None:
+            return None
+        return float((after.maps.float() - self.maps.float()).abs().mean())
 
 
 class HeldOut:
@@ -173,6 +223,7 @@ class HeldOut:
         whole: also measure the other terms of the objective, and the weights if several experts are fused
         """
         losses: list[Tensor] = []
+        parts: list[Tensor] = []
         others: list[dict[str, Tensor]] = []
         sums = RoutingSums(denoiser.names, denoiser.fused) if whole and len(denoiser.names) > 1 else None
         for start in range(0, len(self.data), self.batch_size):
@@ -188,6 +239,7 @@ class HeldOut:
                     others.append(self.total.losses(work))
             if sums is not None and maps is not None:
                 sums.add(maps.maps[0], self.bands[start:stop])
+                parts.append(in_parts(maps.maps[0]))
         terms = {
             name: torch.cat([part[name] for part in others]).double().cpu()
             for name in (others[0] if others else ())
@@ -195,7 +247,16 @@ class HeldOut:
         found = torch.cat(losses).double().cpu().numpy()
         means = {name: float(values.mean()) for name, values in terms.items()}
         whole_loss = float(self.total.sum(terms).mean()) if terms else float(found.mean())
-        return Measured(found, self.bands, None if sums is None else sums.result(), means, whole_loss)
+        routing = None if sums is None else sums.result()
+        return Measured(found, self.bands, routing, means, whole_loss, torch.cat(parts) if parts else None)
+
+    def experts(self, denoiser: Any) -> dict[str, NDArray[np.float64]]:
+        """Return the losses (n,) of each expert alone, by name; of one expert nothing."""
+        found = {}
+        for name in denoiser.names if len(denoiser.names) > 1 else ():
+            with only_expert(denoiser, name):
+                found[name] = self.measure(denoiser).losses
+        return found
 
     def broken(self, denoiser: Any) -> list[str]:
         """Return the experts whose own predictions on the held-out images are not finite."""

@@ -5,12 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from afa.checkpoint.manifest import MANIFEST, read_manifest
-from afa.denoiser.hooks import only_expert
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
@@ -28,10 +26,8 @@ from afa.training.setup import RUNS, end_run, make_accelerator, make_trainer
 from afa.training.sheets import FOLDER as SHEETS
 from afa.training.state import FOLDER, state_file
 
-BEFORE, STARTED = (
-    "untrained mean",
-    "as it was begun with",
-)  # with what a new ensemble is compared, and one that is trained further
+# with what a new ensemble is compared, and one that is trained further
+UNTRAINED, STARTED = "untrained", "as it was begun with"
 
 
 def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> TrainingPlan:
@@ -132,12 +128,9 @@ def _train(settings: TrainSettings, planned: TrainingPlan) -> dict[str, Any]:
     )
     for expert in planned.ensemble.experts:
         expert.hashes = expert.hashes or ({} if expert.located is None else hash_expert(expert.located))
-    baselines = {BEFORE if settings.start is None else STARTED: trainer.held_out_losses()}
-    for name in trainer.denoiser.names:
-        with only_expert(trainer.denoiser, name):
-            baselines[name] = trainer.held_out_losses()
     progress = trainer.train()
-    record = _record(trainer, progress, baselines) | {"left_out": planned.source.skipped.counts()}
+    before = UNTRAINED if settings.start is None else STARTED
+    record = _record(trainer, progress, before) | {"left_out": planned.source.skipped.counts()}
     if accelerator.is_main_process:
         planned.ensemble.training = record
         planned.ensemble.save(settings.output)
@@ -155,20 +148,20 @@ def _initialise(ensemble: Ensemble) -> nn.Module:
     return denoiser.aggregators
 
 
-def _record(trainer: Trainer, progress: Progress, baselines: dict[str, np.ndarray]) -> dict[str, Any]:
+def _record(trainer: Trainer, progress: Progress, before: str) -> dict[str, Any]:
     """Return what the manifest records; differences are paired over the held-out images.
 
-    baselines: held-out losses (n,) of the ensemble before training, and of each expert alone
+    before: UNTRAINED or STARTED
     """
-    trained = trainer.held_out_losses()
-    best = min(trainer.denoiser.names, key=lambda name: baselines[name].mean())
-    compared = {"difference_to_best_expert": best} | {
-        f"difference_to_{key}": name
-        for key, name in (("untrained_mean", BEFORE), ("start", STARTED))
-        if name in baselines
-    }
+    trained, first = trainer.held_out.measure(trainer.denoiser, whole=True), trainer.before
+    assert first is not None
+    best = min(first.experts, key=lambda name: first.experts[name].mean())
+    to_before = "difference_to_untrained" if before == UNTRAINED else "difference_to_start"
+    losses = {"trained": trained.losses, before: first.losses, **first.experts}
     return {
-        **run_record(trainer, progress, {"trained": trained} | baselines),
+        **run_record(trainer, progress, losses),
         "best_expert": best,
-        **{key: asdict(difference(trained, baselines[name])) for key, name in compared.items()},
+        "difference_to_best_expert": asdict(difference(trained.losses, first.experts[best])),
+        to_before: asdict(difference(trained.losses, first.losses)),
+        "weights_moved": first.moved(trained),
     }
