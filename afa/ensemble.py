@@ -1,5 +1,6 @@
 """The ensemble: experts, their aggregators, and the frame (VAE, tokenizer, scheduler) they work in."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from afa.denoiser.schedule import Conversion, Schedule, conversion, kind_of
 from afa.errors import UserError
 from afa.experts.compatible import kind_mismatches, mismatches, only_predictions, scheduler_mismatches
 from afa.experts.expert import Expert
-from afa.experts.load import borrow_components, load_experts
+from afa.experts.load import borrow_components, load_expert, load_experts
 from afa.frame import Frame
 from afa.lora_loading import equip, load_into
 from afa.models.registry import FAMILIES
@@ -107,6 +108,22 @@ class Ensemble:
         """
         recipe = _recipe(aggregator, aggregator_options, attention_up_to, text_stream)
         return self._combined(self.experts, self.frame, recipe, placement, aggregators)
+
+    def beside(self, other: object) -> "Ensemble":
+        """Make an ensemble of the same experts and one more model, last, in the same frame.
+
+        other: as an expert of from_experts
+        Only predictions are combined; all models stay in memory once.
+        Returns the new ensemble. Raises UserError for a model that does not fit the experts.
+        """
+        added = dataclasses.replace(load_expert(other, self.experts[0].dtype, self.experts[0].config))
+        while not added.name or added.name in self.names:
+            added.name = f"{added.name or 'model'}-2"
+        experts = [*self.experts, added]
+        if not added.text_encoders:
+            borrow_components(experts, None, None)
+        _check(experts, "out", None)
+        return self._combined(experts, self.frame, Recipe("mean"), "out", None)
 
     @classmethod
     def _combined(

@@ -13,7 +13,13 @@ from afa.sampling.sample import Request, Sampling, sample
 
 FIRST = {"single": {"expert": "expert_0"}, "single_in_ensemble": {"expert": "expert_0"}}
 # Blended at every step: else two of three steps are the general expert's alone.
-ALL = {**FIRST, "magicfusion": {"mode": 2, "t0": 0}}
+ALL = {**FIRST, "magicfusion": {"mode": 2, "t0": 0}, "loratorio": {"patch": 2, "temperature": 0.1}}
+
+
+def made(method, ensemble, base=None, **options):
+    """The sampler of a method, with a base model where it needs one: another small model, or the one given."""
+    based = {"base": base or pipelines(4)[3]} if SAMPLING_METHODS[method].based else {}
+    return make_sampler(method, ensemble, **based, **(options or ALL.get(method, {})))
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +38,15 @@ def test_identical_experts_are_the_single_expert(method, kind):
     """To the bit; the mean of three features rounds. SuperDiff's single expert is its own SDE on that expert."""
     pipe = sdxl_pipeline() if kind == "sdxl" else sd_pipeline(prediction_type=kind, **UNET)
     sampling = Sampling(2, 3.0, height=32, width=32)
-    images = make_sampler(method, together([pipe] * 3), **ALL.get(method, {}))([CAT], sampling)
+    images = made(method, together([pipe] * 3), base=pipe)([CAT], sampling)
     alone = make_sampler(method, together([pipe])) if method.startswith("superdiff") else lambda *call: sample(quiet(pipe), *call)
     assert differ(images, alone([CAT], sampling)) <= (1 if method == "feature_mean" else 0)
 
 
-@pytest.mark.parametrize("method", ["noise_average", "timestep_experts", "single_in_ensemble", "magicfusion", "feature_mean"])
+@pytest.mark.parametrize("method", ["noise_average", "timestep_experts", "single_in_ensemble", "magicfusion", "loratorio", "feature_mean"])
 def test_predictions_of_identical_experts_are_that_experts_bit_for_bit(method):
     pipe = sd_pipeline(**UNET)
-    sampler = make_sampler(method, together([pipe] * 3), **ALL.get(method, {}))
+    sampler = made(method, together([pipe] * 3), base=pipe)
     sampler.denoiser.guidance = 3.0
     with torch.no_grad():
         got, expected = (model(**inputs(batch=4)).sample for model in (sampler.denoiser, pipe.unet))
@@ -77,17 +83,17 @@ def test_single_is_the_pipeline_it_came_as(index, ensemble):
     assert np.array_equal(images, sample(stock, [CAT, DOG], SAMPLING))
 
 
-@pytest.mark.parametrize("method", ["random_expert", "noise_average", "feature_mean", "magicfusion", "superdiff_or", "superdiff_and"])
+@pytest.mark.parametrize("method", ["random_expert", "noise_average", "feature_mean", "magicfusion", "loratorio", "superdiff_or", "superdiff_and"])
 def test_the_order_of_experts_changes_nothing_where_the_rule_is_symmetric(method, ensemble, experts):
     options = {"magicfusion": {"mode": 2, "t0": 0, "saliency_reference": "own"}}.get(method, {})
     turned = together([experts[2], experts[0], experts[1]], vae="expert_0", scheduler="expert_0", tokenizer="expert_0")
-    images, others = (make_sampler(method, these, **options)([CAT, FOX], SAMPLING) for these in (ensemble, turned))
+    images, others = (made(method, these, **options)([CAT, FOX], SAMPLING) for these in (ensemble, turned))
     assert differ(images, others) <= 1
 
 
 @pytest.mark.parametrize("method", SAMPLING_METHODS)
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(method, ensemble):
-    sampler = make_sampler(method, ensemble, **ALL.get(method, {}))
+    sampler = made(method, ensemble)
     batch, alone = sampler([CAT, DOG, FOX], SAMPLING), sampler([DOG], SAMPLING)
     assert differ(batch[1:2], alone) <= 1  # batched float32 sums may round differently
     assert differ(batch[1:2], sampler([Request("a dog", 8)], SAMPLING)) > 1
@@ -96,20 +102,20 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(method, ensemble):
 @pytest.mark.parametrize("method", SAMPLING_METHODS)
 def test_dtype_and_shape_are_kept(method):
     half = together([pipe.to(torch.bfloat16) for pipe in pipelines(2)])
-    sampler = make_sampler(method, half, **ALL.get(method, {}))
+    sampler = made(method, half, base=pipelines(4)[3].to(torch.bfloat16))
     images = sampler([CAT, DOG], Sampling(2, 3.0, height=32, width=48))
     assert images.shape == (2, 32, 48, 3) and images.dtype == np.uint8 and images.std() > 0
     if method.startswith(("single", "random", "superdiff")):
         return
     with torch.no_grad():
-        call = {name: value.bfloat16() if value.is_floating_point() else value for name, value in joined_inputs(2).items()}
+        call = {name: value.bfloat16() if value.is_floating_point() else value for name, value in joined_inputs(2 + SAMPLING_METHODS[method].based).items()}
         predicted = sampler.denoiser(**call).sample
     assert (predicted.dtype, predicted.shape) == (torch.bfloat16, call["sample"].shape)
 
 
 @pytest.mark.parametrize("method", [name for name, method in SAMPLING_METHODS.items() if method.has_maps])
 def test_recorded_weights_are_convex(method, ensemble):
-    sampler = make_sampler(method, ensemble, **ALL.get(method, {}))
+    sampler = made(method, ensemble)
     with record_weights(sampler.denoiser) as maps:
         sampler([CAT], SAMPLING)
     weights = maps.stage(sampler.pipeline.unet.fused[-1] if method == "feature_mean" else ensemble.denoiser.stages[-1].name)
@@ -147,12 +153,13 @@ class Runs:
         ("timestep_experts", {}, [1, 1, 1]),  # at 667, 334 and 1
         ("timestep_experts", {"table": "1000-500:expert_2,500-0:expert_0"}, [2, 0, 1]),
         ("magicfusion", {"general": "expert_1", "t0": 400}, [2, 3, 2]),
+        ("loratorio", {}, [3, 3, 3]),
         ("superdiff_or", {"weights": [1, 1, 0]}, [3, 3, 0]),
         ("superdiff_and", {}, [3, 3, 3]),
     ],
 )
 def test_experts_that_are_not_needed_are_not_run(method, options, runs, ensemble):
-    sampler = make_sampler(method, ensemble, **options)
+    sampler = made(method, ensemble, **options)
     with Runs(ensemble) as counted:
         sampler([CAT], SAMPLING)
     assert counted.counts == runs

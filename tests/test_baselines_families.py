@@ -21,12 +21,13 @@ PIPELINES = {
 }
 SAMPLING = Sampling(steps=3, height=32, width=48)
 CAT, DOG = Request("a red cat", 1), Request("a dog", 7)
-EVERYWHERE = ["single", "single_in_ensemble", "random_expert", "noise_average", "feature_mean", "timestep_experts"]
+EVERYWHERE = ["single", "single_in_ensemble", "random_expert", "noise_average", "feature_mean", "timestep_experts", "loratorio"]
 CASES = [(method, family) for family in PIPELINES for method in (*EVERYWHERE, *(["magicfusion"] if family == "sd3" else []))]
 OPTION = {
     "single": {"expert": "expert_0"},
     "single_in_ensemble": {"expert": "expert_0"},
     "magicfusion": {"mode": 2, "t0": 0},  # blended at every step
+    "loratorio": {"patch": 2, "temperature": 0.1},
 }
 MADE_ONE = {  # options that leave only expert_1
     "single_in_ensemble": {"expert": "expert_1"},
@@ -47,9 +48,15 @@ def ensemble(family):
     return together(pipes(family))
 
 
+def made(method, family, experts=None, base=None):
+    """The sampler of a method; the base model, where one is needed, is the third expert's unless one is given."""
+    based = {"base": base or pipes(family)[2]} if SAMPLING_METHODS[method].based else {}
+    return make_sampler(method, experts or ensemble(family), **based, **OPTION.get(method, {}))
+
+
 @pytest.mark.parametrize(("method", "family"), CASES)
 def test_identical_experts_are_the_single_expert(method, family):
-    images = make_sampler(method, together([pipes(family)[0]] * 3), **OPTION.get(method, {}))([CAT], SAMPLING)
+    images = made(method, family, together([pipes(family)[0]] * 3), base=pipes(family)[0])([CAT], SAMPLING)
     assert differ(images, sample(quiet(pipes(family)[0]), [CAT], SAMPLING)) <= (1 if method == "feature_mean" else 0)
 
 
@@ -58,6 +65,21 @@ def test_a_weight_of_one_is_that_expert_in_the_ensembles_frame(method, family):
     images = make_sampler(method, ensemble(family), **MADE_ONE[method])([CAT, DOG], SAMPLING)
     with only_expert(ensemble(family).denoiser, "expert_1"):
         assert np.array_equal(images, sample(quiet(ensemble(family).pipeline()), [CAT, DOG], SAMPLING))
+
+
+def test_the_pass_without_a_prompt_has_the_weights_of_the_pass_before_and_a_part_of_the_base():
+    """FLUX's pipeline makes two passes; of a third model as base, half is mixed into the second one only."""
+    sampling = Sampling(steps=2, height=32, width=48, true_guidance=3.0)
+    identical = make_sampler("loratorio", together([pipes("flux")[0]] * 2), base=pipes("flux")[0])
+    assert np.array_equal(identical([CAT], sampling), sample(quiet(pipes("flux")[0]), [CAT], sampling))
+    sampler = made("loratorio", "flux")
+    found = []
+    original = sampler.denoiser.combine
+    sampler.denoiser.combine = lambda *given: found.append((sampler.denoiser.ensemble.in_uncond_pass, *original(*given))) or found[-1][1:]
+    sampler([CAT], sampling)
+    assert [uncond for uncond, _, _ in found] == [False, True] * 2
+    assert all(torch.equal(found[step][2], found[step + 1][2]) for step in (0, 2))
+    assert not torch.equal(found[0][2], found[2][2])
 
 
 @pytest.mark.parametrize("family", PIPELINES)
@@ -77,7 +99,7 @@ def test_the_order_of_experts_changes_nothing_where_the_rule_is_symmetric(method
 
 @pytest.mark.parametrize(("method", "family"), CASES)
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(method, family):
-    sampler = make_sampler(method, ensemble(family), **OPTION.get(method, {}))
+    sampler = made(method, family)
     batch, alone = sampler([CAT, DOG], SAMPLING), sampler([DOG], SAMPLING)
     assert differ(batch[1:], alone) <= 1
     assert differ(batch[1:], sampler([Request("a dog", 8)], SAMPLING)) > 1
@@ -86,13 +108,13 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(method, family):
 @pytest.mark.parametrize(("method", "family"), CASES)
 def test_half_precision_and_sizes_are_kept(method, family):
     half = together([PIPELINES[family](seed).to(torch.bfloat16) for seed in range(2)])
-    images = make_sampler(method, half, **OPTION.get(method, {}))([CAT], Sampling(2, height=48, width=32))
+    images = made(method, family, half, base=PIPELINES[family](2).to(torch.bfloat16))([CAT], Sampling(2, height=48, width=32))
     assert images.shape == (1, 48, 32, 3) and images.std() > 0
 
 
 @pytest.mark.parametrize(("method", "family"), [case for case in CASES if SAMPLING_METHODS[case[0]].has_maps])
 def test_recorded_weights_are_convex_at_the_schedulers_times(method, family):
-    sampler = make_sampler(method, ensemble(family), **OPTION.get(method, {}))
+    sampler = made(method, family)
     with record_weights(sampler.denoiser) as maps:
         sampler([CAT], SAMPLING)
     weights = maps.stage("OUT")

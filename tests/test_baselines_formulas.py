@@ -7,6 +7,7 @@ import torch
 
 from afa.denoiser.schedule import Schedule, noise_of
 from afa.sampling.average import average
+from afa.sampling.loratorio import blend, patch_weights, similarities
 from afa.sampling.magicfusion import pick, saliency, winners
 from afa.sampling.superdiff import (
     SdeStep,
@@ -31,6 +32,38 @@ def one(*rows):
 CORNER = one([16, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0])
 # The 4×4 mean with padding 1 makes 3×3: [[1, 1, 0], [1, 1, 0], [0, 0, 0]]; brought back to 4, every line [1, 1, 0] is this:
 LINE = torch.tensor([1, 1, 0.625, 0], dtype=torch.float64)
+
+
+class TestLoratorio:
+    """Two experts on a 4×4 map in patches of 2; the base predicts 1 everywhere."""
+
+    # Along the base, against it, at a right angle (cosine 0), and at 1 / √2 to it.
+    FIRST = one([2, 2, -3, -3], [2, 2, -3, -3], [1, -1, 1, 1], [1, -1, 0, 0])
+    SECOND = one(*[[5, 5, 5, 5]] * 4)
+    BASE = torch.ones(1, 1, 4, 4, dtype=torch.float64)
+
+    def test_similarity_is_the_cosine_of_a_patch(self):
+        found = similarities(torch.cat([self.FIRST, self.SECOND], dim=1), self.BASE, 2)
+        first, second = torch.tensor([[1, -1], [0, 0.5**0.5]], dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64)
+        assert torch.allclose(found, torch.stack([first, second])[None])
+
+    def test_who_departs_from_the_base_weighs_more(self):
+        weights = patch_weights(torch.cat([self.FIRST, self.SECOND], dim=1), self.BASE, 2, temperature=0.5)
+        ahead = lambda cosine: 1 / (1 + math.exp((cosine - 1) / 0.5))  # noqa: E731
+        rows = [[ahead(1)] * 2 + [ahead(-1)] * 2] * 2 + [[ahead(0)] * 2 + [ahead(0.5**0.5)] * 2] * 2
+        assert torch.allclose(weights[0, 0], torch.tensor(rows, dtype=torch.float64))
+        assert torch.allclose(weights.sum(1), torch.ones((), dtype=torch.float64)) and ahead(-1) > 0.98
+
+    def test_patches_at_the_edge_may_be_smaller(self):
+        predictions, base = random(2, 3, 4, 5, 7), random(2, 4, 5, 7, seed=1)
+        found = patch_weights(predictions, base, 3, 0.1)
+        alone = torch.cosine_similarity(predictions[:, :, :, 3:, 6:].flatten(2), base[:, None, :, 3:, 6:].flatten(2), dim=2)
+        assert found.shape == (2, 3, 5, 7)
+        assert torch.allclose(found[:, :, 4, 6], torch.softmax(-alone / 0.1, dim=1))
+
+    def test_the_blend_takes_every_pixel_by_its_weights(self):
+        predictions, weights = random(2, 3, 4, 2, 2), random(2, 3, 2, 2, seed=1).softmax(1)
+        assert torch.allclose(blend(predictions, weights), torch.einsum("bnchw,bnhw->bchw", predictions, weights))
 
 
 class TestAverage:

@@ -105,9 +105,26 @@ def test_the_masks_of_magicfusion_are_saved_as_weights(experts):
         assert kept["OUT03"].shape == (2, 2, 4, 4) and set(np.unique(kept["OUT03"])) == {0, 1} and (kept["OUT03"].sum(1) == 1).all()
 
 
+def test_a_base_is_read_and_recorded_where_the_method_needs_it(places, experts, settings, tmp_path):
+    sd_pipeline(2, **UNET).save_pretrained(tmp_path / "base")
+    asked = replace(experts, method="loratorio", method_option=["patch=2", "temperature=0.1"], base=str(tmp_path / "base"), weights=True)
+    bare = generate(asked)[0]
+    saved = generate(replace(asked, sources=settings.sources, output=str(tmp_path / "saved")))[0]
+    assert np.array_equal(pixels(bare), pixels(saved))
+    said = json.loads(Image.open(bare).info["afa"])
+    assert said["base"] == "base" and "the base" in said["files"] and said["experts"] == ["photo", "paint"]
+    with np.load(bare.with_suffix(".weights.npz")) as kept:
+        assert kept["OUT03"].shape == (2, 2, 4, 4) and kept["OUT03"].std() > 0
+    with pytest.raises(UserError, match='was made with base "base", now "photo" is asked|was made with other files: the base'):
+        generate(replace(asked, base=str(places / "photo")))
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"method": "loratorio"}, "loratorio needs the model that the experts were tuned from; give it with --base"),
+        ({"method": "noise_average", "base": "b"}, "noise_average does not use the model"),
+        ({"base": "b"}, "--base b needs a --method that uses it"),
         ({"method": "nois_average"}, "did you mean 'noise_average'"),
         ({"method_option": ["t0=1"]}, "--method-option t0=1 needs a --method"),
         ({"sources": ["a", "b"]}, r"2 sources \(a, b\) must be combined somehow; choose with --method"),

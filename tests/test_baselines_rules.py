@@ -36,6 +36,39 @@ def naive_saliency(difference):
     return smooth
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_loratorio_weighs_by_the_prompted_noise_and_takes_half_of_the_base_without_a_prompt(kind):
+    *pipes, base = pipelines(3, prediction_type=kind)
+    denoiser = make_sampler("loratorio", together(pipes), base=base, patch=2, temperature=0.05).denoiser
+    denoiser.guidance = 4.0
+    call = joined_inputs(3)
+    call["sample"] = call["sample"][:1].repeat(2, 1, 1, 1)  # the batch doubled by guidance
+    with torch.no_grad(), record_weights(denoiser) as maps:
+        u, c = denoiser(**call).sample.chunk(2)
+        each = [pipe.unet(**own(call, index)).sample.chunk(2) for index, pipe in enumerate((*pipes, base))]
+    alpha = together(pipes).frame.scheduler.alphas_cumprod[500]
+    noise = [alpha.sqrt() * p[1] + (1 - alpha).sqrt() * call["sample"][:1] if kind == "v_prediction" else p[1] for p in each]
+    for row in range(0, 4, 2):
+        for column in range(0, 6, 2):
+            patch = (slice(None), slice(None), slice(row, row + 2), slice(column, column + 2))
+            cosines = torch.stack([torch.cosine_similarity(n[patch].flatten(), noise[2][patch].flatten(), dim=0) for n in noise[:2]])
+            first, second = (-cosines / 0.05).softmax(0)
+            assert torch.allclose(c[patch], first * each[0][1][patch] + second * each[1][1][patch], atol=1e-5)
+            blended = first * each[0][0][patch] + second * each[1][0][patch]
+            assert torch.allclose(u[patch], (blended + each[2][0][patch]) / 2, atol=1e-5)
+    (weights,) = maps.maps[0].values()
+    assert maps.experts == ("expert_0", "expert_1") and torch.equal(*weights.chunk(2)) and weights.std() > 0.01
+
+
+def test_a_base_is_given_to_the_methods_that_need_one_and_to_no_other(ensemble):
+    with pytest.raises(UserError, match=r"loratorio needs the model that the experts were tuned from; give it with --base"):
+        make_sampler("loratorio", ensemble)
+    with pytest.raises(UserError, match="noise_average does not use the model"):
+        make_sampler("noise_average", ensemble, base=pipelines(1)[0])
+    with pytest.raises(UserError, match="'model-2'.*32"):
+        make_sampler("loratorio", ensemble, base=sd_pipeline(0, **{**UNET, "block_out_channels": (16, 32)}))
+
+
 @pytest.mark.parametrize("reference", ["general", "own"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_guidance_of_the_blend_is_the_winners_guided_prediction(reference, kind):

@@ -200,6 +200,8 @@ def test_a_metric_that_fails_costs_only_itself(settings, world, tmp_path):
 def test_a_method_that_cannot_be_done_is_left_out_of_all_but_not_of_a_list(settings):
     with pytest.raises(UserError, match="task arithmetic: it needs the model the experts were tuned from; give it with --base"):
         evaluate(replace(settings, methods=["task_arithmetic"]))
+    with pytest.raises(UserError, match="LoRAtorio: it needs the model the experts were tuned from; give it with --base"):
+        evaluate(replace(settings, methods=["loratorio"]))
     assert not list(Path(settings.output).rglob("*.png"))  # it is said before anything is drawn
 
 

@@ -40,8 +40,8 @@ def settings(folder, output, **changes):
 
 def test_methods_are_compared_by_pixels_with_the_familys_own_guidance(world, tmp_path):
     folder, make, guidance = world
-    methods = ["random_expert", "noise_average", "timestep_experts", *(["magicfusion"] if make is sd3_pipeline else [])]
-    results = evaluate(settings(folder, tmp_path / "out", methods=methods))
+    methods = ["random_expert", "noise_average", "timestep_experts", *(["magicfusion"] if make is sd3_pipeline else []), "loratorio"]
+    results = evaluate(settings(folder, tmp_path / "out", methods=methods, base=str(folder / "photo")))
     assert [method.name for method in results.methods] == ["single:photo", "single:paint", *methods, "afa"]
     assert results.errors == [] and results.protocol["guidance"] == guidance
     assert all(np.isfinite(method.runs[0].scores["light"]).all() for method in results.methods)

@@ -59,7 +59,7 @@ class EvaluateSettings(CheckedOptions):
         None,
         place=True,
         help="the model the experts were fine-tuned from; task arithmetic, TIES, "
-        "DARE and model stock need it",
+        "DARE, model stock and LoRAtorio need it",
     )
     metrics: list[str] | None = option(
         None, help="the metrics; the first one is the main one of the table (default: the protocol's)"

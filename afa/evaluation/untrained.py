@@ -68,7 +68,8 @@ def sampling_rows(setup: Setup) -> list[MethodRow]:
     for name, method in SAMPLING_METHODS.items():
 
         def sampler(options: Options, run: int, name: str = name) -> Sampler:
-            return make_sampler(name, setup.ensemble, **options)
+            base = setup.base if SAMPLING_METHODS[name].based else None
+            return make_sampler(name, setup.ensemble, base=base, **options)
 
         if method.each:
             for expert in setup.names:
@@ -76,7 +77,8 @@ def sampling_rows(setup: Setup) -> list[MethodRow]:
                 rows.append(MethodRow(f"{name}:{expert}", "expert", title, sampler, (options,)))
         else:
             candidates = tuple(method.candidates(setup.names, setup.ranking))
-            rows.append(MethodRow(name, "sampling", method.title, sampler, candidates, cost=method.cost))
+            costs = {"based": method.based, "cost": method.cost}
+            rows.append(MethodRow(name, "sampling", method.title, sampler, candidates, **costs))
     return rows
 
 

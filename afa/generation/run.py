@@ -44,14 +44,16 @@ def source_files(
     experts: Sequence[str] | None = None,
     frame: str | None = None,
     config: str | None = None,
+    base: str | None = None,
 ) -> Files:
-    """Return one hash for each expert, the frame, and the ensemble; PNGs record them.
+    """Return one hash for each expert, the frame, the ensemble and the base; PNGs record them.
 
-    Arguments: see load_sources.
+    Arguments: see load_sources, and `base` of GenerateSettings.
     """
     if is_saved(sources[0]):
-        return summed(saved_fingerprint(Path(sources[0]), new_places(list(experts or []))))
-    return summed(fingerprint(sources, frame=frame, config=config))
+        saved = saved_fingerprint(Path(sources[0]), new_places(list(experts or [])))
+        return summed(saved | fingerprint(base=base))
+    return summed(fingerprint(sources, frame=frame, config=config, base=base))
 
 
 def used_files(files: Files, trained: bool) -> Files:
@@ -117,9 +119,8 @@ def generate(settings: GenerateSettings) -> list[Path]:
     if output.is_file():
         raise UserError(f"--output {output} is a file; give a folder")
     refuse_busy(output)
-    files = source_files(
-        settings.sources, experts=settings.experts, frame=settings.frame, config=settings.config
-    )
+    given = {name: getattr(settings, name) for name in ("experts", "frame", "config", "base")}
+    files = source_files(settings.sources, **given)
     ensemble = _load(settings)
     if settings.expert is not None and settings.expert not in ensemble.names:
         raise UserError(unknown(settings.expert, ensemble.names, "expert"))
@@ -158,7 +159,8 @@ def _load(settings: GenerateSettings) -> Ensemble:
 def _sampler(settings: GenerateSettings, ensemble: Ensemble) -> Any:
     """Return the sampler of --method; by default that of the ensemble itself."""
     if settings.method is not None:
-        return make_sampler(settings.method, ensemble, **(settings.method_record() or {}))
+        options = settings.method_record() or {}
+        return make_sampler(settings.method, ensemble, base=settings.base, **options)
     if settings.expert is not None:
         return make_sampler("single_in_ensemble", ensemble, expert=settings.expert)
     return PipelineSampler(in_frame(ensemble, ensemble.denoiser))
@@ -203,6 +205,7 @@ def _images(
         "aggregators": sha256(aggregators) if trained else None,
         "dtype": settings.dtype,
         "strengths": dict.fromkeys(ensemble.names, 1.0) | settings.strengths() if settings.strength else None,
+        **({} if settings.base is None else {"base": public_place(settings.base)}),
     }
     images, copies = [], settings.images_per_prompt
     for index, prompt in enumerate(prompts):

@@ -6,7 +6,7 @@ from typing import Any
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.sampling.options import MethodOptions
-from afa.sampling.registry import SAMPLING_METHODS, read_options
+from afa.sampling.registry import SAMPLING_METHODS, check_base, read_options
 from afa.settings import (
     CONFIG_HELP,
     COUNT,
@@ -76,6 +76,9 @@ class GenerateSettings(CheckedOptions):
     )
     method_option: list[str] | None = option(
         None, help="options of the method, each KEY=VALUE; a list has commas between its values"
+    )
+    base: str | None = option(
+        None, place=True, help="the model the experts were tuned from; --method loratorio needs it"
     )
     strength: list[str] | None = option(
         None, help="scale an expert's weights, each NAME=FACTOR: 0 turns it off, 1 changes nothing"
@@ -151,8 +154,11 @@ class GenerateSettings(CheckedOptions):
                     f"{len(self.sources)} sources ({', '.join(self.sources)}) must be combined somehow; "
                     "choose with --method"
                 )
+            if self.base is not None:
+                raise UserError(f"--base {self.base} needs a --method that uses it, such as loratorio")
             return
         assert self.method is not None
+        check_base(self.method, self.base)
         method = SAMPLING_METHODS[self.method]
         if method.needs_guidance and self.guidance is not None and self.guidance <= 1:
             raise UserError(

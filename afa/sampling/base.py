@@ -52,7 +52,7 @@ class Combination(ModelMixin, ConfigMixin, ABC):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The experts' names, in order."""
+        """The names of the experts that are weighed, in order."""
         return self.ensemble.names
 
     @property
@@ -86,7 +86,7 @@ class Combination(ModelMixin, ConfigMixin, ABC):
         size = (sample.shape[-2], sample.shape[-1])
 
         def predict(expert: int) -> Tensor:
-            with only_expert(self.ensemble, self.names[expert]):
+            with only_expert(self.ensemble, self.ensemble.names[expert]):
                 return interface.to_latents(self.ensemble(**given, return_dict=False)[0], size)
 
         prediction, weights = self.combine(predict, sample, timestep)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from afa.settings import WEIGHT, CheckedOptions, option
+from afa.settings import SHARE, WEIGHT, CheckedOptions, option
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,22 @@ class MagicFusion(MethodOptions):
         "general",
         help="general: against the general expert's unconditional prediction; own: each against its own",
         choices=["general", "own"],
+    )
+
+
+@dataclass(frozen=True)
+class Loratorio(MethodOptions):
+    """Per patch the experts whose predictions depart most from the base model's."""
+
+    patch: int = option(4, least=1, most=1024, help="side of a patch in latent pixels")
+    temperature: float = option(
+        1.0,
+        above=0,
+        most=10**6,
+        help="of the softmax over experts: small values let the expert that departs most decide alone",
+    )
+    recenter: float = option(
+        0.5, **SHARE, help="share of the base model in the prediction without the prompt; 0: none"
     )
 
 

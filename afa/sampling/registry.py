@@ -41,6 +41,7 @@ class SamplingMethod:
     own_loop:         it makes the steps itself and takes no scheduler
     needs_guidance:   it compares what guidance adds, so guidance must be above 1
     only_predictions: it combines whole predictions, which may be of different kinds
+    based:            it needs the model that the experts were tuned from; `make` takes it as third argument
     """
 
     make: str
@@ -55,6 +56,7 @@ class SamplingMethod:
     own_loop: bool = False
     needs_guidance: bool = False
     only_predictions: bool = True
+    based: bool = False
 
 
 def _orders(names: Sequence[str], ranking: Sequence[str]) -> list[dict[str, Any]]:
@@ -141,6 +143,21 @@ SAMPLING_METHODS: dict[str, SamplingMethod] = {
         has_maps=True,
         needs_guidance=True,
     ),
+    "loratorio": SamplingMethod(
+        "afa.sampling.loratorio:loratorio",
+        title="LoRAtorio",
+        help="Per patch the experts that depart most from the model they were tuned from (--base).",
+        row="patch by patch, whose prediction departs most from the base model's counts most",
+        options=of.Loratorio,
+        candidates=lambda names, ranking: [
+            {"patch": patch, "temperature": temperature}
+            for patch in (4, 2)
+            for temperature in (1.0, 0.1, 0.01)
+        ],
+        cost="all experts",
+        has_maps=True,
+        based=True,
+    ),
     "superdiff_or": SamplingMethod(
         "afa.sampling.superdiff:superdiff_or",
         title="SuperDiff OR",
@@ -174,16 +191,31 @@ def find_method(name: str) -> SamplingMethod:
     return SAMPLING_METHODS[name]
 
 
-def make_sampler(name: str, ensemble: "Ensemble", **options: Any) -> "Sampler":
+def make_sampler(name: str, ensemble: "Ensemble", *, base: object = None, **options: Any) -> "Sampler":
     """Return the sampler of a method, which draws with the ensemble's experts on their device.
 
     ensemble: its experts and its frame are used, its aggregators are not
+    base:     the model that the experts were tuned from, as Ensemble.from_experts takes it
     options:  see afa.sampling.options, or `afa generate --help`
-    Raises UserError for an unknown method, an option of another method, or a value that does not fit.
+    Raises UserError for an unknown method, an option of another method, a value that does not fit, and a base
+    that is missing or not needed.
     """
     checked = make_options(name, options)
-    sampler: Sampler = load(SAMPLING_METHODS[name].make)(ensemble, checked)
+    check_base(name, base)
+    more = () if base is None else (base,)
+    sampler: Sampler = load(SAMPLING_METHODS[name].make)(ensemble, checked, *more)
     return sampler
+
+
+def check_base(method: str, base: object) -> None:
+    """Raise UserError if a method needs a base model and gets none, or gets one that it would not use."""
+    if SAMPLING_METHODS[method].based and base is None:
+        raise UserError(
+            f"{method} needs the model that the experts were tuned from; give it with --base"
+            " (afa generate, afa evaluate) or base= (Python)"
+        )
+    if base is not None and not SAMPLING_METHODS[method].based:
+        raise UserError(f"{method} does not use the model that the experts were tuned from; leave --base out")
 
 
 def make_options(method: str, given: Mapping[str, Any]) -> MethodOptions:
