@@ -58,6 +58,7 @@ MADE_ONE = {  # options that leave only expert_1
     "random_expert": {"weights": [0, 5, 0], "frame": "ensemble"},
     "noise_average": {"weights": [0, 5, 0]},
     "timestep_experts": {"table": "1000-0:expert_1"},
+    "expert_switch": {"order": ["expert_1"]},
     "magicfusion": {"general": "expert_1", "mode": 1, "t0": 0},
 }
 
@@ -152,6 +153,8 @@ class Runs:
         ("noise_average", {"weights": [1, 0, 1]}, [3, 0, 3]),
         ("timestep_experts", {}, [1, 1, 1]),  # at 667, 334 and 1
         ("timestep_experts", {"table": "1000-500:expert_2,500-0:expert_0"}, [2, 0, 1]),
+        ("expert_switch", {}, [1, 1, 1]),
+        ("expert_switch", {"every": 2, "order": ["expert_2", "expert_0"]}, [1, 0, 2]),
         ("magicfusion", {"general": "expert_1", "t0": 400}, [2, 3, 2]),
         ("loratorio", {}, [3, 3, 3]),
         ("superdiff_or", {"weights": [1, 1, 0]}, [3, 3, 0]),

@@ -21,7 +21,7 @@ PIPELINES = {
 }
 SAMPLING = Sampling(steps=3, height=32, width=48)
 CAT, DOG = Request("a red cat", 1), Request("a dog", 7)
-EVERYWHERE = ["single", "single_in_ensemble", "random_expert", "noise_average", "feature_mean", "timestep_experts", "loratorio"]
+EVERYWHERE = ["single", "single_in_ensemble", "random_expert", "noise_average", "feature_mean", "timestep_experts", "expert_switch", "loratorio"]
 CASES = [(method, family) for family in PIPELINES for method in (*EVERYWHERE, *(["magicfusion"] if family == "sd3" else []))]
 OPTION = {
     "single": {"expert": "expert_0"},
@@ -34,6 +34,7 @@ MADE_ONE = {  # options that leave only expert_1
     "random_expert": {"weights": [0, 5, 0], "frame": "ensemble"},
     "noise_average": {"weights": [0, 5, 0]},
     "timestep_experts": {"table": "1000-0:expert_1"},
+    "expert_switch": {"order": ["expert_1"]},
     "magicfusion": {"general": "expert_1", "mode": 1, "t0": 0},
 }
 
@@ -131,6 +132,14 @@ def test_timesteps_are_counted_as_in_a_table(family):
         sampler([CAT], SAMPLING)
     assert maps.stage("OUT").mean((1, 3, 4)).argmax(-1).tolist() == [2 if time >= 700 else 0 for time in maps.timesteps]
     assert {time >= 700 for time in maps.timesteps} == {True, False}
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_experts_switch_by_the_step_whatever_the_family_counts(family):
+    sampler = make_sampler("expert_switch", ensemble(family), every=2, order=["expert_2", "expert_0", "expert_2", "expert_1"])
+    with record_weights(sampler.denoiser) as maps:
+        sampler([CAT], Sampling(steps=9, height=32, width=48, true_guidance=2.0 if family == "flux" else None))
+    assert maps.stage("OUT").mean((1, 3, 4)).argmax(-1).tolist() == [2, 2, 0, 0, 2, 2, 1, 1, 2]
 
 
 @pytest.mark.parametrize("family", ["flux", "schnell"])

@@ -10,6 +10,7 @@ from afa import UserError, record_weights
 from afa.sampling.registry import make_sampler
 from afa.sampling.sample import Request, Sampling
 from afa.sampling.superdiff import log_density_change
+from afa.schedulers import reschedule
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,23 @@ def test_loratorio_weighs_by_the_prompted_noise_and_takes_half_of_the_base_witho
             assert torch.allclose(u[patch], (blended + each[2][0][patch]) / 2, atol=1e-5)
     (weights,) = maps.maps[0].values()
     assert maps.experts == ("expert_0", "expert_1") and torch.equal(*weights.chunk(2)) and weights.std() > 0.01
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "heun", "dpm++_karras", "unipc"])
+def test_experts_switch_every_step_with_any_scheduler(scheduler):
+    """Heun evaluates a step twice, the second time at the next timestep, which belongs to the next step."""
+    ensemble = together(pipelines(3))
+    reschedule(ensemble, scheduler)
+    sampler = make_sampler("expert_switch", ensemble)
+    with record_weights(sampler.denoiser) as maps:
+        sampler([CAT], Sampling(5, 3.0, height=32, width=32))
+    turns = maps.stage(ensemble.denoiser.stages[-1].name).mean((1, 3, 4)).argmax(-1).tolist()
+    assert turns == ([0, 1, 1, 2, 2, 0, 0, 1, 1] if scheduler == "heun" else [0, 1, 2, 0, 1])
+
+
+def test_an_order_of_experts_names_experts(ensemble):
+    with pytest.raises(UserError, match="did you mean 'expert_1'"):
+        make_sampler("expert_switch", ensemble, order=["expert_0", "expert1"])
 
 
 def test_a_base_is_given_to_the_methods_that_need_one_and_to_no_other(ensemble):

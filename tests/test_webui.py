@@ -27,7 +27,7 @@ def engine(tmp_path_factory):
 
 def test_every_method_of_the_table_that_needs_no_base_is_offered_and_draws(engine):
     job = run(engine, methods=list(engine.methods), steps=1)
-    assert len(job.columns) == 1 + 3 + 7 + 3
+    assert len(job.columns) == 1 + 3 + 8 + 3
     assert list(engine.refused) == ["LoRAtorio"] and "needs the model that the experts were tuned from" in engine.refused["LoRAtorio"]
     assert [column.error for column in job.columns] == [""] * len(job.columns)
     assert all(len(column.pictures) == 1 and column.seconds > 0 for column in job.columns)

@@ -1,7 +1,8 @@
-"""Noise average, feature mean, and one expert at a time by intervals of timesteps."""
+"""Noise average, feature mean, and one expert at a time: by intervals of timesteps, or in turns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,8 @@ from afa.denoiser.base import EnsembleDenoiser
 from afa.ensemble import Ensemble
 from afa.errors import UserError, unknown
 from afa.sampling.base import Combination, Predict
-from afa.sampling.options import MethodOptions, NoiseAverage, TimestepExperts
-from afa.sampling.sample import PipelineSampler, in_frame, settled
+from afa.sampling.options import ExpertSwitch, MethodOptions, NoiseAverage, TimestepExperts
+from afa.sampling.sample import PipelineSampler, find_expert, in_frame, settled
 from afa.settings import shares
 
 
@@ -149,3 +150,39 @@ def timestep_experts(ensemble: Ensemble, options: TimestepExperts) -> PipelineSa
         equal_intervals(ensemble.names, steps) if table is None else read_table(table, ensemble.names, steps)
     )
     return PipelineSampler(in_frame(ensemble, ByTimestep(ensemble.denoiser, intervals)))
+
+
+class InTurn(Combination):
+    """Runs one expert at every step, in turns.
+
+    order:     indices of the experts, in turn
+    every:     steps of one turn
+    scheduler: the pipeline's, whose timesteps are counted; the sampler sets it
+    """
+
+    scheduler: Any
+
+    def __init__(self, denoiser: EnsembleDenoiser, order: Sequence[int], every: int) -> None:
+        super().__init__(denoiser)
+        self.order, self.every = list(order), every
+
+    def combine(self, predict: Predict, sample: Tensor, timestep: float) -> tuple[Tensor, Tensor | None]:
+        # Both passes of guidance, and all evaluations at one timestep, belong to one step.
+        times = self.scheduler.timesteps.double().unique().flip(0).cpu()
+        step = int((times - timestep).abs().argmin())
+        expert = self.order[step // self.every % len(self.order)]
+        return predict(expert), self.one_hot(expert)
+
+
+def expert_switch(ensemble: Ensemble, options: ExpertSwitch) -> PipelineSampler:
+    """Return a sampler that runs the experts in turn, each for a few steps.
+
+    Source: LoRA Switch of Zhong et al., Multi-LoRA Composition for Image Generation, arXiv:2402.16843.
+    Deviation: there, LoRAs on one base take turns; here, whole experts.
+    Raises UserError for an unknown name in the order.
+    """
+    names = options.order or ensemble.names
+    turns = InTurn(ensemble.denoiser, [find_expert(ensemble, name) for name in names], options.every)
+    pipeline = in_frame(ensemble, turns)
+    turns.scheduler = pipeline.scheduler
+    return PipelineSampler(pipeline)

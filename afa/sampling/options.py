@@ -53,6 +53,16 @@ class TimestepExperts(MethodOptions):
 
 
 @dataclass(frozen=True)
+class ExpertSwitch(MethodOptions):
+    """One expert at a time, in turns of a few steps."""
+
+    every: int = option(1, least=1, most=10**4, help="steps of one turn")
+    order: list[str] | None = option(
+        None, help="names of experts, in turn; one may come more than once (default: the experts' order)"
+    )
+
+
+@dataclass(frozen=True)
 class MagicFusion(MethodOptions):
     """Per pixel the expert to which guidance matters most (saliency-aware noise blending)."""
 

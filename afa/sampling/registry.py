@@ -74,6 +74,12 @@ def _orders(names: Sequence[str], ranking: Sequence[str]) -> list[dict[str, Any]
     ]
 
 
+def _turns(names: Sequence[str], ranking: Sequence[str]) -> list[dict[str, Any]]:
+    """Return turns of one step and of five; each of the best three experts begins once."""
+    orders = [[*ranking[start:], *ranking[:start]] for start in range(min(3, len(ranking)))]
+    return [{"every": every, "order": order} for every in (1, 5) for order in orders]
+
+
 SAMPLING_METHODS: dict[str, SamplingMethod] = {
     "single": SamplingMethod(
         "afa.sampling.base:single",
@@ -126,6 +132,15 @@ SAMPLING_METHODS: dict[str, SamplingMethod] = {
         row="each expert in its own range of timesteps",
         options=of.TimestepExperts,
         candidates=_orders,
+        has_maps=True,
+    ),
+    "expert_switch": SamplingMethod(
+        "afa.sampling.average:expert_switch",
+        title="expert switch",
+        help="One expert at a time, in turns of a few steps (LoRA Switch).",
+        row="one expert at a time, in turns of a few steps",
+        options=of.ExpertSwitch,
+        candidates=_turns,
         has_maps=True,
     ),
     "magicfusion": SamplingMethod(
