@@ -33,7 +33,7 @@ def score(images, captions):
 def features(images):
     return images.mean((1, 2))
 """
-METHODS = ["weighted", "prediction_router", "best_of_n"]
+METHODS = ["weighted", "prompt_router", "prediction_router", "best_of_n"]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def done(world, tmp_path_factory):
 
 def test_every_method_has_a_score_for_every_image(done):
     _, results = done
-    assert [method.name for method in results.methods] == ["single:photo", "single:paint", "weighted", "prediction_router", "afa", "best_of_n"]
+    assert [method.name for method in results.methods] == ["single:photo", "single:paint", "weighted", "prompt_router", "prediction_router", "afa", "best_of_n"]
     assert results.errors == []
     for method in results.methods:
         for run in method.runs:
@@ -106,7 +106,7 @@ def test_every_method_has_a_score_for_every_image(done):
 def test_what_is_trained_has_a_run_for_every_seed(done):
     settings, results = done
     trained = {method.name: method for method in results.methods if method.trained_parameters}
-    assert set(trained) == {"prediction_router", "afa"}
+    assert set(trained) == {"prompt_router", "prediction_router", "afa"}
     assert all([run.seed for run in method.runs] == [0, 1] for method in trained.values())
     for name, seed in (("prediction_router/seed-0", 0), ("prediction_router/seed-1", 1), ("afa/seed-1", 1)):
         assert read_manifest(Path(settings.output) / "trained" / name).training["settings"]["seed"] == seed
@@ -133,6 +133,7 @@ def test_a_finished_comparison_is_only_read(done, monkeypatch):
     settings, results = done
     monkeypatch.setattr("afa.evaluation.images.draw", lambda *given: pytest.fail("made again"))
     monkeypatch.setattr("afa.evaluation.trained.train", lambda *given: pytest.fail("trained again"))
+    monkeypatch.setattr("afa.evaluation.prompt_router.train_prompt_router", lambda *given: pytest.fail("trained again"))
     again = evaluate(settings)
     assert again is not None
     assert [asdict(method) for method in again.methods] == [asdict(method) for method in results.methods]
@@ -149,7 +150,7 @@ def test_a_rows_models_are_freed_before_the_next_row(settings, monkeypatch):
     monkeypatch.setattr(comparison, "free_memory", counted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries' objects that are looked at
-        evaluate(replace(settings, methods=["prediction_router", "weighted", "afa"], tuning=0))
+        evaluate(replace(settings, methods=["prompt_router", "prediction_router", "weighted", "afa"], tuning=0))
     assert len(alive) > 3
     assert max(alive) == alive[0]
 
@@ -238,8 +239,8 @@ def test_a_folder_of_something_else_is_refused(settings):
 
 def test_a_dry_run_leaves_nothing_behind(settings):
     facts = plan(settings)
-    assert facts["images_to_judge"] == 4 * 5 and facts["images_to_choose_options"] == 2 * (2 + 3)  # two experts, three shares
-    assert facts["images"] == 30
+    assert facts["images_to_judge"] == 4 * 6 and facts["images_to_choose_options"] == 2 * (2 + 3)  # two experts, three shares
+    assert facts["images"] == 34
     assert not Path(settings.output).exists()
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from afa.evaluation.controls import control_rows
+from afa.evaluation.prompt_router import prompt_router_rows
 from afa.evaluation.rows import MethodRow
 from afa.evaluation.setup import Setup
 from afa.evaluation.trained import ablation_rows, expert_rows, objective_rows, trained_rows
@@ -12,7 +13,7 @@ from afa.evaluation.untrained import auto_mbw_rows, merge_rows, sampling_rows
 
 STEPS = (10, 20, 30, 50)
 STEPPED = ("weighted", "prediction_router", "afa")  # rows of the study of steps, besides the best expert
-MAKERS = (sampling_rows, merge_rows, control_rows, trained_rows)
+MAKERS = (sampling_rows, merge_rows, control_rows, prompt_router_rows, trained_rows)
 STUDIES = {"experts": expert_rows, "ablations": ablation_rows, "objectives": objective_rows}
 
 

@@ -11,6 +11,7 @@ TRAINED = {
     "finetune_best_compute": "the same at equal compute",
     "finetune_merge": "a LoRA on the weighted merge: equal parameters, equal steps",
     "finetune_merge_compute": "the same at equal compute",
+    "prompt_router": "one expert for each prompt, by a linear model of their losses on the training images",
     "prediction_router": "one trained aggregator on the experts' predictions, nothing else fused",
     "afa": "the ensemble",
     "best_of_n": (

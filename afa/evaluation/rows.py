@@ -18,6 +18,7 @@ class Trained:
     file:       its weights
     parameters: number of trained parameters
     loss:       on the held-out images
+    note:       for the report
     """
 
     folder: Path
@@ -26,6 +27,7 @@ class Trained:
     steps: int
     seconds: float
     loss: float
+    note: str = ""
 
 
 Train = Callable[[Options, int], Trained]  # options, training run -> what was trained, now or before

@@ -245,7 +245,8 @@ def _judge(comparison: ComparisonContext, drawn: DrawnRow) -> Method:
         folder = str(one.images.folder.relative_to(setup.output))
         runs.append(Run(run, folder, scores, sets, one.images.seconds(), one.memory_mb))
     trained = [one.trained for one in drawn.runs if one.trained is not None]
-    notes = [row.note] if row.note else []
+    found = [one.note for one in trained if one.note]
+    notes = [*([row.note] if row.note else []), *([" | ".join(found)] if found else [])]  # seed by seed
     if len(row.candidates) > 1:
         how = "its default, since there is nothing to choose by"
         if row.by_loss:

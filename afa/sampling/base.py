@@ -152,35 +152,29 @@ def _framed(ensemble: Ensemble, expert: int) -> PipelineSampler:
     return PipelineSampler(in_frame(ensemble, Alone(ensemble.denoiser, expert)))
 
 
-class Drawn:
-    """Draws every image with one expert, which depends on the image's seed only.
+class OneEach(ABC):
+    """Draws every image with one expert.
 
-    makers:  expert's name -> a function that makes its sampler
-    chances: expert's name -> its probability; the sum is 1
+    makers: expert's name -> a function that makes its sampler
     """
 
-    def __init__(self, makers: dict[str, Callable[[], PipelineSampler]], chances: dict[str, float]) -> None:
-        self.makers, self.chances = makers, chances
+    def __init__(self, makers: dict[str, Callable[[], PipelineSampler]]) -> None:
+        self.makers = makers
         self.made: dict[str, PipelineSampler] = {}
 
-    @cached_property
-    def names(self) -> list[str]:
-        return sorted(self.makers)
-
-    def draw(self, seed: int) -> str:
-        """Return the name of the expert of one image."""
-        generator = np.random.default_rng([DRAW, seed])
-        return self.names[generator.choice(len(self.names), p=[self.chances[name] for name in self.names])]
+    @abstractmethod
+    def choose(self, requests: Sequence[Request]) -> list[str]:
+        """Return the name of every image's expert."""
 
     def __call__(
         self, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None
     ) -> NDArray[np.uint8]:
         """Draw one batch of images: (n, H, W, 3) uint8.
 
-        on_step: its count begins again for every expert that is drawn
+        on_step: its count begins again for every expert
         Raises UserError if the experts' own sizes differ and the request has none.
         """
-        drawn = [self.draw(request.seed) for request in requests]
+        drawn = self.choose(requests)
         images: dict[int, NDArray[np.uint8]] = {}
         for name in sorted(set(drawn)):
             own = [index for index, other in enumerate(drawn) if other == name]
@@ -192,6 +186,29 @@ class Drawn:
         if len({image.shape for image in images.values()}) > 1:
             raise UserError("the experts draw images of different sizes; give --width and --height")
         return np.stack([images[index] for index in range(len(requests))])
+
+
+class Drawn(OneEach):
+    """Draws every image with one expert, which depends on the image's seed only.
+
+    chances: expert's name -> its probability; the sum is 1
+    """
+
+    def __init__(self, makers: dict[str, Callable[[], PipelineSampler]], chances: dict[str, float]) -> None:
+        super().__init__(makers)
+        self.chances = chances
+
+    @cached_property
+    def names(self) -> list[str]:
+        return sorted(self.makers)
+
+    def draw(self, seed: int) -> str:
+        """Return the name of the expert of one image."""
+        generator = np.random.default_rng([DRAW, seed])
+        return self.names[generator.choice(len(self.names), p=[self.chances[name] for name in self.names])]
+
+    def choose(self, requests: Sequence[Request]) -> list[str]:
+        return [self.draw(request.seed) for request in requests]
 
 
 def random_expert(ensemble: Ensemble, options: RandomExpert) -> Drawn:

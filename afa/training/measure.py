@@ -207,11 +207,16 @@ class HeldOut:
     """Measures a denoiser on fixed images with fixed noise and evenly spread timesteps, in batches."""
 
     def __init__(
-        self, data: Encoded, objectives: Objectives, conditions: Conditions, batch_size: int
+        self,
+        data: Encoded,
+        objectives: Objectives,
+        conditions: Conditions,
+        batch_size: int,
+        seed: int = SEED,
     ) -> None:
         self.data, self.conditions, self.batch_size = data, conditions, batch_size
         self.noising, self.total = objectives.noising, objectives.held_out
-        self.batch = self.noising.spread(data, SEED, self.total.extra_noise)
+        self.batch = self.noising.spread(data, seed, self.total.extra_noise)
         self.bands = bands_of(self.batch.steps, self.noising.steps)
         self._mse = Mse(self.noising)
         plain = [term.name in OBJECTIVES and OBJECTIVES[term.name].diffusion for term in self.total.terms]

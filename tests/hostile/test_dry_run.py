@@ -35,7 +35,7 @@ def settings(tmp_path_factory):
     (folder / "scorer.py").write_text("def score(images, captions):\n    return {'light': images.mean((1, 2, 3)) / 255}\n")
     return EvaluateSettings(
         ensemble=str(folder / "afa"), train_data=str(folder / "data"), output=str(folder / "out"), protocol=str(folder / "prompts.txt"),
-        methods=["weighted", "noise_average", "auto_mbw", "prediction_router"], scorer=str(folder / "scorer.py"), seeds=2, search_trials=3,
+        methods=["weighted", "noise_average", "auto_mbw", "prompt_router", "prediction_router"], scorer=str(folder / "scorer.py"), seeds=2, search_trials=3,
         steps=1, guidance=2.0, width=32, height=32, tuning=2, device="cpu",
     )  # fmt: skip
 
@@ -55,7 +55,7 @@ def test_a_dry_run_counts_what_the_run_draws(settings):
     output = Path(settings.output)
     facts = plan(settings)
     assert not output.exists() and facts["scorer"] == settings.scorer and facts["metrics"] == "light"
-    assert facts["seconds_to_draw"] > 0 and facts["training_runs"] == 3 and "measured here" in facts["time"]
+    assert facts["seconds_to_draw"] > 0 and facts["training_runs"] == 5 and "measured here" in facts["time"]
     evaluate(dataclasses.replace(settings, methods=["weighted"], seeds=1))  # a part of it
     before, rest = drawn(output, 2), plan(settings)
     evaluate(settings)
@@ -67,4 +67,4 @@ def test_a_dry_run_counts_what_the_run_draws(settings):
 
 def test_a_dry_run_names_what_will_be_left_out(settings, tmp_path):
     facts = plan(dataclasses.replace(settings, methods=["all"], output=str(tmp_path / "out")))
-    assert facts["left_out"].count("--base") == 5 and not (tmp_path / "out").exists()
+    assert facts["left_out"].count("--base") == 6 and not (tmp_path / "out").exists()
