@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from processes import in_processes
 from tiny import ONE_LEVEL, sd_pipeline
@@ -18,11 +19,14 @@ from afa.cli.main import main
 from afa.denoiser.base import EnsembleDenoiser
 from afa.errors import UserError
 from afa.evaluation import run as comparison
+from afa.evaluation.controls import _merge, _merged_again
 from afa.evaluation.plan import plan
 from afa.evaluation.results import Results
 from afa.evaluation.run import evaluate
 from afa.evaluation.settings import EvaluateSettings
+from afa.evaluation.setup import Setup
 from afa.sampling.image_files import ImageFile
+from afa.training.finetune import fuse_lora
 from afa.training.run import train
 from afa.training.settings import TrainSettings
 
@@ -254,6 +258,25 @@ def test_loras_to_equal_compute_go_on_from_those_to_equal_steps(settings):
     assert records[compute.name]["steps"] > records[steps.name]["steps"] == 2
     assert records[compute.name]["history"][: len(records[steps.name]["history"])] == records[steps.name]["history"]
     assert not list(trained.rglob("*.pt"))
+
+
+def test_merge_and_continue_has_two_rounds_that_cost_what_one_does(settings):
+    results = evaluate(replace(settings, methods=["finetune_merge_compute", "merge_and_continue"], images_per_prompt=1, tuning=0))
+    assert not results.errors
+    one, rounds = (next(method for method in results.methods if method.name == name) for name in ("finetune_merge_compute", "merge_and_continue"))
+    assert rounds.training_steps == one.training_steps and rounds.trained_parameters == 2 * one.trained_parameters
+    first, second = (Path(settings.output) / "trained" / "merge_and_continue" / "lr-1" / "seed-0" / f"round-{number}" for number in (1, 2))
+    steps = [json.loads((folder / "finetune.json").read_text())["steps"] for folder in (first, second)]
+    assert sum(steps) == one.training_steps and max(steps) - min(steps) <= 1
+
+    setup = Setup(settings)
+    again, merge = _merged_again(setup, first / "pytorch_lora_weights.safetensors"), _merge(setup)
+    key = "down_blocks.0.resnets.0.conv1.weight"
+    mean = merge.model.state_dict()[key].clone()
+    assert torch.allclose(mean, torch.stack([expert.model.state_dict()[key] for expert in setup.ensemble.experts]).mean(0), atol=1e-6)
+    fuse_lora(merge.model, first / "pytorch_lora_weights.safetensors")
+    trained = merge.model.state_dict()[key]
+    assert torch.allclose(again.model.state_dict()[key], (trained + mean) / 2, atol=1e-6) and not torch.allclose(trained, mean, atol=1e-5)
 
 
 def test_two_processes_make_the_images_of_one(settings, done, capfd):

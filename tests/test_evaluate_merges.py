@@ -18,7 +18,7 @@ from afa.training.finetune import RECORD
 from afa.training.run import train
 from afa.training.settings import TrainSettings
 
-METHODS = ["mbw", "auto_mbw", "slerp", "finetune_best", "finetune_merge_compute"]
+METHODS = ["mbw", "auto_mbw", "slerp", "finetune_best", "finetune_merge_compute", "merge_and_continue"]
 
 
 def test_a_ramp_is_straight_along_the_stages():

@@ -11,6 +11,9 @@ TRAINED = {
     "finetune_best_compute": "the same at equal compute",
     "finetune_merge": "a LoRA on the weighted merge: equal parameters, equal steps",
     "finetune_merge_compute": "the same at equal compute",
+    "merge_and_continue": (
+        "the weighted merge, trained by a LoRA, merged with the experts again, trained again: equal compute"
+    ),
     "prompt_router": "one expert for each prompt, by a linear model of their losses on the training images",
     "prediction_router": "one trained aggregator on the experts' predictions, nothing else fused",
     "afa": "the ensemble",
