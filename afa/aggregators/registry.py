@@ -91,6 +91,7 @@ class Recipe:
     text_stream:     in families whose blocks change text tokens, own: every expert keeps its own; fused:
                      where image tokens are fused, text tokens are, too, by what each expert weighs in the
                      whole image
+    shared_guidance: both predictions of guidance are blended by the weights of the one with the prompt
     Raises ValueError for another text_stream.
     """
 
@@ -98,6 +99,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     attention_up_to: int | None = None
     text_stream: str = "own"
+    shared_guidance: bool = False
 
     def __post_init__(self) -> None:
         look_up(self.text_stream, dict.fromkeys(TEXT_STREAMS), "text_stream")

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -131,6 +131,7 @@ def _manifest(
     ensemble: "Ensemble", entries: list[ExpertEntry], frame: dict[str, str], digest: str
 ) -> Manifest:
     denoiser = ensemble.denoiser
+    shared: Any = {"shared_guidance": True} if denoiser.recipe.shared_guidance else {}
     return Manifest(
         family=denoiser.family,
         experts=entries,
@@ -152,6 +153,7 @@ def _manifest(
             "text_stream": cast(Literal["own", "fused"], denoiser.recipe.text_stream),
             "parameters": count_parameters(denoiser.aggregators),
             "sha256": digest,
+            **shared,
         },
         training=cast(TrainingRecord | None, ensemble.training),
         afa_version=__version__,
@@ -284,6 +286,7 @@ def _make(
         },
         **recipe.options,
     )
+    ensemble.denoiser.share_guidance_weights = recipe.shared_guidance
     fused = ensemble.denoiser.fused
     made = [(stage.name, stage.channels, stage.name in fused) for stage in ensemble.denoiser.stages]
     if made != [(stage["name"], stage["channels"], stage["fused"]) for stage in manifest.stages]:

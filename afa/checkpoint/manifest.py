@@ -73,6 +73,7 @@ class AggregatorEntry(TypedDict):
     options:         of the kind
     attention_up_to: largest side, in latent pixels, of maps with attention; None: all maps
     text_stream:     own or fused
+    shared_guidance: whether both predictions of guidance have the weights of the one with the prompt
     parameters:      number of their elements
     sha256:          of their file
     """
@@ -81,6 +82,7 @@ class AggregatorEntry(TypedDict):
     options: dict[str, Any]
     attention_up_to: Annotated[int, Within(0, 10**6)] | None
     text_stream: NotRequired[Literal["own", "fused"]]
+    shared_guidance: NotRequired[bool]
     parameters: Count
     sha256: Sha256
 
@@ -343,4 +345,5 @@ def check_hashes(entry: ExpertEntry, located: Located) -> None:
 def recipe_of(manifest: Manifest) -> Recipe:
     """How the aggregators of a manifest are made."""
     entry = manifest.aggregator
-    return Recipe(entry["kind"], entry["options"], entry["attention_up_to"], entry.get("text_stream", "own"))
+    text_stream, shared = entry.get("text_stream", "own"), entry.get("shared_guidance", False)
+    return Recipe(entry["kind"], entry["options"], entry["attention_up_to"], text_stream, shared)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from afa.aggregators.base import Aggregator
 from afa.aggregators.registry import Recipe
 from afa.denoiser.forward import Adjuster, Converter, Observer, ParallelStages, PassOptions, run_stages
+from afa.denoiser.guidance import SharedGuidance
 from afa.denoiser.hooks import WeightMaps
 from afa.denoiser.lora import DenoiserLoras, applied, lora_scaled
 from afa.denoiser.placement import fused_stages
@@ -22,7 +23,7 @@ from afa.stages.original_names import Layers, original_layers
 from afa.stages.stage import Stage, StageContext
 
 
-class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
+class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ModelMixin, ConfigMixin):
     """N frozen experts and their trainable aggregators, which replace one diffusers denoiser.
 
     The subclass of a family adds the stock forward. `config` is the first expert's, as pipelines expect.
@@ -79,6 +80,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
                 "text_stream fused is for blocks that change text tokens, "
                 f"and those of family {self.family} only read them; leave it out"
             )
+        self.share_guidance_weights = self.recipe.shared_guidance
         self._maps: WeightMaps | None = None
         self._watch: Observer | None = None
         self._adjust: Adjuster | None = None
@@ -185,7 +187,7 @@ class EnsembleDenoiser(DenoiserLoras, ModelMixin, ConfigMixin):
         fused = dict(self.aggregators.items()) if self._solo_expert is None else {}
         options.fuse_text = self.recipe.text_stream == "fused"
         options.checkpoint = self.gradient_checkpointing
-        options.adjust, options.observe = self._adjust, self._observe
+        options.adjust, options.observe = self.adjuster(sample), self._observe
         if self._maps is not None and not self.in_uncond_pass:
             self._maps.begin(self.interface.timestep_from_model(timestep))
 

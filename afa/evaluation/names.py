@@ -17,6 +17,7 @@ TRAINED = {
     "prompt_router": "one expert for each prompt, by a linear model of their losses on the training images",
     "prediction_router": "one trained aggregator on the experts' predictions, nothing else fused",
     "afa": "the ensemble",
+    "afa_shared": "the ensemble, with the weights of the pass with the prompt for both passes of guidance",
     "best_of_n": (
         "the best of the single experts image by image, known only afterwards: an upper bound for choosing"
         " one"

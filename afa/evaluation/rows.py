@@ -9,6 +9,7 @@ from afa.sampling.sample import Sampler, Sampling
 
 Options = dict[str, Any]
 SEARCH = "auto_mbw"  # trains nothing: it tries merges
+SHARED = "afa_shared"  # trains nothing: its ensembles are those of afa
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class MethodRow:
     axes, of:   see results.Method
     note:       for the report
     based:      needs the model that the experts were tuned from
+    guided:     needs both predictions of guidance in one pass
     cost:       of a step, as in SamplingMethod
     """
 
@@ -64,12 +66,13 @@ class MethodRow:
     of: str = ""
     note: str = ""
     based: bool = False
+    guided: bool = False
     cost: str = "one model"
 
     @property
     def trainings(self) -> int:
         """Return how many trainings it needs; the ensemble itself was trained once before."""
-        if self.train is None or self.name == SEARCH:
+        if self.train is None or self.name in (SEARCH, SHARED):
             return 0
         there = self.name == "afa" or ("steps" in self.axes and self.of == "afa")
         return self.runs - there + (len(self.candidates) - 1 if self.by_loss else 0)

@@ -146,6 +146,8 @@ def check_row(comparison: ComparisonContext, row: MethodRow) -> bool:
     def check() -> bool:
         if row.based and setup.settings.base is None:
             _ = setup.base  # which says that it is missing
+        if row.guided:
+            setup.check_guided()
         if row.trainings:
             setup.training(setup.output, 0)
         return True

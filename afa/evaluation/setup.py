@@ -61,15 +61,9 @@ class Setup:
 
         Raises UserError for guidance that the family does not have.
         """
-        entry, sampling = self.manifest.experts[0], protocol.sampling
+        sampling = protocol.sampling
         if sampling.guidance is None or sampling.true_guidance is not None:
-            spec = (
-                ExpertSpec.parse(self.expert_specs()[0])
-                if entry.name in self.moved
-                else entry.spec(self.folder)
-            )
-            config = denoiser_config(locate(spec), self.manifest.family, entry.config_in(self.folder))
-            interface = FAMILIES[self.manifest.family].interface
+            config, interface = self._config, FAMILIES[self.manifest.family].interface
             interface.pipeline_guidance(
                 config, 1, sampling.guidance, sampling.negative_prompt, sampling.true_guidance
             )
@@ -78,6 +72,22 @@ class Setup:
                 protocol, sampling=dataclasses.replace(sampling, guidance=guidance)
             )
         return protocol
+
+    @cached_property
+    def _config(self) -> Any:
+        """The first expert's denoiser's config, without its weights."""
+        entry = self.manifest.experts[0]
+        moved = entry.name in self.moved
+        spec = ExpertSpec.parse(self.expert_specs()[0]) if moved else entry.spec(self.folder)
+        return denoiser_config(locate(spec), self.manifest.family, entry.config_in(self.folder))
+
+    def check_guided(self) -> None:
+        """Raise UserError unless one pass makes both predictions of guidance."""
+        reason = FAMILIES[self.manifest.family].interface.why_no_batched_guidance(self._config)
+        if not reason and (self.sampling.guidance or 1) <= 1:
+            reason = f"guidance {self.sampling.guidance:g} makes one prediction"
+        if reason:
+            raise UserError(f"it needs both predictions of guidance in one pass, and {reason}")
 
     @property
     def names(self) -> tuple[str, ...]:

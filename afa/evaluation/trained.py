@@ -12,7 +12,7 @@ from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.placement import fused_stages
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.evaluation.rows import MethodRow, Options, Train, Trained
+from afa.evaluation.rows import SHARED, MethodRow, Options, Train, Trained
 from afa.evaluation.setup import Setup
 from afa.sampling.sample import Sampler, sample
 from afa.training.objective_registry import PLAIN
@@ -44,11 +44,13 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def trained_rows(setup: Setup) -> list[MethodRow]:
-    """Return the rows of the prediction router and of the ensemble."""
+    """Return the rows of the prediction router, of the ensemble, and of it with shared weights."""
     router = functools.partial(_train, setup, "prediction_router", {"placement": "out"})
+    afa, shared = functools.partial(afa_run, setup), "AFA, conditional weights on both branches"
     return [
         _row(setup, "prediction_router", "prediction router", router, group="control", cost="all experts"),
-        _row(setup, "afa", "AFA", functools.partial(afa_run, setup)),
+        _row(setup, "afa", "AFA", afa),
+        _row(setup, SHARED, shared, afa, shared=True, guided=True),
     ]
 
 
@@ -99,21 +101,40 @@ def folder_name(title: str) -> str:
 
 
 def _row(
-    setup: Setup, name: str, title: str, train: Train, *, experts: Sequence[str] = (), **more: Any
+    setup: Setup,
+    name: str,
+    title: str,
+    train: Train,
+    *,
+    experts: Sequence[str] = (),
+    shared: bool = False,
+    **more: Any,
 ) -> MethodRow:
-    """Return a row of ensembles that are trained first. experts: of the ensembles; empty: all."""
-    sampler = functools.partial(_sampler, setup, train, experts)
+    """Return a row of ensembles that are trained first.
+
+    experts: of the ensembles; empty: all
+    shared:  both predictions of guidance share their weights
+    """
+    sampler = functools.partial(_sampler, setup, train, experts, shared)
     given = {"group": "ours", "cost": "ensemble", "runs": setup.settings.seeds, **more}
     return MethodRow(name=name, title=title, sampler=sampler, train=train, **given)
 
 
-def _sampler(setup: Setup, train: Train, experts: Sequence[str], options: Options, run: int) -> Sampler:
+def _sampler(
+    setup: Setup, train: Train, experts: Sequence[str], shared: bool, options: Options, run: int
+) -> Sampler:
     """Return a stock pipeline around the trained ensemble; experts in memory are shared."""
+    if shared:
+        setup.check_guided()
     folder = train(options, run).folder
-    if not experts:
-        return functools.partial(sample, setup.pipeline(setup.ensemble.sharing(aggregators=folder)))
-    chosen = [setup.expert(name) for name in experts]
-    return functools.partial(sample, setup.pipeline(Ensemble.from_experts(chosen, aggregators=folder)))
+    if experts:
+        chosen = [setup.expert(name) for name in experts]
+        ensemble = Ensemble.from_experts(chosen, aggregators=folder)
+    else:
+        ensemble = setup.ensemble.sharing(aggregators=folder)
+    if shared:
+        ensemble.denoiser.share_guidance_weights = True
+    return functools.partial(sample, setup.pipeline(ensemble))
 
 
 def afa_run(setup: Setup, options: Options, run: int) -> Trained:

@@ -163,6 +163,8 @@ def _sampler(settings: GenerateSettings, ensemble: Ensemble) -> Any:
         return make_sampler(settings.method, ensemble, base=settings.base, **options)
     if settings.expert is not None:
         return make_sampler("single_in_ensemble", ensemble, expert=settings.expert)
+    if settings.shared_guidance_weights:
+        ensemble.denoiser.share_guidance_weights = True
     return PipelineSampler(in_frame(ensemble, ensemble.denoiser))
 
 
@@ -206,6 +208,7 @@ def _images(
         "dtype": settings.dtype,
         "strengths": dict.fromkeys(ensemble.names, 1.0) | settings.strengths() if settings.strength else None,
         **({} if settings.base is None else {"base": public_place(settings.base)}),
+        **({"shared_guidance_weights": True} if settings.shared_guidance_weights else {}),
     }
     images, copies = [], settings.images_per_prompt
     for index, prompt in enumerate(prompts):

@@ -83,6 +83,10 @@ class GenerateSettings(CheckedOptions):
     strength: list[str] | None = option(
         None, help="scale an expert's weights, each NAME=FACTOR: 0 turns it off, 1 changes nothing"
     )
+    shared_guidance_weights: bool = option(
+        False,
+        help="blend both predictions of guidance by the weights of the one with the prompt",
+    )
     expert: str | None = option(
         None, help="use only this expert, in the ensemble's frame; with --method single: as its own pipeline"
     )
@@ -111,6 +115,23 @@ class GenerateSettings(CheckedOptions):
             raise UserError(
                 f"--strength scales what experts weigh, and --expert {self.expert} is alone; "
                 "leave out one of them"
+            )
+        self._check_shared_guidance()
+
+    def _check_shared_guidance(self) -> None:
+        """Raise UserError if no aggregator weighs, or guidance makes no two predictions to share weights."""
+        if not self.shared_guidance_weights:
+            return
+        for name, value in (("method", self.method), ("expert", self.expert)):
+            if value is not None:
+                raise UserError(
+                    "--shared-guidance-weights is about what aggregators weigh, "
+                    f"and --{name} {value} uses none; leave out one of them"
+                )
+        if self.guidance is not None and self.guidance <= 1:
+            raise UserError(
+                "--shared-guidance-weights is for both predictions of guidance, "
+                f"and --guidance {self.guidance:g} makes only one; give one above 1"
             )
 
     def strengths(self) -> dict[str, float]:
