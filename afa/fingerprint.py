@@ -149,6 +149,12 @@ def check_claim(folder: Path, asked: Mapping[str, Any], what: str, files: Files 
         check_same(begun, {**_plain(asked), FILES: files or {}}, f"{what} in {folder}")
 
 
+def begun_with(folder: Path) -> dict[str, Any]:
+    """Return the options with which the run in a folder was begun; empty if nothing was made there yet."""
+    there = {path.name for path in present(folder)}
+    return _read(folder / NOTE) if NOTE in there and there != {NOTE} else {}
+
+
 def claim(folder: Path, asked: Mapping[str, Any], what: str, files: Files | None = None) -> None:
     """Check a folder, and note settings and files in it; see check_claim. The folder should be locked."""
     check_claim(folder, asked, what, files)

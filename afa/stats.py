@@ -139,6 +139,14 @@ def least_items(comparisons: int = 1) -> int:
     return math.floor(math.log2(2 * max(1, comparisons) / LEVEL)) + 1
 
 
+def prompt_draws(prompts: int, resamples: int) -> NDArray[np.int64]:
+    """The prompts that each resample of a set of images takes, the same for all methods.
+
+    Returns (resamples, prompts).
+    """
+    return np.random.default_rng(0).integers(prompts, size=(resamples, prompts))
+
+
 def prompt_means(values: Sequence[float] | Array, prompts: Sequence[int]) -> Array:
     """Average the images of each prompt.
 

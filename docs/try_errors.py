@@ -158,6 +158,8 @@ CASES = {
     ],
     "Comparing": [
         ("A comparison by a method that does not exist", f"{COMPARE} --protocol scenes --methods magicfussion"),
+        ("A study that is another flag now", f"{COMPARE} --protocol scenes --study steps"),
+        ("Curves over a single value", f"{COMPARE} --protocol scenes --curves afa"),
         ("A protocol that does not exist", f"{COMPARE} --protocol scenez"),
         ("COCO without its files", f"{COMPARE} --protocol coco2017"),
         ("COCO from a folder of something else", f"{COMPARE} --protocol coco2017 --protocol-data data"),

@@ -6,7 +6,6 @@ images; the same command resumes. With several devices or machines: `accelerate 
 
 import json
 import time
-from dataclasses import asdict
 
 from afa.errors import UserError
 from afa.evaluation.settings import EvaluateSettings as Options
@@ -16,6 +15,10 @@ EXAMPLES = [
     (
         "afa evaluate --ensemble demo:ensemble --protocol scenes"
         " --methods single weighted noise_average --prompts 16 --output compared"
+    ),
+    (
+        "afa evaluate --ensemble demo:ensemble --protocol scenes --methods single weighted --prompts 16"
+        " --guidance 1.5 3 5 --output curves"
     ),
     (
         "afa evaluate --ensemble demo:ensemble --protocol scenes --base demo:base --methods all"
@@ -72,7 +75,7 @@ def run(options: Options) -> None:
             " the same command goes on from them"
         )
     if options.json:
-        print(json.dumps(asdict(results), indent=1, ensure_ascii=False))
+        print(json.dumps(results.facts(), indent=1, ensure_ascii=False))
         return
     from afa.evaluation.compare import analyse
     from afa.evaluation.report.files import as_text

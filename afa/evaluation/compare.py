@@ -7,6 +7,7 @@ from pathlib import Path
 
 from afa.errors import UserError
 from afa.evaluation.columns import Column, Pair, compare, image_sample, make_column
+from afa.evaluation.frontier import Frontier, find_frontiers
 from afa.evaluation.results import GROUPS, Method, Results, prompts_of
 from afa.significance import holm
 from afa.stats import Estimate, estimates, least_items
@@ -53,6 +54,12 @@ class Analysis:
     @cached_property
     def ours(self) -> str | None:
         return our_method(self.results)
+
+    @cached_property
+    def frontiers(self) -> list[Frontier]:
+        """Return the curves over several values of guidance or steps."""
+        kinds = {column.note.kind: column for column in reversed(self.primary)}
+        return find_frontiers(self.results, kinds.get("image"), kinds.get("set"), self.ours)
 
     @cached_property
     def problems(self) -> list[str]:

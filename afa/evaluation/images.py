@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from afa.devices import peak_megabytes
 from afa.evaluation.results import Item, image_name
-from afa.evaluation.rows import MethodRow
+from afa.evaluation.rows import MethodRow, in_words
 from afa.files import write_atomically
 from afa.fingerprint import digest
 from afa.images import read_pixels
@@ -92,18 +92,29 @@ def _seconds(found: Mapping[str, Any] | None) -> float | None:
     return float(seconds) if known else None
 
 
-def image_folder(output: Path, row: MethodRow, run: int) -> Path:
-    """Return the folder of the images of a row's run; no other row has it.
+def drawn_name(row: MethodRow, at: Mapping[str, Any]) -> str:
+    """Return the row's name, with its number of steps if that is not the protocol's.
+
+    at: its values that differ from the protocol's
+    """
+    return f"{row.name}, {in_words('steps', at['steps'])}" if "steps" in at else row.name
+
+
+def image_folder(output: Path, row: MethodRow, run: int, at: Mapping[str, Any] | None = None) -> Path:
+    """Return the folder of the images of a row's run; no other row, and no other value, has it.
 
     Different names may give the same folder name (`a b` and `a-b`, or `a-10-steps` and `a` in 10 steps), so a
-    hash of the row's name tells them apart.
+    hash of the name tells them apart.
+    at: its values of settings.AXES that differ from the protocol's
     """
-    name = re.sub("[ ,:]", "-", row.name.replace(", ", "-"))
-    expert = row.name.partition(":")[2]
-    expert = re.sub(r", \d+ steps$", "", expert) if "steps" in row.axes else expert
-    if re.search(r"[ ,]|-steps$", expert):
-        name += f"-{digest({row.name: ' '.join(row.axes)})[:8]}"
+    at = at or {}
+    drawn = drawn_name(row, at)
+    name = re.sub("[ ,:]", "-", drawn.replace(", ", "-"))
+    if re.search(r"[ ,]|-steps$", row.name.partition(":")[2]):
+        name += f"-{digest({drawn: 'steps' if 'steps' in at else ''})[:8]}"
     folder = output / "images" / name
+    if "guidance" in at:
+        folder /= in_words("guidance", at["guidance"]).replace(" ", "-")
     return folder / f"seed-{run}" if row.train is not None else folder
 
 

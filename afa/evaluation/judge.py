@@ -21,6 +21,7 @@ from afa.metrics.cache import cached_features
 from afa.metrics.registry import METRICS, Resources, make_metric
 from afa.metrics.user import UserFrechet, UserScore, load_scorer
 from afa.schema import Score
+from afa.stats import prompt_draws
 from afa.store import kept_json
 
 CHUNK = 256  # pictures in memory at once
@@ -185,8 +186,7 @@ class Judge:
         reference = self._references.get(metric)
         features = cached_features(metric, images.read_all, folder, images.digest())
         groups = np.asarray(prompts_of(images.items))
-        count = int(groups.max()) + 1
-        draws = np.random.default_rng(0).integers(count, size=(self.resamples, count))
+        draws = prompt_draws(int(groups.max()) + 1, self.resamples)
         replicates = metric.replicates(features, groups, reference, draws)
         value = metric.value(features, reference)
         return {metric.name: SetScore(value, [float(one) for one in replicates], len(features))}

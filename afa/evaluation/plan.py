@@ -1,19 +1,29 @@
 """A forecast of a comparison: the images that it would draw, and the time on this machine."""
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from afa.evaluation.axes import Axis
+from afa.evaluation.choosing import foretold, on_curves, points, to_score
+from afa.evaluation.context import ComparisonContext, check_row, prepare
 from afa.evaluation.images import MEMORY, MEMORY_STEPS, image_folder
 from afa.evaluation.methods import all_rows, study_rows
 from afa.evaluation.results import image_name
-from afa.evaluation.rows import SEARCH, MethodRow
-from afa.evaluation.run import ComparisonContext, check_row, prepare
+from afa.evaluation.rows import SEARCH, Chosen, MethodRow, apart
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.untrained import unsearched
-from afa.pages.numbers import plural
+from afa.pages.numbers import count, plural
 from afa.sampling.sample import Request
 
+DRAWN = {  # purposes of whole images, and the same in words
+    "judged": "to judge",
+    "curves": "more for curves",
+    "tuning": "to choose options",
+    "search": "to search weights",
+}
 # What a step costs: that of one model, of all experts' predictions, or of the ensemble. -> the row it is
 # measured with.
 MEASURED = {"ensemble": "afa", "all experts": "noise_average", "one model": "single"}
@@ -23,7 +33,7 @@ MEASURED = {"ensemble": "afa", "all experts": "noise_average", "one model": "sin
 class Work:
     """Images that are still to be drawn.
 
-    what:  their purpose
+    what:  a key of DRAWN, or memory
     kind:  one of MEASURED
     steps: of each image
     """
@@ -37,29 +47,31 @@ class Work:
 def plan(settings: EvaluateSettings) -> dict[str, Any]:
     """Forecast a comparison, and find everything that would fail early. Leaves no files behind.
 
-    Images: those that are missing. Seconds: see _times. Raises UserError.
+    Images: those that are missing, or the most that may be, while it is not known which values and which rows
+    on curves will be chosen. Seconds: see _times. Raises UserError.
     """
     comparison = prepare(settings, keep=False)
     setup, tuner = comparison.setup, comparison.tuner
     rows = all_rows(setup, tuner, comparison.names)
-    rows = [row for row in [*rows, *study_rows(setup, rows)] if check_row(comparison, row)]
-    work = [*_tuning(comparison, rows), *(one for row in rows for one in _drawing(comparison, row))]
-    kinds = ("judged", "tuning", "search", "memory")
-    images = {what: sum(one.images for one in work if one.what == what) for what in kinds}
-    protocol = (f"{name} {value}" for name, value in setup.protocol.facts().items() if value is not None)
+    rows = [row for row in [*rows, *study_rows(setup)] if check_row(comparison, row)]
+    work = _work(comparison, rows)
+    protocol = setup.protocol.facts() | {axis.name: _axis_words(axis) for axis in setup.axes}
     references = setup.protocol.references
     trained = ", ".join(row.name for row in rows if row.train is not None and row.name != SEARCH)
+    curves = ", ".join(dict.fromkeys(one.row.title for one in _on_curves(comparison, rows)))
     facts = {
         "ensemble": f"{setup.folder}: {', '.join(setup.names)}",
-        "protocol": ", ".join(protocol),
+        "protocol": ", ".join(f"{name} {value}" for name, value in protocol.items() if value is not None),
         "references": f"{len(references)} pictures are read" if references else None,
         "methods": ", ".join(comparison.names),
+        "curves": f"{curves} (or, by the tuning captions, another of its kind)" if curves else None,
         "left_out": "; ".join(comparison.errors) or None,
-        "images": images["judged"] + images["tuning"] + images["search"],
-        "images_to_judge": images["judged"],
-        "images_to_choose_options": images["tuning"],
-        "images_to_search_weights": images["search"],
-        "images_to_measure_memory": f"{images['memory']} besides, of at most {MEMORY_STEPS} steps",
+        "images": sum(_images(work, what) for what in DRAWN),
+        "images_to_judge": _images(work, "judged"),
+        "images_of_curves": _images(work, "curves") if setup.axes else None,
+        "images_to_choose_options": _images(work, "tuning"),
+        "images_to_search_weights": _images(work, "search"),
+        "images_to_measure_memory": f"{_images(work, 'memory')} besides, of at most {MEMORY_STEPS} steps",
         "trained": f"{trained}; {plural(settings.seeds, 'seed')} each, the ensemble's first is there",
         "training_runs": sum(row.trainings for row in rows),
         "options_chosen_on": f"{len(tuner.captions)} captions that are not judged"
@@ -71,6 +83,50 @@ def plan(settings: EvaluateSettings) -> dict[str, Any]:
         **_times(comparison, work, sum(row.trainings for row in rows)),
     }
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def announced(comparison: ComparisonContext, rows: Sequence[MethodRow]) -> str:
+    """Return a line that says what a comparison will draw; empty if everything is there."""
+    work = _work(comparison, [row for row in rows if not row.based or comparison.setup.settings.base])
+    most = "at most " if comparison.setup.axes and comparison.tuner.able else ""  # own values are not known
+    parts = [f"{count(_images(work, what))} {words}" for what, words in DRAWN.items() if _images(work, what)]
+    how_long = "how long it takes: the same command with --dry-run"
+    return f"afa: images to draw: {most}{', '.join(parts)}; {how_long}\n" if parts else ""
+
+
+def _axis_words(axis: Axis) -> str:
+    """Return the values of a setting, and how each method gets its own."""
+    values = ", ".join(f"{value:.16g}" for value in axis.values)
+    return f"{values} (each method its own; options are chosen at {axis.start:.16g})"
+
+
+def _images(work: Sequence[Work], what: str) -> int:
+    return sum(one.images for one in work if one.what == what)
+
+
+def _work(comparison: ComparisonContext, rows: Sequence[MethodRow]) -> list[Work]:
+    """Return everything that is still to be drawn."""
+    others = points(comparison.setup, _on_curves(comparison, rows))
+    chosen = [*_foretold(comparison, rows), *others]
+    return [*_tuning(comparison, rows), *(part for one in chosen for part in _drawing(comparison, one))]
+
+
+def _on_curves(comparison: ComparisonContext, rows: Sequence[MethodRow]) -> list[Chosen]:
+    """Return the rows that will be on curves; of those that may be, one of which no image is there yet."""
+    return on_curves(comparison.setup, _foretold(comparison, rows), unscored=math.inf)
+
+
+def _foretold(comparison: ComparisonContext, rows: Sequence[MethodRow]) -> list[Chosen]:
+    """Return what will be chosen for each row; without scores, the values that lack most images."""
+    setup, tuner, found = comparison.setup, comparison.tuner, []
+    for row in rows:
+        chosen = foretold(setup, tuner, row)
+        if tuner.able and chosen.score is None:
+            for axis in setup.axes:
+                each = [replace(chosen, at={**chosen.at, axis.name: value}) for value in axis.of(row)]
+                chosen = max(each, key=lambda one: _images(_drawing(comparison, one), "judged"))
+        found.append(chosen)
+    return found
 
 
 def _times(comparison: ComparisonContext, work: list[Work], runs: int) -> dict[str, Any]:
@@ -89,34 +145,35 @@ def _times(comparison: ComparisonContext, work: list[Work], runs: int) -> dict[s
     }
 
 
-def _tuning(comparison: ComparisonContext, rows: list[MethodRow]) -> list[Work]:
-    """Return the images of candidates that are not scored yet: for ranking experts, and for each row."""
+def _tuning(comparison: ComparisonContext, rows: Sequence[MethodRow]) -> list[Work]:
+    """Return the images of what is not scored yet: for ranking experts, and for each row."""
     tuner, setup = comparison.tuner, comparison.setup
     if not tuner.able:
         return []
-    asked = {("single", "one model"): [{"expert": name} for name in setup.names]}
-    for row in rows:
-        if len(row.candidates) > 1 and not row.by_loss:
-            asked[row.of or row.name, row.cost] = list(row.candidates)
-    steps = setup.sampling.steps
-    return [
-        Work("tuning", kind, tuner.unscored(name, candidates) * len(tuner.captions), steps)
-        for (name, kind), candidates in asked.items()
-    ]
+    asked = [("single", "one model", {"expert": name}, {}) for name in setup.names]
+    asked += [(row.method, row.cost, *one) for row in rows for one in to_score(setup, tuner, row)]
+    work = {}
+    for name, kind, options, at in asked:
+        there = tuner.tuner_at(at)
+        if there.kept(name, options) is None:
+            steps = replace(setup.sampling, **at).steps
+            work[name, there.key(options)] = Work("tuning", kind, len(tuner.captions), steps)
+    return list(work.values())
 
 
-def _drawing(comparison: ComparisonContext, row: MethodRow) -> list[Work]:
+def _drawing(comparison: ComparisonContext, chosen: Chosen) -> list[Work]:
     """Return a row's missing images, including those that measure memory and search weights."""
-    setup, tuner = comparison.setup, comparison.tuner
-    steps, kind = (row.sampling or setup.sampling).steps, row.cost
+    setup, tuner, row = comparison.setup, comparison.tuner, chosen.row
+    sampling, kind = chosen.sampling(setup.sampling), row.cost
     found = []
     for run in range(row.runs):
-        folder = image_folder(setup.output, row, run)
+        folder = image_folder(setup.output, row, run, apart(chosen.at, setup.sampling))
         names = map(image_name, range(len(setup.protocol.items)))
         missing = sum(not (folder / name).exists() for name in names)
-        found.append(Work("judged", kind, missing, steps))
-        found.append(Work("memory", kind, int(not (folder / MEMORY).exists()), min(MEMORY_STEPS, steps)))
-    if row.name == SEARCH:
+        found.append(Work("curves" if chosen.axis else "judged", kind, missing, sampling.steps))
+        unmeasured = not chosen.axis and not (folder / MEMORY).exists()
+        found.append(Work("memory", kind, int(unmeasured), min(MEMORY_STEPS, sampling.steps)))
+    if row.name == SEARCH and not chosen.axis:
         merges = unsearched(setup, tuner)
         found.append(Work("search", kind, merges * len(tuner.captions), setup.sampling.steps))
     return found

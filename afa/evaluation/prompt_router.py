@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from afa.evaluation.rows import MethodRow, Options, Train, Trained
+from afa.evaluation.rows import MethodRow, Options, Trained
 from afa.evaluation.setup import Setup
 from afa.sampling.base import OneEach
 from afa.sampling.registry import make_sampler
@@ -24,14 +24,17 @@ NAME = "prompt_router"
 
 def prompt_router_rows(setup: Setup) -> list[MethodRow]:
     """Return the row, trained on the ensemble's images with each training seed."""
-    train = functools.partial(_train, setup)
-    sampler = functools.partial(_sampler, setup, train)
+    train, sampler = functools.partial(_train, setup), functools.partial(_sampler, setup)
     return [MethodRow(NAME, "control", "prompt router", sampler, train=train, runs=setup.settings.seeds)]
+
+
+def _folder(setup: Setup, run: int) -> Path:
+    return setup.output / "trained" / NAME / f"seed-{run}"
 
 
 def _train(setup: Setup, options: Options, run: int) -> Trained:
     """Train in one process, or read what was trained before."""
-    folder = setup.output / "trained" / NAME / f"seed-{run}"
+    folder = _folder(setup, run)
     settings = setup.training(folder, run, crops=0, flip=False)
     if PartialState().is_main_process and router_finished(settings) is None:
         train_prompt_router(settings, setup.ensemble, [item.caption for item in setup.protocol.items])
@@ -63,9 +66,9 @@ class Routed(OneEach):
         return [experts[place] for place in self.router.choose(states)]
 
 
-def _sampler(setup: Setup, train: Train, options: Options, run: int) -> Sampler:
+def _sampler(setup: Setup, options: Options, run: int) -> Sampler:
     """Return a sampler of the chosen experts in the comparison's frame."""
-    router = PromptRouter.read(Path(train(options, run).folder))
+    router = PromptRouter.read(_folder(setup, run))  # it was trained by all processes; one alone may score
     makers = {
         name: functools.partial(make_sampler, "single_in_ensemble", setup.ensemble, expert=name)
         for name in setup.names

@@ -140,8 +140,10 @@ class Method:
 class Results:
     """A whole comparison.
 
-    protocol: the settings that all methods share
+    protocol: the settings that all methods share, or the several values of a setting
     errors:   sentences about what could not be computed
+    own:      by method of the main table and study: its own value of each setting that has several,
+              {"afa": {"guidance": 4.0}}; empty if each has one
     """
 
     protocol: dict[str, Any]
@@ -152,11 +154,16 @@ class Results:
     experts: list[dict[str, Any]] = field(default_factory=list)  # name, source, sha256 of files
     versions: dict[str, str] = field(default_factory=dict)
     machine: str = ""
+    own: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything as JSON has it; own only if there is something in it."""
+        return {name: value for name, value in asdict(self).items() if name != "own" or value}
 
     def save(self, folder: Path) -> None:
         """Write results.json whole or not at all."""
         write_atomically(
-            folder / FILE, json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
+            folder / FILE, json.dumps({"format": FORMAT, **self.facts()}, indent=1, ensure_ascii=False)
         )
 
     @classmethod

@@ -1,112 +1,27 @@
 """Run a comparison: all methods draw from the same noise, and all metrics judge all images."""
 
 import functools
-import json
 import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
 
 from afa.devices import free_memory
-from afa.errors import UserError
-from afa.evaluation.images import ImageSet, image_folder, make_images, measured_memory
-from afa.evaluation.judge import Judge
+from afa.evaluation.choosing import choose, on_curves, points
+from afa.evaluation.context import ComparisonContext, asked_for, check_row, prepare
+from afa.evaluation.images import ImageSet, drawn_name, image_folder, make_images, measured_memory
 from afa.evaluation.methods import all_rows, study_rows
-from afa.evaluation.names import chosen_methods, known_methods
+from afa.evaluation.names import known_methods
+from afa.evaluation.plan import announced
 from afa.evaluation.results import Method, Results, Run, machine, versions
-from afa.evaluation.rows import MethodRow, Options, Trained
+from afa.evaluation.rows import Chosen, MethodRow, Options, Trained, apart, in_words
 from afa.evaluation.settings import EvaluateSettings
-from afa.evaluation.setup import Setup
-from afa.evaluation.tuning import ScoringError, Tuner
 from afa.files import locked, sha256
-from afa.fingerprint import check_claim, claim, digest, fingerprint, saved_fingerprint
-from afa.metrics.user import try_scorer
 from afa.places import public_place
-from afa.training.record import LEFT_OUT
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ComparisonContext:
-    """The parts that a comparison works with."""
-
-    setup: Setup
-    judge: Judge
-    tuner: Tuner
-    names: tuple[str, ...]
-    errors: list[str]
-
-    def attempt(self, what: str, asked_for: bool, work: Callable[[], T]) -> T | None:
-        """Do some work; if it fails, note the error and return None.
-
-        asked_for: the user named it, so its failure raises UserError instead
-        """
-        try:
-            return work()
-        except (UserError, ValueError, NotImplementedError) as error:
-            if asked_for:
-                raise UserError(f"{what}: {error}") from error
-            if error.__cause__ is not None:  # of a user's file: where it happened
-                self._log(what)
-            self.note(f"{what}: {error}")
-        except Exception as error:
-            self._log(what)
-            self.note(f"{what}: {type(error).__name__}: {error} (see errors.log)")
-        return None
-
-    def _log(self, what: str) -> None:
-        """Append the current traceback to errors.log."""
-        with (self.setup.output / "errors.log").open("a", encoding="utf-8") as log:
-            log.write(f"{what}\n{traceback.format_exc()}\n")
-
-    def note(self, sentence: str) -> None:
-        """Note what could not be done, for the report, and print it."""
-        self.errors.append(sentence)
-        if PartialState().is_main_process:
-            print(f"afa: left out: {sentence}", file=sys.stderr)
-
-
-def prepare(settings: EvaluateSettings, keep: bool = True) -> ComparisonContext:
-    """Find everything that would fail later: names, protocol data, weights of metrics, places of experts.
-
-    keep: write the settings into the output folder
-    Raises UserError.
-    """
-    names = chosen_methods(settings.methods)
-    setup = Setup(settings)
-    judge = Judge.make(settings, setup.protocol, setup.output / "judged", setup.device)
-    asked = {**settings.binding(), "the ensemble's afa.json": sha256(setup.folder / "afa.json")}
-    files = saved_fingerprint(setup.folder, setup.moved) | fingerprint(base=settings.base)
-    check_claim(setup.output, asked, "the comparison", files)
-    PartialState().wait_for_everyone()  # all processes check it before the first one writes
-    if keep and PartialState().is_main_process:
-        claim(setup.output, asked, "the comparison", files)
-    if settings.scorer is not None:
-        try_scorer(judge.metrics, *setup.size())
-    captions = setup.tuning_captions() if settings.tuning else []
-    identity = digest({"judge": judge.tuning_identity, "captions": json.dumps(captions)})
-    tuner = Tuner(
-        setup.output / "tuning" / identity[:16],
-        captions,
-        setup.sampling,
-        judge.tuning_score,
-        settings.batch_size,
-    )
-    comparison = ComparisonContext(setup, judge, tuner, names, [])
-    left_out = setup.protocol.left_out
-    if left_out:
-        comparison.note(
-            f"pictures of --protocol {settings.protocol}, with their prompts: {left_out.summary()}"
-        )
-        if keep and PartialState().is_main_process:
-            left_out.write(setup.output / LEFT_OUT)
-    return comparison
 
 
 def evaluate(settings: EvaluateSettings) -> Results | None:
@@ -118,52 +33,31 @@ def evaluate(settings: EvaluateSettings) -> Results | None:
     """
     with locked(Path(settings.output)):
         comparison = prepare(settings)
-        rows, drawn = _rows(comparison), []
-        for place, row in enumerate(rows, 1):
-            work = functools.partial(_draw, comparison, row, f"{place}/{len(rows)} ")
-            done = comparison.attempt(row.title, asked_for(settings, row), work)
-            drawn += [done] if done is not None else []
-            free_memory()  # of this row's models
+        drawn = _draw_all(comparison, _rows(comparison))
+        curves = on_curves(comparison.setup, [one.chosen for one in drawn])
+        drawn += _draw_all(comparison, points(comparison.setup, curves))
         if not PartialState().is_main_process:
             return None
-        results = _results(comparison, [_judge(comparison, one) for one in drawn])
+        results = _results(comparison, drawn)
         results.save(comparison.setup.output)
         return results
 
 
-def asked_for(settings: EvaluateSettings, row: MethodRow) -> bool:
-    """Return whether the user named this row, so that its failure must raise."""
-    return "all" not in settings.methods and row.name.partition(":")[0] in settings.methods
+def _rows(comparison: ComparisonContext) -> list[MethodRow]:
+    """Return the rows; experts are ranked before baselines are made of them.
 
-
-def check_row(comparison: ComparisonContext, row: MethodRow) -> bool:
-    """Return whether a row has its base model and its training settings, before anything is drawn.
-
-    Raises UserError if the user named the row; else a failure is noted.
+    Before that it is said what will be drawn.
     """
     setup = comparison.setup
-
-    def check() -> bool:
-        if row.based and setup.settings.base is None:
-            _ = setup.base  # which says that it is missing
-        if row.guided:
-            setup.check_guided()
-        if row.trainings:
-            setup.training(setup.output, 0)
-        return True
-
-    return comparison.attempt(row.title, asked_for(setup.settings, row), check) or False
-
-
-def _rows(comparison: ComparisonContext) -> list[MethodRow]:
-    """Return the rows; experts are ranked before baselines are made of them."""
-    setup = comparison.setup
-    for row in all_rows(setup, comparison.tuner, comparison.names):
+    unranked = all_rows(setup, comparison.tuner, comparison.names)
+    for row in unranked:
         if asked_for(setup.settings, row):
             check_row(comparison, row)
+    if PartialState().is_main_process:
+        print(announced(comparison, [*unranked, *study_rows(setup)]), end="", file=sys.stderr)
     comparison.attempt("ranking the experts", False, lambda: _rank(comparison))
     rows = all_rows(setup, comparison.tuner, comparison.names)
-    return rows + study_rows(setup, rows)
+    return rows + study_rows(setup)
 
 
 def _rank(comparison: ComparisonContext) -> None:
@@ -184,102 +78,116 @@ def _rank(comparison: ComparisonContext) -> None:
 
 @dataclass(frozen=True)
 class DrawnRun:
-    """One run's images, what was trained for it, and the megabytes that an image takes."""
+    """One run's images, what was trained for it, and the megabytes that an image takes (not of points)."""
 
     images: ImageSet
     trained: Trained | None
-    memory_mb: float
+    memory_mb: float | None
 
 
 @dataclass(frozen=True)
 class DrawnRow:
-    """A row with its chosen options and its runs."""
+    """A row, or a point of its curve, with its runs."""
 
-    row: MethodRow
-    options: Options
+    chosen: Chosen
     runs: list[DrawnRun]
 
 
-def _draw(comparison: ComparisonContext, row: MethodRow, place: str) -> DrawnRow:
-    """Choose options, train and draw: everything of a row that takes time.
+def _draw_all(comparison: ComparisonContext, several: Sequence[MethodRow | Chosen]) -> list[DrawnRow]:
+    """Draw rows, for which something is to be chosen, or points of curves. What fails is left out."""
+    drawn = []
+    for place, one in enumerate(several, 1):
+        row = one if isinstance(one, MethodRow) else one.row
+        work = functools.partial(_draw, comparison, one, f"{place}/{len(several)} ")
+        done = comparison.attempt(row.title, asked_for(comparison.setup.settings, row), work)
+        drawn += [done] if done is not None else []
+        free_memory()  # of this row's models
+    return drawn
+
+
+def _draw(comparison: ComparisonContext, one: MethodRow | Chosen, place: str) -> DrawnRow:
+    """Choose what is to be chosen, train and draw: everything of a row that takes time.
 
     place: of the row among all rows, shown with the progress
     """
-    setup, options, runs = comparison.setup, _choose(comparison, row), []
+    setup = comparison.setup
+    chosen = one if isinstance(one, Chosen) else choose(setup, comparison.tuner, one, comparison.note)
+    row, options, other, runs = chosen.row, chosen.options, apart(chosen.at, setup.sampling), []
     for run in range(row.runs):
         trained = row.train(options, run) if row.train is not None else None
         identity = {
-            "method": row.name,
+            "method": drawn_name(row, other),
             "options": options,
             "experts": {entry.name: sorted(entry.files.values()) for entry in setup.manifest.experts},
             "weights": sha256(trained.file) if trained is not None else None,
             "scheduler": setup.protocol.scheduler,
             "dtype": setup.settings.dtype,
         }
-        folder, sampling = image_folder(setup.output, row, run), row.sampling or setup.sampling
-        images = ImageSet(folder, setup.protocol.items, sampling, identity)
+        folder = image_folder(setup.output, row, run, other)
+        images = ImageSet(folder, setup.protocol.items, chosen.sampling(setup.sampling), identity)
         make = functools.cache(functools.partial(row.sampler, options, run))  # once, if an image is missing
-        title = f"{place}{row.title}{f', seed {run}' if row.runs > 1 else ''}"
-        make_images(images, make, setup.settings.batch_size, title)
-        runs.append(DrawnRun(images, trained, measured_memory(images, make)))
-    return DrawnRow(row, options, runs)
-
-
-def _choose(comparison: ComparisonContext, row: MethodRow) -> Options:
-    if row.by_loss and row.train is not None:
-        losses = [row.train(options, 0).loss for options in row.candidates]
-        return row.candidates[int(np.argmin(losses))]
-    try:
-        return comparison.tuner.best(
-            row.of or row.name, row.candidates, lambda options: row.sampler(options, 0)
-        )
-    except ScoringError as error:
-        comparison.note(f"the choice of options of {row.title}: {error}; its defaults are taken")
-        return row.candidates[0]
+        words = [f"{place}{row.title}", chosen.point, f"seed {run}" if row.runs > 1 else ""]
+        make_images(images, make, setup.settings.batch_size, ", ".join(filter(None, words)))
+        memory = None if chosen.axis else measured_memory(images, make)
+        runs.append(DrawnRun(images, trained, memory))
+    return DrawnRow(chosen, runs)
 
 
 def _judge(comparison: ComparisonContext, drawn: DrawnRow) -> Method:
     """Score a row's images and return the row of the results."""
-    setup, row, tuner = comparison.setup, drawn.row, comparison.tuner
-    runs = []
+    setup, chosen, row = comparison.setup, drawn.chosen, drawn.chosen.row
+    point, runs = chosen.point and f", {chosen.point}", []
     for run, one in enumerate(drawn.runs):
-        scores, sets = comparison.judge.judge(one.images, setup.protocol, row.title, comparison.attempt)
+        title = f"{row.title}{point}"
+        scores, sets = comparison.judge.judge(one.images, setup.protocol, title, comparison.attempt)
         folder = str(one.images.folder.relative_to(setup.output))
         runs.append(Run(run, folder, scores, sets, one.images.seconds(), one.memory_mb))
     trained = [one.trained for one in drawn.runs if one.trained is not None]
-    found = [one.note for one in trained if one.note]
-    notes = [*([row.note] if row.note else []), *([" | ".join(found)] if found else [])]  # seed by seed
+    return Method(
+        f"{row.name}{point}",
+        row.group,
+        f"{row.title}{point}",
+        runs,
+        {chosen.axis: chosen.at[chosen.axis]} if chosen.axis else dict(row.axes),
+        row.name if chosen.axis else row.of,
+        trained_parameters=trained[0].parameters if trained else 0,
+        training_steps=trained[0].steps if trained else 0,
+        training_seconds=[one.seconds for one in trained],
+        note="" if chosen.axis else "; ".join(_notes(comparison, chosen, trained)),
+    )
+
+
+def _notes(comparison: ComparisonContext, chosen: Chosen, trained: Sequence[Trained]) -> list[str]:
+    """Return what was found for a row, seed by seed, what was chosen for it, and by what."""
+    row, tuner = chosen.row, comparison.tuner
+    notes = [note for note in (row.note, " | ".join(one.note for one in trained if one.note)) if note]
+    by_images = f"chosen by {len(tuner.captions)} other images"
     if len(row.candidates) > 1:
         how = "its default, since there is nothing to choose by"
         if row.by_loss:
             how = "chosen by held-out loss of the first run"
         elif tuner.able:
-            how = f"chosen by {len(tuner.captions)} other images"
-        notes.append(f"{how}: {', '.join(f'{name} {value}' for name, value in drawn.options.items())}")
-    return Method(
-        row.name,
-        row.group,
-        row.title,
-        runs,
-        dict(row.axes),
-        row.of,
-        trained_parameters=trained[0].parameters if trained else 0,
-        training_steps=trained[0].steps if trained else 0,
-        training_seconds=[one.seconds for one in trained],
-        note="; ".join(notes),
-    )
+            how = by_images
+        notes.append(f"{how}: {', '.join(f'{name} {value}' for name, value in chosen.options.items())}")
+    if chosen.at:
+        how = "where options are chosen: there is nothing to choose by" if chosen.score is None else by_images
+        notes.append(f"{' and '.join(in_words(*value) for value in chosen.at.items())}, {how}")
+    return notes
 
 
-def _results(comparison: ComparisonContext, methods: list[Method]) -> Results:
-    setup = comparison.setup
+def _results(comparison: ComparisonContext, drawn: Sequence[DrawnRow]) -> Results:
+    setup, methods = comparison.setup, [_judge(comparison, one) for one in drawn]
     if "best_of_n" in comparison.names:
         methods = [*methods, *best_of_n(methods, comparison.judge.primary)]
     experts: list[dict[str, Any]] = [
         {"name": entry.name, "source": public_place(entry.source), "files": entry.files}
         for entry in setup.manifest.experts
     ]
+    facts = setup.protocol.facts() | {axis.name: list(axis.values) for axis in setup.axes}
+    if setup.axes:
+        facts["options_chosen_at"] = " and ".join(in_words(axis.name, axis.start) for axis in setup.axes)
     return Results(
-        setup.protocol.facts() | {"training_seeds": setup.settings.seeds, "ranking": list(setup.ranking)},
+        facts | {"training_seeds": setup.settings.seeds, "ranking": list(setup.ranking)},
         setup.protocol.items,
         comparison.judge.notes(),
         methods,
@@ -287,6 +195,7 @@ def _results(comparison: ComparisonContext, methods: list[Method]) -> Results:
         experts,
         versions(),
         machine(setup.device),
+        {one.chosen.row.name: dict(one.chosen.at) for one in drawn if one.chosen.at and not one.chosen.axis},
     )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from afa.errors import UserError, unknown
 from afa.settings import (
     COUNT,
     DEVICE_HELP,
@@ -17,15 +18,19 @@ from afa.settings import (
     option,
 )
 
-STUDIES = ["steps", "experts", "ablations", "objectives"]
+STUDIES = ["experts", "ablations", "objectives"]
+AXES = ("guidance", "steps")  # settings of sampling that may have several values
 
 
 @dataclass(frozen=True)
 class EvaluateSettings(CheckedOptions):
-    """The options of `afa evaluate`; each field is a flag."""
+    """The options of `afa evaluate`; each field is a flag.
+
+    Several values of guidance or steps are kept in ascending order; a list of one is that value.
+    """
 
     free: ClassVar[tuple[str, ...]] = (
-        *("output", "methods", "seeds", "metrics", "metric_weights", "scorer", "study"),
+        *("output", "methods", "seeds", "metrics", "metric_weights", "scorer", "study", "curves"),
         *("batch_size", "device", "resamples", "allow_outside", "dry_run", "json"),
     )
 
@@ -74,8 +79,7 @@ class EvaluateSettings(CheckedOptions):
     )
     study: list[str] | None = option(
         None,
-        help="also: steps (10, 20, 30, 50), experts (how many), ablations (placement, depth …), objectives",
-        choices=STUDIES,
+        help="also: experts (how many), ablations (placement, depth …), objectives",
     )
     reward: str | None = option(
         None, help="reward for the study of objectives, as in `afa train` (default: the protocol's)"
@@ -95,9 +99,20 @@ class EvaluateSettings(CheckedOptions):
         **SEED,
         help="seed of the first image's noise, 0 to 2**64 - 1; image k has seed + k, for every method",
     )
-    steps: int | None = option(None, **SAMPLING_STEPS, help="denoising steps (default: the protocol's)")
-    guidance: float | None = option(
-        None, **GUIDANCE, help="strength of guidance (default: the protocol's, or the family's own)"
+    steps: list[int] | int | None = option(
+        None, **SAMPLING_STEPS, help="denoising steps (default: the protocol's); several: as for --guidance"
+    )
+    guidance: list[float] | float | None = option(
+        None,
+        **GUIDANCE,
+        help="strength of guidance (default: the protocol's, or the family's own); several values: each"
+        " method is judged at its own, chosen on captions that are not judged, and those of --curves also at"
+        " all others, which gives a curve of image quality against distance to real images",
+    )
+    curves: list[str] | None = option(
+        None,
+        help="with several --guidance or --steps: methods drawn at every value (default: afa, the router, and"
+        " by the tuning captions the best expert, merge, sampling-time method and LoRA control)",
     )
     true_guidance: float | None = option(
         None, **GUIDANCE, help="FLUX: strength of classifier-free guidance beside the built-in one"
@@ -128,3 +143,24 @@ class EvaluateSettings(CheckedOptions):
     device: str | None = option(None, help=DEVICE_HELP)
     dry_run: bool = option(False, help="print what would be done, then stop")
     json: bool = option(False, help="print the results as JSON")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in AXES:
+            values = getattr(self, name)
+            if isinstance(values, (list, tuple)):
+                distinct = sorted({float(value) if name == "guidance" else value for value in values})
+                object.__setattr__(self, name, distinct[0] if len(distinct) == 1 else distinct or None)
+        for name in self.study or []:
+            if name == "steps":
+                raise UserError("--study steps is --steps 10 20 30 50 now; give any numbers of steps")
+            if name not in STUDIES:
+                raise UserError(f"--study: {unknown(name, STUDIES, 'study')}")
+
+        if self.curves is not None and not any(map(self.several, AXES)):
+            raise UserError("--curves are over several values of --guidance or --steps; give some")
+
+    def several(self, name: str) -> list[float]:
+        """Return the values of one of AXES if there are several, else none."""
+        values = getattr(self, name)
+        return list(values) if isinstance(values, list) else []

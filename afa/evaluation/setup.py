@@ -16,6 +16,7 @@ from afa.data.sources import Columns
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
+from afa.evaluation.axes import find_axes
 from afa.evaluation.protocols import Protocol, ProtocolOptions, make_protocol
 from afa.evaluation.recorded import print_recorded, recorded_data, recorded_settings
 from afa.evaluation.settings import EvaluateSettings
@@ -25,6 +26,7 @@ from afa.experts.load import load_expert
 from afa.experts.locate import locate
 from afa.experts.spec import ExpertSpec, new_places
 from afa.files import settled
+from afa.fingerprint import begun_with
 from afa.models.registry import FAMILIES
 from afa.prompts import warn_of_prompts
 from afa.sampling.sample import Sampling, image_size
@@ -40,6 +42,7 @@ TRAINING_DATA = "training-data"  # inside the output, where a protocol draws its
 class Setup:
     """The shared parts of one comparison. Raises UserError for what cannot be compared.
 
+    axes:    settings of sampling with several values; the protocol has the start of each
     ranking: the experts' names from best to worst, without looking at judged images (see tuning.py)
     """
 
@@ -52,8 +55,13 @@ class Setup:
         self.moved = new_places(settings.experts or [])
         data = None if settings.protocol_data is None else Path(settings.protocol_data)
         names = [field.name for field in dataclasses.fields(ProtocolOptions) if field.name != "data"]
-        given = ProtocolOptions(**{name: getattr(settings, name) for name in names}, data=data)
-        self.protocol: Protocol = self._with_guidance(make_protocol(settings.protocol, given))
+        one = {name: None if settings.several(name) else getattr(settings, name) for name in names}
+        given = ProtocolOptions(**one, data=data)
+        protocol = self._with_guidance(make_protocol(settings.protocol, given))
+        self.axes = find_axes(settings, protocol.sampling, begun_with(self.output))
+        start: dict[str, Any] = {axis.name: axis.start for axis in self.axes}
+        sampling = dataclasses.replace(protocol.sampling, **start)
+        self.protocol: Protocol = dataclasses.replace(protocol, sampling=sampling)
         self.ranking: tuple[str, ...] = self.names
 
     def _with_guidance(self, protocol: Protocol) -> Protocol:
@@ -61,12 +69,13 @@ class Setup:
 
         Raises UserError for guidance that the family does not have.
         """
-        sampling = protocol.sampling
+        sampling, given = protocol.sampling, self.settings.several("guidance")
         if sampling.guidance is None or sampling.true_guidance is not None:
             config, interface = self._config, FAMILIES[self.manifest.family].interface
-            interface.pipeline_guidance(
-                config, 1, sampling.guidance, sampling.negative_prompt, sampling.true_guidance
-            )
+            for value in given or [sampling.guidance]:
+                interface.pipeline_guidance(
+                    config, 1, value, sampling.negative_prompt, sampling.true_guidance
+                )
             guidance = interface.default_guidance(config) if sampling.guidance is None else sampling.guidance
             protocol = dataclasses.replace(
                 protocol, sampling=dataclasses.replace(sampling, guidance=guidance)
@@ -84,8 +93,9 @@ class Setup:
     def check_guided(self) -> None:
         """Raise UserError unless one pass makes both predictions of guidance."""
         reason = FAMILIES[self.manifest.family].interface.why_no_batched_guidance(self._config)
-        if not reason and (self.sampling.guidance or 1) <= 1:
-            reason = f"guidance {self.sampling.guidance:g} makes one prediction"
+        most = max(self.settings.several("guidance"), default=self.sampling.guidance or 1)
+        if not reason and most <= 1:
+            reason = f"guidance {most:g} makes one prediction"
         if reason:
             raise UserError(f"it needs both predictions of guidance in one pass, and {reason}")
 

@@ -1,8 +1,10 @@
 """Choose the options of baselines by the primary score, on images that are never judged."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -10,7 +12,7 @@ from tqdm import tqdm
 
 from afa.errors import UserError
 from afa.evaluation.protocols import TUNING_SEED
-from afa.evaluation.rows import Options
+from afa.evaluation.rows import Options, apart, in_words
 from afa.files import write_atomically
 from afa.metrics.base import Picture
 from afa.sampling.sample import Request, Sampler, Sampling
@@ -30,6 +32,7 @@ class Tuner:
     folder:   of the cache, for this score and these captions
     captions: of the images; all candidates have the same noise
     score:    of a set of pictures, higher is better
+    at:       values of sampling that replace the protocol's, see Chosen.at
     """
 
     def __init__(
@@ -39,9 +42,15 @@ class Tuner:
         sampling: Sampling,
         score: ScoreOfSet | None,
         batch_size: int,
+        at: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.captions, self.sampling = folder, captions, sampling
-        self.score, self.batch_size = score, batch_size
+        self.score, self.batch_size, self.at = score, batch_size, dict(at or {})
+
+    def tuner_at(self, at: Mapping[str, Any]) -> "Tuner":
+        """Return the same with other values of the protocol's sampling. It shares the cache."""
+        given = (self.folder, self.captions, self.sampling, self.score, self.batch_size)
+        return Tuner(*given, apart(at, self.sampling))
 
     @property
     def able(self) -> bool:
@@ -53,20 +62,20 @@ class Tuner:
     ) -> list[float]:
         """Return the score of each candidate. One process computes them; the others wait."""
         state, known = PartialState(), self._known(name)
-        todo = [options for options in candidates if _key(options) not in known]
+        todo = [options for options in candidates if self.key(options) not in known]
+        what = ", ".join([f"options of {name}", *(in_words(*value) for value in self.at.items())])
         if state.is_main_process:
-            for options in tqdm(todo, desc=f"choosing options of {name}", unit="candidate", disable=not todo):
-                known[_key(options)] = self.judge(make(options))
+            for options in tqdm(todo, desc=f"choosing {what}", unit="candidate", disable=not todo):
+                known[self.key(options)] = self.judge(make(options))
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(self._file(name), json.dumps(known, indent=1))
         state.wait_for_everyone()
         known = self._known(name)
-        return [known[_key(options)] for options in candidates]
+        return [known[self.key(options)] for options in candidates]
 
-    def unscored(self, name: str, candidates: Sequence[Options]) -> int:
-        """Return how many candidates of a method have no score yet."""
-        known = self._known(name)
-        return sum(_key(options) not in known for options in candidates)
+    def kept(self, name: str, options: Options) -> float | None:
+        """Return the score of a candidate that was computed before, else None."""
+        return self._known(name).get(self.key(options))
 
     def best(self, name: str, candidates: Sequence[Options], make: Callable[[Options], Sampler]) -> Options:
         """Return the candidate with the highest score; the first one if there is no score."""
@@ -82,7 +91,7 @@ class Tuner:
         pictures: list[Picture] = []
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
-            made = zip(sampler(batch, self.sampling), batch, strict=True)
+            made = zip(sampler(batch, replace(self.sampling, **self.at)), batch, strict=True)
             pictures += [
                 Picture(image, request.prompt, start + index) for index, (image, request) in enumerate(made)
             ]
@@ -96,12 +105,12 @@ class Tuner:
             raise ScoringError(f"its score is {score}")
         return score
 
+    def key(self, options: Options) -> str:
+        """Return what a score is kept by: the options, and the values that replace the protocol's."""
+        return json.dumps([options, self.at] if self.at else options, sort_keys=True)
+
     def _known(self, name: str) -> dict[str, float]:
         return kept_json(self._file(name), dict[str, Score]) or {}
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name.replace(':', '-')}.json"
-
-
-def _key(options: Options) -> str:
-    return json.dumps(options, sort_keys=True)

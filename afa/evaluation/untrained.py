@@ -77,8 +77,8 @@ def sampling_rows(setup: Setup) -> list[MethodRow]:
                 rows.append(MethodRow(f"{name}:{expert}", "expert", title, sampler, (options,)))
         else:
             candidates = tuple(method.candidates(setup.names, setup.ranking))
-            costs = {"based": method.based, "cost": method.cost}
-            rows.append(MethodRow(name, "sampling", method.title, sampler, candidates, **costs))
+            needs = {"based": method.based, "guided": method.needs_guidance, "cost": method.cost}
+            rows.append(MethodRow(name, "sampling", method.title, sampler, candidates, **needs))
     return rows
 
 
@@ -91,7 +91,7 @@ def auto_mbw_rows(setup: Setup, tuner: Tuner) -> list[MethodRow]:
 
     def sampler(options: Options, run: int) -> Sampler:
         merge = merger(setup, setup.names, False)
-        return merged_sampler(setup, merge.apply("mbw", weights=str(search(options, run).file)))
+        return merged_sampler(setup, merge.apply("mbw", weights=str(_search_folder(setup, tuner) / BEST)))
 
     note = f"{trials} merges tried by Optuna on {len(tuner.captions)} other images"
     return [MethodRow(SEARCH, "merge", "auto MBW", sampler, train=search, note=note)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from afa.evaluation.columns import Column
 from afa.evaluation.compare import Analysis
 from afa.evaluation.results import GROUPS, Method
+from afa.evaluation.settings import AXES
 from afa.pages.numbers import count, decimals, durations, number, plural
 from afa.pages.tables import Cell, Shown, Table, TableRow
 from afa.places import public_place
@@ -31,6 +32,7 @@ COMPUTED = {
     ),
 }
 STUDY_TITLES = {
+    "guidance": "Quality against guidance",
     "steps": "Quality against steps",
     "experts": "Quality against the number of experts",
     "variant": "Ablations",
@@ -54,7 +56,7 @@ def main_table(one: Analysis, column: Column, brief: bool = False) -> Table:
     brief: fewer columns, for the terminal
     """
     best, ours = column.best, one.ours if one.ours in column.values else None
-    columns = {column.header: [value_cell(column, row) for row in one.rows]}
+    columns = {column.header: [value_cell(column, row) for row in one.rows], **own_columns(one)}
     for other in (best, ours):
         if other is not None:
             columns[f"minus {one.title(other)}"] = [
@@ -120,9 +122,11 @@ def runs_table(one: Analysis) -> Table | None:
 
 
 def training_table(one: Analysis) -> Table | None:
-    """Return parameters, steps and time of every training; a study of sampling steps has none of its own."""
+    """Return parameters, steps and time of every training; other values of sampling have none."""
     trained = [
-        method for method in one.results.methods if method.trained_parameters and "steps" not in method.axes
+        method
+        for method in one.results.methods
+        if method.trained_parameters and not set(AXES) & method.axes.keys()
     ]
     rows = []
     for method in sorted(trained, key=lambda method: GROUPS.index(method.group)):
@@ -148,6 +152,16 @@ def _by_method(one: Analysis, columns: dict[str, list[Cell]], note: str) -> Tabl
     return Table(["method", *columns], rows, note)
 
 
+def own_columns(one: Analysis) -> dict[str, list[Cell]]:
+    """Return a column with each method's own value, for each setting that has several."""
+    own, axes = one.results.own, {axis for values in one.results.own.values() for axis in values}
+    columns: dict[str, list[Cell]] = {}
+    for axis in sorted(axes):
+        values = [own.get(row.name, {}).get(axis) for row in one.rows]
+        columns[axis] = [None if value is None else f"{value:.16g}" for value in values]
+    return columns
+
+
 def _main_note(one: Analysis, column: Column) -> str:
     """Return the sentences that explain the main table."""
     trained = [method.name for method in one.rows if method.is_trained and method.name in column.samples]
@@ -162,6 +176,12 @@ def _main_note(one: Analysis, column: Column) -> str:
     if column.best is not None:
         parts.append(
             f"{one.title(column.best)} is the best single expert on these same images: the choice favours it."
+        )
+    own = own_columns(one)
+    if own:
+        parts.append(
+            f"Every method is judged, and claims are made, at its own {' and '.join(own)}, chosen on captions"
+            " that are not judged."
         )
     family = plural(one.family, "comparison")
     parts.append(f"▲ better, ▼ worse, ○ undecided, after Holm's correction over the {family} of this report.")
@@ -283,7 +303,9 @@ def _points(one: Analysis, axis: str, of: str, methods: Sequence[Method], numeri
         place = method.axes[axis] if numeric else str(method.axes[axis])
         points.append(StudyPoint(place, method, one.lead.values[method.name]))
     main: float | str | None = None if numeric else "as it is"
-    if numeric and axis == "steps":
+    if axis in one.results.own.get(of, {}):
+        main = one.results.own[of][axis]
+    elif numeric and axis == "steps":
         steps = one.results.protocol.get("steps")
         main = steps if isinstance(steps, (int, float)) else None
     elif numeric and axis == "experts":

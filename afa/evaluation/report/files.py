@@ -7,6 +7,7 @@ from typing import Any
 from afa.errors import UserError
 from afa.evaluation.columns import Column, Comparison
 from afa.evaluation.compare import Analysis, analyse
+from afa.evaluation.frontier import Frontier
 from afa.evaluation.report.content import (
     find_studies,
     made_of,
@@ -18,6 +19,7 @@ from afa.evaluation.report.content import (
     title,
     training_table,
 )
+from afa.evaluation.report.frontier import frontier_headlines, frontier_title, gaps_table, points_table
 from afa.evaluation.report.headline import headlines, terms
 from afa.evaluation.report.page import as_html
 from afa.evaluation.results import Method, Results
@@ -27,7 +29,7 @@ from afa.places import markdown_words
 from afa.stats import Estimate
 
 HEADERS = (
-    "evaluation method title group study of training_seeds metric kind higher_is_better leading prompts"
+    "evaluation method title group study own of training_seeds metric kind higher_is_better leading prompts"
     " value low high n versus shared_seeds diff diff_low diff_high win win_low win_high p p_holm verdict"
     " trained_parameters training_steps seconds seconds_low seconds_high seconds_n memory_mb"
 ).split()
@@ -91,8 +93,10 @@ def _check(folders: Sequence[Path], outputs: dict[str, Path]) -> None:
 def as_text(one: Analysis) -> str:
     """Return the tables of the leading metrics, what follows from them, and what could not be computed."""
     tables = [main_table(one, column, brief=True) for column in one.primary]
+    tables += [points_table(one, found) for found in one.frontiers]
+    tables += [table for found in one.frontiers if (table := gaps_table(one, found)) is not None]
     parts = [f"{table.text()}\n\n{wrapped(table.note)}" for table in tables]
-    for found in headlines(one):
+    for found in [*headlines(one), *frontier_headlines(one)]:
         kinds = [wrapped(f"{kind}: {sentence}", "  ", "    ") for kind, sentence in found.kinds]
         parts.append("\n".join([wrapped(found.lead), *kinds]))
     parts.append(wrapped(terms(one)))
@@ -120,7 +124,7 @@ def as_markdown(several: Sequence[Analysis], names: Sequence[str]) -> str:
 
 def _sections(one: Analysis) -> Iterator[str]:
     """Yield the paragraphs and tables of one evaluation."""
-    for found in headlines(one):
+    for found in [*headlines(one), *frontier_headlines(one)]:
         yield f"**{markdown_words(found.lead)}**"
         if found.kinds:
             yield "\n".join(f"* {kind}: {markdown_words(sentence)}" for kind, sentence in found.kinds)
@@ -128,6 +132,11 @@ def _sections(one: Analysis) -> Iterator[str]:
     tables: list[tuple[str, Table | None]] = [
         (f"By {column.metric}", main_table(one, column)) for column in one.primary
     ]
+    for curves in one.frontiers:
+        tables += [
+            (frontier_title(curves), gaps_table(one, curves)),
+            (f"All values of {curves.axis}", points_table(one, curves)),
+        ]
     tables += [("All metrics", metrics_table(one))]
     tables += [(study.title, study_table(one, study)) for study in find_studies(one)]
     tables += [("Training", training_table(one)), ("Run by run", runs_table(one))]
@@ -163,18 +172,39 @@ def _lines(one: Analysis) -> Iterator[dict[str, Any]]:
             yield from ({**shared, **_versus(found)} for found in compared)
             if not compared:
                 yield shared
+    for curves in one.frontiers:
+        for gap in curves.gaps:
+            yield from [_gap(one, curves, gap.comparison)] if gap.comparison is not None else []
+
+
+def _gap(one: Analysis, curves: Frontier, found: Comparison) -> dict[str, Any]:
+    """Return the columns of a comparison of curves."""
+    quality = curves.quality
+    return {
+        "method": found.method,
+        "title": one.title(found.method),
+        "group": one.methods[found.method].group,
+        "study": f"curve over {curves.axis}",
+        "metric": f"{quality.metric} at equal {curves.distance.metric}",
+        "kind": "curve",
+        "higher_is_better": int(quality.note.higher_is_better),
+        "leading": 1,
+        "prompts": found.prompts,
+        **_versus(found),
+    }
 
 
 def _score(one: Analysis, column: Column, method: Method) -> dict[str, Any]:
     """Return the columns about a method and its score by one metric."""
     found, sample = column.values[method.name], column.samples[method.name]
-    seconds = one.seconds.get(method.name)
+    seconds, own = one.seconds.get(method.name), one.results.own.get(method.name, {})
     timed = {} if seconds is None else {"seconds": seconds.value, "seconds_n": seconds.n}
     return {
         "method": method.name,
         "title": method.title,
         "group": method.group,
         "study": "; ".join(f"{axis}={value}" for axis, value in method.axes.items()),
+        "own": "; ".join(f"{axis}={value:.16g}" for axis, value in own.items()),
         "of": method.of,
         "trained_parameters": method.trained_parameters,
         "training_steps": method.training_steps,

@@ -81,10 +81,11 @@ def _lead(one: Analysis, column: Column) -> str:
     )
     verdict = {**WORDS, "undecided": "not distinguishable from"}[found.verdict]
     best = f"the best single expert, {one.title(found.other)}"
-    return f"{by} {one.title(one.ours)}{here} is {verdict} {best}: {_figures(found)}."
+    return f"{by} {one.title(one.ours)}{here} is {verdict} {best}: {figures(found)}."
 
 
-def _figures(found: Comparison) -> str:
+def figures(found: Comparison) -> str:
+    """Return a difference with its interval, its corrected p, and its values by training seed."""
     places = decimals([found.difference])
     p = ""
     if found.p_holm is not None:
@@ -105,7 +106,7 @@ def _kinds(one: Analysis, column: Column) -> list[tuple[str, str]]:
         every = "it" if total == 1 else "both" if total == 2 else f"all {total}"
         clauses = [f"better than {every if beaten == total else f'{beaten} of {total}'}"] if beaten else []
         for verdict in ("undecided", "worse"):
-            named = [f"{one.title(own.other)} ({_figures(own)})" for own in found if own.verdict == verdict]
+            named = [f"{one.title(own.other)} ({figures(own)})" for own in found if own.verdict == verdict]
             clauses += [f"{WORDS[verdict]} {', '.join(named)}"] if named else []
         kinds += [(GROUP_TITLES[group], f"{'; '.join(clauses)}.")] if found else []
     return kinds

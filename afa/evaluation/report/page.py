@@ -24,6 +24,7 @@ from afa.evaluation.report.content import (
     title,
     training_table,
 )
+from afa.evaluation.report.frontier import frontier_headlines, frontier_part
 from afa.evaluation.report.headline import headlines, terms
 from afa.evaluation.results import Item, Method, image_name, prompts_of
 from afa.images import open_image
@@ -69,11 +70,12 @@ def _evaluation(one: Analysis, name: str, key: str) -> dict[str, Any]:
         "key": key,
         "name": name,
         "facts": _facts(one),
-        "headlines": headlines(one),
+        "headlines": [*headlines(one), *frontier_headlines(one)],
         "terms": terms(one),
         "groups": {method.group for method in one.rows},
         "main": [(column.metric, main_table(one, column)) for column in one.primary],
         "forests": [found for column in one.primary for found in _against_best(one, column)],
+        "frontiers": [frontier_part(one, found) for found in one.frontiers],
         "metrics": metrics_table(one),
         "shown": plural(len(shown_items(one)), "prompt"),
         "sheets": sheets(one, pictures),
@@ -100,9 +102,14 @@ def _facts(one: Analysis) -> str:
         f"{plural(len(items), 'image')} a method",
     ]
     facts.append(plural(len(one.rows), "method"))
-    facts += [f"{protocol['steps']} steps"] if "steps" in protocol else []
-    facts += [f"guidance {protocol['guidance']}"] if protocol.get("guidance") is not None else []
+    facts += [f"{_values(protocol['steps'])} steps"] if "steps" in protocol else []
+    facts += [f"guidance {_values(protocol['guidance'])}"] if protocol.get("guidance") is not None else []
     return ", ".join([*facts, "the same noise for every method"])
+
+
+def _values(value: Any) -> str:
+    """Return a setting of the protocol, or its several values, of which each method has its own."""
+    return f"{', '.join(map(str, value))} (each method its own)" if isinstance(value, list) else str(value)
 
 
 # --- charts ---
