@@ -1,7 +1,7 @@
 """What is known about experts, and about the ensemble they would make, before any weight is read."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,6 +87,16 @@ class Subject:
             except UserError as error:
                 raise UserError(f"expert '{entry.name}' of {folder}: {error}") from None
         return cls(descriptions, recipe_of(manifest), manifest.placement, manifest, folder)
+
+    def sized(
+        self, aggregator: str | None, options: Mapping[str, Any], attention_up_to: int | None
+    ) -> "Subject":
+        """The same with the aggregators that `afa train` would make; arguments as of Recipe.by_size."""
+        first: Any = self.descriptions[0].expert.model
+        family = FAMILIES[self.descriptions[0].expert.family]
+        side, stages = family.interface.largest_side(first.config), family.stages(first)
+        recipe = Recipe.by_size(stages, side, aggregator, options, attention_up_to)
+        return dataclasses.replace(self, recipe=recipe)
 
     def denoiser(self) -> EnsembleDenoiser:
         """The ensemble on the meta device.

@@ -75,6 +75,7 @@ def option(
     positional: bool = False,
     choices: list[str] | Callable[[], list[str]] | None = None,
     place: bool = False,
+    also: str | None = None,
     **bounds: Unpack[Bounds],
 ) -> Any:
     """A dataclass field that is a flag, or a positional argument. Without a default it is required.
@@ -84,9 +85,11 @@ def option(
     positional: whether it has no flag
     choices:    the allowed values; a function where a registry holds them
     place:      whether it names models: demo:NAME is then replaced by the folder of the embedded model
+    also:       another name of the flag
     bounds:     of a number, or of each number of a list
     """
-    metadata = {"help": help, "positional": positional, "choices": choices, "place": place, "bounds": bounds}
+    metadata = {"help": help, "positional": positional, "choices": choices, "place": place, "also": also}
+    metadata["bounds"] = bounds
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -81,7 +81,7 @@ def test_examples_of_the_help_can_be_parsed(verb):
         (["train", "--experts", CURVES, CURVES, "--data", "DATA", "--output", "OUT"], "two experts are called 'curves'"),
         (["train", "--experts", CURVES, ANGLES, "--data", "DATA", "--output", "OUT", "--resolution", "30"], "not a multiple of 4"),
         (["train", "--experts", CURVES, ANGLES, "--data", "DATA", "--output", "OUT", "--placement", "layer"], "did you mean 'layers'"),
-        (["train", "--experts", CURVES, ANGLES, "--data", "DATA", "--output", "OUT", "--hidden", "30"], "not a multiple of heads 8"),
+        (["train", "--experts", CURVES, ANGLES, "--data", "DATA", "--output", "OUT", "--hidden", "30", "--heads", "8"], "not a multiple of heads 8"),
         (["train", "--experts", CURVES, ANGLES, "--data", "DATA", "--output", CURVES], "holds other files"),
         (["inspect", "nowhere"], "there is no folder or file nowhere"),
     ],

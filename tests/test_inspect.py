@@ -73,7 +73,7 @@ def count(module):
 
 class TestCounts:
     def test_sd15_has_the_published_sizes(self, inspect):
-        found = inspect(config="sd15")
+        found = inspect(config="sd15", aggregator="sabw", hidden=128, heads=8, depth=2)
         assert [expert["parameters"] for expert in found["experts"]] == [859_520_964] * 3
         assert len(found["stages"]) == 25
         assert sum(stage["aggregator_parameters"] for stage in found["stages"]) == 45_132_416
@@ -89,8 +89,8 @@ class TestCounts:
         assert found["cost"]["resolution"] == [1024, 1024]
 
     def test_an_ensemble_is_described_as_it_loads(self, inspect, experts):
-        found = inspect(experts / "photo", experts / "sketch")
-        ensemble = Ensemble.from_experts([str(experts / "photo"), str(experts / "sketch")])
+        found = inspect(experts / "photo", experts / "sketch", aggregator="sabw", **SMALL)
+        ensemble = Ensemble.from_experts([str(experts / "photo"), str(experts / "sketch")], aggregator="sabw", **SMALL)
         held, stock = found["cost"]["parameters"], ensemble.pipeline()
         assert held["experts"] == count(ensemble.denoiser.experts)
         assert held["aggregators"] == count(ensemble.aggregators)
@@ -166,7 +166,7 @@ class TestRefusals:
             ({}, "give EXPERT"),
             ({"experts": ["a"], "count": 3}, "--count 3 is for --config without EXPERT"),
             ({"config": "sd15", "batch_size": 0}, "--batch-size 0 is too small"),
-            ({"config": "sd15", "hidden": 100}, "hidden 100 is not a multiple of heads 8"),
+            ({"config": "sd15", "hidden": 100, "heads": 8}, "hidden 100 is not a multiple of heads 8"),
             ({"config": "sd15", "aggregator": "sawb"}, "did you mean 'sabw'"),
             ({"config": "sd15", "aggregator": "mean", "hidden": 8}, "--hidden 8 is no option of --aggregator mean; it has no options"),
             ({"config": "sd15", "placement": "IN04"}, "add OUT11"),

@@ -3,9 +3,11 @@
 import pytest
 
 from afa import UserError
+from afa.aggregators.registry import Recipe, count_parameters
 from afa.cli.flags import read_flags
 from afa.cli.main import build_parser, main
 from afa.data.registry import open_source
+from afa.inspection import Subject
 from afa.settings import names, read_recipe
 from afa.training.settings import TrainSettings
 
@@ -16,7 +18,7 @@ def parsed(*words):
 
 def test_the_recipes_of_the_help_are_those_that_are_shipped():
     (text,) = (field.metadata["help"] for field in TrainSettings.__dataclass_fields__.values() if field.name == "recipe")
-    assert all(name in text for name in names("train")) and len(names("train")) == 4
+    assert all(name in text for name in names("train")) and len(names("train")) == 5
 
 
 @pytest.mark.parametrize("name", names("train"))
@@ -38,6 +40,16 @@ def test_the_paper_is_followed_to_the_letter_where_it_speaks():
     assert (asked.lr, asked.weight_decay, asked.batch_size, asked.caption_dropout, asked.resolution) == (1e-4, 0.01, 8, 0.1, 512)
     assert asked.steps * asked.batch_size == 10 * 10_000
     assert (asked.aggregator, asked.placement, asked.hidden, asked.heads, asked.depth, asked.objective) == ("sabw", "layers", 128, 8, 2, "mse")
+
+
+def test_the_published_form_stays_a_recipe_of_either_name():
+    asked = [parsed(flag, "paper", "--experts", "a", "b", "--data", "images", "--output", "out") for flag in ("--recipe", "--preset")]
+    assert asked[0] == asked[1] and asked[0].recipe == "paper"
+    recipe = Recipe(asked[0].aggregator, asked[0].aggregator_options(), asked[0].attention_up_to)
+    for config, parameters in (("sd15", 45_132_416), ("sdxl", 45_750_144)):
+        found = Subject.from_config(config, 3, recipe, asked[0].placement).denoiser()
+        assert count_parameters(found.aggregators) == parameters
+        assert all(aggregator.transformer is not None for aggregator in found.aggregators.values())
 
 
 @pytest.mark.parametrize(

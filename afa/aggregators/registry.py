@@ -3,10 +3,11 @@
 No heavy imports: help comes from here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from afa import defaults
 from afa.aggregators.options import AggregatorOptions, FixedOptions, SABWOptions
 from afa.errors import UserError, look_up
 from afa.lazy import load
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from afa.aggregators.base import Aggregator
     from afa.stages.stage import Stage
 
-DEFAULT = "sabw"
+PUBLISHED = "sabw"  # the paper's, of a recipe that names none; what commands choose is in afa.defaults
+EVERYWHERE = 2**16  # a side that no map reaches: attention on all maps
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def explain_trained() -> str:
     """Return a help text of the aggregators that can be trained."""
     first, *others = trained_kinds()
     rest = [f", or {name}: {AGGREGATORS[name].help}" for name in others]
-    return f"{first} ({AGGREGATORS[first].help}){''.join(rest)}"
+    return f"{first} ({AGGREGATORS[first].help}){''.join(rest)} (default: {defaults.AGGREGATOR})"
 
 
 def find_aggregator(kind: str) -> AggregatorType:
@@ -95,7 +97,7 @@ class Recipe:
     Raises ValueError for another text_stream.
     """
 
-    kind: str = DEFAULT
+    kind: str = PUBLISHED
     options: Mapping[str, Any] = field(default_factory=dict)
     attention_up_to: int | None = None
     text_stream: str = "own"
@@ -103,6 +105,29 @@ class Recipe:
 
     def __post_init__(self) -> None:
         look_up(self.text_stream, dict.fromkeys(TEXT_STREAMS), "text_stream")
+
+    @classmethod
+    def by_size(
+        cls,
+        stages: "Sequence[Stage]",
+        side: int,
+        kind: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        attention_up_to: int | None = None,
+        text_stream: str = "own",
+    ) -> "Recipe":
+        """Return a recipe in which all that is not given is chosen by the experts' size: see afa.defaults.
+
+        stages: of an expert
+        side:   of the latent, at the model's own sample_size
+        The rest is as given; None, or missing in the options: not given.
+        """
+        kind, given = kind or defaults.AGGREGATOR, dict(options or {})
+        chosen = find_aggregator(kind).options.by_size(max(stage.channels for stage in stages), given)
+        if attention_up_to is None:
+            sides = [-(-side // 2**stage.level) for stage in stages if stage.attends]
+            attention_up_to = max([defaults.SMALL_SIDE, *sides]) if "depth" in chosen else EVERYWHERE
+        return cls(kind, chosen | given, attention_up_to, text_stream)
 
     def make(
         self, stage: "Stage", side: int, experts: int, time_width: int, text_width: int, last: bool = False

@@ -5,16 +5,23 @@ import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from afa.aggregators.registry import AGGREGATORS, DEFAULT
+from afa import defaults
+from afa.aggregators.registry import AGGREGATORS
 from afa.errors import UserError, unknown
 from afa.schema import hints_of
 from afa.settings import CheckedOptions
 
+ATTENTION_HELP = (
+    "build the transformer only on maps up to this side in latent pixels; 65536: everywhere "
+    f"(default: {defaults.SMALL_SIDE}, or the largest map on which the experts attend)"
+)
 OptionField = tuple[Any, "dataclasses.Field[Any]"]  # its type and itself
 
 
 def option_fields(kinds: Mapping[str, Any]) -> dict[str, OptionField]:
-    """Return one field for each option of these aggregators; None where it has no default and is not given.
+    """Return one field for each option of these aggregators; None if it is not given and has no default.
+
+    What is chosen by the experts' size (see AggregatorOptions.by_size) has no default either.
 
     kinds: aggregator's name -> the dataclass of its options
     Raises ValueError if an option that several share is not declared alike: it is one flag.
@@ -30,9 +37,11 @@ def option_fields(kinds: Mapping[str, Any]) -> dict[str, OptionField]:
             if (other.type, other.default, other.metadata) != (field.type, field.default, field.metadata):
                 raise ValueError(f"aggregators '{first}' and '{kind}' differ in option '{name}'; rename one")
         of = "" if len(declared) == len(kinds) else f"of {', '.join(declared)}: "
-        default: Any = None if field.default is dataclasses.MISSING else field.default
+        sized = any(name in kinds[kind].by_size(1, {}) for kind in declared)
+        default: Any = None if sized or field.default is dataclasses.MISSING else field.default
         hint = hints_of(kinds[first])[name]
-        metadata = {**field.metadata, "help": of + field.metadata["help"]}
+        words = f"{of}{field.metadata['help']}{' (default: by the size of the experts)' if sized else ''}"
+        metadata = {**field.metadata, "help": words}
         flag: dataclasses.Field[Any] = dataclasses.field(default=default, metadata=metadata)
         found[name] = (hint | None if default is None else hint, flag)
     return found
@@ -61,6 +70,12 @@ class AggregatorSettings(CheckedOptions):
         )
 
     @classmethod
+    def sized_options(cls) -> tuple[str, ...]:
+        """Return the names of the options that are chosen by the experts' size where they are not given."""
+        sized = {name for entry in AGGREGATORS.values() for name in entry.options.by_size(1, {})}
+        return tuple(name for name in cls.option_fields() if name in sized)
+
+    @classmethod
     def current(cls) -> type[Self]:
         """Return this class, or one that also has the fields of aggregators that were registered later."""
         settings: Any = cls
@@ -73,7 +88,7 @@ class AggregatorSettings(CheckedOptions):
 
         Raises UserError for an aggregator that does not exist, and for an option that it does not have.
         """
-        kind = self.aggregator or DEFAULT
+        kind = self.aggregator or defaults.AGGREGATOR
         if kind not in AGGREGATORS:
             raise UserError(unknown(kind, AGGREGATORS, "aggregator"))
         known = [field.name for field in dataclasses.fields(AGGREGATORS[kind].options)]

@@ -129,6 +129,7 @@ class TrainingRecord(TypedDict, total=False):
     difference_to_untrained_mean: Loss  # the same, in earlier records
     difference_to_start: Loss
     weights_moved: Score | None
+    chosen_by_afa: list[str]
     history: list[Measurement]
     left_out: dict[str, Count]
 

@@ -36,7 +36,12 @@ def read_flags(options: type, arguments: argparse.Namespace) -> Any:
 
 
 def _names(field: dataclasses.Field[Any]) -> list[str]:
-    return [field.name] if field.metadata["positional"] else ["--" + field.name.replace("_", "-")]
+    if field.metadata["positional"]:
+        return [field.name]
+    return [
+        f"--{field.name.replace('_', '-')}",
+        *([field.metadata["also"]] if field.metadata["also"] else []),
+    ]
 
 
 def _settings(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afa.aggregators.registry import AGGREGATORS, DEFAULT, Recipe
-from afa.aggregators.settings import AggregatorSettings, with_aggregator_options
+from afa import defaults
+from afa.aggregators.registry import AGGREGATORS, Recipe
+from afa.aggregators.settings import ATTENTION_HELP, AggregatorSettings, with_aggregator_options
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.pages.numbers import count, scaled
@@ -53,7 +54,7 @@ class InspectSettings(AggregatorSettings):
     aggregator: str | None = option(
         None,
         help=f"kind of aggregator: {' or '.join(', '.join(AGGREGATORS).rsplit(', ', 1))} "
-        f"(default: {DEFAULT})",
+        f"(default: {defaults.AGGREGATOR})",
     )
     placement: str | None = option(
         None,
@@ -64,7 +65,7 @@ class InspectSettings(AggregatorSettings):
         None,
         least=0,
         most=2**16,
-        help="build the transformer only on maps up to this side in latent pixels (default: everywhere)",
+        help=ATTENTION_HELP,
     )
     resolution: int | None = option(
         None, least=1, most=2**16, help="side of the images in pixels (default: the experts' own)"
@@ -111,14 +112,15 @@ def _subject(options: Options) -> "Subject":
     if ensembles:
         _check_alone(options, ensembles[0])
         return Subject.from_ensemble(Path(ensembles[0]))
-    recipe = Recipe(options.aggregator or DEFAULT, options.aggregator_options(), options.attention_up_to)
-    placement = options.placement
-    if not options.experts:
+    recipe, placement = Recipe(), options.placement
+    if options.experts:
+        kind = options.prediction_type
+        found = Subject.from_sources(options.experts, options.config, recipe, placement, kind)
+    else:
         assert options.config is not None
-        return Subject.from_config(
-            options.config, 3 if options.count is None else options.count, recipe, placement
-        )
-    return Subject.from_sources(options.experts, options.config, recipe, placement, options.prediction_type)
+        number = 3 if options.count is None else options.count
+        found = Subject.from_config(options.config, number, recipe, placement)
+    return found.sized(options.aggregator, options.aggregator_options(), options.attention_up_to)
 
 
 def _check_alone(options: Options, ensemble: str) -> None:

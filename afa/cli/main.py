@@ -114,7 +114,7 @@ def _listed(arguments: list[str]) -> str | None:
 def _preset(verb: str, options: type, arguments: list[str]) -> dict[str, Any]:
     """Return the values of --recipe by field. Raises UserError if it cannot be read."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    reader.add_argument("--recipe")
+    reader.add_argument("--recipe", "--preset")
     recipe = reader.parse_known_args(arguments)[0].recipe if verb in PLACES else None
     return {} if recipe is None else read_recipe(verb, recipe, options)
 

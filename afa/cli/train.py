@@ -5,6 +5,9 @@ Ctrl-C interrupts the training; the same command resumes it.
 """
 
 import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from afa.training.settings import TrainSettings as Options
@@ -34,6 +37,8 @@ def run(options: Options) -> None:
         return
     planned = plan(options)
     facts = planned.facts()
+    if facts["few_images"] is not None:
+        print(f"afa: {facts['few_images']}", file=sys.stderr)
     if options.dry_run:
         facts |= planned.memory() | planned.time()
         print(json.dumps(facts, indent=2) if options.json else f"{_plan(facts)}\n{_cost(facts)}")
@@ -46,17 +51,31 @@ def run(options: Options) -> None:
 
 def _plan(facts: dict[str, Any]) -> str:
     """Format the plan."""
+    options = ", ".join(f"{name} {value}" for name, value in facts["aggregator_options"].items())
+    kind = f"{facts['aggregator']}{f' ({options})' if options else ''}, {facts['fused_stages']} stages"
+    steps = f"at most {facts['steps']}, {facts['images_a_step']} images each"
     images = f"{facts['training_images']} to train on, {facts['held_out_images']} held out"
     return "\n".join(
         [
             f"experts      {', '.join(facts['experts'])} ({facts['expert_memory_gb']} GB, frozen)",
             f"data         {facts['data']}",
             f"             {images}, {facts['resolution']} px",
-            f"aggregators  {facts['fused_stages']} stages, {facts['trainable_parameters']:,} parameters",
+            f"aggregators  {kind}, {facts['trainable_parameters']:,} parameters",
             f"             {facts['aggregator_memory_gb']} GB with optimiser and averages",
-            f"steps        at most {facts['steps']}, {facts['images_a_step']} images each",
+            f"steps        {steps}, learning rate {facts['lr']:g}",
+            *_chosen(facts["chosen_by_afa"]),
         ]
     )
+
+
+def _chosen(chosen: Mapping[str, Any]) -> list[str]:
+    """List the options that afa chose, each with its value and the reason."""
+    flags = [f"--{name.replace('_', '-')} {one['value']}" for name, one in chosen.items()]
+    width = max(map(len, flags), default=0)
+    return [
+        f"{'' if place else 'not given':<11}  {flag:<{width}}  {one['why']}"
+        for place, (flag, one) in enumerate(zip(flags, chosen.values(), strict=True))
+    ]
 
 
 def _cost(facts: dict[str, Any]) -> str:
@@ -79,6 +98,7 @@ def _result(record: dict[str, Any], output: str) -> str:
     """Format the measured result as a table and a sentence."""
     from afa.checkpoint.gains import gains
     from afa.stats import Estimate
+    from afa.training.state import FOLDER, KEPT
 
     lines = [f"held-out loss (95 % interval, n = {record['held_out_loss']['trained']['n']})"]
     width = max(map(len, record["held_out_loss"]))
@@ -90,4 +110,10 @@ def _result(record: dict[str, Any], output: str) -> str:
         f"{record['steps']} steps in {record['seconds']:.0f} s,"
         f" kept the average of step {record['best_step']}; saved in {output}"
     )
+    kept = Path(output) / FOLDER / KEPT
+    if kept.exists():
+        lines.append(
+            f"A larger --steps goes on from here, by {kept} ({kept.stat().st_size / 1e9:.2g} GB), "
+            "which may be deleted."
+        )
     return "\n".join(lines)

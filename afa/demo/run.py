@@ -134,7 +134,7 @@ def demonstrate(settings: DemoSettings) -> Outcome:
         asked = {name: value for name, value in asdict(settings).items() if name not in ("output", "json")}
         claim(output, asked, "the demonstration", fingerprint(sources, base=BASE))
         draw(output / "data", "mixed", settings.train_images, TRAINING + settings.seed)
-        train(training(settings, output / "ensemble", "layers", sources))
+        train(training(settings, output / "ensemble", "layers", sources), keep=False)
         results = evaluate(comparison(settings))
     assert results is not None
     runs = {method.name: method.runs[0] for method in results.methods}

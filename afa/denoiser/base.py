@@ -146,8 +146,7 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ModelMixin, ConfigMixin):
     @property
     def side(self) -> int:
         """The larger side of the latents the experts are made for; 0 if it is unknown."""
-        found = self.interface.sample_size(self.config)
-        return int(found or 0) if isinstance(found, int | None) else max(found)
+        return self.interface.largest_side(self.config)
 
     @property
     def widths(self) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from afa.data.registry import DRAWN
 from afa.errors import UserError
 from afa.experts.single_file import KNOWN_CONFIGS
 from afa.schema import shown
+from afa.training.choices import as_begun
 from afa.training.settings import TrainSettings
 
 # Options that name neither code nor a file, of which a recorded value is taken; see also taken().
@@ -41,15 +42,16 @@ def recorded_settings(manifest: Manifest, folder: Path) -> dict[str, Any]:
 
     Raises UserError if the ensemble was not trained by `afa train`, or continued another ensemble.
     """
-    settings = (manifest.training or {}).get("settings")
-    if settings is None:
+    recorded = (manifest.training or {}).get("settings")
+    if recorded is None:
         raise UserError(f"{folder} was not trained by `afa train`, so nothing can be trained as it was")
-    if settings.get("start") is not None:
-        start = shown(settings["start"])
+    if recorded.get("start") is not None:
+        start = shown(recorded["start"])
         raise UserError(
             f"{folder} was trained further from {start}, so it is no recipe for others; compare its start, "
             "or use --seeds 1"
         )
+    settings = as_begun(recorded)
     return {name: value for name, value in settings.items() if name in taken()} | _frame(
         manifest, folder, settings
     )

@@ -15,6 +15,7 @@ from afa.errors import UserError
 from afa.evaluation.rows import SHARED, MethodRow, Options, Train, Trained
 from afa.evaluation.setup import Setup
 from afa.sampling.sample import Sampler, sample
+from afa.training.choices import chosen
 from afa.training.objective_registry import PLAIN
 from afa.training.run import finished, plan, train
 
@@ -152,6 +153,7 @@ def _train(setup: Setup, name: str, changes: dict[str, Any], options: Options, r
         shared = None
         own = settings.experts == setup.expert_specs() and settings.dtype == setup.settings.dtype
         if own and settings.store is None:
+            settings = chosen(settings, 0, setup.ensemble.experts)
             shared = setup.ensemble.sharing(
                 settings.aggregator,
                 settings.placement,
@@ -159,7 +161,7 @@ def _train(setup: Setup, name: str, changes: dict[str, Any], options: Options, r
                 text_stream=settings.text_stream,
                 **settings.aggregator_options(),
             )
-        train(settings, plan(settings, shared))
+        train(settings, plan(settings, shared), keep=False)
     return read_trained(Path(settings.output))
 
 
@@ -230,5 +232,5 @@ def _train_further(setup: Setup, objective: str, options: Options, run: int) -> 
         **changes,
     )
     if finished(settings) is None:
-        train(settings, plan(settings, setup.ensemble.sharing(aggregators=start)))
+        train(settings, plan(settings, setup.ensemble.sharing(aggregators=start)), keep=False)
     return read_trained(output)

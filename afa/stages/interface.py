@@ -66,6 +66,11 @@ class ModelInterface(ABC):
         """Return the side of the latents the model is made for, or (height, width); None if it is unknown."""
         return config.sample_size
 
+    def largest_side(self, config: Any) -> int:
+        """Return the larger side of the latents the model is made for; 0 if it is unknown."""
+        found = self.sample_size(config)
+        return int(found or 0) if isinstance(found, int | None) else max(found)
+
     def latent_channels(self, config: Any) -> int:
         """Return the number of channels of the latents."""
         return int(config.in_channels)

@@ -73,6 +73,12 @@ class Stage(ABC):
     def modules(self) -> list[object]:
         """Return the model's own sub-modules that this stage runs, in order."""
 
+    @property
+    def attends(self) -> bool:
+        """Whether the stage has attention, to the map itself or to the text."""
+        found = (module for module in self.modules() if isinstance(module, nn.Module))
+        return any(hasattr(part, "to_q") for module in found for part in module.modules())
+
     def unused_modules(self) -> list[object]:
         """Return those sub-modules inside `modules()` whose output does not influence the prediction."""
         return []

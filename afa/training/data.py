@@ -26,6 +26,11 @@ FEWEST = 5  # images, a fifth of them held out
 Work = tuple[Sample, Sequence[Crop]]
 
 
+def count_held_out(samples: Sequence[Any], asked: int) -> int:
+    """Return how many samples are held out: as many as are asked for, at most a fifth."""
+    return min(asked, len(samples) // 5)
+
+
 def split(samples: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any], list[Any]]:
     """Split samples at random into training and held-out samples.
 
@@ -38,7 +43,7 @@ def split(samples: Sequence[Any], held_out: int, seed: int) -> tuple[list[Any], 
             "a fifth of them held out"
         )
     order = np.random.default_rng(seed).permutation(len(samples))
-    count = min(held_out, len(samples) // 5)
+    count = count_held_out(samples, held_out)
     return [samples[index] for index in sorted(order[count:])], [
         samples[index] for index in sorted(order[:count])
     ]

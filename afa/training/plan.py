@@ -2,8 +2,8 @@
 
 import copy
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from afa.aggregators.registry import count_parameters
 from afa.cost import call_of
 from afa.data.sources import ImageSource
+from afa.defaults import few_images
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.lora import base_of, shared_copy
 from afa.devices import LiveBytes, choose_device
@@ -21,7 +22,7 @@ from afa.experts.lora import tuner_layers
 from afa.experts.quantised import kept_elsewhere, store_weights, stored_bytes
 from afa.latents import latents_of
 from afa.training.conditions import Conditions
-from afa.training.data import Encoded
+from afa.training.data import Encoded, count_held_out
 from afa.training.measure import HeldOut
 from afa.training.objective_terms import make_context, make_objectives
 from afa.training.objectives import Pass
@@ -183,8 +184,10 @@ def advice(memory: Memory, settings: LoopSettings, store: str | None) -> list[st
 class TrainingPlan:
     """What a run would do; `--dry-run` stops here.
 
-    own:   whether the ensemble was loaded for this run alone
-    store: of its experts' weights (see afa.experts.quantised)
+    own:    whether the ensemble was loaded for this run alone
+    store:  of its experts' weights (see afa.experts.quantised)
+    chosen: options that the user did not give and that have no fixed default (see choices.py) -> why they
+            are as they are
     """
 
     settings: LoopSettings
@@ -193,11 +196,12 @@ class TrainingPlan:
     resolution: int
     own: bool = True
     store: str | None = None
+    chosen: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def held_out_images(self) -> int:
         """The number of images that are never trained on."""
-        return min(self.settings.held_out, len(self.source.samples) // 5)
+        return count_held_out(self.source.samples, self.settings.held_out)
 
     def run_facts(self) -> dict[str, Any]:
         """Return the facts of any run: images and steps."""
@@ -208,6 +212,9 @@ class TrainingPlan:
             "resolution": self.resolution,
             "steps": self.settings.steps,
             "images_a_step": self.settings.batch_size * self.settings.accumulate,
+            "lr": self.settings.lr,
+            "ema": self.settings.ema,
+            "few_images": few_images(len(self.source.samples), self.held_out_images),
         }
 
     def facts(self) -> dict[str, Any]:
@@ -218,6 +225,12 @@ class TrainingPlan:
         return {
             "experts": list(denoiser.names),
             **self.run_facts(),
+            "aggregator": denoiser.recipe.kind,
+            "aggregator_options": dict(denoiser.recipe.options),
+            "attention_up_to": denoiser.recipe.attention_up_to,
+            "chosen_by_afa": {
+                name: {"value": getattr(self.settings, name), "why": why} for name, why in self.chosen.items()
+            },
             "fused_stages": len(denoiser.fused),
             "trainable_parameters": trainable,
             "expert_memory_gb": round(stored_bytes(denoiser.experts) / 1e9, 2),

@@ -12,7 +12,7 @@ from afa.fingerprint import FILES
 from afa.stats import estimate
 from afa.training.loop import Progress, Trainer
 from afa.training.settings import LoopSettings
-from afa.training.state import check_finished, forget_state
+from afa.training.state import check_finished, forget_state, kept_file
 from afa.version import __version__
 
 LEFT_OUT = "left-out.jsonl"  # the images that could not be used, and why
@@ -37,19 +37,40 @@ def run_record(trainer: Trainer, progress: Progress, losses: Mapping[str, np.nda
     }
 
 
-def check_record(
-    settings: LoopSettings, begun: LoopSettings, record: Mapping[str, Any], what: str, more: str = "choose"
+def check_more_steps(
+    settings: LoopSettings, begun: LoopSettings, record: Mapping[str, Any], what: str, further: str
 ) -> None:
+    """Raise UserError unless a finished run can make more steps from the state that it kept.
+
+    begun:   the recorded settings, of fewer steps
+    further: what the user can do if it cannot, before "another --output"
+    """
+    finished = f"{what} was finished with --steps {begun.steps} (now {settings.steps})"
+    if begun.schedule != "constant":
+        raise UserError(
+            f"{finished}, and --schedule {begun.schedule} has taken its rate to 0; {further} another --output"
+        )
+    check_finished(settings, begun, record.get("files"), what)
+    since = record["steps"] - record["best_step"]
+    if since >= settings.patience * settings.evaluate_every:
+        raise UserError(
+            f"{finished}, but its held-out loss has not fallen since step {record['best_step']} of "
+            f"{record['steps']}; raise --patience (now {settings.patience}), or {further} another --output"
+        )
+    if not kept_file(settings).exists():
+        raise UserError(
+            f"{finished}, and its last state {kept_file(settings)} is not there; {further} another --output"
+        )
+
+
+def check_record(settings: LoopSettings, begun: LoopSettings, record: Mapping[str, Any], what: str) -> None:
     """Raise UserError unless the record of a finished run is that of these settings.
 
     begun: the recorded settings
-    more:  what the user can do if more steps are asked for, before "another --output"
     """
-    if settings.steps != begun.steps:  # its state is gone, so it cannot go on
-        advice = more if settings.steps > begun.steps else "choose"
+    if settings.steps != begun.steps:
         raise UserError(
-            f"{what} was finished with --steps {begun.steps} (now {settings.steps}); {advice} another "
-            "--output"
+            f"{what} was finished with --steps {begun.steps} (now {settings.steps}); choose another --output"
         )
     check_finished(settings, begun, record.get("files"), what)
     forget_state(settings)  # where a run was killed while it removed it

@@ -1,6 +1,7 @@
 """A training run: settings, experts and data in; a saved ensemble with its measured result out."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,28 @@ import torch
 from torch import nn
 
 from afa.checkpoint.manifest import MANIFEST, read_manifest
+from afa.defaults import WHY
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
+from afa.experts.expert import Expert
+from afa.experts.load import load_experts
 from afa.experts.locate import hash_expert
 from afa.experts.quantised import store_weights
 from afa.files import locked, present, refuse_busy, settled
 from afa.schema import build
 from afa.stats import difference
+from afa.training.choices import as_begun, chosen, following, not_given
+from afa.training.data import count_held_out
+from afa.training.log import LOG
 from afa.training.loop import Progress, Trainer
 from afa.training.plan import TrainingPlan
 from afa.training.prepare import check_objective, find_data, resolution_of
-from afa.training.record import LEFT_OUT, check_record, run_record
+from afa.training.record import LEFT_OUT, check_more_steps, check_record, run_record
 from afa.training.settings import LoopSettings, TrainSettings
 from afa.training.setup import RUNS, end_run, make_accelerator, make_trainer
 from afa.training.sheets import FOLDER as SHEETS
-from afa.training.state import FOLDER, state_file
+from afa.training.state import FOLDER, begun_with, go_on, kept_file, state_file
 
 # with what a new ensemble is compared, and one that is trained further
 UNTRAINED, STARTED = "untrained", "as it was begun with"
@@ -40,8 +47,10 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> TrainingP
     check_output(settings)
     if settings.device is not None:
         choose_device(settings.device)
-    own = ensemble is None
-    ensemble = ensemble or _ensemble(settings)
+    own, images = ensemble is None, len(source.samples) - count_held_out(source.samples, settings.held_out)
+    given, begun = settings, begun_with(settings)
+    settings, ensemble = _whole(following(settings, begun), ensemble, images)
+    chosen_here = {name: "as this run was begun" if begun else WHY[name] for name in not_given(given)}
     if settings.store == "cpu" and choose_device(settings.device).type == "cpu":
         raise UserError(
             "--store cpu keeps experts beside a GPU, and training would run on the CPU; leave it out, "
@@ -55,23 +64,37 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> TrainingP
             "an ensemble needs at least two"
         )
     check_objective(settings, ensemble, source)
-    return TrainingPlan(settings, ensemble, source, resolution_of(settings, ensemble), own, settings.store)
+    resolution = resolution_of(settings, ensemble)
+    return TrainingPlan(settings, ensemble, source, resolution, own, settings.store, chosen_here)
 
 
-def _ensemble(settings: TrainSettings) -> Ensemble:
-    """Make an ensemble with new aggregators, or load a saved one."""
+def _whole(settings: TrainSettings, ensemble: Ensemble | None, images: int) -> tuple[TrainSettings, Ensemble]:
+    """Return the settings with every option, and the ensemble, which is made or loaded if it is not there.
+
+    images: that are trained on
+    """
     dtype = getattr(torch, settings.dtype)
-    if settings.start is not None:
-        return Ensemble.load(settings.start, dtype=dtype)
+    if settings.start is not None and ensemble is None:
+        ensemble = Ensemble.load(settings.start, dtype=dtype)
+    if ensemble is not None:
+        return chosen(settings, images, denoiser=ensemble.denoiser), ensemble
+    experts = load_experts(settings.experts or (), dtype, settings.config, settings.prediction_type)
+    settings = chosen(settings, images, experts)
+    return settings, _ensemble(settings, experts)
+
+
+def _ensemble(settings: TrainSettings, experts: Sequence[Expert]) -> Ensemble:
+    """Make an ensemble with new aggregators."""
+    assert settings.aggregator is not None
     return Ensemble.from_experts(
-        settings.experts or [],
+        experts,
         aggregator=settings.aggregator,
         placement=settings.placement,
         attention_up_to=settings.attention_up_to,
         text_stream=settings.text_stream,
         vae=settings.vae,
         frame=settings.frame,
-        dtype=dtype,
+        dtype=getattr(torch, settings.dtype),
         config=settings.config,
         prediction_type=settings.prediction_type,
         **settings.aggregator_options(),
@@ -97,30 +120,43 @@ def finished(settings: TrainSettings) -> dict[str, Any] | None:
         raise UserError(
             f"{settings.output} holds an ensemble that was not trained here; give another --output"
         )
-    begun: TrainSettings = build(
-        TrainSettings.current(), record["settings"], Path(settings.output) / MANIFEST, "training.settings"
-    )
-    further = f"train it further with --start {settings.output}, or begin anew, both with"
-    check_record(settings, begun, record, f"the ensemble in {settings.output}", further)
+    recorded, file = as_begun(record["settings"]), Path(settings.output) / MANIFEST
+    begun: TrainSettings = build(TrainSettings.current(), recorded, file, "training.settings")
+    settings = following(settings, recorded)
+    what = f"the ensemble in {settings.output}"
+    if settings.steps > begun.steps:
+        further = f"train it further with --start {settings.output}, or begin anew, both with"
+        check_more_steps(settings, begun, record, what, further)
+        return None
+    check_record(settings, begun, record, what)
     return record
 
 
-def train(settings: TrainSettings, planned: TrainingPlan | None = None) -> dict[str, Any]:
-    """Train an ensemble and save it in settings.output. An interrupted run continues; a finished one is read.
+def train(settings: TrainSettings, planned: TrainingPlan | None = None, keep: bool = True) -> dict[str, Any]:
+    """Train an ensemble and save it in settings.output.
+
+    An interrupted run continues, and so does a finished one of which more steps are asked for; else a
+    finished run is only read.
 
     settings: the options of `afa train`
     planned:  what plan(settings) returned, if the experts are in memory already
+    keep:     keep the last state in the folder, five times as large as the aggregators in float32, so that
+              more steps can go on from it
     Returns the record that is kept in afa.json: settings, steps, held-out losses with intervals.
     Raises UserError, and KeyboardInterrupt after the state is saved.
     """
     with contextlib.ExitStack() as stack:
         if finished(settings) is None:
             stack.enter_context(locked(Path(settings.output)))
-        return finished(settings) or _train(settings, planned or plan(settings))
+        return finished(settings) or _train(planned or plan(settings), keep)
 
 
-def _train(settings: TrainSettings, planned: TrainingPlan) -> dict[str, Any]:
+def _train(planned: TrainingPlan, keep: bool) -> dict[str, Any]:
+    settings: Any = planned.settings
     accelerator = make_accelerator(settings)
+    if accelerator.is_main_process:
+        go_on(settings, LOG)
+    accelerator.wait_for_everyone()
     trainer = make_trainer(
         planned,
         accelerator,
@@ -130,12 +166,15 @@ def _train(settings: TrainSettings, planned: TrainingPlan) -> dict[str, Any]:
         expert.hashes = expert.hashes or ({} if expert.located is None else hash_expert(expert.located))
     progress = trainer.train()
     before = UNTRAINED if settings.start is None else STARTED
-    record = _record(trainer, progress, before) | {"left_out": planned.source.skipped.counts()}
+    record = _record(trainer, progress, before) | {
+        "chosen_by_afa": list(planned.chosen),
+        "left_out": planned.source.skipped.counts(),
+    }
     if accelerator.is_main_process:
         planned.ensemble.training = record
         planned.ensemble.save(settings.output)
         planned.source.skipped.write(Path(settings.output) / LEFT_OUT)
-    end_run(settings, accelerator)
+    end_run(settings, accelerator, kept_file(settings) if keep else None)
     return record
 
 

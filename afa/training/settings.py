@@ -5,8 +5,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from afa.aggregators.registry import DEFAULT, explain_trained, trained_kinds
-from afa.aggregators.settings import AggregatorSettings, with_aggregator_options
+from afa import defaults
+from afa.aggregators.registry import explain_trained, trained_kinds
+from afa.aggregators.settings import ATTENTION_HELP, AggregatorSettings, with_aggregator_options
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.settings import (
@@ -42,7 +43,7 @@ class LoopSettings(ObjectiveSettings):
     free: ClassVar[tuple[str, ...]] = (
         *("recipe", "output", "save_every", "cache", "max_skipped", "gradient_checkpointing", "log_with"),
         *("sheet_every", "sheet_images", "sheet_steps", "sheet_guidance", "watch", "watch_weights"),
-        *("device", "dry_run", "json", "allow_outside"),
+        *("device", "dry_run", "json", "allow_outside", "patience"),
     )
 
     data: str = option(
@@ -94,7 +95,10 @@ class LoopSettings(ObjectiveSettings):
     weight_decay: float = option(0.01, **WEIGHT, help="weight decay of AdamW")
     clip: float = option(1.0, above=0, most=10**9, help="largest norm of the gradient")
     ema: float = option(
-        0.999, **SHARE, help="decay of the moving average of the trained weights; the average is saved"
+        0.999,
+        **SHARE,
+        help="largest decay of the moving average of the trained weights, which is saved; below it the "
+        "average is over the last ninth of the steps so far",
     )
     caption_dropout: float = option(
         0.1, **SHARE, help="share of samples trained without their caption, so that guidance keeps working"
@@ -213,8 +217,9 @@ class TrainSettings(LoopSettings, AggregatorSettings):
     trained_only: ClassVar[bool] = True
     recipe: str | None = option(
         None,
-        help="paper-sd15, paper-sdxl, low-memory, scenes, or a .toml file of flags; "
-        "a flag on the command line replaces the value of the recipe",
+        also="--preset",
+        help="paper (the published form), paper-sd15, paper-sdxl, low-memory, scenes, or a .toml file of "
+        "flags; a flag on the command line replaces the value of the recipe",
     )
     experts: list[str] | None = option(
         None,
@@ -226,21 +231,32 @@ class TrainSettings(LoopSettings, AggregatorSettings):
         place=True,
         help="a saved ensemble to train further, instead of --experts",
     )
-    aggregator: str = option(
-        DEFAULT,
+    # A step's options, or None until they are chosen by afa.defaults: see chosen().
+    steps: int = option(
+        None,
+        least=1,
+        most=10**9,
+        help="optimiser steps at most; training stops earlier when the held-out loss no longer falls "
+        f"(default: {defaults.WHY['steps']})",
+    )
+    lr: float = option(
+        None, **SHARE, help=f"learning rate of AdamW after the warm-up (default: {defaults.WHY['lr']})"
+    )
+    aggregator: str | None = option(
+        None,
         help=explain_trained(),
         choices=trained_kinds,
     )
     placement: str | None = option(
         None,
         help="fused stages: layers (all), blocks, every-K, double (FLUX), "
-        "out (a router on the predictions), or names such as M00,OUT11",
+        "out (a router on the predictions), or names such as M00,OUT11 (default: the family's)",
     )
     attention_up_to: int | None = option(
         None,
         least=0,
         most=2**16,
-        help="build the transformer only on maps up to this side in latent pixels (default: everywhere)",
+        help=ATTENTION_HELP,
     )
     text_stream: str = option(
         "own",

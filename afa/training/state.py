@@ -4,24 +4,32 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from dataclasses import MISSING, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
+from afa.checkpoint.manifest import MANIFEST, read_manifest
 from afa.errors import UserError
-from afa.files import replacing
+from afa.files import replacing, settled
 from afa.fingerprint import FILES, check_same
 from afa.schema import build
-from afa.training.settings import LoopSettings
+from afa.training.choices import STEPS_BEFORE, as_begun
+from afa.training.settings import LoopSettings, TrainSettings
 
-FOLDER = ".training"  # inside the output folder, gone when training is complete
-STATE = "state.pt"
+FOLDER = ".training"  # inside the output folder
+STATE = "state.pt"  # while training is not complete
+KEPT = "last.pt"  # the same of a complete run, from which more steps go on
 
 
 def state_file(settings: LoopSettings) -> Path:
     return Path(settings.output) / FOLDER / STATE
+
+
+def kept_file(settings: LoopSettings) -> Path:
+    return Path(settings.output) / FOLDER / KEPT
 
 
 def belongings(settings: LoopSettings, from_files: bool) -> dict[str, Any]:
@@ -49,8 +57,13 @@ def check_finished(
 
 
 def forget_state(settings: LoopSettings) -> None:
-    """Remove the state of a run that is complete."""
-    shutil.rmtree(Path(settings.output) / FOLDER, ignore_errors=True)
+    """Remove the state of a run that is complete, but for what was kept for more steps."""
+    folder = Path(settings.output) / FOLDER
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name != KEPT:
+            path.unlink(missing_ok=True)
+    with suppress(OSError):  # it is not empty, or not there
+        folder.rmdir()
 
 
 def save_state(settings: LoopSettings, begun: dict[str, Any], state: dict[str, Any]) -> None:
@@ -61,7 +74,7 @@ def save_state(settings: LoopSettings, begun: dict[str, Any], state: dict[str, A
     file = state_file(settings)
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
-        torch.save({"settings": json.dumps(begun), **state}, temporary)
+        torch.save({"settings": json.dumps(begun), "steps": settings.steps, **state}, temporary)
 
 
 def load_state(settings: LoopSettings, now: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
@@ -70,11 +83,29 @@ def load_state(settings: LoopSettings, now: dict[str, Any], device: torch.device
     now: what belongings() returns
     Raises UserError, which names the difference, if the run was started with other options or files.
     """
-    file = state_file(settings)
-    if not file.exists():
+    if not state_file(settings).exists():
         return None
+    state, begun = _read(state_file(settings), map_location=device)
+    defaults = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
+    added = {name: defaults[name] for name in now if name in defaults}  # options that came later
+    check_same(added | as_begun(begun), now, f"the run in {settings.output}")
+    return state
+
+
+def begun_with(settings: TrainSettings) -> dict[str, Any] | None:
+    """Return the options of the run in the folder, complete or not; None if there is none."""
+    if state_file(settings).exists():
+        state, begun = _read(state_file(settings), mmap=True)
+        return as_begun({"steps": state.get("steps", STEPS_BEFORE), **begun})
+    if not (settled(Path(settings.output)) / MANIFEST).exists():
+        return None
+    return as_begun((read_manifest(Path(settings.output)).training or {}).get("settings", {}))
+
+
+def _read(file: Path, **how: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a state, and the options that the run was begun with. how: arguments of torch.load"""
     try:
-        state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(file, weights_only=True, **how)
         begun = json.loads(state.pop("settings"))
     except (
         OSError,
@@ -88,8 +119,18 @@ def load_state(settings: LoopSettings, now: dict[str, Any], device: torch.device
     ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} cannot be read ({reason}); delete it to begin again") from None
-    check_same(build(dict[str, Any], begun, file, "settings"), now, f"the run in {settings.output}")
-    return state
+    return state, build(dict[str, Any], begun, file, "settings")
+
+
+def go_on(settings: LoopSettings, log: str) -> None:
+    """Let a complete run make more steps from the state that it kept, if there is one; see begin_from.
+
+    log: the name of its log, which continues too
+    """
+    if kept_file(settings).exists() and not state_file(settings).exists():
+        with suppress(FileNotFoundError):
+            shutil.copyfile(Path(settings.output) / log, state_file(settings).with_name(log))
+        begin_from(settings, kept_file(settings))
 
 
 def begin_from(settings: LoopSettings, place: Path) -> None:
