@@ -264,6 +264,6 @@ def test_a_run_goes_on_from_a_saved_ensemble(settings, red, tmp_path):  # noqa: 
     ],
 )
 def test_options_that_do_not_fit_are_refused(settings, changes, sentence):  # noqa: F811
-    clean = {"hidden": 128, "heads": 8, "depth": 2} if "start" in changes else {}
+    clean = dict.fromkeys(("hidden", "heads", "depth", "steps", "lr")) if "start" in changes else {}
     with pytest.raises(UserError, match=sentence.replace("+", r"\+")):
         replace(settings, **{**clean, **changes})

@@ -33,6 +33,12 @@ class SABWOptions(AggregatorOptions):
     hidden: int = option(128, least=1, most=16384, help="width inside the aggregators, a multiple of --heads")
     heads: int = option(8, least=1, most=1024, help="attention heads of the aggregators")
     depth: int = option(2, least=0, most=100, help="transformer layers of the aggregators; 0: none")
+    dropout: float = option(
+        0.0,
+        least=0,
+        below=1,
+        help="share of the aggregators' activations that is dropped at random in training",
+    )
     ignore: list[str] | None = option(
         None, help="what the weights must not depend on, for ablations", choices=list(SEEN)
     )

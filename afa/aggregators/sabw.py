@@ -21,6 +21,7 @@ class SABW(Aggregator):
     depth:  transformer layers; the paper's is 2. Self-attention costs (H·W)², the larger part of the cost on
             big maps. 0 leaves out the transformer and with it all knowledge of the text, at about a quarter
             of the parameters
+    dropout: share of the activations that is dropped at random in training
     ignore: of SEEN, what the weights must not depend on, for ablations: the text states or the time embedding
             are taken as zeros; without place, one weight per expert serves the whole map
 
@@ -38,6 +39,7 @@ class SABW(Aggregator):
         hidden: int,
         heads: int,
         depth: int,
+        dropout: float = 0.0,
         ignore: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
@@ -48,13 +50,16 @@ class SABW(Aggregator):
         self.ignore = frozenset(ignore or ())
         groups = 32 if hidden % 32 == 0 else heads  # diffusers' default where it divides, as in the release
         self.conv_in = nn.Conv2d(experts * channels, hidden, 1)
-        self.res_block = ResnetBlock2D(in_channels=hidden, temb_channels=time_width, groups=groups)
+        self.res_block = ResnetBlock2D(
+            in_channels=hidden, temb_channels=time_width, groups=groups, dropout=dropout
+        )
         self.transformer = (
             Transformer2DModel(
                 heads,
                 hidden // heads,
                 hidden,
                 num_layers=depth,
+                dropout=dropout,
                 cross_attention_dim=text_width,
                 norm_num_groups=groups,
             )

@@ -168,6 +168,10 @@ def _settings(
     """Return the ensemble's settings with a scaled rate, and with more steps for equal compute."""
     ensemble = setup.training(folder, run)
     shared = {field.name: getattr(ensemble, field.name) for field in fields(LoopSettings)}
+    if "guided" in ensemble.objectives:  # what is of several experts does not apply to one
+        shared["guided_teacher"] = "target"
+    if ensemble.anchor_to == "mean":
+        shared |= {"anchor": 0.0, "anchor_to": "start"}
     expert = setup.ensemble.experts[0].model
     rank = matching_rank(expert, read_manifest(setup.folder).aggregator["parameters"])
     steps = _equal_steps(setup, rank, ensemble.steps, ensemble.batch_size) if by_compute else ensemble.steps

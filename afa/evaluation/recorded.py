@@ -20,8 +20,9 @@ from afa.training.settings import TrainSettings
 # Options that name neither code nor a file, of which a recorded value is taken; see also taken().
 TAKEN = frozenset(
     """
-    objective snr_gamma weighting timesteps reward_weight reward_reach better worse draft_steps
-    draft_last draft_again draft_guidance anchor sparsity sparsity_top image_column caption_column limit
+    objective snr_gamma weighting timesteps timestep_range band_weights reward_weight reward_reach
+    better worse draft_steps draft_last draft_again draft_guidance guided_scale guided_teacher
+    anchor anchor_to sparsity sparsity_top image_column caption_column limit
     crops flip max_skipped steps batch_size accumulate lr warm_up schedule weight_decay clip ema
     caption_dropout resolution held_out evaluate_every patience save_every seed dtype
     gradient_checkpointing aggregator placement attention_up_to text_stream store prediction_type

@@ -179,6 +179,7 @@ class Trainer:
             group["lr"] = settings.rate(self.progress.step)
         drawn = self._draw()
         for micro in range(settings.accumulate):
+            self._seed_dropout(micro)
             total += self._backward(drawn.part(*self._part(micro)))
         norm = self.accelerator.clip_grad_norm_(self.parameters, settings.clip)
         finite = norm is None or bool(
@@ -212,6 +213,11 @@ class Trainer:
         dropped = torch.rand(len(chosen), generator=rng) < self.settings.caption_dropout
         rows = self.data.rows(chosen, rng)
         return StepBatch(rows, dropped, self.noising.draw(self.data, rows, rng, self.total.extra_noise))
+
+    def _seed_dropout(self, micro: int) -> None:
+        """Seed what the draws leave to torch: dropout depends on seed, step and the place of the batch."""
+        key = (self.settings.seed, self.progress.step, 1, self._part(micro)[0])
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
     def _part(self, micro: int) -> tuple[int, int]:
         """Return where a batch of this process begins and ends in the step."""

@@ -16,7 +16,7 @@ from afa.training.conditions import Conditions
 from afa.training.data import Encoded
 from afa.training.objective_registry import OBJECTIVES
 from afa.training.objective_terms import Objectives
-from afa.training.objectives import Mse, Pass
+from afa.training.objectives import Mse, Pass, evaluating
 
 BANDS = 4  # equal parts of the timesteps, the first with the least noise
 GROUPS = ("IN", "M", "OUT")  # how the names of stages begin; whatever begins otherwise is a group by itself
@@ -237,7 +237,7 @@ class HeldOut:
             rows = list(range(start, stop))
             work = Pass.of(denoiser, self.noising, self.conditions, self.data, rows, batch)
             work.watched = self.total.needs_weights
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(denoiser):
                 with nullcontext() if sums is None else record_weights(denoiser) as maps:
                     losses.append(self._mse.loss(work))
                 if whole and self._other_terms:

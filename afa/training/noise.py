@@ -1,5 +1,6 @@
 """The forward process: adds noise to clean latents, and gives the denoiser's target."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from afa.denoiser.schedule import FLOW, LEAST, clean_of, tables
+from afa.errors import UserError
 from afa.latents import Latents
 from afa.training.data import Encoded
 
@@ -24,16 +26,28 @@ class Noising:
                s
     latents:   of the frame's VAE
     density:   one of DENSITIES: how training draws steps
-    Raises UserError for a prediction type without a training target.
+    within:    first and last step that training draws; None: all
+    Raises UserError for a prediction type without a training target, and for a range beyond the schedule.
     """
 
     def __init__(
-        self, scheduler: Any, latents: Latents, device: torch.device, density: str = "uniform"
+        self,
+        scheduler: Any,
+        latents: Latents,
+        device: torch.device,
+        density: str = "uniform",
+        within: Sequence[int] | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.kind, self.signal, self.noise, self.times = tables(scheduler)
         self.steps = len(self.times)
         self.latents, self.device, self.density = latents, device, density
+        self.first, self.last = within or (0, self.steps - 1)
+        if self.last >= self.steps:
+            raise UserError(
+                f"--timestep-range {self.first} {self.last} goes beyond the schedule; "
+                f"its last timestep is {self.steps - 1}"
+            )
 
     def draw(self, data: Encoded, rows: list[int], rng: torch.Generator, extra_noise: int = 0) -> "Batch":
         """Draw latents, noise and steps for some rows, on the CPU.
@@ -57,14 +71,15 @@ class Noising:
         Source: Esser et al., arXiv:2403.03206, section 3.1, as in diffusers.
         """
         if self.density == "uniform":
-            return torch.randint(self.steps, (count,), generator=rng)
+            return torch.randint(self.first, self.last + 1, (count,), generator=rng)
         from diffusers.training_utils import compute_density_for_timestep_sampling
 
         # diffusers counts from the noise: 0 is pure noise there
         place = compute_density_for_timestep_sampling(
             self.density, count, logit_mean=0.0, logit_std=1.0, mode_scale=1.29, generator=rng
         )
-        return (self.steps - 1 - (place * self.steps).long()).clamp(0, self.steps - 1)
+        span = self.last + 1 - self.first
+        return (self.last - (place * span).long()).clamp(self.first, self.last)
 
     def spread(self, data: Encoded, seed: int, extra_noise: int = 0) -> "Batch":
         """Return the held-out batch: each example once, with fixed noise and evenly spread steps."""

@@ -32,6 +32,19 @@ class ObjectiveSettings(CheckedOptions):
     timesteps: str = option(
         "uniform", help="how the timesteps of a step are drawn", choices=["uniform", "logit_normal", "mode"]
     )
+    timestep_range: list[int] | None = option(
+        None,
+        least=0,
+        most=10**6,
+        help="two timesteps, both included, between which those of a step are drawn, e.g. 500 999 for much "
+        "noise; held-out images are measured at all (default: all)",
+    )
+    band_weights: list[float] | None = option(
+        None,
+        **WEIGHT,
+        help="weights of mse in equal bands of timesteps, from little noise to much, e.g. 0 1 1 2; they are "
+        "divided by their mean (default: the same weight everywhere)",
+    )
     reward: str | None = option(
         None,
         help=f"{', '.join(rewards())}, or a Python file with reward(images, captions)",
@@ -62,10 +75,23 @@ class ObjectiveSettings(CheckedOptions):
     draft_guidance: float | None = option(
         None, **GUIDANCE, help="for draft: strength of classifier-free guidance (default: the family's own)"
     )
+    guided_scale: float = option(3.0, **GUIDANCE, help="for guided: strength of classifier-free guidance")
+    guided_teacher: str = option(
+        "mean",
+        help="for guided: what the guided prediction is compared with, the mean of the experts' own guided "
+        "predictions, or the target of mse",
+        choices=["mean", "target"],
+    )
     anchor: float = option(
         0.0,
         **WEIGHT,
-        help="weight of the squared distance to the predictions that the run began with",
+        help="weight of the squared distance to other predictions, see --anchor-to",
+    )
+    anchor_to: str = option(
+        "start",
+        help="those that the run began with, or the mean of the experts' own, which takes one more forward "
+        "pass for each",
+        choices=["start", "mean"],
     )
     sparsity: float = option(
         0.0,
@@ -99,10 +125,30 @@ class ObjectiveSettings(CheckedOptions):
             raise UserError(
                 f"--snr-gamma {self.snr_gamma} and --weighting {self.weighting} weigh the same loss; give one"
             )
+        self._check_timesteps()
+        if self.anchor_to != "start" and not self.anchor:
+            raise UserError(
+                f"--anchor-to {self.anchor_to} says what --anchor holds to; give its weight, e.g."
+                " --anchor 0.1"
+            )
         if self.sparsity_top is not None and not self.sparsity:
             raise UserError(
                 f"--sparsity-top {self.sparsity_top} says what --sparsity counts; give its weight, e.g."
                 " --sparsity 0.01"
+            )
+
+    def _check_timesteps(self) -> None:
+        """Raise UserError for a range that is none, and for bands that all weigh nothing."""
+        bounds = self.timestep_range
+        if bounds is not None and (len(bounds) != 2 or bounds[0] > bounds[1]):
+            raise UserError(
+                f"--timestep-range {' '.join(map(str, bounds))} is no range; give its first and its last "
+                "timestep, e.g. 500 999"
+            )
+        if self.band_weights is not None and not any(self.band_weights):
+            raise UserError(
+                f"--band-weights {' '.join(f'{weight:g}' for weight in self.band_weights)} leave nothing to "
+                "learn; give at least one above 0"
             )
 
     @property

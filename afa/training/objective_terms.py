@@ -11,7 +11,7 @@ from afa.latents import latents_of
 from afa.lazy import load
 from afa.training.noise import Noising
 from afa.training.objective_registry import OBJECTIVES
-from afa.training.objectives import Anchor, ObjectiveContext, Sparsity, Term, Total
+from afa.training.objectives import Anchor, MeanAnchor, ObjectiveContext, Sparsity, Term, Total
 from afa.training.reward_objectives import Decoder, make_reward
 from afa.training.settings import LoopSettings
 
@@ -36,7 +36,8 @@ def make_context(settings: LoopSettings, ensemble: Ensemble, device: torch.devic
     Raises UserError for a prediction type that cannot be trained, and if the reward's weights are missing.
     """
     vae = ensemble.frame.vae
-    noising = Noising(ensemble.frame.scheduler, latents_of(vae), device, settings.timesteps)
+    density, within = settings.timesteps, settings.timestep_range
+    noising = Noising(ensemble.frame.scheduler, latents_of(vae), device, density, within)
     if settings.reward is None:
         return ObjectiveContext(settings, noising)
     reward = make_reward(
@@ -58,7 +59,8 @@ def make_objectives(context: ObjectiveContext, parameters: Sequence[nn.Parameter
         weight = settings.reward_weight if entry.rewarded else 1.0
         terms.append(Term(name, weight, load(entry.make)(context)))
     if settings.anchor:
-        terms.append(Term("anchor", settings.anchor, Anchor(parameters)))
+        anchor = MeanAnchor() if settings.anchor_to == "mean" else Anchor(parameters)
+        terms.append(Term("anchor", settings.anchor, anchor))
     if settings.sparsity:
         terms.append(Term("sparsity", settings.sparsity, Sparsity(settings.sparsity_top)))
     unweighted = [Term(term.name, term.weight, term.objective.unweighted()) for term in terms]

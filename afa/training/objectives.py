@@ -2,8 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afa.denoiser.hooks import watch_weights
+from afa.denoiser.hooks import only_expert, watch_weights
 from afa.errors import UserError
 from afa.training.noise import Batch, Noising
 
@@ -101,6 +101,17 @@ class Pass:
         return interface.to_latents(call(**arguments, return_dict=False)[0], size).float()
 
 
+@contextmanager
+def evaluating(denoiser: Any) -> Iterator[None]:
+    """Inside the context, nothing of the trained modules is dropped at random."""
+    before = denoiser.training
+    denoiser.eval()
+    try:
+        yield
+    finally:
+        denoiser.train(before)
+
+
 class Objective(ABC):
     """One term of a training loss.
 
@@ -171,12 +182,17 @@ class Mse(Objective):
 
     snr_gamma: γ of min-SNR-γ weighting
     weighting: SD3's weighting of a flow, a name of noise.WEIGHTINGS
-    With neither, all timesteps have the same weight.
+    bands:     weights of equal bands of timesteps, from little noise to much, which multiply the others
+    Without them, all timesteps have the same weight.
     Raises UserError for a weighting of flows if the noise schedule is not one.
     """
 
     def __init__(
-        self, noising: Noising, snr_gamma: float | None = None, weighting: str | None = None
+        self,
+        noising: Noising,
+        snr_gamma: float | None = None,
+        weighting: str | None = None,
+        bands: Sequence[float] | None = None,
     ) -> None:
         if weighting is not None and not noising.is_flow:
             raise UserError(
@@ -184,9 +200,13 @@ class Mse(Objective):
                 f"'{noising.kind}'; try --snr-gamma 5"
             )
         self.noising, self.snr_gamma, self.weighting = noising, snr_gamma, weighting
+        self.bands = None if bands is None else torch.tensor(bands) * len(bands) / sum(bands)
 
     def loss(self, work: Pass) -> Tensor:
         error: Tensor = (work.prediction - self.noising.target(work.batch)).square().mean((1, 2, 3))
+        if self.bands is not None:
+            band = work.batch.steps * len(self.bands) // self.noising.steps
+            error = error * self.bands.to(error.device)[band]
         if self.weighting is not None:
             return error * self.noising.flow_weighting(work.batch.steps, self.weighting)
         if self.snr_gamma is not None:
@@ -198,7 +218,8 @@ class Mse(Objective):
 
 
 def make_mse(context: ObjectiveContext) -> Mse:
-    return Mse(context.noising, context.settings.snr_gamma, context.settings.weighting)
+    settings = context.settings
+    return Mse(context.noising, settings.snr_gamma, settings.weighting, settings.band_weights)
 
 
 class Anchor(Objective):
@@ -216,7 +237,7 @@ class Anchor(Objective):
         now = [parameter.data for parameter in self.parameters]
         try:
             self._put(self.first)
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(work.denoiser):
                 before = work.predict(work.denoiser, work.noisy, work.timesteps, work.conditions)
         finally:
             self._put(now)
@@ -226,6 +247,21 @@ class Anchor(Objective):
         """Set the values of the parameters."""
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.data = value
+
+
+class MeanAnchor(Objective):
+    """The squared distance to the mean of the experts' own predictions: the noise average.
+
+    Each expert makes one more pass, without gradients. Predictions of different kinds are converted.
+    """
+
+    def loss(self, work: Pass) -> Tensor:
+        names, mean = work.denoiser.names, torch.zeros_like(work.noisy, dtype=torch.float32)
+        for name in names:
+            with torch.no_grad(), only_expert(work.denoiser, name):
+                own = work.predict(work.denoiser, work.noisy, work.timesteps, work.conditions)
+            mean += own / len(names)
+        return (work.prediction - mean).square().mean((1, 2, 3))
 
 
 class Sparsity(Objective):
