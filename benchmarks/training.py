@@ -149,7 +149,7 @@ def caching(options: Options) -> dict[str, Any]:
             ):
                 settings = TrainSettings(
                     experts=[str(path) for path in EXPERTS.values()], data=f"scenes:{options.images}", output=f"{place}/{number}-{name}",
-                    hidden=32, heads=4, depth=1, cache=cache, device=options.device,
+                    aggregator="sabw", hidden=32, heads=4, depth=1, cache=cache, device=options.device,
                 )  # fmt: skip
                 planned, accelerator = plan(settings), make_accelerator(settings)
                 started = time.monotonic()

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors import safe_open
 
@@ -61,7 +62,9 @@ MEASURED = {
     "lr_seconds",
     "machine",
 }
-UNFINISHED = re.compile(r"\.writing-|\.committed|\.afa-lock|/\.training(/|$)|weight-average-model|\.tmp")
+UNFINISHED = re.compile(
+    r"\.writing-|\.committed|\.afa-lock|/\.training/(?!last\.pt$)|weight-average-model|\.tmp"
+)
 SCORER = """
 def score(images, captions):
     return {"light": images.mean((1, 2, 3)) / 255}
@@ -327,7 +330,18 @@ def content(path: Path) -> Any:
         return [unmeasured(json.loads(line)) for line in path.read_text().splitlines()]
     if path.suffix in (".html", ".md"):
         return re.sub(r"[\d.,]+", "#", path.read_text())
+    if path.suffix == ".pt":
+        return unmeasured(_plain(torch.load(path, weights_only=True)))
     return path.read_bytes()
+
+
+def _plain(value: Any) -> Any:
+    """Return a state with its tensors as bytes."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
 
 
 def unmeasured(value: Any) -> Any:
