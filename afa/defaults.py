@@ -61,7 +61,7 @@ def learning_rate(hidden: int | None) -> float:
     Adam moves every weight by about the rate, so what a layer adds grows with its width, and the rate falls
     as the width grows (Yang et al., arXiv:2203.03466, table 3).
     """
-    return RATE * NARROWEST / (hidden or NARROWEST)
+    return float(f"{RATE * NARROWEST / (hidden or NARROWEST):.2g}")
 
 
 def steps(images: int, images_a_step: int) -> int:

@@ -223,7 +223,7 @@ class TestSavedEnsembles:
         return tmp_path / "mine"
 
     def test_one_is_shown_as_it_was_made(self, inspect, saved, experts):
-        found, again = inspect(saved), inspect(experts / "photo", experts / "paint", placement="blocks", **SMALL)
+        found, again = inspect(saved), inspect(experts / "photo", experts / "paint", placement="blocks", aggregator="sabw", **SMALL)
         assert found["ensemble"] == str(saved)
         assert found["stages"] == again["stages"]
         assert found["cost"] == again["cost"]

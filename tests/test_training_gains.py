@@ -39,6 +39,7 @@ def record(change, best=(-0.01, -0.012, -0.008), moved=0.1, best_step=500):
             "not distinguishable from that of the untrained ensemble: -0.00010 [-0.00060, +0.00040], and lower than that of its best expert, a",
         ),
         (record((-0.0001, -0.0006, 0.0004)), "within noise; to tell so small a gain takes about 1,600 held-out images. Try more steps (--steps 1000)"),
+        (record((-0.0001, -0.0006, 0.0004), best_step=200), "held-out images. Try more images; `afa screen`"),
         (record((0.0001, -0.001, 0.001)), "All of the gain over the best expert was there before training. What training gained is within noise. Try"),
         (record((0.002, 0.001, 0.003)), "Training made it worse. Try a lower --lr (now 0.0001)"),
         (record((0.0, 0.0, 0.0), best_step=0), "so the weights from before were kept. Try a lower --lr (now 0.0001); `afa screen`"),

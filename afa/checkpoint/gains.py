@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from afa.stats import Estimate
+from afa.stats import Estimate, least_items
 
 HARDLY = 0.01  # of the weight of all experts, which is 1: a mean change below this is hardly any routing
 MOST = 10**6  # held-out images: a gain that needs more is not worth a number
@@ -80,7 +80,7 @@ def _little(record: Mapping[str, Any], change: Estimate) -> list[str]:
 
 def _needed(change: Estimate) -> str:
     """Return how many held-out images so small a gain would need, as a clause; empty without a gain."""
-    if change.value >= 0 or not change.has_interval:
+    if change.value >= 0 or not change.has_interval or change.n < least_items():
         return ""
     half = (change.high - change.low) / 2
     count = change.n * (half / change.value) ** 2  # intervals shrink by the square root of n
@@ -99,6 +99,8 @@ def _to_try(record: Mapping[str, Any], still: bool, change: Estimate) -> str:
         options = f"{steps} or a higher --lr{lr}"
     elif change.verdict == "higher than" or record["best_step"] == 0:
         options = f"a lower --lr{lr}"
+    elif record["best_step"] < record["steps"]:  # the loss had stopped falling
+        options = "more images"
     else:
         options = steps
     return f"Try {options}; `afa screen` with these experts and images says what there is to gain."
