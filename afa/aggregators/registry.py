@@ -125,7 +125,8 @@ class Recipe:
         kind, given = kind or defaults.AGGREGATOR, dict(options or {})
         chosen = find_aggregator(kind).options.by_size(max(stage.channels for stage in stages), given)
         if attention_up_to is None:
-            sides = [-(-side // 2**stage.level) for stage in stages if stage.attends]
+            levels = [stage.level + stage.upsamples for stage in stages if stage.attends]  # before upsampling
+            sides = [-(-side // 2**level) for level in levels]
             attention_up_to = max([defaults.SMALL_SIDE, *sides]) if "depth" in chosen else EVERYWHERE
         return cls(kind, chosen | given, attention_up_to, text_stream)
 
