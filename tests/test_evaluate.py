@@ -53,7 +53,7 @@ def world(tmp_path_factory):
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / "data" / f"{index}.png")
         lines.append(json.dumps({"file_name": f"{index}.png", "text": f"picture {index}"}))
     (folder / "data" / "metadata.jsonl").write_text("\n".join(lines))
-    small = {"hidden": 8, "heads": 2, "depth": 1, "resolution": 32, "batch_size": 2, "held_out": 2, "steps": 2, "lr": 1e-2}
+    small = {"aggregator": "sabw", "hidden": 8, "heads": 2, "depth": 1, "resolution": 32, "batch_size": 2, "held_out": 2, "steps": 2, "lr": 1e-2}
     experts = [str(folder / "photo"), str(folder / "paint")]
     train(TrainSettings(experts=experts, data=str(folder / "data"), output=str(folder / "afa"), device="cpu", **small))
     (folder / "prompts.txt").write_text("a cat\na dog and a bird\n")

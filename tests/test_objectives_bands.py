@@ -58,8 +58,8 @@ def test_the_mean_anchor_is_the_distance_to_the_mean_of_the_experts(ensemble, wo
 def test_guided_at_strength_one_is_the_captioned_prediction(ensemble, work):  # noqa: F811
     captioned = replace(work, dropped=torch.zeros(2, dtype=torch.bool))
     losses = Guided(1.0, target=True).loss(work)
-    assert torch.allclose(losses, Mse(work.noising).loss(captioned), atol=1e-5)
-    assert torch.allclose(Guided(1.0).loss(work), MeanAnchor().loss(captioned), atol=1e-5)
+    assert torch.allclose(losses, Mse(work.noising).loss(captioned), rtol=1e-3)
+    assert torch.allclose(Guided(1.0).loss(work), MeanAnchor().loss(captioned), rtol=1e-3)
 
 
 def test_guidance_multiplies_the_difference_that_the_caption_makes(ensemble, work):  # noqa: F811

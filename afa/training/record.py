@@ -50,16 +50,16 @@ def check_more_steps(
         raise UserError(
             f"{finished}, and --schedule {begun.schedule} has taken its rate to 0; {further} another --output"
         )
+    if not kept_file(settings).exists():
+        raise UserError(
+            f"{finished}, and its last state {kept_file(settings)} is not there; {further} another --output"
+        )
     check_finished(settings, begun, record.get("files"), what)
     since = record["steps"] - record["best_step"]
     if since >= settings.patience * settings.evaluate_every:
         raise UserError(
             f"{finished}, but its held-out loss has not fallen since step {record['best_step']} of "
             f"{record['steps']}; raise --patience (now {settings.patience}), or {further} another --output"
-        )
-    if not kept_file(settings).exists():
-        raise UserError(
-            f"{finished}, and its last state {kept_file(settings)} is not there; {further} another --output"
         )
 
 

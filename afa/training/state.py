@@ -88,8 +88,8 @@ def load_state(settings: LoopSettings, now: dict[str, Any], device: torch.device
     state, begun = _read(state_file(settings), map_location=device)
     defaults = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
     added = {name: defaults[name] for name in now if name in defaults}  # options that came later
-    check_same(added | as_begun(begun), now, f"the run in {settings.output}")
-    return state
+    check_same(added | as_begun(begun), as_begun(now), f"the run in {settings.output}")
+    return {name: value for name, value in state.items() if name != "steps"}
 
 
 def begun_with(settings: TrainSettings) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ def private(tmp_path_factory):
     settings = TrainSettings(
         experts=[f"one={place / 'curves'}", str(place / "angles"), "org/name@main"],
         **{name: str(place / name) for name in ("data", "output", "cache", "frame", "vae", "config", "recipe", "watch_weights", "reward_weights")},
-        reward=str(place / "reward.py"), objective="mse+reward", placement="M00,OUT11", watch=str(place / "watch.py"), sheet_every=50, lr=0.03,
+        reward=str(place / "reward.py"), objective="mse+reward", placement="M00,OUT11", watch=str(place / "watch.py"), sheet_every=50, lr=0.03, steps=50,
     )  # fmt: skip
     ensemble.training = {**ensemble.training, "settings": asdict(settings)}
     return place, ensemble
