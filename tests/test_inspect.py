@@ -227,7 +227,7 @@ class TestSavedEnsembles:
         assert found["ensemble"] == str(saved)
         assert found["stages"] == again["stages"]
         assert found["cost"] == again["cost"]
-        assert found["aggregators"]["options"] == SMALL
+        assert found["aggregators"]["options"] == {**SMALL, "dropout": 0.0}
 
     def test_aggregators_that_are_cut_off(self, saved):
         file = saved / "aggregators.safetensors"

@@ -207,7 +207,7 @@ def test_a_recipe_may_set_an_option_of_a_toy_aggregator_and_a_comparison_takes_t
     assert recorded["toy_strength"] == 3.0
     settings = TrainSettings.current()(**recorded, experts=["a", "b"], data="x", output="y")
     other = replace(settings, **settings.other_aggregator("sabw"))  # as an ablation changes it: what sabw has not is reset
-    assert (other.aggregator, other.toy_strength, other.aggregator_options()) == ("sabw", 2.0, {})
+    assert (other.aggregator, other.toy_strength, other.aggregator_options()) == ("sabw", 2.0, {"dropout": 0.0})
 
 
 def test_options_that_share_a_name_must_be_declared_alike():
