@@ -103,11 +103,11 @@ def write_release(
     experts: their number
     Raises UserError if the format cannot hold them.
     """
-    if (
-        list(aggregators) != [stage.name for stage in stages]
-        or recipe.kind != "sabw"
-        or recipe.attention_up_to is not None
-    ):
+    everywhere = recipe.attention_up_to is None or all(
+        isinstance(aggregator, SABW) and aggregator.transformer is not None
+        for aggregator in aggregators.values()
+    )
+    if list(aggregators) != [stage.name for stage in stages] or recipe.kind != "sabw" or not everywhere:
         raise UserError(
             "the reference release knows only sabw with attention at every stage (placement layers); "
             "this ensemble is another"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afa import defaults
-from afa.aggregators.registry import AGGREGATORS, Recipe
+from afa.aggregators.registry import AGGREGATORS, EVERYWHERE, Recipe
 from afa.aggregators.settings import ATTENTION_HELP, AggregatorSettings, with_aggregator_options
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
@@ -241,7 +241,7 @@ def _aggregators(facts: dict[str, Any]) -> str:
     options = ", ".join(f"{name} {value}" for name, value in made["options"].items())
     up_to = (
         ""
-        if made["attention_up_to"] is None
+        if made["attention_up_to"] in (None, EVERYWHERE)
         else f", attention up to {made['attention_up_to']} latent pixels"
     )
     placement = made["placement"] if isinstance(made["placement"], str) else ",".join(made["placement"])
