@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +16,7 @@ from afa.checkpoint.card import model_card
 from afa.checkpoint.manifest import (
     AGGREGATORS,
     MANIFEST,
+    AggregatorEntry,
     ExpertEntry,
     Manifest,
     TrainingRecord,
@@ -131,7 +132,16 @@ def _manifest(
     ensemble: "Ensemble", entries: list[ExpertEntry], frame: dict[str, str], digest: str
 ) -> Manifest:
     denoiser = ensemble.denoiser
-    shared: Any = {"shared_guidance": True} if denoiser.recipe.shared_guidance else {}
+    aggregator: AggregatorEntry = {
+        "kind": denoiser.recipe.kind,
+        "options": dict(denoiser.recipe.options),
+        "attention_up_to": denoiser.recipe.attention_up_to,
+        "text_stream": cast(Literal["own", "fused"], denoiser.recipe.text_stream),
+        "parameters": count_parameters(denoiser.aggregators),
+        "sha256": digest,
+    }
+    if denoiser.recipe.shared_guidance:
+        aggregator["shared_guidance"] = True
     return Manifest(
         family=denoiser.family,
         experts=entries,
@@ -146,15 +156,7 @@ def _manifest(
             }
             for stage in denoiser.stages
         ],
-        aggregator={
-            "kind": denoiser.recipe.kind,
-            "options": dict(denoiser.recipe.options),
-            "attention_up_to": denoiser.recipe.attention_up_to,
-            "text_stream": cast(Literal["own", "fused"], denoiser.recipe.text_stream),
-            "parameters": count_parameters(denoiser.aggregators),
-            "sha256": digest,
-            **shared,
-        },
+        aggregator=aggregator,
         training=cast(TrainingRecord | None, ensemble.training),
         afa_version=__version__,
     )
