@@ -125,7 +125,7 @@ def _gap(
     values, replicates = one.minus(two, low, high)
     p = set_test(values, replicates, n)
     ends = sorted((float(signs[1] * low), float(signs[1] * high)))
-    gap = Gap(pair[1], *ends, pair[nearer < 0] if nearer else "")
+    gap = Gap(pair[1], ends[0], ends[1], pair[nearer < 0] if nearer else "")
     if nearer * values.mean() < 0:
         return gap
     if nearer:

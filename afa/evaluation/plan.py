@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from afa.evaluation.axes import Axis
-from afa.evaluation.choosing import foretold, on_curves, points, to_score
+from afa.evaluation.choosing import Values, foretold, on_curves, points, to_score
 from afa.evaluation.context import ComparisonContext, check_row, prepare
 from afa.evaluation.images import MEMORY, MEMORY_STEPS, image_folder
 from afa.evaluation.methods import all_rows, study_rows
 from afa.evaluation.results import image_name
-from afa.evaluation.rows import SEARCH, Chosen, MethodRow, apart
+from afa.evaluation.rows import SEARCH, Chosen, MethodRow, Options, apart
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.untrained import unsearched
 from afa.pages.numbers import count, plural
@@ -150,9 +150,11 @@ def _tuning(comparison: ComparisonContext, rows: Sequence[MethodRow]) -> list[Wo
     tuner, setup = comparison.tuner, comparison.setup
     if not tuner.able:
         return []
-    asked = [("single", "one model", {"expert": name}, {}) for name in setup.names]
+    asked: list[tuple[str, str, Options, Values]] = [
+        ("single", "one model", {"expert": name}, {}) for name in setup.names
+    ]
     asked += [(row.method, row.cost, *one) for row in rows for one in to_score(setup, tuner, row)]
-    work = {}
+    work: dict[tuple[str, str], Work] = {}
     for name, kind, options, at in asked:
         there = tuner.tuner_at(at)
         if there.kept(name, options) is None:
