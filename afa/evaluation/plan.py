@@ -64,7 +64,9 @@ def plan(settings: EvaluateSettings) -> dict[str, Any]:
         "protocol": ", ".join(f"{name} {value}" for name, value in protocol.items() if value is not None),
         "references": f"{len(references)} pictures are read" if references else None,
         "methods": ", ".join(comparison.names),
-        "curves": f"{curves} (or, by the tuning captions, another of its kind)" if curves else None,
+        "curves": f"{curves}{'' if settings.curves else ' (or, by the tuning captions, others of a kind)'}"
+        if curves
+        else None,
         "left_out": "; ".join(comparison.errors) or None,
         "images": sum(_images(work, what) for what in DRAWN),
         "images_to_judge": _images(work, "judged"),

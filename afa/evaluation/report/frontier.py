@@ -92,7 +92,11 @@ def gaps_table(one: Analysis, found: Frontier) -> Table | None:
         f" {distance}. Prompts are resampled for both metrics and both curves together; ▲ better, ▼ worse,"
         f" ○ undecided, after Holm's correction over {plural(family, 'comparison')} of curves."
     )
-    return Table(["curve", f"{one.title(str(one.ours))} minus it", f"{distance} from, to"], rows, note)
+    return Table(
+        [f"curve over {found.axis}", f"{one.title(str(one.ours))} minus it", f"{distance} from, to"],
+        rows,
+        note,
+    )
 
 
 def points_table(one: Analysis, found: Frontier) -> Table:
