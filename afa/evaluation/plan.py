@@ -58,15 +58,15 @@ def plan(settings: EvaluateSettings) -> dict[str, Any]:
     protocol = setup.protocol.facts() | {axis.name: _axis_words(axis) for axis in setup.axes}
     references = setup.protocol.references
     trained = ", ".join(row.name for row in rows if row.train is not None and row.name != SEARCH)
-    curves = ", ".join(dict.fromkeys(one.row.title for one in _on_curves(comparison, rows)))
+    curves = ", ".join(one.row.title for one in _on_curves(comparison, rows)) or None
+    if curves and settings.curves is None:
+        curves += " (or, by the tuning captions, others of a kind)"
     facts = {
         "ensemble": f"{setup.folder}: {', '.join(setup.names)}",
         "protocol": ", ".join(f"{name} {value}" for name, value in protocol.items() if value is not None),
         "references": f"{len(references)} pictures are read" if references else None,
         "methods": ", ".join(comparison.names),
-        "curves": f"{curves}{'' if settings.curves else ' (or, by the tuning captions, others of a kind)'}"
-        if curves
-        else None,
+        "curves": curves,
         "left_out": "; ".join(comparison.errors) or None,
         "images": sum(_images(work, what) for what in DRAWN),
         "images_to_judge": _images(work, "judged"),
