@@ -47,8 +47,7 @@ class Work:
 def plan(settings: EvaluateSettings) -> dict[str, Any]:
     """Forecast a comparison, and find everything that would fail early. Leaves no files behind.
 
-    Images: those that are missing, or the most that may be, while it is not known which values and which rows
-    on curves will be chosen. Seconds: see _times. Raises UserError.
+    Images: those missing, or the most that may be until values are chosen. Raises UserError.
     """
     comparison = prepare(settings, keep=False)
     setup, tuner = comparison.setup, comparison.tuner
