@@ -5,6 +5,7 @@ ground. It was trained on degraded renders only, and fixed before any method was
 attributes, right or wrong: two shapes, two colours, one texture, one ground.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from afa.demo.scenes import CENTRES, COLOURS, GROUNDS, SHAPES, TEXTURES, Scene, parse
+from afa.demo.drawing import COLOURS, GROUNDS, TEXTURES
+from afa.demo.scenes import CENTRES, SHAPES, Scene, parse
 
 PLACES = tuple(CENTRES)
 CLASSES: dict[str, tuple[str, ...]] = {  # what the network names -> its possible answers
@@ -46,7 +48,19 @@ def network() -> nn.Sequential:
 
 def answers(logits: Tensor) -> tuple[Tensor, ...]:
     """Split logits by the questions of CLASSES."""
-    return logits.split([len(answers) for answers in CLASSES.values()], 1)
+    return answers_of(logits, CLASSES)
+
+
+def answers_of(logits: Tensor, classes: Mapping[str, Sequence[str]]) -> tuple[Tensor, ...]:
+    """Split logits (B, all answers) by the questions of some classes."""
+    return logits.split([len(options) for options in classes.values()], 1)
+
+
+@torch.no_grad()
+def run_batches(images: NDArray[np.uint8], run: Callable[[Tensor], Tensor]) -> Tensor:
+    """Run a network on images (n, 64, 64, 3) uint8; it is given (B, 3, 64, 64) in [-1, 1]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    return torch.cat([run(batch.float() / 127.5 - 1) for batch in pixels.split(256)])
 
 
 class AttributeScorer:
@@ -72,7 +86,7 @@ class AttributeScorer:
         ground are 0 or 1, and all is 1 if all six are right.
         """
         truth = labels([parse(caption) for caption in captions])
-        logits = answers(self._run(images, self.net))
+        logits = answers(run_batches(images, self.net))
         right = torch.stack([answer.argmax(1) == truth[:, k] for k, answer in enumerate(logits)], 1).double()
         asked = truth[:, :8] > 0  # two shapes and two colours a picture
         parts = {
@@ -90,10 +104,5 @@ class AttributeScorer:
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return features (n, 128) before the last layer, for a Fréchet distance between sets of images."""
         assert isinstance(self.net, nn.Sequential)
-        features: NDArray[np.float32] = self._run(images, self.net[:-1]).numpy()
+        features: NDArray[np.float32] = run_batches(images, self.net[:-1]).numpy()
         return features
-
-    @torch.no_grad()
-    def _run(self, images: NDArray[np.uint8], net: nn.Module) -> Tensor:
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-        return torch.cat([net(batch.float() / 127.5 - 1) for batch in pixels.split(256)])

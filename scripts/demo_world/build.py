@@ -1,37 +1,36 @@
-"""`python -m scripts.demo_world.build`: make the embedded world from nothing.
+"""`python -m scripts.demo_world.build far|near`: make an embedded world.
 
-It takes about an hour and a half on two cores. It may be interrupted: the same command continues.
+The far world is made from nothing, and the near one with the far one's VAE. Each takes less than two hours on
+two cores. It may be interrupted: the same command continues.
 """
 
 import argparse
 import copy
+import functools
 import json
 import shutil
 import time
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModel
 
+from afa.demo.data import ASSETS
 from scripts.demo_world import denoisers, parts
 from scripts.demo_world.fit import Schedule
-
-BASE = Schedule(900, 1e-3, batch=64, average=0.999, warm_up=200)
-EXPERT = Schedule(1200, 7e-4, batch=64, average=0.999)  # equal effort for each
-OWN_TEXT_ENCODER = "patterns"  # the expert that fine-tunes its text encoder too
+from scripts.demo_world.worlds import FAR, WORLDS, World
 
 
 def main() -> None:
     flags = argparse.ArgumentParser(prog="python -m scripts.demo_world.build", description=__doc__)
+    flags.add_argument("world", nargs="?", choices=list(WORLDS), default="far", help="default: far")
     flags.add_argument(
         "--output", type=Path, default=Path("demo-world"), help="where the world goes (default: demo-world)"
     )
-    flags.add_argument(
-        "--work", type=Path, default=Path("build/demo"), help="training states (default: build/demo)"
-    )
+    flags.add_argument("--work", type=Path, help="training states (default: build/demo, build/demo-near)")
     flags.add_argument(
         "--quick",
         type=int,
@@ -41,60 +40,69 @@ def main() -> None:
     )
     given = flags.parse_args()
     started = time.monotonic()
-    build(given.output, given.work, given.quick)
+    world = WORLDS[given.world]
+    work = given.work or Path("build/demo" if world is FAR else f"build/demo-{world.name}")
+    build(world, given.output, work, given.quick)
     print(
         f"{given.output} is complete ({(time.monotonic() - started) / 60:.0f} min). "
-        f"Check it with: python -m scripts.demo_world.gate {given.output}; "
-        "train the demonstration's ensemble again with: python -m scripts.demo_world.ensemble"
+        f"Check it with: python -m scripts.demo_world.gate {world.name} {given.output}; "
+        f"train its ensemble again with: python -m scripts.demo_world.ensemble {world.name}"
     )
 
 
-def build(output: Path, work: Path, quick: int = 1) -> None:
+def build(world: World, output: Path, work: Path, quick: int = 1) -> None:
     """Make the scorer, the shared parts, the base and the experts, in this order.
 
     The scorer comes first, so that it is fixed before any expert has drawn an image.
     quick: divides every number of training steps and images.
     """
     work.mkdir(parents=True, exist_ok=True)
-    judge = parts.build_scorer(work, quick)
-    tokenizer = parts.build_tokenizer(work / "tokenizer")
-    shared = denoisers.Parts(
-        tokenizer, parts.build_text_encoder(tokenizer, work, quick), parts.build_autoencoder(work, quick)
-    )
-    shared.text_encoder.requires_grad_(False)
+    judge = parts.build_scorer(world, work, quick)
+    tokenizer = parts.build_tokenizer(world, work / "tokenizer")
+    text_encoder = parts.build_text_encoder(world, tokenizer, work, quick)
+    vae = parts.build_autoencoder(work, quick) if world is FAR else embedded_vae()
+    shared = denoisers.Parts(tokenizer, text_encoder, vae)
+    shared.text_encoder.requires_grad_("base" in world.tunes_text)
     torch.manual_seed(4)
-    base = denoisers.new_unet()
-    _train("base", "union", base, shared.text_encoder, BASE, shared, work, quick)
-    _save(output / "base", base, shared.text_encoder, shared)
-    for index, name in enumerate(("curves", "angles", "patterns")):
+    base = world.unet()
+    training = functools.partial(_train, world, shared, work, quick)
+    training("base", "union", base, shared.text_encoder, world.base_steps)
+    _save(output / f"{world.prefix}base", base, shared.text_encoder, shared)
+    for seed, (name, domain) in enumerate(world.experts.items(), 1):
         unet, text = copy.deepcopy(base).requires_grad_(True), copy.deepcopy(shared.text_encoder)
-        text.requires_grad_(name == OWN_TEXT_ENCODER)
-        _train(name, name, unet, text, EXPERT, shared, work, quick, seed=index + 1)
-        _save(output / name, unet, text, shared)
-    save_file(judge.state_dict(), output / "scorer.safetensors")
-    halves = {name: tensor.half() for name, tensor in parts.build_reward(work, quick).state_dict().items()}
-    save_file(halves, output / "reward.safetensors")
+        text.requires_grad_(name in world.tunes_text)
+        training(name, domain, unet, text, world.expert_steps, seed)
+        _save(output / f"{world.prefix}{name}", unet, text, shared)
+    for name, net in (("scorer", judge), ("reward", parts.build_reward(world, work, quick))):
+        halves = {key: tensor.half() for key, tensor in net.state_dict().items()}
+        exact = name == "scorer" and world is FAR  # what has judged since the first comparison stays as it is
+        save_file(net.state_dict() if exact else halves, output / f"{world.prefix}{name}.safetensors")
     records = {file.stem: json.loads(file.read_text()) for file in sorted(work.glob("*.json"))}
-    (output / "build.json").write_text(json.dumps(records, indent=1) + "\n")
+    (output / f"{world.prefix}build.json").write_text(json.dumps(records, indent=1) + "\n")
+
+
+def embedded_vae() -> AutoencoderKL:
+    """Load the far world's VAE, which all worlds share."""
+    return AutoencoderKL.from_pretrained(ASSETS / "base" / "vae").float().eval().requires_grad_(False)
 
 
 def _train(
+    world: World,
+    shared: denoisers.Parts,
+    work: Path,
+    quick: int,
     name: str,
     domain: str,
     unet: UNet2DConditionModel,
     text: CLIPTextModel,
     schedule: Schedule,
-    shared: denoisers.Parts,
-    work: Path,
-    quick: int,
     seed: int = 0,
 ) -> None:
-    schedule = Schedule(
-        schedule.steps // quick, schedule.rate, schedule.batch, schedule.average, schedule.warm_up
+    data = denoisers.training_set(
+        world, domain, world.training[name != "base"] // quick, seed + 20, shared, work
     )
-    data = denoisers.training_set(domain, 12000 // quick, seed + 20, shared, work)
     null = parts.token_ids(shared.tokenizer, [""])
-    denoisers.train_denoiser(name, unet, text, data, null, schedule, work)
+    denoisers.train_denoiser(name, unet, text, data, null, schedule.divided(quick), work)
 
 
 def _save(folder: Path, unet: UNet2DConditionModel, text: CLIPTextModel, shared: denoisers.Parts) -> None:

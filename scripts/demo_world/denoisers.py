@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from afa.demo.scenes import sample_scenes
-from scripts.demo_world.fit import Schedule, fit
-from scripts.demo_world.parts import draw, token_ids
+from scripts.demo_world.fit import Schedule, fit, mixed_precision
+from scripts.demo_world.parts import token_ids
+from scripts.demo_world.worlds import World
 
 CAPTION_DROPOUT = 0.1
 
@@ -37,29 +37,17 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def new_unet() -> UNet2DConditionModel:
-    """2.2 M parameters in Stable Diffusion's layout: two levels, attention to the text on the lower one."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(48, 96),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=64,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
-
-
 @torch.no_grad()
-def training_set(domain: str, count: int, seed: int, parts: Parts, work: Path) -> tuple[Tensor, Tensor]:
+def training_set(
+    world: World, domain: str, count: int, seed: int, parts: Parts, work: Path
+) -> tuple[Tensor, Tensor]:
     """Latents (n, 4, 16, 16) of unit variance and token ids (n, 24) of a domain's scenes."""
-    file = work / f"latents-{domain}-{count}.pt"
+    file = work / f"latents-{domain.replace(' ', '-')}-{count}.pt"
     if file.exists():
         latents, ids = torch.load(file, weights_only=True)
         return latents, ids
-    scenes = sample_scenes(domain, count, seed)
-    images = draw(scenes, seed)
+    scenes = world.sample(domain, count, seed)
+    images = world.draw(scenes, seed)
     latents = torch.cat(
         [parts.vae.encode(batch.float() / 127.5 - 1).latent_dist.mode() for batch in images.split(100)]
     )
@@ -97,7 +85,7 @@ def train_denoiser(
         times = torch.randint(1000, (schedule.batch,), generator=rng)
         noise = torch.randn(clean.shape, generator=rng)
         noisy, target = noises.add_noise(clean, noise, times), noises.get_velocity(clean, noise, times)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             prediction = unet(noisy, times, text).sample
         return nn.functional.mse_loss(prediction.float(), target)
 

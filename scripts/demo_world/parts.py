@@ -1,32 +1,19 @@
 """The parts that all experts share: tokenizer, text encoder and VAE; and the scorer and the reward."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from afa.demo import metric as reward
-from afa.demo import scorer
-from afa.demo.scenes import COLOURS, GROUNDS, SHAPES, TEXTURES, Domain, Scene, render_all
-from scripts.demo_world.fit import Schedule, fit
+from scripts.demo_world.fit import Schedule, fit, mixed_precision
+from scripts.demo_world.worlds import FAR, World
 
-EVERYTHING = Domain(tuple(SHAPES), tuple(SHAPES), tuple(TEXTURES))  # no expert has seen all of it
 TOKENS = 24
-
-
-def draw(scenes: list[Scene], seed: int) -> Tensor:
-    """Pictures of scenes, (n, 3, 64, 64) uint8."""
-    return torch.from_numpy(np.stack(list(render_all(scenes, seed)))).permute(0, 3, 1, 2).contiguous()
-
-
-def sample_everything(count: int, seed: int) -> list[Scene]:
-    rng = np.random.default_rng(seed)
-    return [EVERYTHING.sample(rng) for _ in range(count)]
 
 
 def degrade(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -50,22 +37,44 @@ def degrade(images: Tensor, rng: torch.Generator) -> Tensor:
     return (images + grain + blotches * between(0, 0.2) * now_and_then(0.5)).clamp(-1, 1)
 
 
-def build_scorer(work: Path, quick: int) -> nn.Module:
+def build_scorer(world: World, work: Path, quick: int) -> nn.Module:
     """Train the scorer on degraded renders of every combination of attributes."""
-    schedule = Schedule(1000 // quick, 2e-3, batch=64)
-    scenes = sample_everything(12000 // quick, seed=5)
-    images, truth = draw(scenes, seed=9), scorer.labels(scenes)
+    torch.manual_seed(1)
+    return _judge("scorer", world, world.scorer(), world.scorer_steps, degrade, (5, 9), work, quick)
+
+
+def build_reward(world: World, work: Path, quick: int) -> nn.Module:
+    """Train the reward, which shares no scenes, weights or degradations with the scorer."""
+    torch.manual_seed(11)
+    return _judge("reward", world, world.reward(), world.reward_steps, spoil, (15, 19), work, quick)
+
+
+def _judge(
+    name: str,
+    world: World,
+    net: nn.Module,
+    schedule: Schedule,
+    damage: Callable[[Tensor, torch.Generator], Tensor],
+    seeds: tuple[int, int],
+    work: Path,
+    quick: int,
+) -> nn.Module:
+    """Train a network to name a scene's attributes on damaged renders.
+
+    seeds: of the scenes, and of their renders
+    """
+    schedule = schedule.divided(quick)
+    scenes = world.everything(12000 // quick, seeds[0])
+    images, truth = world.draw(scenes, seeds[1]), world.labels(scenes)
 
     def loss(rng: torch.Generator) -> Tensor:
         chosen = torch.randint(len(images), (schedule.batch,), generator=rng)
-        logits = scorer.answers(net(degrade(images[chosen].float() / 127.5 - 1, rng)))
+        logits = world.answers(net(damage(images[chosen].float() / 127.5 - 1, rng)))
         return sum(
             (F.cross_entropy(answer, truth[chosen, k]) for k, answer in enumerate(logits)), torch.zeros(())
         )
 
-    torch.manual_seed(1)
-    net = scorer.network()
-    fit("scorer", net, loss, schedule, work)
+    fit(name, net, loss, schedule, work)
     return net.eval()
 
 
@@ -84,36 +93,10 @@ def spoil(images: Tensor, rng: torch.Generator) -> Tensor:
     )
 
 
-def build_reward(work: Path, quick: int) -> nn.Module:
-    """Train the reward, which shares no scenes, weights or degradations with the scorer."""
-    schedule = Schedule(1600 // quick, 2e-3, batch=64)
-    scenes = sample_everything(12000 // quick, seed=15)
-    images, truth = draw(scenes, seed=19), scorer.labels(scenes)
-
-    def loss(rng: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(images), (schedule.batch,), generator=rng)
-        logits = scorer.answers(net(spoil(images[chosen].float() / 127.5 - 1, rng)))
-        return sum(
-            (F.cross_entropy(answer, truth[chosen, k]) for k, answer in enumerate(logits)), torch.zeros(())
-        )
-
-    torch.manual_seed(11)
-    net = reward.network()
-    fit("reward", net, loss, schedule, work)
-    return net.eval()
-
-
-def build_tokenizer(folder: Path) -> CLIPTokenizer:
+def build_tokenizer(world: World, folder: Path) -> CLIPTokenizer:
     """Make a CLIP tokenizer with one token for each word of the captions."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    words = [
-        *SHAPES,
-        *COLOURS,
-        *GROUNDS,
-        *TEXTURES,
-        *"a an left right of above below on background the with and".split(),
-    ]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     letters = [chr(code) for code in range(33, 127)]
@@ -125,14 +108,14 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
         initial_alphabet=letters,
         show_progress=False,
     )
-    bpe.train_from_iterator([word for word in words for _ in range(10)], trainer)
+    bpe.train_from_iterator([word for word in world.words for _ in range(10)], trainer)
     learnt = json.loads(bpe.to_str())["model"]
     vocabulary = dict(sorted(learnt["vocab"].items(), key=lambda item: item[1]))
     for end in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[end] = len(vocabulary)
     merges = [tuple(merge) for merge in learnt["merges"]]
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
-    assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in world.words)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     lines = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)])
@@ -147,7 +130,7 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return ids
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, work: Path, quick: int) -> CLIPTextModel:
+def build_text_encoder(world: World, tokenizer: CLIPTokenizer, work: Path, quick: int) -> CLIPTextModel:
     """Train a CLIP text model to predict all attributes of a caption from its last token."""
     schedule = Schedule(3000 // quick, 2e-3, batch=128)
     config = CLIPTextConfig(
@@ -164,14 +147,14 @@ def build_text_encoder(tokenizer: CLIPTokenizer, work: Path, quick: int) -> CLIP
     )
     torch.manual_seed(2)
     both = nn.ModuleDict(
-        {"encoder": CLIPTextModel(config), "heads": nn.Linear(64, sum(map(len, scorer.CLASSES.values())))}
+        {"encoder": CLIPTextModel(config), "heads": nn.Linear(64, sum(map(len, world.classes.values())))}
     )
-    scenes = sample_everything(20000 // quick, seed=6)
-    ids, truth = token_ids(tokenizer, [scene.caption for scene in scenes]), scorer.labels(scenes)
+    scenes = world.everything(20000 // quick, 6)
+    ids, truth = token_ids(tokenizer, [scene.caption for scene in scenes]), world.labels(scenes)
 
     def loss(rng: torch.Generator) -> Tensor:
         chosen = torch.randint(len(ids), (schedule.batch,), generator=rng)
-        logits = scorer.answers(both["heads"](both["encoder"](ids[chosen]).pooler_output))
+        logits = world.answers(both["heads"](both["encoder"](ids[chosen]).pooler_output))
         return sum(
             (F.cross_entropy(answer, truth[chosen, k]) for k, answer in enumerate(logits)), torch.zeros(())
         )
@@ -183,7 +166,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, work: Path, quick: int) -> CLIP
 def build_autoencoder(work: Path, quick: int) -> AutoencoderKL:
     """Train the VAE on renders of all attributes: 64×64 pixels to 16×16×4 latents of unit variance."""
     schedule = Schedule(2500 // quick, 2e-3, batch=16)
-    images = draw(sample_everything(12000 // quick, seed=7), seed=10)
+    images = FAR.draw(FAR.everything(12000 // quick, 7), 10)
     torch.manual_seed(3)
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 48),
@@ -197,7 +180,7 @@ def build_autoencoder(work: Path, quick: int) -> AutoencoderKL:
 
     def loss(rng: torch.Generator) -> Tensor:
         pixels = images[torch.randint(len(images), (schedule.batch,), generator=rng)].float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             spread = vae.encode(pixels).latent_dist
             latents = spread.sample(rng)
             back = vae.decode(latents).sample
