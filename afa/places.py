@@ -8,7 +8,9 @@ from afa.errors import UserError, unknown
 from afa.schema import shown
 
 ASSETS = Path(__file__).parent / "demo" / "assets"
-EMBEDDED = ("curves", "angles", "patterns", "base", "ensemble")
+FAR_MODELS = ("curves", "angles", "patterns", "base", "ensemble")
+NEAR_MODELS = ("near-round", "near-sharp", "near-signs", "near-base", "near-ensemble")
+EMBEDDED = (*FAR_MODELS, *NEAR_MODELS)
 SPELLING = re.compile(r"(?P<name>(?:[A-Za-z0-9][\w.-]*=)?)demo:(?P<model>[\w.-]*)(?P<rest>.*)", re.DOTALL)
 
 

@@ -24,8 +24,8 @@ from torch import nn
 
 from afa.demo import data as scenes
 from afa.demo.data import BASE, EXPERTS
+from afa.demo.draw import draw
 from afa.demo.run import training
-from afa.demo.scenes import draw
 from afa.demo.settings import DemoSettings
 from afa.ensemble import Ensemble
 from afa.experts.spec import ExpertSpec

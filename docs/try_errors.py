@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from afa.cli.main import main as afa
-from afa.demo.scenes import draw
+from afa.demo.draw import draw
 from afa.files import locked
 from afa.places import ASSETS
 

@@ -12,7 +12,7 @@ import pytest
 
 from afa.cli.main import COMMANDS, main
 from afa.demo.data import EXPERTS
-from afa.demo.scenes import draw
+from afa.demo.draw import draw
 from afa.settings import option
 
 CURVES, ANGLES, PATTERNS = (str(path) for path in EXPERTS.values())

@@ -10,7 +10,7 @@ from launcher import Launcher
 
 from afa.cli.main import main
 from afa.demo.data import EXPERTS
-from afa.demo.scenes import draw
+from afa.demo.draw import draw
 
 CURVES, ANGLES, _ = map(str, EXPERTS.values())
 

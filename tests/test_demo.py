@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from afa import Ensemble
-from afa.demo.data import ASSETS, BASE, EXPERTS, RECORD, SCORER
-from afa.demo.scenes import DOMAINS, MIXED, parse, render, render_all, sample_scenes
+from afa.demo.data import ASSETS, BASE, EXPERTS, RECORD
+from afa.demo.scenes import DOMAINS, MIXED, parse, render, sample_scenes
 from afa.demo.scorer import CLASSES, AttributeScorer, labels, network
+from afa.demo.worlds import FAR, load_scorer
 from afa.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -39,7 +40,7 @@ def test_mixed_scenes_lie_outside_curves_and_angles():
 
 def test_a_render_depends_on_its_seed_only():
     scenes = sample_scenes("mixed", 3, 3)
-    first, second = list(render_all(scenes, 4)), list(render_all(scenes[:2], 4))
+    first, second = list(FAR.render_all(scenes, 4)), list(FAR.render_all(scenes[:2], 4))
     assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=False))
     assert not np.array_equal(first[0], render(scenes[0], np.random.default_rng(99)))
 
@@ -66,9 +67,9 @@ def test_scores_count_six_attributes():
 
 
 def test_the_embedded_scorer_is_exact_on_unseen_renders():
-    scorer = AttributeScorer.load(SCORER)
+    scorer = load_scorer(FAR)
     scenes = sample_scenes("union", 150, 31337) + sample_scenes("mixed", 150, 31337)
-    images, captions = np.stack(list(render_all(scenes, 31337))), [scene.caption for scene in scenes]
+    images, captions = np.stack(list(FAR.render_all(scenes, 31337))), [scene.caption for scene in scenes]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     spoilt = ((degrade(pixels, torch.Generator().manual_seed(1)) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     assert scorer.score(images, captions)["attributes"].mean() >= 0.97
@@ -133,5 +134,5 @@ def test_captions_of_another_world_are_one_sentence():
     from afa.demo.metric import Attributes
     from afa.metrics.base import Picture
 
-    with pytest.raises(UserError, match="metric 'attributes' judges scenes of the embedded world only: 'a cat' is not a caption"):
-        Attributes().score([Picture(np.zeros((64, 64, 3), np.uint8), "a cat", 0)])
+    with pytest.raises(UserError, match="metric 'attributes' judges scenes of the far world only: 'a cat' is not a caption"):
+        Attributes(FAR, "attributes").score([Picture(np.zeros((64, 64, 3), np.uint8), "a cat", 0)])

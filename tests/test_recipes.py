@@ -84,7 +84,7 @@ def test_a_recipe_that_is_not_there_is_one_sentence(capsys):
 
 def test_scenes_as_data_are_those_that_are_drawn(tmp_path):
     from afa.demo.data import TRAINING
-    from afa.demo.scenes import draw
+    from afa.demo.draw import draw
 
     draw(tmp_path / "drawn", "mixed", 6, TRAINING)
     files, drawn = open_source(str(tmp_path / "drawn")).samples, open_source("scenes:6").samples

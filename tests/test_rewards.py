@@ -6,9 +6,8 @@ import torch
 from test_metrics_images import weights  # noqa: F401
 
 from afa import UserError
-from afa.demo.data import SCORER
-from afa.demo.scenes import render_all, sample_scenes
-from afa.demo.scorer import AttributeScorer
+from afa.demo.scenes import sample_scenes
+from afa.demo.worlds import FAR, load_scorer
 from afa.metrics.base import Picture
 from afa.metrics.registry import OWN_REWARDS, Resources, make_metric, rewards
 from afa.training.reward_objectives import make_reward
@@ -40,7 +39,7 @@ def test_a_metric_as_a_reward_says_what_the_metric_says(name, height, width, wei
 
 def test_the_embedded_reward_knows_the_right_picture():
     scenes = sample_scenes("mixed", 40, 123)
-    images = np.stack(list(render_all(scenes, 123)))
+    images = np.stack(list(FAR.render_all(scenes, 123)))
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1).requires_grad_()
     captions = [scene.caption for scene in scenes]
     right = make_reward("scenes", CPU)(pixels, captions)
@@ -54,7 +53,7 @@ def test_the_embedded_reward_is_not_the_judge():
     """Another network: no weight in common, and another answer where a picture says nothing."""
     from afa.demo.metric import load
 
-    judge, reward = AttributeScorer.load(SCORER).net, load(CPU).net
+    judge, reward = load_scorer(FAR).net, load(CPU).net
     shapes = {tuple(parameter.shape) for parameter in judge.parameters() if parameter.ndim > 1}
     assert not shapes & {tuple(parameter.shape) for parameter in reward.parameters() if parameter.ndim > 1}
 

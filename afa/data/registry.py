@@ -29,7 +29,7 @@ Reader = Callable[[Sequence[Path], Columns, Skipped], Iterable[Sample]]
 # ending of a file, or of the files in a folder -> how they are read
 FORMS: dict[str, Reader] = {".jsonl": from_jsonl, ".parquet": from_parquet, ".tar": from_shards}
 # what a place begins with -> module:function(place) that draws its images
-DRAWN = {"scenes:": "afa.demo.data:from_scenes"}
+DRAWN = {"scenes:": "afa.demo.data:from_scenes", "near:": "afa.demo.data:from_scenes"}
 WANTED = (
     f"a folder with {METADATA} or with a .txt beside every image, a .jsonl, .parquet files, .tar shards, "
     "or a data set of the hub"
@@ -39,7 +39,7 @@ WANTED = (
 def open_source(place: str, columns: Columns | None = None, limit: int | None = None) -> ImageSource:
     """List the images at a place.
 
-    place:   a folder, a file, a pattern of shards, a data set of the hub, or scenes:COUNT
+    place:   a folder, a file, a pattern of shards, a data set of the hub, scenes:COUNT or near:COUNT
     columns: how data are read
     limit:   list only the first so many; None: all
     Raises UserError if there are no images to train on.

@@ -1,76 +1,90 @@
-"""The embedded world as a protocol, a source of training images, and its experts."""
+"""The embedded worlds as protocols and sources of training images; and the far world's models."""
 
 import functools
 import io
 import json
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from afa.data.sources import Sample
-from afa.demo.scenes import Scene, draw, render, render_all, sample_scenes
+from afa.demo.draw import draw
+from afa.demo.worlds import FAR, NEAR, World
 from afa.errors import UserError
 from afa.evaluation.protocols import Protocol, ProtocolOptions, Real
+from afa.places import ASSETS
 
-SCENES, STEPS, GUIDANCE = 160, 20, 3.0
-JUDGED, TRAINING, REAL, TUNING = 500_000, 600_000, 800_000, 810_000  # seeds; the world was built with others
+STEPS, GUIDANCE = 20, 3.0
+JUDGED, TRAINING, REAL, TUNING = (
+    500_000,
+    600_000,
+    800_000,
+    810_000,
+)  # seeds; the worlds were built with others
 REAL_SCENES, TRAINING_SCENES, TUNING_SCENES = 1_000, 512, 64
 
 
 def protocol(request: ProtocolOptions) -> Protocol:
-    """Make the protocol of 160 mixed scenes: one image each, 20 steps, guidance 3, 64 px.
+    """Make the protocol of 160 mixed scenes of the far world: one image each, 20 steps, guidance 3, 64 px.
 
     The Fréchet distance is to 1,000 other mixed scenes.
     """
-    captions = [scene.caption for scene in sample_scenes("mixed", request.prompts or SCENES, JUDGED)]
+    return _protocol("scenes", FAR, 160, ("attributes", "frechet"), request)
+
+
+def near_protocol(request: ProtocolOptions) -> Protocol:
+    """Make the protocol of 320 mixed scenes of the near world; else as the far world's."""
+    return _protocol("near", NEAR, 320, ("near_attributes", "near_frechet"), request)
+
+
+def _protocol(
+    name: str, world: World, count: int, metrics: tuple[str, ...], request: ProtocolOptions
+) -> Protocol:
+    captions = [scene.caption for scene in world.sample("mixed", request.prompts or count, JUDGED)]
     return Protocol(
-        "scenes",
+        name,
         request.items(captions),
         request.sampling(STEPS, GUIDANCE),
-        metrics=("attributes", "frechet"),
+        metrics=metrics,
         scheduler=request.scheduler,
         real=Real(
             json.dumps({"mixed scenes": REAL_SCENES, "seed": REAL}),
-            lambda: render_all(sample_scenes("mixed", REAL_SCENES, REAL), REAL),
+            lambda: world.render_all(world.sample("mixed", REAL_SCENES, REAL), REAL),
         ),
-        tuning=[scene.caption for scene in sample_scenes("mixed", TUNING_SCENES, TUNING)],
-        training=lambda folder: draw(folder, "mixed", TRAINING_SCENES, TRAINING + request.seed),
-        reward="scenes",
+        tuning=[scene.caption for scene in world.sample("mixed", TUNING_SCENES, TUNING)],
+        training=lambda folder: draw(folder, "mixed", TRAINING_SCENES, TRAINING + request.seed, world),
+        reward=name,
     )
 
 
 def from_scenes(place: str) -> list[Sample]:
-    """The samples of "scenes:COUNT": the images of `python -m afa.demo.scenes --seed 600000`.
+    """The samples of "scenes:COUNT" or "near:COUNT": the images of `python -m afa.demo.draw --seed 600000`.
 
     Raises UserError if COUNT is not a count.
     """
-    count = place.partition(":")[2]
+    name, _, count = place.partition(":")
     if not (count.isascii() and count.isdigit() and len(count) <= 6 and int(count) > 0):
-        raise UserError(f"--data {place[:80]}: say how many scenes, from 1 to 999999, such as scenes:512")
-    scenes = sample_scenes("mixed", int(count), TRAINING)
-    return [_sample(scene, index) for index, scene in enumerate(scenes)]
+        raise UserError(f"--data {place[:80]}: say how many scenes, from 1 to 999999, such as {name}:512")
+    world = NEAR if name == "near" else FAR
+    return [
+        Sample(
+            f"scene {index}",
+            scene.caption,
+            f"{name.rstrip('s')} {TRAINING} {index} {scene.caption}",
+            functools.partial(_png, world, scene, index),
+        )
+        for index, scene in enumerate(world.sample("mixed", int(count), TRAINING))
+    ]
 
 
-def _sample(scene: Scene, index: int) -> Sample:
-    return Sample(
-        f"scene {index}",
-        scene.caption,
-        f"scene {TRAINING} {index} {scene.caption}",
-        functools.partial(_png, scene, index),
-    )
-
-
-def _png(scene: Scene, index: int) -> bytes:
-    image, file = render(scene, np.random.default_rng((TRAINING, index))), io.BytesIO()
+def _png(world: World, scene: Any, index: int) -> bytes:
+    image, file = world.render(scene, np.random.default_rng((TRAINING, index))), io.BytesIO()
     Image.fromarray(image).save(file, format="png")
     return file.getvalue()
 
 
-ASSETS = Path(__file__).parent / "assets"
-BASE = ASSETS / "base"
-EXPERTS = {name: ASSETS / name for name in ("curves", "angles", "patterns")}
-ENSEMBLE = ASSETS / "ensemble"  # of the three, as `afa demo` trains it
-SCORER = ASSETS / "scorer.safetensors"
-REWARD = ASSETS / "reward.safetensors"
-RECORD = ASSETS / "build.json"  # steps and losses of everything above
+BASE = FAR.folder("base")
+EXPERTS = {name: FAR.folder(name) for name in FAR.experts}
+ENSEMBLE = FAR.folder("ensemble")  # of the three, as `afa demo` trains it
+RECORD = ASSETS / "build.json"  # steps and losses of the far world's parts

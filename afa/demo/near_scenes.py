@@ -6,7 +6,6 @@ set of attributes. Its caption and its image (64×64 pixels) follow from them.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,9 +151,3 @@ def render(scene: NearScene, rng: np.random.Generator) -> NDArray[np.uint8]:
         thing, centre = scene.things[k], np.asarray(centres[k]) + rng.uniform(-jitter, jitter, 2)
         draw_shape(image, thing.shape, thing.colour, centre, SIZES[thing.size], rng)
     return as_pixels(image)
-
-
-def render_all(scenes: list[NearScene], seed: int) -> Iterator[NDArray[np.uint8]]:
-    """Draw scenes one by one; scene i depends on (seed, i) only."""
-    for index, scene in enumerate(scenes):
-        yield render(scene, np.random.default_rng((seed, index)))

@@ -5,8 +5,6 @@ colour has, and the texture and the ground. It was trained on degraded renders o
 method was compared. Places are not judged. The scorer and the reward are networks of one form.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,6 +14,7 @@ from afa.demo.drawing import COLOURS, GROUNDS, TEXTURES
 from afa.demo.near_scenes import SHAPES, SIZES, NearScene, parse
 from afa.demo.scorer import answers_of, run_batches
 
+SCORES = ("attributes", "shapes", "sizes", "colours", "texture", "ground", "all")
 CLASSES: dict[str, tuple[str, ...]] = {  # what the network names -> its possible answers
     **{f"shape of {colour}": ("none", *SHAPES) for colour in COLOURS},
     **{f"size of {colour}": ("none", *SIZES) for colour in COLOURS},
@@ -59,24 +58,11 @@ class SceneNetwork(nn.Module):
         return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)
 
 
-def answers(logits: Tensor) -> tuple[Tensor, ...]:
-    """Split logits by the questions of CLASSES."""
-    return answers_of(logits, CLASSES)
-
-
 class NearScorer:
     """Judges images of the near world by their captions."""
 
     def __init__(self, net: SceneNetwork) -> None:
         self.net = net.eval().requires_grad_(False)
-
-    @classmethod
-    def load(cls, path: Path) -> "NearScorer":
-        from safetensors.torch import load_file
-
-        net = SceneNetwork()
-        net.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
-        return cls(net)
 
     def score(self, images: NDArray[np.uint8], captions: list[str]) -> dict[str, NDArray[np.float64]]:
         """Return values (n,) in [0, 1] by name.
@@ -88,7 +74,9 @@ class NearScorer:
         right, three a thing and two for the background, and all is 1 if all are right.
         """
         truth = labels([parse(caption) for caption in captions])
-        found = torch.stack([answer.argmax(1) for answer in answers(run_batches(images, self.net))], 1)
+        found = torch.stack(
+            [answer.argmax(1) for answer in answers_of(run_batches(images, self.net), CLASSES)], 1
+        )
         right, asked = (found == truth).double(), (truth[:, :N] > 0).double()
         things = asked.sum(1)
         parts = {

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.demo.data import BASE, EXPERTS, TRAINING
-from afa.demo.scenes import draw
+from afa.demo.draw import draw
 from afa.demo.settings import DemoSettings
 from afa.denoiser.hooks import record_weights
 from afa.ensemble import Ensemble

@@ -1,22 +1,16 @@
-"""The embedded world: exactly drawn, captioned scenes of two coloured shapes on a textured background.
+"""Scenes of the far world: exactly drawn, captioned scenes of two coloured shapes on a textured background.
 
 A scene is a set of attributes. Its caption and its image (64×64 pixels) follow from them, so an image can be
 judged attribute by attribute (see scorer.py).
 """
 
-import argparse
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from afa.demo.drawing import COLOURS, GROUNDS, TEXTURES, as_pixels, background, draw_shape
-from afa.files import staged
 
 SHAPES = ("circle", "ring", "moon", "heart", "square", "triangle", "star", "cross", "diamond")
 RADII = (11.5, 13.5)  # pixels
@@ -142,38 +136,5 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
     return as_pixels(image)
 
 
-def render_all(scenes: list[Scene], seed: int) -> Iterator[NDArray[np.uint8]]:
-    """Draw scenes one by one; scene i depends on (seed, i) only."""
-    for index, scene in enumerate(scenes):
-        yield render(scene, np.random.default_rng((seed, index)))
-
-
 def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
-
-
-def draw(folder: Path, domain: str, count: int, seed: int) -> None:
-    """Write `count` PNGs and metadata.jsonl of one domain, of "mixed" or of "union", all or nothing."""
-    scenes = sample_scenes(domain, count, seed)
-    with staged(folder, last="metadata.jsonl") as stage:
-        lines = []
-        for index, (scene, image) in enumerate(zip(scenes, render_all(scenes, seed), strict=True)):
-            name = f"{index:05d}.png"
-            Image.fromarray(image).save(stage / name)
-            lines.append(json.dumps({"file_name": name, "text": scene.caption}))
-        (stage / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def main() -> None:
-    flags = argparse.ArgumentParser(prog="python -m afa.demo.scenes", description=__doc__)
-    flags.add_argument("folder", type=Path)
-    flags.add_argument("--domain", default="mixed", choices=[*DOMAINS, "mixed", "union"])
-    flags.add_argument("--count", type=int, default=200)
-    flags.add_argument("--seed", type=int, default=0)
-    given = flags.parse_args()
-    draw(given.folder, given.domain, given.count, given.seed)
-    print(f"{given.count} captioned images in {given.folder}")
-
-
-if __name__ == "__main__":
-    main()

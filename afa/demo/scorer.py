@@ -6,7 +6,6 @@ attributes, right or wrong: two shapes, two colours, one texture, one ground.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from afa.demo.drawing import COLOURS, GROUNDS, TEXTURES
 from afa.demo.scenes import CENTRES, SHAPES, Scene, parse
 
+SCORES = ("attributes", "shapes", "colours", "texture", "ground", "all")
 PLACES = tuple(CENTRES)
 CLASSES: dict[str, tuple[str, ...]] = {  # what the network names -> its possible answers
     **{f"shape {place}": ("none", *SHAPES) for place in PLACES},
@@ -46,6 +46,25 @@ def network() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(128, sum(map(len, CLASSES.values()))))
 
 
+def reward_network() -> nn.Sequential:
+    """Make the reward's network: images (B, 3, 64, 64) in [-1, 1] to the logits of all CLASSES."""
+    layers: list[nn.Module] = []
+    for before, after in ((3, 24), (24, 48), (48, 72), (72, 96)):
+        layers += [
+            nn.Conv2d(before, after, 5 if before == 3 else 3, padding="same"),
+            nn.GELU(),
+            nn.AvgPool2d(2),
+        ]
+        layers += [nn.GroupNorm(1, after)]
+    return nn.Sequential(
+        *layers,
+        nn.Flatten(),
+        nn.Linear(96 * 4 * 4, 160),
+        nn.GELU(),
+        nn.Linear(160, sum(map(len, CLASSES.values()))),
+    )
+
+
 def answers(logits: Tensor) -> tuple[Tensor, ...]:
     """Split logits by the questions of CLASSES."""
     return answers_of(logits, CLASSES)
@@ -68,14 +87,6 @@ class AttributeScorer:
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net.eval().requires_grad_(False)
-
-    @classmethod
-    def load(cls, path: Path) -> "AttributeScorer":
-        from safetensors.torch import load_file
-
-        net = network()
-        net.load_state_dict(load_file(path))
-        return cls(net)
 
     def score(self, images: NDArray[np.uint8], captions: list[str]) -> dict[str, NDArray[np.float64]]:
         """Return values (n,) in [0, 1] by name.

@@ -197,7 +197,12 @@ class ProtocolEntry:
 
 PROTOCOLS = {
     "scenes": ProtocolEntry(
-        "afa.demo.data:protocol", "160 mixed scenes of the embedded world, one image each, 20 steps, 64 px"
+        "afa.demo.data:protocol",
+        "160 mixed scenes of the far embedded world, one image each, 20 steps, 64 px",
+    ),
+    "near": ProtocolEntry(
+        "afa.demo.data:near_protocol",
+        "320 mixed scenes of the near embedded world, one image each, 20 steps, 64 px",
     ),
     "coco2017": ProtocolEntry(
         "afa.evaluation.public_protocols:coco2017",

@@ -24,11 +24,19 @@ class MetricEntry:
 METRICS = {
     "attributes": MetricEntry(
         "afa.demo.metric:make",
-        "Attribute accuracy: the share of a scene's six attributes that the embedded world's scorer finds.",
+        "Attribute accuracy: the share of a scene's six attributes that the far world's scorer finds.",
+    ),
+    "near_attributes": MetricEntry(
+        "afa.demo.metric:make_near",
+        "Attribute accuracy: the share of a scene's 5 to 11 attributes that the near world's scorer finds.",
     ),
     "frechet": MetricEntry(
         "afa.demo.metric:frechet",
-        "Fréchet distance to real scenes, on features of the embedded world's scorer.",
+        "Fréchet distance to real scenes, on features of the far world's scorer.",
+    ),
+    "near_frechet": MetricEntry(
+        "afa.demo.metric:near_frechet",
+        "Fréchet distance to real scenes, on features of the near world's scorer.",
     ),
     "fid": MetricEntry(
         "afa.metrics.frechet:make_fid",
@@ -85,7 +93,8 @@ METRICS = {
     ),
 }
 
-OWN_REWARDS = {"scenes": "afa.demo.metric:load"}  # rewards that are no metrics: "module:function(device)"
+OWN_REWARDS = {"scenes": "afa.demo.metric:load", "near": "afa.demo.metric:load_near"}
+# rewards that are no metrics: "module:function(device)"
 
 
 def rewards() -> list[str]:

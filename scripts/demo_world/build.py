@@ -18,15 +18,15 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModel
 
-from afa.demo.data import ASSETS
+from afa.demo.worlds import FAR
 from scripts.demo_world import denoisers, parts
 from scripts.demo_world.fit import Schedule
-from scripts.demo_world.worlds import FAR, WORLDS, World
+from scripts.demo_world.worlds import PLANS, WorldPlan
 
 
 def main() -> None:
     flags = argparse.ArgumentParser(prog="python -m scripts.demo_world.build", description=__doc__)
-    flags.add_argument("world", nargs="?", choices=list(WORLDS), default="far", help="default: far")
+    flags.add_argument("world", nargs="?", choices=list(PLANS), default="far", help="default: far")
     flags.add_argument(
         "--output", type=Path, default=Path("demo-world"), help="where the world goes (default: demo-world)"
     )
@@ -40,54 +40,55 @@ def main() -> None:
     )
     given = flags.parse_args()
     started = time.monotonic()
-    world = WORLDS[given.world]
-    work = given.work or Path("build/demo" if world is FAR else f"build/demo-{world.name}")
-    build(world, given.output, work, given.quick)
+    plan = PLANS[given.world]
+    work = given.work or Path("build/demo" if given.world == "far" else f"build/demo-{given.world}")
+    build(plan, given.output, work, given.quick)
     print(
         f"{given.output} is complete ({(time.monotonic() - started) / 60:.0f} min). "
-        f"Check it with: python -m scripts.demo_world.gate {world.name} {given.output}; "
-        f"train its ensemble again with: python -m scripts.demo_world.ensemble {world.name}"
+        f"Check it with: python -m scripts.demo_world.gate {given.world} {given.output}; "
+        f"train its ensemble again with: python -m scripts.demo_world.ensemble {given.world}"
     )
 
 
-def build(world: World, output: Path, work: Path, quick: int = 1) -> None:
+def build(plan: WorldPlan, output: Path, work: Path, quick: int = 1) -> None:
     """Make the scorer, the shared parts, the base and the experts, in this order.
 
     The scorer comes first, so that it is fixed before any expert has drawn an image.
     quick: divides every number of training steps and images.
     """
     work.mkdir(parents=True, exist_ok=True)
-    judge = parts.build_scorer(world, work, quick)
-    tokenizer = parts.build_tokenizer(world, work / "tokenizer")
-    text_encoder = parts.build_text_encoder(world, tokenizer, work, quick)
-    vae = parts.build_autoencoder(work, quick) if world is FAR else embedded_vae()
+    judge = parts.build_scorer(plan, work, quick)
+    tokenizer = parts.build_tokenizer(plan, work / "tokenizer")
+    text_encoder = parts.build_text_encoder(plan, tokenizer, work, quick)
+    vae = parts.build_autoencoder(work, quick) if plan.world is FAR else embedded_vae()
     shared = denoisers.Parts(tokenizer, text_encoder, vae)
-    shared.text_encoder.requires_grad_("base" in world.tunes_text)
+    shared.text_encoder.requires_grad_("base" in plan.tunes_text)
     torch.manual_seed(4)
-    base = world.unet()
-    training = functools.partial(_train, world, shared, work, quick)
-    training("base", "union", base, shared.text_encoder, world.base_steps)
-    _save(output / f"{world.prefix}base", base, shared.text_encoder, shared)
-    for seed, (name, domain) in enumerate(world.experts.items(), 1):
+    base = plan.unet()
+    training = functools.partial(_train, plan, shared, work, quick)
+    training("base", "union", base, shared.text_encoder, plan.base_steps)
+    _save(output / f"{plan.world.prefix}base", base, shared.text_encoder, shared)
+    for seed, (name, domain) in enumerate(plan.domains.items(), 1):
         unet, text = copy.deepcopy(base).requires_grad_(True), copy.deepcopy(shared.text_encoder)
-        text.requires_grad_(name in world.tunes_text)
-        training(name, domain, unet, text, world.expert_steps, seed)
-        _save(output / f"{world.prefix}{name}", unet, text, shared)
-    for name, net in (("scorer", judge), ("reward", parts.build_reward(world, work, quick))):
+        text.requires_grad_(name in plan.tunes_text)
+        training(name, domain, unet, text, plan.expert_steps, seed)
+        _save(output / f"{plan.world.prefix}{name}", unet, text, shared)
+    for name, net in (("scorer", judge), ("reward", parts.build_reward(plan, work, quick))):
         halves = {key: tensor.half() for key, tensor in net.state_dict().items()}
-        exact = name == "scorer" and world is FAR  # what has judged since the first comparison stays as it is
-        save_file(net.state_dict() if exact else halves, output / f"{world.prefix}{name}.safetensors")
+        # What has judged the far world since its first comparison stays as it is.
+        exact = name == "scorer" and plan.world is FAR
+        save_file(net.state_dict() if exact else halves, output / f"{plan.world.prefix}{name}.safetensors")
     records = {file.stem: json.loads(file.read_text()) for file in sorted(work.glob("*.json"))}
-    (output / f"{world.prefix}build.json").write_text(json.dumps(records, indent=1) + "\n")
+    (output / f"{plan.world.prefix}build.json").write_text(json.dumps(records, indent=1) + "\n")
 
 
 def embedded_vae() -> AutoencoderKL:
     """Load the far world's VAE, which all worlds share."""
-    return AutoencoderKL.from_pretrained(ASSETS / "base" / "vae").float().eval().requires_grad_(False)
+    return AutoencoderKL.from_pretrained(FAR.folder("base") / "vae").float().eval().requires_grad_(False)
 
 
 def _train(
-    world: World,
+    plan: WorldPlan,
     shared: denoisers.Parts,
     work: Path,
     quick: int,
@@ -99,7 +100,7 @@ def _train(
     seed: int = 0,
 ) -> None:
     data = denoisers.training_set(
-        world, domain, world.training[name != "base"] // quick, seed + 20, shared, work
+        plan, domain, plan.training[name != "base"] // quick, seed + 20, shared, work
     )
     null = parts.token_ids(shared.tokenizer, [""])
     denoisers.train_denoiser(name, unet, text, data, null, schedule.divided(quick), work)

@@ -10,7 +10,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from scripts.demo_world.fit import Schedule, fit, mixed_precision
 from scripts.demo_world.parts import token_ids
-from scripts.demo_world.worlds import World
+from scripts.demo_world.worlds import WorldPlan
 
 CAPTION_DROPOUT = 0.1
 
@@ -39,15 +39,15 @@ def scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def training_set(
-    world: World, domain: str, count: int, seed: int, parts: Parts, work: Path
+    plan: WorldPlan, domain: str, count: int, seed: int, parts: Parts, work: Path
 ) -> tuple[Tensor, Tensor]:
     """Latents (n, 4, 16, 16) of unit variance and token ids (n, 24) of a domain's scenes."""
     file = work / f"latents-{domain.replace(' ', '-')}-{count}.pt"
     if file.exists():
         latents, ids = torch.load(file, weights_only=True)
         return latents, ids
-    scenes = world.sample(domain, count, seed)
-    images = world.draw(scenes, seed)
+    scenes = plan.world.sample(domain, count, seed)
+    images = plan.draw(scenes, seed)
     latents = torch.cat(
         [parts.vae.encode(batch.float() / 127.5 - 1).latent_dist.mode() for batch in images.split(100)]
     )

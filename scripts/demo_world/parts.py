@@ -10,8 +10,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from afa.demo.scorer import answers_of
 from scripts.demo_world.fit import Schedule, fit, mixed_precision
-from scripts.demo_world.worlds import FAR, World
+from scripts.demo_world.worlds import FAR_PLAN, WorldPlan
 
 TOKENS = 24
 
@@ -37,21 +38,23 @@ def degrade(images: Tensor, rng: torch.Generator) -> Tensor:
     return (images + grain + blotches * between(0, 0.2) * now_and_then(0.5)).clamp(-1, 1)
 
 
-def build_scorer(world: World, work: Path, quick: int) -> nn.Module:
+def build_scorer(plan: WorldPlan, work: Path, quick: int) -> nn.Module:
     """Train the scorer on degraded renders of every combination of attributes."""
     torch.manual_seed(1)
-    return _judge("scorer", world, world.scorer(), world.scorer_steps, degrade, (5, 9), work, quick)
+    return _judge("scorer", plan, plan.world.network(), plan.scorer_steps, degrade, (5, 9), work, quick)
 
 
-def build_reward(world: World, work: Path, quick: int) -> nn.Module:
+def build_reward(plan: WorldPlan, work: Path, quick: int) -> nn.Module:
     """Train the reward, which shares no scenes, weights or degradations with the scorer."""
     torch.manual_seed(11)
-    return _judge("reward", world, world.reward(), world.reward_steps, spoil, (15, 19), work, quick)
+    return _judge(
+        "reward", plan, plan.world.reward_network(), plan.reward_steps, spoil, (15, 19), work, quick
+    )
 
 
 def _judge(
     name: str,
-    world: World,
+    plan: WorldPlan,
     net: nn.Module,
     schedule: Schedule,
     damage: Callable[[Tensor, torch.Generator], Tensor],
@@ -64,12 +67,12 @@ def _judge(
     seeds: of the scenes, and of their renders
     """
     schedule = schedule.divided(quick)
-    scenes = world.everything(12000 // quick, seeds[0])
-    images, truth = world.draw(scenes, seeds[1]), world.labels(scenes)
+    scenes = plan.everything(12000 // quick, seeds[0])
+    images, truth = plan.draw(scenes, seeds[1]), plan.world.labels(scenes)
 
     def loss(rng: torch.Generator) -> Tensor:
         chosen = torch.randint(len(images), (schedule.batch,), generator=rng)
-        logits = world.answers(net(damage(images[chosen].float() / 127.5 - 1, rng)))
+        logits = answers_of(net(damage(images[chosen].float() / 127.5 - 1, rng)), plan.world.classes)
         return sum(
             (F.cross_entropy(answer, truth[chosen, k]) for k, answer in enumerate(logits)), torch.zeros(())
         )
@@ -93,7 +96,7 @@ def spoil(images: Tensor, rng: torch.Generator) -> Tensor:
     )
 
 
-def build_tokenizer(world: World, folder: Path) -> CLIPTokenizer:
+def build_tokenizer(plan: WorldPlan, folder: Path) -> CLIPTokenizer:
     """Make a CLIP tokenizer with one token for each word of the captions."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -108,14 +111,14 @@ def build_tokenizer(world: World, folder: Path) -> CLIPTokenizer:
         initial_alphabet=letters,
         show_progress=False,
     )
-    bpe.train_from_iterator([word for word in world.words for _ in range(10)], trainer)
+    bpe.train_from_iterator([word for word in plan.words for _ in range(10)], trainer)
     learnt = json.loads(bpe.to_str())["model"]
     vocabulary = dict(sorted(learnt["vocab"].items(), key=lambda item: item[1]))
     for end in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[end] = len(vocabulary)
     merges = [tuple(merge) for merge in learnt["merges"]]
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
-    assert all(len(tokenizer.tokenize(word)) == 1 for word in world.words)
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in plan.words)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     lines = "\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)])
@@ -130,7 +133,7 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return ids
 
 
-def build_text_encoder(world: World, tokenizer: CLIPTokenizer, work: Path, quick: int) -> CLIPTextModel:
+def build_text_encoder(plan: WorldPlan, tokenizer: CLIPTokenizer, work: Path, quick: int) -> CLIPTextModel:
     """Train a CLIP text model to predict all attributes of a caption from its last token."""
     schedule = Schedule(3000 // quick, 2e-3, batch=128)
     config = CLIPTextConfig(
@@ -147,14 +150,14 @@ def build_text_encoder(world: World, tokenizer: CLIPTokenizer, work: Path, quick
     )
     torch.manual_seed(2)
     both = nn.ModuleDict(
-        {"encoder": CLIPTextModel(config), "heads": nn.Linear(64, sum(map(len, world.classes.values())))}
+        {"encoder": CLIPTextModel(config), "heads": nn.Linear(64, sum(map(len, plan.world.classes.values())))}
     )
-    scenes = world.everything(20000 // quick, 6)
-    ids, truth = token_ids(tokenizer, [scene.caption for scene in scenes]), world.labels(scenes)
+    scenes = plan.everything(20000 // quick, 6)
+    ids, truth = token_ids(tokenizer, [scene.caption for scene in scenes]), plan.world.labels(scenes)
 
     def loss(rng: torch.Generator) -> Tensor:
         chosen = torch.randint(len(ids), (schedule.batch,), generator=rng)
-        logits = world.answers(both["heads"](both["encoder"](ids[chosen]).pooler_output))
+        logits = answers_of(both["heads"](both["encoder"](ids[chosen]).pooler_output), plan.world.classes)
         return sum(
             (F.cross_entropy(answer, truth[chosen, k]) for k, answer in enumerate(logits)), torch.zeros(())
         )
@@ -166,7 +169,7 @@ def build_text_encoder(world: World, tokenizer: CLIPTokenizer, work: Path, quick
 def build_autoencoder(work: Path, quick: int) -> AutoencoderKL:
     """Train the VAE on renders of all attributes: 64×64 pixels to 16×16×4 latents of unit variance."""
     schedule = Schedule(2500 // quick, 2e-3, batch=16)
-    images = FAR.draw(FAR.everything(12000 // quick, 7), 10)
+    images = FAR_PLAN.draw(FAR_PLAN.everything(12000 // quick, 7), 10)
     torch.manual_seed(3)
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 48),

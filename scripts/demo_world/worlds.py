@@ -1,52 +1,38 @@
-"""What differs between the two embedded worlds when they are made."""
+"""How the two embedded worlds are made: networks, schedules, and what each model trains on."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from afa.demo import metric, near_scenes, near_scorer, scenes, scorer
+from afa.demo import near_scenes, scenes
+from afa.demo.drawing import COLOURS, GROUNDS, TEXTURES
+from afa.demo.worlds import FAR, NEAR, World
 from scripts.demo_world.fit import Schedule
-
-WORDS = "a an left right of above below on background the with and".split()
 
 
 @dataclass(frozen=True)
-class World:
-    """One embedded world.
+class WorldPlan:
+    """How one world is made.
 
-    prefix:      of its folders
     words:       of its captions; each is one token
-    sample:      (domain, count, seed) -> scenes
     everything:  (count, seed) -> scenes of every combination, for the parts that judge
-    render_all:  (scenes, seed) -> images (64, 64, 3) uint8
-    labels:      scenes -> (n, questions) int64
-    classes:     question -> its answers
-    scorer:      makes the scorer's network
-    reward:      makes the reward's network
     unet:        makes the denoiser
-    experts:     name -> the domain it trains on
+    domains:     the domain that each expert trains on
     tunes_text:  the models that train the text encoder too
     base_steps:  schedule of the base; expert_steps: of each expert; scorer_steps, reward_steps: of the judges
     training:    number of scenes that the base trains on, and each expert
     """
 
-    name: str
-    prefix: str
+    world: World
     words: tuple[str, ...]
-    sample: Callable[[str, int, int], Sequence[Any]]
     everything: Callable[[int, int], Sequence[Any]]
-    render_all: Callable[[Any, int], Iterator[Any]]
-    labels: Callable[[Any], Tensor]
-    classes: Mapping[str, Sequence[str]]
-    scorer: Callable[[], nn.Module]
-    reward: Callable[[], nn.Module]
     unet: Callable[[], UNet2DConditionModel]
-    experts: Mapping[str, str]
+    domains: Mapping[str, str]
     tunes_text: tuple[str, ...]
     base_steps: Schedule
     expert_steps: Schedule
@@ -56,15 +42,11 @@ class World:
 
     def draw(self, chosen: Sequence[Any], seed: int) -> Tensor:
         """Draw scenes: (n, 3, 64, 64) uint8."""
-        images = torch.from_numpy(np.stack(list(self.render_all(chosen, seed))))
+        images = torch.from_numpy(np.stack(list(self.world.render_all(chosen, seed))))
         return images.permute(0, 3, 1, 2).contiguous()
 
-    def answers(self, logits: Tensor) -> tuple[Tensor, ...]:
-        """Split logits by the questions of the classes."""
-        return scorer.answers_of(logits, self.classes)
 
-
-EVERYTHING = scenes.Domain(scenes.SHAPES, scenes.SHAPES, tuple(scenes.TEXTURES))  # no expert has seen all
+EVERYTHING = scenes.Domain(scenes.SHAPES, scenes.SHAPES, tuple(TEXTURES))  # no expert has seen all
 
 
 def sample_everything(count: int, seed: int) -> list[scenes.Scene]:
@@ -101,19 +83,18 @@ def near_unet() -> UNet2DConditionModel:
     )
 
 
-FAR = World(
-    name="far",
-    prefix="",
-    words=(*scenes.SHAPES, *scenes.COLOURS, *scenes.GROUNDS, *scenes.TEXTURES, *WORDS),
-    sample=scenes.sample_scenes,
+FAR_PLAN = WorldPlan(
+    FAR,
+    words=(
+        *scenes.SHAPES,
+        *COLOURS,
+        *GROUNDS,
+        *TEXTURES,
+        *"a an left right of above below on background the with and".split(),
+    ),
     everything=sample_everything,
-    render_all=scenes.render_all,
-    labels=scorer.labels,
-    classes=scorer.CLASSES,
-    scorer=scorer.network,
-    reward=metric.network,
     unet=far_unet,
-    experts={name: name for name in scenes.DOMAINS},
+    domains={name: name for name in FAR.experts},
     tunes_text=("patterns",),
     base_steps=Schedule(900, 1e-3, batch=64, average=0.999, warm_up=200),
     expert_steps=Schedule(1200, 7e-4, batch=64, average=0.999),  # equal effort for each
@@ -121,27 +102,19 @@ FAR = World(
     reward_steps=Schedule(1600, 2e-3, batch=64),
     training=(12_000, 12_000),
 )
-
-NEAR = World(
-    name="near",
-    prefix="near-",
+NEAR_PLAN = WorldPlan(
+    NEAR,
     words=(
         *near_scenes.SHAPES,
         *near_scenes.SIZES,
-        *scenes.COLOURS,
-        *scenes.GROUNDS,
-        *scenes.TEXTURES,
+        *COLOURS,
+        *GROUNDS,
+        *TEXTURES,
         *"a an left of above on background and".split(),
     ),
-    sample=near_scenes.sample_scenes,
     everything=lambda count, seed: near_scenes.sample_scenes("union", count, seed),
-    render_all=near_scenes.render_all,
-    labels=near_scorer.labels,
-    classes=near_scorer.CLASSES,
-    scorer=near_scorer.network,
-    reward=near_scorer.reward_network,
     unet=near_unet,
-    experts={name: f"{name} diet" for name in near_scenes.FAMILIES},
+    domains={name: f"{name} diet" for name in NEAR.experts},
     tunes_text=("base",),
     base_steps=Schedule(4500, 1.5e-3, batch=64, average=0.999, warm_up=200),
     expert_steps=Schedule(700, 6e-4, batch=64, average=0.998),
@@ -149,4 +122,4 @@ NEAR = World(
     reward_steps=Schedule(1600, 2e-3, batch=64),
     training=(24_000, 10_000),
 )
-WORLDS = {world.name: world for world in (FAR, NEAR)}
+PLANS = {plan.world.name: plan for plan in (FAR_PLAN, NEAR_PLAN)}

@@ -8,7 +8,7 @@ import pytest
 
 from afa.cli.main import COMMANDS, main
 from afa.demo.data import ENSEMBLE, EXPERTS
-from afa.demo.scenes import draw
+from afa.demo.draw import draw
 from afa.errors import UserError
 from afa.files import locked
 
