@@ -9,7 +9,7 @@ from afa.schema import shown
 
 ASSETS = Path(__file__).parent / "demo" / "assets"
 FAR_MODELS = ("curves", "angles", "patterns", "base", "ensemble")
-NEAR_MODELS = ("near-round", "near-sharp", "near-signs", "near-base", "near-ensemble")
+NEAR_MODELS = ("near-round", "near-sharp", "near-signs", "near-base")
 EMBEDDED = (*FAR_MODELS, *NEAR_MODELS)
 SPELLING = re.compile(r"(?P<name>(?:[A-Za-z0-9][\w.-]*=)?)demo:(?P<model>[\w.-]*)(?P<rest>.*)", re.DOTALL)
 

@@ -12,7 +12,7 @@ from afa import Ensemble
 from afa.demo.data import ASSETS, BASE, EXPERTS, RECORD
 from afa.demo.scenes import DOMAINS, MIXED, parse, render, sample_scenes
 from afa.demo.scorer import CLASSES, AttributeScorer, labels, network
-from afa.demo.worlds import FAR, load_scorer
+from afa.demo.worlds import FAR, WORLDS, load_scorer
 from afa.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -99,14 +99,17 @@ def test_the_embedded_ensemble_names_no_place_of_the_machine_it_was_made_on():
     assert str(ASSETS) not in manifest and '": "/' not in manifest and ' "/' not in manifest
 
 
-def test_the_world_is_built_from_nothing_and_resumes(tmp_path):
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_world_is_built_from_nothing_and_resumes(name, tmp_path):
     from scripts.demo_world.build import build
+    from scripts.demo_world.worlds import PLANS
 
-    build(tmp_path / "world", tmp_path / "work", quick=900)
+    world, plan = WORLDS[name], PLANS[name]
+    build(plan, tmp_path / "world", tmp_path / "work", quick=900)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.pt")}
-    build(tmp_path / "world", tmp_path / "work", quick=900)
+    build(plan, tmp_path / "world", tmp_path / "work", quick=900)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.pt")} == before  # nothing was trained twice
-    ensemble = Ensemble.from_experts([str(tmp_path / "world" / name) for name in EXPERTS], aggregator="mean")
+    ensemble = Ensemble.from_experts([str(tmp_path / "world" / f"{world.prefix}{name}") for name in world.experts], aggregator="mean")
     assert len(ensemble.names) == 3
 
 

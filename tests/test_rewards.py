@@ -98,5 +98,5 @@ def test_a_reward_that_is_not_there_is_one_sentence():
         make_reward("scenes", CPU, "somewhere")
     with pytest.raises(UserError, match="PickScore.*--reward-weights PATH"):
         make_reward("pickscore", CPU)
-    with pytest.raises(UserError, match="scenes of the embedded world only"):
+    with pytest.raises(UserError, match="scenes of the far world only"):
         make_reward("scenes", CPU)(torch.zeros(1, 3, 64, 64), ["a cat"])

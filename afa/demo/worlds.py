@@ -67,7 +67,7 @@ class World:
     scores: tuple[str, ...]
 
     def folder(self, name: str) -> Path:
-        """Return the place of "base", "ensemble" or an expert."""
+        """Return the place of the base or an expert."""
         return ASSETS / f"{self.prefix}{name}"
 
     def file(self, name: str) -> Path:

@@ -1,0 +1,114 @@
+"""Laws of the near world's scenes and of what judges them."""
+
+import numpy as np
+import pytest
+import torch
+
+from afa import UserError
+from afa.demo.near_scenes import FAMILIES, SHAPES, SIZES, parse, sample_scenes
+from afa.demo.near_scorer import CLASSES, NearScorer, labels
+from afa.demo.worlds import NEAR
+
+
+@pytest.mark.parametrize("domain", ["mixed", "union", "single", *FAMILIES, *(f"{family} diet" for family in FAMILIES)])
+def test_a_near_caption_says_everything_about_its_scene(domain):
+    for scene in sample_scenes(domain, 60, 3):
+        assert parse(scene.caption) == scene
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "a red star on a dotted tan background",  # without its size: the far world's kind of thing
+        "a big red star and a small red moon above a big blue ring on a plain tan background",  # a colour twice
+        "a big red star and a small blue moon on a plain tan background",  # no layout of two things
+        "a huge red star on a plain tan background",
+        "a big red star on a plain tan background <b>",
+    ],
+)
+def test_other_near_captions_are_refused(caption):
+    with pytest.raises(ValueError, match="is not a caption of the near world"):
+        parse(caption)
+
+
+def test_mixed_near_scenes_show_each_family_once_and_home_scenes_one_family():
+    for scene in sample_scenes("mixed", 40, 1):
+        assert sorted(next(name for name, family in FAMILIES.items() if thing.shape in family) for thing in scene.things) == sorted(FAMILIES)
+    for name, family in FAMILIES.items():
+        assert all(thing.shape in family for scene in sample_scenes(name, 20, 1) for thing in scene.things)
+
+
+def test_an_expert_trains_mostly_but_not_only_on_its_own_family():
+    scenes = sample_scenes("round diet", 600, 1)
+    own = np.mean([all(thing.shape in FAMILIES["round"] for thing in scene.things) for scene in scenes])
+    assert 0.78 < own < 0.9 and {len(scene.things) for scene in scenes} == {1, 2, 3}
+
+
+def test_things_cover_each_other_in_some_near_scenes():
+    """Where a thing lies does not depend on its shape, so another shape of one thing changes few pixels of the others."""
+    from dataclasses import replace
+
+    covered = 0
+    for index, scene in enumerate(sample_scenes("mixed", 60, 5)):
+        alone = []
+        for k in range(3):
+            colours = ["black", "black", "black"]
+            colours[k] = "yellow"
+            things = tuple(replace(thing, colour=colour, shape="circle") for thing, colour in zip(scene.things, colours, strict=True))
+            image = NEAR.render(replace(scene, things=things), np.random.default_rng((5, index))).astype(int)
+            alone.append(((image[..., 0] > 200) & (image[..., 2] < 120)).sum())
+        areas = [np.pi * (0.88 * np.mean(SIZES[thing.size])) ** 2 for thing in scene.things]
+        covered += any(seen < 0.85 * area for seen, area in zip(alone, areas, strict=True))
+    assert covered >= 10
+
+
+def test_near_scores_count_three_attributes_a_thing_and_two_of_the_background():
+    """A network that always names one scene, wherever it lies."""
+    scene = sample_scenes("mixed", 1, 5)[0]
+    truth, start = labels([scene])[0], 0
+
+    class Sure(torch.nn.Module):
+        def forward(self, images):
+            return torch.nn.functional.one_hot(torch.tensor(columns), width).sum(0).float().expand(len(images), -1)
+
+    columns, width = [], sum(map(len, CLASSES.values()))
+    for right, options in zip(truth.tolist(), CLASSES.values(), strict=True):
+        columns.append(start + right)
+        start += len(options)
+    scorer, image = NearScorer(Sure()), np.zeros((1, 64, 64, 3), np.uint8)
+    assert {name: float(value[0]) for name, value in scorer.score(image, [scene.caption]).items()} == dict.fromkeys(NEAR.scores, 1.0)
+    thing = scene.things[0]
+    other = scene.caption.replace(thing.shape, next(shape for shape in SHAPES if shape not in scene.caption))
+    scores = {name: float(value[0]) for name, value in scorer.score(image, [other]).items()}
+    assert scores["attributes"] == pytest.approx(10 / 11) and scores["shapes"] == pytest.approx(2 / 3) and scores["all"] == 0
+    unseen = next(colour for colour in ("red", "blue", "pink", "green") if colour not in scene.caption)
+    scores = {name: float(value[0]) for name, value in scorer.score(image, [scene.caption.replace(thing.colour, unseen)]).items()}
+    assert scores["attributes"] == pytest.approx(8 / 11) and scores["colours"] == pytest.approx(2 / 3)
+
+
+def test_the_near_protocol_judges_its_own_scenes_only():
+    from afa.demo.metric import Attributes
+    from afa.evaluation.protocols import ProtocolOptions, make_protocol
+    from afa.metrics.base import Picture
+
+    protocol = make_protocol("near", ProtocolOptions())
+    captions = {item.caption for item in protocol.items}
+    assert len(protocol.items) == 320 and protocol.metrics == ("near_attributes", "near_frechet") and protocol.reward == "near"
+    assert all(len(parse(caption).things) == 3 for caption in captions) and not captions & set(protocol.tuning)
+    with pytest.raises(UserError, match="metric 'near_attributes' judges scenes of the near world only: 'a red star"):
+        Attributes(NEAR, "near_attributes").score([Picture(np.zeros((64, 64, 3), np.uint8), "a red star", 0)])
+
+
+def test_near_scenes_are_a_source_of_training_images(tmp_path):
+    """The two ways to the same images: a folder drawn by hand, and near:COUNT."""
+    from afa.data.registry import open_source
+    from afa.data.sources import Columns
+    from afa.demo.draw import draw
+    from afa.images import read_pixels
+
+    draw(tmp_path / "data", "mixed", 3, 600_000, NEAR)
+    ours, theirs = (open_source(place, Columns()).samples for place in ("near:3", str(tmp_path / "data")))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.caption == other.caption and np.array_equal(read_pixels(one.read(), "a"), read_pixels(other.read(), "b"))
+    with pytest.raises(UserError, match="such as near:512"):
+        open_source("near:many", Columns())
