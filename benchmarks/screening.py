@@ -1,9 +1,9 @@
-"""Does the head-room that `afa screen` measures foretell what training then gains? Expert sets of the embedded world, screened and trained.
+"""Does the head-room that `afa screen` measures foretell what training then gains? Expert sets of an embedded world, screened and trained.
 
-    python benchmarks/screening.py --output build/screening
+    python benchmarks/screening.py --world far --output build/screening
 
 For every set: screen it on 64 scenes; train AFA and a prediction router as the demonstration does (fewer steps); judge both, every
-expert and the weight average on 96 scenes that neither has seen, each with one noise in every band of timesteps. Prints one row a set, the
+expert and the weight average on 96 scenes that neither has seen, each with one noise in every band of timesteps. --pictures lets them draw, too. Prints one row a set, the
 rank correlations over sets with bootstrap intervals, and a fit of the gain on the head-room; --calibrate keeps that fit for `afa screen`.
 Experts that the world does not hold are made from those it does, by arithmetic on weights. Interrupted, the same command goes on.
 """
@@ -23,21 +23,22 @@ import torch
 from torch import nn
 
 from afa.demo import data as scenes
-from afa.demo.data import BASE, EXPERTS
 from afa.demo.draw import draw
 from afa.demo.run import training
 from afa.demo.settings import DemoSettings
+from afa.demo.worlds import WORLDS, World, load_scorer
 from afa.ensemble import Ensemble
 from afa.experts.spec import ExpertSpec
 from afa.files import write_atomically
 from afa.latents import latents_of
+from afa.sampling.sample import Request, Sampling, sample_all
 from afa.screening.comparison import ExpertComparison
 from afa.screening.plan import encoded
 from afa.screening.predict import ExpertPredictor, SharedParts, load_shared_parts
 from afa.screening.run import AnswerCollector
 from afa.screening.settings import ScreenSettings
 from afa.screening.verdict import CALIBRATION, Fit
-from afa.stats import Estimate, gain
+from afa.stats import Estimate, difference, gain
 from afa.training.noise import Noising
 
 JUDGED = 96
@@ -47,10 +48,11 @@ NOISED, POOR = (
 )  # noise on weights, in standard deviations of each tensor: hardly worse; twice the loss
 NEAR = 0.002  # as much as rounding might do
 SIDE = 64  # pixels
+SAMPLING = Sampling(steps=20, guidance=3.0)
 KEPT = ("name", "experts", "head_room", "afa", "router")
 
-# expert -> how its weights are made: shares of others, and noise on them
-MADE: dict[str, tuple[dict[str, float], float]] = {
+Recipes = dict[str, tuple[dict[str, float], float]]  # expert -> shares of others, and noise on the weights
+FAR_MADE: Recipes = {
     "curves-copy": ({"curves": 1.0}, 0.0),
     "curves-near": ({"curves": 1.0}, NEAR),
     "patterns-near": ({"patterns": 1.0}, NEAR),
@@ -64,7 +66,32 @@ MADE: dict[str, tuple[dict[str, float], float]] = {
     "curves-poor": ({"curves": 1.0}, POOR),
     "patterns-poor": ({"patterns": 1.0}, POOR),
 }
-SETS = {
+NEAR_MADE: Recipes = {
+    "round-copy": ({"round": 1.0}, 0.0),
+    "round-noised": ({"round": 1.0}, NOISED),
+    "round-half": ({"round": 0.5, "base": 0.5}, 0.0),
+    "sharp-half": ({"sharp": 0.5, "base": 0.5}, 0.0),
+    "signs-half": ({"signs": 0.5, "base": 0.5}, 0.0),
+    "round-sharp": ({"round": 0.5, "sharp": 0.5}, 0.0),
+    "round-beyond": ({"round": 2.0, "base": -1.0}, 0.0),
+    "sharp-beyond": ({"sharp": 2.0, "base": -1.0}, 0.0),
+    "signs-beyond": ({"signs": 2.0, "base": -1.0}, 0.0),
+}
+NEAR_SETS = {
+    "three near ones": ["round", "sharp", "signs"],
+    "round and sharp": ["round", "sharp"],
+    "round and signs": ["round", "signs"],
+    "sharp and signs": ["sharp", "signs"],
+    "a duplicate": ["round", "round-copy"],
+    "an expert and its base": ["round", "base"],
+    "three near ones and their base": ["round", "sharp", "signs", "base"],
+    "a noised copy": ["round", "round-noised"],
+    "three half-way": ["round-half", "sharp-half", "signs-half"],
+    "half-way copies": ["round", "round-half"],
+    "one and a merge of two": ["signs", "round-sharp"],
+    "three twice as far from the base": ["round-beyond", "sharp-beyond", "signs-beyond"],
+}
+FAR_SETS = {
     "three good ones": ["curves", "angles", "patterns"],
     "curves and angles": ["curves", "angles"],
     "curves and patterns": ["curves", "patterns"],
@@ -92,10 +119,14 @@ SETS = {
 }
 
 
-def make_experts(folder: Path) -> dict[str, Path]:
+SETS = {"far": FAR_SETS, "near": NEAR_SETS}
+MADE = {"far": FAR_MADE, "near": NEAR_MADE}
+
+
+def make_experts(world: World, folder: Path) -> dict[str, Path]:
     """Every expert's folder; those of MADE are written once."""
-    places = {"base": BASE, **EXPERTS}
-    for seed, (name, (shares, noise)) in enumerate(MADE.items()):
+    places = {name: world.folder(name) for name in ("base", *world.experts)}
+    for seed, (name, (shares, noise)) in enumerate(MADE[world.name].items()):
         place = folder / name
         if not (place / "model_index.json").exists():
             _write(place, [(places[source], share) for source, share in shares.items()], noise, seed)
@@ -160,9 +191,41 @@ def weight_average(sources: list[str]) -> Ensemble:
     return alone[0]
 
 
-def realised(name: str, places: dict[str, Path], work: Path, steps: int, seed: int) -> dict[str, Any]:
+def draws(world: World, ensemble: Ensemble, count: int) -> list[float]:
+    """Attribute accuracy of each of `count` mixed scenes, drawn in 20 steps with guidance 3."""
+    pipeline = ensemble.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    captions = [scene.caption for scene in world.sample("mixed", count, scenes.JUDGED + 50_000)]
+    asked = [Request(caption, seed) for seed, caption in enumerate(captions)]
+    images = np.concatenate(list(sample_all(pipeline, asked, SAMPLING, batch_size=32)))
+    return load_scorer(world).score(images, captions)["attributes"].tolist()
+
+
+def pictured(
+    world: World, experts: list[str], places: dict[str, Path], work: Path, folder: Path, count: int
+) -> dict[str, Any]:
+    """Attribute accuracy (count,) of AFA, the weight average and every expert."""
+
+    def alone(expert: str) -> list[float]:
+        return draws(world, Ensemble.from_experts([str(places[expert])], aggregator="mean"), count)
+
+    sources = [str(places[expert]) for expert in experts]
+    makers = {"afa": lambda: Ensemble.load(folder / "afa"), "average": lambda: weight_average(sources)}
+    found = {
+        name: kept(folder / f"drawn-{name}-{count}.json", lambda make=make: draws(world, make(), count))
+        for name, make in makers.items()
+    }
+    found["experts"] = {
+        expert: kept(work / "drawn" / f"{expert}-{count}.json", functools.partial(alone, expert))
+        for expert in experts
+    }
+    return found
+
+
+def realised(
+    experts: list[str], places: dict[str, Path], work: Path, folder: Path, steps: int, seed: int
+) -> dict[str, Any]:
     """Losses of AFA, the router, every expert and the weight average, each (JUDGED, BANDS)."""
-    experts, folder = SETS[name], work / "sets" / f"{name.replace(' ', '-')}-{seed}"
     sources = [f"{expert}={places[expert]}" for expert in experts]
     test = work / "test"
 
@@ -188,11 +251,11 @@ def realised(name: str, places: dict[str, Path], work: Path, steps: int, seed: i
     return {"experts": losses, "average": average, "router": router, "afa": afa}
 
 
-def head_rooms(places: dict[str, Path], work: Path) -> dict[str, ExpertComparison]:
+def head_rooms(world: World, places: dict[str, Path], work: Path) -> dict[str, ExpertComparison]:
     """What `afa screen` would find of every set; experts of several sets are asked once."""
     from afa.experts.description import describe_expert
 
-    settings = ScreenSettings([str(BASE), *map(str, EXPERTS.values())], data=str(work.parent / "data"))
+    settings = ScreenSettings([str(places[name]) for name in world.experts], data=str(work.parent / "data"))
     specs = {name: ExpertSpec(name, str(place)) for name, place in places.items()}
     frame = load_shared_parts(describe_expert(specs["base"]).expert, None, None, None, torch.float32, torch.device("cpu"))
     noising = Noising(frame.scheduler, latents_of(frame.vae), frame.device)
@@ -214,19 +277,26 @@ def head_rooms(places: dict[str, Path], work: Path) -> dict[str, ExpertCompariso
     )
     return {
         name: ExpertComparison(tuple(experts), [stores[expert] for expert in experts])
-        for name, experts in SETS.items()
+        for name, experts in SETS[world.name].items()
     }
 
 
-def row(name: str, comparison: ExpertComparison, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def row(
+    name: str, comparison: ExpertComparison, runs: list[dict[str, Any]], drawn: list[dict[str, Any]]
+) -> dict[str, Any]:
     """One set: head-room by place and by element, and the gains that were realised, means over training seeds."""
     members = range(len(comparison.names))
     experts = np.array([np.mean(losses, axis=1) for losses in runs[0]["experts"].values()])  # (N, JUDGED)
-    found: dict[str, Any] = {"name": name, "experts": SETS[name]}
+    found: dict[str, Any] = {"name": name, "experts": list(comparison.names)}
     found["head_room"], _ = comparison.gains(comparison.routed(members))
     found["head_room_by_element"], _ = comparison.gains(comparison.values("routed"))
     for method in ("afa", "router", "average"):
         found[method] = gain(np.mean([np.mean(run[method], axis=1) for run in runs], axis=0), experts)
+    if drawn:
+        afa = np.mean([run["afa"] for run in drawn], axis=0)
+        best = max(drawn[0]["experts"].values(), key=np.mean)
+        found["pictures_over_best"] = difference(afa, np.array(best))
+        found["pictures_over_average"] = difference(afa, np.array(drawn[0]["average"]))
     return found
 
 
@@ -259,11 +329,18 @@ def report(rows: list[dict[str, Any]]) -> str:
         "| expert set | head-room | by element | AFA | router | weight average |",
         "|---|---|---|---|---|---|",
     ]
+    drawn = [key for key in ("pictures_over_best", "pictures_over_average") if key in rows[0]]
+    if drawn:
+        lines = [
+            f"{lines[0]} pictures: AFA minus best expert | pictures: AFA minus average |",
+            f"{lines[1]}---|---|",
+        ]
     for one in sorted(rows, key=lambda one: -one["head_room"].value):
         cells = [
             f"{100 * one[key].value:.1f} [{100 * one[key].low:.1f}, {100 * one[key].high:.1f}]"
             for key in shown
         ]
+        cells += [str(one[key]) for key in drawn]
         lines.append(f"| {one['name']} ({', '.join(one['experts'])}) | {' | '.join(cells)} |")
     lines.append("")
     for one in ("head_room", "head_room_by_element"):
@@ -285,29 +362,32 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_argument("--output", type=Path, default=Path("build/screening"))
+    flags.add_argument("--world", choices=list(WORLDS), default="far", help="default: far")
+    flags.add_argument("--output", type=Path, default=Path("build/screening"), help="a folder of its own for a world")
+    flags.add_argument("--pictures", type=int, default=0, metavar="N", help="scenes that all draw (default: 0)")
     flags.add_argument("--steps", type=int, default=150, help="training steps (default: 150)")
     flags.add_argument("--seeds", type=int, default=1, help="training seeds a set (default: 1)")
     flags.add_argument(
         "--calibrate", action="store_true", help="keep the sets for the predictions of `afa screen`"
     )
     given = flags.parse_args()
-    work: Path = given.output
+    work, world = given.output, WORLDS[given.world]
     for folder, count, seed in (("data", 512, scenes.TRAINING), ("test", JUDGED, scenes.JUDGED + 50_000)):
         if not (work / folder).exists():
-            draw(work / folder, "mixed", count, seed)
-    places = make_experts(work / "experts")
-    screened = head_rooms(places, work / "screened")
+            draw(work / folder, "mixed", count, seed, world)
+    places = make_experts(world, work / "experts")
+    screened = head_rooms(world, places, work / "screened")
     rows = []
-    for place, name in enumerate(SETS, start=1):
-        rows.append(
-            row(
-                name,
-                screened[name],
-                [realised(name, places, work, given.steps, seed) for seed in range(given.seeds)],
-            )
-        )
-        print(f"{place} of {len(SETS)}: {name}, AFA {rows[-1]['afa']}", file=sys.stderr)
+    sets = SETS[world.name]
+    for place, (name, experts) in enumerate(sets.items(), start=1):
+        runs, drawn = [], []
+        for seed in range(given.seeds):
+            folder = work / "sets" / f"{name.replace(' ', '-')}-{seed}"
+            runs.append(realised(experts, places, work, folder, given.steps, seed))
+            if given.pictures:
+                drawn.append(pictured(world, experts, places, work, folder, given.pictures))
+        rows.append(row(name, screened[name], runs, drawn))
+        print(f"{place} of {len(sets)}: {name}, AFA {rows[-1]['afa']}", file=sys.stderr)
     print(report(rows))
     if given.calibrate:
         kept_rows = [

@@ -45,8 +45,12 @@ def main() -> None:
     build(plan, given.output, work, given.quick)
     print(
         f"{given.output} is complete ({(time.monotonic() - started) / 60:.0f} min). "
-        f"Check it with: python -m scripts.demo_world.gate {given.world} {given.output}; "
-        f"train its ensemble again with: python -m scripts.demo_world.ensemble {given.world}"
+        f"Check it with: python -m scripts.demo_world.gate {given.world} {given.output}"
+        + (
+            "; train the demonstration's ensemble again with: python -m scripts.demo_world.ensemble"
+            if given.world == "far"
+            else ""
+        )
     )
 
 
