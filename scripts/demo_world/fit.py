@@ -18,17 +18,28 @@ SAVE_EVERY = 100  # steps
 
 @dataclass(frozen=True)
 class Schedule:
-    """Number of steps, learning rate and batch size."""
+    """Number of steps, learning rate and batch size.
+
+    average: decay of the moving average that is kept; None: keep the last weights
+    last:    step at which training ends, before the learning rate has fallen; None: the last of `steps`
+    """
 
     steps: int
     rate: float
     batch: int
-    average: float | None = None  # decay of the moving average that is kept; None: keep the last weights
+    average: float | None = None
     warm_up: int = 100
+    last: int | None = None
+
+    @property
+    def end(self) -> int:
+        """Return the number of steps that are made."""
+        return self.last or self.steps
 
     def divided(self, quick: int) -> "Schedule":
         """Return it with its steps divided by `quick`, to try the machinery."""
-        return replace(self, steps=self.steps // quick)
+        last = None if self.last is None else self.last // quick
+        return replace(self, steps=self.steps // quick, last=last)
 
     def factor(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to 3 %."""
@@ -60,8 +71,8 @@ def fit(
         return
     model.train()
     started = time.monotonic()
-    with trange(schedule.steps, initial=state.step, desc=name, mininterval=5) as bar:
-        while state.step < schedule.steps:
+    with trange(schedule.end, initial=state.step, desc=name, mininterval=5) as bar:
+        while state.step < schedule.end:
             for group in rate.param_groups:
                 group["lr"] = schedule.rate * schedule.factor(state.step)
             value = loss(torch.Generator().manual_seed(state.step))
@@ -71,7 +82,7 @@ def fit(
             rate.zero_grad()
             state.count(value.item())
             bar.update()
-            if state.step % SAVE_EVERY == 0 or state.step == schedule.steps:
+            if state.step % SAVE_EVERY == 0 or state.step == schedule.end:
                 bar.set_postfix(loss=state.losses[-1])
                 state.save(time.monotonic() - started)
                 started = time.monotonic()
@@ -121,7 +132,7 @@ class _State:
             self.average.step(self.model.parameters())
         self.step += 1
         self._since.append(value)
-        if self.step % SAVE_EVERY == 0 or self.step == self.schedule.steps:
+        if self.step % SAVE_EVERY == 0 or self.step == self.schedule.end:
             self.losses.append(round(sum(self._since) / len(self._since), 5))
             self._since = []
 
