@@ -12,8 +12,9 @@ from afa import Ensemble
 from afa.demo.data import ASSETS, BASE, EXPERTS, RECORD
 from afa.demo.scenes import DOMAINS, MIXED, parse, render, sample_scenes
 from afa.demo.scorer import CLASSES, AttributeScorer, labels, network
-from afa.demo.worlds import FAR, WORLDS, load_scorer
+from afa.demo.worlds import FAR, NEAR, WORLDS, load_scorer
 from afa.errors import UserError
+from afa.files import sha256
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from scripts.demo_world.parts import degrade
@@ -86,8 +87,12 @@ def test_the_embedded_experts_form_an_ensemble():
 
 
 def test_the_world_is_small_and_says_how_it_was_made():
-    size = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
-    assert size < 28e6
+    """The near world adds at most 12 MiB: what both worlds or several models share, above all the VAE, is stored once by git."""
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    near = {path for path in files if path.relative_to(ASSETS).parts[0].startswith(NEAR.prefix)}
+    far = {sha256(path): path.stat().st_size for path in files if path not in near}
+    assert sum(path.stat().st_size for path in files if path not in near) < 28e6
+    assert sum({sha256(path): path.stat().st_size for path in near if sha256(path) not in far}.values()) <= 12 * 2**20
     record = json.loads(RECORD.read_text())
     steps = {name: record[name]["steps"] for name in EXPERTS}
     assert len(set(steps.values())) == 1  # equal effort

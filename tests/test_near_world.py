@@ -1,5 +1,7 @@
 """Laws of the near world's scenes and of what judges them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ import torch
 from afa import UserError
 from afa.demo.near_scenes import FAMILIES, SHAPES, SIZES, parse, sample_scenes
 from afa.demo.near_scorer import CLASSES, NearScorer, labels
-from afa.demo.worlds import NEAR
+from afa.demo.worlds import NEAR, load_scorer
+from afa.ensemble import Ensemble
+from afa.places import ASSETS
 
 
 @pytest.mark.parametrize("domain", ["mixed", "union", "single", *FAMILIES, *(f"{family} diet" for family in FAMILIES)])
@@ -112,3 +116,39 @@ def test_near_scenes_are_a_source_of_training_images(tmp_path):
         assert one.caption == other.caption and np.array_equal(read_pixels(one.read(), "a"), read_pixels(other.read(), "b"))
     with pytest.raises(UserError, match="such as near:512"):
         open_source("near:many", Columns())
+
+
+def test_the_near_experts_are_near_each_other_and_form_an_ensemble():
+    """As community fine-tunes: relative distances of weights between .05 and .15."""
+    ensemble = Ensemble.from_experts([str(NEAR.folder(name)) for name in ("base", *NEAR.experts)], aggregator="mean")
+    flat = [torch.cat([tensor.flatten() for tensor in expert.parameters()]) for expert in ensemble.denoiser.experts]
+    for one in range(4):
+        for other in range(one):
+            assert 0.05 <= float((flat[one] - flat[other]).norm() / flat[0].norm()) <= 0.15
+    assert len(ensemble.text_encoders[0].encoders) == 1  # shared
+
+
+def test_the_near_world_says_how_it_was_made():
+    record = json.loads((ASSETS / "near-build.json").read_text())
+    assert len({record[name]["steps"] for name in NEAR.experts}) == 1  # equal effort
+    assert sum(part["seconds"] for part in record.values()) < 2 * 3600
+
+
+def test_the_near_scorer_is_exact_on_unseen_renders():
+    scenes = sample_scenes("union", 200, 31337)
+    images, captions = np.stack(list(NEAR.render_all(scenes, 31337))), [scene.caption for scene in scenes]
+    scorer = load_scorer(NEAR)
+    assert scorer.score(images, captions)["attributes"].mean() >= 0.97
+    assert scorer.features(images[:3]).shape == (3, 144)
+
+
+def test_the_near_reward_knows_the_right_picture_and_is_not_the_scorer():
+    from afa.training.reward_objectives import make_reward
+
+    scenes = sample_scenes("mixed", 40, 123)
+    pixels = torch.from_numpy(np.stack(list(NEAR.render_all(scenes, 123)))).permute(0, 3, 1, 2).float() / 127.5 - 1
+    captions, reward = [scene.caption for scene in scenes], make_reward("near", torch.device("cpu"))
+    right, wrong = reward(pixels.requires_grad_(), captions), reward(pixels, captions[1:] + captions[:1])
+    assert float(right.mean()) > float(wrong.mean()) + 1
+    right.sum().backward()
+    assert torch.isfinite(pixels.grad).all() and pixels.grad.abs().sum() > 0
