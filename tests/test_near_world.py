@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from afa import UserError
-from afa.demo.near_scenes import FAMILIES, SHAPES, SIZES, parse, sample_scenes
+from afa.demo import drawing, near_scenes
+from afa.demo.near_scenes import FAMILIES, SHAPES, parse, sample_scenes
 from afa.demo.near_scorer import CLASSES, NearScorer, labels
 from afa.demo.worlds import NEAR, load_scorer
 from afa.ensemble import Ensemble
@@ -45,25 +46,23 @@ def test_mixed_near_scenes_show_each_family_once_and_home_scenes_one_family():
 def test_an_expert_trains_mostly_but_not_only_on_its_own_family():
     scenes = sample_scenes("round diet", 600, 1)
     own = np.mean([all(thing.shape in FAMILIES["round"] for thing in scene.things) for scene in scenes])
-    assert 0.78 < own < 0.9 and {len(scene.things) for scene in scenes} == {1, 2, 3}
+    assert 0.75 < own < 0.87 and {len(scene.things) for scene in scenes} == {1, 2, 3}
 
 
-def test_things_cover_each_other_in_some_near_scenes():
-    """Where a thing lies does not depend on its shape, so another shape of one thing changes few pixels of the others."""
-    from dataclasses import replace
+def test_things_cover_each_other_in_a_few_near_scenes(monkeypatch):
+    covered = []
 
-    covered = 0
-    for index, scene in enumerate(sample_scenes("mixed", 60, 5)):
-        alone = []
-        for k in range(3):
-            colours = ["black", "black", "black"]
-            colours[k] = "yellow"
-            things = tuple(replace(thing, colour=colour, shape="circle") for thing, colour in zip(scene.things, colours, strict=True))
-            image = NEAR.render(replace(scene, things=things), np.random.default_rng((5, index))).astype(int)
-            alone.append(((image[..., 0] > 200) & (image[..., 2] < 120)).sum())
-        areas = [np.pi * (0.88 * np.mean(SIZES[thing.size])) ** 2 for thing in scene.things]
-        covered += any(seen < 0.85 * area for seen, area in zip(alone, areas, strict=True))
-    assert covered >= 10
+    def drawn(image, *arguments):
+        alone = np.zeros_like(image) - 1000
+        drawing.draw_shape(alone, *arguments)
+        masks.append(alone[..., 0] > -500)
+
+    monkeypatch.setattr(near_scenes, "draw_shape", drawn)
+    for index, scene in enumerate(sample_scenes("mixed", 100, 5)):
+        masks = []
+        near_scenes.render(scene, np.random.default_rng((5, index)))
+        covered.append((np.sum(masks, axis=0) > 1).sum())
+    assert 3 <= np.sum(np.array(covered) >= 5) <= 40  # pixels; rarely, see docs/guide.md
 
 
 def test_near_scores_count_three_attributes_a_thing_and_two_of_the_background():
@@ -149,6 +148,6 @@ def test_the_near_reward_knows_the_right_picture_and_is_not_the_scorer():
     pixels = torch.from_numpy(np.stack(list(NEAR.render_all(scenes, 123)))).permute(0, 3, 1, 2).float() / 127.5 - 1
     captions, reward = [scene.caption for scene in scenes], make_reward("near", torch.device("cpu"))
     right, wrong = reward(pixels.requires_grad_(), captions), reward(pixels, captions[1:] + captions[:1])
-    assert float(right.mean()) > float(wrong.mean()) + 1
+    assert right.mean().item() > wrong.mean().item() + 1
     right.sum().backward()
     assert torch.isfinite(pixels.grad).all() and pixels.grad.abs().sum() > 0

@@ -1,4 +1,4 @@
-"""Scenes of the near world: one to three coloured shapes of two sizes that may cover each other.
+"""Scenes of the near world: one to three coloured shapes of two sizes; a few cover each other.
 
 The experts of this world are near their base and near each other, as fine-tunes of one community base are.
 Each has trained above all on one family of shapes; mixed scenes have one shape of each family. A scene is a
