@@ -3,8 +3,9 @@
     python benchmarks/screening.py --world far --output build/screening
 
 For every set: screen it on 64 scenes; train AFA and a prediction router as the demonstration does (fewer steps); judge both, every
-expert and the weight average on 96 scenes that neither has seen, each with one noise in every band of timesteps. --pictures lets them draw, too. Prints one row a set, the
-rank correlations over sets with bootstrap intervals, and a fit of the gain on the head-room; --calibrate keeps that fit for `afa screen`.
+expert and the weight average on 96 scenes that neither has seen, each with one noise in every band of timesteps; with --pictures let them
+draw, too. Prints one row a set, the rank correlations over sets with bootstrap intervals, and a fit of the gain on the head-room;
+--calibrate keeps that fit for `afa screen`.
 Experts that the world does not hold are made from those it does, by arithmetic on weights. Interrupted, the same command goes on.
 """
 

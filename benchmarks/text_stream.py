@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from scripts.demo_world.denoisers import CAPTION_DROPOUT, Parts, training_set
 from scripts.demo_world.fit import Schedule, fit
 from scripts.demo_world.parts import token_ids
+from scripts.demo_world.worlds import FAR_PLAN
 
 DOMAINS = ("curves", "angles", "patterns")
 BASE, EXPERT = Schedule(800, 1e-3, batch=32, average=0.995), Schedule(300, 5e-4, batch=32, average=0.995)
@@ -63,7 +64,7 @@ class World:
 
     def scenes(self, domain: str, count: int, seed: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Latents of unit variance (n, 4, 16, 16), and their captions' states."""
-        latents, ids = training_set(domain, count, seed, self.parts, self.work)
+        latents, ids = training_set(FAR_PLAN, domain, count, seed, self.parts, self.work)
         return latents, self._texts(ids)
 
     def loss(

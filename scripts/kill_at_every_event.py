@@ -463,7 +463,7 @@ def warm_up() -> None:
         diffusers.DDIMScheduler,
     )
     _ = transformers.CLIPTextModel, transformers.CLIPTokenizerFast
-    import afa.demo.scenes
+    import afa.demo.draw
     import afa.evaluation.report.files
     import afa.evaluation.run
     import afa.explanation.run
@@ -484,7 +484,7 @@ def make_inputs(inputs: Path) -> None:
     inputs.mkdir(parents=True)
 
     def make() -> int:
-        from afa.demo.scenes import draw
+        from afa.demo.draw import draw
 
         draw(inputs / "data", "mixed", 8, 0)
         captions = [

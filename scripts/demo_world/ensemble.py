@@ -8,8 +8,8 @@ import argparse
 from pathlib import Path
 
 from afa.demo.data import ENSEMBLE, EXPERTS, TRAINING
+from afa.demo.draw import draw
 from afa.demo.run import training
-from afa.demo.scenes import draw
 from afa.demo.settings import DemoSettings
 from afa.ensemble import Ensemble
 from afa.training.run import train
