@@ -49,7 +49,7 @@ def trained(request, images, tmp_path_factory):
     experts = [str(place / name) for name in ("photo", "paint", "draw")]
     for seed, expert in enumerate(experts):
         PIPELINES[request.param](seed).save_pretrained(expert)
-    assert main(["train", "--experts", *experts, "--data", str(images), "--output", str(place / "out"), "--steps", "2", *SMALL]) == 0
+    assert main(["train", "--experts", *experts, "--data", str(images), "--output", str(place / "out"), "--steps", "2", "--aggregator", "sabw", *SMALL]) == 0
     return place
 
 

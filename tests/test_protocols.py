@@ -134,7 +134,7 @@ def test_data_that_do_not_exist_are_named(tmp_path):
 
 
 def test_every_protocol_states_what_it_asked_of_all_methods(coco, tmp_path):
-    data = {"coco2017": coco, "drawbench": drawbench(tmp_path / "drawbench.csv"), "scenes": None}
+    data = {"coco2017": coco, "drawbench": drawbench(tmp_path / "drawbench.csv"), "scenes": None, "near": None}
     for name in PROTOCOLS:
         facts = make_protocol(name, ProtocolOptions(data=data[name])).facts()
         assert {"name", "prompts", "images", "steps", "guidance", "scheduler"} <= facts.keys()
