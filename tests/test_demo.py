@@ -28,7 +28,7 @@ def test_a_caption_says_everything_about_its_scene(domain):
 
 @pytest.mark.parametrize("caption", ["", "a red star", "a red star left of a blue cat on a dotted mint background"])
 def test_other_captions_are_refused(caption):
-    with pytest.raises(ValueError, match="not a caption of the demo world"):
+    with pytest.raises(ValueError, match="not a caption of the far world"):
         parse(caption)
 
 

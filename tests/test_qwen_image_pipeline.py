@@ -253,7 +253,8 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def settings(folders, images, tmp_path):
     small = {"hidden": 8, "heads": 2, "depth": 1, "resolution": 32, "batch_size": 2, "held_out": 2}
-    return TrainSettings(experts=folders, data=str(images), output=str(tmp_path / "out"), steps=4, evaluate_every=2, lr=1e-3, aggregator="sabw", device="cpu", **small)
+    small |= {"aggregator": "sabw", "lr": 1e-3, "device": "cpu"}
+    return TrainSettings(experts=folders, data=str(images), output=str(tmp_path / "out"), steps=4, evaluate_every=2, **small)
 
 
 def test_training_from_a_cache_equals_training_without(settings, tmp_path):

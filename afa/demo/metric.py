@@ -106,8 +106,8 @@ FLOOR = -6.0  # log-probability below which an attribute is no worse
 class SceneReward:
     """The mean log-probability of a caption's attributes, from FLOOR (all absent) to 0 (all certain)."""
 
-    def __init__(self, net: nn.Module, world: World) -> None:
-        self.net, self.world = net.eval().requires_grad_(False), world
+    def __init__(self, net: nn.Module, world: World, name: str) -> None:
+        self.net, self.world, self.name = net.eval().requires_grad_(False), world, name
 
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         """Return rewards (B,) with gradients, for images (B, 3, 64, 64) about [-1, 1].
@@ -118,7 +118,7 @@ class SceneReward:
             truth = self.world.labels([self.world.parse(caption) for caption in captions]).to(images.device)
         except ValueError as error:
             raise UserError(
-                f"the reward judges scenes of the {self.world.name} world only: {error}"
+                f"reward '{self.name}' judges scenes of the {self.world.name} world only: {error}"
             ) from None
         found = [
             answer.log_softmax(1).gather(1, truth[:, k : k + 1])[:, 0]
@@ -131,9 +131,9 @@ class SceneReward:
 
 def load(device: torch.device) -> SceneReward:
     """Load the far world's reward."""
-    return SceneReward(FAR.load_reward().to(device), FAR)
+    return SceneReward(FAR.load_reward().to(device), FAR, "scenes")
 
 
 def load_near(device: torch.device) -> SceneReward:
     """Load the near world's reward."""
-    return SceneReward(NEAR.load_reward().to(device), NEAR)
+    return SceneReward(NEAR.load_reward().to(device), NEAR, "near")

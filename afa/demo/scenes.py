@@ -109,7 +109,7 @@ def parse(caption: str) -> Scene:
         if known and relation in RELATIONS and texture in TEXTURES and ground in GROUNDS:
             return Scene(Thing(shape, colour), Thing(other_shape, other_colour), relation, texture, ground)
     raise ValueError(
-        f"'{caption}' is not a caption of the demo world, such as '{sample_scenes('mixed', 1, 0)[0].caption}'"
+        f"'{caption}' is not a caption of the far world, such as '{sample_scenes('mixed', 1, 0)[0].caption}'"
     )
 
 
