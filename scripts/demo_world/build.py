@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel
 
@@ -87,8 +87,11 @@ def build(plan: WorldPlan, output: Path, work: Path, quick: int = 1) -> None:
 
 
 def embedded_vae() -> AutoencoderKL:
-    """Load the far world's VAE, which all worlds share."""
-    return AutoencoderKL.from_pretrained(FAR.folder("base") / "vae").float().eval().requires_grad_(False)
+    """Load the far world's VAE, which all worlds share; its config does not say where it was loaded from."""
+    folder = FAR.folder("base") / "vae"
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+    vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+    return vae.eval().requires_grad_(False)
 
 
 def _train(
