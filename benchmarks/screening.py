@@ -369,7 +369,7 @@ def main() -> None:
     flags.add_argument("--steps", type=int, default=150, help="training steps (default: 150)")
     flags.add_argument("--seeds", type=int, default=1, help="training seeds a set (default: 1)")
     flags.add_argument(
-        "--calibrate", action="store_true", help="keep the sets for the predictions of `afa screen`"
+        "--calibrate", action="store_true", help="keep the sets for the predictions of `afa screen`, beside those of the other world"
     )
     given = flags.parse_args()
     work, world = given.output, WORLDS[given.world]
@@ -393,11 +393,14 @@ def main() -> None:
     if given.calibrate:
         kept_rows = [
             {key: round(one[key].value, 5) if key not in ("name", "experts") else one[key] for key in KEPT}
+            | {"world": world.name}
             for one in rows
         ]
+        known = json.loads(CALIBRATION.read_text())["sets"]
+        others = [one for one in known if one.get("world", "far") != world.name]
+        command = "python benchmarks/screening.py --calibrate, with --world far and with --world near"
         write_atomically(
-            CALIBRATION,
-            json.dumps({"command": "python benchmarks/screening.py", "sets": kept_rows}, indent=1) + "\n",
+            CALIBRATION, json.dumps({"command": command, "sets": [*others, *kept_rows]}, indent=1) + "\n"
         )
 
 

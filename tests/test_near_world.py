@@ -36,6 +36,12 @@ def test_other_near_captions_are_refused(caption):
         parse(caption)
 
 
+def test_a_domain_that_the_near_world_does_not_have_is_refused():
+    for domain in ("rounds", "diet", "mixed diet"):
+        with pytest.raises(ValueError, match=f"no domain '{domain}'"):
+            sample_scenes(domain, 1, 0)
+
+
 def test_mixed_near_scenes_show_each_family_once_and_home_scenes_one_family():
     for scene in sample_scenes("mixed", 40, 1):
         assert sorted(next(name for name, family in FAMILIES.items() if thing.shape in family) for thing in scene.things) == sorted(FAMILIES)
@@ -141,7 +147,7 @@ def test_the_near_scorer_is_exact_on_unseen_renders():
     assert scorer.features(images[:3]).shape == (3, 144)
 
 
-def test_the_near_reward_knows_the_right_picture_and_is_not_the_scorer():
+def test_the_near_reward_knows_the_right_picture():
     from afa.training.reward_objectives import make_reward
 
     scenes = sample_scenes("mixed", 40, 123)

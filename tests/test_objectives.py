@@ -210,9 +210,7 @@ def red(tmp_path):
     return str(tmp_path / "red.py")
 
 
-@pytest.mark.parametrize("name", CHOICES)
-def test_a_rewarded_run_resumes_to_the_same_bits(name, settings, red, monkeypatch, tmp_path):  # noqa: F811
-    run = replace(settings, reward=red, steps=4, **CHOICES[name])
+def resumes_to_the_same_bits(run, monkeypatch, tmp_path):
     whole = replace(run, output=str(tmp_path / "whole"))
     record = train(whole)
     with monkeypatch.context() as patch:
@@ -222,6 +220,12 @@ def test_a_rewarded_run_resumes_to_the_same_bits(name, settings, red, monkeypatc
     assert train(run)["history"] == record["history"]
     expected = aggregators(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in aggregators(run).items())
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_rewarded_run_resumes_to_the_same_bits(name, settings, red, monkeypatch, tmp_path):  # noqa: F811
+    run = replace(settings, reward=red, steps=4, **CHOICES[name])
+    resumes_to_the_same_bits(run, monkeypatch, tmp_path)
 
 
 def test_a_reward_rises_and_the_diffusion_loss_is_still_told(settings, red):  # noqa: F811

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from test_objective import noising, rows
-from test_objectives import ensemble, gradients, work  # noqa: F401 (fixtures)
-from test_training import aggregators, experts, images, interrupt_after, settings  # noqa: F401 (fixtures)
+from test_objectives import ensemble, gradients, resumes_to_the_same_bits, work  # noqa: F401 (fixtures)
+from test_training import experts, images, settings  # noqa: F401 (fixtures)
 
 from afa import UserError
 from afa.denoiser.hooks import only_expert
@@ -85,16 +85,7 @@ CHOICES = {
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_run_with_them_resumes_to_the_same_bits(name, settings, monkeypatch, tmp_path):  # noqa: F811
-    run = replace(settings, steps=4, **CHOICES[name])
-    whole = replace(run, output=str(tmp_path / "whole"))
-    record = train(whole)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            train(run)
-    assert train(run)["history"] == record["history"]
-    expected = aggregators(whole)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in aggregators(run).items())
+    resumes_to_the_same_bits(replace(settings, steps=4, **CHOICES[name]), monkeypatch, tmp_path)
 
 
 def test_dropout_changes_training_and_no_measurement(settings, tmp_path):  # noqa: F811

@@ -106,6 +106,14 @@ def test_passes_that_are_not_guidances_are_as_ever(aggregator):
         assert torch.equal(*found)
 
 
+def test_without_guidance_two_images_of_one_seed_are_not_taken_for_its_two_predictions(aggregator):
+    """Their latents are the two equal halves that guidance makes."""
+    made = ensemble("sd", aggregator)
+    alike = [CAT, replace(DOG, seed=CAT.seed)]
+    (apart, _), (shared, _) = (drawn(made, share, prompts=alike, guidance=1.0) for share in (False, True))
+    assert np.array_equal(apart, shared)
+
+
 def test_strengths_scale_the_shared_weights(aggregator):
     made = ensemble("sd", aggregator)
     with scale_weights(made.denoiser, {"expert_0": 0.0}):

@@ -16,12 +16,8 @@ from afa.evaluation.protocols import Protocol, ProtocolOptions, Real
 from afa.places import ASSETS
 
 STEPS, GUIDANCE = 20, 3.0
-JUDGED, TRAINING, REAL, TUNING = (
-    500_000,
-    600_000,
-    800_000,
-    810_000,
-)  # seeds; the worlds were built with others
+# Seeds; the worlds were built with others.
+JUDGED, TRAINING, REAL, TUNING = 500_000, 600_000, 800_000, 810_000
 REAL_SCENES, TRAINING_SCENES, TUNING_SCENES = 1_000, 512, 64
 
 

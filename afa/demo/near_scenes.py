@@ -86,8 +86,12 @@ def sample_scenes(domain: str, count: int, seed: int) -> list[NearScene]:
     domain: "mixed": three things, one of each family; a family's name: three things of it; "union": one to
             three things of any families; "single": one thing of any family; "FAMILY diet": what the expert of
             a family trains on
+    Raises ValueError for another domain.
     """
     rng, names = np.random.default_rng(seed), list(FAMILIES)
+    home = domain.removesuffix(" diet")
+    if home not in ("mixed", "union", "single", *names) or (home != domain and home not in names):
+        raise ValueError(f"the near world has no domain '{domain}'")
 
     def one() -> NearScene:
         if domain == "mixed":
@@ -95,7 +99,6 @@ def sample_scenes(domain: str, count: int, seed: int) -> list[NearScene]:
         if domain in FAMILIES:
             return sample([domain] * 3, rng)
         things = 1 if domain == "single" else int(rng.choice(3, p=COUNTS)) + 1
-        home = domain.removesuffix(" diet")
         if home in FAMILIES and rng.random() < OWN:
             return sample([home] * things, rng)
         return sample([str(name) for name in rng.choice(names, things)], rng)

@@ -1,4 +1,4 @@
-"""The scorer: which of a caption's six attributes does an image show?
+"""The far world's scorer: which of a caption's six attributes does an image show?
 
 A small convolutional network predicts the shape and colour at each of four places, the texture and the
 ground. It was trained on degraded renders only, and fixed before any method was compared. An image has six
@@ -65,11 +65,6 @@ def reward_network() -> nn.Sequential:
     )
 
 
-def answers(logits: Tensor) -> tuple[Tensor, ...]:
-    """Split logits by the questions of CLASSES."""
-    return answers_of(logits, CLASSES)
-
-
 def answers_of(logits: Tensor, classes: Mapping[str, Sequence[str]]) -> tuple[Tensor, ...]:
     """Split logits (B, all answers) by the questions of some classes."""
     return logits.split([len(options) for options in classes.values()], 1)
@@ -97,7 +92,7 @@ class AttributeScorer:
         ground are 0 or 1, and all is 1 if all six are right.
         """
         truth = labels([parse(caption) for caption in captions])
-        logits = answers(run_batches(images, self.net))
+        logits = answers_of(run_batches(images, self.net), CLASSES)
         right = torch.stack([answer.argmax(1) == truth[:, k] for k, answer in enumerate(logits)], 1).double()
         asked = truth[:, :8] > 0  # two shapes and two colours a picture
         parts = {

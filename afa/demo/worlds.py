@@ -18,14 +18,6 @@ from afa.demo import near_scenes, near_scorer, scenes, scorer
 from afa.places import ASSETS
 
 
-class CaptionedScene(Protocol):
-    """A scene of either world."""
-
-    @property
-    def caption(self) -> str:
-        """Return its caption, from which it can be parsed."""
-
-
 class SceneScorer(Protocol):
     """What judges images of a world."""
 
@@ -81,16 +73,17 @@ class World:
 
     def load_reward(self) -> nn.Module:
         """Load the network of the shipped reward."""
-        return _loaded(self.reward_network(), self.file("reward"))
+        return load_network(self.reward_network(), self.file("reward"))
 
 
 @lru_cache(maxsize=2)
 def load_scorer(world: World) -> SceneScorer:
     """Load the shipped scorer of a world."""
-    return world.scorer(_loaded(world.network(), world.file("scorer")))
+    return world.scorer(load_network(world.network(), world.file("scorer")))
 
 
-def _loaded(net: nn.Module, file: Path) -> nn.Module:
+def load_network(net: nn.Module, file: Path) -> nn.Module:
+    """Fill a network from a file of whatever precision, and freeze it."""
     from safetensors.torch import load_file
 
     net.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})

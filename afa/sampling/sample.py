@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
+from afa.denoiser.guidance import SharedGuidance
 from afa.denoiser.schedule import FLOW, kind_of
 from afa.ensemble import Ensemble
 from afa.errors import UserError, unknown
@@ -82,7 +83,7 @@ def sample(
     interface, config = interface_of(pipeline)
     _check_sides(sampling, pipeline.vae_scale_factor * interface.patch)
     _check_steps(sampling, pipeline.scheduler)
-    with _step_callback(on_step) as callback:
+    with _step_callback(on_step) as callback, _shared_where_guided(pipeline, sampling):
         result = pipeline(
             [request.prompt for request in requests],
             **interface.pipeline_guidance(
@@ -97,6 +98,25 @@ def sample(
         )
     images: NDArray[np.uint8] = (result.images * 255).round().astype(np.uint8)
     return images
+
+
+@contextmanager
+def _shared_where_guided(pipeline: Any, sampling: Sampling) -> Iterator[None]:
+    """Without guidance, do not let a denoiser take two images of one seed for its two predictions."""
+    sharing = [
+        part
+        for part in pipeline.components.values()
+        if isinstance(part, SharedGuidance)
+        and part.share_guidance_weights
+        and (strength(pipeline, sampling) or 0) <= 1
+    ]
+    for denoiser in sharing:
+        denoiser.share_guidance_weights = False
+    try:
+        yield
+    finally:
+        for denoiser in sharing:
+            denoiser.share_guidance_weights = True
 
 
 @contextmanager

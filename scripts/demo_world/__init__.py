@@ -1,1 +1,1 @@
-"""Make the embedded world from nothing: scorer, text encoder, autoencoder, base and experts."""
+"""Make the embedded worlds: scorers, rewards, text encoders, autoencoder, bases and experts."""

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 
-from afa.demo.worlds import WORLDS, SceneScorer, World
+from afa.demo.worlds import WORLDS, SceneScorer, World, load_network
 from afa.ensemble import Ensemble
 from afa.merging.memory import InMemoryMerge
 from afa.places import ASSETS
@@ -58,13 +57,7 @@ class Gate:
 
     def __init__(self, world: World, folder: Path, count: int) -> None:
         self.world, self.folder, self.count = world, folder, count
-        net = world.network()
-        net.load_state_dict(
-            {
-                name: tensor.float()
-                for name, tensor in load_file(self.place("scorer").with_suffix(".safetensors")).items()
-            }
-        )
+        net = load_network(world.network(), self.place("scorer").with_suffix(".safetensors"))
         self.scorer: SceneScorer = world.scorer(net)
 
     def place(self, name: str) -> Path:
