@@ -5,13 +5,14 @@
 
 A variant is a name and options of `afa train`, with _ for -; all train on the same images. Beside them stand the experts, the weight
 average, the noise average, the untrained mean and MagicFusion. All draw the same scenes from the same noise at every guidance. Prints, for
-each guidance, attribute accuracy, its difference to the weight average paired by scene, and the Fréchet distance; and the held-out loss.
+each guidance, attribute accuracy (and on near the probability of the attributes), their differences to the weight average paired by scene,
+and the Fréchet distance; and the held-out loss.
 These scenes choose options, so they prove nothing: `afa evaluate` judges others. Interrupted, the same command goes on.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -49,6 +50,7 @@ class Bench:
         self.world, self.work, self.images = world, work, images
         self.captions = [scene.caption for scene in world.sample("mixed", scenes, SEED)]
         self.scorer = load_scorer(world)
+        self.scores = [score for score in ("attributes", "probability") if score in world.scores]
         self.frechet = Frechet(world, "frechet")
         real = np.stack(list(world.render_all(world.sample("mixed", REAL_SCENES, REAL), REAL)))
         self.reference = self.frechet.prepare(self.scorer.features(real))
@@ -93,11 +95,16 @@ class Bench:
         return mark, Ensemble.load(folder)
 
 
-def pipeline_of(ensemble: Ensemble) -> Sampler:
-    """Return a sampler of an ensemble's stock pipeline."""
+def pipeline_of(ensemble: Ensemble, shared: bool = False) -> Sampler:
+    """Return a sampler of an ensemble's stock pipeline. shared: one set of weights for both passes of guidance."""
     pipeline = ensemble.pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    return lambda requests, sampling: sample(pipeline, requests, sampling)
+
+    def draw_all(requests: Sequence[Request], sampling: Sampling) -> NDArray[np.uint8]:
+        ensemble.denoiser.share_guidance_weights = shared
+        return sample(pipeline, requests, sampling)
+
+    return draw_all
 
 
 def options_of(text: str) -> tuple[str, dict[str, Any]]:
@@ -119,17 +126,20 @@ def table(bench: Bench, methods: dict[str, Callable[[], Sampler]], guidance: flo
     """Return the table of one guidance, as Markdown."""
     lines = [
         f"\nguidance {guidance:g}, n = {len(bench.captions)} scenes\n",
-        "| method | attributes | minus weight average | Fréchet | held-out loss |",
-        "|---|---|---|---|---|",
+        f"| method | {' | '.join(f'{score} | minus weight average' for score in bench.scores)} | Fréchet | held-out loss |",
+        f"|---{'|---|---' * len(bench.scores)}|---|---|",
     ]
-    base: NDArray[np.float64] | None = None
+    base: dict[str, NDArray[np.float64]] = {}
     for name, make in methods.items():
         images = bench.drawn(name, make, guidance)
-        right = bench.scorer.score(images, bench.captions)["attributes"]
-        base = right if base is None else base
+        found = bench.scorer.score(images, bench.captions)
+        cells = [name]
+        for score in bench.scores:
+            lead = str(difference(found[score], base[score])) if base else ""
+            cells += [str(estimate(found[score])), lead]
+        base = base or found
         distance = bench.frechet.value(bench.scorer.features(images), bench.reference)
-        lead = "" if right is base else str(difference(right, base))
-        lines.append(f"| {name} | {estimate(right)} | {lead} | {distance:.1f} | {losses.get(name, '')} |")
+        lines.append(f"| {' | '.join(cells)} | {distance:.1f} | {losses.get(name, '')} |")
     return "\n".join(lines)
 
 
@@ -145,6 +155,7 @@ def main() -> None:
     flags.add_argument("--guidance", type=float, nargs="+", default=[3.0])
     flags.add_argument("--scenes", type=int, default=160, help="scenes that all draw (default: 160)")
     flags.add_argument("--images", type=int, default=512, help="training images (default: 512)")
+    flags.add_argument("--shared", action="store_true", help="draw each also with --shared-guidance-weights")
     given = flags.parse_args()
     bench = Bench(WORLDS[given.world], given.output / given.world, given.scenes, given.images)
     methods, losses = bench.untrained(), {}
@@ -152,6 +163,8 @@ def main() -> None:
         name, options = options_of(text)
         mark, ensemble = bench.trained(name, options)
         methods[mark] = lambda ensemble=ensemble: pipeline_of(ensemble)
+        if given.shared:
+            methods[f"{mark} shared"] = lambda ensemble=ensemble: pipeline_of(ensemble, shared=True)
         held_out = (ensemble.training or {}).get("held_out_loss", {}).get("trained", {})
         losses[mark] = f"{held_out.get('value', float('nan')):.5f}"
     report = "\n".join(table(bench, methods, guidance, losses) for guidance in given.guidance)

@@ -142,8 +142,9 @@ def test_demo_ends_with_a_table_and_a_page_that_needs_nothing(tmp_path, capsys):
 
 
 def test_captions_of_another_world_are_one_sentence():
-    from afa.demo.metric import Attributes
+    from afa.demo.metric import make
     from afa.metrics.base import Picture
+    from afa.metrics.registry import Resources
 
     with pytest.raises(UserError, match="metric 'attributes' judges scenes of the far world only: 'a cat' is not a caption"):
-        Attributes(FAR, "attributes").score([Picture(np.zeros((64, 64, 3), np.uint8), "a cat", 0)])
+        make(Resources(None, torch.device("cpu"))).score([Picture(np.zeros((64, 64, 3), np.uint8), "a cat", 0)])

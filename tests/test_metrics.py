@@ -22,7 +22,7 @@ from afa.metrics.weights import Part, find
 
 FILE = Part("a test's weights", "weights.pth", url="https://example.org/weights.pth", sha256=("00ff",), also=("other.pth",))
 FOLDER = Part("a test's model", "tiny-clip", hub="nobody/tiny-clip", folder=True)
-OWN = ["attributes", "frechet", "near_attributes", "near_frechet"]  # their weights are shipped
+OWN = ["attributes", "frechet", "near_attributes", "near_frechet", "near_probability"]  # their weights are shipped
 ON_NO_HUB = ["fid", "kid", "inception_score", "lpips"]
 
 

@@ -1,6 +1,7 @@
 """Laws of the near world's scenes and of what judges them."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -72,20 +73,25 @@ def test_things_cover_each_other_in_a_few_near_scenes(monkeypatch):
 
 
 def test_near_scores_count_three_attributes_a_thing_and_two_of_the_background():
-    """A network that always names one scene, wherever it lies."""
+    """A network that always names one scene, wherever it lies, and gives each of its answers .8."""
     scene = sample_scenes("mixed", 1, 5)[0]
     truth, start = labels([scene])[0], 0
 
     class Sure(torch.nn.Module):
         def forward(self, images):
-            return torch.nn.functional.one_hot(torch.tensor(columns), width).sum(0).float().expand(len(images), -1)
+            sure = torch.repeat_interleave(torch.tensor([math.log(4 * (len(options) - 1)) for options in CLASSES.values()]), sizes)
+            named = torch.nn.functional.one_hot(torch.tensor(columns), len(sure)).sum(0)
+            return (sure * named).expand(len(images), -1)
 
-    columns, width = [], sum(map(len, CLASSES.values()))
+    columns, sizes = [], torch.tensor([len(options) for options in CLASSES.values()])
     for right, options in zip(truth.tolist(), CLASSES.values(), strict=True):
         columns.append(start + right)
         start += len(options)
     scorer, image = NearScorer(Sure()), np.zeros((1, 64, 64, 3), np.uint8)
-    assert {name: float(value[0]) for name, value in scorer.score(image, [scene.caption]).items()} == dict.fromkeys(NEAR.scores, 1.0)
+    scores = {name: float(value[0]) for name, value in scorer.score(image, [scene.caption]).items()}
+    colour = 1 - 0.2 / len(SHAPES)  # that anything has it
+    assert scores.pop("probability") == pytest.approx((3 * (0.8 + 0.8 + colour) + 2 * 0.8) / 11, abs=1e-6)
+    assert scores == dict.fromkeys(NEAR.scores[:-1], 1.0)
     thing = scene.things[0]
     other = scene.caption.replace(thing.shape, next(shape for shape in SHAPES if shape not in scene.caption))
     scores = {name: float(value[0]) for name, value in scorer.score(image, [other]).items()}
@@ -96,16 +102,17 @@ def test_near_scores_count_three_attributes_a_thing_and_two_of_the_background():
 
 
 def test_the_near_protocol_judges_its_own_scenes_only():
-    from afa.demo.metric import Attributes
+    from afa.demo.metric import make_near
     from afa.evaluation.protocols import ProtocolOptions, make_protocol
     from afa.metrics.base import Picture
+    from afa.metrics.registry import Resources
 
     protocol = make_protocol("near", ProtocolOptions())
     captions = {item.caption for item in protocol.items}
-    assert len(protocol.items) == 320 and protocol.metrics == ("near_attributes", "near_frechet") and protocol.reward == "near"
+    assert len(protocol.items) == 320 and protocol.metrics == ("near_probability", "near_attributes", "near_frechet") and protocol.reward == "near"
     assert all(len(parse(caption).things) == 3 for caption in captions) and not captions & set(protocol.tuning)
     with pytest.raises(UserError, match="metric 'near_attributes' judges scenes of the near world only: 'a red star"):
-        Attributes(NEAR, "near_attributes").score([Picture(np.zeros((64, 64, 3), np.uint8), "a red star", 0)])
+        make_near(Resources(None, torch.device("cpu"))).score([Picture(np.zeros((64, 64, 3), np.uint8), "a red star", 0)])
 
 
 def test_near_scenes_are_a_source_of_training_images(tmp_path):

@@ -30,8 +30,12 @@ def protocol(request: ProtocolOptions) -> Protocol:
 
 
 def near_protocol(request: ProtocolOptions) -> Protocol:
-    """Make the protocol of 320 mixed scenes of the near world; else as the far world's."""
-    return _protocol("near", NEAR, 320, ("near_attributes", "near_frechet"), request)
+    """Make the protocol of 320 mixed scenes of the near world; else as the far world's.
+
+    Methods are a few thousandths apart there. The probability of the attributes leads, because it tells them
+    apart with fewer images than their accuracy does.
+    """
+    return _protocol("near", NEAR, 320, ("near_probability", "near_attributes", "near_frechet"), request)
 
 
 def _protocol(

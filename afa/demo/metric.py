@@ -5,7 +5,7 @@ it is another network, trained with another seed on other scenes with other degr
 blurs). So the scorer can judge what training has made of this reward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,10 @@ from afa.metrics.frechet import FrechetDistance
 from afa.metrics.registry import Resources
 
 
-class Attributes(ImageMetric):
-    """The share of a caption's attributes that an image shows, and its parts; see afa.demo.scorer.
+class SceneScores(ImageMetric):
+    """What a world's scorer says of an image and its caption; see afa.demo.scorer.
 
-    name: of the main score
+    scores: name of a value -> the scorer's name of it; the first leads
     """
 
     source = (
@@ -33,9 +33,9 @@ class Attributes(ImageMetric):
         "compared"
     )
 
-    def __init__(self, world: World, name: str) -> None:
-        self.world = world
-        self.names = (name, *world.scores[1:])
+    def __init__(self, world: World, scores: Mapping[str, str]) -> None:
+        self.world, self.scores = world, scores
+        self.names = tuple(scores)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Attributes(ImageMetric):
             raise UserError(
                 f"metric '{self.names[0]}' judges scenes of the {self.world.name} world only: {error}"
             ) from None
-        return {name: found[part] for name, part in zip(self.names, self.world.scores, strict=True)}
+        return {name: found[part] for name, part in self.scores.items()}
 
 
 class Frechet(FrechetDistance):
@@ -73,12 +73,24 @@ class Frechet(FrechetDistance):
 
 def make(resources: Resources) -> ImageMetric:
     """Make attribute accuracy of the far world. Raises UserError for weights: its own are shipped."""
-    return Attributes(FAR, _without_weights("attributes", resources))
+    return _attributes(FAR, "attributes", resources)
 
 
 def make_near(resources: Resources) -> ImageMetric:
     """Make attribute accuracy of the near world, as `make` does."""
-    return Attributes(NEAR, _without_weights("near_attributes", resources))
+    return _attributes(NEAR, "near_attributes", resources)
+
+
+def make_near_probability(resources: Resources) -> ImageMetric:
+    """Make the probability of attributes of the near world, as `make` does."""
+    return SceneScores(NEAR, {_without_weights("near_probability", resources): "probability"})
+
+
+def _attributes(world: World, name: str, resources: Resources) -> ImageMetric:
+    parts = [score for score in world.scores[1:] if score != "probability"]
+    return SceneScores(
+        world, {_without_weights(name, resources): "attributes"} | {part: part for part in parts}
+    )
 
 
 def frechet(resources: Resources) -> SetMetric:

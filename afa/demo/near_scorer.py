@@ -14,7 +14,7 @@ from afa.demo.drawing import COLOURS, GROUNDS, TEXTURES
 from afa.demo.near_scenes import SHAPES, SIZES, NearScene, parse
 from afa.demo.scorer import answers_of, run_batches
 
-SCORES = ("attributes", "shapes", "sizes", "colours", "texture", "ground", "all")
+SCORES = ("attributes", "shapes", "sizes", "colours", "texture", "ground", "all", "probability")
 CLASSES: dict[str, tuple[str, ...]] = {  # what the network names -> its possible answers
     **{f"shape of {colour}": ("none", *SHAPES) for colour in COLOURS},
     **{f"size of {colour}": ("none", *SIZES) for colour in COLOURS},
@@ -71,32 +71,50 @@ class NearScorer:
         captions: n
         shapes, sizes and colours are the shares of the caption's things that are right (a colour is right if
         anything has it), texture and ground are 0 or 1. attributes is the share of all attributes that are
-        right, three a thing and two for the background, and all is 1 if all are right.
+        right, three a thing and two for the background, and all is 1 if all are right. probability is the
+        mean probability of the same attributes: the network's certainty counts, not only its answer.
         """
         truth = labels([parse(caption) for caption in captions])
-        found = torch.stack(
-            [answer.argmax(1) for answer in answers_of(run_batches(images, self.net), CLASSES)], 1
-        )
-        right, asked = (found == truth).double(), (truth[:, :N] > 0).double()
-        things = asked.sum(1)
-        parts = {
-            "shapes": (right[:, :N] * asked).sum(1) / things,
-            "sizes": (right[:, N : 2 * N] * asked).sum(1) / things,
-            "colours": ((found[:, :N] > 0) * asked).sum(1) / things,
-            "texture": right[:, -2],
-            "ground": right[:, -1],
-        }
-        counted = (parts["shapes"] + parts["sizes"] + parts["colours"]) * things
-        share = (counted + parts["texture"] + parts["ground"]) / (3 * things + 2)
-        return {
-            name: value.numpy()
-            for name, value in {"attributes": share, **parts, "all": (share > 0.999).double()}.items()
-        }
+        answers = answers_of(run_batches(images, self.net), CLASSES)
+        likely = [answer.double().softmax(1) for answer in answers]
+        chance = [each.gather(1, column[:, None])[:, 0] for each, column in zip(likely, truth.T, strict=True)]
+        found = torch.stack([answer.argmax(1) for answer in answers], 1)
+        asked = (truth[:, :N] > 0).double()
+        parts = _parts((found == truth).double(), (found[:, :N] > 0).double(), asked)
+        somewhere = torch.stack([1 - each[:, 0] for each in likely[:N]], 1)  # that a thing has the colour
+        share = _share(parts, asked)
+        values = {"attributes": share, **parts, "all": (share > 0.999).double()}
+        values["probability"] = _share(_parts(torch.stack(chance, 1), somewhere, asked), asked)
+        return {name: value.numpy() for name, value in values.items()}
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return features (n, 144), for a Fréchet distance between sets of images."""
         features: NDArray[np.float32] = run_batches(images, self.net.features).numpy()
         return features
+
+
+def _parts(right: Tensor, seen: Tensor, asked: Tensor) -> dict[str, Tensor]:
+    """Return the shares of what is right, each (n,).
+
+    right: (n, 18) of each question
+    seen:  (n, N) whether a thing has a colour
+    asked: (n, N) 1 for the colours that the caption names
+    """
+    things = asked.sum(1)
+    return {
+        "shapes": (right[:, :N] * asked).sum(1) / things,
+        "sizes": (right[:, N : 2 * N] * asked).sum(1) / things,
+        "colours": (seen * asked).sum(1) / things,
+        "texture": right[:, -2],
+        "ground": right[:, -1],
+    }
+
+
+def _share(parts: dict[str, Tensor], asked: Tensor) -> Tensor:
+    """Return the share of all attributes, three a thing and two for the background: (n,)."""
+    things = asked.sum(1)
+    of_things = (parts["shapes"] + parts["sizes"] + parts["colours"]) * things
+    return (of_things + parts["texture"] + parts["ground"]) / (3 * things + 2)
 
 
 def network() -> SceneNetwork:

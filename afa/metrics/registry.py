@@ -30,6 +30,10 @@ METRICS = {
         "afa.demo.metric:make_near",
         "Attribute accuracy: the share of a scene's 5 to 11 attributes that the near world's scorer finds.",
     ),
+    "near_probability": MetricEntry(
+        "afa.demo.metric:make_near_probability",
+        "The mean probability that the near world's scorer gives to the same attributes.",
+    ),
     "frechet": MetricEntry(
         "afa.demo.metric:frechet",
         "Fréchet distance to real scenes, on features of the far world's scorer.",
