@@ -193,19 +193,19 @@ def weight_average(sources: list[str]) -> Ensemble:
 
 
 def draws(world: World, ensemble: Ensemble, count: int) -> list[float]:
-    """Attribute accuracy of each of `count` mixed scenes, drawn in 20 steps with guidance 3."""
+    """The scorer's leading score of each of `count` mixed scenes, drawn in 20 steps with guidance 3."""
     pipeline = ensemble.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     captions = [scene.caption for scene in world.sample("mixed", count, scenes.JUDGED + 50_000)]
     asked = [Request(caption, seed) for seed, caption in enumerate(captions)]
     images = np.concatenate(list(sample_all(pipeline, asked, SAMPLING, batch_size=32)))
-    return load_scorer(world).score(images, captions)["attributes"].tolist()
+    return load_scorer(world).score(images, captions)[world.scores[0]].tolist()
 
 
 def pictured(
     world: World, experts: list[str], places: dict[str, Path], work: Path, folder: Path, count: int
 ) -> dict[str, Any]:
-    """Attribute accuracy (count,) of AFA, the weight average and every expert."""
+    """The scorer's leading score (count,) of AFA, the weight average and every expert."""
 
     def alone(expert: str) -> list[float]:
         return draws(world, Ensemble.from_experts([str(places[expert])], aggregator="mean"), count)

@@ -87,7 +87,7 @@ def make_near_probability(resources: Resources) -> ImageMetric:
 
 
 def _attributes(world: World, name: str, resources: Resources) -> ImageMetric:
-    parts = [score for score in world.scores[1:] if score != "probability"]
+    parts = [score for score in world.scores if score not in ("attributes", "probability")]
     return SceneScores(
         world, {_without_weights(name, resources): "attributes"} | {part: part for part in parts}
     )

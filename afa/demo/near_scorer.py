@@ -14,7 +14,7 @@ from afa.demo.drawing import COLOURS, GROUNDS, TEXTURES
 from afa.demo.near_scenes import SHAPES, SIZES, NearScene, parse
 from afa.demo.scorer import answers_of, run_batches
 
-SCORES = ("attributes", "shapes", "sizes", "colours", "texture", "ground", "all", "probability")
+SCORES = ("probability", "attributes", "shapes", "sizes", "colours", "texture", "ground", "all")
 CLASSES: dict[str, tuple[str, ...]] = {  # what the network names -> its possible answers
     **{f"shape of {colour}": ("none", *SHAPES) for colour in COLOURS},
     **{f"size of {colour}": ("none", *SIZES) for colour in COLOURS},
