@@ -50,7 +50,7 @@ NOISED, POOR = (
 NEAR = 0.002  # as much as rounding might do
 SIDE = 64  # pixels
 SAMPLING = Sampling(steps=20, guidance=3.0)
-KEPT = ("name", "experts", "head_room", "afa", "router")
+KEPT = ("head_room", "afa", "router", "average")
 
 Recipes = dict[str, tuple[dict[str, float], float]]  # expert -> shares of others, and noise on the weights
 FAR_MADE: Recipes = {
@@ -73,7 +73,6 @@ NEAR_MADE: Recipes = {
     "round-half": ({"round": 0.5, "base": 0.5}, 0.0),
     "sharp-half": ({"sharp": 0.5, "base": 0.5}, 0.0),
     "signs-half": ({"signs": 0.5, "base": 0.5}, 0.0),
-    "round-sharp": ({"round": 0.5, "sharp": 0.5}, 0.0),
     "round-beyond": ({"round": 2.0, "base": -1.0}, 0.0),
     "sharp-beyond": ({"sharp": 2.0, "base": -1.0}, 0.0),
     "signs-beyond": ({"signs": 2.0, "base": -1.0}, 0.0),
@@ -85,11 +84,8 @@ NEAR_SETS = {
     "sharp and signs": ["sharp", "signs"],
     "a duplicate": ["round", "round-copy"],
     "an expert and its base": ["round", "base"],
-    "three near ones and their base": ["round", "sharp", "signs", "base"],
     "a noised copy": ["round", "round-noised"],
     "three half-way": ["round-half", "sharp-half", "signs-half"],
-    "half-way copies": ["round", "round-half"],
-    "one and a merge of two": ["signs", "round-sharp"],
     "three twice as far from the base": ["round-beyond", "sharp-beyond", "signs-beyond"],
 }
 FAR_SETS = {
@@ -349,11 +345,17 @@ def report(rows: list[dict[str, Any]]) -> str:
             lines.append(
                 f"rank correlation of {one} with the gain of {other}: {correlation(rows, one, other)}, n = {len(rows)} sets"
             )
-    for method in ("afa", "router"):
-        fit = Fit.of([one["head_room"].value for one in rows], [one[method].value for one in rows])
-        lines.append(
-            f"gain of {method} = {fit.slope:.3f} · head-room, within {fit.spread:.3f} for 95 % of the sets when forecast by the others"
-        )
+    for helps in (False, True):
+        alike = [one for one in rows if (one["average"].low > 0) == helps]
+        for method in ("afa", "router"):
+            taken = [one["average"].value if helps else 0.0 for one in alike]
+            room, gains = ([one[key].value - part for one, part in zip(alike, taken, strict=True)] for key in ("head_room", method))
+            if len(alike) > 1:
+                fit, beyond = Fit.of(room, gains), " beyond the weight average" if helps else ""
+                lines.append(
+                    f"{len(alike)} sets whose average {'helps' if helps else 'does not help'}: gain of {method}{beyond} = {fit.slope:.3f} · head-room"
+                    f"{beyond}, within {fit.spread:.3f} for 95 % of the sets when forecast by the others"
+                )
     return "\n".join(lines)
 
 
@@ -392,12 +394,13 @@ def main() -> None:
     print(report(rows))
     if given.calibrate:
         kept_rows = [
-            {key: round(one[key].value, 5) if key not in ("name", "experts") else one[key] for key in KEPT}
-            | {"world": world.name}
+            {"world": world.name, "name": one["name"], "experts": one["experts"]}
+            | {key: round(one[key].value, 5) for key in KEPT}
+            | {"averaging_helps": one["average"].low > 0}
             for one in rows
         ]
         known = json.loads(CALIBRATION.read_text())["sets"]
-        others = [one for one in known if one.get("world", "far") != world.name]
+        others = [one for one in known if one["world"] != world.name]
         command = "python benchmarks/screening.py --calibrate, with --world far and with --world near"
         write_atomically(
             CALIBRATION, json.dumps({"command": command, "sets": [*others, *kept_rows]}, indent=1) + "\n"

@@ -1,5 +1,6 @@
 """The table of metrics, their weights and their pixels: what is missing is said early, in one sentence."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from afa.metrics.base import ImageMetric, Memo
 from afa.metrics.frechet import FrechetDistance
 from afa.metrics.frechet import make_fd_dinov2 as make_dino
 from afa.metrics.pixels import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, crop, pad, stretch, to_tensor
-from afa.metrics.registry import METRICS, make_metric
+from afa.metrics.registry import METRICS, Resources, make_metric
 from afa.metrics.weights import Part, find
 
 FILE = Part("a test's weights", "weights.pth", url="https://example.org/weights.pth", sha256=("00ff",), also=("other.pth",))
@@ -34,6 +35,12 @@ def no_caches(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_no_two_metrics_share_what_is_kept_of_them():
+    """Scores on disk are known by the metric's class and identity."""
+    made = [make_metric(name, Resources(None, torch.device("cpu"))) for name in OWN]
+    assert len({json.dumps([type(one).__qualname__, one.identity], sort_keys=True) for one in made}) == len(OWN)
 
 
 def test_the_table_is_read_without_torch():

@@ -39,7 +39,7 @@ class SceneScores(ImageMetric):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"scorer": sha256(self.world.file("scorer"))}
+        return {"scorer": sha256(self.world.file("scorer")), "scores": self.scores}
 
     def score(self, pictures: Sequence[Picture]) -> dict[str, Values]:
         images = np.stack([picture.image for picture in pictures])

@@ -10,7 +10,7 @@ from afa.screening.comparison import ExpertComparison
 from afa.screening.distances import SAME, Distances, stage_pairs
 from afa.screening.plan import ScreenPlan
 from afa.screening.predict import AnswerStore
-from afa.screening.verdict import UNKNOWN, WORTH, Evidence, Forecast, Verdict, fits, judge, over
+from afa.screening.verdict import UNKNOWN, WORTH, Evidence, Forecast, Verdict, forecast, judge, over
 from afa.stats import Estimate, difference, estimate
 from afa.version import __version__
 
@@ -69,7 +69,7 @@ def _judged(
     if not isinstance(average, str):
         averaged = comparison.gains(ExpertComparison(("average",), [average]).losses[0])
     average_gain = None if averaged is None else averaged[0]
-    afa, router = (fits()[method](room.value) for method in ("afa", "router"))
+    afa, router = (forecast(method, room.value, average_gain) for method in ("afa", "router"))
     over_average = None if average_gain is None else asdict(over(afa, average_gain.value))
     evidence = _evidence(comparison, apart, lost, room, afa, average_gain)
     return {

@@ -24,14 +24,20 @@ LEVEL = 0.95
 class CalibrationSet(TypedDict):
     """One set of experts in calibration.json.
 
-    head_room: measured by a screening, as a share of the best expert's loss
-    afa:       measured gain of trained AFA over the best expert, as a share of its loss
-    router:    measured gain of a trained router
+    world:           far or near
+    head_room:       measured by a screening, as a share of the best expert's loss
+    afa:             measured gain of trained AFA over the best expert, as a share of its loss
+    router:          measured gain of a trained router
+    average:         measured gain of the weight average
+    averaging_helps: whether the interval of that is above 0
     """
 
+    world: str
     head_room: float
     afa: float
     router: float
+    average: float
+    averaging_helps: bool
 
 
 class Calibration(TypedDict):
@@ -86,14 +92,35 @@ def _slope(x: np.ndarray, y: np.ndarray) -> float:
 
 
 @functools.cache
-def fits() -> dict[str, Fit]:
-    """Return the fits to calibration.json by method: afa, router."""
-    points = build(Calibration, read_json(CALIBRATION), CALIBRATION)["sets"]
-    room = [point["head_room"] for point in points]
+def fits(averaging_helps: bool) -> dict[str, Fit]:
+    """Return the fits to calibration.json by method: afa, router.
+
+    averaging_helps: for sets whose weight average is better than their best expert; there the gain beyond
+                     the average is fitted to the head-room beyond it, for other sets gain to head-room
+    """
+    sets = build(Calibration, read_json(CALIBRATION), CALIBRATION)["sets"]
+    alike = [one for one in sets if one["averaging_helps"] == averaging_helps]
+    taken = [one["average"] if averaging_helps else 0.0 for one in alike]
+    room = [one["head_room"] - part for one, part in zip(alike, taken, strict=True)]
     return {
-        "afa": Fit.of(room, [point["afa"] for point in points]),
-        "router": Fit.of(room, [point["router"] for point in points]),
+        "afa": Fit.of(room, [one["afa"] - part for one, part in zip(alike, taken, strict=True)]),
+        "router": Fit.of(room, [one["router"] - part for one, part in zip(alike, taken, strict=True)]),
     }
+
+
+def forecast(method: str, room: float, average: Estimate | None) -> Forecast:
+    """Predict what a method, afa or router, gains over the best expert by training.
+
+    room:    head-room, as a share of the best expert's loss
+    average: measured gain of the weight average; None: not known
+    What experts do differently at random, an average takes, too. So where averaging helps, head-room is
+    hardly learnable beyond it.
+    """
+    if average is None or average.low <= 0:
+        return fits(False)[method](room)
+    beyond = fits(True)[method](room - average.value)
+    value, low, high = (part + average.value for part in (beyond.value, beyond.low, beyond.high))
+    return Forecast(value, low, high, beyond.sets)
 
 
 def over(gain: Forecast, other: float) -> Forecast:
@@ -189,8 +216,10 @@ def judge(evidence: Evidence) -> Verdict:
             and evidence.average.low > 0
             and evidence.average.value >= evidence.afa.value - WORTH
         ):
-            much = f"as much as AFA is expected to ({spread(evidence.afa)}), at the price of one model"
-            reasons.append(f"The weight average lowers it by {share(evidence.average)}, {much}.")
+            reasons.append(
+                f"The weight average lowers it by {share(evidence.average)}, at the price of one model; "
+                f"AFA is expected to lower it by {spread(evidence.afa)}."
+            )
             return Verdict(MERGE, tuple(kept), dropped, tuple(reasons))
         how = "lowers it by" if evidence.average.value >= 0 else "raises it by"
         reasons.append(
@@ -244,7 +273,7 @@ def share(estimate: Estimate, signed: bool = False, absolute: bool = False) -> s
 def spread(gain: Forecast) -> str:
     """Format a forecast with its interval and the number of sets it rests on."""
     shown = [number(100 * part, 0) for part in (gain.value, gain.low, gain.high)]
-    return f"{shown[0]} % [{shown[1]}, {shown[2]}] (from {gain.sets} expert sets of the embedded world)"
+    return f"{shown[0]} % [{shown[1]}, {shown[2]}] (from {gain.sets} such sets of the embedded worlds)"
 
 
 def joined(names: Sequence[str]) -> str:
