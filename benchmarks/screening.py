@@ -38,7 +38,7 @@ from afa.screening.plan import encoded
 from afa.screening.predict import ExpertPredictor, SharedParts, load_shared_parts
 from afa.screening.run import AnswerCollector
 from afa.screening.settings import ScreenSettings
-from afa.screening.verdict import CALIBRATION, Fit
+from afa.screening.verdict import CALIBRATION, CalibrationSet, fit
 from afa.stats import Estimate, difference, gain
 from afa.training.noise import Noising
 
@@ -209,11 +209,11 @@ def pictured(
     sources = [str(places[expert]) for expert in experts]
     makers = {"afa": lambda: Ensemble.load(folder / "afa"), "average": lambda: weight_average(sources)}
     found = {
-        name: kept(folder / f"drawn-{name}-{count}.json", lambda make=make: draws(world, make(), count))
+        name: kept(folder / f"drawn-{name}-{world.scores[0]}-{count}.json", lambda make=make: draws(world, make(), count))
         for name, make in makers.items()
     }
     found["experts"] = {
-        expert: kept(work / "drawn" / f"{expert}-{count}.json", functools.partial(alone, expert))
+        expert: kept(work / "drawn" / f"{expert}-{world.scores[0]}-{count}.json", functools.partial(alone, expert))
         for expert in experts
     }
     return found
@@ -319,7 +319,7 @@ def correlation(rows: list[dict[str, Any]], one: str, other: str) -> Estimate:
     return Estimate(spearman(x, y), float(low), float(high), len(rows))
 
 
-def report(rows: list[dict[str, Any]]) -> str:
+def report(world: str, rows: list[dict[str, Any]]) -> str:
     """The table and what follows from it, as Markdown."""
     shown = ("head_room", "head_room_by_element", "afa", "router", "average")
     lines = [
@@ -345,18 +345,27 @@ def report(rows: list[dict[str, Any]]) -> str:
             lines.append(
                 f"rank correlation of {one} with the gain of {other}: {correlation(rows, one, other)}, n = {len(rows)} sets"
             )
-    for helps in (False, True):
-        alike = [one for one in rows if (one["average"].low > 0) == helps]
-        for method in ("afa", "router"):
-            taken = [one["average"].value if helps else 0.0 for one in alike]
-            room, gains = ([one[key].value - part for one, part in zip(alike, taken, strict=True)] for key in ("head_room", method))
-            if len(alike) > 1:
-                fit, beyond = Fit.of(room, gains), " beyond the weight average" if helps else ""
-                lines.append(
-                    f"{len(alike)} sets whose average {'helps' if helps else 'does not help'}: gain of {method}{beyond} = {fit.slope:.3f} · head-room"
-                    f"{beyond}, within {fit.spread:.3f} for 95 % of the sets when forecast by the others"
-                )
+    lines += fit_lines([kept_row(world, one) for one in rows])
     return "\n".join(lines)
+
+
+def kept_row(world: str, one: dict[str, Any]) -> CalibrationSet:
+    """What `afa screen` needs to know of a set."""
+    values = {key: round(one[key].value, 5) for key in KEPT}
+    return {"world": world, "name": one["name"], "experts": one["experts"], **values, "averaging_helps": one["average"].low > 0}
+
+
+def fit_lines(sets: list[CalibrationSet]) -> list[str]:
+    """The fits of `afa screen` to some sets, in words."""
+    lines = []
+    for helps, words, beyond in ((False, "does not help", ""), (True, "helps", " beyond the weight average")):
+        if sum(one["averaging_helps"] == helps for one in sets) > 1:
+            lines += [
+                f"{found.sets} sets whose average {words}: gain of {method}{beyond} = {found.slope:.3f} · head-room{beyond}, "
+                f"within {found.spread:.3f} for 95 % of the sets when forecast by the others"
+                for method, found in fit(sets, helps).items()
+            ]
+    return lines
 
 
 def main() -> None:
@@ -391,20 +400,16 @@ def main() -> None:
                 drawn.append(pictured(world, experts, places, work, folder, given.pictures))
         rows.append(row(name, screened[name], runs, drawn))
         print(f"{place} of {len(sets)}: {name}, AFA {rows[-1]['afa']}", file=sys.stderr)
-    print(report(rows))
+    print(report(world.name, rows))
     if given.calibrate:
-        kept_rows = [
-            {"world": world.name, "name": one["name"], "experts": one["experts"]}
-            | {key: round(one[key].value, 5) for key in KEPT}
-            | {"averaging_helps": one["average"].low > 0}
-            for one in rows
-        ]
         known = json.loads(CALIBRATION.read_text())["sets"]
         others = [one for one in known if one["world"] != world.name]
+        sets = [*others, *(kept_row(world.name, one) for one in rows)]
         command = "python benchmarks/screening.py --calibrate, with --world far and with --world near"
         write_atomically(
-            CALIBRATION, json.dumps({"command": command, "sets": [*others, *kept_rows]}, indent=1) + "\n"
+            CALIBRATION, json.dumps({"command": command, "sets": sets}, indent=1) + "\n"
         )
+        print("both worlds:", *fit_lines(sets), sep="\n")
 
 
 if __name__ == "__main__":

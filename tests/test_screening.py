@@ -286,6 +286,10 @@ class TestVerdict:
         assert judge(dataclasses.replace(GOOD, average=about(0.16))).action == MERGE
         assert judge(dataclasses.replace(GOOD, average=about(0.05))).action == ENSEMBLE
 
+    def test_without_the_average_it_is_said_that_the_forecast_may_be_too_high(self):
+        found = judge(dataclasses.replace(GOOD, average=None))
+        assert found.action == ENSEMBLE and "average was not measured" in found.reasons[-1] and "too high: 15 %" in found.reasons[-1]
+
     def test_near_experts_whose_errors_are_independent_are_merged(self):
         """A set of near experts, each winning a third of all places: AFA lowered the loss by 6.0 %, and drew worse than the merge."""
         room, average = Estimate(0.077, 0.067, 0.083, 64), about(0.0197)

@@ -76,7 +76,7 @@ class Fit:
     sets: int
 
     @classmethod
-    def of(cls, head_room: Sequence[float], gains: Sequence[float]) -> "Fit":
+    def of(cls, head_room: Sequence[float] | np.ndarray, gains: Sequence[float] | np.ndarray) -> "Fit":
         x, y = np.asarray(head_room, np.float64), np.asarray(gains, np.float64)
         each = [_slope(np.delete(x, place), np.delete(y, place)) for place in range(len(x))]
         missed = y - np.asarray(each) * x
@@ -91,21 +91,25 @@ def _slope(x: np.ndarray, y: np.ndarray) -> float:
     return float((x * y).sum() / (x * x).sum())
 
 
-@functools.cache
-def fits(averaging_helps: bool) -> dict[str, Fit]:
-    """Return the fits to calibration.json by method: afa, router.
+def fit(sets: Sequence[CalibrationSet], averaging_helps: bool) -> dict[str, Fit]:
+    """Fit the gain of training to head-room, by method: afa, router.
 
-    averaging_helps: for sets whose weight average is better than their best expert; there the gain beyond
+    averaging_helps: use the sets whose weight average is better than their best expert; there the gain beyond
                      the average is fitted to the head-room beyond it, for other sets gain to head-room
     """
-    sets = build(Calibration, read_json(CALIBRATION), CALIBRATION)["sets"]
     alike = [one for one in sets if one["averaging_helps"] == averaging_helps]
-    taken = [one["average"] if averaging_helps else 0.0 for one in alike]
-    room = [one["head_room"] - part for one, part in zip(alike, taken, strict=True)]
+    taken = np.array([one["average"] if averaging_helps else 0.0 for one in alike])
+    room = np.array([one["head_room"] for one in alike]) - taken
     return {
-        "afa": Fit.of(room, [one["afa"] - part for one, part in zip(alike, taken, strict=True)]),
-        "router": Fit.of(room, [one["router"] - part for one, part in zip(alike, taken, strict=True)]),
+        "afa": Fit.of(room, np.array([one["afa"] for one in alike]) - taken),
+        "router": Fit.of(room, np.array([one["router"] for one in alike]) - taken),
     }
+
+
+@functools.cache
+def fits(averaging_helps: bool) -> dict[str, Fit]:
+    """Return the fits to calibration.json; see fit()."""
+    return fit(build(Calibration, read_json(CALIBRATION), CALIBRATION)["sets"], averaging_helps)
 
 
 def forecast(method: str, room: float, average: Estimate | None) -> Forecast:
@@ -225,6 +229,12 @@ def judge(evidence: Evidence) -> Verdict:
         reasons.append(
             f"The weight average {how} {share(evidence.average, absolute=True)};"
             f" AFA is expected to lower it by {spread(evidence.afa)}."
+        )
+    else:
+        reasons.append(
+            "The weight average was not measured. Where it is better than the best expert, as with most"
+            " fine-tunes of one base, AFA gains little beyond it, and this forecast is too high:"
+            f" {spread(evidence.afa)}."
         )
     return Verdict(ENSEMBLE, tuple(kept), dropped, tuple(reasons))
 
