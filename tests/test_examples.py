@@ -20,9 +20,9 @@ CODE = re.compile(r"```(?P<language>\w*)\n(?P<fenced>.*?)```|(?P<indented>(?:^ {
 
 
 def commands(page: str) -> list[str]:
-    """The lines of code blocks that call afa; those with … in them say only where a flag goes."""
+    """The lines of code blocks that call afa, joined where they end in \\; those with … in them say only where a flag goes."""
     blocks = [block["fenced"] or block["indented"] for block in CODE.finditer(page) if block["language"] != "python"]
-    lines = [line for block in blocks for line in block.splitlines()]
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
     called = [line.strip().removeprefix("$ ") for line in lines]
     return [line for line in called if line.startswith("afa ") and "…" not in line]
 
@@ -43,7 +43,8 @@ def test_help_names_no_file_of_a_checkout(verb):
 
 def test_commands_are_found_in_both_kinds_of_code_blocks():
     page = "    $ afa demo   # a remark\n\ntext afa train\n```\nafa ui\n```\n```python\nafa = 1\n```\n    afa train … --flip\n"
-    assert commands(page) == ["afa demo   # a remark", "afa ui"]
+    page += "\ntext\n\n    afa inspect a \\\n        b\n"
+    assert commands(page) == ["afa demo   # a remark", "afa ui", "afa inspect a b"]
     assert sum(len(commands(page.read_text())) for page in PAGES) > 20
 
 
