@@ -124,7 +124,7 @@ class LoopSettings(ObjectiveSettings):
         50, least=1, most=10**9, help="steps between two measurements on the held-out images"
     )
     patience: int = option(
-        5, least=1, most=10**9, help="measurements without a better one before training stops"
+        10, least=1, most=10**9, help="measurements without a better one before training stops"
     )
     save_every: int = option(
         200, least=1, most=10**9, help="steps between two saved states; Ctrl-C also saves one"
