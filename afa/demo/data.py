@@ -18,30 +18,28 @@ from afa.places import ASSETS
 STEPS, GUIDANCE = 20, 3.0
 # Seeds; the worlds were built with others.
 JUDGED, TRAINING, REAL, TUNING = 500_000, 600_000, 800_000, 810_000
-REAL_SCENES, TRAINING_SCENES, TUNING_SCENES = 1_000, 512, 64
+JUDGED_SCENES, REAL_SCENES, TRAINING_SCENES, TUNING_SCENES = 320, 1_000, 512, 64
 
 
 def protocol(request: ProtocolOptions) -> Protocol:
-    """Make the protocol of 160 mixed scenes of the far world: one image each, 20 steps, guidance 3, 64 px.
+    """Make the protocol of 320 mixed scenes of the far world: one image each, 20 steps, guidance 3, 64 px.
 
     The Fréchet distance is to 1,000 other mixed scenes.
     """
-    return _protocol("scenes", FAR, 160, ("attributes", "frechet"), request)
+    return _protocol("scenes", FAR, ("attributes", "frechet"), request)
 
 
 def near_protocol(request: ProtocolOptions) -> Protocol:
-    """Make the protocol of 320 mixed scenes of the near world; else as the far world's.
+    """Make the protocol of the near world; else as the far world's.
 
     Methods are a few thousandths apart there. The probability of the attributes leads, because it tells them
     apart with fewer images than their accuracy does.
     """
-    return _protocol("near", NEAR, 320, ("near_probability", "near_attributes", "near_frechet"), request)
+    return _protocol("near", NEAR, ("near_probability", "near_attributes", "near_frechet"), request)
 
 
-def _protocol(
-    name: str, world: World, count: int, metrics: tuple[str, ...], request: ProtocolOptions
-) -> Protocol:
-    captions = [scene.caption for scene in world.sample("mixed", request.prompts or count, JUDGED)]
+def _protocol(name: str, world: World, metrics: tuple[str, ...], request: ProtocolOptions) -> Protocol:
+    captions = [scene.caption for scene in world.sample("mixed", request.prompts or JUDGED_SCENES, JUDGED)]
     return Protocol(
         name,
         request.items(captions),

@@ -198,7 +198,7 @@ class ProtocolEntry:
 PROTOCOLS = {
     "scenes": ProtocolEntry(
         "afa.demo.data:protocol",
-        "160 mixed scenes of the far embedded world, one image each, 20 steps, 64 px",
+        "320 mixed scenes of the far embedded world, one image each, 20 steps, 64 px",
     ),
     "near": ProtocolEntry(
         "afa.demo.data:near_protocol",
