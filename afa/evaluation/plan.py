@@ -133,7 +133,7 @@ def _foretold(comparison: ComparisonContext, rows: Sequence[MethodRow]) -> list[
 def _times(comparison: ComparisonContext, work: list[Work], runs: int) -> dict[str, Any]:
     """Return the seconds of all images and of some training runs, also in words.
 
-    One image of each kind is measured here; a training takes as long as the ensemble's training took.
+    A batch of each kind is measured here; a training takes as long as the ensemble's training took.
     """
     recorded = (comparison.setup.manifest.training or {}).get("seconds", 0.0)
     seconds = _seconds(comparison, work)
@@ -141,7 +141,7 @@ def _times(comparison: ComparisonContext, work: list[Work], runs: int) -> dict[s
         "seconds_to_draw": round(seconds, 1),
         "seconds_to_train": round(runs * recorded, 1),
         "time": f"about {_duration(seconds + runs * recorded)}: {_duration(seconds)} to draw, "
-        f"by an image of each kind measured here; {plural(runs, 'training')} of {_duration(recorded)}, "
+        f"by a batch of each kind measured here; {plural(runs, 'training')} of {_duration(recorded)}, "
         "as the ensemble records its own; metrics are not counted",
     }
 
@@ -183,13 +183,14 @@ def _drawing(comparison: ComparisonContext, chosen: Chosen) -> list[Work]:
 
 
 def _seconds(comparison: ComparisonContext, work: list[Work]) -> float:
-    """Return the seconds to draw everything, one image at a time.
+    """Return the seconds to draw everything.
 
-    One image of each kind is drawn in one step and in three, after one to warm up. This tells the seconds of
+    A batch of each kind is drawn in one step and in three, after one to warm up. This tells the seconds of
     a step from those of the rest: the text encoders and the VAE.
     """
     setup, total = comparison.setup, 0.0
-    item = setup.protocol.items[0]
+    batch = setup.protocol.items[: setup.settings.batch_size]
+    requests = [Request(item.caption, item.seed) for item in batch]
     for kind, name in MEASURED.items():
         own = [one for one in work if one.kind == kind and one.images]
         if own:
@@ -197,8 +198,8 @@ def _seconds(comparison: ComparisonContext, work: list[Work]) -> float:
             sampler = row.sampler(row.candidates[0], 0)
             for steps in (1, 1, 3):
                 began = time.perf_counter()
-                sampler([Request(item.caption, item.seed)], replace(setup.sampling, steps=steps))
-                took.append(time.perf_counter() - began)
+                sampler(requests, replace(setup.sampling, steps=steps))
+                took.append((time.perf_counter() - began) / len(requests))
             step = max(0.0, took[2] - took[1]) / 2
             rest = max(0.0, took[1] - step)
             total += sum(one.images * (rest + one.steps * step) for one in own)

@@ -1,0 +1,403 @@
+"""What ensembles cost on a GPU at real size: steps, an image, training, memory. Some minutes on one GPU; nothing is read or downloaded.
+
+    python benchmarks/gpu.py --output build/gpu                                                       # sd15, sdxl, sd35, flux
+    python benchmarks/gpu.py --configs demo:base --device cpu --repeats 1 --output build/rehearsal    # the same program, small
+
+Random weights, made on the device: the cost does not depend on them. All ways of one model are timed in turn in every round, so that a drift of the
+machine meets all; ratios are taken within a round, to the experts one after another in the same mode. Given are the median, the smallest and the largest
+of n rounds. A row is written as soon as it is known; one that fails (too little memory, no graphs on a CPU) says why, and the rest goes on.
+table.md is for docs/performance.md.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from timing import Clock, Spread, Work, peak_memory
+from torch import Tensor, nn
+
+from afa.aggregators.registry import Recipe
+from afa.cli.flags import add_flags, read_flags
+from afa.cost import call_of
+from afa.denoiser.base import EnsembleDenoiser
+from afa.errors import UserError
+from afa.experts.description import ExpertDescription, describe_config
+from afa.experts.quantised import STORES, store_weights
+from afa.models.registry import FAMILIES, family_of
+from afa.places import located
+from afa.settings import option
+
+PAPER = Recipe("sabw", {"hidden": 128, "heads": 8, "depth": 2})
+EAGER, GRAPH, COMPILED = "eager", "CUDA graph", "compiled"
+IMAGE_STEPS = 50
+TRAINING_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Size:
+    """How a model is measured.
+
+    experts: their number
+    batch:   of the denoiser; guidance makes 2 of one image
+    repeats: rounds
+    small:   small enough to be trained, compiled and drawn with in the time there is
+    """
+
+    experts: int = 3
+    batch: int = 2
+    repeats: int = 8
+    small: bool = True
+
+
+SIZES = {
+    "sdxl": Size(repeats=4, small=False),
+    "sd35": Size(repeats=4, small=False),
+    "flux": Size(experts=2, batch=1, repeats=3, small=False),
+}  # all others: Size()
+
+
+@dataclass(frozen=True)
+class Options:
+    """One measurement, field by field a flag."""
+
+    configs: list[str] = option(
+        ["sd15", "sdxl", "sd35", "flux"],
+        help="shipped configs, or folders with a model_index.json such as demo:base",
+    )
+    output: str = option("build/gpu", help="folder of rows.jsonl and table.md")
+    device: str = option("cuda", help="where", choices=["cuda", "cpu"])
+    repeats: int | None = option(None, least=1, most=1000, help="rounds (default: 8, fewer for large models)")
+    side: int | None = option(None, least=1, most=4096, help="of the latents (default: the model's own, else 128)")
+    compile: bool = option(False, help="also compile small models, which takes a minute or two")
+
+    def __post_init__(self) -> None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("there is no GPU here; --device cpu rehearses the program")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: what was measured, or why it was not.
+
+    over_experts: ratio to the experts one after another
+    memory_gb:    peak
+    """
+
+    model: str
+    what: str
+    mode: str
+    seconds: Spread | None = None
+    over_experts: Spread | None = None
+    memory_gb: float | None = None
+    error: str = ""
+
+    def cells(self) -> list[str]:
+        """Return the line's cells."""
+        took = self.error if self.seconds is None else _shown(self.seconds, 1000, 1)
+        over = "" if self.over_experts is None else _shown(self.over_experts, 1, 2)
+        return [self.model, self.what, self.mode, took, over, "" if self.memory_gb is None else f"{self.memory_gb:.1f}"]
+
+
+def _shown(spread: Spread, factor: int, digits: int) -> str:
+    middle, low, high = (f"{factor * value:.{digits}f}" for value in (spread.median, spread.low, spread.high))
+    return f"{middle} [{low}, {high}], n = {spread.n}"
+
+
+HEAD = ["model", "what", "mode", "ms", "over the experts in turn", "peak GB"]
+
+
+class Record:
+    """The rows so far; each is on disk as soon as it is added."""
+
+    def __init__(self, folder: Path, heading: str) -> None:
+        self.folder, self.heading = folder, heading
+        self.rows: list[Row] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rows.jsonl").unlink(missing_ok=True)
+
+    def add(self, row: Row) -> None:
+        """Write a row and print it."""
+        self.rows.append(row)
+        with (self.folder / "rows.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+        lines = [HEAD, ["---"] * len(HEAD), *(row.cells() for row in self.rows)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        (self.folder / "table.md").write_text(f"{self.heading}\n\n{table}\n")
+        print(" | ".join(filter(None, row.cells())), flush=True)
+
+    @contextmanager
+    def noted(self, model: str, what: str, mode: str) -> Iterator[None]:
+        """Turn an error into a row that names it."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            yield
+        except Exception as error:  # whatever it is, the other rows are worth having
+            why = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+            self.add(Row(model, what, mode, error=why[:160].replace("|", "/")))
+
+
+class Bench:
+    """Measures one model and adds its rows to the record."""
+
+    def __init__(self, record: Record, config: str, options: Options) -> None:
+        self.record, self.config, self.options = record, config, options
+        self.size = SIZES.get(config, Size())
+        self.repeats = options.repeats or self.size.repeats
+        self.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+        self.clock = Clock(options.device)
+        self.described: ExpertDescription = describe_config("expert", located(config))
+        self.experts = [self.made() for _ in range(self.size.experts)]
+        self.family = FAMILIES[family_of(self.experts[0])]
+        self.side = options.side or self.family.interface.largest_side(self.experts[0].config) or 128
+        self.call = self.call_of(self.size.batch)
+        self.default = self.by_size()
+
+    def run(self) -> None:
+        """Measure everything."""
+        for mode in (EAGER, GRAPH, *([COMPILED] if self.options.compile and self.size.small else [])):
+            self.steps(mode)
+        if self.size.small and latents(self.call) is not None:
+            self.training()
+            with self.record.noted(self.config, f"image of {IMAGE_STEPS} steps", EAGER):
+                self.image()
+        self.stores()
+
+    def made(self, part: str = "") -> Any:
+        """Return a denoiser, or another part of the pipeline, with random weights."""
+        like: Any = self.described.components[part].model if part else self.described.expert.model
+        torch.set_default_dtype(self.dtype)
+        try:
+            with torch.device(self.options.device):
+                model = type(like).from_config(dict(like.config))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return model.eval().requires_grad_(False)
+
+    def call_of(self, batch: int) -> dict[str, Any]:
+        """Return what a pipeline hands to the denoiser in one step, with random numbers."""
+        texts = [encoder.config for encoder in self.described.expert.text_encoders]
+        tokens = self.family.interface.prompt_tokens(texts)
+        where = {"device": self.options.device, "dtype": self.dtype}
+        call: dict[str, Any] = _random(call_of(self.experts[0], self.side, self.side, batch, tokens, **where))
+        return call
+
+    def by_size(self, kind: str | None = None) -> Recipe:
+        """Return the aggregators that `afa train` makes by default, or others of the same size."""
+        return Recipe.by_size(self.family.stages(self.experts[0]), self.side, kind)
+
+    def fused(self, recipe: Recipe, placement: str | None = None, dtype: torch.dtype = torch.float32) -> EnsembleDenoiser:
+        """Return an ensemble of the experts, which it shares with all others. dtype: of the aggregators"""
+        made: EnsembleDenoiser = self.family.denoiser(self.experts, None, recipe, placement)
+        made.aggregators.to(dtype)
+        return made.eval()
+
+    def steps(self, mode: str) -> None:
+        """Time a denoising step: one expert, all of them in turn, the ensembles."""
+        alone = [step(expert, self.call) for expert in self.experts]
+        ways: dict[str, Callable[[], Work]] = {
+            "one expert": lambda: alone[0],
+            f"{len(alone)} experts in turn": lambda: in_turn(alone),
+            "mean": lambda: step(self.fused(Recipe("mean")), self.call),
+            "default": lambda: step(self.fused(self.default), self.call),
+            f"default, aggregators in {self.dtype}": lambda: step(self.fused(self.default, dtype=self.dtype), self.call),
+            "default, blocks": lambda: step(self.fused(self.default, "blocks"), self.call),
+            "sabw as large": lambda: step(self.fused(self.by_size("sabw")), self.call),
+        }
+        if self.size.small:
+            ways["paper"] = lambda: step(self.fused(PAPER), self.call)
+        if latents(self.call) is not None:
+            ways["one expert, channels last"] = self.channels_last
+        self.time_in_turn(ways, f"{len(alone)} experts in turn", mode)
+
+    def channels_last(self) -> Work:
+        """Return a step of one expert whose weights and latents lie in channels last."""
+        name = latents(self.call)
+        assert name is not None
+        inside = self.call[name].contiguous(memory_format=torch.channels_last)
+        return step(self.made().to(memory_format=torch.channels_last), {**self.call, name: inside})
+
+    def time_in_turn(self, ways: Mapping[str, Callable[[], Work]], whole: str, mode: str) -> None:
+        """Time works round by round. whole: the one that the others are compared with"""
+        works: dict[str, Work] = {}
+        for name, make in ways.items():
+            with self.record.noted(self.config, name, mode):
+                work = prepared(make(), mode)
+                work()
+                works[name] = work
+        taken: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(self.repeats):
+            for name, work in works.items():
+                taken[name].append(self.clock.time(work)[0])
+        for name, seconds in taken.items():
+            ratios = [mine / all_ for mine, all_ in zip(seconds, taken.get(whole, []), strict=False)]
+            self.record.add(Row(self.config, name, mode, Spread.of(seconds), Spread.of(ratios) if ratios else None))
+
+    def training(self) -> None:
+        """Time a training step; the ratio is to the experts' own passes to their latents."""
+        call = self.call_of(TRAINING_BATCH)
+        for name, recipe in (("default", self.default), ("paper", PAPER)):
+            for again in ("", ", checkpointing"):
+                what = f"training step of {TRAINING_BATCH}, {name}{again}"
+                with self.record.noted(self.config, what, EAGER):
+                    work, own = train_step(self.fused(recipe), call, bool(again)), backward(self.experts, call)
+                    own()
+                    peak = self.peak(work)
+                    pairs = [(self.clock.time(work)[0], self.clock.time(own)[0]) for _ in range(self.repeats)]
+                    ratio = Spread.of([mine / theirs for mine, theirs in pairs])
+                    self.record.add(Row(self.config, what, EAGER, Spread.of([mine for mine, _ in pairs]), ratio, peak))
+
+    def image(self) -> None:
+        """Time a whole image with guidance: steps of the default ensemble, eager and as a graph, scheduler and VAE."""
+        vae, scheduler = self.made("vae"), DDIMScheduler()
+        scheduler.set_timesteps(IMAGE_STEPS)
+        name = latents(self.call)
+        assert name is not None
+        output: list[Tensor] = []
+
+        @torch.no_grad()
+        def predict() -> None:
+            output[:] = [denoiser(**self.call).sample]
+
+        denoiser = self.fused(self.default)
+        for mode in (EAGER, GRAPH):
+            with self.record.noted(self.config, f"image of {IMAGE_STEPS} steps", mode):
+                work = prepared(predict, mode)
+
+                @torch.no_grad()
+                def draw(work: Work = work) -> None:
+                    noisy = torch.randn_like(self.call[name][:1])
+                    for timestep in scheduler.timesteps:
+                        self.call[name].copy_(noisy)
+                        work()
+                        without, with_prompt = output[0].chunk(2)
+                        noisy = scheduler.step(without + 5 * (with_prompt - without), timestep, noisy).prev_sample
+                    vae.decode(noisy)
+
+                draw()
+                seconds = [self.clock.time(draw)[0] for _ in range(min(self.repeats, 3))]
+                self.record.add(Row(self.config, f"image of {IMAGE_STEPS} steps", mode, Spread.of(seconds), None, self.peak(draw)))
+
+    def stores(self) -> None:
+        """Time steps of the default ensemble with its experts as they are, in 8 bits, and streamed; and their peaks."""
+        for store in (None, *STORES):
+            what = f"default, experts {store or 'resident'}"
+            with self.record.noted(self.config, what, EAGER):
+                if store is not None:
+                    self.experts.clear()  # of one kind at a time: two would not fit
+                    for _ in range(self.size.experts):
+                        self.experts.append(self.made())
+                        store_weights(self.experts[-1], store)
+                work = step(self.fused(self.default), self.call)
+                peak = self.peak(work)
+                seconds = [self.clock.time(work)[0] for _ in range(min(self.repeats, 3))]
+                self.record.add(Row(self.config, what, EAGER, Spread.of(seconds), None, peak))
+
+    def peak(self, work: Work) -> float:
+        """Return the peak of memory during some work, in GB."""
+        if self.options.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        work()
+        return peak_memory(self.options.device)
+
+
+def _random(value: Any, name: str = "") -> Any:
+    """Fill tensors with random numbers, vectors (timesteps) with one half; positions (ids) stay."""
+    if isinstance(value, dict):
+        return {name: _random(part, name) for name, part in value.items()}
+    if name.endswith("_ids"):
+        return value
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return torch.randn_like(value) if value.ndim > 1 else torch.full_like(value, 0.5)
+    return value
+
+
+def latents(call: Mapping[str, Any]) -> str | None:
+    """Return which argument holds latents as maps (B, C, H, W); None if they are tokens."""
+    return next((name for name, value in call.items() if isinstance(value, Tensor) and value.ndim == 4), None)
+
+
+def step(denoiser: nn.Module, call: Mapping[str, Any]) -> Work:
+    """Return a denoising step."""
+    return torch.no_grad()(lambda: denoiser(**call))
+
+
+def in_turn(works: Sequence[Work]) -> Work:
+    """Return all works as one."""
+    return lambda: [work() for work in works]
+
+
+def backward(experts: Sequence[nn.Module], call: Mapping[str, Any]) -> Work:
+    """Return each expert's forward pass and the backward pass to its latents."""
+    name = latents(call)
+    assert name is not None
+
+    def run() -> None:
+        for expert in experts:
+            noisy = call[name].detach().requires_grad_()
+            torch.autograd.grad(expert(**{**call, name: noisy}).sample.float().square().mean(), noisy)
+
+    return run
+
+
+def train_step(ensemble: EnsembleDenoiser, call: Mapping[str, Any], checkpointing: bool) -> Work:
+    """Return forward and backward passes of an ensemble to its aggregators."""
+    trained = list(ensemble.train().aggregators.parameters())
+    if checkpointing:
+        ensemble.enable_gradient_checkpointing()
+
+    def run() -> None:
+        torch.autograd.grad(ensemble(**call).sample.float().square().mean(), trained)
+
+    return run
+
+
+def prepared(work: Work, mode: str) -> Work:
+    """Return the work in a mode. Raises RuntimeError for a graph on a CPU."""
+    if mode == COMPILED:
+        return torch.compile(work)
+    if mode == EAGER:
+        return work
+    if not torch.cuda.is_available():
+        raise RuntimeError("only a GPU has graphs")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def main() -> int:
+    """Run. Returns 0 done, 2 not as asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, Options)
+    try:
+        options = read_flags(Options, parser.parse_args())
+        device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "CPU"
+        record = Record(Path(options.output), f"{device}, torch {torch.__version__}, random weights")
+        for config in options.configs:
+            with record.noted(config, "the model", ""):
+                Bench(record, config, options).run()
+    except UserError as error:
+        print(f"gpu.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""benchmarks/gpu.py runs on a CPU as it does on a GPU: whoever is lent a GPU for minutes must not find its faults there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_transformers
+
+import afa
+
+PROGRAM = Path(afa.__file__).parent.parent / "benchmarks" / "gpu.py"
+
+
+def measure(folder: Path, output: Path) -> list[dict]:
+    command = [sys.executable, PROGRAM, "--configs", folder, "nowhere", "--device", "cpu", "--repeats", "2", "--side", "8", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("make", "maps"), [(tiny.sd_pipeline, True), (tiny_transformers.flux_pipeline, False)], ids=["SD", "FLUX"])
+def test_every_row_is_measured_but_graphs_and_a_model_that_is_not_there(make, maps, tmp_path):
+    make().save_pretrained(tmp_path / "model")
+    rows = measure(tmp_path / "model", tmp_path / "out")
+    failed = {row["what"]: row["error"] for row in rows if row["error"] and row["mode"] != "CUDA graph"}
+    assert list(failed) == ["the model"] and "nowhere" in failed["the model"]
+    assert {row["error"] for row in rows if row["mode"] == "CUDA graph"} == {"RuntimeError: only a GPU has graphs"}
+    measured = {row["what"]: row for row in rows if not row["error"]}
+    ways = {"one expert", "3 experts in turn", "default", "paper"} | ({"training step of 8, paper, checkpointing", "image of 50 steps"} if maps else set())
+    assert ways <= set(measured)
+    assert measured["3 experts in turn"]["over_experts"]["median"] == 1 and measured["default"]["over_experts"]["n"] == 2
+    assert all(row["seconds"]["low"] > 0 for row in measured.values()) and measured["default, experts cpu"]["memory_gb"] > 0
+    assert len((tmp_path / "out" / "table.md").read_text().splitlines()) == len(rows) + 4
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = subprocess.run([sys.executable, PROGRAM, "--output", tmp_path / "out"], capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2 and done.stderr.strip().endswith("--device cpu rehearses the program") and not (tmp_path / "out").exists()
