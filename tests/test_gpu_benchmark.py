@@ -38,5 +38,6 @@ def test_every_row_is_measured_but_graphs_and_a_model_that_is_not_there(make, ma
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
-    done = subprocess.run([sys.executable, PROGRAM, "--output", tmp_path / "out"], capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    command, hidden = [sys.executable, PROGRAM, "--output", tmp_path / "out"], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=hidden)
     assert done.returncode == 2 and done.stderr.strip().endswith("--device cpu rehearses the program") and not (tmp_path / "out").exists()
