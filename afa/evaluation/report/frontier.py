@@ -27,11 +27,12 @@ def frontier_headlines(one: Analysis) -> list[Headline]:
 
 def _headline(one: Analysis, found: Frontier) -> Headline:
     ours, metric, distance = one.title(str(one.ours)), found.quality.metric, found.distance.metric
-    verdicts = [gap.comparison.verdict for gap in found.gaps if gap.comparison is not None]
+    better = sum(gap.comparison is not None and gap.comparison.verdict == "better" for gap in found.gaps)
+    others = plural(len(found.gaps), "other")
     values = ", ".join(_value(point.value) for point in found.lines[str(one.ours)])
     lead = (
         f"Over {UNITS[found.axis]} {values}, by {metric} at equal {distance}, the curve of {ours} is better"
-        f" than {verdicts.count('better')} of {plural(len(found.gaps), 'other')}."
+        f" than {f'all {others}' if better == len(found.gaps) > 1 else f'{better} of {others}'}."
     )
     kinds = []
     for verdict in ("better", "undecided", "worse"):
