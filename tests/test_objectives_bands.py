@@ -11,7 +11,6 @@ from test_training import experts, images, settings  # noqa: F401 (fixtures)
 from afa import UserError
 from afa.denoiser.hooks import only_expert
 from afa.training.finetune_settings import LoraSettings
-from afa.training.guided_objective import Guided
 from afa.training.noise import Noising
 from afa.training.objectives import MeanAnchor, Mse
 from afa.training.run import plan, train
@@ -58,26 +57,7 @@ def test_the_mean_anchor_is_the_distance_to_the_mean_of_the_experts(ensemble, wo
     assert losses.min() > 0 and gradients(ensemble, losses.sum()).abs().sum() > 0
 
 
-def test_guided_at_strength_one_is_the_captioned_prediction(ensemble, work):  # noqa: F811
-    captioned = replace(work, dropped=torch.zeros(2, dtype=torch.bool))
-    losses = Guided(1.0, target=True).loss(work)
-    assert torch.allclose(losses, Mse(work.noising).loss(captioned), rtol=1e-3)
-    assert torch.allclose(Guided(1.0).loss(work), MeanAnchor().loss(captioned), rtol=1e-3)
-
-
-def test_guidance_multiplies_the_difference_that_the_caption_makes(ensemble, work):  # noqa: F811
-    with torch.no_grad():
-        two, four = (Guided(scale, target=True) for scale in (2.0, 4.0))
-        both = [replace(work, dropped=torch.full((2,), dropped)).prediction for dropped in (True, False)]
-        for objective in (two, four):
-            guided = both[0] + objective.scale * (both[1] - both[0])
-            expected = (guided - work.noising.target(work.batch)).square().mean((1, 2, 3))
-            assert torch.allclose(objective.loss(work), expected, rtol=1e-4)
-    assert gradients(ensemble, Guided(3.0).loss(work).sum()).abs().sum() > 0
-
-
 CHOICES = {
-    "guided": {"objective": "mse+guided", "guided_scale": 2.0},
     "mean": {"anchor": 0.5, "anchor_to": "mean", "timestep_range": [500, 999], "band_weights": [0.0, 1.0]},
     "dropout": {"dropout": 0.3, "accumulate": 2, "batch_size": 1},
 }
@@ -109,7 +89,6 @@ def test_options_that_do_not_fit_are_refused(settings, changes, sentence):  # no
         replace(settings, **changes)
 
 
-@pytest.mark.parametrize("changes", [{"anchor": 1.0, "anchor_to": "mean"}, {"objective": "guided"}])
-def test_one_expert_has_no_mean_of_experts(changes):
+def test_one_expert_has_no_mean_of_experts():
     with pytest.raises(UserError, match="mean is of several experts"):
-        LoraSettings(expert="a", data="b", output="c", rank=2, **changes)
+        LoraSettings(expert="a", data="b", output="c", rank=2, anchor=1.0, anchor_to="mean")

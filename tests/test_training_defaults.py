@@ -118,7 +118,7 @@ def test_a_finished_run_of_other_defaults_is_known_by_the_same_command(settings,
     train(replace(settings, aggregator="sabw", steps=2))
     manifest = Path(settings.output) / "afa.json"
     found = json.loads(manifest.read_text())
-    found["training"]["settings"]["attention_up_to"] = None
+    found["training"]["settings"] |= {"attention_up_to": None, "guided_scale": 3.0}  # an option that there is no more
     manifest.write_text(json.dumps(found))
     assert finished(bare)["steps"] == 2
     with pytest.raises(UserError, match=r"--hidden 8 \(now 16\)"):

@@ -168,9 +168,7 @@ def _settings(
     """Return the ensemble's settings with a scaled rate, and with more steps for equal compute."""
     ensemble = setup.training(folder, run)
     shared = {field.name: getattr(ensemble, field.name) for field in fields(LoopSettings)}
-    if "guided" in ensemble.objectives:  # what is of several experts does not apply to one
-        shared["guided_teacher"] = "target"
-    if ensemble.anchor_to == "mean":
+    if ensemble.anchor_to == "mean":  # what is of several experts does not apply to one
         shared |= {"anchor": 0.0, "anchor_to": "start"}
     expert = setup.ensemble.experts[0].model
     rank = matching_rank(expert, read_manifest(setup.folder).aggregator["parameters"])

@@ -21,7 +21,7 @@ from afa.training.settings import TrainSettings
 TAKEN = frozenset(
     """
     objective snr_gamma weighting timesteps timestep_range band_weights reward_weight reward_reach
-    better worse draft_steps draft_last draft_again draft_guidance guided_scale guided_teacher
+    better worse draft_steps draft_last draft_again draft_guidance
     anchor anchor_to sparsity sparsity_top image_column caption_column limit
     crops flip max_skipped steps batch_size accumulate lr warm_up schedule weight_decay clip ema
     caption_dropout resolution held_out evaluate_every patience save_every seed dtype
@@ -66,7 +66,7 @@ def recorded_data(manifest: Manifest) -> str | None:
 
 def print_recorded(manifest: Manifest, folder: Path) -> None:
     """Print to stderr which recorded options baselines are trained with, and which are not used."""
-    settings = (manifest.training or {}).get("settings", {})
+    settings = as_begun((manifest.training or {}).get("settings", {}))
     defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings.current())}
     used = [
         f"{name} {shown(value)}"

@@ -13,6 +13,7 @@ from afa.models.registry import FAMILIES
 from afa.training.settings import MADE, TrainSettings
 
 STEPS_BEFORE = 1000  # the default of runs whose state does not record its steps
+RETIRED = ("guided_scale", "guided_teacher")  # options that earlier versions had and recorded
 
 
 def open_options() -> tuple[str, ...]:
@@ -30,11 +31,12 @@ def not_given(settings: TrainSettings) -> list[str]:
 
 
 def as_begun(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return recorded options as this version spells them: of earlier runs some meant their default by None.
+    """Return recorded options as this version spells them.
 
-    recorded: option -> value, all of them or some
+    recorded: option -> value, all of them or some; earlier runs also recorded options that there are no more,
+              and meant the default of some by None
     """
-    found = dict(recorded)
+    found = {name: value for name, value in recorded.items() if name not in RETIRED}
     if found.get("start") is not None:  # its aggregators were made before
         return {name: value for name, value in found.items() if name not in (*MADE, *open_options()[1:-2])}
     if found.get("attention_up_to", 0) is None:

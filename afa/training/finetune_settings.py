@@ -33,10 +33,6 @@ class LoraSettings(LoopSettings):
         super().__post_init__()
         if self.anchor_to == "mean":
             raise UserError("--anchor-to mean is of several experts, and one is trained; leave it out")
-        if "guided" in self.objectives and self.guided_teacher == "mean":
-            raise UserError(
-                "--guided-teacher mean is of several experts, and one is trained; take target instead"
-            )
         if (self.rank is None) == (self.like is None):
             raise UserError("give either --rank N or --like ENSEMBLE")
 

@@ -26,5 +26,4 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
         "afa.training.reward_objectives:make_direct_align", "by one-step recovery", rewarded=True
     ),
     "draft": ObjectiveEntry("afa.training.reward_objectives:make_draft", "through sampling", rewarded=True),
-    "guided": ObjectiveEntry("afa.training.guided_objective:make_guided", "of the guided prediction"),
 }

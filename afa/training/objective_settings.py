@@ -75,13 +75,6 @@ class ObjectiveSettings(CheckedOptions):
     draft_guidance: float | None = option(
         None, **GUIDANCE, help="for draft: strength of classifier-free guidance (default: the family's own)"
     )
-    guided_scale: float = option(3.0, **GUIDANCE, help="for guided: strength of classifier-free guidance")
-    guided_teacher: str = option(
-        "mean",
-        help="for guided: what the guided prediction is compared with, the mean of the experts' own guided "
-        "predictions, or the target of mse",
-        choices=["mean", "target"],
-    )
     anchor: float = option(
         0.0,
         **WEIGHT,
