@@ -39,7 +39,7 @@ def test_the_defaults_of_the_embedded_experts_are_those_whose_results_are_shown(
     found, recipe = chosen(asked, 464, loaded), read_recipe("train", "scenes", TrainSettings)
     for name in ("aggregator", "hidden", "heads", "depth", "lr"):
         assert getattr(found, name) == recipe[name] == (AGGREGATORS | {"lr": 2e-3})[name]
-    assert found.steps == 870 and found.attention_up_to >= 16  # their maps are 16 wide: attention everywhere
+    assert found.steps == 290 and found.attention_up_to >= 16  # their maps are 16 wide: attention everywhere
 
 
 def test_large_experts_get_the_published_width_and_attention_where_they_have_it():
@@ -57,7 +57,7 @@ def test_widths_go_with_each_other_and_those_that_are_given_stay(widest, hidden,
     assert hidden in (None, found["hidden"]) and heads in (None, found["heads"])
 
 
-@pytest.mark.parametrize(("images", "a_step", "steps"), [(8, 8, 250), (464, 8, 870), (464, 64, 250), (40_000, 8, 12_500), (5_000, 8, 9375)])
+@pytest.mark.parametrize(("images", "a_step", "steps"), [(8, 8, 250), (464, 8, 290), (464, 64, 250), (40_000, 8, 12_500), (10_000, 8, 6250)])
 def test_steps_are_passes_over_the_images_within_bounds(images, a_step, steps):  # noqa: F811
     assert defaults.steps(images, a_step) == steps
 
@@ -83,9 +83,9 @@ def test_what_is_chosen_is_known_before_training_and_recorded(bare):
 def test_a_longer_run_of_more_processes_makes_as_many_passes(bare, monkeypatch):
     few = replace(bare, batch_size=1, accumulate=1)
     monkeypatch.setattr(defaults, "LEAST_STEPS", 1)
-    assert plan(few).settings.steps == 120  # 15 passes over eight images
+    assert plan(few).settings.steps == 40  # five passes over eight images
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert plan(few).settings.steps == 30
+    assert plan(few).settings.steps == 10
 
 
 # --- a folder that was begun --------------------------------------------------------------------------------------------
