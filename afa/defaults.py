@@ -8,8 +8,8 @@ says so, and what lies between two measurements was not measured.
 
 import math
 
-# Measured on far: .947 attributes right, sabw .836, a router .896. On near it was better than sabw by .003 of
-# the attributes' probability, and than a router and a merge (docs/results.md, docs/log.md).
+# Measured on far: .943 attributes right, a router .892; sabw .836 on other scenes. On near it was better than
+# sabw by .003 of the attributes' probability (docs/results.md, docs/log.md).
 AGGREGATOR = "stitch"
 
 NARROWEST, WIDEST = 32, 128  # measured on far, where 64 gained nothing (docs/log.md); the paper's for SD 1.5
@@ -34,7 +34,7 @@ PASSES, LEAST_STEPS, MOST_STEPS = 5, 250, 12_500
 FEWEST_HELD_OUT = 20
 
 WHY = {
-    "aggregator": "the best on the embedded world far, and ahead of its rivals on near, docs/results.md",
+    "aggregator": "the best on the embedded world far, and better than sabw on near, docs/results.md",
     "hidden": f"a quarter of the experts' widest stage, from {NARROWEST} to {WIDEST}",
     "heads": "as measured on the embedded world",
     "depth": "as measured on the embedded world; the paper's is 2",
