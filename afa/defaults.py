@@ -24,8 +24,8 @@ SMALL_SIDE = 32
 
 RATE = 2e-3  # measured on far, with hidden 32; 5e-3 was worse (docs/log.md)
 
-# Measured on near and far: 15 passes over 448 images lower the loss by 1 to 3 % over five, and pictures do
-# not gain by it (docs/log.md). The paper's 12,500 steps are ten passes over 10,000 images. Training stops
+# Measured on near and far: 15 passes over 448 images lower the loss by .7 to 3.4 % over five, and pictures
+# do not gain by it (docs/log.md). The paper's 12,500 steps are ten passes over 10,000 images. Training stops
 # earlier by itself.
 PASSES, LEAST_STEPS, MOST_STEPS = 5, 250, 12_500
 

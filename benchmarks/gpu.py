@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
+from step import step, train_step
 from timing import Clock, Spread, Work, peak_memory
-from torch import Tensor, nn
+from torch import Tensor
 
 from afa.aggregators.registry import Recipe
 from afa.cli.flags import add_flags, read_flags
@@ -161,13 +162,14 @@ class Bench:
         self.family = FAMILIES[family_of(self.experts[0])]
         self.side = options.side or self.family.interface.largest_side(self.experts[0].config) or 128
         self.call = self.call_of(self.size.batch)
+        self.is_unet = "sample" in self.call  # else latents are no maps, or the scheduler is another
         self.default = self.by_size()
 
     def run(self) -> None:
         """Measure everything."""
         for mode in (EAGER, GRAPH, *([COMPILED] if self.options.compile and self.size.small else [])):
             self.steps(mode)
-        if self.size.small and latents(self.call) is not None:
+        if self.size.small and self.is_unet:
             self.training()
             with self.record.noted(self.config, f"image of {IMAGE_STEPS} steps", EAGER):
                 self.image()
@@ -216,16 +218,14 @@ class Bench:
         }
         if self.size.small:
             ways["paper"] = lambda: step(self.fused(PAPER), self.call)
-        if latents(self.call) is not None:
+        if self.is_unet:
             ways["one expert, channels last"] = self.channels_last
         self.time_in_turn(ways, f"{len(alone)} experts in turn", mode)
 
     def channels_last(self) -> Work:
         """Return a step of one expert whose weights and latents lie in channels last."""
-        name = latents(self.call)
-        assert name is not None
-        inside = self.call[name].contiguous(memory_format=torch.channels_last)
-        return step(self.made().to(memory_format=torch.channels_last), {**self.call, name: inside})
+        inside = self.call["sample"].contiguous(memory_format=torch.channels_last)
+        return step(self.made().to(memory_format=torch.channels_last), {**self.call, "sample": inside})
 
     def time_in_turn(self, ways: Mapping[str, Callable[[], Work]], whole: str, mode: str) -> None:
         """Time works round by round. whole: the one that the others are compared with"""
@@ -250,7 +250,9 @@ class Bench:
             for again in ("", ", checkpointing"):
                 what = f"training step of {TRAINING_BATCH}, {name}{again}"
                 with self.record.noted(self.config, what, EAGER):
-                    work, own = train_step(self.fused(recipe), call, bool(again)), backward(self.experts, call)
+                    ensemble = self.fused(recipe).train()
+                    work = train_step(ensemble, call, list(ensemble.aggregators.parameters()), bool(again))
+                    own = in_turn([train_step(expert, call, (), False) for expert in self.experts])
                     own()
                     peak = self.peak(work)
                     pairs = [(self.clock.time(work)[0], self.clock.time(own)[0]) for _ in range(self.repeats)]
@@ -261,8 +263,6 @@ class Bench:
         """Time a whole image with guidance: steps of the default ensemble, eager and as a graph, scheduler and VAE."""
         vae, scheduler = self.made("vae"), DDIMScheduler()
         scheduler.set_timesteps(IMAGE_STEPS)
-        name = latents(self.call)
-        assert name is not None
         output: list[Tensor] = []
 
         @torch.no_grad()
@@ -276,9 +276,9 @@ class Bench:
 
                 @torch.no_grad()
                 def draw(work: Work = work) -> None:
-                    noisy = torch.randn_like(self.call[name][:1])
+                    noisy = torch.randn_like(self.call["sample"][:1])
                     for timestep in scheduler.timesteps:
-                        self.call[name].copy_(noisy)
+                        self.call["sample"].copy_(noisy)
                         work()
                         without, with_prompt = output[0].chunk(2)
                         noisy = scheduler.step(without + 5 * (with_prompt - without), timestep, noisy).prev_sample
@@ -322,44 +322,9 @@ def _random(value: Any, name: str = "") -> Any:
     return value
 
 
-def latents(call: Mapping[str, Any]) -> str | None:
-    """Return which argument holds latents as maps (B, C, H, W); None if they are tokens."""
-    return next((name for name, value in call.items() if isinstance(value, Tensor) and value.ndim == 4), None)
-
-
-def step(denoiser: nn.Module, call: Mapping[str, Any]) -> Work:
-    """Return a denoising step."""
-    return torch.no_grad()(lambda: denoiser(**call))
-
-
 def in_turn(works: Sequence[Work]) -> Work:
     """Return all works as one."""
     return lambda: [work() for work in works]
-
-
-def backward(experts: Sequence[nn.Module], call: Mapping[str, Any]) -> Work:
-    """Return each expert's forward pass and the backward pass to its latents."""
-    name = latents(call)
-    assert name is not None
-
-    def run() -> None:
-        for expert in experts:
-            noisy = call[name].detach().requires_grad_()
-            torch.autograd.grad(expert(**{**call, name: noisy}).sample.float().square().mean(), noisy)
-
-    return run
-
-
-def train_step(ensemble: EnsembleDenoiser, call: Mapping[str, Any], checkpointing: bool) -> Work:
-    """Return forward and backward passes of an ensemble to its aggregators."""
-    trained = list(ensemble.train().aggregators.parameters())
-    if checkpointing:
-        ensemble.enable_gradient_checkpointing()
-
-    def run() -> None:
-        torch.autograd.grad(ensemble(**call).sample.float().square().mean(), trained)
-
-    return run
 
 
 def prepared(work: Work, mode: str) -> Work:

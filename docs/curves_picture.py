@@ -22,7 +22,10 @@ def main() -> None:
     browser = Browser()
     try:
         browser.driver.get(given.report.resolve().as_uri())
-        drawing = next(svg for svg in browser.all("svg") if svg.find_elements("css selector", "polyline.curve"))
+        drawings = [svg for svg in browser.all("svg") if svg.find_elements("css selector", "polyline.curve")]
+        if not drawings:
+            sys.exit(f"{given.report} has no curves; compare at several --guidance or --steps")
+        drawing = drawings[0]
         left, top, width, height = browser.driver.execute_script(BOX, drawing)
         clip = {"x": left, "y": top, "width": width, "height": height, "scale": 1.5}
         asked = {"clip": clip, "captureBeyondViewport": True, "format": "png"}
