@@ -151,19 +151,25 @@ class Ensemble:
         experts: Mapping[str, str] | None = None,
         *,
         dtype: torch.dtype | None = None,
+        aggregators_dtype: torch.dtype | None = None,
         verify: bool = True,
     ) -> "Ensemble":
         """Load what save wrote.
 
-        folder:  of the saved ensemble, or demo:ensemble
-        experts: name -> new place, of experts that have moved
-        dtype:   of the experts; None: float32
-        verify:  compare every file of every expert with its recorded sha256
+        folder:            of the saved ensemble, or demo:ensemble
+        experts:           name -> new place, of experts that have moved
+        dtype:             of the experts; None: float32
+        aggregators_dtype: of the aggregators' weights; None: as of the experts. To train them on, float32;
+                           they compute in the experts' dtype all the same
+        verify:            compare every file of every expert with its recorded sha256
         Returns the ensemble. Raises UserError that names the file and both hashes.
         """
         from afa.checkpoint.folder import load_ensemble
 
-        return load_ensemble(cls, Path(located(str(folder))), experts or {}, dtype=dtype, verify=verify)
+        place = Path(located(str(folder)))
+        ensemble = load_ensemble(cls, place, experts or {}, dtype=dtype, verify=verify)
+        ensemble.aggregators.to(aggregators_dtype or dtype or torch.float32)
+        return ensemble
 
     def save(self, folder: str | Path, *, bundle: bool = False) -> None:
         """Write afa.json, aggregators.safetensors and a model card. Everything is written, or nothing.

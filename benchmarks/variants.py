@@ -3,7 +3,8 @@
     python benchmarks/variants.py --world near --output build/variants --guidance 1.5 3 5 \\
         --variant "stitch aggregator=stitch hidden=32 heads=4 depth=1 lr=2e-3 steps=250" --variant "sabw lr=1e-3"
 
-A variant is a name and options of `afa train`, with _ for -; all train on the same images. Beside them stand the experts, the weight
+A variant is a name and options of `afa train`, with _ for -, such as experts=a,b for other models than the world's; all train on the same
+images. Beside them stand the experts, the weight
 average, the noise average, the untrained mean and MagicFusion. All draw the same scenes from the same noise at every guidance. Prints, for
 each guidance, attribute accuracy (and on near the probability of the attributes), their differences to the weight average paired by scene,
 and the Fréchet distance; and the held-out loss.
@@ -91,7 +92,7 @@ class Bench:
         if not data.exists():
             draw(data, "mixed", self.images, IMAGES, self.world)
         folder = self.work / "trained" / mark
-        train(TrainSettings(experts=self.experts, data=str(data), output=str(folder), **options))
+        train(TrainSettings(data=str(data), output=str(folder), **{"experts": self.experts, **options}))
         return mark, Ensemble.load(folder)
 
 

@@ -1,11 +1,13 @@
 """What cross-stitched aggregators can be, and what an aggregator's weights depend on."""
 
+import copy
+
 import pytest
 import torch
 from tiny import inputs, sd_unet
 
 from afa.aggregators.registry import Recipe
-from afa.aggregators.sabw import SABW, SEEN
+from afa.aggregators.sabw import SABW, SEEN, in_parts
 from afa.aggregators.stitch import Stitch
 from afa.models.unet import UNetEnsemble
 
@@ -16,7 +18,8 @@ SMALL = {"hidden": 32, "heads": 2, "depth": 1}
 def stage_inputs(seed=0):
     generator = torch.Generator().manual_seed(seed)
     shapes = {"features": (2, 3, 8, 6, 5), "temb": (2, 16), "text": (2, 7, 24)}
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return made | {"features": made["features"].unbind(1)}
 
 
 def trained(aggregator, seed=1):
@@ -37,9 +40,10 @@ def test_every_expert_is_handed_a_convex_blend_of_its_own():
         fused, weights = stitch(**call)
         matrix = stitch.matrix(**call)
     fused = torch.stack(fused, dim=1)
-    assert fused.shape == call["features"].shape
+    features = torch.stack(call["features"], dim=1)
+    assert fused.shape == features.shape
     assert torch.allclose(matrix.sum(2), torch.ones(()), atol=1e-6)
-    by_hand = torch.stack([(matrix[:, j, :, None] * call["features"]).sum(1) for j in range(3)], dim=1)
+    by_hand = torch.stack([(matrix[:, j, :, None] * features).sum(1) for j in range(3)], dim=1)
     assert torch.allclose(fused, by_hand, atol=1e-6)
     assert torch.equal(weights, matrix.mean(1))
 
@@ -99,3 +103,45 @@ def test_weights_do_not_depend_on_what_is_ignored(kind, ignored):
 def test_what_cannot_be_ignored_is_named():
     with pytest.raises(ValueError, match="did you mean 'text'"):
         SABW(**SHAPE, **SMALL, ignore=["txt"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [SABW, Stitch])
+def test_aggregators_compute_in_the_features_dtype_and_weigh_in_float32(kind, dtype):
+    call = stage_inputs()
+    half = call | {"features": [own.to(dtype) for own in call["features"]]}
+    kept = trained(kind(**SHAPE, **SMALL))
+    cast = copy.deepcopy(kept).to(dtype)
+    seen = []
+    kept.transformer.register_forward_hook(lambda module, args, output: seen.append(output[0].dtype))
+    with torch.no_grad():
+        fused, weights = kept(**half)
+        of_cast_weights, _ = cast(**half)
+        exact = kept.weigh(**call)
+    fused, of_cast_weights = (found if isinstance(found, list) else [found] for found in (fused, of_cast_weights))
+    assert seen == [dtype, torch.float32]
+    assert weights.dtype == torch.float32 and {own.dtype for own in fused} == {dtype}
+    assert all(map(torch.equal, fused, of_cast_weights)) or kind is Stitch  # whose scalar is not rounded in the softmax
+    assert torch.allclose(torch.stack(fused), torch.stack(of_cast_weights), atol=0.05)
+    assert torch.allclose(weights, exact, atol=0.05) and not torch.equal(weights, exact)
+
+
+def test_float32_weights_beside_half_precision_get_their_gradients_in_float32():
+    call = stage_inputs()
+    exact = trained(Stitch(**SHAPE, **SMALL)).train()
+    mixed = copy.deepcopy(exact)
+    grads = []
+    for aggregator, dtype in ((exact, torch.float32), (mixed, torch.bfloat16)):
+        fused, _ = aggregator(**call | {"features": [own.to(dtype) for own in call["features"]]})
+        sum(own.float().square().mean() for own in fused).backward()
+        grads.append(torch.cat([parameter.grad.flatten() for parameter in aggregator.parameters()]))
+    assert grads[1].dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.99
+
+
+def test_features_are_not_laid_side_by_side():
+    call = stage_inputs()
+    stitch = trained(Stitch(**SHAPE, **SMALL))
+    together = torch.cat(call["features"], dim=1)
+    with torch.no_grad():
+        assert torch.allclose(in_parts(stitch.conv_in, call["features"]), stitch.conv_in(together), atol=1e-6)

@@ -40,8 +40,8 @@ class Toy(Aggregator):
         self.logits = nn.Parameter(toy_strength * (torch.arange(experts) == 0))
 
     def weigh(self, features, temb, text, text_mask=None):
-        batch, experts, _, height, width = features.shape
-        return self.logits.softmax(0).view(1, experts, 1, 1).expand(batch, experts, height, width)
+        batch, _, height, width = features[0].shape
+        return self.logits.softmax(0).view(1, -1, 1, 1).expand(batch, -1, height, width)
 """,
     "toy_aggregator_options": """
 from dataclasses import dataclass

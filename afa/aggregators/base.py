@@ -2,11 +2,12 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 Adjust = Callable[[Tensor], Tensor]  # weights (R, N, H, W), convex over N, to others of the same kind
 
@@ -32,10 +33,12 @@ class Aggregator(nn.Module, ABC):
         return []
 
     @abstractmethod
-    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """Return the experts' weights at every place, (B, N, H, W), convex over N.
+    def weigh(
+        self, features: Sequence[Tensor], temb: Tensor, text: Tensor, text_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the experts' weights at every place, (B, N, H, W), convex over N, at least float32.
 
-        features:  (B, N, C, H, W) of the experts
+        features:  N × (B, C, H, W) of the experts; in their dtype an aggregator computes (see in_dtype)
         temb:      (B, E) time embedding
         text:      (B, T, D) text states
         text_mask: (B, T) bool, False for padding, which must not be read; None: there is no padding
@@ -43,7 +46,7 @@ class Aggregator(nn.Module, ABC):
 
     def forward(
         self,
-        features: Tensor,
+        features: Sequence[Tensor],
         temb: Tensor,
         text: Tensor,
         text_mask: Tensor | None = None,
@@ -60,19 +63,33 @@ class Aggregator(nn.Module, ABC):
         weights = self.weigh(features, temb, text, text_mask)
         if adjust is not None:
             weights = adjust(weights)
-        return blend(features, weights.to(features.dtype)), weights
+        return blend(features, weights), weights
 
 
-def blend(features: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted sum over experts, (B, C, H, W), without a second copy of all features.
+def blend(features: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Return the weighted sum over experts, (B, C, H, W), in the features' dtype.
 
-    features: (B, N, C, H, W)
+    features: N × (B, C, H, W)
     weights:  (B, N, H, W)
     """
-    fused = features[:, 0] * weights[:, 0, None]
-    for expert in range(1, features.shape[1]):
-        fused = fused.addcmul(features[:, expert], weights[:, expert, None])
+    shares = weights.to(features[0].dtype)
+    fused = features[0] * shares[:, 0, None]
+    for expert, own in enumerate(features[1:], start=1):
+        fused = fused.addcmul(own, shares[:, expert, None])
     return fused
+
+
+def in_dtype(module: nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
+    """Return what calls a module with its weights in a dtype: the module itself if they are in it already.
+
+    Weights that are trained stay in float32, and get their gradients in float32, beside experts of half
+    precision, in which everything else is computed: on a GPU that is twice as fast.
+    """
+    weights = dict(module.named_parameters())
+    if all(weight.dtype == dtype for weight in weights.values()):
+        return module
+    cast = {name: weight.to(dtype) for name, weight in weights.items()}
+    return lambda *args, **kwargs: functional_call(module, cast, args, kwargs)
 
 
 class Fixed(Aggregator):
@@ -97,9 +114,11 @@ class Fixed(Aggregator):
         # A constant of the configuration, not a state: it moves with the module but is not saved.
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
 
-    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        batch, experts, _, height, width = features.shape
-        return self.weights.view(1, experts, 1, 1).expand(batch, experts, height, width)
+    def weigh(
+        self, features: Sequence[Tensor], temb: Tensor, text: Tensor, text_mask: Tensor | None = None
+    ) -> Tensor:
+        batch, _, height, width = features[0].shape
+        return self.weights.view(1, -1, 1, 1).expand(batch, -1, height, width)
 
 
 class Mean(Fixed):

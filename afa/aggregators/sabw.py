@@ -7,7 +7,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from afa.aggregators.base import Aggregator
+from afa.aggregators.base import Aggregator, in_dtype
 from afa.aggregators.options import SEEN
 from afa.errors import look_up
 
@@ -78,21 +78,46 @@ class SABW(Aggregator):
             return []
         return [block.attn2 for block in self.transformer.transformer_blocks]
 
-    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+    def weigh(
+        self, features: Sequence[Tensor], temb: Tensor, text: Tensor, text_mask: Tensor | None = None
+    ) -> Tensor:
         return torch.softmax(self.logits(features, temb, text, text_mask), dim=1)  # (B, N, H, W)
 
-    def logits(self, features: Tensor, temb: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """Return what the softmax is taken of, (B, channels of conv_out, H, W); arguments as of weigh()."""
-        dtype = self.conv_in.weight.dtype  # aggregators may be kept in float32 beside half-precision experts
-        hidden = self.conv_in(features.flatten(1, 2).to(dtype))  # (B, hidden, H, W)
-        hidden = self.res_block(hidden, _seen(temb, "time" not in self.ignore).to(dtype))
+    def logits(
+        self, features: Sequence[Tensor], temb: Tensor, text: Tensor, text_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return what the softmax is taken of, (B, channels of conv_out, H, W), at least float32.
+
+        Arguments as of weigh().
+        """
+        dtype = features[0].dtype
+        hidden = in_parts(self.conv_in, features)  # (B, hidden, H, W)
+        temb = _seen(temb, "time" not in self.ignore).to(dtype)
+        hidden = in_dtype(self.res_block, dtype)(hidden, temb)
         if self.transformer is not None:
             text = _seen(text, "text" not in self.ignore).to(dtype)
-            hidden = self.transformer(
+            hidden = in_dtype(self.transformer, dtype)(
                 hidden, encoder_hidden_states=text, encoder_attention_mask=text_mask, return_dict=False
             )[0]
-        logits: Tensor = self.conv_out(hidden)
+        logits: Tensor = in_dtype(self.conv_out, dtype)(hidden)
+        logits = logits.to(torch.promote_types(dtype, torch.float32))
         return logits.mean((2, 3), keepdim=True).expand_as(logits) if "place" in self.ignore else logits
+
+
+def in_parts(conv: nn.Conv2d, features: Sequence[Tensor]) -> Tensor:
+    """Return a 1×1 convolution of the experts' features side by side, without laying them side by side.
+
+    conv:     from N·C channels
+    features: N × (B, C, H, W)
+    Returns (B, channels, H, W) in the features' dtype: the sum of N products, each added to the last.
+    """
+    batch, channels, height, width = features[0].shape
+    assert conv.bias is not None
+    kernels = conv.weight.flatten(1).to(features[0].dtype).split(channels, dim=1)  # N × (hidden, C)
+    hidden = conv.bias.to(features[0].dtype)[:, None].expand(batch, -1, height * width)
+    for kernel, own in zip(kernels, features, strict=True):
+        hidden = torch.baddbmm(hidden, kernel.expand(batch, -1, -1), own.flatten(2))
+    return hidden.unflatten(2, (height, width))
 
 
 def _seen(condition: Tensor, seen: bool) -> Tensor:

@@ -1,5 +1,6 @@
 """Cross-stitched SABW: every expert keeps its own path and takes from the others, at every pixel."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ class Stitch(SABW):
         self.kept = nn.Parameter(torch.tensor(KEPT))
         self.experts = experts
 
-    def matrix(self, features: Tensor, temb: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+    def matrix(
+        self, features: Sequence[Tensor], temb: Tensor, text: Tensor, text_mask: Tensor | None = None
+    ) -> Tensor:
         """Return the weights to each expert (dim 1) from all experts (dim 2): (B, N, N, H, W)."""
         logits = self.logits(features, temb, text, text_mask).unflatten(1, (self.experts, self.experts))
         own = torch.eye(self.experts, device=logits.device, dtype=logits.dtype).view(
@@ -43,13 +46,15 @@ class Stitch(SABW):
         )
         return torch.softmax(logits + self.kept * own, dim=2)
 
-    def weigh(self, features: Tensor, temb: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+    def weigh(
+        self, features: Sequence[Tensor], temb: Tensor, text: Tensor, text_mask: Tensor | None = None
+    ) -> Tensor:
         """Return the mean over the blends: how much of each expert all take together, (B, N, H, W)."""
         return self.matrix(features, temb, text, text_mask).mean(1)
 
     def forward(
         self,
-        features: Tensor,
+        features: Sequence[Tensor],
         temb: Tensor,
         text: Tensor,
         text_mask: Tensor | None = None,
@@ -59,4 +64,4 @@ class Stitch(SABW):
         matrix = self.matrix(features, temb, text, text_mask)
         if adjust is not None:  # a sample's rows stand one after another
             matrix = adjust(matrix.flatten(0, 1)).unflatten(0, matrix.shape[:2])
-        return [blend(features, rows.to(features.dtype)) for rows in matrix.unbind(1)], matrix.mean(1)
+        return [blend(features, rows) for rows in matrix.unbind(1)], matrix.mean(1)

@@ -124,7 +124,7 @@ def _run_and_fuse(
     if aggregator is None:
         return outputs, after, None
     adjust = None if options.adjust is None else partial(options.adjust, name)
-    fused, weights = aggregator(torch.stack(outputs, dim=1), *seen, adjust)
+    fused, weights = aggregator(outputs, *seen, adjust)
     if options.fuse_text and after[0].text_tokens is not None:
         after = _fuse_text_tokens(after, weights)
     return fused if isinstance(fused, list) else [fused] * len(same_stage), after, weights

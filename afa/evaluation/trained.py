@@ -133,6 +133,7 @@ def _sampler(
         ensemble = Ensemble.from_experts(chosen, aggregators=folder)
     else:
         ensemble = setup.ensemble.sharing(aggregators=folder)
+    ensemble.aggregators.to(setup.dtype)
     if shared:
         ensemble.denoiser.share_guidance_weights = True
     return functools.partial(sample, setup.pipeline(ensemble))

@@ -75,7 +75,7 @@ def _whole(settings: TrainSettings, ensemble: Ensemble | None, images: int) -> t
     """
     dtype = getattr(torch, settings.dtype)
     if settings.start is not None and ensemble is None:
-        ensemble = Ensemble.load(settings.start, dtype=dtype)
+        ensemble = Ensemble.load(settings.start, dtype=dtype, aggregators_dtype=torch.float32)
     if ensemble is not None:
         return chosen(settings, images, denoiser=ensemble.denoiser), ensemble
     experts = load_experts(settings.experts or (), dtype, settings.config, settings.prediction_type)
