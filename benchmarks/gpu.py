@@ -22,23 +22,18 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
+from random_models import RandomModels
 from step import step, train_step
-from timing import Clock, Spread, Work, peak_memory
+from timing import COMPILED, EAGER, GRAPH, Clock, Spread, Work, in_turn, peak_memory, prepared
 from torch import Tensor
 
 from afa.aggregators.registry import Recipe
 from afa.cli.flags import add_flags, read_flags
-from afa.cost import call_of
-from afa.denoiser.base import EnsembleDenoiser
 from afa.errors import UserError
-from afa.experts.description import ExpertDescription, describe_config
 from afa.experts.quantised import STORES, store_weights
-from afa.models.registry import FAMILIES, family_of
-from afa.places import located
 from afa.settings import option
 
 PAPER = Recipe("sabw", {"hidden": 128, "heads": 8, "depth": 2})
-EAGER, GRAPH, COMPILED = "eager", "CUDA graph", "compiled"
 IMAGE_STEPS = 50
 TRAINING_BATCH = 8
 
@@ -157,13 +152,11 @@ class Bench:
         self.repeats = options.repeats or self.size.repeats
         self.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
         self.clock = Clock(options.device)
-        self.described: ExpertDescription = describe_config("expert", located(config))
-        self.experts = [self.made() for _ in range(self.size.experts)]
-        self.family = FAMILIES[family_of(self.experts[0])]
-        self.side = options.side or self.family.interface.largest_side(self.experts[0].config) or 128
-        self.call = self.call_of(self.size.batch)
+        self.models = RandomModels(config, self.size.experts, options.device, self.dtype, side=options.side)
+        self.experts, self.fused = self.models.experts, self.models.fused
+        self.call = self.models.call(self.size.batch)
         self.is_unet = "sample" in self.call  # else latents are no maps, or the scheduler is another
-        self.default = self.by_size()
+        self.default = self.models.by_size()
 
     def run(self) -> None:
         """Measure everything."""
@@ -175,35 +168,6 @@ class Bench:
                 self.image()
         self.stores()
 
-    def made(self, part: str = "") -> Any:
-        """Return a denoiser, or another part of the pipeline, with random weights."""
-        like: Any = self.described.components[part].model if part else self.described.expert.model
-        torch.set_default_dtype(self.dtype)
-        try:
-            with torch.device(self.options.device):
-                model = type(like).from_config(dict(like.config))
-        finally:
-            torch.set_default_dtype(torch.float32)
-        return model.eval().requires_grad_(False)
-
-    def call_of(self, batch: int) -> dict[str, Any]:
-        """Return what a pipeline hands to the denoiser in one step, with random numbers."""
-        texts = [encoder.config for encoder in self.described.expert.text_encoders]
-        tokens = self.family.interface.prompt_tokens(texts)
-        where = {"device": self.options.device, "dtype": self.dtype}
-        call: dict[str, Any] = _random(call_of(self.experts[0], self.side, self.side, batch, tokens, **where))
-        return call
-
-    def by_size(self, kind: str | None = None) -> Recipe:
-        """Return the aggregators that `afa train` makes by default, or others of the same size."""
-        return Recipe.by_size(self.family.stages(self.experts[0]), self.side, kind)
-
-    def fused(self, recipe: Recipe, placement: str | None = None, dtype: torch.dtype = torch.float32) -> EnsembleDenoiser:
-        """Return an ensemble of the experts, which it shares with all others. dtype: of the aggregators"""
-        made: EnsembleDenoiser = self.family.denoiser(self.experts, None, recipe, placement)
-        made.aggregators.to(dtype)
-        return made.eval()
-
     def steps(self, mode: str) -> None:
         """Time a denoising step: one expert, all of them in turn, the ensembles."""
         alone = [step(expert, self.call) for expert in self.experts]
@@ -212,9 +176,9 @@ class Bench:
             f"{len(alone)} experts in turn": lambda: in_turn(alone),
             "mean": lambda: step(self.fused(Recipe("mean")), self.call),
             "default": lambda: step(self.fused(self.default), self.call),
-            f"default, aggregators in {self.dtype}": lambda: step(self.fused(self.default, dtype=self.dtype), self.call),
+            "default, weights of aggregators in float32": lambda: step(self.fused(self.default, dtype=torch.float32), self.call),
             "default, blocks": lambda: step(self.fused(self.default, "blocks"), self.call),
-            "sabw as large": lambda: step(self.fused(self.by_size("sabw")), self.call),
+            "sabw as large": lambda: step(self.fused(self.models.by_size("sabw")), self.call),
         }
         if self.size.small:
             ways["paper"] = lambda: step(self.fused(PAPER), self.call)
@@ -225,7 +189,7 @@ class Bench:
     def channels_last(self) -> Work:
         """Return a step of one expert whose weights and latents lie in channels last."""
         inside = self.call["sample"].contiguous(memory_format=torch.channels_last)
-        return step(self.made().to(memory_format=torch.channels_last), {**self.call, "sample": inside})
+        return step(self.models.made().to(memory_format=torch.channels_last), {**self.call, "sample": inside})
 
     def time_in_turn(self, ways: Mapping[str, Callable[[], Work]], whole: str, mode: str) -> None:
         """Time works round by round. whole: the one that the others are compared with"""
@@ -245,12 +209,12 @@ class Bench:
 
     def training(self) -> None:
         """Time a training step; the ratio is to the experts' own passes to their latents."""
-        call = self.call_of(TRAINING_BATCH)
+        call = self.models.call(TRAINING_BATCH)
         for name, recipe in (("default", self.default), ("paper", PAPER)):
             for again in ("", ", checkpointing"):
                 what = f"training step of {TRAINING_BATCH}, {name}{again}"
                 with self.record.noted(self.config, what, EAGER):
-                    ensemble = self.fused(recipe).train()
+                    ensemble = self.fused(recipe, dtype=torch.float32).train()
                     work = train_step(ensemble, call, list(ensemble.aggregators.parameters()), bool(again))
                     own = in_turn([train_step(expert, call, (), False) for expert in self.experts])
                     own()
@@ -261,7 +225,7 @@ class Bench:
 
     def image(self) -> None:
         """Time a whole image with guidance: steps of the default ensemble, eager and as a graph, scheduler and VAE."""
-        vae, scheduler = self.made("vae"), DDIMScheduler()
+        vae, scheduler = self.models.made("vae"), DDIMScheduler()
         scheduler.set_timesteps(IMAGE_STEPS)
         output: list[Tensor] = []
 
@@ -296,7 +260,7 @@ class Bench:
                 if store is not None:
                     self.experts.clear()  # of one kind at a time: two would not fit
                     for _ in range(self.size.experts):
-                        self.experts.append(self.made())
+                        self.experts.append(self.models.made())
                         store_weights(self.experts[-1], store)
                 work = step(self.fused(self.default), self.call)
                 peak = self.peak(work)
@@ -309,42 +273,6 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         work()
         return peak_memory(self.options.device)
-
-
-def _random(value: Any, name: str = "") -> Any:
-    """Fill tensors with random numbers, vectors (timesteps) with one half; positions (ids) stay."""
-    if isinstance(value, dict):
-        return {name: _random(part, name) for name, part in value.items()}
-    if name.endswith("_ids"):
-        return value
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return torch.randn_like(value) if value.ndim > 1 else torch.full_like(value, 0.5)
-    return value
-
-
-def in_turn(works: Sequence[Work]) -> Work:
-    """Return all works as one."""
-    return lambda: [work() for work in works]
-
-
-def prepared(work: Work, mode: str) -> Work:
-    """Return the work in a mode. Raises RuntimeError for a graph on a CPU."""
-    if mode == COMPILED:
-        return torch.compile(work)
-    if mode == EAGER:
-        return work
-    if not torch.cuda.is_available():
-        raise RuntimeError("only a GPU has graphs")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
 
 
 def main() -> int:

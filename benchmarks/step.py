@@ -1,112 +1,85 @@
-"""What an ensemble costs over its experts: time and memory of a denoising step, time of a training step.
+"""What an ensemble costs over its experts: time of a denoising step, part by part, and of a training step; memory.
 
-    python benchmarks/step.py --config sd15 --experts 3 --size 512 --batch 2
-    python benchmarks/step.py --config demo:base/unet --repeats 5
+    python benchmarks/step.py --config sd15 --size 512 --batch 2
+    python benchmarks/step.py --config sd15 --aggregator sabw --hidden 128 --heads 8 --depth 2 --attention-up-to 65536      # the paper's
+    python benchmarks/step.py --config demo:base --repeats 5 --compile
 
-Random weights: the cost does not depend on them. Every round runs the experts one after another and then the ensemble, so
-that a drift of the machine meets both; ratios are taken within a round. Given are the median, the smallest and the
-largest of n rounds. Target: on a CPU, SD 1.5 at 512 px, batch 2, three experts, the ensemble takes at most 1.20 times as
-long as its experts and at most 1 GB more memory, aggregators included.
+Random weights: the cost does not depend on them. Aggregators are those that `afa train` makes, unless flags say otherwise. Every round runs the
+experts one after another and then the ensemble, so that a drift of the machine meets both; ratios are taken within a round. Given are the median,
+the smallest and the largest of n rounds. Parts are measured by the clock around them, eager only.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from timing import Clock, Spread, Work, peak_memory, rounds
+from random_models import RandomModels
+from timing import Clock, Spread, Work, in_turn, peak_memory, prepared, rounds
 from torch import Tensor, nn
 
-from afa.aggregators.registry import Recipe, count_parameters
+from afa.aggregators import base, sabw, stitch
+from afa.aggregators.registry import count_parameters
+from afa.aggregators.settings import ATTENTION_HELP, AggregatorSettings, with_aggregator_options
 from afa.cli.flags import add_flags, read_flags
+from afa.denoiser.base import EnsembleDenoiser
 from afa.errors import UserError
-from afa.experts.single_file import KNOWN_CONFIGS, config_folder
-from afa.models.unet import UNetEnsemble, widths
-from afa.places import located
-from afa.settings import option
+from afa.settings import COUNT, option
 
 SMALL = 50_000_000  # parameters an expert up to which a training step is always measured
-TOKENS = 77  # of CLIP's prompts
 PIXELS = 8  # a side, for one of the latent's
 
 
-@dataclass(frozen=True)
-class Options:
+@with_aggregator_options
+@dataclass(frozen=True, kw_only=True)
+class Options(AggregatorSettings):
     """One measurement, field by field a flag."""
 
-    config: str = option(
-        "sd15",
-        help=f"{', '.join(KNOWN_CONFIGS)}, or a folder with a diffusers U-Net's config.json, such as demo:base/unet",
-    )
-    experts: int = option(3, help="how many experts")
-    size: int | None = option(
-        None, help="side of the image in pixels, eight for one of the latent's (default: the model's own)"
-    )
-    batch: int = option(2, help="of the U-Net; guidance makes 2 of one image")
-    dtype: str = option(
-        "float32", help="of the experts; aggregators are float32", choices=["float32", "bfloat16", "float16"]
-    )
-    placement: str = option("layers", help="fused stages: layers, blocks, out, or names such as M00,OUT11")
-    hidden: int = option(128, help="width inside the aggregators")
-    heads: int = option(8, help="attention heads of the aggregators")
-    depth: int = option(2, help="transformer layers of the aggregators")
-    attention_up_to: int | None = option(
-        None, help="build the transformer only on maps up to this side in latent pixels"
-    )
-    repeats: int = option(3, help="rounds")
+    config: str = option("sd15", help="a shipped config (sd15, sdxl, sd35 …), or a folder with a model_index.json, such as demo:base")
+    experts: int = option(3, **COUNT, help="how many experts")
+    shared_weights: bool = option(False, help="all experts have the same weights in memory: the same work, for models that do not fit N times")
+    size: int | None = option(None, least=PIXELS, most=2**14, help="side of the image in pixels, eight for one of the latent's (default: the model's own)")
+    batch: int = option(2, **COUNT, help="of the denoiser; guidance makes 2 of one image")
+    dtype: str = option("float32", help="of the experts and of what aggregators compute", choices=["float32", "bfloat16", "float16"])
+    aggregator: str | None = option(None, help="kind of aggregator (default: that of `afa train`)")
+    placement: str | None = option(None, help="fused stages: layers, blocks, out, or names such as M00,OUT11 (default: the family's)")
+    attention_up_to: int | None = option(None, least=0, most=2**16, help=ATTENTION_HELP)
+    repeats: int = option(3, **COUNT, help="rounds")
+    graph: bool = option(False, help="experts and ensemble as CUDA graphs")
+    compile: bool = option(False, help="experts and ensemble by torch.compile")
     train: bool = option(False, help="measure a training step too, as is always done for small models")
     gradient_checkpointing: bool = option(False, help="in the training step, of experts and ensemble alike")
+    channels_last: bool = option(False, help="weights and latents of U-Nets in channels last")
     device: str = option("cpu", help="where", choices=["cpu", "cuda"])
     json: bool = option(False, help="print JSON")
 
     def __post_init__(self) -> None:
-        for name in ("experts", "batch", "hidden", "heads", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
-        if self.size is not None and (self.size < PIXELS or self.size % PIXELS):
+        super().__post_init__()
+        if self.size is not None and self.size % PIXELS:
             raise UserError(f"--size {self.size} must be a multiple of {PIXELS} pixels")
+        if self.graph and self.compile:
+            raise UserError("--graph and --compile are two ways; give one")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda is not available here; use --device cpu")
 
+    @property
+    def mode(self) -> str:
+        """How works are run."""
+        return "graph" if self.graph else "compiled" if self.compile else "eager"
 
-def make_experts(options: Options, device: str | None = None) -> list[UNet2DConditionModel]:
-    """Experts of one config with random weights, made in their dtype. Raises UserError if there is no such config."""
-    place = Path(located(options.config))
-    folder = place if (place / "config.json").is_file() else config_folder(options.config) / "unet"
-    config = UNet2DConditionModel.load_config(folder)
-    torch.set_default_dtype(getattr(torch, options.dtype))
-    try:
-        made = [
-            UNet2DConditionModel.from_config(config).to(device or options.device)
-            for _ in range(options.experts)
-        ]
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return [expert.eval().requires_grad_(False) for expert in made]
+    def models(self, device: str | None = None) -> RandomModels:
+        """Return the experts. Raises UserError if there is no such config."""
+        side = None if self.size is None else self.size // PIXELS
+        kind = getattr(torch, self.dtype)
+        return RandomModels(self.config, self.experts, device or self.device, kind, shared=self.shared_weights, side=side)
 
-
-def make_call(unet: Any, options: Options) -> dict[str, Any]:
-    """What a pipeline hands to a U-Net at one step."""
-    config, batch = unet.config, options.batch
-    side = options.size // PIXELS if options.size else config.sample_size
-    like = {"dtype": getattr(torch, options.dtype), "device": options.device}
-    call: dict[str, Any] = {
-        "sample": torch.randn(batch, config.in_channels, side, side, **like),
-        "timestep": torch.tensor(500, device=options.device),
-        "encoder_hidden_states": torch.randn(batch, TOKENS, widths(unet)[1], **like),
-    }
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        call["added_cond_kwargs"] = {
-            "text_embeds": torch.randn(batch, pooled, **like),
-            "time_ids": torch.ones(batch, 6, **like),
-        }
-    return call
+    def ensemble(self, models: RandomModels, dtype: torch.dtype | None = None) -> EnsembleDenoiser:
+        """Return the ensemble of the models. dtype: of the aggregators' weights; None: the experts'"""
+        return models.fused(models.by_size(self.aggregator, self.aggregator_options(), self.attention_up_to), self.placement, dtype)
 
 
 def step(denoiser: nn.Module, call: dict[str, Any]) -> Work:
@@ -116,12 +89,13 @@ def step(denoiser: nn.Module, call: dict[str, Any]) -> Work:
 
 def train_step(denoiser: Any, call: dict[str, Any], trained: Sequence[Tensor], checkpointing: bool) -> Work:
     """Forward and backward. An expert alone has nothing to train: its gradients run through all features to the latents."""
+    latents_name = "sample" if "sample" in call else "hidden_states"
 
     def run() -> None:
-        latents = call["sample"].detach().requires_grad_(not trained)
+        latents = call[latents_name].detach().requires_grad_(not trained)
         if checkpointing:
             denoiser.enable_gradient_checkpointing()
-        loss = denoiser(**{**call, "sample": latents}).sample.float().square().mean()
+        loss = denoiser(**{**call, latents_name: latents}).sample.float().square().mean()
         torch.autograd.grad(loss, list(trained) or [latents])
         denoiser.disable_gradient_checkpointing()  # an ensemble runs its experts' parts, which must not recompute by themselves
 
@@ -131,46 +105,58 @@ def train_step(denoiser: Any, call: dict[str, Any], trained: Sequence[Tensor], c
 def measure(options: Options) -> dict[str, Any]:
     """Everything asked for, in one process. The experts' memory is read before there are aggregators."""
     torch.manual_seed(0)
-    experts = make_experts(options)
-    call = make_call(experts[0], options)
-    singles = [step(expert, call) for expert in experts]
-    for work in singles:
-        work()
+    models = options.models()
+    call = models.call(options.batch)
+    if options.channels_last:
+        for expert in models.experts:
+            expert.to(memory_format=torch.channels_last)
+        call["sample"] = call["sample"].contiguous(memory_format=torch.channels_last)
+    singles = [prepared(step(expert, call), options.mode) for expert in models.experts]
+    in_turn(singles)()
     before = peak_memory(options.device)
-    model = (
-        UNetEnsemble(experts, recipe=recipe(options), placement=options.placement).to(options.device).eval()
-    )
-    clock = Clock(options.device, list(model.aggregators.values()))
-    found: dict[str, Any] = {"setting": setting(options, model, call)}
-    found["step"] = rounds("step", clock, singles, step(model, call), options.repeats)
+    model = options.ensemble(models)
+    clock = Clock(options.device)
+    if options.mode == "eager":
+        watch_parts(clock, model)
+    found: dict[str, Any] = {"setting": setting(options, models, model)}
+    found["step"] = rounds("step", clock, singles, prepared(step(model, call), options.mode), options.repeats)
     after = peak_memory(options.device)
     found["peak_memory"] = {"experts_gb": before, "ensemble_gb": after, "difference_gb": after - before}
-    if options.train or count_parameters(experts[0]) < SMALL:
-        alone = [train_step(expert, call, (), options.gradient_checkpointing) for expert in experts]
-        own = train_step(
-            model.train(), call, list(model.aggregators.parameters()), options.gradient_checkpointing
-        )
-        found["training_step"] = rounds("training step", Clock(options.device), alone, own, options.repeats)
-        del found["training_step"]["aggregators_share"]  # the backward pass is not watched
+    if options.train or count_parameters(models.experts[0]) < SMALL:
+        del model
+        found["training_step"] = training(options, models, call)
     return found
 
 
-def recipe(options: Options) -> Recipe:
-    """How the aggregators are made."""
-    return Recipe(
-        "sabw",
-        {"hidden": options.hidden, "heads": options.heads, "depth": options.depth},
-        options.attention_up_to,
-    )
+def training(options: Options, models: RandomModels, call: dict[str, Any]) -> dict[str, Spread]:
+    """A training step, with the aggregators' weights in float32 as in training, over the experts' own passes to their latents."""
+    model = options.ensemble(models, torch.float32).train()
+    alone = [train_step(expert, call, (), options.gradient_checkpointing) for expert in models.experts]
+    own = train_step(model, call, list(model.aggregators.parameters()), options.gradient_checkpointing)
+    return rounds("training step", Clock(options.device), alone, own, options.repeats)
 
 
-def setting(options: Options, model: UNetEnsemble, call: dict[str, Any]) -> dict[str, Any]:
+def watch_parts(clock: Clock, model: EnsembleDenoiser) -> None:
+    """Have a clock time the parts of the aggregators: sub-modules by hooks, functions by a wrapper around them."""
+    for aggregator in model.aggregators.values():
+        clock.watch("aggregators", aggregator)
+        for name in ("res_block", "transformer", "conv_out"):
+            part = getattr(aggregator, name, None)
+            if part is not None:
+                clock.watch(f"aggregators: {name}", part)
+    sabw.in_parts = clock.watched("aggregators: conv_in", sabw.in_parts)
+    base.blend = stitch.blend = clock.watched("aggregators: blend", base.blend)
+
+
+def setting(options: Options, models: RandomModels, model: EnsembleDenoiser) -> dict[str, Any]:
     """What was measured, and with what."""
+    made = {"aggregator": model.recipe.kind, **model.recipe.options, "attention_up_to": model.recipe.attention_up_to}
     return {
-        **asdict(options),
-        "size": call["sample"].shape[-1] * PIXELS,
+        **{name: value for name, value in asdict(options).items() if value is not None},
+        **made,
+        "size": models.side * PIXELS,
         "fused_stages": len(model.fused),
-        "expert_parameters": count_parameters(model.experts[0]),
+        "expert_parameters": count_parameters(models.experts[0]),
         "aggregator_parameters": count_parameters(model.aggregators),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -183,15 +169,13 @@ def as_text(found: dict[str, Any]) -> str:
     for part, values in list(found.items())[1:]:
         for name, value in values.items():
             shown = value if isinstance(value, Spread) else f"{value:9.3f}"
-            lines.append(f"{part.replace('_', ' '):<14} {name.replace('_', ' '):<24} {shown}")
+            lines.append(f"{part.replace('_', ' '):<14} {name:<28} {shown}")
     return "\n".join(lines)
 
 
 def main() -> int:
     """-> 0 done, 2 not as asked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, Options)
     try:
         options = read_flags(Options, parser.parse_args())

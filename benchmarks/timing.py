@@ -4,14 +4,17 @@ import resource
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 
 Work = Callable[[], Any]
+EAGER, GRAPH, COMPILED = "eager", "graph", "compiled"
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,30 @@ class Spread:
 
 
 class Clock:
-    """Times work, and the part of it in watched modules: by the clock, on a GPU by events in its queue, without waiting."""
+    """Times work, and named parts of it: by the clock, on a GPU by events in its queue, without waiting."""
 
-    def __init__(self, device: str, watched: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
-        self.open: list[Any] = []
-        self.spans: list[tuple[Any, Any]] = []
-        for module in watched:
-            module.register_forward_pre_hook(lambda *_: self.open.append(self.mark()))
-            module.register_forward_hook(lambda *_: self.spans.append((self.open.pop(), self.mark())))
+        self.spans: dict[str, list[tuple[Any, Any]]] = {}
+
+    def watch(self, name: str, module: nn.Module) -> None:
+        """Time what a module does."""
+        spans, started = self.spans.setdefault(name, []), list[Any]()
+        module.register_forward_pre_hook(lambda *_: started.append(self.mark()))
+        module.register_forward_hook(lambda *_: spans.append((started.pop(), self.mark())))
+
+    def watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that is timed."""
+        spans = self.spans.setdefault(name, [])
+
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = self.mark()
+            result = function(*args, **kwargs)
+            spans.append((start, self.mark()))
+            return result
+
+        return timed
 
     def mark(self) -> Any:
         """A point in time."""
@@ -50,15 +68,17 @@ class Clock:
         event.record()
         return event
 
-    def time(self, work: Work) -> tuple[float, float]:
-        """-> seconds that some work took, and those of them spent in what is watched."""
-        self.spans.clear()
+    def time(self, work: Work) -> tuple[float, dict[str, float]]:
+        """-> seconds that some work took, and those of them spent in each part."""
+        for spans in self.spans.values():
+            spans.clear()
         start = self.mark()
         work()
         stop = self.mark()
         if self.cuda:
             torch.cuda.synchronize()
-        return self.seconds(start, stop), sum(self.seconds(*span) for span in self.spans)
+        parts = {name: sum(self.seconds(*span) for span in spans) for name, spans in self.spans.items()}
+        return self.seconds(start, stop), parts
 
     def seconds(self, start: Any, stop: Any) -> float:
         """Between two points in time."""
@@ -73,27 +93,49 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def in_turn(works: Sequence[Work]) -> Work:
+    """Return all works as one."""
+    return lambda: [work() for work in works]
+
+
+def prepared(work: Work, mode: str) -> Work:
+    """Return the work in a mode. Raises RuntimeError for a graph on a CPU."""
+    if mode == COMPILED:
+        return torch.compile(work)
+    if mode == EAGER:
+        return work
+    if not torch.cuda.is_available():
+        raise RuntimeError("only a GPU has graphs")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
 def rounds(
     name: str, clock: Clock, singles: Sequence[Work], ensemble: Work, repeats: int
 ) -> dict[str, Spread]:
-    """Experts and ensemble in turn, after one unmeasured round."""
-    alone: list[list[float]] = []
-    together: list[tuple[float, float]] = []
+    """Experts and ensemble in turn, after one unmeasured round; in seconds, and ratios within a round."""
+    measured: dict[str, list[float]] = defaultdict(list)
     for number in range(repeats + 1):
         print(
             f"{name}, round {number} of {repeats}{'' if number else ' (warm-up)'}",
             file=sys.stderr,
             flush=True,
         )
-        alone.append([clock.time(work)[0] for work in singles])
-        together.append(clock.time(ensemble))
-    alone, together = alone[1:], together[1:]
-    return {
-        "one_expert_seconds": Spread.of([seconds for one in alone for seconds in one]),
-        "experts_in_turn_seconds": Spread.of([sum(one) for one in alone]),
-        "ensemble_seconds": Spread.of([whole for whole, _ in together]),
-        "ensemble_over_experts": Spread.of(
-            [whole / sum(one) for one, (whole, _) in zip(alone, together, strict=True)]
-        ),
-        "aggregators_share": Spread.of([part / whole for whole, part in together]),
-    }
+        alone = sum(clock.time(work)[0] for work in singles)
+        whole, parts = clock.time(ensemble)
+        if number:
+            measured["experts in turn, s"].append(alone)
+            measured["ensemble, s"].append(whole)
+            measured["ensemble / experts"].append(whole / alone)
+            measured["ensemble / one expert"].append(whole / alone * len(singles))
+            for part, seconds in parts.items():
+                measured[f"{part} / experts"].append(seconds / alone)
+    return {what: Spread.of(values) for what, values in measured.items()}

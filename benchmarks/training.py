@@ -2,6 +2,7 @@
 
     python benchmarks/training.py                                     # the embedded experts, everything measured
     python benchmarks/training.py --config sd15 --batch 8 --plan      # memory of every way, counted without memory (minutes)
+    python benchmarks/training.py --config sd15 --aggregator sabw --hidden 128 --heads 8 --depth 2 --attention-up-to 65536 --plan   # the paper's
 
 A training step is compared with what no method can avoid: each expert's forward pass and the backward pass to its activations, one
 expert after another. Ratios are taken within a round; given are the median, the smallest and the largest of n rounds. Memory is counted
@@ -23,17 +24,16 @@ import step as steps
 import torch
 from timing import Clock, Spread, Work, rounds
 
+from afa.aggregators.settings import ATTENTION_HELP, AggregatorSettings, with_aggregator_options
 from afa.cli.flags import add_flags, read_flags
-from afa.demo.data import BASE, EXPERTS
+from afa.demo.data import EXPERTS
 from afa.errors import UserError
 from afa.experts.quantised import store_weights
-from afa.models.unet import UNetEnsemble
-from afa.settings import option
+from afa.settings import COUNT, option
 from afa.training.plan import step_bytes
 from afa.training.run import plan
 from afa.training.settings import TrainSettings
 
-EMBEDDED = str(BASE / "unet")
 # name -> experts in, stages recomputed, experts' weights in
 WAYS: dict[str, tuple[str, bool, str | None]] = {
     "float32": ("float32", False, None),
@@ -46,67 +46,40 @@ WAYS: dict[str, tuple[str, bool, str | None]] = {
 MEASURED = ("float32", "float32, checkpointing")  # in time: what a CPU is good at
 
 
-@dataclass(frozen=True)
-class Options:
+@with_aggregator_options
+@dataclass(frozen=True, kw_only=True)
+class Options(AggregatorSettings):
     """One measurement, field by field a flag."""
 
-    config: str = option(
-        EMBEDDED,
-        help="sd15, sd21, sdxl or a folder with a U-Net's config.json (default: the embedded experts')",
-    )
-    experts: int = option(3, help="how many experts")
+    config: str = option("demo:base", help="a shipped config (sd15, sdxl, sd35 …), or a folder with a model_index.json")
+    experts: int = option(3, **COUNT, help="how many experts")
     size: int | None = option(
         None, help="side of the image in pixels, eight for one of the latent's (default: the model's own)"
     )
-    batch: int = option(8, help="images a step")
-    small: bool = option(
-        False,
-        help="aggregators of hidden 32, 4 heads, depth 1, as the embedded experts' always are; else the paper's 128, 8, 2",
-    )
-    attention_up_to: int | None = option(
-        None, help="build the transformer only on maps up to this side in latent pixels"
-    )
-    repeats: int = option(3, help="rounds")
+    batch: int = option(8, **COUNT, help="images a step")
+    aggregator: str | None = option(None, help="kind of aggregator (default: that of `afa train`)")
+    attention_up_to: int | None = option(None, least=0, most=2**16, help=ATTENTION_HELP)
+    repeats: int = option(3, **COUNT, help="rounds")
     plan: bool = option(False, help="only count memory; nothing is run")
-    images: int = option(256, help="for the cache, of the embedded world")
+    images: int = option(256, **COUNT, help="for the cache, of the embedded world")
     device: str = option("cpu", help="where", choices=["cpu", "cuda"])
     json: bool = option(False, help="print JSON")
 
-    def __post_init__(self) -> None:
-        for name in ("experts", "batch", "repeats", "images"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least 1")
-
     def steps(self, dtype: str = "float32", checkpointing: bool = False) -> steps.Options:
         """The same for the benchmark of steps."""
-        shared = {
-            name: getattr(self, name)
-            for name in ("config", "experts", "size", "batch", "attention_up_to", "device")
-        }
-        small = self.small or self.config == EMBEDDED
-        shape = {"hidden": 32, "heads": 4, "depth": 1} if small else {"hidden": 128, "heads": 8, "depth": 2}
-        return steps.Options(
-            **shared,
-            **shape,
-            dtype=dtype,
-            gradient_checkpointing=checkpointing,
-            placement="layers",
-            repeats=self.repeats,
-        )
+        shared = {name: value for name, value in asdict(self).items() if name not in ("plan", "images", "json")}
+        return steps.Options(**shared, dtype=dtype, gradient_checkpointing=checkpointing)
 
 
 def memory(options: Options) -> dict[str, float]:
     """GB of tensors in a step, by way."""
-    with torch.device("meta"):
-        experts = steps.make_experts(options.steps(), "meta")
-        model = UNetEnsemble(experts, recipe=steps.recipe(options.steps()))
-    side = (options.size or experts[0].config.sample_size * steps.PIXELS) // steps.PIXELS
+    asked = options.steps()
+    models = asked.models("meta")
+    model = asked.ensemble(models)
     found = {}
     for name, (dtype, checkpointing, store) in WAYS.items():
         print(f"counting memory: {name}", file=sys.stderr, flush=True)
-        found[name] = (
-            step_bytes(model, options.batch, side, getattr(torch, dtype), checkpointing, store) / 1e9
-        )
+        found[name] = step_bytes(model, options.batch, models.side, getattr(torch, dtype), checkpointing, store) / 1e9
     return found
 
 
@@ -117,16 +90,16 @@ def times(options: Options) -> dict[str, Any]:
         dtype, checkpointing, store = WAYS[name]
         torch.manual_seed(0)
         asked = options.steps(dtype, checkpointing)
-        experts = steps.make_experts(asked)
-        call = steps.make_call(experts[0], asked)
-        alone: list[Work] = [steps.train_step(expert, call, (), False) for expert in experts]
-        stored = [copy.deepcopy(expert) for expert in experts] if store else experts
-        for expert in stored if store else ():
-            store_weights(expert, str(store))
-        model = UNetEnsemble(stored, recipe=steps.recipe(asked)).to(options.device).train()
+        models = asked.models()
+        call = models.call(asked.batch)
+        alone: list[Work] = [steps.train_step(expert, call, (), False) for expert in models.experts]
+        if store:
+            models.experts = [copy.deepcopy(expert) for expert in models.experts]
+            for expert in models.experts:
+                store_weights(expert, store)
+        model = asked.ensemble(models, torch.float32).train()
         own = steps.train_step(model, call, list(model.aggregators.parameters()), checkpointing)
         found[name] = rounds(name, Clock(options.device), alone, own, options.repeats)
-        del found[name]["aggregators_share"]  # the backward pass is not watched
         if options.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             own()
