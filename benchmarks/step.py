@@ -12,9 +12,8 @@ the smallest and the largest of n rounds. Parts are measured by the clock around
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
