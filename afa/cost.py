@@ -1,5 +1,7 @@
-"""Counts the floating point operations of a denoising step, on the meta device: without memory or waiting."""
+"""What a denoising step costs: operations counted on the meta device, and time measured with random weights."""
 
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from afa.denoiser.base import EnsembleDenoiser
+from afa.denoiser.lora import shared_copy
+from afa.devices import free_bytes
+from afa.errors import UserError
 from afa.models.registry import FAMILIES, family_of
+
+ROUNDS = 3  # of a measurement of time, after one that is not measured
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,68 @@ def count_stage_flops(model: Any, height: int, width: int, tokens: int | None = 
         stage.name: sum(counts.get(names.get(id(module), ""), 0) for module in stage.modules())
         for stage in FAMILIES[family_of(meta_model)].stages(meta_model)
     }
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of a denoising step, measured in turn.
+
+    one_expert: median
+    ensemble:   median
+    ratios:     ensemble to one expert, (smallest, median, largest) of `rounds` rounds
+    """
+
+    one_expert: float
+    ensemble: float
+    ratios: tuple[float, float, float]
+    rounds: int
+
+
+def time_step(
+    denoiser: EnsembleDenoiser,
+    height: int,
+    width: int,
+    batch: int = 1,
+    tokens: int | None = None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int = ROUNDS,
+) -> StepTimes:
+    """Measure a step of one expert and of the ensemble on a device, with random weights.
+
+    Time does not depend on weights, so all experts share one set of them in memory.
+    Arguments as in count_flops. Raises UserError if one expert does not fit into the device's free memory.
+    """
+    like: Any = denoiser.experts[0]
+    needed, free = sum(p.numel() for p in like.parameters()) * dtype.itemsize, free_bytes(device)
+    if free is not None and needed > free:
+        raise UserError(
+            f"time cannot be measured on {device}: one expert takes {needed / 1e9:.1f} GB, "
+            f"and {free / 1e9:.1f} GB are free; leave out --time"
+        )
+    with device:
+        first = type(like).from_config(dict(like.config)).to(dtype).eval().requires_grad_(False)
+    experts = [first, *(shared_copy(first) for _ in denoiser.experts[1:])]
+    ensemble = type(denoiser)(experts, denoiser.names, denoiser.recipe, denoiser.placement).eval()
+    ensemble.aggregators.to(dtype)
+    call = call_of(first, height, width, batch, tokens, device=str(device), dtype=dtype)
+    measured = [[_seconds(model, call, device) for model in (first, ensemble)] for _ in range(rounds + 1)][1:]
+    ratios = sorted(together / alone for alone, together in measured)
+    one, all_ = (statistics.median(seconds) for seconds in zip(*measured, strict=True))
+    return StepTimes(one, all_, (ratios[0], statistics.median(ratios), ratios[-1]), rounds)
+
+
+def _seconds(model: nn.Module, call: dict[str, Any], device: torch.device) -> float:
+    def now() -> float:
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
+        return time.perf_counter()
+
+    started = now()
+    with torch.no_grad():
+        model(**call)
+    return now() - started
 
 
 @contextmanager

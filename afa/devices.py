@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +26,15 @@ def choose_device(name: str | None) -> torch.device:
             f"--device {name} cannot be used here: {str(error).strip().splitlines()[0]}"
         ) from None
     return device
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a device in bytes; None if it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    return None
 
 
 def free_memory() -> None:

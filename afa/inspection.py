@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from afa.aggregators.registry import Recipe, count_parameters, find_aggregator
 from afa.checkpoint.manifest import AGGREGATORS as AGGREGATORS_FILE
 from afa.checkpoint.manifest import Manifest, read_manifest, recipe_of
-from afa.cost import Flops, count_flops
+from afa.cost import Flops, count_flops, time_step
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.placement import choices
 from afa.denoiser.schedule import kind_of, noise_of_schedule
@@ -121,12 +122,18 @@ def _check_saved(aggregators: nn.Module, file: Path) -> None:
     check_fit(aggregators, {name: entry.meta() for name, entry in read_file(file).items()}, str(file))
 
 
-def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) -> dict[str, Any]:
+def facts(
+    subject: Subject,
+    resolution: int | None = None,
+    batch_size: int = 1,
+    time_on: torch.device | None = None,
+) -> dict[str, Any]:
     """Everything that `afa inspect` shows, ready for JSON.
 
     subject:    what is inspected
     resolution: side of the images in pixels; None: the experts' own
     batch_size: images at once
+    time_on:    device on which a step is measured; None: none is
     Parts that only an ensemble has are None if the experts cannot be fused.
     """
     experts = [description.expert for description in subject.descriptions]
@@ -157,8 +164,20 @@ def facts(subject: Subject, resolution: int | None = None, batch_size: int = 1) 
             "guidance_doubles": FAMILIES[experts[0].family].interface.default_cfg_scale(first.config) > 1,
             **memory,
             "flops": _flops(experts, count, flops),
+            "time": None
+            if denoiser is None or time_on is None
+            else _time(denoiser, size, batch_size, time_on),
         },
     }
+
+
+def _time(
+    denoiser: EnsembleDenoiser, size: Mapping[str, Any], batch: int, device: torch.device
+) -> dict[str, Any]:
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    height, width = size["latent"]
+    found = time_step(denoiser, height, width, batch, size["tokens"], device=device, dtype=dtype)
+    return {"device": str(device), "dtype": str(dtype).removeprefix("torch."), **dataclasses.asdict(found)}
 
 
 def _mismatches(subject: Subject, experts: Sequence[Expert]) -> list[str]:

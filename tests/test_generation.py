@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,3 +209,39 @@ def test_a_single_file_of_an_architecture_of_its_own_needs_configs_which_a_merge
     assert main(["generate", str(bare), *drawn, str(tmp_path / "refused")]) == 2
     assert "bare.safetensors" in capsys.readouterr().err
     assert main(["generate", str(bare), *drawn, str(tmp_path / "told"), "--config", str(EXPERTS["curves"])]) == 0
+
+
+def compile_by(monkeypatch, backend):
+    """Have torch.compile use a backend that needs no compiler, and count what it compiles."""
+    graphs, stock = [], torch.compile
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return backend(graph)
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: stock(model, backend=counted, **options))
+    return graphs
+
+
+def test_a_compiled_ensemble_draws_the_same_pictures_from_one_graph(settings, tmp_path, monkeypatch):
+    eager = generate(settings)
+    graphs = compile_by(monkeypatch, lambda graph: graph.forward)
+    compiled = generate(replace(settings, output=str(tmp_path / "compiled"), compile=True))
+    assert len(graphs) == 1
+    for one, other in zip(eager, compiled, strict=True):
+        assert np.array_equal(pixels(one), pixels(other))
+
+
+def test_where_no_compiler_works_one_sentence_says_so_and_no_image_is_left(settings, monkeypatch):
+    def broken(graph):
+        raise RuntimeError("no working C++ compiler")
+
+    compile_by(monkeypatch, broken)
+    with pytest.raises(UserError, match="--compile does not work here: .*leave it out"):
+        generate(replace(settings, compile=True))
+    assert not list(Path(settings.output).glob("*.png"))
+
+
+def test_a_method_is_not_compiled(settings):
+    with pytest.raises(UserError, match="--compile is for an ensemble's own denoiser, and --method magicfusion"):
+        replace(settings, compile=True, method="magicfusion")

@@ -281,3 +281,22 @@ SCALED = [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (859_520_964 * 4, "3.438 G
 @pytest.mark.parametrize(("value", "text"), SCALED)
 def test_numbers_carry_the_unit_that_fits(value, text):
     assert scaled(value, "B") == text
+
+
+class TestTime:
+    def test_a_step_is_measured_when_it_is_asked_for(self, look, inspect, experts):
+        assert look(experts / "photo", experts / "paint")["cost"]["time"] is None
+        for kind in ("mean", "stitch"):
+            found = inspect(experts / "photo", experts / "paint", aggregator=kind, time=True, device="cpu")["cost"]["time"]
+            least, middle, most = found["ratios"]
+            assert 0 < least <= middle <= most and found["rounds"] == 3
+            assert found["ensemble"] > found["one_expert"] > 0 and (found["device"], found["dtype"]) == ("cpu", "float32")
+
+    def test_a_model_that_does_not_fit_into_memory_is_refused(self, afa, monkeypatch):
+        monkeypatch.setattr("afa.cost.free_bytes", lambda device: 10**9)
+        code, _, error = afa("--config", "sd15", "--aggregator", "mean", "--time", "--device", "cpu")
+        assert code == 2 and "one expert takes 3.4 GB, and 1.0 GB are free; leave out --time" in error
+
+    def test_a_device_without_time_is_refused(self, afa, experts):
+        code, _, error = afa(experts / "photo", experts / "paint", "--device", "cpu")
+        assert code == 2 and "--device cpu is for --time" in error

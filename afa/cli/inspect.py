@@ -17,7 +17,7 @@ from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.pages.numbers import count, scaled
 from afa.pages.tables import listing
-from afa.settings import COUNT, option
+from afa.settings import COUNT, DEVICE_HELP, option
 
 if TYPE_CHECKING:
     from afa.inspection import Subject
@@ -71,6 +71,10 @@ class InspectSettings(AggregatorSettings):
         None, least=1, most=2**16, help="side of the images in pixels (default: the experts' own)"
     )
     batch_size: int = option(1, **COUNT, help="images at once; guidance doubles the cost of each")
+    time: bool = option(
+        False, help="also measure what a step takes on this device, with random weights; takes a few steps"
+    )
+    device: str | None = option(None, help=f"with --time: {DEVICE_HELP}")
     json: bool = option(False, help="print one JSON document instead of tables")
 
     def __post_init__(self) -> None:
@@ -83,6 +87,8 @@ class InspectSettings(AggregatorSettings):
             raise UserError(
                 f"--prediction-type {self.prediction_type} is for EXPERT, and none is given; leave it out"
             )
+        if self.device is not None and not self.time:
+            raise UserError(f"--device {self.device} is for --time; give both, or neither")
         if self.experts and self.count is not None:
             raise UserError(f"--count {self.count} is for --config without EXPERT; leave out one of them")
 
@@ -92,9 +98,11 @@ Options = InspectSettings
 
 def run(options: Options) -> None:
     """Print the report; then, if the experts cannot be fused, raise UserError with every reason."""
+    from afa.devices import choose_device
     from afa.inspection import facts
 
-    found = facts(_subject(options), options.resolution, options.batch_size)
+    device = choose_device(options.device) if options.time else None
+    found = facts(_subject(options), options.resolution, options.batch_size, device)
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -311,8 +319,20 @@ def _cost(facts: dict[str, Any]) -> str:
     notes = ["Memory is that of the weights; activations come on top.", _guidance(cost)]
     if flops["ensemble"]:
         times = flops["ensemble"] / flops["each_expert"][0]
-        notes.append(f"A step of the ensemble costs {times:.2f} times that of '{first['name']}'.")
+        notes.append(
+            f"A step of the ensemble needs {times:.2f} times the FLOPs of one of '{first['name']}'; "
+            + (_time(cost["time"]) if cost["time"] else "time is another matter: --time measures it.")
+        )
     return "\n".join([listing(["", ">parameters", ">float32", ">float16", ">FLOPs a step"], there), *notes])
+
+
+def _time(time: dict[str, Any]) -> str:
+    least, middle, most = time["ratios"]
+    return (
+        f"on {time['device']} in {time['dtype']} it takes {middle:.2f} [{least:.2f}, {most:.2f}] times as long "
+        f"({time['ensemble']:.3g} s instead of {time['one_expert']:.3g} s; "
+        f"median [smallest, largest] of {time['rounds']} rounds, random weights)."
+    )
 
 
 def _guidance(cost: dict[str, Any]) -> str:

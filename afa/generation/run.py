@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -141,9 +141,27 @@ def generate(settings: GenerateSettings) -> list[Path]:
     _check_strengths(settings, ensemble, sampler)
     images = _images(settings, sampling, prompts, ensemble, sampler, files)
     with locked(output):
-        _draw(settings, sampling, sampler, images)
+        with _compiled(settings, ensemble):
+            _draw(settings, sampling, sampler, images)
         _finish(output, images, settings.images_per_prompt)
     return [image.path for image in images]
+
+
+@contextlib.contextmanager
+def _compiled(settings: GenerateSettings, ensemble: Ensemble) -> Iterator[None]:
+    """With --compile, compile the denoiser at its first call. Raises UserError where no compiler works."""
+    if not settings.compile:
+        yield
+        return
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import InductorError
+
+    ensemble.denoiser.compile()
+    try:
+        yield
+    except (BackendCompilerFailed, InductorError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"--compile does not work here: {why}; leave it out") from None
 
 
 def _load(settings: GenerateSettings) -> Ensemble:

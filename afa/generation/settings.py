@@ -101,6 +101,10 @@ class GenerateSettings(CheckedOptions):
     weights: bool = option(
         False, help="save the weight maps of every image: .npz, and a picture of them over the image"
     )
+    compile: bool = option(
+        False,
+        help="compile the ensemble by torch.compile before the first image: minutes once, then faster steps",
+    )
     dtype: str = option("float32", help=DTYPE_HELP, choices=DTYPES)
     device: str | None = option(None, help=DEVICE_HELP)
     json: bool = option(False, help="print the paths of the images as JSON")
@@ -117,6 +121,11 @@ class GenerateSettings(CheckedOptions):
                 "leave out one of them"
             )
         self._check_shared_guidance()
+        if self.compile and self.method is not None:
+            raise UserError(
+                f"--compile is for an ensemble's own denoiser, and --method {self.method} calls its experts; "
+                "leave out one of them"
+            )
 
     def _check_shared_guidance(self) -> None:
         """Raise UserError if no aggregator weighs, or guidance makes no two predictions to share weights."""
