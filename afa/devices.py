@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -26,6 +27,22 @@ def choose_device(name: str | None) -> torch.device:
             f"--device {name} cannot be used here: {str(error).strip().splitlines()[0]}"
         ) from None
     return device
+
+
+def process_device(name: str | None) -> torch.device:
+    """Return the device of that name, or the best one for None; each of several processes has its own.
+
+    The first call initialises accelerate, which decides how processes communicate.
+    Raises UserError if the device cannot be used.
+    """
+    from accelerate import PartialState
+
+    cpu = name == "cpu" or (name is None and not torch.accelerator.is_available())
+    # Others may wait for hours while one process searches for weights, judges or draws.
+    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+    device = choose_device(name)
+    # not accelerate's cpu:0, to which everything would be copied
+    return state.device if state.num_processes > 1 and not cpu else device
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -189,13 +189,17 @@ def json_or_none(path: Path) -> Any:
 
 
 @contextmanager
-def locked(target: Path, *, file: bool = False, wait: float = 0.0) -> Iterator[None]:
+def locked(
+    target: Path, *, file: bool = False, wait: float = 0.0, shared: bool = False
+) -> Iterator[None]:
     """Inside the context, no other process writes to a folder; what killed processes left is removed.
 
     A process may lock a folder several times. Of several processes that work together (accelerate launch)
     only the first one takes the lock. A folder that the lock made is removed again if it stays empty.
     target: the folder, or with file=True one file
     wait:   seconds that another process may take to let the lock go
+    shared: with other processes that share it, each of which writes files of its own; what killed processes
+            left stays, since it may be of others that still run
     Raises UserError if it does not, or if nothing can be written there.
     """
     another_rank = os.environ.get("RANK", "0") != "0"  # the first process holds the lock for all
@@ -204,9 +208,11 @@ def locked(target: Path, *, file: bool = False, wait: float = 0.0) -> Iterator[N
         return
     made = _make_folders(lock.parent, target)
     try:
-        locks.acquire(lock, target, wait)
+        locks.acquire(lock, target, wait, shared)
         try:
-            if file:
+            if shared:
+                pass
+            elif file:
                 _sweep(target.parent, target.name)
             else:
                 _move_out(target)
@@ -220,13 +226,13 @@ def locked(target: Path, *, file: bool = False, wait: float = 0.0) -> Iterator[N
                 folder.rmdir()
 
 
-def refuse_busy(target: Path, *, file: bool = False, wait: float = 0.0) -> None:
+def refuse_busy(target: Path, *, file: bool = False, wait: float = 0.0, shared: bool = False) -> None:
     """Raises UserError if another process writes to a folder or file; arguments as in `locked`.
 
     What a killed process left there is removed.
     """
     if _lock_file(target, file).exists():
-        with locked(target, file=file, wait=wait):
+        with locked(target, file=file, wait=wait, shared=shared):
             pass
 
 

@@ -1,4 +1,7 @@
-"""A lock file that one process holds at a time. The lock ends with its process, however that ends."""
+"""A lock file that one process holds at a time, or several that share it.
+
+The lock ends with its process, however that ends.
+"""
 
 import errno
 import os
@@ -26,12 +29,13 @@ UNWRITABLE += (errno.ENOSPC, errno.EDQUOT)
 held: dict[Path, int] = {}  # lock files of this process: file descriptor
 
 
-def acquire(lock: Path, target: Path, wait: float) -> None:
+def acquire(lock: Path, target: Path, wait: float, shared: bool = False) -> None:
     """Take a lock.
 
     lock:   the lock file
     target: what is to be written, for messages
     wait:   seconds that its holder may take to let it go
+    shared: with all others that share it. Where a file system has no locks, nothing is locked then
     Raises UserError if the holder does not, or if the lock file cannot be written.
     """
     end = time.monotonic() + wait
@@ -41,16 +45,18 @@ def acquire(lock: Path, target: Path, wait: float) -> None:
         except OSError as error:
             raise unwritable(target, error) from None
         try:
-            free = _lock(descriptor)
+            free = _lock(descriptor, shared)
             if not free and time.monotonic() >= end:
                 raise _busy(target, descriptor)
             if not free:
                 time.sleep(0.05)
             elif _same(descriptor, lock):
+                held[lock] = descriptor
+                if shared:
+                    return
                 os.ftruncate(descriptor, 0)
                 os.lseek(descriptor, 0, os.SEEK_SET)
                 os.write(descriptor, f"{HOST} {os.getpid()}".encode())
-                held[lock] = descriptor
                 return
         except BaseException:
             os.close(descriptor)
@@ -59,9 +65,11 @@ def acquire(lock: Path, target: Path, wait: float) -> None:
 
 
 def release(lock: Path) -> None:
-    """Let a lock go, and remove its file."""
-    lock.unlink(missing_ok=True)
-    os.close(held.pop(lock))
+    """Let a lock go; the last one that shares it removes its file."""
+    descriptor = held.pop(lock)
+    if _lock(descriptor, False):
+        lock.unlink(missing_ok=True)
+    os.close(descriptor)
 
 
 def alive(pid: int) -> bool:
@@ -86,18 +94,22 @@ def unwritable(target: Path, error: OSError) -> Exception:
     )
 
 
-def _lock(descriptor: int) -> bool:
-    """Lock an open file: -> whether it was free."""
+def _lock(descriptor: int, shared: bool) -> bool:
+    """Lock an open file, or make a shared lock of it exclusive: -> whether it was free."""
     try:
         if fcntl is None:
+            if shared:
+                return True
             os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # beyond the text, which others may want to read
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
         else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         return True
     except OSError as error:
         if error.errno not in NO_LOCKS:
             return False
+    if shared:
+        return True
     # Without locks, the process that is named in the file holds it while it lives.
     host, pid = _holder(descriptor)
     return not (host == HOST and pid != os.getpid() and alive(pid))

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import in_processes
 from safetensors.torch import load_file, save_file
 from tiny import quiet, sd_pipeline
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
+from afa.files import locked
 from afa.generation.run import generate
 from afa.generation.settings import GenerateSettings
 from afa.prompts import read_prompts
@@ -245,3 +247,65 @@ def test_where_no_compiler_works_one_sentence_says_so_and_no_image_is_left(setti
 def test_a_method_is_not_compiled(settings):
     with pytest.raises(UserError, match="--compile is for an ensemble's own denoiser, and --method magicfusion"):
         replace(settings, compile=True, method="magicfusion")
+
+
+def test_parts_make_the_images_of_one_command_and_the_last_one_lists_them(settings, tmp_path):
+    whole = generate(replace(settings, images_per_prompt=2))
+    shards = replace(settings, images_per_prompt=2, output=str(tmp_path / "parts"))
+    for part, count in (("2/3", 1), ("3/3", 1), ("1/3", 2)):
+        assert not (tmp_path / "parts" / "images.jsonl").exists()
+        assert len(generate(replace(shards, shard=part))) == count
+    parts = generate(shards)  # nothing is left to draw
+    assert [path.name for path in parts] == [path.name for path in whole]
+    for one, other in zip(whole, parts, strict=True):
+        assert np.abs(pixels(one) - pixels(other)).max() <= 1
+    both = [sorted(path.name for path in Path(place).iterdir()) for place in (settings.output, shards.output)]
+    assert both[0] == both[1] and "grid.png" in both[0]
+
+
+def test_parts_are_drawn_at_the_same_time_and_a_whole_run_waits_for_none(settings):
+    with locked(Path(settings.output), shared=True):  # as another part holds it
+        code, said = in_processes(lambda: said_by(lambda: generate(replace(settings, shard="1/2"))), count=1)[0]
+        assert (code, said) == ("done", "")
+        code, said = in_processes(lambda: said_by(lambda: generate(settings)), count=1)[0]
+        assert code == "refused" and "another process is writing to" in said
+    assert not list(Path(settings.output).glob(".*"))
+    with locked(Path(settings.output)):
+        code, said = in_processes(lambda: said_by(lambda: generate(replace(settings, shard="1/2"))), count=1)[0]
+        assert code == "refused" and "another process" in said
+
+
+def said_by(work):
+    """Return whether some work was done, and the sentence if it was refused."""
+    try:
+        work()
+    except UserError as error:
+        return "refused", str(error)
+    return "done", ""
+
+
+def test_two_processes_make_the_images_of_one(settings, tmp_path, capfd):
+    alone = generate(replace(settings, images_per_prompt=2))
+    flags = {"--output": tmp_path / "two", "--images-per-prompt": 2, "--steps": 2, "--guidance": 3, "--width": 32, "--height": 32, "--device": "cpu"}
+    command = ["generate", *settings.sources, "--prompt", *settings.prompt, *(str(part) for flag in flags.items() for part in flag)]
+    capfd.readouterr()
+    assert in_processes(lambda: main(command)) == [0, 0]
+    assert capfd.readouterr().out == f"4 images in {tmp_path / 'two'}\n"
+    for path in alone:
+        assert np.abs(pixels(path) - pixels(tmp_path / "two" / path.name)).max() <= 1
+    assert (tmp_path / "two" / "images.jsonl").read_text() == (Path(settings.output) / "images.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"shard": "0/2"}, "--shard 0/2 is no I/N with I from 1 to N"),
+        ({"shard": "3/2"}, "--shard 3/2 is no I/N"),
+        ({"shard": "1"}, "--shard 1 is no I/N"),
+        ({"shard": "a/b"}, "--shard a/b is no I/N"),
+        ({"shard": "1/2", "seed": -1}, "--seed -1 draws another seed for every part"),
+    ],
+)
+def test_parts_that_are_none_are_refused(settings, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        replace(settings, **changes)

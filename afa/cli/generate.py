@@ -4,6 +4,7 @@ Every PNG contains the settings it was made with. The same command resumes an in
 """
 
 import json
+import os
 
 from afa.generation.settings import GenerateSettings as Options
 from afa.sampling.registry import explain
@@ -36,7 +37,10 @@ def run(options: Options) -> None:
 
     hush()
     paths = generate(options)
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes, the first one speaks for all
     if options.json:
         print(json.dumps({"images": [str(path) for path in paths]}, indent=2))
     else:
-        print(f"{len(paths)} image{'s' if len(paths) > 1 else ''} in {options.output}")
+        part = "" if options.shard is None else f": part {options.shard}"
+        print(f"{len(paths)} image{'' if len(paths) == 1 else 's'} in {options.output}{part}")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from accelerate import PartialState
 from afa.checkpoint.manifest import MANIFEST, read_manifest
 from afa.data.registry import open_source
 from afa.data.sources import Columns
-from afa.devices import choose_device
+from afa.devices import process_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.axes import find_axes
@@ -51,7 +50,7 @@ class Setup:
         self.output = Path(settings.output)
         self.folder = Path(settings.ensemble)
         self.manifest = read_manifest(self.folder)
-        self.device = _device(settings.device)
+        self.device = process_device(settings.device)
         self.moved = new_places(settings.experts or [])
         data = None if settings.protocol_data is None else Path(settings.protocol_data)
         names = [field.name for field in dataclasses.fields(ProtocolOptions) if field.name != "data"]
@@ -230,17 +229,3 @@ class Setup:
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.device)
-
-
-def _device(name: str | None) -> torch.device:
-    """Return the device; each of several processes has its own.
-
-    The first call initialises accelerate, which decides how processes communicate.
-    """
-    cpu = name == "cpu" or (name is None and not torch.accelerator.is_available())
-    # Others may wait for hours while one process searches for weights or judges.
-    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
-    device = choose_device(name)
-    return (
-        state.device if state.num_processes > 1 and not cpu else device
-    )  # accelerate's cpu:0 would be copied to

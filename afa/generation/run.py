@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.hooks import WeightMaps, check_strengths, record_weights, scale_weights
-from afa.devices import choose_device
+from afa.devices import process_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError, unknown
 from afa.experts.spec import new_places
@@ -109,16 +110,17 @@ GRID_UP_TO = 400  # images; a larger grid is no longer looked at
 def generate(settings: GenerateSettings) -> list[Path]:
     """Generate the images that are missing in settings.output. Ctrl-C loses at most one batch.
 
+    Several processes (accelerate launch) share the images, and so do commands with --shard.
     settings: the options of `afa generate`
-    Returns the paths of all images, one PNG each. Raises UserError.
+    Returns the paths of all images, or with --shard of its part, one PNG each. Raises UserError.
     """
     settings = with_seed(settings)
     prompts = asked_prompts(settings.prompt, settings.prompts)
-    device = choose_device(settings.device)  # before minutes are spent on loading
+    device = process_device(settings.device)  # before minutes are spent on loading
     output = Path(settings.output)
     if output.is_file():
         raise UserError(f"--output {output} is a file; give a folder")
-    refuse_busy(output)
+    refuse_busy(output, shared=settings.shard is not None)
     given = {name: getattr(settings, name) for name in ("experts", "frame", "config", "base")}
     files = source_files(settings.sources, **given)
     ensemble = _load(settings)
@@ -140,11 +142,16 @@ def generate(settings: GenerateSettings) -> list[Path]:
         )
     _check_strengths(settings, ensemble, sampler)
     images = _images(settings, sampling, prompts, ensemble, sampler, files)
-    with locked(output):
+    state, (part, parts) = PartialState(), settings.part()
+    with locked(output, shared=settings.shard is not None):
+        state.wait_for_everyone()  # until the first process has removed what killed ones left
+        own = images[part::parts]
         with _compiled(settings, ensemble):
-            _draw(settings, sampling, sampler, images)
-        _finish(output, images, settings.images_per_prompt)
-    return [image.path for image in images]
+            _draw(settings, sampling, sampler, own[state.process_index :: state.num_processes])
+        state.wait_for_everyone()
+        if state.is_main_process and (parts == 1 or all(image.found() for image in images)):
+            _finish(output, images, settings.images_per_prompt)
+    return [image.path for image in own]
 
 
 @contextlib.contextmanager
@@ -279,7 +286,8 @@ def _draw(settings: GenerateSettings, sampling: Sampling, sampler: Any, images: 
         return drawn
 
     total, done = len(images), len(images) - len(missing)
-    with tqdm(total=total, initial=done, desc="images", unit="image", file=sys.stderr) as bar:
+    quiet = not PartialState().is_main_process
+    with tqdm(total=total, initial=done, desc="images", unit="image", file=sys.stderr, disable=quiet) as bar:
         draw(missing, hooked, sampling, settings.batch_size, bar)
 
 

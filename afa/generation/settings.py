@@ -70,6 +70,11 @@ class GenerateSettings(CheckedOptions):
         None, **SIDE, help="height of the images in pixels (default: the experts' own)"
     )
     batch_size: int = option(4, **COUNT, help="images made at once")
+    shard: str | None = option(
+        None,
+        help="I/N: draw the I-th of N parts of the images, beside other commands that draw the others into the "
+        "same folder (I from 1, such as a number of a SLURM array)",
+    )
     method: str | None = option(
         None,
         help="how to combine the experts, see above (default: the saved ensemble, or the expert)",
@@ -121,6 +126,7 @@ class GenerateSettings(CheckedOptions):
                 "leave out one of them"
             )
         self._check_shared_guidance()
+        self.part()
         if self.compile and self.method is not None:
             raise UserError(
                 f"--compile is for an ensemble's own denoiser, and --method {self.method} calls its experts; "
@@ -142,6 +148,18 @@ class GenerateSettings(CheckedOptions):
                 "--shared-guidance-weights is for both predictions of guidance, "
                 f"and --guidance {self.guidance:g} makes only one; give one above 1"
             )
+
+    def part(self) -> tuple[int, int]:
+        """Return which part of the images is drawn, from 0, and of how many. Raises UserError for no I/N."""
+        index, slash, count = (self.shard or "1/1").partition("/")
+        whole = slash and index.isdecimal() and count.isdecimal() and len(count) < 10
+        if not whole or not 1 <= int(index) <= int(count):
+            raise UserError(f"--shard {self.shard} is no I/N with I from 1 to N, such as 1/4")
+        if self.shard is not None and self.seed == -1:
+            raise UserError(
+                "--seed -1 draws another seed for every part; give one seed to all commands with --shard"
+            )
+        return int(index) - 1, int(count)
 
     def strengths(self) -> dict[str, float]:
         """Return the factors by expert name. Raises UserError for a value that is not a factor."""
