@@ -1,4 +1,4 @@
-"""What a denoising step costs: operations counted on the meta device, and time measured with random weights."""
+"""What a denoising step costs: operations, counted on the meta device, and time, with random weights."""
 
 import statistics
 import time

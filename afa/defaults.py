@@ -33,6 +33,9 @@ PASSES, LEAST_STEPS, MOST_STEPS = 5, 250, 12_500
 # (docs/metrics.md, by simulation).
 FEWEST_HELD_OUT = 20
 
+# Of --reuse: stages at either end that run in all steps.
+OUTER_STAGES = 2
+
 WHY = {
     "aggregator": "the best on the embedded world far, and better than sabw on near, docs/results.md",
     "hidden": f"a quarter of the experts' widest stage, from {NARROWEST} to {WIDEST}",

@@ -329,8 +329,8 @@ def _cost(facts: dict[str, Any]) -> str:
 def _time(time: dict[str, Any]) -> str:
     least, middle, most = time["ratios"]
     return (
-        f"on {time['device']} in {time['dtype']} it takes {middle:.2f} [{least:.2f}, {most:.2f}] times as long "
-        f"({time['ensemble']:.3g} s instead of {time['one_expert']:.3g} s; "
+        f"on {time['device']} in {time['dtype']} it takes {middle:.2f} [{least:.2f}, {most:.2f}] times "
+        f"as long ({time['ensemble']:.3g} s instead of {time['one_expert']:.3g} s; "
         f"median [smallest, largest] of {time['rounds']} rounds, random weights)."
     )
 

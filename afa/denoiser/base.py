@@ -16,6 +16,7 @@ from afa.denoiser.guidance import SharedGuidance
 from afa.denoiser.hooks import WeightMaps
 from afa.denoiser.lora import DenoiserLoras, applied, lora_scaled
 from afa.denoiser.placement import fused_stages
+from afa.denoiser.reuse import ReusesFeatures
 from afa.denoiser.schedule import Conversion
 from afa.places import check_name
 from afa.stages.interface import ModelInterface
@@ -23,7 +24,7 @@ from afa.stages.original_names import Layers, original_layers
 from afa.stages.stage import Stage, StageContext
 
 
-class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ModelMixin, ConfigMixin):
+class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesFeatures, ModelMixin, ConfigMixin):
     """N frozen experts and their trainable aggregators, which replace one diffusers denoiser.
 
     The subclass of a family adds the stock forward. `config` is the first expert's, as pipelines expect.
@@ -84,6 +85,7 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ModelMixin, ConfigMixin):
         self._maps: WeightMaps | None = None
         self._watch: Observer | None = None
         self._adjust: Adjuster | None = None
+        self.reuse = None
         self.in_uncond_pass = False  # True in guidance's separate pass without the prompt, see cache_context
         self._solo_expert: int | None = None
 
@@ -187,6 +189,9 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ModelMixin, ConfigMixin):
         options.fuse_text = self.recipe.text_stream == "fused"
         options.checkpoint = self.gradient_checkpointing
         options.adjust, options.observe = self.adjuster(sample), self._observe
+        options.inner = self.inner_stages(
+            sample, self.interface.timestep_from_model(timestep), options.prompt, chosen
+        )
         if self._maps is not None and not self.in_uncond_pass:
             self._maps.begin(self.interface.timestep_from_model(timestep))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from afa.aggregators.base import Aggregator
+from afa.denoiser.reuse import InnerStages
 from afa.stages.stage import Stage, StageContext
 
 ParallelStages = tuple[Stage, ...]  # the same stage of every expert
@@ -37,6 +38,8 @@ class PassOptions:
     converters:     stage name -> N functions, applied to each expert's output before it is fused
     fuse_text:      fuse text tokens, too, wherever image tokens are fused
     checkpoint:     recompute each stage in the backward pass instead of keeping its activations
+    prompt:         embeddings of the call; one tensor for all steps of an image
+    inner:          stages that may be left out; None: all stages run
     adjust:         returns the weights to use at a fused stage, instead of the aggregator's
     observe:        called with the weights that a fused stage used
     """
@@ -48,6 +51,8 @@ class PassOptions:
     converters: Mapping[str, Sequence[Converter]] = field(default_factory=dict)
     fuse_text: bool = False
     checkpoint: bool = False
+    prompt: Tensor | None = None
+    inner: InnerStages | None = None
     adjust: Adjuster | None = None
     observe: Observer | None = None
 
@@ -84,8 +89,14 @@ def run_stages(
     seen = AggregatorInputs(temb, text, contexts[0].text_mask)
     features = list(hidden)
     skips: list[list[Tensor]] = []  # one entry per saved skip connection: that of every expert
-    for same_stage in parallel_stages:
+    inner = options.inner
+    for position, same_stage in enumerate(parallel_stages):
         stage = same_stage[0]
+        if inner is not None:
+            if inner.left_out and inner.first <= position < inner.end:
+                continue
+            if position == inner.end:
+                features = inner.handed_on(features)
         if stage.name not in options.skipped:
             skip = skips.pop() if stage.takes_skip else [None] * len(same_stage)
             size = _size(skips[-1][0]) if options.odd_size and stage.upsamples and skips else None

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
+from afa.defaults import OUTER_STAGES
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.hooks import WeightMaps, check_strengths, record_weights, scale_weights
+from afa.denoiser.reuse import Reuse
 from afa.devices import process_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError, unknown
@@ -188,6 +190,8 @@ def _sampler(settings: GenerateSettings, ensemble: Ensemble) -> Any:
         return make_sampler(settings.method, ensemble, base=settings.base, **options)
     if settings.expert is not None:
         return make_sampler("single_in_ensemble", ensemble, expert=settings.expert)
+    if settings.reuse > 1:
+        ensemble.denoiser.reuse = Reuse(settings.reuse, settings.reuse_outer or OUTER_STAGES)
     if settings.shared_guidance_weights:
         ensemble.denoiser.share_guidance_weights = True
     return PipelineSampler(in_frame(ensemble, ensemble.denoiser))
@@ -233,6 +237,9 @@ def _images(
         "dtype": settings.dtype,
         "strengths": dict.fromkeys(ensemble.names, 1.0) | settings.strengths() if settings.strength else None,
         **({} if settings.base is None else {"base": public_place(settings.base)}),
+        **(
+            {"reuse": [settings.reuse, settings.reuse_outer or OUTER_STAGES]} if settings.reuse > 1 else {}
+        ),
         **({"shared_guidance_weights": True} if settings.shared_guidance_weights else {}),
     }
     images, copies = [], settings.images_per_prompt

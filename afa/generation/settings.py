@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from afa.defaults import OUTER_STAGES
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.sampling.options import MethodOptions
@@ -72,8 +73,8 @@ class GenerateSettings(CheckedOptions):
     batch_size: int = option(4, **COUNT, help="images made at once")
     shard: str | None = option(
         None,
-        help="I/N: draw the I-th of N parts of the images, beside other commands that draw the others into the "
-        "same folder (I from 1, such as a number of a SLURM array)",
+        help="I/N: draw the I-th of N parts of the images, beside commands that draw the others into one "
+        "folder (I from 1, such as a number of a SLURM array)",
     )
     method: str | None = option(
         None,
@@ -106,6 +107,18 @@ class GenerateSettings(CheckedOptions):
     weights: bool = option(
         False, help="save the weight maps of every image: .npz, and a picture of them over the image"
     )
+    reuse: int = option(
+        1,
+        least=1,
+        most=100,
+        help="U-Nets: run all stages only in every K-th step, and use their fused features again in between",
+    )
+    reuse_outer: int | None = option(
+        None,
+        least=1,
+        most=100,
+        help=f"with --reuse: stages at either end that run in all steps (default: {OUTER_STAGES})",
+    )
     compile: bool = option(
         False,
         help="compile the ensemble by torch.compile before the first image: minutes once, then faster steps",
@@ -127,10 +140,26 @@ class GenerateSettings(CheckedOptions):
             )
         self._check_shared_guidance()
         self.part()
+        self._check_reuse()
         if self.compile and self.method is not None:
             raise UserError(
                 f"--compile is for an ensemble's own denoiser, and --method {self.method} calls its experts; "
                 "leave out one of them"
+            )
+
+    def _check_reuse(self) -> None:
+        """Raise UserError for options that do not go with reused features."""
+        if self.reuse == 1 and self.reuse_outer is not None:
+            raise UserError(f"--reuse-outer {self.reuse_outer} is for --reuse K with K above 1; leave it out")
+        if self.reuse > 1 and self.method is not None:
+            raise UserError(
+                f"--reuse {self.reuse} is for a U-Net ensemble's own denoiser, "
+                f"and --method {self.method} calls its experts; leave out one of them"
+            )
+        if self.reuse > 1 and self.weights:
+            raise UserError(
+                "--weights needs the weights of all stages in all steps, "
+                f"and --reuse {self.reuse} leaves some out; leave out one of them"
             )
 
     def _check_shared_guidance(self) -> None:
