@@ -189,9 +189,7 @@ def json_or_none(path: Path) -> Any:
 
 
 @contextmanager
-def locked(
-    target: Path, *, file: bool = False, wait: float = 0.0, shared: bool = False
-) -> Iterator[None]:
+def locked(target: Path, *, file: bool = False, wait: float = 0.0, shared: bool = False) -> Iterator[None]:
     """Inside the context, no other process writes to a folder; what killed processes left is removed.
 
     A process may lock a folder several times. Of several processes that work together (accelerate launch)

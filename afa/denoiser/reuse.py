@@ -78,9 +78,7 @@ class Steps:
     timestep: float = float("-inf")
     count: int = 0
 
-    def next(
-        self, latents: Tensor, timestep: float, prompt: Tensor, experts: Sequence[int]
-    ) -> InnerStages:
+    def next(self, latents: Tensor, timestep: float, prompt: Tensor, experts: Sequence[int]) -> InnerStages:
         """Return the inner stages for the next pass.
 
         latents:  (B, C, H, W)

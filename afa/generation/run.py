@@ -237,9 +237,7 @@ def _images(
         "dtype": settings.dtype,
         "strengths": dict.fromkeys(ensemble.names, 1.0) | settings.strengths() if settings.strength else None,
         **({} if settings.base is None else {"base": public_place(settings.base)}),
-        **(
-            {"reuse": [settings.reuse, settings.reuse_outer or OUTER_STAGES]} if settings.reuse > 1 else {}
-        ),
+        **({"reuse": [settings.reuse, settings.reuse_outer or OUTER_STAGES]} if settings.reuse > 1 else {}),
         **({"shared_guidance_weights": True} if settings.shared_guidance_weights else {}),
     }
     images, copies = [], settings.images_per_prompt
