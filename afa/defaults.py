@@ -33,7 +33,7 @@ PASSES, LEAST_STEPS, MOST_STEPS = 5, 250, 12_500
 # (docs/metrics.md, by simulation).
 FEWEST_HELD_OUT = 20
 
-# Of --reuse: stages at either end that run in all steps.
+# Of --reuse: stages at either end of a U-Net that run in all steps.
 OUTER_STAGES = 2
 
 WHY = {

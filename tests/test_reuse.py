@@ -1,4 +1,4 @@
-"""Features that are reused between steps: which stages run, and when an image begins."""
+"""What is reused between steps: which stages and experts run, and when an image begins."""
 
 from dataclasses import replace
 
@@ -105,16 +105,48 @@ def test_a_pipeline_whose_experts_have_text_encoders_of_their_own_reuses_feature
     assert len(calls) == 2 and np.array_equal(*reused) and 0 < np.abs(exact - reused[0]).max() < 0.3
 
 
-@pytest.mark.parametrize(("every", "outer"), [(0, 1), (2, 0), (2, 13)])
-def test_steps_and_stages_out_of_bounds_are_refused(ensemble, every, outer):
-    with pytest.raises(UserError, match=f"all stages in every {every}th step and {outer} outer stages"):
-        ensemble.reuse = Reuse(every, outer)
+@pytest.mark.parametrize("family", MODELS)
+def test_between_whole_steps_one_expert_leads_and_what_the_others_added_is_added_again(family):
+    model = MODELS[family]
+    ensemble = model.ensemble([model.make(seed) for seed in range(2)], ["a", "b"], Recipe("sabw", SMALL)).eval()
+    call = model.call()
+    name = "timestep"
+    first, later = ({**call, name: torch.full_like(torch.as_tensor(call[name]), value)} for value in (0.75, 0.5))
+
+    def predicted(arguments):
+        with torch.no_grad():
+            return ensemble(**arguments).sample
+
+    exact = [predicted(first), predicted(later)]
+    with only_expert(ensemble, "b"):
+        alone = [predicted(first), predicted(later)]
+    ensemble.reuse = Reuse(2, lead="b")
+    assert torch.equal(predicted(first), exact[0])
+    reused = predicted(later)
+    assert torch.allclose(reused, alone[1] + exact[0] - alone[0], atol=1e-5) and not torch.equal(reused, exact[1])
+    assert torch.equal(predicted(later), exact[1])  # the next whole step
+    with only_expert(ensemble, "b"):
+        assert torch.equal(predicted(first), alone[0]) and torch.equal(predicted(later), alone[1])
+
+
+@pytest.mark.parametrize(
+    ("reuse", "sentence"),
+    [
+        (Reuse(0, 1), "every 0th step cannot be whole"),
+        (Reuse(2, 0), "there are 1 to 12 outer stages, not 0"),
+        (Reuse(2, 13), "there are 1 to 12 outer stages, not 13"),
+        (Reuse(2, lead="c"), "'c'.*a, b"),
+    ],
+)
+def test_what_does_not_fit_is_refused(ensemble, reuse, sentence):
+    with pytest.raises(UserError, match=sentence):
+        ensemble.reuse = reuse
 
 
 def test_networks_without_skip_connections_are_refused():
     for family in ("sd3", "flux", "qwen-image"):
         model = MODELS[family]
-        with pytest.raises(UserError, match="only in U-Nets"):
+        with pytest.raises(UserError, match="only in U-Nets.*let one expert lead"):
             model.ensemble([model.make(0)]).reuse = Reuse(2)
 
 
@@ -134,7 +166,7 @@ def test_the_command_reuses_features_and_the_picture_records_it(settings, tmp_pa
     for name, reuse, outer in (("exact", 1, None), ("reused", 2, 1)):
         (path,) = generate(replace(settings, output=str(tmp_path / name), reuse=reuse, reuse_outer=outer))
         pixels.append(np.asarray(Image.open(path).convert("RGB")).astype(int))
-        assert ('"reuse": [2, 1]' in Image.open(path).text["afa"]) == (reuse == 2)
+        assert ('"reuse": {"every": 2, "outer": 1, "lead": null}' in Image.open(path).text["afa"]) == (reuse == 2)
     assert np.abs(pixels[0] - pixels[1]).max() > 0
     with pytest.raises(UserError, match="was made with reuse"):
         generate(replace(settings, output=str(tmp_path / "exact"), reuse=2))
@@ -143,9 +175,11 @@ def test_the_command_reuses_features_and_the_picture_records_it(settings, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"reuse": 2, "method": "magicfusion"}, "--reuse 2 is for a U-Net ensemble's own denoiser, and --method magicfusion"),
+        ({"reuse": 2, "method": "magicfusion"}, "--reuse 2 is for an ensemble's own denoiser, and --method magicfusion"),
         ({"reuse": 2, "weights": True}, "--weights needs the weights of all stages in all steps, and --reuse 2"),
         ({"reuse_outer": 3}, "--reuse-outer 3 is for --reuse"),
+        ({"lead": "photo"}, "--lead photo is for --reuse"),
+        ({"reuse": 2, "lead": "photo", "reuse_outer": 3}, "--reuse-outer 3 is for inner stages .* --lead photo leaves out experts"),
     ],
 )
 def test_options_that_do_not_go_with_it_are_refused(settings, changes, sentence):

@@ -16,7 +16,7 @@ from afa.denoiser.guidance import SharedGuidance
 from afa.denoiser.hooks import WeightMaps
 from afa.denoiser.lora import DenoiserLoras, applied, lora_scaled
 from afa.denoiser.placement import fused_stages
-from afa.denoiser.reuse import ReusesFeatures
+from afa.denoiser.reuse import InnerStages, ReusesSteps
 from afa.denoiser.schedule import Conversion
 from afa.places import check_name
 from afa.stages.interface import ModelInterface
@@ -24,7 +24,7 @@ from afa.stages.original_names import Layers, original_layers
 from afa.stages.stage import Stage, StageContext
 
 
-class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesFeatures, ModelMixin, ConfigMixin):
+class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, ConfigMixin):
     """N frozen experts and their trainable aggregators, which replace one diffusers denoiser.
 
     The subclass of a family adds the stock forward. `config` is the first expert's, as pipelines expect.
@@ -170,6 +170,7 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesFeatures, ModelMixin
         sample: Tensor,
         timestep: Tensor | float | int,
         conditions: Sequence[Mapping[str, Any]],
+        prompt: Tensor,
         options: PassOptions,
         attention_kwargs: Mapping[str, Any] | None,
         return_dict: bool,
@@ -180,30 +181,34 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesFeatures, ModelMixin
                     conditions and attention_kwargs) -> input of the first stage, context
         sample:     noisy latents, as the pipeline passes them
         conditions: N, the arguments of `embed` that each expert has of its own
+        prompt:     embeddings of the call; one tensor for all steps of an image
         options:    of the family; those of the ensemble are added
         """
         processor_options, lora_scale = attention_options(attention_kwargs)
-        chosen = range(len(self.experts)) if self._solo_expert is None else (self._solo_expert,)
-        stages = [tuple(same_stage[index] for index in chosen) for same_stage in self.parallel_stages]
-        fused = dict(self.aggregators.items()) if self._solo_expert is None else {}
+        everyone: Sequence[int] = range(len(self.experts))
         options.fuse_text = self.recipe.text_stream == "fused"
         options.checkpoint = self.gradient_checkpointing
         options.adjust, options.observe = self.adjuster(sample), self._observe
-        options.inner = self.inner_stages(
-            sample, self.interface.timestep_from_model(timestep), options.prompt, chosen
-        )
+        time = self.interface.timestep_from_model(timestep)
         if self._maps is not None and not self.in_uncond_pass:
-            self._maps.begin(self.interface.timestep_from_model(timestep))
+            self._maps.begin(time)
 
         def start(index: int) -> tuple[Tensor, StageContext]:
             own_inputs = self.inputs_for_expert(index, sample, timestep)
             own = {**conditions[index], "attention_kwargs": processor_options}
             return embed(self.experts[index], *own_inputs, **own)
 
-        with lora_scaled(self.experts, lora_scale):
+        def run(chosen: Sequence[int], inner: InnerStages | None) -> Tensor:
+            stages = [tuple(same_stage[index] for index in chosen) for same_stage in self.parallel_stages]
+            fused = dict(self.aggregators.items()) if chosen is everyone else {}
             hidden, contexts = zip(*map(start, chosen), strict=True)
             options.converters = self._converters(chosen, sample, timestep, contexts[0])
-            prediction = run_stages(stages, cast(dict[str, Aggregator], fused), hidden, contexts, options)
+            options.inner = inner
+            return run_stages(stages, cast(dict[str, Aggregator], fused), hidden, contexts, options)
+
+        chosen = everyone if self._solo_expert is None else (self._solo_expert,)
+        with lora_scaled(self.experts, lora_scale):
+            prediction = self.predict_reusing(run, sample, time, prompt, chosen)
         output = self.as_output(prediction)
         return self.output(sample=output) if return_dict else (output,)
 

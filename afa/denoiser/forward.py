@@ -38,7 +38,6 @@ class PassOptions:
     converters:     stage name -> N functions, applied to each expert's output before it is fused
     fuse_text:      fuse text tokens, too, wherever image tokens are fused
     checkpoint:     recompute each stage in the backward pass instead of keeping its activations
-    prompt:         embeddings of the call; one tensor for all steps of an image
     inner:          stages that may be left out; None: all stages run
     adjust:         returns the weights to use at a fused stage, instead of the aggregator's
     observe:        called with the weights that a fused stage used
@@ -51,7 +50,6 @@ class PassOptions:
     converters: Mapping[str, Sequence[Converter]] = field(default_factory=dict)
     fuse_text: bool = False
     checkpoint: bool = False
-    prompt: Tensor | None = None
     inner: InnerStages | None = None
     adjust: Adjuster | None = None
     observe: Observer | None = None

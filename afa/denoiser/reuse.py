@@ -1,11 +1,12 @@
-"""Fused features that are used again in the next steps, instead of running the inner stages in each.
+"""What is used again in the next steps, so that not all experts run all stages in each of them.
 
-What U-Nets compute on small maps hardly changes from step to step; DeepCache (Ma et al., arXiv:2312.00858)
-keeps it for some steps. Deviation: features are kept after fusion, so that one decision serves all experts,
-and aggregators of inner stages are left out with them.
+Between two whole steps, either the inner stages of U-Nets are left out, since what they compute on small maps
+hardly changes (DeepCache, Ma et al., arXiv:2312.00858; deviation: features are kept after fusion, so that
+one decision serves all experts); or one expert runs alone, and what the ensemble predicted beyond this expert
+in the last whole step is added to its prediction (ours).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,34 +14,39 @@ import torch
 from torch import Tensor
 
 from afa.defaults import OUTER_STAGES
-from afa.errors import UserError
+from afa.errors import UserError, unknown
 from afa.stages.stage import Stage
 
 
 @dataclass(frozen=True)
 class Reuse:
-    """Which steps run all stages, and which stages run in all steps.
+    """Which steps are whole, and what runs in the others.
 
-    every: all stages run in every `every`-th step; 1: in each
-    outer: stages at either end of the network that run in all steps
+    every: every `every`-th step is whole: all experts run all stages; 1: each is
+    outer: stages at either end of a U-Net that run in all steps, where no expert leads
+    lead:  name of the expert that runs alone between whole steps; None: the inner stages are left out
     """
 
     every: int
     outer: int = OUTER_STAGES
+    lead: str | None = None
 
-    def check(self, stages: Sequence[Stage]) -> None:
-        """Raise UserError if the inner stages of this network cannot be left out."""
+    def check(self, names: Sequence[str], stages: Sequence[Stage]) -> None:
+        """Raise UserError if it does not fit experts of these names and stages."""
+        if self.every < 1:
+            raise UserError(f"every {self.every}th step cannot be whole; give at least 1")
+        if self.lead is not None:
+            if self.lead not in names:
+                raise UserError(unknown(self.lead, names, "expert"))
+            return
         joined = sum(stage.takes_skip for stage in stages)
         if not joined:
             raise UserError(
-                "features are reused between steps only in U-Nets, where the first and the last stages "
-                "are joined directly; leave out reuse"
+                "inner stages can be left out only in U-Nets, where the first and the last stages are joined "
+                f"directly; let one expert lead instead: {', '.join(names)}"
             )
-        if self.every < 1 or not 1 <= self.outer <= joined:
-            raise UserError(
-                f"all stages in every {self.every}th step and {self.outer} outer stages: "
-                f"the first must be at least 1, the second from 1 to {joined}"
-            )
+        if not 1 <= self.outer <= joined:
+            raise UserError(f"there are 1 to {joined} outer stages, not {self.outer}")
 
 
 @dataclass
@@ -66,20 +72,22 @@ class InnerStages:
 
 @dataclass
 class Steps:
-    """Counts the passes of one image, and knows when another begins.
+    """Counts the passes of one image, knows when another begins, and keeps what is used again.
 
     An image ends where the noise rises, or where prompts, batch, size or experts are others.
+    beyond: (B, C, H, W), what the ensemble predicted beyond the leading expert in the last whole step
     """
 
-    reuse: Reuse
+    every: int
     inner: InnerStages
+    beyond: Tensor | None = None
     about: tuple[Any, ...] = ()
     prompt: Tensor | None = field(default=None, repr=False)  # kept, so that its place stays its own
     timestep: float = float("-inf")
     count: int = 0
 
-    def next(self, latents: Tensor, timestep: float, prompt: Tensor, experts: Sequence[int]) -> InnerStages:
-        """Return the inner stages for the next pass.
+    def is_whole(self, latents: Tensor, timestep: float, prompt: Tensor, experts: Sequence[int]) -> bool:
+        """Return whether the next pass is a whole one.
 
         latents:  (B, C, H, W)
         timestep: in the scheduler's unit: falling from step to step
@@ -89,48 +97,69 @@ class Steps:
         about = (latents.shape, latents.dtype, latents.device, tuple(experts), where)
         if timestep > self.timestep or about != self.about:
             self.count = 0
-        self.inner.left_out = self.count % self.reuse.every != 0
+        whole = self.count % self.every == 0
         self.about, self.prompt = about, prompt
         self.timestep, self.count = timestep, self.count + 1
-        return self.inner
+        return whole
 
 
-class ReusesFeatures:
-    """The part of a drop-in denoiser that reuses features between steps."""
+Run = Callable[[Sequence[int], InnerStages | None], Tensor]  # (experts, inner stages) -> their prediction
 
+
+class ReusesSteps:
+    """The part of a drop-in denoiser that reuses what earlier steps computed."""
+
+    names: tuple[str, ...]
     stages: Any
     in_uncond_pass: bool
     _reuse: Reuse | None = None
 
     @property
     def reuse(self) -> Reuse | None:
-        """How features are reused between steps; None, as at first: not at all.
+        """What is reused between steps; None, as at first: nothing.
 
-        It acts where no gradients are asked for. Setting it raises UserError for networks that have no inner
-        stages to leave out.
+        It acts where no gradients are asked for. Setting it raises UserError for what does not fit.
         """
         return self._reuse
 
     @reuse.setter
     def reuse(self, reuse: Reuse | None) -> None:
         if reuse is not None:
-            reuse.check(self.stages)
+            reuse.check(self.names, self.stages)
         self._reuse = reuse
         self._steps: dict[bool, Steps] = {}  # by pass of guidance, if its two passes are separate
 
-    def inner_stages(
+    def predict_reusing(
         self,
+        run: Run,
         latents: Tensor,
-        timestep: Tensor | float,
-        prompt: Tensor | None,
+        timestep: Tensor | float | int,
+        prompt: Tensor,
         experts: Sequence[int],
-    ) -> InnerStages | None:
-        """Return the inner stages for this pass; None if all stages run. Arguments as of Steps.next."""
+    ) -> Tensor:
+        """Return the prediction of one pass, with what earlier passes left.
+
+        run:     runs some experts, with inner stages that may be left out
+        experts: positions of those that run; the rest as of Steps.is_whole
+        """
         reuse = self._reuse
-        if reuse is None or prompt is None or reuse.every == 1 or torch.is_grad_enabled():
-            return None
+        if reuse is None or reuse.every == 1 or torch.is_grad_enabled():
+            return run(experts, None)
         if self.in_uncond_pass not in self._steps:
             inner = InnerStages(reuse.outer, len(self.stages) - reuse.outer)
-            self._steps[self.in_uncond_pass] = Steps(reuse, inner)
+            self._steps[self.in_uncond_pass] = Steps(reuse.every, inner)
+        steps = self._steps[self.in_uncond_pass]
         time = float(torch.as_tensor(timestep).flatten()[0])
-        return self._steps[self.in_uncond_pass].next(latents, time, prompt, experts)
+        whole = steps.is_whole(latents, time, prompt, experts)
+        if reuse.lead is None:
+            steps.inner.left_out = not whole
+            return run(experts, steps.inner)
+        if len(experts) == 1:
+            return run(experts, None)
+        lead = run([self.names.index(reuse.lead)], None)
+        if whole:
+            prediction = run(experts, None)
+            steps.beyond = prediction - lead
+            return prediction
+        assert steps.beyond is not None
+        return lead + steps.beyond

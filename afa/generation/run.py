@@ -191,10 +191,14 @@ def _sampler(settings: GenerateSettings, ensemble: Ensemble) -> Any:
     if settings.expert is not None:
         return make_sampler("single_in_ensemble", ensemble, expert=settings.expert)
     if settings.reuse > 1:
-        ensemble.denoiser.reuse = Reuse(settings.reuse, settings.reuse_outer or OUTER_STAGES)
+        ensemble.denoiser.reuse = _reuse(settings)
     if settings.shared_guidance_weights:
         ensemble.denoiser.share_guidance_weights = True
     return PipelineSampler(in_frame(ensemble, ensemble.denoiser))
+
+
+def _reuse(settings: GenerateSettings) -> Reuse:
+    return Reuse(settings.reuse, settings.reuse_outer or OUTER_STAGES, settings.lead)
 
 
 def _check_strengths(settings: GenerateSettings, ensemble: Ensemble, sampler: Any) -> None:
@@ -237,7 +241,7 @@ def _images(
         "dtype": settings.dtype,
         "strengths": dict.fromkeys(ensemble.names, 1.0) | settings.strengths() if settings.strength else None,
         **({} if settings.base is None else {"base": public_place(settings.base)}),
-        **({"reuse": [settings.reuse, settings.reuse_outer or OUTER_STAGES]} if settings.reuse > 1 else {}),
+        **({"reuse": asdict(_reuse(settings))} if settings.reuse > 1 else {}),
         **({"shared_guidance_weights": True} if settings.shared_guidance_weights else {}),
     }
     images, copies = [], settings.images_per_prompt

@@ -111,13 +111,20 @@ class GenerateSettings(CheckedOptions):
         1,
         least=1,
         most=100,
-        help="U-Nets: run all stages only in every K-th step, and use their fused features again in between",
+        help="run all of the ensemble in every K-th step only; in between one expert leads (--lead), or the "
+        "inner stages of U-Nets are left out",
     )
     reuse_outer: int | None = option(
         None,
         least=1,
         most=100,
-        help=f"with --reuse: stages at either end that run in all steps (default: {OUTER_STAGES})",
+        help="with --reuse, without --lead: stages at either end that run in all steps "
+        f"(default: {OUTER_STAGES})",
+    )
+    lead: str | None = option(
+        None,
+        help="with --reuse: the expert that runs in every step; between whole steps, what the others added "
+        "in the last one is added again",
     )
     compile: bool = option(
         False,
@@ -149,11 +156,17 @@ class GenerateSettings(CheckedOptions):
 
     def _check_reuse(self) -> None:
         """Raise UserError for options that do not go with reused features."""
-        if self.reuse == 1 and self.reuse_outer is not None:
-            raise UserError(f"--reuse-outer {self.reuse_outer} is for --reuse K with K above 1; leave it out")
+        if self.lead is not None and self.reuse_outer is not None:
+            raise UserError(
+                f"--reuse-outer {self.reuse_outer} is for inner stages that are left out, "
+                f"and --lead {self.lead} leaves out experts; give one of them"
+            )
+        for name, value in (("reuse-outer", self.reuse_outer), ("lead", self.lead)):
+            if self.reuse == 1 and value is not None:
+                raise UserError(f"--{name} {value} is for --reuse K with K above 1; leave it out")
         if self.reuse > 1 and self.method is not None:
             raise UserError(
-                f"--reuse {self.reuse} is for a U-Net ensemble's own denoiser, "
+                f"--reuse {self.reuse} is for an ensemble's own denoiser, "
                 f"and --method {self.method} calls its experts; leave out one of them"
             )
         if self.reuse > 1 and self.weights:

@@ -219,6 +219,7 @@ class FluxEnsemble(TransformerEnsemble):
             self.split_by_expert(
                 encoder_hidden_states=encoder_hidden_states, pooled_projections=pooled_projections
             ),
+            encoder_hidden_states,
             PassOptions(residuals=residuals),
             joint_attention_kwargs,
             return_dict,

@@ -228,6 +228,7 @@ class QwenImageEnsemble(TransformerEnsemble):
             hidden_states,
             timestep,
             self.split_by_expert(encoder_hidden_states=encoder_hidden_states),
+            encoder_hidden_states,
             PassOptions(residuals=block_residuals(self.stages[:-1], controlnet_block_samples, shape[1:])),
             attention_kwargs,
             return_dict,

@@ -111,6 +111,7 @@ class SD3Ensemble(TransformerEnsemble):
             self.split_by_expert(
                 encoder_hidden_states=encoder_hidden_states, pooled_projections=pooled_projections
             ),
+            encoder_hidden_states,
             PassOptions(
                 residuals=residuals, skipped=[self.stages[index].name for index in skip_layers or ()]
             ),

@@ -247,9 +247,9 @@ class UNetEnsemble(EnsembleDenoiser):
             sample,
             timestep,
             [{"text": text, "added": own} for text, own in zip(texts, added, strict=True)],
+            encoder_hidden_states,
             self._options(
                 sample,
-                encoder_hidden_states,
                 down_block_additional_residuals,
                 mid_block_additional_residual,
                 down_intrablock_additional_residuals,
@@ -292,7 +292,6 @@ class UNetEnsemble(EnsembleDenoiser):
     def _options(
         self,
         sample: Tensor,
-        prompt: Tensor,
         down: Sequence[Tensor] | None,
         middle: Tensor | None,
         adapter: Sequence[Tensor] | None,
@@ -318,9 +317,7 @@ class UNetEnsemble(EnsembleDenoiser):
             skip_residuals = dict(zip(saving, down, strict=True))
             residuals["M00"] = residuals["M00"] + middle if "M00" in residuals else middle
         odd_size = any(side % self._down_factor for side in sample.shape[-2:])
-        return PassOptions(
-            residuals=residuals, skip_residuals=skip_residuals, odd_size=odd_size, prompt=prompt
-        )
+        return PassOptions(residuals=residuals, skip_residuals=skip_residuals, odd_size=odd_size)
 
 
 def _text_input_width(model: Any) -> int:
