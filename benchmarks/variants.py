@@ -7,7 +7,7 @@ A variant is a name and options of `afa train`, with _ for -, such as experts=a,
 images. Beside them stand the experts, the weight
 average, the noise average, the untrained mean and MagicFusion. All draw the same scenes from the same noise at every guidance. Prints, for
 each guidance, attribute accuracy (and on near the probability of the attributes), their differences to the weight average paired by scene,
-and the Fréchet distance; and the held-out loss.
+and the Fréchet distance; and the held-out loss. With --model, all are also compared with other models, such as a searched merge.
 These scenes choose options, so they prove nothing: `afa evaluate` judges others. Interrupted, the same command goes on.
 """
 
@@ -123,13 +123,15 @@ def options_of(text: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def table(bench: Bench, methods: dict[str, Callable[[], Sampler]], guidance: float, losses: dict[str, str]) -> str:
-    """Return the table of one guidance, as Markdown."""
+def table(bench: Bench, methods: dict[str, Callable[[], Sampler]], models: Sequence[str], guidance: float, losses: dict[str, str]) -> str:
+    """Return the table of one guidance, as Markdown. models: names of the methods that all others are compared with, besides the average"""
     lines = [
         f"\nguidance {guidance:g}, n = {len(bench.captions)} scenes\n",
-        f"| method | {' | '.join(f'{score} | minus weight average' for score in bench.scores)} | Fréchet | held-out loss |",
-        f"|---{'|---|---' * len(bench.scores)}|---|---|",
+        f"| method | {' | '.join(f'{score} | minus weight average' for score in bench.scores)} | Fréchet | held-out loss |"
+        + "".join(f" {bench.scores[-1]} minus {name} |" for name in models),
+        f"|---{'|---|---' * len(bench.scores)}|---|---|{'---|' * len(models)}",
     ]
+    others = {name: bench.scorer.score(bench.drawn(name, methods[name], guidance), bench.captions) for name in models}
     base: dict[str, NDArray[np.float64]] = {}
     for name, make in methods.items():
         images = bench.drawn(name, make, guidance)
@@ -140,7 +142,8 @@ def table(bench: Bench, methods: dict[str, Callable[[], Sampler]], guidance: flo
             cells += [str(estimate(found[score])), lead]
         base = base or found
         distance = bench.frechet.value(bench.scorer.features(images), bench.reference)
-        lines.append(f"| {' | '.join(cells)} | {distance:.1f} | {losses.get(name, '')} |")
+        leads = "".join(f" {difference(found[bench.scores[-1]], other[bench.scores[-1]])} |" for other in others.values())
+        lines.append(f"| {' | '.join(cells)} | {distance:.1f} | {losses.get(name, '')} |{leads}")
     return "\n".join(lines)
 
 
@@ -153,6 +156,7 @@ def main() -> None:
     flags.add_argument("--world", choices=list(WORLDS), default="near", help="default: near")
     flags.add_argument("--output", type=Path, default=Path("build/variants"))
     flags.add_argument("--variant", action="append", default=[], help="a name and options; may be repeated")
+    flags.add_argument("--model", action="append", default=[], help="NAME=PLACE of a model to compare with; may be repeated")
     flags.add_argument("--guidance", type=float, nargs="+", default=[3.0])
     flags.add_argument("--scenes", type=int, default=160, help="scenes that all draw (default: 160)")
     flags.add_argument("--images", type=int, default=512, help="training images (default: 512)")
@@ -160,6 +164,9 @@ def main() -> None:
     given = flags.parse_args()
     bench = Bench(WORLDS[given.world], given.output / given.world, given.scenes, given.images)
     methods, losses = bench.untrained(), {}
+    models = dict(model.partition("=")[::2] for model in given.model)
+    for name, place in models.items():
+        methods[name] = lambda place=place: pipeline_of(Ensemble.from_experts([place], aggregator="mean"))
     for text in given.variant:
         name, options = options_of(text)
         mark, ensemble = bench.trained(name, options)
@@ -168,7 +175,7 @@ def main() -> None:
             methods[f"{mark} shared"] = lambda ensemble=ensemble: pipeline_of(ensemble, shared=True)
         held_out = (ensemble.training or {}).get("held_out_loss", {}).get("trained", {})
         losses[mark] = f"{held_out.get('value', float('nan')):.5f}"
-    report = "\n".join(table(bench, methods, guidance, losses) for guidance in given.guidance)
+    report = "\n".join(table(bench, methods, list(models), guidance, losses) for guidance in given.guidance)
     write_atomically(given.output / given.world / "table.md", report + "\n")
     print(report)
     (given.output / given.world / "variants.json").write_text(json.dumps(given.variant, indent=1) + "\n")

@@ -133,10 +133,11 @@ class TestLaws:
         if not list(made.aggregators.parameters()):
             return
         kept = shared_gradients(model, aggregator, placement)
-        made.train().enable_gradient_checkpointing()
-        again = gradients(made, model)
-        assert len(kept) == len(again) == len(list(made.aggregators.parameters()))
-        assert all(torch.equal(grad, again[name]) for name, grad in kept.items())
+        for largest_maps_only in (False, True):
+            made.train().enable_gradient_checkpointing(largest_maps_only=largest_maps_only)
+            again = gradients(made, model)
+            assert len(kept) == len(again) == len(list(made.aggregators.parameters()))
+            assert all(torch.equal(grad, again[name]) for name, grad in kept.items())
 
     def test_one_expert_of_the_ensemble_alone_is_itself(self, fused, aggregator):
         model, placement = fused

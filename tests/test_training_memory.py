@@ -8,10 +8,13 @@ import torch
 from test_training import experts, images, settings  # noqa: F401 (fixtures)
 from tiny import ONE_LEVEL, sd_pipeline
 
+from afa.aggregators.registry import Recipe
 from afa.cli.main import main
 from afa.devices import LiveBytes
+from afa.errors import UserError
+from afa.inspection import Subject
 from afa.training.loop import Trainer
-from afa.training.plan import expected
+from afa.training.plan import expected, step_bytes
 from afa.training.run import plan, train
 
 FEWER = {"placement": "every-2"}  # operations are counted one by one, those of aggregators above all
@@ -44,6 +47,7 @@ def measured(settings, monkeypatch):  # noqa: F811
         {},
         {"placement": "out"},
         {"gradient_checkpointing": True},
+        {"checkpoint_large_maps": True},
         {"dtype": "bfloat16", **FEWER},
         {"batch_size": 6, "depth": 2, **FEWER},
         {"store": "int8", **FEWER},
@@ -58,8 +62,23 @@ def test_a_step_needs_what_the_plan_says(settings, monkeypatch, changes, tmp_pat
     encoders = list(planned.ensemble.text_encoders)  # a step touches them, not the VAE
     vae = planned.ensemble.frame.vae if run.rewarded else None
     dtype = getattr(torch, run.dtype)
-    found = expected(planned.ensemble.denoiser, encoders, run.batch_size, 4, dtype, run.gradient_checkpointing, run.store, vae)
+    checkpointing, large = run.gradient_checkpointing or run.checkpoint_large_maps, run.checkpoint_large_maps
+    found = expected(planned.ensemble.denoiser, encoders, run.batch_size, 4, dtype, checkpointing, run.store, vae, largest_maps_only=large)
     assert found.total == pytest.approx(measured(run, monkeypatch), rel=0.15)
+
+
+def test_stages_on_the_largest_maps_save_most_of_what_all_stages_save(settings):  # noqa: F811
+    """Counted at the size of SD 1.5, whose large maps keep most."""
+    model = Subject.from_config("sd15", 2, Recipe("sabw", {"hidden": 32, "heads": 4, "depth": 1}, 32), None).denoiser()
+    whole, large, every = (
+        step_bytes(model, 8, 64, torch.bfloat16, some, largest_maps_only=only) for some, only in ((False, False), (True, True), (True, False))
+    )
+    assert every < large < 0.65 * whole
+
+
+def test_both_kinds_of_checkpointing_at_once_are_refused(settings):  # noqa: F811
+    with pytest.raises(UserError, match="--gradient-checkpointing recomputes all stages, and --checkpoint-large-maps some"):
+        replace(settings, gradient_checkpointing=True, checkpoint_large_maps=True)
 
 
 def test_less_memory_is_proposed_until_everything_is_on(settings, tmp_path):  # noqa: F811

@@ -68,6 +68,7 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
         first: Any = experts[0]
         self.register_to_config(**first.config)
         self.gradient_checkpointing = False
+        self.recomputed: frozenset[str] = frozenset()  # names of stages
         self.experts = nn.ModuleList(experts).requires_grad_(False).eval()
         self.parallel_stages = _parallel_stages(self.read_stages, experts, self.names)
         self.placement = placement or self.default_placement
@@ -187,7 +188,7 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
         processor_options, lora_scale = attention_options(attention_kwargs)
         everyone: Sequence[int] = range(len(self.experts))
         options.fuse_text = self.recipe.text_stream == "fused"
-        options.checkpoint = self.gradient_checkpointing
+        options.checkpoint = self.recomputed if self.gradient_checkpointing else ()
         options.adjust, options.observe = self.adjuster(sample), self._observe
         time = self.interface.timestep_from_model(timestep)
         if self._maps is not None and not self.in_uncond_pass:
@@ -277,10 +278,11 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
         return self
 
     def enable_gradient_checkpointing(
-        self, gradient_checkpointing_func: Callable[..., Any] | None = None
+        self, gradient_checkpointing_func: Callable[..., Any] | None = None, largest_maps_only: bool = False
     ) -> None:
-        """Recompute each stage in the backward pass: memory of one stage, for one more forward.
+        """Recompute stages in the backward pass instead of keeping their activations.
 
+        largest_maps_only: only those that compute on the largest maps, which keep most; else all
         Raises NotImplementedError if a function is given: stages pass more than tensors.
         """
         if gradient_checkpointing_func is not None:
@@ -288,6 +290,9 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
                 "an ensemble checkpoints its stages itself; "
                 "call enable_gradient_checkpointing() without a function"
             )
+        self.recomputed = frozenset(
+            stage.name for stage in self.stages if not largest_maps_only or stage.level == 0
+        )
         self.gradient_checkpointing = True  # not the experts' own switches: that would recompute twice
 
     def disable_gradient_checkpointing(self) -> None:

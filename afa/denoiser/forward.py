@@ -37,7 +37,7 @@ class PassOptions:
                     then makes the size of the next skip connection
     converters:     stage name -> N functions, applied to each expert's output before it is fused
     fuse_text:      fuse text tokens, too, wherever image tokens are fused
-    checkpoint:     recompute each stage in the backward pass instead of keeping its activations
+    checkpoint:     names of stages that are recomputed in the backward pass instead of keeping activations
     inner:          stages that may be left out; None: all stages run
     adjust:         returns the weights to use at a fused stage, instead of the aggregator's
     observe:        called with the weights that a fused stage used
@@ -49,7 +49,7 @@ class PassOptions:
     odd_size: bool = False
     converters: Mapping[str, Sequence[Converter]] = field(default_factory=dict)
     fuse_text: bool = False
-    checkpoint: bool = False
+    checkpoint: Collection[str] = ()
     inner: InnerStages | None = None
     adjust: Adjuster | None = None
     observe: Observer | None = None
@@ -99,7 +99,7 @@ def run_stages(
             skip = skips.pop() if stage.takes_skip else [None] * len(same_stage)
             size = _size(skips[-1][0]) if options.odd_size and stage.upsamples and skips else None
             step = partial(_run_and_fuse, same_stage, aggregators.get(stage.name), seen, options)
-            if options.checkpoint and torch.is_grad_enabled():
+            if stage.name in options.checkpoint and torch.is_grad_enabled():
                 step = partial(checkpoint, step, use_reentrant=False)
             features, contexts, weights = step(features, contexts, skip, size)
             if options.observe is not None and weights is not None:

@@ -25,7 +25,8 @@ TAKEN = frozenset(
     anchor anchor_to sparsity sparsity_top image_column caption_column limit
     crops flip max_skipped steps batch_size accumulate lr warm_up schedule weight_decay clip ema
     caption_dropout resolution held_out evaluate_every patience save_every seed dtype
-    gradient_checkpointing aggregator placement attention_up_to text_stream store prediction_type
+    gradient_checkpointing checkpoint_large_maps
+    aggregator placement attention_up_to text_stream store prediction_type
     """.split()
 )
 OWN = frozenset(

@@ -58,11 +58,15 @@ def step_bytes(
     checkpointing: bool,
     store: str | None = None,
     vae: Any = None,
+    *,
+    largest_maps_only: bool = False,
 ) -> int:
     """Return the peak bytes of tensors in a training step: weights, activations, gradients, optimiser.
 
     The step runs on a copy under FakeTensorMode, which picks the same kernels as a real step (fused attention
     above all).
+    checkpointing, largest_maps_only: as of denoiser.enable_gradient_checkpointing; without the first, nothing
+           is recomputed
     side:  of the latent, in latent pixels
     store: see afa.experts.quantised
     vae:   of an objective that scores images; None: no image is decoded
@@ -71,7 +75,7 @@ def step_bytes(
     with FakeTensorMode(allow_non_fake_inputs=True):
         twin = _copy(denoiser, dtype)
         if checkpointing:
-            twin.enable_gradient_checkpointing()
+            twin.enable_gradient_checkpointing(largest_maps_only=largest_maps_only)
         twin.train()
         decoder = None if vae is None else Decoder(_made(vae, dtype), checkpointing)
         elsewhere: list[torch.Tensor] = []
@@ -148,12 +152,15 @@ def expected(
     checkpointing: bool,
     store: str | None = None,
     vae: Any = None,
+    *,
+    largest_maps_only: bool = False,
 ) -> Memory:
     """Return the memory that training this ensemble's aggregators needs.
 
     beside: VAE and text encoders that stay in memory
     """
-    step = step_bytes(denoiser, batch_size, side, dtype, checkpointing, store, vae)
+    more = {"largest_maps_only": largest_maps_only}
+    step = step_bytes(denoiser, batch_size, side, dtype, checkpointing, store, vae, **more)
     return Memory(step, stored_bytes(denoiser.experts), sum(map(stored_bytes, beside)))
 
 
@@ -165,6 +172,8 @@ def advice(memory: Memory, settings: LoopSettings, store: str | None) -> list[st
     activations = memory.step - memory.frozen
     found = []
     if not settings.gradient_checkpointing and activations > memory.frozen / 4:
+        if not settings.checkpoint_large_maps:
+            found.append("--checkpoint-large-maps (no activations of the stages that keep most)")
         found.append("--gradient-checkpointing (activations of one stage instead of all)")
     if settings.dtype == "float32":
         found.append("--dtype bfloat16 (half of the experts and of the activations)")
@@ -244,8 +253,11 @@ class TrainingPlan:
         beside = [] if settings.cache is not None else [frame.vae, *self.ensemble.text_encoders]
         side = self.resolution // latents_of(frame.vae).factor
         vae = frame.vae if settings.rewarded else None
-        checkpointing, size = settings.gradient_checkpointing, settings.batch_size
-        found = expected(self.ensemble.denoiser, beside, size, side, dtype, checkpointing, self.store, vae)
+        large, size = settings.checkpoint_large_maps, settings.batch_size
+        some = settings.gradient_checkpointing or large
+        found = expected(
+            self.ensemble.denoiser, beside, size, side, dtype, some, self.store, vae, largest_maps_only=large
+        )
         return {
             "expected_memory_gb": round(found.total / 1e9, 2),
             "for_less_memory": advice(found, settings, self.store),
@@ -272,8 +284,7 @@ def rehearse(planned: TrainingPlan) -> tuple[float, float]:
     ensemble.to(device)
     ensemble.frame.vae.to(device)
     denoiser = ensemble.denoiser
-    if settings.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+    settings.set_checkpointing(denoiser)
     context = make_context(settings, ensemble, device)
     noising, parameters = context.noising, list(ensemble.aggregators.parameters())
     objectives = make_objectives(context, parameters)

@@ -41,7 +41,8 @@ class LoopSettings(ObjectiveSettings):
     """The options of all training runs; each field is a flag."""
 
     free: ClassVar[tuple[str, ...]] = (
-        *("recipe", "output", "save_every", "cache", "max_skipped", "gradient_checkpointing", "log_with"),
+        *("recipe", "output", "save_every", "cache", "max_skipped", "log_with"),
+        *("gradient_checkpointing", "checkpoint_large_maps"),
         *("sheet_every", "sheet_images", "sheet_steps", "sheet_guidance", "watch", "watch_weights"),
         *("device", "dry_run", "json", "allow_outside", "patience"),
     )
@@ -145,6 +146,11 @@ class LoopSettings(ObjectiveSettings):
     gradient_checkpointing: bool = option(
         False, help="recompute stages in the backward pass: less memory, a third more time"
     )
+    checkpoint_large_maps: bool = option(
+        False,
+        help="recompute only the stages on the largest maps: half of the memory, for little more time; with "
+        "transformers, whose maps are all alike, all stages",
+    )
     sheet_every: int | None = option(
         None,
         least=1,
@@ -176,6 +182,11 @@ class LoopSettings(ObjectiveSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.gradient_checkpointing and self.checkpoint_large_maps:
+            raise UserError(
+                "--gradient-checkpointing recomputes all stages, and --checkpoint-large-maps some of them; "
+                "give one of them"
+            )
         if self.watch is not None and self.sheet_every is None:
             raise UserError(f"--watch {self.watch} judges sheets; give --sheet-every {self.evaluate_every}")
         if self.sheet_every is not None and self.sheet_every % self.evaluate_every:
@@ -207,6 +218,11 @@ class LoopSettings(ObjectiveSettings):
         part = (step - self.warm_up) / max(1, self.steps - self.warm_up)
         factors = {"constant": 1.0, "linear": 1 - part, "cosine": 0.5 * (1 + math.cos(math.pi * part))}
         return self.lr * factors[self.schedule]
+
+    def set_checkpointing(self, denoiser: Any) -> None:
+        """Have a drop-in denoiser recompute the stages that these settings ask for."""
+        if self.gradient_checkpointing or self.checkpoint_large_maps:
+            denoiser.enable_gradient_checkpointing(largest_maps_only=self.checkpoint_large_maps)
 
 
 @with_aggregator_options

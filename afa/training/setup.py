@@ -87,8 +87,7 @@ def make_trainer(
     ensemble.to(device)
     torch.manual_seed(narrow(settings.seed))
     trained, denoiser = initialise(ensemble), ensemble.denoiser
-    if settings.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+    settings.set_checkpointing(denoiser)
     context = make_context(settings, ensemble, device)
     if accelerator.is_main_process:
         captions = [sample.caption for sample in planned.source.samples]
