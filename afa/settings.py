@@ -58,6 +58,8 @@ SEED_OR_DRAWN: Bounds = {"least": -1, "most": SEEDS - 1}  # -1: one is drawn, se
 # Help that many commands share.
 DTYPES = ["float32", "bfloat16", "float16"]
 DTYPE_HELP = "number format of the models' weights"
+STORES = ["int8", "fp8", "cpu"]  # of afa.experts.quantised
+STORE_HELP = "how the experts' weights are stored: in 8 bits, or in the CPU's memory until they are needed"
 DEVICE_HELP = "where to compute: cpu, cuda, mps … (default: the fastest that is there)"
 CONFIG_HELP = (
     "architecture of single files: sd15, sd21, sdxl, sd3, sd35, flux … or a folder (default: detected)"

@@ -3,7 +3,7 @@
     python benchmarks/speed.py --world far --ensemble demo:ensemble --way "exact steps=20" --way "exact steps=5" \\
         --way "inner stages reused steps=20 reuse=3" --way "one expert leads steps=20 reuse=8 lead=patterns" --way "expert steps=20 expert=patterns"
 
-A way is a name and options: steps, guidance, scheduler, reuse, outer and lead as those of `afa generate`, expert for one expert alone. Ways of one
+A way is a name and options: steps, guidance, scheduler, reuse, outer, lead and store as those of `afa generate`, expert for one expert alone. Ways of one
 name are one line of the picture; the first way is what the others are compared with, paired by scene. The price is counted in operations of the
 denoiser, and given relative to one expert in 20 steps; seconds an image are of this machine while it drew. Interrupted, the same command goes on.
 Writes table.md, and page.html with the picture (python docs/curves_picture.py page.html picture.png).
@@ -28,6 +28,7 @@ from afa.denoiser.hooks import only_expert
 from afa.denoiser.reuse import Reuse
 from afa.ensemble import Ensemble
 from afa.errors import UserError
+from afa.experts.quantised import store_weights
 from afa.files import write_atomically
 from afa.pages.frontier import FrontierLine, FrontierSpot, frontier_plot
 from afa.pages.page import style
@@ -37,7 +38,7 @@ from afa.stats import Estimate, difference, estimate
 
 STEPS = 20  # of the one expert that prices are relative to
 OPTIONS: dict[str, Callable[[str], Any]] = {
-    "steps": int, "guidance": float, "scheduler": str, "reuse": int, "outer": int, "lead": str, "expert": str,
+    "steps": int, "guidance": float, "scheduler": str, "reuse": int, "outer": int, "lead": str, "expert": str, "store": str,
 }  # fmt: skip
 
 
@@ -54,6 +55,7 @@ class Way:
     outer: int = 2
     lead: str | None = None
     expert: str | None = None
+    store: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Way":
@@ -102,7 +104,7 @@ class Draw:
 
     def __init__(self, bench: Bench, ensemble: str, folder: Path) -> None:
         self.bench, self.folder = bench, folder
-        self.ensemble = Ensemble.load(ensemble)
+        self.place, self.ensemble = ensemble, Ensemble.load(ensemble)
         self.prices = Prices(self.ensemble)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -122,11 +124,14 @@ class Draw:
 
     def draw(self, way: Way) -> NDArray[np.uint8]:
         """Draw the scenes in one way."""
-        denoiser, frame = self.ensemble.denoiser, self.ensemble.frame.scheduler
+        ensemble = self.ensemble if way.store is None and way.scheduler is None else Ensemble.load(self.place)
+        denoiser = ensemble.denoiser
+        if way.store is not None:
+            store_weights(denoiser.experts, way.store)
         if way.scheduler is not None:
-            reschedule(self.ensemble, way.scheduler)
+            reschedule(ensemble, way.scheduler)
         denoiser.reuse = Reuse(way.reuse, way.outer, way.lead) if way.reuse > 1 else None
-        pipeline = self.ensemble.pipeline()
+        pipeline = ensemble.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         asked = [Request(caption, seed) for seed, caption in enumerate(self.bench.captions)]
         how, parts = Sampling(steps=way.steps, guidance=way.guidance), []
@@ -137,7 +142,6 @@ class Draw:
             else:
                 with only_expert(denoiser, way.expert):
                     parts.append(sample(pipeline, batch, how))
-        self.ensemble.frame.scheduler = frame
         return np.concatenate(parts)
 
 

@@ -309,3 +309,18 @@ def test_two_processes_make_the_images_of_one(settings, tmp_path, capfd):
 def test_parts_that_are_none_are_refused(settings, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         replace(settings, **changes)
+
+
+@pytest.mark.parametrize("store", ["int8", "fp8"])
+def test_experts_in_8_bits_draw_nearly_the_same_and_the_picture_records_it(settings, tmp_path, store):
+    exact = generate(settings)
+    eighth = generate(replace(settings, output=str(tmp_path / store), store=store))
+    apart = [np.abs(pixels(one) - pixels(other)).max() for one, other in zip(exact, eighth, strict=True)]
+    assert 0 < max(apart) < 40 and f'"store": "{store}"' in Image.open(eighth[0]).text["afa"]
+    with pytest.raises(UserError, match="was made with store"):
+        generate(replace(settings, output=str(tmp_path / store), store="fp8" if store == "int8" else "int8"))
+
+
+def test_experts_in_the_cpus_memory_are_refused_where_they_would_run_there(settings):
+    with pytest.raises(UserError, match="--store cpu keeps experts beside a GPU"):
+        generate(replace(settings, store="cpu"))

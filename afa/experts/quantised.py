@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-STORES = ("int8", "fp8", "cpu")
+from afa.errors import UserError
+from afa.settings import STORES as STORES
+
 LEAST = 4096  # elements of a weight; storing a smaller one gains nothing
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 
@@ -113,6 +115,15 @@ class StoredConv2d(_Stored, nn.Conv2d):  # type: ignore[override]
         how = (self.stride, self.padding, self.dilation, self.groups)
         found: Tensor = _Conv2d.apply(x, self.kept, self.bias, how)  # type: ignore[no-untyped-call]
         return found
+
+
+def check_store(store: str | None, device: torch.device) -> None:
+    """Raise UserError for --store cpu where the experts would run on the CPU."""
+    if store == "cpu" and device.type == "cpu":
+        raise UserError(
+            "--store cpu keeps experts beside a GPU, and they would run on the CPU; leave it out, "
+            "or use --store int8"
+        )
 
 
 def store_weights(model: nn.Module, store: str) -> None:

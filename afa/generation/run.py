@@ -22,6 +22,7 @@ from afa.denoiser.reuse import Reuse
 from afa.devices import process_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError, unknown
+from afa.experts.quantised import LARGEST, check_store, store_weights
 from afa.experts.spec import new_places
 from afa.files import locked, read_arrays, refuse_busy, replacing, settled, sha256, write_atomically
 from afa.fingerprint import Files, fingerprint, saved_fingerprint, summed
@@ -133,6 +134,9 @@ def generate(settings: GenerateSettings) -> list[Path]:
     sampling = _sampling(settings, ensemble)
     if settings.scheduler is not None:
         reschedule(ensemble, settings.scheduler)
+    check_store(settings.store, device)
+    if settings.store is not None:
+        store_weights(ensemble.denoiser.experts, settings.store)
     sampler = _sampler(settings, ensemble.to(device))
     warn_of_prompts(prompts, ensemble.denoiser.interface, ensemble.frame.tokenizers)
     if sampling.negative_prompt:
@@ -241,6 +245,7 @@ def _images(
         "dtype": settings.dtype,
         "strengths": dict.fromkeys(ensemble.names, 1.0) | settings.strengths() if settings.strength else None,
         **({} if settings.base is None else {"base": public_place(settings.base)}),
+        **({"store": settings.store} if settings.store in LARGEST else {}),
         **({"reuse": asdict(_reuse(settings))} if settings.reuse > 1 else {}),
         **({"shared_guidance_weights": True} if settings.shared_guidance_weights else {}),
     }

@@ -20,6 +20,8 @@ from afa.settings import (
     SAMPLING_STEPS,
     SEED_OR_DRAWN,
     SIDE,
+    STORE_HELP,
+    STORES,
     WEIGHT,
     CheckedOptions,
     check_number,
@@ -126,6 +128,7 @@ class GenerateSettings(CheckedOptions):
         help="with --reuse: the expert that runs in every step; between whole steps, what the others added "
         "in the last one is added again",
     )
+    store: str | None = option(None, help=STORE_HELP, choices=STORES)
     compile: bool = option(
         False,
         help="compile the ensemble by torch.compile before the first image: minutes once, then faster steps",

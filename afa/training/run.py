@@ -17,7 +17,7 @@ from afa.errors import UserError
 from afa.experts.expert import Expert
 from afa.experts.load import load_experts
 from afa.experts.locate import hash_expert
-from afa.experts.quantised import store_weights
+from afa.experts.quantised import check_store, store_weights
 from afa.files import locked, present, refuse_busy, settled
 from afa.schema import build
 from afa.stats import difference
@@ -51,11 +51,7 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> TrainingP
     given, begun = settings, begun_with(settings)
     settings, ensemble = _whole(following(settings, begun), ensemble, images)
     chosen_here = {name: "as this run was begun" if begun else WHY[name] for name in not_given(given)}
-    if settings.store == "cpu" and choose_device(settings.device).type == "cpu":
-        raise UserError(
-            "--store cpu keeps experts beside a GPU, and training would run on the CPU; leave it out, "
-            "or use --store int8"
-        )
+    check_store(settings.store, choose_device(settings.device))
     if settings.store is not None:
         store_weights(ensemble.denoiser.experts, settings.store)
     if len(ensemble.denoiser.names) < 2:

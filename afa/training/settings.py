@@ -18,6 +18,8 @@ from afa.settings import (
     SAMPLING_STEPS,
     SEED,
     SHARE,
+    STORE_HELP,
+    STORES,
     WEIGHT,
     option,
 )
@@ -288,8 +290,8 @@ class TrainSettings(LoopSettings, AggregatorSettings):
     )
     store: str | None = option(
         None,
-        help="how the experts' weights are stored: in 8 bits, or in the CPU's memory until they are needed",
-        choices=["int8", "fp8", "cpu"],
+        help=STORE_HELP,
+        choices=STORES,
     )
 
     def __post_init__(self) -> None:
