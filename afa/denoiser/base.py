@@ -15,6 +15,7 @@ from afa.denoiser.forward import Adjuster, Converter, Observer, ParallelStages, 
 from afa.denoiser.guidance import SharedGuidance
 from afa.denoiser.hooks import WeightMaps
 from afa.denoiser.lora import DenoiserLoras, applied, lora_scaled
+from afa.denoiser.parallel import ExpertGroup, share_experts
 from afa.denoiser.placement import fused_stages
 from afa.denoiser.reuse import InnerStages, ReusesSteps
 from afa.denoiser.schedule import Conversion
@@ -87,6 +88,7 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
         self._watch: Observer | None = None
         self._adjust: Adjuster | None = None
         self.reuse = None
+        self.group: ExpertGroup | None = None
         self.in_uncond_pass = False  # True in guidance's separate pass without the prompt, see cache_context
         self._solo_expert: int | None = None
 
@@ -103,6 +105,14 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
     def stages(self) -> tuple[Stage, ...]:
         """The first expert's stages; their names, channels and levels are those of all experts."""
         return tuple(same_stage[0] for same_stage in self.parallel_stages)
+
+    def share_experts(self) -> None:
+        """Keep only this process's experts: the processes of torch.distributed share them evenly.
+
+        Each then gets the features of all experts at every fused stage (see parallel.py). For sampling only.
+        Raises UserError if the experts cannot be shared.
+        """
+        self.group = share_experts(self.experts)
 
     @property
     def fused(self) -> list[str]:
@@ -200,14 +210,18 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
             return embed(self.experts[index], *own_inputs, **own)
 
         def run(chosen: Sequence[int], inner: InnerStages | None) -> Tensor:
-            stages = [tuple(same_stage[index] for index in chosen) for same_stage in self.parallel_stages]
+            own = chosen if self.group is None else self.group.own
+            stages = [tuple(same_stage[index] for index in own) for same_stage in self.parallel_stages]
             fused = dict(self.aggregators.items()) if chosen is everyone else {}
-            hidden, contexts = zip(*map(start, chosen), strict=True)
-            options.converters = self._converters(chosen, sample, timestep, contexts[0])
+            options.group = self.group
+            hidden, contexts = zip(*map(start, own), strict=True)
+            options.converters = self._converters(own, sample, timestep, contexts[0])
             options.inner = inner
             return run_stages(stages, cast(dict[str, Aggregator], fused), hidden, contexts, options)
 
         chosen = everyone if self._solo_expert is None else (self._solo_expert,)
+        if self.group is not None and (chosen is not everyone or (self.reuse and self.reuse.lead)):
+            raise NotImplementedError("one expert alone is not run where several processes share the experts")
         with lora_scaled(self.experts, lora_scale):
             prediction = self.predict_reusing(run, sample, time, prompt, chosen)
         output = self.as_output(prediction)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from afa.aggregators.base import Aggregator
+from afa.denoiser.parallel import ExpertGroup
 from afa.denoiser.reuse import InnerStages
 from afa.stages.stage import Stage, StageContext
 
@@ -38,6 +39,7 @@ class PassOptions:
     converters:     stage name -> N functions, applied to each expert's output before it is fused
     fuse_text:      fuse text tokens, too, wherever image tokens are fused
     checkpoint:     names of stages that are recomputed in the backward pass instead of keeping activations
+    group:          processes that share the experts; None: all are here
     inner:          stages that may be left out; None: all stages run
     adjust:         returns the weights to use at a fused stage, instead of the aggregator's
     observe:        called with the weights that a fused stage used
@@ -50,6 +52,7 @@ class PassOptions:
     converters: Mapping[str, Sequence[Converter]] = field(default_factory=dict)
     fuse_text: bool = False
     checkpoint: Collection[str] = ()
+    group: ExpertGroup | None = None
     inner: InnerStages | None = None
     adjust: Adjuster | None = None
     observe: Observer | None = None
@@ -81,9 +84,14 @@ def run_stages(
     aggregators:     stage name -> aggregator; at a stage without one, every expert keeps its own features
     hidden:          N × (B, C, H, W), the input of each expert's first stage
     contexts:        N, one per expert
+    If several processes share the experts, everything is of this one's experts.
     """
-    temb = torch.stack([context.temb for context in contexts]).mean(0)
-    text = torch.stack([context.text for context in contexts]).mean(0)
+    group = options.group
+    times, texts = [context.temb for context in contexts], [context.text for context in contexts]
+    if group is not None:
+        group.passes += 1
+        times, texts = group.gather(times), group.gather(texts)
+    temb, text = torch.stack(times).mean(0), torch.stack(texts).mean(0)
     seen = AggregatorInputs(temb, text, contexts[0].text_mask)
     features = list(hidden)
     skips: list[list[Tensor]] = []  # one entry per saved skip connection: that of every expert
@@ -133,15 +141,24 @@ def _run_and_fuse(
     if aggregator is None:
         return outputs, after, None
     adjust = None if options.adjust is None else partial(options.adjust, name)
-    fused, weights = aggregator(outputs, *seen, adjust)
+    group = options.group
+    fused, weights = aggregator(outputs if group is None else group.gather(outputs), *seen, adjust)
     if options.fuse_text and after[0].text_tokens is not None:
-        after = _fuse_text_tokens(after, weights)
-    return fused if isinstance(fused, list) else [fused] * len(same_stage), after, weights
+        after = _fuse_text_tokens(after, weights, group)
+    if not isinstance(fused, list):
+        fused = [fused] * len(same_stage)
+    elif group is not None:
+        fused = [fused[index] for index in group.own]
+    return fused, after, weights
 
 
-def _fuse_text_tokens(contexts: Sequence[StageContext], weights: Tensor) -> list[StageContext]:
+def _fuse_text_tokens(
+    contexts: Sequence[StageContext], weights: Tensor, group: ExpertGroup | None
+) -> list[StageContext]:
     """Blend the experts' text tokens by each expert's mean weight over the image. weights: (B, N, H, W)."""
     tokens = [context.text_tokens for context in contexts if context.text_tokens is not None]
+    if group is not None:
+        tokens = group.gather(tokens)
     stacked = torch.stack(tokens, dim=1)  # (B, N, T, D)
     shares = weights.mean((2, 3)).to(stacked.dtype)  # (B, N)
     fused = torch.einsum("bntd,bn->btd", stacked, shares)

@@ -137,6 +137,14 @@ def generate(settings: GenerateSettings) -> list[Path]:
     check_store(settings.store, device)
     if settings.store is not None:
         store_weights(ensemble.denoiser.experts, settings.store)
+    state, whole = PartialState(), settings.parallel is not None
+    if whole:
+        if state.num_processes == 1:
+            raise UserError(
+                f"--parallel {settings.parallel} needs several processes, such as: "
+                f"torchrun --nproc_per_node {len(ensemble.names)} -m afa generate …"
+            )
+        ensemble.denoiser.share_experts()
     sampler = _sampler(settings, ensemble.to(device))
     warn_of_prompts(prompts, ensemble.denoiser.interface, ensemble.frame.tokenizers)
     if sampling.negative_prompt:
@@ -148,12 +156,20 @@ def generate(settings: GenerateSettings) -> list[Path]:
         )
     _check_strengths(settings, ensemble, sampler)
     images = _images(settings, sampling, prompts, ensemble, sampler, files)
-    state, (part, parts) = PartialState(), settings.part()
+    part, parts = settings.part()
     with locked(output, shared=settings.shard is not None):
         state.wait_for_everyone()  # until the first process has removed what killed ones left
         own = images[part::parts]
         with _compiled(settings, ensemble):
-            _draw(settings, sampling, sampler, own[state.process_index :: state.num_processes])
+            share = own if whole else own[state.process_index :: state.num_processes]
+            _draw(settings, sampling, sampler, share)
+        group = ensemble.denoiser.group
+        if group is not None and group.passes and state.is_main_process:
+            megabytes = group.sent / group.passes / 1e6
+            print(
+                f"afa: {state.num_processes} processes; each got {megabytes:.3g} MB a step from the others",
+                file=sys.stderr,
+            )
         state.wait_for_everyone()
         if state.is_main_process and (parts == 1 or all(image.found() for image in images)):
             _finish(output, images, settings.images_per_prompt)
@@ -287,6 +303,8 @@ def _draw(settings: GenerateSettings, sampling: Sampling, sampler: Any, images: 
         if image.found() is None or (settings.weights and not _weights_made(image.path))
     ]
     paths = {image.request: image.path for image in missing}
+    PartialState().wait_for_everyone()  # all processes look before one writes
+    saves = settings.parallel is None or PartialState().is_main_process
 
     def hooked(requests: Sequence[Request], sampling: Sampling) -> NDArray[np.uint8]:
         with contextlib.ExitStack() as hooks:
@@ -295,14 +313,14 @@ def _draw(settings: GenerateSettings, sampling: Sampling, sampler: Any, images: 
             if settings.strength:
                 hooks.enter_context(scale_weights(sampler.denoiser, settings.strengths()))
             drawn: NDArray[np.uint8] = sampler(requests, sampling)
-        for index, request in enumerate(requests if settings.weights else ()):
+        for index, request in enumerate(requests if settings.weights and saves else ()):
             _save_weights(paths[request], drawn[index], maps, index, len(requests))
         return drawn
 
     total, done = len(images), len(images) - len(missing)
     quiet = not PartialState().is_main_process
     with tqdm(total=total, initial=done, desc="images", unit="image", file=sys.stderr, disable=quiet) as bar:
-        draw(missing, hooked, sampling, settings.batch_size, bar)
+        draw(missing, hooked, sampling, settings.batch_size, bar, saves=saves)
 
 
 def _weights_made(path: Path) -> bool:

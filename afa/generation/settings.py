@@ -78,6 +78,12 @@ class GenerateSettings(CheckedOptions):
         help="I/N: draw the I-th of N parts of the images, beside commands that draw the others into one "
         "folder (I from 1, such as a number of a SLURM array)",
     )
+    parallel: str | None = option(
+        None,
+        help="experts: the processes of torchrun share the experts of an ensemble, one device each, and not "
+        "the images",
+        choices=["experts"],
+    )
     method: str | None = option(
         None,
         help="how to combine the experts, see above (default: the saved ensemble, or the expert)",
@@ -150,6 +156,12 @@ class GenerateSettings(CheckedOptions):
             )
         self._check_shared_guidance()
         self.part()
+        for name in ("method", "expert", "lead", "store", "compile"):
+            if self.parallel is not None and getattr(self, name):
+                raise UserError(
+                    f"--parallel {self.parallel} is for whole ensembles as they are, "
+                    f"and --{name} is given; leave out one of them"
+                )
         self._check_reuse()
         if self.compile and self.method is not None:
             raise UserError(

@@ -77,17 +77,19 @@ def draw(
     batch_size: int,
     bar: "tqdm[Any]",
     timed: bool = False,
+    saves: bool = True,
 ) -> None:
     """Draw images batch by batch; each batch is saved at once, so Ctrl-C loses at most one.
 
     bar:   of progress, one step an image
     timed: record the seconds that each image took in its batch
+    saves: False where another process saves the same images
     """
     for start in range(0, len(files), batch_size):
         batch = files[start : start + batch_size]
         began = time.perf_counter()
         images = sampler([file.request for file in batch], sampling)
         seconds = round((time.perf_counter() - began) / len(batch), 4)
-        for file, image in zip(batch, images, strict=True):
+        for file, image in zip(batch, images, strict=True) if saves else ():
             file.save(image, **({"seconds": seconds} if timed else {}))
         bar.update(len(batch))

@@ -217,7 +217,9 @@ class PipelineSampler:
 def in_frame(ensemble: Ensemble, denoiser: nn.Module, **components: Any) -> Any:
     """Return a stock pipeline of the ensemble's frame with another denoiser, on the experts' device."""
     components[FAMILIES[ensemble.experts[0].family].component] = denoiser
-    return settled(ensemble.pipeline(**components), ensemble.experts[0])
+    group = ensemble.denoiser.group
+    here = 0 if group is None else group.own[0]  # the first expert that this process has
+    return settled(ensemble.pipeline(**components), ensemble.experts[here])
 
 
 def settled(pipeline: Any, expert: Expert) -> Any:
