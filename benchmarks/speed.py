@@ -3,7 +3,8 @@
     python benchmarks/speed.py --world far --ensemble demo:ensemble --way "exact steps=20" --way "exact steps=5" \\
         --way "inner stages reused steps=20 reuse=3" --way "one expert leads steps=20 reuse=8 lead=patterns" --way "expert steps=20 expert=patterns"
 
-A way is a name and options: steps, guidance, scheduler, reuse, outer, lead and store as those of `afa generate`, expert for one expert alone. Ways of one
+A way is a name and options: steps, guidance, scheduler, reuse, outer, lead and store as those of `afa generate`, expert for one expert
+alone, and with it whole=.2,.7 for the whole ensemble between these shares of the steps (T-Stitch, arXiv:2402.14167). Ways of one
 name are one line of the picture; the first way is what the others are compared with, paired by scene. The price is counted in operations of the
 denoiser, and given relative to one expert in 20 steps; seconds an image are of this machine while it drew. Interrupted, the same command goes on.
 Writes table.md, and page.html with the picture (python docs/curves_picture.py page.html picture.png).
@@ -13,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from afa.stats import Estimate, difference, estimate
 STEPS = 20  # of the one expert that prices are relative to
 OPTIONS: dict[str, Callable[[str], Any]] = {
     "steps": int, "guidance": float, "scheduler": str, "reuse": int, "outer": int, "lead": str, "expert": str, "store": str,
+    "whole": lambda text: tuple(float(part) for part in text.split(",")),
 }  # fmt: skip
 
 
@@ -56,6 +59,11 @@ class Way:
     lead: str | None = None
     expert: str | None = None
     store: str | None = None
+    whole: tuple[float, float] | None = None
+
+    def is_alone(self, step: int) -> bool:
+        """Return whether the expert is alone in a step, from 0."""
+        return self.expert is not None and not (self.whole and self.whole[0] <= step / self.steps < self.whole[1])
 
     @classmethod
     def parse(cls, text: str) -> "Way":
@@ -91,7 +99,7 @@ class Prices:
         whole = -(-way.steps // way.reuse)
         between = way.steps - whole
         if way.expert:
-            operations = way.steps * self.one
+            operations = sum(self.one if way.is_alone(step) else self.all for step in range(way.steps))
         elif way.lead:
             operations = whole * (self.all + (self.one if between else 0)) + between * self.one
         else:
@@ -135,13 +143,16 @@ class Draw:
         pipeline.set_progress_bar_config(disable=True)
         asked = [Request(caption, seed) for seed, caption in enumerate(self.bench.captions)]
         how, parts = Sampling(steps=way.steps, guidance=way.guidance), []
-        for start in range(0, len(asked), BATCH):
-            batch = asked[start : start + BATCH]
-            if way.expert is None:
-                parts.append(sample(pipeline, batch, how))
-            else:
-                with only_expert(denoiser, way.expert):
-                    parts.append(sample(pipeline, batch, how))
+        with ExitStack() as alone:
+
+            def begin(step: int, steps: int) -> None:
+                alone.close()
+                if way.is_alone(step):
+                    alone.enter_context(only_expert(denoiser, str(way.expert)))
+
+            for start in range(0, len(asked), BATCH):
+                begin(0, way.steps)
+                parts.append(sample(pipeline, asked[start : start + BATCH], how, begin))
         return np.concatenate(parts)
 
 
