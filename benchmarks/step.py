@@ -86,14 +86,14 @@ def step(denoiser: nn.Module, call: dict[str, Any]) -> Work:
     return torch.no_grad()(lambda: denoiser(**call))
 
 
-def train_step(denoiser: Any, call: dict[str, Any], trained: Sequence[Tensor], checkpointing: bool) -> Work:
+def train_step(denoiser: Any, call: dict[str, Any], trained: Sequence[Tensor], checkpointing: bool, largest_maps_only: bool = False) -> Work:
     """Forward and backward. An expert alone has nothing to train: its gradients run through all features to the latents."""
     latents_name = "sample" if "sample" in call else "hidden_states"
 
     def run() -> None:
         latents = call[latents_name].detach().requires_grad_(not trained)
         if checkpointing:
-            denoiser.enable_gradient_checkpointing()
+            denoiser.enable_gradient_checkpointing(**({"largest_maps_only": True} if largest_maps_only else {}))
         loss = denoiser(**{**call, latents_name: latents}).sample.float().square().mean()
         torch.autograd.grad(loss, list(trained) or [latents])
         denoiser.disable_gradient_checkpointing()  # an ensemble runs its experts' parts, which must not recompute by themselves

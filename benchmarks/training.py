@@ -34,16 +34,19 @@ from afa.training.plan import step_bytes
 from afa.training.run import plan
 from afa.training.settings import TrainSettings
 
-# name -> experts in, stages recomputed, experts' weights in
-WAYS: dict[str, tuple[str, bool, str | None]] = {
+LARGE = "large"
+# name -> experts in, whether stages are recomputed (or those on the largest maps), experts' weights in
+WAYS: dict[str, tuple[str, bool | str, str | None]] = {
     "float32": ("float32", False, None),
+    "float32, large maps": ("float32", LARGE, None),
     "float32, checkpointing": ("float32", True, None),
     "bfloat16": ("bfloat16", False, None),
+    "bfloat16, large maps": ("bfloat16", LARGE, None),
     "bfloat16, checkpointing": ("bfloat16", True, None),
     "bfloat16, checkpointing, int8": ("bfloat16", True, "int8"),
     "bfloat16, checkpointing, cpu": ("bfloat16", True, "cpu"),
 }
-MEASURED = ("float32", "float32, checkpointing")  # in time: what a CPU is good at
+MEASURED = ("float32", "float32, large maps", "float32, checkpointing")  # in time: what a CPU is good at
 
 
 @with_aggregator_options
@@ -65,10 +68,10 @@ class Options(AggregatorSettings):
     device: str = option("cpu", help="where", choices=["cpu", "cuda"])
     json: bool = option(False, help="print JSON")
 
-    def steps(self, dtype: str = "float32", checkpointing: bool = False) -> steps.Options:
+    def steps(self, dtype: str = "float32") -> steps.Options:
         """The same for the benchmark of steps."""
         shared = {name: value for name, value in asdict(self).items() if name not in ("plan", "images", "json")}
-        return steps.Options(**shared, dtype=dtype, gradient_checkpointing=checkpointing)
+        return steps.Options(**shared, dtype=dtype)
 
 
 def memory(options: Options) -> dict[str, float]:
@@ -79,7 +82,8 @@ def memory(options: Options) -> dict[str, float]:
     found = {}
     for name, (dtype, checkpointing, store) in WAYS.items():
         print(f"counting memory: {name}", file=sys.stderr, flush=True)
-        found[name] = step_bytes(model, options.batch, models.side, getattr(torch, dtype), checkpointing, store) / 1e9
+        kind, large = getattr(torch, dtype), checkpointing == LARGE
+        found[name] = step_bytes(model, options.batch, models.side, kind, bool(checkpointing), store, largest_maps_only=large) / 1e9
     return found
 
 
@@ -89,7 +93,7 @@ def times(options: Options) -> dict[str, Any]:
     for name in MEASURED if options.device == "cpu" else WAYS:
         dtype, checkpointing, store = WAYS[name]
         torch.manual_seed(0)
-        asked = options.steps(dtype, checkpointing)
+        asked = options.steps(dtype)
         models = asked.models()
         call = models.call(asked.batch)
         alone: list[Work] = [steps.train_step(expert, call, (), False) for expert in models.experts]
@@ -98,7 +102,7 @@ def times(options: Options) -> dict[str, Any]:
             for expert in models.experts:
                 store_weights(expert, store)
         model = asked.ensemble(models, torch.float32).train()
-        own = steps.train_step(model, call, list(model.aggregators.parameters()), checkpointing)
+        own = steps.train_step(model, call, list(model.aggregators.parameters()), bool(checkpointing), checkpointing == LARGE)
         found[name] = rounds(name, Clock(options.device), alone, own, options.repeats)
         if options.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
