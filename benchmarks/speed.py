@@ -160,8 +160,8 @@ def compare(draw: Draw, ways: list[Way]) -> tuple[str, str]:
     """Return the table as Markdown, and the page."""
     bench = draw.bench
     score = bench.scores[-1]  # the one that leads the world's protocol
-    head = ["way", "options", "price", "seconds an image", score, "minus the first", "Fréchet"]
-    rows, lines = [head, ["---"] * len(head)], dict[str, list[FrontierSpot]]()
+    columns = ["way", "options", "price", "seconds an image", score, "minus the first", "Fréchet"]
+    rows, lines = [columns, ["---"] * len(columns)], dict[str, list[FrontierSpot]]()
     base: NDArray[np.float64] | None = None
     for way in ways:
         images, seconds = draw.drawn(way)
@@ -179,7 +179,8 @@ def compare(draw: Draw, ways: list[Way]) -> tuple[str, str]:
     curves = [FrontierLine(name, groups[name], sorted(spots, key=lambda spot: spot.distance)) for name, spots in lines.items()]
     names = (f"operations, one expert in {STEPS} steps = 1; cheaper to the left", score)
     plot = frontier_plot(curves, names, f"{score} against price, {len(bench.captions)} scenes of {bench.world.name}")
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Quality against price</title><style>{style("style.css")}</style><body>{plot}</body></html>'
+    head = f'<meta charset="utf-8"><title>Quality against price</title><style>{style("style.css")}</style>'
+    page = f'<!doctype html><html lang="en"><head>{head}</head><body>{plot}</body></html>'
     return "\n".join(f"| {' | '.join(row)} |" for row in rows), page
 
 
