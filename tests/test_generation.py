@@ -324,3 +324,11 @@ def test_experts_in_8_bits_draw_nearly_the_same_and_the_picture_records_it(setti
 def test_experts_in_the_cpus_memory_are_refused_where_they_would_run_there(settings):
     with pytest.raises(UserError, match="--store cpu keeps experts beside a GPU"):
         generate(replace(settings, store="cpu"))
+
+
+def test_processes_draw_one_seed_for_all(settings, tmp_path, capfd):
+    command = ["generate", *settings.sources, "--prompt", "a cat", "a dog", "--seed", "-1", "--steps", "1", "--width", "32", "--height", "32"]
+    assert in_processes(lambda: main([*command, "--device", "cpu", "--output", str(tmp_path / "two")])) == [0, 0]
+    seeds = [json.loads(line)["seed"] for line in (tmp_path / "two" / "images.jsonl").read_text().splitlines()]
+    drawn = [json.loads(Image.open(tmp_path / "two" / f"0000{index}-00.png").text["afa"])["seed"] for index in range(2)]
+    assert drawn == seeds == [seeds[0], seeds[0] + 1]

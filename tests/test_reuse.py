@@ -11,11 +11,13 @@ from tiny import inputs, quiet, sd_pipeline, sd_unet, sdxl_pipeline
 
 from afa import Ensemble, UserError
 from afa.aggregators.registry import Recipe
-from afa.denoiser.hooks import only_expert
+from afa.denoiser.hooks import only_expert, record_weights
 from afa.denoiser.reuse import Reuse
 from afa.generation.run import generate
 from afa.generation.settings import GenerateSettings
 from afa.models.unet import UNetEnsemble
+from afa.training.run import plan
+from afa.training.settings import TrainSettings
 
 SMALL = {"hidden": 8, "heads": 2, "depth": 1}
 
@@ -175,7 +177,8 @@ def test_the_command_reuses_features_and_the_picture_records_it(settings, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"reuse": 2, "method": "magicfusion"}, "--reuse 2 is for an ensemble's own denoiser, and --method magicfusion"),
+        ({"reuse": 2, "method": "magicfusion"}, "--reuse 2 is for a whole ensemble, and --method magicfusion"),
+        ({"reuse": 2, "expert": "expert0"}, "--reuse 2 is for a whole ensemble, and --expert expert0"),
         ({"reuse": 2, "weights": True}, "--weights needs the weights of all stages in all steps, and --reuse 2"),
         ({"reuse_outer": 3}, "--reuse-outer 3 is for --reuse"),
         ({"lead": "photo"}, "--lead photo is for --reuse"),
@@ -185,3 +188,16 @@ def test_the_command_reuses_features_and_the_picture_records_it(settings, tmp_pa
 def test_options_that_do_not_go_with_it_are_refused(settings, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         replace(settings, **changes)
+
+
+def test_weights_are_not_recorded_and_nothing_is_trained_while_steps_are_reused(ensemble, tmp_path):
+    ensemble.reuse = Reuse(2)
+    with pytest.raises(RuntimeError, match="set denoiser.reuse = None"), record_weights(ensemble):
+        pass
+    whole = Ensemble.from_experts([sd_pipeline(seed) for seed in range(2)], **SMALL)
+    whole.denoiser.reuse = Reuse(2)
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(['{"file_name": "a.png", "text": "a"}'] * 5))
+    settings = TrainSettings(experts=["a", "b"], data=str(tmp_path), output=str(tmp_path / "out"), held_out=1)
+    with pytest.raises(UserError, match=r"set ensemble.denoiser.reuse = None"):
+        plan(settings, whole)

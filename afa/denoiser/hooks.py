@@ -52,8 +52,13 @@ def record_weights(denoiser: "EnsembleDenoiser") -> Iterator[WeightMaps]:
     """Record all weight maps: `with record_weights(ensemble.denoiser) as maps: pipe(...)`.
 
     denoiser: ensemble.denoiser
-    Yields WeightMaps, to which each pass is added. Raises RuntimeError if another record_weights is open.
+    Yields WeightMaps, to which each pass is added. Raises RuntimeError if another record_weights is open, and
+    if steps are reused, since those in between have no weights.
     """
+    if denoiser.reuse is not None:
+        raise RuntimeError(
+            "steps that are reused have no weights of all stages; set denoiser.reuse = None first"
+        )
     if denoiser._maps is not None:
         raise RuntimeError(
             "weights of this denoiser are being recorded already; close the outer record_weights first"

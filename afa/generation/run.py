@@ -4,13 +4,14 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -117,9 +118,11 @@ def generate(settings: GenerateSettings) -> list[Path]:
     settings: the options of `afa generate`
     Returns the paths of all images, or with --shard of its part, one PNG each. Raises UserError.
     """
-    settings = with_seed(settings)
     prompts = asked_prompts(settings.prompt, settings.prompts)
     device = process_device(settings.device)  # before minutes are spent on loading
+    state = PartialState()
+    drawn = [with_seed(settings).seed if state.is_main_process else settings.seed]
+    settings = replace(settings, seed=broadcast_object_list(drawn)[0])
     output = Path(settings.output)
     if output.is_file():
         raise UserError(f"--output {output} is a file; give a folder")
@@ -137,7 +140,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
     check_store(settings.store, device)
     if settings.store is not None:
         store_weights(ensemble.denoiser.experts, settings.store)
-    state, whole = PartialState(), settings.parallel is not None
+    whole = settings.parallel is not None
     if whole:
         if state.num_processes == 1:
             raise UserError(
@@ -146,14 +149,11 @@ def generate(settings: GenerateSettings) -> list[Path]:
             )
         ensemble.denoiser.share_experts()
     sampler = _sampler(settings, ensemble.to(device))
-    warn_of_prompts(prompts, ensemble.denoiser.interface, ensemble.frame.tokenizers)
-    if sampling.negative_prompt:
-        warn_of_prompts(
-            [sampling.negative_prompt],
-            ensemble.denoiser.interface,
-            ensemble.frame.tokenizers,
-            "negative prompt",
-        )
+    if state.is_main_process:
+        interface, tokenizers = ensemble.denoiser.interface, ensemble.frame.tokenizers
+        warn_of_prompts(prompts, interface, tokenizers)
+        if sampling.negative_prompt:
+            warn_of_prompts([sampling.negative_prompt], interface, tokenizers, "negative prompt")
     _check_strengths(settings, ensemble, sampler)
     images = _images(settings, sampling, prompts, ensemble, sampler, files)
     part, parts = settings.part()

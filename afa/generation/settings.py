@@ -179,11 +179,12 @@ class GenerateSettings(CheckedOptions):
         for name, value in (("reuse-outer", self.reuse_outer), ("lead", self.lead)):
             if self.reuse == 1 and value is not None:
                 raise UserError(f"--{name} {value} is for --reuse K with K above 1; leave it out")
-        if self.reuse > 1 and self.method is not None:
-            raise UserError(
-                f"--reuse {self.reuse} is for an ensemble's own denoiser, "
-                f"and --method {self.method} calls its experts; leave out one of them"
-            )
+        for name, value in (("method", self.method), ("expert", self.expert)):
+            if self.reuse > 1 and value is not None:
+                raise UserError(
+                    f"--reuse {self.reuse} is for a whole ensemble, and --{name} {value} runs its experts; "
+                    "leave out one of them"
+                )
         if self.reuse > 1 and self.weights:
             raise UserError(
                 "--weights needs the weights of all stages in all steps, "

@@ -54,6 +54,8 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> TrainingP
     check_store(settings.store, choose_device(settings.device))
     if settings.store is not None:
         store_weights(ensemble.denoiser.experts, settings.store)
+    if ensemble.denoiser.reuse is not None:
+        raise UserError("steps that are reused cannot be trained; set ensemble.denoiser.reuse = None first")
     if len(ensemble.denoiser.names) < 2:
         raise UserError(
             f"'{ensemble.denoiser.names[0]}' is one expert alone, and there is nothing to weigh; "
