@@ -28,6 +28,7 @@ from torch import Tensor
 
 from afa.aggregators.registry import Recipe
 from afa.cli.flags import add_flags, read_flags
+from afa.denoiser.reuse import Reuse
 from afa.errors import UserError
 from afa.experts.quantised import STORES, store_weights
 from afa.settings import option
@@ -210,11 +211,11 @@ class Bench:
         """Time a training step; the ratio is to the experts' own passes to their latents."""
         call = self.models.call(TRAINING_BATCH)
         for name, recipe in (("default", self.default), ("paper", PAPER)):
-            for again in ("", ", checkpointing"):
+            for again in ("", ", large maps", ", checkpointing"):
                 what = f"training step of {TRAINING_BATCH}, {name}{again}"
                 with self.record.noted(self.config, what, EAGER):
                     ensemble = self.fused(recipe, dtype=torch.float32).train()
-                    work = train_step(ensemble, call, list(ensemble.aggregators.parameters()), bool(again))
+                    work = train_step(ensemble, call, list(ensemble.aggregators.parameters()), bool(again), "large" in again)
                     own = in_turn([train_step(expert, call, (), False) for expert in self.experts])
                     own()
                     peak = self.peak(work)
@@ -223,7 +224,7 @@ class Bench:
                     self.record.add(Row(self.config, what, EAGER, Spread.of([mine for mine, _ in pairs]), ratio, peak))
 
     def image(self) -> None:
-        """Time a whole image with guidance: steps of the default ensemble, eager and as a graph, scheduler and VAE."""
+        """Time a whole image with guidance: steps of the default ensemble, scheduler and VAE; eager, as a graph, and with steps reused."""
         vae, scheduler = self.models.made("vae"), DDIMScheduler()
         scheduler.set_timesteps(IMAGE_STEPS)
         output: list[Tensor] = []
@@ -233,8 +234,11 @@ class Bench:
             output[:] = [denoiser(**self.call).sample]
 
         denoiser = self.fused(self.default)
-        for mode in (EAGER, GRAPH):
-            with self.record.noted(self.config, f"image of {IMAGE_STEPS} steps", mode):
+        lead = Reuse(8, lead=denoiser.names[0])
+        for words, mode, reuse in (("", EAGER, None), ("", GRAPH, None), (", reuse 3", EAGER, Reuse(3)), (", reuse 8, one leads", EAGER, lead)):
+            what = f"image of {IMAGE_STEPS} steps{words}"
+            with self.record.noted(self.config, what, mode):
+                denoiser.reuse = reuse
                 work = prepared(predict, mode)
 
                 @torch.no_grad()
@@ -249,7 +253,7 @@ class Bench:
 
                 draw()
                 seconds = [self.clock.time(draw)[0] for _ in range(min(self.repeats, 3))]
-                self.record.add(Row(self.config, f"image of {IMAGE_STEPS} steps", mode, Spread.of(seconds), None, self.peak(draw)))
+                self.record.add(Row(self.config, what, mode, Spread.of(seconds), None, self.peak(draw)))
 
     def stores(self) -> None:
         """Time steps of the default ensemble with its experts as they are, in 8 bits, and streamed; and their peaks."""

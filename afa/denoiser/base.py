@@ -333,7 +333,7 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
     def enable_cache(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(
             "caches between steps (FirstBlockCache and others) are not supported on an ensemble: "
-            "its blocks run by stages"
+            "its blocks run by stages; set denoiser.reuse instead (docs/performance.md)"
         )
 
     def lora_models(self) -> Sequence[Any]:
