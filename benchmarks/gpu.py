@@ -34,7 +34,6 @@ from afa.experts.quantised import STORES, store_weights
 from afa.settings import option
 
 PAPER = Recipe("sabw", {"hidden": 128, "heads": 8, "depth": 2})
-IMAGE_STEPS = 50
 TRAINING_BATCH = 8
 
 
@@ -73,6 +72,7 @@ class Options:
     device: str = option("cuda", help="where", choices=["cuda", "cpu"])
     repeats: int | None = option(None, least=1, most=1000, help="rounds (default: 8, fewer for large models)")
     side: int | None = option(None, least=1, most=4096, help="of the latents (default: the model's own, else 128)")
+    image_steps: int = option(50, least=1, most=1000, help="of an image")
     compile: bool = option(False, help="also compile small models, which takes a minute or two")
 
     def __post_init__(self) -> None:
@@ -164,7 +164,7 @@ class Bench:
             self.steps(mode)
         if self.size.small and self.is_unet:
             self.training()
-            with self.record.noted(self.config, f"image of {IMAGE_STEPS} steps", EAGER):
+            with self.record.noted(self.config, f"image of {self.options.image_steps} steps", EAGER):
                 self.image()
         self.stores()
 
@@ -226,7 +226,7 @@ class Bench:
     def image(self) -> None:
         """Time a whole image with guidance: steps of the default ensemble, scheduler and VAE; eager, as a graph, and with steps reused."""
         vae, scheduler = self.models.made("vae"), DDIMScheduler()
-        scheduler.set_timesteps(IMAGE_STEPS)
+        scheduler.set_timesteps(self.options.image_steps)
         output: list[Tensor] = []
 
         @torch.no_grad()
@@ -236,7 +236,7 @@ class Bench:
         denoiser = self.fused(self.default)
         lead = Reuse(8, lead=denoiser.names[0])
         for words, mode, reuse in (("", EAGER, None), ("", GRAPH, None), (", reuse 3", EAGER, Reuse(3)), (", reuse 8, one leads", EAGER, lead)):
-            what = f"image of {IMAGE_STEPS} steps{words}"
+            what = f"image of {self.options.image_steps} steps{words}"
             with self.record.noted(self.config, what, mode):
                 denoiser.reuse = reuse
                 work = prepared(predict, mode)
