@@ -61,6 +61,12 @@ class Way:
     store: str | None = None
     whole: tuple[float, float] | None = None
 
+    @property
+    def short(self) -> str:
+        """What tells it from the others of its line."""
+        reused = "" if self.reuse == 1 else f", {-(-self.steps // self.reuse)} whole"
+        return f"{self.steps} steps{reused}{'' if self.whole is None else ', {:g} to {:g}'.format(*self.whole)}{', ' + self.store if self.store else ''}"
+
     def is_alone(self, step: int) -> bool:
         """Return whether the expert is alone in a step, from 0."""
         return self.expert is not None and not (self.whole and self.whole[0] <= step / self.steps < self.whole[1])
@@ -174,7 +180,7 @@ def compare(draw: Draw, ways: list[Way]) -> tuple[str, str]:
         rows.append([way.name, way.label, f"{price:.2f}", f"{seconds:.2f}", str(quality), minus, f"{distance:.1f}"])
         print(" | ".join(rows[-1]), flush=True)
         tip = f"{way.name}, {way.label}: {quality} at {price:.2f}"
-        lines.setdefault(way.name, []).append(FrontierSpot(way.label, quality, price, tip, own=True))
+        lines.setdefault(way.name, []).append(FrontierSpot(way.short, quality, price, tip, own=way.name not in lines))
     groups = {way.name: "expert" if way.expert else "ours" if way.reuse == 1 else "sampling" for way in ways}
     curves = [FrontierLine(name, groups[name], sorted(spots, key=lambda spot: spot.distance)) for name, spots in lines.items()]
     names = (f"operations, one expert in {STEPS} steps = 1; cheaper to the left", score)
