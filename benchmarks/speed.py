@@ -179,8 +179,8 @@ def compare(draw: Draw, ways: list[Way]) -> tuple[str, str]:
         minus = str(difference(values, base)) if len(rows) > 2 else ""
         rows.append([way.name, way.label, f"{price:.2f}", f"{seconds:.2f}", str(quality), minus, f"{distance:.1f}"])
         print(" | ".join(rows[-1]), flush=True)
-        tip = f"{way.name}, {way.label}: {quality} at {price:.2f}"
-        lines.setdefault(way.name, []).append(FrontierSpot(way.short, quality, price, tip, own=way.name not in lines))
+        tip, first = f"{way.name}, {way.label}: {quality} at {price:.2f}", way.name not in lines
+        lines.setdefault(way.name, []).append(FrontierSpot(way.short, quality, price, tip, own=first))
     groups = {way.name: "expert" if way.expert else "ours" if way.reuse == 1 else "sampling" for way in ways}
     curves = [FrontierLine(name, groups[name], sorted(spots, key=lambda spot: spot.distance)) for name, spots in lines.items()]
     names = (f"operations, one expert in {STEPS} steps = 1; cheaper to the left", score)
