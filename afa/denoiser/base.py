@@ -69,9 +69,9 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
         first: Any = experts[0]
         self.register_to_config(**first.config)
         self.gradient_checkpointing = False
-        self.recomputed: frozenset[str] = frozenset()  # names of stages
         self.experts = nn.ModuleList(experts).requires_grad_(False).eval()
         self.parallel_stages = _parallel_stages(self.read_stages, experts, self.names)
+        self.recomputed = frozenset(stage.name for stage in self.stages)  # with gradient checkpointing
         self.placement = placement or self.default_placement
         self.text_widths = tuple(text_widths)
         self.recipe = recipe or Recipe()
