@@ -55,7 +55,7 @@ def record_weights(denoiser: "EnsembleDenoiser") -> Iterator[WeightMaps]:
     Yields WeightMaps, to which each pass is added. Raises RuntimeError if another record_weights is open, and
     if steps are reused, since those in between have no weights.
     """
-    if denoiser.reuse is not None:
+    if getattr(denoiser, "reuse", None) is not None:  # what combines experts while sampling reuses nothing
         raise RuntimeError(
             "steps that are reused have no weights of all stages; set denoiser.reuse = None first"
         )
