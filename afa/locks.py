@@ -67,7 +67,7 @@ def acquire(lock: Path, target: Path, wait: float, shared: bool = False) -> None
 def release(lock: Path) -> None:
     """Let a lock go; the last one that shares it removes its file."""
     descriptor = held.pop(lock)
-    if _lock(descriptor, False):
+    if fcntl is None or _lock(descriptor, False):
         lock.unlink(missing_ok=True)
     os.close(descriptor)
 

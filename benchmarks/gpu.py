@@ -246,6 +246,7 @@ class Bench:
                     noisy = torch.randn_like(self.call["sample"][:1])
                     for timestep in scheduler.timesteps:
                         self.call["sample"].copy_(noisy)
+                        self.call["timestep"].fill_(timestep)
                         work()
                         without, with_prompt = output[0].chunk(2)
                         noisy = scheduler.step(without + 5 * (with_prompt - without), timestep, noisy).prev_sample

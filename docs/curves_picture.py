@@ -1,4 +1,4 @@
-"""`python docs/curves_picture.py REPORT.html PICTURE.png`: the curves of a report by `afa report`, as docs/results.md shows them.
+"""`python docs/curves_picture.py REPORT.html PICTURE.png`: the curves of a report by `afa report`, or of a page by benchmarks/speed.py, as the docs show them.
 
 Needs Chromium and its driver, and the development tools (pip install -e '.[dev]').
 """

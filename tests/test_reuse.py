@@ -201,3 +201,16 @@ def test_weights_are_not_recorded_and_nothing_is_trained_while_steps_are_reused(
     settings = TrainSettings(experts=["a", "b"], data=str(tmp_path), output=str(tmp_path / "out"), held_out=1)
     with pytest.raises(UserError, match=r"set ensemble.denoiser.reuse = None"):
         plan(settings, whole)
+
+
+def test_another_image_at_the_same_timestep_is_begun_with_all_stages(ensemble):
+    """As of two images of one step each, from the same prompt embeddings; what the first one kept is not the second one's."""
+    call, whole = inputs(), len(ensemble.stages)
+    noise = torch.randn_like(call["sample"])
+    exact = ran(ensemble, 500, call, sample=noise)[1]
+    ensemble.reuse = Reuse(2)
+    assert ran(ensemble, 500, call)[0] == whole
+    count, prediction = ran(ensemble, 500, call, sample=noise)
+    assert count == whole and torch.equal(prediction, exact)
+    noise.mul_(2)  # other noise in the same place
+    assert ran(ensemble, 500, call, sample=noise)[0] == whole

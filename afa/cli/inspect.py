@@ -321,7 +321,7 @@ def _cost(facts: dict[str, Any]) -> str:
         times = flops["ensemble"] / flops["each_expert"][0]
         notes.append(
             f"A step of the ensemble needs {times:.2f} times the FLOPs of one of '{first['name']}'; "
-            + (_time(cost["time"]) if cost["time"] else "time is another matter: --time measures it.")
+            + (_time(cost["time"]) if cost["time"] else "--time measures how long it takes.")
         )
     return "\n".join([listing(["", ">parameters", ">float32", ">float16", ">FLOPs a step"], there), *notes])
 

@@ -200,6 +200,7 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
         options.fuse_text = self.recipe.text_stream == "fused"
         options.checkpoint = self.recomputed if self.gradient_checkpointing else ()
         options.adjust, options.observe = self.adjuster(sample), self._observe
+        options.group = self.group
         time = self.interface.timestep_from_model(timestep)
         if self._maps is not None and not self.in_uncond_pass:
             self._maps.begin(time)
@@ -213,7 +214,6 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
             own = chosen if self.group is None else self.group.own
             stages = [tuple(same_stage[index] for index in own) for same_stage in self.parallel_stages]
             fused = dict(self.aggregators.items()) if chosen is everyone else {}
-            options.group = self.group
             hidden, contexts = zip(*map(start, own), strict=True)
             options.converters = self._converters(own, sample, timestep, contexts[0])
             options.inner = inner

@@ -74,7 +74,8 @@ class InnerStages:
 class Steps:
     """Counts the passes of one image, knows when another begins, and keeps what is used again.
 
-    An image ends where the noise rises, or where prompts, batch, size or experts are others.
+    An image ends where the noise does not fall, or where prompts, batch, size or experts are others. So
+    schedulers that ask twice at one timestep (Heun) save less; the same latents asked again are no new image.
     beyond: (B, C, H, W), what the ensemble predicted beyond the leading expert in the last whole step
     """
 
@@ -83,6 +84,8 @@ class Steps:
     beyond: Tensor | None = None
     about: tuple[Any, ...] = ()
     prompt: Tensor | None = field(default=None, repr=False)  # kept, so that its place stays its own
+    latents: Tensor | None = field(default=None, repr=False)
+    version: int = 0  # of these latents
     timestep: float = float("-inf")
     count: int = 0
 
@@ -95,10 +98,12 @@ class Steps:
         """
         where = (prompt.data_ptr(), prompt._version, prompt.shape)
         about = (latents.shape, latents.dtype, latents.device, tuple(experts), where)
-        if timestep > self.timestep or about != self.about:
+        again = latents is self.latents and latents._version == self.version
+        if timestep > self.timestep or (timestep == self.timestep and not again) or about != self.about:
             self.count = 0
         whole = self.count % self.every == 0
         self.about, self.prompt = about, prompt
+        self.latents, self.version = latents, latents._version
         self.timestep, self.count = timestep, self.count + 1
         return whole
 

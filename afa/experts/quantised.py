@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from afa.errors import UserError
-from afa.settings import STORES as STORES
+from afa.settings import STORES
 
 LEAST = 4096  # elements of a weight; storing a smaller one gains nothing
 LARGEST = {"int8": 127.0, "fp8": 448.0}
