@@ -58,8 +58,11 @@ SEED_OR_DRAWN: Bounds = {"least": -1, "most": SEEDS - 1}  # -1: one is drawn, se
 # Help that many commands share.
 DTYPES = ["float32", "bfloat16", "float16"]
 DTYPE_HELP = "number format of the models' weights"
-STORES = ["int8", "fp8", "cpu"]  # of afa.experts.quantised
-STORE_HELP = "how the experts' weights are stored: in 8 bits, or in the CPU's memory until they are needed"
+STORES = ["int8", "fp8", "delta2", "delta1", "cpu"]  # of afa.experts.quantised
+STORE_HELP = (
+    "how the experts' weights are stored: in 8 bits; as one mean in 8 bits and each expert's difference from "
+    "it in 2 bits or 1; in the CPU's memory until they are needed"
+)
 DEVICE_HELP = "where to compute: cpu, cuda, mps … (default: the fastest that is there)"
 CONFIG_HELP = (
     "architecture of single files: sd15, sd21, sdxl, sd3, sd35, flux … or a folder (default: detected)"
@@ -183,6 +186,18 @@ def check_number(value: Any, name: str, whole: bool = False, **bounds: Unpack[Bo
         raise UserError(
             f"{given}{' must be' if named else '; it must be'} a multiple of {unit}; {nearest} is the nearest"
         )
+
+
+Interval = tuple[float, float]  # shares of the steps, 0 to 1: where something begins and ends
+
+
+def check_interval(interval: Interval, name: str) -> None:
+    """Raise UserError for what is no interval of shares. name: as in check_number"""
+    for share in interval:
+        check_number(share, name, **SHARE)
+    start, end = interval
+    if start >= end:
+        raise UserError(f"{name} {start:g},{end:g} contains no step; give the smaller share first")
 
 
 def shares(weights: Sequence[float] | None, count: int, of: str = "") -> tuple[float, ...]:

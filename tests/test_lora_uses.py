@@ -103,14 +103,14 @@ def test_a_shared_base_is_stored_once(tmp_path, store):
     adapters = sum(parameter.numel() * 4 for key, parameter in experts.named_parameters() if "lora_" in key)
     store_weights(experts, store)
     alone = load_expert(str(tmp_path / "base")).model.requires_grad_(False)
-    store_weights(alone, store)
+    store_weights(alone, "int8" if store.startswith("delta") else store)
     assert stored_bytes(experts) == stored_bytes(alone) + adapters
     assert len({tensor.data_ptr() for tensor in kept_elsewhere(experts)}) == len(kept_elsewhere(alone))
     with torch.no_grad():
         after = ensemble.denoiser.double()(**{key: value.double() if value.is_floating_point() else value for key, value in inputs().items()}).sample
     assert stored_bytes(experts) <= 2 * (stored_bytes(alone) + adapters)  # a cast does not multiply it
     error = (after - before).square().mean() / before.square().mean()
-    assert error < {"cpu": 1e-8, "int8": 1e-2, "fp8": 2e-2}[store]
+    assert error < {"cpu": 1e-8, "int8": 1e-2, "fp8": 2e-2, "delta1": 1e-2, "delta2": 1e-2}[store]
 
 
 def test_the_memory_of_training_counts_the_base_once(ensemble, copies):

@@ -10,22 +10,24 @@ from tiny import sd_unet
 from torch import nn
 
 from afa import UserError
-from afa.experts.quantised import STORES, StoredWeight, store_weights, stored_bytes
+from afa.experts.quantised import STORES, EightBits, FewBits, OnCPU, store_weights, stored_bytes
 from afa.training.run import plan, train
 
+ALONE = [store for store in STORES if not store.startswith("delta")]  # needs several experts
 LARGEST_ERROR = {"cpu": 0.0, "int8": 0.5 / 127, "fp8": 2.0**-4}  # of a channel's largest number, of each number
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", ALONE)
 def test_a_stored_weight_is_the_weight_but_for_the_rounding(store):
     torch.manual_seed(0)
     weight = torch.randn(8, 16, 3, 3) * torch.logspace(-3, 2, 8).view(8, 1, 1, 1)
-    error = (StoredWeight(weight, store).fetch(weight) - weight).abs()
+    stored = OnCPU(weight) if store == "cpu" else EightBits(weight, store)
+    error = (stored.fetch(weight) - weight).abs()
     scale = weight.abs() if store == "fp8" else weight.abs().amax((1, 2, 3), keepdim=True)
     assert (error <= LARGEST_ERROR[store] * scale * 1.001 + 1e-3 * weight.abs().amax((1, 2, 3), keepdim=True) * (store == "fp8")).all()
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", ALONE)
 @pytest.mark.parametrize("layer", [nn.Linear(64, 96), nn.Linear(64, 96, bias=False), nn.Conv2d(32, 48, 3, 2, 1), nn.Conv2d(32, 48, 3, groups=2)])
 def test_a_stored_layer_is_a_plain_layer_with_that_weight_and_so_are_its_gradients(store, layer):
     layer = copy.deepcopy(layer).requires_grad_(False)
@@ -54,6 +56,69 @@ def test_a_stored_expert_takes_less_room_and_predicts_nearly_the_same(store, sha
         one, other = (model(sample, torch.tensor([10, 900]), text).sample for model in (unet, stored))
     error = (one - other).square().mean() / one.square().mean()
     assert error < {"cpu": 1e-10, "int8": 1e-3, "fp8": 5e-3}[store]
+
+
+@pytest.mark.parametrize("shape", [(8, 256, 3, 3), (6, 2001)])  # the second fills no whole number of bytes
+@pytest.mark.parametrize(("bits", "error"), [(1, 0.3634**0.5), (2, 0.1188**0.5)])
+def test_a_difference_in_few_bits_is_as_near_as_such_steps_can_be(shape, bits, error):
+    rng = torch.Generator().manual_seed(0)
+    base = torch.randn(shape, generator=rng)
+    weight = base + torch.randn(shape, generator=rng) * torch.logspace(-1, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))
+    middle = EightBits(base, "int8")
+    difference = weight - middle.fetch(base)
+    stored = FewBits(weight, middle, bits)
+    left = stored.fetch(weight) - weight
+    by_channel = (left.flatten(1).square().sum(1) / difference.flatten(1).square().sum(1)).sqrt()
+    assert by_channel.mean() == pytest.approx(error, rel=0.02)  # of a normal distribution, Max 1960
+    assert stored.values.numel() == -(-weight.numel() * bits // 8)
+
+
+def near(count, **changes):
+    """Experts whose weights differ by a tenth, as fine-tunes of one base do."""
+    base = sd_unet(0, block_out_channels=(32, 64, 64, 64), **changes).requires_grad_(False)
+    made = [copy.deepcopy(base) for _ in range(count)]
+    rng = torch.Generator().manual_seed(1)
+    for expert in made:
+        for parameter in expert.parameters():
+            parameter += 0.1 * parameter.std(correction=0) * torch.randn(parameter.shape, generator=rng)
+    return nn.ModuleList(made)
+
+
+@pytest.mark.parametrize(("store", "room", "left"), [("delta1", 0.6, 0.5), ("delta2", 0.75, 0.2)])
+def test_near_experts_in_few_bits_take_less_room_than_in_eight_and_are_nearer_than_their_mean(store, room, left):
+    plain = near(3)
+    stored, eight = copy.deepcopy(plain), copy.deepcopy(plain)
+    store_weights(stored, store)
+    store_weights(eight, "int8")
+    assert stored_bytes(stored) < room * stored_bytes(eight)
+    sample, text = torch.randn(2, 4, 16, 16), torch.randn(2, 5, plain[0].config.cross_attention_dim)
+    mean = copy.deepcopy(plain[0])
+    for target, *parameters in zip(mean.parameters(), *(expert.parameters() for expert in plain), strict=True):
+        target.copy_(torch.stack(parameters).mean(0))
+
+    def error(model, expert):
+        one, other = (each(sample, torch.tensor([10, 900]), text).sample for each in (model, expert))
+        return ((one - other).square().mean() / other.square().mean()).item()
+
+    with torch.no_grad():
+        for model, expert in zip(stored, plain, strict=True):
+            assert error(model, expert) < left * error(mean, expert)
+
+
+def test_experts_in_one_bit_keep_one_middle_wherever_they_are_moved_or_cast():
+    models = near(2)
+    store_weights(models, "delta1")
+    before = stored_bytes(models)
+    models.to(torch.device("cpu")).to(torch.bfloat16)
+    assert stored_bytes(models) < before  # what is stored stays, the small layers are cast
+    one, other = (expert.mid_block.resnets[0].conv1 for expert in models)
+    assert one.kept.middle is other.kept.middle and one.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("models", [near(1), nn.ModuleList([*near(1), sd_unet(0, block_out_channels=(32, 64, 64, 32))])])
+def test_differences_need_several_experts_of_one_architecture(models):
+    with pytest.raises(UserError, match="delta1"):
+        store_weights(models, "delta1")
 
 
 def test_weights_in_eight_bits_follow_a_cast_of_what_they_compute_in():

@@ -1,6 +1,8 @@
 """One set of weights for both predictions of classifier-free guidance."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +62,22 @@ class SharedGuidance:
             return both if adjust is None else adjust(stage, both)
 
         return shared
+
+
+@contextmanager
+def not_shared(denoiser: Any) -> Iterator[None]:
+    """Inside the context, every prediction has its own weights, for passes that are not of guidance.
+
+    denoiser: of a pipeline; one that shares nothing stays as it is
+    """
+    sharing = isinstance(denoiser, SharedGuidance) and denoiser.share_guidance_weights
+    if sharing:
+        denoiser.share_guidance_weights = False
+    try:
+        yield
+    finally:
+        if sharing:
+            denoiser.share_guidance_weights = True
 
 
 def _is_guided(sample: Tensor) -> bool:

@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Protocol:
             "prompts": len({item.prompt for item in self.items}),
             "images": len(self.items),
             "scheduler": self.scheduler or "the frame's own",
-            **asdict(self.sampling),
+            **self.sampling.record(),
             "real_images": self.real.identity if self.real else None,
         }
 

@@ -1,10 +1,18 @@
-"""Frozen weights in less device memory: in 8 bits, or in the CPU's memory until a layer needs them.
+"""Frozen weights in less device memory: in 8 bits or fewer, or in the CPU's memory until a layer needs them.
 
 Only the weights of linear and convolutional layers are stored in this way; they are most of a model. A layer
 computes as before, in the dtype of its input, with a weight that is fetched for this call. The backward pass
 fetches it again instead of keeping it.
+
+`delta1` and `delta2` are for experts that are near each other: the mean of all experts' weights in 8 bits,
+and the difference of each expert from it in 1 or 2 bits, with one scale an output channel.
+Sources: BitDelta, Liu et al., arXiv:2402.10193; the width of a step for normally distributed values: Max,
+Quantizing for minimum distortion, 1960. Deviations from BitDelta: the difference is from the mean of the
+experts in 8 bits, not from a base model; a scale a channel, not a matrix; scales are not trained.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,45 +25,99 @@ from afa.settings import STORES
 
 LEAST = 4096  # elements of a weight; storing a smaller one gains nothing
 LARGEST = {"int8": 127.0, "fp8": 448.0}
+STEPS = {1: 1.596, 2: 0.9957}  # bits of a difference -> width of a step, in standard deviations
 
 
-class StoredWeight:
-    """One stored weight, which fetch returns, rounded to 8 bits if it is stored so.
+class StoredWeight(ABC):
+    """One stored weight, which fetch returns, rounded as the store has it."""
 
-    weight: of a layer
-    store:  int8, fp8 or cpu. In 8 bits each output channel has a scale, so that its largest value is exact
-    """
-
-    def __init__(self, weight: Tensor, store: str) -> None:
-        self.store, self.scale = store, None
-        if store == "cpu":
-            self.values = weight.detach().to("cpu", copy=True)
-            if torch.cuda.is_available() and type(self.values) is Tensor:
-                self.values = self.values.pin_memory()
-            return
-        largest = (
-            weight.detach().float().abs().amax(tuple(range(1, weight.ndim)), keepdim=True).clamp(min=1e-12)
-        )
-        self.scale = largest / LARGEST[store]
-        scaled = weight.detach().float() / self.scale
-        self.values = scaled.round().to(torch.int8) if store == "int8" else scaled.to(torch.float8_e4m3fn)
-
+    @abstractmethod
     def fetch(self, like: Tensor) -> Tensor:
-        """The weight in the dtype and on the device of another tensor."""
-        if self.scale is None:
-            return self.values.to(like.device, like.dtype, non_blocking=True, copy=True)
-        return self.values.to(like.dtype) * self.scale.to(like.dtype)
-
-    def move(self, apply: Any) -> None:
-        """Move 8-bit values to another device with the layer. apply: what nn.Module._apply got."""
-        if self.scale is not None:
-            device = apply(torch.empty(0, device=self.values.device)).device
-            self.values, self.scale = self.values.to(device), self.scale.to(device)
+        """Return the weight in the dtype and on the device of another tensor."""
 
     @property
-    def bytes(self) -> int:
-        """The bytes that it takes on the device."""
-        return 0 if self.scale is None else self.values.numel() + self.scale.numel() * 4
+    def tensors(self) -> list[Tensor]:
+        """What it keeps on the layer's device."""
+        return []
+
+    def move(self, device: torch.device) -> None:  # noqa: B027 (nothing to move is no mistake)
+        """Move what it keeps on the layer's device to another one."""
+
+
+class OnCPU(StoredWeight):
+    """A weight in the CPU's memory."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.values = weight.detach().to("cpu", copy=True)
+        if torch.cuda.is_available() and type(self.values) is Tensor:
+            self.values = self.values.pin_memory()
+
+    def fetch(self, like: Tensor) -> Tensor:
+        return self.values.to(like.device, like.dtype, non_blocking=True, copy=True)
+
+
+class EightBits(StoredWeight):
+    """A weight in 8 bits. Each output channel has a scale, so that its largest value is exact.
+
+    kind: int8 or fp8
+    """
+
+    def __init__(self, weight: Tensor, kind: str) -> None:
+        channels = tuple(range(1, weight.ndim))
+        largest = weight.detach().float().abs().amax(channels, keepdim=True).clamp(min=1e-12)
+        self.scale = largest / LARGEST[kind]
+        scaled = weight.detach().float() / self.scale
+        self.values = scaled.round().to(torch.int8) if kind == "int8" else scaled.to(torch.float8_e4m3fn)
+
+    def fetch(self, like: Tensor) -> Tensor:
+        return self.values.to(like.dtype) * self.scale.to(like.dtype)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.values, self.scale]
+
+    def move(self, device: torch.device) -> None:
+        self.values, self.scale = self.values.to(device), self.scale.to(device)
+
+
+class FewBits(StoredWeight):
+    """A weight as its difference from a stored one, in 1 or 2 bits with a scale for each output channel.
+
+    middle: the stored weight, shared by all experts
+    """
+
+    def __init__(self, weight: Tensor, middle: StoredWeight, bits: int) -> None:
+        self.middle, self.bits, self.shape = middle, bits, weight.shape
+        difference = weight.detach().float() - middle.fetch(weight.float())
+        channels = tuple(range(1, weight.ndim))
+        self.scale = difference.square().mean(channels, keepdim=True).sqrt().clamp(min=1e-12) * STEPS[bits]
+        levels = 2**bits
+        values = (difference / self.scale + levels / 2).floor().clamp(0, levels - 1).to(torch.uint8).flatten()
+        values = F.pad(values, (0, -values.numel() % self.in_a_byte)).view(-1, self.in_a_byte)
+        self.values = (values << self._places(values)).sum(1, dtype=torch.uint8)
+
+    @property
+    def in_a_byte(self) -> int:
+        """How many differences a byte holds."""
+        return 8 // self.bits
+
+    def _places(self, like: Tensor) -> Tensor:
+        return torch.arange(0, 8, self.bits, dtype=torch.uint8, device=like.device)
+
+    def fetch(self, like: Tensor) -> Tensor:
+        levels = 2**self.bits
+        values = (self.values.unsqueeze(1) >> self._places(self.values)) & (levels - 1)
+        values = values.flatten()[: self.shape.numel()].view(self.shape)
+        scale = self.scale.to(like.dtype)
+        return self.middle.fetch(like) + (values.to(like.dtype) - (levels - 1) / 2) * scale
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.middle.tensors, self.values, self.scale]
+
+    def move(self, device: torch.device) -> None:
+        self.middle.move(device)
+        self.values, self.scale = self.values.to(device), self.scale.to(device)
 
 
 class _Linear(torch.autograd.Function):
@@ -96,7 +158,7 @@ class _Stored(nn.Module):
         return self.kept.fetch(self._like)
 
     def _apply(self, function: Any, recurse: bool = True) -> Any:
-        self.kept.move(function)
+        self.kept.move(function(torch.empty(0, device=self._like.device)).device)
         return super()._apply(function, recurse)  # type: ignore[no-untyped-call]
 
 
@@ -127,55 +189,78 @@ def check_store(store: str | None, device: torch.device) -> None:
 
 
 def store_weights(model: nn.Module, store: str) -> None:
-    """Store the large weights of a frozen model, in place. It cannot be trained or saved afterwards.
+    """Store the large weights of frozen experts, in place. They cannot be trained or saved afterwards.
 
     A weight that several layers share is stored once. LoRAs beside weights, and convolutions with padding
     other than zeros, stay as they are.
 
-    store: one of STORES
-    Raises ValueError for an unknown store.
+    model: an expert, or a ModuleList of several
+    store: one of STORES; delta1 and delta2 need several experts of one architecture
+    Raises ValueError for an unknown store, UserError for experts that cannot be stored in this way.
     """
     if store not in STORES:
         raise ValueError(f"there is no store '{store}'. Known: {', '.join(STORES)}")
-    stored: dict[
-        int, StoredWeight
-    ] = {}  # by id; all weights exist before the first is stored, so no id recurs
-    layer: Any
-    for layer in [layer for name, layer in model.named_modules() if "lora_" not in name]:
-        large = (
-            isinstance(layer, (nn.Linear, nn.Conv2d))
-            and not isinstance(layer, _Stored)
-            and layer.weight.numel() >= LEAST
-        )
-        if not large or (
-            isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str))
-        ):
-            continue
+    experts = list(model) if isinstance(model, nn.ModuleList) else [model]
+    layers = [_large_layers(expert) for expert in experts]
+    bits = int(store.removeprefix("delta")) if store.startswith("delta") else None
+    if bits is not None:
+        _check_alike(layers, store)
+    # by id; all weights exist before the first is stored, so no id recurs
+    stored: dict[int, StoredWeight] = {}
+    for name in () if bits is None else layers[0]:
+        weights = {id(own[name].weight): own[name].weight for own in layers}
+        middle = EightBits(torch.stack([weight.float() for weight in weights.values()]).mean(0), "int8")
+        for key, weight in weights.items():
+            stored[key] = middle if len(weights) == 1 else FewBits(weight, middle, bits)
+    for layer in [layer for own in layers for layer in own.values()]:
         weight = layer.weight
+        if id(weight) not in stored:
+            stored[id(weight)] = OnCPU(weight) if store == "cpu" else EightBits(weight, store)
         del layer._parameters["weight"]
         layer.__class__ = StoredLinear if isinstance(layer, nn.Linear) else StoredConv2d
-        layer.kept = stored[id(weight)] = stored.get(id(weight)) or StoredWeight(weight, store)
+        layer.kept = stored[id(weight)]
         layer.register_buffer(
             "_like", torch.empty(0, dtype=weight.dtype, device=weight.device), persistent=False
         )
 
 
+def _large_layers(model: nn.Module) -> dict[str, Any]:
+    """Return the layers whose weights are stored, by their names without LoRAs."""
+    return {
+        name.replace(".base_layer", ""): layer
+        for name, layer in model.named_modules()
+        if "lora_" not in name
+        and isinstance(layer, (nn.Linear, nn.Conv2d))
+        and not isinstance(layer, _Stored)
+        and layer.weight.numel() >= LEAST
+        and not (
+            isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str))
+        )
+    }
+
+
+def _check_alike(experts: Sequence[dict[str, Any]], store: str) -> None:
+    """Raise UserError if there are no several experts with the same layers."""
+    shapes = [{name: layer.weight.shape for name, layer in layers.items()} for layers in experts]
+    if len(experts) < 2 or any(other != shapes[0] for other in shapes[1:]):
+        what = "one expert" if len(experts) < 2 else "experts of different architectures"
+        raise UserError(
+            f"--store {store} stores the differences of experts of one architecture, and here is {what}; "
+            "use --store int8"
+        )
+
+
+def _kept(model: nn.Module) -> set[StoredWeight]:
+    return {layer.kept for layer in model.modules() if isinstance(layer, _Stored)}
+
+
 def stored_bytes(model: nn.Module) -> int:
-    """The bytes of a model's weights on the device, however they are stored. Shared weights count once."""
-    whole = sum(
-        parameter.numel() * parameter.element_size()
-        for parameter in model.parameters()
-        if not parameter.is_meta
-    )
-    return whole + sum(
-        kept.bytes for kept in {layer.kept for layer in model.modules() if isinstance(layer, _Stored)}
-    )
+    """Return the bytes of a model's weights on the device, as they are stored. Shared ones count once."""
+    tensors = [parameter for parameter in model.parameters() if not parameter.is_meta]
+    tensors += list({id(tensor): tensor for kept in _kept(model) for tensor in kept.tensors}.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def kept_elsewhere(model: nn.Module) -> list[Tensor]:
-    """The weights of a model that are stored in the CPU's memory."""
-    return [
-        layer.kept.values
-        for layer in model.modules()
-        if isinstance(layer, _Stored) and layer.kept.store == "cpu"
-    ]
+    """Return the weights of a model that are stored in the CPU's memory."""
+    return [kept.values for kept in _kept(model) if isinstance(kept, OnCPU)]

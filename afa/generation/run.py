@@ -250,7 +250,7 @@ def _images(
     aggregators = Path(settings.sources[0]) / AGGREGATORS
     trained = settings.method is None and aggregators.exists()
     common = {
-        **asdict(sampling),
+        **sampling.record(),
         "scheduler": type(used).__name__ if settings.scheduler is None else settings.scheduler,
         "source": public_place(settings.sources[0] if len(settings.sources) == 1 else settings.sources),
         "method": settings.method,
@@ -292,6 +292,7 @@ def _sampling(settings: GenerateSettings, ensemble: Ensemble) -> Sampling:
         settings.height,
         settings.width,
         settings.true_guidance,
+        settings.interval(),
     )
 
 

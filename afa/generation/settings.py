@@ -24,6 +24,8 @@ from afa.settings import (
     STORES,
     WEIGHT,
     CheckedOptions,
+    Interval,
+    check_interval,
     check_number,
     option,
 )
@@ -62,6 +64,11 @@ class GenerateSettings(CheckedOptions):
         None,
         **GUIDANCE,
         help="FLUX: strength of classifier-free guidance beside the built-in one, at twice the cost",
+    )
+    guidance_interval: str | None = option(
+        None,
+        help="START,END: guidance only between these shares of the steps, such as 0,0.6; every other step "
+        "costs half (SD, SDXL, SD3)",
     )
     scheduler: str | None = option(
         None,
@@ -155,6 +162,7 @@ class GenerateSettings(CheckedOptions):
                 "leave out one of them"
             )
         self._check_shared_guidance()
+        self._check_interval()
         self.part()
         for name in ("method", "expert", "lead", "store", "compile"):
             if self.parallel is not None and getattr(self, name):
@@ -205,6 +213,39 @@ class GenerateSettings(CheckedOptions):
             raise UserError(
                 "--shared-guidance-weights is for both predictions of guidance, "
                 f"and --guidance {self.guidance:g} makes only one; give one above 1"
+            )
+
+    def interval(self) -> Interval | None:
+        """Return where guidance begins and ends, as shares of the steps; None: in all. Raises UserError."""
+        if self.guidance_interval is None:
+            return None
+        try:
+            start, end = map(float, self.guidance_interval.split(","))
+        except ValueError:
+            raise UserError(
+                f"--guidance-interval {self.guidance_interval} is no START,END, such as 0,0.6"
+            ) from None
+        check_interval((start, end), "--guidance-interval")
+        return start, end
+
+    def _check_interval(self) -> None:
+        """Raise UserError if guidance cannot be left out of some steps."""
+        if self.interval() is None:
+            return
+        asked = f"--guidance-interval {self.guidance_interval}"
+        if self.guidance is not None and self.guidance <= 1:
+            raise UserError(
+                f"{asked} is for guidance, and --guidance {self.guidance:g} makes none; leave it out"
+            )
+        if self.weights:
+            raise UserError(
+                f"--weights needs both predictions of guidance in all steps, and {asked} leaves some out; "
+                "leave out one of them"
+            )
+        method = None if self.method is None else SAMPLING_METHODS[self.method]
+        if method is not None and (method.needs_guidance or method.own_loop):
+            raise UserError(
+                f"--method {self.method} needs both predictions of guidance in all steps; leave out {asked}"
             )
 
     def part(self) -> tuple[int, int]:

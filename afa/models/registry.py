@@ -58,11 +58,16 @@ def interface_of(pipeline: Any) -> tuple[ModelInterface, Any]:
 
     Raises ValueError if the pipeline has no denoiser of a known family.
     """
+    denoiser = denoiser_of(pipeline)
+    return FAMILIES[getattr(denoiser, "family", None) or family_of(denoiser)].interface, denoiser.config
+
+
+def denoiser_of(pipeline: Any) -> Any:
+    """Return a pipeline's denoiser. Raises ValueError if it has none of a known family."""
     for family in FAMILIES.values():
         denoiser = pipeline.components.get(family.component)
         if denoiser is not None:
-            name = getattr(denoiser, "family", None) or family_of(denoiser)
-            return FAMILIES[name].interface, denoiser.config
+            return denoiser
     raise ValueError(f"a {type(pipeline).__name__} has no denoiser of a known family")
 
 

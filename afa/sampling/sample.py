@@ -2,8 +2,8 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from afa.denoiser.guidance import SharedGuidance
+from afa.denoiser.guidance import not_shared
 from afa.denoiser.schedule import FLOW, kind_of
 from afa.ensemble import Ensemble
 from afa.errors import UserError, unknown
 from afa.experts.expert import Expert
-from afa.models.registry import FAMILIES, interface_of
+from afa.models.registry import FAMILIES, denoiser_of, interface_of
+from afa.sampling.guidance_interval import guided_within
 from afa.seeds import generator
-from afa.settings import GUIDANCE, SAMPLING_STEPS, SEED, check_number
+from afa.settings import GUIDANCE, SAMPLING_STEPS, SEED, Interval, check_interval, check_number
 from afa.text_files import check_text
 
 UNKNOWN_SIDE = 64  # of the latents, where a model's config says nothing
@@ -49,6 +50,7 @@ class Sampling:
     negative_prompt: what the images should not show
     height, width:   in pixels
     true_guidance:   FLUX: strength of classifier-free guidance beside the built-in one
+    guidance_interval: shares of the steps, 0 to 1, between which guidance is applied; None: in all steps
     """
 
     steps: int
@@ -57,6 +59,7 @@ class Sampling:
     height: int | None = None
     width: int | None = None
     true_guidance: float | None = None
+    guidance_interval: Interval | None = None
 
     def __post_init__(self) -> None:
         check_number(self.steps, "steps", whole=True, **SAMPLING_STEPS)
@@ -64,6 +67,15 @@ class Sampling:
             if getattr(self, name) is not None:
                 check_number(getattr(self, name), name, **GUIDANCE)
         check_text(self.negative_prompt or "", "the negative prompt")
+        if self.guidance_interval is not None:
+            check_interval(self.guidance_interval, "guidance interval")
+
+    def record(self) -> dict[str, Any]:
+        """Return all options by name, for the record of an image; an interval only if there is one."""
+        facts = asdict(self)
+        if self.guidance_interval is None:
+            del facts["guidance_interval"]
+        return facts
 
 
 # A way to make images from requests: (n requests, how) -> (n, H, W, 3) uint8
@@ -83,7 +95,7 @@ def sample(
     interface, config = interface_of(pipeline)
     _check_sides(sampling, pipeline.vae_scale_factor * interface.patch)
     _check_steps(sampling, pipeline.scheduler)
-    with _step_callback(on_step) as callback, _shared_where_guided(pipeline, sampling):
+    with _step_callback(on_step) as callback, _as_guided(pipeline, sampling):
         result = pipeline(
             [request.prompt for request in requests],
             **interface.pipeline_guidance(
@@ -101,22 +113,12 @@ def sample(
 
 
 @contextmanager
-def _shared_where_guided(pipeline: Any, sampling: Sampling) -> Iterator[None]:
-    """Without guidance, do not let a denoiser take two images of one seed for its two predictions."""
-    sharing = [
-        part
-        for part in pipeline.components.values()
-        if isinstance(part, SharedGuidance)
-        and part.share_guidance_weights
-        and (strength(pipeline, sampling) or 0) <= 1
-    ]
-    for denoiser in sharing:
-        denoiser.share_guidance_weights = False
-    try:
+def _as_guided(pipeline: Any, sampling: Sampling) -> Iterator[None]:
+    """Apply guidance where it is asked for. Without it, two images of one seed are no pair of predictions."""
+    unguided = (strength(pipeline, sampling) or 0) <= 1
+    single = not_shared(denoiser_of(pipeline)) if unguided else nullcontext()
+    with single, guided_within(pipeline, None if unguided else sampling.guidance_interval):
         yield
-    finally:
-        for denoiser in sharing:
-            denoiser.share_guidance_weights = True
 
 
 @contextmanager
@@ -199,11 +201,7 @@ class PipelineSampler:
     @property
     def denoiser(self) -> Any:
         """The pipeline's denoiser; weight maps are recorded there."""
-        return next(
-            part
-            for family in FAMILIES.values()
-            if (part := self.pipeline.components.get(family.component)) is not None
-        )
+        return denoiser_of(self.pipeline)
 
     def __call__(
         self, requests: Sequence[Request], sampling: Sampling, on_step: OnStep | None = None

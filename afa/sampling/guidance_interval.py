@@ -1,0 +1,75 @@
+"""Classifier-free guidance in an interval of the steps; the other steps predict only with the prompt.
+
+Source: Kynkäänniemi et al., arXiv:2404.07724. Deviation: the interval is one of steps, not of noise levels.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from afa.denoiser.guidance import not_shared
+from afa.errors import UserError
+from afa.models.registry import denoiser_of, interface_of
+from afa.settings import Interval, check_interval
+
+
+@contextmanager
+def guided_within(pipeline: Any, interval: Interval | None) -> Iterator[None]:
+    """Inside the context, a stock pipeline applies guidance only in an interval of the steps.
+
+    In the other steps its denoiser runs only the half of the batch that has the prompt, and answers with it
+    twice: guidance of any strength then changes nothing.
+
+    pipeline: of an ensemble or of one model
+    interval: None: in all steps
+    Raises UserError where the pipelines do not predict with and without the prompt in one pass.
+    """
+    if interval is None:
+        yield
+        return
+    check_interval(interval, "guidance interval")
+    interface, config = interface_of(pipeline)
+    reason = interface.why_no_batched_guidance(config)
+    if reason:
+        raise UserError(
+            f"guidance can be left out of some steps only where one pass makes both predictions, and {reason}"
+        )
+    denoiser = denoiser_of(pipeline)
+    before, whole = denoiser.__dict__.get("forward"), denoiser.forward  # a hook of diffusers may stand there
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        latents = args[0] if args else kwargs[interface.latents_input]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]  # as the stock pipelines pass it
+        if not pipeline.do_classifier_free_guidance or _is_within(pipeline.scheduler, timestep, interval):
+            return whole(*args, **kwargs)
+        own_args, own_kwargs = tree_map(partial(_second_half, len(latents)), (args, kwargs))
+        with not_shared(denoiser):  # this half is no batch of guidance
+            answer = whole(*own_args, **own_kwargs)
+        return tree_map(lambda found: torch.cat([found, found]), answer)
+
+    denoiser.forward = forward
+    try:
+        yield
+    finally:
+        del denoiser.forward
+        if before is not None:
+            denoiser.forward = before
+
+
+def _is_within(scheduler: Any, timestep: Tensor | float | int, interval: Interval) -> bool:
+    times = scheduler.timesteps
+    now = torch.as_tensor(timestep).flatten()[0].to(times.device)
+    step = int((times - now).abs().argmin())
+    return interval[0] <= step / len(times) < interval[1]
+
+
+def _second_half(batch: int, value: Any) -> Any:
+    """Return the second half of a tensor that has a row for each latent; anything else as it is."""
+    if isinstance(value, Tensor) and value.ndim and len(value) == batch:
+        return value[batch // 2 :]
+    return value
