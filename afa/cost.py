@@ -15,9 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.lora import shared_copy
+from afa.denoiser.reuse import Reuse
 from afa.devices import free_bytes
 from afa.errors import UserError
 from afa.models.registry import FAMILIES, family_of
+from afa.settings import Interval
 
 ROUNDS = 3  # of a measurement of time, after one that is not measured
 
@@ -83,6 +85,51 @@ def count_stage_flops(model: Any, height: int, width: int, tokens: int | None = 
         stage.name: sum(counts.get(names.get(id(module), ""), 0) for module in stage.modules())
         for stage in FAMILIES[family_of(meta_model)].stages(meta_model)
     }
+
+
+class Prices:
+    """What ways to draw an image cost, counted in operations of the denoiser.
+
+    denoiser: of the ensemble; its experts are made anew on the meta device
+    side:     of the latents; None: that which the experts are made for
+    one, all: operations of a step of one expert, and of the ensemble
+    """
+
+    def __init__(self, denoiser: EnsembleDenoiser, side: int | None = None) -> None:
+        like: Any = denoiser.experts[0]
+        side = side or denoiser.side
+        with torch.device("meta"):
+            experts = [type(like).from_config(dict(like.config)) for _ in denoiser.names]
+        counted = count_flops(type(denoiser)(experts, None, denoiser.recipe, denoiser.placement), side, side)
+        by_stage = count_stage_flops(like, side, side)
+        self.one, self.all = sum(by_stage.values()), counted.total
+        self.stages = [
+            len(experts) * by_stage[stage.name] + counted.aggregators.get(stage.name, 0)
+            for stage in denoiser.stages
+        ]
+
+    def of(self, steps: int, reuse: Reuse | None = None, guidance: Interval = (0.0, 1.0)) -> float:
+        """Return the price of an image, relative to one step of one expert.
+
+        steps:    denoising steps
+        reuse:    what is reused between them
+        guidance: interval of the steps with guidance, see sampling/guidance_interval.py; all others cost half
+        """
+        guided = [guidance[0] <= step / steps < guidance[1] for step in range(steps)]
+        every, count, total = reuse.every if reuse else 1, 0, 0.0
+        for step in range(steps):
+            if step and guided[step] != guided[step - 1]:
+                count = 0  # the batch has another size, so nothing is reused
+            if count % every == 0:
+                operations = self.all + (self.one if reuse and reuse.lead and every > 1 else 0)
+            elif reuse and reuse.lead:
+                operations = self.one
+            else:
+                outer = reuse.outer if reuse else 0
+                operations = sum(self.stages[:outer] + self.stages[len(self.stages) - outer :])
+            total += operations if guided[step] else operations / 2
+            count += 1
+        return total / self.one
 
 
 @dataclass(frozen=True)

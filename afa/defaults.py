@@ -36,6 +36,9 @@ FEWEST_HELD_OUT = 20
 # Of --reuse: stages at either end of a U-Net that run in all steps.
 OUTER_STAGES = 2
 
+# Denoising steps of afa generate; stock pipelines of Stable Diffusion take as many.
+GENERATION_STEPS = 50
+
 WHY = {
     "aggregator": "the best on the embedded world far, and better than sabw on near, docs/results.md",
     "hidden": f"a quarter of the experts' widest stage, from {NARROWEST} to {WIDEST}",

@@ -160,6 +160,15 @@ def _widest(interface: Any, tokenizers: Sequence[Any]) -> tuple[Any, int]:
 OBJECT = re.compile(r'\{\s*("|$)')
 
 
+def prompt_numbers(prompts: Sequence[str]) -> list[int]:
+    """Return the independent prompt of each image, counted from 0; equal prompts are one prompt.
+
+    Statistics average the images of a prompt first, since they are draws of one prompt.
+    """
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(" ".join(prompt.split()), len(numbers)) for prompt in prompts]
+
+
 def asked_prompts(prompt: Sequence[str] | None, file: str | None) -> list[str]:
     """The prompts of --prompt, or of the file of --prompts. Raises UserError for anything but text."""
     if prompt is None:

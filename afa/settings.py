@@ -63,6 +63,7 @@ STORE_HELP = (
     "how the experts' weights are stored: in 8 bits; as one mean in 8 bits and each expert's difference from "
     "it in 2 bits or 1; in the CPU's memory until they are needed"
 )
+LEVELS = ["exact", "balanced", "fast"]  # of speed, see afa.generation.speed
 DEVICE_HELP = "where to compute: cpu, cuda, mps … (default: the fastest that is there)"
 CONFIG_HELP = (
     "architecture of single files: sd15, sd21, sdxl, sd3, sd35, flux … or a folder (default: detected)"

@@ -30,7 +30,7 @@ from afa.aggregators.registry import Recipe
 from afa.cli.flags import add_flags, read_flags
 from afa.denoiser.reuse import Reuse
 from afa.errors import UserError
-from afa.experts.quantised import STORES, store_weights
+from afa.experts.quantised import DIFFERENCES, STORES, store_weights
 from afa.settings import option
 
 PAPER = Recipe("sabw", {"hidden": 128, "heads": 8, "depth": 2})
@@ -265,7 +265,10 @@ class Bench:
                     self.experts.clear()  # of one kind at a time: two would not fit
                     for _ in range(self.size.experts):
                         self.experts.append(self.models.made())
-                        store_weights(self.experts[-1], store)
+                        if store not in DIFFERENCES:
+                            store_weights(self.experts[-1], store)
+                if store in DIFFERENCES:
+                    store_weights(torch.nn.ModuleList(self.experts), store)
                 work = step(self.fused(self.default), self.call)
                 peak = self.peak(work)
                 seconds = [self.clock.time(work)[0] for _ in range(min(self.repeats, 3))]

@@ -4,9 +4,10 @@
         --way "inner stages reused steps=20 reuse=3" --way "one expert leads steps=20 reuse=8 lead=patterns" --way "expert steps=20 expert=patterns"
 
 A way is a name and options: steps, guidance, scheduler, reuse, outer, lead and store as those of `afa generate`, expert for one expert
-alone, and with it whole=.2,.7 for the whole ensemble between these shares of the steps (T-Stitch, arXiv:2402.14167). Ways of one
-name are one line of the picture; the first way is what the others are compared with, paired by scene. The price is counted in operations of the
-denoiser, and given relative to one expert in 20 steps; seconds an image are of this machine while it drew. Interrupted, the same command goes on.
+alone, and with it whole=.2,.7 for the whole ensemble between these shares of the steps (T-Stitch, arXiv:2402.14167);
+guided=0,.6 for guidance between these shares only. Ways of one name are one line of the picture; the first way is what the others are
+compared with, paired by scene. The price is counted in operations of the denoiser, and given relative to one expert in 20 steps;
+seconds an image are of this machine while it drew. Interrupted, the same command goes on.
 Writes table.md, and page.html with the picture (python docs/curves_picture.py page.html picture.png).
 """
 
@@ -20,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from variants import BATCH, Bench
 
-from afa.cost import count_flops, count_stage_flops
+from afa.cost import Prices
 from afa.demo.worlds import WORLDS
 from afa.denoiser.hooks import only_expert
 from afa.denoiser.reuse import Reuse
@@ -39,9 +39,16 @@ from afa.schedulers import reschedule
 from afa.stats import Estimate, difference, estimate
 
 STEPS = 20  # of the one expert that prices are relative to
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """Parse shares of the steps, such as .2,.7."""
+    return tuple(float(part) for part in text.split(","))
+
+
 OPTIONS: dict[str, Callable[[str], Any]] = {
     "steps": int, "guidance": float, "scheduler": str, "reuse": int, "outer": int, "lead": str, "expert": str, "store": str,
-    "whole": lambda text: tuple(float(part) for part in text.split(",")),
+    "whole": shares, "guided": shares,
 }  # fmt: skip
 
 
@@ -60,12 +67,19 @@ class Way:
     expert: str | None = None
     store: str | None = None
     whole: tuple[float, float] | None = None
+    guided: tuple[float, float] | None = None
+
+    @property
+    def reused(self) -> Reuse | None:
+        """What is reused between steps."""
+        return Reuse(self.reuse, self.outer, self.lead) if self.reuse > 1 else None
 
     @property
     def short(self) -> str:
         """What tells it from the others of its line."""
         reused = "" if self.reuse == 1 else f", {-(-self.steps // self.reuse)} whole"
-        return f"{self.steps} steps{reused}{'' if self.whole is None else ', {:g} to {:g}'.format(*self.whole)}{', ' + self.store if self.store else ''}"
+        parts = "".join(f", {what}{{:g}} to {{:g}}".format(*part) for what, part in (("", self.whole), ("guided ", self.guided)) if part)
+        return f"{self.steps} steps{reused}{parts}{', ' + self.store if self.store else ''}"
 
     def is_alone(self, step: int) -> bool:
         """Return whether the expert is alone in a step, from 0."""
@@ -86,31 +100,13 @@ class Way:
         return cls(" ".join(word for word in words if "=" not in word), label, **found)
 
 
-class Prices:
-    """Operations of a step: of one expert, of the ensemble, and of what runs between whole steps."""
-
-    def __init__(self, ensemble: Ensemble) -> None:
-        like: Any = ensemble.experts[0].model
-        side, stages = like.config.sample_size, ensemble.denoiser.stages
-        with torch.device("meta"):
-            experts = [type(like).from_config(dict(like.config)) for _ in ensemble.names]
-        denoiser = ensemble.denoiser
-        counted = count_flops(type(denoiser)(experts, None, denoiser.recipe, denoiser.placement), side, side)
-        by_stage = count_stage_flops(like, side, side)
-        self.one, self.all, self.count = sum(by_stage.values()), counted.total, len(stages)
-        self.stages = [len(experts) * by_stage[stage.name] + counted.aggregators.get(stage.name, 0) for stage in stages]
-
-    def of(self, way: Way) -> float:
-        """Return the price of an image, relative to one expert in STEPS steps."""
-        whole = -(-way.steps // way.reuse)
-        between = way.steps - whole
-        if way.expert:
-            operations = sum(self.one if way.is_alone(step) else self.all for step in range(way.steps))
-        elif way.lead:
-            operations = whole * (self.all + (self.one if between else 0)) + between * self.one
-        else:
-            operations = whole * self.all + between * sum(self.stages[: way.outer] + self.stages[self.count - way.outer :])
-        return operations / (STEPS * self.one)
+def price(prices: Prices, way: Way) -> float:
+    """Return the price of an image, relative to one expert in STEPS steps."""
+    if way.expert:
+        total = sum(1.0 if way.is_alone(step) else prices.all / prices.one for step in range(way.steps))
+    else:
+        total = prices.of(way.steps, way.reused, way.guided or (0.0, 1.0))
+    return total / STEPS
 
 
 class Draw:
@@ -119,7 +115,7 @@ class Draw:
     def __init__(self, bench: Bench, ensemble: str, folder: Path) -> None:
         self.bench, self.folder = bench, folder
         self.place, self.ensemble = ensemble, Ensemble.load(ensemble)
-        self.prices = Prices(self.ensemble)
+        self.prices = Prices(self.ensemble.denoiser)
         folder.mkdir(parents=True, exist_ok=True)
 
     def drawn(self, way: Way) -> tuple[NDArray[np.uint8], float]:
@@ -144,11 +140,11 @@ class Draw:
             store_weights(denoiser.experts, way.store)
         if way.scheduler is not None:
             reschedule(ensemble, way.scheduler)
-        denoiser.reuse = Reuse(way.reuse, way.outer, way.lead) if way.reuse > 1 else None
+        denoiser.reuse = way.reused
         pipeline = ensemble.pipeline()
         pipeline.set_progress_bar_config(disable=True)
         asked = [Request(caption, seed) for seed, caption in enumerate(self.bench.captions)]
-        how, parts = Sampling(steps=way.steps, guidance=way.guidance), []
+        how, parts = Sampling(steps=way.steps, guidance=way.guidance, guidance_interval=way.guided), []
         with ExitStack() as alone:
 
             def begin(step: int, steps: int) -> None:
@@ -175,12 +171,12 @@ def compare(draw: Draw, ways: list[Way]) -> tuple[str, str]:
         base = values if base is None else base
         quality: Estimate = estimate(values)
         distance = bench.frechet.value(bench.scorer.features(images), bench.reference)
-        price = draw.prices.of(way)
+        cost = price(draw.prices, way)
         minus = str(difference(values, base)) if len(rows) > 2 else ""
-        rows.append([way.name, way.label, f"{price:.2f}", f"{seconds:.2f}", str(quality), minus, f"{distance:.1f}"])
+        rows.append([way.name, way.label, f"{cost:.2f}", f"{seconds:.2f}", str(quality), minus, f"{distance:.1f}"])
         print(" | ".join(rows[-1]), flush=True)
-        tip, first = f"{way.name}, {way.label}: {quality} at {price:.2f}", way.name not in lines
-        lines.setdefault(way.name, []).append(FrontierSpot(way.short, quality, price, tip, own=first))
+        tip, first = f"{way.name}, {way.label}: {quality} at {cost:.2f}", way.name not in lines
+        lines.setdefault(way.name, []).append(FrontierSpot(way.short, quality, cost, tip, own=first))
     groups = {way.name: "expert" if way.expert else "ours" if way.reuse == 1 else "sampling" for way in ways}
     curves = [FrontierLine(name, groups[name], sorted(spots, key=lambda spot: spot.distance)) for name, spots in lines.items()]
     names = (f"operations, one expert in {STEPS} steps = 1; cheaper to the left", score)

@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "afa.cli.train",
     "finetune": "afa.cli.finetune",
     "generate": "afa.cli.generate",
+    "calibrate": "afa.cli.calibrate",
     "explain": "afa.cli.explain",
     "evaluate": "afa.cli.evaluate",
     "report": "afa.cli.report",

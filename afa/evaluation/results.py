@@ -13,6 +13,7 @@ import torch
 
 from afa.errors import UserError
 from afa.files import write_atomically
+from afa.prompts import prompt_numbers
 from afa.schema import Count, Like, Score, Within, build, shown
 from afa.text_files import read_json
 from afa.version import __version__
@@ -45,12 +46,8 @@ class Item:
 
 
 def prompts_of(items: Sequence[Item]) -> list[int]:
-    """Return the independent prompt of each image, counted from 0; equal prompts are one prompt.
-
-    Statistics average the images of a prompt first, since they are draws of one prompt.
-    """
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(" ".join(item.caption.split()), len(numbers)) for item in items]
+    """Return the independent prompt of each image, see prompt_numbers."""
+    return prompt_numbers([item.caption for item in items])
 
 
 def image_name(index: int) -> str:

@@ -25,6 +25,7 @@ from afa.settings import STORES
 
 LEAST = 4096  # elements of a weight; storing a smaller one gains nothing
 LARGEST = {"int8": 127.0, "fp8": 448.0}
+DIFFERENCES = {"delta1": 1, "delta2": 2}  # store -> bits of a difference
 STEPS = {1: 1.596, 2: 0.9957}  # bits of a difference -> width of a step, in standard deviations
 
 
@@ -202,16 +203,8 @@ def store_weights(model: nn.Module, store: str) -> None:
         raise ValueError(f"there is no store '{store}'. Known: {', '.join(STORES)}")
     experts = list(model) if isinstance(model, nn.ModuleList) else [model]
     layers = [_large_layers(expert) for expert in experts]
-    bits = int(store.removeprefix("delta")) if store.startswith("delta") else None
-    if bits is not None:
-        _check_alike(layers, store)
     # by id; all weights exist before the first is stored, so no id recurs
-    stored: dict[int, StoredWeight] = {}
-    for name in () if bits is None else layers[0]:
-        weights = {id(own[name].weight): own[name].weight for own in layers}
-        middle = EightBits(torch.stack([weight.float() for weight in weights.values()]).mean(0), "int8")
-        for key, weight in weights.items():
-            stored[key] = middle if len(weights) == 1 else FewBits(weight, middle, bits)
+    stored = _differences(layers, store) if store in DIFFERENCES else {}
     for layer in [layer for own in layers for layer in own.values()]:
         weight = layer.weight
         if id(weight) not in stored:
@@ -222,6 +215,19 @@ def store_weights(model: nn.Module, store: str) -> None:
         layer.register_buffer(
             "_like", torch.empty(0, dtype=weight.dtype, device=weight.device), persistent=False
         )
+
+
+def _differences(experts: Sequence[dict[str, Any]], store: str) -> dict[int, StoredWeight]:
+    """Store the weights of layers with equal names together: id of a weight -> stored weight."""
+    _check_alike(experts, store)
+    stored: dict[int, StoredWeight] = {}
+    for name in experts[0]:
+        weights = {id(layers[name].weight): layers[name].weight for layers in experts}
+        middle = EightBits(torch.stack([weight.float() for weight in weights.values()]).mean(0), "int8")
+        for key, weight in weights.items():
+            alone = len(weights) == 1  # the same tensor in all experts
+            stored[key] = middle if alone else FewBits(weight, middle, DIFFERENCES[store])
+    return stored
 
 
 def _large_layers(model: nn.Module) -> dict[str, Any]:
@@ -256,7 +262,7 @@ def _kept(model: nn.Module) -> set[StoredWeight]:
 
 def stored_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's weights on the device, as they are stored. Shared ones count once."""
-    tensors = [parameter for parameter in model.parameters() if not parameter.is_meta]
+    tensors: list[Tensor] = [parameter for parameter in model.parameters() if not parameter.is_meta]
     tensors += list({id(tensor): tensor for kept in _kept(model) for tensor in kept.tensors}.values())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

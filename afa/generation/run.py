@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
-from afa.defaults import OUTER_STAGES
+from afa.defaults import GENERATION_STEPS, OUTER_STAGES
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.hooks import WeightMaps, check_strengths, record_weights, scale_weights
 from afa.denoiser.reuse import Reuse
@@ -28,6 +28,7 @@ from afa.experts.spec import new_places
 from afa.files import locked, read_arrays, refuse_busy, replacing, settled, sha256, write_atomically
 from afa.fingerprint import Files, fingerprint, saved_fingerprint, summed
 from afa.generation.settings import GenerateSettings
+from afa.generation.speed import at_level
 from afa.images import read_made, read_pixels
 from afa.places import public_place
 from afa.prompts import asked_prompts, warn_of_prompts
@@ -118,6 +119,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
     settings: the options of `afa generate`
     Returns the paths of all images, or with --shard of its part, one PNG each. Raises UserError.
     """
+    settings = at_level(settings)
     prompts = asked_prompts(settings.prompt, settings.prompts)
     device = process_device(settings.device)  # before minutes are spent on loading
     state = PartialState()
@@ -286,7 +288,7 @@ def _sampling(settings: GenerateSettings, ensemble: Ensemble) -> Sampling:
     )
     guidance = interface.default_guidance(config) if settings.guidance is None else settings.guidance
     return Sampling(
-        settings.steps,
+        settings.steps or GENERATION_STEPS,
         guidance,
         settings.negative_prompt,
         settings.height,

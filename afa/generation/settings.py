@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from afa.defaults import OUTER_STAGES
+from afa.defaults import GENERATION_STEPS, OUTER_STAGES
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.sampling.options import MethodOptions
@@ -16,6 +16,7 @@ from afa.settings import (
     DTYPES,
     FRAME_HELP,
     GUIDANCE,
+    LEVELS,
     MOVED_HELP,
     SAMPLING_STEPS,
     SEED_OR_DRAWN,
@@ -53,7 +54,14 @@ class GenerateSettings(CheckedOptions):
         **SEED_OR_DRAWN,
         help="seed of the first image, 0 to 2**64 - 1; image k has seed + k; -1 draws one and prints it",
     )
-    steps: int = option(50, **SAMPLING_STEPS, help="denoising steps")
+    steps: int | None = option(
+        None, **SAMPLING_STEPS, help=f"denoising steps (default: {GENERATION_STEPS}, or those of --speed)"
+    )
+    speed: str | None = option(
+        None,
+        help="how to draw: exact, or more cheaply in a way that `afa calibrate` found for this ensemble",
+        choices=LEVELS,
+    )
     guidance: float | None = option(
         None,
         **GUIDANCE,
@@ -163,6 +171,7 @@ class GenerateSettings(CheckedOptions):
             )
         self._check_shared_guidance()
         self._check_interval()
+        self._check_speed()
         self.part()
         for name in ("method", "expert", "lead", "store", "compile"):
             if self.parallel is not None and getattr(self, name):
@@ -227,6 +236,19 @@ class GenerateSettings(CheckedOptions):
             ) from None
         check_interval((start, end), "--guidance-interval")
         return start, end
+
+    def _check_speed(self) -> None:
+        """Raise UserError for options that --speed decides, or that draw without the whole ensemble."""
+        if self.speed is None:
+            return
+        names = ("steps", "reuse", "reuse_outer", "lead", "guidance_interval", "method", "expert")
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and (name, value) != ("reuse", 1):
+                raise UserError(
+                    f"--speed {self.speed} says how the whole ensemble draws, "
+                    f"and so does --{name.replace('_', '-')} {value}; leave out one of them"
+                )
 
     def _check_interval(self) -> None:
         """Raise UserError if guidance cannot be left out of some steps."""

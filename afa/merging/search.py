@@ -10,14 +10,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
-from afa.errors import UserError
-from afa.evaluation.results import Item, prompts_of
 from afa.experts.load import load_experts
 from afa.files import locked, write_atomically
 from afa.fingerprint import claim, fingerprint
@@ -35,14 +32,13 @@ from afa.merging.optimisers import (
     groups,
 )
 from afa.merging.settings import SearchSettings
-from afa.metrics.base import ImageMetric, Picture
-from afa.metrics.registry import Resources, make_metric
-from afa.metrics.user import load_scorer, try_scorer
+from afa.metrics.base import ImageMetric
+from afa.metrics.judging import image_metric, prompt_scores
+from afa.metrics.user import try_scorer
 from afa.models.registry import FAMILIES
 from afa.prompts import asked_prompts, warn_of_prompts
 from afa.sampling.sample import Request, Sampling, image_size, sample
 from afa.seeds import nth_seed
-from afa.stats import prompt_means
 
 BEST, POINTS, RESULT = "best.toml", "journal.jsonl", "search.json"
 
@@ -53,7 +49,8 @@ def search(settings: SearchSettings) -> dict[str, Any]:
     Resumes after every merge that was judged. Raises UserError for what cannot be searched, before anything
     is merged.
     """
-    metric = _metric(settings)  # missing weights fail here
+    how = (settings.metric, settings.metric_weights, settings.scorer, settings.device, settings.batch_size)
+    metric = image_metric(*how)  # missing weights fail here
     device = choose_device(settings.device)
     output = Path(settings.output)
     asked = settings.binding() | {
@@ -118,18 +115,6 @@ def evaluations(settings: SearchSettings, space: Space) -> int:
     return 1 + settings.passes * len(groups(space, settings.grouping)) * (space.experts - 1) * len(shares)
 
 
-def _metric(settings: SearchSettings) -> ImageMetric:
-    if settings.scorer is not None:
-        own = load_scorer(Path(settings.scorer))[0]
-    else:
-        resources = Resources(settings.metric_weights, choose_device(settings.device), settings.batch_size)
-        own = make_metric(settings.metric, resources)
-    if not isinstance(own, ImageMetric):
-        advice = "choose one that judges each image"
-        raise UserError(f"--metric {settings.metric} is one value for a set of images; {advice}")
-    return own
-
-
 def _objective(
     settings: SearchSettings, merge: InMemoryMerge, metric: ImageMetric, device: torch.device
 ) -> Objective:
@@ -145,7 +130,7 @@ def _objective(
         Request(prompts[index % len(prompts)], nth_seed(settings.seed, index))
         for index in range(settings.images)
     ]
-    numbers = prompts_of([Item(0, request.prompt, request.seed) for request in requests])
+    captions = [request.prompt for request in requests]
 
     def judge(weights: Weights) -> Scores:
         merge.apply("mbw", weights=weights)  # into the very model that stands in the pipeline
@@ -154,16 +139,7 @@ def _objective(
             for start in range(0, len(requests), settings.batch_size)
         ]
         images = [image for batch in batches for image in sample(pipeline, batch, sampling)]
-        made = zip(images, requests, numbers, strict=True)
-        pictures = [Picture(image, request.prompt, number) for image, request, number in made]
-        name, scores = next(iter(metric.score(pictures).items()))
-        if not np.isfinite(scores).all():
-            prompt = requests[int(np.argmin(np.isfinite(scores)))].prompt
-            raise UserError(
-                f"'{name}' of an image for '{prompt}' is no finite number; nothing can be searched by it"
-            )
-        sign = 1 if metric.higher_is_better else -1
-        return [sign * float(value) for value in prompt_means(scores, numbers)]
+        return prompt_scores(metric, images, captions)
 
     return judge
 
