@@ -31,6 +31,7 @@ from afa.experts.load import check_names
 from afa.experts.lora import lora_numbers, place_of
 from afa.experts.spec import ExpertSpec
 from afa.latents import latents_of
+from afa.memory import sampling_memory
 from afa.models.registry import FAMILIES
 from afa.text_encoder import width_of
 
@@ -127,6 +128,7 @@ def facts(
     resolution: int | None = None,
     batch_size: int = 1,
     time_on: torch.device | None = None,
+    stores: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything that `afa inspect` shows, ready for JSON.
 
@@ -134,6 +136,7 @@ def facts(
     resolution: side of the images in pixels; None: the experts' own
     batch_size: images at once
     time_on:    device on which a step is measured; None: none is
+    stores:     ways to store the experts for which the memory of a step is counted
     Parts that only an ensemble has are None if the experts cannot be fused.
     """
     experts = [description.expert for description in subject.descriptions]
@@ -148,7 +151,8 @@ def facts(
     described = [
         _expert(description, same) for description, same in zip(subject.descriptions, shared, strict=True)
     ]
-    memory = _memory(subject, described, denoiser)
+    weights = _memory(subject, described, denoiser)
+    doubled = FAMILIES[experts[0].family].interface.default_cfg_scale(first.config) > 1
     return {
         "ensemble": None if subject.folder is None else str(subject.folder),
         "experts": described,
@@ -161,12 +165,15 @@ def facts(
         "cost": {
             **size,
             "batch_size": batch_size,
-            "guidance_doubles": FAMILIES[experts[0].family].interface.default_cfg_scale(first.config) > 1,
-            **memory,
+            "guidance_doubles": doubled,
+            **weights,
             "flops": _flops(experts, count, flops),
             "time": None
             if denoiser is None or time_on is None
             else _time(denoiser, size, batch_size, time_on),
+            "memory": None
+            if denoiser is None or not stores
+            else sampling_memory(denoiser, size, batch_size * (2 if doubled else 1), torch.bfloat16, stores),
         },
     }
 

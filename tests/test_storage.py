@@ -10,7 +10,13 @@ from tiny import sd_unet
 from torch import nn
 
 from afa import UserError
-from afa.experts.quantised import STORES, EightBits, FewBits, OnCPU, store_weights, stored_bytes
+from afa.aggregators.registry import Recipe
+from afa.cost import call_of
+from afa.devices import LiveBytes
+from afa.experts.quantised import STORES, EightBits, FewBits, OnCPU, kept_tensors, store_weights, stored_bytes
+from afa.memory import sampling_memory
+from afa.models.unet import UNetEnsemble
+from afa.settings import RESIDENT
 from afa.training.run import plan, train
 
 ALONE = [store for store in STORES if not store.startswith("delta")]  # needs several experts
@@ -154,3 +160,23 @@ def test_checkpointed_stages_fetch_their_weights_again(settings, tmp_path):  # n
 def test_experts_in_the_memory_of_the_cpu_need_another_device(settings):  # noqa: F811
     with pytest.raises(UserError, match="--store cpu keeps experts beside a GPU"):
         plan(replace(settings, store="cpu"))
+
+
+def test_the_memory_of_a_step_is_what_a_real_step_needs():
+    denoiser = UNetEnsemble(list(near(2)), recipe=Recipe("sabw", {"hidden": 8, "heads": 1, "depth": 1}))
+    size = {"latent": (32, 32), "tokens": 5}
+    counted = sampling_memory(denoiser, size, 2, torch.float32, [RESIDENT, "int8", "delta2", "delta1"])
+    peaks = [row["step"] for row in counted]
+    assert peaks == sorted(peaks, reverse=True) and all(row["step"] > row["experts"] for row in counted)
+    for row in counted:
+        real = UNetEnsemble(list(near(2)), recipe=denoiser.recipe).requires_grad_(False)
+        if row["store"] != RESIDENT:
+            store_weights(real.experts, row["store"])
+        assert stored_bytes(real.experts) == row["experts"], row["store"]
+        call = call_of(real, 32, 32, 2, 5)
+        weights = [*real.parameters(), *kept_tensors(real.experts)]
+        with torch.no_grad(), LiveBytes() as live:
+            for weight in weights:
+                weight.view(-1)
+            real(**call)
+        assert live.peak == pytest.approx(row["step"], rel=0.05), row["store"]

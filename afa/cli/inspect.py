@@ -17,7 +17,7 @@ from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.pages.numbers import count, scaled
 from afa.pages.tables import listing
-from afa.settings import COUNT, DEVICE_HELP, option
+from afa.settings import COUNT, DEVICE_HELP, RESIDENT, STORES, option
 
 if TYPE_CHECKING:
     from afa.inspection import Subject
@@ -27,6 +27,7 @@ EXAMPLES = [
     "afa inspect demo:curves demo:angles --placement out --json",
     "afa inspect demo:ensemble",
     "afa inspect --config flux --count 2 --placement double",
+    "afa inspect --config sd15 --count 3 --memory resident int8 delta2",
 ]
 
 
@@ -74,6 +75,12 @@ class InspectSettings(AggregatorSettings):
     time: bool = option(
         False, help="also measure what a step takes on this device, with random weights; takes a few steps"
     )
+    memory: list[str] | None = option(
+        None,
+        help="also count what a step needs in memory, with the experts' weights resident, or stored as by "
+        "--store of afa generate; up to a minute for each with SDXL",
+        choices=[RESIDENT, *STORES],
+    )
     device: str | None = option(None, help=f"with --time: {DEVICE_HELP}")
     json: bool = option(False, help="print one JSON document instead of tables")
 
@@ -102,7 +109,7 @@ def run(options: Options) -> None:
     from afa.inspection import facts
 
     device = choose_device(options.device) if options.time else None
-    found = facts(_subject(options), options.resolution, options.batch_size, device)
+    found = facts(_subject(options), options.resolution, options.batch_size, device, options.memory or ())
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -323,7 +330,22 @@ def _cost(facts: dict[str, Any]) -> str:
             f"A step of the ensemble needs {times:.2f} times the FLOPs of one of '{first['name']}'; "
             + (_time(cost["time"]) if cost["time"] else "--time measures how long it takes.")
         )
+    if cost["memory"]:
+        notes += ["", _memory(cost)]
     return "\n".join([listing(["", ">parameters", ">float32", ">float16", ">FLOPs a step"], there), *notes])
+
+
+def _memory(cost: dict[str, Any]) -> str:
+    rows = [
+        [row["store"], *(scaled(row[part], "B") for part in ("experts", "step"))] for row in cost["memory"]
+    ]
+    passes = " with guidance" if cost["guidance_doubles"] else ""
+    return "\n".join(
+        [
+            f"memory of a step{passes}, bfloat16, without text encoders and VAE (counted)",
+            listing(["weights", ">experts", ">peak of a step"], rows),
+        ]
+    )
 
 
 def _time(time: dict[str, Any]) -> str:

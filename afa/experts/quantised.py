@@ -260,11 +260,15 @@ def _kept(model: nn.Module) -> set[StoredWeight]:
     return {layer.kept for layer in model.modules() if isinstance(layer, _Stored)}
 
 
+def kept_tensors(model: nn.Module) -> list[Tensor]:
+    """Return what stored weights keep on the device, each tensor once."""
+    return list({id(tensor): tensor for kept in _kept(model) for tensor in kept.tensors}.values())
+
+
 def stored_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's weights on the device, as they are stored. Shared ones count once."""
-    tensors: list[Tensor] = [parameter for parameter in model.parameters() if not parameter.is_meta]
-    tensors += list({id(tensor): tensor for kept in _kept(model) for tensor in kept.tensors}.values())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    parameters = [parameter for parameter in model.parameters() if not parameter.is_meta]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *kept_tensors(model)))
 
 
 def kept_elsewhere(model: nn.Module) -> list[Tensor]:

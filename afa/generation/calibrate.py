@@ -47,7 +47,12 @@ MARGINS = {"exact": 0.0, "balanced": 1.0, "fast": 3.0}  # level -> times the mar
 OF_DEVIATION = 0.1  # the default margin: this share of a standard deviation of scores
 FEWER = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)  # of the steps
 EVERY = (2, 3, 4, 6, 8)  # steps between whole ones
-GUIDED = ("0,0.8", "0,0.7", "0,0.6", "0,0.5")  # shares of the steps with guidance: it may be left out at the end
+GUIDED = (
+    "0,0.8",
+    "0,0.7",
+    "0,0.6",
+    "0,0.5",
+)  # shares of the steps with guidance: it may be left out at the end
 
 
 def calibrate(settings: CalibrateSettings) -> Speed:

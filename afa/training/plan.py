@@ -1,6 +1,5 @@
 """A forecast of a training run: steps, time and memory, measured before it begins."""
 
-import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,12 +14,11 @@ from afa.cost import call_of
 from afa.data.sources import ImageSource
 from afa.defaults import few_images
 from afa.denoiser.base import EnsembleDenoiser
-from afa.denoiser.lora import base_of, shared_copy
 from afa.devices import LiveBytes, choose_device
 from afa.ensemble import Ensemble
-from afa.experts.lora import tuner_layers
 from afa.experts.quantised import kept_elsewhere, store_weights, stored_bytes
 from afa.latents import latents_of
+from afa.memory import fake_copy, made
 from afa.training.conditions import Conditions
 from afa.training.data import Encoded, count_held_out
 from afa.training.measure import HeldOut
@@ -73,11 +71,11 @@ def step_bytes(
     Not included: fragmentation of the allocator, and a reward's own network.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        twin = _copy(denoiser, dtype)
+        twin = fake_copy(denoiser, dtype, torch.float32)
         if checkpointing:
             twin.enable_gradient_checkpointing(largest_maps_only=largest_maps_only)
         twin.train()
-        decoder = None if vae is None else Decoder(_made(vae, dtype), checkpointing)
+        decoder = None if vae is None else Decoder(made(vae, dtype), checkpointing)
         elsewhere: list[torch.Tensor] = []
         if store is not None:
             store_weights(twin.experts, store)
@@ -85,40 +83,6 @@ def step_bytes(
         with LiveBytes(elsewhere) as counter:
             _step(twin, list(twin.aggregators.parameters()), batch_size, side, dtype, decoder)
     return counter.peak
-
-
-def _copy(denoiser: EnsembleDenoiser, dtype: torch.dtype) -> Any:
-    """Return a copy of the ensemble, made from configs.
-
-    Shared parts are made once, with LoRAs beside them.
-    """
-    bases: dict[int, Any] = {}
-    for expert in denoiser.experts:
-        if base_of(expert) not in bases:
-            bases[base_of(expert)] = _made(expert, dtype)
-    experts = [_with_loras(shared_copy(bases[base_of(expert)]), expert, dtype) for expert in denoiser.experts]
-    return type(denoiser)(experts, denoiser.names, denoiser.recipe, denoiser.placement)
-
-
-def _with_loras(model: Any, expert: Any, dtype: torch.dtype) -> Any:
-    """Add empty LoRAs to a model, of the same shapes as the expert's."""
-    for name, layer in tuner_layers(expert):
-        known: dict[int, Any] = {id(layer.base_layer): model.get_submodule(name)}
-        for path, weight in layer.named_parameters():
-            if not path.startswith("base_layer."):
-                known[id(weight)] = nn.Parameter(torch.empty(weight.shape, dtype=dtype), requires_grad=False)
-        model.set_submodule(name, copy.deepcopy(layer, known))
-    return model
-
-
-def _made(model: Any, dtype: torch.dtype) -> Any:
-    """Return a model of the same config."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # tensors without content cannot be cast in place
-    try:
-        return type(model).from_config(model.config).requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _step(
