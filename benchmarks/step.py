@@ -10,6 +10,7 @@ the smallest and the largest of n rounds. Parts are measured by the clock around
 """
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ from afa.aggregators.settings import ATTENTION_HELP, AggregatorSettings, with_ag
 from afa.cli.flags import add_flags, read_flags
 from afa.denoiser.base import EnsembleDenoiser
 from afa.errors import UserError
-from afa.settings import COUNT, option
+from afa.experts.quantised import store_weights
+from afa.settings import COUNT, STORES, option
 
 SMALL = 50_000_000  # parameters an expert up to which a training step is always measured
 PIXELS = 8  # a side, for one of the latent's
@@ -52,6 +54,7 @@ class Options(AggregatorSettings):
     compile: bool = option(False, help="experts and ensemble by torch.compile")
     train: bool = option(False, help="measure a training step too, as is always done for small models")
     gradient_checkpointing: bool = option(False, help="in the training step, of experts and ensemble alike")
+    store: str | None = option(None, help="how the ensemble's experts are stored, as in afa generate; the experts in turn stay as they are", choices=STORES)
     channels_last: bool = option(False, help="weights and latents of U-Nets in channels last")
     device: str = option("cpu", help="where", choices=["cpu", "cuda"])
     json: bool = option(False, help="print JSON")
@@ -113,6 +116,9 @@ def measure(options: Options) -> dict[str, Any]:
     singles = [prepared(step(expert, call), options.mode) for expert in models.experts]
     in_turn(singles)()
     before = peak_memory(options.device)
+    if options.store is not None:
+        models.experts = [copy.deepcopy(expert) for expert in models.experts]
+        store_weights(nn.ModuleList(models.experts), options.store)
     model = options.ensemble(models)
     clock = Clock(options.device)
     if options.mode == "eager":

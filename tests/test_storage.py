@@ -79,14 +79,14 @@ def test_a_difference_in_few_bits_is_as_near_as_such_steps_can_be(shape, bits, e
     assert stored.values.numel() == -(-weight.numel() * bits // 8)
 
 
-def near(count, **changes):
+def near(count, by=0.1, **changes):
     """Experts whose weights differ by a tenth, as fine-tunes of one base do."""
     base = sd_unet(0, block_out_channels=(32, 64, 64, 64), **changes).requires_grad_(False)
     made = [copy.deepcopy(base) for _ in range(count)]
     rng = torch.Generator().manual_seed(1)
     for expert in made:
         for parameter in expert.parameters():
-            parameter += 0.1 * parameter.std(correction=0) * torch.randn(parameter.shape, generator=rng)
+            parameter += by * parameter.std(correction=0) * torch.randn(parameter.shape, generator=rng)
     return nn.ModuleList(made)
 
 
@@ -109,6 +109,12 @@ def test_near_experts_in_few_bits_take_less_room_than_in_eight_and_are_nearer_th
     with torch.no_grad():
         for model, expert in zip(stored, plain, strict=True):
             assert error(model, expert) < left * error(mean, expert)
+
+
+@pytest.mark.parametrize(("by", "warned"), [(0.05, False), (0.5, True)])
+def test_experts_that_are_far_from_each_other_are_warned_of(by, warned, capsys):
+    store_weights(near(2, by), "delta2")
+    assert ("--store int8 is safe" in capsys.readouterr().err) == warned
 
 
 def test_experts_in_one_bit_keep_one_middle_wherever_they_are_moved_or_cast():

@@ -11,6 +11,7 @@ Quantizing for minimum distortion, 1960. Deviations from BitDelta: the differenc
 experts in 8 bits, not from a base model; a scale a channel, not a matrix; scales are not trained.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.grad import conv2d_input
 
 from afa.errors import UserError
@@ -25,6 +27,7 @@ from afa.settings import STORES
 
 LEAST = 4096  # elements of a weight; storing a smaller one gains nothing
 LARGEST = {"int8": 127.0, "fp8": 448.0}
+NEAR = 0.1  # distance from the mean, relative: with .07 little is lost, with .15 much (docs/performance.md)
 DIFFERENCES = {"delta1": 1, "delta2": 2}  # store -> bits of a difference
 STEPS = {1: 1.596, 2: 0.9957}  # bits of a difference -> width of a step, in standard deviations
 
@@ -71,6 +74,8 @@ class EightBits(StoredWeight):
         self.values = scaled.round().to(torch.int8) if kind == "int8" else scaled.to(torch.float8_e4m3fn)
 
     def fetch(self, like: Tensor) -> Tensor:
+        if self.values.dtype == torch.int8:
+            return self.values * self.scale.to(like.dtype)  # promoted in the same pass over memory
         return self.values.to(like.dtype) * self.scale.to(like.dtype)
 
     @property
@@ -84,10 +89,10 @@ class EightBits(StoredWeight):
 class FewBits(StoredWeight):
     """A weight as its difference from a stored one, in 1 or 2 bits with a scale for each output channel.
 
-    middle: the stored weight, shared by all experts
+    middle: the stored weight in int8, shared by all experts
     """
 
-    def __init__(self, weight: Tensor, middle: StoredWeight, bits: int) -> None:
+    def __init__(self, weight: Tensor, middle: EightBits, bits: int) -> None:
         self.middle, self.bits, self.shape = middle, bits, weight.shape
         difference = weight.detach().float() - middle.fetch(weight.float())
         channels = tuple(range(1, weight.ndim))
@@ -109,8 +114,10 @@ class FewBits(StoredWeight):
         levels = 2**self.bits
         values = (self.values.unsqueeze(1) >> self._places(self.values)) & (levels - 1)
         values = values.flatten()[: self.shape.numel()].view(self.shape)
-        scale = self.scale.to(like.dtype)
-        return self.middle.fetch(like) + (values.to(like.dtype) - (levels - 1) / 2) * scale
+        scale, middle = self.scale.to(like.dtype), self.middle
+        # Both products take whole numbers as they are, in one pass over memory each.
+        fetched = torch.addcmul(scale * ((1 - levels) / 2), middle.values, middle.scale.to(like.dtype))
+        return torch.addcmul(fetched, values, scale)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -221,13 +228,28 @@ def _differences(experts: Sequence[dict[str, Any]], store: str) -> dict[int, Sto
     """Store the weights of layers with equal names together: id of a weight -> stored weight."""
     _check_alike(experts, store)
     stored: dict[int, StoredWeight] = {}
+    between = size = torch.zeros(())  # squared: of the differences, and of the weights
     for name in experts[0]:
         weights = {id(layers[name].weight): layers[name].weight for layers in experts}
         middle = EightBits(torch.stack([weight.float() for weight in weights.values()]).mean(0), "int8")
         for key, weight in weights.items():
             alone = len(weights) == 1  # the same tensor in all experts
             stored[key] = middle if alone else FewBits(weight, middle, DIFFERENCES[store])
+            between = between + (weight.float() - middle.fetch(weight.float())).square().sum().cpu()
+            size = size + weight.float().square().sum().cpu()
+    if not isinstance(size, FakeTensor) and not size.is_meta:
+        _warn_of_distance(float((between / size.clamp(min=1e-12)).sqrt()), store)
     return stored
+
+
+def _warn_of_distance(distance: float, store: str) -> None:
+    """Say if experts are too far from each other for few bits. distance: from their mean, relative"""
+    if distance > NEAR:
+        print(
+            f"afa: the experts' weights differ from their mean by {distance:.2f} of their size, and --store "
+            f"{store} is for experts within {NEAR}, as fine-tunes of one base are; --store int8 is safe",
+            file=sys.stderr,
+        )
 
 
 def _large_layers(model: nn.Module) -> dict[str, Any]:

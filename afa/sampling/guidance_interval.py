@@ -19,7 +19,7 @@ from afa.settings import Interval, check_interval
 
 
 @contextmanager
-def guided_within(pipeline: Any, interval: Interval | None) -> Iterator[None]:
+def guided_within(pipeline: Any, interval: Interval | None) -> Iterator[Any]:
     """Inside the context, a stock pipeline applies guidance only in an interval of the steps.
 
     In the other steps its denoiser runs only the half of the batch that has the prompt, and answers with it
@@ -27,10 +27,11 @@ def guided_within(pipeline: Any, interval: Interval | None) -> Iterator[None]:
 
     pipeline: of an ensemble or of one model
     interval: None: in all steps
-    Raises UserError where the pipelines do not predict with and without the prompt in one pass.
+    Yields the pipeline. Raises UserError where pipelines do not predict with and without the prompt in one
+    pass.
     """
     if interval is None:
-        yield
+        yield pipeline
         return
     check_interval(interval, "guidance interval")
     interface, config = interface_of(pipeline)
@@ -54,7 +55,7 @@ def guided_within(pipeline: Any, interval: Interval | None) -> Iterator[None]:
 
     denoiser.forward = forward
     try:
-        yield
+        yield pipeline
     finally:
         del denoiser.forward
         if before is not None:
