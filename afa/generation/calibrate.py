@@ -29,7 +29,7 @@ from afa.experts.spec import new_places
 from afa.files import json_or_none, locked, refuse_busy, settled, sha256, write_atomically
 from afa.fingerprint import digest, saved_fingerprint
 from afa.generation.calibrate_settings import CalibrateSettings
-from afa.generation.speed import SPEED, Speed, Tried, Way
+from afa.generation.speed import ASKED, SPEED, Speed, Tried, Way
 from afa.metrics.base import ImageMetric
 from afa.metrics.judging import image_metric, prompt_scores
 from afa.metrics.user import try_scorer
@@ -47,12 +47,10 @@ MARGINS = {"exact": 0.0, "balanced": 1.0, "fast": 3.0}  # level -> times the mar
 OF_DEVIATION = 0.1  # the default margin: this share of a standard deviation of scores
 FEWER = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)  # of the steps
 EVERY = (2, 3, 4, 6, 8)  # steps between whole ones
-GUIDED = (
-    "0,0.8",
-    "0,0.7",
-    "0,0.6",
-    "0,0.5",
-)  # shares of the steps with guidance: it may be left out at the end
+# Shares of the steps with guidance. It may be left out at the end: at the beginning it is needed.
+GUIDED = ("0,0.8", "0,0.7", "0,0.6", "0,0.5")
+# What speed.json says of the settings: no places, which are of this machine.
+RECORDED = ("metric", "images", "steps", "seed", "dtype", *ASKED)
 
 
 def calibrate(settings: CalibrateSettings) -> Speed:
@@ -223,7 +221,12 @@ class Bench:
         asked = settings.binding() | {"prompt": chosen, "metric": metric.identity}
         files = saved_fingerprint(folder, new_places(settings.experts or []))
         self.facts = {"asked": digest(asked), "files": digest(files)}
-        self.speed = Speed(sha256(folder / AGGREGATORS), settings.binding())
+        recorded = {name: getattr(settings, name) for name in RECORDED}
+        self.speed = Speed(
+            sha256(folder / AGGREGATORS),
+            recorded | {"metric": settings.metric if settings.scorer is None else "a user's scorer"},
+        )
+        self.warm = False
         found = json_or_none(self.part)
         if isinstance(found, dict) and found.get("facts") == self.facts:
             self.speed.tried = build(list[Tried], found.get("tried"), self.part)
@@ -272,6 +275,13 @@ class Bench:
         return known
 
     def _try(self, way: Way) -> Tried:
+        if not self.warm:  # the first pass allocates and tunes, and would be the exact ensemble's
+            sample(
+                self.pipeline,
+                self.requests[: self.settings.batch_size],
+                sampling_of(self.settings, {"steps": 2}),
+            )
+            self.warm = True
         images, seconds = self._drawn(way)
         scores = prompt_scores(self.metric, images, self.captions)
         exact = scores if not self.speed.tried else self.speed.tried[0]["scores"]
