@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import in_processes
+from test_training import aggregators, experts, images, settings  # noqa: F401 (fixtures)
 from tiny import sd_pipeline
 from tiny_transformers import sd3_pipeline
 
@@ -16,6 +17,8 @@ from afa.cli.main import main
 from afa.denoiser.hooks import only_expert
 from afa.generation.run import generate
 from afa.generation.settings import GenerateSettings
+from afa.training.run import train
+from afa.training.state import kept_file
 
 SMALL = {"hidden": 8, "heads": 2, "depth": 1}
 
@@ -65,7 +68,10 @@ def test_each_process_holds_one_expert_and_gets_the_features_of_the_others(tmp_p
     whole = count_parameters(ensemble.denoiser.experts)
     call = {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor(500), "encoder_hidden_states": torch.randn(2, 7, 24)}
     with torch.no_grad():
-        exact = ensemble.denoiser(**call).sample
+        exact, alone = ensemble.denoiser(**call).sample, {}
+        for name in ensemble.names:
+            with only_expert(ensemble.denoiser, name):
+                alone[name] = ensemble.denoiser(**call).sample
     channels = {stage.name: stage.channels * (8 // 2**stage.level) ** 2 for stage in ensemble.denoiser.stages}
 
     def work():
@@ -76,9 +82,11 @@ def test_each_process_holds_one_expert_and_gets_the_features_of_the_others(tmp_p
         denoiser.share_experts()
         with torch.no_grad():
             found = denoiser(**call).sample
-        with pytest.raises(NotImplementedError, match="one expert alone"), only_expert(denoiser, "expert0"), torch.no_grad():
-            denoiser(**call)
-        return count_parameters(denoiser.experts), torch.equal(found, exact), denoiser.group.sent
+            sent = denoiser.group.sent
+            for name, prediction in alone.items():
+                with only_expert(denoiser, name):
+                    assert torch.equal(denoiser(**call).sample, prediction)
+        return count_parameters(denoiser.experts), torch.equal(found, exact), sent
 
     held, same, sent = zip(*in_processes(work, count=3), strict=True)
     assert set(held) == {whole // 3} and all(same) and len(set(sent)) == 1
@@ -86,19 +94,64 @@ def test_each_process_holds_one_expert_and_gets_the_features_of_the_others(tmp_p
 
 
 def test_experts_that_processes_cannot_share_are_refused(tmp_path):
-    settings = GenerateSettings(
+    asked = GenerateSettings(
         sources=[str(saved(tmp_path, **SMALL))], output=str(tmp_path / "out"), prompt=["a cat"], parallel="experts", device="cpu"
     )
 
     def refused():
         try:
-            generate(settings)
+            generate(asked)
         except UserError as error:
             return str(error)
 
     with pytest.raises(UserError, match="--parallel experts needs several processes, such as: torchrun --nproc_per_node 3"):
-        generate(settings)
+        generate(asked)
     assert all("3 experts cannot be shared evenly by 2 processes; start 3" in said for said in in_processes(refused, count=2))
     for changes in ({"lead": "expert0", "reuse": 2}, {"method": "magicfusion"}, {"expert": "expert0"}, {"store": "int8"}, {"compile": True}):
         with pytest.raises(UserError, match="--parallel experts is for whole ensembles as they are"):
-            replace(settings, **changes)
+            replace(asked, **changes)
+
+
+def last(options):
+    """The aggregators after the last step of a training, which is run if it was not."""
+    train(options)
+    return torch.load(kept_file(options), weights_only=True)["aggregators"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"aggregator": "stitch"}, {"aggregator": "sabw", "gradient_checkpointing": True}, {"aggregator": "sabw", "placement": "blocks", "accumulate": 2}],
+    ids=["stitch", "checkpointed", "accumulated"],
+)
+def test_processes_that_share_the_experts_train_what_one_process_trains(settings, tmp_path, options):  # noqa: F811
+    """Not to the bit: sums of gradients are rounded in another order."""
+    one = replace(settings, **{**options, "output": str(tmp_path / "one"), "lr": 2e-4, "steps": 3})
+    shared = replace(one, parallel="experts", output=str(tmp_path / "shared"))
+    record = train(one)
+    records = in_processes(lambda: train(shared))
+    assert [found["history"] for found in records] == [records[0]["history"]] * 2
+    for mine, other in zip(record["history"], records[0]["history"], strict=True):
+        assert mine["held_out_loss"] == pytest.approx(other["held_out_loss"], rel=1e-5)
+    assert records[0]["held_out_loss"].keys() == record["held_out_loss"].keys()
+    trained, other, before = last(one), last(shared), last(replace(one, lr=1e-12, output=str(tmp_path / "still")))
+    moved = max((tensor - before[name]).abs().max() for name, tensor in trained.items())
+    apart = max((tensor - other[name]).abs().max() for name, tensor in trained.items())
+    assert moved > 0 and apart < 0.02 * moved
+
+
+def test_a_shared_training_goes_on_in_one_process(settings, tmp_path):  # noqa: F811
+    whole = replace(settings, output=str(tmp_path / "whole"), steps=4, lr=1e-3)
+    half = replace(whole, output=str(tmp_path / "half"), steps=2)
+    train(whole)
+    in_processes(lambda: train(replace(half, parallel="experts")))
+    train(replace(half, steps=4))
+    for mine, other in zip(aggregators(whole).values(), aggregators(half).values(), strict=True):
+        assert torch.allclose(mine, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"store": "int8"}, {"sheet_every": 2}])
+def test_what_cannot_be_trained_by_several_processes_is_refused(settings, changes):  # noqa: F811
+    with pytest.raises(UserError, match="--parallel experts"):
+        replace(settings, parallel="experts", **changes)
+    with pytest.raises(UserError, match=r"torchrun --nproc_per_node 2 -m afa train"):
+        train(replace(settings, parallel="experts"))

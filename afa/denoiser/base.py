@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -109,7 +110,7 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
     def share_experts(self) -> None:
         """Keep only this process's experts: the processes of torch.distributed share them evenly.
 
-        Each then gets the features of all experts at every fused stage (see parallel.py). For sampling only.
+        Each then gets the features of all experts at every fused stage (see parallel.py).
         Raises UserError if the experts cannot be shared.
         """
         self.group = share_experts(self.experts)
@@ -123,7 +124,7 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
         """Make one aggregator per fused stage, on the experts' device, in float32."""
         widths, side = self.widths, self.side
         chosen = fused_stages(self.placement, self.stages)
-        device = next(self.experts[0].parameters()).device
+        device = next(self.experts.parameters()).device
         with device:
             return {
                 stage.name: self.recipe.make(
@@ -200,7 +201,6 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
         options.fuse_text = self.recipe.text_stream == "fused"
         options.checkpoint = self.recomputed if self.gradient_checkpointing else ()
         options.adjust, options.observe = self.adjuster(sample), self._observe
-        options.group = self.group
         time = self.interface.timestep_from_model(timestep)
         if self._maps is not None and not self.in_uncond_pass:
             self._maps.begin(time)
@@ -211,7 +211,9 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
             return embed(self.experts[index], *own_inputs, **own)
 
         def run(chosen: Sequence[int], inner: InnerStages | None) -> Tensor:
-            own = chosen if self.group is None else self.group.own
+            shared = self.group is not None and chosen is everyone
+            own = self.group.own if self.group is not None and shared else chosen
+            options.group = self.group if shared else None
             stages = [tuple(same_stage[index] for index in own) for same_stage in self.parallel_stages]
             fused = dict(self.aggregators.items()) if chosen is everyone else {}
             hidden, contexts = zip(*map(start, own), strict=True)
@@ -219,11 +221,16 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
             options.inner = inner
             return run_stages(stages, cast(dict[str, Aggregator], fused), hidden, contexts, options)
 
-        chosen = everyone if self._solo_expert is None else (self._solo_expert,)
-        if self.group is not None and (chosen is not everyone or (self.reuse and self.reuse.lead)):
-            raise NotImplementedError("one expert alone is not run where several processes share the experts")
+        if self.group is not None and self.reuse and self.reuse.lead:
+            raise NotImplementedError("no expert can lead where several processes share the experts")
         with lora_scaled(self.experts, lora_scale):
-            prediction = self.predict_reusing(run, sample, time, prompt, chosen)
+            if self._solo_expert is None:
+                prediction = self.predict_reusing(run, sample, time, prompt, everyone)
+            elif self.group is None:
+                prediction = self.predict_reusing(run, sample, time, prompt, (self._solo_expert,))
+            else:
+                alone = self._solo_expert
+                prediction = self.group.from_owner(alone, partial(run, (alone,), None), sample.device)
         output = self.as_output(prediction)
         return self.output(sample=output) if return_dict else (output,)
 

@@ -3,9 +3,13 @@
 After a fused stage every process gets the features of all experts, and computes the same aggregators on them.
 So an ensemble of N takes about as long as one expert, and draws what one process draws, bit for bit where the
 devices are of one kind. What is sent in a step are the features of the fused stages, N - 1 times.
+
+In training every process computes the same loss, and features are gathered with gradients: those that all
+processes have for a feature are summed at its expert. A process's gradient of the aggregators is then the part
+of the sum of all losses that goes through its experts, and the mean over processes is the gradient of the loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,13 +41,62 @@ class ExpertGroup:
 
     def gather(self, own: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors of all experts, in their order. own: one for each of this process's experts"""
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in own):
-            raise NotImplementedError("experts on several devices cannot be trained; use one device, or DDP")
         mine = torch.stack(list(own))
-        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, mine.contiguous())
+        parts: Tensor = _Gather.apply(mine)  # type: ignore[no-untyped-call]
         self.sent += mine.nbytes * (len(parts) - 1)
         return [tensor for part in parts for tensor in part]
+
+    def from_owner(self, expert: int, own: Callable[[], Tensor], device: torch.device) -> Tensor:
+        """Return what one expert computes, in all processes; without gradients.
+
+        expert: its position
+        own:    computes it, in the process that has the expert
+        device: of this process
+        """
+        each = len(self.own)
+        found = own().contiguous() if expert in self.own else None
+        facts = [None if found is None else (found.shape, found.dtype)]
+        dist.broadcast_object_list(facts, src=expert // each)
+        if found is None:
+            assert facts[0] is not None
+            shape, dtype = facts[0]
+            found = torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(found, src=expert // each)
+        return found
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace the gradients by their means over the processes."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        whole = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(whole)
+        whole /= dist.get_world_size()
+        for gradient, mean in zip(gradients, whole.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def check_parallel(parallel: str | None, processes: int, experts: int, verb: str) -> None:
+    """Raise UserError for --parallel in one process. experts: of the ensemble; verb: the command"""
+    if parallel is not None and processes == 1:
+        raise UserError(
+            f"--parallel {parallel} needs several processes, such as: "
+            f"torchrun --nproc_per_node {experts} -m afa {verb} …"
+        )
+
+
+class _Gather(torch.autograd.Function):
+    """All processes' tensors, (P, …), from one of each; in the backward pass their gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor) -> Tensor:
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, mine.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        whole = grads[0].contiguous()
+        dist.all_reduce(whole)
+        return whole[dist.get_rank()]
 
 
 class Absent(nn.Module):

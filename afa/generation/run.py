@@ -19,6 +19,7 @@ from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
 from afa.defaults import GENERATION_STEPS, OUTER_STAGES
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.hooks import WeightMaps, check_strengths, record_weights, scale_weights
+from afa.denoiser.parallel import check_parallel
 from afa.denoiser.reuse import Reuse
 from afa.devices import process_device
 from afa.ensemble import Ensemble
@@ -144,11 +145,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
         store_weights(ensemble.denoiser.experts, settings.store)
     whole = settings.parallel is not None
     if whole:
-        if state.num_processes == 1:
-            raise UserError(
-                f"--parallel {settings.parallel} needs several processes, such as: "
-                f"torchrun --nproc_per_node {len(ensemble.names)} -m afa generate …"
-            )
+        check_parallel(settings.parallel, state.num_processes, len(ensemble.names), "generate")
         ensemble.denoiser.share_experts()
     sampler = _sampler(settings, ensemble.to(device))
     if state.is_main_process:

@@ -68,7 +68,8 @@ def chosen(
     denoiser: of the ensemble to train, if it is made already
     """
     recipe = _recipe(settings, experts) if denoiser is None else _full(denoiser.recipe)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch set it
+    # as torchrun and accelerate launch set it; processes that share the experts have the same images
+    processes = 1 if settings.parallel else int(os.environ.get("WORLD_SIZE", "1"))
     a_step = settings.batch_size * settings.accumulate * processes
     every = {
         "aggregator": recipe.kind,

@@ -20,12 +20,12 @@ LOG = "log.jsonl"
 class Monitor:
     """Logs measurements and warns about experts that get no weight.
 
-    images: per step, on one process
+    images: per step, over all processes
     """
 
     def __init__(self, file: Path, accelerator: Accelerator, images: int) -> None:
         self.file, self.accelerator = file, accelerator
-        self.images = images * accelerator.num_processes
+        self.images = images
         self._warned: set[str] = set()
         self._mark = (time.monotonic(), 0)
 

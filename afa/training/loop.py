@@ -113,12 +113,15 @@ class Trainer:
         self.noising, self.total, self.conditions = objectives.noising, objectives.training, conditions
         self.data, self.begun, self.sheets = data, begun, sheets
         self.held_out = HeldOut(held_out, objectives, conditions, settings.batch_size)
-        self.monitor = Monitor(
-            state_file(settings).with_name(LOG), accelerator, settings.batch_size * settings.accumulate
-        )
+        self.group = (
+            denoiser.group
+        )  # processes that share the experts; None: each has all, and its own images
+        self.processes = 1 if self.group is not None else accelerator.num_processes
+        images = settings.batch_size * settings.accumulate * self.processes
+        self.monitor = Monitor(state_file(settings).with_name(LOG), accelerator, images)
         self.trained = trained
         self.parameters = list(self.trained.parameters())
-        self.wrapped: nn.Module = accelerator.prepare(denoiser) if accelerator.num_processes > 1 else denoiser
+        self.wrapped: nn.Module = accelerator.prepare(denoiser) if self.processes > 1 else denoiser
         self.optimiser = torch.optim.AdamW(self.parameters, settings.lr, weight_decay=settings.weight_decay)
         self.average = EMAModel(self.parameters, decay=settings.ema)
         self.progress = Progress()
@@ -181,6 +184,8 @@ class Trainer:
         for micro in range(settings.accumulate):
             self._seed_dropout(micro)
             total += self._backward(drawn.part(*self._part(micro)))
+        if self.group is not None:
+            self.group.average_gradients(self.parameters)
         norm = self.accelerator.clip_grad_norm_(self.parameters, settings.clip)
         finite = norm is None or bool(
             torch.isfinite(torch.as_tensor(norm))
@@ -222,7 +227,7 @@ class Trainer:
     def _part(self, micro: int) -> tuple[int, int]:
         """Return where a batch of this process begins and ends in the step."""
         size = self.settings.batch_size
-        place = micro * self.accelerator.num_processes + self.accelerator.process_index
+        place = micro * self.processes + (self.accelerator.process_index if self.processes > 1 else 0)
         return place * size, (place + 1) * size
 
     def _choose(self) -> list[int]:
@@ -230,7 +235,7 @@ class Trainer:
 
         Each epoch takes every image once, in a new order.
         """
-        size = self.settings.batch_size * self.settings.accumulate * self.accelerator.num_processes
+        size = self.settings.batch_size * self.settings.accumulate * self.processes
         places = [
             divmod(place, len(self.data))
             for place in range(self.progress.step * size, (self.progress.step + 1) * size)

@@ -11,6 +11,7 @@ from torch import nn
 
 from afa.checkpoint.manifest import MANIFEST, read_manifest
 from afa.defaults import WHY
+from afa.denoiser.parallel import check_parallel
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
@@ -152,6 +153,7 @@ def train(settings: TrainSettings, planned: TrainingPlan | None = None, keep: bo
 def _train(planned: TrainingPlan, keep: bool) -> dict[str, Any]:
     settings: Any = planned.settings
     accelerator = make_accelerator(settings)
+    check_parallel(settings.parallel, accelerator.num_processes, len(planned.ensemble.names), "train")
     if accelerator.is_main_process:
         go_on(settings, LOG)
     accelerator.wait_for_everyone()

@@ -46,7 +46,7 @@ class LoopSettings(ObjectiveSettings):
         *("recipe", "output", "save_every", "cache", "max_skipped", "log_with"),
         *("gradient_checkpointing", "checkpoint_large_maps"),
         *("sheet_every", "sheet_images", "sheet_steps", "sheet_guidance", "watch", "watch_weights"),
-        *("device", "dry_run", "json", "allow_outside", "patience"),
+        *("device", "parallel", "dry_run", "json", "allow_outside", "patience"),
     )
 
     data: str = option(
@@ -293,6 +293,11 @@ class TrainSettings(LoopSettings, AggregatorSettings):
         help=STORE_HELP,
         choices=STORES,
     )
+    parallel: str | None = option(
+        None,
+        help="experts: the processes of torchrun share the experts, one device each, and not the images",
+        choices=["experts"],
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -312,6 +317,12 @@ class TrainSettings(LoopSettings, AggregatorSettings):
                 "its aggregators and its frame are made already"
             )
         self.aggregator_options()  # raises for an option that the aggregator does not have
+        for name in ("store", "sheet_every"):
+            if self.parallel is not None and getattr(self, name) is not None:
+                raise UserError(
+                    f"--parallel {self.parallel} is for whole experts and without sheets, "
+                    f"and --{name.replace('_', '-')} {getattr(self, name)} is given; leave out one of them"
+                )
 
     def files(self) -> dict[str, str]:
         """Return sha256 of experts, frame and rewards, or of a saved ensemble and its parts."""

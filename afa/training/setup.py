@@ -84,6 +84,8 @@ def make_trainer(
     draws = settings.rewarded or settings.sheet_every is not None
     if not draws:
         vae.to("cpu")
+    if getattr(settings, "parallel", None) is not None:
+        ensemble.denoiser.share_experts()
     ensemble.to(device)
     torch.manual_seed(narrow(settings.seed))
     trained, denoiser = initialise(ensemble), ensemble.denoiser
