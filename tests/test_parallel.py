@@ -155,3 +155,11 @@ def test_what_cannot_be_trained_by_several_processes_is_refused(settings, change
         replace(settings, parallel="experts", **changes)
     with pytest.raises(UserError, match=r"torchrun --nproc_per_node 2 -m afa train"):
         train(replace(settings, parallel="experts"))
+
+
+def test_of_several_processes_the_first_one_prints_the_result(settings, tmp_path, capfd):  # noqa: F811
+    command = ["train", "--experts", *settings.experts, "--data", settings.data, "--output", str(tmp_path / "out"), "--parallel", "experts"]
+    sizes = ["--hidden", "8", "--heads", "2", "--batch-size", "2", "--steps", "2", "--evaluate-every", "2"]
+    capfd.readouterr()
+    assert in_processes(lambda: main([*command, *sizes])) == [0, 0]
+    assert capfd.readouterr().out.count("held-out loss") == 1

@@ -4,7 +4,6 @@ Every PNG contains the settings it was made with. The same command resumes an in
 """
 
 import json
-import os
 
 from afa.generation.settings import GenerateSettings as Options
 from afa.sampling.registry import explain
@@ -37,8 +36,6 @@ def run(options: Options) -> None:
 
     hush()
     paths = generate(options)
-    if os.environ.get("RANK", "0") != "0":
-        return  # of several processes, the first one speaks for all
     if options.json:
         print(json.dumps({"images": [str(path) for path in paths]}, indent=2))
     else:

@@ -2,12 +2,15 @@
 
 import argparse
 import atexit
+import contextlib
 import gc
 import importlib
+import io
 import os
 import sys
 import textwrap
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from afa.cli.flags import add_flags, read_flags
@@ -55,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         _quiet_libraries()
         gc.set_threshold(50_000)  # imports make half a million objects that stay: look for garbage seldom
         atexit.register(gc.freeze)  # and not when all is done: it takes the interpreter a second to end
-        module.run(read_flags(module.Options.current(), parsed))
+        with _first_speaks():
+            module.run(read_flags(module.Options.current(), parsed))
     except (UserError, NotImplementedError) as error:
         return _say(str(error), 2, given)
     except KeyboardInterrupt as interrupt:
@@ -96,6 +100,16 @@ def build_parser(arguments: list[str]) -> argparse.ArgumentParser:
             options = module.Options.current()
             add_flags(command, options, _preset(verb, options, arguments))
     return parser
+
+
+@contextlib.contextmanager
+def _first_speaks() -> Iterator[None]:
+    """Of several processes (torchrun, accelerate launch), only the first one prints results."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with io.StringIO() as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _listed(arguments: list[str]) -> str | None:

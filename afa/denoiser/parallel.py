@@ -5,8 +5,8 @@ So an ensemble of N takes about as long as one expert, and draws what one proces
 devices are of one kind. What is sent in a step are the features of the fused stages, N - 1 times.
 
 In training every process computes the same loss, and features are gathered with gradients: those that all
-processes have for a feature are summed at its expert. A process's gradient of the aggregators is then the part
-of the sum of all losses that goes through its experts, and the mean over processes is the gradient of the loss.
+processes have for a feature are summed at its expert. A process's gradient of the aggregators is the part of
+the sum of all losses that goes through its experts; the mean over processes is the gradient of the loss.
 """
 
 from collections.abc import Callable, Sequence

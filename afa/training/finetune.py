@@ -24,7 +24,7 @@ from afa.aggregators.registry import Recipe
 from afa.checkpoint.manifest import Losses, read_manifest
 from afa.cost import count_training_flops
 from afa.denoiser.base import EnsembleDenoiser
-from afa.devices import choose_device
+from afa.devices import process_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.files import locked, settled, staged
@@ -162,11 +162,10 @@ def plan_finetune(settings: LoraSettings, alone: Ensemble | None = None) -> tupl
     alone: an ensemble of the one expert, if it is in memory already; its denoiser is changed
     Raises UserError.
     """
+    process_device(settings.device)  # first of all: it says how processes communicate
     source = find_data(settings)
     if not (Path(settings.output) / RECORD).exists():
         check_output(settings)
-    if settings.device is not None:
-        choose_device(settings.device)
     wanted = None if settings.like is None else read_manifest(Path(settings.like)).aggregator["parameters"]
     own = alone is None
     if alone is None:

@@ -12,7 +12,7 @@ from torch import nn
 from afa.checkpoint.manifest import MANIFEST, read_manifest
 from afa.defaults import WHY
 from afa.denoiser.parallel import check_parallel
-from afa.devices import choose_device
+from afa.devices import choose_device, process_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.expert import Expert
@@ -44,10 +44,9 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> TrainingP
     ensemble: the one to train, if its experts are in memory already
     Raises UserError.
     """
+    process_device(settings.device)  # first of all: it says how processes communicate
     source = find_data(settings)
     check_output(settings)
-    if settings.device is not None:
-        choose_device(settings.device)
     own, images = ensemble is None, len(source.samples) - count_held_out(source.samples, settings.held_out)
     given, begun = settings, begun_with(settings)
     settings, ensemble = _whole(following(settings, begun), ensemble, images)

@@ -55,11 +55,11 @@ def make_accelerator(settings: LoopSettings) -> Accelerator:
 
 
 def _accelerator(settings: LoopSettings) -> Accelerator:
+    # Without being told, accelerate takes processes of torchrun on a CPU for one process each.
+    cpu = settings.device == "cpu" or (settings.device is None and not torch.accelerator.is_available())
     if settings.log_with is None:
-        return Accelerator(cpu=settings.device == "cpu")
-    accelerator = Accelerator(
-        cpu=settings.device == "cpu", log_with=settings.log_with, project_dir=settings.output
-    )
+        return Accelerator(cpu=cpu)
+    accelerator = Accelerator(cpu=cpu, log_with=settings.log_with, project_dir=settings.output)
     if not accelerator.log_with:
         raise UserError(
             f"--log-with {settings.log_with} cannot be used; install it with: pip install {settings.log_with}"
