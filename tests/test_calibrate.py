@@ -221,3 +221,9 @@ def test_every_ladder_becomes_cheaper_step_by_step():
         for ladder in (knobs.fewer(start), *knobs.reusing(start), knobs.guided_in_part(start)):
             prices = [knobs.price(way) for way in (start, *ladder)]
             assert all(after < before for before, after in itertools.pairwise(prices)), ladder
+
+
+def test_an_interval_is_widened_for_the_number_of_ways(folder):
+    bench = Bench(settings(folder, steps=20), folder, module.image_metric("attributes", None, str(folder.parent / "scorer.py"), None, 4))
+    found = {"difference": [0.0, -1.96, 1.96]}
+    assert bench.most_ways > 8 and -3.5 < bench.least(found) < -2.5  # 2.8 standard errors for ten ways

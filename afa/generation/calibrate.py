@@ -2,15 +2,17 @@
 
 Three knobs are turned one after the other, each until the score falls: fewer steps; features or experts that
 are reused between steps; guidance in a part of the steps. The order of all ways is fixed, and scores decide,
-not times, so a calibration chooses the same on every device, and resumes.
+not times, so a calibration chooses the same on every device, and resumes. Intervals are corrected for the
+number of ways, of which the luckiest would be taken otherwise.
 """
 
 import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import NormalDist, fmean, stdev
 from typing import cast
 
 import numpy as np
@@ -40,7 +42,7 @@ from afa.schedulers import reschedule
 from afa.schema import build
 from afa.seeds import nth_seed
 from afa.settings import Interval
-from afa.stats import difference, least_items
+from afa.stats import LEVEL, difference, least_items
 
 PART = ".calibration"  # a file in the ensemble's folder while a calibration is not complete
 MARGINS = {"exact": 0.0, "balanced": 1.0, "fast": 3.0}  # level -> times the margin
@@ -71,7 +73,9 @@ def calibrate(settings: CalibrateSettings) -> Speed:
     refuse_busy(folder)
     with locked(folder):
         bench = Bench(settings, folder, metric)
-        bar = tqdm(total=bench.most_images(), desc="images", unit="image", file=sys.stderr)
+        bar = tqdm(
+            total=(1 + bench.most_ways) * settings.images, desc="images", unit="image", file=sys.stderr
+        )
         with bar:
             bench.bar = bar
             speed = bench.calibrated()
@@ -231,11 +235,13 @@ class Bench:
         if isinstance(found, dict) and found.get("facts") == self.facts:
             self.speed.tried = build(list[Tried], found.get("tried"), self.part)
 
-    def most_images(self) -> int:
-        """Return how many images are drawn if no way is refused."""
-        reusing = self.knobs.reusing(self.exact)
-        ways = 1 + len(self.knobs.fewer(self.exact)) + len(self.knobs.guided_in_part(self.exact))
-        return (ways + sum(map(len, reusing))) * len(self.requests)
+    @cached_property
+    def most_ways(self) -> int:
+        """How many ways are drawn for a level besides the exact one, if none is refused."""
+        ladders = (self.knobs.fewer, self.knobs.guided_in_part)
+        return sum(len(ladder(self.exact)) for ladder in ladders) + sum(
+            map(len, self.knobs.reusing(self.exact))
+        )
 
     def calibrated(self) -> Speed:
         """Find the way of every level."""
@@ -259,10 +265,19 @@ class Bench:
         """Return the last way before the first that is not within the margin. The first one is."""
         best = ladder[0]
         for way in ladder[1:]:
-            if self.tried(way)["difference"][1] < -margin:
+            if self.least(self.tried(way)) < -margin:
                 break
             best = way
         return best
+
+    def least(self, tried: Tried) -> float:
+        """Return the lower end of the difference, widened for as many comparisons as there may be ways.
+
+        Bonferroni's correction; the bootstrap's interval is widened as a normal distribution's would be.
+        """
+        value, low, _ = tried["difference"]
+        one, every = (NormalDist().inv_cdf(1 - LEVEL / 2 / count) for count in (1, self.most_ways))
+        return value - (value - low) * every / one
 
     def tried(self, way: Way) -> Tried:
         """Return what is known of a way; draw and score it if it is new."""
