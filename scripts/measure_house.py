@@ -18,7 +18,7 @@ FLOORS = (
     "denoiser pictures",
     "models",
     "experts schedulers latents text_encoder",
-    "frame lora_loading cost checkpoint fingerprint ensemble",
+    "frame lora_loading cost memory checkpoint fingerprint ensemble",
     "inspection sampling data metrics pages",
     "training generation",
     "evaluation screening explanation merging",
