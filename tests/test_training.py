@@ -208,7 +208,7 @@ def test_every_epoch_uses_every_image_once(settings):
     trainer = object.__new__(Trainer)
     trainer.settings, trainer.data = replace(settings, batch_size=3, accumulate=1), range(8)
     trainer.progress = type("Progress", (), {"step": 0})()
-    trainer.accelerator = type("One", (), {"num_processes": 1, "process_index": 0})()
+    trainer.processes = 1
     chosen = []
     for step in range(8):  # 24 places: three epochs of eight
         trainer.progress.step = step

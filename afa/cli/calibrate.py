@@ -12,9 +12,9 @@ import json
 from afa.generation.calibrate_settings import CalibrateSettings as Options
 
 DRY = "ways that one knob gives, and the operations of each: one expert in as many steps = 1"
+PROMPT = '"a red star left of a blue ring on a dotted mint background"'
 EXAMPLES = [
-    "afa calibrate my-ensemble --prompts prompts.txt --metric imagereward --steps 30",
-    "afa calibrate my-ensemble --prompts prompts.txt --scorer my_scorer.py --margin 0.01 --dry-run",
+    f"afa calibrate demo:ensemble --prompt {PROMPT} --metric attributes --steps 20 --guidance 3 --dry-run",
 ]
 
 

@@ -30,6 +30,7 @@ WORKING = {
     "train": ["--experts", "a", "b", "--data", "scenes:8", "--output", "c"],
     "finetune": ["a", "--data", "scenes:8", "--output", "c"],
     "generate": ["a", "--prompt", "p", "--output", "c"],
+    "calibrate": ["a", "--prompt", "p"],
     "explain": ["a", "--prompt", "p", "--output", "c"],
     "evaluate": ["--ensemble", "a", "--output", "c", "--protocol", "scenes"],
     "demo": [],

@@ -15,7 +15,7 @@ from afa.training.settings import TrainSettings
 
 NOT_TAKEN = {
     *("data", "allow_outside", "reward", "reward_weights", "log_with", "cache", "watch", "watch_weights", "vae", "frame", "config"),
-    *("sheet_every", "sheet_images", "sheet_steps", "sheet_guidance"),
+    *("sheet_every", "sheet_images", "sheet_steps", "sheet_guidance", "parallel"),
 }
 
 

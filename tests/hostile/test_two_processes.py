@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 
 import pytest
@@ -63,8 +64,20 @@ WRITERS = ["train", "finetune", "generate", "evaluate", "merge", "merge to a fil
 
 
 def test_every_command_that_writes_an_output_is_tried_here():
-    """The page shares its gallery, whose pictures have names of their own; a report is tried in test_files as any file is."""
-    assert {verb.partition(" ")[0] for verb in WRITERS} == set(COMMANDS) - {"inspect", "report", "ui"}
+    """The page shares its gallery, whose pictures have names of their own; a report is tried in test_files as any file is.
+
+    A calibration writes into the ensemble that it is given, see below."""
+    assert {verb.partition(" ")[0] for verb in WRITERS} == set(COMMANDS) - {"inspect", "report", "ui", "calibrate"}
+
+
+def test_an_ensemble_is_not_calibrated_while_another_process_writes_to_it(inputs, tmp_path, capsys):
+    folder = shutil.copytree(ENSEMBLE, tmp_path / "ensemble")
+    scorer = ["--scorer", str(inputs / "scorer.py"), "--prompt", *"abcdefg"]
+    with another_process_writing_to(folder, False) as pid:
+        there = sorted(tmp_path.rglob("*"))
+        assert main(["calibrate", str(folder), *scorer, "--images", "7"]) == 2
+        assert f"(pid {pid}) is writing to {folder}" in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == there
 
 
 @pytest.mark.parametrize("verb", WRITERS)
