@@ -15,6 +15,7 @@ DRY = "ways that one knob gives, and the operations of each: one expert in as ma
 PROMPT = '"a red star left of a blue ring on a dotted mint background"'
 EXAMPLES = [
     f"afa calibrate demo:ensemble --prompt {PROMPT} --metric attributes --steps 20 --guidance 3 --dry-run",
+    f"afa calibrate demo:ensemble --prompt {PROMPT} --metric attributes --lead curves --dry-run --json",
 ]
 
 
