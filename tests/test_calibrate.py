@@ -204,6 +204,21 @@ def test_levels_of_other_aggregators_are_refused_and_so_are_broken_files(folder,
     assert (folder / AGGREGATORS).exists()
 
 
+def test_what_a_stranger_wrote_into_the_levels_reaches_no_terminal_as_it_is(folder, tmp_path, capsys):
+    calibrate(settings(folder))
+    whole, escape = json.loads((folder / SPEED).read_text()), "\x1b[2J"
+    (folder / SPEED).write_text(json.dumps({**whole, "settings": {"guidance": escape}}))
+    generated(folder, tmp_path / "out", speed="exact")
+    (folder / SPEED).write_text(json.dumps({**whole, "levels": {escape: {"steps": 2}}}))
+    with pytest.raises(UserError) as other:
+        generated(folder, tmp_path / "out", speed="fast")
+    (folder / SPEED).write_text(json.dumps({**whole, "levels": {"fast": {"steps": 2, "reuse": 2, "lead": escape}}}))
+    with pytest.raises(UserError) as lead:
+        generated(folder, tmp_path / "out", speed="fast")
+    said = capsys.readouterr().err
+    assert "calibrated with" in said and not any("\x1b" in text for text in (said, str(other.value), str(lead.value)))
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"steps": 4}, {"reuse": 2}, {"lead": "a", "reuse": 2}, {"guidance_interval": "0,0.5"}, {"expert": "a"}, {"method": "magicfusion"}],

@@ -11,7 +11,7 @@ from afa.errors import UserError, unknown
 from afa.files import settled, sha256
 from afa.generation.settings import GenerateSettings
 from afa.places import as_typed
-from afa.schema import Like, Score, Sha256, Within, build
+from afa.schema import Like, Score, Sha256, Within, build, shown
 from afa.text_files import read_json
 
 SPEED = "speed.json"
@@ -97,12 +97,12 @@ def at_level(settings: GenerateSettings) -> GenerateSettings:
             f"calibrate again: {advice}"
         )
     if settings.speed not in speed.levels:
-        raise UserError(f"{path}: {unknown(settings.speed, speed.levels, 'level')}")
+        raise UserError(f"{path} has no level '{settings.speed}'; calibrate again: {advice}")
     way = speed.levels[settings.speed]
     if way.get("lead", names[0]) not in names:
-        raise UserError(f"{path}: {unknown(way['lead'], names, 'expert')}")
+        raise UserError(f"{path}: {unknown(shown(way['lead'])[1:-1], names, 'expert')}")
     others = [
-        f"--{name} {speed.settings.get(name)}"
+        f"--{name} {shown(speed.settings.get(name))}"
         for name in ASKED
         if getattr(settings, name) != speed.settings.get(name)
     ]
