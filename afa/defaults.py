@@ -33,6 +33,9 @@ PASSES, LEAST_STEPS, MOST_STEPS = 5, 250, 12_500
 # (docs/metrics.md, by simulation).
 FEWEST_HELD_OUT = 20
 
+# Of afa distill, measured on far (docs/log.md).
+DISTILL_STEPS, DISTILL_RATE, DISTILL_EMA, TRAJECTORY_STEPS = 1000, 1e-3, 0.99, 12
+
 # Of --reuse: stages at either end of a U-Net that run in all steps.
 OUTER_STAGES = 2
 

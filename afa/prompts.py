@@ -176,18 +176,19 @@ def asked_prompts(prompt: Sequence[str] | None, file: str | None) -> list[str]:
     return [check_text(text, f"--prompt {number}") for number, text in enumerate(prompt, 1)]
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path, flag: str = "--prompts", what: str = "prompt") -> list[str]:
     """Read prompts from a file: one a line, or JSON lines with "text"; empty lines are ignored.
 
+    flag, what: the option and what it holds, for messages
     Raises UserError if there is none.
     """
     if not path.is_file():
-        raise UserError(f"--prompts {path} is no file")
+        raise UserError(f"{flag} {path} is no file")
     lines = [line for line in map(clean, split_lines(read_text(path))) if line]
     if path.suffix in (".jsonl", ".ndjson") or all(OBJECT.match(line) for line in lines):
         lines = [_text(place, entry) for place, entry in read_json_lines(path)]
     if not lines:
-        raise UserError(f"--prompts {path} holds no prompt")
+        raise UserError(f"{flag} {path} holds no {what}")
     return lines
 
 

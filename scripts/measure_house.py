@@ -21,7 +21,7 @@ FLOORS = (
     "frame lora_loading cost memory checkpoint fingerprint ensemble",
     "inspection sampling data metrics pages",
     "training generation",
-    "evaluation screening explanation merging",
+    "evaluation screening explanation merging distillation",
     "demo",
     "webui cli",
     "__init__ __main__",

@@ -198,7 +198,7 @@ def _bundle(expert: Expert, stage: Path, copied: dict[Path, Path]) -> ExpertEntr
     target = stage / "experts" / expert.name
     config = expert.config
     if expert.located is None:
-        _save_object(expert, target)
+        save_expert(expert, target)
         located = Located(ExpertSpec(expert.name, str(target)), target)
     else:
         located = _copy_files(expert.located, target, copied)
@@ -218,7 +218,7 @@ def _copy_files(located: Located, target: Path, copied: dict[Path, Path]) -> Loc
     return Located(ExpertSpec(located.spec.name, str(path), None, loras), path)
 
 
-def _save_object(expert: Expert, target: Path) -> None:
+def save_expert(expert: Expert, target: Path) -> None:
     """Write an expert that was given as an object, as a diffusers folder."""
     if getattr(expert.model, "peft_config", None):
         raise UserError(

@@ -28,6 +28,7 @@ COMMANDS = {
     "search": "afa.cli.search",
     "train": "afa.cli.train",
     "finetune": "afa.cli.finetune",
+    "distill": "afa.cli.distill",
     "generate": "afa.cli.generate",
     "calibrate": "afa.cli.calibrate",
     "explain": "afa.cli.explain",

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from afa.denoiser.schedule import kind_of
+from afa.experts.expert import Expert
 from afa.experts.folders import forget_places
 from afa.experts.prediction import EPSILON, V
 from afa.experts.single_file import KNOWN_CONFIGS
@@ -129,20 +130,26 @@ def metadata(plan: MergePlan, hashes: Hashes) -> dict[str, str]:
     names = ", ".join(source.name for source in plan.last.experts)
     recipe, steps = plan.recipe, [_described_step(planned, plan, hashes) for planned in plan.steps]
     config = recipe.config if recipe.config in (None, *KNOWN_CONFIGS) else Path(recipe.config).resolve().name
-    expert = plan.first.expert
+    found = {
+        "format": "pt",
+        **model_spec(plan.first.expert, f"{plan.last.asked.method} merge of {names}"),
+        "modelspec.merged_from": names,
+        KEY: record_text(steps, config, recipe.prediction_type),
+    }
+    return found | (carried_configs(plan) if plan.settings.single_file else {})
+
+
+def model_spec(expert: Expert, title: str) -> dict[str, str]:
+    """Return what a header says of a model by the ModelSpec standard, as far as it is known."""
     architecture = ARCHITECTURES.get((expert.pipeline, expert.model.config.get("cross_attention_dim")))
     kind = None if expert.scheduler is None else kind_of(expert.scheduler)
     found = {
-        "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": f"{plan.last.asked.method} merge of {names}",
-        "modelspec.merged_from": names,
-        KEY: record_text(steps, config, recipe.prediction_type),
+        "modelspec.title": title,
         "modelspec.prediction_type": {V: "v", EPSILON: "epsilon"}.get(kind),
         "modelspec.architecture": architecture,
     }
-    known = {name: text for name, text in found.items() if text is not None}
-    return known | (carried_configs(plan) if plan.settings.single_file else {})
+    return {name: text for name, text in found.items() if text is not None}
 
 
 def _described_step(planned: PlannedStep, plan: MergePlan, hashes: Hashes) -> dict[str, Any]:

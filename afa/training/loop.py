@@ -28,6 +28,7 @@ from afa.training.objectives import Pass
 from afa.training.settings import LoopSettings
 from afa.training.sheets import Sheets
 from afa.training.state import load_state, save_state, state_file
+from afa.training.teacher import Distillation
 
 
 @contextmanager
@@ -94,6 +95,7 @@ class Trainer:
     trained: the trained parameters, as one module
     begun:   settings and files that must be the same when the run resumes (see state.belongings)
     sheets:  sample sheets that are drawn at measurements; None: none
+    distillation: a teacher, and running samplings that are trained on; None: noised images are
     """
 
     def __init__(
@@ -108,11 +110,15 @@ class Trainer:
         trained: nn.Module,
         begun: dict[str, Any],
         sheets: Sheets | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         self.settings, self.accelerator, self.denoiser = settings, accelerator, denoiser
         self.noising, self.total, self.conditions = objectives.noising, objectives.training, conditions
         self.data, self.begun, self.sheets = data, begun, sheets
-        self.held_out = HeldOut(held_out, objectives, conditions, settings.batch_size)
+        teacher, running, batch = distillation or (None, None, None)
+        self.teacher, self.running = teacher, running
+        size = settings.batch_size
+        self.held_out = HeldOut(held_out, objectives, conditions, size, teacher=teacher, batch=batch)
         self.group = (
             denoiser.group
         )  # processes that share the experts; None: each has all, and its own images
@@ -183,7 +189,7 @@ class Trainer:
         drawn = self._draw()
         for micro in range(settings.accumulate):
             self._seed_dropout(micro)
-            total += self._backward(drawn.part(*self._part(micro)))
+            total += self._backward(drawn, *self._part(micro))
         if self.group is not None:
             self.group.average_gradients(self.parameters)
         norm = self.accelerator.clip_grad_norm_(self.parameters, settings.clip)
@@ -196,22 +202,31 @@ class Trainer:
         self.optimiser.zero_grad()
         return total if finite else None
 
-    def _backward(self, drawn: StepBatch) -> float:
-        """Add the gradients of one batch, and return its part of the loss."""
-        device = self.accelerator.device
-        batch, dropped = drawn.batch.to(device), drawn.dropped.to(device)
+    def _backward(self, drawn: StepBatch, start: int, stop: int) -> float:
+        """Add the gradients of samples start … stop-1 of a step, and return their part of the loss."""
+        device, part = self.accelerator.device, drawn.part(start, stop)
+        batch, dropped = part.batch.to(device), part.dropped.to(device)
+        rows, call, teacher = part.rows, self.wrapped, self.teacher
         work = Pass.of(
-            self.denoiser, self.noising, self.conditions, self.data, drawn.rows, batch, dropped, self.wrapped
+            self.denoiser, self.noising, self.conditions, self.data, rows, batch, dropped, call, teacher
         )
         loss = self.total.sum(self.total.losses(work)).mean() / self.settings.accumulate
         self.accelerator.backward(loss)
+        if self.running is not None:
+            predictions = self.accelerator.gather(work.prediction.detach()).cpu()
+            self.running.advance(
+                self.progress.step, start // len(predictions) * len(predictions), predictions
+            )
         return float(loss.item())
 
     def _draw(self) -> StepBatch:
         """Draw everything random of a whole step, for all processes.
 
-        It depends on seed and step only, so a resumed run, or another number of processes, draws the same.
+        It depends on seed and step only (and on running samplings), so a resumed run, or another number of
+        processes, draws the same.
         """
+        if self.running is not None:
+            return StepBatch(*self.running.draw(self.progress.step))
         key = (self.settings.seed, self.progress.step, 0, 0)
         rng = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         chosen = self._choose()
@@ -332,6 +347,8 @@ class Trainer:
                 "average": self.average.state_dict(),
                 "progress": asdict(self.progress),
             }
+            if self.running is not None:
+                state["running"] = self.running.state()
             shared = {"data": self.data.digest, "aggregators": self.trained.state_dict(), "best": self.best}
             assert self.before is not None
             save_state(self.settings, self.begun, {**shared, **state, "before": self.before.as_state()})
@@ -363,6 +380,8 @@ class Trainer:
             self.trained.load_state_dict(state["aggregators"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.average.load_state_dict(state["average"])
+            if self.running is not None:
+                self.running.load(state["running"])
             moments = state["optimiser"]["state"]
             columns = [
                 [moments[place][name] for place in sorted(moments)]

@@ -14,6 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from afa.denoiser.hooks import only_expert, record_weights
 from afa.training.conditions import Conditions
 from afa.training.data import Encoded
+from afa.training.noise import Batch
 from afa.training.objective_registry import OBJECTIVES
 from afa.training.objective_terms import Objectives
 from afa.training.objectives import Mse, Pass, evaluating
@@ -204,7 +205,11 @@ class Before:
 
 
 class HeldOut:
-    """Measures a denoiser on fixed images with fixed noise and evenly spread timesteps, in batches."""
+    """Measures a denoiser on fixed images with fixed noise and evenly spread timesteps, in batches.
+
+    teacher: gives the targets of the diffusion loss; None: the images do
+    batch:   latents, noise and timesteps of all data; None: the images', with drawn noise
+    """
 
     def __init__(
         self,
@@ -213,10 +218,12 @@ class HeldOut:
         conditions: Conditions,
         batch_size: int,
         seed: int = SEED,
+        teacher: Any = None,
+        batch: Batch | None = None,
     ) -> None:
-        self.data, self.conditions, self.batch_size = data, conditions, batch_size
+        self.data, self.conditions, self.batch_size, self.teacher = data, conditions, batch_size, teacher
         self.noising, self.total = objectives.noising, objectives.held_out
-        self.batch = self.noising.spread(data, seed, self.total.extra_noise)
+        self.batch = batch or self.noising.spread(data, seed, self.total.extra_noise)
         self.bands = bands_of(self.batch.steps, self.noising.steps)
         self._mse = Mse(self.noising)
         plain = [term.name in OBJECTIVES and OBJECTIVES[term.name].diffusion for term in self.total.terms]
@@ -235,7 +242,8 @@ class HeldOut:
             stop = min(start + self.batch_size, len(self.data))
             batch = self.batch.part(start, stop)
             rows = list(range(start, stop))
-            work = Pass.of(denoiser, self.noising, self.conditions, self.data, rows, batch)
+            teacher = self.teacher
+            work = Pass.of(denoiser, self.noising, self.conditions, self.data, rows, batch, teacher=teacher)
             work.watched = self.total.needs_weights
             with torch.no_grad(), evaluating(denoiser):
                 with nullcontext() if sums is None else record_weights(denoiser) as maps:

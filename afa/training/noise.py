@@ -113,9 +113,11 @@ class Noising:
 
     def clean(self, noisy: Tensor, prediction: Tensor, steps: Tensor) -> Tensor:
         """Return the clean latents that a prediction implies: (B, C, h, w)."""
-        return clean_of(
-            self.kind, prediction, noisy, self._at(self.signal, steps), self._at(self.noise, steps)
-        )
+        return clean_of(self.kind, prediction, noisy, *self.levels(steps))
+
+    def levels(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return signal and noise of some steps: (B, 1, 1, 1) each."""
+        return self._at(self.signal, steps), self._at(self.noise, steps)
 
     def ratio(self, steps: Tensor) -> Tensor:
         """Return noise over signal, (B, 1, 1, 1): the factor of an x0 error when a sampler takes a step."""

@@ -27,6 +27,8 @@ class Pass:
     captions: B captions
     dropped:  (B,) bool, True where a sample is trained without its caption
     encode:   such a mask -> the denoiser's keyword arguments for the captions
+    sizes:    (B, 6) SDXL's size conditions; a teacher reads them
+    teacher:  gives the target of the prediction; None: the data do
     watched:  whether the weights of the fused stages are recorded
     weights:  (B, N, H, W) by stage, with gradients; filled when the prediction is made
     """
@@ -38,6 +40,8 @@ class Pass:
     captions: Sequence[str]
     dropped: Tensor
     encode: Callable[[Tensor], dict[str, Any]]
+    sizes: Tensor | None = None
+    teacher: Callable[["Pass"], Tensor] | None = None
     watched: bool = False
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -52,6 +56,7 @@ class Pass:
         batch: Batch,
         dropped: Tensor | None = None,
         call: Any = None,
+        teacher: Callable[["Pass"], Tensor] | None = None,
     ) -> "Pass":
         """Return the pass of some rows of the data.
 
@@ -59,12 +64,13 @@ class Pass:
         data:       an Encoded
         dropped:    see Pass; None: all samples keep their captions
         call:       see Pass; None: the denoiser itself
+        teacher:    see Pass
         """
-        captions = [data.captions[row] for row in rows]
+        captions, sizes = [data.captions[row] for row in rows], data.sizes[rows]
         if dropped is None:
             dropped = torch.zeros(len(rows), dtype=torch.bool, device=batch.latents.device)
-        encode = partial(conditions, captions, data.sizes[rows])
-        return cls(call or denoiser, denoiser, noising, batch, captions, dropped, encode)
+        encode = partial(conditions, captions, sizes)
+        return cls(call or denoiser, denoiser, noising, batch, captions, dropped, encode, sizes, teacher)
 
     @cached_property
     def conditions(self) -> dict[str, Any]:
@@ -83,6 +89,11 @@ class Pass:
             return self.predict(self.call, self.noisy, self.timesteps, self.conditions)
 
     @cached_property
+    def target(self) -> Tensor:
+        """What should be predicted, (B, C, h, w)."""
+        return self.noising.target(self.batch) if self.teacher is None else self.teacher(self)
+
+    @cached_property
     def timesteps(self) -> Tensor:
         """The timesteps as the denoiser counts them, (B,)."""
         return self.noising.timesteps(self.batch.steps)
@@ -93,12 +104,25 @@ class Pass:
         return self.noising.clean(self.noisy, self.prediction, self.batch.steps)
 
     def predict(self, call: Any, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Any]) -> Tensor:
-        """Call a denoiser, and return its prediction as latents (B, C, h, w) in float32."""
-        dtype = next(self.denoiser.experts.parameters()).dtype
-        interface = self.denoiser.interface
-        arguments = interface.denoiser_kwargs(self.denoiser.config, noisy.to(dtype), timesteps, conditions)
-        size = (noisy.shape[-2], noisy.shape[-1])
-        return interface.to_latents(call(**arguments, return_dict=False)[0], size).float()
+        """Call the denoiser, and return its prediction as latents (B, C, h, w) in float32."""
+        return predict(self.denoiser, noisy, timesteps, conditions, call)
+
+
+def predict(
+    denoiser: Any, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Any], call: Any = None
+) -> Tensor:
+    """Return what a drop-in denoiser predicts, (B, C, h, w) in float32.
+
+    noisy:      (B, C, h, w)
+    timesteps:  (B,) as the denoiser counts them
+    conditions: its other keyword arguments
+    call:       what is called in its place, such as accelerate's wrapper; None: the denoiser itself
+    """
+    dtype = next(denoiser.experts.parameters()).dtype
+    interface = denoiser.interface
+    arguments = interface.denoiser_kwargs(denoiser.config, noisy.to(dtype), timesteps, conditions)
+    size = (noisy.shape[-2], noisy.shape[-1])
+    return interface.to_latents((call or denoiser)(**arguments, return_dict=False)[0], size).float()
 
 
 @contextmanager
@@ -178,7 +202,7 @@ class Total:
 
 
 class Mse(Objective):
-    """The diffusion loss: the squared distance between prediction and target.
+    """The diffusion loss: the squared distance between prediction and target, which a teacher may give.
 
     snr_gamma: γ of min-SNR-γ weighting
     weighting: SD3's weighting of a flow, a name of noise.WEIGHTINGS
@@ -203,7 +227,7 @@ class Mse(Objective):
         self.bands = None if bands is None else torch.tensor(bands) * len(bands) / sum(bands)
 
     def loss(self, work: Pass) -> Tensor:
-        error: Tensor = (work.prediction - self.noising.target(work.batch)).square().mean((1, 2, 3))
+        error: Tensor = (work.prediction - work.target).square().mean((1, 2, 3))
         if self.bands is not None:
             band = work.batch.steps * len(self.bands) // self.noising.steps
             error = error * self.bands.to(error.device)[band]

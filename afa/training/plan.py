@@ -81,11 +81,11 @@ def step_bytes(
             store_weights(twin.experts, store)
             elsewhere = kept_elsewhere(twin.experts)
         with LiveBytes(elsewhere) as counter:
-            _step(twin, list(twin.aggregators.parameters()), batch_size, side, dtype, decoder)
+            optimiser_step(twin, list(twin.aggregators.parameters()), batch_size, side, dtype, decoder)
     return counter.peak
 
 
-def _step(
+def optimiser_step(
     denoiser: Any,
     parameters: list[nn.Parameter],
     batch_size: int,
@@ -93,6 +93,11 @@ def _step(
     dtype: torch.dtype,
     decoder: Decoder | None,
 ) -> None:
+    """Do a training step like all but the first, to count what it takes.
+
+    side:    of the latent, in latent pixels
+    decoder: of an objective that scores images; None: no image is decoded
+    """
     kept = [[parameter.detach().clone() for parameter in parameters] for _ in range(COPIES)]
     optimiser = torch.optim.AdamW(parameters)
     for parameter in parameters:  # what every step after the first finds
@@ -161,6 +166,7 @@ class TrainingPlan:
     store:  of its experts' weights (see afa.experts.quantised)
     chosen: options that the user did not give and that have no fixed default (see choices.py) -> why they
             are as they are
+    teacher: of a distillation, in which the ensemble is the student; None: of a training on images
     """
 
     settings: LoopSettings
@@ -170,6 +176,7 @@ class TrainingPlan:
     own: bool = True
     store: str | None = None
     chosen: Mapping[str, str] = field(default_factory=dict)
+    teacher: Ensemble | None = None
 
     @property
     def held_out_images(self) -> int:

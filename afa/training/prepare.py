@@ -1,6 +1,7 @@
 """Prepare a run's data: find, size and encode it, or read it from a cache."""
 
 import functools
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -99,6 +100,16 @@ def encode_data(
     check_skipped(source, settings.max_skipped)
     if source.skipped and PartialState().is_main_process:
         print(f"afa: {source.skipped.summary()}", file=sys.stderr)
+    return found[0], found[1]
+
+
+def encode_captions(settings: LoopSettings, source: ImageSource, resolution: int) -> tuple[Encoded, Encoded]:
+    """Return the training captions and the held-out captions of a run without images."""
+    sizes = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], dtype=torch.float32)
+    found = []
+    for part in split([sample.caption for sample in source.samples], settings.held_out, settings.seed):
+        digest = hashlib.sha256("\0".join(part).encode()).hexdigest()
+        found.append(Encoded(torch.empty(len(part), 0), part, sizes.repeat(len(part), 1), digest))
     return found[0], found[1]
 
 

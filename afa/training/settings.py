@@ -204,6 +204,11 @@ class LoopSettings(ObjectiveSettings):
         bound = super().binding()
         return {name: bound[name] for name in bound if name != "steps" or self.schedule != "constant"}
 
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps its state, log and record."""
+        return Path(self.output)
+
     def files(self) -> dict[str, str]:
         """Return sha256 of the run's files, which must stay the same when it resumes."""
         raise NotImplementedError

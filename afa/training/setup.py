@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,14 +15,18 @@ from afa.errors import UserError
 from afa.prompts import warn_of_prompts
 from afa.seeds import narrow
 from afa.training.conditions import Conditions
+from afa.training.data import Encoded
 from afa.training.log import LOG, flat
 from afa.training.loop import Trainer
+from afa.training.noise import Noising
 from afa.training.objective_terms import make_context, make_objectives
 from afa.training.plan import TrainingPlan
-from afa.training.prepare import encode_data
+from afa.training.prepare import encode_captions, encode_data
 from afa.training.settings import LoopSettings
 from afa.training.sheets import Sheets, make_watch
 from afa.training.state import belongings, forget_state, state_file
+from afa.training.teacher import Distillation, Teacher, own_samplings
+from afa.training.trajectories import Trajectories
 
 RUNS = "runs"  # the folder of what trackers write, and the name of their project
 
@@ -34,7 +39,7 @@ def end_run(settings: LoopSettings, accelerator: Accelerator, keep: Path | None 
     if accelerator.is_main_process:
         log = state_file(settings).with_name(LOG)
         if log.exists():
-            os.replace(log, Path(settings.output) / LOG)
+            os.replace(log, settings.folder / LOG)
         if keep is not None:
             os.replace(state_file(settings), keep)
         forget_state(settings)
@@ -59,7 +64,7 @@ def _accelerator(settings: LoopSettings) -> Accelerator:
     cpu = settings.device == "cpu" or (settings.device is None and not torch.accelerator.is_available())
     if settings.log_with is None:
         return Accelerator(cpu=cpu)
-    accelerator = Accelerator(cpu=cpu, log_with=settings.log_with, project_dir=settings.output)
+    accelerator = Accelerator(cpu=cpu, log_with=settings.log_with, project_dir=settings.folder)
     if not accelerator.log_with:
         raise UserError(
             f"--log-with {settings.log_with} cannot be used; install it with: pip install {settings.log_with}"
@@ -80,7 +85,13 @@ def make_trainer(
     settings, ensemble, device = planned.settings, planned.ensemble, accelerator.device
     begun = belongings(settings, planned.own)  # of the files as they are now, before they are read
     vae = ensemble.frame.vae.to(device)
-    data, held_out = encode_data(settings, planned.source, planned.resolution, vae)
+    distilled = planned.teacher is not None
+    source, resolution = planned.source, planned.resolution
+    data, held_out = (
+        encode_captions(settings, source, resolution)
+        if distilled
+        else encode_data(settings, source, resolution, vae)
+    )
     draws = settings.rewarded or settings.sheet_every is not None
     if not draws:
         vae.to("cpu")
@@ -100,12 +111,55 @@ def make_trainer(
         sheets = Sheets(settings, ensemble.pipeline(), denoiser, held_out.captions, planned.resolution, watch)
     if settings.cache is not None:
         conditions.keep(Path(settings.cache), [*data.captions, *held_out.captions], settings.batch_size)
-        if planned.own:
+        if planned.own and not distilled:  # a student is written with its text encoders
             _free_encoders(ensemble, vae=not draws)
     objectives = make_objectives(context, list(trained.parameters()))
+    distillation = make_distillation(planned, objectives.noising, data, held_out, accelerator)
     return Trainer(
-        settings, accelerator, denoiser, objectives, conditions, data, held_out, trained, begun, sheets
+        settings,
+        accelerator,
+        denoiser,
+        objectives,
+        conditions,
+        data,
+        held_out,
+        trained,
+        begun,
+        sheets,
+        distillation,
     )
+
+
+def make_distillation(
+    planned: TrainingPlan, noising: Noising, data: Encoded, held_out: Encoded, accelerator: Accelerator
+) -> Distillation | None:
+    """Begin what only a distillation has; None for a training on images."""
+    if planned.teacher is None:
+        return None
+    settings: Any = planned.settings
+    teacher = Teacher(planned.teacher.to(accelerator.device), accelerator.device, settings.guidance_in)
+    if settings.cache is not None:
+        folder, captions = Path(settings.cache), [*data.captions, *held_out.captions]
+        teacher.conditions.keep(folder, captions, settings.batch_size)
+    side = planned.resolution // noising.latents.factor
+    shape, steps = (noising.latents.channels, side, side), settings.trajectory_steps
+    guidance = None if settings.guidance_in is not None else guidance_of(settings, planned.teacher)
+    samples = settings.batch_size * settings.accumulate * accelerator.num_processes
+    interface = teacher.denoiser.interface
+    running = Trajectories(noising, interface, shape, len(data), samples, steps, guidance, settings.seed)
+    strength = settings.guidance_in if guidance is None else guidance
+    own = own_samplings(
+        teacher, noising, held_out, shape, steps, strength, settings.batch_size, settings.seed
+    )
+    return Distillation(teacher, running, own.to(accelerator.device))
+
+
+def guidance_of(settings: Any, ensemble: Ensemble) -> float | None:
+    """Return the strength of guidance of a student's samplings; None: they are drawn without."""
+    denoiser = ensemble.denoiser
+    own = denoiser.interface.default_cfg_scale(denoiser.config)
+    strength = own if settings.guidance is None else settings.guidance
+    return strength if strength > 1 else None
 
 
 def _free_encoders(ensemble: Ensemble, vae: bool) -> None:

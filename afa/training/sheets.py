@@ -4,7 +4,6 @@ import functools
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,7 +85,7 @@ class Sheets:
         sheet = (
             _sheet(images, maps) if maps is not None else grid([list(images)], side=max(128, images.shape[2]))
         )
-        file = Path(self.settings.output) / FOLDER / f"step-{step:06d}.png"
+        file = self.settings.folder / FOLDER / f"step-{step:06d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
             sheet.save(temporary, format="png")

@@ -25,11 +25,11 @@ KEPT = "last.pt"  # the same of a complete run, from which more steps go on
 
 
 def state_file(settings: LoopSettings) -> Path:
-    return Path(settings.output) / FOLDER / STATE
+    return settings.folder / FOLDER / STATE
 
 
 def kept_file(settings: LoopSettings) -> Path:
-    return Path(settings.output) / FOLDER / KEPT
+    return settings.folder / FOLDER / KEPT
 
 
 def belongings(settings: LoopSettings, from_files: bool) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def check_finished(
 
 def forget_state(settings: LoopSettings) -> None:
     """Remove the state of a run that is complete, but for what was kept for more steps."""
-    folder = Path(settings.output) / FOLDER
+    folder = settings.folder / FOLDER
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name != KEPT:
             path.unlink(missing_ok=True)
@@ -129,7 +129,7 @@ def go_on(settings: LoopSettings, log: str) -> None:
     """
     if kept_file(settings).exists() and not state_file(settings).exists():
         with suppress(FileNotFoundError):
-            shutil.copyfile(Path(settings.output) / log, state_file(settings).with_name(log))
+            shutil.copyfile(settings.folder / log, state_file(settings).with_name(log))
         begin_from(settings, kept_file(settings))
 
 

@@ -1,0 +1,142 @@
+"""The options of `afa distill`. No heavy imports: the command line's help comes from here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from afa import defaults
+from afa.errors import UserError
+from afa.settings import DTYPES, GUIDANCE, SAMPLING_STEPS, STORE_HELP, STORES, option
+from afa.training.objective_registry import PLAIN
+from afa.training.settings import LoopSettings
+
+WEIGHTED = "weighted"
+CAPTIONS = ".txt"
+# Options of training on images, without meaning where a sampling gives the latents.
+OF_IMAGES = (
+    "caption_dropout",
+    "timesteps",
+    "timestep_range",
+    "crops",
+    "flip",
+    "max_skipped",
+    "allow_outside",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings(LoopSettings):
+    """The options of `afa distill`; each field is a flag."""
+
+    free: ClassVar[tuple[str, ...]] = (*LoopSettings.free, "save_dtype")
+
+    ensemble: str = option(place=True, help="folder of a saved ensemble, the teacher", positional=True)
+    data: str = option(
+        help="captions: a .txt file with one in each line; or images as afa train takes them, of which the "
+        "captions are used"
+    )
+    output: str = option(
+        help="a folder, which becomes a diffusers pipeline (with --lora: diffusers' file of a LoRA); or "
+        "FILE.safetensors in the layout that other programs read, with the run's own files in FILE.distill"
+    )
+    student: str = option(
+        WEIGHTED,
+        place=True,
+        help="what is trained: weighted (the mean of the experts), the name of an expert, or another model "
+        "of their architecture",
+    )
+    lora: int | None = option(
+        None, least=1, most=2**20, help="rank of a LoRA, trained in place of all weights of the student"
+    )
+    trajectory_steps: int = option(
+        defaults.TRAJECTORY_STEPS,
+        **SAMPLING_STEPS,
+        help="denoising steps of the samplings that the student is trained on",
+    )
+    guidance: float | None = option(
+        None, **GUIDANCE, help="strength of guidance of these samplings (default: the family's own)"
+    )
+    guidance_in: float | None = option(
+        None,
+        **GUIDANCE,
+        help="the student learns the prediction with guidance of this strength, and needs one pass a step "
+        "instead of two: it is then drawn with --guidance 1",
+    )
+    steps: int = option(
+        defaults.DISTILL_STEPS,
+        least=1,
+        most=10**9,
+        help="optimiser steps at most; training stops earlier when the student gets no nearer to its teacher",
+    )
+    batch_size: int = option(
+        32,
+        least=1,
+        most=10**6,
+        help="latents per step and process; with guidance, two of each sampling: with caption and without",
+    )
+    lr: float = option(
+        defaults.DISTILL_RATE, least=0, most=1, help="learning rate of AdamW after the warm-up"
+    )
+    schedule: str = option(
+        "linear",
+        help="schedule of the learning rate after the warm-up; all but constant fall to 0 at --steps",
+        choices=["constant", "cosine", "linear"],
+    )
+    ema: float = option(
+        defaults.DISTILL_EMA,
+        least=0,
+        most=1,
+        help="largest decay of the moving average of the trained weights, which is saved",
+    )
+    store: str | None = option(None, help=STORE_HELP, choices=STORES)
+    save_dtype: str = option("float32", help="number format of the file or folder", choices=DTYPES)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.guidance_in is not None and self.guidance is not None:
+            raise UserError(
+                f"--guidance {self.guidance:g} is of a student that is drawn with guidance, and with "
+                f"--guidance-in {self.guidance_in:g} it predicts it itself; give one of them"
+            )
+        if self.objective != PLAIN:
+            raise UserError(
+                f"--objective {self.objective} is of training without a teacher, who gives the target here; "
+                "leave it out"
+            )
+        if self.anchor_to == "mean" or self.sparsity:
+            flag = "--anchor-to mean" if self.anchor_to == "mean" else f"--sparsity {self.sparsity:g}"
+            raise UserError(f"{flag} is of several experts, and one model is trained; leave it out")
+        plain = {name: type(self).__dataclass_fields__[name].default for name in OF_IMAGES}
+        for name, default in plain.items():
+            if getattr(self, name) != default:
+                flag, value = name.replace("_", "-"), getattr(self, name)
+                raise UserError(
+                    f"--{flag} {value} is of training on images, and a student is trained on its own "
+                    "samplings; leave it out"
+                )
+        ensemble, output = Path(self.ensemble).resolve(), Path(self.output).resolve()
+        if ensemble == output or ensemble in output.parents:
+            raise UserError(
+                f"--output {self.output} is inside the ensemble {self.ensemble}; give another place"
+            )
+
+    @property
+    def single_file(self) -> bool:
+        """Whether one file is written, in its publisher's layout."""
+        return self.output.endswith(".safetensors")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps its state, log and record."""
+        return Path(self.output).with_suffix(".distill") if self.single_file else Path(self.output)
+
+    def files(self) -> dict[str, str]:
+        """Return sha256 of the ensemble and its parts, of the student, and of the rewards."""
+        from afa.checkpoint.manifest import read_manifest
+        from afa.fingerprint import fingerprint, saved_fingerprint
+
+        names = [entry.name for entry in read_manifest(Path(self.ensemble)).experts]
+        own = None if self.student in (WEIGHTED, *names) else self.student
+        captions = self.data if self.data.endswith(CAPTIONS) else None
+        others = fingerprint(student=own, captions=captions, config=self.config, **self.judges())
+        return saved_fingerprint(Path(self.ensemble)) | others

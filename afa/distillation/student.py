@@ -1,0 +1,119 @@
+"""The student of a distillation: what it is before training, and the files that it becomes."""
+
+import copy
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from afa.checkpoint.folder import save_expert
+from afa.distillation.lora_files import A, B, diffusers_tensors, kohya_tensors
+from afa.distillation.settings import WEIGHTED, DistillSettings
+from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.experts.compatible import mismatches
+from afa.experts.load import load_expert
+from afa.experts.lora import fuse
+from afa.files import replacing
+from afa.merging.configs import carried_configs
+from afa.merging.engine import model_spec, write
+from afa.merging.memory import merge_experts
+from afa.merging.plan import make_plan
+from afa.merging.settings import MergeSettings
+from afa.merging.sources import Reader
+from afa.models.registry import FAMILIES
+from afa.places import public_place
+from afa.training.finetune import FILE, lora_tensors
+from afa.version import __version__
+
+KEY = "afa.distill"  # of a student's header
+
+
+def make_student(settings: DistillSettings, teacher: Ensemble) -> Ensemble:
+    """Return the student alone, before training, with the teacher's VAE, tokenizers and scheduler.
+
+    Its denoiser is its own; text encoders may be the teacher's.
+    Raises UserError for a model that is not of the teacher's architecture, or predicts something else.
+    """
+    first, frame = teacher.experts[0], teacher.frame
+    if settings.student == WEIGHTED:
+        student = merge_experts(teacher.experts, "weighted")
+    elif settings.student in teacher.names:
+        student = teacher.experts[teacher.names.index(settings.student)]
+    else:
+        student = load_expert(settings.student, first.dtype, settings.config)
+        student = replace(student, name=student.name or "student")
+    if not student.text_encoders:
+        student = replace(student, text_encoders=first.text_encoders)
+    reasons = mismatches([first, student])
+    if reasons:
+        raise UserError("; ".join(reasons))
+    model = student.model if settings.student == WEIGHTED else fuse(copy.deepcopy(student.model))
+    framed = {"vae": frame.vae, "tokenizers": list(frame.tokenizers), "scheduler": frame.scheduler}
+    student = replace(student, name="student", model=model, located=None, donor=None, **framed)
+    return Ensemble.from_experts([student], aggregator="mean", placement="out")
+
+
+def check_layout(settings: DistillSettings, teacher: Ensemble) -> None:
+    """Raise UserError for a file whose layout has no place for the student."""
+    family = teacher.experts[0].family
+    if settings.single_file and settings.lora is None and family != "unet":
+        raise UserError(
+            f"--output {settings.output}: a whole checkpoint in one file is of SD 1.x, 2.x and XL, and the "
+            f"experts are of family {family}; give a folder, or --lora"
+        )
+
+
+def write_student(settings: DistillSettings, student: Ensemble, stage: Path, facts: dict[str, Any]) -> None:
+    """Write the trained student: into a folder that appears whole, or as one file.
+
+    stage: the folder; it becomes the run's own, which a file stands beside
+    facts: of the training, for the headers
+    """
+    expert, output = student.experts[0], Path(settings.output)
+    dtype = getattr(torch, settings.save_dtype)
+    header = {"format": "pt", KEY: json.dumps(facts | {"afa": __version__}, sort_keys=True)}
+    if settings.lora is not None:
+        component = FAMILIES[expert.family].component
+        tensors = {
+            name.removeprefix(f"{component}."): tensor.to(dtype)
+            for name, tensor in lora_tensors(student.denoiser.experts[0]).items()
+        }
+        names = [name.removesuffix(A) for name in tensors if name.endswith(A)]
+        factors = {name: (tensors[name + A], tensors[name + B]) for name in names}
+        if not settings.single_file:
+            save_file(diffusers_tensors(expert.model, factors), stage / FILE, metadata=header)
+            return
+        with replacing(output) as file:
+            kohya = header | {"ss_network_dim": str(settings.lora), "ss_network_alpha": str(settings.lora)}
+            spec = model_spec(expert, f"LoRA distilled from {public_place(settings.ensemble)}")
+            save_file(kohya_tensors(expert.model, factors), file, metadata=kohya | spec)
+        return
+    model = student.denoiser.experts[0].requires_grad_(False).to("cpu", dtype)
+    encoders = [copy.deepcopy(encoder).to("cpu", dtype) for encoder in expert.text_encoders]
+    vae = copy.deepcopy(expert.load_vae()).to("cpu", dtype)
+    whole = replace(expert, model=model, text_encoders=encoders, vae=vae)
+    if not settings.single_file:
+        save_expert(whole, stage)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=settings.folder, prefix=".writing-") as folder:
+        save_expert(whole, Path(folder) / "student")
+        write_original(
+            Path(folder) / "student", output, header, f"distilled from {public_place(settings.ensemble)}"
+        )
+
+
+def write_original(folder: Path, output: Path, header: dict[str, str], title: str) -> None:
+    """Write a pipeline's folder as a single file in its publisher's layout, tensor by tensor."""
+    plan = make_plan(MergeSettings(experts=[f"student={folder}"], output=f"{folder}.safetensors"))
+    (tensors,) = plan.files.values()
+    plan.settings, plan.files = replace(plan.settings, output=str(output)), {str(output): tensors}
+    strings = header | model_spec(plan.first.expert, title) | carried_configs(plan)
+    with Reader() as reader, tqdm(disable=True) as bar:
+        write(plan, reader, strings, bar)

@@ -1,0 +1,462 @@
+"""Distillation: a student is trained on its own samplings towards an ensemble's answers, and becomes an ordinary model."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from merging_models import flux, saved, sd, sd3, sdxl
+from processes import in_processes
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_training import experts, images, interrupt_after  # noqa: F401 (fixtures)
+from tiny import quiet, scheduler
+from tiny_transformers import flow_scheduler, qwen_image_pipeline
+
+from afa import Ensemble, UserError
+from afa.cli.main import main
+from afa.distillation.lora_files import kohya_tensors
+from afa.distillation.plan import RECORD, plan_distill
+from afa.distillation.run import distill, distill_finished
+from afa.distillation.settings import DistillSettings
+from afa.distillation.student import KEY
+from afa.latents import Latents
+from afa.models.registry import FAMILIES
+from afa.models.unet import UNetEnsemble
+from afa.sampling.sample import Request, Sampling, sample
+from afa.training.conditions import Conditions
+from afa.training.noise import Noising
+from afa.training.state import state_file
+from afa.training.teacher import Teacher, own_samplings
+from afa.training.trajectories import GROUPS, Trajectories, spaced
+
+LATENTS = Latents({"latent_channels": 4, "block_out_channels": (1, 1)})
+SHAPE = (4, 4, 4)
+PIPELINES = {
+    "sd": lambda seed: sd(seed),
+    "sdxl": lambda seed: sdxl(seed),
+    "sd3": lambda seed: sd3(seed),
+    "flux": lambda seed: flux(seed),
+    "qwen-image": lambda seed: qwen_image_pipeline(seed),
+}
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory):
+    file = tmp_path_factory.mktemp("captions") / "captions.txt"
+    file.write_text("\n".join(f"a picture of {number}" for number in range(12)) + "\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """family -> the folder of an ensemble of two experts, made when it is first asked for."""
+    home, made = tmp_path_factory.mktemp("teachers"), {}
+
+    def teacher(family):
+        if family not in made:
+            torch.manual_seed(0)
+            places = [str(saved(PIPELINES[family](seed), home / f"{family}-{seed}")) for seed in (1, 2)]
+            ensemble = Ensemble.from_experts(places, aggregator="mean")
+            ensemble.save(home / family)
+            made[family] = home / family
+        return made[family]
+
+    return teacher
+
+
+@pytest.fixture
+def settings(teachers, captions, tmp_path):
+    small = {"batch_size": 4, "held_out": 2, "steps": 6, "evaluate_every": 2, "lr": 1e-3, "device": "cpu"}
+    return DistillSettings(ensemble=str(teachers("sd")), data=str(captions), output=str(tmp_path / "out"), trajectory_steps=3, warm_up=0, **small)
+
+
+def drawn(place, guidance=3.0, **how):
+    """A picture by a stock pipeline."""
+    pipe = quiet(how.pop("kind", StableDiffusionPipeline).from_pretrained(place) if isinstance(place, Path) else place)
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    return sample(pipe, [Request("a cat", 3)], Sampling(3, guidance, height=size, width=size))
+
+
+# ---- samplings ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
+def test_a_sampling_takes_the_steps_that_diffusers_takes(kind):
+    """DDIM with η = 0, Euler for flows: the same latents, step by step, for the same predictions."""
+    noise = flow_scheduler(shift=1.0) if kind == "flow" else scheduler(kind)
+    noising, steps = Noising(noise, LATENTS, torch.device("cpu")), 5
+    running = Trajectories(noising, UNetEnsemble.interface, SHAPE, 3, 2, steps, None, seed=0)
+    rng = torch.Generator().manual_seed(0)
+    _, _, batch = running.draw(0)
+    running.end[0] = steps
+    grid = running.steps[0].clone()
+    latents = noising.noisy(batch.latents, batch.noise, batch.steps)
+    for place in range(steps - 1):
+        predictions = torch.randn(latents.shape, generator=rng)
+        running.advance(0, 0, predictions)
+        _, _, batch = running.draw(GROUPS)
+        assert torch.equal(batch.steps, grid[:, place + 1])
+        now = noising.noisy(batch.latents, batch.noise, batch.steps)
+        for row in range(2):
+            before, after = grid[row, place], grid[row, place + 1]
+            stock = _stock_step(noise, noising, predictions[row : row + 1], latents[row : row + 1], before, after)
+            assert torch.allclose(now[row : row + 1], stock, atol=2e-4, rtol=1e-3)
+        latents = now
+
+
+def _stock_step(noise, noising, prediction, latents, before, after):
+    """One step of the library's own scheduler between two timesteps."""
+    if isinstance(noise, FlowMatchEulerDiscreteScheduler):
+        sigmas = noising.noise[before], noising.noise[after]
+        return latents + (sigmas[1] - sigmas[0]) * prediction
+    stock = DDIMScheduler.from_config(noise.config, clip_sample=False, set_alpha_to_one=False)
+    stock.num_inference_steps = 1
+    stock.config.num_train_timesteps  # noqa: B018
+    stock._get_variance = lambda *_: 0
+    stock.register_to_config(num_train_timesteps=int(before - after))  # the step that step() goes back
+    return stock.step(prediction, int(before), latents).prev_sample
+
+
+def test_guidance_leads_a_sampling_and_both_predictions_are_trained():
+    noising = Noising(scheduler(), LATENTS, torch.device("cpu"))
+    pair, plain = (Trajectories(noising, UNetEnsemble.interface, SHAPE, 5, samples, 4, guidance, seed=3) for samples, guidance in ((4, 2.5), (2, None)))
+    rows, dropped, batch = pair.draw(0)
+    single = plain.draw(0)
+    assert rows == [row for row in single[0] for _ in (0, 1)]
+    assert dropped.tolist() == [False, True, False, True]
+    assert torch.equal(batch.noise[0::2], single[2].noise)
+    assert torch.equal(batch.noise[1::2], single[2].noise)
+    cond, uncond = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
+    pair.end[0] = plain.end[0] = 4
+    pair.advance(0, 0, torch.stack([cond, uncond], 1).flatten(0, 1))
+    plain.advance(0, 0, uncond + 2.5 * (cond - uncond))
+    assert torch.allclose(pair.clean, plain.clean)
+    assert torch.allclose(pair.noise, plain.noise)
+
+
+def test_parts_of_a_step_may_be_advanced_one_by_one():
+    noising = Noising(scheduler(), LATENTS, torch.device("cpu"))
+    whole, parts = (Trajectories(noising, UNetEnsemble.interface, SHAPE, 5, 8, 4, 3.0, seed=3) for _ in (0, 1))
+    whole.draw(0), parts.draw(0)
+    predictions = torch.randn(8, *SHAPE)
+    whole.advance(0, 0, predictions)
+    parts.advance(0, 4, predictions[4:])
+    parts.advance(0, 0, predictions[:4])
+    assert all(torch.equal(value, parts.state()[name]) for name, value in whole.state().items())
+
+
+def test_samplings_end_at_different_times_and_begin_anew_with_noise_alone():
+    noising = Noising(scheduler(), LATENTS, torch.device("cpu"))
+    running = Trajectories(noising, UNetEnsemble.interface, SHAPE, 50, 16, 5, None, seed=1)
+    levels = []
+    for step in range(GROUPS * 20):
+        rows, _, batch = running.draw(step)
+        fresh = running.place[step % GROUPS] == 0
+        assert not batch.latents[fresh].any()
+        assert (batch.steps[fresh] == noising.steps - 1).all()
+        running.advance(step, 0, torch.zeros(16, *SHAPE))
+        levels.append(batch.steps.float().std().item())
+    assert min(levels[GROUPS * 5 :]) > 200  # of 1,000 timesteps: a batch holds all levels
+    assert len(set(rows)) > 8
+
+
+def test_a_sampling_that_is_lost_begins_anew():
+    noising = Noising(scheduler(), LATENTS, torch.device("cpu"))
+    running = Trajectories(noising, UNetEnsemble.interface, SHAPE, 5, 2, 4, None, seed=1)
+    running.draw(0)
+    running.end[0] = 4
+    running.advance(0, 0, torch.stack([torch.zeros(SHAPE), torch.full(SHAPE, torch.inf)]))
+    _, _, batch = running.draw(GROUPS)
+    assert batch.latents[0].any()
+    assert batch.latents.isfinite().all()
+    assert batch.steps[1] == noising.steps - 1
+    assert batch.noise[1].isfinite().all()
+
+
+def test_steps_are_spread_from_noise_to_image():
+    noising = Noising(scheduler(), LATENTS, torch.device("cpu"))
+    grid = spaced(noising, 10, torch.rand(64, 1))
+    assert (grid[:, 0] == noising.steps - 1).all()
+    assert (grid[:, 1:] < grid[:, :-1]).float().mean() > 0.99
+    assert np.histogram(grid[:, 1:], 9, (0, noising.steps))[0].min() > 50
+
+
+# ---- the teacher --------------------------------------------------------------------------------------------
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(teachers, captions, tmp_path):
+    """An ensemble of one expert twice answers as that expert does, with the text encoder of each."""
+    expert = saved(sd(5), tmp_path / "expert")
+    Ensemble.from_experts([f"one={expert}", f"two={expert}"], aggregator="mean").save(tmp_path / "twice")
+    settings = DistillSettings(
+        ensemble=str(tmp_path / "twice"), data=str(captions), output=str(tmp_path / "out"), student="one",
+        batch_size=4, held_out=2, steps=2, lr=0, device="cpu", trajectory_steps=3,
+    )  # fmt: skip
+    record = distill(settings)
+    assert record["held_out_loss"]["student"]["value"] < 1e-10
+    assert record["history"][-1]["training_loss"] < 1e-10
+
+
+def test_the_teacher_answers_with_guidance_in_one_pass(teachers):
+    ensemble = Ensemble.load(teachers("sd"))
+    teacher = Teacher(ensemble, torch.device("cpu"))
+    noising = Noising(ensemble.frame.scheduler, LATENTS, torch.device("cpu"))
+    conditions = Conditions(ensemble.pipeline(), ensemble.denoiser, torch.device("cpu"))
+    side = ensemble.denoiser.side
+    noisy, times = torch.randn(2, 4, side, side), noising.timesteps(torch.tensor([100, 700]))
+    sizes, words = torch.zeros(2, 6), ["a cat", "a dog"]
+
+    def answer(dropped):
+        arguments = conditions(words, sizes, torch.tensor(dropped))
+        return ensemble.denoiser(noisy, times, **arguments).sample
+
+    with torch.no_grad():
+        cond, uncond = answer([False, False]), answer([True, True])
+    assert torch.allclose(teacher.guided(noisy, times, words, sizes, 4.0), uncond + 4 * (cond - uncond), atol=1e-5)
+    assert torch.allclose(teacher.guided(noisy, times, words, sizes, None), cond, atol=1e-6)
+
+
+def test_the_held_out_latents_are_those_of_the_teachers_own_samplings(teachers):
+    """Each is where a stock pipeline would be after so many steps, at timesteps of its own."""
+    ensemble = Ensemble.load(teachers("sd"))
+    noising = Noising(ensemble.frame.scheduler, LATENTS, torch.device("cpu"))
+    teacher, side = Teacher(ensemble, torch.device("cpu")), ensemble.denoiser.side
+    from afa.training.data import Encoded
+
+    data = Encoded(torch.empty(4, 0), ["a", "b", "c", "d"], torch.zeros(4, 6))
+    batch = own_samplings(teacher, noising, data, (4, side, side), 4, 3.0, batch_size=3, seed=0)
+    alone = own_samplings(teacher, noising, data, (4, side, side), 4, 3.0, batch_size=1, seed=0)
+    assert sorted((batch.steps.float() / noising.steps * 4).round().int().tolist()) == [0, 2, 2, 4] or len(set(batch.steps.tolist())) == 4
+    assert torch.allclose(batch.latents, alone.latents, atol=1e-4)
+    began = batch.steps == noising.steps - 1
+    assert began.sum() == 1
+    assert not batch.latents[began].any()
+    assert batch.latents[~began].flatten(1).any(1).all()
+
+
+# ---- a whole run --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_students_of_every_family_load_in_diffusers(family, teachers, settings, tmp_path):
+    settings = replace(settings, ensemble=str(teachers(family)), steps=2, save_dtype="float32")
+    record = distill(settings)
+    folder = Path(settings.output)
+    stock = type(PIPELINES[family](0)).from_pretrained(folder)
+    component = FAMILIES[{"sd": "unet", "sdxl": "unet"}.get(family, family)].component
+    trained = getattr(stock, component)
+    assert sum(parameter.numel() for parameter in trained.parameters()) == record["parameters"]
+    assert set(record["held_out_loss"]) == {"trained", "student"}
+    assert record["history"][-1]["step"] == 2
+    assert (folder / RECORD).exists()
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_single_file_is_the_folder_bit_for_bit(family, teachers, settings, tmp_path):
+    whole = replace(settings, ensemble=str(teachers(family)), steps=2)
+    alone = replace(whole, output=str(tmp_path / "student.safetensors"))
+    distill(whole), distill(alone)
+    one, other = (Ensemble.from_experts([place], aggregator="mean", placement="out").experts[0] for place in (whole.output, alone.output))
+    for mine, theirs in ((one.model, other.model), *zip(one.text_encoders, other.text_encoders, strict=True), (one.load_vae(), other.load_vae())):
+        states = mine.state_dict(), theirs.state_dict()
+        assert states[0].keys() - states[1].keys() <= {"text_model.embeddings.position_ids"}
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+    assert kind(one) == kind(other)
+    with safe_open(alone.output, framework="pt") as file:
+        said = json.loads(file.metadata()[KEY])
+        names = set(file.keys())
+    assert said["guidance_in"] is None
+    assert "teacher" in said
+    assert any(name.startswith("model.diffusion_model.input_blocks.0.0.") for name in names)
+    assert any(name.startswith("first_stage_model.") for name in names)
+
+
+def kind(expert):
+    return expert.scheduler.config.prediction_type
+
+
+def test_v_prediction_is_marked_for_other_programs(captions, tmp_path):
+    places = [str(saved(sd(seed), tmp_path / f"v{seed}")) for seed in (1, 2)]
+    for place in places:
+        file = Path(place) / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    Ensemble.from_experts(places, aggregator="mean").save(tmp_path / "teacher")
+    output = tmp_path / "student.safetensors"
+    given = {"batch_size": 4, "held_out": 2, "steps": 1, "device": "cpu", "trajectory_steps": 2}
+    distill(DistillSettings(ensemble=str(tmp_path / "teacher"), data=str(captions), output=str(output), **given))
+    with safe_open(output, framework="pt") as file:
+        assert "v_pred" in set(file.keys())
+        assert file.metadata()["modelspec.prediction_type"] == "v"
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_both_forms_of_a_lora_draw_the_same_in_diffusers(family, teachers, settings, tmp_path):
+    folder = replace(settings, ensemble=str(teachers(family)), lora=2, student=f"{family}-1", lr=1e-2, steps=3)
+    file = replace(folder, output=str(tmp_path / "lora.safetensors"))
+    distill(folder), distill(file)
+    base = teachers(family).parent / f"{family}-1"
+    kinds = type(PIPELINES[family](0))
+    pictures = [drawn(base, kind=kinds)]
+    for place in (f"{folder.output}/pytorch_lora_weights.safetensors", file.output):
+        pipe = kinds.from_pretrained(base)
+        pipe.load_lora_weights(place)
+        assert pipe.get_list_adapters() != {}
+        pictures.append(drawn(pipe))
+        ours = Ensemble.from_experts([f"tuned={base}+{place}"], aggregator="mean", placement="out")
+        assert np.abs(drawn(ours.pipeline()).astype(int) - pictures[-1]).max() <= 1
+    assert not np.array_equal(pictures[0], pictures[1])
+    assert np.array_equal(pictures[1], pictures[2])
+    names = set(load_file(file.output))
+    expected = "lora_unet_input_blocks_" if family == "sdxl" else "lora_unet_down_blocks_"
+    assert any(name.startswith(expected) for name in names)
+    assert {name.rpartition(".")[2] for name in names} == {"weight", "alpha"}
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_loras_of_transformers_are_read_back_as_they_were(family, teachers, settings, tmp_path):
+    folder = replace(settings, ensemble=str(teachers(family)), lora=2, student=f"{family}-1", lr=1e-2, steps=2)
+    file = replace(folder, output=str(tmp_path / "lora.safetensors"))
+    distill(folder), distill(file)
+    base = teachers(family).parent / f"{family}-1"
+    kept = f"{folder.output}/pytorch_lora_weights.safetensors"
+    one, other = (
+        Ensemble.from_experts([f"a={base}+{place}"], aggregator="mean", placement="out").experts[0].model.state_dict()
+        for place in (kept, file.output)
+    )
+    plain = Ensemble.from_experts([str(base)], aggregator="mean", placement="out").experts[0].model.state_dict()
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+    assert any(not torch.equal(one[name], plain[name]) for name in plain)
+    names = {name.split("_blocks_")[0] for name in load_file(file.output)}
+    assert names <= {"lora_unet_double", "lora_unet_single", "lora_unet_joint"}
+
+
+def test_a_layer_without_a_name_in_other_programs_is_refused():
+    model = PIPELINES["qwen-image"](0).transformer
+    layer = next(name for name, module in model.named_modules() if name.endswith("to_q"))
+    with pytest.raises(UserError, match="other programs"):
+        kohya_tensors(model, {layer: (torch.zeros(2, 4), torch.zeros(4, 2))})
+
+
+def test_training_brings_the_student_nearer_to_its_teacher(settings):
+    record = distill(replace(settings, steps=40, lr=3e-3, ema=0.5, evaluate_every=10, held_out=2))
+    assert record["held_out_loss"]["trained"]["value"] < 0.8 * record["held_out_loss"]["student"]["value"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": 2, "student": "sd-1"}, {"guidance_in": 4.0}])
+def test_a_killed_run_comes_to_the_same_student(changes, settings, monkeypatch, tmp_path):
+    settings = replace(settings, **changes)
+    whole = distill(replace(settings, output=str(tmp_path / "whole")))
+    for step in (2, 3, 5):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, step)
+            with pytest.raises(KeyboardInterrupt):
+                distill(settings)
+        assert state_file(settings).exists()
+        assert distill_finished(settings) is None
+    record = distill(settings)
+    assert record["history"] == whole["history"]
+    name = "pytorch_lora_weights.safetensors" if settings.lora else "unet/diffusion_pytorch_model.safetensors"
+    mine, theirs = (load_file(Path(place) / name) for place in (settings.output, tmp_path / "whole"))
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    assert not state_file(settings).exists()
+    assert distill(settings) == json.loads(json.dumps(record))  # a finished run is read
+
+
+def test_two_processes_train_what_one_trains(settings, tmp_path):
+    alone = replace(settings, output=str(tmp_path / "alone"), accumulate=2, steps=4)
+    several = replace(settings, output=str(tmp_path / "several"), steps=4)
+    one = distill(alone)
+    many = in_processes(lambda: distill(several)["history"])
+    assert [entry["held_out_loss"] for entry in many[0]] == [entry["held_out_loss"] for entry in many[1]]
+    for mine, theirs in zip(many[0], one["history"], strict=True):
+        assert mine["held_out_loss"] == pytest.approx(theirs["held_out_loss"], rel=1e-4)
+
+
+def test_a_cache_changes_nothing(settings, tmp_path):
+    plain = distill(settings)
+    cached = distill(replace(settings, output=str(tmp_path / "cached"), cache=str(tmp_path / "cache")))
+    assert cached["history"] == plain["history"]
+    assert (tmp_path / "cached" / "text_encoder" / "model.safetensors").exists()
+
+
+def test_images_give_their_captions(settings, images, tmp_path):  # noqa: F811
+    record = distill(replace(settings, data=str(images), steps=2))
+    assert record["training_images"] == 8
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora": 0}, "too small"),
+        ({"batch_size": 5}, "even number"),
+        ({"guidance": 3.0, "guidance_in": 3.0}, "give one of them"),
+        ({"objective": "mse+reward", "reward": "demo"}, "without a teacher"),
+        ({"caption_dropout": 0.5}, "--caption-dropout 0.5 is of training on images"),
+        ({"crops": 2}, "--crops 2"),
+        ({"sparsity": 0.1}, "several experts"),
+        ({"student": "nowhere"}, "nowhere"),
+        ({"data": "empty.txt"}, "holds no caption"),
+        ({"data": "gone.txt"}, "is no file"),
+        ({"data": "four.txt"}, "too few"),
+        ({"ensemble": "gone"}, "gone"),
+        ({"output": "there"}, "exists already"),
+        ({"output": "there.safetensors"}, "exists already"),
+    ],
+)
+def test_bad_input_gets_a_sentence(changes, words, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "four.txt").write_text("a\nb\nc\nd\n")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "model_index.json").write_text("{}")
+    (tmp_path / "there.safetensors").write_text("")
+    with pytest.raises(UserError, match=words):
+        distill(replace(settings, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_inside_the_ensemble_is_refused(settings):
+    with pytest.raises(UserError, match="inside the ensemble"):
+        replace(settings, output=f"{settings.ensemble}/student")
+
+
+def test_a_student_of_another_architecture_is_refused(settings, tmp_path):
+    other = saved(sdxl(0), tmp_path / "xl")
+    with pytest.raises(UserError, match="'xl' cannot join"):
+        distill(replace(settings, student=str(other)))
+
+
+def test_a_student_of_another_kind_of_prediction_is_refused(settings, tmp_path):
+    other = saved(sd(3), tmp_path / "v")
+    file = other / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    with pytest.raises(UserError, match="v_prediction"):
+        distill(replace(settings, student=str(other)))
+
+
+def test_a_whole_transformer_in_one_file_is_refused_before_training(teachers, settings, tmp_path):
+    with pytest.raises(UserError, match="of SD 1.x, 2.x and XL"):
+        plan_distill(replace(settings, ensemble=str(teachers("flux")), output=str(tmp_path / "x.safetensors")))
+
+
+def test_a_finished_run_with_other_options_is_refused(settings):
+    distill(replace(settings, steps=1))
+    with pytest.raises(UserError, match="was finished with --steps 1"):
+        distill(replace(settings, steps=2))
+
+
+def test_the_command_plans_and_trains(settings, capsys, tmp_path):
+    words = ["distill", settings.ensemble, "--data", settings.data, "--output", str(tmp_path / "x"), "--device", "cpu"]
+    words += ["--batch-size", "4", "--held-out", "2", "--steps", "2", "--trajectory-steps", "2", "--guidance-in", "3"]
+    assert main([*words, "--dry-run"]) == 0
+    assert "with guidance 3, in one pass" in capsys.readouterr().out
+    assert not (tmp_path / "x").exists()
+    assert main(words) == 0
+    assert "draw it with guidance 1" in capsys.readouterr().out
