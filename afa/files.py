@@ -44,6 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with _plain_errors(path):
             yield temporary
+            _as_others_are(temporary)
             _flush(temporary)
         os.replace(temporary, path)
     finally:
@@ -148,10 +149,13 @@ def _flush(path: Path) -> None:
 
 
 def _as_others_are(stage: Path) -> None:
-    """Give all files the usual permissions of new files; some writers (safetensors) make them private."""
+    """Give a file, or all files of a folder, the usual permissions of new files.
+
+    Some writers (safetensors) make them private.
+    """
     mask = os.umask(0)
     os.umask(mask)
-    for path in stage.rglob("*"):
+    for path in (stage, *stage.rglob("*")):
         if path.is_file():
             path.chmod(0o666 & ~mask)
 

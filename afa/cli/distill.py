@@ -14,7 +14,7 @@ from afa.distillation.settings import DistillSettings as Options
 
 EXAMPLES = [
     "afa distill demo:ensemble --data scenes:200 --output student --steps 20",
-    "afa distill demo:ensemble --data scenes:99 --student curves --lora 8 --output lora.safetensors --dry-run",
+    "afa distill demo:ensemble --data scenes:9 --student curves --lora 8 --output lora.safetensors --dry-run",
 ]
 
 

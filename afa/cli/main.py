@@ -26,6 +26,7 @@ COMMANDS = {
     "screen": "afa.cli.screen",
     "merge": "afa.cli.merge",
     "search": "afa.cli.search",
+    "extract": "afa.cli.extract",
     "train": "afa.cli.train",
     "finetune": "afa.cli.finetune",
     "distill": "afa.cli.distill",
