@@ -293,6 +293,26 @@ def set_estimate(values: Array, replicates: Array, n: int, seed: int = 0) -> Est
     return Estimate(float(values.mean()), float(values.mean() + low), float(values.mean() + high), n)
 
 
+def kept_share(method: Array, reference: Array, whole: Array, seed: int = 0) -> Estimate:
+    """The share of a gain over a reference that a method keeps: (method - reference) / (whole - reference).
+
+    method, reference, whole: (runs, prompts) each, of the same prompts; runs of the first two of several are
+                              averaged
+    seed:                     of the resamples
+    The interval is over prompts and over the method's runs; it has no end where the gain itself may be none.
+    """
+    base, full = reference.mean(0), whole.mean(0)
+    rows = np.concatenate([method, base[None], full[None]])
+    *means, low, high = _resampled_means(rows, seed)
+    gain = high - low
+    value = (method.mean(1) - base.mean()) / (full.mean() - base.mean())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = (np.stack(means) - low) / gain
+    draws = shares.mean(0) + run_effects(value, shares, seed)
+    ends = np.quantile(draws, QUANTILES) if bool((gain > 0).all() or (gain < 0).all()) else (-np.inf, np.inf)
+    return Estimate(float(value.mean()), float(ends[0]), float(ends[1]), method.shape[1])
+
+
 def _resampled_means(rows: Array, seed: int) -> Array:
     """(k, n) -> (k, RESAMPLES): the mean of each row under the same draws of n items."""
     return np.concatenate([weighted_means(counts, rows) for counts in _counts(rows.shape[1], seed)], axis=1)

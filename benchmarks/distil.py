@@ -33,14 +33,13 @@ from afa.merging.engine import merge_files
 from afa.merging.settings import MergeSettings
 from afa.sampling.sample import Sampler
 from afa.settings import kind_of
-from afa.stats import Estimate, difference, differences, estimate, estimates, set_estimate
+from afa.stats import difference, differences, estimate, estimates, kept_share
 from afa.training.finetune import FILE, finetune
 from afa.training.finetune_settings import LoraSettings
 from afa.training.run import train
 from afa.training.settings import TrainSettings
 
 GUIDANCE = 3.0
-RESAMPLES = 10_000
 
 
 def options_of(text: str, settings: type) -> tuple[str, dict[str, Any]]:
@@ -109,16 +108,6 @@ class Distilling(Bench):
         return pipeline_of(Ensemble.from_experts([expert], aggregator="mean", placement="out"))
 
 
-def kept(runs: NDArray[np.float64], merge: NDArray[np.float64], teacher: NDArray[np.float64]) -> Estimate:
-    """The share of the teacher's gain over the merge that students keep. runs: (seeds, scenes)"""
-    rng, n = np.random.default_rng(0), len(merge)
-    rows = rng.integers(n, size=(RESAMPLES, n))
-    gain = teacher[rows].mean(1) - merge[rows].mean(1)
-    shares = np.stack([(run[rows].mean(1) - merge[rows].mean(1)) / gain for run in runs])
-    values = (runs.mean(1) - merge.mean()) / (teacher.mean() - merge.mean())
-    return set_estimate(values, shares, n)
-
-
 def main() -> None:
     flags = argparse.ArgumentParser(
         prog="python benchmarks/distil.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -156,7 +145,7 @@ def main() -> None:
             place = make(options, seed)
             runs.append(scores(place.name, lambda place=place, base=base: bench.sampler(place, base), guidance))
         found = np.stack(runs)
-        cells = [*estimates([found]), *differences([found - merge, found - teacher]), kept(found, merge, teacher)]
+        cells = [*estimates([found]), *differences([found - merge, found - teacher]), kept_share(found, merge[None], teacher[None])]
         lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
     report = "\n".join(lines)
     write_atomically(given.output / given.world / "table.md", report + "\n")

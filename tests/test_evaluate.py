@@ -19,13 +19,19 @@ from afa.cli.main import main
 from afa.denoiser.base import EnsembleDenoiser
 from afa.errors import UserError
 from afa.evaluation import run as comparison
-from afa.evaluation.controls import _merge, _merged_again
+from afa.evaluation.compare import analyse
+from afa.evaluation.controls import _merged_again, weighted_merge
+from afa.evaluation.methods import all_rows
 from afa.evaluation.plan import plan
+from afa.evaluation.report.headline import headlines
 from afa.evaluation.results import Results
 from afa.evaluation.run import evaluate
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.setup import Setup
+from afa.evaluation.untrained import merged_sampler
+from afa.experts.load import load_expert
 from afa.sampling.image_files import ImageFile
+from afa.sampling.sample import Request
 from afa.training.finetune import fuse_lora
 from afa.training.run import train
 from afa.training.settings import TrainSettings
@@ -270,7 +276,7 @@ def test_merge_and_continue_has_two_rounds_that_cost_what_one_does(settings):
     assert sum(steps) == one.training_steps and max(steps) - min(steps) <= 1
 
     setup = Setup(settings)
-    again, merge = _merged_again(setup, first / "pytorch_lora_weights.safetensors"), _merge(setup)
+    again, merge = _merged_again(setup, first / "pytorch_lora_weights.safetensors"), weighted_merge(setup)
     key = "down_blocks.0.resnets.0.conv1.weight"
     mean = merge.model.state_dict()[key].clone()
     assert torch.allclose(mean, torch.stack([expert.model.state_dict()[key] for expert in setup.ensemble.experts]).mean(0), atol=1e-6)
@@ -295,3 +301,41 @@ def test_two_processes_make_the_images_of_one(settings, done, capfd):
 def test_the_command_prints_the_list_of_methods(capsys):
     assert main(["evaluate", "--ensemble", "x", "--protocol", "x", "--output", "x", "--methods", "list"]) == 0
     assert "prediction_router" in capsys.readouterr().out
+
+
+STUDENTS = ["weighted", "distilled", "distilled_lora", "distilled_guided"]
+
+
+def test_students_are_distilled_from_the_ensemble_of_their_seed_and_drawn_as_they_were_trained(settings):
+    settings = replace(settings, methods=STUDENTS, seeds=2, distill_steps=2, tuning=0)
+    results = evaluate(settings)
+    assert not results.errors
+    rows = {method.name: method for method in results.methods if method.name in STUDENTS}
+    assert list(rows) == STUDENTS
+    assert all([run.seed for run in row.runs] == [0, 1] for name, row in rows.items() if name != "weighted")
+    trained = Path(settings.output) / "trained"
+    records = {name: json.loads((trained / name / "seed-1" / "distill.json").read_text())["settings"] for name in STUDENTS[1:]}
+    assert {Path(record["ensemble"]).parts[-2:] for record in records.values()} == {("afa", "seed-1")}
+    assert records["distilled"]["guidance"] == records["distilled_guided"]["guidance_in"] == 2.0
+    assert records["distilled_lora"]["lora"] > 0 and records["distilled_guided"]["guidance"] is None
+    again = evaluate(settings)  # a finished comparison is read
+    assert [method.name for method in again.methods] == [method.name for method in results.methods]
+
+    setup = Setup(settings)
+    (row,) = all_rows(setup, None, ["distilled_guided"])
+    student = load_expert(str(trained / "distilled_guided" / "seed-0"), torch.float32)
+    drawn = row.sampler({}, 0)([Request("a cat", 7)], replace(setup.sampling, guidance=2.0))
+    assert np.array_equal(drawn, merged_sampler(setup, student)([Request("a cat", 7)], replace(setup.sampling, guidance=1.0)))
+
+
+def test_the_report_says_what_share_of_the_gain_a_student_keeps(settings):
+    results = evaluate(replace(settings, methods=STUDENTS[:2], distill_steps=1, tuning=0))
+    (one,) = analyse([results])
+    said = [dict(found.kinds)["One model out"] for found in headlines(one)]
+    assert all(sentence.startswith("share of the gain over the best merge, ") for sentence in said)
+    assert all("AFA in one model" in sentence for sentence in said)
+
+
+def test_a_student_with_guidance_in_it_needs_guidance(settings):
+    with pytest.raises(UserError, match="drawn without"):
+        evaluate(replace(settings, methods=["distilled_guided"], guidance=1.0, tuning=0, distill_steps=1))

@@ -49,7 +49,7 @@ def control_rows(setup: Setup) -> list[MethodRow]:
     """Return five rows, each with at least as many trained parameters as the ensemble."""
     starts: dict[str, tuple[str, Start]] = {
         "finetune_best": ("LoRA on the best expert", best_expert),
-        "finetune_merge": ("LoRA on the weighted merge", _merge),
+        "finetune_merge": ("LoRA on the weighted merge", weighted_merge),
     }
     rows = []
     for kind, (title, start) in starts.items():
@@ -81,7 +81,7 @@ def best_expert(setup: Setup) -> Expert:
     return replace(best, model=fuse(copy.deepcopy(best.model)), vae=setup.ensemble.frame.vae)
 
 
-def _merge(setup: Setup) -> Expert:
+def weighted_merge(setup: Setup) -> Expert:
     """Return the mean of all experts' weights, with the ensemble's VAE."""
     return replace(merge_experts(setup.ensemble.experts, "weighted"), vae=setup.ensemble.frame.vae)
 
@@ -129,8 +129,8 @@ def _train_rounds(setup: Setup, options: Options, run: int) -> Trained:
     trained = setup.output / "trained" / CONTINUED / f"lr-{options['lr']:g}" / f"seed-{run}"
     rounds: list[Trained] = []
     for number in (1, 2):
-        start: Start = _merge if not rounds else functools.partial(_merged_again, file=rounds[0].file)
-        settings = _settings(setup, _merge, True, options, run, trained / f"round-{number}")
+        start: Start = weighted_merge if not rounds else functools.partial(_merged_again, file=rounds[0].file)
+        settings = _settings(setup, weighted_merge, True, options, run, trained / f"round-{number}")
         steps = settings.steps // 2 if number == 1 else settings.steps - settings.steps // 2
         rounds.append(_finetune(setup, start, replace(settings, steps=max(1, steps))))
     first, second = rounds
@@ -147,7 +147,7 @@ def _merged_again(setup: Setup, file: Path) -> Expert:
 
     file: the LoRA of the first round
     """
-    trained, experts = _merge(setup), setup.ensemble.experts
+    trained, experts = weighted_merge(setup), setup.ensemble.experts
     fuse_lora(trained.model, file)
     weights = [float(len(experts)), *[1.0] * len(experts)]
     merged = merge_experts([trained, *experts], "weighted", weights=weights)

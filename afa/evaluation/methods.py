@@ -6,11 +6,12 @@ from afa.evaluation.controls import control_rows
 from afa.evaluation.prompt_router import prompt_router_rows
 from afa.evaluation.rows import MethodRow
 from afa.evaluation.setup import Setup
+from afa.evaluation.students import student_rows
 from afa.evaluation.trained import ablation_rows, expert_rows, objective_rows, trained_rows
 from afa.evaluation.tuning import Tuner
 from afa.evaluation.untrained import auto_mbw_rows, merge_rows, sampling_rows
 
-MAKERS = (sampling_rows, merge_rows, control_rows, prompt_router_rows, trained_rows)
+MAKERS = (sampling_rows, merge_rows, control_rows, prompt_router_rows, trained_rows, student_rows)
 STUDIES = {"experts": expert_rows, "ablations": ablation_rows, "objectives": objective_rows}
 
 

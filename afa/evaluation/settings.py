@@ -137,6 +137,9 @@ class EvaluateSettings(CheckedOptions):
         help="images on which the options of methods are chosen; they are not judged; 0: use the defaults",
     )
     search_trials: int = option(60, least=0, most=10**6, help="merges that auto_mbw tries")
+    distill_steps: int | None = option(
+        None, **COUNT, help="training steps of distilled models (default: twice as many as the ensemble's)"
+    )
     batch_size: int = option(8, **COUNT, help="images made at once")
     resamples: int = option(1000, least=100, most=10**6, help="bootstrap resamples of distances between sets")
     dtype: str = option("float32", help=DTYPE_HELP, choices=DTYPES)

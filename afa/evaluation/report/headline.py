@@ -3,13 +3,15 @@
 They claim no more than the corrected tests allow.
 """
 
+import math
 from dataclasses import dataclass
 
 from afa.evaluation.columns import Column, Comparison
 from afa.evaluation.compare import EXPERT, OURS, RIVALS, Analysis
+from afa.evaluation.rows import STUDENTS
 from afa.pages.numbers import decimals, number, plural, probability, with_interval
 from afa.pages.tables import GROUP_TITLES
-from afa.stats import LEVEL, SEVERAL
+from afa.stats import LEVEL, SEVERAL, kept_share
 
 WORDS = {"better": "better than", "worse": "worse than", "undecided": "undecided against"}
 
@@ -109,4 +111,22 @@ def _kinds(one: Analysis, column: Column) -> list[tuple[str, str]]:
             named = [f"{one.title(own.other)} ({figures(own)})" for own in found if own.verdict == verdict]
             clauses += [f"{WORDS[verdict]} {', '.join(named)}"] if named else []
         kinds += [(GROUP_TITLES[group], f"{'; '.join(clauses)}.")] if found else []
-    return kinds
+    return kinds + _kept(one, column)
+
+
+def _kept(one: Analysis, column: Column) -> list[tuple[str, str]]:
+    """Return what share of our method's gain over the best merge each distilled model keeps."""
+    merge = column.leader(one.group("merge"))
+    students = [name for name in STUDENTS if name in column.samples]
+    if not students or merge is None or one.ours is None or column.note.kind != "image":
+        return []
+    of = {name: column.samples[name].scores for name in (merge, one.ours, *students)}
+    if len({scores.shape[1] for scores in of.values()}) > 1:
+        return []
+    shares = {name: kept_share(of[name], of[merge], of[one.ours]) for name in students}
+    words = [
+        f"{one.title(name)} {share.words(2)}" if math.isfinite(share.low) else f"{one.title(name)}: undecided"
+        for name, share in shares.items()
+    ]
+    what = f"share of the gain over the best merge, {one.title(merge)}, that is kept"
+    return [("One model out", f"{what}: {'; '.join(words)}.")]
