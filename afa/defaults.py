@@ -33,8 +33,9 @@ PASSES, LEAST_STEPS, MOST_STEPS = 5, 250, 12_500
 # (docs/metrics.md, by simulation).
 FEWEST_HELD_OUT = 20
 
-# Of afa distill, measured on far (docs/log.md).
-DISTILL_STEPS, DISTILL_RATE, DISTILL_EMA, TRAJECTORY_STEPS = 1000, 1e-3, 0.99, 12
+# Of afa distill, measured on far (docs/log.md), whose models' widest stage has 96 channels.
+DISTILL_STEPS, DISTILL_EMA, TRAJECTORY_STEPS = 1000, 0.99, 12
+DISTILL_RATE, DISTILL_WIDTH = 1e-3, 96
 
 # Of --reuse: stages at either end of a U-Net that run in all steps.
 OUTER_STAGES = 2
@@ -49,6 +50,7 @@ WHY = {
     "depth": "as measured on the embedded world; the paper's is 2",
     "attention_up_to": f"maps up to {SMALL_SIDE}, and larger ones where the experts have attention",
     "lr": f"{RATE:g} at hidden {NARROWEST}, lower in proportion for wider aggregators",
+    "distill_rate": f"{DISTILL_RATE:g} for models of {DISTILL_WIDTH} channels, lower in proportion for wider",
     "steps": f"{PASSES} passes over the training images, from {LEAST_STEPS} to {MOST_STEPS:,}",
 }  # option -> the reason in a clause, for --dry-run
 
@@ -73,6 +75,11 @@ def learning_rate(hidden: int | None) -> float:
     as the width grows (Yang et al., arXiv:2203.03466, table 3).
     """
     return float(f"{RATE * NARROWEST / (hidden or NARROWEST):.2g}")
+
+
+def distill_rate(widest: int) -> float:
+    """Return the learning rate of a student whose widest stage has so many channels; see learning_rate."""
+    return float(f"{DISTILL_RATE * DISTILL_WIDTH / widest:.2g}")
 
 
 def steps(images: int, images_a_step: int) -> int:

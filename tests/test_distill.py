@@ -460,3 +460,32 @@ def test_the_command_plans_and_trains(settings, capsys, tmp_path):
     assert not (tmp_path / "x").exists()
     assert main(words) == 0
     assert "draw it with guidance 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": 3}', '{"settings": {"steps": "many"}}'])
+def test_a_record_that_is_damaged_is_refused_in_a_sentence(settings, text):
+    settings.folder.mkdir()
+    (settings.folder / RECORD).write_text(text)
+    with pytest.raises(UserError, match=r"distill\.json") as raised:
+        distill(settings)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+
+
+def test_a_file_that_is_gone_after_its_run_is_named(settings, tmp_path):
+    settings = replace(settings, output=str(tmp_path / "x.safetensors"), steps=1)
+    distill(settings)
+    Path(settings.output).unlink()
+    with pytest.raises(UserError, match="it is gone"):
+        distill(settings)
+
+
+def test_the_rate_that_is_not_given_falls_with_the_students_width(settings, teachers):
+    planned = plan_distill(replace(settings, lr=None))
+    widest = max(stage.channels for stage in planned.ensemble.denoiser.stages)
+    assert planned.settings.lr == pytest.approx(1e-3 * 96 / widest, rel=0.01)
+    given = replace(settings, lr=None, steps=1)
+    record = distill(given)
+    assert record["settings"]["lr"] == planned.settings.lr
+    assert distill(given) == json.loads(json.dumps(record))
+    with pytest.raises(UserError, match="lr"):
+        distill(replace(given, lr=0.5))

@@ -21,13 +21,13 @@ from afa.errors import UserError
 from afa.evaluation import run as comparison
 from afa.evaluation.compare import analyse
 from afa.evaluation.controls import _merged_again, weighted_merge
-from afa.evaluation.methods import all_rows
 from afa.evaluation.plan import plan
 from afa.evaluation.report.headline import headlines
 from afa.evaluation.results import Results
 from afa.evaluation.run import evaluate
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.setup import Setup
+from afa.evaluation.students import student_rows
 from afa.evaluation.untrained import merged_sampler
 from afa.experts.load import load_expert
 from afa.sampling.image_files import ImageFile
@@ -322,7 +322,7 @@ def test_students_are_distilled_from_the_ensemble_of_their_seed_and_drawn_as_the
     assert [method.name for method in again.methods] == [method.name for method in results.methods]
 
     setup = Setup(settings)
-    (row,) = all_rows(setup, None, ["distilled_guided"])
+    row = next(row for row in student_rows(setup) if row.name == "distilled_guided")
     student = load_expert(str(trained / "distilled_guided" / "seed-0"), torch.float32)
     drawn = row.sampler({}, 0)([Request("a cat", 7)], replace(setup.sampling, guidance=2.0))
     assert np.array_equal(drawn, merged_sampler(setup, student)([Request("a cat", 7)], replace(setup.sampling, guidance=1.0)))

@@ -113,7 +113,8 @@ def test_what_a_lora_cannot_hold_is_counted_as_lost(pairs, tmp_path):
 
 def test_text_encoders_may_be_left_out(pairs, tmp_path):
     tuned, base = pairs("sd")
-    whole, alone = (ExtractSettings(tuned=str(tuned), base=str(base), rank=2, output=str(tmp_path / f"{only}.safetensors"), denoiser_only=only) for only in (False, True))
+    given = {"tuned": str(tuned), "base": str(base), "rank": 2}
+    whole, alone = (ExtractSettings(output=str(tmp_path / f"{only}.safetensors"), denoiser_only=only, **given) for only in (False, True))
     extract(whole), extract(alone)
     assert {name for name in load_file(whole.output) if name.startswith("lora_te_text_model_")}
     assert {name.split("_")[1] for name in load_file(alone.output)} == {"unet"}
@@ -125,7 +126,8 @@ def test_single_files_and_folders_may_be_mixed(pairs, tmp_path):
 
     tuned, base = pairs("sd")
     merge_files(MergeSettings(experts=[str(tuned)], output=str(tmp_path / "tuned.safetensors")))
-    one, other = (ExtractSettings(tuned=str(place), base=str(base), rank=2, output=str(tmp_path / f"{name}.safetensors")) for name, place in (("a", tuned), ("b", tmp_path / "tuned.safetensors")))
+    places = {"a": tuned, "b": tmp_path / "tuned.safetensors"}
+    one, other = (ExtractSettings(tuned=str(place), base=str(base), rank=2, output=str(tmp_path / f"{name}.safetensors")) for name, place in places.items())
     extract(one), extract(other)
     mine, theirs = load_file(one.output), load_file(other.output)
     assert mine.keys() == theirs.keys()
@@ -149,7 +151,7 @@ def test_what_does_not_fit_or_does_not_differ_is_refused(pairs, tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
     Path(given["output"]).write_text("")
     with pytest.raises(UserError, match="exists already"):
-        ExtractSettings(tuned=str(tuned), **given)
+        extract(ExtractSettings(tuned=str(tuned), **given))
 
 
 def test_the_command_says_what_is_kept(pairs, tmp_path, capsys):

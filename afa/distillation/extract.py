@@ -24,7 +24,7 @@ from afa.experts.compatible import mismatches
 from afa.experts.expert import TEXT_ENCODERS
 from afa.experts.headers import current_name
 from afa.experts.spec import ExpertSpec
-from afa.files import locked, replacing, staged
+from afa.files import locked, present, refuse_busy, replacing, staged
 from afa.merging.engine import model_spec
 from afa.merging.keys import check_same_keys, check_values
 from afa.merging.sources import FileSource, Reader, open_source
@@ -50,7 +50,16 @@ class Kept:
 
 
 def open_both(settings: ExtractSettings) -> tuple[FileSource, FileSource]:
-    """Find both models. Raises UserError if they cannot be compared, weight by weight."""
+    """Find both models.
+
+    Raises UserError if they cannot be compared, weight by weight, or if the output is there already.
+    """
+    output = Path(settings.output)
+    if settings.single_file and output.is_dir():
+        raise UserError(f"{output} is a folder; a file of that name cannot be written")
+    refuse_busy(output, file=settings.single_file)
+    if output.is_file() or present(output):
+        raise UserError(f"{output} exists already; choose another --output or delete it")
     tuned, base = (
         open_source(ExpertSpec.parse(place, prediction_type=settings.prediction_type), settings.config)
         for place in (settings.tuned, settings.base)

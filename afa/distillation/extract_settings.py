@@ -1,9 +1,7 @@
 """The options of `afa extract`. No heavy imports: the command line's help comes from here."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.settings import CONFIG_HELP, DEVICE_HELP, DTYPES, CheckedOptions, option
 
@@ -26,11 +24,6 @@ class ExtractSettings(CheckedOptions):
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     dry_run: bool = option(False, help="check both models, say what would be written, and stop")
     json: bool = option(False, help="print one JSON document")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if Path(self.output).exists():
-            raise UserError(f"--output {self.output} exists already; choose another place or delete it")
 
     @property
     def single_file(self) -> bool:

@@ -1,7 +1,7 @@
 """What a distillation would do, found before anything is trained: captions, teacher, student, memory."""
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from afa.aggregators.registry import count_parameters
 from afa.cost import call_of
 from afa.data.sources import ImageSource, Sample
+from afa.defaults import distill_rate
 from afa.devices import LiveBytes, choose_device, process_device
 from afa.distillation.settings import CAPTIONS, DistillSettings
 from afa.distillation.student import check_layout, make_student
@@ -116,6 +117,9 @@ def plan_distill(settings: DistillSettings, teacher: Ensemble | None = None) -> 
         teacher = Ensemble.load(settings.ensemble, dtype=dtype)
     check_layout(settings, teacher)
     student = make_student(settings, teacher)
+    if settings.lr is None:
+        widest = max(stage.channels for stage in student.denoiser.stages)
+        settings = replace(settings, lr=distill_rate(widest))
     if settings.store is not None:
         store_weights(teacher.denoiser.experts, settings.store)
     check_objective(settings, student, source)

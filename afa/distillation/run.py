@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -43,6 +43,8 @@ def distill_finished(settings: DistillSettings) -> dict[str, Any] | None:
         begun: DistillSettings = build(DistillSettings, record["settings"], file, "settings")
     except UserError as error:
         raise UserError(f"{error}; choose another --output") from None
+    if settings.lr is None:
+        settings = replace(settings, lr=begun.lr)
     check_record(settings, begun, record, f"the student in {settings.output}")
     if settings.single_file and not Path(settings.output).is_file():
         raise UserError(
@@ -62,10 +64,11 @@ def distill(settings: DistillSettings, planned: DistillPlan | None = None) -> di
     with contextlib.ExitStack() as stack:
         if distill_finished(settings) is None:
             stack.enter_context(locked(settings.folder))
-        return distill_finished(settings) or _distill(settings, planned or plan_distill(settings))
+        return distill_finished(settings) or _distill(planned or plan_distill(settings))
 
 
-def _distill(settings: DistillSettings, planned: DistillPlan) -> dict[str, Any]:
+def _distill(planned: DistillPlan) -> dict[str, Any]:
+    settings: Any = planned.settings
     accelerator = make_accelerator(settings)
     trainer = make_trainer(
         planned, accelerator, lambda student: trained_part(settings, student.denoiser.experts[0])

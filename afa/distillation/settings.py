@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from afa import defaults
 from afa.errors import UserError
-from afa.settings import DTYPES, GUIDANCE, SAMPLING_STEPS, STORE_HELP, STORES, option
+from afa.settings import DTYPES, GUIDANCE, SAMPLING_STEPS, SHARE, STORE_HELP, STORES, option
 from afa.training.objective_registry import PLAIN
 from afa.training.settings import LoopSettings
 
@@ -74,8 +74,10 @@ class DistillSettings(LoopSettings):
         most=10**6,
         help="latents per step and process; with guidance, two of each sampling: with caption and without",
     )
-    lr: float = option(
-        defaults.DISTILL_RATE, least=0, most=1, help="learning rate of AdamW after the warm-up"
+    lr: float | None = option(  # type: ignore[assignment]  # a number once a run is planned
+        None,
+        **SHARE,
+        help=f"learning rate of AdamW after the warm-up (default: {defaults.WHY['distill_rate']})",
     )
     schedule: str = option(
         "linear",
@@ -84,8 +86,7 @@ class DistillSettings(LoopSettings):
     )
     ema: float = option(
         defaults.DISTILL_EMA,
-        least=0,
-        most=1,
+        **SHARE,
         help="largest decay of the moving average of the trained weights, which is saved",
     )
     store: str | None = option(None, help=STORE_HELP, choices=STORES)

@@ -29,6 +29,8 @@ WORKING = {
     "search": ["--experts", "a", "b", "--output", "c", "--prompt", "p"],
     "train": ["--experts", "a", "b", "--data", "scenes:8", "--output", "c"],
     "finetune": ["a", "--data", "scenes:8", "--output", "c"],
+    "distill": ["a", "--data", "scenes:8", "--output", "c"],
+    "extract": ["a", "--base", "b", "--output", "c"],
     "generate": ["a", "--prompt", "p", "--output", "c"],
     "calibrate": ["a", "--prompt", "p"],
     "explain": ["a", "--prompt", "p", "--output", "c"],

@@ -59,6 +59,7 @@ def test_sampling_in_python_is_refused_by_name(name, value):
         ["explain", "--prompt", "a"],
         ["train", "--experts", CURVES, CURVES, "--data", "scenes:8"],
         ["finetune", CURVES, "--rank", "1", "--data", "scenes:8"],
+        ["distill", CURVES, "--data", "scenes:8"],
         ["screen", CURVES, CURVES, "--data", "scenes:8"],
         ["evaluate", "--ensemble", CURVES, "--protocol", "scenes"],
         ["search", "--experts", CURVES, CURVES, "--prompt", "a"],

@@ -49,6 +49,8 @@ def command(verb, inputs):
     return {
         "train": ["--experts", CURVES, ANGLES, "--data", data],
         "finetune": [CURVES, "--data", data, "--rank", "1"],
+        "distill": [str(ENSEMBLE), "--data", data],
+        "extract": [CURVES, "--base", ANGLES],
         "generate": [CURVES, "--prompt", "a ring"],
         "evaluate": ["--ensemble", str(ENSEMBLE), "--protocol", prompts, "--scorer", scorer],
         "merge": ["--experts", CURVES, ANGLES],
@@ -60,7 +62,9 @@ def command(verb, inputs):
     }[verb]
 
 
-WRITERS = ["train", "finetune", "generate", "evaluate", "merge", "merge to a file", "search", "screen", "explain", "demo"]
+WRITERS = [
+    *("train", "finetune", "distill", "extract", "generate", "evaluate", "merge", "merge to a file", "search", "screen", "explain", "demo"),
+]
 
 
 def test_every_command_that_writes_an_output_is_tried_here():
