@@ -1,6 +1,7 @@
 """The student of a distillation: what it is before training, and the files that it becomes."""
 
 import copy
+import functools
 import json
 import tempfile
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from tqdm import tqdm
 
 from afa.checkpoint.folder import save_expert
@@ -94,9 +96,10 @@ def write_student(settings: DistillSettings, student: Ensemble, stage: Path, fac
             spec = model_spec(expert, f"LoRA distilled from {public_place(settings.ensemble)}")
             save_file(kohya_tensors(expert.model, factors), file, metadata=kohya | spec)
         return
-    model = student.denoiser.experts[0].requires_grad_(False).to("cpu", dtype)
-    encoders = [copy.deepcopy(encoder).to("cpu", dtype) for encoder in expert.text_encoders]
-    vae = copy.deepcopy(expert.load_vae()).to("cpu", dtype)
+    cast = functools.partial(nn.Module.to, device="cpu", dtype=dtype)  # diffusers' own warns of every cast
+    model = cast(student.denoiser.experts[0].requires_grad_(False))
+    encoders = [cast(copy.deepcopy(encoder)) for encoder in expert.text_encoders]
+    vae = cast(copy.deepcopy(expert.load_vae()))
     whole = replace(expert, model=model, text_encoders=encoders, vae=vae)
     if not settings.single_file:
         save_expert(whole, stage)
