@@ -34,7 +34,7 @@ PASSES, LEAST_STEPS, MOST_STEPS = 5, 250, 12_500
 FEWEST_HELD_OUT = 20
 
 # Of afa distill, measured on far (docs/log.md), whose models' widest stage has 96 channels.
-DISTILL_STEPS, DISTILL_EMA, TRAJECTORY_STEPS = 1000, 0.99, 12
+DISTILL_STEPS, DISTILL_EMA, TRAJECTORY_STEPS, CAPTIONS = 1000, 0.99, 12, 4096
 DISTILL_RATE, DISTILL_WIDTH = 1e-3, 96
 
 # Of --reuse: stages at either end of a U-Net that run in all steps.

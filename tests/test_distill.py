@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from afa.distillation.student import KEY
 from afa.latents import Latents
 from afa.models.registry import FAMILIES
 from afa.models.unet import UNetEnsemble
+from afa.prompts import recombined
 from afa.sampling.sample import Request, Sampling, sample
 from afa.training.conditions import Conditions
 from afa.training.noise import Noising
@@ -194,7 +196,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(teachers, captions, 
     Ensemble.from_experts([f"one={expert}", f"two={expert}"], aggregator="mean").save(tmp_path / "twice")
     settings = DistillSettings(
         ensemble=str(tmp_path / "twice"), data=str(captions), output=str(tmp_path / "out"), student="one",
-        batch_size=4, held_out=2, steps=2, lr=0, device="cpu", trajectory_steps=3,
+        batch_size=4, held_out=2, steps=2, lr=0, device="cpu", trajectory_steps=3, recombine=0,
     )  # fmt: skip
     record = distill(settings)
     assert record["held_out_loss"]["student"]["value"] < 1e-10
@@ -346,7 +348,7 @@ def test_training_brings_the_student_nearer_to_its_teacher(settings):
     assert record["held_out_loss"]["trained"]["value"] < 0.8 * record["held_out_loss"]["student"]["value"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora": 2, "student": "sd-1"}, {"guidance_in": 4.0}])
+@pytest.mark.parametrize("changes", [{}, {"student": "weighted"}, {"lora": 2, "student": "sd-1"}, {"guidance_in": 4.0}])
 def test_a_killed_run_comes_to_the_same_student(changes, settings, monkeypatch, tmp_path):
     settings = replace(settings, **changes)
     whole = distill(replace(settings, output=str(tmp_path / "whole")))
@@ -395,6 +397,7 @@ def test_images_give_their_captions(settings, images, tmp_path):  # noqa: F811
     ("changes", "words"),
     [
         ({"lora": 0}, "too small"),
+        ({"lora": 2}, "say on which"),
         ({"batch_size": 5}, "even number"),
         ({"guidance": 3.0, "guidance_in": 3.0}, "give one of them"),
         ({"objective": "mse+reward", "reward": "demo"}, "without a teacher"),
@@ -489,3 +492,27 @@ def test_the_rate_that_is_not_given_falls_with_the_students_width(settings, teac
     assert distill(given) == json.loads(json.dumps(record))
     with pytest.raises(UserError, match="lr"):
         distill(replace(given, lr=0.5))
+
+
+def test_the_student_is_the_model_that_is_nearest_to_the_ensemble(settings, tmp_path):
+    """An ensemble whose second expert counts for nothing is nearest to its first."""
+    places = [str(saved(sd(seed), tmp_path / f"e{seed}")) for seed in (1, 2)]
+    ensemble = Ensemble.from_experts(places, aggregator="fixed", weights=[0.97, 0.03])
+    ensemble.save(tmp_path / "leaning")
+    record = distill(replace(settings, ensemble=str(tmp_path / "leaning"), steps=1))
+    assert record["settings"]["student"] == "e1"
+    assert distill(replace(settings, ensemble=str(tmp_path / "leaning"), steps=1)) == json.loads(json.dumps(record))
+
+
+def test_missing_captions_are_put_together_from_two(settings, tmp_path):
+    captions = [f"a {colour} {thing} on a {ground} table" for colour, thing, ground in zip("rgbyo", "12345", "vwxyz", strict=True)]
+    made = recombined(captions, 40, ["a r 2 on a w table"], 0)
+    assert len(made) == len(set(made)) == 40
+    assert not {*captions, "a r 2 on a w table"} & {*made}
+    words = {(before, after) for caption in captions for before, after in pairwise(caption.split())}
+    assert all((before, after) in words for caption in made for before, after in pairwise(caption.split()))
+    assert made == recombined(captions, 40, ["a r 2 on a w table"], 0) != recombined(captions, 40, [], 1)
+    assert recombined(["one two", "three four"], 5, [], 0) == []
+    (tmp_path / "five.txt").write_text("\n".join(captions * 2))
+    record = distill(replace(settings, data=str(tmp_path / "five.txt"), recombine=30, steps=1))
+    assert record["training_images"] == 30

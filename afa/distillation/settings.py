@@ -10,7 +10,7 @@ from afa.settings import DTYPES, GUIDANCE, SAMPLING_STEPS, SHARE, STORE_HELP, ST
 from afa.training.objective_registry import PLAIN
 from afa.training.settings import LoopSettings
 
-WEIGHTED = "weighted"
+NEAREST, WEIGHTED = "nearest", "weighted"
 CAPTIONS = ".txt"
 # Options of training on images, without meaning where a sampling gives the latents.
 OF_IMAGES = (
@@ -40,13 +40,20 @@ class DistillSettings(LoopSettings):
         "FILE.safetensors in the layout that other programs read, with the run's own files in FILE.distill"
     )
     student: str = option(
-        WEIGHTED,
+        NEAREST,
         place=True,
-        help="what is trained: weighted (the mean of the experts), the name of an expert, or another model "
-        "of their architecture",
+        help="what is trained: weighted (the mean of the experts), the name of an expert, another model of "
+        "their architecture, or nearest: of the mean and the experts the one nearest to the ensemble",
     )
     lora: int | None = option(
         None, least=1, most=2**20, help="rank of a LoRA, trained in place of all weights of the student"
+    )
+    recombine: int = option(
+        defaults.CAPTIONS,
+        least=0,
+        most=10**7,
+        help="train on at least so many captions: those that are missing are put together from two given "
+        "ones at a word that both have (0: the given ones alone)",
     )
     trajectory_steps: int = option(
         defaults.TRAJECTORY_STEPS,
@@ -94,6 +101,10 @@ class DistillSettings(LoopSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.student == NEAREST and self.lora is not None:
+            raise UserError(
+                f"--lora {self.lora} is used on one model; say on which: --student NAME or PLACE"
+            )
         if self.guidance_in is not None and self.guidance is not None:
             raise UserError(
                 f"--guidance {self.guidance:g} is of a student that is drawn with guidance, and with "
@@ -137,7 +148,7 @@ class DistillSettings(LoopSettings):
         from afa.fingerprint import fingerprint, saved_fingerprint
 
         names = [entry.name for entry in read_manifest(Path(self.ensemble)).experts]
-        own = None if self.student in (WEIGHTED, *names) else self.student
+        own = None if self.student in (NEAREST, WEIGHTED, *names) else self.student
         captions = self.data if self.data.endswith(CAPTIONS) else None
         others = fingerprint(student=own, captions=captions, config=self.config, **self.judges())
         return saved_fingerprint(Path(self.ensemble)) | others

@@ -17,6 +17,7 @@ from afa.data.sources import Columns, ImageSource
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.latents import latents_of
+from afa.prompts import recombined
 from afa.training.cache import LatentCache, announce, encode_cached, missing_rows
 from afa.training.data import Augmentation, Encoded, Work, check_skipped, encode, split
 from afa.training.objective_terms import make_context, make_objectives
@@ -103,11 +104,20 @@ def encode_data(
     return found[0], found[1]
 
 
-def encode_captions(settings: LoopSettings, source: ImageSource, resolution: int) -> tuple[Encoded, Encoded]:
-    """Return the training captions and the held-out captions of a run without images."""
+def encode_captions(
+    settings: LoopSettings, source: ImageSource, resolution: int, least: int
+) -> tuple[Encoded, Encoded]:
+    """Return the training captions and the held-out captions of a run without images.
+
+    least: of the first there are as many, if they can be recombined
+    """
     sizes = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], dtype=torch.float32)
+    training, held_out = split(
+        [sample.caption for sample in source.samples], settings.held_out, settings.seed
+    )
+    training += recombined(training, least - len(training), held_out, settings.seed)
     found = []
-    for part in split([sample.caption for sample in source.samples], settings.held_out, settings.seed):
+    for part in (training, held_out):
         digest = hashlib.sha256("\0".join(part).encode()).hexdigest()
         found.append(Encoded(torch.empty(len(part), 0), part, sizes.repeat(len(part), 1), digest))
     return found[0], found[1]

@@ -18,7 +18,7 @@ from afa.training.conditions import Conditions
 from afa.training.data import Encoded
 from afa.training.log import LOG, flat
 from afa.training.loop import Trainer
-from afa.training.noise import Noising
+from afa.training.noise import Batch, Noising
 from afa.training.objective_terms import make_context, make_objectives
 from afa.training.plan import TrainingPlan
 from afa.training.prepare import encode_captions, encode_data
@@ -82,13 +82,14 @@ def make_trainer(
     initialise: draws the first weights of the trained module with torch's global generator, and returns the
                 module
     """
-    settings, ensemble, device = planned.settings, planned.ensemble, accelerator.device
+    settings: Any = planned.settings
+    ensemble, device = planned.ensemble, accelerator.device
     begun = belongings(settings, planned.own)  # of the files as they are now, before they are read
     vae = ensemble.frame.vae.to(device)
     distilled = planned.teacher is not None
     source, resolution = planned.source, planned.resolution
     data, held_out = (
-        encode_captions(settings, source, resolution)
+        encode_captions(settings, source, resolution, settings.recombine)
         if distilled
         else encode_data(settings, source, resolution, vae)
     )
@@ -141,17 +142,23 @@ def make_distillation(
     if settings.cache is not None:
         folder, captions = Path(settings.cache), [*data.captions, *held_out.captions]
         teacher.conditions.keep(folder, captions, settings.batch_size)
-    side = planned.resolution // noising.latents.factor
-    shape, steps = (noising.latents.channels, side, side), settings.trajectory_steps
+    own = teacher_samplings(settings, planned.teacher, teacher, noising, held_out, planned.resolution)
     guidance = None if settings.guidance_in is not None else guidance_of(settings, planned.teacher)
     samples = settings.batch_size * settings.accumulate * accelerator.num_processes
-    interface = teacher.denoiser.interface
+    interface, shape = teacher.denoiser.interface, tuple(own.latents.shape[1:])
+    steps = settings.trajectory_steps
     running = Trajectories(noising, interface, shape, len(data), samples, steps, guidance, settings.seed)
-    strength = settings.guidance_in if guidance is None else guidance
-    own = own_samplings(
-        teacher, noising, held_out, shape, steps, strength, settings.batch_size, settings.seed
-    )
     return Distillation(teacher, running, own.to(accelerator.device))
+
+
+def teacher_samplings(
+    settings: Any, ensemble: Ensemble, teacher: Teacher, noising: Noising, data: Encoded, resolution: int
+) -> Batch:
+    """Return latents of the teacher's own samplings of some captions, with the run's guidance and steps."""
+    side = resolution // noising.latents.factor
+    strength = guidance_of(settings, ensemble) if settings.guidance_in is None else settings.guidance_in
+    shape, steps = (noising.latents.channels, side, side), settings.trajectory_steps
+    return own_samplings(teacher, noising, data, shape, steps, strength, settings.batch_size, settings.seed)
 
 
 def guidance_of(settings: Any, ensemble: Ensemble) -> float | None:
