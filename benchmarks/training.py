@@ -24,9 +24,11 @@ import step as steps
 import torch
 from timing import Clock, Spread, Work, rounds
 
+from afa.aggregators.registry import Recipe
 from afa.aggregators.settings import ATTENTION_HELP, AggregatorSettings, with_aggregator_options
 from afa.cli.flags import add_flags, read_flags
 from afa.demo.data import EXPERTS
+from afa.distillation.plan import distill_bytes
 from afa.errors import UserError
 from afa.experts.quantised import store_weights
 from afa.settings import COUNT, option
@@ -64,13 +66,14 @@ class Options(AggregatorSettings):
     attention_up_to: int | None = option(None, least=0, most=2**16, help=ATTENTION_HELP)
     repeats: int = option(3, **COUNT, help="rounds")
     plan: bool = option(False, help="only count memory; nothing is run")
+    distill: bool = option(False, help="with --plan: the memory of a distillation, --batch latents a step")
     images: int = option(256, **COUNT, help="for the cache, of the embedded world")
     device: str = option("cpu", help="where", choices=["cpu", "cuda"])
     json: bool = option(False, help="print JSON")
 
     def steps(self, dtype: str = "float32") -> steps.Options:
         """The same for the benchmark of steps."""
-        shared = {name: value for name, value in asdict(self).items() if name not in ("plan", "images", "json")}
+        shared = {name: value for name, value in asdict(self).items() if name not in ("plan", "distill", "images", "json")}
         return steps.Options(**shared, dtype=dtype)
 
 
@@ -84,6 +87,30 @@ def memory(options: Options) -> dict[str, float]:
         print(f"counting memory: {name}", file=sys.stderr, flush=True)
         kind, large = getattr(torch, dtype), checkpointing == LARGE
         found[name] = step_bytes(model, options.batch, models.side, kind, bool(checkpointing), store, largest_maps_only=large) / 1e9
+    return found
+
+
+STUDENTS: dict[str, tuple[int | None, str, bool, str | None]] = {  # rank of a LoRA, computing in, stages recomputed, teacher's weights in
+    "whole, float32": (None, "float32", False, None),
+    "whole, bfloat16": (None, "bfloat16", False, None),
+    "whole, bfloat16, checkpointing": (None, "bfloat16", True, None),
+    "whole, bfloat16, checkpointing, int8": (None, "bfloat16", True, "int8"),
+    "LoRA of rank 32, bfloat16": (32, "bfloat16", False, None),
+    "LoRA of rank 32, bfloat16, checkpointing, int8": (32, "bfloat16", True, "int8"),
+}
+
+
+def distilling(options: Options) -> dict[str, float]:
+    """GB of tensors in a step of a distillation, by way."""
+    asked = options.steps()
+    models = asked.models("meta")
+    teacher, found = asked.ensemble(models), {}
+    student = type(teacher)(models.experts[:1], recipe=Recipe("mean"), placement="out")
+    for name, (rank, dtype, checkpointing, store) in STUDENTS.items():
+        print(f"counting memory: {name}", file=sys.stderr, flush=True)
+        recompute = type(student).enable_gradient_checkpointing if checkpointing else lambda denoiser: None
+        size, kind = options.batch, getattr(torch, dtype)
+        found[name] = distill_bytes(teacher, student, size, models.side, kind, rank, store, recompute) / 1e9
     return found
 
 
@@ -152,7 +179,7 @@ def measure(options: Options) -> dict[str, Any]:
     found: dict[str, Any] = {
         "setting": {**asdict(options), "torch": torch.__version__, "threads": torch.get_num_threads()}
     }
-    found["memory_gb"] = memory(options)
+    found["memory_gb"] = distilling(options) if options.distill else memory(options)
     if not options.plan:
         found |= {f"step, {name}": values for name, values in times(options).items()}
         found["until the first step"] = caching(options)

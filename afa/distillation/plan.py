@@ -1,6 +1,7 @@
 """What a distillation would do, found before anything is trained: captions, teacher, student, memory."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from afa.aggregators.registry import count_parameters
+from afa.aggregators.registry import Recipe, count_parameters
 from afa.cost import call_of
 from afa.data.sources import ImageSource, Sample
 from afa.defaults import distill_rate
@@ -18,7 +19,7 @@ from afa.distillation.settings import CAPTIONS, NEAREST, DistillSettings
 from afa.distillation.student import check_layout, make_student, recorded_student
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.experts.quantised import check_store, kept_elsewhere, store_weights, stored_bytes
+from afa.experts.quantised import check_store, kept_elsewhere, kept_tensors, store_weights, stored_bytes
 from afa.files import present, refuse_busy, settled
 from afa.latents import latents_of
 from afa.memory import fake_copy
@@ -33,11 +34,12 @@ from afa.training.state import FOLDER, state_file
 RECORD = "distill.json"
 
 
-def trained_part(settings: DistillSettings, model: nn.Module) -> nn.Module:
-    """Make what is trained of a student's denoiser trainable, in float32, and return it."""
-    if settings.lora is None:
-        return model.float().requires_grad_(True)
-    return add_lora(model, settings.lora)
+def trained_part(rank: int | None, model: nn.Module) -> nn.Module:
+    """Make what is trained of a student's denoiser trainable, in float32, and return it.
+
+    rank: of a LoRA; None: all weights are trained
+    """
+    return model.float().requires_grad_(True) if rank is None else add_lora(model, rank)
 
 
 @dataclass(frozen=True)
@@ -73,33 +75,78 @@ class DistillPlan(TrainingPlan):
         settings, teacher = self.settings, self.teacher
         assert isinstance(settings, DistillSettings) and teacher is not None
         side = self.resolution // latents_of(self.ensemble.frame.vae).factor
-        dtype, size = getattr(torch, settings.dtype), settings.batch_size
-        base = torch.float32 if settings.lora is None else dtype
-        half = torch.autocast("cpu", dtype) if settings.dtype != "float32" else contextlib.nullcontext()
-        with FakeTensorMode(allow_non_fake_inputs=True), half:
-            wise, student = (
-                fake_copy(one.denoiser, kind, kind) for one, kind in ((teacher, dtype), (self.ensemble, base))
-            )
-            trained = list(trained_part(settings, student.experts[0]).parameters())
-            settings.set_checkpointing(student)
-            elsewhere = []
-            if settings.store is not None:
-                store_weights(wise.experts, settings.store)
-                elsewhere = kept_elsewhere(wise.experts)
-            with LiveBytes(elsewhere) as counter:
-                for weight in wise.parameters():
-                    weight.view(-1)  # they are there in every step
-                with torch.no_grad():
-                    wise(**call_of(wise, side, side, size, dtype=dtype))
-                optimiser_step(student.train(), trained, size, side, base, None)
+        step = distill_bytes(
+            teacher.denoiser,
+            self.ensemble.denoiser,
+            settings.batch_size,
+            side,
+            getattr(torch, settings.dtype),
+            settings.lora,
+            settings.store,
+            settings.set_checkpointing,
+        )
         modules = [*self.ensemble.text_encoders, *teacher.text_encoders, self.ensemble.frame.vae]
         beside = [] if settings.cache is not None else modules
         frozen = stored_bytes(teacher.denoiser.experts) + stored_bytes(self.ensemble.denoiser.experts)
-        found = Memory(counter.peak, frozen, sum(map(stored_bytes, beside)))
+        found = Memory(step, frozen, sum(map(stored_bytes, beside)))
         return {
             "expected_memory_gb": round(found.total / 1e9, 2),
             "for_less_memory": advice(found, settings, settings.store),
         }
+
+
+def distill_bytes(
+    teacher: Any,
+    student: Any,
+    batch_size: int,
+    side: int,
+    dtype: torch.dtype,
+    rank: int | None,
+    store: str | None = None,
+    checkpoint: Callable[[Any], None] = lambda denoiser: None,
+) -> int:
+    """Return the peak bytes of tensors in a step of a distillation.
+
+    teacher, student: drop-in denoisers, of which copies without content are made
+    side:       of the latent, in latent pixels
+    dtype:      in which the teacher is and everything computes
+    rank:       of a LoRA; None: all weights are trained, in float32
+    store:      of the teacher's experts, see afa.experts.quantised
+    checkpoint: has a denoiser recompute stages
+    """
+    with torch.device("meta"):
+        bare = type(student.experts[0]).from_config(student.experts[0].config)
+        if rank is not None:
+            add_lora(bare, rank)  # which peft cannot do without content
+        empty = type(student)([bare], recipe=Recipe("mean"), placement="out")
+    base = torch.float32 if rank is None else dtype
+    half = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True), half:
+        wise, young = fake_copy(teacher, dtype, dtype), fake_copy(empty, base, base)
+        trained = _fresh_parameters(young.experts[0], rank is not None)
+        checkpoint(young)
+        elsewhere = []
+        if store is not None:
+            store_weights(wise.experts, store)
+            elsewhere = kept_elsewhere(wise.experts)
+        with LiveBytes(elsewhere) as counter:
+            for weight in (*wise.parameters(), *kept_tensors(wise.experts)):
+                weight.view(-1)  # they are there in every step
+            with torch.no_grad():
+                wise(**call_of(wise, side, side, batch_size, dtype=dtype))
+            optimiser_step(young.train(), trained, batch_size, side, base, None)
+    return counter.peak
+
+
+def _fresh_parameters(model: nn.Module, lora: bool) -> list[nn.Parameter]:
+    """Replace what is trained of a model by new parameters in float32, and return them."""
+    found = []
+    for name, old in list(model.named_parameters()):
+        if not lora or "lora_" in name:
+            parent, _, leaf = name.rpartition(".")
+            found.append(nn.Parameter(torch.empty(old.shape, dtype=torch.float32)))
+            model.get_submodule(parent)._parameters[leaf] = found[-1]
+    return found
 
 
 def plan_distill(settings: DistillSettings, teacher: Ensemble | None = None) -> DistillPlan:

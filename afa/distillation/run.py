@@ -78,7 +78,7 @@ def _distill(planned: DistillPlan) -> dict[str, Any]:
         return _distill(planned)
     accelerator = make_accelerator(settings)
     trainer = make_trainer(
-        planned, accelerator, lambda student: trained_part(settings, student.denoiser.experts[0])
+        planned, accelerator, lambda student: trained_part(settings.lora, student.denoiser.experts[0])
     )
     autocast = getattr(torch, settings.dtype) if settings.dtype != "float32" else None
     with torch.autocast(accelerator.device.type, autocast) if autocast else contextlib.nullcontext():

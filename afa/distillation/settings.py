@@ -102,9 +102,7 @@ class DistillSettings(LoopSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.student == NEAREST and self.lora is not None:
-            raise UserError(
-                f"--lora {self.lora} is used on one model; say on which: --student NAME or PLACE"
-            )
+            raise UserError(f"--lora {self.lora} is used on one model; say on which: --student NAME or PLACE")
         if self.guidance_in is not None and self.guidance is not None:
             raise UserError(
                 f"--guidance {self.guidance:g} is of a student that is drawn with guidance, and with "

@@ -11,7 +11,7 @@ from afa.training.conditions import Conditions
 from afa.training.data import Encoded
 from afa.training.noise import Batch, Noising
 from afa.training.objectives import Pass, predict
-from afa.training.trajectories import Trajectories, implied, spaced
+from afa.training.trajectories import Trajectories, beginning, implied, spaced
 
 
 class Teacher:
@@ -87,8 +87,9 @@ def own_samplings(
     Returns a batch (n, C, h, w), on which a student can be compared with its teacher.
     """
     rng, count = torch.Generator().manual_seed(seed), len(data)
-    clean, noise = torch.zeros(count, *shape), torch.randn((count, *shape), generator=rng)
+    noise = torch.randn((count, *shape), generator=rng)
     schedule = spaced(noising, steps, torch.full((count, 1), 0.5))
+    clean = beginning(noising, noise, schedule[:, 0])
     ends = (torch.arange(count) * steps // count)[torch.randperm(count, generator=rng)]
     device = noising.device
     for step in range(int(ends.max())):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afa.denoiser.schedule import clean_of, noise_of
+from afa.denoiser.schedule import LEAST, clean_of, noise_of
 from afa.stages.interface import ModelInterface
 from afa.training.noise import Batch, Noising
 
@@ -30,14 +30,23 @@ def implied(noising: Noising, predictions: Tensor, batch: Batch) -> tuple[Tensor
 
 
 def spaced(noising: Noising, steps: int, shift: Tensor) -> Tensor:
-    """Return the steps of a sampling in the noise schedule, from noise to image: (n, steps).
+    """Return the steps of samplings in the noise schedule, from noise to image: (n, steps).
 
-    shift: (n, 1) from 0 to 1, by which share of the distance all but the first are moved towards the image
+    shift: (n, 1) from 0 to 1, by which share of their distance all are moved towards the image
     """
-    found = (steps - torch.arange(steps) - shift) / max(1, steps - 1) * noising.steps
-    found = found.long().clamp(0, noising.steps - 1)
-    found[:, 0] = noising.steps - 1  # a sampling begins with noise alone
-    return found
+    found = (steps - torch.arange(steps) - shift) / steps * noising.steps
+    return found.long().clamp(0, noising.steps - 1)
+
+
+def beginning(noising: Noising, noise: Tensor, first: Tensor) -> Tensor:
+    """Return the clean latents with which samplings are noise alone at their first step.
+
+    Stock pipelines begin so at whatever timestep comes first, though its latents should hold some signal.
+    noise: (n, C, h, w)
+    first: (n,) step in the noise schedule
+    """
+    signal, level = noising.levels(first)
+    return torch.where(signal > LEAST, noise * (1 - level) / signal.clamp(min=LEAST), 0.0)
 
 
 class Trajectories:
@@ -51,7 +60,7 @@ class Trajectories:
     shape:    (C, h, w) of the latents
     captions: how many there are to draw from
     samples:  of a training step, for all processes
-    steps:    denoising steps of a sampling; all timesteps but the first are shifted at random
+    steps:    denoising steps of a sampling; its timesteps are shifted at random, by less than a step
     guidance: strength of guidance of the samplings; None: the prediction itself
     seed:     of all random numbers
     """
@@ -129,7 +138,7 @@ class Trajectories:
         for kept, fresh in (
             (self.rows, rows),
             (self.noise, noise),
-            (self.clean, torch.zeros(())),
+            (self.clean, beginning(self.noising, noise, steps[:, 0])),
             (self.steps, steps),
             (self.place, torch.zeros((), dtype=torch.long)),
             (self.end, end if first else torch.tensor(most)),
