@@ -32,6 +32,7 @@ from afa.places import ASSETS
 
 SMALL = "--hidden 8 --heads 2 --batch-size 2 --steps 2 --device cpu"
 TRAIN = f"afa train --experts demo:curves demo:angles --data data --output out {SMALL}"
+DISTILL = "afa distill done --data data --output out --batch-size 4"
 COMPARE = "afa evaluate --ensemble done --output out"
 DRAW = "--prompt a --output out --steps 2"
 BUSY = "busy"  # a folder that is locked meanwhile
@@ -113,6 +114,20 @@ CASES = {
         ("An expert that has changed since the run began", TRAIN.replace("demo:curves", "changed-curves").replace("--output out", "--output begun")),
         ("A LoRA of no rank", "afa finetune demo:curves --data data --output out"),
         ("A LoRA like an ensemble that is none", "afa finetune demo:curves --data data --like data --output out"),
+    ],
+    "One model out": [
+        ("A LoRA on no model in particular", f"{DISTILL} --lora 8"),
+        ("A LoRA of rank 0", f"{DISTILL} --student curves --lora 0"),
+        ("A student of another world", f"{DISTILL} --student demo:near-round"),
+        ("A student that is nowhere", f"{DISTILL} --student nowhere"),
+        ("Captions that are none", DISTILL.replace("--data data", "--data none.txt")),
+        ("An output inside the ensemble", DISTILL.replace("--output out", "--output done/student")),
+        ("A teacher whose expert has changed", DISTILL.replace("distill done", "distill changed")),
+        ("An option of training on images", f"{DISTILL} --caption-dropout 0.2"),
+        ("Guidance twice", f"{DISTILL} --guidance 3 --guidance-in 3"),
+        ("Half of a sampling", f"{DISTILL} --batch-size 5"),
+        ("A difference of two equal models", "afa extract demo:curves --base demo:curves --output out"),
+        ("A difference of two architectures", "afa extract demo:curves --base demo:near-round --output out"),
     ],
     "A saved ensemble": [
         ("An ensemble whose expert has changed", f"afa generate changed {DRAW}"),

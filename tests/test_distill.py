@@ -250,7 +250,8 @@ def test_students_of_every_family_load_in_diffusers(family, teachers, settings, 
     stock = type(PIPELINES[family](0)).from_pretrained(folder)
     component = FAMILIES[{"sd": "unet", "sdxl": "unet"}.get(family, family)].component
     trained = getattr(stock, component)
-    assert sum(parameter.numel() for parameter in trained.parameters()) == record["parameters"]
+    unused = sum(weight.numel() for name, weight in trained.named_parameters() if "blocks.3" in name) if family in ("sd3", "qwen-image") else 0
+    assert 0 <= sum(weight.numel() for weight in trained.parameters()) - record["parameters"] <= unused
     assert set(record["held_out_loss"]) == {"trained", "student"}
     assert record["history"][-1]["step"] == 2
     assert (folder / RECORD).exists()
@@ -365,6 +366,17 @@ def test_a_killed_run_comes_to_the_same_student(changes, settings, monkeypatch, 
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
     assert not state_file(settings).exists()
     assert distill(settings) == json.loads(json.dumps(record))  # a finished run is read
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "qwen-image"])
+def test_a_run_of_every_family_resumes(family, teachers, settings, monkeypatch, tmp_path):
+    settings = replace(settings, ensemble=str(teachers(family)), steps=2, evaluate_every=1)
+    whole = distill(replace(settings, output=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            distill(settings)
+    assert distill(settings)["history"] == whole["history"]
 
 
 def test_two_processes_train_what_one_trains(settings, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from afa.aggregators.registry import Recipe, count_parameters
+from afa.aggregators.registry import Recipe
 from afa.cost import call_of
 from afa.data.sources import ImageSource, Sample
 from afa.defaults import distill_rate
@@ -23,8 +23,9 @@ from afa.experts.quantised import check_store, kept_elsewhere, kept_tensors, sto
 from afa.files import present, refuse_busy, settled
 from afa.latents import latents_of
 from afa.memory import fake_copy
+from afa.models.registry import FAMILIES, family_of
 from afa.prompts import read_prompts
-from afa.training.finetune import add_lora, parameters_at_rank
+from afa.training.finetune import TrainedParameters, add_lora, parameters_at_rank
 from afa.training.plan import Memory, TrainingPlan, advice, optimiser_step
 from afa.training.prepare import check_objective, find_data, resolution_of
 from afa.training.setup import RUNS, guidance_of
@@ -39,7 +40,21 @@ def trained_part(rank: int | None, model: nn.Module) -> nn.Module:
 
     rank: of a LoRA; None: all weights are trained
     """
-    return model.float().requires_grad_(True) if rank is None else add_lora(model, rank)
+    if rank is not None:
+        return add_lora(model, rank)
+    used = used_parameters(model.float())
+    for parameter in used.values():
+        parameter.requires_grad_(True)
+    return TrainedParameters(used)
+
+
+def used_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a denoiser by name, without those that do not affect the prediction."""
+    stages = FAMILIES[family_of(model)].stages(model)
+    unused = {
+        id(weight) for stage in stages for part in stage.unused_modules() for weight in part.parameters()
+    }
+    return {name: weight for name, weight in model.named_parameters() if id(weight) not in unused}
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,8 @@ class DistillPlan(TrainingPlan):
         settings: Any = self.settings
         assert self.teacher is not None
         model, rank = self.ensemble.denoiser.experts[0], settings.lora
-        trained = count_parameters(model) if rank is None else parameters_at_rank(model, rank)
+        used = sum(weight.numel() for weight in used_parameters(model).values())
+        trained = used if rank is None else parameters_at_rank(model, rank)
         return {
             "teacher": list(self.teacher.names),
             "student": settings.student,

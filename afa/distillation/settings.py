@@ -108,6 +108,9 @@ class DistillSettings(LoopSettings):
                 f"--guidance {self.guidance:g} is of a student that is drawn with guidance, and with "
                 f"--guidance-in {self.guidance_in:g} it predicts it itself; give one of them"
             )
+        if self.sheet_guidance is None:  # as the student is to be drawn
+            drawn = self.guidance if self.guidance_in is None else 1.0
+            object.__setattr__(self, "sheet_guidance", drawn)
         if self.objective != PLAIN:
             raise UserError(
                 f"--objective {self.objective} is of training without a teacher, who gives the target here; "

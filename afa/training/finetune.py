@@ -101,7 +101,7 @@ def _in_and_out(module: Layer) -> int:
     return module.in_channels * math.prod(module.kernel_size) + module.out_channels
 
 
-def add_lora(model: nn.Module, rank: int) -> "LoraParameters":
+def add_lora(model: nn.Module, rank: int) -> "TrainedParameters":
     """Put a LoRA into a frozen denoiser, in float32, and return its parameters.
 
     It changes no prediction until it is trained.
@@ -116,11 +116,11 @@ def add_lora(model: nn.Module, rank: int) -> "LoraParameters":
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    return LoraParameters(parameters)
+    return TrainedParameters(parameters)
 
 
-class LoraParameters(nn.Module):
-    """The parameters of a LoRA, wherever in a model they are, as one module."""
+class TrainedParameters(nn.Module):
+    """Some parameters, wherever in a model they are, as one module."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()

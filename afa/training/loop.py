@@ -288,7 +288,7 @@ class Trainer:
             f"expert '{broken[0]}' alone already predicts what is no number; use --dtype float32, "
             "or leave it out"
             if broken
-            else "the experts alone are fine, so the aggregators have run away; "
+            else "the experts alone are fine, so what is trained has run away; "
             f"lower --lr (now {self.settings.lr:g})"
         )
         raise UserError(
