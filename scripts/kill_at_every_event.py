@@ -93,6 +93,11 @@ def commands(inputs: Path) -> dict[str, Callable[[], int]]:
         ),
         *("--held-out", "2", "--device", "cpu", "--cache", "cache"),
     ]
+    distilling = [
+        *("--data", str(inputs / "data"), "--steps", "2", "--evaluate-every", "1", "--save-every", "1"),
+        *("--batch-size", "2", "--held-out", "1", "--trajectory-steps", "2", "--recombine", "0"),
+        *("--student", "curves", "--device", "cpu"),
+    ]
     drawing = ["--prompts", str(inputs / "prompts.txt"), "--steps", "1", "--device", "cpu"]
     lines: dict[str, list[str]] = {
         "train": [
@@ -138,6 +143,10 @@ def commands(inputs: Path) -> dict[str, Callable[[], int]]:
         ],
         "merge to folder": ["merge", "--experts", curves, angles],
         "merge to file": ["merge", "--experts", curves, angles],
+        "distill": ["distill", str(ENSEMBLE), *distilling],
+        "distill to file": ["distill", str(ENSEMBLE), *distilling],
+        "extract": ["extract", curves, "--base", angles, "--rank", "1"],
+        "extract to file": ["extract", curves, "--base", angles, "--rank", "1"],
         "search": [
             *(
                 "search",
@@ -172,7 +181,7 @@ def commands(inputs: Path) -> dict[str, Callable[[], int]]:
     }
     found: dict[str, Callable[[], int]] = {}
     for title, line in lines.items():
-        output = f"{OUT}.safetensors" if title == "merge to file" else OUT
+        output = f"{OUT}.safetensors" if title.endswith("to file") else OUT
         found[title] = lambda line=line, output=output: main([*line, "--output", output])
     return found | {"save": save}
 

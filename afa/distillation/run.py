@@ -66,6 +66,8 @@ def distill(settings: DistillSettings, planned: DistillPlan | None = None) -> di
     with contextlib.ExitStack() as stack:
         if distill_finished(settings) is None:
             stack.enter_context(locked(settings.folder))
+            if settings.single_file:
+                stack.enter_context(locked(Path(settings.output), file=True))
         return distill_finished(settings) or _distill(planned or plan_distill(settings))
 
 

@@ -3,7 +3,7 @@
 import copy
 import functools
 import json
-import tempfile
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ def nearest_student(planned: TrainingPlan) -> str:
     found = {}
     for name in (WEIGHTED, *ensemble.names):
         student = make_student(replace(settings, student=name), ensemble).to(device)
+        student.denoiser.eval()
         conditions, losses = Conditions(student.pipeline(), student.denoiser, device), []
         for rows in torch.arange(len(some)).split(settings.batch_size):
             part = batch.part(int(rows[0]), int(rows[-1]) + 1)
@@ -152,11 +153,9 @@ def write_student(settings: DistillSettings, student: Ensemble, stage: Path, fac
         save_expert(whole, stage)
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=settings.folder, prefix=".writing-") as folder:
-        save_expert(whole, Path(folder) / "student")
-        write_original(
-            Path(folder) / "student", output, header, f"distilled from {public_place(settings.ensemble)}"
-        )
+    save_expert(whole, stage / "student")
+    write_original(stage / "student", output, header, f"distilled from {public_place(settings.ensemble)}")
+    shutil.rmtree(stage / "student")
 
 
 def write_original(folder: Path, output: Path, header: dict[str, str], title: str) -> None:

@@ -16,7 +16,7 @@ def kills():
     return module
 
 
-@pytest.mark.parametrize(("title", "events"), [("save", 2), ("merge to file", 3), ("generate", 1)])
+@pytest.mark.parametrize(("title", "events"), [("save", 2), ("merge to file", 3), ("distill to file", 2), ("generate", 1)])
 def test_a_killed_command_comes_to_the_same_result_and_leaves_nothing_unfinished(kills, title, events, tmp_path):
     kills.make_inputs(tmp_path / "inputs")
     trial = kills.Trial(title, kills.commands(tmp_path / "inputs")[title], tmp_path)
