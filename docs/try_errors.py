@@ -116,7 +116,6 @@ CASES = {
         ("A LoRA like an ensemble that is none", "afa finetune demo:curves --data data --like data --output out"),
     ],
     "One model out": [
-        ("A LoRA on no model in particular", f"{DISTILL} --lora 8"),
         ("A LoRA of rank 0", f"{DISTILL} --student curves --lora 0"),
         ("A student of another world", f"{DISTILL} --student demo:near-round"),
         ("A student that is nowhere", f"{DISTILL} --student nowhere"),

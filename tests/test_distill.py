@@ -348,7 +348,7 @@ def test_training_brings_the_student_nearer_to_its_teacher(settings):
     assert record["held_out_loss"]["trained"]["value"] < 0.8 * record["held_out_loss"]["student"]["value"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"student": "weighted"}, {"lora": 2, "student": "sd-1"}, {"guidance_in": 4.0}])
+@pytest.mark.parametrize("changes", [{}, {"student": "sd-2"}, {"lora": 2, "student": "sd-1"}, {"guidance_in": 4.0}])
 def test_a_killed_run_comes_to_the_same_student(changes, settings, monkeypatch, tmp_path):
     settings = replace(settings, **changes)
     whole = distill(replace(settings, output=str(tmp_path / "whole")))
@@ -408,7 +408,6 @@ def test_images_give_their_captions(settings, images, tmp_path):  # noqa: F811
     ("changes", "words"),
     [
         ({"lora": 0}, "too small"),
-        ({"lora": 2}, "say on which"),
         ({"batch_size": 5}, "even number"),
         ({"guidance": 3.0, "guidance_in": 3.0}, "give one of them"),
         ({"objective": "mse+reward", "reward": "demo"}, "without a teacher"),
@@ -503,16 +502,6 @@ def test_the_rate_that_is_not_given_falls_with_the_students_width(settings, teac
     assert distill(given) == json.loads(json.dumps(record))
     with pytest.raises(UserError, match="lr"):
         distill(replace(given, lr=0.5))
-
-
-def test_the_student_is_the_model_that_is_nearest_to_the_ensemble(settings, tmp_path):
-    """An ensemble whose second expert counts for nothing is nearest to its first."""
-    places = [str(saved(sd(seed), tmp_path / f"e{seed}")) for seed in (1, 2)]
-    ensemble = Ensemble.from_experts(places, aggregator="fixed", weights=[0.97, 0.03])
-    ensemble.save(tmp_path / "leaning")
-    record = distill(replace(settings, ensemble=str(tmp_path / "leaning"), steps=1))
-    assert record["settings"]["student"] == "e1"
-    assert distill(replace(settings, ensemble=str(tmp_path / "leaning"), steps=1)) == json.loads(json.dumps(record))
 
 
 def test_missing_captions_are_put_together_from_two(settings, tmp_path):

@@ -10,6 +10,7 @@ Ctrl-C interrupts it; the same command resumes.
 import json
 from typing import Any
 
+from afa.distillation.settings import WEIGHTED
 from afa.distillation.settings import DistillSettings as Options
 
 EXAMPLES = [
@@ -67,6 +68,8 @@ def _result(record: dict[str, Any], options: Options) -> str:
         Estimate(**record["held_out_loss"]["trained"]),
     )
     drawn = "" if options.guidance_in is None else "; draw it with guidance 1, which is in it"
+    if options.lora is not None and options.student == WEIGHTED:
+        drawn += "; it is for the mean of the experts, which afa merge makes"
     return (
         f"squared distance to the teacher {trained.words(5)} (n = {trained.n} held-out captions),"
         f" {change.words(5, signed=True)} by training, paired{change.too_few('caption')}\n"

@@ -15,8 +15,8 @@ from afa.cost import call_of
 from afa.data.sources import ImageSource, Sample
 from afa.defaults import distill_rate
 from afa.devices import LiveBytes, choose_device, process_device
-from afa.distillation.settings import CAPTIONS, NEAREST, DistillSettings
-from afa.distillation.student import check_layout, make_student, recorded_student
+from afa.distillation.settings import CAPTIONS, DistillSettings
+from afa.distillation.student import check_layout, make_student
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.quantised import check_store, kept_elsewhere, kept_tensors, store_weights, stored_bytes
@@ -179,8 +179,6 @@ def plan_distill(settings: DistillSettings, teacher: Ensemble | None = None) -> 
     if teacher is None:
         teacher = Ensemble.load(settings.ensemble, dtype=dtype)
     check_layout(settings, teacher)
-    if settings.student == NEAREST and state_file(settings).exists():
-        settings = replace(settings, student=recorded_student(settings))
     student = make_student(settings, teacher)
     if settings.lr is None:
         widest = max(stage.channels for stage in student.denoiser.stages)

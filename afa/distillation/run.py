@@ -4,15 +4,14 @@ import contextlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import torch
 
 from afa.checkpoint.manifest import Losses
 from afa.distillation.plan import RECORD, DistillPlan, plan_distill, trained_part
-from afa.distillation.settings import NEAREST, DistillSettings
-from afa.distillation.student import make_student, nearest_student, write_student
-from afa.ensemble import Ensemble
+from afa.distillation.settings import DistillSettings
+from afa.distillation.student import write_student
 from afa.errors import UserError
 from afa.files import locked, settled, staged
 from afa.places import public_place
@@ -44,9 +43,8 @@ def distill_finished(settings: DistillSettings) -> dict[str, Any] | None:
         begun: DistillSettings = build(DistillSettings, record["settings"], file, "settings")
     except UserError as error:
         raise UserError(f"{error}; choose another --output") from None
-    chosen = {"lr": begun.lr} if settings.lr is None else {}
-    chosen |= {"student": begun.student} if settings.student == NEAREST else {}
-    settings = replace(settings, **chosen)
+    if settings.lr is None:
+        settings = replace(settings, lr=begun.lr)
     check_record(settings, begun, record, f"the student in {settings.output}")
     if settings.single_file and not Path(settings.output).is_file():
         raise UserError(
@@ -73,11 +71,6 @@ def distill(settings: DistillSettings, planned: DistillPlan | None = None) -> di
 
 def _distill(planned: DistillPlan) -> dict[str, Any]:
     settings: Any = planned.settings
-    if settings.student == NEAREST:
-        name = nearest_student(planned)
-        student = make_student(replace(settings, student=name), cast(Ensemble, planned.teacher))
-        planned = replace(planned, settings=replace(settings, student=name), ensemble=student)
-        return _distill(planned)
     accelerator = make_accelerator(settings)
     trainer = make_trainer(
         planned, accelerator, lambda student: trained_part(settings.lora, student.denoiser.experts[0])

@@ -10,7 +10,7 @@ from afa.settings import DTYPES, GUIDANCE, SAMPLING_STEPS, SHARE, STORE_HELP, ST
 from afa.training.objective_registry import PLAIN
 from afa.training.settings import LoopSettings
 
-NEAREST, WEIGHTED = "nearest", "weighted"
+WEIGHTED = "weighted"
 CAPTIONS = ".txt"
 # Options of training on images, without meaning where a sampling gives the latents.
 OF_IMAGES = (
@@ -40,10 +40,10 @@ class DistillSettings(LoopSettings):
         "FILE.safetensors in the layout that other programs read, with the run's own files in FILE.distill"
     )
     student: str = option(
-        NEAREST,
+        WEIGHTED,
         place=True,
         help="what is trained: weighted (the mean of the experts), the name of an expert, another model of "
-        "their architecture, or nearest: of the mean and the experts the one nearest to the ensemble",
+        "their architecture",
     )
     lora: int | None = option(
         None, least=1, most=2**20, help="rank of a LoRA, trained in place of all weights of the student"
@@ -101,8 +101,6 @@ class DistillSettings(LoopSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.student == NEAREST and self.lora is not None:
-            raise UserError(f"--lora {self.lora} is used on one model; say on which: --student NAME or PLACE")
         if self.guidance_in is not None and self.guidance is not None:
             raise UserError(
                 f"--guidance {self.guidance:g} is of a student that is drawn with guidance, and with "
@@ -149,7 +147,7 @@ class DistillSettings(LoopSettings):
         from afa.fingerprint import fingerprint, saved_fingerprint
 
         names = [entry.name for entry in read_manifest(Path(self.ensemble)).experts]
-        own = None if self.student in (NEAREST, WEIGHTED, *names) else self.student
+        own = None if self.student in (WEIGHTED, *names) else self.student
         captions = self.data if self.data.endswith(CAPTIONS) else None
         others = fingerprint(student=own, captions=captions, config=self.config, **self.judges())
         return saved_fingerprint(Path(self.ensemble)) | others

@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 from afa.checkpoint.folder import save_expert
-from afa.devices import process_device
 from afa.distillation.lora_files import A, B, diffusers_tensors, kohya_tensors
-from afa.distillation.settings import NEAREST, WEIGHTED, DistillSettings
+from afa.distillation.settings import WEIGHTED, DistillSettings
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
@@ -33,18 +30,9 @@ from afa.merging.settings import MergeSettings
 from afa.merging.sources import Reader
 from afa.models.registry import FAMILIES
 from afa.places import public_place
-from afa.training.conditions import Conditions
 from afa.training.finetune import FILE, lora_tensors
-from afa.training.objective_terms import make_context
-from afa.training.objectives import Pass
-from afa.training.plan import TrainingPlan
-from afa.training.prepare import encode_captions
-from afa.training.setup import teacher_samplings
-from afa.training.state import read_state, state_file
-from afa.training.teacher import Teacher
 from afa.version import __version__
 
-FEW = 16  # captions that choose a student
 KEY = "afa.distill"  # of a student's header
 
 
@@ -55,7 +43,7 @@ def make_student(settings: DistillSettings, teacher: Ensemble) -> Ensemble:
     Raises UserError for a model that is not of the teacher's architecture, or predicts something else.
     """
     first, frame = teacher.experts[0], teacher.frame
-    mean = settings.student in (NEAREST, WEIGHTED)  # the nearest is found when the run begins
+    mean = settings.student == WEIGHTED
     if mean:
         student = merge_experts(teacher.experts, "weighted")
     elif settings.student in teacher.names:
@@ -72,41 +60,6 @@ def make_student(settings: DistillSettings, teacher: Ensemble) -> Ensemble:
     framed = {"vae": frame.vae, "tokenizers": list(frame.tokenizers), "scheduler": frame.scheduler}
     student = replace(student, name="student", model=model, located=None, donor=None, **framed)
     return Ensemble.from_experts([student], aggregator="mean", placement="out")
-
-
-def nearest_student(planned: TrainingPlan) -> str:
-    """Return which of the mean of the experts and the experts predicts nearest to the ensemble.
-
-    They are compared on a few held-out captions, at latents of the ensemble's own samplings.
-    """
-    settings, ensemble = planned.settings, planned.teacher
-    assert isinstance(settings, DistillSettings) and ensemble is not None
-    device = process_device(settings.device)
-    _, held_out = encode_captions(settings, planned.source, planned.resolution, 0)
-    some = replace(held_out, captions=held_out.captions[:FEW], sizes=held_out.sizes[:FEW])
-    noising = make_context(settings, planned.ensemble, device).noising
-    teacher = Teacher(ensemble.to(device), device, settings.guidance_in)
-    batch = teacher_samplings(settings, ensemble, teacher, noising, some, planned.resolution).to(device)
-    found = {}
-    for name in (WEIGHTED, *ensemble.names):
-        student = make_student(replace(settings, student=name), ensemble).to(device)
-        student.denoiser.eval()
-        conditions, losses = Conditions(student.pipeline(), student.denoiser, device), []
-        for rows in torch.arange(len(some)).split(settings.batch_size):
-            part = batch.part(int(rows[0]), int(rows[-1]) + 1)
-            work = Pass.of(student.denoiser, noising, conditions, some, rows.tolist(), part, teacher=teacher)
-            with torch.no_grad():
-                losses.append((work.prediction - work.target).square().mean((1, 2, 3)))
-        found[name] = float(torch.cat(losses).mean())
-    chosen = [min(found, key=found.__getitem__)]
-    if PartialState().num_processes > 1:
-        broadcast_object_list(chosen)  # rounding could differ
-    return chosen[0]
-
-
-def recorded_student(settings: DistillSettings) -> str:
-    """Return the student that an interrupted run was begun with."""
-    return str(read_state(state_file(settings), mmap=True)[1]["student"])
 
 
 def check_layout(settings: DistillSettings, teacher: Ensemble) -> None:

@@ -19,7 +19,7 @@ TRAINED = {
     "afa": "the ensemble",
     "afa_shared": "the ensemble, with the weights of the pass with the prompt for both passes of guidance",
     "distilled": "one model that was trained on the ensemble's answers (afa distill)",
-    "distilled_lora": "the same as a LoRA on the best expert, of as many parameters as the aggregators",
+    "distilled_lora": "the same as a LoRA on the weighted merge, of as many parameters as the aggregators",
     "distilled_guided": "the same with guidance in its one pass: half of the price of one model",
     "best_of_n": (
         "the best of the single experts image by image, known only afterwards: an upper bound for choosing"

@@ -12,7 +12,7 @@ SEARCH = "auto_mbw"  # trains nothing: it tries merges
 GUIDED = "distilled_guided"
 STUDENTS = {  # rows of afa.evaluation.students, with their titles
     "distilled": "AFA in one model",
-    "distilled_lora": "AFA in a LoRA on the best expert",
+    "distilled_lora": "AFA in a LoRA on the weighted merge",
     GUIDED: "AFA in one model, guidance in one pass",
 }
 SHARED = "afa_shared"  # trains nothing: its ensembles are those of afa

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from afa.checkpoint.manifest import read_manifest
 from afa.distillation.plan import RECORD, plan_distill
 from afa.distillation.run import distill, distill_finished
-from afa.distillation.settings import NEAREST, DistillSettings
+from afa.distillation.settings import DistillSettings
 from afa.errors import UserError
-from afa.evaluation.controls import best_expert
+from afa.evaluation.controls import weighted_merge
 from afa.evaluation.rows import GUIDED, STUDENTS, MethodRow, Options, Trained
 from afa.evaluation.setup import Setup
 from afa.evaluation.trained import afa_run
@@ -54,7 +54,6 @@ def _settings(setup: Setup, name: str, teacher: Path, run: int) -> DistillSettin
         output=str(setup.output / "trained" / name / f"seed-{run}"),
         steps=steps,
         lora=rank,
-        student=NEAREST if rank is None else setup.ranking[0],
         resolution=setup.recorded.get("resolution"),
         allow_outside=setup.settings.allow_outside,
         seed=nth_seed(setup.recorded.get("seed", 0), run),
@@ -83,7 +82,7 @@ def _sampler(setup: Setup, name: str, options: Options, run: int) -> Sampler:
     """Return a stock pipeline around the student."""
     trained = _train(setup, name, options, run)
     if trained.file.name == FILE:
-        student = best_expert(setup)
+        student = weighted_merge(setup)
         fuse_lora(student.model, trained.file)
     else:
         student = load_expert(str(trained.folder), setup.dtype)

@@ -85,7 +85,7 @@ def load_state(settings: LoopSettings, now: dict[str, Any], device: torch.device
     """
     if not state_file(settings).exists():
         return None
-    state, begun = read_state(state_file(settings), map_location=device)
+    state, begun = _read(state_file(settings), map_location=device)
     defaults = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
     added = {name: defaults[name] for name in now if name in defaults}  # options that came later
     check_same(added | as_begun(begun), as_begun(now), f"the run in {settings.output}")
@@ -95,14 +95,14 @@ def load_state(settings: LoopSettings, now: dict[str, Any], device: torch.device
 def begun_with(settings: TrainSettings) -> dict[str, Any] | None:
     """Return the options of the run in the folder, complete or not; None if there is none."""
     if state_file(settings).exists():
-        state, begun = read_state(state_file(settings), mmap=True)
+        state, begun = _read(state_file(settings), mmap=True)
         return as_begun({"steps": state.get("steps", STEPS_BEFORE), **begun})
     if not (settled(Path(settings.output)) / MANIFEST).exists():
         return None
     return as_begun((read_manifest(Path(settings.output)).training or {}).get("settings", {}))
 
 
-def read_state(file: Path, **how: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(file: Path, **how: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a state, and the options that the run was begun with. how: arguments of torch.load"""
     try:
         state: dict[str, Any] = torch.load(file, weights_only=True, **how)
