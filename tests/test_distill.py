@@ -255,6 +255,7 @@ def test_students_of_every_family_load_in_diffusers(family, teachers, settings, 
     assert set(record["held_out_loss"]) == {"trained", "student"}
     assert record["history"][-1]["step"] == 2
     assert (folder / RECORD).exists()
+    assert "guidance, as any model" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -463,6 +464,12 @@ def test_a_finished_run_with_other_options_is_refused(settings):
     distill(replace(settings, steps=1))
     with pytest.raises(UserError, match="was finished with --steps 1"):
         distill(replace(settings, steps=2))
+
+
+def test_the_card_says_how_a_student_with_guidance_in_it_is_drawn(settings):
+    distill(replace(settings, steps=1, guidance_in=4.0, lora=2, student="sd-1"))
+    said = (settings.folder / "README.md").read_text()
+    assert "Draw it with guidance 1" in said and "Use it on `sd-1`" in said
 
 
 def test_the_command_plans_and_trains(settings, capsys, tmp_path):

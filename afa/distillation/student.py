@@ -90,6 +90,7 @@ def write_student(settings: DistillSettings, student: Ensemble, stage: Path, fac
         names = [name.removesuffix(A) for name in tensors if name.endswith(A)]
         factors = {name: (tensors[name + A], tensors[name + B]) for name in names}
         if not settings.single_file:
+            (stage / "README.md").write_text(card(settings, facts))
             save_file(diffusers_tensors(expert.model, factors), stage / FILE, metadata=header)
             return
         with replacing(output) as file:
@@ -104,11 +105,30 @@ def write_student(settings: DistillSettings, student: Ensemble, stage: Path, fac
     whole = replace(expert, model=model, text_encoders=encoders, vae=vae)
     if not settings.single_file:
         save_expert(whole, stage)
+        (stage / "README.md").write_text(card(settings, facts))
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     save_expert(whole, stage / "student")
     write_original(stage / "student", output, header, f"distilled from {public_place(settings.ensemble)}")
     shutil.rmtree(stage / "student")
+
+
+def card(settings: DistillSettings, facts: dict[str, Any]) -> str:
+    """Return the model card of a student in a folder; all names in it are the user's own."""
+    kind = "a model" if settings.lora is None else f"a LoRA of rank {settings.lora}"
+    base = "the mean of its experts" if settings.student == WEIGHTED else f"`{facts['student']}`"
+    guided = facts["guidance_in"]
+    drawn = (
+        "Draw it with guidance, as any model of its kind."
+        if guided is None
+        else f"**Draw it with guidance 1** (CFG 1): its prediction has guidance {guided:g} in it."
+    )
+    use = "It was trained from" if settings.lora is None else "Use it on"
+    return (
+        f"---\nlibrary_name: diffusers\ntags: [text-to-image]\n---\n\n# Distilled ensemble\n\n"
+        f"This is {kind} that predicts as the ensemble `{facts['teacher']}` does "
+        f"(`afa distill`, {facts['steps']} steps). {use} {base}. {drawn}\n"
+    )
 
 
 def write_original(folder: Path, output: Path, header: dict[str, str], title: str) -> None:
