@@ -33,10 +33,10 @@ PASSES, LEAST_STEPS, MOST_STEPS = 5, 250, 12_500
 # (docs/metrics.md, by simulation).
 FEWEST_HELD_OUT = 20
 
-# Of afa distill (docs/log.md). The rate is for experts that are near each other, whose widest stage has 96
+# Of afa distill (docs/log.md). The rate is for experts that are near each other, whose widest stage has 64
 # channels; where their mean is far from all of them, as on far, ten times as much learns faster.
 DISTILL_STEPS, DISTILL_EMA, TRAJECTORY_STEPS, CAPTIONS = 1000, 0.99, 12, 4096
-DISTILL_RATE, DISTILL_WIDTH = 1e-4, 96
+DISTILL_RATE, DISTILL_WIDTH = 1e-4, 64
 
 # Of --reuse: stages at either end of a U-Net that run in all steps.
 OUTER_STAGES = 2

@@ -502,7 +502,7 @@ def test_a_file_that_is_gone_after_its_run_is_named(settings, tmp_path):
 def test_the_rate_that_is_not_given_falls_with_the_students_width(settings, teachers):
     planned = plan_distill(replace(settings, lr=None))
     widest = max(stage.channels for stage in planned.ensemble.denoiser.stages)
-    assert planned.settings.lr == pytest.approx(1e-4 * 96 / widest, rel=0.01)
+    assert planned.settings.lr == pytest.approx(1e-4 * 64 / widest, rel=0.01)
     given = replace(settings, lr=None, steps=1)
     record = distill(given)
     assert record["settings"]["lr"] == planned.settings.lr

@@ -314,7 +314,7 @@ def test_students_are_distilled_from_the_ensemble_of_their_seed_and_drawn_as_the
     assert list(rows) == STUDENTS
     assert all([run.seed for run in row.runs] == [0, 1] for name, row in rows.items() if name != "weighted")
     trained = Path(settings.output) / "trained"
-    records = {name: json.loads((trained / name / "seed-1" / "distill.json").read_text())["settings"] for name in STUDENTS[1:]}
+    records = {name: json.loads(next((trained / name).glob("lr-*/seed-1/distill.json")).read_text())["settings"] for name in STUDENTS[1:]}
     assert {Path(record["ensemble"]).parts[-2:] for record in records.values()} == {("afa", "seed-1")}
     assert records["distilled"]["guidance"] == records["distilled_guided"]["guidance_in"] == 2.0
     assert records["distilled_lora"]["lora"] > 0 and records["distilled_guided"]["guidance"] is None
@@ -323,8 +323,8 @@ def test_students_are_distilled_from_the_ensemble_of_their_seed_and_drawn_as_the
 
     setup = Setup(settings)
     row = next(row for row in student_rows(setup) if row.name == "distilled_guided")
-    student = load_expert(str(trained / "distilled_guided" / "seed-0"), torch.float32)
-    drawn = row.sampler({}, 0)([Request("a cat", 7)], replace(setup.sampling, guidance=2.0))
+    student = load_expert(str(trained / "distilled_guided" / "lr-10" / "seed-0"), torch.float32)
+    drawn = row.sampler({"lr": 10.0}, 0)([Request("a cat", 7)], replace(setup.sampling, guidance=2.0))
     assert np.array_equal(drawn, merged_sampler(setup, student)([Request("a cat", 7)], replace(setup.sampling, guidance=1.0)))
 
 

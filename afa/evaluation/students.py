@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.checkpoint.manifest import read_manifest
+from afa.defaults import distill_rate
 from afa.distillation.plan import RECORD, plan_distill
 from afa.distillation.run import distill, distill_finished
 from afa.distillation.settings import DistillSettings
@@ -24,6 +25,7 @@ from afa.sampling.sample import Request, Sampler, Sampling, strength
 from afa.seeds import nth_seed
 from afa.training.finetune import FILE, fuse_lora, matching_rank
 
+RATES = (1.0, 10.0)  # of the default learning rate: the one that comes nearer to the ensemble is taken
 PER_STEP = 2  # steps of a distillation for one of the ensemble's, where their number is not given
 
 
@@ -33,12 +35,13 @@ def student_rows(setup: Setup) -> list[MethodRow]:
     for name, title in STUDENTS.items():
         sampler = functools.partial(_sampler, setup, name)
         train = functools.partial(_train, setup, name)
-        given = {"group": "ours", "train": train, "runs": setup.settings.seeds}
-        rows.append(MethodRow(name=name, title=title, sampler=sampler, **given))
+        given: dict[str, Any] = {"group": "ours", "train": train, "runs": setup.settings.seeds}
+        given |= {"candidates": tuple({"lr": rate} for rate in RATES), "by_loss": True}
+        rows.append(MethodRow(name, title=title, sampler=sampler, note="lr: times the default", **given))
     return rows
 
 
-def _settings(setup: Setup, name: str, teacher: Path, run: int) -> DistillSettings:
+def _settings(setup: Setup, name: str, options: Options, teacher: Path, run: int) -> DistillSettings:
     guidance = strength(setup.pipeline(setup.ensemble), setup.sampling)
     if name == GUIDED and (guidance is None or guidance <= 1):
         raise UserError("it learns to predict with guidance, and the images are drawn without")
@@ -51,7 +54,8 @@ def _settings(setup: Setup, name: str, teacher: Path, run: int) -> DistillSettin
     return DistillSettings(
         ensemble=str(teacher),
         data=setup.training_data,
-        output=str(setup.output / "trained" / name / f"seed-{run}"),
+        output=str(setup.output / "trained" / name / f"lr-{options['lr']:g}" / f"seed-{run}"),
+        lr=options["lr"] * distill_rate(max(stage.channels for stage in setup.ensemble.denoiser.stages)),
         steps=steps,
         lora=rank,
         resolution=setup.recorded.get("resolution"),
@@ -66,7 +70,7 @@ def _settings(setup: Setup, name: str, teacher: Path, run: int) -> DistillSettin
 def _train(setup: Setup, name: str, options: Options, run: int) -> Trained:
     """Distil, or read what was distilled before."""
     teacher = afa_run(setup, options, run).folder
-    settings = _settings(setup, name, teacher, run)
+    settings = _settings(setup, name, options, teacher, run)
     record = distill_finished(settings)
     if record is None:
         ensemble = setup.ensemble.sharing(aggregators=teacher)
