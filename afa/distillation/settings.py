@@ -106,6 +106,21 @@ class DistillSettings(LoopSettings):
                 f"--guidance {self.guidance:g} is of a student that is drawn with guidance, and with "
                 f"--guidance-in {self.guidance_in:g} it predicts it itself; give one of them"
             )
+        if self.frame is not None:
+            raise UserError(
+                f"--frame {self.frame} cannot be given: a student has the ensemble's frame; leave it out"
+            )
+        of_captions = [name for name in ("image_column", "caption_column") if getattr(self, name) is not None]
+        if self.data.endswith(CAPTIONS) and of_captions:
+            flag, value = of_captions[0].replace("_", "-"), getattr(self, of_captions[0])
+            raise UserError(
+                f"--{flag} {value} is of data with columns, and {self.data} has lines; leave it out"
+            )
+        if self.prediction_type is not None and self.student == WEIGHTED:
+            raise UserError(
+                f"--prediction-type {self.prediction_type} is of a file that --student names, and the student is "
+                "the mean of the experts; leave it out"
+            )
         if self.sheet_guidance is None:  # as the student is to be drawn
             drawn = self.guidance if self.guidance_in is None else 1.0
             object.__setattr__(self, "sheet_guidance", drawn)

@@ -21,6 +21,7 @@ from afa.errors import UserError
 from afa.experts.compatible import mismatches
 from afa.experts.load import load_expert
 from afa.experts.lora import fuse
+from afa.experts.spec import ExpertSpec
 from afa.files import replacing
 from afa.merging.configs import carried_configs
 from afa.merging.engine import model_spec, write
@@ -49,7 +50,8 @@ def make_student(settings: DistillSettings, teacher: Ensemble) -> Ensemble:
     elif settings.student in teacher.names:
         student = teacher.experts[teacher.names.index(settings.student)]
     else:
-        student = load_expert(settings.student, first.dtype, settings.config)
+        spec = ExpertSpec.parse(settings.student, prediction_type=settings.prediction_type)
+        student = load_expert(spec, first.dtype, settings.config)
         student = replace(student, name=student.name or "student")
     if not student.text_encoders:
         student = replace(student, text_encoders=first.text_encoders)
