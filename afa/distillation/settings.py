@@ -118,8 +118,8 @@ class DistillSettings(LoopSettings):
             )
         if self.prediction_type is not None and self.student == WEIGHTED:
             raise UserError(
-                f"--prediction-type {self.prediction_type} is of a file that --student names, and the student is "
-                "the mean of the experts; leave it out"
+                f"--prediction-type {self.prediction_type} is of a file that --student names, and the "
+                "student is the mean of the experts; leave it out"
             )
         if self.sheet_guidance is None:  # as the student is to be drawn
             drawn = self.guidance if self.guidance_in is None else 1.0
