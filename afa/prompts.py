@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from afa.errors import UserError
 from afa.text_files import check_text, clean, read_json_lines, read_text, split_lines
 
@@ -199,28 +197,3 @@ def _text(place: str, entry: Any) -> str:
     if not isinstance(text, str):
         raise UserError(f'{place} has no "text"')
     return text
-
-
-TRIES = 20  # for every caption that is to be made, before it is taken for impossible
-
-
-def recombined(captions: Sequence[str], count: int, others: Sequence[str], seed: int) -> list[str]:
-    """Return new captions, each the beginning of one caption and the end of another, joined at a common word.
-
-    count:  how many; fewer where no more are found
-    others: captions that must not come out
-    """
-    rng, made = np.random.default_rng((seed, 3)), dict.fromkeys([*captions, *others])
-    known, texts = len(made), [caption.split() for caption in captions]
-    places: dict[str, list[tuple[int, int]]] = {}
-    for number, words in enumerate(texts):
-        for place, word in enumerate(words[:-1]):
-            places.setdefault(word, []).append((number, place))
-    joints = [word for words in texts for word in words[:-1] if len(places[word]) > 1]
-    for _ in range(TRIES * count if joints else 0):
-        word = joints[rng.integers(len(joints))]
-        (one, first), (other, second) = (places[word][rng.integers(len(places[word]))] for _ in range(2))
-        made.setdefault(" ".join([*texts[one][: first + 1], *texts[other][second + 1 :]]))
-        if len(made) == known + count:
-            break
-    return list(made)[known:]

@@ -296,20 +296,22 @@ def set_estimate(values: Array, replicates: Array, n: int, seed: int = 0) -> Est
 def kept_share(method: Array, reference: Array, whole: Array, seed: int = 0) -> Estimate:
     """The share of a gain over a reference that a method keeps: (method - reference) / (whole - reference).
 
-    method, reference, whole: (runs, prompts) each, of the same prompts; runs of the first two of several are
-                              averaged
+    method, reference, whole: (runs, prompts) each, of the same prompts, higher is better; the runs of the
+                              last two are averaged
     seed:                     of the resamples
-    The interval is over prompts and over the method's runs; it has no end where the gain itself may be none.
+    The interval is over prompts and over the method's runs; it has no end where there may be no gain.
     """
     base, full = reference.mean(0), whole.mean(0)
     rows = np.concatenate([method, base[None], full[None]])
     *means, low, high = _resampled_means(rows, seed)
     gain = high - low
-    value = (method.mean(1) - base.mean()) / (full.mean() - base.mean())
     with np.errstate(divide="ignore", invalid="ignore"):
+        value = (method.mean(1) - base.mean()) / (full.mean() - base.mean())
         shares = (np.stack(means) - low) / gain
-    draws = shares.mean(0) + run_effects(value, shares, seed)
-    ends = np.quantile(draws, QUANTILES) if bool((gain > 0).all() or (gain < 0).all()) else (-np.inf, np.inf)
+    certain = bool((gain > 0).all())
+    ends = (-np.inf, np.inf)
+    if certain:
+        ends = tuple(np.quantile(shares.mean(0) + run_effects(value, shares, seed), QUANTILES))
     return Estimate(float(value.mean()), float(ends[0]), float(ends[1]), method.shape[1])
 
 

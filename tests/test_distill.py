@@ -27,10 +27,10 @@ from afa.distillation.student import KEY
 from afa.latents import Latents
 from afa.models.registry import FAMILIES
 from afa.models.unet import UNetEnsemble
-from afa.prompts import recombined
 from afa.sampling.sample import Request, Sampling, sample
 from afa.training.conditions import Conditions
 from afa.training.noise import Noising
+from afa.training.prepare import recombined
 from afa.training.state import state_file
 from afa.training.teacher import Teacher, own_samplings
 from afa.training.trajectories import GROUPS, Trajectories, spaced
@@ -117,7 +117,6 @@ def _stock_step(noise, noising, prediction, latents, before, after):
         return latents + (sigmas[1] - sigmas[0]) * prediction
     stock = DDIMScheduler.from_config(noise.config, clip_sample=False, set_alpha_to_one=False)
     stock.num_inference_steps = 1
-    stock.config.num_train_timesteps  # noqa: B018
     stock._get_variance = lambda *_: 0
     stock.register_to_config(num_train_timesteps=int(before - after))  # the step that step() goes back
     return stock.step(prediction, int(before), latents).prev_sample
@@ -473,6 +472,16 @@ def test_the_card_says_how_a_student_with_guidance_in_it_is_drawn(settings):
     distill(replace(settings, steps=1, guidance_in=4.0, lora=2, student="sd-1"))
     said = (settings.folder / "README.md").read_text()
     assert "Draw it with guidance 1" in said and "Use it on `sd-1`" in said
+
+
+def test_a_finished_run_in_another_number_format_is_refused(settings):
+    distill(replace(settings, steps=1))
+    with pytest.raises(UserError, match="save_dtype|save-dtype"):
+        distill(replace(settings, steps=1, save_dtype="float16"))
+
+
+def test_images_outside_their_folder_may_give_their_captions(settings, images):  # noqa: F811
+    assert distill(replace(settings, data=str(images), steps=1, allow_outside=True, max_skipped=0.5))["steps"] == 1
 
 
 def test_the_command_plans_and_trains(settings, capsys, tmp_path):

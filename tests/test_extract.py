@@ -16,7 +16,7 @@ from afa import Ensemble, UserError
 from afa.cli.main import main
 from afa.distillation.extract import KEY, extract, nearest, product
 from afa.distillation.extract_settings import ExtractSettings
-from afa.distillation.lora_files import FILE
+from afa.training.finetune import FILE
 
 MAKE = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 KINDS = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}

@@ -14,6 +14,7 @@ from afa.stats import (
     difference,
     estimate,
     estimates,
+    kept_share,
     prompt_means,
     set_estimate,
     win_rates,
@@ -199,3 +200,13 @@ def test_holm_keeps_the_order_and_is_never_below_the_raw_p():
 def test_a_reversed_estimate_is_of_the_reversed_difference():
     one, other = np.random.default_rng(18).normal(size=(2, 30))
     assert vars(difference(one, other).reversed) == pytest.approx(vars(difference(other, one)))
+
+
+def test_a_share_is_of_a_gain_only():
+    """Half of a gain is .5 with an interval; where the whole method gains nothing for certain, there is none."""
+    rng = np.random.default_rng(0)
+    base, noise = rng.normal(size=(1, 200)), 0.01 * rng.normal(size=(1, 200))
+    half = kept_share(base + 0.5 + noise, base, base + 1)
+    assert half.value == pytest.approx(0.5, abs=0.01) and half.low < 0.5 < half.high < 0.6
+    for lost in (base - 1, base, base + rng.normal(size=(1, 200))):
+        assert not np.isfinite(kept_share(base + 0.5, base, lost).low)

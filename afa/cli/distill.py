@@ -46,6 +46,9 @@ def _plan(facts: dict[str, Any]) -> str:
     drawn = "without guidance" if facts["guidance"] is None else f"with guidance {facts['guidance']:g}"
     answers = "as they are" if guided is None else f"with guidance {guided:g}, in one pass"
     captions = f"{facts['captions']} to train on, {facts['held_out_captions']} held out"
+    if facts["recombine"] > facts["captions"]:
+        captions = f"{facts['captions']}, recombined up to {facts['recombine']}, to train on, "
+        captions += f"{facts['held_out_captions']} held out"
     steps = f"at most {facts['steps']}, {facts['latents_a_step']} latents each"
     lines = [
         f"teacher   {', '.join(facts['teacher'])}; its predictions {answers}",

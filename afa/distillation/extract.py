@@ -18,17 +18,19 @@ from tqdm import tqdm
 
 from afa.devices import choose_device
 from afa.distillation.extract_settings import ExtractSettings
-from afa.distillation.lora_files import FILE, diffusers_tensors, kohya_tensors
+from afa.distillation.lora_files import diffusers_tensors, save_kohya
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
 from afa.experts.expert import TEXT_ENCODERS
 from afa.experts.headers import current_name
 from afa.experts.spec import ExpertSpec
-from afa.files import locked, present, refuse_busy, replacing, staged
+from afa.files import locked, staged
 from afa.merging.engine import model_spec
 from afa.merging.keys import check_same_keys, check_values
+from afa.merging.plan import check_output
 from afa.merging.sources import FileSource, Reader, open_source
 from afa.places import public_place
+from afa.training.finetune import FILE
 from afa.version import __version__
 
 KEY = "afa.extract"  # of the header
@@ -54,28 +56,19 @@ def open_both(settings: ExtractSettings) -> tuple[FileSource, FileSource]:
 
     Raises UserError if they cannot be compared, weight by weight, or if the output is there already.
     """
-    output = Path(settings.output)
-    if settings.single_file and output.is_dir():
-        raise UserError(f"{output} is a folder; a file of that name cannot be written")
-    refuse_busy(output, file=settings.single_file)
-    if output.is_file() or present(output):
-        raise UserError(f"{output} exists already; choose another --output or delete it")
-    tuned, base = (
-        open_source(ExpertSpec.parse(place, prediction_type=settings.prediction_type), settings.config)
+    specs = [
+        ExpertSpec.parse(place, prediction_type=settings.prediction_type)
         for place in (settings.tuned, settings.base)
-    )
+    ]
+    check_output(Path(settings.output), settings.single_file, specs)
+    tuned, base = (open_source(spec, settings.config) for spec in specs)
     reasons = mismatches([base.expert, tuned.expert])
     if reasons:
         raise UserError("; ".join(reasons))
-    shapes = [_compared(source, settings) for source in (base, tuned)]
-    check_same_keys(
-        *(
-            {key: one.tensors[key].shape for key in keys}
-            for one, keys in zip((base, tuned), shapes, strict=True)
-        ),
-        tuned.name,
-        base.name,
+    mine, theirs = (
+        {key: source.tensors[key].shape for key in _compared(source, settings)} for source in (base, tuned)
     )
+    check_same_keys(mine, theirs, tuned.name, base.name)
     return tuned, base
 
 
@@ -167,26 +160,23 @@ def _write(
         part: {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in own.items()}
         for part, own in factors.items()
     }
-    for part, own in cast.items():
-        for name, pair in own.items():
+    for part, layers in cast.items():
+        for name, pair in layers.items():
             if not all(bool(tensor.isfinite().all()) for tensor in pair):
                 raise UserError(
                     f"the LoRA of {part}.{name} does not fit {settings.dtype}; give --dtype bfloat16"
                 )
     text = {part: own for part, own in cast.items() if part != base.denoiser}
-    form = kohya_tensors if settings.single_file else diffusers_tensors
-    tensors = form(base.model, cast.get(base.denoiser, {}), text)
+    own = cast.get(base.denoiser, {})
     title = f"LoRA of {public_place(settings.tuned)} on {public_place(settings.base)}"
     header = {"format": "pt", KEY: f"afa {__version__}, share of the difference {kept.share:.4f}"}
     header |= model_spec(base.expert, title)
     output = Path(settings.output)
     if settings.single_file:
-        numbers = {"ss_network_dim": str(settings.rank), "ss_network_alpha": str(settings.rank)}
-        with replacing(output) as file:
-            save_file(tensors, file, metadata=header | numbers)
+        save_kohya(output, base.model, own, text, header)
         return
     with staged(output, last=FILE) as stage:
-        save_file(tensors, stage / FILE, metadata=header)
+        save_file(diffusers_tensors(base.model, own, text), stage / FILE, metadata=header)
 
 
 def facts(settings: ExtractSettings, tuned: FileSource, base: FileSource, kept: Kept) -> dict[str, Any]:

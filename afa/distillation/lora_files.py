@@ -1,26 +1,24 @@
 """LoRA files as other programs read them: by diffusers' names, or by kohya's, with alpha."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from afa.errors import UserError
-from afa.models.registry import FAMILIES, family_of, layers_of
+from afa.files import replacing
+from afa.models.registry import family_of, layers_of
 from afa.stages.original_names import Layers
+from afa.training.finetune import component_of
 
 A, B = ".lora_A.weight", ".lora_B.weight"
-FILE = "pytorch_lora_weights.safetensors"  # in a folder, by diffusers' names
 DENOISER = "lora_unet_"  # of a denoiser's layers, of transformers too
 SAME = {"sd3": ("context_embedder",)}  # layers whose publisher calls them as diffusers does
 CLIP = "text_model."  # begins the names of a CLIP text encoder's layers in files, whatever the library has
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # layer -> down (rank, in …) and up (out, rank …)
-
-
-def component_of(model: Any) -> str:
-    """Return the pipeline's name for this kind of denoiser: unet or transformer."""
-    return FAMILIES[family_of(model)].component
 
 
 def diffusers_tensors(
@@ -75,6 +73,21 @@ def kohya_tensors(
         found[f"{key}.lora_up.weight"] = (up * (len(down) / alpha)).contiguous()
         found[f"{key}.alpha"] = torch.tensor(float(alpha), dtype=down.dtype)
     return found
+
+
+def save_kohya(
+    output: Path,
+    model: Any,
+    factors: Factors,
+    text: Mapping[str, Factors] | None = None,
+    header: Mapping[str, str] | None = None,
+) -> None:
+    """Write a LoRA by kohya's names. header: what it says besides its rank and alpha"""
+    tensors = kohya_tensors(model, factors, text)
+    alpha = next(f"{tensor.item():g}" for name, tensor in tensors.items() if name.endswith(".alpha"))
+    numbers = {"ss_network_dim": alpha, "ss_network_alpha": alpha}
+    with replacing(output) as file:
+        save_file(tensors, file, metadata={**(header or {}), **numbers})
 
 
 def _in_files(factors: Factors) -> Factors:

@@ -73,6 +73,7 @@ class DistillPlan(TrainingPlan):
             "student": settings.student,
             "captions": len(self.source.samples) - self.held_out_images,
             "held_out_captions": self.held_out_images,
+            "recombine": settings.recombine,
             "resolution": self.resolution,
             "rank": rank,
             "trainable_parameters": trained,
@@ -101,10 +102,11 @@ class DistillPlan(TrainingPlan):
             settings.store,
             settings.set_checkpointing,
         )
-        modules = [*self.ensemble.text_encoders, *teacher.text_encoders, self.ensemble.frame.vae]
-        beside = [] if settings.cache is not None else modules
+        experts = [*self.ensemble.experts, *teacher.experts]
+        encoders = {id(encoder): encoder for expert in experts for encoder in expert.text_encoders}
+        beside = 0 if settings.cache is not None else sum(map(stored_bytes, encoders.values()))
         frozen = stored_bytes(teacher.denoiser.experts) + stored_bytes(self.ensemble.denoiser.experts)
-        found = Memory(step, frozen, sum(map(stored_bytes, beside)))
+        found = Memory(step, frozen, beside)
         return {
             "expected_memory_gb": round(found.total / 1e9, 2),
             "for_less_memory": advice(found, settings, settings.store),

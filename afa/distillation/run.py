@@ -4,51 +4,34 @@ import contextlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
-from afa.checkpoint.manifest import Losses
 from afa.distillation.plan import RECORD, DistillPlan, plan_distill, trained_part
 from afa.distillation.settings import DistillSettings
 from afa.distillation.student import write_student
 from afa.errors import UserError
-from afa.files import locked, settled, staged
+from afa.files import locked, staged
 from afa.places import public_place
-from afa.schema import Count, build
 from afa.stats import difference
-from afa.text_files import read_json
-from afa.training.record import check_record, run_record
+from afa.training.record import check_record, finished_record, run_record
 from afa.training.setup import end_run, make_accelerator, make_trainer
-from afa.training.state import state_file
-
-
-class DistillRecord(TypedDict):
-    """The fields of distill.json that are read again."""
-
-    settings: dict[str, Any]
-    parameters: Count
-    steps: Count
-    seconds: float
-    held_out_loss: Losses
 
 
 def distill_finished(settings: DistillSettings) -> dict[str, Any] | None:
     """Return the record of a complete run; None if there is none. Raises UserError if it was another run."""
-    file = settled(settings.folder) / RECORD
-    if not file.exists() or state_file(settings).exists():
+    found = finished_record(settings, RECORD)
+    if found is None:
         return None
-    try:
-        record: dict[str, Any] = build(DistillRecord, read_json(file, nan=True), file)
-        begun: DistillSettings = build(DistillSettings, record["settings"], file, "settings")
-    except UserError as error:
-        raise UserError(f"{error}; choose another --output") from None
+    record, begun = found
     if settings.lr is None:
         settings = replace(settings, lr=begun.lr)
     check_record(settings, begun, record, f"the student in {settings.output}")
     if settings.single_file and not Path(settings.output).is_file():
         raise UserError(
-            f"{file} says that {settings.output} is finished, and it is gone; delete {file} to distil again"
+            f"{settings.folder / RECORD} says that {settings.output} is finished, and it is gone; "
+            f"delete {settings.folder} to distil again"
         )
     return record
 

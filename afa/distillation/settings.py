@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from afa import defaults
 from afa.errors import UserError
@@ -19,16 +18,12 @@ OF_IMAGES = (
     "timestep_range",
     "crops",
     "flip",
-    "max_skipped",
-    "allow_outside",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings(LoopSettings):
     """The options of `afa distill`; each field is a flag."""
-
-    free: ClassVar[tuple[str, ...]] = (*LoopSettings.free, "save_dtype")
 
     ensemble: str = option(place=True, help="folder of a saved ensemble, the teacher", positional=True)
     data: str = option(
@@ -42,8 +37,8 @@ class DistillSettings(LoopSettings):
     student: str = option(
         WEIGHTED,
         place=True,
-        help="what is trained: weighted (the mean of the experts), the name of an expert, another model of "
-        "their architecture",
+        help="what is trained: weighted (the mean of the experts), the name of an expert, or another model "
+        "of their architecture",
     )
     lora: int | None = option(
         None, least=1, most=2**20, help="rank of a LoRA, trained in place of all weights of the student"

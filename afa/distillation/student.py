@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from afa.checkpoint.folder import save_expert
-from afa.distillation.lora_files import A, B, diffusers_tensors, kohya_tensors
+from afa.distillation.lora_files import A, B, save_kohya
 from afa.distillation.settings import WEIGHTED, DistillSettings
 from afa.ensemble import Ensemble
 from afa.errors import UserError
@@ -22,16 +22,14 @@ from afa.experts.compatible import mismatches
 from afa.experts.load import load_expert
 from afa.experts.lora import fuse
 from afa.experts.spec import ExpertSpec
-from afa.files import replacing
 from afa.merging.configs import carried_configs
 from afa.merging.engine import model_spec, write
 from afa.merging.memory import merge_experts
 from afa.merging.plan import make_plan
 from afa.merging.settings import MergeSettings
 from afa.merging.sources import Reader
-from afa.models.registry import FAMILIES
 from afa.places import public_place
-from afa.training.finetune import FILE, lora_tensors
+from afa.training.finetune import FILE, component_of, lora_tensors
 from afa.version import __version__
 
 KEY = "afa.distill"  # of a student's header
@@ -84,21 +82,19 @@ def write_student(settings: DistillSettings, student: Ensemble, stage: Path, fac
     dtype = getattr(torch, settings.save_dtype)
     header = {"format": "pt", KEY: json.dumps(facts | {"afa": __version__}, sort_keys=True)}
     if settings.lora is not None:
-        component = FAMILIES[expert.family].component
-        tensors = {
-            name.removeprefix(f"{component}."): tensor.to(dtype)
-            for name, tensor in lora_tensors(student.denoiser.experts[0]).items()
-        }
-        names = [name.removesuffix(A) for name in tensors if name.endswith(A)]
-        factors = {name: (tensors[name + A], tensors[name + B]) for name in names}
+        tensors = {name: tensor.to(dtype) for name, tensor in lora_tensors(expert.model).items()}
         if not settings.single_file:
             (stage / "README.md").write_text(card(settings, facts))
-            save_file(diffusers_tensors(expert.model, factors), stage / FILE, metadata=header)
+            save_file(tensors, stage / FILE, metadata=header)
             return
-        with replacing(output) as file:
-            kohya = header | {"ss_network_dim": str(settings.lora), "ss_network_alpha": str(settings.lora)}
-            spec = model_spec(expert, f"LoRA distilled from {public_place(settings.ensemble)}")
-            save_file(kohya_tensors(expert.model, factors), file, metadata=kohya | spec)
+        prefix = f"{component_of(expert.model)}."
+        factors = {
+            name.removeprefix(prefix).removesuffix(A): (down, tensors[name.removesuffix(A) + B])
+            for name, down in tensors.items()
+            if name.endswith(A)
+        }
+        spec = model_spec(expert, f"LoRA distilled from {public_place(settings.ensemble)}")
+        save_kohya(output, expert.model, factors, header=header | spec)
         return
     cast = functools.partial(nn.Module.to, device="cpu", dtype=dtype)  # diffusers' own warns of every cast
     model = cast(student.denoiser.experts[0].requires_grad_(False))

@@ -21,7 +21,7 @@ from afa.evaluation.setup import Setup
 from afa.evaluation.trained import afa_run
 from afa.evaluation.untrained import merged_sampler
 from afa.experts.load import load_expert
-from afa.sampling.sample import Request, Sampler, Sampling, strength
+from afa.sampling.sample import Request, Sampler, Sampling
 from afa.seeds import nth_seed
 from afa.training.finetune import FILE, fuse_lora, matching_rank
 
@@ -42,9 +42,11 @@ def student_rows(setup: Setup) -> list[MethodRow]:
 
 
 def _settings(setup: Setup, name: str, options: Options, teacher: Path, run: int) -> DistillSettings:
-    guidance = strength(setup.pipeline(setup.ensemble), setup.sampling)
-    if name == GUIDED and (guidance is None or guidance <= 1):
-        raise UserError("it learns to predict with guidance, and the images are drawn without")
+    denoiser, sampling = setup.ensemble.denoiser, setup.sampling
+    built_in = denoiser.interface.default_cfg_scale(denoiser.config) <= 1
+    guidance = (sampling.true_guidance if built_in else sampling.guidance) or 1.0
+    if name == GUIDED and (built_in or guidance <= 1):
+        raise UserError("it learns guidance of two passes, and the images are drawn without")
     steps = setup.settings.distill_steps or PER_STEP * setup.recorded["steps"]
     rank = None
     if name == "distilled_lora":
@@ -55,7 +57,7 @@ def _settings(setup: Setup, name: str, options: Options, teacher: Path, run: int
         ensemble=str(teacher),
         data=setup.training_data,
         output=str(setup.output / "trained" / name / f"lr-{options['lr']:g}" / f"seed-{run}"),
-        lr=options["lr"] * distill_rate(max(stage.channels for stage in setup.ensemble.denoiser.stages)),
+        lr=options["lr"] * distill_rate(max(stage.channels for stage in denoiser.stages)),
         steps=steps,
         lora=rank,
         resolution=setup.recorded.get("resolution"),

@@ -44,7 +44,9 @@ def merge_files(settings: MergeSettings, plan: MergePlan | None = None) -> dict[
     """
     plan = plan or make_plan(settings)
     with locked(Path(settings.output), file=settings.single_file):
-        check_output(settings, [])  # another process may have written it meanwhile
+        check_output(
+            Path(settings.output), settings.single_file, []
+        )  # another process may have written it meanwhile
         return _merge(plan)
 
 

@@ -203,7 +203,7 @@ def make_plan(settings: MergeSettings, opened: Mapping[ExpertSpec, FileSource] |
     for step in recipe.steps:
         check_merge(step.method, len(step.experts), step.base is not None, step.options)
         check_names(step.experts)
-    check_output(settings, specs)
+    check_output(Path(settings.output), settings.single_file, specs)
     made: dict[str, PlannedStep] = {}
     planned = []
     for number, step in enumerate(recipe.steps, 1):
@@ -219,15 +219,14 @@ def make_plan(settings: MergeSettings, opened: Mapping[ExpertSpec, FileSource] |
     return MergePlan(settings, recipe, planned, files)
 
 
-def check_output(settings: MergeSettings, specs: Sequence[ExpertSpec]) -> None:
+def check_output(output: Path, single_file: bool, specs: Sequence[ExpertSpec]) -> None:
     """The output must be new; nothing is overwritten, and no expert least of all."""
-    output = Path(settings.output)
     for spec in specs:
         if Path(spec.source).resolve() == output.resolve():
             raise UserError(f"--output {output} is expert '{spec.name}' itself; choose another place")
-    if settings.single_file and output.is_dir():
+    if single_file and output.is_dir():
         raise UserError(f"{output} is a folder; a file of that name cannot be written")
-    refuse_busy(output, file=settings.single_file)
+    refuse_busy(output, file=single_file)
     if output.is_file() or present(output):
         raise UserError(f"{output} exists already; choose another --output or delete it")
 

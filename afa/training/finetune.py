@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 import torch
 from diffusers.models.attention import FeedForward
@@ -21,26 +21,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from afa.aggregators.registry import Recipe
-from afa.checkpoint.manifest import Losses, read_manifest
+from afa.checkpoint.manifest import read_manifest
 from afa.cost import count_training_flops
 from afa.denoiser.base import EnsembleDenoiser
 from afa.devices import process_device
 from afa.ensemble import Ensemble
-from afa.errors import UserError
-from afa.files import locked, settled, staged
+from afa.files import locked, staged
 from afa.models.registry import FAMILIES, family_of
 from afa.places import public_place
-from afa.schema import Count, Within, build
 from afa.stages.stage import base_layer
 from afa.stats import difference
-from afa.text_files import read_json
 from afa.training.finetune_settings import LoraSettings
 from afa.training.plan import TrainingPlan
 from afa.training.prepare import check_objective, find_data, resolution_of
-from afa.training.record import LEFT_OUT, check_record, run_record
+from afa.training.record import LEFT_OUT, check_record, finished_record, run_record
 from afa.training.run import check_output
 from afa.training.setup import end_run, make_accelerator, make_trainer
-from afa.training.state import state_file
 from afa.version import __version__
 
 ADAPTER = "default"
@@ -188,26 +184,12 @@ def facts(planned: TrainingPlan, rank: int) -> dict[str, Any]:
     }
 
 
-class LoraRecord(TypedDict):
-    """The fields of finetune.json that are read again."""
-
-    settings: dict[str, Any]
-    parameters: Count
-    steps: Count
-    seconds: Annotated[float, Within(0)]
-    held_out_loss: Losses
-
-
 def finetune_finished(settings: LoraSettings) -> dict[str, Any] | None:
     """Return the record of a complete run; None if there is none. Raises UserError if it was another run."""
-    file = settled(Path(settings.output)) / RECORD
-    if not file.exists() or state_file(settings).exists():
+    found = finished_record(settings, RECORD)
+    if found is None:
         return None
-    try:
-        record: dict[str, Any] = build(LoraRecord, read_json(file, nan=True), file)
-        begun: LoraSettings = build(LoraSettings, record["settings"], file, "settings")
-    except UserError as error:
-        raise UserError(f"{error}; choose another --output") from None
+    record, begun = found
     check_record(settings, begun, record, f"the LoRA in {settings.output}")
     return record
 

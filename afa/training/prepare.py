@@ -3,10 +3,11 @@
 import functools
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
@@ -17,7 +18,6 @@ from afa.data.sources import Columns, ImageSource
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.latents import latents_of
-from afa.prompts import recombined
 from afa.training.cache import LatentCache, announce, encode_cached, missing_rows
 from afa.training.data import Augmentation, Encoded, Work, check_skipped, encode, split
 from afa.training.objective_terms import make_context, make_objectives
@@ -25,6 +25,7 @@ from afa.training.reward_objectives import is_small
 from afa.training.settings import LoopSettings
 from afa.training.sheets import make_watch
 
+MISSES = 1000  # in a row, after which no more captions are expected
 FEW = 50  # images, encoded without a bar
 
 
@@ -102,6 +103,29 @@ def encode_data(
     if source.skipped and PartialState().is_main_process:
         print(f"afa: {source.skipped.summary()}", file=sys.stderr)
     return found[0], found[1]
+
+
+def recombined(captions: Sequence[str], count: int, others: Sequence[str], seed: int) -> list[str]:
+    """Return new captions, each the beginning of one caption and the end of another, joined at a common word.
+
+    count:  how many; fewer where no more are found
+    others: captions that must not come out
+    """
+    rng, made = np.random.default_rng((seed, 3)), dict.fromkeys([*captions, *others])
+    known, texts = len(made), [caption.split() for caption in captions]
+    places: dict[str, list[tuple[int, int]]] = {}
+    for number, words in enumerate(texts):
+        for place, word in enumerate(words[:-1]):
+            places.setdefault(word, []).append((number, place))
+    joints = [word for words in texts for word in words[:-1] if len(places[word]) > 1]
+    misses = 0 if joints else MISSES
+    while len(made) < known + count and misses < MISSES:
+        before = len(made)
+        word = joints[rng.integers(len(joints))]
+        (one, first), (other, second) = (places[word][rng.integers(len(places[word]))] for _ in range(2))
+        made.setdefault(" ".join([*texts[one][: first + 1], *texts[other][second + 1 :]]))
+        misses = misses + 1 if len(made) == before else 0
+    return list(made)[known:]
 
 
 def encode_captions(

@@ -2,19 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
 
+from afa.checkpoint.manifest import Losses
 from afa.errors import UserError
+from afa.files import settled
 from afa.fingerprint import FILES
+from afa.schema import Count, Within, build
 from afa.stats import estimate
+from afa.text_files import read_json
 from afa.training.loop import Progress, Trainer
 from afa.training.settings import LoopSettings
-from afa.training.state import check_finished, forget_state, kept_file
+from afa.training.state import check_finished, forget_state, kept_file, state_file
 from afa.version import __version__
 
+S = TypeVar("S", bound=LoopSettings)
 LEFT_OUT = "left-out.jsonl"  # the images that could not be used, and why
 
 
@@ -35,6 +40,33 @@ def run_record(trainer: Trainer, progress: Progress, losses: Mapping[str, np.nda
         "held_out_loss": {name: asdict(estimate(values)) for name, values in losses.items()},
         "history": progress.history,
     }
+
+
+class RunRecord(TypedDict):
+    """The fields of a finished run's record that are read again."""
+
+    settings: dict[str, Any]
+    parameters: Count
+    steps: Count
+    seconds: Annotated[float, Within(0)]
+    held_out_loss: Losses
+
+
+def finished_record(settings: S, name: str) -> tuple[dict[str, Any], S] | None:
+    """Return the record of a complete run and the settings it was begun with; None if there is none.
+
+    name: of the record's file in the run's folder
+    Raises UserError for a file that is no such record.
+    """
+    file = settled(settings.folder) / name
+    if not file.exists() or state_file(settings).exists():
+        return None
+    try:
+        record: dict[str, Any] = build(RunRecord, read_json(file, nan=True), file)
+        begun: S = build(type(settings), record["settings"], file, "settings")
+    except UserError as error:
+        raise UserError(f"{error}; choose another --output") from None
+    return record, begun
 
 
 def check_more_steps(

@@ -112,8 +112,8 @@ def make_trainer(
         sheets = Sheets(settings, ensemble.pipeline(), denoiser, held_out.captions, planned.resolution, watch)
     if settings.cache is not None:
         conditions.keep(Path(settings.cache), [*data.captions, *held_out.captions], settings.batch_size)
-        if planned.own and not distilled:  # a student is written with its text encoders
-            _free_encoders(ensemble, vae=not draws)
+        if planned.own:  # a student is written with its text encoders
+            _free_encoders(ensemble, vae=not (draws or distilled), to="cpu" if distilled else "meta")
     objectives = make_objectives(context, list(trained.parameters()))
     distillation = make_distillation(planned, objectives.noising, data, held_out, accelerator)
     return Trainer(
@@ -142,6 +142,8 @@ def make_distillation(
     if settings.cache is not None:
         folder, captions = Path(settings.cache), [*data.captions, *held_out.captions]
         teacher.conditions.keep(folder, captions, settings.batch_size)
+        if planned.own:
+            _free_encoders(planned.teacher, vae=False, to="cpu")
     own = teacher_samplings(settings, planned.teacher, teacher, noising, held_out, planned.resolution)
     guidance = None if settings.guidance_in is not None else guidance_of(settings, planned.teacher)
     samples = settings.batch_size * settings.accumulate * accelerator.num_processes
@@ -169,11 +171,12 @@ def guidance_of(settings: Any, ensemble: Ensemble) -> float | None:
     return strength if strength > 1 else None
 
 
-def _free_encoders(ensemble: Ensemble, vae: bool) -> None:
-    """Free the memory of the text encoders, which the cache replaces; the ensemble can still be saved.
+def _free_encoders(ensemble: Ensemble, vae: bool, to: str) -> None:
+    """Free the device's memory of the text encoders, which the cache replaces; the ensemble can be saved.
 
     vae: whether the VAE goes too, since no image will be decoded
+    to:  meta, or cpu where they are needed again
     """
     encoders = [encoder for expert in ensemble.experts for encoder in expert.text_encoders]
     for module in (*ensemble.text_encoders, *encoders, *((ensemble.frame.vae,) if vae else ())):
-        module.to("meta")
+        module.to(to)

@@ -152,6 +152,8 @@ class Trajectories:
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from what state() returned. Raises ValueError if it is of other samplings."""
+        if not 0 <= int(state["rows"].min()) <= int(state["rows"].max()) < self.captions:
+            raise ValueError("its samplings are of other captions")
         for name, value in self.state().items():
             if state[name].shape != value.shape or state[name].dtype != value.dtype:
                 raise ValueError(f"its samplings' {name} is {tuple(state[name].shape)}")

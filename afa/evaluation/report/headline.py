@@ -120,7 +120,8 @@ def _kept(one: Analysis, column: Column) -> list[tuple[str, str]]:
     students = [name for name in STUDENTS if name in column.samples]
     if not students or merge is None or one.ours is None or column.note.kind != "image":
         return []
-    of = {name: column.samples[name].scores for name in (merge, one.ours, *students)}
+    sign = 1 if column.note.higher_is_better else -1
+    of = {name: sign * column.samples[name].scores for name in (merge, one.ours, *students)}
     if len({scores.shape[1] for scores in of.values()}) > 1:
         return []
     shares = {name: kept_share(of[name], of[merge], of[one.ours]) for name in students}
