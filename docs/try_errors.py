@@ -124,6 +124,8 @@ CASES = {
         ("A teacher whose expert has changed", DISTILL.replace("distill done", "distill changed")),
         ("An option of training on images", f"{DISTILL} --caption-dropout 0.2"),
         ("Guidance twice", f"{DISTILL} --guidance 3 --guidance-in 3"),
+        ("Images, of captions alone", f"{DISTILL.replace('--data data', '--data none.txt')} --image-share 0.5"),
+        ("A share of a batch that is none", f"{DISTILL} --image-share 0.01"),
         ("Half of a sampling", f"{DISTILL} --batch-size 5"),
         ("A difference of two equal models", "afa extract demo:curves --base demo:curves --output out"),
         ("A difference of two architectures", "afa extract demo:curves --base demo:near-round --output out"),

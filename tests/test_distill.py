@@ -348,9 +348,12 @@ def test_training_brings_the_student_nearer_to_its_teacher(settings):
     assert record["held_out_loss"]["trained"]["value"] < 0.8 * record["held_out_loss"]["student"]["value"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"student": "sd-2"}, {"lora": 2, "student": "sd-1"}, {"guidance_in": 4.0}])
-def test_a_killed_run_comes_to_the_same_student(changes, settings, monkeypatch, tmp_path):
-    settings = replace(settings, **changes)
+CHANGES = [{}, {"student": "sd-2"}, {"lora": 2, "student": "sd-1"}, {"guidance_in": 4.0}, {"image_share": 0.5, "crops": 2}, {"image_share": 1}]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_a_killed_run_comes_to_the_same_student(changes, settings, images, monkeypatch, tmp_path):  # noqa: F811
+    settings = replace(settings, **changes, data=str(images) if "image_share" in changes else settings.data)
     whole = distill(replace(settings, output=str(tmp_path / "whole")))
     for step in (2, 3, 5):
         with monkeypatch.context() as patch:
@@ -379,7 +382,9 @@ def test_a_run_of_every_family_resumes(family, teachers, settings, monkeypatch, 
     assert distill(settings)["history"] == whole["history"]
 
 
-def test_two_processes_train_what_one_trains(settings, tmp_path):
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_two_processes_train_what_one_trains(share, settings, images, tmp_path):  # noqa: F811
+    settings = replace(settings, image_share=share, data=str(images) if share else settings.data)
     alone = replace(settings, output=str(tmp_path / "alone"), accumulate=2, steps=4)
     several = replace(settings, output=str(tmp_path / "several"), steps=4)
     one = distill(alone)
@@ -401,6 +406,27 @@ def test_images_give_their_captions(settings, images, tmp_path):  # noqa: F811
     assert record["training_images"] == 8
 
 
+@pytest.mark.parametrize(("share", "batch", "images_in_it"), [(0, 4, 0), (0.5, 4, 2), (0.25, 8, 2), (0.3, 5, 1), (1, 4, 4)])
+def test_samplings_of_a_batch_come_in_pairs_beside_its_images(share, batch, images_in_it, settings):
+    assert replace(settings, image_share=share, batch_size=batch, data="images").images_in_batch == images_in_it
+
+
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_images_answer_for_themselves_and_the_teacher_answers_at_samplings(share, settings, images, tmp_path, monkeypatch):  # noqa: F811
+    """A student that is its teacher learns from images only; only for samplings is the teacher asked."""
+    expert = saved(sd(5), tmp_path / "expert")
+    Ensemble.from_experts([f"one={expert}", f"two={expert}"], aggregator="mean").save(tmp_path / "twice")
+    asked, answer = [], Teacher.__call__
+    monkeypatch.setattr(Teacher, "__call__", lambda self, work: asked.append(work.asked) or answer(self, work))
+    record = distill(
+        replace(settings, ensemble=str(tmp_path / "twice"), data=str(images), student="one", steps=2, lr=0, recombine=0, image_share=share)
+    )
+    assert record["held_out_loss"]["student"]["value"] < 1e-10
+    assert record["history"][-1]["training_loss"] > 0.05
+    in_training = [count for count in asked if count is not None]
+    assert in_training == ([2, 2] if share == 0.5 else [])
+
+
 # ---- what is refused ----------------------------------------------------------------------------------------
 
 
@@ -413,6 +439,10 @@ def test_images_give_their_captions(settings, images, tmp_path):  # noqa: F811
         ({"objective": "mse+reward", "reward": "demo"}, "without a teacher"),
         ({"caption_dropout": 0.5}, "--caption-dropout 0.5 is of training on images"),
         ({"crops": 2}, "--crops 2"),
+        ({"image_share": 0.5}, "has captions alone"),
+        ({"image_share": 0.5, "data": "images", "guidance_in": 3.0}, "give one of them"),
+        ({"image_share": 0.01, "data": "images"}, "leaves no images"),
+        ({"image_share": 0.99, "data": "images"}, "leaves no samplings"),
         ({"frame": "somewhere"}, "the ensemble's frame"),
         ({"caption_column": "text"}, "has lines"),
         ({"prediction_type": "v_prediction"}, "the mean of the experts"),

@@ -50,6 +50,8 @@ def _plan(facts: dict[str, Any]) -> str:
         captions = f"{facts['captions']}, recombined up to {facts['recombine']}, to train on, "
         captions += f"{facts['held_out_captions']} held out"
     steps = f"at most {facts['steps']}, {facts['latents_a_step']} latents each"
+    if facts["images_a_step"]:
+        steps += f", of which {facts['images_a_step']} are of noised images"
     lines = [
         f"teacher   {', '.join(facts['teacher'])}; its predictions {answers}",
         f"student   {facts['student']}: {trained}, {facts['trainable_parameters']:,} parameters",

@@ -81,6 +81,7 @@ class DistillPlan(TrainingPlan):
             "guidance_in": settings.guidance_in,
             "steps": settings.steps,
             "latents_a_step": settings.batch_size * settings.accumulate,
+            "images_a_step": settings.images_in_batch * settings.accumulate,
             "lr": settings.lr,
         }
 
@@ -188,7 +189,8 @@ def plan_distill(settings: DistillSettings, teacher: Ensemble | None = None) -> 
     if settings.store is not None:
         store_weights(teacher.denoiser.experts, settings.store)
     check_objective(settings, student, source)
-    if settings.guidance_in is None and guidance_of(settings, teacher) and settings.batch_size % 2:
+    pairs = settings.guidance_in is None and guidance_of(settings, teacher)
+    if pairs and (settings.batch_size - settings.images_in_batch) % 2:
         raise UserError(
             f"--batch-size {settings.batch_size} is odd, and a sampling with guidance gives two latents; "
             f"give an even number, such as {settings.batch_size + 1}"

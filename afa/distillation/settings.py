@@ -11,7 +11,7 @@ from afa.training.settings import LoopSettings
 
 WEIGHTED = "weighted"
 CAPTIONS = ".txt"
-# Options of training on images, without meaning where a sampling gives the latents.
+# Options of training on images, without meaning where samplings alone give the latents.
 OF_IMAGES = (
     "caption_dropout",
     "timesteps",
@@ -49,6 +49,12 @@ class DistillSettings(LoopSettings):
         most=10**7,
         help="train on at least so many captions: those that are missing are put together from two given "
         "ones at a word that both have (0: the given ones alone)",
+    )
+    image_share: float = option(
+        defaults.IMAGE_SHARE,
+        **SHARE,
+        help="share of each batch that is noised images of --data, which the images themselves answer, as in "
+        "training without a teacher (0: samplings alone; 1: images alone)",
     )
     trajectory_steps: int = option(
         defaults.TRAJECTORY_STEPS,
@@ -127,19 +133,49 @@ class DistillSettings(LoopSettings):
         if self.anchor_to == "mean" or self.sparsity:
             flag = "--anchor-to mean" if self.anchor_to == "mean" else f"--sparsity {self.sparsity:g}"
             raise UserError(f"{flag} is of several experts, and one model is trained; leave it out")
-        plain = {name: type(self).__dataclass_fields__[name].default for name in OF_IMAGES}
-        for name, default in plain.items():
-            if getattr(self, name) != default:
-                flag, value = name.replace("_", "-"), getattr(self, name)
-                raise UserError(
-                    f"--{flag} {value} is of training on images, and a student is trained on its own "
-                    "samplings; leave it out"
-                )
+        self._check_images()
         ensemble, output = Path(self.ensemble).resolve(), Path(self.output).resolve()
         if ensemble == output or ensemble in output.parents:
             raise UserError(
                 f"--output {self.output} is inside the ensemble {self.ensemble}; give another place"
             )
+
+    def _check_images(self) -> None:
+        """Raise UserError for options of images where there are none, and for a share without samples."""
+        if self.image_share and self.data.endswith(CAPTIONS):
+            raise UserError(
+                f"--image-share {self.image_share:g} needs images, and --data {self.data} has captions "
+                "alone; give images, or leave it out"
+            )
+        if self.image_share and self.guidance_in is not None:
+            raise UserError(
+                f"--image-share {self.image_share:g} is of predictions without guidance, as images are, "
+                f"and --guidance-in {self.guidance_in:g} is of those with it; give one of them"
+            )
+        sizes = {"samplings": self.batch_size - self.images_in_batch, "images": self.images_in_batch}
+        for what, share in (("samplings", 1 - self.image_share), ("images", self.image_share)):
+            if share and not sizes[what]:
+                raise UserError(
+                    f"--image-share {self.image_share:g} of --batch-size {self.batch_size} leaves no {what}; "
+                    "give another share or a larger batch"
+                )
+        for name in () if self.image_share else OF_IMAGES:
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default:
+                flag, value = name.replace("_", "-"), getattr(self, name)
+                raise UserError(
+                    f"--{flag} {value} is of training on images, and a student is trained on its own "
+                    "samplings; leave it out, or give --image-share"
+                )
+
+    @property
+    def images_in_batch(self) -> int:
+        """How many samples of a batch are images; samplings with guidance come in pairs."""
+        return (
+            self.batch_size - 2 * round((1 - self.image_share) * self.batch_size / 2)
+            if self.image_share
+            else 0
+        )
 
     @property
     def single_file(self) -> bool:

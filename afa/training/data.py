@@ -81,6 +81,11 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.captions) // self.variants
 
+    def joined(self, images: "Encoded") -> "Encoded":
+        """Return captions without images, followed by those of images; their moments are not in it."""
+        captions, sizes = self.captions + images.captions, torch.cat([self.sizes, images.sizes])
+        return Encoded(EMPTY, captions, sizes, f"{self.digest} {images.digest}")
+
     def rows(self, images: list[int], rng: torch.Generator) -> list[int]:
         """Return one row of each image, drawn at random from its variants."""
         if self.variants == 1:

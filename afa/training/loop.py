@@ -54,6 +54,10 @@ def interruptible() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def _seed_of(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
 PERSISTS = 10  # steps in a row without a finite gradient: then the run stops
 
 
@@ -88,6 +92,11 @@ class StepBatch:
         """Return samples start … stop-1."""
         return StepBatch(self.rows[start:stop], self.dropped[start:stop], self.batch.part(start, stop))
 
+    def joined(self, other: "StepBatch") -> "StepBatch":
+        """Return these samples and then others."""
+        batch = self.batch.joined(other.batch)
+        return StepBatch(self.rows + other.rows, torch.cat([self.dropped, other.dropped]), batch)
+
 
 class Trainer:
     """Trains some modules of one ensemble's denoiser; all else is frozen, but gradients pass through it.
@@ -115,9 +124,10 @@ class Trainer:
         self.settings, self.accelerator, self.denoiser = settings, accelerator, denoiser
         self.noising, self.total, self.conditions = objectives.noising, objectives.training, conditions
         self.data, self.begun, self.sheets = data, begun, sheets
-        teacher, running, batch = distillation or (None, None, None)
-        self.teacher, self.running = teacher, running
+        teacher, running, batch, images = distillation or (None, None, None, data)
+        self.teacher, self.running, self.images = teacher, running, images
         size = settings.batch_size
+        self.asked = 0 if running is None else size - (settings.images_in_batch if images else 0)
         self.held_out = HeldOut(held_out, objectives, conditions, size, teacher=teacher, batch=batch)
         self.group = (
             denoiser.group
@@ -189,7 +199,7 @@ class Trainer:
         drawn = self._draw()
         for micro in range(settings.accumulate):
             self._seed_dropout(micro)
-            total += self._backward(drawn, *self._part(micro))
+            total += self._backward(drawn, micro)
         if self.group is not None:
             self.group.average_gradients(self.parameters)
         norm = self.accelerator.clip_grad_norm_(self.parameters, settings.clip)
@@ -202,61 +212,69 @@ class Trainer:
         self.optimiser.zero_grad()
         return total if finite else None
 
-    def _backward(self, drawn: StepBatch, start: int, stop: int) -> float:
-        """Add the gradients of samples start … stop-1 of a step, and return their part of the loss."""
-        device, part = self.accelerator.device, drawn.part(start, stop)
+    def _backward(self, drawn: list[StepBatch], micro: int) -> float:
+        """Add the gradients of one batch of this process, and return its part of the loss."""
+        device, part = self.accelerator.device, self._part(drawn, micro)
         batch, dropped = part.batch.to(device), part.dropped.to(device)
         rows, call, teacher = part.rows, self.wrapped, self.teacher
         work = Pass.of(
             self.denoiser, self.noising, self.conditions, self.data, rows, batch, dropped, call, teacher
         )
+        work.asked = self.asked
         loss = self.total.sum(self.total.losses(work)).mean() / self.settings.accumulate
         self.accelerator.backward(loss)
         if self.running is not None:
-            predictions = self.accelerator.gather(work.prediction.detach()).cpu()
-            self.running.advance(
-                self.progress.step, start // len(predictions) * len(predictions), predictions
-            )
+            predictions = self.accelerator.gather(work.prediction.detach()[: self.asked]).cpu()
+            self.running.advance(self.progress.step, micro * len(predictions), predictions)
         return float(loss.item())
 
-    def _draw(self) -> StepBatch:
-        """Draw everything random of a whole step, for all processes.
+    def _draw(self) -> list[StepBatch]:
+        """Draw everything random of a whole step, for all processes: running samplings, and noised images.
 
         It depends on seed and step only (and on running samplings), so a resumed run, or another number of
         processes, draws the same.
         """
+        step, found = self.progress.step, []
         if self.running is not None:
-            return StepBatch(*self.running.draw(self.progress.step))
-        key = (self.settings.seed, self.progress.step, 0, 0)
-        rng = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-        chosen = self._choose()
-        dropped = torch.rand(len(chosen), generator=rng) < self.settings.caption_dropout
-        rows = self.data.rows(chosen, rng)
-        return StepBatch(rows, dropped, self.noising.draw(self.data, rows, rng, self.total.extra_noise))
+            found.append(StepBatch(*self.running.draw(step)))
+        if self.images is not None:
+            rng = torch.Generator().manual_seed(_seed_of(self.settings.seed, step, 0, 0))
+            chosen = self._choose(self.images)
+            dropped = torch.rand(len(chosen), generator=rng) < self.settings.caption_dropout
+            rows = self.images.rows(chosen, rng)
+            batch = self.noising.draw(self.images, rows, rng, self.total.extra_noise)
+            first = len(self.data.captions) - len(self.images.captions)  # images come last in the data
+            found.append(StepBatch([first + row for row in rows], dropped, batch))
+        return found
 
     def _seed_dropout(self, micro: int) -> None:
         """Seed what the draws leave to torch: dropout depends on seed, step and the place of the batch."""
-        key = (self.settings.seed, self.progress.step, 1, self._part(micro)[0])
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        place = self._place(micro) * self.settings.batch_size
+        torch.manual_seed(_seed_of(self.settings.seed, self.progress.step, 1, place))
 
-    def _part(self, micro: int) -> tuple[int, int]:
-        """Return where a batch of this process begins and ends in the step."""
-        size = self.settings.batch_size
-        place = micro * self.processes + (self.accelerator.process_index if self.processes > 1 else 0)
-        return place * size, (place + 1) * size
+    def _place(self, micro: int) -> int:
+        """Return which of the step's batches is this process's."""
+        return micro * self.processes + (self.accelerator.process_index if self.processes > 1 else 0)
 
-    def _choose(self) -> list[int]:
+    def _part(self, drawn: list[StepBatch], micro: int) -> StepBatch:
+        """Return a batch of this process: its samplings, then its images."""
+        place, batches = self._place(micro), self.settings.accumulate * self.processes
+        sizes = [len(part.rows) // batches for part in drawn]
+        parts = [part.part(place * size, (place + 1) * size) for part, size in zip(drawn, sizes, strict=True)]
+        return parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
+
+    def _choose(self, images: Encoded) -> list[int]:
         """Return the images of a step, for all processes.
 
         Each epoch takes every image once, in a new order.
         """
-        size = self.settings.batch_size * self.settings.accumulate * self.processes
+        size = (self.settings.batch_size - self.asked) * self.settings.accumulate * self.processes
         places = [
-            divmod(place, len(self.data))
+            divmod(place, len(images))
             for place in range(self.progress.step * size, (self.progress.step + 1) * size)
         ]
         orders = {
-            epoch: np.random.default_rng((self.settings.seed, epoch)).permutation(len(self.data))
+            epoch: np.random.default_rng((self.settings.seed, epoch)).permutation(len(images))
             for epoch, _ in places
         }
         return [int(orders[epoch][place]) for epoch, place in places]

@@ -179,6 +179,11 @@ class Batch:
             None if self.extra_noise is None else self.extra_noise.to(device),
         )
 
+    def joined(self, other: "Batch") -> "Batch":
+        """Return these samples and then others; neither has extra noise."""
+        pairs = (self.latents, other.latents), (self.noise, other.noise), (self.steps, other.steps)
+        return Batch(*(torch.cat(pair) for pair in pairs))
+
     def part(self, start: int, stop: int) -> "Batch":
         """Return samples start … stop-1."""
         more = None if self.extra_noise is None else self.extra_noise[start:stop]

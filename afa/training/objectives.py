@@ -29,6 +29,7 @@ class Pass:
     encode:   such a mask -> the denoiser's keyword arguments for the captions
     sizes:    (B, 6) SDXL's size conditions; a teacher reads them
     teacher:  gives the target of the prediction; None: the data do
+    asked:    how many samples, the first ones, the teacher answers; None: all
     watched:  whether the weights of the fused stages are recorded
     weights:  (B, N, H, W) by stage, with gradients; filled when the prediction is made
     """
@@ -42,6 +43,7 @@ class Pass:
     encode: Callable[[Tensor], dict[str, Any]]
     sizes: Tensor | None = None
     teacher: Callable[["Pass"], Tensor] | None = None
+    asked: int | None = None
     watched: bool = False
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -91,7 +93,10 @@ class Pass:
     @cached_property
     def target(self) -> Tensor:
         """What should be predicted, (B, C, h, w)."""
-        return self.noising.target(self.batch) if self.teacher is None else self.teacher(self)
+        target = self.noising.target(self.batch)
+        if self.teacher is None or self.asked == 0:
+            return target
+        return torch.cat([self.teacher(self), target[len(target) if self.asked is None else self.asked :]])
 
     @cached_property
     def timesteps(self) -> Tensor:

@@ -93,6 +93,7 @@ def make_trainer(
         if distilled
         else encode_data(settings, source, resolution, vae)
     )
+    images = encode_data(settings, source, resolution, vae)[0] if distilled and settings.image_share else None
     draws = settings.rewarded or settings.sheet_every is not None
     if not draws:
         vae.to("cpu")
@@ -115,7 +116,9 @@ def make_trainer(
         if planned.own:  # a student is written with its text encoders
             _free_encoders(ensemble, vae=not (draws or distilled), to="cpu" if distilled else "meta")
     objectives = make_objectives(context, list(trained.parameters()))
-    distillation = make_distillation(planned, objectives.noising, data, held_out, accelerator)
+    distillation = make_distillation(planned, objectives.noising, data, held_out, images, accelerator)
+    if images is not None:
+        data = data.joined(images)
     return Trainer(
         settings,
         accelerator,
@@ -132,7 +135,12 @@ def make_trainer(
 
 
 def make_distillation(
-    planned: TrainingPlan, noising: Noising, data: Encoded, held_out: Encoded, accelerator: Accelerator
+    planned: TrainingPlan,
+    noising: Noising,
+    data: Encoded,
+    held_out: Encoded,
+    images: Encoded | None,
+    accelerator: Accelerator,
 ) -> Distillation | None:
     """Begin what only a distillation has; None for a training on images."""
     if planned.teacher is None:
@@ -146,11 +154,12 @@ def make_distillation(
             _free_encoders(planned.teacher, vae=False, to="cpu")
     own = teacher_samplings(settings, planned.teacher, teacher, noising, held_out, planned.resolution)
     guidance = None if settings.guidance_in is not None else guidance_of(settings, planned.teacher)
-    samples = settings.batch_size * settings.accumulate * accelerator.num_processes
+    samples = settings.batch_size - settings.images_in_batch
+    samples *= settings.accumulate * accelerator.num_processes
     interface, shape = teacher.denoiser.interface, tuple(own.latents.shape[1:])
     steps = settings.trajectory_steps
     running = Trajectories(noising, interface, shape, len(data), samples, steps, guidance, settings.seed)
-    return Distillation(teacher, running, own.to(accelerator.device))
+    return Distillation(teacher, running if samples else None, own.to(accelerator.device), images)
 
 
 def teacher_samplings(

@@ -28,11 +28,12 @@ class Teacher:
         self.conditions = Conditions(ensemble.pipeline(), self.denoiser, device)
 
     def __call__(self, work: Pass) -> Tensor:
-        """Return the target of a batch, (B, C, h, w) float32."""
+        """Return the target of the samples that it is asked for, (n, C, h, w) float32."""
         assert work.sizes is not None
-        given = (work.noisy, work.timesteps, work.captions, work.sizes)
+        asked = slice(work.asked)
+        given = (work.noisy[asked], work.timesteps[asked], work.captions[asked], work.sizes[asked])
         return (
-            self._predict(*given, work.dropped)
+            self._predict(*given, work.dropped[asked])
             if self.guidance is None
             else self.guided(*given, self.guidance)
         )
@@ -61,11 +62,13 @@ class Distillation(NamedTuple):
     teacher:  gives the targets
     running:  samplings by the student, which it is trained on
     held_out: where samplings by the teacher are; the student is measured there
+    images:   of which each batch has some, noised, as in a training on images; None: it has none
     """
 
     teacher: Teacher
-    running: Trajectories
+    running: Trajectories | None
     held_out: Batch
+    images: Encoded | None
 
 
 def own_samplings(
