@@ -2,8 +2,9 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from afa.stages.stage import Stage, StageContext
@@ -36,6 +37,27 @@ def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = size
     parts = tokens.unflatten(1, (height // 2, width // 2)).unflatten(-1, (-1, 2, 2))
     return parts.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
+
+
+def fold(latents: Tensor) -> Tensor:
+    """Fold latents to a map of patches: (B, C, 2·H, 2·W) -> (B, 4·C, H, W).
+
+    The features of a patch are ordered by row, column, channel, as by the output heads of models that take
+    latents unpacked.
+    """
+    side = 2**LEVEL
+    parts = latents.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, C, H, p, W, p)
+    return torch.einsum("nchpwq->npqchw", parts).flatten(1, 3)
+
+
+def unfold(patches: Tensor) -> Tensor:
+    """Undo `fold`."""
+    side = 2**LEVEL
+    batch, channels, height, width = patches.shape
+    parts = patches.reshape(batch, side, side, channels // side**2, height, width)
+    return torch.einsum("npqchw->nchpwq", parts).reshape(
+        batch, channels // side**2, side * height, side * width
+    )
 
 
 def set_steps(scheduler: Any, steps: int, tokens: int) -> None:
@@ -110,6 +132,23 @@ class Block(Stage):
 
     def unused_modules(self) -> list[object]:
         return [self.module.get_submodule(name) for name in self.unused]
+
+
+@dataclass(kw_only=True, eq=False)
+class SequenceBlock(Block):
+    """One transformer block that takes image and text tokens as one sequence, its first argument.
+
+    text_first: text tokens come before image tokens
+    """
+
+    text_first: ClassVar[bool] = False
+
+    def process(self, image: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor]:
+        assert context.text_tokens is not None
+        parts = (context.text_tokens, image) if self.text_first else (image, context.text_tokens)
+        sequence = self.module(torch.cat(parts, dim=1), **self.arguments(context))
+        first, second = sequence.split([part.shape[1] for part in parts], dim=1)
+        return (first, second) if self.text_first else (second, first)
 
 
 @dataclass(kw_only=True, eq=False)
