@@ -246,7 +246,7 @@ class ZImageInterface(TransformerInterface):
         return latents_of(call["x"])
 
     def set_timesteps(self, scheduler: Any, steps: int, size: tuple[int, int]) -> None:
-        set_steps(scheduler, steps, size[0] * size[1] // self.patch**2)
+        set_steps(scheduler, steps, size[0] * size[1] // self.patch**2, single=True)
 
     def to_latents(self, output: Any, size: tuple[int, int]) -> Tensor:
         return -torch.stack(list(output))[:, :, 0]

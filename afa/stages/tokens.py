@@ -60,22 +60,22 @@ def unfold(patches: Tensor) -> Tensor:
     )
 
 
-def set_steps(scheduler: Any, steps: int, tokens: int) -> None:
+def set_steps(scheduler: Any, steps: int, tokens: int, *, single: bool = False) -> None:
     """Set the steps of a flow-matching scheduler as the stock pipelines of packed latents do.
 
     The sigmas are evenly spaced from noise to image, then shifted by the number of image tokens.
     scheduler: a flow-matching scheduler of diffusers
     steps:     number of sampling steps
     tokens:    number of image tokens
+    single:    the evenly spaced sigmas are rounded to single precision, as some pipelines do
     Source: Esser et al., arXiv:2403.03206, section 5.3.2; the straight line between two sizes as in FLUX.1.
     """
     # defaults of the stock pipelines
     known = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
     few, many, low, high = (scheduler.config.get(name, value) for name, value in known.items())
     slope = (high - low) / (many - few)
-    scheduler.set_timesteps(
-        sigmas=[1 - step / steps for step in range(steps)], mu=tokens * slope + (low - slope * few)
-    )
+    sigmas = torch.linspace(1, 1 / steps, steps).tolist() if single else [1 - k / steps for k in range(steps)]
+    scheduler.set_timesteps(sigmas=sigmas, mu=tokens * slope + (low - slope * few))
 
 
 @dataclass(kw_only=True)
