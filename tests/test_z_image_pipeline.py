@@ -7,7 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImageImg2ImgPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    ZImageControlNetModel,
+    ZImageControlNetPipeline,
+    ZImageImg2ImgPipeline,
+    ZImagePipeline,
+)
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 from test_qwen_image_pipeline import a_pass, conditions, told
@@ -100,6 +107,43 @@ def test_img2img_takes_the_ensemble(three):
     expected = draw(ZImageImg2ImgPipeline(**pipe.components), "a cat", **given)
     assert torch.equal(draw(one.pipeline(ZImageImg2ImgPipeline), "a cat", **given), expected)
     assert not torch.allclose(draw(three.pipeline(ZImageImg2ImgPipeline), "a cat", **given), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("noise_refiner", [None, "control_layers", "control_noise_refiner"])
+def test_a_controlnet_of_the_stock_pipeline_steers_all_experts(three, noise_refiner):
+    picture = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    places = {"control_layers_places": [0, 2], "control_refiner_layers_places": [0, 1], "add_control_noise_refiner": noise_refiner}
+
+    def net():
+        torch.manual_seed(9)
+        made = ZImageControlNetModel(**places, control_in_dim=4, dim=32, n_refiner_layers=2, n_heads=2, n_kv_heads=2)
+        for parameter in made.parameters():  # as they are made, they add nothing
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+        return made.eval()
+
+    one, pipe = Ensemble.from_experts([z_image_pipeline()], **SMALL), z_image_pipeline()
+    given = {"control_image": picture, "controlnet_conditioning_scale": 1.0}
+    expected = draw(ZImageControlNetPipeline(**pipe.components, controlnet=net()), "a cat", **given)
+    assert torch.equal(draw(one.pipeline(ZImageControlNetPipeline, controlnet=net()), "a cat", **given), expected)
+    made = three.pipeline(ZImageControlNetPipeline, controlnet=net())
+    assert not torch.allclose(draw(made, "a cat", **given), draw(made, "a cat", **given | {"controlnet_conditioning_scale": 0.0}), atol=1e-3)
+
+
+def test_a_lora_of_the_stock_pipeline_reaches_every_expert(three, tmp_path):
+    """With all experts alike, the ensemble with the LoRA is the stock pipeline with it, and without it afterwards, too."""
+    pipe = z_image_pipeline()
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "w1", "linear", "cap_embedder.1"], init_lora_weights=False))
+    ZImagePipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(pipe.transformer))
+    plain, made = draw(z_image_pipeline(), "a cat"), Ensemble.from_experts([z_image_pipeline() for _ in range(2)], aggregator="mean")
+    stock, drawn = z_image_pipeline(), made.pipeline()
+    for each in (stock, drawn):
+        each.load_lora_weights(tmp_path)
+    assert torch.allclose(draw(drawn, "a cat"), draw(stock, "a cat"), atol=1e-4) and not torch.allclose(draw(stock, "a cat"), plain, atol=1e-2)
+    half = {"joint_attention_kwargs": {"scale": 0.5}}
+    assert torch.allclose(draw(drawn, "a cat", **half), draw(stock, "a cat", **half), atol=1e-4)
+    drawn.unload_lora_weights()
+    assert torch.allclose(draw(drawn, "a cat"), plain, atol=1e-4)
 
 
 def test_the_text_encoder_is_kept_once(three):

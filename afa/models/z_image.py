@@ -31,6 +31,18 @@ from afa.stages.stage import Stage, StageContext, base_layer
 from afa.stages.tokens import LEVEL, Head, SequenceBlock, TokenContext, as_map, fold, set_steps, unfold
 
 PATCHES = "2-1"  # key of the embedding and of the output head for patches of 2×2 latent pixels of one frame
+# parts of the transformer that a ControlNet of the stock pipelines runs, too
+CONTROLNET_PARTS = (
+    "t_scale",
+    "t_embedder",
+    "all_x_embedder",
+    "cap_embedder",
+    "rope_embedder",
+    "noise_refiner",
+    "context_refiner",
+    "x_pad_token",
+    "cap_pad_token",
+)
 
 
 @dataclass(kw_only=True)
@@ -308,6 +320,12 @@ class ZImageEnsemble(TransformerEnsemble):
     def in_channels(self) -> int:
         """The number of channels of the latents; the pipelines read it here."""
         return int(self.config.in_channels)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the first expert's part for a ControlNet, which was trained with one model."""
+        if name in CONTROLNET_PARTS:
+            return getattr(self.experts[0], name)
+        return super().__getattr__(name)
 
     def first_expert_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
