@@ -20,6 +20,7 @@ from afa.devices import free_bytes
 from afa.errors import UserError
 from afa.models.registry import FAMILIES, family_of
 from afa.settings import Interval
+from afa.stages.interface import ModelInterface
 
 ROUNDS = 3  # of a measurement of time, after one that is not measured
 
@@ -64,7 +65,7 @@ def count_training_flops(
     """
     call = call_of(denoiser, height, width, batch, tokens, device="meta")
     with torch.enable_grad(), _counting() as counter:
-        denoiser(**call).sample.sum().backward()
+        interface_for(denoiser).to_latents(denoiser(**call).sample, (height, width)).sum().backward()
     return counter.get_total_flops()
 
 
@@ -231,6 +232,12 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options:
 SAME_SHAPE = {F.layer_norm, F.group_norm, F.gelu, F.silu}  # as their input, and nothing that is counted
 
 
+def interface_for(denoiser: Any) -> ModelInterface:
+    """Return how a denoiser or an ensemble is called."""
+    family = denoiser.family if isinstance(denoiser, EnsembleDenoiser) else family_of(denoiser)
+    return FAMILIES[family].interface
+
+
 def call_of(
     denoiser: Any,
     height: int,
@@ -250,8 +257,7 @@ def call_of(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, device=device, dtype=dtype)
 
-    family = denoiser.family if isinstance(denoiser, EnsembleDenoiser) else family_of(denoiser)
-    interface = FAMILIES[family].interface
+    interface = interface_for(denoiser)
     conditions = interface.empty_conditions(
         denoiser.config, batch, tokens or interface.max_sequence_length, empty
     )

@@ -77,8 +77,9 @@ def _fit(image: NDArray[np.uint8], width: int, height: int) -> Image.Image:
 
 
 def conditional(maps: WeightMaps, images: int) -> list[dict[str, Tensor]]:
-    """Return the maps of the conditional (second) half, by pass and stage: (images, N, H, W)."""
-    return [{name: weights[-images:] for name, weights in one.items()} for one in maps.maps]
+    """Return the maps of the half with the prompt, by pass and stage: (images, N, H, W)."""
+    rows = slice(images) if maps.prompt_first else slice(-images, None)
+    return [{name: weights[rows] for name, weights in one.items()} for one in maps.maps]
 
 
 def mean_over_stages(maps: dict[str, Tensor], side: tuple[int, int]) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tiny import SDXL_SMALL, SMALL, inputs, sd_unet, sdxl_inputs, sdxl_unet
 from tiny_transformers import (
     flux_inputs,
@@ -17,6 +18,7 @@ from tiny_transformers import (
     sd3_inputs,
     sd3_transformer,
 )
+from tiny_z_image import z_image_inputs, z_image_transformer
 
 from afa.aggregators.registry import Recipe
 from afa.denoiser.base import EnsembleDenoiser
@@ -24,6 +26,7 @@ from afa.models.flux import FluxEnsemble
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.sd3 import SD3Ensemble
 from afa.models.unet import UNetEnsemble
+from afa.models.z_image import ZImageEnsemble
 
 SMALL_SABW = Recipe("sabw", {"hidden": 16, "heads": 2, "depth": 1})  # for laws that make many and train none
 
@@ -54,5 +57,17 @@ MODELS: dict[str, Model] = {
         ("Q01", "Q02", "OUT"),
         ("layers", "every-2", "out"),
     ),
+    "z-image": Model(
+        functools.partial(z_image_transformer, n_layers=2),
+        functools.partial(z_image_inputs, lengths=(7, 40)),
+        ZImageEnsemble,
+        ("N01", "Z00", "OUT"),
+        ("layers", "every-2", "out"),
+    ),
 }
 FUSED = [(name, placement) for name, model in MODELS.items() for placement in (*model.placements, model.chosen)]
+
+
+def sample_of(output: Any) -> torch.Tensor:
+    """The prediction of a denoiser as one tensor; Z-Image returns a list with a tensor for each image."""
+    return torch.stack(output.sample) if isinstance(output.sample, list) else output.sample

@@ -10,7 +10,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from family_models import MODELS
+from family_models import MODELS, sample_of
 from tiny import scheduler
 
 from afa import UserError, only_expert
@@ -117,10 +117,11 @@ class TestDenoiser:
     def test_a_converted_expert_claims_what_it_would_alone(self, name, own, frame):
         model, mine, theirs = self.made(name, [frame, own]), SCHEDULES[own], SCHEDULES[frame]
         call, interface = MODELS[name].call(), model.interface
-        noisy, times = interface.latents(call), torch.as_tensor(interface.timestep_from_model(call["timestep"])).double()
+        noisy, times = interface.latents(call), torch.as_tensor(interface.timestep_from_model(call[interface.timestep_input])).double()
         handed, own_times = conversion(mine, theirs).to_expert(noisy, times)
-        size, first = noisy.shape[-2:], next(iter(call))
-        stock = {**call, first: interface.from_latents(handed) if first != "sample" else handed, "timestep": interface.timestep_to_model(own_times.float())}
+        size, first = noisy.shape[-2:], interface.latents_input
+        given = list(handed[:, :, None]) if isinstance(call[first], list) else handed if first == "sample" else interface.from_latents(handed)
+        stock = {**call, first: given, interface.timestep_input: interface.timestep_to_model(own_times.float())}
         with torch.no_grad(), only_expert(model, "expert_1"):
             heard = interface.to_latents(model(**call).sample, size)
             said = interface.to_latents(model.experts[1](**stock).sample, size)
@@ -132,7 +133,7 @@ class TestDenoiser:
     def test_experts_of_the_frames_kind_stay_themselves_bit_for_bit(self, name):
         model, call = self.made(name, ["epsilon", "v_prediction", "epsilon"]), MODELS[name].call()
         with torch.no_grad(), only_expert(model, "expert_2"):
-            assert torch.equal(model(**call).sample, model.experts[2](**call).sample)
+            assert torch.equal(sample_of(model(**call)), sample_of(model.experts[2](**call)))
 
     def test_all_together_are_the_mean_of_what_each_says_alone(self, name):
         model, call = self.made(name, ["epsilon", "v_prediction", "flow"]), MODELS[name].call()
@@ -140,8 +141,8 @@ class TestDenoiser:
         with torch.no_grad():
             for expert in model.names:
                 with only_expert(model, expert):
-                    alone.append(model(**call).sample)
-            together = model(**call).sample
+                    alone.append(sample_of(model(**call)))
+            together = sample_of(model(**call))
         assert torch.allclose(together, torch.stack(alone).mean(0), atol=1e-5 * max(1, together.abs().max()))
 
     def test_features_of_different_kinds_are_refused(self, name):

@@ -16,6 +16,7 @@ from tiny_transformers import (
     qwen_image_pipeline,
     sd3_pipeline,
 )
+from tiny_z_image import Z_IMAGE_SMALL, z_image_pipeline
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
@@ -27,6 +28,7 @@ PIPELINES = {
     "sd3": partial(sd3_pipeline, **SD3_SMALL),
     "flux": partial(flux_pipeline, **FLUX_SMALL),
     "qwen-image": partial(qwen_image_pipeline, **QWEN_IMAGE_SMALL),
+    "z-image": partial(z_image_pipeline, **Z_IMAGE_SMALL),
 }
 SMALL = "--hidden 8 --heads 2 --depth 1 --resolution 64 --batch-size 2 --held-out 2 --evaluate-every 1 --lr 1e-2 --device cpu".split()
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from family_models import FUSED, MODELS
+from family_models import FUSED, MODELS, sample_of
 from tiny import inputs, sd_unet, sdxl_unet
 
 from afa.aggregators.registry import AGGREGATORS, Recipe
@@ -29,7 +29,7 @@ def expert(make, seed, copy=0):
 def answer(model, seed):
     """What such an expert answers by itself."""
     with torch.no_grad():
-        return expert(model.make, seed)(**model.call()).sample
+        return sample_of(expert(model.make, seed)(**model.call()))
 
 
 def ensemble(model, kind, placement, seeds=(0, 1, 2), trained=True, experts=(), **recipe):
@@ -59,7 +59,7 @@ def shared(model, kind, placement):
 def gradients(made, model):
     """Of every parameter that gets one, by name."""
     made.zero_grad()
-    made(**model.call()).sample.square().mean().backward()
+    sample_of(made(**model.call())).square().mean().backward()
     return {name: parameter.grad.clone() for name, parameter in made.named_parameters() if parameter.grad is not None}
 
 
@@ -86,7 +86,7 @@ class TestLaws:
         model, placement = fused
         made = ensemble(model, aggregator, placement, seeds=(0, 0, 0))
         with torch.no_grad():
-            assert_close(made(**model.call()).sample, answer(model, 0))
+            assert_close(sample_of(made(**model.call())), answer(model, 0))
 
     def test_weights_sum_to_one(self, fused, aggregator):
         model, placement = fused
@@ -104,15 +104,15 @@ class TestLaws:
         made = shared(model, aggregator, placement)
         names = made.names
         with torch.no_grad(), scale_weights(made, {names[0]: 0, names[2]: 0}):
-            assert_close(made(**model.call()).sample, answer(model, 1))
+            assert_close(sample_of(made(**model.call())), answer(model, 1))
 
     def test_equal_strengths_change_nothing(self, fused, aggregator):
         model, placement = fused
         made = shared(model, aggregator, placement)
         with torch.no_grad():
-            expected = made(**model.call()).sample
+            expected = sample_of(made(**model.call()))
             with scale_weights(made, dict.fromkeys(made.names, 3.0)):
-                found = made(**model.call()).sample
+                found = sample_of(made(**model.call()))
         assert torch.equal(found, expected)
 
     def test_only_aggregators_get_gradients(self, fused, aggregator):
@@ -143,7 +143,7 @@ class TestLaws:
         model, placement = fused
         made = shared(model, aggregator, placement)
         with torch.no_grad(), only_expert(made, "expert_1"):
-            assert torch.equal(made(**model.call()).sample, answer(model, 1))
+            assert torch.equal(sample_of(made(**model.call())), answer(model, 1))
 
 
 def test_untrained_sabw_is_the_mean(fused):
@@ -151,14 +151,14 @@ def test_untrained_sabw_is_the_mean(fused):
     untrained = ensemble(model, "sabw", placement, trained=False)
     mean = shared(model, "mean", placement)
     with torch.no_grad():
-        expected = mean(**model.call()).sample
-        assert torch.allclose(untrained(**model.call()).sample, expected, atol=1e-6 * max(1, expected.abs().max()))
+        expected = sample_of(mean(**model.call()))
+        assert torch.allclose(sample_of(untrained(**model.call())), expected, atol=1e-6 * max(1, expected.abs().max()))
 
 
 def test_the_order_of_experts_changes_nothing_for_the_mean(fused):
     model, placement = fused
     with torch.no_grad():
-        one, other = (ensemble(model, "mean", placement, seeds=seeds)(**model.call()).sample for seeds in [(0, 1, 2), (2, 0, 1)])
+        one, other = (sample_of(ensemble(model, "mean", placement, seeds=seeds)(**model.call())) for seeds in [(0, 1, 2), (2, 0, 1)])
     assert torch.allclose(one, other, atol=1e-5 * max(1, one.abs().max()))
 
 
@@ -170,12 +170,12 @@ class TestTextTokens:
         model = MODELS[name]
         made = ensemble(model, "sabw", "layers", seeds=(0, 0, 0), text_stream="fused")
         with torch.no_grad():
-            assert_close(made(**model.call()).sample, answer(model, 0))
+            assert_close(sample_of(made(**model.call())), answer(model, 0))
 
     def test_fused_ones_make_a_difference(self, name):
         model = MODELS[name]
         with torch.no_grad():
-            own, together = (ensemble(model, "mean", "layers", text_stream=text)(**model.call()).sample for text in ("own", "fused"))
+            own, together = (sample_of(ensemble(model, "mean", "layers", text_stream=text)(**model.call())) for text in ("own", "fused"))
         assert not torch.allclose(own, together, atol=1e-2)
 
     def test_an_expert_of_all_the_weight_gives_its_own(self, name):
@@ -183,7 +183,7 @@ class TestTextTokens:
         experts = [expert(model.make, seed) for seed in range(3)]
         recipe = Recipe("fixed", {"weights": [0, 1, 0]}, text_stream="fused")
         with torch.no_grad():
-            assert torch.equal(model.ensemble(experts, recipe=recipe)(**model.call()).sample, experts[1](**model.call()).sample)
+            assert torch.equal(sample_of(model.ensemble(experts, recipe=recipe)(**model.call())), sample_of(experts[1](**model.call())))
 
     def test_gradient_checkpointing_changes_nothing(self, name):
         model = MODELS[name]

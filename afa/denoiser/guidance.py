@@ -57,7 +57,7 @@ class SharedGuidance:
             return adjust
 
         def shared(stage: str, weights: Tensor) -> Tensor:
-            prompted = weights[len(weights) // 2 :]  # the second half of the rows, N a sample or one
+            _, prompted = self.interface.split_guidance(weights)  # of the rows, N a sample or one
             both = torch.cat([prompted, prompted])
             return both if adjust is None else adjust(stage, both)
 

@@ -26,12 +26,14 @@ class WeightMaps:
     experts:   names, in the order of the maps' second axis
     timesteps: one per pass
     maps:      one dict per pass: stage name -> (B, N, H, W) float32 on the CPU, sum 1 over N. Guidance
-               doubles B; the first half is the unconditional one
+               doubles B
+    prompt_first: of both halves, the first one is that with the prompt; else the second one
     """
 
     experts: tuple[str, ...]
     timesteps: list[float] = field(default_factory=list)
     maps: list[dict[str, Tensor]] = field(default_factory=list)
+    prompt_first: bool = False
 
     def stage(self, name: str) -> Tensor:
         """Return the maps of one stage over all passes: (passes, B, N, H, W)."""
@@ -63,7 +65,7 @@ def record_weights(denoiser: "EnsembleDenoiser") -> Iterator[WeightMaps]:
         raise RuntimeError(
             "weights of this denoiser are being recorded already; close the outer record_weights first"
         )
-    maps = denoiser._maps = WeightMaps(denoiser.names)
+    maps = denoiser._maps = WeightMaps(denoiser.names, prompt_first=denoiser.interface.prompt_first)
     try:
         yield maps
     finally:

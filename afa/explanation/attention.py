@@ -156,7 +156,8 @@ class AttentionRecorder:
                 return
             states, mask = kwargs["encoder_hidden_states"], kwargs.get("attention_mask")
             assert self.words is not None
-            found = probabilities(layer, args[0][-1:], states[-1:], None if mask is None else mask[-1:])
+            rows = slice(1) if self.denoiser.interface.prompt_first else slice(-1, None)
+            found = probabilities(layer, args[0][rows], states[rows], None if mask is None else mask[rows])
             self._layers.setdefault(stage, []).append(per_word(found, self.words))
 
         return listen

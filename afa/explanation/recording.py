@@ -135,7 +135,8 @@ class Recorder:
             return
         call = arguments(self.denoiser, args, kwargs)
         self.timesteps.append(_time(self.denoiser, call))
-        self.calls.append(with_prompt(call, len(self.denoiser.interface.latents(call))))
+        interface = self.denoiser.interface
+        self.calls.append(with_prompt(call, len(interface.latents(call)), interface.prompt_first))
 
     def _adjust(self, stage: str, weights: Tensor) -> Tensor:
         """Record the rows of every blend, and return the weights unchanged."""
@@ -147,8 +148,9 @@ class Recorder:
     def _observe(self, stage: str, weights: Tensor) -> None:
         if self.denoiser.in_uncond_pass:
             return
-        self.maps[stage].append(weights[-1].half().cpu())
-        self.attention.weighed(stage, weights[-1].float())  # the last sample is the conditional one
+        prompted = weights[0 if self.denoiser.interface.prompt_first else -1]
+        self.maps[stage].append(prompted.half().cpu())
+        self.attention.weighed(stage, prompted.float())
 
     def _step(self, prediction: Tensor) -> None:
         """Keep the guided prediction that the scheduler receives."""
@@ -160,16 +162,19 @@ def arguments(denoiser: EnsembleDenoiser, args: Sequence[Any], kwargs: Mapping[s
     return dict(inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments)
 
 
-def with_prompt(value: Any, batch: int) -> Any:
-    """Return the conditional part of a call: the last sample of every tensor with a batch dimension.
+def with_prompt(value: Any, batch: int, prompt_first: bool = False) -> Any:
+    """Return the conditional part of a call: one sample of every tensor or list with a row for each.
 
-    Pipelines put the unconditional samples before the conditional ones.
+    prompt_first: the conditional sample is the first one; else the last one
     """
     if isinstance(value, dict):
-        return {name: with_prompt(part, batch) for name, part in value.items()}
-    if isinstance(value, Tensor) and batch > 1 and value.ndim and len(value) == batch:
-        return value[-1:].clone()
-    return value.clone() if isinstance(value, Tensor) else value
+        return {name: with_prompt(part, batch, prompt_first) for name, part in value.items()}
+    rows = slice(1) if prompt_first else slice(-1, None)
+    if isinstance(value, Tensor):
+        return value[rows].clone() if batch > 1 and value.ndim and len(value) == batch else value.clone()
+    if isinstance(value, list) and len(value) == batch and all(isinstance(one, Tensor) for one in value):
+        return [one.clone() for one in value[rows]]
+    return value
 
 
 @contextmanager
@@ -199,7 +204,8 @@ def _draw(
         call, prediction = predictions[passes[place]]
         noisy = denoiser.interface.latents(call).float()
         signal, noise = (float(level) for level in schedule.at(torch.tensor(_time(denoiser, call))))
-        answer = denoiser.interface.to_latents(prediction, (noisy.shape[-2], noisy.shape[-1])).float()
+        size = (noisy.shape[-2], noisy.shape[-1])
+        answer = denoiser.interface.stepped_to_latents(prediction, size).float()
         clean = clean_of(schedule.kind, answer, noisy, max(signal, 1e-4), noise)
         with torch.no_grad():
             pixels = latents.draw(pipeline.vae, latents.unscaled(clean).to(pipeline.vae.dtype))[0].float()
@@ -217,4 +223,6 @@ def evenly_spread(count: int, most: int) -> list[int]:
 
 def _time(denoiser: EnsembleDenoiser, call: Mapping[str, Any]) -> float:
     """Return the timestep of a call, as schedulers count it."""
-    return float(torch.as_tensor(denoiser.interface.timestep_from_model(call["timestep"])).flatten()[0])
+    interface = denoiser.interface
+    time = interface.timestep_from_model(call[interface.timestep_input])
+    return float(torch.as_tensor(time).flatten()[0])

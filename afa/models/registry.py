@@ -11,6 +11,7 @@ from afa.models.flux import FluxEnsemble
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.sd3 import SD3Ensemble
 from afa.models.unet import UNetEnsemble
+from afa.models.z_image import ZImageEnsemble
 from afa.stages.interface import ModelInterface
 from afa.stages.original_names import Layers, original_layers
 from afa.stages.stage import Stage, stage_of_names
@@ -50,6 +51,7 @@ FAMILIES = {
     "sd3": Family("SD3Transformer2DModel", "transformer", SD3Ensemble),
     "flux": Family("FluxTransformer2DModel", "transformer", FluxEnsemble),
     "qwen-image": Family("QwenImageTransformer2DModel", "transformer", QwenImageEnsemble),
+    "z-image": Family("ZImageTransformer2DModel", "transformer", ZImageEnsemble),
 }
 
 

@@ -10,14 +10,13 @@ Source of the architecture: Esser et al., arXiv:2403.03206, section 4.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from afa.denoiser.forward import PassOptions
 from afa.models.transformer import BlockList, TransformerEnsemble, TransformerInterface, block_residuals
 from afa.stages.stage import StageContext
-from afa.stages.tokens import LEVEL, TokenContext, as_map
+from afa.stages.tokens import LEVEL, TokenContext, as_map, fold, unfold
 
 
 def embed(
@@ -120,16 +119,7 @@ class SD3Ensemble(TransformerEnsemble):
         )
 
     def as_prediction(self, sample: Tensor, context: StageContext) -> Tensor:
-        """Fold latents to patches in the head's order: (B, C, p·H, p·W) -> (B, p·p·C, H, W)."""
-        side = 2**LEVEL
-        parts = sample.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, C, H, p, W, p)
-        return torch.einsum("nchpwq->npqchw", parts).flatten(1, 3)
+        return fold(sample)
 
     def as_output(self, prediction: Tensor) -> Tensor:
-        """Unfold the head's patches to latents: the inverse of as_prediction."""
-        side = 2**LEVEL
-        batch, channels, height, width = prediction.shape
-        parts = prediction.view(batch, side, side, channels // side**2, height, width)
-        return torch.einsum("npqchw->nchpwq", parts).reshape(
-            batch, channels // side**2, side * height, side * width
-        )
+        return unfold(prediction)

@@ -22,6 +22,7 @@ from afa.models.registry import FAMILIES
 from afa.sampling.options import OneExpert, RandomExpert
 from afa.sampling.sample import OnStep, PipelineSampler, Request, Sampling, find_expert, in_frame, settled
 from afa.settings import shares
+from afa.stages.interface import ModelInterface
 
 Predict = Callable[[int], Tensor]  # runs the expert of that index on the inputs of this pass
 
@@ -61,6 +62,16 @@ class Combination(ModelMixin, ConfigMixin, ABC):
         return self.ensemble.family
 
     @property
+    def interface(self) -> ModelInterface:
+        """How the denoiser is called."""
+        return self.ensemble.interface
+
+    @property
+    def in_channels(self) -> int:
+        """The number of channels of the latents; a pipeline may read it here."""
+        return int(self.config.in_channels)
+
+    @property
     def add_embedding(self) -> Any:
         """The first expert's; a pipeline may read its width."""
         return self.ensemble.add_embedding
@@ -82,7 +93,7 @@ class Combination(ModelMixin, ConfigMixin, ABC):
         """Run the stock forward of the experts' family."""
         given, interface = self._stock.bind(*args, **kwargs).arguments, self.ensemble.interface
         sample = interface.latents(given)
-        timestep = _one(self.ensemble.times(given["timestep"], sample))
+        timestep = _one(self.ensemble.times(given[interface.timestep_input], sample))
         size = (sample.shape[-2], sample.shape[-1])
 
         def predict(expert: int) -> Tensor:

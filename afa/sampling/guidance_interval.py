@@ -16,6 +16,7 @@ from afa.denoiser.guidance import not_shared
 from afa.errors import UserError
 from afa.models.registry import denoiser_of, interface_of
 from afa.settings import Interval, check_interval
+from afa.stages.interface import ModelInterface
 
 
 @contextmanager
@@ -45,13 +46,20 @@ def guided_within(pipeline: Any, interval: Interval | None) -> Iterator[Any]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         latents = args[0] if args else kwargs[interface.latents_input]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]  # as the stock pipelines pass it
+        given = args[1] if len(args) > 1 else kwargs[interface.timestep_input]
+        timestep = interface.timestep_from_model(given)
         if not pipeline.do_classifier_free_guidance or _is_within(pipeline.scheduler, timestep, interval):
             return whole(*args, **kwargs)
-        own_args, own_kwargs = tree_map(partial(_second_half, len(latents)), (args, kwargs))
+        of_lists = isinstance(latents, list)  # the model takes and returns a list with an entry for each row
+
+        def is_leaf(part: Any) -> bool:
+            return of_lists and isinstance(part, list)
+
+        prompted = partial(_prompted, interface, len(latents))
+        own_args, own_kwargs = tree_map(prompted, (args, kwargs), is_leaf=is_leaf)
         with not_shared(denoiser):  # this half is no batch of guidance
             answer = whole(*own_args, **own_kwargs)
-        return tree_map(lambda found: torch.cat([found, found]), answer)
+        return tree_map(_twice, answer, is_leaf=is_leaf)
 
     denoiser.forward = forward
     try:
@@ -69,8 +77,11 @@ def _is_within(scheduler: Any, timestep: Tensor | float | int, interval: Interva
     return interval[0] <= step / len(times) < interval[1]
 
 
-def _second_half(batch: int, value: Any) -> Any:
-    """Return the second half of a tensor that has a row for each latent; anything else as it is."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == batch:
-        return value[batch // 2 :]
-    return value
+def _prompted(interface: ModelInterface, batch: int, value: Any) -> Any:
+    """Return the half with the prompt of what has a row for each latent; anything else as it is."""
+    has_rows = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
+    return interface.split_guidance(value)[1] if has_rows and len(value) == batch else value
+
+
+def _twice(found: Any) -> Any:
+    return found + found if isinstance(found, list) else torch.cat([found, found])

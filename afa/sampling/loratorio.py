@@ -85,8 +85,9 @@ class Composed(Combination):
         blended = blend(experts, weights)
         centred = blended + self.options.recenter * (base - blended)
         if self.doubled:
-            half = len(blended) // 2
-            return torch.cat([centred[:half], blended[half:]]), weights
+            interface = self.ensemble.interface
+            without, prompted = interface.split_guidance(centred)[0], interface.split_guidance(blended)[1]
+            return interface.join_guidance(without, prompted), weights
         return centred if self.ensemble.in_uncond_pass else blended, weights
 
     def _weigh(self, experts: Tensor, base: Tensor, sample: Tensor, timestep: float) -> Tensor:
@@ -102,7 +103,8 @@ class Composed(Combination):
             experts = noise_of(self.schedule.kind, experts, sample[:, None], signal, noise)
             base = noise_of(self.schedule.kind, base, sample, signal, noise)
         if self.doubled:
-            experts, base = experts.chunk(2)[1], base.chunk(2)[1]
+            split = self.ensemble.interface.split_guidance
+            experts, base = split(experts)[1], split(base)[1]
         return patch_weights(experts, base, self.options.patch, self.options.temperature)
 
 

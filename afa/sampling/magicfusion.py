@@ -105,7 +105,7 @@ class Blended(Combination):
         """
         levels = (float(level) for level in self.schedule.at(torch.tensor(timestep, dtype=torch.float64)))
         noise = noise_of(self.schedule.kind, predictions.float(), sample.float()[:, None], *levels)
-        unconditional, conditional = noise.chunk(2)
+        unconditional, conditional = self.ensemble.interface.split_guidance(noise)
         reference = unconditional[:, :1] if self.options.saliency_reference == "general" else unconditional
         return winners(saliency(conditional, reference, self.guidance), self.sharpness)
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from afa.errors import UserError
@@ -16,6 +17,7 @@ class ModelInterface(ABC):
 
     pipeline_class:        class of the stock text-to-image pipeline
     latents_input:         argument of the denoiser's forward that takes the noisy latents
+    timestep_input:        argument of it that takes the timestep
     max_sequence_length:   length of a prompt in tokens, as the stock pipelines pad it
     patch:                 the height and width of the latents must be multiples of it
     prompt_outputs:        indices of the results of the pipeline's encode_prompt that the denoiser takes;
@@ -31,11 +33,14 @@ class ModelInterface(ABC):
     variable_length:       the text states of a batch are as long as its longest prompt, and
                            `select_prompt_outputs` returns (states, mask)
     empty_prompt:          of guidance
+    prompt_first:          where one pass predicts with and without the prompt, the pipelines put the half of
+                           the batch that has the prompt first
     aggregator_tokenizers: indices of the pipeline's tokenizers whose text states the aggregators see
     """
 
     pipeline_class: str
     latents_input: str = "hidden_states"
+    timestep_input: str = "timestep"
     max_sequence_length: int
     patch: int = 1
     prompt_outputs: tuple[int, ...]
@@ -52,6 +57,7 @@ class ModelInterface(ABC):
     guidance_scale: float | None = None
     variable_length: bool = False
     empty_prompt: str = ""
+    prompt_first: bool = False
     aggregator_tokenizers: tuple[int, ...] = (0,)
 
     def pipeline_name(self, text_encoders: int) -> str:
@@ -92,6 +98,20 @@ class ModelInterface(ABC):
         """Return the pipeline's argument for this guidance strength, for prompts that are encoded already."""
         return {"guidance_scale": strength}
 
+    def split_guidance(self, both: Any) -> tuple[Any, Any]:
+        """Split the rows of a pass with and without the prompt, as the stock pipelines order them.
+
+        both: (2B, …), or a list of 2B entries
+        Returns the half without and the half with the prompt.
+        """
+        half = len(both) // 2
+        first, second = both[:half], both[half:]
+        return (second, first) if self.prompt_first else (first, second)
+
+    def join_guidance(self, without: Tensor, prompted: Tensor) -> Tensor:
+        """Join both halves of such a pass: the inverse of `split_guidance`."""
+        return torch.cat([prompted, without] if self.prompt_first else [without, prompted])
+
     @abstractmethod
     def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:
         """Return the arguments of a denoiser call that depend on the prompts, batch first.
@@ -115,7 +135,7 @@ class ModelInterface(ABC):
         times:      (B,) timesteps in the scheduler's unit
         conditions: see `conditions`
         """
-        return {self.latents_input: noisy, "timestep": times, **conditions}
+        return {self.latents_input: noisy, self.timestep_input: times, **conditions}
 
     def timestep_from_model(self, timestep: Tensor | float | int) -> Tensor | float | int:
         """Convert the timestep of a denoiser call to the scheduler's unit."""
@@ -142,13 +162,25 @@ class ModelInterface(ABC):
         """
         return uncond + strength * (cond - uncond)
 
-    def to_latents(self, output: Tensor, size: tuple[int, int]) -> Tensor:
-        """Convert the output of a denoiser to latents (B, C, H, W). size: their height and width."""
-        return output
+    def to_latents(self, output: Any, size: tuple[int, int]) -> Tensor:
+        """Convert the output of a denoiser to latents (B, C, H, W), in the scheduler's kind of prediction.
 
-    def from_latents(self, prediction: Tensor) -> Tensor:
+        output: a tensor, or a list with a tensor for each image
+        size:   height and width of the latents
+        """
+        prediction: Tensor = output
+        return prediction
+
+    def from_latents(self, prediction: Tensor) -> Any:
         """Convert predicted latents to the form of a denoiser's output: the inverse of `to_latents`."""
         return prediction
+
+    def stepped_to_latents(self, prediction: Tensor, size: tuple[int, int]) -> Tensor:
+        """Convert what the stock pipeline gives to its scheduler to latents (B, C, H, W).
+
+        It has the form of a denoiser's output, unless a family says otherwise.
+        """
+        return self.to_latents(prediction, size)
 
     def default_guidance(self, config: Any) -> float | None:
         """Return the stock pipeline's default guidance strength; None: the models have no guidance."""

@@ -2,8 +2,9 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from afa.stages.stage import Stage, StageContext
@@ -38,22 +39,43 @@ def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     return parts.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
 
 
-def set_steps(scheduler: Any, steps: int, tokens: int) -> None:
+def fold(latents: Tensor) -> Tensor:
+    """Fold latents to a map of patches: (B, C, 2·H, 2·W) -> (B, 4·C, H, W).
+
+    The features of a patch are ordered by row, column, channel, as by the output heads of models that take
+    latents unpacked.
+    """
+    side = 2**LEVEL
+    parts = latents.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, C, H, p, W, p)
+    return torch.einsum("nchpwq->npqchw", parts).flatten(1, 3)
+
+
+def unfold(patches: Tensor) -> Tensor:
+    """Undo `fold`."""
+    side = 2**LEVEL
+    batch, channels, height, width = patches.shape
+    parts = patches.reshape(batch, side, side, channels // side**2, height, width)
+    return torch.einsum("npqchw->nchpwq", parts).reshape(
+        batch, channels // side**2, side * height, side * width
+    )
+
+
+def set_steps(scheduler: Any, steps: int, tokens: int, *, single: bool = False) -> None:
     """Set the steps of a flow-matching scheduler as the stock pipelines of packed latents do.
 
     The sigmas are evenly spaced from noise to image, then shifted by the number of image tokens.
     scheduler: a flow-matching scheduler of diffusers
     steps:     number of sampling steps
     tokens:    number of image tokens
+    single:    the evenly spaced sigmas are rounded to single precision, as some pipelines do
     Source: Esser et al., arXiv:2403.03206, section 5.3.2; the straight line between two sizes as in FLUX.1.
     """
     # defaults of the stock pipelines
     known = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
     few, many, low, high = (scheduler.config.get(name, value) for name, value in known.items())
     slope = (high - low) / (many - few)
-    scheduler.set_timesteps(
-        sigmas=[1 - step / steps for step in range(steps)], mu=tokens * slope + (low - slope * few)
-    )
+    sigmas = torch.linspace(1, 1 / steps, steps).tolist() if single else [1 - k / steps for k in range(steps)]
+    scheduler.set_timesteps(sigmas=sigmas, mu=tokens * slope + (low - slope * few))
 
 
 @dataclass(kw_only=True)
@@ -110,6 +132,23 @@ class Block(Stage):
 
     def unused_modules(self) -> list[object]:
         return [self.module.get_submodule(name) for name in self.unused]
+
+
+@dataclass(kw_only=True, eq=False)
+class SequenceBlock(Block):
+    """One transformer block that takes image and text tokens as one sequence, its first argument.
+
+    text_first: text tokens come before image tokens
+    """
+
+    text_first: ClassVar[bool] = False
+
+    def process(self, image: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor]:
+        assert context.text_tokens is not None
+        parts = (context.text_tokens, image) if self.text_first else (image, context.text_tokens)
+        sequence = self.module(torch.cat(parts, dim=1), **self.arguments(context))
+        first, second = sequence.split([part.shape[1] for part in parts], dim=1)
+        return (first, second) if self.text_first else (second, first)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -114,7 +114,7 @@ def encode_prompt(
 
     guided: also encode the empty prompt for guidance, if the pipeline does so
     Prompts are cut at the length that the pipeline's __call__ uses, which may differ from encode_prompt's
-    default.
+    default. The captions are copied, since some pipelines write their template into the list.
     """
     taken = inspect.signature(pipeline.encode_prompt).parameters
     called = inspect.signature(pipeline.__call__).parameters
@@ -128,6 +128,6 @@ def encode_prompt(
     if "max_sequence_length" in called:
         options["max_sequence_length"] = called["max_sequence_length"].default
     found: tuple[Any, ...] = pipeline.encode_prompt(
-        captions, **{name: value for name, value in options.items() if name in taken}
+        list(captions), **{name: value for name, value in options.items() if name in taken}
     )
     return found

@@ -106,7 +106,7 @@ def optimiser_step(
     for parameter in denoiser.parameters():
         parameter.view(-1)  # counted from the start: in every later step all weights are there
     call = call_of(denoiser, side, side, batch_size, dtype=dtype)
-    answer = denoiser(**call).sample.float()
+    answer = denoiser.interface.to_latents(denoiser(**call).sample, (side, side)).float()
     (answer if decoder is None else decoder(answer)).square().mean().backward()
     optimiser.step()
     del kept

@@ -166,7 +166,9 @@ class Draft(Objective):
             strength = interface.default_cfg_scale(work.denoiser.config)
         if strength == 1:
             return strength, work.encode(captioned)
-        return strength, joined(work.encode(~captioned), work.encode(captioned), interface.variable_length)
+        halves = work.encode(~captioned), work.encode(captioned)
+        one, other = reversed(halves) if interface.prompt_first else halves  # as the pipelines order them
+        return strength, joined(one, other, interface.variable_length)
 
     def _draw(self, work: Pass, predict: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
         """Return the clean latents of each sample, with gradients through the last steps.
@@ -195,13 +197,14 @@ class Draft(Objective):
         self, work: Pass, strength: float, conditions: dict[str, Any], latents: Tensor, time: Tensor
     ) -> Tensor:
         """Return the prediction with classifier-free guidance, (B, C, h, w)."""
+        interface = work.denoiser.interface
         doubled = latents if strength == 1 else torch.cat([latents, latents])
         times = time.expand(len(doubled)).to(latents.device)
         prediction = work.predict(work.call, doubled, times, conditions)
         return (
             prediction
             if strength == 1
-            else work.denoiser.interface.apply_guidance(*prediction.chunk(2), strength)
+            else interface.apply_guidance(*interface.split_guidance(prediction), strength)
         )
 
     def _sampler(self, work: Pass) -> Any:
@@ -235,6 +238,8 @@ def joined(one: Any, other: Any, varying: bool) -> Any:
     """
     if isinstance(one, dict):
         return {name: joined(value, other[name], varying) for name, value in one.items()}
+    if isinstance(one, list):
+        return one + other
     return torch.cat(equally_long(one, other) if varying else (one, other))
 
 
