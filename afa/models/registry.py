@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from afa.denoiser.base import EnsembleDenoiser
+from afa.models.chroma import ChromaEnsemble
 from afa.models.flux import FluxEnsemble
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.sd3 import SD3Ensemble
@@ -50,6 +51,7 @@ FAMILIES = {
     "sd3": Family("SD3Transformer2DModel", "transformer", SD3Ensemble),
     "flux": Family("FluxTransformer2DModel", "transformer", FluxEnsemble),
     "qwen-image": Family("QwenImageTransformer2DModel", "transformer", QwenImageEnsemble),
+    "chroma": Family("ChromaTransformer2DModel", "transformer", ChromaEnsemble),
 }
 
 

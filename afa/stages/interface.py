@@ -31,6 +31,7 @@ class ModelInterface(ABC):
     variable_length:       the text states of a batch are as long as its longest prompt, and
                            `select_prompt_outputs` returns (states, mask)
     empty_prompt:          of guidance
+    marks_passes:          pipelines that make two passes for guidance say which one runs (cache_context)
     aggregator_tokenizers: indices of the pipeline's tokenizers whose text states the aggregators see
     """
 
@@ -52,6 +53,7 @@ class ModelInterface(ABC):
     guidance_scale: float | None = None
     variable_length: bool = False
     empty_prompt: str = ""
+    marks_passes: bool = True
     aggregator_tokenizers: tuple[int, ...] = (0,)
 
     def pipeline_name(self, text_encoders: int) -> str:
