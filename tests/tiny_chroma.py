@@ -18,7 +18,7 @@ CHROMA = {
     "approximator_hidden_dim": 32,
     "approximator_layers": 2,
 }
-CHROMA_SMALL = {"num_layers": 1, "num_single_layers": 2}  # D00, S00, S01, OUT
+CHROMA_SMALL = {"num_layers": 1}  # D00, S00, S01, S02, OUT; for laws that every block obeys alike
 
 
 def chroma_transformer(seed: int = 0, **changes: Any) -> ChromaTransformer2DModel:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from afa.denoiser.forward import PassOptions
 from afa.errors import UserError
@@ -62,13 +63,13 @@ def embed(
 def grid_of(ids: Tensor) -> tuple[int, int]:
     """Return the number of rows and columns of the image tokens.
 
-    ids: (S, 3 or 4) position ids: kind, row, column. On the meta device, which has no values, the result is
-         the grid of S tokens that is closest to a square
+    ids: (S, 3 or 4) position ids: kind, row, column. If they have no values (on the meta device, under
+         FakeTensorMode), the result is the grid of S tokens that is closest to a square
     Raises NotImplementedError for tokens of several images (Kontext, reference images), which form no map.
     """
     ids = flat(ids)
     count = ids.shape[0]
-    if ids.is_meta:
+    if ids.is_meta or isinstance(ids, FakeTensor):
         rows = next(rows for rows in range(int(count**0.5), 0, -1) if count % rows == 0)
         return rows, count // rows
     kind, height, width = (int(value) for value in (ids[:, :3].amax(0) - ids[:, :3].amin(0)).tolist())
