@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tiny import SDXL_SMALL, SMALL, inputs, sd_unet, sdxl_inputs, sdxl_unet
+from tiny_chroma import chroma_inputs, chroma_transformer
 from tiny_transformers import (
     flux_inputs,
     flux_transformer,
@@ -22,6 +23,7 @@ from tiny_z_image import z_image_inputs, z_image_transformer
 
 from afa.aggregators.registry import Recipe
 from afa.denoiser.base import EnsembleDenoiser
+from afa.models.chroma import ChromaEnsemble
 from afa.models.flux import FluxEnsemble
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.sd3 import SD3Ensemble
@@ -63,6 +65,13 @@ MODELS: dict[str, Model] = {
         ZImageEnsemble,
         ("N01", "Z00", "OUT"),
         ("layers", "every-2", "out"),
+    ),
+    "chroma": Model(
+        chroma_transformer,
+        functools.partial(chroma_inputs, lengths=(7, 4)),
+        ChromaEnsemble,
+        ("D01", "S00", "OUT"),
+        ("layers", "double", "every-2", "out"),
     ),
 }
 FUSED = [(name, placement) for name, model in MODELS.items() for placement in (*model.placements, model.chosen)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import sd_pipeline, sdxl_pipeline
+from tiny_chroma import CHROMA_SMALL, chroma_pipeline
 from tiny_transformers import (
     FLUX_SMALL,
     QWEN_IMAGE_SMALL,
@@ -29,6 +30,7 @@ PIPELINES = {
     "flux": partial(flux_pipeline, **FLUX_SMALL),
     "qwen-image": partial(qwen_image_pipeline, **QWEN_IMAGE_SMALL),
     "z-image": partial(z_image_pipeline, **Z_IMAGE_SMALL),
+    "chroma": partial(chroma_pipeline, **CHROMA_SMALL),
 }
 SMALL = "--hidden 8 --heads 2 --depth 1 --resolution 64 --batch-size 2 --held-out 2 --evaluate-every 1 --lr 1e-2 --device cpu".split()
 

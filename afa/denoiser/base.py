@@ -91,6 +91,7 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
         self.reuse = None
         self.group: ExpertGroup | None = None
         self.in_uncond_pass = False  # True in guidance's separate pass without the prompt, see cache_context
+        self._first_pass: tuple[Tensor, Tensor] | None = None  # latents and prompt, see note_pass
         self._solo_expert: int | None = None
 
     @classmethod
@@ -290,6 +291,23 @@ class EnsembleDenoiser(DenoiserLoras, SharedGuidance, ReusesSteps, ModelMixin, C
             yield
         finally:
             self.in_uncond_pass = before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.note_pass(kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def note_pass(self, call: Mapping[str, Any]) -> None:
+        """Note which pass of guidance runs, where pipelines with two separate passes do not say so.
+
+        The pass with the prompt is the first one; the other has the same latents and another prompt.
+        call: arguments of the denoiser
+        """
+        latents, prompt = call.get(self.interface.latents_input), call.get("encoder_hidden_states")
+        if self.interface.marks_passes or latents is None or prompt is None:
+            return
+        if self._first_pass is None or self._first_pass[0] is not latents:
+            self._first_pass = latents, prompt
+        self.in_uncond_pass = self._first_pass[1] is not prompt
 
     def train(self, mode: bool = True) -> "EnsembleDenoiser":
         """Set the mode of the aggregators; the frozen experts stay in evaluation mode."""

@@ -32,6 +32,7 @@ KNOWN_CONFIGS = (
     "flux",
     "flux-schnell",
     "z-image",
+    "chroma",
 )
 # whether names are diffusers' -> names of a U-Net's first convolution and of its first attention's text input
 UNET = {

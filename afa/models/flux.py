@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from afa.denoiser.forward import PassOptions
 from afa.errors import UserError
 from afa.models.transformer import TIMES, BlockList, PackedInterface, TransformerEnsemble, block_residuals
+from afa.stages.stage import Stage
 from afa.stages.tokens import TokenContext, as_map
 
 GUIDANCE = 3.5  # input of guidance-distilled models in training: the default of their pipelines
@@ -51,7 +53,7 @@ def embed(
     strength = () if guidance is None else (guidance.to(hidden.dtype) * TIMES,)
     temb = model.time_text_embed(time, *strength, pooled_projections)
     text = model.context_embedder(encoder_hidden_states)
-    rotary = model.pos_embed(torch.cat([_flat(part) for part in ids], dim=0))
+    rotary = model.pos_embed(torch.cat([flat(part) for part in ids], dim=0))
     conditions = {"temb": temb, "image_rotary_emb": rotary, "joint_attention_kwargs": attention_kwargs}
     return as_map(hidden, grid), TokenContext(
         temb=temb, text=text, text_tokens=text, grid=grid, conditions=conditions
@@ -61,13 +63,13 @@ def embed(
 def grid_of(ids: Tensor) -> tuple[int, int]:
     """Return the number of rows and columns of the image tokens.
 
-    ids: (S, 3 or 4) position ids: kind, row, column. On the meta device, which has no values, the result is
-         the grid of S tokens that is closest to a square
+    ids: (S, 3 or 4) position ids: kind, row, column. If they have no values (on the meta device, under
+         FakeTensorMode), the result is the grid of S tokens that is closest to a square
     Raises NotImplementedError for tokens of several images (Kontext, reference images), which form no map.
     """
-    ids = _flat(ids)
+    ids = flat(ids)
     count = ids.shape[0]
-    if ids.is_meta:
+    if ids.is_meta or isinstance(ids, FakeTensor):
         rows = next(rows for rows in range(int(count**0.5), 0, -1) if count % rows == 0)
         return rows, count // rows
     kind, height, width = (int(value) for value in (ids[:, :3].amax(0) - ids[:, :3].amin(0)).tolist())
@@ -92,9 +94,27 @@ def image_ids(size: tuple[int, int], like: Tensor) -> Tensor:
     return ids.view(rows * columns, 3)
 
 
-def _flat(ids: Tensor) -> Tensor:
+def flat(ids: Tensor) -> Tensor:
     """Drop the batch dimension of ids, which older pipelines add."""
     return ids[0] if ids.ndim == 3 else ids
+
+
+def residuals_of(
+    stages: Sequence[Stage],
+    double: Sequence[Tensor] | None,
+    single: Sequence[Tensor] | None,
+    grid: tuple[int, int],
+    *,
+    repeat: bool = False,
+) -> dict[str, Tensor]:
+    """Assign ControlNet residuals to double and to single blocks, see `block_residuals`.
+
+    repeat: use the residuals of double blocks in turn, again and again
+    """
+    blocks = {name: [stage for stage in stages if stage.group == name] for name in ("double", "single")}
+    return block_residuals(blocks["double"], double, grid, repeat=repeat) | block_residuals(
+        blocks["single"], single, grid
+    )
 
 
 class FluxInterface(PackedInterface):
@@ -207,11 +227,13 @@ class FluxEnsemble(TransformerEnsemble):
         Raises NotImplementedError for IP-Adapter, and for tokens of reference images.
         """
         grid = grid_of(img_ids)
-        double = [stage for stage in self.stages if stage.group == "double"]
-        single = [stage for stage in self.stages if stage.group == "single"]
-        residuals = block_residuals(
-            double, controlnet_block_samples, grid, repeat=controlnet_blocks_repeat
-        ) | block_residuals(single, controlnet_single_block_samples, grid)
+        residuals = residuals_of(
+            self.stages,
+            controlnet_block_samples,
+            controlnet_single_block_samples,
+            grid,
+            repeat=controlnet_blocks_repeat,
+        )
         return self._predict(
             partial(embed, ids=(txt_ids, img_ids), grid=grid, guidance=guidance),
             hidden_states,

@@ -16,7 +16,13 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from afa.denoiser.forward import PassOptions
-from afa.models.transformer import BlockList, PackedInterface, TransformerEnsemble, block_residuals
+from afa.models.transformer import (
+    SEPARATE_PASSES,
+    BlockList,
+    PackedInterface,
+    TransformerEnsemble,
+    block_residuals,
+)
 from afa.stages.stage import Stage
 from afa.stages.tokens import TokenContext, as_map, pack, unpack
 
@@ -140,7 +146,7 @@ class QwenImageInterface(PackedInterface):
         return {**found, **self.guidance_kwargs(scale), **empty}
 
     def why_no_batched_guidance(self, config: Any) -> str:
-        return "the pipelines of these experts make its two passes one after another"
+        return SEPARATE_PASSES
 
     def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": parts[0], "encoder_hidden_states_mask": parts[1]}

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from afa.denoiser.base import EnsembleDenoiser
+from afa.models.chroma import ChromaEnsemble
 from afa.models.flux import FluxEnsemble
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.sd3 import SD3Ensemble
@@ -52,6 +53,7 @@ FAMILIES = {
     "flux": Family("FluxTransformer2DModel", "transformer", FluxEnsemble),
     "qwen-image": Family("QwenImageTransformer2DModel", "transformer", QwenImageEnsemble),
     "z-image": Family("ZImageTransformer2DModel", "transformer", ZImageEnsemble),
+    "chroma": Family("ChromaTransformer2DModel", "transformer", ChromaEnsemble),
 }
 
 

@@ -18,6 +18,8 @@ from afa.stages.stage import Stage, StageContext, base_layer
 from afa.stages.tokens import LEVEL, Block, Head, TokenContext, as_map, as_tokens, pack, set_steps, unpack
 
 TIMES = 1000  # timesteps of a flow's schedule; models of packed latents take a fraction of them, 0 to 1
+# why one pass cannot predict with and without the prompt side by side
+SEPARATE_PASSES = "the pipelines of these experts make its two passes one after another"
 
 
 class TransformerInterface(ModelInterface):
@@ -107,12 +109,14 @@ class TransformerEnsemble(EnsembleDenoiser):
     block_lists:    in the order in which the stock forward runs them
     patch_size:     of the config; another one is refused
     unused_in_last: names of the layers in the last block whose output does not influence the prediction
+    head:           class of the last stage
     """
 
     interface: ClassVar[TransformerInterface]
     block_lists: ClassVar[tuple[BlockList, ...]]
     patch_size: ClassVar[int] = 2**LEVEL
     unused_in_last: ClassVar[tuple[str, ...]] = ()
+    head: ClassVar[type[Head]] = Head
 
     @classmethod
     def read_stages(cls, model: Any, /) -> tuple[Stage, ...]:
@@ -131,6 +135,7 @@ class TransformerEnsemble(EnsembleDenoiser):
                 block=f"{part.name}.{index}",
                 group=part.group,
                 module=module,
+                index=index,
             )
             for part in cls.block_lists
             for index, module in enumerate(getattr(model, part.name))
@@ -147,7 +152,7 @@ class TransformerEnsemble(EnsembleDenoiser):
     def read_head(cls, model: Any) -> Head:
         """Return the last stage."""
         channels = base_layer(model.proj_out).out_features
-        return Head(name="OUT", channels=channels, level=LEVEL, model=model)
+        return cls.head(name="OUT", channels=channels, level=LEVEL, model=model)
 
     @property
     def widths(self) -> tuple[int, int]:

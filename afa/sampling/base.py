@@ -92,6 +92,7 @@ class Combination(ModelMixin, ConfigMixin, ABC):
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Run the stock forward of the experts' family."""
         given, interface = self._stock.bind(*args, **kwargs).arguments, self.ensemble.interface
+        self.ensemble.note_pass(given)
         sample = interface.latents(given)
         timestep = _one(self.ensemble.times(given[interface.timestep_input], sample))
         size = (sample.shape[-2], sample.shape[-1])

@@ -35,6 +35,7 @@ class ModelInterface(ABC):
     empty_prompt:          of guidance
     prompt_first:          where one pass predicts with and without the prompt, the pipelines put the half of
                            the batch that has the prompt first
+    marks_passes:          pipelines that make two passes for guidance say which one runs (cache_context)
     aggregator_tokenizers: indices of the pipeline's tokenizers whose text states the aggregators see
     """
 
@@ -58,6 +59,7 @@ class ModelInterface(ABC):
     variable_length: bool = False
     empty_prompt: str = ""
     prompt_first: bool = False
+    marks_passes: bool = True
     aggregator_tokenizers: tuple[int, ...] = (0,)
 
     def pipeline_name(self, text_encoders: int) -> str:

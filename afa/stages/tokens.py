@@ -96,10 +96,12 @@ class Block(Stage):
 
     module: the block
     unused: names of sub-modules without influence on the prediction: in a last block, those for text tokens
+    index:  of the block in its list
     """
 
     module: nn.Module
     unused: tuple[str, ...] = ()
+    index: int = 0
 
     def run(
         self,
