@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiny import SDXL_SMALL, SMALL, inputs, sd_unet, sdxl_inputs, sdxl_unet
+from tiny_qwen_image_21 import qwen_image_21_inputs, qwen_image_21_transformer
 from tiny_transformers import (
     flux_inputs,
     flux_transformer,
@@ -22,6 +23,7 @@ from afa.aggregators.registry import Recipe
 from afa.denoiser.base import EnsembleDenoiser
 from afa.models.flux import FluxEnsemble
 from afa.models.qwen_image import QwenImageEnsemble
+from afa.models.qwen_image_21 import QwenImage21Ensemble
 from afa.models.sd3 import SD3Ensemble
 from afa.models.unet import UNetEnsemble
 
@@ -51,6 +53,13 @@ MODELS: dict[str, Model] = {
         qwen_image_transformer,
         functools.partial(qwen_image_inputs, lengths=(7, 4)),
         QwenImageEnsemble,
+        ("Q01", "Q02", "OUT"),
+        ("layers", "every-2", "out"),
+    ),
+    "qwen-image-2.1": Model(
+        qwen_image_21_transformer,
+        functools.partial(qwen_image_21_inputs, lengths=(7, 4)),
+        QwenImage21Ensemble,
         ("Q01", "Q02", "OUT"),
         ("layers", "every-2", "out"),
     ),

@@ -109,7 +109,7 @@ class QwenImageInterface(PackedInterface):
 
     def select_prompt_outputs(self, encoded: Sequence[Any]) -> tuple[Tensor, ...]:
         """Return states and a mask; the pipeline's mask is None if there is no padding."""
-        states, mask = encoded
+        states, mask, *_ = encoded
         everything = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
         return states, everything if mask is None else mask.to(torch.bool)
 

@@ -9,6 +9,7 @@ from torch import nn
 from afa.denoiser.base import EnsembleDenoiser
 from afa.models.flux import FluxEnsemble
 from afa.models.qwen_image import QwenImageEnsemble
+from afa.models.qwen_image_21 import QwenImage21Ensemble
 from afa.models.sd3 import SD3Ensemble
 from afa.models.unet import UNetEnsemble
 from afa.stages.interface import ModelInterface
@@ -50,6 +51,7 @@ FAMILIES = {
     "sd3": Family("SD3Transformer2DModel", "transformer", SD3Ensemble),
     "flux": Family("FluxTransformer2DModel", "transformer", FluxEnsemble),
     "qwen-image": Family("QwenImageTransformer2DModel", "transformer", QwenImageEnsemble),
+    "qwen-image-2.1": Family("QwenImage21Transformer2DModel", "transformer", QwenImage21Ensemble),
 }
 
 

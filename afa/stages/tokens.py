@@ -4,11 +4,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from afa.stages.stage import Stage, StageContext
 
-LEVEL = 1  # tokens stand for 2×2 latent pixels in every family known here
+LEVEL = 1  # tokens stand for 2×2 latent pixels in most families
 
 
 def as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -21,20 +22,22 @@ def as_tokens(features: Tensor) -> Tensor:
     return features.flatten(2).transpose(1, 2).contiguous()
 
 
-def pack(latents: Tensor) -> Tensor:
-    """Pack latents as the stock pipelines do, one token for 2×2 pixels: (B, C, H, W) -> (B, H/2·W/2, C·4).
+def pack(latents: Tensor, side: int = 2) -> Tensor:
+    """Pack latents as the stock pipelines do: (B, C, H, W) -> (B, H/side·W/side, C·side²).
 
+    side: of the square of pixels that is one token
     The features of a token are ordered by channel, row, column.
     """
     batch, channels, height, width = latents.shape
-    parts = latents.view(batch, channels, height // 2, 2, width // 2, 2)
-    return parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
+    rows, columns = height // side, width // side
+    parts = latents.view(batch, channels, rows, side, columns, side)
+    return parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * side**2)
 
 
-def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+def unpack(tokens: Tensor, size: tuple[int, int], side: int = 2) -> Tensor:
     """Undo `pack`. size: height and width of the latents."""
     height, width = size
-    parts = tokens.unflatten(1, (height // 2, width // 2)).unflatten(-1, (-1, 2, 2))
+    parts = tokens.unflatten(1, (height // side, width // side)).unflatten(-1, (-1, side, side))
     return parts.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
 
 
@@ -110,6 +113,21 @@ class Block(Stage):
 
     def unused_modules(self) -> list[object]:
         return [self.module.get_submodule(name) for name in self.unused]
+
+
+@dataclass(kw_only=True, eq=False)
+class SequenceBlock(Block):
+    """One transformer block that takes text and image tokens as one sequence, text first."""
+
+    def process(self, image: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor]:
+        sequence = self.module(sequence_of(context.text_tokens, image), **self.arguments(context))
+        length = sequence.shape[1] - image.shape[1]
+        return (sequence[:, :length] if length else None), sequence[:, length:]
+
+
+def sequence_of(text: Tensor | None, image: Tensor) -> Tensor:
+    """Join text tokens, if there are any, and image tokens: (B, T, C) and (B, S, C) -> (B, T + S, C)."""
+    return image if text is None else torch.cat([text, image], dim=1)
 
 
 @dataclass(kw_only=True, eq=False)
