@@ -80,6 +80,18 @@ class Expert:
         return self.vae
 
 
+def tokenizers_in(components: Mapping[str, Any]) -> list[Any]:
+    """The tokenizers among a pipeline's components, or that of its processor of text and images."""
+    found = [components[name] for name in TOKENIZERS if components.get(name) is not None]
+    processor = components.get("processor")
+    if found or processor is None:
+        return found
+    tokenizer = processor.tokenizer
+    if processor.chat_template is not None:
+        tokenizer.chat_template = processor.chat_template
+    return [tokenizer]
+
+
 def load_finite_vae(component: Component, dtype: torch.dtype) -> nn.Module:
     """Load a VAE. Raises UserError if its weights are missing, or hold NaN or infinity."""
     vae = component.load(dtype)

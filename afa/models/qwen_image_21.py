@@ -100,7 +100,7 @@ def embed(
         and all(cache.k is not None for cache in caches.values())
     )
     start = length if cached else 0  # of the tokens that run
-    is_image = torch.arange(length + count) >= length  # on the CPU, where the rotary embedding reads it
+    is_image = torch.arange(length + count, device="cpu") >= length  # the rotary embedding reads its values
     times, targets = timestep.to(hidden.dtype), None
     if model.config.causal_condition:
         times = torch.cat([times, times.new_zeros(1)])
@@ -137,6 +137,8 @@ class QwenImage21Interface(QwenImageInterface):
     pipeline_class = "QwenImage21Pipeline"
     text_inputs: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "context_in_dim"}
     token_side = 1
+    reads_values = True
+    prompt_offset = 3  # <|im_start|>, user, a new line
     guidance_scale = 1.0  # as its authors recommend; a stronger one costs a second pass
     shared_config_keys = (
         "in_channels",

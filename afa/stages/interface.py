@@ -32,6 +32,8 @@ class ModelInterface(ABC):
                            `select_prompt_outputs` returns (states, mask)
     empty_prompt:          of guidance
     aggregator_tokenizers: indices of the pipeline's tokenizers whose text states the aggregators see
+    prompt_offset:         tokens of a template that stand before the prompt in the text states
+    reads_values:          the stock forward reads values of its inputs, so it does not run on the meta device
     """
 
     pipeline_class: str
@@ -53,6 +55,8 @@ class ModelInterface(ABC):
     variable_length: bool = False
     empty_prompt: str = ""
     aggregator_tokenizers: tuple[int, ...] = (0,)
+    prompt_offset: int = 0
+    reads_values: bool = False
 
     def pipeline_name(self, text_encoders: int) -> str:
         """Return the class name of the stock text-to-image pipeline, by the number of text encoders."""
