@@ -100,5 +100,13 @@ def load_finite_vae(component: Component, dtype: torch.dtype) -> nn.Module:
 
 
 def pipeline_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a pipeline besides its components that change what it computes."""
+    """The settings of a pipeline besides its components that change what it computes.
+
+    Raises UserError for steps that a pipeline prescribes (sample_sigmas of distilled models).
+    """
+    if config.get("sample_sigmas"):
+        raise UserError(
+            f"a {config.get('_class_name')} with sample_sigmas prescribes its own "
+            f"{len(config['sample_sigmas'])} steps (a distilled model), which is not supported; set them to null"
+        )
     return {name: config[name] for name in ("force_zeros_for_empty_prompt",) if name in config}
