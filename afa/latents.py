@@ -92,7 +92,9 @@ class TransparentLatents(FrameLatents):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
         if config.get("patch_size") is not None:
-            raise UserError(f"a VAE with patch_size {config['patch_size']} is not supported; choose another with vae=")
+            raise UserError(
+                f"a VAE with patch_size {config['patch_size']} is not supported; choose another with vae="
+            )
 
     def moments(self, vae: Any, images: Tensor) -> Tensor:
         """Encode opaque images (B, 3, H, W); see Latents.moments."""

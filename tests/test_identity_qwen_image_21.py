@@ -5,7 +5,10 @@ import copy
 import pytest
 import torch
 from diffusers import QwenImage21Transformer2DModel
-from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21FlexAttnProcessor, QwenImage21KVCache
+from diffusers.models.transformers.transformer_qwenimage21 import (
+    QwenImage21FlexAttnProcessor,
+    QwenImage21KVCache,
+)
 from family_models import MODELS, SMALL_SABW
 from test_laws import ensemble
 from tiny_qwen_image_21 import qwen_image_21_inputs, qwen_image_21_transformer

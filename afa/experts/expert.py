@@ -107,6 +107,7 @@ def pipeline_options(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("sample_sigmas"):
         raise UserError(
             f"a {config.get('_class_name')} with sample_sigmas prescribes its own "
-            f"{len(config['sample_sigmas'])} steps (a distilled model), which is not supported; set them to null"
+            f"{len(config['sample_sigmas'])} steps (a distilled model), which is not supported; "
+            "set them to null"
         )
     return {name: config[name] for name in ("force_zeros_for_empty_prompt",) if name in config}

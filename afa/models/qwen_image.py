@@ -98,7 +98,7 @@ class QwenImageInterface(PackedInterface):
     variable_length = True
     empty_prompt = " "  # as in the examples of its authors
     guidance_scale = 4.0
-    shared_config_keys = (
+    shared_config_keys: tuple[str, ...] = (
         "in_channels",
         "out_channels",
         "joint_attention_dim",

@@ -15,11 +15,6 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_qwenimage21 import (
-    QwenImage21AttnProcessor,
-    QwenImage21KVCache,
-    QwenImage21KVLayerCache,
-)
 from torch import Tensor, nn
 
 from afa.denoiser.forward import PassOptions
@@ -29,8 +24,9 @@ from afa.stages.interface import ModelInterface
 from afa.stages.stage import Stage, base_layer
 from afa.stages.tokens import Head, SequenceBlock, TokenContext, as_map, sequence_of
 
+PROCESSOR = "QwenImage21AttnProcessor"  # takes segments of the sequence; the other one a compiled mask
 SLOT = 4  # image tokens for which one entry of `img_mask` stands
-Caches = Mapping[str, QwenImage21KVLayerCache]  # stage name -> keys and values of the text in this block
+Caches = Mapping[str, Any]  # stage name -> QwenImage21KVLayerCache: keys and values of the text in this block
 
 
 @dataclass(kw_only=True)
@@ -114,7 +110,10 @@ def embed(
         "target_token_mask": targets,
     }
     if cached:
-        conditions |= {"attention_mask": None if valid is None else valid[:, None, None], "kv_cache_mode": "cached"}
+        conditions |= {
+            "attention_mask": None if valid is None else valid[:, None, None],
+            "kv_cache_mode": "cached",
+        }
     else:
         conditions |= {"segments": [(0, length, True)], "key_valid": valid}
         if caches is not None:
@@ -194,11 +193,11 @@ class QwenImage21Ensemble(TransformerEnsemble):
     @classmethod
     def read_stages(cls, model: Any, /) -> tuple[Stage, ...]:
         """Read a model as stages. Raises ValueError for another attention processor than the default."""
-        for block in model.transformer_blocks:
-            if type(block.attn.processor) is not QwenImage21AttnProcessor:
+        for name in {type(block.attn.processor).__name__ for block in model.transformer_blocks}:
+            if name != PROCESSOR:
                 raise ValueError(
-                    f"the attention processor {type(block.attn.processor).__name__} is not supported; "
-                    "call set_attn_processor(QwenImage21AttnProcessor()) on the transformer"
+                    f"the attention processor {name} is not supported; "
+                    f"call set_attn_processor({PROCESSOR}()) on the transformer"
                 )
         return super().read_stages(model)
 
@@ -210,7 +209,8 @@ class QwenImage21Ensemble(TransformerEnsemble):
     @property
     def transformer_blocks(self) -> list[nn.Module]:
         """The blocks of all experts, block by block: a pipeline makes a cache for each of them."""
-        return [stage.module for same_stage in self.parallel_stages for stage in same_stage if stage.block]
+        every = (stage for same_stage in self.parallel_stages for stage in same_stage)
+        return [stage.module for stage in every if isinstance(stage, CachedBlock)]
 
     def forward(
         self,
@@ -221,7 +221,7 @@ class QwenImage21Ensemble(TransformerEnsemble):
         img_mask: Tensor,
         encoder_hidden_states_mask: Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
-        kv_cache: QwenImage21KVCache | None = None,
+        kv_cache: Any = None,
         kv_cache_mode: str | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -230,10 +230,10 @@ class QwenImage21Ensemble(TransformerEnsemble):
         encoder_hidden_states:      (B, T, D) for all experts, or (B, T, N·D): the states of each in order
         encoder_hidden_states_mask: (B, T), 1 for text, 0 for padding
         img_mask:                   (B, T + S / 4), False for text
-        kv_cache:                   with a layer for each of `transformer_blocks`. An expert fills its own in
-                                    its first pass, also if that comes later than the pipeline's (some methods
-                                    run one expert a step). Where text tokens are fused (text_stream), they
-                                    depend on the step, and nothing is cached
+        kv_cache:                   a QwenImage21KVCache with a layer for each of `transformer_blocks`. An
+                                    expert fills its own in its first pass, also if that comes later than the
+                                    pipeline's (some methods run one expert a step). Where text tokens are
+                                    fused (text_stream), they depend on the step, and nothing is cached
         kv_cache_mode:              extract: fill all caches anew; cached: read those that are filled
         Raises NotImplementedError for input images (editing), and ValueError for what does not fit.
         """
@@ -242,7 +242,8 @@ class QwenImage21Ensemble(TransformerEnsemble):
         slots = length + shape[1] * shape[2] // SLOT
         if mask is not None and mask.shape != (batch, length):
             raise ValueError(
-                f"encoder_hidden_states_mask is {tuple(mask.shape)}; expected {(batch, length)}, as the states are"
+                f"encoder_hidden_states_mask is {tuple(mask.shape)}; "
+                f"expected {(batch, length)}, as the states are"
             )
         if img_mask.shape[-1] != slots or (not img_mask.is_meta and bool(img_mask[:, :length].any())):
             raise NotImplementedError(
@@ -262,18 +263,22 @@ class QwenImage21Ensemble(TransformerEnsemble):
             return_dict,
         )
 
-    def _caches(self, cache: QwenImage21KVCache | None, mode: str | None) -> list[Caches | None]:
+    def _caches(self, cache: Any, mode: str | None) -> list[Caches | None]:
         """Return each expert's own layers of a pipeline's cache; None for each if nothing is cached.
 
         Raises ValueError for a cache that does not fit.
         """
         count, blocks = len(self.experts), self.stages[:-1]
         if (cache is None) != (mode is None) or mode not in (None, "extract", "cached"):
-            raise ValueError(f"kv_cache_mode is {mode!r}; give extract or cached together with a kv_cache, or neither")
+            raise ValueError(
+                f"kv_cache_mode is {mode!r}; give extract or cached together with a kv_cache, or neither"
+            )
         if cache is None or self.recipe.text_stream == "fused":
             return [None] * count
         if not self.config.causal_condition:
-            raise ValueError("kv_cache needs experts with causal_condition: else the text depends on the step")
+            raise ValueError(
+                "kv_cache needs experts with causal_condition: else the text depends on the step"
+            )
         layers = cache.layer_caches
         if len(layers) != count * len(blocks):
             raise ValueError(
