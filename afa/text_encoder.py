@@ -72,7 +72,7 @@ class EnsembleTextEncoder(LoraHost, ModelMixin):
 
     @property
     def model(self) -> Any:
-        """The inner model of encoders that are all equal; Qwen-Image 2.1's pipeline looks for its last norm."""
+        """The inner model of encoders that are all equal; Qwen-Image 2.1 reads its last norm."""
         return self.encoders[0].model
 
     @property
