@@ -154,6 +154,17 @@ def test_a_cache_for_text_that_shares_the_images_time_is_refused():
         alone(qwen_image_21_transformer(causal_condition=False))(**qwen_image_21_inputs(), kv_cache=QwenImage21KVCache(4), kv_cache_mode="extract")
 
 
+def test_a_call_with_another_prompt_reads_no_cache_of_the_first():
+    made, call = ensemble(MODELS["qwen-image-2.1"], "sabw", "layers"), qwen_image_21_inputs(batch=1)
+    cache, other = QwenImage21KVCache(len(made.transformer_blocks)), torch.randn(1, 4, 24)
+    with torch.no_grad():
+        made(**call, kv_cache=cache, kv_cache_mode="extract")
+        conditions = made.interface.conditions(made.config, [other, torch.ones(1, 4, dtype=torch.bool)], torch.zeros(1, 6))
+        changed = made.interface.with_prompt(made.config, call | {"kv_cache": cache, "kv_cache_mode": "cached"}, conditions)
+        expected = made(**call | {"encoder_hidden_states": other, "img_mask": torch.arange(20)[None] >= 4}).sample
+        assert torch.equal(made(**changed).sample, expected) and not torch.allclose(made(**call).sample, expected, atol=1e-2)
+
+
 # --- what is read and called --------------------------------------------------------------------------------------------
 
 

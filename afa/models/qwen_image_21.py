@@ -172,6 +172,14 @@ class QwenImage21Interface(QwenImageInterface):
             "img_mask": slots.expand(batch, -1),
         }
 
+    def with_prompt(
+        self, config: Any, call: Mapping[str, Any], conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return a call with another prompt, and so without the cache of its text."""
+        times = torch.as_tensor(self.timestep_from_model(call["timestep"]))
+        made = self.denoiser_kwargs(config, self.latents(call), times, dict(conditions))
+        return {**made, "hidden_states": call["hidden_states"], "timestep": call["timestep"]}
+
     def to_latents(self, output: Tensor, size: tuple[int, int]) -> Tensor:
         """Convert an output to latents; the stock model's output begins with text tokens."""
         return super().to_latents(output[:, -size[0] * size[1] :], size)

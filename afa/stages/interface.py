@@ -121,6 +121,12 @@ class ModelInterface(ABC):
         """
         return {self.latents_input: noisy, "timestep": times, **conditions}
 
+    def with_prompt(
+        self, config: Any, call: Mapping[str, Any], conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the arguments of a denoiser call with another prompt. conditions: see `conditions`"""
+        return {**call, **conditions}
+
     def timestep_from_model(self, timestep: Tensor | float | int) -> Tensor | float | int:
         """Convert the timestep of a denoiser call to the scheduler's unit."""
         return timestep
