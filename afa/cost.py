@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from afa.aggregators.registry import Recipe
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.lora import shared_copy
 from afa.denoiser.reuse import Reuse
@@ -48,7 +49,7 @@ def count_flops(
     """
     call = call_of(denoiser, height, width, batch, tokens, device="meta")
     with torch.no_grad(), _counting() as counter:
-        denoiser(**call)
+        _on_meta(denoiser)(**call)
     counts = counter.get_flop_counts()
     stages = denoiser.fused if isinstance(denoiser, EnsembleDenoiser) else []
     name = type(denoiser).__name__
@@ -65,8 +66,23 @@ def count_training_flops(
     """
     call = call_of(denoiser, height, width, batch, tokens, device="meta")
     with torch.enable_grad(), _counting() as counter:
-        interface_for(denoiser).to_latents(denoiser(**call).sample, (height, width)).sum().backward()
+        answer = _on_meta(denoiser)(**call).sample
+        interface_for(denoiser).to_latents(answer, (height, width)).sum().backward()
     return counter.get_total_flops()
+
+
+def _on_meta(denoiser: nn.Module) -> nn.Module:
+    """Return what runs on the meta device: the denoiser, or an ensemble of it alone (see reads_values)."""
+    if isinstance(denoiser, EnsembleDenoiser):
+        return denoiser
+    family = FAMILIES[family_of(denoiser)]
+    if not family.interface.reads_values:
+        return denoiser
+    trained = [parameter.requires_grad for parameter in denoiser.parameters()]
+    alone = family.denoiser([denoiser], recipe=Recipe("mean"), placement="out")
+    for parameter, before in zip(denoiser.parameters(), trained, strict=True):
+        parameter.requires_grad_(before)  # an ensemble freezes its experts
+    return alone
 
 
 def count_stage_flops(model: Any, height: int, width: int, tokens: int | None = None) -> dict[str, int]:
@@ -78,9 +94,10 @@ def count_stage_flops(model: Any, height: int, width: int, tokens: int | None = 
     """
     with torch.device("meta"):
         meta_model = type(model).from_config(dict(model.config)).eval()
+    running = _on_meta(meta_model)
     with torch.no_grad(), _counting() as counter:
-        meta_model(**call_of(meta_model, height, width, 1, tokens, device="meta"))
-    names = {id(module): f"{type(meta_model).__name__}.{name}" for name, module in meta_model.named_modules()}
+        running(**call_of(meta_model, height, width, 1, tokens, device="meta"))
+    names = {id(module): f"{type(running).__name__}.{name}" for name, module in running.named_modules()}
     counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
     return {
         stage.name: sum(counts.get(names.get(id(module), ""), 0) for module in stage.modules())

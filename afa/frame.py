@@ -11,7 +11,7 @@ from torch import nn
 from afa.errors import UserError
 from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS, Expert
 from afa.experts.locate import locate
-from afa.experts.parts import load_tokenizer
+from afa.experts.parts import PROCESSOR, load_tokenizer
 from afa.experts.spec import ExpertSpec
 from afa.experts.vae import load_vae
 from afa.models.registry import FAMILIES
@@ -82,7 +82,7 @@ class Frame:
     @functools.cached_property
     def tokenizers(self) -> list[Any]:
         """The tokenizers, one per text encoder."""
-        return self._part("tokenizer", TOKENIZERS, "tokenizers")
+        return self._part("tokenizer", (*TOKENIZERS, PROCESSOR), "tokenizers")
 
     @functools.cached_property
     def scheduler(self) -> Any:
@@ -159,6 +159,10 @@ def _named(text_encoders: Sequence[Any], tokenizers: Sequence[Any]) -> dict[str,
 def _made(chosen: type, parts: dict[str, Any]) -> Any:
     """Make a pipeline. Missing text encoders are None; optional parts that it does not take are dropped."""
     taken = inspect.signature(chosen.__init__).parameters
+    if PROCESSOR in taken and parts.get(PROCESSOR) is None:
+        from afa.experts.text_processor import TextProcessor
+
+        parts = {**parts, PROCESSOR: TextProcessor(parts[TOKENIZERS[0]])}
     absent = {name: None for name in (*TEXT_ENCODERS, *TOKENIZERS) if name in taken and name not in parts}
     given = {
         name: part

@@ -45,6 +45,18 @@ class ImageError(UserError):
     """A picture that cannot be used: which, and why, in one sentence."""
 
 
+def over_white(images: NDArray[Any]) -> NDArray[Any]:
+    """Lay drawn pictures with transparency on white: (n, H, W, 4) from 0 to 1 -> (n, H, W, 3).
+
+    Pictures without transparency, (n, H, W, 3), stay as they are.
+    """
+    if images.shape[-1] != 4:
+        return images
+    opacity = images[..., 3:]
+    laid: NDArray[Any] = images[..., :3] * opacity + (1 - opacity)
+    return laid
+
+
 def open_image(source: Path | str | bytes, name: str | None = None) -> Image.Image:
     """Open a picture as 8-bit RGB.
 

@@ -1,5 +1,6 @@
 """The latents of a VAE: how it encodes images, scales latents for the denoiser, and decodes them."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,7 +83,40 @@ class FrameLatents(Latents):
         self.recomputes = True  # the VAE has no switch of its own
 
 
-LATENTS: dict[str, type[Latents]] = {"AutoencoderKL": Latents, "AutoencoderKLQwenImage": FrameLatents}
+class TransparentLatents(FrameLatents):
+    """The latents of an `AutoencoderKLQwenImage21`: images with transparency, as videos of one frame.
+
+    Raises UserError for a VAE that folds patches of pixels into channels.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        if config.get("patch_size") is not None:
+            raise UserError(
+                f"a VAE with patch_size {config['patch_size']} is not supported; choose another with vae="
+            )
+
+    def moments(self, vae: Any, images: Tensor) -> Tensor:
+        """Encode opaque images (B, 3, H, W); see Latents.moments."""
+        return super().moments(vae, torch.cat([images, torch.ones_like(images[:, :1])], dim=1))
+
+    def draw(self, vae: Any, latents: Tensor) -> Tensor:
+        """Decode like FrameLatents.draw, and lay what is transparent over white."""
+        images = super().draw(vae, latents)
+        opacity = (images[:, 3:] / 2 + 0.5).clamp(0, 1)
+        return images[:, :3] * opacity + (1 - opacity)
+
+    def _run(self, block: Any, hidden: Tensor) -> Tensor:
+        # as the first frame of a video, which is repeated where later ones would be made
+        middle = hasattr(block, "attentions")
+        return super()._run(block if middle else functools.partial(block, first_chunk=True), hidden)
+
+
+LATENTS: dict[str, type[Latents]] = {
+    "AutoencoderKL": Latents,
+    "AutoencoderKLQwenImage": FrameLatents,
+    "AutoencoderKLQwenImage21": TransparentLatents,
+}
 
 
 def latents_of(vae: Any) -> Latents:

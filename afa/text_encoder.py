@@ -71,6 +71,11 @@ class EnsembleTextEncoder(LoraHost, ModelMixin):
         return next(self.encoders[0].parameters()).device
 
     @property
+    def model(self) -> Any:
+        """The inner model of encoders that are all equal; Qwen-Image 2.1 reads its last norm."""
+        return self.encoders[0].model
+
+    @property
     def text_model(self) -> "_TextModel":
         """The final layer norms, where `clip_skip` of stock pipelines looks for them."""
         return _TextModel(self)

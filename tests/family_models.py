@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tiny import SDXL_SMALL, SMALL, inputs, sd_unet, sdxl_inputs, sdxl_unet
 from tiny_chroma import chroma_inputs, chroma_transformer
+from tiny_qwen_image_21 import qwen_image_21_inputs, qwen_image_21_transformer
 from tiny_transformers import (
     flux_inputs,
     flux_transformer,
@@ -26,6 +27,7 @@ from afa.denoiser.base import EnsembleDenoiser
 from afa.models.chroma import ChromaEnsemble
 from afa.models.flux import FluxEnsemble
 from afa.models.qwen_image import QwenImageEnsemble
+from afa.models.qwen_image_21 import QwenImage21Ensemble
 from afa.models.sd3 import SD3Ensemble
 from afa.models.unet import UNetEnsemble
 from afa.models.z_image import ZImageEnsemble
@@ -72,6 +74,13 @@ MODELS: dict[str, Model] = {
         ChromaEnsemble,
         ("D01", "S00", "OUT"),
         ("layers", "double", "every-2", "out"),
+    ),
+    "qwen-image-2.1": Model(
+        qwen_image_21_transformer,
+        functools.partial(qwen_image_21_inputs, lengths=(7, 4)),
+        QwenImage21Ensemble,
+        ("Q01", "Q02", "OUT"),
+        ("layers", "every-2", "out"),
     ),
 }
 FUSED = [(name, placement) for name, model in MODELS.items() for placement in (*model.placements, model.chosen)]

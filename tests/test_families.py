@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tiny import sd_pipeline, sdxl_pipeline
 from tiny_chroma import CHROMA_SMALL, chroma_pipeline
+from tiny_qwen_image_21 import QWEN_IMAGE_21_SMALL, qwen_image_21_pipeline
 from tiny_transformers import (
     FLUX_SMALL,
     QWEN_IMAGE_SMALL,
@@ -31,6 +32,7 @@ PIPELINES = {
     "qwen-image": partial(qwen_image_pipeline, **QWEN_IMAGE_SMALL),
     "z-image": partial(z_image_pipeline, **Z_IMAGE_SMALL),
     "chroma": partial(chroma_pipeline, **CHROMA_SMALL),
+    "qwen-image-2.1": partial(qwen_image_21_pipeline, **QWEN_IMAGE_21_SMALL),
 }
 SMALL = "--hidden 8 --heads 2 --depth 1 --resolution 64 --batch-size 2 --held-out 2 --evaluate-every 1 --lr 1e-2 --device cpu".split()
 

@@ -27,9 +27,11 @@ def expert(make, seed, copy=0):
 
 @functools.cache
 def answer(model, seed):
-    """What such an expert answers by itself."""
+    """What such an expert answers by itself, for the image: some stock models answer for the text before it, too."""
+    call = model.call()
     with torch.no_grad():
-        return sample_of(expert(model.make, seed)(**model.call()))
+        found = sample_of(expert(model.make, seed)(**call))
+    return found[:, -call["hidden_states"].shape[1] :] if found.ndim == 3 else found
 
 
 def ensemble(model, kind, placement, seeds=(0, 1, 2), trained=True, experts=(), **recipe):

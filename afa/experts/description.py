@@ -15,12 +15,12 @@ from torch import nn
 
 from afa.errors import UserError
 from afa.experts.component import Component
-from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS, Expert, pipeline_options
+from afa.experts.expert import TEXT_ENCODERS, Expert, pipeline_options
 from afa.experts.folders import read_config
 from afa.experts.headers import read_file
 from afa.experts.layouts import Layout, component_layouts
 from afa.experts.locate import Located, locate
-from afa.experts.parts import component_of, has_part, load_part, read_index
+from afa.experts.parts import component_of, has_part, load_part, load_tokenizers_of, read_index
 from afa.experts.prediction import Prediction, flow_only, folder_scheduler
 from afa.experts.single_file import config_folder, config_of, load_tokenizers, scheduler_of
 from afa.experts.spec import ExpertSpec
@@ -130,7 +130,7 @@ def describe(located: Located, config: str | None = None) -> ExpertDescription:
         found.tokenizers = list(load_tokenizers(folder).values()) if found.index is not None else []
     elif found.index is not None:
         found.scheduler = folder_scheduler(located, found.index)
-        found.tokenizers = [load_part(folder, part) for part in TOKENIZERS if has_part(found.index, part)]
+        found.tokenizers = load_tokenizers_of(folder, found.index)
     else:
         found.prediction = Prediction(spec.prediction_type)
     return found

@@ -80,6 +80,18 @@ class Expert:
         return self.vae
 
 
+def tokenizers_in(components: Mapping[str, Any]) -> list[Any]:
+    """The tokenizers among a pipeline's components, or that of its processor of text and images."""
+    found = [components[name] for name in TOKENIZERS if components.get(name) is not None]
+    processor = components.get("processor")
+    if found or processor is None:
+        return found
+    tokenizer = processor.tokenizer
+    if processor.chat_template is not None:
+        tokenizer.chat_template = processor.chat_template
+    return [tokenizer]
+
+
 def load_finite_vae(component: Component, dtype: torch.dtype) -> nn.Module:
     """Load a VAE. Raises UserError if its weights are missing, or hold NaN or infinity."""
     vae = component.load(dtype)
@@ -88,5 +100,14 @@ def load_finite_vae(component: Component, dtype: torch.dtype) -> nn.Module:
 
 
 def pipeline_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a pipeline besides its components that change what it computes."""
+    """The settings of a pipeline besides its components that change what it computes.
+
+    Raises UserError for steps that a pipeline prescribes (sample_sigmas of distilled models).
+    """
+    if config.get("sample_sigmas"):
+        raise UserError(
+            f"a {config.get('_class_name')} with sample_sigmas prescribes its own "
+            f"{len(config['sample_sigmas'])} steps (a distilled model), which is not supported; "
+            "set them to null"
+        )
     return {name: config[name] for name in ("force_zeros_for_empty_prompt",) if name in config}

@@ -10,11 +10,11 @@ from torch import nn
 from afa.errors import UserError
 from afa.experts.component import Component
 from afa.experts.description import ExpertDescription, describe, pipeline_components
-from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS, Expert, pipeline_options
+from afa.experts.expert import TEXT_ENCODERS, Expert, pipeline_options, tokenizers_in
 from afa.experts.headers import check_finite
 from afa.experts.locate import Located, locate
 from afa.experts.lora import add_own, fuse, load_sharing
-from afa.experts.parts import has_part, load_part, read_index
+from afa.experts.parts import load_part, load_tokenizers_of, read_index
 from afa.experts.prediction import predicting
 from afa.experts.spec import ExpertSpec
 from afa.models.registry import FAMILIES
@@ -136,7 +136,7 @@ def _from_pipeline(pipe: Any) -> Expert:
         name="",
         model=components[component],
         text_encoders=[components[name] for name in TEXT_ENCODERS if components.get(name) is not None],
-        tokenizers=[components[name] for name in TOKENIZERS if components.get(name) is not None],
+        tokenizers=tokenizers_in(components),
         scheduler=pipe.scheduler,
         vae=components.get("vae"),
         pipeline=type(pipe).__name__,
@@ -224,7 +224,7 @@ def load_donor(frame: str, dtype: torch.dtype | None) -> Expert:
         name=frame,
         model=None,
         text_encoders=encoders,
-        tokenizers=[load_part(folder, name) for name in TOKENIZERS if has_part(index, name)],
+        tokenizers=load_tokenizers_of(folder, index),
         scheduler=load_part(folder, "scheduler"),
         vae_component=vae,
         pipeline=index["_class_name"],

@@ -15,6 +15,7 @@ from afa.experts.folders import read_config, read_object
 from afa.models.registry import FAMILIES
 
 INDEX = "model_index.json"
+PROCESSOR = "processor"  # of text and images, in pipelines without a tokenizer; only its tokenizer is read
 # The kind of class that a component needs: its library, its base class, a method that the base class lacks.
 DENOISER = ("diffusers", "ModelMixin", "forward")
 KINDS = {
@@ -60,6 +61,14 @@ def load_tokenizer(folder: Path) -> Any:
 
     _check_settings(folder)
     return from_pretrained(AutoTokenizer, folder, trust_remote_code=False)
+
+
+def load_tokenizers_of(folder: Path, index: dict[str, Any]) -> list[Any]:
+    """The tokenizers of a pipeline's folder, or that of its processor. index: see read_index"""
+    names = [name for name in ("tokenizer", "tokenizer_2", "tokenizer_3") if has_part(index, name)]
+    if not names and has_part(index, PROCESSOR):
+        return [load_tokenizer(folder / PROCESSOR)]
+    return [load_part(folder, name) for name in names]
 
 
 def load_scheduler(folder: Path) -> Any:

@@ -33,6 +33,8 @@ KNOWN_CONFIGS = (
     "flux-schnell",
     "z-image",
     "chroma",
+    "qwen-image",
+    "qwen-image-2.1",
 )
 # whether names are diffusers' -> names of a U-Net's first convolution and of its first attention's text input
 UNET = {

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from afa.denoiser.base import EnsembleDenoiser
-from afa.experts.expert import TOKENIZERS
+from afa.experts.expert import tokenizers_in
 from afa.models.registry import interface_of
 
 WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
@@ -50,9 +50,9 @@ def find_words(pipeline: Any, prompt: str, length: int) -> list[Word]:
     interface, _ = interface_of(pipeline)
     spans = [(found.group(), found.span()) for found in WORD.finditer(prompt)]
     places: list[list[int]] = [[] for _ in spans]
-    offset = 0
+    offset, tokenizers = interface.prompt_offset, tokenizers_in(pipeline.components)
     for index in interface.aggregator_tokenizers:
-        tokenizer = getattr(pipeline, TOKENIZERS[index])
+        tokenizer = tokenizers[index]
         room = min(length - offset, tokenizer.model_max_length)
         for place, (start, end) in enumerate(_offsets(tokenizer, prompt, room)):
             for own, (_, (first, last)) in zip(places, spans, strict=True):

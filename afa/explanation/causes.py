@@ -104,10 +104,7 @@ def _without(
         def changed(before: dict[str, Any], parts: Sequence[Tensor] = parts) -> dict[str, Any]:
             sizes = (before.get("added_cond_kwargs") or {}).get("time_ids")  # SDXL: sizes of the image
             conditions = interface.conditions(denoiser.config, parts, sizes)  # type: ignore[arg-type]
-            noisy = interface.latents(before)
-            times = denoiser.times(before[interface.timestep_input], noisy)
-            call = interface.denoiser_kwargs(denoiser.config, noisy, times, conditions)
-            return before | {name: call[name] for name in conditions}
+            return interface.with_prompt(denoiser.config, before, conditions)
 
         found.append(changed)
     return found

@@ -48,8 +48,6 @@ class ModulatedBlock(Block):
 class SingleBlock(ModulatedBlock, SequenceBlock):
     """A single block, which processes text and image tokens as one sequence."""
 
-    text_first = True
-
 
 class ModulatedHead(Head):
     """The output norm and projection; the norm takes its part of the modulation."""

@@ -104,7 +104,7 @@ class QwenImageInterface(PackedInterface):
     variable_length = True
     empty_prompt = " "  # as in the examples of its authors
     guidance_scale = 4.0
-    shared_config_keys = (
+    shared_config_keys: tuple[str, ...] = (
         "in_channels",
         "out_channels",
         "joint_attention_dim",
@@ -115,7 +115,7 @@ class QwenImageInterface(PackedInterface):
 
     def select_prompt_outputs(self, encoded: Sequence[Any]) -> tuple[Tensor, ...]:
         """Return states and a mask; the pipeline's mask is None if there is no padding."""
-        states, mask = encoded
+        states, mask, *_ = encoded
         everything = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
         return states, everything if mask is None else mask.to(torch.bool)
 

@@ -10,6 +10,7 @@ from afa.denoiser.base import EnsembleDenoiser
 from afa.models.chroma import ChromaEnsemble
 from afa.models.flux import FluxEnsemble
 from afa.models.qwen_image import QwenImageEnsemble
+from afa.models.qwen_image_21 import QwenImage21Ensemble
 from afa.models.sd3 import SD3Ensemble
 from afa.models.unet import UNetEnsemble
 from afa.models.z_image import ZImageEnsemble
@@ -54,6 +55,7 @@ FAMILIES = {
     "qwen-image": Family("QwenImageTransformer2DModel", "transformer", QwenImageEnsemble),
     "z-image": Family("ZImageTransformer2DModel", "transformer", ZImageEnsemble),
     "chroma": Family("ChromaTransformer2DModel", "transformer", ChromaEnsemble),
+    "qwen-image-2.1": Family("QwenImage21Transformer2DModel", "transformer", QwenImage21Ensemble),
 }
 
 

@@ -49,7 +49,12 @@ class TransformerInterface(ModelInterface):
 
 
 class PackedInterface(TransformerInterface):
-    """How transformers of packed latents are called: 2×2 pixels a token, timesteps from 0 to 1."""
+    """How transformers of packed latents are called: tokens of several pixels, timesteps from 0 to 1.
+
+    token_side: of the square of latent pixels that is one token
+    """
+
+    token_side: int = 2
 
     @abstractmethod
     def grid(self, call: Mapping[str, Any]) -> tuple[int, int]:
@@ -59,13 +64,13 @@ class PackedInterface(TransformerInterface):
         return 128  # of latents of 1024 px, the default of the stock pipelines; no config records it
 
     def latent_channels(self, config: Any) -> int:
-        return int(config.in_channels) // self.patch**2
+        return int(config.in_channels) // self.token_side**2
 
     def denoiser_kwargs(
         self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]
     ) -> dict[str, Any]:
         timestep = self.timestep_to_model(times.to(noisy.dtype))
-        return {"hidden_states": pack(noisy), "timestep": timestep, **conditions}
+        return {"hidden_states": pack(noisy, self.token_side), "timestep": timestep, **conditions}
 
     def timestep_from_model(self, timestep: Tensor | float | int) -> Tensor | float | int:
         return timestep * TIMES
@@ -75,16 +80,17 @@ class PackedInterface(TransformerInterface):
 
     def latents(self, call: Mapping[str, Any]) -> Tensor:
         rows, columns = self.grid(call)
-        return unpack(call["hidden_states"], (rows * self.patch, columns * self.patch))
+        size = (rows * self.token_side, columns * self.token_side)
+        return unpack(call["hidden_states"], size, self.token_side)
 
     def set_timesteps(self, scheduler: Any, steps: int, size: tuple[int, int]) -> None:
-        set_steps(scheduler, steps, size[0] * size[1] // self.patch**2)
+        set_steps(scheduler, steps, size[0] * size[1] // self.token_side**2)
 
     def to_latents(self, output: Tensor, size: tuple[int, int]) -> Tensor:
-        return unpack(output, size)
+        return unpack(output, size, self.token_side)
 
     def from_latents(self, prediction: Tensor) -> Tensor:
-        return pack(prediction)
+        return pack(prediction, self.token_side)
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ class TransformerEnsemble(EnsembleDenoiser):
 
     block_lists:    in the order in which the stock forward runs them
     patch_size:     of the config; another one is refused
+    level:          of all stages, see Stage: 1 if a token stands for 2×2 latent pixels, 0 if for one
     unused_in_last: names of the layers in the last block whose output does not influence the prediction
     head:           class of the last stage
     """
@@ -115,6 +122,7 @@ class TransformerEnsemble(EnsembleDenoiser):
     interface: ClassVar[TransformerInterface]
     block_lists: ClassVar[tuple[BlockList, ...]]
     patch_size: ClassVar[int] = 2**LEVEL
+    level: ClassVar[int] = LEVEL
     unused_in_last: ClassVar[tuple[str, ...]] = ()
     head: ClassVar[type[Head]] = Head
 
@@ -131,7 +139,7 @@ class TransformerEnsemble(EnsembleDenoiser):
             part.stage(
                 name=f"{part.letter}{index:02}",
                 channels=cls.hidden_size(model),
-                level=LEVEL,
+                level=cls.level,
                 block=f"{part.name}.{index}",
                 group=part.group,
                 module=module,
@@ -152,7 +160,7 @@ class TransformerEnsemble(EnsembleDenoiser):
     def read_head(cls, model: Any) -> Head:
         """Return the last stage."""
         channels = base_layer(model.proj_out).out_features
-        return cls.head(name="OUT", channels=channels, level=LEVEL, model=model)
+        return cls.head(name="OUT", channels=channels, level=cls.level, model=model)
 
     @property
     def widths(self) -> tuple[int, int]:

@@ -28,7 +28,17 @@ from afa.denoiser.base import attention_options
 from afa.denoiser.forward import PassOptions
 from afa.models.transformer import TIMES, BlockList, TransformerEnsemble, TransformerInterface
 from afa.stages.stage import Stage, StageContext, base_layer
-from afa.stages.tokens import LEVEL, Head, SequenceBlock, TokenContext, as_map, fold, set_steps, unfold
+from afa.stages.tokens import (
+    LEVEL,
+    Head,
+    SequenceBlock,
+    TokenContext,
+    as_map,
+    fold,
+    sequence_of,
+    set_steps,
+    unfold,
+)
 
 PATCHES = "2-1"  # key of the embedding and of the output head for patches of 2×2 latent pixels of one frame
 # parts of the transformer that a ControlNet of the stock pipelines runs, too
@@ -63,6 +73,8 @@ class ZImageContext(TokenContext):
 class RefinerBlock(SequenceBlock):
     """One block of the noise refiner: image tokens and their padding, without the caption."""
 
+    text_first = False
+
     def process(self, image: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor]:
         assert isinstance(context, ZImageContext) and context.text_tokens is not None
         padding, caption = context.text_tokens.tensor_split([context.padding], dim=1)
@@ -75,6 +87,8 @@ class RefinerBlock(SequenceBlock):
 @dataclass(kw_only=True, eq=False)
 class Layer(SequenceBlock):
     """One block of the whole sequence: image tokens, their padding, caption tokens."""
+
+    text_first = False
 
     def process(self, image: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor]:
         assert isinstance(context, ZImageContext)
@@ -89,7 +103,7 @@ class ZImageHead(Head):
 
     def project(self, image: Tensor, context: TokenContext) -> Tensor:
         assert context.text_tokens is not None
-        sequence = torch.cat([image, context.text_tokens], dim=1)
+        sequence = sequence_of(context.text_tokens, image, text_first=False)
         patches: Tensor = self.final_layer(sequence, c=context.temb)
         return -patches[:, : image.shape[1]]
 

@@ -81,6 +81,11 @@ class Combination(ModelMixin, ConfigMixin, ABC):
         """A pipeline may read here whether there is an IP-Adapter."""
         return self.ensemble.encoder_hid_proj
 
+    @property
+    def transformer_blocks(self) -> Any:
+        """The experts'; the pipeline of Qwen-Image 2.1 makes a cache for each of them."""
+        return self.ensemble.transformer_blocks
+
     def cache_context(self, name: str, **where: Any) -> AbstractContextManager[None]:
         """Return the context that the pipelines of some transformers open."""
         return self.ensemble.cache_context(name, **where)

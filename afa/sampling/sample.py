@@ -16,6 +16,7 @@ from afa.denoiser.schedule import FLOW, kind_of
 from afa.ensemble import Ensemble
 from afa.errors import UserError, unknown
 from afa.experts.expert import Expert
+from afa.images import over_white
 from afa.models.registry import FAMILIES, denoiser_of, interface_of
 from afa.sampling.guidance_interval import guided_within
 from afa.seeds import generator
@@ -108,7 +109,7 @@ def sample(
             output_type="np",
             callback_on_step_end=callback,
         )
-    images: NDArray[np.uint8] = (result.images * 255).round().astype(np.uint8)
+    images: NDArray[np.uint8] = (over_white(result.images) * 255).round().astype(np.uint8)
     return images
 
 

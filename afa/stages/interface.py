@@ -37,6 +37,8 @@ class ModelInterface(ABC):
                            the batch that has the prompt first
     marks_passes:          pipelines that make two passes for guidance say which one runs (cache_context)
     aggregator_tokenizers: indices of the pipeline's tokenizers whose text states the aggregators see
+    prompt_offset:         tokens of a template that stand before the prompt in the text states
+    reads_values:          the stock forward reads values of its inputs, so it does not run on the meta device
     """
 
     pipeline_class: str
@@ -61,6 +63,8 @@ class ModelInterface(ABC):
     prompt_first: bool = False
     marks_passes: bool = True
     aggregator_tokenizers: tuple[int, ...] = (0,)
+    prompt_offset: int = 0
+    reads_values: bool = False
 
     def pipeline_name(self, text_encoders: int) -> str:
         """Return the class name of the stock text-to-image pipeline, by the number of text encoders."""
@@ -138,6 +142,14 @@ class ModelInterface(ABC):
         conditions: see `conditions`
         """
         return {self.latents_input: noisy, self.timestep_input: times, **conditions}
+
+    def with_prompt(
+        self, config: Any, call: Mapping[str, Any], conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the arguments of a denoiser call with another prompt. conditions: see `conditions`"""
+        times = torch.as_tensor(self.timestep_from_model(call[self.timestep_input]))
+        made = self.denoiser_kwargs(config, self.latents(call), times, dict(conditions))
+        return {**call, **{name: made[name] for name in conditions}}
 
     def timestep_from_model(self, timestep: Tensor | float | int) -> Tensor | float | int:
         """Convert the timestep of a denoiser call to the scheduler's unit."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from afa.stages.stage import Stage, StageContext
 
-LEVEL = 1  # tokens stand for 2×2 latent pixels in every family known here
+LEVEL = 1  # tokens stand for 2×2 latent pixels in most families
 
 
 def as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -22,20 +22,22 @@ def as_tokens(features: Tensor) -> Tensor:
     return features.flatten(2).transpose(1, 2).contiguous()
 
 
-def pack(latents: Tensor) -> Tensor:
-    """Pack latents as the stock pipelines do, one token for 2×2 pixels: (B, C, H, W) -> (B, H/2·W/2, C·4).
+def pack(latents: Tensor, side: int = 2) -> Tensor:
+    """Pack latents as the stock pipelines do: (B, C, H, W) -> (B, H/side·W/side, C·side²).
 
+    side: of the square of pixels that is one token
     The features of a token are ordered by channel, row, column.
     """
     batch, channels, height, width = latents.shape
-    parts = latents.view(batch, channels, height // 2, 2, width // 2, 2)
-    return parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
+    rows, columns = height // side, width // side
+    parts = latents.view(batch, channels, rows, side, columns, side)
+    return parts.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * side**2)
 
 
-def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+def unpack(tokens: Tensor, size: tuple[int, int], side: int = 2) -> Tensor:
     """Undo `pack`. size: height and width of the latents."""
     height, width = size
-    parts = tokens.unflatten(1, (height // 2, width // 2)).unflatten(-1, (-1, 2, 2))
+    parts = tokens.unflatten(1, (height // side, width // side)).unflatten(-1, (-1, side, side))
     return parts.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, height, width)
 
 
@@ -138,19 +140,28 @@ class Block(Stage):
 
 @dataclass(kw_only=True, eq=False)
 class SequenceBlock(Block):
-    """One transformer block that takes image and text tokens as one sequence, its first argument.
+    """One transformer block that takes text and image tokens as one sequence, its first argument.
 
     text_first: text tokens come before image tokens
     """
 
-    text_first: ClassVar[bool] = False
+    text_first: ClassVar[bool] = True
 
     def process(self, image: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor]:
-        assert context.text_tokens is not None
-        parts = (context.text_tokens, image) if self.text_first else (image, context.text_tokens)
-        sequence = self.module(torch.cat(parts, dim=1), **self.arguments(context))
-        first, second = sequence.split([part.shape[1] for part in parts], dim=1)
-        return (first, second) if self.text_first else (second, first)
+        text, count = context.text_tokens, image.shape[1]
+        sequence = self.module(sequence_of(text, image, self.text_first), **self.arguments(context))
+        if text is None:
+            return None, sequence
+        if self.text_first:
+            return sequence[:, :-count], sequence[:, -count:]
+        return sequence[:, count:], sequence[:, :count]
+
+
+def sequence_of(text: Tensor | None, image: Tensor, text_first: bool = True) -> Tensor:
+    """Join text tokens, if there are any, and image tokens: (B, T, C) and (B, S, C) -> (B, T + S, C)."""
+    if text is None:
+        return image
+    return torch.cat([text, image] if text_first else [image, text], dim=1)
 
 
 @dataclass(kw_only=True, eq=False)

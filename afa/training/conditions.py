@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from afa.denoiser.base import EnsembleDenoiser
-from afa.experts.expert import TEXT_ENCODERS
+from afa.experts.expert import TEXT_ENCODERS, tokenizers_in
 from afa.training.cache import TextCache, VaryingTextCache, announce, content_hash
 
 FEW = 50  # captions, encoded without a bar
@@ -74,7 +74,7 @@ class Conditions:
     def _identity(self) -> str:
         """Return a hash of everything that decides a caption's states."""
         names = [name for name in TEXT_ENCODERS if getattr(self.pipeline, name, None) is not None]
-        tokenizers = [getattr(self.pipeline, name.replace("text_encoder", "tokenizer")) for name in names]
+        tokenizers = tokenizers_in(self.pipeline.components)
         words = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
         lengths = [tokenizer.model_max_length for tokenizer in tokenizers]
         encoders = [getattr(self.pipeline, name) for name in names]

@@ -17,6 +17,7 @@ from afa.denoiser.hooks import record_weights
 from afa.errors import UserError
 from afa.experts.expert import TEXT_ENCODERS
 from afa.files import replacing
+from afa.images import over_white
 from afa.metrics.base import ImageMetric, Picture
 from afa.metrics.registry import Resources, make_metric
 from afa.pictures import COLOURS, conditional, grid, heat, mean_over_stages
@@ -107,7 +108,7 @@ class Sheets:
             generator=noise,
             output_type="np",
         ).images
-        return (np.asarray(drawn) * 255).round().astype(np.uint8)
+        return (over_white(np.asarray(drawn)) * 255).round().astype(np.uint8)
 
     def _watched(self, images: NDArray[np.uint8]) -> dict[str, Any]:
         """Return the scores; warn once if the main score has become worse since the first sheet."""
