@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiny import SDXL_SMALL, SMALL, inputs, sd_unet, sdxl_inputs, sdxl_unet
+from tiny_krea2 import krea2_inputs, krea2_transformer
 from tiny_transformers import (
     flux_inputs,
     flux_transformer,
@@ -21,6 +22,7 @@ from tiny_transformers import (
 from afa.aggregators.registry import Recipe
 from afa.denoiser.base import EnsembleDenoiser
 from afa.models.flux import FluxEnsemble
+from afa.models.krea2 import Krea2Ensemble
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.sd3 import SD3Ensemble
 from afa.models.unet import UNetEnsemble
@@ -52,6 +54,13 @@ MODELS: dict[str, Model] = {
         functools.partial(qwen_image_inputs, lengths=(7, 4)),
         QwenImageEnsemble,
         ("Q01", "Q02", "OUT"),
+        ("layers", "every-2", "out"),
+    ),
+    "krea2": Model(
+        krea2_transformer,
+        functools.partial(krea2_inputs, lengths=(7, 4), holes=True),
+        Krea2Ensemble,
+        ("K01", "K02", "OUT"),
         ("layers", "every-2", "out"),
     ),
 }

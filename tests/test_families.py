@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import sd_pipeline, sdxl_pipeline
+from tiny_krea2 import KREA2_SMALL, krea2_pipeline
 from tiny_transformers import (
     FLUX_SMALL,
     QWEN_IMAGE_SMALL,
@@ -27,6 +28,7 @@ PIPELINES = {
     "sd3": partial(sd3_pipeline, **SD3_SMALL),
     "flux": partial(flux_pipeline, **FLUX_SMALL),
     "qwen-image": partial(qwen_image_pipeline, **QWEN_IMAGE_SMALL),
+    "krea2": partial(krea2_pipeline, **KREA2_SMALL),
 }
 SMALL = "--hidden 8 --heads 2 --depth 1 --resolution 64 --batch-size 2 --held-out 2 --evaluate-every 1 --lr 1e-2 --device cpu".split()
 

@@ -103,7 +103,8 @@ def _without(
 
         def changed(before: dict[str, Any], parts: Sequence[Tensor] = parts) -> dict[str, Any]:
             sizes = (before.get("added_cond_kwargs") or {}).get("time_ids")  # SDXL: sizes of the image
-            return before | interface.conditions(denoiser.config, parts, sizes)  # type: ignore[arg-type]
+            conditions = interface.conditions(denoiser.config, parts, sizes)  # type: ignore[arg-type]
+            return interface.replace_prompts(before, conditions)
 
         found.append(changed)
     return found

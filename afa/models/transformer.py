@@ -7,8 +7,10 @@ A family's file adds what differs: its lists of blocks, what the stock forward d
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from math import ceil
 from typing import Any, ClassVar
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -148,6 +150,25 @@ class TransformerEnsemble(EnsembleDenoiser):
         """Return the last stage."""
         channels = base_layer(model.proj_out).out_features
         return Head(name="OUT", channels=channels, level=LEVEL, model=model)
+
+    def tell_passes_apart(self) -> None:
+        """Set `in_uncond_pass` at every call, for pipelines that do not open a cache_context for each pass.
+
+        Guidance's pass without the prompt comes second: it takes the same latents as the pass before, the
+        same tensor, with another prompt.
+        """
+        self._last_call: tuple[Any, ...] = ()  # weak references to latents and prompt
+        self.register_forward_pre_hook(TransformerEnsemble._note_pass, with_kwargs=True)
+
+    def _note_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = signature(self.forward).bind(*args, **kwargs).arguments
+        call = tuple(given[name] for name in (self.interface.latents_input, *self.interface.text_inputs))
+        before = tuple(found() for found in self._last_call)
+        if not before or before[0] is not call[0]:
+            self.in_uncond_pass = False
+        elif any(one is not other for one, other in zip(before[1:], call[1:], strict=True)):
+            self.in_uncond_pass = True
+        self._last_call = tuple(map(ref, call))
 
     @property
     def widths(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from afa.errors import UserError
 class ModelInterface(ABC):
     """How the denoisers of one family are called.
 
-    `config`, an argument of many methods, is always the denoiser's own config.
+    `config`, an argument of many methods, is always the denoiser's own config (see also pipeline_options).
 
     pipeline_class:        class of the stock text-to-image pipeline
     latents_input:         argument of the denoiser's forward that takes the noisy latents
@@ -31,6 +31,8 @@ class ModelInterface(ABC):
     variable_length:       the text states of a batch are as long as its longest prompt, and
                            `select_prompt_outputs` returns (states, mask)
     empty_prompt:          of guidance
+    pipeline_options:      entries of the pipeline's config, besides its components, that change how models
+                           are called; equal in all experts, and part of `config` where the pipeline is known
     aggregator_tokenizers: indices of the pipeline's tokenizers whose text states the aggregators see
     """
 
@@ -52,6 +54,7 @@ class ModelInterface(ABC):
     guidance_scale: float | None = None
     variable_length: bool = False
     empty_prompt: str = ""
+    pipeline_options: tuple[str, ...] = ()
     aggregator_tokenizers: tuple[int, ...] = (0,)
 
     def pipeline_name(self, text_encoders: int) -> str:
@@ -117,6 +120,10 @@ class ModelInterface(ABC):
         """
         return {self.latents_input: noisy, "timestep": times, **conditions}
 
+    def replace_prompts(self, call: Mapping[str, Any], conditions: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a denoiser call with other prompts. conditions: see `conditions`."""
+        return {**call, **conditions}
+
     def timestep_from_model(self, timestep: Tensor | float | int) -> Tensor | float | int:
         """Convert the timestep of a denoiser call to the scheduler's unit."""
         return timestep
@@ -133,6 +140,10 @@ class ModelInterface(ABC):
     def set_timesteps(self, scheduler: Any, steps: int, size: tuple[int, int]) -> None:
         """Set the scheduler's steps as the stock pipelines do. size: height and width of the latents."""
         scheduler.set_timesteps(steps)
+
+    def scheduler_changes(self, config: Any) -> dict[str, Any]:
+        """Return the settings that the stock pipelines use instead of those in the scheduler's config."""
+        return {}
 
     def apply_guidance(self, uncond: Tensor, cond: Tensor, strength: float) -> Tensor:
         """Apply classifier-free guidance to two predictions.

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from afa.stages.stage import Stage, StageContext
@@ -54,6 +55,45 @@ def set_steps(scheduler: Any, steps: int, tokens: int) -> None:
     scheduler.set_timesteps(
         sigmas=[1 - step / steps for step in range(steps)], mu=tokens * slope + (low - slope * few)
     )
+
+
+def grid_of(ids: Tensor) -> tuple[int, int]:
+    """Return the number of rows and columns of the image tokens.
+
+    ids: (S, 3 or 4) position ids: kind, row, column. On the meta device, which has no values, the result is
+         the grid of S tokens that is closest to a square
+    Raises NotImplementedError for tokens of several images (Kontext, reference images), which form no map.
+    """
+    ids = flat_ids(ids)
+    count = ids.shape[0]
+    if ids.is_meta:
+        rows = next(rows for rows in range(int(count**0.5), 0, -1) if count % rows == 0)
+        return rows, count // rows
+    kind, height, width = (int(value) for value in (ids[:, :3].amax(0) - ids[:, :3].amin(0)).tolist())
+    if kind or (height + 1) * (width + 1) != count:
+        raise NotImplementedError(
+            "tokens of reference images (Kontext, editing) are not supported by an ensemble; "
+            "leave the image out"
+        )
+    return height + 1, width + 1
+
+
+def image_ids(size: tuple[int, int], like: Tensor) -> Tensor:
+    """Make a pipeline's position ids of image tokens, (H/2·W/2, 3): zero, row, column.
+
+    size: height and width of the latents
+    like: a tensor with the dtype and device to use
+    """
+    rows, columns = size[0] // 2, size[1] // 2
+    ids = like.new_zeros(rows, columns, 3)
+    ids[..., 1] = torch.arange(rows, device=like.device)[:, None]
+    ids[..., 2] = torch.arange(columns, device=like.device)[None, :]
+    return ids.view(rows * columns, 3)
+
+
+def flat_ids(ids: Tensor) -> Tensor:
+    """Drop the batch dimension of ids, which older pipelines add."""
+    return ids[0] if ids.ndim == 3 else ids
 
 
 @dataclass(kw_only=True)
@@ -110,6 +150,17 @@ class Block(Stage):
 
     def unused_modules(self) -> list[object]:
         return [self.module.get_submodule(name) for name in self.unused]
+
+
+@dataclass(kw_only=True, eq=False)
+class SingleStreamBlock(Block):
+    """One transformer block that takes text and image tokens as one sequence, text first."""
+
+    def process(self, image: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor]:
+        assert context.text_tokens is not None
+        length = context.text_tokens.shape[1]
+        sequence = self.module(torch.cat([context.text_tokens, image], dim=1), **self.arguments(context))
+        return sequence[:, :length], sequence[:, length:]
 
 
 @dataclass(kw_only=True, eq=False)
