@@ -5,6 +5,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageImg2ImgPipeline, StableDiffusionXLPipeline
 from tiny import quiet, sd_pipeline, sdxl_pipeline
 from tiny import vae as plain_vae
+from tiny_krea2 import krea2_pipeline
 from tiny_transformers import flow_scheduler, frame_vae, qwen_image_pipeline, vae
 
 from afa.errors import UserError
@@ -80,7 +81,7 @@ def test_recomputing_keeps_fewer_activations():
     assert kept[1] < kept[0] / 3
 
 
-@pytest.mark.parametrize("make", [qwen_image_pipeline, sd_pipeline, sdxl_pipeline])
+@pytest.mark.parametrize("make", [qwen_image_pipeline, krea2_pipeline, sd_pipeline, sdxl_pipeline])
 def test_what_a_pipeline_decodes_of_scaled_latents_is_the_image(make):
     """A pipeline stopped before its last decoding, and ours from there, give the image that the pipeline draws."""
     pipe = quiet(make())

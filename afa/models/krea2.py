@@ -98,6 +98,7 @@ class Krea2Interface(PackedInterface):
     pipeline_class = "Krea2Pipeline"
     text_inputs: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "text_hidden_dim"}
     max_sequence_length = 512
+    template_tokens = 5  # behind the prompt
     prompt_outputs = (0, 1)
     prompt_names = ("prompt_embeds", "prompt_embeds_mask")
     variable_length = True

@@ -30,6 +30,7 @@ class ModelInterface(ABC):
     guidance_scale:        default guidance strength; None: the models have no guidance
     variable_length:       the text states of a batch are as long as its longest prompt, and
                            `select_prompt_outputs` returns (states, mask)
+    template_tokens:       tokens of the pipeline's own template among those of max_sequence_length
     empty_prompt:          of guidance
     pipeline_options:      entries of the pipeline's config, besides its components, that change how models
                            are called; equal in all experts, and part of `config` where the pipeline is known
@@ -53,6 +54,7 @@ class ModelInterface(ABC):
     shared_config_keys: tuple[str, ...]
     guidance_scale: float | None = None
     variable_length: bool = False
+    template_tokens: int = 0
     empty_prompt: str = ""
     pipeline_options: tuple[str, ...] = ()
     aggregator_tokenizers: tuple[int, ...] = (0,)
