@@ -17,7 +17,7 @@ from afa.experts.expert import Expert
 from afa.experts.load import borrow_components, load_expert, load_experts
 from afa.frame import Frame
 from afa.lora_loading import equip, load_into
-from afa.models.registry import FAMILIES
+from afa.models.registry import FAMILIES, call_config
 from afa.places import located
 from afa.text_encoder import EnsembleTextEncoder, join_text_encoders, width_of
 
@@ -325,7 +325,10 @@ def _denoiser(
     names, models = [expert.name for expert in experts], [expert.model for expert in experts]
     try:
         conversions = _conversions(experts, placement, frame)
-        return FAMILIES[experts[0].family].denoiser(models, names, recipe, placement, widths, conversions)
+        family = FAMILIES[experts[0].family]
+        made = family.denoiser(models, names, recipe, placement, widths, conversions)
+        made.register_to_config(**call_config(family.interface, made.config, experts[0].pipeline_options))
+        return made
     except UserError:
         raise
     except ValueError as error:

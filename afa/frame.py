@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from afa.errors import UserError
-from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS, Expert
+from afa.experts.expert import PIPELINE_OPTIONS, TEXT_ENCODERS, TOKENIZERS, Expert
 from afa.experts.locate import locate
 from afa.experts.parts import PROCESSOR, load_tokenizer
 from afa.experts.spec import ExpertSpec
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NO_SAFETY_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 # arguments that some pipelines do not take
-OPTIONAL = (*NO_SAFETY_CHECKER, *TEXT_ENCODERS, *TOKENIZERS, "force_zeros_for_empty_prompt")
+OPTIONAL = (*NO_SAFETY_CHECKER, *TEXT_ENCODERS, *TOKENIZERS, *PIPELINE_OPTIONS)
 
 
 class Frame:
@@ -174,7 +174,7 @@ def _made(chosen: type, parts: dict[str, Any]) -> Any:
 
 def _check_channels(expert: Expert, vae: Any) -> None:
     """Raise UserError for a denoiser with other inputs than noisy latents; text-to-image cannot run it."""
-    expected = vae.config.get("latent_channels")
+    expected = vae.config.get("latent_channels", vae.config.get("z_dim"))
     found = FAMILIES[expert.family].interface.latent_channels(expert.model.config)
     if expected is not None and found != expected:
         raise UserError(

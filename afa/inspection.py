@@ -32,7 +32,7 @@ from afa.experts.lora import lora_numbers, place_of
 from afa.experts.spec import ExpertSpec
 from afa.latents import latents_of
 from afa.memory import sampling_memory
-from afa.models.registry import FAMILIES
+from afa.models.registry import FAMILIES, call_config
 from afa.text_encoder import width_of
 
 DTYPES = {"float32": 4, "float16": 2}  # bytes a number; bfloat16 is as large as float16
@@ -152,7 +152,9 @@ def facts(
         _expert(description, same) for description, same in zip(subject.descriptions, shared, strict=True)
     ]
     weights = _memory(subject, described, denoiser)
-    doubled = FAMILIES[experts[0].family].interface.default_cfg_scale(first.config) > 1
+    interface = FAMILIES[experts[0].family].interface
+    called = call_config(interface, first.config, experts[0].pipeline_options)
+    doubled = interface.default_cfg_scale(called) > 1
     return {
         "ensemble": None if subject.folder is None else str(subject.folder),
         "experts": described,

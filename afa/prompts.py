@@ -149,9 +149,8 @@ def _widest(interface: Any, tokenizers: Sequence[Any]) -> tuple[Any, int]:
     windows = []
     for tokenizer in tokenizers:
         if tokenizer is not None and getattr(tokenizer, "is_fast", False):
-            most = (
-                longest if "CLIP" not in type(tokenizer).__name__ and longest else tokenizer.model_max_length
-            )
+            own_limit = "CLIP" in type(tokenizer).__name__ or not longest
+            most = tokenizer.model_max_length if own_limit else longest - interface.template_tokens
             windows.append((tokenizer, most))
     return max(windows, key=lambda pair: pair[1], default=(None, 0))
 

@@ -86,13 +86,19 @@ class EnsembleTextEncoder(LoraHost, ModelMixin):
         attention_mask: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
     ) -> ModelOutput | tuple:
-        """The stock forward; every tensor of the output is joined over the experts on its last axis."""
-        options = {
+        """The stock forward; every tensor of the output is joined over the experts on its last axis.
+
+        position_ids: for encoders that take them; None: their own
+        """
+        options: dict[str, Any] = {
             "attention_mask": attention_mask,
             "output_hidden_states": output_hidden_states,
             "return_dict": True,
         }
+        if position_ids is not None:
+            options["position_ids"] = position_ids
         outputs = [encoder(input_ids, **options) for encoder in self.encoders]
         if self.joined:
             values = {name: self._join([output[name] for output in outputs]) for name in outputs[0]}

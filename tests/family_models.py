@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tiny import SDXL_SMALL, SMALL, inputs, sd_unet, sdxl_inputs, sdxl_unet
 from tiny_chroma import chroma_inputs, chroma_transformer
+from tiny_krea2 import krea2_inputs, krea2_transformer
 from tiny_qwen_image_21 import qwen_image_21_inputs, qwen_image_21_transformer
 from tiny_transformers import (
     flux_inputs,
@@ -26,6 +27,7 @@ from afa.aggregators.registry import Recipe
 from afa.denoiser.base import EnsembleDenoiser
 from afa.models.chroma import ChromaEnsemble
 from afa.models.flux import FluxEnsemble
+from afa.models.krea2 import Krea2Ensemble
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.qwen_image_21 import QwenImage21Ensemble
 from afa.models.sd3 import SD3Ensemble
@@ -80,6 +82,13 @@ MODELS: dict[str, Model] = {
         functools.partial(qwen_image_21_inputs, lengths=(7, 4)),
         QwenImage21Ensemble,
         ("Q01", "Q02", "OUT"),
+        ("layers", "every-2", "out"),
+    ),
+    "krea2": Model(
+        krea2_transformer,
+        functools.partial(krea2_inputs, lengths=(7, 4), holes=True),
+        Krea2Ensemble,
+        ("K01", "K02", "OUT"),
         ("layers", "every-2", "out"),
     ),
 }

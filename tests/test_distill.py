@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_training import experts, images, interrupt_after  # noqa: F401 (fixtures)
 from tiny import quiet, scheduler
+from tiny_krea2 import krea2_pipeline
 from tiny_transformers import flow_scheduler, qwen_image_pipeline
 
 from afa import Ensemble, UserError
@@ -43,6 +44,7 @@ PIPELINES = {
     "sd3": lambda seed: sd3(seed),
     "flux": lambda seed: flux(seed),
     "qwen-image": lambda seed: qwen_image_pipeline(seed),
+    "krea2": lambda seed: krea2_pipeline(seed),
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tiny import sd_pipeline, sdxl_pipeline
 from tiny_chroma import CHROMA_SMALL, chroma_pipeline
+from tiny_krea2 import KREA2_SMALL, krea2_pipeline
 from tiny_qwen_image_21 import QWEN_IMAGE_21_SMALL, qwen_image_21_pipeline
 from tiny_transformers import (
     FLUX_SMALL,
@@ -33,6 +34,7 @@ PIPELINES = {
     "z-image": partial(z_image_pipeline, **Z_IMAGE_SMALL),
     "chroma": partial(chroma_pipeline, **CHROMA_SMALL),
     "qwen-image-2.1": partial(qwen_image_21_pipeline, **QWEN_IMAGE_21_SMALL),
+    "krea2": partial(krea2_pipeline, **KREA2_SMALL),
 }
 SMALL = "--hidden 8 --heads 2 --depth 1 --resolution 64 --batch-size 2 --held-out 2 --evaluate-every 1 --lr 1e-2 --device cpu".split()
 

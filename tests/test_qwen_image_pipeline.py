@@ -194,20 +194,20 @@ def test_equally_long_pads_the_shorter_with_zeros():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cache_of_varying_lengths_gives_back_what_it_was_given(tmp_path, dtype):
-    cache = VaryingTextCache(tmp_path, "a" * 64, 4, dtype, longest=40)
+    cache = VaryingTextCache(tmp_path, "a" * 64, (4,), dtype, longest=40)
     lengths = torch.tensor([3, 40, 16])
     mask = torch.arange(40)[None] < lengths[:, None]
     states = torch.randn(3, 40, 4).to(dtype) * mask[..., None]
     assert cache.missing(["a", "b", "c", "a"]) == ["a", "b", "c"]
     cache.add(["a", "b", "c"], (states, mask))
     assert cache.missing(["c", "d"]) == ["d"] and sorted(cache.stores) == [16, 48] and cache.row_bytes == 48 * 4 * dtype.itemsize + 8
-    for again in (cache, VaryingTextCache(tmp_path, "a" * 64, 4, dtype, longest=1)):
+    for again in (cache, VaryingTextCache(tmp_path, "a" * 64, (4,), dtype, longest=1)):
         found, kept = again.read(["c", "a"])
         assert torch.equal(found, states[[2, 0], :16]) and torch.equal(kept, mask[[2, 0], :16])
 
 
 def test_what_another_process_has_added_is_seen_after_a_refresh(tmp_path):
-    one, other = (VaryingTextCache(tmp_path, "a" * 64, 4, torch.float32, longest=4) for _ in range(2))
+    one, other = (VaryingTextCache(tmp_path, "a" * 64, (4,), torch.float32, longest=4) for _ in range(2))
     one.add(["a"], (torch.ones(1, 2, 4), torch.ones(1, 2, dtype=torch.bool)))
     other.refresh()
     assert other.missing(["a"]) == [] and other.read(["a"])[0].shape == (1, 2, 4)

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from tiny import sd_pipeline, sdxl_pipeline
+from tiny_krea2 import KREA2_SMALL, krea2_pipeline
 from tiny_transformers import FLUX_SMALL, SD3_SMALL, flux_pipeline, sd3_pipeline
 from torch import nn
 
@@ -40,6 +41,7 @@ FAMILIES = {
         functools.partial(sd3_pipeline, **SD3_SMALL), "transformer", ("to_q", "to_v", "add_k_proj"), ("text_encoder", "text_encoder_2")
     ),
     "flux": Family(functools.partial(flux_pipeline, **FLUX_SMALL), "transformer", ("to_q", "to_v", "proj_out"), ("text_encoder",)),
+    "krea2": Family(functools.partial(krea2_pipeline, **KREA2_SMALL), "transformer", ("to_q", "to_gate", "ff.up", "final_layer.linear"), ()),
 }
 
 

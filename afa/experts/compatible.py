@@ -53,6 +53,9 @@ def _pair(first: Expert, other: Expert, features: bool) -> list[str]:
     found = _stage_mismatches(first, other) + _value_mismatches(
         first.model.config, other.model.config, FAMILIES[first.family].interface.shared_config_keys
     )
+    one, another = first.pipeline_options, other.pipeline_options
+    options = FAMILIES[first.family].interface.pipeline_options
+    found += _value_mismatches(one, another, [name for name in options if name in one and name in another])
     found += _kind_mismatches(first, other, features)
     found += _text_mismatches(first, other)
     return [f"{start}: {reason}" for reason in found]

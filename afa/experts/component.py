@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers.models.modeling_utils import no_init_weights
+from diffusers.models.modeling_utils import ModelMixin, no_init_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -185,7 +185,8 @@ def _tie(model: Any) -> None:
 
 def _dtype_of_weight(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of one weight, by the rules of transformers and diffusers for classes that need float32."""
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
+    always = dtype == torch.float16 or isinstance(model, ModelMixin)  # transformers: in float16 only
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if always else set()
     if dtype in (torch.float16, torch.bfloat16):
         kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     return torch.float32 if kept & set(name.split(".")) else dtype

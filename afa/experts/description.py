@@ -24,7 +24,7 @@ from afa.experts.parts import component_of, has_part, load_part, load_tokenizers
 from afa.experts.prediction import Prediction, flow_only, folder_scheduler
 from afa.experts.single_file import config_folder, config_of, load_tokenizers, scheduler_of
 from afa.experts.spec import ExpertSpec
-from afa.models.registry import FAMILIES
+from afa.models.registry import FAMILIES, call_config
 
 
 @dataclass
@@ -207,7 +207,9 @@ def describe_expert(spec: ExpertSpec, config: str | None = None) -> ExpertDescri
 
 
 def denoiser_config(located: Located, family: str, config: str | None = None) -> Any:
-    """The config of an expert's denoiser, with the defaults of its class. Its weight files are not opened.
+    """The config of an expert's denoiser, with the defaults of its class, and what its pipeline adds.
+
+    Its weight files are not opened.
 
     family: the name of the family that the denoiser must be of
     config: of a single file, as in describe
@@ -221,7 +223,9 @@ def denoiser_config(located: Located, family: str, config: str | None = None) ->
             f"{located.path} has a {found}, expected a {expected}; give an expert of family {family}"
         )
     with torch.device("meta"):
-        return denoiser.make().config
+        made: Any = denoiser.make().config
+    index = read_index(folder) if located.whole_pipeline else {}
+    return call_config(FAMILIES[family].interface, made, index)
 
 
 def describe_config(name: str, config: str) -> ExpertDescription:

@@ -12,10 +12,14 @@ from afa.experts.component import Component
 from afa.experts.headers import check_finite
 from afa.experts.locate import Located
 from afa.experts.prediction import Prediction
-from afa.models.registry import family_of
+from afa.models.registry import FAMILIES, family_of
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+PIPELINE_OPTIONS = (
+    "force_zeros_for_empty_prompt",
+    *(name for family in FAMILIES.values() for name in family.interface.pipeline_options),
+)
 
 
 @dataclass
@@ -110,4 +114,4 @@ def pipeline_options(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{len(config['sample_sigmas'])} steps (a distilled model), which is not supported; "
             "set them to null"
         )
-    return {name: config[name] for name in ("force_zeros_for_empty_prompt",) if name in config}
+    return {name: config[name] for name in PIPELINE_OPTIONS if name in config}

@@ -35,6 +35,8 @@ FOREIGN = {
     "distilled_guidance_layer.": "Chroma",
     "txt_in.individual_token_refiner.": "HunyuanVideo",
     "vector_in_vision.": "HunyuanImage",
+    "txtfusion.": "Krea 2",
+    "text_fusion.": "Krea 2",
     "transformer_blocks.0.img_mod.": "Qwen-Image",
     "txt_norm.weight": "Qwen-Image",
     "cap_embedder.": "Z-Image or Lumina 2",
@@ -170,7 +172,7 @@ def _strange(names: Collection[str], family: str | None) -> str:
     if family is not None:
         return (
             f"is a {family} model, which is not read as a single file; read are {READ}, "
-            "and Qwen-Image as a diffusers folder"
+            "and Qwen-Image and Krea 2 as diffusers folders"
         )
     if any(
         name.startswith((*TEXT, "text_model.", "encoder.block.0.layer.", "transformer.resblocks."))

@@ -228,5 +228,6 @@ def load_donor(frame: str, dtype: torch.dtype | None) -> Expert:
         scheduler=load_part(folder, "scheduler"),
         vae_component=vae,
         pipeline=index["_class_name"],
+        pipeline_options=pipeline_options(index),
         located=Located(ExpertSpec(frame, frame), folder),
     )

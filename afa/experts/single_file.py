@@ -35,6 +35,8 @@ KNOWN_CONFIGS = (
     "chroma",
     "qwen-image",
     "qwen-image-2.1",
+    "krea2",
+    "krea2-turbo",
 )
 # whether names are diffusers' -> names of a U-Net's first convolution and of its first attention's text input
 UNET = {

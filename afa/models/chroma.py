@@ -19,9 +19,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from afa.denoiser.forward import PassOptions
-from afa.models.flux import flat, grid_of, image_ids, residuals_of
+from afa.models.flux import residuals_of
 from afa.models.transformer import SEPARATE_PASSES, TIMES, BlockList, PackedInterface, TransformerEnsemble
-from afa.stages.tokens import Block, Head, SequenceBlock, TokenContext, as_map
+from afa.stages.tokens import Block, Head, SequenceBlock, TokenContext, as_map, flat_ids, grid_of, image_ids
 
 
 @dataclass(kw_only=True)
@@ -94,7 +94,7 @@ def embed(
         text_tokens=text,
         grid=grid,
         conditions={
-            "image_rotary_emb": model.pos_embed(torch.cat([flat(part) for part in ids], dim=0)),
+            "image_rotary_emb": model.pos_embed(torch.cat([flat_ids(part) for part in ids], dim=0)),
             "attention_mask": mask,
             "joint_attention_kwargs": attention_kwargs,
         },

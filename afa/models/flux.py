@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from afa.denoiser.forward import PassOptions
 from afa.errors import UserError
 from afa.models.transformer import TIMES, BlockList, PackedInterface, TransformerEnsemble, block_residuals
 from afa.stages.stage import Stage
-from afa.stages.tokens import TokenContext, as_map
+from afa.stages.tokens import TokenContext, as_map, flat_ids, grid_of, image_ids
 
 GUIDANCE = 3.5  # input of guidance-distilled models in training: the default of their pipelines
 
@@ -53,50 +52,11 @@ def embed(
     strength = () if guidance is None else (guidance.to(hidden.dtype) * TIMES,)
     temb = model.time_text_embed(time, *strength, pooled_projections)
     text = model.context_embedder(encoder_hidden_states)
-    rotary = model.pos_embed(torch.cat([flat(part) for part in ids], dim=0))
+    rotary = model.pos_embed(torch.cat([flat_ids(part) for part in ids], dim=0))
     conditions = {"temb": temb, "image_rotary_emb": rotary, "joint_attention_kwargs": attention_kwargs}
     return as_map(hidden, grid), TokenContext(
         temb=temb, text=text, text_tokens=text, grid=grid, conditions=conditions
     )
-
-
-def grid_of(ids: Tensor) -> tuple[int, int]:
-    """Return the number of rows and columns of the image tokens.
-
-    ids: (S, 3 or 4) position ids: kind, row, column. If they have no values (on the meta device, under
-         FakeTensorMode), the result is the grid of S tokens that is closest to a square
-    Raises NotImplementedError for tokens of several images (Kontext, reference images), which form no map.
-    """
-    ids = flat(ids)
-    count = ids.shape[0]
-    if ids.is_meta or isinstance(ids, FakeTensor):
-        rows = next(rows for rows in range(int(count**0.5), 0, -1) if count % rows == 0)
-        return rows, count // rows
-    kind, height, width = (int(value) for value in (ids[:, :3].amax(0) - ids[:, :3].amin(0)).tolist())
-    if kind or (height + 1) * (width + 1) != count:
-        raise NotImplementedError(
-            "tokens of reference images (Kontext, editing) are not supported by an ensemble; "
-            "leave the image out"
-        )
-    return height + 1, width + 1
-
-
-def image_ids(size: tuple[int, int], like: Tensor) -> Tensor:
-    """Make a pipeline's position ids of image tokens, (H/2·W/2, 3): zero, row, column.
-
-    size: height and width of the latents
-    like: a tensor with the dtype and device to use
-    """
-    rows, columns = size[0] // 2, size[1] // 2
-    ids = like.new_zeros(rows, columns, 3)
-    ids[..., 1] = torch.arange(rows, device=like.device)[:, None]
-    ids[..., 2] = torch.arange(columns, device=like.device)[None, :]
-    return ids.view(rows * columns, 3)
-
-
-def flat(ids: Tensor) -> Tensor:
-    """Drop the batch dimension of ids, which older pipelines add."""
-    return ids[0] if ids.ndim == 3 else ids
 
 
 def residuals_of(

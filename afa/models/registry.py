@@ -1,14 +1,16 @@
 """The registry of families: how a model is recognised, read and replaced."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from afa.denoiser.base import EnsembleDenoiser
 from afa.models.chroma import ChromaEnsemble
 from afa.models.flux import FluxEnsemble
+from afa.models.krea2 import Krea2Ensemble
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.qwen_image_21 import QwenImage21Ensemble
 from afa.models.sd3 import SD3Ensemble
@@ -56,16 +58,30 @@ FAMILIES = {
     "z-image": Family("ZImageTransformer2DModel", "transformer", ZImageEnsemble),
     "chroma": Family("ChromaTransformer2DModel", "transformer", ChromaEnsemble),
     "qwen-image-2.1": Family("QwenImage21Transformer2DModel", "transformer", QwenImage21Ensemble),
+    "krea2": Family("Krea2Transformer2DModel", "transformer", Krea2Ensemble),
 }
 
 
 def interface_of(pipeline: Any) -> tuple[ModelInterface, Any]:
     """Return the interface and the config of a pipeline's denoiser, which is a model or an ensemble.
 
+    Options of the pipeline that change how the denoiser is called are part of the config.
+
     Raises ValueError if the pipeline has no denoiser of a known family.
     """
     denoiser = denoiser_of(pipeline)
-    return FAMILIES[getattr(denoiser, "family", None) or family_of(denoiser)].interface, denoiser.config
+    interface = FAMILIES[getattr(denoiser, "family", None) or family_of(denoiser)].interface
+    return interface, call_config(interface, denoiser.config, pipeline.config)
+
+
+def call_config(interface: ModelInterface, config: Any, options: Mapping[str, Any]) -> Any:
+    """Return all that decides how a denoiser is called, as one config.
+
+    config:  of the denoiser
+    options: config of its pipeline; of it, the interface's pipeline_options are added
+    """
+    added = {name: options[name] for name in interface.pipeline_options if name in options}
+    return FrozenDict({**config, **added}) if added else config
 
 
 def denoiser_of(pipeline: Any) -> Any:

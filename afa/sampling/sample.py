@@ -103,8 +103,7 @@ def sample(
                 config, len(requests), sampling.guidance, sampling.negative_prompt, sampling.true_guidance
             ),
             num_inference_steps=sampling.steps,
-            height=sampling.height,
-            width=sampling.width,
+            **{name: side for name in ("height", "width") if (side := getattr(sampling, name)) is not None},
             generator=[generator(request.seed) for request in requests],
             output_type="np",
             callback_on_step_end=callback,

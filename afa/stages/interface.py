@@ -13,7 +13,7 @@ from afa.errors import UserError
 class ModelInterface(ABC):
     """How the denoisers of one family are called.
 
-    `config`, an argument of many methods, is always the denoiser's own config.
+    `config`, an argument of many methods, is always the denoiser's own config (see also pipeline_options).
 
     pipeline_class:        class of the stock text-to-image pipeline
     latents_input:         argument of the denoiser's forward that takes the noisy latents
@@ -32,10 +32,13 @@ class ModelInterface(ABC):
     guidance_scale:        default guidance strength; None: the models have no guidance
     variable_length:       the text states of a batch are as long as its longest prompt, and
                            `select_prompt_outputs` returns (states, mask)
+    template_tokens:       tokens of the pipeline's own template among those of max_sequence_length
     empty_prompt:          of guidance
     prompt_first:          where one pass predicts with and without the prompt, the pipelines put the half of
                            the batch that has the prompt first
     marks_passes:          pipelines that make two passes for guidance say which one runs (cache_context)
+    pipeline_options:      entries of the pipeline's config, besides its components, that change how models
+                           are called; equal in all experts, and part of `config` where the pipeline is known
     aggregator_tokenizers: indices of the pipeline's tokenizers whose text states the aggregators see
     prompt_offset:         tokens of a template that stand before the prompt in the text states
     reads_values:          the stock forward reads values of its inputs, so it does not run on the meta device
@@ -59,9 +62,11 @@ class ModelInterface(ABC):
     shared_config_keys: tuple[str, ...]
     guidance_scale: float | None = None
     variable_length: bool = False
+    template_tokens: int = 0
     empty_prompt: str = ""
     prompt_first: bool = False
     marks_passes: bool = True
+    pipeline_options: tuple[str, ...] = ()
     aggregator_tokenizers: tuple[int, ...] = (0,)
     prompt_offset: int = 0
     reads_values: bool = False
@@ -167,6 +172,10 @@ class ModelInterface(ABC):
     def set_timesteps(self, scheduler: Any, steps: int, size: tuple[int, int]) -> None:
         """Set the scheduler's steps as the stock pipelines do. size: height and width of the latents."""
         scheduler.set_timesteps(steps)
+
+    def scheduler_changes(self, config: Any) -> dict[str, Any]:
+        """Return the settings that the stock pipelines use instead of those in the scheduler's config."""
+        return {}
 
     def apply_guidance(self, uncond: Tensor, cond: Tensor, strength: float) -> Tensor:
         """Apply classifier-free guidance to two predictions.

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from afa.stages.stage import Stage, StageContext
 
@@ -78,6 +79,45 @@ def set_steps(scheduler: Any, steps: int, tokens: int, *, single: bool = False) 
     slope = (high - low) / (many - few)
     sigmas = torch.linspace(1, 1 / steps, steps).tolist() if single else [1 - k / steps for k in range(steps)]
     scheduler.set_timesteps(sigmas=sigmas, mu=tokens * slope + (low - slope * few))
+
+
+def grid_of(ids: Tensor) -> tuple[int, int]:
+    """Return the number of rows and columns of the image tokens.
+
+    ids: (S, 3 or 4) position ids: kind, row, column. If they have no values (on the meta device, under
+         FakeTensorMode), the result is the grid of S tokens that is closest to a square
+    Raises NotImplementedError for tokens of several images (Kontext, reference images), which form no map.
+    """
+    ids = flat_ids(ids)
+    count = ids.shape[0]
+    if ids.is_meta or isinstance(ids, FakeTensor):
+        rows = next(rows for rows in range(int(count**0.5), 0, -1) if count % rows == 0)
+        return rows, count // rows
+    kind, height, width = (int(value) for value in (ids[:, :3].amax(0) - ids[:, :3].amin(0)).tolist())
+    if kind or (height + 1) * (width + 1) != count:
+        raise NotImplementedError(
+            "tokens of reference images (Kontext, editing) are not supported by an ensemble; "
+            "leave the image out"
+        )
+    return height + 1, width + 1
+
+
+def image_ids(size: tuple[int, int], like: Tensor) -> Tensor:
+    """Make a pipeline's position ids of image tokens, (H/2·W/2, 3): zero, row, column.
+
+    size: height and width of the latents
+    like: a tensor with the dtype and device to use
+    """
+    rows, columns = size[0] // 2, size[1] // 2
+    ids = like.new_zeros(rows, columns, 3)
+    ids[..., 1] = torch.arange(rows, device=like.device)[:, None]
+    ids[..., 2] = torch.arange(columns, device=like.device)[None, :]
+    return ids.view(rows * columns, 3)
+
+
+def flat_ids(ids: Tensor) -> Tensor:
+    """Drop the batch dimension of ids, which older pipelines add."""
+    return ids[0] if ids.ndim == 3 else ids
 
 
 @dataclass(kw_only=True)

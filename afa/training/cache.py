@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -247,14 +248,16 @@ STEP = 16  # tokens: rows are as long as the next multiple
 class VaryingTextCache:
     """Text states of variable length, by caption and text encoders; the same interface as TextCache.
 
-    States are (T, D) with a mask (T,) that is True for the first tokens.
-    width:   D
+    States are (T, D), or (T, L, D) of L layers, with a mask (T,) that is True for the first tokens.
+    shape:   of a token's states: (D,) or (L, D)
     longest: tokens of the longest caption, to estimate the cache's size
     """
 
-    def __init__(self, folder: Path, identity: str, width: int, dtype: torch.dtype, longest: int) -> None:
-        self.place, self.width, self.dtype = folder / f"text-{identity[:16]}", width, dtype
-        self.row_bytes = _row(longest) * width * dtype.itemsize + 8
+    def __init__(
+        self, folder: Path, identity: str, shape: Sequence[int], dtype: torch.dtype, longest: int
+    ) -> None:
+        self.place, self.shape, self.dtype = folder / f"text-{identity[:16]}", tuple(shape), dtype
+        self.row_bytes = _row(longest) * prod(self.shape) * dtype.itemsize + 8
         self.lengths = RowStore(self.place / "lengths", (1,), torch.int64)
         self.stores: dict[int, RowStore] = {}
         self.refresh()
@@ -264,7 +267,7 @@ class VaryingTextCache:
         return [caption for caption in dict.fromkeys(captions) if caption_key(caption) not in self.lengths]
 
     def add(self, captions: Sequence[str], parts: Sequence[Tensor]) -> None:
-        """Store states (B, T, D) and their mask (B, T).
+        """Store states (B, T, …) and their mask (B, T).
 
         States are written before lengths, so that a length never stands without its states.
         """
@@ -275,20 +278,20 @@ class VaryingTextCache:
         )
         for size in sorted({_row(length) for length in lengths}):
             chosen = [place for place, length in enumerate(lengths) if _row(length) == size]
-            rows = states.new_zeros(len(chosen), size, self.width)
+            rows = states.new_zeros(len(chosen), size, *self.shape)
             for row, place in zip(rows, chosen, strict=True):
                 row[: lengths[place]] = states[place, : lengths[place]]
             self._store(size).add([keys[place] for place in chosen], rows)
         self.lengths.add(keys, torch.tensor(lengths).view(-1, 1))
 
     def read(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return states (B, T, D), zero after the end of each prompt, and their mask (B, T).
+        """Return states (B, T, …), zero after the end of each prompt, and their mask (B, T).
 
         T: of the longest.
         """
         keys = [caption_key(caption) for caption in captions]
         lengths = self.lengths.read(keys)  # (B, 1)
-        states = torch.zeros(len(keys), int(lengths.max()), self.width, dtype=self.dtype)
+        states = torch.zeros(len(keys), int(lengths.max()), *self.shape, dtype=self.dtype)
         for own, key, length in zip(states, keys, lengths.flatten().tolist(), strict=True):
             own[:length] = self._store(_row(length)).read([key])[0, :length]
         return states, torch.arange(states.shape[1])[None] < lengths
@@ -303,7 +306,7 @@ class VaryingTextCache:
 
     def _store(self, length: int) -> RowStore:
         if length not in self.stores:
-            self.stores[length] = RowStore(self.place / f"states-{length}", (length, self.width), self.dtype)
+            self.stores[length] = RowStore(self.place / f"states-{length}", (length, *self.shape), self.dtype)
         return self.stores[length]
 
 

@@ -68,7 +68,7 @@ class Conditions:
             )
         states, mask = self._encode([max(captions, key=len)])
         return VaryingTextCache(
-            folder, self._identity(), states.shape[-1], states.dtype, longest=int(mask.sum())
+            folder, self._identity(), states.shape[2:], states.dtype, longest=int(mask.sum())
         )
 
     def _identity(self) -> str:
@@ -79,13 +79,16 @@ class Conditions:
         lengths = [tokenizer.model_max_length for tokenizer in tokenizers]
         encoders = [getattr(self.pipeline, name) for name in names]
         joined = [getattr(encoder, "of_expert", None) for encoder in encoders]
-        return hashlib.sha256(f"{content_hash(*encoders)} {joined} {words} {lengths}".encode()).hexdigest()
+        facts = f"{content_hash(*encoders)} {joined} {words} {lengths}"
+        options = {name: self.pipeline.config[name] for name in self.interface.pipeline_options}
+        return hashlib.sha256(f"{facts} {options}".encode() if options else facts.encode()).hexdigest()
 
     @torch.no_grad()
     def _encode(self, captions: list[str]) -> tuple[Tensor, ...]:
         """Return the denoiser's inputs from encode_prompt.
 
-        They are states (B, T, D) and, in most families, pooled states (B, P) or a mask (B, T).
+        They are states (B, T, D), or (B, T, L, D) of L layers, and, in most families, pooled states (B, P) or
+        a mask (B, T).
         """
         if self.cache is not None:
             return tuple(part.to(self.device, non_blocking=True) for part in self.cache.read(captions))

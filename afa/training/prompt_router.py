@@ -121,6 +121,7 @@ class TextReader:
             batch = list(prompts[start : start + self.batch_size])
             encoded = encode_prompt(self.pipeline, batch, self.device, guided=False)
             states, *more = self.interface.select_prompt_outputs(encoded)
+            states = states.flatten(2)  # states of several layers side by side
             there = states.new_ones(states.shape[:2])
             if self.interface.variable_length and more[0] is not None:
                 there = more[0].to(states)

@@ -212,9 +212,11 @@ class Draft(Objective):
         from diffusers import DDIMScheduler
 
         maker: Any = type(self.noising.scheduler) if self.noising.is_flow else DDIMScheduler
-        sampler = maker.from_config(self.noising.scheduler.config)
+        interface = work.denoiser.interface
+        changes = interface.scheduler_changes(work.denoiser.config)
+        sampler = maker.from_config(self.noising.scheduler.config, **changes)
         height, width = work.batch.noise.shape[-2:]
-        work.denoiser.interface.set_timesteps(sampler, self.steps, (height, width))
+        interface.set_timesteps(sampler, self.steps, (height, width))
         return sampler
 
 
