@@ -325,11 +325,13 @@ def _denoiser(
     names, models = [expert.name for expert in experts], [expert.model for expert in experts]
     try:
         conversions = _conversions(experts, placement, frame)
-        return FAMILIES[experts[0].family].denoiser(models, names, recipe, placement, widths, conversions)
+        made = FAMILIES[experts[0].family].denoiser(models, names, recipe, placement, widths, conversions)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
+    made.register_to_config(**experts[0].settings)
+    return made
 
 
 def _conversions(

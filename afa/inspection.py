@@ -140,7 +140,6 @@ def facts(
     Parts that only an ensemble has are None if the experts cannot be fused.
     """
     experts = [description.expert for description in subject.descriptions]
-    first: Any = experts[0].model
     reasons = _mismatches(subject, experts)
     denoiser = None if reasons else subject.denoiser()
     size = _size(subject, resolution)
@@ -152,7 +151,7 @@ def facts(
         _expert(description, same) for description, same in zip(subject.descriptions, shared, strict=True)
     ]
     weights = _memory(subject, described, denoiser)
-    doubled = FAMILIES[experts[0].family].interface.default_cfg_scale(first.config) > 1
+    doubled = FAMILIES[experts[0].family].interface.default_cfg_scale(experts[0].settings) > 1
     return {
         "ensemble": None if subject.folder is None else str(subject.folder),
         "experts": described,

@@ -81,12 +81,14 @@ class EnsembleTextEncoder(LoraHost, ModelMixin):
         attention_mask: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        use_cache: bool | None = None,
     ) -> ModelOutput | tuple:
         """The stock forward; every tensor of the output is joined over the experts on its last axis."""
         options = {
             "attention_mask": attention_mask,
             "output_hidden_states": output_hidden_states,
             "return_dict": True,
+            **({} if use_cache is None else {"use_cache": use_cache}),  # of language models
         }
         outputs = [encoder(input_ids, **options) for encoder in self.encoders]
         if self.joined:

@@ -20,7 +20,7 @@ from afa.experts.folders import read_config
 from afa.experts.headers import read_file
 from afa.experts.layouts import Layout, component_layouts
 from afa.experts.locate import Located, locate
-from afa.experts.parts import component_of, has_part, load_part, read_index
+from afa.experts.parts import INDEX, component_of, has_part, load_part, read_index
 from afa.experts.prediction import Prediction, flow_only, folder_scheduler
 from afa.experts.single_file import config_folder, config_of, load_tokenizers, scheduler_of
 from afa.experts.spec import ExpertSpec
@@ -207,8 +207,9 @@ def describe_expert(spec: ExpertSpec, config: str | None = None) -> ExpertDescri
 
 
 def denoiser_config(located: Located, family: str, config: str | None = None) -> Any:
-    """The config of an expert's denoiser, with the defaults of its class. Its weight files are not opened.
+    """The config of an expert's denoiser, with the defaults of its class and the settings of its pipeline.
 
+    Its weight files are not opened.
     family: the name of the family that the denoiser must be of
     config: of a single file, as in describe
     Raises UserError for settings that are broken, or of another family.
@@ -220,8 +221,10 @@ def denoiser_config(located: Located, family: str, config: str | None = None) ->
         raise UserError(
             f"{located.path} has a {found}, expected a {expected}; give an expert of family {family}"
         )
+    index = read_index(folder) if (folder / INDEX).is_file() else {}
     with torch.device("meta"):
-        return denoiser.make().config
+        model: Any = denoiser.make()
+    return FAMILIES[family].interface.with_settings(model.config, pipeline_options(index))
 
 
 def describe_config(name: str, config: str) -> ExpertDescription:

@@ -12,10 +12,15 @@ from afa.experts.component import Component
 from afa.experts.headers import check_finite
 from afa.experts.locate import Located
 from afa.experts.prediction import Prediction
-from afa.models.registry import family_of
+from afa.models.registry import FAMILIES, family_of
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+# settings of pipelines besides their components that change what they compute
+SETTINGS = (
+    "force_zeros_for_empty_prompt",
+    *(name for family in FAMILIES.values() for name in family.interface.pipeline_settings),
+)
 
 
 @dataclass
@@ -59,6 +64,11 @@ class Expert:
         return family_of(self.model)
 
     @property
+    def settings(self) -> Any:
+        """The denoiser's config, with the settings of its pipeline that say how it is used."""
+        return FAMILIES[self.family].interface.with_settings(self.model.config, self.pipeline_options)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the denoiser; of a component donor, of its first text encoder."""
         found: torch.dtype = next((self.model or self.text_encoders[0]).parameters()).dtype
@@ -89,4 +99,4 @@ def load_finite_vae(component: Component, dtype: torch.dtype) -> nn.Module:
 
 def pipeline_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a pipeline besides its components that change what it computes."""
-    return {name: config[name] for name in ("force_zeros_for_empty_prompt",) if name in config}
+    return {name: config[name] for name in SETTINGS if name in config}

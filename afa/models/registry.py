@@ -8,6 +8,7 @@ from torch import nn
 
 from afa.denoiser.base import EnsembleDenoiser
 from afa.models.flux import FluxEnsemble
+from afa.models.flux2 import Flux2Ensemble
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.sd3 import SD3Ensemble
 from afa.models.unet import UNetEnsemble
@@ -49,6 +50,7 @@ FAMILIES = {
     "unet": Family("UNet2DConditionModel", "unet", UNetEnsemble),
     "sd3": Family("SD3Transformer2DModel", "transformer", SD3Ensemble),
     "flux": Family("FluxTransformer2DModel", "transformer", FluxEnsemble),
+    "flux2": Family("Flux2Transformer2DModel", "transformer", Flux2Ensemble),
     "qwen-image": Family("QwenImageTransformer2DModel", "transformer", QwenImageEnsemble),
 }
 
@@ -56,10 +58,13 @@ FAMILIES = {
 def interface_of(pipeline: Any) -> tuple[ModelInterface, Any]:
     """Return the interface and the config of a pipeline's denoiser, which is a model or an ensemble.
 
+    The config has the settings of the pipeline that say how the denoiser is used.
+
     Raises ValueError if the pipeline has no denoiser of a known family.
     """
     denoiser = denoiser_of(pipeline)
-    return FAMILIES[getattr(denoiser, "family", None) or family_of(denoiser)].interface, denoiser.config
+    interface = FAMILIES[getattr(denoiser, "family", None) or family_of(denoiser)].interface
+    return interface, interface.with_settings(denoiser.config, pipeline.config)
 
 
 def denoiser_of(pipeline: Any) -> Any:

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from afa.errors import UserError
@@ -12,9 +13,12 @@ from afa.errors import UserError
 class ModelInterface(ABC):
     """How the denoisers of one family are called.
 
-    `config`, an argument of many methods, is always the denoiser's own config.
+    `config`, an argument of many methods, is the denoiser's own config, with the `pipeline_settings` where
+    guidance depends on them (see `with_settings`).
 
     pipeline_class:        class of the stock text-to-image pipeline
+    pipeline_settings:     settings in that pipeline's own config that say how its denoiser is used, with the
+                           pipeline's defaults; they must be equal in all experts
     latents_input:         argument of the denoiser's forward that takes the noisy latents
     max_sequence_length:   length of a prompt in tokens, as the stock pipelines pad it
     patch:                 the height and width of the latents must be multiples of it
@@ -35,6 +39,7 @@ class ModelInterface(ABC):
     """
 
     pipeline_class: str
+    pipeline_settings: Mapping[str, Any] = {}
     latents_input: str = "hidden_states"
     max_sequence_length: int
     patch: int = 1
@@ -54,9 +59,23 @@ class ModelInterface(ABC):
     empty_prompt: str = ""
     aggregator_tokenizers: tuple[int, ...] = (0,)
 
-    def pipeline_name(self, text_encoders: int) -> str:
-        """Return the class name of the stock text-to-image pipeline, by the number of text encoders."""
+    def pipeline_name(self, text_encoders: int, config: Any = None) -> str:
+        """Return the class name of the stock text-to-image pipeline.
+
+        text_encoders: their number
+        config:        None: any of the family's pipelines, for what they have in common
+        """
         return self.pipeline_class
+
+    def with_settings(self, config: Any, settings: Mapping[str, Any]) -> Any:
+        """Return a denoiser's config with the settings of its pipeline that say how it is used.
+
+        settings: of the pipeline, by name; for those that are missing, its defaults are taken
+        """
+        if not self.pipeline_settings:
+            return config
+        used = {name: settings.get(name, usual) for name, usual in self.pipeline_settings.items()}
+        return FrozenDict({**config, **used})
 
     def prompt_tokens(self, encoders: Sequence[Any]) -> int:
         """Return the length of a prompt in tokens. encoders: configs of the model's text encoders, if any."""

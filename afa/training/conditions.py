@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from afa.denoiser.base import EnsembleDenoiser
 from afa.experts.expert import TEXT_ENCODERS
+from afa.prompts import reader_of
 from afa.training.cache import TextCache, VaryingTextCache, announce, content_hash
 
 FEW = 50  # captions, encoded without a bar
@@ -75,8 +76,9 @@ class Conditions:
         """Return a hash of everything that decides a caption's states."""
         names = [name for name in TEXT_ENCODERS if getattr(self.pipeline, name, None) is not None]
         tokenizers = [getattr(self.pipeline, name.replace("text_encoder", "tokenizer")) for name in names]
-        words = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
-        lengths = [tokenizer.model_max_length for tokenizer in tokenizers]
+        readers = [reader_of(tokenizer) for tokenizer in tokenizers]
+        words = [sorted(reader.get_vocab().items()) for reader in readers]
+        lengths = [reader.model_max_length for reader in readers]
         encoders = [getattr(self.pipeline, name) for name in names]
         joined = [getattr(encoder, "of_expert", None) for encoder in encoders]
         return hashlib.sha256(f"{content_hash(*encoders)} {joined} {words} {lengths}".encode()).hexdigest()
