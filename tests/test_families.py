@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import sd_pipeline, sdxl_pipeline
+from tiny_flux2 import FLUX2_SMALL, flux2_pipeline, klein_pipeline
 from tiny_transformers import (
     FLUX_SMALL,
     QWEN_IMAGE_SMALL,
@@ -26,6 +27,8 @@ PIPELINES = {
     "sdxl": sdxl_pipeline,
     "sd3": partial(sd3_pipeline, **SD3_SMALL),
     "flux": partial(flux_pipeline, **FLUX_SMALL),
+    "flux2": partial(flux2_pipeline, **FLUX2_SMALL),
+    "flux2 klein": partial(klein_pipeline, **FLUX2_SMALL),
     "qwen-image": partial(qwen_image_pipeline, **QWEN_IMAGE_SMALL),
 }
 SMALL = "--hidden 8 --heads 2 --depth 1 --resolution 64 --batch-size 2 --held-out 2 --evaluate-every 1 --lr 1e-2 --device cpu".split()
@@ -74,7 +77,7 @@ def test_what_was_trained_draws_through_the_stock_pipeline_and_is_found_again(tr
         pipe.set_progress_bar_config(disable=True)
         assert type(pipe).__module__.startswith("diffusers.")
         generator = torch.Generator().manual_seed(0)
-        drawn.append(pipe("a red bicycle", num_inference_steps=2, height=64, width=64, output_type="np", generator=generator).images)
+        drawn.append(pipe(prompt="a red bicycle", num_inference_steps=2, height=64, width=64, output_type="np", generator=generator).images)
         if folder == trained / "out":
             ensemble.save(tmp_path / "again", bundle=True)
     assert np.isfinite(drawn[0]).all()

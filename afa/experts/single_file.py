@@ -21,7 +21,10 @@ from afa.experts.parts import load_part
 from afa.experts.prediction import Prediction, predicting, said_by_file, warn_once
 
 CONFIGS = Path(__file__).parent / "configs"
-KNOWN_CONFIGS = ("sd15", "sd21", "sd21-base", "sdxl", "sd3", "sd35", "sd35-large", "flux", "flux-schnell")
+KNOWN_CONFIGS = (
+    *("sd15", "sd21", "sd21-base", "sdxl", "sd3", "sd35", "sd35-large", "flux", "flux-schnell"),
+    *("flux2", "flux2-klein", "flux2-klein-9b"),
+)
 # whether names are diffusers' -> names of a U-Net's first convolution and of its first attention's text input
 UNET = {
     False: ("input_blocks.0.0.weight", "input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"),

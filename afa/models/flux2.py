@@ -125,6 +125,16 @@ class Flux2Interface(PackedInterface):
         empty = encode([self.empty_prompt] * len(captions))[0]
         return {"prompt_embeds": encode(captions)[0], "negative_prompt_embeds": empty}
 
+    def as_read(self, config: Any, tokenizer: Any, prompt: str) -> str:
+        """Return the chat that the pipelines make of a prompt: dev's with a system message, or klein's."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        if config.guidance_embeds:
+            return tokenizer.apply_chat_template(format_input([prompt])[0], tokenize=False)
+        said = [{"role": "user", "content": prompt}]
+        options = {"add_generation_prompt": True, "enable_thinking": False}
+        return tokenizer.apply_chat_template(said, tokenize=False, **options)
+
     def denoiser_kwargs(
         self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]
     ) -> dict[str, Any]:

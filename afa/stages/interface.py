@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
@@ -39,7 +39,7 @@ class ModelInterface(ABC):
     """
 
     pipeline_class: str
-    pipeline_settings: Mapping[str, Any] = {}
+    pipeline_settings: ClassVar[Mapping[str, Any]] = {}
     latents_input: str = "hidden_states"
     max_sequence_length: int
     patch: int = 1
@@ -106,6 +106,13 @@ class ModelInterface(ABC):
         encode: the pipeline's encode_prompt
         """
         return dict(zip(self.prompt_names, encode(captions), strict=False))
+
+    def as_read(self, config: Any, tokenizer: Any, prompt: str) -> str:
+        """Return the text that the text encoder reads for a prompt, all of which the denoiser gets.
+
+        It is the prompt, or a chat around it.
+        """
+        return prompt
 
     def guidance_kwargs(self, strength: float) -> dict[str, Any]:
         """Return the pipeline's argument for this guidance strength, for prompts that are encoded already."""
