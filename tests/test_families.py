@@ -28,7 +28,7 @@ PIPELINES = {
     "sd3": partial(sd3_pipeline, **SD3_SMALL),
     "flux": partial(flux_pipeline, **FLUX_SMALL),
     "flux2": partial(flux2_pipeline, **FLUX2_SMALL),
-    "flux2 klein": partial(klein_pipeline, **FLUX2_SMALL),
+    "flux2 klein": klein_pipeline,
     "qwen-image": partial(qwen_image_pipeline, **QWEN_IMAGE_SMALL),
 }
 SMALL = "--hidden 8 --heads 2 --depth 1 --resolution 64 --batch-size 2 --held-out 2 --evaluate-every 1 --lr 1e-2 --device cpu".split()
