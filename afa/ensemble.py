@@ -17,7 +17,7 @@ from afa.experts.expert import Expert
 from afa.experts.load import borrow_components, load_expert, load_experts
 from afa.frame import Frame
 from afa.lora_loading import equip, load_into
-from afa.models.registry import FAMILIES, call_config
+from afa.models.registry import FAMILIES
 from afa.places import located
 from afa.text_encoder import EnsembleTextEncoder, join_text_encoders, width_of
 
@@ -325,14 +325,13 @@ def _denoiser(
     names, models = [expert.name for expert in experts], [expert.model for expert in experts]
     try:
         conversions = _conversions(experts, placement, frame)
-        family = FAMILIES[experts[0].family]
-        made = family.denoiser(models, names, recipe, placement, widths, conversions)
-        made.register_to_config(**call_config(family.interface, made.config, experts[0].pipeline_options))
-        return made
+        made = FAMILIES[experts[0].family].denoiser(models, names, recipe, placement, widths, conversions)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
+    made.register_to_config(**experts[0].settings)
+    return made
 
 
 def _conversions(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from afa.errors import UserError
-from afa.experts.expert import PIPELINE_OPTIONS, TEXT_ENCODERS, TOKENIZERS, Expert
+from afa.experts.expert import SETTINGS, TEXT_ENCODERS, TOKENIZERS, Expert
 from afa.experts.locate import locate
 from afa.experts.parts import PROCESSOR, load_tokenizer
 from afa.experts.spec import ExpertSpec
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NO_SAFETY_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 # arguments that some pipelines do not take
-OPTIONAL = (*NO_SAFETY_CHECKER, *TEXT_ENCODERS, *TOKENIZERS, *PIPELINE_OPTIONS)
+OPTIONAL = (*NO_SAFETY_CHECKER, *TEXT_ENCODERS, *TOKENIZERS, *SETTINGS)
 
 
 class Frame:
@@ -116,7 +116,7 @@ class Frame:
         first = self.experts[0]
         family = FAMILIES[first.family]
         chosen = pipeline_class or getattr(
-            diffusers, family.interface.pipeline_name(len(ensemble.text_encoders))
+            diffusers, family.interface.pipeline_name(len(ensemble.text_encoders), first.model.config)
         )
         if pipeline_class is None and "vae" not in components:
             _check_channels(first, self.vae)
@@ -145,7 +145,8 @@ def stock_pipeline(expert: Expert) -> Any:
         "scheduler": expert.scheduler,
         **expert.pipeline_options,
     }
-    chosen = getattr(diffusers, family.interface.pipeline_name(len(expert.text_encoders)))
+    name = family.interface.pipeline_name(len(expert.text_encoders), expert.model.config)
+    chosen = getattr(diffusers, name)
     return _made(chosen, parts | _named(expert.text_encoders, expert.tokenizers))
 
 

@@ -32,7 +32,7 @@ from afa.experts.lora import lora_numbers, place_of
 from afa.experts.spec import ExpertSpec
 from afa.latents import latents_of
 from afa.memory import sampling_memory
-from afa.models.registry import FAMILIES, call_config
+from afa.models.registry import FAMILIES
 from afa.text_encoder import width_of
 
 DTYPES = {"float32": 4, "float16": 2}  # bytes a number; bfloat16 is as large as float16
@@ -140,7 +140,6 @@ def facts(
     Parts that only an ensemble has are None if the experts cannot be fused.
     """
     experts = [description.expert for description in subject.descriptions]
-    first: Any = experts[0].model
     reasons = _mismatches(subject, experts)
     denoiser = None if reasons else subject.denoiser()
     size = _size(subject, resolution)
@@ -152,9 +151,7 @@ def facts(
         _expert(description, same) for description, same in zip(subject.descriptions, shared, strict=True)
     ]
     weights = _memory(subject, described, denoiser)
-    interface = FAMILIES[experts[0].family].interface
-    called = call_config(interface, first.config, experts[0].pipeline_options)
-    doubled = interface.default_cfg_scale(called) > 1
+    doubled = FAMILIES[experts[0].family].interface.default_cfg_scale(experts[0].settings) > 1
     return {
         "ensemble": None if subject.folder is None else str(subject.folder),
         "experts": described,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from afa.errors import UserError
 
@@ -22,6 +23,11 @@ class Latents:
         self.channels: int = config["latent_channels"]
         self.factor: int = 2 ** (len(config["block_out_channels"]) - 1)
         self._scaled_by(config)
+
+    @classmethod
+    def of(cls, vae: Any) -> "Latents":
+        """Return the latents of a VAE."""
+        return cls(vae.config)
 
     def _scaled_by(self, config: Mapping[str, Any]) -> None:
         self.scale: float | Tensor = config.get("scaling_factor", 1.0)
@@ -112,10 +118,36 @@ class TransparentLatents(FrameLatents):
         return super()._run(block if middle else functools.partial(block, first_chunk=True), hidden)
 
 
+class PatchedLatents(Latents):
+    """The latents of an `AutoencoderKLFlux2`.
+
+    They are scaled by the mean and the deviation of every channel of patches of 2×2 latents, which are not in
+    the config but among the VAE's weights: the statistics of a batch norm that is never run.
+    scale, shift: (4C, 1, 1); they act on latents (…, C, h, w) whose patches became channels (…, 4C, h/2, w/2)
+    """
+
+    @classmethod
+    def of(cls, vae: Any) -> "PatchedLatents":
+        made = cls(vae.config)
+        made.shift = vae.bn.running_mean.view(-1, 1, 1)
+        made.deviation = torch.sqrt(vae.bn.running_var.view(-1, 1, 1) + vae.config.batch_norm_eps)
+        made.scale = 1 / made.deviation
+        return made
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        patches = pixel_unshuffle(latents, 2)
+        return pixel_shuffle((patches - _beside(self.shift, patches)) / _beside(self.deviation, patches), 2)
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        patches = pixel_unshuffle(latents, 2)
+        return pixel_shuffle(patches * _beside(self.deviation, patches) + _beside(self.shift, patches), 2)
+
+
 LATENTS: dict[str, type[Latents]] = {
     "AutoencoderKL": Latents,
     "AutoencoderKLQwenImage": FrameLatents,
     "AutoencoderKLQwenImage21": TransparentLatents,
+    "AutoencoderKLFlux2": PatchedLatents,
 }
 
 
@@ -127,7 +159,7 @@ def latents_of(vae: Any) -> Latents:
             f"latents of a {kind} are not known here; known VAEs are {', '.join(LATENTS)}: "
             "choose another with vae="
         )
-    return LATENTS[kind](vae.config)
+    return LATENTS[kind].of(vae)
 
 
 def _beside(factor: float | Tensor, latents: Tensor) -> float | Tensor:

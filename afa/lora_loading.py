@@ -78,7 +78,7 @@ def _load_one(ensemble: "Ensemble", index: int, source: Any, name: str, options:
     ]
     expert = replace(ensemble.experts[index], model=ensemble.denoiser.experts[index], text_encoders=encoders)
     parts = lora_parts(expert)
-    kinds = FAMILIES[expert.family].interface.pipeline_name(len(encoders))
+    kinds = FAMILIES[expert.family].interface.pipeline_name(len(encoders), expert.model.config)
     switched = getattr(diffusers, kinds)._lora_loadable_modules  # a pipeline cannot disable LoRAs of others
     parts = {part: module for part, module in parts.items() if part in switched}
     load_lora(parts, source, name, f"expert '{expert.name}'", **options)

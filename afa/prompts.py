@@ -132,6 +132,11 @@ def _pieces(prompt: str) -> list[str]:
     return [found.group() for found in SYNTAX.finditer(prompt)] + ([] if capitals else WORDS.findall(prompt))
 
 
+def reader_of(tokenizer: Any) -> Any:
+    """Return the tokenizer of text in a processor of text and images; other tokenizers as they are."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
 def _widest(interface: Any, tokenizers: Sequence[Any]) -> tuple[Any, int]:
     """The tokenizer that reads the most of a prompt, and how many tokens it reads; (None, 0) if there is
     none.
@@ -147,7 +152,7 @@ def _widest(interface: Any, tokenizers: Sequence[Any]) -> tuple[Any, int]:
     ).parameters
     longest = taken["max_sequence_length"].default if "max_sequence_length" in taken else None
     windows = []
-    for tokenizer in tokenizers:
+    for tokenizer in map(reader_of, tokenizers):
         if tokenizer is not None and getattr(tokenizer, "is_fast", False):
             own_limit = "CLIP" in type(tokenizer).__name__ or not longest
             most = tokenizer.model_max_length if own_limit else longest - interface.template_tokens

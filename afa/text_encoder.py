@@ -87,6 +87,7 @@ class EnsembleTextEncoder(LoraHost, ModelMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
     ) -> ModelOutput | tuple:
         """The stock forward; every tensor of the output is joined over the experts on its last axis.
 
@@ -96,6 +97,7 @@ class EnsembleTextEncoder(LoraHost, ModelMixin):
             "attention_mask": attention_mask,
             "output_hidden_states": output_hidden_states,
             "return_dict": True,
+            **({} if use_cache is None else {"use_cache": use_cache}),  # of language models
         }
         if position_ids is not None:
             options["position_ids"] = position_ids

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tiny import SDXL_SMALL, SMALL, inputs, sd_unet, sdxl_inputs, sdxl_unet
 from tiny_chroma import chroma_inputs, chroma_transformer
+from tiny_flux2 import flux2_inputs, flux2_transformer
 from tiny_krea2 import krea2_inputs, krea2_transformer
 from tiny_qwen_image_21 import qwen_image_21_inputs, qwen_image_21_transformer
 from tiny_transformers import (
@@ -27,6 +28,7 @@ from afa.aggregators.registry import Recipe
 from afa.denoiser.base import EnsembleDenoiser
 from afa.models.chroma import ChromaEnsemble
 from afa.models.flux import FluxEnsemble
+from afa.models.flux2 import Flux2Ensemble
 from afa.models.krea2 import Krea2Ensemble
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.qwen_image_21 import QwenImage21Ensemble
@@ -56,6 +58,7 @@ MODELS: dict[str, Model] = {
     "sdxl": Model(functools.partial(sdxl_unet, **SDXL_SMALL), sdxl_inputs, UNetEnsemble, ("IN00", "IN02", "M00", "OUT01", "OUT03")),
     "sd3": Model(sd3_transformer, sd3_inputs, SD3Ensemble, ("J01", "OUT"), ("layers", "every-2", "out")),
     "flux": Model(flux_transformer, flux_inputs, FluxEnsemble, ("D01", "S00", "OUT"), ("layers", "double", "every-2", "out")),
+    "flux2": Model(flux2_transformer, flux2_inputs, Flux2Ensemble, ("D01", "S00", "OUT"), ("layers", "double", "every-2", "out")),
     "qwen-image": Model(
         qwen_image_transformer,
         functools.partial(qwen_image_inputs, lengths=(7, 4)),

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tiny import sd_pipeline, sdxl_pipeline
 from tiny_chroma import CHROMA_SMALL, chroma_pipeline
+from tiny_flux2 import FLUX2_SMALL, flux2_pipeline, klein_pipeline
 from tiny_krea2 import KREA2_SMALL, krea2_pipeline
 from tiny_qwen_image_21 import QWEN_IMAGE_21_SMALL, qwen_image_21_pipeline
 from tiny_transformers import (
@@ -30,6 +31,8 @@ PIPELINES = {
     "sdxl": sdxl_pipeline,
     "sd3": partial(sd3_pipeline, **SD3_SMALL),
     "flux": partial(flux_pipeline, **FLUX_SMALL),
+    "flux2": partial(flux2_pipeline, **FLUX2_SMALL),
+    "flux2 klein": klein_pipeline,
     "qwen-image": partial(qwen_image_pipeline, **QWEN_IMAGE_SMALL),
     "z-image": partial(z_image_pipeline, **Z_IMAGE_SMALL),
     "chroma": partial(chroma_pipeline, **CHROMA_SMALL),
@@ -82,7 +85,7 @@ def test_what_was_trained_draws_through_the_stock_pipeline_and_is_found_again(tr
         pipe.set_progress_bar_config(disable=True)
         assert type(pipe).__module__.startswith("diffusers.")
         generator = torch.Generator().manual_seed(0)
-        drawn.append(pipe("a red bicycle", num_inference_steps=2, height=64, width=64, output_type="np", generator=generator).images)
+        drawn.append(pipe(prompt="a red bicycle", num_inference_steps=2, height=64, width=64, output_type="np", generator=generator).images)
         if folder == trained / "out":
             ensemble.save(tmp_path / "again", bundle=True)
     assert np.isfinite(drawn[0]).all()

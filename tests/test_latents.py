@@ -6,6 +6,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageImg2ImgPipeline, StableDi
 from tiny import quiet, sd_pipeline, sdxl_pipeline
 from tiny import vae as plain_vae
 from tiny_chroma import chroma_pipeline
+from tiny_flux2 import klein_pipeline, patched_vae
 from tiny_krea2 import krea2_pipeline
 from tiny_transformers import flow_scheduler, frame_vae, qwen_image_pipeline, vae
 from tiny_z_image import z_image_pipeline
@@ -17,7 +18,7 @@ from afa.training.noise import Noising
 from afa.training.reward_objectives import Decoder
 
 CPU = torch.device("cpu")
-VAES = {"plain": plain_vae, "shifted": vae, "frames": frame_vae}
+VAES = {"plain": plain_vae, "shifted": vae, "frames": frame_vae, "patches": patched_vae}
 
 
 @pytest.fixture(params=VAES)
@@ -94,6 +95,34 @@ def test_what_a_pipeline_decodes_of_scaled_latents_is_the_image(make):
     with torch.no_grad():
         ours = Decoder(pipe.vae)(latents)
     assert torch.equal((ours / 2 + 0.5).clamp(0, 1), draw())
+
+
+def test_what_flux2s_pipeline_decodes_of_scaled_latents_is_the_image():
+    """It unscales the latents that it hands out (klein), so they are scaled again first."""
+    pipe = quiet(klein_pipeline())
+    options = {"num_inference_steps": 2, "height": 32, "width": 48}
+    draw = lambda kind: pipe(prompt="a cat", generator=torch.Generator().manual_seed(3), output_type=kind, **options).images  # noqa: E731
+    unscaled, latents = draw("latent"), latents_of(pipe.vae)
+    with torch.no_grad():
+        ours = Decoder(pipe.vae)(latents.scaled(unscaled))
+        assert torch.equal((latents.draw(pipe.vae, unscaled) / 2 + 0.5).clamp(0, 1), draw("pt"))
+    assert torch.allclose((ours / 2 + 0.5).clamp(0, 1), draw("pt"), atol=1e-5)
+
+
+def test_training_sees_the_latents_of_flux2s_reference_images():
+    """The one place where the stock pipeline encodes an image: scaled in patches, bit for bit, in both directions and in half precision."""
+    pipe, pixels = klein_pipeline(), images(count=1)
+    for dtype in (torch.float32, torch.bfloat16):
+        vae = pipe.vae.to(dtype)
+        latents = latents_of(vae)
+        with torch.no_grad():
+            stock = pipe._encode_vae_image(pixels.to(dtype), torch.Generator())
+            mean, _ = latents.moments(vae, pixels.to(dtype)).chunk(2, dim=1)
+        scaled = latents.scaled(mean)
+        assert torch.equal(pipe._pack_latents(stock), pack(scaled)) and scaled.dtype == dtype
+        again = stock * torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps) + vae.bn.running_mean.view(1, -1, 1, 1)
+        assert torch.equal(latents.unscaled(scaled), pipe._unpatchify_latents(again))
+        assert not torch.allclose(scaled, (mean - mean.mean()) / mean.std(), atol=0.1)
 
 
 def test_a_mean_and_deviation_of_channels_are_sdxls_too():

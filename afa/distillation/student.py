@@ -52,7 +52,8 @@ def make_student(settings: DistillSettings, teacher: Ensemble) -> Ensemble:
         student = load_expert(spec, first.dtype, settings.config)
         student = replace(student, name=student.name or "student")
     if not student.text_encoders:
-        student = replace(student, text_encoders=first.text_encoders)
+        borrowed = {"text_encoders": first.text_encoders, "pipeline_options": first.pipeline_options}
+        student = replace(student, **borrowed)
     reasons = mismatches([first, student])
     if reasons:
         raise UserError("; ".join(reasons))

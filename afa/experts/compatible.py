@@ -7,6 +7,7 @@ from afa.denoiser.placement import fused_stages
 from afa.denoiser.schedule import Schedule, is_edm, kind_of
 from afa.experts.expert import Expert
 from afa.models.registry import FAMILIES
+from afa.prompts import reader_of
 from afa.text_encoder import width_of
 
 # Settings of schedulers that decide the noise: of diffusion models, and of EDM's schedulers.
@@ -50,12 +51,12 @@ def _pair(first: Expert, other: Expert, features: bool) -> list[str]:
                 "experts must share one architecture"
             )
         ]
+    interface = FAMILIES[first.family].interface
     found = _stage_mismatches(first, other) + _value_mismatches(
-        first.model.config, other.model.config, FAMILIES[first.family].interface.shared_config_keys
+        first.model.config, other.model.config, interface.shared_config_keys
     )
-    one, another = first.pipeline_options, other.pipeline_options
-    options = FAMILIES[first.family].interface.pipeline_options
-    found += _value_mismatches(one, another, [name for name in options if name in one and name in another])
+    if first.pipeline and other.pipeline:  # a denoiser alone is used as its donor
+        found += _value_mismatches(first.settings, other.settings, tuple(interface.pipeline_settings))
     found += _kind_mismatches(first, other, features)
     found += _text_mismatches(first, other)
     return [f"{start}: {reason}" for reason in found]
@@ -167,7 +168,8 @@ def _text_mismatches(first: Expert, other: Expert) -> list[str]:
         expected, width = (width_of(encoder) for encoder in (one, another))
         if width != expected:
             found.append(f"text encoder {number} is {width} wide, expected {expected}")
-    for one, another in zip(first.tokenizers, other.tokenizers, strict=False):
+    both = (map(reader_of, expert.tokenizers) for expert in (first, other))
+    for one, another in zip(*both, strict=False):
         if one.get_vocab() != another.get_vocab():
             found.append(
                 f"its tokenizer has {len(another)} tokens of its own vocabulary, "

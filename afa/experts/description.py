@@ -20,11 +20,11 @@ from afa.experts.folders import read_config
 from afa.experts.headers import read_file
 from afa.experts.layouts import Layout, component_layouts
 from afa.experts.locate import Located, locate
-from afa.experts.parts import component_of, has_part, load_part, load_tokenizers_of, read_index
+from afa.experts.parts import INDEX, component_of, has_part, load_part, load_tokenizers_of, read_index
 from afa.experts.prediction import Prediction, flow_only, folder_scheduler
 from afa.experts.single_file import config_folder, config_of, load_tokenizers, scheduler_of
 from afa.experts.spec import ExpertSpec
-from afa.models.registry import FAMILIES, call_config
+from afa.models.registry import FAMILIES
 
 
 @dataclass
@@ -207,10 +207,9 @@ def describe_expert(spec: ExpertSpec, config: str | None = None) -> ExpertDescri
 
 
 def denoiser_config(located: Located, family: str, config: str | None = None) -> Any:
-    """The config of an expert's denoiser, with the defaults of its class, and what its pipeline adds.
+    """The config of an expert's denoiser, with the defaults of its class and the settings of its pipeline.
 
     Its weight files are not opened.
-
     family: the name of the family that the denoiser must be of
     config: of a single file, as in describe
     Raises UserError for settings that are broken, or of another family.
@@ -222,10 +221,10 @@ def denoiser_config(located: Located, family: str, config: str | None = None) ->
         raise UserError(
             f"{located.path} has a {found}, expected a {expected}; give an expert of family {family}"
         )
+    index = read_index(folder) if (folder / INDEX).is_file() else {}
     with torch.device("meta"):
-        made: Any = denoiser.make().config
-    index = read_index(folder) if located.whole_pipeline else {}
-    return call_config(FAMILIES[family].interface, made, index)
+        model: Any = denoiser.make()
+    return FAMILIES[family].interface.with_settings(model.config, pipeline_options(index))
 
 
 def describe_config(name: str, config: str) -> ExpertDescription:

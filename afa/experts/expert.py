@@ -16,9 +16,10 @@ from afa.models.registry import FAMILIES, family_of
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-PIPELINE_OPTIONS = (
+# settings of pipelines besides their components that change what they compute
+SETTINGS = (
     "force_zeros_for_empty_prompt",
-    *(name for family in FAMILIES.values() for name in family.interface.pipeline_options),
+    *(name for family in FAMILIES.values() for name in family.interface.pipeline_settings),
 )
 
 
@@ -61,6 +62,11 @@ class Expert:
     def family(self) -> str:
         """The name of the family that reads the denoiser. Raises ValueError if there is none."""
         return family_of(self.model)
+
+    @property
+    def settings(self) -> Any:
+        """The denoiser's config, with the settings of its pipeline that say how it is used."""
+        return FAMILIES[self.family].interface.with_settings(self.model.config, self.pipeline_options)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,4 +120,5 @@ def pipeline_options(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{len(config['sample_sigmas'])} steps (a distilled model), which is not supported; "
             "set them to null"
         )
-    return {name: config[name] for name in PIPELINE_OPTIONS if name in config}
+    found = {name: config[name] for name in SETTINGS if name in config}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}

@@ -55,8 +55,7 @@ PACKED_NOTES = ("_quantization_metadata", "quantization_config", "quantization")
 UNREAD = ("model_ema.", "text_encoders.")
 BLOCK = 1 << 20
 # Names that changed: attention of old VAEs in diffusers; the inner model of CLIP text encoders in
-# transformers 5.6, and the two of Qwen2.5-VL
-# by 4.52, which are still stored as they were.
+# transformers 5.6, and by 4.52 those of Qwen2.5-VL and Mistral 3, which are still stored as they were.
 RENAMED = [
     (r"\.query\.", ".to_q."),
     (r"\.key\.", ".to_k."),
@@ -65,6 +64,9 @@ RENAMED = [
     (r"^text_model\.", ""),
     (r"^visual\.", "model.visual."),
     (r"^model\.(layers|embed_tokens|norm)\b", r"model.language_model.\1"),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
 ]
 
 

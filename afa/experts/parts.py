@@ -16,17 +16,20 @@ from afa.models.registry import FAMILIES
 
 INDEX = "model_index.json"
 PROCESSOR = "processor"  # of text and images, in pipelines without a tokenizer; only its tokenizer is read
-# The kind of class that a component needs: its library, its base class, a method that the base class lacks.
-DENOISER = ("diffusers", "ModelMixin", "forward")
+# The kind of class that a component needs: its library, base classes that serve, a method of it.
+DENOISER = ("diffusers", ("ModelMixin",), "forward")
 KINDS = {
     **{family.component: DENOISER for family in FAMILIES.values()},
-    "vae": ("diffusers", "ModelMixin", "encode"),
-    "scheduler": ("diffusers", "SchedulerMixin", "step"),
+    "vae": ("diffusers", ("ModelMixin",), "encode"),
+    "scheduler": ("diffusers", ("SchedulerMixin",), "step"),
     **dict.fromkeys(
-        ("text_encoder", "text_encoder_2", "text_encoder_3"), ("transformers", "PreTrainedModel", "forward")
+        ("text_encoder", "text_encoder_2", "text_encoder_3"),
+        ("transformers", ("PreTrainedModel",), "forward"),
     ),
     **dict.fromkeys(
-        ("tokenizer", "tokenizer_2", "tokenizer_3"), ("transformers", "PreTrainedTokenizerBase", "__call__")
+        ("tokenizer", "tokenizer_2", "tokenizer_3"),
+        # FLUX.2-dev has a processor of text and images
+        ("transformers", ("PreTrainedTokenizerBase", "ProcessorMixin"), "__call__"),
     ),
 }
 # libraries of components that are never loaded, such as the safety checker
@@ -146,8 +149,8 @@ def component_class(where: Path, part: str | None, library: str, name: str) -> A
         if library not in LIBRARIES or not name.isidentifier():
             raise UserError(_foreign(where, part, library, name))
         return None
-    home, base, ability = KINDS[part] if part else DENOISER
-    kind = _class(home, base, ability, name) if library == home else None
+    home, bases, ability = KINDS[part] if part else DENOISER
+    kind = _class(home, bases, ability, name) if library == home else None
     if kind is None:
         raise UserError(_foreign(where, part or "denoiser", library, name))
     return kind
@@ -162,7 +165,7 @@ def _foreign(where: Path, part: str, library: str, name: str) -> str:
 
 
 @functools.cache
-def _class(library: str, base: str, ability: str, name: str) -> Any:
+def _class(library: str, bases: tuple[str, ...], ability: str, name: str) -> Any:
     """A class of a library; None if there is none of that name, or it is of another kind."""
     import diffusers
     import transformers
@@ -172,8 +175,10 @@ def _class(library: str, base: str, ability: str, name: str) -> Any:
         found = getattr(module, name, None)
     except Exception:  # a class that needs a package which is not installed
         return None
-    parent = getattr(module, base)
-    if not isinstance(found, type) or not issubclass(found, parent) or found is parent:
+    parents = tuple(getattr(module, base) for base in bases)
+    if isinstance(found, type) and hasattr(found, "_backends") and "ProcessorMixin" in bases:
+        return found  # transformers' stand-in for a class whose packages are missing: loading it names them
+    if not isinstance(found, type) or not issubclass(found, parents) or found in parents:
         return None
     able = getattr(found, ability, None)
     return found if able is not None and able is not getattr(nn.Module, ability, None) else None

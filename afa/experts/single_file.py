@@ -37,6 +37,9 @@ KNOWN_CONFIGS = (
     "qwen-image-2.1",
     "krea2",
     "krea2-turbo",
+    "flux2",
+    "flux2-klein",
+    "flux2-klein-9b",
 )
 # whether names are diffusers' -> names of a U-Net's first convolution and of its first attention's text input
 UNET = {

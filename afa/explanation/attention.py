@@ -18,6 +18,7 @@ from torch import Tensor
 from afa.denoiser.base import EnsembleDenoiser
 from afa.experts.expert import tokenizers_in
 from afa.models.registry import interface_of
+from afa.prompts import reader_of
 
 WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
@@ -47,16 +48,18 @@ def find_words(pipeline: Any, prompt: str, length: int) -> list[Word]:
     length: number of tokens in the text states that the aggregators read
     Punctuation, start and end tokens, and padding are not words.
     """
-    interface, _ = interface_of(pipeline)
+    interface, config = interface_of(pipeline)
     spans = [(found.group(), found.span()) for found in WORD.finditer(prompt)]
     places: list[list[int]] = [[] for _ in spans]
     offset, tokenizers = interface.prompt_offset, tokenizers_in(pipeline.components)
     for index in interface.aggregator_tokenizers:
         tokenizer = tokenizers[index]
-        room = min(length - offset, tokenizer.model_max_length)
-        for place, (start, end) in enumerate(_offsets(tokenizer, prompt, room)):
+        read, reader = interface.as_read(config, tokenizer, prompt), reader_of(tokenizer)
+        before = max(read.rfind(prompt), 0)  # characters of a chat before the prompt
+        room = min(length - offset, reader.model_max_length)
+        for place, (start, end) in enumerate(_offsets(reader, read, room, chat=read != prompt)):
             for own, (_, (first, last)) in zip(places, spans, strict=True):
-                if start < last and end > first:
+                if start < last + before and end > first + before:
                     own.append(offset + place)
         offset += room
     labels = _numbered([text for text, _ in spans])
@@ -65,11 +68,15 @@ def find_words(pipeline: Any, prompt: str, length: int) -> list[Word]:
     ]
 
 
-def _offsets(tokenizer: Any, prompt: str, room: int) -> list[tuple[int, int]]:
-    """Return each token's span of characters in the prompt; (0, 0) for tokens that the tokenizer adds."""
+def _offsets(tokenizer: Any, text: str, room: int, chat: bool) -> list[tuple[int, int]]:
+    """Return each token's span of characters in the text; (0, 0) for tokens that the tokenizer adds.
+
+    chat: the text has all special tokens; tokenizers may pad before it
+    """
     if not tokenizer.is_fast:
         return []
-    encoded = tokenizer(prompt, return_offsets_mapping=True, truncation=True, max_length=room)
+    options = {"add_special_tokens": False, "padding": "max_length"} if chat else {}
+    encoded = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=room, **options)
     return [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
 
 

@@ -30,6 +30,7 @@ from afa.stages.tokens import (
     image_ids,
 )
 
+TEXT_LAYERS = [2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35]  # of Qwen3-VL, which the pipeline takes
 DISTILLED_SHIFT = 1.15  # of the timesteps, at every size: what the pipeline uses for distilled models
 
 
@@ -103,7 +104,11 @@ class Krea2Interface(PackedInterface):
     prompt_names = ("prompt_embeds", "prompt_embeds_mask")
     variable_length = True
     guidance_scale = 5.5  # guidance_scale=4.5 of the pipeline
-    pipeline_options = ("is_distilled", "text_encoder_select_layers", "patch_size")
+    pipeline_settings: ClassVar[Mapping[str, Any]] = {
+        "is_distilled": False,
+        "text_encoder_select_layers": TEXT_LAYERS,
+        "patch_size": 2,
+    }
     shared_config_keys = (
         "in_channels",
         "attention_head_dim",

@@ -1,15 +1,15 @@
 """The registry of families: how a model is recognised, read and replaced."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from afa.denoiser.base import EnsembleDenoiser
 from afa.models.chroma import ChromaEnsemble
 from afa.models.flux import FluxEnsemble
+from afa.models.flux2 import Flux2Ensemble
 from afa.models.krea2 import Krea2Ensemble
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.qwen_image_21 import QwenImage21Ensemble
@@ -54,6 +54,7 @@ FAMILIES = {
     "unet": Family("UNet2DConditionModel", "unet", UNetEnsemble),
     "sd3": Family("SD3Transformer2DModel", "transformer", SD3Ensemble),
     "flux": Family("FluxTransformer2DModel", "transformer", FluxEnsemble),
+    "flux2": Family("Flux2Transformer2DModel", "transformer", Flux2Ensemble),
     "qwen-image": Family("QwenImageTransformer2DModel", "transformer", QwenImageEnsemble),
     "z-image": Family("ZImageTransformer2DModel", "transformer", ZImageEnsemble),
     "chroma": Family("ChromaTransformer2DModel", "transformer", ChromaEnsemble),
@@ -65,23 +66,13 @@ FAMILIES = {
 def interface_of(pipeline: Any) -> tuple[ModelInterface, Any]:
     """Return the interface and the config of a pipeline's denoiser, which is a model or an ensemble.
 
-    Options of the pipeline that change how the denoiser is called are part of the config.
+    The config has the settings of the pipeline that say how the denoiser is used.
 
     Raises ValueError if the pipeline has no denoiser of a known family.
     """
     denoiser = denoiser_of(pipeline)
     interface = FAMILIES[getattr(denoiser, "family", None) or family_of(denoiser)].interface
-    return interface, call_config(interface, denoiser.config, pipeline.config)
-
-
-def call_config(interface: ModelInterface, config: Any, options: Mapping[str, Any]) -> Any:
-    """Return all that decides how a denoiser is called, as one config.
-
-    config:  of the denoiser
-    options: config of its pipeline; of it, the interface's pipeline_options are added
-    """
-    added = {name: options[name] for name in interface.pipeline_options if name in options}
-    return FrozenDict({**config, **added}) if added else config
+    return interface, interface.with_settings(denoiser.config, pipeline.config)
 
 
 def denoiser_of(pipeline: Any) -> Any:

@@ -119,7 +119,7 @@ class UNetInterface(ModelInterface):
     )
     guidance_scale = 7.5
 
-    def pipeline_name(self, text_encoders: int) -> str:
+    def pipeline_name(self, text_encoders: int, config: Any = None) -> str:
         return "StableDiffusionXLPipeline" if text_encoders == 2 else "StableDiffusionPipeline"
 
     def prompt_tokens(self, encoders: Sequence[Any]) -> int:

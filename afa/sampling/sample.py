@@ -98,7 +98,7 @@ def sample(
     _check_steps(sampling, pipeline.scheduler)
     with _step_callback(on_step) as callback, _as_guided(pipeline, sampling):
         result = pipeline(
-            [request.prompt for request in requests],
+            prompt=[request.prompt for request in requests],  # not the first argument everywhere
             **interface.pipeline_guidance(
                 config, len(requests), sampling.guidance, sampling.negative_prompt, sampling.true_guidance
             ),

@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from afa.errors import UserError
@@ -13,9 +14,12 @@ from afa.errors import UserError
 class ModelInterface(ABC):
     """How the denoisers of one family are called.
 
-    `config`, an argument of many methods, is always the denoiser's own config (see also pipeline_options).
+    `config`, an argument of many methods, is the denoiser's own config, with the `pipeline_settings` where
+    guidance depends on them (see `with_settings`).
 
     pipeline_class:        class of the stock text-to-image pipeline
+    pipeline_settings:     settings in that pipeline's own config that say how its denoiser is used, with the
+                           pipeline's defaults; they must be equal in all experts
     latents_input:         argument of the denoiser's forward that takes the noisy latents
     timestep_input:        argument of it that takes the timestep
     max_sequence_length:   length of a prompt in tokens, as the stock pipelines pad it
@@ -37,14 +41,13 @@ class ModelInterface(ABC):
     prompt_first:          where one pass predicts with and without the prompt, the pipelines put the half of
                            the batch that has the prompt first
     marks_passes:          pipelines that make two passes for guidance say which one runs (cache_context)
-    pipeline_options:      entries of the pipeline's config, besides its components, that change how models
-                           are called; equal in all experts, and part of `config` where the pipeline is known
     aggregator_tokenizers: indices of the pipeline's tokenizers whose text states the aggregators see
     prompt_offset:         tokens of a template that stand before the prompt in the text states
     reads_values:          the stock forward reads values of its inputs, so it does not run on the meta device
     """
 
     pipeline_class: str
+    pipeline_settings: ClassVar[Mapping[str, Any]] = {}
     latents_input: str = "hidden_states"
     timestep_input: str = "timestep"
     max_sequence_length: int
@@ -66,14 +69,31 @@ class ModelInterface(ABC):
     empty_prompt: str = ""
     prompt_first: bool = False
     marks_passes: bool = True
-    pipeline_options: tuple[str, ...] = ()
     aggregator_tokenizers: tuple[int, ...] = (0,)
     prompt_offset: int = 0
     reads_values: bool = False
 
-    def pipeline_name(self, text_encoders: int) -> str:
-        """Return the class name of the stock text-to-image pipeline, by the number of text encoders."""
+    def pipeline_name(self, text_encoders: int, config: Any = None) -> str:
+        """Return the class name of the stock text-to-image pipeline.
+
+        text_encoders: their number
+        config:        None: any of the family's pipelines, for what they have in common
+        """
         return self.pipeline_class
+
+    def with_settings(self, config: Any, settings: Mapping[str, Any]) -> Any:
+        """Return a denoiser's config with the settings of its pipeline that say how it is used.
+
+        settings: of the pipeline, by name; for those that are missing, its defaults are taken
+        """
+        if not self.pipeline_settings:
+            return config
+        given = {name: settings.get(name) for name in self.pipeline_settings}
+        used = {
+            name: usual if given[name] is None else given[name]
+            for name, usual in self.pipeline_settings.items()
+        }
+        return FrozenDict({**config, **used})
 
     def prompt_tokens(self, encoders: Sequence[Any]) -> int:
         """Return the length of a prompt in tokens. encoders: configs of the model's text encoders, if any."""
@@ -104,6 +124,13 @@ class ModelInterface(ABC):
         encode: the pipeline's encode_prompt
         """
         return dict(zip(self.prompt_names, encode(captions), strict=False))
+
+    def as_read(self, config: Any, tokenizer: Any, prompt: str) -> str:
+        """Return the text that the text encoder reads for a prompt, all of which the denoiser gets.
+
+        It is the prompt, or a chat around it.
+        """
+        return prompt
 
     def guidance_kwargs(self, strength: float) -> dict[str, Any]:
         """Return the pipeline's argument for this guidance strength, for prompts that are encoded already."""

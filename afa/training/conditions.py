@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from afa.denoiser.base import EnsembleDenoiser
 from afa.experts.expert import TEXT_ENCODERS, tokenizers_in
+from afa.prompts import reader_of
 from afa.training.cache import TextCache, VaryingTextCache, announce, content_hash
 
 FEW = 50  # captions, encoded without a bar
@@ -74,14 +75,15 @@ class Conditions:
     def _identity(self) -> str:
         """Return a hash of everything that decides a caption's states."""
         names = [name for name in TEXT_ENCODERS if getattr(self.pipeline, name, None) is not None]
-        tokenizers = tokenizers_in(self.pipeline.components)
-        words = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
-        lengths = [tokenizer.model_max_length for tokenizer in tokenizers]
+        readers = [reader_of(tokenizer) for tokenizer in tokenizers_in(self.pipeline.components)]
+        words = [sorted(reader.get_vocab().items()) for reader in readers]
+        lengths = [reader.model_max_length for reader in readers]
         encoders = [getattr(self.pipeline, name) for name in names]
         joined = [getattr(encoder, "of_expert", None) for encoder in encoders]
         facts = f"{content_hash(*encoders)} {joined} {words} {lengths}"
-        options = {name: self.pipeline.config[name] for name in self.interface.pipeline_options}
-        return hashlib.sha256(f"{facts} {options}".encode() if options else facts.encode()).hexdigest()
+        usual, given = self.interface.pipeline_settings, self.pipeline.config
+        settings = {name: given.get(name, value) for name, value in usual.items()}
+        return hashlib.sha256(f"{facts} {settings}".encode() if settings else facts.encode()).hexdigest()
 
     @torch.no_grad()
     def _encode(self, captions: list[str]) -> tuple[Tensor, ...]:

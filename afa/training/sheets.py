@@ -1,6 +1,7 @@
 """Sample sheets: images that the ensemble draws while it is trained, with weight maps and a second metric."""
 
 import functools
+import inspect
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -71,7 +72,9 @@ class Sheets:
         pipeline.set_progress_bar_config(disable=True)
         encode = functools.partial(encode_prompt, pipeline, device=pipeline._execution_device, guided=True)
         with torch.no_grad():
-            self._prompt = denoiser.interface.encode_prompts(encode, self.captions)
+            prompt = denoiser.interface.encode_prompts(encode, self.captions)
+        taken = inspect.signature(pipeline.__call__).parameters  # of several pipelines of a family
+        self._prompt = {name: part for name, part in prompt.items() if name in taken}
         for name in TEXT_ENCODERS:
             if getattr(pipeline, name, None) is not None:
                 setattr(pipeline, name, None)
