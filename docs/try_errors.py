@@ -57,7 +57,7 @@ CASES = {
         ("A model_index.json that names a function", "afa inspect function"),
         ("NaN in an expert's weights", f"afa generate nan {DRAW}"),
         ("The same, merged", "afa merge --experts demo:curves nan --output out"),
-        ("Weights in 8 bits with scales beside them", "afa inspect fp8.safetensors --config mine"),
+        ("Weights in 4 bits, as ComfyUI stores them", "afa inspect nvfp4.safetensors --config mine"),
         ("The same, with the scales named otherwise", "afa inspect int8.safetensors --config mine"),
         ("A single file of an architecture that is not known", "afa inspect noise.safetensors"),
         ("A denoiser alone, and nobody to lend it the rest", f"afa generate alone {DRAW}"),
@@ -346,7 +346,7 @@ def _broken_files(folder: Path, whole: bytes, tensors: dict[str, torch.Tensor]) 
     save_file(original, folder / "noise.safetensors")
     save_file(original | {"v_pred": torch.empty(0)}, folder / "velocity.safetensors")
     matrix = next(name for name, tensor in original.items() if name.endswith(".weight") and tensor.ndim == 2 and "diffusion_model" in name)
-    for name, kind, key in (("fp8", torch.float8_e4m3fn, "scale_weight"), ("int8", torch.int8, "weight_scale")):
+    for name, kind, key in (("nvfp4", torch.uint8, "weight_scale_2"), ("int8", torch.int8, "weight_scale")):
         packed = {matrix: original[matrix].to(kind), f"{matrix.removesuffix('.weight')}.{key}": torch.ones(())}
         save_file(original | packed, folder / f"{name}.safetensors")
 

@@ -182,8 +182,8 @@ def test_a_file_cut_down_says_what_it_lacks(tmp_path):
     [
         ("img_in.weight", (3072, 384), "FLUX.1 Fill"),
         ("img_in.weight", (3072, 128), "FLUX.1 Depth or Canny"),
-        ("double_blocks.0.img_attn.qkv.scale_weight", (1,), "quantised"),
-        ("scaled_fp8", (2,), "quantised"),
+        ("double_blocks.0.img_attn.qkv.weight_scale_2", (1,), "nvfp4"),
+        ("double_blocks.0.img_attn.qkv.weight_scale", (1,), "quantised"),  # beside bfloat16
     ],
 )
 def test_what_a_single_file_cannot_be_is_one_sentence(tmp_path, name, shape, sentence):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from afa.errors import UserError
 from afa.experts.folders import weight_files
-from afa.experts.headers import read_header
+from afa.experts.headers import read_file
 from afa.experts.layouts import Layout, layout_of
 from afa.experts.parts import has_part, read_index
 from afa.experts.spec import (
@@ -49,7 +49,7 @@ class Located:
     @cached_property
     def layout(self) -> Layout:
         """How a single file names its tensors. Raises UserError for a broken file, or a model not read."""
-        return layout_of(read_header(self.path), self.path)
+        return layout_of(read_file(self.path), self.path)
 
 
 def locate(spec: ExpertSpec) -> Located:

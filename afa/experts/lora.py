@@ -32,7 +32,7 @@ from afa.denoiser.lora import (
 )
 from afa.denoiser.lora_layers import lora_states
 from afa.errors import UserError
-from afa.experts.headers import first_not_finite, is_finite, read_file, read_header
+from afa.experts.headers import first_not_finite, is_finite, read_header
 from afa.experts.locate import Located, locate
 from afa.experts.spec import HUB_ID, ExpertSpec, Lora
 from afa.models.registry import FAMILIES, layers_of
@@ -68,7 +68,7 @@ def read_lora(source: Any, **options: Any) -> tuple[str, dict[str, Tensor], dict
         raise UserError(
             f"{what} is no .safetensors file; convert it first (pickles can run code and are not read)"
         )
-    read_file(file)  # raises for a broken file
+    read_header(file)  # raises for a broken file
     with safe_open(file, framework="pt") as opened:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         recorded = (opened.metadata() or {}).get(RECORDED)

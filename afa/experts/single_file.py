@@ -14,7 +14,7 @@ from afa.denoiser.schedule import kind_of
 from afa.errors import UserError, unknown
 from afa.experts.embedded import unpack
 from afa.experts.folders import read_object
-from afa.experts.headers import read_header, read_metadata
+from afa.experts.headers import read_file, read_metadata
 from afa.experts.layouts import SD3, layout_of
 from afa.experts.locate import Located
 from afa.experts.parts import load_part
@@ -38,7 +38,7 @@ def detect_config(file: Path, prediction_type: str | None = None) -> str:
     prediction_type: the user's --prediction-type
     Raises UserError if none fits.
     """
-    header = read_header(file)
+    header = read_file(file)
     layout = layout_of(header, file)
     if layout.part == "vae":
         raise UserError(
@@ -47,18 +47,18 @@ def detect_config(file: Path, prediction_type: str | None = None) -> str:
         )
     if layout.part == "transformer":
         return _transformer_config(
-            file, {name.removeprefix(layout.prefix): entry["shape"] for name, entry in header.items()}
+            file, {name.removeprefix(layout.prefix): entry.shape for name, entry in header.items()}
         )
     first, attention = (layout.prefix + name for name in UNET[layout.diffusers])
-    channels = header[first]["shape"][1] if first in header else 0
+    channels = header[first].shape[1] if first in header else 0
     if channels != 4:
         raise UserError(
             f"{file} takes {channels} input channels, expected 4; "
             "inpainting and other conditioned U-Nets are not supported as single files"
         )
     for (*blocks, width), config in ARCHITECTURES.items():
-        shape = header.get(attention.format(blocks[layout.diffusers]), {}).get("shape", [])
-        if shape[1:] == [width]:
+        found = header.get(attention.format(blocks[layout.diffusers]))
+        if found is not None and found.shape[1:] == (width,):
             said = said_by_file(file, prediction_type).type if config == "sd21" else None
             return "sd21-base" if said == "epsilon" else config
     own = f"give its folder: {file.parent}, or" if (file.parent / "config.json").is_file() else "give"
@@ -100,7 +100,7 @@ def scheduler_of(located: Located, config: str | None, folder: Path) -> tuple[An
     return predicting(usual, said, located.path), said
 
 
-def _transformer_config(file: Path, shapes: Mapping[str, list[int]]) -> str:
+def _transformer_config(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """The shipped config of a transformer.
 
     SD 3 is known by its depth and its second attention, FLUX.1 by its guidance input.
