@@ -116,13 +116,13 @@ class Component:
         with init_empty_weights(), no_init_weights():  # buffers that no file holds are computed
             model = self.make()
         _tie(model)
-        # What is multiplied by scales is in float32 until its dtype here is known.
+        # What is computed from a few bits stays in float32 where its dtype here is not known yet.
         early = None if _kept_in_float32(model, dtype) else dtype
         with TensorReader() as reader:
             found = self._fitting(
                 model,
                 {
-                    name: reader.tensor(entry).to(early if entry.scale is not None else None)
+                    name: reader.tensor(entry).to(early if entry.undone else None)
                     for name, entry in self.tensors.items()
                 },
             )

@@ -1,7 +1,7 @@
-"""The one reader of .safetensors headers: dtypes, shapes and places of tensors, without the tensors.
+"""The one reader of headers: dtypes, shapes and places of tensors, without the tensors.
 
-Every .safetensors file goes through it before it is opened, so that a broken, quantised or foreign file gives
-the same error in every command. Also here: whether tensors fit a model, are equal, and are finite.
+Every .safetensors and GGUF file goes through it before it is opened, so that a broken, quantised or foreign
+file gives the same error in every command. Also here: whether tensors fit a model, are equal, and are finite.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from afa.errors import UserError
-from afa.experts.dtypes import BITS, DTYPES, is_float
+from afa.experts.dtypes import BITS, DTYPES, GGUF_BLOCKS, is_float
+from afa.experts.gguf_files import SUFFIX, read_gguf
 from afa.experts.scales import LONGEST as LONGEST_NOTE
 from afa.experts.scales import QuantisedError, Scales, find_scales
 from afa.text_files import parse_json
@@ -66,6 +67,11 @@ class Entry:
         """Whether a weight can be read from it."""
         return is_float(self.dtype) or self.scale is not None
 
+    @property
+    def undone(self) -> bool:
+        """Whether its numbers are computed when it is read: with a scale, or from blocks of a few bits."""
+        return self.scale is not None or self.dtype in GGUF_BLOCKS
+
     def meta(self) -> Tensor:
         """A tensor of this shape on the meta device, in float32; in int64 if it is no float."""
         return torch.empty(self.shape, device="meta", dtype=torch.float32 if self.is_float else torch.int64)
@@ -82,6 +88,12 @@ def read_file(file: Path) -> Tensors:
     Raises UserError if the file is broken, cut off, longer than its header says, or quantised in a way that
     is not undone.
     """
+    if file.suffix == SUFFIX:
+        return {
+            name: Entry(file, name, DTYPES.get(kind, kind), shape, start, end)
+            for name, (kind, shape, start, end) in read_gguf(file).items()
+            if not is_position_ids(name)
+        }
     header, _, first, scales = _read(file)
 
     def entry(name: str, scale: Entry | None = None) -> Entry:
@@ -107,8 +119,8 @@ def read_header(file: Path) -> dict[str, Any]:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata in a file's header. Raises UserError as read_file does."""
-    return _read(file)[1]
+    """The metadata in a .safetensors file's header; GGUF has none. Raises UserError as read_file does."""
+    return {} if file.suffix == SUFFIX else _read(file)[1]
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Which model a single .safetensors file holds, by the names in its header, and those names in diffusers.
+"""Which model a .safetensors or .gguf file holds, by the names in its header, and those names in diffusers.
 
 afa reads whole checkpoints of SD 1.x, 2.x and XL in the publisher's (LDM) layout; their U-Net alone, with the
 prefix that it has in checkpoints, without it, or by diffusers' names; transformers of SD 3 and FLUX.1; and
@@ -25,6 +25,15 @@ PREFIXES = {
 # prefixes of text encoders that are OpenCLIP's, within those above
 OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model.")
 SD3, FLUX = "joint_blocks.0.x_block.attn.qkv.weight", "double_blocks.0.img_attn.qkv.weight"
+# begins of names in files of a text encoder alone, the last three by llama.cpp
+TEXT_ALONE = (
+    "text_model.",
+    "encoder.block.0.layer.",
+    "transformer.resblocks.",
+    "blk.",
+    "enc.blk.",
+    "token_embd.",
+)
 # Tensors that only a U-Net has (and below, only a VAE), and whether the name is diffusers'.
 UNETS = (("input_blocks.0.0.weight", False), ("up_blocks.0.resnets.0.conv1.weight", True))
 VAES = (("decoder.up.0.block.0.conv1.weight", False), ("decoder.up_blocks.0.resnets.0.conv1.weight", True))
@@ -172,10 +181,7 @@ def _strange(names: Collection[str], family: str | None) -> str:
             f"is a {family} model, which is not read as a single file; read are {READ}, "
             "and Qwen-Image as a diffusers folder"
         )
-    if any(
-        name.startswith((*TEXT, "text_model.", "encoder.block.0.layer.", "transformer.resblocks."))
-        for name in names
-    ):
+    if any(name.startswith((*TEXT, *TEXT_ALONE)) for name in names):
         return (
             "is no checkpoint in original layout: it holds a text encoder and no denoiser; "
             "give the whole checkpoint or its U-Net"

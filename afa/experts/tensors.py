@@ -1,4 +1,4 @@
-"""The one reader of experts' tensors: as they are in memory-mapped files, or multiplied by their scales."""
+"""The one reader of experts' tensors: as they are in files, or multiplied by their scales."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,9 +7,12 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from afa.experts.dtypes import DTYPES
+from afa.experts.gguf_files import SUFFIX, load_gguf
 from afa.experts.headers import Entry
 from afa.experts.scales import undone
 
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAPPED = 256 << 20  # bytes read from all files before they are mapped anew, which lets the read pages go
 
 
@@ -37,11 +40,14 @@ class TensorReader:
         self._mapped = 0
 
     def tensor(self, entry: Entry) -> Tensor:
-        """One tensor in the file's dtype, by its name there; a scaled weight in float32, with its scale."""
+        """One tensor in the file's dtype, or in float32 what has a scale or was in blocks of GGUF."""
         stored = self._stored(entry)
         return stored if entry.scale is None else undone(stored, self._stored(entry.scale))
 
     def _stored(self, entry: Entry) -> Tensor:
+        if entry.file.suffix == SUFFIX:
+            kind = CODES.get(entry.dtype, entry.dtype)
+            return load_gguf(entry.file, kind, entry.shape, entry.start, entry.end)
         if self._remap and self._mapped > MAPPED:
             self.__exit__()
         if entry.file not in self._open:

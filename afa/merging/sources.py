@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     pass
 
 EMA = "model_ema."
-UNDONE = "bfloat16"  # of a merge of weights with scales; their 8 bits have fewer digits than it
+UNDONE = "bfloat16"  # of a merge of weights that were in 8 bits or fewer, and so have fewer digits
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Stored:
 
     @classmethod
     def of(cls, entry: Entry, place: Place) -> "Stored":
-        dtype = entry.dtype if entry.scale is None else UNDONE
+        dtype = UNDONE if entry.undone else entry.dtype
         return cls(entry, place, dtype, shape_from_original(entry.shape, place))
 
     @property
@@ -336,7 +336,7 @@ class Reader(TensorReader):
 
     def read(self, stored: Stored) -> Tensor:
         """One tensor, in its diffusers form and in the file's type; position_ids as they should be, whatever
-        the file has; in float32 where the file has scales."""
+        the file has; in float32 what was in 8 bits with scales, or in blocks of GGUF."""
         if is_position_ids(stored.name):
             return torch.arange(stored.numbers).reshape(stored.shape)
         return from_original(self.tensor(stored.entry), stored.place)
