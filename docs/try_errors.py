@@ -65,7 +65,7 @@ CASES = {
         ("A name that is a path", "afa inspect ../x=demo:curves demo:angles"),
         ("Two experts of one name", f"afa train --experts demo:curves demo:curves --data data --output out {SMALL}"),
         ("A LoRA file without tensors", f"afa generate demo:curves+empty.safetensors {DRAW}"),
-        ("A LoRA of a kind that is not read", f"afa generate demo:curves+loha.safetensors {DRAW}"),
+        ("A LoRA of a kind that is not read", f"afa generate demo:curves+oft.safetensors {DRAW}"),
         ("A LoRA at a strength that is no number", f"afa generate demo:curves+lora.safetensors*nan {DRAW}"),
     ],
     "Experts that do not go together": [
@@ -339,7 +339,7 @@ def _broken_files(folder: Path, whole: bytes, tensors: dict[str, torch.Tensor]) 
     for name, header in {"null": "null", "offsets": '{"conv_in.bias": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}'}.items():
         (folder / f"{name}.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(8))
     save_file({"lora_unet_conv_in.lora_down.weight": torch.zeros(4, 4, 3, 3)}, folder / "lora.safetensors")
-    save_file({"lora_unet_conv_in.hada_w1_a": torch.zeros(4, 4)}, folder / "loha.safetensors")
+    save_file({"lora_unet_conv_in.oft_blocks": torch.zeros(4, 4)}, folder / "oft.safetensors")
     save_file({}, folder / "empty.safetensors")
     run("afa merge --experts mine mine2=mine --output merged.safetensors", folder)
     original = {name: tensor for name, tensor in load_file(folder / "merged.safetensors").items() if name not in ("v_pred", "ztsnr")}

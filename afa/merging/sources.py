@@ -6,6 +6,7 @@ comes, with the expert's LoRAs folded in.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -26,7 +27,8 @@ from afa.experts.folders import read_object
 from afa.experts.headers import Entry, Tensors, current_name, is_position_ids, read_file, tied
 from afa.experts.layouts import OPEN_CLIP
 from afa.experts.locate import Located, locate
-from afa.experts.lora import attach, fuse, read_lora
+from afa.experts.lora import attach, fuse, holds_differences, read_lora
+from afa.experts.lora_differences import Difference, find_differences
 from afa.experts.prediction import is_prediction_key
 from afa.experts.single_file import config_folder
 from afa.experts.spec import ExpertSpec, Lora
@@ -179,17 +181,29 @@ class LayerLoras:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
-        self.added: list[
-            tuple[dict[str, Tensor], float]
-        ] = []  # factors by peft's names, alpha in them; strength
+        # factors by peft's names, alpha in them, or a difference and the layer's place in it; strength
+        self.added: list[tuple[dict[str, Tensor] | tuple[Difference, int], float]] = []
 
     def changes(self, end: str) -> bool:
         """Whether the layer's `weight` or `bias` is another with them."""
-        biased = any("lora_B.bias" in state for state, _ in self.added)
+        held = [one[0].tensors if isinstance(one, tuple) else one for one, _ in self.added]
+        biased = any("lora_B.bias" in names or "diff_b" in names for names in held)
         return end == "weight" or (end == "bias" and biased)
 
     def folded(self, tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
         """The layer's own tensors -> with the LoRAs in them. what: for messages."""
+        if not any(isinstance(one, tuple) for one, _ in self.added):
+            return self._with_loras(tensors, self.added, what)
+        for one, strength in self.added:
+            if isinstance(one, tuple):
+                tensors = one[0].of_one(one[1], tensors, strength)
+            else:
+                tensors = self._with_loras(tensors, [(one, strength)], what)
+        return tensors
+
+    def _with_loras(
+        self, tensors: dict[str, Tensor], added: Sequence[tuple[Any, float]], what: str
+    ) -> dict[str, Tensor]:
         holder: Any = nn.Module()
         holder.dtype = torch.float32
         holder.layer = copy.deepcopy(self.layer)
@@ -197,10 +211,10 @@ class LayerLoras:
             holder.layer._parameters[end] = nn.Parameter(
                 tensor.to(torch.float32, copy=True), False
             )  # peft adds in place
-        names = [f"{OWN}{index}" for index in range(len(self.added))]
-        for name, (state, _) in zip(names, self.added, strict=True):
+        names = [f"{OWN}{index}" for index in range(len(added))]
+        for name, (state, _) in zip(names, added, strict=True):
             attach(holder, {f"layer.{end}": tensor for end, tensor in state.items()}, name)
-        activate(holder, names, [strength for _, strength in self.added])
+        activate(holder, names, [strength for _, strength in added])
         try:
             fuse(holder)
         except UserError:
@@ -227,6 +241,13 @@ def add_loras(source: FileSource, loras: tuple[Lora, ...]) -> FileSource:
     parts = {part: models[part] for part in (source.denoiser, *text)}
     for lora in loras:
         what, tensors, config = read_lora(lora.path)
+        if holds_differences(lora):
+            for part, difference in find_differences(tensors, parts, what, f"expert '{source.name}'"):
+                for place, name in enumerate(difference.layers.names):
+                    known = LayerLoras(difference.modules[place])
+                    known = source.loras.setdefault(f"{part}.{current_name(name)}", known)
+                    known.added.append(((difference, place), lora.strength))
+            continue
         states = lora_states(tensors, parts, what, f"expert '{source.name}'", layers_of, config)
         for part, state in states.items():
             layers: dict[str, dict[str, Tensor]] = {}
