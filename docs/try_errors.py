@@ -57,7 +57,7 @@ CASES = {
         ("A model_index.json that names a function", "afa inspect function"),
         ("NaN in an expert's weights", f"afa generate nan {DRAW}"),
         ("The same, merged", "afa merge --experts demo:curves nan --output out"),
-        ("Weights in 8 bits with scales beside them", "afa inspect fp8.safetensors --config mine"),
+        ("Weights in 4 bits, as ComfyUI stores them", "afa inspect nvfp4.safetensors --config mine"),
         ("The same, with the scales named otherwise", "afa inspect int8.safetensors --config mine"),
         ("A single file of an architecture that is not known", "afa inspect noise.safetensors"),
         ("A denoiser alone, and nobody to lend it the rest", f"afa generate alone {DRAW}"),
@@ -65,7 +65,7 @@ CASES = {
         ("A name that is a path", "afa inspect ../x=demo:curves demo:angles"),
         ("Two experts of one name", f"afa train --experts demo:curves demo:curves --data data --output out {SMALL}"),
         ("A LoRA file without tensors", f"afa generate demo:curves+empty.safetensors {DRAW}"),
-        ("A LoRA of a kind that is not read", f"afa generate demo:curves+loha.safetensors {DRAW}"),
+        ("A LoRA of a kind that is not read", f"afa generate demo:curves+oft.safetensors {DRAW}"),
         ("A LoRA at a strength that is no number", f"afa generate demo:curves+lora.safetensors*nan {DRAW}"),
     ],
     "Experts that do not go together": [
@@ -341,14 +341,14 @@ def _broken_files(folder: Path, whole: bytes, tensors: dict[str, torch.Tensor]) 
     for name, header in {"null": "null", "offsets": '{"conv_in.bias": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}'}.items():
         (folder / f"{name}.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(8))
     save_file({"lora_unet_conv_in.lora_down.weight": torch.zeros(4, 4, 3, 3)}, folder / "lora.safetensors")
-    save_file({"lora_unet_conv_in.hada_w1_a": torch.zeros(4, 4)}, folder / "loha.safetensors")
+    save_file({"lora_unet_conv_in.oft_blocks": torch.zeros(4, 4)}, folder / "oft.safetensors")
     save_file({}, folder / "empty.safetensors")
     run("afa merge --experts mine mine2=mine --output merged.safetensors", folder)
     original = {name: tensor for name, tensor in load_file(folder / "merged.safetensors").items() if name not in ("v_pred", "ztsnr")}
     save_file(original, folder / "noise.safetensors")
     save_file(original | {"v_pred": torch.empty(0)}, folder / "velocity.safetensors")
     matrix = next(name for name, tensor in original.items() if name.endswith(".weight") and tensor.ndim == 2 and "diffusion_model" in name)
-    for name, kind, key in (("fp8", torch.float8_e4m3fn, "scale_weight"), ("int8", torch.int8, "weight_scale")):
+    for name, kind, key in (("nvfp4", torch.uint8, "weight_scale_2"), ("int8", torch.int8, "weight_scale")):
         packed = {matrix: original[matrix].to(kind), f"{matrix.removesuffix('.weight')}.{key}": torch.ones(())}
         save_file(original | packed, folder / f"{name}.safetensors")
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from original_transformers import originals, write_transformer
-from safetensors.torch import save_file
 from tiny_transformers import flux_pipeline, flux_transformer, sd3_pipeline, sd3_transformer
 
 from afa import Ensemble, UserError
@@ -182,20 +181,14 @@ def test_a_file_cut_down_says_what_it_lacks(tmp_path):
     [
         ("img_in.weight", (3072, 384), "FLUX.1 Fill"),
         ("img_in.weight", (3072, 128), "FLUX.1 Depth or Canny"),
-        ("double_blocks.0.img_attn.qkv.scale_weight", (1,), "quantised"),
-        ("scaled_fp8", (2,), "quantised"),
+        ("double_blocks.0.img_attn.qkv.weight_scale_2", (1,), "nvfp4"),
+        ("double_blocks.0.img_attn.qkv.weight_scale", (1,), "quantised"),  # beside bfloat16
     ],
 )
 def test_what_a_single_file_cannot_be_is_one_sentence(tmp_path, name, shape, sentence):
     file = real_header("flux", "flux", tmp_path / "real.safetensors", **{name: shape})
     with pytest.raises(UserError, match=sentence):
         detect_config(file)
-
-
-def test_one_component_in_diffusers_layout_asks_for_its_folder(tmp_path):
-    save_file(sd3_transformer(0).state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(UserError, match="give its folder"):
-        describe_expert(ExpertSpec.parse(str(tmp_path / "diffusion_pytorch_model.safetensors")))
 
 
 def test_experts_of_two_kinds_of_flux_cannot_be_fused():

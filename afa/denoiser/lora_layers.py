@@ -46,6 +46,9 @@ PREFIXES = {
 }
 # names in early versions of diffusers -> names today
 RENAMED = {"to_out": "to_out.0", "to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj"}
+# Ends of names of differences that no adapter holds; they can be part of an expert's weights, see
+# afa/experts/lora_differences.py.
+DIFFERENCES = r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|dora_scale|lora_mid|diff|diff_b"
 # Other files that people share as LoRAs: a pattern of their keys, and the end of the sentence "LoRA FILE …".
 OTHER_KINDS = (
     (r"\.hada_", "is a LoHa (LyCORIS)"),
@@ -127,7 +130,9 @@ def _grouped(tensors: Mapping[str, Tensor], what: str) -> dict[str, Found]:
     for pattern, kind in OTHER_KINDS:
         key = next((key for key in tensors if re.search(pattern, key)), None)
         if key is not None:
-            raise UserError(f"{what} {kind} ({key}), which is not supported here; take a plain LoRA")
+            part = re.search(rf"\.({DIFFERENCES})(\.weight)?$", key)
+            advice = f"{'give it as part of an expert, base+FILE, or ' if part else ''}take a plain LoRA"
+            raise UserError(f"{what} {kind} ({key}), which is not supported here; {advice}")
     for key, tensor in tensors.items():
         if match := FACTOR.fullmatch(key):
             layer, role = match[1] + match[2], ROLES[match[3]] if match[4] == "weight" else "bias"
@@ -202,7 +207,7 @@ def _places(
 
     Raises UserError for weights that find no place, and for layers that lack a factor.
     """
-    places = {key: _place(key, names) for key in found}
+    places = {key: place_of(key, names) for key in found}
     lost = [one for key, layer in found.items() if places[key] is None for one in _weights(layer)]
     if lost:
         count = sum(len(_weights(layer)) for layer in found.values())
@@ -222,7 +227,7 @@ def _weights(layer: Found) -> list[str]:
     return [key for key in layer.keys if not key.endswith(".alpha")]
 
 
-def _place(key: str, names: Mapping[str, Names]) -> tuple[str, Layers] | None:
+def place_of(key: str, names: Mapping[str, Names]) -> tuple[str, Layers] | None:
     """Return the part and the layers for a name in a file; None if there are none."""
     key = key.removeprefix("base_model.model.")
     prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), "")
@@ -282,7 +287,7 @@ def _factors(
     ]
     down, up = _shaped(layer.down, layer.up, modules[0], sum(sizes), f"{what} does not fit {where}: {first}")
     rank = down.shape[0]
-    alpha = rank if layer.alpha is None else _number(layer.alpha, f"{what}: the alpha of {first}")
+    alpha = rank if layer.alpha is None else one_number(layer.alpha, f"{what}: the alpha of {first}")
     scale = alpha / rank
     root = 2.0 ** round(math.log2(abs(scale)) / 2) if scale else 1.0
     if layers.swapped:
@@ -342,7 +347,7 @@ def _trimmed(shape: Sequence[int]) -> list[int]:
     return [*shape[:2], *(size for size in shape[2:] if size != 1)]
 
 
-def _number(alpha: Tensor | float, start: str) -> float:
+def one_number(alpha: Tensor | float, start: str) -> float:
     """Convert an alpha to a number. Raises UserError for anything but one finite number."""
     if isinstance(alpha, Tensor):
         if alpha.is_meta:

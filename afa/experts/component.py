@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers.models.modeling_utils import ModelMixin, no_init_weights
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from afa.errors import UserError
@@ -23,6 +22,7 @@ from afa.experts.headers import Tensors, check_fit, dtype_of, read_file, same_by
 from afa.experts.layouts import Layout
 from afa.experts.parts import check_config, component_class, component_named, first_line
 from afa.experts.prediction import is_prediction_key
+from afa.experts.tensors import TensorReader
 from afa.text_encoder import arithmetic
 
 
@@ -116,22 +116,23 @@ class Component:
         with init_empty_weights(), no_init_weights():  # buffers that no file holds are computed
             model = self.make()
         _tie(model)
-        tensors: dict[str, Tensor] = {}
-        for file in {entry.file for entry in self.tensors.values()}:
-            with safe_open(file, framework="pt") as opened:
-                tensors |= {
-                    name: opened.get_tensor(name)
+        # What is computed from a few bits stays in float32 where its dtype here is not known yet.
+        early = None if _kept_in_float32(model, dtype) else dtype
+        with TensorReader() as reader:
+            found = self._fitting(
+                model,
+                {
+                    name: reader.tensor(entry).to(early if entry.undone else None)
                     for name, entry in self.tensors.items()
-                    if entry.file == file
-                }
-        # Copied: at the odd addresses of a memory-mapped file, some kernels round the last bits otherwise.
-        state = {
-            name: tensor.to(
-                _dtype_of_weight(model, name, dtype) if tensor.is_floating_point() else tensor.dtype,
-                copy=True,
+                },
             )
-            for name, tensor in self._fitting(model, tensors).items()
-        }
+        # Copied: at the odd addresses of a memory-mapped file, some kernels round the last bits otherwise.
+        # One after the other, so that two copies of all weights are never in memory.
+        state = {}
+        for name in list(found):
+            tensor = found.pop(name)
+            kind = _dtype_of_weight(model, name, dtype) if tensor.is_floating_point() else tensor.dtype
+            state[name] = tensor.to(kind, copy=True)
         model.load_state_dict(state, strict=False, assign=True)
         _tie(model)
         return model
@@ -184,9 +185,14 @@ def _tie(model: Any) -> None:
 
 
 def _dtype_of_weight(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of one weight, by the rules of transformers and diffusers for classes that need float32."""
+    """The dtype of one weight."""
+    return torch.float32 if _kept_in_float32(model, dtype) & set(name.split(".")) else dtype
+
+
+def _kept_in_float32(model: Any, dtype: torch.dtype) -> set[str]:
+    """The modules that stay in float32, by the rules of transformers and diffusers."""
     always = dtype == torch.float16 or isinstance(model, ModelMixin)  # transformers: in float16 only
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if always else set()
     if dtype in (torch.float16, torch.bfloat16):
         kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    return torch.float32 if kept & set(name.split(".")) else dtype
+    return kept

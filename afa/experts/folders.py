@@ -27,11 +27,12 @@ CONFIGS = (
     "preprocessor_config.json",
 )
 NOTED = ("name_or_path", "_file")  # ends of the keys under which diffusers and transformers record paths
+QUANTISED = "quantization_config"
 # Settings that make a library read other files than the folder's, or run code that came with it.
 FOREIGN = {
     "auto_map": "names code of its own, which is never run",
     "custom_pipelines": "names code of its own, which is never run",
-    "quantization_config": "describes quantised weights, which are not read; take the model in bf16 or fp16",
+    QUANTISED: "describes quantised weights, which are not read",
     "transformers_weights": "names a weight file of its own",
 }
 
@@ -79,6 +80,11 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     file = folder / name
     config = read_object(file)
     for key, why in FOREIGN.items():
+        if config.get(key) and key == QUANTISED:
+            raise UserError(
+                f"{file}: {key} says that the weights are quantised by {_quantiser(config[key])}, which is "
+                "not read; take the folder in bf16 or fp16, or a single file in fp8, scaled fp8 or GGUF"
+            )
         if config.get(key):
             raise UserError(f"{file}: {key} {why}")
     if (folder / "adapter_config.json").is_file():
@@ -106,6 +112,16 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return config
 
 
+def _quantiser(settings: Any) -> str:
+    """What a quantization_config calls its method: bitsandbytes, torchao, quanto, gguf …, and its kind."""
+    if not isinstance(settings, dict):
+        return "a method without a name"
+    kinds = ("bnb_4bit_quant_type", "quant_type", "weights_dtype", "weights", "load_in_8bit", "bits")
+    method = str(settings.get("quant_method", "a method without a name"))
+    kind = next((settings[name] for name in kinds if isinstance(settings.get(name), str | int)), None)
+    return f"{method:.40}" if kind in (None, True, False) else f"{method:.40} ({kind!s:.40})"
+
+
 def _check_sizes(value: Any, file: Path, key: str) -> None:
     """Raise UserError for a number that no model has; a library would build layers or tables without end."""
     if isinstance(value, dict):
@@ -129,9 +145,12 @@ def weight_files(folder: Path) -> WeightFiles:
     library = "diffusers" if "_class_name" in read_config(folder) else "transformers"
     stem = NAMES[library]
     present = sorted(path.name for path in folder.iterdir() if path.is_file())
-    pattern = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors|{stem}\.safetensors\.index(?:\.(\w+))?\.json")
+    # the libraries have put the variant at three places into the name of an index
+    variant = r"(?:\.(\w+))?"
+    pattern = re.compile(rf"{stem}{variant}\.safetensors(?:{variant}\.index{variant}\.json)?")
     matches = [match for name in present if (match := pattern.fullmatch(name))]
-    variants = {match[1] or match[2] for match in matches}
+    of_file = {match[0]: match[1] or match[2] or match[3] for match in matches}
+    variants = set(of_file.values())
     if not variants:
         raise UserError(_nothing(folder, stem, present))
     chosen = next((variant for variant in (None, *VARIANTS) if variant in variants), None)
@@ -142,7 +161,7 @@ def weight_files(folder: Path) -> WeightFiles:
                 f"{folder} has its weights in the variants {found} and none without; keep one of them"
             )
         (chosen,) = variants
-    names = [match[0] for match in matches if (match[1] or match[2]) == chosen]
+    names = [name for name, its in of_file.items() if its == chosen]
     (first, *_) = sorted(names, key=lambda name: name.endswith(".json") == (library == "transformers"))
     if not first.endswith(".json"):
         return WeightFiles((folder / first,), chosen)

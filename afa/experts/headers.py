@@ -1,7 +1,7 @@
-"""The one reader of .safetensors headers: dtypes, shapes and places of tensors, without the tensors.
+"""The one reader of headers: dtypes, shapes and places of tensors, without the tensors.
 
-Every .safetensors file goes through it before it is opened, so that a broken, quantised or foreign file gives
-the same error in every command. Also here: whether tensors fit a model, are equal, and are finite.
+Every .safetensors and GGUF file goes through it before it is opened, so that a broken, quantised or foreign
+file gives the same error in every command. Also here: whether tensors fit a model, are equal, and are finite.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -19,40 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from afa.errors import UserError
+from afa.experts.dtypes import BITS, DTYPES, GGUF_BLOCKS, is_float
+from afa.experts.gguf_files import SUFFIX, read_gguf
+from afa.experts.scales import LONGEST as LONGEST_NOTE
+from afa.experts.scales import QuantisedError, Scales, find_scales
 from afa.text_files import parse_json
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-SMALL_FLOATS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # of 8 bits; torch converts them
-BITS = (
-    {
-        "F64": 64,
-        "I64": 64,
-        "U64": 64,
-        "C64": 64,
-        "F32": 32,
-        "I32": 32,
-        "U32": 32,
-        "F16": 16,
-        "BF16": 16,
-        "I16": 16,
-        "U16": 16,
-    }
-    | {"I8": 8, "U8": 8, "BOOL": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
-    | dict.fromkeys(SMALL_FLOATS, 8)
-)
 LONGEST = 100_000_000  # bytes of a header that the safetensors library accepts
 AGAIN = "download or export it again"
-# Tensors beside quantised weights: ComfyUI's scaled fp8 and int8, ModelOpt, bitsandbytes, GPTQ and AWQ,
-# SVDQuant, quanto, torchao, compressed-tensors.
-PACKED = re.compile(
-    r"(^|[._])(weight_scale(_\w+)?|scale_weight|scale_input|(input|output)_scale|scaled_fp8|comfy_quant"
-    r"|(nested_)?absmax|(nested_)?quant_map|quant_state(\.\w+)?|qweight|qzeros|g_idx|qdata|weight_format"
-    r"|wscales|wcscales|wtscale|smooth_factor"
-    r"|weight_packed|weight_global_scale|(weight_)?zero_point|weight\._(data|scale|shift|qdata))$|\.SCB$"
-)
-PACKED_NOTES = ("_quantization_metadata", "quantization_config", "quantization")  # of a header's __metadata__
-# Of single files, parts that are never read: an average of the weights, text encoders beside a transformer.
-UNREAD = ("model_ema.", "text_encoders.")
 BLOCK = 1 << 20
 # Names that changed: attention of old VAEs in diffusers; the inner model of CLIP text encoders in
 # transformers 5.6, and by 4.52 those of Qwen2.5-VL and Mistral 3, which are still stored as they were.
@@ -75,21 +49,30 @@ class Entry:
     """The header of one tensor.
 
     file:       the file that holds it
-    dtype:      torch's name of its dtype, such as float16
+    name:       its name there
+    dtype:      torch's name of its dtype in the file, such as float16
     shape:      its shape
     start, end: its bytes [start, end) in the file
+    scale:      what its numbers are multiplied by when they are read, see afa.experts.scales; None: nothing
     """
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    scale: "Entry | None" = None
 
     @property
     def is_float(self) -> bool:
         """Whether a weight can be read from it."""
-        return is_float(self.dtype)
+        return is_float(self.dtype) or self.scale is not None
+
+    @property
+    def undone(self) -> bool:
+        """Whether its numbers are computed when it is read: with a scale, or from blocks of a few bits."""
+        return self.scale is not None or self.dtype in GGUF_BLOCKS
 
     def meta(self) -> Tensor:
         """A tensor of this shape on the meta device, in float32; in int64 if it is no float."""
@@ -99,46 +82,79 @@ class Entry:
 Tensors = dict[str, Entry]
 
 
-def is_float(dtype: str) -> bool:
-    """Return True for a floating-point dtype that torch can convert, by its name in a header or in torch."""
-    return dtype in DTYPES or dtype in DTYPES.values() or dtype in SMALL_FLOATS
-
-
 def read_file(file: Path) -> Tensors:
-    """The headers of a file's tensors, by name. Raises UserError as read_header does.
+    """The headers of a file's tensors, by name: weights as afa.experts.tensors reads them, with their scales.
 
     CLIP's `position_ids` (0, 1, 2 …) count as int64, whatever dtype other programs left them in. They are no
     weights: text encoders make them themselves.
+    Raises UserError if the file is broken, cut off, longer than its header says, or quantised in a way that
+    is not undone.
     """
-    header, _, first = _read(file)
-    found: Tensors = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        dtype = "I64" if is_position_ids(name) else DTYPES.get(entry["dtype"], entry["dtype"])
-        found[name] = Entry(file, dtype, tuple(entry["shape"]), first + start, first + end)
-    return found
+    if file.suffix == SUFFIX:
+        return {
+            name: Entry(file, name, DTYPES.get(kind, kind), shape, start, end)
+            for name, (kind, shape, start, end) in read_gguf(file).items()
+            if not is_position_ids(name)
+        }
+    header, _, first, scales = _read(file)
+
+    def entry(name: str, scale: Entry | None = None) -> Entry:
+        found = header[name]
+        start, end = found["data_offsets"]
+        dtype = "I64" if is_position_ids(name) else DTYPES.get(found["dtype"], found["dtype"])
+        return Entry(file, name, dtype, tuple(found["shape"]), first + start, first + end, scale)
+
+    scale = {name: entry(other) for name, other in scales.of.items()}
+    return {name: entry(name, scale.get(name)) for name in header if name not in scales.beside}
 
 
 def read_header(file: Path) -> dict[str, Any]:
     """The header of a file as it is written: tensor's name -> dtype, shape, data_offsets.
 
-    Raises UserError if the file is broken, cut off, longer than its header says, or holds quantised weights.
+    For readers that take the tensors as they are in the file.
+    Raises UserError as read_file does, and for weights with scales beside them.
     """
-    return _read(file)[0]
+    header, _, _, scales = _read(file)
+    if scales.beside:
+        raise _quantised(file, min(scales.beside))
+    return header
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata in a file's header. Raises UserError as read_header does."""
-    return _read(file)[1]
+    """The metadata in a .safetensors file's header; GGUF has none. Raises UserError as read_file does."""
+    return {} if file.suffix == SUFFIX else _read(file)[1]
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a file, on the CPU. Raises UserError as read_header does."""
-    _read(file)
+    read_header(file)
     return load_file(file)
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, str], int, Scales]:
+    """The tensors' entries, the metadata, the byte at which the tensors begin, and what belongs together."""
+    header, metadata, first = _read_text(file)
+
+    def content(name: str) -> bytes:
+        start, end = header[name]["data_offsets"]
+        with file.open("rb") as stream:
+            stream.seek(first + start)
+            return stream.read(min(end - start, LONGEST_NOTE))
+
+    try:
+        return header, metadata, first, find_scales(header, metadata, content)
+    except QuantisedError as error:
+        raise _quantised(file, error) from None
+
+
+def _quantised(file: Path, what: object) -> UserError:
+    return UserError(
+        f"{file} holds quantised weights ({what}), which would be read without their scales; "
+        "take the model in bf16, fp16 or fp8, or save it as such"
+    )
+
+
+def _read_text(file: Path) -> tuple[dict[str, Any], dict[str, str], int]:
     """The tensors' entries, the metadata, and the byte at which the tensors begin."""
     if not file.is_file():  # reading a pipe might never end
         raise UserError(f"{file} is no file; give a .safetensors file")
@@ -173,7 +189,6 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, str], int]:
             f"{file} is longer than its header says: it has {size} bytes, its tensors end at {end}; {AGAIN}"
         )
     _check_metadata(file, metadata)
-    _check_plain(file, header, metadata or {})
     return header, metadata or {}, 8 + length
 
 
@@ -229,25 +244,6 @@ def _check_metadata(file: Path, metadata: Any) -> None:
             raise UserError(
                 f"{file}: its __metadata__ may hold texts only, and {what}; save it again without that entry"
             )
-
-
-def _check_plain(file: Path, header: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Raise UserError for quantised weights: loaders ignore their scales, and would read wrong numbers."""
-    found = next((f"{name} in its __metadata__" for name in PACKED_NOTES if name in metadata), None)
-    for name, entry in header.items():
-        if name.startswith(UNREAD):
-            continue
-        if PACKED.search(name):
-            found = name
-            break
-        if name.endswith(("weight", "bias")) and not is_float(entry["dtype"]):
-            found = f"{name} in {entry['dtype']}"
-            break
-    if found:
-        raise UserError(
-            f"{file} holds quantised weights ({found}), which would be read without their scales;"
-            " take the model in bf16, fp16 or plain fp8, or save it as such"
-        )
 
 
 def is_position_ids(name: str) -> bool:
@@ -323,7 +319,13 @@ def same_bytes(one: Tensors, other: Tensors) -> bool:
     Files are read until their first difference.
     """
     one, other = (
-        {name: entry for name, entry in tensors.items() if not is_position_ids(name)}
+        {
+            key: entry
+            for name, whole in tensors.items()
+            if not is_position_ids(name)
+            for key, entry in ((name, whole), (f"{name} scale", whole.scale))
+            if entry is not None
+        }
         for tensors in (one, other)
     )
     if {name: (e.dtype, e.shape) for name, e in one.items()} != {

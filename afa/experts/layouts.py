@@ -1,8 +1,8 @@
-"""Which model a single .safetensors file holds, by the names in its header, and those names in diffusers.
+"""Which model a .safetensors or .gguf file holds, by the names in its header, and those names in diffusers.
 
 afa reads whole checkpoints of SD 1.x, 2.x and XL in the publisher's (LDM) layout; their U-Net alone, with the
-prefix that it has in checkpoints, without it, or by diffusers' names; transformers of SD 3 and FLUX.1; and
-VAEs alone. Other models are refused with an error that names them.
+prefix that it has in checkpoints, without it, or by diffusers' names; the transformers in the table of
+afa/experts/transformer_names.py; and VAEs alone. Other models are refused with an error that names them.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from afa.errors import UserError
+from afa.experts.transformer_names import TRANSFORMERS, transformer_in
 
 DENOISER, VAE = "model.diffusion_model.", "first_stage_model."  # before a part's names in whole checkpoints
 TEXT = ("cond_stage_model.", "conditioner.")
@@ -24,7 +25,15 @@ PREFIXES = {
 }
 # prefixes of text encoders that are OpenCLIP's, within those above
 OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model.")
-SD3, FLUX = "joint_blocks.0.x_block.attn.qkv.weight", "double_blocks.0.img_attn.qkv.weight"
+# begins of names in files of a text encoder alone, the last three by llama.cpp
+TEXT_ALONE = (
+    "text_model.",
+    "encoder.block.0.layer.",
+    "transformer.resblocks.",
+    "blk.",
+    "enc.blk.",
+    "token_embd.",
+)
 # Tensors that only a U-Net has (and below, only a VAE), and whether the name is diffusers'.
 UNETS = (("input_blocks.0.0.weight", False), ("up_blocks.0.resnets.0.conv1.weight", True))
 VAES = (("decoder.up.0.block.0.conv1.weight", False), ("decoder.up_blocks.0.resnets.0.conv1.weight", True))
@@ -37,8 +46,7 @@ FOREIGN = {
     "vector_in_vision.": "HunyuanImage",
     "txtfusion.": "Krea 2",
     "text_fusion.": "Krea 2",
-    "transformer_blocks.0.img_mod.": "Qwen-Image",
-    "txt_norm.weight": "Qwen-Image",
+    "time_text_embed.addition_t_embedding.": "Qwen-Image-Layered",
     "cap_embedder.": "Z-Image or Lumina 2",
     "double_stream_blocks.": "HiDream",
     "double_layers.0.": "AuraFlow",
@@ -51,11 +59,10 @@ FOREIGN = {
     "adaln_single.emb.": "PixArt or LTX-Video",
     "control_model.": "ControlNet",
     "controlnet_cond_embedding.": "ControlNet",
-    "single_transformer_blocks.0.": "FLUX under diffusers' names",
-    "transformer_blocks.0.": "transformer under diffusers' names",
+    "controlnet_blocks.0.": "ControlNet",
 }
 LORA = (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", "lora_unet_", "lora_transformer_")
-READ = "SD 1.x, 2.x, XL, 3, 3.5 and FLUX.1"
+READ = "SD 1.x, 2.x, XL, 3, 3.5, FLUX.1 and Qwen-Image"
 
 
 @dataclass(frozen=True)
@@ -122,9 +129,9 @@ def layout_of(names: Collection[str], file: Any) -> Layout:
                 return Layout("pipeline", DENOISER) if whole else Layout("unet", prefix, diffusers)
     family = _foreign(names)
     if family is None:
-        for prefix in (DENOISER, ""):
-            if f"{prefix}{SD3}" in names or f"{prefix}{FLUX}" in names:
-                return Layout("transformer", prefix)
+        found = transformer_in(names)
+        if found is not None:
+            return Layout("transformer", found[1], found[0].diffusers)
         vae = vae_layout(names)
         if vae is not None:
             return vae
@@ -167,23 +174,21 @@ def _strange(names: Collection[str], family: str | None) -> str:
         )
     if family == "ControlNet":
         return "is a ControlNet, which cannot be an expert; give it to the ensemble's pipeline(controlnet=…)"
-    if family is not None and "diffusers" in family:
-        return f"is a {family}, of which folders are read; give its folder, with the config.json"
     if family is not None:
+        return f"is a {family} model, which is not read as a single file; read are {READ}"
+    if any(name.startswith("transformer_blocks.0.") for name in names):
         return (
-            f"is a {family} model, which is not read as a single file; read are {READ}, "
-            "and Qwen-Image and Krea 2 as diffusers folders"
+            "is a transformer under diffusers' names, and of these single files are read of "
+            f"{', '.join(dict.fromkeys(entry.family for entry in TRANSFORMERS if entry.diffusers))}; "
+            "give its folder, with the config.json"
         )
-    if any(
-        name.startswith((*TEXT, "text_model.", "encoder.block.0.layer.", "transformer.resblocks."))
-        for name in names
-    ):
+    if any(name.startswith((*TEXT, *TEXT_ALONE)) for name in names):
         return (
             "is no checkpoint in original layout: it holds a text encoder and no denoiser; "
             "give the whole checkpoint or its U-Net"
         )
     return (
         f"is no checkpoint in original layout: it has neither {DENOISER}{UNETS[0][0]} nor a transformer of "
-        "SD 3 or FLUX.1;"
-        " is it an embedding, an upscaler or another family?"
+        f"{', '.join(dict.fromkeys(entry.family for entry in TRANSFORMERS))}; "
+        "is it an embedding, an upscaler or another family?"
     )

@@ -13,7 +13,8 @@ from afa.experts.description import ExpertDescription, describe, pipeline_compon
 from afa.experts.expert import TEXT_ENCODERS, Expert, pipeline_options, tokenizers_in
 from afa.experts.headers import check_finite
 from afa.experts.locate import Located, locate
-from afa.experts.lora import add_own, fuse, load_sharing
+from afa.experts.lora import load_sharing
+from afa.experts.lora_differences import fold_in
 from afa.experts.parts import load_part, load_tokenizers_of, read_index
 from afa.experts.prediction import predicting
 from afa.experts.spec import ExpertSpec
@@ -154,9 +155,7 @@ def _from_files(description: ExpertDescription, dtype: torch.dtype, cache: Compo
 
     expert = description.build(load)
     if loras:
-        add_own(expert, loras)
-        for module in (expert.model, *expert.text_encoders):
-            fuse(module)
+        fold_in(expert, loras)
     return expert
 
 

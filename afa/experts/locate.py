@@ -10,7 +10,8 @@ from pathlib import Path
 
 from afa.errors import UserError
 from afa.experts.folders import weight_files
-from afa.experts.headers import read_header
+from afa.experts.gguf_files import SUFFIX
+from afa.experts.headers import read_file
 from afa.experts.layouts import Layout, layout_of
 from afa.experts.parts import has_part, read_index
 from afa.experts.spec import (
@@ -20,13 +21,15 @@ from afa.experts.spec import (
 )
 from afa.files import settled, sha256
 
+SUFFIXES = (".safetensors", SUFFIX)  # of single files
+
 
 @dataclass(frozen=True)
 class Located:
     """The files of an expert.
 
     spec:   what the user asked for
-    path:   a diffusers folder or a .safetensors file
+    path:   a diffusers folder, or a .safetensors or .gguf file
     commit: on the hub; None: not from the hub
     """
 
@@ -36,7 +39,7 @@ class Located:
 
     @property
     def single_file(self) -> bool:
-        """Whether it is one .safetensors file."""
+        """Whether it is one file, not a folder."""
         return self.path.is_file()
 
     @property
@@ -49,7 +52,7 @@ class Located:
     @cached_property
     def layout(self) -> Layout:
         """How a single file names its tensors. Raises UserError for a broken file, or a model not read."""
-        return layout_of(read_header(self.path), self.path)
+        return layout_of(read_file(self.path), self.path)
 
 
 def locate(spec: ExpertSpec) -> Located:
@@ -73,10 +76,10 @@ def locate(spec: ExpertSpec) -> Located:
         return Located(spec, path)
     if there:
         _check_plain(path)
-        if path.suffix != ".safetensors":
+        if path.suffix not in SUFFIXES:
             raise UserError(
-                f"{path} is a '{path.suffix}' file; experts are diffusers folders or .safetensors files "
-                "(convert pickles first)"
+                f"{path} is a '{path.suffix}' file; experts are diffusers folders, "
+                ".safetensors or .gguf files (convert pickles first)"
             )
         return Located(spec, path)
     from_manifest = spec.named_by is not None and spec.revision is None  # without a commit it is a path

@@ -30,9 +30,9 @@ from afa.denoiser.lora import (
     shared_copy,
     tuner_layers,
 )
-from afa.denoiser.lora_layers import lora_states
+from afa.denoiser.lora_layers import DIFFERENCES, lora_states
 from afa.errors import UserError
-from afa.experts.headers import first_not_finite, is_finite, read_file, read_header
+from afa.experts.headers import first_not_finite, is_finite, read_header
 from afa.experts.locate import Located, locate
 from afa.experts.spec import HUB_ID, ExpertSpec, Lora
 from afa.models.registry import FAMILIES, layers_of
@@ -68,7 +68,7 @@ def read_lora(source: Any, **options: Any) -> tuple[str, dict[str, Tensor], dict
         raise UserError(
             f"{what} is no .safetensors file; convert it first (pickles can run code and are not read)"
         )
-    read_file(file)  # raises for a broken file
+    read_header(file)  # raises for a broken file
     with safe_open(file, framework="pt") as opened:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         recorded = (opened.metadata() or {}).get(RECORDED)
@@ -169,6 +169,12 @@ def _json(text: str, where: str) -> dict[str, Any]:
 UP = ".lora_B.weight"
 
 
+def holds_differences(lora: Lora) -> bool:
+    """Whether a file holds differences of weights that no adapter can hold: LoHa, LoKr, DoRA, whole ones."""
+    end = re.compile(rf"\.({DIFFERENCES})(\.weight)?$")
+    return any(end.search(name) for name in read_header(Path(lora.path)))
+
+
 def load_sharing(sources: Sequence[Any], load: Callable[[Any], "Expert"]) -> list["Expert"]:
     """Load experts; a base that several of them have is loaded once.
 
@@ -190,8 +196,10 @@ def load_sharing(sources: Sequence[Any], load: Callable[[Any], "Expert"]) -> lis
 
 
 def place_of(located: Located | None) -> Path | None:
-    """A key that experts of one base share; None for objects and denoisers alone."""
-    return located.path.resolve() if located is not None and located.whole_pipeline else None
+    """A key that experts of one base share; None for objects, denoisers alone, and what changes the base."""
+    if located is None or not located.whole_pipeline or any(map(holds_differences, located.spec.loras)):
+        return None
+    return located.path.resolve()
 
 
 def on_base(base: "Expert", located: Located) -> "Expert":

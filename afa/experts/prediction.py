@@ -18,7 +18,7 @@ from typing import Any
 
 from afa.denoiser.schedule import Schedule, kind_of
 from afa.errors import UserError
-from afa.experts.headers import read_header, read_metadata
+from afa.experts.headers import read_file, read_metadata
 from afa.experts.layouts import DENOISER
 from afa.experts.locate import Located
 from afa.experts.parts import has_part, load_part
@@ -51,7 +51,7 @@ def said_by_file(file: Path, given: str | None = None, config: str | None = None
             keys and the user count more
     Raises UserError if two contradict each other, and for models of EDM's noise schedule.
     """
-    names = read_header(file)
+    names = read_file(file)
     edm = next((name for name in EDM_KEYS if _has(names, name)), None)
     if edm is not None:
         raise UserError(

@@ -1,11 +1,10 @@
 """Which configs, scheduler and tokenizers a single file is read with; all of them ship with afa, in configs/.
 
-U-Nets come with text encoders and VAE in one file (LDM's layout), or alone. Of transformers (SD 3, FLUX.1)
-only the denoiser is read, since their fine-tunes share everything else.
+U-Nets come with text encoders and VAE in one file (LDM's layout), or alone. Of transformers only the denoiser
+is read, since their fine-tunes share everything else.
 """
 
 import gzip
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from afa.denoiser.schedule import kind_of
 from afa.errors import UserError, unknown
 from afa.experts.embedded import unpack
 from afa.experts.folders import read_object
-from afa.experts.headers import read_header, read_metadata
-from afa.experts.layouts import SD3, layout_of
+from afa.experts.headers import read_file, read_metadata
+from afa.experts.layouts import layout_of
 from afa.experts.locate import Located
 from afa.experts.parts import load_part
 from afa.experts.prediction import Prediction, predicting, said_by_file, warn_once
+from afa.experts.transformer_names import transformer_in
 
 CONFIGS = Path(__file__).parent / "configs"
 KNOWN_CONFIGS = (
@@ -57,27 +57,27 @@ def detect_config(file: Path, prediction_type: str | None = None) -> str:
     prediction_type: the user's --prediction-type
     Raises UserError if none fits.
     """
-    header = read_header(file)
+    header = read_file(file)
     layout = layout_of(header, file)
     if layout.part == "vae":
         raise UserError(
             f"{file} is no checkpoint in original layout but a VAE alone; give it as --vae, "
             "or in Python as vae="
         )
-    if layout.part == "transformer":
-        return _transformer_config(
-            file, {name.removeprefix(layout.prefix): entry["shape"] for name, entry in header.items()}
-        )
+    found = transformer_in(header) if layout.part == "transformer" else None
+    if found is not None:
+        names, prefix = found
+        return names.config({name.removeprefix(prefix): entry.shape for name, entry in header.items()}, file)
     first, attention = (layout.prefix + name for name in UNET[layout.diffusers])
-    channels = header[first]["shape"][1] if first in header else 0
+    channels = header[first].shape[1] if first in header else 0
     if channels != 4:
         raise UserError(
             f"{file} takes {channels} input channels, expected 4; "
             "inpainting and other conditioned U-Nets are not supported as single files"
         )
     for (*blocks, width), config in ARCHITECTURES.items():
-        shape = header.get(attention.format(blocks[layout.diffusers]), {}).get("shape", [])
-        if shape[1:] == [width]:
+        entry = header.get(attention.format(blocks[layout.diffusers]))
+        if entry is not None and entry.shape[1:] == (width,):
             said = said_by_file(file, prediction_type).type if config == "sd21" else None
             return "sd21-base" if said == "epsilon" else config
     own = f"give its folder: {file.parent}, or" if (file.parent / "config.json").is_file() else "give"
@@ -117,28 +117,6 @@ def scheduler_of(located: Located, config: str | None, folder: Path) -> tuple[An
             "as SD 2.1 at 768 px; if not, --prediction-type epsilon"
         )
     return predicting(usual, said, located.path), said
-
-
-def _transformer_config(file: Path, shapes: Mapping[str, list[int]]) -> str:
-    """The shipped config of a transformer.
-
-    SD 3 is known by its depth and its second attention, FLUX.1 by its guidance input.
-
-    shapes: by tensor's name, without prefix
-    Raises UserError for a FLUX.1 with other inputs than latents.
-    """
-    if SD3 in shapes:
-        if "joint_blocks.37.x_block.attn.qkv.weight" in shapes:
-            return "sd35-large"
-        return "sd35" if "joint_blocks.0.x_block.attn2.qkv.weight" in shapes else "sd3"
-    channels = shapes["img_in.weight"][1]
-    if channels != 64:
-        kinds = {384: "FLUX.1 Fill", 128: "FLUX.1 Depth or Canny"}
-        raise UserError(
-            f"{file} takes {channels} input channels ({kinds.get(channels, 'unknown')}), "
-            "expected the 64 of FLUX.1; give a diffusers folder"
-        )
-    return "flux" if "guidance_in.in_layer.weight" in shapes else "flux-schnell"
 
 
 def config_folder(name_or_folder: str) -> Path:

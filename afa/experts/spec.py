@@ -11,7 +11,7 @@ from afa.settings import check_number
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")  # what a U-Net may predict
 PREDICTION_HELP = "what U-Nets of single files predict, if the files do not record it"  # of --prediction-type
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w./-]+\.safetensors)?")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w./-]+\.(safetensors|gguf))?")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
@@ -38,7 +38,8 @@ class ExpertSpec:
     """One expert as the user, or a manifest, names it.
 
     name:            unique in an ensemble
-    source:          a diffusers folder, a .safetensors file, a hub id org/name or org/name/file.safetensors
+    source:          a diffusers folder, a .safetensors or .gguf file, a hub id org/name or
+                     org/name/file.safetensors
     revision:        branch, tag or commit of a hub id; None: the default branch
     loras:           LoRA files that are part of it
     named_by:        the file that names it, such as a manifest; None: the user
@@ -133,5 +134,6 @@ def _lora(text: str) -> Lora:
 
 
 def _default_name(source: str) -> str:
-    """The name of a folder or file, without .safetensors and characters that a name cannot have."""
-    return plain_name(given_name(Path(source)).removesuffix(".safetensors"), "expert")
+    """The name of a folder or file, without its suffix and characters that a name cannot have."""
+    name = given_name(Path(source)).removesuffix(".safetensors").removesuffix(".gguf")
+    return plain_name(name, "expert")

@@ -81,7 +81,7 @@ def write(plan: MergePlan, reader: Reader, strings: Mapping[str, str], bar: Any)
         if item.spare is not None:
             spare = reader.read(item.spare)
             check_values(item.name, [spare], [plan.first.name])
-            return spare
+            return spare.to(TYPES.get(item.code, spare.dtype))
         if not item.keys:
             return torch.empty(0)
         tensors = [plan.last.value(key, reader, TYPES.get(item.code)) for key in item.keys]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from afa.errors import UserError
+from afa.experts.dtypes import BITS, DTYPES, SMALL_FLOATS
 from afa.experts.expert import TEXT_ENCODERS
-from afa.experts.headers import BITS, DTYPES
 from afa.experts.prediction import keys_of
 from afa.merging.single_file import Place, names_by_key, original_places, shape_to_original
 from afa.merging.sources import Stored
@@ -23,12 +23,7 @@ if TYPE_CHECKING:
 
 ALIGNED = 8  # a header is padded so that the tensors begin at a multiple
 CODES = {dtype: code for code, dtype in DTYPES.items()}  # as a .safetensors header has them
-TYPES = {code: getattr(torch, name) for code, name in DTYPES.items()} | {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}
+TYPES = {code: getattr(torch, name) for code, name in DTYPES.items()} | SMALL_FLOATS
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from afa.devices import choose_device
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
-from afa.experts.headers import DTYPES
+from afa.experts.dtypes import DTYPES
 from afa.experts.load import check_names
 from afa.experts.locate import check_loras
 from afa.experts.spec import ExpertSpec

@@ -6,7 +6,7 @@ comes, with the expert's LoRAs folded in.
 """
 
 import copy
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from afa.denoiser.lora import OWN, activate
@@ -22,15 +21,18 @@ from afa.denoiser.lora_layers import lora_states
 from afa.errors import UserError
 from afa.experts.component import Component
 from afa.experts.description import ExpertDescription, describe_expert
+from afa.experts.dtypes import is_float
 from afa.experts.expert import TEXT_ENCODERS, Expert
 from afa.experts.folders import read_object
-from afa.experts.headers import Tensors, current_name, is_float, is_position_ids, read_file, tied
+from afa.experts.headers import Entry, Tensors, current_name, is_position_ids, read_file, tied
 from afa.experts.layouts import OPEN_CLIP
 from afa.experts.locate import Located, locate
-from afa.experts.lora import attach, fuse, read_lora
+from afa.experts.lora import attach, fuse, holds_differences, read_lora
+from afa.experts.lora_differences import Difference, find_differences
 from afa.experts.prediction import is_prediction_key
 from afa.experts.single_file import config_folder
 from afa.experts.spec import ExpertSpec, Lora
+from afa.experts.tensors import TensorReader
 from afa.experts.vae import describe_vae
 from afa.merging.keys import key_stages
 from afa.merging.single_file import Place, from_original, original_places, shape_from_original
@@ -40,18 +42,27 @@ if TYPE_CHECKING:
     pass
 
 EMA = "model_ema."
-MAPPED = 256 << 20  # bytes read from all files before they are mapped anew, which lets the read pages go
+UNDONE = "bfloat16"  # of a merge of weights that were in 8 bits or fewer, and so have fewer digits
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of an expert: in which file, where there and in which form, its type and its shape as
-    diffusers has it."""
+    """One tensor of an expert: in which file, where there and in which form; the type in which a merge writes
+    it, which is the file's own, and its shape as diffusers has it."""
 
-    file: Path
+    entry: Entry
     place: Place
     dtype: str
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, entry: Entry, place: Place) -> "Stored":
+        dtype = UNDONE if entry.undone else entry.dtype
+        return cls(entry, place, dtype, shape_from_original(entry.shape, place))
+
+    @property
+    def file(self) -> Path:
+        return self.entry.file
 
     @property
     def name(self) -> str:
@@ -170,17 +181,29 @@ class LayerLoras:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
-        self.added: list[
-            tuple[dict[str, Tensor], float]
-        ] = []  # factors by peft's names, alpha in them; strength
+        # factors by peft's names, alpha in them, or a difference and the layer's place in it; strength
+        self.added: list[tuple[dict[str, Tensor] | tuple[Difference, int], float]] = []
 
     def changes(self, end: str) -> bool:
         """Whether the layer's `weight` or `bias` is another with them."""
-        biased = any("lora_B.bias" in state for state, _ in self.added)
+        held = [one[0].tensors if isinstance(one, tuple) else one for one, _ in self.added]
+        biased = any("lora_B.bias" in names or "diff_b" in names for names in held)
         return end == "weight" or (end == "bias" and biased)
 
     def folded(self, tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
         """The layer's own tensors -> with the LoRAs in them. what: for messages."""
+        if not any(isinstance(one, tuple) for one, _ in self.added):
+            return self._with_loras(tensors, self.added, what)
+        for one, strength in self.added:
+            if isinstance(one, tuple):
+                tensors = one[0].of_one(one[1], tensors, strength)
+            else:
+                tensors = self._with_loras(tensors, [(one, strength)], what)
+        return tensors
+
+    def _with_loras(
+        self, tensors: dict[str, Tensor], added: Sequence[tuple[Any, float]], what: str
+    ) -> dict[str, Tensor]:
         holder: Any = nn.Module()
         holder.dtype = torch.float32
         holder.layer = copy.deepcopy(self.layer)
@@ -188,10 +211,10 @@ class LayerLoras:
             holder.layer._parameters[end] = nn.Parameter(
                 tensor.to(torch.float32, copy=True), False
             )  # peft adds in place
-        names = [f"{OWN}{index}" for index in range(len(self.added))]
-        for name, (state, _) in zip(names, self.added, strict=True):
+        names = [f"{OWN}{index}" for index in range(len(added))]
+        for name, (state, _) in zip(names, added, strict=True):
             attach(holder, {f"layer.{end}": tensor for end, tensor in state.items()}, name)
-        activate(holder, names, [strength for _, strength in self.added])
+        activate(holder, names, [strength for _, strength in added])
         try:
             fuse(holder)
         except UserError:
@@ -218,6 +241,13 @@ def add_loras(source: FileSource, loras: tuple[Lora, ...]) -> FileSource:
     parts = {part: models[part] for part in (source.denoiser, *text)}
     for lora in loras:
         what, tensors, config = read_lora(lora.path)
+        if holds_differences(lora):
+            for part, difference in find_differences(tensors, parts, what, f"expert '{source.name}'"):
+                for place, name in enumerate(difference.layers.names):
+                    known = LayerLoras(difference.modules[place])
+                    known = source.loras.setdefault(f"{part}.{current_name(name)}", known)
+                    known.added.append(((difference, place), lora.strength))
+            continue
         states = lora_states(tensors, parts, what, f"expert '{source.name}'", layers_of, config)
         for part, state in states.items():
             layers: dict[str, dict[str, Tensor]] = {}
@@ -253,7 +283,7 @@ def open_source(
     if located.single_file:
         used = {stored.name for stored in tensors.values()}
         spare = {
-            name: Stored(entry.file, Place(name), entry.dtype, entry.shape)
+            name: Stored.of(entry, Place(name))
             for name, entry in read_file(located.path).items()
             if not (name in used or name.startswith(EMA) or is_prediction_key(name))
         }
@@ -297,7 +327,7 @@ def tensors_of(component: Component, denoiser: Any = None, xl: bool = False) -> 
         same = tied(component.model)
         for name, entry in entries.items():
             key = same.get(current_name(name), current_name(name))
-            found.setdefault(key, Stored(entry.file, Place(name), entry.dtype, entry.shape))
+            found.setdefault(key, Stored.of(entry, Place(name)))
     elif layout.diffusers:
         names = {current_name(name.removeprefix(layout.prefix)): name for name in entries}
         found = {name: _stored(entries, Place(names[name])) for name in state}
@@ -315,36 +345,19 @@ def _stored(entries: Tensors, place: Place) -> Stored:
     key = place.key if place.key in entries else place.key.replace(".text_model.", ".")
     entry = entries[key]
     form = "same" if place.form == "conv" and len(entry.shape) == 2 else place.form
-    found = Place(key, form, place.rows)
-    return Stored(entry.file, found, entry.dtype, shape_from_original(entry.shape, found))
+    return Stored.of(entry, Place(key, form, place.rows))
 
 
-class Reader:
+class Reader(TensorReader):
     """Tensors from memory-mapped files, which stay open while it is used: with Reader() as reader:
     reader.read(stored)."""
 
     def __init__(self) -> None:
-        self._open: dict[Path, Any] = {}
-        self._stack = ExitStack()
-        self._mapped = 0  # bytes read since the files were mapped
-
-    def __enter__(self) -> "Reader":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-        self._open.clear()
-        self._mapped = 0
+        super().__init__(remap=True)
 
     def read(self, stored: Stored) -> Tensor:
         """One tensor, in its diffusers form and in the file's type; position_ids as they should be, whatever
-        the file has."""
+        the file has; in float32 what was in 8 bits with scales, or in blocks of GGUF."""
         if is_position_ids(stored.name):
             return torch.arange(stored.numbers).reshape(stored.shape)
-        if self._mapped > MAPPED:
-            self.__exit__()
-        if stored.file not in self._open:
-            self._open[stored.file] = self._stack.enter_context(safe_open(stored.file, framework="pt"))
-        tensor: Tensor = self._open[stored.file].get_tensor(stored.name)
-        self._mapped += tensor.numel() * tensor.element_size()
-        return from_original(tensor, stored.place)
+        return from_original(self.tensor(stored.entry), stored.place)

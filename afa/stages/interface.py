@@ -89,11 +89,8 @@ class ModelInterface(ABC):
         if not self.pipeline_settings:
             return config
         given = {name: settings.get(name) for name in self.pipeline_settings}
-        used = {
-            name: usual if given[name] is None else given[name]
-            for name, usual in self.pipeline_settings.items()
-        }
-        return FrozenDict({**config, **used})
+        used = {name: value for name, value in given.items() if value is not None}
+        return FrozenDict({**config, **self.pipeline_settings, **used})
 
     def prompt_tokens(self, encoders: Sequence[Any]) -> int:
         """Return the length of a prompt in tokens. encoders: configs of the model's text encoders, if any."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -48,7 +49,10 @@ def marked(folder: Path, part: str, value: float) -> dict[str, torch.Tensor]:
     return tensors | {key: torch.full_like(tensors[key], value)}
 
 
-def shards(folder: Path, part: str, tensors, variant: str | None = None, stem: str | None = None) -> None:
+INDEX = "{stem}.safetensors.index{middle}.json"
+
+
+def shards(folder: Path, part: str, tensors, variant: str | None = None, stem: str | None = None, index: str = INDEX) -> None:
     """Write weights in two shards and their index, as the libraries name them."""
     home, stem = (folder / part).parent, stem or Path(part).stem
     middle = f".{variant}" if variant else ""
@@ -57,7 +61,7 @@ def shards(folder: Path, part: str, tensors, variant: str | None = None, stem: s
         file = f"{stem}{middle}-0000{number}-of-00002.safetensors"
         save_file({name: tensors[name] for name in chosen}, home / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(chosen, file)
-    replace(home / f"{stem}.safetensors.index{middle}.json", {"metadata": {"total_size": 1}, "weight_map": weight_map})
+    replace(home / index.format(stem=stem, middle=middle), {"metadata": {"total_size": 1}, "weight_map": weight_map})
 
 
 def seen(folder: Path, part: str = UNET) -> list[float]:
@@ -101,6 +105,19 @@ def test_a_folder_that_has_only_a_variant_is_read(folder, variant, sharded):
         else:
             replace(folder / part.replace(".safetensors", f".{variant}.safetensors"), half)
     assert seen(folder) == seen(folder, TEXT) == [3.0] * 4
+
+
+@pytest.mark.parametrize("index", [INDEX, "{stem}{middle}.safetensors.index.json", "{stem}.safetensors{middle}.index.json"])
+def test_the_index_of_a_variant_is_found_under_every_name_that_it_has_had(folder, index):
+    for part in (UNET, TEXT):
+        half = {name: tensor.half() for name, tensor in marked(folder, part, 3.0).items()}
+        plain = marked(folder, part, 2.0)
+        shards(folder, part, half, "fp16", index=index)
+        assert seen(folder, part)[0] != 3.0  # the plain file
+        (folder / part).unlink()
+        assert seen(folder, part) == [3.0] * 4
+        shards(folder, part, plain)
+        assert seen(folder, part) == [2.0] * 4  # plain shards
 
 
 def test_a_vae_that_has_only_a_variant_is_read(folder):
@@ -272,6 +289,28 @@ def test_settings_that_ask_for_other_code_or_files_are_refused_by_name(folder, p
     replace(file, json.loads(file.read_text()) | change)
     with pytest.raises(UserError, match=rf"{part}/config.json: {next(iter(change))}"):
         _ = load_expert(str(folder)).load_vae()
+
+
+QUANTISERS = {
+    "bitsandbytes (nf4)": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "torchao (int8wo)": {"quant_method": "torchao", "quant_type": "int8wo"},
+    "torchao": {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
+    "quanto (int8)": {"quant_method": "quanto", "weights_dtype": "int8"},
+    "gguf": {"quant_method": "gguf", "compute_dtype": "bfloat16"},
+    "sdnq (uint4)": {"quant_method": "sdnq", "weights_dtype": "uint4"},
+    "nunchaku_lite": {"quant_method": "nunchaku_lite"},
+    "a method without a name": ["evil"],
+}
+
+
+@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_quantised_folder_is_refused_by_its_quantisers_name_with_what_to_take_instead(folder, part, name):
+    file = folder / part / "config.json"
+    replace(file, json.loads(file.read_text()) | {"quantization_config": QUANTISERS[name]})
+    with pytest.raises(UserError, match=re.escape(f"quantised by {name}, which is not read; take the folder in bf16")):
+        load_expert(str(folder))
 
 
 def test_tokenizers_and_schedulers_with_code_of_their_own_are_refused(folder):

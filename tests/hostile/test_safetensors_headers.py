@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from afa.errors import UserError
-from afa.experts.headers import BITS, check_fit, load_tensors, read_file, read_header, read_metadata
+from afa.experts.dtypes import BITS
+from afa.experts.headers import check_fit, load_tensors, read_file, read_header, read_metadata
 from afa.experts.locate import locate
 from afa.experts.lora import read_lora
 from afa.experts.spec import ExpertSpec
@@ -172,11 +173,15 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("marks", PACKED.values(), ids=PACKED)
-def test_quantised_weights_are_refused_by_the_name_of_the_tensor(tmp_path, marks):
-    file = tmp_path / "x.safetensors"
+UNDONE = ("scaled fp8 of ComfyUI", "scaled fp8 of a part", "scale_weight", "scale_input", "weight_scale", "input_scale")
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_quantised_weights_are_refused_by_the_name_of_the_tensor(tmp_path, kind):
+    """By readers of models those only that they cannot undo (see test_scaled_weights.py)."""
+    file, marks = tmp_path / "x.safetensors", PACKED[kind]
     save_file({"a.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)} | marks, file)
-    for read in (read_header, read_file, load_tensors):
+    for read in (read_header, load_tensors) if kind in UNDONE else (read_header, read_file, load_tensors):
         with pytest.raises(UserError, match=rf"x.safetensors holds quantised weights \({next(iter(marks))}"):
             read(file)
 

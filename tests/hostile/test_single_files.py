@@ -228,7 +228,7 @@ class TestCarriedConfigs:
 FOREIGN = {
     "FLUX.2": ["double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight", "img_in.weight"],
     "Chroma": ["double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.norms.0.scale", "img_in.weight"],
-    "Qwen-Image": ["transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "img_in.weight"],
+    "Qwen-Image-Layered": ["transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "time_text_embed.addition_t_embedding.weight"],
     "Z-Image": ["noise_refiner.0.attention.k_norm.weight", "cap_embedder.1.weight"],
     "HunyuanVideo": ["double_blocks.0.img_attn.qkv.weight", "txt_in.individual_token_refiner.blocks.0.norm1.weight"],
     "LoRA": ["lora_unet_down_blocks_0.lora_down.weight"],
