@@ -1,7 +1,10 @@
 """Schedulers by the names people use, and from a folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from afa.denoiser.schedule import FLOW, Schedule, flow_config, kind_of
 from afa.errors import UserError, look_up
@@ -99,13 +102,26 @@ def _maker(kind: str) -> Any:
 def _static(maker: Any) -> Any:
     """Return a subclass of a scheduler that ignores `mu` (the image size) unless it uses dynamic shifting.
 
-    FLUX's pipeline always passes mu, and diffusers' general schedulers refuse it.
+    FLUX's pipeline always passes mu, and diffusers' general schedulers refuse it. The pipelines of Qwen-Image
+    and Krea 2 also pass evenly spaced sigmas; these schedulers make the same ones of the number of steps.
     """
 
     class Static(maker):  # type: ignore[misc]
         def set_timesteps(
-            self, num_inference_steps: int, device: Any = None, mu: float | None = None, **kwargs: Any
+            self,
+            num_inference_steps: int | None = None,
+            device: Any = None,
+            mu: float | None = None,
+            sigmas: Sequence[float] | None = None,
+            **kwargs: Any,
         ) -> None:
+            if sigmas is not None:
+                num_inference_steps = len(sigmas)
+                if not np.allclose(sigmas, np.linspace(1, 1 / len(sigmas), len(sigmas))):
+                    raise UserError(
+                        f"sigmas of one's own are not taken by {maker.__name__}; leave them out, "
+                        "or choose the scheduler euler"
+                    )
             dynamic = {"mu": mu} if self.config.use_dynamic_shifting else {}
             super().set_timesteps(num_inference_steps, device, **dynamic, **kwargs)
 

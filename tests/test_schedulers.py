@@ -8,13 +8,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from rival_experts import UNET
 from tiny import quiet, scheduler, sd_pipeline
-from tiny_transformers import flux_pipeline, sd3_pipeline
+from tiny_krea2 import krea2_pipeline, krea2_scheduler
+from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
 from afa import Ensemble, UserError
 from afa.denoiser.schedule import kind_of, tables
 from afa.sampling.sample import Request, Sampling, sample
 from afa.schedulers import FLOWS, SCHEDULERS, make_scheduler
 
+PIPELINES = {"sd3": sd3_pipeline, "flux": flux_pipeline}
 CAT = Request("a red cat", 1)
 FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
 DYNAMIC = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.4, max_shift=1.2)  # by the picture's size
@@ -22,7 +24,7 @@ DYNAMIC = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=
 
 @functools.cache
 def drawn(family, dynamic, name, steps):
-    pipe = {"sd3": sd3_pipeline, "flux": flux_pipeline}[family]()
+    pipe = PIPELINES[family]()
     pipe.scheduler = DYNAMIC if dynamic else FLOW
     ensemble = Ensemble.from_experts([pipe])
     ensemble.frame.scheduler = make_scheduler(name, ensemble.frame.scheduler)
@@ -69,3 +71,25 @@ def test_what_is_not_for_flows_is_refused_and_a_mistyped_name_explained():
     for like in (FLOW, scheduler()):
         with pytest.raises(UserError, match="did you mean 'unipc'"):
             make_scheduler("unipcc", like)
+
+
+@pytest.mark.parametrize(("make", "own"), [(qwen_image_pipeline, DYNAMIC), (krea2_pipeline, krea2_scheduler())])
+def test_pipelines_that_give_their_own_sigmas_get_the_same_ones_from_every_solver(make, own):
+    found = []
+    for name in FLOWS:
+        pipe = make()
+        pipe.scheduler = own
+        ensemble = Ensemble.from_experts([pipe])
+        ensemble.frame.scheduler = make_scheduler(name, ensemble.frame.scheduler)
+        pipe = quiet(ensemble.pipeline())
+        assert sample(pipe, [CAT], Sampling(4, height=32, width=48)).std() > 0
+        found.append(pipe.scheduler.sigmas)
+    assert all(len(sigmas) == 5 and torch.allclose(sigmas, found[0], atol=2e-3) for sigmas in found)
+
+
+def test_sigmas_of_ones_own_are_not_silently_ignored():
+    ensemble = Ensemble.from_experts([krea2_pipeline()])
+    ensemble.frame.scheduler = make_scheduler("unipc", ensemble.frame.scheduler)
+    pipe = quiet(ensemble.pipeline())
+    with pytest.raises(UserError, match="sigmas of one's own are not taken by UniPCMultistepScheduler"):
+        pipe("a cat", sigmas=[1.0, 0.2], num_inference_steps=2, height=32, width=32)
