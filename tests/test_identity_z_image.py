@@ -183,7 +183,12 @@ def test_what_is_not_supported_names_itself(changes, sentence):
 
 
 @pytest.mark.parametrize(
-    ("captions", "sentence"), [([torch.zeros(7, 48)] * 2, r"\(7, 48\).*shape \(T, 24\)"), ([torch.zeros(7, 24)], "expected 2 captions"), ([torch.zeros(24)] * 2, r"\(24,\)")]
+    ("captions", "sentence"),
+    [
+        ([torch.zeros(7, 48)] * 2, r"\(7, 48\).*shape \(T, 24\)"),
+        ([torch.zeros(7, 24)], "expected 2 captions"),
+        ([torch.zeros(24)] * 2, r"\(24,\)"),
+    ],
 )
 def test_what_does_not_fit_is_said(captions, sentence):
     with pytest.raises(ValueError, match=sentence):

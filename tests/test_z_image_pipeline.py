@@ -23,6 +23,7 @@ from tiny_z_image import qwen3_encoder, z_image_pipeline
 
 from afa import Ensemble, UserError
 from afa.aggregators.registry import Recipe
+from afa.cli.main import main
 from afa.denoiser.hooks import record_weights
 from afa.explanation.recording import record
 from afa.inspection import Subject, facts
@@ -319,6 +320,13 @@ def test_a_trained_ensemble_is_loaded_and_draws(settings, tmp_path):
 def test_a_plan_says_memory_and_time(settings):
     planned = plan(replace(settings, dry_run=True))
     assert planned.memory()["expected_memory_gb"] > 0 and planned.time()["seconds_a_step"] > 0
+
+
+def test_a_screening_measures_each_expert(folders, images, tmp_path):
+    """One caption is asked at many noises: its states are given once for each."""
+    command = ["screen", *folders, "--data", str(images), "--output", str(tmp_path / "screened"), "--resolution", "32"]
+    assert main([*command, "--batch-size", "2", "--images", "4", "--draws", "2", "--device", "cpu"]) == 0
+    assert list((tmp_path / "screened").iterdir())
 
 
 def test_inspection_knows_what_is_in_the_folders(folders):

@@ -259,8 +259,7 @@ class ZImageInterface(TransformerInterface):
     def denoiser_kwargs(
         self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]
     ) -> dict[str, Any]:
-        images = list(noisy[:, :, None])
-        return super().denoiser_kwargs(config, images, self.timestep_to_model(times.float()), conditions)  # type: ignore[arg-type]
+        return {"x": list(noisy[:, :, None]), "t": self.timestep_to_model(times.float()), **conditions}
 
     def timestep_from_model(self, timestep: Tensor | float | int) -> Tensor | float | int:
         return TIMES - timestep * TIMES

@@ -281,11 +281,16 @@ class ExpertPredictor:
 
 
 def repeated(conditions: Any, count: int) -> Any:
-    """Expand the conditions of a batch of one to a batch of `count`; tensors are expanded, not copied."""
+    """Expand the conditions of a batch of one to a batch of `count`; tensors are expanded, not copied.
+
+    A list of one tensor, of models that take a tensor for each image, becomes a list of `count`.
+    """
     if isinstance(conditions, dict):
         return {name: repeated(value, count) for name, value in conditions.items()}
     if isinstance(conditions, Tensor) and conditions.ndim and len(conditions) == 1:
         return conditions.expand(count, *conditions.shape[1:])
+    if isinstance(conditions, list) and len(conditions) == 1:
+        return conditions * count
     return conditions
 
 
