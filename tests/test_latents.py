@@ -18,7 +18,7 @@ from afa.training.noise import Noising
 from afa.training.reward_objectives import Decoder
 
 CPU = torch.device("cpu")
-VAES = {"plain": plain_vae, "shifted": vae, "frames": frame_vae, "patches": patched_vae}
+VAES = {"plain": plain_vae, "shifted": vae, "frames": frame_vae, "patches": patched_vae}  # with transparency: test_qwen_image_21_pipeline.py
 
 
 @pytest.fixture(params=VAES)
