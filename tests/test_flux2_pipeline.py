@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinInpaintPipeline, Flux2KleinPipeline, Flux2Pipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import quiet
@@ -132,6 +134,22 @@ def test_inpainting_of_klein_takes_the_ensemble():
     with pytest.raises(NotImplementedError, match="tokens of reference images"):
         draw(Ensemble.from_experts([pipe], **SMALL).pipeline(Flux2KleinInpaintPipeline), "a cat", **given)
     assert draw(stock, "a cat", **given).shape == (1, 3, 32, 32)
+
+
+def test_a_lora_of_the_stock_pipeline_reaches_the_experts(kind, three, tmp_path):
+    """One expert with it draws what the stock pipeline draws with it, as an option of the spec and loaded into the pipeline."""
+    pipe = KINDS[kind]()
+    pipe.save_pretrained(tmp_path / "expert")
+    plain = draw(pipe, "a cat")
+    pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "add_k_proj", "to_qkv_mlp_proj", "linear_in"], init_lora_weights=False))
+    type(pipe).save_lora_weights(tmp_path / "lora", transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    expected, file = draw(pipe, "a cat"), tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    assert not torch.allclose(expected, plain, atol=5e-4)
+    given = Ensemble.from_experts([f"a={tmp_path / 'expert'}+{file}"], **SMALL).pipeline()
+    assert torch.allclose(draw(given, "a cat"), expected, atol=1e-4)
+    loaded = Ensemble.from_experts([KINDS[kind]()], **SMALL).pipeline()
+    loaded.load_lora_weights(file)
+    assert torch.allclose(draw(loaded, "a cat"), expected, atol=1e-4)
 
 
 # --- our sampler -------------------------------------------------------------------------------------------------------

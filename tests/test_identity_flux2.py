@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
 from family_models import SMALL_SABW
 from tiny_flux2 import (
@@ -20,7 +21,7 @@ from tiny_flux2 import (
 from afa.aggregators.registry import count_parameters
 from afa.cost import call_of, count_flops
 from afa.models.flux2 import Flux2Ensemble
-from afa.models.registry import FAMILIES
+from afa.models.registry import FAMILIES, layers_of
 
 MAKERS = {"dev": (flux2_transformer, flux2_inputs), "klein": (klein_transformer, klein_inputs)}
 
@@ -184,3 +185,16 @@ def test_the_modulations_of_all_blocks_are_computed_once_a_pass():
     with torch.no_grad():
         alone(model)(**klein_inputs())
     assert seen == ["double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"]
+
+
+def test_the_publishers_names_are_those_that_diffusers_converts():
+    """Every matrix of the model has a publisher's name, and a file of such names is converted to this very model."""
+    model = flux2_transformer()
+    state, file = model.state_dict(), {}
+    layers = layers_of(model)
+    for original, found in layers.items():
+        weight = torch.cat([state[f"{name}.weight"] for name in found.names])
+        file[f"{original}.weight"] = weight.roll(len(weight) // 2, 0) if found.swapped else weight
+    converted = convert_flux2_transformer_checkpoint_to_diffusers(file)
+    assert set(converted) == {name for name, weight in state.items() if weight.ndim == 2}
+    assert all(torch.equal(weight, state[name]) for name, weight in converted.items())

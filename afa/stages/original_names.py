@@ -27,7 +27,7 @@ def original_layers(model: Any, family: str, stages: Sequence[Stage]) -> dict[st
     """Map the original names of a denoiser's layers to diffusers' layers. Empty if both names are equal.
 
     Source: the names in CompVis stable-diffusion, Stability-AI generative-models and sd3.5,
-    black-forest-labs flux, and (qkv1, proj2 …) XLabs' LoRAs of FLUX.
+    black-forest-labs flux and flux2, and (qkv1, proj2 …) XLabs' LoRAs of FLUX.
     """
     if family == "unet":
         weights = [name for name in model.state_dict() if name.endswith(".weight") and ".lora_" not in name]
@@ -53,7 +53,7 @@ def original_layers(model: Any, family: str, stages: Sequence[Stage]) -> dict[st
     return {original: layers for original, layers in found.items() if present.issuperset(layers.names)}
 
 
-# FLUX.1 and SD3: original name -> diffusers' names, in a block and outside
+# FLUX.1, FLUX.2 and SD3: original name -> diffusers' names, in a block and outside
 _QKV, _ADDED = (
     ("attn.to_q", "attn.to_k", "attn.to_v"),
     ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -81,6 +81,20 @@ FLUX_SINGLE = {
     "qkv": _QKV,
     "proj": ("proj_out",),
 }
+FLUX2_DOUBLE: dict[str, tuple[str, ...]] = {
+    "img_attn.qkv": _QKV,
+    "txt_attn.qkv": _ADDED,
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.linear_in",),
+    "img_mlp.2": ("ff.linear_out",),
+    "txt_mlp.0": ("ff_context.linear_in",),
+    "txt_mlp.2": ("ff_context.linear_out",),
+}
+FLUX2_SINGLE: dict[str, tuple[str, ...]] = {
+    "linear1": ("attn.to_qkv_mlp_proj",),
+    "linear2": ("attn.to_out",),
+}
 SD3_BLOCK = {
     "x_block.attn.qkv": _QKV,
     "x_block.attn2.qkv": tuple(name.replace("attn.", "attn2.") for name in _QKV),
@@ -100,6 +114,10 @@ BLOCKS = {
         ("transformer_blocks", "double_blocks", FLUX_DOUBLE),
         ("single_transformer_blocks", "single_blocks", FLUX_SINGLE),
     ),
+    "flux2": (
+        ("transformer_blocks", "double_blocks", FLUX2_DOUBLE),
+        ("single_transformer_blocks", "single_blocks", FLUX2_SINGLE),
+    ),
     "sd3": (("transformer_blocks", "joint_blocks", SD3_BLOCK),),
 }
 _EMBEDDER = "time_text_embed.{}_embedder.linear_{}"
@@ -110,6 +128,24 @@ ENDS: dict[str, dict[str, tuple[str, ...]]] = {
             f"{old}_in.{layer}_layer": (_EMBEDDER.format(new, number),)
             for old, new in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance"))
             for number, layer in ((1, "in"), (2, "out"))
+        },
+        "txt_in": ("context_embedder",),
+        "img_in": ("x_embedder",),
+        **_LAST,
+    },
+    "flux2": {
+        **{
+            f"{old}_in.{layer}_layer": (f"time_guidance_embed.{new}_embedder.linear_{number}",)
+            for old, new in (("time", "timestep"), ("guidance", "guidance"))
+            for number, layer in ((1, "in"), (2, "out"))
+        },
+        **{
+            f"{kind}.lin": (f"{kind}.linear",)
+            for kind in (
+                "double_stream_modulation_img",
+                "double_stream_modulation_txt",
+                "single_stream_modulation",
+            )
         },
         "txt_in": ("context_embedder",),
         "img_in": ("x_embedder",),
