@@ -37,8 +37,9 @@ def random(*shape):
 
 def loha(out, columns, kernel=(), cores=False):
     own = {}
+    width = columns if cores else columns * max(1, torch.Size(kernel).numel())
     for one in "12":
-        own |= {f"hada_w{one}_a": random(*((3, out) if cores else (out, 3))), f"hada_w{one}_b": random(3, columns if cores else columns * max(1, torch.Size(kernel).numel()))}
+        own |= {f"hada_w{one}_a": random(*((3, out) if cores else (out, 3))), f"hada_w{one}_b": random(3, width)}
         own |= {f"hada_t{one}": random(3, 3, *kernel)} if cores else {}
     factors = [
         torch.einsum("abkl,bi,ao->oikl", own[f"hada_t{one}"], own[f"hada_w{one}_b"], own[f"hada_w{one}_a"])
@@ -222,7 +223,7 @@ BROKEN = {
     "a factor is missing": ({"hada_w1_a": random(16, 3)}, "lacks hada_w1_b"),
     "half of a LoKr": ({"lokr_w1": random(2, 4)}, "lacks lokr_w2"),
     "half of a product": ({"lokr_w1": random(2, 4), "lokr_w2_a": random(8, 2)}, "lacks lokr_w2"),
-    "shapes that do not fit each other": ({"hada_w1_a": random(16, 3), "hada_w1_b": random(2, 24), "hada_w2_a": random(16, 3), "hada_w2_b": random(3, 24)}, "does not make"),
+    "shapes that do not fit each other": (loha(16, 24)[0] | {"hada_w1_b": random(2, 24)}, "does not make"),
     "another size": ({"diff": random(8, 8)}, "does not make"),
     "turned": ({"diff": random(24, 16)}, "does not make"),
     "a bias that the layer has not": ({"diff_b": random(16)}, "diff_b"),

@@ -16,7 +16,6 @@ from tiny import quiet
 from afa.errors import UserError
 from afa.experts.load import load_expert
 from afa.experts.single_file import load_tokenizers
-from afa.merging import sources
 from afa.merging.engine import merge_files, write
 from afa.merging.memory import merge_pipelines
 from afa.merging.plan import make_plan
@@ -98,7 +97,7 @@ def test_sharded_folders_are_read_whole(home, tmp_path):
 
 
 def test_mapping_the_files_anew_on_the_way_changes_nothing(home, pipes, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAPPED", 10_000)
+    monkeypatch.setattr("afa.experts.tensors.MAPPED", 10_000)
     merge_files(settings(home, tmp_path / "merged", "a", "b.safetensors"))
     assert apart(read(tmp_path / "merged", home / "a"), merge_pipelines(pipes[:2])) == 0
 

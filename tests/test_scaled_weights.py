@@ -78,7 +78,9 @@ def test_real_transformers_with_scales_are_recognised_and_complete(kind, config,
     """All names and shapes of a published model with old names of scales, and no content on the disk."""
     header, end = {"scaled_fp8": {"dtype": "F8_E4M3", "shape": [0], "data_offsets": [0, 0]}}, 0
     for name, tensor in originals(kind, dict(describe_config("real", config).expert.model.state_dict())):
-        own = [(name, "F8_E4M3", tensor.shape), (f"{name.removesuffix('weight')}scale_weight", "F32", ())] if tensor.ndim == 2 else [(name, "BF16", tensor.shape)]
+        own = [(name, "BF16", tensor.shape)]
+        if tensor.ndim == 2:
+            own = [(name, "F8_E4M3", tensor.shape), (f"{name.removesuffix('weight')}scale_weight", "F32", ())]
         for one, code, shape in own:
             size = {"F8_E4M3": 1, "F32": 4, "BF16": 2}[code] * math.prod(shape)
             header[one] = {"dtype": code, "shape": list(shape), "data_offsets": [end, end + size]}
@@ -125,7 +127,8 @@ def test_without_a_type_a_merge_of_scaled_weights_is_in_bfloat16(home, tmp_path)
 
 def test_parts_of_a_merge_that_are_not_merged_keep_their_scales_meaning(home, tmp_path):
     """The VAE of a whole checkpoint, and what else lies in it."""
-    tensors, metadata, wanted = stored(load_file(home / "whole.safetensors") | {"besides.weight": torch.randn(4, 4), "besides.second.weight": torch.randn(4, 4)})
+    besides = {name: torch.randn(4, 4) for name in ("besides.weight", "besides.second.weight")}
+    tensors, metadata, wanted = stored(load_file(home / "whole.safetensors") | besides)
     save_file(tensors, tmp_path / "x.safetensors", metadata)
     file = str(tmp_path / "x.safetensors")
     merge_files(MergeSettings([f"x={file}", f"y={file}"], str(tmp_path / "merged.safetensors"), config=str(home / "sd")))
