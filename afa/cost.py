@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,11 @@ class Flops:
 
     total: int
     aggregators: dict[str, int]
+
+    def only(self, stages: Sequence[str]) -> "Flops":
+        """Return those of the same ensemble with the aggregators of some stages alone."""
+        kept = {stage: self.aggregators[stage] for stage in stages}
+        return Flops(self.total - sum(self.aggregators.values()) + sum(kept.values()), kept)
 
 
 def count_flops(

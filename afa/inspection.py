@@ -145,7 +145,9 @@ def facts(
     size = _size(subject, resolution)
     height, width = size["latent"]
     count = partial(count_flops, height=height, width=width, batch=batch_size, tokens=size["tokens"])
-    flops = None if denoiser is None else count(denoiser)
+    everywhere = None if denoiser is None else _everywhere(subject, denoiser)
+    whole = None if everywhere is None else count(everywhere)
+    flops = None if denoiser is None or whole is None else whole.only(denoiser.fused)
     shared = shared_text_encoders(subject.descriptions)
     described = [
         _expert(description, same) for description, same in zip(subject.descriptions, shared, strict=True)
@@ -158,9 +160,7 @@ def facts(
         "mismatches": reasons,
         "stages": _stages(subject.descriptions[0], denoiser, flops),
         "aggregators": None if denoiser is None else _aggregators(subject, denoiser),
-        "placements": None
-        if denoiser is None or subject.folder
-        else _placements(subject, denoiser, flops, count),
+        "placements": None if denoiser is None or subject.folder else _placements(everywhere, whole),
         "cost": {
             **size,
             "batch_size": batch_size,
@@ -194,14 +194,22 @@ def _mismatches(subject: Subject, experts: Sequence[Expert]) -> list[str]:
         raise UserError(str(error)) from None
 
 
-def _placements(
-    subject: Subject, denoiser: EnsembleDenoiser, flops: Flops | None, count: Callable[[nn.Module], Flops]
-) -> list[dict[str, Any]]:
-    """What other placements of the same aggregators would cost: parameters to train, operations a step."""
-    if denoiser.fused != [stage.name for stage in denoiser.stages]:
-        denoiser = dataclasses.replace(subject, placement="layers").denoiser()
-        flops = count(denoiser)
-    assert flops is not None
+def _everywhere(subject: Subject, denoiser: EnsembleDenoiser) -> EnsembleDenoiser:
+    """The ensemble with aggregators at all stages, which is counted once for all placements.
+
+    A saved one, whose placement is settled, as it is.
+    """
+    if subject.folder is not None or denoiser.fused == [stage.name for stage in denoiser.stages]:
+        return denoiser
+    return dataclasses.replace(subject, placement="layers").denoiser()
+
+
+def _placements(denoiser: Any, flops: Any) -> list[dict[str, Any]]:
+    """What placements of the same aggregators would cost: parameters to train, operations a step.
+
+    denoiser: with aggregators at all stages
+    flops:    of it
+    """
     parameters = {name: count_parameters(aggregator) for name, aggregator in denoiser.aggregators.items()}
     return [
         {
@@ -376,11 +384,17 @@ def _flops(
     experts: Sequence[Expert], count: Callable[[nn.Module], Flops], ensemble: Flops | None
 ) -> dict[str, Any]:
     """Of one denoising step."""
-    counted: dict[str, int] = {}  # by config: experts are mostly of one architecture
-    single = []
+    configs = []
     for expert in experts:
         settings: Any = expert.model.config
-        config = repr(sorted((name, value) for name, value in settings.items() if not name.startswith("_")))
+        configs.append(
+            repr(sorted((name, value) for name, value in settings.items() if not name.startswith("_")))
+        )
+    counted: dict[str, int] = {}  # by config: experts are mostly of one architecture
+    if ensemble is not None and len(set(configs)) == 1:
+        counted[configs[0]] = (ensemble.total - sum(ensemble.aggregators.values())) // len(experts)
+    single = []
+    for config, expert in zip(configs, experts, strict=True):
         if config not in counted:
             counted[config] = count(expert.model).total
         single.append(counted[config])

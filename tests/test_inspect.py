@@ -133,6 +133,16 @@ class TestCost:
             unet(**call(batch=1, height=16, width=24))
         assert count_flops(meta(unet), 16, 24, batch=1, tokens=7).total == counter.get_total_flops()
 
+    @pytest.mark.parametrize("name", MODELS)
+    def test_one_count_of_all_stages_says_what_every_placement_and_expert_costs(self, name):
+        model = MODELS[name]
+        with torch.device("meta"):
+            experts = [type(model.make()).from_config(model.make().config) for _ in range(2)]
+            whole, some = (model.ensemble(experts, recipe=Recipe("sabw", SMALL), placement=where) for where in ("layers", model.chosen))
+        counted = count_flops(whole, 16, 16, tokens=7)
+        assert counted.only(some.fused) == count_flops(some, 16, 16, tokens=7)
+        assert counted.only([]).total == 2 * count_flops(experts[0], 16, 16, tokens=7).total
+
     @pytest.mark.parametrize("name", ["sd", "flux"])
     def test_flops_of_training_are_those_of_a_real_step(self, name):
         model = MODELS[name]
