@@ -22,6 +22,7 @@ from afa.aggregators.registry import count_parameters
 from afa.cost import call_of, count_flops
 from afa.models.flux2 import Flux2Ensemble
 from afa.models.registry import FAMILIES, layers_of
+from afa.training.finetune import adapted
 
 MAKERS = {"dev": (flux2_transformer, flux2_inputs), "klein": (klein_transformer, klein_inputs)}
 
@@ -198,3 +199,10 @@ def test_the_publishers_names_are_those_that_diffusers_converts():
     converted = convert_flux2_transformer_checkpoint_to_diffusers(file)
     assert set(converted) == {name for name, weight in state.items() if weight.ndim == 2}
     assert all(torch.equal(weight, state[name]) for name, weight in converted.items())
+
+
+def test_a_lora_is_trained_on_attention_and_feed_forward_of_both_kinds_of_blocks():
+    model = flux2_transformer()
+    inside = {name for name, module in model.named_modules() if "blocks." in name and isinstance(module, torch.nn.Linear)}
+    assert {name for name, _ in adapted(model)} == inside
+    assert [stage.attends for stage in Flux2Ensemble.read_stages(model)] == [True] * 5 + [False]

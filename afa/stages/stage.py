@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
 
@@ -77,7 +78,8 @@ class Stage(ABC):
     def attends(self) -> bool:
         """Whether the stage has attention, to the map itself or to the text."""
         found = (module for module in self.modules() if isinstance(module, nn.Module))
-        return any(hasattr(part, "to_q") for module in found for part in module.modules())
+        parts = (part for module in found for part in module.modules())
+        return any(hasattr(part, "to_q") or isinstance(part, AttentionModuleMixin) for part in parts)
 
     def unused_modules(self) -> list[object]:
         """Return those sub-modules inside `modules()` whose output does not influence the prediction."""

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention import FeedForward
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux2 import Flux2FeedForward
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -71,7 +72,7 @@ def _inside(modules: Iterable[object]) -> Iterator[nn.Module]:
 
 def _layers(part: nn.Module) -> list[nn.Module]:
     """Return the layers of one module that get a LoRA; [] for other kinds of modules."""
-    if hasattr(part, "to_q") or isinstance(part, FeedForward):
+    if hasattr(part, "to_q") or isinstance(part, (AttentionModuleMixin, FeedForward, Flux2FeedForward)):
         return [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
     if isinstance(part, ResnetBlock2D):
         return [part.conv1, part.conv2]
