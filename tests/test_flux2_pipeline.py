@@ -112,7 +112,8 @@ def test_the_text_encoder_is_kept_once_and_another_is_refused_by_name(kind, thre
 
 
 def test_dev_and_klein_and_distilled_and_base_do_not_mix():
-    for one, other, reason in (("dev", "klein base", "guidance_embeds is False, expected True"), ("klein base", "klein distilled", "is_distilled is True, expected False")):
+    pairs = [("dev", "klein base", "guidance_embeds is False, expected True"), ("klein base", "klein distilled", "is_distilled is True, expected False")]
+    for one, other, reason in pairs:
         with pytest.raises(UserError, match=reason):
             Ensemble.from_experts([KINDS[one](0), KINDS[other](1)], **SMALL)
 

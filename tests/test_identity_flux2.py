@@ -91,11 +91,15 @@ def test_everything_that_is_passed_changes_the_prediction(name):
         assert (made(**call).sample - made(**call | {name: changed[name]}).sample).abs().max() > 1e-3
 
 
+def size(double, single, heads, text):
+    return {"num_layers": double, "num_single_layers": single, "num_attention_heads": heads, "joint_attention_dim": text, "guidance_embeds": False}
+
+
 REAL = {
     "dev": ({}, 8, 48, 6144, 32_223_281_152, 105_918_336),
-    "klein-4b": ({"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False}, 5, 20, 3072, 3_875_544_576, 27_356_032),
-    "klein-9b": ({"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288, "guidance_embeds": False}, 8, 24, 4096, 9_078_581_248, 44_539_008),
-}  # fmt: skip
+    "klein-4b": (size(5, 20, 24, 7680), 5, 20, 3072, 3_875_544_576, 27_356_032),
+    "klein-9b": (size(8, 24, 32, 12288), 8, 24, 4096, 9_078_581_248, 44_539_008),
+}
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModelOutput
 from torch import Tensor
@@ -154,7 +153,8 @@ class Flux2Interface(PackedInterface):
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
         shift = compute_empirical_mu(size[0] * size[1] // self.patch**2, steps)
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift)
+        sigmas = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
+        scheduler.set_timesteps(sigmas=sigmas, mu=shift)
 
     def default_guidance(self, config: Any) -> float | None:
         return None if config.get("is_distilled") else self.guidance_scale
