@@ -1,0 +1,95 @@
+"""Write the tables of docs/families.md that are counted: every shipped config, and what each placement of aggregators costs.
+
+    python docs/family_tables.py    # takes a few minutes; nothing is downloaded, models have no content
+
+A table stands between two comments, `<!-- models -->` and `<!-- placements -->`, each closed by `<!-- end -->`.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from afa.aggregators.registry import Recipe
+from afa.experts.single_file import KNOWN_CONFIGS
+from afa.files import write_atomically
+from afa.inspection import Subject, facts
+
+PAGE = Path(__file__).parent / "families.md"
+EXPERTS = 3
+PAPER = {"hidden": 128, "heads": 8, "depth": 2}  # SABW as published
+ATTENTION = 65536
+# configs whose transformers are those of another
+SAME = {"sd21-base": "sd21", "flux-schnell": "flux", "krea2-turbo": "krea2"}
+
+
+def amount(count: int) -> str:
+    """Format a number of parameters."""
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def in_short(names: list[str]) -> str:
+    """List the names of stages by their letters: D00 … D18, S00 … S37, OUT."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"\d+$", "", name), []).append(name)
+    parts = [" … ".join(dict.fromkeys((group[0], group[-1]))) for group in groups.values()]
+    return ", ".join(parts)
+
+
+def counted(config: str) -> dict[str, Any]:
+    """Return what `afa inspect --config CONFIG --aggregator sabw …` finds."""
+    recipe = Recipe("sabw", PAPER, attention_up_to=ATTENTION)
+    return facts(Subject.from_config(config, EXPERTS, recipe, None))
+
+
+def tables() -> dict[str, list[str]]:
+    """Return the lines of each table by its name."""
+    models = [
+        "| `--config` | models | family | diffusers class | stages | parameters | text encoders | VAE | step of one, at |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    places = ["layers", "blocks", "every-2", "double", "every-4", "out"]
+    placements = [f"| | {' | '.join(f'`{place}`' for place in places)} |", "|---" * (len(places) + 1) + "|"]
+    for config, title in KNOWN_CONFIGS.items():
+        if config in SAME:
+            models.append(f"| `{config}` | {title} | | as `{SAME[config]}` | | | | | |")
+            continue
+        print(f"counting {config}", file=sys.stderr)
+        found = counted(config)
+        expert, cost = found["experts"][0], found["cost"]
+        names = [stage["name"] for stage in found["stages"]]
+        texts = ", ".join(f"{encoder['class']} {amount(encoder['parameters'])}" for encoder in expert["text_encoders"])
+        vae = f"{expert['vae']['latent_channels']} channels, 1/{expert['vae']['factor']}"
+        step = f"{cost['flops']['each_expert'][0] / 1e12:.1f} TFLOP, {cost['resolution'][0]} px"
+        facts_of = (f"`{expert['family']}`", f"`{expert['class']}`", f"{len(names)}: {in_short(names)}", amount(expert["parameters"]), texts, vae, step)
+        models.append(f"| `{config}` | {title} | {' | '.join(facts_of)} |")
+        by_name = {entry["placement"]: entry for entry in found["placements"]}
+        cells = []
+        for place in places:
+            if place not in by_name:
+                cells.append("-")
+                continue
+            entry = by_name[place]
+            share = 100 * entry["flops"] / cost["flops"]["experts"]
+            cell = f"{entry['fused']}, {amount(entry['parameters'])}, +{share:.1f} %"
+            cells.append(f"**{cell}**" if entry["default"] else cell)
+        placements.append(f"| {title} | {' | '.join(cells)} |")
+    return {"models": models, "placements": placements}
+
+
+def part(name: str) -> re.Pattern[str]:
+    """Return what finds a table in the page: its beginning, its lines, its end."""
+    return re.compile(rf"(<!-- {name} -->\n)(.*?)(<!-- end -->)", re.S)
+
+
+def main() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for name, lines in tables().items():
+        table = "\n".join(lines)
+        page = part(name).sub(lambda found, table=table: f"{found[1]}{table}\n{found[3]}", page)
+    write_atomically(PAGE, page)
+
+
+if __name__ == "__main__":
+    main()
