@@ -9,7 +9,7 @@ from typing import Any
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, read_manifest
 from afa.errors import UserError
 from afa.experts.locate import Located, locate
-from afa.experts.single_file import KNOWN_CONFIGS
+from afa.experts.shipped import KNOWN_CONFIGS
 from afa.experts.spec import HUB_ID, ExpertSpec
 from afa.files import json_or_none, present, refuse_busy, settled, sha256, write_atomically
 from afa.schema import build

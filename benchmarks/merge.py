@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from afa.cli.flags import add_flags, read_flags
-from afa.experts.single_file import KNOWN_CONFIGS
+from afa.experts.shipped import KNOWN_CONFIGS
 from afa.merging.registry import MERGES, find_merge
 from afa.merging.settings import MergeSettings
 from afa.settings import option

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from afa.aggregators.registry import Recipe
-from afa.experts.single_file import KNOWN_CONFIGS
+from afa.experts.shipped import KNOWN_CONFIGS
 from afa.files import write_atomically
 from afa.inspection import Subject, facts
 

@@ -11,7 +11,8 @@ from tiny_transformers import flux_pipeline, flux_transformer, sd3_pipeline, sd3
 from afa import Ensemble, UserError
 from afa.experts.description import describe_config, describe_expert
 from afa.experts.load import load_experts
-from afa.experts.single_file import KNOWN_CONFIGS, config_folder, detect_config
+from afa.experts.shipped import KNOWN_CONFIGS
+from afa.experts.single_file import config_folder, detect_config
 from afa.experts.spec import ExpertSpec
 from afa.models.registry import FAMILIES
 

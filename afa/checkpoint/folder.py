@@ -34,7 +34,7 @@ from afa.experts.folders import forget_places
 from afa.experts.locate import Located, hash_expert, locate
 from afa.experts.parts import component_of, read_index
 from afa.experts.prediction import said_by_file
-from afa.experts.single_file import KNOWN_CONFIGS
+from afa.experts.shipped import KNOWN_CONFIGS
 from afa.experts.spec import PREDICTION_TYPES, ExpertSpec, Lora
 from afa.files import sha256, staged
 from afa.frame import stock_pipeline

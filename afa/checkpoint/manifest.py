@@ -15,7 +15,7 @@ from afa.aggregators.registry import AGGREGATORS as KINDS
 from afa.aggregators.registry import Recipe, check_options
 from afa.errors import UserError, unknown
 from afa.experts.locate import Located, expert_files, recorded_files
-from afa.experts.single_file import KNOWN_CONFIGS
+from afa.experts.shipped import KNOWN_CONFIGS
 from afa.experts.spec import HUB_ID, ExpertSpec, Lora
 from afa.files import settled, sha256
 from afa.models.registry import FAMILIES

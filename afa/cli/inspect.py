@@ -14,6 +14,7 @@ from afa import defaults
 from afa.aggregators.registry import AGGREGATORS, EVERYWHERE, Recipe
 from afa.aggregators.settings import ATTENTION_HELP, AggregatorSettings, with_aggregator_options
 from afa.errors import UserError
+from afa.experts.shipped import KNOWN_CONFIGS
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.pages.numbers import count, scaled
 from afa.pages.tables import listing
@@ -45,8 +46,8 @@ class InspectSettings(AggregatorSettings):
     )
     config: str | None = option(
         None,
-        help="architecture of single files: sd15, sd21, sd21-base, sdxl, sd3, sd35, sd35-large, flux,"
-        " flux-schnell or a folder; without EXPERT, the architecture to show",
+        help=f"architecture of single files: {', '.join(KNOWN_CONFIGS)}, or a folder; without EXPERT, the "
+        "architecture to show",
     )
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
     count: int | None = option(
@@ -87,9 +88,7 @@ class InspectSettings(AggregatorSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.experts and self.config is None:
-            raise UserError(
-                "give EXPERT..., or --config sd15, sdxl, sd35, flux or another; afa inspect --help names them"
-            )
+            raise UserError(f"give EXPERT..., or --config with one of {', '.join(KNOWN_CONFIGS)}")
         if not self.experts and self.prediction_type is not None:
             raise UserError(
                 f"--prediction-type {self.prediction_type} is for EXPERT, and none is given; leave it out"

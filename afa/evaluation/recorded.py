@@ -12,7 +12,7 @@ from typing import Any
 from afa.checkpoint.manifest import MANIFEST, Manifest
 from afa.data.registry import DRAWN
 from afa.errors import UserError
-from afa.experts.single_file import KNOWN_CONFIGS
+from afa.experts.shipped import KNOWN_CONFIGS
 from afa.schema import shown
 from afa.training.choices import as_begun
 from afa.training.settings import TrainSettings

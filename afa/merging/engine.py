@@ -14,7 +14,7 @@ from afa.denoiser.schedule import kind_of
 from afa.experts.expert import Expert
 from afa.experts.folders import forget_places
 from afa.experts.prediction import EPSILON, V
-from afa.experts.single_file import KNOWN_CONFIGS
+from afa.experts.shipped import KNOWN_CONFIGS
 from afa.files import locked, replacing, sha256, staged
 from afa.merging.configs import carried_configs, copy_surroundings
 from afa.merging.keys import check_values

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from afa.errors import UserError, unknown
-from afa.experts.single_file import KNOWN_CONFIGS
+from afa.experts.shipped import KNOWN_CONFIGS
 from afa.experts.spec import HUB_ID, ExpertSpec, Lora, exists, new_places
 from afa.merging.record import Dtype, Input, RecordedStep, read_record
 from afa.merging.settings import MergeSettings
