@@ -16,6 +16,7 @@ from tiny_transformers import flux_pipeline, t5_encoder
 
 from afa import Ensemble, UserError
 from afa.aggregators.registry import Recipe
+from afa.cli.main import main
 from afa.denoiser.hooks import record_weights
 from afa.denoiser.reuse import Reuse
 from afa.explanation.causes import find_causes
@@ -274,3 +275,36 @@ def test_draft_judges_what_the_pipeline_draws(three, guidance):
     assert torch.allclose((seen[0] / 2 + 0.5).clamp(0, 1), drawn, atol=1e-4)
     assert max(float(aggregator.conv_out.weight.grad.abs().max()) for aggregator in three.aggregators.values()) > 0
     three.denoiser.zero_grad()
+
+
+# --- LoRAs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_lora_in_the_publishers_names_is_that_in_diffusers_names(tmp_path, folders):
+    """Extracted for other programs and for diffusers, and given to an expert: the same image, which is not the base's."""
+    images = []
+    for output in ("", "diffusers", "lora.safetensors"):
+        lora = tmp_path / output
+        if output:
+            assert main(["extract", folders[1], "--base", folders[0], "--rank", "2", "--output", str(lora), "--device", "cpu"]) == 0
+        file = lora / "pytorch_lora_weights.safetensors" if output == "diffusers" else lora
+        made = Ensemble.from_experts([f"{folders[0]}+{file}" if output else folders[0]])
+        images.append(draw(made.pipeline(), "a cat"))
+    assert torch.allclose(images[1], images[2], atol=1e-4) and not torch.allclose(images[0], images[1], atol=1e-2)
+    names = load_file(tmp_path / "lora.safetensors")
+    assert {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "lora_unet_single_blocks_2_linear1.lora_down.weight"} <= set(names)
+
+
+def test_a_lora_that_is_loaded_into_the_pipeline_reaches_the_expert(tmp_path, folders):
+    assert main(["extract", folders[1], "--base", folders[0], "--rank", "2", "--output", str(tmp_path / "lora"), "--device", "cpu"]) == 0
+    stock, made = chroma_pipeline(0), Ensemble.from_experts([chroma_pipeline(0)], **SMALL).pipeline()
+    before = draw(made, "a cat")
+    for pipe in (stock, made):
+        pipe.load_lora_weights(str(tmp_path / "lora"))
+    assert torch.allclose(draw(made, "a cat"), draw(stock, "a cat"), atol=1e-5) and not torch.allclose(draw(made, "a cat"), before, atol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["magicfusion", "superdiff_or"])
+def test_methods_that_need_both_predictions_in_one_pass_are_refused_by_name(three, method):
+    with pytest.raises(UserError, match="one after another"):
+        make_sampler(method, three)

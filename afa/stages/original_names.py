@@ -27,7 +27,7 @@ def original_layers(model: Any, family: str, stages: Sequence[Stage]) -> dict[st
     """Map the original names of a denoiser's layers to diffusers' layers. Empty if both names are equal.
 
     Source: the names in CompVis stable-diffusion, Stability-AI generative-models and sd3.5,
-    black-forest-labs flux and flux2, and (qkv1, proj2 …) XLabs' LoRAs of FLUX.
+    black-forest-labs flux and flux2, lodestone-rock flow (Chroma), and (qkv1, proj2 …) XLabs' LoRAs of FLUX.
     """
     if family == "unet":
         weights = [name for name in model.state_dict() if name.endswith(".weight") and ".lora_" not in name]
@@ -53,7 +53,7 @@ def original_layers(model: Any, family: str, stages: Sequence[Stage]) -> dict[st
     return {original: layers for original, layers in found.items() if present.issuperset(layers.names)}
 
 
-# FLUX.1, FLUX.2 and SD3: original name -> diffusers' names, in a block and outside
+# FLUX.1, FLUX.2, Chroma and SD3: original name -> diffusers' names, in a block and outside
 _QKV, _ADDED = (
     ("attn.to_q", "attn.to_k", "attn.to_v"),
     ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -109,18 +109,22 @@ SD3_BLOCK = {
     "x_block.adaLN_modulation.1": ("norm1.linear",),
     "context_block.adaLN_modulation.1": ("norm1_context.linear",),
 }
+FLUX_BLOCKS = (
+    ("transformer_blocks", "double_blocks", FLUX_DOUBLE),
+    ("single_transformer_blocks", "single_blocks", FLUX_SINGLE),
+)
 BLOCKS = {
-    "flux": (
-        ("transformer_blocks", "double_blocks", FLUX_DOUBLE),
-        ("single_transformer_blocks", "single_blocks", FLUX_SINGLE),
-    ),
+    "flux": FLUX_BLOCKS,
     "flux2": (
         ("transformer_blocks", "double_blocks", FLUX2_DOUBLE),
         ("single_transformer_blocks", "single_blocks", FLUX2_SINGLE),
     ),
+    "chroma": FLUX_BLOCKS,  # without modulation: a name whose layers a model lacks is left out
     "sd3": (("transformer_blocks", "joint_blocks", SD3_BLOCK),),
 }
 _EMBEDDER = "time_text_embed.{}_embedder.linear_{}"
+_NETWORK = "distilled_guidance_layer"
+_FLUX_FIRST = {"txt_in": ("context_embedder",), "img_in": ("x_embedder",)}
 _LAST = {"final_layer.adaLN_modulation.1": ("norm_out.linear",), "final_layer.linear": ("proj_out",)}
 ENDS: dict[str, dict[str, tuple[str, ...]]] = {
     "flux": {
@@ -129,8 +133,17 @@ ENDS: dict[str, dict[str, tuple[str, ...]]] = {
             for old, new in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance"))
             for number, layer in ((1, "in"), (2, "out"))
         },
-        "txt_in": ("context_embedder",),
-        "img_in": ("x_embedder",),
+        **_FLUX_FIRST,
+        **_LAST,
+    },
+    "chroma": {
+        **{f"{_NETWORK}.{end}_proj": (f"{_NETWORK}.{end}_proj",) for end in ("in", "out")},
+        **{
+            f"{_NETWORK}.layers.{index}.{layer}_layer": (f"{_NETWORK}.layers.{index}.linear_{number}",)
+            for index in range(5)
+            for number, layer in ((1, "in"), (2, "out"))
+        },
+        **_FLUX_FIRST,
         **_LAST,
     },
     "flux2": {
@@ -147,8 +160,7 @@ ENDS: dict[str, dict[str, tuple[str, ...]]] = {
                 "single_stream_modulation",
             )
         },
-        "txt_in": ("context_embedder",),
-        "img_in": ("x_embedder",),
+        **_FLUX_FIRST,
         **_LAST,
     },
     "sd3": {
