@@ -32,6 +32,7 @@ KNOWN_CONFIGS = (
     "flux",
     "flux-schnell",
     "z-image",
+    "lumina2",
     "chroma",
     "qwen-image",
     "qwen-image-2.1",
