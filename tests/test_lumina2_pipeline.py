@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
+from diffusers.pipelines.lumina2.pipeline_lumina2 import calculate_shift
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
@@ -257,18 +258,23 @@ def test_inspection_knows_what_is_in_the_folders(folders):
     assert found["experts"][0]["text_encoders"][0]["width"] == 24 and found["cost"]["latent"] == [4, 4] and found["cost"]["tokens"] == 256
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_draft_judges_what_the_pipeline_draws(three, guidance, dynamic):
-    """With the norm of its guidance, and its empty prompt; also with steps shifted by the size, of which the pipeline takes the channels."""
-    made = ensemble(2) if dynamic else three
-    if dynamic:
-        made.frame.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=40.0)
-    work, seen = a_pass(made), []
-    judge = Draft(work.noising, Decoder(made.frame.vae), lambda shown, captions: seen.append(shown) or shown.sum((1, 2, 3)), steps=3, last=1, guidance=guidance)
+def test_draft_judges_what_the_pipeline_draws(three, guidance):
+    """With the norm of its guidance, and its empty prompt."""
+    work, seen = a_pass(three), []
+    judge = Draft(work.noising, Decoder(three.frame.vae), lambda shown, captions: seen.append(shown) or shown.sum((1, 2, 3)), steps=3, last=1, guidance=guidance)
     losses = judge.loss(work)
-    drawn = quiet(made.pipeline())(list(work.captions), guidance_scale=guidance, latents=work.batch.noise, **DRAWN | {"num_inference_steps": 3}).images
+    drawn = quiet(three.pipeline())(list(work.captions), guidance_scale=guidance, latents=work.batch.noise, **DRAWN | {"num_inference_steps": 3}).images
     assert torch.allclose((seen[0] / 2 + 0.5).clamp(0, 1), drawn, atol=1e-4)
     losses.sum().backward()
-    assert max(float(aggregator.conv_out.weight.grad.abs().max()) for aggregator in made.aggregators.values()) > 0
-    made.denoiser.zero_grad()
+    assert max(float(aggregator.conv_out.weight.grad.abs().max()) for aggregator in three.aggregators.values()) > 0
+    three.denoiser.zero_grad()
+
+
+@pytest.mark.parametrize("changes", [{"shift": 6.0}, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 40.0}])
+def test_steps_are_the_pipelines_which_takes_the_channels_for_the_tokens(changes):
+    ours, theirs = FlowMatchEulerDiscreteScheduler(**changes), FlowMatchEulerDiscreteScheduler(**changes)
+    interface_of(lumina2_pipeline())[0].set_timesteps(ours, 7, (32, 48))
+    mu = calculate_shift(16, 256, 4096, changes.get("base_shift", 0.5), changes.get("max_shift", 1.15))
+    theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / 7, 7), mu=mu)
+    assert torch.equal(ours.sigmas, theirs.sigmas) and torch.equal(ours.timesteps, theirs.timesteps)

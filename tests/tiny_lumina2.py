@@ -79,5 +79,5 @@ def lumina2_pipeline(seed: int = 0, text_seed: int = 0, **transformer: Any) -> L
         text_encoder=gemma_encoder(text_seed),
         tokenizer=gemma_tokenizer(),
         vae=vae(seed),
-        scheduler=flow_scheduler(6.0),
+        scheduler=flow_scheduler(),
     )

@@ -157,9 +157,7 @@ def embed(
     )
 
 
-def position_ids(
-    lengths: Sequence[int], tokens: int, grid: tuple[int, int], device: torch.device
-) -> Tensor:
+def position_ids(lengths: Sequence[int], tokens: int, grid: tuple[int, int], device: torch.device) -> Tensor:
     """Return the positions of caption and image tokens, (B, T + S, 3): place in the caption, row, column.
 
     An image stands behind the last word of its own caption; padding at 0.
@@ -231,8 +229,8 @@ class Lumina2Interface(RisingInterface):
         return SYSTEM_PROMPT + prompt
 
     def prompt_room(self, tokenizer: Any, longest: int) -> int:
-        before = tokenizer(SYSTEM_PROMPT.rstrip(), add_special_tokens=False)  # the space belongs to the prompt
-        return longest - len(before.input_ids)
+        words = SYSTEM_PROMPT.rstrip()  # the space belongs to the prompt's first token
+        return longest - len(tokenizer(words, add_special_tokens=False).input_ids)
 
     def why_no_batched_guidance(self, config: Any) -> str:
         return SEPARATE_PASSES
@@ -253,7 +251,7 @@ class Lumina2Interface(RisingInterface):
         set_steps(scheduler, steps, CHANNELS)
 
     def apply_guidance(self, uncond: Tensor, cond: Tensor, strength: float) -> Tensor:
-        """Apply guidance as the pipeline does: every row of the latents keeps the norm of the conditional one."""
+        """Apply guidance as the pipeline does: every row of latents keeps the norm of the conditional one."""
         guided = super().apply_guidance(uncond, cond, strength)
         return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
@@ -267,8 +265,8 @@ class Lumina2Ensemble(UnpackedEnsemble):
         BlockList("noise_refiner", "N", "refiner", RefinerBlock),
         BlockList("layers", "L", "layer", Layer),
     )
-    # 28 blocks, 2304 channels: aggregators of three experts (sabw) have 90 million parameters at all stages, and
-    # 24 million at every fourth
+    # 28 blocks, 2304 channels: aggregators of three experts (sabw) have 90 million parameters at all stages,
+    # and 24 million at every fourth
     default_placement = "every-4"
 
     @classmethod

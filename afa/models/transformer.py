@@ -106,10 +106,10 @@ class PackedInterface(TransformerInterface):
 
 
 class RisingInterface(TransformerInterface):
-    """How transformers are called whose time rises from 0 (noise) to 1 (image): they predict image minus noise.
+    """How transformers are called whose time rises from 0 (noise) to 1 (image).
 
-    Schedulers of flows have it the other way round; so have predictions here, and the stage OUT. The pipelines
-    change the sign before the scheduler's step.
+    They predict image minus noise. Schedulers of flows have it the other way round; so have predictions here,
+    and the stage OUT. The pipelines change the sign before the scheduler's step.
     """
 
     def denoiser_kwargs(

@@ -13,7 +13,6 @@ and it predicts image minus noise. The stage OUT predicts noise minus image, as 
 Source of the architecture: Z-Image team, arXiv:2511.22699.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
