@@ -155,7 +155,7 @@ def _widest(interface: Any, tokenizers: Sequence[Any]) -> tuple[Any, int]:
     for tokenizer in map(reader_of, tokenizers):
         if tokenizer is not None and getattr(tokenizer, "is_fast", False):
             own_limit = "CLIP" in type(tokenizer).__name__ or not longest
-            most = tokenizer.model_max_length if own_limit else longest - interface.template_tokens
+            most = tokenizer.model_max_length if own_limit else interface.prompt_room(tokenizer, longest)
             windows.append((tokenizer, most))
     return max(windows, key=lambda pair: pair[1], default=(None, 0))
 

@@ -6,14 +6,23 @@ from typing import Any
 import torch
 from tiny import sd_pipeline, sdxl_pipeline
 from tiny_krea2 import krea2_pipeline
+from tiny_lumina2 import lumina2_pipeline
 from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
 from afa import Ensemble
 from afa.sampling.sample import Request, Sampling, in_frame
 
 SMALL = {"hidden": 8, "heads": 2, "depth": 1}
-MAKERS = {"sd": sd_pipeline, "sdxl": sdxl_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline, "qwen-image": qwen_image_pipeline, "krea2": krea2_pipeline}
-SIDE = {"sd": 32, "sdxl": 32, "sd3": 64, "flux": 64, "qwen-image": 64, "krea2": 64}
+MAKERS = {
+    "sd": sd_pipeline,
+    "sdxl": sdxl_pipeline,
+    "sd3": sd3_pipeline,
+    "flux": flux_pipeline,
+    "qwen-image": qwen_image_pipeline,
+    "krea2": krea2_pipeline,
+    "lumina2": lumina2_pipeline,
+}
+SIDE = {"sd": 32, "sdxl": 32, "sd3": 64, "flux": 64, "qwen-image": 64, "krea2": 64, "lumina2": 64}
 PROMPT = "a red bicycle, on a lawn"
 
 

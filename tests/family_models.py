@@ -13,6 +13,7 @@ from tiny import SDXL_SMALL, SMALL, inputs, sd_unet, sdxl_inputs, sdxl_unet
 from tiny_chroma import chroma_inputs, chroma_transformer
 from tiny_flux2 import flux2_inputs, flux2_transformer
 from tiny_krea2 import krea2_inputs, krea2_transformer
+from tiny_lumina2 import lumina2_inputs, lumina2_transformer
 from tiny_qwen_image_21 import qwen_image_21_inputs, qwen_image_21_transformer
 from tiny_transformers import (
     flux_inputs,
@@ -30,6 +31,7 @@ from afa.models.chroma import ChromaEnsemble
 from afa.models.flux import FluxEnsemble
 from afa.models.flux2 import Flux2Ensemble
 from afa.models.krea2 import Krea2Ensemble
+from afa.models.lumina2 import Lumina2Ensemble
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.qwen_image_21 import QwenImage21Ensemble
 from afa.models.sd3 import SD3Ensemble
@@ -92,6 +94,13 @@ MODELS: dict[str, Model] = {
         functools.partial(krea2_inputs, lengths=(7, 4), holes=True),
         Krea2Ensemble,
         ("K01", "K02", "OUT"),
+        ("layers", "every-2", "out"),
+    ),
+    "lumina2": Model(
+        functools.partial(lumina2_transformer, num_layers=2),
+        functools.partial(lumina2_inputs, lengths=(7, 4)),
+        Lumina2Ensemble,
+        ("N01", "L00", "OUT"),
         ("layers", "every-2", "out"),
     ),
 }

@@ -8,6 +8,7 @@ import torch
 from rival_experts import differ, together
 from tiny import quiet
 from tiny_krea2 import KREA2_SMALL, krea2_pipeline
+from tiny_lumina2 import LUMINA2_SMALL, lumina2_pipeline
 from tiny_transformers import FLUX_SMALL, SD3_SMALL, flux_pipeline, sd3_pipeline, text_encoder
 
 from afa import UserError, only_expert, record_weights
@@ -19,6 +20,7 @@ PIPELINES = {
     "sd3": functools.partial(sd3_pipeline, **SD3_SMALL),
     "flux": functools.partial(flux_pipeline, **FLUX_SMALL),
     "krea2": functools.partial(krea2_pipeline, **KREA2_SMALL),
+    "lumina2": functools.partial(lumina2_pipeline, **LUMINA2_SMALL),
     "schnell": functools.partial(flux_pipeline, guidance_embeds=False, **FLUX_SMALL),
 }
 SAMPLING = Sampling(steps=3, height=32, width=48)

@@ -11,6 +11,7 @@ from merging_models import saved, sdxl
 from safetensors.torch import load_file, save_file
 from tiny import sd_pipeline, sdxl_pipeline
 from tiny_krea2 import krea2_pipeline
+from tiny_lumina2 import lumina2_pipeline
 from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
 from afa.experts.description import describe
@@ -21,7 +22,14 @@ from afa.experts.spec import ExpertSpec
 from afa.merging.engine import merge_files
 from afa.merging.settings import MergeSettings
 
-PIPELINES = {"sdxl": sdxl_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline, "qwen_image": qwen_image_pipeline, "krea2": krea2_pipeline}
+PIPELINES = {
+    "sdxl": sdxl_pipeline,
+    "sd3": sd3_pipeline,
+    "flux": flux_pipeline,
+    "qwen_image": qwen_image_pipeline,
+    "krea2": krea2_pipeline,
+    "lumina2": lumina2_pipeline,
+}
 
 
 @pytest.fixture(scope="module", params=PIPELINES)

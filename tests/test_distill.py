@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from test_training import experts, images, interrupt_after  # noqa: F401 (fixtures)
 from tiny import quiet, scheduler
 from tiny_krea2 import krea2_pipeline
+from tiny_lumina2 import lumina2_pipeline
 from tiny_transformers import flow_scheduler, qwen_image_pipeline
 
 from afa import Ensemble, UserError
@@ -45,6 +46,7 @@ PIPELINES = {
     "flux": lambda seed: flux(seed),
     "qwen-image": lambda seed: qwen_image_pipeline(seed),
     "krea2": lambda seed: krea2_pipeline(seed),
+    "lumina2": lambda seed: lumina2_pipeline(seed),
 }
 
 

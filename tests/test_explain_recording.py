@@ -61,10 +61,11 @@ def test_words_are_found_where_their_tokens_are(family):
     pipe = pipeline(made)
     words = find_words(pipe, PROMPT, 77 + 256 if family == "sd3" else 64)
     assert [word.text for word in words] == ["a", "red", "bicycle", "on", "a (2)", "lawn"]
-    first = 0 if family in ("flux", "qwen-image", "krea2") else 1  # after CLIP's start of the text
+    starts = {"flux": 0, "qwen-image": 0, "krea2": 0, "lumina2": 26}  # lumina2: after <bos> and the system prompt
+    first = starts.get(family, 1)  # after CLIP's start of the text
     assert words[0].tokens[0] == first and words[1].tokens[0] == first + 1
     clip = [len(pipe.tokenizer(word, add_special_tokens=False).input_ids) for word in "a red bicycle on a lawn".split()]
-    counts = {"flux": [1] * 6, "qwen-image": [1] * 6, "krea2": [1] * 6, "sd3": [count + 1 for count in clip]}  # sd3: of CLIP and of T5
+    counts = {"flux": [1] * 6, "qwen-image": [1] * 6, "krea2": [1] * 6, "lumina2": [1] * 6, "sd3": [count + 1 for count in clip]}  # sd3: of CLIP and of T5
     assert [len(word.tokens) for word in words] == counts.get(family, clip)
     assert words[2].left_out(PROMPT) == "a red , on a lawn"
 

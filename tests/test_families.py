@@ -11,6 +11,7 @@ from tiny import sd_pipeline, sdxl_pipeline
 from tiny_chroma import CHROMA_SMALL, chroma_pipeline
 from tiny_flux2 import FLUX2_SMALL, flux2_pipeline, klein_pipeline
 from tiny_krea2 import KREA2_SMALL, krea2_pipeline
+from tiny_lumina2 import LUMINA2_SMALL, lumina2_pipeline
 from tiny_qwen_image_21 import QWEN_IMAGE_21_SMALL, qwen_image_21_pipeline
 from tiny_transformers import (
     FLUX_SMALL,
@@ -38,6 +39,7 @@ PIPELINES = {
     "chroma": partial(chroma_pipeline, **CHROMA_SMALL),
     "qwen-image-2.1": partial(qwen_image_21_pipeline, **QWEN_IMAGE_21_SMALL),
     "krea2": partial(krea2_pipeline, **KREA2_SMALL),
+    "lumina2": partial(lumina2_pipeline, **LUMINA2_SMALL),
 }
 SMALL = "--hidden 8 --heads 2 --depth 1 --resolution 64 --batch-size 2 --held-out 2 --evaluate-every 1 --lr 1e-2 --device cpu".split()
 

@@ -8,6 +8,7 @@ from tiny import vae as plain_vae
 from tiny_chroma import chroma_pipeline
 from tiny_flux2 import klein_pipeline, patched_vae
 from tiny_krea2 import krea2_pipeline
+from tiny_lumina2 import lumina2_pipeline
 from tiny_transformers import flow_scheduler, frame_vae, qwen_image_pipeline, vae
 from tiny_z_image import z_image_pipeline
 
@@ -84,7 +85,7 @@ def test_recomputing_keeps_fewer_activations():
     assert kept[1] < kept[0] / 3
 
 
-@pytest.mark.parametrize("make", [qwen_image_pipeline, sd_pipeline, sdxl_pipeline, z_image_pipeline, chroma_pipeline, krea2_pipeline])
+@pytest.mark.parametrize("make", [qwen_image_pipeline, sd_pipeline, sdxl_pipeline, z_image_pipeline, chroma_pipeline, krea2_pipeline, lumina2_pipeline])
 def test_what_a_pipeline_decodes_of_scaled_latents_is_the_image(make):
     """A pipeline stopped before its last decoding, and ours from there, give the image that the pipeline draws."""
     pipe = quiet(make())

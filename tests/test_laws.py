@@ -164,7 +164,7 @@ def test_the_order_of_experts_changes_nothing_for_the_mean(fused):
     assert torch.allclose(one, other, atol=1e-5 * max(1, one.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "qwen-image", "krea2"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen-image", "krea2", "lumina2"])
 class TestTextTokens:
     """Where blocks change text tokens, every expert keeps its own, or they are fused as image tokens are."""
 

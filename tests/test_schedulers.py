@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from rival_experts import UNET
 from tiny import quiet, scheduler, sd_pipeline
 from tiny_krea2 import krea2_pipeline, krea2_scheduler
+from tiny_lumina2 import lumina2_pipeline
 from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
 
 from afa import Ensemble, UserError
@@ -73,7 +74,7 @@ def test_what_is_not_for_flows_is_refused_and_a_mistyped_name_explained():
             make_scheduler("unipcc", like)
 
 
-@pytest.mark.parametrize(("make", "own"), [(qwen_image_pipeline, DYNAMIC), (krea2_pipeline, krea2_scheduler())])
+@pytest.mark.parametrize(("make", "own"), [(qwen_image_pipeline, DYNAMIC), (krea2_pipeline, krea2_scheduler()), (lumina2_pipeline, FLOW)])
 def test_pipelines_that_give_their_own_sigmas_get_the_same_ones_from_every_solver(make, own):
     found = []
     for name in FLOWS:

@@ -12,6 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from tiny import sd_pipeline, sdxl_pipeline
 from tiny_krea2 import KREA2_SMALL, krea2_pipeline
+from tiny_lumina2 import LUMINA2_SMALL, lumina2_pipeline
 from tiny_transformers import FLUX_SMALL, SD3_SMALL, flux_pipeline, sd3_pipeline
 from torch import nn
 
@@ -42,6 +43,7 @@ FAMILIES = {
     ),
     "flux": Family(functools.partial(flux_pipeline, **FLUX_SMALL), "transformer", ("to_q", "to_v", "proj_out"), ("text_encoder",)),
     "krea2": Family(functools.partial(krea2_pipeline, **KREA2_SMALL), "transformer", ("to_q", "to_gate", "ff.up", "final_layer.linear"), ()),
+    "lumina2": Family(functools.partial(lumina2_pipeline, **LUMINA2_SMALL), "transformer", ("to_q", "linear_1", "linear_2", "caption_embedder.1"), ()),
 }
 
 

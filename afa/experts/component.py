@@ -5,7 +5,8 @@ made from the same class, settings and names, and checked alike: a command that 
 one that computes with it cannot differ.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -113,7 +114,9 @@ class Component:
         dtype: of the weights; those that its class keeps in float32 stay so
         Raises UserError as `model` does.
         """
-        with init_empty_weights(), no_init_weights():  # buffers that no file holds are computed
+        # buffers that no file holds are computed, by transformers in the dtype of the weights
+        computed = dtype if self._of_transformers else None
+        with init_empty_weights(), no_init_weights(), _default_dtype(computed):
             model = self.make()
         _tie(model)
         # What is computed from a few bits stays in float32 where its dtype here is not known yet.
@@ -140,7 +143,7 @@ class Component:
     def make(self) -> nn.Module:
         """A new model of its class and settings, without its weights. Raises UserError if they make none."""
         try:
-            if hasattr(self.kind, "config_class"):  # of transformers
+            if self._of_transformers:
                 config_class = self.kind.config_class
                 own = self.settings.get(config_class.base_config_key)  # one part of a larger model's settings
                 model: nn.Module = self.kind(config_class.from_dict(dict(own or self.settings)))
@@ -151,6 +154,11 @@ class Component:
                 f"{self.config / 'config.json'} makes no {self.kind.__name__}: {first_line(error)}"
             ) from None
         return model.eval()
+
+    @property
+    def _of_transformers(self) -> bool:
+        """Whether its class is of transformers, and not of diffusers."""
+        return hasattr(self.kind, "config_class")
 
     def same_as(self, other: "Component") -> bool:
         """Whether two components compute the same: equal files, bit for bit, and equal settings.
@@ -176,6 +184,17 @@ class Component:
                     "download or export it again"
                 ) from None
         return check_fit(model, tensors, self.where)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Make new tensors in this dtype; None: in the usual one."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or usual)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _tie(model: Any) -> None:

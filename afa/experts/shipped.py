@@ -20,4 +20,5 @@ KNOWN_CONFIGS = {
     "qwen-image-2.1": "Qwen-Image 2.1",
     "krea2": "Krea 2",
     "krea2-turbo": "Krea 2 Turbo",
+    "lumina2": "Lumina 2",
 }

@@ -11,6 +11,7 @@ from afa.models.chroma import ChromaEnsemble
 from afa.models.flux import FluxEnsemble
 from afa.models.flux2 import Flux2Ensemble
 from afa.models.krea2 import Krea2Ensemble
+from afa.models.lumina2 import Lumina2Ensemble
 from afa.models.qwen_image import QwenImageEnsemble
 from afa.models.qwen_image_21 import QwenImage21Ensemble
 from afa.models.sd3 import SD3Ensemble
@@ -60,6 +61,7 @@ FAMILIES = {
     "chroma": Family("ChromaTransformer2DModel", "transformer", ChromaEnsemble),
     "qwen-image-2.1": Family("QwenImage21Transformer2DModel", "transformer", QwenImage21Ensemble),
     "krea2": Family("Krea2Transformer2DModel", "transformer", Krea2Ensemble),
+    "lumina2": Family("Lumina2Transformer2DModel", "transformer", Lumina2Ensemble),
 }
 
 

@@ -14,9 +14,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from afa.denoiser.forward import PassOptions
-from afa.models.transformer import BlockList, TransformerEnsemble, TransformerInterface, block_residuals
-from afa.stages.stage import StageContext
-from afa.stages.tokens import LEVEL, TokenContext, as_map, fold, unfold
+from afa.models.transformer import BlockList, TransformerInterface, UnpackedEnsemble, block_residuals
+from afa.stages.tokens import LEVEL, TokenContext, as_map
 
 
 def embed(
@@ -70,7 +69,7 @@ class SD3Interface(TransformerInterface):
     )
 
 
-class SD3Ensemble(TransformerEnsemble):
+class SD3Ensemble(UnpackedEnsemble):
     """N `SD3Transformer2DModel` experts as one. See EnsembleDenoiser for the arguments."""
 
     family = "sd3"
@@ -117,9 +116,3 @@ class SD3Ensemble(TransformerEnsemble):
             joint_attention_kwargs,
             return_dict,
         )
-
-    def as_prediction(self, sample: Tensor, context: StageContext) -> Tensor:
-        return fold(sample)
-
-    def as_output(self, prediction: Tensor) -> Tensor:
-        return unfold(prediction)

@@ -12,10 +12,22 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from afa.denoiser.base import EnsembleDenoiser, split_joined
+from afa.denoiser.base import EnsembleDenoiser, attention_options, split_joined
 from afa.stages.interface import ModelInterface
 from afa.stages.stage import Stage, StageContext, base_layer
-from afa.stages.tokens import LEVEL, Block, Head, TokenContext, as_map, as_tokens, pack, set_steps, unpack
+from afa.stages.tokens import (
+    LEVEL,
+    Block,
+    Head,
+    TokenContext,
+    as_map,
+    as_tokens,
+    fold,
+    pack,
+    set_steps,
+    unfold,
+    unpack,
+)
 
 TIMES = 1000  # timesteps of a flow's schedule; models of packed latents take a fraction of them, 0 to 1
 # why one pass cannot predict with and without the prompt side by side
@@ -91,6 +103,35 @@ class PackedInterface(TransformerInterface):
 
     def from_latents(self, prediction: Tensor) -> Tensor:
         return pack(prediction, self.token_side)
+
+
+class RisingInterface(TransformerInterface):
+    """How transformers are called whose time rises from 0 (noise) to 1 (image).
+
+    They predict image minus noise. Schedulers of flows have it the other way round; so have predictions here,
+    and the stage OUT. The pipelines change the sign before the scheduler's step.
+    """
+
+    def denoiser_kwargs(
+        self, config: Any, noisy: Tensor, times: Tensor, conditions: dict[str, Any]
+    ) -> dict[str, Any]:
+        return super().denoiser_kwargs(config, noisy, self.timestep_to_model(times.float()), conditions)
+
+    def timestep_from_model(self, timestep: Tensor | float | int) -> Tensor | float | int:
+        return TIMES - timestep * TIMES
+
+    def timestep_to_model(self, times: Tensor) -> Tensor:
+        return (TIMES - times) / TIMES
+
+    def to_latents(self, output: Any, size: tuple[int, int]) -> Tensor:
+        prediction: Tensor = -output
+        return prediction
+
+    def from_latents(self, prediction: Tensor) -> Any:
+        return -prediction
+
+    def stepped_to_latents(self, prediction: Tensor, size: tuple[int, int]) -> Tensor:
+        return prediction
 
 
 @dataclass(frozen=True)
@@ -188,6 +229,28 @@ class TransformerEnsemble(EnsembleDenoiser):
 
     def as_output(self, prediction: Tensor) -> Tensor:
         return as_tokens(prediction)
+
+
+class UnpackedEnsemble(TransformerEnsemble):
+    """The base of drop-ins of transformers that take and return latents as a map, not packed as tokens."""
+
+    def as_prediction(self, sample: Tensor, context: StageContext) -> Tensor:
+        return fold(sample)
+
+    def as_output(self, prediction: Tensor) -> Any:
+        return self.interface.from_latents(unfold(prediction))
+
+
+def refuse_attention_options(options: Mapping[str, Any] | None, family: str) -> None:
+    """Raise NotImplementedError for attention options beside the LoRA's scale, where blocks take none.
+
+    family: for the message
+    """
+    rest, _ = attention_options(options)
+    if rest:
+        raise NotImplementedError(
+            f"attention options {', '.join(rest)} change nothing in {family}; leave them out"
+        )
 
 
 def block_residuals(

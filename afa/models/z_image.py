@@ -13,7 +13,6 @@ and it predicts image minus noise. The stage OUT predicts noise minus image, as 
 Source of the architecture: Z-Image team, arXiv:2511.22699.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,20 +23,20 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from afa.denoiser.base import attention_options
 from afa.denoiser.forward import PassOptions
-from afa.models.transformer import TIMES, BlockList, TransformerEnsemble, TransformerInterface
-from afa.stages.stage import Stage, StageContext, base_layer
+from afa.models.transformer import BlockList, RisingInterface, UnpackedEnsemble, refuse_attention_options
+from afa.stages.stage import Stage, base_layer
 from afa.stages.tokens import (
     LEVEL,
     Head,
+    RefinedContext,
+    RefinerBlock,
     SequenceBlock,
     TokenContext,
     as_map,
-    fold,
+    mask_of,
     sequence_of,
     set_steps,
-    unfold,
 )
 
 PATCHES = "2-1"  # key of the embedding and of the output head for patches of 2×2 latent pixels of one frame
@@ -56,32 +55,13 @@ CONTROLNET_PARTS = (
 
 
 @dataclass(kw_only=True)
-class ZImageContext(TokenContext):
+class ZImageContext(RefinedContext):
     """The context of a Z-Image expert; its `text_tokens` are padding of the image, then caption tokens.
 
-    padding:  number of tokens that pad the image
-    refining: keyword arguments of the blocks of the noise refiner
     controls: stage name -> (B, P + T, C), what a ControlNet adds to `text_tokens` after that stage
     """
 
-    padding: int
-    refining: dict[str, Any]
     controls: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(kw_only=True, eq=False)
-class RefinerBlock(SequenceBlock):
-    """One block of the noise refiner: image tokens and their padding, without the caption."""
-
-    text_first = False
-
-    def process(self, image: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor]:
-        assert isinstance(context, ZImageContext) and context.text_tokens is not None
-        padding, caption = context.text_tokens.tensor_split([context.padding], dim=1)
-        own = dataclasses.replace(context, text_tokens=padding, conditions=context.refining)
-        refined, image = super().process(image, own)
-        assert refined is not None
-        return torch.cat([refined, caption], dim=1), image
 
 
 @dataclass(kw_only=True, eq=False)
@@ -174,19 +154,6 @@ def embed(
     )
 
 
-def mask_of(lengths: Sequence[int], text: Tensor) -> Tensor | None:
-    """Return which tokens are text and not padding, (B, T) bool; None if all are.
-
-    lengths: of the captions, in tokens
-    text:    (B, T, C)
-    """
-    longest = text.shape[1]
-    if min(lengths) == longest:
-        return None
-    places = torch.arange(longest, device=text.device)
-    return places < torch.tensor(lengths, device=text.device)[:, None]
-
-
 def latents_of(images: Sequence[Any]) -> Tensor:
     """Return the latents of a call, (B, C, H, W). images: B × (C, 1, H, W), as the stock forward takes them.
 
@@ -208,7 +175,7 @@ def latents_of(images: Sequence[Any]) -> Tensor:
     return torch.stack(list(images))[:, :, 0]
 
 
-class ZImageInterface(TransformerInterface):
+class ZImageInterface(RisingInterface):
     """How Z-Image is called: a list of latents, timesteps from 0 to 1 that rise, a list of captions' states.
 
     Its pipelines count guidance from 0: their guidance_scale 3 is a strength of 4 here, as everywhere else
@@ -261,12 +228,6 @@ class ZImageInterface(TransformerInterface):
     ) -> dict[str, Any]:
         return {"x": list(noisy[:, :, None]), "t": self.timestep_to_model(times.float()), **conditions}
 
-    def timestep_from_model(self, timestep: Tensor | float | int) -> Tensor | float | int:
-        return TIMES - timestep * TIMES
-
-    def timestep_to_model(self, times: Tensor) -> Tensor:
-        return (TIMES - times) / TIMES
-
     def latents(self, call: Mapping[str, Any]) -> Tensor:
         return latents_of(call["x"])
 
@@ -274,16 +235,13 @@ class ZImageInterface(TransformerInterface):
         set_steps(scheduler, steps, size[0] * size[1] // self.patch**2, single=True)
 
     def to_latents(self, output: Any, size: tuple[int, int]) -> Tensor:
-        return -torch.stack(list(output))[:, :, 0]
+        return super().to_latents(torch.stack(list(output))[:, :, 0], size)
 
     def from_latents(self, prediction: Tensor) -> Any:
-        return list(-prediction[:, :, None])
-
-    def stepped_to_latents(self, prediction: Tensor, size: tuple[int, int]) -> Tensor:
-        return prediction  # the pipelines make a tensor of the list, and change the sign
+        return list(super().from_latents(prediction)[:, :, None])
 
 
-class ZImageEnsemble(TransformerEnsemble):
+class ZImageEnsemble(UnpackedEnsemble):
     """N `ZImageTransformer2DModel` experts as one. See EnsembleDenoiser for the arguments."""
 
     family = "z-image"
@@ -374,11 +332,7 @@ class ZImageEnsemble(TransformerEnsemble):
             raise NotImplementedError(
                 f"patch_size {patch_size} with f_patch_size {f_patch_size} is not supported; only 2 with 1 is"
             )
-        options, _ = attention_options(joint_attention_kwargs)
-        if options:
-            raise NotImplementedError(
-                f"attention options {', '.join(options)} change nothing in Z-Image; leave them out"
-            )
+        refuse_attention_options(joint_attention_kwargs, "Z-Image")
         sample, width = latents_of(x), self.config.cap_feat_dim
         if len(cap_feats) != len(x) or any(caption.shape[1:] != (width,) for caption in cap_feats):
             shapes = [tuple(caption.shape) for caption in cap_feats]
@@ -397,9 +351,3 @@ class ZImageEnsemble(TransformerEnsemble):
             joint_attention_kwargs,
             return_dict,
         )
-
-    def as_prediction(self, sample: Tensor, context: StageContext) -> Tensor:
-        return fold(sample)
-
-    def as_output(self, prediction: Tensor) -> Any:
-        return self.interface.from_latents(unfold(prediction))

@@ -38,6 +38,8 @@ class ModelInterface(ABC):
                            `select_prompt_outputs` returns (states, mask)
     template_tokens:       tokens of the pipeline's own template among those of max_sequence_length
     empty_prompt:          of guidance
+    negative_outputs:      indices of the results of encode_prompt that hold the empty prompt of guidance,
+                           where the pipeline encodes it otherwise than prompts; (): it is encoded like them
     prompt_first:          where one pass predicts with and without the prompt, the pipelines put the half of
                            the batch that has the prompt first
     marks_passes:          pipelines that make two passes for guidance say which one runs (cache_context)
@@ -67,6 +69,7 @@ class ModelInterface(ABC):
     variable_length: bool = False
     template_tokens: int = 0
     empty_prompt: str = ""
+    negative_outputs: tuple[int, ...] = ()
     prompt_first: bool = False
     marks_passes: bool = True
     aggregator_tokenizers: tuple[int, ...] = (0,)
@@ -128,6 +131,10 @@ class ModelInterface(ABC):
         It is the prompt, or a chat around it.
         """
         return prompt
+
+    def prompt_room(self, tokenizer: Any, longest: int) -> int:
+        """Return how many of `longest` tokens the pipeline's template leaves a prompt and special tokens."""
+        return longest - self.template_tokens
 
     def guidance_kwargs(self, strength: float) -> dict[str, Any]:
         """Return the pipeline's argument for this guidance strength, for prompts that are encoded already."""

@@ -1,6 +1,7 @@
 """Shared by the transformer families: image tokens as feature maps, stages for blocks and output head."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -115,6 +116,19 @@ def image_ids(size: tuple[int, int], like: Tensor) -> Tensor:
     return ids.view(rows * columns, 3)
 
 
+def mask_of(lengths: Sequence[int], text: Tensor) -> Tensor | None:
+    """Return which tokens are text and not padding, (B, T) bool; None if all are.
+
+    lengths: of the captions, in tokens
+    text:    (B, T, C)
+    """
+    longest = text.shape[1]
+    if min(lengths) == longest:
+        return None
+    places = torch.arange(longest, device=text.device)
+    return places < torch.tensor(lengths, device=text.device)[:, None]
+
+
 def flat_ids(ids: Tensor) -> Tensor:
     """Drop the batch dimension of ids, which older pipelines add."""
     return ids[0] if ids.ndim == 3 else ids
@@ -130,6 +144,18 @@ class TokenContext(StageContext):
 
     grid: tuple[int, int]
     conditions: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class RefinedContext(TokenContext):
+    """The context of a transformer whose first blocks (RefinerBlock) do not see the caption.
+
+    refining: keyword arguments of these blocks
+    padding:  number of tokens that pad the image; `text_tokens` begin with them
+    """
+
+    refining: dict[str, Any]
+    padding: int = 0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -195,6 +221,21 @@ class SequenceBlock(Block):
         if self.text_first:
             return sequence[:, :-count], sequence[:, -count:]
         return sequence[:, count:], sequence[:, :count]
+
+
+@dataclass(kw_only=True, eq=False)
+class RefinerBlock(SequenceBlock):
+    """One block of a noise refiner: image tokens and their padding, without the caption."""
+
+    text_first = False
+
+    def process(self, image: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor]:
+        assert isinstance(context, RefinedContext) and context.text_tokens is not None
+        padding, caption = context.text_tokens.tensor_split([context.padding], dim=1)
+        own = dataclasses.replace(context, text_tokens=padding, conditions=context.refining)
+        refined, image = super().process(image, own)
+        assert refined is not None
+        return torch.cat([refined, caption], dim=1), image
 
 
 def sequence_of(text: Tensor | None, image: Tensor, text_first: bool = True) -> Tensor:

@@ -41,7 +41,7 @@ class Conditions:
         self.pipeline, self.device = pipeline, device
         self.interface, self.config = denoiser.interface, denoiser.config
         self.cache: TextCache | VaryingTextCache | None = None
-        self._none = self._encode([self.interface.empty_prompt])
+        self._none = self._encode_nothing()
         if pipeline.config.get("force_zeros_for_empty_prompt"):
             self._none = tuple(torch.zeros_like(part) for part in self._none)
 
@@ -96,6 +96,15 @@ class Conditions:
             return tuple(part.to(self.device, non_blocking=True) for part in self.cache.read(captions))
         encoded = encode_prompt(self.pipeline, captions, self.device, guided=False)
         return self.interface.select_prompt_outputs(encoded)
+
+    @torch.no_grad()
+    def _encode_nothing(self) -> tuple[Tensor, ...]:
+        """Return the denoiser's inputs for the empty prompt of guidance, as the pipeline encodes it."""
+        nothing, places = [self.interface.empty_prompt], self.interface.negative_outputs
+        if not places:
+            return self._encode(nothing)
+        encoded = encode_prompt(self.pipeline, nothing, self.device, guided=True)
+        return self.interface.select_prompt_outputs([encoded[place] for place in places])
 
     def __call__(self, captions: list[str], sizes: Tensor, dropped: Tensor) -> dict[str, Any]:
         """Return the denoiser's keyword arguments for these captions.
