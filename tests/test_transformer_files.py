@@ -1,13 +1,20 @@
 """Single files of transformers: the table by which they are known, the publishers' names and diffusers', with whatever stands before them."""
 
+import contextlib
 import json
 import math
 
 import pytest
 import torch
+from gguf_writing import write_gguf
 from original_transformers import originals
+from published_transformers import NAMES, published
 from safetensors.torch import load_file, save_file
-from scaled_weights import stored
+from scaled_weights import SPELLINGS, stored
+from tiny_chroma import chroma_pipeline, chroma_transformer
+from tiny_flux2 import flux2_pipeline, flux2_transformer, klein_pipeline, klein_transformer
+from tiny_krea2 import krea2_pipeline, krea2_transformer
+from tiny_qwen_image_21 import qwen_image_21_pipeline, qwen_image_21_transformer
 from tiny_transformers import (
     flux_pipeline,
     flux_transformer,
@@ -16,19 +23,36 @@ from tiny_transformers import (
     sd3_pipeline,
     sd3_transformer,
 )
+from tiny_z_image import z_image_pipeline, z_image_transformer
 
 from afa import Ensemble, UserError
+from afa.distillation.lora_files import kohya_tensors
 from afa.experts.description import describe_config, describe_expert
 from afa.experts.layouts import layout_of
 from afa.experts.load import load_expert
+from afa.experts.lora import fuse, load_lora
 from afa.experts.single_file import detect_config
 from afa.experts.spec import ExpertSpec
 from afa.experts.transformer_names import PREFIXES, TRANSFORMERS, transformer_in
 from afa.merging.engine import merge_files
 from afa.merging.settings import MergeSettings
 
-TINY = {"sd3": (sd3_pipeline, sd3_transformer), "flux": (flux_pipeline, flux_transformer), "qwen-image": (qwen_image_pipeline, qwen_image_transformer)}
-CONFIGS = ("sd3", "sd35", "sd35-large", "flux", "flux-schnell", "qwen-image")
+TINY = {
+    "sd3": (sd3_pipeline, sd3_transformer),
+    "flux": (flux_pipeline, flux_transformer),
+    "qwen-image": (qwen_image_pipeline, qwen_image_transformer),
+    "flux2": (flux2_pipeline, flux2_transformer),
+    "klein": (klein_pipeline, klein_transformer),
+    "chroma": (chroma_pipeline, chroma_transformer),
+    "z-image": (z_image_pipeline, z_image_transformer),
+    "krea2": (krea2_pipeline, krea2_transformer),
+    "qwen-image-2.1": (qwen_image_21_pipeline, qwen_image_21_transformer),
+}
+OF = {"klein": "flux2", "flux2-klein": "flux2", "flux2-klein-9b": "flux2"}  # whose names a model has
+# Chroma's converter splits at the width of the real model.
+PUBLISHED = ["flux2", "klein", "z-image", "krea2", "qwen-image-2.1"]
+CONFIGS = ("sd3", "sd35", "sd35-large", "flux", "flux-schnell", "qwen-image", "flux2", "flux2-klein", "flux2-klein-9b", "chroma", "z-image", "krea2")
+CONFIGS += ("qwen-image-2.1",)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +67,28 @@ def same_weights(one, other):
     return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
 
 
-def write(model, path, prefix=""):
-    save_file({f"{prefix}{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+def loads_as(model, file, config):
+    """In both dtypes; some models keep a part in float32."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, tensor in load_expert(str(file), dtype, config).model.state_dict().items():
+            own = torch.float32 if kept & set(name.split(".")) else dtype
+            if tensor.dtype != own or not torch.equal(tensor, model.state_dict()[name].to(own)):
+                return False
+    return True
+
+
+def save(tensors, path, prefix=""):
+    save_file({f"{prefix}{name}": tensor.contiguous() for name, tensor in tensors.items()}, path)
     return path
+
+
+def write(model, path, prefix=""):
+    return save(model.state_dict(), path, prefix)
+
+
+def published_state(family, model):
+    return published(OF.get(family, family), dict(model.state_dict()))
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -53,11 +96,113 @@ def write(model, path, prefix=""):
 def test_under_diffusers_names_it_is_the_model_it_was_made_of_and_so_is_a_merge(family, prefix, folders, tmp_path):
     model = TINY[family][1](1)
     file, config = write(model, tmp_path / "diffusion_pytorch_model.safetensors", prefix), str(folders / family)
-    for dtype in (torch.float32, torch.bfloat16):
-        assert same_weights(load_expert(str(file), dtype, config).model, model.to(dtype))
+    assert loads_as(model, file, config)
     merge_files(MergeSettings([f"x={file}", f"y={file}"], str(tmp_path / "merged.safetensors"), config=config))
     before, merged = load_file(file), load_file(tmp_path / "merged.safetensors")
     assert merged.keys() == before.keys() and all(torch.equal(tensor, merged[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_under_its_publishers_names_it_is_the_model_it_was_made_of_and_so_is_a_merge(family, prefix, folders, tmp_path):
+    model, config = TINY[family][1](1), str(folders / family)
+    file, other = save(published_state(family, model), tmp_path / "one.safetensors", prefix), write(model, tmp_path / "other.safetensors")
+    assert loads_as(model, file, config)
+    for name, second in (("same", file), ("mixed", other)):
+        merge_files(MergeSettings([f"x={file}", f"y={second}"], str(tmp_path / f"{name}.safetensors"), config=config))
+        before, merged = load_file(file), load_file(tmp_path / f"{name}.safetensors")
+        assert merged.keys() == before.keys() and all(torch.equal(tensor, merged[name]) for name, tensor in before.items())
+
+
+def test_chroma_under_its_publishers_names_is_itself_at_the_width_that_its_converter_knows():
+    """With the rows of the real model, and two columns."""
+    model = describe_config("real", "chroma").expert.model
+    state = {name: torch.randn(tensor.shape[0], *[2] * (tensor.ndim - 1)) for name, tensor in model.state_dict().items()}
+    for prefix in PREFIXES:
+        tensors = {f"{prefix}{name}": tensor for name, tensor in published("chroma", state).items()}
+        converted = layout_of(tensors, "chroma.safetensors").to_diffusers(model, tensors)
+        assert converted.keys() == state.keys() and all(torch.equal(tensor, state[name]) for name, tensor in converted.items())
+
+
+def test_one_of_a_width_that_its_converter_does_not_know_is_refused(folders, tmp_path):
+    file = save(published("chroma", dict(chroma_transformer(1).state_dict())), tmp_path / "narrow.safetensors")
+    with pytest.raises(UserError, match=r"narrow\.safetensors.* is incomplete or of another architecture"):
+        load_expert(str(file), config=str(folders / "chroma"))
+
+
+@pytest.mark.parametrize("family", ["z-image", "krea2"])
+def test_gguf_files_keep_their_tensors_of_one_row(family, folders, tmp_path):
+    """ggml does not count sizes of 1 at the end of its own order."""
+    model = TINY[family][1](1)
+    for name, state in (("published", published_state(family, model)), ("own", dict(model.state_dict()))):
+        squeezed = {name: tensor.squeeze(0) if tensor.ndim > 1 else tensor for name, tensor in state.items()}
+        assert any(tensor.ndim < state[name].ndim for name, tensor in squeezed.items())
+        file = write_gguf(tmp_path / f"{name}.gguf", squeezed)
+        assert same_weights(load_expert(str(file), config=str(folders / family)).model, model)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_scaled_weights_under_publishers_names_are_multiplied_out(family, spelling, folders, tmp_path):
+    tensors, metadata, wanted = stored(published_state(family, TINY[family][1](1)), spelling=spelling, prefix="")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "fp8_scaled.safetensors", metadata)
+    model = load_expert(str(tmp_path / "fp8_scaled.safetensors"), config=str(folders / family)).model
+    found = published_state(family, model)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("family", ["chroma", *PUBLISHED])
+def test_loras_in_kohyas_names_change_the_layers_that_their_publisher_calls_so(family):
+    model = TINY[family][1](1)
+    before, tensors, wanted = published_state(family, model), {}, {}
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    own = published(OF.get(family, family), {f"{name}.weight": model.get_submodule(name).weight.detach() for name in linear})
+    for name, weight in own.items():
+        down, up = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+        key = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.0)}
+        wanted[name] = before[name] + up @ down / 2
+    load_lora({"transformer": model}, tensors, "one", "the model")
+    fuse(model)
+    after = published_state(family, model)
+    assert wanted and all(torch.allclose(after[name], tensor, atol=1e-5) for name, tensor in wanted.items())
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name not in wanted)
+
+
+@pytest.mark.parametrize("family", ["chroma", *PUBLISHED])
+def test_loras_written_in_kohyas_names_are_what_they_were_made_of(family):
+    model = TINY[family][1](1)
+    layers = {name: module.weight.detach().clone() for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    factors = {name: (torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)) for name, weight in layers.items()}
+    written = kohya_tensors(model, factors)
+    own = published(OF.get(family, family), {f"{name}.weight": weight for name, weight in layers.items()})
+    assert {name.partition(".")[0] for name in written} == {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}" for name in own}
+    load_lora({"transformer": model}, written, "one", "the model")
+    fuse(model)
+    for name, (down, up) in factors.items():
+        assert torch.allclose(model.get_submodule(name).weight, layers[name] + up @ down, atol=1e-4)
+
+
+@pytest.mark.parametrize("other", range(len(TRANSFORMERS)))
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_marks_of_another_family_change_nothing_or_are_refused(family, other, folders, tmp_path):
+    model = TINY[family][1](1)
+    marks = {mark: torch.zeros(2, 2) for mark in TRANSFORMERS[other].marks}
+    file = save(marks | published_state(family, model), tmp_path / "both.safetensors")
+    with contextlib.suppress(UserError):
+        assert same_weights(load_expert(str(file), config=str(folders / family)).model, model)
+
+
+@pytest.mark.parametrize("family", ["chroma", *PUBLISHED])
+def test_a_file_that_lacks_any_tensor_is_refused(family, tmp_path):
+    config = {"klein": "flux2-klein"}.get(family, family)
+    kind = OF.get(family, family)
+    for state in (tensors := real(config, True)), published(kind, tensors):
+        last = {name.partition(".")[0]: name for name in state}  # one of each kind
+        for name in last.values():
+            file = header({key: tensor for key, tensor in state.items() if key != name}, tmp_path / "lacking.safetensors")
+            with pytest.raises(UserError, match=r"lacking\.safetensors"):
+                describe_expert(ExpertSpec.parse(str(file))).expert  # noqa: B018
 
 
 def test_one_joins_a_pipeline_that_lends_it_the_rest(folders, tmp_path):
@@ -79,7 +224,9 @@ def test_scaled_weights_under_diffusers_names_are_multiplied_out(folders, tmp_pa
 def real(config, diffusers):
     """The tensors of a published model under either names, without content."""
     state = dict(describe_config("real", config).expert.model.state_dict())
-    return state if diffusers else dict(originals("flux" if "flux" in config else "sd3", state))
+    if diffusers or OF.get(config, config) in NAMES:
+        return state if diffusers else published(OF.get(config, config), state)
+    return dict(originals("flux" if "flux" in config else "sd3", state))
 
 
 def header(tensors, path):
@@ -120,6 +267,23 @@ def test_models_that_take_other_images_are_refused_by_their_channels(channels, t
             detect_config(file)
 
 
+@pytest.mark.parametrize("config", CONFIGS[6:])
+def test_other_channels_are_refused(config, tmp_path):
+    for diffusers in (False, True):
+        tensors = real(config, diffusers)
+        entry, _ = transformer_in(tensors)
+        width = tensors[entry.image].shape[0]
+        file = header(tensors | {entry.image: torch.empty(width, 2 * entry.channels, device="meta")}, tmp_path / "real.safetensors")
+        with pytest.raises(UserError, match=rf"{2 * entry.channels} input channels.*the {entry.channels} of {entry.family}"):
+            detect_config(file)
+
+
+def test_a_flux2_of_another_width_asks_for_its_config(tmp_path):
+    file = header(real("flux2", False) | {"img_in.weight": torch.empty(5120, 128, device="meta")}, tmp_path / "real.safetensors")
+    with pytest.raises(UserError, match=r"FLUX\.2 of no size known here \(flux2, flux2-klein-9b, flux2-klein\)"):
+        detect_config(file)
+
+
 def test_a_transformer_of_another_size_asks_for_its_config(tmp_path):
     file = write(qwen_image_transformer(0), tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="input channels|weights and config|lacks"):
@@ -130,6 +294,12 @@ def test_a_transformer_of_another_size_asks_for_its_config(tmp_path):
     ("names", "sentence"),
     [
         (["transformer_blocks.0.attn1.to_q.weight"], "diffusers' names.*give its folder"),
+        (["cap_embedder.1.weight", "x_embedder.weight", "layers.0.adaLN_modulation.1.weight"], "is a Lumina 2 model"),
+        (["time_caption_embed.caption_embedder.0.weight", "x_embedder.weight"], "is a Lumina 2 model"),
+        (["cap_embedder.1.weight", "layers.0.adaLN_modulation.0.weight", "x_embedder.weight", "siglip_embedder.1.weight"], "is a Z-Image-Omni model"),
+        (["distilled_guidance_layer.in_proj.weight", "img_in_patch.weight", "nerf_image_embedder.embedder.0.weight"], "is a Chroma1-Radiance model"),
+        (["double_stream_modulation_img.lin.weight", "single_stream_modulation.lin.weight", "img_in.weight", "content_mode_blocks.0.a"], "is a FLUX.3 model"),
+        (["control_layers.0.after_proj.weight", "control_all_x_embedder.2-1.weight"], "is a ControlNet"),
         (["controlnet_blocks.0.weight", "transformer_blocks.0.attn.to_q.weight"], "ControlNet"),
         (["transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "time_text_embed.addition_t_embedding.weight"], "Qwen-Image-Layered"),
     ],

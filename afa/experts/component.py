@@ -177,7 +177,10 @@ class Component:
         if self.layout is not None:
             try:
                 tensors = self.layout.to_diffusers(model, tensors)
-            except (KeyError, IndexError, AttributeError) as error:
+            except (KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not all(one.is_meta for one in tensors.values()):
+                    _ = self.model  # raises if it is about shapes, as tensors without content show
+                    raise
                 reason = f"{type(error).__name__}: {error}"
                 raise UserError(
                     f"{self.where} is incomplete or of another architecture ({reason}); "

@@ -33,6 +33,8 @@ VALUES = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 1
 TEXT, ARRAY, WHOLE_VALUES = 8, 9, (0, 1, 2, 3, 4, 5, 10, 11)
 ALIGNMENT, SHAPE = "general.alignment", "comfy.gguf.orig_shape."
 DIMENSIONS = 8  # of a tensor; ggml has at most 4
+# Ends of names of tensors with a single row, of Z-Image and Krea 2: ggml does not keep that it is one.
+ONE_ROW = ("x_pad_token", "cap_pad_token", "fusion.projector.weight")
 
 
 class _Header:
@@ -131,7 +133,8 @@ def _read(header: _Header) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
         start = first + offset
         if start + size > header.size:
             raise ValueError(f"{name:.80} ends at byte {start + size:,} of {header.size:,}")
-        found[name] = (kind, _before(name, shape, shapes.get(name, shape)), start, start + size)
+        usual = (1, *shape) if len(shape) == 1 and name.endswith(ONE_ROW) else shape
+        found[name] = (kind, _before(name, shape, shapes.get(name, usual)), start, start + size)
     return found
 
 

@@ -38,16 +38,16 @@ TEXT_ALONE = (
 UNETS = (("input_blocks.0.0.weight", False), ("up_blocks.0.resnets.0.conv1.weight", True))
 VAES = (("decoder.up.0.block.0.conv1.weight", False), ("decoder.up_blocks.0.resnets.0.conv1.weight", True))
 # prefix of a tensor's name -> a family that is not read as a single file; checked first, since some of them
-# resemble FLUX.1
+# resemble FLUX.1, Chroma or Z-Image
 FOREIGN = {
-    "double_stream_modulation_img.": "FLUX.2",
-    "distilled_guidance_layer.": "Chroma",
+    "content_mode_blocks.": "FLUX.3",
+    "nerf_image_embedder.": "Chroma1-Radiance",
     "txt_in.individual_token_refiner.": "HunyuanVideo",
     "vector_in_vision.": "HunyuanImage",
-    "txtfusion.": "Krea 2",
-    "text_fusion.": "Krea 2",
     "time_text_embed.addition_t_embedding.": "Qwen-Image-Layered",
-    "cap_embedder.": "Z-Image or Lumina 2",
+    "siglip_embedder.": "Z-Image-Omni",
+    "layers.0.adaLN_modulation.1.": "Lumina 2",
+    "time_caption_embed.": "Lumina 2",
     "double_stream_blocks.": "HiDream",
     "double_layers.0.": "AuraFlow",
     "llm_adapter.": "Anima",
@@ -60,9 +60,10 @@ FOREIGN = {
     "control_model.": "ControlNet",
     "controlnet_cond_embedding.": "ControlNet",
     "controlnet_blocks.0.": "ControlNet",
+    "control_layers.0.": "ControlNet",
 }
 LORA = (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", "lora_unet_", "lora_transformer_")
-READ = "SD 1.x, 2.x, XL, 3, 3.5, FLUX.1 and Qwen-Image"
+READ = "SD 1.x, 2.x, XL, 3, 3.5, FLUX.1, FLUX.2, Chroma, Z-Image, Krea 2, Qwen-Image and Qwen-Image 2.1"
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,16 @@ class Layout:
 
         model:   of the component's class and settings, with or without weights
         tensors: by their names in the file, with or without content
-        Raises KeyError, IndexError or AttributeError for tensors of another architecture.
+        Raises KeyError, IndexError, AttributeError, ValueError or RuntimeError for tensors of another
+        architecture.
         """
         from diffusers.loaders import single_file_utils as converters
         from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
+        # of transformers, only some converters know the prefix of checkpoints, and none needs it
+        usual = "" if self.part == "transformer" else self.usual
         chosen = {
-            self.usual + name.removeprefix(self.prefix): tensor
+            usual + name.removeprefix(self.prefix): tensor
             for name, tensor in tensors.items()
             if name.startswith(self.prefix)
         }

@@ -64,6 +64,12 @@ def _fits(shape: tuple[int, ...], wanted: Shape) -> bool:
     )
 
 
+def _flux2(image: str) -> dict[str, dict[str, Shape]]:
+    """The models of FLUX.2 by the width of their image layer."""
+    widths = {"flux2": 6144, "flux2-klein-9b": 4096, "flux2-klein": 3072}
+    return {config: {image: (width, None)} for config, width in widths.items()}
+
+
 FILLED = {384: "FLUX.1 Fill", 128: "FLUX.1 Depth or Canny"}
 TRANSFORMERS = (
     TransformerNames(
@@ -91,7 +97,7 @@ TRANSFORMERS = (
     ),
     TransformerNames(
         "FLUX.1",
-        ("double_blocks.0.img_attn.qkv.weight", "img_in.weight"),
+        ("double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_mod.lin.weight", "img_in.weight"),
         {"flux": {"guidance_in.in_layer.weight": (None, None)}, "flux-schnell": {}},
         "img_in.weight",
         64,
@@ -111,6 +117,90 @@ TRANSFORMERS = (
         "x_embedder.weight",
         64,
         FILLED,
+        diffusers=True,
+    ),
+    TransformerNames(
+        "FLUX.2",
+        ("double_stream_modulation_img.lin.weight", "single_stream_modulation.lin.weight", "img_in.weight"),
+        _flux2("img_in.weight"),
+        "img_in.weight",
+        128,
+    ),
+    TransformerNames(
+        "FLUX.2",
+        (
+            "double_stream_modulation_img.linear.weight",
+            "single_stream_modulation.linear.weight",
+            "x_embedder.weight",
+        ),
+        _flux2("x_embedder.weight"),
+        "x_embedder.weight",
+        128,
+        diffusers=True,
+    ),
+    TransformerNames(
+        "Chroma",
+        ("distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight", "img_in.weight"),
+        {"chroma": {}},
+        "img_in.weight",
+        64,
+    ),
+    TransformerNames(
+        "Chroma",
+        (
+            "distilled_guidance_layer.in_proj.weight",
+            "single_transformer_blocks.0.proj_mlp.weight",
+            "x_embedder.weight",
+        ),
+        {"chroma": {}},
+        "x_embedder.weight",
+        64,
+        diffusers=True,
+    ),
+    TransformerNames(
+        "Z-Image",
+        ("layers.0.adaLN_modulation.0.weight", "cap_embedder.1.weight", "x_embedder.weight"),
+        {"z-image": {}},
+        "x_embedder.weight",
+        64,
+    ),
+    TransformerNames(
+        "Z-Image",
+        ("layers.0.adaLN_modulation.0.weight", "cap_embedder.1.weight", "all_x_embedder.2-1.weight"),
+        {"z-image": {}},
+        "all_x_embedder.2-1.weight",
+        64,
+        diffusers=True,
+    ),
+    TransformerNames(
+        "Krea 2",
+        ("txtfusion.projector.weight", "first.weight"),
+        {"krea2": {}},
+        "first.weight",
+        64,
+    ),
+    TransformerNames(
+        "Krea 2",
+        ("text_fusion.projector.weight", "img_in.weight"),
+        {"krea2": {}},
+        "img_in.weight",
+        64,
+        diffusers=True,
+    ),
+    # ComfyUI's differ from the publisher's, which are diffusers', in one layer.
+    TransformerNames(
+        "Qwen-Image 2.1",
+        ("txt_in.text_norm.weight", "transformer_blocks.0.img_mlp.gate_up.weight"),
+        {"qwen-image-2.1": {}},
+        "img_in.weight",
+        64,
+    ),
+    TransformerNames(
+        "Qwen-Image 2.1",
+        ("txt_in.text_norm.weight", "transformer_blocks.0.img_mlp.gate_layer.weight"),
+        {"qwen-image-2.1": {}},
+        "img_in.weight",
+        64,
         diffusers=True,
     ),
     TransformerNames(

@@ -1,9 +1,10 @@
 """Where every tensor of a diffusers model lies in a single file of its publisher's layout, and in which form.
 
 For whole checkpoints of SD 1.x, 2.x and XL (U-Net, VAE, CLIP and OpenCLIP text encoders), and the
-transformers of SD 3 and FLUX.1. What tensors are called is the layout's definition: CompVis stable-diffusion,
-Stability-AI generative-models and sd3.5, black-forest-labs flux, mlfoundations open_clip. Held against
-diffusers' converters by tests/test_merging_layout.py.
+transformers whose layers stages/transformer_tables.py names. What tensors are called is the layout's
+definition: CompVis stable-diffusion, Stability-AI generative-models and sd3.5, black-forest-labs flux and
+flux2, mlfoundations open_clip, ComfyUI. Held against diffusers' converters by tests/test_merging_layout.py
+and tests/test_transformer_files.py.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from torch import Tensor
 from afa.experts.layouts import DENOISER, VAE
 from afa.models.registry import family_of, layers_of, stages_of
 from afa.stages.original_names import unet_names
+from afa.stages.transformer_tables import NORMS
 
 # text encoder -> its prefixes, (CLIP, OpenCLIP); SDXL's stand in conditioner.embedders
 TEXT = {
@@ -52,34 +54,6 @@ OPEN_CLIP = [
     (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
     (r"\.self_attn\.[qkv]_proj\.", ".attn.in_proj_"),
 ]
-# What of a transformer stages/original_names.py does not rename: norms of queries and keys, and what is
-# called the same.
-NORMS = {
-    "sd3": [
-        (
-            r"transformer_blocks\.(\d+)\.(attn2?)\.norm_([qk])\.weight",
-            r"joint_blocks.\1.x_block.\2.ln_\3.weight",
-        ),
-        (
-            r"transformer_blocks\.(\d+)\.attn\.norm_added_([qk])\.weight",
-            r"joint_blocks.\1.context_block.attn.ln_\2.weight",
-        ),
-        (r"pos_embed\.pos_embed", "pos_embed"),
-        (r"context_embedder\.(weight|bias)", r"context_embedder.\1"),
-    ],
-    "flux": [
-        (
-            rf"{kind}transformer_blocks\.(\d+)\.attn\.norm_{added}{letter}\.weight",
-            rf"{place}norm.{word}_norm.scale",
-        )
-        for kind, added, place in (
-            ("", "", r"double_blocks.\1.img_attn."),
-            ("", "added_", r"double_blocks.\1.txt_attn."),
-            ("single_", "", r"single_blocks.\1."),
-        )
-        for letter, word in (("q", "query"), ("k", "key"))
-    ],
-}
 
 
 @dataclass(frozen=True)
@@ -87,7 +61,7 @@ class Place:
     """A tensor's name in the original layout, and its form there.
 
     form: "same"; "conv" (a linear layer as 1×1 convolution); "transposed"; "swapped" (its halves the other
-    way round)
+    way round); "flat" (six vectors behind each other)
     rows: first and last + 1 of a tensor that several of diffusers' share; None: it has one for itself
     """
 
@@ -144,6 +118,8 @@ def from_original(tensor: Tensor, place: Place) -> Tensor:
         return torch.cat(tensor.chunk(2)[::-1])
     if place.form == "transposed":
         return tensor.T
+    if place.form == "flat":
+        return tensor.reshape(6, -1)
     return tensor.flatten(1) if place.form == "conv" else tensor
 
 
@@ -154,6 +130,8 @@ def to_original(tensors: Sequence[Tensor], form: str) -> Tensor:
         return torch.cat(tensor.chunk(2)[::-1])
     if form == "transposed":
         return tensor.T.contiguous()
+    if form == "flat":
+        return tensor.flatten()
     return tensor[..., None, None] if form == "conv" else tensor
 
 
@@ -168,7 +146,7 @@ def shape_to_original(shapes: Sequence[Sequence[int]], form: str) -> tuple[int, 
 
 
 def _transformer(shapes: Mapping[str, Sequence[int]], model: Any) -> dict[str, Place]:
-    """SD3's and FLUX.1's: layers as LoRAs name them, and norms."""
+    """Layers as LoRAs name them, norms, and what is called the same."""
     places: dict[str, Place] = {}
     for original, layers in layers_of(model).items():
         for end in ("weight", "bias"):
@@ -186,7 +164,8 @@ def _transformer(shapes: Mapping[str, Sequence[int]], model: Any) -> dict[str, P
     for name in shapes:
         for pattern, new in NORMS.get(family_of(model), []):
             if name not in places and (found := re.fullmatch(pattern, name)):
-                places[name] = Place(DENOISER + found.expand(new))
+                own_key = found.expand(new)
+                places[name] = Place(DENOISER + own_key, "flat" if own_key.endswith(".mod.lin") else "same")
         if name not in places:
             raise ValueError(f"the original layout has no place for {name}")
     return {name: places[name] for name in shapes}

@@ -334,7 +334,10 @@ def tensors_of(component: Component, denoiser: Any = None, xl: bool = False) -> 
     else:
         text = part in TEXT_ENCODERS
         opened = text and any(name.startswith(OPEN_CLIP) for name in entries)
-        places = original_places(part, state, denoiser, xl=xl, open_clip=opened)
+        try:
+            places = original_places(part, state, denoiser, xl=xl, open_clip=opened)
+        except ValueError as error:
+            raise UserError(f"{component.where}: {error}; merge diffusers folders of these models") from None
         for name, place in places.items():
             found[name] = _stored(entries, place if text else replace(place, key=layout.own(place.key)))
     return {f"{part}.{name}": stored for name, stored in found.items()}
