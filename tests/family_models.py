@@ -110,3 +110,9 @@ FUSED = [(name, placement) for name, model in MODELS.items() for placement in (*
 def sample_of(output: Any) -> torch.Tensor:
     """The prediction of a denoiser as one tensor; Z-Image returns a list with a tensor for each image."""
     return torch.stack(output.sample) if isinstance(output.sample, list) else output.sample
+
+
+def image_of(output: Any, call: dict[str, Any]) -> torch.Tensor:
+    """The prediction of a stock model for the image; Qwen-Image 2.1 answers for the text before it, too."""
+    found = sample_of(output)
+    return found[:, -call["hidden_states"].shape[1] :] if found.ndim == 3 else found

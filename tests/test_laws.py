@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from family_models import FUSED, MODELS, sample_of
+from family_models import FUSED, MODELS, image_of, sample_of
 from tiny import inputs, sd_unet, sdxl_unet
 
 from afa.aggregators.registry import AGGREGATORS, Recipe
@@ -30,8 +30,7 @@ def answer(model, seed):
     """What such an expert answers by itself, for the image: some stock models answer for the text before it, too."""
     call = model.call()
     with torch.no_grad():
-        found = sample_of(expert(model.make, seed)(**call))
-    return found[:, -call["hidden_states"].shape[1] :] if found.ndim == 3 else found
+        return image_of(expert(model.make, seed)(**call), call)
 
 
 def ensemble(model, kind, placement, seeds=(0, 1, 2), trained=True, experts=(), **recipe):
