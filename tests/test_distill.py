@@ -15,22 +15,29 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_training import experts, images, interrupt_after  # noqa: F401 (fixtures)
 from tiny import quiet, scheduler
+from tiny_chroma import chroma_pipeline
+from tiny_flux2 import klein_pipeline
 from tiny_krea2 import krea2_pipeline
 from tiny_lumina2 import lumina2_pipeline
+from tiny_qwen_image_21 import qwen_image_21_pipeline
 from tiny_transformers import flow_scheduler, qwen_image_pipeline
+from tiny_z_image import z_image_pipeline
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
-from afa.distillation.lora_files import kohya_tensors
+from afa.distillation.lora_files import A, B, kohya_tensors, save_kohya
 from afa.distillation.plan import RECORD, plan_distill
 from afa.distillation.run import distill, distill_finished
 from afa.distillation.settings import DistillSettings
 from afa.distillation.student import KEY
+from afa.experts.load import load_expert
+from afa.experts.lora import fuse
 from afa.latents import Latents
 from afa.models.registry import FAMILIES
 from afa.models.unet import UNetEnsemble
 from afa.sampling.sample import Request, Sampling, sample
 from afa.training.conditions import Conditions
+from afa.training.finetune import add_lora, lora_tensors
 from afa.training.noise import Noising
 from afa.training.prepare import recombined
 from afa.training.state import state_file
@@ -322,22 +329,35 @@ def test_both_forms_of_a_lora_draw_the_same_in_diffusers(family, teachers, setti
     assert {name.rpartition(".")[2] for name in names} == {"weight", "alpha"}
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
-def test_loras_of_transformers_are_read_back_as_they_were(family, teachers, settings, tmp_path):
-    folder = replace(settings, ensemble=str(teachers(family)), lora=2, student=f"{family}-1", lr=1e-2, steps=2)
-    file = replace(folder, output=str(tmp_path / "lora.safetensors"))
-    distill(folder), distill(file)
-    base = teachers(family).parent / f"{family}-1"
-    kept = f"{folder.output}/pytorch_lora_weights.safetensors"
-    one, other = (
-        Ensemble.from_experts([f"a={base}+{place}"], aggregator="mean", placement="out").experts[0].model.state_dict()
-        for place in (kept, file.output)
-    )
-    plain = Ensemble.from_experts([str(base)], aggregator="mean", placement="out").experts[0].model.state_dict()
-    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
-    assert any(not torch.equal(one[name], plain[name]) for name in plain)
-    names = {name.split("_blocks_")[0] for name in load_file(file.output)}
-    assert names <= {"lora_unet_double", "lora_unet_single", "lora_unet_joint"}
+KOHYA = {
+    "sd3": sd3,
+    "flux": flux,
+    "flux2": klein_pipeline,
+    "chroma": chroma_pipeline,
+    "z-image": z_image_pipeline,
+    "qwen-image-2.1": qwen_image_21_pipeline,
+    "krea2": krea2_pipeline,
+}
+
+
+@pytest.mark.parametrize("family", KOHYA)
+def test_loras_of_transformers_in_kohyas_names_are_read_back_as_they_were(family, tmp_path):
+    base = saved(KOHYA[family](0), tmp_path / "base")
+    plain, tuned = (load_expert(str(base), torch.float32).model for _ in range(2))
+    for parameter in add_lora(tuned, 2).parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    tensors, start = lora_tensors(tuned), "transformer."
+    factors = {
+        name.removeprefix(start).removesuffix(A): (down, tensors[name.removesuffix(A) + B]) for name, down in tensors.items() if name.endswith(A)
+    }
+    save_kohya(tmp_path / "lora.safetensors", plain, factors)
+    read = fuse(load_expert(f"{base}+{tmp_path / 'lora.safetensors'}", torch.float32).model).state_dict()
+    for name, weight in plain.state_dict().items():
+        layer = name.removesuffix(".weight")
+        down, up = factors.get(layer, (None, None))
+        expected = weight if down is None else weight + up @ down
+        assert torch.allclose(read[name], expected, atol=1e-5)
+    assert len(factors) >= 4
 
 
 def test_a_layer_without_a_name_in_other_programs_is_refused():
