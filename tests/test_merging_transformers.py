@@ -14,6 +14,7 @@ from tiny import quiet
 from afa.errors import UserError
 from afa.experts.load import load_expert
 from afa.experts.spec import ExpertSpec
+from afa.experts.transformer_names import TRANSFORMERS
 from afa.merging.engine import merge_files
 from afa.merging.memory import merge_pipelines
 from afa.merging.plan import make_plan
@@ -195,11 +196,12 @@ def test_a_shape_that_differs_is_named_with_both(home, tmp_path):
         make_plan(MergeSettings([str(home / "sd3/a"), str(other)], str(tmp_path / "merged")))
 
 
-@pytest.mark.parametrize("name", ["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "double_blocks.0.img_attn.qkv.weight"])
-def test_a_single_file_of_a_transformer_that_is_incomplete_is_refused(name, home, tmp_path):
-    save_file({name: torch.zeros(4, 4)}, tmp_path / "file.safetensors")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_single_file_of_a_transformer_that_is_incomplete_is_refused(family, home, tmp_path):
+    names = {"sd3": TRANSFORMERS[0].marks, "flux": TRANSFORMERS[2].marks}[family]
+    save_file({f"model.diffusion_model.{name}": torch.zeros(4, 4) for name in names}, tmp_path / "file.safetensors")
     with pytest.raises(UserError, match=r"file\.safetensors.* is incomplete or of another architecture") as refusal:
-        open_source(ExpertSpec.parse(str(tmp_path / "file.safetensors")), str(home / ("sd3/a" if "joint" in name else "flux/a")))
+        open_source(ExpertSpec.parse(str(tmp_path / "file.safetensors")), str(home / family / "a"))
     assert "\n" not in str(refusal.value)
 
 

@@ -1,6 +1,7 @@
 """Single files of transformers: the table by which they are known, the publishers' names and diffusers', with whatever stands before them."""
 
 import contextlib
+import dataclasses
 import json
 import math
 
@@ -30,10 +31,12 @@ from afa.distillation.lora_files import kohya_tensors
 from afa.experts.description import describe_config, describe_expert
 from afa.experts.layouts import layout_of
 from afa.experts.load import load_expert
+from afa.experts.locate import locate
 from afa.experts.lora import fuse, load_lora
 from afa.experts.single_file import detect_config
 from afa.experts.spec import ExpertSpec
 from afa.experts.transformer_names import PREFIXES, TRANSFORMERS, transformer_in
+from afa.experts.vae import describe_vae
 from afa.merging.engine import merge_files
 from afa.merging.settings import MergeSettings
 
@@ -257,6 +260,15 @@ def test_real_files_are_recognised_by_one_entry_and_complete(config, diffusers, 
     fitting = [entry for entry in TRANSFORMERS if all(mark in tensors for mark in entry.marks)]
     assert [(entry.diffusers, config in entry.configs) for entry in fitting] == [(layout_of(tensors, file).diffusers, True)]
     assert transformer_in(tensors) == (fitting[0], "")
+
+
+@pytest.mark.parametrize("config", ["sd3", "flux", "chroma", "z-image"])
+def test_a_vae_in_a_file_gets_the_settings_of_the_family_where_an_expert_brings_none(config, tmp_path):
+    described = describe_config("real", config)
+    file = header(dict(described.parts["vae"].state_dict()), tmp_path / "ae.safetensors")
+    alone = dataclasses.replace(described.expert, vae=None, located=None, vae_component=None)
+    found = describe_vae(locate(ExpertSpec.parse(str(file))), like=alone)
+    assert found.settings == described.components["vae"].settings and found.model is not None
 
 
 @pytest.mark.parametrize("channels", [384, 128, 1])
