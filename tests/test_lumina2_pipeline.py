@@ -221,6 +221,12 @@ def folders(tmp_path_factory):
     return [str(place / f"expert_{seed}") for seed in range(2)]
 
 
+def test_an_expert_in_half_precision_is_the_stock_pipeline_in_half_precision(folders):
+    stock = Lumina2Pipeline.from_pretrained(folders[0], dtype=torch.bfloat16)
+    made = Ensemble.from_experts(folders[:1], dtype=torch.bfloat16, **SMALL)
+    assert torch.equal(draw(made.pipeline(), CAPTIONS), draw(stock, CAPTIONS))
+
+
 @pytest.fixture
 def settings(folders, images, tmp_path):
     small = {"hidden": 8, "heads": 2, "depth": 1, "resolution": 32, "batch_size": 2, "held_out": 2}

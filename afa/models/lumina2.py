@@ -93,20 +93,18 @@ class Lumina2Head(Head):
 
 def stock_sequence(image: Tensor, context: Lumina2Context) -> Tensor:
     """Join caption tokens (of the context) and image tokens (B, S, C) in the order of the stock forward."""
-    sequence = sequence_of(context.text_tokens, image)
-    return sequence if context.order is None else arranged(sequence, context.order)
+    return arranged(sequence_of(context.text_tokens, image), context.order)
 
 
 def split(sequence: Tensor, count: int, context: Lumina2Context) -> tuple[Tensor, Tensor]:
     """Undo `stock_sequence`: return caption tokens and image tokens. count: S, the number of the latter"""
-    if context.inverse is not None:
-        sequence = arranged(sequence, context.inverse)
-    return sequence[:, :-count], sequence[:, -count:]
+    tokens = arranged(sequence, context.inverse)
+    return tokens[:, :-count], tokens[:, -count:]
 
 
-def arranged(sequence: Tensor, places: Tensor) -> Tensor:
-    """Take the tokens at these places: (B, T, C) and (B, T) -> (B, T, C)."""
-    return sequence.take_along_dim(places[..., None], dim=1)
+def arranged(sequence: Tensor, places: Tensor | None) -> Tensor:
+    """Take the tokens at these places: (B, T, C) and (B, T) -> (B, T, C). None: as they are"""
+    return sequence if places is None else sequence.take_along_dim(places[..., None], dim=1)
 
 
 def embed(
@@ -142,7 +140,6 @@ def embed(
     if min(lengths) < longest:
         order = stock_order(lengths, image.shape[1], sample.device)
         inverse = order.argsort(dim=1)
-        whole = arranged(whole, order)
         sequence_mask = mask_of([length + image.shape[1] for length in lengths], whole)
     return as_map(image, grid), Lumina2Context(
         temb=temb,
@@ -150,7 +147,11 @@ def embed(
         text_mask=mask_of(lengths, text),
         text_tokens=text,
         grid=grid,
-        conditions={"attention_mask": sequence_mask, "image_rotary_emb": whole, "temb": temb},
+        conditions={
+            "attention_mask": sequence_mask,
+            "image_rotary_emb": arranged(whole, order),
+            "temb": temb,
+        },
         refining={"attention_mask": None, "image_rotary_emb": pixels, "temb": temb},
         order=order,
         inverse=inverse,
