@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from tiny_z_image import Z_IMAGE_SMALL, z_image_pipeline
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
+from afa.experts.shipped import KNOWN_CONFIGS
 from afa.models.registry import FAMILIES
 
 PIPELINES = {
@@ -111,3 +113,9 @@ def test_fused_text_tokens_are_refused_where_blocks_only_read_them():
     with pytest.raises(UserError, match="text_stream fused is for blocks that change text tokens"):
         Ensemble.from_experts([sd_pipeline(0), sd_pipeline(1)], text_stream="fused")
     assert Ensemble.from_experts([sd3_pipeline(0), sd3_pipeline(1)], text_stream="fused").denoiser.recipe.text_stream == "fused"
+
+
+def test_the_page_of_families_has_a_row_for_every_shipped_config_and_family():
+    page = (Path(__file__).parent.parent / "docs" / "families.md").read_text(encoding="utf-8")
+    assert [name for name in KNOWN_CONFIGS if f"| `{name}` |" not in page] == []
+    assert [name for name in FAMILIES if f"| `{name}` |" not in page] == []
