@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from family_models import MODELS
+from family_models import MODELS, sample_of
 from PIL import Image
 from tiny import inputs, quiet, sd_pipeline, sd_unet, sdxl_pipeline
 
@@ -112,12 +112,12 @@ def test_between_whole_steps_one_expert_leads_and_what_the_others_added_is_added
     model = MODELS[family]
     ensemble = model.ensemble([model.make(seed) for seed in range(2)], ["a", "b"], Recipe("sabw", SMALL)).eval()
     call = model.call()
-    name = "timestep"
-    first, later = ({**call, name: torch.full_like(torch.as_tensor(call[name]), value)} for value in (0.75, 0.5))
+    name, to_model = ensemble.interface.timestep_input, ensemble.interface.timestep_to_model
+    first, later = ({**call, name: torch.full_like(torch.as_tensor(call[name]), float(to_model(torch.tensor(time))))} for time in (750.0, 500.0))
 
     def predicted(arguments):
         with torch.no_grad():
-            return ensemble(**arguments).sample
+            return sample_of(ensemble(**arguments))
 
     exact = [predicted(first), predicted(later)]
     with only_expert(ensemble, "b"):
