@@ -206,13 +206,13 @@ def test_held_out_images_are_never_trained_on(images):
 
 def test_every_epoch_uses_every_image_once(settings):
     trainer = object.__new__(Trainer)
-    trainer.settings, trainer.data = replace(settings, batch_size=3, accumulate=1), range(8)
+    trainer.settings, trainer.asked = replace(settings, batch_size=3, accumulate=1), 0
     trainer.progress = type("Progress", (), {"step": 0})()
     trainer.processes = 1
     chosen = []
     for step in range(8):  # 24 places: three epochs of eight
         trainer.progress.step = step
-        chosen += trainer._choose()
+        chosen += trainer._choose(range(8))
     epochs = [chosen[:8], chosen[8:16], chosen[16:]]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and epochs[0] != epochs[1]
 
