@@ -160,7 +160,9 @@ def facts(
         "mismatches": reasons,
         "stages": _stages(subject.descriptions[0], denoiser, flops),
         "aggregators": None if denoiser is None else _aggregators(subject, denoiser),
-        "placements": None if denoiser is None or subject.folder else _placements(everywhere, whole),
+        "placements": None
+        if everywhere is None or whole is None or subject.folder
+        else _placements(everywhere, whole),
         "cost": {
             **size,
             "batch_size": batch_size,
@@ -204,7 +206,7 @@ def _everywhere(subject: Subject, denoiser: EnsembleDenoiser) -> EnsembleDenoise
     return dataclasses.replace(subject, placement="layers").denoiser()
 
 
-def _placements(denoiser: Any, flops: Any) -> list[dict[str, Any]]:
+def _placements(denoiser: EnsembleDenoiser, flops: Flops) -> list[dict[str, Any]]:
     """What placements of the same aggregators would cost: parameters to train, operations a step.
 
     denoiser: with aggregators at all stages

@@ -1,7 +1,6 @@
 """Whole Chroma pipelines: drawn through ensembles with both passes of guidance, trained from a cache and without."""
 
 import functools
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import quiet
 from tiny_chroma import chroma_pipeline
-from tiny_transformers import flux_pipeline, t5_encoder
+from tiny_transformers import t5_encoder
 
 from afa import Ensemble, UserError
 from afa.aggregators.registry import Recipe
@@ -31,8 +30,6 @@ from afa.training.conditions import Conditions
 from afa.training.noise import Batch, Noising
 from afa.training.objectives import Pass
 from afa.training.reward_objectives import Decoder, Draft
-from afa.training.run import plan, train
-from afa.training.settings import TrainSettings
 
 CPU = torch.device("cpu")
 SMALL = {"hidden": 32, "heads": 2, "depth": 1}
@@ -201,58 +198,12 @@ def test_captions_and_their_masks_are_the_pipelines_and_dropped_one_by_one(three
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Ten captioned images; no two neighbours with captions of one length."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    lines = []
-    for index in range(10):
-        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-        lines.append(json.dumps({"file_name": f"{index}.png", "text": CAPTIONS[index % 3]}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two experts, as folders."""
     place = tmp_path_factory.mktemp("experts")
     for seed in range(2):
         chroma_pipeline(seed).save_pretrained(place / f"expert_{seed}")
     return [str(place / f"expert_{seed}") for seed in range(2)]
-
-
-@pytest.fixture
-def settings(folders, images, tmp_path):
-    small = {"hidden": 8, "heads": 2, "depth": 1, "resolution": 32, "batch_size": 2, "held_out": 2}
-    small |= {"aggregator": "sabw", "lr": 1e-3, "device": "cpu"}
-    return TrainSettings(experts=folders, data=str(images), output=str(tmp_path / "out"), steps=4, evaluate_every=2, **small)
-
-
-def test_training_from_a_cache_equals_training_without(settings, tmp_path):
-    wanted = train(settings)["history"]
-    assert wanted[-1]["held_out_loss"] != wanted[0]["held_out_loss"]
-    for name in ("first", "second"):
-        found = train(replace(settings, output=str(tmp_path / name), cache=str(tmp_path / "cache")))["history"]
-        assert [entry["held_out_loss"] for entry in found] == pytest.approx([entry["held_out_loss"] for entry in wanted], rel=1e-5)
-    mine, theirs = (load_file(tmp_path / name / "aggregators.safetensors") for name in ("out", "second"))
-    assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
-
-
-def test_a_trained_ensemble_is_loaded_and_draws(settings, tmp_path):
-    train(replace(settings, sheet_every=4, sheet_images=2, sheet_steps=2, caption_dropout=0.5))
-    assert len(list(tmp_path.glob("out/sheets/*.png"))) == 2
-    loaded = Ensemble.load(settings.output)
-    assert loaded.denoiser.placement == "every-4" and loaded.training["steps"] == 4
-    assert draw(loaded.pipeline(), "a cat").shape == (1, 3, 32, 48)
-
-
-@pytest.mark.parametrize("make", [chroma_pipeline, flux_pipeline])
-def test_a_plan_says_memory_and_time_where_position_ids_have_no_values(settings, tmp_path, make):
-    for seed in range(2):
-        make(seed).save_pretrained(tmp_path / str(seed))
-    planned = plan(replace(settings, experts=[str(tmp_path / "0"), str(tmp_path / "1")], dry_run=True))
-    assert planned.memory()["expected_memory_gb"] > 0 and planned.time()["seconds_a_step"] > 0
 
 
 def test_inspection_knows_what_is_in_the_folders(folders):

@@ -122,6 +122,20 @@ def test_attention_feed_forward_and_residual_convolutions_are_adapted(family, pl
     assert inside == ADAPTED[family][place]
 
 
+MODULATES = ("norm", "mod.", "adaLN")  # names of layers that make scales and shifts of the timestep
+
+
+@pytest.mark.parametrize("family", [name for name in MODELS if not name.startswith("sd") or name == "sd3"])
+def test_every_linear_layer_of_a_transformers_blocks_is_adapted_but_those_that_modulate(family):
+    model = MODELS[family].make()
+    blocks = MODELS[family].ensemble([model]).stages[:-1]
+    unused = {part for stage in blocks for module in stage.unused_modules() for part in module.modules()}
+    inside = {part for stage in blocks for module in stage.modules() for part in module.modules()} - unused
+    linear = {name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and part in inside}
+    modulating = {name for name in linear if any(mark in name for mark in MODULATES)}
+    assert {name for name, _ in adapted(model)} == linear - modulating
+
+
 def test_flux_and_sd3_of_published_sizes_have_the_parameters_counted_by_hand():
     """A linear layer of n inputs and m outputs has n + m a rank; in units of the width, an attention of image and text has 16."""
     with torch.device("meta"):

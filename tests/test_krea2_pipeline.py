@@ -1,15 +1,11 @@
 """Whole Krea 2 pipelines: drawn through ensembles, base and distilled, and trained with states of several layers, from a cache and without."""
 
 import functools
-import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import Krea2Pipeline
-from PIL import Image
-from safetensors.torch import load_file
 from tiny import quiet
 from tiny_krea2 import KREA2_SMALL, krea2_pipeline, krea2_transformer, qwen3_encoder
 
@@ -32,8 +28,6 @@ from afa.training.noise import Batch, Noising
 from afa.training.objectives import Pass
 from afa.training.prompt_router import TextReader
 from afa.training.reward_objectives import Decoder, Draft
-from afa.training.run import train
-from afa.training.settings import TrainSettings
 
 CPU = torch.device("cpu")
 SMALL = {"hidden": 32, "heads": 2, "depth": 1}
@@ -282,43 +276,6 @@ def test_a_router_of_prompts_reads_all_layers(three):
     found = TextReader(three)(CAPTIONS)
     own, kept = three.pipeline().encode_prompt([CAPTIONS[1]], CPU)
     assert torch.allclose(found[1], own[0][kept[0]].mean(0).flatten(), atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Ten captioned images; no two neighbours with captions of one length."""
-    folder = tmp_path_factory.mktemp("images")
-    rng, lines = np.random.default_rng(0), []
-    for index in range(10):
-        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-        lines.append(json.dumps({"file_name": f"{index}.png", "text": CAPTIONS[index % 3]}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-@pytest.fixture
-def settings(folders, images, tmp_path):
-    small = {"hidden": 8, "heads": 2, "depth": 1, "resolution": 32, "batch_size": 2, "held_out": 2}
-    small |= {"aggregator": "sabw", "lr": 1e-3, "device": "cpu"}
-    return TrainSettings(experts=folders, data=str(images), output=str(tmp_path / "out"), steps=4, evaluate_every=2, **small)
-
-
-def test_training_from_a_cache_equals_training_without(settings, tmp_path):
-    wanted = train(settings)["history"]
-    assert wanted[-1]["held_out_loss"] < wanted[0]["held_out_loss"]
-    for name in ("first", "second"):
-        found = train(replace(settings, output=str(tmp_path / name), cache=str(tmp_path / "cache")))["history"]
-        assert [entry["held_out_loss"] for entry in found] == pytest.approx([entry["held_out_loss"] for entry in wanted], rel=1e-5)
-    mine, theirs = (load_file(tmp_path / name / "aggregators.safetensors") for name in ("out", "second"))
-    assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
-
-
-def test_a_trained_ensemble_is_loaded_and_draws(settings, tmp_path):
-    train(replace(settings, sheet_every=4, sheet_images=2, sheet_steps=2, caption_dropout=0.5))
-    assert len(list(tmp_path.glob("out/sheets/*.png"))) == 2
-    loaded = Ensemble.load(settings.output)
-    assert loaded.denoiser.placement == "every-4" and loaded.training["steps"] == 4
-    assert draw(loaded.pipeline(), "a cat").shape == (1, 3, 32, 48)
 
 
 # --- rewards -----------------------------------------------------------------------------------------------------------

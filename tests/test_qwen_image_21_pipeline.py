@@ -1,14 +1,11 @@
 """Whole Qwen-Image 2.1 pipelines: drawn through ensembles with the text cached, guided, on white; trained from a cache and without."""
 
 import functools
-import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from tiny import quiet
 from tiny_qwen_image_21 import qwen3_encoder, qwen3_tokenizer, qwen_image_21_pipeline, transparent_vae
 
@@ -23,8 +20,6 @@ from afa.training.conditions import Conditions
 from afa.training.noise import Batch, Noising
 from afa.training.objectives import Pass
 from afa.training.reward_objectives import Decoder, Draft
-from afa.training.run import train
-from afa.training.settings import TrainSettings
 
 CPU = torch.device("cpu")
 SMALL = {"hidden": 32, "heads": 2, "depth": 1}
@@ -208,18 +203,6 @@ def test_a_vae_of_patches_is_refused():
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Ten captioned images; no two neighbours with captions of one length."""
-    folder = tmp_path_factory.mktemp("images")
-    rng, lines = np.random.default_rng(0), []
-    for index in range(10):
-        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-        lines.append(json.dumps({"file_name": f"{index}.png", "text": CAPTIONS[index % 3]}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two experts, as folders."""
     place = tmp_path_factory.mktemp("experts")
@@ -228,31 +211,6 @@ def folders(tmp_path_factory):
     return [str(place / f"expert_{seed}") for seed in range(2)]
 
 
-@pytest.fixture
-def settings(folders, images, tmp_path):
-    small = {"hidden": 8, "heads": 2, "depth": 1, "resolution": 64, "batch_size": 2, "held_out": 2}
-    small |= {"aggregator": "sabw", "lr": 1e-3, "device": "cpu"}
-    return TrainSettings(experts=folders, data=str(images), output=str(tmp_path / "out"), steps=4, evaluate_every=2, **small)
-
-
 def test_an_expert_of_a_folder_draws_what_its_pipeline_draws(folders):
     made = Ensemble.from_experts(folders[:1], **SMALL)
     assert torch.equal(draw(made.pipeline(), "a cat"), draw(qwen_image_21_pipeline(0), "a cat"))
-
-
-def test_training_from_a_cache_equals_training_without(settings, tmp_path):
-    wanted = train(settings)["history"]
-    assert wanted[-1]["held_out_loss"] < wanted[0]["held_out_loss"]
-    for name in ("first", "second"):
-        found = train(replace(settings, output=str(tmp_path / name), cache=str(tmp_path / "cache")))["history"]
-        assert [entry["held_out_loss"] for entry in found] == pytest.approx([entry["held_out_loss"] for entry in wanted], rel=1e-5)
-    mine, theirs = (load_file(tmp_path / name / "aggregators.safetensors") for name in ("out", "second"))
-    assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
-
-
-def test_a_trained_ensemble_is_loaded_and_draws(settings, tmp_path):
-    train(replace(settings, sheet_every=4, sheet_images=2, sheet_steps=2, caption_dropout=0.5))
-    assert len(list(tmp_path.glob("out/sheets/*.png"))) == 2
-    loaded = Ensemble.load(settings.output)
-    assert loaded.denoiser.placement == "every-4" and loaded.training["steps"] == 4
-    assert draw(loaded.pipeline(), "a cat").shape == (1, 4, 32, 64)

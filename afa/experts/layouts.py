@@ -63,7 +63,6 @@ FOREIGN = {
     "control_layers.0.": "ControlNet",
 }
 LORA = (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", "lora_unet_", "lora_transformer_")
-READ = "SD 1.x, 2.x, XL, 3, 3.5, FLUX.1, FLUX.2, Chroma, Z-Image, Krea 2, Qwen-Image and Qwen-Image 2.1"
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,8 @@ def _strange(names: Collection[str], family: str | None) -> str:
     if family == "ControlNet":
         return "is a ControlNet, which cannot be an expert; give it to the ensemble's pipeline(controlnet=…)"
     if family is not None:
-        return f"is a {family} model, which is not read as a single file; read are {READ}"
+        known = ", ".join(dict.fromkeys(entry.family for entry in TRANSFORMERS))
+        return f"is a {family} model, which is not read as a single file; read are SD 1.x, 2.x, XL, {known}"
     if any(name.startswith("transformer_blocks.0.") for name in names):
         return (
             "is a transformer under diffusers' names, and of these single files are read of "

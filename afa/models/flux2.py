@@ -204,7 +204,7 @@ class Flux2Ensemble(TransformerEnsemble):
     interface = Flux2Interface()
     output = Flux2Transformer2DModelOutput
     block_lists = (
-        BlockList("transformer_blocks", "D", "double", DoubleBlock),
+        BlockList("transformer_blocks", "D", "double", DoubleBlock, ("ff", "ff_context")),
         BlockList("single_transformer_blocks", "S", "single", SingleBlock),
     )
     patch_size = 1  # the pipelines pack the latents

@@ -31,6 +31,7 @@ from afa.stages.tokens import (
 )
 
 TEXT_LAYERS = [2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35]  # of Qwen3-VL, which the pipeline takes
+TEMPLATE_END = 5  # tokens of the pipeline's template behind the prompt, within its length
 DISTILLED_SHIFT = 1.15  # of the timesteps, at every size: what the pipeline uses for distilled models
 
 
@@ -99,10 +100,10 @@ class Krea2Interface(PackedInterface):
     pipeline_class = "Krea2Pipeline"
     text_inputs: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "text_hidden_dim"}
     max_sequence_length = 512
-    template_tokens = 5  # behind the prompt
     prompt_outputs = (0, 1)
     prompt_names = ("prompt_embeds", "prompt_embeds_mask")
     variable_length = True
+    guidance_from_zero = True
     guidance_scale = 5.5  # guidance_scale=4.5 of the pipeline
     pipeline_settings: ClassVar[Mapping[str, Any]] = {
         "is_distilled": False,
@@ -141,6 +142,9 @@ class Krea2Interface(PackedInterface):
         nothing = zip(self.prompt_names, encode([self.empty_prompt] * len(captions)), strict=True)
         return {**dict(found), **{f"negative_{name}": part for name, part in nothing}}
 
+    def prompt_room(self, tokenizer: Any, longest: int) -> int:
+        return longest - TEMPLATE_END
+
     def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:
         return {"encoder_hidden_states": parts[0], "encoder_attention_mask": parts[1]}
 
@@ -175,15 +179,6 @@ class Krea2Interface(PackedInterface):
     def grid(self, call: Mapping[str, Any]) -> tuple[int, int]:
         return grid_of(call["position_ids"][call["encoder_hidden_states"].shape[1] :])
 
-    def guidance_kwargs(self, strength: float) -> dict[str, Any]:
-        return {"guidance_scale": max(strength - 1, 0.0)}
-
-    def pipeline_guidance(
-        self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None
-    ) -> dict[str, Any]:
-        found = super().pipeline_guidance(config, count, strength, negative, true)
-        return {**found, **self.guidance_kwargs(found["guidance_scale"])}
-
     def apply_guidance(self, uncond: Tensor, cond: Tensor, strength: float) -> Tensor:
         return cond + (strength - 1) * (cond - uncond)  # in the pipeline's own order
 
@@ -208,7 +203,7 @@ class Krea2Ensemble(TransformerEnsemble):
 
     family = "krea2"
     interface = Krea2Interface()
-    block_lists = (BlockList("transformer_blocks", "K", stage=SequenceBlock),)
+    block_lists = (BlockList("transformer_blocks", "K", stage=SequenceBlock, feeds=("ff",)),)
     # 28 blocks, 6144 channels: aggregators of three experts have 207 million parameters at all stages, and
     # 55 million at every fourth, similar to FLUX.1 and SD3
     default_placement = "every-4"

@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from afa.denoiser.forward import PassOptions
 from afa.models.transformer import (
@@ -42,6 +41,7 @@ from afa.stages.tokens import (
     as_map,
     as_tokens,
     fold,
+    has_values,
     mask_of,
     sequence_of,
     set_steps,
@@ -186,7 +186,7 @@ def stock_order(lengths: Sequence[int], pixels: int, device: torch.device) -> Te
 
 def lengths_of(mask: Tensor) -> list[int]:
     """Return the lengths of captions, in tokens. mask: (B, T); all of it is text if it has no values"""
-    if mask.is_meta or isinstance(mask, FakeTensor):
+    if not has_values(mask):
         return [mask.shape[1]] * mask.shape[0]
     return [int(length) for length in mask.sum(dim=1).tolist()]
 
@@ -263,8 +263,8 @@ class Lumina2Ensemble(UnpackedEnsemble):
     family = "lumina2"
     interface = Lumina2Interface()
     block_lists = (
-        BlockList("noise_refiner", "N", "refiner", RefinerBlock),
-        BlockList("layers", "L", "layer", Layer),
+        BlockList("noise_refiner", "N", "refiner", RefinerBlock, ("feed_forward",)),
+        BlockList("layers", "L", "layer", Layer, ("feed_forward",)),
     )
     # 28 blocks, 2304 channels: aggregators of three experts (sabw) have 90 million parameters at all stages,
     # and 24 million at every fourth

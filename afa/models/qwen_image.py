@@ -141,9 +141,9 @@ class QwenImageInterface(PackedInterface):
         The pipelines apply guidance only if they get a negative prompt.
         """
         found = super().pipeline_guidance(config, count, strength, negative, true)
-        scale = found.pop("guidance_scale")
-        empty = {"negative_prompt": [self.empty_prompt] * count} if negative is None and scale > 1 else {}
-        return {**found, **self.guidance_kwargs(scale), **empty}
+        if negative is None and found["true_cfg_scale"] > 1:
+            found["negative_prompt"] = [self.empty_prompt] * count
+        return found
 
     def why_no_batched_guidance(self, config: Any) -> str:
         return SEPARATE_PASSES

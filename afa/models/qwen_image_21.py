@@ -16,13 +16,14 @@ from typing import Any, ClassVar
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from afa.denoiser.forward import PassOptions
 from afa.models.qwen_image import QwenImageInterface, Shape, shape_of
 from afa.models.transformer import BlockList, PackedInterface, TransformerEnsemble
 from afa.stages.interface import ModelInterface
 from afa.stages.stage import Stage
-from afa.stages.tokens import Head, SequenceBlock, TokenContext, as_map, sequence_of
+from afa.stages.tokens import Head, SequenceBlock, TokenContext, as_map, has_values, sequence_of
 
 PROCESSOR = "QwenImage21AttnProcessor"  # takes segments of the sequence; the other one a compiled mask
 SLOT = 4  # image tokens for which one entry of `img_mask` stands
@@ -96,7 +97,8 @@ def embed(
         and all(cache.k is not None for cache in caches.values())
     )
     start = length if cached else 0  # of the tokens that run
-    is_image = torch.arange(length + count, device="cpu") >= length  # the rotary embedding reads its values
+    with unset_fake_temporarily():  # the rotary embedding reads its values, also where a pass is only counted
+        is_image = torch.arange(length + count, device="cpu") >= length
     times, targets = timestep.to(hidden.dtype), None
     if model.config.causal_condition:
         times = torch.cat([times, times.new_zeros(1)])
@@ -193,7 +195,7 @@ class QwenImage21Ensemble(TransformerEnsemble):
 
     family = "qwen-image-2.1"
     interface = QwenImage21Interface()
-    block_lists = (BlockList("transformer_blocks", "Q", stage=CachedBlock),)
+    block_lists = (BlockList("transformer_blocks", "Q", stage=CachedBlock, feeds=("img_mlp",)),)
     patch_size = 1
     level = 0
     head = SequenceHead
@@ -249,7 +251,7 @@ class QwenImage21Ensemble(TransformerEnsemble):
                 f"encoder_hidden_states_mask is {tuple(mask.shape)}; "
                 f"expected {(batch, length)}, as the states are"
             )
-        if img_mask.shape[-1] != slots or (not img_mask.is_meta and bool(img_mask[:, :length].any())):
+        if img_mask.shape[-1] != slots or (has_values(img_mask) and bool(img_mask[:, :length].any())):
             raise NotImplementedError(
                 f"img_mask marks images inside a prompt of {length} tokens (editing), "
                 "which an ensemble does not support; leave the images out"

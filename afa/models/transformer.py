@@ -142,12 +142,14 @@ class BlockList:
     letter: of the names of its stages: J for J00, J01 …
     group:  of its stages, see Stage
     stage:  class of its stages
+    feeds:  names of a block's feed-forward sub-modules that are not diffusers' FeedForward
     """
 
     name: str
     letter: str
     group: str = ""
     stage: type[Block] = Block
+    feeds: tuple[str, ...] = ()
 
 
 class TransformerEnsemble(EnsembleDenoiser):
@@ -185,6 +187,7 @@ class TransformerEnsemble(EnsembleDenoiser):
                 group=part.group,
                 module=module,
                 index=index,
+                feeds=part.feeds,
             )
             for part in cls.block_lists
             for index, module in enumerate(getattr(model, part.name))

@@ -191,6 +191,7 @@ class ZImageInterface(RisingInterface):
     prompt_names = ("prompt_embeds", "negative_prompt_embeds")
     variable_length = True
     prompt_first = True
+    guidance_from_zero = True
     guidance_scale = 6.0  # the pipelines' 5; no config tells Turbo, which needs 1, from the base model
     shared_config_keys = ("in_channels", "cap_feat_dim", "axes_dims", "n_heads", "rope_theta", "t_scale")
     concat_text = False  # experts share the encoder of 4 billion parameters, which fine-tunes do not change
@@ -204,15 +205,6 @@ class ZImageInterface(RisingInterface):
         mask = mask_of([len(caption) for caption in encoded[0]], states)
         everything = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
         return states, everything if mask is None else mask
-
-    def guidance_kwargs(self, strength: float) -> dict[str, Any]:
-        return {"guidance_scale": max(strength - 1, 0.0)}
-
-    def pipeline_guidance(
-        self, config: Any, count: int, strength: float | None, negative: str | None, true: float | None
-    ) -> dict[str, Any]:
-        found = super().pipeline_guidance(config, count, strength, negative, true)
-        return found | self.guidance_kwargs(found["guidance_scale"])
 
     def conditions(self, config: Any, parts: Sequence[Tensor], sizes: Tensor) -> dict[str, Any]:
         states, mask = parts
@@ -247,8 +239,8 @@ class ZImageEnsemble(UnpackedEnsemble):
     family = "z-image"
     interface = ZImageInterface()
     block_lists = (
-        BlockList("noise_refiner", "N", "refiner", RefinerBlock),
-        BlockList("layers", "Z", "layer", Layer),
+        BlockList("noise_refiner", "N", "refiner", RefinerBlock, ("feed_forward",)),
+        BlockList("layers", "Z", "layer", Layer, ("feed_forward",)),
     )
     # 32 blocks, 3840 channels: aggregators of three experts (sabw) have 144 million parameters at all stages,
     # and 38 million at every fourth

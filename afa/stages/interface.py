@@ -34,9 +34,9 @@ class ModelInterface(ABC):
     shared_config_keys:    config keys that must be equal in all experts: they change what features or
                            predictions mean, but not the stages
     guidance_scale:        default guidance strength; None: the models have no guidance
+    guidance_from_zero:    the pipelines' own guidance_scale is smaller by 1: 0 is none
     variable_length:       the text states of a batch are as long as its longest prompt, and
                            `select_prompt_outputs` returns (states, mask)
-    template_tokens:       tokens of the pipeline's own template among those of max_sequence_length
     empty_prompt:          of guidance
     negative_outputs:      indices of the results of encode_prompt that hold the empty prompt of guidance,
                            where the pipeline encodes it otherwise than prompts; (): it is encoded like them
@@ -66,8 +66,8 @@ class ModelInterface(ABC):
     frozen_text_encoders: bool = True
     shared_config_keys: tuple[str, ...]
     guidance_scale: float | None = None
+    guidance_from_zero: bool = False
     variable_length: bool = False
-    template_tokens: int = 0
     empty_prompt: str = ""
     negative_outputs: tuple[int, ...] = ()
     prompt_first: bool = False
@@ -134,11 +134,11 @@ class ModelInterface(ABC):
 
     def prompt_room(self, tokenizer: Any, longest: int) -> int:
         """Return how many of `longest` tokens the pipeline's template leaves a prompt and special tokens."""
-        return longest - self.template_tokens
+        return longest
 
     def guidance_kwargs(self, strength: float) -> dict[str, Any]:
         """Return the pipeline's argument for this guidance strength, for prompts that are encoded already."""
-        return {"guidance_scale": strength}
+        return {"guidance_scale": max(strength - 1, 0.0) if self.guidance_from_zero else strength}
 
     def split_guidance(self, both: Any) -> tuple[Any, Any]:
         """Split the rows of a pass with and without the prompt, as the stock pipelines order them.
@@ -263,7 +263,7 @@ class ModelInterface(ABC):
                 "give more than 1, or leave that out"
             )
         return {
-            "guidance_scale": strength,
+            **({"guidance_scale": None} if strength is None else self.guidance_kwargs(strength)),
             "negative_prompt": None if negative is None else [negative] * count,
         }
 

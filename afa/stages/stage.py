@@ -85,6 +85,10 @@ class Stage(ABC):
         """Return those sub-modules inside `modules()` whose output does not influence the prediction."""
         return []
 
+    def feed_forward(self) -> list[object]:
+        """Return its feed-forward sub-modules of other classes than diffusers' FeedForward."""
+        return []
+
 
 def base_layer(layer: Any) -> Any:
     """Return the original layer, which has the sizes, if peft has wrapped it with a LoRA; else the layer."""

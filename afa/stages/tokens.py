@@ -82,16 +82,21 @@ def set_steps(scheduler: Any, steps: int, tokens: int, *, single: bool = False) 
     scheduler.set_timesteps(sigmas=sigmas, mu=tokens * slope + (low - slope * few))
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Return False for a tensor of a pass that is only counted: on the meta device, in FakeTensorMode."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
 def grid_of(ids: Tensor) -> tuple[int, int]:
     """Return the number of rows and columns of the image tokens.
 
-    ids: (S, 3 or 4) position ids: kind, row, column. If they have no values (on the meta device, under
-         FakeTensorMode), the result is the grid of S tokens that is closest to a square
+    ids: (S, 3 or 4) position ids: kind, row, column. If they have no values, the result is the grid of S
+         tokens that is closest to a square
     Raises NotImplementedError for tokens of several images (Kontext, reference images), which form no map.
     """
     ids = flat_ids(ids)
     count = ids.shape[0]
-    if ids.is_meta or isinstance(ids, FakeTensor):
+    if not has_values(ids):
         rows = next(rows for rows in range(int(count**0.5), 0, -1) if count % rows == 0)
         return rows, count // rows
     kind, height, width = (int(value) for value in (ids[:, :3].amax(0) - ids[:, :3].amin(0)).tolist())
@@ -164,11 +169,13 @@ class Block(Stage):
 
     module: the block
     unused: names of sub-modules without influence on the prediction: in a last block, those for text tokens
+    feeds:  names of its feed-forward sub-modules that are of a class of their own, see Stage.feed_forward
     index:  of the block in its list
     """
 
     module: nn.Module
     unused: tuple[str, ...] = ()
+    feeds: tuple[str, ...] = ()
     index: int = 0
 
     def run(
@@ -202,6 +209,9 @@ class Block(Stage):
 
     def unused_modules(self) -> list[object]:
         return [self.module.get_submodule(name) for name in self.unused]
+
+    def feed_forward(self) -> list[object]:
+        return [self.module.get_submodule(name) for name in self.feeds]
 
 
 @dataclass(kw_only=True, eq=False)

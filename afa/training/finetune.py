@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_flux2 import Flux2FeedForward
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -55,8 +54,10 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Layer]]:
     chosen = {
         id(base_layer(layer))
         for stage in stages
-        for part in _inside(stage.modules())
-        for layer in _layers(part)
+        for layer in (
+            *(layer for part in _inside(stage.modules()) for layer in _layers(part)),
+            *(part for part in _inside(stage.feed_forward()) if isinstance(part, nn.Linear)),
+        )
     }
     chosen -= {id(layer) for stage in stages for layer in _inside(stage.unused_modules())}
     for path, module in model.named_modules():
@@ -72,7 +73,7 @@ def _inside(modules: Iterable[object]) -> Iterator[nn.Module]:
 
 def _layers(part: nn.Module) -> list[nn.Module]:
     """Return the layers of one module that get a LoRA; [] for other kinds of modules."""
-    if hasattr(part, "to_q") or isinstance(part, (AttentionModuleMixin, FeedForward, Flux2FeedForward)):
+    if hasattr(part, "to_q") or isinstance(part, (AttentionModuleMixin, FeedForward)):
         return [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
     if isinstance(part, ResnetBlock2D):
         return [part.conv1, part.conv2]

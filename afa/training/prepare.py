@@ -74,18 +74,19 @@ def check_objective(settings: LoopSettings, ensemble: Ensemble, source: ImageSou
 
 
 def encode_data(
-    settings: LoopSettings, source: ImageSource, resolution: int, vae: Any
-) -> tuple[Encoded, Encoded]:
-    """Return the encoded training set and held-out set.
+    settings: LoopSettings, source: ImageSource, resolution: int, vae: Any, held_out_too: bool = True
+) -> list[Encoded]:
+    """Return the encoded training set and, unless it is left out, the held-out set.
 
     Unreadable images are left out and reported. Raises UserError if there are too many.
     """
     training, held_out = split(list(enumerate(source.samples)), settings.held_out, settings.seed)
     augmentation = Augmentation(settings.crops, settings.flip)
     parts: list[list[Work]] = [
-        [(sample, augmentation.of(resolution, settings.seed, index)) for index, sample in training],
-        [(sample, [Crop(resolution)]) for _, sample in held_out],
+        [(sample, augmentation.of(resolution, settings.seed, index)) for index, sample in training]
     ]
+    if held_out_too:
+        parts.append([(sample, [Crop(resolution)]) for _, sample in held_out])
     encoder: Callable[..., Encoded] = (
         encode if settings.cache is None else _caching(Path(settings.cache), parts, resolution, vae)
     )
@@ -102,7 +103,7 @@ def encode_data(
     check_skipped(source, settings.max_skipped)
     if source.skipped and PartialState().is_main_process:
         print(f"afa: {source.skipped.summary()}", file=sys.stderr)
-    return found[0], found[1]
+    return found
 
 
 def recombined(captions: Sequence[str], count: int, others: Sequence[str], seed: int) -> list[str]:

@@ -93,7 +93,9 @@ def make_trainer(
         if distilled
         else encode_data(settings, source, resolution, vae)
     )
-    images = encode_data(settings, source, resolution, vae)[0] if distilled and settings.image_share else None
+    images = None
+    if distilled and settings.image_share:
+        (images,) = encode_data(settings, source, resolution, vae, held_out_too=False)
     draws = settings.rewarded or settings.sheet_every is not None
     if not draws:
         vae.to("cpu")
