@@ -16,11 +16,10 @@ from afa.models.registry import FAMILIES, family_of
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-# settings of pipelines besides their components that change what they compute
-SETTINGS = (
-    "force_zeros_for_empty_prompt",
-    *(name for family in FAMILIES.values() for name in family.interface.pipeline_settings),
-)
+# settings of pipelines besides their components that change what they compute, with the pipelines' defaults
+SETTINGS = {"force_zeros_for_empty_prompt": True} | {
+    name: usual for family in FAMILIES.values() for name, usual in family.interface.pipeline_settings.items()
+}
 
 
 @dataclass
@@ -112,13 +111,20 @@ def load_finite_vae(component: Component, dtype: torch.dtype) -> nn.Module:
 def pipeline_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a pipeline besides its components that change what it computes.
 
-    Raises UserError for steps that a pipeline prescribes (sample_sigmas of distilled models).
+    Raises UserError for steps that a pipeline prescribes (sample_sigmas of distilled models), and for a
+    setting of another type than the pipeline's.
     """
     if config.get("sample_sigmas"):
         raise UserError(
-            f"a {config.get('_class_name')} with sample_sigmas prescribes its own "
-            f"{len(config['sample_sigmas'])} steps (a distilled model), which is not supported; "
-            "set them to null"
+            f"a {config.get('_class_name')} with sample_sigmas prescribes its own steps (a distilled model), "
+            "which is not supported; set them to null"
         )
     found = {name: config[name] for name in SETTINGS if name in config}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+    found = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+    for name, value in found.items():
+        if value is not None and type(value) is not type(SETTINGS[name]):
+            raise UserError(
+                f"a {config.get('_class_name')} has {name} {value!r:.60}, expected one such as "
+                f"{SETTINGS[name]!r}; mend its model_index.json"
+            )
+    return found

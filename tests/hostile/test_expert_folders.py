@@ -380,6 +380,19 @@ def test_settings_of_a_wrong_type_end_in_a_sentence_or_load(folder, value):
         replace(file, before)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("is_distilled", "no"), ("is_distilled", 1), ("text_encoder_select_layers", 3), ("patch_size", "2"), ("sample_sigmas", 5), ("sample_sigmas", [1.0])],
+)
+def test_a_setting_of_a_pipeline_of_another_type_is_refused_by_name(folder, setting, value):
+    """Else a text such as "no" would count as true, and the model be drawn without guidance."""
+    index = json.loads((folder / "model_index.json").read_text())
+    replace(folder / "model_index.json", index | {setting: value})
+    for read in (lambda: describe_expert(ExpertSpec.parse(str(folder))), lambda: load_expert(str(folder))):
+        with pytest.raises(UserError, match=setting):
+            read()
+
+
 def test_a_denoiser_of_another_class_is_refused_by_name(folder, index):
     index(unet=["diffusers", "UNet2DModel"])
     for command in (COMMANDS["load"], COMMANDS["inspect"]):
