@@ -92,7 +92,7 @@ def test_an_input_image_is_refused_by_name(three):
 def test_steps_of_a_distilled_model_are_refused_by_name():
     pipe = qwen_image_21_pipeline()
     pipe.register_to_config(sample_sigmas=[1.0, 0.5])
-    with pytest.raises(UserError, match="sample_sigmas prescribes its own 2 steps"):
+    with pytest.raises(UserError, match=r"sample_sigmas \[1.0, 0.5\]"):
         Ensemble.from_experts([pipe], **SMALL)
 
 

@@ -114,17 +114,18 @@ def pipeline_options(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises UserError for steps that a pipeline prescribes (sample_sigmas of distilled models), and for a
     setting of another type than the pipeline's.
     """
+    pipeline = config.get("_class_name") or "pipeline"
     if config.get("sample_sigmas"):
         raise UserError(
-            f"a {config.get('_class_name')} with sample_sigmas prescribes its own steps (a distilled model), "
-            "which is not supported; set them to null"
+            f"a {pipeline} has sample_sigmas {config['sample_sigmas']!r:.60}: a distilled model with its own "
+            "steps, which is not supported; expected null in its model_index.json"
         )
     found = {name: config[name] for name in SETTINGS if name in config}
     found = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
     for name, value in found.items():
         if value is not None and type(value) is not type(SETTINGS[name]):
             raise UserError(
-                f"a {config.get('_class_name')} has {name} {value!r:.60}, expected one such as "
+                f"a {pipeline} has {name} {value!r:.60}, expected one such as "
                 f"{SETTINGS[name]!r}; mend its model_index.json"
             )
     return found
