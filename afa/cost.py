@@ -1,11 +1,12 @@
 """What a denoising step costs: operations, counted on the meta device, and time, with random weights."""
 
+import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from afa.errors import UserError
 from afa.models.registry import FAMILIES, family_of
 from afa.settings import Interval
 from afa.stages.interface import ModelInterface
+from afa.stages.stage import Stage
 
 ROUNDS = 3  # of a measurement of time, after one that is not measured
 
@@ -53,13 +55,61 @@ def count_flops(
     tokens:        of the prompt; None: the family's default
     """
     call = call_of(denoiser, height, width, batch, tokens, device="meta")
-    with torch.no_grad(), _counting() as counter:
-        _on_meta(denoiser)(**call)
+    running = _on_meta(denoiser)
+    with torch.no_grad(), _counting() as counter, _alike_once(running, counter) as repeated:
+        running(**call)
     counts = counter.get_flop_counts()
     stages = denoiser.fused if isinstance(denoiser, EnsembleDenoiser) else []
     name = type(denoiser).__name__
     aggregators = {stage: sum(counts.get(f"{name}.aggregators.{stage}", {}).values()) for stage in stages}
-    return Flops(counter.get_total_flops(), aggregators)
+    return Flops(counter.get_total_flops() + sum(repeated), aggregators)
+
+
+@contextmanager
+def _alike_once(denoiser: nn.Module, counter: FlopCounterMode) -> Iterator[list[int]]:
+    """Within, experts of one config run each stage once: the others take the first one's answer.
+
+    Yields a list that grows by the operations of each stage that the others were spared.
+    """
+    spared: list[int] = []
+    if not isinstance(denoiser, EnsembleDenoiser) or not alike(denoiser.experts):
+        yield spared
+        return
+    before = denoiser.parallel_stages
+    answers: dict[str, Any] = {}
+
+    def first(stage: Stage) -> Stage:
+        def run(*args: Any) -> Any:
+            earlier = counter.get_total_flops()
+            answers[stage.name] = stage.run(*args)
+            spared.append((counter.get_total_flops() - earlier) * (len(before[0]) - 1))
+            return answers[stage.name]
+
+        return _with_run(stage, run)
+
+    def other(stage: Stage) -> Stage:
+        return _with_run(stage, lambda *_: answers[stage.name])
+
+    denoiser.parallel_stages = [(first(same[0]), *map(other, same[1:])) for same in before]
+    try:
+        yield spared
+    finally:
+        denoiser.parallel_stages = before
+
+
+def _with_run(stage: Stage, run: Callable[..., Any]) -> Stage:
+    changed: Any = copy.copy(stage)
+    changed.run = run
+    return cast(Stage, changed)
+
+
+def alike(models: Iterable[Any]) -> bool:
+    """Whether all models are of one class and have equal settings, so that they cost the same."""
+    return len({(type(model), repr(sorted(_settings(model).items()))) for model in models}) == 1
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    return {name: value for name, value in model.config.items() if not name.startswith("_")}
 
 
 def count_training_flops(

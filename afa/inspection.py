@@ -13,7 +13,7 @@ from torch import nn
 from afa.aggregators.registry import Recipe, count_parameters, find_aggregator
 from afa.checkpoint.manifest import AGGREGATORS as AGGREGATORS_FILE
 from afa.checkpoint.manifest import Manifest, read_manifest, recipe_of
-from afa.cost import Flops, count_flops, time_step
+from afa.cost import Flops, alike, count_flops, time_step
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.placement import choices
 from afa.denoiser.schedule import kind_of, noise_of_schedule
@@ -386,20 +386,13 @@ def _flops(
     experts: Sequence[Expert], count: Callable[[nn.Module], Flops], ensemble: Flops | None
 ) -> dict[str, Any]:
     """Of one denoising step."""
-    configs = []
-    for expert in experts:
-        settings: Any = expert.model.config
-        configs.append(
-            repr(sorted((name, value) for name, value in settings.items() if not name.startswith("_")))
-        )
-    counted: dict[str, int] = {}  # by config: experts are mostly of one architecture
-    if ensemble is not None and len(set(configs)) == 1:
-        counted[configs[0]] = (ensemble.total - sum(ensemble.aggregators.values())) // len(experts)
-    single = []
-    for config, expert in zip(configs, experts, strict=True):
-        if config not in counted:
-            counted[config] = count(expert.model).total
-        single.append(counted[config])
+    models: list[Any] = [expert.model for expert in experts]
+    if alike(models):  # as experts mostly are
+        whole = count(models[0]).total if ensemble is None else ensemble.total
+        own = 0 if ensemble is None else sum(ensemble.aggregators.values())
+        single = [whole if ensemble is None else (whole - own) // len(experts)] * len(experts)
+    else:
+        single = [count(model).total for model in models]
     return {
         "each_expert": single,
         "experts": sum(single),
