@@ -127,6 +127,8 @@ CASES = {
         ("Images, of captions alone", f"{DISTILL.replace('--data data', '--data none.txt')} --image-share 0.5"),
         ("A share of a batch that is none", f"{DISTILL} --image-share 0.01"),
         ("Half of a sampling", f"{DISTILL} --batch-size 5"),
+        ("A method that cannot be learnt", f"{DISTILL} --method superdiff_or"),
+        ("A method that needs guidance, without it", f"{DISTILL} --method magicfusion --guidance 1"),
         ("A difference of two equal models", "afa extract demo:curves --base demo:curves --output out"),
         ("A difference of two architectures", "afa extract demo:curves --base demo:near-round --output out"),
     ],

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,13 +36,14 @@ from afa.experts.lora import fuse
 from afa.latents import Latents
 from afa.models.registry import FAMILIES
 from afa.models.unet import UNetEnsemble
+from afa.sampling.registry import teaching_methods
 from afa.sampling.sample import Request, Sampling, sample
 from afa.training.conditions import Conditions
 from afa.training.finetune import add_lora, lora_tensors
 from afa.training.noise import Noising
 from afa.training.prepare import recombined
 from afa.training.state import state_file
-from afa.training.teacher import Teacher, own_samplings
+from afa.training.teacher import Teacher, own_samplings, teaching_method
 from afa.training.trajectories import GROUPS, Trajectories, spaced
 
 LATENTS = Latents({"latent_channels": 4, "block_out_channels": (1, 1)})
@@ -230,6 +232,76 @@ def test_the_teacher_answers_with_guidance_in_one_pass(teachers):
         cond, uncond = answer([False, False]), answer([True, True])
     assert torch.allclose(teacher.guided(noisy, times, words, sizes, 4.0), uncond + 4 * (cond - uncond), atol=1e-5)
     assert torch.allclose(teacher.guided(noisy, times, words, sizes, None), cond, atol=1e-6)
+
+
+# Of each method that can teach, options for two experts.
+METHODS = {
+    "single_in_ensemble": ["expert=sd-1"],
+    "noise_average": ["weights=1,3"],
+    "feature_mean": [],
+    "timestep_experts": ["table=1000-500:sd-2,500-0:sd-1"],
+    "magicfusion": ["mode=2", "t0=500"],
+}
+
+
+def test_every_method_that_can_teach_is_tried():
+    assert set(METHODS) == set(teaching_methods())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_teaches_what_its_own_pipeline_predicts(name, teachers, settings):
+    """At several timesteps in one batch, with captions and without, in any order."""
+    ensemble = Ensemble.load(teachers("sd"))
+    settings = replace(settings, method=name, method_option=METHODS[name])
+    method = teaching_method(ensemble, settings, 4.0)
+    teacher, device = Teacher(ensemble, torch.device("cpu"), None, method), torch.device("cpu")
+    noising = Noising(ensemble.frame.scheduler, LATENTS, device)
+    conditions = Conditions(ensemble.pipeline(), ensemble.denoiser, device)
+    side, words = ensemble.denoiser.side, ["a cat", "a dog", "two mice"]
+    noisy, steps = torch.randn(3, 4, side, side), torch.tensor([100, 700, 100])
+    times, sizes = noising.timesteps(steps), torch.zeros(3, 6)
+
+    def stock(row):
+        """Both predictions at one latent, in one pass, as the pipeline asks for them."""
+        one = slice(row, row + 1)
+        arguments = conditions(words[one] * 2, sizes[one].repeat(2, 1), torch.tensor([True, False]))
+        with torch.no_grad():
+            return method.denoiser(noisy[one].repeat(2, 1, 1, 1), times[row], **arguments).sample
+
+    without, prompted = torch.stack([stock(row) for row in range(3)], 1)
+    guided = teacher.guided(noisy, times, words, sizes, 4.0)
+    assert torch.allclose(guided, without + 4 * (prompted - without), atol=1e-4)
+    for dropped, pairs in (([False, True, False, True, False, True], 2), ([True, False, False], 1)):
+        dropped, (found, at, size) = torch.tensor(dropped), (part.repeat_interleave(pairs, 0) for part in (noisy, times, sizes))
+        said = [word for word in words for _ in range(pairs)]
+        work = SimpleNamespace(noisy=found, timesteps=at, captions=said, sizes=size, dropped=dropped, asked=None)
+        expected = torch.where(dropped.view(-1, 1, 1, 1), *(part.repeat_interleave(pairs, 0) for part in (without, prompted)))
+        assert torch.allclose(teacher(work), expected, atol=1e-5)
+
+
+def test_an_expert_that_is_taught_by_itself_has_nothing_to_learn(settings):
+    alone = {"student": "sd-1", "method": "single_in_ensemble", "method_option": ["expert=sd-1"]}
+    record = distill(replace(settings, **alone, lr=0, steps=2))
+    assert record["held_out_loss"]["student"]["value"] < 1e-10
+    assert json.loads((Path(settings.output) / "distill.json").read_text())["settings"]["method"] == "single_in_ensemble"
+    assert "the method `single_in_ensemble`" in (Path(settings.output) / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_with_a_method_resumes(name, settings, tmp_path, monkeypatch):
+    settings = replace(settings, method=name, method_option=METHODS[name], steps=3, evaluate_every=1)
+    whole = distill(replace(settings, output=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            distill(settings)
+    assert distill(settings)["history"] == whole["history"]
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_the_mean_of_predictions_teaches_in_every_family(family, teachers, settings):
+    record = distill(replace(settings, ensemble=str(teachers(family)), method="noise_average", steps=1))
+    assert record["history"][-1]["training_loss"] > 0
 
 
 def test_the_held_out_latents_are_those_of_the_teachers_own_samplings(teachers):
@@ -458,6 +530,11 @@ def test_images_answer_for_themselves_and_the_teacher_answers_at_samplings(share
     ("changes", "words"),
     [
         ({"lora": 0}, "too small"),
+        ({"method": "superdiff_or"}, "Known: single_in_ensemble"),
+        ({"method_option": ["t0=5"]}, "needs a --method"),
+        ({"method": "magicfusion", "method_option": ["weights=1,2"]}, "is an option of"),
+        ({"method": "magicfusion", "guidance": 1.0}, "guidance 1 adds nothing"),
+        ({"method": "single_in_ensemble", "method_option": ["expert=nobody"]}, "nobody"),
         ({"batch_size": 5}, "even number"),
         ({"guidance": 3.0, "guidance_in": 3.0}, "give one of them"),
         ({"objective": "mse+reward", "reward": "demo"}, "without a teacher"),

@@ -42,6 +42,9 @@ def run(options: Options) -> None:
 
 def _plan(facts: dict[str, Any]) -> str:
     trained = "all weights" if facts["rank"] is None else f"a LoRA of rank {facts['rank']}"
+    teacher = ", ".join(facts["teacher"])
+    if facts["method"] is not None:
+        teacher = f"{facts['method']} of {teacher}"
     guided = facts["guidance_in"]
     drawn = "without guidance" if facts["guidance"] is None else f"with guidance {facts['guidance']:g}"
     answers = "as they are" if guided is None else f"with guidance {guided:g}, in one pass"
@@ -53,7 +56,7 @@ def _plan(facts: dict[str, Any]) -> str:
     if facts["images_a_step"]:
         steps += f", of which {facts['images_a_step']} are of noised images"
     lines = [
-        f"teacher   {', '.join(facts['teacher'])}; its predictions {answers}",
+        f"teacher   {teacher}; its predictions {answers}",
         f"student   {facts['student']}: {trained}, {facts['trainable_parameters']:,} parameters",
         f"captions  {captions}; drawn {drawn}, {facts['resolution']} px",
         f"steps     {steps}, learning rate {facts['lr']:g}",

@@ -31,6 +31,7 @@ from afa.training.prepare import check_objective, find_data, resolution_of
 from afa.training.setup import RUNS, guidance_of
 from afa.training.sheets import FOLDER as SHEETS
 from afa.training.state import FOLDER, state_file
+from afa.training.teacher import teaching_method
 
 RECORD = "distill.json"
 
@@ -70,6 +71,7 @@ class DistillPlan(TrainingPlan):
         trained = used if rank is None else parameters_at_rank(model, rank)
         return {
             "teacher": list(self.teacher.names),
+            "method": settings.method,
             "student": settings.student,
             "captions": len(self.source.samples) - self.held_out_images,
             "held_out_captions": self.held_out_images,
@@ -182,6 +184,8 @@ def plan_distill(settings: DistillSettings, teacher: Ensemble | None = None) -> 
     if teacher is None:
         teacher = Ensemble.load(settings.ensemble, dtype=dtype)
     check_layout(settings, teacher)
+    if settings.method is not None:
+        teaching_method(teacher, settings, settings.guidance_in or guidance_of(settings, teacher))
     student = make_student(settings, teacher)
     if settings.lr is None:
         widest = max(stage.channels for stage in student.denoiser.stages)

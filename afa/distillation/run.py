@@ -66,6 +66,7 @@ def _distill(planned: DistillPlan) -> dict[str, Any]:
     before = trainer.before.losses
     facts = {
         "teacher": public_place(settings.ensemble),
+        "method": settings.method,
         "student": public_place(settings.student),
         "steps": progress.best_step,
         "guidance_in": settings.guidance_in,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from afa import defaults
 from afa.errors import UserError
+from afa.sampling.registry import read_options, teaching_methods
 from afa.settings import DTYPES, GUIDANCE, SAMPLING_STEPS, SHARE, STORE_HELP, STORES, option
 from afa.training.objective_registry import PLAIN
 from afa.training.settings import LoopSettings
@@ -33,6 +34,15 @@ class DistillSettings(LoopSettings):
     output: str = option(
         help="a folder, which becomes a diffusers pipeline (with --lora: diffusers' file of a LoRA); or "
         "FILE.safetensors in the layout that other programs read, with the run's own files in FILE.distill"
+    )
+    method: str | None = option(
+        None,
+        choices=teaching_methods,
+        help="a sampling-time method that teaches in place of the ensemble's aggregators, with its experts "
+        "(single_in_ensemble: one expert)",
+    )
+    method_option: list[str] | None = option(
+        None, help="options of the method, each KEY=VALUE; a list has commas between its values"
     )
     student: str = option(
         WEIGHTED,
@@ -102,6 +112,12 @@ class DistillSettings(LoopSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.method is not None:
+            read_options(self.method, self.method_option or [])
+        elif self.method_option:
+            raise UserError(
+                f"--method-option {' '.join(self.method_option)} needs a --method that it is an option of"
+            )
         if self.guidance_in is not None and self.guidance is not None:
             raise UserError(
                 f"--guidance {self.guidance:g} is of a student that is drawn with guidance, and with "

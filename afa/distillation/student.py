@@ -117,6 +117,9 @@ def card(settings: DistillSettings, facts: dict[str, Any]) -> str:
     kind = "a model" if settings.lora is None else f"a LoRA of rank {settings.lora}"
     base = "the mean of its experts" if settings.student == WEIGHTED else f"`{facts['student']}`"
     guided = facts["guidance_in"]
+    teacher = f"the ensemble `{facts['teacher']}`"
+    if facts["method"] is not None:
+        teacher = f"the method `{facts['method']}` with the experts of {teacher}"
     drawn = (
         "Draw it with guidance, as any model of its kind."
         if guided is None
@@ -125,7 +128,7 @@ def card(settings: DistillSettings, facts: dict[str, Any]) -> str:
     use = "It was trained from" if settings.lora is None else "Use it on"
     return (
         f"---\nlibrary_name: diffusers\ntags: [text-to-image]\n---\n\n# Distilled ensemble\n\n"
-        f"This is {kind} that predicts as the ensemble `{facts['teacher']}` does "
+        f"This is {kind} that predicts as {teacher} does "
         f"(`afa distill`, {facts['steps']} steps). {use} {base}. {drawn}\n"
     )
 

@@ -42,6 +42,7 @@ class SamplingMethod:
     needs_guidance:   it compares what guidance adds, so guidance must be above 1
     only_predictions: it combines whole predictions, which may be of different kinds
     based:            it needs the model that the experts were tuned from; `make` takes it as third argument
+    teaches:          its prediction depends on latents, timestep and caption alone, so a student can learn it
     """
 
     make: str
@@ -57,6 +58,7 @@ class SamplingMethod:
     needs_guidance: bool = False
     only_predictions: bool = True
     based: bool = False
+    teaches: bool = False
 
 
 def _orders(names: Sequence[str], ranking: Sequence[str]) -> list[dict[str, Any]]:
@@ -98,6 +100,7 @@ SAMPLING_METHODS: dict[str, SamplingMethod] = {
         " it shows what the frame changes",
         options=of.OneExpert,
         each=True,
+        teaches=True,
     ),
     "random_expert": SamplingMethod(
         "afa.sampling.base:random_expert",
@@ -115,6 +118,7 @@ SAMPLING_METHODS: dict[str, SamplingMethod] = {
         candidates=lambda names, ranking: [{"weights": weights} for weights in one_ahead(len(names))],
         cost="all experts",
         has_maps=True,
+        teaches=True,
     ),
     "feature_mean": SamplingMethod(
         "afa.sampling.average:feature_mean",
@@ -124,6 +128,7 @@ SAMPLING_METHODS: dict[str, SamplingMethod] = {
         cost="ensemble",
         has_maps=True,
         only_predictions=False,
+        teaches=True,
     ),
     "timestep_experts": SamplingMethod(
         "afa.sampling.average:timestep_experts",
@@ -133,6 +138,7 @@ SAMPLING_METHODS: dict[str, SamplingMethod] = {
         options=of.TimestepExperts,
         candidates=_orders,
         has_maps=True,
+        teaches=True,
     ),
     "expert_switch": SamplingMethod(
         "afa.sampling.average:expert_switch",
@@ -157,6 +163,7 @@ SAMPLING_METHODS: dict[str, SamplingMethod] = {
         cost="all experts",
         has_maps=True,
         needs_guidance=True,
+        teaches=True,
     ),
     "loratorio": SamplingMethod(
         "afa.sampling.loratorio:loratorio",
@@ -197,6 +204,11 @@ SAMPLING_METHODS: dict[str, SamplingMethod] = {
         own_loop=True,
     ),
 }
+
+
+def teaching_methods() -> list[str]:
+    """Return the names of the methods that a student can learn."""
+    return [name for name, method in SAMPLING_METHODS.items() if method.teaches]
 
 
 def find_method(name: str) -> SamplingMethod:

@@ -25,7 +25,7 @@ from afa.training.prepare import encode_captions, encode_data
 from afa.training.settings import LoopSettings
 from afa.training.sheets import Sheets, make_watch
 from afa.training.state import belongings, forget_state, state_file
-from afa.training.teacher import Distillation, Teacher, own_samplings
+from afa.training.teacher import Distillation, Teacher, own_samplings, teaching_method
 from afa.training.trajectories import Trajectories
 
 RUNS = "runs"  # the folder of what trackers write, and the name of their project
@@ -148,14 +148,16 @@ def make_distillation(
     if planned.teacher is None:
         return None
     settings: Any = planned.settings
-    teacher = Teacher(planned.teacher.to(accelerator.device), accelerator.device, settings.guidance_in)
+    ensemble, strength = planned.teacher.to(accelerator.device), guidance_of(settings, planned.teacher)
+    method = settings.method and teaching_method(ensemble, settings, settings.guidance_in or strength)
+    teacher = Teacher(ensemble, accelerator.device, settings.guidance_in, method)
     if settings.cache is not None:
         folder, captions = Path(settings.cache), [*data.captions, *held_out.captions]
         teacher.conditions.keep(folder, captions, settings.batch_size)
         if planned.own:
             _free_encoders(planned.teacher, vae=False, to="cpu")
     own = teacher_samplings(settings, planned.teacher, teacher, noising, held_out, planned.resolution)
-    guidance = None if settings.guidance_in is not None else guidance_of(settings, planned.teacher)
+    guidance = None if settings.guidance_in is not None else strength
     samples = settings.batch_size - settings.images_in_batch
     samples *= settings.accumulate * accelerator.num_processes
     interface, shape = teacher.denoiser.interface, tuple(own.latents.shape[1:])
