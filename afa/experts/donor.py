@@ -15,10 +15,10 @@ import torch
 
 from afa.errors import UserError
 from afa.experts.component import Component
-from afa.experts.description import pipeline_components
+from afa.experts.description import ExpertDescription, pipeline_components
 from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS, Expert, pipeline_options
 from afa.experts.headers import check_finite
-from afa.experts.locate import Located, locate_frame
+from afa.experts.locate import Located, locate, locate_frame
 from afa.experts.parts import (
     PROCESSOR,
     has_part,
@@ -29,9 +29,9 @@ from afa.experts.parts import (
 from afa.experts.prediction import predicting
 from afa.experts.shipped import HUB_IDS
 from afa.experts.single_file import load_tokenizers
-from afa.experts.spec import ExpertSpec
+from afa.experts.spec import ExpertSpec, exists
 from afa.experts.text_names import KINDS, TextEncoderFile, text_encoder_in
-from afa.experts.vae import configs_of
+from afa.experts.vae import configs_of, describe_vae
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class DonorSpec:
     def named(self) -> str:
         """What error messages call it."""
         return f"frame '{self.frame}'" if self.frame else f"text encoder {', '.join(self.text_encoders)}"
+
+
+NO_DONOR = DonorSpec()
 
 
 @dataclass
@@ -303,10 +306,7 @@ def borrow_components(experts: Sequence[Expert], spec: DonorSpec, dtype: torch.d
     """
     bare = [expert for expert in experts if not expert.text_encoders]
     if spec and not bare:
-        raise UserError(
-            f"{spec.named} gives components to experts that are denoisers alone, and all of these bring "
-            "their own; leave it out, or choose another VAE with vae (--vae)"
-        )
+        raise unneeded(spec)
     if spec:
         has_vae = next((expert.name for expert in experts if expert.has_vae), None)
         donor: Expert | None = load_donor(replace(spec, vae=spec.vae or has_vae), bare[0], dtype)
@@ -320,6 +320,36 @@ def borrow_components(experts: Sequence[Expert], spec: DonorSpec, dtype: torch.d
         expert.scheduler = expert.scheduler or donor_scheduler(expert, donor.scheduler)
         expert.pipeline_options = dict(donor.pipeline_options)
     return donor
+
+
+def unneeded(spec: DonorSpec) -> UserError:
+    """The error for a donor where all experts have text encoders."""
+    return UserError(
+        f"{spec.named} gives components to experts that are denoisers alone, and all of these bring "
+        "their own; leave it out, or choose another VAE with vae (--vae)"
+    )
+
+
+def lend(description: ExpertDescription, spec: DonorSpec, config: str | None) -> ExpertDescription:
+    """The description of a denoiser alone with the parts that a donor gives it.
+
+    config: of a VAE that is a single file
+    Raises UserError as describe_donor does, and for a VAE that does not fit.
+    """
+    expert = description.expert
+    found = describe_donor(spec, expert)
+    components = {**description.components, **found.components}
+    if spec.vae is not None and exists(spec.vae):
+        components["vae"] = describe_vae(
+            locate(ExpertSpec("vae", spec.vae)), config, replace(expert, donor=found.expert([]))
+        )
+    return replace(
+        description,
+        components=components,
+        tokenizers=found.tokenizers,
+        index=description.index or found.index,
+        scheduler=description.scheduler or donor_scheduler(expert, found.scheduler),
+    )
 
 
 def donor_scheduler(expert: Expert, scheduler: Any) -> Any:

@@ -165,15 +165,17 @@ class TextEncoderFile:
     def reduce(self, model: Any, shortened: bool = False) -> None:
         """Take out of a model what the file leaves out and texts do not pass through.
 
+        A model that lacks something has the place of its file as `left_out`: it is not saved as a whole one.
         shortened: whether the file lacks the last layers. The states after its own last one are read as they
                    are between layers, so they must not pass the norm that follows all layers.
         """
         there = {name.partition(".")[0] for name in self.tensors}
-        tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+        tied = getattr(model.config, "tie_word_embeddings", False)  # then the head is the table of tokens
         absent = {name for name in UNUSED if name not in there and not (tied and name == "lm_head")}
         for place, _ in list(model.named_modules()):
             if _plain(f"{place}.", "").rstrip(".") in absent | ({"norm"} if shortened else set()):
                 model.set_submodule(place, nn.Identity())
+        model.left_out = str(self.place) if absent or shortened else None
 
 
 def text_encoder_in(place: Path) -> TextEncoderFile:

@@ -211,8 +211,8 @@ def _donor(experts: Sequence[Expert], settings: ScreenSettings) -> DonorSpec | N
     """Return what lends text encoders and scheduler to bare denoisers; None if it is not needed.
 
     It is what the user gives, or the first expert that is a pipeline's folder. The bare denoisers get its
-    text encoders and tokenizers for the comparison. Raises UserError if a bare denoiser has no donor, or its donor
-    lacks parts.
+    text encoders and tokenizers for the comparison. Raises UserError if a bare denoiser has no donor, or its
+    donor lacks parts.
     """
     given = DonorSpec(settings.frame, tuple(settings.text_encoder or ()), settings.vae)
     bare = [expert for expert in experts if not expert.text_encoders]
