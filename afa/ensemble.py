@@ -13,8 +13,9 @@ from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.schedule import Conversion, Schedule, conversion, kind_of
 from afa.errors import UserError
 from afa.experts.compatible import kind_mismatches, mismatches, only_predictions, scheduler_mismatches
+from afa.experts.donor import NO_DONOR, DonorSpec, borrow_components
 from afa.experts.expert import Expert
-from afa.experts.load import borrow_components, load_expert, load_experts
+from afa.experts.load import load_expert, load_experts
 from afa.frame import Frame
 from afa.lora_loading import equip, load_into
 from afa.models.registry import FAMILIES
@@ -55,6 +56,7 @@ class Ensemble:
         tokenizer: str | None = None,
         scheduler: str | None = None,
         frame: str | None = None,
+        text_encoders: Sequence[str] = (),
         dtype: torch.dtype | None = None,
         config: str | None = None,
         prediction_type: str | None = None,
@@ -71,11 +73,14 @@ class Ensemble:
                             aggregator, options and placement
         attention_up_to:    sabw: the largest side, in latent pixels, of maps with attention; None: all maps
         text_stream:        own or fused: text tokens in families whose blocks change them (SD 3, FLUX.1, …)
-        vae:                an expert's name or a path, instead of the frame's VAE
+        vae:                an expert's name or a path (a folder, or a VAE's file), instead of the frame's VAE
         tokenizer:          the same for the tokenizer
         scheduler:          the same for the scheduler
         frame:              a pipeline's folder that gives text encoders, tokenizers, scheduler and VAE to
-                            experts that are bare denoisers; None: the first expert that has them
+                            experts that are bare denoisers; with text_encoders also a hub id, of which
+                            configs and tokenizers are downloaded; None: the first expert that has them
+        text_encoders:      files or folders of text encoders for experts that are bare denoisers, in any
+                            order: their tensors tell which they are
         dtype:              of the experts; None: float32
         config:             of single files: sd15, sdxl, … or a folder; None: detected
         prediction_type:    epsilon or v_prediction, for U-Nets in single files that do not say it
@@ -86,8 +91,9 @@ class Ensemble:
             raise UserError("an ensemble needs at least one expert")
         recipe = _recipe(aggregator, aggregator_options, attention_up_to, text_stream)
         frame, vae = (located(place) if isinstance(place, str) else place for place in (frame, vae))
+        lent = DonorSpec(frame, tuple(located(str(place)) for place in text_encoders), vae)
         loaded = load_experts(experts, dtype, config, prediction_type)
-        donor = borrow_components(loaded, frame, dtype)
+        donor = borrow_components(loaded, lent, dtype)
         _check(loaded, placement, aggregators)
         framed = Frame(loaded, vae=vae, tokenizer=tokenizer, scheduler=scheduler, config=config, donor=donor)
         return cls._combined(loaded, framed, recipe, placement, aggregators)
@@ -121,7 +127,7 @@ class Ensemble:
             added.name = f"{added.name or 'model'}-2"
         experts = [*self.experts, added]
         if not added.text_encoders:
-            borrow_components(experts, None, None)
+            borrow_components(experts, NO_DONOR, None)
         _check(experts, "out", None)
         return self._combined(experts, self.frame, Recipe("mean"), "out", None)
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, read_manifest
+from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, on_hub, read_manifest
 from afa.errors import UserError
-from afa.experts.locate import Located, locate
+from afa.experts.locate import Located, locate, locate_frame
 from afa.experts.shipped import KNOWN_CONFIGS
 from afa.experts.spec import HUB_ID, ExpertSpec
 from afa.files import json_or_none, present, refuse_busy, settled, sha256, write_atomically
@@ -16,15 +16,20 @@ from afa.schema import build
 
 Files = dict[str, str]  # "expert 'photo', unet/config.json" -> sha256
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json", ".txt", ".model")
+FRAMES = ("frame", "tokenizer", "scheduler")  # parts of a saved ensemble that a frame on the hub may give
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a pipeline that no command uses
 
 
-def fingerprint(experts: Sequence[str | ExpertSpec] = (), **others: str | Path | None) -> Files:
+Place = str | Path | None
+
+
+def fingerprint(experts: Sequence[str | ExpertSpec] = (), **others: Place | Sequence[str]) -> Files:
     """Return the sha256 of every file that decides what experts and other models compute, LoRAs included.
 
     experts: as the user gave them
-    others:  by their name in a sentence, `vae="./vae"`: a folder, a file, or the spelling of an expert; names
-             of experts and of known configs need no hash
+    others:  by their name in a sentence, `vae="./vae"`: a folder, a file, or the spelling of an expert, or
+             several of them; names of experts and of known configs need no hash. Of a `frame` on the hub,
+             configs and tokenizers
     Raises UserError for an expert that is not there.
     """
     specs = [spec if isinstance(spec, ExpertSpec) else ExpertSpec.parse(spec) for spec in experts]
@@ -32,15 +37,18 @@ def fingerprint(experts: Sequence[str | ExpertSpec] = (), **others: str | Path |
     for spec in specs:
         found |= _of_expert(f"expert '{spec.name}'", locate(spec))
     names = {spec.name for spec in specs}
-    for name, place in others.items():
-        if place is None or str(place) in names or str(place) in KNOWN_CONFIGS:
-            continue
-        what = f"the {name.replace('_', ' ')}"
-        found |= (
-            _of_place(what, Path(place))
-            if Path(place).exists()
-            else _of_expert(what, locate(ExpertSpec.parse(str(place))))
-        )
+    for name, given in others.items():
+        several = isinstance(given, Sequence) and not isinstance(given, str)
+        for number, place in enumerate(given if several else [given], 1):  # type: ignore[arg-type]
+            if place is None or str(place) in names or str(place) in KNOWN_CONFIGS:
+                continue
+            what = f"the {name.replace('_', ' ')}{f' {number}' if several else ''}"
+            if Path(place).exists():
+                found |= _of_place(what, Path(place))
+            elif name in FRAMES:
+                found |= _of_place(what, locate_frame(str(place)).path)
+            else:
+                found |= _of_expert(what, locate(ExpertSpec.parse(str(place))))
     return found
 
 
@@ -59,7 +67,11 @@ def saved_fingerprint(folder: Path, moved: Mapping[str, str] | None = None) -> F
     # Experts that are not there are left out here; loading names them.
     given = [spec for spec in given if HUB_ID.fullmatch(spec.source) or Path(spec.source).exists()]
     names = {spec.name for spec in specs}
-    frame = {part: folder / choice for part, choice in manifest.frame.items() if choice not in names}
+    frame: dict[str, str | Path] = {
+        part: choice if on_hub(choice) and not (folder / choice).exists() else folder / choice
+        for part, choice in manifest.frame.items()
+        if choice not in names
+    }
     own = {
         f"the ensemble, {name}": sha256(folder / name)
         for name in (MANIFEST, AGGREGATORS)

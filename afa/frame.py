@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from afa.errors import UserError
+from afa.experts.donor import lacks
 from afa.experts.expert import SETTINGS, TEXT_ENCODERS, TOKENIZERS, Expert
 from afa.experts.locate import locate
 from afa.experts.parts import PROCESSOR, load_tokenizer
@@ -48,6 +49,8 @@ class Frame:
         self.experts = list(experts)
         self.donor = None if donor is None or any(donor is expert for expert in experts) else donor
         whole = donor or next((expert for expert in experts if expert.text_encoders), experts[0])
+        if vae is None and not whole.has_vae:  # a donor may lack one that an expert has
+            vae = next((expert.name for expert in experts if expert.has_vae), None)
         self.choice = {
             part: chosen or whole.name
             for part, chosen in (("vae", vae), ("tokenizer", tokenizer), ("scheduler", scheduler))
@@ -109,9 +112,8 @@ class Frame:
 
         if not ensemble.text_encoders or self.scheduler is None:
             raise UserError(
-                "the experts are bare denoisers, without text encoders and scheduler; "
-                "add an expert that is a whole pipeline, give a pipeline's folder as frame (--frame), "
-                "or put ensemble.denoiser into a pipeline of your own"
+                f"the experts are bare denoisers: {lacks(self.experts[0])}; or add an expert that is a whole "
+                "pipeline, or put ensemble.denoiser into a pipeline of your own"
             )
         first = self.experts[0]
         family = FAMILIES[first.family]

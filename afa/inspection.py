@@ -25,6 +25,7 @@ from afa.experts.description import (
     describe_expert,
     shared_text_encoders,
 )
+from afa.experts.donor import NO_DONOR, DonorSpec, lend, unneeded
 from afa.experts.expert import Expert
 from afa.experts.headers import check_fit, read_file
 from afa.experts.load import check_names
@@ -64,14 +65,23 @@ class Subject:
         recipe: Recipe,
         placement: str | None,
         prediction_type: str | None = None,
+        lent: DonorSpec = NO_DONOR,
     ) -> "Subject":
         """Experts as Ensemble.from_experts takes them.
 
+        lent: what is given to experts that are denoisers alone
         Raises UserError for what is missing, broken or incomplete.
         """
         specs = [ExpertSpec.parse(source, prediction_type) for source in sources]
         check_names(specs)
-        return cls([describe_expert(spec, config) for spec in specs], recipe, placement)
+        found = [describe_expert(spec, config) for spec in specs]
+        if lent and all(one.text_parts for one in found):
+            raise unneeded(lent)
+        if lent:
+            has_vae = next((one.name for one in found if "vae" in one.components), None)
+            spec = dataclasses.replace(lent, vae=lent.vae or has_vae)
+            found = [one if one.text_parts else lend(one, spec, config) for one in found]
+        return cls(found, recipe, placement)
 
     @classmethod
     def from_config(cls, config: str, count: int, recipe: Recipe, placement: str | None) -> "Subject":

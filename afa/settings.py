@@ -70,8 +70,13 @@ CONFIG_HELP = (
     "architecture of single files: sd15, sd21, sdxl, sd3, sd35, flux … or a folder (default: detected)"
 )
 FRAME_HELP = (
-    "a pipeline's folder, which gives text encoders, scheduler and VAE to experts that are denoisers alone"
+    "a pipeline's folder, which gives text encoders, scheduler and VAE to experts that are denoisers alone; "
+    "or org/name@revision of the hub, of which configs and tokenizers are read (a few MB)"
 )
+TEXT_ENCODER_HELP = (
+    "text encoders for experts that are denoisers alone: .safetensors or .gguf files or folders, in any order"
+)
+VAE_HELP = "an expert's name, a VAE's or pipeline's folder, or one .safetensors file"
 MOVED_HELP = "new places of a saved ensemble's experts that have moved, each NAME=PLACE"
 
 

@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -16,12 +17,15 @@ from afa.checkpoint.card import model_card
 from afa.checkpoint.manifest import (
     AGGREGATORS,
     MANIFEST,
+    TEXT_ENCODERS,
     AggregatorEntry,
     ExpertEntry,
     Manifest,
     TrainingRecord,
     check_hashes,
     entry_for,
+    frame_places,
+    on_hub,
     read_manifest,
     recipe_of,
     relative,
@@ -39,7 +43,6 @@ from afa.experts.spec import PREDICTION_TYPES, ExpertSpec, Lora
 from afa.files import sha256, staged
 from afa.frame import stock_pipeline
 from afa.places import public_place
-from afa.schema import shown
 from afa.version import __version__
 
 if TYPE_CHECKING:
@@ -57,8 +60,7 @@ def save_ensemble(ensemble: "Ensemble", folder: Path, *, bundle: bool) -> None:
             _bundle(expert, stage, copied) if bundle else _refer(expert, folder)
             for expert in ensemble.experts
         ]
-        donor = ensemble.frame.donor
-        choices = ensemble.frame.choice | ({} if donor is None else {"frame": donor.name})
+        choices = _choices(ensemble)
         frame = {
             part: _frame(part, choice, ensemble, folder, stage if bundle else None)
             for part, choice in choices.items()
@@ -90,6 +92,18 @@ def _check_target(folder: Path) -> None:
             raise UserError(f"{folder} holds a model ({mark}); save the ensemble into a folder of its own")
 
 
+def _choices(ensemble: "Ensemble") -> dict[str, str]:
+    """The parts of the frame: what was chosen for each, and what the donor is made of."""
+    donor = ensemble.frame.donor
+    if donor is None:
+        return dict(ensemble.frame.choice)
+    if donor.located is None:  # its configs ship, and are found again by the experts
+        return {
+            part: choice for part, choice in ensemble.frame.choice.items() if choice != donor.name
+        } | donor.donor_files
+    return ensemble.frame.choice | {"frame": donor.name} | donor.donor_files
+
+
 def _frame(part: str, choice: str, ensemble: "Ensemble", folder: Path, stage: Path | None) -> str:
     """A part of the frame for the manifest.
 
@@ -101,11 +115,13 @@ def _frame(part: str, choice: str, ensemble: "Ensemble", folder: Path, stage: Pa
     """
     if choice in ensemble.names:
         return choice
-    if stage is None:
-        return relative(Path(choice), folder)
     donor = ensemble.frame.donor
-    if donor is not None and choice == donor.name:  # several parts of one folder
-        return _copy_donor(Path(choice), stage / "frame" / "pipeline").relative_to(stage).as_posix()
+    lent = donor.located if donor is not None and choice == donor.name else None
+    if stage is None:
+        hub = lent is not None and lent.commit is not None
+        return f"{lent.spec.source}@{lent.commit}" if lent and hub else relative(Path(choice), folder)
+    if lent is not None:  # several parts of one folder
+        return _copy_donor(lent.path, stage / "frame" / "pipeline").relative_to(stage).as_posix()
     copied = _copy(Path(choice), stage / "frame" / part)
     return copied.relative_to(stage).as_posix()
 
@@ -242,12 +258,7 @@ def load_ensemble(
             raise UserError(unknown(name, names, "expert of this ensemble"))
     check_file(folder, manifest)
     specs = [_spec(entry, folder, moved.get(entry.name)) for entry in manifest.experts]
-    for part, choice in manifest.frame.items():
-        if choice not in names and not (folder / choice).exists():
-            raise UserError(
-                f"{folder / MANIFEST}: frame.{part} is {shown(choice)}, "
-                "neither the name of an expert nor a place that is there"
-            )
+    frame_places(manifest, folder)
     specs = [
         _with_recorded_prediction(entry, spec) for entry, spec in zip(manifest.experts, specs, strict=True)
     ]
@@ -271,9 +282,15 @@ def _make(
     dtype: torch.dtype | None,
 ) -> "Ensemble":
     """The ensemble of a manifest, with untrained aggregators. Raises UserError if its stages are others."""
-    names = [entry.name for entry in manifest.experts]
     configs = [entry.config_in(folder) for entry in manifest.experts]
     recipe = recipe_of(manifest)
+    places: dict[str, Any] = frame_places(manifest, folder)
+    if on_hub(places.get("frame", "")) and not Path(places["frame"]).exists():
+        print(
+            f"afa: {folder / MANIFEST} names {places['frame']} of the hub as frame: its configs and "
+            "tokenizers are fetched, unless they are here already",
+            file=sys.stderr,
+        )
     ensemble = kind.from_experts(
         specs,
         placement=manifest.placement,
@@ -282,10 +299,8 @@ def _make(
         text_stream=recipe.text_stream,
         dtype=dtype,
         config=next((config for config in configs if config), None),
-        **{
-            part: choice if choice in names else str(folder / choice)
-            for part, choice in manifest.frame.items()
-        },
+        text_encoders=[places.pop(name) for name in TEXT_ENCODERS if name in places],
+        **places,
         **recipe.options,
     )
     ensemble.denoiser.share_guidance_weights = recipe.shared_guidance

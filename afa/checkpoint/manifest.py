@@ -6,6 +6,7 @@ A manifest may come from a stranger: it is checked as a whole before anything of
 import importlib
 import json
 import os
+import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from afa.aggregators.registry import AGGREGATORS as KINDS
 from afa.aggregators.registry import Recipe, check_options
 from afa.errors import UserError, unknown
-from afa.experts.locate import Located, expert_files, recorded_files
+from afa.experts.locate import PARTS, Located, expert_files, recorded_files
 from afa.experts.shipped import KNOWN_CONFIGS
 from afa.experts.spec import HUB_ID, ExpertSpec, Lora
 from afa.files import settled, sha256
@@ -26,7 +27,8 @@ from afa.text_files import read_json
 FORMAT: Literal[1] = 1
 MANIFEST = "afa.json"
 AGGREGATORS = "aggregators.safetensors"
-FRAME = ("vae", "tokenizer", "scheduler", "frame")
+TEXT_ENCODERS = tuple(part for part in PARTS if part.startswith("text_encoder"))
+FRAME = ("vae", "tokenizer", "scheduler", "frame", *TEXT_ENCODERS)
 PLACE = Annotated[str, Within(1, 4096)]  # a path or a hub id
 RECORDED_SETTINGS = "afa.training.settings"  # the module that declares the options of a training
 # keys that a record of a training has besides held_out_loss
@@ -174,8 +176,9 @@ class Manifest:
 
     family:      of the experts
     experts:     in order
-    frame:       the VAE, tokenizer and scheduler of the ensemble, and the frame that gives text encoders to
-                 denoisers alone if there is one: part -> an expert's name, or a path
+    frame:       the VAE, tokenizer and scheduler of the ensemble, and the frame and the files that give text
+                 encoders to denoisers alone if there are any: part -> an expert's name, a path, or of a
+                 frame a hub id with its commit
     placement:   a name, or a list of stages
     stages:      all of the experts' stages, in order
     aggregator:  how the aggregators are made, and their file
@@ -341,6 +344,34 @@ def check_hashes(entry: ExpertEntry, located: Located) -> None:
             "which the ensemble was not made with;"
             " take it away or train again"
         )
+
+
+def frame_places(manifest: Manifest, folder: Path) -> dict[str, str]:
+    """The parts of a manifest's frame: part -> an expert's name, a place as found from here, or a hub id.
+
+    folder: of the ensemble
+    Raises UserError for a part that is not there.
+    """
+    names = [entry.name for entry in manifest.experts]
+    found = {}
+    for part, choice in manifest.frame.items():
+        if choice in names or (on_hub(choice) and not (folder / choice).exists()):
+            found[part] = choice
+        elif (folder / choice).exists():
+            found[part] = str(folder / choice)
+        else:
+            raise UserError(
+                f"{folder / MANIFEST}: frame.{part} is {shown(choice)}, "
+                "neither the name of an expert nor a place that is there"
+            )
+    return found
+
+
+def on_hub(choice: str) -> bool:
+    """Whether a part of a frame is a hub id with its commit."""
+    source, at, commit = choice.rpartition("@")
+    known = HUB_ID.fullmatch(source) is not None and ".." not in source
+    return bool(at) and known and re.fullmatch("[0-9a-f]{40,64}", commit) is not None
 
 
 def recipe_of(manifest: Manifest) -> Recipe:

@@ -18,7 +18,7 @@ from afa.experts.shipped import KNOWN_CONFIGS
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.pages.numbers import count, scaled
 from afa.pages.tables import listing
-from afa.settings import COUNT, DEVICE_HELP, RESIDENT, STORES, option
+from afa.settings import COUNT, DEVICE_HELP, FRAME_HELP, RESIDENT, STORES, TEXT_ENCODER_HELP, VAE_HELP, option
 
 if TYPE_CHECKING:
     from afa.inspection import Subject
@@ -50,6 +50,9 @@ class InspectSettings(AggregatorSettings):
         "architecture to show",
     )
     prediction_type: str | None = option(None, help=PREDICTION_HELP, choices=list(PREDICTION_TYPES))
+    frame: str | None = option(None, place=True, help=FRAME_HELP)
+    text_encoder: list[str] | None = option(None, place=True, help=TEXT_ENCODER_HELP)
+    vae: str | None = option(None, place=True, help=f"with --frame or --text-encoder: {VAE_HELP}")
     count: int | None = option(
         None, least=1, most=1000, help="with --config and without EXPERT: how many experts (default: 3)"
     )
@@ -89,9 +92,17 @@ class InspectSettings(AggregatorSettings):
         super().__post_init__()
         if not self.experts and self.config is None:
             raise UserError(f"give EXPERT..., or --config with one of {', '.join(KNOWN_CONFIGS)}")
-        if not self.experts and self.prediction_type is not None:
+        for name in ("prediction_type", "frame", "text_encoder", "vae"):
+            value = getattr(self, name)
+            if not self.experts and value is not None:
+                shown = value if isinstance(value, str) else " ".join(value)
+                raise UserError(
+                    f"--{name.replace('_', '-')} {shown} is for EXPERT, and none is given; leave it out"
+                )
+        if self.vae is not None and self.frame is None and self.text_encoder is None:
             raise UserError(
-                f"--prediction-type {self.prediction_type} is for EXPERT, and none is given; leave it out"
+                f"--vae {self.vae} is for experts that are denoisers alone, with --text-encoder or --frame; "
+                "give one of them, or leave it out"
             )
         if self.device is not None and not self.time:
             raise UserError(f"--device {self.device} is for --time; give both, or neither")
@@ -119,6 +130,7 @@ def run(options: Options) -> None:
 
 def _subject(options: Options) -> "Subject":
     from afa.checkpoint.manifest import MANIFEST
+    from afa.experts.donor import DonorSpec
     from afa.files import settled
     from afa.inspection import Subject
 
@@ -129,7 +141,8 @@ def _subject(options: Options) -> "Subject":
     recipe, placement = Recipe(), options.placement
     if options.experts:
         kind = options.prediction_type
-        found = Subject.from_sources(options.experts, options.config, recipe, placement, kind)
+        lent = DonorSpec(options.frame, tuple(options.text_encoder or ()), options.vae)
+        found = Subject.from_sources(options.experts, options.config, recipe, placement, kind, lent)
     else:
         assert options.config is not None
         number = 3 if options.count is None else options.count
@@ -143,6 +156,7 @@ def _check_alone(options: Options, ensemble: str) -> None:
         other = next(source for source in options.experts if source != ensemble)
         raise UserError(f"{ensemble} is a saved ensemble; inspect it alone, without {other}")
     made = ("config", "prediction_type", "aggregator", "placement", "attention_up_to")
+    made += ("frame", "text_encoder", "vae")
     names = (*made, *options.option_fields())
     for field in fields(options):
         if field.name in names and getattr(options, field.name) != field.default:
@@ -220,7 +234,7 @@ def _text_encoders(experts: list[dict[str, Any]]) -> str:
 def _vaes(experts: list[dict[str, Any]]) -> str:
     headers = ["expert", "class", "latent", ">channels", ">scale", ">parameters", "stored as"]
     rows = [[expert["name"], *_vae(expert["vae"])] for expert in experts if expert["vae"]]
-    return listing(headers, rows) if rows else "none; give one with vae="
+    return listing(headers, rows) if rows else "none; give one with --vae (in Python vae=)"
 
 
 def _vae(vae: dict[str, Any]) -> list[object]:

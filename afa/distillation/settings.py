@@ -123,10 +123,12 @@ class DistillSettings(LoopSettings):
                 f"--guidance {self.guidance:g} is of a student that is drawn with guidance, and with "
                 f"--guidance-in {self.guidance_in:g} it predicts it itself; give one of them"
             )
-        if self.frame is not None:
-            raise UserError(
-                f"--frame {self.frame} cannot be given: a student has the ensemble's frame; leave it out"
-            )
+        for flag, value in (("frame", self.frame), ("text-encoder", self.text_encoder)):
+            if value is not None:
+                raise UserError(
+                    f"--{flag} {value if isinstance(value, str) else ' '.join(value)} cannot be given: a "
+                    "student has the ensemble's frame; leave it out"
+                )
         of_captions = [name for name in ("image_column", "caption_column") if getattr(self, name) is not None]
         if self.data.endswith(CAPTIONS) and of_captions:
             flag, value = of_captions[0].replace("_", "-"), getattr(self, of_captions[0])

@@ -64,7 +64,15 @@ def make_student(settings: DistillSettings, teacher: Ensemble) -> Ensemble:
 
 
 def check_layout(settings: DistillSettings, teacher: Ensemble) -> None:
-    """Raise UserError for a file whose layout has no place for the student."""
+    """Raise UserError for a file without a place for the student, or a folder that would lack parts."""
+    encoders = [encoder for joined in teacher.text_encoders for encoder in joined.encoders]
+    part = next((place for encoder in encoders if (place := getattr(encoder, "left_out", None))), None)
+    if part is not None and settings.lora is None:
+        raise UserError(
+            f"--output {settings.output} is to hold a whole pipeline, and the text encoder in {part} leaves "
+            "out parts of its model that texts do not pass through; make the ensemble with the whole text "
+            "encoder, or give --lora"
+        )
     family = teacher.experts[0].family
     if settings.single_file and settings.lora is None and family != "unet":
         raise UserError(

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from afa.checkpoint.manifest import MANIFEST, Manifest
+from afa.checkpoint.manifest import MANIFEST, TEXT_ENCODERS, Manifest, frame_places
 from afa.data.registry import DRAWN
 from afa.errors import UserError
 from afa.experts.shipped import KNOWN_CONFIGS
@@ -93,16 +93,16 @@ def print_recorded(manifest: Manifest, folder: Path) -> None:
 
 
 def _frame(manifest: Manifest, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest's VAE, frame and config if the user gave them to the training.
+    """Return the manifest's VAE, frame, text encoders and config if the user gave them to the training.
 
     Their places are checked as those of experts are.
     """
-    names = [entry.name for entry in manifest.experts]
     config = next((entry.config for entry in manifest.experts if entry.config), None)
-    places = {"vae": manifest.frame.get("vae"), "frame": manifest.frame.get("frame"), "config": config}
-    known = {*names, *KNOWN_CONFIGS, None}
-    return {
-        name: place if place in known else str(folder / str(place))
-        for name, place in places.items()
-        if settings.get(name) is not None
+    frame = frame_places(manifest, folder)
+    places: dict[str, Any] = {
+        "vae": frame.get("vae"),
+        "frame": frame.get("frame"),
+        "text_encoder": [frame[name] for name in TEXT_ENCODERS if name in frame],
+        "config": config if config in {*KNOWN_CONFIGS, None} else str(folder / str(config)),
     }
+    return {name: place for name, place in places.items() if settings.get(name) is not None}

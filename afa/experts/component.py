@@ -5,7 +5,7 @@ made from the same class, settings and names, and checked alike: a command that 
 one that computes with it cannot differ.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +37,7 @@ class Component:
     config:   the folder with its config.json
     weights:  the folder or the single file with its weights; None: a config without weights
     layout:   how a single file names the tensors; None: as the installed libraries do
+    change:   changes a new model, such as one whose file leaves a part out; None: it stays as it is
     """
 
     name: str
@@ -45,6 +46,7 @@ class Component:
     config: Path
     weights: Path | None = None
     layout: Layout | None = None
+    change: Callable[[nn.Module], None] | None = None
 
     @classmethod
     def read(
@@ -84,7 +86,7 @@ class Component:
             return {}
         if self.layout is None:
             return read_folder(self.weights)
-        found = read_file(self.weights)
+        found = read_folder(self.weights) if self.weights.is_dir() else read_file(self.weights)
         return {
             name: entry
             for name, entry in found.items()
@@ -153,6 +155,8 @@ class Component:
             raise UserError(
                 f"{self.config / 'config.json'} makes no {self.kind.__name__}: {first_line(error)}"
             ) from None
+        if self.change is not None:
+            self.change(model)
         return model.eval()
 
     @property

@@ -40,6 +40,7 @@ class Expert:
     hashes:           sha256 by file, once computed
     donor:            the pipeline whose text encoders, tokenizers, scheduler and VAE a denoiser alone uses
     prediction:       what a denoiser alone, or its user, says about its kind of prediction
+    donor_files:      of a donor: the places of text encoders that are not its folder's, by name in a pipeline
     """
 
     name: str
@@ -56,6 +57,7 @@ class Expert:
     hashes: dict[str, str] = field(default_factory=dict)
     donor: "Expert | None" = None
     prediction: Prediction = field(default_factory=Prediction)
+    donor_files: dict[str, str] = field(default_factory=dict)
 
     @property
     def family(self) -> str:

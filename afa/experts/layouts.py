@@ -36,7 +36,12 @@ TEXT_ALONE = (
 )
 # Tensors that only a U-Net has (and below, only a VAE), and whether the name is diffusers'.
 UNETS = (("input_blocks.0.0.weight", False), ("up_blocks.0.resnets.0.conv1.weight", True))
-VAES = (("decoder.up.0.block.0.conv1.weight", False), ("decoder.up_blocks.0.resnets.0.conv1.weight", True))
+WAN = "decoder.middle.0.residual.0.gamma"  # of Wan's VAE, which Qwen-Image and Krea 2 have
+VAES = (
+    ("decoder.up.0.block.0.conv1.weight", False),
+    ("decoder.up_blocks.0.resnets.0.conv1.weight", True),
+    (WAN, False),
+)
 # prefix of a tensor's name -> a family that is not read as a single file; checked first, since some of them
 # resemble FLUX.1, Chroma or Z-Image
 FOREIGN = {
@@ -100,8 +105,9 @@ class Layout:
         from diffusers.loaders import single_file_utils as converters
         from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-        # of transformers, only some converters know the prefix of checkpoints, and none needs it
-        usual = "" if self.part == "transformer" else self.usual
+        # of transformers and Wan's VAE, only some converters know the prefix of checkpoints; none needs it
+        bare = self.part == "transformer" or type(model).__name__ in CONVERTED_AS
+        usual = "" if bare else self.usual
         chosen = {
             usual + name.removeprefix(self.prefix): tensor
             for name, tensor in tensors.items()
@@ -114,8 +120,37 @@ class Layout:
             if prefix is not None:
                 return dict(converters.convert_open_clip_checkpoint(model, chosen, prefix=prefix))
             return dict(converters.convert_ldm_clip_checkpoint(chosen))
-        convert = SINGLE_FILE_LOADABLE_CLASSES[type(model).__name__]["checkpoint_mapping_fn"]
+        kind = type(model).__name__
+        if kind == "AutoencoderKLFlux2":
+            return _flux2_vae(chosen, usual, model.config)
+        convert = SINGLE_FILE_LOADABLE_CLASSES[CONVERTED_AS.get(kind, kind)]["checkpoint_mapping_fn"]
         return dict(convert(checkpoint=chosen, config=model.config))
+
+
+# class -> the class whose converter reads its publisher's names
+CONVERTED_AS = {"AutoencoderKLQwenImage": "AutoencoderKLWan"}
+
+
+def _flux2_vae(tensors: Mapping[str, Tensor], usual: str, config: Any) -> dict[str, Tensor]:
+    """FLUX.2's VAE by diffusers' names: the original autoencoder's, with the statistics of its latents.
+
+    usual: what stands before the names
+    Source: https://github.com/black-forest-labs/flux2 (src/flux2/autoencoder.py)
+    """
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    moved = {
+        f"{usual}encoder.quant_conv.": "quant_conv.",
+        f"{usual}decoder.post_quant_conv.": "post_quant_conv.",
+    }
+    found = {}
+    for name, tensor in tensors.items():
+        before = next((begin for begin in moved if name.startswith(begin)), None)
+        found[name if before is None else f"{usual}{moved[before]}{name.removeprefix(before)}"] = tensor
+    statistics = {
+        name.removeprefix(usual): tensor for name, tensor in found.items() if name.startswith(f"{usual}bn.")
+    }
+    return dict(convert_ldm_vae_checkpoint(found, config)) | statistics
 
 
 def layout_of(names: Collection[str], file: Any) -> Layout:

@@ -1,4 +1,4 @@
-"""From specs to loaded experts. Equal components are loaded once; a denoiser alone borrows the others."""
+"""From specs to loaded experts. Equal components are loaded once."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +9,12 @@ from torch import nn
 
 from afa.errors import UserError
 from afa.experts.component import Component
-from afa.experts.description import ExpertDescription, describe, pipeline_components
+from afa.experts.description import ExpertDescription, describe
 from afa.experts.expert import TEXT_ENCODERS, Expert, pipeline_options, tokenizers_in
 from afa.experts.headers import check_finite
-from afa.experts.locate import Located, locate
+from afa.experts.locate import locate
 from afa.experts.lora import load_sharing
 from afa.experts.lora_differences import fold_in
-from afa.experts.parts import load_part, load_tokenizers_of, read_index
-from afa.experts.prediction import predicting
 from afa.experts.spec import ExpertSpec
 from afa.models.registry import FAMILIES
 
@@ -157,76 +155,3 @@ def _from_files(description: ExpertDescription, dtype: torch.dtype, cache: Compo
     if loras:
         fold_in(expert, loras)
     return expert
-
-
-def borrow_components(
-    experts: Sequence[Expert], frame: str | None, dtype: torch.dtype | None
-) -> Expert | None:
-    """Give denoisers alone the text encoders, tokenizers and scheduler of a donor.
-
-    frame: a pipeline's folder, which is the donor; None: the first expert that has text encoders
-    Returns the donor; None if no expert needs one, or there is none, and denoisers alone stay what they are.
-    Raises UserError for a frame that is no pipeline's folder, or that no expert needs.
-    """
-    bare = [expert for expert in experts if not expert.text_encoders]
-    if frame is not None and not bare:
-        raise UserError(
-            f"frame '{frame}' gives components to experts that are denoisers alone, and all of these bring "
-            "their own; leave it out, or choose another VAE with vae (--vae)"
-        )
-    if frame is not None:
-        donor: Expert | None = load_donor(frame, dtype)
-    else:
-        donor = next((expert for expert in experts if expert.text_encoders), None)
-    if donor is None or not bare:
-        return None
-    for expert in bare:
-        expert.donor = donor
-        expert.text_encoders, expert.tokenizers = list(donor.text_encoders), list(donor.tokenizers)
-        expert.scheduler = expert.scheduler or donor_scheduler(expert, donor.scheduler)
-        expert.pipeline_options = dict(donor.pipeline_options)
-    return donor
-
-
-def donor_scheduler(expert: Expert, scheduler: Any) -> Any:
-    """A donor's scheduler, changed to the kind of prediction that the expert's own file names."""
-    if scheduler is None:
-        return None
-    return predicting(scheduler, expert.prediction, f"expert '{expert.name}'")
-
-
-def frame_scheduler(frame: str) -> Any:
-    """The scheduler of a pipeline's folder. Raises UserError if it is no pipeline's."""
-    return load_part(_pipeline(frame)[0], "scheduler")
-
-
-def _pipeline(frame: str) -> tuple[Path, dict[str, Any]]:
-    folder = Path(frame)
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"frame '{frame}' is no pipeline's folder: it has no model_index.json")
-    return folder, read_index(folder)
-
-
-def load_donor(frame: str, dtype: torch.dtype | None) -> Expert:
-    """A pipeline's folder without its denoiser. Raises UserError if it is none, or has no text encoders."""
-    folder, index = _pipeline(frame)
-    components = pipeline_components(folder, index, (*TEXT_ENCODERS, "vae"))
-    vae = components.pop("vae", None)
-    if not components:
-        raise UserError(
-            f"frame '{frame}' has no text encoders; give the folder of a whole text-to-image pipeline"
-        )
-    encoders = [component.load(dtype or torch.float32) for component in components.values()]
-    for name, encoder in zip(components, encoders, strict=True):
-        check_finite(encoder, f"the {name} of frame '{frame}'")
-    return Expert(
-        name=frame,
-        model=None,
-        text_encoders=encoders,
-        tokenizers=load_tokenizers_of(folder, index),
-        scheduler=load_part(folder, "scheduler"),
-        vae_component=vae,
-        pipeline=index["_class_name"],
-        pipeline_options=pipeline_options(index),
-        located=Located(ExpertSpec(frame, frame), folder),
-    )

@@ -3,7 +3,7 @@
 import os
 import stat
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -88,6 +88,37 @@ def locate(spec: ExpertSpec) -> Located:
     return _from_hub(spec)
 
 
+# what is downloaded of a frame: configs and tokenizers
+FRAME_FILES = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja")
+
+
+def locate_frame(frame: str) -> Located:
+    """Find a frame: a pipeline's folder, or a hub id (org/name@revision) of which no weights are downloaded.
+
+    Raises UserError if nothing has that name, or it is no pipeline's folder.
+    """
+    if exists(frame):
+        folder = Path(frame)
+        if not (folder / "model_index.json").is_file():
+            raise UserError(f"frame '{frame}' is no pipeline's folder: it has no model_index.json")
+        settled(folder)
+        return Located(ExpertSpec(frame, frame), folder)
+    source, _, revision = frame.partition("@")
+    if source.count("/") != 1 or not HUB_ID.fullmatch(source) or ".." in frame:
+        raise UserError(f"frame '{frame}' is no pipeline's folder here, and no hub id such as org/name")
+    spec = ExpertSpec(frame, source, revision or None)
+
+    def download() -> Path:
+        from huggingface_hub import hf_hub_download, snapshot_download
+
+        index = Path(hf_hub_download(source, "model_index.json", revision=spec.revision))
+        read_index(index.parent)  # refuses foreign classes before anything else is fetched
+        return Path(snapshot_download(source, revision=_commit(index), allow_patterns=list(FRAME_FILES)))
+
+    folder = _fetched(spec, download)
+    return Located(spec, folder, commit=_commit(folder))
+
+
 def check_loras(spec: ExpertSpec) -> None:
     """Raise UserError for a LoRA file of an expert that is missing, or no .safetensors file."""
     for lora in spec.loras:
@@ -130,19 +161,28 @@ def _announce(spec: ExpertSpec) -> None:
 def _from_hub(spec: ExpertSpec) -> Located:
     """Download a repository (or one file of it) into the hub's cache, or find it there."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if spec.named_by is not None:
         _announce(spec)
     parts = spec.source.split("/")
-    try:
+
+    def download() -> Path:
         if len(parts) > 2:
-            file = hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=spec.revision)
-            return Located(spec, Path(file), commit=_commit(Path(file)))
+            return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=spec.revision))
         index = Path(hf_hub_download(spec.source, "model_index.json", revision=spec.revision))
         read_index(index.parent)  # refuses foreign classes before a library sees them
-        folder = _download(spec)
-        return Located(spec, folder, commit=_commit(folder))
+        return _download(spec)
+
+    path = _fetched(spec, download)
+    return Located(spec, path, commit=_commit(path))
+
+
+def _fetched(spec: ExpertSpec, download: Callable[[], Path]) -> Path:
+    """What a download returns. Raises UserError where the hub, the network or the cache does not give it."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return download()
     except UserError:
         raise
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:

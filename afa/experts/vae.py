@@ -13,14 +13,18 @@ from afa.experts.description import components_of
 from afa.experts.expert import Expert, load_finite_vae
 from afa.experts.folders import read_config, read_object
 from afa.experts.headers import read_file
-from afa.experts.layouts import vae_layout
+from afa.experts.layouts import WAN, vae_layout
 from afa.experts.locate import Located
 from afa.experts.parts import component_class
 from afa.experts.single_file import config_folder, config_of
 
-# The shipped config whose VAE an expert has, by its family; of U-Nets by the width of their text input.
-VAE_CONFIGS = {"sd3": "sd3", "flux": "flux", "chroma": "chroma", "z-image": "z-image"}
-UNET_VAES = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+# The shipped config of an expert without one, by its family; of U-Nets by the width of their text input.
+CONFIGS_OF = {
+    name: name for name in ("sd3", "flux", "chroma", "z-image", "lumina2", "qwen-image", "qwen-image-2.1")
+}
+# Classes of VAEs that are read from files in the publisher's names, and whether these are Wan's.
+PUBLISHED = {"AutoencoderKL": False, "AutoencoderKLFlux2": False, "AutoencoderKLQwenImage": True}
+UNET_CONFIGS = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
 
 
 def load_vae(
@@ -50,29 +54,29 @@ def describe_vae(located: Located, config: str | None = None, like: Expert | Non
         if not hasattr(component_class(path, None, "diffusers", class_name), "encode"):
             raise UserError(f"{path} is no VAE (its config.json says {class_name})")
         return Component.read(path, "vae", "diffusers", class_name, path)
-    from diffusers import AutoencoderKL
-
     found = read_file(path)
     layout = vae_layout(found)
     if layout is None:
         raise UserError(f"{path} holds no VAE; give a VAE's .safetensors file, its folder, or a whole model")
     settings, folder = _settings_for(path, config, like)
-    kind = settings.get("_class_name", "AutoencoderKL")
-    if kind != "AutoencoderKL":
+    kind = str(settings.get("_class_name", "AutoencoderKL"))
+    wan = f"{layout.prefix}{WAN}" in found
+    if not layout.diffusers and (PUBLISHED.get(kind) is None or PUBLISHED[kind] != wan):
+        named = "Wan's" if wan else "the original autoencoder's"
         raise UserError(
-            f"{path}: the experts' VAE is an {kind}, and files are read of AutoencoderKL; "
-            "give the VAE's folder"
+            f"{path}: the experts' VAE is an {kind}, and the file has a VAE with {named} names; "
+            "give the VAE of the experts, or its folder"
         )
-    decoder = f"{layout.prefix}decoder.conv_in.weight"
+    decoder = f"{layout.prefix}decoder.{'conv1' if wan else 'conv_in'}.weight"
     channels = found[decoder].shape[1] if decoder in found else 0
-    expected = settings.get("latent_channels")
+    expected = settings.get("latent_channels", settings.get("z_dim"))
     if channels != expected:
         whose = f"'{like.name}'" if like is not None and like.name else "the experts"
         raise UserError(
             f"the VAE in {path} has {channels} latent channels, {whose} expected {expected}; "
             "choose another VAE"
         )
-    return Component("vae", AutoencoderKL, settings, folder, path, layout)
+    return Component("vae", component_class(folder, "vae", "diffusers", kind), settings, folder, path, layout)
 
 
 def _settings_for(file: Path, config: str | None, like: Expert | None) -> tuple[Mapping[str, Any], Path]:
@@ -84,27 +88,33 @@ def _settings_for(file: Path, config: str | None, like: Expert | None) -> tuple[
     if like.vae is not None:
         own: Any = like.vae.config
         return dict(own), file.parent
-    component = like.vae_component
-    if component is None and like.donor is not None and not (like.located and like.located.single_file):
-        component = like.donor.vae_component
+    donor = None if like.located is not None and like.located.single_file else like.donor
+    component = like.vae_component or (donor.vae_component if donor is not None else None)
     if component is not None:
         return component.settings, component.config
-    folder = _folder_for(file, like) / "vae"
-    return _read(folder, file), folder
-
-
-def _folder_for(file: Path, expert: Expert) -> Path:
-    """The folder of configs of an expert that brings no VAE."""
-    if expert.located is not None and expert.located.single_file:
-        return config_of(expert.located, expert.config)[1]
-    width = expert.model.config.get("cross_attention_dim")
-    name = VAE_CONFIGS.get(expert.family) or UNET_VAES.get(width if isinstance(width, int) else 0)
-    if name is None:
+    if like.donor is not None and like.donor.model is None and like.donor.located is not None:  # a frame
+        lent = like.donor.located.path / "vae"
+        if (lent / "config.json").is_file():
+            return _read(lent, file), lent
+    configs = configs_of(like)
+    if configs is None:
         raise UserError(
-            f"{file}: which VAE an expert of family {expert.family} has is not known here; "
+            f"{file}: which VAE an expert of family {like.family} has is not known here; "
             "give the VAE's folder, or --config"
         )
-    return config_folder(name)
+    return _read(configs / "vae", file), configs / "vae"
+
+
+def configs_of(expert: Expert) -> Path | None:
+    """The folder of configs of an expert that is a denoiser alone; None if several models have its family."""
+    if expert.located is not None and expert.located.single_file:
+        return config_of(expert.located, expert.config)[1]
+    settings = expert.model.config
+    width = settings.get("cross_attention_dim")
+    name = CONFIGS_OF.get(expert.family) or UNET_CONFIGS.get(width if isinstance(width, int) else 0)
+    if name == "flux" and not settings.get("guidance_embeds"):
+        name = "flux-schnell"
+    return None if name is None else config_folder(name)
 
 
 def _read(folder: Path, file: Path) -> dict[str, Any]:

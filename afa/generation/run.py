@@ -39,6 +39,8 @@ from afa.sampling.sample import PipelineSampler, Request, Sampling, in_frame
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
 
+LENT = ("frame", "text_encoder", "vae")  # options for experts that are denoisers alone
+
 
 def is_saved(source: str) -> bool:
     """Return whether this is the folder of a saved ensemble."""
@@ -50,6 +52,8 @@ def source_files(
     *,
     experts: Sequence[str] | None = None,
     frame: str | None = None,
+    text_encoder: Sequence[str] | None = None,
+    vae: str | None = None,
     config: str | None = None,
     base: str | None = None,
 ) -> Files:
@@ -60,7 +64,8 @@ def source_files(
     if is_saved(sources[0]):
         saved = saved_fingerprint(Path(sources[0]), new_places(list(experts or [])))
         return summed(saved | fingerprint(base=base))
-    return summed(fingerprint(sources, frame=frame, config=config, base=base))
+    lent = {"frame": frame, "text_encoder": text_encoder, "vae": vae}
+    return summed(fingerprint(sources, config=config, base=base, **lent))
 
 
 def used_files(files: Files, trained: bool) -> Files:
@@ -76,6 +81,8 @@ def load_sources(
     *,
     experts: Sequence[str] | None = None,
     frame: str | None = None,
+    text_encoder: Sequence[str] | None = None,
+    vae: str | None = None,
     config: str | None = None,
     prediction_type: str | None = None,
     dtype: str = "float32",
@@ -84,8 +91,8 @@ def load_sources(
     """Load a saved ensemble, or make one of experts. An ensemble of one expert is that expert, bit for bit.
 
     experts: new places of a saved ensemble's experts, each NAME=PLACE
-    frame, config, prediction_type, placement: of experts, see Ensemble.from_experts; placement `out` accepts
-    experts of different architectures
+    frame, text_encoder, vae, config, prediction_type, placement: of experts, see Ensemble.from_experts;
+    placement `out` accepts experts of different architectures
     Raises UserError for options that do not fit together.
     """
     kind = getattr(torch, dtype)
@@ -94,11 +101,13 @@ def load_sources(
         raise UserError(
             f"{saved[0]} is a saved ensemble, which has its experts; give it alone, or give experts only"
         )
-    if saved and frame is not None:
-        raise UserError(
-            f"--frame {frame} is for experts, and {saved[0]} is a saved ensemble, which has its frame; "
-            "leave it out"
-        )
+    lent = {"frame": frame, "text-encoder": " ".join(text_encoder or ()) or None, "vae": vae}
+    for flag, value in lent.items():
+        if saved and value is not None:
+            raise UserError(
+                f"--{flag} {value} is for experts, and {saved[0]} is a saved ensemble, which has its frame; "
+                "leave it out"
+            )
     if saved:
         return Ensemble.load(saved[0], new_places(list(experts or [])), dtype=kind)
     if experts:
@@ -106,8 +115,9 @@ def load_sources(
             f"--experts is for a saved ensemble, and {sources[0]} is none: it has no {MANIFEST}; "
             "give experts as SOURCE"
         )
-    given = {"frame": frame, "dtype": kind, "config": config, "prediction_type": prediction_type}
-    return Ensemble.from_experts(sources, aggregator="mean", placement=placement, **given)
+    read = {"dtype": kind, "config": config, "prediction_type": prediction_type}
+    parts = {"frame": frame, "text_encoders": text_encoder or (), "vae": vae}
+    return Ensemble.from_experts(sources, aggregator="mean", placement=placement, **read, **parts)
 
 
 GRID_UP_TO = 400  # images; a larger grid is no longer looked at
@@ -130,7 +140,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
     if output.is_file():
         raise UserError(f"--output {output} is a file; give a folder")
     refuse_busy(output, shared=settings.shard is not None)
-    given = {name: getattr(settings, name) for name in ("experts", "frame", "config", "base")}
+    given = {name: getattr(settings, name) for name in (*LENT, "experts", "config", "base")}
     files = source_files(settings.sources, **given)
     ensemble = _load(settings)
     if settings.expert is not None and settings.expert not in ensemble.names:
@@ -197,7 +207,7 @@ def _load(settings: GenerateSettings) -> Ensemble:
     method = None if settings.method is None else SAMPLING_METHODS[settings.method]
     # Predictions of experts of different architectures can be combined.
     placement = "out" if method is not None and method.only_predictions else None
-    names = ("experts", "frame", "config", "prediction_type", "dtype")
+    names = (*LENT, "experts", "config", "prediction_type", "dtype")
     given: dict[str, Any] = {name: getattr(settings, name) for name in names}
     return load_sources(settings.sources, **given, placement=placement)
 

@@ -23,6 +23,8 @@ from afa.settings import (
     SIDE,
     STORE_HELP,
     STORES,
+    TEXT_ENCODER_HELP,
+    VAE_HELP,
     WEIGHT,
     CheckedOptions,
     Interval,
@@ -127,6 +129,8 @@ class GenerateSettings(CheckedOptions):
         place=True,
         help=FRAME_HELP,
     )
+    text_encoder: list[str] | None = option(None, place=True, help=TEXT_ENCODER_HELP)
+    vae: str | None = option(None, place=True, help=f"{VAE_HELP} (default: the first expert's)")
     weights: bool = option(
         False, help="save the weight maps of every image: .npz, and a picture of them over the image"
     )

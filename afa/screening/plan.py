@@ -17,8 +17,9 @@ from afa.devices import choose_device
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
 from afa.experts.description import ExpertDescription, describe_expert
+from afa.experts.donor import DonorSpec, describe_donor, donor_scheduler, lacks
 from afa.experts.expert import Expert
-from afa.experts.load import check_names, donor_scheduler, frame_scheduler
+from afa.experts.load import check_names
 from afa.experts.spec import ExpertSpec
 from afa.latents import latents_of
 from afa.models.registry import FAMILIES
@@ -130,7 +131,7 @@ class ScreenPlan:
     specs:        of the experts
     descriptions: of the experts, as their files describe them
     first:        the first expert, without its weights
-    donor:        folder whose text encoders and scheduler are used for bare denoisers; None: none needed
+    donor:        whose text encoders and scheduler are used for bare denoisers; None: none needed
     apart:        why the experts' features cannot be fused, although their predictions can be compared
     latent:       (C, h, w)
     resolution:   side of the images in pixels
@@ -142,7 +143,7 @@ class ScreenPlan:
     specs: list[ExpertSpec]
     descriptions: list[ExpertDescription]
     first: Expert
-    donor: str | None
+    donor: DonorSpec | None
     apart: list[str]
     latent: tuple[int, int, int]
     resolution: int
@@ -182,7 +183,7 @@ def plan(settings: ScreenSettings) -> ScreenPlan:
     descriptions = [describe_expert(spec, settings.config) for spec in specs]
     # Copies: the descriptions stay without what is borrowed.
     experts = [replace(description.expert) for description in descriptions]
-    donor = _donor(experts, settings.frame)
+    donor = _donor(experts, settings)
     reasons = mismatches(experts, features=False)
     if reasons:
         raise UserError("; ".join(reasons) + f". Compare them with: afa inspect {' '.join(settings.experts)}")
@@ -206,33 +207,30 @@ def plan(settings: ScreenSettings) -> ScreenPlan:
     )
 
 
-def _donor(experts: Sequence[Expert], frame: str | None) -> str | None:
-    """Return the folder that lends text encoders and scheduler to bare denoisers; None if it is not needed.
+def _donor(experts: Sequence[Expert], settings: ScreenSettings) -> DonorSpec | None:
+    """Return what lends text encoders and scheduler to bare denoisers; None if it is not needed.
 
-    It is --frame, or the first expert that is a pipeline's folder. The bare denoisers get its text encoders
-    and tokenizers for the comparison. Raises UserError if a bare denoiser has no donor.
+    It is what the user gives, or the first expert that is a pipeline's folder. The bare denoisers get its
+    text encoders and tokenizers for the comparison. Raises UserError if a bare denoiser has no donor, or its
+    donor lacks parts.
     """
+    given = DonorSpec(settings.frame, tuple(settings.text_encoder or ()), settings.vae)
     bare = [expert for expert in experts if not expert.text_encoders]
     if not bare:
-        return frame
+        return given or None
     whole = next((expert for expert in experts if expert.text_encoders), None)
-    folder = (
-        None
-        if whole is None or whole.located is None or whole.located.single_file
-        else str(whole.located.path)
-    )
-    for expert in bare if whole is not None else ():
-        expert.text_encoders, expert.tokenizers = list(whole.text_encoders), list(whole.tokenizers)
-    place = frame or folder
-    lent = frame_scheduler(place) if place is not None else None if whole is None else whole.scheduler
-    for expert in bare if lent is not None else ():
-        expert.scheduler = donor_scheduler(expert, lent)
-    if frame is None and folder is None:
-        raise UserError(
-            f"expert '{bare[0].name}' is a denoiser alone;"
-            " name a pipeline's folder that lends it text encoders and scheduler: --frame FOLDER"
-        )
-    return place
+    if given:
+        found = describe_donor(given, bare[0])
+        lender = found.expert([component.model for component in found.text_encoders])
+    elif whole is None or whole.located is None or whole.located.single_file:
+        raise UserError(lacks(bare[0]))
+    else:
+        given, lender = DonorSpec(str(whole.located.path)), whole
+    for expert in bare:
+        texts = whole or lender
+        expert.text_encoders, expert.tokenizers = list(texts.text_encoders), list(texts.tokenizers)
+        expert.scheduler = donor_scheduler(expert, lender.scheduler)
+    return given
 
 
 def _prompts(settings: ScreenSettings) -> int:

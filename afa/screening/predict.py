@@ -21,8 +21,9 @@ from afa.denoiser.schedule import Schedule, conversion
 from afa.devices import free_memory
 from afa.ensemble import Ensemble
 from afa.errors import UserError
+from afa.experts.donor import DonorSpec, borrow_components, lacks, load_donor
 from afa.experts.expert import Expert, load_finite_vae
-from afa.experts.load import borrow_components, load_donor, load_experts
+from afa.experts.load import load_experts
 from afa.experts.locate import locate
 from afa.experts.spec import ExpertSpec
 from afa.experts.vae import load_vae
@@ -49,7 +50,7 @@ class SharedParts:
 
     vae:       of the first expert
     scheduler: of the first expert; errors are in its kind of prediction
-    donor:     folder whose text encoders and scheduler are used for bare denoisers; None: none needed
+    donor:     whose text encoders and scheduler are used for bare denoisers; None: none needed
     config:    architecture of single files; None: detected
     dtype:     of the models
     device:    on which they run
@@ -57,7 +58,7 @@ class SharedParts:
 
     vae: Any
     scheduler: Any
-    donor: str | None
+    donor: DonorSpec | None
     config: str | None
     dtype: torch.dtype
     device: torch.device
@@ -81,7 +82,7 @@ class SharedParts:
 
 def load_shared_parts(
     first: Expert,
-    donor: str | None,
+    donor: DonorSpec | None,
     vae: str | None,
     config: str | None,
     dtype: torch.dtype,
@@ -94,7 +95,7 @@ def load_shared_parts(
     vae:   place of a VAE that replaces the first expert's; None: its own
     Raises UserError if there is no VAE or no scheduler.
     """
-    borrowed = None if first.scheduler is not None else load_donor(_folder(first, donor), dtype)
+    borrowed = None if first.scheduler is not None else load_donor(_given(first, donor), first, dtype)
     scheduler = first.scheduler if borrowed is None else borrowed.scheduler
     if vae is not None:
         return SharedParts(
@@ -108,24 +109,21 @@ def load_shared_parts(
     if first.vae_component is not None:
         found = load_finite_vae(first.vae_component, dtype)
     else:
-        found = (borrowed or load_donor(_folder(first, donor), dtype)).load_vae()
+        found = (borrowed or load_donor(_given(first, donor), first, dtype)).load_vae()
     return SharedParts(found, scheduler, donor, config, dtype, device)
 
 
-def _folder(expert: Expert, frame: str | None) -> str:
-    if frame is None:
-        raise UserError(
-            f"expert '{expert.name}' lacks a VAE, text encoders or a scheduler;"
-            " name a pipeline's folder that has them: --frame FOLDER"
-        )
-    return frame
+def _given(expert: Expert, donor: DonorSpec | None) -> DonorSpec:
+    if donor is None:
+        raise UserError(lacks(expert))
+    return donor
 
 
-def load_single(spec: ExpertSpec, donor: str | None, dtype: torch.dtype, config: str | None) -> Expert:
+def load_single(spec: ExpertSpec, donor: DonorSpec | None, dtype: torch.dtype, config: str | None) -> Expert:
     """Load one expert. Raises UserError for a bare denoiser without a donor."""
     (expert,) = load_experts([spec], dtype, config)
     if not expert.text_encoders:
-        borrow_components([expert], _folder(expert, donor), dtype)
+        borrow_components([expert], _given(expert, donor), dtype)
     return expert
 
 

@@ -86,6 +86,7 @@ def _workplace(planned: ScreenPlan) -> Iterator[Path]:
             files = fingerprint(
                 planned.specs,
                 frame=settings.frame,
+                text_encoder=settings.text_encoder,
                 vae=settings.vae,
                 base=settings.base,
                 config=settings.config,

@@ -15,6 +15,7 @@ from afa.settings import (
     GUIDANCE,
     SAMPLING_STEPS,
     SEED,
+    TEXT_ENCODER_HELP,
     CheckedOptions,
     option,
 )
@@ -94,6 +95,7 @@ class ScreenSettings(CheckedOptions):
         place=True,
         help=FRAME_HELP,
     )
+    text_encoder: list[str] | None = option(None, place=True, help=TEXT_ENCODER_HELP)
     vae: str | None = option(
         None,
         place=True,

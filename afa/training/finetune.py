@@ -168,7 +168,7 @@ def plan_finetune(settings: LoraSettings, alone: Ensemble | None = None) -> tupl
     own = alone is None
     if alone is None:
         dtype = getattr(torch, settings.dtype)
-        framed = {"vae": settings.vae, "frame": settings.frame}
+        framed = {"vae": settings.vae, "frame": settings.frame, "text_encoders": settings.text_encoder or ()}
         read = {"dtype": dtype, "config": settings.config, "prediction_type": settings.prediction_type}
         alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", **read, **framed)
     check_objective(settings, alone, source)

@@ -40,4 +40,5 @@ class LoraSettings(LoopSettings):
         """Return sha256 of the expert, of what was chosen for its frame, and of the rewards."""
         from afa.fingerprint import fingerprint
 
-        return fingerprint([self.expert], vae=self.vae, frame=self.frame, config=self.config, **self.judges())
+        lent = {"vae": self.vae, "frame": self.frame, "text_encoder": self.text_encoder}
+        return fingerprint([self.expert], config=self.config, **lent, **self.judges())

@@ -92,6 +92,7 @@ def _ensemble(settings: TrainSettings, experts: Sequence[Expert]) -> Ensemble:
         text_stream=settings.text_stream,
         vae=settings.vae,
         frame=settings.frame,
+        text_encoders=settings.text_encoder or (),
         dtype=getattr(torch, settings.dtype),
         config=settings.config,
         prediction_type=settings.prediction_type,

@@ -20,6 +20,7 @@ from afa.settings import (
     SHARE,
     STORE_HELP,
     STORES,
+    TEXT_ENCODER_HELP,
     WEIGHT,
     option,
 )
@@ -35,6 +36,7 @@ MADE = (
     "config",
     "prediction_type",
     "frame",
+    "text_encoder",
 )
 
 
@@ -145,6 +147,7 @@ class LoopSettings(ObjectiveSettings):
         place=True,
         help=FRAME_HELP,
     )
+    text_encoder: list[str] | None = option(None, place=True, help=TEXT_ENCODER_HELP)
     gradient_checkpointing: bool = option(
         False, help="recompute stages in the backward pass: less memory, a third more time"
     )
@@ -335,9 +338,8 @@ class TrainSettings(LoopSettings, AggregatorSettings):
 
         if self.start is not None:
             return saved_fingerprint(Path(self.start)) | fingerprint(**self.judges())
-        return fingerprint(
-            self.experts or (), vae=self.vae, frame=self.frame, config=self.config, **self.judges()
-        )
+        lent = {"vae": self.vae, "frame": self.frame, "text_encoder": self.text_encoder}
+        return fingerprint(self.experts or (), config=self.config, **lent, **self.judges())
 
     def further(self, start: Path | str, **changes: Any) -> "TrainSettings":
         """Return settings of a run that continues training a saved ensemble."""

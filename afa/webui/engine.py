@@ -16,7 +16,7 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.names import known_methods
 from afa.files import sha256
-from afa.generation.run import is_saved, load_sources, source_files, used_files
+from afa.generation.run import LENT, is_saved, load_sources, source_files, used_files
 from afa.images import save_picture
 from afa.places import public_place
 from afa.sampling.registry import SAMPLING_METHODS, make_options, make_sampler
@@ -148,9 +148,10 @@ class Engine:
         """Load the experts and open the gallery. Raises UserError if one of them is not possible."""
         device = choose_device(settings.device)  # before minutes are spent on loading
         gallery = Gallery.at(Path(settings.output))
-        names = ("experts", "frame", "config", "prediction_type", "dtype")
+        names = (*LENT, "experts", "config", "prediction_type", "dtype")
         given: dict[str, Any] = {name: getattr(settings, name) for name in names}
-        files = source_files(sources, experts=settings.experts, frame=settings.frame, config=settings.config)
+        lent = {name: getattr(settings, name) for name in LENT}
+        files = source_files(sources, experts=settings.experts, config=settings.config, **lent)
         ensemble = load_sources(sources, **given, placement="out").to(device)
         trained = is_saved(sources[0])
         methods, refused = find_methods(ensemble, trained)

@@ -12,6 +12,8 @@ from afa.settings import (
     MOVED_HELP,
     SAMPLING_STEPS,
     SIDE,
+    TEXT_ENCODER_HELP,
+    VAE_HELP,
     CheckedOptions,
     option,
 )
@@ -66,5 +68,7 @@ class UiSettings(CheckedOptions):
         place=True,
         help=FRAME_HELP,
     )
+    text_encoder: list[str] | None = option(None, place=True, help=TEXT_ENCODER_HELP)
+    vae: str | None = option(None, place=True, help=f"{VAE_HELP} (default: the first expert's)")
     dtype: str = option("float32", help=DTYPE_HELP, choices=DTYPES)
     device: str | None = option(None, help=DEVICE_HELP)
