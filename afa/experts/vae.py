@@ -19,7 +19,7 @@ from afa.experts.parts import component_class
 from afa.experts.single_file import config_folder, config_of
 
 # The shipped config whose VAE an expert has, by its family; of U-Nets by the width of their text input.
-VAE_CONFIGS = {"sd3": "sd3", "flux": "flux", "chroma": "chroma", "z-image": "z-image"}
+VAE_CONFIGS = {name: name for name in ("sd3", "flux", "chroma", "z-image", "lumina2")}
 UNET_VAES = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
 
 

@@ -22,7 +22,7 @@ from afa.merging.output import TYPES, OutputTensor, write_safetensors
 from afa.merging.plan import MergePlan, PlannedStep, StepSource, check_output, make_plan
 from afa.merging.record import KEY, Input, InputLora, check_input, record_text
 from afa.merging.settings import MergeSettings
-from afa.merging.single_file import to_original
+from afa.experts.transformer_places import to_original
 from afa.merging.sources import FileSource, Reader
 from afa.places import public_place
 

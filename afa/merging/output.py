@@ -15,7 +15,8 @@ from afa.errors import UserError
 from afa.experts.dtypes import BITS, DTYPES, SMALL_FLOATS
 from afa.experts.expert import TEXT_ENCODERS
 from afa.experts.prediction import keys_of
-from afa.merging.single_file import Place, names_by_key, original_places, shape_to_original
+from afa.experts.transformer_places import Place, names_by_key, shape_to_original
+from afa.merging.single_file import original_places
 from afa.merging.sources import Stored
 
 if TYPE_CHECKING:
