@@ -107,12 +107,12 @@ def published(family: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         for pattern, new in NAMES[family]:
             name = re.sub(pattern, new, name)
         key, _, place = name.partition("#")
-        parts.setdefault(key, {})[place] = _shaped(key, tensor)
+        parts.setdefault(key, {})[place] = _shaped(family, key, tensor)
     return {key: torch.cat([own[place] for place in sorted(own, key=ORDER.find)]) for key, own in parts.items()}
 
 
-def _shaped(key: str, tensor: Tensor) -> Tensor:
+def _shaped(family: str, key: str, tensor: Tensor) -> Tensor:
     """FLUX.2 has scale and shift the other way round, Krea 2 the six modulations of a block in one vector."""
-    if key == "final_layer.adaLN_modulation.1.weight" and tensor.shape[0] == 2 * tensor.shape[1]:
+    if family == "flux2" and key == "final_layer.adaLN_modulation.1.weight":
         return torch.cat(tensor.chunk(2)[::-1])
     return tensor.flatten() if key.endswith(".mod.lin") else tensor

@@ -90,8 +90,10 @@ class Layout:
         return self.prefix + name.removeprefix(self.usual)
 
     def to_diffusers(self, model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The component's tensors by diffusers' names, as diffusers' own converters make them; of transformers
-        by the table that writes them, see afa/experts/transformer_places.py.
+        """The component's tensors by diffusers' names, as diffusers' own converters make them.
+
+        Those of transformers are read by the table that writes them: afa/experts/transformer_places.py.
+
 
         model:   of the component's class and settings, with or without weights
         tensors: by their names in the file, with or without content
