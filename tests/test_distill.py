@@ -25,13 +25,13 @@ from tiny_z_image import z_image_pipeline
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
-from afa.distillation.lora_files import A, B, kohya_tensors, save_kohya
 from afa.distillation.plan import RECORD, plan_distill
 from afa.distillation.run import distill, distill_finished
 from afa.distillation.settings import DistillSettings
 from afa.distillation.student import KEY
 from afa.experts.load import load_expert
 from afa.experts.lora import fuse
+from afa.experts.lora_files import A, B, kohya_tensors, save_kohya
 from afa.latents import Latents
 from afa.models.registry import FAMILIES
 from afa.models.unet import UNetEnsemble

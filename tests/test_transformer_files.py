@@ -30,12 +30,12 @@ from tiny_transformers import (
 from tiny_z_image import z_image_pipeline, z_image_transformer
 
 from afa import Ensemble, UserError
-from afa.distillation.lora_files import kohya_tensors
 from afa.experts.description import describe_config, describe_expert
 from afa.experts.layouts import layout_of
 from afa.experts.load import load_expert
 from afa.experts.locate import locate
 from afa.experts.lora import fuse, load_lora
+from afa.experts.lora_files import kohya_tensors
 from afa.experts.single_file import detect_config
 from afa.experts.spec import ExpertSpec
 from afa.experts.transformer_names import PREFIXES, TRANSFORMERS, transformer_in

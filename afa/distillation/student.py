@@ -14,13 +14,13 @@ from torch import nn
 from tqdm import tqdm
 
 from afa.checkpoint.folder import save_expert
-from afa.distillation.lora_files import A, B, save_kohya
 from afa.distillation.settings import WEIGHTED, DistillSettings
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
 from afa.experts.load import load_expert
 from afa.experts.lora import fuse
+from afa.experts.lora_files import factors_of, save_kohya
 from afa.experts.spec import ExpertSpec
 from afa.experts.transformer_places import transformer_places
 from afa.merging.configs import carried_configs
@@ -30,7 +30,7 @@ from afa.merging.plan import make_plan
 from afa.merging.settings import MergeSettings
 from afa.merging.sources import Reader
 from afa.places import public_place
-from afa.training.finetune import FILE, component_of, lora_tensors
+from afa.training.finetune import FILE, lora_tensors
 from afa.version import __version__
 
 KEY = "afa.distill"  # of a student's header
@@ -106,14 +106,8 @@ def write_student(settings: DistillSettings, student: Ensemble, stage: Path, fac
             (stage / "README.md").write_text(card(settings, facts))
             save_file(tensors, stage / FILE, metadata=header)
             return
-        prefix = f"{component_of(expert.model)}."
-        factors = {
-            name.removeprefix(prefix).removesuffix(A): (down, tensors[name.removesuffix(A) + B])
-            for name, down in tensors.items()
-            if name.endswith(A)
-        }
         spec = model_spec(expert, f"LoRA distilled from {public_place(settings.ensemble)}")
-        save_kohya(output, expert.model, factors, header=header | spec)
+        save_kohya(output, expert.model, factors_of(tensors), header=header | spec)
         return
     cast = functools.partial(nn.Module.to, device="cpu", dtype=dtype)  # diffusers' own warns of every cast
     model = cast(student.denoiser.experts[0].requires_grad_(False))
