@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -300,7 +302,43 @@ def test_real_files_are_recognised_by_one_entry_and_complete(config, diffusers, 
     assert transformer_in(tensors) == (fitting[0], "")
 
 
-@pytest.mark.parametrize("config", ["sd3", "flux", "chroma", "z-image"])
+@pytest.mark.parametrize(
+    ("config", "name", "read_as", "sentence"),
+    [
+        ("krea2", "mine", "krea2", r"Krea 2 or Krea 2 Turbo.*read as Krea 2 \(guidance 5\.5, shift 1\); if it is the other, give --config krea2-turbo"),
+        ("krea2", "Krea2_Turbo_fp8", "krea2-turbo", r"as its name says \(guidance 1, shift 1\); if it is the other, give --config krea2\n"),
+        ("krea2", "turbocharged", "krea2", "give --config krea2-turbo"),
+        ("flux2-klein", "klein-base-4b", "flux2-klein-base", r"read as FLUX\.2 klein base 4B, as its name says"),
+        ("flux2-klein-9b", "klein", "flux2-klein-9b", r"guidance built in, shift 3\); .*--config flux2-klein-base-9b"),
+        ("z-image", "z_image_turbo_bf16", "z-image", "its name says Z-Image-Turbo .*: draw with --guidance 1 --steps 9"),
+        ("z-image", "z_image", "z-image", "if it is Z-Image-Turbo, draw with --guidance 1 --steps 9"),
+        ("flux", "flux1-turbo", "flux", None),
+    ],
+)
+def test_what_a_file_may_be_besides_is_said_once_with_the_option_for_it(config, name, read_as, sentence, tmp_path, capsys):
+    file = header(real(config, True), tmp_path / f"{name}.safetensors")
+    for _ in range(2):
+        found = describe_expert(ExpertSpec.parse(str(file)))
+    said = capsys.readouterr().err
+    assert found.config == read_as and (said == "" if sentence is None else re.search(sentence, said) and said.count("\n") == 1)
+    if read_as != config:  # where nothing is said, the pipeline that it joins decides
+        assert found.expert.settings["is_distilled"] == describe_config("x", read_as).expert.settings["is_distilled"]
+    describe_expert(ExpertSpec.parse(str(file)), read_as)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_that_is_said_to_be_distilled_does_not_join_a_pipeline_that_is_not(folders, tmp_path):
+    folder, distilled = folders / "krea2", tmp_path / "distilled"
+    shutil.copytree(folder, distilled)
+    index = json.loads((distilled / "model_index.json").read_text())
+    (distilled / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
+    file = str(write(krea2_transformer(1), tmp_path / "tuned.safetensors"))
+    with pytest.raises(UserError, match="'tuned' is read as a model with is_distilled True, and 'krea2', which lends .* has False"):
+        Ensemble.from_experts([str(folder), file], config=str(distilled), aggregator="mean")
+    Ensemble.from_experts([str(distilled), file], config=str(distilled), aggregator="mean")
+
+
+@pytest.mark.parametrize("config", ["sd3", "flux", "chroma", "z-image", "lumina2"])
 def test_a_vae_in_a_file_gets_the_settings_of_the_family_where_an_expert_brings_none(config, tmp_path):
     described = describe_config("real", config)
     file = header(dict(described.parts["vae"].state_dict()), tmp_path / "ae.safetensors")

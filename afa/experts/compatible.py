@@ -55,7 +55,8 @@ def _pair(first: Expert, other: Expert, features: bool) -> list[str]:
     found = _stage_mismatches(first, other) + _value_mismatches(
         first.model.config, other.model.config, interface.shared_config_keys
     )
-    if first.pipeline and other.pipeline:  # a denoiser alone is used as its donor
+    # a denoiser alone is used as its donor, unless it is said what it is
+    if all(one.pipeline or one.pipeline_options for one in (first, other)):
         found += _value_mismatches(first.settings, other.settings, tuple(interface.pipeline_settings))
     found += _kind_mismatches(first, other, features)
     found += _text_mismatches(first, other)

@@ -1,6 +1,7 @@
 """From specs to loaded experts. Equal components are loaded once; a denoiser alone borrows the others."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,24 @@ def borrow_components(
         expert.donor = donor
         expert.text_encoders, expert.tokenizers = list(donor.text_encoders), list(donor.tokenizers)
         expert.scheduler = expert.scheduler or donor_scheduler(expert, donor.scheduler)
+        _check_options(expert, donor)
         expert.pipeline_options = dict(donor.pipeline_options)
     return donor
+
+
+def _check_options(expert: Expert, donor: Expert) -> None:
+    """Raise UserError if a transformer's file is said to be another model than the pipeline that it joins."""
+    if not expert.pipeline_options:
+        return
+    settings = replace(expert, pipeline_options=donor.pipeline_options).settings
+    for name in FAMILIES[expert.family].interface.pipeline_settings:
+        its, expected = expert.settings.get(name), settings.get(name)
+        if its != expected:
+            raise UserError(
+                f"expert '{expert.name}' is read as a model with {name} {its}, and '{donor.name}', which "
+                f"lends it text encoders and scheduler, has {expected}; give the pipeline of its own kind "
+                "with --frame, or the config of that pipeline with --config"
+            )
 
 
 def donor_scheduler(expert: Expert, scheduler: Any) -> Any:
