@@ -33,6 +33,7 @@ from tiny_z_image import z_image_pipeline, z_image_transformer
 
 from afa import Ensemble, UserError
 from afa.experts.description import describe_config, describe_expert
+from afa.experts.gguf_files import ONE_ROW
 from afa.experts.layouts import layout_of
 from afa.experts.load import load_expert
 from afa.experts.locate import locate
@@ -41,9 +42,11 @@ from afa.experts.lora_files import kohya_tensors
 from afa.experts.single_file import detect_config
 from afa.experts.spec import ExpertSpec
 from afa.experts.transformer_names import PREFIXES, TRANSFORMERS, transformer_in
+from afa.experts.transformer_places import to_original
 from afa.experts.vae import describe_vae
 from afa.merging.engine import merge_files
 from afa.merging.settings import MergeSettings
+from afa.merging.single_file import original_places
 
 TINY = {
     "sd3": (sd3_pipeline, sd3_transformer),
@@ -58,8 +61,18 @@ TINY = {
     "lumina2": (lumina2_pipeline, lumina2_transformer),
 }
 OF = {"klein": "flux2", "flux2-klein": "flux2", "flux2-klein-9b": "flux2"}  # whose names a model has
-PUBLISHED = ["flux2", "klein", "chroma", "z-image", "krea2", "qwen-image-2.1", "lumina2"]  # not diffusers' names
-KOHYA = [*PUBLISHED, "qwen-image"]
+KOHYA = [name for name in TINY if name not in ("sd3", "flux")]  # these are tried in test_distill.py
+PUBLISHED = [name for name in TINY if name != "qwen-image"]  # of which the publisher's names are not diffusers'
+# What is tried -> of which families; docs/family_tables.py makes the table of the docs of it.
+TRIED = {
+    "publisher's or ComfyUI's names": PUBLISHED,
+    "diffusers' names": list(TINY),
+    "merge of such files": list(TINY),
+    "merge of folders to one file": list(TINY),
+    "fp8 with scales": [*PUBLISHED, "qwen-image"],
+    "GGUF": PUBLISHED,
+    "LoRA in kohya's names": [*KOHYA, "sd3", "flux"],
+}
 CONFIGS = ("sd3", "sd35", "sd35-large", "flux", "flux-schnell", "qwen-image", "flux2", "flux2-klein", "flux2-klein-9b", "chroma", "z-image", "krea2")
 CONFIGS += ("qwen-image-2.1", "lumina2")
 
@@ -97,11 +110,12 @@ def write(model, path, prefix=""):
 
 
 def published_state(family, model):
-    return published(OF.get(family, family), dict(model.state_dict()))
+    kind, state = OF.get(family, family), dict(model.state_dict())
+    return published(kind, state) if kind in NAMES else dict(originals(kind, state))
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", TRIED["diffusers' names"])
 def test_under_diffusers_names_it_is_the_model_it_was_made_of_and_so_is_a_merge(family, prefix, folders, tmp_path):
     model = TINY[family][1](1)
     file, config = write(model, tmp_path / "diffusion_pytorch_model.safetensors", prefix), str(folders / family)
@@ -141,7 +155,7 @@ def test_diffusers_converters_read_every_published_name_as_this_house_does(confi
     assert all(torch.equal(tensor, ours[name]) and torch.equal(tensor, theirs[name]) for name, tensor in state.items())
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", TRIED["merge of folders to one file"])
 def test_folders_become_one_file_of_the_publishers_names_which_is_the_merged_folder(family, folders, tmp_path):
     """Whole pipelines, and their denoisers alone."""
     TINY[family][0](1).save_pretrained(tmp_path / "other")
@@ -151,9 +165,7 @@ def test_folders_become_one_file_of_the_publishers_names_which_is_the_merged_fol
         for output in (f"merged{inside}", f"merged{inside}.safetensors"):
             merge_files(MergeSettings(experts, str(tmp_path / output), weights=["2", "1"]))
         whole, file = load_expert(str(tmp_path / f"merged{inside}")).model, tmp_path / f"merged{inside}.safetensors"
-        kind = OF.get(family, family)
-        state = dict(whole.state_dict())
-        wanted = published(kind, state) if kind in NAMES else dict(originals(kind, state))
+        wanted = published_state(family, whole)
         found = load_file(file)
         assert found.keys() == wanted.keys() and all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
         assert loads_as(whole, file, both[0])
@@ -173,13 +185,13 @@ def test_the_recipe_of_such_a_file_makes_it_again_and_a_recipe_of_several_steps_
     assert one.keys() == three.keys() and all(torch.equal(tensor, three[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize("family", ["z-image", "krea2"])
-def test_gguf_files_keep_their_tensors_of_one_row(family, folders, tmp_path):
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_gguf_files_are_the_model_they_were_made_of_with_their_tensors_of_one_row(family, folders, tmp_path):
     """ggml does not count sizes of 1 at the end of its own order."""
     model = TINY[family][1](1)
     for name, state in (("published", published_state(family, model)), ("own", dict(model.state_dict()))):
-        squeezed = {name: tensor.squeeze(0) if tensor.ndim > 1 else tensor for name, tensor in state.items()}
-        assert any(tensor.ndim < state[name].ndim for name, tensor in squeezed.items())
+        squeezed = {name: tensor.squeeze(0) if name.endswith(ONE_ROW) else tensor for name, tensor in state.items()}
+        assert any(tensor.ndim < state[name].ndim for name, tensor in squeezed.items()) == (family in ("z-image", "krea2"))
         file = write_gguf(tmp_path / f"{name}.gguf", squeezed)
         assert same_weights(load_expert(str(file), config=str(folders / family)).model, model)
 
@@ -246,6 +258,19 @@ def test_a_file_that_lacks_any_tensor_is_refused(family, tmp_path):
             file = header({key: tensor for key, tensor in state.items() if key != name}, tmp_path / "lacking.safetensors")
             with pytest.raises(UserError, match=r"lacking\.safetensors"):
                 describe_expert(ExpertSpec.parse(str(file))).expert  # noqa: B018
+
+
+def test_an_all_in_one_file_of_lumina_2_gives_its_transformer_and_its_vae(folders, tmp_path):
+    """As ComfyUI has it, with a text encoder, which is not read."""
+    pipeline = lumina2_pipeline(3)
+    shapes = {name: tensor.shape for name, tensor in pipeline.vae.state_dict().items()}
+    places = original_places("vae", shapes)
+    vae = {places[name].key.replace("first_stage_model.", "vae."): to_original([tensor], places[name].form) for name, tensor in pipeline.vae.state_dict().items()}
+    denoiser = {f"{PREFIXES[0]}{name}": tensor for name, tensor in published_state("lumina2", pipeline.transformer).items()}
+    text = {"text_encoders.gemma2_2b.transformer.model.norm.weight": torch.ones(4), "text_encoders.gemma2_2b.spiece_model": torch.ones(4, dtype=torch.uint8)}
+    file, folder = save(denoiser | vae | text, tmp_path / "lumina_2.safetensors"), str(folders / "lumina2")
+    ensemble = Ensemble.from_experts([folder, str(file)], config=folder, vae=str(file), aggregator="mean")
+    assert same_weights(ensemble.experts[1].model, pipeline.transformer) and same_weights(ensemble.frame.vae, pipeline.vae)
 
 
 def test_one_joins_a_pipeline_that_lends_it_the_rest(folders, tmp_path):

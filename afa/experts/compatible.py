@@ -140,7 +140,7 @@ def _stage_mismatches(first: Expert, other: Expert) -> list[str]:
     if lacking or extra:  # then equal names mean different places
         counts = f"it has {len(theirs)} stages, expected {len(mine)}; the blocks are cut differently"
         return [
-            f"stages {', '.join(names)} are {how}; {counts}"
+            f"stages {_in_short(names)} are {how}; {counts}"
             for names, how in ((lacking, "missing"), (extra, "not expected"))
             if names
         ]
@@ -153,6 +153,12 @@ def _stage_mismatches(first: Expert, other: Expert) -> list[str]:
         if stage.level != mine[name].level:
             alike.setdefault(f"is at level {stage.level}, expected {mine[name].level}", []).append(name)
     return [f"stage {name} {difference}{_others(rest)}" for difference, (name, *rest) in alike.items()]
+
+
+def _in_short(names: Sequence[str]) -> str:
+    most = 6
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def _others(names: Sequence[str]) -> str:
