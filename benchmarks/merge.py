@@ -49,7 +49,8 @@ def write_sparse(file: Path, config: str, seed: int) -> int:
     """A checkpoint of original layout in float16: -> its size in bytes."""
     from afa.experts.description import describe_config
     from afa.experts.headers import current_name
-    from afa.merging.single_file import names_by_key, original_places, shape_to_original
+    from afa.experts.transformer_places import names_by_key, shape_to_original
+    from afa.merging.single_file import original_places
 
     header, end, parts = {}, 0, describe_config("bench", config).parts
     for part, model in parts.items():

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -27,6 +28,8 @@ from safetensors.torch import load_file, save_file
 
 from afa.cli.main import main as afa
 from afa.demo.draw import draw
+from afa.experts.description import describe_config
+from afa.experts.transformer_names import TRANSFORMERS
 from afa.files import locked
 from afa.places import ASSETS
 
@@ -59,6 +62,10 @@ CASES = {
         ("The same, merged", "afa merge --experts demo:curves nan --output out"),
         ("Weights in 4 bits, as ComfyUI stores them", "afa inspect nvfp4.safetensors --config mine"),
         ("The same, with the scales named otherwise", "afa inspect int8.safetensors --config mine"),
+        ("A GGUF file cut short", "afa inspect cut.gguf"),
+        ("A transformer's file cut short", "afa inspect cut-transformer.safetensors"),
+        ("A transformer in 4 bits, as ComfyUI stores it", "afa inspect nvfp4-transformer.safetensors"),
+        ("A LoRA of another family", f"afa generate demo:curves+flux-lora.safetensors {DRAW}"),
         ("A single file of an architecture that is not known", "afa inspect noise.safetensors"),
         ("A denoiser alone, and nobody to lend it the rest", f"afa generate alone {DRAW}"),
         ("A frame that is no pipeline", f"afa generate alone --frame data {DRAW}"),
@@ -77,6 +84,8 @@ CASES = {
     ],
     "Experts that do not go together": [
         ("Experts of two architectures", "afa inspect demo:curves wide"),
+        ("FLUX.2 dev and klein", "afa inspect flux2.safetensors klein.safetensors"),
+        ("Z-Image and Lumina 2", "afa inspect z-image.safetensors lumina2.safetensors"),
         ("The same, on the way to training", f"afa train --experts demo:curves wide --data data --output out {SMALL}"),
         ("Experts that predict different things", "afa inspect demo:curves epsilon"),
         ("A v-prediction file beside an ε-prediction file", "afa inspect velocity.safetensors noise.safetensors --config epsilon"),
@@ -343,6 +352,35 @@ def _broken_models(folder: Path) -> None:
     (folder / "pickled" / WEIGHTS).unlink()
     torch.save({}, (folder / "pickled" / WEIGHTS).with_suffix(".bin"))
     _broken_files(folder, whole, tensors)
+    _transformers(folder)
+
+
+def _transformers(folder: Path) -> None:
+    """Files of real sizes without content, and broken ones."""
+    for name, config in {"flux2": "flux2", "klein": "flux2-klein", "z-image": "z-image", "lumina2": "lumina2"}.items():
+        empty_file({key: tuple(tensor.shape) for key, tensor in describe_config(name, config).expert.model.state_dict().items()}, folder / f"{name}.safetensors")
+    whole = (folder / "klein.safetensors").open("rb").read(4_000_000)
+    (folder / "cut-transformer.safetensors").write_bytes(whole)
+    layer = "transformer_blocks.0.attn.to_q"
+    packed = {f"{layer}.weight_scale_2": torch.ones(()), f"{layer}.weight": torch.zeros(3072, 1536, dtype=torch.uint8)}
+    marks = {mark: torch.zeros(3072, 128) for mark in next(entry for entry in TRANSFORMERS if entry.family == "FLUX.2" and entry.diffusers).marks}
+    save_file(packed | marks, folder / "nvfp4-transformer.safetensors")
+    (folder / "cut.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 300, 20))
+    down, up = torch.zeros(4, 3072), torch.zeros(3072, 4)
+    pairs = {f"lora_unet_double_blocks_0_img_attn_proj.lora_{end}.weight": tensor for end, tensor in (("down", down), ("up", up))}
+    save_file(pairs, folder / "flux-lora.safetensors")
+
+
+def empty_file(shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """A file of tensors in bfloat16 of which nothing stands on the disk."""
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + 2 * math.prod(shape)]}
+        end += 2 * math.prod(shape)
+    text = json.dumps(entries).encode()
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + end)
 
 
 def _broken_files(folder: Path, whole: bytes, tensors: dict[str, torch.Tensor]) -> None:

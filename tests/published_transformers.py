@@ -56,6 +56,21 @@ NAMES = {
         (r"\.attention\.to_out\.0\.", ".attention.out."),
         (r"\.attention\.norm_([qk])\.", r".attention.\1_norm."),
     ],
+    "qwen-image": [],
+    "lumina2": [
+        (r"\.attn\.to_([qkv])\.weight$", r".attention.qkv.weight#\1"),
+        (r"\.attn\.to_out\.0\.", ".attention.out."),
+        (r"\.attn\.norm_([qk])\.", r".attention.\1_norm."),
+        (r"\.feed_forward\.linear_(\d)\.", r".feed_forward.w\1."),
+        (r"\.norm1\.linear\.", ".adaLN_modulation.1."),
+        (r"\.norm1\.(norm\.)?weight$", ".attention_norm1.weight"),
+        (r"\.norm2\.weight$", ".attention_norm2.weight"),
+        (r"^time_caption_embed\.caption_embedder\.", "cap_embedder."),
+        (r"^time_caption_embed\.timestep_embedder\.linear_1\.", "t_embedder.mlp.0."),
+        (r"^time_caption_embed\.timestep_embedder\.linear_2\.", "t_embedder.mlp.2."),
+        (r"^norm_out\.linear_1\.", "final_layer.adaLN_modulation.1."),
+        (r"^norm_out\.linear_2\.", "final_layer.linear."),
+    ],
     "krea2": [
         (r"^transformer_blocks\.", "blocks."),
         (r"^text_fusion\.", "txtfusion."),
@@ -92,12 +107,12 @@ def published(family: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         for pattern, new in NAMES[family]:
             name = re.sub(pattern, new, name)
         key, _, place = name.partition("#")
-        parts.setdefault(key, {})[place] = _shaped(key, tensor)
+        parts.setdefault(key, {})[place] = _shaped(family, key, tensor)
     return {key: torch.cat([own[place] for place in sorted(own, key=ORDER.find)]) for key, own in parts.items()}
 
 
-def _shaped(key: str, tensor: Tensor) -> Tensor:
+def _shaped(family: str, key: str, tensor: Tensor) -> Tensor:
     """FLUX.2 has scale and shift the other way round, Krea 2 the six modulations of a block in one vector."""
-    if key == "final_layer.adaLN_modulation.1.weight" and tensor.shape[0] == 2 * tensor.shape[1]:
+    if family == "flux2" and key == "final_layer.adaLN_modulation.1.weight":
         return torch.cat(tensor.chunk(2)[::-1])
     return tensor.flatten() if key.endswith(".mod.lin") else tensor

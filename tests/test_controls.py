@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from family_models import MODELS, sample_of
+from safetensors.torch import load_file
 from test_training import experts, images  # noqa: F401 (fixtures)
 from tiny import ONE_LEVEL, SMALL, inputs, sd_unet
 
@@ -42,8 +43,6 @@ def settings(experts, images, tmp_path):  # noqa: F811
 
 
 def tensors(settings):
-    from safetensors.torch import load_file
-
     return load_file(Path(settings.output) / FILE)
 
 
@@ -193,6 +192,30 @@ def test_a_stock_pipeline_loads_the_file(settings):
     with torch.no_grad():
         trained = planned[0].ensemble.denoiser.experts[0](**inputs()).sample
         assert torch.allclose(pipe.unet(**inputs()).sample, trained, atol=1e-5)
+
+
+def test_one_file_of_kohyas_names_changes_the_expert_as_diffusers_file_does(settings, tmp_path):
+    alone = replace(settings, output=str(tmp_path / "lora.safetensors"))
+    finetune(settings), finetune(alone)
+    names = set(load_file(alone.output))
+    assert {name.rpartition(".")[2] for name in names} == {"weight", "alpha"} and all(name.startswith("lora_unet_") for name in names)
+    files = [Path(settings.output) / FILE, Path(alone.output)]
+    one, other = (Ensemble.from_experts([f"tuned={settings.expert}+{file}"], aggregator="mean").denoiser.experts[0] for file in files)
+    assert all(torch.allclose(tensor, other.state_dict()[name], atol=1e-6) for name, tensor in one.state_dict().items())
+    assert sorted(path.name for path in (tmp_path / "lora.finetune").iterdir() if path.is_file()) == ["finetune.json", LOG]
+    assert finetune(alone)["steps"] == 4
+    Path(alone.output).unlink()
+    with pytest.raises(UserError, match="is finished, and it is gone"):
+        finetune(alone)
+
+
+def test_a_file_that_is_there_already_is_not_written_over(settings, tmp_path):
+    (tmp_path / "lora.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="exists already"):
+        plan_finetune(replace(settings, output=str(tmp_path / "lora.safetensors")))
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        plan_finetune(replace(settings, output=str(tmp_path / "folder.safetensors")))
 
 
 def test_resumed_training_equals_uninterrupted(settings, tmp_path, monkeypatch):

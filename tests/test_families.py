@@ -1,5 +1,6 @@
 """Every family from folders to pictures, by the commands people type: inspect, two steps of training, generate; saved and loaded."""
 
+import importlib.util
 import json
 from functools import partial
 from pathlib import Path
@@ -113,6 +114,17 @@ def test_fused_text_tokens_are_refused_where_blocks_only_read_them():
     with pytest.raises(UserError, match="text_stream fused is for blocks that change text tokens"):
         Ensemble.from_experts([sd_pipeline(0), sd_pipeline(1)], text_stream="fused")
     assert Ensemble.from_experts([sd3_pipeline(0), sd3_pipeline(1)], text_stream="fused").denoiser.recipe.text_stream == "fused"
+
+
+def test_the_page_of_families_says_what_registries_and_the_tests_own_list_say():
+    """Written by `python docs/family_tables.py --quick`."""
+    home = Path(__file__).parent.parent / "docs"
+    script = importlib.util.spec_from_file_location("family_tables", home / "family_tables.py")
+    module = importlib.util.module_from_spec(script)
+    script.loader.exec_module(module)
+    page = (home / "families.md").read_text(encoding="utf-8")
+    for name, lines in module.quick_tables().items():
+        assert module.part(name).search(page)[2] == "\n".join(lines) + "\n", name
 
 
 def test_the_page_of_families_has_a_row_for_every_shipped_config_and_family():

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from afa.experts.description import describe_config
 from afa.experts.headers import current_name
-from afa.merging.single_file import (
+from afa.experts.transformer_places import (
     Place,
     from_original,
     names_by_key,
-    original_places,
     shape_from_original,
     shape_to_original,
     to_original,
 )
+from afa.merging.single_file import original_places
 
 OPEN_CLIP = {"hidden_act": "gelu", "width": 24}
 

@@ -170,7 +170,9 @@ def test_a_merged_transformer_says_how_it_was_made(home, tmp_path):
     [
         ("sd3", ["a", "{flux}/b"], "'b' cannot join 'a': it is of family flux, expected sd3"),
         ("sd3", ["a", "x={sd3}/b/transformer"], "'x' cannot join 'a': it has 0 text encoders, expected 3"),
-        ("sd3", ["a", "b", "--output", "m.safetensors"], "'a' has a transformer, and a single file in original layout is of a whole SD 1.x, 2.x or XL"),
+        ("sd3", ["a", "b", "--output", "m.safetensors"], "the text_encoder of 'b' is another than that of 'a', and the file of a transformer holds only"),
+        ("sd3", ["a", "a2=a", "--vae", "b", "--output", "m.safetensors"], "--vae b: the file of a transformer holds only the transformer"),
+        ("sd3", ["a", "a2=a", "--merge-vae", "--output", "m.safetensors"], "--merge-vae: the file of a transformer holds only the transformer"),
         ("sd3", ["a", "b", "--method", "mbw", "--weights", "GRAD_V"], "preset GRAD_V is for the stages of a U-Net"),
         ("sd3", ["a", "b", "--method", "mbw", "--weights", "0.5"], "1 block weights, expected 5 (J00 … OUT) or 6 (base in front of them)"),
         ("flux", ["a", "{sd3}/b"], "'b' cannot join 'a': it is of family sd3, expected flux"),

@@ -4,9 +4,13 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from gguf_writing import write_gguf
 from original_transformers import originals
 from published_transformers import NAMES, published
@@ -15,6 +19,7 @@ from scaled_weights import SPELLINGS, stored
 from tiny_chroma import chroma_pipeline, chroma_transformer
 from tiny_flux2 import flux2_pipeline, flux2_transformer, klein_pipeline, klein_transformer
 from tiny_krea2 import krea2_pipeline, krea2_transformer
+from tiny_lumina2 import lumina2_pipeline, lumina2_transformer
 from tiny_qwen_image_21 import qwen_image_21_pipeline, qwen_image_21_transformer
 from tiny_transformers import (
     flux_pipeline,
@@ -27,18 +32,21 @@ from tiny_transformers import (
 from tiny_z_image import z_image_pipeline, z_image_transformer
 
 from afa import Ensemble, UserError
-from afa.distillation.lora_files import kohya_tensors
 from afa.experts.description import describe_config, describe_expert
+from afa.experts.gguf_files import ONE_ROW
 from afa.experts.layouts import layout_of
 from afa.experts.load import load_expert
 from afa.experts.locate import locate
 from afa.experts.lora import fuse, load_lora
+from afa.experts.lora_files import kohya_tensors
 from afa.experts.single_file import detect_config
 from afa.experts.spec import ExpertSpec
 from afa.experts.transformer_names import PREFIXES, TRANSFORMERS, transformer_in
+from afa.experts.transformer_places import to_original
 from afa.experts.vae import describe_vae
 from afa.merging.engine import merge_files
 from afa.merging.settings import MergeSettings
+from afa.merging.single_file import original_places
 
 TINY = {
     "sd3": (sd3_pipeline, sd3_transformer),
@@ -50,12 +58,23 @@ TINY = {
     "z-image": (z_image_pipeline, z_image_transformer),
     "krea2": (krea2_pipeline, krea2_transformer),
     "qwen-image-2.1": (qwen_image_21_pipeline, qwen_image_21_transformer),
+    "lumina2": (lumina2_pipeline, lumina2_transformer),
 }
 OF = {"klein": "flux2", "flux2-klein": "flux2", "flux2-klein-9b": "flux2"}  # whose names a model has
-# Chroma's converter splits at the width of the real model.
-PUBLISHED = ["flux2", "klein", "z-image", "krea2", "qwen-image-2.1"]
+KOHYA = [name for name in TINY if name not in ("sd3", "flux")]  # these are tried in test_distill.py
+PUBLISHED = [name for name in TINY if name != "qwen-image"]  # of which the publisher's names are not diffusers'
+# What is tried -> of which families; docs/family_tables.py makes the table of the docs of it.
+TRIED = {
+    "publisher's or ComfyUI's names": PUBLISHED,
+    "diffusers' names": list(TINY),
+    "merge of such files": list(TINY),
+    "merge of folders to one file": list(TINY),
+    "fp8 with scales": [*PUBLISHED, "qwen-image"],
+    "GGUF": PUBLISHED,
+    "LoRA in kohya's names": [*KOHYA, "sd3", "flux"],
+}
 CONFIGS = ("sd3", "sd35", "sd35-large", "flux", "flux-schnell", "qwen-image", "flux2", "flux2-klein", "flux2-klein-9b", "chroma", "z-image", "krea2")
-CONFIGS += ("qwen-image-2.1",)
+CONFIGS += ("qwen-image-2.1", "lumina2")
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +110,12 @@ def write(model, path, prefix=""):
 
 
 def published_state(family, model):
-    return published(OF.get(family, family), dict(model.state_dict()))
+    kind, state = OF.get(family, family), dict(model.state_dict())
+    return published(kind, state) if kind in NAMES else dict(originals(kind, state))
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", TRIED["diffusers' names"])
 def test_under_diffusers_names_it_is_the_model_it_was_made_of_and_so_is_a_merge(family, prefix, folders, tmp_path):
     model = TINY[family][1](1)
     file, config = write(model, tmp_path / "diffusion_pytorch_model.safetensors", prefix), str(folders / family)
@@ -117,29 +137,61 @@ def test_under_its_publishers_names_it_is_the_model_it_was_made_of_and_so_is_a_m
         assert merged.keys() == before.keys() and all(torch.equal(tensor, merged[name]) for name, tensor in before.items())
 
 
-def test_chroma_under_its_publishers_names_is_itself_at_the_width_that_its_converter_knows():
-    """With the rows of the real model, and two columns."""
-    model = describe_config("real", "chroma").expert.model
-    state = {name: torch.randn(tensor.shape[0], *[2] * (tensor.ndim - 1)) for name, tensor in model.state_dict().items()}
-    for prefix in PREFIXES:
-        tensors = {f"{prefix}{name}": tensor for name, tensor in published("chroma", state).items()}
-        converted = layout_of(tensors, "chroma.safetensors").to_diffusers(model, tensors)
-        assert converted.keys() == state.keys() and all(torch.equal(tensor, state[name]) for name, tensor in converted.items())
+@pytest.mark.parametrize("config", [config for config in CONFIGS if config not in ("qwen-image", "sd35-large", "flux-schnell")])
+def test_diffusers_converters_read_every_published_name_as_this_house_does(config):
+    """With the rows of the real model, each of one number of its own: some converters know one width only."""
+    model = describe_config("real", config).expert.model
+    state, count = {}, 0
+    for name, tensor in model.state_dict().items():
+        state[name] = torch.arange(count, count + tensor.shape[0], dtype=torch.float64).reshape(-1, *[1] * (tensor.ndim - 1))
+        count += tensor.shape[0]
+    kind = OF.get(config, config)
+    tensors = published(kind, state) if kind in NAMES else dict(originals("flux" if "flux" in config else "sd3", state))
+    layout = layout_of(tensors, "file.safetensors")
+    convert = SINGLE_FILE_LOADABLE_CLASSES[type(model).__name__]["checkpoint_mapping_fn"]
+    theirs = tensors if layout.diffusers else convert(checkpoint=dict(tensors), config=model.config)
+    ours = layout.to_diffusers(model, tensors)
+    assert ours.keys() == theirs.keys() == state.keys()
+    assert all(torch.equal(tensor, ours[name]) and torch.equal(tensor, theirs[name]) for name, tensor in state.items())
 
 
-def test_one_of_a_width_that_its_converter_does_not_know_is_refused(folders, tmp_path):
-    file = save(published("chroma", dict(chroma_transformer(1).state_dict())), tmp_path / "narrow.safetensors")
-    with pytest.raises(UserError, match=r"narrow\.safetensors.* is incomplete or of another architecture"):
-        load_expert(str(file), config=str(folders / "chroma"))
+@pytest.mark.parametrize("family", TRIED["merge of folders to one file"])
+def test_folders_become_one_file_of_the_publishers_names_which_is_the_merged_folder(family, folders, tmp_path):
+    """Whole pipelines, and their denoisers alone."""
+    TINY[family][0](1).save_pretrained(tmp_path / "other")
+    both = str(folders / family), str(tmp_path / "other")
+    for inside in ("", "transformer"):
+        experts = [f"{name}={Path(place) / inside}" for name, place in zip("xy", both, strict=True)]
+        for output in (f"merged{inside}", f"merged{inside}.safetensors"):
+            merge_files(MergeSettings(experts, str(tmp_path / output), weights=["2", "1"]))
+        whole, file = load_expert(str(tmp_path / f"merged{inside}")).model, tmp_path / f"merged{inside}.safetensors"
+        wanted = published_state(family, whole)
+        found = load_file(file)
+        assert found.keys() == wanted.keys() and all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
+        assert loads_as(whole, file, both[0])
 
 
-@pytest.mark.parametrize("family", ["z-image", "krea2"])
-def test_gguf_files_keep_their_tensors_of_one_row(family, folders, tmp_path):
+def test_the_recipe_of_such_a_file_makes_it_again_and_a_recipe_of_several_steps_makes_one(folders, tmp_path):
+    TINY["lumina2"][0](1).save_pretrained(tmp_path / "other")
+    experts = [f"x={folders / 'lumina2'}", f"y={tmp_path / 'other'}"]
+    merge_files(MergeSettings(experts, str(tmp_path / "one.safetensors"), method="slerp"))
+    merge_files(MergeSettings(experts, str(tmp_path / "two.safetensors"), recipe=str(tmp_path / "one.safetensors")))
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+    places = ", ".join(json.dumps(place) for place in experts)
+    steps = [f'[[step]]\nname = "soft"\nmethod = "slerp"\nexperts = [{places}]', '[[step]]\nexperts = ["soft"]\ndtype = "float32"']
+    (tmp_path / "steps.toml").write_text("\n".join(steps))
+    merge_files(MergeSettings(output=str(tmp_path / "three.safetensors"), recipe=str(tmp_path / "steps.toml")))
+    one, three = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "three"))
+    assert one.keys() == three.keys() and all(torch.equal(tensor, three[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_gguf_files_are_the_model_they_were_made_of_with_their_tensors_of_one_row(family, folders, tmp_path):
     """ggml does not count sizes of 1 at the end of its own order."""
     model = TINY[family][1](1)
     for name, state in (("published", published_state(family, model)), ("own", dict(model.state_dict()))):
-        squeezed = {name: tensor.squeeze(0) if tensor.ndim > 1 else tensor for name, tensor in state.items()}
-        assert any(tensor.ndim < state[name].ndim for name, tensor in squeezed.items())
+        squeezed = {name: tensor.squeeze(0) if name.endswith(ONE_ROW) else tensor for name, tensor in state.items()}
+        assert any(tensor.ndim < state[name].ndim for name, tensor in squeezed.items()) == (family in ("z-image", "krea2"))
         file = write_gguf(tmp_path / f"{name}.gguf", squeezed)
         assert same_weights(load_expert(str(file), config=str(folders / family)).model, model)
 
@@ -154,7 +206,7 @@ def test_scaled_weights_under_publishers_names_are_multiplied_out(family, spelli
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
-@pytest.mark.parametrize("family", ["chroma", *PUBLISHED])
+@pytest.mark.parametrize("family", KOHYA)
 def test_loras_in_kohyas_names_change_the_layers_that_their_publisher_calls_so(family):
     model = TINY[family][1](1)
     before, tensors, wanted = published_state(family, model), {}, {}
@@ -172,7 +224,7 @@ def test_loras_in_kohyas_names_change_the_layers_that_their_publisher_calls_so(f
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name not in wanted)
 
 
-@pytest.mark.parametrize("family", ["chroma", *PUBLISHED])
+@pytest.mark.parametrize("family", KOHYA)
 def test_loras_written_in_kohyas_names_are_what_they_were_made_of(family):
     model = TINY[family][1](1)
     layers = {name: module.weight.detach().clone() for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -196,7 +248,7 @@ def test_marks_of_another_family_change_nothing_or_are_refused(family, other, fo
         assert same_weights(load_expert(str(file), config=str(folders / family)).model, model)
 
 
-@pytest.mark.parametrize("family", ["chroma", *PUBLISHED])
+@pytest.mark.parametrize("family", KOHYA)
 def test_a_file_that_lacks_any_tensor_is_refused(family, tmp_path):
     config = {"klein": "flux2-klein"}.get(family, family)
     kind = OF.get(family, family)
@@ -206,6 +258,19 @@ def test_a_file_that_lacks_any_tensor_is_refused(family, tmp_path):
             file = header({key: tensor for key, tensor in state.items() if key != name}, tmp_path / "lacking.safetensors")
             with pytest.raises(UserError, match=r"lacking\.safetensors"):
                 describe_expert(ExpertSpec.parse(str(file))).expert  # noqa: B018
+
+
+def test_an_all_in_one_file_of_lumina_2_gives_its_transformer_and_its_vae(folders, tmp_path):
+    """As ComfyUI has it, with a text encoder, which is not read."""
+    pipeline = lumina2_pipeline(3)
+    shapes = {name: tensor.shape for name, tensor in pipeline.vae.state_dict().items()}
+    places = original_places("vae", shapes)
+    vae = {places[name].key.replace("first_stage_model.", "vae."): to_original([tensor], places[name].form) for name, tensor in pipeline.vae.state_dict().items()}
+    denoiser = {f"{PREFIXES[0]}{name}": tensor for name, tensor in published_state("lumina2", pipeline.transformer).items()}
+    text = {"text_encoders.gemma2_2b.transformer.model.norm.weight": torch.ones(4), "text_encoders.gemma2_2b.spiece_model": torch.ones(4, dtype=torch.uint8)}
+    file, folder = save(denoiser | vae | text, tmp_path / "lumina_2.safetensors"), str(folders / "lumina2")
+    ensemble = Ensemble.from_experts([folder, str(file)], config=folder, vae=str(file), aggregator="mean")
+    assert same_weights(ensemble.experts[1].model, pipeline.transformer) and same_weights(ensemble.frame.vae, pipeline.vae)
 
 
 def test_one_joins_a_pipeline_that_lends_it_the_rest(folders, tmp_path):
@@ -262,7 +327,43 @@ def test_real_files_are_recognised_by_one_entry_and_complete(config, diffusers, 
     assert transformer_in(tensors) == (fitting[0], "")
 
 
-@pytest.mark.parametrize("config", ["sd3", "flux", "chroma", "z-image"])
+@pytest.mark.parametrize(
+    ("config", "name", "read_as", "sentence"),
+    [
+        ("krea2", "mine", "krea2", r"Krea 2 or Krea 2 Turbo.*read as Krea 2 \(guidance 5\.5, shift 1\); if it is the other, give --config krea2-turbo"),
+        ("krea2", "Krea2_Turbo_fp8", "krea2-turbo", r"as its name says \(guidance 1, shift 1\); if it is the other, give --config krea2\n"),
+        ("krea2", "turbocharged", "krea2", "give --config krea2-turbo"),
+        ("flux2-klein", "klein-base-4b", "flux2-klein-base", r"read as FLUX\.2 klein base 4B, as its name says"),
+        ("flux2-klein-9b", "klein", "flux2-klein-9b", r"guidance built in, shift 3\); .*--config flux2-klein-base-9b"),
+        ("z-image", "z_image_turbo_bf16", "z-image", "its name says Z-Image-Turbo .*: draw with --guidance 1 --steps 9"),
+        ("z-image", "z_image", "z-image", "if it is Z-Image-Turbo, draw with --guidance 1 --steps 9"),
+        ("flux", "flux1-turbo", "flux", None),
+    ],
+)
+def test_what_a_file_may_be_besides_is_said_once_with_the_option_for_it(config, name, read_as, sentence, tmp_path, capsys):
+    file = header(real(config, True), tmp_path / f"{name}.safetensors")
+    for _ in range(2):
+        found = describe_expert(ExpertSpec.parse(str(file)))
+    said = capsys.readouterr().err
+    assert found.config == read_as and (said == "" if sentence is None else re.search(sentence, said) and said.count("\n") == 1)
+    if read_as != config:  # where nothing is said, the pipeline that it joins decides
+        assert found.expert.settings["is_distilled"] == describe_config("x", read_as).expert.settings["is_distilled"]
+    describe_expert(ExpertSpec.parse(str(file)), read_as)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_that_is_said_to_be_distilled_does_not_join_a_pipeline_that_is_not(folders, tmp_path):
+    folder, distilled = folders / "krea2", tmp_path / "distilled"
+    shutil.copytree(folder, distilled)
+    index = json.loads((distilled / "model_index.json").read_text())
+    (distilled / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
+    file = str(write(krea2_transformer(1), tmp_path / "tuned.safetensors"))
+    with pytest.raises(UserError, match="'tuned' is read as a model with is_distilled True, and 'krea2', which lends .* has False"):
+        Ensemble.from_experts([str(folder), file], config=str(distilled), aggregator="mean")
+    Ensemble.from_experts([str(distilled), file], config=str(distilled), aggregator="mean")
+
+
+@pytest.mark.parametrize("config", ["sd3", "flux", "chroma", "z-image", "lumina2"])
 def test_a_vae_in_a_file_gets_the_settings_of_the_family_where_an_expert_brings_none(config, tmp_path):
     described = describe_config("real", config)
     file = header(dict(described.parts["vae"].state_dict()), tmp_path / "ae.safetensors")
@@ -306,8 +407,7 @@ def test_a_transformer_of_another_size_asks_for_its_config(tmp_path):
     ("names", "sentence"),
     [
         (["transformer_blocks.0.attn1.to_q.weight"], "diffusers' names.*give its folder"),
-        (["cap_embedder.1.weight", "x_embedder.weight", "layers.0.adaLN_modulation.1.weight"], "is a Lumina 2 model"),
-        (["time_caption_embed.caption_embedder.0.weight", "x_embedder.weight"], "is a Lumina 2 model"),
+        (["cap_embedder.1.weight", "x_embedder.weight", "layers.0.adaLN_modulation.1.weight", "clip_text_pooled_proj.0.weight"], "is a NewBie model"),
         (["cap_embedder.1.weight", "layers.0.adaLN_modulation.0.weight", "x_embedder.weight", "siglip_embedder.1.weight"], "is a Z-Image-Omni model"),
         (["distilled_guidance_layer.in_proj.weight", "img_in_patch.weight", "nerf_image_embedder.embedder.0.weight"], "is a Chroma1-Radiance model"),
         (["double_stream_modulation_img.lin.weight", "single_stream_modulation.lin.weight", "img_in.weight", "content_mode_blocks.0.a"], "is a FLUX.3 model"),

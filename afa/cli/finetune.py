@@ -1,7 +1,8 @@
 """Train a LoRA on one expert as `afa train` trains aggregators: the control for the effect of the data alone.
 
 Uses the same split, noise, captions and held-out measure at the same seed. Writes
-pytorch_lora_weights.safetensors, which diffusers loads, and which is added to an expert as EXPERT+FILE.
+pytorch_lora_weights.safetensors, which diffusers loads, or one file with kohya's names; both are added to an
+expert as EXPERT+FILE.
 Ctrl-C interrupts it; the same command resumes.
 """
 

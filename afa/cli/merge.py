@@ -1,10 +1,10 @@
 """Merge experts into one new checkpoint: weighted, by blocks, by differences from their base, and more.
 
 All experts must have one architecture. Folders and single files can be mixed, each with LoRAs
-(base.safetensors+style.safetensors*0.8). SD 1.x, 2.x and XL are written as a folder or as a single file; a
-denoiser alone keeps the form of the first expert; other pipelines are written as a folder. Text encoders are
-merged like the denoiser; the VAE is copied from the first expert. Only a few tensors are in memory at a time,
-however many models are merged.
+(base.safetensors+style.safetensors*0.8). They are written as a folder, or as a single file of the publisher's
+names: of SD 1.x, 2.x and XL whole, of other families the transformer alone. A single file of a denoiser alone
+keeps the names of the first expert's. Text encoders are merged like the denoiser; the VAE is copied from the
+first expert. Only a few tensors are in memory at a time, however many models are merged.
 
 The header of the written files records the methods, the options and the sha256 of every input. `--recipe`
 with such a file repeats the merge. `--recipe` with a TOML file can have several steps: each [[step]] has a

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from afa.devices import choose_device
 from afa.distillation.extract_settings import ExtractSettings
-from afa.distillation.lora_files import diffusers_tensors, save_kohya
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
 from afa.experts.expert import TEXT_ENCODERS
 from afa.experts.headers import current_name
+from afa.experts.lora_files import diffusers_tensors, save_kohya
 from afa.experts.spec import ExpertSpec
 from afa.files import locked, staged
 from afa.merging.engine import model_spec

@@ -11,11 +11,10 @@ import torch
 from afa.distillation.plan import RECORD, DistillPlan, plan_distill, trained_part
 from afa.distillation.settings import DistillSettings
 from afa.distillation.student import write_student
-from afa.errors import UserError
 from afa.files import locked, staged
 from afa.places import public_place
 from afa.stats import difference
-from afa.training.record import check_record, finished_record, run_record
+from afa.training.record import check_record, check_there, finished_record, run_record
 from afa.training.setup import end_run, make_accelerator, make_trainer
 
 
@@ -28,11 +27,7 @@ def distill_finished(settings: DistillSettings) -> dict[str, Any] | None:
     if settings.lr is None:
         settings = replace(settings, lr=begun.lr)
     check_record(settings, begun, record, f"the student in {settings.output}")
-    if settings.single_file and not Path(settings.output).is_file():
-        raise UserError(
-            f"{settings.folder / RECORD} says that {settings.output} is finished, and it is gone; "
-            f"delete {settings.folder} to distil again"
-        )
+    check_there(settings, RECORD, "distil")
     return record
 
 

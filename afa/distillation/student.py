@@ -14,14 +14,15 @@ from torch import nn
 from tqdm import tqdm
 
 from afa.checkpoint.folder import save_expert
-from afa.distillation.lora_files import A, B, save_kohya
 from afa.distillation.settings import WEIGHTED, DistillSettings
 from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
 from afa.experts.load import load_expert
 from afa.experts.lora import fuse
+from afa.experts.lora_files import factors_of, save_kohya
 from afa.experts.spec import ExpertSpec
+from afa.experts.transformer_places import transformer_places
 from afa.merging.configs import carried_configs
 from afa.merging.engine import model_spec, write
 from afa.merging.memory import merge_experts
@@ -29,7 +30,7 @@ from afa.merging.plan import make_plan
 from afa.merging.settings import MergeSettings
 from afa.merging.sources import Reader
 from afa.places import public_place
-from afa.training.finetune import FILE, component_of, lora_tensors
+from afa.training.finetune import FILE, lora_tensors
 from afa.version import __version__
 
 KEY = "afa.distill"  # of a student's header
@@ -64,21 +65,41 @@ def make_student(settings: DistillSettings, teacher: Ensemble) -> Ensemble:
 
 
 def check_layout(settings: DistillSettings, teacher: Ensemble) -> None:
-    """Raise UserError for a file without a place for the student, or a folder that would lack parts."""
+    """Raise UserError for an output that would lack parts of the student.
+
+    The file of a transformer holds nothing else, so the mean of text encoders would be lost.
+    """
+    if settings.lora is not None:
+        return
     encoders = [encoder for joined in teacher.text_encoders for encoder in joined.encoders]
     part = next((place for encoder in encoders if (place := getattr(encoder, "left_out", None))), None)
-    if part is not None and settings.lora is None:
+    first, *others = teacher.experts
+    alone = settings.single_file and first.family != "unet"  # the file holds the denoiser alone
+    if part is not None and not alone:
         raise UserError(
             f"--output {settings.output} is to hold a whole pipeline, and the text encoder in {part} leaves "
             "out parts of its model that texts do not pass through; make the ensemble with the whole text "
             "encoder, or give --lora"
         )
-    family = teacher.experts[0].family
-    if settings.single_file and settings.lora is None and family != "unet":
+    if not alone:
+        return
+    shapes = {name: tensor.shape for name, tensor in first.model.state_dict().items()}
+    try:
+        transformer_places(shapes, first.model)
+    except ValueError as error:
+        raise UserError(f"--output {settings.output}: {error}; give a folder, or --lora") from None
+    own = next((one for one in others if differing(one.text_encoders, first.text_encoders)), None)
+    if settings.student == WEIGHTED and own is not None:
         raise UserError(
-            f"--output {settings.output}: a whole checkpoint in one file is of SD 1.x, 2.x and XL, and the "
-            f"experts are of family {family}; give a folder, or --lora"
+            f"--output {settings.output}: the file of a transformer holds only the transformer, and the text "
+            f"encoders of '{own.name}' are others than those of '{first.name}', so the student has their "
+            "mean; give a folder, or the name of an expert as --student"
         )
+
+
+def differing(one: list[Any], other: list[Any]) -> bool:
+    """Whether two experts have other text encoders; equal ones are loaded once."""
+    return [id(encoder) for encoder in one] != [id(encoder) for encoder in other]
 
 
 def write_student(settings: DistillSettings, student: Ensemble, stage: Path, facts: dict[str, Any]) -> None:
@@ -96,17 +117,16 @@ def write_student(settings: DistillSettings, student: Ensemble, stage: Path, fac
             (stage / "README.md").write_text(card(settings, facts))
             save_file(tensors, stage / FILE, metadata=header)
             return
-        prefix = f"{component_of(expert.model)}."
-        factors = {
-            name.removeprefix(prefix).removesuffix(A): (down, tensors[name.removesuffix(A) + B])
-            for name, down in tensors.items()
-            if name.endswith(A)
-        }
         spec = model_spec(expert, f"LoRA distilled from {public_place(settings.ensemble)}")
-        save_kohya(output, expert.model, factors, header=header | spec)
+        save_kohya(output, expert.model, factors_of(tensors), header=header | spec)
         return
     cast = functools.partial(nn.Module.to, device="cpu", dtype=dtype)  # diffusers' own warns of every cast
     model = cast(student.denoiser.experts[0].requires_grad_(False))
+    title = f"distilled from {public_place(settings.ensemble)}"
+    if settings.single_file and expert.family != "unet":
+        model.save_pretrained(stage / "student")
+        write_original(stage / "student", output, header, title)
+        return
     encoders = [cast(copy.deepcopy(encoder)) for encoder in expert.text_encoders]
     vae = cast(copy.deepcopy(expert.load_vae()))
     whole = replace(expert, model=model, text_encoders=encoders, vae=vae)
@@ -114,10 +134,8 @@ def write_student(settings: DistillSettings, student: Ensemble, stage: Path, fac
         save_expert(whole, stage)
         (stage / "README.md").write_text(card(settings, facts))
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
     save_expert(whole, stage / "student")
-    write_original(stage / "student", output, header, f"distilled from {public_place(settings.ensemble)}")
-    shutil.rmtree(stage / "student")
+    write_original(stage / "student", output, header, title)
 
 
 def card(settings: DistillSettings, facts: dict[str, Any]) -> str:
@@ -142,10 +160,15 @@ def card(settings: DistillSettings, facts: dict[str, Any]) -> str:
 
 
 def write_original(folder: Path, output: Path, header: dict[str, str], title: str) -> None:
-    """Write a pipeline's folder as a single file in its publisher's layout, tensor by tensor."""
+    """Move a pipeline's folder, or a transformer's, into a single file of its publisher's layout.
+
+    It is written tensor by tensor.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
     plan = make_plan(MergeSettings(experts=[f"student={folder}"], output=f"{folder}.safetensors"))
     (tensors,) = plan.files.values()
     plan.settings, plan.files = replace(plan.settings, output=str(output)), {str(output): tensors}
     strings = header | model_spec(plan.first.expert, title) | carried_configs(plan)
     with Reader() as reader, tqdm(disable=True) as bar:
         write(plan, reader, strings, bar)
+    shutil.rmtree(folder)

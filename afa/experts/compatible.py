@@ -55,7 +55,8 @@ def _pair(first: Expert, other: Expert, features: bool) -> list[str]:
     found = _stage_mismatches(first, other) + _value_mismatches(
         first.model.config, other.model.config, interface.shared_config_keys
     )
-    if first.pipeline and other.pipeline:  # a denoiser alone is used as its donor
+    # a denoiser alone is used as its donor, unless it is said what it is
+    if all(one.pipeline or one.pipeline_options for one in (first, other)):
         found += _value_mismatches(first.settings, other.settings, tuple(interface.pipeline_settings))
     found += _kind_mismatches(first, other, features)
     found += _text_mismatches(first, other)
@@ -139,7 +140,7 @@ def _stage_mismatches(first: Expert, other: Expert) -> list[str]:
     if lacking or extra:  # then equal names mean different places
         counts = f"it has {len(theirs)} stages, expected {len(mine)}; the blocks are cut differently"
         return [
-            f"stages {', '.join(names)} are {how}; {counts}"
+            f"stages {_in_short(names)} are {how}; {counts}"
             for names, how in ((lacking, "missing"), (extra, "not expected"))
             if names
         ]
@@ -152,6 +153,12 @@ def _stage_mismatches(first: Expert, other: Expert) -> list[str]:
         if stage.level != mine[name].level:
             alike.setdefault(f"is at level {stage.level}, expected {mine[name].level}", []).append(name)
     return [f"stage {name} {difference}{_others(rest)}" for difference, (name, *rest) in alike.items()]
+
+
+def _in_short(names: Sequence[str]) -> str:
+    most = 6
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def _others(names: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from afa.experts.layouts import Layout, component_layouts
 from afa.experts.locate import Located, locate
 from afa.experts.parts import INDEX, component_of, has_part, load_part, load_tokenizers_of, read_index
 from afa.experts.prediction import Prediction, flow_only, folder_scheduler
-from afa.experts.single_file import config_folder, config_of, load_tokenizers, scheduler_of
+from afa.experts.single_file import VARIANTS, config_folder, config_of, load_tokenizers, scheduler_of
 from afa.experts.spec import ExpertSpec
 from afa.models.registry import FAMILIES
 
@@ -41,6 +41,7 @@ class ExpertDescription:
     tokenizers:   one for each text encoder
     scheduler:    of the pipeline, or of a U-Net's single file; None: unknown
     prediction:   what a single file, or its user, says about the kind of prediction
+    options:      settings of the pipeline that a transformer's file is of; {}: those of the one it joins
     """
 
     name: str
@@ -53,6 +54,7 @@ class ExpertDescription:
     tokenizers: list[Any] = field(default_factory=list)
     scheduler: Any = None
     prediction: Prediction = field(default_factory=Prediction)
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def denoiser(self) -> Component:
@@ -91,7 +93,7 @@ class ExpertDescription:
             scheduler=self.scheduler if self.text_parts else None,
             vae_component=self.components.get("vae"),
             pipeline=None if self.index is None else self.index["_class_name"],
-            pipeline_options=pipeline_options(self.index or {}),
+            pipeline_options=pipeline_options(self.index or {}) | self.options,
             located=self.located,
             config=self.given_config,
             prediction=self.prediction,
@@ -125,6 +127,8 @@ def describe(located: Located, config: str | None = None) -> ExpertDescription:
         found.index = read_index(folder)
     if located.single_file and located.layout.part == "transformer":
         found.prediction = flow_only(located)
+        if config is not None or name in VARIANTS:
+            found.options = pipeline_options(read_index(folder))
     elif located.single_file:
         found.scheduler, found.prediction = scheduler_of(located, config, folder)
         found.tokenizers = list(load_tokenizers(folder).values()) if found.index is not None else []

@@ -32,6 +32,7 @@ from afa.experts.single_file import load_tokenizers
 from afa.experts.spec import ExpertSpec, exists
 from afa.experts.text_names import KINDS, TextEncoderFile, text_encoder_in
 from afa.experts.vae import configs_of, describe_vae
+from afa.models.registry import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -318,8 +319,24 @@ def borrow_components(experts: Sequence[Expert], spec: DonorSpec, dtype: torch.d
         expert.donor = donor
         expert.text_encoders, expert.tokenizers = list(donor.text_encoders), list(donor.tokenizers)
         expert.scheduler = expert.scheduler or donor_scheduler(expert, donor.scheduler)
+        _check_options(expert, donor)
         expert.pipeline_options = dict(donor.pipeline_options)
     return donor
+
+
+def _check_options(expert: Expert, donor: Expert) -> None:
+    """Raise UserError if a transformer's file is said to be another model than the pipeline that it joins."""
+    if not expert.pipeline_options:
+        return
+    settings = replace(expert, pipeline_options=donor.pipeline_options).settings
+    for name in FAMILIES[expert.family].interface.pipeline_settings:
+        its, expected = expert.settings.get(name), settings.get(name)
+        if its != expected:
+            raise UserError(
+                f"expert '{expert.name}' is read as a model with {name} {its}, and '{donor.name}', which "
+                f"lends it text encoders and scheduler, has {expected}; give the pipeline of its own kind "
+                "with --frame, or the config of that pipeline with --config"
+            )
 
 
 def unneeded(spec: DonorSpec) -> UserError:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from afa.errors import UserError
 from afa.experts.transformer_names import TRANSFORMERS, transformer_in
+from afa.experts.transformer_places import from_original, transformer_places
 
 DENOISER, VAE = "model.diffusion_model.", "first_stage_model."  # before a part's names in whole checkpoints
 TEXT = ("cond_stage_model.", "conditioner.")
@@ -51,8 +52,7 @@ FOREIGN = {
     "vector_in_vision.": "HunyuanImage",
     "time_text_embed.addition_t_embedding.": "Qwen-Image-Layered",
     "siglip_embedder.": "Z-Image-Omni",
-    "layers.0.adaLN_modulation.1.": "Lumina 2",
-    "time_caption_embed.": "Lumina 2",
+    "clip_text_pooled_proj.": "NewBie",
     "double_stream_blocks.": "HiDream",
     "double_layers.0.": "AuraFlow",
     "llm_adapter.": "Anima",
@@ -97,6 +97,8 @@ class Layout:
     def to_diffusers(self, model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The component's tensors by diffusers' names, as diffusers' own converters make them.
 
+        Those of transformers are read by the table that writes them: afa/experts/transformer_places.py.
+
         model:   of the component's class and settings, with or without weights
         tensors: by their names in the file, with or without content
         Raises KeyError, IndexError, AttributeError, ValueError or RuntimeError for tensors of another
@@ -105,9 +107,14 @@ class Layout:
         from diffusers.loaders import single_file_utils as converters
         from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-        # of transformers and Wan's VAE, only some converters know the prefix of checkpoints; none needs it
-        bare = self.part == "transformer" or type(model).__name__ in CONVERTED_AS
-        usual = "" if bare else self.usual
+        if self.part == "transformer" and not self.diffusers:
+            shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+            places = transformer_places(shapes, model)
+            return {
+                name: from_original(tensors[self.prefix + place.key], place) for name, place in places.items()
+            }
+        # the converter of Wan's VAE knows no prefix
+        usual = "" if type(model).__name__ in CONVERTED_AS else self.usual
         chosen = {
             usual + name.removeprefix(self.prefix): tensor
             for name, tensor in tensors.items()

@@ -14,6 +14,8 @@ KNOWN_CONFIGS = {
     "flux2": "FLUX.2 dev",
     "flux2-klein": "FLUX.2 klein 4B",
     "flux2-klein-9b": "FLUX.2 klein 9B",
+    "flux2-klein-base": "FLUX.2 klein base 4B",
+    "flux2-klein-base-9b": "FLUX.2 klein base 9B",
     "chroma": "Chroma",
     "z-image": "Z-Image",
     "qwen-image": "Qwen-Image",

@@ -5,13 +5,14 @@ is read, since their fine-tunes share everything else.
 """
 
 import gzip
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from afa.denoiser.schedule import kind_of
 from afa.errors import UserError, unknown
-from afa.experts.embedded import unpack
+from afa.experts.embedded import SCHEDULER, unpack
 from afa.experts.folders import read_object
 from afa.experts.headers import read_file, read_metadata
 from afa.experts.layouts import layout_of
@@ -20,6 +21,7 @@ from afa.experts.parts import load_part
 from afa.experts.prediction import Prediction, predicting, said_by_file, warn_once
 from afa.experts.shipped import KNOWN_CONFIGS
 from afa.experts.transformer_names import transformer_in
+from afa.models.registry import FAMILIES
 
 CONFIGS = Path(__file__).parent / "configs"
 # whether names are diffusers' -> names of a U-Net's first convolution and of its first attention's text input
@@ -30,6 +32,16 @@ UNET = {
 # (block of the first attention, counted in both layouts; width of its text input) -> shipped config.
 # SD 2.x with and without v-prediction have the same shapes: 2.1 at 768 px is taken, unless ε is said.
 ARCHITECTURES = {(1, 0, 768): "sd15", (1, 0, 1024): "sd21", (4, 1, 2048): "sdxl"}
+
+# Shipped config -> what else a file of its names and shapes may be: the word for that in the file's name, and
+# its config; None: no setting tells them apart. The first is taken where the name says nothing.
+ALIKE: dict[str, tuple[str, str | None]] = {
+    "flux2-klein": ("base", "flux2-klein-base"),
+    "flux2-klein-9b": ("base", "flux2-klein-base-9b"),
+    "z-image": ("turbo", None),
+    "krea2": ("turbo", "krea2-turbo"),
+}
+VARIANTS = {other for _, other in ALIKE.values()}  # configs that a file is read with only where it is said
 
 
 def detect_config(file: Path, prediction_type: str | None = None) -> str:
@@ -78,7 +90,48 @@ def config_of(located: Located, config: str | None) -> tuple[str, Path]:
     if own is not None:
         return "its header", own
     name = config or detect_config(located.path, located.spec.prediction_type)
+    if config is None:
+        name = _variant(located.path, name)
     return name, config_folder(name)
+
+
+def _variant(file: Path, name: str) -> str:
+    """The config of a file that may be of several models, by its name or the usual one, with a warning."""
+    if name not in ALIKE:
+        return name
+    word, other = ALIKE[name]
+    said = re.search(rf"(?<![a-z]){word}(?![a-z])", file.stem.lower()) is not None
+    usual, its = (
+        KNOWN_CONFIGS[name],
+        KNOWN_CONFIGS[other] if other else f"{KNOWN_CONFIGS[name]}-{word.title()}",
+    )
+    start = f"{file} may be {usual} or {its}, which its weights do not tell"
+    if other is None:
+        advice = (
+            "draw with --guidance 1 --steps 9"
+            if said
+            else f"if it is {its}, draw with --guidance 1 --steps 9"
+        )
+        why = f"its name says {its}" if said else f"it is read as {usual}"
+        warn_once(f"{start}; {why} ({_settings(name)}): {advice}")
+        return name
+    chosen, left = (other, name) if said else (name, other)
+    why = ", as its name says" if said else ""
+    warn_once(
+        f"{start}; it is read as {KNOWN_CONFIGS[chosen]}{why} ({_settings(chosen)}); "
+        f"if it is the other, give --config {left}"
+    )
+    return chosen
+
+
+def _settings(name: str) -> str:
+    """What a shipped config decides besides the architecture, for a warning."""
+    folder = config_folder(name)
+    index = read_object(folder / "model_index.json")
+    family = next(one for one in FAMILIES.values() if one.model == index["transformer"][1])
+    guidance = family.interface.default_guidance(index)
+    strength = "built in" if guidance is None else f"{guidance:g}"
+    return f"guidance {strength}, shift {read_object(folder / SCHEDULER)['shift']:g}"
 
 
 def scheduler_of(located: Located, config: str | None, folder: Path) -> tuple[Any, Prediction]:

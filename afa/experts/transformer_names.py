@@ -1,7 +1,7 @@
 """The table of transformers in single files: by which tensors they are known, and which shipped config fits.
 
-One entry for each way in which a family's tensors are named. Files in the publisher's names are converted by
-diffusers (SINGLE_FILE_LOADABLE_CLASSES), by the class of the model; others need no conversion.
+One entry for each way in which a family's tensors are named. Where those of the publisher lie is said by
+afa/experts/transformer_places.py; others need no conversion.
 """
 
 from collections.abc import Collection, Mapping
@@ -169,6 +169,25 @@ TRANSFORMERS = (
         ("layers.0.adaLN_modulation.0.weight", "cap_embedder.1.weight", "all_x_embedder.2-1.weight"),
         {"z-image": {}},
         "all_x_embedder.2-1.weight",
+        64,
+        diffusers=True,
+    ),
+    TransformerNames(
+        "Lumina 2",
+        ("layers.0.adaLN_modulation.1.weight", "cap_embedder.1.weight", "x_embedder.weight"),
+        {"lumina2": {}},
+        "x_embedder.weight",
+        64,
+    ),
+    TransformerNames(
+        "Lumina 2",
+        (
+            "layers.0.norm1.linear.weight",
+            "time_caption_embed.caption_embedder.1.weight",
+            "x_embedder.weight",
+        ),
+        {"lumina2": {}},
+        "x_embedder.weight",
         64,
         diffusers=True,
     ),

@@ -15,6 +15,7 @@ from afa.experts.expert import Expert
 from afa.experts.folders import forget_places
 from afa.experts.prediction import EPSILON, V
 from afa.experts.shipped import KNOWN_CONFIGS
+from afa.experts.transformer_places import to_original
 from afa.files import locked, replacing, sha256, staged
 from afa.merging.configs import carried_configs, copy_surroundings
 from afa.merging.keys import check_values
@@ -22,7 +23,6 @@ from afa.merging.output import TYPES, OutputTensor, write_safetensors
 from afa.merging.plan import MergePlan, PlannedStep, StepSource, check_output, make_plan
 from afa.merging.record import KEY, Input, InputLora, check_input, record_text
 from afa.merging.settings import MergeSettings
-from afa.merging.single_file import to_original
 from afa.merging.sources import FileSource, Reader
 from afa.places import public_place
 
@@ -114,7 +114,7 @@ def hash_sources(plan: MergePlan) -> dict[Path, str]:
 
 def same_parts(planned: PlannedStep, hashes: Hashes) -> list[str]:
     """Merged parts whose files are the same in all experts (and the base): they are read once."""
-    sources = [*planned.experts, *([planned.base] if planned.base else [])]
+    sources = planned.models
     if any(isinstance(source, StepSource) or source.loras for source in sources):
         return []
     files = {

@@ -14,8 +14,10 @@ from torch import Tensor
 from afa.errors import UserError
 from afa.experts.dtypes import BITS, DTYPES, SMALL_FLOATS
 from afa.experts.expert import TEXT_ENCODERS
+from afa.experts.layouts import Layout
 from afa.experts.prediction import keys_of
-from afa.merging.single_file import Place, names_by_key, original_places, shape_to_original
+from afa.experts.transformer_places import Place, names_by_key, shape_to_original
+from afa.merging.single_file import original_places
 from afa.merging.sources import Stored
 
 if TYPE_CHECKING:
@@ -69,18 +71,17 @@ def diffusers_files(step: "PlannedStep") -> Iterator[tuple[str, list[OutputTenso
 
 
 def original_file(step: "PlannedStep") -> list[OutputTensor]:
-    """One file for all parts, or for a denoiser alone as the first expert's file has it.
+    """One file for all parts; of a transformer, or a denoiser alone, for that.
 
-    What that has besides (its EMA copy excepted) stays in; the empty tensors that say what a model predicts
-    are its scheduler's.
+    A denoiser alone has the names of the first expert's file, and a transformer from a folder its publisher's
+    with nothing before them. What else the first expert's file has (its EMA copy excepted) stays in; the
+    empty tensors that say what a model predicts are its scheduler's.
     Raises UserError for what the layout has no place for.
     """
     first = step.first
-    whole = first.denoiser == "unet" and first.located.whole_pipeline
-    if not (whole or first.alone):
-        what = "is only a denoiser" if first.denoiser == "unet" else f"has a {first.denoiser}"
+    if first.denoiser == "unet" and not (first.located.whole_pipeline or first.alone):
         layout = "a single file in original layout is of a whole SD 1.x, 2.x or XL"
-        raise UserError(f"'{first.name}' {what}, and {layout}; give a folder as --output")
+        raise UserError(f"'{first.name}' is only a denoiser, and {layout}; give a folder as --output")
     found = {tensor.name: tensor for part in step.parts for tensor in _original_part(part, step)}
     says = [OutputTensor(name, "F32", (0,)) for name in keys_of(first.expert.scheduler)]
     besides = [
@@ -95,7 +96,9 @@ def _original_part(part: str, step: "PlannedStep") -> Iterator[OutputTensor]:
     first, source = step.first, step.origin(part)
     opened = part in TEXT_ENCODERS and first.open_clip(part)  # OpenCLIP has no position_ids
     own = {name: stored for name, stored in source.of(part).items() if stored.is_float or not opened}
-    layout = first.located.layout if first.alone else None
+    layout = Layout(part) if part == "transformer" else None
+    if first.alone:
+        layout = first.located.layout
     if layout is not None and layout.diffusers:
         places = {name: Place(name) for name in own}
     else:

@@ -14,6 +14,7 @@ from afa.devices import choose_device
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
 from afa.experts.dtypes import DTYPES
+from afa.experts.expert import TEXT_ENCODERS
 from afa.experts.load import check_names
 from afa.experts.locate import check_loras
 from afa.experts.spec import ExpertSpec
@@ -33,7 +34,8 @@ LATENTS = "vae.decoder.conv_in.weight"  # its second dimension is the latents' c
 class PlannedStep(KeyMerge):
     """One step with its inputs found: the tensors of its result, one at a time.
 
-    same: parts that are the same in all experts and the base, taken from the first as they are
+    same:  parts that are the same in all experts and the base, taken from the first as they are
+    alone: only the denoiser is merged and written: into a transformer's file, which holds nothing else
     """
 
     asked: MergeStep
@@ -41,6 +43,7 @@ class PlannedStep(KeyMerge):
     base: FileSource | None
     vae: FileSource | None
     same: list[str] = field(default_factory=list)
+    alone: bool = False
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -51,15 +54,24 @@ class PlannedStep(KeyMerge):
     @cached_property
     def merged_parts(self) -> list[str]:
         """The parts of a pipeline that are merged."""
+        if self.alone:
+            return [self.first.denoiser]
         vae = ["vae"] if self.asked.merge_vae else []
         return [part for part in self.first.parts if part in (*MERGED, *vae)]
+
+    @property
+    def models(self) -> list[FileSource]:
+        """All that is merged: the experts, and the base."""
+        return [*self.experts, *([self.base] if self.base else [])]
 
     @property
     def inputs(self) -> list[tuple[str, FileSource, list[str]]]:
         """All that is read: as expert, base or vae; from where; which parts."""
         found = [("expert", source, self.merged_parts) for source in self.experts]
         found += [("base", self.base, self.merged_parts)] if self.base else []
-        return found + ([("vae", self.vae, ["vae"])] if self.vae and not self.asked.merge_vae else [])
+        if self.vae is None or self.asked.merge_vae or self.alone:
+            return found
+        return [*found, ("vae", self.vae, ["vae"])]
 
     def origin(self, part: str) -> FileSource:
         """Where a part comes from that is not merged, and how it is laid out if it is."""
@@ -68,6 +80,8 @@ class PlannedStep(KeyMerge):
     @property
     def parts(self) -> list[str]:
         """The parts of the result, the denoiser first."""
+        if self.alone:
+            return [self.first.denoiser]
         return [*(part for part in self.first.parts if part != "vae"), *(["vae"] if self.vae else [])]
 
     def as_source(self, name: str) -> "StepSource":
@@ -91,8 +105,7 @@ class PlannedStep(KeyMerge):
         part = key.partition(".")[0]
         sources = [self.origin(part)]
         if part in self.merged_parts and part not in self.same:
-            models = [*self.experts, *([self.base] if self.base else [])]
-            sources = [source for source in models if key in source.tensors]
+            sources = [source for source in self.models if key in source.tensors]
         tensors = [source.read(key, reader) for source in sources]
         check_values(key, tensors, [source.name for source in sources])
         return self.compute(key, tensors, dtype)
@@ -215,8 +228,39 @@ def make_plan(settings: MergeSettings, opened: Mapping[ExpertSpec, FileSource] |
             ) from None
         made[step.name] = planned[-1]
     last = planned[-1]
+    if settings.single_file and last.first.denoiser != "unet":
+        check_alone(planned)
     files = {settings.output: original_file(last)} if settings.single_file else dict(diffusers_files(last))
     return MergePlan(settings, recipe, planned, files)
+
+
+def check_alone(steps: Sequence[PlannedStep]) -> None:
+    """Have steps merge only the denoiser, for a transformer's file.
+
+    Raises UserError where that would lose something: a VAE that was chosen, or text encoders that differ.
+    """
+    holds, advice = "the file of a transformer holds only the transformer", "give a folder as --output"
+    for step in steps:
+        asked = "--merge-vae" if step.asked.merge_vae else f"--vae {step.asked.vae}"
+        if step.asked.merge_vae or step.asked.vae is not None:
+            raise UserError(f"{asked}: {holds}; leave it out, or {advice}")
+    first, *others = [
+        source for step in steps for source in step.models if not isinstance(source, StepSource)
+    ]
+    for source in (source for step in steps for source in step.models):
+        part = next((key for key in source.loras if key.partition(".")[0] in TEXT_ENCODERS), None)
+        if part is not None:
+            raise UserError(f"a LoRA of '{source.name}' changes {part}, and {holds}; {advice}")
+    assert first.description is not None
+    for other in others:
+        assert other.description is not None
+        for part in first.description.text_parts:
+            mine, its = (source.description.components[part] for source in (first, other))
+            if not mine.same_as(its):
+                differ = f"the {part} of '{other.name}' is another than that of '{first.name}'"
+                raise UserError(f"{differ}, and {holds}; {advice}")
+    for step in steps:
+        step.alone = True
 
 
 def check_output(output: Path, single_file: bool, specs: Sequence[ExpertSpec]) -> None:

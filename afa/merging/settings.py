@@ -53,7 +53,7 @@ class MergeSettings(CheckedOptions):
             " that are not in its folder"
         ),
     )
-    output: str = option(None, help="FILE.safetensors in the original layout, or a diffusers folder")
+    output: str = option(None, help="FILE.safetensors in the publisher's layout, or a diffusers folder")
     recipe: str | None = option(
         None,
         help=(

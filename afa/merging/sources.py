@@ -33,9 +33,10 @@ from afa.experts.prediction import is_prediction_key
 from afa.experts.single_file import config_folder
 from afa.experts.spec import ExpertSpec, Lora
 from afa.experts.tensors import TensorReader
+from afa.experts.transformer_places import Place, from_original, shape_from_original
 from afa.experts.vae import describe_vae
 from afa.merging.keys import key_stages
-from afa.merging.single_file import Place, from_original, original_places, shape_from_original
+from afa.merging.single_file import original_places
 from afa.models.registry import layers_of
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 Names that are the same are written too: programs that write LoRAs in kohya's form know every layer by its
 original name. Sources: black-forest-labs flux and flux2, Stability-AI sd3.5, XLabs' LoRAs of FLUX (qkv1,
 proj2 …), and for the others what diffusers' converters of single files read (lodestones' Chroma; Z-Image,
-Krea 2 and Qwen-Image 2.1 as ComfyUI has them).
+Krea 2, Lumina 2 and Qwen-Image 2.1 as ComfyUI has them). Qwen-Image's names are diffusers'.
 """
 
 # FLUX.1, FLUX.2 and SD3: original name -> diffusers' names, in a block and outside
@@ -79,6 +79,21 @@ QWEN_IMAGE_21_BLOCK: dict[str, tuple[str, ...]] = {
     "img_mlp.gate_up": ("img_mlp.gate_layer", "img_mlp.proj"),
     **{name: (name,) for name in ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "img_mlp.out")},
 }
+QWEN_IMAGE_BLOCK: dict[str, tuple[str, ...]] = {
+    name: (name,)
+    for name in (
+        *(f"attn.to_{letter}" for letter in "qkv"),
+        *(f"attn.add_{letter}_proj" for letter in "qkv"),
+        *("attn.to_out.0", "attn.to_add_out"),
+        *(f"{kind}_{layer}" for kind in ("img", "txt") for layer in ("mlp.net.0.proj", "mlp.net.2", "mod.1")),
+    )
+}
+_LUMINA2_LAYER: dict[str, tuple[str, ...]] = {
+    "attention.qkv": _QKV,
+    "attention.out": ("attn.to_out.0",),
+    **{f"feed_forward.w{number}": (f"feed_forward.linear_{number}",) for number in (1, 2, 3)},
+}
+LUMINA2_BLOCK = _LUMINA2_LAYER | {"adaLN_modulation.1": ("norm1.linear",)}
 # family -> (diffusers' name of a list of blocks, its original name, the names in a block) …
 BLOCKS = {
     "flux": (
@@ -105,7 +120,13 @@ BLOCKS = {
         ("text_fusion.layerwise_blocks", "txtfusion.layerwise_blocks", KREA2_BLOCK),
         ("text_fusion.refiner_blocks", "txtfusion.refiner_blocks", KREA2_BLOCK),
     ),
+    "qwen-image": (("transformer_blocks", "transformer_blocks", QWEN_IMAGE_BLOCK),),
     "qwen-image-2.1": (("transformer_blocks", "transformer_blocks", QWEN_IMAGE_21_BLOCK),),
+    "lumina2": (
+        ("noise_refiner", "noise_refiner", LUMINA2_BLOCK),
+        ("context_refiner", "context_refiner", _LUMINA2_LAYER),
+        ("layers", "layers", LUMINA2_BLOCK),
+    ),
 }
 _EMBEDDER = "time_text_embed.{}_embedder.linear_{}"
 _LAST = {"final_layer.adaLN_modulation.1": ("norm_out.linear",), "final_layer.linear": ("proj_out",)}
@@ -173,6 +194,26 @@ ENDS: dict[str, dict[str, tuple[str, ...]]] = {
         "txtmlp.3": ("txt_in.linear_2",),
         "txtfusion.projector": ("text_fusion.projector",),
         "last.linear": ("final_layer.linear",),
+    },
+    "qwen-image": {
+        name: (name,)
+        for name in (
+            *(_EMBEDDER.format("timestep", number) for number in (1, 2)),
+            "img_in",
+            "txt_in",
+            "norm_out.linear",
+            "proj_out",
+        )
+    },
+    "lumina2": {
+        **{
+            f"t_embedder.mlp.{2 * number - 2}": (f"time_caption_embed.timestep_embedder.linear_{number}",)
+            for number in (1, 2)
+        },
+        "cap_embedder.1": ("time_caption_embed.caption_embedder.1",),
+        "x_embedder": ("x_embedder",),
+        "final_layer.adaLN_modulation.1": ("norm_out.linear_1",),
+        "final_layer.linear": ("norm_out.linear_2",),
     },
     "qwen-image-2.1": {
         name: (name,)
@@ -243,5 +284,13 @@ NORMS = {
         (r"final_layer\.norm\.weight", "last.norm.scale"),
         (r"final_layer\.scale_shift_table", "last.modulation.lin"),
     ],
+    "qwen-image": [SAME],
     "qwen-image-2.1": [SAME],
+    "lumina2": [
+        (r"(.+\.\d+)\.norm1(?:\.norm)?\.weight", r"\1.attention_norm1.weight"),
+        (r"(.+\.\d+)\.norm2\.weight", r"\1.attention_norm2.weight"),
+        (r"(.+\.\d+)\.attn\.norm_([qk])\.weight", r"\1.attention.\2_norm.weight"),
+        (r"time_caption_embed\.caption_embedder\.0\.weight", "cap_embedder.0.weight"),
+        SAME,
+    ],
 }

@@ -26,6 +26,8 @@ from afa.cost import count_training_flops
 from afa.denoiser.base import EnsembleDenoiser
 from afa.devices import process_device
 from afa.ensemble import Ensemble
+from afa.errors import UserError
+from afa.experts.lora_files import factors_of, kohya_tensors, save_kohya
 from afa.files import locked, staged
 from afa.models.registry import FAMILIES, family_of
 from afa.places import public_place
@@ -34,9 +36,10 @@ from afa.stats import difference
 from afa.training.finetune_settings import LoraSettings
 from afa.training.plan import TrainingPlan
 from afa.training.prepare import check_objective, find_data, resolution_of
-from afa.training.record import LEFT_OUT, check_record, finished_record, run_record
+from afa.training.record import LEFT_OUT, check_record, check_there, finished_record, run_record
 from afa.training.run import check_output
 from afa.training.setup import end_run, make_accelerator, make_trainer
+from afa.training.state import state_file
 from afa.version import __version__
 
 ADAPTER = "default"
@@ -162,8 +165,10 @@ def plan_finetune(settings: LoraSettings, alone: Ensemble | None = None) -> tupl
     """
     process_device(settings.device)  # first of all: it says how processes communicate
     source = find_data(settings)
-    if not (Path(settings.output) / RECORD).exists():
+    if not (settings.folder / RECORD).exists():
         check_output(settings)
+        if settings.single_file and not state_file(settings).exists():
+            check_file(Path(settings.output))
     wanted = None if settings.like is None else read_manifest(Path(settings.like)).aggregator["parameters"]
     own = alone is None
     if alone is None:
@@ -172,8 +177,24 @@ def plan_finetune(settings: LoraSettings, alone: Ensemble | None = None) -> tupl
         read = {"dtype": dtype, "config": settings.config, "prediction_type": settings.prediction_type}
         alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", **read, **framed)
     check_objective(settings, alone, source)
+    if settings.single_file:
+        check_names(alone.denoiser.experts[0])
     rank = settings.rank or matching_rank(alone.denoiser.experts[0], wanted)
     return TrainingPlan(settings, alone, source, resolution_of(settings, alone), own), rank
+
+
+def check_file(output: Path) -> None:
+    """Raise UserError for a place that cannot become a new file."""
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; a file of that name cannot be written")
+    if output.exists():
+        raise UserError(f"--output {output} exists already; choose another --output or delete it")
+
+
+def check_names(model: nn.Module) -> None:
+    """Raise UserError if a layer that gets a LoRA has no name in other programs."""
+    number = torch.zeros(1, 1)
+    kohya_tensors(model, {name: (number, number) for name, _ in adapted(model)})
 
 
 def facts(planned: TrainingPlan, rank: int) -> dict[str, Any]:
@@ -193,13 +214,14 @@ def finetune_finished(settings: LoraSettings) -> dict[str, Any] | None:
         return None
     record, begun = found
     check_record(settings, begun, record, f"the LoRA in {settings.output}")
+    check_there(settings, RECORD, "train")
     return record
 
 
 def finetune(
     settings: LoraSettings, planned: tuple[TrainingPlan, int] | None = None, keep: Path | None = None
 ) -> dict[str, Any]:
-    """Train a LoRA, write it into settings.output, and return the record that is kept beside it.
+    """Train a LoRA, write it to settings.output, and return the record that is kept beside it.
 
     keep: where to move the last state, so that a longer run can continue from it (see begin_from); None:
           delete it
@@ -209,7 +231,9 @@ def finetune(
     """
     with contextlib.ExitStack() as stack:
         if finetune_finished(settings) is None:
-            stack.enter_context(locked(Path(settings.output)))
+            stack.enter_context(locked(settings.folder))
+            if settings.single_file:
+                stack.enter_context(locked(Path(settings.output), file=True))
         return finetune_finished(settings) or _finetune(settings, *(planned or plan_finetune(settings)), keep)
 
 
@@ -227,14 +251,19 @@ def _finetune(settings: LoraSettings, work: TrainingPlan, rank: int, keep: Path 
         "left_out": work.source.skipped.counts(),
     }
     if accelerator.is_main_process:
-        with staged(Path(settings.output), last=RECORD) as stage:
+        with staged(settings.folder, last=RECORD) as stage:
             metadata = {
                 "format": "pt",
                 "afa": __version__,
                 "expert": public_place(settings.expert),
                 "rank": str(rank),
             }
-            save_file(lora_tensors(work.ensemble.denoiser.experts[0]), stage / FILE, metadata=metadata)
+            model = work.ensemble.denoiser.experts[0]
+            tensors = lora_tensors(model)
+            if settings.single_file:
+                save_kohya(Path(settings.output), model, factors_of(tensors), header=metadata)
+            else:
+                save_file(tensors, stage / FILE, metadata=metadata)
             work.source.skipped.write(stage / LEFT_OUT)
             (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     end_run(settings, accelerator, keep)

@@ -1,6 +1,7 @@
 """The options of `afa finetune`. No heavy imports: the command line's help comes from here."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from afa.errors import UserError
 from afa.settings import option
@@ -29,12 +30,27 @@ class LoraSettings(LoopSettings):
         "give the ensemble's VAE to compare with an ensemble",
     )
 
+    output: str = option(
+        help="a folder, which gets diffusers' file of the LoRA; or FILE.safetensors with kohya's names, as "
+        "ComfyUI, Forge and others read them, with the run's own files in FILE.finetune"
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.anchor_to == "mean":
             raise UserError("--anchor-to mean is of several experts, and one is trained; leave it out")
         if (self.rank is None) == (self.like is None):
             raise UserError("give either --rank N or --like ENSEMBLE")
+
+    @property
+    def single_file(self) -> bool:
+        """Whether one file is written, with kohya's names."""
+        return self.output.endswith(".safetensors")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps its state, log and record."""
+        return Path(self.output).with_suffix(".finetune") if self.single_file else Path(self.output)
 
     def files(self) -> dict[str, str]:
         """Return sha256 of the expert, of what was chosen for its frame, and of the rewards."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, TypedDict, TypeVar
 
 import numpy as np
@@ -67,6 +68,18 @@ def finished_record(settings: S, name: str) -> tuple[dict[str, Any], S] | None:
     except UserError as error:
         raise UserError(f"{error}; choose another --output") from None
     return record, begun
+
+
+def check_there(settings: Any, name: str, again: str) -> None:
+    """Raise UserError if the single file of a complete run is gone.
+
+    settings: with single_file, output and folder; name: of its record; again: what to do, for the message
+    """
+    if settings.single_file and not Path(settings.output).is_file():
+        raise UserError(
+            f"{settings.folder / name} says that {settings.output} is finished, and it is gone; "
+            f"delete {settings.folder} to {again} again"
+        )
 
 
 def check_more_steps(

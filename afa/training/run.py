@@ -101,7 +101,7 @@ def _ensemble(settings: TrainSettings, experts: Sequence[Expert]) -> Ensemble:
 
 
 def check_output(settings: LoopSettings) -> None:
-    output = Path(settings.output)
+    output = settings.folder
     if output.is_file():
         raise UserError(f"--output {output} is a file; give a folder")
     refuse_busy(output)

@@ -229,7 +229,7 @@ FOREIGN = {
     "FLUX.3": ["double_blocks.0.img_attn.qkv.weight", "content_mode_blocks.0.mlp_in.weight", "img_in.weight"],
     "Chroma1-Radiance": ["double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.norms.0.scale", "nerf_image_embedder.embedder.0.weight"],
     "Qwen-Image-Layered": ["transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "time_text_embed.addition_t_embedding.weight"],
-    "Lumina 2": ["noise_refiner.0.attention.k_norm.weight", "cap_embedder.1.weight", "layers.0.adaLN_modulation.1.weight"],
+    "NewBie": ["cap_embedder.1.weight", "layers.0.adaLN_modulation.1.weight", "x_embedder.weight", "clip_text_pooled_proj.0.weight"],
     "HunyuanVideo": ["double_blocks.0.img_attn.qkv.weight", "txt_in.individual_token_refiner.blocks.0.norm1.weight"],
     "LoRA": ["lora_unet_down_blocks_0.lora_down.weight"],
     "ControlNet": ["control_model.input_blocks.0.0.weight"],

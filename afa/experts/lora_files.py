@@ -10,9 +10,8 @@ from torch import Tensor
 
 from afa.errors import UserError
 from afa.files import replacing
-from afa.models.registry import family_of, layers_of
+from afa.models.registry import FAMILIES, family_of, layers_of
 from afa.stages.original_names import Layers
-from afa.training.finetune import component_of
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 DENOISER = "lora_unet_"  # of a denoiser's layers, of transformers too
@@ -29,7 +28,7 @@ def diffusers_tensors(
     model: the denoiser
     text:  of text encoders, by their names in a pipeline
     """
-    parts = {component_of(model): factors}
+    parts = {FAMILIES[family_of(model)].component: factors}
     parts |= {part: _in_files(own) for part, own in (text or {}).items()}
     return {
         f"{part}.{name}{end}": tensor.contiguous()
@@ -62,9 +61,9 @@ def kohya_tensors(
             "give a folder as --output"
         )
     several = model.config.get("addition_embed_type") is not None or family_of(model) != "unet"
-    for part, own in (text or {}).items():
+    for part, added in (text or {}).items():
         number = (part.removeprefix("text_encoder").strip("_") or "1") if several else ""
-        for name, pair in _in_files(own).items():
+        for name, pair in _in_files(added).items():
             pairs[f"lora_te{number}_{name.replace('.', '_')}"] = pair
     found: dict[str, Tensor] = {}
     alpha = max((len(down) for down, _ in pairs.values()), default=1)
@@ -88,6 +87,15 @@ def save_kohya(
     numbers = {"ss_network_dim": alpha, "ss_network_alpha": alpha}
     with replacing(output) as file:
         save_file(tensors, file, metadata={**(header or {}), **numbers})
+
+
+def factors_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the factors by layer of a denoiser's LoRA that has diffusers' names."""
+    return {
+        name.partition(".")[2].removesuffix(A): (down, tensors[name.removesuffix(A) + B])
+        for name, down in tensors.items()
+        if name.endswith(A)
+    }
 
 
 def _in_files(factors: Factors) -> Factors:
