@@ -18,6 +18,7 @@ OF_IMAGES = (
     "timestep_range",
     "crops",
     "flip",
+    "buckets",
 )
 
 
