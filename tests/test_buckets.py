@@ -393,5 +393,5 @@ def test_a_reward_that_cannot_judge_a_bucket_is_refused_before_anything_is_encod
 def test_images_for_captions_alone_are_not_cut(tmp_path, settings):  # noqa: F811
     from afa.distillation.settings import DistillSettings
 
-    with pytest.raises(UserError, match="--buckets True is of training on images"):
+    with pytest.raises(UserError, match="--buckets is of training on images"):
         DistillSettings(ensemble="e", data=settings.data, output=str(tmp_path / "s"), image_share=0.0, buckets=True)

@@ -110,7 +110,9 @@ def in_words(facts: dict[str, Any], images_a_step: int) -> list[str]:
         f"{100 * facts['cropped_by_squares']:.1f} %; {facts['enlarged']} images are enlarged"
     )
     if any(one["images"] < images_a_step for one in facts["images"]):
-        lines.append(f"* fewer images than a step's {images_a_step}: some are seen a step early")
+        lines.append(
+            f"* fewer images than a step has ({images_a_step}): it takes some of them more than once"
+        )
     return lines
 
 
