@@ -103,7 +103,8 @@ def test_held_out_images_are_never_trained_on_however_often_they_count(settings,
 
 def test_a_run_whose_folders_were_renamed_is_not_gone_on_with(settings, tmp_path, monkeypatch):  # noqa: F811
     place = tmp_path / "data"
-    run = replace(settings, data=write(place, {f"2_x/{index}.png": None for index in range(6)} | {f"y/{index}.{end}": "y" if end == "txt" else None for index in range(4) for end in ("png", "txt")}))  # fmt: skip
+    files = {f"2_x/{index}.png": None for index in range(6)} | {f"y/{index}.png": None for index in range(4)}
+    run = replace(settings, data=write(place, files | {f"y/{index}.txt": "y" for index in range(4)}))
     with monkeypatch.context() as patch:
         interrupt_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
