@@ -9,6 +9,8 @@ import json
 import struct
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ PILLOW_ERRORS = (
 )
 LEVELS = (255, 65_535, 2**31 - 1, 2**32 - 1)  # the largest values that integers of a picture are written for
 PROFILE_TOLERANCE = 2  # levels of 255; a profile that moves colours by less is sRGB's, rounded
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag; its values for pictures that lie on their side
 BITS, PHOTOMETRIC, SAMPLE_FORMAT, WHITE_IS_ZERO, SIGNED = 258, 262, 339, 0, 2  # of TIFF
 
 _warned: set[str] = set()  # reasons
@@ -66,14 +69,36 @@ def open_image(source: Path | str | bytes, name: str | None = None) -> Image.Ima
     converted to sRGB. EXIF orientation is applied. Of an animation the first frame is taken.
     Raises ImageError for what is no picture, is cut off, or is too large.
     """
-    name = name or ("the picture" if isinstance(source, bytes) else str(source))
+    name = _named(source, name)
+    with _opened(source, name) as opened:
+        opened.load()
+        return _on_white(ImageOps.exif_transpose(_eight_bits(opened)), name)
+
+
+def picture_size(source: Path | str | bytes, name: str | None = None) -> tuple[int, int]:
+    """Return height and width that open_image would give, from a picture's header where that is possible.
+
+    Arguments as of open_image. Raises ImageError for what is no picture, or is too large.
+    """
+    with _opened(source, _named(source, name)) as opened:
+        # Pillow gives the size of a TIFF as it is when it is upright.
+        turned = opened.format != "TIFF" and opened.getexif().get(ORIENTATION, 1) in SIDEWAYS
+        return (opened.width, opened.height) if turned else (opened.height, opened.width)
+
+
+def _named(source: Path | str | bytes, name: str | None) -> str:
+    return name or ("the picture" if isinstance(source, bytes) else str(source))
+
+
+@contextmanager
+def _opened(source: Path | str | bytes, name: str) -> Iterator[Image.Image]:
+    """Open a picture of at most MOST_PIXELS; whatever Pillow raises inside becomes an ImageError."""
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else _plain(source)
         with Image.open(file, formats=_formats()) as opened:
             if opened.width * opened.height > MOST_PIXELS:
                 raise Image.DecompressionBombError(opened.size)
-            opened.load()
-            return _on_white(ImageOps.exif_transpose(_eight_bits(opened)), name)
+            yield opened
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has too many pixels ({_counted(error)}; at most {MOST_PIXELS:,})") from None
     except FileNotFoundError:

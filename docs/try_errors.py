@@ -100,9 +100,18 @@ CASES = {
         ("Images outside the data's folder", TRAIN.replace("--data data", "--data outside")),
         ("Pictures that claim to be enormous", TRAIN.replace("--data data", "--data bombs")),
         ("Too few images", TRAIN.replace("--data data", "--data few")),
-        ("Data of no known form", TRAIN.replace("--data data", "--data table.csv")),
+        ("Data of no known form", TRAIN.replace("--data data", "--data stages.toml")),
+        ("A table without a column of images", TRAIN.replace("--data data", "--data table.csv")),
+        ("Two lists in one folder", TRAIN.replace("--data data", "--data lists")),
+        ("Lists in the folders inside", TRAIN.replace("--data data", "--data splits")),
+        ("A year that would be read as repeats", TRAIN.replace("--data data", "--data years")),
         ("Shards that are not there", TRAIN.replace("--data data", "--data shards/{00..03}.tar")),
         ("Mirrored crops without crops", f"{TRAIN} --flip"),
+        ("A step of buckets where images are squares", f"{TRAIN} --bucket-step 16"),
+        ("A step of buckets that the model cannot halve", f"{TRAIN} --buckets --bucket-step 10"),
+        ("Sides of buckets that are no pair", f"{TRAIN} --buckets --bucket-sides 32"),
+        ("Sides of buckets without the resolution between them", f"{TRAIN} --buckets --bucket-sides 128 256"),
+        ("Buckets that the reward cannot judge", f"{TRAIN.replace('--data data', '--data oblong')} --buckets --objective reward --reward scenes"),
         ("One expert alone", f"afa train --experts demo:curves --data data --output out {SMALL}"),
         ("A flag that does not exist", f"{TRAIN} --lerning-rate 0.1"),
         ("A learning rate that is no number", f"{TRAIN} --lr nan"),
@@ -140,6 +149,7 @@ CASES = {
         ("A teacher whose expert has changed", DISTILL.replace("distill done", "distill changed")),
         ("An option of training on images", f"{DISTILL} --caption-dropout 0.2"),
         ("Guidance twice", f"{DISTILL} --guidance 3 --guidance-in 3"),
+        ("Buckets, of captions alone", f"{DISTILL.replace('--data data', '--data prompts.txt')} --image-share 0 --buckets"),
         ("Images, of captions alone", f"{DISTILL.replace('--data data', '--data none.txt')} --image-share 0.5"),
         ("A share of a batch that is none", f"{DISTILL} --image-share 0.01"),
         ("Half of a sampling", f"{DISTILL} --batch-size 5"),
@@ -422,6 +432,14 @@ def _broken_data(folder: Path) -> None:
         Image.new("RGB", (8, 8)).save(folder / name / "a.png")
         (folder / name / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "broken" / "a.png").write_bytes(b"no image")
+    shutil.copytree(folder / "data", folder / "oblong")
+    for path in (folder / "oblong").rglob("*.png"):
+        Image.new("RGB", (60, 30)).save(path)
+    shutil.copytree(folder / "few", folder / "lists")
+    (folder / "lists" / "metadata.csv").write_text("file_name,text\na.png,x\n")
+    shutil.copytree(folder / "few", folder / "splits" / "train")
+    (folder / "years" / "2023_holidays").mkdir(parents=True)
+    shutil.copy(folder / "few" / "a.png", folder / "years" / "2023_holidays")
     Image.new("1", (30_000, 30_000)).save(folder / "bombs" / "a.png")
     (folder / "wrong.toml").write_text("learning-rate = 0.1\n")
     (folder / "none.txt").write_text("\n\n")

@@ -8,6 +8,7 @@ from tiny import scheduler
 from afa import UserError
 from afa.latents import Latents
 from afa.models.unet import UNetInterface
+from afa.training.data import Encoded
 from afa.training.noise import Noising
 from afa.training.objectives import Mse, Pass
 
@@ -24,7 +25,7 @@ def noising(kind="epsilon", scale=1.0, **options):
 
 
 def rows(count=3):
-    return type("Data", (), {"moments": torch.randn(count, 8, 4, 4), "__len__": lambda self: count})()
+    return Encoded(torch.randn(count, 8, 4, 4), [""] * count, torch.full((count, 6), 32.0))
 
 
 class Oracle(torch.nn.Module):
@@ -86,7 +87,8 @@ def test_an_unknown_prediction_type_is_refused():
 
 def test_the_measure_spreads_its_timesteps_evenly():
     data = rows(10)
-    first, second = noising().spread(data, 7), noising().spread(data, 7)
+    ((places, first),), ((_, second),) = noising().spread(data, 7), noising().spread(data, 7)
+    assert places == list(range(10))
     assert sorted(first.steps.tolist()) == list(range(50, 1000, 100))
     assert torch.equal(first.noise, second.noise) and torch.equal(first.steps, second.steps)
 

@@ -26,7 +26,8 @@ def test_timesteps_are_drawn_within_their_range_and_measured_everywhere(density)
     assert 500 <= int(steps.min()) < 520 and 730 < int(steps.max()) <= 749
     assert torch.equal(whole, same)
     part.latents = noising().latents
-    assert sorted(part.spread(rows(10), 7).steps.tolist()) == list(range(50, 1000, 100))
+    ((_, batch),) = part.spread(rows(10), 7)
+    assert sorted(batch.steps.tolist()) == list(range(50, 1000, 100))
 
 
 def test_a_range_beyond_the_schedule_is_refused_before_training(settings):  # noqa: F811

@@ -11,7 +11,7 @@ from PIL import Image
 from test_training import experts, images, interrupt_after, settings  # noqa: F401 (fixtures)
 from tiny import sd_pipeline
 
-from afa.data.images import Crop, square
+from afa.data.images import Crop, cut
 from afa.data.registry import open_source
 from afa.data.shards import expand
 from afa.data.sources import Columns, Skipped
@@ -246,7 +246,7 @@ def test_a_data_set_that_changed_is_not_gone_on_with(settings, tmp_path, monkeyp
 def test_a_crop_depends_on_its_place_in_the_set_alone():
     image = decode(PICTURES[5])
     crops = Augmentation(3, flip=True).of(32, seed=1, index=4)
-    first, again = ([square(image, crop) for crop in crops] for _ in range(2))
+    first, again = ([cut(image, crop) for crop in crops] for _ in range(2))
     assert all((one[0] == other[0]).all() and one[1] == other[1] for one, other in zip(first, again, strict=True))
     assert len({one[1] for one in first}) > 1
     assert crops != Augmentation(3, flip=True).of(32, seed=2, index=4) != Augmentation(3, flip=True).of(32, seed=2, index=5)
@@ -254,15 +254,15 @@ def test_a_crop_depends_on_its_place_in_the_set_alone():
 
 def test_crops_stay_inside_and_reach_both_edges():
     image = decode(PICTURES[0])  # 56 × 40, so 45 × 32 of which 32 are cut
-    lefts = {square(image, Crop(32, (0, index)))[1][3] for index in range(200)}
+    lefts = {cut(image, Crop(32, (0, index)))[1][3] for index in range(200)}
     assert lefts == set(range(14))
 
 
 def test_half_of_the_crops_are_mirrored():
     image = Image.fromarray(np.linspace(0, 255, 32, dtype=np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2))
-    mirrored = [float(square(image, Crop(32, (0, index), flip=True))[0][0, 0, 0]) > 0 for index in range(200)]
+    mirrored = [float(cut(image, Crop(32, (0, index), flip=True))[0][0, 0, 0]) > 0 for index in range(200)]
     assert 70 < sum(mirrored) < 130
-    assert not any(float(square(image, Crop(32, (0, index)))[0][0, 0, 0]) > 0 for index in range(20))
+    assert not any(float(cut(image, Crop(32, (0, index)))[0][0, 0, 0]) > 0 for index in range(20))
 
 
 def test_a_photo_that_lies_on_its_side_is_turned_upright():

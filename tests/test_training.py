@@ -18,7 +18,7 @@ from afa.data.images import Crop
 from afa.data.registry import open_source
 from afa.data.sources import Skipped
 from afa.training.conditions import Conditions
-from afa.training.data import encode, split
+from afa.training.data import Encoded, encode, split
 from afa.training.loop import Trainer
 from afa.training.run import plan, train
 from afa.training.settings import TrainSettings
@@ -212,7 +212,7 @@ def test_every_epoch_uses_every_image_once(settings):
     chosen = []
     for step in range(8):  # 24 places: three epochs of eight
         trainer.progress.step = step
-        chosen += trainer._choose(range(8))
+        chosen += trainer._choose(Encoded(torch.empty(8, 0), ["a"] * 8, torch.full((8, 6), 32.0)))
     epochs = [chosen[:8], chosen[8:16], chosen[16:]]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and epochs[0] != epochs[1]
 

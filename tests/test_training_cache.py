@@ -83,7 +83,7 @@ def work(tmp_path):
 
 
 def cache_of(tmp_path, vae):
-    return LatentCache(tmp_path / "cache", vae, (8, 4, 4))
+    return LatentCache(tmp_path / "cache", vae)
 
 
 def test_latents_of_the_cache_are_those_of_the_vae(work, tmp_path):

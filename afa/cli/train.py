@@ -60,12 +60,21 @@ def _plan(facts: dict[str, Any]) -> str:
             f"experts      {', '.join(facts['experts'])} ({facts['expert_memory_gb']} GB, frozen)",
             f"data         {facts['data']}",
             f"             {images}, {facts['resolution']} px",
+            *_buckets(facts),
             f"aggregators  {kind}, {facts['trainable_parameters']:,} parameters",
             f"             {facts['aggregator_memory_gb']} GB with optimiser and averages",
             f"steps        {steps}, learning rate {facts['lr']:g}",
             *_chosen(facts["chosen_by_afa"]),
         ]
     )
+
+
+def _buckets(facts: dict[str, Any]) -> list[str]:
+    """List the buckets, if there are any."""
+    from afa.data.buckets import in_words
+
+    lines = [] if facts["buckets"] is None else in_words(facts["buckets"], facts["images_a_step"])
+    return [f"{'' if place else 'buckets':<11}  {line}" for place, line in enumerate(lines)]
 
 
 def _chosen(chosen: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Decode an image and cut out a square for training."""
+"""Decode an image and cut out a square, or another size, for training."""
 
 import sys
 from collections.abc import Sequence
@@ -21,16 +21,23 @@ UNREADABLE = (OSError, UserError)  # what a sample's read and decode raise for a
 
 @dataclass(frozen=True)
 class Crop:
-    """How a square is cut from an image.
+    """What is cut from an image.
 
-    resolution: side of the square in pixels
+    resolution: side of a square in pixels
     place:      None: the centre; else a seed of where it is cut, and of whether it is mirrored
     flip:       mirror half of the crops at random places
+    bucket:     height and width in pixels of what is cut instead of a square; None: a square
     """
 
     resolution: int
     place: tuple[int, ...] | None = None
     flip: bool = False
+    bucket: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.bucket or (self.resolution, self.resolution)
 
 
 def reason(error: Exception) -> str:
@@ -63,26 +70,28 @@ def unreadable(samples: Sequence[Sample]) -> list[Exception | None]:
         return found
 
 
-def square(image: Image.Image, crop: Crop) -> tuple[Tensor, tuple[float, ...]]:
-    """Resize the shorter side to the resolution and cut the square from the longer one.
+def cut(image: Image.Image, crop: Crop) -> tuple[Tensor, tuple[float, ...]]:
+    """Resize an image so that it just covers the crop's size, and cut off what is longer.
 
+    Returns pixels (3, height, width) in [-1, 1], and SDXL's size conditions: height and width of the image,
+    top and left of the cut in the resized image, height and width of the cut.
     Raises ImageError for a strip so narrow that it would not fit into memory.
     """
-    resolution, original = crop.resolution, (float(image.height), float(image.width))
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    (tall, wide), original = crop.size, (float(image.height), float(image.width))
+    scale = max(tall / image.height, wide / image.width)
+    width, height = max(wide, round(image.width * scale)), max(tall, round(image.height * scale))
     if width * height > MOST_PIXELS:
         raise ImageError(
-            f"a picture of {image.width} × {image.height} pixels is too narrow for squares of {resolution}"
+            f"a picture of {image.width} × {image.height} pixels is too narrow to cover {wide} × {tall}"
         )
-    left, top, mirrored = _place(crop, width - resolution, height - resolution)
+    left, top, mirrored = _place(crop, width - wide, height - tall)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     if mirrored:
         image = ImageOps.mirror(image)
-    image = image.crop((left, top, left + resolution, top + resolution))
+    image = image.crop((left, top, left + wide, top + tall))
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
-    return pixels, (*original, float(top), float(left), float(resolution), float(resolution))
+    return pixels, (*original, float(top), float(left), float(tall), float(wide))
 
 
 def _place(crop: Crop, width: int, height: int) -> tuple[int, int, bool]:

@@ -27,12 +27,17 @@ from afa.lazy import load
 # (files, columns, what is left out) -> the samples
 Reader = Callable[[Sequence[Path], Columns, Skipped], Iterable[Sample]]
 # ending of a file, or of the files in a folder -> how they are read
-FORMS: dict[str, Reader] = {".jsonl": from_jsonl, ".parquet": from_parquet, ".tar": from_shards}
+FORMS: dict[str, Reader] = {
+    ".jsonl": from_jsonl,
+    ".csv": from_csv,
+    ".parquet": from_parquet,
+    ".tar": from_shards,
+}
 # what a place begins with -> module:function(place) that draws its images
 DRAWN = {"scenes:": "afa.demo.data:from_scenes", "near:": "afa.demo.data:from_scenes"}
 WANTED = (
-    f"a folder with {METADATA} or with a .txt beside every image, a .jsonl, .parquet files, .tar shards, "
-    "or a data set of the hub"
+    f"a folder with {METADATA} or with a .txt beside every image, a .jsonl or .csv, .parquet files, "
+    ".tar shards, or a data set of the hub"
 )
 
 
@@ -79,9 +84,14 @@ def _samples(place: str, columns: Columns, skipped: Skipped, limit: int | None) 
 
 def _from_directory(folder: Path, columns: Columns, skipped: Skipped) -> Iterable[Sample]:
     """Read a list of images, else parquet files, else shards, else images with captions beside them."""
-    for name, read in ((METADATA, from_jsonl), (TABLE, from_csv)):
-        if (folder / name).is_file():
-            return read([folder / name], columns, skipped)
+    lists = [folder / name for name in (METADATA, TABLE) if (folder / name).is_file()]
+    if len(lists) > 1:
+        raise UserError(
+            f"--data {folder} holds both {METADATA} and {TABLE}; give the list to read: "
+            f"{' or '.join(map(str, lists))}"
+        )
+    if lists:
+        return FORMS[lists[0].suffix](lists, columns, skipped)
     for ending in (".parquet", ".tar"):
         names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob(f"*{ending}"))]
         files = []

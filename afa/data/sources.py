@@ -7,6 +7,9 @@ import csv
 import functools
 import io
 import json
+import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,16 +18,35 @@ from typing import Any
 
 from afa.errors import UserError
 from afa.files import write_atomically
-from afa.text_files import TextError, check_text, clean, parse_json, read_bytes, read_json_lines, read_text
+from afa.schema import shown
+from afa.text_files import (
+    TextError,
+    check_text,
+    clean,
+    parse_json,
+    read_bytes,
+    read_json_lines,
+    read_text,
+    split_lines,
+)
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "file_name", "path", "image_path")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "txt")
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif", "jp2")
 LONGEST = 2**20  # bytes of a caption
+BESIDE = ("caption", "txt")  # endings of files with captions that other trainers write
+REPEATED = re.compile(r"([0-9]+)_(.+)", re.DOTALL)  # a folder's name, as kohya's scripts read it: 10_ring
+MOST_REPEATS = 1000
 # Why an image is left out.
 NO_CAPTION, NO_FILE, BROKEN = "no caption", "no such file", "not readable as an image"
 NO_IMAGE, NO_TEXT, NOT_PLAIN = "no image", "its caption is no UTF-8 text", "not a plain file"
 OUTSIDE = "outside the data's folder, which needs --allow-outside"
+NEVER = "its folder is repeated 0 times"
+# What is said of images that are used.
+MORE_LINES = "caption with more lines, of which the first with text is taken, as kohya's scripts do"
+SEVERAL = "several caption files, of which the first in this order with text is taken"
+IN_LIST = "captions in the list and in a file beside the image, of which the list's is taken"
+FOLDER_NAME = "no caption file, and the folder's name taken as caption"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +57,16 @@ class Sample:
     caption: its text
     mark:    identifies the image and its version: it changes when the file changes
     read:    returns the encoded image; raises OSError or UserError if it cannot be read
+    repeats: how often it counts in a pass over the data
+    file:    of the image, if it has one of its own
     """
 
     name: str
     caption: str
     mark: str
     read: Callable[[], bytes]
+    repeats: int = 1
+    file: Path | None = None
 
 
 def file_mark(file: Path) -> str:
@@ -55,13 +81,21 @@ class LeftOutError(OSError):
 
 @dataclass
 class Skipped:
-    """The names of images that are left out, by reason."""
+    """The names of images that are left out, by reason, and of images that something is said about.
+
+    told: what is said of images that are used -> their names
+    """
 
     names: dict[str, list[str]] = field(default_factory=dict)
+    told: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, name: str) -> None:
         """Note one image."""
         self.names.setdefault(reason, []).append(name)
+
+    def tell(self, what: str, name: str) -> None:
+        """Note what is to be said of one image that is used."""
+        self.told.setdefault(what, []).append(name)
 
     @contextmanager
     def noting(self, name: str) -> Iterator[None]:
@@ -93,9 +127,13 @@ class Skipped:
     def summary(self) -> str:
         """Return one clause per reason; empty if nothing is left out."""
         return "; ".join(
-            f"{len(names)} left out: {why} ({names[0]}{', …' if len(names) > 1 else ''})"
-            for why, names in self.names.items()
+            f"{len(names)} left out: {why} ({_first(names)})" for why, names in self.names.items()
         )
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first of some names, as a terminal may show it."""
+    return f"{shown(names[0]).strip(chr(34))}{', …' if len(names) > 1 else ''}"
 
 
 @dataclass
@@ -116,7 +154,16 @@ class ImageSource:
 
     def summary(self) -> str:
         """One line: how many images there are, and what was left out."""
-        return "; ".join(filter(None, (f"{len(self.samples)} captioned images", self.skipped.summary())))
+        counted = sum(sample.repeats for sample in self.samples)
+        repeated = f", which count as {counted}" if counted != len(self.samples) else ""
+        images = f"{len(self.samples)} captioned images{repeated}"
+        return "; ".join(filter(None, (images, self.skipped.summary())))
+
+    def tell(self) -> None:
+        """Print what is to be said of images that are used, a line each, in one process of several."""
+        if os.environ.get("RANK", "0") == "0":  # as torchrun and accelerate launch set it
+            for what, names in self.skipped.told.items():
+                print(f"afa: {len(names)} of the images: {what} ({_first(names)})", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -250,8 +297,10 @@ def from_csv(files: Iterable[Path], columns: Columns, skipped: Skipped) -> Itera
 def from_pairs(folder: Path, columns: Columns, skipped: Skipped) -> Iterator[Sample]:
     """Read images with captions beside them in files of the same name (a.png, a.txt), also in sub-folders.
 
-    A caption is all of a .txt, .caption or .text, or a value in a .json; the first one with text is taken.
-    Raises UserError if no image has such a file.
+    A caption is the first line with text of a .text, .caption, .prompt or .txt, or a value in a .json; the
+    first file with text is taken. Images below a folder such as 10_ring count 10 times in a pass, and the
+    name, ring, is the caption of those that have no such file, as in kohya's scripts.
+    Raises UserError if no image has a caption, or a folder is repeated more than MOST_REPEATS times.
     """
     groups: dict[str, dict[str, str]] = {}  # path without its ending -> ending -> path
     for path in sorted(folder.rglob("*")):
@@ -261,10 +310,11 @@ def from_pairs(folder: Path, columns: Columns, skipped: Skipped) -> Iterator[Sam
     captions = (*([columns.caption] if columns.caption else CAPTION_COLUMNS), "json")
     pictures = (columns.image,) if columns.image else IMAGE_ENDINGS
     found = False
-    for beside in groups.values():
+    for stem, beside in groups.items():
         texts = [beside[ending] for ending in captions if ending in beside]
         images = [name for ending, name in beside.items() if ending in pictures]
-        found = found or bool(texts and images)
+        repeats, class_name = _repeated(stem, folder)
+        found = found or bool((texts or class_name) and images)
         if texts and not images:  # a file beside a caption is an image of another kind
             for name in (
                 name for ending, name in beside.items() if ending not in (*captions, *CAPTION_COLUMNS)
@@ -272,25 +322,84 @@ def from_pairs(folder: Path, columns: Columns, skipped: Skipped) -> Iterator[Sam
                 skipped.add(NO_IMAGE, name)
         for name in images:
             with skipped.noting(name):
-                caption = next(filter(None, (_caption(folder, text, columns) for text in texts)), "")
-                yield from _listed(name, caption, folder, columns, skipped)
+                if not repeats:
+                    raise LeftOutError(NEVER)
+                caption = _beside(folder, name, texts, columns, skipped) if texts else caption_of(class_name)
+                if caption and not texts:
+                    skipped.tell(FOLDER_NAME, name)
+                yield from _listed(name, caption, folder, columns, skipped, repeats)
     if not found:
-        raise UserError(
-            f"{folder} has no {METADATA}; write one with a line "
-            '{"file_name": "a.png", "text": "caption"} per image, or put a .txt beside every image'
-        )
+        raise UserError(f"{folder} has no {METADATA}; {_advice(folder)}")
 
 
-def _listed(named: str, caption: str, folder: Path, columns: Columns, skipped: Skipped) -> Iterator[Sample]:
-    """Yield an image of a folder, or note why it is left out."""
+def _repeated(stem: str, folder: Path) -> tuple[int, str]:
+    """Return how often an image counts, and what its folder's name says it shows; 1 and "" by default.
+
+    stem:   its path in the data's folder
+    folder: of the data, for an error
+    The innermost folder whose name is of the form COUNT_NAME decides.
+    """
+    for name in reversed(stem.split("/")[:-1]):
+        found = REPEATED.fullmatch(name)
+        if found is not None:
+            count = int(found[1][:9])
+            if count > MOST_REPEATS:
+                raise UserError(
+                    f"{folder} holds the folder {shown(name)}, whose images would count {found[1][:9]} times "
+                    f"in a pass, and at most {MOST_REPEATS} are possible; rename it (COUNT_NAME is read as "
+                    "repeats)"
+                )
+            return count, found[2]
+    return 1, ""
+
+
+def _advice(folder: Path) -> str:
+    """What to do with a folder that has neither a list nor captions beside its images."""
+    lists = [path for name in (METADATA, TABLE) for path in folder.glob(f"*/{name}")]
+    if lists:
+        inside = ", ".join(shown(path.parent.name) for path in sorted(lists)[:3])
+        return f"lists are in its folders {inside}: give one of these"
+    return (
+        'write one with a line {"file_name": "a.png", "text": "caption"} per image, or put a .txt beside '
+        "every image"
+    )
+
+
+def _beside(folder: Path, image: str, texts: Sequence[str], columns: Columns, skipped: Skipped) -> str:
+    """The caption in the first of the files beside an image that has one; "" if none has."""
+    for name in texts:
+        text = read_text(find_file(name, folder, roots_of(folder, columns)), LONGEST)
+        if name.lower().endswith(".json"):
+            found, more = caption_in_json(text, columns.caption), False
+        else:
+            lines = [line for line in map(caption_of, split_lines(text)) if line]
+            found, more = next(iter(lines), ""), len(lines) > 1
+        if found:
+            if more:
+                skipped.tell(MORE_LINES, image)
+            if len(texts) > 1:
+                skipped.tell(SEVERAL + f" ({', '.join(Path(text).suffix for text in texts)})", image)
+            return found
+    return ""
+
+
+def _listed(
+    named: str,
+    caption: str,
+    folder: Path,
+    columns: Columns,
+    skipped: Skipped,
+    repeats: int | None = None,
+) -> Iterator[Sample]:
+    """Yield an image of a folder, or note why it is left out.
+
+    repeats: how often it counts; None: it is of a list, and counts once
+    """
     with skipped.noting(named):
         if not caption:
             raise LeftOutError(NO_CAPTION)
         file = find_file(named, folder, roots_of(folder, columns))
-        yield Sample(named, caption, file_mark(file), functools.partial(read_bytes, file))
-
-
-def _caption(folder: Path, name: str, columns: Columns) -> str:
-    """The caption in a file beside an image; "" if there is none. Raises TextError if it is not text."""
-    text = read_text(find_file(name, folder, roots_of(folder, columns)), LONGEST)
-    return caption_in_json(text, columns.caption) if name.lower().endswith(".json") else caption_of(text)
+        if repeats is None and any(file.with_suffix(f".{ending}").exists() for ending in BESIDE):
+            skipped.tell(IN_LIST, named)
+        read = functools.partial(read_bytes, file)
+        yield Sample(named, caption, file_mark(file), read, repeats or 1, file)

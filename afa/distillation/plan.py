@@ -27,7 +27,7 @@ from afa.models.registry import FAMILIES, family_of
 from afa.prompts import read_prompts
 from afa.training.finetune import TrainedParameters, add_lora, parameters_at_rank
 from afa.training.plan import Memory, TrainingPlan, advice, optimiser_step
-from afa.training.prepare import check_objective, find_data, resolution_of
+from afa.training.prepare import buckets_of, check_objective, find_data, resolution_of
 from afa.training.setup import RUNS, guidance_of
 from afa.training.sheets import FOLDER as SHEETS
 from afa.training.state import FOLDER, state_file
@@ -77,6 +77,7 @@ class DistillPlan(TrainingPlan):
             "held_out_captions": self.held_out_images,
             "recombine": settings.recombine,
             "resolution": self.resolution,
+            "buckets": None if self.buckets is None else self.buckets.facts(),
             "rank": rank,
             "trainable_parameters": trained,
             "guidance": guidance_of(settings, self.teacher) if settings.guidance_in is None else None,
@@ -192,7 +193,8 @@ def plan_distill(settings: DistillSettings, teacher: Ensemble | None = None) -> 
         settings = replace(settings, lr=distill_rate(widest))
     if settings.store is not None:
         store_weights(teacher.denoiser.experts, settings.store)
-    check_objective(settings, student, source)
+    buckets = buckets_of(settings, student, source)
+    check_objective(settings, student, source, buckets)
     pairs = settings.guidance_in is None and guidance_of(settings, teacher)
     if pairs and (settings.batch_size - settings.images_in_batch) % 2:
         raise UserError(
@@ -200,7 +202,8 @@ def plan_distill(settings: DistillSettings, teacher: Ensemble | None = None) -> 
             f"give an even number, such as {settings.batch_size + 1}"
         )
     resolution = resolution_of(settings, student)
-    return DistillPlan(settings, student, source, resolution, own, settings.store, teacher=teacher)
+    more = {"teacher": teacher, "buckets": buckets}
+    return DistillPlan(settings, student, source, resolution, own, settings.store, **more)
 
 
 def find_captions(settings: DistillSettings) -> ImageSource:

@@ -19,6 +19,7 @@ OF_IMAGES = (
     "timestep_range",
     "crops",
     "flip",
+    "buckets",
 )
 
 
@@ -181,8 +182,9 @@ class DistillSettings(LoopSettings):
             default = type(self).__dataclass_fields__[name].default
             if getattr(self, name) != default:
                 flag, value = name.replace("_", "-"), getattr(self, name)
+                given = f"--{flag}" if value is True else f"--{flag} {value}"
                 raise UserError(
-                    f"--{flag} {value} is of training on images, and a student is trained on its own "
+                    f"{given} is of training on images, and a student is trained on its own "
                     "samplings; leave it out, or give --image-share"
                 )
 

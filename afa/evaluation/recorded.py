@@ -24,7 +24,8 @@ TAKEN = frozenset(
     better worse draft_steps draft_last draft_again draft_guidance
     anchor anchor_to sparsity sparsity_top image_column caption_column limit
     crops flip max_skipped steps batch_size accumulate lr warm_up schedule weight_decay clip ema
-    caption_dropout resolution held_out evaluate_every patience save_every seed dtype
+    caption_dropout resolution buckets bucket_step bucket_sides
+    held_out evaluate_every patience save_every seed dtype
     gradient_checkpointing checkpoint_large_maps
     aggregator placement attention_up_to text_stream store prediction_type
     """.split()

@@ -9,18 +9,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from afa.data.buckets import Size
 from afa.data.images import Crop
 from afa.data.sources import BROKEN, Sample, Skipped
 from afa.errors import UserError
 from afa.images import OPENER
+from afa.latents import latents_of
 from afa.store import RowStore, StoredRows
-from afa.training.data import Encoded, Work, batches, digest, moments_of
+from afa.training.data import Encoded, ImageRow, Work, batches, digest, in_order, moments_of, repeats_of
 
 MARKS = "images.txt"  # what is known of images without reading them
 SIZES = 6
@@ -52,18 +54,37 @@ class Known:
     keys: list[str]
 
 
+class SizeRows(NamedTuple):
+    """What a cache keeps of all crops of one size: the VAE's moments, and the size conditions."""
+
+    moments: RowStore
+    sizes: RowStore
+
+
 class LatentCache:
     """The VAE's moments and the size conditions of images, by image content, crop and VAE.
 
-    shape: of one image's moments (2C, h, w)
+    The rows of each size have a folder of their own.
     """
 
-    def __init__(self, folder: Path, vae: nn.Module, shape: Sequence[int]) -> None:
-        place = folder / f"latents-{content_hash(vae)[:16]}"
-        self.moments = RowStore(place / "moments" / "x".join(map(str, shape)), shape, torch.float32)
-        self.sizes = RowStore(place / "sizes" / "x".join(map(str, shape)), (SIZES,), torch.float32)
+    def __init__(self, folder: Path, vae: nn.Module) -> None:
+        self._place, self._vae = folder / f"latents-{content_hash(vae)[:16]}", vae
+        self._stores: dict[Size, SizeRows] = {}
         self._marks_file = folder / MARKS
         self._marks = dict(line.split() for line in _lines(self._marks_file))
+
+    def rows(self, size: Size) -> SizeRows:
+        """Return the rows of all crops of a size, height and width in pixels."""
+        if size not in self._stores:
+            latents = latents_of(self._vae)
+            height, width = (side // latents.factor for side in size)
+            shape = (2 * latents.channels, height, width)
+            name = "x".join(map(str, shape))
+            self._stores[size] = SizeRows(
+                RowStore(self._place / "moments" / name, shape, torch.float32),
+                RowStore(self._place / "sizes" / name, (SIZES,), torch.float32),
+            )
+        return self._stores[size]
 
     def find(self, sample: Sample, crops: Sequence[Crop]) -> Known | None:
         """Return what is known of an image and its crops.
@@ -74,16 +95,16 @@ class LatentCache:
         if image is None:
             return None
         keys = [row_key(image, crop) for crop in crops]
-        return (
-            Known(bytes.fromhex(image), keys)
-            if all(key in self.moments and key in self.sizes for key in keys)
-            else None
+        there = all(
+            key in store for key, crop in zip(keys, crops, strict=True) for store in self.rows(crop.size)
         )
+        return Known(bytes.fromhex(image), keys) if there else None
 
-    def add(self, keys: Sequence[str], moments: Tensor, sizes: Sequence[Sequence[float]]) -> None:
-        """Store the rows of a batch."""
-        self.sizes.add(keys, torch.tensor(sizes))
-        self.moments.add(keys, moments)
+    def add(self, keys: Sequence[str], moments: Tensor, rows: Sequence[ImageRow]) -> None:
+        """Store the rows of a batch, which is of one size."""
+        stores = self.rows(rows[0].crop.size)
+        stores.sizes.add(keys, torch.tensor([row.size for row in rows]))
+        stores.moments.add(keys, moments)
 
     def note(self, images: Iterable[tuple[Sample, bytes]]) -> None:
         """Store the hashes of images, so that they are not read again until they change."""
@@ -96,8 +117,8 @@ class LatentCache:
 
     def refresh(self) -> None:
         """Read what other processes have added."""
-        self.moments.refresh()
-        self.sizes.refresh()
+        for store in (store for stores in self._stores.values() for store in stores):
+            store.refresh()
         self._marks = dict(line.split() for line in _lines(self._marks_file))
 
 
@@ -141,7 +162,9 @@ class TextCache:
 
 def row_key(image: str, crop: Crop) -> str:
     """Return a key of an image's content, its decoder and its crop."""
-    facts = f"{image} {crop.resolution} {crop.place} {crop.flip} {OPENER}"
+    height, width = crop.size
+    size = height if height == width else f"{height}x{width}"
+    facts = f"{image} {size} {crop.place} {crop.flip} {OPENER}"
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
@@ -194,7 +217,7 @@ def encode_cached(
     left_out = Skipped()
     for batch in batches(todo[state.process_index :: state.num_processes], batch_size, left_out, progress):
         keys = [row_key(row.sha256.hex(), row.crop) for row in batch]
-        cache.add(keys, moments_of(vae, batch), [row.size for row in batch])
+        cache.add(keys, moments_of(vae, batch), batch)
         cache.note((row.sample, row.sha256) for row in batch)
     state.wait_for_everyone()
     cache.refresh()
@@ -209,37 +232,52 @@ def _collect(
 
     reasons: why, by image name, for the images that this process read
     """
-    keys: list[str] = []
+    keys: dict[Size, list[str]] = {}
+    sizes: list[Size] = []
     images: list[CachedImage] = []
     for sample, crops in work:
         known = cache.find(sample, crops)
         if known is None:
             skipped.add(reasons.get(sample.name, BROKEN), sample.name)
             continue
-        keys += known.keys
+        keys.setdefault(crops[0].size, []).extend(known.keys)
+        sizes += [crop.size for crop in crops]
         images += [CachedImage(sample, known.sha256)] * len(crops)
     if not keys:
         raise UserError(f"none of the images can be read: {skipped.summary()}")
-    captions = [image.sample.caption for image in images]
+    captions, variants = [image.sample.caption for image in images], len(work[0][1])
+    stores = {size: cache.rows(size) for size in keys}
+    moments = in_order({size: StoredRows(stores[size].moments, keys[size]) for size in keys}, sizes)
+    conditions = in_order({size: stores[size].sizes.read(keys[size]) for size in keys}, sizes)
     return Encoded(
-        StoredRows(cache.moments, keys), captions, cache.sizes.read(keys), digest(images), len(work[0][1])
+        moments,
+        captions,
+        conditions[:] if len(stores) == 1 else torch.cat([conditions[[row]] for row in range(len(sizes))]),
+        digest(images),
+        variants,
+        repeats_of(image.sample for image in images[::variants]),
     )
 
 
-def announce(folder: Path, what: str, count: int, row_bytes: int) -> None:
-    """Print what will be written. Raises UserError if the disk has no room for it."""
-    if count:
-        check_space(folder, count * row_bytes)
+def announce(folder: Path, what: str, row_bytes: Sequence[int]) -> None:
+    """Print what will be written. Raises UserError if the disk has no room for it.
+
+    row_bytes: of each row
+    """
+    if row_bytes:
+        check_space(folder, sum(row_bytes))
         if PartialState().is_main_process:
             print(
-                f"afa: {count} {what} to put into the cache {folder}, {count * row_bytes / 1e6:,.1f} MB",
+                f"afa: {len(row_bytes)} {what} to put into the cache {folder}, "
+                f"{sum(row_bytes) / 1e6:,.1f} MB",
                 file=sys.stderr,
             )
 
 
-def missing_rows(work: Iterable[Work], cache: LatentCache) -> int:
-    """Return how many rows the cache lacks."""
-    return sum(len(crops) for sample, crops in work if cache.find(sample, crops) is None)
+def missing_rows(work: Iterable[Work], cache: LatentCache) -> list[SizeRows]:
+    """Return where each row that the cache lacks will be."""
+    lacking = (crops for sample, crops in work if cache.find(sample, crops) is None)
+    return [cache.rows(crop.size) for crops in lacking for crop in crops]
 
 
 STEP = 16  # tokens: rows are as long as the next multiple

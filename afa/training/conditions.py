@@ -50,7 +50,7 @@ class Conditions:
         state, captions = PartialState(), list(captions)
         cache = self._cache(folder, captions)
         missing = cache.missing(captions)
-        announce(folder, "captions", len(missing), cache.row_bytes)
+        announce(folder, "captions", [cache.row_bytes] * len(missing))
         state.wait_for_everyone()  # all processes look before one writes
         own = missing[state.process_index :: state.num_processes]
         parts = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]

@@ -35,7 +35,7 @@ from afa.stages.stage import base_layer
 from afa.stats import difference
 from afa.training.finetune_settings import LoraSettings
 from afa.training.plan import TrainingPlan
-from afa.training.prepare import check_objective, find_data, resolution_of
+from afa.training.prepare import buckets_of, check_objective, find_data, resolution_of
 from afa.training.record import LEFT_OUT, check_record, check_there, finished_record, run_record
 from afa.training.run import check_output
 from afa.training.setup import end_run, make_accelerator, make_trainer
@@ -176,11 +176,13 @@ def plan_finetune(settings: LoraSettings, alone: Ensemble | None = None) -> tupl
         framed = {"vae": settings.vae, "frame": settings.frame, "text_encoders": settings.text_encoder or ()}
         read = {"dtype": dtype, "config": settings.config, "prediction_type": settings.prediction_type}
         alone = Ensemble.from_experts([settings.expert], aggregator="mean", placement="out", **read, **framed)
-    check_objective(settings, alone, source)
+    buckets = buckets_of(settings, alone, source)
+    check_objective(settings, alone, source, buckets)
     if settings.single_file:
         check_names(alone.denoiser.experts[0])
     rank = settings.rank or matching_rank(alone.denoiser.experts[0], wanted)
-    return TrainingPlan(settings, alone, source, resolution_of(settings, alone), own), rank
+    resolution = resolution_of(settings, alone)
+    return TrainingPlan(settings, alone, source, resolution, own, buckets=buckets), rank
 
 
 def check_file(output: Path) -> None:

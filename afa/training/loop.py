@@ -25,6 +25,7 @@ from afa.training.measure import Before, HeldOut, Measured
 from afa.training.noise import Batch
 from afa.training.objective_terms import Objectives
 from afa.training.objectives import Pass
+from afa.training.order import images_of_step
 from afa.training.settings import LoopSettings
 from afa.training.sheets import Sheets
 from afa.training.state import load_state, save_state, state_file
@@ -214,19 +215,23 @@ class Trainer:
 
     def _backward(self, drawn: list[StepBatch], micro: int) -> float:
         """Add the gradients of one batch of this process, and return its part of the loss."""
-        device, part = self.accelerator.device, self._part(drawn, micro)
-        batch, dropped = part.batch.to(device), part.dropped.to(device)
-        rows, call, teacher = part.rows, self.wrapped, self.teacher
-        work = Pass.of(
-            self.denoiser, self.noising, self.conditions, self.data, rows, batch, dropped, call, teacher
-        )
-        work.asked = self.asked
-        loss = self.total.sum(self.total.losses(work)).mean() / self.settings.accumulate
-        self.accelerator.backward(loss)
-        if self.running is not None:
-            predictions = self.accelerator.gather(work.prediction.detach()[: self.asked]).cpu()
-            self.running.advance(self.progress.step, micro * len(predictions), predictions)
-        return float(loss.item())
+        device, parts, total = self.accelerator.device, self._parts(drawn, micro), 0.0
+        whole = sum(len(part.rows) for part in parts)
+        for number, part in enumerate(parts):
+            batch, dropped = part.batch.to(device), part.dropped.to(device)
+            rows, call, teacher = part.rows, self.wrapped, self.teacher
+            work = Pass.of(
+                self.denoiser, self.noising, self.conditions, self.data, rows, batch, dropped, call, teacher
+            )
+            work.asked = self.asked if number == 0 else 0  # samplings come first
+            loss = self.total.sum(self.total.losses(work)).mean() * (len(rows) / whole)
+            loss = loss / self.settings.accumulate
+            self.accelerator.backward(loss)
+            total += float(loss.item())
+            if self.running is not None and number == 0:
+                predictions = self.accelerator.gather(work.prediction.detach()[: self.asked]).cpu()
+                self.running.advance(self.progress.step, micro * len(predictions), predictions)
+        return total
 
     def _draw(self) -> list[StepBatch]:
         """Draw everything random of a whole step, for all processes: running samplings, and noised images.
@@ -256,28 +261,21 @@ class Trainer:
         """Return which of the step's batches is this process's."""
         return micro * self.processes + (self.accelerator.process_index if self.processes > 1 else 0)
 
-    def _part(self, drawn: list[StepBatch], micro: int) -> StepBatch:
-        """Return a batch of this process: its samplings, then its images."""
+    def _parts(self, drawn: list[StepBatch], micro: int) -> list[StepBatch]:
+        """Return a batch of this process: its samplings and then its images, apart if their sizes differ."""
         place, batches = self._place(micro), self.settings.accumulate * self.processes
         sizes = [len(part.rows) // batches for part in drawn]
         parts = [part.part(place * size, (place + 1) * size) for part, size in zip(drawn, sizes, strict=True)]
-        return parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
+        alike = len({part.batch.latents.shape[1:] for part in parts}) == 1
+        return [parts[0].joined(parts[1])] if alike and len(parts) == 2 else parts
 
     def _choose(self, images: Encoded) -> list[int]:
         """Return the images of a step, for all processes.
 
-        Each epoch takes every image once, in a new order.
+        They are of one size, so a step is the same however it is divided among processes and batches.
         """
         size = (self.settings.batch_size - self.asked) * self.settings.accumulate * self.processes
-        places = [
-            divmod(place, len(images))
-            for place in range(self.progress.step * size, (self.progress.step + 1) * size)
-        ]
-        orders = {
-            epoch: np.random.default_rng((self.settings.seed, epoch)).permutation(len(images))
-            for epoch, _ in places
-        }
-        return [int(orders[epoch][place]) for epoch, place in places]
+        return images_of_step(images.groups, self.progress.step, size, self.settings.seed)
 
     def _after_step(self, loss: float | None) -> None:
         progress, settings = self.progress, self.settings

@@ -129,15 +129,18 @@ SEED = 777  # of the held-out noise: the same for every run, so that runs can be
 PARTS = 4  # a weight map is kept as the means of 4 × 4 parts, so that maps of different steps can be compared
 
 
-def in_parts(maps: Mapping[str, Tensor]) -> Tensor:
+def in_parts(maps: Mapping[str, Tensor], sizes_differ: bool = False) -> Tensor:
     """Return the weight maps of one pass, averaged over 4 × 4 parts of the image: (B, K) float16.
 
     maps: (B, N, H, W) by stage
+    sizes_differ: whether other passes have maps of other sizes; smaller maps then have 4 × 4 parts as well
     """
-    parts = [
-        adaptive_avg_pool2d(weights, (min(PARTS, weights.shape[2]), min(PARTS, weights.shape[3]))).flatten(1)
-        for weights in maps.values()
-    ]
+
+    def sides(weights: Tensor) -> tuple[int, int]:
+        height, width = (PARTS if sizes_differ else min(PARTS, side) for side in weights.shape[2:])
+        return height, width
+
+    parts = [adaptive_avg_pool2d(weights, sides(weights)).flatten(1) for weights in maps.values()]
     return torch.cat(parts, dim=1).half()
 
 
@@ -205,7 +208,7 @@ class Before:
 
 
 class HeldOut:
-    """Measures a denoiser on fixed images with fixed noise and evenly spread timesteps, in batches.
+    """Measures a denoiser on fixed images with fixed noise and evenly spread timesteps, size by size.
 
     teacher: gives the targets of the diffusion loss; None: the images do
     batch:   latents, noise and timesteps of all data; None: the images', with drawn noise
@@ -221,10 +224,23 @@ class HeldOut:
         teacher: Any = None,
         batch: Batch | None = None,
     ) -> None:
-        self.data, self.conditions, self.batch_size, self.teacher = data, conditions, batch_size, teacher
+        self.data, self.conditions, self.teacher = data, conditions, teacher
         self.noising, self.total = objectives.noising, objectives.held_out
-        self.batch = batch or self.noising.spread(data, seed, self.total.extra_noise)
-        self.bands = bands_of(self.batch.steps, self.noising.steps)
+        whole = (
+            self.noising.spread(data, seed, self.total.extra_noise)
+            if batch is None
+            else [(list(range(len(data))), batch)]
+        )
+        self.sizes_differ = len(whole) > 1
+        self.parts = [
+            (rows[start : start + batch_size], of_size.part(start, min(start + batch_size, len(rows))))
+            for rows, of_size in whole
+            for start in range(0, len(rows), batch_size)
+        ]
+        self.order = torch.tensor([row for rows, _ in self.parts for row in rows]).argsort()
+        steps = torch.cat([part.steps for _, part in self.parts]).cpu()
+        self._bands = bands_of(steps, self.noising.steps)  # in the order of the parts
+        self.bands = self._bands[self.order.numpy()]
         self._mse = Mse(self.noising)
         plain = [term.name in OBJECTIVES and OBJECTIVES[term.name].diffusion for term in self.total.terms]
         self._other_terms = plain != [True]  # the diffusion loss is measured in any case
@@ -238,10 +254,8 @@ class HeldOut:
         parts: list[Tensor] = []
         others: list[dict[str, Tensor]] = []
         sums = RoutingSums(denoiser.names, denoiser.fused) if whole and len(denoiser.names) > 1 else None
-        for start in range(0, len(self.data), self.batch_size):
-            stop = min(start + self.batch_size, len(self.data))
-            batch = self.batch.part(start, stop)
-            rows = list(range(start, stop))
+        done = 0
+        for rows, batch in self.parts:
             teacher = self.teacher
             work = Pass.of(denoiser, self.noising, self.conditions, self.data, rows, batch, teacher=teacher)
             work.watched = self.total.needs_weights
@@ -251,17 +265,19 @@ class HeldOut:
                 if whole and self._other_terms:
                     others.append(self.total.losses(work))
             if sums is not None and maps is not None:
-                sums.add(maps.maps[0], self.bands[start:stop])
-                parts.append(in_parts(maps.maps[0]))
+                sums.add(maps.maps[0], self._bands[done : done + len(rows)])
+                parts.append(in_parts(maps.maps[0], self.sizes_differ))
+            done += len(rows)
         terms = {
-            name: torch.cat([part[name] for part in others]).double().cpu()
+            name: torch.cat([part[name] for part in others]).double().cpu()[self.order]
             for name in (others[0] if others else ())
         }
-        found = torch.cat(losses).double().cpu().numpy()
+        found = torch.cat(losses).double().cpu()[self.order].numpy()
         means = {name: float(values.mean()) for name, values in terms.items()}
         whole_loss = float(self.total.sum(terms).mean()) if terms else float(found.mean())
         routing = None if sums is None else sums.result()
-        return Measured(found, self.bands, routing, means, whole_loss, torch.cat(parts) if parts else None)
+        weights = torch.cat(parts)[self.order.to(parts[0].device)] if parts else None
+        return Measured(found, self.bands, routing, means, whole_loss, weights)
 
     def experts(self, denoiser: Any) -> dict[str, NDArray[np.float64]]:
         """Return the losses (n,) of each expert alone, by name; of one expert nothing."""

@@ -81,14 +81,20 @@ class Noising:
         span = self.last + 1 - self.first
         return (self.last - (place * span).long()).clamp(self.first, self.last)
 
-    def spread(self, data: Encoded, seed: int, extra_noise: int = 0) -> "Batch":
-        """Return the held-out batch: each example once, with fixed noise and evenly spread steps."""
+    def spread(self, data: Encoded, seed: int, extra_noise: int = 0) -> "list[tuple[list[int], Batch]]":
+        """Return the held-out images: each once, with fixed noise and evenly spread steps.
+
+        Returns rows and their batch for each size.
+        """
         rng = torch.Generator().manual_seed(seed)
-        batch = self.draw(data, list(range(len(data))), rng, extra_noise)
         steps = (torch.arange(len(data)) + 0.5) * self.steps / len(data)
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(data)))
-        batch.steps = steps.long()[order]
-        return batch.to(self.device)
+        found = []
+        for rows in (sorted(set(group)) for group in data.groups):
+            batch = self.draw(data, rows, rng, extra_noise)
+            batch.steps = steps.long()[order][rows]
+            found.append((rows, batch.to(self.device)))
+        return found
 
     def noisy(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """Return the noisy latents (B, C, h, w)."""

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from afa.aggregators.registry import count_parameters
 from afa.cost import call_of
+from afa.data.buckets import Buckets
 from afa.data.sources import ImageSource
 from afa.defaults import few_images
 from afa.denoiser.base import EnsembleDenoiser
@@ -167,6 +168,7 @@ class TrainingPlan:
     chosen: options that the user did not give and that have no fixed default (see choices.py) -> why they
             are as they are
     teacher: of a distillation, in which the ensemble is the student; None: of a training on images
+    buckets: the size of every image; None: all are squares
     """
 
     settings: LoopSettings
@@ -177,6 +179,7 @@ class TrainingPlan:
     store: str | None = None
     chosen: Mapping[str, str] = field(default_factory=dict)
     teacher: Ensemble | None = None
+    buckets: Buckets | None = None
 
     @property
     def held_out_images(self) -> int:
@@ -190,6 +193,7 @@ class TrainingPlan:
             "training_images": len(self.source.samples) - self.held_out_images,
             "held_out_images": self.held_out_images,
             "resolution": self.resolution,
+            "buckets": None if self.buckets is None else self.buckets.facts(),
             "steps": self.settings.steps,
             "images_a_step": self.settings.batch_size * self.settings.accumulate,
             "lr": self.settings.lr,

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from afa.data.images import Crop
+from afa.data.buckets import Buckets, find_buckets, make_sizes
 from afa.data.registry import open_source
 from afa.data.sources import Columns, ImageSource
 from afa.ensemble import Ensemble
@@ -38,6 +38,7 @@ def find_data(settings: LoopSettings) -> ImageSource:
     source = open_source(settings.data, columns, settings.limit)
     check_skipped(source, settings.max_skipped)
     split(source.samples, settings.held_out, settings.seed)  # raises where there are too few
+    source.tell()
     return source
 
 
@@ -46,12 +47,11 @@ def resolution_of(settings: LoopSettings, ensemble: Ensemble) -> int:
 
     It is a multiple of the VAE's factor and of a transformer's patches; raises UserError otherwise.
     """
-    factor = latents_of(ensemble.frame.vae).factor
-    denoiser = ensemble.denoiser
+    denoiser, factor = ensemble.denoiser, latents_of(ensemble.frame.vae).factor
     if not settings.resolution and not denoiser.side:
         raise UserError(f"'{denoiser.names[0]}' has no size of its own (sample_size); give --resolution")
     resolution = settings.resolution or denoiser.side * factor
-    multiple = factor * denoiser.interface.patch
+    multiple = multiple_of(ensemble)
     if resolution % multiple:
         what = (
             "the VAE's down-sampling factor"
@@ -62,33 +62,83 @@ def resolution_of(settings: LoopSettings, ensemble: Ensemble) -> int:
     return resolution
 
 
-def check_objective(settings: LoopSettings, ensemble: Ensemble, source: ImageSource) -> None:
-    """Raise UserError for what would fail after the data are encoded: schedule, weighting, reward models."""
+def multiple_of(ensemble: Ensemble) -> int:
+    """Return the pixels that sides must be a multiple of: the VAE's factor times a transformer's patches."""
+    return latents_of(ensemble.frame.vae).factor * ensemble.denoiser.interface.patch
+
+
+def buckets_of(settings: LoopSettings, ensemble: Ensemble, source: ImageSource) -> Buckets | None:
+    """Return the bucket of every image, whose sizes are read; None without --buckets.
+
+    Raises UserError for steps and sides of which no buckets can be made.
+    """
+    if not settings.buckets:
+        return None
+    resolution = resolution_of(settings, ensemble)
+    step, sides = settings.bucket_step, settings.bucket_sides
+    sizes = make_sizes(resolution, multiple_of(ensemble), step, sides)
+    return find_buckets(source.samples, resolution, sizes)
+
+
+def training_images(source: ImageSource, settings: LoopSettings) -> int:
+    """Return how many images a pass over the training images takes, each as often as it counts."""
+    return sum(sample.repeats for sample in split(source.samples, settings.held_out, settings.seed)[0])
+
+
+def check_objective(
+    settings: LoopSettings, ensemble: Ensemble, source: ImageSource, buckets: Buckets | None = None
+) -> None:
+    """Raise UserError for what would fail after the data are encoded: schedule, weighting, reward models.
+
+    buckets: of the images, each of which the reward must be able to judge; None: squares
+    """
     cpu = torch.device("cpu")
     context = make_context(settings, ensemble, cpu)
     make_objectives(context, [])
     make_watch(settings, cpu)
     if context.reward is not None and is_small(settings.reward):
         side = resolution_of(settings, ensemble)
-        context.reward(torch.zeros(1, 3, side, side, requires_grad=True), [source.samples[0].caption])
+        captions = [source.samples[0].caption]
+        for height, width in sorted(set(buckets.chosen)) if buckets is not None else [(side, side)]:
+            image = torch.zeros(1, 3, height, width, requires_grad=True)
+            try:
+                context.reward(image, captions)
+            except (RuntimeError, ValueError) as error:
+                if buckets is None:
+                    raise
+                why = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise UserError(
+                    f"--reward {settings.reward} cannot judge images of {width} × {height} pixels, a bucket "
+                    f"of --buckets ({why[:120]}); leave out --buckets, or choose another reward"
+                ) from None
 
 
 def encode_data(
-    settings: LoopSettings, source: ImageSource, resolution: int, vae: Any, held_out_too: bool = True
+    settings: LoopSettings,
+    source: ImageSource,
+    resolution: int,
+    vae: Any,
+    held_out_too: bool = True,
+    buckets: Buckets | None = None,
 ) -> list[Encoded]:
     """Return the encoded training set and, unless it is left out, the held-out set.
 
+    buckets: of all images of the source; None: all are cut to squares
     Unreadable images are left out and reported. Raises UserError if there are too many.
     """
     training, held_out = split(list(enumerate(source.samples)), settings.held_out, settings.seed)
-    augmentation = Augmentation(settings.crops, settings.flip)
+    augmented, plain = Augmentation(settings.crops, settings.flip), Augmentation()
+    groups = [(training, augmented), *([(held_out, plain)] if held_out_too else [])]
+    chosen = [None] * len(source.samples) if buckets is None else buckets.chosen
     parts: list[list[Work]] = [
-        [(sample, augmentation.of(resolution, settings.seed, index)) for index, sample in training]
+        [
+            (sample, augmentation.of(resolution, settings.seed, index, chosen[index]))
+            for index, sample in images
+        ]
+        for images, augmentation in groups
     ]
-    if held_out_too:
-        parts.append([(sample, [Crop(resolution)]) for _, sample in held_out])
     encoder: Callable[..., Encoded] = (
-        encode if settings.cache is None else _caching(Path(settings.cache), parts, resolution, vae)
+        encode if settings.cache is None else _caching(Path(settings.cache), parts, vae)
     )
     found = [
         encoder(
@@ -137,9 +187,9 @@ def encode_captions(
     least: of the first there are as many, if they can be recombined
     """
     sizes = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], dtype=torch.float32)
-    training, held_out = split(
-        [sample.caption for sample in source.samples], settings.held_out, settings.seed
-    )
+    images, others = split(source.samples, settings.held_out, settings.seed)
+    training = [sample.caption for sample in images for _ in range(sample.repeats)]
+    held_out = [sample.caption for sample in others]
     training += recombined(training, least - len(training), held_out, settings.seed)
     found = []
     for part in (training, held_out):
@@ -148,13 +198,11 @@ def encode_captions(
     return found[0], found[1]
 
 
-def _caching(folder: Path, parts: list[list[Work]], resolution: int, vae: Any) -> Callable[..., Encoded]:
+def _caching(folder: Path, parts: list[list[Work]], vae: Any) -> Callable[..., Encoded]:
     """Return an encoder that stores its results in a folder. It announces what will be written."""
-    latents = latents_of(vae)
-    side = resolution // latents.factor
-    cache = LatentCache(folder, vae, (2 * latents.channels, side, side))
-    missing = sum(missing_rows(part, cache) for part in parts)
-    announce(folder, "images", missing, cache.moments.row_bytes + cache.sizes.row_bytes)
+    cache = LatentCache(folder, vae)
+    missing = [stores for part in parts for stores in missing_rows(part, cache)]
+    announce(folder, "images", [stores.moments.row_bytes + stores.sizes.row_bytes for stores in missing])
     return functools.partial(encode_cached, cache=cache)
 
 

@@ -38,7 +38,7 @@ from afa.training.noise import Noising
 from afa.training.objective_registry import PLAIN
 from afa.training.objective_terms import Objectives
 from afa.training.objectives import Mse, Term, Total
-from afa.training.prepare import encode_data, find_data, resolution_of
+from afa.training.prepare import buckets_of, encode_data, find_data, resolution_of
 from afa.training.settings import TrainSettings
 from afa.version import __version__
 
@@ -182,7 +182,8 @@ def measure_experts(settings: TrainSettings, ensemble: Ensemble) -> ExpertLosses
     source, denoiser = find_data(settings), ensemble.denoiser
     device = next(denoiser.parameters()).device
     vae = ensemble.frame.vae.to(device)
-    data, held_out = encode_data(settings, source, resolution_of(settings, ensemble), vae)
+    resolution, buckets = resolution_of(settings, ensemble), buckets_of(settings, ensemble, source)
+    data, held_out = encode_data(settings, source, resolution, vae, buckets=buckets)
     noising = Noising(ensemble.frame.scheduler, latents_of(vae), device)
     total = Total([Term(PLAIN, 1.0, Mse(noising))])
     objectives = Objectives(noising, total, total)
@@ -212,8 +213,9 @@ def _first(data: Encoded, images: int) -> Encoded:
     """Return the first images of a set that has one row for each."""
     if len(data) <= images:
         return data
-    moments, captions, sizes = data.moments[:images], data.captions[:images], data.sizes[:images]
-    return replace(data, moments=moments, captions=captions, sizes=sizes)
+    # Moments that no caption refers to are never read.
+    cut = {"captions": data.captions[:images], "sizes": data.sizes[:images], "repeats": ()}
+    return replace(data, **cut)
 
 
 def train_prompt_router(

@@ -23,11 +23,10 @@ from afa.files import locked, present, refuse_busy, settled
 from afa.schema import build
 from afa.stats import difference
 from afa.training.choices import as_begun, chosen, following, not_given
-from afa.training.data import count_held_out
 from afa.training.log import LOG
 from afa.training.loop import Progress, Trainer
 from afa.training.plan import TrainingPlan
-from afa.training.prepare import check_objective, find_data, resolution_of
+from afa.training.prepare import buckets_of, check_objective, find_data, resolution_of, training_images
 from afa.training.record import LEFT_OUT, check_more_steps, check_record, run_record
 from afa.training.settings import LoopSettings, TrainSettings
 from afa.training.setup import RUNS, end_run, make_accelerator, make_trainer
@@ -47,7 +46,7 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> TrainingP
     process_device(settings.device)  # first of all: it says how processes communicate
     source = find_data(settings)
     check_output(settings)
-    own, images = ensemble is None, len(source.samples) - count_held_out(source.samples, settings.held_out)
+    own, images = ensemble is None, training_images(source, settings)
     given, begun = settings, begun_with(settings)
     settings, ensemble = _whole(following(settings, begun), ensemble, images)
     chosen_here = {name: "as this run was begun" if begun else WHY[name] for name in not_given(given)}
@@ -61,9 +60,10 @@ def plan(settings: TrainSettings, ensemble: Ensemble | None = None) -> TrainingP
             f"'{ensemble.denoiser.names[0]}' is one expert alone, and there is nothing to weigh; "
             "an ensemble needs at least two"
         )
-    check_objective(settings, ensemble, source)
-    resolution = resolution_of(settings, ensemble)
-    return TrainingPlan(settings, ensemble, source, resolution, own, settings.store, chosen_here)
+    resolution, buckets = resolution_of(settings, ensemble), buckets_of(settings, ensemble, source)
+    check_objective(settings, ensemble, source, buckets)
+    more = {"buckets": buckets}
+    return TrainingPlan(settings, ensemble, source, resolution, own, settings.store, chosen_here, **more)
 
 
 def _whole(settings: TrainSettings, ensemble: Ensemble | None, images: int) -> tuple[TrainSettings, Ensemble]:

@@ -52,9 +52,8 @@ class LoopSettings(ObjectiveSettings):
     )
 
     data: str = option(
-        help="a folder with metadata.jsonl or with a .txt beside every image, a .jsonl of paths, .parquet, "
-        ".tar shards "
-        "(x-{000..099}.tar), or a data set of the hub"
+        help="a folder with metadata.jsonl or with a .txt beside every image, a .jsonl or .csv of paths, "
+        ".parquet, .tar shards (x-{000..099}.tar), or a data set of the hub"
     )
     image_column: str | None = option(
         None, help="column of the data with the image or its path (default: image, jpg, file_name …)"
@@ -112,7 +111,25 @@ class LoopSettings(ObjectiveSettings):
         None,
         least=1,
         most=2**16,
-        help="side of the images in pixels, cropped to a square (default: the experts' own)",
+        help="side of the squares to which images are cropped, in pixels; with --buckets, of their area "
+        "(default: the experts' own)",
+    )
+    buckets: bool = option(
+        False,
+        help="cut each image to that of several sizes, of about the square's area, which crops least of it; "
+        "all images of a step have one size",
+    )
+    bucket_step: int | None = option(
+        None,
+        least=1,
+        most=2**16,
+        help="for buckets: pixels between their sides (default: 64, less below 512 pixels)",
+    )
+    bucket_sides: list[int] | None = option(
+        None,
+        least=1,
+        most=2**16,
+        help="for buckets: smallest and largest side in pixels (default: half and twice the resolution)",
     )
     cache: str | None = option(
         None,
@@ -201,6 +218,21 @@ class LoopSettings(ObjectiveSettings):
             )
         if self.flip and not self.crops:
             raise UserError("--flip mirrors random crops, and there are none; give --crops 1 or more")
+        self._check_buckets()
+
+    def _check_buckets(self) -> None:
+        """Raise UserError for options of buckets where there are none, and for sides that are no pair."""
+        sides = self.bucket_sides
+        shown = None if sides is None else " ".join(map(str, sides))
+        for flag, value in (("--bucket-step", self.bucket_step), ("--bucket-sides", shown)):
+            if value is not None and not self.buckets:
+                raise UserError(
+                    f"{flag} {value} is of buckets, and images are cut to squares; give --buckets too"
+                )
+        if sides is not None and len(sides) != 2:
+            raise UserError(
+                f"--bucket-sides {shown} is no pair; give the smallest and the largest side, e.g. 256 1024"
+            )
 
     def binding(self) -> dict[str, object]:
         """Return the options that must stay the same when a run resumes; of a constant rate not the steps."""

@@ -91,11 +91,13 @@ def make_trainer(
     data, held_out = (
         encode_captions(settings, source, resolution, settings.recombine)
         if distilled
-        else encode_data(settings, source, resolution, vae)
+        else encode_data(settings, source, resolution, vae, buckets=planned.buckets)
     )
     images = None
     if distilled and settings.image_share:
-        (images,) = encode_data(settings, source, resolution, vae, held_out_too=False)
+        (images,) = encode_data(
+            settings, source, resolution, vae, held_out_too=False, buckets=planned.buckets
+        )
     draws = settings.rewarded or settings.sheet_every is not None
     if not draws:
         vae.to("cpu")

@@ -106,7 +106,7 @@ def test_json_that_a_run_keeps_is_what_it_should_be_or_nothing(tmp_path, text):
 @pytest.mark.parametrize("text", [b"\xff\xfe\n", b"mark zz\n", b"a b\nc d e\n", b"\x00" * 200])
 def test_damaged_marks_of_images_are_passed_over(tmp_path, text):
     (tmp_path / "images.txt").write_bytes(text)
-    assert LatentCache(tmp_path, torch.nn.Linear(1, 1), (1, 2, 2))._marks == {}
+    assert LatentCache(tmp_path, torch.nn.Linear(1, 1))._marks == {}
 
 
 def answers(value):
