@@ -303,9 +303,11 @@ def _word_row(
         canvas.text(MARGIN, y + SPOT / 2 + 10, f"{row.looked:.1%} of looking", 12, muted=True, anchor="lm")
         largest = max(recording.attention.maps.values(), key=lambda maps: maps[0].size).shape[1:]
         looked = sum(resized(maps[index], largest) for maps in recording.attention.maps.values())
-        canvas.picture(xs[0], y, spotlight(recording.image, looked), SPOT)
+        canvas.picture(xs[0], y, spotlight(recording.image, looked, canvas.ground), SPOT)
     if causes is not None:
-        canvas.picture(xs[1], y, spotlight(recording.image, causes.omitted.places[index]), SPOT)
+        canvas.picture(
+            xs[1], y, spotlight(recording.image, causes.omitted.places[index], canvas.ground), SPOT
+        )
         _amounts(canvas, row, xs[2], y, max(other.omitted or 0 for other in rows))
         _pulls(
             canvas,

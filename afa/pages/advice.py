@@ -16,6 +16,7 @@ from afa.significance import difference_tests, holm
 from afa.stats import LEVEL, Estimate, differences, estimate, least_items
 
 NAMED = 3  # methods that a sentence names; further ones are counted
+AHEAD = 0.01  # of the weight, by which an expert must be ahead of the others to lead
 VISIBLE = 2.55  # RMSE in levels of 255 that is hard to see: 1 % of the range, a PSNR of 40 dB
 WORDS = {"better": "better than", "undecided": "undecided against", "worse": "worse than"}
 
@@ -212,15 +213,17 @@ def for_explanation(
     """
     images = len(shares)
     enough = images >= least_items()
-    where = "this image" if images == 1 else f"these {images} images"
-    about = f"images such as {where}" if enough else where if images == 1 else f"each of {where}"
+    few = "this image" if images == 1 else f"each of these {images} images"
+    about = f"images like these (n = {images})" if enough else few
     by: dict[int | None, list[str]] = {}
     for group, leader in zip(groups, leaders(shares), strict=True):
         by.setdefault(leader, []).append(group)
     parts = [f"{experts[one]} leads in {joined(own)}" for one, own in by.items() if one is not None]
     if None in by:
-        nowhere = "no leader is decided" if enough else "no expert leads in all of them"
-        parts.append(f"in {joined(by[None])} {nowhere if images > 1 else 'the weights are equal'}")
+        nowhere = (
+            "none decidedly leads" if enough else "none leads" if images == 1 else "none leads in all of them"
+        )
+        parts.append(f"in {joined(by[None])} {nowhere}")
     used = (
         "every expert is used"
         if not unused
@@ -237,7 +240,7 @@ def _matter(changed: tuple[str, NDArray[np.float64]] | None, about: str, enough:
     found = estimate(values)
     low, high = (found.low, found.high) if enough else (float(values.min()), float(values.max()))
     size = with_interval(found, 1) if len(values) > 1 else number(found.value, 1)
-    by = f"{title} changes {about} by {size} of 255 levels (RMSE)"
+    by = f"with {title}, {about} change{'' if enough else 's'} by {size} of 255 levels (RMSE)"
     if low > VISIBLE:
         return f"The weights matter: {by}"
     if high < VISIBLE:
@@ -249,29 +252,24 @@ def leaders(shares: NDArray[np.float64]) -> list[int | None]:
     """Find the expert with the largest weight in each group of stages; None where that is undecided.
 
     shares: (images, G, N)
-    With few images, the expert must lead in each of them. With enough, it must lead every other expert by a
-    difference whose interval is above zero, and whose p is below LEVEL after Holm's correction over all pairs
-    of experts in all groups.
+    It is ahead of every other expert by more than AHEAD. With few images, in each of them. With enough, the
+    interval of the difference lies above AHEAD, and its p is below LEVEL after Holm's correction over all
+    pairs of experts in all groups.
     """
     images, groups, experts = shares.shape
     if images < least_items():
-        first = shares.argmax(2)
-        alone = (shares == shares.max(2, keepdims=True)).sum(2) == 1
-        return [
-            int(first[0, group])
-            if alone[:, group].all() and (first[:, group] == first[0, group]).all()
-            else None
-            for group in range(groups)
-        ]
+        first, ranked = shares.argmax(2), np.sort(shares, axis=2)
+        ahead = (ranked[..., -1] - ranked[..., -2] > AHEAD) & (first == first[0])
+        return [int(first[0, group]) if ahead[:, group].all() else None for group in range(groups)]
     pairs = [(group, *pair) for group in range(groups) for pair in itertools.combinations(range(experts), 2)]
     samples = [(shares[:, group, one] - shares[:, group, other])[None] for group, one, other in pairs]
-    ahead = np.zeros((groups, experts, experts), bool)
+    leads = np.zeros((groups, experts, experts), bool)
     for (group, one, other), gap, p in zip(
         pairs, differences(samples), holm(difference_tests(samples)), strict=True
     ):
-        if gap.excludes_zero and p < LEVEL and images >= least_items(len(pairs)):
-            ahead[(group, one, other) if gap.low > 0 else (group, other, one)] = True
-    whole = ahead.sum(2) == experts - 1
+        if max(gap.low, -gap.high) > AHEAD and p < LEVEL and images >= least_items(len(pairs)):
+            leads[(group, one, other) if gap.low > 0 else (group, other, one)] = True
+    whole = leads.sum(2) == experts - 1
     return [int(whole[group].argmax()) if whole[group].any() else None for group in range(groups)]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
-from afa.pages.labels import Box, place_labels, shortened, stacked, thinned, width_of
+from afa.pages.labels import LETTER, Box, place_labels, shortened, stacked, thinned, width_of
 from afa.pages.numbers import MINUS, decimals, probability, with_interval
 from afa.pages.tables import Cell, Shown, Table, TableRow
 
@@ -33,6 +33,7 @@ SHAPES = {
 }
 # Whose labels of a scatter are placed first.
 FIRST = ("ours", "expert", "control", "merge", "sampling", "bound")
+TICK = 14  # letters under an axis
 MARKED = 30  # points of a line, above which marks are smaller
 APART = 5.0  # pixels between lines at one place, so that their intervals can be told apart
 ROW = 26  # pixels: height of a row of a forest, as style.css has it
@@ -147,13 +148,14 @@ class Field:
         lines:   whether ticks across have grid lines
         """
         parts = [line(x, self.top, x, self.bottom, "grid") for x in across] if lines else []
-        for x, words in thinned({x: shortened(words) for x, words in across.items()}).items():
+        for x, words in thinned({x: shortened(words, TICK) for x, words in across.items()}).items():
             parts.append(text(x, self.bottom + 18, words, "tick", "middle"))
         for tick in ticks(upwards, count):
             y = upwards(tick)
             parts.append(line(self.left, y, self.right, y, "grid"))
             parts.append(text(self.left - 8, y + 4, tick_label(tick), "tick", "end"))
-        right, left = names[0], f"upwards: {names[1]}"
+        most = int((self.right - self.left) / LETTER)
+        right, left = (shortened(name, most) for name in (names[0], f"upwards: {names[1]}"))
         parts.append(text(self.right, self.bottom + 38, right, "axis", "end"))
         together = width_of(right) + width_of(left) < self.right - self.left
         return [*parts, text(self.left, self.bottom + 38 if together else self.top - 4, left, "axis")]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 LETTER, LINE, NEAR = 6.6, 14.0, 9.0  # pixels: width of a letter, height of a line, from a point to its label
-CAPITAL, BROAD = 9.2, 13.0  # pixels: width of a capital letter, and of one as wide as it is high
+CAPITAL, BROAD = 10.0, 13.0  # pixels: width of a capital letter, and of one as wide as it is high
 GAP = 8.0  # pixels between two labels of an axis
 MOST = 40  # letters of a label
 # Where a label may stand, from its point, the best first: beside it, further up or down, further out.
