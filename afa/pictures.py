@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -23,10 +24,33 @@ COLOURS = (
     (240, 228, 66),
     (90, 90, 90),
 )
-INK, PAPER = (32, 33, 36), (255, 255, 255)
 Colour = Sequence[int]
-MUTED, LINE = (95, 99, 104), (218, 220, 224)
 MARGIN = 24
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a picture is drawn on.
+
+    paper: the ground, which stands for a weight of 0
+    name:  of the ground, in words
+    ink:   of text; muted: of small text; line: of thin lines; quiet: of a cell that is crossed out
+    suffix: of the name of a picture's file
+    """
+
+    name: str
+    paper: Colour
+    ink: Colour
+    muted: Colour
+    line: Colour
+    quiet: Colour
+    suffix: str = ""
+
+
+LIGHT = Ground("white", (255, 255, 255), (32, 33, 36), (95, 99, 104), (218, 220, 224), (241, 243, 244))
+# As in pages/templates/style.css.
+DARK = Ground("black", (20, 23, 27), (228, 232, 236), (155, 166, 177), (49, 56, 64), (39, 45, 52), ".dark")
+INK, PAPER = LIGHT.ink, LIGHT.paper
 
 
 # --- grids ---
@@ -38,10 +62,11 @@ def grid(
     labels: Sequence[str] = (),
     side: int | None = None,
     gap: int = 4,
+    ground: Ground = LIGHT,
 ) -> Image.Image:
     """Arrange images (H, W, 3) uint8 row by row.
 
-    columns: names above; labels: at the left; side: cell width.
+    columns: names above; labels: at the left; side: cell width; ground: what it is drawn on.
     """
     height, width = rows[0][0].shape[:2]
     width, height = (width, height) if side is None else (side, round(side * height / width))
@@ -50,15 +75,17 @@ def grid(
     top = round(own.size * 1.8) if columns else 0
     count = max(map(len, rows))
     sheet = Image.new(
-        "RGB", (left + count * (width + gap) - gap, top + len(rows) * (height + gap) - gap), PAPER
+        "RGB",
+        (left + count * (width + gap) - gap, top + len(rows) * (height + gap) - gap),
+        tuple(ground.paper),
     )
-    pen = ImageDraw.Draw(sheet)
+    pen, ink = ImageDraw.Draw(sheet), tuple(ground.ink)
     for index, name in enumerate(columns):
-        pen.text((left + index * (width + gap) + width / 2, top / 2), name, INK, own, anchor="mm")
+        pen.text((left + index * (width + gap) + width / 2, top / 2), name, ink, own, anchor="mm")
     for row, images in enumerate(rows):
         y = top + row * (height + gap)
         if labels:
-            pen.text((left - 8, y + height / 2), labels[row], INK, own, anchor="rm")
+            pen.text((left - 8, y + height / 2), labels[row], ink, own, anchor="rm")
         for column, image in enumerate(images):
             sheet.paste(_fit(image, width, height), (left + column * (width + gap), y))
     return sheet
@@ -102,10 +129,10 @@ def overlay(image: NDArray[np.uint8], weights: NDArray[np.floating]) -> NDArray[
     return np.clip(0.35 * grey + 0.65 * tint * (0.4 + 0.6 * grey / 255), 0, 255).astype(np.uint8)
 
 
-def heat(weights: NDArray[np.floating], colour: Sequence[int]) -> NDArray[np.uint8]:
-    """One expert's weights (H, W) in [0, 1]: white is 0, the expert's colour is 1. -> (H, W, 3) uint8."""
-    full = np.asarray(colour, np.float32)
-    return (255 - (255 - full) * np.clip(weights, 0, 1)[..., None]).astype(np.uint8)
+def heat(weights: NDArray[np.floating], colour: Colour, ground: Ground = LIGHT) -> NDArray[np.uint8]:
+    """One expert's weights (H, W) in [0, 1]: ground is 0, the expert's colour 1. -> (H, W, 3) uint8."""
+    empty, full = np.asarray(ground.paper, np.float32), np.asarray(colour, np.float32)
+    return (empty - (empty - full) * np.clip(weights, 0, 1)[..., None]).astype(np.uint8)
 
 
 def picture(
@@ -113,10 +140,11 @@ def picture(
     maps: Sequence[dict[str, Tensor]],
     experts: Sequence[str],
     timesteps: Sequence[float],
+    ground: Ground = LIGHT,
 ) -> Image.Image:
     """Draw one image's weights: a row per expert, a column per shown step, the last over the whole image.
 
-    maps: of this image, by pass and stage, (N, h, w).
+    maps: of this image, by pass and stage, (N, h, w); ground: what it is drawn on.
     """
     side = image.shape[:2]
     shown = np.linspace(0, len(maps) - 1, min(5, len(maps))).round().astype(int)
@@ -126,7 +154,7 @@ def picture(
     ]
     rows = []
     for index in range(len(experts)):
-        rows.append([heat(over_steps[step][index], colour_of(index)) for step in shown])
+        rows.append([heat(over_steps[step][index], colour_of(index), ground) for step in shown])
     mean = np.mean(over_steps, axis=0)
     rows[0] += [image]
     if len(rows) > 1:
@@ -137,6 +165,7 @@ def picture(
         columns=columns,
         labels=[f"{name} {mean[index].mean():.2f}" for index, name in enumerate(experts)],
         side=max(128, side[1]),
+        ground=ground,
     )
 
 
@@ -190,24 +219,26 @@ def wrapped(words: str, size: int, width: float, lines: int = 3) -> list[str]:
 
 
 class Canvas:
-    """A white page to draw on."""
+    """A page to draw on."""
 
-    def __init__(self, width: float, height: float) -> None:
-        self.image = Image.new("RGB", (round(width), round(height)), PAPER)
+    def __init__(self, width: float, height: float, ground: Ground = LIGHT) -> None:
+        self.ground = ground
+        self.image = Image.new("RGB", (round(width), round(height)), tuple(ground.paper))
         self.pen = ImageDraw.Draw(self.image)
 
     def text(
-        self, x: float, y: float, words: str, size: int = 14, colour: Colour = INK, anchor: str = "la"
+        self, x: float, y: float, words: str, size: int = 14, muted: bool = False, anchor: str = "la"
     ) -> None:
         """Write words at a place; anchor: as Pillow's."""
-        self.pen.text((x, y), words, tuple(colour), font(size), anchor=anchor)
+        colour = tuple(self.ground.muted if muted else self.ground.ink)
+        self.pen.text((x, y), words, colour, font(size), anchor=anchor)
 
     def lines(
-        self, x: float, y: float, lines: Sequence[str], step: int, size: int, colour: Colour = INK
+        self, x: float, y: float, lines: Sequence[str], step: int, size: int, muted: bool = False
     ) -> None:
         """Write lines of text; step: pixels from one line to the next."""
         for place, line in enumerate(lines):
-            self.text(x, y + step * place, line, size, colour)
+            self.text(x, y + step * place, line, size, muted)
 
     def picture(
         self, x: float, y: float, pixels: NDArray[np.uint8], width: int, height: int | None = None
@@ -221,7 +252,7 @@ class Canvas:
 
     def frame(self, x: float, y: float, width: float, height: float) -> None:
         """A thin line around."""
-        self.pen.rectangle((x - 1, y - 1, x + width, y + height), outline=LINE)
+        self.pen.rectangle((x - 1, y - 1, x + width, y + height), outline=tuple(self.ground.line))
 
     def block(self, x: float, y: float, width: float, height: float, colour: Colour) -> None:
         """A filled rectangle; nothing if it is narrower than half a pixel."""
@@ -230,4 +261,4 @@ class Canvas:
 
     def rule(self, x: float, y: float, width: float) -> None:
         """A horizontal line."""
-        self.pen.line((x, y, x + width, y), fill=LINE)
+        self.pen.line((x, y, x + width, y), fill=tuple(self.ground.line))

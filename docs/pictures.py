@@ -24,9 +24,7 @@ def demo_pictures(folder: str) -> None:
     settings = DemoSettings(output=folder)
     outcome = demonstrate(settings)
     Image.fromarray(sheet(outcome, 4)).save(TARGET / "sheet.png", optimize=True)
-    Image.fromarray(weight_pictures(settings, outcome.captions)[0]).save(
-        TARGET / "weights.png", optimize=True
-    )
+    weight_pictures(settings, outcome.captions)[0][0].save(TARGET / "weights.png", optimize=True)
     print(f"sheet.png and weights.png in {TARGET}: {outcome.captions[0]}")
 
 

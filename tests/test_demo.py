@@ -131,7 +131,7 @@ def test_demo_ends_with_a_table_and_a_page_that_needs_nothing(tmp_path, capsys):
         assert method in said
     assert "n = 4 scenes" in said and "On 4 mixed scenes AFA is" in said
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/webp;base64,") == 4 * 7 + 2 * 2 and "http" not in page.replace("http-equiv", "")
     before = (tmp_path / "demo" / "ensemble" / "afa.json").stat().st_mtime_ns
     assert main([*arguments, "--json"]) == 0  # everything is there: only scored and reported again
     assert (tmp_path / "demo" / "ensemble" / "afa.json").stat().st_mtime_ns == before

@@ -17,7 +17,8 @@ from afa.evaluation.compare import Analysis, analyse
 from afa.evaluation.report.files import HEADERS, as_csv, as_markdown, as_text
 from afa.evaluation.report.page import as_html, extreme_cases, shown_items, thumbnail
 from afa.evaluation.results import Results
-from afa.pages.charts import LETTER, LINE, Box, place_labels, scale, ticks
+from afa.pages.charts import scale, ticks
+from afa.pages.labels import LETTER, LINE, Box, place_labels
 from afa.pages.numbers import MINUS, decimals, durations, number
 from afa.pages.tables import Shown, Table, TableRow
 from afa.stats import Estimate

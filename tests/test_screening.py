@@ -265,12 +265,31 @@ class TestVerdict:
     def test_experts_that_complete_each_other_are_ensembled(self):
         found = judge(GOOD)
         assert found.action == ENSEMBLE
-        assert found.headline == "Ensemble a, b and c."
+        assert found.headline == "Yes: combining a, b and c should pay."
         assert "raises it by 10.0 % [9.5, 10.5] (n = 64)" in found.reasons[-1]
+
+    def test_the_answer_is_yes_only_where_every_interval_says_so(self):
+        assert judge(GOOD).sure
+        for changed in (
+            {"afa": Forecast(0.15, 0.009, 0.29, 12)},  # may gain less than it is worth
+            {"average": about(0.1)},  # merging may gain as much
+            {"average": None},  # nobody knows what merging gains
+            {"room": Estimate(0.2, 0.1, 0.3, 5)},  # too few images for any claim
+            {"room": Estimate(0.2, -0.01, 0.4, 64)},
+        ):
+            found = judge(dataclasses.replace(GOOD, **changed))
+            assert found.action == ENSEMBLE and not found.sure and found.headline.startswith("Undecided: "), changed
+        one = dataclasses.replace(GOOD, afa=Forecast(0.002, 0, 0.009, 12), average=about(-0.1), enough=1)
+        assert judge(one).headline == "No: use a alone."
+
+    def test_an_expert_is_dropped_only_where_its_interval_ends_below_what_is_worth_it(self):
+        for lost, doubted in ((Estimate(0.005, 0, 0.0099, 64), ()), (Estimate(0.005, 0, 0.01, 64), ("c",))):
+            found = judge(dataclasses.replace(GOOD, lost=GOOD.lost | {"c": lost}, enough=2))
+            assert found.doubted == doubted and ("drop c" in found.headline) == (not doubted)
 
     def test_a_duplicate_is_dropped_with_the_reason(self):
         found = judge(dataclasses.replace(GOOD, same={"c": "b"}, enough=2))
-        assert found.headline == "Ensemble a and b."
+        assert found.headline == "Yes: combining a and b should pay; drop c."
         assert found.dropped == {"c": "it is b but for rounding"}
 
     def test_an_expert_that_adds_less_than_it_is_worth_is_dropped(self):
@@ -294,11 +313,11 @@ class TestVerdict:
         """A set of near experts, each winning a third of all places: AFA lowered the loss by 6.0 %, and drew worse than the merge."""
         room, average = Estimate(0.077, 0.067, 0.083, 64), about(0.0197)
         found = judge(dataclasses.replace(GOOD, room=room, average=average, afa=forecast("afa", room.value, average)))
-        assert found.headline == "Merging will do: a, b and c."
+        assert found.headline.startswith("Merge a, b and c, at the price of one model; whether an ensemble adds 1 % is undecided")
 
     def test_without_head_room_one_is_enough_unless_the_average_helps(self):
         poor = dataclasses.replace(GOOD, room=about(0.003), afa=Forecast(0.002, 0, 0.01, 12), enough=1)
-        assert judge(dataclasses.replace(poor, average=about(-0.01))).headline == "One is enough: a."
+        assert judge(dataclasses.replace(poor, average=about(-0.01))).headline == "Use a alone; whether combining gains 1 % is undecided; drop b and c."
         assert judge(dataclasses.replace(poor, average=about(0.02))).action == MERGE
         assert judge(dataclasses.replace(poor, average=None)).action == ONE
 

@@ -13,10 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from afa.checkpoint.manifest import read_manifest
+from afa.demo.data import EXPERTS
 from afa.demo.run import SHOWN, Outcome
-from afa.pages.page import data_uri, render
+from afa.evaluation.columns import Comparison
+from afa.pages.advice import WORDS, Advice, for_demonstration
+from afa.pages.page import Advised, Drawn, data_uri, render
 from afa.pages.tables import Cell, Shown, Table, TableRow
 from afa.pictures import grid
+from afa.seeds import nth_seed
+from afa.significance import difference_tests, holm
 from afa.stats import Estimate, estimate, least_items
 
 PARTS = {
@@ -65,25 +70,46 @@ def _shown(found: Estimate, digits: int = 3) -> Cell:
     return Shown(found, digits=digits)
 
 
-def sentence(outcome: Outcome) -> str:
-    """What won, as far as the paired interval allows it."""
+def comparisons(outcome: Outcome) -> dict[str, Comparison]:
+    """AFA against the best expert and every other way to combine them, in words; corrected together."""
     best, n = outcome.best_single.name, len(outcome.captions)
-    clauses = []
-    for other, what in {best: f"the best single expert ({best})", **OTHERS}.items():
-        lead = outcome.lead("AFA", other)
-        verdict = {"higher than": "better than", "lower than": "worse than"}.get(lead.verdict, lead.verdict)
-        clauses.append(f"{verdict} {what} ({lead.words(3, signed=True)})")
-    few = f" A verdict needs at least {least_items()} scenes." if n < least_items() else ""
+    others = {f"the best single expert ({best})": best, **{what: name for name, what in OTHERS.items()}}
+    scores = {row.name: row.scores["attributes"] for row in outcome.rows}
+    tests = difference_tests([(scores["AFA"] - scores[name])[None] for name in others.values()])
+    return {
+        what: Comparison(
+            "AFA", name, outcome.lead("AFA", name), True, p, None, corrected, n, least_items(len(others))
+        )
+        for (what, name), p, corrected in zip(others.items(), tests, holm(tests), strict=True)
+    }
+
+
+def sentence(outcome: Outcome) -> str:
+    """What won, as far as the paired interval and the corrected test allow it."""
+    found, n = comparisons(outcome), len(outcome.captions)
+    clauses = [
+        f"{WORDS[one.verdict]} {what} ({one.difference.words(3, signed=True)})" for what, one in found.items()
+    ]
+    least = least_items(len(found))
+    few = f" A verdict needs at least {least} scenes." if n < least else ""
     return (
         f"On {n} mixed scenes AFA is {'; '.join(clauses)}. Attribute accuracy, paired by scene, 95 %"
-        f" bootstrap intervals, one training seed: other seeds would spread further.{few}"
+        f" bootstrap intervals, {len(found)} comparisons corrected after Holm, one training seed: other seeds"
+        f" would spread further.{few}"
     )
+
+
+def advice(outcome: Outcome) -> Advice:
+    """What the reader has just seen."""
+    value = next(row for row in outcome.rows if row.name == "AFA").value("attributes")
+    found = [(what, one.verdict) for what, one in comparisons(outcome).items()]
+    return for_demonstration(value, len(EXPERTS), len(outcome.rows), found)
 
 
 def as_text(outcome: Outcome) -> str:
     """For the terminal."""
     tables = f"{table(outcome).text()}\n\n{parts(outcome).text()}"
-    return f"{tables}\n\nn = {len(outcome.captions)} scenes\n{sentence(outcome)}"
+    return f"{tables}\n\nn = {len(outcome.captions)} scenes\n{advice(outcome)}\n{sentence(outcome)}"
 
 
 def as_json(outcome: Outcome) -> str:
@@ -113,24 +139,42 @@ def sheet(outcome: Outcome, count: int = SHOWN) -> NDArray[np.uint8]:
     return np.asarray(grid(rows, columns=[row.name for row in outcome.rows], side=128))
 
 
-def write_report(outcome: Outcome, weight_maps: Sequence[NDArray[np.uint8]], file: Path) -> None:
-    """One HTML file that needs nothing else."""
-    maps = zip(outcome.captions, map(_embedded, weight_maps), strict=False)
+def write_report(outcome: Outcome, weight_maps: Sequence[Sequence[Image.Image]], file: Path) -> None:
+    """One HTML file that needs nothing else. weight_maps: as weight_pictures() makes them."""
+    maps = [Drawn(_embedded(light), _embedded(dark)) for light, dark in weight_maps]
+    settings = outcome.settings
     page = render(
         "demo.html",
         heading="Three experts, and every way here to combine them",
-        sentence=sentence(outcome),
+        advice=Advised(advice(outcome), [(sentence(outcome), ())]),
+        command="afa demo",
+        facts=f"{len(outcome.captions)} scenes, {len(outcome.rows)} methods, {settings.steps} steps,"
+        f" guidance {settings.guidance:g}, seed {settings.seed}",
+        docs="README.md",
         scenes=len(outcome.captions),
-        table=table(outcome),
+        accuracy=table(outcome),
         parts=parts(outcome),
         best=outcome.best_single.name,
-        settings=outcome.settings,
-        captions=outcome.captions[:SHOWN],
-        sheet=_embedded(sheet(outcome)),
-        maps=list(maps),
-        trainings=_trainings(Path(outcome.settings.output)),
+        settings=settings,
+        sheet=_images(outcome),
+        maps=list(zip(outcome.captions, maps, strict=False)),
+        trainings=_trainings(Path(settings.output)),
     )
     file.write_text(page)
+
+
+def _images(outcome: Outcome) -> dict[str, Any]:
+    """The first scenes for the macro `image_sheet`: a row each, a column per method."""
+    methods = [{"title": row.name, "group": ""} for row in outcome.rows]
+    rows = []
+    for place, images in enumerate(zip(*(row.images(SHOWN) for row in outcome.rows), strict=True)):
+        caption, seed = outcome.captions[place], nth_seed(outcome.settings.seed, place)
+        pictures = [
+            {"uri": _embedded(Image.fromarray(image)), "words": f"{row.name}: {caption}"}
+            for row, image in zip(outcome.rows, images, strict=True)
+        ]
+        rows.append(({"caption": caption, "seed": seed}, pictures))
+    return {"methods": methods, "rows": rows}
 
 
 def _trainings(output: Path) -> list[tuple[str, dict[str, Any], Table]]:
@@ -148,5 +192,5 @@ def _trainings(output: Path) -> list[tuple[str, dict[str, Any], Table]]:
     return found
 
 
-def _embedded(pixels: NDArray[np.uint8]) -> str:
-    return data_uri(Image.fromarray(pixels), "png", optimize=True)
+def _embedded(picture: Image.Image) -> str:
+    return data_uri(picture, "webp", lossless=True, method=4)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from afa.demo.data import BASE, EXPERTS, TRAINING
 from afa.demo.draw import draw
@@ -18,7 +19,7 @@ from afa.evaluation.settings import EvaluateSettings
 from afa.files import locked
 from afa.fingerprint import claim, fingerprint
 from afa.images import read_pixels
-from afa.pictures import conditional, picture
+from afa.pictures import DARK, LIGHT, conditional, picture
 from afa.sampling.sample import Request, Sampling, sample
 from afa.seeds import nth_seed
 from afa.stats import Estimate, difference, estimate
@@ -147,8 +148,8 @@ def demonstrate(settings: DemoSettings) -> Outcome:
     return Outcome(settings, [item.caption for item in results.items], rows)
 
 
-def weight_pictures(settings: DemoSettings, captions: list[str]) -> list[NDArray[np.uint8]]:
-    """Weight maps over steps of the first images, as pictures (H, W, 3)."""
+def weight_pictures(settings: DemoSettings, captions: list[str]) -> list[list[Image.Image]]:
+    """Weight maps over steps of the first images, each on a light and on a dark ground."""
     ensemble = Ensemble.load(Path(settings.output) / "ensemble")
     pipeline = ensemble.pipeline()
     pipeline.set_progress_bar_config(disable=True)
@@ -163,6 +164,6 @@ def weight_pictures(settings: DemoSettings, captions: list[str]) -> list[NDArray
         for index in range(len(images))
     ]
     return [
-        np.asarray(picture(image, maps_of, maps.experts, maps.timesteps))
+        [picture(image, maps_of, maps.experts, maps.timesteps, ground) for ground in (LIGHT, DARK)]
         for image, maps_of in zip(images, own, strict=True)
     ]

@@ -1,10 +1,12 @@
 """explain.html: one page with everything, without scripts or other files."""
 
 import base64
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
@@ -13,15 +15,17 @@ from afa.explanation.explanation import ExplainedImage
 from afa.explanation.shares import estimates
 from afa.explanation.summary import WordMean, word_means
 from afa.images import read_pixels
+from afa.pages.advice import Advice, for_explanation
 from afa.pages.numbers import DASH, plural, with_interval
-from afa.pages.page import data_uri, render
+from afa.pages.page import Advised, Drawn, data_uri, render
 from afa.pages.tables import Shown, Table, TableRow
-from afa.pictures import COLOURS
+from afa.pictures import COLOURS, DARK
 from afa.stats import Estimate
 from afa.training.measure import BANDS
 
 BAND_NAMES = ("least noise", "less noise", "more noise", "most noise")
 MOST_WORDS = 40
+TELLING = ("equal", "frozen", "swapped")  # counterfactuals that say whether weights matter, the best first
 PICTURES = {
     "sheet.png": "Who weighs where",
     "strip.webp": "Step by step",
@@ -47,7 +51,10 @@ def as_html(
     return render(
         "explanation.html",
         heading=f"Why these images look as they do: {plural(images, 'image')} by {', '.join(unused.experts)}",
+        advice=Advised(advice(entries, unused)),
+        command="afa explain",
         facts=facts,
+        docs="docs/explain.md",
         over=f"n = {plural(images, 'image')}; {around}.",
         shares=_shares(entries, unused),
         words=_words(words, unused) if words else None,
@@ -60,6 +67,23 @@ def as_html(
         skipped=None if skipped is None else with_interval(_estimate(skipped), 2),
         images=[_image(folder, entry) for entry in entries],
     )
+
+
+def advice(entries: Sequence[ExplainedImage], unused: Unused) -> Advice:
+    """Return whether the weights matter, who leads where, and who is not used."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a band without a pass has no mean
+        shares = np.nanmean([entry.shares for entry in entries], axis=2)
+    nowhere = [
+        name for name, cells in zip(unused.experts, unused.counts, strict=True) if cells == unused.total
+    ]
+    made = [(one["kind"], place) for place, one in enumerate(entries[0].facts["counterfactuals"])]
+    place = next((place for wanted in TELLING for kind, place in made if kind == wanted), None)
+    changed = None
+    if place is not None:
+        changes = [entry.facts["counterfactuals"][place] for entry in entries]
+        changed = changes[0]["title"], np.asarray([one["rmse"] for one in changes])
+    return for_explanation(unused.experts, entries[0].facts["shares"]["groups"], shares, nowhere, changed)
 
 
 def _shares(entries: Sequence[ExplainedImage], unused: Unused) -> Table:
@@ -109,7 +133,18 @@ def _image(folder: Path, entry: ExplainedImage) -> dict[str, Any]:
     }
 
 
-def picture(path: Path) -> str:
+def dark_twin(path: Path) -> Path:
+    """Return the place of the same picture on a dark ground."""
+    return path.with_suffix(f"{DARK.suffix}{path.suffix}")
+
+
+def picture(path: Path) -> Drawn:
+    """Return a picture for the page, with its dark twin if there is one (older folders have none)."""
+    dark = dark_twin(path)
+    return Drawn(_embedded(path), _embedded(dark) if dark.is_file() else "")
+
+
+def _embedded(path: Path) -> str:
     """Return a picture as a data URI, as WebP, which is a third as large as PNG."""
     if path.suffix == ".webp":  # animated: as it is
         return f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode()}"

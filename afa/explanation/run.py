@@ -34,13 +34,14 @@ from afa.explanation.explanation import (
     write_arrays,
     write_facts,
 )
-from afa.explanation.page import as_html
+from afa.explanation.page import as_html, dark_twin
 from afa.explanation.pictures import contact, save_strip, sheet, words
 from afa.explanation.settings import ExplainSettings
 from afa.explanation.summary import as_json
 from afa.files import locked, replacing, settled, write_atomically
 from afa.fingerprint import check_claim, claim, saved_fingerprint
 from afa.images import read_made, read_pixels
+from afa.pictures import DARK, LIGHT
 from afa.places import public_place
 from afa.prompts import asked_prompts, warn_of_prompts
 from afa.sampling.sample import Request, Sampling, in_frame, sample
@@ -109,7 +110,9 @@ def run(settings: ExplainSettings) -> dict[str, Any]:
         }
         found = as_json(asked | drawn, entries, unused, _skipped(job, unused, entries))
         means = np.mean([entry.means for entry in entries], axis=0)
-        _save_png(chart(unused, means, entries[0].timesteps, len(entries)), output / CHART)
+        for ground in (LIGHT, DARK):
+            drawn_chart = chart(unused, means, entries[0].timesteps, len(entries), ground)
+            _save_png(drawn_chart, dark_twin(output / CHART) if ground is DARK else output / CHART)
         write_atomically(output / RESULTS, json.dumps(found, indent=1, ensure_ascii=False))
         write_atomically(output / PAGE, as_html(output, entries, unused, found, job.facts))
     return found
@@ -157,19 +160,23 @@ def _explain(job: ExplainRun) -> None:
 def _save(job: ExplainRun, stem: str, found: Explanation) -> None:
     """Write pictures and arrays, then the .json with their hashes."""
     recording, others = found.recording, found.counterfactuals
-    drawn = {
-        "png": Image.fromarray(recording.image),
-        "sheet.png": sheet(recording, f"seed {found.request.seed}, {job.facts}"),
-        "words.png": words(recording, found.causes),
-        "counterfactuals.png": contact(recording.prompt, recording.image, others) if others else None,
-    }
-    pictures = {f"{stem}.{suffix}": picture for suffix, picture in drawn.items() if picture is not None}
-    for name, picture in pictures.items():
-        _save_png(picture, job.output / name)
-    with replacing(job.output / f"{stem}.strip.webp") as temporary:
-        save_strip(recording, temporary)
+    names = [f"{stem}.png", f"{stem}.npz"]
+    _save_png(Image.fromarray(recording.image), job.output / names[0])
+    for ground in (LIGHT, DARK):
+        drawn = {
+            "sheet": sheet(recording, f"seed {found.request.seed}, {job.facts}", ground),
+            "words": words(recording, found.causes, ground),
+            "counterfactuals": contact(recording.prompt, recording.image, others, ground) if others else None,
+        }
+        for part, picture in drawn.items():
+            if picture is not None:
+                names.append(f"{stem}.{part}{ground.suffix}.png")
+                _save_png(picture, job.output / names[-1])
+        names.append(f"{stem}.strip{ground.suffix}.webp")
+        with replacing(job.output / names[-1]) as temporary:
+            save_strip(recording, temporary, ground)
     write_arrays(recording, job.output / f"{stem}.npz")
-    write_facts(job.output, stem, found, [*pictures, f"{stem}.strip.webp", f"{stem}.npz"])
+    write_facts(job.output, stem, found, names)
 
 
 def _save_png(picture: Image.Image, path: Path) -> None:

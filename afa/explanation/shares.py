@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from afa.explanation.recording import Recording
-from afa.pictures import mean_over_stages, overlay
+from afa.pictures import LIGHT, Ground, mean_over_stages, overlay
 from afa.stats import Estimate, estimate
 from afa.training.measure import BANDS, GROUPS
 
@@ -157,10 +157,13 @@ def resized(places: NDArray[np.floating], side: tuple[int, int]) -> NDArray[np.f
     return array
 
 
-def spotlight(image: NDArray[np.uint8], places: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Fade the image to white where `places` (h, w) is small, over the range of that map: (H, W, 3) uint8."""
+def spotlight(
+    image: NDArray[np.uint8], places: NDArray[np.floating], ground: Ground = LIGHT
+) -> NDArray[np.uint8]:
+    """Fade the image to the ground where `places` (h, w) is small, over that map's range: (H, W, 3) uint8."""
     height, width = image.shape[:2]
     light = resized(places, (height, width))
     low, high = float(light.min()), float(light.max())
     light = 0.08 + 0.92 * ((light - low) / (high - low) if high > low else np.ones_like(light))
-    return (255 - light[..., None] * (255 - image.astype(np.float32))).round().astype(np.uint8)
+    paper = np.asarray(ground.paper, np.float32)
+    return (paper - light[..., None] * (paper - image.astype(np.float32))).round().astype(np.uint8)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
+from afa.pages.labels import LETTER, Box, place_labels, shortened, stacked, thinned, width_of
 from afa.pages.numbers import MINUS, decimals, probability, with_interval
 from afa.pages.tables import Cell, Shown, Table, TableRow
 
@@ -32,12 +33,11 @@ SHAPES = {
 }
 # Whose labels of a scatter are placed first.
 FIRST = ("ours", "expert", "control", "merge", "sampling", "bound")
+TICK = 14  # letters under an axis
+MARKED = 30  # points of a line, above which marks are smaller
 APART = 5.0  # pixels between lines at one place, so that their intervals can be told apart
-LETTER, LINE, NEAR = 6.6, 14.0, 9.0  # pixels: width of a letter, height of a line, from a point to its label
 ROW = 26  # pixels: height of a row of a forest, as style.css has it
-# Where a label may stand, from its point, the best first: beside it, further up or down, further out.
-HEIGHTS = (0, *(sign * step for step in range(7, 92, 7) for sign in (-1, 1)))
-STEPS = [(out, up) for out in (0, 22, 48, 80) for up in HEIGHTS]
+COLUMN = (250, 130)  # pixels: least width of its drawn column, and on a phone, as style.css has it
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,10 @@ def line(x1: float | str, y1: float | str, x2: float | str, y2: float | str, kin
     return f'<line x1="{_at(x1)}" y1="{_at(y1)}" x2="{_at(x2)}" y2="{_at(y2)}" class="{kind}"/>'
 
 
-def mark(x: float, y: float, group: str, tip: str) -> str:
-    """The shape of a group in its colour. tip: text under the pointer."""
-    place = f'<g transform="translate({_at(x)} {_at(y)})" class="mark {group}">'
+def mark(x: float, y: float, group: str, tip: str, size: float = 1) -> str:
+    """The shape of a group in its colour. tip: text under the pointer; size: a factor."""
+    sized = "" if size == 1 else f" scale({size:.2f})"
+    place = f'<g transform="translate({_at(x)} {_at(y)}){sized}" class="mark {group}">'
     return f"{place}<title>{escape(tip)}</title>{SHAPES[group]}</g>"
 
 
@@ -138,7 +139,7 @@ class Field:
     def frame(
         self, upwards: Scale, across: Mapping[float, str], names: tuple[str, str], count: int, lines: bool
     ) -> list[str]:
-        """Grid, ticks and the names of the axes.
+        """Grid, ticks as far as there is room for them, and the names of the axes.
 
         upwards: scale of the values
         across:  x of each tick -> its text
@@ -146,16 +147,18 @@ class Field:
         count:   about how many ticks upwards
         lines:   whether ticks across have grid lines
         """
-        parts = []
-        for x, words in across.items():
-            parts += [line(x, self.top, x, self.bottom, "grid")] if lines else []
+        parts = [line(x, self.top, x, self.bottom, "grid") for x in across] if lines else []
+        for x, words in thinned({x: shortened(words, TICK) for x, words in across.items()}).items():
             parts.append(text(x, self.bottom + 18, words, "tick", "middle"))
         for tick in ticks(upwards, count):
             y = upwards(tick)
             parts.append(line(self.left, y, self.right, y, "grid"))
             parts.append(text(self.left - 8, y + 4, tick_label(tick), "tick", "end"))
-        parts.append(text(self.right, self.bottom + 38, names[0], "axis", "end"))
-        return [*parts, text(self.left, self.bottom + 38, f"upwards: {names[1]}", "axis")]
+        most = int((self.right - self.left) / LETTER)
+        right, left = (shortened(name, most) for name in (names[0], f"upwards: {names[1]}"))
+        parts.append(text(self.right, self.bottom + 38, right, "axis", "end"))
+        together = width_of(right) + width_of(left) < self.right - self.left
+        return [*parts, text(self.left, self.bottom + 38 if together else self.top - 4, left, "axis")]
 
 
 # --- curves: a line a method, an interval a point ---
@@ -209,6 +212,7 @@ def curves(
     ends += [*((level[1].low, level[1].high) if level else ()), *((0.0,) if zero else ())]
     upwards = scale(ends, field.bottom, field.top)
     axis = {across(x): words for x, words in places.items()}
+    widest = max(len(one.points) for one in lines)
     parts = field.frame(upwards, axis, (x_words, y_words), 5, lines=False)
     names = [(upwards(one.points[-1].value), one.name, one.group) for one in lines]
     if level is not None:
@@ -222,8 +226,9 @@ def curves(
         for (x, y), point in zip(at, one.points, strict=True):
             if point.high > point.low:
                 parts.append(line(x, upwards(point.low), x, upwards(point.high), f"whisker {one.group}"))
-            parts.append(mark(x, y, one.group, point.tip))
-    return drawing(field.width, field.height, [*parts, *_beside(field, names)], description)
+            parts.append(mark(x, y, one.group, point.tip, min(1, MARKED / widest)))
+    beside, width, height = _beside(field, names)
+    return drawing(width, height, [*parts, *beside], description)
 
 
 def _band(field: Field, low: float, middle: float, high: float) -> list[str]:
@@ -233,14 +238,18 @@ def _band(field: Field, low: float, middle: float, high: float) -> list[str]:
     return [band, line(field.left, middle, field.right, middle, "reference")]
 
 
-def _beside(field: Field, names: Sequence[tuple[float, str, str]]) -> list[str]:
-    """Names of lines right of the field, moved apart so that none covers another: (y, name, group) each."""
-    parts, lowest = [], field.top - LINE
-    for y, name, group in sorted(names):
-        lowest = max(y, lowest + LINE + 1)
-        parts.append(line(field.right + 2, y, field.right + 14, lowest, "leader"))
-        parts.append(text(field.right + 18, lowest + 4, name, f"label {group}"))
-    return parts
+def _beside(field: Field, names: Sequence[tuple[float, str, str]]) -> tuple[list[str], float, float]:
+    """Names of lines right of the field, apart: (y, name, group) each.
+
+    Returns them, and the width and height that the drawing needs for them.
+    """
+    parts, names = [], sorted((y, shortened(name), group) for y, name, group in names)
+    heights = stacked([y for y, _, _ in names], field.top, field.bottom)
+    for (y, name, group), height in zip(names, heights, strict=True):
+        parts.append(line(field.right + 2, y, field.right + 14, height, "leader"))
+        parts.append(text(field.right + 18, height + 4, name, f"label {group}"))
+    width = max(width_of(name) for _, name, _ in names) + field.right + 24
+    return parts, max(field.width, width), max(field.height, heights[-1] + 10)
 
 
 # --- scatter: quality against cost ---
@@ -271,7 +280,7 @@ def scatter(found: Sequence[Spot], unit: str, quality: str, description: str) ->
     for spot in found:
         x, y = across(spot.cost), upwards(spot.quality.value)
         low, high = upwards(spot.quality.low), upwards(spot.quality.high)
-        points.append((x, y, spot.title))
+        points.append((x, y, shortened(spot.title)))
         bars.append(Box(x - 2, high, x + 2, low))
         parts.append(line(x, low, x, high, f"whisker faint {spot.group}"))
         if spot.spread is not None and spot.spread.low > 0:
@@ -286,71 +295,6 @@ def scatter(found: Sequence[Spot], unit: str, quality: str, description: str) ->
         parts.append(mark(x, y, spot.group, f"{words}: {tick_label(round(spot.cost, 4))} {unit}, {value}"))
         parts.append(text(label.x, label.y, words, f"label {spot.group}", label.anchor))
     return drawing(field.width, field.height, parts, description)
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle of the drawing."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    def overlap(self, other: "Box") -> float:
-        """The area that two boxes share."""
-        width = min(self.right, other.right) - max(self.left, other.left)
-        height = min(self.bottom, other.bottom) - max(self.top, other.top)
-        return max(0.0, width) * max(0.0, height)
-
-
-@dataclass(frozen=True)
-class Label:
-    """A placed label. x, y: of its text's beginning or end; far: whether it needs a line to its point."""
-
-    x: float
-    y: float
-    anchor: str
-    far: bool
-    box: Box
-
-
-Words = tuple[float, float, str]  # x, y and what stands there
-
-
-def place_labels(points: Sequence[Words], obstacles: Sequence[Box], field: Box) -> list[Label]:
-    """Place a label for each point; the first ones get the best places.
-
-    points:    x, y and text
-    obstacles: what labels should not cover, such as intervals
-    field:     where labels may be
-    A label covers no other label and no point as long as there is room.
-    """
-    marks = [Box(x - 6, y - 6, x + 6, y + 6) for x, y, _ in points]
-    placed: list[Label] = []
-
-    def cost(label: Label, step: int) -> float:
-        """How bad a place is: other labels and the border most, then points, intervals, distance."""
-        box = label.box
-        outside = (box.right - box.left) * (box.bottom - box.top) - box.overlap(field)
-        labels = sum(box.overlap(other.box) for other in placed)
-        over = 30 * sum(map(box.overlap, marks)) + 2 * sum(map(box.overlap, obstacles))
-        return 1000 * (outside + labels) + over + 1.5 * step
-
-    for x, y, words in points:
-        candidates = []
-        for (out, up), side in ((place, side) for place in STEPS for side in (1, -1)):
-            width, near = LETTER * len(words), x + side * (NEAR + out)
-            left, right = (near, near + width) if side > 0 else (near - width, near)
-            box = Box(left, y + up - LINE / 2, right, y + up + LINE / 2)
-            anchor, far = "start" if side > 0 else "end", bool(out) or abs(up) > 7
-            candidates.append(Label(near, y + up + 4, anchor, far, box))
-        costs = [cost(label, step) for step, label in enumerate(candidates)]
-        placed.append(candidates[min(range(len(costs)), key=costs.__getitem__)])
-    return placed
-
-
-# --- forest: differences with their intervals, one under the other ---
 
 
 @dataclass(frozen=True)
@@ -388,7 +332,15 @@ def forest(entries: Sequence[ForestEntry], higher_is_better: bool) -> Table:
         cells: list[Cell] = [entry.title, _as_wide(ROW, drawn), shown]
         cells += [None if entry.p is None else probability(entry.p)] if corrected else []
         made.append(TableRow(cells, strong=entry.strong))
-    axis = "".join(text(place, "13", tick_label(tick), "tick", "middle") for tick, place in at.items())
+    # As many ticks as the column has room for, and on a phone.
+    room, phone = (
+        set(thinned({wide * across(tick) / 100: tick_label(tick) for tick in at}).values()) for wide in COLUMN
+    )
+    axis = "".join(
+        text(place, "13", words, "tick" if words in phone else "tick roomy", "middle")
+        for tick, place in at.items()
+        if (words := tick_label(tick)) in room
+    )
     made.append(TableRow(["", _as_wide(18, axis), None, *([None] if corrected else [])]))
     left, right = ("worse", "better") if higher_is_better else ("better", "worse")
     sides = Markup(f'<span class="sides"><span>← {left}</span><span>{right} →</span></span>')

@@ -9,17 +9,16 @@ from markupsafe import Markup
 
 from afa.pages.charts import (
     FIRST,
-    Box,
     Field,
     drawing,
     line,
     mark,
-    place_labels,
     scale,
     text,
     tick_label,
     ticks,
 )
+from afa.pages.labels import Box, place_labels, shortened
 
 if TYPE_CHECKING:
     from afa.stats import Estimate
@@ -80,7 +79,7 @@ def frontier_plot(lines: Sequence[FrontierLine], names: tuple[str, str], descrip
                 low, high = upwards(spot.quality.low), upwards(spot.quality.high)
                 parts.append(line(x, low, x, high, f"whisker faint {one.group}"))
             words = f"{one.title}, {spot.label}" if spot.own else spot.label
-            points.append((not spot.own, x, y, words, one.group))
+            points.append((not spot.own, x, y, shortened(words), one.group))
     points.sort(key=lambda point: point[0])  # the names of lines get the best places
     return drawing(PLOT.width, PLOT.height, [*parts, *marks, *_labels(points, obstacles)], description)
 

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from afa.pages.advice import UNKNOWN
 from afa.places import public_place
 from afa.screening.comparison import ExpertComparison
 from afa.screening.distances import SAME, Distances, stage_pairs
 from afa.screening.plan import ScreenPlan
 from afa.screening.predict import AnswerStore
-from afa.screening.verdict import UNKNOWN, WORTH, Evidence, Forecast, Verdict, forecast, judge, over
+from afa.screening.verdict import WORTH, Evidence, Forecast, Verdict, forecast, judge, over
 from afa.stats import Estimate, difference, estimate
 from afa.version import __version__
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from afa.files import write_atomically
 from afa.pages import charts
+from afa.pages.advice import Advice
 from afa.pages.numbers import number
-from afa.pages.page import render
+from afa.pages.page import Advised, render
 from afa.pages.tables import Shown, Table, TableRow, wrapped
 from afa.stats import Estimate
 
@@ -23,7 +24,6 @@ COLOURS = (
     "ours",
     "bound",
 )  # colour and shape of the pairs of experts
-CROWDED = 14  # stages, above which not every name is written
 
 
 def write(facts: Facts, output: str) -> None:
@@ -39,15 +39,18 @@ def as_html(facts: Facts) -> str:
     drawn = f"prompts of {facts['prompts']}, drawn by the experts"
     timesteps, draws, pixels = len(facts["timesteps"]), facts["draws"], facts["resolution"]
     probes = f"{timesteps} timesteps an image, {draws} noises each, {pixels} pixels"
+    verdict = facts["verdict"]
+    reasons = [(reason, ()) for reason in verdict["reasons"]]
+    dropped = [(f"without {name}", why) for name, why in verdict["dropped"].items()]
     return render(
         "screening.html",
         heading=f"Screening of {', '.join(expert['name'] for expert in facts['experts'])}",
-        asked=f"{facts['images']} {given if facts['data'] else drawn}; {probes}.",
-        verdict=facts["verdict"],
-        dropped=[(f"without {name}", why) for name, why in facts["verdict"]["dropped"].items()],
-        sections=[(name, title, chart(name, facts), table) for name, title, table in all_tables(facts)],
+        advice=Advised(Advice(verdict["headline"]), [*reasons, ("", dropped)]),
+        command="afa screen",
+        facts=f"{facts['images']} {given if facts['data'] else drawn}; {probes}.",
+        docs="docs/screening.md",
+        parts=[(name, title, chart(name, facts), table) for name, title, table in all_tables(facts)],
         notes=notes(facts),
-        afa=facts["afa"],
     )
 
 
@@ -100,8 +103,7 @@ def chart(name: str, facts: Facts) -> str:
             for x, (value, tip) in enumerate(zip(values, tips, strict=True))
         ]
         curves.append(charts.Curve(title, colour, points))
-    every = -(-len(stages) // CROWDED)
-    words = {place: stage for place, stage in enumerate(stages) if place % every == 0}
+    words: dict[float, str] = dict(enumerate(stages))
     what = f"distance of {name}"
     described = f"{what} by stage for {', '.join(curve.name for curve in curves)}"
     return charts.curves(curves, words, "stage", what, described, field=charts.LOW, zero=True)

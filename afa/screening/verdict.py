@@ -12,6 +12,7 @@ from typing import Annotated, TypedDict
 
 import numpy as np
 
+from afa.pages.advice import ENSEMBLE, MERGE, ONE, for_screening
 from afa.pages.numbers import number
 from afa.schema import Within, build
 from afa.stats import Estimate
@@ -134,7 +135,6 @@ def over(gain: Forecast, other: float) -> Forecast:
 
 
 WORTH = 0.01  # a smaller gain is not worth a second model in memory
-ENSEMBLE, MERGE, ONE, UNKNOWN = "ensemble", "merge", "one", "unknown"
 
 
 @dataclass(frozen=True)
@@ -176,21 +176,21 @@ class Verdict:
     experts: names of the experts to use
     dropped: expert -> reason why it is not used
     reasons: sentences
+    sure:    whether the intervals, too, lie on the action's side of WORTH
+    doubted: those of `dropped` that may add as much as WORTH, as far as the interval says
     """
 
     action: str
     experts: tuple[str, ...]
     dropped: dict[str, str]
     reasons: tuple[str, ...]
+    sure: bool = False
+    doubted: tuple[str, ...] = ()
 
     @property
     def headline(self) -> str:
-        names = joined(self.experts)
-        if self.action == ENSEMBLE:
-            return f"Ensemble {names}."
-        if self.action == MERGE:
-            return f"Merging will do: {names}."
-        return f"One is enough: {names}." if self.action == ONE else "Without images there is no verdict."
+        drop = [name for name in self.dropped if name not in self.doubted]
+        return str(for_screening(self.action, self.experts, drop, self.doubted, self.sure, WORTH))
 
 
 def judge(evidence: Evidence) -> Verdict:
@@ -214,6 +214,7 @@ def judge(evidence: Evidence) -> Verdict:
     ]
     if evidence.afa.value < WORTH or len(kept) == 1:
         return _without_ensemble(evidence, dropped, reasons)
+    doubted = tuple(name for name in dropped if _may_add(name, evidence))
     if evidence.average is not None:
         if (
             evidence.average.excludes_zero
@@ -224,7 +225,7 @@ def judge(evidence: Evidence) -> Verdict:
                 f"The weight average lowers it by {share(evidence.average)}, at the price of one model; "
                 f"AFA is expected to lower it by {spread(evidence.afa)}."
             )
-            return Verdict(MERGE, tuple(kept), dropped, tuple(reasons))
+            return Verdict(MERGE, tuple(kept), dropped, tuple(reasons), _no_more(evidence), doubted)
         how = "lowers it by" if evidence.average.value >= 0 else "raises it by"
         reasons.append(
             f"The weight average {how} {share(evidence.average, absolute=True)};"
@@ -236,7 +237,27 @@ def judge(evidence: Evidence) -> Verdict:
             " fine-tunes of one base, AFA gains little beyond it, and this forecast is too high:"
             f" {spread(evidence.afa)}."
         )
-    return Verdict(ENSEMBLE, tuple(kept), dropped, tuple(reasons))
+    return Verdict(ENSEMBLE, tuple(kept), dropped, tuple(reasons), _surely_pays(evidence), doubted)
+
+
+def _surely_pays(evidence: Evidence) -> bool:
+    """Whether head-room is certain, and the forecast's interval is WORTH above what costs one model."""
+    average = evidence.average
+    if average is None or not evidence.room.excludes_zero:
+        return False
+    cheap = average.value if average.low > 0 else 0.0
+    return evidence.afa.low >= cheap + WORTH
+
+
+def _no_more(evidence: Evidence) -> bool:
+    """Whether the forecast's interval ends below what the best single model has, plus WORTH."""
+    average = evidence.average
+    return evidence.afa.high < (0.0 if average is None else max(0.0, average.value)) + WORTH
+
+
+def _may_add(name: str, evidence: Evidence) -> bool:
+    """Whether the interval of what an expert adds reaches WORTH; copies add nothing."""
+    return name not in evidence.same and name not in evidence.base and evidence.lost[name].high >= WORTH
 
 
 def _without_ensemble(evidence: Evidence, dropped: dict[str, str], reasons: list[str]) -> Verdict:
@@ -253,10 +274,12 @@ def _without_ensemble(evidence: Evidence, dropped: dict[str, str], reasons: list
             tuple(distinct),
             {name: why for name, why in dropped.items() if name in evidence.same},
             tuple(reasons),
+            _no_more(evidence),
         )
     reasons.append(f"Less than {100 * WORTH:g} % is not worth a second model.")
     rest = {name: why for name, why in dropped.items() if name != evidence.best}
-    return Verdict(ONE, (evidence.best,), rest, tuple(reasons))
+    copies = all(name in evidence.same or name in evidence.base for name in rest)
+    return Verdict(ONE, (evidence.best,), rest, tuple(reasons), copies or _no_more(evidence))
 
 
 def _adds_little(name: str, evidence: Evidence) -> str:
@@ -284,8 +307,3 @@ def spread(gain: Forecast) -> str:
     """Format a forecast with its interval and the number of sets it rests on."""
     shown = [number(100 * part, 0) for part in (gain.value, gain.low, gain.high)]
     return f"{shown[0]} % [{shown[1]}, {shown[2]}] (from {gain.sets} such sets of the embedded worlds)"
-
-
-def joined(names: Sequence[str]) -> str:
-    """Join names: a; a and b; a, b and c."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -20,7 +20,7 @@ from afa.evaluation.report.content import (
     training_table,
 )
 from afa.evaluation.report.frontier import frontier_headlines, frontier_title, gaps_table, points_table
-from afa.evaluation.report.headline import headlines, terms
+from afa.evaluation.report.headline import advice, headlines, terms
 from afa.evaluation.report.page import as_html
 from afa.evaluation.results import Method, Results
 from afa.files import locked, write_atomically
@@ -96,6 +96,7 @@ def as_text(one: Analysis) -> str:
     tables += [points_table(one, found) for found in one.frontiers]
     tables += [table for found in one.frontiers if (table := gaps_table(one, found)) is not None]
     parts = [f"{table.text()}\n\n{wrapped(table.note)}" for table in tables]
+    parts.append(wrapped(str(advice(one))))
     for found in [*headlines(one), *frontier_headlines(one)]:
         kinds = [wrapped(f"{kind}: {sentence}", "  ", "    ") for kind, sentence in found.kinds]
         parts.append("\n".join([wrapped(found.lead), *kinds]))
@@ -124,8 +125,10 @@ def as_markdown(several: Sequence[Analysis], names: Sequence[str]) -> str:
 
 def _sections(one: Analysis) -> Iterator[str]:
     """Yield the paragraphs and tables of one evaluation."""
+    found = advice(one)
+    yield f"**{markdown_words(found.sentence)}** {markdown_words(found.because)}".strip()
     for found in [*headlines(one), *frontier_headlines(one)]:
-        yield f"**{markdown_words(found.lead)}**"
+        yield markdown_words(found.lead)
         if found.kinds:
             yield "\n".join(f"* {kind}: {markdown_words(sentence)}" for kind, sentence in found.kinds)
     yield markdown_words(terms(one))

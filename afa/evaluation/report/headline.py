@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from afa.evaluation.columns import Column, Comparison
 from afa.evaluation.compare import EXPERT, OURS, RIVALS, Analysis
 from afa.evaluation.rows import STUDENTS
+from afa.pages.advice import WORDS, Advice, Candidate, for_comparison
 from afa.pages.numbers import decimals, number, plural, probability, with_interval
 from afa.pages.tables import GROUP_TITLES
 from afa.stats import LEVEL, SEVERAL, kept_share
-
-WORDS = {"better": "better than", "worse": "worse than", "undecided": "undecided against"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,32 @@ class Headline:
 def headlines(one: Analysis) -> list[Headline]:
     """Return one for every leading metric."""
     return [Headline(column.metric, _lead(one, column), _kinds(one, column)) for column in one.primary]
+
+
+def advice(one: Analysis) -> Advice:
+    """Return which method to use, and what that rests on.
+
+    It is about our method; without one, about the best single expert.
+    """
+    proposed = one.ours if one.ours in one.lead.values else one.lead.best
+    metric = one.lead.metric
+    if proposed is None:
+        return Advice(
+            f"Undecided: by {metric} there is neither our method nor a single expert to compare with."
+        )
+    roles = {one.lead.leader(one.group("merge")): "the best merge", one.lead.best: "the best single expert"}
+    found = []
+    for name in one.group(EXPERT, *RIVALS, OURS):
+        against = [column.against(proposed, name) for column in one.primary]
+        if against[0] is not None:
+            verdicts = [(comparison and comparison.verdict) or "undecided" for comparison in against]
+            of = verdicts, against[0].difference, one.seconds.get(name), roles.get(name, "")
+            found.append(Candidate(one.title(name), *of))
+    enough = f"; {plural(one.least, 'prompt')} are needed for that, here are {one.prompts}"
+    few = enough if one.prompts < one.least else ""
+    missing = len(one.group(EXPERT, *RIVALS, OURS)) - 1 - len(found)
+    lost = f"{plural(missing, 'method')} could not be compared." if missing else ""
+    return for_comparison(one.title(proposed), one.seconds.get(proposed), metric, found, few, lost)
 
 
 def terms(one: Analysis) -> str:

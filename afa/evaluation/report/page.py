@@ -25,13 +25,14 @@ from afa.evaluation.report.content import (
     training_table,
 )
 from afa.evaluation.report.frontier import frontier_headlines, frontier_part
-from afa.evaluation.report.headline import headlines, terms
+from afa.evaluation.report.headline import advice, headlines, terms
 from afa.evaluation.results import Item, Method, image_name, prompts_of
 from afa.images import open_image
 from afa.pages import charts
+from afa.pages.advice import Advice
 from afa.pages.charts import Curve, ForestEntry, Spot
 from afa.pages.numbers import decimals, number, plural, with_interval
-from afa.pages.page import data_uri, render
+from afa.pages.page import Advised, data_uri, render
 from afa.pages.tables import Table
 
 ROWS = 6  # prompts of the sheets
@@ -52,8 +53,24 @@ def as_html(several: Sequence[Analysis], names: Sequence[str]) -> str:
     ]
     overview = overview_table(several, names) if len(several) > 1 else None
     return render(
-        "evaluation.html", heading=title(several, names), overview=overview, evaluations=evaluations
+        "evaluation.html",
+        heading=title(several, names),
+        advice=evaluations[0]["advice"] if overview is None else _together(several, names),
+        command="afa report",
+        facts=evaluations[0]["facts"] if overview is None else "",
+        docs="docs/metrics.md",
+        overview=overview,
+        evaluations=evaluations,
     )
+
+
+def _together(several: Sequence[Analysis], names: Sequence[str]) -> Advised:
+    """Return the advice of a page about several evaluations: one a line."""
+    found = [advice(one) for one in several]
+    if len({one.sentence for one in found}) == 1:
+        return Advised(found[0])
+    pairs = [(name, one.sentence) for name, one in zip(names, found, strict=True)]
+    return Advised(Advice("It depends on what is asked for."), [("", pairs)])
 
 
 def _evaluation(one: Analysis, name: str, key: str) -> dict[str, Any]:
@@ -70,8 +87,11 @@ def _evaluation(one: Analysis, name: str, key: str) -> dict[str, Any]:
         "key": key,
         "name": name,
         "facts": _facts(one),
-        "headlines": [*headlines(one), *frontier_headlines(one)],
-        "terms": terms(one),
+        "advice": Advised(
+            advice(one),
+            [(found.lead, found.kinds) for found in [*headlines(one), *frontier_headlines(one)]],
+            terms(one),
+        ),
         "groups": {method.group for method in one.rows},
         "main": [(column.metric, main_table(one, column)) for column in one.primary],
         "forests": [found for column in one.primary for found in _against_best(one, column)],
