@@ -213,7 +213,7 @@ def _configs(spec: DonorSpec, like: Expert) -> Located:
     folder = configs_of(like)
     if folder is None:
         raise UserError(
-            f"{spec.named}: which model expert '{like.name}' is of is not known from its files; give --frame "
+            f"{spec.named}: it is not known which model expert '{like.name}' is; give --frame "
             "FOLDER-OR-HUB-ID, whose configs and tokenizers are read, or --config (in Python frame=, config=)"
         )
     # no name of an expert has a colon

@@ -109,6 +109,8 @@ def configs_of(expert: Expert) -> Path | None:
     """The folder of configs of an expert that is a denoiser alone; None if several models have its family."""
     if expert.located is not None and expert.located.single_file:
         return config_of(expert.located, expert.config)[1]
+    if expert.config is not None:
+        return config_folder(expert.config)
     settings = expert.model.config
     width = settings.get("cross_attention_dim")
     name = CONFIGS_OF.get(expert.family) or UNET_CONFIGS.get(width if isinstance(width, int) else 0)
