@@ -94,7 +94,7 @@ def refused() -> list[str]:
 def can() -> list[str]:
     """Return what each family can, by its registry entry and its drop-in's signature."""
     lines = [
-        "| | takes ControlNet's inputs | skipped layers | guidance's two passes together: MagicFusion, shared weights | SuperDiff | text tokens can be fused | one file |",
+        "| | takes ControlNet's inputs | skipped layers | both passes at once: MagicFusion, shared weights | SuperDiff | fused text tokens | one file |",
         "|---|---|---|---|---|---|---|",
     ]
     seen = {config: title for config, title in KNOWN_CONFIGS.items() if config not in SAME}

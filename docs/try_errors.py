@@ -368,7 +368,8 @@ def _broken_models(folder: Path) -> None:
 def _transformers(folder: Path) -> None:
     """Files of real sizes without content, and broken ones."""
     for name, config in {"flux2": "flux2", "klein": "flux2-klein", "z-image": "z-image", "lumina2": "lumina2"}.items():
-        empty_file({key: tuple(tensor.shape) for key, tensor in describe_config(name, config).expert.model.state_dict().items()}, folder / f"{name}.safetensors")
+        tensors = describe_config(name, config).expert.model.state_dict()
+        empty_file({key: tuple(tensor.shape) for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
     whole = (folder / "klein.safetensors").open("rb").read(4_000_000)
     (folder / "cut-transformer.safetensors").write_bytes(whole)
     layer = "transformer_blocks.0.attn.to_q"

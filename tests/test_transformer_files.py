@@ -265,7 +265,8 @@ def test_an_all_in_one_file_of_lumina_2_gives_its_transformer_and_its_vae(folder
     pipeline = lumina2_pipeline(3)
     shapes = {name: tensor.shape for name, tensor in pipeline.vae.state_dict().items()}
     places = original_places("vae", shapes)
-    vae = {places[name].key.replace("first_stage_model.", "vae."): to_original([tensor], places[name].form) for name, tensor in pipeline.vae.state_dict().items()}
+    own = pipeline.vae.state_dict()
+    vae = {place.key.replace("first_stage_model.", "vae."): to_original([own[name]], place.form) for name, place in places.items()}
     denoiser = {f"{PREFIXES[0]}{name}": tensor for name, tensor in published_state("lumina2", pipeline.transformer).items()}
     text = {"text_encoders.gemma2_2b.transformer.model.norm.weight": torch.ones(4), "text_encoders.gemma2_2b.spiece_model": torch.ones(4, dtype=torch.uint8)}
     file, folder = save(denoiser | vae | text, tmp_path / "lumina_2.safetensors"), str(folders / "lumina2")

@@ -61,9 +61,9 @@ def kohya_tensors(
             "give a folder as --output"
         )
     several = model.config.get("addition_embed_type") is not None or family_of(model) != "unet"
-    for part, added in (text or {}).items():
+    for part, encoder in (text or {}).items():
         number = (part.removeprefix("text_encoder").strip("_") or "1") if several else ""
-        for name, pair in _in_files(added).items():
+        for name, pair in _in_files(encoder).items():
             pairs[f"lora_te{number}_{name.replace('.', '_')}"] = pair
     found: dict[str, Tensor] = {}
     alpha = max((len(down) for down, _ in pairs.values()), default=1)
