@@ -1,1 +1,1 @@
-"""Ensembles in ComfyUI: its own networks read as stages, and the nodes. Nothing of ComfyUI is imported before a node runs."""
+"""Ensembles in ComfyUI: its networks read as stages, and the nodes; no node needs its core before it runs."""

@@ -1,4 +1,4 @@
-"""An ensemble's folder and ComfyUI's MODELs become one MODEL: every reason why they do not fit is checked here."""
+"""An ensemble's folder and ComfyUI's MODELs become one MODEL; every reason why they do not fit is here."""
 
 import copy
 import dataclasses
@@ -49,20 +49,25 @@ def combine(models: Sequence[Any], folder: Path) -> Any:
         check_patches(patcher.model_options["transformer_options"], name)
     for patcher, name in zip(models[1:], where[1:], strict=True):
         if ignored := left_out(patcher):
-            log.warning("%s: %s is not used; of what surrounds a network, the first MODEL's is", name, ", ".join(ignored))
+            log.warning(
+                "%s: %s is not used; of what surrounds a network, the first MODEL's is",
+                name,
+                ", ".join(ignored),
+            )
     time, text, _ = reader.widths(network_of(models[0]))
     aggregators = _aggregators(manifest, folder, stages, (time, text))
     made, others, places = _separate(models)
     management = importlib.import_module("comfy.model_patcher")
-    held = management.ModelPatcher(aggregators, load_device=made.load_device, offload_device=made.offload_device)
-    entered = [patcher.model_options["transformer_options"] for patcher in [made, *others]]
+    held = management.ModelPatcher(
+        aggregators, load_device=made.load_device, offload_device=made.offload_device
+    )
     ensemble = RunningEnsemble(
         names=tuple(names),
         reader=reader,
         aggregators=aggregators,
         recipe=recipe_of(manifest),
         places=places,
-        entered=[dict(entered[place]) for place in places],
+        entered=dict(models[0].model_options["transformer_options"]),
         patched=made.patches_uuid,
     )
     kinds = importlib.import_module("comfy.patcher_extension").WrappersMP
@@ -105,7 +110,8 @@ def _check_networks(
         first = first or (reader, stages, text, dtype)
         if text != first[2]:
             raise UserError(
-                f"{name} reads text of width {text}, {where[0]} of width {first[2]}; experts must share one architecture"
+                f"{name} reads text of width {text}, {where[0]} of width {first[2]}; "
+                "experts must share one architecture"
             )
         if dtype != first[3]:
             raise UserError(
@@ -159,7 +165,7 @@ def _aggregators(
 
 
 def _separate(models: Sequence[Any]) -> tuple[Any, list[Any], list[int]]:
-    """Return a clone of the first MODEL, the other MODELs of which each has weights of its own, and whose is whose.
+    """Return a clone of the first MODEL, the others that have weights of their own, and each expert's place.
 
     MODELs of one loader with different LoRAs share their weights in memory, which ComfyUI patches for one
     of them at a time: all but the first are copied. Equal MODELs stay one.
@@ -188,7 +194,7 @@ def _plain(model: Any) -> tuple[Any, ...]:
 
 
 def _copy(model: Any) -> Any:
-    """Return a clone of a MODEL with weights of its own. All models are unloaded first, without their patches."""
+    """Return a clone of a MODEL with weights of its own; models are unloaded first, to get bare weights."""
     importlib.import_module("comfy.model_management").unload_all_models()
     made = model.clone()
     made.model, made.parent = copy.deepcopy(model.model), None
@@ -207,7 +213,7 @@ def provenance(
     inputs: its connected MODELs, in order
     folder: of the ensemble
     paths:  ComfyUI's module folder_paths
-    Returns a sentence for each MODEL. What differs is warned about; raises UserError for MODELs in another order.
+    Returns a sentence for each MODEL; what differs is warned about. Raises UserError for another order.
     """
     entries = read_manifest(folder).experts
     told = []
@@ -227,8 +233,8 @@ def _compared(
         other = next((one.name for one in entries if digest in one.files.values()), None)
         if other is not None:
             raise UserError(
-                f"MODEL {place} is expert '{other}' ({file.name}), expected '{entry.name}'; connect the MODELs "
-                f"in the ensemble's order: {', '.join(one.name for one in entries)}"
+                f"MODEL {place} is expert '{other}' ({file.name}), expected '{entry.name}'; connect the "
+                f"MODELs in the ensemble's order: {', '.join(one.name for one in entries)}"
             )
         recorded = next(iter(entry.files.values()), "unknown")
         told = f"{file.name} has sha256 {digest}, the ensemble was made with {recorded}"

@@ -27,13 +27,13 @@ def means_of(ensemble: RunningEnsemble, samples: Tensor, stage: str, everywhere:
                 raise UserError(unknown(stage, [everywhere, *means], "stage with weights"))
             return means[stage]
     raise UserError(
-        f"these latents are of none of the last {KEPT} samplings of this MODEL; connect the MODEL that the sampler "
-        "had, and the LATENT that came from it"
+        f"these latents are of none of the last {KEPT} samplings of this MODEL; "
+        "connect the MODEL that the sampler had, and the LATENT that came from it"
     )
 
 
 def drawn(weights: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Draw weights: -> a picture of each expert (B·N, H, W, 3), and all over the image (B, H, W, 3), from 0 to 1.
+    """Draw weights: a picture of each expert (B·N, H, W, 3), and all over the image (B, H, W, 3), 0 to 1.
 
     weights: (B, N, h, w)
     image:   (B or 1, H, W, 3); None: a grey one
@@ -42,7 +42,9 @@ def drawn(weights: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:
     if image is None:
         image = torch.full((1, height * PIXELS, width * PIXELS, 3), 0.5)
     if len(image) not in (1, batch):
-        raise UserError(f"{len(image)} pictures for the weights of {batch}; connect the pictures of these latents")
+        raise UserError(
+            f"{len(image)} pictures for the weights of {batch}; connect the pictures of these latents"
+        )
     size = (image.shape[1], image.shape[2])
     large = torch.nn.functional.interpolate(weights, size=size, mode="bilinear", align_corners=False).numpy()
     pictures = (image.expand(batch, -1, -1, -1).cpu() * 255).round().to(torch.uint8).numpy()

@@ -37,7 +37,7 @@ class NetworkReader(ABC):
 
     @abstractmethod
     def widths(self, network: Any) -> tuple[int, int, int]:
-        """Return the widths of the time embedding and of the text that aggregators see, and of the input text."""
+        """Return the widths of time embedding and text as aggregators see them, and of the input text."""
 
     @abstractmethod
     def begin(self, network: Any, call: Call, options: Options) -> tuple[Tensor, StageContext]:
@@ -51,7 +51,7 @@ class NetworkReader(ABC):
 
     @abstractmethod
     def control(self, stages: Sequence[Stage], call: Call) -> PassOptions:
-        """Return the residuals of ControlNets and T2I-Adapters by stage. Raises UserError if they do not fit."""
+        """Return the residuals of ControlNets by stage. Raises UserError if they do not fit."""
 
     @abstractmethod
     def end(self, prediction: Tensor, call: Call) -> Tensor:
@@ -66,7 +66,9 @@ def reader_of(network: Any, where: str) -> NetworkReader:
     """
     kind = type(network).__name__
     if kind not in READERS:
-        raise UserError(f"{where} is a {kind}, and ensembles of it do not run in ComfyUI; served are {SERVED}")
+        raise UserError(
+            f"{where} is a {kind}, and ensembles of it do not run in ComfyUI; served are {SERVED}"
+        )
     reader: NetworkReader = load(READERS[kind])()
     return reader
 

@@ -23,7 +23,10 @@ def _several(names: list[str], kind: str, help: str) -> Inputs:
     """Return inputs of which two are required."""
     fields = [(kind, {"tooltip": f"{help} {place}"}) for place in range(1, len(names) + 1)]
     made = dict(zip(names, fields, strict=True))
-    return {"required": {name: made[name] for name in names[:2]}, "optional": {name: made[name] for name in names[2:]}}
+    return {
+        "required": {name: made[name] for name in names[:2]},
+        "optional": {name: made[name] for name in names[2:]},
+    }
 
 
 def _in_order(given: dict[str, Any], names: list[str], kind: str) -> list[Any]:
@@ -87,7 +90,10 @@ class AfaEnsemble:
         )
         found["optional"]["compare_files"] = (
             "BOOLEAN",
-            {"default": True, "tooltip": "compare the loaded files with those that the ensemble was made with"},
+            {
+                "default": True,
+                "tooltip": "compare the loaded files with those that the ensemble was made with",
+            },
         )
         found["hidden"] = {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"}
         return found
@@ -130,8 +136,8 @@ class AfaStrength:
     FUNCTION = "strengthen"
     RETURN_TYPES = ("MODEL",)
     DESCRIPTION = (
-        "Multiplies the weights of one expert: 0 turns it off, 1 changes nothing. With a mask, inside the mask "
-        "alone. Several of these nodes may follow each other."
+        "Multiplies the weights of one expert: 0 turns it off, 1 changes nothing. With a mask, inside "
+        "the mask alone. Several of these nodes may follow each other."
     )
 
     @classmethod
@@ -186,8 +192,8 @@ class AfaEncode:
     FUNCTION = "encode"
     RETURN_TYPES = ("CONDITIONING",)
     DESCRIPTION = (
-        "Encodes a prompt with the CLIP of every expert, in the ensemble's order. Not needed where the experts "
-        "share one text encoder: use CLIP Text Encode."
+        "Encodes a prompt with the CLIP of every expert, in the ensemble's order. Not needed where the "
+        "experts share one text encoder: use CLIP Text Encode."
     )
 
     @classmethod
@@ -224,12 +230,17 @@ class AfaWeights:
             "required": {
                 "model": ("MODEL", {"tooltip": "of AFA Ensemble, as the sampler had it"}),
                 "samples": ("LATENT", {"tooltip": "of the sampler"}),
-                "stage": ("STRING", {"default": cls.ALL, "tooltip": "all: the mean over stages; or OUT11, M00 …"}),
+                "stage": (
+                    "STRING",
+                    {"default": cls.ALL, "tooltip": "all: the mean over stages; or OUT11, M00 …"},
+                ),
             },
             "optional": {"image": ("IMAGE", {"tooltip": "the decoded picture, to lay the colours over"})},
         }
 
-    def show(self, model: Any, samples: dict[str, Any], stage: str = ALL, image: Any = None) -> tuple[Any, Any, str]:
+    def show(
+        self, model: Any, samples: dict[str, Any], stage: str = ALL, image: Any = None
+    ) -> tuple[Any, Any, str]:
         """Return the maps (B·N, H, W, 3), the overlay (B, H, W, 3), and a line for each expert."""
         from afa.comfyui.maps import drawn, means_of
         from afa.comfyui.running import ensemble_on

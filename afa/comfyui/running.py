@@ -75,7 +75,7 @@ class RunningEnsemble:
     aggregators: stage -> aggregator
     recipe:      of the aggregators
     places:      for each expert, the place of its model in [the MODEL itself, *its additional models]
-    entered:     transformer_options of each expert's MODEL when it entered
+    entered:     transformer_options of the first MODEL when it entered
     patched:     identity of the weights' patches on the first MODEL when it entered
     results:     the last samplings: latents, and mean weights by stage, (B, N, H, W)
     """
@@ -85,7 +85,7 @@ class RunningEnsemble:
     aggregators: nn.ModuleDict
     recipe: Recipe
     places: Sequence[int]
-    entered: Sequence[Options]
+    entered: Options
     patched: Any
     results: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
     sampling: Sampling | None = None
@@ -99,14 +99,19 @@ class RunningEnsemble:
         to_sigma = patcher.get_model_object("model_sampling").percent_to_sigma
         given = guider.model_options["transformer_options"].get(STRENGTHS, ())
         noise = args[0] if args else kwargs["noise"]
-        before, self.sampling = self.sampling, Sampling(
-            [patchers[place] for place in self.places],
-            [(one, float(to_sigma(one.start)), float(to_sigma(one.end))) for one in given],
-            noise.shape,
+        before, self.sampling = (
+            self.sampling,
+            Sampling(
+                [patchers[place] for place in self.places],
+                [(one, float(to_sigma(one.start)), float(to_sigma(one.end))) for one in given],
+                noise.shape,
+            ),
         )
         try:
             latents: Tensor = executor(*args, **kwargs)
-            means = {name: (total / self.sampling.passes[name]).cpu() for name, total in self.sampling.sums.items()}
+            means = {
+                name: (total / self.sampling.passes[name]).cpu() for name, total in self.sampling.sums.items()
+            }
             self.results[:] = [*self.results[1 - KEPT :], (latents.cpu(), means)]
             return latents
         finally:
@@ -116,8 +121,8 @@ class RunningEnsemble:
         """Raise UserError for what would reach the first expert alone, or would be left out."""
         if guider.model_patcher.patches_uuid != self.patched:
             raise UserError(
-                "a node after AFA Ensemble patches weights (a LoRA?), which would reach the first expert alone; "
-                "put it between the loader and AFA Ensemble, for each expert that it is meant for"
+                "a node after AFA Ensemble patches weights (a LoRA?), which would reach the first expert "
+                "alone; put it between the loader and AFA Ensemble, for each expert that it is meant for"
             )
         conditions = {name: list(found) for name, found in guider.conds.items()}
         if any(one.get("hooks") for found in conditions.values() for one in found):
@@ -135,12 +140,14 @@ class RunningEnsemble:
     def predict(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Wrap the forward of the first network: run the blocks of all experts instead."""
         if self.sampling is None:
-            raise UserError("an AFA ensemble runs inside ComfyUI's samplers only; connect its MODEL to a sampler")
+            raise UserError(
+                "an AFA ensemble runs inside ComfyUI's samplers only; connect its MODEL to a sampler"
+            )
         inside = executor.wrappers[executor.idx + 1 :]
         if inside:
             raise UserError(
-                f"a node after AFA Ensemble wraps the network ({inside[0].__module__}), which an ensemble replaces; "
-                "put it before AFA Ensemble, or leave it out"
+                f"a node after AFA Ensemble wraps the network ({inside[0].__module__}), which an ensemble "
+                "replaces; put it before AFA Ensemble, or leave it out"
             )
         bound = inspect.signature(executor.original).bind(*args, **kwargs).arguments
         call = {**bound, **bound.pop("kwargs", {})}
@@ -157,10 +164,11 @@ class RunningEnsemble:
         if sampling.stages is None:
             sampling.stages = list(zip(*map(self.reader.stages, networks), strict=True))
         self.aggregators.to(x.device)  # ComfyUI may have left parts where memory is short
+        calls = calls_of_experts(call, len(networks))
         begun = [
-            self.reader.begin(network, own, options_of_expert(runtime, self.entered[0], entered))
-            for network, own, entered in zip(
-                networks, calls_of_experts(call, len(networks)), self.entered, strict=True
+            self.reader.begin(network, own, self._options(place, patcher, runtime))
+            for network, own, place, patcher in zip(
+                networks, calls, self.places, sampling.patchers, strict=True
             )
         ]
         hidden, contexts = zip(*begun, strict=True)
@@ -171,6 +179,12 @@ class RunningEnsemble:
         options.observe = lambda stage, weights: self._observe(stage, weights, current)
         prediction = run_stages(sampling.stages, dict(self.aggregators.items()), hidden, contexts, options)
         return self.reader.end(prediction, call)
+
+    def _options(self, place: int, patcher: Any, runtime: Options) -> Options:
+        """Return the options of an expert's blocks, with its own patches and those of the ensemble."""
+        if place == 0:
+            return dict(runtime)
+        return options_of_expert(runtime, self.entered, patcher.model_options["transformer_options"])
 
     def _pass(self, runtime: Options, x: Tensor) -> Pass:
         assert self.sampling is not None
@@ -206,7 +220,11 @@ class RunningEnsemble:
         if any(current.prompted):
             guided[stage] = current.sigma, weights.chunk(count)[list(current.prompted).index(True)]
         sigma, prompted = guided.get(stage, (None, weights))
-        if sigma != current.sigma or len(prompted) * count != len(weights) or prompted.shape[1:] != weights.shape[1:]:
+        if (
+            sigma != current.sigma
+            or len(prompted) * count != len(weights)
+            or prompted.shape[1:] != weights.shape[1:]
+        ):
             raise UserError(
                 "this ensemble gives both predictions of guidance the weights of the one with the prompt, "
                 "and the pass without the prompt comes first, or is of another size; take a sampler with one "
@@ -220,7 +238,9 @@ class RunningEnsemble:
         sums, passes = self.sampling.sums, self.sampling.passes
         if current.size != tuple(self.sampling.shape[-2:]):
             return
-        for part, prompted in zip(weights.float().chunk(len(current.prompted)), current.prompted, strict=True):
+        for part, prompted in zip(
+            weights.float().chunk(len(current.prompted)), current.prompted, strict=True
+        ):
             if prompted:
                 sums[stage] = sums[stage] + part if stage in sums else part.clone()
                 passes[stage] = passes.get(stage, 0) + 1

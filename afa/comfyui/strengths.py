@@ -36,12 +36,16 @@ def factor_maps(active: Active, experts: int, size: tuple[int, int]) -> Tensor:
     """
     counts = {1} | {len(one.mask) for one in active if one.mask is not None}
     if len(counts) > 2:
-        raise UserError(f"masks of {', '.join(map(str, sorted(counts - {1})))} pictures; give one mask, or one each")
+        raise UserError(
+            f"masks of {', '.join(map(str, sorted(counts - {1})))} pictures; give one mask, or one each"
+        )
     factors = torch.ones(max(counts), experts, *size)
     for one in active:
         inside = 1.0
         if one.mask is not None:
-            inside = functional.interpolate(one.mask.float().cpu()[:, None], size, mode="area")[:, 0].clamp(0, 1)
+            inside = functional.interpolate(one.mask.float().cpu()[:, None], size, mode="area")[:, 0].clamp(
+                0, 1
+            )
         factors[:, one.expert] *= 1 + (one.factor - 1) * inside
     if (factors.sum(1) == 0).any():
         raise UserError("all experts are off at a place of the picture; give at least one a strength above 0")
@@ -59,7 +63,9 @@ def for_rows(factors: Tensor, images: int, passes: int, rows: int) -> Tensor:
     if len(factors) == 1:
         return factors
     if len(factors) != images:
-        raise UserError(f"the mask is for {len(factors)} pictures, {images} are sampled; give one mask, or one each")
+        raise UserError(
+            f"the mask is for {len(factors)} pictures, {images} are sampled; give one mask, or one each"
+        )
     return factors.repeat_interleave(rows // (images * passes), 0).repeat(passes, 1, 1, 1)
 
 

@@ -23,7 +23,7 @@ def joined(conditionings: Sequence[list[Any]], conds: Any) -> list[Any]:
     first = conditionings[0]
     if any(len(other) != len(first) for other in conditionings):
         raise UserError(
-            f"the CLIPs give {', '.join(str(len(one)) for one in conditionings)} parts of a schedule (hooks); "
+            f"the CLIPs give {', '.join(str(len(one)) for one in conditionings)} parts of a schedule; "
             "give AFA Encode CLIPs without hooks"
         )
     found = []

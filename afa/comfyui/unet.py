@@ -1,6 +1,6 @@
 """ComfyUI's U-Net (Stable Diffusion 1.x, 2.x, SDXL) as stages.
 
-`input_blocks.i` is IN.., `middle_block` M00, `output_blocks.i` OUT..; the last stage includes the output head.
+`input_blocks.i` is IN.., `middle_block` M00, `output_blocks.i` OUT..; the last one includes the output head.
 """
 
 from collections.abc import Sequence
@@ -80,7 +80,9 @@ class UNetReader(NetworkReader):
 
     def stages(self, network: Any) -> tuple[Stage, ...]:
         _check(network)
-        levels = list(accumulate(any(_is(part, "Downsample") for part in block) for block in network.input_blocks))
+        levels = list(
+            accumulate(any(_is(part, "Downsample") for part in block) for block in network.input_blocks)
+        )
         stages = [
             self._stage(network, f"IN{index:02}", ("input", index), level, saves_skip=True)
             for index, level in enumerate(levels)
@@ -117,7 +119,9 @@ class UNetReader(NetworkReader):
             )
         options |= {"original_shape": list(x.shape), "transformer_index": 0}
         embed = from_its_module(network, "timestep_embedding")
-        temb = network.time_embed(embed(call["timesteps"], network.model_channels, repeat_only=False).to(x.dtype))
+        temb = network.time_embed(
+            embed(call["timesteps"], network.model_channels, repeat_only=False).to(x.dtype)
+        )
         if label is not None:
             temb = temb + network.label_emb(label)
         return x, UNetContext(temb=temb, text=text, options=options, dtype=x.dtype)
@@ -126,7 +130,7 @@ class UNetReader(NetworkReader):
         control = call.get("control") or {}
         into = [stage for stage in stages if stage.saves_skip]
         middle = [stage for stage in stages if not (stage.saves_skip or stage.takes_skip)]
-        # ComfyUI's lists end with what belongs to the first block; an output block's residual goes to its skip
+        # ComfyUI's lists end with what the first block gets; an output block's residual is for its skip
         residuals = _assigned(into, control.get("input")) | _assigned(middle, control.get("middle"))
         return PassOptions(
             residuals=residuals,
@@ -157,7 +161,7 @@ def _check(network: Any) -> None:
     """Raise UserError, naming the part, for a U-Net that stages would compute differently."""
     if getattr(network, "predict_codebook_ids", False):
         raise UserError("a U-Net that predicts codebook ids is not served in ComfyUI")
-    blocks = [*network.input_blocks, *network.output_blocks, *([network.middle_block] or ())]
+    blocks = [*network.input_blocks, *network.output_blocks, network.middle_block]
     for part in (part for block in blocks if block is not None for part in block):
         kind = type(part).__name__
         if kind not in LAYERS:
