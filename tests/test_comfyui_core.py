@@ -15,11 +15,14 @@ import comfyui_core
 import pytest
 import torch
 from comfyui_core import FLUX, SD15, SD20, SDXL, flux_model, sample, unet_model
+from original_layout import unet_tensors
+from safetensors.torch import save_file
 from tiny import sd_pipeline, sd_unet, sdxl_pipeline
 from tiny_transformers import flux_pipeline
 
 from afa import Ensemble, UserError
 from afa.comfyui.experts import combine, provenance
+from afa.comfyui.install import PACK
 from afa.comfyui.nodes import AfaEncode, AfaEnsemble, AfaStrength, AfaWeights
 from afa.comfyui.texts import joined
 from afa.files import sha256
@@ -27,6 +30,7 @@ from afa.files import sha256
 pytestmark = pytest.mark.skipif(comfyui_core.COMFYUI is None, reason="COMFYUI names no folder of ComfyUI")
 AGGREGATORS = {"hidden": 32, "heads": 2, "depth": 1}
 POOLED, XL_WIDTH = 16, 40
+CLIP_SHAPE = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
 @pytest.fixture(scope="module")
@@ -218,14 +222,13 @@ def test_text_that_was_changed_after_it_was_encoded_is_refused(core, made):
         joined([family.prompt(1), family.prompt(1) * 2], core.conds)
 
 
-def tiny_clip(core, seed, width=24):
+def tiny_clip(core, seed):
     """ComfyUI's CLIP for SD 1.x with its own tokenizer, one layer deep."""
     from comfy import sd1_clip
 
     torch.manual_seed(seed)
-    shape = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 4}
     target = SimpleNamespace(params={}, clip=sd1_clip.SD1ClipModel, tokenizer=sd1_clip.SD1Tokenizer)
-    clip = core.sd.CLIP(target, model_options={"clip_l_model_config": shape})
+    clip = core.sd.CLIP(target, model_options={"clip_l_model_config": CLIP_SHAPE})
     for parameter in clip.cond_stage_model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return clip
@@ -660,3 +663,79 @@ def test_ensembles_are_found_in_comfyuis_folder_of_models(core, made, tmp_path, 
     assert before.startswith("{") and AfaEnsemble.IS_CHANGED("gone") == ""
     with pytest.raises(UserError, match="no ensemble in models/afa 'min'; did you mean 'mine'"):
         AfaEnsemble().combine("min")
+
+
+def checkpoint(core, family, seed, path):
+    """A single file of a U-Net and ComfyUI's tiny CLIP, as CheckpointLoaderSimple reads it."""
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in unet_tensors(family.pipeline(seed).unet).items()}
+    for name, tensor in tiny_clip(core, seed).cond_stage_model.state_dict().items():
+        tensors[name.replace("clip_l.", "cond_stage_model.")] = tensor
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def test_the_example_runs_in_comfyuis_executor(core, made, tmp_path, monkeypatch):
+    """The shipped workflow, without the VAE (ComfyUI's has one size alone), from files to maps, by the server's own executor."""
+    import asyncio
+
+    import execution
+    import folder_paths
+    import nodes
+    from comfy import sd1_clip, supported_models, supported_models_base
+
+    from afa.comfyui import nodes as ours
+
+    class TinyCLIP(sd1_clip.SD1ClipModel):
+        def __init__(self, model_options, **settings):
+            super().__init__(model_options={**model_options, "clip_l_model_config": CLIP_SHAPE}, **settings)
+
+    class TinySD15(supported_models.SD15):
+        unet_config = supported_models.SD15.unet_config | {"context_dim": 24, "model_channels": 32}
+
+        def clip_target(self, state_dict):
+            return supported_models_base.ClipTarget(sd1_clip.SD1Tokenizer, TinyCLIP)
+
+    monkeypatch.setattr(supported_models, "models", [TinySD15, *supported_models.models])
+    monkeypatch.setattr(nodes, "NODE_CLASS_MAPPINGS", nodes.NODE_CLASS_MAPPINGS | ours.NODE_CLASS_MAPPINGS)
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(tmp_path / "checkpoints")], {".safetensors"}))
+    family = FAMILIES["sd15"]
+    files = [checkpoint(core, family, seed, tmp_path / "checkpoints" / f"{name}.safetensors") for seed, name in enumerate(("photo", "paint"))]
+    mine = shutil.copytree(made(family, placement="layers")[1], tmp_path / "mine")
+    manifest = json.loads((mine / "afa.json").read_text())
+    for entry, file in zip(manifest["experts"], files, strict=True):
+        entry["files"] = {file.name: sha256(file)}
+    (mine / "afa.json").write_text(json.dumps(manifest))
+
+    prompt = json.loads((PACK / "example_workflows" / "afa_two_experts_api.json").read_text())
+    kinds = {node["class_type"] for node in prompt.values()}
+    assert kinds <= set(nodes.NODE_CLASS_MAPPINGS)
+    for name in [name for name, node in prompt.items() if node["class_type"] in ("VAEDecode", "SaveImage")]:
+        del prompt[name]
+    del prompt["11"]["inputs"]["image"]
+    prompt["3"]["inputs"]["path"] = str(mine)
+    prompt["7"]["inputs"] |= {"width": 128, "height": 64}
+    prompt["8"]["inputs"]["steps"] = 2
+    server = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *args: None)
+    executor = execution.PromptExecutor(server)
+
+    def run():
+        valid, error, outputs, errors = asyncio.run(execution.validate_prompt("one", prompt, None))
+        assert valid, (error, errors)
+        executor.execute(prompt, "one", {}, outputs)
+        return sorted(path.name for path in (tmp_path / "temp").glob("*.png")), executor.status_messages
+
+    pictures, messages = run()
+    assert executor.success, messages
+    assert len(pictures) == 3  # a map for each expert, and both over the picture
+    prompt["4"]["inputs"]["expert"] = "paint"
+    _, messages = run()
+    assert not executor.success
+    told = next(data for event, data in messages if event == "execution_error")
+    assert told["node_id"] == "4" and "there is no expert of this ensemble 'paint'" in told["exception_message"]
+    prompt["4"]["inputs"]["expert"] = "expert_1"
+    prompt["3"]["inputs"]["model_1"], prompt["3"]["inputs"]["model_2"] = ["2", 0], ["1", 0]
+    _, messages = run()
+    told = next(data for event, data in messages if event == "execution_error")
+    assert "MODEL 1 is expert 'expert_1'" in told["exception_message"]

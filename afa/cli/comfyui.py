@@ -1,7 +1,7 @@
 """Install the nodes for ComfyUI: ensembles of ComfyUI's own models, with their LoRAs and ControlNets.
 
-It copies a small folder into custom_nodes. The nodes themselves are in this package, so ComfyUI's Python
-needs afa, too. docs/comfyui.md shows the nodes.
+It copies a small folder into custom_nodes; its README explains the nodes. They are in this package, so
+ComfyUI's Python needs afa, too.
 """
 
 from afa.comfyui.settings import ComfyuiSettings as Options

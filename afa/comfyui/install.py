@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from afa.errors import UserError
-from afa.files import json_or_none, sha256, staged
+from afa.files import json_or_none, settled, sha256, staged
 from afa.version import __version__
 
 PACK = Path(__file__).parent / "pack"
@@ -30,7 +30,7 @@ def install(folder: Path) -> Path:
         raise UserError(f"{target} is a link or a file; take it away, and repeat the command")
     ours = _pack_files()
     if target.is_dir():
-        _check_ours(target, ours)
+        _check_ours(settled(target), ours)
     with staged(target, last=RECORD) as stage:
         for name, file in ours.items():
             (stage / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,10 @@
 """Weight maps of a sampling in ComfyUI, found by the latents that it made, and drawn."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from afa.comfyui.running import KEPT, RunningEnsemble
@@ -50,4 +53,9 @@ def drawn(weights: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:
     pictures = (image.expand(batch, -1, -1, -1).cpu() * 255).round().to(torch.uint8).numpy()
     maps = [heat(one, COLOURS[place % len(COLOURS)]) for own in large for place, one in enumerate(own)]
     over = [overlay(picture, own) for picture, own in zip(pictures, large, strict=True)]
-    return tuple(torch.from_numpy(np.stack(part)).float() / 255 for part in (maps, over))  # type: ignore[return-value]
+    return _images(maps), _images(over)
+
+
+def _images(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """Return pictures (H, W, 3) as ComfyUI's IMAGE, (B, H, W, 3) from 0 to 1."""
+    return torch.from_numpy(np.stack(pictures)).float() / 255
