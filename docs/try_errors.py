@@ -242,6 +242,8 @@ CASES = {
         ("An explanation into a folder of something else", "afa explain done --prompt a --output data"),
         ("A port that is none", "afa ui --port 70000"),
         ("A page of a report that is not there", "afa ui --reports nowhere"),
+        ("Nodes for a folder that is not ComfyUI's", "afa comfyui --install data"),
+        ("Nodes over a file that somebody has changed", "afa comfyui --install comfyui"),
         ("A command that does not exist", "afa generat"),
     ],
 }  # fmt: skip
@@ -317,6 +319,10 @@ def prepare(folder: Path) -> None:
     shutil.copytree(ASSETS / "curves", folder / "mine")
     shutil.copytree(ASSETS / "curves", folder / "changed-curves")
     draw(folder / "data", "mixed", 12, 0)
+    (folder / "comfyui" / "custom_nodes" / "comfyui-afa").mkdir(parents=True)
+    (folder / "comfyui" / "comfy").mkdir()
+    for name in ("main.py", "custom_nodes/comfyui-afa/__init__.py"):
+        (folder / "comfyui" / name).write_text("# theirs\n")
     _broken_models(folder)
     _broken_data(folder)
     begun = TRAIN.replace("demo:curves", "changed-curves").replace("--output out", "--output begun")

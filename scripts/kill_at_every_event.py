@@ -183,7 +183,7 @@ def commands(inputs: Path) -> dict[str, Callable[[], int]]:
     for title, line in lines.items():
         output = f"{OUT}.safetensors" if title.endswith("to file") else OUT
         found[title] = lambda line=line, output=output: main([*line, "--output", output])
-    return found | {"save": save}
+    return found | {"save": save, "comfyui": lambda: main(["comfyui", "--install", OUT])}
 
 
 def save() -> int:
@@ -203,6 +203,10 @@ def prepare(title: str) -> None:
         from afa.ensemble import Ensemble
 
         Ensemble.load(ENSEMBLE).save(OUT)
+    if title == "comfyui":
+        for name in ("comfy", "custom_nodes"):
+            Path(OUT, name).mkdir(parents=True)
+        Path(OUT, "main.py").touch()
 
 
 def check_left(title: str) -> str | None:

@@ -23,7 +23,7 @@ FLOORS = (
     "training generation",
     "evaluation screening explanation merging distillation",
     "demo",
-    "webui cli",
+    "webui comfyui cli",
     "__init__ __main__",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}

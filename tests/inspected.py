@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from original_layout import _unet, _vae, write_single_file
+from original_layout import _vae, unet_tensors, write_single_file
 from safetensors.torch import load_file, save_file
 from tiny import sd_pipeline
 from torch import Tensor
@@ -58,7 +58,7 @@ def write_sparse(path: Path, tensors: dict[str, Tensor]) -> Path:
 def original(config: str) -> dict[str, Tensor]:
     """A real checkpoint of original layout without content: U-Net, VAE and text encoders."""
     parts: Any = describe_config("real", config).parts
-    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in _unet(parts["unet"]).items()}
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in unet_tensors(parts["unet"]).items()}
     tensors |= {f"first_stage_model.{name}": tensor for name, tensor in _vae(parts["vae"]).items()}
     if config == "sdxl":
         for place, layer in (("0.0", parts["unet"].add_embedding.linear_1), ("0.2", parts["unet"].add_embedding.linear_2)):

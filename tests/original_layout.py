@@ -37,7 +37,7 @@ VAE = [
 
 def write_single_file(pipe, path: Path, vae: bool = True) -> Path:
     """Save U-Net, VAE and text encoder(s) of an SD 1.x or SDXL pipeline under their original names."""
-    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in _unet(pipe.unet).items()}
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in unet_tensors(pipe.unet).items()}
     if vae:
         tensors |= {f"first_stage_model.{name}": tensor for name, tensor in _vae(pipe.vae).items()}
     clip = pipe.text_encoder.state_dict()
@@ -46,7 +46,8 @@ def write_single_file(pipe, path: Path, vae: bool = True) -> Path:
     return path
 
 
-def _unet(unet: nn.Module) -> dict[str, Tensor]:
+def unet_tensors(unet: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of a U-Net under its original name."""
     places: list[tuple[str, nn.Module]] = []
     for stage in stages(unet):
         number = int(stage.name.lstrip("INOUTM"))
@@ -58,6 +59,8 @@ def _unet(unet: nn.Module) -> dict[str, Tensor]:
         body = [module for module in stage.modules() if module not in (unet.conv_norm_out, unet.conv_act, unet.conv_out)]
         places += [(f"{block}.{position}", module) for position, module in enumerate(body)]
     places += [("time_embed.0", unet.time_embedding.linear_1), ("time_embed.2", unet.time_embedding.linear_2)]
+    if getattr(unet, "add_embedding", None) is not None:  # SDXL
+        places += [("label_emb.0.0", unet.add_embedding.linear_1), ("label_emb.0.2", unet.add_embedding.linear_2)]
     places += [("out.0", unet.conv_norm_out), ("out.2", unet.conv_out)]
     return {f"{place}.{_inner(module, name)}": tensor for place, module in places for name, tensor in module.state_dict().items()}
 

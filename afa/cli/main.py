@@ -37,6 +37,7 @@ COMMANDS = {
     "report": "afa.cli.report",
     "demo": "afa.cli.demo",
     "ui": "afa.cli.ui",
+    "comfyui": "afa.cli.comfyui",
 }
 MODELS = ", ".join(f"demo:{name}" for name in EMBEDDED)
 EMBEDDED_HELP = f"small models that come with afa and can replace any model: {MODELS}; data: scenes:200"

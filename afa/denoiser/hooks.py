@@ -121,16 +121,24 @@ def scale_weights(denoiser: "EnsembleDenoiser", strengths: Mapping[str, float]) 
         values = [strengths.get(name, 1.0) for name in denoiser.names]
         if len(set(values)) == 1:
             return weights  # dividing would change bits: a softmax sums to one only up to rounding
-        factors = weights.new_tensor(values).view(1, -1, 1, 1)
-        changed = weights * factors
-        total = changed.sum(1, keepdim=True)
-        # pixels where only experts that are off have weight: the others get equal shares of their factors
-        return torch.where(
-            total > 0, changed / total.clamp_min(torch.finfo(total.dtype).tiny), factors / factors.sum()
-        )
+        return rescaled(weights, weights.new_tensor(values).view(1, -1, 1, 1))
 
     with adjust_weights(denoiser, scaled):
         yield
+
+
+def rescaled(weights: Tensor, factors: Tensor) -> Tensor:
+    """Multiply weights by factors, and divide them by their sum.
+
+    weights: (R, N, H, W) convex over N
+    factors: (1, N, 1, 1), or a map (1 or R, N, H, W); at least 0, and above 0 for an expert at every place
+    Returns (R, N, H, W), convex over N. Where only experts that are off have weight, the others get shares by
+    their factors.
+    """
+    changed = weights * factors
+    total = changed.sum(1, keepdim=True)
+    least = torch.finfo(total.dtype).tiny
+    return torch.where(total > 0, changed / total.clamp_min(least), factors / factors.sum(1, keepdim=True))
 
 
 @contextmanager

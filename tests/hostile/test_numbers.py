@@ -37,6 +37,7 @@ WORKING = {
     "evaluate": ["--ensemble", "a", "--output", "c", "--protocol", "scenes"],
     "demo": [],
     "ui": [],
+    "comfyui": ["--install", "a"],
 }
 
 

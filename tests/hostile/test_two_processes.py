@@ -70,8 +70,8 @@ WRITERS = [
 def test_every_command_that_writes_an_output_is_tried_here():
     """The page shares its gallery, whose pictures have names of their own; a report is tried in test_files as any file is.
 
-    A calibration writes into the ensemble that it is given, see below."""
-    assert {verb.partition(" ")[0] for verb in WRITERS} == set(COMMANDS) - {"inspect", "report", "ui", "calibrate"}
+    A calibration writes into the ensemble that it is given, and ComfyUI's nodes into its folder, see below."""
+    assert {verb.partition(" ")[0] for verb in WRITERS} == set(COMMANDS) - {"inspect", "report", "ui", "calibrate", "comfyui"}
 
 
 def test_an_ensemble_is_not_calibrated_while_another_process_writes_to_it(inputs, tmp_path, capsys):
@@ -81,6 +81,18 @@ def test_an_ensemble_is_not_calibrated_while_another_process_writes_to_it(inputs
         there = sorted(tmp_path.rglob("*"))
         assert main(["calibrate", str(folder), *scorer, "--images", "7"]) == 2
         assert f"(pid {pid}) is writing to {folder}" in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_nodes_are_not_copied_where_another_process_copies_them(tmp_path, capsys):
+    for name in ("comfy", "custom_nodes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "main.py").touch()
+    target = tmp_path / "custom_nodes" / "comfyui-afa"
+    with another_process_writing_to(target, False) as pid:
+        there = sorted(tmp_path.rglob("*"))
+        assert main(["comfyui", "--install", str(tmp_path)]) == 2
+        assert f"(pid {pid}) is writing to {target}" in capsys.readouterr().err
         assert sorted(tmp_path.rglob("*")) == there
 
 

@@ -1,0 +1,130 @@
+"""ComfyUI's FLUX.1 as stages: `double_blocks.i` is D.., `single_blocks.i` S.., `final_layer` OUT."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afa.comfyui.network import Call, NetworkReader, Options, from_its_module
+from afa.denoiser.forward import PassOptions
+from afa.errors import UserError
+from afa.stages.stage import Stage, StageContext
+from afa.stages.tokens import LEVEL, Block, Head, SequenceBlock, TokenContext, as_map
+
+TIME = 256  # width of the sinusoidal embedding of the timestep
+LARGEST = 65504  # of float16
+
+
+@dataclass(kw_only=True, eq=False)
+class DoubleBlock(Block):
+    """A double block. Its text tokens are copied, since ComfyUI's blocks change theirs in place."""
+
+    def process(self, image: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor]:
+        assert context.text_tokens is not None
+        image, text = self.module(img=image, txt=context.text_tokens.clone(), **self.arguments(context))
+        return text, image
+
+
+@dataclass(kw_only=True, eq=False)
+class SingleBlock(SequenceBlock):
+    """A single block, which takes text and image tokens as one sequence."""
+
+    def process(self, image: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor]:
+        if self.index == 0 and image.dtype == torch.float16:  # as ComfyUI does between the kinds of blocks
+            image = torch.nan_to_num(image, nan=0.0, posinf=LARGEST, neginf=-LARGEST)
+        return super().process(image, context)
+
+
+@dataclass(kw_only=True, eq=False)
+class FluxHead(Head):
+    """The output norm and projection."""
+
+    def project(self, image: Tensor, context: TokenContext) -> Tensor:
+        patches: Tensor = self.model.final_layer(image, context.temb)
+        return patches
+
+    def modules(self) -> list[object]:
+        return [self.model.final_layer]
+
+
+class FluxReader(NetworkReader):
+    """Reads ComfyUI's `Flux`."""
+
+    family = "flux"
+
+    def stages(self, network: Any) -> tuple[Stage, ...]:
+        if network.patch_size != 2**LEVEL:
+            raise UserError(f"a Flux with patches of {network.patch_size} is not served; only {2**LEVEL} is")
+        head = FluxHead(name="OUT", channels=network.out_channels, level=LEVEL, model=network)
+        return (
+            *_blocks(DoubleBlock, "D", "double", network.double_blocks, network.hidden_size),
+            *_blocks(SingleBlock, "S", "single", network.single_blocks, network.hidden_size),
+            head,
+        )
+
+    def widths(self, network: Any) -> tuple[int, int, int]:
+        return network.hidden_size, network.hidden_size, network.txt_in.in_features
+
+    def begin(self, network: Any, call: Call, options: Options) -> tuple[Tensor, StageContext]:
+        if call.get("ref_latents") is not None:
+            raise UserError(
+                "reference images (ReferenceLatent, FLUX.1 Kontext) are not supported by an ensemble; "
+                "leave the node out"
+            )
+        x, settings = call["x"], network.params
+        patches, places = network.process_img(x)
+        hidden, embed = network.img_in(patches), from_its_module(network, "timestep_embedding")
+        temb = network.time_in(embed(call["timestep"], TIME).to(hidden.dtype))
+        if settings.guidance_embed and call.get("guidance") is not None:
+            temb = temb + network.guidance_in(embed(call["guidance"], TIME).to(hidden.dtype))
+        pooled = call.get("y")
+        if pooled is None:
+            pooled = hidden.new_zeros(len(hidden), settings.vec_in_dim)
+        temb = temb + network.vector_in(pooled[:, : settings.vec_in_dim])
+        text = network.txt_in(call["context"])
+        text_places = places.new_zeros(len(text), text.shape[1], places.shape[-1])
+        conditions = {
+            "vec": temb,
+            "pe": network.pe_embedder(torch.cat([text_places, places], dim=1)),
+            "attn_mask": call.get("attention_mask"),
+            "transformer_options": options,
+        }
+        grid = _grid(x)
+        context = TokenContext(temb=temb, text=text, text_tokens=text, grid=grid, conditions=conditions)
+        return as_map(hidden, grid), context
+
+    def control(self, stages: Sequence[Stage], call: Call) -> PassOptions:
+        control, residuals = call.get("control") or {}, {}
+        rows, columns = _grid(call["x"])
+        for group, name in (("double", "input"), ("single", "output")):
+            blocks = [stage for stage in stages if stage.group == group]
+            for stage, own in zip(blocks, control.get(name) or (), strict=False):
+                if own is None:
+                    continue
+                if own.shape[1] != rows * columns:
+                    raise UserError(
+                        f"the ControlNet gives {own.shape[1]} tokens, the experts have {rows} x {columns}; "
+                        "take one of their architecture"
+                    )
+                residuals[stage.name] = as_map(own, (rows, columns))
+        return PassOptions(residuals=residuals)
+
+    def end(self, prediction: Tensor, call: Call) -> Tensor:
+        height, width = call["x"].shape[-2:]
+        # a patch's features are ordered by channel, row, column; what was padded is cut off
+        return nn.functional.pixel_shuffle(prediction, 2**LEVEL)[:, :, :height, :width]
+
+
+def _blocks(kind: type[Block], letter: str, group: str, modules: Any, width: int) -> list[Block]:
+    return [
+        kind(name=f"{letter}{index:02}", channels=width, level=LEVEL, group=group, module=module, index=index)
+        for index, module in enumerate(modules)
+    ]
+
+
+def _grid(x: Tensor) -> tuple[int, int]:
+    """Return the rows and columns of image tokens; sides that are no multiple of the patch are padded."""
+    rows, columns = (-(-side // 2**LEVEL) for side in x.shape[-2:])
+    return rows, columns

@@ -1,0 +1,102 @@
+"""ComfyUI's own core, if COMFYUI names its folder, and tiny MODELs of its real classes with the weights of diffusers models.
+
+torchvision is not among what afa's tests install: the core only looks for its name, so an empty module stands in for it.
+"""
+
+import importlib
+import importlib.machinery
+import os
+import sys
+import types
+from typing import Any
+
+import torch
+from original_layout import unet_tensors
+from original_transformers import originals
+
+COMFYUI = os.environ.get("COMFYUI")
+UNET = {"block_out_channels": (32, 64), "norm_num_groups": 32, "layers_per_block": 1, "cross_attention_dim": 24}
+SD15 = UNET | {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 8,  # diffusers' name for the number of heads
+}
+SD20 = SD15 | {"attention_head_dim": (4, 8), "use_linear_projection": True}  # diffusers' name for their numbers
+HEAD = 8  # width of a head in these two, 64 in their published sizes
+SDXL = UNET | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (4, 8),
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+    "cross_attention_dim": 40,
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 6 * 256 + 16,
+}
+FLUX = {"in_channels": 64, "pooled_projection_dim": 16, "num_layers": 2, "num_single_layers": 2}
+
+
+def load_core() -> Any:
+    """Import what the tests use of the core, on the CPU; its own command line is not read."""
+    assert COMFYUI is not None
+    if COMFYUI not in sys.path:
+        sys.path.insert(0, COMFYUI)
+    if "torchvision" not in sys.modules:
+        for name in ("torchvision", "torchvision.transforms"):
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
+        sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]  # type: ignore[attr-defined]
+    importlib.import_module("comfy.options").args_parsing = False
+    importlib.import_module("comfy.cli_args").args.cpu = True
+    names = "sample samplers sd model_base model_detection model_management model_patcher supported_models controlnet lora conds hooks"
+    for name in names.split():
+        importlib.import_module(f"comfy.{name}")
+    return importlib.import_module("comfy")
+
+
+def unet_model(core: Any, unet: Any, kind: str = "SD15") -> Any:
+    """A MODEL of a diffusers U-Net. kind: of comfy.supported_models; the settings are detected from the tensors."""
+    tensors = unet_tensors(unet)
+    settings = core.model_detection.detect_unet_config(tensors, "") | {"dtype": torch.float32}
+    config = getattr(core.supported_models, kind)(settings)
+    if config.unet_config["num_head_channels"] != -1:
+        config.unet_config["num_head_channels"] = HEAD
+    return _patcher(core, config, tensors)
+
+
+def flux_model(core: Any, transformer: Any) -> Any:
+    """A MODEL of a diffusers FLUX.1 transformer. Its settings are given: the core detects no others than FLUX.1's own."""
+    config = transformer.config
+    settings = {
+        "image_model": "flux",
+        "dtype": torch.float32,
+        "in_channels": config.in_channels // 4,
+        "out_channels": config.in_channels // 4,
+        "patch_size": 2,
+        "vec_in_dim": config.pooled_projection_dim,
+        "context_in_dim": config.joint_attention_dim,
+        "hidden_size": transformer.inner_dim,
+        "num_heads": config.num_attention_heads,
+        "mlp_ratio": 4.0,
+        "depth": config.num_layers,
+        "depth_single_blocks": config.num_single_layers,
+        "axes_dim": list(config.axes_dims_rope),
+        "theta": 10000,
+        "qkv_bias": True,
+        "guidance_embed": config.guidance_embeds,
+    }
+    return _patcher(core, core.supported_models.Flux(settings), dict(originals("flux", transformer.state_dict())))
+
+
+def _patcher(core: Any, config: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    model = config.get_model(tensors, "")
+    missing, unexpected = model.diffusion_model.load_state_dict(tensors, strict=False)
+    assert not missing and not unexpected
+    cpu = torch.device("cpu")
+    return core.model_patcher.ModelPatcher(model.eval(), load_device=cpu, offload_device=cpu)
+
+
+def sample(core: Any, model: Any, positive: Any, negative: Any, noise: torch.Tensor, steps: int = 3, cfg: float = 5.0, **more: Any) -> torch.Tensor:
+    """What the node KSampler calls: euler on the normal schedule."""
+    with torch.inference_mode():
+        return core.sample.sample(model, noise, steps, cfg, "euler", "normal", positive, negative, torch.zeros_like(noise), disable_pbar=True, seed=0, **more)
