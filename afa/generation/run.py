@@ -32,10 +32,12 @@ from afa.generation.settings import GenerateSettings
 from afa.generation.speed import at_level
 from afa.images import read_made, read_pixels
 from afa.places import public_place
+from afa.prompt_syntax import A1111, check_syntax
 from afa.prompts import asked_prompts, warn_of_prompts
 from afa.sampling.image_files import ImageFile, draw
 from afa.sampling.registry import SAMPLING_METHODS, make_sampler
 from afa.sampling.sample import PipelineSampler, Request, Sampling, in_frame
+from afa.sampling.weighted_prompts import require_weights
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
 
@@ -138,6 +140,10 @@ def generate(settings: GenerateSettings) -> list[Path]:
     if settings.weights and (settings.expert is not None or len(ensemble.names) == 1):
         raise UserError("--weights needs an ensemble of several experts; a single expert has no weight maps")
     sampling = _sampling(settings, ensemble)
+    if settings.prompt_syntax == A1111:
+        require_weights(ensemble.denoiser.interface)
+        for texts, what in _texts(prompts, sampling):
+            check_syntax(texts, what)
     if settings.scheduler is not None:
         reschedule(ensemble, settings.scheduler)
     check_store(settings.store, device)
@@ -150,9 +156,8 @@ def generate(settings: GenerateSettings) -> list[Path]:
     sampler = _sampler(settings, ensemble.to(device))
     if state.is_main_process:
         interface, tokenizers = ensemble.denoiser.interface, ensemble.frame.tokenizers
-        warn_of_prompts(prompts, interface, tokenizers)
-        if sampling.negative_prompt:
-            warn_of_prompts([sampling.negative_prompt], interface, tokenizers, "negative prompt")
+        for texts, what in _texts(prompts, sampling):
+            warn_of_prompts(texts, interface, tokenizers, what, settings.prompt_syntax)
     _check_strengths(settings, ensemble, sampler)
     images = _images(settings, sampling, prompts, ensemble, sampler, files)
     part, parts = settings.part()
@@ -274,6 +279,12 @@ def _images(
     return images
 
 
+def _texts(prompts: list[str], sampling: Sampling) -> list[tuple[list[str], str]]:
+    """Return the prompts and the negative prompt, with what messages call them."""
+    negative = [([sampling.negative_prompt], "negative prompt")] if sampling.negative_prompt else []
+    return [(prompts, "prompt"), *negative]
+
+
 def _sampling(settings: GenerateSettings, ensemble: Ensemble) -> Sampling:
     """Return the sampling options, with the guidance that PNGs record.
 
@@ -292,6 +303,7 @@ def _sampling(settings: GenerateSettings, ensemble: Ensemble) -> Sampling:
         settings.width,
         settings.true_guidance,
         settings.interval(),
+        settings.prompt_syntax,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from afa.defaults import GENERATION_STEPS, OUTER_STAGES
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
+from afa.prompt_syntax import PLAIN, SYNTAXES
 from afa.sampling.options import MethodOptions
 from afa.sampling.registry import SAMPLING_METHODS, check_base, read_options
 from afa.settings import (
@@ -48,6 +49,12 @@ class GenerateSettings(CheckedOptions):
     prompt: list[str] | None = option(None, help="one or more prompts")
     prompts: str | None = option(None, help='a file of prompts: one a line, or JSON lines with "text"')
     negative_prompt: str | None = option(None, help="what the images should not show")
+    prompt_syntax: str = option(
+        PLAIN,
+        help="plain: prompts are read as they are; a1111: (word:1.2), ((word)), [word], \\( and BREAK as in "
+        "A1111's web UI, and long prompts in chunks (SD 1.x, 2.x, SDXL)",
+        choices=SYNTAXES,
+    )
     images_per_prompt: int = option(1, **COUNT, help="images of each prompt")
     seed: int = option(
         0,
