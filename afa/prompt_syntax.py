@@ -26,7 +26,12 @@ NETWORK = re.compile(r"<(\w+):([^<>]*)>")
 ESCAPED = re.compile(r"\\[()\[\]\\]")
 # What A1111 does besides, with what to do about it.
 BRACKETS = "is not supported; leave it out, or put a backslash before its brackets"
+LORAS = "give LoRAs to an expert as EXPERT+FILE*STRENGTH, or to afa generate with --lora-dir FOLDER"
 UNREAD = (
+    (
+        NETWORK,
+        f"names a file, which is not read here; {LORAS}",
+    ),
     (re.compile(r"\[[^\[\]]*:\s*[+-]?[.\d]+\s*\]"), f"changes the prompt at a step, which {BRACKETS}"),
     (re.compile(r"\[[^\[\]]*\|[^\[\]]*\]"), f"changes words at every step, which {BRACKETS}"),
     (
@@ -81,7 +86,7 @@ def check_syntax(prompts: Sequence[str], what: str = "prompt") -> None:
         for pattern, does in UNREAD:
             if found := pattern.search(bare):
                 raise UserError(f"{which}: in a1111 syntax {shown(found.group())} {does}")
-        read_weights(split_loras(prompt, which)[0], which)
+        read_weights(prompt, which)
 
 
 def split_loras(prompt: str, which: str = "the prompt") -> tuple[str, list[NamedLora]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from afa.errors import UserError
 from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS
 from afa.models.registry import interface_of
-from afa.prompt_syntax import Chunk, check_syntax, make_chunks, read_weights, split_loras
+from afa.prompt_syntax import Chunk, check_syntax, make_chunks, read_weights
 from afa.stages.interface import ModelInterface
 from afa.text_encoder import EnsembleTextEncoder
 
@@ -85,12 +85,11 @@ def _parts(pipeline: Any) -> list[tuple[Any, Any]]:
 
 def _chunks(pipeline: Any, prompts: Sequence[str]) -> list[list[list[Chunk]]]:
     """Return the chunks by text encoder and prompt."""
-    texts = [split_loras(prompt)[0] for prompt in prompts]
     found = []
     for tokenizer, _ in _parts(pipeline):
-        own = texts
+        own = list(prompts)
         if set(tokenizer.added_tokens_encoder) - set(tokenizer.all_special_tokens):
-            own = pipeline.maybe_convert_prompt(texts, tokenizer)  # spells out words of textual inversions
+            own = pipeline.maybe_convert_prompt(own, tokenizer)  # spells out words of textual inversions
         found.append([make_chunks(read_weights(text), tokenizer) for text in own])
     return found
 
