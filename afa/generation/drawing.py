@@ -1,7 +1,6 @@
 """Drawing the missing images of a run batch by batch, each beside its weight maps."""
 
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +40,11 @@ class Drawing:
     images: list[ImageFile]
 
 
-def draw_missing(drawing: Drawing, ensemble: Ensemble, loras: PromptLoras) -> None:
-    """Draw the missing images batch by batch, with scaled and recorded weights if they are asked for."""
+def draw_missing(drawing: Drawing, ensemble: Ensemble, loras: PromptLoras, bar: "tqdm[Any]") -> None:
+    """Draw the missing images batch by batch, with scaled and recorded weights if they are asked for.
+
+    bar: of progress, one step an image
+    """
     settings, sampler = drawing.settings, drawing.sampler
     missing = [
         image
@@ -64,13 +66,11 @@ def draw_missing(drawing: Drawing, ensemble: Ensemble, loras: PromptLoras) -> No
             _save_weights(paths[request], drawn[index], maps, index, len(requests))
         return drawn
 
-    total, done = len(drawing.images), len(drawing.images) - len(missing)
-    quiet = not PartialState().is_main_process
-    with tqdm(total=total, initial=done, desc="images", unit="image", file=sys.stderr, disable=quiet) as bar:
-        for chosen, images in _alike(missing, drawing, loras):
-            loras.activate(ensemble, chosen)
-            paths = {image.request: image.path for image in images}
-            draw(images, hooked, drawing.sampling, settings.batch_size, bar, saves=saves)
+    bar.update(len(drawing.images) - len(missing))
+    for chosen, images in _alike(missing, drawing, loras):
+        loras.activate(ensemble, chosen)
+        paths = {image.request: image.path for image in images}
+        draw(images, hooked, drawing.sampling, settings.batch_size, bar, saves=saves)
 
 
 def _alike(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
 
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
 from afa.defaults import GENERATION_STEPS, OUTER_STAGES
@@ -164,11 +165,15 @@ def generate(settings: GenerateSettings) -> list[Path]:
     part, parts = settings.part()
     with locked(output, shared=settings.shard is not None):
         state.wait_for_everyone()  # until the first process has removed what killed ones left
-        with _compiled(settings, ensemble):
-            for drawing in drawings:
-                own = drawing.images[part::parts]
-                share = own if whole else own[state.process_index :: state.num_processes]
-                draw_missing(replace(drawing, images=share), ensemble, loras)
+        first, step = (0, 1) if whole else (state.process_index, state.num_processes)
+        shares = [replace(one, images=one.images[part::parts][first::step]) for one in drawings]
+        total, quiet = sum(len(share.images) for share in shares), not state.is_main_process
+        with (
+            _compiled(settings, ensemble),
+            tqdm(total=total, desc="images", unit="image", file=sys.stderr, disable=quiet) as bar,
+        ):
+            for share in shares:
+                draw_missing(share, ensemble, loras, bar)
         group = ensemble.denoiser.group
         if group is not None and group.passes and state.is_main_process:
             megabytes = group.sent / group.passes / 1e6

@@ -200,11 +200,11 @@ class GenerateSettings(CheckedOptions):
         self._check_interval()
         self._check_speed()
         self.part()
-        for name in ("method", "expert", "lead", "store", "compile"):
+        for name in ("method", "expert", "lead", "store", "compile", "lora_dir"):
             if self.parallel is not None and getattr(self, name):
                 raise UserError(
                     f"--parallel {self.parallel} is for whole ensembles as they are, "
-                    f"and --{name} is given; leave out one of them"
+                    f"and --{name.replace('_', '-')} is given; leave out one of them"
                 )
         self._check_reuse()
         if self.compile and self.method is not None:

@@ -19,6 +19,7 @@ from afa.files import sha256
 from afa.generation.run import is_saved, load_sources, source_files, used_files
 from afa.images import save_picture
 from afa.places import public_place
+from afa.sampling.parameters import parameters
 from afa.sampling.registry import SAMPLING_METHODS, make_options, make_sampler
 from afa.sampling.sample import PipelineSampler, Request, Sampling, in_frame
 from afa.schedulers import FLOWS, SCHEDULERS, reschedule
@@ -255,7 +256,7 @@ class Engine:
         if changes:  # of strengths, after which step; such a picture cannot be made again from its metadata
             metadata |= {"strength_changes": changes}
             path = self.gallery.path(method.name, metadata)
-        save_picture(path, image, metadata)
+        save_picture(path, image, metadata, parameters(metadata, image.shape[1], image.shape[0]))
         if maps is not None:
             self.shelf.put(path.name, RecordedWeights.of(image, maps))
         column.seconds += time.monotonic() - began
