@@ -14,7 +14,7 @@ from afa.schema import shown
 from afa.settings import check_number
 
 PLAIN, A1111 = "plain", "a1111"
-SYNTAXES = [PLAIN, A1111]
+SYNTAXES = {PLAIN: "as they are", A1111: "as in A1111: (word:1.2), [word], BREAK, long prompts in chunks"}
 BRACKET = 1.1  # round brackets multiply weights by it, square ones divide
 BACKTRACK = 20  # tokens: a chunk ends at a comma that is at most so far back (A1111's default)
 LARGEST = 100.0  # weight of a word, as it is written

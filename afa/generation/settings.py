@@ -54,7 +54,7 @@ class GenerateSettings(CheckedOptions):
         PLAIN,
         help="plain: prompts are read as they are; a1111: (word:1.2), ((word)), [word], \\( and BREAK as in "
         "A1111's web UI, and long prompts in chunks (SD 1.x, 2.x, SDXL)",
-        choices=SYNTAXES,
+        choices=list(SYNTAXES),
     )
     lora_dir: str | None = option(
         None,

@@ -138,7 +138,8 @@ def _weighted(states: Tensor, chunks: Sequence[Chunk], encoder: Any) -> Tensor:
     for row, chunk in zip(states, chunks, strict=True):
         if any(weight != 1 for weight in chunk.weights):  # others stay as they are, bit for bit
             weights = torch.tensor(chunk.weights, device=row.device, dtype=row.dtype)[:, None]
-            row = torch.cat([_emphasized(part, weights) for part in row.chunk(experts, dim=-1)], dim=-1)
+            parts = row.chunk(experts, dim=-1)
+            row = torch.cat([_emphasized(part.contiguous(), weights) for part in parts], dim=-1)
         rows.append(row)
     return torch.stack(rows)
 
