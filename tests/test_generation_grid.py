@@ -63,7 +63,7 @@ def test_an_image_of_a_grid_is_what_a_command_of_its_own_draws_and_more_values_l
 
 
 def test_columns_rows_and_groups_stand_where_their_labels_say(settings, tmp_path):
-    paths = generate(replace(settings, prompt=["a cat"], images_per_prompt=3, grid=["seed", "method=afa,noise_average", "strength:photo=1"][:2]))
+    paths = generate(replace(settings, prompt=["a cat"], images_per_prompt=3, grid=["seed", "method=afa,noise_average"]))
     sheet, found = pixels(tmp_path / "out/grid.png"), by(paths, "seed", "method")
     width, height = sheet.shape[1], sheet.shape[0]
     for row, method in enumerate(("None", "noise_average")):
@@ -72,10 +72,17 @@ def test_columns_rows_and_groups_stand_where_their_labels_say(settings, tmp_path
             assert np.array_equal(sheet[bottom - 16 : bottom, right - 16 : right], pixels(found[seed, method]))
 
 
+def test_parts_of_a_grid_are_equal_and_together_all_of_it(settings, tmp_path):
+    grid = replace(settings, guidance=None, prompt=["a cat"], grid=["guidance=1.5,2,3", "strength:photo=0,1"])
+    parts = [generate(replace(grid, shard=f"{index}/2")) for index in (1, 2)]
+    assert [len(part) for part in parts] == [3, 3] and not set(parts[0]) & set(parts[1])
+    assert (tmp_path / "out/grid.png").is_file() and set(generate(grid)) == {*parts[0], *parts[1]}
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"grid": ["prompt"]}, "has 1 axes; give two or three"),
+        ({"grid": ["prompt"]}, "has 1 axis; give two or three"),
         ({"grid": ["prompt", "sed"]}, "did you mean 'seed'"),
         ({"grid": ["prompt", "prompt"]}, "names prompt twice"),
         ({"grid": ["prompt", "guidance"], "guidance": None}, "guidance needs values"),
@@ -123,7 +130,6 @@ def test_each_image_has_the_loras_of_its_prompt_and_no_others(places, settings, 
 
 def make_fitting_lora(folder):
     """A LoRA of the small experts' U-Net and text encoder."""
-    import torch
     pipe = sd_pipeline(0, **ONE_LEVEL)
     layers = {}
     for name, module, targets in (("unet", pipe.unet, ["to_q", "to_v"]), ("text_encoder", pipe.text_encoder, ["q_proj", "v_proj"])):
@@ -143,7 +149,7 @@ def test_no_name_of_a_lora_leaves_its_folder(places, settings, name):
     if not link.is_symlink():
         link.symlink_to(places / "whole.safetensors")
     asked = {"prompt_syntax": "a1111", "prompt": [f"a <lora:{name}:1>"]}
-    with pytest.raises(UserError, match=r"--lora-dir .*there is no LoRA"):
+    with pytest.raises(UserError, match=r"--lora-dir .*(there is|holds) no LoRA"):
         generate(replace(settings, **asked, lora_dir=str(places / "loras")))
     with pytest.raises(UserError, match=r"--lora-dir FOLDER.*EXPERT\+FILE"):
         generate(replace(settings, **asked))
@@ -184,7 +190,7 @@ def test_no_prompt_ends_its_part_of_what_a1111_reads(hostile):
 
 
 def test_syntax_that_is_not_read_is_refused_before_anything_is_written(settings):
-    for prompts, negative, told in ((["a [b:c:0.5]"], None, "at a step"), (["a"], "x AND y", "the negative prompt"), (["a"], "<lora:x:1>", "the negative prompt")):
+    for prompts, negative, told in ((["a [b:c:0.5]"], None, "at a step"), (["a"], "x AND y", "the negative"), (["a"], "<lora:x:1>", "the negative")):
         with pytest.raises(UserError, match=told):
             generate(replace(settings, prompt_syntax="a1111", prompt=prompts, negative_prompt=negative))
     with pytest.raises(UserError, match="--prompt-syntax a1111"):

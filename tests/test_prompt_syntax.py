@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import ONE_LEVEL, quiet, sd_pipeline, sdxl_pipeline, tokenizer
 from tiny_transformers import flux_pipeline, sd3_pipeline
+from webui_engine import ASKED, open_engine, pixels, run
 
 import afa
 from afa import Ensemble, UserError, weighted_prompts
@@ -13,6 +15,7 @@ from afa.prompt_syntax import check_syntax, make_chunks, read_weights, split_lor
 from afa.prompts import unread
 from afa.sampling.sample import PipelineSampler, Request, Sampling, in_frame, sample
 from afa.text_encoder import width_of
+from afa.webui.sessions import request_from_metadata
 
 PLAIN_WORDS = ["a cat", "a red house, a dog"]
 SAMPLING = {"steps": 2, "guidance": 3.0, "width": 16, "height": 16}
@@ -197,6 +200,25 @@ def test_states_that_would_not_be_finite_are_refused(sd):
     with pytest.raises(UserError, match="no finite states"):
         weighted_prompts(half, ["a (((cat:100):100):100)"])  # above float16's 65,504
     assert torch.isfinite(weighted_prompts(sd, ["(a:-1) (b:0)"])["prompt_embeds"]).all()
+
+
+def test_the_page_reads_both_syntaxes_and_says_which_in_the_picture(tmp_path):
+    engine = open_engine(tmp_path)
+    prompt = "a (red:1.6) star left of a blue ring on a dotted mint background"
+    plain, weighted = (run(engine, prompt=prompt, prompt_syntax=syntax).columns[0].pictures[0] for syntax in ("plain", "a1111"))
+    assert not np.array_equal(pixels(plain), pixels(weighted))
+    assert weighted.metadata["prompt_syntax"] == "a1111" and "prompt_syntax" not in plain.metadata
+    for picture, syntax in ((plain, "plain"), (weighted, "a1111")):
+        found, notes = request_from_metadata(picture.metadata, engine)
+        assert found["prompt_syntax"] == syntax and not notes
+        assert prompt in Image.open(picture.path).info["parameters"]
+    drawn = run(engine, seed=-1).columns[0].pictures[0]
+    assert f"Seed: {drawn.metadata['seed']}," in Image.open(drawn.path).info["parameters"] and drawn.seed >= 0
+    for prompt, told in (("a <lora:style:1>", "EXPERT"), ("a [b:c:0.5]", "at a step")):
+        with pytest.raises(UserError, match=told):
+            engine.job(ASKED | {"prompt": prompt, "prompt_syntax": "a1111"})
+    with pytest.raises(UserError, match="prompt syntax 'a1112'.*did you mean 'a1111'"):
+        engine.job(ASKED | {"prompt_syntax": "a1112"})
 
 
 def test_plain_prompts_say_which_option_reads_them_and_a1111s_do_not(sd):

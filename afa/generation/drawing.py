@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,15 @@ class Drawing:
     sampling: Sampling
     sampler: Any
     images: list[ImageFile]
+
+
+def deal(drawings: Sequence[Drawing], part: int, parts: int) -> list[Drawing]:
+    """Return one of several equal parts of the images, counted over all drawings. part: from 0"""
+    dealt, count = [], 0
+    for drawing in drawings:
+        dealt.append(replace(drawing, images=drawing.images[(part - count) % parts :: parts]))
+        count += len(drawing.images)
+    return dealt
 
 
 def draw_missing(drawing: Drawing, ensemble: Ensemble, loras: PromptLoras, bar: "tqdm[Any]") -> None:

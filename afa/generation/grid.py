@@ -63,8 +63,9 @@ class Axis:
 def read_axes(grid: Sequence[str]) -> list[Axis]:
     """Read --grid: each entry is AXIS or AXIS=VALUE,VALUE. Raises UserError."""
     if not 2 <= len(grid) <= 3:
+        count = f"{len(grid)} ax{'i' if len(grid) == 1 else 'e'}s"
         raise UserError(
-            f"--grid {' '.join(grid)} has {len(grid)} axes; give two or three: columns, rows, groups of rows"
+            f"--grid {' '.join(grid)} has {count}; give two or three: columns, rows, groups of rows"
         )
     axes = [_read_axis(text) for text in grid]
     keys = [(axis.name, axis.expert) for axis in axes]

@@ -84,6 +84,8 @@ def find_loras(folder: str | None, names: Sequence[str]) -> dict[str, Path]:
         for path in sorted(place.glob("*.safetensors"))
         if path.is_file() and path.resolve().is_relative_to(place.resolve())
     }
+    if not found:
+        raise UserError(f"--lora-dir {folder} holds no LoRA, a file that ends in .safetensors")
     for name in names:
         if name not in found:
             raise UserError(f"--lora-dir {folder}: {unknown(shown(name)[1:-1], sorted(found), 'LoRA')}")

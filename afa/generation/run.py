@@ -26,7 +26,7 @@ from afa.experts.quantised import LARGEST, check_store, store_weights
 from afa.experts.spec import new_places
 from afa.files import locked, refuse_busy, replacing, settled, sha256, write_atomically
 from afa.fingerprint import Files, fingerprint, saved_fingerprint, summed
-from afa.generation.drawing import Drawing, draw_missing
+from afa.generation.drawing import Drawing, deal, draw_missing
 from afa.generation.grid import Grid
 from afa.generation.prompt_loras import PromptLoras
 from afa.generation.settings import GenerateSettings
@@ -163,10 +163,11 @@ def generate(settings: GenerateSettings) -> list[Path]:
         images = _images(variant, sampling, asked, ensemble, sampler, files, loras, grid)
         drawings.append(Drawing(variant, sampling, sampler, images))
     part, parts = settings.part()
+    own = deal(drawings, part, parts)
     with locked(output, shared=settings.shard is not None):
         state.wait_for_everyone()  # until the first process has removed what killed ones left
         first, step = (0, 1) if whole else (state.process_index, state.num_processes)
-        shares = [replace(one, images=one.images[part::parts][first::step]) for one in drawings]
+        shares = deal(own, first, step)
         total, quiet = sum(len(share.images) for share in shares), not state.is_main_process
         with (
             _compiled(settings, ensemble),
@@ -185,7 +186,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
         images = [image for drawing in drawings for image in drawing.images]
         if state.is_main_process and (parts == 1 or all(image.found() for image in images)):
             _finish(output, drawings, grid)
-    return [image.path for drawing in drawings for image in drawing.images[part::parts]]
+    return [image.path for drawing in own for image in drawing.images]
 
 
 def _check_experts(settings: GenerateSettings, ensemble: Ensemble) -> None:
