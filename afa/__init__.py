@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from afa.ensemble import Ensemble
     from afa.errors import UserError
     from afa.merging.memory import merge_experts, merge_pipelines
+    from afa.sampling.weighted_prompts import weighted_prompts
 
 # Read when torch is loaded. Otherwise waiting threads spin, which is many times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -29,6 +30,7 @@ __all__ = [
     "only_expert",
     "record_weights",
     "scale_weights",
+    "weighted_prompts",
 ]
 
 _HOMES = {
@@ -41,5 +43,6 @@ _HOMES = {
     "only_expert": "afa.denoiser.hooks",
     "record_weights": "afa.denoiser.hooks",
     "scale_weights": "afa.denoiser.hooks",
+    "weighted_prompts": "afa.sampling.weighted_prompts",
 }
 __getattr__, __dir__ = exports(__name__, _HOMES)

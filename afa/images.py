@@ -245,14 +245,19 @@ def _warn_of_profile(reason: str, name: str) -> None:
 CHUNK = "afa"  # the PNG text chunk that holds the settings
 
 
-def save_picture(path: Path, image: NDArray[np.uint8], metadata: dict[str, Any]) -> None:
+def save_picture(
+    path: Path, image: NDArray[np.uint8], metadata: dict[str, Any], parameters: str | None = None
+) -> None:
     """Save one image as a PNG, whole or not at all.
 
-    image:    (H, W, 3)
-    metadata: how it was made; stored in the PNG's text chunk, with the version of afa
+    image:      (H, W, 3)
+    metadata:   how it was made; stored in the PNG's text chunk, with the version of afa
+    parameters: the same as A1111 writes it; stored in a chunk of its own, see afa.sampling.parameters
     """
     chunk = PngImagePlugin.PngInfo()
     chunk.add_itxt(CHUNK, json.dumps({**metadata, "afa": __version__}, ensure_ascii=False))
+    if parameters is not None:
+        chunk.add_text("parameters", parameters)  # as A1111: iTXt where Latin-1 does not hold it
     with replacing(path) as temporary:
         Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunk)
 

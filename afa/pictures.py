@@ -66,13 +66,15 @@ def grid(
 ) -> Image.Image:
     """Arrange images (H, W, 3) uint8 row by row.
 
-    columns: names above; labels: at the left; side: cell width; ground: what it is drawn on.
+    columns: names above; labels: at the left; each may have several lines. side: cell width.
+    ground: what it is drawn on.
     """
     height, width = rows[0][0].shape[:2]
     width, height = (width, height) if side is None else (side, round(side * height / width))
-    own = font(max(11, min(20, width // 10)))
-    left = round(max(map(own.getlength, labels), default=0)) + (12 if labels else 0)
-    top = round(own.size * 1.8) if columns else 0
+    own = font(label_size(width))
+    lines = [line for label in labels for line in label.split("\n")]
+    left = round(max(map(own.getlength, lines), default=0)) + (12 if labels else 0)
+    top = round(own.size * (0.6 + 1.2 * max(name.count("\n") + 1 for name in columns))) if columns else 0
     count = max(map(len, rows))
     sheet = Image.new(
         "RGB",
@@ -89,6 +91,11 @@ def grid(
         for column, image in enumerate(images):
             sheet.paste(_fit(image, width, height), (left + column * (width + gap), y))
     return sheet
+
+
+def label_size(width: int) -> int:
+    """Return the size of a grid's labels. width: of its cells in pixels"""
+    return max(11, min(20, width // 10))
 
 
 def _fit(image: NDArray[np.uint8], width: int, height: int) -> Image.Image:

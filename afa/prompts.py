@@ -9,36 +9,44 @@ from pathlib import Path
 from typing import Any
 
 from afa.errors import UserError
+from afa.prompt_syntax import A1111, PLAIN
 from afa.text_files import check_text, clean, read_json_lines, read_text, split_lines
 
 CHUNK = 1000  # prompts that are tokenized at once
 SHOWN, LONGEST = 5, 160  # pieces of syntax, and characters of what is cut, in a sentence
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 # What the web UIs, ComfyUI and compel read as commands, and diffusers' pipelines as words.
-SYNTAX = re.compile(
-    "|".join(
-        (
-            rf"\([^()]*:\s*{NUMBER}\s*\)",  # (word:1.2)
-            rf"\[[^\[\]]*:\s*{NUMBER}\s*\]",  # [from:to:0.5], [word:10]
-            r"\[[^\[\]]*\|[^\[\]]*\]",  # [one|other]
-            r"\{[^{}]*\|[^{}]*\}",  # {one|other}
-            r"\(\([^()]*\)\)",  # ((word))
-            r"\([^()]*\)(?:\++|-+)(?=[\s,.]|$)",  # (words)++
-            r"<(?:lora|lyco|hypernet):[^<>]*>",
-            r"\bembedding:[\w.-]+",
-            r"__[\w*/-]+__",  # a file of wildcards
-        )
-    ),
-    re.IGNORECASE,
+OF_A1111 = (
+    rf"\([^()]*:\s*{NUMBER}\s*\)",  # (word:1.2)
+    rf"\[[^\[\]]*:\s*{NUMBER}\s*\]",  # [from:to:0.5], [word:10]
+    r"\[[^\[\]]*\|[^\[\]]*\]",  # [one|other]
+    r"\(\([^()]*\)\)",  # ((word))
+    r"\\[()\[\]]",  # an escaped bracket
+    r"<(?:lora|lyco|hypernet):[^<>]*>",
 )
+OF_OTHERS = (
+    r"\{[^{}]*\|[^{}]*\}",  # {one|other}
+    r"\([^()]*\)(?:\++|-+)(?=[\s,.]|$)",  # (words)++
+    r"\bembedding:[\w.-]+",
+    r"__[\w*/-]+__",  # a file of wildcards
+)
+SYNTAX = re.compile("|".join((*OF_A1111, *OF_OTHERS)), re.IGNORECASE)
+FOREIGN = re.compile("|".join(OF_OTHERS), re.IGNORECASE)
 WORDS = re.compile(r"\bBREAK\b|(?<=\s)AND(?=\s)")  # in a prompt that is not all in capitals
 FILE_OF_WEIGHTS = re.compile(r"<(?:lora|lyco|hypernet):", re.IGNORECASE)
+
+IN_CHUNKS = "prompt syntax a1111 (--prompt-syntax a1111) reads all of it, in chunks"
+AS_A1111 = "prompt syntax a1111 (--prompt-syntax a1111) reads it as A1111 does"
 
 _printed: set[str] = set()
 
 
 def warn_of_prompts(
-    prompts: Sequence[str], interface: Any, tokenizers: Sequence[Any], what: str = "prompt"
+    prompts: Sequence[str],
+    interface: Any,
+    tokenizers: Sequence[Any],
+    what: str = "prompt",
+    syntax: str | None = None,
 ) -> None:
     """Warn on stderr about parts of prompts that are not read as they are meant; each sentence is printed
     once.
@@ -47,8 +55,9 @@ def warn_of_prompts(
     interface:  how the family's denoiser is called, see afa.stages.interface
     tokenizers: those of the pipeline
     what:       what messages call them: prompt or caption
+    syntax:     how they are read, see afa.prompt_syntax; None: plainly, and nothing else can be asked for
     """
-    for sentence in unread(prompts, interface, tokenizers, what):
+    for sentence in unread(prompts, interface, tokenizers, what, syntax):
         if sentence not in _printed:
             _printed.add(sentence)
             print(f"afa: {sentence}", file=sys.stderr)
@@ -58,10 +67,17 @@ def warn_of_prompts(
 
 
 def unread(
-    prompts: Sequence[str], interface: Any, tokenizers: Sequence[Any], what: str = "prompt"
+    prompts: Sequence[str],
+    interface: Any,
+    tokenizers: Sequence[Any],
+    what: str = "prompt",
+    syntax: str | None = None,
 ) -> list[str]:
     """The sentences of warn_of_prompts(); empty if everything is read as it is meant."""
-    return [*cut_off(prompts, interface, tokenizers, what), *plain_text(prompts, what)]
+    lost = [] if syntax == A1111 else cut_off(prompts, interface, tokenizers, what)
+    if syntax == PLAIN and interface.weighted_prompts:
+        lost = (f"{sentence}; {IN_CHUNKS}" for sentence in lost)
+    return [*lost, *plain_text(prompts, what, syntax if interface.weighted_prompts else None)]
 
 
 def _truncation(record: logging.LogRecord) -> bool:
@@ -105,15 +121,20 @@ def lost_parts(
     return window, lost
 
 
-def plain_text(prompts: Sequence[str], what: str = "prompt") -> Iterator[str]:
-    """Yield a sentence if prompts have another program's syntax, with what is read as plain text."""
-    found = [(index, pieces) for index, prompt in enumerate(prompts) if (pieces := _pieces(prompt))]
+def plain_text(prompts: Sequence[str], what: str = "prompt", syntax: str | None = None) -> Iterator[str]:
+    """Yield a sentence if prompts have another program's syntax, with what is read as plain text.
+
+    syntax: how they are read; None: plainly, and nothing else can be asked for
+    """
+    found = [(index, pieces) for index, prompt in enumerate(prompts) if (pieces := _pieces(prompt, syntax))]
     if found:
         pieces = list(dict.fromkeys(piece for _, several in found for piece in several))
         shown = ", ".join(pieces[:SHOWN]) + (", …" if len(pieces) > SHOWN else "")
         advice = (
             "; a LoRA is given as EXPERT+FILE*STRENGTH" if any(map(FILE_OF_WEIGHTS.match, pieces)) else ""
         )
+        if syntax == PLAIN and not all(map(FOREIGN.fullmatch, pieces)):
+            advice += f"; {AS_A1111}"
         yield (
             f"{_of(found, prompts, what)} written in another program's syntax, "
             f"which is read as plain text here: {shown}{advice}"
@@ -127,7 +148,9 @@ def _of(some: Sized, all_of_them: Sequence[str], what: str) -> str:
     return f"{len(some)} of {len(all_of_them)} {what}s {'is' if len(some) == 1 else 'are'}"
 
 
-def _pieces(prompt: str) -> list[str]:
+def _pieces(prompt: str, syntax: str | None = None) -> list[str]:
+    if syntax == A1111:
+        return [found.group() for found in FOREIGN.finditer(prompt)]
     capitals = prompt.isupper()
     return [found.group() for found in SYNTAX.finditer(prompt)] + ([] if capitals else WORDS.findall(prompt))
 

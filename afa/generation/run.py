@@ -8,17 +8,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
 from afa.defaults import GENERATION_STEPS, OUTER_STAGES
 from afa.denoiser.base import EnsembleDenoiser
-from afa.denoiser.hooks import WeightMaps, check_strengths, record_weights, scale_weights
+from afa.denoiser.hooks import check_strengths
 from afa.denoiser.parallel import check_parallel
 from afa.denoiser.reuse import Reuse
 from afa.devices import process_device
@@ -26,16 +24,22 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError, unknown
 from afa.experts.quantised import LARGEST, check_store, store_weights
 from afa.experts.spec import new_places
-from afa.files import locked, read_arrays, refuse_busy, replacing, settled, sha256, write_atomically
+from afa.files import locked, refuse_busy, replacing, settled, sha256, write_atomically
 from afa.fingerprint import Files, fingerprint, saved_fingerprint, summed
+from afa.generation.drawing import Drawing, deal, draw_missing
+from afa.generation.grid import Grid
+from afa.generation.prompt_loras import PromptLoras
 from afa.generation.settings import GenerateSettings
 from afa.generation.speed import at_level
-from afa.images import read_made, read_pixels
+from afa.images import read_pixels
+from afa.pictures import grid as grid_picture
 from afa.places import public_place
+from afa.prompt_syntax import A1111, check_syntax
 from afa.prompts import asked_prompts, warn_of_prompts
-from afa.sampling.image_files import ImageFile, draw
+from afa.sampling.image_files import ImageFile
 from afa.sampling.registry import SAMPLING_METHODS, make_sampler
 from afa.sampling.sample import PipelineSampler, Request, Sampling, in_frame
+from afa.sampling.weighted_prompts import require_weights
 from afa.schedulers import reschedule
 from afa.seeds import nth_seed, with_seed
 
@@ -140,14 +144,17 @@ def generate(settings: GenerateSettings) -> list[Path]:
     if output.is_file():
         raise UserError(f"--output {output} is a file; give a folder")
     refuse_busy(output, shared=settings.shard is not None)
+    grid = None if settings.grid is None else Grid(settings, prompts)
+    variants = [settings] if grid is None else grid.variants
+    loras = PromptLoras(settings.lora_dir, prompts if settings.prompt_syntax == A1111 else [])
     given = {name: getattr(settings, name) for name in (*LENT, "experts", "config", "base")}
     files = source_files(settings.sources, **given)
-    ensemble = _load(settings)
-    if settings.expert is not None and settings.expert not in ensemble.names:
-        raise UserError(unknown(settings.expert, ensemble.names, "expert"))
-    if settings.weights and (settings.expert is not None or len(ensemble.names) == 1):
-        raise UserError("--weights needs an ensemble of several experts; a single expert has no weight maps")
-    sampling = _sampling(settings, ensemble)
+    ensemble = _load(settings, [variant.method for variant in variants])
+    for variant in variants:
+        _check_experts(variant, ensemble)
+    samplings = [_sampling(variant, ensemble) for variant in variants]
+    _check_prompts(settings, loras, ensemble, prompts)
+    loras.load(ensemble)
     if settings.scheduler is not None:
         reschedule(ensemble, settings.scheduler)
     check_store(settings.store, device)
@@ -157,21 +164,27 @@ def generate(settings: GenerateSettings) -> list[Path]:
     if whole:
         check_parallel(settings.parallel, state.num_processes, len(ensemble.names), "generate")
         ensemble.denoiser.share_experts()
-    sampler = _sampler(settings, ensemble.to(device))
-    if state.is_main_process:
-        interface, tokenizers = ensemble.denoiser.interface, ensemble.frame.tokenizers
-        warn_of_prompts(prompts, interface, tokenizers)
-        if sampling.negative_prompt:
-            warn_of_prompts([sampling.negative_prompt], interface, tokenizers, "negative prompt")
-    _check_strengths(settings, ensemble, sampler)
-    images = _images(settings, sampling, prompts, ensemble, sampler, files)
+    ensemble.to(device)
+    drawings = []
+    for index, (variant, sampling) in enumerate(zip(variants, samplings, strict=True)):
+        sampler = _sampler(variant, ensemble)
+        _check_strengths(variant, ensemble, sampler)
+        asked = _asked(settings, prompts) if grid is None else grid.requests[index]
+        images = _images(variant, sampling, asked, ensemble, sampler, files, loras, grid)
+        drawings.append(Drawing(variant, sampling, sampler, images))
     part, parts = settings.part()
+    own = deal(drawings, part, parts)
     with locked(output, shared=settings.shard is not None):
         state.wait_for_everyone()  # until the first process has removed what killed ones left
-        own = images[part::parts]
-        with _compiled(settings, ensemble):
-            share = own if whole else own[state.process_index :: state.num_processes]
-            _draw(settings, sampling, sampler, share)
+        first, step = (0, 1) if whole else (state.process_index, state.num_processes)
+        shares = deal(own, first, step)
+        total, quiet = sum(len(share.images) for share in shares), not state.is_main_process
+        with (
+            _compiled(settings, ensemble),
+            tqdm(total=total, desc="images", unit="image", file=sys.stderr, disable=quiet) as bar,
+        ):
+            for share in shares:
+                draw_missing(share, ensemble, loras, bar)
         group = ensemble.denoiser.group
         if group is not None and group.passes and state.is_main_process:
             megabytes = group.sent / group.passes / 1e6
@@ -180,9 +193,32 @@ def generate(settings: GenerateSettings) -> list[Path]:
                 file=sys.stderr,
             )
         state.wait_for_everyone()
+        images = [image for drawing in drawings for image in drawing.images]
         if state.is_main_process and (parts == 1 or all(image.found() for image in images)):
-            _finish(output, images, settings.images_per_prompt)
-    return [image.path for image in own]
+            _finish(output, drawings, grid)
+    return [image.path for drawing in own for image in drawing.images]
+
+
+def _check_experts(settings: GenerateSettings, ensemble: Ensemble) -> None:
+    """Raise UserError for an expert that is not there, and for weights of a single one."""
+    if settings.expert is not None and settings.expert not in ensemble.names:
+        raise UserError(unknown(settings.expert, ensemble.names, "expert"))
+    if settings.weights and (settings.expert is not None or len(ensemble.names) == 1):
+        raise UserError("--weights needs an ensemble of several experts; a single expert has no weight maps")
+
+
+def _check_prompts(
+    settings: GenerateSettings, loras: PromptLoras, ensemble: Ensemble, prompts: Sequence[str]
+) -> None:
+    """Warn of parts of prompts that are not read. Raises UserError for syntax that is not supported."""
+    interface, tokenizers = ensemble.denoiser.interface, ensemble.frame.tokenizers
+    negative = [settings.negative_prompt] if settings.negative_prompt else []
+    for texts, what in ((prompts, "prompt"), (negative, "negative prompt")):
+        if settings.prompt_syntax == A1111:
+            require_weights(interface)
+            check_syntax([loras.texts.get(text, text) for text in texts], what)
+        if texts and PartialState().is_main_process:
+            warn_of_prompts(texts, interface, tokenizers, what, settings.prompt_syntax)
 
 
 @contextlib.contextmanager
@@ -202,11 +238,14 @@ def _compiled(settings: GenerateSettings, ensemble: Ensemble) -> Iterator[None]:
         raise UserError(f"--compile does not work here: {why}; leave it out") from None
 
 
-def _load(settings: GenerateSettings) -> Ensemble:
-    """Load the saved ensemble, or the experts as an ensemble; one expert stays as it is, bit for bit."""
-    method = None if settings.method is None else SAMPLING_METHODS[settings.method]
+def _load(settings: GenerateSettings, methods: Sequence[str | None]) -> Ensemble:
+    """Load the saved ensemble, or the experts as an ensemble; one expert stays as it is, bit for bit.
+
+    methods: that will draw
+    """
     # Predictions of experts of different architectures can be combined.
-    placement = "out" if method is not None and method.only_predictions else None
+    predictions = all(name is not None and SAMPLING_METHODS[name].only_predictions for name in methods)
+    placement = "out" if predictions else None
     names = (*LENT, "experts", "config", "prediction_type", "dtype")
     given: dict[str, Any] = {name: getattr(settings, name) for name in names}
     return load_sources(settings.sources, **given, placement=placement)
@@ -246,15 +285,27 @@ def _check_strengths(settings: GenerateSettings, ensemble: Ensemble, sampler: An
         )
 
 
+def _asked(settings: GenerateSettings, prompts: Sequence[str]) -> list[tuple[str, int]]:
+    """Return all prompts with seeds. Seeds count on over prompts, so all images have different noise."""
+    copies = settings.images_per_prompt
+    return [
+        (prompt, nth_seed(settings.seed, index * copies + copy))
+        for index, prompt in enumerate(prompts)
+        for copy in range(copies)
+    ]
+
+
 def _images(
     settings: GenerateSettings,
     sampling: Sampling,
-    prompts: list[str],
+    asked: Sequence[tuple[str, int]],
     ensemble: Ensemble,
     sampler: Any,
     files: Files,
+    loras: PromptLoras,
+    grid: Grid | None,
 ) -> list[ImageFile]:
-    """List all images in order. Seeds count on over prompts, so all images have different noise."""
+    """List the images in order. asked: their prompts and seeds"""
     used = getattr(sampler, "pipeline", ensemble.frame).scheduler  # drawn experts have a pipeline each
     aggregators = Path(settings.sources[0]) / AGGREGATORS
     trained = settings.method is None and aggregators.exists()
@@ -275,12 +326,13 @@ def _images(
         **({"shared_guidance_weights": True} if settings.shared_guidance_weights else {}),
     }
     images, copies = [], settings.images_per_prompt
-    for index, prompt in enumerate(prompts):
-        for copy in range(copies):
-            request = Request(prompt, nth_seed(settings.seed, index * copies + copy))
-            path = Path(settings.output) / f"{index:05d}-{copy:02d}.png"
-            facts = {**common, "prompt": prompt, "seed": request.seed}
-            images.append(ImageFile(path, request, facts, used_files(files, trained)))
+    for index, (prompt, seed) in enumerate(asked):
+        facts = {**common, "prompt": prompt, "seed": seed}
+        name = f"{index // copies:05d}-{index % copies:02d}.png"
+        path = Path(settings.output) / name if grid is None else grid.path(Path(settings.output), facts)
+        request = Request(loras.texts.get(prompt, prompt), seed)
+        used_loras = loras.files(prompt) if loras.chosen else {}
+        images.append(ImageFile(path, request, facts, used_files(files, trained) | used_loras))
     return images
 
 
@@ -302,72 +354,29 @@ def _sampling(settings: GenerateSettings, ensemble: Ensemble) -> Sampling:
         settings.width,
         settings.true_guidance,
         settings.interval(),
+        settings.prompt_syntax,
     )
 
 
-def _draw(settings: GenerateSettings, sampling: Sampling, sampler: Any, images: list[ImageFile]) -> None:
-    """Draw the missing images batch by batch, with scaled and recorded weights if they are asked for."""
-    missing = [
-        image
-        for image in images
-        if image.found() is None or (settings.weights and not _weights_made(image.path))
-    ]
-    paths = {image.request: image.path for image in missing}
-    PartialState().wait_for_everyone()  # all processes look before one writes
-    saves = settings.parallel is None or PartialState().is_main_process
+def _finish(output: Path, drawings: Sequence[Drawing], grid: Grid | None) -> None:
+    """Write images.jsonl (`afa train --data` reads it after a rename) and a grid.
 
-    def hooked(requests: Sequence[Request], sampling: Sampling) -> NDArray[np.uint8]:
-        with contextlib.ExitStack() as hooks:
-            if settings.weights:
-                maps = hooks.enter_context(record_weights(sampler.denoiser))
-            if settings.strength:
-                hooks.enter_context(scale_weights(sampler.denoiser, settings.strengths()))
-            drawn: NDArray[np.uint8] = sampler(requests, sampling)
-        for index, request in enumerate(requests if settings.weights and saves else ()):
-            _save_weights(paths[request], drawn[index], maps, index, len(requests))
-        return drawn
-
-    total, done = len(images), len(images) - len(missing)
-    quiet = not PartialState().is_main_process
-    with tqdm(total=total, initial=done, desc="images", unit="image", file=sys.stderr, disable=quiet) as bar:
-        draw(missing, hooked, sampling, settings.batch_size, bar, saves=saves)
-
-
-def _weights_made(path: Path) -> bool:
-    """Return whether the weight maps of an image and their picture exist and are complete."""
-    arrays = read_arrays(path.with_suffix(".weights.npz"))
-    return arrays is not None and read_made(path.with_suffix(".weights.png")) is not None
-
-
-def _save_weights(path: Path, image: NDArray[np.uint8], maps: WeightMaps, index: int, batch: int) -> None:
-    """Save the weight maps of one image, and a picture of them.
-
-    The .npz holds STAGE: (passes, N, h, w) float16, and timesteps: (passes,).
+    Without --grid it has a row per prompt.
     """
-    from afa.pictures import conditional, picture
-
-    own = [{name: weights[index] for name, weights in one.items()} for one in conditional(maps, batch)]
-    arrays = {name: torch.stack([one[name] for one in own]).half().numpy() for name in own[0]}
-    with replacing(path.with_suffix(".weights.npz")) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(
-            file, timesteps=np.asarray(maps.timesteps, np.float32), experts=np.asarray(maps.experts), **arrays
-        )
-    with replacing(path.with_suffix(".weights.png")) as temporary:
-        picture(image, own, maps.experts, maps.timesteps).save(temporary, format="PNG")
-
-
-def _finish(output: Path, images: list[ImageFile], columns: int) -> None:
-    """Write images.jsonl (`afa train --data` reads it after a rename) and a grid with a row per prompt."""
+    images = [image for drawing in drawings for image in drawing.images]
     lines = []
     for image in images:
         facts = {"file_name": image.path.name, "text": image.request.prompt, "seed": image.request.seed}
         lines.append(json.dumps(facts, ensure_ascii=False))
     write_atomically(output / "images.jsonl", "\n".join(lines) + "\n")
-    if 1 < len(images) <= GRID_UP_TO:
-        from afa.pictures import grid
-
+    if grid is not None:
+        sheet = grid.picture([[image.path for image in drawing.images] for drawing in drawings])
+    elif 1 < len(images) <= GRID_UP_TO:
         pixels = [read_pixels(image.path) for image in images]
+        columns = drawings[0].settings.images_per_prompt
         width = columns if columns > 1 else min(8, len(pixels))
-        rows = [pixels[start : start + width] for start in range(0, len(pixels), width)]
-        with replacing(output / "grid.png") as temporary:
-            grid(rows).save(temporary, format="PNG")
+        sheet = grid_picture([pixels[start : start + width] for start in range(0, len(pixels), width)])
+    else:
+        return
+    with replacing(output / "grid.png") as temporary:
+        sheet.save(temporary, format="PNG")

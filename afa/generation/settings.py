@@ -6,6 +6,8 @@ from typing import Any
 from afa.defaults import GENERATION_STEPS, OUTER_STAGES
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
+from afa.generation.grid import check_grid
+from afa.prompt_syntax import PLAIN, SYNTAXES
 from afa.sampling.options import MethodOptions
 from afa.sampling.registry import SAMPLING_METHODS, check_base, read_options
 from afa.settings import (
@@ -50,6 +52,23 @@ class GenerateSettings(CheckedOptions):
     prompt: list[str] | None = option(None, help="one or more prompts")
     prompts: str | None = option(None, help='a file of prompts: one a line, or JSON lines with "text"')
     negative_prompt: str | None = option(None, help="what the images should not show")
+    prompt_syntax: str = option(
+        PLAIN,
+        help="plain: prompts are read as they are; a1111: (word:1.2), ((word)), [word], \\( and BREAK as in "
+        "A1111's web UI, and long prompts in chunks (SD 1.x, 2.x, SDXL)",
+        choices=list(SYNTAXES),
+    )
+    lora_dir: str | None = option(
+        None,
+        help="with --prompt-syntax a1111: a folder of LoRAs, which prompts name: <lora:style:0.8> is "
+        "style.safetensors at strength 0.8, in all experts",
+    )
+    grid: list[str] | None = option(
+        None,
+        help="draw a labelled grid: two or three axes (columns, rows, groups of rows), each prompt, seed, or "
+        "with values method=afa,noise_average, expert=NAME,NAME, guidance=2,4, steps=10,20, "
+        "strength:NAME=0,1; all images have the same noise unless seed is an axis",
+    )
     images_per_prompt: int = option(1, **COUNT, help="images of each prompt")
     seed: int = option(
         0,
@@ -164,9 +183,17 @@ class GenerateSettings(CheckedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.grid is not None:
+            check_grid(self)  # each of its points has the checks below
+            return
         self.strengths()
         if (self.prompt is None) == (self.prompts is None):
             raise UserError("give either --prompt TEXT... or --prompts FILE")
+        if self.lora_dir is not None and self.prompt_syntax == PLAIN:
+            raise UserError(
+                f"--lora-dir {self.lora_dir} is for LoRAs that prompts name, <lora:style:0.8>, which are "
+                "read with --prompt-syntax a1111; add that, or leave it out"
+            )
         self._check_method()
         if self.strengths() and self.expert is not None:
             raise UserError(
@@ -177,11 +204,11 @@ class GenerateSettings(CheckedOptions):
         self._check_interval()
         self._check_speed()
         self.part()
-        for name in ("method", "expert", "lead", "store", "compile"):
+        for name in ("method", "expert", "lead", "store", "compile", "lora_dir"):
             if self.parallel is not None and getattr(self, name):
                 raise UserError(
                     f"--parallel {self.parallel} is for whole ensembles as they are, "
-                    f"and --{name} is given; leave out one of them"
+                    f"and --{name.replace('_', '-')} is given; leave out one of them"
                 )
         self._check_reuse()
         if self.compile and self.method is not None:

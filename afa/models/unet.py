@@ -109,6 +109,7 @@ class UNetInterface(ModelInterface):
     concat_text = True
     changes_text = False
     frozen_text_encoders = False
+    weighted_prompts = True
     shared_config_keys = (
         "in_channels",
         "out_channels",

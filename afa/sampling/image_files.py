@@ -14,6 +14,7 @@ from afa.errors import UserError
 from afa.fingerprint import changed
 from afa.images import read_made, save_picture
 from afa.places import public_place
+from afa.sampling.parameters import parameters
 from afa.sampling.sample import Request, Sampler, Sampling
 from afa.schema import shown
 
@@ -67,7 +68,8 @@ class ImageFile:
     def save(self, image: NDArray[np.uint8], **notes: Any) -> None:
         """Save the image (H, W, 3), whole or not at all. notes: more that the PNG records."""
         files = {"files": dict(self.files)} if self.files else {}
-        save_picture(self.path, image, {**self.facts, **files, **self.notes, **notes})
+        made = {**self.facts, **files, **self.notes, **notes}
+        save_picture(self.path, image, made, parameters(made, image.shape[1], image.shape[0]))
 
 
 def draw(

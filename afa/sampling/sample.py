@@ -18,7 +18,9 @@ from afa.errors import UserError, unknown
 from afa.experts.expert import Expert
 from afa.images import over_white
 from afa.models.registry import FAMILIES, denoiser_of, interface_of
+from afa.prompt_syntax import A1111, PLAIN, SYNTAXES
 from afa.sampling.guidance_interval import guided_within
+from afa.sampling.weighted_prompts import count_chunks, require_weights, weighted_prompts
 from afa.seeds import generator
 from afa.settings import GUIDANCE, SAMPLING_STEPS, SEED, Interval, check_interval, check_number
 from afa.text_files import check_text
@@ -52,6 +54,7 @@ class Sampling:
     height, width:   in pixels
     true_guidance:   FLUX: strength of classifier-free guidance beside the built-in one
     guidance_interval: shares of the steps, 0 to 1, between which guidance is applied; None: in all steps
+    prompt_syntax:   plain, or a1111: weights of words, BREAK, long prompts in chunks
     """
 
     steps: int
@@ -61,6 +64,7 @@ class Sampling:
     width: int | None = None
     true_guidance: float | None = None
     guidance_interval: Interval | None = None
+    prompt_syntax: str = PLAIN
 
     def __post_init__(self) -> None:
         check_number(self.steps, "steps", whole=True, **SAMPLING_STEPS)
@@ -70,12 +74,15 @@ class Sampling:
         check_text(self.negative_prompt or "", "the negative prompt")
         if self.guidance_interval is not None:
             check_interval(self.guidance_interval, "guidance interval")
+        if self.prompt_syntax not in SYNTAXES:
+            raise UserError(unknown(self.prompt_syntax, SYNTAXES, "prompt syntax"))
 
     def record(self) -> dict[str, Any]:
-        """Return all options by name, for the record of an image; an interval only if there is one."""
+        """Return all options by name, for the record of an image; the last two only if they are given."""
         facts = asdict(self)
-        if self.guidance_interval is None:
-            del facts["guidance_interval"]
+        for name, unset in (("guidance_interval", None), ("prompt_syntax", PLAIN)):
+            if facts[name] == unset:
+                del facts[name]
         return facts
 
 
@@ -91,17 +98,19 @@ def sample(
     """Draw one batch of images: (n, H, W, 3) uint8.
 
     The noise comes from generators on the CPU, so it is the same on every device.
-    Raises UserError for guidance, a negative prompt or a size that the model cannot use.
+    Raises UserError for guidance, a negative prompt, a size or a prompt's syntax that the model cannot use.
     """
-    interface, config = interface_of(pipeline)
+    interface, _ = interface_of(pipeline)
     _check_sides(sampling, pipeline.vae_scale_factor * interface.patch)
     _check_steps(sampling, pipeline.scheduler)
+    if sampling.prompt_syntax == A1111:
+        require_weights(interface)
+        counts = count_chunks(pipeline, [request.prompt for request in requests])
+        if len(set(counts)) > 1:  # the chunks that fill up a shorter prompt would change its image
+            return _by_chunks(pipeline, requests, counts, sampling, on_step)
     with _step_callback(on_step) as callback, _as_guided(pipeline, sampling):
         result = pipeline(
-            prompt=[request.prompt for request in requests],  # not the first argument everywhere
-            **interface.pipeline_guidance(
-                config, len(requests), sampling.guidance, sampling.negative_prompt, sampling.true_guidance
-            ),
+            **_asked(pipeline, requests, sampling),
             num_inference_steps=sampling.steps,
             **{name: side for name in ("height", "width") if (side := getattr(sampling, name)) is not None},
             generator=[generator(request.seed) for request in requests],
@@ -110,6 +119,35 @@ def sample(
         )
     images: NDArray[np.uint8] = (over_white(result.images) * 255).round().astype(np.uint8)
     return images
+
+
+def _asked(pipeline: Any, requests: Sequence[Request], sampling: Sampling) -> dict[str, Any]:
+    """Return the pipeline's arguments for prompts and guidance."""
+    interface, config = interface_of(pipeline)
+    prompts = [request.prompt for request in requests]
+    guidance = interface.pipeline_guidance(
+        config, len(prompts), sampling.guidance, sampling.negative_prompt, sampling.true_guidance
+    )
+    if sampling.prompt_syntax == PLAIN:
+        return {"prompt": prompts, **guidance}  # the prompt is not the first argument everywhere
+    negatives, guided = guidance.pop("negative_prompt"), (strength(pipeline, sampling) or 0) > 1
+    return guidance | weighted_prompts(pipeline, prompts, negatives, guided=guided)
+
+
+def _by_chunks(
+    pipeline: Any,
+    requests: Sequence[Request],
+    counts: Sequence[int],
+    sampling: Sampling,
+    on_step: OnStep | None,
+) -> NDArray[np.uint8]:
+    """Draw images whose prompts have different numbers of chunks, each number by itself."""
+    images: dict[int, NDArray[np.uint8]] = {}
+    for count in sorted(set(counts)):
+        own = [index for index, other in enumerate(counts) if other == count]
+        drawn = sample(pipeline, [requests[index] for index in own], sampling, on_step)
+        images |= dict(zip(own, drawn, strict=True))
+    return np.stack([images[index] for index in range(len(requests))])
 
 
 @contextmanager

@@ -45,6 +45,7 @@ class ModelInterface(ABC):
     marks_passes:          pipelines that make two passes for guidance say which one runs (cache_context)
     aggregator_tokenizers: indices of the pipeline's tokenizers whose text states the aggregators see
     prompt_offset:         tokens of a template that stand before the prompt in the text states
+    weighted_prompts:      all text encoders are CLIP's, which take weights of words and prompts in chunks
     reads_values:          the stock forward reads values of its inputs, so it does not run on the meta device
     """
 
@@ -74,6 +75,7 @@ class ModelInterface(ABC):
     marks_passes: bool = True
     aggregator_tokenizers: tuple[int, ...] = (0,)
     prompt_offset: int = 0
+    weighted_prompts: bool = False
     reads_values: bool = False
 
     def pipeline_name(self, text_encoders: int, config: Any = None) -> str:

@@ -97,6 +97,7 @@ class Api:
         height: int = 0,
         strengths: dict[str, float] = {},  # noqa: B006
         true_guidance: float | None = None,
+        prompt_syntax: str = "plain",
     ) -> list[dict[str, Any]]:
         """Make pictures with every method, from the noise of the same seeds.
 

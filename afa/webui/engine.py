@@ -19,8 +19,11 @@ from afa.files import sha256
 from afa.generation.run import LENT, is_saved, load_sources, source_files, used_files
 from afa.images import save_picture
 from afa.places import public_place
+from afa.prompt_syntax import A1111, check_syntax
+from afa.sampling.parameters import parameters
 from afa.sampling.registry import SAMPLING_METHODS, make_options, make_sampler
 from afa.sampling.sample import PipelineSampler, Request, Sampling, in_frame
+from afa.sampling.weighted_prompts import require_weights
 from afa.schedulers import FLOWS, SCHEDULERS, reschedule
 from afa.seeds import nth_seed
 from afa.webui.gallery import Gallery, RecordedWeights, WeightMapCache
@@ -172,6 +175,11 @@ class Engine:
         return self.ensemble.denoiser.interface.default_guidance(self.ensemble.denoiser.config)
 
     @property
+    def has_weighted_prompts(self) -> bool:
+        """Whether the experts take weights of words in prompts."""
+        return self.ensemble.denoiser.interface.weighted_prompts
+
+    @property
     def has_true_guidance(self) -> bool:
         """Whether the experts take classifier-free guidance beside their built-in guidance."""
         try:
@@ -191,6 +199,10 @@ class Engine:
         interface.pipeline_guidance(
             config, 1, request.guidance, request.negative_prompt, request.true_guidance
         )
+        if request.prompt_syntax == A1111:
+            require_weights(interface)
+            check_syntax([request.prompt])
+            check_syntax([request.negative_prompt or ""], "negative prompt")
         return DrawingJob(
             request,
             [MethodColumn(name, self.methods[name].title) for name in request.methods],
@@ -256,7 +268,7 @@ class Engine:
         if changes:  # of strengths, after which step; such a picture cannot be made again from its metadata
             metadata |= {"strength_changes": changes}
             path = self.gallery.path(method.name, metadata)
-        save_picture(path, image, metadata)
+        save_picture(path, image, metadata, parameters(metadata, image.shape[1], image.shape[0]))
         if maps is not None:
             self.shelf.put(path.name, RecordedWeights.of(image, maps))
         column.seconds += time.monotonic() - began
@@ -275,7 +287,8 @@ class Engine:
         request = job.request
         used = getattr(sampler, "pipeline", self.ensemble.frame).scheduler
         return {
-            **asdict(_sampling(request, self.guidance)),
+            "guidance_interval": None,
+            **_sampling(request, self.guidance).record(),
             "scheduler": type(used).__name__ if request.scheduler is None else request.scheduler,
             "source": public_place(self.sources[0] if len(self.sources) == 1 else self.sources),
             **method.record,
@@ -294,7 +307,13 @@ class Engine:
 def _sampling(request: RunRequest, guidance: float | None) -> Sampling:
     strength = guidance if request.guidance is None else request.guidance
     return Sampling(
-        request.steps, strength, request.negative_prompt, request.height, request.width, request.true_guidance
+        request.steps,
+        strength,
+        request.negative_prompt,
+        request.height,
+        request.width,
+        request.true_guidance,
+        prompt_syntax=request.prompt_syntax,
     )
 
 

@@ -8,6 +8,7 @@ import gradio as gr
 
 from afa.errors import UserError
 from afa.images import read_metadata
+from afa.prompt_syntax import PLAIN, SYNTAXES
 from afa.prompts import unread
 from afa.webui import markup
 from afa.webui.api import DRAWING, Api, Page, answering, offer
@@ -144,8 +145,9 @@ class Handlers:
 
     def _begun(self, job: DrawingJob) -> list[Any]:
         ensemble = self.engine.ensemble
-        for words in filter(None, (job.request.prompt, job.request.negative_prompt)):
-            for remark in unread([words], ensemble.denoiser.interface, ensemble.frame.tokenizers):
+        asked, read_by = job.request, (ensemble.denoiser.interface, ensemble.frame.tokenizers)
+        for words in filter(None, (asked.prompt, asked.negative_prompt)):
+            for remark in unread([words], *read_by, syntax=asked.prompt_syntax):
                 gr.Warning(markup.warning(remark))
         buttons = [gr.Button(interactive=False), gr.Button(interactive=True)]
         return [*buttons, markup.status(job), markup.results(job)]
@@ -256,6 +258,10 @@ def _settings(engine: Engine, steps: int, guidance: float | None) -> dict[str, A
         own = type(engine.ensemble.frame.scheduler).__name__
         fields["negative_prompt"] = gr.Textbox(
             label="Negative prompt", lines=2, placeholder="what they should not show"
+        )
+        syntaxes = [(about, name) for name, about in SYNTAXES.items()]
+        fields["prompt_syntax"] = gr.Dropdown(
+            syntaxes, value=PLAIN, label="Prompts are read", visible=engine.has_weighted_prompts
         )
         fields["scheduler"] = gr.Dropdown(
             [(f"the experts' own ({own})", ""), *engine.schedulers], value="", label="Scheduler"

@@ -7,6 +7,7 @@ from typing import Any
 
 from afa.denoiser.hooks import check_strengths
 from afa.errors import UserError, unknown
+from afa.prompt_syntax import PLAIN, SYNTAXES
 from afa.seeds import DRAW, draw_seed
 from afa.settings import SEEDS
 
@@ -48,6 +49,7 @@ class RunRequest:
     scheduler:       its name
     width, height:   in pixels
     strengths:       expert -> factor of its weight, from 0 to STRONGEST
+    prompt_syntax:   how prompts are read, see afa.prompt_syntax
     """
 
     prompt: str
@@ -62,6 +64,7 @@ class RunRequest:
     width: int | None
     height: int | None
     strengths: Mapping[str, float]
+    prompt_syntax: str = PLAIN
 
 
 def validate_request(
@@ -83,6 +86,9 @@ def validate_request(
     scheduler = given.get("scheduler") or None
     if scheduler is not None and scheduler not in schedulers:
         raise UserError(unknown(str(scheduler), schedulers, "scheduler for these experts,"))
+    syntax = given.get("prompt_syntax") or PLAIN
+    if syntax not in SYNTAXES:
+        raise UserError(unknown(str(syntax)[:80], SYNTAXES, "prompt syntax"))
     seed = whole("seed", given.get("seed", 0), DRAW, SEEDS - 1)
     return RunRequest(
         prompt=_prompt(given.get("prompt")),
@@ -97,6 +103,7 @@ def validate_request(
         width=_side("width", given.get("width"), limits),
         height=_side("height", given.get("height"), limits),
         strengths=make_strengths(given.get("strengths") or {}, experts),
+        prompt_syntax=syntax,
     )
 
 

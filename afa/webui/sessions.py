@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from afa.errors import UserError
+from afa.prompt_syntax import PLAIN
 from afa.webui.engine import Engine
 from afa.webui.queue import DrawingJob, MethodColumn
 from afa.webui.request_validation import make_strengths
@@ -92,6 +93,7 @@ def request_from_metadata(metadata: Mapping[str, Any], engine: Engine) -> tuple[
     found["scheduler"] = _scheduler(metadata.get("scheduler"), engine, notes)
     found["strengths"] = _strengths(metadata, engine, notes)
     found["images"] = 1
+    found["prompt_syntax"] = metadata.get("prompt_syntax") or PLAIN
     _compare(metadata, engine, notes)
     try:
         engine.job({name: value for name, value in found.items() if value is not None})
