@@ -163,7 +163,8 @@ def test_folders_become_one_file_of_the_publishers_names_which_is_the_merged_fol
     for inside in ("", "transformer"):
         experts = [f"{name}={Path(place) / inside}" for name, place in zip("xy", both, strict=True)]
         for output in (f"merged{inside}", f"merged{inside}.safetensors"):
-            merge_files(MergeSettings(experts, str(tmp_path / output), weights=["2", "1"]))
+            facts = merge_files(MergeSettings(experts, str(tmp_path / output), weights=["2", "1"]))
+            assert facts["vae"] == (None if inside or "." in output else "x")
         whole, file = load_expert(str(tmp_path / f"merged{inside}")).model, tmp_path / f"merged{inside}.safetensors"
         wanted = published_state(family, whole)
         found = load_file(file)

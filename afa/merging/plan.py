@@ -193,7 +193,7 @@ class MergePlan:
 
 
 def _step_facts(planned: PlannedStep) -> dict[str, Any]:
-    vae = planned.vae.name if planned.vae else None
+    vae = planned.vae.name if planned.vae and not planned.alone else None
     named = {"name": planned.asked.name} if planned.asked.name else {}
     return named | {
         "method": planned.asked.method,
