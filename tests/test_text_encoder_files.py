@@ -5,11 +5,13 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from gguf_writing import write_gguf
 from original_layout import _vae as original_vae
+from PIL import Image
 from safetensors.torch import save_file
 from scaled_weights import SPELLINGS, stored
 from tiny import sd_pipeline, sdxl_pipeline, text_encoder
@@ -24,6 +26,7 @@ from tiny_z_image import z_image_pipeline
 from transformers import T5Config, T5EncoderModel
 
 from afa import Ensemble, UserError
+from afa.cli.main import main
 from afa.experts.donor import DonorSpec, lacks, load_donor
 from afa.experts.expert import Expert
 from afa.experts.locate import locate
@@ -504,3 +507,24 @@ def test_a_folder_of_a_text_encoder_serves_as_its_file_does(parts):
     root, pipe, files = parts("flux")
     given = {**files, **{name: str(root / "whole" / name) for name in encoders_of(pipe)}}
     assert all(same(one, other) for one, other in zip(loaded(root, given), encoders_of(pipe).values(), strict=True))
+
+
+def test_the_commands_take_the_parts_as_the_library_does(parts, tmp_path, capsys):
+    root, pipe, files = parts("flux")
+    given = ["--text-encoder", *texts(files), "--vae", files["vae"], "--frame", str(root / "frame"), "--config", str(root / "frame")]
+    assert main(["inspect", f"own={files['model']}", *given, "--json"]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)["experts"]
+    assert [one["class"] for one in shown["text_encoders"]] == [type(one).__name__ for one in encoders_of(pipe).values()]
+    assert shown["vae"]["class"] == "AutoencoderKL"
+    drawn = []
+    for name, source in (("whole", [str(root / "whole")]), ("parts", [files["model"], *given])):
+        assert main(["generate", *source, "--prompt", "a", "--output", str(tmp_path / name), "--steps", "1", *"--height 64 --width 64 --device cpu".split()]) == 0
+        drawn.append(np.asarray(Image.open(next((tmp_path / name).glob("*.png")))))
+    assert (drawn[0] == drawn[1]).all()
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    capsys.readouterr()
+    screened = ["screen", f"a={files['model']}", f"b={files['model']}", "--prompts", str(tmp_path / "prompts.txt"), "--resolution", "64", "--dry-run", "--json"]
+    assert main([*screened, *given]) == 0
+    capsys.readouterr()
+    assert main([*screened, "--config", str(root / "frame")]) == 2
+    assert "lacks the text encoder CLIP of width 16" in capsys.readouterr().err

@@ -12,8 +12,9 @@ from tiny import sd_pipeline, sd_unet
 
 import afa as package
 from afa import Ensemble, UserError
+from afa.experts.donor import DonorSpec, load_donor
 from afa.experts.headers import first_not_finite, is_finite
-from afa.experts.load import load_donor, load_expert, load_experts
+from afa.experts.load import load_expert, load_experts
 
 ASSETS = Path(package.__file__).parent / "demo" / "assets"
 FILES = {
@@ -90,7 +91,7 @@ def test_a_vae_and_a_donor_with_such_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"VAE of .*broken/vae: decoder.conv_in.weight is not finite"):
         load_expert(str(folder)).load_vae()
     with pytest.raises(UserError, match=r"donor.*final_layer_norm.weight is not finite"):
-        load_donor(str(broken(tmp_path, "text_encoder", float("nan"), "donor")), None)
+        load_donor(DonorSpec(str(broken(tmp_path, "text_encoder", float("nan"), "donor"))), None, None)
 
 
 def test_experts_given_as_objects_are_refused_too():
