@@ -61,8 +61,8 @@ def screening_facts(names: list[str], stages: list[str]) -> dict[str, Any]:
     """Of a screening without losses."""
     pairs = [[one, other] for place, one in enumerate(names) for other in names[:place]]
     curves = [{stage: 0.1 + 0.01 * ((place * 7 + index) % 11) for index, stage in enumerate(stages)} for place in range(len(pairs))]
-    alike = {"distance": 0.2, "cosine_of_changes": None, "bands": [0.1] * 4}
-    both = [{"experts": pair, "stages": curve} | alike for pair, curve in zip(pairs, curves, strict=True)]
+    shared = {"distance": 0.2, "cosine_of_changes": None, "bands": [0.1] * 4}
+    both = [{"experts": pair, "stages": curve, **shared} for pair, curve in zip(pairs, curves, strict=True)]
     return {
         "experts": [{"name": name} for name in names],
         "images": 24,

@@ -192,7 +192,7 @@ def test_prompts_alone_show_disagreement_and_what_cannot_be_known(small, tmp_pat
     command = ["screen", *small[:2], f"again={small[0]}", *PIXELS, "--prompts", str(tmp_path / "prompts.txt")]
     assert main([*command, "--steps", "2", "--guidance", "3", "--draws", "2", "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert "Without images there is no verdict" in printed
+    assert "without captioned images (--data) there is no verdict" in printed
     assert "it is photo but for rounding" in printed
     facts = json.loads((tmp_path / "out/screen.json").read_text())
     assert "losses" not in facts
