@@ -4,7 +4,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from afa.checkpoint.manifest import MANIFEST, read_manifest
 from afa.checkpoint.publish import Publication, own_files, publication, stale
@@ -46,7 +46,7 @@ def fetch_ensemble(
         raise UserError(
             f"there is no folder {place}, and it is no hub id; write org/name or org/name@revision"
         )
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
 
     name, named = found
     if named is not None and revision is not None and named != revision:
@@ -54,7 +54,7 @@ def fetch_ensemble(
     revision = revision or named
     where = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     with plain_errors(name, revision):
-        folder = Path(hf_hub_download(name, MANIFEST, revision=revision, **where)).parent
+        folder = _manifest(name, revision, where).parent
     files = own_files(read_manifest(folder))
     with plain_errors(name, revision):
         # the commit of the manifest, whatever the branch is by now
@@ -63,21 +63,39 @@ def fetch_ensemble(
 
 
 def fetch_if_ensemble(place: str) -> Path | None:
-    """The folder of an ensemble of the hub as fetch_ensemble finds it; None for a repository without manifest.
+    """The folder of an ensemble as fetch_ensemble finds it; None for a repository without a manifest.
 
     A repository that cannot be read is None too: as an expert it is named with the reason.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     found = on_hub(place)
     if found is None:
         return None
     try:
-        hf_hub_download(found[0], MANIFEST, revision=found[1])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+        _manifest(*found, {})
+    except (HTTPError, HFValidationError, LocalEntryNotFoundError):
         return None
     return fetch_ensemble(place)
+
+
+def _manifest(name: str, revision: str | None, where: dict[str, Any]) -> Path:
+    """Download the manifest. Raises an error of the hub.
+
+    Without a network it comes at once; hf_hub_download alone tries for half a minute.
+    """
+    from huggingface_hub import (
+        constants,
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
+
+    known = try_to_load_from_cache(name, MANIFEST, cache_dir=where.get("cache_dir"), revision=revision)
+    if not isinstance(known, str) and not where.get("local_files_only") and not constants.is_offline_mode():
+        get_hf_file_metadata(hf_hub_url(name, MANIFEST, revision=revision), token=where.get("token"))
+    return Path(hf_hub_download(name, MANIFEST, revision=revision, **where))
 
 
 def push(

@@ -129,7 +129,7 @@ def publication(
     """Say what a saved ensemble's repository holds. Nothing is copied; weights are read for hashes only.
 
     folder:     of the ensemble
-    bundle:     with the experts
+    bundle:     with the experts; those in the ensemble's own folder are always part of it
     given:      new places of experts, see find_experts
     licence:    of the card; None: the experts' own, if all have the same
     repository: org/name, for the card; None: a folder
@@ -148,7 +148,9 @@ def publication(
     copied: dict[Path, str] = {}
     pairs = list(zip(manifest.experts, places, strict=True))
     entries = [
-        _bundled(entry, place, files, copied) if bundle and place else _referred(entry, folder)
+        _bundled(entry, place, files, copied)
+        if place is not None and (bundle or _is_in(place.path, folder))
+        else _referred(entry, folder)
         for entry, place in pairs
     ]
     origin = Origin(licence, {entry.name: _licence(entry, place) for entry, place in pairs}, bases(manifest))
@@ -162,7 +164,7 @@ def publication(
     files |= diffusers_files()
     files[CARD] = model_card(published, origin, repository)
     files[MANIFEST] = published.to_json()
-    private = [entry.name for entry in entries if not bundle and not _public(entry)]
+    private = [entry.name for entry in entries if not _public(entry)]
     return Publication(published, files, private)
 
 
@@ -183,8 +185,13 @@ def own_files(manifest: Manifest) -> list[str]:
 
 
 def _public(entry: ExpertEntry) -> bool:
-    """Whether every machine can find an expert: on the hub, or in afa."""
-    return entry.commit is not None or entry.source.startswith("demo:")
+    """Whether every machine can find an expert: in the repository, on the hub, or in afa."""
+    return entry.commit is not None or entry.source.startswith(("demo:", "experts/"))
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    """Whether a path is in a folder, as in that of an ensemble that was saved with its experts."""
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _place(entry: ExpertEntry, folder: Path) -> Located | None:
