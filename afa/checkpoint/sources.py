@@ -60,8 +60,8 @@ def _asked(given: Given) -> tuple[dict[str, str], list[Path]]:
             places[name] = place
         else:
             raise UserError(
-                f"--experts {text} is no folder to search, and names no expert; "
-                f"write NAME={text}, or the folder of the models"
+                f"--experts {text} names no expert; write NAME={text}, "
+                "or give a folder to search, which it is not"
             )
     return places, roots
 
