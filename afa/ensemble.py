@@ -154,7 +154,7 @@ class Ensemble:
     def load(
         cls,
         folder: str | Path,
-        experts: Mapping[str, str] | None = None,
+        experts: Mapping[str, str] | Sequence[str] | None = None,
         *,
         dtype: torch.dtype | None = None,
         aggregators_dtype: torch.dtype | None = None,
@@ -163,7 +163,8 @@ class Ensemble:
         """Load what save wrote.
 
         folder:            of the saved ensemble, or demo:ensemble
-        experts:           name -> new place, of experts that have moved
+        experts:           name -> new place, of experts that have moved; or a list as --experts takes it:
+                           "NAME=PLACE", and folders to search for them by sha256
         dtype:             of the experts; None: float32
         aggregators_dtype: of the aggregators' weights; None: as of the experts. To train them on, float32;
                            they compute in the experts' dtype all the same
@@ -176,6 +177,70 @@ class Ensemble:
         ensemble = load_ensemble(cls, place, experts or {}, dtype=dtype, verify=verify)
         ensemble.aggregators.to(aggregators_dtype or dtype or torch.float32)
         return ensemble
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        experts: Mapping[str, str] | Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        aggregators_dtype: torch.dtype | None = None,
+        verify: bool = True,
+    ) -> "Ensemble":
+        """Load an ensemble of the Hugging Face hub, or a folder as load does.
+
+        source:           org/name, org/name@revision, or a folder
+        revision:         branch, tag or commit; None: as in the source, or the default branch
+        cache_dir:        of the download; None: the hub's own
+        token:            of the hub; None: of `hf auth login` or HF_TOKEN
+        local_files_only: use only what was downloaded before
+        experts, dtype, aggregators_dtype, verify: see load
+        Only the ensemble's own files are downloaded, and no code. Experts of the hub are downloaded as by
+        from_experts.
+        Returns the ensemble. Raises UserError.
+        """
+        from afa.checkpoint.hub import fetch_ensemble
+
+        folder = fetch_ensemble(
+            located(str(source)),
+            revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        return cls.load(folder, experts, dtype=dtype, aggregators_dtype=aggregators_dtype, verify=verify)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        bundle: bool = False,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        license: str | None = None,  # noqa: A002 (as the hub and the flag call it)
+    ) -> str:
+        """Upload the ensemble to the Hugging Face hub in one commit; an interrupted upload goes on.
+
+        repository:     org/name, which is made if it is not there
+        bundle:         upload the experts too; otherwise afa.json names them, by hub id or name, and sha256
+        private:        whether a new repository is private; None: the account's default
+        token:          of the hub; None: of `hf auth login` or HF_TOKEN
+        revision:       a branch that is there; None: the default branch
+        commit_message: None: "Upload an ensemble with afa"
+        license:        for the card, such as apache-2.0; None: the experts' own, if all have the same
+        Returns the URL of the commit. Raises UserError.
+        """
+        from afa.checkpoint.hub import push_ensemble
+
+        where = {"private": private, "token": token, "revision": revision, "message": commit_message}
+        return push_ensemble(self, repository, bundle=bundle, licence=license, **where)
 
     def save(self, folder: str | Path, *, bundle: bool = False) -> None:
         """Write afa.json, aggregators.safetensors and a model card. Everything is written, or nothing.

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, on_hub, read_manifest
+from afa.checkpoint.sources import Given, find_experts
 from afa.errors import UserError
 from afa.experts.locate import Located, locate, locate_frame
 from afa.experts.shipped import KNOWN_CONFIGS
-from afa.experts.spec import HUB_ID, ExpertSpec
+from afa.experts.spec import ExpertSpec
 from afa.files import json_or_none, present, refuse_busy, settled, sha256, write_atomically
 from afa.schema import build
 
@@ -52,21 +53,15 @@ def fingerprint(experts: Sequence[str | ExpertSpec] = (), **others: Place | Sequ
     return found
 
 
-def saved_fingerprint(folder: Path, moved: Mapping[str, str] | None = None) -> Files:
+def saved_fingerprint(folder: Path, moved: Given = ()) -> Files:
     """Return the same for a saved ensemble: its manifest and aggregators, its experts, its frame.
 
-    moved: new places of experts, by name
+    moved: new places of experts, see find_experts
+    Raises UserError if experts are not found.
     """
     manifest = read_manifest(settled(folder))
-    specs = [entry.spec(folder) for entry in manifest.experts]
-    places = moved or {}
-    given = [
-        ExpertSpec.parse(f"{spec.name}={places[spec.name]}") if spec.name in places else spec
-        for spec in specs
-    ]
-    # Experts that are not there are left out here; loading names them.
-    given = [spec for spec in given if HUB_ID.fullmatch(spec.source) or Path(spec.source).exists()]
-    names = {spec.name for spec in specs}
+    given = find_experts(manifest, folder, moved)
+    names = {spec.name for spec in given}
     frame: dict[str, str | Path] = {
         part: choice if on_hub(choice) and not (folder / choice).exists() else folder / choice
         for part, choice in manifest.frame.items()

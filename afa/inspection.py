@@ -13,6 +13,7 @@ from torch import nn
 from afa.aggregators.registry import Recipe, count_parameters, find_aggregator
 from afa.checkpoint.manifest import AGGREGATORS as AGGREGATORS_FILE
 from afa.checkpoint.manifest import Manifest, read_manifest, recipe_of
+from afa.checkpoint.sources import find_experts
 from afa.cost import Flops, alike, count_flops, time_step
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.placement import choices
@@ -93,9 +94,9 @@ class Subject:
         """A saved ensemble. Raises UserError if it, or one of its experts, is not complete."""
         manifest = read_manifest(folder)
         descriptions = []
-        for entry in manifest.experts:
+        for entry, spec in zip(manifest.experts, find_experts(manifest, folder), strict=True):
             try:
-                descriptions.append(describe_expert(entry.spec(folder), entry.config_in(folder)))
+                descriptions.append(describe_expert(spec, entry.config_in(folder)))
             except UserError as error:
                 raise UserError(f"expert '{entry.name}' of {folder}: {error}") from None
         return cls(descriptions, recipe_of(manifest), manifest.placement, manifest, folder)

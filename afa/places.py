@@ -92,6 +92,7 @@ def _reason(name: object) -> str:
 
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w./-]+\.safetensors)?(@[\w./-]+)?")
+REPOSITORY = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 LINKING = {"](": "]\\(", "![": "!\\[", "][": "]\\[", "]:": "]\\:"}
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # begins a formula in spreadsheets
 
@@ -112,6 +113,27 @@ def csv_cell(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
+def on_hub(place: str) -> tuple[str, str | None] | None:
+    """The repository and revision that a place names: org/name@revision; None for any other place.
+
+    What exists here is never taken for a repository.
+    """
+    found = REPOSITORY.fullmatch(place)
+    return None if found is None or Path(place).exists() else (found["name"], found["revision"])
+
+
+def snapshot_id(folder: Path) -> str | None:
+    """The org/name@commit of a folder in the hub's cache; None for any other folder.
+
+    folder: …/models--org--name/snapshots/commit
+    """
+    parts = Path.cwd().joinpath(folder).parts[-3:]  # not resolved: the hub's cache is made of links
+    if len(parts) < 3 or parts[1] != "snapshots" or not parts[0].startswith("models--"):
+        return None
+    found = f"{parts[0].removeprefix('models--').replace('--', '/')}@{parts[2]}"
+    return found if REPOSITORY.fullmatch(found) else None
+
+
 def public_place(place: Any) -> Any:
     """Remove folders of this machine from a place, so that it may be published.
 
@@ -129,4 +151,5 @@ def _public(piece: str) -> str:
     outside = plain.startswith(("/", ".", "~")) or ":" in plain[:3] or ".." in plain.split("/")
     if not outside and HUB_ID.fullmatch(rest) and not Path(rest).exists():
         return piece
-    return f"{name}{equals}{spelled(Path(rest)) or PurePath(plain).name or rest}"
+    known = snapshot_id(Path(rest)) or spelled(Path(rest))
+    return f"{name}{equals}{known or PurePath(plain).name or rest}"

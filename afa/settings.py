@@ -77,7 +77,10 @@ TEXT_ENCODER_HELP = (
     "text encoders for experts that are denoisers alone: .safetensors or .gguf files or folders, in any order"
 )
 VAE_HELP = "an expert's name, a VAE's or pipeline's folder, or one .safetensors file"
-MOVED_HELP = "new places of a saved ensemble's experts that have moved, each NAME=PLACE"
+MOVED_HELP = (
+    "new places of a saved ensemble's experts that have moved, each NAME=PLACE, or folders to search for "
+    "them by sha256"
+)
 
 
 def option(
@@ -87,6 +90,7 @@ def option(
     positional: bool = False,
     choices: list[str] | Callable[[], list[str]] | None = None,
     place: bool = False,
+    ensemble: bool = False,
     also: str | None = None,
     **bounds: Unpack[Bounds],
 ) -> Any:
@@ -97,11 +101,12 @@ def option(
     positional: whether it has no flag
     choices:    the allowed values; a function where a registry holds them
     place:      whether it names models: demo:NAME is then replaced by the folder of the embedded model
+    ensemble:   whether it names a saved ensemble, which may be on the hub: see afa.cli.main
     also:       another name of the flag
     bounds:     of a number, or of each number of a list
     """
     metadata = {"help": help, "positional": positional, "choices": choices, "place": place, "also": also}
-    metadata["bounds"] = bounds
+    metadata |= {"bounds": bounds, "ensemble": ensemble}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -174,6 +174,7 @@ def commands(inputs: Path) -> dict[str, Callable[[], int]]:
             "--device",
             "cpu",
         ],
+        "push to folder": ["push", str(ENSEMBLE), "--bundle"],
         "explain": [
             *("explain", str(ENSEMBLE), *drawing[:2], "--steps", "2", "--device", "cpu"),
             *("--word-steps", "1", "--counterfactuals", "off", "skipped", "--guidance", "3"),

@@ -73,10 +73,11 @@ def test_the_folders_may_move_together(folders, ensemble):
 def test_an_expert_that_moved_alone_is_named(folders, ensemble):
     ensemble.save(folders / "mine")
     expected = run(ensemble.pipeline())
-    shutil.move(folders / "paint", folders / "painting")
+    (folders / "far").mkdir()
+    shutil.move(folders / "paint", folders / "far" / "painting")
     with pytest.raises(UserError, match=r"expert 'paint' was at .*paint, which is not there"):
         Ensemble.load(folders / "mine")
-    loaded = Ensemble.load(folders / "mine", experts={"paint": str(folders / "painting")})
+    loaded = Ensemble.load(folders / "mine", experts={"paint": str(folders / "far" / "painting")})
     assert np.array_equal(run(loaded.pipeline()), expected)
 
 

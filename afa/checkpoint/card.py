@@ -1,5 +1,9 @@
 """The model card of an ensemble, README.md in its folder."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
 from afa.checkpoint.gains import gains
 from afa.checkpoint.manifest import ExpertEntry, Manifest
 from afa.places import HUB_ID, markdown_words, public_place
@@ -19,21 +23,20 @@ SHOWN = (
     "dtype",
 )
 CARD = """---
-library_name: afa
-pipeline_tag: text-to-image
-tags: [afa, diffusers, text-to-image]
-{bases}---
+{metadata}
+---
 
 # An ensemble of {count} diffusion models
 
 Adaptive Feature Aggregation ([arXiv:2405.17082](https://arxiv.org/abs/2405.17082)): the experts below run in
 lockstep, and after {fused} of {stages} stages a trained aggregator weighs their features at every pixel.
 
-    from afa import Ensemble
-    image = Ensemble.load("PATH_OF_THIS_FOLDER").pipeline()("a prompt").images[0]
+    from afa import Ensemble  # pip install afa
+    pipeline = Ensemble.from_pretrained("{place}").pipeline()  # a stock diffusers pipeline
+    image = pipeline("a prompt").images[0]
 
-| expert | source | predicts |
-|---|---|---|
+| expert | source | predicts | licence |
+|---|---|---|---|
 {experts}
 
 Aggregators: {kind} ({options}), placement {placement}, {parameters:,} parameters.
@@ -45,19 +48,49 @@ The experts keep their own licences; `afa.json` records where each came from and
 """
 
 
-def model_card(manifest: Manifest) -> str:
-    """The README.md of an ensemble, in Markdown with the hub's metadata."""
-    bases = [
-        expert.source for expert in manifest.experts if expert.commit and HUB_ID.fullmatch(expert.source)
-    ]
+@dataclass(frozen=True)
+class Origin:
+    """What the manifest does not say about where an ensemble comes from.
+
+    license:  of the ensemble, given by its author; None: the experts', if all have the same
+    licences: of the experts, by name; None: not known
+    bases:    repositories of experts that were copied in
+    """
+
+    license: str | None = None
+    licences: Mapping[str, str | None] = field(default_factory=dict)
+    bases: Sequence[str] = ()
+
+    def metadata(self) -> dict[str, str]:
+        """The keys of the card's metadata; none if a licence is not known."""
+        if self.license is not None:
+            return {"license": self.license}
+        if not self.licences or None in self.licences.values():
+            return {}
+        known = sorted({str(licence) for licence in self.licences.values()})
+        return (
+            {"license": known[0]}
+            if len(known) == 1
+            else {"license": "other", "license_name": "of-the-experts"}
+        )
+
+
+def model_card(manifest: Manifest, origin: Origin | None = None, repository: str | None = None) -> str:
+    """The README.md of an ensemble, in Markdown with the hub's metadata.
+
+    origin:     None: not known
+    repository: org/name; None: a folder
+    """
+    origin = origin or Origin()
     fused = [stage for stage in manifest.stages if stage["fused"]]
     placement = manifest.placement if isinstance(manifest.placement, str) else ", ".join(manifest.placement)
     return CARD.format(
-        bases="".join(["base_model:\n", *(f"- {base}\n" for base in bases)]) if bases else "",
+        metadata=_metadata(manifest, origin, repository),
+        place=repository or "PATH_OF_THIS_FOLDER",
         count=len(manifest.experts),
         fused=len(fused),
         stages=len(manifest.stages),
-        experts="\n".join(_row(expert) for expert in manifest.experts),
+        experts="\n".join(_row(expert, origin) for expert in manifest.experts),
         kind=markdown_words(manifest.aggregator["kind"]),
         options=", ".join(f"{name} {value}" for name, value in manifest.aggregator["options"].items())
         or "defaults",
@@ -70,7 +103,43 @@ def model_card(manifest: Manifest) -> str:
     )
 
 
-def _row(expert: ExpertEntry) -> str:
+def bases(manifest: Manifest) -> list[str]:
+    """The repositories of the experts that are on the hub."""
+    sources = [expert.source for expert in manifest.experts if expert.commit]
+    return ["/".join(source.split("/")[:2]) for source in sources if HUB_ID.fullmatch(source)]
+
+
+def _metadata(manifest: Manifest, origin: Origin, repository: str | None) -> str:
+    """The card's metadata, which the hub reads; YAML quotes whatever a stranger has written."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    repositories = list(dict.fromkeys([*bases(manifest), *origin.bases]))
+    relation = {"base_model": repositories, "base_model_relation": "merge"} if repositories else {}
+    losses = (manifest.training or {}).get("held_out_loss")
+    measured: dict[str, Any] = {}
+    if losses is not None:
+        loss = EvalResult(
+            task_type="text-to-image",
+            dataset_type="held-out",
+            dataset_name=f"{losses['trained'].get('n', 'the')} images held out of the training",
+            metric_type="loss",
+            metric_name="held-out loss",
+            metric_value=losses["trained"]["value"],
+        )
+        measured = {"model_name": repository or "ensemble", "eval_results": [loss]}
+    tags = ["afa", "diffusers", "text-to-image"]
+    data = ModelCardData(
+        library_name="afa",
+        pipeline_tag="text-to-image",
+        tags=tags,
+        **origin.metadata(),
+        **relation,
+        **measured,
+    )
+    return str(data.to_yaml(line_break="\n")).strip()
+
+
+def _row(expert: ExpertEntry, origin: Origin) -> str:
     loras = "".join(
         f" + {markdown_words(public_place(lora['path']))} × {lora['strength']:g}" for lora in expert.loras
     )
@@ -78,7 +147,8 @@ def _row(expert: ExpertEntry) -> str:
     source = markdown_words(expert.source if expert.commit else public_place(expert.source))
     return (
         f"| {markdown_words(expert.name)} | {source}{commit}{loras} | "
-        f"{markdown_words(expert.prediction_type or 'unknown')} |"
+        f"{markdown_words(expert.prediction_type or 'unknown')} | "
+        f"{markdown_words(origin.licences.get(expert.name) or 'see its source')} |"
     )
 
 

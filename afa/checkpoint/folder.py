@@ -1,9 +1,7 @@
 """The folder of a saved ensemble: written as a whole, and read with checks."""
 
-import os
 import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -26,13 +24,15 @@ from afa.checkpoint.manifest import (
     entry_for,
     frame_places,
     on_hub,
+    public_record,
     read_manifest,
     recipe_of,
     relative,
 )
 from afa.checkpoint.release import write_release
+from afa.checkpoint.sources import Given, find_experts
 from afa.denoiser.schedule import kind_of
-from afa.errors import UserError, unknown
+from afa.errors import UserError
 from afa.experts.expert import Expert
 from afa.experts.folders import forget_places
 from afa.experts.locate import Located, hash_expert, locate
@@ -42,7 +42,6 @@ from afa.experts.shipped import KNOWN_CONFIGS
 from afa.experts.spec import PREDICTION_TYPES, ExpertSpec, Lora
 from afa.files import sha256, staged
 from afa.frame import stock_pipeline
-from afa.places import public_place
 from afa.version import __version__
 
 if TYPE_CHECKING:
@@ -67,28 +66,17 @@ def save_ensemble(ensemble: "Ensemble", folder: Path, *, bundle: bool) -> None:
         }
         manifest = _manifest(ensemble, entries, frame, sha256(stage / AGGREGATORS))
         if bundle:  # made to be shared; a save that refers to experts may be gone on with here
-            manifest.training = _public(manifest.training)
+            manifest.training = public_record(manifest.training)
             forget_places(stage / "frame")
             forget_places(stage / "config")
         (stage / "README.md").write_text(model_card(manifest))
         (stage / MANIFEST).write_text(manifest.to_json())
 
 
-def _public(record: TrainingRecord | None) -> TrainingRecord | None:
-    """A training's record with names in place of this machine's folders."""
-    if record is None or "settings" not in record:
-        return record
-    settings = {
-        name: value if name.endswith("_column") else public_place(value)
-        for name, value in record["settings"].items()
-    }
-    return {**record, "settings": settings}
-
-
 def _check_target(folder: Path) -> None:
     """Raise UserError for a folder of a model: an ensemble only replaces an ensemble."""
     for mark in ("model_index.json", "config.json"):
-        if (folder / mark).exists():
+        if (folder / mark).exists() and not (folder / MANIFEST).exists():
             raise UserError(f"{folder} holds a model ({mark}); save the ensemble into a folder of its own")
 
 
@@ -248,16 +236,12 @@ def save_expert(expert: Expert, target: Path) -> None:
 
 
 def load_ensemble(
-    kind: "type[Ensemble]", folder: Path, moved: Mapping[str, str], *, dtype: torch.dtype | None, verify: bool
+    kind: "type[Ensemble]", folder: Path, moved: Given, *, dtype: torch.dtype | None, verify: bool
 ) -> "Ensemble":
     """See Ensemble.load."""
     manifest = read_manifest(folder)
-    names = [entry.name for entry in manifest.experts]
-    for name in moved:
-        if name not in names:
-            raise UserError(unknown(name, names, "expert of this ensemble"))
     check_file(folder, manifest)
-    specs = [_spec(entry, folder, moved.get(entry.name)) for entry in manifest.experts]
+    specs = find_experts(manifest, folder, moved)
     frame_places(manifest, folder)
     specs = [
         _with_recorded_prediction(entry, spec) for entry, spec in zip(manifest.experts, specs, strict=True)
@@ -321,27 +305,6 @@ def _with_recorded_prediction(entry: ExpertEntry, spec: ExpertSpec) -> ExpertSpe
     if not located.single_file or located.layout.part == "transformer" or said_by_file(located.path).type:
         return spec
     return replace(spec, prediction_type=entry.prediction_type)
-
-
-def _spec(entry: ExpertEntry, folder: Path, moved: str | None) -> ExpertSpec:
-    """Where an expert is read from.
-
-    folder: of the ensemble
-    moved:  the expert's new place; None: the recorded one
-    Raises UserError if it is not there any more.
-    """
-    spec = entry.spec(folder)
-    if moved is not None:
-        other = ExpertSpec.parse(moved)
-        return ExpertSpec(entry.name, other.source, other.revision, other.loras or spec.loras)
-    if entry.commit is None and not Path(spec.source).exists():
-        place = os.path.normpath(spec.source)
-        raise UserError(
-            f"expert '{entry.name}' was at {place}, which is not there;"
-            f" give its new place: --experts {entry.name}=FOLDER, or in Python experts={{'{entry.name}': "
-            f"'FOLDER'}}"
-        )
-    return spec
 
 
 def export_release(ensemble: "Ensemble", folder: Path) -> None:

@@ -15,12 +15,12 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from afa.aggregators.registry import AGGREGATORS as KINDS
 from afa.aggregators.registry import Recipe, check_options
 from afa.errors import UserError, unknown
-from afa.experts.locate import PARTS, Located, expert_files, recorded_files
+from afa.experts.locate import PARTS, Located, recorded_files
 from afa.experts.shipped import KNOWN_CONFIGS
 from afa.experts.spec import HUB_ID, ExpertSpec, Lora
 from afa.files import settled, sha256
 from afa.models.registry import FAMILIES
-from afa.places import check_name, located, spelled
+from afa.places import check_name, located, public_place, spelled
 from afa.schema import Count, Like, Score, Sha256, Within, build, hints_of, shown
 from afa.text_files import read_json
 
@@ -312,6 +312,17 @@ def entry_for(
     )
 
 
+def public_record(record: TrainingRecord | None) -> TrainingRecord | None:
+    """A training's record with names in place of this machine's folders."""
+    if record is None or "settings" not in record:
+        return record
+    settings = {
+        name: value if name.endswith("_column") else public_place(value)
+        for name, value in record["settings"].items()
+    }
+    return {**record, "settings": settings}
+
+
 def relative(path: Path, folder: Path) -> str:
     """A path relative to a folder, as it is written to a manifest."""
     return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
@@ -333,11 +344,7 @@ def check_hashes(entry: ExpertEntry, located: Located) -> None:
                 f"{found}, the ensemble was made with {expected};"
                 " restore the file or train again"
             )
-    strange = (
-        next((name for name in expert_files(located) if name not in entry.files), None)
-        if entry.files
-        else None
-    )
+    strange = next((name for name in files if name not in entry.files), None) if entry.files else None
     if strange is not None:
         raise UserError(
             f"expert '{entry.name}' has changed: {located.path} is now loaded from {strange}, "

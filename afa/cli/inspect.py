@@ -40,6 +40,7 @@ class InspectSettings(AggregatorSettings):
     experts: list[str] = option(
         [],
         place=True,
+        ensemble=True,
         help="a diffusers folder, .safetensors file of original layout or org/name@revision,"
         " each optionally NAME=… and …+LORA; or one saved ensemble",
         positional=True,

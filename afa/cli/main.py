@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import contextlib
+import dataclasses
 import gc
 import importlib
 import io
@@ -16,7 +17,7 @@ from typing import Any
 from afa.cli.flags import add_flags, read_flags
 from afa.errors import UserError
 from afa.pages.tables import listing
-from afa.places import EMBEDDED, as_typed
+from afa.places import EMBEDDED, as_typed, on_hub
 from afa.settings import PLACES, read_recipe
 from afa.version import __version__
 
@@ -36,6 +37,7 @@ COMMANDS = {
     "evaluate": "afa.cli.evaluate",
     "report": "afa.cli.report",
     "demo": "afa.cli.demo",
+    "push": "afa.cli.push",
     "ui": "afa.cli.ui",
     "comfyui": "afa.cli.comfyui",
 }
@@ -62,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         gc.set_threshold(50_000)  # imports make half a million objects that stay: look for garbage seldom
         atexit.register(gc.freeze)  # and not when all is done: it takes the interpreter a second to end
         with _first_speaks():
-            module.run(read_flags(module.Options.current(), parsed))
+            module.run(_with_folders(read_flags(module.Options.current(), parsed)))
     except (UserError, NotImplementedError) as error:
         return _say(str(error), 2, given)
     except KeyboardInterrupt as interrupt:
@@ -103,6 +105,27 @@ def build_parser(arguments: list[str]) -> argparse.ArgumentParser:
             options = module.Options.current()
             add_flags(command, options, _preset(verb, options, arguments))
     return parser
+
+
+def _with_folders(options: Any) -> Any:
+    """Return the options with the folder of an ensemble in place of org/name@revision; it is downloaded.
+
+    An option that takes experts too keeps the name of a repository that is no ensemble.
+    """
+    fields = dataclasses.fields(options) if dataclasses.is_dataclass(options) else ()
+    folders: dict[str, Any] = {}
+    for field in fields:
+        value = getattr(options, field.name) if field.metadata.get("ensemble") else None
+        several = isinstance(value, list)
+        place = value[0] if several and len(value) == 1 else value
+        if not isinstance(place, str) or on_hub(place) is None:
+            continue
+        from afa.checkpoint.hub import fetch_ensemble, fetch_if_ensemble
+
+        folder = fetch_if_ensemble(place) if several else fetch_ensemble(place)
+        if folder is not None:
+            folders[field.name] = [str(folder)] if several else str(folder)
+    return dataclasses.replace(options, **folders) if folders else options
 
 
 @contextlib.contextmanager

@@ -27,7 +27,12 @@ OF_IMAGES = (
 class DistillSettings(LoopSettings):
     """The options of `afa distill`; each field is a flag."""
 
-    ensemble: str = option(place=True, help="folder of a saved ensemble, the teacher", positional=True)
+    ensemble: str = option(
+        place=True,
+        ensemble=True,
+        help="a saved ensemble, the teacher: its folder, or org/name@revision",
+        positional=True,
+    )
     data: str = option(
         help="captions: a .txt file with one in each line; or images as afa train takes them, of which the "
         "captions are used"

@@ -34,7 +34,7 @@ class EvaluateSettings(CheckedOptions):
         *("batch_size", "device", "resamples", "allow_outside", "dry_run", "json"),
     )
 
-    ensemble: str = option(place=True, help="a saved ensemble, made by `afa train`")
+    ensemble: str = option(place=True, ensemble=True, help="a saved ensemble, made by `afa train`")
     output: str = option(
         help=(
             "a folder for images, scores and results.json; what is already there and was made the same way"

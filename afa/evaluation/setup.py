@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 
 from afa.checkpoint.manifest import MANIFEST, read_manifest
+from afa.checkpoint.sources import find_experts
 from afa.data.registry import open_source
 from afa.data.sources import Columns
 from afa.devices import process_device
@@ -23,7 +24,6 @@ from afa.experts.description import denoiser_config
 from afa.experts.expert import Expert
 from afa.experts.load import load_expert
 from afa.experts.locate import locate
-from afa.experts.spec import ExpertSpec, new_places
 from afa.files import settled
 from afa.fingerprint import begun_with
 from afa.models.registry import FAMILIES
@@ -51,7 +51,7 @@ class Setup:
         self.folder = Path(settings.ensemble)
         self.manifest = read_manifest(self.folder)
         self.device = process_device(settings.device)
-        self.moved = new_places(settings.experts or [])
+        self.moved = settings.experts or []
         data = None if settings.protocol_data is None else Path(settings.protocol_data)
         names = [field.name for field in dataclasses.fields(ProtocolOptions) if field.name != "data"]
         one = {name: None if settings.several(name) else getattr(settings, name) for name in names}
@@ -85,8 +85,7 @@ class Setup:
     def _config(self) -> Any:
         """The first expert's denoiser's config, without its weights."""
         entry = self.manifest.experts[0]
-        moved = entry.name in self.moved
-        spec = ExpertSpec.parse(self.expert_specs()[0]) if moved else entry.spec(self.folder)
+        spec = find_experts(self.manifest, self.folder, self.moved)[0]
         return denoiser_config(locate(spec), self.manifest.family, entry.config_in(self.folder))
 
     def check_guided(self) -> None:
@@ -142,10 +141,7 @@ class Setup:
 
     def expert_specs(self) -> list[str]:
         """Return the experts' specs, as `afa train` takes them."""
-        specs = [entry.spec(self.folder) for entry in self.manifest.experts]
-        return [
-            f"{spec.name}={self.moved[spec.name]}" if spec.name in self.moved else str(spec) for spec in specs
-        ]
+        return [str(spec) for spec in find_experts(self.manifest, self.folder, self.moved)]
 
     @cached_property
     def recorded(self) -> dict[str, Any]:

@@ -230,12 +230,16 @@ def read_folder(folder: Path) -> Tensors:
 def forget_places(folder: Path) -> None:
     """Shorten the paths that libraries recorded in the configs of a copied model to names."""
     for file in folder.rglob("*.json") if folder.is_dir() else ():
-        settings = json_or_none(file) if file.name in CONFIGS else None
-        if not isinstance(settings, dict):
-            continue
-        noted = {
-            key: value for key, value in settings.items() if key.endswith(NOTED) and isinstance(value, str)
-        }
-        public = {key: public_place(value) for key, value in noted.items()}
-        if public != noted:
-            file.write_text(json.dumps({**settings, **public}, indent=2) + "\n")
+        public = public_config(file)
+        if public is not None:
+            file.write_text(public)
+
+
+def public_config(file: Path) -> str | None:
+    """A config with names in place of the paths that libraries recorded; None for a file that may stay."""
+    settings = json_or_none(file) if file.name in CONFIGS else None
+    if not isinstance(settings, dict):
+        return None
+    noted = {key: value for key, value in settings.items() if key.endswith(NOTED) and isinstance(value, str)}
+    public = {key: public_place(value) for key, value in noted.items()}
+    return None if public == noted else json.dumps({**settings, **public}, indent=2) + "\n"

@@ -261,6 +261,9 @@ def recorded_files(located: Located, names: Collection[str]) -> dict[str, Path]:
     names: of files in the manifest; older versions also recorded weight files that are not loaded
     """
     files = expert_files(located)
+    own = [name for name in names if not name.startswith("lora ")]
+    if located.single_file and len(own) == 1:  # a file may have another name by now
+        files[own[0]] = files.pop(located.path.name)
     folders = [] if located.single_file else _folders(located)
     beside = {
         path.relative_to(located.path).as_posix(): path for folder in folders for path in folder.iterdir()

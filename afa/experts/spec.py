@@ -96,7 +96,7 @@ def exists(place: str) -> bool:
 
 
 def new_places(given: list[str]) -> dict[str, str]:
-    """The new places of a saved ensemble's experts: name -> place.
+    """The new places of a merge's inputs: name -> place.
 
     given: NAME=PLACE each
     Raises UserError where the name is missing.

@@ -20,7 +20,6 @@ from afa.denoiser.hooks import adjust_weights
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.experts.spec import new_places
 from afa.explanation.causes import Counterfactual, Skipping, Unused, find_unused, rmse
 from afa.explanation.chart import chart
 from afa.explanation.explanation import (
@@ -95,7 +94,7 @@ def run(settings: ExplainSettings) -> dict[str, Any]:
             " make one with afa train, or leave it out for the embedded one"
         )
     asked = {**settings.binding(), "prompt": prompts}
-    files = saved_fingerprint(Path(settings.ensemble), new_places(settings.experts or []))
+    files = saved_fingerprint(Path(settings.ensemble), settings.experts or [])
     check_claim(output, asked, "the explanation", files)
     job = _prepare(settings, prompts, device)
     with locked(output):
@@ -121,7 +120,7 @@ def run(settings: ExplainSettings) -> dict[str, Any]:
 def _prepare(settings: ExplainSettings, prompts: list[str], device: torch.device) -> ExplainRun:
     """Load the ensemble and check the settings against it."""
     ensemble = Ensemble.load(
-        str(settings.ensemble), new_places(settings.experts or []), dtype=getattr(torch, settings.dtype)
+        str(settings.ensemble), settings.experts or [], dtype=getattr(torch, settings.dtype)
     )
     check(ensemble)
     warn_of_prompts(prompts, ensemble.denoiser.interface, ensemble.frame.tokenizers)

@@ -42,6 +42,7 @@ class ExplainSettings(CheckedOptions):
     ensemble: str | None = option(
         None,
         place=True,
+        ensemble=True,
         help="a saved ensemble (default: the embedded one, with 20 steps and guidance 3)",
         positional=True,
     )

@@ -27,7 +27,6 @@ from afa.denoiser.reuse import Reuse
 from afa.devices import choose_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError, unknown
-from afa.experts.spec import new_places
 from afa.files import json_or_none, locked, refuse_busy, settled, sha256, write_atomically
 from afa.fingerprint import digest, saved_fingerprint
 from afa.generation.calibrate_settings import CalibrateSettings
@@ -35,7 +34,7 @@ from afa.generation.speed import ASKED, SPEED, Speed, Tried, Way
 from afa.metrics.base import ImageMetric
 from afa.metrics.judging import image_metric, prompt_scores
 from afa.metrics.user import try_scorer
-from afa.places import spelled
+from afa.places import on_hub, spelled
 from afa.prompts import asked_prompts, prompt_numbers, warn_of_prompts
 from afa.sampling.sample import Request, Sampling, image_size, sample, strength
 from afa.schedulers import reschedule
@@ -68,6 +67,11 @@ def calibrate(settings: CalibrateSettings) -> Speed:
         raise UserError(
             f"{spelled(folder)} is part of afa and stays as it is; calibrate an ensemble of your own, "
             "made by afa train or saved by Ensemble.save"
+        )
+    if on_hub(settings.ensemble) is not None:
+        raise UserError(
+            f"the levels are written to the ensemble's folder, and {settings.ensemble} is on the hub; get a "
+            f"folder of your own first: hf download {settings.ensemble} --local-dir FOLDER"
         )
     read_manifest(folder)
     refuse_busy(folder)
@@ -117,8 +121,7 @@ def table(speed: Speed, settings: CalibrateSettings) -> str:
 
 
 def _loaded(settings: CalibrateSettings, folder: Path) -> Ensemble:
-    places = new_places(settings.experts or [])
-    ensemble = Ensemble.load(folder, places, dtype=getattr(torch, settings.dtype))
+    ensemble = Ensemble.load(folder, settings.experts or [], dtype=getattr(torch, settings.dtype))
     if len(ensemble.names) == 1:
         raise UserError(f"{folder} has one expert; levels of speed are for several")
     if settings.scheduler is not None:
@@ -223,7 +226,7 @@ class Bench:
         try_scorer([metric], *image_size(self.pipeline, sampling_of(settings, self.exact)))
         warn_of_prompts(prompts, self.denoiser.interface, ensemble.frame.tokenizers)
         asked = settings.binding() | {"prompt": chosen, "metric": metric.identity}
-        files = saved_fingerprint(folder, new_places(settings.experts or []))
+        files = saved_fingerprint(folder, settings.experts or [])
         self.facts = {"asked": digest(asked), "files": digest(files)}
         recorded = {name: getattr(settings, name) for name in RECORDED}
         self.speed = Speed(

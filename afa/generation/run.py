@@ -23,7 +23,6 @@ from afa.devices import process_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError, unknown
 from afa.experts.quantised import LARGEST, check_store, store_weights
-from afa.experts.spec import new_places
 from afa.files import locked, refuse_busy, replacing, settled, sha256, write_atomically
 from afa.fingerprint import Files, fingerprint, saved_fingerprint, summed
 from afa.generation.drawing import Drawing, deal, draw_missing
@@ -66,7 +65,7 @@ def source_files(
     Arguments: see load_sources, and `base` of GenerateSettings.
     """
     if is_saved(sources[0]):
-        saved = saved_fingerprint(Path(sources[0]), new_places(list(experts or [])))
+        saved = saved_fingerprint(Path(sources[0]), experts or [])
         return summed(saved | fingerprint(base=base))
     lent = {"frame": frame, "text_encoder": text_encoder, "vae": vae}
     return summed(fingerprint(sources, config=config, base=base, **lent))
@@ -94,7 +93,7 @@ def load_sources(
 ) -> Ensemble:
     """Load a saved ensemble, or make one of experts. An ensemble of one expert is that expert, bit for bit.
 
-    experts: new places of a saved ensemble's experts, each NAME=PLACE
+    experts: new places of a saved ensemble's experts, each NAME=PLACE, or folders to search
     frame, text_encoder, vae, config, prediction_type, placement: of experts, see Ensemble.from_experts;
     placement `out` accepts experts of different architectures
     Raises UserError for options that do not fit together.
@@ -113,7 +112,7 @@ def load_sources(
                 "leave it out"
             )
     if saved:
-        return Ensemble.load(saved[0], new_places(list(experts or [])), dtype=kind)
+        return Ensemble.load(saved[0], experts or [], dtype=kind)
     if experts:
         raise UserError(
             f"--experts is for a saved ensemble, and {sources[0]} is none: it has no {MANIFEST}; "

@@ -42,6 +42,7 @@ class GenerateSettings(CheckedOptions):
 
     sources: list[str] = option(
         place=True,
+        ensemble=True,
         help="a saved ensemble or an expert (folder, .safetensors, org/name@revision); "
         "with --method also several experts",
         positional=True,

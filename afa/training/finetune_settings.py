@@ -21,6 +21,7 @@ class LoraSettings(LoopSettings):
     like: str | None = option(
         None,
         place=True,
+        ensemble=True,
         help="a saved ensemble: take the smallest rank with at least as many trained parameters",
     )
     vae: str | None = option(

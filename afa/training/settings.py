@@ -287,6 +287,7 @@ class TrainSettings(LoopSettings, AggregatorSettings):
     start: str | None = option(
         None,
         place=True,
+        ensemble=True,
         help="a saved ensemble to train further, instead of --experts",
     )
     # A step's options, or None until they are chosen by afa.defaults: see chosen().

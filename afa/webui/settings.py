@@ -28,6 +28,7 @@ class UiSettings(CheckedOptions):
     sources: list[str] = option(
         [],
         place=True,
+        ensemble=True,
         help="a saved ensemble, or experts to combine while sampling (default: the embedded ensemble)",
         positional=True,
     )

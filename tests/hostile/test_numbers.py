@@ -36,6 +36,7 @@ WORKING = {
     "explain": ["a", "--prompt", "p", "--output", "c"],
     "evaluate": ["--ensemble", "a", "--output", "c", "--protocol", "scenes"],
     "demo": [],
+    "push": ["a", "org/b"],
     "ui": [],
     "comfyui": ["--install", "a"],
 }

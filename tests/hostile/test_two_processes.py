@@ -59,11 +59,12 @@ def command(verb, inputs):
         "screen": [CURVES, ANGLES, "--data", data],
         "explain": [str(ENSEMBLE), "--prompt", "a ring"],
         "demo": ["--json"],
+        "push": [str(ENSEMBLE), "--bundle"],
     }[verb]
 
 
 WRITERS = [
-    *("train", "finetune", "distill", "extract", "generate", "evaluate", "merge", "merge to a file", "search", "screen", "explain", "demo"),
+    *("train", "finetune", "distill", "extract", "generate", "evaluate", "merge", "merge to a file", "search", "screen", "explain", "demo", "push"),
 ]
 
 
