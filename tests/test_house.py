@@ -44,7 +44,7 @@ def test_an_upward_import_and_a_circle_would_be_found():
     assert len(house.circles(graph)) == 1
 
 
-@pytest.mark.parametrize(("folder", "columns"), [("afa", 110), ("tests", 160), ("scripts", 160), ("benchmarks", 160), ("docs", 160)])
+@pytest.mark.parametrize(("folder", "columns"), [("afa", 110), ("tests", 160), ("scripts", 160), ("benchmarks", 160), ("docs", 160), ("examples", 160)])
 def test_lines_end_before_the_margin(folder, columns):
     files = sorted((ROOT.parent / folder).rglob("*.py"))
     lines = [(file, number, line) for file in files for number, line in enumerate(file.read_text().splitlines(), 1)]
@@ -75,7 +75,7 @@ def there_is(name: str) -> bool:
     return file.is_file() and re.search(rf"\b{place.name}\b", file.read_text()) is not None
 
 
-@pytest.mark.parametrize("folder", ["scripts", "benchmarks", "docs"])
+@pytest.mark.parametrize("folder", ["scripts", "benchmarks", "docs", "examples"])
 def test_programs_outside_the_package_import_what_exists(folder):
     files = sorted((ROOT.parent / folder).rglob("*.py"))
     assert [f"{file.name}: {name}" for file in files for name in imports_of_afa(file) if not there_is(name)] == []

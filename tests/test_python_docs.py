@@ -1,4 +1,4 @@
-"""What docs/python.md shows works, in the order in which it stands there, in an empty folder."""
+"""What docs/python.md and docs/diffusers.md show works, in the order in which it stands there, in an empty folder."""
 
 import re
 from pathlib import Path
@@ -8,18 +8,38 @@ import pytest
 import afa
 from afa.explanation import Explanation
 
-PAGE = Path(afa.__file__).parent.parent / "docs" / "python.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+DOCS = Path(afa.__file__).parent.parent / "docs"
+PAGE = DOCS / "python.md"
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+BLOCKS = blocks(PAGE)
+
+
+def run(page: Path) -> dict[str, object]:
+    """Run the blocks of a page one after the other; returns what they define."""
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks(page), 1):
+        try:
+            exec(compile(block, f"docs/{page.name}, block {number}", "exec"), names)
+        except Exception as error:
+            pytest.fail(f"block {number}: {type(error).__name__}: {error}\n{block}")
+    return names
+
+
+def test_the_diffusers_page_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = run(DOCS / "diffusers.md")
+    assert names["ensemble"].names == ("expert_0", "expert_1") and list(tmp_path.iterdir()) == []
+    assert "(1, 4, 16, 16)" in capsys.readouterr().out
 
 
 def test_the_python_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    for number, block in enumerate(BLOCKS, 1):
-        try:
-            exec(compile(block, f"docs/python.md, block {number}", "exec"), names)
-        except Exception as error:
-            pytest.fail(f"block {number}: {type(error).__name__}: {error}\n{block}")
+    names = run(PAGE)
     assert isinstance(names["found"], dict) and Explanation.__name__ in PAGE.read_text()
     made = {path.name for path in tmp_path.iterdir()}
     assert made == {"scene.png", "mine", "soup", "trained", "out", "compared", "report.html", "report.md", "report.csv", "merged.safetensors"}
