@@ -518,8 +518,8 @@ def test_the_commands_take_the_parts_as_the_library_does(parts, tmp_path, capsys
     assert shown["vae"]["class"] == "AutoencoderKL"
     drawn = []
     for name, source in (("whole", [str(root / "whole")]), ("parts", [files["model"], *given])):
-        small = "--steps 1 --height 64 --width 64 --device cpu".split()
-        assert main(["generate", *source, "--prompt", "a", "--output", str(tmp_path / name), *small]) == 0
+        small = "--prompt a --steps 1 --height 64 --width 64 --device cpu".split()
+        assert main(["generate", *source, *small, "--output", str(tmp_path / name)]) == 0
         drawn.append(np.asarray(Image.open(next((tmp_path / name).glob("*.png")))))
     assert (drawn[0] == drawn[1]).all()
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
