@@ -5,6 +5,7 @@ torchvision is not among what afa's tests install: the core only looks for its n
 
 import importlib
 import importlib.machinery
+import importlib.util
 import os
 import sys
 import types
@@ -41,16 +42,17 @@ def load_core() -> Any:
     assert COMFYUI is not None
     if COMFYUI not in sys.path:
         sys.path.insert(0, COMFYUI)
-    if "torchvision" not in sys.modules:
-        for name in ("torchvision", "torchvision.transforms"):
-            sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
-        sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]  # type: ignore[attr-defined]
+    stubs = {name: types.ModuleType(name) for name in ("torchvision", "torchvision.transforms") if importlib.util.find_spec("torchvision") is None}
+    for name, stub in stubs.items():
+        stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    sys.modules.update(stubs)
     importlib.import_module("comfy.options").args_parsing = False
     importlib.import_module("comfy.cli_args").args.cpu = True
     names = "sample samplers sd model_base model_detection model_management model_patcher supported_models controlnet lora conds hooks"
-    for name in names.split():
-        importlib.import_module(f"comfy.{name}")
+    for name in (*(f"comfy.{name}" for name in names.split()), "nodes", "execution"):
+        importlib.import_module(name)
+    for name in stubs:  # other libraries would take them for the real one
+        del sys.modules[name]
     return importlib.import_module("comfy")
 
 
@@ -61,6 +63,8 @@ def unet_model(core: Any, unet: Any, kind: str = "SD15") -> Any:
     config = getattr(core.supported_models, kind)(settings)
     if config.unet_config["num_head_channels"] != -1:
         config.unet_config["num_head_channels"] = HEAD
+    if kind == "SD20":  # the core looks for it in the spread of a layer that tiny models do not have
+        config.model_type = lambda *_: core.model_base.ModelType.V_PREDICTION
     return _patcher(core, config, tensors)
 
 

@@ -8,7 +8,7 @@ from family_models import FUSED, MODELS, image_of, sample_of
 from tiny import inputs, sd_unet, sdxl_unet
 
 from afa.aggregators.registry import AGGREGATORS, Recipe
-from afa.denoiser.hooks import adjust_weights, only_expert, record_weights, scale_weights
+from afa.denoiser.hooks import adjust_weights, only_expert, record_weights, rescaled, scale_weights
 from afa.models.unet import UNetEnsemble
 
 SMALL = {
@@ -300,6 +300,13 @@ def test_adjusted_weights_are_shown_row_by_row_where_everyone_has_a_blend_of_its
     assert list(seen) == made.fused
     assert {tuple(weights.shape[:2]) for weights in list(seen.values())[:-1]} == {(6, 3)}  # two samples, three rows each
     assert seen[made.fused[-1]].shape[:2] == (2, 3)
+
+
+def test_scaled_weights_sum_to_one_however_small_they_are():
+    small = torch.tensor([1e-3, 1e-30, 1.2e-38, 1e-39, 1e-44, 0.0])  # the last four: at and below the smallest normal number
+    weights = torch.stack([1 - small, small]).view(1, 2, 1, -1)
+    factors = torch.tensor([0.0, 0.5]).view(1, 2, 1, 1)
+    assert torch.equal(rescaled(weights, factors), torch.tensor([0.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 1, 6))
 
 
 @pytest.mark.parametrize(

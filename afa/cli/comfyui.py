@@ -8,7 +8,7 @@ from afa.comfyui.settings import ComfyuiSettings as Options
 
 EXAMPLES = [
     "afa comfyui --install ~/ComfyUI",
-    'afa comfyui --install "$(pwd)"    # in the folder with main.py',
+    "afa comfyui --install .",
 ]
 
 

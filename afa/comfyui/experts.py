@@ -14,7 +14,7 @@ from afa.checkpoint.aggregator_files import check_file, fill, read_tensors
 from afa.checkpoint.manifest import ExpertEntry, Manifest, read_manifest, recipe_of
 from afa.comfyui.network import NetworkReader, reader_of
 from afa.comfyui.patches import check_patches, left_out
-from afa.comfyui.running import KEY, RunningEnsemble, network_of
+from afa.comfyui.running import KEY, RunningEnsemble, network_of, patches_of
 from afa.errors import UserError
 from afa.files import sha256
 from afa.stages.stage import Stage
@@ -68,7 +68,7 @@ def combine(models: Sequence[Any], folder: Path) -> Any:
         recipe=recipe_of(manifest),
         places=places,
         entered=dict(models[0].model_options["transformer_options"]),
-        patched=made.patches_uuid,
+        patched=patches_of(made),
     )
     kinds = importlib.import_module("comfy.patcher_extension").WrappersMP
     made.set_attachments(KEY, ensemble)

@@ -76,7 +76,7 @@ class RunningEnsemble:
     recipe:      of the aggregators
     places:      for each expert, the place of its model in [the MODEL itself, *its additional models]
     entered:     transformer_options of the first MODEL when it entered
-    patched:     identity of the weights' patches on the first MODEL when it entered
+    patched:     patches of the first MODEL's weights when it entered
     results:     the last samplings: latents, and mean weights by stage, (B, N, H, W)
     """
 
@@ -119,7 +119,7 @@ class RunningEnsemble:
 
     def _check(self, guider: Any) -> None:
         """Raise UserError for what would reach the first expert alone, or would be left out."""
-        if guider.model_patcher.patches_uuid != self.patched:
+        if patches_of(guider.model_patcher) != self.patched:
             raise UserError(
                 "a node after AFA Ensemble patches weights (a LoRA?), which would reach the first expert "
                 "alone; put it between the loader and AFA Ensemble, for each expert that it is meant for"
@@ -244,6 +244,13 @@ class RunningEnsemble:
             if prompted:
                 sums[stage] = sums[stage] + part if stage in sums else part.clone()
                 passes[stage] = passes.get(stage, 0) + 1
+
+
+def patches_of(patcher: Any) -> Any:
+    """Return what patches the weights of a MODEL, to compare; patches_uuid changes with hooks, too."""
+    by_weight = {name: len(found) for name, found in patcher.patches.items()}
+    wrapped = {name: len(found) for name, found in patcher.weight_wrapper_patches.items()}
+    return by_weight, wrapped, patcher.object_patches.get("manual_cast_dtype")
 
 
 def network_of(patcher: Any) -> Any:

@@ -131,10 +131,13 @@ class UNetReader(NetworkReader):
         into = [stage for stage in stages if stage.saves_skip]
         middle = [stage for stage in stages if not (stage.saves_skip or stage.takes_skip)]
         # ComfyUI's lists end with what the first block gets; an output block's residual is for its skip
-        residuals = _assigned(into, control.get("input")) | _assigned(middle, control.get("middle"))
+        size = call["x"].shape[-2:]
+        residuals = _assigned(into, control.get("input"), size) | _assigned(
+            middle, control.get("middle"), size
+        )
         return PassOptions(
             residuals=residuals,
-            skip_residuals=_assigned(into[::-1], control.get("output")),
+            skip_residuals=_assigned(into[::-1], control.get("output"), size),
             odd_size=True,  # upsamplers always make the size of the next skip, as in ComfyUI
         )
 
@@ -142,15 +145,25 @@ class UNetReader(NetworkReader):
         return prediction
 
 
-def _assigned(stages: Sequence[Stage], given: Sequence[Tensor | None] | None) -> dict[str, Tensor]:
-    """Assign a ControlNet's list, which is used up from its end, to stages."""
+def _assigned(
+    stages: Sequence[Stage], given: Sequence[Tensor | None] | None, size: Sequence[int]
+) -> dict[str, Tensor]:
+    """Assign a ControlNet's list, which is used up from its end, to stages. size: of the latents"""
     given = list(given or ())[::-1]
     if len(given) > len(stages):
         raise UserError(
             f"the ControlNet gives {len(given)} residuals for {len(stages)} blocks of the experts; "
             "take one of their architecture"
         )
-    return {stage.name: own for stage, own in zip(stages, given, strict=False) if own is not None}
+    found = {stage.name: own for stage, own in zip(stages, given, strict=False) if own is not None}
+    for stage in stages:
+        expected = (stage.channels, *(-(-side // 2**stage.level) for side in size))
+        if stage.name in found and found[stage.name].shape[1:] != expected:
+            raise UserError(
+                f"the ControlNet gives {list(found[stage.name].shape[1:])} for {stage.name}, the experts "
+                f"have {list(expected)}; take one of their architecture"
+            )
+    return found
 
 
 def _is(module: object, name: str) -> bool:

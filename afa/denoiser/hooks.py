@@ -137,8 +137,10 @@ def rescaled(weights: Tensor, factors: Tensor) -> Tensor:
     """
     changed = weights * factors
     total = changed.sum(1, keepdim=True)
-    least = torch.finfo(total.dtype).tiny
-    return torch.where(total > 0, changed / total.clamp_min(least), factors / factors.sum(1, keepdim=True))
+    least = torch.finfo(total.dtype).tiny  # what is smaller is no sum to divide by: it has few digits left
+    return torch.where(
+        total >= least, changed / total.clamp_min(least), factors / factors.sum(1, keepdim=True)
+    )
 
 
 @contextmanager
