@@ -10,6 +10,7 @@ from afa.lazy import exports
 
 if TYPE_CHECKING:
     from afa.denoiser.hooks import adjust_weights, hide_tokens, only_expert, record_weights, scale_weights
+    from afa.denoiser.strengths import Strength
     from afa.ensemble import Ensemble
     from afa.errors import UserError
     from afa.merging.memory import merge_experts, merge_pipelines
@@ -22,6 +23,7 @@ from afa.version import __version__ as __version__
 
 __all__ = [
     "Ensemble",
+    "Strength",
     "UserError",
     "adjust_weights",
     "hide_tokens",
@@ -35,6 +37,7 @@ __all__ = [
 
 _HOMES = {
     "Ensemble": "afa.ensemble",
+    "Strength": "afa.denoiser.strengths",
     "UserError": "afa.errors",
     "adjust_weights": "afa.denoiser.hooks",
     "hide_tokens": "afa.denoiser.hooks",

@@ -17,8 +17,8 @@ from afa.comfyui.install import NAME, PACK, install
 from afa.comfyui.maps import drawn
 from afa.comfyui.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, AfaEncode, AfaEnsemble
 from afa.comfyui.patches import options_of_expert
-from afa.comfyui.strengths import Strength, factor_maps, for_rows
 from afa.comfyui.texts import calls_of_experts
+from afa.denoiser.strengths import Strength, factor_maps, for_rows
 
 NODES = list(NODE_CLASS_MAPPINGS.values())
 TYPES = {"MODEL", "CLIP", "CONDITIONING", "LATENT", "IMAGE", "MASK", "STRING", "INT", "FLOAT", "BOOLEAN"}
@@ -198,17 +198,17 @@ def test_inputs_are_connected_without_a_gap():
 def test_factors_are_those_of_the_strengths_at_every_place():
     left = torch.zeros(1, 4, 4)
     left[..., :2] = 1
-    found = factor_maps((Strength(0, 3.0, left), Strength(1, 0.5), Strength(0, 2.0)), 3, (2, 2))
+    found = factor_maps((Strength("a", 3.0, left), Strength("b", 0.5), Strength("a", 2.0)), ("a", "b", "c"), (2, 2))
     assert torch.equal(found[0, 0], torch.tensor([[6.0, 2.0]] * 2))
     assert torch.equal(found[0, 1], torch.full((2, 2), 0.5)) and torch.equal(found[0, 2], torch.ones(2, 2))
-    half = factor_maps((Strength(0, 0.0, torch.full((1, 1, 1), 0.25)),), 2, (3, 5))
+    half = factor_maps((Strength("a", 0.0, torch.full((1, 1, 1), 0.25)),), ("a", "b"), (3, 5))
     assert torch.equal(half[0, 0], torch.full((3, 5), 0.75))
-    two = factor_maps((Strength(0, 0.0, torch.stack([torch.zeros(4, 4), torch.ones(4, 4)])),), 2, (1, 1))
+    two = factor_maps((Strength("a", 0.0, torch.stack([torch.zeros(4, 4), torch.ones(4, 4)])),), ("a", "b"), (1, 1))
     # two pictures, two prompts, and a row for each of two experts
     rows = for_rows(two, images=2, passes=2, rows=8)
     assert rows[:, 0].flatten().tolist() == [1, 1, 0, 0] * 2
     with pytest.raises(UserError, match="masks of 2, 3 pictures"):
-        factor_maps((Strength(0, 0.5, torch.ones(2, 4, 4)), Strength(0, 0.5, torch.ones(3, 4, 4))), 2, (1, 1))
+        factor_maps((Strength("a", 0.5, torch.ones(2, 4, 4)), Strength("a", 0.5, torch.ones(3, 4, 4))), ("a", "b"), (1, 1))
 
 
 def test_pooled_text_is_the_experts_own_and_sizes_are_shared():

@@ -15,10 +15,11 @@ from tiny_transformers import SD3_SMALL, flux_pipeline, qwen_image_pipeline, sd3
 
 from afa import UserError
 from afa.denoiser.reuse import Reuse
+from afa.denoiser.schedule import share_of_steps
 from afa.generation.run import generate
 from afa.generation.settings import GenerateSettings
 from afa.models.registry import denoiser_of
-from afa.sampling.guidance_interval import _is_within, guided_within
+from afa.sampling.guidance_interval import guided_within
 from afa.sampling.registry import make_sampler
 from afa.sampling.sample import Sampling, sample
 
@@ -176,4 +177,4 @@ def test_an_ensemble_of_models_with_timestep_tensors_on_any_grid_finds_its_step(
     class Scheduler:
         timesteps = torch.tensor([999.0, 999.0, 500.0, 500.0])
 
-    assert [_is_within(Scheduler, time, (0.0, 0.5)) for time in (torch.tensor([999.0, 999.0]), 500.0)] == [True, False]
+    assert [share_of_steps(Scheduler, time) for time in (torch.tensor([999.0, 999.0]), 500.0)] == [0.0, 0.5]

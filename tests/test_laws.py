@@ -8,7 +8,8 @@ from family_models import FUSED, MODELS, image_of, sample_of
 from tiny import inputs, sd_unet, sdxl_unet
 
 from afa.aggregators.registry import AGGREGATORS, Recipe
-from afa.denoiser.hooks import adjust_weights, only_expert, record_weights, rescaled, scale_weights
+from afa.denoiser.hooks import adjust_weights, only_expert, record_weights, scale_weights
+from afa.denoiser.strengths import Strength, rescaled
 from afa.models.unet import UNetEnsemble
 
 SMALL = {
@@ -115,6 +116,26 @@ class TestLaws:
             with scale_weights(made, dict.fromkeys(made.names, 3.0)):
                 found = sample_of(made(**model.call()))
         assert torch.equal(found, expected)
+
+    def test_a_region_changes_weights_inside_its_mask_only_and_they_stay_convex(self, fused, aggregator):
+        model, placement = fused
+        made = shared(model, aggregator, placement)
+        left = torch.zeros(1, 16, 16)
+        left[..., :8] = 1
+        with torch.no_grad(), record_weights(made) as plain:
+            expected = sample_of(made(**model.call()))
+        for strength in (Strength(made.names[0], 1.0, left), Strength(made.names[0], 0.0, torch.zeros(1, 4, 4))):
+            with torch.no_grad(), scale_weights(made, {}, [strength]):
+                assert torch.equal(sample_of(made(**model.call())), expected)
+        with torch.no_grad(), record_weights(made) as changed, scale_weights(made, {}, [Strength(made.names[0], 0.0, left)]):
+            made(**model.call())
+        first = made.fused[0]  # where both see the same features
+        for stage, weights in changed.maps[0].items():
+            half = weights.shape[-1] // 2
+            assert weights[:, 0, :, :half].abs().max() == 0
+            assert weights.min() >= 0 and torch.allclose(weights.sum(1), torch.ones(()), atol=1e-5)
+            if stage == first and weights.shape[-1] % 2 == 0:
+                assert torch.equal(weights[..., half:], plain.maps[0][stage][..., half:])
 
     def test_only_aggregators_get_gradients(self, fused, aggregator):
         model, placement = fused

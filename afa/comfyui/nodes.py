@@ -165,7 +165,7 @@ class AfaStrength:
     ) -> tuple[Any]:
         """Return a MODEL with one strength more."""
         from afa.comfyui.running import STRENGTHS, ensemble_on
-        from afa.comfyui.strengths import Strength
+        from afa.denoiser.strengths import Strength
         from afa.settings import WEIGHT, check_interval, check_number
 
         names = ensemble_on(model).names
@@ -180,7 +180,7 @@ class AfaStrength:
             mask = mask.reshape(-1, *mask.shape[-2:])
         made = model.clone()
         options = made.model_options["transformer_options"]
-        added = Strength(place, float(strength), mask, start_percent, end_percent)
+        added = Strength(names[place], float(strength), mask, start_percent, end_percent)
         options[STRENGTHS] = (*options.get(STRENGTHS, ()), added)
         return (made,)
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from afa.aggregators.registry import Recipe
 from afa.comfyui.network import NetworkReader, Options
 from afa.comfyui.patches import check_patches, options_of_expert
-from afa.comfyui.strengths import Active, Strength, changes, factor_maps, for_rows
 from afa.comfyui.texts import calls_of_experts
 from afa.denoiser.forward import ParallelStages, run_stages
-from afa.denoiser.hooks import rescaled
+from afa.denoiser.strengths import Active, Strength, changes, factor_maps, for_rows, rescaled
 from afa.errors import UserError
 
 KEY = "afa"  # of what is put on a MODEL of ComfyUI
@@ -208,7 +207,7 @@ class RunningEnsemble:
         size = (weights.shape[-2], weights.shape[-1])
         found = self.sampling.factors.get((current.active, size))
         if found is None:
-            found = factor_maps(current.active, len(self.names), size).to(weights.device)
+            found = factor_maps(current.active, self.names, size).to(weights.device)
             self.sampling.factors[current.active, size] = found
         passes = len(current.prompted)
         return rescaled(weights, for_rows(found, self.sampling.shape[0], passes, len(weights)))

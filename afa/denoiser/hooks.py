@@ -1,6 +1,6 @@
 """Hooks of a denoiser, as contexts: record, adjust or scale weights, hide tokens, run one expert alone."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -9,14 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from afa.denoiser.forward import Adjuster, Observer
+from afa.denoiser.schedule import share_of_steps
+from afa.denoiser.strengths import (
+    FAINTEST,
+    Active,
+    Strength,
+    changes,
+    check_regions,
+    factor_maps,
+    rescaled,
+)
 from afa.errors import UserError, unknown
 from afa.settings import WEIGHT, check_number
 
 if TYPE_CHECKING:
     from afa.denoiser.base import EnsembleDenoiser
-
-
-FAINTEST = 1e-6  # smallest strength above 0
 
 
 @dataclass
@@ -107,40 +114,64 @@ def adjust_weights(denoiser: "EnsembleDenoiser", adjuster: Adjuster) -> Iterator
 
 
 @contextmanager
-def scale_weights(denoiser: "EnsembleDenoiser", strengths: Mapping[str, float]) -> Iterator[None]:
+def scale_weights(
+    denoiser: "EnsembleDenoiser",
+    strengths: Mapping[str, float],
+    regions: Sequence[Strength] = (),
+    scheduler: Any = None,
+) -> Iterator[None]:
     """Multiply experts' weights: `with scale_weights(ensemble.denoiser, {"curves": 0}): pipe(...)`.
 
     denoiser:  ensemble.denoiser
     strengths: expert's name -> factor, at least 0 (the expert is off); 1 for missing names. Weights are
                divided by their sum afterwards. The mapping is read at every stage, so it may change
+    regions:   more factors, in a part of the picture or of the steps, with masks of one picture (1, H, W)
+    scheduler: the pipeline's, needed for parts of the steps: its `timesteps` say which step runs
     Raises ValueError for an unknown name, a negative or infinite factor, and if all experts are off.
     """
     check_strengths(denoiser.names, strengths)
+    check_regions(denoiser.names, regions)
+    for one in regions:
+        if one.mask is not None and len(one.mask) != 1:
+            raise UserError(
+                f"the mask of expert '{one.expert}' is for {len(one.mask)} pictures; give one for all of them"
+            )
+        if scheduler is None and (one.start, one.end) != (0, 1):
+            raise UserError(
+                f"the strength of expert '{one.expert}' holds from {one.start:g} to {one.end:g} of the "
+                "steps; give the pipeline's scheduler, which says which step runs"
+            )
+    active: Active = tuple(regions)  # in the step that runs
+    kept: dict[tuple[Active, tuple[int, int]], Tensor] = {}
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal active
+        interface = denoiser.interface
+        given = args[1] if len(args) > 1 else kwargs[interface.timestep_input]
+        share = share_of_steps(scheduler, interface.timestep_from_model(given))
+        active = tuple(one for one in regions if one.holds(share))
 
     def scaled(stage: str, weights: Tensor) -> Tensor:
         values = [strengths.get(name, 1.0) for name in denoiser.names]
-        if len(set(values)) == 1:
-            return weights  # dividing would change bits: a softmax sums to one only up to rounding
-        return rescaled(weights, weights.new_tensor(values).view(1, -1, 1, 1))
+        if len(set(values)) == 1 and not changes(active):
+            return weights
+        factors = weights.new_tensor(values).view(1, -1, 1, 1)
+        if changes(active):
+            size = (weights.shape[-2], weights.shape[-1])
+            if (active, size) not in kept:
+                kept[active, size] = factor_maps(active, denoiser.names, size).to(weights)
+            factors = factors * kept[active, size]
+            if not factors.any(1).all():
+                raise UserError(
+                    "all experts are off at a place of the picture; give at least one a strength above 0"
+                )
+        return rescaled(weights, factors)
 
-    with adjust_weights(denoiser, scaled):
+    with ExitStack() as stack:
+        stack.enter_context(adjust_weights(denoiser, scaled))
+        if scheduler is not None and regions:
+            stack.callback(denoiser.register_forward_pre_hook(begin, with_kwargs=True).remove)
         yield
-
-
-def rescaled(weights: Tensor, factors: Tensor) -> Tensor:
-    """Multiply weights by factors, and divide them by their sum.
-
-    weights: (R, N, H, W) convex over N
-    factors: (1, N, 1, 1), or a map (1 or R, N, H, W); at least 0, and above 0 for an expert at every place
-    Returns (R, N, H, W), convex over N. Where only experts that are off have weight, the others get shares by
-    their factors.
-    """
-    changed = weights * factors
-    total = changed.sum(1, keepdim=True)
-    least = torch.finfo(total.dtype).tiny  # what is smaller is no sum to divide by: it has few digits left
-    return torch.where(
-        total >= least, changed / total.clamp_min(least), factors / factors.sum(1, keepdim=True)
-    )
 
 
 @contextmanager

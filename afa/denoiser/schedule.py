@@ -272,3 +272,14 @@ def _over(levels: Tensor, latents: Tensor) -> Tensor:
 
 def _broadcast(latents: Tensor) -> torch.dtype:
     return torch.promote_types(latents.dtype, torch.float32)  # differences lose too much in half precision
+
+
+def share_of_steps(scheduler: Any, timestep: Tensor | float | int) -> float:
+    """Return the share of the steps that are done before the one at this timestep, 0 to below 1.
+
+    scheduler: of a pipeline that is running
+    timestep:  as the scheduler counts it
+    """
+    times = scheduler.timesteps
+    now = torch.as_tensor(timestep).flatten()[0].to(times.device)
+    return int((times - now).abs().argmin()) / len(times)

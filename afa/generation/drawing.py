@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from afa.denoiser.hooks import WeightMaps, record_weights, scale_weights
+from afa.denoiser.strengths import Strength
 from afa.ensemble import Ensemble
 from afa.files import read_arrays, replacing
 from afa.generation.prompt_loras import Chosen, PromptLoras
@@ -32,12 +33,14 @@ class Drawing:
     sampling: how they are sampled
     sampler:  what draws them
     images:   all of them, in order
+    regions:  strengths in parts of the pictures and of the steps
     """
 
     settings: GenerateSettings
     sampling: Sampling
     sampler: Any
     images: list[ImageFile]
+    regions: Sequence[Strength] = ()
 
 
 def deal(drawings: Sequence[Drawing], part: int, parts: int) -> list[Drawing]:
@@ -68,8 +71,11 @@ def draw_missing(drawing: Drawing, ensemble: Ensemble, loras: PromptLoras, bar: 
         with contextlib.ExitStack() as hooks:
             if settings.weights:
                 maps = hooks.enter_context(record_weights(sampler.denoiser))
-            if settings.strength:
-                hooks.enter_context(scale_weights(sampler.denoiser, settings.strengths()))
+            if settings.strength or drawing.regions:
+                scheduler = sampler.pipeline.scheduler
+                hooks.enter_context(
+                    scale_weights(sampler.denoiser, settings.strengths(), drawing.regions, scheduler)
+                )
             drawn: NDArray[np.uint8] = sampler(requests, sampling)
         for index, request in enumerate(requests if settings.weights and saves else ()):
             _save_weights(paths[request], drawn[index], maps, index, len(requests))

@@ -36,6 +36,7 @@ from afa.places import public_place
 from afa.prompt_syntax import A1111, check_syntax
 from afa.prompts import asked_prompts, warn_of_prompts
 from afa.sampling.image_files import ImageFile
+from afa.sampling.regions import Region, as_strengths, read_mask
 from afa.sampling.registry import SAMPLING_METHODS, make_sampler
 from afa.sampling.sample import PipelineSampler, Request, Sampling, in_frame
 from afa.sampling.weighted_prompts import require_weights
@@ -143,6 +144,10 @@ def generate(settings: GenerateSettings) -> list[Path]:
     if output.is_file():
         raise UserError(f"--output {output} is a file; give a folder")
     refuse_busy(output, shared=settings.shard is not None)
+    regions = [
+        region if path is None else replace(region, mask=read_mask(path))
+        for region, path in settings.regions()
+    ]
     grid = None if settings.grid is None else Grid(settings, prompts)
     variants = [settings] if grid is None else grid.variants
     loras = PromptLoras(settings.lora_dir, prompts if settings.prompt_syntax == A1111 else [])
@@ -169,8 +174,9 @@ def generate(settings: GenerateSettings) -> list[Path]:
         sampler = _sampler(variant, ensemble)
         _check_strengths(variant, ensemble, sampler)
         asked = _asked(settings, prompts) if grid is None else grid.requests[index]
-        images = _images(variant, sampling, asked, ensemble, sampler, files, loras, grid)
-        drawings.append(Drawing(variant, sampling, sampler, images))
+        images = _images(variant, sampling, asked, ensemble, sampler, files, loras, grid, regions)
+        strengths = as_strengths(regions, sampling.steps, ensemble.names)
+        drawings.append(Drawing(variant, sampling, sampler, images, strengths))
     part, parts = settings.part()
     own = deal(drawings, part, parts)
     with locked(output, shared=settings.shard is not None):
@@ -271,15 +277,16 @@ def _reuse(settings: GenerateSettings) -> Reuse:
 def _check_strengths(settings: GenerateSettings, ensemble: Ensemble, sampler: Any) -> None:
     """Raise UserError for the strength of an unknown expert, or if no aggregator weighs the experts."""
     strengths = settings.strengths()
-    if not strengths:
+    if not strengths and not settings.region:
         return
     try:
         check_strengths(ensemble.names, strengths)
     except ValueError as error:
         raise UserError(f"--strength: {error}") from None
+    flag = "--strength" if strengths else "--region"
     if not isinstance(getattr(sampler, "denoiser", None), EnsembleDenoiser) or len(ensemble.names) == 1:
         raise UserError(
-            f"--strength scales aggregators' weights, and {settings.method or settings.sources[0]} has none; "
+            f"{flag} scales aggregators' weights, and {settings.method or settings.sources[0]} has none; "
             "give a saved ensemble"
         )
 
@@ -303,6 +310,7 @@ def _images(
     files: Files,
     loras: PromptLoras,
     grid: Grid | None,
+    regions: Sequence[Region],
 ) -> list[ImageFile]:
     """List the images in order. asked: their prompts and seeds"""
     used = getattr(sampler, "pipeline", ensemble.frame).scheduler  # drawn experts have a pipeline each
@@ -319,6 +327,7 @@ def _images(
         "aggregators": sha256(aggregators) if trained else None,
         "dtype": settings.dtype,
         "strengths": dict.fromkeys(ensemble.names, 1.0) | settings.strengths() if settings.strength else None,
+        "regions": [region.record() for region in regions] or None,
         **({} if settings.base is None else {"base": public_place(settings.base)}),
         **({"store": settings.store} if settings.store in LARGEST else {}),
         **({"reuse": asdict(_reuse(settings))} if settings.reuse > 1 else {}),

@@ -9,6 +9,7 @@ from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.generation.grid import check_grid
 from afa.prompt_syntax import PLAIN, SYNTAXES
 from afa.sampling.options import MethodOptions
+from afa.sampling.regions import Region, parse_region
 from afa.sampling.registry import SAMPLING_METHODS, check_base, read_options
 from afa.settings import (
     CONFIG_HELP,
@@ -134,6 +135,11 @@ class GenerateSettings(CheckedOptions):
     strength: list[str] | None = option(
         None, help="scale an expert's weights, each NAME=FACTOR: 0 turns it off, 1 changes nothing"
     )
+    region: list[str] | None = option(
+        None,
+        help="a strength in a part of the picture and of the steps, each "
+        "NAME=FACTOR[,start=SHARE][,end=SHARE][,mask=PNG]; it holds where the mask is white",
+    )
     shared_guidance_weights: bool = option(
         False,
         help="blend both predictions of guidance by the weights of the one with the prompt",
@@ -188,6 +194,7 @@ class GenerateSettings(CheckedOptions):
             check_grid(self)  # each of its points has the checks below
             return
         self.strengths()
+        self._check_regions()
         if (self.prompt is None) == (self.prompts is None):
             raise UserError("give either --prompt TEXT... or --prompts FILE")
         if self.lora_dir is not None and self.prompt_syntax == PLAIN:
@@ -215,6 +222,26 @@ class GenerateSettings(CheckedOptions):
         if self.compile and self.method is not None:
             raise UserError(
                 f"--compile is for an ensemble's own denoiser, and --method {self.method} calls its experts; "
+                "leave out one of them"
+            )
+
+    def regions(self) -> list[tuple[Region, str | None]]:
+        """Return the regions, each with the path of its mask. Raises UserError."""
+        return [parse_region(text) for text in self.region or ()]
+
+    def _check_regions(self) -> None:
+        """Raise UserError for options that do not go with strengths in parts of the picture."""
+        if not self.regions():
+            return
+        if self.expert is not None:
+            raise UserError(
+                f"--region scales what experts weigh, and --expert {self.expert} is alone; "
+                "leave out one of them"
+            )
+        if self.reuse > 1 or self.speed not in (None, "exact"):
+            fast = f"--reuse {self.reuse}" if self.speed is None else f"--speed {self.speed}"
+            raise UserError(
+                f"--region holds in the steps it names, and {fast} uses features of other steps; "
                 "leave out one of them"
             )
 

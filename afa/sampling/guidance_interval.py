@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from afa.denoiser.guidance import not_shared
+from afa.denoiser.schedule import share_of_steps
 from afa.errors import UserError
 from afa.models.registry import denoiser_of, interface_of
 from afa.settings import Interval, check_interval
@@ -44,11 +45,14 @@ def guided_within(pipeline: Any, interval: Interval | None) -> Iterator[Any]:
     denoiser = denoiser_of(pipeline)
     before, whole = denoiser.__dict__.get("forward"), denoiser.forward  # a hook of diffusers may stand there
 
+    def within(timestep: Tensor | float | int) -> bool:
+        return interval[0] <= share_of_steps(pipeline.scheduler, timestep) < interval[1]
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         latents = args[0] if args else kwargs[interface.latents_input]
         given = args[1] if len(args) > 1 else kwargs[interface.timestep_input]
         timestep = interface.timestep_from_model(given)
-        if not pipeline.do_classifier_free_guidance or _is_within(pipeline.scheduler, timestep, interval):
+        if not pipeline.do_classifier_free_guidance or within(timestep):
             return whole(*args, **kwargs)
         of_lists = isinstance(latents, list)  # the model takes and returns a list with an entry for each row
 
@@ -68,13 +72,6 @@ def guided_within(pipeline: Any, interval: Interval | None) -> Iterator[Any]:
         del denoiser.forward
         if before is not None:
             denoiser.forward = before
-
-
-def _is_within(scheduler: Any, timestep: Tensor | float | int, interval: Interval) -> bool:
-    times = scheduler.timesteps
-    now = torch.as_tensor(timestep).flatten()[0].to(times.device)
-    step = int((times - now).abs().argmin())
-    return interval[0] <= step / len(times) < interval[1]
 
 
 def _prompted(interface: ModelInterface, batch: int, value: Any) -> Any:

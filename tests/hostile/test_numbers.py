@@ -103,6 +103,7 @@ def test_strengths_and_weights_that_are_none_are_refused_before_anything_is_load
     for command, named in (
         (["generate", "x=nowhere+style.safetensors*" + value, "--prompt", "p", *output], "strength"),
         (["generate", "nowhere", "--strength", f"a={value}", "--prompt", "p", *output], "--strength a"),
+        (["generate", "nowhere", "--region", f"a={value}", "--prompt", "p", *output], "--region a"),
         (["merge", "--experts", "a", "b", "--weights", "1", value, *output], "--weights"),
         (["merge", "--experts", "a", "b", "--method", "slerp", f"--t={value}", *output], "--t"),
         (["generate", "a", "b", "--method", "noise_average", "--method-option", f"weights=1,{value}", "--prompt", "p", *output], "weights"),
