@@ -74,7 +74,7 @@ class TestUNetAlone:
     def test_screening_lends_to_it(self, home):
         files = [str(home / "unet-bare.safetensors"), str(home / "unet-prefix.safetensors")]
         planned = plan(ScreenSettings(experts=files, data="scenes:8", output="x", config=str(home / "a"), frame=str(home / "a")))
-        assert planned.donor == str(home / "a") and planned.first.scheduler is not None and planned.apart == []
+        assert planned.donor.frame == str(home / "a") and planned.first.scheduler is not None and planned.apart == []
         with pytest.raises(UserError, match="--frame"):
             plan(ScreenSettings(experts=files, data="scenes:8", output="x", config=str(home / "a")))
 
