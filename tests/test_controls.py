@@ -52,7 +52,8 @@ def test_an_untrained_lora_changes_nothing(family):
     with torch.no_grad():
         before = sample_of(model(**call))
         add_lora(model.requires_grad_(False), 3)
-        assert torch.equal(sample_of(model(**call)), before)
+        after = sample_of(model(**call))
+    assert torch.allclose(after, before, rtol=0, atol=2e-6)  # some kernels round by where tensors lie in memory
 
 
 @pytest.mark.parametrize("family", MODELS)
