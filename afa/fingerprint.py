@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from afa.checkpoint.aggregator_files import check_file
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, on_hub, read_manifest
 from afa.checkpoint.sources import Given, find_experts
 from afa.errors import UserError
@@ -57,9 +58,10 @@ def saved_fingerprint(folder: Path, moved: Given = ()) -> Files:
     """Return the same for a saved ensemble: its manifest and aggregators, its experts, its frame.
 
     moved: new places of experts, see find_experts
-    Raises UserError if experts are not found.
+    Raises UserError for a broken copy, and if experts are not found.
     """
     manifest = read_manifest(settled(folder))
+    check_file(folder, manifest)  # before anything is searched for what may be a broken copy
     given = find_experts(manifest, folder, moved)
     names = {spec.name for spec in given}
     frame: dict[str, str | Path] = {
@@ -67,11 +69,7 @@ def saved_fingerprint(folder: Path, moved: Given = ()) -> Files:
         for part, choice in manifest.frame.items()
         if choice not in names
     }
-    own = {
-        f"the ensemble, {name}": sha256(folder / name)
-        for name in (MANIFEST, AGGREGATORS)
-        if (folder / name).is_file()
-    }
+    own = {f"the ensemble, {name}": sha256(folder / name) for name in (MANIFEST, AGGREGATORS)}
     return own | fingerprint(given, **frame)
 
 

@@ -169,7 +169,7 @@ CASES = {
         ("A push to a branch in the repository's name", "afa push done org/ensemble@main"),
         ("A push into the ensemble itself", "afa push done --output done"),
         ("A push into a folder with other things in it", "afa push done --output data"),
-        ("A licence that is none", "afa push done --output out --license 'my own'"),
+        ("A licence that is none", "afa push done --output out --license my-own!"),
         ("A calibration of an ensemble of the hub", "afa calibrate org/ensemble --prompt a --metric attributes"),
         ("A manifest that is no JSON", f"afa generate mangled {DRAW}"),
         ("A manifest with a value of the wrong type", f"afa generate mistyped {DRAW}"),

@@ -189,7 +189,7 @@ def test_experts_that_moved_are_found_where_they_are_now(places, settings, tmp_p
     shutil.copytree(places / "photo", tmp_path / "here")
     shutil.copytree(places / "paint", tmp_path / "sub" / "paint")
     moved = replace(settings, sources=[str(tmp_path / "sub" / "ensemble")])
-    with pytest.raises(UserError, match="--experts photo=FOLDER"):
+    with pytest.raises(UserError, match="--experts photo=PLACE"):
         generate(moved)
     assert len(generate(replace(moved, experts=[f"photo={tmp_path / 'here'}"]))) == 2
     with pytest.raises(UserError, match="write NAME="):

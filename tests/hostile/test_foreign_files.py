@@ -86,6 +86,7 @@ def test_a_place_that_a_manifest_names_and_that_is_missing_is_never_looked_for_o
     folder = downloaded(tmp_path)
     edit(folder / "afa.json", "experts", 0, "source", value=source)
     edit(folder / "afa.json", "experts", 0, "commit", value=None)
+    edit(folder / "afa.json", "experts", 0, "files", value={})  # otherwise it is found by its sha256
     with pytest.raises(UserError, match="which is not there|there is no folder or file|no diffusers folder"):
         Ensemble.load(folder)
     with pytest.raises(UserError, match="there is no folder or file"):
