@@ -23,8 +23,9 @@ check: $(INSTALLED) ## lint everything, check the types of the core
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Not --quiet: with it MkDocs counts no warnings, and strict means nothing.
 docs: .venv/.docs-installed ## build the documentation as a site; leaves site/index.html
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "site/index.html; to search in it, too: $(BIN)/python -m http.server -d site"
 
 dist: $(INSTALLED) ## build the sdist, and of it the wheel; leaves them in dist/

@@ -55,8 +55,11 @@ def turned(markdown: str, source: str, page: str) -> str:
         target = TAKEN.get(target, target.removeprefix("docs/"))
         return f"{link[1]}{posixpath.relpath(target, posixpath.dirname(page) or '.')}{link[3]}"
 
-    pieces = CODE.split(markdown)
-    return "".join(piece if CODE.fullmatch(piece) else LINK.sub(turn, piece) for piece in pieces)
+    made = ""
+    for piece in CODE.split(markdown):
+        in_table = made.rpartition("\n")[2].startswith("|")  # GitHub escapes a | of code there, the site does not
+        made += LINK.sub(turn, piece) if not CODE.fullmatch(piece) else piece.replace("\\|", "|") if in_table else piece
+    return made
 
 
 # --- the command line ---
@@ -90,14 +93,17 @@ def verb_page(verb: str, parser: argparse.ArgumentParser) -> str:
     actions = [action for action in parser._actions if action.dest not in ("help", "traceback")]
     needed = [spelled(action) for action in actions if action.option_strings and action.required]
     places = [spelled(action) for action in actions if not action.option_strings]
+    help_text = described(module.__doc__ or "")
+    listed = [block for block in help_text if block.startswith("```")]
     parts = [
         f"# afa {verb}",
-        *described(module.__doc__ or ""),
+        *(block for block in help_text if block not in listed),
         fenced(" ".join(["afa", verb, *places, *needed, "[OPTION …]"])),
         "## Examples",
         fenced("\n".join(module.EXAMPLES)),
         "## Options",
         table(["option", "what it is"], [option_row(action) for action in actions]),
+        *(["## More of the help", *listed] if listed else []),
     ]
     for flag, lines in getattr(module, "LISTS", {}).items():
         parts += [f"## Names for --{flag}", table(["name", "what it is"], [(f"`{name}`", words(text)) for name, text in lines()])]

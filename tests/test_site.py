@@ -90,6 +90,7 @@ def test_links_are_turned_and_code_is_left_alone():
     assert site_pages.turned(text, "README.md", "index.md") == turned
     assert site_pages.turned("[a](../README.md) [b](../examples/train.py)", "docs/guide.md", "guide.md") == "[a](index.md) [b](examples/train.py)"
     assert site_pages.turned("[a](guide.md)", "docs/guide.md", "cli/x.md") == "[a](../guide.md)"
+    assert site_pages.turned("| `a\\|b` | c |\n`d\\|e`", "docs/guide.md", "guide.md") == "| `a|b` | c |\n`d\\|e`"
 
 
 def test_text_of_helps_is_shown_as_text():
@@ -127,6 +128,6 @@ def test_the_packages_of_the_site_are_an_extra_of_pinned_versions():
 def test_the_site_builds_without_a_warning(tmp_path):
     for module in ("mkdocs", "material", "mkdocstrings_handlers.python"):
         pytest.importorskip(module, reason="make docs installs the packages of the site")
-    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "cli" / "train.html").exists()
