@@ -153,7 +153,7 @@ def test_generate_draws_regions_records_them_and_refuses_others(tmp_path, capsys
     recorded = read_metadata(tmp_path / "out" / "00000-00.png")["regions"]
     assert recorded == [{"expert": "curves", "strength": 0.0, "start": 0.0, "end": 0.5, "mask": {"size": [64, 64], "counts": [0, 2048, 2048]}}]
     weights = np.load(tmp_path / "out" / "00000-00.weights.npz")["M00"]
-    assert weights[0, 0, :, :32].max() == 0 and weights[0, 0, :, 32:].min() > 0 and weights[1, 0].min() > 0
+    assert weights[0, 0, :, :4].max() == 0 and weights[0, 0, :, 4:].min() > 0 and weights[1, 0].min() > 0
     capsys.readouterr()
     assert main(asked) == 2 and "was made with regions" in capsys.readouterr().err
 

@@ -15,6 +15,21 @@ from afa.webui.serve import serving
 from afa.webui.settings import UiSettings
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no chromium or no chromedriver on this machine")
+# A stroke from the upper left to the middle, as a finger makes it.
+STROKE = """const box = arguments[0].getBoundingClientRect();
+const send = (kind, share) => arguments[0].dispatchEvent(new PointerEvent(kind, {bubbles: true, pointerId: 1, buttons: 1,
+    clientX: box.left + share * box.width, clientY: box.top + share * box.height}));
+arguments[0].setPointerCapture = () => {};
+send("pointerdown", 0.1); send("pointermove", 0.3); send("pointermove", 0.6); send("pointerup", 0.6);"""
+# Texts whose colour has less than 4.5 : 1 to what they stand on (WCAG 2, AA).
+CONTRAST = """const light = (text) => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number);
+    const part = (x) => (x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4;
+    return [0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b), a]; };
+const under = (node) => { for (; node; node = node.parentElement) { const [y, a] = light(getComputedStyle(node).backgroundColor); if (a > 0.5) return y; } return 1; };
+return [...document.querySelectorAll(arguments[0])].flatMap((part) => [...part.querySelectorAll("*")]).filter((node) => node.offsetParent && !node.disabled
+    && [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim())).filter((node) => {
+    const [a, b] = [light(getComputedStyle(node).color)[0], under(node)]; return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 4.5; })
+    .map((node) => node.textContent.trim().slice(0, 40));"""
 REPORT = "<html><body><h1>A report</h1><script>document.title='owned'</script></body></html>"
 
 
@@ -161,6 +176,48 @@ def test_nothing_is_wider_than_a_phone(page, url, theme):
     for name in ("Create", "Gallery", "Reports", "About"):
         page.tab(name)
         page.wait(lambda: page.overflow() <= 0, seconds=3)
+
+
+def test_regions_seeds_and_options_work_by_hand(page):
+    page.write("#afa-prompt textarea", PROMPT)
+    page.choose("AFA", "MagicFusion")
+    page.wait(lambda: any(one.is_displayed() and "MagicFusion" in one.text for one in page.all(".afa-options")))
+    page.press("#afa-regions > button")
+    page.wait(lambda: page.find(".afa-canvas canvas").is_displayed())
+    page.press(".afa-brushes button[data-paint=left]")
+    page.press("#afa-add-region")
+    page.wait(lambda: "curves × 0 in 50% of the picture, all steps" in page.text("#afa-region-list"))
+    page.driver.execute_script(STROKE, page.find(".afa-canvas canvas"))
+    page.press("#afa-add-region")
+    page.wait(lambda: len(page.all("#afa-region-list li")) == 2)
+    painted = re.search(r"in (\d+)% of the picture", page.all("#afa-region-list li")[1].text)
+    assert painted and 5 < int(painted[1]) < 40
+    page.press("#afa-remove-region")
+    page.wait(lambda: len(page.all("#afa-region-list li")) == 1)
+    page.press("#afa-random")
+    page.wait(lambda: page.find("#afa-seed-row textarea, #afa-seed-row input").get_property("value") == "-1")
+    page.create()
+    assert page.wait(lambda: page.drawn("#afa-results") == [64, 64])
+    page.press("#afa-last")
+    drawn = page.wait(lambda: (seed := page.find("#afa-seed-row textarea, #afa-seed-row input").get_property("value")) != "-1" and seed)
+    assert f"seed {drawn}" in page.find("#afa-results a").get_attribute("title")
+
+
+@pytest.mark.parametrize("size", [PHONE, WIDE], ids=["phone", "wide"])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_new_controls_fit_and_can_be_read(page, url, size, theme):
+    page.resize(size)
+    page.open(url, theme)
+    page.press("#afa-regions > button")
+    page.wait(lambda: page.find(".afa-canvas canvas").is_displayed())
+    page.press(".afa-brushes button[data-paint=top]")
+    page.press("#afa-add-region")
+    page.wait(lambda: page.all("#afa-region-list li"))
+    assert page.overflow() <= 0
+    unreadable = page.driver.execute_script(CONTRAST, "#afa-regions, #afa-seed-row")
+    assert unreadable == []
+    page.tab("Gallery")
+    page.wait(lambda: page.overflow() <= 0, seconds=3)
 
 
 def test_the_page_asks_nobody_else_and_is_given_all_it_asks_for(page, url):

@@ -98,6 +98,8 @@ class Api:
         strengths: dict[str, float] = {},  # noqa: B006
         true_guidance: float | None = None,
         prompt_syntax: str = "plain",
+        regions: list[dict[str, Any]] = [],  # noqa: B006
+        method_options: dict[str, dict[str, Any]] = {},  # noqa: B006
     ) -> list[dict[str, Any]]:
         """Make pictures with every method, from the noise of the same seeds.
 

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,16 @@ from afa.generation.run import LENT, is_saved, load_sources, source_files, used_
 from afa.images import save_picture
 from afa.places import public_place
 from afa.prompt_syntax import A1111, check_syntax
+from afa.sampling.options import MethodOptions
 from afa.sampling.parameters import parameters
+from afa.sampling.regions import as_strengths
 from afa.sampling.registry import SAMPLING_METHODS, make_options, make_sampler
 from afa.sampling.sample import PipelineSampler, Request, Sampling, in_frame
 from afa.sampling.weighted_prompts import require_weights
 from afa.schedulers import FLOWS, SCHEDULERS, reschedule
 from afa.seeds import nth_seed
 from afa.webui.gallery import Gallery, RecordedWeights, WeightMapCache
+from afa.webui.preview import previewed
 from afa.webui.queue import Cancelled, DrawingJob, GalleryPicture, MethodColumn, RunQueue, unexpected
 from afa.webui.request_validation import Limits, RunRequest, validate_request
 from afa.webui.settings import UiSettings
@@ -44,6 +47,7 @@ class PageMethod:
     has_maps: whether it weights the experts, so that there are weight maps
     scalable: whether strengths of experts scale these weights
     own_loop: whether it has its own sampling loop and takes no other scheduler
+    options:  the dataclass of its options; None if it has none
     """
 
     name: str
@@ -54,10 +58,21 @@ class PageMethod:
     has_maps: bool = False
     scalable: bool = False
     own_loop: bool = False
+    options: type[MethodOptions] | None = None
 
     def made(self, metadata: Mapping[str, Any]) -> bool:
-        """Return whether a picture with these metadata was made by this method."""
-        return all(metadata.get(name) == value for name, value in self.record.items())
+        """Return whether a picture with these metadata was made by this method, with whatever options."""
+        free = ("method_options",) if self.options else ()
+        return all(metadata.get(name) == value for name, value in self.record.items() if name not in free)
+
+    def with_options(self, options: MethodOptions | None) -> "PageMethod":
+        """Return the method with other options. None: its defaults"""
+        if options is None:
+            return self
+        given = asdict(options)
+        return replace(
+            self, make=partial(self.make, **given), record={**self.record, "method_options": given}
+        )
 
 
 def find_methods(ensemble: Ensemble, trained: bool) -> tuple[dict[str, PageMethod], dict[str, str]]:
@@ -110,7 +125,8 @@ def _combined(ensemble: Ensemble, name: str) -> PageMethod:
     title = kind.title[0].upper() + kind.title[1:]
     has_maps = kind.has_maps and len(ensemble.names) > 1
     scalable = has_maps and not kind.only_predictions
-    return PageMethod(name, title, kind.row, make, record, has_maps, scalable, kind.own_loop)
+    options = kind.options if fields(kind.options) else None
+    return PageMethod(name, title, kind.row, make, record, has_maps, scalable, kind.own_loop, options)
 
 
 LATENTS = 128  # side of latents if a model does not define it: 1,024 pixels, as for FLUX.1 and Qwen-Image
@@ -193,8 +209,18 @@ class Engine:
     def job(self, given: Mapping[str, Any]) -> DrawingJob:
         """Validate a request and return its job. Raises UserError."""
         request = validate_request(
-            given, self.limits, list(self.methods), self.ensemble.names, self.schedulers
+            given,
+            self.limits,
+            list(self.methods),
+            self.ensemble.names,
+            self.schedulers,
+            [method.name for method in self.methods.values() if method.options],
         )
+        as_strengths(request.regions, request.steps, self.ensemble.names)
+        scalable = [method for method in self.methods.values() if method.scalable]
+        if request.regions and not any(method.name in request.methods for method in scalable):
+            titles = " or ".join(method.title for method in scalable) or "a method with aggregators"
+            raise UserError(f"regions act in {titles}, which is not chosen; choose it, or remove the regions")
         interface, config = self.ensemble.denoiser.interface, self.ensemble.denoiser.config
         interface.pipeline_guidance(
             config, 1, request.guidance, request.negative_prompt, request.true_guidance
@@ -229,12 +255,12 @@ class Engine:
             raise
 
     def _fill(self, job: DrawingJob, column: MethodColumn) -> None:
-        method = self.methods[column.method]
+        method = self.methods[column.method].with_options(job.request.method_options.get(column.method))
         try:
             with _rescheduled(self.ensemble, method, job.request.scheduler):
                 sampler = method.make()
                 for seed in (nth_seed(job.request.seed, index) for index in range(job.request.images)):
-                    job.at = (0, job.request.steps)
+                    job.at, job.preview = (0, job.request.steps), None
                     column.pictures.append(self._picture(job, column, method, sampler, seed))
         except UserError as error:
             column.error = str(error)
@@ -278,8 +304,13 @@ class Engine:
     def _watched(self, job: DrawingJob, method: PageMethod, sampler: Any) -> Iterator[WeightMaps | None]:
         """Record and scale the weights inside the context, as far as the method allows it."""
         with contextlib.ExitStack() as stack:
+            pipeline = getattr(sampler, "pipeline", None)
+            stack.enter_context(previewed(pipeline, job.show))
             if method.scalable:
-                stack.enter_context(scale_weights(sampler.denoiser, job.strengths))
+                regions = as_strengths(job.request.regions, job.request.steps, self.ensemble.names)
+                stack.enter_context(
+                    scale_weights(sampler.denoiser, job.strengths, regions, sampler.pipeline.scheduler)
+                )
             yield stack.enter_context(record_weights(sampler.denoiser)) if method.has_maps else None
 
     def _metadata(self, job: DrawingJob, method: PageMethod, sampler: Any, seed: int) -> dict[str, Any]:
@@ -301,6 +332,7 @@ class Engine:
             "strengths": dict(job.strengths)
             if method.scalable and set(job.strengths.values()) != {1.0}
             else None,
+            "regions": [region.record() for region in request.regions] or None if method.scalable else None,
         }
 
 

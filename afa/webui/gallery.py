@@ -64,7 +64,11 @@ class Gallery:
 
     def path(self, method: str, metadata: Mapping[str, Any]) -> Path:
         """Return the path of a picture of this method with these metadata."""
-        described = {name: value for name, value in metadata.items() if name not in UNMOVED}
+        described = {
+            name: value
+            for name, value in metadata.items()
+            if name not in UNMOVED and (name, value) != ("regions", None)  # older pictures keep their names
+        }
         words = re.sub(r"[^a-z0-9]+", "-", str(metadata["prompt"]).lower()).strip("-")[:40].strip("-")
         name = f"{words or 'picture'}-{method.replace(':', '-')}-{metadata['seed']}"
         return self.folder / f"{name}-{digest(described)[:12]}.png"

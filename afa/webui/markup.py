@@ -17,6 +17,7 @@ from afa.generation.run import is_saved
 from afa.pages.numbers import plural
 from afa.pages.page import data_uri, part
 from afa.pictures import colour_of, heat, overlay
+from afa.sampling.regions import Region, pixels_of
 from afa.text_files import read_text
 from afa.version import __version__
 from afa.webui.engine import Engine
@@ -60,7 +61,9 @@ def status(job: DrawingJob | None, before: int = 0) -> str:
         made, (done, steps) = len(job.current.pictures), job.at
         which = f", picture {made + 1} of {job.request.images}" if job.request.images > 1 else ""
         place = f"method {job.columns.index(job.current) + 1} of {len(job.columns)}"
-        sentence = f"{job.current.title}: step {done} of {steps}{which} ({place})"
+        left = job.seconds_left
+        eta = "" if left is None else f", about {_time(left)} left"
+        sentence = f"{job.current.title}: step {done} of {steps}{which} ({place}){eta}"
         finished = sum(job.request.images if column.done else len(column.pictures) for column in job.columns)
         share = min(1.0, (finished + done / max(1, steps)) / (len(job.columns) * job.request.images))
     else:
@@ -81,11 +84,39 @@ def results(job: DrawingJob | None) -> str:
         cards.append({
             "column": column,
             "pictures": [(picture, address(picture)) for picture in column.pictures],
+            "preview": _preview(job) if column is job.current else "",
             "missing": 0 if column.error else job.request.images - len(column.pictures),
             "empty": "cancelled" if job.over else "drawing …" if column is job.current else "waiting",
             "seconds": "already there" if kept else f"{column.seconds:.1f} s" if column.pictures else "",
         })  # fmt: skip
     return part("webui.html", "cards", cards=cards, prompt=job.request.prompt)
+
+
+def _time(seconds: float) -> str:
+    """Write a time to wait: 8 s, 3 min."""
+    return f"{max(1, round(seconds))} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _preview(job: DrawingJob) -> str:
+    return "" if job.preview is None else data_uri(Image.fromarray(job.preview))
+
+
+def canvas() -> str:
+    """Return the canvas on which regions are painted."""
+    return part("webui.html", "canvas")
+
+
+def regions(found: Sequence[Region]) -> str:
+    """Return the list of regions, each with its mask and a sentence."""
+    rows = []
+    for region in found:
+        inside = None if region.mask is None else pixels_of(region.mask)
+        uri = "" if inside is None else data_uri(Image.fromarray(inside.astype("uint8") * 255))
+        where = "everywhere" if inside is None else f"in {inside.mean():.0%} of the picture"
+        when = "all steps" if (region.start, region.end) == (0, 1) else "steps"
+        share = "" if when == "all steps" else f" {region.start:.0%} to {region.end:.0%}"
+        rows.append((uri, f"{region.expert} × {region.strength:g} {where}, {when}{share}"))
+    return part("webui.html", "regions", rows=rows)
 
 
 def address(picture: GalleryPicture) -> str:
@@ -129,6 +160,11 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
     if isinstance(value, str):
         return value
+    if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):  # regions
+        return "; ".join(
+            _plain({name: "painted" if name == "mask" and part else part for name, part in one.items()})
+            for one in value
+        )
     pairs = isinstance(value, list) and all(isinstance(one, list) and len(one) == 2 for one in value)
     if pairs and value:  # strength_changes
         return "; ".join(f"after step {step}: {_plain(then)}" for step, then in value)

@@ -8,14 +8,25 @@ import gradio as gr
 
 from afa.errors import UserError
 from afa.images import read_metadata
-from afa.prompt_syntax import PLAIN, SYNTAXES
 from afa.prompts import unread
 from afa.webui import markup
 from afa.webui.api import DRAWING, Api, Page, answering, offer
+from afa.webui.controls import (
+    CLEAR_MASK,
+    READ_MASK,
+    add_region,
+    filled_options,
+    given_options,
+    option_fields,
+    regions_of,
+    settings_fields,
+    shown_regions,
+    strength_sliders,
+)
 from afa.webui.engine import Engine
 from afa.webui.markup import Report
 from afa.webui.queue import DrawingJob, follow
-from afa.webui.request_validation import MOST, STRONGEST, text, whole
+from afa.webui.request_validation import MOST, text, whole
 from afa.webui.sessions import Sessions, request_from_metadata
 
 
@@ -32,6 +43,7 @@ class Handlers:
     def begin(self, request: gr.Request, *values: Any) -> list[Any]:
         """Create a new run."""
         given = dict(zip(self.names, values, strict=False))
+        given["method_options"] = given_options(given, given["methods"] or ())
         given["strengths"] = dict(zip(self.experts, values[len(self.names) :], strict=True))
         return self._begun(self.sessions.begin(request.session_hash, given))
 
@@ -139,9 +151,29 @@ class Handlers:
             gr.Warning(markup.warning(note))
         sides = {name: found[name] or 0 for name in ("width", "height")}
         # The seed as text: a browser counts exactly only up to 2**53.
-        values = found | sides | {"seed": str(found["seed"])}
+        options = filled_options(self.engine, found["method_options"])
+        values = found | sides | options | {"seed": str(found["seed"])}
         strengths = [found["strengths"][name] for name in self.experts]
         return [*(values[name] for name in self.names), *strengths, gr.Tabs(selected="create")]
+
+    def last_seed(self, request: gr.Request) -> str:
+        """Return the seed of the visitor's last run, as text."""
+        job = self.sessions.job(request.session_hash)
+        if job is None:
+            raise UserError("nothing has been made yet, so there is no last seed")
+        return str(job.request.seed)
+
+    def offer_options(self, methods: list[str]) -> list[Any]:
+        """Show the options of the chosen methods."""
+        return [
+            gr.Accordion(visible=method.name in methods)
+            for method in self.engine.methods.values()
+            if method.options
+        ]
+
+    def add_region(self, *given: Any) -> list[dict[str, Any]]:
+        """Return the regions with the one that is painted."""
+        return add_region(self.experts, *given)
 
     def _begun(self, job: DrawingJob) -> list[Any]:
         ensemble = self.engine.ensemble
@@ -204,8 +236,12 @@ def build(
                 with gr.Column(elem_id="afa-shown"):
                     shown = _results()
                 with gr.Column(elem_id="afa-tune"):
-                    form |= _strengths(engine)
-                    form["fields"] |= _settings(engine, steps, guidance)
+                    form |= strength_sliders(engine)
+                    form["parts"] = regions_of(engine)
+                    options, form["options"] = option_fields(engine)
+                    settings = settings_fields(engine, steps, guidance)
+                    form["last"] = settings.pop("last")
+                    form["fields"] |= settings | options | {"regions": form["parts"]["regions"]}
             with gr.Tab("Gallery", id="gallery"):
                 shown |= _gallery()
             with gr.Tab("Reports", id="reports") as tab:
@@ -231,66 +267,6 @@ def _form(engine: Engine, examples: Sequence[str]) -> dict[str, Any]:
         run = gr.Button("Create", variant="primary", min_width=110, elem_id="afa-run")
         cancel = gr.Button("Cancel", variant="stop", interactive=False, min_width=110, elem_id="afa-cancel")
     return {"fields": {"prompt": prompt, "methods": methods}, "run": run, "cancel": cancel}
-
-
-def _settings(engine: Engine, steps: int, guidance: float | None) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    half: dict[str, Any] = {"min_width": 140}
-    with gr.Row():
-        fields["steps"] = gr.Slider(
-            1, engine.limits.steps, value=steps, step=1, label="Steps", elem_id="afa-steps", **half
-        )
-        fields["guidance"] = gr.Number(
-            value=guidance, label="Guidance", info="1: off; empty: the experts' own", **half
-        )
-    with gr.Row():
-        fields["seed"] = gr.Textbox(
-            value="0",
-            max_lines=1,
-            label="Seed",
-            info="one more for each next image; -1: random",
-            **half,
-        )
-        fields["images"] = gr.Slider(
-            1, engine.limits.images, value=1, step=1, label="Images a method", **half
-        )
-    with gr.Accordion("More settings", open=False):
-        own = type(engine.ensemble.frame.scheduler).__name__
-        fields["negative_prompt"] = gr.Textbox(
-            label="Negative prompt", lines=2, placeholder="what they should not show"
-        )
-        syntaxes = [(about, name) for name, about in SYNTAXES.items()]
-        fields["prompt_syntax"] = gr.Dropdown(
-            syntaxes, value=PLAIN, label="Prompts are read", visible=engine.has_weighted_prompts
-        )
-        fields["scheduler"] = gr.Dropdown(
-            [(f"the experts' own ({own})", ""), *engine.schedulers], value="", label="Scheduler"
-        )
-        with gr.Row():
-            for side in ("width", "height"):
-                info = f"multiple of {engine.limits.unit}, at most {engine.limits.side}; 0: the experts' own"
-                label = f"{side.capitalize()} in pixels"
-                fields[side] = gr.Number(value=0, precision=0, label=label, info=info, min_width=140)
-        info = "beside the built-in one; empty: none"
-        fields["true_guidance"] = gr.Number(
-            value=None, label="True guidance", info=info, visible=engine.has_true_guidance
-        )
-    return fields
-
-
-def _strengths(engine: Engine) -> dict[str, Any]:
-    """Add a strength slider for each expert; they are visible if a method uses them."""
-    scaled = [method.title for method in engine.methods.values() if method.scalable]
-    with gr.Accordion("Strength of each expert", open=True, visible=bool(scaled)):
-        info = f"A strength scales the expert's weights in {' and '.join(scaled)}."
-        gr.HTML(markup.note(f"{info} Moved during a run, it takes effect at the next stage."))
-        names = engine.ensemble.names
-        sliders = [
-            gr.Slider(0, STRONGEST, value=1, step=0.05, label=name, elem_classes="afa-strength")
-            for name in names
-        ]
-        live = gr.Checkbox(value=True, label="Draw again after a strength has changed", elem_id="afa-live")
-    return {"strengths": sliders, "live": live}
 
 
 def _results() -> dict[str, Any]:
@@ -388,6 +364,16 @@ def _wire(do: Handlers, form: dict[str, Any], shown: dict[str, Any], page: gr.Bl
     shown["picture"].input(answering(do.fit), looks, fitted, **QUICK)
     for slider in (shown["step"], shown["stage"]):
         slider.input(answering(do.look), looks, shown["weights"], trigger_mode="always_last", **QUICK)
+    form["last"].click(answering(do.last_seed), None, form["fields"]["seed"], **QUICK)
+    methods, groups = form["fields"]["methods"], list(form["options"].values())
+    if groups:
+        methods.change(answering(do.offer_options), methods, groups, **QUICK)
+    parts = form["parts"]
+    regions = parts["regions"]
+    added = parts["add"].click(answering(do.add_region), parts["given"], regions, js=READ_MASK, **QUICK)
+    added.success(None, None, None, js=CLEAR_MASK, api_visibility="private")
+    parts["undo"].click(lambda given: given[:-1], regions, regions, **QUICK)
+    regions.change(answering(shown_regions), regions, parts["listed"], **QUICK)
     _wire_gallery(do, form, shown, page)
 
 

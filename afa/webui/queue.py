@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,6 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from afa.errors import UserError
 from afa.webui.request_validation import RunRequest
@@ -72,6 +76,10 @@ class DrawingJob:
     state: Literal["waiting", "running", "done", "cancelled", "refused"] = "waiting"
     at: tuple[int, int] = (0, 0)  # completed and total steps of the current picture
     stopped: threading.Event = field(default_factory=threading.Event)
+    preview: NDArray[np.uint8] | None = None  # of the current picture
+    previews: int = 0  # how many there were
+    pace: float | None = None  # seconds of a step
+    _first: tuple[int, float] = (0, 0.0)  # steps of the current picture at a time of its own
 
     def cancel(self) -> None:
         """Stop after the current step."""
@@ -79,8 +87,29 @@ class DrawingJob:
 
     def on_step(self, done: int, steps: int) -> None:
         """Note the completed steps. Raises Cancelled if the run was cancelled."""
+        now = time.monotonic()
+        if (
+            done <= self.at[0] or self.at[0] == 0
+        ):  # another picture; its first step may have waited for memory
+            self._first = (done, now)
+        elif done > self._first[0]:
+            self.pace = (now - self._first[1]) / (done - self._first[0])
         self.at = (done, steps)
         self.check()
+
+    def show(self, preview: NDArray[np.uint8]) -> None:
+        """Show a preview of the current picture: (h, w, 3) uint8."""
+        self.preview, self.previews = preview, self.previews + 1
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The time that the remaining steps take at the pace of the latest ones; None before there is one."""
+        if self.pace is None or self.current is None:
+            return None
+        missing = sum(
+            self.request.images - len(column.pictures) for column in self.columns if not column.done
+        )
+        return self.pace * (self.at[1] * missing - self.at[0])
 
     def check(self) -> None:
         """Raise Cancelled if the run was cancelled."""
@@ -104,7 +133,11 @@ class DrawingJob:
     @property
     def mark(self) -> tuple[Any, ...]:
         """A value that changes whenever the pictures or the state change."""
-        return (self.state, *((len(column.pictures), column.error, column.done) for column in self.columns))
+        return (
+            self.state,
+            self.previews,
+            *((len(column.pictures), column.error, column.done) for column in self.columns),
+        )
 
 
 def follow(work: Callable[[DrawingJob], None], job: DrawingJob) -> Iterator[None]:

@@ -1,13 +1,17 @@
 """Validate requests on the server, since callers of the API do not use the widgets of the page."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from afa.denoiser.hooks import check_strengths
 from afa.errors import UserError, unknown
 from afa.prompt_syntax import PLAIN, SYNTAXES
+from afa.sampling.options import MethodOptions
+from afa.sampling.regions import MOST as MOST_REGIONS
+from afa.sampling.regions import Region, read_region
+from afa.sampling.registry import read_options
 from afa.seeds import DRAW, draw_seed
 from afa.settings import SEEDS
 
@@ -50,6 +54,8 @@ class RunRequest:
     width, height:   in pixels
     strengths:       expert -> factor of its weight, from 0 to STRONGEST
     prompt_syntax:   how prompts are read, see afa.prompt_syntax
+    regions:         strengths in parts of the picture and of the steps
+    method_options:  method -> its options; missing methods have their own defaults
     """
 
     prompt: str
@@ -65,6 +71,8 @@ class RunRequest:
     height: int | None
     strengths: Mapping[str, float]
     prompt_syntax: str = PLAIN
+    regions: tuple[Region, ...] = ()
+    method_options: Mapping[str, MethodOptions] = field(default_factory=dict)
 
 
 def validate_request(
@@ -73,6 +81,7 @@ def validate_request(
     methods: Sequence[str],
     experts: tuple[str, ...],
     schedulers: Sequence[str],
+    optional: Collection[str] = (),
 ) -> RunRequest:
     """Check the values of a request.
 
@@ -81,6 +90,7 @@ def validate_request(
     methods:    names of all methods
     experts:    names of the experts
     schedulers: names of the schedulers that fit the experts
+    optional:   names of the methods that have options
     A seed of -1 is replaced by a random one. Raises UserError for the first invalid value.
     """
     scheduler = given.get("scheduler") or None
@@ -89,10 +99,11 @@ def validate_request(
     syntax = given.get("prompt_syntax") or PLAIN
     if syntax not in SYNTAXES:
         raise UserError(unknown(str(syntax)[:80], SYNTAXES, "prompt syntax"))
+    chosen = _methods(given.get("methods"), methods)
     seed = whole("seed", given.get("seed", 0), DRAW, SEEDS - 1)
     return RunRequest(
         prompt=_prompt(given.get("prompt")),
-        methods=_methods(given.get("methods"), methods),
+        methods=chosen,
         negative_prompt=text("negative prompt", given.get("negative_prompt")) or None,
         seed=draw_seed() if seed == DRAW else seed,
         images=whole("images", given.get("images", 1), 1, limits.images),
@@ -104,7 +115,46 @@ def validate_request(
         height=_side("height", given.get("height"), limits),
         strengths=make_strengths(given.get("strengths") or {}, experts),
         prompt_syntax=syntax,
+        regions=_regions(given.get("regions"), experts),
+        method_options=_method_options(given.get("method_options"), methods, chosen, optional),
     )
+
+
+def _regions(value: Any, experts: tuple[str, ...]) -> tuple[Region, ...]:
+    if not isinstance(value or [], (list, tuple)):
+        raise UserError(f"regions must be a list, not {type(value).__name__}")
+    if len(value or ()) > MOST_REGIONS:
+        raise UserError(f"{len(value)} regions are given; give at most {MOST_REGIONS}")
+    return tuple(read_region(one, experts) for one in value or ())
+
+
+def _method_options(
+    value: Any, methods: Sequence[str], chosen: Sequence[str], optional: Collection[str]
+) -> dict[str, MethodOptions]:
+    """Read the options of methods, given as values or as texts."""
+    if not isinstance(value or {}, Mapping) or not all(
+        isinstance(one, Mapping) for one in (value or {}).values()
+    ):
+        raise UserError("method options must be options by method, such as {'expert_switch': {'every': 2}}")
+    found = {}
+    for method, options in (value or {}).items():
+        if method not in methods:
+            raise UserError(unknown(str(method)[:80], methods, "method"))
+        if method not in optional or method not in chosen:
+            why = "has no options" if method not in optional else "is not chosen"
+            raise UserError(f"options of {method} are given, which {why}; leave them out")
+        texts = [f"{text('option', name)}={_as_text(one)}" for name, one in options.items()]
+        try:
+            found[method] = read_options(method, texts)
+        except UserError as error:
+            raise UserError(f"{method}: {str(error).removeprefix('--method-option ')}") from None
+    return found
+
+
+def _as_text(value: Any) -> str:
+    """Write an option as --method-option takes it."""
+    words = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text("option", words.removesuffix(".0") if isinstance(value, float) else words)
 
 
 def make_strengths(given: Mapping[str, Any], experts: tuple[str, ...]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from afa.errors import UserError
 from afa.prompt_syntax import PLAIN
-from afa.webui.engine import Engine
+from afa.webui.engine import Engine, PageMethod
 from afa.webui.queue import DrawingJob, MethodColumn
 from afa.webui.request_validation import make_strengths
 
@@ -92,6 +92,8 @@ def request_from_metadata(metadata: Mapping[str, Any], engine: Engine) -> tuple[
     found["methods"] = [_method(metadata, engine, notes)]
     found["scheduler"] = _scheduler(metadata.get("scheduler"), engine, notes)
     found["strengths"] = _strengths(metadata, engine, notes)
+    found["regions"] = metadata.get("regions") or []
+    found["method_options"] = _options(metadata, engine.methods[found["methods"][0]])
     found["images"] = 1
     found["prompt_syntax"] = metadata.get("prompt_syntax") or PLAIN
     _compare(metadata, engine, notes)
@@ -100,6 +102,20 @@ def request_from_metadata(metadata: Mapping[str, Any], engine: Engine) -> tuple[
     except UserError as error:
         raise UserError(f"the picture's settings cannot be used here: {error}") from None
     return found, notes
+
+
+def _options(metadata: Mapping[str, Any], method: PageMethod) -> dict[str, Any]:
+    """Return the options of the method that are given in the metadata and are not its defaults."""
+    given = metadata.get("method_options")
+    if method.options is None or not method.made(metadata) or not isinstance(given, Mapping):
+        return {}
+    usual = method.record["method_options"]
+    changed = {
+        name: value
+        for name, value in given.items()
+        if value is not None and value != usual.get(name, object())
+    }
+    return {method.name: changed} if changed else {}
 
 
 def _method(metadata: Mapping[str, Any], engine: Engine, notes: list[str]) -> str:

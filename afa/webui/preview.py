@@ -1,0 +1,90 @@
+"""Previews while a picture is drawn: a linear map from latents to colours, fitted to the frame's own VAE."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from afa.denoiser.schedule import FLOW, Schedule, clean_of, is_edm
+from afa.errors import UserError
+from afa.latents import latents_of
+
+PICTURES, SIDE = 4, 16  # random latents that the map is fitted to, and their side
+EVERY = 0.4  # seconds between previews at least, so that fast steps are not slowed down
+Show = Callable[[NDArray[np.uint8]], None]
+
+
+@functools.lru_cache(maxsize=4)
+def colour_map(vae: Any) -> Tensor:
+    """Fit RGB from -1 to 1 to scaled latents by least squares: (C + 1, 3), the last row is constant.
+
+    vae: of the frame; it decodes a few random latents, smooth ones among them, as those of pictures are
+    Raises UserError for a VAE of an unknown class.
+    """
+    latents, parameter = latents_of(vae), next(vae.parameters())
+    noise = torch.Generator().manual_seed(0)
+    drawn = []
+    for index in range(PICTURES):
+        side = max(2, SIDE >> index)
+        coarse = torch.randn(1, latents.channels, side, side, generator=noise)
+        drawn.append(functional.interpolate(coarse, (SIDE, SIDE), mode="bilinear"))
+    scaled = torch.cat(drawn)
+    with torch.no_grad():
+        images = latents.draw(vae, latents.unscaled(scaled).to(parameter)).float().cpu()[:, :3]
+    colours = functional.interpolate(images, (SIDE, SIDE), mode="area")
+    rows = scaled.permute(0, 2, 3, 1).reshape(-1, latents.channels)
+    wanted = colours.permute(0, 2, 3, 1).reshape(-1, 3)
+    solution: Tensor = torch.linalg.lstsq(functional.pad(rows, (0, 1), value=1.0), wanted).solution
+    return solution
+
+
+def preview(clean: Tensor, colours: Tensor) -> NDArray[np.uint8]:
+    """Return a small picture of scaled latents (C, h, w): (h, w, 3) uint8. colours: of colour_map"""
+    rows = clean.float().cpu().permute(1, 2, 0)
+    shown = (rows @ colours[:-1] + colours[-1]).clamp(-1, 1)
+    return np.asarray(((shown + 1) * 127.5).round().to(torch.uint8).numpy())
+
+
+@contextmanager
+def previewed(pipeline: Any, show: Show) -> Iterator[None]:
+    """Inside the context, call `show` with a preview of the first image's predicted end, every EVERY seconds.
+
+    pipeline: of a sampler, or None. Without latents that are a map (FLUX packs them), and with EDM's
+              schedules, nothing is shown
+    The drawing is the same, bit for bit.
+    """
+    scheduler = getattr(pipeline, "scheduler", None)
+    try:
+        if scheduler is None or is_edm(scheduler):
+            raise UserError("there are no predictions to show")
+        schedule, colours = Schedule.of(scheduler), colour_map(pipeline.vae)
+    except UserError:  # a preview is no part of the picture, which may well be drawn without
+        yield
+        return
+    step, shown_at = scheduler.step, 0.0
+    exploding = schedule.kind != FLOW and float(getattr(scheduler, "init_noise_sigma", 1.0)) > 1.01
+
+    @functools.wraps(step)  # pipelines look at its arguments
+    def watched(prediction: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal shown_at
+        fits = sample.ndim == 4 and sample.shape[1] == len(colours) - 1 == prediction.shape[1]
+        if fits and time.monotonic() - shown_at >= EVERY:
+            signal, noise = (float(level) for level in schedule.at(torch.as_tensor(timestep).cpu()))
+            noisy = sample[0] * signal if exploding else sample[0]
+            clean = clean_of(schedule.kind, prediction[0], noisy, signal, noise)
+            show(preview(clean, colours))
+            shown_at = time.monotonic()
+        return step(prediction, timestep, sample, *args, **kwargs)
+
+    scheduler.step = watched
+    try:
+        yield
+    finally:
+        del scheduler.step
