@@ -16,7 +16,7 @@ from afa.denoiser.schedule import FLOW, Schedule, clean_of, is_edm
 from afa.errors import UserError
 from afa.latents import latents_of
 
-PICTURES, SIDE = 4, 16  # random latents that the map is fitted to, and their side
+PICTURES, SIDE = 16, 16  # pictures that the map is fitted to, and the side of their latents
 EVERY = 0.4  # seconds between previews at least, so that fast steps are not slowed down
 Show = Callable[[NDArray[np.uint8]], None]
 
@@ -25,21 +25,19 @@ Show = Callable[[NDArray[np.uint8]], None]
 def colour_map(vae: Any) -> Tensor:
     """Fit RGB from -1 to 1 to scaled latents by least squares: (C + 1, 3), the last row is constant.
 
-    vae: of the frame; it decodes a few random latents, smooth ones among them, as those of pictures are
+    vae: of the frame; it encodes flat and quartered pictures of random colours. What it decodes from random
+         latents would not do: these are no latents of pictures, and give wrong colours
     Raises UserError for a VAE of an unknown class.
     """
     latents, parameter = latents_of(vae), next(vae.parameters())
-    noise = torch.Generator().manual_seed(0)
-    drawn = []
-    for index in range(PICTURES):
-        side = max(2, SIDE >> index)
-        coarse = torch.randn(1, latents.channels, side, side, generator=noise)
-        drawn.append(functional.interpolate(coarse, (SIDE, SIDE), mode="bilinear"))
-    scaled = torch.cat(drawn)
+    noise, size = torch.Generator().manual_seed(0), SIDE * latents.factor
+    coarse = [torch.rand(1, 3, 1 + index % 2, 1 + index % 2, generator=noise) for index in range(PICTURES)]
+    images = torch.cat([functional.interpolate(2 * one - 1, (size, size), mode="nearest") for one in coarse])
     with torch.no_grad():
-        images = latents.draw(vae, latents.unscaled(scaled).to(parameter)).float().cpu()[:, :3]
-    colours = functional.interpolate(images, (SIDE, SIDE), mode="area")
-    rows = scaled.permute(0, 2, 3, 1).reshape(-1, latents.channels)
+        moments = latents.moments(vae, images.to(parameter)).float().cpu()
+    scaled = latents.scaled(moments[:, : latents.channels])
+    colours = functional.interpolate(images, scaled.shape[-2:], mode="area")
+    rows = scaled.permute(0, 2, 3, 1).reshape(-1, scaled.shape[1])
     wanted = colours.permute(0, 2, 3, 1).reshape(-1, 3)
     solution: Tensor = torch.linalg.lstsq(functional.pad(rows, (0, 1), value=1.0), wanted).solution
     return solution
