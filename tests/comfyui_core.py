@@ -56,10 +56,10 @@ def load_core() -> Any:
     return importlib.import_module("comfy")
 
 
-def unet_model(core: Any, unet: Any, kind: str = "SD15") -> Any:
+def unet_model(core: Any, unet: Any, kind: str = "SD15", dtype: torch.dtype = torch.float32) -> Any:
     """A MODEL of a diffusers U-Net. kind: of comfy.supported_models; the settings are detected from the tensors."""
     tensors = unet_tensors(unet)
-    settings = core.model_detection.detect_unet_config(tensors, "") | {"dtype": torch.float32}
+    settings = core.model_detection.detect_unet_config(tensors, "") | {"dtype": dtype}
     config = getattr(core.supported_models, kind)(settings)
     if config.unet_config["num_head_channels"] != -1:
         config.unet_config["num_head_channels"] = HEAD
@@ -68,12 +68,12 @@ def unet_model(core: Any, unet: Any, kind: str = "SD15") -> Any:
     return _patcher(core, config, tensors)
 
 
-def flux_model(core: Any, transformer: Any) -> Any:
+def flux_model(core: Any, transformer: Any, dtype: torch.dtype = torch.float32) -> Any:
     """A MODEL of a diffusers FLUX.1 transformer. Its settings are given: the core detects no others than FLUX.1's own."""
     config = transformer.config
     settings = {
         "image_model": "flux",
-        "dtype": torch.float32,
+        "dtype": dtype,
         "in_channels": config.in_channels // 4,
         "out_channels": config.in_channels // 4,
         "patch_size": 2,

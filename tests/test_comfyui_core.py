@@ -31,7 +31,8 @@ from afa.files import sha256
 pytestmark = pytest.mark.skipif(comfyui_core.COMFYUI is None, reason="COMFYUI names no folder of ComfyUI")
 AGGREGATORS = {"hidden": 32, "heads": 2, "depth": 1}
 POOLED, XL_WIDTH = 16, 40
-SAME = 1e-4  # of two computations in float32, see apart
+SAME = 1e-4  # see apart
+EXACT = torch.float64  # to compare with diffusers: sampling with guidance enlarges what single precision rounds
 CLIP_SHAPE = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
@@ -60,18 +61,18 @@ class Family:
             return sdxl_pipeline(seed, **SDXL)
         return sd_pipeline(seed, prediction_type="v_prediction" if self.name == "sd20" else "epsilon", **(SD20 if self.name == "sd20" else SD15))
 
-    def model(self, core, seed, copy=0):
+    def model(self, core, seed, copy=0, dtype=torch.float32):
         """A MODEL with the weights of that seed. copy: one with the same weights, but another network"""
-        return self._model(core, self.pipeline(seed), copy).clone()
+        return self._model(core, self.pipeline(seed), copy, dtype).clone()
 
     @functools.cache  # noqa: B019  # families live as long as the module
-    def _model(self, core, pipe, copy=0):
+    def _model(self, core, pipe, copy=0, dtype=torch.float32):
         if self.flux:
-            return flux_model(core, pipe.transformer)
-        return unet_model(core, pipe.unet, {"sd15": "SD15", "sd20": "SD20", "sdxl": "SDXL"}[self.name])
+            return flux_model(core, pipe.transformer, dtype)
+        return unet_model(core, pipe.unet, {"sd15": "SD15", "sd20": "SD20", "sdxl": "SDXL"}[self.name], dtype)
 
-    def models(self, core):
-        return [self.model(core, seed) for seed in (0, 1)]
+    def models(self, core, dtype=torch.float32):
+        return [self.model(core, seed, dtype=dtype) for seed in (0, 1)]
 
     def prompt(self, seed, tokens=7):
         """A CONDITIONING with random states."""
@@ -82,22 +83,23 @@ class Family:
     def noise(self, batch=2, height=16, width=16):
         return torch.randn(batch, self.channels, height, width, generator=torch.Generator().manual_seed(9))
 
-    def predict(self, ensemble, x, time, prompts):
+    def predict(self, denoiser, x, time, prompts):
         """The diffusers denoiser's prediction. prompts: of every expert, or of one for all; time: as ComfyUI's network gets it"""
-        batch = len(x)
+        batch, x = len(x), x.to(EXACT)
+        prompts = [[[one[0][0].to(EXACT), {name: tensor.to(EXACT) for name, tensor in one[0][1].items()}]] for one in prompts]
         states = torch.cat([one[0][0] for one in prompts], -1).expand(batch, -1, -1)
         if self.xl:  # the states of encoder 1 of every expert stand before those of encoder 2
-            halves = [one[0][0].split(ensemble.denoiser.text_widths, -1) for one in prompts]
+            halves = [one[0][0].split(denoiser.text_widths, -1) for one in prompts]
             states = torch.cat([*(one for one, _ in halves), *(other for _, other in halves)], -1).expand(batch, -1, -1)
         pooled = torch.cat([one[0][1]["pooled_output"] for one in prompts], -1).expand(batch, -1) if self.pooled else None
         if not self.flux:
             sides = [float(side * 8) for side in x.shape[-2:]]
-            added = {"text_embeds": pooled, "time_ids": torch.tensor([[*sides, 0, 0, *sides]] * batch)} if self.xl else None
-            return ensemble.denoiser(x, time, states, added_cond_kwargs=added).sample
-        interface = ensemble.denoiser.interface
+            added = {"text_embeds": pooled, "time_ids": torch.tensor([[*sides, 0, 0, *sides]] * batch, dtype=EXACT)} if self.xl else None
+            return denoiser(x, time, states, added_cond_kwargs=added).sample
+        interface = denoiser.interface
         call = {"encoder_hidden_states": states, "pooled_projections": pooled}
-        made = interface.denoiser_kwargs(ensemble.denoiser.config, x, time * 1000, call)
-        return interface.to_latents(ensemble.denoiser(**made).sample, x.shape[-2:])
+        made = interface.denoiser_kwargs(denoiser.config, x, time * 1000, call)
+        return interface.to_latents(denoiser(**made).sample, x.shape[-2:])
 
 
 FAMILIES = {name: Family(name) for name in ("sd15", "sd20", "sdxl", "flux")}
@@ -110,7 +112,7 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Make an ensemble of a family's experts 0 and 1, once: -> it, and its folder."""
+    """Make an ensemble of a family's experts 0 and 1, once: -> its folder."""
 
     @functools.cache
     def make(family, trained=True, shared=False, **options):
@@ -123,12 +125,18 @@ def made(tmp_path_factory):
             if trained and name.endswith("conv_out.weight"):
                 torch.nn.init.normal_(parameter)
         ensemble.save(folder, bundle=True)
-        return ensemble, folder
+        return folder
 
     return make
 
 
-def in_diffusers(core, family, ensemble, model, positive, negative, noise, steps=3, cfg=5.0):
+@functools.cache
+def exact(mine):
+    """The diffusers denoiser of a saved ensemble, in double precision."""
+    return Ensemble.load(mine, dtype=EXACT).denoiser
+
+
+def in_diffusers(core, family, mine, model, positive, negative, noise, steps=3, cfg=5.0):
     """Euler on ComfyUI's sigmas around the diffusers denoiser: the algorithm of k-diffusion, with both predictions in one batch."""
     sampling = model.get_model_object("model_sampling")
     sigmas = core.samplers.calculate_sigmas(sampling, "normal", steps)
@@ -136,7 +144,7 @@ def in_diffusers(core, family, ensemble, model, positive, negative, noise, steps
     with torch.no_grad():
         for sigma, after in itertools.pairwise(sigmas):
             time, given = sampling.timestep(sigma[None]).float().expand(len(x)), sampling.calculate_input(sigma[None], x)
-            both = [family.predict(ensemble, given, time, prompts) for prompts in (positive, negative)]
+            both = [family.predict(exact(mine), given, time, prompts).float() for prompts in (positive, negative)]
             denoised, without = (sampling.calculate_denoised(sigma[None], one, x) for one in both)
             denoised = without + cfg * (denoised - without)
             x = x + (x - denoised) / sigma * (after - sigma)
@@ -149,7 +157,7 @@ def apart(a, b):
 
 
 def test_one_expert_twice_is_comfyui_itself_bit_for_bit(core, made, family):
-    _, mine = made(family, trained=False, placement="layers")
+    mine = made(family, trained=False, placement="layers")
     model, other = family.model(core, 0), family.model(core, 0, copy=1)
     positive, negative = family.prompt(1), family.prompt(2)
     for size in ((16, 16), (18, 11)):
@@ -162,11 +170,11 @@ def test_one_expert_twice_is_comfyui_itself_bit_for_bit(core, made, family):
 
 @pytest.mark.parametrize("aggregator", ["sabw", "stitch"])
 def test_two_experts_are_in_comfyui_what_they_are_in_diffusers(core, made, family, aggregator):
-    ensemble, mine = made(family, aggregator=aggregator, placement="layers")
-    models = family.models(core)
+    mine = made(family, aggregator=aggregator, placement="layers")
+    models = family.models(core, EXACT)
     positive, negative, noise = family.prompt(1), family.prompt(2), family.noise()
     found = sample(core, combine(models, mine), positive, negative, noise)
-    assert apart(found, in_diffusers(core, family, ensemble, models[0], [positive], [negative], noise)) <= SAME
+    assert apart(found, in_diffusers(core, family, mine, models[0], [positive], [negative], noise)) <= SAME
     assert apart(found, sample(core, models[0], positive, negative, noise)) > 0.01
     loaded = [one.model.model for one in core.model_management.current_loaded_models if one.model is not None]
     assert all(any(model.model is one for one in loaded) for model in models)
@@ -187,21 +195,21 @@ def test_two_experts_are_in_comfyui_what_they_are_in_diffusers(core, made, famil
 )
 def test_every_placement_and_kind_is_read_from_the_folder(core, made, name, options):
     family = FAMILIES[name]
-    ensemble, mine = made(family, **options)
-    models, positive, negative, noise = family.models(core), family.prompt(1), family.prompt(2), family.noise()
+    mine = made(family, **options)
+    models, positive, negative, noise = family.models(core, EXACT), family.prompt(1), family.prompt(2), family.noise()
     found = sample(core, combine(models, mine), positive, negative, noise, steps=2)
-    assert apart(found, in_diffusers(core, family, ensemble, models[0], [positive], [negative], noise, steps=2)) <= SAME
+    assert apart(found, in_diffusers(core, family, mine, models[0], [positive], [negative], noise, steps=2)) <= SAME
 
 
 def test_every_expert_reads_its_own_text(core, made, family):
-    ensemble, mine = made(family, placement="layers")
-    models = family.models(core)
+    mine = made(family, placement="layers")
+    models = family.models(core, EXACT)
     prompts, noise = {seed: family.prompt(seed) for seed in (1, 2, 3, 4)}, family.noise()
     pairs = [[prompts[1], prompts[2]], [prompts[3], prompts[4]]]
     positive, negative = (joined(pair, core.conds) for pair in pairs)
     model = combine(models, mine)
     found = sample(core, model, positive, negative, noise)
-    assert apart(found, in_diffusers(core, family, ensemble, models[0], *pairs, noise)) <= SAME
+    assert apart(found, in_diffusers(core, family, mine, models[0], *pairs, noise)) <= SAME
     assert apart(found, sample(core, model, prompts[1], prompts[3], noise)) > 1e-3
     # a MODEL that is no ensemble takes the first expert's text of it
     assert torch.equal(sample(core, models[0], positive, negative, noise), sample(core, models[0], prompts[1], prompts[3], noise))
@@ -212,7 +220,7 @@ def test_every_expert_reads_its_own_text(core, made, family):
 
 def test_text_that_was_changed_after_it_was_encoded_is_refused(core, made):
     family = FAMILIES["sd15"]
-    _, mine = made(family)
+    mine = made(family)
     model = combine(family.models(core), mine)
     both = joined([family.prompt(1), family.prompt(2)], core.conds)
     mixed = [[both[0][0] * 0.5, both[0][1]]]
@@ -274,22 +282,22 @@ def with_difference(core, family, added):
 @pytest.mark.parametrize("name", ["sd15", "flux"])
 def test_loras_of_one_checkpoint_are_experts_of_their_own(core, made, name):
     family = FAMILIES[name]
-    _, mine = made(family, placement="layers")
+    mine = made(family, placement="layers")
     base, positive, negative, noise = family.model(core, 0), family.prompt(1), family.prompt(2), family.noise()
     stock = sample(core, base, positive, negative, noise)
     first, one = lora(base, 1)
     second, two = lora(base, 2)
     sample(core, second, positive, negative, noise)  # one of them is loaded, with its patches in the weights
     for pair, differences in (([first, second], (one, two)), ([base, second], ({}, two)), ([first, first], (one, one))):
-        apart = [with_difference(core, family, added) for added in differences]
-        expected = sample(core, combine(apart, mine), positive, negative, noise)
+        separate = [with_difference(core, family, added) for added in differences]
+        expected = sample(core, combine(separate, mine), positive, negative, noise)
         assert apart(sample(core, combine(pair, mine), positive, negative, noise), expected) <= SAME
     assert torch.equal(sample(core, base, positive, negative, noise), stock)
 
 
 def test_equal_models_are_held_once(core, made):
     family = FAMILIES["sd15"]
-    _, mine = made(family)
+    mine = made(family)
     base = family.model(core, 0)
     first, _ = lora(base, 1)
     assert len(combine([base, base.clone()], mine).get_additional_models_with_key("afa")) == 0
@@ -300,7 +308,7 @@ def test_equal_models_are_held_once(core, made):
 
 def test_what_would_reach_the_first_expert_alone_is_refused(core, made):
     family = FAMILIES["sd15"]
-    _, mine = made(family)
+    mine = made(family)
     model = combine(family.models(core), mine)
     prompt, noise = family.prompt(1), family.noise()
     with pytest.raises(UserError, match="after AFA Ensemble patches weights"):
@@ -322,7 +330,7 @@ def test_what_would_reach_the_first_expert_alone_is_refused(core, made):
 @pytest.mark.parametrize("before", [True, False])
 def test_patches_that_an_ensemble_leaves_out_are_refused_by_name(core, made, name, before):
     family = FAMILIES["sd15"]
-    _, mine = made(family)
+    mine = made(family)
     models = family.models(core)
     if before:
         models[1].set_model_patch(lambda *args: args, name)
@@ -338,7 +346,7 @@ def halved(q, k, v, extra):
 
 def test_a_patch_in_attention_reaches_its_own_expert_or_all(core, made):
     family = FAMILIES["sd15"]
-    _, mine = made(family, trained=False, placement="layers")
+    mine = made(family, trained=False, placement="layers")
     model, positive, negative, noise = family.model(core, 0), family.prompt(1), family.prompt(2), family.noise()
     patched = model.clone()
     patched.set_model_attn2_patch(halved)
@@ -359,7 +367,7 @@ def test_a_patch_in_attention_reaches_its_own_expert_or_all(core, made):
 
 def test_what_surrounds_another_expert_is_said_to_be_left_out(core, made, caplog):
     family = FAMILIES["sd15"]
-    _, mine = made(family)
+    mine = made(family)
     models = family.models(core)
     models[1].set_model_sampler_cfg_function(lambda args: args["cond"])
     with caplog.at_level(logging.WARNING, "afa"):
@@ -387,7 +395,7 @@ def controlled(core, model, kind=None):
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_a_controlnet_works_as_in_comfyui(core, made, name):
     family = FAMILIES[name]
-    _, mine = made(family, trained=False, placement="layers")
+    mine = made(family, trained=False, placement="layers")
     model, noise = family.model(core, 0), family.noise()
     control = controlled(core, model)
     positive, negative = (family.prompt(seed) for seed in (1, 2))
@@ -424,7 +432,7 @@ def test_residuals_of_a_t2i_adapter_and_of_a_flux_controlnet_are_added_where_com
     }
     for name, shapes in cases.items():
         family = FAMILIES[name]
-        _, mine = made(family, trained=False, placement="layers")
+        mine = made(family, trained=False, placement="layers")
         model, noise, control = family.model(core, 0), family.noise(), Given(shapes)
         positive, negative = family.prompt(1), family.prompt(2)
         free = sample(core, model, positive, negative, noise)
@@ -441,7 +449,7 @@ def test_residuals_of_a_t2i_adapter_and_of_a_flux_controlnet_are_added_where_com
 
 def test_two_prompts_and_areas_work_as_in_comfyui(core, made):
     family = FAMILIES["sd15"]
-    _, mine = made(family, trained=False)
+    mine = made(family, trained=False)
     model, noise = family.model(core, 0), family.noise()
     area = [[family.prompt(3)[0][0], {"area": (8, 12, 4, 2), "strength": 1.0}]]
     positive = family.prompt(1) + family.prompt(4) + area
@@ -454,9 +462,9 @@ def test_two_prompts_and_areas_work_as_in_comfyui(core, made):
 
 def test_shared_guidance_is_that_of_diffusers(core, made):
     family = FAMILIES["sd15"]
-    _, mine = made(family, placement="layers", aggregator="stitch")
-    ensemble, shared = made(family, shared=True, placement="layers", aggregator="stitch")
-    models, noise = family.models(core), family.noise()
+    mine = made(family, placement="layers", aggregator="stitch")
+    shared = made(family, shared=True, placement="layers", aggregator="stitch")
+    models, noise = family.models(core, EXACT), family.noise()
     model, positive, negative = combine(models, shared), family.prompt(1), family.prompt(2)
     found = sample(core, model, positive, negative, noise, steps=1)
     sampling = models[0].get_model_object("model_sampling")
@@ -465,7 +473,7 @@ def test_shared_guidance_is_that_of_diffusers(core, made):
     given, time = sampling.calculate_input(sigma, x).repeat(2, 1, 1, 1), sampling.timestep(sigma).float().expand(4)
     text = torch.cat([one[0][0].expand(2, -1, -1) for one in (negative, positive)])
     with torch.no_grad():
-        without, prompted = ensemble.denoiser(given, time, text).sample.chunk(2)
+        without, prompted = exact(shared)(given.to(EXACT), time, text.to(EXACT)).sample.float().chunk(2)
     expected = sampling.calculate_denoised(sigma, without + 5 * (prompted - without), x)
     assert apart(found, models[0].model.process_latent_out(expected)) <= SAME
     assert apart(found, sample(core, combine(models, mine), positive, negative, noise, steps=1)) > 1e-3
@@ -483,7 +491,7 @@ def strong(model, expert, strength, **more):
 
 
 def test_strengths_choose_experts_in_parts_of_the_picture_and_of_the_steps(core, made, family):
-    _, mine = made(family, placement="out")
+    mine = made(family, placement="out")
     models = family.models(core)
     positive, negative, noise = family.prompt(1), family.prompt(2), family.noise()
     model = combine(models, mine)
@@ -520,7 +528,7 @@ def comfyui_sample_from(core, model, positive, negative, latents, start):
 
 def test_strengths_that_cannot_be_are_refused(core, made):
     family = FAMILIES["sd15"]
-    _, mine = made(family)
+    mine = made(family)
     models, prompt, noise = family.models(core), family.prompt(1), family.noise()
     model = combine(models, mine)
     for expert in ("3", "0", "photo", ""):
@@ -540,7 +548,7 @@ def test_strengths_that_cannot_be_are_refused(core, made):
 
 
 def test_maps_are_those_of_the_sampling_that_made_the_latents(core, made, family):
-    _, mine = made(family, placement="layers", aggregator="stitch")
+    mine = made(family, placement="layers", aggregator="stitch")
     model = combine(family.models(core), mine)
     positive, negative, noise = family.prompt(1), family.prompt(2), family.noise(2, 16, 12)
     latents = sample(core, model, positive, negative, noise)
@@ -570,7 +578,7 @@ def test_maps_are_those_of_the_sampling_that_made_the_latents(core, made, family
 
 def test_experts_that_do_not_fit_are_refused_in_a_sentence(core, made, tmp_path):
     sd, xl, flux = (FAMILIES[name] for name in ("sd15", "sdxl", "flux"))
-    _, mine = made(sd)
+    mine = made(sd)
     models = sd.models(core)
     for given, told in (
         ([*models, models[0]], "ensemble of 2 experts, 3 MODELs are connected; connect, in this order, expert_0, expert_1"),
@@ -593,7 +601,7 @@ def test_experts_that_do_not_fit_are_refused_in_a_sentence(core, made, tmp_path)
     with pytest.raises(UserError, match=r"MODEL 2 .* computes in torch.float16, MODEL 1 .* in torch.float32"):
         combine([models[0], half], mine)
     with pytest.raises(UserError, match="needs pooled text|takes no pooled text"):
-        model = combine([xl.model(core, 0, copy=1), xl.model(core, 1)], made(xl)[1])
+        model = combine([xl.model(core, 0, copy=1), xl.model(core, 1)], made(xl))
         model.model.encode_adm = lambda **kwargs: None  # of no other test: nobody else takes this copy
         sample(core, model, xl.prompt(1), xl.prompt(2), xl.noise())
 
@@ -610,7 +618,7 @@ def family_of_another_kind(core):
 
 def test_reference_images_are_refused(core, made):
     family = FAMILIES["flux"]
-    _, mine = made(family)
+    mine = made(family)
     model = combine(family.models(core), mine)
     prompt = family.prompt(1)
     prompt[0][1]["reference_latents"] = [torch.zeros(1, 16, 16, 16)]
@@ -628,7 +636,7 @@ def test_the_files_that_were_loaded_are_compared_with_those_of_the_training(core
         files[name] = tmp_path / "checkpoints" / f"{name}.safetensors"
         files[name].write_bytes(name.encode() * 50)
     folder_paths.add_model_folder_path("checkpoints", str(tmp_path / "checkpoints"))
-    mine = shutil.copytree(made(family)[1], tmp_path / "mine")
+    mine = shutil.copytree(made(family), tmp_path / "mine")
     manifest = json.loads((mine / "afa.json").read_text())
     for entry, name in zip(manifest["experts"], ("photo", "paint"), strict=True):
         entry["files"] = {f"{name}.safetensors": sha256(files[name])}
@@ -667,7 +675,7 @@ def test_ensembles_are_found_in_comfyuis_folder_of_models(core, made, tmp_path, 
     from afa.comfyui.nodes import ensembles
 
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "afa", ([str(tmp_path / "models")], set()))
-    shutil.copytree(made(FAMILIES["sd15"])[1], tmp_path / "models" / "mine")
+    shutil.copytree(made(FAMILIES["sd15"]), tmp_path / "models" / "mine")
     (tmp_path / "models" / "nothing").mkdir()
     assert ensembles() == {"mine": Path(tmp_path / "models" / "mine")}
     assert AfaEnsemble.INPUT_TYPES()["required"]["ensemble"][0] == ["(by path)", "mine"]
@@ -714,7 +722,7 @@ def test_the_example_runs_in_comfyuis_executor(core, made, tmp_path, monkeypatch
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(tmp_path / "checkpoints")], {".safetensors"}))
     family = FAMILIES["sd15"]
     files = [checkpoint(core, family, seed, tmp_path / "checkpoints" / f"{name}.safetensors") for seed, name in enumerate(("photo", "paint"))]
-    mine = shutil.copytree(made(family, placement="layers")[1], tmp_path / "mine")
+    mine = shutil.copytree(made(family, placement="layers"), tmp_path / "mine")
     manifest = json.loads((mine / "afa.json").read_text())
     for entry, file in zip(manifest["experts"], files, strict=True):
         entry["files"] = {file.name: sha256(file)}
