@@ -93,9 +93,16 @@ def differences(wheel: Path, files: Iterable[str], root: Path = ROOT) -> list[st
     )
 
 
+def clean() -> dict[str, str]:
+    """Return the environment without PYTHONPATH, by which pip and the installed programs would find the checkout."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1"
+    }
+
+
 def installed(wheel: Path, folder: Path) -> Path:
     """Install a wheel alone into a new environment that sees the packages of this one; returns its folder of programs."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], env=clean(), check=True)
     python = folder / "bin" / "python"
     subprocess.run(
         [
@@ -110,10 +117,12 @@ def installed(wheel: Path, folder: Path) -> Path:
             "--no-index",
             str(wheel),
         ],
+        env=clean(),
         check=True,
     )
     asked = subprocess.run(
         [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        env=clean(),
         capture_output=True,
         text=True,
         check=True,
@@ -145,9 +154,6 @@ def check() -> list[str]:
         ]
         programs, empty = installed(wheel, Path(work) / "environment"), Path(work) / "empty"
         empty.mkdir()
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
-            "HF_HUB_OFFLINE": "1"
-        }
         calls = [
             [
                 str(programs / "python"),
@@ -156,7 +162,7 @@ def check() -> list[str]:
             ]
         ]
         for call in [*calls, *([str(programs / "afa"), *shlex.split(arguments)] for arguments in COMMANDS)]:
-            done = subprocess.run(call, cwd=empty, env=environment, capture_output=True, text=True)
+            done = subprocess.run(call, cwd=empty, env=clean(), capture_output=True, text=True)
             print(f"{done.returncode}  {' '.join([Path(call[0]).name, *call[1:]])[:120]}", flush=True)
             if done.returncode:
                 wrong.append(f"{call}: exit code {done.returncode}\n{done.stderr[-2000:]}")
