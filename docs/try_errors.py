@@ -367,7 +367,7 @@ def prepare(folder: Path) -> None:
     manifest["training"]["settings"] |= {"objective": "reward", "reward": "reward.py"}
     (folder / "rewarded" / "afa.json").write_text(json.dumps(manifest))
     (folder / "rewarded" / "reward.py").write_text("raise SystemExit('this must not run')\n")
-    manifest["experts"][0]["source"] = "../moved-curves"
+    manifest["experts"][0]["source"] = "../gone/moved-curves"
     (folder / "moved" / "afa.json").write_text(json.dumps(manifest))
     _change(folder / "changed-curves" / WEIGHTS, 1.0)
 
