@@ -25,7 +25,10 @@ send("pointerdown", 0.1); send("pointermove", 0.3); send("pointermove", 0.6); se
 CONTRAST = """const light = (text) => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number);
     const part = (x) => (x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4;
     return [0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b), a]; };
-const under = (node) => { for (; node; node = node.parentElement) { const [y, a] = light(getComputedStyle(node).backgroundColor); if (a > 0.5) return y; } return 1; };
+const under = (node) => {
+  for (; node; node = node.parentElement) { const [y, a] = light(getComputedStyle(node).backgroundColor); if (a > 0.5) return y; }
+  return 1;
+};
 return [...document.querySelectorAll(arguments[0])].flatMap((part) => [...part.querySelectorAll("*")]).filter((node) => node.offsetParent && !node.disabled
     && [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim())).filter((node) => {
     const [a, b] = [light(getComputedStyle(node).color)[0], under(node)]; return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 4.5; })

@@ -90,7 +90,8 @@ def test_what_may_not_be_asked_for_is_a_sentence(engine, changes, sentence):
 
 
 def test_a_strength_and_a_region_that_turn_everyone_off_cost_only_this_method(engine):
-    job = run(engine, methods=["afa", "expert:curves"], strengths={"curves": 0}, regions=[{"expert": name, "strength": 0, "mask": LEFT} for name in ("angles", "patterns")])
+    off = [{"expert": name, "strength": 0, "mask": LEFT} for name in ("angles", "patterns")]
+    job = run(engine, methods=["afa", "expert:curves"], strengths={"curves": 0}, regions=off)
     assert "all experts are off at a place of the picture" in job.columns[0].error and len(job.columns[1].pictures) == 1
 
 
@@ -118,7 +119,8 @@ def test_previews_show_the_picture_to_come_and_change_not_a_bit(engine, monkeypa
         job.columns[0].pictures[0].path.unlink()
         monkeypatch.setattr("afa.webui.engine.previewed", lambda pipeline, show: __import__("contextlib").nullcontext())
         again = run(engine, methods=["expert:curves"], steps=4, seed=3, scheduler=scheduler)
-        assert again.previews == 0 and np.array_equal(pixels(again.columns[0].pictures[0]), made.astype(np.uint8)) and plain.made(again.columns[0].pictures[0].metadata)
+        drawn = again.columns[0].pictures[0]
+        assert again.previews == 0 and np.array_equal(pixels(drawn), made.astype(np.uint8)) and plain.made(drawn.metadata)
         monkeypatch.setattr("afa.webui.engine.previewed", previewed)
 
 
