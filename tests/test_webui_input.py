@@ -35,7 +35,7 @@ def test_settings_come_back_from_a_picture(engine):
 
 
 def test_settings_that_cannot_be_had_here_are_said(engine):
-    how = {"method": "magicfusion", "method_options": {"mode": 2}, "expert": None}
+    how = {"method": "loratorio", "method_options": {"patch": 2}, "expert": None}
     said = {"prompt": "a", "seed": 1, "steps": 5, **how, "scheduler": "Strange", "experts": ["x"]}
     found, notes = request_from_metadata(said, engine)
     assert found["methods"] == ["afa"] and len(notes) == 3

@@ -149,8 +149,8 @@ def seed_row() -> dict[str, Any]:
             min_width=140,
         )
         with gr.Column(scale=0, min_width=96, elem_id="afa-seed-buttons"):
-            random = gr.Button("🎲 Random", size="sm", elem_id="afa-random")
-            last = gr.Button("♻ Last", size="sm", elem_id="afa-last")
+            random = gr.Button("Random", size="sm", elem_id="afa-random")
+            last = gr.Button("Last", size="sm", elem_id="afa-last")
     random.click(None, None, seed, js=f"() => '{DRAW}'", api_visibility="private")
     return {"seed": seed, "last": last}
 
@@ -183,8 +183,8 @@ def regions_of(engine: Engine) -> dict[str, Any]:
             )
         with gr.Row():
             share: dict[str, Any] = {"step": 0.05, "min_width": 140}
-            start = gr.Slider(0, 1, value=0, label="From (share of the steps)", **share)
-            end = gr.Slider(0, 1, value=1, label="To", **share)
+            start = gr.Slider(0, 1, value=0, label="Steps from", **share)
+            end = gr.Slider(0, 1, value=1, label="to", **share)
         mask = gr.Textbox(visible=False)
         with gr.Row():
             add = gr.Button("Add region", size="sm", min_width=110, elem_id="afa-add-region")
