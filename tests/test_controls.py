@@ -48,12 +48,11 @@ def tensors(settings):
 
 @pytest.mark.parametrize("family", MODELS)
 def test_an_untrained_lora_changes_nothing(family):
-    model, call = MODELS[family].make(), MODELS[family].call()
+    model, call = MODELS[family].make().requires_grad_(False), MODELS[family].call()
     with torch.no_grad():
         before = sample_of(model(**call))
-        add_lora(model.requires_grad_(False), 3)
-        after = sample_of(model(**call))
-    assert torch.allclose(after, before, rtol=0, atol=2e-6)  # some kernels round by where tensors lie in memory
+        add_lora(model, 3)
+        assert torch.equal(sample_of(model(**call)), before)
 
 
 @pytest.mark.parametrize("family", MODELS)

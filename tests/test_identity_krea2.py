@@ -44,7 +44,7 @@ def moved(call):
 @pytest.mark.parametrize("placement", ["layers", "every-2", "out"])
 @pytest.mark.parametrize("name", CALLS)
 def test_one_expert_is_itself(name, placement):
-    model, call = krea2_transformer(), CALLS[name]()
+    model, call = krea2_transformer().requires_grad_(False), CALLS[name]()  # torch may fold a product with trainable weights otherwise
     with torch.no_grad():
         expected = model(**copy.deepcopy(call)).sample
         made = alone(model, placement)

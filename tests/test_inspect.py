@@ -252,8 +252,8 @@ class TestSavedEnsembles:
 
     def test_an_expert_that_is_gone(self, saved):
         manifest = saved / "afa.json"
-        manifest.write_text(manifest.read_text().replace('/paint"', '/painting"'))
-        with pytest.raises(UserError, match="expert 'paint' of .*there is no folder or file .*painting"):
+        manifest.write_text(manifest.read_text().replace('/paint"', '/gone/painting"'))  # nothing beside that place can be it
+        with pytest.raises(UserError, match="expert 'paint' was at .*painting, which is not there"):
             run(Options(experts=[str(saved)]))
 
     def test_one_brings_its_own_settings(self, saved, experts):

@@ -165,7 +165,7 @@ class TestLaws:
         model, placement = fused
         made = shared(model, aggregator, placement)
         call = model.call()
-        with torch.no_grad():  # by the same weights: those of another copy lie elsewhere, and some kernels round by that
+        with torch.no_grad():  # by frozen weights: torch may fold a product with trainable ones otherwise
             stock = image_of(made.experts[1](**call), call)
             with only_expert(made, "expert_1"):
                 assert torch.equal(sample_of(made(**model.call())), stock)

@@ -14,7 +14,7 @@ from afa.evaluation.setup import Setup
 from afa.training.settings import TrainSettings
 
 NOT_TAKEN = {
-    *("data", "allow_outside", "reward", "reward_weights", "log_with", "cache", "watch", "watch_weights", "vae", "frame", "config"),
+    *("data", "allow_outside", "reward", "reward_weights", "log_with", "cache", "watch", "watch_weights", "vae", "frame", "text_encoder", "config"),
     *("sheet_every", "sheet_images", "sheet_steps", "sheet_guidance", "parallel"),
 }
 
