@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from afa.checkpoint.manifest import AGGREGATORS
 from afa.cli.main import main
 from afa.demo.data import ENSEMBLE, EXPERTS
 from afa.errors import UserError
+from afa.files import sha256
 from afa.fingerprint import (
     FILES,
     changed,
@@ -91,9 +93,13 @@ def test_a_saved_ensemble_is_its_manifest_aggregators_experts_and_frame(tmp_path
     assert before == saved_fingerprint(ENSEMBLE)  # the place does not matter
     for file in ("ensemble/aggregators.safetensors", f"angles/{UNET}", "curves/vae/config.json"):
         swap(tmp_path / file)
+    with pytest.raises(UserError, match=r"aggregators.safetensors has sha256 \w+, afa.json expects"):
+        saved_fingerprint(tmp_path / "ensemble")
+    manifest, sums = tmp_path / "ensemble" / "afa.json", [sha256(one / "ensemble" / AGGREGATORS) for one in (EXPERTS["curves"].parent, tmp_path)]
+    manifest.write_text(manifest.read_text().replace(*sums))
     clauses = changed(before, saved_fingerprint(tmp_path / "ensemble"))
     assert [clause.partition(" has ")[0] for clause in clauses] == [
-        f"expert 'angles', {UNET}", "expert 'curves', vae/config.json", "the ensemble, aggregators.safetensors",
+        f"expert 'angles', {UNET}", "expert 'curves', vae/config.json", "the ensemble, afa.json", "the ensemble, aggregators.safetensors",
     ]  # fmt: skip
 
 
