@@ -249,6 +249,23 @@ def test_marks_of_another_family_change_nothing_or_are_refused(family, other, fo
         assert same_weights(load_expert(str(file), config=str(folders / family)).model, model)
 
 
+@pytest.mark.parametrize("family", TINY)
+def test_a_file_with_a_layer_more_than_its_config_makes_is_refused(family, folders, tmp_path):
+    """Else a deeper model would be read without its last layers, and draw something else."""
+    model = TINY[family][1](1)
+    for state in (dict(model.state_dict()), *([published_state(family, model)] if family in PUBLISHED else [])):
+        blocks = {}  # list of blocks -> its last block
+        for name in state:
+            if found := re.match(r"(\w+)\.(\d+)\.", name):
+                blocks[found[1]] = max(int(found[2]), blocks.get(found[1], 0))
+        for block, last in blocks.items():
+            before, after = f"{block}.{last}.", f"{block}.{last + 1}."
+            more = {name.replace(before, after): tensor.clone() for name, tensor in state.items() if name.startswith(before)}
+            file = save(state | more, tmp_path / "deeper.safetensors")
+            with pytest.raises(UserError, match=rf"{after}.*layer"):
+                load_expert(str(file), torch.float32, str(folders / family))
+
+
 @pytest.mark.parametrize("family", KOHYA)
 def test_a_file_that_lacks_any_tensor_is_refused(family, tmp_path):
     config = {"klein": "flux2-klein"}.get(family, family)

@@ -7,7 +7,7 @@ Format: https://github.com/huggingface/safetensors#format
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -28,6 +28,7 @@ from afa.text_files import parse_json
 LONGEST = 100_000_000  # bytes of a header that the safetensors library accepts
 AGAIN = "download or export it again"
 BLOCK = 1 << 20
+NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")  # of a layer, in a tensor's name
 # Names that changed: attention of old VAEs in diffusers; the inner model of CLIP text encoders in
 # transformers 5.6, and by 4.52 those of Qwen2.5-VL and Mistral 3, which are still stored as they were.
 RENAMED = [
@@ -262,12 +263,13 @@ def dtype_of(tensors: Tensors | None) -> str | None:
 
 
 def check_fit(model: nn.Module, found: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Find every weight of a model among the tensors of a file, which may have more.
+    """Find every weight of a model among the tensors of a file, which may have other parts besides.
 
     found: by diffusers' names, of whichever version
     where: the file, for messages
     Returns the tensors by the names in the model's state, position_ids excepted.
-    Raises UserError for weights that the file lacks, or has in another shape, or as whole numbers.
+    Raises UserError for weights that the file lacks, or has in another shape, or as whole numbers, and for
+    more layers than the model has.
     """
     same = tied(model)
     present = {same.get(current_name(name), current_name(name)): tensor for name, tensor in found.items()}
@@ -277,6 +279,11 @@ def check_fit(model: nn.Module, found: Mapping[str, Tensor], where: str) -> dict
     if lacking:
         missing = f"{len(lacking)} of {len(wanted)} weights (first: {lacking[0]})"
         raise UserError(f"{where} lacks {missing}; it is incomplete: download or export it again")
+    if (name := beyond(present, wanted)) is not None:
+        raise UserError(
+            f"{where} holds {name}, a layer that its config does not make; weights and config belong to "
+            "different models"
+        )
     for name, tensor in wanted.items():
         if present[name].shape != tensor.shape:
             shapes = f"{tuple(present[name].shape)}, its config makes it {tuple(tensor.shape)}"
@@ -289,6 +296,12 @@ def check_fit(model: nn.Module, found: Mapping[str, Tensor], where: str) -> dict
                 "take the model in bf16 or fp16"
             )
     return {name: present[same.get(current_name(name), current_name(name))] for name in state}
+
+
+def beyond(names: Iterable[str], wanted: Collection[str]) -> str | None:
+    """Return a name that differs from wanted ones in its numbers alone, so of a layer too much; or None."""
+    forms = {NUMBER.sub("#", name) for name in wanted}
+    return next((name for name in names if name not in wanted and NUMBER.sub("#", name) in forms), None)
 
 
 def tied(model: nn.Module) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from afa.errors import UserError
+from afa.experts.headers import beyond
 from afa.experts.transformer_names import TRANSFORMERS, transformer_in
 from afa.experts.transformer_places import from_original, transformer_places
 
@@ -110,6 +111,9 @@ class Layout:
         if self.part == "transformer" and not self.diffusers:
             shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
             places = transformer_places(shapes, model)
+            keys = {self.prefix + place.key for place in places.values()}
+            if (name := beyond(tensors, keys)) is not None:
+                raise ValueError(f"{name} is of a layer that its config does not make")
             return {
                 name: from_original(tensors[self.prefix + place.key], place) for name, place in places.items()
             }

@@ -70,6 +70,21 @@ def test_an_expert_with_such_weights_is_refused_by_its_name_and_the_tensors(tmp_
             load()
 
 
+DEEPER = [("unet", "down_blocks.0.resnets.0.", "down_blocks.0.resnets.7."), ("text_encoder", "layers.0.", "layers.9.")]
+
+
+@pytest.mark.parametrize(("part", "layer", "more"), DEEPER)
+def test_a_layer_more_than_the_config_makes_is_refused(tmp_path, part, layer, more):
+    """Else a deeper model would be read without its last layers."""
+    folder = broken(tmp_path, part, 0.5)
+    file = folder / FILES[part][0]
+    tensors = load_file(file)
+    file.unlink()  # a link to the one that ships
+    save_file(tensors | {name.replace(layer, more): value.clone() for name, value in tensors.items() if layer in name}, file)
+    with pytest.raises(UserError, match=f"{more}.*a layer that its config does not make"):
+        load_expert(f"one={folder}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_finds_them_too(tmp_path, dtype):
     with pytest.raises(UserError, match=FILES["unet"][1]):
