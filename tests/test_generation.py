@@ -18,6 +18,7 @@ from afa.files import locked
 from afa.generation.run import generate
 from afa.generation.settings import GenerateSettings
 from afa.prompts import read_prompts
+from afa.sampling.image_files import OPTIONAL
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,32 @@ def test_a_broken_image_is_made_again(settings):
     first.write_bytes(first.read_bytes()[:20])
     generate(settings)
     assert np.abs(pixels(first) - expected).max() <= 1
+
+
+WAYS = {
+    "guidance_interval": {"guidance_interval": "0,0.5"},
+    "prompt_syntax": {"prompt_syntax": "a1111"},
+    "store": {"store": "delta1"},
+    "reuse": {"reuse": 2},
+    "shared_guidance_weights": {"shared_guidance_weights": True},
+    "strengths": {"strength": ["photo=0"]},
+    "regions": {"region": ["photo=0,end=0.5"]},
+    "scheduler": {"scheduler": "euler"},
+    "negative_prompt": {"negative_prompt": "blurry"},
+    "expert": {"expert": "photo"},
+}
+
+
+def test_every_option_that_is_recorded_only_where_it_is_given_is_tried():
+    assert set(OPTIONAL) <= {*WAYS, "base"}  # a base needs a method, which is compared
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_images_made_in_some_way_are_refused_by_the_same_command_without_it(name, settings):
+    """Else images of another way would be taken for those that are asked."""
+    generate(replace(settings, prompt=["a cat"], **WAYS[name]))
+    with pytest.raises(UserError, match=f"was made with {name} .*, now .* is asked"):
+        generate(replace(settings, prompt=["a cat"]))
 
 
 def test_images_made_otherwise_are_not_overwritten(settings):

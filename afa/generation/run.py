@@ -22,7 +22,7 @@ from afa.denoiser.reuse import Reuse
 from afa.devices import process_device
 from afa.ensemble import Ensemble
 from afa.errors import UserError, unknown
-from afa.experts.quantised import LARGEST, check_store, store_weights
+from afa.experts.quantised import check_store, store_weights
 from afa.files import locked, refuse_busy, replacing, settled, sha256, write_atomically
 from afa.fingerprint import Files, fingerprint, saved_fingerprint, summed
 from afa.generation.drawing import Drawing, deal, draw_missing
@@ -329,7 +329,8 @@ def _images(
         "strengths": dict.fromkeys(ensemble.names, 1.0) | settings.strengths() if settings.strength else None,
         "regions": [region.record() for region in regions] or None,
         **({} if settings.base is None else {"base": public_place(settings.base)}),
-        **({"store": settings.store} if settings.store in LARGEST else {}),
+        # the CPU's memory changes where weights are, not what they are
+        **({"store": settings.store} if settings.store not in (None, "cpu") else {}),
         **({"reuse": asdict(_reuse(settings))} if settings.reuse > 1 else {}),
         **({"shared_guidance_weights": True} if settings.shared_guidance_weights else {}),
     }

@@ -18,6 +18,16 @@ from afa.sampling.parameters import parameters
 from afa.sampling.sample import Request, Sampler, Sampling
 from afa.schema import shown
 
+# What a PNG records only where it was asked for; where it is not, it is compared as None.
+OPTIONAL = (
+    "guidance_interval",
+    "prompt_syntax",
+    "base",
+    "store",
+    "reuse",
+    "shared_guidance_weights",
+)
+
 
 @dataclass(frozen=True)
 class ImageFile:
@@ -53,7 +63,7 @@ class ImageFile:
             )
         if "source" in found:
             found["source"] = public_place(found["source"])  # older pictures name the whole place
-        for name, value in self.facts.items():
+        for name, value in (dict.fromkeys(OPTIONAL) | dict(self.facts)).items():
             if found.get(name) != value:
                 then, now = (
                     shown(str(one) if isinstance(one, (dict, list)) else one)
