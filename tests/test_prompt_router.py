@@ -63,6 +63,8 @@ def test_experts_are_measured_on_the_images_and_the_split_of_the_ensembles_train
     assert len(found.captions) == 4 and found.noises == 1 and found.relative.shape == (4, 2)
     assert np.allclose(found.relative.mean(1), 1)
     assert not set(found.captions) & set(found.held_captions) and len(found.held_captions) == 2
+    cropped = measure_experts(replace(asked, crops=2), Ensemble.load(world / "afa"))  # one row an image all the same
+    assert cropped.captions == found.captions and np.array_equal(cropped.relative, found.relative)
     more = measure_experts(replace(asked, steps=13), Ensemble.load(world / "afa"))
     assert len(more.captions) == 8 and more.noises == 3
     other = measure_experts(replace(asked, seed=asked.seed + 1), Ensemble.load(world / "afa"))

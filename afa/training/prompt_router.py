@@ -177,8 +177,9 @@ class ExpertLosses:
 def measure_experts(settings: TrainSettings, ensemble: Ensemble) -> ExpertLosses:
     """Measure every expert on the data of a training, at fixed noise.
 
-    No more noisy images are measured than the training sees, and of an image at most NOISES.
+    No more noisy images are measured than the training sees, and of an image, uncropped, at most NOISES.
     """
+    settings = replace(settings, crops=0, flip=False)  # one row an image, which has one caption
     source, denoiser = find_data(settings), ensemble.denoiser
     device = next(denoiser.parameters()).device
     vae = ensemble.frame.vae.to(device)
