@@ -105,11 +105,12 @@ def _with_run(stage: Stage, run: Callable[..., Any]) -> Stage:
 
 def alike(models: Iterable[Any]) -> bool:
     """Whether all models are of one class and have equal settings, so that they cost the same."""
-    return len({(type(model), repr(sorted(_settings(model).items()))) for model in models}) == 1
 
+    def settings(model: Any) -> tuple[type, str]:
+        own = sorted((name, value) for name, value in model.config.items() if not name.startswith("_"))
+        return type(model), repr(own)
 
-def _settings(model: Any) -> dict[str, Any]:
-    return {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return len(set(map(settings, models))) == 1
 
 
 def count_training_flops(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from afa.checkpoint.aggregator_files import check_file
-from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, on_hub, read_manifest
+from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, is_pinned, read_manifest
 from afa.checkpoint.sources import Given, find_experts
 from afa.errors import UserError
 from afa.experts.locate import Located, locate, locate_frame
@@ -65,7 +65,7 @@ def saved_fingerprint(folder: Path, moved: Given = ()) -> Files:
     given = find_experts(manifest, folder, moved)
     names = {spec.name for spec in given}
     frame: dict[str, str | Path] = {
-        part: choice if on_hub(choice) and not (folder / choice).exists() else folder / choice
+        part: choice if is_pinned(choice, folder) else folder / choice
         for part, choice in manifest.frame.items()
         if choice not in names
     }

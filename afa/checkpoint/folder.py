@@ -23,7 +23,7 @@ from afa.checkpoint.manifest import (
     check_hashes,
     entry_for,
     frame_places,
-    on_hub,
+    is_pinned,
     public_record,
     read_manifest,
     recipe_of,
@@ -269,7 +269,7 @@ def _make(
     configs = [entry.config_in(folder) for entry in manifest.experts]
     recipe = recipe_of(manifest)
     places: dict[str, Any] = frame_places(manifest, folder)
-    if on_hub(places.get("frame", "")) and not Path(places["frame"]).exists():
+    if is_pinned(places.get("frame", ""), folder):
         print(
             f"afa: {folder / MANIFEST} names {places['frame']} of the hub as frame: its configs and "
             "tokenizers are fetched, unless they are here already",

@@ -362,7 +362,7 @@ def frame_places(manifest: Manifest, folder: Path) -> dict[str, str]:
     names = [entry.name for entry in manifest.experts]
     found = {}
     for part, choice in manifest.frame.items():
-        if choice in names or (on_hub(choice) and not (folder / choice).exists()):
+        if choice in names or is_pinned(choice, folder):
             found[part] = choice
         elif (folder / choice).exists():
             found[part] = str(folder / choice)
@@ -374,11 +374,12 @@ def frame_places(manifest: Manifest, folder: Path) -> dict[str, str]:
     return found
 
 
-def on_hub(choice: str) -> bool:
-    """Whether a part of a frame is a hub id with its commit."""
+def is_pinned(choice: str, folder: Path) -> bool:
+    """Whether a part of a frame is a hub id with its commit, and no place as found from the ensemble."""
     source, at, commit = choice.rpartition("@")
     known = HUB_ID.fullmatch(source) is not None and ".." not in source
-    return bool(at) and known and re.fullmatch("[0-9a-f]{40,64}", commit) is not None
+    pinned = bool(at) and known and re.fullmatch("[0-9a-f]{40,64}", commit) is not None
+    return pinned and not (folder / choice).exists()
 
 
 def recipe_of(manifest: Manifest) -> Recipe:

@@ -16,7 +16,7 @@ from afa.checkpoint.manifest import (
     LoraEntry,
     Manifest,
     check_hashes,
-    on_hub,
+    is_pinned,
     public_record,
     read_manifest,
 )
@@ -244,7 +244,7 @@ def _frame(manifest: Manifest, folder: Path, files: dict[str, Path | str]) -> di
     names = {entry.name for entry in manifest.experts}
     return {
         part: choice
-        if choice in names or (on_hub(choice) and not (folder / choice).exists())
+        if choice in names or is_pinned(choice, folder)
         else _add(
             folder / choice, f"frame/{'pipeline' if choice == manifest.frame.get('frame') else part}", files
         )

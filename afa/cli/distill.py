@@ -55,14 +55,13 @@ def _plan(facts: dict[str, Any]) -> str:
     steps = f"at most {facts['steps']}, {facts['latents_a_step']} latents each"
     if facts["images_a_step"]:
         steps += f", of which {facts['images_a_step']} are of noised images"
-    from afa.data.buckets import in_words
+    from afa.data.buckets import plan_lines
 
-    sizes = [] if facts["buckets"] is None else in_words(facts["buckets"], facts["images_a_step"])
     lines = [
         f"teacher   {teacher}; its predictions {answers}",
         f"student   {facts['student']}: {trained}, {facts['trainable_parameters']:,} parameters",
         f"captions  {captions}; drawn {drawn}, {facts['resolution']} px",
-        *(f"{'' if place else 'buckets':<10}{line}" for place, line in enumerate(sizes)),
+        *plan_lines(facts, 10),
         f"steps     {steps}, learning rate {facts['lr']:g}",
     ]
     if "expected_memory_gb" in facts:

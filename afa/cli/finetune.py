@@ -36,16 +36,15 @@ def run(options: Options) -> None:
 
 
 def _plan(facts: dict[str, Any]) -> str:
-    from afa.data.buckets import in_words
+    from afa.data.buckets import plan_lines
 
-    lines = [] if facts["buckets"] is None else in_words(facts["buckets"], facts["images_a_step"])
     images = f"{facts['training_images']} to train on, {facts['held_out_images']} held out"
     return "\n".join(
         [
             f"expert  {facts['expert']}",
             f"data    {facts['data']}",
             f"        {images}, {facts['resolution']} px",
-            *(f"{'' if place else 'buckets':<8}{line}" for place, line in enumerate(lines)),
+            *plan_lines(facts, 8),
             f"LoRA    rank {facts['rank']}, {facts['trainable_parameters']:,} parameters",
             f"steps   at most {facts['steps']}, {facts['images_a_step']} images each",
         ]

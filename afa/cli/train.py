@@ -51,6 +51,8 @@ def run(options: Options) -> None:
 
 def _plan(facts: dict[str, Any]) -> str:
     """Format the plan."""
+    from afa.data.buckets import plan_lines
+
     options = ", ".join(f"{name} {value}" for name, value in facts["aggregator_options"].items())
     kind = f"{facts['aggregator']}{f' ({options})' if options else ''}, {facts['fused_stages']} stages"
     steps = f"at most {facts['steps']}, {facts['images_a_step']} images each"
@@ -60,21 +62,13 @@ def _plan(facts: dict[str, Any]) -> str:
             f"experts      {', '.join(facts['experts'])} ({facts['expert_memory_gb']} GB, frozen)",
             f"data         {facts['data']}",
             f"             {images}, {facts['resolution']} px",
-            *_buckets(facts),
+            *plan_lines(facts, 13),
             f"aggregators  {kind}, {facts['trainable_parameters']:,} parameters",
             f"             {facts['aggregator_memory_gb']} GB with optimiser and averages",
             f"steps        {steps}, learning rate {facts['lr']:g}",
             *_chosen(facts["chosen_by_afa"]),
         ]
     )
-
-
-def _buckets(facts: dict[str, Any]) -> list[str]:
-    """List the buckets, if there are any."""
-    from afa.data.buckets import in_words
-
-    lines = [] if facts["buckets"] is None else in_words(facts["buckets"], facts["images_a_step"])
-    return [f"{'' if place else 'buckets':<11}  {line}" for place, line in enumerate(lines)]
 
 
 def _chosen(chosen: Mapping[str, Any]) -> list[str]:

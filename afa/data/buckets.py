@@ -5,17 +5,13 @@ the nearest width for a height, so that portrait and landscape are treated alike
 resolution where the user gives none.
 """
 
-import sys
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tqdm import tqdm
-
-from afa.data.images import MANY, UNREADABLE
+from afa.data.images import UNREADABLE, of_each
 from afa.data.sources import Sample
 from afa.errors import UserError
 from afa.images import picture_size
@@ -93,12 +89,15 @@ class Buckets:
         }
 
 
-def in_words(facts: dict[str, Any], images_a_step: int) -> list[str]:
-    """Return lines about the buckets of a run.
+def plan_lines(plan: Mapping[str, Any], width: int) -> list[str]:
+    """Return the lines about buckets of a run's plan; none without buckets.
 
-    facts:         of Buckets
-    images_a_step: buckets with fewer images take them several times in a step, and are named
+    plan:  its facts; buckets with fewer images than a step has are marked
+    width: of the first column, which names them
     """
+    facts, images_a_step = plan["buckets"], plan["images_a_step"]
+    if facts is None:
+        return []
     each = [
         f"{one['width']} × {one['height']} ({one['images']}{'*' if one['images'] < images_a_step else ''})"
         for one in facts["images"]
@@ -113,24 +112,12 @@ def in_words(facts: dict[str, Any], images_a_step: int) -> list[str]:
         lines.append(
             f"* fewer images than a step has ({images_a_step}): it takes some of them more than once"
         )
-    return lines
+    return [f"{'' if place else 'buckets':<{width}}{line}" for place, line in enumerate(lines)]
 
 
 def find_buckets(samples: Sequence[Sample], resolution: int, sizes: Sequence[Size]) -> Buckets:
     """Read the size of every image, from its header where it has a file of its own."""
-    bar = tqdm(
-        desc="reading sizes",
-        unit="image",
-        total=len(samples),
-        file=sys.stderr,
-        disable=len(samples) < MANY,
-    )
-    with ThreadPoolExecutor() as pool, bar:
-        originals = []
-        for size in pool.map(_size_of, samples):
-            originals.append(size)
-            bar.update()
-    return Buckets(resolution, tuple(originals), tuple(sizes))
+    return Buckets(resolution, tuple(of_each(samples, _size_of, "reading sizes")), tuple(sizes))
 
 
 def _size_of(sample: Sample) -> Size | None:

@@ -1,9 +1,10 @@
 """Decode an image and cut out a square, or another size, for training."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from afa.data.sources import BROKEN, LeftOutError, Sample
 from afa.errors import UserError
 from afa.images import MOST_PIXELS, ImageError, open_image
 
+T = TypeVar("T")
 MANY = 500  # images, checked with a bar
 UNREADABLE = (OSError, UserError)  # what a sample's read and decode raise for an image that cannot be used
 
@@ -55,17 +57,16 @@ def unreadable(samples: Sequence[Sample]) -> list[Exception | None]:
             return error
         return None
 
-    bar = tqdm(
-        desc="checking pictures",
-        unit="image",
-        total=len(samples),
-        file=sys.stderr,
-        disable=len(samples) < MANY,
-    )
+    return of_each(samples, stopped, "checking pictures")
+
+
+def of_each(samples: Sequence[Sample], look: Callable[[Sample], T], what: str) -> list[T]:
+    """Look at all samples with several threads. what: is done, for a bar where they are many"""
+    bar = tqdm(desc=what, unit="image", total=len(samples), file=sys.stderr, disable=len(samples) < MANY)
     with ThreadPoolExecutor() as pool, bar:
         found = []
-        for error in pool.map(stopped, samples):
-            found.append(error)
+        for one in pool.map(look, samples):
+            found.append(one)
             bar.update()
         return found
 
