@@ -17,7 +17,7 @@ from afa.demo.data import EXPERTS
 from afa.demo.run import SHOWN, Outcome
 from afa.evaluation.columns import Comparison
 from afa.pages.advice import WORDS, Advice, for_demonstration
-from afa.pages.page import Advised, Drawn, data_uri, render
+from afa.pages.page import Advised, ThemedPicture, data_uri, render
 from afa.pages.tables import Cell, Shown, Table, TableRow
 from afa.pictures import grid
 from afa.seeds import nth_seed
@@ -141,7 +141,7 @@ def sheet(outcome: Outcome, count: int = SHOWN) -> NDArray[np.uint8]:
 
 def write_report(outcome: Outcome, weight_maps: Sequence[Sequence[Image.Image]], file: Path) -> None:
     """One HTML file that needs nothing else. weight_maps: as weight_pictures() makes them."""
-    maps = [Drawn(_embedded(light), _embedded(dark)) for light, dark in weight_maps]
+    maps = [ThemedPicture(_embedded(light), _embedded(dark)) for light, dark in weight_maps]
     settings = outcome.settings
     page = render(
         "demo.html",

@@ -17,7 +17,7 @@ from afa.explanation.summary import WordMean, word_means
 from afa.images import read_pixels
 from afa.pages.advice import Advice, for_explanation
 from afa.pages.numbers import DASH, plural, with_interval
-from afa.pages.page import Advised, Drawn, data_uri, render
+from afa.pages.page import Advised, ThemedPicture, data_uri, render
 from afa.pages.tables import Shown, Table, TableRow
 from afa.pictures import COLOURS, DARK
 from afa.stats import Estimate
@@ -138,10 +138,10 @@ def dark_twin(path: Path) -> Path:
     return path.with_suffix(f"{DARK.suffix}{path.suffix}")
 
 
-def picture(path: Path) -> Drawn:
+def picture(path: Path) -> ThemedPicture:
     """Return a picture for the page, with its dark twin if there is one (older folders have none)."""
     dark = dark_twin(path)
-    return Drawn(_embedded(path), _embedded(dark) if dark.is_file() else "")
+    return ThemedPicture(_embedded(path), _embedded(dark) if dark.is_file() else "")
 
 
 def _embedded(path: Path) -> str:

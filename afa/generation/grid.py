@@ -39,7 +39,7 @@ GIVEN = ("prompt", "seed")  # axes whose values other options give
 
 
 @dataclass(frozen=True)
-class Axis:
+class GridAxis:
     """A setting with several values.
 
     name:   one of AXES
@@ -60,7 +60,7 @@ class Axis:
         return shown if self.name in ("method", "expert") else f"{name} {shown}"
 
 
-def read_axes(grid: Sequence[str]) -> list[Axis]:
+def read_axes(grid: Sequence[str]) -> list[GridAxis]:
     """Read --grid: each entry is AXIS or AXIS=VALUE,VALUE. Raises UserError."""
     if not 2 <= len(grid) <= 3:
         count = f"{len(grid)} ax{'i' if len(grid) == 1 else 'e'}s"
@@ -75,7 +75,7 @@ def read_axes(grid: Sequence[str]) -> list[Axis]:
     return axes
 
 
-def _read_axis(text: str) -> Axis:
+def _read_axis(text: str) -> GridAxis:
     name, equals, values = text.partition("=")
     name, colon, expert = name.partition(":")
     if name not in AXES:
@@ -89,7 +89,7 @@ def _read_axis(text: str) -> Axis:
     found = tuple(_value(text, name, value.strip()) for value in values.split(",")) if equals else ()
     if len(set(found)) < len(found):
         raise UserError(f"--grid {text} has a value twice; give each once")
-    return Axis(name, expert or None, found)
+    return GridAxis(name, expert or None, found)
 
 
 def _value(text: str, name: str, value: str) -> Any:
@@ -126,13 +126,13 @@ def check_grid(settings: "GenerateSettings") -> None:
         changed(settings, point)
 
 
-def points(axes: Sequence[Axis]) -> list[dict[Axis, Any]]:
+def points(axes: Sequence[GridAxis]) -> list[dict[GridAxis, Any]]:
     """Return all combinations of values; the first axis changes fastest."""
     combined = itertools.product(*(axis.values for axis in reversed(axes)))
     return [dict(zip(reversed(axes), values, strict=True)) for values in combined]
 
 
-def changed(settings: "GenerateSettings", point: Mapping[Axis, Any]) -> "GenerateSettings":
+def changed(settings: "GenerateSettings", point: Mapping[GridAxis, Any]) -> "GenerateSettings":
     """Return the options of one point of a grid, checked. Raises UserError."""
     strengths, changes = list(settings.strength or ()), {}
     for axis, value in point.items():
@@ -161,7 +161,7 @@ class Grid:
         names = [axis.name for axis in self.axes]
         if len(given["prompt"]) > 1 and "prompt" not in names:
             raise UserError(f"there are {len(given['prompt'])} prompts, and the grid has no axis for them")
-        others = [Axis(name, None, given[name]) for name in GIVEN if name not in names]
+        others = [GridAxis(name, None, given[name]) for name in GIVEN if name not in names]
         self.points = points([*self.axes, *others])
         if len(self.points) > MOST:
             raise UserError(f"--grid has {len(self.points)} images; the most is {MOST}")
@@ -193,7 +193,7 @@ class Grid:
         images = [read_pixels(paths[variant][place]) for variant, place in self.places]
         width = images[0].shape[1]
 
-        def label(axis: Axis, value: Any, room: int) -> str:
+        def label(axis: GridAxis, value: Any, room: int) -> str:
             return "\n".join(wrapped(axis.label(value), label_size(width), room, LINES))
 
         columns = self.axes[0]

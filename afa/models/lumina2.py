@@ -69,7 +69,7 @@ class Lumina2Context(RefinedContext):
 
 
 @dataclass(kw_only=True, eq=False)
-class Layer(SequenceBlock):
+class Lumina2Layer(SequenceBlock):
     """One block of the whole sequence: caption tokens, image tokens, padding."""
 
     def process(self, image: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor]:
@@ -264,7 +264,7 @@ class Lumina2Ensemble(UnpackedEnsemble):
     interface = Lumina2Interface()
     block_lists = (
         BlockList("noise_refiner", "N", "refiner", RefinerBlock, ("feed_forward",)),
-        BlockList("layers", "L", "layer", Layer, ("feed_forward",)),
+        BlockList("layers", "L", "layer", Lumina2Layer, ("feed_forward",)),
     )
     # 28 blocks, 2304 channels: aggregators of three experts (sabw) have 90 million parameters at all stages,
     # and 24 million at every fourth

@@ -65,7 +65,7 @@ class ZImageContext(RefinedContext):
 
 
 @dataclass(kw_only=True, eq=False)
-class Layer(SequenceBlock):
+class ZImageLayer(SequenceBlock):
     """One block of the whole sequence: image tokens, their padding, caption tokens."""
 
     text_first = False
@@ -240,7 +240,7 @@ class ZImageEnsemble(UnpackedEnsemble):
     interface = ZImageInterface()
     block_lists = (
         BlockList("noise_refiner", "N", "refiner", RefinerBlock, ("feed_forward",)),
-        BlockList("layers", "Z", "layer", Layer, ("feed_forward",)),
+        BlockList("layers", "Z", "layer", ZImageLayer, ("feed_forward",)),
     )
     # 32 blocks, 3840 channels: aggregators of three experts (sabw) have 144 million parameters at all stages,
     # and 38 million at every fourth

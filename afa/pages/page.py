@@ -32,7 +32,7 @@ class Advised:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ThemedPicture:
     """A picture as a data URI, for a light and for a dark ground; dark is "" where one serves both."""
 
     light: str
