@@ -191,7 +191,7 @@ def test_on_a_phone_pictures_are_swiped_one_by_one_and_stay_in_place_while_other
     page.create()
     for number in (1, 2):
         swipe(page, "#afa-results")
-        page.wait(lambda: round(page.driver.execute_script(ROW, "#afa-results", ".afa-pictures > *")[2][number][0]) == 16)
+        page.wait(lambda number=number: round(page.driver.execute_script(ROW, "#afa-results", ".afa-pictures > *")[2][number][0]) == 16)
     before, more, pictures = page.driver.execute_script(ROW, "#afa-results", ".afa-pictures > *")
     assert more >= before > 0 and all(0.85 * PHONE[0] < width < 0.95 * PHONE[0] for _, width in pictures)
     steps(page, 4)

@@ -305,7 +305,8 @@ class Engine:
         """Record and scale the weights inside the context, as far as the method allows it."""
         with contextlib.ExitStack() as stack:
             pipeline = getattr(sampler, "pipeline", None)
-            stack.enter_context(previewed(pipeline, job.show))
+            sampling = _sampling(job.request, self.guidance)
+            stack.enter_context(previewed(pipeline, sampling, job.show))
             if method.scalable:
                 regions = as_strengths(job.request.regions, job.request.steps, self.ensemble.names)
                 stack.enter_context(
