@@ -158,8 +158,14 @@ def test_a_port_in_use_is_a_sentence_or_passed_over(served, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("set_to_fail", "sentence"),
     [
-        (lambda patch: patch.setattr("gradio.networking.url_ok", lambda url: False), "it is overloaded, or does not let programs connect to this address; try again, or"),
-        (lambda patch: patch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}"), "http_proxy is set, so a proxy is asked for it; add 127.0.0.1 to no_proxy"),
+        (
+            lambda patch: patch.setattr("gradio.networking.url_ok", lambda url: False),
+            "it is overloaded, or does not let programs connect to this address; try again, or give another address with --host or --port\n",
+        ),
+        (
+            lambda patch: patch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}"),
+            "http_proxy is set, so a proxy is asked for it; add 127.0.0.1 to no_proxy\n",
+        ),
     ],
     ids=["overloaded", "proxy"],
 )
