@@ -26,7 +26,9 @@ NETWORK = re.compile(r"<(\w+):([^<>]*)>")
 ESCAPED = re.compile(r"\\[()\[\]\\]")
 # What A1111 does besides, with what to do about it.
 BRACKETS = "is not supported; leave it out, or put a backslash before its brackets"
-LORAS = "give LoRAs to an expert as EXPERT+FILE*STRENGTH, or to afa generate with --lora-dir FOLDER"
+LORAS = (
+    "give LoRAs to an expert as EXPERT+FILE*STRENGTH, or to afa generate and afa ui with --lora-dir FOLDER"
+)
 UNREAD = (
     (
         NETWORK,

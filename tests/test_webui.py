@@ -173,7 +173,7 @@ def test_methods_that_do_not_go_with_a_family_are_left_out_with_the_reason(tmp_p
     assert "magicfusion" not in engine.methods and "have theirs built in" in engine.refused["MagicFusion"]
     assert engine.schedulers == ["euler", "dpm++", "unipc"] and engine.has_true_guidance
     job = run(engine, methods=["noise_average", "feature_mean"], width=32, height=32, true_guidance=2, negative_prompt="a cross")
-    assert [column.error for column in job.columns] == ["", ""]
+    assert [column.error for column in job.columns] == ["", ""] and job.previews >= 2 and job.preview.shape == (4, 4, 3)
 
 
 def test_the_oldest_weights_make_room():

@@ -33,6 +33,10 @@ return [...document.querySelectorAll(arguments[0])].flatMap((part) => [...part.q
     && [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim())).filter((node) => {
     const [a, b] = [light(getComputedStyle(node).color)[0], under(node)]; return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 4.5; })
     .map((node) => node.textContent.trim().slice(0, 40));"""
+# Where the pictures of a row that scrolls stand: its own place and width, and each picture's left side and width.
+ROW = """const row = document.querySelector(arguments[0]);
+return [row.scrollLeft, row.scrollWidth - row.clientWidth, [...row.querySelectorAll(arguments[1])].map((one) => { const box = one.getBoundingClientRect();
+    return [box.left, box.width]; })];"""
 REPORT = "<html><body><h1>A report</h1><script>document.title='owned'</script></body></html>"
 
 
@@ -165,6 +169,56 @@ def test_reports_are_shown_and_run_nothing(page):
     page.wait(lambda: page.text("h1") == "A report")
     page.driver.switch_to.default_content()
     assert page.driver.title.startswith("afa")
+
+
+
+def swipe(page, selector):
+    """By less than a picture, as a finger does, to the left."""
+    row = "arguments[0].scrollIntoView({block: 'center'}); const box = arguments[0].getBoundingClientRect(); return box.top + box.height / 2"
+    height = page.driver.execute_script(row, page.find(selector))
+    for kind, *places in ("touchStart", 300), ("touchMove", *range(290, 80, -15), 80, 80, 80), ("touchEnd",):
+        for place in places or [None]:
+            page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": place, "y": height}] if place else []})
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_on_a_phone_pictures_are_swiped_one_by_one_and_stay_in_place_while_others_are_drawn(page, url, theme):
+    page.resize(PHONE)
+    page.open(url, theme)
+    page.write("#afa-prompt textarea", PROMPT)
+    page.choose("curves alone", "MagicFusion", "patterns alone")
+    steps(page, 2)
+    page.create()
+    for number in (1, 2):
+        swipe(page, "#afa-results")
+        page.wait(lambda number=number: round(page.driver.execute_script(ROW, "#afa-results", ".afa-pictures > *")[2][number][0]) == 16)
+    before, more, pictures = page.driver.execute_script(ROW, "#afa-results", ".afa-pictures > *")
+    assert more >= before > 0 and all(0.85 * PHONE[0] < width < 0.95 * PHONE[0] for _, width in pictures)
+    steps(page, 4)
+    page.create()
+    assert page.driver.execute_script(ROW, "#afa-results", ".afa-pictures > *")[0] == before and page.overflow() <= 0
+    page.tab("Gallery")
+    page.wait(lambda: len(page.all("#afa-gallery img")) > 1)
+    swipe(page, "#afa-gallery")
+    page.wait(lambda: round(page.driver.execute_script(ROW, "#afa-gallery .grid-wrap", ".gallery-item")[2][1][0]) == 16)
+    before, _, pictures = page.driver.execute_script(ROW, "#afa-gallery .grid-wrap", ".gallery-item")
+    assert all(0.85 * PHONE[0] < width < 0.95 * PHONE[0] for _, width in pictures)
+    page.press("#afa-gallery .gallery-item:nth-child(2) button")
+    page.wait(lambda: "steps" in page.text("#afa-chosen"))
+    assert page.driver.execute_script(ROW, "#afa-gallery .grid-wrap", ".gallery-item")[0] == before and page.overflow() <= 0
+
+
+def test_on_a_wide_window_nothing_is_swiped(page):
+    page.write("#afa-prompt textarea", PROMPT)
+    page.choose("curves alone", "MagicFusion", "SuperDiff OR")
+    page.create()
+    page.wait(lambda: page.drawn("#afa-results") == [64] * 3)
+    _, more, pictures = page.driver.execute_script(ROW, "#afa-results", ".afa-pictures > *")
+    assert more == 0 and len({left for left, _ in pictures}) == 3 and all(left + width < WIDE[0] for left, width in pictures)
+    page.tab("Gallery")
+    page.wait(lambda: len(page.all("#afa-gallery img")) > 3)
+    _, more, pictures = page.driver.execute_script(ROW, "#afa-gallery .grid-wrap", ".gallery-item")
+    assert more == 0 and len({left for left, _ in pictures}) == 4
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

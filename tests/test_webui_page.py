@@ -155,6 +155,32 @@ def test_a_port_in_use_is_a_sentence_or_passed_over(served, tmp_path, capsys):
     assert f"--port {port} is in use" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("set_to_fail", "sentence"),
+    [
+        (
+            lambda patch: patch.setattr("gradio.networking.url_ok", lambda url: False),
+            "it is overloaded, or does not let programs connect to this address; try again, or give another address with --host or --port\n",
+        ),
+        (
+            lambda patch: patch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}"),
+            "http_proxy is set, so a proxy is asked for it; add 127.0.0.1 to no_proxy\n",
+        ),
+    ],
+    ids=["overloaded", "proxy"],
+)
+def test_a_page_that_this_machine_does_not_reach_is_a_sentence_and_is_closed(set_to_fail, sentence, tmp_path, capsys, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    set_to_fail(monkeypatch)
+    port = free_port()
+    assert main(["ui", "--port", str(port), "--output", str(tmp_path), "--device", "cpu"]) == 2
+    said = capsys.readouterr()
+    assert f"afa: the page was started, but this machine gets no answer from http://127.0.0.1:{port}/: {sentence}" in said.err and said.out == ""
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
 def test_without_gradio_one_sentence_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["ui", "--output", str(tmp_path)]) == 2

@@ -117,7 +117,7 @@ def test_previews_show_the_picture_to_come_and_change_not_a_bit(engine, monkeypa
         small = made.reshape(job.preview.shape[0], unit, job.preview.shape[1], unit, 3).mean((1, 3))
         assert np.corrcoef(small.ravel(), job.preview.astype(float).ravel())[0, 1] > 0.6, scheduler
         job.columns[0].pictures[0].path.unlink()
-        monkeypatch.setattr("afa.webui.engine.previewed", lambda pipeline, show: __import__("contextlib").nullcontext())
+        monkeypatch.setattr("afa.webui.engine.previewed", lambda *_: __import__("contextlib").nullcontext())
         again = run(engine, methods=["expert:curves"], steps=4, seed=3, scheduler=scheduler)
         drawn = again.columns[0].pictures[0]
         assert again.previews == 0 and np.array_equal(pixels(drawn), made.astype(np.uint8)) and plain.made(drawn.metadata)

@@ -1,6 +1,7 @@
 """LoRAs that prompts name, <lora:style:0.8>, from one folder; each image has those of its prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,31 @@ class PromptLoras:
 
     def activate(self, ensemble: Ensemble, chosen: Chosen) -> None:
         """Switch on these LoRAs, and no others."""
-        hosts: list[Any] = [ensemble.denoiser, *ensemble.text_encoders]
-        for host in hosts if self.adapters else ():
+        for host in _hosts(ensemble) if self.adapters else ():
             if chosen:
                 host.enable_lora()
                 names = [self.adapters[lora.name] for lora in chosen]
                 host.set_adapters(names, [lora.strength for lora in chosen])
             else:
                 host.disable_lora()
+
+    @contextmanager
+    def loaded(self, ensemble: Ensemble, prompt: str) -> Iterator[None]:
+        """Inside the context, have the LoRAs of one prompt loaded and switched on; afterwards, none of them.
+
+        Raises UserError for a file that does not fit.
+        """
+        try:
+            self.load(ensemble)
+            self.activate(ensemble, self.chosen.get(prompt, ()))
+            yield
+        finally:
+            for host in _hosts(ensemble) if self.adapters else ():
+                host.delete_adapters(list(self.adapters.values()))
+
+
+def _hosts(ensemble: Ensemble) -> list[Any]:
+    return [ensemble.denoiser, *ensemble.text_encoders]
 
 
 def _added_up(loras: Sequence[NamedLora]) -> Chosen:
@@ -76,6 +94,15 @@ def find_loras(folder: str | None, names: Sequence[str]) -> dict[str, Path]:
             f"a prompt asks for the LoRA {shown(names[0])}; say where it is with --lora-dir FOLDER, "
             "or give it to an expert as EXPERT+FILE*STRENGTH"
         )
+    found = loras_in(folder)
+    for name in names:
+        if name not in found:
+            raise UserError(f"--lora-dir {folder}: {unknown(shown(name)[1:-1], sorted(found), 'LoRA')}")
+    return {name: found[name] for name in names}
+
+
+def loras_in(folder: str) -> dict[str, Path]:
+    """List the LoRAs of a folder: name -> file, in order. Raises UserError if there is none."""
     place = Path(folder)
     if not place.is_dir():
         raise UserError(f"--lora-dir {folder} is no folder")
@@ -86,7 +113,4 @@ def find_loras(folder: str | None, names: Sequence[str]) -> dict[str, Path]:
     }
     if not found:
         raise UserError(f"--lora-dir {folder} holds no LoRA, a file that ends in .safetensors")
-    for name in names:
-        if name not in found:
-            raise UserError(f"--lora-dir {folder}: {unknown(shown(name)[1:-1], sorted(found), 'LoRA')}")
-    return {name: found[name] for name in names}
+    return found

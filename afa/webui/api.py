@@ -149,6 +149,7 @@ class Api:
             "refused": self.engine.refused,
             "experts": list(self.engine.ensemble.names),
             "schedulers": self.engine.schedulers,
+            "loras": self.engine.loras,
             "limits": vars(self.engine.limits),
         }
 

@@ -19,6 +19,7 @@ from afa.webui import markup
 from afa.webui.engine import Engine
 from afa.webui.request_validation import STRONGEST, text
 
+SHOWN = 20  # names of LoRAs in the form
 OPTION = "option:"  # of the names of fields: option:METHOD:NAME
 READ_MASK = "(...values) => { values[values.length - 1] = window.afaMask(); return values; }"
 CLEAR_MASK = "() => window.afaPaint('clear')"
@@ -53,6 +54,9 @@ def settings_fields(engine: Engine, steps: int, guidance: float | None) -> dict[
         fields["prompt_syntax"] = gr.Dropdown(
             syntaxes, value=PLAIN, label="Prompts are read", visible=engine.has_weighted_prompts
         )
+        if engine.loras:
+            named = ", ".join(engine.loras[:SHOWN]) + (" …" if len(engine.loras) > SHOWN else "")
+            gr.HTML(markup.note(f"In A1111's syntax, <lora:NAME:0.8> takes a LoRA: {named}."))
         fields["scheduler"] = gr.Dropdown(
             [(f"the experts' own ({own})", ""), *engine.schedulers], value="", label="Scheduler"
         )

@@ -16,6 +16,7 @@ from afa.ensemble import Ensemble
 from afa.errors import UserError
 from afa.evaluation.names import known_methods
 from afa.files import sha256
+from afa.generation.prompt_loras import PromptLoras, loras_in
 from afa.generation.run import LENT, is_saved, load_sources, source_files, used_files
 from afa.images import save_picture
 from afa.places import public_place
@@ -146,6 +147,7 @@ class Engine:
     aggregators: sha256 of their file; None if they are not trained
     files:       source -> hashes of its files
     queue:       of runs
+    lora_dir:    folder of the LoRAs that prompts may name
     """
 
     ensemble: Ensemble
@@ -158,6 +160,7 @@ class Engine:
     aggregators: str | None
     files: dict[str, str]
     queue: RunQueue
+    lora_dir: str | None = None
 
     def __post_init__(self) -> None:
         self.shelf = WeightMapCache()
@@ -166,24 +169,43 @@ class Engine:
     def open(cls, settings: UiSettings, sources: list[str]) -> "Engine":
         """Load the experts and open the gallery. Raises UserError if one of them is not possible."""
         device = choose_device(settings.device)  # before minutes are spent on loading
+        if settings.lora_dir is not None:
+            loras_in(settings.lora_dir)
         gallery = Gallery.at(Path(settings.output))
         names = (*LENT, "experts", "config", "prediction_type", "dtype")
         given: dict[str, Any] = {name: getattr(settings, name) for name in names}
         lent = {name: getattr(settings, name) for name in LENT}
         files = source_files(sources, experts=settings.experts, config=settings.config, **lent)
         ensemble = load_sources(sources, **given, placement="out").to(device)
+        if settings.lora_dir is not None:
+            require_weights(ensemble.denoiser.interface)
         trained = is_saved(sources[0])
         methods, refused = find_methods(ensemble, trained)
         aggregators = sha256(Path(sources[0]) / AGGREGATORS) if trained else None
         limits, queue = _limits(settings, ensemble), RunQueue(settings.queue)
         return cls(
-            ensemble, sources, settings.dtype, gallery, limits, methods, refused, aggregators, files, queue
+            ensemble,
+            sources,
+            settings.dtype,
+            gallery,
+            limits,
+            methods,
+            refused,
+            aggregators,
+            files,
+            queue,
+            settings.lora_dir,
         )
 
     @property
     def schedulers(self) -> list[str]:
         """The names of the schedulers that fit the experts."""
         return list(FLOWS if kind_of(self.ensemble.frame.scheduler) == FLOW else SCHEDULERS)
+
+    @property
+    def loras(self) -> list[str]:
+        """The names of the LoRAs that prompts may name."""
+        return [] if self.lora_dir is None else list(loras_in(self.lora_dir))
 
     @property
     def guidance(self) -> float | None:
@@ -225,14 +247,17 @@ class Engine:
         interface.pipeline_guidance(
             config, 1, request.guidance, request.negative_prompt, request.true_guidance
         )
+        loras = PromptLoras(None, [])
         if request.prompt_syntax == A1111:
             require_weights(interface)
-            check_syntax([request.prompt])
+            loras = PromptLoras(self.lora_dir, [request.prompt])
+            check_syntax([loras.texts[request.prompt]])
             check_syntax([request.negative_prompt or ""], "negative prompt")
         return DrawingJob(
             request,
             [MethodColumn(name, self.methods[name].title) for name in request.methods],
             dict(request.strengths),
+            loras,
         )
 
     def run(self, job: DrawingJob) -> None:
@@ -245,14 +270,25 @@ class Engine:
             with self.queue.turn(job):
                 job.check()
                 job.state = "running"
-                for column in job.columns:
-                    self._fill(job, column)
+                self._fill_all(job)
                 job.state = "done"
         except Cancelled:
             job.state = "cancelled"
         except UserError:
             job.state = "refused"
             raise
+
+    def _fill_all(self, job: DrawingJob) -> None:
+        try:
+            with job.loras.loaded(self.ensemble, job.request.prompt):
+                for column in job.columns:
+                    self._fill(job, column)
+        except Cancelled:
+            raise
+        except Exception as error:  # a LoRA that does not fit; without it, no method draws what is asked for
+            reason = str(error) if isinstance(error, UserError) else unexpected(error)
+            for column in job.columns:
+                column.error, column.done = reason, True
 
     def _fill(self, job: DrawingJob, column: MethodColumn) -> None:
         method = self.methods[column.method].with_options(job.request.method_options.get(column.method))
@@ -279,6 +315,7 @@ class Engine:
         if self.gallery.made(path, metadata) and (not method.has_maps or path.name in self.shelf):
             return GalleryPicture(path, seed, metadata, kept=True)
         began = time.monotonic()
+        text = job.loras.texts.get(job.request.prompt, job.request.prompt)
         changes: list[list[Any]] = []
         began_with = metadata["strengths"] or dict.fromkeys(self.ensemble.names, 1.0)
 
@@ -288,9 +325,7 @@ class Engine:
                 changes.append([done, dict(job.strengths)])
 
         with self._watched(job, method, sampler) as maps:
-            image = sampler(
-                [Request(job.request.prompt, seed)], _sampling(job.request, self.guidance), on_step
-            )[0]
+            image = sampler([Request(text, seed)], _sampling(job.request, self.guidance), on_step)[0]
         if changes:  # of strengths, after which step; such a picture cannot be made again from its metadata
             metadata |= {"strength_changes": changes}
             path = self.gallery.path(method.name, metadata)
@@ -305,7 +340,8 @@ class Engine:
         """Record and scale the weights inside the context, as far as the method allows it."""
         with contextlib.ExitStack() as stack:
             pipeline = getattr(sampler, "pipeline", None)
-            stack.enter_context(previewed(pipeline, job.show))
+            sampling = _sampling(job.request, self.guidance)
+            stack.enter_context(previewed(pipeline, sampling, job.show))
             if method.scalable:
                 regions = as_strengths(job.request.regions, job.request.steps, self.ensemble.names)
                 stack.enter_context(
@@ -317,6 +353,7 @@ class Engine:
         """Return the metadata of a picture, with the fields of `afa generate`."""
         request = job.request
         used = getattr(sampler, "pipeline", self.ensemble.frame).scheduler
+        loras = job.loras.files(request.prompt) if job.loras.chosen else {}
         return {
             "guidance_interval": None,
             **_sampling(request, self.guidance).record(),
@@ -325,7 +362,7 @@ class Engine:
             **method.record,
             "experts": list(self.ensemble.names),
             "aggregators": self.aggregators if method.record["method"] is None else None,
-            "files": used_files(self.files, method.record["method"] is None),
+            "files": used_files(self.files, method.record["method"] is None) | loras,
             "dtype": self.dtype,
             "prompt": request.prompt,
             "seed": seed,

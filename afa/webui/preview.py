@@ -15,6 +15,8 @@ from torch.nn import functional
 from afa.denoiser.schedule import FLOW, Schedule, clean_of, is_edm
 from afa.errors import UserError
 from afa.latents import latents_of
+from afa.models.registry import interface_of
+from afa.sampling.sample import Sampling, image_size
 
 PICTURES, SIDE = 16, 16  # pictures that the map is fitted to, and the side of their latents
 EVERY = 0.4  # seconds between previews at least, so that fast steps are not slowed down
@@ -51,11 +53,12 @@ def preview(clean: Tensor, colours: Tensor) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def previewed(pipeline: Any, show: Show) -> Iterator[None]:
+def previewed(pipeline: Any, sampling: Sampling, show: Show) -> Iterator[None]:
     """Inside the context, call `show` with a preview of the first image's predicted end, every EVERY seconds.
 
-    pipeline: of a sampler, or None. Without latents that are a map (FLUX packs them), and with EDM's
-              schedules, nothing is shown
+    pipeline: of a sampler, or None. With EDM's schedules, and where a method steps with other predictions
+              than the model's (SuperDiff), nothing is shown
+    sampling: what the pipeline is asked for; packed latents do not tell their height and width
     The drawing is the same, bit for bit.
     """
     scheduler = getattr(pipeline, "scheduler", None)
@@ -68,16 +71,21 @@ def previewed(pipeline: Any, show: Show) -> Iterator[None]:
         return
     step, shown_at = scheduler.step, 0.0
     exploding = schedule.kind != FLOW and float(getattr(scheduler, "init_noise_sigma", 1.0)) > 1.01
+    interface, channels = interface_of(pipeline)[0], len(colours) - 1
+    asked = [side // pipeline.vae_scale_factor for side in image_size(pipeline, sampling)]
 
     @functools.wraps(step)  # pipelines look at its arguments
     def watched(prediction: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal shown_at
-        fits = sample.ndim == 4 and sample.shape[1] == len(colours) - 1 == prediction.shape[1]
+        height, width = sample.shape[2:] if sample.ndim == 4 else asked
+        fits = prediction[0].numel() == sample[0].numel() == channels * height * width
         if fits and time.monotonic() - shown_at >= EVERY:
             signal, noise = (float(level) for level in schedule.at(torch.as_tensor(timestep).cpu()))
-            noisy = sample[0] * signal if exploding else sample[0]
-            clean = clean_of(schedule.kind, prediction[0], noisy, signal, noise)
-            show(preview(clean, colours))
+            answer, noisy = (
+                interface.stepped_to_latents(one[:1], (height, width))[0] for one in (prediction, sample)
+            )
+            noisy = noisy * signal if exploding else noisy
+            show(preview(clean_of(schedule.kind, answer, noisy, signal, noise), colours))
             shown_at = time.monotonic()
         return step(prediction, timestep, sample, *args, **kwargs)
 

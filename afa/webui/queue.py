@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afa.errors import UserError
+from afa.generation.prompt_loras import PromptLoras
 from afa.webui.request_validation import RunRequest
 
 REFRESH = 0.15  # seconds between updates of a running job
@@ -68,11 +69,13 @@ class DrawingJob:
     request:   what the visitor asked for
     columns:   one for each method
     strengths: expert -> factor; read at every stage of every step, and may change during the run
+    loras:     that the prompt names
     """
 
     request: RunRequest
     columns: list[MethodColumn]
     strengths: dict[str, float]
+    loras: PromptLoras
     state: Literal["waiting", "running", "done", "cancelled", "refused"] = "waiting"
     at: tuple[int, int] = (0, 0)  # completed and total steps of the current picture
     stopped: threading.Event = field(default_factory=threading.Event)

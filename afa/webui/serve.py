@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from afa.demo.data import ENSEMBLE
 from afa.demo.scenes import sample_scenes
@@ -59,7 +60,8 @@ def serve(settings: UiSettings) -> None:
 def serving(settings: UiSettings) -> Iterator[Served]:
     """Serve the page while the context is open.
 
-    Raises UserError for an address, a report or an expert that cannot be used, before the page is served.
+    Raises UserError for an address, a report or an expert that cannot be used, before the page is served,
+    and if this machine cannot reach it.
     """
     port = _port(settings)
     reports = read_reports(settings.reports or [])
@@ -87,13 +89,34 @@ def serving(settings: UiSettings) -> Iterator[Served]:
         )
         page.queue(max_size=settings.queue + CALLS, default_concurrency_limit=4)
         try:
-            page.launch(
-                server_name=settings.host, server_port=port, **_launching(settings, engine, Path(uploads))
-            )
+            options = _launching(settings, engine, Path(uploads))
+            _launch(page, server_name=settings.host, server_port=port, **options)
             yield Served(url, page)
         finally:
             sessions.close()
             page.close(verbose=False)
+
+
+def _launch(page: Any, **options: Any) -> None:
+    """Start the server. Raises UserError if this machine does not reach the page, as Gradio asks it to."""
+    import httpx
+
+    try:
+        page.launch(**options)
+    except Exception as error:  # Gradio has no class of its own for it
+        if not isinstance(error, httpx.HTTPError) and "localhost" not in str(error):
+            raise
+        host = urlsplit(page.local_url).hostname
+        proxies = [name for name in getproxies() if name in ("http", "all") and not proxy_bypass(host)]
+        raise UserError(
+            f"the page was started, but this machine gets no answer from {page.local_url}: "
+            + (
+                f"{proxies[0]}_proxy is set, so a proxy is asked for it; add {host} to no_proxy"
+                if proxies
+                else "it is overloaded, or does not let programs connect to this address; try again, or give"
+                " another address with --host or --port"
+            )
+        ) from None
 
 
 def _launching(settings: UiSettings, engine: Any, uploads: Path) -> dict[str, Any]:

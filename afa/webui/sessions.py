@@ -41,9 +41,8 @@ class Sessions:
         if not any(self.engine.methods[name].scalable for name in last.request.methods):
             return None
         columns = [MethodColumn(column.method, column.title) for column in last.columns]
-        return self._take(
-            visitor, DrawingJob(dataclasses.replace(last.request, strengths=wanted), columns, wanted)
-        )
+        request = dataclasses.replace(last.request, strengths=wanted)
+        return self._take(visitor, DrawingJob(request, columns, wanted, last.loras))
 
     def strengthen(self, visitor: str | None, strengths: Mapping[str, Any]) -> None:
         """Change the strengths of the current run from its next stage on. Raises UserError if invalid."""

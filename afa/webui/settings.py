@@ -51,6 +51,11 @@ class UiSettings(CheckedOptions):
     reports: list[str] | None = option(
         None, help="reports to show: .html files, or folders of afa evaluate, afa screen or afa demo"
     )
+    lora_dir: str | None = option(
+        None,
+        help="a folder of LoRAs, which prompts in A1111's syntax name: <lora:style:0.8> is style.safetensors "
+        "at strength 0.8, in all experts",
+    )
     queue: int = option(
         8, least=1, most=1000, help="runs that may wait; further runs are refused until one has finished"
     )
