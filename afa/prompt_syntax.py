@@ -87,6 +87,8 @@ def check_syntax(prompts: Sequence[str], what: str = "prompt") -> None:
         bare = ESCAPED.sub("", prompt)
         for pattern, does in UNREAD:
             if found := pattern.search(bare):
+                if pattern is NETWORK and what != "prompt":
+                    does = "names a file, and a LoRA is of the whole picture; name it in the prompt"
                 raise UserError(f"{which}: in a1111 syntax {shown(found.group())} {does}")
         read_weights(prompt, which)
 

@@ -184,6 +184,8 @@ def test_what_a1111_does_and_afa_does_not_is_refused_by_name(sd, prompt, told):
     for call in (lambda: check_syntax(["a", prompt]), lambda: weighted_prompts(sd, ["a", prompt])):
         with pytest.raises(UserError, match=f"prompt 2: .*({told})"):
             call()
+    with pytest.raises(UserError, match="the negative prompt: .*name it in the prompt"):
+        check_syntax(["a <lora:x:1>"], "negative prompt")
     check_syntax([r"a \[cat\|dog\] of sand and (stone:1.2)", "[words: with: colons]", "f(x) [1]"])
 
 
