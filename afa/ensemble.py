@@ -13,8 +13,9 @@ from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.schedule import Conversion, Schedule, conversion, kind_of
 from afa.errors import UserError
 from afa.experts.compatible import kind_mismatches, mismatches, only_predictions, scheduler_mismatches
-from afa.experts.donor import NO_DONOR, DonorSpec, borrow_components
+from afa.experts.donor import NO_DONOR, DonorSpec
 from afa.experts.expert import Expert
+from afa.experts.lending import borrow_components
 from afa.experts.load import load_expert, load_experts
 from afa.frame import Frame
 from afa.lora_loading import equip, load_into
@@ -127,7 +128,7 @@ class Ensemble:
             added.name = f"{added.name or 'model'}-2"
         experts = [*self.experts, added]
         if not added.text_encoders:
-            borrow_components(experts, NO_DONOR, None)
+            borrow_components(experts, NO_DONOR, self.experts[0].dtype)
         _check(experts, "out", None)
         return self._combined(experts, self.frame, Recipe("mean"), "out", None)
 

@@ -26,9 +26,10 @@ from afa.experts.description import (
     describe_expert,
     shared_text_encoders,
 )
-from afa.experts.donor import NO_DONOR, DonorSpec, lend, unneeded
+from afa.experts.donor import NO_DONOR, DonorSpec
 from afa.experts.expert import Expert
 from afa.experts.headers import check_fit, read_file
+from afa.experts.lending import lend
 from afa.experts.load import check_names
 from afa.experts.lora import lora_numbers, place_of
 from afa.experts.spec import ExpertSpec
@@ -76,13 +77,7 @@ class Subject:
         specs = [ExpertSpec.parse(source, prediction_type) for source in sources]
         check_names(specs)
         found = [describe_expert(spec, config) for spec in specs]
-        if lent and all(one.text_parts for one in found):
-            raise unneeded(lent)
-        if lent:
-            has_vae = next((one.name for one in found if "vae" in one.components), None)
-            spec = dataclasses.replace(lent, vae=lent.vae or has_vae)
-            found = [one if one.text_parts else lend(one, spec, config) for one in found]
-        return cls(found, recipe, placement)
+        return cls(lend(found, lent, config), recipe, placement)
 
     @classmethod
     def from_config(cls, config: str, count: int, recipe: Recipe, placement: str | None) -> "Subject":
@@ -256,6 +251,7 @@ def _expert(description: ExpertDescription, same: Sequence[str | None]) -> dict[
             for part, other in zip(description.text_parts, same, strict=True)
         ],
         "vae": None if expert.vae is None else _vae(description, expert.vae),
+        "lacking": description.lacking,
     }
 
 
