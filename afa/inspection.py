@@ -384,7 +384,7 @@ def _memory(
 
 def _vae_parameters(subject: Subject, described: Sequence[dict[str, Any]]) -> int | None:
     """Parameters of the one VAE that serves all experts; None if it is not an expert's."""
-    choice = described[0]["name"] if subject.manifest is None else subject.manifest.frame["vae"]
+    choice = described[0]["name"] if subject.manifest is None else subject.manifest.frame.get("vae")
     vae = next((expert["vae"] for expert in described if expert["name"] == choice), None)
     return None if vae is None else int(vae["parameters"])
 
