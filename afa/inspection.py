@@ -36,6 +36,7 @@ from afa.experts.spec import ExpertSpec
 from afa.latents import latents_of
 from afa.memory import sampling_memory
 from afa.models.registry import FAMILIES
+from afa.places import as_typed
 from afa.text_encoder import width_of
 
 DTYPES = {"float32": 4, "float16": 2}  # bytes a number; bfloat16 is as large as float16
@@ -161,7 +162,7 @@ def facts(
     weights = _memory(subject, described, denoiser)
     doubled = FAMILIES[experts[0].family].interface.default_cfg_scale(experts[0].settings) > 1
     return {
-        "ensemble": None if subject.folder is None else str(subject.folder),
+        "ensemble": None if subject.folder is None else as_typed(str(subject.folder)),
         "experts": described,
         "mismatches": reasons,
         "stages": _stages(subject.descriptions[0], denoiser, flops),
@@ -236,10 +237,10 @@ def _expert(description: ExpertDescription, same: Sequence[str | None]) -> dict[
     located = expert.located
     return {
         "name": expert.name,
-        "source": located.spec.source if located else f"config {description.config}",
+        "source": as_typed(located.spec.source) if located else f"config {description.config}",
         "commit": located.commit if located else None,
         "config": description.config,
-        "loras": [str(lora) for lora in located.spec.loras] if located else [],
+        "loras": [as_typed(str(lora)) for lora in located.spec.loras] if located else [],
         "family": expert.family,
         "class": type(expert.model).__name__,
         "parameters": count_parameters(expert.model),
