@@ -95,7 +95,8 @@ class Subject:
                 descriptions.append(describe_expert(spec, entry.config_in(folder)))
             except UserError as error:
                 raise UserError(f"expert '{entry.name}' of {folder}: {error}") from None
-        return cls(descriptions, recipe_of(manifest), manifest.placement, manifest, folder)
+        lent = [dataclasses.replace(one, lacking=None) for one in lend(descriptions, NO_DONOR, None)]
+        return cls(lent, recipe_of(manifest), manifest.placement, manifest, folder)
 
     def sized(
         self, aggregator: str | None, options: Mapping[str, Any], attention_up_to: int | None

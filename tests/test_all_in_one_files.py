@@ -206,6 +206,16 @@ def test_inspect_says_what_a_file_holds_and_what_it_lacks(parts, tmp_path, capsy
     assert json.loads(capsys.readouterr().out)["experts"][0]["lacking"] is None
 
 
+def test_inspect_lends_a_transformer_the_text_encoders_of_a_whole_pipeline_as_an_ensemble_does(parts, tmp_path, capsys):  # noqa: F811
+    root, _, files = parts("z-image")
+    experts = [f"a={root / 'whole'}", f"b={files['model']}"]
+    assert main(["inspect", *experts, "--config", str(root / "frame"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [text["same_as"] for text in found["experts"][1]["text_encoders"]] == ["a"] and found["mismatches"] == []
+    Ensemble.from_experts(experts, config=str(root / "frame"), aggregator="mean", placement="out").save(tmp_path / "saved")
+    assert main(["inspect", str(tmp_path / "saved")]) == 0
+
+
 def test_a_text_encoder_in_a_form_that_is_not_undone_is_refused_only_where_it_is_read(parts, tmp_path):  # noqa: F811
     root, pipe, files = parts("flux")
     own = text_of("flux", "clip_l", pipe.text_encoder) | text_of("flux", "t5xxl", pipe.text_encoder_2)

@@ -116,28 +116,38 @@ def lend(
 ) -> list[ExpertDescription]:
     """The descriptions, those of denoisers alone with the parts that a donor gives them.
 
-    Where the user gives nothing, what lies in an expert's file is described even if parts are missing.
+    Where the user gives nothing, the first whole pipeline lends its text encoders, or else what lies in an
+    expert's file is described, even if parts are missing.
     config: of a VAE that is a single file
     Raises UserError as describe_donor does, for a VAE that does not fit, and for a donor that none needs.
     """
     bare = [one.expert for one in descriptions if not one.text_parts]
     if spec and not bare:
         raise unneeded(spec)
-    whole = None if spec else next((one.expert for one in descriptions if one.text_parts), None)
+    whole = None if spec else next((one for one in descriptions if one.text_parts), None)
     has_vae = next((one.name for one in descriptions if "vae" in one.components), None)
     spec = replace(spec, vae=spec.vae or has_vae, files=spec.files or files_of(bare))
     return [one if one.text_parts else _lent(one, spec, whole, config) for one in descriptions]
 
 
 def _lent(
-    description: ExpertDescription, spec: DonorSpec, whole: Expert | None, config: str | None
+    description: ExpertDescription, spec: DonorSpec, whole: ExpertDescription | None, config: str | None
 ) -> ExpertDescription:
     expert = description.expert
-    asked = _asked(expert, spec, whole)
+    asked = _asked(expert, spec, None if whole is None else whole.expert)
+    if asked is None and whole is not None:
+        texts = {name: whole.components[name] for name in whole.text_parts}
+        return replace(
+            description,
+            components=description.components | texts,
+            tokenizers=whole.tokenizers,
+            index=description.index or whole.index,
+            scheduler=description.scheduler or donor_scheduler(expert, whole.scheduler),
+        )
     if asked is None:
-        found = gather(spec, expert) if whole is None and any(map(text_encoders_beside, spec.files)) else None
-        if found is None:
+        if not any(map(text_encoders_beside, spec.files)):
             return description
+        found = gather(spec, expert)
         return replace(
             description, components=description.components | found.components, lacking=found.lacking
         )
