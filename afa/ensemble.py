@@ -81,7 +81,8 @@ class Ensemble:
                             experts that are bare denoisers; with text_encoders also a hub id, of which
                             configs and tokenizers are downloaded; None: the first expert that has them
         text_encoders:      files or folders of text encoders for experts that are bare denoisers, in any
-                            order: their tensors tell which they are
+                            order: their tensors tell which they are; they go before those that lie in an
+                            expert's own file beside the denoiser, and these before the frame's
         dtype:              of the experts; None: float32
         config:             of single files: sd15, sdxl, … or a folder; None: detected
         prediction_type:    epsilon or v_prediction, for U-Nets in single files that do not say it

@@ -15,6 +15,7 @@ from afa import Ensemble, UserError
 from afa.cli.main import main
 from afa.experts.donor import lacks
 from afa.experts.load import load_expert
+from afa.explanation.attention import find_words
 from afa.merging.engine import merge_files
 from afa.merging.settings import MergeSettings
 
@@ -138,8 +139,10 @@ def test_without_t5_prompts_are_read_by_the_clips_as_diffusers_does(parts, tmp_p
     whole = Ensemble.from_experts([f"e0={root / 'whole'}"], aggregator="mean", placement="out")
     given = made(root, file, text_encoders=[files["text_encoder_3"]])
     assert len(given.text_encoders) == 3 and (draw(given) == draw(whole)).all()
+    assert [word.text for word in find_words(ensemble.pipeline(), "a red bicycle", 77) if word.tokens] == ["a", "red", "bicycle"]
     lent = made(root, file, all_in_one("sd3", pipe, tmp_path / "incl_t5.safetensors"))  # by the other expert
     assert len(lent.text_encoders) == 3
+    assert all(encoder.left_out is None for encoder in given.experts[0].text_encoders)  # so that a student is saved as a folder
 
 
 def test_what_the_user_names_goes_first_then_the_file_then_the_frame(parts, tmp_path):  # noqa: F811

@@ -178,10 +178,11 @@ class TextEncoderFile:
         there = {name.partition(".")[0] for name in self.tensors}
         tied = getattr(model.config, "tie_word_embeddings", False)  # then the head is the table of tokens
         absent = {name for name in UNUSED if name not in there and not (tied and name == "lm_head")}
-        for place, _ in list(model.named_modules()):
-            if _plain(f"{place}.", "").rstrip(".") in absent | ({"norm"} if shortened else set()):
-                model.set_submodule(place, nn.Identity())
-        model.left_out = str(self.place) if absent or shortened else None
+        absent |= {"norm"} if shortened else set()
+        gone = [name for name, _ in model.named_modules() if _plain(f"{name}.", "").rstrip(".") in absent]
+        for place in gone:
+            model.set_submodule(place, nn.Identity())
+        model.left_out = str(self.place) if gone else None
 
 
 def text_encoder_in(place: Path) -> TextEncoderFile:
