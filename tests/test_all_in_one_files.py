@@ -160,6 +160,7 @@ def test_what_the_user_names_goes_first_then_the_file_then_the_frame(parts, tmp_
     # FLUX.1's experts may have text encoders of their own: beside a folder, each keeps what it has
     joined = Ensemble.from_experts([f"a={root / 'whole'}", f"b={file}"], config=str(root / "frame"), aggregator="mean", placement="out")
     assert [encoder.of_expert for encoder in joined.text_encoders] == [[0, 1], [0, 0]]
+    assert joined.experts[0].text_encoders[1] is joined.experts[1].text_encoders[1]  # in memory once
     draw(joined)
 
 
