@@ -23,7 +23,7 @@ from afa.errors import UserError
 from afa.models.registry import FAMILIES, family_of
 from afa.settings import Interval
 from afa.stages.interface import ModelInterface
-from afa.stages.stage import Stage
+from afa.stages.stage import Stage, StageContext
 
 ROUNDS = 3  # of a measurement of time, after one that is not measured
 
@@ -56,45 +56,78 @@ def count_flops(
     """
     call = call_of(denoiser, height, width, batch, tokens, device="meta")
     running = _on_meta(denoiser)
-    with torch.no_grad(), _counting() as counter, _alike_once(running, counter) as repeated:
+    with torch.no_grad(), _counting() as counter, _each_kind_once(running, counter) as repeated:
         running(**call)
     counts = counter.get_flop_counts()
     stages = denoiser.fused if isinstance(denoiser, EnsembleDenoiser) else []
     name = type(denoiser).__name__
-    aggregators = {stage: sum(counts.get(f"{name}.aggregators.{stage}", {}).values()) for stage in stages}
-    return Flops(counter.get_total_flops() + sum(repeated), aggregators)
+    aggregators = {
+        stage: sum(counts.get(f"{name}.aggregators.{stage}", {}).values()) + repeated.get(stage, 0)
+        for stage in stages
+    }
+    return Flops(counter.get_total_flops() + sum(repeated.values()), aggregators)
 
 
 @contextmanager
-def _alike_once(denoiser: nn.Module, counter: FlopCounterMode) -> Iterator[list[int]]:
-    """Within, experts of one config run each stage once: the others take the first one's answer.
+def _each_kind_once(denoiser: nn.Module, counter: FlopCounterMode) -> Iterator[dict[str, int]]:
+    """Within, stages made alike that get alike inputs run once, of all experts, and so do aggregators.
 
-    Yields a list that grows by the operations of each stage that the others were spared.
+    Yields the operations that the others were spared: of aggregators by stage name, "" of all stages.
     """
-    spared: list[int] = []
-    if not isinstance(denoiser, EnsembleDenoiser) or not alike(denoiser.experts):
+    spared = {"": 0}
+    if not isinstance(denoiser, EnsembleDenoiser):
         yield spared
         return
+    known: dict[Any, tuple[Any, int]] = {}
+
+    def once(run: Callable[..., Any], kind: Any, place: str) -> Callable[..., Any]:
+        def counted(*inputs: Any) -> Any:
+            key = kind, _shapes(inputs)
+            if key in known:
+                spared[place] = spared.get(place, 0) + known[key][1]
+            else:
+                earlier = counter.get_total_flops()
+                known[key] = run(*inputs), counter.get_total_flops() - earlier
+            return known[key][0]
+
+        return counted
+
     before = denoiser.parallel_stages
-    answers: dict[str, Any] = {}
-
-    def first(stage: Stage) -> Stage:
-        def run(*args: Any) -> Any:
-            earlier = counter.get_total_flops()
-            answers[stage.name] = stage.run(*args)
-            spared.append((counter.get_total_flops() - earlier) * (len(before[0]) - 1))
-            return answers[stage.name]
-
-        return _with_run(stage, run)
-
-    def other(stage: Stage) -> Stage:
-        return _with_run(stage, lambda *_: answers[stage.name])
-
-    denoiser.parallel_stages = [(first(same[0]), *map(other, same[1:])) for same in before]
+    settings = [repr(sorted(model.config.items(), key=str)) for model in denoiser.experts]
+    denoiser.parallel_stages = [
+        tuple(
+            _with_run(stage, once(stage.run, (type(stage), its, *map(_made, stage.modules())), ""))
+            for stage, its in zip(same, settings, strict=True)
+        )
+        for same in before
+    ]
+    for name, aggregator in denoiser.aggregators.items():
+        aggregator.forward = once(aggregator.forward, _made(aggregator), name)
     try:
         yield spared
     finally:
         denoiser.parallel_stages = before
+        for aggregator in denoiser.aggregators.values():
+            del aggregator.forward
+
+
+def _made(module: Any) -> Any:
+    """What a module is made of: the classes of its parts, and the shapes of its weights."""
+    if not isinstance(module, nn.Module):
+        return type(module)
+    parts = tuple((name, type(part)) for name, part in module.named_modules())
+    return parts, tuple((name, weight.shape) for name, weight in module.named_parameters())
+
+
+def _shapes(value: Any) -> Any:
+    """The shapes of the tensors in inputs, a context's among them."""
+    if isinstance(value, Tensor):
+        return value.shape
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_shapes, value))
+    if isinstance(value, StageContext):
+        return tuple(_shapes(one) for one in vars(value).values())
+    return value if isinstance(value, int) else type(value)
 
 
 def _with_run(stage: Stage, run: Callable[..., Any]) -> Stage:

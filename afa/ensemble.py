@@ -13,8 +13,9 @@ from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.schedule import Conversion, Schedule, conversion, kind_of
 from afa.errors import UserError
 from afa.experts.compatible import kind_mismatches, mismatches, only_predictions, scheduler_mismatches
-from afa.experts.donor import NO_DONOR, DonorSpec, borrow_components
+from afa.experts.donor import NO_DONOR, DonorSpec
 from afa.experts.expert import Expert
+from afa.experts.lending import borrow_components
 from afa.experts.load import load_expert, load_experts
 from afa.frame import Frame
 from afa.lora_loading import equip, load_into
@@ -80,7 +81,8 @@ class Ensemble:
                             experts that are bare denoisers; with text_encoders also a hub id, of which
                             configs and tokenizers are downloaded; None: the first expert that has them
         text_encoders:      files or folders of text encoders for experts that are bare denoisers, in any
-                            order: their tensors tell which they are
+                            order: their tensors tell which they are; they go before those that lie in an
+                            expert's own file beside the denoiser, and these before the frame's
         dtype:              of the experts; None: float32
         config:             of single files: sd15, sdxl, … or a folder; None: detected
         prediction_type:    epsilon or v_prediction, for U-Nets in single files that do not say it
@@ -127,7 +129,7 @@ class Ensemble:
             added.name = f"{added.name or 'model'}-2"
         experts = [*self.experts, added]
         if not added.text_encoders:
-            borrow_components(experts, NO_DONOR, None)
+            borrow_components(experts, NO_DONOR, self.experts[0].dtype)
         _check(experts, "out", None)
         return self._combined(experts, self.frame, Recipe("mean"), "out", None)
 

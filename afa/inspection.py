@@ -26,15 +26,17 @@ from afa.experts.description import (
     describe_expert,
     shared_text_encoders,
 )
-from afa.experts.donor import NO_DONOR, DonorSpec, lend, unneeded
+from afa.experts.donor import NO_DONOR, DonorSpec
 from afa.experts.expert import Expert
 from afa.experts.headers import check_fit, read_file
+from afa.experts.lending import lend
 from afa.experts.load import check_names
 from afa.experts.lora import lora_numbers, place_of
 from afa.experts.spec import ExpertSpec
 from afa.latents import latents_of
 from afa.memory import sampling_memory
 from afa.models.registry import FAMILIES
+from afa.places import as_typed
 from afa.text_encoder import width_of
 
 DTYPES = {"float32": 4, "float16": 2}  # bytes a number; bfloat16 is as large as float16
@@ -76,13 +78,7 @@ class Subject:
         specs = [ExpertSpec.parse(source, prediction_type) for source in sources]
         check_names(specs)
         found = [describe_expert(spec, config) for spec in specs]
-        if lent and all(one.text_parts for one in found):
-            raise unneeded(lent)
-        if lent:
-            has_vae = next((one.name for one in found if "vae" in one.components), None)
-            spec = dataclasses.replace(lent, vae=lent.vae or has_vae)
-            found = [one if one.text_parts else lend(one, spec, config) for one in found]
-        return cls(found, recipe, placement)
+        return cls(lend(found, lent, config), recipe, placement)
 
     @classmethod
     def from_config(cls, config: str, count: int, recipe: Recipe, placement: str | None) -> "Subject":
@@ -99,7 +95,8 @@ class Subject:
                 descriptions.append(describe_expert(spec, entry.config_in(folder)))
             except UserError as error:
                 raise UserError(f"expert '{entry.name}' of {folder}: {error}") from None
-        return cls(descriptions, recipe_of(manifest), manifest.placement, manifest, folder)
+        lent = [dataclasses.replace(one, lacking=None) for one in lend(descriptions, NO_DONOR, None)]
+        return cls(lent, recipe_of(manifest), manifest.placement, manifest, folder)
 
     def sized(
         self, aggregator: str | None, options: Mapping[str, Any], attention_up_to: int | None
@@ -166,7 +163,7 @@ def facts(
     weights = _memory(subject, described, denoiser)
     doubled = FAMILIES[experts[0].family].interface.default_cfg_scale(experts[0].settings) > 1
     return {
-        "ensemble": None if subject.folder is None else str(subject.folder),
+        "ensemble": None if subject.folder is None else as_typed(str(subject.folder)),
         "experts": described,
         "mismatches": reasons,
         "stages": _stages(subject.descriptions[0], denoiser, flops),
@@ -241,10 +238,10 @@ def _expert(description: ExpertDescription, same: Sequence[str | None]) -> dict[
     located = expert.located
     return {
         "name": expert.name,
-        "source": located.spec.source if located else f"config {description.config}",
+        "source": as_typed(located.spec.source) if located else f"config {description.config}",
         "commit": located.commit if located else None,
         "config": description.config,
-        "loras": [str(lora) for lora in located.spec.loras] if located else [],
+        "loras": [as_typed(str(lora)) for lora in located.spec.loras] if located else [],
         "family": expert.family,
         "class": type(expert.model).__name__,
         "parameters": count_parameters(expert.model),
@@ -256,6 +253,7 @@ def _expert(description: ExpertDescription, same: Sequence[str | None]) -> dict[
             for part, other in zip(description.text_parts, same, strict=True)
         ],
         "vae": None if expert.vae is None else _vae(description, expert.vae),
+        "lacking": description.lacking,
     }
 
 
@@ -388,7 +386,7 @@ def _memory(
 
 def _vae_parameters(subject: Subject, described: Sequence[dict[str, Any]]) -> int | None:
     """Parameters of the one VAE that serves all experts; None if it is not an expert's."""
-    choice = described[0]["name"] if subject.manifest is None else subject.manifest.frame["vae"]
+    choice = described[0]["name"] if subject.manifest is None else subject.manifest.frame.get("vae")
     vae = next((expert["vae"] for expert in described if expert["name"] == choice), None)
     return None if vae is None else int(vae["parameters"])
 

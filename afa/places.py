@@ -33,7 +33,8 @@ def located(text: str) -> str:
 
 def as_typed(sentence: str) -> str:
     """Replace folders of embedded models in a sentence by their short names, such as demo:curves/unet."""
-    return sentence.replace(f"{ASSETS}/", "demo:")
+    # an embedded ensemble names its experts by the way from its own folder
+    return re.sub(rf"{re.escape(str(ASSETS))}/([\w-]+/\.\./)?", "demo:", sentence)
 
 
 def spelled(path: Path) -> str | None:

@@ -28,7 +28,14 @@ EXPERTS = 3
 PAPER = {"hidden": 128, "heads": 8, "depth": 2}  # SABW as published
 ATTENTION = 65536
 # configs whose transformers are those of another
-SAME = {"sd21-base": "sd21", "flux-schnell": "flux", "krea2-turbo": "krea2", "flux2-klein-base": "flux2-klein", "flux2-klein-base-9b": "flux2-klein-9b"}
+SAME = {
+    "sd21-base": "sd21",
+    "flux-schnell": "flux",
+    "krea2-turbo": "krea2",
+    "z-image-turbo": "z-image",
+    "flux2-klein-base": "flux2-klein",
+    "flux2-klein-base-9b": "flux2-klein-9b",
+}
 
 
 def amount(count: int) -> str:

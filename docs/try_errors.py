@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import struct
+import sys
 import tempfile
 import traceback
 from multiprocessing import get_context
@@ -26,6 +27,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from afa import Ensemble
 from afa.cli.main import main as afa
 from afa.demo.draw import draw
 from afa.experts.description import describe_config
@@ -87,6 +89,8 @@ CASES = {
         ("FLUX.2 dev and klein", "afa inspect flux2.safetensors klein.safetensors"),
         ("Z-Image and Lumina 2", "afa inspect z-image.safetensors lumina2.safetensors"),
         ("The same, on the way to training", f"afa train --experts demo:curves wide --data data --output out {SMALL}"),
+        ("A file that is said to be distilled, beside a base pipeline", "afa inspect klein-base turbo.safetensors --config klein-turbo"),
+        ("The same, with the base pipeline as frame", f"afa generate turbo.safetensors --config klein-turbo --frame klein-base {DRAW}"),
         ("Experts that predict different things", "afa inspect demo:curves epsilon"),
         ("A v-prediction file beside an ε-prediction file", "afa inspect velocity.safetensors noise.safetensors --config epsilon"),
         ("A noise schedule rescaled to zero signal", "afa inspect demo:curves rescaled"),
@@ -139,6 +143,7 @@ CASES = {
         ("An expert that has changed since the run began", TRAIN.replace("demo:curves", "changed-curves").replace("--output out", "--output begun")),
         ("A LoRA of no rank", "afa finetune demo:curves --data data --output out"),
         ("A LoRA like an ensemble that is none", "afa finetune demo:curves --data data --like data --output out"),
+        ("A LoRA's file that is there already", "afa finetune demo:curves --data data --rank 2 --output lora.safetensors"),
     ],
     "One model out": [
         ("A LoRA of rank 0", f"{DISTILL} --student curves --lora 0"),
@@ -153,6 +158,7 @@ CASES = {
         ("Images, of captions alone", f"{DISTILL.replace('--data data', '--data none.txt')} --image-share 0.5"),
         ("A share of a batch that is none", f"{DISTILL} --image-share 0.01"),
         ("Half of a sampling", f"{DISTILL} --batch-size 5"),
+        ("Text encoders that differ, for a transformer's file", "afa distill flows --data data --output out.safetensors --batch-size 4"),
         ("A method that cannot be learnt", f"{DISTILL} --method superdiff_or"),
         ("A method that needs guidance, without it", f"{DISTILL} --method magicfusion --guidance 1"),
         ("A difference of two equal models", "afa extract demo:curves --base demo:curves --output out"),
@@ -229,6 +235,7 @@ CASES = {
         ("Weights for two of three experts", "afa merge --method weighted --experts demo:curves demo:angles demo:patterns --weights 1 2 --output out"),
         ("An option of another merge", "afa merge --method weighted --experts demo:curves demo:angles --density 0.2 --output out"),
         ("Merging two architectures", "afa merge --method weighted --experts demo:curves wide --output out"),
+        ("Text encoders that differ, for a transformer's file", "afa merge --experts flow flow-other --output out.safetensors"),
         ("A merge over one of its own experts", "afa merge --method weighted --experts mine demo:angles --output mine"),
         ("Block weights of a stage that does not exist", "afa merge --method mbw --experts demo:curves demo:angles --weights stages.toml --output out"),
         ("A density of nothing", "afa merge --method ties --experts demo:curves demo:angles --base demo:base --density 0 --output out"),
@@ -278,14 +285,16 @@ CASES = {
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--small", type=Path, help="an empty file system of about 1 MB")
-    small = flags.parse_args().small
+    flags.add_argument("--only", default="", help="run only cases in whose title these words stand")
+    given = flags.parse_args()
+    small = given.small
     print("# Bad input, tried\n\nWritten by `python docs/try_errors.py`: what each command printed last. Nothing is left behind where nothing is said of it.")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made).resolve()
         prepare(folder)
         for group, cases in CASES.items():
             print(f"\n## {group}")
-            for what, command in cases:
+            for what, command in [case for case in cases if given.only in case[0]]:
                 with locked(folder / BUSY) if BUSY in command.split() else contextlib.nullcontext():
                     report(what, command, folder)
         if small is not None:
@@ -398,7 +407,17 @@ def _broken_models(folder: Path) -> None:
 
 
 def _transformers(folder: Path) -> None:
-    """Files of real sizes without content, and broken ones."""
+    """Files of real sizes without content, broken ones, and small pipelines, as the tests make them."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from tiny_flux2 import klein_pipeline
+    from tiny_transformers import flux_pipeline
+
+    for name, pipeline in {"flow": flux_pipeline(0, 0), "flow-other": flux_pipeline(1, 1), "klein-base": klein_pipeline()}.items():
+        pipeline.save_pretrained(folder / name)
+    Ensemble.from_experts([str(folder / "flow"), str(folder / "flow-other")], aggregator="mean").save(folder / "flows")
+    shutil.copytree(folder / "klein-base", folder / "klein-turbo")
+    _edit(folder / "klein-turbo" / "model_index.json", is_distilled=True)
+    shutil.copy(folder / "klein-base" / "transformer" / "diffusion_pytorch_model.safetensors", folder / "turbo.safetensors")
     for name, config in {"flux2": "flux2", "klein": "flux2-klein", "z-image": "z-image", "lumina2": "lumina2"}.items():
         tensors = describe_config(name, config).expert.model.state_dict()
         empty_file({key: tuple(tensor.shape) for key, tensor in tensors.items()}, folder / f"{name}.safetensors")

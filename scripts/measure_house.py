@@ -13,7 +13,10 @@ from pathlib import Path
 
 # Rooms from the ground up. A file may import from its own floor and from those below it.
 FLOORS = (
-    "version defaults lazy errors places schema settings seeds text_files locks files store images prompts prompt_syntax stats significance devices user_files",
+    (
+        "version defaults lazy errors places schema settings seeds text_files locks files store images prompts prompt_syntax stats "
+        "significance devices user_files hub_files"
+    ),
     "stages aggregators",
     "denoiser pictures",
     "models",

@@ -13,6 +13,7 @@ import pytest
 from afa.cli.main import COMMANDS, main
 from afa.demo.data import EXPERTS
 from afa.demo.draw import draw
+from afa.places import ASSETS
 from afa.settings import option
 
 CURVES, ANGLES, PATTERNS = (str(path) for path in EXPERTS.values())
@@ -94,6 +95,28 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, sentence, tmp_p
     said = capsys.readouterr()
     assert sentence in said.err.splitlines()[-1] and said.err.splitlines()[-1].startswith("afa: ") and said.out == ""
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect mine=demo:curves demo:angles",
+        "inspect demo:curves demo:angles --json",
+        "inspect demo:ensemble",
+        "inspect demo:ensemble --json",
+        "merge --experts demo:curves demo:angles --output out --dry-run",
+        "merge --method ties --experts demo:curves --base demo:base --output out --dry-run --json",
+        "extract demo:curves --base demo:base --output lora.safetensors --dry-run",
+        "evaluate --ensemble demo:ensemble --protocol scenes --prompts 2 --methods single --output out --dry-run",
+        "screen demo:curves demo:angles --data scenes:8 --output out --dry-run",
+    ],
+)
+def test_an_embedded_model_is_shown_as_it_is_typed(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 0
+    shown = "".join(capsys.readouterr())
+    assert str(ASSETS) not in shown and "/../" not in shown
+    assert "demo:curves" in shown or "demo:ensemble" in shown or command.startswith("screen")
 
 
 def test_the_whole_path_through_the_command_line(tmp_path, capsys):

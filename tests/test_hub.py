@@ -253,6 +253,36 @@ def test_without_a_network_the_answer_comes_at_once(made, monkeypatch, tmp_path)
     assert time.monotonic() - began < 5
 
 
+UNREACHABLE = """
+import sys, time
+import afa.inspection, afa.merging.engine, afa.training.run, datasets
+from afa.cli.main import main
+for command in sys.argv[1:]:
+    began = time.monotonic()
+    code = main(command.split())
+    print(code, time.monotonic() - began)
+"""
+
+
+def test_no_command_waits_for_a_hub_that_does_not_answer(tmp_path):
+    """huggingface_hub tries five times, for half a minute, unless it is told that it is offline."""
+    commands = (
+        "inspect org/model",
+        "inspect org/model@main",
+        "inspect org/model/file.safetensors",
+        "merge --experts org/one org/other --output out",
+        "generate org/model --prompt a --output out --device cpu",
+        "train --experts demo:curves demo:angles --data org/images --output out --device cpu",
+    )
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    env = {name: value for name, value in os.environ.items() if name not in offline} | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", UNREACHABLE, *commands], env=env, capture_output=True, text=True, cwd=tmp_path)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [code for code, _ in lines] == ["2"] * len(commands), done.stderr
+    assert max(float(seconds) for _, seconds in lines) < 10
+    assert done.stderr.count("not answer") == len(commands) and "Retrying" not in done.stderr
+
+
 OUTSIDE = ["../../../../../secret", "/etc", "experts/../../secret"]
 
 

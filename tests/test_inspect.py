@@ -1,5 +1,6 @@
 """`afa inspect`: what an ensemble is, whether it can be, and what it will cost."""
 
+import contextlib
 import json
 import os
 
@@ -142,6 +143,16 @@ class TestCost:
         counted = count_flops(whole, 16, 16, tokens=7)
         assert counted.only(some.fused) == count_flops(some, 16, 16, tokens=7)
         assert counted.only([]).total == 2 * count_flops(experts[0], 16, 16, tokens=7).total
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_stages_and_aggregators_of_one_kind_that_run_once_count_as_if_each_ran(self, name, monkeypatch):
+        model = MODELS[name]
+        with torch.device("meta"):
+            experts = [type(model.make()).from_config(model.make().config) for _ in range(2)]
+            ensemble = model.ensemble(experts, recipe=Recipe("stitch", SMALL), placement="layers")
+        once = count_flops(ensemble, 24, 16, tokens=7)
+        monkeypatch.setattr("afa.cost._each_kind_once", lambda *_: contextlib.nullcontext({"": 0}))
+        assert once == count_flops(ensemble, 24, 16, tokens=7)
 
     @pytest.mark.parametrize("name", ["sd", "flux"])
     def test_flops_of_training_are_those_of_a_real_step(self, name):

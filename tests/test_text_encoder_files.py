@@ -27,8 +27,9 @@ from transformers import T5Config, T5EncoderModel
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
-from afa.experts.donor import DonorSpec, lacks, load_donor
+from afa.experts.donor import DonorSpec, lacks
 from afa.experts.expert import Expert
+from afa.experts.lending import load_donor
 from afa.experts.locate import locate
 from afa.experts.single_file import config_folder
 from afa.experts.spec import ExpertSpec

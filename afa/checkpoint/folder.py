@@ -33,6 +33,7 @@ from afa.checkpoint.release import write_release
 from afa.checkpoint.sources import Given, find_experts
 from afa.denoiser.schedule import kind_of
 from afa.errors import UserError
+from afa.experts.donor import files_of
 from afa.experts.expert import Expert
 from afa.experts.folders import forget_places
 from afa.experts.locate import Located, hash_expert, locate
@@ -85,11 +86,15 @@ def _choices(ensemble: "Ensemble") -> dict[str, str]:
     donor = ensemble.frame.donor
     if donor is None:
         return dict(ensemble.frame.choice)
-    if donor.located is None:  # its configs ship, and are found again by the experts
-        return {
-            part: choice for part, choice in ensemble.frame.choice.items() if choice != donor.name
-        } | donor.donor_files
-    return ensemble.frame.choice | {"frame": donor.name} | donor.donor_files
+    vae = donor.vae_component
+    own = vae is not None and vae.weights in files_of(ensemble.experts)
+    # What is in the experts' files, and configs that ship, are found again by the experts.
+    found = {
+        part: choice
+        for part, choice in ensemble.frame.choice.items()
+        if choice != donor.name or not (donor.located is None or (own and part == "vae"))
+    }
+    return found | ({} if donor.located is None else {"frame": donor.name}) | donor.donor_files
 
 
 def _frame(part: str, choice: str, ensemble: "Ensemble", folder: Path, stage: Path | None) -> str:

@@ -4,11 +4,12 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from afa.checkpoint.manifest import MANIFEST, read_manifest
 from afa.checkpoint.publish import Publication, own_files, publication, stale
 from afa.errors import UserError
+from afa.hub_files import hub_file
 from afa.places import on_hub, snapshot_id
 from afa.version import __version__
 
@@ -54,7 +55,7 @@ def fetch_ensemble(
     revision = revision or named
     where = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     with plain_errors(name, revision):
-        folder = _manifest(name, revision, where).parent
+        folder = hub_file(name, MANIFEST, revision, **where).parent
     files = own_files(read_manifest(folder))
     with plain_errors(name, revision):
         # the commit of the manifest, whatever the branch is by now
@@ -73,29 +74,10 @@ def fetch_if_ensemble(place: str) -> Path | None:
     if found is None:
         return None
     try:
-        _manifest(*found, {})
+        hub_file(found[0], MANIFEST, found[1])
     except (HTTPError, HFValidationError, LocalEntryNotFoundError):
         return None
     return fetch_ensemble(place)
-
-
-def _manifest(name: str, revision: str | None, where: dict[str, Any]) -> Path:
-    """Download the manifest. Raises an error of the hub.
-
-    Without a network it comes at once; hf_hub_download alone tries for half a minute.
-    """
-    from huggingface_hub import (
-        constants,
-        get_hf_file_metadata,
-        hf_hub_download,
-        hf_hub_url,
-        try_to_load_from_cache,
-    )
-
-    known = try_to_load_from_cache(name, MANIFEST, cache_dir=where.get("cache_dir"), revision=revision)
-    if not isinstance(known, str) and not where.get("local_files_only") and not constants.is_offline_mode():
-        get_hf_file_metadata(hf_hub_url(name, MANIFEST, revision=revision), token=where.get("token"))
-    return Path(hf_hub_download(name, MANIFEST, revision=revision, **where))
 
 
 def push(

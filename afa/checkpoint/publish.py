@@ -27,6 +27,7 @@ from afa.experts.locate import SUFFIXES, Located, hash_expert, locate
 from afa.experts.parts import component_of, read_index
 from afa.experts.shipped import KNOWN_CONFIGS
 from afa.files import present, settled, staged
+from afa.hub_files import hub_file
 from afa.places import HUB_ID, public_place, spelled
 from afa.version import __version__
 
@@ -286,13 +287,12 @@ def _licence(entry: ExpertEntry, place: Located | None) -> str | None:
         return _named(card)
     if entry.commit is None or not HUB_ID.fullmatch(entry.source):
         return None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
     try:
         repository = "/".join(entry.source.split("/")[:2])
-        return _named(Path(hf_hub_download(repository, CARD, revision=entry.commit)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        return _named(hub_file(repository, CARD, entry.commit))
+    except (HTTPError, LocalEntryNotFoundError, OSError):
         return None
 
 

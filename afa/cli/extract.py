@@ -27,7 +27,7 @@ def run(options: Options) -> None:
         tuned, base = both
         found = {"tuned": tuned.place, "base": base.place, "layers": len(layers_of_lora(base))}
         found["rank"] = options.rank
-        lines = as_typed("\n".join(f"{name}  {value}" for name, value in found.items()))
+        lines = "\n".join(f"{name}  {value}" for name, value in found.items())
         print(json.dumps(found, indent=2) if options.json else lines)
         return
     facts = extract(options, both)

@@ -229,7 +229,8 @@ def _text_encoders(experts: list[dict[str, Any]]) -> str:
         for text in expert["text_encoders"]
     ]
     headers = ["expert", "part", "class", ">width", ">parameters", "stored as", "same as"]
-    return listing(headers, rows) if rows else "none; the experts are bare denoisers"
+    shown = listing(headers, rows) if rows else "none; the experts are bare denoisers"
+    return "\n".join([shown, *(expert["lacking"] for expert in experts if expert["lacking"])])
 
 
 def _vaes(experts: list[dict[str, Any]]) -> str:

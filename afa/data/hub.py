@@ -25,6 +25,7 @@ from afa.data.sources import (
     roots_of,
 )
 from afa.errors import UserError
+from afa.hub_files import answering_hub
 from afa.text_files import TextError, read_bytes
 
 # What pyarrow raises for a damaged file; its own errors are among them.
@@ -145,13 +146,15 @@ def _load(name: str, revision: str | None, streaming: bool) -> Any:
         raise UserError(
             f"--data {name} is no file or folder, and data sets of the hub need: pip install 'afa[data]'"
         ) from None
-    try:
-        table = datasets.load_dataset(name, revision=revision, split=SPLIT, streaming=streaming)
-    except Exception as error:  # of many kinds: no network, no such set, no such split, a script in it
-        raise UserError(
-            f"--data {name} is no file or folder, and cannot be loaded from the hub: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
+    with answering_hub() as answers:
+        try:
+            table = datasets.load_dataset(name, revision=revision, split=SPLIT, streaming=streaming)
+        except Exception as error:  # of many kinds: no network, no such set, no such split, a script in it
+            silent = "" if answers else "it does not answer, or HF_HUB_OFFLINE is set; "
+            raise UserError(
+                f"--data {name} is no file or folder, and cannot be loaded from the hub: {silent}"
+                f"{str(error).splitlines()[0]}"
+            ) from None
     for column, kind in (table.features or {}).items():
         if isinstance(kind, datasets.Image):  # decoded by us, so that one broken image stops nothing
             table = table.cast_column(column, datasets.Image(decode=False))

@@ -16,6 +16,7 @@ from afa.evaluation.rows import SEARCH, Chosen, MethodRow, Options, apart
 from afa.evaluation.settings import EvaluateSettings
 from afa.evaluation.untrained import unsearched
 from afa.pages.numbers import count, plural
+from afa.places import as_typed
 from afa.sampling.sample import Request
 
 DRAWN = {  # purposes of whole images, and the same in words
@@ -61,7 +62,7 @@ def plan(settings: EvaluateSettings) -> dict[str, Any]:
     if curves and settings.curves is None:
         curves += " (or, by the tuning captions, others of a kind)"
     facts = {
-        "ensemble": f"{setup.folder}: {', '.join(setup.names)}",
+        "ensemble": f"{as_typed(str(setup.folder))}: {', '.join(setup.names)}",
         "protocol": ", ".join(f"{name} {value}" for name, value in protocol.items() if value is not None),
         "references": f"{len(references)} pictures are read" if references else None,
         "methods": ", ".join(comparison.names),

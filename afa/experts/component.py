@@ -86,7 +86,11 @@ class Component:
             return {}
         if self.layout is None:
             return read_folder(self.weights)
-        found = read_folder(self.weights) if self.weights.is_dir() else read_file(self.weights)
+        found = (
+            read_folder(self.weights)
+            if self.weights.is_dir()
+            else read_file(self.weights, self.layout.prefix)
+        )
         return {
             name: entry
             for name, entry in found.items()

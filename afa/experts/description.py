@@ -42,6 +42,7 @@ class ExpertDescription:
     scheduler:    of the pipeline, or of a U-Net's single file; None: unknown
     prediction:   what a single file, or its user, says about the kind of prediction
     options:      settings of the pipeline that a transformer's file is of; {}: those of the one it joins
+    lacking:      the sentence that says what a file with some of a pipeline's parts lacks; None: nothing
     """
 
     name: str
@@ -55,6 +56,7 @@ class ExpertDescription:
     scheduler: Any = None
     prediction: Prediction = field(default_factory=Prediction)
     options: dict[str, Any] = field(default_factory=dict)
+    lacking: str | None = None
 
     @property
     def denoiser(self) -> Component:

@@ -3,21 +3,25 @@
 It is the first expert that has them, a pipeline's folder (the frame), or files of the parts: text encoders,
 which are told apart by their tensors and read with the configs of a frame or with those that ship.
 Tokenizers, CLIP's excepted, come from a frame. A hub id is enough: no weights of it are downloaded.
+
+A file that holds text encoders and a VAE beside its transformer gives them itself. What the user names for
+a part goes first, then the expert's own file, the frame, and other experts' files. Where the experts of a
+family share their text encoders, the first file that holds one gives it to all.
 """
 
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from afa.errors import UserError
 from afa.experts.component import Component
-from afa.experts.description import ExpertDescription, pipeline_components
+from afa.experts.description import pipeline_components
 from afa.experts.expert import TEXT_ENCODERS, TOKENIZERS, Expert, pipeline_options
-from afa.experts.headers import check_finite
+from afa.experts.headers import read_file, same_bytes
+from afa.experts.layouts import vae_layout
 from afa.experts.locate import Located, locate, locate_frame
 from afa.experts.parts import (
     PROCESSOR,
@@ -26,11 +30,11 @@ from afa.experts.parts import (
     load_tokenizers_of,
     read_index,
 )
-from afa.experts.prediction import predicting
+from afa.experts.prediction import warn_once
 from afa.experts.shipped import HUB_IDS
 from afa.experts.single_file import load_tokenizers
-from afa.experts.spec import ExpertSpec, exists
-from afa.experts.text_names import KINDS, TextEncoderFile, text_encoder_in
+from afa.experts.spec import ExpertSpec
+from afa.experts.text_names import KINDS, TextEncoderFile, text_encoder_in, text_encoders_beside
 from afa.experts.vae import configs_of, describe_vae
 from afa.models.registry import FAMILIES
 
@@ -42,11 +46,13 @@ class DonorSpec:
     frame:         a pipeline's folder, or a hub id of which configs and tokenizers are read; None: neither
     text_encoders: files or folders of text encoders, in any order
     vae:           an expert's name or a place, which then is not missing; None: none is chosen
+    files:         the experts' files, which may hold text encoders and a VAE beside the transformer
     """
 
     frame: str | None = None
     text_encoders: tuple[str, ...] = ()
     vae: str | None = None
+    files: tuple[Path, ...] = ()
 
     def __bool__(self) -> bool:
         return self.frame is not None or bool(self.text_encoders)
@@ -54,7 +60,8 @@ class DonorSpec:
     @property
     def named(self) -> str:
         """What error messages call it."""
-        return f"frame '{self.frame}'" if self.frame else f"text encoder {', '.join(self.text_encoders)}"
+        given = self.text_encoders or tuple(map(str, self.files))
+        return f"frame '{self.frame}'" if self.frame else f"text encoder {', '.join(given)}"
 
 
 NO_DONOR = DonorSpec()
@@ -70,7 +77,9 @@ class DonorDescription:
     components: its text encoders by their names in a pipeline, and its VAE if it has one
     tokenizers: one for each text encoder
     scheduler:  of the pipeline
-    files:      the places of text encoders that are not the frame's own, by their names in a pipeline
+    files:      the places of the text encoders that the user gives, by their names in a pipeline
+    beside:     the text encoders in experts' files, read or not
+    lacking:    the sentence that names all that is missing; None: nothing
     """
 
     spec: DonorSpec
@@ -80,11 +89,24 @@ class DonorDescription:
     tokenizers: list[Any]
     scheduler: Any
     files: dict[str, str] = field(default_factory=dict)
+    beside: dict[Path, dict[str, TextEncoderFile]] = field(default_factory=dict)
+    lacking: str | None = None
 
     @property
     def text_encoders(self) -> list[Component]:
         """Its text encoders, in the pipeline's order."""
         return [component for name, component in self.components.items() if name != "vae"]
+
+    def warn_of_unread(self, file: Path) -> None:
+        """Warn of the text encoders in an expert's file that differ from those which are read instead."""
+        for name, encoder in self.beside.get(file, {}).items():
+            used = self.components[name]
+            own = replace(used, weights=file, layout=encoder.layout)
+            if name not in self.files and used.weights != file and not same_bytes(own.tensors, used.tensors):
+                warn_once(
+                    f"the {name} in {file} is not read: experts of this family share their text encoders, "
+                    f"and it is not the same as the first one, in {used.weights}"
+                )
 
     def expert(self, encoders: Sequence[Any]) -> Expert:
         """The donor with these text encoders, as an expert without a denoiser."""
@@ -109,50 +131,86 @@ def describe_donor(spec: DonorSpec, like: Expert) -> DonorDescription:
     Raises UserError, with everything that is missing, for parts that are not there; for a file that is no
     text encoder, or none of the model's; and for a tokenizer that has more tokens than its text encoder.
     """
+    found = gather(spec, like)
+    if found.lacking is not None:
+        raise UserError(found.lacking)
+    return found
+
+
+def gather(spec: DonorSpec, like: Expert) -> DonorDescription:
+    """Describe a donor with the parts that are there. Arguments: see describe_donor.
+
+    Raises UserError as describe_donor does, but for what is missing, which the description names.
+    """
     located = _configs(spec, like)
     folder, index = located.path, read_index(located.path)
-    names = [name for name in TEXT_ENCODERS if has_part(index, name)]
-    if not names:
+    wanted = {name: _config_of(folder, index, name) for name in TEXT_ENCODERS if has_part(index, name)}
+    if not wanted:
         raise UserError(
             f"{spec.named} has no text encoders; give the folder of a whole text-to-image pipeline"
         )
-    wanted = {name: _config_of(folder, index, name) for name in names}
-    given = _assigned(spec, wanted, index)
-    found: dict[str, Component] = {}
-    for name in names:
-        if name in given:
-            found[name] = _from_file(given[name], wanted[name])
-        elif spec.frame is not None and _has_weights(folder / name):
-            found |= pipeline_components(folder, index, (name,))
+    named = _assigned(spec, wanted, index)
+    own = files_of([like])
+    files = dict.fromkeys((*spec.files, *own) if shares_texts(like) else (*own, *spec.files))
+    beside = {file: _beside(file, wanted) for file in files}
+    first = ChainMap(named, *(beside[file] for file in (files if shares_texts(like) else own)))
+    found = {name: _from_file(one, wanted[name]) for name, one in first.items()}
+    if spec.frame is not None:
+        parts = [name for name in (*wanted, "vae") if has_part(index, name) and _has_weights(folder / name)]
+        found = pipeline_components(folder, index, parts) | found
+    others = ChainMap(*beside.values())
+    found |= {name: _from_file(one, wanted[name]) for name, one in others.items() if name not in found}
+    with_vae = next((file for file in files if vae_layout(read_file(file)) is not None), None)
+    if spec.vae is None and with_vae is not None:
+        found["vae"] = describe_vae(locate(ExpertSpec("vae", str(with_vae))), str(folder), like)
+    lacking = [name for name in wanted if name not in found]
+    if lacking == ["text_encoder_3"] and any(beside.values()):
+        warn_once(
+            f"{', '.join(map(str, files))} has no {_title(wanted[lacking[0]])}; prompts are read without it, "
+            "as SD 3 was trained to allow: give it with --text-encoder FILE (in Python text_encoders=)"
+        )
+        index = {**index, "text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+        lacking = []
     tokenizers = _tokenizers(spec, folder, index)
-    if spec.frame is not None and has_part(index, "vae") and _has_weights(folder / "vae"):
-        found |= pipeline_components(folder, index, ("vae",))
-    lacking = [name for name in names if name not in found]
-    no_vae = bool(spec.text_encoders) and spec.vae is None and "vae" not in found
+    no_vae = "vae" not in found and spec.vae is None and (spec.frame is None or bool(spec.text_encoders))
+    texts, missing = [_title(wanted[name]) for name in lacking], None
     if lacking or tokenizers is None or no_vae:
-        texts = [_title(wanted[name]) for name in lacking]
-        raise UserError(_missing(like, texts, tokenizers is None, no_vae, located))
-    for name, tokenizer in zip(names, tokenizers, strict=False):
-        _check_vocabulary(tokenizer, found[name], folder)
-    scheduler = load_part(folder, "scheduler")
-    files = {name: str(file.place) for name, file in given.items()}
-    return DonorDescription(spec, located, index, found, tokenizers, scheduler, files)
+        missing = _missing(like, texts, tokenizers is None, no_vae, located)
+    else:
+        for name, tokenizer in zip((name for name in wanted if name in found), tokenizers, strict=False):
+            _check_vocabulary(tokenizer, found[name], folder)
+    return DonorDescription(
+        spec,
+        located,
+        index,
+        {name: found[name] for name in (*wanted, "vae") if name in found},
+        tokenizers or [],
+        load_part(folder, "scheduler"),
+        {name: str(file.place) for name, file in named.items()},
+        beside,
+        missing,
+    )
+
+
+def files_of(experts: Sequence[Expert | None]) -> tuple[Path, ...]:
+    """The experts' single files, which may hold text encoders and a VAE beside the denoiser."""
+    there = (one.located for one in experts if one is not None and one.located is not None)
+    return tuple(located.path for located in there if located.single_file)
+
+
+def shares_texts(expert: Expert | None) -> bool:
+    """Whether all experts of its family have the same text encoders."""
+    return expert is not None and not FAMILIES[expert.family].interface.concat_text
 
 
 def lacks(expert: Expert) -> str:
     """The sentence that names all that a denoiser alone lacks, and how to give it."""
-    folder = configs_of(expert)
-    if folder is None:
-        return (
-            f"expert '{expert.name}' is a denoiser alone, and lacks text encoders, tokenizers, a scheduler "
-            "and a VAE; give a pipeline's folder that has them: --frame FOLDER (in Python frame=)"
-        )
-    index = read_index(folder)
-    names = [name for name in TEXT_ENCODERS if has_part(index, name)]
-    texts = [_title(_config_of(folder, index, name)) for name in names]
-    located = Located(ExpertSpec("", ""), folder)
-    bare = _tokenizers(DonorSpec(), folder, index) is None
-    return _missing(expert, texts, bare, True, located)
+    if configs_of(expert) is not None and (missing := gather(NO_DONOR, expert).lacking) is not None:
+        return missing
+    return (
+        f"expert '{expert.name}' is a denoiser alone, and lacks text encoders, tokenizers, a scheduler "
+        "and a VAE; give a pipeline's folder that has them: --frame FOLDER (in Python frame=)"
+    )
 
 
 def _missing(expert: Expert, texts: Sequence[str], tokenizers: bool, vae: bool, configs: Located) -> str:
@@ -250,6 +308,13 @@ def _assigned(
     return found
 
 
+def _beside(file: Path, wanted: dict[str, _Wanted]) -> dict[str, TextEncoderFile]:
+    """The text encoders beside the denoiser in an expert's file, by their names in the pipeline."""
+    there = {(one.kind, one.width): one for one in text_encoders_beside(file)}
+    kinds = {name: (one.kind, one.width) for name, one in wanted.items()}
+    return {name: there[kind] for name, kind in kinds.items() if kind in there}
+
+
 def _from_file(file: TextEncoderFile, wanted: _Wanted) -> Component:
     """The component of a text encoder in a file, with the class and settings of the pipeline's."""
     whole = wanted.component
@@ -285,92 +350,3 @@ def _check_vocabulary(tokenizer: Any, encoder: Component, folder: Path) -> None:
             f"the tokenizer of {folder} has {len(tokenizer):,} tokens, and the text encoder "
             f"{encoder.weights} reads {size:,}; give as frame (--frame) the model that the text encoder is of"
         )
-
-
-def load_donor(spec: DonorSpec, like: Expert, dtype: torch.dtype | None) -> Expert:
-    """Load a donor. Arguments and errors: see describe_donor; and for weights that are not finite."""
-    described = describe_donor(spec, like)
-    encoders = []
-    for component in described.text_encoders:
-        encoder = component.load(dtype or torch.float32)
-        check_finite(encoder, f"the {component.name} of {described.files.get(component.name) or spec.named}")
-        encoders.append(encoder)
-    return described.expert(encoders)
-
-
-def borrow_components(experts: Sequence[Expert], spec: DonorSpec, dtype: torch.dtype | None) -> Expert | None:
-    """Give denoisers alone the text encoders, tokenizers and scheduler of a donor.
-
-    spec: of the donor; empty: the first expert that has text encoders
-    Returns the donor; None if no expert needs one, or there is none, and denoisers alone stay what they are.
-    Raises UserError for a donor that lacks parts, or that no expert needs.
-    """
-    bare = [expert for expert in experts if not expert.text_encoders]
-    if spec and not bare:
-        raise unneeded(spec)
-    if spec:
-        has_vae = next((expert.name for expert in experts if expert.has_vae), None)
-        donor: Expert | None = load_donor(replace(spec, vae=spec.vae or has_vae), bare[0], dtype)
-    else:
-        donor = next((expert for expert in experts if expert.text_encoders), None)
-    if donor is None or not bare:
-        return None
-    for expert in bare:
-        expert.donor = donor
-        expert.text_encoders, expert.tokenizers = list(donor.text_encoders), list(donor.tokenizers)
-        expert.scheduler = expert.scheduler or donor_scheduler(expert, donor.scheduler)
-        _check_options(expert, donor)
-        expert.pipeline_options = dict(donor.pipeline_options)
-    return donor
-
-
-def _check_options(expert: Expert, donor: Expert) -> None:
-    """Raise UserError if a transformer's file is said to be another model than the pipeline that it joins."""
-    if not expert.pipeline_options:
-        return
-    settings = replace(expert, pipeline_options=donor.pipeline_options).settings
-    for name in FAMILIES[expert.family].interface.pipeline_settings:
-        its, expected = expert.settings.get(name), settings.get(name)
-        if its != expected:
-            raise UserError(
-                f"expert '{expert.name}' is read as a model with {name} {its}, and '{donor.name}', which "
-                f"lends it text encoders and scheduler, has {expected}; give the pipeline of its own kind "
-                "with --frame, or the config of that pipeline with --config"
-            )
-
-
-def unneeded(spec: DonorSpec) -> UserError:
-    """The error for a donor where all experts have text encoders."""
-    return UserError(
-        f"{spec.named} gives components to experts that are denoisers alone, and all of these bring "
-        "their own; leave it out, or choose another VAE with vae (--vae)"
-    )
-
-
-def lend(description: ExpertDescription, spec: DonorSpec, config: str | None) -> ExpertDescription:
-    """The description of a denoiser alone with the parts that a donor gives it.
-
-    config: of a VAE that is a single file
-    Raises UserError as describe_donor does, and for a VAE that does not fit.
-    """
-    expert = description.expert
-    found = describe_donor(spec, expert)
-    components = {**description.components, **found.components}
-    if spec.vae is not None and exists(spec.vae):
-        components["vae"] = describe_vae(
-            locate(ExpertSpec("vae", spec.vae)), config, replace(expert, donor=found.expert([]))
-        )
-    return replace(
-        description,
-        components=components,
-        tokenizers=found.tokenizers,
-        index=description.index or found.index,
-        scheduler=description.scheduler or donor_scheduler(expert, found.scheduler),
-    )
-
-
-def donor_scheduler(expert: Expert, scheduler: Any) -> Any:
-    """A donor's scheduler, changed to the kind of prediction that the expert's own file names."""
-    if scheduler is None:
-        return None
-    return predicting(scheduler, expert.prediction, f"expert '{expert.name}'")

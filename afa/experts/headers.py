@@ -22,7 +22,7 @@ from afa.errors import UserError
 from afa.experts.dtypes import BITS, DTYPES, GGUF_BLOCKS, is_float
 from afa.experts.gguf_files import SUFFIX, read_gguf
 from afa.experts.scales import LONGEST as LONGEST_NOTE
-from afa.experts.scales import QuantisedError, Scales, find_scales
+from afa.experts.scales import QuantisedError, Scales, find_scales, part_of
 from afa.text_files import parse_json
 
 LONGEST = 100_000_000  # bytes of a header that the safetensors library accepts
@@ -83,8 +83,10 @@ class Entry:
 Tensors = dict[str, Entry]
 
 
-def read_file(file: Path) -> Tensors:
+def read_file(file: Path, within: str = "") -> Tensors:
     """The headers of a file's tensors, by name: weights as afa.experts.tensors reads them, with their scales.
+
+    within: what stands before the names of a component beside others; scales are looked for among its weights
 
     CLIP's `position_ids` (0, 1, 2 …) count as int64, whatever dtype other programs left them in. They are no
     weights: text encoders make them themselves.
@@ -97,7 +99,7 @@ def read_file(file: Path) -> Tensors:
             for name, (kind, shape, start, end) in read_gguf(file).items()
             if not is_position_ids(name)
         }
-    header, _, first, scales = _read(file)
+    header, _, first, scales = _read(file, part_of(within))
 
     def entry(name: str, scale: Entry | None = None) -> Entry:
         found = header[name]
@@ -132,7 +134,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, str], int, Scales]:
+def _read(file: Path, part: str = "") -> tuple[dict[str, Any], dict[str, str], int, Scales]:
     """The tensors' entries, the metadata, the byte at which the tensors begin, and what belongs together."""
     header, metadata, first = _read_text(file)
 
@@ -143,7 +145,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, str], int, Scales]:
             return stream.read(min(end - start, LONGEST_NOTE))
 
     try:
-        return header, metadata, first, find_scales(header, metadata, content)
+        return header, metadata, first, find_scales(header, metadata, content, part)
     except QuantisedError as error:
         raise _quantised(file, error) from None
 

@@ -20,6 +20,7 @@ from afa.experts.spec import (
     exists,
 )
 from afa.files import settled, sha256
+from afa.hub_files import hub_file
 
 SUFFIXES = (".safetensors", SUFFIX)  # of single files
 
@@ -109,9 +110,9 @@ def locate_frame(frame: str) -> Located:
     spec = ExpertSpec(frame, source, revision or None)
 
     def download() -> Path:
-        from huggingface_hub import hf_hub_download, snapshot_download
+        from huggingface_hub import snapshot_download
 
-        index = Path(hf_hub_download(source, "model_index.json", revision=spec.revision))
+        index = hub_file(source, "model_index.json", spec.revision)
         read_index(index.parent)  # refuses foreign classes before anything else is fetched
         return Path(snapshot_download(source, revision=_commit(index), allow_patterns=list(FRAME_FILES)))
 
@@ -160,16 +161,14 @@ def _announce(spec: ExpertSpec) -> None:
 
 def _from_hub(spec: ExpertSpec) -> Located:
     """Download a repository (or one file of it) into the hub's cache, or find it there."""
-    from huggingface_hub import hf_hub_download
-
     if spec.named_by is not None:
         _announce(spec)
     parts = spec.source.split("/")
 
     def download() -> Path:
         if len(parts) > 2:
-            return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=spec.revision))
-        index = Path(hf_hub_download(spec.source, "model_index.json", revision=spec.revision))
+            return hub_file("/".join(parts[:2]), "/".join(parts[2:]), spec.revision)
+        index = hub_file(spec.source, "model_index.json", spec.revision)
         read_index(index.parent)  # refuses foreign classes before a library sees them
         return _download(spec)
 
@@ -179,22 +178,25 @@ def _from_hub(spec: ExpertSpec) -> Located:
 
 def _fetched(spec: ExpertSpec, download: Callable[[], Path]) -> Path:
     """What a download returns. Raises UserError where the hub, the network or the cache does not give it."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         return download()
     except UserError:
         raise
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         offline = (
             " (HF_HUB_OFFLINE is set)"
             if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "ON", "YES")
             else ""
         )
         revision = f" at revision {spec.revision}" if spec.revision else ""
+        reason = _reason(error)
+        if isinstance(error, HTTPError) and not isinstance(error, OSError):  # no answer, be it a refusal
+            reason = f"the hub does not answer ({reason}); check the network"
         raise UserError(
             f"'{spec.source}' is neither a folder nor a file here, "
-            f"and as a hub id it could not be loaded{revision}{offline}: {_reason(error)}"
+            f"and as a hub id it could not be loaded{revision}{offline}: {reason}"
         ) from error
 
 

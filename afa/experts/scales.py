@@ -28,8 +28,9 @@ LONGEST = 1 << 16  # bytes of one layer's comfy_quant
 FP8 = tuple(f"float8_{kind}" for kind in ("e4m3fn", "e5m2", "e4m3fn_rowwise", "e4m3fn_blockwise"))
 INT8 = "int8_tensorwise"
 BLOCKS = ("F8_E8M0", "F8_E4M3", "U8")  # dtypes of the scales of 16 or 32 numbers, in an order of their own
-# Of single files, parts that are never read: an average of the weights, text encoders beside a transformer.
-UNREAD = ("model_ema.", "text_encoders.")
+# Parts of single files whose weights are in a form of their own: an average of the weights, which is never
+# read, and each text encoder beside a transformer.
+PART = re.compile(r"model_ema\.|text_encoders\.[^.]+\.")
 # Tensors beside quantised weights, by the end of their names -> what quantises in this way.
 KINDS = {
     r"wscales|wcscales|wtscale|smooth_factor": "SVDQuant (nunchaku)",
@@ -64,18 +65,20 @@ class QuantisedError(ValueError):
 
 
 def find_scales(
-    header: Mapping[str, Any], metadata: Mapping[str, str], content: Callable[[str], bytes]
+    header: Mapping[str, Any], metadata: Mapping[str, str], content: Callable[[str], bytes], part: str = ""
 ) -> Scales:
     """Find the scales of a file's weights.
 
     header:   tensor's name -> dtype and shape, as in the file
     metadata: of the header
     content:  returns the bytes of a tensor
+    part:     the one whose weights are looked at, see part_of
     Raises QuantisedError for weights whose form is not undone.
     """
-    names = [name for name in header if not name.startswith(UNREAD)]
+    names = [name for name in header if part_of(name) == part]
     notes = [name for name in names if _ends(name, NOTE)]
-    formats = _noted(metadata) | {name.removesuffix(NOTE): _format(content(name), name) for name in notes}
+    formats = {layer: note for layer, note in _noted(metadata).items() if part_of(layer) == part}
+    formats |= {name.removesuffix(NOTE): _format(content(name), name) for name in notes}
     marks = [name.removesuffix(MARK) for name in names if _ends(name, MARK)]
     found: dict[str, str] = {}
     for name in names:
@@ -97,6 +100,12 @@ def find_scales(
     beside = {name for name in names if name in found.values() or _ends(name, MARK, NOTE, *ACTIVATIONS)}
     _check_others([name for name in names if name not in beside], header, metadata, found)
     return Scales(found, frozenset(beside))
+
+
+def part_of(name: str) -> str:
+    """What stands before a tensor's name if it is of a part with a form of its own; otherwise ''."""
+    found = PART.match(name)
+    return found[0] if found else ""
 
 
 def undone(weight: Tensor, scale: Tensor) -> Tensor:

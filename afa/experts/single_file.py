@@ -34,14 +34,16 @@ UNET = {
 ARCHITECTURES = {(1, 0, 768): "sd15", (1, 0, 1024): "sd21", (4, 1, 2048): "sdxl"}
 
 # Shipped config -> what else a file of its names and shapes may be: the word for that in the file's name, and
-# its config; None: no setting tells them apart. The first is taken where the name says nothing.
-ALIKE: dict[str, tuple[str, str | None]] = {
+# its config. The first is taken where the name says nothing.
+ALIKE = {
     "flux2-klein": ("base", "flux2-klein-base"),
     "flux2-klein-9b": ("base", "flux2-klein-base-9b"),
-    "z-image": ("turbo", None),
+    "z-image": ("turbo", "z-image-turbo"),
     "krea2": ("turbo", "krea2-turbo"),
 }
 VARIANTS = {other for _, other in ALIKE.values()}  # configs that a file is read with only where it is said
+# config of which no setting says how it is drawn -> how
+DRAWN = {"z-image-turbo": "--guidance 1 --steps 9"}
 
 
 def detect_config(file: Path, prediction_type: str | None = None) -> str:
@@ -101,25 +103,13 @@ def _variant(file: Path, name: str) -> str:
         return name
     word, other = ALIKE[name]
     said = re.search(rf"(?<![a-z]){word}(?![a-z])", file.stem.lower()) is not None
-    usual, its = (
-        KNOWN_CONFIGS[name],
-        KNOWN_CONFIGS[other] if other else f"{KNOWN_CONFIGS[name]}-{word.title()}",
-    )
-    start = f"{file} may be {usual} or {its}, which its weights do not tell"
-    if other is None:
-        advice = (
-            "draw with --guidance 1 --steps 9"
-            if said
-            else f"if it is {its}, draw with --guidance 1 --steps 9"
-        )
-        why = f"its name says {its}" if said else f"it is read as {usual}"
-        warn_once(f"{start}; {why} ({_settings(name)}): {advice}")
-        return name
     chosen, left = (other, name) if said else (name, other)
     why = ", as its name says" if said else ""
+    drawn = f"; draw {KNOWN_CONFIGS[other]} with {DRAWN[other]}" if other in DRAWN else ""
     warn_once(
-        f"{start}; it is read as {KNOWN_CONFIGS[chosen]}{why} ({_settings(chosen)}); "
-        f"if it is the other, give --config {left}"
+        f"{file} may be {KNOWN_CONFIGS[name]} or {KNOWN_CONFIGS[other]}, which its weights do not tell; it "
+        f"is read as {KNOWN_CONFIGS[chosen]}{why} ({_settings(chosen)}); if it is the other, give --config "
+        f"{left}{drawn}"
     )
     return chosen
 

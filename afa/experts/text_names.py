@@ -32,6 +32,8 @@ KINDS = {
     "mistral3": "Mistral",
     "gemma2": "Gemma 2",
 }
+# before a text encoder's names in a file with a transformer: ComfyUI's checkpoints, and Stability's of SD 3
+BESIDE = re.compile(r"^text_encoders\.[^.]+\.transformer\.")
 BEGIN = re.compile(r"^(model\.)?(language_model\.)?(model\.)?(text_model\.)?")
 EMBEDDINGS = (
     "embed_tokens.weight",
@@ -89,7 +91,9 @@ class TextLayout(Layout):
         """The tensors by transformers' names. See Layout."""
         from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
-        named = {_plain(name, self.kind): tensor for name, tensor in tensors.items()}
+        named = {
+            _plain(name.removeprefix(self.prefix), self.kind): tensor for name, tensor in tensors.items()
+        }
         if OPEN_CLIP in named:
             named = dict(convert_open_clip_checkpoint(model, named, prefix=""))
             named = {_plain(name, self.kind): tensor for name, tensor in named.items()}
@@ -106,11 +110,13 @@ class TextEncoderFile:
     place:   the file, or the folder
     kind:    a name of KINDS
     tensors: by transformers' names without what stands before them
+    prefix:  what stands before its names in a file that holds more than it
     """
 
     place: Path
     kind: str
     tensors: Tensors
+    prefix: str = ""
 
     @cached_property
     def width(self) -> int:
@@ -136,7 +142,7 @@ class TextEncoderFile:
     @property
     def layout(self) -> TextLayout:
         """How it names its tensors."""
-        return TextLayout("text_encoder", kind=self.kind)
+        return TextLayout("text_encoder", self.prefix, kind=self.kind)
 
     def __str__(self) -> str:
         return f"a {self.kind} of width {self.width:,}"
@@ -172,10 +178,11 @@ class TextEncoderFile:
         there = {name.partition(".")[0] for name in self.tensors}
         tied = getattr(model.config, "tie_word_embeddings", False)  # then the head is the table of tokens
         absent = {name for name in UNUSED if name not in there and not (tied and name == "lm_head")}
-        for place, _ in list(model.named_modules()):
-            if _plain(f"{place}.", "").rstrip(".") in absent | ({"norm"} if shortened else set()):
-                model.set_submodule(place, nn.Identity())
-        model.left_out = str(self.place) if absent or shortened else None
+        absent |= {"norm"} if shortened else set()
+        gone = [name for name, _ in model.named_modules() if _plain(f"{name}.", "").rstrip(".") in absent]
+        for place in gone:
+            model.set_submodule(place, nn.Identity())
+        model.left_out = str(self.place) if gone else None
 
 
 def text_encoder_in(place: Path) -> TextEncoderFile:
@@ -192,6 +199,19 @@ def text_encoder_in(place: Path) -> TextEncoderFile:
     if kind is None:
         raise UserError(f"--text-encoder {place} {_strange(found, place)}")
     return TextEncoderFile(place, kind, {_plain(name, kind): entry for name, entry in found.items()})
+
+
+def text_encoders_beside(file: Path) -> list[TextEncoderFile]:
+    """The text encoders of known kinds that a file holds beside a transformer. Most hold none."""
+    by_prefix: dict[str, Tensors] = {}
+    for name, entry in read_file(file).items():
+        if (found := BESIDE.match(name)) is not None:
+            by_prefix.setdefault(found[0], {})[name.removeprefix(found[0])] = entry
+    return [
+        TextEncoderFile(file, kind, {_plain(name, kind): entry for name, entry in tensors.items()}, prefix)
+        for prefix, tensors in by_prefix.items()
+        if (kind := kind_in(tensors)) is not None
+    ]
 
 
 def kind_in(names: Collection[str]) -> str | None:

@@ -53,6 +53,8 @@ def find_words(pipeline: Any, prompt: str, length: int) -> list[Word]:
     places: list[list[int]] = [[] for _ in spans]
     offset, tokenizers = interface.prompt_offset, tokenizers_in(pipeline.components)
     for index in interface.aggregator_tokenizers:
+        if index >= len(tokenizers):  # SD 3 without T5
+            continue
         tokenizer = tokenizers[index]
         read, reader = interface.as_read(config, tokenizer, prompt), reader_of(tokenizer)
         before = max(read.rfind(prompt), 0)  # characters of a chat before the prompt

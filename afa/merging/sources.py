@@ -38,6 +38,7 @@ from afa.experts.vae import describe_vae
 from afa.merging.keys import key_stages
 from afa.merging.single_file import original_places
 from afa.models.registry import layers_of
+from afa.places import as_typed
 
 if TYPE_CHECKING:
     pass
@@ -103,7 +104,7 @@ class FileSource:
     @property
     def place(self) -> str:
         """Where it is, for a reader."""
-        return str(self.located.path)
+        return as_typed(str(self.located.path))
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from afa.errors import UserError
 from afa.experts.headers import check_finite, check_fit, load_tensors, read_header
 from afa.files import sha256
+from afa.hub_files import hub_file
 
 HUB_PLACE = re.compile(r"\w[\w.-]*/[\w.-]+(/[\w./+-]+)?")
 NAMED_HASH = re.compile(
@@ -155,16 +156,11 @@ def _from_hub(metric: str, part: Part, place: str, advice: str) -> Path:
 
 
 def _fetch_file(place: str, local_files_only: bool) -> Path:
-    from huggingface_hub import hf_hub_download
-
     owner, name, *file = place.split("/")
     if not file:
         raise OSError(f"{place} names no file")
-    return Path(
-        hf_hub_download(
-            f"{owner}/{name}", "/".join(file), local_files_only=local_files_only, etag_timeout=TIMEOUT
-        )
-    )
+    where = {"local_files_only": local_files_only, "etag_timeout": TIMEOUT}
+    return hub_file(f"{owner}/{name}", "/".join(file), **where)
 
 
 def _fetch_folder(place: str, local_files_only: bool) -> Path:

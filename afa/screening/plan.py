@@ -17,10 +17,12 @@ from afa.devices import choose_device
 from afa.errors import UserError
 from afa.experts.compatible import mismatches
 from afa.experts.description import ExpertDescription, describe_expert
-from afa.experts.donor import DonorSpec, describe_donor, donor_scheduler, lacks
+from afa.experts.donor import DonorSpec, describe_donor, files_of, lacks
 from afa.experts.expert import Expert
+from afa.experts.lending import donor_scheduler
 from afa.experts.load import check_names
 from afa.experts.spec import ExpertSpec
+from afa.experts.text_names import text_encoders_beside
 from afa.latents import latents_of
 from afa.models.registry import FAMILIES
 from afa.prompts import read_prompts
@@ -214,12 +216,12 @@ def _donor(experts: Sequence[Expert], settings: ScreenSettings) -> DonorSpec | N
     text encoders and tokenizers for the comparison. Raises UserError if a bare denoiser has no donor, or its
     donor lacks parts.
     """
-    given = DonorSpec(settings.frame, tuple(settings.text_encoder or ()), settings.vae)
     bare = [expert for expert in experts if not expert.text_encoders]
+    given = DonorSpec(settings.frame, tuple(settings.text_encoder or ()), settings.vae, files_of(bare))
     if not bare:
         return given or None
     whole = next((expert for expert in experts if expert.text_encoders), None)
-    if given:
+    if given or (whole is None and any(map(text_encoders_beside, given.files))):
         found = describe_donor(given, bare[0])
         lender = found.expert([component.model for component in found.text_encoders])
     elif whole is None or whole.located is None or whole.located.single_file:

@@ -21,8 +21,9 @@ from afa.denoiser.schedule import Schedule, conversion
 from afa.devices import free_memory
 from afa.ensemble import Ensemble
 from afa.errors import UserError
-from afa.experts.donor import DonorSpec, borrow_components, lacks, load_donor
+from afa.experts.donor import DonorSpec, lacks
 from afa.experts.expert import Expert, load_finite_vae
+from afa.experts.lending import borrow_components, load_donor
 from afa.experts.load import load_experts
 from afa.experts.locate import locate
 from afa.experts.spec import ExpertSpec

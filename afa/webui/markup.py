@@ -17,6 +17,7 @@ from afa.generation.run import is_saved
 from afa.pages.numbers import plural
 from afa.pages.page import data_uri, part
 from afa.pictures import colour_of, heat, overlay
+from afa.places import as_typed
 from afa.sampling.regions import Region, pixels_of
 from afa.text_files import read_text
 from afa.version import __version__
@@ -203,11 +204,11 @@ def _experts(engine: Engine) -> list[tuple[str, str]]:
     rows = []
     for expert in engine.ensemble.experts:
         known = recorded.get(expert.name)
-        source = known.source if known else str(expert.located.spec.source if expert.located else "in memory")
+        source = known.source if known else expert.located.spec.source if expert.located else "in memory"
         files = (known.files if known else None) or {}
         denoiser = [digest for name, digest in files.items() if "unet" in name or "transformer" in name]
         digest = next(iter([*denoiser, *files.values()]), "not recorded")
-        rows.append((expert.name, f"{source}, sha256 of its denoiser {digest}"))
+        rows.append((expert.name, f"{as_typed(source)}, sha256 of its denoiser {digest}"))
     return rows
 
 

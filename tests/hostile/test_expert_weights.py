@@ -12,8 +12,9 @@ from tiny import sd_pipeline, sd_unet
 
 import afa as package
 from afa import Ensemble, UserError
-from afa.experts.donor import DonorSpec, load_donor
+from afa.experts.donor import DonorSpec
 from afa.experts.headers import first_not_finite, is_finite
+from afa.experts.lending import load_donor
 from afa.experts.load import load_expert, load_experts
 
 ASSETS = Path(package.__file__).parent / "demo" / "assets"
