@@ -1,9 +1,11 @@
 """ComfyUI's own core, if COMFYUI names its folder, and tiny MODELs of its real classes with the weights of diffusers models.
 
-torchvision is not among what afa's tests install: the core only looks for its name, so an empty module stands in for it.
+torchvision and torchaudio are not among what afa's tests install: the core imports names from them for models that no test here uses, so empty
+modules stand in for them.
 """
 
 import importlib
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
@@ -34,7 +36,25 @@ SDXL = UNET | {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 6 * 256 + 16,
 }
+NOT_INSTALLED = [name for name in ("torchvision", "torchaudio") if importlib.util.find_spec(name) is None]
 FLUX = {"in_channels": 64, "pooled_projection_dim": 16, "num_layers": 2, "num_single_layers": 2}
+
+
+class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds every module of the packages that are not installed; each name in it is an empty class."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname.partition(".")[0] not in NOT_INSTALLED:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        def empty(name: str) -> type:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {})
+
+        module.__getattr__ = empty  # type: ignore[method-assign]
 
 
 def load_core() -> Any:
@@ -42,17 +62,20 @@ def load_core() -> Any:
     assert COMFYUI is not None
     if COMFYUI not in sys.path:
         sys.path.insert(0, COMFYUI)
-    stubs = {name: types.ModuleType(name) for name in ("torchvision", "torchvision.transforms") if importlib.util.find_spec("torchvision") is None}
-    for name, stub in stubs.items():
-        stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    sys.modules.update(stubs)
+    stand_in = StandIn()
+    sys.meta_path.append(stand_in)
     importlib.import_module("comfy.options").args_parsing = False
     importlib.import_module("comfy.cli_args").args.cpu = True
     names = "sample samplers sd model_base model_detection model_management model_patcher supported_models controlnet lora conds hooks"
     for name in (*(f"comfy.{name}" for name in names.split()), "nodes", "execution"):
         importlib.import_module(name)
-    for name in stubs:  # other libraries would take them for the real one
+    sys.meta_path.remove(stand_in)
+    for name in [name for name in sys.modules if name.partition(".")[0] in NOT_INSTALLED]:  # other libraries would take them for the real ones
         del sys.modules[name]
+    rotary = importlib.import_module("comfy.ldm.flux.math")
+    kernel = rotary.apply_rope
+    # the kernels of cores after 0.3.64 take no double precision, in which tests compare with diffusers
+    rotary.apply_rope = lambda q, k, pe: tuple(rotary._apply_rope1(one, pe) for one in (q, k)) if q.dtype == torch.float64 else kernel(q, k, pe)
     return importlib.import_module("comfy")
 
 
@@ -89,11 +112,15 @@ def flux_model(core: Any, transformer: Any, dtype: torch.dtype = torch.float32) 
         "qkv_bias": True,
         "guidance_embed": config.guidance_embeds,
     }
+    parameters = importlib.import_module("comfy.ldm.flux.model").FluxParams
+    if "txt_ids_dims" in parameters.__dataclass_fields__:  # since FLUX.2, which has some
+        settings["txt_ids_dims"] = []
     return _patcher(core, core.supported_models.Flux(settings), dict(originals("flux", transformer.state_dict())))
 
 
 def _patcher(core: Any, config: Any, tensors: dict[str, torch.Tensor]) -> Any:
     model = config.get_model(tensors, "")
+    tensors = config.process_unet_state_dict(tensors)
     missing, unexpected = model.diffusion_model.load_state_dict(tensors, strict=False)
     assert not missing and not unexpected
     cpu = torch.device("cpu")

@@ -195,6 +195,18 @@ def test_inputs_are_connected_without_a_gap():
             AfaEnsemble().combine(chosen, path, model_1=object(), model_2=object())
 
 
+def test_a_folder_that_is_wrong_is_said_before_any_checkpoint_is_loaded(tmp_path):
+    valid = AfaEnsemble.VALIDATE_INPUTS
+    assert "no ensemble is chosen" in valid("(by path)", " ")
+    assert f"there is no folder {tmp_path / 'gone'}, and no ensemble" in valid("(by path)", str(tmp_path / "gone"))
+    assert "is no ensemble: it has no afa.json" in valid("(by path)", str(tmp_path))
+    (tmp_path / "afa.json").write_text("{")
+    assert "afa.json" in valid("(by path)", str(tmp_path))
+    assert "no ensemble in models/afa 'mine'" in valid("mine", "")
+    for known_when_it_runs in ((None, ""), ("(by path)", None)):  # values that other nodes give
+        assert valid(*known_when_it_runs) is True
+
+
 def test_factors_are_those_of_the_strengths_at_every_place():
     left = torch.zeros(1, 4, 4)
     left[..., :2] = 1

@@ -5,6 +5,7 @@ Run with COMFYUI=FOLDER of ComfyUI 0.3.64 or later, whose requirements (without 
 
 import functools
 import gc
+import inspect
 import itertools
 import json
 import logging
@@ -279,11 +280,15 @@ def with_difference(core, family, added):
     return model
 
 
-@pytest.mark.parametrize("name", ["sd15", "flux"])
-def test_loras_of_one_checkpoint_are_experts_of_their_own(core, made, name):
+@pytest.mark.parametrize(("name", "reload"), [("sd15", False), ("flux", False), ("sd15", True)])
+def test_loras_of_one_checkpoint_are_experts_of_their_own(core, made, name, reload):
     family = FAMILIES[name]
     mine = made(family, placement="layers")
     base, positive, negative, noise = family.model(core, 0), family.prompt(1), family.prompt(2), family.noise()
+    if reload:  # as the core's own loaders leave it
+        if not hasattr(base, "deepclone_multigpu"):
+            pytest.skip("a core that cannot load a file again")
+        base.cached_patcher_init = (family._model.__wrapped__, (family, core, family.pipeline(0)))
     stock = sample(core, base, positive, negative, noise)
     first, one = lora(base, 1)
     second, two = lora(base, 2)
@@ -293,6 +298,15 @@ def test_loras_of_one_checkpoint_are_experts_of_their_own(core, made, name):
         expected = sample(core, combine(separate, mine), positive, negative, noise)
         assert apart(sample(core, combine(pair, mine), positive, negative, noise), expected) <= SAME
     assert torch.equal(sample(core, base, positive, negative, noise), stock)
+
+
+def test_a_model_that_can_neither_be_copied_nor_read_again_is_refused(core, made):
+    family = FAMILIES["sd15"]
+    base = family.model(core, 0)
+    second, _ = lora(base, 2)
+    second.is_dynamic = lambda: True  # its weights are streamed to the GPU, and not in memory
+    with pytest.raises(UserError, match=r"MODEL 2 .expert_1. and a MODEL before it share weights of a loader"):
+        combine([base, second], made(family))
 
 
 def test_equal_models_are_held_once(core, made):
@@ -324,6 +338,10 @@ def test_what_would_reach_the_first_expert_alone_is_refused(core, made):
         sample(core, wrapped, prompt, prompt, noise)
     with pytest.raises(UserError, match="is an ensemble itself"):
         combine([model, model], mine)
+    divided = model.clone()
+    divided.set_additional_models("multigpu", [family.model(core, 0)])
+    with pytest.raises(UserError, match="divided among GPUs"):
+        sample(core, divided, prompt, prompt, noise)
 
 
 @pytest.mark.parametrize("name", ["input_block_patch", "output_block_patch", "emb_patch", "middle_patch", "post_input", "another"])
@@ -342,6 +360,53 @@ def test_patches_that_an_ensemble_leaves_out_are_refused_by_name(core, made, nam
 
 def halved(q, k, v, extra):
     return q * 0.5, k, v
+
+
+def by_block(q, k, v, extra_options, **more):
+    """A patch in FLUX's attention that is another one at every block."""
+    place = extra_options["block_index"] + (extra_options["block_type"] == "single") * extra_options["total_blocks"]
+    start, end = extra_options["img_slice"]
+    assert end == q.shape[2]
+    return {"q": torch.cat([q[:, :, :start], q[:, :, start:] / (2 + place)], dim=2), "k": k, "v": v}
+
+
+def test_a_patch_in_the_attention_of_flux_knows_its_block(core, made):
+    family = FAMILIES["flux"]
+    mine = made(family, trained=False, placement="layers")
+    model, positive, negative, noise = family.model(core, 0), family.prompt(1), family.prompt(2), family.noise()
+    patched = model.clone()
+    patched.set_model_patch(by_block, "attn1_patch")
+    expected = sample(core, patched, positive, negative, noise)
+    if torch.equal(expected, sample(core, model, positive, negative, noise)):
+        pytest.skip("a core whose FLUX.1 reads no patches in attention")
+    afterwards = combine([model, family.model(core, 0, copy=1)], mine)
+    afterwards.set_model_patch(by_block, "attn1_patch")
+    assert torch.equal(sample(core, afterwards, positive, negative, noise), expected)
+
+
+def test_scaled_places_of_flux_are_those_of_comfyui(core, made):
+    family = FAMILIES["flux"]
+    mine = made(family, trained=False, placement="layers")
+    models, positive, negative, noise = [family.model(core, 0, copy=copy) for copy in (0, 1)], family.prompt(1), family.prompt(2), family.noise()
+    scaled = models[0].clone()
+    scaled.model_options["transformer_options"]["rope_options"] = {"scale_x": 0.5, "shift_y": 3.0}
+    expected = sample(core, scaled, positive, negative, noise)
+    if torch.equal(expected, sample(core, models[0], positive, negative, noise)):
+        pytest.skip("a core without scaled places")
+    assert torch.equal(sample(core, combine([scaled, models[1]], mine), positive, negative, noise), expected)
+
+
+@pytest.mark.parametrize("setting", ["txt_norm", "global_modulation", "yak_mlp", "txt_ids_dims", "vec_in_dim", "patch_size"])
+def test_a_flux_of_another_kind_is_refused(core, made, setting):
+    family = FAMILIES["flux"]
+    models = [family._model.__wrapped__(family, core, family.pipeline(seed)) for seed in (0, 1)]
+    network = models[1].model.diffusion_model
+    if setting == "patch_size":
+        network.patch_size = 1
+    else:
+        setattr(network.params, setting, None if setting == "vec_in_dim" else [3])
+    with pytest.raises(UserError, match="a Flux .*FLUX.2, .* is not served in ComfyUI"):
+        combine(models, made(family))
 
 
 def test_a_patch_in_attention_reaches_its_own_expert_or_all(core, made):
@@ -679,7 +744,11 @@ def test_ensembles_are_found_in_comfyuis_folder_of_models(core, made, tmp_path, 
     (tmp_path / "models" / "nothing").mkdir()
     assert ensembles() == {"mine": Path(tmp_path / "models" / "mine")}
     assert AfaEnsemble.INPUT_TYPES()["required"]["ensemble"][0] == ["(by path)", "mine"]
-    before = AfaEnsemble.IS_CHANGED("mine", model_1=None)
+    # a name is a path, too, as in the shipped workflow
+    for chosen in (("mine", ""), ("(by path)", "mine"), ("(by path)", str(tmp_path / "models" / "mine"))):
+        assert AfaEnsemble.VALIDATE_INPUTS(*chosen) is True
+    assert combine(FAMILIES["sd15"].models(core), tmp_path / "models" / "mine")
+    before = AfaEnsemble.IS_CHANGED("(by path)", "mine", model_1=None)
     assert before.startswith("{") and AfaEnsemble.IS_CHANGED("gone") == ""
     with pytest.raises(UserError, match="no ensemble in models/afa 'min'; did you mean 'mine'"):
         AfaEnsemble().combine("min")
@@ -722,7 +791,8 @@ def test_the_example_runs_in_comfyuis_executor(core, made, tmp_path, monkeypatch
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(tmp_path / "checkpoints")], {".safetensors"}))
     family = FAMILIES["sd15"]
     files = [checkpoint(core, family, seed, tmp_path / "checkpoints" / f"{name}.safetensors") for seed, name in enumerate(("photo", "paint"))]
-    mine = shutil.copytree(made(family, placement="layers"), tmp_path / "mine")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "afa", ([str(tmp_path / "ensembles")], set()))
+    mine = shutil.copytree(made(family, placement="layers"), tmp_path / "ensembles" / "my-ensemble")
     manifest = json.loads((mine / "afa.json").read_text())
     for entry, file in zip(manifest["experts"], files, strict=True):
         entry["files"] = {file.name: sha256(file)}
@@ -734,11 +804,17 @@ def test_the_example_runs_in_comfyuis_executor(core, made, tmp_path, monkeypatch
     for name in [name for name, node in prompt.items() if node["class_type"] in ("VAEDecode", "SaveImage")]:
         del prompt[name]
     del prompt["11"]["inputs"]["image"]
-    prompt["3"]["inputs"]["path"] = str(mine)
+    assert prompt["3"]["inputs"]["path"] == mine.name
     prompt["7"]["inputs"] |= {"width": 128, "height": 64}
     prompt["8"]["inputs"]["steps"] = 2
     server = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *args: None)
-    executor = execution.PromptExecutor(server)
+    takes = inspect.signature(execution.PromptExecutor).parameters
+    executor = execution.PromptExecutor(server, **({"cache_args": {"lru": 0, "ram": 0, "ram_inactive": 0}} if "cache_args" in takes else {}))
+
+    prompt["3"]["inputs"]["path"] = "my-ensembel"
+    valid, _, _, errors = asyncio.run(execution.validate_prompt("one", prompt, None))
+    assert "no ensemble 'my-ensembel' in models/afa" in errors["3"]["errors"][0]["details"]
+    prompt["3"]["inputs"]["path"] = mine.name
 
     def run():
         valid, error, outputs, errors = asyncio.run(execution.validate_prompt("one", prompt, None))

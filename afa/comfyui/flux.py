@@ -1,4 +1,7 @@
-"""ComfyUI's FLUX.1 as stages: `double_blocks.i` is D.., `single_blocks.i` S.., `final_layer` OUT."""
+"""ComfyUI's FLUX.1 as stages: `double_blocks.i` is D.., `single_blocks.i` S.., `final_layer` OUT.
+
+Blocks note where they are in transformer_options, as the forward does; patches in attention read it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,19 +22,34 @@ LARGEST = 65504  # of float16
 
 @dataclass(kw_only=True, eq=False)
 class DoubleBlock(Block):
-    """A double block. Its text tokens are copied, since ComfyUI's blocks change theirs in place."""
+    """A double block. Its tokens are copied, since ComfyUI's blocks change theirs in place.
+
+    total: number of double blocks
+    """
+
+    total: int
 
     def process(self, image: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor]:
         assert context.text_tokens is not None
-        image, text = self.module(img=image, txt=context.text_tokens.clone(), **self.arguments(context))
+        _note(self, context)
+        tokens = {"img": image.clone(), "txt": context.text_tokens.clone()}
+        image, text = self.module(**tokens, **self.arguments(context))
         return text, image
 
 
 @dataclass(kw_only=True, eq=False)
 class SingleBlock(SequenceBlock):
-    """A single block, which takes text and image tokens as one sequence."""
+    """A single block, which takes text and image tokens as one sequence.
+
+    total: number of single blocks
+    """
+
+    total: int
 
     def process(self, image: Tensor, context: TokenContext) -> tuple[Tensor | None, Tensor]:
+        assert context.text_tokens is not None
+        length = context.text_tokens.shape[1]
+        _note(self, context, img_slice=[length, length + image.shape[1]])
         if self.index == 0 and image.dtype == torch.float16:  # as ComfyUI does between the kinds of blocks
             image = torch.nan_to_num(image, nan=0.0, posinf=LARGEST, neginf=-LARGEST)
         return super().process(image, context)
@@ -55,8 +73,7 @@ class FluxReader(NetworkReader):
     family = "flux"
 
     def stages(self, network: Any) -> tuple[Stage, ...]:
-        if network.patch_size != 2**LEVEL:
-            raise UserError(f"a Flux with patches of {network.patch_size} is not served; only {2**LEVEL} is")
+        _check(network)
         head = FluxHead(name="OUT", channels=network.out_channels, level=LEVEL, model=network)
         return (
             *_blocks(DoubleBlock, "D", "double", network.double_blocks, network.hidden_size),
@@ -74,7 +91,9 @@ class FluxReader(NetworkReader):
                 "leave the node out"
             )
         x, settings = call["x"], network.params
-        patches, places = network.process_img(x)
+        # a later core than 0.3.64 takes the options, in which a node may scale or shift the places
+        scaled = {"transformer_options": options} if "rope_options" in options else {}
+        patches, places = network.process_img(x, **scaled)
         hidden, embed = network.img_in(patches), from_its_module(network, "timestep_embedding")
         temb = network.time_in(embed(call["timestep"], TIME).to(hidden.dtype))
         if settings.guidance_embed and call.get("guidance") is not None:
@@ -117,11 +136,33 @@ class FluxReader(NetworkReader):
         return nn.functional.pixel_shuffle(prediction, 2**LEVEL)[:, :, :height, :width]
 
 
-def _blocks(kind: type[Block], letter: str, group: str, modules: Any, width: int) -> list[Block]:
+def _blocks(
+    kind: type[DoubleBlock | SingleBlock], letter: str, group: str, modules: Any, width: int
+) -> list[Block]:
+    facts: dict[str, Any] = {"channels": width, "level": LEVEL, "group": group, "total": len(modules)}
     return [
-        kind(name=f"{letter}{index:02}", channels=width, level=LEVEL, group=group, module=module, index=index)
+        kind(name=f"{letter}{index:02}", module=module, index=index, **facts)
         for index, module in enumerate(modules)
     ]
+
+
+def _note(block: DoubleBlock | SingleBlock, context: TokenContext, **more: Any) -> None:
+    """Note in transformer_options which block runs."""
+    noted = {"block_type": block.group, "block_index": block.index, "total_blocks": block.total}
+    context.conditions["transformer_options"] |= noted | more
+
+
+def _check(network: Any) -> None:
+    """Raise UserError for a Flux of another kind than FLUX.1, which its forward computes differently."""
+    settings = network.params
+    others = ("global_modulation", "txt_norm", "yak_mlp", "txt_ids_dims")  # not in 0.3.64
+    given = [name for name in others if getattr(settings, name, None)]
+    if given or network.patch_size != 2**LEVEL or settings.vec_in_dim is None:
+        raise UserError(
+            f"a Flux with patches of {network.patch_size}, pooled text of width {settings.vec_in_dim} and "
+            f"{', '.join(given) or 'nothing else'} (FLUX.2, LongCat-Image, Ovis-Image …) is not served in "
+            "ComfyUI; FLUX.1 is"
+        )
 
 
 def _grid(x: Tensor) -> tuple[int, int]:

@@ -123,6 +123,11 @@ class RunningEnsemble:
                 "a node after AFA Ensemble patches weights (a LoRA?), which would reach the first expert "
                 "alone; put it between the loader and AFA Ensemble, for each expert that it is meant for"
             )
+        if guider.model_patcher.get_additional_models_with_key("multigpu"):
+            raise UserError(
+                "the passes of a step are divided among GPUs, which an ensemble does not do; "
+                "leave out the node that divides them (MultiGPU CFG Split)"
+            )
         conditions = {name: list(found) for name, found in guider.conds.items()}
         if any(one.get("hooks") for found in conditions.values() for one in found):
             raise UserError(
