@@ -185,9 +185,9 @@ def test_a_folder_that_is_not_comfyuis_or_a_link_is_refused(comfyui, tmp_path, c
 # --- the parts that need no core ---
 
 
-def test_inputs_are_connected_without_a_gap():
+def test_inputs_are_connected_without_a_gap(tmp_path):
     with pytest.raises(UserError, match="model_2 is not connected, but a later MODEL is"):
-        AfaEnsemble().combine("(by path)", "somewhere", model_1=object(), model_3=object())
+        AfaEnsemble().combine("(by path)", str(tmp_path), model_1=object(), model_3=object())
     with pytest.raises(UserError, match="clip_1 is not connected"):
         AfaEncode().encode("a", clip_2=object())
     for chosen, path, told in (("(by path)", " ", "no ensemble is chosen"), ("mine", "", "no ensemble in models/afa 'mine'")):

@@ -812,7 +812,7 @@ def test_the_example_runs_in_comfyuis_executor(core, made, tmp_path, monkeypatch
     executor = execution.PromptExecutor(server, **({"cache_args": {"lru": 0, "ram": 0, "ram_inactive": 0}} if "cache_args" in takes else {}))
 
     prompt["3"]["inputs"]["path"] = "my-ensembel"
-    valid, _, _, errors = asyncio.run(execution.validate_prompt("one", prompt, None))
+    _, _, _, errors = asyncio.run(execution.validate_prompt("one", prompt, None))
     assert "no ensemble 'my-ensembel' in models/afa" in errors["3"]["errors"][0]["details"]
     prompt["3"]["inputs"]["path"] = mine.name
 
