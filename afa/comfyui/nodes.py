@@ -98,7 +98,7 @@ class AfaEnsemble:
             "STRING",
             {
                 "default": "",
-                "tooltip": f"where {BY_PATH} is chosen: the ensemble's folder, or its name in models/{FOLDER}",
+                "tooltip": f"for {BY_PATH}: the ensemble's folder, or its name in models/{FOLDER}",
             },
         )
         found["optional"]["compare_files"] = (
@@ -121,7 +121,7 @@ class AfaEnsemble:
 
     @classmethod
     def VALIDATE_INPUTS(cls, ensemble: str | None = None, path: str | None = None) -> bool | str:  # noqa: N802
-        """Return True, or what is wrong with the folder, before checkpoints are loaded. None: not known yet."""
+        """Return True, or what is wrong with the folder, before models are loaded. None: not known yet."""
         from afa.checkpoint.manifest import read_manifest
 
         if ensemble is not None and (ensemble != BY_PATH or path is not None):
