@@ -798,7 +798,7 @@ def test_the_example_runs_in_comfyuis_executor(core, made, tmp_path, monkeypatch
         entry["files"] = {file.name: sha256(file)}
     (mine / "afa.json").write_text(json.dumps(manifest))
 
-    prompt = json.loads((PACK / "example_workflows" / "afa_two_experts_api.json").read_text())
+    prompt = json.loads((PACK / "api" / "afa_two_experts.json").read_text())
     kinds = {node["class_type"] for node in prompt.values()}
     assert kinds <= set(nodes.NODE_CLASS_MAPPINGS)
     for name in [name for name, node in prompt.items() if node["class_type"] in ("VAEDecode", "SaveImage")]:
