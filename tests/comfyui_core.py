@@ -39,6 +39,9 @@ SDXL = UNET | {
 NOT_INSTALLED = [name for name in ("torchvision", "torchaudio") if importlib.util.find_spec(name) is None]
 FLUX = {"in_channels": 64, "pooled_projection_dim": 16, "num_layers": 2, "num_single_layers": 2}
 
+SD3 = {"in_channels": 16, "out_channels": 16, "num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 2, "caption_projection_dim": 128}
+SD3 |= {"pooled_projection_dim": 40, "dual_attention_layers": (0,)}
+
 
 class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds every module of the packages that are not installed; each name in it is an empty class."""
@@ -116,6 +119,13 @@ def flux_model(core: Any, transformer: Any, dtype: torch.dtype = torch.float32) 
     if "txt_ids_dims" in parameters.__dataclass_fields__:  # since FLUX.2, which has some
         settings["txt_ids_dims"] = []
     return _patcher(core, core.supported_models.Flux(settings), dict(originals("flux", transformer.state_dict())))
+
+
+def sd3_model(core: Any, transformer: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A MODEL of a diffusers SD 3 transformer."""
+    tensors = dict(originals("sd3", transformer.state_dict()))
+    settings = core.model_detection.detect_unet_config(tensors, "") | {"dtype": dtype}
+    return _patcher(core, core.supported_models.SD3(settings), tensors)
 
 
 def _patcher(core: Any, config: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import comfyui_core
 import pytest
 import torch
-from comfyui_core import FLUX, SD15, SD20, SDXL, flux_model, sample, unet_model
+from comfyui_core import FLUX, SD3, SD15, SD20, SDXL, flux_model, sample, sd3_model, unet_model
 from original_layout import unet_tensors
 from safetensors.torch import save_file
 from tiny import sd_pipeline, sd_unet, sdxl_pipeline
-from tiny_transformers import flux_pipeline
+from tiny_transformers import flux_pipeline, sd3_pipeline
 
 from afa import Ensemble, UserError
 from afa.comfyui.experts import combine, provenance
@@ -31,7 +31,6 @@ from afa.files import sha256
 
 pytestmark = pytest.mark.skipif(comfyui_core.COMFYUI is None, reason="COMFYUI names no folder of ComfyUI")
 AGGREGATORS = {"hidden": 32, "heads": 2, "depth": 1}
-POOLED, XL_WIDTH = 16, 40
 SAME = 1e-4  # see apart
 EXACT = torch.float64  # to compare with diffusers: sampling with guidance enlarges what single precision rounds
 CLIP_SHAPE = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -50,14 +49,16 @@ class Family:
 
     def __init__(self, name):
         self.name = name
-        self.flux, self.xl = name == "flux", name == "sdxl"
-        self.channels, self.text = (16, 24) if self.flux else (4, XL_WIDTH if self.xl else 24)
-        self.pooled = self.flux or self.xl
+        self.flux, self.sd3, self.xl = (name == one for one in ("flux", "sd3", "sdxl"))
+        self.channels = 16 if self.flux or self.sd3 else 4
+        self.text, self.pooled = {"flux": (24, 16), "sd3": (48, 40), "sdxl": (40, 16)}.get(name, (24, 0))  # widths
 
     @functools.cache  # noqa: B019  # families live as long as the module
     def pipeline(self, seed):
         if self.flux:
             return flux_pipeline(seed, **FLUX)
+        if self.sd3:
+            return sd3_pipeline(seed, **SD3)
         if self.xl:
             return sdxl_pipeline(seed, **SDXL)
         return sd_pipeline(seed, prediction_type="v_prediction" if self.name == "sd20" else "epsilon", **(SD20 if self.name == "sd20" else SD15))
@@ -70,6 +71,8 @@ class Family:
     def _model(self, core, pipe, copy=0, dtype=torch.float32):
         if self.flux:
             return flux_model(core, pipe.transformer, dtype)
+        if self.sd3:
+            return sd3_model(core, pipe.transformer, dtype)
         return unet_model(core, pipe.unet, {"sd15": "SD15", "sd20": "SD20", "sdxl": "SDXL"}[self.name], dtype)
 
     def models(self, core, dtype=torch.float32):
@@ -78,7 +81,7 @@ class Family:
     def prompt(self, seed, tokens=7):
         """A CONDITIONING with random states."""
         generator = torch.Generator().manual_seed(seed)
-        settings = {"pooled_output": torch.randn(1, POOLED, generator=generator)} if self.pooled else {}
+        settings = {"pooled_output": torch.randn(1, self.pooled, generator=generator)} if self.pooled else {}
         return [[torch.randn(1, tokens, self.text, generator=generator), settings]]
 
     def noise(self, batch=2, height=16, width=16):
@@ -93,17 +96,17 @@ class Family:
             halves = [one[0][0].split(denoiser.text_widths, -1) for one in prompts]
             states = torch.cat([*(one for one, _ in halves), *(other for _, other in halves)], -1).expand(batch, -1, -1)
         pooled = torch.cat([one[0][1]["pooled_output"] for one in prompts], -1).expand(batch, -1) if self.pooled else None
-        if not self.flux:
+        if not self.flux and not self.sd3:
             sides = [float(side * 8) for side in x.shape[-2:]]
             added = {"text_embeds": pooled, "time_ids": torch.tensor([[*sides, 0, 0, *sides]] * batch, dtype=EXACT)} if self.xl else None
             return denoiser(x, time, states, added_cond_kwargs=added).sample
         interface = denoiser.interface
         call = {"encoder_hidden_states": states, "pooled_projections": pooled}
-        made = interface.denoiser_kwargs(denoiser.config, x, time * 1000, call)
+        made = interface.denoiser_kwargs(denoiser.config, x, time * 1000 if self.flux else time, call)
         return interface.to_latents(denoiser(**made).sample, x.shape[-2:])
 
 
-FAMILIES = {name: Family(name) for name in ("sd15", "sd20", "sdxl", "flux")}
+FAMILIES = {name: Family(name) for name in ("sd15", "sd20", "sdxl", "flux", "sd3")}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -189,6 +192,7 @@ def test_two_experts_are_in_comfyui_what_they_are_in_diffusers(core, made, famil
         ("sd15", {"placement": "layers", "attention_up_to": 8}),
         ("sd15", {"placement": "IN01,OUT03", "aggregator": "stitch"}),
         ("flux", {"placement": "double"}),
+        ("sd3", {"placement": "every-2", "text_stream": "fused"}),
         ("flux", {"placement": "every-2", "text_stream": "fused"}),
         ("sd15", {"aggregator": "mean", "placement": "layers", "hidden": None, "heads": None, "depth": None}),
     ],
@@ -280,7 +284,7 @@ def with_difference(core, family, added):
     return model
 
 
-@pytest.mark.parametrize(("name", "reload"), [("sd15", False), ("flux", False), ("sd15", True)])
+@pytest.mark.parametrize(("name", "reload"), [("sd15", False), ("flux", False), ("sd3", False), ("sd15", True), ("sd3", True)])
 def test_loras_of_one_checkpoint_are_experts_of_their_own(core, made, name, reload):
     family = FAMILIES[name]
     mine = made(family, placement="layers")
@@ -409,6 +413,25 @@ def test_a_flux_of_another_kind_is_refused(core, made, setting):
         combine(models, made(family))
 
 
+@pytest.mark.parametrize(("setting", "value"), [("patch_size", 4), ("register_length", 2), ("context_processor", torch.nn.Identity()), ("y_embedder", None)])
+def test_an_mmdit_of_another_kind_is_refused(core, made, setting, value):
+    family = FAMILIES["sd3"]
+    models = [family._model.__wrapped__(family, core, family.pipeline(seed)) for seed in (0, 1)]
+    setattr(models[1].model.diffusion_model, setting, value)
+    with pytest.raises(UserError, match="an MMDiT .* is not served in ComfyUI"):
+        combine(models, made(family))
+
+
+def test_a_model_is_itself_after_an_ensemble_of_it_was_sampled(core, made, family):
+    mine = made(family)
+    models, prompt, noise = family.models(core), family.prompt(1), family.noise()
+    stock = sample(core, models[0], prompt, prompt, noise)
+    both = combine(models, mine)
+    for _ in range(2):
+        assert apart(sample(core, both, prompt, prompt, noise), stock) > 1e-3
+        assert torch.equal(sample(core, models[0], prompt, prompt, noise), stock)
+
+
 def test_a_patch_in_attention_reaches_its_own_expert_or_all(core, made):
     family = FAMILIES["sd15"]
     mine = made(family, trained=False, placement="layers")
@@ -472,7 +495,7 @@ def test_a_controlnet_works_as_in_comfyui(core, made, name):
     assert torch.equal(sample(core, both, positive, negative, noise), stock)
 
 
-def test_residuals_of_a_t2i_adapter_and_of_a_flux_controlnet_are_added_where_comfyui_adds_them(core, made):
+def test_residuals_of_a_t2i_adapter_and_of_controlnets_of_transformers_are_added_where_comfyui_adds_them(core, made):
     class Given(core.controlnet.ControlBase):
         """Residuals of the right sizes, drawn once; what networks of several kinds would compute."""
 
@@ -494,6 +517,7 @@ def test_residuals_of_a_t2i_adapter_and_of_a_flux_controlnet_are_added_where_com
             "output": [(32, 16, 16), None, (32, 8, 8), (64, 8, 8)],
         },
         "flux": {"input": [(64, 32), None], "output": [None, (64, 32)]},
+        "sd3": {"output": [(64, 128), None]},
     }
     for name, shapes in cases.items():
         family = FAMILIES[name]
@@ -506,8 +530,8 @@ def test_residuals_of_a_t2i_adapter_and_of_a_flux_controlnet_are_added_where_com
         assert apart(stock, free) > 1e-3
         both = combine([model, family.model(core, 0, copy=1)], mine)
         assert torch.equal(sample(core, both, positive, negative, noise), stock)
-        for strange in ([(16, 32)],) if name == "flux" else ([(32, 16, 16)] * 9, [(32, 8, 8)], [(64, 16, 16)]):
-            control.made = {"input": strange}
+        for strange in ([(16, 32)],) if name in ("flux", "sd3") else ([(32, 16, 16)] * 9, [(32, 8, 8)], [(64, 16, 16)]):
+            control.made = {"output" if name == "sd3" else "input": strange}
             with pytest.raises(UserError, match="take one of their architecture"):
                 sample(core, both, positive, negative, noise)
 
@@ -626,7 +650,7 @@ def test_maps_are_those_of_the_sampling_that_made_the_latents(core, made, family
         shares.append([float(line.split()[1]) for line in told.splitlines()])
         assert sum(shares[-1]) == pytest.approx(1, abs=2e-3)
     assert shares[1] == [0, 1] != shares[0]  # of weights that are almost 0, too, all is the other's
-    stage = "D00" if family.flux else "M00"
+    stage = {"flux": "D00", "sd3": "J00"}.get(family.name, "M00")
     picture = torch.rand(2, 64, 48, 3)
     maps, overlay, _ = nodes.show(model, {"samples": latents}, stage, picture)
     assert maps.shape == (4, 64, 48, 3) and overlay.shape == (2, 64, 48, 3)
@@ -691,7 +715,7 @@ def test_reference_images_are_refused(core, made):
         sample(core, model, prompt, family.prompt(2), family.noise())
 
 
-def test_the_files_that_were_loaded_are_compared_with_those_of_the_training(core, made, tmp_path, caplog):
+def test_the_files_that_were_loaded_are_compared_with_those_of_the_training(core, made, tmp_path, monkeypatch, caplog):
     import folder_paths
 
     family = FAMILIES["sd15"]
@@ -700,7 +724,7 @@ def test_the_files_that_were_loaded_are_compared_with_those_of_the_training(core
     for name in ("photo", "paint", "other"):
         files[name] = tmp_path / "checkpoints" / f"{name}.safetensors"
         files[name].write_bytes(name.encode() * 50)
-    folder_paths.add_model_folder_path("checkpoints", str(tmp_path / "checkpoints"))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(tmp_path / "checkpoints")], {".safetensors"}))
     mine = shutil.copytree(made(family), tmp_path / "mine")
     manifest = json.loads((mine / "afa.json").read_text())
     for entry, name in zip(manifest["experts"], ("photo", "paint"), strict=True):

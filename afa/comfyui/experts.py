@@ -76,7 +76,10 @@ def combine(models: Sequence[Any], folder: Path) -> Any:
     made.set_additional_models(KEY, others)
     made.set_additional_models(f"{KEY}_aggregators", [held])
     made.add_wrapper_with_key(kinds.OUTER_SAMPLE, KEY, ensemble.sample)
-    made.add_wrapper_with_key(kinds.DIFFUSION_MODEL, KEY, ensemble.predict)
+    if reader.wrapped:
+        made.add_wrapper_with_key(kinds.DIFFUSION_MODEL, KEY, ensemble.predict)
+    else:
+        made.add_wrapper_with_key(kinds.APPLY_MODEL, KEY, ensemble.apply)
     return made
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from afa.comfyui.network import Call, NetworkReader, Options, from_its_module
+from afa.comfyui.tokens import TokenHead, blocks_of, grid_of, residuals_of
 from afa.denoiser.forward import PassOptions
 from afa.errors import UserError
 from afa.stages.stage import Stage, StageContext
-from afa.stages.tokens import LEVEL, Block, Head, SequenceBlock, TokenContext, as_map
+from afa.stages.tokens import LEVEL, Block, SequenceBlock, TokenContext, as_map
 
 TIME = 256  # width of the sinusoidal embedding of the timestep
 LARGEST = 65504  # of float16
@@ -55,18 +56,6 @@ class SingleBlock(SequenceBlock):
         return super().process(image, context)
 
 
-@dataclass(kw_only=True, eq=False)
-class FluxHead(Head):
-    """The output norm and projection."""
-
-    def project(self, image: Tensor, context: TokenContext) -> Tensor:
-        patches: Tensor = self.model.final_layer(image, context.temb)
-        return patches
-
-    def modules(self) -> list[object]:
-        return [self.model.final_layer]
-
-
 class FluxReader(NetworkReader):
     """Reads ComfyUI's `Flux`."""
 
@@ -74,11 +63,11 @@ class FluxReader(NetworkReader):
 
     def stages(self, network: Any) -> tuple[Stage, ...]:
         _check(network)
-        head = FluxHead(name="OUT", channels=network.out_channels, level=LEVEL, model=network)
+        double, single, width = network.double_blocks, network.single_blocks, network.hidden_size
         return (
-            *_blocks(DoubleBlock, "D", "double", network.double_blocks, network.hidden_size),
-            *_blocks(SingleBlock, "S", "single", network.single_blocks, network.hidden_size),
-            head,
+            *blocks_of(DoubleBlock, "D", "double", double, width, total=len(double)),
+            *blocks_of(SingleBlock, "S", "single", single, width, total=len(single)),
+            TokenHead(name="OUT", channels=network.out_channels, level=LEVEL, model=network),
         )
 
     def widths(self, network: Any) -> tuple[int, int, int]:
@@ -110,40 +99,21 @@ class FluxReader(NetworkReader):
             "attn_mask": call.get("attention_mask"),
             "transformer_options": options,
         }
-        grid = _grid(x)
+        grid = grid_of(x)
         context = TokenContext(temb=temb, text=text, text_tokens=text, grid=grid, conditions=conditions)
         return as_map(hidden, grid), context
 
     def control(self, stages: Sequence[Stage], call: Call) -> PassOptions:
-        control, residuals = call.get("control") or {}, {}
-        rows, columns = _grid(call["x"])
+        control, grid, residuals = call.get("control") or {}, grid_of(call["x"]), {}
         for group, name in (("double", "input"), ("single", "output")):
             blocks = [stage for stage in stages if stage.group == group]
-            for stage, own in zip(blocks, control.get(name) or (), strict=False):
-                if own is None:
-                    continue
-                if own.shape[1] != rows * columns:
-                    raise UserError(
-                        f"the ControlNet gives {own.shape[1]} tokens, the experts have {rows} x {columns}; "
-                        "take one of their architecture"
-                    )
-                residuals[stage.name] = as_map(own, (rows, columns))
+            residuals |= residuals_of(blocks, control.get(name) or (), grid)
         return PassOptions(residuals=residuals)
 
     def end(self, prediction: Tensor, call: Call) -> Tensor:
         height, width = call["x"].shape[-2:]
         # a patch's features are ordered by channel, row, column; what was padded is cut off
         return nn.functional.pixel_shuffle(prediction, 2**LEVEL)[:, :, :height, :width]
-
-
-def _blocks(
-    kind: type[DoubleBlock | SingleBlock], letter: str, group: str, modules: Any, width: int
-) -> list[Block]:
-    facts: dict[str, Any] = {"channels": width, "level": LEVEL, "group": group, "total": len(modules)}
-    return [
-        kind(name=f"{letter}{index:02}", module=module, index=index, **facts)
-        for index, module in enumerate(modules)
-    ]
 
 
 def _note(block: DoubleBlock | SingleBlock, context: TokenContext, **more: Any) -> None:
@@ -163,9 +133,3 @@ def _check(network: Any) -> None:
             f"{', '.join(given) or 'nothing else'} (FLUX.2, LongCat-Image, Ovis-Image …) is not served in "
             "ComfyUI; FLUX.1 is"
         )
-
-
-def _grid(x: Tensor) -> tuple[int, int]:
-    """Return the rows and columns of image tokens; sides that are no multiple of the patch are padded."""
-    rows, columns = (-(-side // 2**LEVEL) for side in x.shape[-2:])
-    return rows, columns
