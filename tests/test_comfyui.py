@@ -145,7 +145,8 @@ def test_the_nodes_are_copied_and_copied_again(comfyui, capsys):
     assert f"nodes copied to {target}" in capsys.readouterr().out
     after = content(comfyui)
     assert {name: data for name, data in after.items() if NAME not in name} == before
-    for name in ("__init__.py", "pyproject.toml", "README.md", "example_workflows/afa_two_experts.json", "example_workflows/afa_two_experts.jpg", "api/afa_two_experts.json"):
+    example = "example_workflows/afa_two_experts"
+    for name in ("__init__.py", "pyproject.toml", "README.md", f"{example}.json", f"{example}.jpg", "api/afa_two_experts.json"):
         assert (target / name).read_bytes() == (PACK / name).read_bytes()
     assert sorted(load_pack(target).NODE_CLASS_MAPPINGS) == sorted(NODE_CLASS_MAPPINGS)
     (target / "notes.txt").write_text("mine")

@@ -672,7 +672,7 @@ def test_experts_that_do_not_fit_are_refused_in_a_sentence(core, made, tmp_path)
     for given, told in (
         ([*models, models[0]], "ensemble of 2 experts, 3 MODELs are connected; connect, in this order, expert_0, expert_1"),
         ([models[0], xl.model(core, 0)], "MODEL 2 .expert_1. "),
-        ([models[0], flux.model(core, 0)], "MODEL 2 .expert_1. is a Flux, .* is an ensemble of family unet"),
+        ([models[0], flux.model(core, 0)], "MODEL 2 .expert_1. is of family flux, .* is an ensemble of family unet"),
         ([models[0], unet_model(core, sd_unet(1, **SD15 | {"block_out_channels": (32, 96)}))], "MODEL 2 .* has 96 channels at stage .*expects 64"),
         ([models[0], unet_model(core, sd_unet(1, **SD15 | {"layers_per_block": 2}))], "MODEL 2 .*stage"),
         ([models[0], unet_model(core, sd_unet(1, **SD15 | {"cross_attention_dim": 48}))], "reads text of width 48, .* of width 24"),

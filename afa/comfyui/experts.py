@@ -96,7 +96,7 @@ def _check_networks(
         reader = reader_of(network, name)
         if reader.family != manifest.family:
             raise UserError(
-                f"{name} is a {type(network).__name__}, {folder} is an ensemble of family {manifest.family}; "
+                f"{name} is of family {reader.family}, {folder} is an ensemble of family {manifest.family}; "
                 "connect the experts that it was trained with"
             )
         stages, text, dtype = reader.stages(network), reader.widths(network)[2], _compute_dtype(patcher)

@@ -120,7 +120,9 @@ class AfaEnsemble:
             return ""
 
     @classmethod
-    def VALIDATE_INPUTS(cls, ensemble: str | None = None, path: str | None = None) -> bool | str:  # noqa: N802
+    def VALIDATE_INPUTS(  # noqa: N802
+        cls, ensemble: str | None = None, path: str | None = None
+    ) -> bool | str:
         """Return True, or what is wrong with the folder, before models are loaded. None: not known yet."""
         from afa.checkpoint.manifest import read_manifest
 
