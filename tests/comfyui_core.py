@@ -42,6 +42,8 @@ FLUX = {"in_channels": 64, "pooled_projection_dim": 16, "num_layers": 2, "num_si
 SD3 = {"in_channels": 16, "out_channels": 16, "num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 2, "caption_projection_dim": 128}
 SD3 |= {"pooled_projection_dim": 40, "dual_attention_layers": (0,)}
 
+CHROMA = {"in_channels": 64, "num_layers": 19, "num_single_layers": 38, "approximator_num_channels": 64}  # the core knows no other depth
+
 
 class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds every module of the packages that are not installed; each name in it is an empty class."""
@@ -95,15 +97,35 @@ def unet_model(core: Any, unet: Any, kind: str = "SD15", dtype: torch.dtype = to
 
 
 def flux_model(core: Any, transformer: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A MODEL of a diffusers FLUX.1 transformer. Its settings are given: the core detects no others than FLUX.1's own."""
+    """A MODEL of a diffusers FLUX.1 transformer."""
+    config = transformer.config
+    own = {"vec_in_dim": config.pooled_projection_dim, "in_channels": config.in_channels // 4, "out_channels": config.in_channels // 4}
+    settings = _flux_settings(transformer, "flux", dtype) | own | {"guidance_embed": config.guidance_embeds}
+    return _patcher(core, core.supported_models.Flux(settings), dict(originals("flux", transformer.state_dict())))
+
+
+def chroma_model(core: Any, transformer: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A MODEL of a diffusers Chroma transformer."""
+    config, tensors = transformer.config, dict(originals("flux", transformer.state_dict()))
+    own = {"in_dim": config.approximator_num_channels, "hidden_dim": config.approximator_hidden_dim, "n_layers": config.approximator_layers}
+    own |= {"in_channels": config.in_channels, "out_channels": config.in_channels, "out_dim": transformer.inner_dim, "vec_in_dim": None}
+    settings = _flux_settings(transformer, "chroma", dtype) | own
+    known = importlib.import_module("comfy.ldm.chroma.model").ChromaParams.__dataclass_fields__
+    settings = {name: value for name, value in settings.items() if name in known or name in ("image_model", "dtype")}
+    for name, tensor in transformer.state_dict().items():
+        if name.startswith("distilled_guidance_layer."):
+            name = name.replace("linear_1", "in_layer").replace("linear_2", "out_layer")
+            tensors[name.replace(".weight", ".scale") if ".norms." in name else name] = tensor
+    return _patcher(core, core.supported_models.Chroma(settings), tensors)
+
+
+def _flux_settings(transformer: Any, kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Settings that FLUX.1 and Chroma share. They are given: the core detects no others than those of the published sizes."""
     config = transformer.config
     settings = {
-        "image_model": "flux",
+        "image_model": kind,
         "dtype": dtype,
-        "in_channels": config.in_channels // 4,
-        "out_channels": config.in_channels // 4,
         "patch_size": 2,
-        "vec_in_dim": config.pooled_projection_dim,
         "context_in_dim": config.joint_attention_dim,
         "hidden_size": transformer.inner_dim,
         "num_heads": config.num_attention_heads,
@@ -113,12 +135,11 @@ def flux_model(core: Any, transformer: Any, dtype: torch.dtype = torch.float32) 
         "axes_dim": list(config.axes_dims_rope),
         "theta": 10000,
         "qkv_bias": True,
-        "guidance_embed": config.guidance_embeds,
     }
     parameters = importlib.import_module("comfy.ldm.flux.model").FluxParams
     if "txt_ids_dims" in parameters.__dataclass_fields__:  # since FLUX.2, which has some
         settings["txt_ids_dims"] = []
-    return _patcher(core, core.supported_models.Flux(settings), dict(originals("flux", transformer.state_dict())))
+    return settings
 
 
 def sd3_model(core: Any, transformer: Any, dtype: torch.dtype = torch.float32) -> Any:

@@ -16,10 +16,23 @@ from types import SimpleNamespace
 import comfyui_core
 import pytest
 import torch
-from comfyui_core import FLUX, SD3, SD15, SD20, SDXL, flux_model, sample, sd3_model, unet_model
+from comfyui_core import (
+    CHROMA,
+    FLUX,
+    SD3,
+    SD15,
+    SD20,
+    SDXL,
+    chroma_model,
+    flux_model,
+    sample,
+    sd3_model,
+    unet_model,
+)
 from original_layout import unet_tensors
 from safetensors.torch import save_file
 from tiny import sd_pipeline, sd_unet, sdxl_pipeline
+from tiny_chroma import chroma_pipeline
 from tiny_transformers import flux_pipeline, sd3_pipeline
 
 from afa import Ensemble, UserError
@@ -49,8 +62,8 @@ class Family:
 
     def __init__(self, name):
         self.name = name
-        self.flux, self.sd3, self.xl = (name == one for one in ("flux", "sd3", "sdxl"))
-        self.channels = 16 if self.flux or self.sd3 else 4
+        self.flux, self.sd3, self.chroma, self.xl = (name == one for one in ("flux", "sd3", "chroma", "sdxl"))
+        self.channels = 16 if self.flux or self.sd3 or self.chroma else 4
         self.text, self.pooled = {"flux": (24, 16), "sd3": (48, 40), "sdxl": (40, 16)}.get(name, (24, 0))  # widths
 
     @functools.cache  # noqa: B019  # families live as long as the module
@@ -59,6 +72,8 @@ class Family:
             return flux_pipeline(seed, **FLUX)
         if self.sd3:
             return sd3_pipeline(seed, **SD3)
+        if self.chroma:
+            return chroma_pipeline(seed, **CHROMA)
         if self.xl:
             return sdxl_pipeline(seed, **SDXL)
         return sd_pipeline(seed, prediction_type="v_prediction" if self.name == "sd20" else "epsilon", **(SD20 if self.name == "sd20" else SD15))
@@ -73,6 +88,8 @@ class Family:
             return flux_model(core, pipe.transformer, dtype)
         if self.sd3:
             return sd3_model(core, pipe.transformer, dtype)
+        if self.chroma:
+            return chroma_model(core, pipe.transformer, dtype)
         return unet_model(core, pipe.unet, {"sd15": "SD15", "sd20": "SD20", "sdxl": "SDXL"}[self.name], dtype)
 
     def models(self, core, dtype=torch.float32):
@@ -96,17 +113,17 @@ class Family:
             halves = [one[0][0].split(denoiser.text_widths, -1) for one in prompts]
             states = torch.cat([*(one for one, _ in halves), *(other for _, other in halves)], -1).expand(batch, -1, -1)
         pooled = torch.cat([one[0][1]["pooled_output"] for one in prompts], -1).expand(batch, -1) if self.pooled else None
-        if not self.flux and not self.sd3:
+        if self.channels == 4:
             sides = [float(side * 8) for side in x.shape[-2:]]
             added = {"text_embeds": pooled, "time_ids": torch.tensor([[*sides, 0, 0, *sides]] * batch, dtype=EXACT)} if self.xl else None
             return denoiser(x, time, states, added_cond_kwargs=added).sample
         interface = denoiser.interface
-        call = {"encoder_hidden_states": states, "pooled_projections": pooled}
-        made = interface.denoiser_kwargs(denoiser.config, x, time * 1000 if self.flux else time, call)
+        call = interface.conditions(denoiser.config, (states, states.new_ones(states.shape[:2]) if self.chroma else pooled), None)
+        made = interface.denoiser_kwargs(denoiser.config, x, time if self.sd3 else time * 1000, call)
         return interface.to_latents(denoiser(**made).sample, x.shape[-2:])
 
 
-FAMILIES = {name: Family(name) for name in ("sd15", "sd20", "sdxl", "flux", "sd3")}
+FAMILIES = {name: Family(name) for name in ("sd15", "sd20", "sdxl", "flux", "sd3", "chroma")}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -422,8 +439,16 @@ def test_an_mmdit_of_another_kind_is_refused(core, made, setting, value):
         combine(models, made(family))
 
 
+def test_a_chroma_of_another_depth_is_refused(core, made):
+    family = FAMILIES["chroma"]
+    models = [family._model.__wrapped__(family, core, family.pipeline(seed)) for seed in (0, 1)]
+    del models[1].model.diffusion_model.single_blocks[37]
+    with pytest.raises(UserError, match="a Chroma with patches of 2, 19 double and 37 single blocks is not served"):
+        combine(models, made(family, placement="out"))
+
+
 def test_a_model_is_itself_after_an_ensemble_of_it_was_sampled(core, made, family):
-    mine = made(family)
+    mine = made(family, placement="out")
     models, prompt, noise = family.models(core), family.prompt(1), family.noise()
     stock = sample(core, models[0], prompt, prompt, noise)
     both = combine(models, mine)
@@ -650,7 +675,7 @@ def test_maps_are_those_of_the_sampling_that_made_the_latents(core, made, family
         shares.append([float(line.split()[1]) for line in told.splitlines()])
         assert sum(shares[-1]) == pytest.approx(1, abs=2e-3)
     assert shares[1] == [0, 1] != shares[0]  # of weights that are almost 0, too, all is the other's
-    stage = {"flux": "D00", "sd3": "J00"}.get(family.name, "M00")
+    stage = {"flux": "D00", "chroma": "D00", "sd3": "J00"}.get(family.name, "M00")
     picture = torch.rand(2, 64, 48, 3)
     maps, overlay, _ = nodes.show(model, {"samples": latents}, stage, picture)
     assert maps.shape == (4, 64, 48, 3) and overlay.shape == (2, 64, 48, 3)

@@ -19,9 +19,10 @@ Options = dict[str, Any]  # ComfyUI's transformer_options
 READERS = {
     "UNetModel": "afa.comfyui.unet:UNetReader",
     "Flux": "afa.comfyui.flux:FluxReader",
+    "Chroma": "afa.comfyui.chroma:ChromaReader",
     "OpenAISignatureMMDITWrapper": "afa.comfyui.sd3:SD3Reader",
 }
-SERVED = "Stable Diffusion 1.x and 2.x, SDXL (UNetModel), 3 and 3.5 (MMDiT), FLUX.1 (Flux)"
+SERVED = "Stable Diffusion 1.x and 2.x, SDXL (UNetModel), 3 and 3.5 (MMDiT), FLUX.1 (Flux), Chroma"
 
 
 class NetworkReader(ABC):
