@@ -98,7 +98,7 @@ class Family:
     def prompt(self, seed, tokens=7):
         """A CONDITIONING with random states."""
         generator = torch.Generator().manual_seed(seed)
-        settings = {"pooled_output": torch.randn(1, self.pooled, generator=generator)} if self.pooled else {}
+        settings = {"pooled_output": torch.randn(1, self.pooled, generator=generator) if self.pooled else None}
         return [[torch.randn(1, tokens, self.text, generator=generator), settings]]
 
     def noise(self, batch=2, height=16, width=16):
@@ -107,7 +107,7 @@ class Family:
     def predict(self, denoiser, x, time, prompts):
         """The diffusers denoiser's prediction. prompts: of every expert, or of one for all; time: as ComfyUI's network gets it"""
         batch, x = len(x), x.to(EXACT)
-        prompts = [[[one[0][0].to(EXACT), {name: tensor.to(EXACT) for name, tensor in one[0][1].items()}]] for one in prompts]
+        prompts = [[[one[0][0].to(EXACT), {name: tensor.to(EXACT) for name, tensor in one[0][1].items() if tensor is not None}]] for one in prompts]
         states = torch.cat([one[0][0] for one in prompts], -1).expand(batch, -1, -1)
         if self.xl:  # the states of encoder 1 of every expert stand before those of encoder 2
             halves = [one[0][0].split(denoiser.text_widths, -1) for one in prompts]
