@@ -1,6 +1,7 @@
 """The nodes of ComfyUI without its core: what ComfyUI reads of them, how they are installed, and their pure parts."""
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -77,8 +78,19 @@ def test_the_packs_metadata_is_of_this_version():
 
 
 def examples():
-    folder = PACK / "example_workflows"
-    return [json.loads((folder / f"afa_two_experts{form}.json").read_text()) for form in ("", "_api")]
+    return [json.loads((PACK / folder / "afa_two_experts.json").read_text()) for folder in ("example_workflows", "api")]
+
+
+def test_comfyuis_page_offers_what_it_can_open():
+    """It lists every .json of example_workflows among its templates, with the .jpg beside it."""
+    for path in (PACK / "example_workflows").glob("*.json"):
+        assert "nodes" in json.loads(path.read_text()) and path.with_suffix(".jpg").is_file()
+
+
+def test_the_nodes_of_the_example_do_not_cover_each_other():
+    title, places = 30, [(*node["pos"], *node["size"]) for node in examples()[0]["nodes"]]
+    for (x, y, width, height), (u, v, wide, high) in itertools.combinations(places, 2):
+        assert x + width <= u or u + wide <= x or y + height <= v - title or v + high <= y - title
 
 
 def test_both_forms_of_the_example_are_one_workflow():
@@ -133,7 +145,8 @@ def test_the_nodes_are_copied_and_copied_again(comfyui, capsys):
     assert f"nodes copied to {target}" in capsys.readouterr().out
     after = content(comfyui)
     assert {name: data for name, data in after.items() if NAME not in name} == before
-    for name in ("__init__.py", "pyproject.toml", "README.md", "example_workflows/afa_two_experts.json"):
+    example = "example_workflows/afa_two_experts"
+    for name in ("__init__.py", "pyproject.toml", "README.md", f"{example}.json", f"{example}.jpg", "api/afa_two_experts.json"):
         assert (target / name).read_bytes() == (PACK / name).read_bytes()
     assert sorted(load_pack(target).NODE_CLASS_MAPPINGS) == sorted(NODE_CLASS_MAPPINGS)
     (target / "notes.txt").write_text("mine")
@@ -185,14 +198,26 @@ def test_a_folder_that_is_not_comfyuis_or_a_link_is_refused(comfyui, tmp_path, c
 # --- the parts that need no core ---
 
 
-def test_inputs_are_connected_without_a_gap():
+def test_inputs_are_connected_without_a_gap(tmp_path):
     with pytest.raises(UserError, match="model_2 is not connected, but a later MODEL is"):
-        AfaEnsemble().combine("(by path)", "somewhere", model_1=object(), model_3=object())
+        AfaEnsemble().combine("(by path)", str(tmp_path), model_1=object(), model_3=object())
     with pytest.raises(UserError, match="clip_1 is not connected"):
         AfaEncode().encode("a", clip_2=object())
     for chosen, path, told in (("(by path)", " ", "no ensemble is chosen"), ("mine", "", "no ensemble in models/afa 'mine'")):
         with pytest.raises(UserError, match=told):
             AfaEnsemble().combine(chosen, path, model_1=object(), model_2=object())
+
+
+def test_a_folder_that_is_wrong_is_said_before_any_checkpoint_is_loaded(tmp_path):
+    valid = AfaEnsemble.VALIDATE_INPUTS
+    assert "no ensemble is chosen" in valid("(by path)", " ")
+    assert f"there is no folder {tmp_path / 'gone'}, and no ensemble" in valid("(by path)", str(tmp_path / "gone"))
+    assert "is no ensemble: it has no afa.json" in valid("(by path)", str(tmp_path))
+    (tmp_path / "afa.json").write_text("{")
+    assert "afa.json" in valid("(by path)", str(tmp_path))
+    assert "no ensemble in models/afa 'mine'" in valid("mine", "")
+    for known_when_it_runs in ((None, ""), ("(by path)", None)):  # values that other nodes give
+        assert valid(*known_when_it_runs) is True
 
 
 def test_factors_are_those_of_the_strengths_at_every_place():

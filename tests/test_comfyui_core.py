@@ -5,6 +5,7 @@ Run with COMFYUI=FOLDER of ComfyUI 0.3.64 or later, whose requirements (without 
 
 import functools
 import gc
+import inspect
 import itertools
 import json
 import logging
@@ -15,11 +16,24 @@ from types import SimpleNamespace
 import comfyui_core
 import pytest
 import torch
-from comfyui_core import FLUX, SD15, SD20, SDXL, flux_model, sample, unet_model
+from comfyui_core import (
+    CHROMA,
+    FLUX,
+    SD3,
+    SD15,
+    SD20,
+    SDXL,
+    chroma_model,
+    flux_model,
+    sample,
+    sd3_model,
+    unet_model,
+)
 from original_layout import unet_tensors
 from safetensors.torch import save_file
 from tiny import sd_pipeline, sd_unet, sdxl_pipeline
-from tiny_transformers import flux_pipeline
+from tiny_chroma import chroma_pipeline
+from tiny_transformers import flux_pipeline, sd3_pipeline
 
 from afa import Ensemble, UserError
 from afa.comfyui.experts import combine, provenance
@@ -30,7 +44,6 @@ from afa.files import sha256
 
 pytestmark = pytest.mark.skipif(comfyui_core.COMFYUI is None, reason="COMFYUI names no folder of ComfyUI")
 AGGREGATORS = {"hidden": 32, "heads": 2, "depth": 1}
-POOLED, XL_WIDTH = 16, 40
 SAME = 1e-4  # see apart
 EXACT = torch.float64  # to compare with diffusers: sampling with guidance enlarges what single precision rounds
 CLIP_SHAPE = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -49,14 +62,18 @@ class Family:
 
     def __init__(self, name):
         self.name = name
-        self.flux, self.xl = name == "flux", name == "sdxl"
-        self.channels, self.text = (16, 24) if self.flux else (4, XL_WIDTH if self.xl else 24)
-        self.pooled = self.flux or self.xl
+        self.flux, self.sd3, self.chroma, self.xl = (name == one for one in ("flux", "sd3", "chroma", "sdxl"))
+        self.channels = 16 if self.flux or self.sd3 or self.chroma else 4
+        self.text, self.pooled = {"flux": (24, 16), "sd3": (48, 40), "sdxl": (40, 16)}.get(name, (24, 0))  # widths
 
     @functools.cache  # noqa: B019  # families live as long as the module
     def pipeline(self, seed):
         if self.flux:
             return flux_pipeline(seed, **FLUX)
+        if self.sd3:
+            return sd3_pipeline(seed, **SD3)
+        if self.chroma:
+            return chroma_pipeline(seed, **CHROMA)
         if self.xl:
             return sdxl_pipeline(seed, **SDXL)
         return sd_pipeline(seed, prediction_type="v_prediction" if self.name == "sd20" else "epsilon", **(SD20 if self.name == "sd20" else SD15))
@@ -69,6 +86,10 @@ class Family:
     def _model(self, core, pipe, copy=0, dtype=torch.float32):
         if self.flux:
             return flux_model(core, pipe.transformer, dtype)
+        if self.sd3:
+            return sd3_model(core, pipe.transformer, dtype)
+        if self.chroma:
+            return chroma_model(core, pipe.transformer, dtype)
         return unet_model(core, pipe.unet, {"sd15": "SD15", "sd20": "SD20", "sdxl": "SDXL"}[self.name], dtype)
 
     def models(self, core, dtype=torch.float32):
@@ -77,7 +98,7 @@ class Family:
     def prompt(self, seed, tokens=7):
         """A CONDITIONING with random states."""
         generator = torch.Generator().manual_seed(seed)
-        settings = {"pooled_output": torch.randn(1, POOLED, generator=generator)} if self.pooled else {}
+        settings = {"pooled_output": torch.randn(1, self.pooled, generator=generator) if self.pooled else None}
         return [[torch.randn(1, tokens, self.text, generator=generator), settings]]
 
     def noise(self, batch=2, height=16, width=16):
@@ -86,23 +107,23 @@ class Family:
     def predict(self, denoiser, x, time, prompts):
         """The diffusers denoiser's prediction. prompts: of every expert, or of one for all; time: as ComfyUI's network gets it"""
         batch, x = len(x), x.to(EXACT)
-        prompts = [[[one[0][0].to(EXACT), {name: tensor.to(EXACT) for name, tensor in one[0][1].items()}]] for one in prompts]
+        prompts = [[[one[0][0].to(EXACT), {name: tensor.to(EXACT) for name, tensor in one[0][1].items() if tensor is not None}]] for one in prompts]
         states = torch.cat([one[0][0] for one in prompts], -1).expand(batch, -1, -1)
         if self.xl:  # the states of encoder 1 of every expert stand before those of encoder 2
             halves = [one[0][0].split(denoiser.text_widths, -1) for one in prompts]
             states = torch.cat([*(one for one, _ in halves), *(other for _, other in halves)], -1).expand(batch, -1, -1)
         pooled = torch.cat([one[0][1]["pooled_output"] for one in prompts], -1).expand(batch, -1) if self.pooled else None
-        if not self.flux:
+        if self.channels == 4:
             sides = [float(side * 8) for side in x.shape[-2:]]
             added = {"text_embeds": pooled, "time_ids": torch.tensor([[*sides, 0, 0, *sides]] * batch, dtype=EXACT)} if self.xl else None
             return denoiser(x, time, states, added_cond_kwargs=added).sample
         interface = denoiser.interface
-        call = {"encoder_hidden_states": states, "pooled_projections": pooled}
-        made = interface.denoiser_kwargs(denoiser.config, x, time * 1000, call)
+        call = interface.conditions(denoiser.config, (states, states.new_ones(states.shape[:2]) if self.chroma else pooled), None)
+        made = interface.denoiser_kwargs(denoiser.config, x, time if self.sd3 else time * 1000, call)
         return interface.to_latents(denoiser(**made).sample, x.shape[-2:])
 
 
-FAMILIES = {name: Family(name) for name in ("sd15", "sd20", "sdxl", "flux")}
+FAMILIES = {name: Family(name) for name in ("sd15", "sd20", "sdxl", "flux", "sd3", "chroma")}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -188,6 +209,7 @@ def test_two_experts_are_in_comfyui_what_they_are_in_diffusers(core, made, famil
         ("sd15", {"placement": "layers", "attention_up_to": 8}),
         ("sd15", {"placement": "IN01,OUT03", "aggregator": "stitch"}),
         ("flux", {"placement": "double"}),
+        ("sd3", {"placement": "every-2", "text_stream": "fused"}),
         ("flux", {"placement": "every-2", "text_stream": "fused"}),
         ("sd15", {"aggregator": "mean", "placement": "layers", "hidden": None, "heads": None, "depth": None}),
     ],
@@ -279,11 +301,15 @@ def with_difference(core, family, added):
     return model
 
 
-@pytest.mark.parametrize("name", ["sd15", "flux"])
-def test_loras_of_one_checkpoint_are_experts_of_their_own(core, made, name):
+@pytest.mark.parametrize(("name", "reload"), [("sd15", False), ("flux", False), ("sd3", False), ("sd15", True), ("sd3", True)])
+def test_loras_of_one_checkpoint_are_experts_of_their_own(core, made, name, reload):
     family = FAMILIES[name]
     mine = made(family, placement="layers")
     base, positive, negative, noise = family.model(core, 0), family.prompt(1), family.prompt(2), family.noise()
+    if reload:  # as the core's own loaders leave it
+        if not hasattr(base, "deepclone_multigpu"):
+            pytest.skip("a core that cannot load a file again")
+        base.cached_patcher_init = (family._model.__wrapped__, (family, core, family.pipeline(0)))
     stock = sample(core, base, positive, negative, noise)
     first, one = lora(base, 1)
     second, two = lora(base, 2)
@@ -293,6 +319,15 @@ def test_loras_of_one_checkpoint_are_experts_of_their_own(core, made, name):
         expected = sample(core, combine(separate, mine), positive, negative, noise)
         assert apart(sample(core, combine(pair, mine), positive, negative, noise), expected) <= SAME
     assert torch.equal(sample(core, base, positive, negative, noise), stock)
+
+
+def test_a_model_that_can_neither_be_copied_nor_read_again_is_refused(core, made):
+    family = FAMILIES["sd15"]
+    base = family.model(core, 0)
+    second, _ = lora(base, 2)
+    second.is_dynamic = lambda: True  # its weights are streamed to the GPU, and not in memory
+    with pytest.raises(UserError, match=r"MODEL 2 .expert_1. and a MODEL before it share weights of a loader"):
+        combine([base, second], made(family))
 
 
 def test_equal_models_are_held_once(core, made):
@@ -324,6 +359,10 @@ def test_what_would_reach_the_first_expert_alone_is_refused(core, made):
         sample(core, wrapped, prompt, prompt, noise)
     with pytest.raises(UserError, match="is an ensemble itself"):
         combine([model, model], mine)
+    divided = model.clone()
+    divided.set_additional_models("multigpu", [family.model(core, 0)])
+    with pytest.raises(UserError, match="divided among GPUs"):
+        sample(core, divided, prompt, prompt, noise)
 
 
 @pytest.mark.parametrize("name", ["input_block_patch", "output_block_patch", "emb_patch", "middle_patch", "post_input", "another"])
@@ -342,6 +381,80 @@ def test_patches_that_an_ensemble_leaves_out_are_refused_by_name(core, made, nam
 
 def halved(q, k, v, extra):
     return q * 0.5, k, v
+
+
+def by_block(q, k, v, extra_options, **more):
+    """A patch in FLUX's attention that is another one at every block."""
+    place = extra_options["block_index"] + (extra_options["block_type"] == "single") * extra_options["total_blocks"]
+    start, end = extra_options["img_slice"]
+    assert end == q.shape[2]
+    return {"q": torch.cat([q[:, :, :start], q[:, :, start:] / (2 + place)], dim=2), "k": k, "v": v}
+
+
+def test_a_patch_in_the_attention_of_flux_knows_its_block(core, made):
+    family = FAMILIES["flux"]
+    mine = made(family, trained=False, placement="layers")
+    model, positive, negative, noise = family.model(core, 0), family.prompt(1), family.prompt(2), family.noise()
+    patched = model.clone()
+    patched.set_model_patch(by_block, "attn1_patch")
+    expected = sample(core, patched, positive, negative, noise)
+    if torch.equal(expected, sample(core, model, positive, negative, noise)):
+        pytest.skip("a core whose FLUX.1 reads no patches in attention")
+    afterwards = combine([model, family.model(core, 0, copy=1)], mine)
+    afterwards.set_model_patch(by_block, "attn1_patch")
+    assert torch.equal(sample(core, afterwards, positive, negative, noise), expected)
+
+
+def test_scaled_places_of_flux_are_those_of_comfyui(core, made):
+    family = FAMILIES["flux"]
+    mine = made(family, trained=False, placement="layers")
+    models, positive, negative, noise = [family.model(core, 0, copy=copy) for copy in (0, 1)], family.prompt(1), family.prompt(2), family.noise()
+    scaled = models[0].clone()
+    scaled.model_options["transformer_options"]["rope_options"] = {"scale_x": 0.5, "shift_y": 3.0}
+    expected = sample(core, scaled, positive, negative, noise)
+    if torch.equal(expected, sample(core, models[0], positive, negative, noise)):
+        pytest.skip("a core without scaled places")
+    assert torch.equal(sample(core, combine([scaled, models[1]], mine), positive, negative, noise), expected)
+
+
+@pytest.mark.parametrize("setting", ["txt_norm", "global_modulation", "yak_mlp", "txt_ids_dims", "vec_in_dim", "patch_size"])
+def test_a_flux_of_another_kind_is_refused(core, made, setting):
+    family = FAMILIES["flux"]
+    models = [family._model.__wrapped__(family, core, family.pipeline(seed)) for seed in (0, 1)]
+    network = models[1].model.diffusion_model
+    if setting == "patch_size":
+        network.patch_size = 1
+    else:
+        setattr(network.params, setting, None if setting == "vec_in_dim" else [3])
+    with pytest.raises(UserError, match="a Flux .*FLUX.2, .* is not served in ComfyUI"):
+        combine(models, made(family))
+
+
+@pytest.mark.parametrize(("setting", "value"), [("patch_size", 4), ("register_length", 2), ("context_processor", torch.nn.Identity()), ("y_embedder", None)])
+def test_an_mmdit_of_another_kind_is_refused(core, made, setting, value):
+    family = FAMILIES["sd3"]
+    models = [family._model.__wrapped__(family, core, family.pipeline(seed)) for seed in (0, 1)]
+    setattr(models[1].model.diffusion_model, setting, value)
+    with pytest.raises(UserError, match="an MMDiT .* is not served in ComfyUI"):
+        combine(models, made(family))
+
+
+def test_a_chroma_of_another_depth_is_refused(core, made):
+    family = FAMILIES["chroma"]
+    models = [family._model.__wrapped__(family, core, family.pipeline(seed)) for seed in (0, 1)]
+    del models[1].model.diffusion_model.single_blocks[37]
+    with pytest.raises(UserError, match="a Chroma with patches of 2, 19 double and 37 single blocks is not served"):
+        combine(models, made(family, placement="out"))
+
+
+def test_a_model_is_itself_after_an_ensemble_of_it_was_sampled(core, made, family):
+    mine = made(family, placement="out")
+    models, prompt, noise = family.models(core), family.prompt(1), family.noise()
+    stock = sample(core, models[0], prompt, prompt, noise)
+    both = combine(models, mine)
+    for _ in range(2):
+        assert apart(sample(core, both, prompt, prompt, noise), stock) > 1e-3
+        assert torch.equal(sample(core, models[0], prompt, prompt, noise), stock)
 
 
 def test_a_patch_in_attention_reaches_its_own_expert_or_all(core, made):
@@ -407,7 +520,7 @@ def test_a_controlnet_works_as_in_comfyui(core, made, name):
     assert torch.equal(sample(core, both, positive, negative, noise), stock)
 
 
-def test_residuals_of_a_t2i_adapter_and_of_a_flux_controlnet_are_added_where_comfyui_adds_them(core, made):
+def test_residuals_of_a_t2i_adapter_and_of_controlnets_of_transformers_are_added_where_comfyui_adds_them(core, made):
     class Given(core.controlnet.ControlBase):
         """Residuals of the right sizes, drawn once; what networks of several kinds would compute."""
 
@@ -429,6 +542,7 @@ def test_residuals_of_a_t2i_adapter_and_of_a_flux_controlnet_are_added_where_com
             "output": [(32, 16, 16), None, (32, 8, 8), (64, 8, 8)],
         },
         "flux": {"input": [(64, 32), None], "output": [None, (64, 32)]},
+        "sd3": {"output": [(64, 128), None]},
     }
     for name, shapes in cases.items():
         family = FAMILIES[name]
@@ -441,8 +555,8 @@ def test_residuals_of_a_t2i_adapter_and_of_a_flux_controlnet_are_added_where_com
         assert apart(stock, free) > 1e-3
         both = combine([model, family.model(core, 0, copy=1)], mine)
         assert torch.equal(sample(core, both, positive, negative, noise), stock)
-        for strange in ([(16, 32)],) if name == "flux" else ([(32, 16, 16)] * 9, [(32, 8, 8)], [(64, 16, 16)]):
-            control.made = {"input": strange}
+        for strange in ([(16, 32)],) if name in ("flux", "sd3") else ([(32, 16, 16)] * 9, [(32, 8, 8)], [(64, 16, 16)]):
+            control.made = {"output" if name == "sd3" else "input": strange}
             with pytest.raises(UserError, match="take one of their architecture"):
                 sample(core, both, positive, negative, noise)
 
@@ -561,7 +675,7 @@ def test_maps_are_those_of_the_sampling_that_made_the_latents(core, made, family
         shares.append([float(line.split()[1]) for line in told.splitlines()])
         assert sum(shares[-1]) == pytest.approx(1, abs=2e-3)
     assert shares[1] == [0, 1] != shares[0]  # of weights that are almost 0, too, all is the other's
-    stage = "D00" if family.flux else "M00"
+    stage = {"flux": "D00", "chroma": "D00", "sd3": "J00"}.get(family.name, "M00")
     picture = torch.rand(2, 64, 48, 3)
     maps, overlay, _ = nodes.show(model, {"samples": latents}, stage, picture)
     assert maps.shape == (4, 64, 48, 3) and overlay.shape == (2, 64, 48, 3)
@@ -583,7 +697,7 @@ def test_experts_that_do_not_fit_are_refused_in_a_sentence(core, made, tmp_path)
     for given, told in (
         ([*models, models[0]], "ensemble of 2 experts, 3 MODELs are connected; connect, in this order, expert_0, expert_1"),
         ([models[0], xl.model(core, 0)], "MODEL 2 .expert_1. "),
-        ([models[0], flux.model(core, 0)], "MODEL 2 .expert_1. is a Flux, .* is an ensemble of family unet"),
+        ([models[0], flux.model(core, 0)], "MODEL 2 .expert_1. is of family flux, .* is an ensemble of family unet"),
         ([models[0], unet_model(core, sd_unet(1, **SD15 | {"block_out_channels": (32, 96)}))], "MODEL 2 .* has 96 channels at stage .*expects 64"),
         ([models[0], unet_model(core, sd_unet(1, **SD15 | {"layers_per_block": 2}))], "MODEL 2 .*stage"),
         ([models[0], unet_model(core, sd_unet(1, **SD15 | {"cross_attention_dim": 48}))], "reads text of width 48, .* of width 24"),
@@ -626,7 +740,7 @@ def test_reference_images_are_refused(core, made):
         sample(core, model, prompt, family.prompt(2), family.noise())
 
 
-def test_the_files_that_were_loaded_are_compared_with_those_of_the_training(core, made, tmp_path, caplog):
+def test_the_files_that_were_loaded_are_compared_with_those_of_the_training(core, made, tmp_path, monkeypatch, caplog):
     import folder_paths
 
     family = FAMILIES["sd15"]
@@ -635,7 +749,7 @@ def test_the_files_that_were_loaded_are_compared_with_those_of_the_training(core
     for name in ("photo", "paint", "other"):
         files[name] = tmp_path / "checkpoints" / f"{name}.safetensors"
         files[name].write_bytes(name.encode() * 50)
-    folder_paths.add_model_folder_path("checkpoints", str(tmp_path / "checkpoints"))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(tmp_path / "checkpoints")], {".safetensors"}))
     mine = shutil.copytree(made(family), tmp_path / "mine")
     manifest = json.loads((mine / "afa.json").read_text())
     for entry, name in zip(manifest["experts"], ("photo", "paint"), strict=True):
@@ -679,7 +793,11 @@ def test_ensembles_are_found_in_comfyuis_folder_of_models(core, made, tmp_path, 
     (tmp_path / "models" / "nothing").mkdir()
     assert ensembles() == {"mine": Path(tmp_path / "models" / "mine")}
     assert AfaEnsemble.INPUT_TYPES()["required"]["ensemble"][0] == ["(by path)", "mine"]
-    before = AfaEnsemble.IS_CHANGED("mine", model_1=None)
+    # a name is a path, too, as in the shipped workflow
+    for chosen in (("mine", ""), ("(by path)", "mine"), ("(by path)", str(tmp_path / "models" / "mine"))):
+        assert AfaEnsemble.VALIDATE_INPUTS(*chosen) is True
+    assert combine(FAMILIES["sd15"].models(core), tmp_path / "models" / "mine")
+    before = AfaEnsemble.IS_CHANGED("(by path)", "mine", model_1=None)
     assert before.startswith("{") and AfaEnsemble.IS_CHANGED("gone") == ""
     with pytest.raises(UserError, match="no ensemble in models/afa 'min'; did you mean 'mine'"):
         AfaEnsemble().combine("min")
@@ -722,23 +840,30 @@ def test_the_example_runs_in_comfyuis_executor(core, made, tmp_path, monkeypatch
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(tmp_path / "checkpoints")], {".safetensors"}))
     family = FAMILIES["sd15"]
     files = [checkpoint(core, family, seed, tmp_path / "checkpoints" / f"{name}.safetensors") for seed, name in enumerate(("photo", "paint"))]
-    mine = shutil.copytree(made(family, placement="layers"), tmp_path / "mine")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "afa", ([str(tmp_path / "ensembles")], set()))
+    mine = shutil.copytree(made(family, placement="layers"), tmp_path / "ensembles" / "my-ensemble")
     manifest = json.loads((mine / "afa.json").read_text())
     for entry, file in zip(manifest["experts"], files, strict=True):
         entry["files"] = {file.name: sha256(file)}
     (mine / "afa.json").write_text(json.dumps(manifest))
 
-    prompt = json.loads((PACK / "example_workflows" / "afa_two_experts_api.json").read_text())
+    prompt = json.loads((PACK / "api" / "afa_two_experts.json").read_text())
     kinds = {node["class_type"] for node in prompt.values()}
     assert kinds <= set(nodes.NODE_CLASS_MAPPINGS)
     for name in [name for name, node in prompt.items() if node["class_type"] in ("VAEDecode", "SaveImage")]:
         del prompt[name]
     del prompt["11"]["inputs"]["image"]
-    prompt["3"]["inputs"]["path"] = str(mine)
+    assert prompt["3"]["inputs"]["path"] == mine.name
     prompt["7"]["inputs"] |= {"width": 128, "height": 64}
     prompt["8"]["inputs"]["steps"] = 2
     server = SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *args: None)
-    executor = execution.PromptExecutor(server)
+    takes = inspect.signature(execution.PromptExecutor).parameters
+    executor = execution.PromptExecutor(server, **({"cache_args": {"lru": 0, "ram": 0, "ram_inactive": 0}} if "cache_args" in takes else {}))
+
+    prompt["3"]["inputs"]["path"] = "my-ensembel"
+    _, _, _, errors = asyncio.run(execution.validate_prompt("one", prompt, None))
+    assert "no ensemble 'my-ensembel' in models/afa" in errors["3"]["errors"][0]["details"]
+    prompt["3"]["inputs"]["path"] = mine.name
 
     def run():
         valid, error, outputs, errors = asyncio.run(execution.validate_prompt("one", prompt, None))

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib
 import logging
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def combine(models: Sequence[Any], folder: Path) -> Any:
             )
     time, text, _ = reader.widths(network_of(models[0]))
     aggregators = _aggregators(manifest, folder, stages, (time, text))
-    made, others, places = _separate(models)
+    made, others, places = _separate(models, where)
     management = importlib.import_module("comfy.model_patcher")
     held = management.ModelPatcher(
         aggregators, load_device=made.load_device, offload_device=made.offload_device
@@ -75,7 +76,10 @@ def combine(models: Sequence[Any], folder: Path) -> Any:
     made.set_additional_models(KEY, others)
     made.set_additional_models(f"{KEY}_aggregators", [held])
     made.add_wrapper_with_key(kinds.OUTER_SAMPLE, KEY, ensemble.sample)
-    made.add_wrapper_with_key(kinds.DIFFUSION_MODEL, KEY, ensemble.predict)
+    if reader.wrapped:
+        made.add_wrapper_with_key(kinds.DIFFUSION_MODEL, KEY, ensemble.predict)
+    else:
+        made.add_wrapper_with_key(kinds.APPLY_MODEL, KEY, ensemble.apply)
     return made
 
 
@@ -92,7 +96,7 @@ def _check_networks(
         reader = reader_of(network, name)
         if reader.family != manifest.family:
             raise UserError(
-                f"{name} is a {type(network).__name__}, {folder} is an ensemble of family {manifest.family}; "
+                f"{name} is of family {reader.family}, {folder} is an ensemble of family {manifest.family}; "
                 "connect the experts that it was trained with"
             )
         stages, text, dtype = reader.stages(network), reader.widths(network)[2], _compute_dtype(patcher)
@@ -164,7 +168,7 @@ def _aggregators(
     return made.requires_grad_(False).eval()
 
 
-def _separate(models: Sequence[Any]) -> tuple[Any, list[Any], list[int]]:
+def _separate(models: Sequence[Any], where: Sequence[str]) -> tuple[Any, list[Any], list[int]]:
     """Return a clone of the first MODEL, the others that have weights of their own, and each expert's place.
 
     MODELs of one loader with different LoRAs share their weights in memory, which ComfyUI patches for one
@@ -172,11 +176,11 @@ def _separate(models: Sequence[Any]) -> tuple[Any, list[Any], list[int]]:
     """
     kept: list[Any] = []
     places = []
-    for model in models:
+    for model, name in zip(models, where, strict=True):
         same = [place for place, other in enumerate(kept) if _equal(model, other)]
         if not same:
             shared = any(model.model is other.model for other in kept)
-            kept.append(_copy(model) if shared else model.clone())
+            kept.append(_copy(model, name) if shared else model.clone())
         places.append(same[0] if same else len(kept) - 1)
     return kept[0], kept[1:], places
 
@@ -193,12 +197,26 @@ def _plain(model: Any) -> tuple[Any, ...]:
     return options.get("patches", {}), options.get("patches_replace", {}), model.object_patches
 
 
-def _copy(model: Any) -> Any:
-    """Return a clone of a MODEL with weights of its own; models are unloaded first, to get bare weights."""
+def _copy(model: Any, where: str) -> Any:
+    """Return a clone of a MODEL with weights of its own; models are unloaded first, to get bare weights.
+
+    A core after 0.3.64 reads the file again, which also works where it streams weights to the GPU.
+    where: the input that the MODEL is from, for the message
+    """
     importlib.import_module("comfy.model_management").unload_all_models()
-    made = model.clone()
-    made.model, made.parent = copy.deepcopy(model.model), None
-    made.backup, made.object_patches_backup, made.hook_backup = {}, {}, {}
+    if getattr(model, "cached_patcher_init", None) is not None:  # of the core's own loaders
+        made = model.deepclone_multigpu()
+        made.clone_base_uuid = uuid.uuid4()  # not this MODEL on another GPU
+    elif getattr(model, "is_dynamic", bool)():
+        raise UserError(
+            f"{where} and a MODEL before it share weights of a loader that cannot read its file again; take "
+            "a loader of ComfyUI itself, or start ComfyUI with --disable-dynamic-vram"
+        )
+    else:
+        made, shared = model.clone(), model.model.model_config  # settings; those of later cores have no copy
+        made.model, made.parent = copy.deepcopy(model.model, {id(shared): shared}), None
+        made.backup, made.object_patches_backup, made.hook_backup = {}, {}, {}
+        made.backup_buffers, made.pinned = {}, set()
     made.afa_copy_of = model.model
     return made
 

@@ -19,17 +19,21 @@ Options = dict[str, Any]  # ComfyUI's transformer_options
 READERS = {
     "UNetModel": "afa.comfyui.unet:UNetReader",
     "Flux": "afa.comfyui.flux:FluxReader",
+    "Chroma": "afa.comfyui.chroma:ChromaReader",
+    "OpenAISignatureMMDITWrapper": "afa.comfyui.sd3:SD3Reader",
 }
-SERVED = "Stable Diffusion 1.x and 2.x, SDXL (UNetModel), FLUX.1 (Flux)"
+SERVED = "Stable Diffusion 1.x and 2.x, SDXL (UNetModel), 3 and 3.5 (MMDiT), FLUX.1 (Flux), Chroma"
 
 
 class NetworkReader(ABC):
     """Reads the networks of one class as stages, and does what their forward does before and after.
 
-    family: of the ensembles that it serves, as in their manifest
+    family:  of the ensembles that it serves, as in their manifest
+    wrapped: ComfyUI runs wrappers of the network around its forward
     """
 
     family: ClassVar[str]
+    wrapped: ClassVar[bool] = True
 
     @abstractmethod
     def stages(self, network: Any) -> tuple[Stage, ...]:

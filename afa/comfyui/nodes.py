@@ -52,14 +52,24 @@ def ensembles() -> dict[str, Path]:
 
 
 def _folder(ensemble: str, path: str) -> Path:
-    """Return the ensemble's folder. Raises UserError if nothing is chosen."""
+    """Return the ensemble's folder; a path may also be a name in models/afa.
+
+    Raises UserError if nothing is chosen, and for a folder that does not exist.
+    """
+    known = ensembles()
     if ensemble == BY_PATH:
-        if not path.strip():
+        name = path.strip()
+        if not name:
             raise UserError(
                 f"no ensemble is chosen; choose one, or give its folder as path (models/{FOLDER} is searched)"
             )
-        return Path(path.strip()).expanduser()
-    known = ensembles()
+        folder = known.get(name, Path(name).expanduser())
+        if not folder.is_dir():
+            raise UserError(
+                f"there is no folder {folder.absolute()}, and no ensemble '{name}' in models/{FOLDER}; give "
+                "the folder with afa.json as path, or put it there and choose it"
+            )
+        return folder
     if ensemble not in known:
         raise UserError(unknown(ensemble, [BY_PATH, *known], f"ensemble in models/{FOLDER}"))
     return known[ensemble]
@@ -86,7 +96,10 @@ class AfaEnsemble:
         )
         found["optional"]["path"] = (
             "STRING",
-            {"default": "", "tooltip": f"the ensemble's folder, where {BY_PATH} is chosen"},
+            {
+                "default": "",
+                "tooltip": f"for {BY_PATH}: the ensemble's folder, or its name in models/{FOLDER}",
+            },
         )
         found["optional"]["compare_files"] = (
             "BOOLEAN",
@@ -105,6 +118,20 @@ class AfaEnsemble:
             return (_folder(ensemble, path) / "afa.json").read_text(encoding="utf-8")
         except (OSError, ValueError):
             return ""
+
+    @classmethod
+    def VALIDATE_INPUTS(  # noqa: N802
+        cls, ensemble: str | None = None, path: str | None = None
+    ) -> bool | str:
+        """Return True, or what is wrong with the folder, before models are loaded. None: not known yet."""
+        from afa.checkpoint.manifest import read_manifest
+
+        if ensemble is not None and (ensemble != BY_PATH or path is not None):
+            try:
+                read_manifest(_folder(ensemble, path or ""))
+            except UserError as error:
+                return str(error)
+        return True
 
     def combine(
         self,

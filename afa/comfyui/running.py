@@ -5,8 +5,9 @@ blocks run in the loop of every other ensemble (`afa/denoiser/forward.py`).
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,6 +124,11 @@ class RunningEnsemble:
                 "a node after AFA Ensemble patches weights (a LoRA?), which would reach the first expert "
                 "alone; put it between the loader and AFA Ensemble, for each expert that it is meant for"
             )
+        if guider.model_patcher.get_additional_models_with_key("multigpu"):
+            raise UserError(
+                "the passes of a step are divided among GPUs, which an ensemble does not do; "
+                "leave out the node that divides them (MultiGPU CFG Split)"
+            )
         conditions = {name: list(found) for name, found in guider.conds.items()}
         if any(one.get("hooks") for found in conditions.values() for one in found):
             raise UserError(
@@ -138,17 +144,34 @@ class RunningEnsemble:
 
     def predict(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Wrap the forward of the first network: run the blocks of all experts instead."""
-        if self.sampling is None:
-            raise UserError(
-                "an AFA ensemble runs inside ComfyUI's samplers only; connect its MODEL to a sampler"
-            )
         inside = executor.wrappers[executor.idx + 1 :]
         if inside:
             raise UserError(
                 f"a node after AFA Ensemble wraps the network ({inside[0].__module__}), which an ensemble "
                 "replaces; put it before AFA Ensemble, or leave it out"
             )
-        bound = inspect.signature(executor.original).bind(*args, **kwargs).arguments
+        return self._predicted(executor.original, *args, **kwargs)
+
+    def apply(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Wrap ComfyUI's call of a network that runs no wrappers: replace its forward in this call."""
+        network = executor.class_obj.diffusion_model
+        own, forward = vars(network).get("forward"), network.forward
+        network.forward = partial(self._predicted, forward)
+        try:
+            prediction: Tensor = executor(*args, **kwargs)
+            return prediction
+        finally:
+            del network.forward
+            if own is not None:  # of a compiled network
+                network.forward = own
+
+    def _predicted(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Run the blocks of all experts instead of a forward with these arguments."""
+        if self.sampling is None:
+            raise UserError(
+                "an AFA ensemble runs inside ComfyUI's samplers only; connect its MODEL to a sampler"
+            )
+        bound = inspect.signature(forward).bind(*args, **kwargs).arguments
         call = {**bound, **bound.pop("kwargs", {})}
         with torch.no_grad():
             return self._run(call)
