@@ -27,7 +27,7 @@ KEPT = 4  # samplings whose weight maps are kept
 
 
 @dataclass
-class Sampling:
+class SamplerRun:
     """One sampling.
 
     patchers:  of each expert, as they are loaded
@@ -51,7 +51,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Pass:
+class NetworkCall:
     """One call of the network.
 
     prompted: for each prompt of the batch, whether it is a positive one
@@ -88,7 +88,7 @@ class RunningEnsemble:
     entered: Options
     patched: Any
     results: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
-    sampling: Sampling | None = None
+    sampling: SamplerRun | None = None
 
     def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Wrap ComfyUI's outer_sample: find the experts' models, and keep the weights of this sampling."""
@@ -101,7 +101,7 @@ class RunningEnsemble:
         noise = args[0] if args else kwargs["noise"]
         before, self.sampling = (
             self.sampling,
-            Sampling(
+            SamplerRun(
                 [patchers[place] for place in self.places],
                 [(one, float(to_sigma(one.start)), float(to_sigma(one.end))) for one in given],
                 noise.shape,
@@ -208,7 +208,7 @@ class RunningEnsemble:
             return dict(runtime)
         return options_of_expert(runtime, self.entered, patcher.model_options["transformer_options"])
 
-    def _pass(self, runtime: Options, x: Tensor) -> Pass:
+    def _pass(self, runtime: Options, x: Tensor) -> NetworkCall:
         assert self.sampling is not None
         sigma = float(runtime["sigmas"].flatten()[0])
         active = tuple(one for one, high, low in self.sampling.strengths if high >= sigma >= low)
@@ -218,9 +218,9 @@ class RunningEnsemble:
                 "AFA Strength with a mask does not know where in the picture a prompt's area lies; "
                 "leave out the mask, or Conditioning (Set Area)"
             )
-        return Pass([place == 0 for place in runtime["cond_or_uncond"]], sigma, active, size)
+        return NetworkCall([place == 0 for place in runtime["cond_or_uncond"]], sigma, active, size)
 
-    def _adjusted(self, stage: str, weights: Tensor, current: Pass) -> Tensor:
+    def _adjusted(self, stage: str, weights: Tensor, current: NetworkCall) -> Tensor:
         """Return the weights (R, N, H, W) of a stage, shared by both predictions of guidance and scaled."""
         assert self.sampling is not None
         if self.recipe.shared_guidance:
@@ -235,7 +235,7 @@ class RunningEnsemble:
         passes = len(current.prompted)
         return rescaled(weights, for_rows(found, self.sampling.shape[0], passes, len(weights)))
 
-    def _shared(self, stage: str, weights: Tensor, current: Pass) -> Tensor:
+    def _shared(self, stage: str, weights: Tensor, current: NetworkCall) -> Tensor:
         """Give all predictions the weights of the one with the prompt, which may be of the pass before."""
         assert self.sampling is not None
         guided, count = self.sampling.guided, len(current.prompted)
@@ -254,7 +254,7 @@ class RunningEnsemble:
             )
         return torch.cat([prompted] * count)
 
-    def _observe(self, stage: str, weights: Tensor, current: Pass) -> None:
+    def _observe(self, stage: str, weights: Tensor, current: NetworkCall) -> None:
         """Add the weights (B, N, H, W) of predictions with the prompt for the whole picture to the sums."""
         assert self.sampling is not None
         sums, passes = self.sampling.sums, self.sampling.passes

@@ -20,7 +20,7 @@ LAYERS = ("Conv2d", "ResBlock", "SpatialTransformer", "Downsample", "Upsample")
 
 
 @dataclass(kw_only=True)
-class UNetContext(StageContext):
+class ComfyUNetContext(StageContext):
     """The context of ComfyUI's U-Net.
 
     options: its transformer_options, in which blocks note where they are
@@ -59,7 +59,7 @@ class UNetBlock(Stage):
         skip: Tensor | None = None,
         size: tuple[int, int] | None = None,
     ) -> tuple[Tensor, StageContext]:
-        assert isinstance(context, UNetContext)
+        assert isinstance(context, ComfyUNetContext)
         if skip is not None:
             hidden = torch.cat([hidden, skip], dim=1)
         context.options["block"] = self.place
@@ -124,7 +124,7 @@ class UNetReader(NetworkReader):
         )
         if label is not None:
             temb = temb + network.label_emb(label)
-        return x, UNetContext(temb=temb, text=text, options=options, dtype=x.dtype)
+        return x, ComfyUNetContext(temb=temb, text=text, options=options, dtype=x.dtype)
 
     def control(self, stages: Sequence[Stage], call: Call) -> PassOptions:
         control = call.get("control") or {}
