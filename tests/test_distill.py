@@ -85,7 +85,7 @@ def teachers(tmp_path_factory):
 
 @pytest.fixture
 def settings(teachers, captions, tmp_path):
-    small = {"batch_size": 4, "held_out": 2, "steps": 6, "evaluate_every": 2, "lr": 1e-3, "device": "cpu"}
+    small = {"batch_size": 4, "held_out": 2, "steps": 6, "evaluate_every": 2, "lr": 1e-3, "device": "cpu", "resolution": 32}
     return DistillSettings(ensemble=str(teachers("sd")), data=str(captions), output=str(tmp_path / "out"), trajectory_steps=3, warm_up=0, **small)
 
 
