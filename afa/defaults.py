@@ -37,7 +37,7 @@ FEWEST_HELD_OUT = 20
 # channels; where their mean is far from all of them, as on far, ten times as much learns faster.
 DISTILL_STEPS, DISTILL_EMA, TRAJECTORY_STEPS, CAPTIONS = 1000, 0.99, 12, 4096
 DISTILL_RATE, DISTILL_WIDTH = 1e-4, 64
-IMAGE_SHARE = 0.0  # captions are enough; on far images help (docs/log.md), which not all have
+IMAGE_SHARE = 0.0  # a student needs captions alone; on far, images help (docs/log.md)
 
 # Of --reuse: stages at either end of a U-Net that run in all steps.
 OUTER_STAGES = 2

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,6 @@ from afa.merging.keys import key_stages
 from afa.merging.single_file import original_places
 from afa.models.registry import layers_of
 from afa.places import as_typed
-
-if TYPE_CHECKING:
-    pass
 
 EMA = "model_ema."
 UNDONE = "bfloat16"  # of a merge of weights that were in 8 bits or fewer, and so have fewer digits
