@@ -174,8 +174,10 @@ def test_experts_of_a_family_that_shares_text_encoders_read_the_first_with_a_war
     assert main(["inspect", str(tmp_path / "saved")]) == 0
     told = capsys.readouterr().err
     assert f"the text_encoder in {files[1]} is not read" in told and files[0] in told
-    beside = Ensemble.from_experts([f"a={root / 'whole'}", f"b={files[1]}"], config=str(root / "frame"), aggregator="mean", placement="out")
+    experts = [f"a={root / 'whole'}", f"b={files[1]}"]
+    beside = Ensemble.from_experts(experts, config=str(root / "frame"), aggregator="mean", placement="out")
     assert same(beside.text_encoders[0].encoders[0], pipe.text_encoder)
+    assert f"the text encoders in {files[1]} are not read: expert 'a' lends its own" in capsys.readouterr().err
 
 
 def without_tokenizers(root, tmp_path):

@@ -13,7 +13,7 @@ from afa.experts.donor import DonorDescription, DonorSpec, describe_donor, files
 from afa.experts.expert import Expert
 from afa.experts.headers import check_finite
 from afa.experts.locate import locate
-from afa.experts.prediction import predicting
+from afa.experts.prediction import predicting, warn_once
 from afa.experts.spec import ExpertSpec, exists
 from afa.experts.text_names import text_encoders_beside
 from afa.experts.vae import describe_vae
@@ -82,8 +82,10 @@ def _asked(expert: Expert, spec: DonorSpec, whole: Expert | None) -> DonorSpec |
     if whole is None:
         alone = any(map(text_encoders_beside, spec.files)) and gather(spec, expert).lacking is None
         return spec if alone else None
-    joins = not shares_texts(expert) and any(map(text_encoders_beside, files_of([expert])))
-    if not joins or whole.located is None or whole.located.single_file:
+    own = [file for file in files_of([expert]) if text_encoders_beside(file)]
+    if not own or shares_texts(expert) or whole.located is None or whole.located.single_file:
+        for file in own:
+            warn_once(f"the text encoders in {file} are not read: expert '{whole.name}' lends its own")
         return None
     return replace(spec, frame=str(whole.located.path))
 
