@@ -108,7 +108,7 @@ class Component:
 
         Raises UserError for settings that make no model, and for files that lack one of its weights.
         """
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"), _no_init_weights():
             model = self.make()
         if self.weights is not None:
             self._fitting(model, {name: entry.meta() for name, entry in self.tensors.items()})
@@ -122,7 +122,7 @@ class Component:
         """
         # buffers that no file holds are computed, by transformers in the dtype of the weights
         computed = dtype if self._of_transformers else None
-        with init_empty_weights(), no_init_weights(), _default_dtype(computed):
+        with init_empty_weights(), _no_init_weights(), _default_dtype(computed):
             model = self.make()
         _tie(model)
         # What is computed from a few bits stays in float32 where its dtype here is not known yet.
@@ -195,6 +195,15 @@ class Component:
                     "download or export it again"
                 ) from None
         return check_fit(model, tensors, self.where)
+
+
+@contextmanager
+def _no_init_weights() -> Iterator[None]:
+    """Make models of diffusers and of transformers without drawing their first weights."""
+    from transformers.initialization import no_init_weights as of_transformers
+
+    with of_transformers(), no_init_weights():
+        yield
 
 
 @contextmanager
