@@ -108,7 +108,7 @@ class Component:
 
         Raises UserError for settings that make no model, and for files that lack one of its weights.
         """
-        with torch.device("meta"), _no_init_weights():
+        with torch.device("meta"), no_init_weights():
             model = self.make()
         if self.weights is not None:
             self._fitting(model, {name: entry.meta() for name, entry in self.tensors.items()})
@@ -173,12 +173,11 @@ class Component:
 
         Files are read until their first difference.
         """
-        return (
-            self.name == other.name
-            and self.kind is other.kind
-            and arithmetic(self.model) == arithmetic(other.model)
-            and same_bytes(self.tensors, other.tensors)
-        )
+        if self.name != other.name or self.kind is not other.kind:
+            return False
+        alike = self.settings == other.settings and self.change is other.change is None
+        alike = alike or arithmetic(self.model) == arithmetic(other.model)  # which makes both models
+        return alike and same_bytes(self.tensors, other.tensors)
 
     def _fitting(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of its files by the names in the model's state. Raises UserError if any are missing."""
