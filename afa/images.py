@@ -262,13 +262,14 @@ def save_picture(
         Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunk)
 
 
-def read_made(path: Path, *, whole: bool = True) -> dict[str, Any] | None:
+def read_made(source: Path | bytes, *, whole: bool = True) -> dict[str, Any] | None:
     """The metadata of a picture: {} if it has none; None if it is missing, broken or cut off.
 
-    whole: decode it to the end, since a picture that a crash cut off begins like a whole one
+    source: its file, or the encoded picture
+    whole:  decode it to the end, since a picture that a crash cut off begins like a whole one
     """
     try:
-        return _settings(path, whole)
+        return _settings(source, whole)
     except PILLOW_ERRORS:
         return None
 
@@ -296,16 +297,15 @@ def read_metadata(path: Path, name: str | None = None) -> dict[str, Any]:
     return found
 
 
-def _settings(path: Path, whole: bool) -> dict[str, Any]:
+def _settings(source: Path | bytes, whole: bool) -> dict[str, Any]:
     """The settings in a PNG, {} if there are none. Raises one of PILLOW_ERRORS for what is no PNG."""
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is no plain file")
-    with Image.open(path, formats=["PNG"]) as image:
+    file = io.BytesIO(source) if isinstance(source, bytes) else _plain(source)
+    with Image.open(file, formats=["PNG"]) as image:
         text = image.info.get(CHUNK, "{}")
         if whole:
             image.load()
     try:
-        found = parse_json(str(text), path.name)
+        found = parse_json(str(text), _named(source, None))
     except TextError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -1,6 +1,7 @@
 """Generate many images in a run that can resume. Each PNG says how it was made."""
 
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
-from afa.defaults import GENERATION_STEPS, OUTER_STAGES
+from afa.defaults import GENERATION_STEPS, OUTER_STAGES, PACK_SIZE
 from afa.denoiser.base import EnsembleDenoiser
 from afa.denoiser.hooks import check_strengths
 from afa.denoiser.parallel import check_parallel
@@ -27,6 +28,7 @@ from afa.files import locked, refuse_busy, replacing, settled, sha256, write_ato
 from afa.fingerprint import Files, fingerprint, saved_fingerprint, summed
 from afa.generation.drawing import Drawing, deal, draw_missing
 from afa.generation.grid import Grid
+from afa.generation.packs import Packs
 from afa.generation.prompt_loras import PromptLoras
 from afa.generation.settings import GenerateSettings
 from afa.generation.speed import at_level
@@ -132,7 +134,8 @@ def generate(settings: GenerateSettings) -> list[Path]:
 
     Several processes (accelerate launch) share the images, and so do commands with --shard.
     settings: the options of `afa generate`
-    Returns the paths of all images, or with --shard of its part, one PNG each. Raises UserError.
+    Returns the paths of all images, or with --shard of its part, one PNG each; of shards, once they are
+    packed. Raises UserError.
     """
     settings = at_level(settings)
     prompts = asked_prompts(settings.prompt, settings.prompts)
@@ -144,6 +147,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
     if output.is_file():
         raise UserError(f"--output {output} is a file; give a folder")
     refuse_busy(output, shared=settings.shard is not None)
+    packs = Packs(output, settings.pack, settings.pack_size or PACK_SIZE)
     regions = [
         region if path is None else replace(region, mask=read_mask(path))
         for region, path in settings.regions()
@@ -174,7 +178,7 @@ def generate(settings: GenerateSettings) -> list[Path]:
         sampler = _sampler(variant, ensemble)
         _check_strengths(variant, ensemble, sampler)
         asked = _asked(settings, prompts) if grid is None else grid.requests[index]
-        images = _images(variant, sampling, asked, ensemble, sampler, files, loras, grid, regions)
+        images = _images(variant, sampling, asked, ensemble, sampler, files, loras, grid, regions, packs)
         strengths = as_strengths(regions, sampling.steps, ensemble.names)
         drawings.append(Drawing(variant, sampling, sampler, images, strengths))
     part, parts = settings.part()
@@ -199,8 +203,12 @@ def generate(settings: GenerateSettings) -> list[Path]:
             )
         state.wait_for_everyone()
         images = [image for drawing in drawings for image in drawing.images]
+        found: list[Any] = [None]  # by the first process: whether all are there; the shards of them
         if state.is_main_process and (parts == 1 or all(image.found() for image in images)):
-            _finish(output, drawings, grid)
+            found[0] = _finish(output, drawings, grid, packs)
+        packed = broadcast_object_list(found)[0]
+    if packed:
+        return packed
     return [image.path for drawing in own for image in drawing.images]
 
 
@@ -311,6 +319,7 @@ def _images(
     loras: PromptLoras,
     grid: Grid | None,
     regions: Sequence[Region],
+    packs: Packs,
 ) -> list[ImageFile]:
     """List the images in order. asked: their prompts and seeds"""
     used = getattr(sampler, "pipeline", ensemble.frame).scheduler  # drawn experts have a pipeline each
@@ -341,7 +350,8 @@ def _images(
         path = Path(settings.output) / name if grid is None else grid.path(Path(settings.output), facts)
         request = Request(loras.texts.get(prompt, prompt), seed)
         used_loras = loras.files(prompt) if loras.chosen else {}
-        images.append(ImageFile(path, request, facts, used_files(files, trained) | used_loras))
+        made_of = used_files(files, trained) | used_loras
+        images.append(ImageFile(path, request, facts, made_of, packed=functools.partial(packs.read, index)))
     return images
 
 
@@ -367,12 +377,15 @@ def _sampling(settings: GenerateSettings, ensemble: Ensemble) -> Sampling:
     )
 
 
-def _finish(output: Path, drawings: Sequence[Drawing], grid: Grid | None) -> None:
-    """Write images.jsonl (`afa train --data` reads it after a rename) and a grid.
+def _finish(output: Path, drawings: Sequence[Drawing], grid: Grid | None, packs: Packs) -> list[Path]:
+    """Write images.jsonl (`afa train --data` reads it after a rename) and a grid, or pack all images.
 
-    Without --grid it has a row per prompt.
+    Without --grid the grid has a row per prompt.
+    Returns the shards, if images are packed.
     """
     images = [image for drawing in drawings for image in drawing.images]
+    if packs.kind is not None:
+        return packs.write(images)
     lines = []
     for image in images:
         facts = {"file_name": image.path.name, "text": image.request.prompt, "seed": image.request.seed}
@@ -386,6 +399,7 @@ def _finish(output: Path, drawings: Sequence[Drawing], grid: Grid | None) -> Non
         width = columns if columns > 1 else min(8, len(pixels))
         sheet = grid_picture([pixels[start : start + width] for start in range(0, len(pixels), width)])
     else:
-        return
+        return []
     with replacing(output / "grid.png") as temporary:
         sheet.save(temporary, format="PNG")
+    return []

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from afa.defaults import GENERATION_STEPS, OUTER_STAGES
+from afa.defaults import GENERATION_STEPS, OUTER_STAGES, PACK_SIZE
 from afa.errors import UserError
 from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.generation.grid import check_grid
@@ -116,6 +116,15 @@ class GenerateSettings(CheckedOptions):
         help="I/N: draw the I-th of N parts of the images, beside commands that draw the others into one "
         "folder (I from 1, such as a number of a SLURM array)",
     )
+    pack: str | None = option(
+        None,
+        help="when all images are drawn, put them into shards: tar (webdataset's layout) or parquet, which "
+        "`afa train --data` reads",
+        choices=["tar", "parquet"],
+    )
+    pack_size: int | None = option(
+        None, **COUNT, help=f"images in a shard of --pack (default: {PACK_SIZE:,})"
+    )
     parallel: str | None = option(
         None,
         help="experts: the processes of torchrun share the experts of an ensemble, one device each, and not "
@@ -190,6 +199,7 @@ class GenerateSettings(CheckedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_pack()
         if self.grid is not None:
             check_grid(self)  # each of its points has the checks below
             return
@@ -224,6 +234,18 @@ class GenerateSettings(CheckedOptions):
                 f"--compile is for an ensemble's own denoiser, and --method {self.method} calls its experts; "
                 "leave out one of them"
             )
+
+    def _check_pack(self) -> None:
+        """Raise UserError for a size without shards, and for files that shards do not hold."""
+        if self.pack is None:
+            if self.pack_size is not None:
+                raise UserError(f"--pack-size {self.pack_size} needs --pack tar or parquet; add it")
+            return
+        for name in ("weights", "grid"):
+            if getattr(self, name):
+                raise UserError(
+                    f"--pack {self.pack} is for images alone, and --{name} is given; leave out one"
+                )
 
     def regions(self) -> list[tuple[Region, str | None]]:
         """Return the regions, each with the path of its mask. Raises UserError."""

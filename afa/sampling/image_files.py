@@ -1,7 +1,7 @@
 """Image files of a run that can resume: each PNG says how it was made; one made the same way is kept."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class ImageFile:
     facts:   what the PNG records; a PNG that records other values is refused
     files:   sha256 of what it is made from, recorded and compared as "files"; older pictures lack it
     notes:   what the PNG records besides, not compared
+    packed:  reads the PNG from a shard; None if it is in none
     """
 
     path: Path
@@ -45,6 +46,17 @@ class ImageFile:
     facts: Mapping[str, Any]
     files: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    packed: Callable[[], bytes | None] = field(default=lambda: None)
+
+    def read(self) -> bytes:
+        """Return the PNG, of its file or of a shard. Raises OSError if it is in neither."""
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            data = self.packed()
+            if data is None:
+                raise
+            return data
 
     def found(self, *, whole: bool = True) -> dict[str, Any] | None:
         """Return what the PNG records; None if it is missing or cut off, so that it has to be drawn.
@@ -52,7 +64,9 @@ class ImageFile:
         whole: decode it to the end
         Raises UserError if it was made with other settings or files.
         """
-        found = read_made(self.path, whole=whole)
+        found, packed = read_made(self.path, whole=whole), None
+        if found is None and (packed := self.packed()) is not None:
+            found = read_made(packed, whole=whole)
         if found is None:
             return None
         recorded = found.get("files")
@@ -69,8 +83,9 @@ class ImageFile:
                     shown(str(one) if isinstance(one, (dict, list)) else one)
                     for one in (found.get(name), value)
                 )
+                place = self.path if packed is None else f"{self.path.name} in a shard of {self.path.parent}"
                 raise UserError(
-                    f"{self.path} was made with {name} {then}, now {now} is asked; "
+                    f"{place} was made with {name} {then}, now {now} is asked; "
                     "choose another --output or delete it"
                 )
         return found
