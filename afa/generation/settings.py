@@ -1,6 +1,6 @@
 """The options of a generation run. No heavy imports: the command line's help comes from here."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from afa.defaults import GENERATION_STEPS, OUTER_STAGES, PACK_SIZE
@@ -9,7 +9,7 @@ from afa.experts.spec import PREDICTION_HELP, PREDICTION_TYPES
 from afa.generation.grid import check_grid
 from afa.prompt_syntax import PLAIN, SYNTAXES
 from afa.sampling.options import MethodOptions
-from afa.sampling.regions import Region, parse_region
+from afa.sampling.regions import Region, parse_region, read_mask
 from afa.sampling.registry import SAMPLING_METHODS, check_base, read_options
 from afa.settings import (
     CONFIG_HELP,
@@ -250,6 +250,13 @@ class GenerateSettings(CheckedOptions):
     def regions(self) -> list[tuple[Region, str | None]]:
         """Return the regions, each with the path of its mask. Raises UserError."""
         return [parse_region(text) for text in self.region or ()]
+
+    def read_regions(self) -> list[Region]:
+        """Return the regions with their masks. Raises UserError."""
+        return [
+            region if path is None else replace(region, mask=read_mask(path))
+            for region, path in self.regions()
+        ]
 
     def _check_regions(self) -> None:
         """Raise UserError for options that do not go with strengths in parts of the picture."""

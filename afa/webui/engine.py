@@ -17,7 +17,7 @@ from afa.errors import UserError
 from afa.evaluation.names import known_methods
 from afa.files import sha256
 from afa.generation.prompt_loras import PromptLoras, loras_in
-from afa.generation.run import LENT, is_saved, load_sources, source_files, used_files
+from afa.generation.sources import LENT, is_saved, load_sources, source_files, used_files
 from afa.images import save_picture
 from afa.places import public_place
 from afa.prompt_syntax import A1111, check_syntax

@@ -13,7 +13,7 @@ from PIL import Image
 from afa.checkpoint.manifest import read_manifest
 from afa.errors import UserError
 from afa.files import given_name
-from afa.generation.run import is_saved
+from afa.generation.sources import is_saved
 from afa.pages.numbers import plural
 from afa.pages.page import data_uri, part
 from afa.pictures import colour_of, heat, overlay
