@@ -117,6 +117,9 @@ def commands(inputs: Path) -> dict[str, Callable[[], int]]:
         ],
         "finetune": ["finetune", curves, *training, "--rank", "1"],
         "generate": ["generate", str(ENSEMBLE), *drawing, "--weights", "--batch-size", "1"],
+        "generate in shards": [
+            *("generate", curves, *drawing, "--batch-size", "1", "--pack", "tar", "--pack-size", "1"),
+        ],
         "evaluate": [
             *(
                 "evaluate",
