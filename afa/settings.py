@@ -59,6 +59,7 @@ SEED_OR_DRAWN: Bounds = {"least": -1, "most": SEEDS - 1}  # -1: one is drawn, se
 DTYPES = ["float32", "bfloat16", "float16"]
 DTYPE_HELP = "number format of the models' weights"
 STORES = ["int8", "fp8", "delta2", "delta1", "cpu"]  # of afa.experts.quantised
+SHARDED = "sharded"  # over processes that run the same steps: of training alone
 RESIDENT = "resident"  # weights as they are, on the device
 STORE_HELP = (
     "how the experts' weights are stored: in 8 bits; as one mean in 8 bits and each expert's difference from "

@@ -15,9 +15,10 @@ from afa import Ensemble, UserError
 from afa.aggregators.registry import count_parameters
 from afa.cli.main import main
 from afa.denoiser.hooks import only_expert
+from afa.experts.quantised import kept_tensors, stored_bytes
 from afa.generation.run import generate
 from afa.generation.settings import GenerateSettings
-from afa.training.run import train
+from afa.training.run import plan, train
 from afa.training.state import kept_file
 
 SMALL = {"hidden": 8, "heads": 2, "depth": 1}
@@ -137,6 +138,28 @@ def test_processes_that_share_the_experts_train_what_one_process_trains(settings
     moved = max((tensor - before[name]).abs().max() for name, tensor in trained.items())
     apart = max((tensor - other[name]).abs().max() for name, tensor in trained.items())
     assert moved > 0 and apart < 0.02 * moved
+
+
+def test_experts_in_parts_on_all_processes_train_as_whole_ones(settings, tmp_path):  # noqa: F811
+    whole = replace(settings, output=str(tmp_path / "whole"), lr=1e-3, steps=2, gradient_checkpointing=True)
+    parts = replace(whole, output=str(tmp_path / "parts"), store="sharded")
+
+    def trained(options):
+        planned = plan(options)
+        frozen = planned.ensemble.denoiser.experts
+        held, divided = stored_bytes(frozen), sum(tensor.nbytes for tensor in kept_tensors(frozen))
+        train(options, planned)
+        return held, divided
+
+    ((all_of_it, _), _), found = in_processes(lambda: trained(whole)), in_processes(lambda: trained(parts))
+    for held, divided in found:  # of the layers that are large enough
+        assert 0 < divided == all_of_it - held
+    for mine, theirs in zip(aggregators(whole).values(), aggregators(parts).values(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-6)  # stored layers round their gradients otherwise
+    with pytest.raises(UserError, match="--store sharded needs several processes on a machine, such as: torchrun"):
+        train(replace(parts, output=str(tmp_path / "alone")))
+    with pytest.raises(UserError, match="--sheet-every 2 draws in one process"):
+        replace(parts, sheet_every=2)
 
 
 def test_a_shared_training_goes_on_in_one_process(settings, tmp_path):  # noqa: F811

@@ -1,4 +1,5 @@
-"""Frozen weights in less device memory: in 8 bits or fewer, or in the CPU's memory until a layer needs them.
+"""Frozen weights in less device memory: in 8 bits or fewer, in the CPU's memory until a layer needs them, or
+each process with a part of them.
 
 Only the weights of linear and convolutional layers are stored in this way; they are most of a model. A layer
 computes as before, in the dtype of its input, with a weight that is fetched for this call. The backward pass
@@ -11,19 +12,22 @@ Quantizing for minimum distortion, 1960. Deviations from BitDelta: the differenc
 experts in 8 bits, not from a base model; a scale a channel, not a matrix; scales are not trained.
 """
 
+import functools
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.grad import conv2d_input
 
 from afa.errors import UserError
-from afa.settings import STORES
+from afa.settings import SHARDED, STORES
 
 LEAST = 4096  # elements of a weight; storing a smaller one gains nothing
 LARGEST = {"int8": 127.0, "fp8": 448.0}
@@ -58,6 +62,46 @@ class OnCPU(StoredWeight):
 
     def fetch(self, like: Tensor) -> Tensor:
         return self.values.to(like.device, like.dtype, non_blocking=True, copy=True)
+
+
+class OverProcesses(StoredWeight):
+    """A weight of which each process of a machine keeps a part; a fetch gathers it from them.
+
+    So all of them must run the same layers.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        rank, count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        self.shape, self.stride = weight.shape, weight.contiguous().stride()
+        parts = weight.detach().contiguous().chunk(count)
+        empty = weight.detach().new_empty(0, *weight.shape[1:])
+        self.values = parts[rank].clone() if rank < len(parts) else empty
+
+    def fetch(self, like: Tensor) -> Tensor:
+        if self.values.is_meta or isinstance(self.values, FakeTensor):
+            return like.new_empty(self.shape)
+        from torch.distributed.tensor import DTensor, Shard
+
+        mesh = _mesh(self.values.device.type)
+        part = DTensor.from_local(self.values, mesh, [Shard(0)], shape=self.shape, stride=self.stride)
+        return part.full_tensor().to(like.dtype)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.values]
+
+    def move(self, device: torch.device) -> None:
+        self.values = self.values.to(device)
+
+
+@functools.cache
+def _mesh(kind: str) -> Any:
+    """The processes of this machine, as DTensor has them. kind: of their devices"""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    each, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), dist.get_world_size()
+    shape, names = (everywhere // each, each), ("machines", "devices")
+    return init_device_mesh(kind, shape, mesh_dim_names=names)["devices"]
 
 
 class EightBits(StoredWeight):
@@ -188,7 +232,12 @@ class StoredConv2d(_Stored, nn.Conv2d):  # type: ignore[override]
 
 
 def check_store(store: str | None, device: torch.device) -> None:
-    """Raise UserError for --store cpu where the experts would run on the CPU."""
+    """Raise UserError for --store cpu where the experts would run on the CPU, and sharded in one process."""
+    if store == SHARDED and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
+        raise UserError(
+            "--store sharded needs several processes on a machine, such as: "
+            "torchrun --nproc_per_node 2 -m afa train …"
+        )
     if store == "cpu" and device.type == "cpu":
         raise UserError(
             "--store cpu keeps experts beside a GPU, and they would run on the CPU; leave it out, "
@@ -203,10 +252,10 @@ def store_weights(model: nn.Module, store: str) -> None:
     other than zeros, stay as they are.
 
     model: an expert, or a ModuleList of several
-    store: one of STORES; delta1 and delta2 need several experts of one architecture
+    store: one of STORES, or SHARDED; delta1 and delta2 need several experts of one architecture
     Raises ValueError for an unknown store, UserError for experts that cannot be stored in this way.
     """
-    if store not in STORES:
+    if store not in (*STORES, SHARDED):
         raise ValueError(f"there is no store '{store}'. Known: {', '.join(STORES)}")
     experts = list(model) if isinstance(model, nn.ModuleList) else [model]
     layers = [_large_layers(expert) for expert in experts]
@@ -215,7 +264,8 @@ def store_weights(model: nn.Module, store: str) -> None:
     for layer in [layer for own in layers for layer in own.values()]:
         weight = layer.weight
         if id(weight) not in stored:
-            stored[id(weight)] = OnCPU(weight) if store == "cpu" else EightBits(weight, store)
+            kinds = {"cpu": OnCPU, SHARDED: OverProcesses}
+            stored[id(weight)] = kinds[store](weight) if store in kinds else EightBits(weight, store)
         del layer._parameters["weight"]
         layer.__class__ = StoredLinear if isinstance(layer, nn.Linear) else StoredConv2d
         layer.kept = stored[id(weight)]

@@ -17,6 +17,7 @@ from afa.settings import (
     GUIDANCE,
     SAMPLING_STEPS,
     SEED,
+    SHARDED,
     SHARE,
     STORE_HELP,
     STORES,
@@ -331,8 +332,8 @@ class TrainSettings(LoopSettings, AggregatorSettings):
     )
     store: str | None = option(
         None,
-        help=STORE_HELP,
-        choices=STORES,
+        help=f"{STORE_HELP}; or sharded: each process of a machine keeps a part of them (torchrun)",
+        choices=[*STORES, SHARDED],
     )
     parallel: str | None = option(
         None,
@@ -358,6 +359,11 @@ class TrainSettings(LoopSettings, AggregatorSettings):
                 "its aggregators and its frame are made already"
             )
         self.aggregator_options()  # raises for an option that the aggregator does not have
+        if self.store == SHARDED and self.sheet_every is not None:
+            raise UserError(
+                f"--sheet-every {self.sheet_every} draws in one process, and --store sharded needs all of "
+                "them; leave out one of them"
+            )
         for name in ("store", "sheet_every"):
             if self.parallel is not None and getattr(self, name) is not None:
                 raise UserError(
