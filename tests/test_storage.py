@@ -13,7 +13,16 @@ from afa import UserError
 from afa.aggregators.registry import Recipe
 from afa.cost import call_of
 from afa.devices import LiveBytes
-from afa.experts.quantised import STORES, EightBits, FewBits, OnCPU, kept_tensors, store_weights, stored_bytes
+from afa.experts.quantised import (
+    STORES,
+    Ahead,
+    EightBits,
+    FewBits,
+    OnCPU,
+    kept_tensors,
+    store_weights,
+    stored_bytes,
+)
 from afa.memory import sampling_memory
 from afa.models.unet import UNetEnsemble
 from afa.settings import RESIDENT
@@ -49,6 +58,27 @@ def test_a_stored_layer_is_a_plain_layer_with_that_weight_and_so_are_its_gradien
         output.square().sum().backward()
     assert torch.allclose(inputs[0].grad, inputs[1].grad, rtol=1e-5, atol=1e-5)
     assert isinstance(stored, type(layer)) and stored_bytes(stored) < stored_bytes(layer)
+
+
+def test_the_weight_that_followed_last_time_is_copied_while_this_one_is_used(monkeypatch):
+    weights, ahead = [OnCPU(torch.randn(4, 4)) for _ in range(3)], Ahead()
+    copied, copy = [], OnCPU.copy
+    monkeypatch.setattr(OnCPU, "copy", lambda kept, like: copied.append(weights.index(kept)) or copy(kept, like))
+    like = torch.empty(0)
+
+    def pass_over(order, like=like):
+        copied.clear()
+        for place in order:
+            assert torch.equal(ahead.fetch(weights[place], like), weights[place].values.to(like.dtype))
+        return list(copied)
+
+    there, back = [0, 1, 2], [2, 1, 0]
+    assert pass_over(there) == [0, 1, 2]  # nothing is known yet
+    for _ in range(2):  # then every weight is under way before it is needed, in both passes
+        pass_over(back)
+        pass_over(there)
+    assert [*pass_over(back), *pass_over(there)] == [1, 0, 0, 1, 2, 2]
+    assert pass_over(back, like.double())[0] == 2  # what was under way has another dtype
 
 
 @pytest.mark.parametrize(("store", "share"), [("int8", 0.3), ("fp8", 0.3), ("cpu", 0.06)])

@@ -16,7 +16,7 @@ import functools
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,15 +53,71 @@ class StoredWeight(ABC):
 
 
 class OnCPU(StoredWeight):
-    """A weight in the CPU's memory."""
+    """A weight in the CPU's memory. ahead: copies the next one meanwhile; all weights of a model share it"""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.values = weight.detach().to("cpu", copy=True)
+    def __init__(self, weight: Tensor, ahead: "Ahead | None" = None) -> None:
+        self.values, self.ahead = weight.detach().to("cpu", copy=True), ahead
         if torch.cuda.is_available() and type(self.values) is Tensor:
             self.values = self.values.pin_memory()
 
     def fetch(self, like: Tensor) -> Tensor:
+        eager = like.is_cuda and not torch.compiler.is_compiling()
+        if self.ahead is None or not eager or torch.cuda.is_current_stream_capturing():
+            return self.copy(like)
+        return self.ahead.fetch(self, like)
+
+    def copy(self, like: Tensor) -> Tensor:
+        """Copy the weight to the device of another tensor, in its dtype, on the current stream."""
         return self.values.to(like.device, like.dtype, non_blocking=True, copy=True)
+
+
+class Ahead:
+    """Copies the weight that is needed next on a stream of its own, while the device computes with this one.
+
+    Which one is next is what followed when the last two were needed in this order before: the backward pass
+    comes the other way. One weight is under way at a time.
+    """
+
+    def __init__(self) -> None:
+        self._following: dict[tuple[OnCPU | None, OnCPU | None], OnCPU] = {}
+        self._last: tuple[OnCPU | None, OnCPU | None] = (None, None)
+        self._under_way: tuple[OnCPU, Tensor, Any] | None = None
+        self._stream: Any = None
+
+    def fetch(self, kept: OnCPU, like: Tensor) -> Tensor:
+        """Return a weight on the device, and begin to copy the one that followed it before."""
+        self._following[self._last] = kept
+        self._last = (self._last[1], kept)
+        found = self._arrived(kept, like)
+        if found is None:
+            found = kept.copy(like)
+        following = self._following.get(self._last)
+        if following is not None and (self._under_way is None or self._under_way[0] is not following):
+            self._under_way = (following, *self._beside(following, like))
+        return found
+
+    def _arrived(self, kept: OnCPU, like: Tensor) -> Tensor | None:
+        """Take the weight that is under way, if it is this one as it is needed now."""
+        if self._under_way is None or self._under_way[0] is not kept:
+            return None
+        _, found, done = self._under_way
+        self._under_way = None
+        if (found.device, found.dtype) != (like.device, like.dtype):
+            return None
+        if done is not None:
+            now = torch.cuda.current_stream(like.device)
+            now.wait_event(done)
+            found.record_stream(now)  # else its memory might be given away while the layer computes
+        return found
+
+    def _beside(self, kept: OnCPU, like: Tensor) -> tuple[Tensor, Any]:
+        """Begin to copy a weight: -> it, and the event at which it is there; None: it is there already."""
+        if not like.is_cuda:
+            return kept.copy(like), None
+        self._stream = self._stream or torch.cuda.Stream(like.device)
+        with torch.cuda.stream(self._stream):
+            found = kept.copy(like)
+            return found, self._stream.record_event()
 
 
 class OverProcesses(StoredWeight):
@@ -261,11 +317,15 @@ def store_weights(model: nn.Module, store: str) -> None:
     layers = [_large_layers(expert) for expert in experts]
     # by id; all weights exist before the first is stored, so no id recurs
     stored = _differences(layers, store) if store in DIFFERENCES else {}
+    makers: dict[str, Callable[[Tensor], StoredWeight]] = {
+        "cpu": functools.partial(OnCPU, ahead=Ahead()),
+        SHARDED: OverProcesses,
+    }
+    make = makers.get(store, functools.partial(EightBits, kind=store))
     for layer in [layer for own in layers for layer in own.values()]:
         weight = layer.weight
         if id(weight) not in stored:
-            kinds = {"cpu": OnCPU, SHARDED: OverProcesses}
-            stored[id(weight)] = kinds[store](weight) if store in kinds else EightBits(weight, store)
+            stored[id(weight)] = make(weight)
         del layer._parameters["weight"]
         layer.__class__ = StoredLinear if isinstance(layer, nn.Linear) else StoredConv2d
         layer.kept = stored[id(weight)]
