@@ -81,15 +81,16 @@ def test_an_ensemble_of_all_in_one_files_is_that_of_the_folders_to_the_bit(famil
     assert len(ensemble.text_encoders) == len(whole.text_encoders) == len(TEXTS[family])
     assert all(same(one, other) for one, other in zip(ensemble.text_encoders, whole.text_encoders, strict=True))
     assert same(ensemble.frame.vae, whole.frame.vae)
-    assert (draw(ensemble) == draw(whole)).all()
+    expected = draw(whole)
+    assert (draw(ensemble) == expected).all()
     one, other = ensemble.experts
     assert all(first is second for first, second in zip(one.text_encoders, other.text_encoders, strict=True))  # in memory once
     ensemble.save(tmp_path / "saved")
-    assert (draw(Ensemble.load(tmp_path / "saved")) == draw(whole)).all()
+    assert (draw(Ensemble.load(tmp_path / "saved")) == expected).all()
     ensemble.save(tmp_path / "bundle", bundle=True)
     for file in files:
         (tmp_path / file).unlink()
-    assert (draw(Ensemble.load(tmp_path / "bundle")) == draw(whole)).all()
+    assert (draw(Ensemble.load(tmp_path / "bundle")) == expected).all()
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

@@ -1,5 +1,6 @@
 """Saving and loading: the same bits come back, changed files are named, nothing half-written stays."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch
 from original_layout import write_single_file
 from safetensors.torch import load_file, save_file
 from test_experts import write_lora
-from test_pipeline import run
-from tiny import sd_pipeline
+from test_pipeline import run as draw
+from tiny import ONE_LEVEL
+from tiny import sd_pipeline as pipeline_of
 
 from afa import Ensemble, UserError
 from afa.checkpoint.manifest import AGGREGATORS, MANIFEST
@@ -19,6 +21,8 @@ from afa.files import replacing, sha256
 
 REFERENCE = Path(__file__).parent / "reference"
 SMALL = {"hidden": 32, "heads": 2, "depth": 1}
+sd_pipeline = functools.partial(pipeline_of, **ONE_LEVEL)
+run = functools.partial(draw, num_inference_steps=1, height=64, width=64)
 
 
 def trained(ensemble, seed=5):
@@ -30,11 +34,18 @@ def trained(ensemble, seed=5):
     return ensemble
 
 
-@pytest.fixture
-def folders(tmp_path):
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    root = tmp_path_factory.mktemp("experts")
     for seed, name in enumerate(["photo", "paint"]):
-        sd_pipeline(seed).save_pretrained(tmp_path / name)
-    return tmp_path
+        sd_pipeline(seed).save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def folders(originals, tmp_path):
+    """Copies, which tests move, change and delete."""
+    return shutil.copytree(originals, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture

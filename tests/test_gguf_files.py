@@ -9,8 +9,8 @@ from gguf_writing import header, info, write_gguf
 from original_layout import write_single_file
 from original_transformers import originals
 from safetensors.torch import load_file, save_file
-from tiny import sd_pipeline
-from tiny_transformers import sd3_pipeline, sd3_transformer
+from tiny import ONE_LEVEL, sd_pipeline
+from tiny_transformers import SD3_SMALL, sd3_pipeline, sd3_transformer
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
@@ -30,8 +30,8 @@ PREFIX = "model.diffusion_model."
 def home(tmp_path_factory):
     """Whole pipelines as folders, which lend configs."""
     root = tmp_path_factory.mktemp("whole")
-    sd3_pipeline(0).save_pretrained(root / "sd3")
-    pipe = sd_pipeline(0)
+    sd3_pipeline(0, **SD3_SMALL).save_pretrained(root / "sd3")
+    pipe = sd_pipeline(0, **ONE_LEVEL)
     pipe.save_pretrained(root / "sd")
     write_single_file(pipe, root / "sd.safetensors")
     return root
@@ -40,7 +40,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tensors():
     """A transformer under the publisher's names."""
-    return dict(originals("sd3", dict(sd3_transformer(1).state_dict())))
+    return dict(originals("sd3", dict(sd3_transformer(1, **SD3_SMALL).state_dict())))
 
 
 def read(file):
@@ -49,7 +49,8 @@ def read(file):
 
 
 def same_weights(one, other):
-    return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    wanted = other.state_dict()
+    return all(torch.equal(tensor, wanted[name]) for name, tensor in one.state_dict().items())
 
 
 @pytest.mark.parametrize("prefix", ["", PREFIX])

@@ -1,9 +1,11 @@
 """LoHa, LoKr, DoRA and whole differences become part of an expert's weights, by their published formulas; in merges, too."""
 
+import functools
+
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import sd_pipeline
+from tiny import ONE_LEVEL, sd_pipeline
 from tiny_transformers import FLUX_SMALL, flux_pipeline
 
 from afa import Ensemble, UserError
@@ -20,15 +22,21 @@ NORM = torch.linalg.vector_norm
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     root = tmp_path_factory.mktemp("base")
-    sd_pipeline(0).save_pretrained(root / "sd")
+    sd_pipeline(0, **ONE_LEVEL).save_pretrained(root / "sd")
     flux_pipeline(0, **FLUX_SMALL).save_pretrained(root / "flux")
     return root
 
 
 def weights(home, place, name, part="model"):
+    return (base_state if place in (str(home / "sd"), str(home / "flux")) else state_of)(place, part)[name]
+
+
+def state_of(place, part):
     expert = load_expert(place)
-    model = expert.model if part == "model" else expert.text_encoders[0]
-    return dict(model.state_dict())[name]
+    return (expert.model if part == "model" else expert.text_encoders[0]).state_dict()
+
+
+base_state = functools.cache(state_of)
 
 
 def random(*shape):
@@ -120,9 +128,10 @@ def test_an_expert_and_a_merge_have_the_difference_by_its_formula(case, home, tm
     before = weights(home, base, f"{layer}.weight")
     own, delta = make(before.shape[0], before.shape[1], tuple(before.shape[2:]), **how)
     expert = f"x={base}+{write(tmp_path / 'x.safetensors', KOHYA[layer], own)}*{strength}"
-    assert close(weights(home, expert, f"{layer}.weight"), before + strength * delta) and delta.abs().max() > 0.01
+    found = weights(home, expert, f"{layer}.weight")
+    assert close(found, before + strength * delta) and delta.abs().max() > 0.01
     merge_files(MergeSettings([expert, expert.replace("x=", "y=")], str(tmp_path / "merged")))
-    assert torch.equal(weights(home, str(tmp_path / "merged"), f"{layer}.weight"), weights(home, expert, f"{layer}.weight"))
+    assert torch.equal(weights(home, str(tmp_path / "merged"), f"{layer}.weight"), found)
 
 
 @pytest.mark.parametrize("columns", [False, True])
@@ -137,9 +146,10 @@ def test_a_dora_has_the_magnitudes_of_its_rows_or_columns(layer, make, columns, 
     expert = f"x={base}+{write(tmp_path / 'x.safetensors', KOHYA[layer], own)}*{strength}"
     norms = NORM(before + delta, dim=[place for place in range(before.ndim) if place != columns], keepdim=True)
     changed = own["dora_scale"] * (before + delta) / norms
-    assert close(weights(home, expert, f"{layer}.weight"), before + strength * (changed - before))
+    found = weights(home, expert, f"{layer}.weight")
+    assert close(found, before + strength * (changed - before))
     merge_files(MergeSettings([expert, expert.replace("x=", "y=")], str(tmp_path / "merged")))
-    assert torch.equal(weights(home, str(tmp_path / "merged"), f"{layer}.weight"), weights(home, expert, f"{layer}.weight"))
+    assert torch.equal(weights(home, str(tmp_path / "merged"), f"{layer}.weight"), found)
 
 
 def test_a_bias_and_a_text_encoder_change_as_well(home, tmp_path):

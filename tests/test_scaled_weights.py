@@ -9,8 +9,8 @@ from original_layout import write_single_file
 from original_transformers import originals, write_transformer
 from safetensors.torch import load_file, save_file
 from scaled_weights import SPELLINGS, stored
-from tiny import sd_pipeline
-from tiny_transformers import sd3_pipeline, sd3_transformer
+from tiny import ONE_LEVEL, sd_pipeline
+from tiny_transformers import SD3_SMALL, sd3_pipeline, sd3_transformer
 
 from afa import UserError
 from afa.experts.description import describe_config, describe_expert
@@ -29,14 +29,14 @@ FP8, INT8 = torch.float8_e4m3fn, torch.int8
 def home(tmp_path_factory):
     """Whole pipelines as folders of configs; a whole U-Net's checkpoint, the U-Net alone in two layouts, and a transformer."""
     root = tmp_path_factory.mktemp("plain")
-    pipe = sd_pipeline(0)
+    pipe = sd_pipeline(0, **ONE_LEVEL)
     pipe.save_pretrained(root / "sd")
     whole = load_file(write_single_file(pipe, root / "whole.safetensors"))
     prefix = "model.diffusion_model."
     save_file({name.removeprefix(prefix): tensor for name, tensor in whole.items() if name.startswith(prefix)}, root / "unet.safetensors")
     save_file({name: tensor.contiguous() for name, tensor in pipe.unet.state_dict().items()}, root / "diffusers.safetensors")
-    sd3_pipeline(0).save_pretrained(root / "sd3")
-    write_transformer("sd3", sd3_transformer(1).state_dict(), root / "sd3.safetensors")
+    sd3_pipeline(0, **SD3_SMALL).save_pretrained(root / "sd3")
+    write_transformer("sd3", sd3_transformer(1, **SD3_SMALL).state_dict(), root / "sd3.safetensors")
     return root
 
 

@@ -1,5 +1,6 @@
 """Text encoders and VAEs from files of their own, as ComfyUI's users have them: the same ensemble as that of the whole folder, to the bit."""
 
+import functools
 import json
 import re
 import shutil
@@ -14,15 +15,23 @@ from original_layout import _vae as original_vae
 from PIL import Image
 from safetensors.torch import save_file
 from scaled_weights import SPELLINGS, stored
-from tiny import sd_pipeline, sdxl_pipeline, text_encoder
-from tiny_chroma import chroma_pipeline
-from tiny_flux2 import flux2_pipeline, klein_pipeline, mistral_encoder, patched_vae
-from tiny_krea2 import krea2_pipeline
-from tiny_lumina2 import lumina2_pipeline
-from tiny_qwen_image_21 import qwen_image_21_pipeline
-from tiny_transformers import flux_pipeline, frame_vae, qwen_image_pipeline, sd3_pipeline
+from tiny import ONE_LEVEL, sd_pipeline, sdxl_pipeline, text_encoder
+from tiny_chroma import CHROMA_SMALL, chroma_pipeline
+from tiny_flux2 import FLUX2_SMALL, flux2_pipeline, klein_pipeline, mistral_encoder, patched_vae
+from tiny_krea2 import KREA2_SMALL, krea2_pipeline
+from tiny_lumina2 import LUMINA2_SMALL, lumina2_pipeline
+from tiny_qwen_image_21 import QWEN_IMAGE_21_SMALL, qwen_image_21_pipeline
+from tiny_transformers import (
+    FLUX_SMALL,
+    QWEN_IMAGE_SMALL,
+    SD3_SMALL,
+    flux_pipeline,
+    frame_vae,
+    qwen_image_pipeline,
+    sd3_pipeline,
+)
 from tiny_transformers import vae as flow_vae
-from tiny_z_image import z_image_pipeline
+from tiny_z_image import Z_IMAGE_SMALL, z_image_pipeline
 from transformers import T5Config, T5EncoderModel
 
 from afa import Ensemble, UserError
@@ -37,18 +46,18 @@ from afa.experts.vae import describe_vae
 from afa.fingerprint import saved_fingerprint
 
 PIPELINES = {
-    "sd": sd_pipeline,
+    "sd": functools.partial(sd_pipeline, **ONE_LEVEL),
     "sdxl": sdxl_pipeline,
-    "sd3": sd3_pipeline,
-    "flux": flux_pipeline,
-    "flux2": flux2_pipeline,
-    "klein": klein_pipeline,
-    "chroma": chroma_pipeline,
-    "z-image": z_image_pipeline,
-    "qwen-image": qwen_image_pipeline,
-    "qwen-image-2.1": qwen_image_21_pipeline,
-    "krea2": krea2_pipeline,
-    "lumina2": lumina2_pipeline,
+    "sd3": functools.partial(sd3_pipeline, **SD3_SMALL),
+    "flux": functools.partial(flux_pipeline, **FLUX_SMALL),
+    "flux2": functools.partial(flux2_pipeline, **FLUX2_SMALL),
+    "klein": functools.partial(klein_pipeline, **FLUX2_SMALL),
+    "chroma": functools.partial(chroma_pipeline, **CHROMA_SMALL),
+    "z-image": functools.partial(z_image_pipeline, **Z_IMAGE_SMALL),
+    "qwen-image": functools.partial(qwen_image_pipeline, **QWEN_IMAGE_SMALL),
+    "qwen-image-2.1": functools.partial(qwen_image_21_pipeline, **QWEN_IMAGE_21_SMALL),
+    "krea2": functools.partial(krea2_pipeline, **KREA2_SMALL),
+    "lumina2": functools.partial(lumina2_pipeline, **LUMINA2_SMALL),
 }
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 WEIGHTS = (".safetensors", ".bin")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -16,12 +17,14 @@ from original_transformers import originals
 from published_transformers import NAMES, published
 from safetensors.torch import load_file, save_file
 from scaled_weights import SPELLINGS, stored
-from tiny_chroma import chroma_pipeline, chroma_transformer
-from tiny_flux2 import flux2_pipeline, flux2_transformer, klein_pipeline, klein_transformer
-from tiny_krea2 import krea2_pipeline, krea2_transformer
-from tiny_lumina2 import lumina2_pipeline, lumina2_transformer
-from tiny_qwen_image_21 import qwen_image_21_pipeline, qwen_image_21_transformer
+from tiny_chroma import CHROMA_SMALL, chroma_pipeline, chroma_transformer
+from tiny_flux2 import FLUX2_SMALL, flux2_pipeline, flux2_transformer, klein_pipeline, klein_transformer
+from tiny_krea2 import KREA2_SMALL, krea2_pipeline, krea2_transformer
+from tiny_lumina2 import LUMINA2_SMALL, lumina2_pipeline, lumina2_transformer
+from tiny_qwen_image_21 import QWEN_IMAGE_21_SMALL, qwen_image_21_pipeline, qwen_image_21_transformer
 from tiny_transformers import (
+    FLUX_SMALL,
+    QWEN_IMAGE_SMALL,
     flux_pipeline,
     flux_transformer,
     qwen_image_pipeline,
@@ -29,10 +32,10 @@ from tiny_transformers import (
     sd3_pipeline,
     sd3_transformer,
 )
-from tiny_z_image import z_image_pipeline, z_image_transformer
+from tiny_z_image import Z_IMAGE_SMALL, z_image_pipeline, z_image_transformer
 
 from afa import Ensemble, UserError
-from afa.experts.description import describe_config, describe_expert
+from afa.experts.description import describe, describe_config, describe_expert
 from afa.experts.gguf_files import ONE_ROW
 from afa.experts.layouts import layout_of
 from afa.experts.load import load_expert
@@ -48,18 +51,19 @@ from afa.merging.engine import merge_files
 from afa.merging.settings import MergeSettings
 from afa.merging.single_file import original_places
 
-TINY = {
-    "sd3": (sd3_pipeline, sd3_transformer),
-    "flux": (flux_pipeline, flux_transformer),
-    "qwen-image": (qwen_image_pipeline, qwen_image_transformer),
-    "flux2": (flux2_pipeline, flux2_transformer),
-    "klein": (klein_pipeline, klein_transformer),
-    "chroma": (chroma_pipeline, chroma_transformer),
-    "z-image": (z_image_pipeline, z_image_transformer),
-    "krea2": (krea2_pipeline, krea2_transformer),
-    "qwen-image-2.1": (qwen_image_21_pipeline, qwen_image_21_transformer),
-    "lumina2": (lumina2_pipeline, lumina2_transformer),
+SMALL = {  # of SD3 a block with dual attention, a plain one, and the last
+    "sd3": (sd3_pipeline, sd3_transformer, {"num_layers": 3, "dual_attention_layers": (0,)}),
+    "flux": (flux_pipeline, flux_transformer, FLUX_SMALL),
+    "qwen-image": (qwen_image_pipeline, qwen_image_transformer, QWEN_IMAGE_SMALL),
+    "flux2": (flux2_pipeline, flux2_transformer, FLUX2_SMALL),
+    "klein": (klein_pipeline, klein_transformer, FLUX2_SMALL),
+    "chroma": (chroma_pipeline, chroma_transformer, CHROMA_SMALL | {"num_single_layers": 2}),
+    "z-image": (z_image_pipeline, z_image_transformer, Z_IMAGE_SMALL),
+    "krea2": (krea2_pipeline, krea2_transformer, KREA2_SMALL),
+    "qwen-image-2.1": (qwen_image_21_pipeline, qwen_image_21_transformer, QWEN_IMAGE_21_SMALL),
+    "lumina2": (lumina2_pipeline, lumina2_transformer, LUMINA2_SMALL),
 }
+TINY = {name: (functools.partial(pipeline, **small), functools.partial(model, **small)) for name, (pipeline, model, small) in SMALL.items()}
 OF = {"klein": "flux2", "flux2-klein": "flux2", "flux2-klein-9b": "flux2"}  # whose names a model has
 KOHYA = [name for name in TINY if name not in ("sd3", "flux")]  # these are tried in test_distill.py
 PUBLISHED = [name for name in TINY if name != "qwen-image"]  # of which the publisher's names are not diffusers'
@@ -85,17 +89,24 @@ def folders(tmp_path_factory):
     return root
 
 
+@functools.cache
+def tuned(family):
+    """A fine-tune that no test changes."""
+    return TINY[family][1](1)
+
+
 def same_weights(one, other):
-    return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    wanted = other.state_dict()
+    return all(torch.equal(tensor, wanted[name]) for name, tensor in one.state_dict().items())
 
 
 def loads_as(model, file, config):
     """In both dtypes; some models keep a part in float32."""
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept, wanted = set(getattr(model, "_keep_in_fp32_modules", None) or ()), model.state_dict()
     for dtype in (torch.float32, torch.bfloat16):
         for name, tensor in load_expert(str(file), dtype, config).model.state_dict().items():
             own = torch.float32 if kept & set(name.split(".")) else dtype
-            if tensor.dtype != own or not torch.equal(tensor, model.state_dict()[name].to(own)):
+            if tensor.dtype != own or not torch.equal(tensor, wanted[name].to(own)):
                 return False
     return True
 
@@ -109,6 +120,12 @@ def write(model, path, prefix=""):
     return save(model.state_dict(), path, prefix)
 
 
+@functools.cache
+def tuned_state(family):
+    """Its tensors under the publisher's names."""
+    return published_state(family, tuned(family))
+
+
 def published_state(family, model):
     kind, state = OF.get(family, family), dict(model.state_dict())
     return published(kind, state) if kind in NAMES else dict(originals(kind, state))
@@ -116,31 +133,38 @@ def published_state(family, model):
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("family", TRIED["diffusers' names"])
-def test_under_diffusers_names_it_is_the_model_it_was_made_of_and_so_is_a_merge(family, prefix, folders, tmp_path):
-    model = TINY[family][1](1)
-    file, config = write(model, tmp_path / "diffusion_pytorch_model.safetensors", prefix), str(folders / family)
-    assert loads_as(model, file, config)
-    merge_files(MergeSettings([f"x={file}", f"y={file}"], str(tmp_path / "merged.safetensors"), config=config))
-    before, merged = load_file(file), load_file(tmp_path / "merged.safetensors")
-    assert merged.keys() == before.keys() and all(torch.equal(tensor, merged[name]) for name, tensor in before.items())
+def test_under_diffusers_names_it_is_the_model_it_was_made_of(family, prefix, folders, tmp_path):
+    model = tuned(family)
+    assert loads_as(model, write(model, tmp_path / "diffusion_pytorch_model.safetensors", prefix), str(folders / family))
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("family", PUBLISHED)
-def test_under_its_publishers_names_it_is_the_model_it_was_made_of_and_so_is_a_merge(family, prefix, folders, tmp_path):
-    model, config = TINY[family][1](1), str(folders / family)
-    file, other = save(published_state(family, model), tmp_path / "one.safetensors", prefix), write(model, tmp_path / "other.safetensors")
-    assert loads_as(model, file, config)
-    for name, second in (("same", file), ("mixed", other)):
-        merge_files(MergeSettings([f"x={file}", f"y={second}"], str(tmp_path / f"{name}.safetensors"), config=config))
-        before, merged = load_file(file), load_file(tmp_path / f"{name}.safetensors")
+def test_under_its_publishers_names_it_is_the_model_it_was_made_of(family, prefix, folders, tmp_path):
+    assert loads_as(tuned(family), save(tuned_state(family), tmp_path / "one.safetensors", prefix), str(folders / family))
+
+
+# Each prefix with a third of the families: a merge takes the names of all tensors from its first file.
+MERGED = [(family, PREFIXES[place % len(PREFIXES)]) for place, family in enumerate(TRIED["merge of such files"])]
+
+
+@pytest.mark.parametrize(("family", "prefix"), MERGED)
+def test_a_merge_of_equal_files_is_that_file_whatever_names_the_second_has(family, prefix, folders, tmp_path):
+    own = write(tuned(family), tmp_path / "own.safetensors", prefix)
+    pairs = [(own, own)]
+    if family in PUBLISHED:
+        other = save(tuned_state(family), tmp_path / "other.safetensors", prefix)
+        pairs += [(other, other), (other, write(tuned(family), tmp_path / "plain.safetensors"))]
+    for count, (first, second) in enumerate(pairs):
+        merge_files(MergeSettings([f"x={first}", f"y={second}"], str(tmp_path / f"{count}.safetensors"), config=str(folders / family)))
+        before, merged = load_file(first), load_file(tmp_path / f"{count}.safetensors")
         assert merged.keys() == before.keys() and all(torch.equal(tensor, merged[name]) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("config", [config for config in CONFIGS if config not in ("qwen-image", "sd35-large", "flux-schnell")])
 def test_diffusers_converters_read_every_published_name_as_this_house_does(config):
     """With the rows of the real model, each of one number of its own: some converters know one width only."""
-    model = describe_config("real", config).expert.model
+    model = described(config).expert.model
     state, count = {}, 0
     for name, tensor in model.state_dict().items():
         state[name] = torch.arange(count, count + tensor.shape[0], dtype=torch.float64).reshape(-1, *[1] * (tensor.ndim - 1))
@@ -189,8 +213,8 @@ def test_the_recipe_of_such_a_file_makes_it_again_and_a_recipe_of_several_steps_
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_gguf_files_are_the_model_they_were_made_of_with_their_tensors_of_one_row(family, folders, tmp_path):
     """ggml does not count sizes of 1 at the end of its own order."""
-    model = TINY[family][1](1)
-    for name, state in (("published", published_state(family, model)), ("own", dict(model.state_dict()))):
+    model = tuned(family)
+    for name, state in (("published", tuned_state(family)), ("own", dict(model.state_dict()))):
         squeezed = {name: tensor.squeeze(0) if name.endswith(ONE_ROW) else tensor for name, tensor in state.items()}
         assert any(tensor.ndim < state[name].ndim for name, tensor in squeezed.items()) == (family in ("z-image", "krea2"))
         file = write_gguf(tmp_path / f"{name}.gguf", squeezed)
@@ -200,7 +224,7 @@ def test_gguf_files_are_the_model_they_were_made_of_with_their_tensors_of_one_ro
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_scaled_weights_under_publishers_names_are_multiplied_out(family, spelling, folders, tmp_path):
-    tensors, metadata, wanted = stored(published_state(family, TINY[family][1](1)), spelling=spelling, prefix="")
+    tensors, metadata, wanted = stored(tuned_state(family), spelling=spelling, prefix="")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "fp8_scaled.safetensors", metadata)
     model = load_expert(str(tmp_path / "fp8_scaled.safetensors"), config=str(folders / family)).model
     found = published_state(family, model)
@@ -242,9 +266,9 @@ def test_loras_written_in_kohyas_names_are_what_they_were_made_of(family):
 @pytest.mark.parametrize("other", range(len(TRANSFORMERS)))
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_marks_of_another_family_change_nothing_or_are_refused(family, other, folders, tmp_path):
-    model = TINY[family][1](1)
+    model = tuned(family)
     marks = {mark: torch.zeros(2, 2) for mark in TRANSFORMERS[other].marks}
-    file = save(marks | published_state(family, model), tmp_path / "both.safetensors")
+    file = save(marks | tuned_state(family), tmp_path / "both.safetensors")
     with contextlib.suppress(UserError):
         assert same_weights(load_expert(str(file), config=str(folders / family)).model, model)
 
@@ -252,8 +276,8 @@ def test_marks_of_another_family_change_nothing_or_are_refused(family, other, fo
 @pytest.mark.parametrize("family", TINY)
 def test_a_file_with_a_layer_more_than_its_config_makes_is_refused(family, folders, tmp_path):
     """Else a deeper model would be read without its last layers, and draw something else."""
-    model = TINY[family][1](1)
-    for state in (dict(model.state_dict()), *([published_state(family, model)] if family in PUBLISHED else [])):
+    model = tuned(family)
+    for state in (dict(model.state_dict()), *([tuned_state(family)] if family in PUBLISHED else [])):
         blocks = {}  # list of blocks -> its last block
         for name in state:
             if found := re.match(r"(\w+)\.(\d+)\.", name):
@@ -266,21 +290,40 @@ def test_a_file_with_a_layer_more_than_its_config_makes_is_refused(family, folde
                 load_expert(str(file), torch.float32, str(folders / family))
 
 
+def one_of_each_kind(state):
+    return {name.partition(".")[0]: name for name in state}.values()
+
+
+def without(state, name):
+    return {key: tensor for key, tensor in state.items() if key != name}
+
+
 @pytest.mark.parametrize("family", KOHYA)
-def test_a_file_that_lacks_any_tensor_is_refused(family, tmp_path):
-    config = {"klein": "flux2-klein"}.get(family, family)
-    kind = OF.get(family, family)
-    for state in (tensors := real(config, True)), published(kind, tensors):
-        last = {name.partition(".")[0]: name for name in state}  # one of each kind
-        for name in last.values():
-            file = header({key: tensor for key, tensor in state.items() if key != name}, tmp_path / "lacking.safetensors")
+def test_a_file_that_lacks_any_tensor_is_refused(family, folders, tmp_path):
+    for state in (tuned(family).state_dict(), tuned_state(family)):
+        for name in one_of_each_kind(state):
+            file = header(without(state, name), tmp_path / "lacking.safetensors")
             with pytest.raises(UserError, match=r"lacking\.safetensors"):
-                describe_expert(ExpertSpec.parse(str(file))).expert  # noqa: B018
+                describe_expert(ExpertSpec.parse(str(file)), str(folders / family)).expert  # noqa: B018
+
+
+@pytest.mark.parametrize("family", KOHYA)
+def test_a_file_of_real_size_that_lacks_any_tensor_is_taken_for_no_other_and_is_refused(family, tmp_path):
+    config = {"klein": "flux2-klein"}.get(family, family)
+    for state in (real(config, True), real(config, False) if family != "qwen-image" else {}):
+        for name in one_of_each_kind(state):
+            lacking = without(state, name)
+            with contextlib.suppress(UserError):
+                if found := transformer_in(lacking):
+                    assert found[0].config({key: tensor.shape for key, tensor in lacking.items()}, tmp_path) == config
+        if state:
+            with pytest.raises(UserError, match=r"lacking\.safetensors"):
+                describe_expert(ExpertSpec.parse(str(header(lacking, tmp_path / "lacking.safetensors")))).expert  # noqa: B018
 
 
 def test_an_all_in_one_file_of_lumina_2_gives_its_transformer_and_its_vae(folders, tmp_path):
     """As ComfyUI has it, with a text encoder, which is not read."""
-    pipeline = lumina2_pipeline(3)
+    pipeline = TINY["lumina2"][0](3)
     shapes = {name: tensor.shape for name, tensor in pipeline.vae.state_dict().items()}
     places = original_places("vae", shapes)
     own = pipeline.vae.state_dict()
@@ -293,24 +336,32 @@ def test_an_all_in_one_file_of_lumina_2_gives_its_transformer_and_its_vae(folder
 
 
 def test_one_joins_a_pipeline_that_lends_it_the_rest(folders, tmp_path):
-    file = write(qwen_image_transformer(1), tmp_path / "tuned.safetensors", PREFIXES[0])
+    file = write(tuned("qwen-image"), tmp_path / "tuned.safetensors", PREFIXES[0])
     folder = str(folders / "qwen-image")
     ensemble = Ensemble.from_experts([folder, str(file)], config=folder, aggregator="mean")
     ensemble.save(tmp_path / "saved")
-    assert same_weights(Ensemble.load(tmp_path / "saved").experts[1].model, qwen_image_transformer(1))
+    assert same_weights(Ensemble.load(tmp_path / "saved").experts[1].model, tuned("qwen-image"))
 
 
 def test_scaled_weights_under_diffusers_names_are_multiplied_out(folders, tmp_path):
     """As the files of Qwen-Image for ComfyUI."""
-    tensors, metadata, wanted = stored(dict(qwen_image_transformer(1).state_dict()), spelling="old", prefix="")
+    tensors, metadata, wanted = stored(dict(tuned("qwen-image").state_dict()), spelling="old", prefix="")
     save_file(tensors, tmp_path / "fp8_scaled.safetensors", metadata)
     model = load_expert(str(tmp_path / "fp8_scaled.safetensors"), config=str(folders / "qwen-image")).model
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in wanted.items())
+    found = model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
+@functools.cache
+def described(config):
+    """A published model without content."""
+    return describe_config("real", config)
+
+
+@functools.cache
 def real(config, diffusers):
-    """The tensors of a published model under either names, without content."""
-    state = dict(describe_config("real", config).expert.model.state_dict())
+    """Its tensors under either names."""
+    state = dict(described(config).expert.model.state_dict())
     if diffusers or OF.get(config, config) in NAMES:
         return state if diffusers else published(OF.get(config, config), state)
     return dict(originals("flux" if "flux" in config else "sd3", state))
@@ -361,13 +412,14 @@ def test_real_files_are_recognised_by_one_entry_and_complete(config, diffusers, 
 )
 def test_what_a_file_may_be_besides_is_said_once_with_the_option_for_it(config, name, read_as, sentence, tmp_path, capsys):
     file = header(real(config, True), tmp_path / f"{name}.safetensors")
+    located = locate(ExpertSpec.parse(str(file)))
     for _ in range(2):
-        found = describe_expert(ExpertSpec.parse(str(file)))
+        found = describe(located)
     said = capsys.readouterr().err
     assert found.config == read_as and (said == "" if sentence is None else re.search(sentence, said) and said.count("\n") == 1)
     if read_as != config and read_as != "z-image-turbo":  # where nothing is said, the pipeline that it joins decides
-        assert found.expert.settings["is_distilled"] == describe_config("x", read_as).expert.settings["is_distilled"]
-    describe_expert(ExpertSpec.parse(str(file)), read_as)
+        assert found.expert.settings["is_distilled"] == described(read_as).expert.settings["is_distilled"]
+    describe(located, read_as)
     assert capsys.readouterr().err == ""
 
 
@@ -376,7 +428,7 @@ def test_a_file_that_is_said_to_be_distilled_does_not_join_a_pipeline_that_is_no
     shutil.copytree(folder, distilled)
     index = json.loads((distilled / "model_index.json").read_text())
     (distilled / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
-    file = str(write(krea2_transformer(1), tmp_path / "tuned.safetensors"))
+    file = str(write(tuned("krea2"), tmp_path / "tuned.safetensors"))
     with pytest.raises(UserError, match="'tuned' is read as a model with is_distilled True, and 'krea2', which lends .* has False"):
         Ensemble.from_experts([str(folder), file], config=str(distilled), aggregator="mean")
     Ensemble.from_experts([str(distilled), file], config=str(distilled), aggregator="mean")
@@ -384,11 +436,11 @@ def test_a_file_that_is_said_to_be_distilled_does_not_join_a_pipeline_that_is_no
 
 @pytest.mark.parametrize("config", ["sd3", "flux", "chroma", "z-image", "lumina2"])
 def test_a_vae_in_a_file_gets_the_settings_of_the_family_where_an_expert_brings_none(config, tmp_path):
-    described = describe_config("real", config)
-    file = header(dict(described.parts["vae"].state_dict()), tmp_path / "ae.safetensors")
-    alone = dataclasses.replace(described.expert, vae=None, located=None, vae_component=None)
+    own = described(config)
+    file = header(dict(own.parts["vae"].state_dict()), tmp_path / "ae.safetensors")
+    alone = dataclasses.replace(own.expert, vae=None, located=None, vae_component=None)
     found = describe_vae(locate(ExpertSpec.parse(str(file))), like=alone)
-    assert found.settings == described.components["vae"].settings and found.model is not None
+    assert found.settings == own.components["vae"].settings and found.model is not None
 
 
 @pytest.mark.parametrize("channels", [384, 128, 1])

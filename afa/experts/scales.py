@@ -45,6 +45,7 @@ KINDS = {
     r"weight_scale_\w+|(input|output)_scale|scale_(input|weight)|weight_scale|scaled_fp8|comfy_quant": "",
 }
 PACKED = {re.compile(rf"(^|[._])({ends})$"): kind for ends, kind in KINDS.items()}
+ANY = re.compile(rf"(^|[._])({'|'.join(KINDS)})$")  # most files have none, and thousands of tensors
 PACKED_NOTES = ("quantization_config", "quantization")  # of a header's __metadata__
 
 
@@ -197,8 +198,9 @@ def _check_others(
     names: Sequence[str], header: Mapping[str, Any], metadata: Mapping[str, str], found: Mapping[str, str]
 ) -> None:
     """Raise QuantisedError if any of the other tensors show a kind that is not undone."""
+    packed = [name for name in names if ANY.search(name)]
     for pattern, kind in PACKED.items():
-        name = next((name for name in names if pattern.search(name)), None)
+        name = next((name for name in packed if pattern.search(name)), None)
         if name is not None:
             raise QuantisedError(f"{name}: {kind}" if kind else name)
     for name in PACKED_NOTES:
