@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,8 @@ def test_a_world_is_built_from_nothing_and_resumes(name, tmp_path):
     from scripts.demo_world.worlds import PLANS
 
     world, plan = WORLDS[name], PLANS[name]
+    schedules = ("base_steps", "expert_steps", "scorer_steps", "reward_steps")
+    plan = replace(plan, **{kind: replace(getattr(plan, kind), batch=4) for kind in schedules})
     build(plan, tmp_path / "world", tmp_path / "work", quick=900)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.pt")}
     build(plan, tmp_path / "world", tmp_path / "work", quick=900)
@@ -124,14 +127,14 @@ def test_a_world_is_built_from_nothing_and_resumes(name, tmp_path):
 def test_demo_ends_with_a_table_and_a_page_that_needs_nothing(tmp_path, capsys):
     from afa.cli.main import main
 
-    arguments = ["demo", "--output", str(tmp_path / "demo"), "--prompts", "4", "--train-images", "12", "--train-steps", "2", "--steps", "2"]
+    arguments = ["demo", "--output", str(tmp_path / "demo"), "--prompts", "2", "--train-images", "8", "--train-steps", "2", "--steps", "2"]
     assert main(arguments) == 0
     said = capsys.readouterr().out
     for method in (*EXPERTS, "weight average", "untrained mean", "prediction router", "AFA"):
         assert method in said
-    assert "n = 4 scenes" in said and "On 4 mixed scenes AFA is" in said
+    assert "n = 2 scenes" in said and "On 2 mixed scenes AFA is" in said
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert page.count("data:image/webp;base64,") == 4 * 7 + 2 * 2 and "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/webp;base64,") == 2 * 7 + 2 * 2 and "http" not in page.replace("http-equiv", "")
     before = (tmp_path / "demo" / "ensemble" / "afa.json").stat().st_mtime_ns
     assert main([*arguments, "--json"]) == 0  # everything is there: only scored and reported again
     assert (tmp_path / "demo" / "ensemble" / "afa.json").stat().st_mtime_ns == before

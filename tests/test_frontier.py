@@ -63,7 +63,7 @@ def test_one_value_in_a_list_is_that_value_to_the_byte(settings, tmp_path):  # n
 
 
 def test_a_methods_own_value_is_chosen_on_captions_that_are_not_judged(several, monkeypatch):
-    asked, judge = set(), Tuner.judge
+    several, asked, judge = replace(several, methods=["weighted"]), set(), Tuner.judge
 
     def noted(tuner, sampler):
         def seen(requests, sampling):
@@ -83,19 +83,25 @@ def test_a_methods_own_value_is_chosen_on_captions_that_are_not_judged(several, 
     assert results.own["afa"] == {"guidance": max(scores, key=scores.__getitem__)}
 
 
-@pytest.mark.parametrize(("rule", "own"), [(lambda value: value, 3.0), (lambda value: -value, 1.5), (lambda value: 1, 2.0)])
-def test_the_tuning_score_decides_and_equal_scores_leave_the_start(several, monkeypatch, rule, own):
-    monkeypatch.setattr(Tuner, "judge", by(rule))
-    results = evaluate(several)
+def check_own(results, own):
+    """All methods have this value, under which our images lie."""
     assert {name: values for name, values in results.own.items() if values != {"guidance": own}} == {}
     rows = {method.name: method for method in results.methods}
     place = "" if own == 2.0 else f"/guidance-{own:g}"
     assert rows["afa"].runs[0].images == f"images/afa{place}/seed-0" and f"guidance {own:g}, chosen by 2 other images" in rows["afa"].note
 
 
+@pytest.mark.parametrize(("rule", "own"), [(lambda value: -value, 1.5), (lambda value: 1, 2.0)])
+def test_the_tuning_score_decides_and_equal_scores_leave_the_start(several, monkeypatch, rule, own):
+    monkeypatch.setattr(Tuner, "judge", by(rule))
+    check_own(evaluate(replace(several, methods=["noise_average"])), own)
+
+
 def test_no_image_is_drawn_twice_and_own_images_are_the_points_of_curves(several, drawn, monkeypatch):
+    """And the highest value is everyone's own where the tuning score rises with it."""
     monkeypatch.setattr(Tuner, "judge", by(lambda value: value))
     results = evaluate(several)
+    check_own(results, 3.0)
     assert len(drawn) == len(set(drawn)) == len(list(Path(several.output).rglob("images/**/*.png")))
     on_curve = [name for name in results.own if any(method.of == name for method in results.methods)]
     assert on_curve == ["single:photo", "weighted", "noise_average", "prediction_router", "afa"]
@@ -108,25 +114,27 @@ def test_no_image_is_drawn_twice_and_own_images_are_the_points_of_curves(several
 
 def test_values_are_added_and_taken_away_without_a_second_image(several, drawn, monkeypatch):
     monkeypatch.setattr(Tuner, "judge", by(lambda value: value))
+    several = replace(several, methods=["weighted", "prediction_router"])
     first = evaluate(replace(several, guidance=2.0))
-    assert len(drawn) == 2 * 6
+    assert len(drawn) == 2 * 5
     evaluate(several)
-    assert len(drawn) == 2 * (5 * 3 + 2)  # of the expert off the curves only its own value is new
+    assert len(drawn) == 2 * (4 * 3 + 2)  # of the expert off the curves only its own value is new
     evaluate(replace(several, guidance=[2.0, 3.0]))
-    assert len(drawn) == 2 * 17
+    assert len(drawn) == 2 * 14
     again = evaluate(replace(several, guidance=2.0))
-    assert len(drawn) == len(set(drawn)) == 2 * 17 and again.methods == first.methods
+    assert len(drawn) == len(set(drawn)) == 2 * 14 and again.methods == first.methods
     with pytest.raises(UserError, match=r"was begun with guidance 2, which is not among --guidance 1.5 3; add it"):
         evaluate(replace(several, guidance=[1.5, 3.0]))
 
 
 def test_an_interrupted_run_goes_on_to_the_same_results(several, monkeypatch, tmp_path):
     monkeypatch.setattr(Tuner, "judge", by(lambda value: value))
-    small, save, calls = replace(several, batch_size=1, methods=["weighted"]), drawing.ImageFile.save, []
+    small = replace(several, batch_size=1, methods=["weighted"], guidance=[1.5, 3.0])
+    save, calls = drawing.ImageFile.save, []
 
     def interrupted(*given, **notes):
         calls.append(given)
-        if len(calls) == 11:  # a point of a curve
+        if len(calls) == 12:  # a curve has one of its two images
             raise KeyboardInterrupt
         save(*given, **notes)
 
@@ -135,16 +143,19 @@ def test_an_interrupted_run_goes_on_to_the_same_results(several, monkeypatch, tm
         with pytest.raises(KeyboardInterrupt):
             evaluate(small)
     before = images(small)
-    assert any("guidance-1.5" in str(path) for path in before)
+    assert any("guidance-3" not in str(path) for path in before)  # which is everyone's own; of 1.5, the first, no folder is named
     resumed = evaluate(small)
     whole = evaluate(replace(small, output=str(tmp_path / "whole")))
     assert [run.scores for method in resumed.methods for run in method.runs] == [run.scores for method in whole.methods for run in method.runs]
     assert resumed.own == whole.own
 
 
-@pytest.mark.parametrize("given", [{"guidance": [1.5, 2.0, 3.0]}, {"guidance": [1.5, 2.0], "steps": [1, 2, 3]}])
-def test_a_dry_run_counts_the_images_of_values_and_curves(several, given, drawn, monkeypatch):
-    run, captions = replace(several, methods=["weighted", "noise_average", "auto_mbw", "prediction_router"], seeds=2, search_trials=2, **given), []
+@pytest.mark.parametrize(
+    ("kind", "given"), [("prediction_router", {"guidance": [1.5, 2.0, 3.0]}), ("noise_average", {"guidance": [1.5, 2.0], "steps": [1, 2]})]
+)
+def test_a_dry_run_counts_the_images_of_values_and_curves(several, kind, given, drawn, monkeypatch):
+    """A trained kind, and one that is sampled; our own is trained in both."""
+    run, captions = replace(several, methods=["weighted", "auto_mbw", kind], seeds=2, search_trials=2, **given), []
     judge = Tuner.judge
     monkeypatch.setattr(Tuner, "judge", lambda tuner, sampler: captions.append(len(tuner.captions)) or judge(tuner, sampler))
     monkeypatch.setattr("afa.evaluation.plan._times", lambda *given: {})

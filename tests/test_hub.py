@@ -17,7 +17,8 @@ from PIL import Image
 from test_checkpoint import SMALL, trained
 from test_experts import write_lora
 from test_pipeline import run
-from tiny import sd_pipeline
+from tiny import SMALL as TWO_LEVELS
+from tiny import sd_pipeline as four_levels
 
 from afa import Ensemble, UserError
 from afa.checkpoint.hub import fetch_ensemble
@@ -25,6 +26,11 @@ from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, read_manifest
 from afa.checkpoint.publish import own_files, publication
 from afa.cli.main import main
 from afa.places import public_place
+
+
+def sd_pipeline(seed):
+    """Of nine stages: what is sent and found does not depend on their number."""
+    return four_levels(seed, **TWO_LEVELS)
 
 
 @pytest.fixture
@@ -44,6 +50,12 @@ def made(tmp_path_factory):
     ensemble = trained(Ensemble.from_experts([str(folder / "photo"), str(folder / "paint")], vae=str(folder / "paint" / "vae"), **SMALL))
     ensemble.save(folder / "mine")
     return folder / "mine", run(ensemble.pipeline())
+
+
+@pytest.fixture(scope="module")
+def loaded(made):
+    """The saved ensemble. No test changes it."""
+    return Ensemble.load(made[0])
 
 
 def lonely(made, tmp_path):
@@ -189,8 +201,8 @@ def test_an_interrupted_upload_sends_nothing_twice_and_shows_nothing_half(made, 
     assert set(published.files) <= set(server.repositories["me/mine"].files)
 
 
-def test_an_interrupted_download_is_never_taken_for_whole(made, server):
-    Ensemble.load(made[0]).push_to_hub("me/mine", bundle=True)
+def test_an_interrupted_download_is_never_taken_for_whole(made, loaded, server):
+    loaded.push_to_hub("me/mine", bundle=True)
     with broken(server, f"GET .*/{AGGREGATORS}"):
         refused(lambda: Ensemble.from_pretrained("me/mine"), "me/mine", "the hub does not answer")
     constants.HF_HUB_OFFLINE = True
@@ -199,20 +211,19 @@ def test_an_interrupted_download_is_never_taken_for_whole(made, server):
     assert np.array_equal(run(Ensemble.from_pretrained("me/mine").pipeline()), made[1])
 
 
-def test_a_second_push_takes_away_what_is_no_longer_part(made, server):
-    ensemble = Ensemble.load(made[0])
-    ensemble.push_to_hub("me/mine", bundle=True)
+def test_a_second_push_takes_away_what_is_no_longer_part(loaded, server):
+    loaded.push_to_hub("me/mine", bundle=True)
     assert any(name.startswith("experts/") for name in server.repositories["me/mine"].files)
     server.repositories["me/mine"].files["notes.txt"] = b"of the user"
-    ensemble.push_to_hub("me/mine")
+    loaded.push_to_hub("me/mine")
     files = server.repositories["me/mine"].files
     assert not any(name.startswith("experts/") for name in files) and "notes.txt" in files
 
 
-def test_another_model_is_not_overwritten(made, server):
+def test_another_model_is_not_overwritten(loaded, server):
     server.repositories["me/model"] = Repository()
     server.repositories["me/model"].commit({"model_index.json": b"{}"})
-    refused(lambda: Ensemble.load(made[0]).push_to_hub("me/model"), "me/model holds another model (model_index.json)")
+    refused(lambda: loaded.push_to_hub("me/model"), "me/model holds another model (model_index.json)")
 
 
 @pytest.mark.parametrize(
@@ -233,20 +244,20 @@ def test_another_model_is_not_overwritten(made, server):
         (None, lambda e: Ensemble.from_pretrained("no-such-folder"), ["no folder no-such-folder", "org/name"]),
     ],
 )
-def test_each_refusal_is_one_sentence(made, server, prepare, call, words):
+def test_each_refusal_is_one_sentence(loaded, server, prepare, call, words):
     if prepare is not None:
         server.repositories["me/there"] = Repository(**prepare)
         server.repositories["me/there"].commit({"README.md": b""})
-    refused(lambda: call(Ensemble.load(made[0])), *words)
+    refused(lambda: call(loaded), *words)
 
 
-def test_without_a_network_the_answer_comes_at_once(made, monkeypatch, tmp_path):
+def test_without_a_network_the_answer_comes_at_once(loaded, monkeypatch, tmp_path):
     import time
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     began = time.monotonic()
     refused(lambda: Ensemble.from_pretrained("me/mine"), "me/mine is not in the hub's cache as a whole, and HF_HUB_OFFLINE is set")
-    refused(lambda: Ensemble.load(made[0]).push_to_hub("me/mine"), "me/mine cannot be uploaded: HF_HUB_OFFLINE is set")
+    refused(lambda: loaded.push_to_hub("me/mine"), "me/mine cannot be uploaded: HF_HUB_OFFLINE is set")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
     refused(lambda: fetch_ensemble("me/mine"), "me/mine cannot be had: the hub does not answer")

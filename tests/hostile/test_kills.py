@@ -1,6 +1,8 @@
 """Commands that are killed at a file event and run again come to the result of the run left alone; scripts/kill_at_every_event.py tries all."""
 
+import gc
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,24 @@ def kills():
     spec = importlib.util.spec_from_file_location("kill_at_every_event", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:  # what it sets is not for other tests
+        for name, value in module.QUIET.items():
+            patch.setenv(name, os.environ.get(name, value))
+        module.warm_up()
+    gc.freeze()  # a collection that looked at what was imported would copy it, in every process that is forked
     return module
 
 
+@pytest.fixture(scope="module")
+def inputs(kills, tmp_path_factory):
+    """What commands read."""
+    kills.make_inputs(folder := tmp_path_factory.mktemp("given") / "inputs")
+    return folder
+
+
 @pytest.mark.parametrize(("title", "events"), [("save", 2), ("merge to file", 3), ("distill to file", 2), ("generate", 1)])
-def test_a_killed_command_comes_to_the_same_result_and_leaves_nothing_unfinished(kills, title, events, tmp_path):
-    kills.make_inputs(tmp_path / "inputs")
-    trial = kills.Trial(title, kills.commands(tmp_path / "inputs")[title], tmp_path)
+def test_a_killed_command_comes_to_the_same_result_and_leaves_nothing_unfinished(kills, inputs, title, events, tmp_path):
+    trial = kills.Trial(title, kills.commands(inputs)[title], tmp_path)
     for at in kills.chosen(trial.events, 1, events + 2)[1:-1]:
         trial.kill(at)
     assert trial.faults == []

@@ -93,13 +93,21 @@ def test_neither_experts_nor_a_recipe_is_refused(tmp_path, capsys):
 # ---- a header
 
 
-@pytest.fixture
-def merged(tmp_path):
-    """A merge of two folders that lie beside it: -> its file, and how to write another recipe into its header."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a merge of two others in it. No test changes it."""
+    folder = tmp_path_factory.mktemp("made")
     for name in ("curves", "angles"):
-        shutil.copytree(ASSETS / name, tmp_path / f"my-{name}")
+        shutil.copytree(ASSETS / name, folder / f"my-{name}")
+    assert main(["merge", "--experts", str(folder / "my-curves"), str(folder / "my-angles"), "--output", str(folder / "merged.safetensors")]) == 0
+    return folder
+
+
+@pytest.fixture
+def merged(made, tmp_path):
+    """A merge of two folders that lie beside it: -> its file, and how to write another recipe into its header."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "merged.safetensors"
-    assert main(["merge", "--experts", str(tmp_path / "my-curves"), str(tmp_path / "my-angles"), "--output", str(file)]) == 0
 
     def rewrite(change) -> None:
         with safe_open(file, "pt") as opened:
