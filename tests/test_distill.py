@@ -33,12 +33,13 @@ from afa.distillation.student import KEY
 from afa.experts.load import load_expert
 from afa.experts.lora import fuse
 from afa.experts.lora_files import A, B, kohya_tensors, save_kohya
-from afa.latents import Latents
+from afa.latents import Latents, latents_of
 from afa.models.registry import FAMILIES
 from afa.models.unet import UNetEnsemble
 from afa.sampling.registry import teaching_methods
 from afa.sampling.sample import Request, Sampling, sample
 from afa.training.conditions import Conditions
+from afa.training.data import Encoded
 from afa.training.finetune import add_lora, lora_tensors
 from afa.training.noise import Noising
 from afa.training.prepare import recombined
@@ -265,7 +266,7 @@ METHODS = {
 
 
 def test_every_method_that_can_teach_is_tried():
-    assert set(METHODS) == set(teaching_methods())
+    assert set(METHODS) == set(teaching_methods()) == {changes["method"] for changes, _ in CHANGES if "method" in changes}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -307,21 +308,23 @@ def test_an_expert_that_is_taught_by_itself_has_nothing_to_learn(settings):
     assert "the method `single_in_ensemble`" in (Path(settings.output) / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_run_with_a_method_resumes(name, settings, tmp_path, monkeypatch):
-    settings = replace(settings, method=name, method_option=METHODS[name], steps=2, evaluate_every=1)
-    whole = distill(replace(settings, output=str(tmp_path / "whole")))
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 1)
-        with pytest.raises(KeyboardInterrupt):
-            distill(settings)
-    assert distill(settings)["history"] == whole["history"]
-
-
 @pytest.mark.parametrize("family", PIPELINES)
 def test_the_mean_of_predictions_teaches_in_every_family(family, teachers, settings):
-    record = distill(replace(settings, ensemble=str(teachers(family)), resolution=32, method="noise_average", steps=1))
-    assert record["history"][-1]["training_loss"] > 0
+    """Also where samplings are that the student is measured at."""
+    ensemble, device = Ensemble.load(teachers(family)), torch.device("cpu")
+    names = ensemble.names
+    ways = [("noise_average", []), *(("single_in_ensemble", [f"expert={name}"]) for name in names)]
+    mean, *alone = (
+        Teacher(ensemble, device, None, teaching_method(ensemble, replace(settings, method=method, method_option=options), 3.0)) for method, options in ways
+    )
+    noising = Noising(ensemble.frame.scheduler, latents_of(ensemble.frame.vae), device)
+    shape, data = (noising.latents.channels, 4, 4), Encoded(torch.empty(2, 0), ["a cat", "a dog"], torch.full((2, 6), 32.0))
+    batch = own_samplings(mean, noising, data, shape, 2, 3.0, batch_size=2, seed=0)
+    assert batch.latents.isfinite().all()
+    noisy = noising.noisy(batch.latents, batch.noise, batch.steps)
+    answers = [teacher.guided(noisy, noising.timesteps(batch.steps), data.captions, data.sizes, None) for teacher in (mean, *alone)]
+    assert torch.allclose(answers[0], torch.stack(answers[1:]).mean(0), atol=1e-5)
+    assert not torch.allclose(answers[1], answers[2], atol=1e-3)
 
 
 def test_the_held_out_latents_are_those_of_the_teachers_own_samplings(teachers):
@@ -329,8 +332,6 @@ def test_the_held_out_latents_are_those_of_the_teachers_own_samplings(teachers):
     ensemble = Ensemble.load(teachers("one"))
     noising = Noising(ensemble.frame.scheduler, LATENTS, torch.device("cpu"))
     teacher, side = Teacher(ensemble, torch.device("cpu")), ensemble.denoiser.side
-    from afa.training.data import Encoded
-
     data = Encoded(torch.empty(4, 0), ["a", "b", "c", "d"], torch.zeros(4, 6))
     batch = own_samplings(teacher, noising, data, (4, side, side), 4, 3.0, batch_size=3, seed=0)
     alone = own_samplings(teacher, noising, data, (4, side, side), 4, 3.0, batch_size=1, seed=0)
@@ -481,14 +482,23 @@ def test_training_brings_the_student_nearer_to_its_teacher(settings):
     assert record["held_out_loss"]["trained"]["value"] < 0.8 * record["held_out_loss"]["student"]["value"]
 
 
-CHANGES = [{}, {"student": "one-2"}, {"lora": 2, "student": "one-1"}, {"guidance_in": 4.0}, {"image_share": 0.5, "crops": 2}, {"image_share": 1}]
+MEASURED, BETWEEN = 2, 5  # a step with a measurement; one between two, in samplings that go on
+CHANGES = [  # what the state holds, or the draws depend on, with every method that can teach; and where the run is killed
+    ({}, (MEASURED, BETWEEN)),
+    ({"student": "one-2", "method": "noise_average"}, (BETWEEN,)),
+    ({"lora": 2, "student": "one-1", "method": "timestep_experts"}, (MEASURED,)),
+    ({"guidance_in": 4.0, "method": "magicfusion"}, (BETWEEN,)),
+    ({"image_share": 0.5, "crops": 2, "method": "feature_mean"}, (BETWEEN,)),
+    ({"image_share": 1, "method": "single_in_ensemble"}, (MEASURED,)),
+]
 
 
-@pytest.mark.parametrize("changes", CHANGES)
-def test_a_killed_run_comes_to_the_same_student(changes, settings, images, monkeypatch, tmp_path):  # noqa: F811
-    settings = replace(settings, **changes, data=str(images) if "image_share" in changes else settings.data)
+@pytest.mark.parametrize(("changes", "steps"), CHANGES)
+def test_a_killed_run_comes_to_the_same_student(changes, steps, settings, images, monkeypatch, tmp_path):  # noqa: F811
+    data, options = str(images) if "image_share" in changes else settings.data, METHODS.get(changes.get("method"))
+    settings = replace(settings, **changes, data=data, method_option=options)
     whole = distill(replace(settings, output=str(tmp_path / "whole")))
-    for step in (2, 5):  # at a measurement; between two, in samplings that go on
+    for step in steps:
         with monkeypatch.context() as patch:
             interrupt_after(patch, step)
             with pytest.raises(KeyboardInterrupt):
@@ -527,9 +537,8 @@ def test_two_processes_train_what_one_trains(share, settings, images, tmp_path):
         assert mine["held_out_loss"] == pytest.approx(theirs["held_out_loss"], rel=1e-4)
 
 
-def test_a_cache_changes_nothing(settings, tmp_path):
-    settings = replace(settings, steps=2)
-    plain = distill(settings)
+def test_a_cache_changes_nothing(two_steps, tmp_path):
+    settings, plain = two_steps("one")
     cached = distill(replace(settings, output=str(tmp_path / "cached"), cache=str(tmp_path / "cache")))
     assert cached["history"] == plain["history"]
     assert (tmp_path / "cached" / "text_encoder" / "model.safetensors").exists()
@@ -626,10 +635,10 @@ def test_a_student_of_another_kind_of_prediction_is_refused(settings, tmp_path):
         distill(replace(settings, student=str(other)))
 
 
-def test_a_finished_run_with_other_options_is_refused(settings):
-    distill(replace(settings, steps=1))
-    with pytest.raises(UserError, match="was finished with --steps 1"):
-        distill(replace(settings, steps=2))
+def test_a_finished_run_with_other_options_is_refused(two_steps):
+    settings, _ = two_steps("one")
+    with pytest.raises(UserError, match="was finished with --steps 2"):
+        distill(replace(settings, steps=1))
 
 
 def test_the_card_says_how_a_student_with_guidance_in_it_is_drawn(settings):
@@ -638,10 +647,10 @@ def test_the_card_says_how_a_student_with_guidance_in_it_is_drawn(settings):
     assert "Draw it with guidance 1" in said and "Use it on `one-1`" in said
 
 
-def test_a_finished_run_in_another_number_format_is_refused(settings):
-    distill(replace(settings, steps=1))
+def test_a_finished_run_in_another_number_format_is_refused(two_steps):
+    settings, _ = two_steps("one")
     with pytest.raises(UserError, match="save_dtype|save-dtype"):
-        distill(replace(settings, steps=1, save_dtype="float16"))
+        distill(replace(settings, save_dtype="float16"))
 
 
 def test_images_outside_their_folder_may_give_their_captions(settings, images):  # noqa: F811
