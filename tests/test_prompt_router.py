@@ -1,6 +1,7 @@
 """The prompt router: it learns from prompts whose loss is lowest, and draws what the chosen expert alone would draw."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_evaluate import settings, world  # noqa: F401 (fixtures)
+from test_evaluate import small_settings, world  # noqa: F401 (a fixture)
 
 from afa import Ensemble, UserError
 from afa.evaluation.run import evaluate
@@ -71,9 +72,15 @@ def test_experts_are_measured_on_the_images_and_the_split_of_the_ensembles_train
     assert not np.array_equal(other.relative, found.relative)
 
 
-def test_an_image_is_that_of_the_chosen_expert_alone(world, settings):  # noqa: F811
-    asked = replace(settings, methods=["prompt_router"], batch_size=4)
-    results = evaluate(asked)
+@pytest.fixture(scope="module")
+def compared(world, tmp_path_factory):  # noqa: F811
+    """A finished comparison of the router with the experts; only to be read."""
+    asked = small_settings(world, tmp_path_factory.mktemp("compared") / "out", methods=["prompt_router"], batch_size=4, tuning=0)
+    return asked, evaluate(asked)
+
+
+def test_an_image_is_that_of_the_chosen_expert_alone(world, compared):  # noqa: F811
+    asked, results = compared
     row = next(method for method in results.methods if method.name == "prompt_router")
     folder = Path(asked.output) / "trained" / "prompt_router" / "seed-0"
     ensemble = Ensemble.load(world / "afa")
@@ -89,9 +96,8 @@ def test_an_image_is_that_of_the_chosen_expert_alone(world, settings):  # noqa: 
     assert (folder / FILE).exists() and set(record["held_out_loss"]) == {"trained", "photo", "paint"}
 
 
-def test_a_router_of_another_training_is_refused(world, settings):  # noqa: F811
-    asked = replace(settings, methods=["prompt_router"], tuning=0)
-    evaluate(asked)
+def test_a_router_of_another_training_is_refused(compared, tmp_path):
+    asked = replace(compared[0], output=str(shutil.copytree(compared[0].output, tmp_path / "out")))
     file = Path(asked.output) / "trained" / "prompt_router" / "seed-0" / RECORD
     record = json.loads(file.read_text())
     record["settings"]["held_out"] = 3

@@ -4,6 +4,7 @@ import json
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,11 +24,22 @@ from afa.training.loop import Trainer
 from afa.training.run import plan, train
 from afa.training.settings import TrainSettings
 
+MADE: dict[str, Any] = {}  # what many files read, once: a fixture that they import is another one in each of them
+
+
+def once(name, make):
+    if name not in MADE:
+        MADE[name] = make()
+    return MADE[name]
+
 
 @pytest.fixture(scope="session")
 def experts(tmp_path_factory):
     """Two SD experts with text encoders of their own, as folders."""
-    folder = tmp_path_factory.mktemp("experts")
+    return once("experts", lambda: write_experts(tmp_path_factory.mktemp("experts")))
+
+
+def write_experts(folder):
     for seed, name in enumerate(("photo", "paint")):
         sd_pipeline(seed, **ONE_LEVEL).save_pretrained(folder / name)
     return [str(folder / "photo"), str(folder / "paint")]
@@ -36,7 +48,10 @@ def experts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """Ten captioned images of several sizes."""
-    folder = tmp_path_factory.mktemp("images")
+    return once("images", lambda: write_images(tmp_path_factory.mktemp("images")))
+
+
+def write_images(folder):
     rng = np.random.default_rng(0)
     lines = []
     for index in range(10):
@@ -46,12 +61,25 @@ def images(tmp_path_factory):
     return folder
 
 
+def small_settings(experts, images, output):
+    small = {"hidden": 8, "heads": 2, "depth": 1, "resolution": 32, "batch_size": 2, "held_out": 2}
+    return TrainSettings(experts=experts, data=str(images), output=str(output), steps=6, evaluate_every=2, lr=1e-2, device="cpu", **small)
+
+
 @pytest.fixture
 def settings(experts, images, tmp_path):
-    small = {"hidden": 8, "heads": 2, "depth": 1, "resolution": 32, "batch_size": 2, "held_out": 2}
-    return TrainSettings(
-        experts=experts, data=str(images), output=str(tmp_path / "out"), steps=6, evaluate_every=2, lr=1e-2, device="cpu", **small
-    )
+    return small_settings(experts, images, tmp_path / "out")
+
+
+@pytest.fixture(scope="session")
+def trained(experts, images, tmp_path_factory):
+    """A complete run of `settings`, and its record; only to be read."""
+
+    def make():
+        run = small_settings(experts, images, tmp_path_factory.mktemp("trained") / "out")
+        return run, train(run)
+
+    return once("trained", make)
 
 
 def aggregators(settings):
@@ -70,38 +98,32 @@ def interrupt_after(monkeypatch, step):
     monkeypatch.setattr(Trainer, "_after_step", after)
 
 
-def test_resumed_training_equals_uninterrupted(settings, monkeypatch, tmp_path):
-    whole = train(replace(settings, output=str(tmp_path / "whole")))
+def test_resumed_training_equals_uninterrupted_and_other_options_are_refused_by_name(settings, trained, monkeypatch):
+    whole_run, whole = trained
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
         with pytest.raises(KeyboardInterrupt, match="after step 3"):
             train(settings)
     assert not (Path(settings.output) / "afa.json").exists()
+    with pytest.raises(UserError, match=r"--lr 0.01 \(now 0.5\)"):
+        train(replace(settings, lr=0.5))
     resumed = train(settings)
     same = ("history", "steps", "held_out_loss", "difference_to_untrained", "weights_moved")
     assert all(resumed[name] == whole[name] for name in same) and resumed["steps"] == 6
-    expected = aggregators(replace(settings, output=str(tmp_path / "whole")))
+    expected = aggregators(whole_run)
     assert all(torch.equal(value, expected[name]) for name, value in aggregators(settings).items())
     assert [path.name for path in (Path(settings.output) / ".training").iterdir()] == ["last.pt"]
 
 
-def test_a_complete_run_is_not_repeated(settings):
-    first = train(settings)
+def test_a_complete_run_is_not_repeated(trained):
+    settings, first = trained
     before = (Path(settings.output) / "afa.json").stat().st_mtime_ns
     assert train(settings) == first
     assert (Path(settings.output) / "afa.json").stat().st_mtime_ns == before
 
 
-def test_training_with_other_options_is_refused_by_name(settings, monkeypatch):
-    interrupt_after(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
-        train(settings)
-    with pytest.raises(UserError, match=r"--lr 0.01 \(now 0.5\)"):
-        train(replace(settings, lr=0.5))
-
-
 def test_training_lowers_the_held_out_loss_and_keeps_the_best(settings):
-    record = train(replace(settings, steps=30, lr=2e-3, ema=0.9, evaluate_every=5))
+    record = train(replace(settings, steps=15, lr=4e-3, ema=0.8, evaluate_every=5))
     assert record["held_out_loss"]["trained"]["value"] < record["held_out_loss"]["untrained"]["value"]
     measured = {entry["step"]: entry["held_out_loss"] for entry in record["history"]}
     assert record["held_out_loss"]["trained"]["value"] == pytest.approx(min(measured.values()), rel=1e-6)
@@ -114,24 +136,23 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls(settings):
     assert record["steps"] == 4 and record["best_step"] == 0
 
 
-def test_trained_ensemble_loads_and_says_how_it_was_trained(settings):
-    record = train(settings)
+def test_trained_ensemble_loads_and_says_how_it_was_trained(trained):
+    settings, record = trained
     ensemble = Ensemble.load(settings.output)
     assert ensemble.training == json.loads(json.dumps(record))
     assert ensemble.names == ("photo", "paint") and record["difference_to_best_expert"]["n"] == 2
 
 
-def test_checkpointing_changes_memory_not_results(settings, tmp_path):
-    train(settings)
-    other = replace(settings, output=str(tmp_path / "other"), gradient_checkpointing=True)
+def test_checkpointing_changes_memory_not_results(settings, trained):
+    other = replace(settings, gradient_checkpointing=True)
     train(other)
-    expected = aggregators(settings)
+    expected = aggregators(trained[0])
     assert all(torch.allclose(value, expected[name], atol=1e-5) for name, value in aggregators(other).items())
 
 
 def test_a_prediction_router_trains(settings):
-    record = train(replace(settings, placement="out"))
-    assert record["steps"] == 6
+    record = train(replace(settings, placement="out", steps=2))
+    assert record["steps"] == 2
     assert {name.split(".")[0] for name in aggregators(settings)} == {"OUT01"}
 
 
@@ -152,6 +173,8 @@ def test_two_processes_train_one_ensemble(settings, monkeypatch):
         init(self, *args)
         kept.append(self)
 
+    settings = replace(settings, steps=2)
+
     def work():
         train(settings)
         return [float(p.double().abs().sum()) for p in kept[0].optimiser.param_groups[0]["params"]]
@@ -159,7 +182,7 @@ def test_two_processes_train_one_ensemble(settings, monkeypatch):
     monkeypatch.setattr(Trainer, "__init__", remember)
     one, other = in_processes(work)
     assert one == other
-    assert Ensemble.load(settings.output).training["steps"] == 6
+    assert Ensemble.load(settings.output).training["steps"] == 2
 
 
 def test_dry_run_leaves_nothing_behind(settings):
@@ -240,7 +263,7 @@ def test_captions_are_dropped_sample_by_sample(experts):
 
 def test_a_full_disk_at_the_end_loses_nothing(settings, monkeypatch):
     """Saving the ensemble fails; the same command then only saves."""
-    steps = []
+    settings, steps = replace(settings, steps=2), []
     original = Trainer._step
     monkeypatch.setattr(Trainer, "_step", lambda self: steps.append(1) or original(self))
 
@@ -251,5 +274,5 @@ def test_a_full_disk_at_the_end_loses_nothing(settings, monkeypatch):
         patch.setattr(Ensemble, "save", full)
         with pytest.raises(OSError, match="No space"):
             train(settings)
-    assert len(steps) == 6
-    assert train(settings)["steps"] == 6 and len(steps) == 6
+    assert len(steps) == 2
+    assert train(settings)["steps"] == 2 and len(steps) == 2
