@@ -35,11 +35,20 @@ from afa.training.run import train
 from afa.training.settings import TrainSettings
 from afa.training.state import begin_from, state_file
 
+SMALL_RUN = {"rank": 2, "resolution": 32, "batch_size": 2, "held_out": 2, "steps": 4, "evaluate_every": 2, "lr": 1e-2, "device": "cpu"}
+
 
 @pytest.fixture
 def settings(experts, images, tmp_path):  # noqa: F811
-    small = {"resolution": 32, "batch_size": 2, "held_out": 2, "steps": 4, "evaluate_every": 2, "lr": 1e-2, "device": "cpu"}
-    return LoraSettings(expert=experts[0], data=str(images), output=str(tmp_path / "lora"), rank=2, **small)
+    return LoraSettings(expert=experts[0], data=str(images), output=str(tmp_path / "lora"), **SMALL_RUN)
+
+
+@pytest.fixture(scope="module")
+def tuned(experts, images, tmp_path_factory):  # noqa: F811
+    """A finished run that tests only read: its settings, its record, and the model as it was trained in memory."""
+    settings = LoraSettings(expert=experts[0], data=str(images), output=str(tmp_path_factory.mktemp("tuned") / "lora"), **SMALL_RUN)
+    planned = plan_finetune(settings)
+    return settings, finetune(settings, planned), planned[0].ensemble.denoiser.experts[0]
 
 
 def tensors(settings):
@@ -47,34 +56,21 @@ def tensors(settings):
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_an_untrained_lora_changes_nothing(family):
+def test_an_untrained_lora_changes_nothing_and_it_alone_is_trained_to_the_last_parameter_that_was_promised(family):
+    """None is counted that cannot change the prediction, such as those of SD3's last question of the text."""
     model, call = MODELS[family].make().requires_grad_(False), MODELS[family].call()
+    promised = parameters_at_rank(model, 3)
     with torch.no_grad():
         before = sample_of(model(**call))
-        add_lora(model, 3)
+        trained = add_lora(model, 3)
         assert torch.equal(sample_of(model(**call)), before)
-
-
-@pytest.mark.parametrize("family", MODELS)
-def test_only_the_lora_is_trained_and_it_has_the_parameters_that_were_promised(family):
-    model = MODELS[family].make().requires_grad_(False)
-    promised = parameters_at_rank(model, 3)
-    trained = add_lora(model, 3)
     assert sum(parameter.numel() for parameter in trained.parameters()) == promised
     assert {parameter for parameter in model.parameters() if parameter.requires_grad} == set(trained.parameters())
-    sample_of(model(**MODELS[family].call())).square().mean().backward()
-    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("family", MODELS)
-def test_every_trained_parameter_has_a_say(family):
-    """None is counted that cannot change the prediction, such as those of SD3's last question of the text."""
-    model = MODELS[family].make().requires_grad_(False)
-    trained = dict(add_lora(model, 2).named_parameters())
-    for name, parameter in trained.items():
+    for name, parameter in trained.named_parameters():
         torch.nn.init.normal_(parameter, std=0.1 if "lora_B" in name else 1)
-    sample_of(model(**MODELS[family].call())).square().mean().backward()
-    assert [name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()] == []
+    sample_of(model(**call)).square().mean().backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+    assert [name for name, parameter in trained.named_parameters() if not parameter.grad.any()] == []
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -113,12 +109,13 @@ ADAPTED = {  # place -> what is adapted there, written out
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "place"), [(family, place) for family, places in ADAPTED.items() for place in places])
-def test_attention_feed_forward_and_residual_convolutions_are_adapted(family, place):
+@pytest.mark.parametrize("family", ADAPTED)
+def test_attention_feed_forward_and_residual_convolutions_are_adapted(family):
     names = [name for name, _ in adapted(MODELS[family].make())]
     assert len(names) == len(set(names))
-    inside = {name.removeprefix(f"{place}.") for name in names if name == place or name.startswith(f"{place}.")}
-    assert inside == ADAPTED[family][place]
+    for place, expected in ADAPTED[family].items():
+        inside = {name.removeprefix(f"{place}.") for name in names if name == place or name.startswith(f"{place}.")}
+        assert inside == expected, place
 
 
 MODULATES = ("norm", "mod.", "adaLN")  # names of layers that make scales and shifts of the timestep
@@ -170,33 +167,30 @@ def test_equal_compute_ignores_where_the_experts_lie():
     assert all(torch.equal(tensor, before[name]) for name, tensor in denoiser.state_dict().items())
 
 
-def test_the_file_joins_the_expert_as_it_was_trained(settings):
-    planned = plan_finetune(settings)
-    record = finetune(settings, planned)
+def test_the_file_joins_the_expert_as_it_was_trained(tuned):
+    settings, record, model = tuned
     assert record["steps"] == 4 and record["parameters"] == parameters_at_rank(sd_unet(**ONE_LEVEL), 2)
     assert any(tensor.abs().max() > 0 for name, tensor in tensors(settings).items() if "lora_B" in name)
     joined = Ensemble.from_experts([f"tuned={settings.expert}+{Path(settings.output) / FILE}"], aggregator="mean")
     call = inputs()
     with torch.no_grad():
-        trained = planned[0].ensemble.denoiser.experts[0](**call).sample
-        assert torch.allclose(joined.denoiser.experts[0](**call).sample, trained, atol=1e-5)
+        assert torch.allclose(joined.denoiser.experts[0](**call).sample, model(**call).sample, atol=1e-5)
 
 
-def test_a_stock_pipeline_loads_the_file(settings):
+def test_a_stock_pipeline_loads_the_file(tuned):
     from diffusers import StableDiffusionPipeline
 
-    planned = plan_finetune(settings)
-    finetune(settings, planned)
+    settings, _, model = tuned
     pipe = StableDiffusionPipeline.from_pretrained(settings.expert, safety_checker=None)
     pipe.load_lora_weights(settings.output)
     with torch.no_grad():
-        trained = planned[0].ensemble.denoiser.experts[0](**inputs()).sample
-        assert torch.allclose(pipe.unet(**inputs()).sample, trained, atol=1e-5)
+        assert torch.allclose(pipe.unet(**inputs()).sample, model(**inputs()).sample, atol=1e-5)
 
 
-def test_one_file_of_kohyas_names_changes_the_expert_as_diffusers_file_does(settings, tmp_path):
+def test_one_file_of_kohyas_names_changes_the_expert_as_diffusers_file_does(tuned, tmp_path):
+    settings, _, _ = tuned
     alone = replace(settings, output=str(tmp_path / "lora.safetensors"))
-    finetune(settings), finetune(alone)
+    finetune(alone)
     names = set(load_file(alone.output))
     assert {name.rpartition(".")[2] for name in names} == {"weight", "alpha"} and all(name.startswith("lora_unet_") for name in names)
     files = [Path(settings.output) / FILE, Path(alone.output)]
@@ -218,8 +212,8 @@ def test_a_file_that_is_there_already_is_not_written_over(settings, tmp_path):
         plan_finetune(replace(settings, output=str(tmp_path / "folder.safetensors")))
 
 
-def test_resumed_training_equals_uninterrupted(settings, tmp_path, monkeypatch):
-    finetune(settings)
+def test_resumed_training_equals_uninterrupted(tuned, tmp_path, monkeypatch):
+    settings, _, _ = tuned
     again = replace(settings, output=str(tmp_path / "again"))
     step = Trainer._step
 
@@ -248,19 +242,20 @@ def test_a_lora_sees_what_the_ensemble_saw(settings, experts, tmp_path, monkeypa
         return loss(self, work)
 
     monkeypatch.setattr(Mse, "loss", note)
+    settings = replace(settings, steps=2)
     finetune(settings)
     shared = {name: getattr(settings, name) for name in ("data", "resolution", "batch_size", "held_out", "steps", "evaluate_every", "lr", "device")}
     tuned = [batch for batch in seen if len(batch[2]) == 2]
     seen.clear()
     train(TrainSettings(experts=experts, output=str(tmp_path / "ensemble"), hidden=8, heads=2, depth=1, **shared))
     ensemble = [batch for batch in seen if len(batch[2]) == 2]
-    assert len(tuned) > 4
+    assert len(tuned) > 2  # of the two steps, and those of the measure
     for one in tuned:
         assert any(all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) for other in ensemble)
 
 
-def test_a_complete_run_is_only_read_and_another_is_refused(settings, monkeypatch):
-    record = finetune(settings)
+def test_a_complete_run_is_only_read_and_another_is_refused(tuned, monkeypatch):
+    settings, record, _ = tuned
     monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("trained again"))
     assert finetune(settings) == json.loads((Path(settings.output) / RECORD).read_text()) == json.loads(json.dumps(record))
     with pytest.raises(UserError, match=r"was begun with --rank 2 \(now 3\)"):
@@ -300,29 +295,27 @@ def test_a_dry_run_leaves_nothing_behind(settings, capsys):
     assert not Path(settings.output).exists()
 
 
-def test_a_longer_run_goes_on_from_a_shorter_one_bit_for_bit(settings, tmp_path):
-    whole, longer = (replace(settings, output=str(tmp_path / name), steps=7) for name in ("whole", "longer"))
-    kept = tmp_path / "kept.pt"
-    wanted = finetune(whole)
-    finetune(settings, keep=kept)
-    assert kept.exists() and sorted(path.name for path in Path(settings.output).iterdir()) == [RECORD, LOG, FILE]
-    begin_from(longer, kept)
-    record = finetune(longer)
-    assert not kept.exists() and not state_file(longer).exists()
+def test_a_longer_run_goes_on_from_a_shorter_one_bit_for_bit(tuned, settings, tmp_path):
+    whole, wanted, _ = tuned
+    shorter, kept = replace(settings, steps=2, output=str(tmp_path / "shorter")), tmp_path / "kept.pt"
+    finetune(shorter, keep=kept)
+    assert kept.exists() and sorted(path.name for path in Path(shorter.output).iterdir()) == [RECORD, LOG, FILE]
+    begin_from(settings, kept)
+    record = finetune(settings)
+    assert not kept.exists() and not state_file(settings).exists()
     assert record["history"] == wanted["history"] and record["held_out_loss"] == wanted["held_out_loss"]
-    assert all(torch.equal(tensor, tensors(longer)[name]) for name, tensor in tensors(whole).items())
+    assert all(torch.equal(tensor, tensors(settings)[name]) for name, tensor in tensors(whole).items())
 
 
-def test_what_was_summed_before_a_longer_run_is_not_lost(settings, tmp_path):
+def test_what_was_summed_before_a_longer_run_is_not_lost(tuned, settings, tmp_path):
     """The shorter one ended between two measurements, with one of its own."""
-    finetune(replace(settings, steps=3), keep=tmp_path / "kept.pt")
-    longer, whole = (replace(settings, output=str(tmp_path / name), steps=6) for name in ("longer", "whole"))
-    begin_from(longer, tmp_path / "kept.pt")
-    losses = {entry["step"]: entry["training_loss"] for entry in finetune(longer)["history"]}
-    wanted = {entry["step"]: entry["training_loss"] for entry in finetune(whole)["history"]}
-    assert losses[6] == wanted[6] and (losses[3] + losses[4]) / 2 == pytest.approx(wanted[4])
+    finetune(replace(settings, steps=1, output=str(tmp_path / "shorter")), keep=tmp_path / "kept.pt")
+    begin_from(settings, tmp_path / "kept.pt")
+    losses, wanted = ({entry["step"]: entry["training_loss"] for entry in record["history"]} for record in (finetune(settings), tuned[1]))
+    assert losses[4] == wanted[4] and (losses[1] + losses[2]) / 2 == pytest.approx(wanted[2])
 
 
 def test_a_run_begins_anew_where_no_shorter_one_left_its_state(settings, tmp_path):
+    settings = replace(settings, steps=1)
     begin_from(settings, tmp_path / "nothing.pt")
-    assert finetune(settings)["steps"] == 4
+    assert finetune(settings)["steps"] == 1

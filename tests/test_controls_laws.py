@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import in_processes
-from test_controls import settings, tensors  # noqa: F401 (a fixture)
+from test_controls import settings, tensors, tuned  # noqa: F401 (fixtures)
 from test_training import experts, images  # noqa: F401 (fixtures)
 from tiny import inputs, sd_unet, sdxl_inputs, sdxl_pipeline
 
@@ -109,14 +109,12 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(settings, tmp_path):  # n
     assert not any(torch.equal(tensor, other[name]) for name, tensor in first.items() if "lora_A" in name)
 
 
-def test_a_lora_fused_into_the_weights_is_the_trained_model(settings):  # noqa: F811
-    planned = plan_finetune(settings)
-    finetune(settings, planned)
-    expert = load_expert(settings.expert)
-    fuse_lora(expert.model, Path(settings.output) / FILE)
+def test_a_lora_fused_into_the_weights_is_the_trained_model(tuned):  # noqa: F811
+    run, _, model = tuned
+    expert = load_expert(run.expert)
+    fuse_lora(expert.model, Path(run.output) / FILE)
     with torch.no_grad():
-        trained = planned[0].ensemble.denoiser.experts[0](**inputs()).sample
-        assert torch.allclose(expert.model(**inputs()).sample, trained, atol=1e-5)
+        assert torch.allclose(expert.model(**inputs()).sample, model(**inputs()).sample, atol=1e-5)
     assert not [name for name, _ in expert.model.named_parameters() if "lora" in name]
 
 
@@ -159,6 +157,8 @@ def test_checkpointing_changes_memory_not_results(settings, tmp_path):  # noqa: 
 
 
 def test_two_processes_train_one_lora(settings):  # noqa: F811
+    settings = replace(settings, steps=2)
+
     def work():
         planned = plan_finetune(settings)
         finetune(settings, planned)

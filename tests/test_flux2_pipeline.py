@@ -32,7 +32,7 @@ from afa.training.settings import TrainSettings
 
 CPU = torch.device("cpu")
 SMALL = {"hidden": 32, "heads": 2, "depth": 1}
-DRAWN = {"num_inference_steps": 2, "height": 32, "width": 48, "output_type": "pt"}
+DRAWN = {"num_inference_steps": 2, "height": 32, "width": 48, "output_type": "pt", "max_sequence_length": 64}  # prompts take up to 50
 CAPTIONS = ["a red bicycle on a lawn", "a cat", "a dark dog on a blurry red lawn"]
 KINDS = {
     "dev": functools.partial(flux2_pipeline, **FLUX2_SMALL),
@@ -214,7 +214,8 @@ def test_draft_judges_what_the_pipeline_draws(kind, three):
     judge = Draft(process, Decoder(three.frame.vae), lambda shown, _: seen.append(shown) or shown.sum((1, 2, 3)), steps=3, last=1, guidance=None)
     with torch.no_grad():
         judge.loss(work)
-    drawn = pipe(prompt=list(captions), latents=pixel_unshuffle(noise, 2), **DRAWN | {"num_inference_steps": 3}).images
+    whole = {"num_inference_steps": 3, "max_sequence_length": 512}  # as in training
+    drawn = pipe(prompt=list(captions), latents=pixel_unshuffle(noise, 2), **DRAWN | whole).images
     assert torch.allclose((seen[0] / 2 + 0.5).clamp(0, 1), drawn, atol=1e-4)
 
 
@@ -255,18 +256,18 @@ def folders(kind, tmp_path_factory):
 def settings(folders, images, tmp_path):
     small = {"hidden": 8, "heads": 2, "depth": 1, "resolution": 32, "batch_size": 2, "held_out": 2}
     small |= {"aggregator": "sabw", "lr": 1e-3, "device": "cpu"}
-    return TrainSettings(experts=folders, data=str(images), output=str(tmp_path / "out"), steps=2, evaluate_every=1, **small)
+    return TrainSettings(experts=folders, data=str(images), output=str(tmp_path / "out"), steps=2, evaluate_every=2, **small)
 
 
 def test_training_from_a_cache_equals_training_without(settings, tmp_path, kind):
-    wanted = train(replace(settings, sheet_every=2, sheet_images=2, sheet_steps=2, caption_dropout=0.5))["history"]
+    wanted = train(replace(settings, sheet_every=2, sheet_images=1, sheet_steps=1, caption_dropout=0.5))["history"]
     assert len(list(tmp_path.glob("out/sheets/*.png"))) == 2
-    for name in ("first", "second"):
+    for name in ("first", "second") if kind != "klein distilled" else ():  # which encodes as the base does
         cached = replace(settings, caption_dropout=0.5, output=str(tmp_path / name), cache=str(tmp_path / "cache"))
         found = train(cached)["history"]
         assert [entry["held_out_loss"] for entry in found] == pytest.approx([entry["held_out_loss"] for entry in wanted], rel=1e-5)
-    mine, theirs = (load_file(tmp_path / name / "aggregators.safetensors") for name in ("out", "second"))
-    assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
+        mine, theirs = (load_file(tmp_path / folder / "aggregators.safetensors") for folder in ("out", name))
+        assert all(torch.allclose(mine[tensor], theirs[tensor], atol=1e-5) for tensor in mine)
     loaded = Ensemble.load(settings.output)
     assert type(loaded.pipeline()) is (Flux2Pipeline if kind == "dev" else Flux2KleinPipeline)
     assert loaded.denoiser.config.is_distilled == (kind == "klein distilled")

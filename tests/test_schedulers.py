@@ -8,28 +8,54 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from rival_experts import UNET
 from tiny import quiet, scheduler, sd_pipeline
-from tiny_krea2 import krea2_pipeline, krea2_scheduler
-from tiny_lumina2 import lumina2_pipeline
-from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
+from tiny_krea2 import KREA2_SMALL, krea2_pipeline, krea2_scheduler
+from tiny_lumina2 import LUMINA2_SMALL, lumina2_pipeline
+from tiny_transformers import (
+    FLUX_SMALL,
+    QWEN_IMAGE_SMALL,
+    SD3_SMALL,
+    flux_pipeline,
+    qwen_image_pipeline,
+    sd3_pipeline,
+)
 
 from afa import Ensemble, UserError
 from afa.denoiser.schedule import kind_of, tables
 from afa.sampling.sample import Request, Sampling, sample
 from afa.schedulers import FLOWS, SCHEDULERS, make_scheduler
 
-PIPELINES = {"sd3": sd3_pipeline, "flux": flux_pipeline}
+PIPELINES = {
+    "sd3": functools.partial(sd3_pipeline, **SD3_SMALL),
+    "flux": functools.partial(flux_pipeline, **FLUX_SMALL),
+    "qwen-image": functools.partial(qwen_image_pipeline, **QWEN_IMAGE_SMALL),
+    "krea2": functools.partial(krea2_pipeline, **KREA2_SMALL),
+    "lumina2": functools.partial(lumina2_pipeline, **LUMINA2_SMALL),
+}
 CAT = Request("a red cat", 1)
 FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
 DYNAMIC = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.4, max_shift=1.2)  # by the picture's size
 
 
 @functools.cache
+def diffusion():
+    return quiet(sd_pipeline(prediction_type="v_prediction", **UNET))
+
+
+@functools.cache
+def expert(family):
+    return Ensemble.from_experts([PIPELINES[family]()], aggregator="mean")
+
+
+def pipeline(family, own, name):
+    """Of an ensemble of one expert, which came with a scheduler of its own and gets another one."""
+    ensemble = expert(family)
+    ensemble.frame.scheduler = make_scheduler(name, own)
+    return quiet(ensemble.pipeline())
+
+
+@functools.cache
 def drawn(family, dynamic, name, steps):
-    pipe = PIPELINES[family]()
-    pipe.scheduler = DYNAMIC if dynamic else FLOW
-    ensemble = Ensemble.from_experts([pipe])
-    ensemble.frame.scheduler = make_scheduler(name, ensemble.frame.scheduler)
-    return sample(quiet(ensemble.pipeline()), [CAT], Sampling(steps, height=32, width=48)).astype(int)
+    return sample(pipeline(family, DYNAMIC if dynamic else FLOW, name), [CAT], Sampling(steps, height=32, width=48)).astype(int)
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -61,7 +87,7 @@ def test_the_noise_of_a_flow_is_kept_from_scheduler_to_scheduler(name):
 def test_schedulers_of_diffusion_schedules_keep_the_kind(name):
     made = make_scheduler(name, scheduler("v_prediction"))
     assert kind_of(made) == "v_prediction"
-    pipe = quiet(sd_pipeline(prediction_type="v_prediction", **UNET))
+    pipe = diffusion()
     pipe.scheduler = made
     assert sample(pipe, [CAT], Sampling(4, height=32, width=32)).std() > 0
 
@@ -74,23 +100,17 @@ def test_what_is_not_for_flows_is_refused_and_a_mistyped_name_explained():
             make_scheduler("unipcc", like)
 
 
-@pytest.mark.parametrize(("make", "own"), [(qwen_image_pipeline, DYNAMIC), (krea2_pipeline, krea2_scheduler()), (lumina2_pipeline, FLOW)])
-def test_pipelines_that_give_their_own_sigmas_get_the_same_ones_from_every_solver(make, own):
+@pytest.mark.parametrize(("family", "own"), [("qwen-image", DYNAMIC), ("krea2", krea2_scheduler()), ("lumina2", FLOW)])
+def test_pipelines_that_give_their_own_sigmas_get_the_same_ones_from_every_solver(family, own):
     found = []
     for name in FLOWS:
-        pipe = make()
-        pipe.scheduler = own
-        ensemble = Ensemble.from_experts([pipe])
-        ensemble.frame.scheduler = make_scheduler(name, ensemble.frame.scheduler)
-        pipe = quiet(ensemble.pipeline())
+        pipe = pipeline(family, own, name)
         assert sample(pipe, [CAT], Sampling(4, height=32, width=48)).std() > 0
         found.append(pipe.scheduler.sigmas)
     assert all(len(sigmas) == 5 and torch.allclose(sigmas, found[0], atol=2e-3) for sigmas in found)
 
 
 def test_sigmas_of_ones_own_are_not_silently_ignored():
-    ensemble = Ensemble.from_experts([krea2_pipeline()])
-    ensemble.frame.scheduler = make_scheduler("unipc", ensemble.frame.scheduler)
-    pipe = quiet(ensemble.pipeline())
+    pipe = pipeline("krea2", krea2_scheduler(), "unipc")
     with pytest.raises(UserError, match="sigmas of one's own are not taken by UniPCMultistepScheduler"):
         pipe("a cat", sigmas=[1.0, 0.2], num_inference_steps=2, height=32, width=32)
