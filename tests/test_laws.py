@@ -39,8 +39,8 @@ def ensemble(model, kind, placement, seeds=(0, 1, 2), trained=True, experts=(), 
     torch.manual_seed(7)
     made = model.ensemble(experts, recipe=Recipe(kind, SMALL[kind], **recipe), placement=placement).eval()
     if trained:
-        for name, parameter in made.aggregators.named_parameters():
-            if name.endswith("conv_out.weight"):
+        for parameter in made.aggregators.parameters():
+            if parameter.ndim > 1 and not parameter.any():  # the layer that makes an untrained one the mean
                 torch.nn.init.normal_(parameter, std=1.0)
     return made
 
@@ -87,7 +87,7 @@ CASES = [
     pytest.param(fused, aggregator, id=f"{fused[0]}-{'a list' if isinstance(fused[1], tuple) else fused[1]}-{aggregator}")
     for fused in FUSED
     for aggregator in AGGREGATORS
-    if aggregator in ("sabw", "stitch") or fused[1] == MODELS[fused[0]].placements[0]
+    if AGGREGATORS[aggregator].trained or fused[1] == MODELS[fused[0]].placements[0]
 ]
 
 
@@ -155,8 +155,8 @@ class TestLaws:
             return
         found = shared_gradients(model, aggregator, placement)
         assert all(name.startswith("aggregators.") for name in found)
-        first = f"aggregators.{next(iter(made.aggregators))}.conv_out.weight"
-        assert found[first].abs().max() > 0  # through every later stage of the frozen experts
+        first = f"aggregators.{next(iter(made.aggregators))}."
+        assert any(grad.any() for name, grad in found.items() if name.startswith(first))  # through every later stage of the frozen experts
 
     def test_gradient_checkpointing_changes_nothing(self, fused, aggregator):
         model, placement = fused
