@@ -311,6 +311,11 @@ def test_attention_is_spared_on_large_maps_only():
     assert spared == ["IN00", "IN01", "IN02", "OUT08", "OUT09", "OUT10", "OUT11"]  # the 16×16 maps
 
 
+def test_attention_cannot_be_spared_where_there_is_none():
+    with pytest.raises(ValueError, match="aggregator 'mean' has no attention to spare; leave out attention_up_to"):
+        UNetEnsemble([sd_unet(seed) for seed in range(2)], recipe=Recipe("mean", attention_up_to=8))
+
+
 def test_a_stronger_expert_weighs_more_and_weights_stay_convex():
     made = ensemble(MODELS[FUSED[0][0]], "sabw", "layers")
     call = MODELS[FUSED[0][0]].call()
