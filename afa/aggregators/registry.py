@@ -147,7 +147,8 @@ class Recipe:
         options = dict(self.options)
         if self.attention_up_to is not None and -(-side // 2**stage.level) > self.attention_up_to:
             if "depth" not in (own.name for own in fields(entry.options)):
-                raise ValueError(f"aggregator '{self.kind}' has no attention to spare; leave out attention_up_to")
+                nothing = f"aggregator '{self.kind}' has no attention to spare"
+                raise ValueError(f"{nothing}; leave out attention_up_to")
             options["depth"] = 0
         for name in options:
             if name not in (own.name for own in fields(entry.options)):

@@ -36,7 +36,8 @@ def listed(merges: Mapping[str, Merge]) -> str:
         lines.append(f"  {name:<17}{merge.help}")
         for field in dataclasses.fields(merge.options):
             if field.name not in FLAGS:
-                default = "" if field.default in (None, dataclasses.MISSING) else f" (default: {field.default})"
+                given = field.default not in (None, dataclasses.MISSING)
+                default = f" (default: {field.default})" if given else ""
                 lines.append(f"{'':19}--method-option {field.name}=…: {field.metadata['help']}{default}")
     return "\n".join(lines)
 
