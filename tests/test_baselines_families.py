@@ -25,7 +25,7 @@ PIPELINES = {
 }
 SAMPLING = Sampling(steps=3, height=32, width=48)
 CAT, DOG = Request("a red cat", 1), Request("a dog", 7)
-EVERYWHERE = ["single", "single_in_ensemble", "random_expert", "noise_average", "feature_mean", "timestep_experts", "expert_switch", "loratorio"]
+EVERYWHERE = [name for name, method in SAMPLING_METHODS.items() if not (method.own_loop or method.needs_guidance)]
 CASES = [(method, family) for family in PIPELINES for method in (*EVERYWHERE, *(["magicfusion"] if family == "sd3" else []))]
 OPTION = {
     "single": {"expert": "expert_0"},

@@ -46,7 +46,7 @@ def read(path: Path, config: Path) -> StableDiffusionPipeline:
 
 @pytest.mark.parametrize("method", MERGES)
 def test_streaming_equals_in_memory(method, home, pipes, tmp_path):
-    experts = ["a", "b"] if method == "mbw" or find_merge(method).experts == 2 else ["a", "b", "c"]
+    experts = ["a", "b", "c"][: 2 if method == "mbw" else find_merge(method).experts]
     based = find_merge(method).needs("base")
     base = ["--base", home / "base"] if based else []
     arguments = ["--method", method, "--experts", *(home / name for name in experts), *base, *OPTIONS.get(method, [])]

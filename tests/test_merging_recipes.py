@@ -208,7 +208,7 @@ def again(source, output, **changes) -> None:
 def test_a_merged_file_is_made_again_with_the_same_bytes(method, home):
     merge = MERGES[method]
     options = {"mbw": {"weights": ["GRAD_V"]}, "weighted": {"weights": ["3", "1", "2"]}, "dare": {"seed": 7}}.get(method, {})
-    experts = ["a", "b"] if merge.experts == 2 or method == "mbw" else ["a", "b.safetensors", "c"]
+    experts = ["a", "b.safetensors", "c"][: 2 if method == "mbw" else merge.experts]
     base = {"base": str(home / "base.safetensors")} if merge.needs("base") else {}
     merge_files(settings(home, home / f"{method}.safetensors", *experts, method=method, **base, **options))
     again(home / f"{method}.safetensors", home / f"{method}-again.safetensors")

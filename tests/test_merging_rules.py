@@ -2,17 +2,21 @@
 
 import dataclasses
 import math
+from typing import Annotated
 
 import pytest
 import torch
 from torch import Tensor
 
+from afa.cli.merge import listed
 from afa.errors import UserError
 from afa.merging.block_weights import mbw
 from afa.merging.keys import merge_key
 from afa.merging.registry import MERGES, check_merge, find_merge
 from afa.merging.rules import (
     GIVEN,
+    Merge,
+    Option,
     add_difference,
     dare,
     model_stock,
@@ -60,9 +64,21 @@ def options_of(method: str) -> list[str]:
     return [field.name for field in dataclasses.fields(MERGES[method].options)]
 
 
-def test_the_command_line_knows_every_option():
-    assert {option for method in MERGES for option in options_of(method)} == set(FLAGS)
+def test_every_flag_is_an_option_and_the_help_tells_those_without_a_flag():
+    assert set(FLAGS) <= {option for method in MERGES for option in options_of(method)}
+    assert all(field.metadata["help"] in listed(MERGES) for merge in MERGES.values() for field in dataclasses.fields(merge.options) if field.name not in FLAGS)
     assert all(merge.name == name for name, merge in MERGES.items())
+
+
+def pulled(tensors, *, base, pull: Annotated[float, Option("how far from the base", least=0, most=1)] = 0.5):
+    """A toy. pull: how far. Source: none."""
+    return base + pull * (tensors[0] - base)
+
+
+def test_the_help_tells_the_options_of_a_merge_of_your_own():
+    told = listed({**MERGES, "pulled": Merge(pulled, title="toy", help="base + pull (A - base)", row="a toy", experts=1)})
+    assert told.startswith(f"{listed(MERGES)}\n  pulled ")
+    assert told.endswith("--method-option pull=…: how far from the base (default: 0.5)")
 
 
 @pytest.mark.parametrize("method", MERGES)

@@ -14,9 +14,12 @@ from tiny import ONE_LEVEL, quiet, sd_pipeline
 from afa import Ensemble, UserError
 from afa.denoiser.hooks import record_weights
 from afa.latents import latents_of
+from afa.lazy import load
 from afa.training.conditions import Conditions
 from afa.training.noise import Batch, Noising
-from afa.training.objectives import Anchor, Mse, Pass, Sparsity, Term, Total
+from afa.training.objective_registry import OBJECTIVES
+from afa.training.objective_settings import ObjectiveSettings
+from afa.training.objectives import Anchor, Mse, ObjectiveContext, Pass, Sparsity, Term, Total
 from afa.training.reward_objectives import Decoder, DirectAlign, Draft
 from afa.training.run import train
 from afa.training.settings import TrainSettings
@@ -138,6 +141,22 @@ def test_draft_refuses_what_does_not_fit(ensemble, work):
         draft(work, ensemble, last=2, again=2)
 
 
+# --- every one of the registry ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_sum_is_the_sum_of_its_terms(name, ensemble, work):
+    judged = {"reward": "scenes"} if OBJECTIVES[name].rewarded else {}
+    settings = ObjectiveSettings(objective=name, draft_steps=2, **judged)
+    objective = load(OBJECTIVES[name].make)(ObjectiveContext(settings, work.noising, Decoder(ensemble.frame.vae), itself))
+    terms = [Term("first", 1.0, Mse(work.noising)), Term(name, 0.3, objective)]
+    with torch.no_grad():
+        losses = Total(terms).losses(work)
+        assert all(loss.shape == (2,) and loss.dtype == torch.float32 for loss in losses.values())
+        assert torch.equal(losses[name], objective.loss(work)) and losses[name].any()
+        assert torch.equal(Total(terms).sum(losses), losses["first"] + 0.3 * losses[name])
+
+
 # --- anchor and sparsity ----------------------------------------------------------------------------------------------
 
 
@@ -202,6 +221,7 @@ CHOICES = {
     "mse+reward": {"objective": "mse+reward", "reward_weight": 0.5},
     "draft": {"objective": "draft", "draft_steps": 2, "draft_again": 1, "draft_guidance": 2.0},
 }
+CHOICES |= {name: {"objective": f"mse+{name}"} for name, entry in OBJECTIVES.items() if name not in CHOICES and not entry.diffusion}
 
 
 @pytest.fixture
@@ -223,8 +243,9 @@ def resumes_to_the_same_bits(run, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_a_rewarded_run_resumes_to_the_same_bits(name, settings, red, monkeypatch, tmp_path):  # noqa: F811
-    run = replace(settings, reward=red, steps=4, **CHOICES[name])
+def test_a_run_with_it_resumes_to_the_same_bits(name, settings, red, monkeypatch, tmp_path):  # noqa: F811
+    rewarded = any(OBJECTIVES[term].rewarded for term in CHOICES[name]["objective"].split("+"))
+    run = replace(settings, reward=red if rewarded else None, steps=4, **CHOICES[name])
     resumes_to_the_same_bits(run, monkeypatch, tmp_path)
 
 

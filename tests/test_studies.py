@@ -13,7 +13,7 @@ from afa.cli.main import main
 from afa.errors import UserError
 from afa.evaluation.results import Method, Results, Run
 from afa.evaluation.run import best_of_n, evaluate
-from afa.evaluation.trained import OBJECTIVES
+from afa.evaluation.trained import FURTHER
 
 
 def test_the_oracle_chooses_among_the_experts_and_not_among_their_rows_in_a_study():
@@ -37,9 +37,9 @@ def test_objectives_are_compared_with_as_many_steps_of_the_diffusion_loss(settin
     results = Results.load(Path(run.output))
     assert not results.errors
     rows = {method.axes["objective"]: method for method in results.methods if method.axes}
-    assert list(rows) == list(OBJECTIVES)
-    assert {name: method.of for name, method in rows.items()} == {name: "afa" if name == "mse" else "afa, objective mse" for name in OBJECTIVES}
-    for name in OBJECTIVES:
+    assert list(rows) == list(FURTHER)
+    assert {name: method.of for name, method in rows.items()} == {name: "afa" if name == "mse" else "afa, objective mse" for name in FURTHER}
+    for name in FURTHER:
         (folder,) = (Path(run.output) / "trained").glob(f"objective-{name.replace('+', '-')}/seed-0")
         record = read_manifest(folder).training["settings"]
         assert record["objective"] == name and record["start"] == run.ensemble and record["batch_size"] == 1
@@ -54,7 +54,7 @@ def test_the_study_of_objectives_needs_a_reward_that_is_named(settings):  # noqa
     run = replace(settings, methods=["single"], study=["objectives"], images_per_prompt=1)
     evaluate(run)
     errors = json.loads((Path(run.output) / "results.json").read_text())["errors"]
-    assert len(errors) == len(OBJECTIVES) - 1 and all("name one with --reward" in error for error in errors)
+    assert len(errors) == len(FURTHER) - 1 and all("name one with --reward" in error for error in errors)
 
 
 def test_ablations_change_one_thing_each(settings):  # noqa: F811

@@ -70,9 +70,9 @@ def make(ensemble, options):
 from afa.merging.rules import Merge
 
 def toy_merge(tensors):
-    return tensors[-1].clone()
+    return tensors[0].clone()
 
-TOY = Merge(toy_merge, title="toy merge", help="the last expert", row="the last expert alone")
+TOY = Merge(toy_merge, title="toy merge", help="the expert itself", row="the best expert alone", experts=1)
 """,
     "toy_metric": """
 import numpy as np
@@ -241,7 +241,7 @@ def test_a_comparison_has_rows_of_toys_and_a_column_of_the_toy_metric(world, tra
 
 
 def test_lists_and_the_page_name_toys(world, trained, capsys):
-    for flag, name, help in (("methods", "toy_merge", "the last expert alone"), ("metrics", "toy_metric", "How red an image is.")):
+    for flag, name, help in (("methods", "toy_merge", "the best expert alone"), ("metrics", "toy_metric", "How red an image is.")):
         assert main(["evaluate", "--ensemble", "x", "--protocol", "x", "--output", "x", f"--{flag}", "list"]) == 0
         assert any(line.split()[:1] == [name] and help in line for line in capsys.readouterr().out.splitlines())
     names = list(known_methods())

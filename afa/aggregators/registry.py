@@ -137,7 +137,8 @@ class Recipe:
 
         side: of the latent, at the model's own sample_size
         last: whether this is the last stage, where the experts' predictions become one
-        Raises ValueError for an unknown kind, or an option that it does not have.
+        Raises ValueError for an unknown kind, an option that it does not have, and attention_up_to where
+        there is no attention.
         """
         entry = find_aggregator(self.kind)
         maker: type[Aggregator] = load(entry.make)
@@ -145,6 +146,9 @@ class Recipe:
             maker = maker.at_output
         options = dict(self.options)
         if self.attention_up_to is not None and -(-side // 2**stage.level) > self.attention_up_to:
+            if "depth" not in (own.name for own in fields(entry.options)):
+                nothing = f"aggregator '{self.kind}' has no attention to spare"
+                raise ValueError(f"{nothing}; leave out attention_up_to")
             options["depth"] = 0
         for name in options:
             if name not in (own.name for own in fields(entry.options)):

@@ -13,18 +13,36 @@ method, experts and options, and later steps use the results of earlier ones.
 Methods (θᵢ: the weights of an expert):
 """
 
+import dataclasses
 import itertools
 import json
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 from afa.merging.block_weights import PRESETS
 from afa.merging.registry import MERGES
+from afa.merging.rules import Merge
+from afa.merging.settings import FLAGS
 from afa.merging.settings import MergeSettings as Options
 from afa.pages.numbers import scaled
 
-METHODS = "\n".join(f"  {name:<17}{merge.help}" for name, merge in MERGES.items())
-__doc__ = f"""{__doc__}{METHODS}
+
+
+def listed(merges: Mapping[str, Merge]) -> str:
+    """What the help says of merges: the formula of each, and its options that are no flags."""
+    lines = []
+    for name, merge in merges.items():
+        lines.append(f"  {name:<17}{merge.help}")
+        for field in dataclasses.fields(merge.options):
+            if field.name not in FLAGS:
+                given = field.default not in (None, dataclasses.MISSING)
+                default = f" (default: {field.default})" if given else ""
+                lines.append(f"{'':19}--method-option {field.name}=…: {field.metadata['help']}{default}")
+    return "\n".join(lines)
+
+
+__doc__ = f"""{__doc__}{listed(MERGES)}
 
 Block weights (--method mbw) can be a preset, numbers, or a TOML file with a line for each stage: IN00 = 0.5
 is the share of the second of two experts, IN00 = [2, 1, 1] are weights of three. `base` means everything

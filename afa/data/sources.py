@@ -276,7 +276,7 @@ def from_jsonl(files: Iterable[Path], columns: Columns, skipped: Skipped) -> Ite
                     f'{place} has no "{wanted}"; expected {{"{wanted}": "a.png", "text": "caption"}}'
                 )
             caption = caption_of(first_known(entry, columns.caption, CAPTION_COLUMNS))
-            yield from _listed(named, caption, file.parent, columns, skipped)
+            yield from listed(named, caption, file.parent, columns, skipped)
 
 
 def from_csv(files: Iterable[Path], columns: Columns, skipped: Skipped) -> Iterator[Sample]:
@@ -289,7 +289,7 @@ def from_csv(files: Iterable[Path], columns: Columns, skipped: Skipped) -> Itera
         try:
             image, caption = columns.choose(table.fieldnames or [], str(file))
             for row in table:
-                yield from _listed(row[image] or "", caption_of(row[caption]), file.parent, columns, skipped)
+                yield from listed(row[image] or "", caption_of(row[caption]), file.parent, columns, skipped)
         except csv.Error as error:
             raise UserError(f"{file}, line {table.line_num} cannot be read as CSV: {error}") from None
 
@@ -327,7 +327,7 @@ def from_pairs(folder: Path, columns: Columns, skipped: Skipped) -> Iterator[Sam
                 caption = _beside(folder, name, texts, columns, skipped) if texts else caption_of(class_name)
                 if caption and not texts:
                     skipped.tell(FOLDER_NAME, name)
-                yield from _listed(name, caption, folder, columns, skipped, repeats)
+                yield from listed(name, caption, folder, columns, skipped, repeats)
     if not found:
         raise UserError(f"{folder} has no {METADATA}; {_advice(folder)}")
 
@@ -383,7 +383,7 @@ def _beside(folder: Path, image: str, texts: Sequence[str], columns: Columns, sk
     return ""
 
 
-def _listed(
+def listed(
     named: str,
     caption: str,
     folder: Path,

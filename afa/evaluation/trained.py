@@ -19,7 +19,8 @@ from afa.training.choices import chosen
 from afa.training.objective_registry import PLAIN
 from afa.training.run import finished, plan, train
 
-OBJECTIVES: dict[str, dict[str, Any]] = {
+# objectives that the study trains the ensemble further by -> their options
+FURTHER: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "mse+reward": {"objective": "mse+reward", "reward_weight": 0.1, "reward_reach": 1.0},
     "reward": {"objective": "reward", "reward_weight": 0.1, "reward_reach": 1.0},
@@ -185,7 +186,7 @@ def objective_rows(setup: Setup) -> list[MethodRow]:
 
     The diffusion loss itself is compared with the ensemble, all others with the diffusion loss.
     """
-    names = {objective: f"afa, objective {objective}" for objective in OBJECTIVES}
+    names = {objective: f"afa, objective {objective}" for objective in FURTHER}
     return [
         _row(
             setup,
@@ -195,7 +196,7 @@ def objective_rows(setup: Setup) -> list[MethodRow]:
             axes={"objective": objective},
             of="afa" if objective == PLAIN else names[PLAIN],
         )
-        for objective in OBJECTIVES
+        for objective in FURTHER
     ]
 
 
@@ -208,7 +209,7 @@ def _train_further(setup: Setup, objective: str, options: Options, run: int) -> 
     output = setup.output / "trained" / f"objective-{folder_name(objective)}" / f"seed-{run}"
     own, start = setup.training(output, run), afa_run(setup, {}, run).folder
     steps, sampling = max(1, own.steps // PART), setup.protocol.sampling
-    changes = OBJECTIVES[objective]
+    changes = FURTHER[objective]
     if changes:
         reward = setup.settings.reward or setup.protocol.reward
         if reward is None:

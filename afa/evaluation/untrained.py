@@ -38,12 +38,13 @@ def merge_rows(setup: Setup) -> list[MethodRow]:
 def _merge_sampler(setup: Setup, name: str, options: Options, run: int) -> Sampler:
     """Return a stock pipeline around the merged model.
 
-    `order` says which of the two best experts a merge of pairs begins with.
+    A merge of a certain number takes so many of the best experts; `order` says which of the first two leads.
     """
     options, rule = dict(options), find_merge(name)
     best_first = options.pop("order", "best first") == "best first"
     pair = setup.ranking[:2] if best_first else setup.ranking[1::-1]
-    merge = merger(setup, pair if rule.experts == 2 else setup.names, rule.needs("base"))
+    ranked = (*pair, *setup.ranking[2:])
+    merge = merger(setup, ranked[: rule.experts] if rule.experts else setup.names, rule.needs("base"))
     if rule.by_stage:
         options = {"weights": curve_weights(options, merge.stages, setup.names, pair)}
     return merged_sampler(setup, merge.apply(name, **options))
