@@ -147,8 +147,8 @@ def test_draft_refuses_what_does_not_fit(ensemble, work):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_sum_is_the_sum_of_its_terms(name, ensemble, work):
     judged = {"reward": "scenes"} if OBJECTIVES[name].rewarded else {}
-    settings = ObjectiveSettings(objective=name, draft_steps=2, **judged)
-    objective = load(OBJECTIVES[name].make)(ObjectiveContext(settings, work.noising, Decoder(ensemble.frame.vae), itself))
+    asked = ObjectiveSettings(objective=name, draft_steps=2, **judged)
+    objective = load(OBJECTIVES[name].make)(ObjectiveContext(asked, work.noising, Decoder(ensemble.frame.vae), itself))
     terms = [Term("first", 1.0, Mse(work.noising)), Term(name, 0.3, objective)]
     with torch.no_grad():
         losses = Total(terms).losses(work)

@@ -28,7 +28,6 @@ from afa.merging.settings import MergeSettings as Options
 from afa.pages.numbers import scaled
 
 
-
 def listed(merges: Mapping[str, Merge]) -> str:
     """What the help says of merges: the formula of each, and its options that are no flags."""
     lines = []
