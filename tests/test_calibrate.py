@@ -37,6 +37,19 @@ def folder(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "ensemble")
 
 
+@pytest.fixture(scope="module")
+def done(saved, tmp_path_factory):
+    """The folder of an ensemble after a calibration in which all ways score alike, and its levels; only to be read."""
+    folder = shutil.copytree(saved, tmp_path_factory.mktemp("done") / "ensemble")
+    return folder, calibrate(settings(folder))
+
+
+@pytest.fixture
+def calibrated(done, tmp_path):
+    """A copy of that folder."""
+    return shutil.copytree(done[0], tmp_path / "ensemble")
+
+
 def settings(folder, scorer=ANY, **changes):
     (folder.parent / "scorer.py").write_text(scorer)
     given = {"prompt": PROMPTS, "images": 7, "steps": 4, "guidance": 3.0, "width": 32, "height": 32, "batch_size": 7}
@@ -50,8 +63,8 @@ def generated(folder, output, **changes):
         return np.asarray(image), json.loads(image.text["afa"])
 
 
-def test_where_the_score_never_falls_the_cheapest_way_of_every_knob_is_taken(folder):
-    speed = calibrate(settings(folder))
+def test_where_the_score_never_falls_the_cheapest_way_of_every_knob_is_taken(done):
+    folder, speed = done
     assert speed.levels["exact"] == {"steps": 4}
     assert speed.levels["balanced"] == speed.levels["fast"] == {"steps": 2, "guidance_interval": module.GUIDED[-1]} | {
         key: value for key, value in speed.levels["fast"].items() if key in ("reuse", "lead")
@@ -81,9 +94,8 @@ def test_the_margin_is_a_tenth_of_a_standard_deviation_where_none_is_given(folde
     assert speed.margins["fast"] == pytest.approx(3 * speed.margins["balanced"])
 
 
-def test_one_that_was_interrupted_draws_only_what_is_missing(folder, monkeypatch):
-    whole = shutil.copytree(folder, folder.parent / "whole")
-    expected, drawn, own = calibrate(settings(whole)), [], Bench._drawn
+def test_one_that_was_interrupted_draws_only_what_is_missing(done, folder, monkeypatch):
+    expected, drawn, own = done[1], [], Bench._drawn
 
     def counted(self, way):
         drawn.append(words(way))
@@ -99,20 +111,19 @@ def test_one_that_was_interrupted_draws_only_what_is_missing(folder, monkeypatch
     assert found.levels == expected.levels and len(drawn) == len(expected.tried) + 1  # the third one twice
 
 
-def test_other_prompts_begin_anew_and_keep_the_levels_until_they_are_done(folder, monkeypatch):
-    before = calibrate(settings(folder))
+def test_other_prompts_begin_anew_and_keep_the_levels_until_they_are_done(done, calibrated, monkeypatch):
 
     def never(self, way):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Bench, "_drawn", never)
-        calibrate(settings(folder, prompt=[f"{prompt}, asleep" for prompt in PROMPTS]))
-    assert read_speed(folder / SPEED) == before
+        calibrate(settings(calibrated, prompt=[f"{prompt}, asleep" for prompt in PROMPTS]))
+    assert read_speed(calibrated / SPEED) == done[1]
 
 
-def test_a_level_draws_what_its_options_draw(folder, tmp_path, capsys):
-    speed = calibrate(settings(folder))
+def test_a_level_draws_what_its_options_draw(done, tmp_path, capsys):
+    folder, speed = done
     image, facts = generated(folder, tmp_path / "level", speed="fast")
     other, same = generated(folder, tmp_path / "options", **speed.levels["fast"])
     assert np.array_equal(image, other) and facts == same
@@ -123,9 +134,9 @@ def test_a_level_draws_what_its_options_draw(folder, tmp_path, capsys):
     assert "--guidance 3.0" in capsys.readouterr().err
 
 
-def test_the_table_names_every_level_and_the_command_that_uses_it(folder):
-    asked = settings(folder)
-    text = table(calibrate(asked), asked)
+def test_the_table_names_every_level_and_the_command_that_uses_it(done):
+    folder, speed = done
+    text = table(speed, settings(folder))
     assert all(word in text for word in ("exact", "balanced", "fast", "--steps 2", "margins", "afa generate"))
 
 
@@ -185,11 +196,10 @@ def test_models_of_the_package_are_not_changed(place, named, tmp_path):
         calibrate(CalibrateSettings(**{**given, "ensemble": place}))
 
 
-def test_levels_of_other_aggregators_are_refused_and_so_are_broken_files(folder, tmp_path):
+def test_levels_of_other_aggregators_are_refused_and_so_are_broken_files(saved, calibrated, tmp_path):
     with pytest.raises(UserError, match="no levels of speed"):
-        generated(folder, tmp_path / "out", speed="fast")
-    calibrate(settings(folder))
-    whole = json.loads((folder / SPEED).read_text())
+        generated(saved, tmp_path / "out", speed="fast")
+    whole = json.loads((calibrated / SPEED).read_text())
     way = {"steps": 2}
     for changes, named in (
         ({"levels": {"fast": {**way, "lead": "../nobody"}}}, "nobody"),
@@ -198,23 +208,22 @@ def test_levels_of_other_aggregators_are_refused_and_so_are_broken_files(folder,
         ({"levels": {"balanced": way}}, "fast"),
         ({"aggregators": "0" * 64}, "other aggregators"),
     ):
-        (folder / SPEED).write_text(json.dumps({**whole, **changes}))
+        (calibrated / SPEED).write_text(json.dumps({**whole, **changes}))
         with pytest.raises(UserError, match=named):
-            generated(folder, tmp_path / "out", speed="fast")
-    assert (folder / AGGREGATORS).exists()
+            generated(calibrated, tmp_path / "out", speed="fast")
+    assert (calibrated / AGGREGATORS).exists()
 
 
-def test_what_a_stranger_wrote_into_the_levels_reaches_no_terminal_as_it_is(folder, tmp_path, capsys):
-    calibrate(settings(folder))
-    whole, escape = json.loads((folder / SPEED).read_text()), "\x1b[2J"
-    (folder / SPEED).write_text(json.dumps({**whole, "settings": {"guidance": escape}}))
-    generated(folder, tmp_path / "out", speed="exact")
-    (folder / SPEED).write_text(json.dumps({**whole, "levels": {escape: {"steps": 2}}}))
+def test_what_a_stranger_wrote_into_the_levels_reaches_no_terminal_as_it_is(calibrated, tmp_path, capsys):
+    whole, escape = json.loads((calibrated / SPEED).read_text()), "\x1b[2J"
+    (calibrated / SPEED).write_text(json.dumps({**whole, "settings": {"guidance": escape}}))
+    generated(calibrated, tmp_path / "out", speed="exact")
+    (calibrated / SPEED).write_text(json.dumps({**whole, "levels": {escape: {"steps": 2}}}))
     with pytest.raises(UserError) as other:
-        generated(folder, tmp_path / "out", speed="fast")
-    (folder / SPEED).write_text(json.dumps({**whole, "levels": {"fast": {"steps": 2, "reuse": 2, "lead": escape}}}))
+        generated(calibrated, tmp_path / "out", speed="fast")
+    (calibrated / SPEED).write_text(json.dumps({**whole, "levels": {"fast": {"steps": 2, "reuse": 2, "lead": escape}}}))
     with pytest.raises(UserError) as lead:
-        generated(folder, tmp_path / "out", speed="fast")
+        generated(calibrated, tmp_path / "out", speed="fast")
     said = capsys.readouterr().err
     assert "calibrated with" in said and not any("\x1b" in text for text in (said, str(other.value), str(lead.value)))
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import in_processes
+from test_training import once
 from tiny import ONE_LEVEL, sd_pipeline
 
 from afa.checkpoint.manifest import read_manifest
@@ -48,8 +49,11 @@ METHODS = ["weighted", "prompt_router", "prediction_router", "best_of_n"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Two experts, ten captioned images, an ensemble trained for two steps, a file of prompts, a scorer."""
-    folder = tmp_path_factory.mktemp("world")
+    """Two experts, ten captioned images, an ensemble trained for two steps, a file of prompts, a scorer; only to be read."""
+    return once("world", lambda: write_world(tmp_path_factory.mktemp("world")))
+
+
+def write_world(folder):
     for seed, name in enumerate(("photo", "paint")):
         sd_pipeline(seed, **ONE_LEVEL).save_pretrained(folder / name)
     rng = np.random.default_rng(0)
@@ -67,23 +71,28 @@ def world(tmp_path_factory):
     return folder
 
 
+def small_settings(world, output, **changes):
+    given = {
+        "ensemble": str(world / "afa"),
+        "train_data": str(world / "data"),
+        "output": str(output),
+        "protocol": str(world / "prompts.txt"),
+        "methods": METHODS,
+        "scorer": str(world / "scorer.py"),
+        "images_per_prompt": 2,
+        "steps": 2,
+        "guidance": 2.0,
+        "width": 32,
+        "height": 32,
+        "tuning": 2,
+        "device": "cpu",
+    }
+    return EvaluateSettings(**{**given, **changes})
+
+
 @pytest.fixture
 def settings(world, tmp_path):
-    return EvaluateSettings(
-        ensemble=str(world / "afa"),
-        train_data=str(world / "data"),
-        output=str(tmp_path / "out"),
-        protocol=str(world / "prompts.txt"),
-        methods=METHODS,
-        scorer=str(world / "scorer.py"),
-        images_per_prompt=2,
-        steps=2,
-        guidance=2.0,
-        width=32,
-        height=32,
-        tuning=2,
-        device="cpu",
-    )
+    return small_settings(world, tmp_path / "out")
 
 
 def images(settings):
@@ -92,14 +101,24 @@ def images(settings):
 
 
 @pytest.fixture(scope="module")
-def done(world, tmp_path_factory):
+def alive():
+    """How many ensembles were in memory after each row while `done` was made."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def done(world, alive, tmp_path_factory):
     """One comparison that is finished, to be read."""
-    output = tmp_path_factory.mktemp("done") / "out"
-    settings = EvaluateSettings(
-        ensemble=str(world / "afa"), output=str(output), protocol=str(world / "prompts.txt"), methods=METHODS, scorer=str(world / "scorer.py"),
-        train_data=str(world / "data"), images_per_prompt=2, steps=2, guidance=2.0, width=32, height=32, tuning=2, device="cpu", seeds=2,
-    )  # fmt: skip
-    return settings, evaluate(settings)
+    settings, free = small_settings(world, tmp_path_factory.mktemp("done") / "out", seeds=2), comparison.free_memory
+
+    def counted():
+        free()
+        alive.append(sum(isinstance(thing, EnsembleDenoiser) for thing in gc.get_objects()))
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries' objects that are looked at
+        patch.setattr(comparison, "free_memory", counted)
+        return settings, evaluate(settings)
 
 
 def test_every_method_has_a_score_for_every_image(done):
@@ -149,29 +168,18 @@ def test_a_finished_comparison_is_only_read(done, monkeypatch):
     assert [asdict(method) for method in again.methods] == [asdict(method) for method in results.methods]
 
 
-def test_a_rows_models_are_freed_before_the_next_row(settings, monkeypatch):
+def test_a_rows_models_are_freed_before_the_next_row(done, alive):
     """Models hold themselves by cycles: without a collection, those of all rows would be in memory at once."""
-    alive, free = [], comparison.free_memory
-
-    def counted():
-        free()
-        alive.append(sum(isinstance(thing, EnsembleDenoiser) for thing in gc.get_objects()))
-
-    monkeypatch.setattr(comparison, "free_memory", counted)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of libraries' objects that are looked at
-        evaluate(replace(settings, methods=["prompt_router", "prediction_router", "weighted", "afa"], tuning=0))
     assert len(alive) > 3
     assert max(alive) == alive[0]
 
 
-def test_methods_and_seeds_can_be_added_later(settings):
-    first = evaluate(replace(settings, methods=["weighted"]))
-    later = evaluate(replace(settings, methods=["weighted", "slerp"]))
-    assert first is not None and later is not None
-    names = [method.name for method in later.methods]
-    assert names == ["single:photo", "single:paint", "weighted", "slerp", "afa"]
-    assert later.methods[2] == first.methods[2]
+def test_methods_can_be_added_later(done, tmp_path):
+    settings, first = done
+    later = evaluate(replace(settings, output=str(shutil.copytree(settings.output, tmp_path / "out")), methods=[*METHODS, "slerp"]))
+    assert later is not None
+    assert [method.name for method in later.methods if method not in first.methods] == ["slerp"]
+    assert [method for method in later.methods if method.name != "slerp"] == first.methods
 
 
 def test_an_interrupted_comparison_goes_on_to_the_same_images(settings, monkeypatch):
@@ -183,7 +191,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_images(settings, monkeypa
             raise KeyboardInterrupt
         save(*given, **notes)
 
-    small = replace(settings, batch_size=1, methods=["weighted"])
+    small = replace(settings, batch_size=1, methods=["weighted"], images_per_prompt=1, tuning=0)
     with monkeypatch.context() as patch:
         patch.setattr(ImageFile, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -199,12 +207,12 @@ def test_an_interrupted_comparison_goes_on_to_the_same_images(settings, monkeypa
 
 def test_a_metric_that_fails_costs_only_itself(settings, world, tmp_path):
     failing = SCORER.replace("def score", "calls = []\ndef score")
-    failing = failing.replace("    return {", "    calls.append(1)\n    assert len(calls) != 7\n    return {", 1)
+    failing = failing.replace("    return {", "    calls.append(1)\n    assert len(calls) != 3\n    return {", 1)
     (tmp_path / "bad.py").write_text(failing)
-    results = evaluate(replace(settings, scorer=str(tmp_path / "bad.py"), methods=["weighted"]))
+    results = evaluate(replace(settings, scorer=str(tmp_path / "bad.py"), methods=["weighted"], images_per_prompt=1, tuning=0))
     assert results is not None
     assert len(results.errors) == 1 and "AssertionError" in results.errors[0]
-    assert "assert len(calls) != 7" in (Path(settings.output) / "errors.log").read_text()
+    assert "assert len(calls) != 3" in (Path(settings.output) / "errors.log").read_text()
     assert sum(bool(run.scores) for method in results.methods for run in method.runs) == len(results.methods) - 1
 
 
@@ -254,8 +262,16 @@ def test_a_dry_run_leaves_nothing_behind(settings):
     assert not Path(settings.output).exists()
 
 
-def test_loras_to_equal_compute_go_on_from_those_to_equal_steps(settings):
-    results = evaluate(replace(settings, methods=["finetune_merge_compute", "finetune_merge"], images_per_prompt=1, seeds=2))
+@pytest.fixture(scope="module")
+def controls(world, tmp_path_factory):
+    """A finished comparison with LoRAs on the merge, to be read."""
+    methods = ["finetune_merge_compute", "finetune_merge"]
+    settings = small_settings(world, tmp_path_factory.mktemp("controls") / "out", methods=methods, images_per_prompt=1, seeds=2, steps=1, tuning=1)
+    return settings, evaluate(settings)
+
+
+def test_loras_to_equal_compute_go_on_from_those_to_equal_steps(controls):
+    settings, results = controls
     assert not results.errors
     steps, compute = (next(method for method in results.methods if method.name == name) for name in ("finetune_merge", "finetune_merge_compute"))
     assert len(steps.runs) == len(compute.runs) == 2 and steps.trained_parameters == compute.trained_parameters
@@ -266,10 +282,11 @@ def test_loras_to_equal_compute_go_on_from_those_to_equal_steps(settings):
     assert not list(trained.rglob("*.pt"))
 
 
-def test_merge_and_continue_has_two_rounds_that_cost_what_one_does(settings):
-    results = evaluate(replace(settings, methods=["finetune_merge_compute", "merge_and_continue"], images_per_prompt=1, tuning=0))
+def test_merge_and_continue_has_two_rounds_that_cost_what_one_does(controls, settings):
+    results = evaluate(replace(settings, methods=["merge_and_continue"], images_per_prompt=1, steps=1, tuning=0))
     assert not results.errors
-    one, rounds = (next(method for method in results.methods if method.name == name) for name in ("finetune_merge_compute", "merge_and_continue"))
+    one = next(method for method in controls[1].methods if method.name == "finetune_merge_compute")
+    rounds = next(method for method in results.methods if method.name == "merge_and_continue")
     assert rounds.training_steps == one.training_steps and rounds.trained_parameters == 2 * one.trained_parameters
     first, second = (Path(settings.output) / "trained" / "merge_and_continue" / "lr-1" / "seed-0" / f"round-{number}" for number in (1, 2))
     steps = [json.loads((folder / "finetune.json").read_text())["steps"] for folder in (first, second)]
@@ -306,9 +323,17 @@ def test_the_command_prints_the_list_of_methods(capsys):
 STUDENTS = ["weighted", "distilled", "distilled_lora", "distilled_guided"]
 
 
-def test_students_are_distilled_from_the_ensemble_of_their_seed_and_drawn_as_they_were_trained(settings):
-    settings = replace(settings, methods=STUDENTS, seeds=2, distill_steps=2, tuning=0)
-    results = evaluate(settings)
+@pytest.fixture(scope="module")
+def students(world, tmp_path_factory):
+    """A comparison with students that is finished, to be read."""
+    settings = small_settings(
+        world, tmp_path_factory.mktemp("students") / "out", methods=STUDENTS, seeds=2, steps=1, distill_steps=1, images_per_prompt=1, tuning=0
+    )
+    return settings, evaluate(settings)
+
+
+def test_students_are_distilled_from_the_ensemble_of_their_seed_and_drawn_as_they_were_trained(students):
+    settings, results = students
     assert not results.errors
     rows = {method.name: method for method in results.methods if method.name in STUDENTS}
     assert list(rows) == STUDENTS
@@ -328,9 +353,8 @@ def test_students_are_distilled_from_the_ensemble_of_their_seed_and_drawn_as_the
     assert np.array_equal(drawn, merged_sampler(setup, student)([Request("a cat", 7)], replace(setup.sampling, guidance=1.0)))
 
 
-def test_the_report_says_what_share_of_the_gain_a_student_keeps(settings):
-    results = evaluate(replace(settings, methods=STUDENTS[:2], distill_steps=1, tuning=0))
-    (one,) = analyse([results])
+def test_the_report_says_what_share_of_the_gain_a_student_keeps(students):
+    (one,) = analyse([students[1]])
     said = [dict(found.kinds)["One model out"] for found in headlines(one)]
     assert all(sentence.startswith("share of the gain over the best merge, ") for sentence in said)
     assert all("AFA in one model" in sentence for sentence in said)

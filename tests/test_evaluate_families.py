@@ -1,10 +1,12 @@
 """Comparisons of flow models, from saved ensembles to results, as those of U-Nets."""
 
+import functools
+
 import numpy as np
 import pytest
 from PIL import Image
 from tiny import quiet
-from tiny_transformers import flux_pipeline, sd3_pipeline
+from tiny_transformers import FLUX_SMALL, SD3_SMALL, flux_pipeline, sd3_pipeline
 
 from afa import Ensemble, UserError
 from afa.evaluation.plan import plan
@@ -17,7 +19,7 @@ SCORER = """
 def score(images, captions):
     return {"light": images.mean((1, 2, 3)) / 255}
 """
-PIPELINES = {"sd3": (sd3_pipeline, 7.0), "flux": (flux_pipeline, 3.5)}
+PIPELINES = {"sd3": (functools.partial(sd3_pipeline, **SD3_SMALL), 7.0), "flux": (functools.partial(flux_pipeline, **FLUX_SMALL), 3.5)}
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
@@ -40,7 +42,7 @@ def settings(folder, output, **changes):
 
 def test_methods_are_compared_by_pixels_with_the_familys_own_guidance(world, tmp_path):
     folder, make, guidance = world
-    methods = ["random_expert", "noise_average", "timestep_experts", *(["magicfusion"] if make is sd3_pipeline else []), "loratorio"]
+    methods = ["random_expert", "noise_average", "timestep_experts", *(["magicfusion"] if make.func is sd3_pipeline else []), "loratorio"]
     results = evaluate(settings(folder, tmp_path / "out", methods=methods, base=str(folder / "photo")))
     assert [method.name for method in results.methods] == ["single:photo", "single:paint", *methods, "afa"]
     assert results.errors == [] and results.protocol["guidance"] == guidance
@@ -60,6 +62,6 @@ def test_a_scheduler_by_name_and_what_a_family_cannot_do(world, tmp_path):
         evaluate(settings(folder, tmp_path / "ddim", methods=["noise_average"], scheduler="ddim"))
     with pytest.raises(UserError, match=r"SuperDiff OR: superdiff"):
         evaluate(settings(folder, tmp_path / "superdiff", methods=["superdiff_or"]))
-    if make is sd3_pipeline:
+    if make.func is sd3_pipeline:
         with pytest.raises(UserError, match="true guidance 2 is for models whose own guidance is built in"):
             plan(settings(folder, tmp_path / "true", methods=["single"], true_guidance=2.0))

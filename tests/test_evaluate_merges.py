@@ -8,6 +8,7 @@ import pytest
 from merging_models import PIPELINES, saved
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_transformers import FLUX_SMALL, SD3_SMALL
 
 from afa.evaluation.run import evaluate
 from afa.evaluation.settings import EvaluateSettings
@@ -18,6 +19,7 @@ from afa.training.finetune import RECORD
 from afa.training.run import train
 from afa.training.settings import TrainSettings
 
+SMALL = {"sd3": SD3_SMALL, "flux": FLUX_SMALL}
 METHODS = ["mbw", "auto_mbw", "slerp", "finetune_best", "finetune_merge_compute", "merge_and_continue"]
 
 
@@ -32,7 +34,7 @@ def test_a_ramp_is_straight_along_the_stages():
 def settings(request, tmp_path_factory):
     """A comparison of an ensemble of two transformers, trained for two steps."""
     folder = tmp_path_factory.mktemp(request.param)
-    experts = [str(saved(PIPELINES[request.param](seed), folder / name)) for seed, name in enumerate(("photo", "paint"))]
+    experts = [str(saved(PIPELINES[request.param](seed, **SMALL[request.param]), folder / name)) for seed, name in enumerate(("photo", "paint"))]
     (folder / "data").mkdir()
     for index in range(6):
         picture = np.random.default_rng(index).integers(0, 255, (32, 32, 3), dtype=np.uint8)

@@ -1,5 +1,6 @@
 """A LoRA of the difference of two checkpoints: the nearest of its rank, in both forms, as diffusers and this package read them."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from merging_models import flux, saved, sd, sd3, sdxl
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_distill import drawn
+from tiny import SDXL_SMALL
+from tiny_transformers import FLUX_SMALL, SD3_SMALL
 
 from afa import Ensemble, UserError
 from afa.cli.main import main
@@ -18,7 +21,12 @@ from afa.distillation.extract import KEY, extract, nearest, product
 from afa.distillation.extract_settings import ExtractSettings
 from afa.training.finetune import FILE
 
-MAKE = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+MAKE = {
+    "sd": functools.partial(sd, sample_size=8),
+    "sdxl": functools.partial(sdxl, **SDXL_SMALL, sample_size=8),
+    "sd3": functools.partial(sd3, **SD3_SMALL),
+    "flux": functools.partial(flux, **FLUX_SMALL),
+}
 KINDS = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 

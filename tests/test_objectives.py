@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_objective import Oracle, a_pass, noising, rows
-from test_training import aggregators, experts, images, interrupt_after, settings  # noqa: F401
+from test_training import aggregators, experts, images, interrupt_after, settings, trained  # noqa: F401
 from tiny import ONE_LEVEL, quiet, sd_pipeline
 
 from afa import Ensemble, UserError
@@ -199,7 +199,7 @@ def test_sparsity_sees_the_weights_of_the_pass_with_their_gradients(ensemble, wo
 
 
 def test_sparsity_makes_weights_sparser(settings, tmp_path):  # noqa: F811
-    runs = [replace(settings, sparsity=price, steps=8, output=str(tmp_path / str(price))) for price in (0.0, 3.0)]
+    runs = [replace(settings, sparsity=price, steps=8, evaluate_every=8, output=str(tmp_path / str(price))) for price in (0.0, 3.0)]
     free, priced = (np.mean(list(read_entropy(run, train(run)).values())) for run in runs)
     assert priced < free
 
@@ -234,7 +234,7 @@ def resumes_to_the_same_bits(run, monkeypatch, tmp_path):
     whole = replace(run, output=str(tmp_path / "whole"))
     record = train(whole)
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
+        interrupt_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
             train(run)
     assert train(run)["history"] == record["history"]
@@ -245,30 +245,31 @@ def resumes_to_the_same_bits(run, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_run_with_it_resumes_to_the_same_bits(name, settings, red, monkeypatch, tmp_path):  # noqa: F811
     rewarded = any(OBJECTIVES[term].rewarded for term in CHOICES[name]["objective"].split("+"))
-    run = replace(settings, reward=red if rewarded else None, steps=4, **CHOICES[name])
+    run = replace(settings, reward=red if rewarded else None, steps=2, **CHOICES[name])
     resumes_to_the_same_bits(run, monkeypatch, tmp_path)
 
 
 def test_a_reward_rises_and_the_diffusion_loss_is_still_told(settings, red):  # noqa: F811
-    history = train(replace(settings, objective="reward", reward=red, steps=30, evaluate_every=10, lr=3e-2))["history"]
+    history = train(replace(settings, objective="reward", reward=red, steps=30, evaluate_every=30, lr=3e-2))["history"]
     assert history[-1]["terms"]["reward"] < history[0]["terms"]["reward"]
     assert history[-1]["objective"] == pytest.approx(0.1 * history[-1]["terms"]["reward"])
     assert all(entry["held_out_loss"] > 0 for entry in history)
 
 
 def test_an_anchor_keeps_the_predictions_near(settings, red, tmp_path):  # noqa: F811
-    run = replace(settings, objective="reward", reward=red, steps=12, evaluate_every=12, lr=3e-2)
+    run = replace(settings, objective="reward", reward=red, steps=6, evaluate_every=6, lr=3e-2)
     loose, held = (train(replace(run, anchor=weight, output=str(tmp_path / str(weight)))) for weight in (1e-6, 100.0))
     assert held["history"][-1]["terms"]["anchor"] < loose["history"][-1]["terms"]["anchor"]
 
 
-def test_a_run_goes_on_from_a_saved_ensemble(settings, red, tmp_path):  # noqa: F811
-    first = train(settings)
-    small = {name: getattr(settings, name) for name in ("data", "steps", "evaluate_every", "lr", "device", "resolution", "batch_size", "held_out")}
-    further = TrainSettings(start=settings.output, output=str(tmp_path / "further"), objective="mse+reward", reward=red, **small)
+def test_a_run_goes_on_from_a_saved_ensemble(trained, red, tmp_path):  # noqa: F811
+    begun, first = trained
+    small = {name: getattr(begun, name) for name in ("data", "steps", "evaluate_every", "lr", "device", "resolution", "batch_size", "held_out")}
+    small["steps"] = 2
+    further = TrainSettings(start=begun.output, output=str(tmp_path / "further"), objective="mse+reward", reward=red, **small)
     record = train(further)
     assert record["history"][0]["held_out_loss"] == pytest.approx(first["held_out_loss"]["trained"]["value"], rel=1e-6)
-    assert Ensemble.load(further.output).names == Ensemble.load(settings.output).names
+    assert Ensemble.load(further.output).names == Ensemble.load(begun.output).names
 
 
 @pytest.mark.parametrize(

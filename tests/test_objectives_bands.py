@@ -66,7 +66,7 @@ CHOICES = {
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_run_with_them_resumes_to_the_same_bits(name, settings, monkeypatch, tmp_path):  # noqa: F811
-    resumes_to_the_same_bits(replace(settings, steps=4, **CHOICES[name]), monkeypatch, tmp_path)
+    resumes_to_the_same_bits(replace(settings, steps=2, **CHOICES[name]), monkeypatch, tmp_path)
 
 
 def test_dropout_changes_training_and_no_measurement(settings, tmp_path):  # noqa: F811

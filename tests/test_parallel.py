@@ -1,5 +1,6 @@
 """Experts on several devices: three processes draw what one process draws, and each holds one expert."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,8 @@ import torch
 from PIL import Image
 from processes import in_processes
 from test_training import aggregators, experts, images, settings  # noqa: F401 (fixtures)
-from tiny import sd_pipeline
-from tiny_transformers import sd3_pipeline
+from tiny import ONE_LEVEL, sd_pipeline
+from tiny_transformers import SD3_SMALL, sd3_pipeline
 
 from afa import Ensemble, UserError
 from afa.aggregators.registry import count_parameters
@@ -24,11 +25,14 @@ from afa.training.state import kept_file
 SMALL = {"hidden": 8, "heads": 2, "depth": 1}
 
 
-def saved(folder, make=sd_pipeline, **options):
+ONE = functools.partial(sd_pipeline, **ONE_LEVEL)
+SD3 = functools.partial(sd3_pipeline, text_seed=0, **SD3_SMALL)
+
+
+def saved(folder, make=ONE, **options):
     """An ensemble of three experts, as if it were trained."""
     for seed in range(3):
-        pipe = make(seed, text_seed=0) if make is sd3_pipeline else make(seed)
-        pipe.save_pretrained(folder / f"expert{seed}")
+        make(seed).save_pretrained(folder / f"expert{seed}")
     ensemble = Ensemble.from_experts([str(folder / f"expert{seed}") for seed in range(3)], **options)
     torch.manual_seed(0)
     for aggregator in ensemble.aggregators.values():
@@ -44,9 +48,9 @@ def pixels(path):
 @pytest.mark.parametrize(
     ("make", "options"),
     [
-        (sd_pipeline, {"aggregator": "stitch", **SMALL}),
+        (ONE, {"aggregator": "stitch", **SMALL}),
         (sd_pipeline, {"aggregator": "sabw", "placement": "blocks", **SMALL}),
-        (sd3_pipeline, {"aggregator": "sabw", "text_stream": "fused", **SMALL}),
+        (SD3, {"aggregator": "sabw", "text_stream": "fused", **SMALL}),
     ],
     ids=["stitch", "blocks", "text tokens"],
 )
@@ -126,7 +130,7 @@ def last(options):
 )
 def test_processes_that_share_the_experts_train_what_one_process_trains(settings, tmp_path, options):  # noqa: F811
     """Not to the bit: sums of gradients are rounded in another order."""
-    one = replace(settings, **{**options, "output": str(tmp_path / "one"), "lr": 2e-4, "steps": 3})
+    one = replace(settings, **{**options, "output": str(tmp_path / "one"), "lr": 2e-4, "steps": 2})
     shared = replace(one, parallel="experts", output=str(tmp_path / "shared"))
     record = train(one)
     records = in_processes(lambda: train(shared))
@@ -134,7 +138,7 @@ def test_processes_that_share_the_experts_train_what_one_process_trains(settings
     for mine, other in zip(record["history"], records[0]["history"], strict=True):
         assert mine["held_out_loss"] == pytest.approx(other["held_out_loss"], rel=1e-5)
     assert records[0]["held_out_loss"].keys() == record["held_out_loss"].keys()
-    trained, other, before = last(one), last(shared), last(replace(one, lr=1e-12, output=str(tmp_path / "still")))
+    trained, other, before = last(one), last(shared), last(replace(one, lr=1e-12, steps=1, output=str(tmp_path / "still")))
     moved = max((tensor - before[name]).abs().max() for name, tensor in trained.items())
     apart = max((tensor - other[name]).abs().max() for name, tensor in trained.items())
     assert moved > 0 and apart < 0.02 * moved
@@ -163,11 +167,11 @@ def test_experts_in_parts_on_all_processes_train_as_whole_ones(settings, tmp_pat
 
 
 def test_a_shared_training_goes_on_in_one_process(settings, tmp_path):  # noqa: F811
-    whole = replace(settings, output=str(tmp_path / "whole"), steps=4, lr=1e-3)
-    half = replace(whole, output=str(tmp_path / "half"), steps=2)
+    whole = replace(settings, output=str(tmp_path / "whole"), steps=2, lr=1e-3)
+    half = replace(whole, output=str(tmp_path / "half"), steps=1)
     train(whole)
     in_processes(lambda: train(replace(half, parallel="experts")))
-    train(replace(half, steps=4))
+    train(replace(half, steps=2))
     for mine, other in zip(aggregators(whole).values(), aggregators(half).values(), strict=True):
         assert torch.allclose(mine, other, atol=1e-4)
 
@@ -182,7 +186,7 @@ def test_what_cannot_be_trained_by_several_processes_is_refused(settings, change
 
 def test_of_several_processes_the_first_one_prints_the_result(settings, tmp_path, capfd):  # noqa: F811
     command = ["train", "--experts", *settings.experts, "--data", settings.data, "--output", str(tmp_path / "out"), "--parallel", "experts"]
-    sizes = ["--hidden", "8", "--heads", "2", "--batch-size", "2", "--steps", "2", "--evaluate-every", "2"]
+    sizes = ["--hidden", "8", "--heads", "2", "--batch-size", "2", "--steps", "2", "--evaluate-every", "2", "--resolution", "32"]
     capfd.readouterr()
     assert in_processes(lambda: main([*command, *sizes])) == [0, 0]
     assert capfd.readouterr().out.count("held-out loss") == 1

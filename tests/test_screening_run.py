@@ -10,7 +10,14 @@ from original_layout import write_single_file
 from PIL import Image
 from tiny import ONE_LEVEL, sd_pipeline
 from tiny_loras import write_lora
-from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
+from tiny_transformers import (
+    FLUX_SMALL,
+    QWEN_IMAGE_SMALL,
+    SD3_SMALL,
+    flux_pipeline,
+    qwen_image_pipeline,
+    sd3_pipeline,
+)
 
 from afa import Ensemble
 from afa.cli.main import main
@@ -27,7 +34,7 @@ from afa.screening.settings import ScreenSettings
 from afa.training.noise import Noising
 
 CPU = torch.device("cpu")
-PIXELS = ["--resolution", "64"]  # of the small experts
+PIXELS = ["--resolution", "32"]  # of the small experts
 FEW = ["--data", "scenes:3", "--images", "3", "--draws", "2", "--device", "cpu"]
 CURVES, ANGLES, PATTERNS = (str(place) for place in EXPERTS.values())
 
@@ -99,16 +106,16 @@ def test_losses_are_those_of_the_training_objective(screened):
 
 def test_an_expert_of_another_kind_is_asked_in_the_frames_kind(tmp_path):
     """The same network told to be another kind gives other errors; told what it is, the same clean latents, so errors that scale by a known factor."""
-    sd_pipeline(0, prediction_type="epsilon").save_pretrained(tmp_path / "noise")
-    sd_pipeline(0, prediction_type="v_prediction").save_pretrained(tmp_path / "velocity")
-    found = screen(settings(str(tmp_path / "noise"), str(tmp_path / "velocity"), resolution=64))
+    sd_pipeline(0, prediction_type="epsilon", **ONE_LEVEL).save_pretrained(tmp_path / "noise")
+    sd_pipeline(0, prediction_type="v_prediction", **ONE_LEVEL).save_pretrained(tmp_path / "velocity")
+    found = screen(settings(str(tmp_path / "noise"), str(tmp_path / "velocity"), resolution=32))
     assert "prediction_type" in found["only_predictions"][0]
     assert "cannot be made" in found["average"]
     assert found["losses"]["noise"] != found["losses"]["velocity"]
 
 
 def test_an_interrupted_screening_goes_on_to_the_same_numbers(small, tmp_path, monkeypatch):
-    whole = screen(settings(*small[:2], output=tmp_path / "whole", resolution=64))
+    whole = screen(settings(*small[:2], output=tmp_path / "whole", resolution=32))
     asked, predict = [], ExpertPredictor.predict
 
     def interrupted(self, image, features=False):
@@ -118,7 +125,7 @@ def test_an_interrupted_screening_goes_on_to_the_same_numbers(small, tmp_path, m
         return predict(self, image, features)
 
     monkeypatch.setattr(ExpertPredictor, "predict", interrupted)
-    again = settings(*small[:2], output=tmp_path / "out", resolution=64)
+    again = settings(*small[:2], output=tmp_path / "out", resolution=32)
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         screen(again)
     counted = []
@@ -137,7 +144,7 @@ def test_one_expert_is_in_memory_at_a_time(small, monkeypatch):
 
     monkeypatch.setattr(run, "free_memory", counted)
     before = sum(type(thing).__name__ == "UNet2DConditionModel" and not thing.conv_in.weight.is_meta for thing in _alive())
-    screen(settings(*small, resolution=64))
+    screen(settings(*small, resolution=32))
     assert held == [before] * 4  # after each expert, and after their average, none is left
 
 
@@ -212,11 +219,15 @@ def images(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("make", [sd3_pipeline, flux_pipeline, qwen_image_pipeline], ids=["sd3", "flux", "qwen-image"])
-def test_every_family_is_screened(make, images, tmp_path):
+@pytest.mark.parametrize(
+    ("make", "small"),
+    [(sd3_pipeline, SD3_SMALL), (flux_pipeline, FLUX_SMALL), (qwen_image_pipeline, QWEN_IMAGE_SMALL)],
+    ids=["sd3", "flux", "qwen-image"],
+)
+def test_every_family_is_screened(make, small, images, tmp_path):
     for seed in range(2):
-        make(seed).save_pretrained(tmp_path / f"expert{seed}")
-    asked = ScreenSettings([str(tmp_path / f"expert{seed}") for seed in range(2)], data=str(images), images=3, draws=2, resolution=64, device="cpu")
+        make(seed, **small).save_pretrained(tmp_path / f"expert{seed}")
+    asked = ScreenSettings([str(tmp_path / f"expert{seed}") for seed in range(2)], data=str(images), images=3, draws=2, resolution=32, device="cpu")
     found = screen(asked)
     assert all(np.isfinite(loss["overall"]["value"]) for loss in found["losses"].values())
     assert len(found["features"][0]["stages"]) == len(Ensemble.from_experts([str(tmp_path / "expert0")]).denoiser.stages)
@@ -228,7 +239,7 @@ def test_single_files_are_asked_and_averaged_like_folders(images, tmp_path):
         pipe = sd_pipeline(seed, text_seed=0)
         pipe.save_pretrained(tmp_path / name)
         write_single_file(pipe, tmp_path / f"{name}.safetensors")
-    common_options = {"data": str(images), "images": 3, "draws": 2, "resolution": 64, "device": "cpu"}
+    common_options = {"data": str(images), "images": 3, "draws": 2, "resolution": 32, "device": "cpu"}
     folders = screen(ScreenSettings([str(tmp_path / name) for name in ("photo", "paint")], **common_options))
     files = [str(tmp_path / f"{name}.safetensors") for name in ("photo", "paint")]
     single = screen(ScreenSettings(files, config=str(tmp_path / "photo"), **common_options))
@@ -244,7 +255,7 @@ def test_experts_with_loras_are_asked_compared_and_averaged(images, tmp_path):
     for seed in range(2):
         write_lora("sd", tmp_path / f"style{seed}.safetensors", seed)
     experts = [f"e{seed}={tmp_path / 'base'}+{tmp_path / f'style{seed}.safetensors'}" for seed in range(2)]
-    found = screen(ScreenSettings(experts, data=str(images), images=3, draws=2, resolution=64, device="cpu"))
+    found = screen(ScreenSettings(experts, data=str(images), images=3, draws=2, resolution=32, device="cpu"))
     assert found["predictions"][0]["bands"][0] > 0
     assert found["parameters"]["pairs"][0]["distance"] > 0
     assert "overall" in found["average"]

@@ -147,7 +147,7 @@ def equal(one, other, tolerance=1e-6):
 
 
 def test_training_from_a_cache_equals_training_without(settings, tmp_path, capsys):  # noqa: F811
-    plain = replace(settings, output=str(tmp_path / "plain"), lr=1e-4)
+    plain = replace(settings, output=str(tmp_path / "plain"), lr=1e-4, steps=2)
     wanted = train(plain)
     for name in ("first", "second"):
         run = replace(plain, output=str(tmp_path / name), cache=str(tmp_path / "cache"))
@@ -174,10 +174,10 @@ def test_an_ensemble_that_belongs_to_somebody_else_stays_whole(settings, experts
 
 
 def test_a_run_from_a_cache_resumes_to_the_same_bits(settings, tmp_path, monkeypatch):  # noqa: F811
-    run = replace(settings, cache=str(tmp_path / "cache"), crops=2)
+    run = replace(settings, cache=str(tmp_path / "cache"), crops=2, steps=3)
     whole = train(replace(run, output=str(tmp_path / "whole")))
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 3)
+        interrupt_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
             train(run)
     assert train(run)["history"] == whole["history"]

@@ -1,13 +1,14 @@
 """Laws of options that are not given: chosen by the experts and the images, known before training, and those of a run that was begun."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from test_training import experts, images, interrupt_after, settings  # noqa: F401 (fixtures)
+from test_training import experts, images, interrupt_after, settings, small_settings  # noqa: F401 (fixtures)
 
 from afa import UserError, defaults
 from afa.aggregators.registry import EVERYWHERE, Recipe
@@ -93,14 +94,14 @@ def test_a_longer_run_of_more_processes_makes_as_many_passes(bare, monkeypatch):
 
 def begin(run, monkeypatch):
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 3)
+        interrupt_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
             train(run)
 
 
 def test_a_run_that_was_begun_with_other_defaults_goes_on_with_the_same_command(settings, bare, monkeypatch):  # noqa: F811
     """A state of an earlier version: all options are in it, but not its steps; attention everywhere was None."""
-    old = replace(settings, aggregator="sabw", steps=6, lr=1e-4, attention_up_to=EVERYWHERE)
+    old = replace(settings, aggregator="sabw", steps=2, lr=1e-4, attention_up_to=EVERYWHERE)
     begin(old, monkeypatch)
     file = Path(settings.output) / ".training" / "state.pt"
     state = torch.load(file, weights_only=True)
@@ -108,14 +109,22 @@ def test_a_run_that_was_begun_with_other_defaults_goes_on_with_the_same_command(
     state["settings"] = json.dumps({**json.loads(state["settings"]), "attention_up_to": None})
     torch.save(state, file)
     with pytest.raises(UserError, match=r"was begun with --aggregator sabw \(now stitch\)"):
-        train(replace(bare, aggregator="stitch", steps=6))
+        train(replace(bare, aggregator="stitch", steps=2))
     assert plan(bare).settings.steps == 1000 and set(plan(bare).chosen.values()) == {"as this run was begun"}
-    record = train(replace(bare, steps=6))
+    record = train(replace(bare, steps=2))
     assert {name: record["settings"][name] for name in OPEN} == {name: getattr(old, name) for name in OPEN}
 
 
-def test_a_finished_run_of_other_defaults_is_known_by_the_same_command(settings, bare):  # noqa: F811
-    train(replace(settings, aggregator="sabw", steps=2))
+@pytest.fixture(scope="module")
+def sabw(experts, images, tmp_path_factory):  # noqa: F811
+    """The folder of a complete run with another aggregator than the default; only to be read."""
+    run = small_settings(experts, images, tmp_path_factory.mktemp("sabw") / "out")
+    train(replace(run, aggregator="sabw", steps=2))
+    return Path(run.output)
+
+
+def test_a_finished_run_of_other_defaults_is_known_by_the_same_command(settings, bare, sabw):  # noqa: F811
+    shutil.copytree(sabw, settings.output)
     manifest = Path(settings.output) / "afa.json"
     found = json.loads(manifest.read_text())
     found["training"]["settings"] |= {"attention_up_to": None, "guided_scale": 3.0}  # an option that there is no more
@@ -125,9 +134,8 @@ def test_a_finished_run_of_other_defaults_is_known_by_the_same_command(settings,
         finished(replace(bare, hidden=16))
 
 
-def test_an_ensemble_that_is_trained_further_keeps_its_aggregators(settings, bare, tmp_path):  # noqa: F811
-    train(replace(settings, aggregator="sabw", steps=2))
-    further = replace(bare, experts=None, start=settings.output, output=str(tmp_path / "further"), steps=2)
+def test_an_ensemble_that_is_trained_further_keeps_its_aggregators(bare, sabw, tmp_path):
+    further = replace(bare, experts=None, start=str(sabw), output=str(tmp_path / "further"), steps=2)
     record = train(further)
     assert record["settings"]["aggregator"] is None and record["chosen_by_afa"] == ["lr"] and record["settings"]["lr"] == pytest.approx(8e-3)
     old = {**record["settings"], "aggregator": "sabw", "hidden": 128, "heads": 8, "depth": 2}  # as it was recorded before
@@ -135,6 +143,7 @@ def test_an_ensemble_that_is_trained_further_keeps_its_aggregators(settings, bar
 
 
 def test_an_option_that_a_begun_run_does_not_know_is_not_ignored(settings, monkeypatch):  # noqa: F811
+    settings = replace(settings, steps=2)
     begin(settings, monkeypatch)
     file = Path(settings.output) / ".training" / "state.pt"
     state = torch.load(file, weights_only=True)
@@ -142,7 +151,7 @@ def test_an_option_that_a_begun_run_does_not_know_is_not_ignored(settings, monke
     torch.save(state, file)
     with pytest.raises(UserError, match=r"begun with --anchor 0.0 \(now 0.5\)"):
         train(replace(settings, anchor=0.5))
-    assert train(settings)["steps"] == 6
+    assert train(settings)["steps"] == 2
 
 
 # --- sentences, and the average -----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_training import experts, images, interrupt_after, settings  # noqa: F401 (fixtures)
+from test_training import experts, images, interrupt_after, settings, trained  # noqa: F401 (fixtures)
 
 from afa.checkpoint.card import model_card
 from afa.checkpoint.gains import HARDLY, gains
@@ -65,7 +65,7 @@ def test_a_record_from_before_this_comparison_is_still_read():
 
 
 def test_a_run_that_learns_nothing_says_so_in_its_card_too(settings):  # noqa: F811
-    found = train(replace(settings, lr=0.0))
+    found = train(replace(settings, lr=0.0, steps=2))
     assert found["weights_moved"] == 0 and found["best_step"] == 0
     card = (Path(settings.output) / "README.md").read_text()
     assert "have hardly moved: by 0.0000" in card and "or a higher --lr (now 0)" in card
@@ -80,16 +80,16 @@ def test_what_was_there_before_training_is_measured_once(settings, monkeypatch):
     counted, original = [], HeldOut.experts
     monkeypatch.setattr(HeldOut, "experts", lambda self, denoiser: counted.append(1) or original(self, denoiser))
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 3)
+        interrupt_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
-            train(settings)
-    assert train(settings)["steps"] == 6 and counted == [1]
+            train(replace(settings, steps=2))
+    assert train(replace(settings, steps=2))["steps"] == 2 and counted == [1]
 
 
-def test_a_state_from_before_this_comparison_goes_on(settings, monkeypatch, tmp_path):  # noqa: F811
+def test_a_state_from_before_this_comparison_goes_on(settings, trained, monkeypatch):  # noqa: F811
     import torch
 
-    whole = train(replace(settings, output=str(tmp_path / "whole")))
+    _, whole = trained
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from processes import in_processes, killed
-from test_training import aggregators, experts, images, interrupt_after, settings  # noqa: F401 (fixtures)
+from test_training import aggregators, experts, images, interrupt_after, settings, trained  # noqa: F401 (fixtures)
 
 from afa.errors import UserError
 from afa.experts.load import load_expert
@@ -46,10 +46,10 @@ def test_a_step_that_is_no_number_is_skipped_and_counted(settings, monkeypatch):
 
 
 def test_a_skipped_step_changes_nothing_that_is_trained(settings, monkeypatch, tmp_path):  # noqa: F811
-    whole = replace(settings, steps=2, evaluate_every=1, output=str(tmp_path / "whole"))
+    whole = replace(settings, steps=1, evaluate_every=1, output=str(tmp_path / "whole"))
     train(whole)
-    spoil(monkeypatch, {3})
-    train(replace(settings, steps=3, evaluate_every=1))
+    spoil(monkeypatch, {2})
+    train(replace(settings, steps=2, evaluate_every=1))
     before, after = aggregators(whole), aggregators(settings)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
@@ -79,7 +79,7 @@ def test_an_expert_that_predicts_no_numbers_is_named(settings, experts, tmp_path
 
 def test_killed_training_equals_uninterrupted(settings, tmp_path):  # noqa: F811
     """Before a state takes its place, right after the first, and once more: the same bits in the end."""
-    run = replace(settings, steps=4, save_every=1)
+    run = replace(settings, steps=3, save_every=1)
     whole = replace(run, output=str(tmp_path / "whole"))
     train(whole)
     renamed = []
@@ -111,9 +111,9 @@ def close(one, other):
 
 def test_two_small_batches_make_the_step_of_a_large_one(settings, tmp_path):  # noqa: F811
     """Plain gradient descent would agree to the last bits; Adam divides by gradients near zero, so a small rate is used."""
-    large = replace(settings, batch_size=4, output=str(tmp_path / "large"), lr=1e-4, steps=3)
+    large = replace(settings, batch_size=4, output=str(tmp_path / "large"), lr=1e-4, steps=2)
     train(large)
-    train(replace(settings, batch_size=2, accumulate=2, lr=1e-4, steps=3))
+    train(replace(settings, batch_size=2, accumulate=2, lr=1e-4, steps=2))
     assert close(large, settings)
 
 
@@ -124,9 +124,9 @@ REWARDED = {"objective": "mse+draft", "reward": "red.py", "draft_steps": 3, "dra
 def test_two_processes_make_the_step_of_one_with_twice_the_batch(settings, tmp_path, objective, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     Path("red.py").write_text("def reward(images, captions):\n    return images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2))\n")
-    large = replace(settings, batch_size=4, output=str(tmp_path / "large"), lr=1e-4, steps=3, **objective)
+    large = replace(settings, batch_size=4, output=str(tmp_path / "large"), lr=1e-4, steps=2, **objective)
     train(large)
-    in_processes(lambda: train(replace(settings, lr=1e-4, steps=3, **objective)))
+    in_processes(lambda: train(replace(settings, lr=1e-4, steps=2, **objective)))
     assert close(large, settings)
 
 
@@ -144,30 +144,30 @@ def test_schedules_warm_up_and_fall(settings, schedule, wanted):  # noqa: F811
 
 
 def test_a_schedule_that_ends_at_the_last_step_binds_their_number(settings, monkeypatch):  # noqa: F811
-    run = replace(settings, schedule="cosine")
+    run = replace(settings, schedule="cosine", steps=3)
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 3)
+        interrupt_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             train(run)
-    with pytest.raises(UserError, match=r"was begun with --steps 6 \(now 8\)"):
+    with pytest.raises(UserError, match=r"was begun with --steps 3 \(now 8\)"):
         train(replace(run, steps=8))
-    assert train(run)["steps"] == 6
+    assert train(run)["steps"] == 3
 
 
 # --- the measure -------------------------------------------------------------------------------------------------------
 
 
-def test_the_held_out_measure_is_never_weighed(settings, tmp_path):  # noqa: F811
-    plain, weighed = (train(replace(settings, snr_gamma=gamma, output=str(tmp_path / str(gamma)))) for gamma in (None, 5.0))
+def test_the_held_out_measure_is_never_weighed(settings, trained):  # noqa: F811
+    plain, weighed = trained[1], train(replace(settings, snr_gamma=5.0))
     assert plain["history"][0] == weighed["history"][0] and plain["history"][1:] != weighed["history"][1:]
 
 
 # --- routing and the log ----------------------------------------------------------------------------------------------
 
 
-def test_the_log_has_a_line_for_every_measurement(settings):  # noqa: F811
-    record = train(settings)
-    lines = [json.loads(line) for line in (Path(settings.output) / LOG).read_text().splitlines()]
+def test_the_log_has_a_line_for_every_measurement(trained):  # noqa: F811
+    run, record = trained
+    lines = [json.loads(line) for line in (Path(run.output) / LOG).read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2, 4, 6]
     assert [line["held_out_loss"] for line in lines] == [entry["held_out_loss"] for entry in record["history"]]
     for line in lines:
