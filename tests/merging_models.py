@@ -54,10 +54,10 @@ def sd(seed: int = 0, text_seed: int | None = None, **unet: Any) -> StableDiffus
     )
 
 
-def sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
+def sdxl(seed: int = 0, **unet: Any) -> StableDiffusionXLPipeline:
     """A whole SDXL pipeline with its two text encoders."""
     return StableDiffusionXLPipeline(
-        unet=sdxl_unet(seed),
+        unet=sdxl_unet(seed, **unet),
         text_encoder=small_text(seed, 16),
         text_encoder_2=small_text(50 + seed, 24, projected=True),
         tokenizer=small_tokenizer(),
