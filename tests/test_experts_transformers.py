@@ -23,6 +23,7 @@ from afa.models.registry import FAMILIES
 sd3_pipeline, sd3_transformer = (functools.partial(make, **SD3_SMALL) for make in (sd3_pipeline_of, sd3_transformer_of))
 flux_pipeline = functools.partial(flux_pipeline_of, **FLUX_SMALL)
 PIPELINES = {"sd3": (sd3_pipeline, sd3_transformer), "flux": (flux_pipeline, functools.partial(flux_transformer, **FLUX_SMALL))}
+SABW = {"hidden": 16, "heads": 2, "depth": 1}
 STAGES = {"sd3": 25, "sd35": 25, "sd35-large": 39, "flux": 58, "flux-schnell": 58}
 PARAMETERS = {"sd3": 2_028_328_000, "sd35": 2_243_171_520, "sd35-large": 8_056_627_520, "flux": 11_901_408_320, "flux-schnell": 11_891_178_560}
 
@@ -70,7 +71,7 @@ def test_the_real_architectures_have_their_stages_and_parameters(config):
 
 
 def test_three_experts_of_folders_draw_and_are_found_again(folders, tmp_path):
-    ensemble = Ensemble.from_experts([str(folders / "photo"), str(folders / "paint"), str(folders / "draw")])
+    ensemble = Ensemble.from_experts([str(folders / "photo"), str(folders / "paint"), str(folders / "draw")], **SABW)
     assert [len(encoder.encoders) for encoder in ensemble.text_encoders] == [1] * len(ensemble.text_encoders)
     for aggregator in ensemble.aggregators.values():
         torch.nn.init.normal_(aggregator.conv_out.weight)
@@ -83,7 +84,7 @@ def test_three_experts_of_folders_draw_and_are_found_again(folders, tmp_path):
 
 def test_pipelines_in_memory_are_bundled_as_what_they_are(family, tmp_path):
     pipeline = PIPELINES[family][0]
-    ensemble = Ensemble.from_experts([pipeline(0), pipeline(1)])
+    ensemble = Ensemble.from_experts([pipeline(0), pipeline(1)], aggregator="mean")
     ensemble.save(tmp_path / "bundle", bundle=True)
     assert json.loads((tmp_path / "bundle/experts/expert_0/model_index.json").read_text())["_class_name"] == type(pipeline(0)).__name__
     assert np.array_equal(draw(Ensemble.load(tmp_path / "bundle")), draw(ensemble))
@@ -98,8 +99,8 @@ def test_equal_text_encoders_are_loaded_once(folders):
 def test_a_frame_lends_to_denoisers_alone_and_is_found_again(family, folders, tmp_path):
     PIPELINES[family][1](5).save_pretrained(tmp_path / "other")
     experts = [str(folders / "draw"), str(tmp_path / "other")]
-    ensemble = Ensemble.from_experts(experts, frame=str(folders / "photo"))
-    own = Ensemble.from_experts(experts[:1], frame=str(folders / "photo"), placement="out")
+    ensemble = Ensemble.from_experts(experts, frame=str(folders / "photo"), aggregator="mean")
+    own = Ensemble.from_experts(experts[:1], frame=str(folders / "photo"), aggregator="mean", placement="out")
     pipe = PIPELINES[family][0](0, text_seed=0)
     pipe.transformer = PIPELINES[family][1](2)
     assert np.array_equal(draw(own), drawn(pipe))
@@ -132,7 +133,7 @@ def test_a_single_file_is_the_model_it_was_made_of(tmp_path, prefix):
     model = sd3_transformer(1)
     extra = {"first_stage_model.decoder.conv_in.weight": torch.zeros(3)} if prefix else {}  # what files of several parts hold besides
     file = write_transformer("sd3", model.state_dict(), tmp_path / "tuned.safetensors", prefix, **extra)
-    ensemble = Ensemble.from_experts([str(tmp_path / "whole"), str(file)], config=str(tmp_path / "whole"))
+    ensemble = Ensemble.from_experts([str(tmp_path / "whole"), str(file)], config=str(tmp_path / "whole"), aggregator="mean")
     assert same_weights(ensemble.experts[1].model, model)
     ensemble.save(tmp_path / "saved")
     assert np.array_equal(draw(Ensemble.load(tmp_path / "saved")), draw(ensemble))
