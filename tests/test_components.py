@@ -10,7 +10,7 @@ import torch
 import transformers
 from merging_models import saved, sdxl
 from safetensors.torch import load_file, save_file
-from tiny import sd_pipeline, sdxl_pipeline
+from tiny import SDXL_SMALL, sd_pipeline, sdxl_pipeline
 from tiny_krea2 import KREA2_SMALL, krea2_pipeline
 from tiny_lumina2 import LUMINA2_SMALL, lumina2_pipeline
 from tiny_transformers import (
@@ -93,7 +93,7 @@ def test_loading_leaves_random_numbers_alone(components):
 
 def test_a_single_file_is_what_diffusers_makes_of_it(tmp_path):
     """SDXL's has every kind of name: U-Net and VAE in LDM's layout, a text encoder of CLIP's and one of OpenCLIP's."""
-    folders = [saved(sdxl(seed), tmp_path / str(seed)) for seed in (0, 1)]
+    folders = [saved(sdxl(seed, **SDXL_SMALL), tmp_path / str(seed)) for seed in (0, 1)]
     file = tmp_path / "merged.safetensors"
     merge_files(MergeSettings(experts=[f"x={folders[0]}", f"y={folders[1]}"], output=str(file)))
     theirs = diffusers.StableDiffusionXLPipeline.from_single_file(str(file), config=str(folders[0]), local_files_only=True, dtype=torch.float16)
